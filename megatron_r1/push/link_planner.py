@@ -55,8 +55,11 @@ class ReceiverLayout:
     """The regions that the ranks of one engine need, from their tables (`PredictedLayout` has the
     same without an engine).
 
-    tables: one per rank of the engine. Raises ValueError for a table that has a tensor twice, which
-    no model here needs."""
+    Args:
+        tables: the slot tables, one per rank of the engine.
+
+    Raises:
+        ValueError: for a table that has a tensor twice, which no model here needs."""
 
     def __init__(self, tables: Sequence[SlotTable]):
         self._tables = tables
@@ -251,10 +254,11 @@ class LinkedSet:
     """A set of engines, with the links of this rank to it.
 
     Attributes:
-        rendezvous: of each engine with this rank.
+        rendezvous: this rank's rendezvous with each engine.
         sent: the bytes that each trainer rank sends to the set in a push.
+        links: the links.
         rounds: this rank's part of a push in rounds.
-        number: of the set's pushes so far."""
+        number: the number of the set's pushes so far."""
 
     rendezvous: list[TrainerRendezvous]
     sent: list[float]
@@ -308,9 +312,9 @@ class LinkPlanner:
         problem may have some links.
 
         Args:
-            rendezvous: of each engine of a set.
+            rendezvous: by set, the rendezvous with each engine.
             offers: what the engines take.
-            engine_layout: of one engine.
+            engine_layout: the layout of one engine.
             transport: the name of the transport."""
         created: dict[str, LinkedSet] = {}
         problems: dict[str, str] = {}

@@ -94,12 +94,17 @@ class OrderedSets:
     """The order of a push to sets that are connected together.
 
     Args:
-        plans: their `entries`.
-        sets: the engines of each, numbered through.
+        plans: the sets' plans (`engine_sets.entries`).
+        sets: the engines of each set, numbered through.
+        ranks_per_engine: the ranks of an engine.
+        world: the trainer ranks.
         shared: the trainer ranks on engine ranks' GPUs.
+        number: the number of this order, in the order of connecting.
 
     Attributes:
-        number: of this order, in the order of connecting."""
+        receivers: the process that receives for each engine rank (`receiving_processes`).
+        order: the rounds.
+        blocks: the blocks, as `order` numbers them."""
 
     def __init__(
         self,
@@ -218,8 +223,12 @@ class SetRounds:
     """The part of trainer rank `rank` in the pushes to one set.
 
     Attributes:
-        index: of the set in `ordered`.
-        number: of the set's push."""
+        rendezvous: this rank's rendezvous with each engine of the set.
+        ordered: the order of the sets that were connected together.
+        index: the place of the set in `ordered`.
+        rank: the trainer rank.
+        communicator: the set's communicator, if it has one.
+        number: the number of the set's push."""
 
     rendezvous: list[TrainerRendezvous]
     ordered: OrderedSets
@@ -247,7 +256,11 @@ class SetRounds:
         return self.place is not None and self.place[1] == position
 
     def serve(self, receivers: Sequence[ReceiverInfo], plan: PositionPlan) -> None:
-        """Prepare to receive for that engine rank. receivers: of its position, by member."""
+        """Prepare to receive for the engine rank on this rank's GPU.
+
+        Args:
+            receivers: what the engine ranks at its position offer, by member.
+            plan: the deliveries to that position."""
         assert self.place is not None, "it serves"
         member, _ = self.place
         self._served = receivers[member].table, deliveries_to(plan, member)

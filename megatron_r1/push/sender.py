@@ -166,9 +166,13 @@ class WeightSender:
 
     def send(self, push: int, sets: Sequence[str], gone: Sequence[str] = ()) -> SentWeights:
         """Send the present weights to these sets, over all links at once, as push number `push` of
-        each set. Rank 0 returns when the engines of each set have passed on all of the push.
+        each set. Rank 0 returns when the engines of each set have passed on all of the push. A set
+        that fails does not stop the others.
 
-        gone: sets to disconnect. A set that fails does not stop the others."""
+        Args:
+            push: the number of the push.
+            sets: the sets to send to.
+            gone: the sets to disconnect."""
         for name in gone:
             self.disconnect(name)
         present = {name: self._sets[name] for name in sets if name in self._sets}

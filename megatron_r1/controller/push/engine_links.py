@@ -119,7 +119,12 @@ class EngineLinks:
         """Divide these engines into new sets, and connect them with the trainer.
 
         An engine that dies meanwhile is lost. A set that fails for another reason is divided into
-        sets of one, and those that fail again are lost. resume: engines may compute afterwards."""
+        sets of one, and those that fail again are lost.
+
+        Args:
+            engines: the engines.
+            on_lost: called with each lost engine and the error.
+            resume: engines may compute afterwards."""
         self._drop([s for s in self.sets if set(s.engines) & set(engines)])
         groups = self._divide(engines)
         set_problems: dict[Engine, str] = {}  # why the engine's set of several could not connect
@@ -196,7 +201,9 @@ class EngineLinks:
         """Connect all ranks of these sets with all trainer ranks. Return the problems by set, and
         the engines that have died or do not answer, with the error of each.
 
-        resume: engines may compute afterwards."""
+        Args:
+            sets: the sets.
+            resume: engines may compute afterwards."""
         gone, self._gone = self._gone, []
         calls: dict[Engine, asyncio.Task[None]] = {}
 

@@ -106,7 +106,13 @@ class Prober:
 def pusher_of(
     config: Config, trainer: TrainerClient, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
 ) -> WeightPusher:
-    """Return the pusher of a run; probes: token ids of the prompts."""
+    """Return the pusher of a run.
+
+    Args:
+        config: the recipe.
+        trainer: the client of the trainer.
+        fleet: the engines.
+        probes: the token ids of each prompt by which pushed weights are probed."""
     push, fp8 = config.push, config.push.fp8
     elsewhere = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8

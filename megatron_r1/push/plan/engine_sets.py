@@ -174,7 +174,7 @@ def num_links(plans: Iterable[Plan], world: int) -> list[int]:
     """Return the number of engine ranks that each trainer rank sends to, in all sets.
 
     Args:
-        plans: of all sets.
+        plans: the plans of all sets.
         world: the trainer ranks.
     """
     links = [0] * world

@@ -88,10 +88,10 @@ class PushOrder:
 
     Attributes:
         link_buckets: the number of buckets of each link.
-        senders, receivers, entry_rounds: of each bucket that enters; the round is NONE where a
-            process copies it to itself, before all rounds.
+        senders, receivers, entry_rounds: the sender, the receiver and the round of each bucket that
+            enters; the round is NONE where a process copies it to itself, before all rounds.
         entered: the bytes that enter each process.
-        origins, num_bytes: of each bucket, the process that sends it, and its size."""
+        origins, num_bytes: the process that sends each bucket, and its size."""
 
     def __init__(
         self,
@@ -207,9 +207,11 @@ class PushOrder:
 
 
 def push_order(plans: Sequence[Plan], receivers: Receivers) -> PushOrder:
-    """Return the order of a push whose entries `engine_sets.entries` has planned.
+    """Return the order of a push.
 
-    receivers: see `receiving_processes`."""
+    Args:
+        plans: the entries of each set (`engine_sets.entries`).
+        receivers: the processes that receive (`receiving_processes`)."""
     links = [
         Link(entry.sender, members[entry.member], entry.num_bytes)
         for plan, of_set in zip(plans, receivers, strict=True)

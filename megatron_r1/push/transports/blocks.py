@@ -20,8 +20,13 @@ SUM_BYTES = 8
 
 
 class ByteRun(NamedTuple):
-    """Bytes of delivery `number`: `num_bytes` of its rows [top, bottom), without the `skipped`
-    first ones."""
+    """Contiguous bytes of a block that are of one delivery.
+
+    Attributes:
+        number: the delivery.
+        top, bottom: the rows [top, bottom) that the bytes are in.
+        skipped: the bytes of row `top` that come before these.
+        num_bytes: the number of bytes."""
 
     number: int
     top: int
@@ -69,10 +74,14 @@ class Block:
 
 
 class SlicesBlock(Block):
-    """What a trainer rank sends over a link: `slices` of its parameters, in the engine's dtypes.
+    """What a trainer rank sends over a link, in the engine's dtypes. Its portions are packed in
+    order, since each checksum follows from all rows before.
 
-    Its portions are packed in order, since each checksum follows from all rows before. is_weighted:
-    see `Receiver`."""
+    Args:
+        table: the engine rank's table.
+        deliveries: the deliveries of the link.
+        slices: the slices of the trainer rank's parameters, one for each delivery.
+        is_weighted: whether checksums are weighted sums (`Receiver`)."""
 
     def __init__(
         self,
@@ -119,9 +128,9 @@ class MemoryBlock(Block):
     """What enters an engine rank's receive buffer from one source, or leaves from there.
 
     Args:
+        table: the engine rank's table.
+        deliveries: the deliveries of the block.
         area: the memory of this push.
-
-    Attributes:
         sums: the checksums of these deliveries, int64, one tensor where something enters."""
 
     def __init__(
@@ -187,10 +196,10 @@ class ArrivingBlocks:
     """The receive buffer of an engine rank during one push, with the blocks that enter it.
 
     Args:
-        sums: a checksum of each, int64, in the same order.
-
-    Attributes:
-        deliveries: to the rank, by source."""
+        table: the rank's table.
+        deliveries: the deliveries to the rank, by source.
+        area: the memory of this push.
+        sums: a checksum of each delivery, int64, in the same order."""
 
     def __init__(
         self,
@@ -226,7 +235,10 @@ class ArrivingBlocks:
 
 class BlockReceiver(Receiver):
     """An engine rank's end that receives blocks, from trainer ranks and from engines that pass them
-    on. sums: as `ArrivingBlocks`'s."""
+    on.
+
+    Attributes:
+        sums: the checksums that arrive, as in `ArrivingBlocks`."""
 
     sums: torch.Tensor
 
@@ -264,8 +276,10 @@ class BlockReceiver(Receiver):
     def give_up(self, error: Exception, lost: Sequence[str] | None = None, number: int = 0) -> None:
         """Report to the set and to this engine that nothing more will arrive.
 
-        lost: the engine ranks of which one may have died, where that can be why; the others answer
-        for push `number` of the set."""
+        Args:
+            error: the cause.
+            lost: the engine ranks of which one may have died, where that can be why.
+            number: the push of the set for which the others answer."""
         text, failure = str(error) or repr(error), error
         with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
             if lost is not None:

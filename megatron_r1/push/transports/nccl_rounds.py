@@ -145,7 +145,7 @@ class Communicator:
         look: raises an error to abort with, by default the failure that one of them has reported.
 
     Attributes:
-        rendezvous: of its ranks.
+        rendezvous: the rendezvous of its ranks.
         error: why it was aborted, or None."""
 
     def __init__(
@@ -288,7 +288,9 @@ class Round(NamedTuple):
 class RoundRunner:
     """Runs rounds, with buffers for each direction of `ROUNDS_AHEAD` of them.
 
-    rounds: all that it will run."""
+    Args:
+        streams: the streams of the push.
+        rounds: all rounds that it will run."""
 
     def __init__(self, streams: PushStreams, rounds: Sequence[Round]):
         self._streams = streams
