@@ -38,9 +38,11 @@ class SetTraffic:
 
     Attributes:
         sent: bytes out of each trainer rank.
-        out, into: most links of a trainer rank, of an engine rank.
-        num_links: of all.
-        num_engines: of the largest set.
+        out: the most links of a trainer rank.
+        into: the most links of an engine rank.
+        num_links: the number of all links.
+        num_sets: the number of sets.
+        num_engines: the engines of the largest set.
         entering: most bytes that enter an engine rank from trainer ranks.
         received: bytes of each rank of an engine, with those that other engines pass on."""
 
@@ -284,7 +286,10 @@ def _needed_bytes(job: PlannedJob) -> int:
 def receive_buffer_bytes(job: PlannedJob, on: Literal["host", "GPU"] | None = None) -> int:
     """Return bytes of an engine rank's receive buffer.
 
-    on: return 0 if the transport's buffer is not there, or not between pushes.
+    Args:
+        job: the planned job.
+        on: the memory to count: 0 is returned if the transport's buffer is not there, or not
+            between pushes. None counts it wherever it is.
     """
     elsewhere = on is not None and (on != _receive_buffer_place(job) or borrows_memory(job))
     if elsewhere or not pushes(job):

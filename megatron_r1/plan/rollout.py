@@ -31,7 +31,11 @@ LOGITS = 4
 
 @dataclass(frozen=True)
 class Engines:
-    """All engines of a job. resident: bytes of the trainer that stay on the same GPU."""
+    """All engines of a job.
+
+    Attributes:
+        job: the job.
+        resident: bytes of the trainer that stay on the same GPU."""
 
     job: PlannedJob
     resident: int = 0

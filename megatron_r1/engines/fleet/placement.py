@@ -38,7 +38,13 @@ class RemoteServer(Server):
     poll_seconds = 0.1
 
     def __init__(self, pool: HostPool, model: Path, log_path: Path, **settings: Any) -> None:
-        """Prepare the engine; `start` orders it. settings: as for `RemoteEngine`."""
+        """Prepare the engine; `start` orders it.
+
+        Args:
+            pool: the hosts.
+            model: the model's folder.
+            log_path: the engine's log.
+            **settings: the settings, as for `RemoteEngine`."""
         self.pool = pool
         self.engine = RemoteEngine(model, log_path, pool.hosts_per_engine, settings)
         self._is_stopped = False
@@ -147,7 +153,7 @@ async def open_pool(
 
     Args:
         rollout: the recipe's section.
-        folder: of the run.
+        folder: the folder of the run.
         needs_shared_memory: whether weights travel through this host's /dev/shm, so that other
             hosts are refused.
         notify: called with a line when a host joins or leaves.

@@ -39,8 +39,8 @@ def swap_calls(update_info: UpdateInfo, version: int, *, asleep: bool) -> list[E
     """Return the calls that load a push as `version`, in order; after the last the engine samples.
 
     Args:
-        update_info: of the received push.
-        version: of the new weights.
+        update_info: the description of the received push.
+        version: the version of the new weights.
         asleep: the engine sleeps. An update while the weights sleep kills vLLM, and the memory of
             the KV cache may hold the received weights until they are loaded, so it wakes after
             them.
@@ -174,7 +174,7 @@ class RolloutFleet:
         """Sample a group of n responses on one engine; if that engine dies or fails, on another.
 
         Args:
-            prompt_token_ids: of one prompt.
+            prompt_token_ids: the tokens of one prompt.
             n: responses.
             max_tokens: the most of a response.
             kind: the prompt's kind; response lengths are estimated for each kind.
@@ -203,7 +203,7 @@ class RolloutFleet:
         engine; if that engine dies or fails, from another. Raises as `generate`.
 
         Args:
-            token_ids: of prompt and response.
+            token_ids: the tokens of prompt and response.
             first: the index of the first token to score.
             order: calls with a smaller number are sent first.
         """
@@ -394,8 +394,14 @@ class RolloutFleet:
 def share_of_gpus(
     settings: dict[str, Any], index: int, num_engines: int, key: str = "rollout.engines"
 ) -> dict[str, Any]:
-    """Return the settings of one of several engines that share this host's GPUs equally. key: the
-    setting that errors name. Raises as `gpus_of_slot`."""
+    """Return the settings of one of several engines that share this host's GPUs equally. Raises as
+    `gpus_of_slot`.
+
+    Args:
+        settings: the settings of all.
+        index: the engine.
+        num_engines: the number of engines.
+        key: the setting that errors name."""
     if num_engines == 1 or settings.get("device") != "cuda":
         return settings
     gpus = gpus_of_slot(visible_gpus(os.environ), num_engines, index % num_engines, key)

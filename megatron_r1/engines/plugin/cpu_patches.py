@@ -326,7 +326,10 @@ class RowCollector:
         """Return, by request in which a token was sampled, the rows from the position that the
         scheduler asks for.
 
-        sampled: this step's tokens of each request in the runner's batch, in order."""
+        Args:
+            runner: vLLM's model runner.
+            scheduled: the scheduler's output of this step.
+            sampled: this step's tokens of each request in the runner's batch, in order."""
         metadata, batch = scheduled.aux_output_connector_metadata, runner.input_batch
         for request in metadata.finished_requests:
             self._parts.pop(request, None)
