@@ -198,7 +198,7 @@ def read_offers(
         sets: the rendezvous of each engine of a set.
         ranks_per_engine: the ranks of each engine.
         pushed: names of the tensors of a push.
-        sent: see `Offers`."""
+        sent: the bytes that each trainer rank sends (`Offers`)."""
     offers = Offers(sent)
     for name, engines in sets.items():
         try:
@@ -280,12 +280,17 @@ class LinkedSet:
 
 
 class LinkPlanner:
-    """Plans the links of all trainer ranks, and creates those of rank `rank` of `grid`.
+    """Plans the links of all trainer ranks, and creates those of one rank.
 
     Every trainer rank computes the same plan, and publishes a part of it for the engines.
 
     Args:
-        held, stages, gpus: see `WeightSender`."""
+        hf: the model's `config.json`.
+        grid: the layout of the trainer.
+        held: this rank's parameters of the model.
+        rank: the trainer rank.
+        stages: the shards of the pipeline's virtual stages, default an even spread.
+        gpus: the UUID of each rank's GPU, where engines may share it over NCCL."""
 
     def __init__(
         self,

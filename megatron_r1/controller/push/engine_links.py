@@ -37,7 +37,8 @@ class EngineSet:
     """Engines that receive a push together: what enters one is passed on to the others.
 
     Attributes:
-        name: at the trainer and in its store, new for every set.
+        name: the set's name at the trainer and in its store, new for every set.
+        engines: the engines.
         num_links: links of each trainer rank to the set.
         num_bytes: bytes of a whole push to the set, out of all trainer ranks."""
 
@@ -283,7 +284,10 @@ class EngineLinks:
     ) -> list[Engine]:
         """Lose the engines at fault of a set that has failed, and return its other engines.
 
-        failures: as trainer ranks report them."""
+        Args:
+            engine_set: the set.
+            on_lost: called with each engine at fault and the error.
+            failures: the failures, as trainer ranks report them."""
         engines, error = engine_set.engines, failures[0].error
         members = {member for failure in failures for member in failure.members}
         if failures[0].is_damaged:

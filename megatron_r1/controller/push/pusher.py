@@ -38,8 +38,8 @@ class Prober:
     """Compares each engine's answers to a few prompts with the trainer.
 
     Attributes:
-        prompts: token ids.
-        tolerance: for the mean difference of log-probabilities."""
+        prompts: the token ids of each prompt.
+        tolerance: the largest mean difference of log-probabilities that is no fault."""
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ class RolloutFleet:
     versions.
 
     Args:
-        num_engines: at the start; engines may join later.
+        num_engines: the number of engines at the start; engines may join later.
         log_folder: the folder of the engines' logs, `ROLE-0.log`, `ROLE-1.log`, …
         max_restarts: the number of engines that may be replaced in all; the next death fails the
             fleet's calls.

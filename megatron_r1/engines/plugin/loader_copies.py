@@ -100,7 +100,9 @@ class CheckpointParameter:
     """A parameter or buffer in checkpoint form.
 
     Attributes:
-        title: its name with its layer's.
+        layer: the layer that has it.
+        name: its name in the layer.
+        title: the name, after the layer's.
         is_live: vLLM keeps it in this form while serving (a bias), so that a new value is copied
             into it."""
 

@@ -151,9 +151,9 @@ class EngineClient:
         it, at temperature 1.
 
         Args:
-            token_ids: at most one less than the engine's max_model_len: vLLM always samples one
-                more, which is dropped.
-            first: at least 1.
+            token_ids: the tokens, at most one less than the engine's max_model_len: vLLM always
+                samples one more, which is dropped.
+            first: the index of the first token to score, at least 1.
 
         Raises:
             EngineFault: the reply is not one finite number for each of these tokens."""

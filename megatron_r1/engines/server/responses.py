@@ -165,8 +165,8 @@ def _checked(
     routing: bytes | memoryview,
     vocab_size: int | None,
 ) -> Response:
-    """Return a response after the checks of `parse_responses`, and raise ValueError as it does.
-    vocab_size: None if unknown."""
+    """Return a response after the checks of `parse_responses`, and raise ValueError as it does. A
+    `vocab_size` of None is unknown."""
     _check_logprobs(token_ids, logprobs)
     ids = np.frombuffer(token_ids, np.int32)
     if vocab_size and len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:

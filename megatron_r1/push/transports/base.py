@@ -38,7 +38,7 @@ class ReceiveBuffer:
         memory: uint8, all areas.
         deliveries: the deliveries of each trainer rank or `Peer`, in its order, the same in every
             push.
-        is_weighted: see `RunningChecksum`.
+        is_weighted: whether checksums are weighted sums (`RunningChecksum`).
 
     Raises:
         ValueError: where the deliveries do not cover the table
