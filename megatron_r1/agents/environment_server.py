@@ -36,7 +36,7 @@ from megatron_r1.agents.environment import (
 )
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.processes.children import die_with_parent, end_without_parent
-from megatron_r1.base.user_code import place_of
+from megatron_r1.base.user_code import user_place_of
 
 GRACE_SECONDS = 1.0
 """The time between the interruption of a call whose limit is over and the end of its process; C
@@ -158,7 +158,7 @@ class _Episode:
             answer |= {"fault": f"{self._running}() {error}", "fix": error.fix}
         except BaseException as error:  # noqa: BLE001 - a user's code may raise anything
             answer["error"] = _worded(error)[:MAX_TEXT]
-            answer["fault"] = f"{self._running}: {answer['error']}{place_of(error)}"
+            answer["fault"] = f"{self._running}: {answer['error']}{user_place_of(error)}"
             answer["is_fault"] = isinstance(error, RunError)
         if "error" in answer:
             with contextlib.suppress(Exception):  # the error may be that of `done`
@@ -267,7 +267,7 @@ def _print_description(target: str) -> None:
         answer = {"error": key + str(error).removeprefix(key), "cause": error.cause}
     except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
         text = error.msg if isinstance(error, SyntaxError) else str(error)
-        fault = f"{type(error).__name__}: {text}{place_of(error)}"
+        fault = f"{type(error).__name__}: {text}{user_place_of(error)}"
         text = f"agents.environment: {target}: {fault}"
         answer = {"error": text, "cause": Cause.FAILED}
     print(f"\n{json.dumps(answer)}")

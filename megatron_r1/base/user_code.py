@@ -15,14 +15,14 @@ from r1_grading.base.user_code import find, find_function
 
 from megatron_r1.base.errors import Cause, UserError
 
-__all__ = ["find", "find_function", "place_of", "source_of", "syntax_of"]
+__all__ = ["find", "find_function", "user_place_of", "source_of", "syntax_of"]
 
 # Stages that run at the same time are threads. Two at a time, `ast.parse` of Python 3.11 can end in
 # "AST constructor recursion depth mismatch", and `find_spec` in the KeyError of an invalid cache.
 _READING = threading.Lock()
 
 
-def place_of(error: BaseException) -> str:
+def user_place_of(error: BaseException) -> str:
     """Return ` (my_env.py:60)`, the innermost line of the user's own files that an error comes
     from; "" where it comes from none."""
     (program,) = sys.modules[__name__.partition(".")[0]].__path__

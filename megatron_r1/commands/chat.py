@@ -18,7 +18,7 @@ from megatron_r1.commands.first_recipe import value_text
 from megatron_r1.commands.trained_model import CONVERT, find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config, verb_of
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.recipe import positions
+from megatron_r1.engines.server.from_recipe import positions
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.evaluation.engine_policy import EnginePolicy
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse

@@ -15,9 +15,9 @@ from megatron_r1.config import Config
 from megatron_r1.config.recipe import take_section
 from megatron_r1.controller.rollouts.players import find_player
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.recipe import check_engines, context_length
+from megatron_r1.engines.server.from_recipe import check_engines, context_length
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.push.plan.recipe import check_pushes
+from megatron_r1.push.plan.from_recipe import check_pushes
 from megatron_r1.rehearse import coverage, launch, miniature, model
 from megatron_r1.rehearse.jobs import RehearsalJob, check_connections, jobs
 from megatron_r1.rehearse.phases import Phases

@@ -34,12 +34,12 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.recipe import check_cpu_kernels, check_engines, context_length
+from megatron_r1.engines.server.from_recipe import check_cpu_kernels, check_engines, context_length
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.supported import check_divisions
 from megatron_r1.models.weights import num_parameters
-from megatron_r1.push.plan.recipe import check_pushes
+from megatron_r1.push.plan.from_recipe import check_pushes
 from megatron_r1.reporting.wording import counted, percent, printable, shorten_middle
 
 VLLM_SHARE = 0.92

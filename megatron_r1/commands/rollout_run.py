@@ -43,13 +43,13 @@ from megatron_r1.engines.fleet.placement import open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.episodes import Episode, Player
-from megatron_r1.engines.server.recipe import context_length, engine_settings, fleet_settings
+from megatron_r1.engines.server.from_recipe import context_length, engine_settings, fleet_settings
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.memory import parameter_bytes
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.stored import published
-from megatron_r1.push.plan.recipe import engine_rank_bytes
+from megatron_r1.push.plan.from_recipe import engine_rank_bytes
 from megatron_r1.reporting import wording
 from megatron_r1.reporting.wording import counted, duration, percent, printable
 

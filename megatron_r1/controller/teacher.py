@@ -8,9 +8,9 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.engines.fleet.placement import ExternalFleet
+from megatron_r1.engines.fleet.external import ExternalFleet
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server import gpu, recipe
+from megatron_r1.engines.server import from_recipe, gpu
 from megatron_r1.models.hf_config import language_settings, load_config
 
 NUM_SHOWN = 5
@@ -20,10 +20,10 @@ NUM_SHOWN = 5
 def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> RolloutFleet:
     """Return the engines of section `teacher`, to be started with the model `teacher.path`."""
     teacher = config.teacher
-    supervision = {**recipe.fleet_settings(teacher), "role": "teacher", "notify": notify}
+    supervision = {**from_recipe.fleet_settings(teacher), "role": "teacher", "notify": notify}
     # vLLM samples one token after those it scores. If that is beyond the model's positions it must
     # be allowed; nothing is computed there, as the token is not an input.
-    max_model_len = recipe.context_length(config) + 1
+    max_model_len = from_recipe.context_length(config) + 1
     if teacher.url:
         return ExternalFleet(teacher.url, logs, max_model_len=max_model_len, **supervision)
     return RolloutFleet(
@@ -35,7 +35,7 @@ def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> 
         extra_args=["--max-num-batched-tokens", str(teacher.tokens_at_once)],
         extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
         **supervision,
-        **recipe.engine_settings(teacher),
+        **from_recipe.engine_settings(teacher),
     )
 
 
@@ -59,8 +59,8 @@ def check_teacher(config: Config) -> None:
         return
     hf = load_config(path, "teacher.path")
     if not config.teacher.url:
-        recipe.check_ranks(config.teacher, hf, "teacher")
-    room, needed = recipe.positions(path, "teacher.path"), recipe.context_length(config)
+        from_recipe.check_ranks(config.teacher, hf, "teacher")
+    room, needed = from_recipe.positions(path, "teacher.path"), from_recipe.context_length(config)
     if room < needed:
         raise UserError(
             f"teacher.path {path} has {room} positions (max_position_embeddings), and the student "

@@ -20,7 +20,7 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.recipe import (
+from megatron_r1.engines.server.from_recipe import (
     check_cpu_kernels,
     check_engines,
     context_length,

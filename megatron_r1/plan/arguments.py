@@ -12,7 +12,7 @@ from megatron_r1.config import Verb, verb_of
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
 from megatron_r1.config.recipe import parse_overrides
 from megatron_r1.config.section import switches
-from megatron_r1.engines.server.recipe import context_length
+from megatron_r1.engines.server.from_recipe import context_length
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.plan.job import PlannedJob, text_limit
 from megatron_r1.plan.quantity import calibrated

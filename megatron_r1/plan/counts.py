@@ -63,7 +63,10 @@ class RankCounts:
 
 
 class ModelCounts:
-    """Counts of the whole model, for any layout. hf: its config.json."""
+    """Counts of the whole model, for any layout.
+
+    Args:
+        hf: the model's config.json."""
 
     def __init__(self, hf: dict):
         rules = table(hf)

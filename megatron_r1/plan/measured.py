@@ -70,9 +70,9 @@ class Measured:
     """The values that a run determines.
 
     Attributes:
-        values: by name.
-        reasons: why others are not there.
-        job: the run's, with its lengths and the values found so far."""
+        values: the values, by name.
+        reasons: why others are not there, by name.
+        job: the run's job, with its lengths and the values found so far."""
 
     def __init__(self, folder: Path, job: PlannedJob):
         self.values: dict[str, float] = {}

@@ -19,9 +19,8 @@ from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.engine_sets import SET_ENGINES, Plan, engine_sets, entries
+from megatron_r1.push.plan.from_recipe import check_drafter, engine_layout, shares_gpus_over_nccl
 from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.push.plan.recipe import check_drafter, shares_gpus_over_nccl
-from megatron_r1.push.plan.recipe import engine_layout as layout_of
 from megatron_r1.push.plan.rounds import ENTRY_BYTES, PushOrder, planned_order
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.push.transports import PASSED_BYTES, ROUNDS_AHEAD
@@ -39,9 +38,11 @@ class SetTraffic:
 
     Attributes:
         sent: bytes out of each trainer rank.
-        out, into: most links of a trainer rank, of an engine rank.
-        num_links: of all.
-        num_engines: of the largest set.
+        out: the most links of a trainer rank.
+        into: the most links of an engine rank.
+        num_links: the number of all links.
+        num_sets: the number of sets.
+        num_engines: the engines of the largest set.
         entering: most bytes that enter an engine rank from trainer ranks.
         received: bytes of each rank of an engine, with those that other engines pass on."""
 
@@ -195,14 +196,14 @@ def _set_plans(
     return entries(planner, count, engine_sets(engines.engines, max_engines))
 
 
-def engine_layout(job: PlannedJob) -> EngineLayout:
+def planned_engine_layout(job: PlannedJob) -> EngineLayout:
     """Return the recipe's layout of an engine, or if it gives none, vLLM's usual one.
 
     A recipe gives none if rollout.tensor, .data and .pipeline are 1. Attention is then
     tensor-parallel as far as heads and node allow and data-parallel beyond, and routed experts are
     spread over all GPUs of an engine.
     """
-    given = layout_of(job.config)
+    given = engine_layout(job.config)
     if given.ranks_per_engine > 1:
         return given
     largest = min(job.engine_gpus, job.hardware.gpus_per_node)
@@ -244,9 +245,10 @@ def drafts(job: PlannedJob) -> bool:
     return job.config.rollout.drafts_by_mtp
 
 
-def engine_rank_bytes(job: PlannedJob) -> int:
+def planned_rank_bytes(job: PlannedJob) -> int:
     """Return the pushed bytes of an engine's first GPU, which has the most."""
-    return _rank_bytes(json.dumps(job.hf), engine_layout(job), _form(job), 1, drafts(job))[0]
+    layout = planned_engine_layout(job)
+    return _rank_bytes(json.dumps(job.hf), layout, _form(job), 1, drafts(job))[0]
 
 
 def _form(job: PlannedJob) -> str:
@@ -275,7 +277,7 @@ def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int, drafts: bo
 
 def _needed_bytes(job: PlannedJob) -> int:
     """Return the bytes for all engines, each element once per GPU that computes with it."""
-    layout = engine_layout(job)
+    layout = planned_engine_layout(job)
     ranks = layout.ranks_per_engine
     one_engine = _rank_bytes(json.dumps(job.hf), layout, _form(job), ranks, drafts(job))
     return layout.engines * sum(one_engine)
@@ -284,12 +286,15 @@ def _needed_bytes(job: PlannedJob) -> int:
 def receive_buffer_bytes(job: PlannedJob, on: Literal["host", "GPU"] | None = None) -> int:
     """Return bytes of an engine rank's receive buffer.
 
-    on: return 0 if the transport's buffer is not there, or not between pushes.
+    Args:
+        job: the planned job.
+        on: the memory to count: 0 is returned if the transport's buffer is not there, or not
+            between pushes. None counts it wherever it is.
     """
     elsewhere = on is not None and (on != _receive_buffer_place(job) or borrows_memory(job))
     if elsewhere or not pushes(job):
         return 0
-    return engine_rank_bytes(job)
+    return planned_rank_bytes(job)
 
 
 def borrows_memory(job: PlannedJob) -> bool:
@@ -302,7 +307,7 @@ def borrowed_bytes(job: PlannedJob) -> int:
     receive buffer, and the buckets of the rounds under way."""
     if not (pushes(job) and borrows_memory(job)):
         return 0
-    bucket = PASSED_BYTES if engine_layout(job).engines > 1 else ENTRY_BYTES
+    bucket = PASSED_BYTES if planned_engine_layout(job).engines > 1 else ENTRY_BYTES
     return receive_buffer_bytes(job) + 2 * ROUNDS_AHEAD * bucket
 
 
@@ -326,7 +331,7 @@ def _is_one_node(job: PlannedJob) -> bool:
 
 def push_section(job: PlannedJob) -> Section:
     """Return the bytes that a push moves, their balance, and the memory that it keeps."""
-    parallel, engines, form = job.parallel, engine_layout(job), _form(job)
+    parallel, engines, form = job.parallel, planned_engine_layout(job), _form(job)
     grid = TrainerGrid.from_recipe(parallel, job.world_size)
     # What is for one host has to be set to gloo or nccl for more.
     most = 1 if job.config.push.on_one_host and _is_one_node(job) else SET_ENGINES

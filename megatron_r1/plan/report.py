@@ -64,8 +64,13 @@ def as_json(bill: Bill, problems: list[str], others: list[FittingLayout]) -> dic
 def layouts_text(
     job: PlannedJob, others: list[FittingLayout], which: str, other_sizes: Sequence[PlannedJob] = ()
 ) -> str:
-    """Return a line per layout with its changes and costs. other_sizes: the same layout on other
-    numbers of GPUs, named if `others` is empty."""
+    """Return a line per layout with its changes and costs.
+
+    Args:
+        job: the planned job.
+        others: the layouts.
+        which: the layouts' name in the text.
+        other_sizes: the same layout on other numbers of GPUs, named if `others` is empty."""
     title = f"{which} layouts that fit (fullest rank, estimated step)"
     if not others:
         remedy = "use more GPUs, or GPUs with more memory"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.config import Config
-from megatron_r1.engines.server.recipe import check_ranks, positions
+from megatron_r1.engines.server.from_recipe import check_ranks, positions
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import key_value_heads, load_config, read_hf_config
 from megatron_r1.models.memory import BYTES, cache_bytes_per_token
@@ -14,9 +14,9 @@ from megatron_r1.plan.counts import ModelCounts, decode_flops, forward_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import (
     drafts,
-    engine_layout,
-    engine_rank_bytes,
     in_fp8,
+    planned_engine_layout,
+    planned_rank_bytes,
     receive_buffer_bytes,
 )
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
@@ -31,7 +31,11 @@ LOGITS = 4
 
 @dataclass(frozen=True)
 class Engines:
-    """All engines of a job. resident: bytes of the trainer that stay on the same GPU."""
+    """All engines of a job.
+
+    Attributes:
+        job: the job.
+        resident: bytes of the trainer that stay on the same GPU."""
 
     job: PlannedJob
     resident: int = 0
@@ -43,7 +47,7 @@ class Engines:
     @property
     def tensor(self) -> int:
         """Number of GPUs that share the attention of one sequence."""
-        return engine_layout(self.job).tensor
+        return planned_engine_layout(self.job).tensor
 
     @cached_property
     def counts(self) -> ModelCounts:
@@ -69,12 +73,12 @@ class Engines:
     @cached_property
     def whole_shared(self) -> bool:
         """Whether each GPU has the shared experts whole."""
-        return PredictedLayout(self.job.hf, engine_layout(self.job)).whole_shared
+        return PredictedLayout(self.job.hf, planned_engine_layout(self.job)).whole_shared
 
     @property
     def weights(self) -> int:
         """Bytes of an engine's weights on one of its GPUs."""
-        return engine_rank_bytes(self.job)
+        return planned_rank_bytes(self.job)
 
     @property
     def receive_buffer(self) -> int:

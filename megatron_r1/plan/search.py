@@ -17,9 +17,9 @@ class FittingLayout:
 
     Attributes:
         changes: the keys of `parallel` that differ.
-        distance: `_distance`.
+        distance: the distance from the recipe's layout (`_distance`).
         peak: bytes of the fullest rank.
-        seconds: of a step."""
+        seconds: the duration of a step."""
 
     changes: dict
     distance: float

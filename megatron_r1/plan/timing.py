@@ -28,10 +28,11 @@ class AxisTraffic:
 
     Attributes:
         microbatch: bytes sent for one micro-batch, forward and backward.
-        forward: its forward part.
+        forward: bytes of `microbatch` that are sent in the forward pass.
         step: bytes sent once per optimizer step.
-        size: ranks.
-        span: ranks from the first to the last of a group, which decides whether it fits a node."""
+        size: the number of ranks of a group.
+        span: the ranks from the first to the last of a group, which decides whether it fits a
+            node."""
 
     size: int
     span: int

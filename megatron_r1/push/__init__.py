@@ -19,7 +19,7 @@ controller.
 
 Eight words are used in all of these modules: set, region, table, slot, plan, link, delivery and
 bucket. `plan` defines the others, of which the modules that carry out a plan use member, position
-and entry.
+and entry, and `plan.rounds` those of pushes over NCCL: round, portion, block, peer and area.
 
 - set: equal engines that are served together.
 - region: a rectangle of a Hugging Face tensor (`plan.tensors`).

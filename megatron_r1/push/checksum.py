@@ -252,9 +252,11 @@ class RowsWeightedSum:
 
 
 class RunningChecksum:
-    """The checksum of `values` (height, width), computed while its rows arrive.
+    """The checksum of a matrix, computed while its rows arrive.
 
-    is_weighted: whether it is their `weighted_sum`, as on a GPU."""
+    Args:
+        values: the matrix (height, width).
+        is_weighted: whether the checksum is the `weighted_sum`, as on a GPU."""
 
     def __init__(self, values: torch.Tensor, is_weighted: bool = False):
         self._values, self._row = values, 0
@@ -282,11 +284,13 @@ def checksum(values: torch.Tensor) -> int:
 def copy_with_checksum(
     target: torch.Tensor, source: torch.Tensor, report: Callable[[int], None] | None = None
 ) -> int:
-    """Do target.copy_(source), both (height, width), and return the checksum that `target` must
-    have.
+    """Do target.copy_(source), and return the checksum that `target` must have.
 
-    report: called from time to time with the number of rows written, never with all of them. Other
-    processes see the rows only after a `memory_fence`."""
+    Args:
+        target: the memory to write to (height, width).
+        source: the values (height, width).
+        report: called from time to time with the number of rows written, never with all of them.
+            Other processes see the rows only after a `memory_fence`."""
     if target.is_cuda:
         target.copy_(source)
         return weighted_sum(target)

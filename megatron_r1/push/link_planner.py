@@ -55,8 +55,11 @@ class ReceiverLayout:
     """The regions that the ranks of one engine need, from their tables (`PredictedLayout` has the
     same without an engine).
 
-    tables: one per rank of the engine. Raises ValueError for a table that has a tensor twice, which
-    no model here needs."""
+    Args:
+        tables: the slot tables, one per rank of the engine.
+
+    Raises:
+        ValueError: for a table that has a tensor twice, which no model here needs."""
 
     def __init__(self, tables: Sequence[SlotTable]):
         self._tables = tables
@@ -195,7 +198,7 @@ def read_offers(
         sets: the rendezvous of each engine of a set.
         ranks_per_engine: the ranks of each engine.
         pushed: names of the tensors of a push.
-        sent: see `Offers`."""
+        sent: the bytes that each trainer rank sends (`Offers`)."""
     offers = Offers(sent)
     for name, engines in sets.items():
         try:
@@ -251,10 +254,11 @@ class LinkedSet:
     """A set of engines, with the links of this rank to it.
 
     Attributes:
-        rendezvous: of each engine with this rank.
+        rendezvous: this rank's rendezvous with each engine.
         sent: the bytes that each trainer rank sends to the set in a push.
+        links: the links.
         rounds: this rank's part of a push in rounds.
-        number: of the set's pushes so far."""
+        number: the number of the set's pushes so far."""
 
     rendezvous: list[TrainerRendezvous]
     sent: list[float]
@@ -276,12 +280,17 @@ class LinkedSet:
 
 
 class LinkPlanner:
-    """Plans the links of all trainer ranks, and creates those of rank `rank` of `grid`.
+    """Plans the links of all trainer ranks, and creates those of one rank.
 
     Every trainer rank computes the same plan, and publishes a part of it for the engines.
 
     Args:
-        held, stages, gpus: see `WeightSender`."""
+        hf: the model's `config.json`.
+        grid: the layout of the trainer.
+        held: this rank's parameters of the model.
+        rank: the trainer rank.
+        stages: the shards of the pipeline's virtual stages, default an even spread.
+        gpus: the UUID of each rank's GPU, where engines may share it over NCCL."""
 
     def __init__(
         self,
@@ -308,9 +317,9 @@ class LinkPlanner:
         problem may have some links.
 
         Args:
-            rendezvous: of each engine of a set.
+            rendezvous: by set, the rendezvous with each engine.
             offers: what the engines take.
-            engine_layout: of one engine.
+            engine_layout: the layout of one engine.
             transport: the name of the transport."""
         created: dict[str, LinkedSet] = {}
         problems: dict[str, str] = {}

@@ -65,7 +65,7 @@ PositionPlan = list[list[tuple[int, list[Delivery]]]]
 """plan[member]: the pairs (sender, deliveries) that enter that engine's rank at one position."""
 
 
-class Half(msgspec.Struct, frozen=True, array_like=True):
+class RankCall(msgspec.Struct, frozen=True, array_like=True):
     """A send or a receive of a round: portion `number` of the `count` equal ones of a block.
 
     Attributes:
@@ -84,19 +84,26 @@ class RankRounds(msgspec.Struct, frozen=True):
     first those in which weights enter it, then those in which they are passed on.
 
     Attributes:
-        rank, size: in the set's communicator.
-        names: the ranks of its position that are in it, each "member/rank"."""
+        rank: the rank in the set's communicator.
+        size: the number of that communicator's ranks.
+        names: the ranks of its position that are in it, each "member/rank".
+        entering: the rounds in which weights enter this rank.
+        passing: the rounds in which they are passed on."""
 
     rank: int
     size: int
     names: list[str]
-    entering: list[tuple[Half | None, Half | None]]
-    passing: list[tuple[Half | None, Half | None]]
+    entering: list[tuple[RankCall | None, RankCall | None]]
+    passing: list[tuple[RankCall | None, RankCall | None]]
 
 
 class PublishedPlan(msgspec.Struct, frozen=True):
-    """What the ranks at a position do in a push. rounds: over NCCL, by member; None for a rank for
-    which the trainer rank on its GPU receives."""
+    """What the ranks at a position do in a push.
+
+    Attributes:
+        entering: the deliveries from trainer ranks.
+        rounds: over NCCL, the rounds by member; None for a rank for which the trainer rank on its
+            GPU receives."""
 
     entering: PositionPlan
     rounds: list[RankRounds | None] | None = None
@@ -142,7 +149,16 @@ class Rendezvous:
 
     Every call waits for the other side at most `timeout_seconds`, during a push `push_seconds`
     (default the same), and then raises torch.distributed.DistStoreError; it raises SetFailed as
-    soon as the set is reported as failed. tables: shared by a process that meets many sets."""
+    soon as the set is reported as failed.
+
+    Args:
+        store: the trainer's store.
+        name: the name of the set.
+        timeout_seconds: the time limit of a call.
+        push_seconds: the time limit of a call during a push.
+        tables: the slot tables, which a process shares among the sets that it meets.
+        member: the engine, by its number in the set.
+        num_members: the engines of the set."""
 
     def __init__(
         self,
@@ -213,9 +229,13 @@ class Rendezvous:
         is_closing: Callable[[], bool] = lambda: False,
     ) -> Failure:
         """Return why push `number` of the set broke: the failure that a rank has published, or else
-        the death of those of the engine ranks `names`, each "member/rank", that do not answer.
+        the death of those of the engine ranks that do not answer.
 
-        is_closing: ends the wait for answers when it returns True."""
+        Args:
+            names: the engine ranks, each "member/rank".
+            number: the push, by its number in the set.
+            error: the error that this rank has seen.
+            is_closing: ends the wait for answers when it returns True."""
         self.shared.set(f"asked/{number}", "")
         key, answered, looks = f"answers/{number}", set[str](), 0
         while not answered.issuperset(names) and looks < ANSWER_LOOKS and not is_closing():
@@ -252,10 +272,12 @@ class EngineRendezvous(Rendezvous):
         return deliveries_to(plan.entering, self.member), rounds
 
     def await_begun(self, number: int, connection: Store) -> int:
-        """Wait until push number `number` of the set, counted from 1, has begun, and return its
-        number of the run; 0 where a rank of the set has closed.
+        """Wait until a push of the set has begun, and return its number of the run; 0 where a rank
+        of the set has closed.
 
-        connection: of the calling thread (`new_connection`)."""
+        Args:
+            number: the push, by its number in the set, counted from 1.
+            connection: the calling thread's connection (`new_connection`)."""
         connection.wait([f"begun/{number}"], datetime.timedelta(seconds=IDLE_SECONDS))
         return int(connection.get(f"begun/{number}"))
 
@@ -279,8 +301,8 @@ class EngineRendezvous(Rendezvous):
         """Report a failure of this rank, as `report` does, so that no other waits for it.
 
         Args:
-            rank: of the engine.
-            error: what to say of it.
+            rank: the rank within the engine.
+            error: the description of the failure.
             is_damaged: whether what has arrived differs from what was sent.
         """
         error = f"engine {self.member} of the set, rank {rank}: {error}"
@@ -307,9 +329,11 @@ class TrainerRendezvous(Rendezvous):
         _write(self.shared, f"plan/{position}", PublishedPlan(plan, rounds))
 
     def publish_prepared(self, num_senders: int, num_ranks: int) -> None:
-        """Publish that this rank, one of `num_senders`, has published its plans and can be reached.
+        """Publish that this rank has published its plans and can be reached.
 
-        num_ranks: of all engines of the set."""
+        Args:
+            num_senders: the trainer ranks that do so.
+            num_ranks: the ranks of all engines of the set."""
         if self.shared.add("prepared", 1) == num_senders:  # the last ends the wait of all
             self.shared.set("ready", str(num_ranks))
 
@@ -350,7 +374,14 @@ def wait_for_keys(
     """Wait until the store has all keys. Its own `wait` would log a warning every time that it ends
     to check for a failure.
 
-    look: raises the error because of which they will not come."""
+    Args:
+        store: the store.
+        keys: the keys.
+        seconds: the time limit.
+        look: raises the error because of which the keys will not come.
+
+    Raises:
+        DistStoreError: at the time limit."""
     deadline, pause = time.monotonic() + seconds, FIRST_POLL_SECONDS
     while not store.check(list(keys)):
         look()
@@ -363,13 +394,14 @@ def wait_for_keys(
 def report_failure(host: str, port: int, name: str, error: str) -> None:
     """Publish that an engine of the set `name` is gone, so that no rank waits for it.
 
-    Raises torch.distributed.DistError where the trainer is gone as well.
-
     Args:
-        host: of the trainer's store.
-        port: of the trainer's store.
-        name: of the set.
-        error: what to say of the engine.
+        host: the host of the trainer's store.
+        port: the port of the trainer's store.
+        name: the name of the set.
+        error: the description of the engine's failure.
+
+    Raises:
+        torch.distributed.DistError: where the trainer is gone as well.
     """
     timeout = datetime.timedelta(seconds=REPORT_SECONDS)
     store = TCPStore(host, port, is_master=False, timeout=timeout)

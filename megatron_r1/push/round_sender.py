@@ -28,9 +28,9 @@ from megatron_r1.push.plan.engine_sets import EngineRank, Plan
 from megatron_r1.push.plan.rounds import ENTRY_BYTES, NONE, push_order, receiving_processes
 from megatron_r1.push.rendezvous import (
     EXPECTED_ERRORS,
-    Half,
     Peer,
     PositionPlan,
+    RankCall,
     RankRounds,
     ReceiverInfo,
     SetFailed,
@@ -40,7 +40,7 @@ from megatron_r1.push.rendezvous import (
 )
 from megatron_r1.push.results import Failure
 from megatron_r1.push.table import Delivery, SlotTable
-from megatron_r1.push.transports.blocks import Landing, MemoryBlock, SlicesBlock
+from megatron_r1.push.transports.blocks import ArrivingBlocks, MemoryBlock, SlicesBlock
 from megatron_r1.push.transports.nccl_rounds import (
     Communicator,
     NcclError,
@@ -52,9 +52,15 @@ from megatron_r1.push.transports.nccl_rounds import (
 from megatron_r1.push.transports.shared_memory import mapped_memory
 
 
-class Block(NamedTuple):
-    """Bytes for rank `position` of engine `member` of a set: those that trainer rank `sender`
-    sends; or, with sender None, those that this rank passes on."""
+class BlockId(NamedTuple):
+    """Names a block: the bytes for rank `position` of engine `member` of a set.
+
+    Attributes:
+        set_index: the set, by its number in `OrderedSets`.
+        member: the engine.
+        position: the rank within the engine.
+        sender: the trainer rank that sends the bytes; None for those that this engine rank passes
+            on."""
 
     set_index: int
     member: int
@@ -62,29 +68,43 @@ class Block(NamedTuple):
     sender: int | None
 
 
-class Call(NamedTuple):
-    """A send or a receive, in a round, of portion `number` of the `of` equal ones of `block`.
-    peer: rank in the communicator."""
+@dataclass(frozen=True)
+class RoundCall:
+    """A send or a receive of a portion of a block, in a round.
+
+    Attributes:
+        is_passing: whether the portion is passed on from engine to engine.
+        round: the round.
+        is_send: a send, not a receive.
+        peer: the other side's rank in the communicator.
+        block: the block.
+        number: the portion, counted from 0.
+        count: the equal portions of the block."""
 
     is_passing: bool
     round: int
     is_send: bool
     peer: int
-    block: Block
+    block: BlockId
     number: int
-    of: int
+    count: int
 
 
 class OrderedSets:
     """The order of a push to sets that are connected together.
 
     Args:
-        plans: their `entries`.
-        sets: the engines of each, numbered through.
+        plans: the sets' plans (`engine_sets.entries`).
+        sets: the engines of each set, numbered through.
+        ranks_per_engine: the ranks of an engine.
+        world: the trainer ranks.
         shared: the trainer ranks on engine ranks' GPUs.
+        number: the number of this order, in the order of connecting.
 
     Attributes:
-        number: of this order, in the order of connecting."""
+        receivers: the process that receives for each engine rank (`receiving_processes`).
+        order: the rounds.
+        blocks: the blocks, as `order` numbers them."""
 
     def __init__(
         self,
@@ -100,13 +120,13 @@ class OrderedSets:
         self.order = push_order(plans, self.receivers)
         # In the order in which `push_order` and `PushOrder` number them.
         self.blocks = [
-            Block(index, entry.member, position, entry.sender)
+            BlockId(index, entry.member, position, entry.sender)
             for index, plan in enumerate(plans)
             for position, entries in enumerate(plan)
             for entry in entries
         ]
         self.blocks += [
-            Block(index, member, position, None)
+            BlockId(index, member, position, None)
             for index, positions in enumerate(self.receivers)
             for position, members in enumerate(positions)
             if len(members) > 1
@@ -117,21 +137,28 @@ class OrderedSets:
             for positions in self.receivers
         ]
 
-    def calls(self, process: int) -> Iterator[Call]:
+    def calls(self, process: int) -> Iterator[RoundCall]:
         """Yield the calls of a process in order; of a round, the send comes first."""
         num_entering = self.order.num_entering
-        for row in self.order.part(process):
+        for row in self.order.schedule_of(process):
             for is_send, bucket, peer in (
                 (True, row["sent"], row["to"]),
                 (False, row["received"], row["source"]),
             ):
                 if bucket != NONE:
-                    number, *portion = self.order.portion(int(bucket))
-                    block, passes = self.blocks[number], bool(bucket >= num_entering)
-                    rank = self._ranks[block.set_index].get(int(peer), int(peer))
-                    yield Call(passes, int(row["round"]), is_send, rank, block, *portion)
+                    portion = self.order.portion(int(bucket))
+                    block = self.blocks[portion.block]
+                    yield RoundCall(
+                        is_passing=bool(bucket >= num_entering),
+                        round=int(row["round"]),
+                        is_send=is_send,
+                        peer=self._ranks[block.set_index].get(int(peer), int(peer)),
+                        block=block,
+                        number=portion.number,
+                        count=portion.count,
+                    )
 
-    def copies(self, process: int) -> Iterator[Block]:
+    def copies(self, process: int) -> Iterator[BlockId]:
         """Yield the blocks that a trainer rank copies, since it receives for the engine rank."""
         for block in self.blocks:
             if block.sender == process == self._receiver(block):
@@ -176,14 +203,14 @@ class OrderedSets:
         phases: tuple[dict, dict] = ({}, {})
         for call in self.calls(process):
             block = -1 - call.block.member if call.block.sender is None else call.block.sender
-            half = Half(call.peer, block, call.number, call.of)
+            rank_call = RankCall(call.peer, block, call.number, call.count)
             pair = phases[call.is_passing].setdefault(call.round, [None, None])
-            pair[0 if call.is_send else 1] = half
+            pair[0 if call.is_send else 1] = rank_call
         entering, passing = ([tuple(pair) for pair in phase.values()] for phase in phases)
         rank, size = self._ranks[index][process], self.size(index)
         return RankRounds(rank, size, names, entering, passing)
 
-    def _receiver(self, block: Block) -> int:
+    def _receiver(self, block: BlockId) -> int:
         return self.receivers[block.set_index][block.position][block.member]
 
     def _outside(self, positions: Sequence[Sequence[int]]) -> list[int]:
@@ -196,8 +223,12 @@ class SetRounds:
     """The part of trainer rank `rank` in the pushes to one set.
 
     Attributes:
-        index: of the set in `ordered`.
-        number: of the set's push."""
+        rendezvous: this rank's rendezvous with each engine of the set.
+        ordered: the order of the sets that were connected together.
+        index: the place of the set in `ordered`.
+        rank: the trainer rank.
+        communicator: the set's communicator, if it has one.
+        number: the number of the set's push."""
 
     rendezvous: list[TrainerRendezvous]
     ordered: OrderedSets
@@ -214,9 +245,9 @@ class SetRounds:
         self._mapped: tuple[torch.Tensor, torch.Tensor] | None = None
         """During a push, the memory of that rank, and that of the checksums, behind which is room
         for the push's number."""
-        self._landing: Landing | None = None
+        self._arriving: ArrivingBlocks | None = None
         own = [call for call in self.ordered.calls(self.rank) if call.block.set_index == self.index]
-        self.calls: list[Call] = own
+        self.calls: list[RoundCall] = own
         copies = self.ordered.copies(self.rank)
         self.copies = [block for block in copies if block.set_index == self.index]
 
@@ -225,7 +256,11 @@ class SetRounds:
         return self.place is not None and self.place[1] == position
 
     def serve(self, receivers: Sequence[ReceiverInfo], plan: PositionPlan) -> None:
-        """Prepare to receive for that engine rank. receivers: of its position, by member."""
+        """Prepare to receive for the engine rank on this rank's GPU.
+
+        Args:
+            receivers: what the engine ranks at its position offer, by member.
+            plan: the deliveries to that position."""
         assert self.place is not None, "it serves"
         member, _ = self.place
         self._served = receivers[member].table, deliveries_to(plan, member)
@@ -253,26 +288,26 @@ class SetRounds:
 
     def begin(self, push: int) -> None:
         """Prepare the blocks of a push."""
-        self._memory_blocks: dict[Block, MemoryBlock] = {}
+        self._memory_blocks: dict[BlockId, MemoryBlock] = {}
         if self._mapped is not None:
             assert self._served is not None, "serve() comes first"
             (table, deliveries), (memory, sums) = self._served, self._mapped
-            self._landing = Landing(table, deliveries, table.area(memory, push), sums)
+            self._arriving = ArrivingBlocks(table, deliveries, table.area(memory, push), sums)
 
     def unmap(self) -> None:
         """Let go of the engine rank's memory."""
-        self._mapped, self._landing, self._memory_blocks = None, None, {}
+        self._mapped, self._arriving, self._memory_blocks = None, None, {}
 
-    def memory_block(self, block: Block) -> MemoryBlock:
+    def memory_block(self, block: BlockId) -> MemoryBlock:
         """Return the place of a block that the engine rank on this rank's GPU receives or passes on
         in its memory."""
         if block not in self._memory_blocks:
-            assert self._landing is not None, "map() and begin() come first"
+            assert self._arriving is not None, "map() and begin() come first"
             if block.sender is None and (block.member, block.position) == self.place:
-                self._memory_blocks[block] = self._landing.own_block()
+                self._memory_blocks[block] = self._arriving.own_block()
             else:
                 source = Peer(block.member) if block.sender is None else block.sender
-                self._memory_blocks[block] = self._landing.block(source)
+                self._memory_blocks[block] = self._arriving.block(source)
         return self._memory_blocks[block]
 
     def copy(self, blocks: Blocks, device: torch.device) -> None:
@@ -435,7 +470,7 @@ class RoundSender:
                 of_link = call.is_send and call.block.sender is not None
                 place = call.block.member, call.block.position
                 block = blocks[place] if of_link else rounds.memory_block(call.block)
-                transfer = Transfer(call.peer, block, *block.extent(call.number, call.of))
+                transfer = Transfer(call.peer, block, *block.extent(call.number, call.count))
                 if call.is_send:
                     found[key] = each._replace(sent=transfer)
                 else:

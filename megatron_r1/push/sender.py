@@ -66,17 +66,18 @@ FromRankZero = Callable[[bytes | None], bytes]
 
 
 class WeightSender:
-    """Sends the weights of rank `rank` of `grid`; every method is called on all trainer ranks.
+    """Sends the weights of a trainer rank; every method is called on all trainer ranks.
 
     Args:
-        held: this rank's parameters of the model that `hf` describes.
+        hf: the model's `config.json`.
+        grid: the layout of the trainer.
+        held: this rank's parameters of the model.
+        store: the store in which trainer and engine ranks meet.
+        broadcast: broadcasts rank 0's bytes (`FromRankZero`); a single rank needs none.
+        rank: the trainer rank.
         stages: the shards of the pipeline's virtual stages, default an even spread.
-        gpus: the UUID of each rank's GPU, where engines may share it over NCCL.
-
-    Attributes:
-        store: where trainer and engine ranks meet.
         drafts: whether engines draft with the MTP layers.
-        broadcast: see `FromRankZero`; a single rank needs none."""
+        gpus: the UUID of each rank's GPU, where engines may share it over NCCL."""
 
     def __init__(
         self,
@@ -166,9 +167,13 @@ class WeightSender:
 
     def send(self, push: int, sets: Sequence[str], gone: Sequence[str] = ()) -> SentWeights:
         """Send the present weights to these sets, over all links at once, as push number `push` of
-        each set. Rank 0 returns when the engines of each set have passed on all of the push.
+        each set. Rank 0 returns when the engines of each set have passed on all of the push. A set
+        that fails does not stop the others.
 
-        gone: sets to disconnect. A set that fails does not stop the others."""
+        Args:
+            push: the number of the push.
+            sets: the sets to send to.
+            gone: the sets to disconnect."""
         for name in gone:
             self.disconnect(name)
         present = {name: self._sets[name] for name in sets if name in self._sets}

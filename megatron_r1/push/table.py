@@ -34,9 +34,10 @@ class SlotTable(msgspec.Struct, frozen=True):
     """All slots of one engine rank, in checkpoint order.
 
     Attributes:
-        num_bytes: of one area.
-        areas: 1, or 2 where the engine computes with the received weights in place, so that the
-            next push must be written next to these weights."""
+        num_bytes: the size of one area.
+        slots: the slots.
+        areas: the number of areas: 1, or 2 where the engine computes with the received weights in
+            place, so that the next push must be written next to these weights."""
 
     num_bytes: int
     slots: list[Slot]

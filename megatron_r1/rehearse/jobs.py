@@ -18,7 +18,7 @@ from megatron_r1.pipeline.graph import check_plan
 from megatron_r1.pipeline.pipeline_recipe import REFERENCE
 from megatron_r1.pipeline.plan import PipelinePlan
 from megatron_r1.push.plan.engine_sets import num_links
-from megatron_r1.push.plan.recipe import engine_layout, planned_push
+from megatron_r1.push.plan.from_recipe import engine_layout, planned_push
 
 MAX_LINKS = 100
 """Most links of a trainer rank beyond those that the numbers of ranks require. The recipe for 2,048

@@ -32,7 +32,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.recipe import (
+from megatron_r1.engines.server.from_recipe import (
     check_cpu_kernels,
     check_engines,
     engine_settings,

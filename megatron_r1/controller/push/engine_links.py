@@ -14,7 +14,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import EngineDied, EngineError
 from megatron_r1.push.plan.engine_sets import engine_sets
-from megatron_r1.push.plan.recipe import max_engines
+from megatron_r1.push.plan.from_recipe import max_engines
 from megatron_r1.push.results import Failure, StoreUnreachable
 from megatron_r1.trainer.operations import PushOperations
 
@@ -37,7 +37,8 @@ class EngineSet:
     """Engines that receive a push together: what enters one is passed on to the others.
 
     Attributes:
-        name: at the trainer and in its store, new for every set.
+        name: the set's name at the trainer and in its store, new for every set.
+        engines: the engines.
         num_links: links of each trainer rank to the set.
         num_bytes: bytes of a whole push to the set, out of all trainer ranks."""
 
@@ -119,7 +120,12 @@ class EngineLinks:
         """Divide these engines into new sets, and connect them with the trainer.
 
         An engine that dies meanwhile is lost. A set that fails for another reason is divided into
-        sets of one, and those that fail again are lost. resume: engines may compute afterwards."""
+        sets of one, and those that fail again are lost.
+
+        Args:
+            engines: the engines.
+            on_lost: called with each lost engine and the error.
+            resume: engines may compute afterwards."""
         self._drop([s for s in self.sets if set(s.engines) & set(engines)])
         groups = self._divide(engines)
         set_problems: dict[Engine, str] = {}  # why the engine's set of several could not connect
@@ -196,7 +202,9 @@ class EngineLinks:
         """Connect all ranks of these sets with all trainer ranks. Return the problems by set, and
         the engines that have died or do not answer, with the error of each.
 
-        resume: engines may compute afterwards."""
+        Args:
+            sets: the sets.
+            resume: engines may compute afterwards."""
         gone, self._gone = self._gone, []
         calls: dict[Engine, asyncio.Task[None]] = {}
 
@@ -276,7 +284,10 @@ class EngineLinks:
     ) -> list[Engine]:
         """Lose the engines at fault of a set that has failed, and return its other engines.
 
-        failures: as trainer ranks report them."""
+        Args:
+            engine_set: the set.
+            on_lost: called with each engine at fault and the error.
+            failures: the failures, as trainer ranks report them."""
         engines, error = engine_set.engines, failures[0].error
         members = {member for failure in failures for member in failure.members}
         if failures[0].is_damaged:

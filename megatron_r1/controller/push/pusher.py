@@ -24,7 +24,7 @@ from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, swap_calls
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFault, NoWeights
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import read_hf_config
-from megatron_r1.push.plan.recipe import engine_layout
+from megatron_r1.push.plan.from_recipe import engine_layout
 from megatron_r1.push.plan.tensors import pushed_tensors
 
 PROBE_TOKENS = 8
@@ -38,8 +38,8 @@ class Prober:
     """Compares each engine's answers to a few prompts with the trainer.
 
     Attributes:
-        prompts: token ids.
-        tolerance: for the mean difference of log-probabilities."""
+        prompts: the token ids of each prompt.
+        tolerance: the largest mean difference of log-probabilities that is no fault."""
 
     def __init__(
         self,
@@ -106,7 +106,13 @@ class Prober:
 def pusher_of(
     config: Config, trainer: TrainerClient, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
 ) -> WeightPusher:
-    """Return the pusher of a run; probes: token ids of the prompts."""
+    """Return the pusher of a run.
+
+    Args:
+        config: the recipe.
+        trainer: the client of the trainer.
+        fleet: the engines.
+        probes: the token ids of each prompt by which pushed weights are probed."""
     push, fp8 = config.push, config.push.fp8
     elsewhere = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8

@@ -19,7 +19,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.server.episodes import Player
-from megatron_r1.engines.server.recipe import context_length
+from megatron_r1.engines.server.from_recipe import context_length
 
 ANY_TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"type": "object"}}}
 """Stands for the tools of an agent, which are known only when it runs."""

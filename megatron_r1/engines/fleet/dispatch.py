@@ -98,8 +98,10 @@ for a group, while each token of a response reads the weights anew."""
 class Affinity:
     """The engine that had the earlier turns of a conversation, or of one with the same beginning.
 
-    origin: the affinity shared by all conversations with the same first prompt. Until this one has
-    an engine, it prefers theirs, whose cache has that prompt."""
+    Attributes:
+        engine: the engine, once there is one.
+        origin: the affinity shared by all conversations with the same first prompt. Until this one
+            has an engine, it prefers theirs, whose cache has that prompt."""
 
     engine: Engine | None = None
     origin: "Affinity | None" = None
@@ -150,10 +152,12 @@ Priority = tuple[int, bool, float, int]
 
 
 class Dispatcher:
-    """Assigns an engine to each `acquire`, in order of priority."""
+    """Assigns an engine to each `acquire`, in order of priority.
+
+    Args:
+        capacity: the sequences that an engine decodes at once."""
 
     def __init__(self, capacity: int) -> None:
-        """capacity: sequences an engine decodes at once."""
         self.limit = capacity * (1 + SLACK)
         self.engines: list[Engine] = []
         self._waiting: list[tuple[Priority, Work, asyncio.Future[Engine]]] = []

@@ -59,7 +59,14 @@ class HostLink:
     """Connects at once and again by itself; a report that cannot be sent now is dropped."""
 
     def __init__(self, address: str, token: str) -> None:
-        """address: tcp://host:port of the controller. Raises UserError for another form."""
+        """Prepare to connect.
+
+        Args:
+            address: the controller's address, tcp://host:port.
+            token: the token of the run.
+
+        Raises:
+            UserError: for an address of another form."""
         parts = urlsplit(address)
         if parts.scheme != "tcp" or not parts.hostname or not parts.port:
             raise UserError(
@@ -128,8 +135,14 @@ class HostLink:
 
 @dataclass
 class LocalEngine:
-    """An engine that was ordered. server: None where it could not be started; `end` then has the
-    reason."""
+    """An engine that was ordered.
+
+    Attributes:
+        order: the order.
+        slot: the place on this host.
+        server: the server; None where it could not be started.
+        end: how the engine ended; the reason where it could not be started.
+        stopping: the thread that stops it, if one does."""
 
     order: EngineOrder
     slot: int

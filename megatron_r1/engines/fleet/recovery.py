@@ -21,11 +21,17 @@ meets a fresh engine; where that fails too, the weights or the request are at fa
 
 
 class RequestRetries:
-    """Repeats failed requests. num_requeued: the number of sequences that were sent again."""
+    """Repeats failed requests.
+
+    Args:
+        members: the engines.
+        on_failure: called with an engine that died or gave an unusable reply, and with the error;
+            it may raise EngineDied if the fleet has failed.
+
+    Attributes:
+        num_requeued: the number of sequences that were sent again."""
 
     def __init__(self, members: Members, on_failure: OnFailure) -> None:
-        """on_failure: called with an engine that died or gave an unusable reply, and with the
-        error; it may raise EngineDied if the fleet has failed."""
         self.members, self.on_failure = members, on_failure
         self.num_requeued = 0
         self._starting = asyncio.Lock()
@@ -39,9 +45,16 @@ class RequestRetries:
         """Return the first usable result of `call` on an engine.
 
         The death of an engine does not count as an attempt: the request did not cause it, and the
-        number of restarts limits it. lengths: returns the number of tokens of each sequence in a
-        result. Raises EngineError if an engine refuses the call, if MAX_ATTEMPTS replies are
-        unusable, or if no engine is left."""
+        number of restarts limits it.
+
+        Args:
+            work: the work, for which an engine is chosen.
+            call: makes the request.
+            lengths: returns the number of tokens of each sequence in a result.
+
+        Raises:
+            EngineError: if an engine refuses the call, if MAX_ATTEMPTS replies are unusable, or if
+                no engine is left."""
         dispatcher = self.members.dispatcher
         faults: list[EngineFault] = []
         while len(faults) < MAX_ATTEMPTS:

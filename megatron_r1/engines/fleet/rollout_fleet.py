@@ -27,8 +27,8 @@ from megatron_r1.engines.fleet.engine import Engine, MakeServer
 from megatron_r1.engines.fleet.recovery import DRAIN_SECONDS, Replacement, RequestRetries
 from megatron_r1.engines.server.client import EngineClient, UpdateInfo
 from megatron_r1.engines.server.errors import EngineDied, EngineError, PushIncomplete
+from megatron_r1.engines.server.from_recipe import vocab_size
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
-from megatron_r1.engines.server.recipe import vocab_size
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.engines.server.server import EngineServer
 
@@ -39,8 +39,8 @@ def swap_calls(update_info: UpdateInfo, version: int, *, asleep: bool) -> list[E
     """Return the calls that load a push as `version`, in order; after the last the engine samples.
 
     Args:
-        update_info: of the received push.
-        version: of the new weights.
+        update_info: the description of the received push.
+        version: the version of the new weights.
         asleep: the engine sleeps. An update while the weights sleep kills vLLM, and the memory of
             the KV cache may hold the received weights until they are loaded, so it wakes after
             them.
@@ -70,7 +70,7 @@ class RolloutFleet:
     versions.
 
     Args:
-        num_engines: at the start; engines may join later.
+        num_engines: the number of engines at the start; engines may join later.
         log_folder: the folder of the engines' logs, `ROLE-0.log`, `ROLE-1.log`, …
         max_restarts: the number of engines that may be replaced in all; the next death fails the
             fleet's calls.
@@ -174,7 +174,7 @@ class RolloutFleet:
         """Sample a group of n responses on one engine; if that engine dies or fails, on another.
 
         Args:
-            prompt_token_ids: of one prompt.
+            prompt_token_ids: the tokens of one prompt.
             n: responses.
             max_tokens: the most of a response.
             kind: the prompt's kind; response lengths are estimated for each kind.
@@ -203,7 +203,7 @@ class RolloutFleet:
         engine; if that engine dies or fails, from another. Raises as `generate`.
 
         Args:
-            token_ids: of prompt and response.
+            token_ids: the tokens of prompt and response.
             first: the index of the first token to score.
             order: calls with a smaller number are sent first.
         """
@@ -394,8 +394,14 @@ class RolloutFleet:
 def share_of_gpus(
     settings: dict[str, Any], index: int, num_engines: int, key: str = "rollout.engines"
 ) -> dict[str, Any]:
-    """Return the settings of one of several engines that share this host's GPUs equally. key: the
-    setting that errors name. Raises as `gpus_of_slot`."""
+    """Return the settings of one of several engines that share this host's GPUs equally. Raises as
+    `gpus_of_slot`.
+
+    Args:
+        settings: the settings of all.
+        index: the engine.
+        num_engines: the number of engines.
+        key: the setting that errors name."""
     if num_engines == 1 or settings.get("device") != "cuda":
         return settings
     gpus = gpus_of_slot(visible_gpus(os.environ), num_engines, index % num_engines, key)

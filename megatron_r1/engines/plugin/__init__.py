@@ -33,13 +33,13 @@ def register() -> None:
 def _patch() -> None:
     from vllm.platforms import current_platform
 
-    from megatron_r1.engines.plugin import patches, whole_outputs
+    from megatron_r1.engines.plugin import output_batching, patches
 
     patches.correct_deepseek_classes()
     patches.push_to_drafters()
     patches.keep_expert_places()
     patches.keep_ranks_in_step()
-    whole_outputs.apply()
+    output_batching.apply()
     if current_platform.is_cpu():
         from megatron_r1.engines.plugin import cpu_parallel, cpu_patches
 

@@ -53,8 +53,10 @@ before and after."""
 
 
 class LoadCheck:
-    """Compares layers before and after each load. owners: for every slot of the engine rank's
-    table, the parameter that it belongs to."""
+    """Compares layers before and after each load.
+
+    Args:
+        owners: for every slot of the engine rank's table, the parameter that it belongs to."""
 
     def __init__(self, owners: Sequence[PlacedParameter]):
         self._owners = owners
@@ -67,8 +69,10 @@ class LoadCheck:
         """Each layer compared in this load: its parameters, a new one of them, and checksums."""
 
     def begin(self, changed: set[int]) -> None:
-        """Note the tensors in use before a load. changed: the slots for which other values
-        arrived than in the push before."""
+        """Note the tensors in use before a load.
+
+        Args:
+            changed: the slots for which other values arrived than in the push before."""
         arrived = {self._owners[slot] for slot in changed}
         left = CPU_BYTES if current_platform.is_cpu() else GPU_BYTES
         self._before = []

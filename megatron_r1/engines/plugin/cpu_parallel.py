@@ -99,8 +99,11 @@ def _local_choice(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the same choice of experts in this rank's numbers.
 
-    topk_ids, topk_weights: [num_tokens, topk]. expert_map: [num_experts], the number of each expert
-    here, or -1."""
+    Args:
+        topk_ids: the chosen experts of each token, [num_tokens, topk].
+        topk_weights: their weights, [num_tokens, topk].
+        expert_map: the number of each expert on this rank, or -1, [num_experts].
+        num_local: the experts on this rank."""
     local = expert_map[topk_ids.long()].to(topk_ids.dtype)
     foreign = local < 0
     return torch.where(foreign, topk_ids % num_local, local), topk_weights.masked_fill(foreign, 0)

@@ -53,7 +53,9 @@ def apply() -> None:
 def _heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
     """Return whether a token's heads are contiguous.
 
-    x: [num_tokens, heads * head_size] or [num_tokens, heads, head_size], possibly strided."""
+    Args:
+        x: [num_tokens, heads * head_size] or [num_tokens, heads, head_size], possibly strided.
+        head_size: the size of a head."""
     if x is None:
         return True
     if x.dim() == 3 and x.shape[1] > 1 and x.stride(1) != head_size:
@@ -302,9 +304,14 @@ def _expand_batch_to_tokens(
     replace_from: Any = 0,
     replace_to: Any = 0,
 ) -> torch.Tensor:
-    """Return each sequence's x [num_seqs] for all its tokens [num_tokens], `replace_from` replaced.
+    """Return the value of each sequence for all its tokens, [num_tokens].
 
-    cu_num_tokens: [num_seqs], where each sequence's tokens end."""
+    Args:
+        x: the values, [num_seqs].
+        cu_num_tokens: where each sequence's tokens end, [num_seqs].
+        num_tokens: the tokens of all sequences.
+        replace_from: the value to replace.
+        replace_to: the value to replace it with."""
     counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
     replaced = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
     return replaced.repeat_interleave(counts, output_size=num_tokens)
@@ -326,7 +333,10 @@ class RowCollector:
         """Return, by request in which a token was sampled, the rows from the position that the
         scheduler asks for.
 
-        sampled: this step's tokens of each request in the runner's batch, in order."""
+        Args:
+            runner: vLLM's model runner.
+            scheduled: the scheduler's output of this step.
+            sampled: this step's tokens of each request in the runner's batch, in order."""
         metadata, batch = scheduled.aux_output_connector_metadata, runner.input_batch
         for request in metadata.finished_requests:
             self._parts.pop(request, None)

@@ -100,7 +100,9 @@ class CheckpointParameter:
     """A parameter or buffer in checkpoint form.
 
     Attributes:
-        title: its name with its layer's.
+        layer: the layer that has it.
+        name: its name in the layer.
+        title: the name, after the layer's.
         is_live: vLLM keeps it in this form while serving (a bias), so that a new value is copied
             into it."""
 
@@ -120,10 +122,13 @@ class CheckpointParameter:
 
 @dataclass(frozen=True)
 class LoaderCopy:
-    """A rectangle of HF tensor `name` that a loader copied into a parameter.
+    """A rectangle of a HF tensor that a loader copied into a parameter.
 
     Attributes:
-        offset, pitch: of its first element and between its rows, in elements of the parameter."""
+        name: the HF tensor.
+        rectangle: rows [top, bottom) and columns [left, right), as (top, bottom, left, right).
+        offset: the offset of its first element, in elements of the parameter.
+        pitch: the distance between its rows, in elements of the parameter."""
 
     name: str
     rectangle: tuple[int, int, int, int]
@@ -147,12 +152,15 @@ def record(
     """Run the loaders on (name, shape) of a checkpoint's tensors; return the copies into each
     parameter, in the order of loading.
 
-    models: the model, and the drafter, if any; the drafter's loader gets the tensors that the
-    model's did not take. Layers that both share count as the model's. The models must not be in use
-    meanwhile, and are unchanged afterwards.
+    Args:
+        models: the model, and the drafter, if any; the drafter's loader gets the tensors that the
+            model's did not take. Layers that both share count as the model's. The models must not
+            be in use meanwhile, and are unchanged afterwards.
+        tensors: the name and the shape of each tensor of the checkpoint.
 
-    Raises ValueError where a loader does more than copy rectangles, or leaves part of a parameter
-    unloaded."""
+    Raises:
+        ValueError: where a loader does more than copy rectangles, or leaves part of a parameter
+            unloaded."""
     titles: dict[str, torch.nn.Module] = {}
     seen: set[torch.nn.Module] = set()
     for model, prefix in zip(models, ("", "drafter"), strict=False):

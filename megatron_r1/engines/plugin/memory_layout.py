@@ -17,9 +17,12 @@ GAP_BYTES = 128
 
 @dataclass(frozen=True)
 class PlacedParameter:
-    """A parameter in checkpoint form at byte `offset` of the memory.
+    """The place of a parameter, in checkpoint form, in the memory.
 
-    num_rows: the rows that are received; all others are a vocabulary's padding."""
+    Attributes:
+        parameter: the parameter.
+        offset: its first byte in the memory.
+        num_rows: the rows that are received; all others are a vocabulary's padding."""
 
     parameter: CheckpointParameter
     offset: int
@@ -73,8 +76,10 @@ def lay_out(
 ) -> tuple[list[PlacedParameter], SlotTable]:
     """Place all parameters side by side.
 
-    in_place: the engine computes with the received weights until the next push has arrived, so
-    there are two areas."""
+    Args:
+        copies: by parameter, the rectangles that its loader copies.
+        in_place: the engine computes with the received weights until the next push has arrived, so
+            there are two areas."""
     placed, end = [], 0
     for parameter, of_parameter in copies.items():
         placed.append(PlacedParameter(parameter, end, _num_rows(parameter, of_parameter)))

@@ -55,11 +55,14 @@ class KeptState:
             self._note(method, is_root=True)
 
     def restore(self, in_use: Collection[torch.Tensor]) -> None:
-        """Put this state back, with the values of the present one. in_use: the layer's parameters
-        and buffers, which have the new values.
+        """Put this state back, with the values of the present one.
 
-        Raises ValueError where the present state has another form, or a value other than a tensor
-        that has changed: the kernel would compute with the old one."""
+        Args:
+            in_use: the layer's parameters and buffers, which have the new values.
+
+        Raises:
+            ValueError: where the present state has another form, or a value other than a tensor
+                that has changed: the kernel would compute with the old one."""
         has_new_values = {_storage(tensor) for tensor in in_use}
         seen: set[int] = set()
         states = [(vars(each), before) for each, before in self._objects.values()]
@@ -153,8 +156,13 @@ def load(
     """Load these parameters, whole layers of the model. The engine must not compute meanwhile;
     afterwards the memory may be overwritten.
 
-    in_place: the memory may not be overwritten, because the engine computes there with parameters
-    that post-processing leaves unchanged. For engines that captured no addresses: on a CPU."""
+    Args:
+        model: the model.
+        placed: the parameters, with their places.
+        memory: uint8, the memory that has their values.
+        in_place: the memory may not be overwritten, because the engine computes there with
+            parameters that post-processing leaves unchanged. For engines that captured no
+            addresses: on a CPU."""
     for _, group in groupby(placed, key=lambda each: id(each.parameter.layer)):
         in_layer = list(group)
         layer = in_layer[0].parameter.layer

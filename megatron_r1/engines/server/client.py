@@ -103,7 +103,7 @@ class EngineClient:
             n: the number of responses.
             max_tokens: the longest response.
             temperature: 0 is greedy; the log-probabilities are then reported at temperature 1.
-            top_p: of nucleus sampling; 1 for all tokens.
+            top_p: the probability mass of nucleus sampling; 1 for all tokens.
             stop_token_ids: the only tokens that end a response.
             seed: makes the n responses reproducible for the same weights and the same batch
                 composition. The engine then draws sequence by sequence, which is slower. None: the
@@ -151,9 +151,9 @@ class EngineClient:
         it, at temperature 1.
 
         Args:
-            token_ids: at most one less than the engine's max_model_len: vLLM always samples one
-                more, which is dropped.
-            first: at least 1.
+            token_ids: the tokens, at most one less than the engine's max_model_len: vLLM always
+                samples one more, which is dropped.
+            first: the index of the first token to score, at least 1.
 
         Raises:
             EngineFault: the reply is not one finite number for each of these tokens."""
@@ -181,11 +181,14 @@ class EngineClient:
     async def init_weight_transfer(
         self, init_info: Mapping[str, Any], *, resume: bool = True
     ) -> None:
-        """Pause the engine, connect it to a trainer, and `resume`; init_info: the fields of
-        `engines.plugin.backend.PushInitInfo`.
+        """Pause the engine, connect it to a trainer, and resume it.
 
         Paused because every rank waits for the trainer, and data-parallel ranks that still compute
-        would wait for it. After an error the engine stays paused."""
+        would wait for it. After an error the engine stays paused.
+
+        Args:
+            init_info: the fields of `engines.plugin.backend.PushInitInfo`.
+            resume: whether to resume it."""
         await self.pause()
         await self.request("POST", "/init_weight_transfer_engine", {"init_info": dict(init_info)})
         if resume:

@@ -165,8 +165,8 @@ def _checked(
     routing: bytes | memoryview,
     vocab_size: int | None,
 ) -> Response:
-    """Return a response after the checks of `parse_responses`, and raise ValueError as it does.
-    vocab_size: None if unknown."""
+    """Return a response after the checks of `parse_responses`, and raise ValueError as it does. A
+    `vocab_size` of None is unknown."""
     _check_logprobs(token_ids, logprobs)
     ids = np.frombuffer(token_ids, np.int32)
     if vocab_size and len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
@@ -273,8 +273,18 @@ async def read_responses(
     vocab_size: int | None,
     spilling: asyncio.Semaphore,
 ) -> list[Response]:
-    """Read a reply's body. spilling: bounds the choices whose routed experts are in memory. Raises
-    ValueError as `responses.parse_responses`, RunError where the file cannot be written."""
+    """Read a reply's body.
+
+    Args:
+        content: the body.
+        num_prompt_tokens: the tokens of the prompt.
+        routing: the shape of the model's routing, if routed experts are in the reply.
+        vocab_size: the size of the vocabulary.
+        spilling: bounds the choices whose routed experts are in memory.
+
+    Raises:
+        ValueError: as in `responses.parse_responses`.
+        RunError: where the file cannot be written."""
     try:
         length = int.from_bytes(await content.readexactly(4), "little")
         choices = _decode(await content.readexactly(length)).choices
@@ -378,10 +388,10 @@ def first_tokens(
     """Return the first `count` tokens of a response.
 
     Args:
-        response: the whole one.
+        response: the whole response.
         num_prompt_tokens: the tokens before the response, which routed experts begin with.
-        count: of tokens.
-        finish_reason: of the result.
+        count: the number of tokens.
+        finish_reason: the result's reason to end.
     """
     routing = response.routing
     if routing:

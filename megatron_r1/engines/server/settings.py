@@ -23,12 +23,17 @@ SECRET = "VLLM_API_KEY"
 
 
 class EnginePart(msgspec.Struct, frozen=True):
-    """One host's part of an engine that spans `count` hosts: an equal share of its data-parallel
+    """One host's part of an engine that spans several hosts: an equal share of its data-parallel
     copies. Tensor and pipeline ranks of a copy stay on one host.
 
     This is vLLM's own way of doing it (`--headless`): the first part has the API server and the
-    coordinator, where the ranks of all parts meet. coordinator: its address, as host:port, which
-    the first part chooses when it starts."""
+    coordinator, where the ranks of all parts meet.
+
+    Attributes:
+        index: the part, counted from 0.
+        count: the number of parts, one for each host.
+        coordinator: the coordinator's address, as host:port, which the first part chooses when it
+            starts."""
 
     index: int
     count: int
@@ -62,7 +67,7 @@ class EngineSettings:
     """Settings of one engine, or of the part of an engine that one host runs.
 
     Attributes:
-        dtype: of weights, activations and KV cache.
+        dtype: the dtype of weights, activations and KV cache.
         max_model_len: prompt plus response, tokens.
         max_num_seqs: sequences decoded together, by each of `data` copies.
         num_threads: OpenMP threads of all ranks together (CPU only).
@@ -187,7 +192,7 @@ def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict
 
     Args:
         device: "cpu" or "cuda".
-        num_threads: of a rank of the engine, on a CPU.
+        num_threads: the threads of a rank of the engine, on a CPU.
         kv_cache_gib: memory of the KV cache on a CPU, GiB.
     """
     env = {

@@ -2,7 +2,8 @@
 
 `planner` finds what each side holds and needs, `engine_sets` divides that among the engines of a
 set and finds the senders. `rounds` has the order in which buckets travel over NCCL, of which
-`tools/bench/push/order_check.py` proves that it cannot wait in a circle. No torch.
+`tools/bench/push/order_check.py` proves that it cannot wait in a circle. `from_recipe` plans and
+checks the push of a recipe before any engine runs. No torch.
 
 Words besides those of `megatron_r1.push`:
 
@@ -10,7 +11,7 @@ Words besides those of `megatron_r1.push`:
 - position: a rank's number within its engine. A set's ranks at one position need the same bytes.
 - share: the bytes of a position that enter one member from trainer ranks; it passes them on.
 - replicas: the trainer ranks that hold the same piece of a tensor; any of them can send it.
-- part: a region with its bytes on the wire (in `rounds`: what one process does of an order).
+- part: a region with its bytes on the wire.
 - held parts: the parts that a position needs, by the replicas that hold them.
 - bundle: parts of a share that come from one sender.
 - entry: all parts that one trainer rank sends to one engine rank."""

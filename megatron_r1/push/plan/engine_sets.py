@@ -124,7 +124,7 @@ def entries(
         count_bytes: counts the bytes of a region on the wire.
         sets: engines of each set; their number in `planner` is not used.
         sent: the bytes that each trainer rank sends to other sets.
-        largest: see `LARGEST_BUNDLE`.
+        largest: the largest share of a bundle (`LARGEST_BUNDLE`).
     """
     held = held_parts(planner, count_bytes)
     found = [
@@ -174,7 +174,7 @@ def num_links(plans: Iterable[Plan], world: int) -> list[int]:
     """Return the number of engine ranks that each trainer rank sends to, in all sets.
 
     Args:
-        plans: of all sets.
+        plans: the plans of all sets.
         world: the trainer ranks.
     """
     links = [0] * world

@@ -73,7 +73,7 @@ class TrainerGrid:
         """Return the ranks that hold the same part of a tensor-parallel parameter, in order.
 
         Args:
-            stage: of the pipeline.
+            stage: the pipeline stage.
             tensor: the rank within its tensor-parallel group.
         """
         start = stage * self.stage_ranks
@@ -87,7 +87,7 @@ class TrainerGrid:
         """Return the ranks that hold the same part of the same experts, in order.
 
         Args:
-            stage: of the pipeline.
+            stage: the pipeline stage.
             expert_tensor: the rank within its expert-tensor-parallel group.
             expert: the rank within its expert-parallel group.
         """
@@ -109,10 +109,16 @@ class EngineLayout:
     """The layout of `engines` engines of pipeline x data x tensor ranks each. The fields have the
     names of the recipe's keys in `rollout`, and of the argument `layout` of "connect_sets".
 
-    expert_parallel: whether routed experts are spread whole over the data x tensor ranks of a stage
-    (--enable-expert-parallel); otherwise each expert is split over them. As in vLLM, the rank
-    within an engine counts tensor fastest, then pipeline, then data; global ranks count engine
-    after engine."""
+    As in vLLM, the rank within an engine counts tensor fastest, then pipeline, then data; global
+    ranks count engine after engine.
+
+    Attributes:
+        engines: the number of engines.
+        tensor: the tensor-parallel size of an engine.
+        data: the data-parallel size of an engine.
+        pipeline: the pipeline stages of an engine.
+        expert_parallel: whether routed experts are spread whole over the data x tensor ranks of a
+            stage (--enable-expert-parallel); otherwise each expert is split over them."""
 
     engines: int = 1
     tensor: int = 1
@@ -150,7 +156,7 @@ class PredictedLayout:
 
     Args:
         hf: the model's `config.json`.
-        layout: of all engines.
+        layout: the layout of all engines.
         drafts: whether the engine drafts with the MTP layers, on its last stage, and so needs them.
 
     Raises:

@@ -18,11 +18,22 @@ hold for two orders at once: pushes of a process run one after another, everywhe
 
 NCCL refuses two ranks on one GPU, and two processes on a GPU compute in turns. So a trainer rank is
 the process that receives for the engine rank on its GPU, into memory that both have mapped (CUDA
-IPC); what it holds itself it copies there."""
+IPC); what it holds itself it copies there.
+
+Words of the rounds, besides those of `megatron_r1.push` and `megatron_r1.push.plan`:
+
+- round: a step of the schedule, with the same number on all processes, in which each makes at most
+  one send and one receive, in one group of NCCL calls.
+- block: the bytes of one link, or those that an engine rank passes on: weights, then checksums.
+- portion: one of the equal parts into which a block is divided; a bucket carries one.
+- peer: the other process of a send or a receive. `rendezvous.Peer`: another engine of the set, as
+  the source of what it passes on.
+- area: the part of an engine rank's receive buffer that one push fills (`table.SlotTable.area`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -34,10 +45,12 @@ from megatron_r1.push.transports import PASSED_BYTES
 ENTRY_BYTES = 32 << 20
 """Most bytes of a bucket that enters an engine; one that is passed on has `PASSED_BYTES`."""
 NONE = -1
-"""In a `Part`: nothing is sent, or received."""
-PART = np.dtype([(name, np.int32) for name in ("round", "to", "sent", "source", "received")])
-"""A process's part of an order, a row for each of its rounds: it sends bucket `sent` to process
-`to`, and receives bucket `received` from process `source`, in one group."""
+"""In a row of a schedule: nothing is sent, or received."""
+SCHEDULE_ROW = np.dtype(
+    [(name, np.int32) for name in ("round", "to", "sent", "source", "received")]
+)
+"""A round of a process's schedule: it sends bucket `sent` to process `to`, and receives bucket
+`received` from process `source`, in one group."""
 Receivers = Sequence[Sequence[Sequence[int]]]
 """By set, position and engine: the process that receives for an engine rank."""
 
@@ -51,14 +64,19 @@ class Link(NamedTuple):
     num_bytes: int
 
 
-class Portion(NamedTuple):
-    """Where a bucket is from: it is number `number` of the `of` equal portions of a block of
-    bytes, which is a link or, with numbers after the links', what a member of a position passes on.
-    """
+@dataclass(frozen=True)
+class Portion:
+    """The portion of a block that a bucket carries.
+
+    Attributes:
+        block: the block: a link or, with numbers after the links', what a member of a position
+            passes on.
+        number: the portion, counted from 0.
+        count: the equal portions of the block."""
 
     block: int
     number: int
-    of: int
+    count: int
 
 
 class PushOrder:
@@ -70,10 +88,10 @@ class PushOrder:
 
     Attributes:
         link_buckets: the number of buckets of each link.
-        senders, receivers, entry_rounds: of each bucket that enters; the round is NONE where a
-            process copies it to itself, before all rounds.
+        senders, receivers, entry_rounds: the sender, the receiver and the round of each bucket that
+            enters; the round is NONE where a process copies it to itself, before all rounds.
         entered: the bytes that enter each process.
-        origins, num_bytes: of each bucket, the process that sends it, and its size."""
+        origins, num_bytes: the process that sends each bucket, and its size."""
 
     def __init__(
         self,
@@ -152,12 +170,13 @@ class PushOrder:
         sides = (self.senders[travels], self.receivers[travels])
         return max(int(np.bincount(side, minlength=1).max()) for side in sides)
 
-    def part(self, process: int) -> np.ndarray:
-        """Return the rounds in which a process takes part, in order, as `PART`."""
+    def schedule_of(self, process: int) -> np.ndarray:
+        """Return the schedule of a process: a `SCHEDULE_ROW` for each round in which it takes part,
+        in order."""
         sent, received = self._by_sender.of(process), self._by_receiver.of(process)
         sent, received = (found[self.entry_rounds[found] != NONE] for found in (sent, received))
         rounds = np.union1d(self.entry_rounds[sent], self.entry_rounds[received])
-        rows = np.full(len(rounds), NONE, PART)
+        rows = np.full(len(rounds), NONE, SCHEDULE_ROW)
         rows["round"] = rounds
         at = np.searchsorted(rounds, self.entry_rounds[sent])
         rows["to"][at], rows["sent"][at] = self.receivers[sent], sent
@@ -168,7 +187,7 @@ class PushOrder:
         return np.concatenate([rows, self._passing(*self._place[process])])
 
     def portion(self, bucket: int) -> Portion:
-        """Return where a bucket is from."""
+        """Return the portion of a block that a bucket carries."""
         block = int(np.searchsorted(self._first_of_block, bucket, "right")) - 1
         first, end = self._first_of_block[block : block + 2].tolist()
         return Portion(block, bucket - first, end - first)
@@ -179,7 +198,7 @@ class PushOrder:
         hops = np.arange(1, len(members))
         to, source = (member + hops) % len(members), (member - hops) % len(members)
         turns = np.arange(num_buckets)[:, None]
-        rows = np.empty((num_buckets, len(hops)), PART)
+        rows = np.empty((num_buckets, len(hops)), SCHEDULE_ROW)
         rows["round"] = self.num_entry_rounds + turns * len(hops) + hops - 1
         rows["to"], rows["source"] = members[to], members[source]
         rows["sent"] = self._first_passed[number] + member * num_buckets + turns
@@ -188,9 +207,11 @@ class PushOrder:
 
 
 def push_order(plans: Sequence[Plan], receivers: Receivers) -> PushOrder:
-    """Return the order of a push whose entries `engine_sets.entries` has planned.
+    """Return the order of a push.
 
-    receivers: see `receiving_processes`."""
+    Args:
+        plans: the entries of each set (`engine_sets.entries`).
+        receivers: the processes that receive (`receiving_processes`)."""
     links = [
         Link(entry.sender, members[entry.member], entry.num_bytes)
         for plan, of_set in zip(plans, receivers, strict=True)

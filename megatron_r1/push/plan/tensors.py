@@ -136,9 +136,9 @@ def pushed_tensors(hf: dict, *, fp8: bool, drafts: bool = False) -> list[tuple[s
 
     Args:
         hf: the model's `config.json`.
-        fp8: with the scales of quantized tensors.
-        drafts: with the tensors of the MTP layers, but without their copies of embedding and head,
-            which the drafter shares with the model.
+        fp8: whether to include the scales of quantized tensors.
+        drafts: whether to include the tensors of the MTP layers, but not their copies of embedding
+            and head, which the drafter shares with the model.
     """
     names_and_shapes: list[tuple[str, Shape]] = []
     copies = table(hf).copies

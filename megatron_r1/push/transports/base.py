@@ -36,8 +36,9 @@ class ReceiveBuffer:
     Args:
         table: the slots of this rank.
         memory: uint8, all areas.
-        deliveries: of each trainer rank or `Peer`, in its order, the same in every push.
-        is_weighted: see `RunningChecksum`.
+        deliveries: the deliveries of each trainer rank or `Peer`, in its order, the same in every
+            push.
+        is_weighted: whether checksums are weighted sums (`RunningChecksum`).
 
     Raises:
         ValueError: where the deliveries do not cover the table
@@ -73,7 +74,13 @@ class ReceiveBuffer:
         self._running_checksum(sender, push, index).update_to(row)
 
     def delivery_arrived(self, sender: Any, push: int, index: int, sent: int) -> None:
-        """Report that deliveries[sender][index] is in the memory; sent: the sender's checksum."""
+        """Report that a delivery is in the memory.
+
+        Args:
+            sender: the trainer rank or `Peer` that has sent it.
+            push: the number of the push.
+            index: the delivery among the sender's.
+            sent: the sender's checksum."""
         slot = self.deliveries[sender][index].slot
         is_right = self._running_checksum(sender, push, index).digest() == sent
         with self._changed:
@@ -187,8 +194,8 @@ class Receiver(ABC):
     engine rank, and `rounds` is its part of a push in rounds.
 
     Args:
-        rendezvous: of the set.
-        rank: of the engine.
+        rendezvous: the engine's rendezvous in its set.
+        rank: the rank within the engine.
         table: the regions that this rank needs, with their places in `memory`.
         memory: uint8, all areas; default `allocate`'s.
         borrows_memory: between pushes others need the memory; only NCCL's receiver frees it then.

@@ -19,9 +19,14 @@ from megatron_r1.push.transports.base import Receiver, Slices
 SUM_BYTES = 8
 
 
-class Run(NamedTuple):
-    """Bytes of delivery `number`: `num_bytes` of its rows [top, bottom), without the `skipped`
-    first ones."""
+class ByteRun(NamedTuple):
+    """Contiguous bytes of a block that are of one delivery.
+
+    Attributes:
+        number: the delivery.
+        top, bottom: the rows [top, bottom) that the bytes are in.
+        skipped: the bytes of row `top` that come before these.
+        num_bytes: the number of bytes."""
 
     number: int
     top: int
@@ -45,14 +50,14 @@ class Block:
         """Return the first byte and the end of portion `number` of `count`."""
         return self.num_bytes * number // count, self.num_bytes * (number + 1) // count
 
-    def runs(self, start: int, end: int) -> Iterator[Run]:
+    def runs(self, start: int, end: int) -> Iterator[ByteRun]:
         """Yield the runs of deliveries between two bytes of the block."""
         index = bisect_right(self._ends, start)
         while index < len(self._ends) and start < min(end, self.weight_bytes):
             first = self._ends[index - 1] if index else 0
             stop, row_bytes = min(end, self._ends[index]), self._row_bytes[index]
             top, skipped = divmod(start - first, row_bytes)
-            yield Run(index, top, -(-(stop - first) // row_bytes), skipped, stop - start)
+            yield ByteRun(index, top, -(-(stop - first) // row_bytes), skipped, stop - start)
             start, index = stop, index + 1
 
     def sums_between(self, start: int, end: int) -> slice:
@@ -69,10 +74,14 @@ class Block:
 
 
 class SlicesBlock(Block):
-    """What a trainer rank sends over a link: `slices` of its parameters, in the engine's dtypes.
+    """What a trainer rank sends over a link, in the engine's dtypes. Its portions are packed in
+    order, since each checksum follows from all rows before.
 
-    Its portions are packed in order, since each checksum follows from all rows before. is_weighted:
-    see `Receiver`."""
+    Args:
+        table: the engine rank's table.
+        deliveries: the deliveries of the link.
+        slices: the slices of the trainer rank's parameters, one for each delivery.
+        is_weighted: whether checksums are weighted sums (`Receiver`)."""
 
     def __init__(
         self,
@@ -101,7 +110,7 @@ class SlicesBlock(Block):
             packed.append(sums[self.sums_between(start, end)])
         torch.cat(packed, out=target)
 
-    def _read(self, run: Run, rows: torch.Tensor) -> None:
+    def _read(self, run: ByteRun, rows: torch.Tensor) -> None:
         """Add to the checksum those of the rows that the portion before did not have."""
         if self._running is None or self._running[0] != run.number:
             row_bytes = self._row_bytes[run.number]
@@ -119,9 +128,9 @@ class MemoryBlock(Block):
     """What enters an engine rank's receive buffer from one source, or leaves from there.
 
     Args:
+        table: the engine rank's table.
+        deliveries: the deliveries of the block.
         area: the memory of this push.
-
-    Attributes:
         sums: the checksums of these deliveries, int64, one tensor where something enters."""
 
     def __init__(
@@ -183,14 +192,14 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.view(INTEGERS[size]).copy_(source.view(INTEGERS[size]))
 
 
-class Landing:
+class ArrivingBlocks:
     """The receive buffer of an engine rank during one push, with the blocks that enter it.
 
     Args:
-        sums: a checksum of each, int64, in the same order.
-
-    Attributes:
-        deliveries: to the rank, by source."""
+        table: the rank's table.
+        deliveries: the deliveries to the rank, by source.
+        area: the memory of this push.
+        sums: a checksum of each delivery, int64, in the same order."""
 
     def __init__(
         self,
@@ -226,7 +235,10 @@ class Landing:
 
 class BlockReceiver(Receiver):
     """An engine rank's end that receives blocks, from trainer ranks and from engines that pass them
-    on. sums: as `Landing`'s."""
+    on.
+
+    Attributes:
+        sums: the checksums that arrive, as in `ArrivingBlocks`."""
 
     sums: torch.Tensor
 
@@ -249,23 +261,25 @@ class BlockReceiver(Receiver):
     def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
         return None if table != self.table or self.is_running else self.memory
 
-    def landing(self, push: int) -> Landing:
+    def arriving_blocks(self, push: int) -> ArrivingBlocks:
         """Return where the blocks of a push enter."""
         area = self.table.area(self.memory, push)
-        return Landing(self.table, self.buffer.deliveries, area, self.sums)
+        return ArrivingBlocks(self.table, self.buffer.deliveries, area, self.sums)
 
     def check(self, push: int, sources: Sequence[int | Peer]) -> None:
         """Compare what has come from these sources with its checksums."""
-        landing = self.landing(push)
+        arriving = self.arriving_blocks(push)
         for source in sources:
-            for index, sent in enumerate(landing.block(source).sums.tolist()):
+            for index, sent in enumerate(arriving.block(source).sums.tolist()):
                 self.buffer.delivery_arrived(source, push, index, sent % 2**64)
 
     def give_up(self, error: Exception, lost: Sequence[str] | None = None, number: int = 0) -> None:
         """Report to the set and to this engine that nothing more will arrive.
 
-        lost: the engine ranks of which one may have died, where that can be why; the others answer
-        for push `number` of the set."""
+        Args:
+            error: the cause.
+            lost: the engine ranks of which one may have died, where that can be why.
+            number: the push of the set for which the others answer."""
         text, failure = str(error) or repr(error), error
         with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
             if lost is not None:

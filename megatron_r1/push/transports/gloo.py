@@ -102,7 +102,7 @@ class GlooReceiver(BlockReceiver):
 
     def _receive_push(self, group: dist.ProcessGroup, sender: int, push: int) -> None:
         """Receive a push, one bucket while the one before is unpacked, and check it."""
-        block = self.landing(push).block(sender)
+        block = self.arriving_blocks(push).block(sender)
         arriving: tuple[dist.Work, int, int, torch.Tensor] | None = None
 
         def unpack(work: dist.Work, start: int, end: int, data: torch.Tensor) -> None:
@@ -164,9 +164,9 @@ class GlooReceiver(BlockReceiver):
 
         gloo's own all-gather takes three times as long with 64 MiB a bucket (docs/learned.md)."""
         own, count = self.rendezvous.member, self.rendezvous.num_members
-        landing = self.landing(push)
-        blocks = [landing.block(Peer(member)) for member in range(count)]
-        blocks[own] = landing.own_block()
+        entering = self.arriving_blocks(push)
+        blocks = [entering.block(Peer(member)) for member in range(count)]
+        blocks[own] = entering.own_block()
         arrived: tuple[MemoryBlock, int, int, torch.Tensor] | None = None
         for start, end in _extents(max(blocks, key=lambda block: block.num_bytes), PASSED_BYTES):
             ends = [max(start, min(end, block.num_bytes)) for block in blocks]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_r1.push.rendezvous import Half, Peer, RankRounds
+from megatron_r1.push.rendezvous import Peer, RankCall, RankRounds
 from megatron_r1.push.transports.base import Sender, gpu_uuid
 from megatron_r1.push.transports.blocks import BlockReceiver
 from megatron_r1.push.transports.nccl_rounds import (
@@ -132,11 +132,11 @@ class NcclReceiver(BlockReceiver):
     ) -> None:
         """Run this rank's part of a push, and check it."""
         streams.copies_follow()
-        landing = self.landing(push)
-        own = landing.own_block()
-        blocks = {source: landing.block(source) for source in _sources(rounds)}
+        arriving = self.arriving_blocks(push)
+        own = arriving.own_block()
+        blocks = {source: arriving.block(source) for source in _sources(rounds)}
 
-        def planned(pairs: Sequence[tuple[Half | None, Half | None]]) -> list[Round]:
+        def planned(pairs: Sequence[tuple[RankCall | None, RankCall | None]]) -> list[Round]:
             found = []
             for send, receive in pairs:
                 sent = received = None
@@ -219,8 +219,8 @@ def _sources(rounds: RankRounds) -> set[int | Peer]:
     return {_source(receive) for _, receive in pairs if receive is not None}
 
 
-def _source(half: Half) -> int | Peer:
-    return half.block if half.block >= 0 else Peer(-1 - half.block)
+def _source(call: RankCall) -> int | Peer:
+    return call.block if call.block >= 0 else Peer(-1 - call.block)
 
 
 class NcclSender(Sender):

@@ -145,7 +145,7 @@ class Communicator:
         look: raises an error to abort with, by default the failure that one of them has reported.
 
     Attributes:
-        rendezvous: of its ranks.
+        rendezvous: the rendezvous of its ranks.
         error: why it was aborted, or None."""
 
     def __init__(
@@ -288,12 +288,14 @@ class Round(NamedTuple):
 class RoundRunner:
     """Runs rounds, with buffers for each direction of `ROUNDS_AHEAD` of them.
 
-    rounds: all that it will run."""
+    Args:
+        streams: the streams of the push.
+        rounds: all rounds that it will run."""
 
     def __init__(self, streams: PushStreams, rounds: Sequence[Round]):
         self._streams = streams
-        halves = [half for each in rounds for half in (each.sent, each.received) if half]
-        bucket_bytes = max((half.end - half.start for half in halves), default=0)
+        transfers = [each for one in rounds for each in (one.sent, one.received) if each]
+        bucket_bytes = max((each.end - each.start for each in transfers), default=0)
         with streams.copying():
             memory = torch.empty(
                 (ROUNDS_AHEAD, 2, bucket_bytes), dtype=torch.uint8, device=streams.device

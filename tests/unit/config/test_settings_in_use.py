@@ -14,7 +14,7 @@ from megatron_r1.controller.push.pusher import pusher_of
 from megatron_r1.controller.rollouts.metrics import sample_records
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engines.server.recipe import fleet_settings
+from megatron_r1.engines.server.from_recipe import fleet_settings
 from megatron_r1.engines.server.responses import Response
 
 

@@ -76,7 +76,10 @@ class Rounds:
 
 
 class Rank:
-    """What every process has. gpu: the first of its ranks."""
+    """What every process has.
+
+    Attributes:
+        gpu: the GPU of the first of its ranks."""
 
     def __init__(self, case, gpu, *, on_host):
         self.hf, self.grid, self.layout = CASES[case]
@@ -256,7 +259,11 @@ class Trainer:
 
 
 class Client:
-    """An engine's. version: of the weights that it has loaded, swaps: their number."""
+    """An engine's client.
+
+    Attributes:
+        version: the version of the weights that the engine has loaded.
+        swaps: how often it has loaded weights."""
 
     def __init__(self, *arguments, **keywords):
         self.process, self.version, self.swaps = Process(EngineRanks, *arguments, **keywords), 0, 0

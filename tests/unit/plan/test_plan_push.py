@@ -10,20 +10,20 @@ from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import engine_layout, push_section, set_links
+from megatron_r1.plan.push import planned_engine_layout, push_section, set_links
 
 
 def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models():
     config = configuration.load(RECIPE)
-    given = engine_layout(PlannedJob(V3, config, 2048, HARDWARE["H800"]))
+    given = planned_engine_layout(PlannedJob(V3, config, 2048, HARDWARE["H800"]))
     assert (given.tensor, given.data, given.expert_parallel) == (8, 16, True)
     changed = {"rollout.tensor": 16, "rollout.data": 8}
-    wide = engine_layout(
+    wide = planned_engine_layout(
         PlannedJob(V3, configuration.load(RECIPE, changed), 2048, HARDWARE["H800"])
     )
     assert (wide.tensor, wide.data, wide.engines) == (16, 8, 16)
     silent = {"rollout.tensor": 1, "rollout.data": 1, "rollout.expert_parallel": False}
-    assumed = engine_layout(
+    assumed = planned_engine_layout(
         PlannedJob(V3, configuration.load(RECIPE, silent), 2048, HARDWARE["H800"])
     )
     assert assumed == given
@@ -163,7 +163,7 @@ def test_over_gloo_each_pair_is_a_group_that_asks_the_store():
 def test_an_assumed_engine_uses_all_its_gpus_and_divides_the_heads(gpus):
     hf = read_hf_config(ROOT / "examples/laptop/model")
     config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml")
-    layout = engine_layout(PlannedJob(hf, config, gpus, HARDWARE["H800"]))
+    layout = planned_engine_layout(PlannedJob(hf, config, gpus, HARDWARE["H800"]))
     assert hf["num_attention_heads"] == 2 and layout.tensor in (1, 2)
     assert layout.tensor * layout.data == gpus
     assert layout.tensor == (2 if gpus % 2 == 0 else 1)

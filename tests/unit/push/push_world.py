@@ -65,8 +65,12 @@ class Shared:
 class World:
     """All ranks of a trainer and of one set of engines, in threads.
 
-    drafts: whether engines draft with MTP layers. receivers[engine, rank]; answers: the trainer
-    ranks' to `connect`."""
+    Args:
+        drafts: whether engines draft with MTP layers.
+
+    Attributes:
+        receivers: the receiver of each (engine, rank).
+        answers: the trainer ranks' answers to `connect`."""
 
     def __init__(
         self,

@@ -16,8 +16,8 @@ from megatron_r1.push.plan.engine_sets import (
     entries,
     ranks_in_order,
 )
+from megatron_r1.push.plan.from_recipe import engine_layout
 from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.push.plan.recipe import engine_layout
 from megatron_r1.push.plan.rounds import Link, PushOrder, push_order, receiving_processes
 from megatron_r1.push.plan.tensors import plain_bytes
 from tools.bench.push.order_check import (

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_r1.push.plan import rounds
 from megatron_r1.push.plan.engine_sets import Entry, Part
-from megatron_r1.push.round_sender import Block, OrderedSets
+from megatron_r1.push.round_sender import BlockId, OrderedSets
 
 OWN = -1
 """The trainer ranks' own communicator, where the others are those of sets."""
@@ -51,7 +51,7 @@ def groups_of(ordered: OrderedSets, world: int, ranks: int) -> dict:
             index = call.block.set_index
             communicator = index if ordered.size(index) else OWN
             key = (call.is_passing, call.round, communicator)
-            data = (call.is_send, call.peer, call.block, call.number, call.of)
+            data = (call.is_send, call.peer, call.block, call.number, call.count)
             calls.append((key, data))
         calls.sort(key=lambda each: each[0])
         found["trainer", rank] = [
@@ -68,21 +68,21 @@ def groups_of(ordered: OrderedSets, world: int, ranks: int) -> dict:
                 groups = []
                 for pair in [*part.entering, *part.passing]:
                     calls = [
-                        (is_send, half.peer, block_at(index, position, member, half, is_send))
-                        + (half.number, half.count)
-                        for is_send, half in zip((True, False), pair, strict=True)
-                        if half is not None
+                        (is_send, call.peer, block_at(index, position, member, call, is_send))
+                        + (call.number, call.count)
+                        for is_send, call in zip((True, False), pair, strict=True)
+                        if call is not None
                     ]
                     groups.append((index, part.rank, calls))
                 found[index, member, position] = groups
     return found
 
 
-def block_at(index, position, member, half, is_send):
-    if half.block >= 0:
-        return Block(index, member, position, half.block)
-    assert not is_send or half.block == -1 - member
-    return Block(index, -1 - half.block, position, None)
+def block_at(index, position, member, call, is_send):
+    if call.block >= 0:
+        return BlockId(index, member, position, call.block)
+    assert not is_send or call.block == -1 - member
+    return BlockId(index, -1 - call.block, position, None)
 
 
 @pytest.fixture(params=[(seed, share) for seed in range(8) for share in (0.0, 0.5, 1.0)])

@@ -38,7 +38,7 @@ def order(request):
 def rows_by_round(order):
     rounds = defaultdict(dict)
     for process in range(order.num_processes):
-        for number, *row in order.part(process).tolist():
+        for number, *row in order.schedule_of(process).tolist():
             assert process not in rounds[number], "two groups of a process in a round"
             rounds[number][process] = row
     return rounds
@@ -59,8 +59,8 @@ def test_both_sides_of_each_transfer_are_in_one_round(order):
 def test_every_process_of_a_position_ends_with_all_that_entered_one_and_nothing_twice(order):
     bytes_of = Counter()
     for process in range(order.num_processes):
-        part = order.part(process)
-        received = part["received"][part["received"] != NONE]
+        rows = order.schedule_of(process)
+        received = rows["received"][rows["received"] != NONE]
         assert len(set(received.tolist())) == len(received)
         copied = (order.receivers == process) & (order.entry_rounds == NONE)
         assert (order.senders[copied] == process).all()
@@ -77,12 +77,12 @@ def test_every_process_of_a_position_ends_with_all_that_entered_one_and_nothing_
 
 def test_nothing_is_passed_on_before_all_has_entered(order):
     for process in range(order.num_processes):
-        part = order.part(process)
-        assert (np.diff(part["round"]) > 0).all()
-        passing = part["sent"] >= order.num_entering
-        entering = (part["received"] != NONE) & (part["received"] < order.num_entering)
+        rows = order.schedule_of(process)
+        assert (np.diff(rows["round"]) > 0).all()
+        passing = rows["sent"] >= order.num_entering
+        entering = (rows["received"] != NONE) & (rows["received"] < order.num_entering)
         if passing.any() and entering.any():
-            assert part["round"][entering].max() < part["round"][passing].min()
+            assert rows["round"][entering].max() < rows["round"][passing].min()
 
 
 def test_buckets_are_equal_parts_of_limited_size(order):
@@ -108,7 +108,7 @@ def test_an_order_that_is_known_by_hand():
     assert order.num_entry_rounds == order.entry_floor == 4
     assert order.num_bytes.tolist() == [10] * 5 + [15, 15, 10, 10]
     assert sorted(order.entry_rounds[:4].tolist()) == [0, 1, 2, 3]
-    passing = order.part(2)[-2:]
+    passing = order.schedule_of(2)[-2:]
     assert passing.tolist() == [(4, 3, 5, 3, 7), (5, 3, 6, 3, 8)]
     assert order.num_passing_rounds == 2
 
@@ -117,5 +117,5 @@ def test_what_a_process_sends_to_itself_takes_no_round():
     """Three and one bucket, 0 to 3; each passes on two, 4 and 5, 6 and 7."""
     order = PushOrder([Link(0, 0, 30), Link(1, 1, 5)], [[0, 1]], **SIZES)
     assert order.num_entry_rounds == order.entry_floor == 0
-    assert order.part(0).tolist() == [(0, 1, 4, 1, 6), (1, 1, 5, 1, 7)]
+    assert order.schedule_of(0).tolist() == [(0, 1, 4, 1, 6), (1, 1, 5, 1, 7)]
     assert order.num_bytes[4:].tolist() == [15, 15, 2, 3]

@@ -77,15 +77,15 @@ class Refusal(NamedTuple):
 
 
 def operations_of_rounds(order: PushOrder) -> np.ndarray:
-    """Return the operations of all processes, each of which runs its part of the rounds."""
+    """Return the operations of all processes, each of which runs its schedule."""
     found = []
     for process in range(order.num_processes):
-        part = order.part(process)
-        rows = np.zeros((len(part), 2), OPERATION)
-        rows["process"], rows["start"] = process, np.arange(len(part))[:, None]
+        schedule = order.schedule_of(process)
+        rows = np.zeros((len(schedule), 2), OPERATION)
+        rows["process"], rows["start"] = process, np.arange(len(schedule))[:, None]
         rows["end"], rows["sends"] = rows["start"], (True, False)
-        rows["peer"] = np.stack([part["to"], part["source"]], axis=1)
-        rows["bucket"] = np.stack([part["sent"], part["received"]], axis=1)
+        rows["peer"] = np.stack([schedule["to"], schedule["source"]], axis=1)
+        rows["bucket"] = np.stack([schedule["sent"], schedule["received"]], axis=1)
         found.append(rows[rows["bucket"] != NONE])
     return np.concatenate(found)
 

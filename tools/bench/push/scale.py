@@ -23,8 +23,8 @@ from megatron_r1.push.plan.engine_sets import (
     held_parts,
     sum_bytes,
 )
+from megatron_r1.push.plan.from_recipe import engine_layout
 from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.push.plan.recipe import engine_layout
 from megatron_r1.push.plan.rounds import PushOrder, planned_order
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.push.transports import PASSED_BYTES

@@ -103,8 +103,8 @@ class SmallTrainer:
     """A trainer.
 
     Attributes:
-        calls: (operation, arguments).
-        failures: of sends to the first set, one after another: the members at fault, or None where
+        calls: the calls, (operation, arguments).
+        failures: for one send to the first set after another, the members at fault, or None where
             it succeeds."""
 
     def __init__(self, failures=(), store=1):

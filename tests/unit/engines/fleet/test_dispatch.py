@@ -227,7 +227,11 @@ def test_lengths_follow_a_policy_that_writes_more_and_more():
 
 
 def pace(answers, window=100.0):
-    """answers: (seconds, tokens, longest), evenly over the window that ends at 100."""
+    """Return the pace of an engine.
+
+    Args:
+        answers: (seconds, tokens, longest) of each, evenly over the window that ends at 100.
+        window: the seconds that count."""
     served = Pace(0.0, window)
     for i, (seconds, tokens, longest) in enumerate(answers):
         served.add(ServedGroup(100.0 * (i + 1) / len(answers), seconds, tokens, longest))

@@ -25,7 +25,11 @@ def good(_):
 
 
 def run(tmp_path, peers, story, *, num_engines=1, max_restarts=0, **settings):
-    """peers: of the engines in the order in which they are started."""
+    """Return what `story` returns of a fleet that has started.
+
+    Args:
+        peers: the servers of the engines, in the order in which they are started.
+        story: a coroutine function of the fleet."""
     (tmp_path / "config.json").write_text('{"vocab_size": 10}')
     waiting = list(peers)
 

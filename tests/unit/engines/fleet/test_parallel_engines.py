@@ -10,11 +10,11 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import load, parse
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, share_of_gpus
-from megatron_r1.engines.server.recipe import check_engines, vocab_size
+from megatron_r1.engines.server.from_recipe import check_engines, vocab_size
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.recipe import check_pushes, engine_layout
+from megatron_r1.push.plan.from_recipe import check_pushes, engine_layout
 
 ROOT = Path(__file__).parents[4]
 DENSE = {

@@ -7,7 +7,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.recipe import from_overrides
-from megatron_r1.engines.server.recipe import context_length
+from megatron_r1.engines.server.from_recipe import context_length
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
-from megatron_r1.engines.server import recipe
-from megatron_r1.engines.server.recipe import engine_settings
+from megatron_r1.engines.server import from_recipe
+from megatron_r1.engines.server.from_recipe import engine_settings
 from megatron_r1.engines.server.settings import EngineSettings
-from megatron_r1.push.plan.recipe import check_drafter
+from megatron_r1.push.plan.from_recipe import check_drafter
 
 MTP = {"num_attention_heads": 4, "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
 
@@ -29,9 +29,11 @@ def config(method, tokens=1, **sections):
     ],
 )
 def test_what_cannot_draft_is_refused(monkeypatch, method, tokens, layers, setting, cause):
-    monkeypatch.setattr(recipe, "find_spec", lambda name: None)
+    monkeypatch.setattr(from_recipe, "find_spec", lambda name: None)
     with refused(f"rollout.speculative.{setting}", cause):
-        recipe.check_engines(config(method, tokens), MTP | {"num_nextn_predict_layers": layers})
+        from_recipe.check_engines(
+            config(method, tokens), MTP | {"num_nextn_predict_layers": layers}
+        )
 
 
 @pytest.mark.parametrize(
@@ -40,21 +42,21 @@ def test_what_cannot_draft_is_refused(monkeypatch, method, tokens, layers, setti
 )
 def test_what_can_draft_is_not(method, tokens, layers):
     hf = MTP | {"num_nextn_predict_layers": layers}
-    recipe.check_engines(config(method, tokens), hf)
+    from_recipe.check_engines(config(method, tokens), hf)
 
 
 def test_a_drafter_behind_stages_is_refused():
     staged = parse({"rollout": {"speculative": {"method": "mtp"}, "pipeline": 2}})
     with refused("rollout.speculative.method", Cause.UNSUPPORTED, "rollout.pipeline=2", "ngram"):
-        recipe.check_engines(staged, MTP)
+        from_recipe.check_engines(staged, MTP)
 
 
 def test_suffix_is_taken_with_its_package_and_where_engines_are_elsewhere(monkeypatch):
-    monkeypatch.setattr(recipe, "find_spec", lambda name: name)
-    recipe.check_engines(config("suffix"), MTP)
-    monkeypatch.setattr(recipe, "find_spec", lambda name: None)
+    monkeypatch.setattr(from_recipe, "find_spec", lambda name: name)
+    from_recipe.check_engines(config("suffix"), MTP)
+    monkeypatch.setattr(from_recipe, "find_spec", lambda name: None)
     hosts = parse({"rollout": {"speculative": {"method": "suffix"}, "placement": "hosts"}})
-    recipe.check_engines(hosts, MTP)
+    from_recipe.check_engines(hosts, MTP)
 
 
 def test_a_drafter_without_trained_weights_is_refused():

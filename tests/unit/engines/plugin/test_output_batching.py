@@ -1,4 +1,4 @@
-"""What an engine's core keeps back for its server (`engines.plugin.whole_outputs`), on stand-ins
+"""What an engine's core keeps back for its server (`engines.plugin.output_batching`), on stand-ins
 with the fields of vLLM's messages."""
 
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from megatron_r1.engines.plugin.whole_outputs import MOST_TOKENS, OTHER_FIELDS, HeldOutputs
+from megatron_r1.engines.plugin.output_batching import MOST_TOKENS, OTHER_FIELDS, HeldOutputs
 
 
 class Logprobs(NamedTuple):

@@ -21,7 +21,11 @@ OTHER_FIELDS = (
 
 @dataclass
 class _Held:
-    """What a sequence has sampled since its last message. client: the server it is for."""
+    """What a sequence has sampled since its last message.
+
+    Attributes:
+        client: the server it is for.
+        outputs: the outputs of each step."""
 
     client: int
     outputs: list[Any]
@@ -52,7 +56,9 @@ class HeldOutputs:
         """Take from a step's `EngineCoreOutputs`, by client, what can wait, and put before the
         others what waited for them; remove what is then empty, and return the same dictionary.
 
-        wants_whole: whether a request's client reads nothing before its last token."""
+        Args:
+            outputs: the step's outputs, by client.
+            wants_whole: whether a request's client reads nothing before its last token."""
         for client, of_client in list(outputs.items()):
             sent = []
             for output in of_client.outputs:

@@ -83,7 +83,7 @@ def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
     Args:
         config: the recipe.
         hf: the model's `config.json`.
-        num_ranks: of the trainer; under torchrun not `parallel.processes`.
+        num_ranks: the trainer ranks; under torchrun not `parallel.processes`.
 
     Raises:
         UserError: names the tensor's size, and the divisors to choose from, or the setting.

@@ -88,10 +88,10 @@ def context_length(config: Config) -> int:
 
 
 def positions(folder: str | Path, key: str = "model.path") -> int:
-    """Return max_position_embeddings of the model in `folder`. Raises UserError.
+    """Return max_position_embeddings of a model. Raises UserError.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
         key: the recipe's setting that names the folder, for errors.
     """
     hf = load_config(folder, key)
