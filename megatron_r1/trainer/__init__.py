@@ -3,6 +3,6 @@ controller calls over ZeroMQ (`controller.trainer_calls`). `rank` and `worker` a
 and its loop over the calls; `operations` and `sample` are what both sides send; `distributed` and
 `construction` build process groups, model and optimizer; `trainer`, `critic` and `reference` have
 the operations of a step, and `passes` Megatron's schedule; `packed`, `batch`, `losses`,
-`token_advantages`, `logprob_gaps` and `metrics` lead from samples to a loss and its figures;
+`token_advantages` and `metrics` lead from samples to a loss and its figures;
 `folders` and `checkpoints` write and read; `rank_monitor` and `implementations` tell what a rank
 does, and by which kernels."""

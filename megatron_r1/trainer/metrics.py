@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_r1.models import platform
 
 if TYPE_CHECKING:
+    from megatron_r1.trainer.batch import PackedBatch
     from megatron_r1.trainer.distributed import GridPosition
 
 
@@ -101,3 +102,30 @@ def reduce_over_data(position: GridPosition, metrics: Metrics) -> dict[str, floa
     for name, total, count in zip(means, *added.tolist(), strict=True):
         numbers[name] = total / count if count else 0.0
     return numbers
+
+
+def engine_gap(batches: Sequence[PackedBatch], name: str) -> tuple[Mean, Maximum]:
+    """Return mean and maximum of |trainer's - engine's log-probability| over response tokens.
+
+    Args:
+        batches: the micro-batches, each with the log-probabilities `name`.
+        name: the key of the trainer's log-probabilities in `PackedBatch.logprobs`.
+    """
+    gap, count, largest = 0.0, 0, 0.0
+    for batch in batches:
+        gaps = (batch.logprobs[name] - batch.rollout_logprobs)[batch.is_response].abs()
+        gap, count = gap + gaps.double().sum().item(), count + gaps.numel()
+        if gaps.numel():
+            largest = nan_max(largest, gaps.max().item())
+    return Mean(gap, count), Maximum(largest)
+
+
+def teacher_kl(batches: Sequence[PackedBatch]) -> Mean:
+    """Return the sampled estimate of KL(π_old ‖ teacher).
+
+    It is the mean of log π_old - log π_teacher over the response tokens of `batches`."""
+    total, count = 0.0, 0
+    for batch in batches:
+        gaps = (batch.logprobs["old"] - batch.logprobs["teacher"])[batch.is_response]
+        total, count = total + gaps.double().sum().item(), count + gaps.numel()
+    return Mean(total, count)

@@ -27,9 +27,16 @@ from megatron_r1.trainer.batch import Head, PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
-from megatron_r1.trainer.logprob_gaps import engine_gap, teacher_kl
 from megatron_r1.trainer.losses import Loss, LossTerms
-from megatron_r1.trainer.metrics import Maximum, Mean, Metrics, merge, reduce_over_data
+from megatron_r1.trainer.metrics import (
+    Maximum,
+    Mean,
+    Metrics,
+    engine_gap,
+    merge,
+    reduce_over_data,
+    teacher_kl,
+)
 from megatron_r1.trainer.operations import SUPERVISED, SampleScores
 from megatron_r1.trainer.packed import (
     RoutingPart,

@@ -108,8 +108,9 @@ def in_public_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
 def _public(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     waiting: list[ast.stmt] = list(tree.body)
     for node in waiting:
-        is_definition = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if is_definition and not node.name.startswith("_"):
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if not node.name.startswith("_"):
             yield node
             waiting += node.body if isinstance(node, ast.ClassDef) else []
 

@@ -1,5 +1,6 @@
 """Files that others wrote, a model folder's above all: JSON in bounded time, no files elsewhere,
-and its safetensors files, their headers and whether they are whole. No torch.
+its safetensors files, their headers and whether they are whole, and blocks by which large files
+are told apart. No torch.
 
 A folder that was downloaded may hold anything: JSON nested so deeply that every copy of it fails,
 a key twice with two values, names and links that lead to other files of this machine, and
@@ -8,7 +9,7 @@ safetensors headers that do not match the file's size."""
 import contextlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,6 +21,8 @@ MOST_LEVELS = 64
 """Levels of a JSON document. Released configurations have 6 at most."""
 MOST_BYTES = 256 << 20
 """Size of a JSON document: the index of 100,000 tensors has 10 MB, the largest tokenizers 40."""
+
+BLOCK_BYTES = 65_536
 
 READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin")
 """Suffixes of the files of a model folder that this project, transformers or vLLM read."""
@@ -301,3 +304,17 @@ def require_as_indexed(folder: Path, held: Mapping[Path, Collection[str]]) -> No
             key="weights",
             cause=Cause.CONFLICT,
         )
+
+
+def spread_blocks(path: Path, num_blocks: int) -> Iterator[bytes]:
+    """Yield blocks of a file at equal distances, from its first to its last bytes. Of a file
+    smaller than a block each one is the whole content.
+
+    Args:
+        path: the file.
+        num_blocks: how many blocks of `BLOCK_BYTES` are read, at least 2."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for block in range(num_blocks):
+            file.seek(block * max(0, size - BLOCK_BYTES) // (num_blocks - 1))
+            yield file.read(BLOCK_BYTES)

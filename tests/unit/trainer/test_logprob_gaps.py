@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from megatron_r1.trainer.logprob_gaps import engine_gap, teacher_kl
-from megatron_r1.trainer.metrics import Maximum, Mean
+from megatron_r1.trainer.metrics import Maximum, Mean, engine_gap, teacher_kl
 
 
 def batch(old, engine, is_response, teacher=()):
