@@ -1,4 +1,5 @@
 """Checks the message of a commit: `python tools/commit_subject.py FILE`; FILE has the message.
+`--log RANGE` checks the commits of a range, or of the last N as `--log -N`; CI does.
 
 A subject is one imperative sentence of at most 72 characters without a full stop or a semicolon,
 as "Refuse subjects that are too long". The mood is judged by the ending of the first word, so that
@@ -57,10 +58,26 @@ def faults(message: str, num_files: int = 0) -> list[str]:
     return found
 
 
+def faults_in_log(commits: str) -> list[str]:
+    """Return the faults of the commits that `git log` lists for a range, each with its commit."""
+    # Merges have no list of files here, and are judged by their own rule.
+    command = ["git", "log", "--format=%x01%h%x02%B%x02", "--name-only", commits]
+    log = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = []
+    for entry in filter(None, log.split("\x01")):
+        commit, message, files = entry.split("\x02")
+        num_files = sum(bool(line) for line in files.splitlines())
+        found += [f"{commit}: {fault}" for fault in faults(message, num_files)]
+    return found
+
+
 def main() -> int:
-    staged = ["git", "diff", "--cached", "--name-only", "-z"]
-    num_files = subprocess.run(staged, capture_output=True).stdout.count(b"\0")
-    found = faults(Path(sys.argv[1]).read_text(encoding="utf-8"), num_files)
+    if sys.argv[1] == "--log":
+        found = faults_in_log(sys.argv[2])
+    else:
+        staged = ["git", "diff", "--cached", "--name-only", "-z"]
+        num_files = subprocess.run(staged, capture_output=True).stdout.count(b"\0")
+        found = faults(Path(sys.argv[1]).read_text(encoding="utf-8"), num_files)
     for fault in found:
         print(f"the commit's subject: {fault}", file=sys.stderr)
     return min(len(found), 1)

@@ -217,8 +217,8 @@ def _checked_run(
 ) -> _Run:
     """Check the arguments of one call and return them as a run.
 
-    given: the caller's tensors, with the mask as `weights`. rows: the indices of the tokens whose
-    mask is not 0, or None to find them."""
+    `given` has the caller's tensors, with the mask as `weights`; `rows` the indices of the tokens
+    whose mask is not 0, or None to find them."""
     check_tokens(len(hidden), advantages=given.advantages)
     if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
         raise ValueError(f"rows must be (tokens,) int64, got {tuple(rows.shape)} {rows.dtype}")

@@ -46,8 +46,8 @@ class Parsed:
     content: str | None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     failure: str = ""
-    """Why text that may have been meant as a call is none, or the parser's error; "" if there is
-    nothing to say. Such text is in `content`."""
+    """Why text that looks like a call was not parsed as one, or the parser's error; "" if neither.
+    Such text is in `content`."""
 
     def message(self) -> dict[str, Any]:
         """Return the turn as an assistant's message."""

@@ -16,8 +16,9 @@ from megatron_r1.data.prompts import PromptSplit, load_prompts
 
 
 def load_rows(environment: str, **arguments: Any) -> PromptSplit:
-    """Return `data.prompts.load_prompts` for `agents.environment`, or for none: where the
-    environment grades, rows need no truth. Raises UserError."""
+    """Load the prompts of a recipe; where `agents.environment` grades, rows need no truth.
+
+    Raises UserError as `data.prompts.load_prompts`."""
     if not environment:
         return load_prompts(**arguments)
     description = describe(environment)

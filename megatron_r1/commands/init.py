@@ -191,10 +191,10 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     source = QuestionSource(folder, hf, num_parameters(hf), data, rows, this_machine())
     other = None if given else _draft_of_rows(source)
     options = [text for key, value in given.items() for text in (f"--{key}", value)]
-    _write(path, source, other or _of_questions(source, given), [model, data, *options])
+    _write(path, source, other or _rl_recipe(source, given), [model, data, *options])
 
 
-def _of_questions(source: QuestionSource, given: Mapping[str, str]) -> Draft:
+def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> Draft:
     """Return a recipe for `rl`. Raises UserError where question or truth are not found."""
     columns = guess_columns(source.data, source.rows[:COLUMN_ROWS], **given)
     if "kind" not in given:

@@ -15,8 +15,8 @@ from megatron_r1.commands.rl_checks import (
     check_settings,
     ends_with,
     engines_share_gpus,
-    questions_drawn,
-    read_questions,
+    kinds_drawn,
+    read_prompts,
 )
 from megatron_r1.commands.rollout_run import Rollouts, open_rollouts
 from megatron_r1.commands.training_run import (
@@ -57,7 +57,7 @@ def run(config: Config) -> None:
     begin_trainer()
     begin_engines(config)
     with without_garbage_collection():  # it imports transformers, and sympy for many tasks
-        text, prompts = read_questions(config)
+        text, prompts = read_prompts(config)
     timeline.reached("controller/questions read")
     run_until_stopped(_train(config, text, prompts))
 
@@ -169,12 +169,12 @@ async def _free_gpus(running: TrainingRun, fleet: RolloutFleet) -> None:
 
 
 def _facts(config: Config, text: PromptText, prompts: PromptSplit) -> list[str]:
-    """Return lines about the run for its title. Raises UserError as `questions_drawn`."""
+    """Return lines about the run for its title. Raises UserError as `kinds_drawn`."""
     return [
         config.model.path,
         config.data.task or str(config.data.path),
         f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
-        *questions_drawn(config, prompts.train),
+        *kinds_drawn(config, prompts.train),
         ends_with(config, text),
     ]
 
@@ -202,5 +202,5 @@ def dry_run(config: Config) -> None:
     require_weights(Path(config.model.path))
     begin_engines(config)
     with without_garbage_collection():
-        text, prompts = read_questions(config)
+        text, prompts = read_prompts(config)
     show_batch(config, text, prompts)

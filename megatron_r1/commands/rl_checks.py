@@ -227,7 +227,7 @@ def prompts_that_fit(prompts: PromptSplit, text: PromptText, room: int) -> Promp
     return replace(prompts, train=train, heldout=heldout)
 
 
-def questions_drawn(config: Config, prompts: list[Prompt]) -> list[str]:
+def kinds_drawn(config: Config, prompts: list[Prompt]) -> list[str]:
     """Return a line about each part of the run that draws kinds of questions by weight. Raises
     UserError as `draw_shares`, for any part."""
     lines = []
@@ -253,11 +253,12 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
     # check renders with, then the questions, whose lengths the tokenizer measures. So a mistake in
     # a setting is reported without reading the data, which may be large.
     check_settings(config)
-    return read_questions(config)
+    return read_prompts(config)
 
 
-def read_questions(config: Config) -> tuple[PromptText, PromptSplit]:
-    """Return what `prepare` does, of settings that have been checked. Raises UserError."""
+def read_prompts(config: Config) -> tuple[PromptText, PromptSplit]:
+    """Return the recipe's prompts and how they become tokens, of settings that have been checked.
+    Raises UserError."""
     ids = config.rollout.stop_token_ids
     text = PromptText(config.model.path, config.data.template, stop_token_ids=ids)
     if config.agents.players:

@@ -19,7 +19,8 @@ from megatron_r1.config.recipe import (
     parse,
     verb_of,
 )
-from megatron_r1.config.rl import RewardsConfig, RLConfig
+from megatron_r1.config.rewards import RewardsConfig
+from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig

@@ -18,7 +18,8 @@ from megatron_r1.config.eval import EvalConfig
 from megatron_r1.config.mistakes import refusal, without_removed
 from megatron_r1.config.model import CriticConfig, ModelConfig, RewardModelConfig
 from megatron_r1.config.push import PushConfig
-from megatron_r1.config.rl import RewardsConfig, RLConfig, changes_at, check_schedule_keys
+from megatron_r1.config.rewards import RewardsConfig
+from megatron_r1.config.rl import RLConfig, changes_at, check_schedule_keys
 from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig

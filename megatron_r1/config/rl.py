@@ -1,9 +1,7 @@
-"""RL: the algorithm and how its rollouts are made (`rl`), settings that change with the step
-(`rl.schedule`), and the rewards with their terms, weights, options and the workers that grade
-(`rewards`).
+"""RL: the algorithm and how its rollouts are made (`rl`), and settings that change with the step
+(`rl.schedule`).
 
-The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B), the weights
-of the rewards too (section 2)."""
+The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B)."""
 
 import hashlib
 import json
@@ -21,8 +19,6 @@ from pydantic import (
     model_validator,
 )
 from r1_grading.base.values import read_field
-from r1_grading.reading import READERS, Reading
-from r1_grading.terms import DEFAULT_WEIGHTS, ScheduledWeight, read_options, read_weights
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import algorithms
@@ -34,7 +30,7 @@ from megatron_r1.config.algorithms import (
     RatioLevel,
     TokenSettings,
 )
-from megatron_r1.config.section import Resumable, ResumableMark, Section
+from megatron_r1.config.section import Resumable, Section
 from megatron_r1.config.yaml_text import as_sections
 
 SCHEDULED = {
@@ -143,53 +139,6 @@ def _check_schedule_order(schedule: list[ScheduleEntry]) -> list[ScheduleEntry]:
     return schedule
 
 
-class RewardsConfig(Section):
-    """The terms of the reward with their weights, and the workers that grade."""
-
-    weights: dict[str, float | ScheduledWeight] = dict(DEFAULT_WEIGHTS)
-    """reward = sum of weight x term: a number, or {weight, from_step, to_step}"""
-    # The addresses of served models may change, for where they run decides nothing.
-    options: Annotated[
-        dict[str, dict[str, Any]], ResumableMark(("helpful.url", "judge.url", "safety.url"))
-    ] = {}
-    """{reward: its options}, such as language: {target: zh}"""
-    answer: Reading = "strict"
-    """where the final answer of mathematics and logic is read. strict: R1-Zero's, `<answer>`, else
-    a box, else a last line that is the answer; tags, boxed, last: there alone; auto: the first of
-    these three that is there, for models that were not taught tags. See docs/rewards.md"""
-    max_ungraded: Resumable[float] = Field(0.1, ge=0, le=1)
-    """share of a rollout's responses that graders may fail on, rounded up; with more the run
-    stops"""
-    workers: Resumable[int] = Field(2, ge=1)
-    """grader processes"""
-    timeout_seconds: float = Field(5.0, gt=0)
-    """limit for one response; then its grader is killed and the response gets 0"""
-    memory_gib: float = Field(4.0, gt=0)
-    """address space of one grader"""
-
-    @property
-    def call_options(self) -> dict[str, dict[str, Any]]:
-        """The `options`, with `answer` for the rewards that read a final answer."""
-        if self.answer == "strict":
-            return self.options
-        read = {"reading": self.answer}
-        return self.options | {kind: read | self.options.get(kind, {}) for kind in READERS}
-
-    @property
-    def memory_bytes(self) -> int:
-        return int(self.memory_gib * 1024**3)
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _weights(cls, weights: Any) -> Any:
-        return read_weights(weights) if isinstance(weights, dict) else weights
-
-    @field_validator("options", mode="before")
-    @classmethod
-    def _options(cls, options: Any) -> Any:
-        return read_options(options) if isinstance(options, dict) else options
-
-
 PRESETS: dict[str, dict[str, Any]] = {
     "r1_zero": {},
     "grpo_v1": algorithms.PPO_CLIP | {"group_size": 64, "kl_beta": 0.04, "reference_refresh": 0},
@@ -214,7 +163,7 @@ class RLConfig(Section):
     group_size: int = Field(16, ge=1)
     """responses per question, G; 2 or more where a group is the baseline"""
     questions_per_rollout: int = Field(512, gt=0)
-    """questions that a rollout samples; 512 x 16 = the paper's 8192 responses"""
+    """prompts drawn per rollout (P); 512 x 16 = the paper's 8192 responses"""
     kind_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """how often questions of a kind are drawn, relative to the largest weight, which draws all in
     each epoch; kinds left out have 1: {helpful: 0} draws none of the kind, {helpful: 0.5} half"""

@@ -176,8 +176,13 @@ class PolicyModel(GPTModel):
     ) -> Tensor:
         """Return `hidden` (s, b, h) with the gradient of the MTP losses in its backward pass.
 
-        predicted[k]: (s, b, h), hidden states of MTP layer k, whose targets are the labels shifted
-        by k + 1; labels, loss_mask: (b, s)."""
+        Args:
+            hidden: (s, b, h), the hidden states of the last decoder layer.
+            predicted: of MTP layer k (s, b, h), whose targets are the labels shifted by k + 1.
+            labels: (b, s).
+            loss_mask: (b, s).
+            packed_seq_params: the borders of the packed sequences.
+        """
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
         scale = self.config.mtp_loss_scaling_factor / self.config.mtp_num_layers
         roll = {"shifts": -1, "dims": -1, "cp_group": self.cp_group}

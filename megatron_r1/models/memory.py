@@ -216,7 +216,7 @@ class Layer:
         kept = (size for name, size in self.modules.items() if name not in dropped)
         return self.input + self.always + sum(kept)
 
-    def working(self, parallel: ParallelConfig) -> int:
+    def backward_bytes(self, parallel: ParallelConfig) -> int:
         """Return the bytes added during its backward pass, by recomputation and dispatch."""
         return self.everything - self.kept(parallel) + self.dispatch
 

@@ -56,7 +56,7 @@ class PlannedJob:
         """Return the same job in another layout."""
         return replace(self, config=self.config.with_changes(parallel=changes))
 
-    def on(self, world_size: int) -> PlannedJob:
+    def with_gpus(self, world_size: int) -> PlannedJob:
         """Return the same job on `world_size` GPUs; the number of multi-GPU engines is adapted."""
         rollout = self.config.rollout
         ranks = rollout.tensor * rollout.data

@@ -133,7 +133,7 @@ def _activations(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> tuple
         count * (layers[False].input + sum(kept_by[job.sparse[n]] for n in chunk.layers))
         for chunk, count in zip(stages, flights, strict=True)
     )
-    return kept, max(layer.working(parallel) for layer in _held(job, rank, layers))
+    return kept, max(layer.backward_bytes(parallel) for layer in _held(job, rank, layers))
 
 
 def _microbatches_held(job: PlannedJob, rank: int) -> list[int]:

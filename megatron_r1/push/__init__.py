@@ -13,8 +13,9 @@
 6. `megatron_r1.engines.plugin.swap`: inside vLLM, the received weights replace the old ones;
    `backend` compares the tensors in use before and after.
 
-Both sides agree on the plan before: an engine rank publishes its `table` of slots, and `rendezvous`
-is how all ranks find each other and learn of failures. `results` has what ranks report to the
+Both sides agree on the plan before: an engine rank publishes its `table` of slots, the trainer the
+`published_plan` of each position, and `rendezvous` is how all ranks find each other and learn of
+failures. `results` has what ranks report to the
 controller.
 
 Eight words are used in all of these modules: set, region, table, slot, plan, link, delivery and

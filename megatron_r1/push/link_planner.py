@@ -34,12 +34,8 @@ from megatron_r1.push.plan.tensors import (
     plain_bytes,
     scale_region,
 )
-from megatron_r1.push.rendezvous import (
-    EXPECTED_ERRORS,
-    PositionPlan,
-    ReceiverInfo,
-    TrainerRendezvous,
-)
+from megatron_r1.push.published_plan import PositionPlan, ReceiverInfo
+from megatron_r1.push.rendezvous import EXPECTED_ERRORS, TrainerRendezvous
 from megatron_r1.push.round_sender import OrderedSets, SetRounds
 from megatron_r1.push.table import Delivery, SlotTable, dtype_of
 from megatron_r1.push.transports import sender_class

@@ -26,18 +26,15 @@ from torch.distributed import PrefixStore, Store
 
 from megatron_r1.push.plan.engine_sets import EngineRank, Plan
 from megatron_r1.push.plan.rounds import ENTRY_BYTES, NONE, push_order, receiving_processes
-from megatron_r1.push.rendezvous import (
-    EXPECTED_ERRORS,
+from megatron_r1.push.published_plan import (
     Peer,
     PositionPlan,
     RankCall,
     RankRounds,
     ReceiverInfo,
-    SetFailed,
-    TrainerRendezvous,
     deliveries_to,
-    wait_for_keys,
 )
+from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TrainerRendezvous, wait_for_keys
 from megatron_r1.push.results import Failure
 from megatron_r1.push.table import Delivery, SlotTable
 from megatron_r1.push.transports.blocks import ArrivingBlocks, MemoryBlock, SlicesBlock

@@ -15,7 +15,7 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import minibatches
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.controller.rollouts.step_sampler import collect_informative
-from megatron_r1.controller.trainer_passes import training_samples
+from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.batch import Head

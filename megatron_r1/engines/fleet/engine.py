@@ -182,7 +182,7 @@ class Engine:
         the call raises."""
         if self.died.is_set():
             call.close()
-            raise self.death()
+            raise self.ended_error()
         request = asyncio.ensure_future(call)
         death = asyncio.ensure_future(self.died.wait())
         try:
@@ -196,7 +196,7 @@ class Engine:
                 await asyncio.wait({death}, timeout=LAST_WORDS_SECONDS)
             if not death.done():
                 return request.result()
-            raise self.death()
+            raise self.ended_error()
         finally:
             request.cancel()
             death.cancel()
@@ -216,7 +216,7 @@ class Engine:
         except ConnectionBroken as broken:
             raise EngineDied(f"{self.name} was lost: {broken}") from broken
 
-    def death(self) -> EngineDied:
+    def ended_error(self) -> EngineDied:
         """Return the error for calls to this engine, which has ended."""
         return EngineDied(f"{self.name} died: {self.server.describe_end()}")
 

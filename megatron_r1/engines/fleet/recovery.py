@@ -221,7 +221,7 @@ class Replacement:
                 if not engine.server.is_alive() and not engine.died.is_set():
                     engine.died.set()
                     with contextlib.suppress(EngineDied):  # the next call raises it
-                        self.replace(engine, engine.death())
+                        self.replace(engine, engine.ended_error())
             await asyncio.sleep(WATCH_SECONDS)
 
     async def _probe(self) -> None:

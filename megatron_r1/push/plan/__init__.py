@@ -12,9 +12,11 @@ Words besides those of `megatron_r1.push`:
 - share: the bytes of a position that enter one member from trainer ranks; it passes them on.
 - replicas: the trainer ranks that hold the same piece of a tensor; any of them can send it.
 - part: a region with its bytes on the wire.
-- held parts: the parts that a position needs, by the replicas that hold them.
-- bundle: parts of a share that come from one sender.
-- entry: all parts that one trainer rank sends to one engine rank."""
+- bundle: the parts of a share that one sender sends.
+- entry: all parts that one trainer rank sends to one engine rank.
+
+A position needs parts; a sender's parts are bundles, and the bundles that enter a member are its
+share."""
 
 from megatron_r1.push.plan.planner import Coordinate, EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.tensors import Region

@@ -26,8 +26,8 @@ Words of the rounds, besides those of `megatron_r1.push` and `megatron_r1.push.p
   one send and one receive, in one group of NCCL calls.
 - block: the bytes of one link, or those that an engine rank passes on: weights, then checksums.
 - portion: one of the equal parts into which a block is divided; a bucket carries one.
-- peer: the other process of a send or a receive. `rendezvous.Peer`: another engine of the set, as
-  the source of what it passes on.
+- peer: the other process of a send or a receive. `published_plan.Peer`: another engine of the set,
+  as the source of what it passes on.
 - area: the part of an engine rank's receive buffer that one push fills (`table.SlotTable.area`)."""
 
 from __future__ import annotations

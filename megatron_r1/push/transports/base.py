@@ -17,12 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from megatron_r1.push.checksum import RunningChecksum
-from megatron_r1.push.rendezvous import (
-    EngineRendezvous,
-    Peer,
-    ReceiverInfo,
-    TrainerRendezvous,
-)
+from megatron_r1.push.published_plan import Peer, ReceiverInfo
+from megatron_r1.push.rendezvous import EngineRendezvous, TrainerRendezvous
 from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.table import Delivery, SlotTable, slot_view
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_r1.push.checksum import INTEGERS, RowsChecksum, RowsWeightedSum
-from megatron_r1.push.rendezvous import Peer, SetFailed
+from megatron_r1.push.published_plan import Peer
+from megatron_r1.push.rendezvous import SetFailed
 from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.table import Delivery, SlotTable, dtype_of, slot_view
 from megatron_r1.push.transports.base import Receiver, Slices
@@ -227,7 +228,7 @@ class ArrivingBlocks:
             if not isinstance(source, Peer)
             for index, delivery in enumerate(self.deliveries[source])
         ]
-        # In the order of slots, as in `rendezvous.deliveries_to`.
+        # In the order of slots, as in `published_plan.deliveries_to`.
         own.sort(key=lambda entry: entry[0].slot)
         deliveries = [delivery for delivery, _ in own]
         return MemoryBlock(self.table, deliveries, self.area, [value for _, value in own])

@@ -19,7 +19,8 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from megatron_r1.push.rendezvous import IDLE_SECONDS, Peer, Rendezvous
+from megatron_r1.push.published_plan import Peer
+from megatron_r1.push.rendezvous import IDLE_SECONDS, Rendezvous
 from megatron_r1.push.transports import PASSED_BYTES
 from megatron_r1.push.transports.base import Sender, Slices
 from megatron_r1.push.transports.blocks import (

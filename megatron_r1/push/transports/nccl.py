@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_r1.push.rendezvous import Peer, RankCall, RankRounds
+from megatron_r1.push.published_plan import Peer, RankCall, RankRounds
 from megatron_r1.push.transports.base import Sender, gpu_uuid
 from megatron_r1.push.transports.blocks import BlockReceiver
 from megatron_r1.push.transports.nccl_rounds import (

@@ -11,7 +11,7 @@ from r1_grading import logic
 from refusals import raised, refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.rl_checks import prompts_that_fit, questions_drawn
+from megatron_r1.commands.rl_checks import kinds_drawn, prompts_that_fit
 from megatron_r1.config import parse
 from megatron_r1.data.prompts import (
     Prompt,
@@ -279,12 +279,12 @@ def test_weights_of_kinds_that_are_not_there_or_draw_nothing_are_refused():
     schedule = [{"from_step": 7, "rl.kind_weights": {"code": 1.0}}]
     recipe = {"schedule": schedule, "kind_weights": {"helpful": 0}}
     with refused("rl.kind_weights.code", Cause.UNKNOWN, 7):
-        questions_drawn(parse({"rl": recipe}), prompts)
+        kinds_drawn(parse({"rl": recipe}), prompts)
     schedule[0]["rl.kind_weights"] = {"helpful": 0.5}
-    lines = questions_drawn(parse({"rl": recipe}), prompts)
+    lines = kinds_drawn(parse({"rl": recipe}), prompts)
     shares = [re.findall(r"\d+\.\d%|math|helpful", line) for line in lines]
     assert shares == [["100.0%", "math", "0.0%", "helpful"], ["66.7%", "math", "33.3%", "helpful"]]
-    assert questions_drawn(parse({}), prompts) == []
+    assert kinds_drawn(parse({}), prompts) == []
 
 
 def test_templates_place_the_question_and_nothing_else():

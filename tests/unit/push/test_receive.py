@@ -29,12 +29,8 @@ from megatron_r1.push.checksum import (
     copy_with_checksum,
     weighted_sum,
 )
-from megatron_r1.push.rendezvous import (
-    EngineRendezvous,
-    ReceiverInfo,
-    TableStore,
-    TrainerRendezvous,
-)
+from megatron_r1.push.published_plan import ReceiverInfo
+from megatron_r1.push.rendezvous import EngineRendezvous, TableStore, TrainerRendezvous
 from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.table import Delivery, SlotTable, slot_view
 from megatron_r1.push.transports import gloo, shared_memory

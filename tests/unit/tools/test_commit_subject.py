@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,25 @@ def test_the_hook_refuses_and_accepts(clone):
     refused = git(clone, "commit", "-m", "Add files")
     assert refused.returncode != 0 and "21 files" in refused.stderr
     assert git(clone, "commit", "-m", "Add files", "-m", "They are empty.").returncode == 0
+
+
+def test_commits_that_the_hook_has_not_seen_are_found_in_the_log(clone):
+    def log(commits):
+        command = [sys.executable, clone / "tools/commit_subject.py", "--log", commits]
+        return subprocess.run(command, cwd=clone, capture_output=True, text=True)
+
+    git(clone, "commit", "--allow-empty", "-m", "Add a test")
+    assert log("-5").returncode == 0
+    git(clone, "add", ".")
+    for number in range(21):
+        (clone / f"{number}.txt").touch()
+    git(clone, "commit", "-m", "Added a test")
+    git(clone, "add", "*.txt")
+    git(clone, "commit", "-m", "Add files")
+    found = log("HEAD~2..HEAD")
+    assert found.returncode == 1
+    assert found.stderr.count("imperative") == 1 and found.stderr.count("21 files") == 1
+    assert log("-1").stderr.count("\n") == 1
 
 
 def test_hooks_that_a_clone_has_stay(clone):

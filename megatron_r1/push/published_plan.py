@@ -1,0 +1,85 @@
+"""The plan of a position, as the trainer publishes it for the engine ranks there: which deliveries
+enter whom, and over NCCL each rank's sends and receives of every round."""
+
+from typing import NamedTuple
+
+import msgspec
+
+from megatron_r1.push.table import Delivery, SlotTable
+
+
+class ReceiverInfo(NamedTuple):
+    """An engine rank's table, and the address at which its transport receives."""
+
+    table: SlotTable
+    address: str = ""
+
+
+class Peer(NamedTuple):
+    """Another engine of the set, as the source of deliveries: its rank at the same position has
+    them from trainer ranks, and passes them on."""
+
+    member: int
+
+    def __str__(self) -> str:
+        return f"- (through engine {self.member} of the set)"
+
+
+PositionPlan = list[list[tuple[int, list[Delivery]]]]
+"""plan[member]: the pairs (sender, deliveries) that enter that engine's rank at one position."""
+
+
+class RankCall(msgspec.Struct, frozen=True, array_like=True):
+    """A send or a receive of a round: portion `number` of the `count` equal ones of a block.
+
+    Attributes:
+        peer: rank in the communicator.
+        block: the trainer rank that sends it, or -1 - member where a member of the position passes
+            it on."""
+
+    peer: int
+    block: int
+    number: int
+    count: int
+
+
+class RankRounds(msgspec.Struct, frozen=True):
+    """The part of an engine rank in a push over NCCL: (send, receive) of each of its rounds, at
+    first those in which weights enter it, then those in which they are passed on.
+
+    Attributes:
+        rank: the rank in the set's communicator.
+        size: the number of that communicator's ranks.
+        names: the ranks of its position that are in it, each "member/rank".
+        entering: the rounds in which weights enter this rank.
+        passing: the rounds in which they are passed on."""
+
+    rank: int
+    size: int
+    names: list[str]
+    entering: list[tuple[RankCall | None, RankCall | None]]
+    passing: list[tuple[RankCall | None, RankCall | None]]
+
+
+class PublishedPlan(msgspec.Struct, frozen=True):
+    """What the ranks at a position do in a push.
+
+    Attributes:
+        entering: the deliveries from trainer ranks.
+        rounds: over NCCL, the rounds by member; None for a rank for which the trainer rank on its
+            GPU receives."""
+
+    entering: PositionPlan
+    rounds: list[RankRounds | None] | None = None
+
+
+def deliveries_to(plan: PositionPlan, own: int) -> dict[int | Peer, list[Delivery]]:
+    """Return the deliveries to one member of a position: those that enter it, by sender, then those
+    that others pass on to it."""
+    deliveries: dict[int | Peer, list[Delivery]] = dict(plan[own])
+    for member, senders in enumerate(plan):
+        entered = [delivery for _, sent in senders for delivery in sent]
+        if member != own and entered:
+            # By slot: all members list a share in the same order.
+            deliveries[Peer(member)] = sorted(entered, key=lambda delivery: delivery.slot)
+    return deliveries
