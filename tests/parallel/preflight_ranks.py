@@ -9,7 +9,7 @@ import sys
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import parse
-from megatron_r1.rehearse.preflight import host, judge, rank
+from megatron_r1.rehearse.preflight import findings, host, rank, report
 from megatron_r1.rehearse.settings import PreflightConfig
 
 
@@ -35,7 +35,8 @@ def main() -> None:
     facts = rank.run(config, settings)
     if facts:
         try:
-            judge.write_report("small", settings, facts, judge.judge(config, settings, facts))
+            found = findings.check_facts(config, settings, facts)
+            report.write_report("small", settings, facts, found)
         except RunError as error:
             print(f"blocked: {error}")
 

@@ -1,6 +1,8 @@
 """Every module can be imported: what is evaluated at import, annotations among it, is defined. And
-every file of tests has a name of its own."""
+every file of tests has a name of its own, and imports what exists."""
 
+import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -42,3 +44,27 @@ def test_no_two_test_files_have_the_same_name():
     # pytest imports them by it, as folders of tests are no packages.
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_programs_of_tests_import_what_exists():
+    """Those that tests start, too, which pytest never imports."""
+    folders = {"megatron_r1": ROOT, "r1_kernels": ROOT / "kernels", "r1_grading": ROOT / "grading"}
+    missing = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
+                continue
+            folder = folders.get(node.module.partition(".")[0])
+            if folder is None:
+                continue
+            module = folder / node.module.replace(".", "/")
+            source = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+            text = source.read_text(encoding="utf-8") if source.is_file() else ""
+            missing += [
+                f"{path.relative_to(ROOT)}: {node.module}.{alias.name}"
+                for alias in node.names
+                if not (module / alias.name).is_dir()
+                and not (module / f"{alias.name}.py").is_file()
+                and not re.search(rf"\b{re.escape(alias.name)}\b", text)
+            ]
+    assert missing == []
