@@ -88,15 +88,17 @@ def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(
     before, trained = tmp_path / "a", tmp_path / "b"
     write_fp8(trained, tmp_path / "stored")
     write_fp8(trained, tmp_path / "meant", dequantized=True)
-    arguments = ["--load-format", "dummy", "--hf-overrides"]
-    arguments.append(json.dumps({"quantization_config": published.FP8_CONFIG}))
+    dummy = {
+        "extra_args": ["--load-format", "dummy"],
+        "hf_overrides": {"quantization_config": published.FP8_CONFIG},
+    }
 
     async def run():
         async with RolloutFleet(1, tmp_path / "started", **ENGINE, **layout) as fleet:
             await fleet.start(tmp_path / "stored")
             expected = await checksums(fleet)
         settings = ENGINE | layout | {"weight_transfer_backend": f"megatron_r1_{transport}"}
-        async with RolloutFleet(1, tmp_path / "pushed", **settings, extra_args=arguments) as fleet:
+        async with RolloutFleet(1, tmp_path / "pushed", **settings, **dummy) as fleet:
             await fleet.start(before)
             tensors = pushed_tensors(config, fp8=True)
             push = {"transport": transport, "fp8": True}
