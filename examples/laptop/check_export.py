@@ -37,7 +37,8 @@ def answers_of_transformers(folder: str, prompts: list[list[int]], limit: int) -
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    end = model.generation_config.eos_token_id
+    ends = model.generation_config.eos_token_id  # one, or a list: a chat model has several
+    ends = ends if isinstance(ends, list) else [ends]
     answers: list[list[int]] = [[] for _ in prompts]
     # Prompts of one length make a batch without padding.
     for length in sorted({len(p) for p in prompts}):
@@ -49,10 +50,11 @@ def answers_of_transformers(folder: str, prompts: list[list[int]], limit: int) -
                 attention_mask=torch.ones_like(batch),
                 max_new_tokens=limit,
                 do_sample=False,
-                pad_token_id=end,
+                pad_token_id=ends[0],
             )
         for i, row in zip(chosen, generated[:, length:].tolist(), strict=True):
-            answers[i] = row[: row.index(end) + 1] if end in row else row
+            first = next((at for at, token in enumerate(row) if token in ends), len(row))
+            answers[i] = row[: first + 1]
     return answers
 
 
