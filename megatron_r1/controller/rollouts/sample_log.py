@@ -397,7 +397,7 @@ class StepLog:
 
         Args:
             position: the place of the prompt among all that the step drew.
-            prompt: the prompt.
+            prompt: what the step has drawn there now; a record of another prompt is discarded.
             only_final: return the group only if it `is_final`."""
         record = self._records.pop(position, None)
         if record is None or record.prompt_id != prompt.id:
