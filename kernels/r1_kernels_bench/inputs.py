@@ -314,7 +314,12 @@ class MatrixInputs(Inputs):
 
 
 class ExampleInputs(Inputs):
-    """The arguments of a registered kernel's first example; exact results: plain PyTorch, fp64."""
+    """The arguments of a registered kernel's first example; exact results: plain PyTorch, fp64.
+
+    Args:
+        kernel: the registered kernel, by whose name its plain-PyTorch form is found.
+        sizes: the sizes of the problem; the example has the vocabulary's part of one rank.
+        device: where the arguments are."""
 
     def __init__(self, kernel: registry.Kernel, sizes: ProblemSizes, device: torch.device) -> None:
         torch.manual_seed(0)

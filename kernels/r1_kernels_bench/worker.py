@@ -51,7 +51,12 @@ class Calls:
     """The calls of one case's implementations, from their warm-up to their first failure.
 
     A failure becomes the reason in the implementation's row. report(doing=...) is called before
-    each step, for the supervisor."""
+    each step, for the supervisor.
+
+    Args:
+        inputs: the case's `Inputs`, with the exact results.
+        measure: a `CpuMeter` or `CudaMeter`, which returns a call's seconds and its extra bytes.
+        report: writes its arguments as a line for the supervisor."""
 
     def __init__(self, inputs: Any, measure: Any, report: Callable[..., None]) -> None:
         self.inputs, self.measure, self.report = inputs, measure, report

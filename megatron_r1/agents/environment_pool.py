@@ -177,7 +177,12 @@ class Environments:
 
 
 class EnvironmentProcess:
-    """One episode's environment: `async with environments.open() as environment`."""
+    """One episode's environment: `async with environments.open() as environment`.
+
+    Args:
+        reader: the replies of the process that has the environment.
+        writer: the calls to that process; closed, it ends the process.
+        call_seconds: the limit of each call, `agents.call_seconds`."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, call_seconds: float

@@ -108,8 +108,9 @@ async def training_run(
     Args:
         config: The run's settings.
         name: The kind of run, for its title.
-        facts: About the run, the model's path first.
-        next_commands: For the report.
+        facts: Short phrases that describe the run in the terminal and in its report, such as its
+            questions; the first is the model's path.
+        next_commands: Pairs of a purpose and a command to try next, which the report lists.
 
     Raises:
         UserError, TrainerError, EngineError: As they end the run.

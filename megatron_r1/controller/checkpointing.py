@@ -16,7 +16,12 @@ class Checkpointing:
     """What of a run is kept across restarts, in checkpoints and in the sample log: the trainer's
     state, the position in the questions, and the counts of rewards.
 
-    `resume` comes first."""
+    `resume` comes first.
+
+    Args:
+        recorder: has the run's folder, its state and its series of checkpoints.
+        trainer: saves and loads what its ranks hold.
+        sampler: has the position in the questions, and the sample log."""
 
     def __init__(self, recorder: RunRecorder, trainer: TrainerClient, sampler: StepSampler):
         self.recorder, self.trainer, self.sampler = recorder, trainer, sampler

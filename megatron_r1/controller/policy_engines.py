@@ -14,7 +14,12 @@ from megatron_r1.trainer.operations import ModelOperations
 
 
 class PolicyEngines:
-    """Samples with the policy's weights and pushes them; `pusher` connects trainer and engines."""
+    """Samples with the policy's weights and pushes them; `pusher` connects trainer and engines.
+
+    Args:
+        trainer: is asked to free its GPUs' memory before a push to colocated engines.
+        pusher: sends the trainer's weights to the engines, and probes what these compute.
+        sampler: draws the prompts of each step and collects its rollout."""
 
     def __init__(self, trainer: TrainerClient, pusher: WeightPusher, sampler: StepSampler):
         self.trainer, self.pusher, self.sampler = trainer, pusher, sampler

@@ -24,7 +24,14 @@ from megatron_r1.controller.trainer_passes import TrainerPasses
 
 
 class Session:
-    """One RL run in progress. `step` counts rollouts, from 1."""
+    """One RL run in progress. `step` counts rollouts, from 1.
+
+    Args:
+        recorder: writes the run's folder: state, metrics, samples and advice.
+        stop: says whether the run was asked to stop.
+        engines: samples with the policy's weights, and pushes them.
+        passes: runs the algorithm's passes on the trainer; it has the run's settings.
+        heldout: evaluates the policy when that is due."""
 
     def __init__(
         self,

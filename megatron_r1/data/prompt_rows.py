@@ -107,7 +107,7 @@ def identity(prompt: Prompt, kind: str | None) -> str:
     """Return the text that identifies a prompt.
 
     Args:
-        prompt: the prompt.
+        prompt: the question, with the turns before it and the fields of its row.
         kind: as in `load_prompts`."""
     question = asked(prompt)
     if kind != ENVIRONMENT or not prompt.fields:

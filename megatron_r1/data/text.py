@@ -97,7 +97,14 @@ PROBE = "a message of the system"
 
 
 class PromptText:
-    """The tokenizer of a Hugging Face folder with one prompt template."""
+    """The tokenizer of a Hugging Face folder with one prompt template.
+
+    Attributes:
+        opens_thought: whether prompts end with `<think>`, which responses then do not repeat.
+        closed_thought: the empty thought with which prompts end, "" without one.
+        end: the token that ends a written response.
+        end_tokens: all that end a sampled one.
+        stop_token_ids: their ids and the given ones."""
 
     def __init__(
         self,
@@ -114,13 +121,6 @@ class PromptText:
             keys: the recipe's keys that name model and template, for errors.
             stop_token_ids: tokens that end a response besides the model's own
                 (`rollout.stop_token_ids`).
-
-        Attributes:
-            opens_thought: whether prompts end with `<think>`, which responses then do not repeat.
-            closed_thought: the empty thought with which prompts end, "" without one.
-            end: the token that ends a written response.
-            end_tokens: all that end a sampled one.
-            stop_token_ids: their ids and the given ones.
 
         Raises:
             UserError: the folder has no tokenizer, the tokenizer names no end token or lacks one of

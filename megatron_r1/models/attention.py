@@ -126,7 +126,16 @@ class _Offset(torch.autograd.Function):
 
 
 class CoreAttention(MegatronModule):
-    """Causal attention with the interface of Megatron's DotProductAttention; no dropout."""
+    """Causal attention with the interface of Megatron's DotProductAttention; no dropout.
+
+    Args:
+        config: the model's; it says which layers have a window, and whether softmax has an offset.
+        layer_number: the layer, from 1.
+        *positional: further arguments of Megatron's; not used.
+        softmax_scale: the factor of query times key; None: 1 / sqrt(`k_channels`).
+        k_channels: the size of a head's keys; None: `config.kv_channels`.
+        pg_collection: the groups of context-parallel and of tensor-parallel ranks.
+        **unused: further arguments of Megatron's; not used."""
 
     def __init__(
         self,

@@ -36,7 +36,12 @@ class RMSNorm(torch.nn.Module):
     21 ms and torch.nn.functional.rms_norm 12 ms.
 
     The mean is computed in fp32 and the product with the weight in the input's dtype, as in
-    transformers. Megatron's own (WrappedTorchNorm) does not support sequence parallelism."""
+    transformers. Megatron's own (WrappedTorchNorm) does not support sequence parallelism.
+
+    Args:
+        config: the model's, for the weight's dtype and sequence parallelism.
+        hidden_size: the features of a token, over which the mean is taken.
+        eps: added to the mean of squares."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6):
         super().__init__()
@@ -81,7 +86,12 @@ class _Normalize(torch.autograd.Function):
 
 
 class ReplicatedLinear(torch.nn.Module):
-    """y = x W^T, all of W on every tensor-parallel rank: TELinear's parallel_mode "duplicated"."""
+    """y = x W^T, all of W on every tensor-parallel rank: TELinear's parallel_mode "duplicated".
+
+    Args:
+        input_size: the features of x.
+        output_size: the features of y.
+        config: the model's, for the weight's dtype, device and initial values."""
 
     def __init__(self, input_size: int, output_size: int, config: TransformerConfig):
         super().__init__()

@@ -34,7 +34,7 @@ class Engines:
     """All engines of a job.
 
     Attributes:
-        job: the job.
+        job: the recipe, the sizes of its model, and the GPUs.
         resident: bytes of the trainer that stay on the same GPU."""
 
     job: PlannedJob

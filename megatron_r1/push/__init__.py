@@ -15,12 +15,11 @@
 
 Both sides agree on the plan before: an engine rank publishes its `table` of slots, the trainer the
 `published_plan` of each position, and `rendezvous` is how all ranks find each other and learn of
-failures. `results` has what ranks report to the
-controller.
+failures. `results` has what ranks report to the controller.
 
-Eight words are used in all of these modules: set, region, table, slot, plan, link, delivery and
-bucket. `plan` defines the others, of which the modules that carry out a plan use member, position
-and entry, and `plan.rounds` those of pushes over NCCL: round, portion, block, peer and area.
+The words of a push are defined in three places. The eight below are used in all of these modules.
+`plan` has seven more, of which the modules that carry out a plan use member, position and entry.
+`plan.rounds` has five for pushes over NCCL: round, block, portion, peer and area.
 
 - set: equal engines that are served together.
 - region: a rectangle of a Hugging Face tensor (`plan.tensors`).

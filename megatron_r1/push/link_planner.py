@@ -252,7 +252,7 @@ class LinkedSet:
     Attributes:
         rendezvous: this rank's rendezvous with each engine.
         sent: the bytes that each trainer rank sends to the set in a push.
-        links: the links.
+        links: one to each engine rank that this rank sends to.
         rounds: this rank's part of a push in rounds.
         number: the number of the set's pushes so far."""
 

@@ -306,8 +306,8 @@ def wait_for_keys(
     to check for a failure.
 
     Args:
-        store: the store.
-        keys: the keys.
+        store: the trainer's store, or the part of it with a prefix.
+        keys: names of values that other ranks write; an error names the last one.
         seconds: the time limit.
         look: raises the error because of which the keys will not come.
 

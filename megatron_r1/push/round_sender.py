@@ -71,10 +71,10 @@ class RoundCall:
 
     Attributes:
         is_passing: whether the portion is passed on from engine to engine.
-        round: the round.
+        round: its number in the schedule, from 0 (`plan.rounds`).
         is_send: a send, not a receive.
         peer: the other side's rank in the communicator.
-        block: the block.
+        block: the engine rank that the bytes are for, and the trainer rank that sends them.
         number: the portion, counted from 0.
         count: the equal portions of the block."""
 
@@ -346,7 +346,12 @@ Blocks = Mapping[tuple[int, int], SlicesBlock]
 
 class RoundSender:
     """Sends the blocks of trainer rank `rank` of `world`. Every method is called on all trainer
-    ranks with the same sets, in the same order."""
+    ranks with the same sets, in the same order.
+
+    Args:
+        store: the trainer's store, through which its ranks agree on what has failed.
+        rank: this trainer rank, from 0.
+        world: the number of trainer ranks."""
 
     def __init__(self, store: Store, rank: int, world: int):
         self._store, self._rank, self._world = store, rank, world

@@ -35,7 +35,7 @@ class SlotTable(msgspec.Struct, frozen=True):
 
     Attributes:
         num_bytes: the size of one area.
-        slots: the slots.
+        slots: the regions that the rank needs, with offsets in bytes from the start of an area.
         areas: the number of areas: 1, or 2 where the engine computes with the received weights in
             place, so that the next push must be written next to these weights."""
 

@@ -74,7 +74,7 @@ def structure(
     """Return a row for each part of the recipe's structure that its verb uses.
 
     Args:
-        recipe: the recipe.
+        recipe: the settings of the full run.
         hf: the model's config.json.
         small: the miniature.
         verb: the recipe's verb.

@@ -127,8 +127,8 @@ def code_blocks(
     """Drop a response with a fenced code block, also one that is never closed.
 
     Args:
-        response: the response.
-        prompt: its prompt.
+        response: one response, whose `part` is searched.
+        prompt: what it answers; its kind is looked up in `kinds`.
         kinds: the kinds of questions whose responses may have them.
         part: "thought" or "response".
 
@@ -149,8 +149,8 @@ def repetition(
     (the repetition reward; a text written twice has half).
 
     Args:
-        response: the response.
-        prompt: its prompt.
+        response: one response, of which the whole text counts.
+        prompt: what it answers; every filter takes it, this one does not use it.
         min_new: the least share.
         window: the number of characters.
 

@@ -86,7 +86,12 @@ class ResponseJudge(ABC):
 
 class FunctionJudge(ResponseJudge):
     """Asks a user's function for the votes on responses. compare: above 0.5 is a vote for the first
-    response, below for the second, 0.5 is a tie."""
+    response, below for the second, 0.5 is a tie.
+
+    Args:
+        function: takes a question and responses, and returns a number.
+        num_votes: the votes on a pair, half of them in each order of its responses.
+        cache: where votes are kept."""
 
     def __init__(self, function: UserFunction, num_votes: int, cache: ResultCache) -> None:
         super().__init__((function.identity, num_votes), cache)

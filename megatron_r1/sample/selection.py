@@ -139,7 +139,7 @@ class Selection:
         """Return why a response by itself is dropped, None to keep it.
 
         Args:
-            prompt: the prompt.
+            prompt: the question, for the filters.
             response: one response to it.
             of_question: why all graded responses to this question are dropped."""
         if response.refusal:

@@ -37,8 +37,8 @@ def monitor_identity(rank: int) -> bytes:
 
 class Call(msgspec.Struct, frozen=True):
     """Controller → rank: run `operation`, a method's name in `trainer.operations`, with
-    `arguments`. The leader of a replica gets the parts
-    of an encoded `ReplicaSamples` after it, and forwards them to the others."""
+    `arguments`. The leader of a replica gets the parts of an encoded `ReplicaSamples` after it, and
+    forwards them to the others."""
 
     operation: str
     arguments: dict[str, Any] = {}

@@ -68,7 +68,12 @@ class FramedProcess(Generic[Reply]):
     the child is ready.
 
     The child leads a process group of its own, so that `kill` also ends the processes that the
-    child has started."""
+    child has started.
+
+    Args:
+        process: the child, with pipes for its input, output and errors.
+        reply: the type of the child's replies.
+        max_bytes: the bytes of the largest reply."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reply: type[Reply], max_bytes: int

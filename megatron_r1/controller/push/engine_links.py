@@ -38,7 +38,7 @@ class EngineSet:
 
     Attributes:
         name: the set's name at the trainer and in its store, new for every set.
-        engines: the engines.
+        engines: its members, in the order of their numbers, from 0.
         num_links: links of each trainer rank to the set.
         num_bytes: bytes of a whole push to the set, out of all trainer ranks."""
 
@@ -123,7 +123,7 @@ class EngineLinks:
         sets of one, and those that fail again are lost.
 
         Args:
-            engines: the engines.
+            engines: running engines; their present sets are dropped.
             on_lost: called with each lost engine and the error.
             resume: engines may compute afterwards."""
         self._drop([s for s in self.sets if set(s.engines) & set(engines)])
@@ -203,7 +203,7 @@ class EngineLinks:
         the engines that have died or do not answer, with the error of each.
 
         Args:
-            sets: the sets.
+            sets: new sets, of which neither side has a link yet.
             resume: engines may compute afterwards."""
         gone, self._gone = self._gone, []
         calls: dict[Engine, asyncio.Task[None]] = {}

@@ -137,7 +137,12 @@ class WeightPusher:
     weights in another, with the `push` of the new ones at its end.
 
     The fleet's `feed` is set to this pusher's: an engine that is replaced, or joins, receives the
-    trainer's weights while those are the version that the other engines have."""
+    trainer's weights while those are the version that the other engines have.
+
+    Args:
+        fleet: the engines that run, and their replacement.
+        links: the links of the trainer to them; it also has the settings of pushes.
+        prober: compares the engines with the trainer after each push; None: nothing is compared."""
 
     def __init__(self, fleet: RolloutFleet, links: EngineLinks, prober: Prober | None = None):
         self.fleet, self.links, self.prober = fleet, links, prober

@@ -22,7 +22,13 @@ from megatron_r1.evaluation.voting import expects_number, majority_score
 
 
 class HeldoutEvaluation:
-    """Evaluates the engines' weights on the held-out prompts of a run, and records the result."""
+    """Evaluates the engines' weights on the held-out prompts of a run, and records the result.
+
+    Args:
+        config: the run's settings; `eval` says how often and with how many samples.
+        collector: has the engines sample and the rewards grade.
+        prompts: the held-out prompts; none: there is no evaluation.
+        recorder: writes the metrics and the samples into the run's folder."""
 
     def __init__(
         self,

@@ -361,8 +361,15 @@ class StepLog:
     Batches that draw in rounds (`collect_informative`) thus continue in the round they were in."""
 
     def __init__(self, log: SampleLog, path: Path, schedule: str) -> None:
-        """Read the records of a step that were written under `schedule`. Raises UserError for
-        records of another format."""
+        """Read the records of a step that were written under `schedule`.
+
+        Args:
+            log: the sample log of the run, which writes new records.
+            path: the step's file in it.
+            schedule: as in `SampleLog.step`.
+
+        Raises:
+            UserError: records of another format."""
         self._log, self._path, self._schedule = log, path, schedule
         self._records: dict[int, GroupRecord] = {}
         self.is_accepted = False
@@ -397,7 +404,7 @@ class StepLog:
 
         Args:
             position: the place of the prompt among all that the step drew.
-            prompt: the prompt.
+            prompt: what the step has drawn there now; a record of another prompt is discarded.
             only_final: return the group only if it `is_final`."""
         record = self._records.pop(position, None)
         if record is None or record.prompt_id != prompt.id:

@@ -43,7 +43,13 @@ class StepRollout:
 
 
 class StepSampler:
-    """Draws each step's prompts and collects its rollout, up to `rl.staleness` steps ahead."""
+    """Draws each step's prompts and collects its rollout, up to `rl.staleness` steps ahead.
+
+    Args:
+        config: the run's settings; each step has its own by `Config.at`.
+        collector: has the engines sample and the rewards grade.
+        prompts: the order of the training prompts, and the place in it.
+        log: keeps finished groups for a restart; None: they are sampled again."""
 
     def __init__(
         self,

@@ -114,8 +114,8 @@ class RankProcesses:
         """Return a sentence on how `rank` ended, with the end of its log.
 
         Args:
-            rank: the rank.
-            operation: the call."""
+            rank: its number among all trainer ranks, from 0.
+            operation: the name of the call that it was in."""
         if rank >= len(self._processes):
             return f"trainer rank {rank} is gone"
         code, log = self._processes[rank].poll(), self._log(rank)

@@ -138,7 +138,7 @@ class LocalEngine:
     """An engine that was ordered.
 
     Attributes:
-        order: the order.
+        order: what the controller asked for: name, model and settings.
         slot: the place on this host.
         server: the server; None where it could not be started.
         end: how the engine ended; the reason where it could not be started.

@@ -20,7 +20,7 @@ class PlacedParameter:
     """The place of a parameter, in checkpoint form, in the memory.
 
     Attributes:
-        parameter: the parameter.
+        parameter: its layer and name, and the shape, strides and dtype of a view of the memory.
         offset: its first byte in the memory.
         num_rows: the rows that are received; all others are a vocabulary's padding."""
 

@@ -157,7 +157,7 @@ def load(
     afterwards the memory may be overwritten.
 
     Args:
-        model: the model.
+        model: vLLM's model on this rank, which has these layers.
         placed: the parameters, with their places.
         memory: uint8, the memory that has their values.
         in_place: the memory may not be overwritten, because the engine computes there with

@@ -5,7 +5,7 @@ set and finds the senders. `rounds` has the order in which buckets travel over N
 `tools/bench/push/order_check.py` proves that it cannot wait in a circle. `from_recipe` plans and
 checks the push of a recipe before any engine runs. No torch.
 
-Words besides those of `megatron_r1.push`:
+Seven words besides those of `megatron_r1.push`:
 
 - member: an engine of a set, by its number there.
 - position: a rank's number within its engine. A set's ranks at one position need the same bytes.
@@ -16,7 +16,8 @@ Words besides those of `megatron_r1.push`:
 - entry: all parts that one trainer rank sends to one engine rank.
 
 A position needs parts; a sender's parts are bundles, and the bundles that enter a member are its
-share."""
+share. Before senders are chosen, `engine_sets.HeldParts` has a position's or a share's parts, by
+the replicas that hold them."""
 
 from megatron_r1.push.plan.planner import Coordinate, EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.tensors import Region

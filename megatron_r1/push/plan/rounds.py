@@ -20,7 +20,7 @@ NCCL refuses two ranks on one GPU, and two processes on a GPU compute in turns. 
 the process that receives for the engine rank on its GPU, into memory that both have mapped (CUDA
 IPC); what it holds itself it copies there.
 
-Words of the rounds, besides those of `megatron_r1.push` and `megatron_r1.push.plan`:
+Five words of the rounds, besides those of `megatron_r1.push` and `megatron_r1.push.plan`:
 
 - round: a step of the schedule, with the same number on all processes, in which each makes at most
   one send and one receive, in one group of NCCL calls.

@@ -283,7 +283,13 @@ class Slices(Protocol):
 
 class Sender:
     """A trainer rank's end of the link to one engine rank. Call `plan`, `connect`, then `send` for
-    every push, but where links are sent together, in planned rounds (`round_sender`)."""
+    every push, but where links are sent together, in planned rounds (`round_sender`).
+
+    Args:
+        rendezvous: this rank's rendezvous with the engine.
+        sender: this trainer rank, from 0.
+        rank: the engine rank, by its number within the engine.
+        receiver: the address and the table of slots of that engine rank."""
 
     def __init__(
         self, rendezvous: TrainerRendezvous, sender: int, rank: int, receiver: ReceiverInfo
