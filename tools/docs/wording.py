@@ -83,7 +83,8 @@ def in_module(source: str) -> Iterator[tuple[int, str, str]]:
             yield first + line - 1, words, instead
 
 
-SECTION = re.compile(r"^ *(?:Args|Attributes|Returns|Yields|Raises):\n(?:(?: .*)?\n?)*", re.M)
+SECTION = re.compile(r"^ *(?:Args|Attributes|Returns|Yields|Raises):\n", re.M)
+"""The heading of a section; all below the first one is sections."""
 
 
 def in_public_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
@@ -97,12 +98,12 @@ def in_public_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
         for entry in re.finditer(r"^ +(\w+): of ", text, re.M):
             line = first + text.count("\n", 0, entry.start())
             yield line, entry[0].strip(), "what it is, as `key: the key that errors name.`"
-        prose = SECTION.sub(_blank, text)
-        names = "|".join(map(re.escape, _described(node)))
+        if not (names := "|".join(map(re.escape, _described(node)))):
+            continue
+        prose = SECTION.split(text, maxsplit=1)[0]
         for entry in re.finditer(rf"(?:^|(?<=[.;] )|(?<=[.;]\n)) *({names}): ", prose, re.M):
             line = first + text.count("\n", 0, entry.start(1))
-            if names:
-                yield line, f"{entry[1]}:", "an entry of `Args:` or `Attributes:`"
+            yield line, f"{entry[1]}:", "an entry of `Args:` or `Attributes:`"
 
 
 def _public(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
