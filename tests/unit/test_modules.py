@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+HOMES = {"megatron_r1": ROOT, "r1_kernels": ROOT / "kernels", "r1_grading": ROOT / "grading"}
+"""Package -> the folder that it is in."""
 PROGRAM = """
 import importlib, sys
 from megatron_r1.models import platform
@@ -25,11 +27,7 @@ for module in sys.stdin.read().split():
 def test_every_module_is_imported_without_an_error():
     modules = [
         ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
-        for folder, package in (
-            (ROOT, "megatron_r1"),
-            (ROOT / "kernels", "r1_kernels"),
-            (ROOT / "grading", "r1_grading"),
-        )
+        for package, folder in HOMES.items()
         for path in sorted((folder / package).rglob("*.py"))
         # vLLM's process imports the plugin; programs inside the sandbox and __main__ run at import
         if "plugin" not in path.parts and not path.stem.startswith(("inside_", "__main__"))
@@ -48,13 +46,12 @@ def test_no_two_test_files_have_the_same_name():
 
 def test_programs_of_tests_import_what_exists():
     """Those that tests start, too, which pytest never imports."""
-    folders = {"megatron_r1": ROOT, "r1_kernels": ROOT / "kernels", "r1_grading": ROOT / "grading"}
     missing = []
     for path in sorted((ROOT / "tests").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
                 continue
-            folder = folders.get(node.module.partition(".")[0])
+            folder = HOMES.get(node.module.partition(".")[0])
             if folder is None:
                 continue
             module = folder / node.module.replace(".", "/")
