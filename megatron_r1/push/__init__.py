@@ -18,7 +18,7 @@ Both sides agree on the plan before: an engine rank publishes its `table` of slo
 failures. `results` has what ranks report to the controller.
 
 The words of a push are defined in three places. The eight below are used in all of these modules.
-`plan` has seven more, of which the modules that carry out a plan use member, position and entry.
+`plan` has seven more; modules that carry out a plan use three of them: member, position and entry.
 `plan.rounds` has five for pushes over NCCL: round, block, portion, peer and area.
 
 - set: equal engines that are served together.

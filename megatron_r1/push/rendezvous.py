@@ -309,7 +309,7 @@ def wait_for_keys(
         store: the trainer's store, or the part of it with a prefix.
         keys: names of values that other ranks write; an error names the last one.
         seconds: the time limit.
-        look: raises the error because of which the keys will not come.
+        look: raises an error when another rank has failed, so that the keys will not come.
 
     Raises:
         DistStoreError: at the time limit."""

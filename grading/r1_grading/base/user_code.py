@@ -30,7 +30,7 @@ def find(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
         is_one: whether a value is of the kind.
 
     Raises:
-        UserError: an unknown module, no value of the name, or one of which `is_one` is false.
+        UserError: the module is unknown, it has no such name, or `is_one` refuses the value.
         Exception: what the module raises at its import."""
     module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path:

@@ -42,7 +42,7 @@ FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})(.*)")
 NO_PROGRAM = ("text", "txt", "plaintext", "output", "console", "json", "md", "markdown")
 """Languages of fences around what a program reads or prints."""
 PROMPTS, SYNTAX = (">>> ", "$ "), "(=:;{"
-"""The start of a session, and signs one of which every program has."""
+"""How lines of an interactive session begin, and the signs: a program has at least one of them."""
 MAX_ANSWER_CHARS, MAX_PROGRAM_CHARS = 2**20, 2**18
 
 

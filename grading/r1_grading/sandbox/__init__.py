@@ -30,8 +30,8 @@ class PythonSession:
     """An interpreter that starts at once; `close` ends it.
 
     Args:
-        limits: the limits, of which cpu_seconds limits all calls together, memory_mib the process,
-            output_mib the output of one call.
+        limits: cpu_seconds limits all calls together, memory_mib the process, output_mib the output
+            of one call.
 
     Raises:
         SandboxUnavailable, SandboxError: as `run.launch`."""

@@ -1,6 +1,6 @@
 """Files that others wrote, a model folder's above all: JSON in bounded time, no files elsewhere,
-its safetensors files, their headers and whether they are whole, and blocks by which large files
-are told apart. No torch.
+its safetensors files, their headers and whether they are whole, and blocks that distinguish large
+files. No torch.
 
 A folder that was downloaded may hold anything: JSON nested so deeply that every copy of it fails,
 a key twice with two values, names and links that lead to other files of this machine, and

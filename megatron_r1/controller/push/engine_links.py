@@ -203,7 +203,7 @@ class EngineLinks:
         the engines that have died or do not answer, with the error of each.
 
         Args:
-            sets: new sets, of which neither side has a link yet.
+            sets: new sets; neither engines nor trainer ranks have links for them yet.
             resume: engines may compute afterwards."""
         gone, self._gone = self._gone, []
         calls: dict[Engine, asyncio.Task[None]] = {}
