@@ -71,6 +71,17 @@ def check_head(hidden: Tensor, weight: Tensor) -> None:
         )
 
 
+def check_main_grad(main_grad: Tensor, weight: Tensor) -> None:
+    """Require `main_grad` to have the shape and device of `weight`, in fp32 (fp64 for fp64)."""
+    check_same_device(weight=weight, main_grad=main_grad)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if main_grad.shape != weight.shape or main_grad.dtype != dtype:
+        raise ValueError(
+            f"main_grad must be {tuple(weight.shape)} {dtype} like weight, got "
+            f"{tuple(main_grad.shape)} {main_grad.dtype}"
+        )
+
+
 def check_targets(
     targets: Tensor, num_tokens: int, vocab_size: int, unmasked: Tensor | None = None
 ) -> None:

@@ -9,6 +9,7 @@ softmax is read only after the next work is queued."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -36,13 +37,21 @@ class LinearHead:
     Attributes:
         weight: (V_local, H).
         scale: 1 / temperature.
-        chunk_tokens: tokens with logits at once."""
+        chunk_tokens: tokens with logits at once.
+        main_grad: (V_local, H) of `wide(weight.dtype)`, to which backward passes add the weight's
+            gradient, which is then 0 for autograd; None: autograd gets it."""
 
     weight: Tensor
     shard: VocabShard
     scale: float
     chunk_tokens: int
     primitives: Primitives
+    main_grad: Tensor | None = None
+
+    def no_gradient(self) -> Tensor:
+        """Return the weight's gradient for autograd where `main_grad` has it: zeros of the weight's
+        shape in the memory of one."""
+        return self.weight.new_zeros(()).expand_as(self.weight)
 
     def buffer(self, num_tokens: int, dtype: torch.dtype) -> Tensor:
         """Allocate memory for the logits (rows, V_local) of one chunk, each row aligned."""
@@ -139,25 +148,32 @@ def _store(out: RowSoftmax, rows: Rows, pending: PendingStatistics) -> None:
 class HeadGradients:
     """Gradients of hidden and weight, accumulated chunk by chunk.
 
-    The weight's gradient is accumulated in fp32. The hidden states' gradient is one product per
-    chunk, rounded once; with a group it is this rank's part of a sum, which is reduced in fp32,
-    chunk by chunk, while later products run.
+    The weight's gradient is accumulated in fp32, in memory of its own or in `total`. The hidden
+    states' gradient is one product per chunk, rounded once; with a group it is this rank's part of
+    a sum, which is reduced in fp32, chunk by chunk, while later products run.
 
     Args:
         head: the output layer.
         hidden: (T, H).
         needs: whether hidden and weight need a gradient; one not needed stays None.
-        reduce_hidden: whether the hidden states' gradient is summed over the group."""
+        reduce_hidden: whether the hidden states' gradient is summed over the group.
+        total: (V_local, H) in fp32, to which the weight's gradient is added; None: to zeros."""
 
     def __init__(
-        self, head: LinearHead, hidden: Tensor, needs: Sequence[bool], reduce_hidden: bool
+        self,
+        head: LinearHead,
+        hidden: Tensor,
+        needs: Sequence[bool],
+        reduce_hidden: bool,
+        total: Tensor | None = None,
     ):
         self.head = head
         self.needed = any(needs[:2])
         self.hidden = torch.zeros_like(hidden) if needs[0] else None
         self.weight = None
         if needs[1]:
-            self.weight = torch.zeros_like(head.weight, dtype=wide(hidden.dtype))
+            zeros = partial(torch.zeros_like, head.weight, dtype=wide(hidden.dtype))
+            self.weight = zeros() if total is None else total
         self.group = head.shard.group if reduce_hidden else None
         self.reducing: tuple[Rows, Tensor, dist.Work] | None = None
 
@@ -191,7 +207,8 @@ class HeadGradients:
         self.reducing = rows, part, dist.all_reduce(part, group=self.group, async_op=True)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of hidden, in its dtype, and of weight, in fp32."""
+        """Return the gradients of hidden, in its dtype, and of weight, in fp32, with what `total`
+        had before."""
         self._finish_reducing()
         return self.hidden, self.weight
 

@@ -11,7 +11,8 @@ loss, l its tokens' log-probabilities and H their entropies:
     dX = dZ W        dW = dZᵀ X, summed over chunks in fp32
 
 dL/dl_t: `policy_terms`; dL/dH_t = -entropy_coef · w_t. Saved for the backward pass: dX, in X's
-dtype, and dW, in fp32; for X in fp16 both are scaled by a power of two until then
+dtype, and dW, in fp32, which the backward pass multiplies and adds to `main_grad` unrounded where
+there is one; for X in fp16 both are scaled by a power of two until then
 (`gradient_scale`). Computing Z again there, as `linear_token_logprobs` must, needs only X and W,
 but a fourth product.
 
@@ -79,6 +80,7 @@ def linear_policy_loss(
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
+    main_grad: Tensor | None = None,
     # The loss of a token: `PolicySettings`, and what its terms read.
     clip_low: float = 10.0,
     clip_high: float = 10.0,
@@ -118,6 +120,7 @@ def linear_policy_loss(
         vocab_size: ids from here on are padding; None: there is none.
         chunk_tokens: tokens whose logits exist at once; None: chosen by device and vocabulary.
         reduce_hidden_grad: see `linear_token_logprobs`.
+        main_grad: likewise.
         clip_low: ε below 1; this and the next seven as in `policy_loss`.
         clip_high: ε above 1.
         dual_clip: the largest ratio of a negative advantage, or None.
@@ -148,7 +151,9 @@ def linear_policy_loss(
     )
     averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
     check_finite("entropy_coef", entropy_coef)
-    head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
+    head = make_head(
+        hidden, weight, temperature, group, vocab_size, chunk_tokens, backend, main_grad
+    )
     given = TokenTensors(
         logprobs=None,
         old_logprobs=old_logprobs,
@@ -296,7 +301,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if waiting:
             gradients.add(*waiting)
         ctx.save_for_backward(*gradients.finish())
-        ctx.weight_dtype, ctx.gradient_scale = weight.dtype, run.gradient_scale
+        ctx.head, ctx.gradient_scale = head, run.gradient_scale
         ctx.mark_non_differentiable(*metrics)
         return torch.cat(losses).sum(), *metrics
 
@@ -308,8 +313,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
             upstream = upstream / ctx.gradient_scale
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * upstream).to(grad_hidden.dtype)
-        if grad_weight is not None:
-            out = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+        head = ctx.head
+        if grad_weight is not None and head.main_grad is not None:
+            torch.addcmul(head.main_grad, grad_weight, upstream, out=head.main_grad)
+            grad_weight = head.no_gradient()
+        elif grad_weight is not None:
+            out = torch.empty_like(grad_weight, dtype=head.weight.dtype)
             grad_weight = torch.mul(grad_weight, upstream, out=out)
         return grad_hidden, grad_weight, None, None
 

@@ -48,10 +48,10 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Compute out += a @ b, with `out` of `wide(a.dtype)`; on a GPU never rounded to a.dtype."""
+    """Compute out += a @ b, with `out` of `wide(a.dtype)`; the product is not rounded to a.dtype.
+
+    The CPU has no product of bf16 matrices with fp32 sums, and computes with fp32 copies."""
     if a.dtype in REDUCED and a.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    elif a.dtype in REDUCED:
-        out += a @ b
     else:
-        out.addmm_(a, b)
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))

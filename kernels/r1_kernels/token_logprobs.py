@@ -22,6 +22,7 @@ from r1_kernels.arguments import (
     check_count,
     check_floats,
     check_head,
+    check_main_grad,
     check_same_device,
     check_targets,
     check_temperature,
@@ -132,6 +133,7 @@ def linear_token_logprobs(
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
+    main_grad: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute log p(target) and entropy (nats) of softmax(hidden @ weight.T / temperature).
@@ -151,6 +153,9 @@ def linear_token_logprobs(
         reduce_hidden_grad: whether the gradient of `hidden` is summed over the group; False leaves
             this rank's part, for callers that sum it themselves, as Megatron's tensor-parallel
             regions do.
+        main_grad: (V_local, H) fp32 (fp64 for fp64), to which backward passes add the weight's
+            gradient, unrounded; `weight` itself gets zeros. Megatron keeps such sums over
+            micro-batches. None: `weight` gets the gradient, in its dtype.
         backend: "triton" or "torch"; None: Triton for CUDA tensors (not fp64), PyTorch elsewhere.
 
     Returns:
@@ -159,7 +164,9 @@ def linear_token_logprobs(
     Raises:
         ValueError: shapes, dtypes, devices, targets and a temperature that do not fit."""
     check_same_device(hidden=hidden, weight=weight, targets=targets)
-    head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
+    head = make_head(
+        hidden, weight, temperature, group, vocab_size, chunk_tokens, backend, main_grad
+    )
     check_targets(targets, len(hidden), head.shard.vocab_size)
     return LinearTokenLogprobs.apply(hidden, weight, targets, head, reduce_hidden_grad)
 
@@ -172,6 +179,7 @@ def make_head(
     vocab_size: int | None,
     chunk_tokens: int | None,
     backend: str | None,
+    main_grad: Tensor | None = None,
 ) -> LinearHead:
     """Check the arguments of a head and return it.
 
@@ -183,10 +191,13 @@ def make_head(
         vocab_size: the ids in the whole vocabulary; None: one for each column of all ranks.
         chunk_tokens: the tokens with logits at once; None: `default_chunk_tokens`.
         backend: the implementation, as for `registry.choose`.
+        main_grad: (V_local, H), what backward passes add the weight's gradient to; None: nothing.
 
     Raises:
         ValueError: arguments that do not fit, by name."""
     check_head(hidden, weight)
+    if main_grad is not None:
+        check_main_grad(main_grad, weight)
     check_temperature(temperature)
     check_count(chunk_tokens=chunk_tokens, vocab_size=vocab_size)
     return LinearHead(
@@ -195,6 +206,7 @@ def make_head(
         1.0 / temperature,
         chunk_tokens or default_chunk_tokens(weight),
         choose(hidden, backend),
+        main_grad,
     )
 
 
@@ -221,7 +233,9 @@ class LinearTokenLogprobs(torch.autograd.Function):
         head, reduce_hidden_grad = ctx.settings
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(softmax[0])
-        gradients = HeadGradients(head, hidden, ctx.needs_input_grad, reduce_hidden_grad)
+        gradients = HeadGradients(
+            head, hidden, ctx.needs_input_grad, reduce_hidden_grad, head.main_grad
+        )
         buffer = head.buffer(len(hidden), wide(hidden.dtype))
         d_buffer = buffer
         if hidden.dtype != buffer.dtype:
@@ -235,5 +249,6 @@ class LinearTokenLogprobs(torch.autograd.Function):
             gradients.add(rows, states, d_logits)
         grad_hidden, grad_weight = gradients.finish()
         if grad_weight is not None:
-            grad_weight = grad_weight.to(hidden.dtype)
+            into_main = head.main_grad is not None
+            grad_weight = head.no_gradient() if into_main else grad_weight.to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None

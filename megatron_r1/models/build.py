@@ -49,7 +49,7 @@ from torch.nn import Module
 
 from megatron_r1.models import patches
 from megatron_r1.models.attention_fields import model_arguments, rope_scaling, yarn_scaling
-from megatron_r1.models.gradients import correct_attributes, sum_over_token_parts
+from megatron_r1.models.gradients import correct_attributes, gradient_sum, sum_over_token_parts
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.layers import block_specs
 from megatron_r1.models.patches import set_yarn
@@ -217,6 +217,7 @@ class PolicyModel(GPTModel):
             group=self.output_layer.tp_group,
             vocab_size=self.unpadded_vocab_size,
             reduce_hidden_grad=False,
+            main_grad=gradient_sum(weight) if self.mtp_only_divisor is None else None,
         )
         losses = logprobs.new_zeros(labels.numel()).index_copy(0, rows, -logprobs)
         return losses.view_as(labels)

@@ -29,6 +29,7 @@ them (`build.LMHead`, `layers.LatentAttention`). An adapter's factor has its wei
 
 from collections.abc import Sequence
 
+import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -53,6 +54,35 @@ def mark_like(factor: Parameter, weight: Tensor, counts: bool) -> None:
         counts: whether the norm counts the factor's gradient on this tensor rank."""
     factor.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
     factor.tensor_model_parallel = counts  # type: ignore[attr-defined]
+
+
+def gradient_sum(weight: Tensor) -> Tensor | None:
+    """Return the fp32 sum of a head's gradients over micro-batches, to which r1_kernels add theirs.
+
+    None where autograd gets the gradient: without DistributedDataParallel's buffer, for a frozen
+    weight, one that adapters change, and a buffer in 16 bits; and in a pass without gradients.
+
+    Args:
+        weight: the head's, which may be the embedding's too."""
+    total = getattr(weight, "main_grad", None)
+    if total is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        return None
+    return total if total.dtype == torch.promote_types(weight.dtype, torch.float32) else None
+
+
+def leave_out_zeros(weight: Tensor) -> None:
+    """Have DistributedDataParallel not add the zeros that r1_kernels return for a head's gradient
+    where they have added it to `gradient_sum` themselves.
+
+    Megatron's own layers set `grad_added_to_main_grad` for that, and nobody looks whether another
+    operation, as a tied embedding or a loss of the user's, has a gradient for the same weight,
+    which is then left out. Here the gradient tells: zeros of the kernels alone are one number in
+    memory, and any sum with another's is not."""
+
+    def mark(gradient: Tensor) -> None:
+        weight.grad_added_to_main_grad = not any(gradient.stride())  # type: ignore[attr-defined]
+
+    weight.register_hook(mark)
 
 
 def correct_attributes(model: Module, config: TransformerConfig) -> None:

@@ -155,6 +155,7 @@ class Bill:
         largest = max(parts, key=lambda kind: parts[kind].number)
         fix = {
             "checkpoint being written": "set checkpoint.asynchronous to false, or ",
+            "reference": "set parallel.reference_offload to device, or ",
             "optimizer": "lower parallel.optimizer_offload, or ",
             "critic's optimizer": "lower parallel.optimizer_offload, or ",
         }.get(largest, "")

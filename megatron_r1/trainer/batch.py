@@ -88,7 +88,9 @@ class Head:
         temperature: the logits are divided by it.
         group: the tensor-parallel ranks.
         vocab_size: number of tokens; rows beyond are padding.
-        context_group: the ranks that hold the other parts of the samples."""
+        context_group: the ranks that hold the other parts of the samples.
+        main_grad: (V_local, H) fp32, to which the backward pass adds the weight's gradient; None:
+            autograd gets it."""
 
     batch: PackedBatch
     hidden: Tensor
@@ -97,6 +99,7 @@ class Head:
     group: ProcessGroup
     vocab_size: int
     context_group: ProcessGroup | None = None
+    main_grad: Tensor | None = None
     records_old: bool = False
     """Whether `logprobs` stores its result as batch.logprobs["old"] where there is none: in the
     update of a policy, which starts at π_old (`policy_loss` always does)."""
@@ -154,4 +157,5 @@ class Head:
             "vocab_size": self.vocab_size,
             # The LMHead's gather or copy sums it over the group, in the backward pass.
             "reduce_hidden_grad": False,
+            "main_grad": self.main_grad,
         }

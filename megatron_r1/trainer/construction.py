@@ -19,12 +19,14 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import unwrap_model
 
 from megatron_r1 import models
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models import fp8, platform, weights
 from megatron_r1.models.build import PolicyModel, ScoreModel, process_groups
+from megatron_r1.models.gradients import gradient_sum, leave_out_zeros
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights.adapters import attach_adapters
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
@@ -232,6 +234,11 @@ def _with_gradients(
         for chunk in chunks
     ]
     for chunk in wrapped:
+        model = unwrap_model(chunk)
+        if isinstance(model, PolicyModel) and model.post_process:
+            weight = models.lm_head_weight(model)
+            if gradient_sum(weight) is not None:
+                leave_out_zeros(weight)
         chunk.broadcast_params()  # over data parallelism: replicas start from the same bits
     no_sync = [chunk.no_sync for chunk in wrapped]
     transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]

@@ -20,6 +20,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings, TokenSettings
 from megatron_r1.models import fp8, platform, weights
 from megatron_r1.models.experts import routing_shape
+from megatron_r1.models.gradients import gradient_sum
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.replay import Replay
 from megatron_r1.trainer import construction
@@ -313,14 +314,16 @@ class Trainer:
     def _head(
         self, batch: PackedBatch, out: Tensor, temperature: float, *, records_old: bool = False
     ) -> Head:
+        weight = models.lm_head_weight(self.model_chunks[-1])
         return Head(
             batch,
             hidden=out.reshape(-1, out.shape[-1]),
-            weight=models.lm_head_weight(self.model_chunks[-1]),
+            weight=weight,
             temperature=temperature,
             group=self.groups.tp,
             vocab_size=self.hf["vocab_size"],
             context_group=self.groups.cp,
+            main_grad=gradient_sum(weight),
             records_old=records_old,
         )
 

@@ -131,6 +131,27 @@ def test_linear_policy_loss_keeps_one_chunk_and_the_weight_gradient():
     out.loss.backward()
 
 
+@pytest.mark.parametrize("kernel", ["linear_policy_loss", "linear_token_logprobs"])
+def test_weight_gradients_are_added_to_an_fp32_sum(kernel):
+    """Two micro-batches; nothing is rounded to bf16 but the gradients of single logits."""
+    h, w, y, *tokens = head_problem(2_000, 512, 32_003, torch.bfloat16)
+    total = torch.zeros(w.shape, device=DEVICE)
+    d, b = w.clone().requires_grad_(), w.double().requires_grad_()
+    for part in (slice(0, 1_000), slice(1_000, None)):
+        states, targets, *others = [t[part] for t in (h, y, *tokens)]
+        if kernel == "linear_policy_loss":
+            settings = {**SETTINGS, "denominator": 1}
+            given = targets, *others
+            linear_policy_loss(states, d, *given, main_grad=total, **settings).loss.backward()
+            reference.linear_policy_loss(states.double(), b, *given, **settings).loss.backward()
+        else:
+            linear_token_logprobs(states, d, targets, main_grad=total)[0].sum().backward()
+            logprobs = torch.log_softmax(states.double() @ b.t(), -1)
+            logprobs.gather(-1, targets[:, None]).sum().backward()
+    assert not d.grad.any() and not torch.equal(total, total.bfloat16().float())
+    assert (total.double() - b.grad).norm() < 0.01 * b.grad.norm()
+
+
 def test_linear_token_logprobs_of_64k_tokens():
     h, w, y, *_ = head_problem(65_537, 256, VOCABULARY, torch.bfloat16)
     with torch.no_grad():

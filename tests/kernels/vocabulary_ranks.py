@@ -72,6 +72,8 @@ def logprobs_of_a_head(mine, options, reduce_hidden_grad):
     want = formulae.logprobs_and_entropy(a @ b.t(), y, TEMPERATURE)
     (want[0] + 0.5 * want[1]).sum().backward()
     c, d = h.float().requires_grad_(), shard(w, mine).requires_grad_()
+    # As Megatron calls it.
+    total = None if reduce_hidden_grad else torch.zeros(d.shape)
     got = linear_token_logprobs(
         c,
         d,
@@ -79,6 +81,7 @@ def logprobs_of_a_head(mine, options, reduce_hidden_grad):
         temperature=TEMPERATURE,
         chunk_tokens=4,
         reduce_hidden_grad=reduce_hidden_grad,
+        main_grad=total,
         **options,
     )
     (got[0] + 0.5 * got[1]).sum().backward()
@@ -87,7 +90,7 @@ def logprobs_of_a_head(mine, options, reduce_hidden_grad):
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), theirs.detach(), **FP32)
     torch.testing.assert_close(c.grad.double(), a.grad, atol=1e-4, rtol=1e-4)
-    check_weight_gradient(d.grad, b.grad, mine)
+    check_weight_gradient(d.grad if total is None else total, b.grad, mine)
     return *got, c.grad
 
 
@@ -99,6 +102,7 @@ def policy_loss_of_a_head(mine, options, name, level):
     )
     c, d = h.float().requires_grad_(), shard(w, mine).requires_grad_()
     q = {k: v.float() if v.is_floating_point() else v for k, v in p.items()}
+    total = torch.zeros(d.shape) if name == "k3" else None
     out = linear_policy_loss(
         c,
         d,
@@ -112,13 +116,14 @@ def policy_loss_of_a_head(mine, options, name, level):
         ratio_level=level,
         cu_seqlens=q["cu_seqlens"],
         chunk_tokens=4,
+        main_grad=total,
         **settings,
         **options,
     )
     out.loss.backward()
     torch.testing.assert_close(out.loss.double(), loss, **FP32)
     torch.testing.assert_close(c.grad.double(), grad_hidden, **FP32)
-    check_weight_gradient(d.grad, grad_weight, mine)
+    check_weight_gradient(d.grad if total is None else total, grad_weight, mine)
     return *(t.detach() for t in out), c.grad
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from nullgpu.conftest import TORCHRUN
 
+from megatron_r1.base.processes.startup import trainer_allocator
 from tests.nullgpu import counters
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +111,7 @@ def test_memory_that_torch_frees_without_caching_is_nan(on_null_gpu):
     on_null_gpu("-c", FREED, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
-def test_a_pinned_buffer_of_21_gib_takes_32_of_the_host(on_null_gpu, tmp_path):
+def test_by_default_a_pinned_buffer_of_21_gib_takes_32_of_the_host(on_null_gpu, tmp_path):
     counted = {"NULL_GPU_COUNTERS": str(tmp_path / "counters")}
     on_null_gpu("-c", PINNED, NULL_GPU_PINNED_BYTES=str(33 * 2**30), **counted)
     (found,) = counters.read(tmp_path / "counters")
@@ -118,6 +119,14 @@ def test_a_pinned_buffer_of_21_gib_takes_32_of_the_host(on_null_gpu, tmp_path):
     with pytest.raises(pytest.fail.Exception) as failed:
         on_null_gpu("-c", PINNED, NULL_GPU_PINNED_BYTES=str(31 * 2**30))
     assert "out of memory" in str(failed.value)
+
+
+def test_a_trainer_s_pinned_buffer_takes_what_it_has(on_null_gpu, tmp_path):
+    counted = {"NULL_GPU_COUNTERS": str(tmp_path / "counters")}
+    allocator = trainer_allocator({})
+    on_null_gpu("-c", PINNED, NULL_GPU_PINNED_BYTES=str(22 * 2**30), **counted, **allocator)
+    (found,) = counters.read(tmp_path / "counters")
+    assert 21 * 2**30 <= found["pinned_peak_bytes"] < 22 * 2**30
 
 
 def test_torchs_operators_can_be_computed_on_the_host(on_null_gpu):

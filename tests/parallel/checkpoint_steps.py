@@ -18,15 +18,17 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from trainer_steps import LOSS, SETTINGS, config, load
 
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.checkpoints import staging
+from megatron_r1.trainer.checkpoints import contents, staging
 
 LIMIT = 10_000
+contents_own_part = contents._own_part
 staging.GATHERED_ELEMENTS = 10_000  # a bucket takes several slices
 
 
@@ -78,6 +80,7 @@ def straight(trainer, folders, position, out: Path) -> dict:
     trainer.keep_reference()
     update(trainer, position, 2)
     folders.save_checkpoint(str(out / "step_00000002"), {"step": 2})
+    gathered = folders._writer._memory.filled.num_bytes
     steps = [update(trainer, position, 3), update(trainer, position, 4)]
     progress = folders.checkpoint_progress(wait=True)
     again = []
@@ -85,14 +88,24 @@ def straight(trainer, folders, position, out: Path) -> dict:
         folders.save_checkpoint(str(out / "step_00000002"), {"step": 2})
     except ValueError as error:
         again = [str(error)]
-    return {"steps": steps, "digest": digest(trainer), "error": progress["error"], "again": again}
+    found = {"steps": steps, "digest": digest(trainer), "error": progress["error"]}
+    return {**found, "again": again, "gathered": gathered}
 
 
 def continued(trainer, folders, position, out: Path) -> dict:
     random.seed(99)
-    answer = folders.load_checkpoint(str(out / "step_00000002"), reference=True)
+    asked = []
+
+    def own_part(part, state):
+        own = contents_own_part(part, state)
+        asked.extend(own.values())
+        return own
+
+    with patch.object(contents, "_own_part", own_part):
+        answer = folders.load_checkpoint(str(out / "step_00000002"), reference=True)
     steps = [update(trainer, position, 3), update(trainer, position, 4)]
-    return {"steps": steps, "digest": digest(trainer), **answer}
+    own = sum(entry.data.nbytes for entries in asked for entry in entries.values())
+    return {"steps": steps, "digest": digest(trainer), "asked": own, **answer}
 
 
 def full(trainer, folders, position, out: Path) -> dict:

@@ -1,12 +1,14 @@
 """What the ranks write, survive and refuse; loading at other layouts is in test_trainer.py."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
 
+from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 from megatron_r1.trainer.checkpoints import finding
 
 HERE = Path(__file__).parent
@@ -42,6 +44,17 @@ def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(straight, oracl
     assert len(set(draws)) == 3 and draws != expected[0]["steps"][1]["draws"]
 
 
+def stored_bytes(folder: Path) -> int:
+    """Of the optimizer's state in a checkpoint."""
+    sizes = DistributedCheckpoint(folder).shapes
+    return sum(4 * math.prod(s) for name, s in sizes.items() if name.startswith("optimizer.state."))
+
+
+def test_ranks_gather_what_they_write(straight):
+    out, written = straight
+    assert sum(rank["gathered"] for rank in written) == stored_bytes(out / "step_00000002") > 1e5
+
+
 @pytest.mark.slow
 def test_so_it_does_along_every_other_axis(oracle, tmp_path):
     grids = ["dp2", "ep2", "pp2", "pp2xvp2"]
@@ -64,6 +77,10 @@ def test_what_two_ranks_wrote_continues_on_one_and_on_four(straight, oracle, num
     got = play("continued", oracle, out, grid, num_ranks)
     assert len(got) == num_ranks and not any(mine["is_same_layout"] for mine in got)
     assert got[0]["steps"][0]["draws"] != written[0]["steps"][0]["draws"]
+    asked, stored = [mine["asked"] for mine in got], stored_bytes(out / "step_00000002")
+    assert sum(asked) > 0.99 * stored  # two tensor ranks had a row more of embedding and head
+    # A replica holds its share of the state, and asks for parameters as wholes.
+    assert max(asked) < 0.6 * stored or num_ranks == 1
     last_stage = next(mine for mine in got if "loss" in mine["steps"][0])
     for mine, theirs in zip(last_stage["steps"], written[0]["steps"], strict=True):
         for name in theirs.keys() - {"draws"}:

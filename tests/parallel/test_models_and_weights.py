@@ -65,3 +65,9 @@ def compare(oracle, out, num_ranks, models, grids):
 def test_weight_files_that_do_not_fit_are_refused_and_others_are_exact(oracle, tmp_path):
     output = run_ranks(HERE, 2, "weight_files.py", str(oracle), str(tmp_path))
     assert "random_weights_do_not_depend_on_the_split" in output
+
+
+def test_each_number_of_a_checkpoint_is_read_by_one_rank(oracle, tmp_path):
+    grids = ["dp2", "cp2", "ep2"]
+    output = run_ranks(HERE, 2, "shared_reads.py", str(oracle), str(tmp_path), *grids)
+    assert [f"{grid} holds" in output for grid in grids] == [True] * len(grids), output[-3000:]

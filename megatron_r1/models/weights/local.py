@@ -1,16 +1,19 @@
 """The tensors of this rank's model chunks: where each stands in the weight table, and their import:
-every rank reads its own slices of a checkpoint and nothing else."""
+of each slice of a checkpoint one replica reads it and sends it to the others, so that a job reads
+each byte once, whatever its data parallelism."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.nn import Module
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.build import process_groups
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights.layout import LayoutEntry, Shard, hf_tensors, layout
@@ -34,11 +37,16 @@ def local_pieces(
     Raises:
         ValueError: for a parameter that no rule covers, and for one whose shape differs from its
             rule's."""
-    groups = process_groups(model_chunks)
     for tensor, entry in local_entries(model_chunks, hf):
         # Replicas hold the same values; the first of them owns the pieces.
-        replicas = groups.expt_dp if entry.expert else groups.dp_cp
-        yield tensor, entry.pieces, entry.owner and replicas.rank() == 0
+        first = _replicas(model_chunks, entry).rank() == 0
+        yield tensor, entry.pieces, entry.owner and first
+
+
+def _replicas(model_chunks: Sequence, entry: LayoutEntry) -> dist.ProcessGroup:
+    """Return the ranks that hold the same values of a tensor."""
+    groups = process_groups(model_chunks)
+    return groups.expt_dp if entry.expert else groups.dp_cp
 
 
 def local_entries(model_chunks: Sequence, hf: dict) -> Iterator[tuple[Tensor, LayoutEntry]]:
@@ -107,7 +115,8 @@ def has_mtp(model_chunks: Sequence) -> bool:
 
 
 def load_hf(model_chunks: Sequence, hf: dict, path: str | Path, stored: dict | None = None) -> None:
-    """Fill this rank's parameters, in their dtype, from the safetensors checkpoint in `path`.
+    """Fill this rank's parameters, in their dtype, from the safetensors checkpoint in `path`; call
+    on every rank.
 
     FP8 checkpoints (fp8.py) are dequantized. MTP layers' copies of the embedding and head are
     ignored. Vocabulary padding becomes zero.
@@ -147,13 +156,46 @@ def _load(model_chunks: Sequence, hf: dict, weights: HfWeights | MegatronWeights
     headless = has_score_head(hf) and not has_score_head(weights.hf)
     with weights, torch.no_grad():
         weights.check(has_mtp(model_chunks))
-        for parameter, pieces, _ in local_pieces(model_chunks, hf):
-            if headless and [piece.hf_name for piece in pieces] == [SCORE]:
-                continue
-            _zero_padding(parameter, pieces)
-            for piece in pieces:
-                values = weights.read(piece.hf_name, piece.dim, piece.hf_start, piece.length)
-                parameter.narrow(piece.dim, piece.local_start, piece.length).copy_(values)
+        entries = [
+            (parameter, entry.pieces, _replicas(model_chunks, entry))
+            for parameter, entry in local_entries(model_chunks, hf)
+            if not (headless and [piece.hf_name for piece in entry.pieces] == [SCORE])
+        ]
+
+        def read() -> None:
+            for index, (parameter, pieces, replicas) in enumerate(entries):
+                if index % replicas.size() != replicas.rank():
+                    continue
+                _zero_padding(parameter, pieces)
+                for piece in pieces:
+                    values = weights.read(piece.hf_name, piece.dim, piece.hf_start, piece.length)
+                    parameter.narrow(piece.dim, piece.local_start, piece.length).copy_(values)
+
+        # All read, side by side, before any sends.
+        _on_every_rank(read)
+        for index, (parameter, _, replicas) in enumerate(entries):
+            if replicas.size() > 1:
+                # Over the tensor's replicas, of which one has read it.
+                source = dist.get_global_rank(replicas, index % replicas.size())
+                dist.broadcast(parameter.detach(), source, group=replicas)
+
+
+def _on_every_rank(action: Callable[[], None]) -> None:
+    """Run `action` on every rank and wait for all; raise a UserError of any on all ranks."""
+    failure = None
+    try:
+        action()
+    except UserError as error:
+        failure = str(error), error.key, error.cause
+    failures: list[tuple[str, str, Cause] | None] = [failure]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        failures = [None] * dist.get_world_size()
+        # Over all ranks: a rank that waited for the tensors of one that has failed would not end.
+        dist.all_gather_object(failures, failure)
+    for found in failures:
+        if found is not None:
+            text, key, cause = found
+            raise UserError(text, key=key, cause=cause)
 
 
 def initialize(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> None:

@@ -113,7 +113,26 @@ def _optimizer(
     # and its chained state records which. Tensors are named by their parameter; the only other
     # thing that has to survive is the step count, the same everywhere.
     step = states[0]["optimizer"]["param_groups"][0].get("step")
-    return [{"param_state": state["param_state"]} for state in states], step
+    kept = [state["param_state"] for state in states]
+    if loading:
+        kept = [_own_part(*each) for each in zip(_parts(optimizer), kept, strict=True)]
+    return [{"param_state": state} for state in kept], step
+
+
+def _own_part(part: Any, state: dict[int, Any]) -> dict[int, Any]:
+    """Return the entries of the parameters of which this rank of data parallelism holds some state:
+    the others would be read, a whole model's state by each rank, and thrown away.
+
+    Args:
+        part: an optimizer.
+        state: its entries by a parameter's place in all its buffers
+            (`load_parameter_state_from_fully_reshardable`)."""
+    held = []
+    for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
+        (shards,) = ranges.values()
+        own = {parameter for shard in shards for parameter in shard["param_map"]}
+        held += [parameter in own for parameter in buffer.param_index_map]
+    return {place: entries for place, entries in state.items() if held[place]}
 
 
 def _restore(loaded: dict[str, Any], networks: Networks) -> None:
@@ -303,7 +322,10 @@ def load(folder: Path, networks: Networks) -> bool:
         written_by = common.get("layout")
         if written_by == own_layout:
             tree["rng"] = _rng_entry(loading=True)
-        loaded = dist_checkpointing.load(tree, str(folder))
+        # A rank asks for its own part of the optimizer (`_own_part`), so that the ranks with the
+        # first copy of a parameter do not ask for all of it: that every part of every tensor is
+        # there was checked when it was written.
+        loaded = dist_checkpointing.load(tree, str(folder), validate_access_integrity=False)
     except UserError:
         raise
     except UNREADABLE as error:

@@ -6,17 +6,22 @@ torch_dist format. Megatron would also write, in processes forked from this one;
 process with CUDA, NCCL or gloo threads is undefined, and its spawned alternative needs a GPU. So
 only the plan is taken from it, and `writer` writes in threads.
 
-Fresh memory is slow: its pages are faulted in one by one, and on a GPU they have to be pinned for
-a fast copy. The price of keeping it is that the memory is taken for the whole run: what one rank
-writes, and its part of the optimizer whole.
+Fresh memory is slow: its pages are faulted in one by one, and pinned for a fast copy where there
+are few of them. The price of keeping it is that the memory is taken for the whole run: what one
+rank writes.
 
-The distributed optimizer's shards are gathered here in one copy. Megatron's own gathering
-(distrib_optimizer.py:977) makes five copies in fresh memory. It also leaves out the padding
-between buckets (:1112) that the index of parameters counts (:1499): with more than one bucket, the
-state of all later ones is stored off by up to 127 elements."""
+The distributed optimizer's shards are gathered here, a slice at a time and after Megatron has
+planned: of each slice a rank keeps what it writes. The entries that are planned with lie in
+buffers of the whole part's size, of which pages that nobody writes to take no memory. Megatron's
+own gathering (distrib_optimizer.py:977) makes five copies in fresh memory, each whole on every
+replica: 66 GiB a rank in the recipe for 2,048 GPUs, of which it writes a sixteenth. It also leaves
+out the padding between buckets (:1112) that the index of parameters counts (:1499): with more than
+one bucket, the state of all later ones is stored off by up to 127 elements."""
 
 import contextlib
-from collections.abc import Hashable, Iterator
+import mmap
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +30,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
@@ -53,26 +61,115 @@ GATHERED_ELEMENTS = 1 << 24
 """Elements that ranks gather at a time: 64 MiB of the device's memory."""
 
 
+OPTIMIZER = "optimizer.state."
+"""What the keys of the gathered state begin with (distrib_optimizer.py:1462)."""
+
+
+class Ranges:
+    """The host memory that some tensors lie in."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        for begin, end in sorted(map(_addresses, tensors)):
+            if self._ends and begin <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end)
+            elif begin < end:
+                self._begins.append(begin)
+                self._ends.append(end)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._ends) - sum(self._begins)
+
+    def parts(self, tensor: Tensor) -> Iterator[slice]:
+        """Yield what of `tensor`, (numel,) contiguous, lies in these ranges."""
+        begin, end = _addresses(tensor)
+        width, index = tensor.element_size(), bisect_right(self._ends, begin)
+        while index < len(self._begins) and self._begins[index] < end:
+            first, last = max(begin, self._begins[index]), min(end, self._ends[index])
+            yield slice((first - begin) // width, (last - begin) // width)
+            index += 1
+
+    def cover(self, tensor: Tensor) -> bool:
+        """Whether all of `tensor` lies in these ranges."""
+        begin, end = _addresses(tensor)
+        index = bisect_right(self._ends, begin)
+        in_one = index < len(self._begins) and self._begins[index] <= begin
+        return begin == end or (in_one and end <= self._ends[index])
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses of the first byte of `tensor` and of the one behind its last."""
+    begin, width = tensor.data_ptr(), tensor.element_size()
+    if not tensor.numel():
+        return begin, begin
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return begin, begin + width * (1 + sum((size - 1) * stride for size, stride in steps))
+
+
+Gathering = Callable[[Ranges], None]
+"""Gathers one buffer of the optimizer's state: what of it lies in the ranges."""
+
+
 class HostMemory:
-    """The buffers of one rank; the next save overwrites them after `reuse`."""
+    """The buffers of one rank; the next save overwrites them after `reuse`.
+
+    Attributes:
+        filled: what of the gathered buffers this save writes."""
 
     def __init__(self) -> None:
         self._copies: dict[tuple, list[Tensor]] = {}
         self._num_used: dict[tuple, int] = {}
         self._gathered: dict[Hashable, Tensor] = {}
         self._storages: set[int] = set()
+        self._planned: dict[Hashable, Gathering] = {}
+        self.filled = Ranges([])
 
     def reuse(self) -> None:
         """Mark all copies as free."""
         self._num_used = {}
 
     def gathered(self, name: Hashable, numel: int) -> Tensor:
-        """Return the buffer called `name`, (numel,) fp32, with its previous content."""
+        """Return the buffer called `name`, (numel,) fp32, for entries to be planned with; `gather`
+        fills it. Of its pages only those that were written to take memory."""
         buffer = self._gathered.get(name)
         if buffer is None or buffer.numel() != numel:
-            buffer = self._gathered[name] = platform.empty_on_host((numel,), torch.float32)
+            pages = mmap.mmap(-1, max(1, 4 * numel), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            buffer = self._gathered[name] = torch.frombuffer(pages, dtype=torch.float32)[:numel]
             self._storages.add(buffer.untyped_storage().data_ptr())
         return buffer
+
+    def plan(self, name: Hashable, gathering: Gathering) -> None:
+        """Have `gather` fill the buffers of one part of the optimizer.
+
+        Args:
+            name: the part's; a later plan of this name replaces the earlier one.
+            gathering: called on all ranks of data parallelism together."""
+        self._planned[name] = gathering
+
+    def gather(self, entries: dict[str, Any]) -> None:
+        """Fill the gathered buffers where this rank writes them; call on all ranks together.
+
+        Args:
+            entries: sharded entries, distributed over the ranks that hold them.
+
+        Raises:
+            AssertionError: an entry of the optimizer that is a copy of what is not gathered yet."""
+        own = []
+        for entry in nested_values(entries):
+            if isinstance(entry, ShardedTensor) and is_main_replica(entry.replica_id):
+                if self._is_gathered(entry.data):
+                    own.append(entry.data)
+                else:
+                    assert not entry.key.startswith(OPTIMIZER), f"{entry.key} is not gathered"
+        self.filled = Ranges(own)
+        for gathering in self._planned.values():
+            gathering(self.filled)
+        self._planned = {}
+
+    def _is_gathered(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._storages
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Return `tensor` on the host, of its shape and dtype, contiguous and alone in its storage.
@@ -80,7 +177,8 @@ class HostMemory:
         A part of a gathered buffer is not copied again. A copy from a GPU is complete after
         `platform.synchronize`."""
         tensor = tensor.detach()
-        is_gathered = tensor.untyped_storage().data_ptr() in self._storages
+        is_gathered = self._is_gathered(tensor)
+        assert not is_gathered or self.filled.cover(tensor), "written without being gathered"
         if is_gathered and tensor.is_contiguous():
             # A view with a storage of its own: torch.save writes the whole storage.
             return torch.from_numpy(tensor.numpy())
@@ -95,10 +193,10 @@ class HostMemory:
 
 @contextlib.contextmanager
 def gathered_on_host(part: Any, index: int, memory: HostMemory | None) -> Iterator[None]:
-    """Let part `index` of the optimizer gather into `memory` inside the block; without memory, only
-    buffers of the right size are made.
+    """Let part `index` of the optimizer plan to gather into `memory` inside the block; without
+    memory, only buffers of the right size are made.
 
-    Every data-parallel rank gets everything, so that they can share the writing."""
+    Every data-parallel rank has entries for everything, so that they can share the writing."""
     part.get_parameter_state_dp_zero = partial(_gather, part, index, memory)
     try:
         yield
@@ -116,41 +214,60 @@ def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[
             wholes = {key: torch.zeros(buffer.numel, dtype=torch.float32) for key in KEYS}
         else:
             wholes = {key: memory.gathered((index, number, key), buffer.numel) for key in KEYS}
-            for bucket, shard in zip(buffer.buckets, shards, strict=True):
-                end = bucket.offset + bucket.grad_data.numel()
-                pieces = {key: whole[bucket.offset : end] for key, whole in wholes.items()}
-                _gather_bucket(part, shard["param_map"], pieces)
+            gathering = partial(_gather_buffer, part, buffer, shards, wholes)
+            memory.plan((index, number), gathering)
         state[number] = {dtype: wholes}
     return state
 
 
-def _gather_bucket(part: Any, param_map: dict, pieces: dict[str, Tensor]) -> None:
-    """Fill `pieces`, host buffers of one bucket, from all data-parallel ranks' shards of it."""
+def _gather_buffer(
+    part: Any, buffer: Any, shards: list[dict], wholes: dict[str, Tensor], wanted: Ranges
+) -> None:
+    """Fill `wholes`, by key, where they are `wanted`, from all data-parallel ranks' shards."""
+    for bucket, shard in zip(buffer.buckets, shards, strict=True):
+        end = bucket.offset + bucket.grad_data.numel()
+        pieces = {key: whole[bucket.offset : end] for key, whole in wholes.items()}
+        _gather_bucket(part, shard["param_map"], pieces, wanted)
+
+
+def _gather_bucket(part: Any, param_map: dict, pieces: dict[str, Tensor], wanted: Ranges) -> None:
+    """Fill `pieces`, host buffers of one bucket, where they are `wanted`, from all data-parallel
+    ranks' shards of it."""
     size = part.data_parallel_group.size()
     # One key at a time, so that one shard is on the device: 0.7 GiB in the recipe for 2,048 GPUs,
     # where engines leave 4 and three shards would take 2. Each call below returns all three keys.
     for key, piece in pieces.items():
-        shard = piece
+        shard = None
         if size > 1:
             shard = torch.empty(piece.numel() // size, dtype=piece.dtype, device=platform.device())
         for parameter, ranges in param_map.items():
-            state = part._get_main_param_and_optimizer_states(parameter)[key]
+            state = part._get_main_param_and_optimizer_states(parameter)[key].detach()
             here = slice(ranges["gbuf_local"].start, ranges["gbuf_local"].end)
-            shard[here].copy_(state.detach(), non_blocking=True)
-        if size > 1:
-            _all_gather(piece.view(size, -1), shard, part.data_parallel_group)
+            if shard is None:
+                _copy_wanted(piece[here], state, wanted)
+            else:
+                shard[here].copy_(state, non_blocking=True)
+        if shard is not None:
+            _all_gather(piece.view(size, -1), shard, part.data_parallel_group, wanted)
 
 
-def _all_gather(piece: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
-    """Fill `piece` (ranks, elements), on the host, with the shards (elements,) of all ranks of data
-    parallelism, over which the optimizer's state is spread. By slices: a bucket may have 10 GiB,
-    and engines on the same GPU leave less."""
+def _all_gather(piece: Tensor, shard: Tensor, group: dist.ProcessGroup, wanted: Ranges) -> None:
+    """Fill `piece` (ranks, elements), on the host, where it is `wanted`, with the shards
+    (elements,) of all ranks of data parallelism, over which the optimizer's state is spread. By
+    slices: a bucket may have 10 GiB, and engines on the same GPU leave less."""
     length = max(1, GATHERED_ELEMENTS // len(piece))
     for start in range(0, len(shard), length):
         part = shard[start : start + length]
         whole = torch.empty(len(piece) * len(part), dtype=shard.dtype, device=shard.device)
         dist.all_gather_into_tensor(whole, part, group=group)
-        piece[:, start : start + length].copy_(whole.view(len(piece), -1), non_blocking=True)
+        for row, gathered in zip(piece, whole.view(len(piece), -1), strict=True):
+            _copy_wanted(row[start : start + length], gathered, wanted)
+
+
+def _copy_wanted(host: Tensor, values: Tensor, wanted: Ranges) -> None:
+    """Copy `values` (numel,) to `host` where it is `wanted`."""
+    for part in wanted.parts(host):
+        host[part].copy_(values.view(-1)[part], non_blocking=True)
 
 
 BACKEND, VERSION = "torch_dist", 1
@@ -214,6 +331,7 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
         self.staged: StagedCheckpoint | None = None
 
     def async_save(self, sharded_state_dict, checkpoint_dir) -> AsyncRequest:
+        self.memory.gather(sharded_state_dict)
         by_key = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)[0]
         writer = _Copier(checkpoint_dir, self.memory)
         planned, *_ = save_state_dict_async_plan(

@@ -29,7 +29,11 @@ ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1"]
         (["--rollout.tensor", "3"], "rollout.tensor=3", ["num_attention_heads=128"]),
         (["--rollout.pipeline", "2"], "rollout.pipeline=2", ["mtp"]),
         (["--rl.minibatches", "1024"], "rl.minibatches", ["8 samples", "16"]),
-        (["--host-memory-gib", "1"], "checkpoint.asynchronous", []),
+        (["--host-memory-gib", "1"], "parallel.reference_offload", []),
+        (
+            ["--host-memory-gib", "1", "--parallel.reference_offload", "device"],
+            *("checkpoint.asynchronous", ["of 8.00 GiB"]),
+        ),
     ],
 )
 def test_what_does_not_work_is_named_in_the_bill(capsys, monkeypatch, options, key, shows):

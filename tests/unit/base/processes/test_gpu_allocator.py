@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1.base.processes.startup import ALLOCATOR_VARIABLES, EXPANDABLE
+from megatron_r1.base.processes import startup
+from megatron_r1.base.processes.startup import ALLOCATOR_VARIABLES
 from megatron_r1.commands import cli, torchrun
 from megatron_r1.config import parse
 from megatron_r1.controller.trainer_calls import ranks
@@ -16,6 +17,7 @@ from megatron_r1.trainer import worker
 
 RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 ON = "expandable_segments:True"
+TRAINERS = {"PYTORCH_CUDA_ALLOC_CONF": f"{ON},pinned_max_round_threshold_mb:1"}
 
 
 @pytest.fixture(params=[True, False])
@@ -35,13 +37,25 @@ def test_ranks_on_gpus_let_segments_grow(has_gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "_start", lambda command, log, own: started.append(own))
     config = parse({"run": {"folder": "x"}, "parallel": {"processes": 2}})
     RankProcesses(tmp_path).start(config, "tcp://127.0.0.1:1", "secret")
-    expected = EXPANDABLE if has_gpu else {}
+    expected = TRAINERS if has_gpu else {}
     assert [allocator_of(own) for own in started] == [expected, expected]
 
     started.clear()
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
     RankProcesses(tmp_path).start(config, "tcp://127.0.0.1:1", "secret")
     assert not any(allocator_of(own) for own in started), "the user's own setting stays"
+
+
+def test_a_torch_that_may_not_know_how_pinned_memory_is_rounded_is_not_told(monkeypatch):
+    """It would end the process: "Unrecognized key"."""
+    for version, expected in {
+        "2.12.1": {"PYTORCH_CUDA_ALLOC_CONF": ON},
+        "2.13.0a0+8145d630e8.nv26.06": {"PYTORCH_CUDA_ALLOC_CONF": ON},
+        "2.13.0+cu130": TRAINERS,
+        "2.14.0": TRAINERS,
+    }.items():
+        monkeypatch.setattr(startup.metadata, "version", lambda name, found=version: found)
+        assert startup.trainer_allocator({}) == expected, version
 
 
 def test_ranks_under_torchrun_do_and_their_controller_does_not(has_gpu, monkeypatch):
@@ -57,13 +71,13 @@ def test_ranks_under_torchrun_do_and_their_controller_does_not(has_gpu, monkeypa
 
     for name, value in (RANK | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
-    for name in (*EXPANDABLE, torchrun.RANKS_ENVIRONMENT):
+    for name in (*TRAINERS, torchrun.RANKS_ENVIRONMENT):
         monkeypatch.setenv(name, "")  # so that it is removed at the end
         monkeypatch.delenv(name)
     monkeypatch.setattr(torchrun.subprocess, "Popen", popen)
     monkeypatch.setattr(worker, "serve_under_torchrun", serve)
     assert cli._serve_as_rank(parse({"run": {"folder": "x"}}), ["rl", "x.yaml"]) == 0
-    assert allocator_of(seen["rank"]) == (EXPANDABLE if has_gpu else {})
+    assert allocator_of(seen["rank"]) == (TRAINERS if has_gpu else {})
     assert allocator_of(seen["controller"]) == {}
     secret = seen["rank"][torchrun.RANKS_ENVIRONMENT]
     assert seen["controller"][torchrun.RANKS_ENVIRONMENT] == secret
