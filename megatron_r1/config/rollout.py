@@ -1,6 +1,6 @@
 """The vLLM engines of a run: those that sample from the policy, and those of a teacher."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -39,6 +39,10 @@ class EngineConfig(Section):
     run"""
     unresponsive_seconds: Resumable[float] = Field(120.0, gt=0)
     """an engine that has not answered for so long counts as dead"""
+    vllm: Resumable[dict[str, Any]] = {}
+    """further arguments of `vllm serve`, by their names: {kv_cache_dtype: fp8, all2all_backend:
+    deepep_low_latency, compilation_config: {cudagraph_mode: FULL}}; vLLM's parser checks them
+    before anything starts. See docs/engines.md"""
 
 
 class SpeculativeConfig(Section):

@@ -99,7 +99,9 @@ def shrink(
             "heldout_fraction": 0.1,
         },
         "agents": {"environment": "", "harness": "", "verifiers": {}},
-        "rollout": _rollout(config) | (_on_gpu(config, parallel.processes) if on_gpu else {}),
+        "rollout": _rollout(config)
+        | (_on_gpu(config, parallel.processes) if on_gpu else {})
+        | ({} if on == "gpu" else {"vllm": {}}),  # kernels, graphs and sizes of GPUs
         "push": _push(config, on_gpu),
         "rewards": _rewards(config),
         "rl": _rl(config, replicas),
@@ -363,7 +365,10 @@ def _changes(config: Config, small: Config, hf: dict, small_hf: dict) -> list[Ch
 
 REASONS = {
     **dict.fromkeys(
-        ("push.transport", "model.attention_backend", "model.fusions", "parallel.dispatcher"),
+        (
+            *("push.transport", "model.attention_backend", "model.fusions"),
+            *("parallel.dispatcher", "rollout.vllm"),
+        ),
         "no GPU here",
     ),
     **dict.fromkeys(

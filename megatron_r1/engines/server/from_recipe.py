@@ -14,6 +14,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, RolloutConfig, TeacherConfig
 from megatron_r1.config.rollout import LAYOUT, SpeculativeConfig
 from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.vllm_arguments import check_owned
 from megatron_r1.models.families import FAMILIES
 from megatron_r1.models.hf_config import (
     ARCHITECTURES,
@@ -27,7 +28,7 @@ from megatron_r1.models.hf_config import (
 )
 
 MEMORY_KEYS = {"kv_cache_gib", "kv_block_tokens", "gpu_memory", "plain_matrices"}
-ENGINE_KEYS = LAYOUT | MEMORY_KEYS | {"dtype", "max_num_seqs"}
+ENGINE_KEYS = LAYOUT | MEMORY_KEYS | {"dtype", "max_num_seqs", "vllm"}
 SUPERVISION_KEYS = {
     "start_timeout_seconds",
     "request_timeout_seconds",
@@ -180,6 +181,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
         hf: the model's `config.json`.
         section: the section of the recipe that has the settings.
     """
+    check_owned(engines, section)
     language = language_settings(hf)
     heads = language.get("num_attention_heads", engines.tensor)
     kv_heads = language.get("num_key_value_heads") or heads

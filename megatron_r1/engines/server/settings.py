@@ -4,7 +4,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import psutil
 
 from megatron_r1.base.processes import startup
 from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
+from megatron_r1.engines.server.vllm_arguments import argument_list
 from megatron_r1.models.hf_config import implied
 
 MODULE = "megatron_r1.engines.plugin.serve"
@@ -92,6 +93,7 @@ class EngineSettings:
         port: None for any free port.
         part: the part of the engine that runs here; None for the whole engine.
         hf_overrides: keys that replace those of the model's config.json.
+        vllm: further arguments of vLLM, by name (`engines.server.vllm_arguments`).
         extra_args, extra_env: passed to vLLM unchanged; they override the other settings."""
 
     device: Literal["cpu", "cuda"] = "cpu"
@@ -118,6 +120,7 @@ class EngineSettings:
     port: int | None = None
     part: EnginePart | None = None
     hf_overrides: Mapping[str, Any] | None = None
+    vllm: Mapping[str, Any] = field(default_factory=dict)
     extra_args: Sequence[str] = ()
     extra_env: Mapping[str, str] | None = None
 
@@ -153,6 +156,7 @@ class EngineSettings:
             *("--data-parallel-size", str(self.data)),
             *(["--enable-expert-parallel"] if self.expert_parallel else []),
             *(["--middleware", MIDDLEWARE] if self.secret else []),
+            *argument_list(self.vllm),
             *self.extra_args,
         ]
 
