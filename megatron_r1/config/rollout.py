@@ -91,6 +91,9 @@ class RolloutConfig(EngineConfig):
     """most tokens of prompt and response together; default: the model's own limit"""
     max_num_seqs: int = Field(256, gt=0)
     """sequences an engine decodes at once"""
+    redundant_experts: Resumable[int] = Field(0, ge=0)
+    """copies of routed experts that an engine has besides the model's own, and places where they
+    are most used (vLLM's balancer; arXiv 2501.12948 v2, supplement B.1); needs expert_parallel"""
     kv_block_tokens: Resumable[int | None] = Field(None, ge=32, multiple_of=32)
     """tokens of a block of the KV cache; a group shares the whole blocks of its prompt.
     Default: vLLM's; its 128 on a CPU are too long for most prompts to be shared"""

@@ -101,7 +101,8 @@ def shrink(
         "agents": {"environment": "", "harness": "", "verifiers": {}},
         "rollout": _rollout(config)
         | (_on_gpu(config, parallel.processes) if on_gpu else {})
-        | ({} if on == "gpu" else {"vllm": {}}),  # kernels, graphs and sizes of GPUs
+        | ({} if on == "gpu" else {"vllm": {}})  # kernels, graphs and sizes of GPUs
+        | ({} if on_gpu else {"redundant_experts": 0}),  # the balancer needs GPUs
         "push": _push(config, on_gpu),
         "rewards": _rewards(config),
         "rl": _rl(config, replicas),
@@ -367,7 +368,7 @@ REASONS = {
     **dict.fromkeys(
         (
             *("push.transport", "model.attention_backend", "model.fusions"),
-            *("parallel.dispatcher", "rollout.vllm"),
+            *("parallel.dispatcher", "rollout.vllm", "rollout.redundant_experts"),
         ),
         "no GPU here",
     ),

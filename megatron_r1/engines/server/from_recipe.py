@@ -51,6 +51,7 @@ def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
     own = engines.model_dump(include=ENGINE_KEYS) | {"num_threads": threads}
     if isinstance(engines, RolloutConfig):  # a teacher only scores
         own["speculative"] = speculative_settings(engines.speculative)
+        own["redundant_experts"] = engines.redundant_experts
     return own
 
 
@@ -130,7 +131,44 @@ def check_engines(config: Config, hf: dict) -> None:
             key="rollout.pipeline",
             cause=Cause.CONFLICT,
         )
+    _check_redundant_experts(rollout, hf)
     _check_speculation(rollout, hf)
+
+
+def _check_redundant_experts(rollout: RolloutConfig, hf: dict) -> None:
+    """Raise UserError for copies of experts that engines cannot have."""
+    copies, key = rollout.redundant_experts, "rollout.redundant_experts"
+    ranks = rollout.tensor * rollout.data
+    if not copies:
+        return
+    if not rollout.expert_parallel or ranks == 1:
+        raise UserError(
+            f"{key}: {copies} copies are spread over the ranks of an engine, and "
+            f"rollout.expert_parallel is {str(rollout.expert_parallel).lower()} on {ranks} of them "
+            "(rollout.tensor x rollout.data); set it to true on several, or the copies to 0",
+            key=key,
+            cause=Cause.CONFLICT,
+        )
+    if (experts := num_experts(hf)) and (experts + copies) % ranks:
+        raise UserError(
+            f"{key}: {experts} experts and {copies} copies cannot be divided among {ranks} ranks "
+            f"(rollout.tensor x rollout.data); {-experts % ranks} or {-experts % ranks + ranks} "
+            "copies can",
+            key=key,
+            cause=Cause.INDIVISIBLE,
+        )
+    if rollout.placement == "local" and not gpu.is_usable():
+        raise UserError(
+            f"{key}: vLLM's balancer of experts needs GPUs, and there is none here; set it to 0",
+            key=key,
+            cause=Cause.UNSUPPORTED,
+        )
+
+
+def num_experts(hf: dict) -> int:
+    """Return the routed experts of a layer of the model of config.json `hf`, 0 without any."""
+    names = ("n_routed_experts", "num_local_experts", "num_experts")  # by architecture
+    return next((count for name in names if (count := language_settings(hf).get(name))), 0)
 
 
 def _check_speculation(rollout: RolloutConfig, hf: dict) -> None:
@@ -229,8 +267,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
 def _check_expert_ranks(
     engines: RolloutConfig | TeacherConfig, language: dict, section: str
 ) -> None:
-    names = ("n_routed_experts", "num_local_experts", "num_experts")  # by architecture
-    experts = next((count for name in names if (count := language.get(name))), 0)
+    experts = num_experts(language)
     if not experts:
         raise UserError(
             f"{section}.expert_parallel: the model has no experts; set it to false",

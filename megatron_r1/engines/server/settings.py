@@ -82,6 +82,7 @@ class EngineSettings:
             On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
             `engines.plugin.cpu_patches` adds it, without.
         tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
+        redundant_experts: copies of experts that vLLM's balancer places (GPU only).
         gpu_memory: share of each GPU's memory that the engine takes (GPU only); None for vLLM's
             default.
         plain_matrices: leave matrices unpacked, which speeds up pushes and slows down generation
@@ -111,6 +112,7 @@ class EngineSettings:
     pipeline: int = 1
     data: int = 1
     expert_parallel: bool = False
+    redundant_experts: int = 0
     gpu_memory: float | None = None
     plain_matrices: bool = False
     sleeps: bool = False
@@ -156,9 +158,17 @@ class EngineSettings:
             *("--data-parallel-size", str(self.data)),
             *(["--enable-expert-parallel"] if self.expert_parallel else []),
             *(["--middleware", MIDDLEWARE] if self.secret else []),
-            *argument_list(self.vllm),
+            *argument_list(self._given()),
             *self.extra_args,
         ]
+
+    def _given(self) -> dict[str, Any]:
+        """Return `vllm`, with the balancer of redundant experts."""
+        if not self.redundant_experts:
+            return dict(self.vllm)
+        balancer = {"num_redundant_experts": self.redundant_experts}
+        balancer = {**self.vllm.get("eplb_config", {}), **balancer}
+        return {**self.vllm, "enable_eplb": True, "eplb_config": balancer}
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that are set in addition to this process's, or replace

@@ -121,6 +121,13 @@ def check_owned(engines: RolloutConfig | TeacherConfig, section: str) -> None:
                 key=key,
                 cause=Cause.CONFLICT,
             )
+        if name == "eplb_config" and "num_redundant_experts" in engines.vllm[given]:
+            raise UserError(
+                f"{key}.num_redundant_experts: set rollout.redundant_experts, which the push and "
+                "the plan count as well",
+                key=key,
+                cause=Cause.CONFLICT,
+            )
         if name in SERVER or name.startswith(SERVER_PREFIXES):
             raise UserError(
                 f"{key}: the fleet chooses the addresses and hosts of every engine; leave it out",

@@ -1,6 +1,7 @@
 """Arguments that a recipe hands to vLLM: their form, what is refused, and vLLM's own parser as the
 judge of names and values."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_values_are_written_as_the_command_line_has_them():
 def test_an_engine_of_the_recipe_gets_them_after_its_own():
     settings = EngineSettings(**engine_settings(rollout(kv_cache_dtype="fp8")), extra_args=["last"])
     assert settings.arguments(Path("model"))[-3:] == ["--kv-cache-dtype", "fp8", "last"]
+
+
+def test_copies_of_experts_come_with_vllms_balancer():
+    given = {"rollout": {"redundant_experts": 32, "vllm": {"eplb_config": {"step_interval": 9}}}}
+    words = EngineSettings(**engine_settings(parse(given).rollout)).arguments(Path("model"))
+    at = words.index("--eplb-config") + 1
+    assert json.loads(words[at]) == {"step_interval": 9, "num_redundant_experts": 32}
+    assert "--enable-eplb" in words
+    key = "rollout.vllm.eplb_config"
+    with refused(key, Cause.CONFLICT, "rollout.redundant_experts"):
+        check_owned(rollout(eplb_config={"num_redundant_experts": 1}), "rollout")
 
 
 def test_one_key_is_set_on_the_command_line_too():
