@@ -16,6 +16,7 @@ from megatron_r1.config.recipe import take_section
 from megatron_r1.controller.rollouts.players import find_player
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.from_recipe import check_engines, context_length
+from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan.from_recipe import check_pushes
 from megatron_r1.rehearse import coverage, launch, miniature, model
@@ -74,6 +75,7 @@ def _check(config: Config, verb: str) -> None:
     hf = read_hf_config(config.model.path, None)
     if verb in ("rl", "sample"):
         check_engines(config, hf)
+        check_arguments(config.rollout, "rollout")
         context_length(config)
     if verb != "sample":
         check_trainer(config, verb)

@@ -1,6 +1,6 @@
 """The vLLM engines of a run: those that sample from the policy, and those of a teacher."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -39,6 +39,10 @@ class EngineConfig(Section):
     run"""
     unresponsive_seconds: Resumable[float] = Field(120.0, gt=0)
     """an engine that has not answered for so long counts as dead"""
+    vllm: Resumable[dict[str, Any]] = {}
+    """further arguments of `vllm serve`, by their names: {kv_cache_dtype: fp8, all2all_backend:
+    deepep_low_latency, compilation_config: {cudagraph_mode: FULL}}; vLLM's parser checks them
+    before anything starts. See docs/engines.md"""
 
 
 class SpeculativeConfig(Section):
@@ -87,6 +91,9 @@ class RolloutConfig(EngineConfig):
     """most tokens of prompt and response together; default: the model's own limit"""
     max_num_seqs: int = Field(256, gt=0)
     """sequences an engine decodes at once"""
+    redundant_experts: Resumable[int] = Field(0, ge=0)
+    """copies of routed experts that an engine has besides the model's own, and places where they
+    are most used (vLLM's balancer; arXiv 2501.12948 v2, supplement B.1); needs expert_parallel"""
     kv_block_tokens: Resumable[int | None] = Field(None, ge=32, multiple_of=32)
     """tokens of a block of the KV cache; a group shares the whole blocks of its prompt.
     Default: vLLM's; its 128 on a CPU are too long for most prompts to be shared"""

@@ -28,6 +28,7 @@ from megatron_r1.engines.server.from_recipe import (
     fleet_settings,
 )
 from megatron_r1.engines.server.responses import Response, cut_at_stop
+from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.identity import fingerprint, require_weights
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 from megatron_r1.models.hf_config import as_read, load_config
@@ -72,6 +73,7 @@ class EnginePolicy:
         hf = load_config(model)
         check_engines(config, hf)
         check_cpu_kernels(rollout, hf)
+        check_arguments(rollout, "rollout")
         self._fleet: RolloutFleet | None = None
         self._resources = contextlib.AsyncExitStack()
         self._players: dict[str, EpisodePlayer] = {}

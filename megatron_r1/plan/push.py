@@ -213,6 +213,7 @@ def planned_engine_layout(job: PlannedJob) -> EngineLayout:
         tensor=tensor,
         data=job.engine_gpus // tensor,
         expert_parallel=job.has_experts and job.engine_gpus > 1,
+        redundant_experts=given.redundant_experts,
     )
 
 

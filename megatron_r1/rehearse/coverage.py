@@ -92,6 +92,12 @@ def structure(
         drafts = recipe.rollout.speculative, small.rollout.speculative
         before, after = (f"{each.method}, {each.tokens} tokens" for each in drafts)
         rows.append(StructureRow("rollout.speculative", before, after, YES))
+    if verb in ("rl", "sample") and recipe.rollout.vllm:
+        given = ", ".join(recipe.rollout.vllm)
+        exercised = YES if small.rollout.vllm else "no: needs a GPU; vLLM's parser has read them"
+        rows.append(
+            StructureRow("rollout.vllm", given, given if small.rollout.vllm else "—", exercised)
+        )
     if verb != "sample":
         old, new = (p.num_replicas(p.processes) for p in (recipe.parallel, small.parallel))
         if old > 1:

@@ -99,7 +99,10 @@ def shrink(
             "heldout_fraction": 0.1,
         },
         "agents": {"environment": "", "harness": "", "verifiers": {}},
-        "rollout": _rollout(config) | (_on_gpu(config, parallel.processes) if on_gpu else {}),
+        "rollout": _rollout(config)
+        | (_on_gpu(config, parallel.processes) if on_gpu else {})
+        | ({} if on == "gpu" else {"vllm": {}})  # kernels, graphs and sizes of GPUs
+        | ({} if on_gpu else {"redundant_experts": 0}),  # the balancer needs GPUs
         "push": _push(config, on_gpu),
         "rewards": _rewards(config),
         "rl": _rl(config, replicas),
@@ -363,7 +366,10 @@ def _changes(config: Config, small: Config, hf: dict, small_hf: dict) -> list[Ch
 
 REASONS = {
     **dict.fromkeys(
-        ("push.transport", "model.attention_backend", "model.fusions", "parallel.dispatcher"),
+        (
+            *("push.transport", "model.attention_backend", "model.fusions"),
+            *("parallel.dispatcher", "rollout.vllm", "rollout.redundant_experts"),
+        ),
         "no GPU here",
     ),
     **dict.fromkeys(

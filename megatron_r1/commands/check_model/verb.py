@@ -38,6 +38,7 @@ from megatron_r1.engines.server.from_recipe import (
     engine_settings,
     positions,
 )
+from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.identity import require_weights
 from megatron_r1.models.hf_config import as_read, load_config, read_hf_config
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
@@ -79,6 +80,7 @@ async def by_vllm(
     try:
         check_engines(config, load_config(folder))
         check_cpu_kernels(config.rollout, load_config(folder))
+        check_arguments(config.rollout, "rollout")
     except UserError as error:
         return NotCompared(str(error))
     length = min(MAX_LENGTH, positions(folder))

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed import TCPStore
+from vllm.distributed import get_ep_group
+from vllm.distributed.eplb.eplb_state import EplbState
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -34,7 +36,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.platforms import current_platform
 
 from megatron_r1.base.processes import timeline
-from megatron_r1.engines.plugin import BACKEND_PREFIX, swap
+from megatron_r1.engines.plugin import BACKEND_PREFIX, redundant_experts, swap
 from megatron_r1.engines.plugin.cpu_patches import is_packed
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
@@ -167,6 +169,8 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
 
     drafter: torch.nn.Module | None = None
     """The MTP layer that vLLM drafts with (`engines.plugin.patches`)."""
+    balancer: EplbState | None = None
+    """vLLM's balancer of experts (likewise)."""
     _receiver: Receiver | None = None
     _store: list | None = None
     _recorded: tuple[list, SlotTable] | None = None
@@ -233,11 +237,19 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         receiver, push = self._receiver, update_info.push
         assert receiver is not None, "start_weight_update comes first"
         receiver.buffer.wait(push, update_info.timeout_seconds)
+        if self.balancer is not None:
+            redundant_experts.stop_moving(self.balancer)
         area = receiver.table.area(receiver.memory, push)
         self._load_check.begin(receiver.buffer.take_changed())
         swap.load(self._models, self._placed, area, in_place=receiver.table.areas > 1)
         self._load_check.end(push, self._placed, area)
         swap.finish(self._models, self.model_config)
+        if self.balancer is not None:
+            if self.vllm_config.model_config.enable_sleep_mode:
+                redundant_experts.begin_anew(self.balancer)
+            else:
+                group = get_ep_group().device_group
+                redundant_experts.keep_placement(self.balancer, group)
         receiver.free_memory()
 
     def finish_weight_update(self) -> None:

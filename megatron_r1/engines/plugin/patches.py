@@ -113,11 +113,12 @@ def push_to_drafters() -> None:
 
 
 def name_the_drafter() -> None:
-    """Give our weight-transfer backend the drafter next to the model.
+    """Give our weight-transfer backend the drafter and the balancer of experts next to the model.
 
     Upstream: v1/worker/gpu_worker.py: `Worker.init_weight_transfer_engine`. Without it: a
-    backend has the model only, and the drafter keeps the weights it was started with. Goes when:
-    one update can be of both models."""
+    backend has the model only, the drafter keeps the weights it was started with, and experts are
+    where the balancer's maps do not expect them. Goes when: one update can be of both models, and
+    of experts that have moved."""
     from vllm.v1.worker.gpu_worker import Worker
 
     upstream = Worker.init_weight_transfer_engine
@@ -125,6 +126,8 @@ def name_the_drafter() -> None:
     def init_weight_transfer_engine(self: Any, init_info: dict) -> None:
         if self.weight_transfer_engine is not None:
             self.weight_transfer_engine.drafter = self.get_draft_model()
+            # None without `--enable-eplb`; runners on a CPU have none.
+            self.weight_transfer_engine.balancer = getattr(self.model_runner, "eplb_state", None)
         upstream(self, init_info)
 
     Worker.init_weight_transfer_engine = init_weight_transfer_engine

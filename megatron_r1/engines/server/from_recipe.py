@@ -14,6 +14,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, RolloutConfig, TeacherConfig
 from megatron_r1.config.rollout import LAYOUT, SpeculativeConfig
 from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.vllm_arguments import check_owned
 from megatron_r1.models.families import FAMILIES
 from megatron_r1.models.hf_config import (
     ARCHITECTURES,
@@ -27,7 +28,7 @@ from megatron_r1.models.hf_config import (
 )
 
 MEMORY_KEYS = {"kv_cache_gib", "kv_block_tokens", "gpu_memory", "plain_matrices"}
-ENGINE_KEYS = LAYOUT | MEMORY_KEYS | {"dtype", "max_num_seqs"}
+ENGINE_KEYS = LAYOUT | MEMORY_KEYS | {"dtype", "max_num_seqs", "vllm"}
 SUPERVISION_KEYS = {
     "start_timeout_seconds",
     "request_timeout_seconds",
@@ -50,6 +51,7 @@ def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
     own = engines.model_dump(include=ENGINE_KEYS) | {"num_threads": threads}
     if isinstance(engines, RolloutConfig):  # a teacher only scores
         own["speculative"] = speculative_settings(engines.speculative)
+        own["redundant_experts"] = engines.redundant_experts
     return own
 
 
@@ -129,7 +131,44 @@ def check_engines(config: Config, hf: dict) -> None:
             key="rollout.pipeline",
             cause=Cause.CONFLICT,
         )
+    _check_redundant_experts(rollout, hf)
     _check_speculation(rollout, hf)
+
+
+def _check_redundant_experts(rollout: RolloutConfig, hf: dict) -> None:
+    """Raise UserError for copies of experts that engines cannot have."""
+    copies, key = rollout.redundant_experts, "rollout.redundant_experts"
+    ranks = rollout.tensor * rollout.data
+    if not copies:
+        return
+    if not rollout.expert_parallel or ranks == 1:
+        raise UserError(
+            f"{key}: {copies} copies are spread over the ranks of an engine, and "
+            f"rollout.expert_parallel is {str(rollout.expert_parallel).lower()} on {ranks} of them "
+            "(rollout.tensor x rollout.data); set it to true on several, or the copies to 0",
+            key=key,
+            cause=Cause.CONFLICT,
+        )
+    if (experts := num_experts(hf)) and (experts + copies) % ranks:
+        raise UserError(
+            f"{key}: {experts} experts and {copies} copies cannot be divided among {ranks} ranks "
+            f"(rollout.tensor x rollout.data); {-experts % ranks} or {-experts % ranks + ranks} "
+            "copies can",
+            key=key,
+            cause=Cause.INDIVISIBLE,
+        )
+    if rollout.placement == "local" and not gpu.is_usable():
+        raise UserError(
+            f"{key}: vLLM's balancer of experts needs GPUs, and there is none here; set it to 0",
+            key=key,
+            cause=Cause.UNSUPPORTED,
+        )
+
+
+def num_experts(hf: dict) -> int:
+    """Return the routed experts of a layer of the model of config.json `hf`, 0 without any."""
+    names = ("n_routed_experts", "num_local_experts", "num_experts")  # by architecture
+    return next((count for name in names if (count := language_settings(hf).get(name))), 0)
 
 
 def _check_speculation(rollout: RolloutConfig, hf: dict) -> None:
@@ -180,6 +219,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
         hf: the model's `config.json`.
         section: the section of the recipe that has the settings.
     """
+    check_owned(engines, section)
     language = language_settings(hf)
     heads = language.get("num_attention_heads", engines.tensor)
     kv_heads = language.get("num_key_value_heads") or heads
@@ -227,8 +267,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
 def _check_expert_ranks(
     engines: RolloutConfig | TeacherConfig, language: dict, section: str
 ) -> None:
-    names = ("n_routed_experts", "num_local_experts", "num_experts")  # by architecture
-    experts = next((count for name in names if (count := language.get(name))), 0)
+    experts = num_experts(language)
     if not experts:
         raise UserError(
             f"{section}.expert_parallel: the model has no experts; set it to false",

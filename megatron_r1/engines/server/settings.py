@@ -4,7 +4,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import psutil
 
 from megatron_r1.base.processes import startup
 from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
+from megatron_r1.engines.server.vllm_arguments import argument_list
 from megatron_r1.models.hf_config import implied
 
 MODULE = "megatron_r1.engines.plugin.serve"
@@ -81,6 +82,7 @@ class EngineSettings:
             On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
             `engines.plugin.cpu_patches` adds it, without.
         tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
+        redundant_experts: copies of experts that vLLM's balancer places (GPU only).
         gpu_memory: share of each GPU's memory that the engine takes (GPU only); None for vLLM's
             default.
         plain_matrices: leave matrices unpacked, which speeds up pushes and slows down generation
@@ -92,6 +94,7 @@ class EngineSettings:
         port: None for any free port.
         part: the part of the engine that runs here; None for the whole engine.
         hf_overrides: keys that replace those of the model's config.json.
+        vllm: further arguments of vLLM, by name (`engines.server.vllm_arguments`).
         extra_args, extra_env: passed to vLLM unchanged; they override the other settings."""
 
     device: Literal["cpu", "cuda"] = "cpu"
@@ -109,6 +112,7 @@ class EngineSettings:
     pipeline: int = 1
     data: int = 1
     expert_parallel: bool = False
+    redundant_experts: int = 0
     gpu_memory: float | None = None
     plain_matrices: bool = False
     sleeps: bool = False
@@ -118,6 +122,7 @@ class EngineSettings:
     port: int | None = None
     part: EnginePart | None = None
     hf_overrides: Mapping[str, Any] | None = None
+    vllm: Mapping[str, Any] = field(default_factory=dict)
     extra_args: Sequence[str] = ()
     extra_env: Mapping[str, str] | None = None
 
@@ -153,8 +158,17 @@ class EngineSettings:
             *("--data-parallel-size", str(self.data)),
             *(["--enable-expert-parallel"] if self.expert_parallel else []),
             *(["--middleware", MIDDLEWARE] if self.secret else []),
+            *argument_list(self._given()),
             *self.extra_args,
         ]
+
+    def _given(self) -> dict[str, Any]:
+        """Return `vllm`, with the balancer of redundant experts."""
+        if not self.redundant_experts:
+            return dict(self.vllm)
+        balancer = {"num_redundant_experts": self.redundant_experts}
+        balancer = {**self.vllm.get("eplb_config", {}), **balancer}
+        return {**self.vllm, "enable_eplb": True, "eplb_config": balancer}
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that are set in addition to this process's, or replace

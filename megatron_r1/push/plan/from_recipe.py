@@ -74,7 +74,8 @@ a block."""
 
 def engine_layout(config: Config) -> EngineLayout:
     """Return the layout of all engines of a recipe."""
-    return EngineLayout(**config.rollout.model_dump(include=LAYOUT | {"engines"}))
+    keys = LAYOUT | {"engines", "redundant_experts"}
+    return EngineLayout(**config.rollout.model_dump(include=keys))
 
 
 def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:

@@ -118,13 +118,15 @@ class EngineLayout:
         data: the data-parallel size of an engine.
         pipeline: the pipeline stages of an engine.
         expert_parallel: whether routed experts are spread whole over the data x tensor ranks of a
-            stage (--enable-expert-parallel); otherwise each expert is split over them."""
+            stage (--enable-expert-parallel); otherwise each expert is split over them.
+        redundant_experts: copies of experts of a stage, behind the model's own."""
 
     engines: int = 1
     tensor: int = 1
     data: int = 1
     pipeline: int = 1
     expert_parallel: bool = False
+    redundant_experts: int = 0
 
     @property
     def ranks_per_engine(self) -> int:
@@ -265,12 +267,16 @@ class PredictedLayout:
             cause=Cause.INDIVISIBLE,
         )
 
-    def _experts_on(self, rank: int) -> range:
+    def _experts_on(self, rank: int) -> list[int]:
         """Return the routed experts on a rank of a stage under expert parallelism (FusedMoE, linear
-        placement: the first ranks have one more where they do not divide)."""
-        per_rank, rest = divmod(self.table.num_experts, self._num_expert_ranks)
+        placement: the first ranks have one more where they do not divide). Copies stand behind all
+        experts, from the first (vLLM's `EplbState.build_initial_global_physical_to_logical_map`):
+        there a push puts them, and `engines.plugin.redundant_experts` moves them on."""
+        experts = self.table.num_experts
+        physical = experts + self.layout.redundant_experts
+        per_rank, rest = divmod(physical, self._num_expert_ranks)
         start = rank * per_rank + min(rank, rest)
-        return range(start, start + per_rank + (rank < rest))
+        return [i % experts for i in range(start, start + per_rank + (rank < rest))]
 
 
 def stage_layers(num_layers: int, num_stages: int) -> list[range]:

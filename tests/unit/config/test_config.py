@@ -209,7 +209,8 @@ def test_a_merge_may_bring_a_key_that_is_set_beside_it(tmp_path):
 
 
 def test_keys_that_may_change_when_a_run_continues():
-    """They change how long, how often or where a run computes; all others decide its result."""
+    """They change how long, how often or where a run computes; all others decide its result.
+    `vllm` may do either: an engine that runs out of memory must be given another argument."""
     expected = {
         "run": "folder readable_by steps trackers project log_samples hang_seconds on_hang "
         "max_trainer_restarts health_port",
@@ -219,9 +220,9 @@ def test_keys_that_may_change_when_a_run_continues():
         "rl": "sample_log schedule",
         "rollout": "engines placement hosts_port hosts_address host_silence_seconds "
         "hosts_per_engine tensor pipeline data expert_parallel colocated gpu_memory max_restarts "
-        "unresponsive_seconds threads speculative kv_block_tokens",
+        "unresponsive_seconds threads speculative kv_block_tokens redundant_experts vllm",
         "teacher": "url engines tensor pipeline data expert_parallel gpu_memory max_num_seqs "
-        "tokens_at_once threads max_restarts unresponsive_seconds",
+        "tokens_at_once threads max_restarts unresponsive_seconds vllm",
         "rewards": "options.helpful.url options.judge.url options.safety.url workers max_ungraded",
     }
     keys = [f"{section}.{key}" for section, names in expected.items() for key in names.split()]

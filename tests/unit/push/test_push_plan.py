@@ -125,3 +125,14 @@ def test_a_vocabulary_that_vllm_cannot_split_is_refused(vocabulary, splits):
         return
     with refused("rollout.tensor", Cause.INDIVISIBLE, 3, "model.embed_tokens", 1024):
         needs.region(embedding, layout.coordinate(0))
+
+
+def test_copies_of_experts_stand_behind_all_experts():
+    layout = EngineLayout(tensor=2, data=2, expert_parallel=True, redundant_experts=4)
+    predicted = PredictedLayout(DEEPSEEK_MTP, layout)
+    experts = predicted.table.num_experts
+    found = [expert for rank in range(4) for expert in predicted._experts_on(rank)]
+    # As `build_initial_global_physical_to_logical_map` of vLLM's `EplbState` has them.
+    assert found == [*range(experts), 0, 1, 2, 3]
+    on_last = {item.expert for item, _ in predicted.needed(layout.coordinate(3))} - {None}
+    assert on_last == set(found[-(len(found) // 4) :])

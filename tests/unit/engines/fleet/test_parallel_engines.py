@@ -48,6 +48,19 @@ def config(rl=None, **rollout):
             *(EXPERTS, {"expert_parallel": True, "tensor": 4, "data": 4}),
             *("expert_parallel", Cause.TOO_LARGE, "16 ranks"),
         ),
+        (EXPERTS, {"redundant_experts": 2}, "redundant_experts", Cause.CONFLICT, "false"),
+        (
+            *(EXPERTS, {"redundant_experts": 2, "expert_parallel": True}),
+            *("redundant_experts", Cause.CONFLICT, "on 1 of them"),
+        ),
+        (
+            *(EXPERTS, {"redundant_experts": 3, "expert_parallel": True, "data": 4}),
+            *("redundant_experts", Cause.INDIVISIBLE, "4 copies can"),
+        ),
+        (
+            *(EXPERTS, {"redundant_experts": 4, "expert_parallel": True, "data": 4}),
+            *("redundant_experts", Cause.UNSUPPORTED, "needs GPUs"),
+        ),
         (GPT_OSS, {"tensor": 12}, "tensor", Cause.INDIVISIBLE, "num_key_value_heads=4"),
         (
             *(EXPERTS, {"pipeline": 2, "rl": {"routing_replay": True}}),

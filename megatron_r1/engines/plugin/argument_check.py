@@ -1,0 +1,48 @@
+"""Parses engine arguments as vLLM's server does, in a process of its own.
+
+`python -m megatron_r1.engines.plugin.argument_check` reads a JSON list of command-line words from
+standard input, and writes one line of JSON: the names of all arguments, and the parser's error."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+from typing import Any
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """Return the names of vLLM's arguments, and its error for `words`, "" where there is none."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    options = [option for action in parser._actions for option in action.option_strings]
+    names = sorted({option[2:].replace("-", "_") for option in options if option[:2] == "--"})
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            found = parser.parse_args(["--model", ".", *words])
+            validate_parsed_serve_args(found)
+            AsyncEngineArgs.from_cli_args(found)
+        error = ""
+    except SystemExit:
+        # After the usage; pydantic's own messages have several lines.
+        error = " ".join(said.getvalue().rpartition(": error: ")[2].split())
+    except (ValueError, TypeError) as failure:  # pydantic's ValidationError is a ValueError
+        error = " ".join(str(failure).split())
+    return {"names": names, "error": error}
+
+
+def main() -> None:
+    """Reply to standard output; what vLLM prints while it is imported goes to standard error."""
+    words = json.loads(sys.stdin.read())
+    reply = os.dup(1)
+    os.dup2(2, 1)
+    with os.fdopen(reply, "w") as out:
+        json.dump(parse(words), out)
+
+
+if __name__ == "__main__":
+    main()

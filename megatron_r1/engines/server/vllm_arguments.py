@@ -1,0 +1,194 @@
+"""Engine arguments that a recipe hands to vLLM (`rollout.vllm`, `teacher.vllm`), by the names that
+`vllm serve --help` lists: their form on the command line, and their check before anything starts.
+
+What this project sets itself is refused with the recipe's key for it. All else vLLM's own parser
+reads, in the Python of the engines, with the values of its nested configurations."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import msgspec
+
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.config import RolloutConfig, TeacherConfig
+
+CHECKER = "megatron_r1.engines.plugin.argument_check"
+"""What parses the arguments: a process of its own, as this one imports no vLLM."""
+
+OWNED = {
+    "model": "model.path",
+    "dtype": "rollout.dtype",
+    "max_model_len": "rollout.max_model_len",
+    "max_num_seqs": "rollout.max_num_seqs",
+    "gpu_memory_utilization": "rollout.gpu_memory",
+    "device_memory_utilization": "rollout.gpu_memory",
+    "block_size": "rollout.kv_block_tokens",
+    "tensor_parallel_size": "rollout.tensor",
+    "pipeline_parallel_size": "rollout.pipeline",
+    "data_parallel_size": "rollout.data",
+    "enable_expert_parallel": "rollout.expert_parallel",
+    "speculative_config": "rollout.speculative",
+    "spec_method": "rollout.speculative.method",
+    "spec_model": "rollout.speculative",
+    "spec_tokens": "rollout.speculative.tokens",
+    "seed": "run.seed",
+    "enable_return_routed_experts": "rl.routing_replay",
+    "enable_sleep_mode": "rollout.colocated",
+    "weight_transfer_config": "push.transport",
+    "enable_lora": "model.lora",
+    "lora_modules": "model.lora",
+    "additional_config": "rollout.plain_matrices",
+}
+"""Arguments of vLLM that another setting of the recipe decides → that setting."""
+
+TEACHERS = {"max_num_batched_tokens": "teacher.tokens_at_once"}
+"""The same, of a teacher's engines."""
+
+FIXED = {
+    "enable_prefix_caching": "a group shares its prompt, except with rl.routing_replay on a CPU",
+    "logprobs_mode": "the trainer compares the log-probabilities of the sampled distribution",
+    "generation_config": "the recipe's sampling settings are the only ones",
+    "enable_scale_out": "the controller pauses and resumes engines by its calls",
+    "skip_tokenizer_init": "requests and responses are token ids",
+    "return_sampling_mask": "responses are sampled from the whole vocabulary",
+    "load_format": "weights come by the first push",
+    "hf_overrides": "the model folder's config.json is read, as the trainer reads it",
+    "served_model_name": "the controller names the model in its calls",
+    "api_server_count": "a push is one call to one server",
+    "middleware": "it checks the run's secret",
+    "api_key": "the run has a secret of its own",
+    "worker_extension_cls": "a push uses the plugin's own",
+    "config": "it would name arguments that are not checked; write them under vllm:",
+}
+"""Arguments of vLLM that no setting changes → the reason."""
+
+SERVER = ("host", "port", "uds", "headless", "nnodes", "node_rank", "grpc", "root_path")
+SERVER_PREFIXES = ("data_parallel_", "master_", "ssl_", "enable_ssl")
+"""Arguments of addresses and hosts, which the fleet chooses for every engine."""
+
+
+class ParsedArguments(msgspec.Struct):
+    """What `CHECKER` replies.
+
+    Attributes:
+        names: every argument of this vLLM, with underscores.
+        error: the parser's message, or "" where it accepts the values.
+    """
+
+    names: list[str]
+    error: str = ""
+
+
+def argument_list(values: Mapping[str, Any]) -> list[str]:
+    """Return vLLM's command line for `values`: True and False as the flag or its negation, mappings
+    as JSON, lists as several words."""
+    words: list[str] = []
+    for name, value in values.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, Mapping):
+            words += [f"--{option}", json.dumps(dict(value))]
+        elif isinstance(value, list | tuple):
+            words += [f"--{option}", *map(str, value)]
+        else:
+            words += [f"--{option}", str(value)]
+    return words
+
+
+def check_owned(engines: RolloutConfig | TeacherConfig, section: str) -> None:
+    """Raise UserError for an argument that this project sets, naming what sets it.
+
+    Args:
+        engines: the recipe's section.
+        section: its name, "rollout" or "teacher".
+    """
+    owned = OWNED | (TEACHERS if section == "teacher" else {})
+    for given in engines.vllm:
+        key, name = f"{section}.vllm.{given}", given.replace("-", "_").removeprefix("no_")
+        if name in owned:
+            setting = owned[name].replace("rollout.", f"{section}.")
+            raise UserError(
+                f"{key}: set {setting}, which decides it", key=key, cause=Cause.CONFLICT
+            )
+        if name in FIXED:
+            raise UserError(
+                f"{key}: it cannot be changed: {FIXED[name]}; leave it out",
+                key=key,
+                cause=Cause.CONFLICT,
+            )
+        if name == "eplb_config" and "num_redundant_experts" in engines.vllm[given]:
+            raise UserError(
+                f"{key}.num_redundant_experts: set rollout.redundant_experts, which the push and "
+                "the plan count as well",
+                key=key,
+                cause=Cause.CONFLICT,
+            )
+        if name in SERVER or name.startswith(SERVER_PREFIXES):
+            raise UserError(
+                f"{key}: the fleet chooses the addresses and hosts of every engine; leave it out",
+                key=key,
+                cause=Cause.CONFLICT,
+            )
+
+
+def check_arguments(engines: RolloutConfig | TeacherConfig, section: str) -> None:
+    """Raise UserError for arguments that vLLM does not have, or values that it does not accept.
+
+    vLLM's parser takes 10 s on a CPU, most of it the import, so it runs only where there are
+    arguments. Where engines run on other hosts, and vLLM is only there, it reads them when it
+    starts.
+
+    Args:
+        engines: the recipe's section.
+        section: its name, "rollout" or "teacher".
+    """
+    check_owned(engines, section)
+    on_hosts = isinstance(engines, RolloutConfig) and engines.placement == "hosts"
+    if not engines.vllm or (on_hosts and find_spec("vllm") is None):
+        return
+    parsed = _parse(argument_list(engines.vllm))
+    for given in engines.vllm:
+        name = given.replace("-", "_")
+        if name not in parsed.names:
+            key = f"{section}.vllm.{given}"
+            raise UserError(
+                f"{key}: vLLM has no such argument{did_you_mean(name, parsed.names)}; "
+                "`vllm serve --help=all` lists them",
+                key=key,
+                cause=Cause.UNKNOWN,
+            )
+    if parsed.error:
+        named = next(
+            (f"{section}.vllm.{name}" for name in engines.vllm if _names(parsed.error, name)),
+            f"{section}.vllm",
+        )
+        raise UserError(
+            f"{named}: vLLM does not accept it: {parsed.error}", key=named, cause=Cause.MALFORMED
+        )
+
+
+def _names(error: str, name: str) -> bool:
+    return any(form in error for form in (name.replace("_", "-"), name.replace("-", "_")))
+
+
+def _parse(words: list[str]) -> ParsedArguments:
+    done = subprocess.run(
+        [sys.executable, "-m", CHECKER],
+        input=json.dumps(words),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise UserError(
+            f"rollout.vllm: vLLM's parser could not be asked ({last[0]}); is vLLM installed in "
+            f"{sys.executable}?",
+            key="rollout.vllm",
+            cause=Cause.NOT_INSTALLED,
+        )
+    return msgspec.json.decode(done.stdout.rpartition("\n")[2], type=ParsedArguments)

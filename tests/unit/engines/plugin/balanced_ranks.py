@@ -1,0 +1,140 @@
+"""A rank of an engine with redundant experts: `python balanced_ranks.py RANK WORLD STORE`.
+
+vLLM's own state, maps, policy and exchange (over gloo) on a model of plain tensors: pushes with a
+rearrangement between each. It prints, for every push, how many slots were wrong before the experts
+were moved, and after."""
+
+import datetime
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from vllm.distributed.eplb.eplb_communicator import TorchDistNcclEplbCommunicator
+from vllm.distributed.eplb.eplb_state import EplbModelState, EplbState, _commit_eplb_maps
+from vllm.distributed.eplb.policy import EPLB_POLICIES
+from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+from megatron_r1.engines.plugin import redundant_experts
+
+EXPERTS, COPIES, LAYERS = 6, 2, 3
+SIZES = (5, 3)
+"""Values of an expert in each of its two tensors."""
+
+
+def value(push: int, layer: int, expert: int, tensor: int) -> torch.Tensor:
+    """Return an expert's pushed values, which no other expert, layer or push has."""
+    start = ((push * LAYERS + layer) * EXPERTS + expert) * 100.0 + 10 * tensor
+    return start + torch.arange(SIZES[tensor], dtype=torch.float32)
+
+
+def fill(model, rank: int, push: int) -> None:
+    """Load a push as vLLM's loaders do: slot by slot of the first placement."""
+    placed = EplbState.build_initial_global_physical_to_logical_map(EXPERTS, COPIES)
+    local = model.expert_weights[0][0].shape[0]
+    for layer, tensors in enumerate(model.expert_weights):
+        for number, tensor in enumerate(tensors):
+            for slot in range(local):
+                tensor[slot] = value(push, layer, placed[rank * local + slot], number)
+
+
+def num_wrong(state: EplbModelState, rank: int, push: int) -> int:
+    """Return the slots of this rank that have not the expert of the balancer's maps."""
+    wrong, local = 0, state.model.expert_weights[0][0].shape[0]
+    for layer, tensors in enumerate(state.model.expert_weights):
+        for slot in range(local):
+            expert = int(state.physical_to_logical_map[layer, rank * local + slot])
+            wrong += any(
+                not torch.equal(tensor[slot], value(push, layer, expert, number))
+                for number, tensor in enumerate(tensors)
+            )
+    return wrong
+
+
+def main() -> None:
+    rank, world = int(sys.argv[1]), int(sys.argv[2])
+    limit = datetime.timedelta(seconds=600)
+    dist.init_process_group("gloo", f"file://{sys.argv[3]}", limit, world, rank)
+    group = dist.group.WORLD
+    local = (EXPERTS + COPIES) // world
+    weights = [[torch.zeros(local, size) for size in SIZES] for _ in range(LAYERS)]
+    model = SimpleNamespace(
+        num_routed_experts=EXPERTS,
+        num_redundant_experts=COPIES,
+        num_physical_experts=EXPERTS + COPIES,
+        num_logical_experts=EXPERTS,
+        num_moe_layers=LAYERS,
+        expert_weights=weights,
+    )
+    state = EplbModelState(
+        physical_to_logical_map=torch.zeros(LAYERS, EXPERTS + COPIES, dtype=torch.int64),
+        physical_to_logical_map_buffer=torch.zeros(LAYERS, EXPERTS + COPIES, dtype=torch.int64),
+        logical_to_physical_map=torch.full((LAYERS, EXPERTS, 8), -1),
+        logical_replica_count=torch.zeros(LAYERS, EXPERTS, dtype=torch.int64),
+        expert_load_pass=torch.ones(LAYERS, EXPERTS + COPIES, dtype=torch.int32),
+        expert_load_pass_buffer=torch.ones(LAYERS, EXPERTS + COPIES, dtype=torch.int32),
+        expert_load_window=torch.ones(4, LAYERS, EXPERTS + COPIES, dtype=torch.int32),
+        last_expert_load=torch.ones(LAYERS, EXPERTS, dtype=torch.int64),
+        model_name="small",
+        model=model,
+        expert_buffer=[torch.empty_like(each) for each in weights[0]],
+        rebalanced=False,
+        eplb_stats=None,
+        device_index=None,
+        communicator=TorchDistNcclEplbCommunicator(group),
+    )
+    _commit_eplb_maps(state, redundant_experts.first_placement(state))
+    balancer = SimpleNamespace(model_states={"small": state})
+    generator = torch.Generator().manual_seed(0)
+    for push in range(1, 4):
+        fill(model, rank, push)
+        before = num_wrong(state, rank, push)
+        redundant_experts.keep_placement(balancer, group)
+        print(f"push {push}: {before} wrong, then {num_wrong(state, rank, push)}")
+        load = torch.randint(1, 1000, (LAYERS, EXPERTS), generator=generator)
+        load[:, push] = 100_000  # another hot expert each time
+        placed = EPLB_POLICIES["default"].rebalance_experts(
+            load, EXPERTS + COPIES, 1, 1, world, state.physical_to_logical_map
+        )
+        rearrange_expert_weights_inplace(
+            state.physical_to_logical_map,
+            placed,
+            weights,
+            state.expert_buffer,
+            group,
+            state.communicator,
+        )
+        _commit_eplb_maps(state, placed)
+        print(f"rearranged: {num_wrong(state, rank, push)} wrong")
+    fill(model, rank, 4)
+    before = num_wrong(state, rank, 4)
+    redundant_experts.begin_anew(balancer)
+    print(f"after a sleep: {before} wrong, then {num_wrong(state, rank, 4)}")
+    counts, loads = state.logical_replica_count, state.expert_load_window
+    print(f"copies {counts[0].tolist()}, counted {int(loads.sum())}")
+    if rank == 0:
+        print(f"returned experts {returned_experts(state)}")
+
+
+def returned_experts(state: EplbModelState) -> list[int]:
+    """Return the experts that a router under the balancer records for a token."""
+
+    class Router(BaseRouter):
+        def _compute_routing(self, *_, **__):
+            return torch.ones(1, 2), torch.tensor([[1, EXPERTS - 1]])
+
+        @property
+        def routing_method_type(self):
+            raise NotImplementedError
+
+    recorded: list[torch.Tensor] = []
+    router = Router(2, EXPERTS)
+    router.set_capture_fn(recorded.append)
+    router._apply_eplb_mapping = lambda ids: state.logical_to_physical_map[0][ids][..., 0] + 100
+    router._select_experts(torch.zeros(1, 4), torch.zeros(1, EXPERTS))
+    return recorded[0][0].tolist()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Pushes into engines whose experts vLLM's balancer moves, on ranks with vLLM's own state, policy
+and exchange (`balanced_ranks.py`)."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.more
+
+PROGRAM = Path(__file__).with_name("balanced_ranks.py")
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, str(rank), str(RANKS), store],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    ended = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * RANKS, ended
+    return [out for out, _ in ended]
+
+
+def numbers(printed, pattern):
+    return [[*map(int, found)] for out in printed for found in re.findall(pattern, out)]
+
+
+def test_three_pushes_reach_every_copy_wherever_it_has_moved(printed):
+    pushes = numbers(printed, r"push (\d): (\d+) wrong, then (\d+)")
+    assert len(pushes) == 3 * RANKS
+    assert [wrong for _, _, wrong in pushes] == [0] * len(pushes)
+    # As a load leaves them: without the move the engine would compute with other experts.
+    wrong_before = {push: sum(b for p, b, _ in pushes if p == push) for push in (1, 2, 3)}
+    assert wrong_before[1] == 0 and wrong_before[2] > 0 and wrong_before[3] > 0
+    assert numbers(printed, r"rearranged: (\d+) wrong") == [[0]] * 3 * RANKS
+
+
+def test_an_engine_that_has_slept_begins_with_the_first_placement(printed):
+    found = numbers(printed, r"after a sleep: (\d+) wrong, then (\d+)")
+    assert [after for _, after in found] == [0] * RANKS and sum(before for before, _ in found) > 0
+    assert all("copies [2, 2, 1, 1, 1, 1], counted 0" in out for out in printed)
+
+
+def test_routers_record_the_models_experts_not_copies(printed):
+    assert "returned experts [1, 5]" in printed[0]
