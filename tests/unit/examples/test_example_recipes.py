@@ -101,8 +101,6 @@ def test_in_pools_sampling_and_training_overlap_on_512_gpus_each(tmp_path):
     engine = sections["engine memory of a GPU"]
     taken = 2 * engine["weights"]["value"] + engine["KV cache"]["value"]
     assert taken < plan["hardware"]["memory"] - plan["assumptions"]["reserved"]
-    late = planned(R1 / "r1_zero_pools.yaml", tmp_path, "--step", "513")
-    assert late["problems"] == []
 
 
 def test_in_fp8_half_of_the_bytes_are_pushed_and_two_copies_are_kept(tmp_path):
