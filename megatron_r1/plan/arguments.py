@@ -59,7 +59,11 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--hardware", choices=HARDWARE, default="H800")
     parser.add_argument("--memory-gib", type=float, help="of a GPU, instead of the hardware's")
     parser.add_argument("--host-memory-gib", type=float, help="per GPU, instead of 233")
-    parser.add_argument("--rollout-gpus", type=int, help="GPUs the engines have alone")
+    parser.add_argument(
+        "--rollout-gpus",
+        type=int,
+        help="GPUs the engines have alone; default: of a recipe's engine hosts",
+    )
     parser.add_argument("--response-tokens", type=int, help="mean; default: a quarter of the limit")
     parser.add_argument("--prompt-tokens", type=int, help="mean and longest; default: 512")
     parser.add_argument("--search", action="store_true", help="also list the fastest layouts")
@@ -110,7 +114,7 @@ def job_of(
         hardware=hardware,
         assumptions=replace(assumptions, prompt_tokens=prompt),
         measured=measured,
-        rollout_gpus=chosen.rollout_gpus or 0,
+        rollout_gpus=chosen.rollout_gpus or _gpus_of_hosts(config, verb),
         verb=verb,
         keeps_reference=verb == "rl" and whole.uses_reference,
     )
@@ -125,6 +129,15 @@ def job_of(
             cause=Cause.TOO_LARGE,
         )
     return replace(job, response_tokens=mean)
+
+
+def _gpus_of_hosts(config: configuration.Config, verb: Verb) -> int:
+    """Return the GPUs of engine hosts that are not the trainer's, 0 where there are none or the
+    recipe does not say how many."""
+    rollout = config.rollout
+    ranks = rollout.tensor * rollout.data
+    apart = verb == "rl" and rollout.placement == "hosts" and not rollout.colocated
+    return rollout.engines * ranks if apart and ranks > 1 else 0
 
 
 def config_of(recipe: Path, overrides: dict) -> configuration.Config:

@@ -9,11 +9,15 @@ from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
 from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_bytes
+from megatron_r1.plan.replay import ROUTED
 from megatron_r1.plan.rollout import Engines, rollout_section, samples_section, teacher_section
 from megatron_r1.plan.timing import StepTime, communication_section, time_section
 from megatron_r1.reporting.wording import counted
 
-WHAT = {RECEIVE_BUFFER: ", weights on their way into an engine"}
+WHAT = {
+    RECEIVE_BUFFER: ", weights on their way into an engine",
+    ROUTED: ", of the longest responses, while samples are loaded",
+}
 """Additions to the formula of kinds of host memory whose name is unclear."""
 SMALLER_RECEIVE_BUFFER = "give each engine more GPUs"
 """The remedy that makes an engine rank's receive buffer smaller."""
@@ -166,17 +170,20 @@ class Bill:
         )
 
     def _share(self) -> str | None:
-        """Return the problem of engines that take more of the trainer's GPUs than it leaves, or
-        None."""
+        """Return the problem of engines that take more of a GPU than the trainer on it, or the
+        receive buffer of pushes, leaves them, or None."""
         engines, rollout, memory = self.engines, self.job.config.rollout, self.job.hardware.memory
-        if not (rollout.colocated and engines.resident) or engines.free <= 0:
+        beside = rollout.colocated and engines.resident
+        receives = self.job.rollout_gpus and engines.receive_buffer
+        if not (beside or receives) or engines.free <= 0:
             return None
         share, least = rollout.gpu_memory, engines.free / memory
         if share is not None and share <= least:
             return None
         takes = f"={share:g}" if share else " is not set, and vLLM takes 0.92"
+        other = "the trainer" if beside else f"a push's {_size(engines.receive_buffer)}"
         return (
-            f"rollout.gpu_memory{takes}: of each GPU's {_size(memory)} the trainer leaves engines "
+            f"rollout.gpu_memory{takes}: of each GPU's {_size(memory)} {other} leaves engines "
             f"{_size(engines.free)}: set at most {math.floor(100 * least) / 100}"
         )
 

@@ -16,6 +16,7 @@ from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import receive_buffer_bytes
 from megatron_r1.plan.quantity import Section, in_bytes
+from megatron_r1.plan.replay import replay_host_bytes
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def _of_rank(
     persistent["optimizer"] -= on_host
     is_kept = job.scores_reference or job.keeps_reference
     host = {"reference": reference if is_kept else 0, "optimizer": on_host}
+    host |= replay_host_bytes(job)
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = checkpoint_bytes(
             job.config, counts, job.replicas, with_reference=is_kept

@@ -20,6 +20,7 @@ from megatron_r1.plan.push import (
     receive_buffer_bytes,
 )
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+from megatron_r1.plan.replay import ReplayTraffic, replays
 from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.reporting.wording import counted
 
@@ -254,10 +255,13 @@ def samples_section(job: PlannedJob) -> Section:
         "ids, log-probabilities": in_bytes(
             job.num_responses * ((prompt + response) * ID + response * LOGPROB),
             f"{job.num_responses:,} samples x ({prompt + response:,} ids x {ID} B + {response:,} "
-            f"log-probabilities x {LOGPROB} B)",
+            f"log-probabilities x {LOGPROB} B)"
+            + ("; rl.importance_cap reads these" if job.config.rl.importance_cap else ""),
         )
     }
-    if job.has_experts:
+    if replays(job):
+        section |= ReplayTraffic(job).section()
+    elif job.has_experts:
         shape = routing_shape(job.hf)
         section["routed experts"] = in_bytes(
             job.num_responses * (prompt + response) * shape.token_bytes,

@@ -15,6 +15,7 @@ from megatron_r1.plan.counts import RankCounts, attention_flops, head_flops, lay
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import push_link
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+from megatron_r1.plan.replay import ROUTED, replay_time
 from megatron_r1.plan.rollout import Engines
 from megatron_r1.reporting.wording import counted
 
@@ -238,6 +239,7 @@ def time_section(times: StepTime) -> Section:
     if job.generates:
         seconds, how = times.engines.seconds()
         section["rollout"] = Quantity(seconds, "s", how)
+    section |= replay_time(job)
     if job.verb == "rl":
         passes = "a forward pass of the policy"
         if job.scores_reference:
@@ -261,13 +263,16 @@ def time_section(times: StepTime) -> Section:
     if job.verb == "rl":
         share = section["rollout"].number / step
         section["share of rollout"] = Quantity(share, "share", "rollout / step")
+    if ROUTED in section:
+        share = section[ROUTED].number / step
+        section[f"share of {ROUTED}"] = Quantity(share, "share", f"{ROUTED} / step")
     section["tokens per second"] = Quantity(tokens / step, "tokens", f"{tokens:,} tokens / step")
     if job.trains and (steps := job.num_steps) is not None:
         section["run"] = Quantity(step * steps / 3600, "hours", f"step x run.steps={steps}")
     return section
 
 
-PARTS = ("rollout", "scoring", "training", "critic", "push")
+PARTS = ("rollout", ROUTED, "scoring", "training", "critic", "push")
 """The parts of a step, in order."""
 
 

@@ -21,7 +21,7 @@ PLACED = ("--rollout.placement", "hosts")
 GLOO = ("--push.transport", "gloo")
 # examples/deepseek_r1/pools.sbatch; a GPU would push by nccl.
 APART = (
-    *("--rollout.colocated", "false", "--rollout.gpu_memory", "0.9"),
+    *("--rollout.colocated", "false"),
     *("--rl.staleness", "1", "--rl.importance_cap", "2"),
 )
 # The demo's base model is there after base.yaml, and stages of the pipeline write their shapes.
@@ -44,6 +44,8 @@ SHIPPED = {
     },
     **{name: (R1, name, ()) for name in ("cold_start_sft", "sft_800k", "helpful_rm", "safety_rm")},
     "pools": (R1, "r1_zero", (*ON_HOSTS, *GLOO, *APART)),
+    "r1_zero_pools": (R1, "r1_zero_pools", ()),
+    "r1_zero_fp8": (R1, "r1_zero_fp8", ON_HOSTS),
     "pipeline": (R1, "pipeline", ("--rehearsal.stages", "[cold_start_sampling, cold_start_sft]")),
     **{path.stem: (DISTILL, path.stem, ()) for path in sorted(DISTILL.glob("*.yaml"))},
     "qwen2.5-7b": (EXAMPLES / "one_node", "qwen2.5-7b", ()),

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ from megatron_r1.commands import cli
 from megatron_r1.commands.plan import main
 from megatron_r1.config import verb_of
 from megatron_r1.models import read_hf_config
+from megatron_r1.models.weights.layout import layout, recipe_stages
 from megatron_r1.pipeline.pipeline_recipe import read_tree
 from megatron_r1.plan.counts import ModelCounts
+from megatron_r1.rehearse import miniature
 
 ROOT = Path(__file__).parents[3]
 
@@ -22,6 +26,7 @@ STAGES = read_tree(R1 / "pipeline.yaml")["stages"].values()
 VERBS = {Path(stage["recipe"]).stem: stage["verb"] for stage in STAGES}
 EVALUATION = "evaluation"  # is not planned
 del VERBS[EVALUATION]
+VARIANTS = {"r1_zero_pools": "rl", "r1_zero_fp8": "rl"}  # of a stage
 DISTILLED = {  # table 6 of arXiv 2501.12948 v2, and the parameters that the models' pages show
     "qwen2.5-math-1.5b": (1e-4, 1_543_714_304),
     "qwen2.5-math-7b": (8e-5, 7_615_616_512),
@@ -53,7 +58,7 @@ def planned(recipe: Path, tmp_path: Path, *options: str) -> dict:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_can_be_planned_and_fits(recipe, tmp_path):
     plan = planned(recipe, tmp_path)
-    verb = VERBS[recipe.stem] if recipe.parent == R1 else plan["verb"]
+    verb = (VERBS | VARIANTS)[recipe.stem] if recipe.parent == R1 else plan["verb"]
     assert plan["verb"] == verb and plan["problems"] == []
     titles = " ".join(plan["sections"])
     assert ("memory of pipeline rank" in titles) == (verb != "sample") == bool(plan["ranks"])
@@ -62,6 +67,67 @@ def test_every_recipe_can_be_planned_and_fits(recipe, tmp_path):
     time = plan["sections"]["time"]
     assert ("rollout" in time) == (verb in ("rl", "sample")) and time["step"]["value"] > 0
     assert ("scoring" in time) == (verb == "rl") == any(rank["scoring"] for rank in plan["ranks"])
+
+
+@pytest.mark.parametrize(
+    ("name", "differ"),
+    [
+        (
+            "r1_zero_pools",
+            "run.folder rollout.placement rollout.hosts_per_engine rollout.engines "
+            "rollout.colocated rl.staleness parallel.processes parallel.pipeline "
+            "parallel.virtual_pipeline",
+        ),
+        ("r1_zero_fp8", "run.folder fp8.recipe fp8.scales push.fp8 rollout.gpu_memory"),
+    ],
+)
+def test_a_variant_of_r1_zero_differs_where_its_comments_say(name, differ):
+    one, other = (configuration.load(R1 / f"{each}.yaml") for each in ("r1_zero", name))
+    found = {
+        f"{section}.{key}"
+        for section, before in one
+        for key, value in before
+        if getattr(getattr(other, section), key) != value
+    }
+    assert found == set(differ.split())
+
+
+def test_in_pools_sampling_and_training_overlap_on_512_gpus_each(tmp_path):
+    plan = planned(R1 / "r1_zero_pools.yaml", tmp_path)
+    sections = plan["sections"]
+    assert plan["gpus"] == 512 and "at once" in sections["time"]["step"]["formula"]
+    assert "512 GPUs" in sections["push"]["into all engines"]["formula"]
+    # What a push receives is not in the place of the cache: both fit next to the weights.
+    engine = sections["engine memory of a GPU"]
+    taken = 2 * engine["weights"]["value"] + engine["KV cache"]["value"]
+    assert taken < plan["hardware"]["memory"] - plan["assumptions"]["reserved"]
+
+
+def test_in_fp8_half_of_the_bytes_are_pushed_and_two_copies_are_kept(tmp_path):
+    plain, fp8 = (planned(R1 / f"{name}.yaml", tmp_path) for name in ("r1_zero", "r1_zero_fp8"))
+    into = [plan["sections"]["push"]["into an engine GPU"]["value"] for plan in (plain, fp8)]
+    assert 0.5 < into[1] / into[0] < 0.53  # scales, and what is no projection, in bf16
+    copies = [plan["ranks"][3]["training"]["fp8 copies"] for plan in (plain, fp8)]
+    assert copies == [0, 2 * (283_967_488 + 5_637_144_576)]  # 1 B of each trained parameter, twice
+
+
+def test_what_fp8_rounds_has_sizes_that_the_matrix_units_take():
+    """On every rank of the recipe and of its rehearsal: multiples of 16 (docs/fp8.md)."""
+    recipe = configuration.load(R1 / "r1_zero_fp8.yaml")
+    hf = read_hf_config(recipe.model.path)
+    small = miniature.shrink(recipe, hf, Path("rehearsal"), 16)
+    for config, model in ((recipe, hf), (small.config, small.hf)):
+        parallel = config.parallel
+        at = {"tp": (0, parallel.tensor), "ep": (0, parallel.expert)}
+        shapes = {
+            name: entry.shape
+            for stage in recipe_stages(config, model)
+            for chunk in stage
+            for name, entry in layout(model, replace(chunk, **at)).items()
+            if re.search(r"\b(linear_\w+|eh_proj)\.weight\d*$", name)
+        }
+        assert len(shapes) > 20
+        assert {n: s for n, s in shapes.items() if any(size % 16 for size in s)} == {}
 
 
 def test_a_reward_model_has_no_vocabulary_and_a_pair_is_two_samples(tmp_path):

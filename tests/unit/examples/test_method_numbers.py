@@ -20,6 +20,7 @@ R1 = EXAMPLES / "deepseek_r1"
 STAGES = read_tree(R1 / "pipeline.yaml")["stages"]
 NUMBERS = yaml.safe_load(Path(__file__).with_name("method_numbers.yaml").read_text())
 RL = ("r1_zero", "reasoning_rl", "all_scenarios_rl")
+R1_ZERO = ("r1_zero", "r1_zero_pools", "r1_zero_fp8")
 
 
 def recipe(name: str) -> Config:
@@ -40,7 +41,7 @@ def test_the_recipes_have_the_numbers(case):
         assert found == case["numbers"], name
 
 
-@pytest.mark.parametrize("name", RL)
+@pytest.mark.parametrize("name", sorted({*RL, *R1_ZERO}))
 def test_grpo(name):
     config = recipe(name)
     rl = config.rl
@@ -52,8 +53,9 @@ def test_grpo(name):
         assert size == 512  # sequences of an optimizer step, in every part of the run
 
 
-def test_r1_zero():
-    config = recipe("r1_zero")
+@pytest.mark.parametrize("name", R1_ZERO)
+def test_r1_zero(name):
+    config = recipe(name)
     assert num_updates(config) == 10_400 == num_updates(Config())
     _, (step, after) = config.phases()
     assert after.rollout.max_response_tokens == 65536

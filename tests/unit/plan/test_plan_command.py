@@ -14,6 +14,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands.plan import main
 from megatron_r1.plan.arguments import job_of, parse
 
+UNREPLAYED = ["--rl.routing_replay", "false"]
 ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1"]
 
 
@@ -27,7 +28,8 @@ ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1"]
         (["--rollout.engines", "2048", *ONE_GPU], "", ["1.19 TiB"]),
         (["--rollout.engines", "3", *ONE_GPU], "rollout.engines", ["2,048", "2 or 4"]),
         (["--rollout.tensor", "3"], "rollout.tensor=3", ["num_attention_heads=128"]),
-        (["--rollout.pipeline", "2"], "rollout.pipeline=2", ["mtp"]),
+        (["--rollout.pipeline", "2"], "rollout.pipeline=2", ["rl.routing_replay"]),
+        (["--rollout.pipeline", "2", *UNREPLAYED], "rollout.pipeline=2", ["mtp"]),
         (["--rl.minibatches", "1024"], "rl.minibatches", ["8 samples", "16"]),
         (["--host-memory-gib", "1"], "parallel.reference_offload", []),
         (

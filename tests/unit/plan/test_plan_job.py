@@ -6,6 +6,7 @@ import pytest
 from planned_jobs import RECIPE
 
 from megatron_r1.commands.plan import main
+from megatron_r1.plan.arguments import job_of, parse
 
 
 def test_numbers_of_gpus_below_one_engine_are_not_tried(capsys):
@@ -27,6 +28,18 @@ def test_engines_that_are_not_colocated_are_told_what_gives_them_gpus(capsys, st
     assert "rollout.colocated" not in capsys.readouterr().out
     assert main([str(RECIPE)]) == 0
     assert "rollout.colocated" not in capsys.readouterr().out
+
+
+def test_engine_hosts_that_are_not_colocated_are_gpus_of_their_own():
+    apart = ["--rollout.placement", "hosts", "--rollout.colocated", "false"]
+
+    def rollout_gpus(*options: str) -> int:
+        chosen, overrides = parse([str(RECIPE), *options])
+        return job_of(RECIPE, chosen, overrides).rollout_gpus
+
+    assert rollout_gpus(*apart, "--rollout.engines", "3") == 3 * 8 * 16
+    assert rollout_gpus(*apart, "--rollout-gpus", "2048") == 2048
+    assert rollout_gpus(*apart[:2]) == rollout_gpus(*apart[2:]) == 0
 
 
 @pytest.mark.parametrize(

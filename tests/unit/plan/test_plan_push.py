@@ -99,6 +99,18 @@ def test_receive_buffers_of_engines_on_their_own_gpus_are_not_the_trainers():
     assert "host memory of an engines' node" not in bill.sections()
 
 
+def test_over_nccl_engines_of_their_own_gpus_leave_room_for_what_a_push_receives():
+    """79 GiB without 19.85: vLLM may take 59.15 of them."""
+    alone = {"rollout_gpus": 2048, "rollout__colocated": False}
+    for share, shown in ((0.75, "=0.75"), (None, " is not set, and vLLM takes 0.92")):
+        (problem,) = Bill(planned(**alone, rollout__gpu_memory=share)).problems()
+        assert problem.startswith(f"rollout.gpu_memory{shown}: of each GPU's 79.00 GiB")
+        assert "a push's 19.85 GiB leaves engines 59.15 GiB: set at most 0.74" in problem
+    assert Bill(planned(**alone, rollout__gpu_memory=0.74)).problems() == []
+    gloo = Bill(planned(**alone, rollout__gpu_memory=0.9, push__transport="gloo"))
+    assert gloo.problems() == []  # on the host
+
+
 def test_a_receive_buffer_that_does_not_fit_is_named_with_its_remedy():
     hardware = replace(HARDWARE["H800"], memory=50 * GIB)
     job = replace(planned(push__transport="cuda_ipc"), hardware=hardware)

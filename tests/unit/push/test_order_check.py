@@ -19,7 +19,7 @@ from megatron_r1.push.plan.engine_sets import (
 from megatron_r1.push.plan.from_recipe import engine_layout
 from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.push.plan.rounds import Link, PushOrder, push_order, receiving_processes
-from megatron_r1.push.plan.tensors import plain_bytes
+from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from tools.bench.push.order_check import (
     Call,
     Fault,
@@ -48,7 +48,7 @@ def order_of(trainers: int, engines: int, num_bytes: int = 40, *, colocated=Fals
 
 @cache
 def pushes(
-    model: str, grid: TrainerGrid, engines: EngineLayout, stages: tuple, dtype: str, *, drafts: bool
+    model: str, grid: TrainerGrid, engines: EngineLayout, stages: tuple, form: str, *, drafts: bool
 ):
     """Return the orders of one plan, with engines on GPUs of their own and on the trainer's, and
     what the checker says to each."""
@@ -56,7 +56,7 @@ def pushes(
     needs = PredictedLayout(hf, engines, drafts=drafts)
     planner = Planner(hf, grid, engines, stages, needs)
     sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
-    plans = entries(planner, plain_bytes(dtype), sets)
+    plans = entries(planner, fp8_bytes if form == "FP8" else plain_bytes(form), sets)
     orders = [
         push_order(plans, receiving_processes(sets, ranks, grid.world, shared))
         for shared in ({}, ranks_in_order(sets, ranks, grid.world))
@@ -70,9 +70,9 @@ def test_the_rounds_of_a_shipped_recipe_are_free_of_circles_and_near_their_floor
     hf = read_hf_config(config.model.path)
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
     stages = tuple(map(tuple, recipe_stages(config, hf)))
-    model, dtype = str(config.model.path), config.rollout.dtype
+    model, form = str(config.model.path), "FP8" if config.push.fp8 else config.rollout.dtype
     drafts = config.rollout.drafts_by_mtp
-    for order, refusal in pushes(model, grid, engine_layout(config), stages, dtype, drafts=drafts):
+    for order, refusal in pushes(model, grid, engine_layout(config), stages, form, drafts=drafts):
         assert refusal is None
         assert order.num_entry_rounds <= 1.1 * order.entry_floor
         assert order.num_processes in (grid.world, 2 * grid.world)
