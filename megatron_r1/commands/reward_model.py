@@ -24,7 +24,7 @@ from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.evaluation.pair_measures import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 REQUIRED = ("run.folder", "model.path", "reward_model.data")
 IMPLIED = {"model.head": "score"}

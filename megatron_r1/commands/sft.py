@@ -19,7 +19,7 @@ from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.wording import printable, shorten_middle
 from megatron_r1.trainer.operations import SUPERVISED
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 MAX_SHOWN_CHARS = 800
 REQUIRED = ("run.folder", "model.path", "sft.data")

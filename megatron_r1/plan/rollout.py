@@ -25,7 +25,7 @@ from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.reporting.wording import counted
 
 ID = LOGPROB = 4
-"""Bytes of a token's id and of its log-probability in trainer/sample.py."""
+"""Bytes of a token's id and of its log-probability in trainer/training_sample.py."""
 LOGITS = 4
 """Bytes of a logit; logits and their log-softmax exist at once."""
 

@@ -36,7 +36,8 @@ from megatron_r1.models.experts import RoutingShape
 from megatron_r1.models.prefixes import first_positions, with_prefixes
 from megatron_r1.models.replay import RecordedRouting
 from megatron_r1.trainer.batch import PackedBatch
-from megatron_r1.trainer.sample import Sample, shared_prefixes
+from megatron_r1.trainer.shared_prompts import shared_prefixes
+from megatron_r1.trainer.training_sample import Sample
 
 
 @dataclass(frozen=True)

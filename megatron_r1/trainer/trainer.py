@@ -48,8 +48,9 @@ from megatron_r1.trainer.packed import (
 )
 from megatron_r1.trainer.passes import Compute, free_gradients, optimizer_step, run_passes
 from megatron_r1.trainer.reference import Reference
-from megatron_r1.trainer.sample import ReplicaSamples, Sample, check_shared_prompts
+from megatron_r1.trainer.shared_prompts import check_shared_prompts
 from megatron_r1.trainer.token_advantages import ScoredRollout
+from megatron_r1.trainer.training_sample import ReplicaSamples, Sample
 
 
 class Trainer:

@@ -45,7 +45,7 @@ from megatron_r1.models.memory import engine_bytes, parameter_bytes
 from megatron_r1.models.supported import check_divisions, check_supported
 from megatron_r1.models.weights.layout import num_parameters, recipe_stages
 from megatron_r1.trainer.operations import ModelOperations
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 ENGINE = "engine-0"
 MAX_LENGTH = 256

@@ -26,7 +26,7 @@ from megatron_r1.controller.trainer_calls.packing import Packing, pack, pack_by_
 from megatron_r1.controller.trainer_calls.ranks import RankProcesses, RankSocket
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer.operations import LOAD, STOP, Call, ModelOperations, RankDescription, Reply
-from megatron_r1.trainer.sample import Buffer, ReplicaSamples, Sample, encode_samples
+from megatron_r1.trainer.training_sample import Buffer, ReplicaSamples, Sample, encode_samples
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -22,7 +22,7 @@ from megatron_r1.base.processes.preloaded import ForkedProcess
 from megatron_r1.config import Config
 from megatron_r1.engines.server import gpu
 from megatron_r1.trainer.operations import MONITOR, RankStatus, Reply, identity, monitor_identity
-from megatron_r1.trainer.sample import Buffer
+from megatron_r1.trainer.training_sample import Buffer
 
 REMEDY = (
     "lower parallel.tokens_per_microbatch, parallel.processes, rollout.engines or "
