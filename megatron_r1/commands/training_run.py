@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_r1.base.errors import Cause, TrainerError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.foreign import require_complete, weight_files
+from megatron_r1.base.files.weight_files import require_complete, weight_files
 from megatron_r1.base.processes import preloaded, timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands import torchrun

@@ -12,13 +12,8 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.foreign import (
-    INDEX,
-    SINGLE,
-    require_complete,
-    spread_blocks,
-    weight_files,
-)
+from megatron_r1.base.files.file_blocks import spread_blocks
+from megatron_r1.base.files.weight_files import INDEX, SINGLE, require_complete, weight_files
 from megatron_r1.config import Config
 from megatron_r1.trainer.checkpoints.finding import STATE_FILE, complete_checkpoints
 

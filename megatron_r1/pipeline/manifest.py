@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync
-from megatron_r1.base.files.foreign import spread_blocks
+from megatron_r1.base.files.file_blocks import spread_blocks
 from megatron_r1.base.user_code import syntax_of
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text

@@ -17,15 +17,14 @@ from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync, make_folder
-from megatron_r1.base.files.foreign import (
+from megatron_r1.base.files.untrusted import read_json, require_inside
+from megatron_r1.base.files.weight_files import (
     IGNORED,
     INDEX,
     SINGLE,
     StoredTensor,
     read_index,
-    read_json,
     require_as_indexed,
-    require_inside,
     weight_files,
 )
 from megatron_r1.data.tokenizer import GENERATION, end_tokens
