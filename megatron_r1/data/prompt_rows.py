@@ -19,18 +19,17 @@ from r1_grading.truths import CHECKS, COMPARED, check_truth, is_none, is_unanswe
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message, read_question, system_of
 from megatron_r1.data.columns import columns_by_name
+from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.records import (
     ABSENT,
-    Conditions,
-    DataReport,
     Record,
-    RowFilter,
     entry,
     missing,
     read_records,
     rename,
     require_text,
 )
+from megatron_r1.data.row_filter import Conditions, RowFilter
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,9 @@ from megatron_r1.data.chats import (
     system_of,
     tool_calls,
 )
-from megatron_r1.data.records import (
-    Conditions,
-    DataReport,
-    Record,
-    RowFilter,
-    read_records,
-    require_text,
-)
+from megatron_r1.data.data_report import DataReport
+from megatron_r1.data.records import Record, read_records, require_text
+from megatron_r1.data.row_filter import Conditions, RowFilter
 from megatron_r1.data.sampler import EpochSampler
 
 COLUMNS = "in sft.data, beside path, columns"

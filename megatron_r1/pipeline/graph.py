@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.user_code import source_of
-from megatron_r1.data.records import HUB
+from megatron_r1.data.data_sets import HUB
 from megatron_r1.pipeline.pipeline_recipe import MAKE, REFERENCE, texts
 from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage, names_a_file
 
