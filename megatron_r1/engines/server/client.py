@@ -18,13 +18,13 @@ from megatron_r1.engines.server.errors import (
     EngineTimeout,
     PushIncomplete,
 )
-from megatron_r1.engines.server.responses import (
+from megatron_r1.engines.server.replies import (
     MEDIA_TYPE,
-    Response,
     parse_responses,
     parse_scores,
     read_responses,
 )
+from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape
 
 BODY_EXCERPT_CHARS = 500
