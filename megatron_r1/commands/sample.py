@@ -32,8 +32,10 @@ from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
 from megatron_r1.sample.decontamination import contaminated, load_avoided
 from megatron_r1.sample.filters import NAMES, PooledFilters, check_filters, filters_of
-from megatron_r1.sample.judged import PreferencePairs, ResponseJudge, SafetyLabels, make_judge
+from megatron_r1.sample.judge import ResponseJudge, make_judge
 from megatron_r1.sample.outputs import FILES, Decide, decide_all, write_outputs
+from megatron_r1.sample.preference_pairs import PreferencePairs
+from megatron_r1.sample.safety_labels import SafetyLabels
 from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
 from megatron_r1.sample.sft_examples import Rendering, SftExamples, cached_rewriter
 from megatron_r1.sample.user_function import ResultCache, UserFunction, load_function
