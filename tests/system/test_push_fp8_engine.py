@@ -105,7 +105,7 @@ def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(
             pusher = FilePusher(config, fleet, layout=layout, tensors=tensors, **push)
             await pusher.push(before)
             assert await checksums(fleet) != expected
-            for _ in range(2):  # into either area
+            for _ in range(2):  # into either buffer
                 await pusher.push(trained)
                 assert await checksums(fleet) == expected
             return await sample(fleet, n=2)

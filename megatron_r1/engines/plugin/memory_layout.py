@@ -79,13 +79,13 @@ def lay_out(
     Args:
         copies: by parameter, the rectangles that its loader copies.
         in_place: the engine computes with the received weights until the next push has arrived, so
-            there are two areas."""
+            there are two buffers."""
     placed, end = [], 0
     for parameter, of_parameter in copies.items():
         placed.append(PlacedParameter(parameter, end, _num_rows(parameter, of_parameter)))
         end += -(-parameter.num_bytes // ALIGNMENT) * ALIGNMENT
     slots = [_slot(at, copy) for at in placed for copy in copies[at.parameter]]
-    return placed, SlotTable(end, slots, areas=2 if in_place else 1)
+    return placed, SlotTable(end, slots, num_buffers=2 if in_place else 1)
 
 
 def _num_rows(parameter: CheckpointParameter, copies: Sequence[LoaderCopy]) -> int:

@@ -2,9 +2,8 @@
 deliveries of the current push are there, and whether they are correct.
 
 An engine rank learns what it needs from vLLM's own loaders (`engines.plugin.loader_copies`) and
-publishes a
-`SlotTable`: where in that memory each rectangle of a Hugging Face tensor goes. Trainer ranks answer
-with their `Delivery`s, and with every push send the bytes of each and a checksum."""
+publishes a `SlotTable`: where in that memory each region of a Hugging Face tensor goes. Trainer
+ranks answer with their `Delivery`s, and with every push send the bytes of each and a checksum."""
 
 import threading
 import time
@@ -17,22 +16,22 @@ from typing import Any, Protocol
 import torch
 
 from megatron_r1.push.checksum import RunningChecksum
-from megatron_r1.push.published_plan import Peer, ReceiverInfo
+from megatron_r1.push.published_plan import ReceiverInfo, Relay
 from megatron_r1.push.rendezvous import EngineRendezvous, TrainerRendezvous
 from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.table import Delivery, SlotTable, slot_view
 
 
-class ReceiveBuffer:
-    """The memory of one engine rank and the state of its deliveries.
+class Arrivals:
+    """Which deliveries of the current push are in the memory of one engine rank.
 
     Pushes are numbered from 1. A transport writes into `memory` and reports each delivery to
     `delivery_arrived`, from any thread; the engine waits in `wait`.
 
     Args:
         table: the slots of this rank.
-        memory: uint8, all areas.
-        deliveries: the deliveries of each trainer rank or `Peer`, in its order, the same in every
+        memory: uint8, all receive buffers.
+        deliveries: the deliveries of each trainer rank or `Relay`, in its order, the same in every
             push.
         is_weighted: whether checksums are weighted sums (`RunningChecksum`).
 
@@ -73,7 +72,7 @@ class ReceiveBuffer:
         """Report that a delivery is in the memory.
 
         Args:
-            sender: the trainer rank or `Peer` that has sent it.
+            sender: the trainer rank or `Relay` that has sent it.
             push: the number of the push.
             index: the delivery among the sender's.
             sent: the sender's checksum."""
@@ -136,8 +135,8 @@ class ReceiveBuffer:
         arriving = self._arriving.get(sender)
         if arriving is None or arriving[:2] != (push, index):
             delivery = self.deliveries[sender][index]
-            area = self.table.area(self.memory, push)
-            values = slot_view(area, self.table.slots[delivery.slot], delivery)
+            buffer = self.table.buffer(self.memory, push)
+            values = slot_view(buffer, self.table.slots[delivery.slot], delivery)
             arriving = (push, index, RunningChecksum(values, self._is_weighted))
             self._arriving[sender] = arriving
         return arriving[2]
@@ -193,7 +192,7 @@ class Receiver(ABC):
         rendezvous: the engine's rendezvous in its set.
         rank: the rank within the engine.
         table: the regions that this rank needs, with their places in `memory`.
-        memory: uint8, all areas; default `allocate`'s.
+        memory: uint8, all buffers; default `allocate`'s.
         borrows_memory: between pushes others need the memory; only NCCL's receiver frees it then.
     """
 
@@ -219,8 +218,8 @@ class Receiver(ABC):
         try:
             rendezvous.publish_receiver(rank, ReceiverInfo(table, self.address))
             deliveries, self.rounds = rendezvous.read_plan(rank)
-            self.senders = [source for source in deliveries if not isinstance(source, Peer)]
-            self.buffer = ReceiveBuffer(table, self.memory, deliveries, self.is_weighted)
+            self.senders = [source for source in deliveries if not isinstance(source, Relay)]
+            self.arrivals = Arrivals(table, self.memory, deliveries, self.is_weighted)
             self.connect()
         except BaseException:
             self.close()
@@ -228,8 +227,8 @@ class Receiver(ABC):
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of all areas."""
-        return self.table.areas * self.table.num_bytes
+        """The bytes of all buffers."""
+        return self.table.num_buffers * self.table.num_bytes
 
     @property
     def is_running(self) -> bool:
@@ -253,7 +252,7 @@ class Receiver(ABC):
 
     @abstractmethod
     def allocate(self) -> torch.Tensor:
-        """Return the memory for all areas. Raises ValueError when there is not enough."""
+        """Return the memory for all buffers. Raises ValueError when there is not enough."""
 
     def free_memory(self) -> None:  # noqa: B027 - most transports keep theirs
         """Free the memory until the next push, if it is borrowed. Called when all of a push has
