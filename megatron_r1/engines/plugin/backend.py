@@ -204,7 +204,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
                 rendezvous, self._rank, table, memory, init_info.borrows_memory
             )
         except Exception as error:  # vLLM's loaders may raise anything
-            rendezvous.report_own(self._rank, str(error) or repr(error))
+            rendezvous.report_own(self._rank, f"{type(error).__name__}: {error}")
             raise
 
     def _table(self, init_info: PushInitInfo) -> SlotTable:

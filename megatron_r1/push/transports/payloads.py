@@ -280,7 +280,7 @@ class PayloadReceiver(Receiver):
             error: the cause.
             lost: the engine ranks of which one may have died, where that can be why.
             number: the push of the set for which the others answer."""
-        text, failure = str(error) or repr(error), error
+        text, failure = f"{type(error).__name__}: {error}", error
         with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
             if lost is not None:
                 self.rendezvous.answer(self.name, number)
