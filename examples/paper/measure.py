@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from examples.laptop.r1.measure import Row, figure, win_rate, write_figures
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.evaluation.measures import subsets
 from megatron_r1.evaluation.voting import can_vote, majority_of, read_vote
 

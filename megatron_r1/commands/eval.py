@@ -15,7 +15,7 @@ from r1_grading.truths import stated_answer
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.append_only import read_lines, write_lines
+from megatron_r1.base.files.json_lines import read_lines, write_lines
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt

@@ -18,7 +18,7 @@ from r1_grading.reading import THINK, Part, chain_of_thought, response_part
 from r1_grading.rewards import UNGRADED
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.append_only import LineWriter, read_lines, whole_lines
+from megatron_r1.base.files.json_lines import LineWriter, read_lines, whole_lines
 from megatron_r1.config import AgentsConfig, RolloutConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.graph_svg import Box, graph_svg
 from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage

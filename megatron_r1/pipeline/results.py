@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any, Self
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.reporting.outcome import first_and_last
 from megatron_r1.reporting.wording import finite, number, percent
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, RunError, UserError
-from megatron_r1.base.files.append_only import append_lines, whole_lines
+from megatron_r1.base.files.json_lines import append_lines, whole_lines
 from megatron_r1.base.user_code import find_function, syntax_of
 
 Key = tuple[Any, ...]

@@ -13,7 +13,7 @@ from refusals import refused
 from waiting import wait_until
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.files.append_only import append_lines
+from megatron_r1.base.files.json_lines import append_lines
 from megatron_r1.commands import cli
 from megatron_r1.commands.cli import main
 from megatron_r1.commands.sample import of_run

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
