@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.local import merged
-from megatron_r1.models.weights.stored.block_formats import quantize_fp8
+from megatron_r1.models.weights.stored.fp8_blocks import quantize_fp8
 from megatron_r1.models.weights.stored.published import BLOCK, FP8_DTYPE, scale_name
 from megatron_r1.models.weights.table import Piece, Shape
 from megatron_r1.push.plan.engine_sets import (
@@ -139,7 +139,7 @@ class ParameterSlice(NamedTuple):
 class EncodedSlices:
     """The tensors of one push to one engine rank, computed when they are read.
 
-    "codes" and "scales" are the two results of `block_formats.quantize_fp8` for a slice of whole
+    "codes" and "scales" are the two results of `fp8_blocks.quantize_fp8` for a slice of whole
     blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both. To
     take little memory, only the codes or merged values that were read last are kept, and scales
     until they are read."""

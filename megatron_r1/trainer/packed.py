@@ -32,9 +32,9 @@ from torch.distributed import ProcessGroup
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import held_positions
-from megatron_r1.models.experts import RoutingShape
 from megatron_r1.models.prefixes import first_positions, with_prefixes
 from megatron_r1.models.replay import RecordedRouting
+from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.shared_prompts import shared_prefixes
 from megatron_r1.trainer.training_sample import Sample

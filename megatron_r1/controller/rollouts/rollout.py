@@ -21,7 +21,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.server.episodes import Episode, Played
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.experts import RoutingShape
+from megatron_r1.models.routing_shape import RoutingShape
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from megatron_r1.engines.server.replies import (
     read_responses,
 )
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.experts import RoutingShape
+from megatron_r1.models.routing_shape import RoutingShape
 
 BODY_EXCERPT_CHARS = 500
 HEALTH_SECONDS = 5.0
