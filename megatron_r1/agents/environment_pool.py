@@ -19,7 +19,8 @@ from megatron_r1.agents.environment import Description, target_of
 from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, frame
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.processes.children import kill_group, popen_options
-from megatron_r1.base.processes.resources import Scratch, allow_open_files
+from megatron_r1.base.processes.open_files import allow_open_files
+from megatron_r1.base.processes.scratch import Scratch
 from megatron_r1.config import AgentsConfig
 
 SERVER = "megatron_r1.agents.environment_server"

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_r1.base.processes import children
-from megatron_r1.base.processes.startup import without_garbage_collection
+from megatron_r1.base.processes.imports import without_garbage_collection
 from megatron_r1.models import platform
 
 IMPORTED = (

@@ -298,9 +298,7 @@ class HfWeights:
         expected: dict[str, Shape] = {}
         for name in needed:
             shape = known[name][0]
-            is_packed = (
-                name not in self._stored and mxfp4.blocks_name(name) in self._stored
-            )
+            is_packed = name not in self._stored and mxfp4.blocks_name(name) in self._stored
             packed = mxfp4.stored_shapes(shape) if is_packed else {}
             expected |= {name + ending: s for ending, s in packed.items()} or {name: shape}
         wrong, unreadable, scales = [], False, set()
