@@ -35,10 +35,11 @@ from megatron_r1.sample.filters import NAMES, PooledFilters, check_filters, filt
 from megatron_r1.sample.judge import ResponseJudge, make_judge
 from megatron_r1.sample.outputs import FILES, Decide, decide_all, write_outputs
 from megatron_r1.sample.preference_pairs import PreferencePairs
+from megatron_r1.sample.result_cache import ResultCache
 from megatron_r1.sample.safety_labels import SafetyLabels
 from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
 from megatron_r1.sample.sft_examples import Rendering, SftExamples, cached_rewriter
-from megatron_r1.sample.user_function import ResultCache, UserFunction, load_function
+from megatron_r1.sample.user_function import UserFunction, load_function
 
 REQUIRED = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"
