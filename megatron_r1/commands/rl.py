@@ -44,7 +44,7 @@ from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.from_recipe import context_length
-from megatron_r1.evaluation.identity import require_weights
+from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.trainer.operations import ModelOperations
 
 REQUIRED = ("run.folder", "model.path")

@@ -32,7 +32,7 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.from_recipe import engine_settings
 from megatron_r1.engines.server.settings import MODULE as ENGINE
 from megatron_r1.engines.server.settings import EngineSettings
-from megatron_r1.evaluation.identity import has_newest_export
+from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.models.hf_config import as_read, num_mtp_layers, read_hf_config
 from megatron_r1.models.weights.adapter_table import check_adapters
 from megatron_r1.reporting.run_folder import RunFolder

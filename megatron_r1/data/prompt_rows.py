@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.values import decoded
+from r1_grading.base.stored_values import decoded
 from r1_grading.rewards import ENVIRONMENT, REGISTRY, WITHOUT_TRUTH, resolve
 from r1_grading.truths import CHECKS, COMPARED, check_truth, is_none, is_unanswered, kind_of
 

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from r1_grading.base.values import decoded
+from r1_grading.base.stored_values import decoded
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.data_sets import HUB, read_data_set

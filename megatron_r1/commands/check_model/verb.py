@@ -39,7 +39,7 @@ from megatron_r1.engines.server.from_recipe import (
     positions,
 )
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.evaluation.identity import require_weights
+from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.models.hf_config import as_read, load_config, read_hf_config
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 from megatron_r1.models.supported import check_divisions, check_supported
