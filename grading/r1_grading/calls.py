@@ -1,7 +1,7 @@
 """Calls reward functions of every signature that is accepted: this stack's, verl's and TRL's.
 
-`of_signature` recognizes a function by the names of its parameters and returns one that is called
-as `grade(response, truth, **fields) -> Grade`. A function may be `async def`."""
+`adapt_signature` recognizes a function by the names of its parameters and returns one called as
+`grade(response, truth, **fields) -> Grade`. A function may be `async def`."""
 
 import asyncio
 import functools
@@ -65,7 +65,7 @@ def grade(kind: str, response: str, /, truth: Any = None, **fields: Any) -> Grad
             cause=Cause.UNSUPPORTED,
         )
     target = resolve(kind)
-    return of_signature(find_function(target), target)(response, truth, **fields)
+    return adapt_signature(find_function(target), target)(response, truth, **fields)
 
 
 class MissingArguments(TypeError):
@@ -76,7 +76,7 @@ class MissingArguments(TypeError):
         self.names = names
 
 
-def of_signature(function: Callable[..., Any], target: str) -> GradeFunction:
+def adapt_signature(function: Callable[..., Any], target: str) -> GradeFunction:
     """Return `function` as one that is called as this stack's rewards are.
 
     - verl's (parameters `solution_str` and `ground_truth`) gets the response, the truth, the row's

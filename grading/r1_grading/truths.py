@@ -95,7 +95,7 @@ def is_unanswered(text: str) -> bool:
     return is_long and MARKER not in text and last_boxed(text) is None and not is_tests(text)
 
 
-def kind_of(truth: Any) -> str:
+def reward_kind(truth: Any) -> str:
     """Return the reward that compares with a truth: `code` for tests of a program, `exact_match`
     for any of several names or phrases, else `math`."""
     if is_tests(truth):
@@ -163,7 +163,7 @@ def check_truth(kind: str, truth: Any, fields: Mapping[str, Any]) -> None:
         check(truth, fields)
 
 
-def _check_any_of(truth: Any, fields: Mapping[str, Any]) -> None:
+def _check_alternatives(truth: Any, fields: Mapping[str, Any]) -> None:
     found = alternatives(truth)
     if not found:
         raise ValueError("the truth is a list without an answer")
@@ -181,7 +181,7 @@ def _check_code(truth: Any, fields: Mapping[str, Any]) -> None:
 
 
 CHECKS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
-    **dict.fromkeys(COMPARED, _check_any_of),
+    **dict.fromkeys(COMPARED, _check_alternatives),
     "code": _check_code,
 }
 """Kind → its check."""

@@ -177,10 +177,10 @@ class HiddenInputs(Inputs):
         self.upstream = upstream.float()
         self.rows = reference.sample_rows(len(hidden), device)
         self.columns = torch.cat([reference.sample_rows(len(weight), device), targets[self.rows]])
-        of_rows = reference.logits_gradient(
+        d_logits = reference.logits_gradient(
             logits_of(self.rows), targets[self.rows], lse[self.rows], upstream[self.rows]
         )
-        self.exact_hidden = of_rows @ exact_weight
+        self.exact_hidden = d_logits @ exact_weight
         self.exact_weight = reference.weight_gradient(
             hidden, weight, self.columns, targets, lse, upstream
         )

@@ -267,13 +267,16 @@ def _renderable(message: Message) -> dict[str, Any]:
         plain["reasoning_content"] = plain.pop("reasoning")
     if calls := plain.get("tool_calls"):
         plain["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": arguments_of(call["function"])}}
+            {
+                **call,
+                "function": {**call["function"], "arguments": read_arguments(call["function"])},
+            }
             for call in calls
         ]
     return plain
 
 
-def arguments_of(function: Mapping[str, Any]) -> Any:
+def read_arguments(function: Mapping[str, Any]) -> Any:
     """Return a call's arguments, read from JSON; {} for an empty text. Text that is no JSON, the
     model's mistake, is returned unchanged."""
     arguments = function.get("arguments", {})

@@ -15,8 +15,13 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.awaited_input import read_when_ready
 from megatron_r1.commands.first_recipe import value_text
-from megatron_r1.commands.trained_model import CONVERT, find_exported, recipe_of, template_of_model
-from megatron_r1.config import Config, verb_of
+from megatron_r1.commands.trained_model import (
+    CONVERT,
+    find_exported,
+    template_of_model,
+    trained_recipe,
+)
+from megatron_r1.config import Config, infer_verb
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.from_recipe import positions
 from megatron_r1.engines.server.server import temporary_logs
@@ -65,8 +70,8 @@ def run(config: Config, folder: str, question: list[str] | None = None) -> None:
 def _settings(config: Config, model: Path) -> Config:
     """Return the settings of the run that made the model, or those for a folder, with what the
     command line sets over them, for one engine on this host."""
-    trained, template = recipe_of(model), template_of_model(model, ARGUMENTS[0])[0]
-    if trained is not None and verb_of(trained) == "rl":
+    trained, template = trained_recipe(model), template_of_model(model, ARGUMENTS[0])[0]
+    if trained is not None and infer_verb(trained) == "rl":
         rollout = trained.rollout.model_dump()
     else:
         most = min(SEQUENCE_TOKENS, positions(model, ARGUMENTS[0]))

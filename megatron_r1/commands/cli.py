@@ -163,8 +163,8 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
         raise UserError(f"{DRY_RUN}: {verb} has none; rl has", key=DRY_RUN, cause=Cause.UNSUPPORTED)
     options = [option for option in options if option != DRY_RUN]
     implied = command.implied
-    if command.of_run is not None and Path(recipe).is_dir():
-        recipe, implied = command.of_run(recipe)
+    if command.from_run is not None and Path(recipe).is_dir():
+        recipe, implied = command.from_run(recipe)
     overrides = {**implied, **_overrides(options)}
     config = configuration.load(recipe, overrides, required=command.required)
     files.allow_readers(config.run.readable_by)  # before anything is written, or a process started

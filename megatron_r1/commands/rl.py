@@ -29,7 +29,7 @@ from megatron_r1.commands.training_run import (
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train
 from megatron_r1.controller.policy_engines import PolicyEngines
-from megatron_r1.controller.push.pusher import PROBE_TOKENS, pusher_of
+from megatron_r1.controller.push.pusher import PROBE_TOKENS, create_pusher
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
@@ -146,7 +146,7 @@ def _session(
     room = context_length(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
     probes = [collector.text.encode(prompt.question, prompt.before)[:room] for prompt in first]
-    pusher = pusher_of(config, trainer, collector.fleet, probes)
+    pusher = create_pusher(config, trainer, collector.fleet, probes)
     sampler = PromptSampler(prompts.train, config.run.seed)
     return Session(
         recorder,

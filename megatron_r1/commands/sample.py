@@ -31,7 +31,7 @@ from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
 from megatron_r1.sample.decontamination import contaminated, load_avoided
-from megatron_r1.sample.filters import NAMES, PooledFilters, check_filters, filters_of
+from megatron_r1.sample.filters import NAMES, PooledFilters, active_filters, check_filters
 from megatron_r1.sample.judge import ResponseJudge, make_judge
 from megatron_r1.sample.outputs import FILES, Decide, decide_all, write_outputs
 from megatron_r1.sample.preference_pairs import PreferencePairs
@@ -52,7 +52,7 @@ REMEDIES = {
 }
 
 
-def of_run(folder: str) -> tuple[str, dict[str, Any]]:
+def from_run(folder: str) -> tuple[str, dict[str, Any]]:
     """Return the recipe of a run's folder, and the settings that sample its trained model instead
     of training on. Raises UserError for another folder."""
     recipe = Path(folder) / "config.yaml"
@@ -226,7 +226,7 @@ async def _decide(
     """Decide about every logged response by `sample.output`, and write the output file and the
     report. Raises RunError where nothing is kept."""
     sample = config.sample
-    filters = filters_of(sample.output, sample.filters)
+    filters = active_filters(sample.output, sample.filters)
     keep = sample.keep if sample.keeps else KeepConfig(min_accuracy=None)
     run_filters, drops_duplicates = PooledFilters(pool, filters), DUPLICATE in filters
     selection = Selection(keep, run_filters, drops_duplicates, config.run.seed)

@@ -133,8 +133,8 @@ def _hint(location: tuple[str | int, ...], root: type[BaseModel], known: Iterabl
         return near
     if elsewhere := [key for key in known if key.rpartition(".")[2] == leaf]:
         return f"; did you mean {elsewhere[0]}?"
-    if of_others := find(leaf, exact=True):
-        return f"; elsewhere {leaf} is what is {' and '.join(of_others[0].keys)} here"
+    if other_words := find(leaf, exact=True):
+        return f"; elsewhere {leaf} is what is {' and '.join(other_words[0].keys)} here"
     words = {word for word in leaf.split("_") if len(word) >= LEAST_WORD}
     similar = [key for key in here if words & set(key.split("_"))]
     if len(similar) == 1:

@@ -106,7 +106,7 @@ ENTRY = {list: "[]", dict: ".NAME"}
 """The part of a dotted key that stands for any entry of a list or mapping."""
 
 
-def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     """Yield (dotted key, model that has the field) in order, those of sections within sections too.
     An entry of a list is `key[].name`, one of a mapping `key.NAME.name`."""
     for name, field in model.model_fields.items():
@@ -115,7 +115,7 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, typ
         if not within or not isinstance(field.get_default(call_default_factory=True), BaseModel):
             yield key, model
         for part, entry in within:
-            yield from keys_of(part, f"{key}{entry}.")
+            yield from dotted_keys(part, f"{key}{entry}.")
 
 
 def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> str:
@@ -129,7 +129,7 @@ def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> s
 
     Raises:
         UserError: any other name."""
-    fields = {key: home for model in models for key, home in keys_of(model)}
+    fields = {key: home for model in models for key, home in dotted_keys(model)}
     meanings = {home: _docstrings(home) for home in set(fields.values())}
     lines = {
         key: _line(key, home.model_fields[leaf], meanings[home].get(leaf, ""))
@@ -144,12 +144,12 @@ def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> s
     rows: list[Word] = []
     shown: set[str] = set()
     for name in chosen:
-        of_name = [key for key in lines if is_within(key, [name])]
-        if not of_name:
+        matching = [key for key in lines if is_within(key, [name])]
+        if not matching:
             found = find(name)
             rows += [row for row in found if row not in rows]
-            of_name = [key for row in found for key in lines if key in row.keys]
-        shown.update(of_name or _search(name, lines))
+            matching = [key for row in found for key in lines if key in row.keys]
+        shown.update(matching or _search(name, lines))
         if not shown:
             known = {key.rpartition(".")[0] for key in fields} | fields.keys()
             near = did_you_mean(name, known, "{}")
@@ -177,7 +177,7 @@ def switches(model: type[BaseModel]) -> set[str]:
     """Return the keys that are true or false."""
     return {
         key
-        for key, home in keys_of(model)
+        for key, home in dotted_keys(model)
         if home.model_fields[key.rpartition(".")[2]].annotation is bool
     }
 

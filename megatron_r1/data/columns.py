@@ -9,7 +9,7 @@ from typing import Any
 from r1_grading.base.errors import shorten
 from r1_grading.base.stored_values import decoded
 from r1_grading.rewards import WITHOUT_TRUTH, resolve
-from r1_grading.truths import is_none, kind_of
+from r1_grading.truths import is_none, reward_kind
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.chats import is_chat, read_question
@@ -301,7 +301,7 @@ def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str | None, str]:
     if all(isinstance(row.get("entry"), dict) and "task" in row for row in rows):
         return "logic", "the rows are items of reasoning-gym (task, entry)"
     found = [entry({**row}, truth) for row in rows]
-    kinds = {kind_of(value) for value in found if value is not ABSENT and not is_none(value)}
+    kinds = {reward_kind(value) for value in found if value is not ABSENT and not is_none(value)}
     if len(kinds) > 1:
         return None, f"each row's own, by its {truth!r}: {', '.join(sorted(kinds))}"
     return next(iter(kinds), "math"), MEANING[next(iter(kinds), "math")].format(truth)

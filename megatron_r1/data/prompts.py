@@ -165,9 +165,9 @@ def load_prompts(
     Args:
         path: a file, pattern, folder or data set as in `records.read_records`, of rows with
             `question`, `truth` and optionally `kind` (default: `kind`, else what the truth shows:
-            `r1_grading.truths.kind_of`); other columns go to the reward. A question or truth that
-            no row has by that name is found by its usual names (`columns`). A question may be a
-            chat that ends with the user's message.
+            `r1_grading.truths.reward_kind`); other columns go to the reward. A question or truth
+            that no row has by that name is found by its usual names (`columns`). A question may be
+            a chat that ends with the user's message.
         heldout_path: a file that is held out whole, its questions dropped from train; without it,
             the share `heldout_fraction` of all possible questions is held out.
         task: a reasoning-gym dataset, generated with `parameters` and `seed`. Without `kind` (or

@@ -40,7 +40,7 @@ def read_records(
             what cannot be read, and for one of `names` misspelt in `columns`.
     """
     columns = columns or {}
-    rows = _rows_of(path, role)
+    rows = _read_all_rows(path, role)
     for ours in columns:
         # Rewards may read columns of any name, but hardly of one so close to ours.
         near = [] if ours in names else get_close_matches(ours, names, n=1, cutoff=0.8)
@@ -55,7 +55,7 @@ def read_records(
             yield location, rename(location, row, columns)
 
 
-def _rows_of(path: str | Path, role: str) -> Iterator[Row]:
+def _read_all_rows(path: str | Path, role: str) -> Iterator[Row]:
     if str(path).startswith(HUB) or Path(path).is_dir():
         return read_data_set(str(path), role)
     if not glob.has_magic(str(path)) or Path(path).exists():

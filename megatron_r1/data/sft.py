@@ -20,9 +20,9 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import (
     Message,
     read_chat,
+    read_system_prompt,
     read_tools,
     read_transcript,
-    system_of,
     tool_calls,
 )
 from megatron_r1.data.data_report import DataReport
@@ -118,7 +118,7 @@ def read_example(location: str, row: Record, report: DataReport | None = None) -
     return SftExample(prompt, response, location=location)
 
 
-def form_of(row: Record) -> str | None:
+def find_form(row: Record) -> str | None:
     """Return which form of `FORMS` a row has; None for none, and for one that is malformed."""
     try:
         return next((form for form, read in FORMS if read(row) is not None), None)
@@ -222,7 +222,7 @@ def _asked(question: str, response: str, row: Record) -> Parts:
 def _conversation(messages: list[Message], learned_from: int, row: Record) -> Parts:
     """Return the example of a conversation, with the row's system prompt where the messages have
     none. Raises ValueError where nothing is learned."""
-    system = system_of(row)
+    system = read_system_prompt(row)
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
         learned_from += 1

@@ -217,7 +217,7 @@ class ResponseLog:
         offsets: dict[PromptKey, array[int]] = {}
         with self.path.open("rb") as file:
             for offset, raw in whole_lines(file):
-                offsets.setdefault(_key_of(raw), array("q")).append(offset)
+                offsets.setdefault(_read_key(raw), array("q")).append(offset)
             for prompt in prompts:
                 lines: dict[int, dict[str, Any]] = {}
                 for offset in offsets.get(prompt, ()):
@@ -263,7 +263,7 @@ def _key(line: Mapping[str, Any]) -> PromptKey:
     return line.get("benchmark", ""), line["id"]
 
 
-def _key_of(line: bytes) -> PromptKey:
+def _read_key(line: bytes) -> PromptKey:
     """Return the key of an encoded line from its first fields: decoding all of it takes longer."""
     match = LINE_START.match(line)
     assert match, f"a line of samples.jsonl begins with {line[:40]!r}"

@@ -92,7 +92,7 @@ class Spread:
         return f"{number(self.mean)} ± {number(self.deviation)}"
 
 
-def results_of(folder: Path) -> dict[str, Result]:
+def read_results(folder: Path) -> dict[str, Result]:
     """Return the results in a stage's folder, also of a stage that runs; empty without any.
 
     Raises UserError for a figures.json of another form."""

@@ -323,7 +323,7 @@ class SetRounds:
         if self._mapped is not None:
             self._mapped[1][-1] = self.number
 
-    def failure_of(self, error: Exception) -> Failure:
+    def report_failure(self, error: Exception) -> Failure:
         """Report why the set's push broke, and return the failure that was reported first."""
         if isinstance(error, SetFailed):
             return error.failure
@@ -382,14 +382,14 @@ class RoundSender:
         try:
             for name in self._agree({name: each for name, (each, _) in sets.items()}):
                 present.pop(name)
-                failures[name] = sets[name][0].failure_of(RuntimeError("an engine is gone"))
+                failures[name] = sets[name][0].report_failure(RuntimeError("an engine is gone"))
             self._send(push, present)
         except EXPECTED_ERRORS as error:
             for rounds, _ in present.values():
                 self._communicator(rounds).abort(error)
         for name, (rounds, _) in present.items():
             if (failed := self._communicator(rounds).error) is not None:
-                failures[name] = rounds.failure_of(failed)
+                failures[name] = rounds.report_failure(failed)
         for rounds, _ in sets.values():
             rounds.unmap()
         return failures
@@ -414,7 +414,7 @@ class RoundSender:
             try:
                 rounds.map()
             except EXPECTED_ERRORS as error:
-                rounds.failure_of(error)
+                rounds.report_failure(error)
         seconds = next(iter(served.values())).rendezvous[0].push_seconds
         self._num_agreements += 1
         number, together = self._num_agreements, self._together

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_r1.base.errors import Cause, RunError, UserError
-from megatron_r1.base.user_code import find_function, syntax_of
+from megatron_r1.base.user_code import find_function, module_syntax
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def load_function(path: str, key: str, arguments: str) -> UserFunction:
             cause=Cause.MALFORMED,
         ) from None
     try:
-        syntax = syntax_of(path)
+        syntax = module_syntax(path)
     except ValueError:  # a compiled module has no source, and is taken to stay the same
         syntax = ""
     digest = hashlib.sha256(syntax.encode()).hexdigest()[:16]

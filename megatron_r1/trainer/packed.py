@@ -295,7 +295,7 @@ class Scores:
     every: Tensor
     context_group: ProcessGroup
 
-    def of_samples(self) -> Tensor:
+    def at_last_tokens(self) -> Tensor:
         """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
         at = self.batch.last_tokens
         held = torch.where(at >= 0, self.every[at.clamp(min=0)], 0.0)

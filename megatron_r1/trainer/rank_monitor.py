@@ -83,7 +83,7 @@ def _request(frame: FrameType, groups: ProcessGroupCollection | None) -> str | N
     if not any(isinstance(value, dist.Work) for value in values):
         return None
     among = {value for value in values if isinstance(value, dist.ProcessGroup)}
-    shown = _ranks_of(among.pop(), groups) if len(among) == 1 else ""
+    shown = _describe_ranks(among.pop(), groups) if len(among) == 1 else ""
     return f"a request{shown}, waited for by {_place(frame)}"
 
 
@@ -129,19 +129,19 @@ def _among(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
         return ""
     group = group or dist.group.WORLD
     assert group is not None, "torch.distributed is initialized"
-    return _ranks_of(group, groups)
+    return _describe_ranks(group, groups)
 
 
-def _ranks_of(group: ProcessGroup, groups: ProcessGroupCollection | None) -> str:
+def _describe_ranks(group: ProcessGroup, groups: ProcessGroupCollection | None) -> str:
     """Return " among ranks …" with the axes of the group."""
     import torch.distributed as dist
 
-    ranks, axes = dist.get_process_group_ranks(group), _axes_of(group, groups)
+    ranks, axes = dist.get_process_group_ranks(group), _group_axes(group, groups)
     shown = ", ".join(map(str, ranks[:16])) + (f", … {len(ranks)} in all" if ranks[16:] else "")
     return f" among ranks {shown}" + (f" ({' and '.join(axes)})" if axes else "")
 
 
-def _axes_of(group: ProcessGroup, groups: ProcessGroupCollection | None) -> list[str]:
+def _group_axes(group: ProcessGroup, groups: ProcessGroupCollection | None) -> list[str]:
     """Return the parallel axes whose group this is, or else those whose groups have its ranks."""
     import torch.distributed as dist
 

@@ -347,8 +347,8 @@ class Trainer:
         if has_score_head(self.hf):
             scores: Any = self._scores(batch, out)
             return loss(batch, scores, settings)
-        of_policy = settings is not None
-        return loss(batch, self._head(batch, out, temperature, records_old=of_policy), settings)
+        is_policy = settings is not None
+        return loss(batch, self._head(batch, out, temperature, records_old=is_policy), settings)
 
     def _scores_only(self, batch: PackedBatch, out: Tensor) -> list[float]:
-        return self._scores(batch, out).of_samples().tolist()
+        return self._scores(batch, out).at_last_tokens().tolist()

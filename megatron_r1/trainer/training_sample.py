@@ -65,9 +65,9 @@ class Sample(msgspec.Struct, frozen=True):
             raise ValueError(f"{len(response)} response tokens but {len(logprobs)} logprobs")
         if teacher is not None and len(teacher) != len(response):
             raise ValueError(f"{len(response)} response tokens but {len(teacher)} of the teacher's")
-        ids = b"".join((_bytes_of("i", prompt), _bytes_of("i", response)))
-        floats = _bytes_of("f", logprobs) if logprobs is not None else b""
-        teacher_floats = None if teacher is None else _bytes_of("f", teacher)
+        ids = b"".join((_to_bytes("i", prompt), _to_bytes("i", response)))
+        floats = _to_bytes("f", logprobs) if logprobs is not None else b""
+        teacher_floats = None if teacher is None else _to_bytes("f", teacher)
         rows = cast(bytes, routing)
         return cls(ids, len(prompt), floats, advantage, rows, teacher_floats, label)
 
@@ -128,7 +128,7 @@ class Sample(msgspec.Struct, frozen=True):
         return not math.isnan(self.advantage)
 
 
-def _bytes_of(typecode: str, numbers: Sequence[float]) -> bytes:
+def _to_bytes(typecode: str, numbers: Sequence[float]) -> bytes:
     """Return the bytes of `numbers`: a view where they are an array of that type."""
     if not isinstance(numbers, array) or numbers.typecode != typecode:
         numbers = array(typecode, numbers)

@@ -58,7 +58,7 @@ def seen(batch, out):
 
 
 def keep_scores(batch, out):
-    return seen(batch, out).of_samples()
+    return seen(batch, out).at_last_tokens()
 
 
 def compute(loss, batch, out):

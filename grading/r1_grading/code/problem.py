@@ -78,12 +78,12 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
 
     Args:
         truth: the tests of a code prompt.
-        language: the prompt's language, as `language_of` reads it; None: the truth's own, else
+        language: the prompt's language, as `parse_language` reads it; None: the truth's own, else
             Python.
 
     Raises:
         ValueError: an invalid truth; it names the faulty test."""
-    asked = language_of(language)
+    asked = parse_language(language)
     if isinstance(truth, str):
         truth = _read(truth)
     if isinstance(truth, dict):
@@ -94,7 +94,7 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
         raise ValueError(f"{WHAT}: {error}") from None
     is_published = published is not None
     if published is not None:
-        own = language_of(published.pop("language", None))
+        own = parse_language(published.pop("language", None))
         if asked and own and asked != own:
             raise ValueError(f"{WHAT} is for {own}, and the prompt's language is {asked}")
         asked = asked or own
@@ -380,7 +380,7 @@ HEAD = re.compile(
 KINDS_OF_CALLS = ("function_call", "functional", "call_based")
 
 
-def language_of(name: object) -> str | None:
+def parse_language(name: object) -> str | None:
     """Return "python" or "cpp" for a language as data sets spell it (`Python`, `python3`, `C++17`),
     None for null or blank. Raises ValueError for any other."""
     if name is None or (isinstance(name, str) and not name.strip()):

@@ -16,8 +16,8 @@ from megatron_r1.agents.gateway.request import (
     Refused,
     TurnReply,
     TurnRequest,
+    content_text,
     stop_strings,
-    text_of,
 )
 from megatron_r1.agents.parsing import FAILURE, tool_call
 
@@ -144,11 +144,11 @@ def as_arguments(value: Any, where: str) -> str:
 
 
 def _message(body: Body) -> Message:
-    role = body.take_one_of("role", ("system", "developer", "user", "assistant", "tool"), None)
+    role = body.take_choice("role", ("system", "developer", "user", "assistant", "tool"), None)
     body.ignore("name", "refusal", "annotations", "cache_control", "provider_specific_fields", "id")
     body.ignore(FAILURE)
     content = body.take("content", (str, list), None if role == "assistant" else REQUIRED)
-    text = text_of(content, body.path("content"))
+    text = content_text(content, body.path("content"))
     # `developer` is OpenAI's newer name of the role that chat templates call `system`.
     message = {"role": "system" if role == "developer" else role, "content": text}
     if role == "tool":
@@ -180,7 +180,7 @@ def _call(body: Body) -> dict[str, Any]:
 
 
 def _tool(body: Body) -> dict[str, Any]:
-    body.take_one_of("type", ("function",), None)
+    body.take_choice("type", ("function",), None)
     body.ignore("cache_control")
     function = Body(body.take("function", dict), body.path("function"))
     body.finish()

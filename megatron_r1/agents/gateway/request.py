@@ -162,7 +162,7 @@ class Body:
             raise Refused(f"must be at least 1, got {value}", self.path(name))
         return value
 
-    def take_one_of(self, name: str, values: tuple[Any, ...], default: Any) -> Any:
+    def take_choice(self, name: str, values: tuple[Any, ...], default: Any) -> Any:
         """Return a field that must be one of `values`. Raises Refused for any other."""
         value = self._left.pop(name, default)
         if value not in values:
@@ -173,7 +173,7 @@ class Body:
     def take_fixed(self, **values: Any) -> None:
         """Take fields that support a single value, which is also their default."""
         for name, value in values.items():
-            self.take_one_of(name, (value,), value)
+            self.take_choice(name, (value,), value)
 
     def ignore(self, *names: str) -> None:
         """Drop fields that change neither prompt nor sampling."""
@@ -198,7 +198,7 @@ class Body:
             )
 
 
-def text_of(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:
+def content_text(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:
     """Return a message's content, a text or a list of text parts, as one text."""
     if value is None or isinstance(value, str):
         return value or ""

@@ -103,7 +103,7 @@ class Prober:
             return await asyncio.gather(*calls)
 
 
-def pusher_of(
+def create_pusher(
     config: Config, trainer: TrainerClient, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
 ) -> WeightPusher:
     """Return the pusher of a run.

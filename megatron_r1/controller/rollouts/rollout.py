@@ -108,7 +108,7 @@ class Rollout:
     teacher_seconds: float = 0.0
 
 
-def responses_of(groups: list[Group]) -> list[GradedResponse]:
+def all_responses(groups: list[Group]) -> list[GradedResponse]:
     """Return all responses of `groups`, in order."""
     return [graded for group in groups for graded in group.responses]
 
@@ -207,7 +207,7 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
     Raises UserError where one reward failed on every response: one may break a grader, but not all.
     Raises RunError where a larger share of them than `max_ungraded` could not be graded: the
     policy would be trained on those that are easy to grade."""
-    responses = responses_of(groups)
+    responses = all_responses(groups)
     if not responses:
         return
     faults = Counter(r.episode.status for r in responses if r.episode and not r.episode.has_reward)

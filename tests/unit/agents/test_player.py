@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from r1_grading import Grade
 
-from megatron_r1.agents.environment import describe, find_environment, target_of
+from megatron_r1.agents.environment import describe, environment_target, find_environment
 from megatron_r1.agents.environment_pool import Environments
 from megatron_r1.agents.parsing import parse_hermes
 from megatron_r1.agents.player import EpisodePlayer
@@ -69,7 +69,7 @@ def play(
         )
 
     async def run():
-        description = describe(find_environment(target_of(environment)))
+        description = describe(find_environment(environment_target(environment)))
         settings = config.model_copy(update={"environment": environment, "call_seconds": 10_000.0})
         environments = Environments(settings, description)
         try:

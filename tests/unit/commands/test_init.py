@@ -21,7 +21,7 @@ from megatron_r1.commands.first_recipe import (
     recipe_text,
     tensor_ranks,
 )
-from megatron_r1.commands.trained_model import template_of
+from megatron_r1.commands.trained_model import guess_template
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.preferences import ScoredText
 from megatron_r1.models import read_hf_config
@@ -201,8 +201,8 @@ def test_sizes_follow_the_machine():
 
 
 def test_a_template_is_found_in_supervised_prompts():
-    assert template_of([f"User: A {i} =\nAssistant: " for i in "12"]) == (
+    assert guess_template([f"User: A {i} =\nAssistant: " for i in "12"]) == (
         "User: {problem}\nAssistant: "
     )
-    assert template_of(["User: x\nAssistant:", "User: y\nAssistant:"]) == "plain"
-    assert template_of(["x", "y"]) is None
+    assert guess_template(["User: x\nAssistant:", "User: y\nAssistant:"]) == "plain"
+    assert guess_template(["x", "y"]) is None
