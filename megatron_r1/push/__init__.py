@@ -6,9 +6,9 @@
 3. `link_planner`: reads what the engines offer to receive, links this rank with the engine ranks
    that the plan gives it, and has the slices of its parameters that each link carries, as they are
    or quantized to FP8.
-4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends, and the memory in
-   which they arrive (`base`). Over NCCL all links are sent together, in rounds (`plan.rounds`):
-   `round_sender` has each rank's part, and runs that of a trainer rank.
+4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends, and what has
+   arrived (`arrivals`). Over NCCL all links are sent together, in rounds (`plan.rounds`):
+   `ordered_sets` has each rank's part, and `round_sender` runs that of a trainer rank.
 5. `checksum`: one per delivery, computed on both ends and compared before use.
 6. `megatron_r1.engines.plugin.swap`: inside vLLM, the received weights replace the old ones;
    `backend` compares the tensors in use before and after.

@@ -18,6 +18,7 @@ from megatron_r1.models.weights.local import merged
 from megatron_r1.models.weights.stored.fp8_blocks import quantize_fp8
 from megatron_r1.models.weights.stored.published import BLOCK, FP8_DTYPE, scale_name
 from megatron_r1.models.weights.table import Piece, Shape
+from megatron_r1.push.ordered_sets import OrderedSets
 from megatron_r1.push.plan.engine_sets import (
     Plan,
     PlannedLink,
@@ -36,7 +37,7 @@ from megatron_r1.push.plan.tensors import (
 )
 from megatron_r1.push.published_plan import PositionPlan, ReceiverInfo
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, TrainerRendezvous
-from megatron_r1.push.round_sender import OrderedSets, SetRounds
+from megatron_r1.push.round_sender import SetRounds
 from megatron_r1.push.table import Delivery, SlotTable, dtype_of
 from megatron_r1.push.transports import sender_class
 from megatron_r1.push.transports.base import Sender

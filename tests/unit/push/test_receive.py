@@ -34,7 +34,7 @@ from megatron_r1.push.rendezvous import EngineRendezvous, TableStore, TrainerRen
 from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.table import Delivery, SlotTable, slot_view
 from megatron_r1.push.transports import gloo, shared_memory
-from megatron_r1.push.transports.base import check_coverage
+from megatron_r1.push.transports.arrivals import check_coverage
 from megatron_r1.push.transports.shared_memory import NamedMemory, sweep
 
 CHECKSUMS = sys.modules[weighted_sum.__module__]
