@@ -83,7 +83,7 @@ class StepSampler:
         assert self._stream is not None, "start() comes first"
         self._stream.pushed(step - 1)
 
-    async def take(self, step: int) -> StepRollout:
+    async def rollout(self, step: int) -> StepRollout:
         """Return the rollout of `step`, after `begin`; those of later steps continue as far as
         `rl.staleness` allows. Colocated engines then sleep until the next push."""
         assert self._stream is not None, "start() comes first"

@@ -297,7 +297,7 @@ class Fleet(SmallFleet):
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
             if isinstance(outcome, (PushIncomplete, ConnectionBroken, EngineDied)):
-                self.lose(engine, EngineDied(str(outcome)))
+                self.replace(engine, EngineDied(str(outcome)))
             elif outcome is not None:
                 raise outcome
 
@@ -365,7 +365,7 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
         seen["rounds"].append(number)
         new = make_engine(0, is_up=False)
         await new.client.process.call("num_rounds")  # it has started
-        async with pusher.feed(new):
+        async with pusher.send_weights(new):
             fleet.engines[0], new.is_up = new, True
         await counting().call("kill_at", None)
         version += 2

@@ -247,7 +247,7 @@ class _OneStep:
 
     async def rollout(self, step: int) -> Rollout:
         self.sampler.begin(step)
-        return (await self.sampler.take(step)).rollout
+        return (await self.sampler.rollout(step)).rollout
 
     async def push(self, version: int) -> None: ...
 

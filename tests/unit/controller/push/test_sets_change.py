@@ -126,7 +126,7 @@ class Fleet(SmallFleet):
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
             if isinstance(outcome, (PushIncomplete, ConnectionBroken)):
-                self.lose(engine, EngineDied(str(outcome)))
+                self.replace(engine, EngineDied(str(outcome)))
             elif outcome is not None:
                 raise outcome
             else:
@@ -182,7 +182,7 @@ def test_an_engine_that_dies_between_pushes_costs_the_others_a_new_set(make):
         assert [client.version for client in clients] == [2, 1, 2]
         assert [client.num_connections for client in clients] == [2, 1, 2]
         new = engine(1, is_up=False)
-        async with pusher.feed(new):
+        async with pusher.send_weights(new):
             assert new.client.version == -1 and new.client.num_connections == 1
             fleet.engines[1], new.is_up = new, True
         await push(pusher, 3)
