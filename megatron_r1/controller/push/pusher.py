@@ -136,8 +136,8 @@ class WeightPusher:
     """Call `open` and the first `push` in a block of `updating`; then each change of the trainer's
     weights in another, with the `push` of the new ones at its end.
 
-    The fleet's `send_weights` is set to this pusher's: an engine that is replaced, or joins, receives the
-    trainer's weights while those are the version that the other engines have.
+    The fleet's `send_weights` is set to this pusher's: an engine that is replaced, or joins,
+    receives the trainer's weights while those are the version that the other engines have.
 
     Args:
         fleet: the engines that run, and their replacement.
