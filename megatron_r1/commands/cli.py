@@ -18,8 +18,8 @@ from megatron_r1.base.processes import allocators, timeline
 from megatron_r1.base.processes.imports import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import load_verb, read_verb
+from megatron_r1.config.key_listing import describe, switches
 from megatron_r1.config.recipe import parse_overrides, take_section
-from megatron_r1.config.section import describe, switches
 from megatron_r1.engines.server import gpu
 
 VERBS = {

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config.section import models_within
+from megatron_r1.config.key_listing import models_within
 from megatron_r1.config.words import find
 
 

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Mapping
 
-from megatron_r1.config.section import flatten
+from megatron_r1.config.flat_settings import flatten
 from megatron_r1.reporting.trackers.tracked_run import EVALUATION, STEP, TrackedRun
 
 MLFLOW = "mlflow"

@@ -8,8 +8,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.config import Config
+from megatron_r1.config.key_listing import dotted_keys
 from megatron_r1.config.recipe import parse
-from megatron_r1.config.section import dotted_keys
 from megatron_r1.config.words import WORDS, find, table
 
 DOCS = Path(__file__).parents[3] / "docs"
