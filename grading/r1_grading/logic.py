@@ -167,7 +167,7 @@ def _matching(pattern: str, what: str) -> Callable[[str, dict[str, Any]], str]:
     return lambda answer, entry: "" if form.fullmatch(answer.strip()) else f"it is not {what}"
 
 
-def _as_long(answer: str, entry: dict[str, Any]) -> str:
+def _refuse_longer(answer: str, entry: dict[str, Any]) -> str:
     """Refuse additions: the shares that the scorer gives for letters may add up to more than 1."""
     return "" if len(answer) <= len(str(entry["answer"])) else "it is longer than the answer"
 
@@ -225,7 +225,7 @@ GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "rush_hour": _few_moves,
     "sokoban": _matching(r"[UDLRudlr\s]*", "moves"),
     "survo": _matching(r"[\d\s-]*", "rows of numbers"),
-    "spell_backward": _as_long,
+    "spell_backward": _refuse_longer,
     "time_intervals": _matching(
         r"(?:\d+ days?)?[\s,]*(?:\d+:\d+(?::\d+(?:\.\d+)?)?)?", "days, or a time"
     ),

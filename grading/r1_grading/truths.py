@@ -52,9 +52,9 @@ def alternatives(truth: Any) -> list[Any]:
         found = _decoded(truth)
         return [truth] if found is None else alternatives(found)
     if isinstance(truth, Mapping) and truth and truth.keys() <= set(ANY_OF) | NORMALIZED:
-        found = _each([truth[key] for key in ANY_OF if truth.get(key) is not None])
+        found = _flatten_answers([truth[key] for key in ANY_OF if truth.get(key) is not None])
         return [entry for at, entry in enumerate(found) if entry not in found[:at]]
-    return _each(truth) if isinstance(truth, list | tuple) else [truth]
+    return _flatten_answers(truth) if isinstance(truth, list | tuple) else [truth]
 
 
 NORMALIZED = {
@@ -187,13 +187,13 @@ CHECKS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
 """Kind → its check."""
 
 
-def _each(entries: Any) -> list[Any]:
+def _flatten_answers(entries: Any) -> list[Any]:
     """Return the entries of a list, those of lists and of mappings of answers in it too."""
     flat: list[Any] = []
     for entry in entries:
         is_nested = isinstance(entry, list | tuple | Mapping)
         found = alternatives(entry) if is_nested else [entry]
-        flat += _each(found) if is_nested and found != [entry] else found
+        flat += _flatten_answers(found) if is_nested and found != [entry] else found
     return [entry for entry in flat if entry is not None]
 
 

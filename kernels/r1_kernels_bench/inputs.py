@@ -330,7 +330,7 @@ class ExampleInputs(Inputs):
         self.arguments = example.arguments
         self.num_bytes = int(example.least_bytes * example.num_elements)
         self.device = device
-        exact = getattr(registry.primitives("torch"), kernel.name)(*_widened(self.arguments))
+        exact = getattr(registry.primitives("torch"), kernel.name)(*_to_fp64(self.arguments))
         self.checks = {
             name: (name, partial(reference.relative_error, exact=value))
             for name, value in self.results(exact).items()
@@ -349,9 +349,9 @@ class ExampleInputs(Inputs):
         return bounds.copy_bound(self.device, self.num_bytes)
 
 
-def _widened(value: Any) -> Any:
+def _to_fp64(value: Any) -> Any:
     """Return an argument with its floating tensors, also those in tuples, in fp64."""
     if isinstance(value, tuple):
-        parts = [_widened(part) for part in value]
+        parts = [_to_fp64(part) for part in value]
         return value._make(parts) if hasattr(value, "_make") else tuple(parts)
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

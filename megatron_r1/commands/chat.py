@@ -113,7 +113,7 @@ async def _converse(policy: EnginePolicy, seed: int) -> None:
     _note("one question a line; Ctrl-D ends")
     async for line in _typed_lines():
         if line.strip():
-            print(_shown(await policy.respond(line.strip(), seed)), flush=True)
+            print(_show_response(await policy.respond(line.strip(), seed)), flush=True)
             seed += 1
 
 
@@ -124,7 +124,7 @@ async def _answer_all(policy: EnginePolicy, questions: list[str], seed: int) -> 
     for question, answer in zip(questions, answers, strict=True):
         if len(questions) > 1:
             print(f"--- {question}")
-        print(_shown(answer), flush=True)
+        print(_show_response(answer), flush=True)
 
 
 async def _typed_lines() -> AsyncIterator[str]:
@@ -140,7 +140,7 @@ async def _typed_lines() -> AsyncIterator[str]:
             yield line.decode("utf-8", "replace")
 
 
-def _shown(response: TextResponse) -> str:
+def _show_response(response: TextResponse) -> str:
     if response.refusal:
         return f"[{response.refusal}]"
     cut = " [cut off: raise --rollout.max_response_tokens]" if response.truncated else ""

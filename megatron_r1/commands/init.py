@@ -199,10 +199,10 @@ def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> Draft:
     columns = guess_columns(source.data, source.rows[:COLUMN_ROWS], **given)
     if "kind" not in given:
         columns = _kind_of_run(columns, source.folder)
-    questions = _questions(source.data, columns)
+    questions = _read_questions(source.data, columns)
     guesses = [
         *_data(source.data, source.rows, columns, len(questions)),
-        *_answers(source.folder, source.parameters),
+        *_guess_answers(source.folder, source.parameters),
     ]
     template = next(guess.value for guess in guesses if guess.key == "data.template")
     text = PromptText(str(source.folder), template, (MODEL, template))
@@ -314,7 +314,7 @@ Asked = tuple[list[Message], str]
 """The messages before a question, and the question."""
 
 
-def _questions(data: str, columns: Columns) -> list[Asked]:
+def _read_questions(data: str, columns: Columns) -> list[Asked]:
     """Return the distinct questions of the rows that are read. Raises UserError for a row without
     one."""
     renamed = {"question": columns.question}
@@ -325,7 +325,7 @@ def _questions(data: str, columns: Columns) -> list[Asked]:
     return list(found.values())
 
 
-def _answers(folder: Path, parameters: int) -> list[Guess]:
+def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
     """Return the settings for the template and for how answers are read: from the RL run that made
     the model if there is one, else for a chat model or a base model. parameters: number of
     parameters of the model."""

@@ -97,10 +97,10 @@ def _explain(failure: ValidationError, root: type[BaseModel], known: Iterable[st
     """Return all errors of validating a `root`.
 
     known: dotted keys to suggest for a key that stands in the wrong section."""
-    return "; ".join(_sentence(error, root, known) for error in failure.errors())
+    return "; ".join(_describe_mistake(error, root, known) for error in failure.errors())
 
 
-def _sentence(error: Mapping[str, Any], root: type[BaseModel], known: Iterable[str]) -> str:
+def _describe_mistake(error: Mapping[str, Any], root: type[BaseModel], known: Iterable[str]) -> str:
     location = error["loc"]
     key = ".".join(map(str, location))
     if error["type"] == "extra_forbidden" and key in REMOVED:

@@ -281,7 +281,7 @@ def _split(
         # Not where the other is of the held-out file: too near to be trained on.
         if known is not None and prompt.id not in given and _differ_in_case(known, prompt):
             # On the side of the other, by the same hash; but a question of its own.
-            spelled = f"spelled {_spelling(prompt)}".encode("utf-8", "replace")
+            spelled = f"spelled {_normalized_question(prompt)}".encode("utf-8", "replace")
             prompt = replace(prompt, id=hashlib.sha256(spelled).hexdigest()[:16])
             known = sides[False].get(prompt.id) or sides[True].get(prompt.id)
         if known is not None and known.truth != prompt.truth:
@@ -308,10 +308,12 @@ def _split(
 
 def _differ_in_case(one: Prompt, other: Prompt) -> bool:
     """Return whether two questions of the same hash are different texts: "find A" and "find a"."""
-    return one.question != other.question and _spelling(one) != _spelling(other)
+    return one.question != other.question and _normalized_question(one) != _normalized_question(
+        other
+    )
 
 
-def _spelling(prompt: Prompt) -> str:
+def _normalized_question(prompt: Prompt) -> str:
     return normalize(asked(prompt), fold_case=False)
 
 

@@ -181,7 +181,7 @@ def _alpaca(row: Record) -> Parts | None:
         return None
     given = row.get("input") or row.get("context")
     more = f"\n\n{given}" if isinstance(given, str) and given.strip() else ""
-    return _asked(instruction + more, output, row)
+    return _question_parts(instruction + more, output, row)
 
 
 def _calls(row: Record) -> Parts | None:
@@ -198,7 +198,7 @@ def _question_and_response(row: Record) -> Parts | None:
         return None
     if not question.strip() or not response.strip() or row.get("prompt") == question:
         return None
-    return _asked(question, response, row)
+    return _question_parts(question, response, row)
 
 
 def _text(row: Record) -> Parts | None:
@@ -214,7 +214,7 @@ def is_learned(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
-def _asked(question: str, response: str, row: Record) -> Parts:
+def _question_parts(question: str, response: str, row: Record) -> Parts:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     return _conversation(turns, 0, row)
 

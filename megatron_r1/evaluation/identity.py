@@ -49,7 +49,7 @@ def require_same_identity(
     changed = [
         name
         for name in names
-        if _deciding(name, before.get(name)) != _deciding(name, settings.get(name))
+        if _deciding_part(name, before.get(name)) != _deciding_part(name, settings.get(name))
     ]
     if changed:
         lines = "".join(
@@ -65,7 +65,7 @@ def require_same_identity(
         )
 
 
-def _deciding(name: str, value: Any) -> Any:
+def _deciding_part(name: str, value: Any) -> Any:
     """Return the part of a setting that decides samples and grades: everything except the addresses
     in `rewards.options`, because a served model may move to another host."""
     if name != "rewards.options" or not value:

@@ -106,7 +106,7 @@ def _describe(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
     caller = frame.f_back
     while caller is not None and (_is_in(caller, C10D) or caller.f_code.co_name == "wrapper"):
         caller = caller.f_back
-    words = f"{frame.f_code.co_name}{_among(frame, groups)}"
+    words = f"{frame.f_code.co_name}{_describe_group(frame, groups)}"
     if caller is None:
         return words
     return f"{words}, asked for by {_place(caller)}"
@@ -118,7 +118,7 @@ def _place(frame: FrameType) -> str:
     return f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
 
 
-def _among(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
+def _describe_group(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
     """Return " among ranks …" from the function's `group` argument; "" where it is unknown."""
     import torch.distributed as dist
 

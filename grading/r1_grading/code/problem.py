@@ -466,7 +466,7 @@ def _test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
     if len(names) > 1:
         raise ValueError(f"the tests call several functions: {', '.join(sorted(map(str, names)))}")
     (function,) = names
-    if function is None and any(_kind(case) in KINDS_OF_CALLS for case in cases):
+    if function is None and any(_case_kind(case) in KINDS_OF_CALLS for case in cases):
         raise ValueError("tests of type function_call without the function's name (fn_name)")
     return _lists(
         {
@@ -551,7 +551,7 @@ def _function(source: Mapping[str, Any]) -> str | None:
     return name.rpartition(".")[2] if isinstance(name, str) else name
 
 
-def _kind(case: Mapping[str, Any]) -> Any:
+def _case_kind(case: Mapping[str, Any]) -> Any:
     return case.get("type") or case.get("testtype")
 
 

@@ -94,7 +94,12 @@ def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
         message["tool_calls"] = turn.tool_calls
     if FAILURE in turn.message:
         message[FAILURE] = turn.message[FAILURE]
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(turn)}
+    choice = {
+        "index": 0,
+        "message": message,
+        "logprobs": None,
+        "finish_reason": _finish_reason(turn),
+    }
     return _head(turn, "chat.completion") | {"choices": [choice], "usage": _usage(turn)}
 
 
@@ -114,7 +119,7 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     head = _head(turn, "chat.completion.chunk")
     for delta in deltas:
         yield _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
-    last = {"index": 0, "delta": {}, "finish_reason": _finish(turn)}
+    last = {"index": 0, "delta": {}, "finish_reason": _finish_reason(turn)}
     yield _event(head | {"choices": [last]})
     if request.include_usage:  # OpenAI sends it in a last chunk, whose choices are empty
         yield _event(head | {"choices": [], "usage": _usage(turn)})
@@ -206,7 +211,7 @@ def function_tool(body: Body, schema: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _finish(turn: TurnReply) -> str:
+def _finish_reason(turn: TurnReply) -> str:
     if turn.is_cut:
         return "length"
     return "tool_calls" if turn.tool_calls else "stop"

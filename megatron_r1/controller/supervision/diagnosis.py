@@ -158,7 +158,7 @@ def _locations(trainer: TrainerClient, missing: set[int], statuses: dict[int, Ra
     wait for them."""
     by_location: dict[str, list[int]] = {}
     for rank in sorted(missing, key=lambda rank: (rank in statuses, rank)):
-        location = _silence(trainer, rank)
+        location = _describe_silence(trainer, rank)
         if rank in statuses:
             main = statuses[rank].threads[0]
             inside = main.collective
@@ -170,7 +170,7 @@ def _locations(trainer: TrainerClient, missing: set[int], statuses: dict[int, Ra
 def _rank_lines(trainer: TrainerClient, rank: int, status: RankStatus | None) -> list[str]:
     name = f"rank {rank}{coordinates(trainer, rank)}"
     if status is None:
-        return [f"{name} {_silence(trainer, rank)}"]
+        return [f"{name} {_describe_silence(trainer, rank)}"]
     lines = [f"{name}: {status.operation}, for {rounded(status.seconds)}"]
     for index, thread in enumerate(status.threads):
         # Helper threads only if they wait for other ranks too, such as a checkpoint's.
@@ -189,7 +189,7 @@ def coordinates(trainer: TrainerClient, rank: int) -> str:
     return " (" + ", ".join(f"{axis} {own[f'{axis}_rank']}" for axis in axes) + ")"
 
 
-def _silence(trainer: TrainerClient, rank: int) -> str:
+def _describe_silence(trainer: TrainerClient, rank: int) -> str:
     process = trainer.processes.process_id(rank)
     silent = f"does not answer within {ANSWER_SECONDS:g} s"
     return f"{silent}: {_process_state(process)}" if process else silent
@@ -317,20 +317,21 @@ async def _state(engine: Engine) -> tuple[str, bool]:
 
 def _describe_group(group: InFlightGroup) -> str:
     since = rounded(time.monotonic() - group.since)
+    prompt = group.prompt
     return (
-        f"{group.prompt.kind} question {group.prompt.id} ({_short(group.prompt.question)!r}), "
+        f"{prompt.kind} question {prompt.id} ({_shorten_question(prompt.question)!r}), "
         f"{group.phase} for {since}"
     )
 
 
 def _describe_job(pending: OutstandingJob) -> str:
     where = f"worker {pending.worker_pid}" if pending.worker_pid else "queued"
-    question = _short(pending.job.fields.get("question") or "")
+    question = _shorten_question(pending.job.fields.get("question") or "")
     since = rounded(time.monotonic() - pending.since)
     return f"{where}: {pending.job.target}, question {question!r}, since {since}"
 
 
-def _short(question: str) -> str:
+def _shorten_question(question: str) -> str:
     return question.replace("\n", " ")[:80]
 
 

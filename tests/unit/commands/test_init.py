@@ -105,7 +105,7 @@ def test_a_file_that_is_neither_is_named_with_what_it_has(here):
 
 def test_a_chat_model_and_a_run_keep_their_own_template(here):
     def guessed(folder):
-        return {guess.key: guess.value for guess in init._answers(Path(folder), 10**10)}
+        return {guess.key: guess.value for guess in init._guess_answers(Path(folder), 10**10)}
 
     settings = Path("model/tokenizer_config.json")
     plain = json.loads(settings.read_text())
@@ -131,7 +131,7 @@ def test_a_chat_model_and_a_run_keep_their_own_template(here):
 
 def test_a_small_model_is_said_to_need_worked_examples(here):
     def reason(parameters):
-        guesses = init._answers(Path("model"), parameters)
+        guesses = init._guess_answers(Path("model"), parameters)
         return next(guess.reason for guess in guesses if guess.key == "data.template")
 
     assert "{problem}" in reason(135_000_000)
