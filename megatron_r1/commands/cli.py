@@ -14,12 +14,12 @@ from megatron_r1 import config as configuration
 from megatron_r1.base import files
 from megatron_r1.base.errors import Cause, RunError, UserError, did_you_mean
 from megatron_r1.base.files import READ_ONLY
-from megatron_r1.base.processes import startup, timeline
-from megatron_r1.base.processes.startup import without_garbage_collection
+from megatron_r1.base.processes import allocators, timeline
+from megatron_r1.base.processes.imports import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import load_verb, read_verb
+from megatron_r1.config.key_listing import describe, switches
 from megatron_r1.config.recipe import parse_overrides, take_section
-from megatron_r1.config.section import describe, switches
 from megatron_r1.engines.server import gpu
 
 VERBS = {
@@ -163,8 +163,8 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
         raise UserError(f"{DRY_RUN}: {verb} has none; rl has", key=DRY_RUN, cause=Cause.UNSUPPORTED)
     options = [option for option in options if option != DRY_RUN]
     implied = command.implied
-    if command.of_run is not None and Path(recipe).is_dir():
-        recipe, implied = command.of_run(recipe)
+    if command.from_run is not None and Path(recipe).is_dir():
+        recipe, implied = command.from_run(recipe)
     overrides = {**implied, **_overrides(options)}
     config = configuration.load(recipe, overrides, required=command.required)
     files.allow_readers(config.run.readable_by)  # before anything is written, or a process started
@@ -311,7 +311,7 @@ def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
     controller and returns its status."""
     inherited = dict(os.environ)
     if gpu.is_usable():  # before torch is imported
-        os.environ.update(startup.trainer_allocator(os.environ))
+        os.environ.update(allocators.trainer_allocator(os.environ))
     with without_garbage_collection():
         from megatron_r1.trainer import worker
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from megatron_r1.base.files import atomic_write
-from megatron_r1.config import verb_of
+from megatron_r1.config import infer_verb
 from megatron_r1.config.hardware import GIB
 from megatron_r1.plan.arguments import config_of, job_of, parse
 from megatron_r1.plan.bill import Bill
@@ -95,7 +95,7 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
     status = FITS
     config = config_of(recipe, overrides)
     later = [entry for entry in config.rl.schedule if entry.from_step > 1]  # the bill has step 1
-    if chosen.step or not later or verb_of(config) != "rl":
+    if chosen.step or not later or infer_verb(config) != "rl":
         return status
     steps = [1, *(entry.from_step for entry in later)]
     each_step = [Bill(job_of(recipe, chosen, overrides, 1)).step]

@@ -29,8 +29,8 @@ from megatron_r1.controller.rollouts.rollout import (
     Group,
     Rollout,
     RolloutSampling,
+    all_responses,
     check_grades,
-    responses_of,
 )
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.run_recorder import RunRecorder
@@ -103,9 +103,9 @@ def open_player(config: Config, text: PromptText) -> Player | None:
     nothing of `megatron_r1.agents`."""
     if not config.agents.players:
         return None
-    from megatron_r1.controller.rollouts.players import player_of
+    from megatron_r1.controller.rollouts.players import make_player
 
-    return player_of(config, text)
+    return make_player(config, text)
 
 
 def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> RolloutFleet:
@@ -260,7 +260,7 @@ def _conversation(episode: Episode) -> tuple[str, str]:
 
 def _episodes(rollout: Rollout) -> list[str]:
     """Return a line with the ends of the episodes and their calls, if there are episodes."""
-    episodes = [r.episode for r in responses_of(rollout.groups) if r.episode is not None]
+    episodes = [r.episode for r in all_responses(rollout.groups) if r.episode is not None]
     if not episodes:
         return []
     ends = Counter(episode.status for episode in episodes).most_common()

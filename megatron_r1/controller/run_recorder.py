@@ -18,7 +18,9 @@ from megatron_r1.config import CheckpointConfig, Config
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.trackers import TensorBoardLog, TrackedRun, TrackerSet, check_trackers
+from megatron_r1.reporting.trackers.tensorboard import TensorBoardLog
+from megatron_r1.reporting.trackers.tracked_run import TrackedRun
+from megatron_r1.reporting.trackers.tracker_set import TrackerSet, check_trackers
 from megatron_r1.reporting.wording import shown_metrics
 from megatron_r1.trainer.checkpoints import finding
 from megatron_r1.trainer.checkpoints.finding import STATE_FILE, DamagedCheckpoint

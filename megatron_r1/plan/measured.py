@@ -19,7 +19,7 @@ import yaml
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.config.hardware import fields_of
 from megatron_r1.plan.arguments import config_of, job_of, parse
 from megatron_r1.plan.bill import Bill

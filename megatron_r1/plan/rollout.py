@@ -7,9 +7,9 @@ from functools import cached_property
 
 from megatron_r1.config import Config
 from megatron_r1.engines.server.from_recipe import check_ranks, positions
-from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import key_value_heads, load_config, read_hf_config
 from megatron_r1.models.memory import BYTES, cache_bytes_per_token
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.plan.counts import ModelCounts, decode_flops, forward_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import (
@@ -25,7 +25,7 @@ from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.reporting.wording import counted
 
 ID = LOGPROB = 4
-"""Bytes of a token's id and of its log-probability in trainer/sample.py."""
+"""Bytes of a token's id and of its log-probability in trainer/training_sample.py."""
 LOGITS = 4
 """Bytes of a logit; logits and their log-softmax exist at once."""
 

@@ -32,11 +32,12 @@ from torch.distributed import ProcessGroup
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import held_positions
-from megatron_r1.models.experts import RoutingShape
 from megatron_r1.models.prefixes import first_positions, with_prefixes
 from megatron_r1.models.replay import RecordedRouting
+from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.trainer.batch import PackedBatch
-from megatron_r1.trainer.sample import Sample, shared_prefixes
+from megatron_r1.trainer.shared_prompts import shared_prefixes
+from megatron_r1.trainer.training_sample import Sample
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,7 @@ class Scores:
     every: Tensor
     context_group: ProcessGroup
 
-    def of_samples(self) -> Tensor:
+    def at_last_tokens(self) -> Tensor:
         """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
         at = self.batch.last_tokens
         held = torch.where(at >= 0, self.every[at.clamp(min=0)], 0.0)

@@ -53,7 +53,7 @@ def check_fp8() -> None:
 
     from megatron_r1.base.errors import UserError
     from megatron_r1.config import FP8Config
-    from megatron_r1.models.fp8 import check_device
+    from megatron_r1.models.fp8_transformer_engine import check_device
 
     if place() == "cpu":
         return

@@ -180,7 +180,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def partial_of(folder: Path) -> Path:
+def unfinished_path(folder: Path) -> Path:
     """Return the path under which `folder` is written before it is renamed."""
     return folder.with_name(f".{folder.name}.partial")
 
@@ -209,9 +209,9 @@ def newest(
     for folder in reversed(complete_checkpoints(checkpoints)):
         if below is not None and step_of(folder) >= step_of(below):
             continue
-        if not (of_folder := faults(folder, verify)):
+        if not (found := faults(folder, verify)):
             return folder, damaged
-        damaged.append(DamagedCheckpoint(folder, tuple(of_folder)))
+        damaged.append(DamagedCheckpoint(folder, tuple(found)))
     return None, damaged
 
 

@@ -56,8 +56,8 @@ class Engines:
     def begin(self, step):
         self.done.append("begin")
 
-    async def take(self, step):
-        self.done.append("take")
+    async def rollout(self, step):
+        self.done.append("rollout")
 
     async def run(self, step):
         self.done.append("evaluate")
@@ -89,7 +89,7 @@ def test_nothing_is_taken_evaluated_or_saved_of_weights_whose_probes_fail(what):
 
     with pytest.raises(EngineError, match="differs"):
         asyncio.run(story())
-    assert not {"take", "evaluate", "save"} & {*engines.done}
+    assert not {"rollout", "evaluate", "save"} & {*engines.done}
 
 
 @pytest.mark.parametrize("ends", ["after a checkpoint", "a step later", "by an error"])

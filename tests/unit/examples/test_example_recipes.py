@@ -12,7 +12,7 @@ import pytest
 from megatron_r1 import config as configuration
 from megatron_r1.commands import cli
 from megatron_r1.commands.plan import main
-from megatron_r1.config import verb_of
+from megatron_r1.config import infer_verb
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import layout, recipe_stages
 from megatron_r1.pipeline.pipeline_recipe import read_tree
@@ -191,4 +191,4 @@ def test_the_pipeline_is_a_graph_of_these_recipes(tmp_path, monkeypatch, capsys)
     written = {path.stem: path for path in (tmp_path / "runs/deepseek_r1/recipes").glob("*.yaml")}
     assert written.keys() == {*VERBS, EVALUATION}
     for name, verb in VERBS.items():
-        assert verb_of(configuration.load(written[name])) == verb, name
+        assert infer_verb(configuration.load(written[name])) == verb, name

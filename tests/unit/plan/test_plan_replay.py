@@ -9,7 +9,7 @@ from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.trainer.sample import Sample, encode_samples
+from megatron_r1.trainer.training_sample import Sample, encode_samples
 
 SAMPLES, MEAN, LONGEST = 8192, 512 + 8192, 512 + 32_768
 TOKEN = 58 * 8
