@@ -9,7 +9,14 @@ from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
 from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_bytes
-from megatron_r1.plan.rollout import Engines, rollout_section, samples_section, teacher_section
+from megatron_r1.plan.ranges import narrowing_section
+from megatron_r1.plan.rollout import (
+    Engines,
+    exchange_section,
+    rollout_section,
+    samples_section,
+    teacher_section,
+)
 from megatron_r1.plan.timing import StepTime, communication_section, time_section
 from megatron_r1.reporting.wording import counted
 
@@ -69,7 +76,11 @@ class Bill:
             sent = communication_section(job, self.worst.rank)
             sections["sent by a rank per optimizer step"] = sent
         sections["operations"] = flops_section(job)
+        if job.generates and (exchange := exchange_section(self.engines)):
+            sections["expert exchange of a layer"] = exchange
         sections["time"] = time_section(self.times)
+        if narrowing := narrowing_section(job, sections["time"]):
+            sections["what would narrow the ranges"] = narrowing
         sections["assumed"] = assumed_section(job)
         return sections
 
