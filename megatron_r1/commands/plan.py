@@ -65,6 +65,7 @@ def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
     bill = Bill(job)
     problems = bill.problems()
     print(as_text(bill))
+    print("".join(f"\nnote: {note}\n" for note in bill.notes()), end="")
     layouts = []
     if problems:
         print("\n" + "\n".join(f"does not fit: {problem}" for problem in problems))
@@ -114,6 +115,7 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
         limits = f" ({bill.step.limits})" if bill.step.limits else ""
         print(f"  {bill.worst.peak / GIB:.0f} GiB on the fullest GPU, {bill.step} a step{limits}")
         print("\n".join(f"  does not fit: {problem}" for problem in problems) or "  fits")
+        print("".join(f"  note: {note}\n" for note in bill.notes()), end="")
         status = UNFIT if problems else status
     ends = [*steps[1:], config.run.steps + 1]
     if len(each_step) == len(steps) and all(each.value is not None for each in each_step):

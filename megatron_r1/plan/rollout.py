@@ -208,16 +208,23 @@ class Engines:
         rl = self.job.config.rl
         return max(1, rl.staleness) if self.job.rollout_gpus and self.job.verb == "rl" else 1
 
+    @property
+    def longest_seconds(self) -> float:
+        """Seconds of the longest response, which decides the end of a rollout: among others as long
+        as a mean one, then alone, when their experts are idle."""
+        mean, longest = self.job.response_tokens, self.job.longest_response
+        among = self.step_seconds(self.at_once)
+        return mean * among + (longest - mean) * self.step_seconds(min(self.at_once, 1.0))
+
     def seconds(self) -> tuple[float | None, str]:
         """Return (seconds of one rollout, formula); None without room for a sequence's cache."""
         job, together = self.job, self.at_once
         if not self.room:
             return None, "no room for a sequence's cache"
         mean, longest = job.response_tokens, job.longest_response
-        # The longest sequence decides the end: among others first, then alone, their experts idle.
         among, alone = self.step_seconds(together), self.step_seconds(min(together, 1.0))
         throughput = self.sequences * mean / together * among
-        last = (mean * among + (longest - mean) * alone) / self.ahead
+        last = self.longest_seconds / self.ahead
         prompt = job.assumptions.prompt_tokens
         compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.tensor
         first = self.sequences * prompt * forward_flops(job.hf, prompt) / compute

@@ -83,5 +83,23 @@ def test_the_bill_names_the_measurement_of_each_wide_range(capsys):
     for name, check in MEASUREMENTS.items():
         if name != "critic":
             assert re.search(rf"{name} 3.80 x tools/gpu_check, '{check}'", flat), name
-    assert re.search(r"the run of 650 steps: (\d+) hours \(\d+ to \d+ hours\)", printed)
+    run = re.search(r"the run of 650 steps: (\d+ hours) \((\d+) to (\d+) hours\)", printed)
+    assert run[0] in (ROOT / "docs/plan.md").read_text()
+    readme = (RECIPE.parent / "README.md").read_text()
+    assert f"| {run[1]} ({run[2]}–{run[3]});" in readme
     assert re.search(r"a step \([\d,]+ to [\d,]+ s\)", printed)
+
+
+def test_a_response_that_may_outlast_its_time_limit_is_noted_where_its_range_does(capsys):
+    longest = Bill(planned()).engines.longest_seconds
+    high = longest * 1.95
+    for limit, noted in ((high * 1.01, False), (high * 0.99, True)):
+        notes = Bill(planned(rollout__request_timeout_seconds=limit)).notes()
+        assert len(notes) == noted, limit
+    assert "rollout.request_timeout_seconds" in notes[0] and "32,768 tokens" in notes[0]
+    known = replace(planned(), measured={"bandwidth_efficiency": "measured.yaml"})
+    config = known.config.with_changes(rollout={"request_timeout_seconds": longest * 1.01})
+    assert Bill(replace(known, config=config)).notes() == []
+    assert main([str(RECIPE)]) == 0  # 65,536 tokens, from step 513 on
+    first, _, later = capsys.readouterr().out.partition("from step 513")
+    assert "note:" not in first and "note: a response of 65,536 tokens" in later
