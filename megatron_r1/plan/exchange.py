@@ -27,7 +27,7 @@ class Protocol:
         start: seconds of any collective.
         nvlink_hop: seconds of a step between GPUs of a node.
         network_hop: seconds of a step between nodes.
-        share: of the rate that it reaches."""
+        share: the part of the rate that it reaches."""
 
     start: float
     nvlink_hop: float
