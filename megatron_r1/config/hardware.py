@@ -77,9 +77,13 @@ class Assumptions:
     compute_efficiency: Fraction = 0.46
     """Share of the bf16 peak while a stage computes, without bubbles and communication; fitted to
     published runs (megatron-r1 plan --published)."""
-    bandwidth_efficiency: Fraction = 0.33
+    fp8_speedup: Ratio = 1.46
+    """Rate of FP8 products over that of bf16 ones: DeepGEMM's 1,297 and 1,099 TFLOP/s in both
+    products of DeepSeek-V3's experts on H800 (its README of 2025), over the 839 of bf16 ones on an
+    H200 (docs/benchmarks/gpu-h200.md); what casts take is not in it."""
+    bandwidth_efficiency: Fraction = 0.32
     """Share of the memory bandwidth while an engine decodes; fitted to published runs."""
-    link_efficiency: Fraction = 0.81
+    link_efficiency: Fraction = 0.78
     """Share of NVLink's and the network's rate in a collective; fitted to published runs."""
     push_efficiency: Fraction = 0.75
     """Share of the rate of the link into an engine GPU during a push; a guess."""
@@ -128,7 +132,7 @@ class Assumptions:
     """Share of right tokens among those that an MTP layer drafts behind right ones: "between 85%
     and 90%" for DeepSeek-V3's second token (arXiv 2412.19437, section 5.4.3). A guess for later
     tokens, at temperature 1, and after RL with frozen MTP layers."""
-    time_spread: Annotated[float, Field(ge=1, le=2), "x"] = 1.95
+    time_spread: Annotated[float, Field(ge=1, le=2), "x"] = 1.96
     """Ends of an estimated time's range: it over this, and times this; from the spread of the
     published runs that calibrate, at most 2."""
     reserved: Bytes = 6 * GIB

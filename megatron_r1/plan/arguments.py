@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Verb, verb_of
@@ -16,13 +14,9 @@ from megatron_r1.config.recipe import parse_overrides
 from megatron_r1.config.section import switches
 from megatron_r1.engines.server.from_recipe import context_length
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.plan.exchange import LOW_LATENCY
 from megatron_r1.plan.job import PlannedJob, text_limit
 from megatron_r1.plan.quantity import calibrated
 from megatron_r1.plan.rollout import check_teacher
-
-EAGER = "enforce_eager"
-"""vLLM's argument for decoding without CUDA graphs."""
 
 
 def parse(
@@ -32,7 +26,6 @@ def parse(
     settings, others = _split(arguments)
     chosen, rest = _parser(description).parse_known_args(others)
     _check_options(chosen, rest)
-    chosen.vllm = _engine_arguments(chosen.vllm) if chosen.vllm else {}
     return chosen, parse_overrides([*rest, *settings], switches(configuration.Config))
 
 
@@ -73,12 +66,6 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--response-tokens", type=int, help="mean; default: a quarter of the limit")
     parser.add_argument("--prompt-tokens", type=int, help="mean and longest; default: 512")
-    parser.add_argument(
-        "--vllm",
-        metavar="{…}",
-        help="vLLM's arguments that the plan reads, all2all_backend and\nenforce_eager, instead of "
-        "the recipe's",
-    )
     parser.add_argument("--search", action="store_true", help="also list the fastest layouts")
     parser.add_argument("--build", action="store_true", help="build the ranks on the meta device")
     parser.add_argument("--step", type=int, help="plan the settings of rl.schedule at this step")
@@ -97,23 +84,6 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, help="also write everything here")
     return parser
-
-
-def _engine_arguments(text: str) -> dict[str, Any]:
-    """Return --vllm's mapping; raise UserError for another text, or what the plan does not read."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError:
-        values = None
-    known = ("all2all_backend", EAGER)
-    if not isinstance(values, dict) or set(values) - set(known):
-        raise UserError(
-            f"--vllm: {text} is no mapping of {' and '.join(known)}; write for example "
-            f"{{all2all_backend: {LOW_LATENCY}, {EAGER}: true}}",
-            key="--vllm",
-            cause=Cause.UNKNOWN if isinstance(values, dict) else Cause.MALFORMED,
-        )
-    return values
 
 
 def job_of(
@@ -145,7 +115,6 @@ def job_of(
         assumptions=replace(assumptions, prompt_tokens=prompt),
         measured=measured,
         rollout_gpus=chosen.rollout_gpus or _gpus_of_hosts(config, verb),
-        vllm=chosen.vllm,
         verb=verb,
         keeps_reference=verb == "rl" and whole.uses_reference,
     )

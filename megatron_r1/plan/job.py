@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, ParallelConfig, Verb
@@ -46,8 +45,6 @@ class PlannedJob:
     """Whether any part of `rl.schedule` has a KL penalty: the reference is then kept in all."""
     measured: dict[str, str] = field(default_factory=dict, compare=False)
     """The file of each name of `hardware` and `assumptions` that --calibrate replaced."""
-    vllm: dict[str, Any] = field(default_factory=dict)
-    """Arguments of vLLM that change the plan, by name; they come before the recipe's."""
     shared: dict = field(default_factory=dict, repr=False, compare=False)
     """Cache of counts that are slow to compute and equal for all layouts of one job."""
 
@@ -247,11 +244,6 @@ class PlannedJob:
         if self.virtual == 1:
             return self.num_microbatches
         return -(-self.num_microbatches // self.parallel.pipeline) * self.parallel.pipeline
-
-    @property
-    def engine_arguments(self) -> dict[str, Any]:
-        """The engines' arguments of vLLM: of `vllm`, else of the recipe's rollout.vllm."""
-        return {**getattr(self.config.rollout, "vllm", {}), **self.vllm}
 
     @property
     def engine_gpus(self) -> int:

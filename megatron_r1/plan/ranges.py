@@ -8,20 +8,6 @@ from dataclasses import replace
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section
 
-CLOSED_BY = {
-    "rollout": ("decode_latency_per_layer", "bandwidth_efficiency"),
-    "scoring": ("compute_efficiency",),
-    "training": ("compute_efficiency",),
-    "optimizer step": ("compute_efficiency",),
-    "critic": ("compute_efficiency",),
-    "push": ("push_efficiency",),
-    "load": ("tensor_load_seconds",),
-    "sleep and wake": ("wake_seconds",),
-    "saves": ("storage",),
-}
-"""The numbers of which one, measured on the hardware that is planned, closes the range of a part:
-each is solved for so that the plan takes the measured seconds (`measured.py`)."""
-
 MEASUREMENTS = {
     "rollout": "seconds of a decoding pass",
     "scoring": "seconds of a micro-batch",
@@ -32,15 +18,33 @@ MEASUREMENTS = {
     "sleep and wake": "seconds between phases",
     "saves": "seconds between phases",
 }
-"""The check of tools/gpu_check that measures them; docs/gpu-checklist.md says what it is to do."""
+"""The check of tools/gpu_check that measures the number of a part."""
+
+
+def closed_by(job: PlannedJob, name: str) -> str | None:
+    """Return the number that, measured on the hardware that is planned, closes the range of a part
+    (it is solved for so that the plan takes the measured seconds); None for what has no range."""
+    if name in ("scoring", "training", "optimizer step", "critic"):
+        return "compute_efficiency"
+    engines = "decode_latency_per_layer" if job.engine_gpus > 1 else "bandwidth_efficiency"
+    numbers = {
+        "rollout": engines,
+        "push": "push_efficiency",
+        "load": "tensor_load_seconds",
+        "sleep and wake": "wake_seconds",
+        "saves": "host_link" if job.config.checkpoint.asynchronous else "storage",
+    }
+    return numbers.get(name)
+
+
 WIDE = 2.0
 """A range whose ends differ by more names the measurement that would close it."""
 
 
 def with_range(job: PlannedJob, name: str, quantity: Quantity) -> Quantity:
     """Return an estimate of time with its range; others, and those without a value, as they are."""
-    names = CLOSED_BY.get(name)
-    if names is None or quantity.value is None or any(each in job.measured for each in names):
+    number = closed_by(job, name)
+    if number is None or quantity.value is None or number in job.measured:
         return quantity
     spread = job.assumptions.time_spread
     return replace(quantity, low=quantity.value / spread, high=quantity.value * spread)
@@ -57,7 +61,7 @@ def narrowing_section(job: PlannedJob, time: Section) -> Section:
             section[name] = Quantity(
                 width,
                 "x",
-                f"tools/gpu_check, {check!r} (to be written, docs/gpu-checklist.md); then "
-                f"--calibrate with {' or '.join(CLOSED_BY[name])}",
+                f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes: "
+                f"{closed_by(job, name)}",
             )
     return section

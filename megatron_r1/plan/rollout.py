@@ -126,8 +126,13 @@ class Engines:
 
     @property
     def at_once(self) -> float:
-        """Sequences that such a group decodes together, limited by cache and settings."""
-        wanted = self.sequences * self.ahead
+        """Mean number of sequences that such a group decodes together, limited by cache and
+        settings. Of several rollouts (`in_flight`) most are in a part where only long responses
+        are left."""
+        wanted = self.sequences
+        if self.in_flight > 1:
+            share = self.job.response_tokens / self.job.longest_response
+            wanted = max(min(1.0, wanted), wanted * self.in_flight * share)
         return min(wanted, self.room, self.job.config.rollout.max_num_seqs)
 
     @property
@@ -143,12 +148,12 @@ class Engines:
         layers = job.hf["num_hidden_layers"]
         passes = layers + self.drafted * (self.mtp_layers > 0)  # in layers
         read = self._weights_read(sequences) + sequences * self._cached * self.token_bytes
-        flops = sequences * decode_flops(job.hf, self._cached) / self.tensor
+        flops = sequences * decode_flops(job.hf, self._cached, self._speedup) / self.tensor
         flops *= (1 + self.drafted) * passes / layers
         latency = self.exchange_seconds(sequences)
         if job.engine_gpus > 1:
             latency += assumed.decode_latency_per_layer * passes
-        if job.engine_arguments.get("enforce_eager"):
+        if job.config.rollout.vllm.get("enforce_eager"):
             latency += assumed.eager_latency_per_layer * passes
         seconds = latency + max(
             read / (hardware.memory_bandwidth * assumed.bandwidth_efficiency),
@@ -156,10 +161,15 @@ class Engines:
         )
         return seconds / self.tokens_a_pass
 
+    @property
+    def _speedup(self) -> float:
+        """Rate of the products with weights over bf16's."""
+        return self.job.assumptions.fp8_speedup if in_fp8(self.job) else 1.0
+
     @cached_property
     def backend(self) -> str:
         """The name in vLLM of what exchanges the tokens of routed experts."""
-        return self.job.engine_arguments.get("all2all_backend", NCCL)
+        return self.job.config.rollout.vllm.get("all2all_backend", NCCL)
 
     @cached_property
     def experts(self) -> ExpertExchange:
@@ -204,41 +214,63 @@ class Engines:
         return self.weights - routed / self.job.engine_gpus * value * idle
 
     @property
-    def ahead(self) -> int:
-        """Rollouts that are sampled together: `rl.staleness` of them, on GPUs of their own."""
+    def in_flight(self) -> int:
+        """Rollouts that are sampled at once: with `rl.staleness` k, on GPUs of their own, the one
+        that the trainer waits for and k later ones, which fill the engines meanwhile
+        (controller/rollouts/step_sampler.py)."""
         rl = self.job.config.rl
-        return max(1, rl.staleness) if self.job.rollout_gpus and self.job.verb == "rl" else 1
+        return 1 + rl.staleness if self.job.rollout_gpus and self.job.verb == "rl" else 1
 
     @property
     def longest_seconds(self) -> float:
         """Seconds of the longest response, which decides the end of a rollout: among others as long
-        as a mean one, then alone, when their experts are idle."""
+        as a mean one, then alone, when their experts are idle; among others to its end where later
+        rollouts fill the engines."""
         mean, longest = self.job.response_tokens, self.job.longest_response
         among = self.step_seconds(self.at_once)
-        return mean * among + (longest - mean) * self.step_seconds(min(self.at_once, 1.0))
+        return mean * among + (longest - mean) * self._last_step_seconds
+
+    @property
+    def _last_step_seconds(self) -> float:
+        """Seconds of one token of the longest response when its rollout's others have ended."""
+        alone = min(self.at_once, 1.0) if self.in_flight == 1 else self.at_once
+        return self.step_seconds(alone)
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Seconds in which a group computes the prompts of its sequences."""
+        job, prompt = self.job, self.job.assumptions.prompt_tokens
+        compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.tensor
+        return self.sequences * prompt * forward_flops(job.hf, prompt, self._speedup) / compute
+
+    @property
+    def throughput_seconds(self) -> float:
+        """Seconds in which the engines, full to their limits, sample as many tokens as a rollout
+        has."""
+        tokens, together = self.sequences * self.job.response_tokens, self.at_once
+        return self.prefill_seconds + tokens / together * self.step_seconds(together)
 
     def seconds(self) -> tuple[float | None, str]:
-        """Return (seconds of one rollout, formula); None without room for a sequence's cache."""
+        """Return (seconds from the beginning to the end of one rollout, formula); None without room
+        for a sequence's cache."""
         job, together = self.job, self.at_once
         if not self.room:
             return None, "no room for a sequence's cache"
         mean, longest = job.response_tokens, job.longest_response
-        among, alone = self.step_seconds(together), self.step_seconds(min(together, 1.0))
-        throughput = self.sequences * mean / together * among
-        last = self.longest_seconds / self.ahead
-        prompt = job.assumptions.prompt_tokens
-        compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.tensor
-        first = self.sequences * prompt * forward_flops(job.hf, prompt) / compute
-        several = f", {self.ahead} rollouts together" if self.ahead > 1 else ""
+        first, several = self.prefill_seconds, ""
+        throughput = self.throughput_seconds
+        last = first + self.longest_seconds
+        if self.in_flight > 1:
+            several = f" ({self.in_flight} rollouts in flight)"
         text = (
             f"prefill {first:.2g} s + the longer of: {_short(self.sequences)} x "
             f"{counted(mean, 'token')} on {counted(self.tensor, 'GPU')}, "
-            f"{_short(together)} at once, {_short(among * 1e3)} ms a token: "
-            f"{_short(throughput)} s; one response of {longest:,}, the first {mean:,} tokens at "
-            f"that, the others at {_short(alone * 1e3)} ms{several}: {_short(last)} s"
-            f"{self._drafting()}"
+            f"{_short(together)} at once{several}, {_short(self.step_seconds(together) * 1e3)} ms "
+            f"a token: {_short(throughput - first)} s; one response of {longest:,}, the first "
+            f"{mean:,} tokens at that, the others at {_short(self._last_step_seconds * 1e3)} ms: "
+            f"{_short(last - first)} s{self._drafting()}"
         )
-        return first + max(throughput, last), text
+        return max(throughput, last), text
 
     def _drafting(self) -> str:
         method = self.job.config.rollout.speculative.method

@@ -198,11 +198,13 @@ class StepTime:
 
     @cached_property
     def _layer_flops(self) -> tuple[float, float]:
-        """Forward FLOP of a token through a dense and a sparse layer; 0 if the model has none."""
+        """Forward FLOP of a token through a dense and a sparse layer, as many as bf16 computes in
+        their time; 0 if the model has none."""
         job = self.job
+        speedup = 1.0 if job.config.fp8.recipe == "none" else job.assumptions.fp8_speedup
         first = {sparse: layer for layer, sparse in enumerate(job.sparse)}
         dense, sparse = (
-            layer_flops(job, first[kind], self.length) if kind in first else 0.0
+            layer_flops(job, first[kind], self.length, speedup) if kind in first else 0.0
             for kind in (False, True)
         )
         return dense, sparse
@@ -292,9 +294,9 @@ def time_section(times: StepTime) -> Section:
     if missing := [name for name in parts if section[name].value is None]:
         why = f"none without {missing[0]}: {section[missing[0]].formula}"
         return section | {"step": Quantity(None, "s", why)}
-    section["step"] = _step(job, {name: section[name] for name in parts})
+    section["step"] = _step(times, {name: section[name] for name in parts})
     step, tokens = section["step"], job.num_responses * job.sample_tokens
-    if job.verb == "rl":
+    if job.verb == "rl" and times.engines.in_flight == 1:
         share = section["rollout"].number / step.number
         section["share of rollout"] = Quantity(share, "share", "rollout / step")
     if ROUTED in section:
@@ -337,22 +339,31 @@ def _ends(quantity: Quantity) -> tuple[float, float, float]:
     return number, number if low is None else low, number if high is None else high
 
 
-def _step(job: PlannedJob, parts: dict[str, Quantity]) -> Quantity:
-    """Return the seconds of a step: engines with GPUs of their own sample the next rollout while
-    the trainer computes, if rl.staleness allows it; a push stops both."""
-    if not (job.verb == "rl" and job.rollout_gpus and job.config.rl.staleness):
+def _step(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
+    """Return the seconds of a step.
+
+    With `rl.staleness` k, and engines on GPUs of their own, a rollout begins k pushes before the
+    step that trains on it: in k + 1 steps it is sampled and trained on, so that a step takes at
+    least their (k + 1)-th part, the trainer's own time, and the time of as many tokens on engines
+    that later rollouts keep full. A push stops trainer and engines."""
+    job, engines = times.job, times.engines
+    if engines.in_flight == 1:
         return in_total(parts.values(), " + ".join(parts))
     ends = {name: _ends(part) for name, part in parts.items()}
     rollout = ends.pop("rollout")
     stopped = [ends.pop(name) for name in OF_PUSH if name in ends]
-    value, low, high = (
-        sum(part[end] for part in stopped)
-        + max(rollout[end], sum(part[end] for part in ends.values()))
-        for end in range(3)
-    )
+    full, either = engines.throughput_seconds / rollout[0], engines.in_flight
+    steps = []
+    for end in range(3):
+        trained = sum(part[end] for part in ends.values())
+        longest = max(trained, full * rollout[end], (rollout[end] + trained) / either)
+        steps.append(sum(part[end] for part in stopped) + longest)
+    value, low, high = steps
+    stops = " + ".join(name for name in OF_PUSH if name in parts)
     formula = (
-        f"{' + '.join(name for name in OF_PUSH if name in parts)} + the longer of rollout and "
-        f"{' + '.join(ends)}, at once with rl.staleness"
+        f"{stops} + the longest of {' + '.join(ends)}; {full * rollout[0]:,.0f} s for a rollout's "
+        f"tokens on full engines; (rollout + those of the trainer) / {either}, with "
+        f"rl.staleness={job.config.rl.staleness}"
     )
     return Quantity(value, "s", formula, low, high)
 

@@ -3,12 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from planned_jobs import RECIPE, planned, real_job
-from refusals import refused
+from planned_jobs import planned, real_job
 
-from megatron_r1.base.errors import Cause
 from megatron_r1.config.hardware import HARDWARE, Assumptions
-from megatron_r1.plan.arguments import job_of, parse
 from megatron_r1.plan.exchange import ExpertExchange, Links, distinct
 from megatron_r1.plan.rollout import Engines, exchange_section
 from megatron_r1.plan.timing import groups
@@ -83,7 +80,7 @@ def test_a_sum_over_tensor_ranks_goes_along_nccl_s_tree():
 def test_a_bill_shows_every_backend_and_engines_take_the_one_that_is_chosen():
     section = exchange_section(Engines(planned()))
     assert "the engines'" in section["allgather_reducescatter"].formula
-    chosen = replace(planned(), vllm={"all2all_backend": "deepep_low_latency"})
+    chosen = planned(rollout__vllm={"all2all_backend": "deepep_low_latency"})
     assert "the engines'" in exchange_section(Engines(chosen))["deepep_low_latency"].formula
     passes = [Engines(job).exchange_seconds(32) for job in (planned(), chosen)]
     # 58 of 61 layers and the MTP layer's have routed experts.
@@ -93,7 +90,7 @@ def test_a_bill_shows_every_backend_and_engines_take_the_one_that_is_chosen():
 
 
 def test_engines_without_cuda_graphs_wait_for_the_host_in_every_layer():
-    graphs, eager = planned(), replace(planned(), vllm={"enforce_eager": True})
+    graphs, eager = planned(), planned(rollout__vllm={"enforce_eager": True})
     seconds = [Engines(job).step_seconds(32) * 1.85 for job in (graphs, eager)]
     assert seconds[1] - seconds[0] == pytest.approx(62 * 1e-3)
 
@@ -104,14 +101,3 @@ def test_the_trainer_s_deepep_sends_a_token_once_to_each_rank_or_node():
     wide = groups(real_job(dispatcher="flex", expert=64), 3)["expert"]
     all_to_all = groups(real_job(expert=64), 3)["expert"]
     assert wide.forward == pytest.approx(all_to_all.forward * 4 / 8)
-
-
-@pytest.mark.parametrize(
-    ("text", "cause"),
-    [("{all2all: x}", Cause.UNKNOWN), ("fast", Cause.MALFORMED), ("{a: [", Cause.MALFORMED)],
-)
-def test_arguments_of_vllm_that_the_plan_does_not_read_are_refused(text, cause):
-    with refused("--vllm", cause, text, "all2all_backend"):
-        parse([str(RECIPE), "--vllm", text])
-    chosen, overrides = parse([str(RECIPE), "--vllm", "{enforce_eager: true}"])
-    assert job_of(RECIPE, chosen, overrides).engine_arguments == {"enforce_eager": True}

@@ -10,8 +10,11 @@ from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.ranges import CLOSED_BY, MEASUREMENTS, narrowing_section
-from megatron_r1.plan.timing import time_section
+from megatron_r1.plan.ranges import MEASUREMENTS, closed_by, narrowing_section
+from megatron_r1.plan.replay import ROUTED
+from megatron_r1.plan.timing import PARTS, time_section
+from tools.gpu_check import calibration
+from tools.gpu_check.checks import CHECKS
 
 
 def times(job):
@@ -20,11 +23,16 @@ def times(job):
 
 def test_a_range_is_the_estimate_over_and_times_the_spread_and_at_most_a_factor_of_four():
     section = times(planned())
-    for name in ("rollout", "scoring", "training", "push", "step", "run"):
+    for name in ("rollout", "scoring", "training", "push"):
         part = section[name]
-        assert part.low == pytest.approx(part.number / 1.95), name
-        assert part.high == pytest.approx(part.number * 1.95), name
+        assert part.low == pytest.approx(part.number / 1.96), name
+        assert part.high == pytest.approx(part.number * 1.96), name
         assert part.high / part.low <= 4
+    for end in ("low", "high"):  # a step's, with the part that has no range
+        parts = sum(getattr(section[n], end) for n in PARTS if n != ROUTED and n in section)
+        total = parts + section[ROUTED].number
+        assert getattr(section["step"], end) == pytest.approx(total)
+        assert getattr(section["run"], end) == pytest.approx(total * 650 / 3600)
     assert section["bubble"].low is None
     with pytest.raises(ValueError, match="time_spread"):
         replace(Assumptions(), time_spread=2.01)
@@ -35,27 +43,28 @@ def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
     measured = replace(job, measured={"decode_latency_per_layer": "measured.yaml"})
     section, known = times(job), times(measured)
     assert known["rollout"].low is None
-    rest = section["step"].number - section["rollout"].number
-    assert known["step"].low == pytest.approx(section["rollout"].number + rest / 1.95)
-    assert known["step"].high == pytest.approx(section["rollout"].number + rest * 1.95)
+    exact = section["rollout"].number + section["routed experts"].number
+    rest = section["step"].number - exact
+    assert known["step"].low == pytest.approx(exact + rest / 1.96)
+    assert known["step"].high == pytest.approx(exact + rest * 1.96)
     named = [set(narrowing_section(each, times(each))) for each in (job, measured)]
     assert named[0] - named[1] == {"rollout"}
-    names = {name for names in CLOSED_BY.values() for name in names}
+    names = {closed_by(job, name) for name in MEASUREMENTS}
     everything = replace(job, measured=dict.fromkeys(names, "measured.yaml"))
     assert narrowing_section(everything, times(everything)) == {}
     assert times(everything)["step"].limits == ""
 
 
-def test_with_rollouts_ahead_the_longer_side_decides_at_each_end():
+def test_with_rollouts_ahead_each_end_is_that_of_the_longest_of_three():
     alone = {"rollout_gpus": 2048, "rollout__colocated": False, "rl__importance_cap": 2.0}
-    job = replace(planned(**alone, rl__staleness=1), measured={"bandwidth_efficiency": "x"})
+    job = replace(planned(**alone, rl__staleness=1), measured={"decode_latency_per_layer": "x"})
     section = times(job)
     stop = [section["push"], section["load"]]
     trainer = [section[name] for name in ("scoring", "training", "saves")]
-    high = sum(p.high for p in stop) + max(
-        section["rollout"].number, sum(part.high for part in trainer)
-    )
-    assert section["step"].high == pytest.approx(high)
+    trained = sum(part.high for part in trainer) + section["routed experts"].number
+    either = (section["rollout"].number + trained) / 2
+    assert either > trained
+    assert section["step"].high == pytest.approx(sum(p.high for p in stop) + either)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +91,8 @@ def test_the_bill_names_the_measurement_of_each_wide_range(capsys):
     flat = " ".join(narrowing.split())
     for name, check in MEASUREMENTS.items():
         if name != "critic":
-            assert re.search(rf"{name} 3.80 x tools/gpu_check, '{check}'", flat), name
+            command = f"tools/gpu_check --only '{check}', then --calibrate"
+            assert re.search(rf"{name} 3.84 x {command}", flat), name
     run = re.search(r"the run of 650 steps: (\d+ hours) \((\d+) to (\d+) hours\)", printed)
     assert run[0] in (ROOT / "docs/plan.md").read_text()
     readme = (RECIPE.parent / "README.md").read_text()
@@ -90,16 +100,49 @@ def test_the_bill_names_the_measurement_of_each_wide_range(capsys):
     assert re.search(r"a step \([\d,]+ to [\d,]+ s\)", printed)
 
 
+def test_the_plan_names_checks_that_exist():
+    assert set(MEASUREMENTS.values()) <= {check.name for check in CHECKS}
+
+
+def test_engines_of_one_gpu_need_the_bandwidth_and_saves_that_block_the_storage():
+    small = replace(planned(rollout__engines=2048, rollout__tensor=1, rollout__data=1))
+    assert [closed_by(job, "rollout") for job in (planned(), small)] == [
+        "decode_latency_per_layer",
+        "bandwidth_efficiency",
+    ]
+    blocking = planned(checkpoint__asynchronous=False)
+    assert [closed_by(job, "saves") for job in (planned(), blocking)] == ["host_link", "storage"]
+
+
+def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
+    """The file that all three checks of seconds have written, as they write it."""
+    values = {"decode_latency_per_layer": 1e-4, "bandwidth_efficiency": 0.6}
+    calibration.add(tmp_path, "H800", values)
+    calibration.add(tmp_path, "H800", {"compute_efficiency": 0.4})
+    file = calibration.add(tmp_path, "H800", {"wake_seconds": 1.5, "tensor_load_seconds": 2e-4})
+    assert main([str(RECIPE)]) == main([str(RECIPE), "--calibrate", str(file)]) == 0
+    before, after = re.findall(
+        r"run of 650 steps: \d+ hours \((\d+) to (\d+) hours\)", capsys.readouterr().out
+    )
+    wide, narrow = (int(high) / int(low) for low, high in (before, after))
+    assert wide > 3.5 and narrow < 1.1
+    calibration.add(tmp_path, "H100", {"compute_efficiency": 0.4})
+    assert main([str(RECIPE), "--calibrate", str(file)]) == 2
+    assert "H100" in capsys.readouterr().err
+
+
 def test_a_response_that_may_outlast_its_time_limit_is_noted_where_its_range_does(capsys):
     longest = Bill(planned()).engines.longest_seconds
-    high = longest * 1.95
+    high = longest * 1.96
     for limit, noted in ((high * 1.01, False), (high * 0.99, True)):
         notes = Bill(planned(rollout__request_timeout_seconds=limit)).notes()
         assert len(notes) == noted, limit
     assert "rollout.request_timeout_seconds" in notes[0] and "32,768 tokens" in notes[0]
-    known = replace(planned(), measured={"bandwidth_efficiency": "measured.yaml"})
+    known = replace(planned(), measured={"decode_latency_per_layer": "measured.yaml"})
     config = known.config.with_changes(rollout={"request_timeout_seconds": longest * 1.01})
     assert Bill(replace(known, config=config)).notes() == []
-    assert main([str(RECIPE)]) == 0  # 65,536 tokens, from step 513 on
+    # 65,536 tokens, from step 513 on; the recipe's limit is above their range.
+    assert main([str(RECIPE)]) == 0 and "note:" not in capsys.readouterr().out
+    assert main([str(RECIPE), "--rollout.request_timeout_seconds", "3600"]) == 0
     first, _, later = capsys.readouterr().out.partition("from step 513")
     assert "note:" not in first and "note: a response of 65,536 tokens" in later
