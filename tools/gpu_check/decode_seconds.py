@@ -23,7 +23,7 @@ from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.counts import ModelCounts
 from tools.bench.host import ROOT, environment
 from tools.gpu_check import calibration, verdict
-from tools.gpu_check.miniatures import place, shrunk
+from tools.gpu_check.miniatures import full_width, place, shrunk
 from tools.gpu_check.verdict import Failed
 
 
@@ -51,15 +51,12 @@ def model(variant: Variant, small: dict) -> dict:
         variant: its layers and experts.
         small: that of a miniature, whose sizes it has where there is no GPU."""
     sizes = {"num_hidden_layers": variant.layers, "n_routed_experts": variant.experts}
-    sizes |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-    sizes |= {"num_nextn_predict_layers": 0}
     if place() != "gpu":
-        return small | sizes
+        return full_width(small, small, **sizes)
     hf = read_hf_config(str(ROOT / "examples" / "deepseek_r1" / "model"))
     heads = hf["num_attention_heads"] // TENSOR
-    kept = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads}
-    return hf | sizes | {key: small[key] for key in kept if key in small}
+    return full_width(hf, small, **sizes)
 
 
 def layer_bytes(hf: dict) -> int:

@@ -28,7 +28,7 @@ from megatron_r1.rehearse.questions import write_examples
 from megatron_r1.reporting.run_folder import RunFolder
 from tools.bench.host import ROOT
 from tools.gpu_check import calibration, verdict
-from tools.gpu_check.miniatures import place, with_settings
+from tools.gpu_check.miniatures import full_width, place, with_settings
 from tools.gpu_check.recipe import run
 from tools.gpu_check.verdict import Failed
 
@@ -53,10 +53,8 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     changed: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}}
     model = small.hf
     if place() == "gpu":
-        sizes = {"num_hidden_layers": LAYERS, "n_routed_experts": EXPERTS, "n_group": 1}
-        sizes |= {"first_k_dense_replace": 1, "topk_group": 1}
-        kept = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-        model = hf | sizes | {key: small.hf[key] for key in kept if key in small.hf}
+        sizes = {"num_hidden_layers": LAYERS, "n_routed_experts": EXPERTS}
+        model = full_width(hf, small.hf, **sizes)
         changed["rollout"] = {"gpu_memory": 0.3}
     if place() == "cpu":
         changed |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}

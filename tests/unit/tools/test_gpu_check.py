@@ -15,6 +15,7 @@ from waiting import PATIENT
 from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
+from megatron_r1.models.hf_config import sparse_layers
 from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.timing import time_section
@@ -250,6 +251,18 @@ def test_the_seconds_of_a_layer_are_split_into_its_weights_and_the_rest():
     same = dict.fromkeys(decode_seconds.VARIANTS, 0.01)
     with pytest.raises(verdict.Failed, match="more layers"):
         decode_seconds.judge(same, SIZES, HARDWARE["H100"])
+
+
+def test_engines_of_a_rank_s_share_have_v3_s_widths_and_a_layer_its_bytes(monkeypatch):
+    """By hand: MLA of 16 heads, a shared expert, the router and 8 or 40 experts, in bf16."""
+    monkeypatch.setattr(decode_seconds, "place", lambda: "gpu")
+    attention = 7168 * (1536 + 576) + 16 * (1536 * 192 + 512 * 256 + 128 * 7168)
+    for variant in decode_seconds.VARIANTS:
+        hf = decode_seconds.model(variant, {"vocab_size": 300})
+        assert hf["vocab_size"] == 300 and "quantization_config" not in hf
+        assert sparse_layers(hf) == [False] + [True] * (variant.layers - 1)
+        weights = attention + (1 + variant.experts) * 3 * 7168 * 2048 + variant.experts * 7168
+        assert decode_seconds.layer_bytes(hf) == pytest.approx(2 * weights, rel=1e-3)
 
 
 def test_the_numbers_of_the_phases_are_those_with_which_the_plan_takes_their_seconds():
