@@ -105,8 +105,8 @@ def judge(
     experts, or need more than the peak of the bandwidth.
 
     Args:
-        seconds: of a pass, by engine.
-        num_bytes: of a layer with experts, by engine.
+        seconds: the seconds of a pass, by engine.
+        num_bytes: the bytes of a layer with experts, by engine.
         hardware: with the peak of the bandwidth."""
     figures = {f"ms, {v.layers} layers, {v.experts} experts": 1e3 * s for v, s in seconds.items()}
     layer = (seconds[DEEP] - seconds[FEW]) / (DEEP.layers - FEW.layers)

@@ -89,7 +89,7 @@ def of_phases(
     """Return the numbers of what is between the phases, each where its seconds were measured.
 
     Args:
-        lines: of metrics.jsonl, without the first step's.
+        lines: the lines of metrics.jsonl, without the first step's.
         engine_log: the output of an engine, in which vLLM says how long it fell asleep and woke.
         job: the run."""
 
