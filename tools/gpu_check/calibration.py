@@ -27,7 +27,7 @@ def hardware() -> str:
     found = [name for name in HARDWARE if name in device.replace("-", " ").split()]
     if not found:
         known = ", ".join(HARDWARE)
-        raise Impossible(f"{device} is none of {known}, whose rates the planner has")
+        raise Impossible(f"{device} is not one of {known}, whose rates the planner has")
     return found[0]
 
 

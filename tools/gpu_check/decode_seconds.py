@@ -39,7 +39,7 @@ FEW, DEEP, WIDE = VARIANTS = (Variant(2, 8), Variant(6, 8), Variant(6, 40))
 TENSOR = 8
 """Tensor ranks of the recipe's engines, of whose heads this is one's."""
 SEQUENCES, PROMPT_TOKENS = 32, 16
-"""Of the recipe's batch on 8 GPUs; short prompts, so that caches are small beside weights."""
+"""Of the recipe's batch on 8 GPUs; short prompts, so that caches are small next to weights."""
 TOKENS = {"gpu": 128, "null-gpu": 8, "cpu": 8}
 """Decoded by each sequence, and half as many again in the second run, by where it runs."""
 
