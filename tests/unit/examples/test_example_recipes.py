@@ -95,7 +95,7 @@ def test_a_variant_of_r1_zero_differs_where_its_comments_say(name, differ):
 def test_in_pools_sampling_and_training_overlap_on_512_gpus_each(tmp_path):
     plan = planned(R1 / "r1_zero_pools.yaml", tmp_path)
     sections = plan["sections"]
-    assert plan["gpus"] == 512 and "at once" in sections["time"]["step"]["formula"]
+    assert plan["gpus"] == 512 and "rl.staleness=1" in sections["time"]["step"]["formula"]
     assert "512 GPUs" in sections["push"]["into all engines"]["formula"]
     # What a push receives is not in the place of the cache: both fit next to the weights.
     engine = sections["engine memory of a GPU"]
