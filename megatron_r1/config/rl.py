@@ -221,7 +221,9 @@ class RLConfig(Section):
     rollouts. A continued run may change it. See docs/algorithms.md"""
     sample_log: Resumable[bool] = True
     """write every finished group down, so that a run that is killed does not sample it again; needs
-    the disk of the steps since the oldest checkpoint kept"""
+    the disk of the steps since the oldest of the newest checkpoints (`checkpoint.keep`)"""
+    keep_sample_log: Resumable[bool] = False
+    """keep it of every step, for `megatron-r1 compare`; --dry-run says how large it grows"""
 
     @model_validator(mode="before")
     @classmethod

@@ -132,7 +132,8 @@ class CheckpointSeries:
         }
         self.latest = saving.folder
         # In a thread: deleting a large folder must not hold up the sampling.
-        await asyncio.to_thread(finding.prune, self._folder, self._settings.keep)
+        settings = self._settings
+        await asyncio.to_thread(finding.prune, self._folder, settings.keep, settings.keep_every)
 
     def _newest(self, below: Path | None = None) -> tuple[Path | None, list[DamagedCheckpoint]]:
         return finding.newest(self._folder, self._settings.verify, below)

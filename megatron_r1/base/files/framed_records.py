@@ -48,9 +48,13 @@ class FramedFile:
     _content: mmap.mmap | bytes = b""
 
     @classmethod
-    def read(cls, path: Path) -> FramedFile:
-        """Check every byte of a file, and cut off what follows its last whole record. A missing
-        file has no records."""
+    def read(cls, path: Path, repair: bool = True) -> FramedFile:
+        """Check every byte of a file. A missing file has no records.
+
+        Args:
+            path: the file.
+            repair: cut off what follows its last whole record; False where another process may be
+                writing it."""
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -59,7 +63,7 @@ class FramedFile:
             return cls()
         spans = list(_whole_frame(content))
         end = spans[-1][1] if spans else 0
-        if end < size:
+        if repair and end < size:
             os.truncate(path, end)
         used = sum(stop - start + FRAME_HEADER.size for start, stop in spans)
         return cls(spans, size - used, content)

@@ -5,16 +5,17 @@ for every chunk the file and byte range. A chunk is written by `torch.save`: an 
 a pickle that describes the tensor and its raw data. Only the bytes of the requested rectangles are
 read, so that no chunk, however large, is ever whole in memory."""
 
+import io
 import json
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ class DistributedCheckpoint:
 
     Attributes:
         shapes: the shape of each tensor, by key.
-        dtypes: the dtype of each tensor, by key."""
+        dtypes: the dtype of each tensor, by key.
+        objects: the keys of what is no tensor, sorted."""
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
@@ -63,6 +65,7 @@ class DistributedCheckpoint:
             if isinstance(entry, TensorStorageMetadata):
                 self.shapes[key] = tuple(entry.size)
                 self.dtypes[key] = entry.properties.dtype
+        self.objects = sorted(metadata.state_dict_metadata.keys() - self.shapes.keys())
         self._metadata = metadata
         self._files: dict[str, int] = {}
         self._data_offsets: dict[tuple[str, int], int] = {}
@@ -110,6 +113,53 @@ class DistributedCheckpoint:
                 cause=Cause.MALFORMED,
             )
         return out
+
+    def read_object(self, key: str) -> Any:
+        """Return what was saved under `key` that is no tensor: of plain values and tensors.
+
+        Args:
+            key: one of `objects`.
+
+        Raises:
+            UserError: its bytes are damaged, or hold something else."""
+        (at,) = (at for index, at in self._metadata.storage_data.items() if index.fqn == key)
+        with open(self.path / at.relative_path, "rb") as file:
+            file.seek(at.offset)
+            saved = io.BytesIO(file.read(at.length))
+        try:
+            return torch.load(saved, weights_only=True)
+        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            cause = str(error).partition("\n")[0]
+            raise UserError(
+                f"{key} in {self.path / at.relative_path} is damaged ({cause}); use another "
+                "checkpoint",
+                key="checkpoint",
+                cause=Cause.MALFORMED,
+            ) from error
+
+    def chunks(self, key: str) -> Iterator[tuple[int, list[int], list[int]]]:
+        """Yield (writing rank, starts, sizes) of each rectangle that a tensor was saved in.
+
+        Args:
+            key: the tensor's key."""
+        for chunk in (chunk for near in self._chunks[key].values() for chunk in near):
+            # Files are called __RANK_NUMBER.distcp.
+            rank = int(chunk.file.removeprefix("__").partition("_")[0])
+            yield rank, list(chunk.starts), list(chunk.sizes)
+
+    def writers(self, key: str, indices: Tensor) -> set[int]:
+        """Return the ranks that wrote some elements of a tensor.
+
+        Args:
+            key: the tensor's key.
+            indices: the elements, of shape (elements, dimensions)."""
+        ranks = set()
+        for rank, starts, sizes in self.chunks(key):
+            first = torch.tensor(starts, dtype=torch.int64)
+            end = first + torch.tensor(sizes, dtype=torch.int64)
+            if ((indices >= first) & (indices < end)).all(dim=1).any():
+                ranks.add(rank)
+        return ranks
 
     @cached_property
     def _chunks(self) -> dict[str, dict[int, list[_StoredChunk]]]:
