@@ -50,7 +50,8 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     path = ROOT / config.model.path
     hf = read_hf_config(str(path)) | {"num_nextn_predict_layers": 0}
     small = miniature.shrink(config, hf, folder, 1, on="gpu" if place() == "cpu" else place())
-    changed: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}}
+    one_stage = {"pipeline": 1, "virtual_pipeline": 1, "pipeline_layout": None}
+    changed: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}, "parallel": one_stage}
     model = small.hf
     if place() == "gpu":
         sizes = {"num_hidden_layers": LAYERS, "n_routed_experts": EXPERTS}
@@ -59,7 +60,7 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     if place() == "cpu":
         changed |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
     if case == "micro-batch":
-        changed["parallel"] = {"tokens_per_microbatch": TOKENS}
+        changed["parallel"] = one_stage | {"tokens_per_microbatch": TOKENS}
         changed["sft"] = {"batch_size": EXAMPLES if place() == "gpu" else 16}
     return replace(small, config=with_settings(small.config, **changed), hf=model)
 
