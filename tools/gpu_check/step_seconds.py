@@ -107,7 +107,7 @@ def of_phases(
         values["sleep_seconds"] = mean(slept)
         values["wake_seconds"] = sum(woke) / len(slept)  # weights and cache wake one by one
     if pause := seconds("push/pause"):
-        at = [_load(job, each) for each in (1e-9, 1.0)]
+        at = [_load(job, each) for each in (1e-15, 1.0)]
         per_tensor = (pause - at[0]) / (at[1] - at[0])
         if per_tensor > 0:
             values["tensor_load_seconds"] = per_tensor
