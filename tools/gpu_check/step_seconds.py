@@ -50,7 +50,8 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     path = ROOT / config.model.path
     hf = read_hf_config(str(path)) | {"num_nextn_predict_layers": 0}
     small = miniature.shrink(config, hf, folder, 1, on="gpu" if place() == "cpu" else place())
-    changed: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}}
+    one_stage = {"pipeline": 1, "virtual_pipeline": 1, "pipeline_layout": None}
+    changed: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}, "parallel": one_stage}
     model = small.hf
     if place() == "gpu":
         sizes = {"num_hidden_layers": LAYERS, "n_routed_experts": EXPERTS}
@@ -59,7 +60,7 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     if place() == "cpu":
         changed |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
     if case == "micro-batch":
-        changed["parallel"] = {"tokens_per_microbatch": TOKENS}
+        changed["parallel"] = one_stage | {"tokens_per_microbatch": TOKENS}
         changed["sft"] = {"batch_size": EXAMPLES if place() == "gpu" else 16}
     return replace(small, config=with_settings(small.config, **changed), hf=model)
 
@@ -106,7 +107,7 @@ def of_phases(
         values["sleep_seconds"] = mean(slept)
         values["wake_seconds"] = sum(woke) / len(slept)  # weights and cache wake one by one
     if pause := seconds("push/pause"):
-        at = [_load(job, each) for each in (1e-9, 1.0)]
+        at = [_load(job, each) for each in (1e-15, 1.0)]
         per_tensor = (pause - at[0]) / (at[1] - at[0])
         if per_tensor > 0:
             values["tensor_load_seconds"] = per_tensor

@@ -145,6 +145,9 @@ def in_pools(*options):
     return bill, {name: part.value for name, part in time_section(bill.times).items()}
 
 
+SHORT = ("--rollout.max_response_tokens", "2048")
+
+
 def trainer_seconds(times):
     return sum(times[name] for name in ("routed experts", "scoring", "training", "saves"))
 
@@ -155,7 +158,7 @@ def trainer_seconds(times):
         (["--rl.staleness", "1"], "rollout"),
         (["--rl.staleness", "3"], "rollout"),
         (["--rl.staleness", "1", "--rollout-gpus", "256", "--rollout.engines", "2"], "tokens"),
-        (["--rl.staleness", "1", "--rollout.max_response_tokens", "2048"], "trainer"),
+        (["--rl.staleness", "1", "--gpus", "256", *SHORT], "trainer"),
     ],
 )
 def test_steps_with_rollouts_ahead_take_as_long_as_the_sampler_s_rule_makes_them(options, decides):
