@@ -300,6 +300,13 @@ def check_settings(config: Config) -> None:
     check_arguments(config.rollout, "rollout")
     check_room(config.rollout)
     check_pushes(config, hf, torchrun.num_ranks(config))
+    if config.push.adapter_only and config.rollout.dtype == "float32" and gpu.is_usable():
+        raise UserError(
+            "push.adapter_only with rollout.dtype: float32: vLLM's LoRA kernels on GPUs compute in "
+            "bfloat16 only; set rollout.dtype: bfloat16, or push.adapter_only: false",
+            key="push.adapter_only",
+            cause=Cause.UNSUPPORTED,
+        )
     transport = config.push.transport
     if TRANSPORTS[transport].needs_gpu and not gpu.is_usable():
         raise UserError(

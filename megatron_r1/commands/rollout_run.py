@@ -49,7 +49,8 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.models.memory import BYTES, FP32, parameter_bytes
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.stored import published
-from megatron_r1.push.plan.from_recipe import engine_rank_bytes
+from megatron_r1.push.plan.adapters import lora_arguments
+from megatron_r1.push.plan.from_recipe import engine_rank_bytes, engine_weight_bytes
 from megatron_r1.reporting import wording
 from megatron_r1.reporting.wording import counted, duration, percent, printable
 
@@ -130,7 +131,10 @@ def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> Rol
 
 def _model_as_pushed(config: Config) -> dict[str, Any]:
     """Return engine settings for a model whose weights are pushed: the folder's weights are not
-    read, and `push.fp8` alone decides whether weights are FP8."""
+    read, and `push.fp8` alone decides whether weights are FP8. Where adapters alone are pushed, the
+    folder's weights are read."""
+    if config.push.adapter_only:
+        return {"lora": lora_arguments(config, read_hf_config(config.model.path))}
     overrides = None
     if config.push.fp8 or "quantization_config" in read_hf_config(config.model.path):
         overrides = {"quantization_config": published.FP8_CONFIG if config.push.fp8 else None}
@@ -328,15 +332,18 @@ def _memory(config: Config) -> str:
     parameters = num_parameters(read_hf_config(config.model.path), with_mtp=False)
     size = f"{parameters / 1e6:,.1f}M parameters; "
     if gpu.is_usable():
-        engine = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**30
+        hf = read_hf_config(config.model.path)
+        weights, pushed = engine_weight_bytes(config, hf), engine_rank_bytes(config, hf)
         place = "there too" if TRANSPORTS[config.push.transport].needs_gpu else "on its host"
         each = parameter_bytes(config.model.dtype, config.optimizer.moments)
         return (
             f"{size}{parameters * each.whole / 2**30:,.2f} GiB for weights, gradients and "
             "optimizer, over all tensor, pipeline and expert ranks; activations come "
-            f"on top (megatron-r1 plan); {engine:,.2f} GiB of weights on an engine's fullest GPU, "
-            f"and as much for the weights of the next push, {place} (push.transport: "
-            f"{config.push.transport})"
+            f"on top (megatron-r1 plan); {weights / 2**30:,.2f} GiB of weights on an engine's "
+            f"fullest GPU, and {pushed / 2**30:,.2f} GiB for those of the next push, {place} "
+            f"(push.transport: {config.push.transport})"
         )
     memory = cpu_memory(config, torchrun.num_ranks(config), has_engines=True)
-    return size + memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))
+    described = memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))
+    mib = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**20
+    return f"{size}{described}; a push brings {mib:,.2f} MiB to an engine's fullest rank"

@@ -134,7 +134,9 @@ def cpu_memory(config: Config, num_ranks: int, *, has_engines: bool) -> CPUMemor
     others, engine_weights = OTHER_BYTES + num_ranks * (RANK_BYTES + chunk), 0
     if has_engines and rollout.placement == "local":
         values = num_parameters(hf, with_mtp=rollout.drafts_by_mtp)
-        engine_weights = round(rollout.engines * rollout.data * engine_bytes(values, rollout.dtype))
+        receives = not config.push.adapter_only  # of adapters little compared with the model
+        each = engine_bytes(values, rollout.dtype, receives=receives)
+        engine_weights = round(rollout.engines * rollout.data * each)
         others += _engines_others(rollout)
     if has_engines and teacher.path and not teacher.url:
         values = _num_stored_parameters(teacher.path)

@@ -17,7 +17,7 @@ from megatron_r1.models.memory import BYTES, Counts
 from megatron_r1.plan.counts import RankCounts, attention_flops, head_flops, layer_flops
 from megatron_r1.plan.exchange import copies_of_token
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import push_link
+from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.plan.ranges import with_range
 from megatron_r1.plan.replay import ROUTED, replay_time
@@ -258,7 +258,7 @@ class StepTime:
         return once * (2 if job.scores_reference else 1)
 
     def push(self) -> float:
-        return self.engines.weights / push_link(self.job)[0]
+        return pushed_rank_bytes(self.job) / push_link(self.job)[0]
 
 
 def time_section(times: StepTime) -> Section:

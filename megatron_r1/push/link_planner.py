@@ -17,7 +17,7 @@ from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.local import merged
 from megatron_r1.models.weights.stored.fp8_blocks import quantize_fp8
 from megatron_r1.models.weights.stored.published import BLOCK, FP8_DTYPE, scale_name
-from megatron_r1.models.weights.table import Piece, Shape
+from megatron_r1.models.weights.table import Piece, Shape, Table
 from megatron_r1.push.ordered_sets import OrderedSets
 from megatron_r1.push.plan.engine_sets import (
     Plan,
@@ -287,7 +287,8 @@ class LinkPlanner:
         held: this rank's parameters of the model.
         rank: the trainer rank.
         stages: the shards of the pipeline's virtual stages, default an even spread.
-        gpus: the UUID of each rank's GPU, where engines may share it over NCCL."""
+        gpus: the UUID of each rank's GPU, where engines may share it over NCCL.
+        rules: the weight table of what is pushed, default the model's."""
 
     def __init__(
         self,
@@ -298,8 +299,10 @@ class LinkPlanner:
         rank: int,
         stages: list[list[Shard]] | None,
         gpus: Sequence[str],
+        rules: Table | None = None,
     ):
         self.hf, self.grid, self.held, self.rank, self.stages = hf, grid, held, rank, stages
+        self.rules = rules
         self._rank_of_gpu = {gpu: rank for rank, gpu in enumerate(gpus)}
         self._num_orders = 0
 
@@ -326,7 +329,8 @@ class LinkPlanner:
             addresses = [offers.sets[name][1] for name in names]
             try:
                 needs = ReceiverLayout(tables)
-                planner = Planner(self.hf, self.grid, engine_layout, self.stages, needs)
+                layout = engine_layout, self.stages
+                planner = Planner(self.hf, self.grid, *layout, needs, self.rules)
                 ends = list(accumulate(map(len, addresses)))
                 sets = [range(*edges) for edges in pairwise([0, *ends])]
                 largest, num_bytes = largest_share(transport), _byte_count(tables)

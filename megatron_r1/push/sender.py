@@ -8,7 +8,7 @@ import os
 import resource
 import socket
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -22,8 +22,10 @@ from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.models import platform
 from megatron_r1.models.platform import LOOPBACK, host_store, ranks_share_host
+from megatron_r1.models.weights.adapters import adapter_pieces
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.local import local_entries
+from megatron_r1.models.weights.table import Piece, Table
 from megatron_r1.push.link_planner import (
     EncodedSlices,
     HeldPieces,
@@ -33,6 +35,7 @@ from megatron_r1.push.link_planner import (
     PushLink,
     read_offers,
 )
+from megatron_r1.push.plan.adapters import pushed_adapters
 from megatron_r1.push.plan.planner import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.push.rendezvous import (
@@ -77,7 +80,8 @@ class WeightSender:
         rank: the trainer rank.
         stages: the shards of the pipeline's virtual stages, default an even spread.
         drafts: whether engines draft with the MTP layers.
-        gpus: the UUID of each rank's GPU, where engines may share it over NCCL."""
+        gpus: the UUID of each rank's GPU, where engines may share it over NCCL.
+        adapters: the weight table of the adapters, where these alone are pushed."""
 
     def __init__(
         self,
@@ -91,10 +95,14 @@ class WeightSender:
         stages: list[list[Shard]] | None = None,
         drafts: bool = False,
         gpus: Sequence[str] = (),
+        adapters: Table | None = None,
     ):
-        self.hf, self.grid, self.rank, self.drafts = hf, grid, rank, drafts
+        self.grid, self.rank = grid, rank
         self.store, self.broadcast = store, broadcast
-        self._planner = LinkPlanner(hf, grid, held, rank=rank, stages=stages, gpus=gpus)
+        self._tensors = pushed_tensors(hf, fp8=False, drafts=drafts, adapters=adapters)
+        self._planner = LinkPlanner(
+            hf, grid, held, rank=rank, stages=stages, gpus=gpus, rules=adapters
+        )
         self._sets: dict[str, LinkedSet] = {}
         self._tables = TableStore(store)
         self._rounds = RoundSender(store, rank, grid.world)
@@ -242,7 +250,7 @@ class WeightSender:
             return msgspec.msgpack.decode(self.broadcast(None), type=Offers)
         by_set = [linked.sent for linked in self._sets.values()]
         sent = [sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)]
-        pushed = [name for name, _ in pushed_tensors(self.hf, fp8=False, drafts=self.drafts)]
+        pushed = [name for name, _ in self._tensors]
         offers = read_offers(rendezvous, ranks_per_engine, pushed, sent)
         self.broadcast(msgspec.msgpack.encode(offers))
         return offers
@@ -280,9 +288,10 @@ class WeightPush:
     def open_push(self) -> OpenedPush:
         """Create the sender, before the first engine is connected."""
         stages = recipe_stages(self._config, self._hf)
+        adapters = pushed_adapters(self._config, self._hf)
         held = defaultdict(list)
-        for parameter, entry in local_entries(self._model_chunks, self._hf):
-            for piece in entry.pieces:
+        for parameter, pieces in self._pushed_pieces(adapters is not None):
+            for piece in pieces:
                 held[piece.hf_name].append((parameter, piece))
         grid = TrainerGrid.from_recipe(self._config.parallel, dist.get_world_size())
         store, address = open_store(self._config.rollout)
@@ -297,8 +306,18 @@ class WeightPush:
             stages=stages,
             drafts=self._config.rollout.drafts_by_mtp,
             gpus=_gpus() if TRANSPORTS[self._config.push.transport].in_rounds else (),
+            adapters=adapters,
         )
         return {"store": address}
+
+    def _pushed_pieces(self, of_adapters: bool) -> Iterator[tuple[torch.Tensor, tuple[Piece, ...]]]:
+        """Yield (parameter, pieces) of this rank's weights, or of its adapters' factors."""
+        if of_adapters:
+            for factor, pieces, _ in adapter_pieces(self._model_chunks):
+                yield factor, pieces
+        else:
+            for parameter, entry in local_entries(self._model_chunks, self._hf):
+                yield parameter, entry.pieces
 
     def connect_sets(self, **arguments: Any) -> ConnectedSets:
         """Connect this rank with sets of engines, as `WeightSender.connect` does."""

@@ -24,6 +24,7 @@ from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, swap_calls
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFault, NoWeights
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import read_hf_config
+from megatron_r1.push.plan.adapters import pushed_adapters, served_adapter
 from megatron_r1.push.plan.from_recipe import engine_layout
 from megatron_r1.push.plan.tensors import pushed_tensors
 
@@ -116,16 +117,17 @@ def create_pusher(
     push, fp8 = config.push, config.push.fp8
     elsewhere = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
+    hf = read_hf_config(config.model.path)
+    adapters = pushed_adapters(config, hf)
     links = EngineLinks(
         trainer,
         push,
-        pushed_tensors(
-            read_hf_config(config.model.path), fp8=fp8, drafts=config.rollout.drafts_by_mtp
-        ),
+        pushed_tensors(hf, fp8=fp8, drafts=config.rollout.drafts_by_mtp, adapters=adapters),
         asdict(replace(engine_layout(config), engines=1)),
         # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
         store_host=hosts_address(config.rollout) if elsewhere else None,
         colocated=config.rollout.colocated,
+        adapter=served_adapter(config, hf),
         notify=lambda line: fleet.members.notify(line),
     )
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)

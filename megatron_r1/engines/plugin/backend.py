@@ -33,6 +33,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.platforms import current_platform
 
 from megatron_r1.base.processes import timeline
@@ -40,6 +41,7 @@ from megatron_r1.engines.plugin import BACKEND_PREFIX, redundant_experts, swap
 from megatron_r1.engines.plugin.cpu_patches import is_packed
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
+from megatron_r1.engines.plugin.pushed_adapter import PushedAdapter
 from megatron_r1.push.checksum import checksum
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import StoreUnreachable, UndeliveredPush
@@ -149,6 +151,8 @@ class PushInitInfo(WeightTransferInitInfo):
     """Time limit of a push."""
     borrows_memory: bool = False
     """Whether the memory of weights in transit has another use between pushes."""
+    adapter: dict | None = None
+    """Where the tensors are an adapter's: its settings (`pushed_adapter.PushedAdapter`)."""
 
 
 @dataclass
@@ -171,9 +175,12 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
     """The MTP layer that vLLM drafts with (`engines.plugin.patches`)."""
     balancer: EplbState | None = None
     """vLLM's balancer of experts (likewise)."""
+    lora: WorkerLoRAManager | None = None
+    """vLLM's manager of adapters (likewise)."""
     _receiver: Receiver | None = None
     _store: list | None = None
     _recorded: tuple[list, SlotTable] | None = None
+    _adapter: PushedAdapter | None = None
 
     def init_transfer_engine(self, init_info: PushInitInfo) -> None:
         """Record what this rank needs, publish it, and begin to receive. Called again when another
@@ -209,6 +216,9 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
 
     def _table(self, init_info: PushInitInfo) -> SlotTable:
         """Return what this rank needs, recorded once, and set where each parameter is received."""
+        if init_info.adapter is not None:
+            return self._adapter_table(init_info.adapter, init_info.tensors)
+        self._adapter = None
         if self._recorded is None or self._recorded[0] != init_info.tensors:
             models = [self.model] if self.drafter is None else [self.model, self.drafter]
             self._models = torch.nn.ModuleList(models)
@@ -224,6 +234,13 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             self._recorded = init_info.tensors, table
         return self._recorded[1]
 
+    def _adapter_table(self, settings: dict, tensors: list) -> SlotTable:
+        if self.lora is None:
+            raise ValueError("an adapter is pushed, and the engine was started without LoRA")
+        if self._adapter is None:
+            self._adapter = PushedAdapter(self.lora, settings, tensors)
+        return self._adapter.table
+
     def start_weight_update(self) -> None:
         """Refuse an update before a trainer is connected, with ValueError."""
         if self._receiver is None:
@@ -237,6 +254,11 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         receiver, push = self._receiver, update_info.push
         assert receiver is not None, "start_weight_update comes first"
         receiver.arrivals.wait(push, update_info.timeout_seconds)
+        if self._adapter is not None:
+            self._adapter.load(receiver.table.buffer(receiver.memory, push))
+            self._adapter.check(push)
+            receiver.free_memory()
+            return
         if self.balancer is not None:
             redundant_experts.stop_moving(self.balancer)
         buffer = receiver.table.buffer(receiver.memory, push)

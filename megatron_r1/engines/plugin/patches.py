@@ -113,7 +113,8 @@ def push_to_drafters() -> None:
 
 
 def name_the_drafter() -> None:
-    """Give our weight-transfer backend the drafter and the balancer of experts next to the model.
+    """Give our weight-transfer backend the drafter, the balancer of experts and the manager of
+    adapters next to the model.
 
     Upstream: v1/worker/gpu_worker.py: `Worker.init_weight_transfer_engine`. Without it: a
     backend has the model only, the drafter keeps the weights it was started with, and experts are
@@ -128,6 +129,8 @@ def name_the_drafter() -> None:
             self.weight_transfer_engine.drafter = self.get_draft_model()
             # None without `--enable-eplb`; runners on a CPU have none.
             self.weight_transfer_engine.balancer = getattr(self.model_runner, "eplb_state", None)
+            # None without `--enable-lora`.
+            self.weight_transfer_engine.lora = getattr(self.model_runner, "lora_manager", None)
         upstream(self, init_info)
 
     Worker.init_weight_transfer_engine = init_weight_transfer_engine

@@ -105,10 +105,11 @@ def main() -> None:
     from vllm.entrypoints.launchers.api_server.entry import main as serve
     from vllm.platforms import current_platform
 
-    from megatron_r1.engines.plugin import endpoints
+    from megatron_r1.engines.plugin import endpoints, pushed_adapter
 
     endpoints.add_swap()
     endpoints.add_samples()
+    pushed_adapter.serve_the_adapter()
     if current_platform.is_cpu():
         _fork_on_cpu()
         keep_freed_memory(also_large=True)

@@ -93,6 +93,7 @@ class EngineSettings:
         host: address to listen at.
         port: None for any free port.
         part: the part of the engine that runs here; None for the whole engine.
+        lora: vLLM's arguments for an adapter that is pushed; None for whole weights.
         hf_overrides: keys that replace those of the model's config.json.
         vllm: further arguments of vLLM, by name (`engines.server.vllm_arguments`).
         extra_args, extra_env: passed to vLLM unchanged; they override the other settings."""
@@ -121,6 +122,7 @@ class EngineSettings:
     host: str = "127.0.0.1"
     port: int | None = None
     part: EnginePart | None = None
+    lora: Mapping[str, Any] | None = None
     hf_overrides: Mapping[str, Any] | None = None
     vllm: Mapping[str, Any] = field(default_factory=dict)
     extra_args: Sequence[str] = ()
@@ -158,6 +160,7 @@ class EngineSettings:
             *("--data-parallel-size", str(self.data)),
             *(["--enable-expert-parallel"] if self.expert_parallel else []),
             *(["--middleware", MIDDLEWARE] if self.secret else []),
+            *argument_list(self.lora or {}),
             *argument_list(self._given()),
             *self.extra_args,
         ]
