@@ -12,6 +12,7 @@ from megatron_r1.config.hardware import link_rate
 from megatron_r1.models.hf_config import head_sizes, key_value_heads
 from megatron_r1.models.memory import BYTES, Counts
 from megatron_r1.plan.counts import RankCounts, attention_flops, head_flops, layer_flops
+from megatron_r1.plan.hidden_exchange import expert_flops, exposed_seconds, share_alone
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import push_link
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
@@ -144,7 +145,7 @@ def communication_section(job: PlannedJob, rank: int) -> Section:
 HIDDEN = ("data", "pipeline")
 """Axes whose traffic is hidden behind computation (overlap_grad_reduce, asynchronous sends).
 Context parallelism's is hidden behind attention while that lasts; tensor's and expert's is exposed,
-which is pessimistic where Transformer Engine overlaps it."""
+which is pessimistic where Transformer Engine overlaps it; but see `StepTime.exchange`."""
 
 
 class StepTime:
@@ -180,7 +181,23 @@ class StepTime:
             attention = attention_flops(self.job.hf, self.length) * sum(self.job.layers(rank))
             behind = self._seconds(attention * self._passes(backward))
             seconds["context"] = max(0.0, seconds["context"] - behind)
+        if "expert" in seconds and backward:
+            seconds["expert"] = self.exchange(rank)
         return sum(seconds.values())
+
+    def exchange(self, rank: int) -> float:
+        """Return seconds of one micro-batch's exchange with experts' ranks that computation does
+        not hide, forward and backward."""
+        group, (_, sparse) = self.groups(rank)["expert"], self.job.layers(rank)
+        whole = group.seconds(self.job, group.microbatch)
+        if not self.job.parallel.overlap_expert_exchange or not sparse:
+            return whole
+        experts = expert_flops(self.job, self.job.sparse.index(True))
+        parts = (self._layer_flops[1] - experts, experts)
+        once = group.seconds(self.job, group.forward) / (2 * sparse)
+        exposed = sparse * exposed_seconds(once, *map(self._seconds, parts))
+        alone = share_alone(self.job, rank)
+        return alone * whole + (1 - alone) * exposed
 
     @cached_property
     def _layer_flops(self) -> tuple[float, float]:
