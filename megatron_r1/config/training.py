@@ -39,6 +39,10 @@ class ParallelConfig(Section):
     head and loss, as in Et*3|(tt|)*29mL; default: evenly, longer chunks in the middle"""
     dispatcher: Literal["alltoall", "flex"] = "alltoall"
     """how tokens travel to experts on other ranks; flex: DeepEP's kernels, on GPUs"""
+    overlap_expert_exchange: bool = False
+    """send tokens to experts and back while another micro-batch is computed (Megatron's combined
+    1F1B); needs expert > 1, bfloat16, and with pipeline ranks virtual stages. See
+    docs/parallelism.md"""
     overlap_param_gather: bool = False
     """gather updated parameters over data parallelism during the next mini-batch's forward pass"""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.plan.counts import flops_section, parameter_section
+from megatron_r1.plan.exchange_choice import exchange_choice
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
@@ -79,6 +80,8 @@ class Bill:
         if job.trains:
             sent = communication_section(job, self.worst.rank)
             sections["sent by a rank per optimizer step"] = sent
+            if choice := exchange_choice(job, self.engines):
+                sections["exchange with experts, hidden or not"] = choice
         sections["operations"] = flops_section(job)
         if job.generates and (exchange := exchange_section(self.engines)):
             sections["expert exchange of a layer"] = exchange

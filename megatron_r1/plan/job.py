@@ -11,6 +11,7 @@ from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.hardware import Assumptions, Hardware
 from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.engines.server.from_recipe import check_engines
+from megatron_r1.models.exchange_overlap import check_exchange_overlap
 from megatron_r1.models.hf_config import read_hf_config, sparse_layers
 from megatron_r1.models.memory import BYTES
 from megatron_r1.models.supported import check_divisions
@@ -256,6 +257,7 @@ class PlannedJob:
         self.parallel.check_sizes(self.world_size)
         self.parallel.splits_sequences(self.has_experts)  # raises where experts need it
         check_divisions(self.hf, self.parallel, transformer_engine=True)
+        check_exchange_overlap(self.config, self.hf)
         check_batches(self.config, self.verb, self.world_size, "GPU")
         assert self.stages, "building them checks the layout"
 

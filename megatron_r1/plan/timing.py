@@ -16,6 +16,7 @@ from megatron_r1.models.hf_config import head_sizes, key_value_heads
 from megatron_r1.models.memory import BYTES, Counts
 from megatron_r1.plan.counts import RankCounts, attention_flops, head_flops, layer_flops
 from megatron_r1.plan.exchange import copies_of_token
+from megatron_r1.plan.hidden_exchange import expert_flops, exposed_seconds, share_alone
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
@@ -158,7 +159,7 @@ HIDDEN = ("data", "pipeline")
 """Axes whose traffic is not exposed: the data axis's is hidden behind computation
 (overlap_grad_reduce), the pipeline's is counted in `StepTime.stalls`. Context parallelism's is
 hidden behind attention while that lasts; tensor's and expert's is exposed, which is pessimistic
-where Transformer Engine overlaps it."""
+where Transformer Engine overlaps it; but see `StepTime.exchange`."""
 
 
 class StepTime:
@@ -194,17 +195,38 @@ class StepTime:
             attention = attention_flops(self.job.hf, self.length) * sum(self.job.layers(rank))
             behind = self._seconds(attention * self._passes(backward))
             seconds["context"] = max(0.0, seconds["context"] - behind)
+        if "expert" in seconds and backward:
+            seconds["expert"] = self.exchange(rank)
         return sum(seconds.values())
+
+    def exchange(self, rank: int) -> float:
+        """Return seconds of one micro-batch's exchange with experts' ranks that computation does
+        not hide, forward and backward."""
+        group, (_, sparse) = self.groups(rank)["expert"], self.job.layers(rank)
+        whole = group.seconds(self.job, group.microbatch)
+        if not self.job.parallel.overlap_expert_exchange or not sparse:
+            return whole
+        experts = expert_flops(self.job, self.job.sparse.index(True)) / self._speedup
+        parts = (self._layer_flops[1] - experts, experts)
+        once = group.seconds(self.job, group.forward) / (2 * sparse)
+        exposed = sparse * exposed_seconds(once, *map(self._seconds, parts))
+        alone = share_alone(self.job, rank)
+        return alone * whole + (1 - alone) * exposed
+
+    @property
+    def _speedup(self) -> float:
+        """How many times as fast as bf16's the products of layers are."""
+        job = self.job
+        return 1.0 if job.config.fp8.recipe == "none" else job.assumptions.fp8_speedup
 
     @cached_property
     def _layer_flops(self) -> tuple[float, float]:
         """Forward FLOP of a token through a dense and a sparse layer, as many as bf16 computes in
         their time; 0 if the model has none."""
         job = self.job
-        speedup = 1.0 if job.config.fp8.recipe == "none" else job.assumptions.fp8_speedup
         first = {sparse: layer for layer, sparse in enumerate(job.sparse)}
         dense, sparse = (
-            layer_flops(job, first[kind], self.length, speedup) if kind in first else 0.0
+            layer_flops(job, first[kind], self.length, self._speedup) if kind in first else 0.0
             for kind in (False, True)
         )
         return dense, sparse

@@ -36,7 +36,8 @@ YES = "yes"
 SIZES = {
     "parallel": (
         *("processes", "tensor", "context", "expert", "expert_tensor"),
-        *("pipeline", "virtual_pipeline", "pipeline_layout", "recompute", "overlap_param_gather"),
+        *("pipeline", "virtual_pipeline", "pipeline_layout", "recompute"),
+        *("overlap_expert_exchange", "overlap_param_gather"),
     ),
     "fp8": ("recipe",),
     "rollout": (
