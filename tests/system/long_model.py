@@ -1,4 +1,4 @@
-"""A tiny DeepSeek-V3 with the real vocabulary and latents, whose prompts decide how long it answers.
+"""A tiny DeepSeek-V3 with the real vocabulary and latents; its prompts decide how long it answers.
 
 Weights are random but for one coordinate of embedding and head, a mark: words of even number have
 it positive in both, words of odd number and the end token negative. After an even word nearly all
