@@ -57,8 +57,9 @@ class ParallelConfig(Section):
     """upper limit; a longer sample gets a micro-batch alone. Default: 16,384; without GPUs fewer,
     so that activations take 1.5 GiB, or less where memory is short"""
     share_prompts: bool = False
-    """compute a prompt once for all its responses in a micro-batch; on a CPU, without context
-    parallelism, routing replay and MTP training. Gradients are the same"""
+    """compute a prompt once for all its responses in a micro-batch, and a turn once for all
+    branches that continue it; on a CPU, without context parallelism, routing replay and MTP
+    training. Gradients are the same"""
     threads: int | None = None
     """CPU threads per rank; default: cores / ranks"""
     wait_seconds: float = Field(7200.0, gt=0)

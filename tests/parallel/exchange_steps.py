@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from grids import parallel_settings
-from megatron_r1.trainer.sample import Sample
 
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.trainer import distributed
+from megatron_r1.trainer.training_sample import Sample
 
 POLICY = LossSettings(average="token", clip_low=0.2, clip_high=0.3, kl_beta=0.1, entropy_coef=0.01)
 GRPO = "megatron_r1.controller.algorithms.grpo:loss"
