@@ -24,6 +24,7 @@ from megatron_r1.models import platform
 from megatron_r1.models.platform import LOOPBACK, host_store, ranks_share_host
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.local import local_entries
+from megatron_r1.models.weights.stored.published import has_power_of_two_scales
 from megatron_r1.push.link_planner import (
     EncodedSlices,
     HeldPieces,
@@ -200,7 +201,7 @@ class WeightSender:
 
         def send_over(name: str, link: PushLink) -> None:
             try:
-                link.end.send(push, EncodedSlices(link.slices))
+                link.end.send(push, self._encoded(link))
             except SetFailed as error:
                 problems.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:
@@ -219,6 +220,9 @@ class WeightSender:
         )
         return problems
 
+    def _encoded(self, link: PushLink) -> EncodedSlices:
+        return EncodedSlices(link.slices, power_of_two=has_power_of_two_scales(self.hf))
+
     def _send_in_rounds(self, push: int, sets: Mapping[str, LinkedSet]) -> dict[str, Failure]:
         """Send a push in the rounds that the plan has for it."""
         found = {}
@@ -226,7 +230,7 @@ class WeightSender:
             if linked.rounds is not None:
                 blocks = {
                     (link.member, link.end.rank): SlicesBlock(
-                        link.end.table, link.end.deliveries, EncodedSlices(link.slices)
+                        link.end.table, link.end.deliveries, self._encoded(link)
                     )
                     for link in linked.links
                 }
