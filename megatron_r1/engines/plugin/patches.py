@@ -29,7 +29,10 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapMan
 from megatron_r1.base.processes import timeline
 
 DEEPSEEK_MODELS = "vllm.model_executor.models.deepseek_v2"
-MTP_MODELS = tuple(f"vllm.model_executor.models.{name}" for name in ("deepseek_mtp", "glm4_moe_mtp"))
+MTP_MODELS = (
+    "vllm.model_executor.models.deepseek_mtp",
+    "vllm.model_executor.models.glm4_moe_mtp",
+)
 RELEASED_EPSILON = 1e-6
 
 
