@@ -112,7 +112,7 @@ def different_layout(parallel: ParallelConfig) -> ParallelConfig:
 def fewer_engine_ranks(rollout: RolloutConfig) -> dict[str, int]:
     """Return the settings of the resumed run's engines: half as many, each with one copy of its
     layers on one host. Where vLLM balances experts, which takes several ranks, an engine keeps
-    two: of a tensor group."""
+    two of them, as a tensor group."""
     fewer = {"engines": max(1, rollout.engines // 2), "data": 1, "hosts_per_engine": 1}
     if rollout.redundant_experts and rollout.tensor == 1:
         fewer["tensor"] = PARTS
