@@ -25,6 +25,7 @@ def install() -> None:
         *(generic_gemm, te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd),
         *(multi_tensor_adam, multi_tensor_scale, multi_tensor_l2norm),
         *(quantize, split_quantize, fp8_transpose),
+        *(fused_multi_row_padding, fused_multi_row_unpadding),
     ):
         original = getattr(sys.modules["transformer_engine_torch"], kernel.__name__)
         ORIGINALS[kernel.__name__] = original
@@ -167,6 +168,23 @@ def fp8_transpose(data, dtype, *, out=None):
     """The codes with the last dimension first."""
     turned = data.movedim(-1, 0).contiguous()
     return turned if out is None else out.copy_(turned)
+
+
+def fused_multi_row_padding(x, out, rows, padded_rows):
+    """Write the rows of every expert to `out`, each followed by zeros up to its padded number."""
+    for part, place, number in zip(
+        x.split(rows), out.view(-1, x.shape[-1]).split(padded_rows), rows, strict=True
+    ):
+        place[:number].copy_(part)
+        place[number:].zero_()
+
+
+def fused_multi_row_unpadding(x, out, padded_rows, rows):
+    """Write the rows of every expert to `out`, without those that follow."""
+    for part, place, number in zip(
+        x.split(padded_rows), out.view(-1, x.shape[-1]).split(rows), rows, strict=True
+    ):
+        place.copy_(part[:number])
 
 
 def _blocks(x, block, quantizer) -> tuple[torch.Tensor, torch.Tensor]:

@@ -272,7 +272,7 @@ def per_token_group_fp8_quant(
 
 
 @_kernel("_C::silu_and_mul_per_block_quant")
-def silu_and_mul_per_block_quant(codes, x, scales, size, bound, is_transposed) -> None:
+def silu_and_mul_per_block_quant(codes, x, scales, size, bound=None, is_transposed=False) -> None:
     """Write the codes and scales of SiLU of the first half of each row, times the second half."""
     assert bound is None
     product = torch.empty(codes.shape, dtype=torch.float32)
