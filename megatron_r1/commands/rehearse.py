@@ -75,7 +75,8 @@ def _check(config: Config, verb: str) -> None:
     hf = read_hf_config(config.model.path, None)
     if verb in ("rl", "sample"):
         check_engines(config, hf)
-        check_arguments(config.rollout, "rollout")
+        if not launch.is_on_null_gpu():  # there the command that started this one has asked vLLM
+            check_arguments(config.rollout, "rollout")
         context_length(config)
     if verb != "sample":
         check_trainer(config, verb)

@@ -34,7 +34,12 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import check_cpu_kernels, check_engines, context_length
+from megatron_r1.engines.server.from_recipe import (
+    check_cpu_kernels,
+    check_engines,
+    check_experts_here,
+    context_length,
+)
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
@@ -296,6 +301,7 @@ def check_settings(config: Config) -> None:
     # Layers without Transformer Engine need more; whether ranks have it only they know.
     check_divisions(hf, config.parallel, transformer_engine=True)
     check_engines(config, hf)
+    check_experts_here(config.rollout)
     check_cpu_kernels(config.rollout, hf)
     check_arguments(config.rollout, "rollout")
     check_room(config.rollout)

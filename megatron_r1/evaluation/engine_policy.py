@@ -23,6 +23,7 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.from_recipe import (
     check_cpu_kernels,
     check_engines,
+    check_experts_here,
     context_length,
     engine_settings,
     fleet_settings,
@@ -72,6 +73,7 @@ class EnginePolicy:
         check_room(rollout)
         hf = load_config(model)
         check_engines(config, hf)
+        check_experts_here(rollout)
         check_cpu_kernels(rollout, hf)
         check_arguments(rollout, "rollout")
         self._fleet: RolloutFleet | None = None

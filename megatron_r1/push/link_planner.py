@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
@@ -143,10 +144,17 @@ class EncodedSlices:
     "codes" and "scales" are the two results of `fp8_blocks.quantize_fp8` for a slice of whole
     blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both. To
     take little memory, only the codes or merged values that were read last are kept, and scales
-    until they are read."""
+    until they are read.
 
-    def __init__(self, slices: Iterable[tuple[ParameterSlice, Encoding]]):
+    Args:
+        slices: each delivery's values and their form.
+        power_of_two: whether scales are rounded up to powers of two."""
+
+    def __init__(
+        self, slices: Iterable[tuple[ParameterSlice, Encoding]], *, power_of_two: bool = False
+    ):
         self._slices = list(slices)
+        self._quantize = partial(quantize_fp8, power_of_two=power_of_two)
         self._last: tuple[int, Tensor] | None = None
         self._scales: dict[int, Tensor] = {}
         """By the identity of a slice, which its codes and scales share."""
@@ -160,12 +168,12 @@ class EncodedSlices:
             return self._last[1]
         if encoding == "scales":
             scales = self._scales.pop(id(source), None)
-            values = quantize_fp8(source.values())[1] if scales is None else scales
+            values = self._quantize(source.values())[1] if scales is None else scales
         else:
             self._last = None  # frees the last values before the next are computed
             values = source.values()
             if encoding == "codes":
-                values, self._scales[id(source)] = quantize_fp8(values)
+                values, self._scales[id(source)] = self._quantize(values)
         self._last = (index, values)
         return values
 

@@ -25,6 +25,7 @@ from megatron_r1.models.platform import LOOPBACK, host_store, ranks_share_host
 from megatron_r1.models.weights.adapters import adapter_pieces
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.local import local_entries
+from megatron_r1.models.weights.stored.published import has_power_of_two_scales
 from megatron_r1.models.weights.table import Piece, Table
 from megatron_r1.push.link_planner import (
     EncodedSlices,
@@ -99,6 +100,7 @@ class WeightSender:
     ):
         self.grid, self.rank = grid, rank
         self.store, self.broadcast = store, broadcast
+        self._power_of_two_scales = has_power_of_two_scales(hf)
         self._tensors = pushed_tensors(hf, fp8=False, drafts=drafts, adapters=adapters)
         self._planner = LinkPlanner(
             hf, grid, held, rank=rank, stages=stages, gpus=gpus, rules=adapters
@@ -208,7 +210,7 @@ class WeightSender:
 
         def send_over(name: str, link: PushLink) -> None:
             try:
-                link.end.send(push, EncodedSlices(link.slices))
+                link.end.send(push, self._encoded(link))
             except SetFailed as error:
                 problems.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:
@@ -227,6 +229,9 @@ class WeightSender:
         )
         return problems
 
+    def _encoded(self, link: PushLink) -> EncodedSlices:
+        return EncodedSlices(link.slices, power_of_two=self._power_of_two_scales)
+
     def _send_in_rounds(self, push: int, sets: Mapping[str, LinkedSet]) -> dict[str, Failure]:
         """Send a push in the rounds that the plan has for it."""
         found = {}
@@ -234,7 +239,7 @@ class WeightSender:
             if linked.rounds is not None:
                 payloads = {
                     (link.member, link.end.rank): SlicesPayload(
-                        link.end.table, link.end.deliveries, EncodedSlices(link.slices)
+                        link.end.table, link.end.deliveries, self._encoded(link)
                     )
                     for link in linked.links
                 }

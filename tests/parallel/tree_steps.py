@@ -36,9 +36,9 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.episodes import Episode
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import weights
-from megatron_r1.trainer import distributed, sample
+from megatron_r1.trainer import distributed, shared_prompts
 
-sample.LEAST_SHARED = 1  # the turns of these trees are short
+shared_prompts.LEAST_SHARED = 1  # the turns of these trees are short
 LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 
 

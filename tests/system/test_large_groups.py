@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from command_line import command, environment, run
-from megatron_r1.base.files.append_only import FramedFile
 from run_progress import left_behind, lines, wait_for
 from safetensors.torch import load_file
 from waiting import wait_until
 
+from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 

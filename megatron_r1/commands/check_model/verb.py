@@ -35,6 +35,7 @@ from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.from_recipe import (
     check_cpu_kernels,
     check_engines,
+    check_experts_here,
     engine_settings,
     positions,
 )
@@ -79,6 +80,7 @@ async def by_vllm(
         return NotCompared("vllm is not installed in this environment", is_failure=False)
     try:
         check_engines(config, load_config(folder))
+        check_experts_here(config.rollout)
         check_cpu_kernels(config.rollout, load_config(folder))
         check_arguments(config.rollout, "rollout")
     except UserError as error:

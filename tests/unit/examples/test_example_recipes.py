@@ -75,8 +75,8 @@ def test_every_recipe_can_be_planned_and_fits(recipe, tmp_path):
         (
             "r1_zero_pools",
             "run.folder rollout.placement rollout.hosts_per_engine rollout.engines "
-            "rollout.colocated rl.staleness parallel.processes parallel.pipeline "
-            "parallel.virtual_pipeline",
+            "rollout.colocated rollout.gpu_memory rl.staleness parallel.processes "
+            "parallel.pipeline parallel.virtual_pipeline",
         ),
         ("r1_zero_fp8", "run.folder fp8.recipe fp8.scales push.fp8 rollout.gpu_memory"),
     ],

@@ -432,8 +432,7 @@ class KnownScales:
         for path in _files_with_scales(Path(folder)):
             file = SafetensorsFile(path)
             self._home |= {name: file for name in file.tensors if published.is_scale(name)}
-        quantization = hf.get("quantization_config") or {}
-        self.power_of_two = quantization.get("scale_fmt") == "ue8m0"
+        self.power_of_two = published.has_power_of_two_scales(hf)
 
     def rows(self, name: str, first: int, count: int) -> Tensor | None:
         """Return the scales of rows [first, first + count) of the weight `name`, or None.
