@@ -53,7 +53,7 @@ def with_prefixes(cu_seqlens: Tensor, continued: Continued) -> Tensor:
 
     Args:
         cu_seqlens: (S + 1,) integers.
-        continued: of the S segments."""
+        continued: what each of the S segments continues."""
     setattr(cu_seqlens, _CONTINUED, continued)
     return cu_seqlens
 

@@ -52,8 +52,8 @@ class Comparison:
     Attributes:
         settings: a line per setting that differs.
         steps: how many steps both have finished.
-        logs: of how many of them both have a sample log.
-        checkpoints: of how many of them both have a checkpoint.
+        logs: how many of them both have a sample log of.
+        checkpoints: the steps that both have a checkpoint of.
         differences: every difference that was found, in the order of steps and phases. Of
             checkpoints it has those of the first pair that differs, and of the first that differs
             by more than rounding."""

@@ -5,12 +5,12 @@ Oracle of powers of two: 2 ** ceil(log2(amax / 448)) in fp64 (numpy)."""
 import numpy as np
 import pytest
 import torch
-from megatron_r1.models.weights.stored.block_formats import quantize_fp8
 from refusals import refused
 from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.models.weights import hf_tensors
+from megatron_r1.models.weights.stored.fp8_blocks import quantize_fp8
 from megatron_r1.models.weights.stored.hf_folder import HfWeights, KnownScales
 
 HF = {
