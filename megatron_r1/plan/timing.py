@@ -13,6 +13,7 @@ from megatron_r1.models.hf_config import head_sizes, key_value_heads
 from megatron_r1.models.memory import BYTES, Counts
 from megatron_r1.plan.counts import RankCounts, attention_flops, head_flops, layer_flops
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.offload import OFFLOAD, offload_time
 from megatron_r1.plan.push import push_link
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.plan.replay import ROUTED, replay_time
@@ -254,6 +255,7 @@ def time_section(times: StepTime) -> Section:
     if job.verb == "rl":
         formula = f"bytes into an engine GPU / its {push_link(job)[1]}"
         section["push"] = Quantity(times.push(), "s", formula)
+        section |= offload_time(job, times.push())
     parts = [name for name in PARTS if name in section]
     if missing := [name for name in parts if section[name].value is None]:
         why = f"none without {missing[0]}: {section[missing[0]].formula}"
@@ -272,7 +274,7 @@ def time_section(times: StepTime) -> Section:
     return section
 
 
-PARTS = ("rollout", ROUTED, "scoring", "training", "critic", "push")
+PARTS = ("rollout", ROUTED, "scoring", "training", "critic", OFFLOAD, "push")
 """The parts of a step, in order."""
 
 
