@@ -87,7 +87,7 @@ def _of_rank(
     persistent["optimizer"] -= on_host
     is_kept = job.scores_reference or job.keeps_reference
     host = {"reference": reference if is_kept else 0, "optimizer": on_host}
-    host |= replay_host_bytes(job) | away_host_bytes(job, counts)
+    host |= replay_host_bytes(job, rank) | away_host_bytes(job, counts)
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = checkpoint_bytes(
             job.config, counts, job.replicas, with_reference=is_kept

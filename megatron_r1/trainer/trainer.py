@@ -10,6 +10,7 @@ Every operation is called on all ranks at the same time. A rank handles samples 
 prompts or rewards."""
 
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -42,16 +43,16 @@ from megatron_r1.trainer.metrics import (
 from megatron_r1.trainer.offload import offload_of
 from megatron_r1.trainer.operations import SUPERVISED, SampleScores
 from megatron_r1.trainer.packed import (
-    RoutingPart,
     Scores,
-    TokenSplit,
     check_token_ids,
     packed_batch,
 )
 from megatron_r1.trainer.passes import Compute, free_gradients, optimizer_step, run_passes
 from megatron_r1.trainer.reference import Reference
+from megatron_r1.trainer.routing import RoutingPart, RoutingScatter
 from megatron_r1.trainer.sample import ReplicaSamples, Sample, check_shared_prompts
 from megatron_r1.trainer.token_advantages import ScoredRollout
+from megatron_r1.trainer.token_split import TokenSplit
 
 
 class Trainer:
@@ -95,9 +96,15 @@ class Trainer:
         """The parameters of the whole model, counted in its weight table."""
         return weights.num_parameters(self.hf)
 
-    def load(self, minibatches: ReplicaSamples) -> dict[str, float]:
-        """Pack this replica's samples: minibatches[i][m] are those of micro-batch m of mini-batch
-        i.
+    def load(
+        self, minibatches: ReplicaSamples, scatter: RoutingScatter | None = None
+    ) -> dict[str, float]:
+        """Pack this replica's samples.
+
+        Args:
+            minibatches: minibatches[i][m] are the samples of micro-batch m of mini-batch i.
+            scatter: sends the routing from the replica's leader, whose samples alone have it; None:
+                this rank's have it.
 
         Returns "packing/padding", padding as a fraction of the tokens computed, and, where prompts
         are shared, "packing/shared", the fraction of tokens that are not computed again."""
@@ -107,10 +114,11 @@ class Trainer:
         pack = partial(
             packed_batch, split=self.split, device=platform.device(), share_prompts=shares_prompts
         )
-        self.minibatches = [
-            [pack(microbatch, routing=self.routing) for microbatch in self._in_rounds(minibatch)]
-            for minibatch in minibatches
-        ]
+        rounds = [self._in_rounds(minibatch) for minibatch in minibatches]
+        every = [microbatch for minibatch in rounds for microbatch in minibatch]
+        recorded = scatter.scatter(every) if scatter else [self.routing] * len(every)
+        packed = (pack(one, routing=own) for one, own in zip(every, recorded, strict=True))
+        self.minibatches = [list(islice(packed, len(minibatch))) for minibatch in rounds]
         # The sum also runs over context ranks, which hold parts of the same samples.
         num_tokens = sum(len(s) for s in samples)
         num_shared = sum(batch.num_shared for batch in self._batches())

@@ -18,8 +18,9 @@ from estimator_problem import (
     with_kl,
 )
 
-from megatron_r1.trainer.packed import TokenSplit, packed_batch
+from megatron_r1.trainer.packed import packed_batch
 from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.token_split import TokenSplit
 
 # The weights of an average per trajectory are fp32.
 NEAR = {"rtol": 1e-6, "atol": 1e-9}
