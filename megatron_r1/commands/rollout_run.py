@@ -29,10 +29,10 @@ from megatron_r1.controller.rollouts.rollout import (
     Group,
     Rollout,
     RolloutSampling,
+    all_responses,
     check_grades,
-    responses_of,
 )
-from megatron_r1.controller.rollouts.sample_log import SampleLog
+from megatron_r1.controller.rollouts.sample_log import SampleLog, encode, pack
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.teacher import teacher_fleet
 from megatron_r1.data.prompts import Prompt, PromptSplit
@@ -46,7 +46,7 @@ from megatron_r1.engines.server.episodes import Episode, Player
 from megatron_r1.engines.server.from_recipe import context_length, engine_settings, fleet_settings
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.memory import parameter_bytes
+from megatron_r1.models.memory import BYTES, FP32, parameter_bytes
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.stored import published
 from megatron_r1.push.plan.from_recipe import engine_rank_bytes
@@ -103,9 +103,9 @@ def open_player(config: Config, text: PromptText) -> Player | None:
     nothing of `megatron_r1.agents`."""
     if not config.agents.players:
         return None
-    from megatron_r1.controller.rollouts.players import player_of
+    from megatron_r1.controller.rollouts.players import make_player
 
-    return player_of(config, text)
+    return make_player(config, text)
 
 
 def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> RolloutFleet:
@@ -260,7 +260,7 @@ def _conversation(episode: Episode) -> tuple[str, str]:
 
 def _episodes(rollout: Rollout) -> list[str]:
     """Return a line with the ends of the episodes and their calls, if there are episodes."""
-    episodes = [r.episode for r in responses_of(rollout.groups) if r.episode is not None]
+    episodes = [r.episode for r in all_responses(rollout.groups) if r.episode is not None]
     if not episodes:
         return []
     ends = Counter(episode.status for episode in episodes).most_common()
@@ -290,11 +290,36 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, me
         "evaluations and checkpoints come on top, and the run shows the time left from its first "
         "step on",
         memory,
+        *_kept_on_disk(config, rollout, full / responses),
         *advice(rollout, first).values(),
         *filter(None, [warmup_note(config.optimizer, config.num_policy_updates)]),
         "nothing was trained or written",
     ]
     return "\n".join(lines)
+
+
+def _kept_on_disk(config: Config, rollout: Rollout, share: float) -> list[str]:
+    """Return a sentence per setting that keeps every step's samples, or further checkpoints.
+
+    share: a step's responses over those of `rollout`."""
+    lines, steps = [], config.run.steps
+    if config.rl.keep_sample_log:
+        size = sum(len(encode(pack(0, group))) for group in rollout.groups) * share
+        lines.append(
+            f"rl.keep_sample_log: {size / 1e6:,.1f} MB a step at this length, "
+            f"{size * steps / 1e9:,.2f} GB in all"
+        )
+    every = config.checkpoint.keep_every
+    if every and config.model.lora is None:
+        values = num_parameters(read_hf_config(config.model.path))
+        # Master weights and both moments, the weights and the reference policy's.
+        weights = (1 + config.uses_reference) * BYTES[config.model.dtype]
+        size = values * (3 * FP32 + weights)
+        lines.append(
+            f"checkpoint.keep_every: {every}: {counted(steps // every, 'checkpoint')} of "
+            f"{size / 1e9:,.2f} GB"
+        )
+    return lines
 
 
 def _memory(config: Config) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_r1.base.errors import Cause, TrainerError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.foreign import require_complete, weight_files
+from megatron_r1.base.files.weight_files import require_complete, weight_files
 from megatron_r1.base.processes import preloaded, timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands import torchrun
@@ -32,7 +32,7 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.from_recipe import engine_settings
 from megatron_r1.engines.server.settings import MODULE as ENGINE
 from megatron_r1.engines.server.settings import EngineSettings
-from megatron_r1.evaluation.identity import has_newest_export
+from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.models.hf_config import as_read, num_mtp_layers, read_hf_config
 from megatron_r1.models.weights.adapter_table import check_adapters
 from megatron_r1.reporting.run_folder import RunFolder

@@ -29,7 +29,7 @@ from megatron_r1.engines.server.from_recipe import (
 )
 from megatron_r1.engines.server.responses import Response, cut_at_stop
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.evaluation.identity import fingerprint, require_weights
+from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 from megatron_r1.models.hf_config import as_read, load_config
 

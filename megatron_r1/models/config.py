@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.config.model import Fusion
-from megatron_r1.models import fp8, platform
+from megatron_r1.models import fp8_transformer_engine, platform
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.pipeline_stages import pipeline_stages, uneven_layout
 from megatron_r1.models.supported import check_divisions, own_fields
@@ -155,7 +155,7 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     fields |= _parallel_fields(parallel, has_experts)
     fields |= _pipeline_fields(parallel, hf["num_hidden_layers"], fields.get("mtp_num_layers") or 0)
     fields |= _recompute_fields(parallel, fields)
-    fields |= fp8.megatron_fields(config.fp8)
+    fields |= fp8_transformer_engine.megatron_fields(config.fp8)
     fields |= _acceleration_fields(config, has_experts)
     if fields.get("softmax_type") and config.model.attention_backend == "flash":
         raise UserError(

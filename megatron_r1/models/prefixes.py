@@ -150,10 +150,12 @@ class _PrefixAttention(torch.autograd.Function):
             at = grad[rows], query[rows], key[prefix], value[prefix], out[rows]
             norm = lse[rows][..., 0].t()[None]
             parts = _gradients([_row(x, size) for x in at], norm, False, ctx.scale)
-            of_rows, of_keys, of_values = (part[0].transpose(0, 1).to(wide) for part in parts)
-            d_query[rows] += of_rows
-            d_key[prefix] += of_keys
-            d_value[prefix] += of_values
+            d_rows, d_prefix_key, d_prefix_value = (
+                part[0].transpose(0, 1).to(wide) for part in parts
+            )
+            d_query[rows] += d_rows
+            d_key[prefix] += d_prefix_key
+            d_value[prefix] += d_prefix_value
         pairs = (d_query, query), (d_key, key), (d_value, value)
         return *(d[..., : x.shape[2]].to(x.dtype) for d, x in pairs), None, None
 

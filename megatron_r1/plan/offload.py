@@ -67,7 +67,7 @@ def offload_time(job: PlannedJob, push_seconds: float) -> Section:
     if not offloads(job):
         return {}
     num_bytes, hardware = _of_fullest(job), job.hardware
-    rate, link = hardware.host_link, "host_link"
+    rate, link = hardware.host_link * job.assumptions.link_efficiency, "host_link"
     if job.config.parallel.offload_between_phases == "disk":
         own = hardware.local_disk / min(hardware.gpus_per_node, job.world_size)
         rate, link = min(rate, own), "a GPU's share of local_disk"

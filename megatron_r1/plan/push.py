@@ -18,12 +18,12 @@ from megatron_r1.models.weights.layout import Shard
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.engine_sets import SET_ENGINES, Plan, engine_sets, entries
+from megatron_r1.push.plan.engine_sets import SET_ENGINES, Plan, engine_sets, plan_sets
 from megatron_r1.push.plan.from_recipe import check_drafter, engine_layout, shares_gpus_over_nccl
 from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.push.plan.rounds import ENTRY_BYTES, PushOrder, planned_order
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
-from megatron_r1.push.transports import PASSED_BYTES, ROUNDS_AHEAD
+from megatron_r1.push.transports import RELAYED_BYTES, ROUNDS_AHEAD
 from megatron_r1.reporting.wording import counted
 
 PAIR_REQUESTS = 4
@@ -64,7 +64,7 @@ class SetTraffic:
         """Return the time of a push through adapters of `rate`: what enters, from the busiest
         trainer rank, then rounds of what is passed on, in rings."""
         passed_on = max(self.received) - self.entering
-        rounds = -(-passed_on // (PASSED_BYTES * self.num_engines))
+        rounds = -(-passed_on // (RELAYED_BYTES * self.num_engines))
         hops = (self.num_engines - 1) * given.hop_seconds
         return (
             max(max(self.sent), self.entering) / rate
@@ -147,13 +147,13 @@ def set_links(
     entering: Counter[tuple[int, int, int]] = Counter()
     sent, received = [0.0] * grid.world, [0.0] * engines.ranks_per_engine
     for index, plan in enumerate(plans):
-        for entry in chain.from_iterable(plan):
-            engine_rank = index, entry.member, entry.position
-            out[entry.sender] += 1
-            sent[entry.sender] += entry.num_bytes
+        for link in chain.from_iterable(plan):
+            engine_rank = index, link.member, link.position
+            out[link.sender] += 1
+            sent[link.sender] += link.num_bytes
             into[engine_rank] += 1
-            entering[engine_rank] += entry.num_bytes
-            received[entry.position] += entry.num_bytes / len(sets)
+            entering[engine_rank] += link.num_bytes
+            received[link.position] += link.num_bytes / len(sets)
     return SetTraffic(
         sent=sent,
         out=max(out.values()),
@@ -193,7 +193,7 @@ def _set_plans(
 ) -> list[Plan]:
     needs = PredictedLayout(json.loads(hf), engines, drafts=drafts)
     planner = Planner(json.loads(hf), grid, engines, stages, needs)
-    return entries(planner, count, engine_sets(engines.engines, max_engines))
+    return plan_sets(planner, count, engine_sets(engines.engines, max_engines))
 
 
 def planned_engine_layout(job: PlannedJob) -> EngineLayout:
@@ -308,7 +308,7 @@ def borrowed_bytes(job: PlannedJob) -> int:
     receive buffer, and the buckets of the rounds under way."""
     if not (pushes(job) and borrows_memory(job)):
         return 0
-    bucket = PASSED_BYTES if planned_engine_layout(job).engines > 1 else ENTRY_BYTES
+    bucket = RELAYED_BYTES if planned_engine_layout(job).engines > 1 else ENTRY_BYTES
     return receive_buffer_bytes(job) + 2 * ROUNDS_AHEAD * bucket
 
 
@@ -425,7 +425,7 @@ def _connections(
             _round_seconds(order, rate, given),
             "s",
             f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
-            f"{order.num_passing_rounds:,} in which these pass them on: of a bucket each way "
+            f"{order.num_relay_rounds:,} in which these pass them on: of a bucket each way "
             f"through every {link}",
         )
         return section

@@ -44,7 +44,7 @@ from megatron_r1.push.rendezvous import (
 from megatron_r1.push.results import ConnectedSets, Failure, OpenedPush, SentWeights
 from megatron_r1.push.round_sender import RoundSender
 from megatron_r1.push.transports.base import gpu_uuid
-from megatron_r1.push.transports.blocks import SlicesBlock
+from megatron_r1.push.transports.payloads import SlicesPayload
 
 T = TypeVar("T")
 
@@ -167,7 +167,7 @@ class WeightSender:
 
     def send(self, push: int, sets: Sequence[str], gone: Sequence[str] = ()) -> SentWeights:
         """Send the present weights to these sets, over all links at once, as push number `push` of
-        each set. Rank 0 returns when the engines of each set have passed on all of the push. A set
+        each set. Rank 0 returns when the engines of each set have relayed all of the push. A set
         that fails does not stop the others.
 
         Args:
@@ -190,7 +190,7 @@ class WeightSender:
                 except SetFailed as error:
                     problems[name] = error.failure
                 except RuntimeError as error:
-                    late = f"an engine has not passed on all of push {push}: {error}"
+                    late = f"an engine has not relayed all of push {push}: {error}"
                     problems[name] = rendezvous.report_error(late)
         return {"problems": {name: msgspec.to_builtins(f) for name, f in problems.items()}}
 
@@ -224,14 +224,14 @@ class WeightSender:
         found = {}
         for name, linked in sets.items():
             if linked.rounds is not None:
-                blocks = {
-                    (link.member, link.end.rank): SlicesBlock(
+                payloads = {
+                    (link.member, link.end.rank): SlicesPayload(
                         link.end.table, link.end.deliveries, EncodedSlices(link.slices)
                     )
                     for link in linked.links
                 }
                 linked.rounds.number = linked.number
-                found[name] = linked.rounds, blocks
+                found[name] = linked.rounds, payloads
         return self._rounds.send(push, found) if found else {}
 
     def _offers(

@@ -191,7 +191,7 @@ class Offload:
             if kind in self._away:
                 continue
             storages = found[kind]
-            self._stores[kind].keep([_bytes_of(storage) for storage in storages])
+            self._stores[kind].keep([_as_bytes(storage) for storage in storages])
             self._away[kind] = [(storage, storage.nbytes()) for storage in storages]
             for storage in storages:
                 _release(storage)
@@ -212,7 +212,7 @@ class Offload:
                         "something has used them meanwhile"
                     )
                 storage.resize_(size)
-            self._stores[kind].fill([_bytes_of(storage) for storage, _ in storages])
+            self._stores[kind].fill([_as_bytes(storage) for storage, _ in storages])
             del self._away[kind]
 
     def prepare(self, operation: str) -> None:
@@ -265,7 +265,7 @@ def _release(storage: torch.UntypedStorage) -> None:
         storage.resize_(0)
         return
     begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    _bytes_of(storage).zero_()
+    _as_bytes(storage).zero_()
     first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
     length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
     if length > 0:
@@ -274,7 +274,7 @@ def _release(storage: torch.UntypedStorage) -> None:
             raise OSError(ctypes.get_errno(), "madvise does not give back a storage's pages")
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 

@@ -33,8 +33,9 @@ from megatron_r1.models.prefixes import first_positions, with_prefixes
 from megatron_r1.models.replay import RecordedRouting
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.routing import RoutingPart, recorded_routing
-from megatron_r1.trainer.sample import Sample, shared_prefixes
+from megatron_r1.trainer.shared_prompts import shared_prefixes
 from megatron_r1.trainer.token_split import Placement, TokenSplit, placed
+from megatron_r1.trainer.training_sample import Sample
 
 
 def packed_batch(
@@ -179,7 +180,7 @@ class Scores:
     every: Tensor
     context_group: ProcessGroup
 
-    def of_samples(self) -> Tensor:
+    def at_last_tokens(self) -> Tensor:
         """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
         at = self.batch.last_tokens
         held = torch.where(at >= 0, self.every[at.clamp(min=0)], 0.0)

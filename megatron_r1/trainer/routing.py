@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.models.experts import RoutingShape
 from megatron_r1.models.replay import RecordedRouting
+from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.trainer.distributed import Replica
-from megatron_r1.trainer.sample import Sample
 from megatron_r1.trainer.token_split import TokenSplit, own_tokens, placed
+from megatron_r1.trainer.training_sample import Sample
 
 Microbatches = Sequence[Sequence[Sample]]
 """The micro-batches of all mini-batches, one after the other."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.models.context_parallel import held_positions
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from megatron_r1.trainer.operations import (
     operation_names,
 )
 from megatron_r1.trainer.rank_monitor import IDLE, RankMonitor, collective
-from megatron_r1.trainer.sample import decode_samples, without_routing
+from megatron_r1.trainer.training_sample import decode_samples, without_routing
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.offload import Offload

@@ -12,7 +12,7 @@ from trainer_steps import SETTINGS, TEMPERATURE, config
 
 from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 # fp32 sums in another order, through two updates with a large learning rate.

@@ -103,7 +103,7 @@ class FilePusher:
             return copy_with_checksum(*arguments) ^ (next(names) == tensor)
 
         number = self.pusher._push_number + 1
-        self.pusher._push_number += 2  # the next one fills the same area
+        self.pusher._push_number += 2  # the next one fills the same buffer
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shared_memory, "copy_with_checksum", damaged)
             self.trainer.sender.send(number, [name_of_set])

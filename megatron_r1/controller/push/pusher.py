@@ -124,7 +124,7 @@ class LentProber(Prober):
         return await self.trainer.compare_probe(self.prompts, scores)
 
 
-def pusher_of(
+def create_pusher(
     config: Config, trainer: TrainerClient, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
 ) -> WeightPusher:
     """Return the pusher of a run.
@@ -159,8 +159,8 @@ class WeightPusher:
     """Call `open` and the first `push` in a block of `updating`; then each change of the trainer's
     weights in another, with the `push` of the new ones at its end.
 
-    The fleet's `feed` is set to this pusher's: an engine that is replaced, or joins, receives the
-    trainer's weights while those are the version that the other engines have.
+    The fleet's `send_weights` is set to this pusher's: an engine that is replaced, or joins,
+    receives the trainer's weights while those are the version that the other engines have.
 
     Args:
         fleet: the engines that run, and their replacement.
@@ -204,7 +204,7 @@ class WeightPusher:
         """Connect trainer and engines, before the first push. Raises EngineError."""
         assert self._settled.locked(), "it is called in a block of updating()"
         await self.links.open()
-        self.fleet.feed = self.feed
+        self.fleet.send_weights = self.send_weights
         with self.fleet.patient(self.links.connect_seconds):
             await self._form_sets(self._engines_up, self._lose_if_dead)
 
@@ -241,7 +241,7 @@ class WeightPusher:
         return {} if self._probing is None else await self._probing
 
     @contextlib.asynccontextmanager
-    async def feed(self, engine: Engine) -> AsyncIterator[bool]:
+    async def send_weights(self, engine: Engine) -> AsyncIterator[bool]:
         """Push to `engine`, which is not in the fleet yet, the weights that the others have; yield
         whether it has them. If the others compute in the memory of the trainer's weights, it has
         not: it sleeps until the next push.
@@ -299,13 +299,13 @@ class WeightPusher:
 
     def _lose(self, engine: Engine, error: EngineError) -> None:
         death = error if isinstance(error, EngineDied) else EngineDied(str(error))
-        self.fleet.lose(engine, death)
+        self.fleet.replace(engine, death)
 
     def _lose_if_dead(self, engine: Engine, error: EngineError) -> None:
         """Raise the error of an engine that has not died: settings are then wrong."""
         if not isinstance(error, EngineDied):
             raise error
-        self.fleet.lose(engine, error)
+        self.fleet.replace(engine, error)
 
     async def _push_to_new(self, engine: Engine) -> None:
         await self._form_sets([engine], _raise_error)

@@ -19,7 +19,7 @@ import zmq
 from megatron_r1.base.errors import TrainerError, TrainerLost, UserError
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
-from megatron_r1.base.processes.resources import allow_open_files
+from megatron_r1.base.processes.open_files import allow_open_files
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.trainer_calls.packing import Packing, pack, pack_by_prompt, sample_cost
@@ -34,7 +34,7 @@ from megatron_r1.trainer.operations import (
     Reply,
     needs_parameters,
 )
-from megatron_r1.trainer.sample import Buffer, ReplicaSamples, Sample, encode_samples
+from megatron_r1.trainer.training_sample import Buffer, ReplicaSamples, Sample, encode_samples
 
 P = ParamSpec("P")
 R = TypeVar("R")

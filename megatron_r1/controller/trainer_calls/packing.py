@@ -23,7 +23,8 @@ from megatron_r1.config import Config
 from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.reporting.wording import counted
-from megatron_r1.trainer.sample import Sample, by_prompt
+from megatron_r1.trainer.shared_prompts import by_prompt
+from megatron_r1.trainer.training_sample import Sample
 
 Bins = list[list[int]]
 """The samples of each micro-batch, as indices."""

@@ -55,7 +55,7 @@ def swap_calls(update_info: UpdateInfo, version: int, *, asleep: bool) -> list[E
     ]
 
 
-Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
+SendWeights = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
 """A context that sends an engine the weights that the fleet's engines hold before its block begins;
 False where it could not: the engine sleeps then. No push begins until the block has ended."""
 
@@ -108,7 +108,7 @@ class RolloutFleet:
         self.role, self.make_server = role, make_server
         self.server_settings = server_settings
         self.version = -1
-        self.feed: Feed = contextlib.nullcontext
+        self.send_weights: SendWeights = contextlib.nullcontext
         """Sends the fleet's weights to an engine that joins (`controller.push.pusher`)."""
         self.awake = asyncio.Event()
         """Cleared while the trainer uses the engines' memory."""
@@ -349,7 +349,7 @@ class RolloutFleet:
         )
         return Engine(index, server, client, role=self.role)
 
-    def lose(self, engine: Engine, reason: EngineDied) -> None:
+    def replace(self, engine: Engine, reason: EngineDied) -> None:
         """Replace an unusable engine, unless it is being replaced already. Raises `reason` if no
         restart is left."""
         self.replacement.replace(engine, reason)
@@ -371,7 +371,7 @@ class RolloutFleet:
             self._starting.add(engine)
             try:
                 await engine.prepare(self.version, self.start_timeout_seconds)
-                async with self.feed(engine) as has_weights:
+                async with self.send_weights(engine) as has_weights:
                     place = instead_of or engine
                     if place not in self.engines:
                         raise EngineError(f"{engine.name} is not needed any more: it has left")

@@ -1,6 +1,6 @@
 """vLLM's weight-transfer backend of this project, for every transport.
 
-Weights arrive while the engine generates (`ReceiveBuffer`). An update, for which the engine is
+Weights arrive while the engine generates (`Arrivals`). An update, for which the engine is
 paused, waits until a push is complete and correct, and loads it layer by layer. An engine whose
 update fails before that keeps all its old weights; a later failure leaves it unusable, with an
 error.
@@ -196,7 +196,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             if before is not None:
                 before.close()
                 # Another trainer gets new memory: it numbers its pushes anew, and would overwrite
-                # the area in use.
+                # the buffer in use.
                 memory = before.reusable_memory(table) if init_info.store == self._store else None
             self._store = init_info.store
             transport = self.config.backend.removeprefix(BACKEND_PREFIX)
@@ -204,7 +204,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
                 rendezvous, self._rank, table, memory, init_info.borrows_memory
             )
         except Exception as error:  # vLLM's loaders may raise anything
-            rendezvous.report_own(self._rank, str(error) or repr(error))
+            rendezvous.report_own(self._rank, f"{type(error).__name__}: {error}")
             raise
 
     def _table(self, init_info: PushInitInfo) -> SlotTable:
@@ -236,13 +236,13 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         with what arrived."""
         receiver, push = self._receiver, update_info.push
         assert receiver is not None, "start_weight_update comes first"
-        receiver.buffer.wait(push, update_info.timeout_seconds)
+        receiver.arrivals.wait(push, update_info.timeout_seconds)
         if self.balancer is not None:
             redundant_experts.stop_moving(self.balancer)
-        area = receiver.table.area(receiver.memory, push)
-        self._load_check.begin(receiver.buffer.take_changed())
-        swap.load(self._models, self._placed, area, in_place=receiver.table.areas > 1)
-        self._load_check.end(push, self._placed, area)
+        buffer = receiver.table.buffer(receiver.memory, push)
+        self._load_check.begin(receiver.arrivals.take_changed())
+        swap.load(self._models, self._placed, buffer, in_place=receiver.table.num_buffers > 1)
+        self._load_check.end(push, self._placed, buffer)
         swap.finish(self._models, self.model_config)
         if self.balancer is not None:
             if self.vllm_config.model_config.enable_sleep_mode:

@@ -1,4 +1,4 @@
-"""A recipe's push before any engine runs: the engines' layout, the entries and bytes that are
+"""A recipe's push before any engine runs: the engines' layout, the links and bytes that are
 planned, and the checks that a push can serve it."""
 
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from megatron_r1.push.plan.engine_sets import (
     SET_ENGINES,
     Plan,
     engine_sets,
-    entries,
-    largest_bundle,
+    largest_share,
+    plan_sets,
 )
 from megatron_r1.push.plan.planner import EngineLayout, Planner, PredictedLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import (
@@ -54,16 +54,16 @@ def shares_gpus_over_nccl(config: Config) -> bool:
 
 
 def planned_push(config: Config, hf: dict) -> list[Plan]:
-    """Return the `entries` of a recipe's push from `parallel.processes` trainer ranks."""
+    """Return the plans of the sets of a recipe's push from `parallel.processes` trainer ranks."""
     layout, push = engine_layout(config), config.push
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
     needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
     planner = Planner(hf, grid, layout, recipe_stages(config, hf), needs)
-    return entries(
+    return plan_sets(
         planner,
         fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
         engine_sets(layout.engines, max_engines(push)),
-        largest=largest_bundle(push.transport),
+        largest=largest_share(push.transport),
     )
 
 

@@ -129,7 +129,7 @@ class World:
     def push(self, number):
         assert all(answer == {"problems": {}} for answer in self.send(number))
         for receiver in self.receivers.values():
-            receiver.buffer.wait(number, PATIENT)
+            receiver.arrivals.wait(number, PATIENT)
 
     def close(self):
         for sender in self.senders:
@@ -151,11 +151,11 @@ def plain_table(hf, engine, rank, *, drafts=False):
 def wrong_slots(world, tensors, number):
     wrong = []
     for place, receiver in world.receivers.items():
-        area = receiver.table.area(receiver.memory, number)
+        buffer = receiver.table.buffer(receiver.memory, number)
         for slot in receiver.table.slots:
             whole = tensors[slot.name]
             whole = whole if whole.dim() > 1 else whole[:, None]
             expected = whole[slot.top : slot.bottom, slot.left : slot.right]
-            if not torch.equal(slot_view(area, slot), expected.bfloat16()):
+            if not torch.equal(slot_view(buffer, slot), expected.bfloat16()):
                 wrong.append((place, slot.name))
     return wrong

@@ -147,7 +147,7 @@ def join(others: int) -> tuple[bool, list[str]]:
         await pushed(pusher, fleet)
         del trainer.done[:]
         new = Engine(7, SimpleNamespace(), Client(trainer.done), is_up=False)
-        async with pusher.feed(new) as has_weights:
+        async with pusher.send_weights(new) as has_weights:
             return has_weights, trainer.done
 
     return asyncio.run(story())

@@ -485,7 +485,7 @@ def test_an_engine_without_weights_costs_no_restart(tmp_path):
         yield
 
     async def story(fleet):
-        fleet.feed = feed
+        fleet.send_weights = feed
         peers[0].is_running = False
         return (await sample(fleet)), fleet.num_restarts
 

@@ -6,8 +6,13 @@ from array import array
 import pytest
 from refusals import raised
 
-from megatron_r1.trainer import sample as module
-from megatron_r1.trainer.sample import ReplicaSamples, Sample, decode_samples, encode_samples
+from megatron_r1.trainer import training_sample as module
+from megatron_r1.trainer.training_sample import (
+    ReplicaSamples,
+    Sample,
+    decode_samples,
+    encode_samples,
+)
 
 
 def share(draw: random.Random) -> ReplicaSamples:

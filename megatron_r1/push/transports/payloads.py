@@ -1,5 +1,5 @@
-"""Blocks of a push: the bytes of deliveries, one after another, and behind them a checksum of each.
-They travel in portions that are cut at any byte, so both sides know all sizes from the plan."""
+"""The payloads of a push: the bytes of deliveries, one after another, and behind them a checksum of
+each. Buckets are cut at any byte, so both sides know their sizes from the plan."""
 
 import contextlib
 from bisect import bisect_right
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_r1.push.checksum import INTEGERS, RowsChecksum, RowsWeightedSum
-from megatron_r1.push.published_plan import Peer
+from megatron_r1.push.published_plan import Relay
 from megatron_r1.push.rendezvous import SetFailed
 from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.table import Delivery, SlotTable, dtype_of, slot_view
@@ -21,7 +21,7 @@ SUM_BYTES = 8
 
 
 class ByteRun(NamedTuple):
-    """Contiguous bytes of a block that are of one delivery.
+    """Contiguous bytes of a payload that are of one delivery.
 
     Attributes:
         number: the delivery.
@@ -36,7 +36,7 @@ class ByteRun(NamedTuple):
     num_bytes: int
 
 
-class Block:
+class Payload:
     """The bytes of deliveries to an engine rank and of their checksums."""
 
     def __init__(self, table: SlotTable, deliveries: Sequence[Delivery]):
@@ -48,11 +48,11 @@ class Block:
         self.num_bytes = self.weight_bytes + SUM_BYTES * len(sizes)
 
     def extent(self, number: int, count: int) -> tuple[int, int]:
-        """Return the first byte and the end of portion `number` of `count`."""
+        """Return the first byte and the end of bucket `number` of `count`."""
         return self.num_bytes * number // count, self.num_bytes * (number + 1) // count
 
     def runs(self, start: int, end: int) -> Iterator[ByteRun]:
-        """Yield the runs of deliveries between two bytes of the block."""
+        """Yield the runs of deliveries between two bytes of the payload."""
         index = bisect_right(self._ends, start)
         while index < len(self._ends) and start < min(end, self.weight_bytes):
             first = self._ends[index - 1] if index else 0
@@ -62,20 +62,20 @@ class Block:
             start, index = stop, index + 1
 
     def sums_between(self, start: int, end: int) -> slice:
-        """Return which bytes of the checksums are between two bytes of the block."""
+        """Return which bytes of the checksums are between two bytes of the payload."""
         return slice(max(0, start - self.weight_bytes), max(0, end - self.weight_bytes))
 
     def pack(self, start: int, end: int, target: torch.Tensor) -> None:
-        """Write the bytes between two bytes of the block to `target`, uint8."""
+        """Write the bytes between two bytes of the payload to `target`, uint8."""
         raise NotImplementedError
 
     def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
-        """Write `source`, uint8, between two bytes of the block."""
+        """Write `source`, uint8, between two bytes of the payload."""
         raise NotImplementedError
 
 
-class SlicesBlock(Block):
-    """What a trainer rank sends over a link, in the engine's dtypes. Its portions are packed in
+class SlicesPayload(Payload):
+    """What a trainer rank sends over a link, in the engine's dtypes. Its buckets are packed in
     order, since each checksum follows from all rows before.
 
     Args:
@@ -112,7 +112,7 @@ class SlicesBlock(Block):
         torch.cat(packed, out=target)
 
     def _read(self, run: ByteRun, rows: torch.Tensor) -> None:
-        """Add to the checksum those of the rows that the portion before did not have."""
+        """Add to the checksum those of the rows that the bucket before did not have."""
         if self._running is None or self._running[0] != run.number:
             row_bytes = self._row_bytes[run.number]
             new = RowsWeightedSum() if self._is_weighted else RowsChecksum(row_bytes)
@@ -125,24 +125,24 @@ class SlicesBlock(Block):
                 self._sums.append(checksum.value(rows.device))
 
 
-class MemoryBlock(Block):
+class MemoryPayload(Payload):
     """What enters an engine rank's receive buffer from one source, or leaves from there.
 
     Args:
         table: the engine rank's table.
-        deliveries: the deliveries of the block.
-        area: the memory of this push.
+        deliveries: the deliveries of the payload.
+        buffer: the memory of this push.
         sums: the checksums of these deliveries, int64, one tensor where something enters."""
 
     def __init__(
         self,
         table: SlotTable,
         deliveries: Sequence[Delivery],
-        area: torch.Tensor,
+        buffer: torch.Tensor,
         sums: Sequence[torch.Tensor],
     ):
         super().__init__(table, deliveries)
-        self._area, self._sums = area, sums
+        self._buffer, self._sums = buffer, sums
 
     @property
     def sums(self) -> torch.Tensor:
@@ -161,23 +161,23 @@ class MemoryBlock(Block):
             done += view.numel()
 
     def _views(self, start: int, end: int) -> Iterator[torch.Tensor]:
-        """Yield the memory between two bytes of the block, uint8 (rows, bytes of a row)."""
+        """Yield the memory between two bytes of the payload, uint8 (rows, bytes of a row)."""
         for index, top, _, skipped, num_bytes in self.runs(start, end):
             delivery = self.deliveries[index]
             row_bytes, pitch = self._row_bytes[index], self.table.slots[delivery.slot].pitch
-            slot = slot_view(self._area, self.table.slots[delivery.slot], delivery)
+            slot = slot_view(self._buffer, self.table.slots[delivery.slot], delivery)
             first = slot.storage_offset() * slot.itemsize + top * pitch
-            first -= self._area.storage_offset()
+            first -= self._buffer.storage_offset()
             if skipped:
                 left = min(row_bytes - skipped, num_bytes)
-                yield self._area[first + skipped :][None, :left]
+                yield self._buffer[first + skipped :][None, :left]
                 top, num_bytes, first = top + 1, num_bytes - left, first + pitch
             rows, rest = divmod(num_bytes, row_bytes)
             if rows:
-                memory = self._area[first:]
+                memory = self._buffer[first:]
                 yield memory.as_strided((rows, row_bytes), (pitch, 1), memory.storage_offset())
             if rest:
-                yield self._area[first + rows * pitch :][None, :rest]
+                yield self._buffer[first + rows * pitch :][None, :rest]
         if end > self.weight_bytes:
             yield self.sums.view(torch.uint8)[self.sums_between(start, end)][None]
 
@@ -193,59 +193,58 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.view(INTEGERS[size]).copy_(source.view(INTEGERS[size]))
 
 
-class ArrivingBlocks:
-    """The receive buffer of an engine rank during one push, with the blocks that enter it.
+class ArrivingPayloads:
+    """The receive buffer of an engine rank during one push, with the payloads that enter it.
 
     Args:
         table: the rank's table.
         deliveries: the deliveries to the rank, by source.
-        area: the memory of this push.
+        buffer: the memory of this push.
         sums: a checksum of each delivery, int64, in the same order."""
 
     def __init__(
         self,
         table: SlotTable,
         deliveries: Mapping[Any, Sequence[Delivery]],
-        area: torch.Tensor,
+        buffer: torch.Tensor,
         sums: torch.Tensor,
     ):
-        self.table, self.deliveries, self.area = table, deliveries, area
-        sizes = [len(of_source) for of_source in deliveries.values()]
+        self.table, self.deliveries, self.buffer = table, deliveries, buffer
+        sizes = [len(sent) for sent in deliveries.values()]
         self._sums = dict(zip(deliveries, sums[: sum(sizes)].split(sizes), strict=True))
 
-    def block(self, source: Any) -> MemoryBlock:
-        """Return what enters from a trainer rank, or is passed on by a `Peer`."""
-        if source not in self.deliveries:  # a peer that nothing has entered
-            return MemoryBlock(self.table, (), self.area, [self.area[:0].view(torch.int64)])
-        return MemoryBlock(self.table, self.deliveries[source], self.area, [self._sums[source]])
+    def payload(self, source: Any) -> MemoryPayload:
+        """Return what enters from a trainer rank, or from a `Relay`."""
+        if source not in self.deliveries:  # a relay that nothing has entered
+            return MemoryPayload(self.table, (), self.buffer, [self.buffer[:0].view(torch.int64)])
+        return MemoryPayload(self.table, self.deliveries[source], self.buffer, [self._sums[source]])
 
-    def own_block(self) -> MemoryBlock:
-        """Return what has entered from trainer ranks and is to be passed on, with the trainer's
+    def own_payload(self) -> MemoryPayload:
+        """Return what has entered from trainer ranks and is to be relayed, with the trainer's
         checksums."""
         own = [
-            (delivery, of_source[index : index + 1])
-            for source, of_source in self._sums.items()
-            if not isinstance(source, Peer)
+            (delivery, sums[index : index + 1])
+            for source, sums in self._sums.items()
+            if not isinstance(source, Relay)
             for index, delivery in enumerate(self.deliveries[source])
         ]
         # In the order of slots, as in `published_plan.deliveries_to`.
-        own.sort(key=lambda entry: entry[0].slot)
+        own.sort(key=lambda pair: pair[0].slot)
         deliveries = [delivery for delivery, _ in own]
-        return MemoryBlock(self.table, deliveries, self.area, [value for _, value in own])
+        return MemoryPayload(self.table, deliveries, self.buffer, [value for _, value in own])
 
 
-class BlockReceiver(Receiver):
-    """An engine rank's end that receives blocks, from trainer ranks and from engines that pass them
-    on.
+class PayloadReceiver(Receiver):
+    """An engine rank's end that receives payloads, from trainer ranks and from relays.
 
     Attributes:
-        sums: the checksums that arrive, as in `ArrivingBlocks`."""
+        sums: the checksums that arrive, as in `ArrivingPayloads`."""
 
     sums: torch.Tensor
 
     @property
     def num_deliveries(self) -> int:
-        return sum(map(len, self.buffer.deliveries.values()))
+        return sum(map(len, self.arrivals.deliveries.values()))
 
     @property
     def name(self) -> str:
@@ -262,17 +261,17 @@ class BlockReceiver(Receiver):
     def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
         return None if table != self.table or self.is_running else self.memory
 
-    def arriving_blocks(self, push: int) -> ArrivingBlocks:
-        """Return where the blocks of a push enter."""
-        area = self.table.area(self.memory, push)
-        return ArrivingBlocks(self.table, self.buffer.deliveries, area, self.sums)
+    def arriving_payloads(self, push: int) -> ArrivingPayloads:
+        """Return where the payloads of a push enter."""
+        buffer = self.table.buffer(self.memory, push)
+        return ArrivingPayloads(self.table, self.arrivals.deliveries, buffer, self.sums)
 
-    def check(self, push: int, sources: Sequence[int | Peer]) -> None:
+    def check(self, push: int, sources: Sequence[int | Relay]) -> None:
         """Compare what has come from these sources with its checksums."""
-        arriving = self.arriving_blocks(push)
+        arriving = self.arriving_payloads(push)
         for source in sources:
-            for index, sent in enumerate(arriving.block(source).sums.tolist()):
-                self.buffer.delivery_arrived(source, push, index, sent % 2**64)
+            for index, sent in enumerate(arriving.payload(source).sums.tolist()):
+                self.arrivals.delivery_arrived(source, push, index, sent % 2**64)
 
     def give_up(self, error: Exception, lost: Sequence[str] | None = None, number: int = 0) -> None:
         """Report to the set and to this engine that nothing more will arrive.
@@ -281,7 +280,7 @@ class BlockReceiver(Receiver):
             error: the cause.
             lost: the engine ranks of which one may have died, where that can be why.
             number: the push of the set for which the others answer."""
-        text, failure = str(error) or repr(error), error
+        text, failure = f"{type(error).__name__}: {error}", error
         with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
             if lost is not None:
                 self.rendezvous.answer(self.name, number)
@@ -291,4 +290,4 @@ class BlockReceiver(Receiver):
                 is_damaged = isinstance(error, ValueError) and not isinstance(error, IncompletePush)
                 own = self.rendezvous.report_own(self.rank, text, is_damaged=is_damaged)
                 failure = SetFailed(own)
-        self.buffer.fail(failure)
+        self.arrivals.fail(failure)

@@ -1,10 +1,5 @@
-"""Append-only files that survive kill -9: JSON lines, where every line is whole or the torn last
-one, and framed records, where damage costs only the record it hit.
-
-A frame is a mark, the payload's length, the first 16 bytes of BLAKE3 over length and payload, and
-the payload. A kill during a write leaves a torn last line or frame, which is cut off before more
-is appended. A flipped byte costs a framed file its own record: reading goes on at the next mark
-whose checksum is right."""
+"""Append-only files of JSON lines that survive kill -9: every line is whole or the torn last one,
+which is cut off before more is appended."""
 
 from __future__ import annotations
 
@@ -15,13 +10,9 @@ import math
 import mmap
 import numbers
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from blake3 import blake3
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync
@@ -208,76 +199,3 @@ class LineWriter:
     def _take_pending(self) -> list[dict[str, Any]]:
         lines, self._pending = self._pending, []
         return lines
-
-
-# UTF-8 text has no byte 0xf5, so no text within a payload looks like a mark.
-FRAME_MARK = b"\xf5mr1"
-FRAME_HEADER = struct.Struct("<4sI16s")
-MAX_PAYLOAD_BYTES = 2**32 - 1
-
-
-def append_frame(descriptor: int, payload: bytes) -> None:
-    """Write one frame at the end of an open file, without a sync. Raises OSError, or ValueError for
-    a payload that is too long."""
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        raise ValueError(
-            f"a record of {len(payload):,} bytes: a frame holds at most {MAX_PAYLOAD_BYTES:,}"
-        )
-    for part in (FRAME_HEADER.pack(FRAME_MARK, len(payload), _frame_digest(payload)), payload):
-        view = memoryview(part)
-        while view:
-            view = view[os.write(descriptor, view) :]
-
-
-@dataclass
-class FramedFile:
-    """The whole records of a file at the time it was read; iterating yields their payloads, views.
-
-    Attributes:
-        spans: where each payload begins and ends in the file.
-        num_damaged_bytes: bytes that belong to no whole record."""
-
-    spans: list[tuple[int, int]] = field(default_factory=list)
-    num_damaged_bytes: int = 0
-    _content: mmap.mmap | bytes = b""
-
-    @classmethod
-    def read(cls, path: Path) -> FramedFile:
-        """Check every byte of a file, and cut off what follows its last whole record. A missing
-        file has no records."""
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                content = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
-        except FileNotFoundError:
-            return cls()
-        spans = list(_whole_frame(content))
-        end = spans[-1][1] if spans else 0
-        if end < size:
-            os.truncate(path, end)
-        used = sum(stop - start + FRAME_HEADER.size for start, stop in spans)
-        return cls(spans, size - used, content)
-
-    def __iter__(self) -> Iterator[memoryview]:
-        content = memoryview(self._content)
-        return (content[start:stop] for start, stop in self.spans)
-
-
-def _whole_frame(content: mmap.mmap | bytes) -> Iterator[tuple[int, int]]:
-    """Yield the span of each whole frame's payload, in order."""
-    position = 0
-    while (position := content.find(FRAME_MARK, position)) >= 0:
-        start = position + FRAME_HEADER.size
-        if start > len(content):
-            return
-        _, length, digest = FRAME_HEADER.unpack(content[position:start])
-        stop = start + length
-        if stop <= len(content) and _frame_digest(memoryview(content)[start:stop]) == digest:
-            yield start, stop
-            position = stop
-        else:
-            position += 1
-
-
-def _frame_digest(payload: bytes | memoryview) -> bytes:
-    return blake3(struct.pack("<I", len(payload))).update(payload).digest(length=16)

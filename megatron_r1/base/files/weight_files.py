@@ -1,112 +1,16 @@
-"""Files that others wrote, a model folder's above all: JSON in bounded time, no files elsewhere,
-its safetensors files, their headers and whether they are whole, and blocks that distinguish large
-files. No torch.
-
-A folder that was downloaded may hold anything: JSON nested so deeply that every copy of it fails,
-a key twice with two values, names and links that lead to other files of this machine, and
-safetensors headers that do not match the file's size."""
+"""The safetensors files of a model folder: which belong to the model, their headers, and whether
+they are whole. No torch."""
 
 import contextlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-
-MOST_LEVELS = 64
-"""Levels of a JSON document. Released configurations have 6 at most."""
-MOST_BYTES = 256 << 20
-"""Size of a JSON document: the index of 100,000 tensors has 10 MB, the largest tokenizers 40."""
-
-BLOCK_BYTES = 65_536
-
-READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin")
-"""Suffixes of the files of a model folder that this project, transformers or vLLM read."""
-
-
-def read_json(path: Path, key: str) -> Any:
-    """Return the content of a JSON file, UTF-8.
-
-    Args:
-        path: a file that others wrote.
-        key: the key of errors.
-
-    Raises:
-        UserError: naming the file where it is no JSON, has a key twice with two values, more than
-            MOST_LEVELS levels, or more than MOST_BYTES bytes.
-    """
-    try:
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise ValueError(f"it has {size:,} bytes, and at most {MOST_BYTES:,} are read")
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-        _check_levels(content)
-        return content
-    except (ValueError, RecursionError) as error:
-        too_deep = isinstance(error, RecursionError)
-        reason = f"it has more than {MOST_LEVELS} levels" if too_deep else str(error)
-        raise UserError(
-            f"{path} is not valid JSON: {reason}; fetch it again", key=key, cause=Cause.MALFORMED
-        ) from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in content and content[name] != value:
-            raise ValueError(f"{name!r} is there twice, with two values")
-        content[name] = value
-    return content
-
-
-def _check_levels(content: Any) -> None:
-    level = [content]
-    for _ in range(MOST_LEVELS):
-        level = [
-            item
-            for value in level
-            if isinstance(value, dict | list)
-            for item in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not level:
-            return
-    raise RecursionError
-
-
-def require_own_files(folder: Path, key: str) -> None:
-    """Raise UserError for a file of a model folder, of those that anything reads, that lies
-    elsewhere (`require_inside`)."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix in READ:
-            require_inside(path, folder, key)
-
-
-def require_inside(path: Path, folder: Path, key: str) -> None:
-    """Raise UserError for a file of `folder` that lies elsewhere, by its name or a link. A folder
-    of the hub's cache (`snapshots/REVISION`) may link to the `blobs` next to it.
-
-    Nothing of the file is read.
-
-    Args:
-        path: the file.
-        folder: the model's folder.
-        key: the key of the error.
-    """
-    home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
-    homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(Path(os.path.realpath(home.parent.parent / "blobs")))
-    if not any(real.is_relative_to(allowed) for allowed in homes):
-        raise UserError(
-            f"{path} leads to {real}, outside of {folder}, and is not opened; if that file belongs "
-            "to the model, copy it into the folder",
-            key=key,
-            cause=Cause.CONFLICT,
-        )
-
+from megatron_r1.base.files.untrusted import read_json, require_inside
 
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64"), 8),
@@ -304,17 +208,3 @@ def require_as_indexed(folder: Path, held: Mapping[Path, Collection[str]]) -> No
             key="weights",
             cause=Cause.CONFLICT,
         )
-
-
-def spread_blocks(path: Path, num_blocks: int) -> Iterator[bytes]:
-    """Yield blocks of a file at equal distances, from its first to its last bytes. Of a file
-    smaller than a block each one is the whole content.
-
-    Args:
-        path: the file.
-        num_blocks: how many blocks of `BLOCK_BYTES` are read, at least 2."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for block in range(num_blocks):
-            file.seek(block * max(0, size - BLOCK_BYTES) // (num_blocks - 1))
-            yield file.read(BLOCK_BYTES)

@@ -1,9 +1,5 @@
-"""A training sample, its form on the way to the trainer ranks (headers in msgpack, and the samples'
-own bytes behind them), and the samples of a micro-batch that share their prompt.
-
-A shared prompt is computed once (`models.prefixes`); `controller.trainer_calls.packing` packs its
-samples together. All tokens of the prompt are shared but the last, which predicts another token in
-every response.
+"""A training sample, and its form on the way to the trainer ranks: headers in msgpack, and the
+samples' own bytes behind them.
 
 Imports neither torch nor Megatron, because the controller imports it."""
 
@@ -16,9 +12,6 @@ from itertools import groupby
 from typing import cast
 
 import msgspec
-
-from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.config import Config
 
 Buffer = bytes | memoryview
 
@@ -33,7 +26,7 @@ class Sample(msgspec.Struct, frozen=True):
         advantage: the same for every response token; with an algorithm's token_advantages, what
             these are computed from (a reward or an advantage). NaN: the sample is not trained on.
         routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes
-            each (`models.experts`), for the tokens before the last; empty without routing replay.
+            each (`models.routing_shape`), for the tokens before the last; empty without replay.
         teacher: float32 bytes, the teacher's log-probabilities of the response, or None.
         label: the label for a reward model, 1 for a good text, 0 for a bad one.
         mask: a byte per token of the response, 1 where the policy sampled it and is trained on it,
@@ -73,9 +66,9 @@ class Sample(msgspec.Struct, frozen=True):
             raise ValueError(f"{len(response)} response tokens but {len(logprobs)} logprobs")
         if teacher is not None and len(teacher) != len(response):
             raise ValueError(f"{len(response)} response tokens but {len(teacher)} of the teacher's")
-        ids = b"".join((_bytes_of("i", prompt), _bytes_of("i", response)))
-        floats = _bytes_of("f", logprobs) if logprobs is not None else b""
-        teacher_floats = None if teacher is None else _bytes_of("f", teacher)
+        ids = b"".join((_to_bytes("i", prompt), _to_bytes("i", response)))
+        floats = _to_bytes("f", logprobs) if logprobs is not None else b""
+        teacher_floats = None if teacher is None else _to_bytes("f", teacher)
         rows = cast(bytes, routing)
         return cls(ids, len(prompt), floats, advantage, rows, teacher_floats, label)
 
@@ -136,7 +129,7 @@ class Sample(msgspec.Struct, frozen=True):
         return not math.isnan(self.advantage)
 
 
-def _bytes_of(typecode: str, numbers: Sequence[float]) -> bytes:
+def _to_bytes(typecode: str, numbers: Sequence[float]) -> bytes:
     """Return the bytes of `numbers`: a view where they are an array of that type."""
     if not isinstance(numbers, array) or numbers.typecode != typecode:
         numbers = array(typecode, numbers)
@@ -247,49 +240,3 @@ def decode_samples(
         ]
         for minibatch in bare
     ]
-
-
-def check_shared_prompts(config: Config, on_gpu: bool, is_plain: bool) -> None:
-    """Raise UserError where `parallel.share_prompts` does not go with the device, the model or a
-    setting.
-
-    Args:
-        config: the recipe.
-        on_gpu: whether the trainer runs on a GPU.
-        is_plain: whether attention has neither windows nor softmax offsets."""
-    if not config.parallel.share_prompts:
-        return
-    obstacles = {
-        "a GPU, whose attention has no shared prefix": on_gpu,
-        f"parallel.context: {config.parallel.context}": config.parallel.context > 1,
-        "a model with attention windows or softmax offsets": not is_plain,
-        "rl.routing_replay": config.rl.routing_replay,
-        "model.mtp: train": config.model.mtp == "train",
-        "model.expert_bias_update_rate, which counts tokens": config.model.expert_bias_update_rate
-        > 0,
-    }
-    if found := [name for name, is_there in obstacles.items() if is_there]:
-        raise UserError(
-            f"parallel.share_prompts: true does not go with {found[0]}; leave it out",
-            key="parallel.share_prompts",
-            cause=Cause.CONFLICT,
-        )
-
-
-def shared_prefixes(samples: list[Sample]) -> list[tuple[list[int], int]]:
-    """Return (indices of the samples, number of shared tokens) for every prompt that has at least
-    two tokens and two samples."""
-    return [
-        (members, length)
-        for members in by_prompt(samples)
-        if len(members) > 1 and (length := samples[members[0]].prompt_length - 1)
-    ]
-
-
-def by_prompt(samples: list[Sample]) -> list[list[int]]:
-    """Return the indices of the samples of each prompt."""
-    found: dict[bytes, list[int]] = {}
-    for number, sample in enumerate(samples):
-        prompt = bytes(sample.token_ids[: 4 * sample.prompt_length])
-        found.setdefault(prompt, []).append(number)
-    return list(found.values())

@@ -1,9 +1,4 @@
-"""What a process does before its work: imports with garbage collection off, and how its allocators
-keep memory.
-
-Large frameworks make millions of objects that stay; Python's collector walks them again and again.
-On two cores `import vllm`'s server takes 4.4 instead of 8.1 seconds, the trainer's modules 2.6
-instead of 5.8.
+"""How the allocators of a process keep memory: glibc's, and torch's on GPUs.
 
 glibc would map large blocks anew each time, page by page zeroed: half a second per GB where the
 kernel has free pages, three to four where a virtual machine has to get them from its host.
@@ -23,24 +18,9 @@ much again."""
 
 import contextlib
 import ctypes
-import gc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
-
-
-@contextlib.contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Disable garbage collection inside the block, then freeze what was imported. Objects that
-    exist at the end are excluded from collection for good (`gc.freeze`), which also saves forked
-    children their copies of them."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
 
 MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -3, -1, -2, -4
 """Parameters of mallopt (malloc.h)."""
