@@ -18,8 +18,11 @@ MEASUREMENTS = {
     "load": "seconds between phases",
     "sleep and wake": "seconds between phases",
     "saves": "seconds between phases",
+    OFFLOAD: "seconds between phases",
 }
 """The check of tools/gpu_check that measures the number of a part."""
+UNMEASURED = ("local_disk",)
+"""Numbers that no check measures."""
 
 
 def closed_by(job: PlannedJob, name: str) -> str | None:
@@ -59,6 +62,8 @@ def narrowing_section(job: PlannedJob, time: Section) -> Section:
     section: Section = {}
     for name, check in MEASUREMENTS.items():
         part = time.get(name)
+        if closed_by(job, name) in UNMEASURED:
+            continue
         if part is None or part.low is None or not part.low or part.high is None:
             continue
         if (width := part.high / part.low) > WIDE:

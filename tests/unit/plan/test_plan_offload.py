@@ -3,11 +3,15 @@ the 671B recipe has 283,967,488 dense and 5,637,144,576 expert parameters in bf1
 optimizer state for each on one of 32 and 16 replicas (docs/plan.md); the first rank has 0.4% more.
 """
 
+from dataclasses import replace
+
 import pytest
 from planned_jobs import planned
 
 from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.memory import rank_memory
+from megatron_r1.plan.ranges import narrowing_section
+from megatron_r1.plan.timing import time_section
 
 DENSE, EXPERT = 283_967_488, 5_637_144_576
 AWAY = 2 * (DENSE + EXPERT) + 12 * (DENSE / 32 + EXPERT / 16)
@@ -51,7 +55,7 @@ def test_a_node_holds_it_in_memory_or_on_its_disk():
     assert "local disk of a node" not in bill("host").sections()
 
 
-@pytest.mark.parametrize(("place", "rate"), [("host", 55e9), ("disk", 12e9 / 8)])
+@pytest.mark.parametrize(("place", "rate"), [("host", 55e9 * 0.78), ("disk", 12e9 / 8)])
 def test_a_step_waits_for_both_ways_and_a_fifth_of_a_checkpoint(place, rate):
     here, away = bill("none"), bill(place)
     push = value(here, "time", "push")
@@ -60,6 +64,22 @@ def test_a_step_waits_for_both_ways_and_a_fifth_of_a_checkpoint(place, rate):
     assert seconds == pytest.approx(once + (once + push) / 5, rel=5e-3)
     assert value(away, "time", "step") - value(here, "time", "step") == pytest.approx(seconds)
     assert "offload" not in here.sections()["time"]
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "is_named"), [("host", "host_link", True), ("disk", "local_disk", False)]
+)
+def test_its_seconds_have_a_range_until_the_link_is_measured(place, number, is_named):
+    job = planned(parallel__offload_between_phases=place)
+    section = time_section(Bill(job).times)
+    offload = section["offload"]
+    assert offload.low == pytest.approx(offload.number / 1.96)
+    assert offload.high == pytest.approx(offload.number * 1.96)
+    assert ("offload" in narrowing_section(job, section)) == is_named
+    without = time_section(Bill(planned()).times)["step"]
+    assert section["step"].high == pytest.approx(without.high + offload.high)
+    measured = time_section(Bill(replace(job, measured={number: "measured.yaml"})).times)
+    assert measured["offload"].limits == ""
 
 
 def test_the_critic_s_state_is_away_too():
