@@ -69,6 +69,8 @@ def from_run(folder: str) -> tuple[str, dict[str, Any]]:
         "model.checkpoint": None,
         "run.folder": str(Path(folder) / "sampled"),
         "rollout.colocated": False,
+        "parallel.offload_between_phases": "none",
+        "parallel.offload_folder": None,
     }
     trained = configuration.load(recipe)
     template = TEMPLATES.get(trained.data.template, trained.data.template)

@@ -52,6 +52,9 @@ class Hardware:
     --gloo). A node's interface has to carry that of all its GPUs."""
     host_link: ByteRate = 55e9
     """PCIe 5.0 x16, 63 GB/s, less 13% for packet headers, a guess."""
+    local_disk: ByteRate = 12e9
+    """Sequential rate of a node's local drives, which its GPUs share, in one direction: two PCIe
+    4.0 NVMe drives; a guess."""
     host_memory: Bytes = 2e12 / 8
     """Memory of a node, per GPU; 2 TB a node, as in NVIDIA's DGX H100."""
     gpus_per_node: Count = 8

@@ -84,7 +84,36 @@ class Config(Section):
                 key="rollout.colocated",
                 cause=Cause.CONFLICT,
             )
+        self._check_offload()
         return self
+
+    def _check_offload(self) -> None:
+        key, parallel = "parallel.offload_between_phases", self.parallel
+        if parallel.offload_between_phases != "disk" and parallel.offload_folder is not None:
+            raise UserError(
+                f"parallel.offload_folder={parallel.offload_folder} is read with {key}: disk only "
+                f"(it is {parallel.offload_between_phases}); set that, or leave the folder out",
+                key="parallel.offload_folder",
+                cause=Cause.CONFLICT,
+            )
+        if parallel.offload_between_phases == "none":
+            return
+        if not self.rollout.colocated:
+            raise UserError(
+                f"{key}: {parallel.offload_between_phases} frees the trainer's memory for engines "
+                "that use the same GPUs in turn with it; set rollout.colocated: true, or leave it "
+                "out: next to engines of their own the trainer computes all the time",
+                key=key,
+                cause=Cause.CONFLICT,
+            )
+        if parallel.optimizer_offload:
+            raise UserError(
+                f"{key}: {parallel.offload_between_phases} moves all of the optimizer's state, and "
+                f"parallel.optimizer_offload={parallel.optimizer_offload} keeps a share of it on "
+                "the host; use one of the two",
+                key=key,
+                cause=Cause.CONFLICT,
+            )
 
     @model_validator(mode="after")
     def _schedule_is_valid(self) -> Self:

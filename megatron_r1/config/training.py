@@ -53,6 +53,11 @@ class ParallelConfig(Section):
     """share of the optimizer's state and update on the host; on a CPU all is there"""
     reference_offload: Literal["host", "device"] = "host"
     """where the reference's weights wait; device: always on the GPU"""
+    offload_between_phases: Literal["none", "host", "disk"] = "none"
+    """where parameters and optimizer state are while colocated engines sample; host: in pinned
+    memory, disk: in a file of offload_folder"""
+    offload_folder: str | None = None
+    """a folder of each node's local disk; default: TMPDIR"""
     tokens_per_microbatch: int | None = Field(None, gt=0)
     """upper limit; a longer sample gets a micro-batch alone. Default: 16,384; without GPUs fewer,
     so that activations take 1.5 GiB, or less where memory is short"""

@@ -3,6 +3,8 @@
 What an engine computes from pushed weights counts only when it has proved that it computes what
 the trainer does; it does so while it samples the next rollout."""
 
+import contextlib
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 
 from megatron_r1.controller.push.pusher import WeightPusher
@@ -25,6 +27,7 @@ class PolicyEngines:
         self.trainer, self.pusher, self.sampler = trainer, pusher, sampler
         self._rollout_config = sampler.config.rollout
         self._taken: StepRollout | None = None
+        self._have_no_weights = False
         self._acceptance = AcceptanceMeter()
         self._push_metrics: dict[str, float] = {}
         self._probe_metrics: dict[str, float] = {}
@@ -44,6 +47,9 @@ class PolicyEngines:
 
     async def rollout(self, step: int) -> Rollout:
         """Return the rollout of `step`, which may have begun before."""
+        if self._have_no_weights:
+            async with self.updating():
+                await self.push(step - 1)
         self.sampler.begin(step)
         await self.await_probes()  # while they sample
         self._taken = await self.sampler.rollout(step)
@@ -55,9 +61,19 @@ class PolicyEngines:
         """Send the trainer's weights to every engine, as `version`; what these compute counts once
         `await_probes` has returned. Call it in a block of `updating`."""
         if self._rollout_config.colocated:
-            await self.trainer.call(ModelOperations.yield_memory)
+            await self.trainer.call(ModelOperations.yield_memory, parameters=False)
         self._push_metrics = await self.pusher.push(version)
+        self._have_no_weights = False
         self.sampler.pushed(version)
+
+    @contextlib.asynccontextmanager
+    async def with_trainer(self) -> AsyncIterator[None]:
+        """Let the trainer use its weights in the block, between two rollouts. Engines that have
+        their memory sleep from then on, and get the weights again before the next rollout."""
+        if self.pusher.lends:
+            self._have_no_weights = True
+            await self.sampler.collector.fleet.sleep()
+        yield
 
     async def await_probes(self) -> None:
         """Wait until the engines have answered the probes of the last push. Raises EngineError if

@@ -129,7 +129,8 @@ class Session:
         """Start a checkpoint of the newest step, once the engines' probes of its weights have
         passed."""
         await self.engines.await_probes()
-        await self.checkpointing.save(self.step, self.engines.taken.prompts_after)
+        async with self.engines.with_trainer():
+            await self.checkpointing.save(self.step, self.engines.taken.prompts_after)
 
 
 class StepMeter:

@@ -287,8 +287,8 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         taken = 1 << (size - 1).bit_length()
         raise UserError(
             f"this node has not enough memory to pin {size / 2**30:.3g} GiB for a trainer rank's "
-            f"checkpoint or reference, for which torch takes {taken / 2**30:.3g} GiB, the next "
-            "power of two; give the node more memory, or spread the model over more ranks "
+            f"checkpoint, reference or offload, for which torch takes {taken / 2**30:.3g} GiB, the "
+            "next power of two; give the node more memory, or spread the model over more ranks "
             "(parallel.tensor, .pipeline, .expert)",
             key="host_memory",
             cause=Cause.TOO_LARGE,

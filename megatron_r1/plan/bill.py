@@ -8,6 +8,7 @@ from megatron_r1.plan.counts import flops_section, parameter_section
 from megatron_r1.plan.exchange_choice import exchange_choice
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
+from megatron_r1.plan.offload import AWAY, offload_disk
 from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
 from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_bytes
 from megatron_r1.plan.ranges import narrowing_section, with_range
@@ -49,7 +50,8 @@ class Bill:
     @cached_property
     def engines(self) -> Engines:
         shared = self.job.trains and not self.job.rollout_gpus
-        resident = max(rank.resident for rank in self.ranks) if shared else 0
+        # At least a byte where they share: 0 says that the GPUs are the engines' alone.
+        resident = max(1, *(rank.resident for rank in self.ranks)) if shared else 0
         return Engines(self.job, resident)
 
     @cached_property
@@ -68,6 +70,8 @@ class Bill:
             title = f"memory of pipeline rank {self.worst.rank}, the fullest"
             sections[title] = memory_section(job, self.worst)
             sections["host memory of a node"] = self._host()
+            if disk := offload_disk(job):
+                sections["local disk of a node"] = disk
         if job.generates:
             sections["engine memory of a GPU"] = rollout_section(self.engines)
             if host := self._engines_host():
@@ -189,6 +193,7 @@ class Bill:
         fix = {
             "checkpoint being written": "set checkpoint.asynchronous to false, or ",
             "reference": "set parallel.reference_offload to device, or ",
+            AWAY: "set parallel.offload_between_phases to disk or none, or ",
             "optimizer": "lower parallel.optimizer_offload, or ",
             "critic's optimizer": "lower parallel.optimizer_offload, or ",
         }.get(largest, "")

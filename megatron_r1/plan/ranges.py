@@ -6,6 +6,7 @@ published runs (`published.py`). What `--calibrate` has measured has none."""
 from dataclasses import replace
 
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.quantity import Quantity, Section
 
 MEASUREMENTS = {
@@ -17,13 +18,19 @@ MEASUREMENTS = {
     "load": "seconds between phases",
     "sleep and wake": "seconds between phases",
     "saves": "seconds between phases",
+    OFFLOAD: "seconds between phases",
 }
 """The check of tools/gpu_check that measures the number of a part."""
+UNMEASURED = ("local_disk",)
+"""Numbers that no check measures."""
 
 
 def closed_by(job: PlannedJob, name: str) -> str | None:
     """Return the number that, measured on the hardware that is planned, closes the range of a part
     (it is solved for so that the plan takes the measured seconds); None for what has no range."""
+    if name == OFFLOAD:
+        to_disk = job.config.parallel.offload_between_phases == "disk"
+        return "local_disk" if to_disk else "host_link"
     if name in ("scoring", "training", "optimizer step", "critic"):
         return "compute_efficiency"
     engines = "decode_latency_per_layer" if job.engine_gpus > 1 else "bandwidth_efficiency"
@@ -55,6 +62,8 @@ def narrowing_section(job: PlannedJob, time: Section) -> Section:
     section: Section = {}
     for name, check in MEASUREMENTS.items():
         part = time.get(name)
+        if closed_by(job, name) in UNMEASURED:
+            continue
         if part is None or part.low is None or not part.low or part.high is None:
             continue
         if (width := part.high / part.low) > WIDE:

@@ -4,9 +4,9 @@ chose for every token.
     engines -> controller    HTTP, with zeros for dense layers (engines/server/replies.py)
     controller               files of TMPDIR, and the sample log (`rl.sample_log`)
     controller -> replicas   each sample once, to the first rank of its replica
-    within a replica         all that it was sent, to every rank's host, by gloo's broadcast
-                             (trainer/distributed.py, `Replica`)
-    a rank's GPU             its layers of its tokens (trainer/packed.py)
+    within a replica         to each other rank's host its layers of its tokens, by its first rank
+                             over gloo (trainer/routing.py)
+    a rank's GPU             the same
 
 The controller and each rank are taken to send and receive at `Hardware.host_network`, the rate of
 one process over TCP."""
@@ -23,6 +23,11 @@ from megatron_r1.reporting.wording import counted
 def replays(job: PlannedJob) -> bool:
     """Return whether the job trains every token through the experts that an engine chose."""
     return job.verb == "rl" and job.config.rl.routing_replay and job.has_experts
+
+
+CUT_RATE = 0.87e9
+"""Bytes a second in which a replica's first rank cuts the others' parts, while earlier ones are
+sent: 66 MB of DeepSeek-V3's layers for 127 others, on one core of a CPU (`RoutingScatter`)."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +55,45 @@ class ReplayTraffic:
         return self.sent * self.shape.num_layers // len(self.shape.moe_layers)
 
     def of_replica(self, tokens: int) -> int:
-        """Return the bytes that each rank's host is sent, with samples of `tokens` each."""
+        """Return the bytes of a replica's samples of `tokens` each, which its first rank gets."""
         return self.kept(tokens) // self.job.data
 
     @property
-    def hops(self) -> int:
-        """Levels of gloo's tree over the ranks of a replica."""
-        return (self.job.world_size // self.job.data - 1).bit_length()
+    def members(self) -> int:
+        """Ranks of a replica."""
+        return self.job.world_size // self.job.data
+
+    @property
+    def passed_on(self) -> int:
+        """Bytes out of a replica's first rank: all but its own part, and a byte for each token of a
+        rank (`RecordedRouting.known`)."""
+        own = self.of_replica(self.job.sample_tokens) // self.members
+        marks = self.job.num_responses * self.job.sample_tokens // self.job.data
+        marks //= self.job.parallel.tensor * self.job.parallel.context
+        return (own + marks) * (self.members - 1)
 
     @property
     def seconds(self) -> float:
         """Seconds between rollout and training. What the engines send arrives while others
         sample."""
-        passed_on = self.hops * self.of_replica(self.job.sample_tokens)
-        return (self.sent + passed_on) / self.job.hardware.host_network
+        rate = self.job.hardware.host_network
+        return self.sent / rate + self.passed_on / min(rate, CUT_RATE)
 
     @property
     def formula(self) -> str:
-        size = in_bytes(self.of_replica(self.job.sample_tokens))
         return (
-            f"rl.routing_replay: ({in_bytes(self.sent)} out of the controller + "
-            f"{counted(self.hops, 'level')} of gloo's tree x {size} of a replica) / host_network"
+            f"rl.routing_replay: {in_bytes(self.sent)} out of the controller / host_network + "
+            f"{in_bytes(self.passed_on)} from a replica's first rank to "
+            f"{counted(self.members - 1, 'other')}, which it cuts at {CUT_RATE / 1e9:g} GB/s"
         )
+
+    def on_host(self, rank: int) -> int:
+        """Return the most bytes on the host of a rank, the mean over the ranks of its node: the
+        first of a replica's are in the first pipeline stage, one of tensor x context ranks."""
+        longest = self.of_replica(self.job.longest_sample)
+        beside = self.job.parallel.tensor * self.job.parallel.context
+        beside = min(beside, self.job.hardware.gpus_per_node)
+        return longest // self.members + (longest // beside if rank == 0 else 0)
 
     def section(self) -> Section:
         """Return where these bytes are, and how many."""
@@ -95,9 +117,13 @@ class ReplayTraffic:
                 f"from the engines, of all {shape.num_layers} layers: {self.received / rate:.3g} s "
                 "at host_network, while others sample",
             ),
-            "into a trainer's host": in_bytes(
+            "into a replica": in_bytes(
                 self.of_replica(mean),
-                f"those of its replica, 1 of {job.data}, to each rank, while samples are loaded",
+                f"those of its samples, 1 of {job.data}, to its first rank's host",
+            ),
+            "into another rank's host": in_bytes(
+                self.passed_on // max(1, self.members - 1),
+                f"from there its part, 1 of {self.members}, and a byte a token",
             ),
             "on a trainer's GPU": in_bytes(
                 round(own), f"its {counted(held, 'layer')} of the tokens that it routes, all step"
@@ -124,6 +150,6 @@ ROUTED = "routed experts"
 """The part of a step, and the kind of host memory."""
 
 
-def replay_host_bytes(job: PlannedJob) -> dict[str, int]:
-    """Return the bytes of a rank's host while samples are loaded, all of the longest."""
-    return {ROUTED: ReplayTraffic(job).of_replica(job.longest_sample)} if replays(job) else {}
+def replay_host_bytes(job: PlannedJob, rank: int) -> dict[str, int]:
+    """Return the bytes of a pipeline rank's host while samples are loaded, all of the longest."""
+    return {ROUTED: ReplayTraffic(job).on_host(rank)} if replays(job) else {}

@@ -18,6 +18,7 @@ from megatron_r1.plan.counts import RankCounts, attention_flops, head_flops, lay
 from megatron_r1.plan.exchange import copies_of_token
 from megatron_r1.plan.hidden_exchange import expert_flops, exposed_seconds, share_alone
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.offload import OFFLOAD, offload_time
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.plan.ranges import with_range
@@ -304,6 +305,7 @@ def time_section(times: StepTime) -> Section:
         seconds = critic.scoring() + critic.optimizer_step() * job.minibatches
         section["critic"] = Quantity(seconds, "s", "one forward pass for values, and its training")
     if job.verb == "rl":
+        section |= offload_time(job, times.push())
         formula = f"bytes into an engine GPU / its {push_link(job)[1]}"
         section["push"] = Quantity(times.push(), "s", formula)
         section["load"] = load(job)
@@ -333,11 +335,11 @@ def time_section(times: StepTime) -> Section:
 
 
 PARTS = (
-    *("rollout", ROUTED, "scoring", "training", "critic", "push", "load", "sleep and wake"),
-    "saves",
+    *("rollout", ROUTED, "scoring", "training", "critic", OFFLOAD),
+    *("push", "load", "sleep and wake", "saves"),
 )
 """The parts of a step, in order."""
-OF_PUSH = ("push", "load", "sleep and wake")
+OF_PUSH = (OFFLOAD, "push", "load", "sleep and wake")
 """Parts that stop trainer and engines."""
 
 

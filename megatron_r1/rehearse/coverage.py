@@ -113,6 +113,8 @@ def structure(
             rows.append(
                 StructureRow("parallel.optimizer_offload", "to the host", "—", "no: needs a GPU")
             )
+        if (place := recipe.parallel.offload_between_phases) != "none":
+            rows.append(StructureRow("parallel.offload_between_phases", place, place, YES))
         if recipe.parallel.dispatcher != "alltoall":
             rows.append(
                 StructureRow("parallel.dispatcher", "DeepEP", "alltoall", "no: needs a GPU")

@@ -123,7 +123,11 @@ def shrink(
             "warmup": min(config.optimizer.warmup, 1),
         },
         "parallel": parallel.model_dump()
-        | {"tokens_per_microbatch": _tokens(config), "dispatcher": "alltoall"},
+        | {
+            "tokens_per_microbatch": _tokens(config),
+            "dispatcher": "alltoall",
+            "offload_folder": None,
+        },
         "checkpoint": {"every": 1},
         "eval": {"every": 0, "samples": 1, "benchmarks": []},
         "sft": _sft(config, folder, replicas),
@@ -420,6 +424,7 @@ REASONS = {
     ),
     "rl.kind_weights": "synthetic questions",
     **dict.fromkeys(("rewards.options", "rewards.weights"), "no judge is served"),
+    "parallel.offload_folder": "this host's own",
     "sample.filters": "random text passes none",
     "sample.keep": "random text is rarely right",
     "sample.judge": "a rule judges, no served model",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -122,8 +122,9 @@ def _chunks(parallel: ParallelConfig) -> int | None:
     return chunks if chunks > 1 else None
 
 
+T = TypeVar("T")
 BROADCAST_BYTES = 1 << 30
-"""Samples of one broadcast; a replica's share of long responses with routing has gigabytes."""
+"""Bytes of one broadcast or send; a replica's share of long responses has gigabytes."""
 
 
 class Replica:
@@ -157,6 +158,27 @@ class Replica:
         self._members, self._group = replicas[position.data_rank], groups[position.data_rank]
         self.leads = position.rank == self._members[0]
 
+    def gathered(self, value: T) -> list[T]:
+        """Return the `value` of each member, in order; the leader's is the first."""
+        values: list[Any] = [None] * len(self._members)
+        # Over the replica: each member has another.
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def send(self, content: torch.Tensor, member: int) -> list[dist.Work]:
+        """Start to send bytes (N,) uint8 to a member, which calls `receive` for as many; return
+        what to wait for before `content` changes."""
+        to, group = self._members[member], self._group
+        sent = (dist.isend(piece, to, group) for piece in _pieces(content))
+        return [work for work in sent if work is not None]
+
+    def receive(self, num_bytes: int) -> torch.Tensor:
+        """Return the (num_bytes,) uint8 that the leader sends to this member."""
+        content = torch.empty(num_bytes, dtype=torch.uint8)
+        for piece in _pieces(content):
+            dist.recv(piece, self._members[0], self._group)
+        return content
+
     def broadcast(self, parts: Sequence[Buffer]) -> memoryview:
         """Return the leader's `parts`, joined, on every rank of the replica."""
         size = torch.tensor([sum(map(len, parts))])
@@ -168,7 +190,11 @@ class Replica:
         for part in parts:
             buffer[end : end + len(part)] = part
             end += len(part)
-        for piece in joined.split(BROADCAST_BYTES) if size and len(self._members) > 1 else ():
+        for piece in _pieces(joined) if len(self._members) > 1 else ():
             # Over the replica: the other ranks receive into an empty buffer of that size.
             dist.broadcast(piece, self._members[0], group=self._group)
         return buffer
+
+
+def _pieces(content: torch.Tensor) -> Sequence[torch.Tensor]:
+    return content.split(BROADCAST_BYTES) if len(content) else ()

@@ -177,7 +177,11 @@ class ModelOperations(Protocol):
 
     def probe(self, *, samples: list[Sample]) -> Metrics: ...
 
-    def yield_memory(self) -> None: ...
+    def yield_memory(self, *, parameters: bool) -> None: ...
+
+    def compare_probe(self, *, samples: list[Sample]) -> Metrics: ...
+
+    def prepare_probe(self, *, samples: list[Sample]) -> None: ...
 
 
 class FolderOperations(Protocol):
@@ -213,6 +217,27 @@ class PushOperations(Protocol):
     ) -> ConnectedSets: ...
 
     def send_weights(self, *, push: int, sets: list[str], gone: list[str]) -> SentWeights: ...
+
+
+WITH_OPTIMIZER = {"update", "update_critic", "save_checkpoint", "load_checkpoint"}
+"""Operations that use the optimizer's state."""
+WITHOUT_PARAMETERS = {
+    *(LOAD, STOP, "yield_memory", "compare_with_engines", "compute_token_advantages"),
+    *("compare_probe", "checkpoint_progress", "verify_checkpoint"),
+}
+"""Operations that use no weights: they may be called while the weights are away
+(`parallel.offload_between_phases`)."""
+
+
+def needs_parameters(operation: str) -> bool:
+    """Return whether an operation uses the model's weights; all do that are not known to go
+    without."""
+    return operation not in WITHOUT_PARAMETERS
+
+
+def needs_optimizer(operation: str) -> bool:
+    """Return whether an operation uses the optimizer's state."""
+    return operation in WITH_OPTIMIZER
 
 
 def operation_names(protocol: type) -> set[str]:

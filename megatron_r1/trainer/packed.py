@@ -1,6 +1,5 @@
-"""Packs samples into one micro-batch of tensors, end to end, with no attention between samples:
-their tokens, and for routing replay the experts that the engine has chosen. `Scores` reads one
-score per sample back out of it, for reward models.
+"""Packs samples into one micro-batch of tensors, end to end, with no attention between samples.
+`Scores` reads one score per sample back out of it, for reward models.
 
 Position t of a sample predicts token t + 1, so the response's tokens are targets at positions
 prompt_length - 1 … length - 2; the last position of every sample predicts nothing. A sample's mask
@@ -18,10 +17,8 @@ context group. All these ranks compute the same loss from the same scores; the g
 rank that has the position, and the sample is counted on the first context rank
 (`PackedBatch.num_trajectories`)."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,96 +29,19 @@ from torch.distributed import ProcessGroup
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import held_positions
-from megatron_r1.models.prefixes import Continued, with_prefixes
+from megatron_r1.models.prefixes import with_prefixes
 from megatron_r1.models.replay import RecordedRouting
-from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.trainer.batch import PackedBatch
-from megatron_r1.trainer.shared_prompts import SharedTokens
+from megatron_r1.trainer.routing import RoutingPart, recorded_routing
+from megatron_r1.trainer.token_split import Placement, TokenSplit, placed
 from megatron_r1.trainer.training_sample import Sample
-
-
-@dataclass(frozen=True)
-class RoutingPart:
-    """The part of the routing that a rank replays.
-
-    Attributes:
-        shape: the sizes of the whole model's routing.
-        layers: the rank's MoE layers, as indices into shape.moe_layers."""
-
-    shape: RoutingShape
-    layers: list[int]
-
-
-def _packed_routing(
-    samples: list[Sample], starts: list[int], held: Tensor, part: RoutingPart, device: torch.device
-) -> RecordedRouting:
-    """Return the part's routing of the packed micro-batch in which samples[i] begins at starts[i].
-
-    held: int64, the positions of the micro-batch whose experts this rank chooses. Indices stay in
-    the 1 or 2 bytes they arrived in. Raises ValueError for routing that does not fit its sample."""
-    shape = part.shape
-    total = 1 + max([int(held.max()), *(s + len(x) for s, x in zip(starts, samples, strict=True))])
-    # Experts below 32,768 look the same in int16, which torch can index; in uint16 it cannot.
-    dtype = np.dtype("u1" if shape.index_bytes == 1 else "<i2")
-    experts = np.zeros((total, len(part.layers), shape.topk), dtype)
-    known = np.zeros(total, bool)
-    for sample, start in zip(samples, starts, strict=True):
-        rows = _rows(sample, shape)
-        end = start + len(sample) - 1  # the last token was never fed to the engine
-        experts[end - len(rows) : end] = rows[:, part.layers]
-        known[end - len(rows) : end] = True
-    here = held.numpy()
-    return RecordedRouting(
-        *(torch.from_numpy(whole[here]).to(device) for whole in (experts, known))
-    )
-
-
-def _rows(sample: Sample, shape: RoutingShape) -> np.ndarray:
-    """Return the routing [rows, moe layers, topk] of a sample's tokens before the last."""
-    if len(sample.routing) % shape.token_bytes:
-        raise ValueError(
-            f"{len(sample.routing)} bytes of routing are no multiple of {shape.token_bytes}: "
-            f"{len(shape.moe_layers)} layers x {shape.topk} experts x {shape.index_bytes}"
-        )
-    flat = np.frombuffer(sample.routing, f"<u{shape.index_bytes}")
-    rows = flat.reshape(-1, len(shape.moe_layers), shape.topk)
-    if len(rows) >= len(sample) and len(rows):
-        raise ValueError(f"{len(rows)} rows of routing for a sample of {len(sample)} tokens")
-    return rows
-
-
-@dataclass(frozen=True)
-class TokenSplit:
-    """The split of a micro-batch's tokens between the ranks that share it.
-
-    Attributes:
-        tensor, tensor_rank: the same of the sequence-parallel group, which divides what a context
-            rank holds.
-        context, context_rank: size of the context-parallel group, and this rank's index in it.
-        token_multiple: the tokens of each rank are a multiple of it, as FP8 products need."""
-
-    tensor: int = 1
-    context: int = 1
-    context_rank: int = 0
-    token_multiple: int = 1
-    tensor_rank: int = 0
-
-    @property
-    def sample_multiple(self) -> int:
-        """Every sample is padded to a multiple of this."""
-        return 2 * self.context if self.context > 1 else 1
-
-    @property
-    def batch_multiple(self) -> int:
-        """The whole micro-batch is padded to a multiple of this."""
-        return math.lcm(self.sample_multiple, self.tensor * self.context * self.token_multiple)
 
 
 def packed_batch(
     samples: list[Sample],
     split: TokenSplit,
     device: torch.device,
-    routing: RoutingPart | None = None,
+    routing: RoutingPart | RecordedRouting | None = None,
     share_prompts: bool = False,
 ) -> PackedBatch:
     """Pack `samples`, possibly none, and return this rank's part, T tokens on `device`.
@@ -132,10 +52,13 @@ def packed_batch(
         samples: the micro-batch.
         split: how its tokens are divided between ranks.
         device: the device of the tensors.
-        routing: the part of the samples' routing that this rank replays, if any.
+        routing: what this rank replays, if anything: the part of the samples' routing, or what the
+            leader of its replica has cut of it.
         share_prompts: tokens that an earlier sample has are not there again (`SharedTokens`,
             `models.prefixes`)."""
-    placement = _place(samples, split, share_prompts)
+    if isinstance(routing, RoutingPart):
+        routing = recorded_routing(samples, split, routing)
+    placement = placed(samples, split, share_prompts)
     cu_seqlens, total = placement.cu_seqlens, int(placement.cu_seqlens[-1])
     tokens = _tokens(samples, placement)
     attention_cu_seqlens = cu_seqlens.int().to(device)
@@ -143,8 +66,7 @@ def packed_batch(
     if placement.continued is not None:
         with_prefixes(attention_cu_seqlens, placement.continued)
         position += placement.continued.first.repeat_interleave(cu_seqlens.diff())
-    held = held_positions(cu_seqlens, split.context_rank, split.context)
-    own_tokens = held.view(split.tensor, -1)[split.tensor_rank]
+    held = held_positions(cu_seqlens, *split.of_context)
     # The inverse of `held`, -1 for positions on other context ranks.
     here = torch.full((total,), -1).index_copy(0, held, torch.arange(len(held)))
     ends = [at + len(sample) - 1 for at, sample in zip(placement.starts, samples, strict=True)]
@@ -170,45 +92,8 @@ def packed_batch(
         logprobs={"teacher": teacher.to(device)} if has_teacher else {},
         sequence_weights=weights.to(device) if has_branches else None,
         num_shared=sum(placement.skipped),
-        routing=_packed_routing(samples, placement.starts, own_tokens, routing, device)
-        if routing
-        else None,
+        routing=routing and RecordedRouting(*(part.to(device) for part in routing)),
     )
-
-
-class Placement(NamedTuple):
-    """The positions of a micro-batch's tokens: samples, then padding.
-
-    Attributes:
-        cu_seqlens: (samples + padding + 1,) int64, from 0 to T.
-        starts: the position of each sample's token 0. If an earlier sample has its first `skipped`
-            tokens, starts is the position of its first own token less `skipped`: starts + i is
-            token i's position for every own token.
-        continued: the earlier samples that these continue; None where none does."""
-
-    cu_seqlens: Tensor
-    starts: list[int]
-    skipped: list[int]
-    continued: Continued | None
-
-
-def _place(samples: list[Sample], split: TokenSplit, share_prompts: bool) -> Placement:
-    shared = SharedTokens()
-    if share_prompts:
-        own_lengths = [shared.add(sample) for sample in samples]
-    else:
-        own_lengths = [len(sample) for sample in samples]
-    skipped = shared.skipped or [0] * len(samples)
-    padded = [length + -length % split.sample_multiple for length in own_lengths]
-    filler = -sum(padded) % split.batch_multiple if padded else split.batch_multiple
-    cu_seqlens = torch.tensor([0, *padded, *([filler] if filler else [])]).cumsum(0)
-    own_starts = cu_seqlens.tolist()[: len(samples)]
-    starts = [start - skip for start, skip in zip(own_starts, skipped, strict=True)]
-    continued = None
-    if any(skipped):
-        hosts, firsts = [*shared.hosts, *[-1] * bool(filler)], [*skipped, *[0] * bool(filler)]
-        continued = Continued(torch.tensor(hosts), torch.tensor(firsts))
-    return Placement(cu_seqlens, starts, skipped, continued)
 
 
 def _tokens(samples: list[Sample], placement: Placement) -> Tensor:

@@ -118,8 +118,6 @@ def optimizer_step(
 
 
 def free_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Free the memory of the gradients, which the next optimizer step allocates again, and what
-    torch's allocator keeps of a GPU's memory for later."""
+    """Free the memory of the gradients, which the next optimizer step allocates again."""
     for chunk in chunks:
         chunk.offload_grad_buffers(synchronize=platform.has_gpu(), empty_cache=False)
-    torch.cuda.empty_cache()

@@ -10,8 +10,10 @@ Every operation is called on all ranks at the same time. A rank handles samples 
 prompts or rewards."""
 
 from functools import partial
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from megatron_r1 import models
@@ -38,18 +40,19 @@ from megatron_r1.trainer.metrics import (
     reduce_over_data,
     teacher_kl,
 )
+from megatron_r1.trainer.offload import offload_of
 from megatron_r1.trainer.operations import SUPERVISED, SampleScores
 from megatron_r1.trainer.packed import (
-    RoutingPart,
     Scores,
-    TokenSplit,
     check_token_ids,
     packed_batch,
 )
 from megatron_r1.trainer.passes import Compute, free_gradients, optimizer_step, run_passes
 from megatron_r1.trainer.reference import Reference
+from megatron_r1.trainer.routing import RoutingPart, RoutingScatter
 from megatron_r1.trainer.shared_prompts import check_shared_prompts
 from megatron_r1.trainer.token_advantages import ScoredRollout
+from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import ReplicaSamples, Sample
 
 
@@ -81,6 +84,8 @@ class Trainer:
         self.replay = Replay(self.model_chunks, shape)
         self.routing = RoutingPart(shape, self.replay.layers) if shape else None
         self.critic = Critic(config, position) if needs_critic(config) else None
+        self.offload = offload_of(config, self._trained)
+        self._probed: list[PackedBatch] = []
 
     @property
     def score_is_new(self) -> bool:
@@ -92,9 +97,15 @@ class Trainer:
         """The parameters of the whole model, counted in its weight table."""
         return weights.num_parameters(self.hf)
 
-    def load(self, minibatches: ReplicaSamples) -> dict[str, float]:
-        """Pack this replica's samples: minibatches[i][m] are those of micro-batch m of mini-batch
-        i.
+    def load(
+        self, minibatches: ReplicaSamples, scatter: RoutingScatter | None = None
+    ) -> dict[str, float]:
+        """Pack this replica's samples.
+
+        Args:
+            minibatches: minibatches[i][m] are the samples of micro-batch m of mini-batch i.
+            scatter: sends the routing from the replica's leader, whose samples alone have it; None:
+                this rank's have it.
 
         Returns "packing/padding", padding as a fraction of the tokens computed, and, where prompts
         are shared, "packing/shared", the fraction of tokens that are not computed again."""
@@ -104,10 +115,11 @@ class Trainer:
         pack = partial(
             packed_batch, split=self.split, device=platform.device(), share_prompts=shares_prompts
         )
-        self.minibatches = [
-            [pack(microbatch, routing=self.routing) for microbatch in self._in_rounds(minibatch)]
-            for minibatch in minibatches
-        ]
+        rounds = [self._in_rounds(minibatch) for minibatch in minibatches]
+        every = [microbatch for minibatch in rounds for microbatch in minibatch]
+        recorded = scatter.scatter(every) if scatter else [self.routing] * len(every)
+        packed = (pack(one, routing=own) for one, own in zip(every, recorded, strict=True))
+        self.minibatches = [list(islice(packed, len(minibatch))) for minibatch in rounds]
         # The sum also runs over context ranks, which hold parts of the same samples.
         num_tokens = sum(len(s) for s in samples)
         num_shared = sum(batch.num_shared for batch in self._batches())
@@ -264,23 +276,52 @@ class Trainer:
 
         Args:
             samples: the samples to compare, the same on every rank."""
-        check_token_ids(samples, self.hf["vocab_size"])
-        rounds = self._in_rounds([samples])
-        batches = [packed_batch(s, self.split, platform.device()) for s in rounds]
+        self.prepare_probe(samples)
+        return self.compare_probe(samples)
+
+    def prepare_probe(self, samples: list[Sample]) -> None:
+        """Compute, and keep for `compare_probe`, the log-probabilities of samples that an engine
+        has not scored yet."""
+        self._probed = self._pack_probe(samples)
         with self.replay.paused():  # an engine's answer to a probe comes without its routing
-            self._fill_logprobs(batches, "old", 1.0)
+            self._fill_logprobs(self._probed, "old", 1.0)
+
+    def compare_probe(self, samples: list[Sample]) -> dict[str, float]:
+        """Return the differences that `probe` does, without weights: `prepare_probe` has had the
+        same tokens. The samples have an engine's log-probabilities."""
+        batches = self._pack_probe(samples)
         if not self.position.last_stage:
             return {}
+        for batch, probed in zip(batches, self._probed, strict=True):
+            assert torch.equal(batch.targets, probed.targets), "these are other tokens"
+            batch.logprobs["old"] = probed.logprobs["old"]
         mean, largest = engine_gap(batches, "old")
         return self._reduced({"probe/max": largest, "probe/mean": mean})
 
-    def yield_memory(self) -> None:
+    def _pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
+        check_token_ids(samples, self.hf["vocab_size"])
+        return [packed_batch(s, self.split, platform.device()) for s in self._in_rounds([samples])]
+
+    def yield_memory(self, parameters: bool = False) -> None:
         """Free what the trainer does not need while engines compute on the same GPUs: gradients,
-        the loaded samples, and memory that torch keeps for later activations."""
+        the loaded samples, memory that torch keeps for later activations, and with
+        `parallel.offload_between_phases` the optimizer's state.
+
+        Args:
+            parameters: with that setting, free the parameters too: nothing is pushed from now on.
+
+        Raises:
+            UserError: host or disk have no room for what is to be moved there."""
         self.minibatches = []
-        free_gradients(self.ddp_chunks)
-        if self.critic is not None:
-            free_gradients(self.critic.ddp_chunks)
+        for network in self._trained():
+            free_gradients(network.ddp_chunks)
+        if self.offload is not None:
+            self.offload.free(parameters=parameters)
+        torch.cuda.empty_cache()
+
+    def _trained(self) -> list[Any]:
+        """Return what has `model_chunks`, `ddp_chunks` and an `optimizer`."""
+        return [self] if self.critic is None else [self, self.critic]
 
     def networks(self) -> Networks:
         """Return what a checkpoint holds: policy, reference and critic."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import cast
 
 import msgspec
@@ -141,19 +142,22 @@ JOINED_BYTES = 1 << 16
 """Buffers below this size are joined: a part of a message of its own costs a few microseconds."""
 
 
-BUFFERS = ("token_ids", "logprobs", "routing", "teacher", "mask")
-"""The fields of a `Sample` that travel behind the headers, in this order."""
-Header = tuple[Sample, list[int | None]]
-"""A sample without its buffers, and their sizes; None for a teacher that is None."""
+BUFFERS = ("token_ids", "logprobs", "teacher", "mask")
+"""The fields of a `Sample` that travel behind the headers, in this order; the routing of all
+samples follows, which a replica's ranks do not all need."""
+Header = tuple[Sample, list[int | None], int]
+"""A sample without its buffers, their sizes (None for a teacher that is None), and the size of its
+routing."""
 
 
 def encode_samples(samples: ReplicaSamples) -> list[Buffer]:
-    """Return the parts of a message: the headers, and the samples' buffers one after the other.
+    """Return the parts of a message: the headers, the samples' buffers one after the other, and the
+    routing of all samples.
 
     Not one msgpack object, which ends at 4 GiB: routing of 512 x 30,000 tokens is 7 GB."""
     headers: list[list[list[Header]]] = []
-    parts: list[Buffer] = []
-    small: list[Buffer] = []
+    own: list[Buffer] = []
+    routing: list[Buffer] = []
     for minibatch in samples:
         headers.append([])
         for microbatch in minibatch:
@@ -161,40 +165,78 @@ def encode_samples(samples: ReplicaSamples) -> list[Buffer]:
             for sample in microbatch:
                 buffers = [getattr(sample, name) for name in BUFFERS]
                 sizes = [None if buffer is None else len(buffer) for buffer in buffers]
-                bare = msgspec.structs.replace(sample, **dict.fromkeys(BUFFERS, b""))
-                headers[-1][-1].append((bare, sizes))
-                for buffer in filter(None, buffers):
-                    if len(buffer) < JOINED_BYTES:
-                        small.append(buffer)
-                        continue
-                    if small:
-                        parts.append(b"".join(small))
-                        small.clear()
-                    parts.append(buffer)
-    return [msgspec.msgpack.encode(headers), *parts, b"".join(small)]
+                bare = msgspec.structs.replace(sample, routing=b"", **dict.fromkeys(BUFFERS, b""))
+                headers[-1][-1].append((bare, sizes, len(sample.routing)))
+                own += filter(None, buffers)
+                routing += filter(None, [sample.routing])
+    return [msgspec.msgpack.encode(headers), *_joined(own), *_joined(routing)]
 
 
-def decode_samples(headers: Buffer, buffers: memoryview) -> ReplicaSamples:
-    """Return the samples that `encode_samples` encoded; they refer to `buffers`.
+def _joined(buffers: list[Buffer]) -> list[Buffer]:
+    """Return the buffers in order, with runs of small ones joined."""
+    parts: list[Buffer] = []
+    for is_small, run in groupby(buffers, lambda buffer: len(buffer) < JOINED_BYTES):
+        together = list(run)
+        parts += [b"".join(together)] if is_small else together
+    return parts
+
+
+def without_routing(parts: Sequence[Buffer]) -> tuple[Sequence[Buffer], Sequence[Buffer]]:
+    """Return the parts of a message of `encode_samples` behind its headers: the samples' buffers,
+    and their routing. Of no parts, none of either."""
+    if not parts:
+        return (), ()
+    minibatches = msgspec.msgpack.decode(parts[0], type=list[list[list[Header]]])
+    headers = (header for minibatch in minibatches for micro in minibatch for header in micro)
+    missing, count = sum(sum(filter(None, sizes)) for _, sizes, _ in headers), 1
+    while missing:
+        missing, count = missing - len(parts[count]), count + 1
+    return parts[1:count], parts[count:]
+
+
+class _Reader:
+    """Takes buffers of given sizes, as views, from parts that end where a buffer does."""
+
+    def __init__(self, parts: Iterable[Buffer]):
+        self._parts, self._left = iter(parts), memoryview(b"")
+
+    def take(self, size: int) -> memoryview:
+        """Return the next `size` bytes; none where there are no more parts."""
+        if size and not self._left:
+            self._left = memoryview(next(self._parts, b""))
+        taken, self._left = self._left[:size], self._left[size:]
+        return taken
+
+
+def decode_samples(
+    headers: Buffer, buffers: memoryview, routing: Sequence[Buffer] | None = None
+) -> ReplicaSamples:
+    """Return the samples that `encode_samples` encoded; they refer to `buffers` and `routing`.
 
     Args:
         headers: the first part of its message.
-        buffers: the others, joined."""
-    end = 0
+        buffers: the samples' buffers, joined, as of `without_routing`.
+        routing: the parts behind them; none: the samples have no routing; None: it follows in
+            `buffers`."""
+    own = _Reader([buffers])
 
-    def take(size: int | None) -> memoryview | None:
-        nonlocal end
-        if size is None:
-            return None
-        end += size
-        return buffers[end - size : end]
-
-    def sample(header: Header) -> Sample:
-        bare, sizes = header
-        return msgspec.structs.replace(bare, **dict(zip(BUFFERS, map(take, sizes), strict=True)))
+    def fields(header: Header) -> dict[str, memoryview | None]:
+        sizes = zip(BUFFERS, header[1], strict=True)
+        return {name: None if size is None else own.take(size) for name, size in sizes}
 
     minibatches = msgspec.msgpack.decode(headers, type=list[list[list[Header]]])
-    return [
-        [[sample(header) for header in microbatch] for microbatch in minibatch]
+    bare = [
+        [[(header, fields(header)) for header in microbatch] for microbatch in minibatch]
         for minibatch in minibatches
+    ]
+    experts = own if routing is None else _Reader(routing)
+    return [
+        [
+            [
+                msgspec.structs.replace(header[0], routing=experts.take(header[2]), **each)
+                for header, each in microbatch
+            ]
+            for microbatch in minibatch
+        ]
+        for minibatch in bare
     ]

@@ -1,12 +1,14 @@
 """The main loop of a trainer rank: join the grid, build the trainer, run the controller's calls."""
 
+from __future__ import annotations
+
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import msgspec
 import zmq
@@ -32,7 +34,11 @@ from megatron_r1.trainer.operations import (
     operation_names,
 )
 from megatron_r1.trainer.rank_monitor import IDLE, RankMonitor, collective
-from megatron_r1.trainer.training_sample import decode_samples
+from megatron_r1.trainer.training_sample import decode_samples, without_routing
+
+if TYPE_CHECKING:
+    from megatron_r1.trainer.offload import Offload
+    from megatron_r1.trainer.routing import RoutingScatter
 
 
 def serve_under_torchrun(config: Config, find_controller: Callable[[], str | None]) -> None:
@@ -138,16 +144,23 @@ def _connected(name: bytes, address: str) -> zmq.Socket:
 class Operations:
     """What the controller may call: "load" and `methods`."""
 
+    _scatter: RoutingScatter | None = None
+    _offload: Offload | None = None
+
     def __init__(self, config: Config, position: GridPosition):
         # These import Megatron, which is possible only after platform.prepare().
         from megatron_r1.push.sender import WeightPush
         from megatron_r1.trainer import implementations
         from megatron_r1.trainer.folders import Folders
+        from megatron_r1.trainer.routing import RoutingScatter
         from megatron_r1.trainer.trainer import Trainer
 
         slowest = timedelta(seconds=config.parallel.wait_seconds)
         self.position, self.replica = position, Replica(position, slowest)
         self.trainer = Trainer(config, position)
+        self._offload = self.trainer.offload
+        if (routing := self.trainer.routing) is not None:
+            self._scatter = RoutingScatter(self.replica, self.trainer.split, routing)
         self.implementations = implementations.in_use(self.trainer)
         push = WeightPush(self.trainer.model_chunks, self.trainer.hf, config)
         self._methods = methods(self.trainer, Folders(self.trainer), push)
@@ -180,10 +193,13 @@ class Operations:
 
         Raises:
             ValueError: for an unknown operation."""
+        if self._offload is not None:
+            self._offload.prepare(call.operation)
         if call.operation == LOAD:
-            broadcast = self.replica.broadcast
-            headers, buffers = broadcast(share[:1]), broadcast(share[1:])
-            return self.trainer.load(decode_samples(headers, buffers))
+            broadcast, (buffers, routing) = self.replica.broadcast, without_routing(share)
+            headers, joined = broadcast(share[:1]), broadcast(buffers)
+            samples = decode_samples(headers, joined, routing)
+            return self.trainer.load(samples, self._scatter)
         if call.operation not in self._methods:
             known = ", ".join(self._methods)
             raise ValueError(f"unknown operation {call.operation!r}: use {known}")
@@ -209,6 +225,8 @@ def methods(
         trainer.update_critic,
         trainer.sample_scores,
         trainer.probe,
+        trainer.prepare_probe,
+        trainer.compare_probe,
         trainer.yield_memory,
         folders.export,
         folders.export_adapter,

@@ -1,51 +1,72 @@
-"""`tests/parallel/optimizer_offload.py` on a null GPU, with memory of two kinds and Transformer
-Engine's layers and Adam: `offload_on_null_gpu.py MODEL OUT GRID`, under torchrun.
+"""What a trainer on the null GPU gives back of it between its phases, and what it has afterwards:
+`offload_on_null_gpu.py MODEL DTYPE MOMENTS PLACE`.
 
-Its Adam is imitated in another order than torch's, which updates what is on the host: weights in
-bf16 may be rounded to a neighbor."""
+Prints the bytes that torch has less, those that `Offload` says, and those that the plan counts. The
+values that come back must be equal, bit for bit."""
 
 import os
+import sys
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
-
-import optimizer_offload
-import pytest
 import torch
-import transformer_engine_on_host
-from host_compute import compute_everywhere
-from r1_kernels import registry
+from checkpoint_round_trip import attention_without_cudnn, state
+from host_compute import HostCompute
+from trainer_steps import LOSS, SETTINGS, load
 
+from megatron_r1.base.processes import children
 from megatron_r1.config import Config
-
-
-def assert_near(found: tuple, expected: tuple, where: str) -> None:
-    metrics = [each[0] if isinstance(each[0], list) else [each[0]] for each in (found, expected)]
-    for mine, theirs in zip(*metrics, strict=True):
-        assert mine == pytest.approx(theirs, rel=2**-7), where
-    got, wanted = (torch.cat([w.flatten() for w in each[1]]).float() for each in (found, expected))
-    far, differ = (got - wanted).abs().max().item(), (got != wanted).float().mean().item()
-    print(f"{where}: {differ:.1e} of the weights differ, by at most {far:.1e}", flush=True)
-    # A gradient near 0 may change its sign, and with it a whole step of 1e-3.
-    assert far < 4e-3 and differ < 0.02, where
+from megatron_r1.config.hardware import HARDWARE
+from megatron_r1.models import read_hf_config
+from megatron_r1.plan.counts import RankCounts
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.offload import away_bytes
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.passes import free_gradients
 
 
 def main() -> None:
-    compute_everywhere()
-    transformer_engine_on_host.install()
-    transformer_engine_on_host.use_our_attention()
-    in_torch = registry.primitives("torch")
-    registry.primitives = lambda backend: in_torch
-    plain = optimizer_offload.config
+    model, dtype, moments, place = sys.argv[1:]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(children.free_port())
+    settings = Config.model_validate(
+        {
+            "model": {"path": model, "dtype": dtype},
+            "rollout": {"colocated": True},
+            "optimizer": {"learning_rate": 0.1, "moments": moments},
+            "parallel": {
+                **{"tokens_per_microbatch": 256, "threads": 1},
+                "offload_between_phases": place,
+            },
+        }
+    )
+    position = distributed.initialize(settings.parallel, seed=0)
+    from megatron_r1.trainer.trainer import Trainer
 
-    def config(model: str, grid: str, share: float) -> Config:
-        settings = plain(model, grid, share).model_dump()
-        settings["model"]["fusions"] = ["gradient_accumulation"]
-        return Config.model_validate(settings)
-
-    optimizer_offload.config = config
-    optimizer_offload.assert_equal = assert_near
-    optimizer_offload.pretend_to_have_a_gpu = lambda: None
-    optimizer_offload.main()
+    attention_without_cudnn()
+    with HostCompute():
+        trainer = Trainer(settings, position)
+        trainer.keep_reference()
+        load(trainer, position, (1,), first_old=False)
+        trainer.update(0, LOSS, SETTINGS, 0.1)
+        values = state(trainer)
+        torch.manual_seed(1)
+        for tensor in values.values():
+            tensor.copy_(torch.randn(tensor.shape))
+        expected = {name: tensor.clone() for name, tensor in values.items()}
+        trainer.minibatches = []
+        free_gradients(trainer.ddp_chunks)
+        before = torch.cuda.memory_allocated()
+        trainer.yield_memory(parameters=True)
+        less, away = before - torch.cuda.memory_allocated(), trainer.offload.away_bytes
+        trainer.offload.restore("parameters", "optimizer")
+        assert before == torch.cuda.memory_allocated()
+    found = state(trainer)
+    different = [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]
+    assert found.keys() == expected.keys() and not different, different[:5]
+    hf = read_hf_config(model)
+    job = PlannedJob(hf, settings, 1, HARDWARE["H100"])
+    planned = away_bytes(job, RankCounts(job).of_rank(0))
+    distributed.leave_process_groups()
+    print(f"\nbytes: {less} {away} {planned}")
 
 
 if __name__ == "__main__":

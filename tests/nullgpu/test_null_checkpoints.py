@@ -96,5 +96,5 @@ def test_a_defect_of_the_past_is_found_when_it_is_planted_again(
 def test_an_offloaded_optimizer_is_on_the_host_and_updates_and_resumes_as_any(
     on_null_gpu, models, tmp_path
 ):
-    script = ["offload_on_null_gpu.py", str(models / "qwen"), str(tmp_path), "one"]
+    script = ["optimizer_offload_on_null_gpu.py", str(models / "qwen"), str(tmp_path), "one"]
     assert "one holds" in on_null_gpu(*TORCHRUN, *script)

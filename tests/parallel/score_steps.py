@@ -29,8 +29,9 @@ from megatron_r1.models import weights  # noqa: E402
 from megatron_r1.trainer import distributed, losses, packed  # noqa: E402
 from megatron_r1.trainer.checkpoints.contents import without_extra_state  # noqa: E402
 from megatron_r1.trainer.metrics import merge, reduce_over_data  # noqa: E402
-from megatron_r1.trainer.packed import TokenSplit, packed_batch  # noqa: E402
+from megatron_r1.trainer.packed import packed_batch  # noqa: E402
 from megatron_r1.trainer.passes import run_passes  # noqa: E402
+from megatron_r1.trainer.token_split import TokenSplit  # noqa: E402
 from megatron_r1.trainer.training_sample import Sample  # noqa: E402
 
 # fp32 and another order of sums; scores have a standard deviation of 1.

@@ -52,3 +52,18 @@ def test_logprobs_and_gradients_are_those_of_the_forced_experts(oracle, forced, 
 def test_replaying_the_own_choice_changes_no_bit(oracle, forced):
     run_ranks(HERE, 1, "routing_steps.py", str(oracle / MODEL), str(forced), "own")
     assert json.loads((forced / "own.json").read_text()) == {"same": True, "agreement": 1.0}
+
+
+def test_each_rank_is_sent_the_experts_of_its_own_layers_and_tokens(oracle, tmp_path):
+    """The ranks are half the layers or half the tokens each: the other one is sent about half of
+    what the samples have, where all of it was sent before."""
+    grids = ["tp2", "pp2", "cp2", "pp2xvp2"]
+    run_ranks(HERE, 2, "routing_shares.py", str(oracle / MODEL), str(tmp_path), *grids)
+    hf = json.loads((oracle / MODEL / "config.json").read_text())
+    layers = hf["num_hidden_layers"] - hf["first_k_dense_replace"]
+    rows = sum(length - 1 for length in (9, 30, 17, 12, 25)) - 5
+    whole = rows * layers * hf["num_experts_per_tok"]
+    for grid in grids:
+        found = json.loads((tmp_path / f"{grid}.json").read_text())
+        assert found["known"] == rows * (2 if grid.startswith("pp") else 1), grid
+        assert 0.3 * whole < found["sent"] < 0.85 * whole, (grid, found, whole)

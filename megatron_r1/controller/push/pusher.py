@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_r1.base.errors import TrainerError, TrainerLost
 from megatron_r1.config import Config
@@ -22,12 +22,13 @@ from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
 from megatron_r1.engines.fleet.placement import hosts_address
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, swap_calls
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFault, NoWeights
-from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import read_hf_config
 from megatron_r1.push.plan.adapters import pushed_adapters, served_adapter
 from megatron_r1.push.plan.from_recipe import engine_layout
 from megatron_r1.push.plan.tensors import pushed_tensors
+from megatron_r1.trainer.operations import ModelOperations
 
+T = TypeVar("T")
 PROBE_TOKENS = 8
 EXACT_TOLERANCE, TOLERANCE = 1e-3, 0.3
 """The largest differences where both sides compute in float32, and otherwise. Seen: in float32
@@ -51,6 +52,9 @@ class Prober:
     ):
         self.trainer, self.prompts = trainer, prompts
         self.tolerance, self.timeout_seconds = tolerance, timeout_seconds
+
+    async def prepare(self) -> None:
+        """Compute what needs the trainer's new weights before the engines have them."""
 
     async def check(
         self, push: int, engines: Sequence[Engine], on_lost: OnLost
@@ -80,13 +84,10 @@ class Prober:
 
     async def _difference(self, engine: Engine) -> float:
         """Return the mean difference. Raises EngineDied where the engine gives no usable answer."""
-        try:
-            responses = await self._responses(engine)
-        except EngineFault:  # retried once, as every request is
-            try:
-                responses = await self._responses(engine)
-            except EngineFault as fault:
-                raise EngineDied(f"{engine.name} did not answer the probes: {fault}") from fault
+        responses = await self._answers(
+            engine,
+            lambda prompt: engine.client.generate(prompt, n=1, max_tokens=PROBE_TOKENS, seed=0),
+        )
         return await self.trainer.probe(
             [
                 (prompt, response.token_ids, response.logprobs)
@@ -94,14 +95,34 @@ class Prober:
             ]
         )
 
-    async def _responses(self, engine: Engine) -> list[list[Response]]:
-        """Return one response to each prompt."""
-        calls = (
-            engine.unless_lost(engine.client.generate(prompt, n=1, max_tokens=PROBE_TOKENS, seed=0))
-            for prompt in self.prompts
-        )
-        async with raise_dead_after(engine, self.timeout_seconds):
-            return await asyncio.gather(*calls)
+    async def _answers(
+        self, engine: Engine, ask: Callable[[Sequence[int]], Coroutine[Any, Any, T]]
+    ) -> list[T]:
+        """Return the engine's answer to each prompt. Raises EngineDied where there is none."""
+        for is_last in (False, True):  # retried once, as every request is
+            try:
+                async with raise_dead_after(engine, self.timeout_seconds):
+                    calls = (engine.unless_lost(ask(prompt)) for prompt in self.prompts)
+                    return await asyncio.gather(*calls)
+            except EngineFault as fault:
+                if is_last:
+                    raise EngineDied(f"{engine.name} did not answer the probes: {fault}") from fault
+        raise AssertionError("returned or raised above")
+
+
+class LentProber(Prober):
+    """Probes engines that compute in the memory of the trainer's weights
+    (`parallel.offload_between_phases`): the trainer scores the prompts while it has its weights,
+    and the engines score them later."""
+
+    async def prepare(self) -> None:
+        self.prompts = [prompt for prompt in self.prompts if len(prompt) > 1]
+        if self.prompts:
+            await self.trainer.prepare_probe(self.prompts)
+
+    async def _difference(self, engine: Engine) -> float:
+        scores = await self._answers(engine, lambda prompt: engine.client.score(prompt, 1))
+        return await self.trainer.compare_probe(self.prompts, scores)
 
 
 def create_pusher(
@@ -131,7 +152,9 @@ def create_pusher(
         notify=lambda line: fleet.members.notify(line),
     )
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)
-    return WeightPusher(fleet, links, Prober(trainer, probes, tolerance, push.timeout_seconds))
+    lends = config.parallel.offload_between_phases != "none"
+    prober = (LentProber if lends else Prober)(trainer, probes, tolerance, push.timeout_seconds)
+    return WeightPusher(fleet, links, prober, lends=lends)
 
 
 class WeightPusher:
@@ -144,10 +167,21 @@ class WeightPusher:
     Args:
         fleet: the engines that run, and their replacement.
         links: the links of the trainer to them; it also has the settings of pushes.
-        prober: compares the engines with the trainer after each push; None: nothing is compared."""
+        prober: compares the engines with the trainer after each push; None: nothing is compared.
+        lends: engines compute in the memory of the trainer's weights, which it frees when it has
+            sent them."""
 
-    def __init__(self, fleet: RolloutFleet, links: EngineLinks, prober: Prober | None = None):
-        self.fleet, self.links, self.prober = fleet, links, prober
+    def __init__(
+        self,
+        fleet: RolloutFleet,
+        links: EngineLinks,
+        prober: Prober | None = None,
+        *,
+        lends: bool = False,
+    ):
+        self.fleet, self.links, self.prober, self.lends = fleet, links, prober, lends
+        if lends:
+            links.trainer.is_lent = lambda: fleet.uses_memory
         self._timeout_seconds = links.settings.timeout_seconds
         self._settled = asyncio.Lock()
         """Held while the weights change, and while an engine joins."""
@@ -187,6 +221,7 @@ class WeightPusher:
             regrouped = self.links.engines_to_regroup(self._engines_up)
             await self._form_sets(regrouped, self._lose)
             await self._send_to_all()
+            await self._lend_memory()
             sent = time.perf_counter()
             await self.fleet.push(self._update_info(), version)
         swapped = time.perf_counter()
@@ -208,21 +243,30 @@ class WeightPusher:
         return {} if self._probing is None else await self._probing
 
     @contextlib.asynccontextmanager
-    async def send_weights(self, engine: Engine) -> AsyncIterator[None]:
-        """Push to `engine`, which is not in the fleet yet, the weights that the others have.
+    async def send_weights(self, engine: Engine) -> AsyncIterator[bool]:
+        """Push to `engine`, which is not in the fleet yet, the weights that the others have; yield
+        whether it has them. If the others compute in the memory of the trainer's weights, it has
+        not: it sleeps until the next push.
 
         No push begins within. Waits while the trainer's weights are between two versions. Raises
         EngineError, and NoWeights where the trainer's ranks are gone."""
         async with self._settled:
             if self._is_closed:
                 raise NoWeights(f"{engine.name}: the trainer that had weights for it is gone")
+            if self.lends:
+                # The trainer's weights come back into the memory of engines that sleep.
+                async with raise_dead_after(engine, self._timeout_seconds):
+                    await engine.client.sleep()
+                if self.fleet.uses_memory:
+                    yield False
+                    return
             try:
                 await self._push_to_new(engine)
             except TrainerLost as lost:
                 raise NoWeights(f"{engine.name}: no weights for it: {lost}") from lost
             except TrainerError as error:  # the session receives it as well, and may recover
                 raise EngineError(f"{engine.name}: no weights for it: {error}") from error
-            yield
+            yield True
 
     def close(self) -> None:
         """Refuse engines that wait for weights: the trainer is gone, or about to end."""
@@ -239,9 +283,17 @@ class WeightPusher:
             waiting = [engine for engine in waiting if engine.is_up]
             await self._form_sets(waiting, self._lose)
 
+    async def _lend_memory(self) -> None:
+        """Let the engines that sleep have the memory of the trainer's weights, where they may."""
+        if self.prober is not None:
+            await self.prober.prepare()
+        if self.lends:
+            await self.links.trainer.call(ModelOperations.yield_memory, parameters=True)
+
     async def _form_sets(self, engines: Sequence[Engine], on_lost: OnLost) -> None:
         # Engines that sleep, for the trainer's sake, must not compute before they are awake.
-        await self.links.form_sets(engines, on_lost, resume=self.fleet.awake.is_set())
+        resume = self.fleet.awake.is_set() and not self.lends
+        await self.links.form_sets(engines, on_lost, resume=resume)
 
     @property
     def _engines_up(self) -> list[Engine]:
@@ -259,12 +311,14 @@ class WeightPusher:
 
     async def _push_to_new(self, engine: Engine) -> None:
         await self._form_sets([engine], _raise_error)
-        if self.links.colocated:  # what its cache takes is needed for the weights in transit
+        if self.links.colocated and not self.lends:
+            # What its cache takes is needed for the weights in transit.
             async with raise_dead_after(engine, self._timeout_seconds):
                 await engine.client.sleep()
         # The others' last number: the pushes to an engine are numbered without gaps.
         with self.links.reporting_deaths():
             await self.links.send(self._push_number, [engine], _raise_error)
+        await self._lend_memory()
         await self._swap_new(engine)
         if self.prober is not None:
             await self.prober.check(self._push_number, [engine], _raise_error)

@@ -25,7 +25,15 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.trainer_calls.packing import Packing, pack, pack_by_prompt, sample_cost
 from megatron_r1.controller.trainer_calls.ranks import RankProcesses, RankSocket
 from megatron_r1.models import read_hf_config
-from megatron_r1.trainer.operations import LOAD, STOP, Call, ModelOperations, RankDescription, Reply
+from megatron_r1.trainer.operations import (
+    LOAD,
+    STOP,
+    Call,
+    ModelOperations,
+    RankDescription,
+    Reply,
+    needs_parameters,
+)
 from megatron_r1.trainer.training_sample import Buffer, ReplicaSamples, Sample, encode_samples
 
 P = ParamSpec("P")
@@ -95,6 +103,9 @@ class TrainerClient:
         self.waiting: Waiting | None = None
         self.num_replies = 0
         self.num_restarts = 0
+        self.is_lent: Callable[[], bool] = lambda: False
+        """Whether engines may have the memory of the ranks' weights, which are away then
+        (`controller.push.pusher`)."""
         self._cost = sample_cost(read_hf_config(config.model.path, config.model.head))
         self._packings: list[Packing] = []
 
@@ -252,6 +263,21 @@ class TrainerClient:
         samples = [Sample.pack(*sequence) for sequence in sequences]
         return (await self.call(ModelOperations.probe, samples=samples))["probe/mean"]
 
+    async def prepare_probe(self, texts: Sequence[Sequence[int]]) -> None:
+        """Have the trainer compute the log-probabilities of every token of `texts` but the first,
+        for `compare_probe`."""
+        samples = [Sample.pack(text[:1], text[1:]) for text in texts]
+        await self.call(ModelOperations.prepare_probe, samples=samples)
+
+    async def compare_probe(
+        self, texts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]
+    ) -> float:
+        """Return the mean absolute difference between an engine's log-probabilities and those of
+        `prepare_probe`, which had the same texts. The trainer needs no weights for it."""
+        scored = zip(texts, logprobs, strict=True)
+        samples = [Sample.pack(text[:1], text[1:], scores) for text, scores in scored]
+        return (await self.call(ModelOperations.compare_probe, samples=samples))["probe/mean"]
+
     async def restart(self) -> None:
         """Kill the remaining ranks and start all again, with their initial weights; return when
         they have built their model. Raises as `connect`."""
@@ -305,6 +331,8 @@ class TrainerClient:
         arguments: dict[str, Any] | None,
         shares: list[list[Buffer]] | None,
     ) -> list[dict[str, Any]]:
+        if needs_parameters(operation):
+            assert not self.is_lent(), f"{operation}: engines compute in the weights' memory"
         if not self.ranks:
             raise TrainerLost(f"the ranks are starting again, and cannot be asked for {operation}")
         call = msgspec.msgpack.encode(Call(operation, arguments or {}))

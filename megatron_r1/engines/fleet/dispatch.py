@@ -284,11 +284,17 @@ class Members:
         engine.is_open = is_open
         self._update()
 
-    def put_up(self, engine: Engine, place_of: Engine) -> None:
-        """Let an engine with the current weights serve in the place of a member, or of itself."""
-        engine.is_up = engine.is_open = True
+    def put_up(self, engine: Engine, place_of: Engine, *, is_asleep: bool = False) -> None:
+        """Let an engine with the current weights serve in the place of a member, or of itself. One
+        that sleeps has no weights, and serves after the next push (`wake`)."""
+        engine.is_up, engine.is_open, engine.is_asleep = True, not is_asleep, is_asleep
         self.engines[self.engines.index(place_of)] = engine
         self._update()
+
+    def wake(self, engine: Engine) -> None:
+        """Let an engine serve that was put up asleep, and has the weights now."""
+        engine.is_asleep = False
+        self.set_open(engine, True)
 
     def take_down(self, engine: Engine) -> None:
         """Exclude a dead engine from calls and pushes; it keeps its place for a replacement."""

@@ -57,8 +57,8 @@ def swap_calls(update_info: UpdateInfo, version: int, *, asleep: bool) -> list[E
 
 
 SendWeights = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
-"""A context that sends an engine the weights that the fleet's engines hold before its block begins.
-No push begins until the block has ended."""
+"""A context that sends an engine the weights that the fleet's engines hold before its block begins;
+False where it could not: the engine sleeps then. No push begins until the block has ended."""
 
 
 class RolloutFleet:
@@ -139,6 +139,11 @@ class RolloutFleet:
     @property
     def engines(self) -> list[Engine]:
         return self.members.engines
+
+    @property
+    def uses_memory(self) -> bool:
+        """Whether an engine has the memory that `sleep` frees."""
+        return self.awake.is_set() and any(not engine.is_asleep for engine in self.members.up)
 
     @property
     def num_restarts(self) -> int:
@@ -251,12 +256,13 @@ class RolloutFleet:
             version: number of the new weights.
 
         Raises:
-            ValueError: for a `version` that is not above the current one.
+            ValueError: for a `version` that is not above the current one; engines that sleep have
+                lost that, and may get it again.
             EngineError: if an engine refuses the weights, or dies and no restart is left; the fleet
                 is unusable from then on.
         """
         self.members.require_usable()
-        if version <= self.version:
+        if version < self.version or (version == self.version and self.awake.is_set()):
             raise ValueError(
                 f"push of version {version}, but the engines hold version {self.version}"
             )
@@ -270,6 +276,9 @@ class RolloutFleet:
                 raise
             self.version = version
             self.awake.set()
+            for engine in engines:
+                if engine.is_asleep:
+                    self.members.wake(engine)
 
     async def sleep(self) -> None:
         """Free the engines' memory for the trainer: the engines drop weights and caches until the
@@ -283,7 +292,8 @@ class RolloutFleet:
             # A starting engine has no weights yet: it is started again once the fleet is awake.
             starting = [engine for engine in self._starting if not engine.is_up]
             await asyncio.gather(*(engine.end() for engine in starting))
-            await self._call_engines(self.members.up, lambda client: client.sleep())
+            awake = [engine for engine in self.members.up if not engine.is_asleep]
+            await self._call_engines(awake, lambda client: client.sleep())
 
     async def add_engine(self) -> Engine:
         """Start one more engine, give it the current weights, and let it serve. Raises EngineError
@@ -377,11 +387,11 @@ class RolloutFleet:
             self._starting.add(engine)
             try:
                 await engine.prepare(self.version, self.start_timeout_seconds)
-                async with self.send_weights(engine):
+                async with self.send_weights(engine) as has_weights:
                     place = instead_of or engine
                     if place not in self.engines:
                         raise EngineError(f"{engine.name} is not needed any more: it has left")
-                    self.members.put_up(engine, place)
+                    self.members.put_up(engine, place, is_asleep=has_weights is False)
                 return engine
             except BaseException as error:
                 if engine in self.engines:

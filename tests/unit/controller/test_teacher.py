@@ -27,7 +27,8 @@ from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.episodes import Branch, Episode, Played
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.trainer.packed import TokenSplit, packed_batch
+from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
 

@@ -5,7 +5,8 @@ import torch
 from refusals import raised
 
 from megatron_r1.models.context_parallel import held_positions, sample_order, spans
-from megatron_r1.trainer.packed import TokenSplit, packed_batch
+from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
 BORDERS = torch.tensor([0, 8, 12, 24])

@@ -44,7 +44,11 @@ def test_bytes_of_routed_experts_by_place():
     # The issue of TMPDIR: a rollout in which every response has 32,768 tokens.
     assert rows["at most"].value == SAMPLES * LONGEST * TOKEN == pytest.approx(126.5e9, rel=1e-3)
     assert rows["into the controller"].value == SAMPLES * MEAN * 61 * 8  # zeros of 3 dense layers
-    assert rows["into a trainer's host"].value == sent / REPLICAS
+    assert rows["into a replica"].value == sent / REPLICAS
+    part = sent / REPLICAS / 128
+    # 16 stages x 8 ranks of tensor and context parallelism, which mark their tokens by a byte.
+    each = part + SAMPLES / REPLICAS * MEAN / 8
+    assert rows["into another rank's host"].value == pytest.approx(each, abs=1)
     own = SAMPLES / REPLICAS * MEAN / 2 / 4 * 4 * 8  # context 2, tensor 4; 4 layers on a rank
     assert rows["on a trainer's GPU"].value == own
     assert rows["in the sample log"].value == 15 * sent  # 3 checkpoints, each of 5 steps
@@ -52,17 +56,23 @@ def test_bytes_of_routed_experts_by_place():
     assert "in the sample log" not in without
 
 
-def test_a_node_s_host_holds_the_longest_of_its_replica_on_each_rank():
+def test_a_node_s_host_holds_the_longest_of_one_replica_and_its_ranks_parts():
+    """The eight ranks of tensor and context parallelism are a node; one leads the replica."""
+    first, *_, last = Bill(planned(rl__routing_replay=True)).ranks
+    replica = SAMPLES * LONGEST * TOKEN / REPLICAS
+    assert 8 * first.host["routed experts"] == pytest.approx(replica + 8 * replica / 128, rel=1e-6)
+    assert 8 * last.host["routed experts"] == pytest.approx(8 * replica / 128, rel=1e-6)
     host = sections(rl__routing_replay=True)["host memory of a node"]
-    assert host["routed experts"].value == 8 * SAMPLES * LONGEST * TOKEN / REPLICAS
+    assert host["routed experts"].value == 8 * last.host["routed experts"], "of the fullest node"
     assert "routed experts" not in sections(rl__routing_replay=False)["host memory of a node"]
 
 
-def test_a_step_waits_for_the_controller_and_for_the_tree_of_a_replica():
-    """128 ranks of a replica are a tree of 7 levels, each of which sends all of its bytes once."""
+def test_a_step_waits_for_the_controller_and_for_the_first_rank_of_a_replica():
+    """It cuts and sends 127 of 128 parts, and a byte for each token of the other ranks."""
     on, off = (sections(rl__routing_replay=value)["time"] for value in (True, False))
     sent = SAMPLES * MEAN * TOKEN
-    seconds = (sent + 7 * sent / REPLICAS) / TCP
+    part = sent / REPLICAS / 128 + SAMPLES / REPLICAS * MEAN / 8
+    seconds = sent / TCP + 127 * part / 0.87e9
     assert on["routed experts"].value == pytest.approx(seconds)
     assert on["step"].value == pytest.approx(off["step"].value + seconds)
     assert on["share of routed experts"].value == pytest.approx(seconds / on["step"].value)

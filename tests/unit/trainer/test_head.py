@@ -11,7 +11,8 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.losses import supervised
-from megatron_r1.trainer.packed import TokenSplit, packed_batch
+from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
 HIDDEN, VOCABULARY, PADDED = 6, 13, 16

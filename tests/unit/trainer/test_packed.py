@@ -12,8 +12,9 @@ from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
 from megatron_r1.models.prefixes import continued_by
 from megatron_r1.trainer.losses import denominator, supervised
-from megatron_r1.trainer.packed import TokenSplit, check_token_ids, packed_batch
+from megatron_r1.trainer.packed import check_token_ids, packed_batch
 from megatron_r1.trainer.shared_prompts import LEAST_SHARED, check_shared_prompts
+from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
 CPU = torch.device("cpu")

@@ -17,7 +17,9 @@ from megatron_r1.config import Config
 from megatron_r1.engines.server.replies import decode_routing
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.routing_shape import RoutingShape, routing_shape
-from megatron_r1.trainer.packed import RoutingPart, TokenSplit, packed_batch
+from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.routing import RoutingPart, RoutingScatter
+from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
 CPU = torch.device("cpu")
@@ -141,3 +143,62 @@ def test_the_engine_is_started_for_it(tmp_path, device):
     assert environment.get("VLLM_USE_V2_MODEL_RUNNER") == ("1" if device == "cuda" else None)
     plain = EngineServer(tmp_path, tmp_path / "log", device=device)
     assert "--enable-return-routed-experts" not in plain.arguments
+
+
+class SmallReplica:
+    """A member of a replica whose members are in one process.
+
+    Attributes:
+        sent: member → what the leader has sent to it."""
+
+    def __init__(self, everyone, member, sent):
+        self.everyone, self.member, self.sent = everyone, member, sent
+        self.leads = member == 0
+
+    def gathered(self, own):
+        assert own == self.everyone[self.member]
+        return self.everyone
+
+    def send(self, content, member):
+        self.sent[member] = content
+        return []
+
+    def receive(self, num_bytes):
+        content = self.sent.pop(self.member)
+        assert len(content) == num_bytes
+        return content
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE])
+def test_the_leader_sends_each_rank_what_it_would_cut_itself(shape):
+    """Three stages, the last without experts, of two tensor and two context ranks; the last
+    micro-batch is empty."""
+    samples = [
+        Sample.pack([1], list(range(2, 2 + n)), [-1.0] * n, 1.0, rows[:, 1:].tobytes())
+        for n, rows in ((n, engine_rows(shape, n, seed=n)) for n in (9, 4, 12))
+    ]
+    microbatches = [samples[:2], samples[2:], []]
+    splits = [
+        TokenSplit(tensor=2, context=2, context_rank=context, tensor_rank=tensor)
+        for context in range(2)
+        for tensor in range(2)
+    ]
+    everyone = [(split, layers) for layers in ([0, 2], [1], []) for split in splits]
+    sent: dict[int, torch.Tensor] = {}
+    for member, (split, layers) in enumerate(everyone):
+        part = RoutingPart(shape, layers)
+        replica = SmallReplica(everyone, member, sent)
+        have = microbatches if member == 0 else without_experts(microbatches)
+        scatter = RoutingScatter(replica, split, part)
+        found = scatter.scatter(have)
+        if member == 0:
+            assert len(sent) == 11 and scatter.sent_bytes == sum(map(len, sent.values()))
+        for got, whole in zip(found, microbatches, strict=True):
+            wanted = packed_batch(whole, split, CPU, part).routing
+            assert got.experts.dtype == wanted.experts.dtype
+            assert torch.equal(got.experts, wanted.experts) and torch.equal(got.known, wanted.known)
+    assert not sent
+
+
+def without_experts(microbatches):
+    return [[msgspec.structs.replace(s, routing=b"") for s in samples] for samples in microbatches]

@@ -12,8 +12,9 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import NAMES, TokenSettings
 from megatron_r1.controller import algorithms
-from megatron_r1.trainer.packed import TokenSplit, packed_batch
+from megatron_r1.trainer.packed import packed_batch
 from megatron_r1.trainer.token_advantages import ScoredRollout, WholeResponses, discounted_sums
+from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
 

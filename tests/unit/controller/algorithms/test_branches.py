@@ -18,7 +18,8 @@ from estimator_problem import (
     with_kl,
 )
 
-from megatron_r1.trainer.packed import TokenSplit, packed_batch
+from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
 # The weights of an average per trajectory are fp32.

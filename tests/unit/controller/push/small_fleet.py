@@ -9,6 +9,10 @@ class SmallFleet:
         self.engines, self.lost, self.awake = list(engines), [], asyncio.Event()
         self.awake.set()
 
+    @property
+    def uses_memory(self):
+        return self.awake.is_set() and any(e.is_up and not e.is_asleep for e in self.engines)
+
     async def push(self, update, version): ...
 
     def patient(self, seconds):

@@ -20,6 +20,9 @@ GARBAGE = {
 }
 
 
+SLEEP = "/sleep?level=2&mode=wait"
+
+
 def good(_):
     return {}
 
@@ -278,6 +281,44 @@ def test_a_fleet_that_sleeps_is_not_put_to_sleep_again(tmp_path):
         return once, peer.called.count("/sleep?level=2&mode=wait")
 
     assert run(tmp_path, [peer], story) == (["/sleep?level=2&mode=wait"], 2)
+
+
+def test_an_engine_that_comes_without_weights_sleeps_and_serves_from_the_next_push(tmp_path):
+    """Where the others sample in the memory of the trainer's weights (`WeightPusher.feed`)."""
+    peers = [Peer(good), Peer(good)]
+
+    async def story(fleet):
+        @contextlib.asynccontextmanager
+        async def feed(engine):
+            assert fleet.uses_memory
+            await engine.client.sleep()
+            yield False
+
+        fleet.feed = feed
+        joined = await fleet.add_engine()
+        early = joined.is_up, joined.is_open
+        groups = await sample(fleet, 4)
+        by_first = peers[0].num_calls
+        await fleet.sleep()
+        assert not fleet.uses_memory
+        await fleet.push({}, 1)
+        await sample(fleet, 4)
+        return early, len(groups), by_first, joined.is_open, peers[1].called.count(SLEEP)
+
+    assert run(tmp_path, peers, story) == ((True, False), 4, 4, True, 1)
+    assert peers[1].num_calls
+
+
+def test_engines_that_have_slept_get_the_same_version_again(tmp_path):
+    async def story(fleet):
+        await fleet.push({}, 1)
+        with pytest.raises(ValueError, match="version 1"):
+            await fleet.push({}, 1)
+        await fleet.sleep()
+        await fleet.push({}, 1)
+        return fleet.version
+
+    assert run(tmp_path, [Peer(good)], story) == 1
 
 
 def test_no_engine_is_replaced_while_the_memory_is_the_trainers(tmp_path):

@@ -1,0 +1,81 @@
+"""What `parallel.offload_between_phases` frees of a trainer's GPU while engines sample on it, where
+the bytes wait, and what their way there and back costs a step.
+
+Parameters and optimizer state leave once a step and come back once, over the GPU's link to its
+host and, for a disk, through the drives that a node's GPUs share. After a checkpoint, which needs
+them as well, the engines get their weights a second time."""
+
+from megatron_r1.models.memory import Counts, persistent_bytes
+from megatron_r1.plan.counts import RankCounts
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+
+AWAY = "away while engines sample"
+"""The kind of host memory."""
+OFFLOAD = "offload"
+"""The part of a step."""
+KINDS = ("parameters", "optimizer")
+
+
+def offloads(job: PlannedJob) -> bool:
+    """Return whether the job's parameters and optimizer state leave the GPU."""
+    return job.verb == "rl" and job.config.parallel.offload_between_phases != "none"
+
+
+def away_bytes(job: PlannedJob, counts: Counts) -> int:
+    """Return the bytes of a rank of one network that leave its GPU: 0 without the setting. Copies
+    that the layers keep in FP8, and a reference on the device, stay."""
+    if not offloads(job):
+        return 0
+    parts = persistent_bytes(job.config, counts, job.replicas, job.config.optimizer.moments)
+    # What is no parameter, such as the routers' bias, stays.
+    return sum(parts[kind] for kind in KINDS) - 4 * counts.buffers
+
+
+def away_host_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
+    """Return what of it a rank's host holds."""
+    on_host = job.config.parallel.offload_between_phases == "host"
+    return {AWAY: away_bytes(job, counts)} if offloads(job) and on_host else {}
+
+
+def _of_fullest(job: PlannedJob) -> int:
+    """Return `away_bytes` of policy and critic on the pipeline rank that has most."""
+    networks = [job, job.critic] if job.critic else [job]
+    counts = [RankCounts(network) for network in networks]
+    return max(
+        sum(away_bytes(n, c.of_rank(rank)) for n, c in zip(networks, counts, strict=True))
+        for rank in range(job.parallel.pipeline)
+    )
+
+
+def offload_disk(job: PlannedJob) -> Section:
+    """Return the room that a node's local disk needs; {} where nothing waits there."""
+    if not offloads(job) or job.config.parallel.offload_between_phases != "disk":
+        return {}
+    ranks = min(job.hardware.gpus_per_node, job.world_size)
+    num_bytes = _of_fullest(job)
+    formula = f"parallel.offload_folder: {ranks} ranks x {in_bytes(num_bytes)}"
+    return {AWAY: in_bytes(ranks * num_bytes, formula)}
+
+
+def offload_time(job: PlannedJob, push_seconds: float) -> Section:
+    """Return the seconds of a step; {} without the setting.
+
+    Args:
+        job: the job.
+        push_seconds: those of a push, which a checkpoint repeats."""
+    if not offloads(job):
+        return {}
+    num_bytes, hardware = _of_fullest(job), job.hardware
+    rate, link = hardware.host_link * job.assumptions.link_efficiency, "host_link"
+    if job.config.parallel.offload_between_phases == "disk":
+        own = hardware.local_disk / min(hardware.gpus_per_node, job.world_size)
+        rate, link = min(rate, own), "a GPU's share of local_disk"
+    every = job.config.checkpoint.every
+    once = 2 * num_bytes / rate
+    seconds = once + (once + push_seconds) / every
+    formula = (
+        f"{in_bytes(num_bytes)} away and back / {link}, and once more with a push each "
+        f"checkpoint.every={every} steps"
+    )
+    return {OFFLOAD: Quantity(seconds, "s", formula)}

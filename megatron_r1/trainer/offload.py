@@ -1,0 +1,299 @@
+"""Takes a trainer rank's parameters and optimizer state off its device while engines compute there
+(`parallel.offload_between_phases`), and brings them back.
+
+The storages are copied and then resized to nothing: every tensor stays the object it was, and all
+views of a storage (Megatron's buffers, their buckets, model parameters, the optimizer's shards of
+fp32 parameters) are views of it again when it has its size back.
+
+On the host the bytes lie in pinned chunks that are kept for the next time. On a disk they lie in a
+file without a name, which the system deletes with the process, however that ends; the file has its
+whole size before anything is written, and its bytes are compared with their digest when they come
+back."""
+
+import ctypes
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_64_intdigest
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.processes import timeline
+from megatron_r1.config import Config
+from megatron_r1.models import platform
+from megatron_r1.trainer.operations import needs_optimizer, needs_parameters
+
+CHUNK_BYTES = 1 << 28
+"""Bytes of a host buffer: torch pins a power of two, so that larger ones would waste up to half."""
+Kind = Literal["parameters", "optimizer"]
+
+
+class Trained(Protocol):
+    """A trained network of a rank: its chunks and Megatron's optimizer of them."""
+
+    model_chunks: Sequence[torch.nn.Module]
+    optimizer: Any
+
+
+class Store(Protocol):
+    """Keeps the bytes of one kind, in the order in which they are given."""
+
+    def keep(self, parts: Sequence[Tensor]) -> None:
+        """Copy all parts, uint8 on any device. Raises UserError where there is no room for all;
+        nothing has been changed then."""
+
+    def fill(self, parts: Sequence[Tensor]) -> None:
+        """Copy what `keep` was given into tensors of the same sizes. Raises RuntimeError where the
+        bytes are not those that were kept."""
+
+
+class HostStore:
+    """Keeps bytes in host memory, pinned where there is a GPU."""
+
+    def __init__(self) -> None:
+        self._chunks: list[Tensor] = []
+
+    def keep(self, parts: Sequence[Tensor]) -> None:
+        missing = _num_chunks(parts) - len(self._chunks)
+        self._chunks += [_chunk() for _ in range(missing)]
+        for piece, at in _pieces(parts):
+            self._of(piece, at).copy_(piece, non_blocking=True)
+        platform.synchronize()
+
+    def fill(self, parts: Sequence[Tensor]) -> None:
+        for piece, at in _pieces(parts):
+            piece.copy_(self._of(piece, at), non_blocking=True)
+        platform.synchronize()
+
+    def _of(self, piece: Tensor, at: int) -> Tensor:
+        start = at % CHUNK_BYTES
+        return self._chunks[at // CHUNK_BYTES][start : start + len(piece)]
+
+
+class DiskStore:
+    """Keeps bytes in a file of a folder.
+
+    Args:
+        folder: exists on a local disk; None: the system's folder for temporary files."""
+
+    def __init__(self, folder: str | None) -> None:
+        self._folder = folder or tempfile.gettempdir()
+        self._file: IO[bytes] | None = None
+        self._digests: list[int] = []
+
+    def keep(self, parts: Sequence[Tensor]) -> None:
+        num_bytes = sum(map(len, parts))
+        try:
+            file = self._reserved(num_bytes)
+            self._digests = []
+            passing = _chunk()
+            for piece, at in _pieces(parts):
+                here = passing[: len(piece)]
+                here.copy_(piece)
+                self._digests.append(xxh3_64_intdigest(here.numpy().data))
+                _write(file.fileno(), here.numpy().data, at)
+        except OSError as error:
+            raise UserError(
+                f"parallel.offload_folder: {self._folder} has no room for "
+                f"{num_bytes / 2**30:.3g} GiB of a trainer rank ({error.strerror or error}); "
+                "nothing is lost. Free that much for each rank of a node, name another folder, or "
+                "set parallel.offload_between_phases to host or none",
+                key="parallel.offload_folder",
+                cause=Cause.TOO_LARGE,
+            ) from error
+
+    def fill(self, parts: Sequence[Tensor]) -> None:
+        assert self._file is not None, "keep() comes first"
+        passing, digests = _chunk(), iter(self._digests)
+        for piece, at in _pieces(parts):
+            here = passing[: len(piece)]
+            if not _read(self._file.fileno(), here.numpy().data, at):
+                raise RuntimeError(f"{self._folder}: the trainer's file ends before byte {at}")
+            if xxh3_64_intdigest(here.numpy().data) != next(digests):
+                raise RuntimeError(
+                    f"{self._folder}: bytes {at} to {at + len(piece)} of the trainer's state are "
+                    "not those that were written: the disk is faulty"
+                )
+            piece.copy_(here)
+
+    def _reserved(self, num_bytes: int) -> IO[bytes]:
+        """Return the file, with room for `num_bytes`. Raises OSError where there is none."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
+        if os.fstat(self._file.fileno()).st_size < num_bytes:
+            os.posix_fallocate(self._file.fileno(), 0, num_bytes)
+        return self._file
+
+
+def _write(file: int, content: memoryview, at: int) -> None:
+    while content:
+        done = os.pwrite(file, content, at)
+        content, at = content[done:], at + done
+
+
+def _read(file: int, into: memoryview, at: int) -> bool:
+    """Fill `into` with the file's bytes from `at`; return whether there were as many."""
+    while into:
+        done = os.preadv(file, [into], at)
+        if not done:
+            return False
+        into, at = into[done:], at + done
+    return True
+
+
+def _chunk() -> Tensor:
+    return platform.empty_on_host((CHUNK_BYTES,), torch.uint8)
+
+
+def _num_chunks(parts: Sequence[Tensor]) -> int:
+    return -(-sum(map(len, parts)) // CHUNK_BYTES)
+
+
+def _pieces(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """Yield the parts, cut where chunks end, and the place of each piece among all bytes."""
+    at = 0
+    for part in parts:
+        while len(part):
+            piece = part[: CHUNK_BYTES - at % CHUNK_BYTES]
+            yield piece, at
+            part, at = part[len(piece) :], at + len(piece)
+
+
+class Offload:
+    """Parameters and optimizer state of a rank's networks, here or away.
+
+    Args:
+        networks: returns the rank's networks, policy and critic.
+        new_store: makes the store of one kind."""
+
+    def __init__(self, networks: Callable[[], Sequence[Trained]], new_store: Callable[[], Store]):
+        self._networks = networks
+        self._stores: dict[Kind, Store] = {"parameters": new_store(), "optimizer": new_store()}
+        self._away: dict[Kind, list[tuple[torch.UntypedStorage, int]]] = {}
+        """The storages that have no memory, and the bytes of each."""
+
+    @property
+    def away_bytes(self) -> int:
+        """Bytes of the device that are free because of this."""
+        return sum(size for storages in self._away.values() for _, size in storages)
+
+    @timeline.timed("trainer/offload")
+    def free(self, *, parameters: bool) -> None:
+        """Take the optimizer's state off the device, and parameters as well if asked to.
+
+        Raises UserError where host or disk have no room; what was not away is then still here."""
+        found = self._storages()
+        for kind in ("optimizer", "parameters") if parameters else ("optimizer",):
+            if kind in self._away:
+                continue
+            storages = found[kind]
+            self._stores[kind].keep([_as_bytes(storage) for storage in storages])
+            self._away[kind] = [(storage, storage.nbytes()) for storage in storages]
+            for storage in storages:
+                _release(storage)
+
+    @timeline.timed("trainer/onload")
+    def restore(self, *kinds: Kind) -> None:
+        """Bring these kinds back, if they are away."""
+        for kind in kinds:
+            storages = self._away.get(kind)
+            if storages is None:
+                continue
+            for storage, size in storages:
+                if not storage.resizable():
+                    continue
+                if storage.nbytes():
+                    raise RuntimeError(
+                        f"{storage.nbytes()} bytes of {kind} were allocated while they were away: "
+                        "something has used them meanwhile"
+                    )
+                storage.resize_(size)
+            self._stores[kind].fill([_as_bytes(storage) for storage, _ in storages])
+            del self._away[kind]
+
+    def prepare(self, operation: str) -> None:
+        """Bring back what `operation`, one of the controller's calls, works with."""
+        if needs_parameters(operation):
+            self.restore("parameters")
+        if needs_optimizer(operation):
+            self.restore("optimizer")
+
+    def _storages(self) -> dict[Kind, list[torch.UntypedStorage]]:
+        """Return the storages of either kind, each once. What the optimizer of an fp32 model has of
+        its parameters are views of these."""
+        seen: set[int] = set()
+        networks = self._networks()
+
+        def new(tensors: Iterator[Tensor]) -> list[torch.UntypedStorage]:
+            storages = []
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in seen and tensor.device.type == platform.device().type:
+                    seen.add(storage._cdata)
+                    storages.append(storage)
+            return [storage for storage in storages if storage.nbytes()]
+
+        return {
+            "parameters": new(
+                p for n in networks for chunk in n.model_chunks for p in chunk.parameters()
+            ),
+            "optimizer": new(t for n in networks for t in _optimizer_tensors(n.optimizer)),
+        }
+
+
+def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
+    """Yield the parameters that Adam updates and its moments, of all parts of the optimizer."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        for group in inner.param_groups if inner is not None else ():
+            yield from group["params"]
+        for state in inner.state.values() if inner is not None else ():
+            # A step count of a tensor's own is on the host already, or a few bytes.
+            yield from (t for name, t in state.items() if torch.is_tensor(t) and name != "step")
+
+
+def _release(storage: torch.UntypedStorage) -> None:
+    """Give the memory of a storage back to the device, and all values of it up.
+
+    A host's storage that NumPy has seen once, for a push or an export, cannot be resized any more:
+    its pages are given back instead, and read as zeros."""
+    if storage.resizable():
+        storage.resize_(0)
+        return
+    begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    _as_bytes(storage).zero_()
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        address, size = ctypes.c_void_p(first), ctypes.c_size_t(length)
+        if ctypes.CDLL(None, use_errno=True).madvise(address, size, mmap.MADV_DONTNEED):
+            raise OSError(ctypes.get_errno(), "madvise does not give back a storage's pages")
+
+
+def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def offload_of(config: Config, networks: Callable[[], Sequence[Trained]]) -> Offload | None:
+    """Return the rank's `Offload`; None where the recipe has none.
+
+    Raises UserError for a folder that is not there or cannot be written to."""
+    place, folder = config.parallel.offload_between_phases, config.parallel.offload_folder
+    if place == "none":
+        return None
+    if place == "host":
+        return Offload(networks, HostStore)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"parallel.offload_folder: no file can be made in {folder or tempfile.gettempdir()} "
+            f"({error.strerror or error}); name a folder of a local disk of every node",
+            key="parallel.offload_folder",
+            cause=Cause.UNREADABLE,
+        ) from error
+    return Offload(networks, lambda: DiskStore(folder))

@@ -1,0 +1,178 @@
+"""Experts that the engine has chosen, on their way from a replica's samples to the rank that
+replays them (routing replay).
+
+The leader of a replica has the routing of all its samples: every MoE layer of every token. Another
+rank needs its own layers, of the tokens that its routers process, which the lengths of the samples
+and the rank's place decide. So the leader cuts a part for each rank, and all parts together are as
+many bytes as the samples have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1.models.replay import RecordedRouting
+from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.trainer.distributed import Replica
+from megatron_r1.trainer.token_split import TokenSplit, own_tokens, placed
+from megatron_r1.trainer.training_sample import Sample
+
+Microbatches = Sequence[Sequence[Sample]]
+"""The micro-batches of all mini-batches, one after the other."""
+SENT_AHEAD = 2
+"""Parts that the leader has cut while earlier ones are on their way."""
+
+
+@dataclass(frozen=True)
+class RoutingPart:
+    """The part of the routing that a rank replays.
+
+    Attributes:
+        shape: the sizes of the whole model's routing.
+        layers: the rank's MoE layers, as indices into shape.moe_layers."""
+
+    shape: RoutingShape
+    layers: list[int]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the experts' numbers: those below 32,768 look the same in int16, which torch can
+        index; in uint16 it cannot."""
+        return np.dtype("u1" if self.shape.index_bytes == 1 else "<i2")
+
+
+def recorded_routing(
+    samples: Sequence[Sample], split: TokenSplit, part: RoutingPart
+) -> RecordedRouting:
+    """Return a part of the routing of the packed micro-batch `samples`, on the host. Indices stay
+    in the 1 or 2 bytes they arrived in.
+
+    Args:
+        samples: the micro-batch.
+        split: whose tokens.
+        part: whose layers.
+
+    Raises:
+        ValueError: for routing that does not fit its sample."""
+    return _cut(_whole([samples], split, part), own_tokens(samples, split))
+
+
+def _whole(microbatches: Microbatches, split: TokenSplit, part: RoutingPart) -> RecordedRouting:
+    """Return the part's layers of all tokens of these micro-batches, one after the other."""
+    places = [placed(samples, split) for samples in microbatches]
+    total = sum(int(placement.cu_seqlens[-1]) for placement in places)
+    experts = np.zeros((total, len(part.layers), part.shape.topk), part.dtype)
+    known, layers, first = np.zeros(total, bool), _indices(part.layers), 0
+    for samples, placement in zip(microbatches, places, strict=True):
+        for sample, start in zip(samples, placement.starts, strict=True):
+            rows = _rows(sample, part.shape)
+            end = first + start + len(sample) - 1  # the last token was never fed to the engine
+            experts[end - len(rows) : end] = rows[:, layers]
+            known[end - len(rows) : end] = True
+        first += int(placement.cu_seqlens[-1])
+    return RecordedRouting(torch.from_numpy(experts), torch.from_numpy(known))
+
+
+def _held(microbatches: Microbatches, split: TokenSplit) -> Tensor:
+    """Return the places in `_whole` of the tokens that a rank routes."""
+    held, first = [torch.empty(0, dtype=torch.int64)], 0
+    for samples in microbatches:
+        held.append(first + own_tokens(samples, split))
+        first += int(placed(samples, split).cu_seqlens[-1])
+    return torch.cat(held)
+
+
+def _cut(whole: RecordedRouting, held: Tensor) -> RecordedRouting:
+    return RecordedRouting(*(part.index_select(0, held) for part in whole))
+
+
+def _indices(layers: list[int]) -> list[int] | slice:
+    """Return an index of these layers; a slice where they follow each other, as NumPy copies runs
+    of bytes then."""
+    if layers and layers == list(range(layers[0], layers[0] + len(layers))):
+        return slice(layers[0], layers[0] + len(layers))
+    return layers
+
+
+def _rows(sample: Sample, shape: RoutingShape) -> np.ndarray:
+    """Return the routing [rows, moe layers, topk] of a sample's tokens before the last."""
+    if len(sample.routing) % shape.token_bytes:
+        raise ValueError(
+            f"{len(sample.routing)} bytes of routing are no multiple of {shape.token_bytes}: "
+            f"{len(shape.moe_layers)} layers x {shape.topk} experts x {shape.index_bytes}"
+        )
+    flat = np.frombuffer(sample.routing, f"<u{shape.index_bytes}")
+    rows = flat.reshape(-1, len(shape.moe_layers), shape.topk)
+    if len(rows) >= len(sample) and len(rows):
+        raise ValueError(f"{len(rows)} rows of routing for a sample of {len(sample)} tokens")
+    return rows
+
+
+class RoutingScatter:
+    """Sends each rank of a replica its part of the routing.
+
+    Args:
+        replica: the ranks; all make this together.
+        split: this rank's tokens.
+        part: this rank's layers."""
+
+    def __init__(self, replica: Replica, split: TokenSplit, part: RoutingPart):
+        self._replica, self._split, self._part = replica, split, part
+        self._ranks: list[tuple[TokenSplit, list[int]]] = replica.gathered((split, part.layers))
+        """Of each member its tokens and its layers."""
+        self.sent_bytes = 0
+        """Bytes that this rank has sent to others."""
+
+    def scatter(self, microbatches: Microbatches) -> list[RecordedRouting]:
+        """Return this rank's part of each micro-batch, on the host.
+
+        Args:
+            microbatches: with their routing on the leader; the others' have none.
+
+        Raises:
+            ValueError: on the leader, for routing that does not fit its sample."""
+        if not self._replica.leads:
+            return self._received(microbatches)
+        waiting: list[tuple[dist.Work, Tensor]] = []
+        # By layers: the ranks that share a pipeline stage get parts of the same rows.
+        order = sorted(range(1, len(self._ranks)), key=lambda member: self._ranks[member][1])
+        for member, part in zip(order, self._parts(microbatches, order), strict=True):
+            self.sent_bytes += len(part)
+            waiting += [(work, part) for work in self._replica.send(part, member)]
+            while len(waiting) > SENT_AHEAD:
+                work, _ = waiting.pop(0)
+                work.wait()
+        for work, _ in waiting:
+            work.wait()
+        return [recorded_routing(samples, self._split, self._part) for samples in microbatches]
+
+    def _parts(self, microbatches: Microbatches, members: Iterable[int]) -> Iterator[Tensor]:
+        """Yield the bytes for each member: the experts of its tokens of all micro-batches, then
+        which tokens have some."""
+        layers: list[int] | None = None
+        held = cache(lambda split: _held(microbatches, split))
+        for member in members:
+            split, own_layers = self._ranks[member]
+            if own_layers != layers:
+                layers, part = own_layers, RoutingPart(self._part.shape, own_layers)
+                whole = _whole(microbatches, split, part)
+            cut = _cut(whole, held(split))
+            yield torch.cat([each.reshape(-1).view(torch.uint8) for each in cut])
+
+    def _received(self, microbatches: Microbatches) -> list[RecordedRouting]:
+        counts = [len(own_tokens(samples, self._split)) for samples in microbatches]
+        total = sum(counts)
+        shape = (total, len(self._part.layers), self._part.shape.topk)
+        width = len(self._part.layers) * self._part.shape.topk * self._part.dtype.itemsize
+        joined = self._replica.receive(total * (width + 1))
+        experts_type = torch.uint8 if self._part.dtype.itemsize == 1 else torch.int16
+        experts = joined[: total * width].view(experts_type).view(shape)
+        known = joined[total * width :].bool()
+        parts = zip(experts.split(counts), known.split(counts), strict=True)
+        return [RecordedRouting(*part) for part in parts]

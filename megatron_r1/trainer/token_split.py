@@ -1,0 +1,98 @@
+"""The positions of a packed micro-batch, and the ranks that share its tokens."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_r1.models.context_parallel import held_positions
+from megatron_r1.models.prefixes import Continued
+from megatron_r1.trainer.shared_prompts import SharedTokens
+from megatron_r1.trainer.training_sample import Sample
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The split of a micro-batch's tokens between the ranks that share it.
+
+    Attributes:
+        tensor, tensor_rank: the same of the sequence-parallel group, which divides what a context
+            rank holds.
+        context, context_rank: size of the context-parallel group, and this rank's index in it.
+        token_multiple: the tokens of each rank are a multiple of it, as FP8 products need."""
+
+    tensor: int = 1
+    context: int = 1
+    context_rank: int = 0
+    token_multiple: int = 1
+    tensor_rank: int = 0
+
+    @property
+    def of_context(self) -> tuple[int, int]:
+        """The rank in the context-parallel group, and the group's size."""
+        return self.context_rank, self.context
+
+    @property
+    def sample_multiple(self) -> int:
+        """Every sample is padded to a multiple of this."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def batch_multiple(self) -> int:
+        """The whole micro-batch is padded to a multiple of this."""
+        return math.lcm(self.sample_multiple, self.tensor * self.context * self.token_multiple)
+
+
+class Placement(NamedTuple):
+    """The positions of a micro-batch's tokens: samples, then padding.
+
+    Attributes:
+        cu_seqlens: (samples + padding + 1,) int64, from 0 to T.
+        starts: the position of each sample's token 0. If an earlier sample has its first `skipped`
+            tokens, starts is the position of its first own token less `skipped`: starts + i is
+            token i's position for every own token.
+        continued: the earlier samples that these continue; None where none does."""
+
+    cu_seqlens: Tensor
+    starts: list[int]
+    skipped: list[int]
+    continued: Continued | None
+
+
+def placed(samples: Sequence[Sample], split: TokenSplit, share_prompts: bool = False) -> Placement:
+    """Return the places of the tokens of a packed micro-batch, the same on all ranks that share it.
+
+    Args:
+        samples: the micro-batch, possibly none.
+        split: how its tokens are divided, which decides the padding.
+        share_prompts: leave out tokens that an earlier sample has."""
+    shared = SharedTokens()
+    if share_prompts:
+        own_lengths = [shared.add(sample) for sample in samples]
+    else:
+        own_lengths = [len(sample) for sample in samples]
+    skipped = shared.skipped or [0] * len(samples)
+    padded = [length + -length % split.sample_multiple for length in own_lengths]
+    filler = -sum(padded) % split.batch_multiple if padded else split.batch_multiple
+    cu_seqlens = torch.tensor([0, *padded, *([filler] if filler else [])]).cumsum(0)
+    own_starts = cu_seqlens.tolist()[: len(samples)]
+    starts = [start - skip for start, skip in zip(own_starts, skipped, strict=True)]
+    continued = None
+    if any(skipped):
+        hosts, firsts = [*shared.hosts, *[-1] * bool(filler)], [*skipped, *[0] * bool(filler)]
+        continued = Continued(torch.tensor(hosts), torch.tensor(firsts))
+    return Placement(cu_seqlens, starts, skipped, continued)
+
+
+def own_tokens(samples: Sequence[Sample], split: TokenSplit) -> Tensor:
+    """Return the positions, int64, of the micro-batch whose experts a rank chooses: of those of its
+    context rank the part of its tensor rank."""
+    return tensor_part(held_positions(placed(samples, split).cu_seqlens, *split.of_context), split)
+
+
+def tensor_part(held: Tensor, split: TokenSplit) -> Tensor:
+    """Return the positions of `held`, those of a context rank, that its tensor rank routes."""
+    return held.view(split.tensor, -1)[split.tensor_rank]

@@ -1,0 +1,190 @@
+"""A trainer whose parameters and optimizer state are away between its phases against one that keeps
+them: `offload_steps.py MODEL OUT GRID…`, GRIDs as name-of-a-grid:dtype:lora|whole.
+
+Three steps of RL's order: update, memory away, score, update, checkpoint. Fails on the first
+expectation that does not hold."""
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from grids import parallel_settings
+
+from megatron_r1.config import Config
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.models import platform
+from megatron_r1.trainer import distributed, offload
+from megatron_r1.trainer.training_sample import Sample
+
+LOSS = "megatron_r1.trainer.losses:supervised"
+TEXT = Sample.pack([3], [5, 8, 13, 21, 34], [-4.0] * 5)
+
+
+def config(model: str, grid: str, place: str, folder: str | None = None) -> Config:
+    name, dtype, trained = grid.split(":")
+    recipe = {
+        "model": {
+            "path": model,
+            "dtype": dtype,
+            "lora": {"rank": 4} if trained == "lora" else None,
+        },
+        "rollout": {"colocated": True},
+        "optimizer": {"clip_grad": 1.0, "weight_decay": 0.1},
+        "parallel": {
+            **parallel_settings(name),
+            "threads": 1,
+            "offload_between_phases": place,
+            "offload_folder": folder if place == "disk" else None,
+        },
+    }
+    return Config.model_validate(recipe)
+
+
+def load(trainer, position, seed: int) -> None:
+    draw = random.Random(seed)
+    made = [
+        Sample.pack([1], [draw.randrange(67) for _ in range(length - 1)], [-1.0] * (length - 1))
+        for length in (8, 16, 40, 24, 8, 64, 32, 16)
+    ]
+    plan = pack([len(s) for s in made], position.data_size, 80).shares[position.data_rank]
+    trainer.load([[[made[i] for i in members] for members in plan]])
+
+
+def device_tensors(trainer) -> list[torch.Tensor]:
+    """All that is to be away, found without `trainer.offload`: Megatron's own lists."""
+    buffers = [b for c in trainer.ddp_chunks for b in c.buffers + c.expert_parallel_buffers]
+    found = [buffer.param_data for buffer in buffers]
+    found += [p for chunk in trainer.model_chunks for p in chunk.parameters()]
+    for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
+        if getattr(part, "buffers", None):
+            for groups in (part.shard_fp32_from_float16_groups, part.shard_fp32_groups):
+                found += [t for group in groups for t in group]
+            for state in part.optimizer.state.values():
+                found += [state["exp_avg"], state["exp_avg_sq"]]
+    return found
+
+
+def held_bytes(tensors: list[torch.Tensor]) -> int:
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def assert_views(trainer) -> None:
+    """What the optimizer writes is what the model reads."""
+    for chunk in trainer.ddp_chunks:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            start = buffer.param_data.untyped_storage().data_ptr()
+            for parameter in buffer.params:
+                assert parameter.untyped_storage().data_ptr() == start != 0
+            for bucket in buffer.buckets:
+                assert bucket.param_data.untyped_storage().data_ptr() == start
+    for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
+        if not getattr(part, "buffers", None):
+            continue
+        # Megatron's map of a parameter to its shard: of an fp32 model both are one memory.
+        for models, shards in (
+            (part.model_fp32_groups, part.shard_fp32_groups),
+            (part.model_float16_groups, part.shard_float16_groups),
+        ):
+            for parameter, shard in zip(sum(models, []), sum(shards, []), strict=True):
+                begin, end = (
+                    parameter.data_ptr(),
+                    parameter.data_ptr() + parameter.numel() * parameter.element_size(),
+                )
+                assert begin <= shard.data_ptr() < end
+
+
+def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
+    """Return all metrics, and every value of the model and the optimizer after the last step."""
+    from megatron_r1.trainer.folders import Folders
+
+    folders, seen = Folders(trainer), []
+    trainer.keep_reference()
+    for step in range(3):
+        if yields:
+            lend(trainer)
+            trainer.offload.prepare("load")
+            away = trainer.offload.away_bytes
+            trainer.offload.prepare("compute_logprobs")
+            assert trainer.offload.away_bytes < away
+            assert step == 0 or trainer.offload.away_bytes, "Adam's state comes with the update"
+            trainer.offload.prepare("update")
+            assert trainer.offload.away_bytes == 0
+            assert_views(trainer)
+        load(trainer, position, step)
+        seen.append(trainer.compute_logprobs(1.0, reference=True))
+        seen.append(trainer.update(0, LOSS, None, 1e-2))
+        seen.append(trainer.compare_with_engines())
+        seen.append(trainer.probe([TEXT]))
+    folders.export(str(out / "hf"))  # and NumPy has seen the parameters, as in a push
+    if yields:
+        trainer.prepare_probe([TEXT])
+        lend(trainer)
+        assert trainer.compare_probe([TEXT]) == seen[-1], "the kept log-probabilities are others"
+        trainer.offload.prepare("save_checkpoint")
+    folders.save_checkpoint(str(out / name), {})
+    assert folders.checkpoint_progress(wait=True)["error"] is None
+    return [seen, [t.detach().clone() for t in device_tensors(trainer)]]
+
+
+def lend(trainer) -> None:
+    tensors = device_tensors(trainer)
+    before = held_bytes(tensors)
+    parameters = [p for chunk in trainer.model_chunks for p in chunk.parameters()]
+    ours = held_bytes(parameters)
+    trainer.yield_memory(parameters=False)
+    assert held_bytes(tensors) == held_bytes(parameters) == ours, "Adam's state is still here"
+    trainer.yield_memory(parameters=True)
+    assert trainer.offload.away_bytes == before
+    left = [t for t in tensors if t.untyped_storage().nbytes()]
+    assert not any(t.untyped_storage().resizable() for t in left), "some of it is still here"
+    assert not any(t.any() for t in left), "its pages are still here"
+
+
+def offload_changes_nothing(model: str, grid: str, position, out: Path) -> None:
+    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.trainer import Trainer
+
+    results, plain = {}, Trainer(config(model, grid, "none"), position)
+    assert plain.offload is None
+    results["none"] = steps(plain, position, out, f"{grid}-none".replace(":", "-"), yields=False)
+    for place in ("host", "disk"):
+        trainer = Trainer(config(model, grid, place, str(out)), position)
+        name = f"{grid}-{place}".replace(":", "-")
+        results[place] = steps(trainer, position, out, name, yields=True)
+    assert not list(out.glob("tmp*")), "the file has a name"
+    for place in ("host", "disk"):
+        metrics, values = results[place]
+        assert metrics == results["none"][0], f"{grid}, {place}: {metrics}, {results['none'][0]}"
+        for got, want in zip(values, results["none"][1], strict=True):
+            assert torch.equal(got, want), f"{grid}, {place}: {(got - want).abs().max()}"
+    # A checkpoint of a trainer with offload, into one whose state is away.
+    trainer = Trainer(config(model, grid, "host"), position)
+    trainer.yield_memory(parameters=True)
+    trainer.offload.prepare("load_checkpoint")
+    folder = out / f"{grid}-disk".replace(":", "-")
+    Folders(trainer).load_checkpoint(str(folder), reference=True)
+    for got, want in zip(device_tensors(trainer), results["none"][1], strict=True):
+        assert torch.equal(got, want), f"{grid}: the checkpoint has other values"
+    dist.barrier()
+
+
+def main() -> None:
+    model, out, *grids = sys.argv[1:]
+    platform.prepare()
+    offload.CHUNK_BYTES = 10_007  # many pieces, and none ends where a storage does
+    for grid in grids:
+        position = distributed.initialize(config(model, grid, "none").parallel, seed=0)
+        from megatron.core import parallel_state
+
+        offload_changes_nothing(model, grid, position, Path(out))
+        if position.rank == 0:
+            print(f"{grid} holds", flush=True)
+        parallel_state.destroy_model_parallel()
+    distributed.leave_process_groups()
+
+
+if __name__ == "__main__":
+    main()
