@@ -205,7 +205,7 @@ class Sampler:
     def begin(self, step):
         self.done.append(f"rollout {step}")
 
-    async def take(self, step):
+    async def rollout(self, step):
         return SimpleNamespace(rollout=step)
 
     def pushed(self, version): ...

@@ -284,17 +284,17 @@ def test_a_fleet_that_sleeps_is_not_put_to_sleep_again(tmp_path):
 
 
 def test_an_engine_that_comes_without_weights_sleeps_and_serves_from_the_next_push(tmp_path):
-    """Where the others sample in the memory of the trainer's weights (`WeightPusher.feed`)."""
+    """Where the others sample in the memory of the trainer (`WeightPusher.send_weights`)."""
     peers = [Peer(good), Peer(good)]
 
     async def story(fleet):
         @contextlib.asynccontextmanager
-        async def feed(engine):
+        async def send_weights(engine):
             assert fleet.uses_memory
             await engine.client.sleep()
             yield False
 
-        fleet.feed = feed
+        fleet.send_weights = send_weights
         joined = await fleet.add_engine()
         early = joined.is_up, joined.is_open
         groups = await sample(fleet, 4)
@@ -490,13 +490,13 @@ def test_an_engine_without_weights_costs_no_restart(tmp_path):
     refusals = iter([True] * 3)
 
     @contextlib.asynccontextmanager
-    async def feed(engine):
+    async def send_weights(engine):
         if next(refusals, False):
             raise NoWeights(f"{engine.name}: the trainer is gone")
         yield
 
     async def story(fleet):
-        fleet.send_weights = feed
+        fleet.send_weights = send_weights
         peers[0].is_running = False
         return (await sample(fleet)), fleet.num_restarts
 
