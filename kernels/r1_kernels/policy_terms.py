@@ -61,7 +61,7 @@ class PolicySettings(NamedTuple):
         if self.kl_estimator not in KL_ESTIMATORS:
             raise ValueError(f"kl_estimator is {self.kl_estimator!r}: use k1, k2 or k3")
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective is {self.objective!r}: use ppo or cispo")
+            raise ValueError(f"objective is {self.objective!r}: use {' or '.join(OBJECTIVES)}")
         if self.objective == "cispo" and self.dual_clip is not None:
             raise ValueError(
                 f"dual_clip is {self.dual_clip}, but cispo clips a weight on either side already: "

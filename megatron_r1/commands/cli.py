@@ -148,6 +148,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb in RUNNERS:
         from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
 
+        # A setting has a section (`parse_overrides`); `--on` is short for one of a rehearsal.
         options = [re.sub(r"^--on(?=$|=)", "--rehearsal.on", option) for option in options]
         own = switches(PipelineRecipe if verb == "pipeline" else configuration.Config)
         importlib.import_module(RUNNERS[verb]).run(recipe, parse_overrides(options, own), VERBS)

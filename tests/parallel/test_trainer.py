@@ -27,8 +27,8 @@ MODEL = "deepseek-yarn-mtp"
 @pytest.mark.parametrize(
     ("num_ranks", "grids"),
     [
-        (2, ["tp2", "pp2xvp2", "cp2"]),
-        pytest.param(2, ["dp2", "pp2", "ep2", "pp2xuneven"], marks=pytest.mark.more),
+        (2, ["tp2", "pp2xvp2", "cp2", "dp2", "ep2"]),
+        pytest.param(2, ["pp2", "pp2xuneven"], marks=pytest.mark.more),
         pytest.param(4, ["tp2xep2", "pp2xvp2xcp2"], marks=pytest.mark.slow),
         pytest.param(4, ["pp2xep2", "tp2xcp2", "cp4"], marks=pytest.mark.slow),
     ],

@@ -47,7 +47,7 @@ def find(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # a module that it imports
         moved = (
-            "; packages were renamed in 0.3.0: CHANGELOG.md has a table of old and new names"
+            "; modules were renamed in 0.3.0: CHANGELOG_RENAMES.md has the old and the new names"
             if module_name.startswith("megatron_r1.")
             else f": neither installed nor in {os.getcwd()}; start in the folder that has it"
         )

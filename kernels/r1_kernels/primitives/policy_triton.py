@@ -30,9 +30,10 @@ from r1_kernels.policy_terms import (
     TokenTensors,
 )
 
-# Chosen by registers and instructions as compiled for sm_90 by Triton 3.9, with a reference; the
-# kernel has not been timed alone on a GPU. Programs are those for 65,536 tokens (an H200 has 132
-# SMs). None spills.
+# Chosen by registers and instructions as compiled for sm_90 by Triton 3.9.0, which
+# requirements/cpu.lock has, with a reference (requirements/cuda.lock has 3.7.1, by which nothing
+# spills either); the kernel has not been timed alone on a GPU. Programs are those for 65,536 tokens
+# (an H200 has 132 SMs). None spills.
 #     tokens per program, warps   registers   instructions per token   programs
 #                        256, 4          32                     93.0        256   loads of 8 bytes
 #                        256, 2          48                     78.5        256

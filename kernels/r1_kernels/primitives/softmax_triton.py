@@ -44,7 +44,9 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 
 # The constants below are chosen from the registers and instructions of the kernels as compiled for
-# sm_90 by Triton 3.9 (docs/benchmarks/kernel-resources.md), not by times: on an H200 both passes
+# sm_90 by Triton 3.9.0, which requirements/cpu.lock has (docs/benchmarks/kernel-resources.md), not
+# by times. By 3.7.1 of requirements/cuda.lock `row_statistics` of bf16 has 48 registers instead of
+# 64 with as many instructions, and nothing spills. On an H200, by Triton 3.6.0, both passes
 # together took 64 ms where memory needs 14.5 (docs/benchmarks/gpu-h200.md, one round). The target:
 # an H200 needs 29 kB in flight per SM to use its memory's 4.8 TB/s at a latency of 0.8 us. The row
 # `r1_kernels` of `token_logprobs` and of `token_logprobs+backward` decides them by time (`python

@@ -74,5 +74,5 @@ def _collected(phase, info):
 
 def test_the_former_name_of_a_package_says_where_the_new_one_stands():
     name = "megatron_r1.weight_sync.plan:order"
-    with refused(name, Cause.NOT_FOUND, "megatron_r1.weight_sync", "CHANGELOG.md"):
+    with refused(name, Cause.NOT_FOUND, "megatron_r1.weight_sync", "CHANGELOG_RENAMES.md"):
         find_function(name)
