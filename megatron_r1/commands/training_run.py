@@ -121,7 +121,9 @@ async def training_run(
         next_commands: Pairs of a purpose and a command to try next, which the report lists.
 
     Raises:
-        UserError, TrainerError, EngineError: As they end the run.
+        UserError: A setting, file or model cannot be used.
+        TrainerError: The trainer ranks failed for good.
+        EngineError: The engines failed for good.
         HangError: Nothing moved for `run.hang_seconds`.
         KeyboardInterrupt: It was asked to stop before its last step.
     """
