@@ -204,7 +204,8 @@ def policy_loss(
         kl_beta: the weight of the KL estimate; the default is DeepSeek-R1's.
         kl_estimator: "k1", "k2" or "k3".
         rollout_logprobs: (T,), the engine's, or None for no correction.
-        importance_cap: the largest weight of that correction; None: no limit.
+        importance_cap: the largest weight of that correction, inf for no limit; None, without
+            rollout_logprobs: tokens are not weighed.
         objective: "ppo" or "cispo".
         entropy: (T,), nats, for a bonus of entropy_coef · entropy.
         entropy_coef: the weight of that bonus.
@@ -278,7 +279,7 @@ def prepare_tokens(
     check_tokens(num_tokens, **tensors, mask=mask)
     check_same_device(**others, **tensors, mask=mask, cu_seqlens=averaging.cu_seqlens)
     check_floats(**tensors)
-    settings.check(given.ref_logprobs)
+    settings.check(given.ref_logprobs, given.rollout_logprobs)
     sequences = averaging.sequences(num_tokens, primitives)
     weights = averaging.weights(mask, sequences, dtype)
     detached = [None if tensor is None else tensor.detach() for tensor in given]

@@ -35,7 +35,8 @@ OBJECTIVES = ("ppo", "cispo")
 
 
 class PolicySettings(NamedTuple):
-    """Settings of the module's formulae; None disables a term."""
+    """Settings of the module's formulae; None disables a term. With importance_cap None, v = 1; inf
+    leaves it without a limit."""
 
     clip_low: float
     clip_high: float
@@ -45,8 +46,12 @@ class PolicySettings(NamedTuple):
     importance_cap: float | None
     objective: str = "ppo"
 
-    def check(self, ref_logprobs: Tensor | None) -> None:
-        """Raise ValueError for an invalid value, by name."""
+    def check(self, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None) -> None:
+        """Raise ValueError for an invalid value, and for tensors that contradict the settings.
+
+        Args:
+            ref_logprobs: the caller's.
+            rollout_logprobs: the caller's."""
         for name in ("clip_low", "clip_high", "kl_beta"):
             check_number(name, getattr(self, name))
             if getattr(self, name) < 0:
@@ -56,7 +61,13 @@ class PolicySettings(NamedTuple):
             raise ValueError(f"dual_clip is {self.dual_clip}: it must be more than 1, or None")
         if self.importance_cap is not None and not self.importance_cap > 0:
             raise ValueError(
-                f"importance_cap is {self.importance_cap}: it must be positive, or None for no cap"
+                f"importance_cap is {self.importance_cap}: it must be positive, inf for no "
+                "limit, or None"
+            )
+        if self.importance_cap is None and rollout_logprobs is not None:
+            raise ValueError(
+                "importance_cap is None, which leaves tokens unweighed, but there are "
+                "rollout_logprobs: give inf for weights without a limit"
             )
         if self.kl_estimator not in KL_ESTIMATORS:
             raise ValueError(f"kl_estimator is {self.kl_estimator!r}: use k1, k2 or k3")

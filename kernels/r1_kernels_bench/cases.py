@@ -34,7 +34,8 @@ class KernelCase:
     """One computation that is measured in several implementations.
 
     Attributes:
-        gradients, masked: what the bound counts.
+        gradients: whether the bound counts the gradients.
+        masked: whether the bound leaves masked tokens out.
         weight: about its share of the run's time."""
 
     name: str

@@ -118,7 +118,8 @@ class Options(msgspec.Struct):
     """The parsers of a worker.
 
     Attributes:
-        tool_parser, reasoning_parser: vLLM's names, "" for none."""
+        tool_parser: vLLM's name of the parser of calls, "" for none.
+        reasoning_parser: vLLM's name of the parser of reasoning, "" for none."""
 
     tokenizer: str
     tool_parser: str
@@ -147,8 +148,11 @@ class ParseReply(msgspec.Struct):
             ends; "parsed": the turn's parts follow; "failed": the parser raised.
         reason: what is wrong; of "parsed", what the parser dropped of the turn, whose whole text is
             content then; "" for nothing.
-        reasoning, content, tool_calls: the parts, as in `parsing.Parsed`.
-        key, cause: what is at fault, of "unusable"."""
+        reasoning: the reasoning, None where there is none.
+        content: the answer, None where there is none.
+        tool_calls: the calls, in OpenAI's form.
+        key: the setting at fault, of "unusable".
+        cause: the kind of its fault."""
 
     status: Literal["ready", "unusable", "parsed", "failed"]
     reason: str = ""

@@ -28,7 +28,8 @@ class TreeNode:
         parent: the number of the node before this one; None for a root.
         messages: the chat messages that the tokens stand for.
         tools: the tools that a root's prompt describes; empty for other nodes.
-        logprobs, policy_versions: one entry for each sampled token; None if the tokens were given.
+        logprobs: nats of each sampled token; None if the tokens were given.
+        policy_versions: the version of the weights that sampled each token; None likewise.
         routing: the experts that processed the tokens after the previous sampled node, without the
             last token; empty unless the engine returned them."""
 

@@ -1,4 +1,6 @@
-"""Users' own functions and other values, named as "module:name"."""
+"""Reads the source of users' modules without importing them.
+
+Imports of "module:name" are those of `r1_grading.base.user_code`."""
 
 import ast
 import contextlib

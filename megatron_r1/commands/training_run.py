@@ -21,7 +21,7 @@ from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.config.training import warmup_note
+from megatron_r1.config.learning_rate import warmup_note
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.supervisor import Supervisor
@@ -121,7 +121,9 @@ async def training_run(
         next_commands: Pairs of a purpose and a command to try next, which the report lists.
 
     Raises:
-        UserError, TrainerError, EngineError: As they end the run.
+        UserError: A setting, file or model cannot be used.
+        TrainerError: The trainer ranks failed for good.
+        EngineError: The engines failed for good.
         HangError: Nothing moved for `run.hang_seconds`.
         KeyboardInterrupt: It was asked to stop before its last step.
     """

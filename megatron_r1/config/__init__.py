@@ -24,4 +24,5 @@ from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
-from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
+from megatron_r1.config.sft import SFTConfig
+from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig

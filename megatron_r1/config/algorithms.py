@@ -33,7 +33,7 @@ class AlgorithmRules:
         critic: it needs a critic's values, and trains the critic.
         teacher: it needs a teacher's log-probabilities.
         options: settings that only it has, by name, with their defaults; a recipe's
-        `rl.options`."""
+            `rl.options`."""
 
     defaults: dict[str, Any] = field(default_factory=dict)
     kl_in_reward: bool = False
@@ -188,8 +188,7 @@ class LossSettings(_Readable):
     ratio_level: RatioLevel = "token"
     """sequence: one ρ per response"""
     importance_cap: float | None = None
-    """largest weight of a token by π_old over the engine's policy; None: tokens are not weighed
-    (in the kernel, None means no upper limit)"""
+    """largest weight of a token by π_old over the engine's policy; None: tokens are not weighed"""
     kl_beta: float = 0.0
     """β, the weight of the KL estimate in the loss; 0 where the penalty is in the reward"""
     kl_estimator: KLEstimator = "k3"

@@ -26,7 +26,8 @@ from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.section import Resumable, Section, resumable_keys
-from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
+from megatron_r1.config.sft import SFTConfig
+from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig
 from megatron_r1.config.yaml_text import as_yaml, parse_text, put, read_sections
 
 

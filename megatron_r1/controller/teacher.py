@@ -10,7 +10,7 @@ from megatron_r1.config.algorithms import find_rules
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.fleet.external import ExternalFleet
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server import from_recipe, gpu
+from megatron_r1.engines.server import from_recipe, gpu, recipe_checks
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models.hf_config import language_settings, load_config
 
@@ -60,7 +60,7 @@ def check_teacher(config: Config) -> None:
         return
     hf = load_config(path, "teacher.path")
     if not config.teacher.url:
-        from_recipe.check_ranks(config.teacher, hf, "teacher")
+        recipe_checks.check_ranks(config.teacher, hf, "teacher")
         check_arguments(config.teacher, "teacher")
     room, needed = from_recipe.positions(path, "teacher.path"), from_recipe.context_length(config)
     if room < needed:

@@ -20,13 +20,11 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import (
+from megatron_r1.engines.server.from_recipe import context_length, engine_settings, fleet_settings
+from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
     check_experts_here,
-    context_length,
-    engine_settings,
-    fleet_settings,
 )
 from megatron_r1.engines.server.responses import Response, cut_at_stop
 from megatron_r1.engines.server.vllm_arguments import check_arguments

@@ -87,7 +87,8 @@ class SamplingSettings:
 
     Attributes:
         max_tokens: the most tokens of a response.
-        stop, stop_token_ids: strings and tokens that end one, besides the model's end tokens."""
+        stop: strings that end a response, besides the model's end tokens.
+        stop_token_ids: tokens that end one, likewise."""
 
     temperature: float
     top_p: float

@@ -33,7 +33,8 @@ class Summary:
     Attributes:
         metrics: name → estimate over questions; "length" is in tokens, the others are fractions.
         counts: the numbers of questions and samples.
-        passes, votes: k → pass@k, k → cons@k; both empty if the metrics are win rates."""
+        passes: k → pass@k; empty if the metrics are win rates.
+        votes: k → cons@k; empty likewise."""
 
     title: str
     num_samples: int

@@ -3,7 +3,7 @@
 A new architecture that is a combination of what is here is one entry of FAMILIES: configuration,
 weights, conversion, planning and push follow from it (`attention_fields`, `experts`,
 `models.weights.table`). What Hugging Face's `config.json` says about a model is read there.
-Exceptions that name an architecture are in `engines.server.from_recipe` and
+Exceptions that name an architecture are in `engines.server.recipe_checks` and
 `engines.plugin.loader_copies`."""
 
 from collections.abc import Mapping

@@ -67,8 +67,9 @@ class FP8Recipe:
     """One FP8 recipe.
 
     Attributes:
-        input_tile, weight_tile, gradient_tile: tiles of x (tokens, in), W (out, in) and dy (tokens,
-            out) where columns are summed; transposed where rows are.
+        input_tile: tile of x (tokens, in) where columns are summed; transposed where rows are.
+        weight_tile: tile of W (out, in), likewise.
+        gradient_tile: tile of dy (tokens, out), likewise.
         size_multiple: required of every feature size, and of an expert's tokens (which Megatron
             pads), by the matrix units.
         token_multiple: required of the tokens of a micro-batch on each tensor-parallel rank."""

@@ -368,43 +368,6 @@ def num_mtp_layers(hf: dict) -> int:
     return hf.get("num_nextn_predict_layers") or 0
 
 
-def rope_parameters(hf: dict) -> dict:
-    """Return the rotary settings as one flat dict with `rope_type` and `rope_theta`, and
-    `partial_rotary_factor` where `hf` has it.
-
-    transformers 5 writes `rope_parameters`; earlier versions `rope_theta` next to `rope_scaling`,
-    with the kind in `rope_type` or `type`. Raises UserError where two of them disagree."""
-    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
-    rope = {**old, **new}
-    outside = {name: hf.get(name) for name in ("rope_theta", "partial_rotary_factor")}
-    for name, value in [*old.items(), *outside.items()]:
-        if value is not None and rope.setdefault(name, value) not in (value,):
-            remedy = "leave one"
-            if name in outside and name in new:
-                remedy = "transformers and vLLM read the latter: remove the former, if so meant"
-            raise UserError(
-                f"config.json: {name}={value!r} next to rope_parameters with "
-                f"{name}={rope[name]!r}; " + remedy,
-                key=name,
-                cause=Cause.CONFLICT,
-            )
-    kind = rope.pop("type", None)
-    rope["rope_type"] = rope.get("rope_type") or kind or "default"
-    rope.setdefault("rope_theta", model_family(hf).theta)
-    for name, value in rope.items():
-        fits = is_number(value) or value is None or type(value) is bool
-        if name == "rope_theta":
-            fits = is_number(value) and value > 0
-        if not fits and name != "rope_type":
-            raise UserError(
-                f"config.json: {name}={value!r} of the rotary settings must be a number"
-                + (" above 0" if name == "rope_theta" else ""),
-                key=name,
-                cause=Cause.MALFORMED,
-            )
-    return rope
-
-
 def is_number(value: Any) -> bool:
     """Whether a setting is a finite number; true and false are none."""
     return type(value) in (int, float) and -LARGEST < value < LARGEST

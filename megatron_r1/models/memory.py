@@ -36,7 +36,8 @@ class ParameterBytes:
     """Bytes of one trained parameter.
 
     Attributes:
-        value, gradient: on every replica.
+        value: on every replica.
+        gradient: on every replica.
         optimizer: master copy and moments, on one replica."""
 
     value: int
@@ -76,11 +77,12 @@ class Counts:
     """Numbers of values on a rank.
 
     Attributes:
-        dense, expert: trained parameters, by the group that reduces their gradients.
+        dense: trained parameters whose gradients data parallelism reduces.
+        expert: those of routed experts, whose gradients expert data parallelism reduces.
         frozen: parameters that are not trained, with model.lora all but the adapters.
-        dense_padded, expert_padded: the counts with every parameter padded to a multiple of 64, as
-            in Megatron's gradient buffers (param_and_grad_buffer.py,
-            _pad_start_of_param_if_needed).
+        dense_padded: `dense` with every parameter padded to a multiple of 64, as in Megatron's
+            gradient buffers (param_and_grad_buffer.py, _pad_start_of_param_if_needed).
+        expert_padded: `expert`, padded likewise.
         buffers: fp32 values that are not parameters."""
 
     dense: int = 0

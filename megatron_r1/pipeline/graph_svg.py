@@ -32,7 +32,8 @@ class Box:
 
     Attributes:
         state: the stage's state, a key of `BOX_INKS`.
-        first, second: the lines of text in the box."""
+        first: the upper line of text in the box.
+        second: the lower one."""
 
     state: str
     first: str

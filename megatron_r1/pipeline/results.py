@@ -37,7 +37,8 @@ class Result:
 
     Attributes:
         value: the number.
-        low, high: the ends of the interval; None where it is not known.
+        low: the lower end of the interval; None where it is not known.
+        high: the upper end, likewise.
         source: the number's file and key."""
 
     value: float

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.config import Config
-from megatron_r1.engines.server.from_recipe import check_ranks, positions
+from megatron_r1.engines.server.from_recipe import positions
+from megatron_r1.engines.server.recipe_checks import check_ranks
 from megatron_r1.models.hf_config import key_value_heads, load_config, read_hf_config
 from megatron_r1.models.memory import BYTES, cache_bytes_per_token
 from megatron_r1.models.routing_shape import routing_shape

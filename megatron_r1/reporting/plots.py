@@ -50,8 +50,10 @@ class Curve:
     """One quantity over steps; `values` may hold NaN where nothing was measured.
 
     Attributes:
-        steps, values: [points] float64.
-        low, high: [points] ends of the error bars, NaN for none.
+        steps: [points] float64, the steps of the points.
+        values: [points] float64, their heights.
+        low: [points] lower ends of the error bars, NaN for none.
+        high: [points] upper ends, likewise.
         marker: draw points (held-out evaluations) instead of a smoothed line over the raw one.
         noisy: False for exact values, such as a schedule, which are drawn without smoothing."""
 

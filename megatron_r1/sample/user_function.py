@@ -1,4 +1,4 @@
-"""A user's function that a recipe names as "module:function"."""
+"""Calls a user's function of a `sample` recipe, and identifies its version for cached results."""
 
 import asyncio
 import hashlib

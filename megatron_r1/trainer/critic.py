@@ -1,4 +1,4 @@
-"""PPO's critic: a score model on the policy's ranks, with an optimizer of its own.
+"""PPO's critic: a score model on the policy's ranks, with its loss and an optimizer of its own.
 
 Its score after token t is V(s_t), the value of the text up to and including t, from which the
 policy chooses token t + 1. It is read at the positions where the policy predicts a response token.
@@ -17,9 +17,13 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.distributed import GridPosition
-from megatron_r1.trainer.losses import explained_variance, value_loss
-from megatron_r1.trainer.metrics import merge, reduce_over_data
+from megatron_r1.trainer.losses import LossTerms
+from megatron_r1.trainer.metrics import Mean, merge, reduce_over_data
 from megatron_r1.trainer.passes import optimizer_step, run_passes
+
+EQUAL_RETURNS = 1e-6
+"""Returns are equal up to this standard deviation, as a share of their root mean square: R = A + V
+is rounded to fp32 (6e-8)."""
 
 
 def needs_critic(config: Config) -> bool:
@@ -85,3 +89,49 @@ class Critic:
 
 def _keep_values(batch: PackedBatch, scores: Tensor) -> None:
     batch.values = torch.where(batch.is_response, scores.view(-1), 0.0)
+
+
+def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTerms:
+    """Return the clipped squared error of values, summed over response tokens.
+
+    Σ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²), with their number as the denominator.
+    V_old is `batch.values`, R `batch.returns`, ε `clip`. The clipped term is that of PPO's first
+    implementation (arXiv 2005.12729, section 3).
+
+    Args:
+        batch: the micro-batch, with `values` and `returns`.
+        scores: (1, T) fp32, V at every position.
+        clip: ε; None for ∞."""
+    assert batch.values is not None and batch.returns is not None, "values and returns come first"
+    rows, values = batch.response_rows, scores.view(-1)
+    new, old, returns = values[rows], batch.values[rows], batch.returns[rows]
+    # V_old + (V - V_old) differs from V by rounding and would be counted as clipped, so without a
+    # limit V itself is taken.
+    near = new if clip is None else old + (new - old).clamp(-clip, clip)
+    losses, clipped = (new - returns).square(), (near - returns).square()
+    count = torch.tensor(len(rows), dtype=torch.int, device=values.device)
+    measured = {
+        "value/loss": 0.5 * torch.maximum(losses, clipped),
+        "value/clip_fraction": clipped > losses,
+        "value/mean": new,
+        "return": returns,
+        "return_squared": returns.double().square(),
+        "error": returns - old,
+        "error_squared": (returns - old).double().square(),
+    }
+    # fp64: the explained variance is a difference of mean squares and squared means.
+    means = {name: Mean(x.detach().double().sum(), count) for name, x in measured.items()}
+    return LossTerms(measured["value/loss"].sum(), count, means)
+
+
+def explained_variance(metrics: dict[str, float]) -> float:
+    """Return 1 - Var(R - V) / Var(R), and 0 for equal returns.
+
+    Args:
+        metrics: the metrics of the value loss, reduced over all ranks; the moments among them are
+            removed."""
+    smallest = EQUAL_RETURNS**2 * metrics["return_squared"]
+    returns, errors = (
+        metrics.pop(f"{name}_squared") - metrics.pop(name) ** 2 for name in ("return", "error")
+    )
+    return 1 - errors / returns if returns > smallest else 0.0

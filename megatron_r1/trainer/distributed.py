@@ -30,8 +30,8 @@ class GridPosition:
 
     Attributes:
         groups: made once by `initialize`, handed to everything that communicates.
-        data_rank, data_size: the index of its model replica and the number of replicas, by which
-            the controller distributes batches.
+        data_rank: the index of its model replica, by which the controller distributes batches.
+        data_size: the number of replicas.
         last_stage: whether the rank is on the last pipeline stage, which computes the loss."""
 
     groups: ProcessGroupCollection

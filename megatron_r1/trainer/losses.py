@@ -1,7 +1,7 @@
-"""The losses: their interface, supervised, of reward models, and of PPO's critic.
+"""The interface of losses, and the supervised one.
 
-Those of reward models are on the scores of whole texts. Policy losses are in
-`controller.algorithms`.
+Policy losses are in `controller.algorithms`, those of reward models in `reward_losses`, that of
+PPO's critic in `critic`.
 
 A loss takes the packed batch and the head behind its hidden states and returns a *sum* with its
 denominator. The trainer divides by the denominator of the whole optimizer step, over all
@@ -15,18 +15,14 @@ Averaging happens in two places. Within a micro-batch r1_kernels weighs the toke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from megatron_r1.config.algorithms import LossAverage, LossSettings
 from megatron_r1.trainer.batch import Head, PackedBatch
 from megatron_r1.trainer.metrics import Mean, Metrics
-
-if TYPE_CHECKING:
-    from megatron_r1.trainer.packed import Scores
 
 
 class LossTerms(NamedTuple):
@@ -96,92 +92,3 @@ def supervised(batch: PackedBatch, head: Head, settings: object = None) -> LossT
     logprobs, _ = head.logprobs()
     loss, count = -logprobs.sum(), denominator(batch, "token")
     return LossTerms(loss, count, {"loss": Mean(loss.detach(), count)})
-
-
-def pairwise(batch: PackedBatch, scores: Scores, settings: object = None) -> LossTerms:
-    """Return Σ -log sigmoid(s_chosen - s_rejected) over pairs, () fp32, with their number.
-
-    Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
-    are a pair, the chosen one first. Metrics: accuracy, the share of pairs whose chosen response
-    scores higher; margin, s_chosen - s_rejected."""
-    sample_scores = scores.at_last_tokens()
-    margins = sample_scores[0::2] - sample_scores[1::2]
-    measured = {"accuracy": margins > 0, "margin": margins}
-    return _reward_terms(batch, -logsigmoid(margins), measured, batch.num_trajectories // 2)
-
-
-def pointwise(batch: PackedBatch, scores: Scores, settings: object = None) -> LossTerms:
-    """Return the sum over samples of the binary cross entropy of their scores and labels.
-
-    Σ BCE(sigmoid(score), `batch.labels`), () fp32, with the number of samples. Metrics: accuracy,
-    the share of scores on their label's side of 0; margin, the distance to 0 there."""
-    sample_scores, labels = scores.at_last_tokens(), batch.labels
-    margins = sample_scores * (2 * labels - 1)
-    losses = binary_cross_entropy_with_logits(sample_scores, labels, reduction="none")
-    return _reward_terms(
-        batch, losses, {"accuracy": margins > 0, "margin": margins}, batch.num_trajectories
-    )
-
-
-def _reward_terms(
-    batch: PackedBatch, losses: Tensor, measured: dict[str, Tensor], count: int
-) -> LossTerms:
-    # Every context rank has all the losses; the first one reports them.
-    reports = batch.num_trajectories > 0
-    denominator = torch.tensor(count, dtype=torch.int, device=losses.device)
-    means = {
-        name: Mean(values.detach().float().sum() * reports, denominator)
-        for name, values in {"loss": losses, **measured}.items()
-    }
-    return LossTerms(losses.sum(), denominator, means)
-
-
-EQUAL_RETURNS = 1e-6
-"""Returns are equal up to this standard deviation, as a share of their root mean square: R = A + V
-is rounded to fp32 (6e-8)."""
-
-
-def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTerms:
-    """Return the clipped squared error of values, summed over response tokens.
-
-    Σ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²), with their number as the denominator.
-    V_old is `batch.values`, R `batch.returns`, ε `clip`. The clipped term is that of PPO's first
-    implementation (arXiv 2005.12729, section 3).
-
-    Args:
-        batch: the micro-batch, with `values` and `returns`.
-        scores: (1, T) fp32, V at every position.
-        clip: ε; None for ∞."""
-    assert batch.values is not None and batch.returns is not None, "values and returns come first"
-    rows, values = batch.response_rows, scores.view(-1)
-    new, old, returns = values[rows], batch.values[rows], batch.returns[rows]
-    # V_old + (V - V_old) differs from V by rounding and would be counted as clipped, so without a
-    # limit V itself is taken.
-    near = new if clip is None else old + (new - old).clamp(-clip, clip)
-    losses, clipped = (new - returns).square(), (near - returns).square()
-    count = torch.tensor(len(rows), dtype=torch.int, device=values.device)
-    measured = {
-        "value/loss": 0.5 * torch.maximum(losses, clipped),
-        "value/clip_fraction": clipped > losses,
-        "value/mean": new,
-        "return": returns,
-        "return_squared": returns.double().square(),
-        "error": returns - old,
-        "error_squared": (returns - old).double().square(),
-    }
-    # fp64: the explained variance is a difference of mean squares and squared means.
-    means = {name: Mean(x.detach().double().sum(), count) for name, x in measured.items()}
-    return LossTerms(measured["value/loss"].sum(), count, means)
-
-
-def explained_variance(metrics: dict[str, float]) -> float:
-    """Return 1 - Var(R - V) / Var(R), and 0 for equal returns.
-
-    Args:
-        metrics: the metrics of the value loss, reduced over all ranks; the moments among them are
-            removed."""
-    smallest = EQUAL_RETURNS**2 * metrics["return_squared"]
-    returns, errors = (
-        metrics.pop(f"{name}_squared") - metrics.pop(name) ** 2 for name in ("return", "error")
-    )
-    return 1 - errors / returns if returns > smallest else 0.0

@@ -52,7 +52,8 @@ class Reply(msgspec.Struct, frozen=True):
         result: the operation's result; None after an error.
         error: the message of a `UserError`, a traceback otherwise; None without an error.
         is_mistake: whether the error is a `UserError`.
-        key, cause: the key and cause of a `UserError`."""
+        key: the key of a `UserError`.
+        cause: the cause of a `UserError`."""
 
     rank: int
     result: dict[str, Any] | None = None

@@ -19,9 +19,10 @@ class TokenSplit:
     """The split of a micro-batch's tokens between the ranks that share it.
 
     Attributes:
-        tensor, tensor_rank: the same of the sequence-parallel group, which divides what a context
-            rank holds.
-        context, context_rank: size of the context-parallel group, and this rank's index in it.
+        tensor: size of the sequence-parallel group, which divides what a context rank holds.
+        tensor_rank: this rank's index in that group.
+        context: size of the context-parallel group.
+        context_rank: this rank's index in that group.
         token_multiple: the tokens of each rank are a multiple of it, as FP8 products need."""
 
     tensor: int = 1

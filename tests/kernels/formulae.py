@@ -99,7 +99,7 @@ def policy_loss(
             surrogate = torch.where(a < 0, torch.max(surrogate, dual_clip * a), surrogate)
         if rollout is not None:
             trust = (old - rollout)[tokens][kept].exp()
-            surrogate = surrogate * trust.clamp(max=importance_cap or float("inf"))
+            surrogate = surrogate * trust.clamp(max=importance_cap)
         loss = -surrogate
         if kl_beta:
             g = (ref - new)[tokens][kept]

@@ -1,5 +1,7 @@
 """Settings of the policy loss, problems for it and the loss of whole logits, in fp64."""
 
+import math
+
 import formulae
 
 SETTINGS = {
@@ -11,7 +13,7 @@ SETTINGS = {
     "k2": {"clip_low": 0.2, "clip_high": 0.2, "kl_beta": 0.3, "kl_estimator": "k2"},
     "k3": {"clip_low": 0.2, "clip_high": 0.2, "kl_beta": 0.3, "kl_estimator": "k3"},
     "importance": {"clip_low": 0.2, "clip_high": 0.2, "importance_cap": 1.1},
-    "importance, no cap": {"clip_low": 0.2, "clip_high": 0.2, "importance_cap": None},
+    "importance, no cap": {"clip_low": 0.2, "clip_high": 0.2, "importance_cap": math.inf},
     "entropy": {"clip_low": 0.2, "clip_high": 0.2, "entropy_coef": 0.07},
     "cispo": {"clip_low": 0.2, "clip_high": 0.3, "kl_beta": 0.3, "objective": "cispo"},
     "cispo, no lower bound": {"clip_low": 10.0, "clip_high": 0.3, "objective": "cispo"},

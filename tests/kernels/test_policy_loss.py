@@ -265,6 +265,7 @@ def test_strided_inputs(backend):
         ({"objective": "gspo"}, ["objective", "'gspo'"]),
         ({"objective": "cispo", "dual_clip": 3.0}, ["dual_clip", "3.0"]),
         ({"importance_cap": 0.0}, ["importance_cap", "0.0"]),
+        ({"importance_cap": None, "rollout_logprobs": torch.zeros(2)}, ["importance_cap", "inf"]),
         ({"denominator": 0}, ["denominator", "0"]),
         ({"entropy_coef": 0.1}, ["entropy_coef", "0.1"]),
         ({"average": "mean"}, ["average", "'mean'"]),

@@ -3,7 +3,8 @@
 Reads the pages (all but CHANGELOG.md, which keeps what was written), the comments of the examples'
 YAML and sbatch files, and of the Python files outside tests the messages that they raise; and the
 comments and docstrings of all Python files. Code blocks and `quoted code` are left alone. A public
-docstring describes parameters and fields in sections, each by what it is."""
+docstring describes parameters, fields and errors in sections, each in an entry of its own, by what
+it is."""
 
 import ast
 import io
@@ -106,6 +107,50 @@ def in_public_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
             yield line, f"{entry[1]}:", "an entry of `Args:` or `Attributes:`"
 
 
+ENTRY = {
+    "Args": re.compile(r"\*{0,2}(\w+)(?: \([^)]*\))?: \S"),
+    "Attributes": re.compile(r"(\w+)(?: \([^)]*\))?: \S"),
+    "Raises": re.compile(r"((?:\w+\.)*[A-Z]\w*): \S"),
+}
+"""The beginning of an entry: its one name, then a description."""
+
+
+def in_sections(source: str) -> Iterator[tuple[int, str, str]]:
+    """Yield entries of sections that are not one name with its description, that repeat a name, or
+    whose name is no parameter."""
+    tree = ast.parse(source)
+    nodes = list(_public(tree))
+    nodes += [
+        part
+        for node in nodes
+        if isinstance(node, ast.ClassDef)
+        for part in node.body
+        if isinstance(part, ast.FunctionDef) and part.name == "__init__"
+    ]
+    for node in nodes:
+        text = ast.get_docstring(node, clean=False) or ""
+        indent, section, seen = " " * node.body[0].col_offset, "", set[str]()
+        for number, line in enumerate(text.split("\n")):
+            if not line.strip() or line.startswith(indent + " " * 5):
+                continue  # the rest of an entry
+            if not line.startswith(indent + " " * 4):
+                section, seen = line.strip().removesuffix(":"), set()
+                continue
+            if section not in ENTRY:
+                continue
+            entry = ENTRY[section].match(line.strip())
+            place = node.body[0].lineno + number
+            if entry is None:
+                name = line.split(":")[0].strip()
+                yield place, name, "an entry for each name, with a description of its own"
+                continue
+            if entry[1] in seen and section != "Raises":
+                yield place, entry[1], f"it once in `{section}:`"
+            elif section == "Args" and entry[1] not in _described(node):
+                yield place, entry[1], "the name of a parameter"
+            seen.add(entry[1])
+
+
 def _public(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     waiting: list[ast.stmt] = list(tree.body)
     for node in waiting:
@@ -121,7 +166,7 @@ def _described(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> l
     if not isinstance(node, ast.ClassDef):
         arguments = node.args
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-        return [argument.arg for argument in every]
+        return [each.arg for each in (*every, arguments.vararg, arguments.kwarg) if each]
     names = []
     for part in node.body:
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
@@ -137,7 +182,7 @@ def _readers(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, str, str]]
     if name.suffix == ".py":
         if name.parts[0] == "tests":
             return (in_module,)
-        return in_module, in_messages, in_public_docstrings
+        return in_module, in_messages, in_public_docstrings, in_sections
     if name.suffix in (".yaml", ".sbatch") and name.parts[0] == "examples":
         return (in_settings,)
     return ()

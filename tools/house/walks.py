@@ -25,7 +25,8 @@ class Walk:
     """One thing's way; functions are named by the end of "file qualified.name".
 
     Attributes:
-        begin, end: the walk is what is entered between them.
+        begin: its first function; the walk is what is entered from there to `end`.
+        end: its last function.
         within: calls all of whose inner calls count.
         given: functions whose arguments are the thing.
         follows: whether it is followed by value: results of functions of the walk are made from the

@@ -35,7 +35,9 @@ class Lesson:
         language: the language of the question.
         lines: the lines of the thought.
         wrong: draws a plausible wrong answer.
-        kind, truth, fields: the reward's inputs, as in a row of questions."""
+        kind: the name of the reward, as in a row of questions.
+        truth: the right answer, in the reward's form.
+        fields: the reward's other inputs, by name."""
 
     subject: str
     language: str

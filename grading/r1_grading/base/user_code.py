@@ -1,4 +1,4 @@
-"""Users' own functions and other values, named as "module:name"."""
+"""Imports users' own functions and values, named as "module:name", and places their errors."""
 
 import importlib
 import importlib.util

@@ -38,7 +38,8 @@ class Test:
     Attributes:
         expected: the output as text, or the result as a JSON value.
         stdin: the input of a program.
-        args, kwargs: the JSON values with which a function is called.
+        args: the JSON values of a function's positional arguments.
+        kwargs: those of its keyword arguments, by name.
         alternatives: other results that count as the expected one."""
 
     expected: Any

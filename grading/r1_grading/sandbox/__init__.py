@@ -34,7 +34,8 @@ class PythonSession:
             of one call.
 
     Raises:
-        SandboxUnavailable, SandboxError: as `run.launch`."""
+        SandboxUnavailable: bubblewrap is missing.
+        SandboxError: the sandbox does not start."""
 
     def __init__(self, limits: Limits) -> None:
         self._stack = contextlib.ExitStack()

@@ -40,13 +40,14 @@ class Limits:
     The default cpu_seconds is LiveCodeBench's limit.
 
     Attributes:
-        cpu_seconds, wall_seconds: per test (wall time also stops a program that sleeps).
+        cpu_seconds: CPU time per test.
+        wall_seconds: wall time per test, which also stops a program that sleeps.
         total_seconds: wall time of the whole answer, compilation included.
         memory_mib: address space.
         processes: the program and its threads.
         output_mib: standard output and error together.
-        compile_seconds, compile_memory_mib: CPU time and address space of each compiler process;
-            the compiler's wall time is twice its CPU time.
+        compile_seconds: CPU time of each compiler process; its wall time is twice that.
+        compile_memory_mib: address space of each compiler process.
 
     Raises:
         ValueError: a value that is not a number above 0 and at most its cap."""

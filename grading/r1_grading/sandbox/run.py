@@ -61,7 +61,8 @@ class ProgramOutcome:
     """The outcome of one run.
 
     Attributes:
-        stdout, stderr: the bytes written, cut off at the limit that `stopped` names.
+        stdout: the bytes of standard output, cut off at the limit that `stopped` names.
+        stderr: the bytes of standard error, cut off likewise.
         status: the exit status, or 128 + the signal.
         seconds: wall time of sandbox and program, never less than the CPU time that counts against
             the limit, since the program's process also builds the sandbox.

@@ -34,9 +34,7 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     importance = unmasked.to(dtype)
     if tokens.rollout_logprobs is not None:
         gap = torch.where(unmasked, old_logprobs - tokens.rollout_logprobs, 0.0)
-        trust = gap.clamp(max=MAX_LOG_RATIO).exp()
-        if settings.importance_cap is not None:
-            trust = trust.clamp(max=settings.importance_cap)
+        trust = gap.clamp(max=MAX_LOG_RATIO).exp().clamp(max=settings.importance_cap)
         importance = torch.where(unmasked, trust, 0.0)
     total = -importance * surrogate
     grad_logprob = -weight * importance * by_logprob

@@ -63,7 +63,7 @@ class _Limits(NamedTuple):
 
     Attributes:
         dual_clip: read only with HAS_DUAL_CLIP.
-        importance_cap: inf for none."""
+        importance_cap: read only with HAS_ROLLOUT."""
 
     clip_low: float
     clip_high: float
@@ -73,8 +73,8 @@ class _Limits(NamedTuple):
 
     @classmethod
     def of(cls, settings: PolicySettings) -> Self:
-        cap = float("inf") if settings.importance_cap is None else settings.importance_cap
-        dual_clip = settings.dual_clip or 0.0
+        # 0.0 where the term is disabled: the kernel does not read it.
+        cap, dual_clip = settings.importance_cap or 0.0, settings.dual_clip or 0.0
         return cls(settings.clip_low, settings.clip_high, dual_clip, settings.kl_beta, cap)
 
 

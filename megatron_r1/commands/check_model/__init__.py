@@ -65,8 +65,9 @@ class Findings(msgspec.Struct, omit_defaults=True):
     """The result of a check, as `--json` writes it.
 
     Attributes:
-        megatron, vllm: the largest difference from transformers' log-probabilities, or why there is
-            none.
+        megatron: the largest difference of Megatron's log-probabilities from transformers', nats,
+            or why there is none.
+        vllm: that of vLLM's, or why there is none.
         agree: whether the exit status is 0.
         end_tokens: those that end a response.
         problem: why not; left out where it is.

@@ -32,12 +32,11 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.from_recipe import (
+from megatron_r1.engines.server.from_recipe import engine_settings, positions
+from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
     check_experts_here,
-    engine_settings,
-    positions,
 )
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import require_weights

@@ -69,8 +69,9 @@ class InFlight:
 
     Attributes:
         num_started: groups requested.
-        num_sampled, num_responses, num_tokens: groups that were sampled, their responses, and the
-            tokens of these.
+        num_sampled: groups that were sampled.
+        num_responses: the responses of sampled groups.
+        num_tokens: the tokens of those responses.
         num_finished: groups that are graded, and scored where there is a teacher.
         num_scored: responses that a teacher has scored."""
 
@@ -106,7 +107,9 @@ class RolloutInProgress:
 
     Attributes:
         log: the step's groups on disk, if they are kept.
-        sampled, graded, scored: time.perf_counter() when the newest group finished each phase."""
+        sampled: time.perf_counter() when the newest group was sampled.
+        graded: the same, when it was graded.
+        scored: the same, when the teacher had scored it."""
 
     sampling: RolloutSampling
     log: StepLog | None

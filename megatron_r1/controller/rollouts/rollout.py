@@ -89,8 +89,8 @@ class Rollout:
 
     Attributes:
         rollout_seconds: until the last token was sampled.
-        reward_seconds, teacher_seconds: from there to the last grade and to the teacher's last
-            score.
+        reward_seconds: from there to the last grade.
+        teacher_seconds: from there to the teacher's last score.
         passed_over: groups that were sampled and graded but are not trained on
             (`collect_informative`)."""
 

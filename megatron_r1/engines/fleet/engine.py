@@ -135,10 +135,11 @@ class Engine:
     """One engine of a fleet, with its load and state.
 
     Attributes:
-        role, index: make its name, which no other engine has at the same time.
+        role: the first part of its name, by what the fleet is for.
+        index: the second part; no other engine has the same name at the same time.
         num_running: sequences in flight.
-        num_occupied, tokens_expected: how many sequences and tokens of them the dispatcher expects
-            to be decoded (`dispatch.Work`).
+        num_occupied: sequences that the dispatcher expects to be decoded (`dispatch.Work`).
+        tokens_expected: tokens that it expects of them.
         is_up: it answers and holds the current weights, so it gets every push.
         is_open: it gets new groups; a draining engine gets none.
         is_leaving: it must not be replaced.

@@ -81,7 +81,10 @@ class EngineSettings:
         return_routing: add the experts of every token to each response (a model with experts only).
             On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
             `engines.plugin.cpu_patches` adds it, without.
-        tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
+        tensor: ranks that share every layer's matrices.
+        pipeline: stages of layers, each on ranks of its own.
+        data: copies of the model, as `RolloutConfig.data`.
+        expert_parallel: whether routed experts are spread whole over tensor x data ranks.
         redundant_experts: copies of experts that vLLM's balancer places (GPU only).
         gpu_memory: share of each GPU's memory that the engine takes (GPU only); None for vLLM's
             default.
@@ -96,7 +99,8 @@ class EngineSettings:
         lora: vLLM's arguments for an adapter that is pushed; None for whole weights.
         hf_overrides: keys that replace those of the model's config.json.
         vllm: further arguments of vLLM, by name (`engines.server.vllm_arguments`).
-        extra_args, extra_env: passed to vLLM unchanged; they override the other settings."""
+        extra_args: arguments that vLLM gets unchanged; they override the other settings.
+        extra_env: variables of its environment, likewise."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: str = "float32"

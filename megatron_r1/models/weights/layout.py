@@ -21,8 +21,10 @@ class Shard:
 
     Attributes:
         layers: global indices of its decoder layers, in order.
-        embedding, final_norm, head, mtp: whether it has the embedding, the norm after the last
-            decoder layer, the LM head, the MTP layers.
+        embedding: whether it has the embedding.
+        final_norm: whether it has the norm after the last decoder layer.
+        head: whether it has the LM head.
+        mtp: whether it has the MTP layers.
         transformer_engine: whether its parameters have Transformer Engine's names."""
 
     layers: tuple[int, ...]

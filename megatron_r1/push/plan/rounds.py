@@ -80,10 +80,12 @@ class PushOrder:
 
     Attributes:
         link_buckets: the number of buckets of each link.
-        senders, receivers, entry_rounds: the sender, the receiver and the round of each bucket that
-            enters; the round is NONE where a process copies it to itself, before all rounds.
+        senders: the process that sends each bucket that enters.
+        receivers: the process that receives it.
+        entry_rounds: its round; NONE where a process copies it to itself, before all rounds.
         entered: the bytes that enter each process.
-        origins, num_bytes: the process that sends each bucket, and its size."""
+        origins: the process that sends each bucket, of links and of relays.
+        num_bytes: the size of each bucket."""
 
     def __init__(
         self,

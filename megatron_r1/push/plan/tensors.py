@@ -20,7 +20,8 @@ class HFTensor:
 
     Attributes:
         part: "embedding", "layers", "final_norm" or "head".
-        layer, expert: global indices, or None.
+        layer: the global index of its layer, or None.
+        expert: the global index of its expert, or None.
         source: index of the tensor in its rule's sources."""
 
     name: str

@@ -25,7 +25,8 @@ class ByteRun(NamedTuple):
 
     Attributes:
         number: the delivery.
-        top, bottom: the rows [top, bottom) that the bytes are in.
+        top: the first row that the bytes are in.
+        bottom: the row after the last.
         skipped: the bytes of row `top` that come before these.
         num_bytes: the number of bytes."""
 

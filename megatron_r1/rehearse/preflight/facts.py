@@ -64,7 +64,8 @@ class Folder(msgspec.Struct):
         error: why it cannot be used, or "".
         shared: whether the file of node 0 is there.
         excluded: whether a lock that rank 0 holds excludes this rank; None where it was not tried.
-        write, read: bytes per second.
+        write: bytes per second written.
+        read: bytes per second read.
         fsync_seconds: median of small files.
         free: bytes."""
 

@@ -9,6 +9,7 @@ from tools.docs.wording import (
     in_module,
     in_page,
     in_public_docstrings,
+    in_sections,
     in_settings,
     main,
 )
@@ -84,6 +85,68 @@ def test_parameters_and_fields_stand_in_sections_by_what_they_are():
         (3, "index:"),
         (14, "count:"),
         (16, "first:"),
+    ]
+
+
+SECTIONS = '''
+class Step:
+    """One step.
+
+    Attributes:
+        index, rows: of a step.
+        index: its number, which
+            counts: from 0.
+        index: again.
+    """
+
+    def __init__(self, index, **others):
+        """Make it.
+
+        Args:
+            index (int): the number.
+            **others: more.
+            size: no parameter.
+
+        Returns:
+            size, rows: free text.
+        """
+
+
+def take(first, *rest):
+    """Take rows.
+
+    Args:
+        first: the row.
+        rest
+        *rest: the others, in
+        order.
+
+    Raises:
+        OSError, ValueError: unreadable.
+        torch.Error: the first reason.
+        ValueError: one reason.
+        ValueError: another.
+    """
+
+
+def _hidden():
+    """Take.
+
+    Args:
+        a, b: nothing.
+    """
+'''
+
+
+def test_an_entry_of_a_section_is_one_name_of_a_parameter_with_its_description():
+    found = [(line, name) for line, name, _ in in_sections(SECTIONS)]
+    assert sorted(found) == [
+        (6, "index, rows"),
+        (9, "index"),
+        (18, "size"),
+        (30, "rest"),
+        (32, "order."),
+        (35, "OSError, ValueError"),
     ]
 
 

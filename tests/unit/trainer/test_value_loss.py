@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_r1.trainer.losses import explained_variance, value_loss
+from megatron_r1.trainer.critic import explained_variance, value_loss
 from megatron_r1.trainer.metrics import merge
 
 ROWS = [1, 2, 4, 6, 7]

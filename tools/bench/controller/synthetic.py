@@ -45,7 +45,8 @@ class GroupReply:
     """The responses of a group.
 
     Attributes:
-        token_ids, logprobs: an array per response.
+        token_ids: an array per response.
+        logprobs: an array per response, nats.
         routing: [rows, layers, topk] of each, or None."""
 
     token_ids: list[np.ndarray]

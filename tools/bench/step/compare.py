@@ -251,8 +251,9 @@ class Case:
     Attributes:
         settings: ours, by the name of the system.
         peers: the number of TRL's processes, likewise.
-        steps, peer_steps: measured in a run of megatron-r1 and of TRL, one of whose steps takes as
-            long as several of megatron-r1 where responses are long."""
+        steps: those measured in a run of megatron-r1.
+        peer_steps: those measured in a run of TRL, one of which takes as long as several of
+            megatron-r1 where responses are long."""
 
     work: StepWork
     model: Path

@@ -24,7 +24,8 @@ class Span(NamedTuple):
     """A span of one process.
 
     Attributes:
-        start, end: seconds on CLOCK_MONOTONIC."""
+        start: seconds on CLOCK_MONOTONIC.
+        end: seconds on CLOCK_MONOTONIC."""
 
     name: str
     start: float

@@ -10,7 +10,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import load, parse
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, share_of_gpus
-from megatron_r1.engines.server.from_recipe import check_engines, check_experts_here, vocab_size
+from megatron_r1.engines.server.from_recipe import vocab_size
+from megatron_r1.engines.server.recipe_checks import check_engines, check_experts_here
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan import EngineLayout

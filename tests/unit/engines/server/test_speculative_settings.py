@@ -8,7 +8,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
-from megatron_r1.engines.server import from_recipe
+from megatron_r1.engines.server import recipe_checks
 from megatron_r1.engines.server.from_recipe import engine_settings
 from megatron_r1.engines.server.settings import EngineSettings
 from megatron_r1.push.plan.from_recipe import check_drafter
@@ -29,9 +29,9 @@ def config(method, tokens=1, **sections):
     ],
 )
 def test_what_cannot_draft_is_refused(monkeypatch, method, tokens, layers, setting, cause):
-    monkeypatch.setattr(from_recipe, "find_spec", lambda name: None)
+    monkeypatch.setattr(recipe_checks, "find_spec", lambda name: None)
     with refused(f"rollout.speculative.{setting}", cause):
-        from_recipe.check_engines(
+        recipe_checks.check_engines(
             config(method, tokens), MTP | {"num_nextn_predict_layers": layers}
         )
 
@@ -42,21 +42,21 @@ def test_what_cannot_draft_is_refused(monkeypatch, method, tokens, layers, setti
 )
 def test_what_can_draft_is_not(method, tokens, layers):
     hf = MTP | {"num_nextn_predict_layers": layers}
-    from_recipe.check_engines(config(method, tokens), hf)
+    recipe_checks.check_engines(config(method, tokens), hf)
 
 
 def test_a_drafter_behind_stages_is_refused():
     staged = parse({"rollout": {"speculative": {"method": "mtp"}, "pipeline": 2}})
     with refused("rollout.speculative.method", Cause.UNSUPPORTED, "rollout.pipeline=2", "ngram"):
-        from_recipe.check_engines(staged, MTP)
+        recipe_checks.check_engines(staged, MTP)
 
 
 def test_suffix_is_taken_with_its_package_and_where_engines_are_elsewhere(monkeypatch):
-    monkeypatch.setattr(from_recipe, "find_spec", lambda name: name)
-    from_recipe.check_engines(config("suffix"), MTP)
-    monkeypatch.setattr(from_recipe, "find_spec", lambda name: None)
+    monkeypatch.setattr(recipe_checks, "find_spec", lambda name: name)
+    recipe_checks.check_engines(config("suffix"), MTP)
+    monkeypatch.setattr(recipe_checks, "find_spec", lambda name: None)
     hosts = parse({"rollout": {"speculative": {"method": "suffix"}, "placement": "hosts"}})
-    from_recipe.check_engines(hosts, MTP)
+    recipe_checks.check_engines(hosts, MTP)
 
 
 def test_a_drafter_without_trained_weights_is_refused():

@@ -1,0 +1,331 @@
+"""Checks of a recipe's engines (`rollout`, `teacher`) against the model, before vLLM starts.
+
+On a CPU the model is checked against the sizes that vLLM's kernels have (`check_cpu_kernels`).
+Without the check an engine ends at its start, or at its first prompt, with a message that names no
+key of `config.json`. Lines are of vLLM 0.32."""
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config, RolloutConfig, TeacherConfig
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.vllm_arguments import check_owned
+from megatron_r1.models.families import FAMILIES
+from megatron_r1.models.hf_config import (
+    ARCHITECTURES,
+    language_settings,
+    model_family,
+    padded_vocabulary,
+    require,
+    resolve_aliases,
+    sparse_layers,
+)
+
+
+def check_engines(config: Config, hf: dict) -> None:
+    """Raise UserError for settings with which no rollout engine can serve the model.
+
+    Args:
+        config: the recipe.
+        hf: the model's `config.json`, of any architecture.
+    """
+    rollout = config.rollout
+    check_ranks(rollout, hf, "rollout")
+    if config.rl.routing_replay and rollout.pipeline > 1:
+        raise UserError(
+            f"rollout.pipeline={rollout.pipeline}: vLLM returns the experts of one stage only; set "
+            "rl.routing_replay: false, or rollout.pipeline: 1",
+            key="rollout.pipeline",
+            cause=Cause.CONFLICT,
+        )
+    _check_redundant_experts(rollout, hf)
+    _check_speculation(rollout, hf)
+
+
+def _check_redundant_experts(rollout: RolloutConfig, hf: dict) -> None:
+    """Raise UserError for copies of experts that engines cannot have."""
+    copies, key = rollout.redundant_experts, "rollout.redundant_experts"
+    ranks = rollout.tensor * rollout.data
+    if not copies:
+        return
+    if not rollout.expert_parallel or ranks == 1:
+        raise UserError(
+            f"{key}: {copies} copies are spread over the ranks of an engine, and "
+            f"rollout.expert_parallel is {str(rollout.expert_parallel).lower()} on {ranks} of them "
+            "(rollout.tensor x rollout.data); set it to true on several, or the copies to 0",
+            key=key,
+            cause=Cause.CONFLICT,
+        )
+    if (experts := num_experts(hf)) and (experts + copies) % ranks:
+        raise UserError(
+            f"{key}: {experts} experts and {copies} copies cannot be divided among {ranks} ranks "
+            f"(rollout.tensor x rollout.data); {-experts % ranks} or {-experts % ranks + ranks} "
+            "copies can",
+            key=key,
+            cause=Cause.INDIVISIBLE,
+        )
+
+
+def check_experts_here(rollout: RolloutConfig) -> None:
+    """Refuse copies and exchanges of experts for which engines on this host lack something.
+
+    Not part of `check_engines`: a plan and a rehearsal of a recipe for GPUs need nothing.
+
+    Args:
+        rollout: the recipe's section.
+
+    Raises:
+        UserError: there are no GPUs for vLLM's balancer of experts, or DeepEP is not installed.
+    """
+    if rollout.placement != "local":
+        return
+    if rollout.redundant_experts and not gpu.is_usable():
+        raise UserError(
+            "rollout.redundant_experts: vLLM's balancer of experts needs GPUs, and there is none "
+            "here; set it to 0",
+            key="rollout.redundant_experts",
+            cause=Cause.UNSUPPORTED,
+        )
+    key = "rollout.vllm.all2all_backend"
+    exchange = str(rollout.vllm.get("all2all_backend") or rollout.vllm.get("all2all-backend"))
+    if exchange.startswith("deepep") and not find_spec("deep_ep"):
+        raise UserError(
+            f"{key}: {exchange} needs the package deep_ep, which is not installed here: see "
+            "docs/gpu.md, or set allgather_reducescatter",
+            key=key,
+            cause=Cause.NOT_INSTALLED,
+        )
+
+
+def num_experts(hf: dict) -> int:
+    """Return the routed experts of a layer of the model of config.json `hf`, 0 without any."""
+    names = ("n_routed_experts", "num_local_experts", "num_experts")  # by architecture
+    return next((count for name in names if (count := language_settings(hf).get(name))), 0)
+
+
+def _check_speculation(rollout: RolloutConfig, hf: dict) -> None:
+    """Raise UserError for drafts that vLLM cannot make for the model. hf: its `config.json`, of any
+    architecture."""
+    method, tokens = rollout.speculative.method, rollout.speculative.tokens
+    if method == "suffix" and rollout.placement == "local" and not find_spec("arctic_inference"):
+        raise UserError(
+            "rollout.speculative.method: suffix needs a package that is not installed here: pip "
+            "install arctic-inference==0.1.1, or set method: ngram",
+            key="rollout.speculative.method",
+            cause=Cause.NOT_INSTALLED,
+        )
+    if method != "mtp":
+        return
+    language = language_settings(hf)
+    # By architecture: DeepSeek-V3 and its relatives, Qwen3.5.
+    keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+    layers = next((count for key in keys if (count := language.get(key))), 0)
+    if not layers:
+        raise UserError(
+            "rollout.speculative.method: mtp drafts with the model's MTP layers, and its "
+            f"config.json has none ({keys[0]}); set method: ngram, or none",
+            key="rollout.speculative.method",
+            cause=Cause.CONFLICT,
+        )
+    if rollout.pipeline > 1:
+        raise UserError(
+            f"rollout.speculative.method: mtp with rollout.pipeline={rollout.pipeline}: a drafter "
+            "behind stages has not been tried; set rollout.pipeline: 1, or method: ngram",
+            key="rollout.speculative.method",
+            cause=Cause.UNSUPPORTED,
+        )
+    if tokens > layers and tokens % layers:
+        raise UserError(
+            f"rollout.speculative.tokens: {tokens} is no multiple of the model's {layers} MTP "
+            "layers, which draft in turn; choose one",
+            key="rollout.speculative.tokens",
+            cause=Cause.INDIVISIBLE,
+        )
+
+
+def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) -> None:
+    """Raise UserError for engines whose ranks cannot share the model.
+
+    Args:
+        engines: the recipe's section.
+        hf: the model's `config.json`.
+        section: the section of the recipe that has the settings.
+    """
+    check_owned(engines, section)
+    language = language_settings(hf)
+    heads = language.get("num_attention_heads", engines.tensor)
+    kv_heads = language.get("num_key_value_heads") or heads
+    if heads % engines.tensor:
+        raise UserError(
+            f"{section}.tensor={engines.tensor} does not divide num_attention_heads={heads}; "
+            "choose a divisor",
+            key=f"{section}.tensor",
+            cause=Cause.INDIVISIBLE,
+        )
+    latent = bool(language.get("kv_lora_rank"))
+    if not latent and kv_heads % engines.tensor and engines.tensor % kv_heads:
+        raise UserError(
+            f"{section}.tensor={engines.tensor} neither divides num_key_value_heads={kv_heads} nor "
+            "is a multiple of it; choose one that does",
+            key=f"{section}.tensor",
+            cause=Cause.INDIVISIBLE,
+        )
+    rows = padded_vocabulary(language.get("vocab_size", 0))
+    if rows % engines.tensor:
+        raise UserError(
+            f"{section}.tensor={engines.tensor} does not divide the {rows} rows of vLLM's padded "
+            "vocabulary; choose a divisor",
+            key=f"{section}.tensor",
+            cause=Cause.INDIVISIBLE,
+        )
+    if "GptOssForCausalLM" in (language.get("architectures") or ()):
+        _check_gpt_oss(engines, language, section)
+    if "DeepseekV3ForCausalLM" in (language.get("architectures") or ()):
+        # Where they are absent, the engine gets them (`EngineServer`).
+        require(language, **FAMILIES["DeepseekV3"].implied)
+    _check_sparse(hf)
+    layers = language.get("num_hidden_layers", engines.pipeline)
+    if engines.pipeline > layers:
+        raise UserError(
+            f"{section}.pipeline={engines.pipeline} is more than the model's {layers} layers; "
+            "lower it",
+            key=f"{section}.pipeline",
+            cause=Cause.TOO_LARGE,
+        )
+    if engines.expert_parallel:
+        _check_expert_ranks(engines, language, section)
+
+
+def _check_expert_ranks(
+    engines: RolloutConfig | TeacherConfig, language: dict, section: str
+) -> None:
+    experts = num_experts(language)
+    if not experts:
+        raise UserError(
+            f"{section}.expert_parallel: the model has no experts; set it to false",
+            key=f"{section}.expert_parallel",
+            cause=Cause.CONFLICT,
+        )
+    ranks = engines.tensor * engines.data
+    if ranks > experts:
+        raise UserError(
+            f"{section}.expert_parallel: {ranks} ranks ({section}.tensor x {section}.data) for "
+            f"{experts} experts leave some with none; use more {section}.engines of fewer ranks",
+            key=f"{section}.expert_parallel",
+            cause=Cause.TOO_LARGE,
+        )
+
+
+def _check_sparse(hf: dict) -> None:
+    """Raise UserError for a mixture of experts whose layers are all dense: vLLM's class needs one
+    layer with experts (models/glm4_moe.py:509, models/qwen3_moe.py:607, vLLM 0.32)."""
+    classes = {"Glm4MoeForCausalLM", "Qwen3MoeForCausalLM"}
+    names = classes.intersection(hf.get("architectures") or ())
+    if names and not any(sparse_layers(resolve_aliases(hf))):
+        keys = ("first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step", "num_experts")
+        found = ", ".join(f"{key}={hf[key]}" for key in keys if hf.get(key))
+        raise UserError(
+            f"config.json: no layer has experts ({found or 'none are given'}), and vLLM's class of "
+            f"{', '.join(names)} needs one: no engine can sample from this model",
+            key="config.json",
+            cause=Cause.UNSUPPORTED,
+        )
+
+
+def _check_gpt_oss(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) -> None:
+    """Raise UserError for ranks among which vLLM's class of gpt-oss cannot divide the model: a
+    tensor rank needs key-value heads of its own, every rank an equal part of intermediate_size."""
+    kv_heads, inner = hf["num_key_value_heads"], hf["intermediate_size"]
+    if kv_heads % engines.tensor:
+        raise UserError(
+            f"{section}.tensor={engines.tensor} does not divide num_key_value_heads={kv_heads}, "
+            "which vLLM's gpt-oss cannot share among ranks; choose a divisor",
+            key=f"{section}.tensor",
+            cause=Cause.INDIVISIBLE,
+        )
+    ranks = engines.tensor * engines.pipeline * engines.data
+    if inner % ranks:
+        raise UserError(
+            f"{section}: {ranks} ranks (tensor x pipeline x data) do not divide intermediate_size="
+            f"{inner}, as vLLM's gpt-oss requires; choose a divisor",
+            key=section,
+            cause=Cause.INDIVISIBLE,
+        )
+
+
+HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""v1/attention/backends/cpu_attn.py:70 (`get_supported_head_sizes`), and 48, which is computed too:
+log-probabilities equal transformers'; 16, 24, 40, 144, 176 and 288 end the engine."""
+LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+"""v1/attention/backends/mla/cpu_mla.py:24."""
+ALIGNMENT = 32
+"""model_executor/layers/fused_moe/experts/cpu_moe.py:112 (`_supports_grouped_gemm`): of the hidden
+size and, where it is not padded, of a rank's part of an expert."""
+REMEDY = "use a machine with a GPU, or a model of another size"
+
+
+def check_cpu_kernels(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
+    """Raise UserError for a model that engines on this host, which has no GPU, cannot compute.
+
+    Args:
+        rollout: the recipe's section.
+        hf: any `config.json`; one of an architecture that is not known here is not checked.
+    """
+    if rollout.placement != "local" or gpu.is_usable():
+        return
+    if not any(name in ARCHITECTURES for name in hf.get("architectures") or []):
+        return
+    hf = resolve_aliases(hf)
+    family, hidden, heads = model_family(hf), hf.get("hidden_size"), hf.get("num_attention_heads")
+    if not (hidden and heads and hf.get("num_hidden_layers")):
+        return  # the engine's own error is more precise
+    if family.latent:
+        # vLLM's own variable, which its engines inherit: with it they compute keys and values.
+        is_disabled = os.environ.get("VLLM_MLA_DISABLE", "0") != "0"
+        for key, size in LATENT_SIZES.items():
+            if hf.get(key, size) != size and not is_disabled:
+                raise UserError(
+                    f"config.json: {key}={hf[key]}: {_only(str(size))}",
+                    key=key,
+                    cause=Cause.UNSUPPORTED,
+                )
+    elif (size := hf.get("head_dim") or hidden // heads) not in HEAD_SIZES:
+        name = "head_dim" if hf.get("head_dim") else "hidden_size / num_attention_heads"
+        raise UserError(
+            f"config.json: {name}={size}: {_only(', '.join(map(str, HEAD_SIZES)))}",
+            key=name,
+            cause=Cause.UNSUPPORTED,
+        )
+    if any(sparse_layers(hf)):
+        _check_experts(rollout, hf)
+
+
+def _check_experts(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
+    family, multiples = model_family(hf), _only(f"multiples of {ALIGNMENT} in a model with experts")
+    if hf["hidden_size"] % ALIGNMENT:
+        raise UserError(
+            f"config.json: hidden_size={hf['hidden_size']}: {multiples}",
+            key="hidden_size",
+            cause=Cause.INDIVISIBLE,
+        )
+    if "n_shared_experts" in family.needs and hf.get("n_shared_experts") == 0:
+        raise UserError(
+            "config.json: n_shared_experts=0: on a CPU, vLLM's engine ends without a message at "
+            f"matrices of no width; {REMEDY}",
+            key="n_shared_experts",
+            cause=Cause.UNSUPPORTED,
+        )
+    ranks = 1 if rollout.expert_parallel else rollout.tensor * rollout.data
+    if family.open_swiglu and (size := hf["intermediate_size"]) % (ALIGNMENT * ranks):
+        shared = f" shared by {ranks} ranks" if ranks > 1 else ""
+        raise UserError(
+            f"config.json: intermediate_size={size}{shared}: {multiples}",
+            key="intermediate_size",
+            cause=Cause.INDIVISIBLE,
+        )
+
+
+def _only(sizes: str) -> str:
+    return f"on a CPU, vLLM computes only {sizes}; {REMEDY}"
