@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.plan.counts import flops_section, parameter_section
-from megatron_r1.plan.exchange_choice import exchange_choice
+from megatron_r1.plan.expert_overlap import Estimate, exchange_choice, share_alone
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from megatron_r1.plan.offload import AWAY, offload_disk
@@ -30,6 +30,14 @@ WHAT = {
 """Additions to the formula of kinds of host memory whose name is unclear."""
 SMALLER_RECEIVE_BUFFER = "give each engine more GPUs"
 """The remedy that makes an engine rank's receive buffer smaller."""
+
+
+def estimate(job: PlannedJob) -> Estimate:
+    """Return what a job's optimizer step takes."""
+    times = StepTime(job, Engines(job))
+    rank = times.busiest
+    peak = max(each.peak for each in rank_memory(job))
+    return Estimate(times.optimizer_step(), times.exchange(rank), share_alone(job, rank), peak)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Bill:
         if job.trains:
             sent = communication_section(job, self.worst.rank)
             sections["sent by a rank per optimizer step"] = sent
-            if choice := exchange_choice(job, self.engines):
+            if choice := exchange_choice(job, estimate):
                 sections["exchange with experts, hidden or not"] = choice
         sections["operations"] = flops_section(job)
         if job.generates and (exchange := exchange_section(self.engines)):

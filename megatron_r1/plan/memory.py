@@ -13,7 +13,7 @@ from megatron_r1.models.memory import (
     reference_bytes,
 )
 from megatron_r1.plan.counts import RankCounts
-from megatron_r1.plan.hidden_exchange import working_bytes
+from megatron_r1.plan.expert_overlap import working_bytes
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.offload import away_bytes, away_host_bytes
 from megatron_r1.plan.push import receive_buffer_bytes

@@ -204,15 +204,17 @@ class Engines:
         return (layers + drafting) * sums + (sparse + drafting) * exchange
 
     def _weights_read(self, sequences: float) -> float:
-        """Return weight bytes read in a step; experts without tokens are not read."""
+        """Return weight bytes read in a step; experts, and copies of them, without tokens are
+        not read."""
         routed = self.counts.routed + (self.counts.mtp_routed if self.mtp_layers else 0)
         if not routed:
             return self.weights
         experts, chosen = self.job.hf["n_routed_experts"], self.job.hf["num_experts_per_tok"]
+        held = experts + planned_engine_layout(self.job).redundant_experts  # tokens spread evenly
         together = sequences * self.job.engine_gpus / self.tensor * (1 + self.drafted)
-        idle = (1 - chosen / experts) ** together
+        idle = (1 - chosen / held) ** together
         value = 1 if in_fp8(self.job) else self.value
-        return self.weights - routed / self.job.engine_gpus * value * idle
+        return self.weights - routed * held / experts / self.job.engine_gpus * value * idle
 
     @property
     def in_flight(self) -> int:
@@ -335,6 +337,7 @@ def rollout_section(engines: Engines) -> Section:
         if engines.receive_buffer:
             left += f" - receive buffer {in_bytes(engines.receive_buffer)}"
         left += f" - trainer's {in_bytes(engines.resident)}" if engines.resident else ""
+    copies = planned_engine_layout(job).redundant_experts
     most = {}
     if engines.resident:
         most["share, at most"] = Quantity(
@@ -347,7 +350,8 @@ def rollout_section(engines: Engines) -> Section:
         "weights": in_bytes(
             engines.weights,
             f"its part of every tensor: attention over {counted(engines.tensor, 'GPU')}, routed "
-            f"experts over {job.engine_gpus}; norms, routers, latent down-projections whole"
+            f"experts{f' and {copies} copies of a layer' * bool(copies)} over {job.engine_gpus}; "
+            "norms, routers, latent down-projections whole"
             + (", shared experts too" if engines.whole_shared else "")
             + ("; the drafter's among them" if engines.mtp_layers else "")
             + ("; projections in FP8 (push.fp8)" if in_fp8(job) else ""),

@@ -20,9 +20,9 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.plan.arguments import job_of, parse
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.measured import Measured
+from megatron_r1.plan.phase_seconds import load as load_time
+from megatron_r1.plan.phase_seconds import saves
 from megatron_r1.plan.push import planned_rank_bytes, push_link
-from megatron_r1.plan.turns import load as load_time
-from megatron_r1.plan.turns import saves
 from megatron_r1.rehearse import miniature
 from megatron_r1.rehearse.questions import write_examples
 from megatron_r1.reporting.run_folder import RunFolder

@@ -70,7 +70,7 @@ def test_on_gpus_the_receive_buffer_of_an_engine_is_shown(monkeypatch):
     monkeypatch.chdir(RECIPE.parents[2])
     monkeypatch.setattr(rollout_run.gpu, "is_usable", lambda: True)
     shown = rollout_run._memory(load(RECIPE))
-    assert "19.85 GiB" in shown
+    assert "24.69 GiB" in shown
     # 671,026,419,200 parameters in bf16: 2 B, gradient 4, master copy 4 and moments 4 or 8.
     moments = load(RECIPE).optimizer.moments
     each = {"bfloat16": 14, "float32": 18}[moments]

@@ -2,7 +2,7 @@
 
 import re
 
-from planned_jobs import LAPTOP, RECIPE, ROOT, V3, real_job
+from planned_jobs import BY_HAND, LAPTOP, RECIPE, ROOT, V3, real_job
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands.plan import main
@@ -14,7 +14,7 @@ from megatron_r1.plan.job import PlannedJob
 def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it():
     def problems(share: str) -> list[str]:
         fewer = {"rollout.engines": 4, "rl.schedule": [], "rollout.gpu_memory": share}
-        config = configuration.load(RECIPE, fewer)
+        config = configuration.load(RECIPE, BY_HAND | fewer)
         return Bill(PlannedJob(V3, config, 512, HARDWARE["H800"])).problems()
 
     pattern = r"cache, which has .*: set rollout.gpu_memory to (0\.\d+), or"

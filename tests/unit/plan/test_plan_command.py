@@ -15,7 +15,7 @@ from megatron_r1.commands.plan import main
 from megatron_r1.plan.arguments import job_of, parse
 
 UNREPLAYED = ["--rl.routing_replay", "false"]
-ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1"]
+ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1", "--rollout.redundant_experts", "0"]
 
 
 @pytest.mark.parametrize(

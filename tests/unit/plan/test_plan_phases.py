@@ -27,7 +27,7 @@ def test_a_64k_part_without_memory_is_refused_though_the_first_fits(capsys):
     least = next(quarters / 4 for quarters in range(200, 320) if fits(quarters / 4))
     assert main([str(RECIPE), "--push.transport", "gloo", "--memory-gib", str(least)]) == 1
     first, _, later = capsys.readouterr().out.partition("\nfrom step 513 (")
-    assert "does not fit" not in first
+    assert "does not fit: " not in first
     assert later.startswith("rollout.max_response_tokens=65536; --step 513 shows all)")
     assert "  does not fit: " in later
 

@@ -140,6 +140,7 @@ def test_a_run_s_hours_are_its_phases():
 def in_pools(*options):
     """Return the bill of the recipe with engines on GPUs of their own, and its times."""
     alone = ["--rollout-gpus", "2048", "--rollout.colocated", "false", "--rl.importance_cap", "2"]
+    alone += ["--rollout.redundant_experts", "0"]
     chosen, overrides = parse([str(RECIPE), *alone, *options])
     bill = Bill(job_of(RECIPE, chosen, overrides))
     return bill, {name: part.value for name, part in time_section(bill.times).items()}

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from planned_jobs import LAPTOP, RECIPE, real_job
+from planned_jobs import LAPTOP, RECIPE, ROOT, real_job
 
 from megatron_r1.commands.plan import main
 from megatron_r1.plan.bill import Bill
@@ -33,6 +33,23 @@ def test_a_bill_without_room_has_no_impossible_numbers(tmp_path, capsys, recipe)
         missing = plan["sections"]["time"][name]
         assert missing["value"] is None and missing["formula"]
     assert plan["sections"]["engine memory of a GPU"]["sequences at once"]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("block", "options", "status"), [(0, [], 0), (1, ["--parallel.recompute", "none"], 1)]
+)
+def test_the_worked_example_of_the_docs_is_printed(capsys, block, options, status):
+    """Each line in its order, up to the … that marks what is left out."""
+    text = (ROOT / "docs/plan.md").read_text().partition("## Worked example")[2]
+    shown = text.split("```")[2 * block + 1].splitlines()
+    assert main([str(RECIPE), *options]) == status
+    printed = iter(capsys.readouterr().out.splitlines())
+    for line in shown:
+        if line.endswith("…"):
+            start = line[:-1].rstrip()
+            assert any(each.startswith(start) for each in printed), line
+        elif line:
+            assert line in printed, line
 
 
 def test_one_of_a_thing_is_not_named_in_the_plural(capsys):

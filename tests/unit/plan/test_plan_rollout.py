@@ -3,14 +3,15 @@
 from dataclasses import replace
 
 import pytest
-from planned_jobs import LLAMA_405B, QWEN_72B, RECIPE, V3, planned, real_job
+from planned_jobs import BY_HAND, LLAMA_405B, QWEN_72B, RECIPE, V3, planned, real_job
 
 from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models.memory import cache_bytes_per_token
 from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.rollout import Engines, samples_section
+from megatron_r1.plan.push import push_section
+from megatron_r1.plan.rollout import Engines, rollout_section, samples_section
 
 
 def test_an_fp8_decoding_step_skips_idle_experts_of_one_byte_a_value():
@@ -19,6 +20,23 @@ def test_an_fp8_decoding_step_skips_idle_experts_of_one_byte_a_value():
     assert read[1] == pytest.approx(engines.weights)
     routed = engines.counts.routed + engines.counts.mtp_routed  # the drafter's experts too
     assert read[1] - read[0] == pytest.approx(routed / 128)
+
+
+def test_each_gpu_holds_its_copies_of_experts_and_reads_those_that_have_tokens():
+    """128 copies of each layer's 256 experts on 128 GPUs: one more of 3 matrices of 7,168 x 2,048 a
+    layer, in 58 layers and the drafting MTP layer. A token goes to 8 of 384."""
+    expert = 59 * 3 * 7168 * 2048 * 2
+    plain, copied = (Engines(planned(rollout__redundant_experts=n)) for n in (0, 128))
+    assert copied.weights == plain.weights + expert
+    assert str(rollout_section(copied)["weights"]) == "24.69 GiB"
+    assert plain.cache - copied.cache == expert
+    for engines, held in ((plain, 2), (copied, 3)):  # one sequence and its draft on 16 groups
+        idle = held * expert * (1 - 8 / (128 * held)) ** 32
+        assert engines._weights_read(1) == pytest.approx(engines.weights - idle)
+    in_fp8, without = (
+        push_section(planned(rollout__redundant_experts=n))["in FP8"].value for n in (128, 0)
+    )
+    assert in_fp8 - without == expert / 2 + 59 * 3 * 56 * 16 * 4  # and a scale for 128 x 128
 
 
 def test_a_pass_with_a_draft_takes_one_layer_more_and_gives_more_tokens():
@@ -40,7 +58,7 @@ def test_a_pass_with_a_draft_takes_one_layer_more_and_gives_more_tokens():
 
 def test_sampling_without_a_trainer_has_no_fp8_push():
     changed = {"push.fp8": True, "push.transport": "cuda_ipc"}
-    config = configuration.load(RECIPE, changed)
+    config = configuration.load(RECIPE, BY_HAND | changed)
     engines = Engines(PlannedJob(V3, config, 2048, HARDWARE["H800"], verb="sample"))
     assert engines.weights == Engines(planned()).weights and not engines.receive_buffer
 

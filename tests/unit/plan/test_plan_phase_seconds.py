@@ -5,9 +5,9 @@ from planned_jobs import planned, real_job
 
 from megatron_r1.config.hardware import GIB
 from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.phase_seconds import load, saves, sleep_and_wake
 from megatron_r1.plan.rollout import Engines
 from megatron_r1.plan.timing import StepTime, time_section
-from megatron_r1.plan.turns import load, saves, sleep_and_wake
 
 
 def test_weights_are_read_and_written_and_each_tensor_costs_the_host():

@@ -1,0 +1,127 @@
+"""The exchange of tokens with experts' ranks behind the computation of another micro-batch
+(`parallel.overlap_expert_exchange`): what of it stays exposed, the memory that it takes, and the
+choice between it and layers recomputed whole, which Megatron refuses together (0.16.1).
+
+In a combined pass each of a layer's four all-to-alls has one part of the other micro-batch's layer
+to hide behind (model_chunk_schedule_plan.py, TransformerLayerSchedulePlan.run, Megatron-Core
+0.16.1): the gradients' way to the experts behind attention forward, the tokens' way there behind
+the experts' backward pass, the gradients' way back behind the experts forward, the tokens' way back
+behind attention backward. Attention stands for all but the routed experts, shared experts included.
+The forward passes of the warm-up and the backward passes of the drain have no other micro-batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+
+from megatron_r1.config import ParallelConfig
+from megatron_r1.models.exchange_overlap import obstacles
+from megatron_r1.models.memory import Layer
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+
+HIDDEN, WHOLE = "overlap, selective", "none, full"
+BACKWARD = 2
+"""A backward pass in forward passes; what is recomputed selectively is not counted."""
+
+
+def expert_flops(job: PlannedJob, layer: int) -> float:
+    """Return forward FLOP of one token in the routed experts of a decoder layer."""
+    rules = (rule for rule in job.weight_table.layers[layer] if rule.expert)
+    values = sum(prod(source.shape) for rule in rules for source in rule.sources)
+    return 2 * values * job.hf["num_experts_per_tok"]
+
+
+def exposed_seconds(once: float, attention: float, experts: float) -> float:
+    """Return seconds of a layer's four all-to-alls that a combined pass does not hide.
+
+    Args:
+        once: seconds of one all-to-all.
+        attention: seconds of the forward pass outside the routed experts.
+        experts: seconds of the routed experts' forward pass."""
+    behind = (attention, BACKWARD * experts, experts, BACKWARD * attention)
+    return sum(max(0.0, once - each) for each in behind)
+
+
+def share_alone(job: PlannedJob, pipeline_rank: int) -> float:
+    """Return the share of passes that are combined with no other: those of the warm-up, one more
+    than without the overlap (schedules.py, get_pp_rank_microbatches)."""
+    pipeline, virtual = job.parallel.pipeline, job.virtual
+    alone = 1
+    if pipeline > 1:
+        alone += 2 * (pipeline - pipeline_rank - 1) + (virtual - 1) * pipeline
+    return min(1.0, alone / (virtual * job.slots))
+
+
+def working_bytes(layer: Layer, parallel: ParallelConfig) -> int:
+    """Return the bytes that the layers in work add: one in its backward pass and, in a combined
+    pass, one of the other micro-batch in its forward pass, before anything of the first is freed.
+    """
+    forward = layer.kept(parallel) + layer.dispatch if parallel.overlap_expert_exchange else 0
+    return layer.backward_bytes(parallel) + forward
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job takes on its busiest and on its fullest pipeline rank.
+
+    Attributes:
+        step: seconds of an optimizer step.
+        exposed: seconds of the exchange of a micro-batch that nothing hides.
+        alone: share of passes that are combined with no other.
+        peak: bytes of the fullest rank."""
+
+    step: float
+    exposed: float
+    alone: float
+    peak: int
+
+
+def exchange_choice(job: PlannedJob, estimate: Callable[[PlannedJob], Estimate]) -> Section:
+    """Return the seconds of an optimizer step with the exchange hidden and selective recomputation,
+    and with neither hidden and full recomputation, the memory of each, and which fits; {} where
+    experts are on one rank.
+
+    Args:
+        job: the planned job, for everything else.
+        estimate: estimates a job that differs from it in `parallel` alone."""
+    if not job.has_experts or job.parallel.expert == 1:
+        return {}
+    whole = job.with_parallel(overlap_expert_exchange=False, recompute="full")
+    jobs = {HIDDEN: _hidden(job), WHOLE: whole}
+    if blocked := list(islice(obstacles(jobs[HIDDEN].config, job.hf), 1)):
+        why = f"not possible with {blocked[0].setting}: {blocked[0].why}"
+        return {HIDDEN: Quantity(None, "s", why), WHOLE: _row(whole, estimate(whole))}
+    estimates = {name: estimate(each) for name, each in jobs.items()}
+    section = {name: _row(jobs[name], each) for name, each in estimates.items()}
+    ratio = estimates[WHOLE].step / estimates[HIDDEN].step
+    fitting = [name for name, each in estimates.items() if each.peak <= job.hardware.memory]
+    verdict = {0: "neither fits", 1: f"only '{fitting[0]}' fits" if fitting else "", 2: "both fit"}
+    formula = f"{WHOLE} / {HIDDEN}; {verdict[len(fitting)]}"
+    return section | {"saved time": Quantity(ratio, "x", formula)}
+
+
+def _hidden(job: PlannedJob) -> PlannedJob:
+    """Return the job with the overlap: with its own modules, or those of DeepSeek-V3's report
+    (section 3.2.3)."""
+    modules = job.parallel.recompute_modules
+    if job.parallel.recompute != "selective" or "moe" in modules:
+        modules = ["layernorm", *["mla_up_proj"] * job.latent_attention, "moe_act"]
+    return job.with_parallel(
+        overlap_expert_exchange=True, recompute="selective", recompute_modules=modules
+    )
+
+
+def _row(job: PlannedJob, found: Estimate) -> Quantity:
+    parallel = job.parallel
+    needed, memory = in_bytes(found.peak), in_bytes(job.hardware.memory)
+    fits = "fits" if found.peak <= job.hardware.memory else "does not fit"
+    what = "every layer" if parallel.recompute == "full" else ", ".join(parallel.recompute_modules)
+    formula = (
+        f"an optimizer step; {needed} of {memory} on the fullest rank: {fits}. Recomputed: {what}. "
+        f"{found.exposed:.2g} s of the exchange of a micro-batch exposed"
+    )
+    if parallel.overlap_expert_exchange:
+        formula += f", {1 - found.alone:.0%} of its passes combined with another's"
+    return Quantity(found.step, "s", formula)
