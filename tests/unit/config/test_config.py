@@ -217,7 +217,7 @@ def test_keys_that_may_change_when_a_run_continues():
         "model": "attention_backend fusions",
         "push": "transport timeout_seconds probes probe_tolerance",
         "agents": "environment_processes",
-        "rl": "sample_log schedule",
+        "rl": "keep_sample_log sample_log schedule",
         "rollout": "engines placement hosts_port hosts_address host_silence_seconds "
         "hosts_per_engine tensor pipeline data expert_parallel colocated gpu_memory max_restarts "
         "unresponsive_seconds threads speculative kv_block_tokens redundant_experts vllm",
