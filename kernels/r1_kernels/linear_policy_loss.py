@@ -127,7 +127,8 @@ def linear_policy_loss(
         kl_beta: the weight of the KL estimate.
         kl_estimator: "k1", "k2" or "k3".
         rollout_logprobs: (T,), the engine's, or None for no correction.
-        importance_cap: the largest weight of that correction, or None for no correction.
+        importance_cap: the largest weight of that correction, inf for no limit; None, without
+            `rollout_logprobs`, for no correction.
         objective: "ppo" or "cispo".
         entropy_coef: the weight of a bonus of the head's own entropy.
         ratio_level: "token", or "sequence" (GSPO), which needs all log-probabilities first: one

@@ -107,8 +107,9 @@ class Trainer:
             scatter: sends the routing from the replica's leader, whose samples alone have it; None:
                 this rank's have it.
 
-        Returns "packing/padding", padding as a fraction of the tokens computed, and, where prompts
-        are shared, "packing/shared", the fraction of tokens that are not computed again."""
+        Returns:
+            "packing/padding", padding as a fraction of the tokens computed, and, where prompts are
+            shared, "packing/shared", the fraction of tokens that are not computed again."""
         samples = [s for minibatch in minibatches for microbatch in minibatch for s in microbatch]
         check_token_ids(samples, self.hf["vocab_size"])
         shares_prompts = self.config.parallel.share_prompts

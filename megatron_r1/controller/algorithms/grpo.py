@@ -2,15 +2,17 @@
 DeepSeek-R1, arXiv 2501.12948, eq. 1-3).
 
     A_i = (r_i - mean(r)) / (std(r) + ε), over the G responses to one prompt; all tokens have it
-    J   = 1/N Σ_i 1/|o_i| Σ_t [ min(ρ A_i, clip(ρ, 1 - ε_low, 1 + ε_high) A_i) - β KL(π_θ ‖ π_ref) ]
+    J   = 1/N Σ_i 1/|o_i| Σ_t [ v min(ρ A_i, clip(ρ, 1 - ε_low, 1 + ε_high) A_i)
+                                - β KL(π_θ ‖ π_ref) + c H ]
 
-with ρ = π_θ / π_old of token t; there is no critic. Advantages are normalized per group, the loss
-per sequence: the mean over a response's tokens, then over responses. KL is in the loss, never in
-the reward, and `kl_estimator` chooses its estimate. ρ, the clip and the estimators k1, k2 and k3
-are defined in `r1_kernels.policy_terms`; in plain PyTorch they are `primitives/policy_torch.py`.
-Masked: prompts, and what follows the end of a response. `advantage_std` batch divides by the
-standard deviation of the rollout instead of the group's. The defaults of `rl` are R1-Zero's, so
-GRPO sets none of its own.
+with ρ = π_θ / π_old of token t; there is no critic. The papers have v = 1 (`importance_cap` None;
+else π_old over the engine's policy, at most the cap) and c = 0 (`entropy_coef`, of the entropy H).
+Advantages are normalized per group, the loss per sequence: the mean over a response's tokens, then
+over responses. KL is in the loss, never in the reward, and `kl_estimator` chooses its estimate. ρ,
+the clip and the estimators k1, k2 and k3 are defined in `r1_kernels.policy_terms`; in plain PyTorch
+they are `primitives/policy_torch.py`. Masked: prompts, and what follows the end of a response.
+`advantage_std` batch divides by the standard deviation of the rollout instead of the group's. The
+defaults of `rl` are R1-Zero's, so GRPO sets none of its own.
 
 The paragraphs below `VARIANTS` have DAPO, Dr. GRPO and GSPO."""
 

@@ -1,4 +1,5 @@
-"""`megatron-r1 compare` on what a run wrote down (checkpoints: tests/parallel/test_compared_checkpoints.py)."""
+"""`megatron-r1 compare` on what a run wrote down; on checkpoints:
+tests/parallel/test_compared_checkpoints.py."""
 
 import json
 import os
