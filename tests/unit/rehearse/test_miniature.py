@@ -276,7 +276,7 @@ def test_microbatches_take_no_more_memory_than_the_recipes():
     assert short.config.parallel.tokens_per_microbatch == 16_384
     _, long = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml")
     room = long.config.rollout.max_model_len
-    assert long.config.parallel.tokens_per_microbatch == 18_432 * room // 67_584
+    assert long.config.parallel.tokens_per_microbatch == 9_216 * room // 67_584
 
 
 def test_a_long_template_has_room():
