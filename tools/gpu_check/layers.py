@@ -73,6 +73,8 @@ def settings(case: str, folder: Path) -> tuple[Config, Config]:
     # Smooth in the gradient: with a small epsilon Adam's first step is its sign.
     optimizer = {"epsilon": 1.0, "warmup": 0, "weight_decay": 0.0}
     same: dict[str, dict[str, Any]] = {
+        # Samples have the CPU's log-probabilities: a weight by their ratio would be 1 there only.
+        "rl": {"importance_cap": None},
         "optimizer": optimizer,
         "fp8": {"recipe": "blockwise" if case == "fp8" else "none"},
     }

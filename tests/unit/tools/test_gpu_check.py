@@ -298,7 +298,7 @@ def test_the_numbers_of_the_phases_are_those_with_which_the_plan_takes_their_sec
         (["layers", "one"], "packing", HERE, "differ by"),
         (["layers", "one"], "gradient", HERE, "cosine"),
         (["layers", "fp8"], None, HERE, ""),
-        (["layers", "fp8"], "gradient", HERE, "gradient"),
+        (["layers", "fp8"], "gradient", HERE, "cosine"),
         (["layers", "context"], None, HERE, ""),
         (["recipe", "recipe"], None, HERE, ""),
         (["recipe", "recipe"], "undelivered", ROOT / "tests" / "system", "not what the engine"),
