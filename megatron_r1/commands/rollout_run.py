@@ -46,7 +46,7 @@ from megatron_r1.engines.server.episodes import Episode, Player
 from megatron_r1.engines.server.from_recipe import context_length, engine_settings, fleet_settings
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.memory import BYTES, FP32, parameter_bytes
+from megatron_r1.models.memory import Counts, checkpoint_bytes, parameter_bytes
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.stored import published
 from megatron_r1.push.plan.adapters import lora_arguments
@@ -315,10 +315,8 @@ def _kept_on_disk(config: Config, rollout: Rollout, share: float) -> list[str]:
         )
     every = config.checkpoint.keep_every
     if every and config.model.lora is None:
-        values = num_parameters(read_hf_config(config.model.path))
-        # Master weights and both moments, the weights and the reference policy's.
-        weights = (1 + config.uses_reference) * BYTES[config.model.dtype]
-        size = values * (3 * FP32 + weights)
+        whole = Counts(dense=num_parameters(read_hf_config(config.model.path)))
+        size = checkpoint_bytes(config, whole, (1, 1), with_reference=config.uses_reference)
         lines.append(
             f"checkpoint.keep_every: {every}: {counted(steps // every, 'checkpoint')} of "
             f"{size / 1e9:,.2f} GB"

@@ -8,7 +8,7 @@ from r1_grading.pool import LEVELS
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.trainer.checkpoints.finding import newest_kept, step_of
+from megatron_r1.trainer.checkpoints.finding import complete_checkpoints, step_of
 from megatron_r1.trainer.operations import ModelOperations
 
 
@@ -59,9 +59,9 @@ class Checkpointing:
 
         Args:
             keep: how many of the newest checkpoints count."""
-        log = self.sampler.log
-        if log and (kept := newest_kept(self.recorder.folder.checkpoints, keep)):
-            await log.prune(step_of(kept[-1]))
+        newest = complete_checkpoints(self.recorder.folder.checkpoints)[-keep:]
+        if self.sampler.log and newest:
+            await self.sampler.log.prune(step_of(newest[0]))
 
     def _num_rewards(self) -> dict[str, int]:
         snapshot = self.sampler.collector.pool.snapshot()

@@ -1,7 +1,7 @@
 """The conditions of `data.where`, by which rows of a data source are kept.
 
-A condition is a value, a list of which any is enough, or a mapping of `min`, `max`, `not`, `or`.
-It holds for a column that is a list where it holds for any entry."""
+A condition is a value, a list of values, or a mapping of `min`, `max`, `not`, `or`; a list holds if
+any of its values does. For a column that is a list, a condition holds if it does for any entry."""
 
 import math
 from collections.abc import Mapping

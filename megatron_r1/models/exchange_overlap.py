@@ -10,7 +10,7 @@ from typing import NamedTuple
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import num_mtp_layers
-from megatron_r1.models.pipeline_stages import parse_layout
+from megatron_r1.models.pipeline_stages import num_chunks
 
 KEY = "parallel.overlap_expert_exchange"
 
@@ -62,10 +62,7 @@ def obstacles(config: Config, hf: dict) -> Iterator[Obstacle]:
             "all experts are on each rank, and no token is sent",
             "spread them over ranks",
         )
-    chunks = parallel.virtual_pipeline
-    if parallel.pipeline_layout:
-        chunks = len(parse_layout(parallel.pipeline_layout)) // parallel.pipeline
-    if parallel.pipeline > 1 and chunks == 1:
+    if parallel.pipeline > 1 and num_chunks(parallel) == 1:
         yield Obstacle(
             f"parallel.pipeline: {parallel.pipeline} and one chunk on each rank",
             "Megatron combines the passes of two micro-batches in its interleaved schedule only",

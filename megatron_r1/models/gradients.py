@@ -74,10 +74,10 @@ def leave_out_zeros(weight: Tensor) -> None:
     """Have DistributedDataParallel not add the zeros that r1_kernels return for a head's gradient
     where they have added it to `gradient_sum` themselves.
 
-    Megatron's own layers set `grad_added_to_main_grad` for that, and nobody looks whether another
-    operation, as a tied embedding or a loss of the user's, has a gradient for the same weight,
-    which is then left out. Here the gradient tells: zeros of the kernels alone are one number in
-    memory, and any sum with another's is not."""
+    Megatron's own layers set `grad_added_to_main_grad` for that without a check. The gradient of
+    another operation on the same weight, a tied embedding or a loss of the user's, is then lost.
+    Here the strides of the gradient decide: the kernels' zeros are one number in memory, and their
+    sum with another gradient is not."""
 
     def mark(gradient: Tensor) -> None:
         weight.grad_added_to_main_grad = not any(gradient.stride())  # type: ignore[attr-defined]

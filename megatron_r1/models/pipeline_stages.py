@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import ParallelConfig
 
 _ITEM = re.compile(r"\(([^()]*)\)\*(\d+)|([EtmL|])(?:\*(\d+))?")
 
@@ -31,6 +32,19 @@ class Stage:
     mtp: bool = False
     final_norm: bool = True
     head: bool = True
+
+
+def num_chunks(parallel: ParallelConfig) -> int:
+    """Return the model chunks of a pipeline rank.
+
+    Args:
+        parallel: the recipe's section.
+
+    Raises:
+        UserError: `pipeline_layout` cannot be read."""
+    if parallel.pipeline_layout:
+        return len(parse_layout(parallel.pipeline_layout)) // parallel.pipeline
+    return parallel.virtual_pipeline
 
 
 def pipeline_stages(

@@ -100,7 +100,10 @@ class ReplayTraffic:
         job, shape, rate = self.job, self.shape, self.job.hardware.host_network
         layers, chosen = len(shape.moe_layers), f"{shape.topk} experts x {shape.index_bytes} B"
         mean, longest = job.sample_tokens, job.longest_sample
-        steps = job.config.checkpoint.every * job.config.checkpoint.keep
+        checkpoint, kept = job.config.checkpoint, "checkpoint.every x checkpoint.keep"
+        steps = checkpoint.every * checkpoint.keep
+        if job.config.rl.keep_sample_log:
+            steps, kept = job.config.run.steps, "rl.keep_sample_log"
         held = max(sum(job.sparse[n] for c in stage for n in c.layers) for stage in job.stages)
         own = job.split(self.of_replica(mean) / job.parallel.context) * held / layers
         section = {
@@ -132,8 +135,7 @@ class ReplayTraffic:
         if job.config.rl.sample_log:
             section["in the sample log"] = in_bytes(
                 self.sent * steps,
-                f"of {counted(steps, 'step')}, checkpoint.every x checkpoint.keep, on the run's "
-                "disk",
+                f"of {counted(steps, 'step')}, {kept}, on the run's disk",
             )
         return section
 

@@ -1,5 +1,5 @@
-"""The order of a push over NCCL (`plan.rounds`) as each rank of the connected sets runs it: which
-payload it sends to which rank of which communicator, and receives, in every round.
+"""The order of a push over NCCL (`plan.rounds`) as each rank of the connected sets runs it: the
+payloads that a rank sends and receives in every round, with their ranks and communicators.
 
 A set whose engine ranks have GPUs of their own has a communicator of the trainer ranks and these,
 in this order. Where all are on trainer ranks' GPUs, the trainer ranks' own is used. A round in

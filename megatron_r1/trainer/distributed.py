@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_r1.config import ParallelConfig
 from megatron_r1.models import platform
-from megatron_r1.models.pipeline_stages import parse_layout
+from megatron_r1.models.pipeline_stages import num_chunks
 from megatron_r1.trainer.training_sample import Buffer
 
 if TYPE_CHECKING:
@@ -116,9 +116,7 @@ def leave_process_groups() -> None:
 
 
 def _chunks(parallel: ParallelConfig) -> int | None:
-    chunks = parallel.virtual_pipeline
-    if parallel.pipeline_layout:
-        chunks = len(parse_layout(parallel.pipeline_layout)) // parallel.pipeline
+    chunks = num_chunks(parallel)
     return chunks if chunks > 1 else None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_r1.models.replay import RecordedRouting
 from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.trainer.distributed import Replica
-from megatron_r1.trainer.token_split import TokenSplit, own_tokens, placed
+from megatron_r1.trainer.token_split import Placement, TokenSplit, own_tokens, placed
 from megatron_r1.trainer.training_sample import Sample
 
 Microbatches = Sequence[Sequence[Sample]]
@@ -60,12 +60,14 @@ def recorded_routing(
 
     Raises:
         ValueError: for routing that does not fit its sample."""
-    return _cut(_whole([samples], split, part), own_tokens(samples, split))
+    placement = placed(samples, split)
+    return _cut(_whole([samples], [placement], part), own_tokens(placement.cu_seqlens, split))
 
 
-def _whole(microbatches: Microbatches, split: TokenSplit, part: RoutingPart) -> RecordedRouting:
+def _whole(
+    microbatches: Microbatches, places: Sequence[Placement], part: RoutingPart
+) -> RecordedRouting:
     """Return the part's layers of all tokens of these micro-batches, one after the other."""
-    places = [placed(samples, split) for samples in microbatches]
     total = sum(int(placement.cu_seqlens[-1]) for placement in places)
     experts = np.zeros((total, len(part.layers), part.shape.topk), part.dtype)
     known, layers, first = np.zeros(total, bool), _indices(part.layers), 0
@@ -79,12 +81,12 @@ def _whole(microbatches: Microbatches, split: TokenSplit, part: RoutingPart) -> 
     return RecordedRouting(torch.from_numpy(experts), torch.from_numpy(known))
 
 
-def _held(microbatches: Microbatches, split: TokenSplit) -> Tensor:
+def _held(places: Sequence[Placement], split: TokenSplit) -> Tensor:
     """Return the places in `_whole` of the tokens that a rank routes."""
     held, first = [torch.empty(0, dtype=torch.int64)], 0
-    for samples in microbatches:
-        held.append(first + own_tokens(samples, split))
-        first += int(placed(samples, split).cu_seqlens[-1])
+    for placement in places:
+        held.append(first + own_tokens(placement.cu_seqlens, split))
+        first += int(placement.cu_seqlens[-1])
     return torch.cat(held)
 
 
@@ -137,12 +139,13 @@ class RoutingScatter:
 
         Raises:
             ValueError: on the leader, for routing that does not fit its sample."""
+        places = [placed(samples, self._split) for samples in microbatches]
         if not self._replica.leads:
-            return self._received(microbatches)
+            return self._received(places)
         waiting: list[tuple[dist.Work, Tensor]] = []
         # By layers: the ranks that share a pipeline stage get parts of the same rows.
         order = sorted(range(1, len(self._ranks)), key=lambda member: self._ranks[member][1])
-        for member, part in zip(order, self._parts(microbatches, order), strict=True):
+        for member, part in zip(order, self._parts(microbatches, places, order), strict=True):
             self.sent_bytes += len(part)
             waiting += [(work, part) for work in self._replica.send(part, member)]
             while len(waiting) > SENT_AHEAD:
@@ -152,21 +155,23 @@ class RoutingScatter:
             work.wait()
         return [recorded_routing(samples, self._split, self._part) for samples in microbatches]
 
-    def _parts(self, microbatches: Microbatches, members: Iterable[int]) -> Iterator[Tensor]:
+    def _parts(
+        self, microbatches: Microbatches, places: Sequence[Placement], members: Iterable[int]
+    ) -> Iterator[Tensor]:
         """Yield the bytes for each member: the experts of its tokens of all micro-batches, then
         which tokens have some."""
         layers: list[int] | None = None
-        held = cache(lambda split: _held(microbatches, split))
+        held = cache(lambda split: _held(places, split))
         for member in members:
             split, own_layers = self._ranks[member]
             if own_layers != layers:
                 layers, part = own_layers, RoutingPart(self._part.shape, own_layers)
-                whole = _whole(microbatches, split, part)
+                whole = _whole(microbatches, places, part)
             cut = _cut(whole, held(split))
             yield torch.cat([each.reshape(-1).view(torch.uint8) for each in cut])
 
-    def _received(self, microbatches: Microbatches) -> list[RecordedRouting]:
-        counts = [len(own_tokens(samples, self._split)) for samples in microbatches]
+    def _received(self, places: Sequence[Placement]) -> list[RecordedRouting]:
+        counts = [len(own_tokens(each.cu_seqlens, self._split)) for each in places]
         total = sum(counts)
         shape = (total, len(self._part.layers), self._part.shape.topk)
         width = len(self._part.layers) * self._part.shape.topk * self._part.dtype.itemsize

@@ -88,12 +88,12 @@ def placed(samples: Sequence[Sample], split: TokenSplit, share_prompts: bool = F
     return Placement(cu_seqlens, starts, skipped, continued)
 
 
-def own_tokens(samples: Sequence[Sample], split: TokenSplit) -> Tensor:
-    """Return the positions, int64, of the micro-batch whose experts a rank chooses: of those of its
-    context rank the part of its tensor rank."""
-    return tensor_part(held_positions(placed(samples, split).cu_seqlens, *split.of_context), split)
+def own_tokens(cu_seqlens: Tensor, split: TokenSplit) -> Tensor:
+    """Return the positions, int64, of a micro-batch whose experts a rank chooses: of those of its
+    context rank the part of its tensor rank.
 
-
-def tensor_part(held: Tensor, split: TokenSplit) -> Tensor:
-    """Return the positions of `held`, those of a context rank, that its tensor rank routes."""
+    Args:
+        cu_seqlens: (segments + 1,), the micro-batch's, as in its `Placement`.
+        split: the rank's."""
+    held = held_positions(cu_seqlens, *split.of_context)
     return held.view(split.tensor, -1)[split.tensor_rank]

@@ -11,11 +11,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 import optimizer_offload
 import pytest
 import torch
-import transformer_engine_on_host
-from host_compute import compute_everywhere
-from r1_kernels import registry
-
-from megatron_r1.config import Config
+from trainer_on_null_gpu import accumulating, compute_on_host
 
 
 def assert_near(found: tuple, expected: tuple, where: str) -> None:
@@ -30,19 +26,8 @@ def assert_near(found: tuple, expected: tuple, where: str) -> None:
 
 
 def main() -> None:
-    compute_everywhere()
-    transformer_engine_on_host.install()
-    transformer_engine_on_host.use_our_attention()
-    in_torch = registry.primitives("torch")
-    registry.primitives = lambda backend: in_torch
-    plain = optimizer_offload.config
-
-    def config(model: str, grid: str, share: float) -> Config:
-        settings = plain(model, grid, share).model_dump()
-        settings["model"]["fusions"] = ["gradient_accumulation"]
-        return Config.model_validate(settings)
-
-    optimizer_offload.config = config
+    compute_on_host()
+    optimizer_offload.config = accumulating(optimizer_offload.config)
     optimizer_offload.assert_equal = assert_near
     optimizer_offload.pretend_to_have_a_gpu = lambda: None
     optimizer_offload.main()

@@ -7,6 +7,8 @@ import os
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
+from collections.abc import Callable
+
 import transformer_engine_on_host
 from host_compute import compute_everywhere
 from r1_kernels import registry
@@ -14,22 +16,31 @@ from r1_kernels import registry
 from megatron_r1.config import Config
 
 
-def main() -> None:
+def compute_on_host() -> None:
+    """Let torch, Transformer Engine and the kernels compute, which they do not on a null GPU."""
     compute_everywhere()
     transformer_engine_on_host.install()
     transformer_engine_on_host.use_our_attention()
     in_torch = registry.primitives("torch")
     registry.primitives = lambda backend: in_torch
-    import trainer_steps
 
-    plain = trainer_steps.config
 
-    def config(model: str, grid: str) -> Config:
-        settings = plain(model, grid).model_dump()
+def accumulating(make: Callable[..., Config]) -> Callable[..., Config]:
+    """Return `make` whose configurations fuse the accumulation of gradients, and nothing else."""
+
+    def config(*arguments: object) -> Config:
+        settings = make(*arguments).model_dump()
         settings["model"]["fusions"] = ["gradient_accumulation"]
         return Config.model_validate(settings)
 
-    trainer_steps.config = config
+    return config
+
+
+def main() -> None:
+    compute_on_host()
+    import trainer_steps
+
+    trainer_steps.config = accumulating(trainer_steps.config)
     trainer_steps.main()
 
 

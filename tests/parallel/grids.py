@@ -54,6 +54,23 @@ def parallel_settings(grid: str, with_mtp: bool = True) -> dict:
     }
 
 
+def positions(grids, parallel):
+    """Yield every grid with the position of this rank in it, and say when its checks have held.
+
+    parallel: returns the `ParallelConfig` of a grid."""
+    from megatron_r1.trainer import distributed
+
+    for grid in grids:
+        position = distributed.initialize(parallel(grid), seed=0)
+        from megatron.core import parallel_state
+
+        yield grid, position
+        if position.rank == 0:
+            print(f"{grid} holds", flush=True)
+        parallel_state.destroy_model_parallel()
+    distributed.leave_process_groups()
+
+
 def models_on(grid: str, num_ranks: int, chosen: str = "first") -> dict[str, dict]:
     """The models of a set (`random_models.models_in`) that are compared on `grid`: all that it
     allows on one or two ranks, on four one with experts and MTP layers, for the time it takes; on

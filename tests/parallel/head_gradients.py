@@ -9,13 +9,12 @@ import sys
 from unittest.mock import patch
 
 import torch
-from grids import parallel_settings
+from grids import parallel_settings, positions
 from trainer_options import gradients
 
-from megatron_r1.config import Config
+from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.models import build, lm_head_weight
-from megatron_r1.trainer import distributed
 from megatron_r1.trainer.losses import LossTerms, denominator, supervised
 from megatron_r1.trainer.training_sample import Sample
 
@@ -96,23 +95,17 @@ def a_sum_in_bf16_is_not_rounded(folder: str, grid: str, position, loss: str) ->
 
 def main() -> None:
     folder, *names = sys.argv[1:]
-    for grid in names:
-        config = Config.model_validate(
-            {"model": {"path": folder}, "parallel": {**parallel_settings(grid), "threads": 1}}
-        )
-        position = distributed.initialize(config.parallel, seed=0)
-        from megatron.core import parallel_state
 
+    def parallel(grid: str) -> ParallelConfig:
+        return ParallelConfig.model_validate({**parallel_settings(grid), "threads": 1})
+
+    for grid, position in positions(names, parallel):
         cases = (TIED, SUPERVISED), (TIED, OWN), (UNTIED, SUPERVISED), (UNTIED, GRPO)
         for name, loss in cases:
             gradients_are_the_same(folder, name, grid, position, loss)
         # Elsewhere the sum over ranks follows, of replicas or of a tied embedding.
         for loss in (SUPERVISED, GRPO) if grid in ("one", "tp2") else ():
             a_sum_in_bf16_is_not_rounded(folder, grid, position, loss)
-        if position.rank == 0:
-            print(f"{grid} holds", flush=True)
-        parallel_state.destroy_model_parallel()
-    distributed.leave_process_groups()
 
 
 if __name__ == "__main__":

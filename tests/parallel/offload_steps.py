@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from grids import parallel_settings
+from grids import parallel_settings, positions
 
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models import platform
-from megatron_r1.trainer import distributed, offload
+from megatron_r1.trainer import offload
 from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.trainer.losses:supervised"
@@ -175,15 +175,8 @@ def main() -> None:
     model, out, *grids = sys.argv[1:]
     platform.prepare()
     offload.CHUNK_BYTES = 10_007  # many pieces, and none ends where a storage does
-    for grid in grids:
-        position = distributed.initialize(config(model, grid, "none").parallel, seed=0)
-        from megatron.core import parallel_state
-
+    for grid, position in positions(grids, lambda grid: config(model, grid, "none").parallel):
         offload_changes_nothing(model, grid, position, Path(out))
-        if position.rank == 0:
-            print(f"{grid} holds", flush=True)
-        parallel_state.destroy_model_parallel()
-    distributed.leave_process_groups()
 
 
 if __name__ == "__main__":

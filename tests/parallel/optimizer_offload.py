@@ -13,12 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from grids import parallel_settings
+from grids import parallel_settings, positions
 
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models import platform
-from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.trainer.losses:supervised"
@@ -143,15 +142,8 @@ def main() -> None:
     model, out, *grids = sys.argv[1:]
     platform.prepare()  # before Megatron is imported
     pretend_to_have_a_gpu()
-    for grid in grids:
-        position = distributed.initialize(config(model, grid, 0.0).parallel, seed=0)
-        from megatron.core import parallel_state
-
+    for grid, position in positions(grids, lambda grid: config(model, grid, 0.0).parallel):
         an_offload_changes_nothing(model, grid, position, Path(out))
-        if position.rank == 0:
-            print(f"{grid} holds", flush=True)
-        parallel_state.destroy_model_parallel()
-    distributed.leave_process_groups()
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from grids import parallel_settings
+from grids import parallel_settings, positions
 from safetensors.torch import load_file, save_file
 
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models import weights
-from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.trainer.losses:supervised"
@@ -122,17 +121,10 @@ def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, position, out
 
 def main() -> None:
     model, out, *grids = sys.argv[1:]
-    for grid in grids:
-        position = distributed.initialize(config(model, grid).parallel, seed=0)
-        from megatron.core import parallel_state
-
+    for grid, position in positions(grids, lambda grid: config(model, grid).parallel):
         if grid in ("one", "tp2", "cp2"):
             recomputing_changes_no_gradient(model, grid, position)
         the_bias_is_one_process_s_on_every_rank(model, grid, position, Path(out))
-        if position.rank == 0:
-            print(f"{grid} holds", flush=True)
-        parallel_state.destroy_model_parallel()
-    distributed.leave_process_groups()
 
 
 if __name__ == "__main__":

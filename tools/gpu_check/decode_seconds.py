@@ -10,7 +10,6 @@ head) falls out, and the time of a layer is split into the reading of its weight
 A process for each engine; where there is no GPU sizes are a miniature's, and times mean nothing."""
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -22,9 +21,10 @@ from megatron_r1.config.hardware import HARDWARE, Hardware
 from megatron_r1.models.hf_config import published_names, read_hf_config
 from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.counts import ModelCounts
-from tools.bench.host import ROOT, environment
+from tools.bench.host import ROOT
 from tools.gpu_check import calibration, verdict
 from tools.gpu_check.miniatures import full_width, place, shrunk
+from tools.gpu_check.programs import output_of
 from tools.gpu_check.verdict import Failed
 
 
@@ -146,20 +146,10 @@ def check(out: Path) -> dict[str, Any]:
 def _timed_apart(folder: Path) -> float:
     """Return what `time_engine` does in a process of its own, which frees the GPU."""
     arguments = ["-m", "tools.gpu_check.decode_seconds", str(folder), "engine"]
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment(PYTHONWARNINGS="ignore"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    print(done.stdout[-4000:], flush=True)
-    said = [line for line in done.stdout.splitlines() if line.startswith(SECONDS)]
-    if done.returncode or not said:
-        raise Failed(f"{folder.name}: {verdict.error_in(done.stdout)}")
+    output = output_of(arguments, f"the engine {folder.name}")
+    said = [line for line in output.splitlines() if line.startswith(SECONDS)]
+    if not said:
+        raise Failed(f"{folder.name}: {verdict.error_in(output)}")
     return float(said[-1].removeprefix(SECONDS))
 
 

@@ -8,7 +8,6 @@ CPU's path with transformers."""
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from megatron_r1.base.processes.children import free_port, rank_variables
 from megatron_r1.config import Config, dump
 from megatron_r1.rehearse import model
-from tools.bench.host import ROOT, environment
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings
+from tools.gpu_check.programs import output_of
 from tools.gpu_check.verdict import Failed, Impossible
 
 ONE = {"tensor": 1, "context": 1, "expert": 1, "pipeline": 1, "virtual_pipeline": 1}
@@ -101,21 +100,7 @@ def run_ranks(recipe: Path, folder: Path, ranks: int, **variables: str) -> str:
     else:
         torchrun = ["--standalone", f"--nproc-per-node={ranks}", f"--log-dir={folder}/logs"]
         arguments = ["-m", "torch.distributed.run", *torchrun, *arguments]
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment(PYTHONWARNINGS="ignore", **variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    print(done.stdout, flush=True)
-    if done.returncode:
-        ended = f"{recipe.stem}: a rank ended with status {done.returncode}"
-        raise Failed(f"{ended}: {verdict.error_in(done.stdout)}")
-    return done.stdout
+    return output_of(arguments, f"{recipe.stem}: a rank", **variables)
 
 
 def judge(

@@ -7,14 +7,14 @@ every engine compares each push with plain slicing of the same tensors."""
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from tools.bench.host import ROOT, environment
+from tools.bench.host import ROOT
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import num_gpus, place
+from tools.gpu_check.programs import output_of
 from tools.gpu_check.verdict import Failed
 
 PROGRAM = ROOT / "tests" / "unit" / "null_gpu" / "push_processes.py"
@@ -46,20 +46,11 @@ def check() -> dict[str, Any]:
     together = ["colocated"] if not where and num_gpus() < 2 + ENGINES else []
     paths: list[object] = [ROOT, ROOT / "kernels", ROOT / "grading", ROOT / "tests", PROGRAM.parent]
     paths.append(os.environ.get("PYTHONPATH", ""))
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "qwen", str(ENGINES), *together, *where, *ROUNDS],
-        cwd=ROOT,
-        env=environment(PYTHONPATH=os.pathsep.join(map(str, paths)), PYTHONWARNINGS="ignore"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    print(done.stdout, flush=True)
-    said = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not said:
-        raise Failed(f"it ended with status {done.returncode}: {verdict.error_in(done.stdout)}")
+    arguments = [str(PROGRAM), "qwen", str(ENGINES), *together, *where, *ROUNDS]
+    output = output_of(arguments, "it", PYTHONPATH=os.pathsep.join(map(str, paths)))
+    said = [line for line in output.splitlines() if line.startswith("{")]
+    if not said:
+        raise Failed(f"it says nothing of the engines: {verdict.error_in(output)}")
     return judge(json.loads(said[-1])) | {
         "engines": "on the trainer's GPUs" if together else "apart"
     }

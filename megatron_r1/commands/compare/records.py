@@ -121,6 +121,9 @@ def _in_response(
         distance = relative(first.reward, second.reward)
         about = f" by {', '.join(sorted(terms))}" if terms else ""
         yield Departure(step, "rewards", f"{name}{about}", values, distance)
+    for field in ("routing", "teacher_logprobs"):
+        if getattr(first, field) != getattr(second, field):
+            yield _exact(step, "responses", f"{name}, {field}", "one", "another")
 
 
 def _logprobs(step: int, name: str, a: np.ndarray, b: np.ndarray, dtype: str) -> Departure:

@@ -1,7 +1,7 @@
 """Finds where two runs part: `megatron-r1 compare RUN OTHER_RUN [--json FILE]`.
 
-Compared are settings, every step's metrics and sample log, and checkpoints, of which the first pair
-that differs is found by bisection. Two runs of one recipe can be equal bit for bit; in another
+The verb compares settings, every step's metrics and sample log, and checkpoints, whose first pair
+that differs it finds by bisection. Two runs of one recipe can be equal bit for bit; in another
 layout, version, machine or dtype up to rounding. The answer is the first step, phase, rank and
 tensor that part, with the distance; where no log or checkpoint covers a step, the interval. To keep
 both of every step: `--rl.keep_sample_log true --checkpoint.keep_every 1`. Neither folder is
@@ -17,9 +17,10 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.commands.compare.departure import ROUNDING, Departure
 from megatron_r1.commands.compare.records import compare_groups, compare_metrics, read_groups
-from megatron_r1.commands.compare.tensors import are_same_files, compare_checkpoints
-from megatron_r1.config import Config
+from megatron_r1.commands.compare.tensors import compare_checkpoints
+from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.flat_settings import changed_keys, flatten, is_within, value_text
+from megatron_r1.controller.rollouts.sample_log import path_of as path_of_log
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
 from megatron_r1.trainer.checkpoints.finding import complete_checkpoints, path_of, step_of
@@ -31,15 +32,7 @@ OPTIONS = {"json": "FILE"}
 SHOWN = 5
 """As many differences of one step are printed; --json has all."""
 OF_NO_EFFECT = (
-    *(
-        "run.folder",
-        "run.readable_by",
-        "run.steps",
-        "run.trackers",
-        "run.project",
-        "run.health_port",
-    ),
-    *("run.hang_seconds", "run.on_hang", "run.max_trainer_restarts", "run.log_samples"),
+    *(key for key in RESUMABLE if key.startswith("run.")),
     *("checkpoint", "rl.sample_log", "rl.keep_sample_log", "eval"),
 )
 """Settings that change nothing of what is compared."""
@@ -120,7 +113,7 @@ def compare(first: Path, second: Path) -> Comparison:
     num_logs = 0
     # All steps: where engines' log-probabilities alone differ, weights never need to.
     for step in shared:
-        groups = [read_groups(folder.sample_log / f"step_{step:08d}.log") for folder in folders]
+        groups = [read_groups(path_of_log(folder.sample_log, step)) for folder in folders]
         if groups[0] is not None and groups[1] is not None:
             differences += compare_groups(step, groups[0], groups[1], dtype)
             num_logs += 1
@@ -174,10 +167,9 @@ def _differences_of_checkpoints(
     compared: dict[int, list[Departure]] = {}
 
     def differs(pair: Pair, beyond_rounding: bool) -> bool:
-        step, first, second = pair
+        step = pair[0]
         if step not in compared:
-            same = are_same_files(first, second)
-            compared[step] = [] if same else compare_checkpoints(*pair, dtype, same_layout)
+            compared[step] = compare_checkpoints(*pair, dtype, same_layout)
         return any(not (beyond_rounding and each.is_rounding) for each in compared[step])
 
     found: dict[int, list[Departure]] = {}

@@ -225,6 +225,11 @@ def _array(typecode: str, content: memoryview) -> array:
     return values
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Return the file of `step` in the folder of a run's sample log."""
+    return folder / f"step_{step:08d}.log"
+
+
 SYNC_SECONDS = 1.0
 _NAME = re.compile(r"step_(\d{8,})\.log")
 
@@ -267,7 +272,7 @@ class SampleLog:
             step: the training step.
             schedule: `config.rl.digest_until` the step; groups that were sampled under another
                 schedule, as a continued run may have it, are not used."""
-        path = self.folder / f"step_{step:08d}.log"
+        path = path_of(self.folder, step)
         log = await asyncio.wrap_future(self._thread.submit(StepLog, self, path, schedule))
         if log.num_damaged_bytes:
             self._notify(

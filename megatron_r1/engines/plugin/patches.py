@@ -70,8 +70,8 @@ def load_copies_into_drafters(models: Any) -> None:
     Upstream: model_executor/models/deepseek_mtp.py: `DeepSeekMTP.load_weights`, and
     model_executor/models/glm4_moe_mtp.py: `Glm4MoeMTP.load_weights`, map the model's experts to
     slots and leave out the redundant ones, which DeepseekV2ForCausalLM does not. Without it:
-    copies compute drafts with whatever was in memory, and a push is refused, as it fills part of a
-    tensor. Goes when: upstream passes `num_redundant_experts`.
+    copies compute drafts with uninitialized memory, and a push is refused, because it fills only a
+    part of a tensor. Goes when: upstream passes `num_redundant_experts`.
 
     Args:
         models: the module.

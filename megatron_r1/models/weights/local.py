@@ -1,6 +1,6 @@
-"""The tensors of this rank's model chunks: where each stands in the weight table, and their import:
-of each slice of a checkpoint one replica reads it and sends it to the others, so that a job reads
-each byte once, whatever its data parallelism."""
+"""The tensors of this rank's model chunks: where each stands in the weight table, and their import.
+One replica reads each slice of a checkpoint and sends it to the others, so that a job reads each
+byte once at any number of replicas."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -175,7 +175,7 @@ def _load(model_chunks: Sequence, hf: dict, weights: HfWeights | MegatronWeights
         _on_every_rank(read)
         for index, (parameter, _, replicas) in enumerate(entries):
             if replicas.size() > 1:
-                # Over the tensor's replicas, of which one has read it.
+                # One of the tensor's replicas has read it.
                 source = dist.get_global_rank(replicas, index % replicas.size())
                 dist.broadcast(parameter.detach(), source, group=replicas)
 

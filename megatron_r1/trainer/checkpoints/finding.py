@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -254,12 +253,6 @@ def remove_partial(checkpoints: Path) -> list[str]:
     for leftover in leftovers:
         shutil.rmtree(leftover)
     return [leftover.name.removeprefix(".").removesuffix(".partial") for leftover in leftovers]
-
-
-def newest_kept(checkpoints: Path, keep: int) -> list[Path]:
-    """Return the `keep` newest good checkpoints, the newest first."""
-    newest_first = reversed(complete_checkpoints(checkpoints))
-    return list(islice((folder for folder in newest_first if not faults(folder, "size")), keep))
 
 
 def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:

@@ -120,7 +120,7 @@ def spread_a_nan(module):
         calls.append(1)
         if len(calls) == 2 and dist.get_rank() == dist.get_world_size() - 1 and strike():
             trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
-            trained[-1].register_hook(lambda gradient: gradient.fill_(float("nan")))
+            trained[0].register_hook(lambda gradient: gradient.fill_(float("nan")))
         return upstream(chunks, optimizer, learning_rate, run, **settings)
 
     module.optimizer_step = optimizer_step

@@ -95,6 +95,12 @@ PLANTS = {
         ),
         ("rewards", "group 1, response 1 by accuracy", False),
     ),
+    "routing": (
+        lambda made, line: of_response(
+            made, lambda graded: replace(graded, response=replace(graded.response, routing=b"\1"))
+        ),
+        ("responses", "group 1, response 1, routing", False),
+    ),
     "prompt": (
         lambda made, line: [made[0], replace(made[1], prompt_ids=[7, 9, 1])],
         ("questions", "group 1, token 1 of the prompt", False),

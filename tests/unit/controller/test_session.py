@@ -17,7 +17,7 @@ from megatron_r1.controller.session import Session
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.trainer.checkpoints.finding import STATE_FILE, path_of, write_manifest
+from megatron_r1.trainer.checkpoints.finding import path_of, write_manifest
 
 
 class Pool:
@@ -193,7 +193,6 @@ def test_samples_before_the_oldest_checkpoint_are_deleted(tmp_path, steps, oldes
     for step in steps:
         folder = path_of(tmp_path, step)
         folder.mkdir()
-        (folder / STATE_FILE).write_text("{}")
         write_manifest(folder)
     run = SimpleNamespace(folder=SimpleNamespace(checkpoints=tmp_path))
     asyncio.run(Checkpointing(run, None, SimpleNamespace(log=Log())).prune_samples(keep=2))
