@@ -71,12 +71,14 @@ def test_the_last_sequence_of_a_data_rank_is_sampled_as_transformers_would(oracl
     layout = {"tensor": 2, "data": 2, "expert_parallel": True}
 
     async def start_and_sample():
-        async with RolloutFleet(1, tmp_path, max_model_len=256, max_num_seqs=64, **layout) as fleet:
+        settings = {"max_model_len": 256, "max_num_seqs": 64, "return_routing": True}
+        async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
             await fleet.start(model)
-            return await sample(fleet, n=1)
+            return await sample(fleet, n=1, routing=routing_shape(DEEPSEEK))
 
     groups = asyncio.run(start_and_sample())
     assert largest_difference(oracle, model, groups) <= TOLERANCE
+    assert share_of_equal_experts(oracle, model, groups, routing_shape(DEEPSEEK)) > 0.98
 
 
 def share_of_equal_experts(oracle, folder, groups, shape):

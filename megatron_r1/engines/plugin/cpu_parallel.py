@@ -1,9 +1,9 @@
 """Patches of vLLM 0.32's CPU build for models over several processes.
 
 Tensor parallelism works as it is, and so do data-parallel copies of a model without experts.
-Pipeline stages, experts spread over ranks, and data-parallel ranks that share experts do not.
-Without any one of the last three patches tests/system/test_engine_parallel.py fails; the first one
-saves CPU time. Paths: below vllm/."""
+Pipeline stages, experts spread over ranks, data-parallel ranks that share experts, and their
+routing do not. Without any one of the last four patches tests/system/test_engine_parallel.py fails;
+the first one saves CPU time. Paths: below vllm/."""
 
 import time
 from collections.abc import Callable
@@ -17,11 +17,12 @@ POLL_SECONDS = 0.0005
 
 
 def apply() -> None:
-    """Apply all four patches. On CPU, once."""
+    """Apply all five patches. On CPU, once."""
     _poll_with_pauses()
     _keep_intermediate_tensors()
     _compute_local_experts_only()
     _gather_uneven_shares()
+    _gather_integers()
 
 
 def _poll_with_pauses() -> None:
@@ -147,3 +148,26 @@ def _gather_uneven_shares() -> None:
         return total.split(sizes)[self.rank_in_group].contiguous()
 
     CpuCommunicator.all_gatherv, CpuCommunicator.reduce_scatterv = all_gatherv, reduce_scatterv
+
+
+def _gather_integers() -> None:
+    """Gather integers from tensor ranks by gloo.
+
+    Upstream: distributed/device_communicators/cpu_communicator.py:
+    `_CPUSHMDistributed.all_gather_into_tensor`, whose kernel takes floating-point tensors only.
+    Without it: an engine of tensor x data ranks that share experts dies on its first pass if it
+    returns its routing, since each tensor rank has the experts of its part of the tokens. Goes
+    when: the kernel takes integers."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    upstream = _CPUSHMDistributed.all_gather_into_tensor
+
+    def all_gather_into_tensor(
+        self: Any, output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup | None = None
+    ) -> None:
+        if input.is_floating_point():
+            upstream(self, output, input, group)
+        else:
+            dist.all_gather_into_tensor(output, input.contiguous(), group=group)
+
+    _CPUSHMDistributed.all_gather_into_tensor = all_gather_into_tensor
