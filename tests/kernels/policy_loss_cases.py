@@ -3,6 +3,7 @@
 import math
 
 import formulae
+import torch
 
 SETTINGS = {
     "ppo": {"clip_low": 0.2, "clip_high": 0.2},
@@ -36,9 +37,11 @@ def whole_problem(tokens=37, vocab=29, temperature=0.8):
     return h, w, y, p
 
 
-def expected(h, w, y, p, settings, temperature=0.8, **levels):
+def expected(h, w, y, p, settings, temperature=0.8, kept=None, **levels):
     a, b = h.clone().requires_grad_(), w.clone().requires_grad_()
-    new, entropy = formulae.logprobs_and_entropy(a @ b.t(), y, temperature)
+    if kept is None:
+        kept = torch.ones(len(h), len(w), dtype=torch.bool)
+    new, entropy = formulae.cut_logprobs_and_entropy(a @ b.t(), y, kept, temperature)
     loss = formulae.policy_loss(
         new,
         p["old"],
