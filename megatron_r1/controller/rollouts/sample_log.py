@@ -56,6 +56,7 @@ class BranchRecord(msgspec.Struct, array_like=True, frozen=True):
     logprobs: memoryview
     policy_versions: memoryview
     routing: memoryview
+    sampling_mask: memoryview = memoryview(b"")
 
 
 class EpisodeRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -92,6 +93,7 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
     is_graded: bool
     teacher_logprobs: memoryview | None = None
     episode: EpisodeRecord | None = None
+    sampling_mask: memoryview = memoryview(b"")
 
 
 class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
@@ -155,6 +157,7 @@ def _pack_response(graded: GradedResponse) -> ResponseRecord:
         is_graded=graded.is_graded,
         teacher_logprobs=None if teacher is None else memoryview(teacher),
         episode=None if graded.episode is None else _pack_episode(graded.episode),
+        sampling_mask=memoryview(response.sampling_mask),
     )
 
 
@@ -176,7 +179,10 @@ def _unpack_response(record: ResponseRecord) -> GradedResponse:
         versions *= len(token_ids)
     logprobs = _array("f", record.logprobs)
     return GradedResponse(
-        Response(token_ids, logprobs, versions, record.finish_reason, record.routing),
+        Response(
+            *(token_ids, logprobs, versions, record.finish_reason, record.routing),
+            bytes(record.sampling_mask),
+        ),
         _str(record.text),
         record.rewards,
         record.reward,
@@ -197,6 +203,7 @@ def _unpack_episode(record: EpisodeRecord) -> Episode:
             _array("f", branch.logprobs),
             _array("i", branch.policy_versions),
             bytes(branch.routing),
+            bytes(branch.sampling_mask),
         )
         for branch in record.branches
     ]

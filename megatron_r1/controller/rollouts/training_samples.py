@@ -26,7 +26,8 @@ def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) ->
     if not branches:  # a single turn, or an episode in which nothing was sampled
         sampled = prompt_ids, response.token_ids, response.logprobs
         advantage = advantage if len(response.token_ids) else math.nan
-        return [Sample.pack(*sampled, advantage, response.routing, scores)]
+        kept = response.sampling_mask
+        return [Sample.pack(*sampled, advantage, response.routing, scores, sampling_mask=kept)]
     counts = [branch.is_sampled.count(1) for branch in branches]
     return [
         Sample.pack_branch(
@@ -37,6 +38,7 @@ def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) ->
             weight=count / sum(counts),
             num_trajectories=int(number == 0),
             routing=branch.routing,
+            sampling_mask=branch.sampling_mask,
             teacher=None if scores is None else scores[end - count : end],
         )
         for number, (branch, count, end) in enumerate(

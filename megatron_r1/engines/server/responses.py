@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_r1.models import sampling_mask
+
 
 @dataclass(frozen=True)
 class Response:
@@ -29,6 +31,8 @@ class Response:
     routing: bytes | memoryview = b""
     """If requested: indices of the experts that processed prompt and response, without the last
     token; see `replies.decode_routing`. A view of a file where they came as bytes."""
+    sampling_mask: bytes = b""
+    """If requested: the tokens that the sampler kept at each position (`models.sampling_mask`)."""
 
 
 Decode = Callable[[Sequence[int]], str]
@@ -85,4 +89,7 @@ def first_tokens(
         policy_versions=response.policy_versions[:count],
         finish_reason=finish_reason,
         routing=routing,
+        sampling_mask=sampling_mask.of_tokens(
+            response.sampling_mask, len(response.token_ids), 0, count
+        ),
     )

@@ -15,6 +15,7 @@ from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
+from megatron_r1.models.sampling_mask import from_lists
 
 PROMPTS = [make_prompt(f"question {i}", "math", str(i), {}) for i in range(8)]
 PAYLOADS = [b"first", b"", b"third, \xf5mr1 within", bytes(range(256))]
@@ -68,6 +69,7 @@ def graded_response(draw: random.Random, reward: float, *ungraded: str) -> Grade
         array("i", sorted(draw.randrange(3, 6) for _ in range(length))),
         draw.choice(["stop", "length"]),
         draw.randbytes(3 * length),
+        draw.choice([b"", from_lists([[1, 2 + at] for at in range(length)])]),
     )
     text = draw.choice(["", "half an emoji: \ud83d", "x² = 9"])
     rewards = {"accuracy": reward, "format": draw.random()}
