@@ -42,11 +42,12 @@ def _patch() -> None:
     output_batching.apply()
     pushed_adapter.apply()
     if current_platform.is_cpu():
-        from megatron_r1.engines.plugin import cpu_parallel, cpu_patches
+        from megatron_r1.engines.plugin import cpu_parallel, cpu_patches, sampling_masks
 
         cpu_patches.apply()
         cpu_parallel.apply()
         cpu_patches.return_routed_experts()
+        sampling_masks.apply()
     patches.record_spans()
 
 

@@ -1,0 +1,119 @@
+"""The tokens that the sampler kept, with each response, on a CPU (`--return-sampling-mask`).
+
+vLLM 0.32 has this in its second model runner, which does not run on a CPU. The first runner's
+sampler computes the log-probabilities after the cut, which are -inf where it cut. What they leave
+is collected here and goes through vLLM's own scheduler and output processor."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.outputs import SamplingMaskLists
+
+
+class KeptCollector:
+    """What the sampler kept in the step under way.
+
+    Attributes:
+        logprobs: (rows, V) after the cut, one row per request, or with drafts as many for each as
+            it may sample; None before the sampler ran."""
+
+    def __init__(self) -> None:
+        self.logprobs: Tensor | None = None
+
+    def collect(self, is_cut: np.ndarray, sampled: list[list[int]]) -> SamplingMaskLists | None:
+        """Return the kept ids of each sampled token, none for those of requests without a cut.
+
+        Args:
+            is_cut: for each request of the batch, in order, whether it asked for a cut.
+            sampled: the tokens of each request."""
+        logprobs, self.logprobs = self.logprobs, None
+        if logprobs is None or not sampled:
+            return None
+        width, rest = divmod(len(logprobs), len(sampled))
+        assert width and not rest, f"{len(logprobs)} rows of {len(sampled)} requests"
+        # One row a request, sampled from or not; with drafts those of the tokens that were taken.
+        lengths = np.ones(len(sampled), int) if width == 1 else np.array([*map(len, sampled)])
+        request = np.repeat(np.arange(len(sampled)), lengths)
+        places = np.arange(len(request)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        rows = torch.from_numpy((request * width + places)[is_cut[request]])
+        kept = logprobs[rows] > -torch.inf
+        counts = np.zeros(len(request), np.int64)
+        counts[is_cut[request]] = kept.sum(1).numpy()
+        token_ids = kept.nonzero()[:, 1].to(torch.int32).numpy()
+        boundaries = None if width == 1 else np.cumsum([0, *lengths]).tolist()
+        return SamplingMaskLists(token_ids, np.cumsum([0, *counts]), boundaries)
+
+
+def apply() -> None:
+    """Have requests with a top_k get their masks, and others none, from engines that were started
+    with the option. On CPU, once.
+
+    Upstream: config/vllm.py: `VllmConfig._verify_sampling_replay_config` asks for the second model
+    runner; v1/engine/input_processor.py: `InputProcessor._validate_params` refuses requests without
+    a top_k, which scores, probes and evaluations are. Goes when: the second runner runs on a
+    CPU."""
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.sample.sampler import Sampler
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    verify_config, verify_params = (
+        VllmConfig._verify_sampling_replay_config,
+        InputProcessor._validate_params,
+    )
+    gather, sample, sample_tokens = (
+        Sampler.gather_logprobs,
+        CPUModelRunner._sample,
+        CPUModelRunner.sample_tokens,
+    )
+    collector = KeptCollector()
+    active: list[KeptCollector] = []
+
+    def verify(config: Any) -> None:
+        parts = {"model_config": config.model_config, "use_v2_model_runner": True}
+        verify_config(SimpleNamespace(**parts, speculative_config=config.speculative_config))
+
+    def validate(self: Any, params: Any, *arguments: Any) -> Any:
+        own = self.model_config
+        if not own.return_sampling_mask or getattr(params, "top_k", 0) > 0:
+            return verify_params(self, params, *arguments)
+        self.model_config = copy.copy(own)
+        self.model_config.return_sampling_mask = False
+        try:
+            return verify_params(self, params, *arguments)
+        finally:
+            self.model_config = own
+
+    def gather_logprobs(logprobs: Tensor, *arguments: Any, **named: Any) -> Any:
+        for each in active:
+            each.logprobs = logprobs
+        return gather(logprobs, *arguments, **named)
+
+    def sample_and_keep(self: Any, *arguments: Any) -> Any:
+        if self.model_config.return_sampling_mask:
+            active.append(collector)
+        try:
+            return sample(self, *arguments)
+        finally:
+            active.clear()  # scores of prompts are gathered by the same function, later
+
+    def sample_with_masks(self: Any, *arguments: Any) -> Any:
+        collector.logprobs = None
+        output = sample_tokens(self, *arguments)
+        if output is not None and self.model_config.return_sampling_mask:
+            requests = (self.requests[name] for name in self.input_batch.req_ids)
+            is_cut = np.array([request.sampling_params.top_k > 0 for request in requests], bool)
+            output.sampling_masks = collector.collect(is_cut, output.sampled_token_ids)
+        return output
+
+    VllmConfig._verify_sampling_replay_config = verify
+    InputProcessor._validate_params = validate
+    Sampler.gather_logprobs = staticmethod(gather_logprobs)
+    CPUModelRunner._sample = sample_and_keep
+    CPUModelRunner.sample_tokens = sample_with_masks
