@@ -4,7 +4,7 @@ import formulae
 import pytest
 import torch
 from formulae import near
-from policy_loss_cases import SETTINGS, whole_problem
+from policy_loss_cases import SETTINGS, drawn_sets, listed, whole_problem
 from r1_kernels import SamplingMask, linear_policy_loss, linear_token_logprobs, token_logprobs
 from r1_kernels.arguments import trusted_values
 from refusals import raised
@@ -12,21 +12,6 @@ from refusals import raised
 BF16 = {"atol": 1e-6, "rtol": 2**-8}  # one rounding
 FP32 = {"atol": 2e-6, "rtol": 2e-6}
 HEAD = {"atol": 1e-5, "rtol": 1e-5}  # products of 16 terms before it
-
-
-def drawn_sets(tokens, vocab, targets, seed=0):
-    """(T, V) booleans: of one token only the target, of one everything, of the others a part."""
-    g = torch.Generator().manual_seed(seed)
-    shares = torch.rand(tokens, 1, generator=g)
-    kept = torch.rand(tokens, vocab, generator=g) < shares
-    kept[0], kept[-1] = False, True
-    return kept.scatter(1, targets.clamp(min=0)[:, None], True)
-
-
-def listed(kept):
-    """The mask of (T, V) booleans."""
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
-    return SamplingMask(kept.nonzero()[:, 1].int(), offsets)
 
 
 def expected(logits, targets, kept, up, up_entropy, temperature=1.0):

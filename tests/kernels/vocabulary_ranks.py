@@ -3,9 +3,8 @@
 import formulae
 import torch
 import torch.distributed as dist
-from policy_loss_cases import SETTINGS, expected, whole_problem
+from policy_loss_cases import SETTINGS, drawn_sets, expected, listed, whole_problem
 from r1_kernels import linear_policy_loss, linear_token_logprobs, token_logprobs, vocabulary
-from test_sampling_mask import drawn_sets, listed
 
 VOCABULARY = 26  # of 28 columns: on four ranks of 7, the last one's last two are padding
 COLUMNS = 28
