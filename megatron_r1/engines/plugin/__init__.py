@@ -48,6 +48,7 @@ def _patch() -> None:
         cpu_parallel.apply()
         cpu_patches.return_routed_experts()
         sampling_masks.apply()
+        sampling_masks.cut_passes_without_drafts()
     patches.record_spans()
 
 

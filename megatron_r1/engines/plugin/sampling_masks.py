@@ -50,6 +50,21 @@ class KeptCollector:
         return SamplingMaskLists(token_ids, np.cumsum([0, *counts]), boundaries)
 
 
+def cut_passes_without_drafts() -> None:
+    """Have a pass in which no sequence has a draft take a top_k without a top_p. On CPU, once.
+
+    Upstream: v1/sample/ops/topk_topp_sampler.py: `apply_top_k_only` takes the maximum of no
+    numbers. Without it: the engine dies. Goes when: that is corrected."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    cut = topk_topp_sampler.apply_top_k_only
+
+    def apply_top_k_only(logits: Tensor, k: Tensor) -> Tensor:
+        return cut(logits, k) if len(logits) else logits
+
+    topk_topp_sampler.apply_top_k_only = apply_top_k_only
+
+
 def apply() -> None:
     """Have requests with a top_k get their masks, and others none, from engines that were started
     with the option. On CPU, once.
