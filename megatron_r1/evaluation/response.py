@@ -1,7 +1,7 @@
 """One sampled response as text, with its rewards once it is graded, and what it is sampled from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self
 
 from r1_grading.reading import THINK, Part, chain_of_thought, response_part
@@ -88,13 +88,23 @@ class SamplingSettings:
     Attributes:
         max_tokens: the most tokens of a response.
         stop: strings that end a response, besides the model's end tokens.
-        stop_token_ids: tokens that end one, likewise."""
+        stop_token_ids: tokens that end one, likewise.
+        top_k: the most tokens of a draw, or None.
+        min_p: the least probability of a token, as a share of the likeliest one's."""
 
     temperature: float
     top_p: float
     max_tokens: int
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    top_k: int | None = None
+    min_p: float = 0.0
+
+    @classmethod
+    def of_rollout(cls, rollout: RolloutConfig) -> Self:
+        """Return those of a recipe's `rollout`, as it samples for training."""
+        limits = rollout.temperature, rollout.top_p, rollout.max_response_tokens
+        return replace(cls.of(rollout, *limits), top_k=rollout.top_k, min_p=rollout.min_p)
 
     @classmethod
     def of(cls, rollout: RolloutConfig, temperature: float, top_p: float, max_tokens: int) -> Self:

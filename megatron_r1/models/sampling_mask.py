@@ -72,7 +72,7 @@ def joined(parts: Iterable[tuple[Buffer, int]]) -> bytes:
     """Return the mask of tokens one after the other; no bytes if no part has any.
 
     Args:
-        parts: of each run of tokens its mask, and how many tokens it has."""
+        parts: a mask and its number of tokens, for each run of tokens."""
     parts = list(parts)
     if not any(mask for mask, _ in parts):
         return b""

@@ -23,6 +23,9 @@ class RolloutSampling:
 
     Attributes:
         num_samples: G, responses per prompt.
+        top_k: the most tokens of a draw, or None.
+        min_p: the least probability of a token, as a share of the likeliest one's.
+        sampling_mask: whether the engine returns the tokens that these and top_p kept.
         max_tokens: the longest response.
         step: the training step, from 1.
         weights: the weight of each term in the reward (`r1_grading.terms`).
@@ -39,6 +42,9 @@ class RolloutSampling:
     routing: RoutingShape | None = None
     with_teacher: bool = False
     stop: tuple[str, ...] = ()
+    top_k: int | None = None
+    min_p: float = 0.0
+    sampling_mask: bool = False
 
 
 @dataclass(frozen=True)
