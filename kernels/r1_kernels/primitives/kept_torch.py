@@ -106,7 +106,7 @@ def kept_gradient(
     d[at] += grad[own.rows[at]]
     if not needed.all():
         d[~needed[own.rows]] = 0.0
-    values = d.new_zeros(len(kept.token_ids))
+    values = d.new_empty(len(kept.token_ids))
     values[own.places] = d
     return values
 
