@@ -364,13 +364,6 @@ def check_sampling(config: Config) -> None:
                 key="rollout.min_p",
                 cause=Cause.CONFLICT,
             )
-        if gpu.is_usable():
-            raise UserError(
-                f"{shown}: engines on GPUs do not return the kept tokens here yet: vLLM's refuse "
-                "evaluations and probes next to them. Sample from everything, or run on CPUs",
-                key=key,
-                cause=Cause.UNSUPPORTED,
-            )
 
 
 @contextlib.contextmanager

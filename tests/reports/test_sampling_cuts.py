@@ -6,14 +6,8 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands import rl_checks
 from megatron_r1.commands.rl_checks import check_sampling
 from megatron_r1.config import Config, parse
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch):
-    monkeypatch.setattr(rl_checks.gpu, "is_usable", lambda: False)
 
 
 @pytest.mark.parametrize("rl", [{}, {"importance_cap": 2.0}, {"algorithm": "rloo"}])
@@ -38,13 +32,6 @@ def test_b15_min_p_needs_a_top_k_too_and_no_drafts():
     with refused("rollout.min_p", Cause.CONFLICT, "rollout.speculative"):
         check_sampling(Config(rollout={"min_p": 0.1, "top_k": 64, **drafts}))
     check_sampling(Config(rollout={"top_p": 0.9, "top_k": 64, **drafts}))
-
-
-def test_b15_cuts_of_engines_on_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(rl_checks.gpu, "is_usable", lambda: True)
-    with refused("rollout.top_k", Cause.UNSUPPORTED, 64):
-        check_sampling(Config(rollout={"top_k": 64}))
-    check_sampling(Config())
 
 
 @pytest.mark.parametrize("cut", ["typical_p", "top_a"])

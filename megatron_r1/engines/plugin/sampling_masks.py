@@ -1,4 +1,4 @@
-"""The tokens that the sampler kept, with each response, on a CPU (`--return-sampling-mask`).
+"""The tokens that the sampler kept, with each response (`--return-sampling-mask`).
 
 vLLM 0.32 has this in its second model runner, which does not run on a CPU. The first runner's
 sampler computes the log-probabilities after the cut, which are -inf where it cut. What they leave
@@ -65,45 +65,66 @@ def cut_passes_without_drafts() -> None:
     topk_topp_sampler.apply_top_k_only = apply_top_k_only
 
 
-def apply() -> None:
-    """Have requests with a top_k get their masks, and others none, from engines that were started
-    with the option. On CPU, once.
+def take_requests_without_a_top_k() -> None:
+    """Have requests without a top_k, which scores, probes and evaluations are, go without a mask on
+    an engine that returns masks. Once.
 
-    Upstream: config/vllm.py: `VllmConfig._verify_sampling_replay_config` asks for the second model
-    runner; v1/engine/input_processor.py: `InputProcessor._validate_params` refuses requests without
-    a top_k, which scores, probes and evaluations are. Goes when: the second runner runs on a
-    CPU."""
-    from vllm.config import VllmConfig
+    Upstream: v1/engine/input_processor.py: `InputProcessor._validate_params`. Without it: they are
+    refused. Goes when: masks are asked for by request."""
     from vllm.v1.engine.input_processor import InputProcessor
+
+    validate_params = InputProcessor._validate_params
+
+    def validate(self: Any, params: Any, *arguments: Any) -> Any:
+        own = self.model_config
+        if not own.return_sampling_mask or getattr(params, "top_k", 0) > 0:
+            return validate_params(self, params, *arguments)
+        self.model_config = copy.copy(own)
+        self.model_config.return_sampling_mask = False
+        try:
+            return validate_params(self, params, *arguments)
+        finally:
+            self.model_config = own
+
+    InputProcessor._validate_params = validate
+
+
+def leave_out_whole_vocabularies() -> None:
+    """Have a token that was drawn from the whole vocabulary come without ids. On a GPU, once.
+
+    Upstream: v1/worker/gpu/sample/output.py: `SamplingMaskTensors.tolists`. Without it: 4 bytes for
+    each id of the vocabulary, at each token of requests without a cut. Goes when: masks are asked
+    for by request."""
+    from vllm.v1.worker.gpu.sample.output import SamplingMaskTensors
+
+    to_lists = SamplingMaskTensors.tolists
+
+    def tolists(self: Any, *arguments: Any) -> SamplingMaskLists:
+        counts = self.counts.cpu()
+        cut = torch.where(counts == self.vocab_size, 0, counts)
+        return to_lists(self._replace(counts=cut), *arguments)
+
+    SamplingMaskTensors.tolists = tolists
+
+
+def return_masks_on_cpu() -> None:
+    """Make --return-sampling-mask work with the first model runner, for requests with a top_k. On
+    CPU, once.
+
+    Upstream: config/vllm.py: `VllmConfig._verify_sampling_replay_config` asks for the second one.
+    Goes when: that runs on a CPU."""
+    from vllm.config import VllmConfig
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    verify_config, verify_params = (
-        VllmConfig._verify_sampling_replay_config,
-        InputProcessor._validate_params,
-    )
-    gather, sample, sample_tokens = (
-        Sampler.gather_logprobs,
-        CPUModelRunner._sample,
-        CPUModelRunner.sample_tokens,
-    )
+    verify_config, gather = VllmConfig._verify_sampling_replay_config, Sampler.gather_logprobs
+    sample, sample_tokens = CPUModelRunner._sample, CPUModelRunner.sample_tokens
     collector = KeptCollector()
     active: list[KeptCollector] = []
 
     def verify(config: Any) -> None:
         parts = {"model_config": config.model_config, "use_v2_model_runner": True}
         verify_config(SimpleNamespace(**parts, speculative_config=config.speculative_config))
-
-    def validate(self: Any, params: Any, *arguments: Any) -> Any:
-        own = self.model_config
-        if not own.return_sampling_mask or getattr(params, "top_k", 0) > 0:
-            return verify_params(self, params, *arguments)
-        self.model_config = copy.copy(own)
-        self.model_config.return_sampling_mask = False
-        try:
-            return verify_params(self, params, *arguments)
-        finally:
-            self.model_config = own
 
     def gather_logprobs(logprobs: Tensor, *arguments: Any, **named: Any) -> Any:
         for each in active:
@@ -128,7 +149,6 @@ def apply() -> None:
         return output
 
     VllmConfig._verify_sampling_replay_config = verify
-    InputProcessor._validate_params = validate
     Sampler.gather_logprobs = staticmethod(gather_logprobs)
     CPUModelRunner._sample = sample_and_keep
     CPUModelRunner.sample_tokens = sample_with_masks

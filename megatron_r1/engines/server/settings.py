@@ -82,8 +82,8 @@ class EngineSettings:
             On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
             `engines.plugin.cpu_patches` adds it, without.
         return_sampling_mask: add the tokens that the sampler kept to responses with a top_k. On a
-            CPU `engines.plugin.sampling_masks` adds it; on a GPU vLLM has it in its second model
-            runner, and refuses requests without a top_k.
+            GPU vLLM has this in its second model runner; on a CPU `engines.plugin.sampling_masks`
+            adds it.
         tensor: ranks that share every layer's matrices.
         pipeline: stages of layers, each on ranks of its own.
         data: copies of the model, as `RolloutConfig.data`.
