@@ -35,7 +35,7 @@ TEMPERATURE, RATE, LIMIT = 0.8, 0.05, 40
 
 def samples(seed: int) -> list[Sample]:
     """Twelve, one of them ungraded, with a teacher's log-probabilities. Of the long responses every
-    third token was given; two of them are branches of one trajectory."""
+    third token was given; two of them are branches of one episode."""
     draw = random.Random(seed)
     made = []
     for i in range(12):
@@ -51,7 +51,7 @@ def samples(seed: int) -> list[Sample]:
         made.append(sample)
     several = [i for i, sample in enumerate(made) if sample.mask and i != 5][:2]
     for number, i in enumerate(several):
-        made[i] = msgspec.structs.replace(made[i], weight=0.5, num_trajectories=int(number == 0))
+        made[i] = msgspec.structs.replace(made[i], weight=0.5, num_responses=int(number == 0))
     assert len(several) == 2
     return made
 

@@ -58,7 +58,7 @@ def test_the_shares_of_a_batch_are_the_batch_padded_sample_by_sample(ranks):
     assert whole("advantages")[seen].tolist() == [2.0] * 2 + [-1.0] * 8
     assert whole("rollout_logprobs")[seen].tolist() == [-0.5, -0.25] + [-1.0] * 8
     assert whole("position_ids")[:8].tolist() == list(range(8))
-    assert sum(share.num_trajectories for share in shares) == 2
+    assert sum(share.num_responses for share in shares) == 2
     for share in shares:
         assert share.cu_seqlens[-1] == share.input_ids.shape[1] == len(order) // ranks
         assert torch.equal(share.response_rows, share.is_response.nonzero()[:, 0])

@@ -103,17 +103,17 @@ def test_grpo_s_loss_and_gradient_are_equation_1_of_each_response(average):
     torch.testing.assert_close(got, head.hidden.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_the_branches_of_a_trajectory_share_one_mean():
-    def branch(tokens, num_sampled, of, num_trajectories):
+def test_the_branches_of_an_episode_share_one_mean():
+    def branch(tokens, num_sampled, of, num_responses):
         mask = bytes([0] * (len(tokens) - num_sampled) + [1] * num_sampled)
         logprobs, scores = [-2.0] * len(tokens), {"weight": num_sampled / of}
         return Sample.pack_branch(
-            tokens, mask, logprobs, 2.0, num_trajectories=num_trajectories, **scores
+            tokens, mask, logprobs, 2.0, num_responses=num_responses, **scores
         )
 
     first, second = (
-        branch([7, 8, 9], 2, of=3, num_trajectories=1),
-        branch([5, 6], 1, of=3, num_trajectories=0),
+        branch([7, 8, 9], 2, of=3, num_responses=1),
+        branch([5, 6], 1, of=3, num_responses=0),
     )
     whole = Sample.pack([3, 4], [12, 11], [-2.0, -2.0], advantage=-1.0)
     batch = packed_batch([first, second, whole], TokenSplit(), torch.device("cpu"))

@@ -22,7 +22,7 @@ from megatron_r1.trainer.packed import packed_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
-# The weights of an average per trajectory are fp32.
+# The weights of an average per response are fp32.
 NEAR = {"rtol": 1e-6, "atol": 1e-9}
 SEEDS = (1, pytest.param(2, marks=pytest.mark.slow))
 
@@ -79,7 +79,7 @@ class Episodes(Problem):
                     [0.0] * len(tokens),
                     numbers[i],
                     weight=lengths[number] / sum(lengths),
-                    num_trajectories=int(number == 0),
+                    num_responses=int(number == 0),
                 )
                 made.append(sample)
                 hidden.append(self.hidden[self.first[i] + number][: len(sample)])
@@ -128,7 +128,7 @@ def test_branches_weigh_as_one_response(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_reward_of_a_trajectory_reaches_all_its_branches(seed):
+def test_the_reward_of_an_episode_reaches_all_its_branches(seed):
     """Without discount and penalty, where returns do not depend on the way to the end."""
 
     def same(name, settings, *arguments):
