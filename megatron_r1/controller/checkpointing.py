@@ -38,7 +38,7 @@ class Checkpointing:
             view.message(f"calls of rewards so far, one for each response and term: {counts}")
             self.sampler.prompts.load_state_dict(state.sampler)
         elif uses_reference:
-            await self.trainer.call(ModelOperations.keep_reference)
+            await self.trainer.call(ModelOperations.refresh_reference)
         # The pool may be older than the session: its counts until now are not of this session.
         self._rewards_before = Counter(state.rewards)
         self._rewards_before.subtract(self._num_rewards())

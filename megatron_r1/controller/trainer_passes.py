@@ -95,4 +95,4 @@ class TrainerPasses:
         if not (self.uses_reference and every and done):  # 0: only a critic has been updated yet
             return
         if done // every > (done - rl.minibatches) // every:
-            await self.trainer.call(ModelOperations.keep_reference)
+            await self.trainer.call(ModelOperations.refresh_reference)

@@ -150,7 +150,7 @@ class ModelOperations(Protocol):
     """Passes over the loaded samples: methods of `trainer.Trainer`. `Trainer.load`, which sends the
     samples, is another, and `TrainerClient.load` calls it."""
 
-    def keep_reference(self) -> None: ...
+    def refresh_reference(self) -> None: ...
 
     def compute_logprobs(
         self, *, temperature: float, reference: bool, first_minibatch: bool

@@ -142,7 +142,7 @@ class Trainer:
     def _reduced(self, metrics: Metrics) -> dict[str, float]:
         return reduce_over_data(self.position, metrics)
 
-    def keep_reference(self) -> None:
+    def refresh_reference(self) -> None:
         """Make the current policy the reference."""
         if self.reference is None:
             on_host = self.config.parallel.reference_offload == "host"
@@ -175,7 +175,7 @@ class Trainer:
             self._fill_logprobs(later, "old", temperature)
         with self.replay.paused():
             if reference:
-                assert self.reference is not None, "keep_reference() comes first"
+                assert self.reference is not None, "refresh_reference() comes first"
                 with self.reference.in_place():
                     self._fill_logprobs(batches, "ref", temperature)
             first = batches[: len(self._in_rounds([[]]))] if self.replay.is_on else []

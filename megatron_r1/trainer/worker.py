@@ -216,7 +216,7 @@ def methods(
 ) -> dict[str, Callable[..., Any]]:
     """Return the methods that the controller may call, by their names."""
     operations: list[Callable[..., Any]] = [
-        trainer.keep_reference,
+        trainer.refresh_reference,
         trainer.compute_logprobs,
         trainer.compare_with_engines,
         trainer.compute_values,

@@ -44,7 +44,7 @@ def main() -> None:
     attention_without_cudnn()
     with HostCompute():
         trainer = Trainer(settings, position)
-        trainer.keep_reference()
+        trainer.refresh_reference()
         load(trainer, position, (1,), first_old=False)
         trainer.update(0, LOSS, SETTINGS, 0.1)
         values = state(trainer)

@@ -106,7 +106,7 @@ def main() -> None:
         from megatron_r1.trainer.trainer import Trainer
 
         trainer, report = Trainer(settings, position), {}
-        trainer.keep_reference()
+        trainer.refresh_reference()
         for turn, (name, chosen) in enumerate(SETTINGS.items()):
             rl = Config(rl={"algorithm": name, **chosen}).rl
             names = load(trainer, position, (10 * turn + 1, 10 * turn + 2))

@@ -110,7 +110,7 @@ def run(settings, position, out: Path, change: Plant | None) -> str | None:
     torch.manual_seed(1)
     trainer = Trainer(settings, position)
     folders = Folders(trainer)
-    trainer.keep_reference()
+    trainer.refresh_reference()
     mine = change if change and change.rank == dist.get_rank() else None
     planted: list[str] = []
     if dist.get_rank() == 0:

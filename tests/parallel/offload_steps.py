@@ -101,7 +101,7 @@ def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
     from megatron_r1.trainer.folders import Folders
 
     folders, seen = Folders(trainer), []
-    trainer.keep_reference()
+    trainer.refresh_reference()
     for step in range(3):
         if yields:
             lend(trainer)

@@ -55,7 +55,7 @@ def play(settings, position, shares: bool):
 
     parallel = settings.parallel.model_copy(update={"share_prompts": shares})
     trainer = Trainer(settings.model_copy(update={"parallel": parallel}), position)
-    trainer.keep_reference()
+    trainer.refresh_reference()
     made = samples()
     plan = pack_by_prompt(made, position.data_size, 80, float).shares[position.data_rank]
     loaded = trainer.load([[[made[i] for i in members] for members in plan]] * 2)

@@ -91,7 +91,7 @@ def main() -> None:
 
         trainer = Trainer(settings, position)
         folders = Folders(trainer)
-        trainer.keep_reference()
+        trainer.refresh_reference()
         load(trainer, position, (1, 2))
         report = {"score": trainer.compare_with_engines()}
         report |= {"first": update(trainer, 0), "second": update(trainer, 1)}

@@ -167,7 +167,7 @@ def test_a_resumed_session_draws_the_next_questions_and_goes_on_counting_rewards
     counts["math"] = 40
     asyncio.run(checkpointing.save(2, prompts.state_dict()))
     expected = prompts.next(4)
-    assert first.calls == [("keep_reference", None)]
+    assert first.calls == [("refresh_reference", None)]
     assert first.checkpoint.step == 2 and first.checkpoint.rewards == {"math": 40}
 
     # The trainer was lost: the pool, which lives on, has counted ten more of the lost steps.

@@ -185,8 +185,8 @@ def test_the_reference_is_not_replaced_before_the_first_update_of_the_policy():
     for state.optimizer_step in (0, 4, 8, 12, 16):
         asyncio.run(tested.refresh_reference_if_due(config))
         calls.append(state.optimizer_step)
-    keep = ModelOperations.keep_reference
-    assert calls == [0, 4, keep, 8, 12, keep, 16]
+    refresh = ModelOperations.refresh_reference
+    assert calls == [0, 4, refresh, 8, 12, refresh, 16]
 
 
 def passes(config):
