@@ -84,8 +84,8 @@ def test_short_names_of_modules_exist():
 
     def is_right(page, short):
         path = ROOT / "megatron_r1" / short
-        room, _, rest = short.partition("/")
-        is_one = room in packages and (room not in prefixes or bool(re.search("[/.]", rest)))
+        package, _, rest = short.partition("/")
+        is_one = package in packages and (package not in prefixes or bool(re.search("[/.]", rest)))
         return not is_one or path.exists() or path.with_suffix(".py").exists()
 
     assert wrong_in_pages(r"`((?:\w+/)+\w+(?:\.py)?/?)`", is_right) == []
@@ -154,7 +154,7 @@ def test_new_names_of_renamed_modules_exist():
 def test_dotted_names_of_modules_exist():
     """`trainer.operations` in a docstring, a comment or a document is a module or a name of one."""
     # Packages that share their name with no section of a recipe.
-    rooms = "base|commands|controller|engines|evaluation|models|plan|rehearse|reporting|trainer"
+    packages = "base|commands|controller|engines|evaluation|models|plan|rehearse|reporting|trainer"
 
     def exists(path, dotted):
         if not path.is_relative_to(ROOT):
@@ -174,7 +174,7 @@ def test_dotted_names_of_modules_exist():
     wrong, found = [], 0
     for file in [*PAGES, *modules]:
         # A name with "(" is a call of an object's method.
-        pattern = rf"`((?:{rooms})(?:\.\w+)+)(?![\w(])"
+        pattern = rf"`((?:{packages})(?:\.\w+)+)(?![\w(])"
         for name in re.findall(pattern, file.read_text(encoding="utf-8")):
             found += 1
             is_file = name.endswith((".json", ".jsonl", ".py", ".yaml"))
