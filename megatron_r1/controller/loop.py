@@ -9,8 +9,46 @@ show here.
 
     megatron-r1 rl examples/laptop/r1_zero.yaml
 
-An update goes from `passes.update_policy` to `trainer.trainer.Trainer.update`, the loss of the
-algorithm (`controller.algorithms.grpo.loss`), and `r1_kernels.linear_policy_loss`."""
+goes through `commands/cli.py` and `commands/rl.py` to `train`. From there the mathematics is in
+these files, in the order in which `rl.algorithm: grpo` calls them:
+
+ 1. The reward of a response: the weighted sum of its terms, with a punishment of its length.
+        r1_grading/terms.py                     combine
+        controller/advantages.py                overlong_punishment
+ 2. Its advantage within the group.
+        controller/algorithms/grpo.py           advantages
+        controller/advantages.py                group_advantages
+ 3. Log-probabilities under π_old and π_ref.
+        controller/trainer_passes.py            TrainerPasses.compute_logprobs
+        trainer/trainer.py                      Trainer.compute_logprobs
+        trainer/batch.py                        Head.logprobs
+        r1_kernels/token_logprobs.py            linear_token_logprobs
+ 4. An update: forward and backward over the micro-batches of a mini-batch.
+        controller/trainer_passes.py            TrainerPasses.update_policy
+        trainer/trainer.py                      Trainer.update
+        trainer/passes.py                       optimizer_step
+        trainer/passes.py                       run_passes
+ 5. The loss of a micro-batch, and the weight of a token in it: 1 / |o_i|.
+        controller/algorithms/grpo.py           loss
+        trainer/losses.py                       token_weights
+ 6. Ratio, clip and KL of a token (formulae in `r1_kernels/policy_terms.py`; on a GPU Triton).
+        trainer/batch.py                        Head.policy_loss
+        r1_kernels/linear_policy_loss.py        linear_policy_loss
+        r1_kernels/primitives/policy_torch.py   policy_terms
+ 7. Normalization of the loss: Megatron-Core's `finalize_model_grads` divides the gradients, summed
+    over micro-batches and ranks, by the sum of these denominators.
+        trainer/losses.py                       denominator
+ 8. The optimizer's step: `optimizer.step()`, Megatron-Core's, in `optimizer_step` of 4.
+ 9. The reference is replaced by the policy, when that is due.
+        trainer/reference.py                    Reference.refresh
+10. The push of the new weights.
+        controller/policy_engines.py            PolicyEngines.push
+        controller/push/pusher.py               WeightPusher.push
+        push/sender.py                          WeightSender.send
+        engines/plugin/backend.py               PushTransferEngine.receive_weights
+
+Estimators that have them add a critic's values before 3 (`trainer/critic.py`), and an advantage per
+token after it (`trainer/token_advantages.py`)."""
 
 import asyncio
 import random
