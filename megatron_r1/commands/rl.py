@@ -43,7 +43,7 @@ from megatron_r1.engines.fleet.placement import accepting_hosts
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.from_recipe import context_length
+from megatron_r1.engines.server.from_recipe import max_model_len
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.trainer.operations import ModelOperations
 
@@ -143,9 +143,9 @@ def _session(
     """Return a session that begins at the newest checkpoint."""
     collector, trainer, recorder = rollouts.collector, running.trainer, running.recorder
     collector.fleet.version = -1  # ranks that went back push earlier versions again
-    room = context_length(config) - PROBE_TOKENS
+    longest = max_model_len(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
-    probes = [collector.text.encode(prompt.question, prompt.before)[:room] for prompt in first]
+    probes = [collector.text.encode(prompt.question, prompt.before)[:longest] for prompt in first]
     pusher = create_pusher(config, trainer, collector.fleet, probes)
     sampler = PromptSampler(prompts.train, config.run.seed)
     return Session(

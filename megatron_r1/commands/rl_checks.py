@@ -34,7 +34,7 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import context_length
+from megatron_r1.engines.server.from_recipe import max_model_len
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
@@ -136,7 +136,7 @@ def _load_questions(config: Config, text: PromptText) -> PromptSplit:
             file=sys.stderr,
         )
     show_padded_truths(config.data.path or config.data.task or "data", prompts)
-    prompts = prompts_that_fit(prompts, text, context_length(config))
+    prompts = prompts_that_fit(prompts, text, max_model_len(config))
     for line in _describe_rows(prompts, text):
         print(line)
     per_rollout = config.rl.questions_per_rollout
@@ -209,19 +209,19 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
         )
 
 
-def prompts_that_fit(prompts: PromptSplit, text: PromptText, room: int) -> PromptSplit:
-    """Return the prompts that an engine has room for, and print how many are left out. Raises
-    UserError where none is left to train on."""
+def prompts_that_fit(prompts: PromptSplit, text: PromptText, limit: int) -> PromptSplit:
+    """Return the prompts that are shorter than `limit`, rollout.max_model_len, and print how many
+    are left out. Raises UserError where none is left to train on."""
     train, heldout = (
-        [prompt for prompt in side if text.fits(prompt.question, room, prompt.before)]
+        [prompt for prompt in side if text.fits(prompt.question, limit, prompt.before)]
         for side in (prompts.train, prompts.heldout)
     )
     left_out = len(prompts.train) - len(train), len(prompts.heldout) - len(heldout)
     if any(left_out):
         note = (
             f"{left_out[0]:,} questions and {left_out[1]:,} held-out ones are longer than the "
-            f"{room:,} tokens an engine has room for, and left out; rollout.max_model_len, or the "
-            "model's own limit, is that room"
+            f"{limit:,} tokens that an engine takes, and left out; rollout.max_model_len, or the "
+            "model's own limit, sets that"
         )
         if not train:
             raise UserError(

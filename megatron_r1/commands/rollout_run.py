@@ -43,7 +43,7 @@ from megatron_r1.engines.fleet.placement import open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.episodes import Episode, Player
-from megatron_r1.engines.server.from_recipe import context_length, engine_settings, fleet_settings
+from megatron_r1.engines.server.from_recipe import engine_settings, fleet_settings, max_model_len
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.memory import Counts, checkpoint_bytes, parameter_bytes
@@ -119,7 +119,7 @@ def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> Rol
         weight_transfer_backend=BACKEND_PREFIX + config.push.transport,
         device=gpu.device(),
         sleeps=rollout.colocated,
-        max_model_len=context_length(config),
+        max_model_len=max_model_len(config),
         # A run that continues must not draw the numbers of its beginning again.
         seed=config.run.seed * 1_000_003 + recorder.state.step,
         return_routing=config.rl.routing_replay,
@@ -187,7 +187,7 @@ async def _sample(
         rollout.engines,
         logs,
         device=gpu.device(),
-        max_model_len=context_length(config),
+        max_model_len=max_model_len(config),
         seed=config.run.seed,
         **fleet_settings(rollout),
         **engine_settings(rollout),
