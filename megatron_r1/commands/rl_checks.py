@@ -252,6 +252,17 @@ def kinds_drawn(config: Config, prompts: list[Prompt]) -> list[str]:
     return lines if by_weight else []
 
 
+def run_facts(config: Config, text: PromptText, prompts: PromptSplit) -> list[str]:
+    """Return lines about the run for its title. Raises UserError as `kinds_drawn`."""
+    return [
+        config.model.path,
+        config.data.task or str(config.data.path),
+        f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
+        *kinds_drawn(config, prompts.train),
+        ends_with(config, text),
+    ]
+
+
 def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
     """Check all that can be checked before anything starts; return the tokenizer with its template,
     and the questions. Raises UserError."""

@@ -67,6 +67,18 @@ class TrainingRun:
     stop: StopRequest
     supervisor: Supervisor
 
+    async def has_all_steps(self, config: Config) -> bool:
+        """Return whether all steps are done and only the export is left, which needs no engines.
+        The trainer then has the weights after the last step."""
+        if self.recorder.state.step < config.run.steps:
+            return False
+        self.recorder.view.message(
+            f"all {config.run.steps} steps are done; only the export is left: no engines"
+        )
+        await self.trainer.connect()
+        await self.recorder.load(self.trainer, reference=config.uses_reference)
+        return self.recorder.state.step >= config.run.steps  # else that checkpoint was damaged
+
 
 IMPLEMENTATIONS = "implementations.json"
 """The file in the run's folder that names the implementation of each part of a step."""
