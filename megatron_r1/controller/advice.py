@@ -74,7 +74,7 @@ def _nothing_right(groups: list[Group], config: Config) -> str:
         examples = "Show one or two solved questions in agents.system"
     return (
         f"{sentence}. {examples}, as turns of the model's own chat format if it has one "
-        "(docs/first_day.md, worked examples); or check that data.template is what the model was "
+        "(docs/init.md, worked examples); or check that data.template is what the model was "
         "trained with, choose easier questions, or begin with `megatron-r1 sft`"
     )
 

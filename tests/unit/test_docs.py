@@ -5,6 +5,11 @@ import re
 import tomllib
 from pathlib import Path
 
+from megatron_r1.commands import cli
+from megatron_r1.config import Config
+from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
+from megatron_r1.rehearse.settings import PreflightSettings, RehearsalSettings
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     page
@@ -114,6 +119,26 @@ def test_functions_that_a_response_passes_exist():
     loop = (ROOT / "megatron_r1/controller/loop.py").read_text(encoding="utf-8")
     roots = [ROOT / folder for folder in ("megatron_r1", "grading", "kernels")]
     assert wrong_rows(ast.get_docstring(ast.parse(loop)), roots) == []
+
+
+def test_verbs_and_sections_share_a_name_with_package_and_page_or_are_exceptions():
+    """The exceptions are the first column of a table of docs/design.md."""
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    table = page.partition("with these exceptions:")[2].strip().partition("\n\n")[0]
+    exceptions = {
+        name for row in table.splitlines() for name in re.findall("`([^`]+)`", row.split("|")[1])
+    }
+    settings = [Config, PipelineRecipe, RehearsalSettings, PreflightSettings]
+    sections = {name for model in settings for name in model.model_fields}
+    verbs = {"keys", *cli.MODULES, *cli.PROGRAMS}
+    for verb in verbs - {"keys"}:
+        name = verb.replace("-", "_")
+        assert any((ROOT / "megatron_r1/commands").glob(f"{name}*"))
+        assert (cli.MODULES | cli.PROGRAMS)[verb].split(".")[2] == name
+    packages = {path.name for path in (ROOT / "megatron_r1").iterdir() if path.is_dir()}
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    same = packages & pages
+    assert exceptions == (verbs | sections) - same
 
 
 def test_names_in_package_docstrings_exist():
