@@ -70,7 +70,7 @@ class PolicyEngines:
     async def with_trainer(self) -> AsyncIterator[None]:
         """Let the trainer use its weights in the block, between two rollouts. Engines that have
         their memory sleep from then on, and get the weights again before the next rollout."""
-        if self.pusher.lends:
+        if self.pusher.offloads:
             self._have_no_weights = True
             await self.sampler.collector.fleet.sleep()
         yield

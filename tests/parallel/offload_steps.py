@@ -104,7 +104,7 @@ def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
     trainer.refresh_reference()
     for step in range(3):
         if yields:
-            lend(trainer)
+            offload_all(trainer)
             trainer.offload.prepare("load")
             away = trainer.offload.away_bytes
             trainer.offload.prepare("compute_logprobs")
@@ -121,7 +121,7 @@ def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
     folders.export(str(out / "hf"))  # and NumPy has seen the parameters, as in a push
     if yields:
         trainer.prepare_probe([TEXT])
-        lend(trainer)
+        offload_all(trainer)
         assert trainer.compare_probe([TEXT]) == seen[-1], "the kept log-probabilities are others"
         trainer.offload.prepare("save_checkpoint")
     folders.save_checkpoint(str(out / name), {})
@@ -129,7 +129,7 @@ def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
     return [seen, [t.detach().clone() for t in device_tensors(trainer)]]
 
 
-def lend(trainer) -> None:
+def offload_all(trainer) -> None:
     tensors = device_tensors(trainer)
     before = held_bytes(tensors)
     parameters = [p for chunk in trainer.model_chunks for p in chunk.parameters()]

@@ -20,7 +20,7 @@ NCCL refuses two ranks on one GPU, and two processes on a GPU compute in turns. 
 the process that receives for the engine rank on its GPU, into memory that both have mapped (CUDA
 IPC); what it holds itself it copies there.
 
-`megatron_r1.push` defines the words."""
+docs/push.md defines the words."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Engines:
 
     def __init__(self, differ=True):
         self.done: list[str] = []
-        self.differ, self.lends = differ, False
+        self.differ, self.offloads = differ, False
         self.config, self.log = Config(), None
         self.collector = SimpleNamespace(pool=Pool(), fleet=None, teacher=None)
 
