@@ -16,7 +16,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.config import infer_verb
 from megatron_r1.config.hardware import GIB
 from megatron_r1.plan.arguments import config_of, job_of, parse
-from megatron_r1.plan.estimate import Estimate
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.measured import calibrate_from
 from megatron_r1.plan.published import published_table
@@ -62,7 +62,7 @@ def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
         return _refused(error)
     if not _can_work(job):
         return UNFIT
-    estimate = Estimate(job)
+    estimate = JobEstimate(job)
     problems = estimate.problems()
     print(as_text(estimate))
     print("".join(f"\nnote: {note}\n" for note in estimate.notes()), end="")
@@ -102,7 +102,7 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
     if chosen.step or not later or infer_verb(config) != "rl":
         return status
     steps = [1, *(entry.from_step for entry in later)]
-    each_step = [Estimate(job_of(recipe, chosen, overrides, 1)).step]
+    each_step = [JobEstimate(job_of(recipe, chosen, overrides, 1)).step]
     for entry in later:
         job = job_of(recipe, chosen, overrides, entry.from_step)
         changes = ", ".join(f"{key}={value}" for key, value in entry.changes.items())
@@ -110,7 +110,7 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
         if not _can_work(job):
             status = UNFIT
             continue
-        estimate = Estimate(job)
+        estimate = JobEstimate(job)
         each_step.append(estimate.step)
         problems = estimate.problems()
         limits = f" ({estimate.step.limits})" if estimate.step.limits else ""

@@ -209,10 +209,10 @@ class RLConfig(Section):
     gae_lambda: float = Field(1.0, ge=0, le=1)
     """lambda of ppo's generalized advantages"""
     overlong_buffer: float = Field(0.0, ge=0, le=1)
-    """share of max_response_tokens, at its end, over which a growing punishment is taken from the
+    """share of max_response_tokens, at its end, over which a growing penalty is taken from the
     reward (DAPO: 0.2); 0: none"""
     overlong_penalty: float = Field(1.0, ge=0)
-    """how large that punishment is at max_response_tokens (DAPO, eq. 13: 1)"""
+    """how large that penalty is at max_response_tokens (DAPO, eq. 13: 1)"""
     routing_replay: bool = False
     """train every token through the experts the engine chose for it; a mixture of experts only. See
     docs/routing_replay.md"""

@@ -144,7 +144,7 @@ WORDS = (
         "overlong filtering, mask_truncated_completions, mask truncated, truncated responses",
         "rl.overlong_buffer rl.overlong_penalty",
         "responses that are cut off are trained on with their reward, and are not masked; "
-        "overlong_buffer punishes them softly",
+        "overlong_buffer penalizes them softly",
         "algorithms.md",
     ),
     _words("overlong_buffer, soft overlong punishment, length penalty", "rl.overlong_buffer",

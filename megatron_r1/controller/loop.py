@@ -12,9 +12,9 @@ show here.
 goes through `commands/cli.py` and `commands/rl.py` to `train`. From there the mathematics is in
 these files, in the order in which `rl.algorithm: grpo` calls them:
 
- 1. The reward of a response: the weighted sum of its terms, with a punishment of its length.
+ 1. The reward of a response: the weighted sum of its terms, less a penalty of its length.
         r1_grading/terms.py                     combine
-        controller/advantages.py                overlong_punishment
+        controller/advantages.py                overlong_penalty
  2. Its advantage within the group.
         controller/algorithms/grpo.py           advantages
         controller/advantages.py                group_advantages
@@ -56,7 +56,7 @@ from itertools import chain, islice
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import Config
-from megatron_r1.controller.advantages import overlong_punishment
+from megatron_r1.controller.advantages import overlong_penalty
 from megatron_r1.controller.rollouts.rollout import GradedResponse
 from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.controller.session import Session
@@ -110,13 +110,13 @@ async def update(passes: TrainerPasses, config: Config, index: int, step: int) -
 
 
 def training_reward(graded: GradedResponse, config: Config) -> float | None:
-    """Return the reward that a response is trained on, with the punishment of its length if
+    """Return the reward that a response is trained on, with the penalty of its length if
     `rl.overlong_buffer` sets one; None where it could not be graded."""
     if not graded.is_graded:
         return None
     num_tokens, limit = len(graded.response.token_ids), config.rollout.max_response_tokens
-    punishment = overlong_punishment(num_tokens, limit, config.rl.overlong_buffer)
-    return graded.reward + config.rl.overlong_penalty * punishment
+    buffer, largest = config.rl.overlong_buffer, config.rl.overlong_penalty
+    return graded.reward + overlong_penalty(num_tokens, limit, buffer, largest)
 
 
 def minibatches(samples_by_response: list[list[Sample]], count: int) -> list[list[Sample]]:

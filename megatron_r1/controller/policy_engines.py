@@ -26,7 +26,7 @@ class PolicyEngines:
     def __init__(self, trainer: TrainerClient, pusher: WeightPusher, sampler: StepSampler):
         self.trainer, self.pusher, self.sampler = trainer, pusher, sampler
         self._rollout_config = sampler.config.rollout
-        self._taken: StepRollout | None = None
+        self._step_rollout: StepRollout | None = None
         self._have_no_weights = False
         self._acceptance = AcceptanceMeter()
         self._push_metrics: dict[str, float] = {}
@@ -52,10 +52,10 @@ class PolicyEngines:
                 await self.push(step - 1)
         self.sampler.begin(step)
         await self.await_probes()  # while they sample
-        self._taken = await self.sampler.rollout(step)
+        self._step_rollout = await self.sampler.rollout(step)
         if self._rollout_config.speculative.method != "none":
             self._draft_metrics = await self._acceptance.read(self.sampler.collector.fleet.engines)
-        return self._taken.rollout
+        return self._step_rollout.rollout
 
     async def push(self, version: int) -> None:
         """Send the trainer's weights to every engine, as `version`; what these compute counts once
@@ -82,10 +82,10 @@ class PolicyEngines:
         self.sampler.probes_passed()
 
     @property
-    def taken(self) -> StepRollout:
+    def step_rollout(self) -> StepRollout:
         """The newest step's rollout, with the state of the sampler after it."""
-        assert self._taken is not None, "rollout() comes first"
-        return self._taken
+        assert self._step_rollout is not None, "rollout() comes first"
+        return self._step_rollout
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers of engines and pushes."""

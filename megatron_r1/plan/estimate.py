@@ -41,7 +41,7 @@ def estimate_step(job: PlannedJob) -> StepEstimate:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class JobEstimate:
     """The estimate of a job that passes `PlannedJob.check_trainer` and `.check_engine_gpus`."""
 
     job: PlannedJob
@@ -114,7 +114,7 @@ class Estimate:
 
     def notes(self) -> list[str]:
         """Return one sentence per limit of time that an estimated time may exceed."""
-        if not self.job.generates or not self.engines.room:
+        if not self.job.generates or not self.engines.max_concurrency:
             return []
         given = Quantity(self.engines.longest_seconds, "s")
         longest = with_range(self.job, "rollout", given)

@@ -23,7 +23,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.arguments import config_of, job_of, parse
 from megatron_r1.plan.counts import forward_flops
-from megatron_r1.plan.estimate import Estimate
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.rollout import Engines
@@ -133,7 +133,7 @@ def phases_of(
     ends = [*starts[1:], config.run.steps + 1]
     phases = []
     for start, end in zip(starts, ends, strict=True):
-        estimate = Estimate(job_of(recipe, chosen, overrides, start))
+        estimate = JobEstimate(job_of(recipe, chosen, overrides, start))
         resident = estimate.engines.resident if estimate.job.generates else 0
         phases.append(Phase(end - start, estimate.job, resident))
     return phases

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_r1.config.yaml_text import as_text as as_yaml
-from megatron_r1.plan.estimate import Estimate
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, in_bytes
 from megatron_r1.plan.search import FittingLayout
@@ -16,7 +16,7 @@ WIDTH = 110
 _NAME, _VALUE = 24, 14
 
 
-def as_text(estimate: Estimate) -> str:
+def as_text(estimate: JobEstimate) -> str:
     """Return every number with its formula next to it."""
     lines = [_title(estimate)]
     for title, section in estimate.sections().items():
@@ -36,7 +36,9 @@ def as_text(estimate: Estimate) -> str:
     return "\n".join(lines)
 
 
-def as_json(estimate: Estimate, problems: list[str], others: list[FittingLayout]) -> dict[str, Any]:
+def as_json(
+    estimate: JobEstimate, problems: list[str], others: list[FittingLayout]
+) -> dict[str, Any]:
     """Return {section: {name: {value, unit, formula}}}, every pipeline rank's memory in bytes, the
     assumptions, and what does not fit."""
     job = estimate.job
@@ -109,7 +111,7 @@ def sizes_text(job: PlannedJob, others: Sequence[PlannedJob]) -> str:
     return " or ".join(options)
 
 
-def _title(estimate: Estimate) -> str:
+def _title(estimate: JobEstimate) -> str:
     job, parallel = estimate.job, estimate.job.parallel
     lines = [
         f"{job.config.model.path} on {job.world_size:,} {job.hardware.name} "

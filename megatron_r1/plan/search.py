@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby, islice, product
 from operator import attrgetter, itemgetter
 
-from megatron_r1.plan.estimate import Estimate
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import check_engines_and_push
 
@@ -73,13 +73,13 @@ def _fits_always(job: PlannedJob) -> bool:
     return True
 
 
-def _fitting_estimate(job: PlannedJob) -> Estimate | None:
+def _fitting_estimate(job: PlannedJob) -> JobEstimate | None:
     try:
         if job.trains:
             job.check_trainer()
     except ValueError:
         return None
-    estimate = Estimate(job)
+    estimate = JobEstimate(job)
     return None if estimate.problems() else estimate
 
 

@@ -35,7 +35,7 @@ from megatron_r1.trainer.metrics import (
     Maximum,
     Mean,
     Metrics,
-    engine_gap,
+    logprob_diff,
     merge,
     reduce_over_data,
     teacher_kl,
@@ -183,7 +183,7 @@ class Trainer:
                 self._fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
         if first and self.position.last_stage:
-            mean, _ = engine_gap(first, "own_routing")
+            mean, _ = logprob_diff(first, "own_routing")
             metrics |= self._reduced({"logprob_diff/without_replay": mean})
         return metrics
 
@@ -206,7 +206,7 @@ class Trainer:
         if not self.position.last_stage:
             return {}
         batches = self._batches()
-        mean, largest = engine_gap(batches, "old")
+        mean, largest = logprob_diff(batches, "old")
         metrics: dict[str, Mean | Maximum]
         metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
         if self.config.teacher.path:
@@ -296,7 +296,7 @@ class Trainer:
         for batch, probed in zip(batches, self._probed, strict=True):
             assert torch.equal(batch.targets, probed.targets), "these are other tokens"
             batch.logprobs["old"] = probed.logprobs["old"]
-        mean, largest = engine_gap(batches, "old")
+        mean, largest = logprob_diff(batches, "old")
         return self._reduced({"probe/max": largest, "probe/mean": mean})
 
     def _pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:

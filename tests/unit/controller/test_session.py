@@ -84,7 +84,7 @@ def test_nothing_is_taken_evaluated_or_saved_of_weights_whose_probes_fail(what):
         await policy.push(0)
         if what != "begin":
             session.next_step()
-            policy._taken = SimpleNamespace()
+            policy._step_rollout = SimpleNamespace()
         await (policy.rollout(1) if what == "rollout" else getattr(session, what)())
 
     with pytest.raises(EngineError, match="differs"):

@@ -9,7 +9,7 @@ from planned_jobs import RECIPE, planned, real_job
 from megatron_r1.commands.plan import main
 from megatron_r1.models import memory, weights
 from megatron_r1.models.weights.layout import layout_of
-from megatron_r1.plan.estimate import Estimate
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import rank_memory
 
@@ -24,7 +24,7 @@ def test_the_reference_lies_in_host_memory_or_on_the_gpu():
 
 @pytest.mark.parametrize("colocated", [True, False])
 def test_gradients_are_the_engines_memory_while_these_compute(colocated):
-    estimate = Estimate(planned(rollout__colocated=colocated, rl__importance_cap=2.0))
+    estimate = JobEstimate(planned(rollout__colocated=colocated, rl__importance_cap=2.0))
     rank = max(estimate.ranks, key=lambda rank: rank.resident)
     kinds = ["parameters", "optimizer"] + ["gradients"] * (not colocated)
     assert estimate.engines.resident == sum(rank.training[kind] for kind in kinds)
@@ -39,7 +39,10 @@ def test_gradients_are_the_engines_memory_while_these_compute(colocated):
     ],
 )
 def test_all_that_the_trainer_keeps_on_a_gpu_is_not_the_engines(kind, changed):
-    estimate, plain = Estimate(planned(**changed, rollout__gpu_memory=None)), Estimate(planned())
+    estimate, plain = (
+        JobEstimate(planned(**changed, rollout__gpu_memory=None)),
+        JobEstimate(planned()),
+    )
     more = max(rank.training.get(kind, 0) for rank in estimate.ranks)
     assert estimate.engines.resident > plain.engines.resident + more / 2 > 0
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from planned_jobs import planned
 
-from megatron_r1.plan.estimate import Estimate
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.memory import rank_memory
 from megatron_r1.plan.ranges import narrowing_section
 from megatron_r1.plan.timing import time_section
@@ -18,11 +18,11 @@ AWAY = 2 * (DENSE + EXPERT) + 12 * (DENSE / 32 + EXPERT / 16)
 GIB = 2**30
 
 
-def estimate(place: str, **more) -> Estimate:
-    return Estimate(planned(parallel__offload_between_phases=place, **more))
+def estimate(place: str, **more) -> JobEstimate:
+    return JobEstimate(planned(parallel__offload_between_phases=place, **more))
 
 
-def value(of: Estimate, section: str, name: str) -> float:
+def value(of: JobEstimate, section: str, name: str) -> float:
     return of.sections()[section][name].value
 
 
@@ -71,14 +71,14 @@ def test_a_step_waits_for_both_ways_and_a_fifth_of_a_checkpoint(place, rate):
 )
 def test_its_seconds_have_a_range_until_the_link_is_measured(place, number, is_named):
     job = planned(parallel__offload_between_phases=place)
-    section = time_section(Estimate(job).times)
+    section = time_section(JobEstimate(job).times)
     offload = section["offload"]
     assert offload.low == pytest.approx(offload.number / 1.96)
     assert offload.high == pytest.approx(offload.number * 1.96)
     assert ("offload" in narrowing_section(job, section)) == is_named
-    without = time_section(Estimate(planned()).times)["step"]
+    without = time_section(JobEstimate(planned()).times)["step"]
     assert section["step"].high == pytest.approx(without.high + offload.high)
-    measured = time_section(Estimate(replace(job, measured={number: "measured.yaml"})).times)
+    measured = time_section(JobEstimate(replace(job, measured={number: "measured.yaml"})).times)
     assert measured["offload"].limits == ""
 
 

@@ -10,7 +10,7 @@ import yaml
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.arguments import config_of, job_of, parse
-from megatron_r1.plan.estimate import Estimate
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.published import published_runs, run_hours, within
 from megatron_r1.plan.timing import time_section
 
@@ -132,7 +132,9 @@ def test_outside_a_checkout_it_says_where_to_start(tmp_path, monkeypatch, capsys
 def test_a_run_s_hours_are_its_phases():
     chosen, overrides = parse([str(RECIPE)])
     assert [step for step, _ in config_of(RECIPE, overrides).phases()] == [1, 513]
-    first, second = (Estimate(job_of(RECIPE, chosen, overrides, n)).step.number for n in (512, 650))
+    first, second = (
+        JobEstimate(job_of(RECIPE, chosen, overrides, n)).step.number for n in (512, 650)
+    )
     hours = (512 * first + 138 * second) / 3600
     assert run_hours(RECIPE, chosen, overrides) == pytest.approx(hours)
 
@@ -142,7 +144,7 @@ def in_pools(*options):
     alone = ["--rollout-gpus", "2048", "--rollout.colocated", "false", "--rl.importance_cap", "2"]
     alone += ["--rollout.redundant_experts", "0"]
     chosen, overrides = parse([str(RECIPE), *alone, *options])
-    estimate = Estimate(job_of(RECIPE, chosen, overrides))
+    estimate = JobEstimate(job_of(RECIPE, chosen, overrides))
     return estimate, {name: part.value for name, part in time_section(estimate.times).items()}
 
 
