@@ -1,8 +1,8 @@
 """Reinforcement learning: R1-Zero, R1's reasoning stage and its stage for all scenarios. See
 docs/stages/, docs/algorithms.md and docs/rewards.md.
 
-The command line (`cli`) calls `run`, which starts the roles, engines and graders (`rollout_run`)
-next to the trainer (`training_run`), and then the algorithm, `controller.loop.train`."""
+The algorithm is `controller.loop.train`. Here the roles of a run are started: engines and graders
+(`rollout_run`) next to the trainer (`training_run`)."""
 
 import asyncio
 from pathlib import Path

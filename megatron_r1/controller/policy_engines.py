@@ -64,7 +64,7 @@ class PolicyEngines:
             await self.trainer.call(ModelOperations.yield_memory, parameters=False)
         self._push_metrics = await self.pusher.push(version)
         self._have_no_weights = False
-        self.sampler.pushed(version)
+        self.sampler.start_ahead(version)
 
     @contextlib.asynccontextmanager
     async def with_trainer(self) -> AsyncIterator[None]:

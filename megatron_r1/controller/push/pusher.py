@@ -209,7 +209,7 @@ class WeightPusher:
         assert self._settled.locked(), "it is called in a block of updating()"
         await self.links.open()
         self.fleet.send_weights = self.send_weights
-        with self.fleet.patient(self.links.connect_seconds):
+        with self.fleet.allow_silence(self.links.connect_seconds):
             await self._form_sets(self._engines_up, self._lose_if_dead)
 
     async def push(self, version: int) -> dict[str, float]:
@@ -219,7 +219,7 @@ class WeightPusher:
         assert self._settled.locked(), "it is called in a block of updating()"
         start = time.perf_counter()
         self._push_number += 1
-        with self.fleet.patient(self.links.connect_seconds):
+        with self.fleet.allow_silence(self.links.connect_seconds):
             regrouped = self.links.engines_to_regroup(self._engines_up)
             await self._form_sets(regrouped, self._lose)
             await self._send_to_all()

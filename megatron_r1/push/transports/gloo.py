@@ -10,7 +10,7 @@ entered and relays it there, a bucket each way at a time. The checksums that a r
 the trainer's own.
 
 Within one group all ranks make the same calls in the same order, which follows from the plan, and
-what enters never waits for the relays. So ranks cannot wait for each other in a circle."""
+what enters never waits for the relays. So ranks cannot deadlock."""
 
 import datetime
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ ENGINE_RANK, TRAINER_RANK = 0, 1
 """The ranks of a pair in its group."""
 CLOSE_SECONDS = 2.0
 """How long `close` waits for the threads that receive, all together."""
-PATIENCE_SECONDS = 2.0
+EXTRA_SECONDS = 2.0
 """How much longer than a push's limit a rank waits for other ranks, so that the rank at fault
 reports first."""
 
@@ -183,7 +183,7 @@ class GlooReceiver(PayloadReceiver):
                 if arrived:
                     arrived[0].unpack(*arrived[1:])
                 for work in works:
-                    _wait_for(work, self.rendezvous, PATIENCE_SECONDS)
+                    _wait_for(work, self.rendezvous, EXTRA_SECONDS)
                 placed = payloads[source], start, ends[source], received
                 arrived = placed if len(received) else None
         if arrived:

@@ -50,7 +50,7 @@ class Engines:
             raise EngineError("differs")
         return {}
 
-    def pushed(self, version):
+    def start_ahead(self, version):
         self.done.append("pushed")
 
     def begin(self, step):

@@ -15,7 +15,7 @@ class SmallFleet:
 
     async def push(self, update, version): ...
 
-    def patient(self, seconds):
+    def allow_silence(self, seconds):
         return nullcontext()
 
     def replace(self, engine, death):
