@@ -61,7 +61,7 @@ class PolicyEngines:
         """Send the trainer's weights to every engine, as `version`; what these compute counts once
         `await_probes` has returned. Call it in a block of `updating`."""
         if self._rollout_config.colocated:
-            await self.trainer.call(ModelOperations.yield_memory, parameters=False)
+            await self.trainer.call(ModelOperations.free_memory, parameters=False)
         self._push_metrics = await self.pusher.push(version)
         self._have_no_weights = False
         self.sampler.start_ahead(version)

@@ -8,7 +8,7 @@ from megatron_r1.plan.counts import flops_section, parameter_section
 from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, share_alone
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
-from megatron_r1.plan.offload import AWAY, offload_disk
+from megatron_r1.plan.offload import OFFLOADED, offload_disk
 from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
 from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_bytes
 from megatron_r1.plan.ranges import narrowing_section, with_range
@@ -201,7 +201,7 @@ class JobEstimate:
         fix = {
             "checkpoint being written": "set checkpoint.asynchronous to false, or ",
             "reference": "set parallel.reference_offload to device, or ",
-            AWAY: "set parallel.offload_between_phases to disk or none, or ",
+            OFFLOADED: "set parallel.offload_between_phases to disk or none, or ",
             "optimizer": "lower parallel.optimizer_offload, or ",
             "critic's optimizer": "lower parallel.optimizer_offload, or ",
         }.get(largest, "")

@@ -178,7 +178,7 @@ class ModelOperations(Protocol):
 
     def probe(self, *, samples: list[Sample]) -> Metrics: ...
 
-    def yield_memory(self, *, parameters: bool) -> None: ...
+    def free_memory(self, *, parameters: bool) -> None: ...
 
     def compare_probe(self, *, samples: list[Sample]) -> Metrics: ...
 
@@ -223,10 +223,10 @@ class PushOperations(Protocol):
 WITH_OPTIMIZER = {"update", "update_critic", "save_checkpoint", "load_checkpoint"}
 """Operations that use the optimizer's state."""
 WITHOUT_PARAMETERS = {
-    *(LOAD, STOP, "yield_memory", "compare_with_engines", "compute_token_advantages"),
+    *(LOAD, STOP, "free_memory", "compare_with_engines", "compute_token_advantages"),
     *("compare_probe", "checkpoint_progress", "verify_checkpoint"),
 }
-"""Operations that use no weights: they may be called while the weights are away
+"""Operations that use no weights: they may be called while the weights are offloaded
 (`parallel.offload_between_phases`)."""
 
 

@@ -303,7 +303,7 @@ class Trainer:
         check_token_ids(samples, self.hf["vocab_size"])
         return [packed_batch(s, self.split, platform.device()) for s in self._in_rounds([samples])]
 
-    def yield_memory(self, parameters: bool = False) -> None:
+    def free_memory(self, parameters: bool = False) -> None:
         """Free what the trainer does not need while engines compute on the same GPUs: gradients,
         the loaded samples, memory that torch keeps for later activations, and with
         `parallel.offload_between_phases` the optimizer's state.
@@ -317,7 +317,7 @@ class Trainer:
         for network in self._trained():
             free_gradients(network.ddp_chunks)
         if self.offload is not None:
-            self.offload.free(parameters=parameters)
+            self.offload.free_memory(parameters=parameters)
         torch.cuda.empty_cache()
 
     def _trained(self) -> list[Any]:

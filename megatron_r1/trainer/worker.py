@@ -227,7 +227,7 @@ def methods(
         trainer.probe,
         trainer.prepare_probe,
         trainer.compare_probe,
-        trainer.yield_memory,
+        trainer.free_memory,
         folders.export,
         folders.export_adapter,
         folders.save_checkpoint,

@@ -106,12 +106,14 @@ def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
         if yields:
             offload_all(trainer)
             trainer.offload.prepare("load")
-            away = trainer.offload.away_bytes
+            away = trainer.offload.offloaded_bytes
             trainer.offload.prepare("compute_logprobs")
-            assert trainer.offload.away_bytes < away
-            assert step == 0 or trainer.offload.away_bytes, "Adam's state comes with the update"
+            assert trainer.offload.offloaded_bytes < away
+            assert step == 0 or trainer.offload.offloaded_bytes, (
+                "Adam's state comes with the update"
+            )
             trainer.offload.prepare("update")
-            assert trainer.offload.away_bytes == 0
+            assert trainer.offload.offloaded_bytes == 0
             assert_views(trainer)
         load(trainer, position, step)
         seen.append(trainer.compute_logprobs(1.0, reference=True))
@@ -134,10 +136,10 @@ def offload_all(trainer) -> None:
     before = held_bytes(tensors)
     parameters = [p for chunk in trainer.model_chunks for p in chunk.parameters()]
     ours = held_bytes(parameters)
-    trainer.yield_memory(parameters=False)
+    trainer.free_memory(parameters=False)
     assert held_bytes(tensors) == held_bytes(parameters) == ours, "Adam's state is still here"
-    trainer.yield_memory(parameters=True)
-    assert trainer.offload.away_bytes == before
+    trainer.free_memory(parameters=True)
+    assert trainer.offload.offloaded_bytes == before
     left = [t for t in tensors if t.untyped_storage().nbytes()]
     assert not any(t.untyped_storage().resizable() for t in left), "some of it is still here"
     assert not any(t.any() for t in left), "its pages are still here"
@@ -162,7 +164,7 @@ def offload_changes_nothing(model: str, grid: str, position, out: Path) -> None:
             assert torch.equal(got, want), f"{grid}, {place}: {(got - want).abs().max()}"
     # A checkpoint of a trainer with offload, into one whose state is away.
     trainer = Trainer(config(model, grid, "host"), position)
-    trainer.yield_memory(parameters=True)
+    trainer.free_memory(parameters=True)
     trainer.offload.prepare("load_checkpoint")
     folder = out / f"{grid}-disk".replace(":", "-")
     Folders(trainer).load_checkpoint(str(folder), reference=True)

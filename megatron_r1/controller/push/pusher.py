@@ -183,7 +183,7 @@ class WeightPusher:
     ):
         self.fleet, self.links, self.prober, self.offloads = fleet, links, prober, offloads
         if offloads:
-            links.trainer.is_offloaded = lambda: fleet.uses_memory
+            links.trainer.is_offloaded = lambda: fleet.engines_use_memory
         self._timeout_seconds = links.settings.timeout_seconds
         self._settled = asyncio.Lock()
         """Held while the weights change, and while an engine joins."""
@@ -259,7 +259,7 @@ class WeightPusher:
                 # The trainer's weights come back into the memory of engines that sleep.
                 async with raise_dead_after(engine, self._timeout_seconds):
                     await engine.client.sleep()
-                if self.fleet.uses_memory:
+                if self.fleet.engines_use_memory:
                     yield False
                     return
             try:
@@ -290,7 +290,7 @@ class WeightPusher:
         if self.prober is not None:
             await self.prober.prepare()
         if self.offloads:
-            await self.links.trainer.call(ModelOperations.yield_memory, parameters=True)
+            await self.links.trainer.call(ModelOperations.free_memory, parameters=True)
 
     async def _form_sets(self, engines: Sequence[Engine], on_lost: OnLost) -> None:
         # Engines that sleep, for the trainer's sake, must not compute before they are awake.

@@ -104,7 +104,7 @@ class TrainerClient:
         self.num_replies = 0
         self.num_restarts = 0
         self.is_offloaded: Callable[[], bool] = lambda: False
-        """Whether engines may have the memory of the ranks' weights, which are away then
+        """Whether engines may have the memory of the ranks' weights, which are offloaded then
         (`controller.push.pusher`)."""
         self._cost = sample_cost(read_hf_config(config.model.path, config.model.head))
         self._packings: list[Packing] = []

@@ -141,7 +141,7 @@ class RolloutFleet:
         return self.members.engines
 
     @property
-    def uses_memory(self) -> bool:
+    def engines_use_memory(self) -> bool:
         """Whether an engine has the memory that `sleep` frees."""
         return self.awake.is_set() and any(not engine.is_asleep for engine in self.members.up)
 

@@ -143,5 +143,5 @@ def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gp
     settings = {"rollout.colocated": colocated, "rollout.gpu_memory": 0.3}
     collector = SimpleNamespace(fleet=Fleet(), teacher=None)
     asyncio.run(rl._start_roles(configuration.load(recipe, settings), Trainer(), collector))
-    in_turn = ["trainer", "yield_memory", "engines"] if colocated else ["trainer", "engines"]
+    in_turn = ["trainer", "free_memory", "engines"] if colocated else ["trainer", "engines"]
     assert done == (in_turn if has_gpus or colocated else ["engines", "trainer"])

@@ -14,7 +14,7 @@ from megatron_r1.plan.ranges import narrowing_section
 from megatron_r1.plan.timing import time_section
 
 DENSE, EXPERT = 283_967_488, 5_637_144_576
-AWAY = 2 * (DENSE + EXPERT) + 12 * (DENSE / 32 + EXPERT / 16)
+OFFLOADED = 2 * (DENSE + EXPERT) + 12 * (DENSE / 32 + EXPERT / 16)
 GIB = 2**30
 
 
@@ -28,10 +28,10 @@ def value(of: JobEstimate, section: str, name: str) -> float:
 
 def test_the_engines_may_take_what_is_away():
     here, away = estimate("none"), estimate("host")
-    assert here.engines.resident == pytest.approx(AWAY, rel=5e-3)
+    assert here.engines.resident == pytest.approx(OFFLOADED, rel=5e-3)
     # The routers' bias of a rank, which is no parameter.
-    assert 0 < away.engines.resident < 1e-6 * AWAY
-    assert away.engines.free - here.engines.free == pytest.approx(AWAY, rel=5e-3)
+    assert 0 < away.engines.resident < 1e-6 * OFFLOADED
+    assert away.engines.free - here.engines.free == pytest.approx(OFFLOADED, rel=5e-3)
     more = {"rollout__gpu_memory": 0.9}
     assert "rollout.gpu_memory" in estimate("none", **more).problems()[0]
     assert estimate("host", **more).problems() == estimate("disk", **more).problems() == []
@@ -48,9 +48,9 @@ def test_training_and_scoring_need_as_much_as_without():
 
 def test_a_node_holds_it_in_memory_or_on_its_disk():
     kind, host = "away while engines sample", "host memory of a node"
-    assert value(estimate("host"), host, kind) == pytest.approx(8 * AWAY, rel=5e-3)
+    assert value(estimate("host"), host, kind) == pytest.approx(8 * OFFLOADED, rel=5e-3)
     disk = estimate("disk")
-    assert value(disk, "local disk of a node", kind) == pytest.approx(8 * AWAY, rel=5e-3)
+    assert value(disk, "local disk of a node", kind) == pytest.approx(8 * OFFLOADED, rel=5e-3)
     assert kind not in disk.sections()[host]
     assert "local disk of a node" not in estimate("host").sections()
 
@@ -59,7 +59,7 @@ def test_a_node_holds_it_in_memory_or_on_its_disk():
 def test_a_step_waits_for_both_ways_and_a_fifth_of_a_checkpoint(place, rate):
     here, away = estimate("none"), estimate(place)
     push = value(here, "time", "push")
-    once = 2 * AWAY / rate
+    once = 2 * OFFLOADED / rate
     seconds = value(away, "time", "offload")
     assert seconds == pytest.approx(once + (once + push) / 5, rel=5e-3)
     assert value(away, "time", "step") - value(here, "time", "step") == pytest.approx(seconds)
@@ -89,5 +89,5 @@ def test_the_critic_s_state_is_away_too():
         for place in ("none", "host")
     )
     kind = "away while engines sample"
-    assert here.resident > 1.5 * AWAY and away.resident < 1e-6 * AWAY
+    assert here.resident > 1.5 * OFFLOADED and away.resident < 1e-6 * OFFLOADED
     assert away.host[kind] == pytest.approx(here.resident, rel=5e-3)

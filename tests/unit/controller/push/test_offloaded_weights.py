@@ -119,7 +119,7 @@ def test_the_trainer_scores_the_probes_and_goes_before_the_engines_wake():
     assert asyncio.run(story()) == [
         "send_weights",
         "prepare_probe",
-        "yield_memory True",
+        "free_memory True",
         "fleet has 1",
         "score",
         "compare_probe",
@@ -165,7 +165,7 @@ def test_one_that_joins_when_all_have_died_gets_its_weights_and_then_the_memory(
         "connect",
         "send_weights",
         "prepare_probe",
-        "yield_memory True",
+        "free_memory True",
         "wake weights",
         "swap",
         "wake kv_cache",
@@ -190,9 +190,9 @@ def test_a_checkpoint_has_the_memory_and_engines_their_weights_before_the_next_r
         await engines.rollout(3)
         return trainer.done
 
-    again = ["send_weights", "prepare_probe", "yield_memory True", "fleet has 1", "score"]
+    again = ["send_weights", "prepare_probe", "free_memory True", "fleet has 1", "score"]
     assert asyncio.run(story()) == [
-        *("fleet sleeps", "save_checkpoint", "yield_memory False", *again, "compare_probe"),
+        *("fleet sleeps", "save_checkpoint", "free_memory False", *again, "compare_probe"),
         *("rollout 2", "rollout 3"),
     ]
 

@@ -290,7 +290,7 @@ def test_an_engine_that_comes_without_weights_sleeps_and_serves_from_the_next_pu
     async def story(fleet):
         @contextlib.asynccontextmanager
         async def send_weights(engine):
-            assert fleet.uses_memory
+            assert fleet.engines_use_memory
             await engine.client.sleep()
             yield False
 
@@ -300,7 +300,7 @@ def test_an_engine_that_comes_without_weights_sleeps_and_serves_from_the_next_pu
         groups = await sample(fleet, 4)
         by_first = peers[0].num_calls
         await fleet.sleep()
-        assert not fleet.uses_memory
+        assert not fleet.engines_use_memory
         await fleet.push({}, 1)
         await sample(fleet, 4)
         return early, len(groups), by_first, joined.is_open, peers[1].called.count(SLEEP)
