@@ -1,5 +1,5 @@
 """What an RL run checks before anything starts: its settings, the GPUs of this host, and the
-questions that it may draw: loaded, cut to those that fit, and reported on.
+prompts that it may draw: loaded, cut to those that fit, and reported on.
 
 Trainer ranks take the first GPUs, engines that run on the controller's host equal shares of all
 (`engines.server.gpu`): both are on the same GPUs. `commands.first_recipe.layout` decides the
@@ -117,9 +117,9 @@ MAX_SHOWN_IDS = 8
 """Token ids that are shown of either end of a prompt."""
 
 
-def _load_questions(config: Config, text: PromptText) -> PromptSplit:
-    """Return the questions of the recipe that an engine has room for, and print what is unusual
-    about the data. Raises UserError for unreadable data, and where no question is left."""
+def _load_prompts(config: Config, text: PromptText) -> PromptSplit:
+    """Return the prompts of the recipe that an engine has room for, and print what is unusual
+    about the data. Raises UserError for unreadable data, and where no prompt is left."""
     rows = config.data.model_dump(exclude={"template"})
     if config.agents.players:
         from megatron_r1.agents.rows import rows_of
@@ -190,7 +190,7 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
 
     Args:
         source: the file or the task.
-        prompts: the questions with their truths."""
+        prompts: those to train on and held out, with their truths."""
     padded = [
         prompt
         for prompt in prompts.train + prompts.heldout
@@ -265,9 +265,9 @@ def run_facts(config: Config, text: PromptText, prompts: PromptSplit) -> list[st
 
 def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
     """Check all that can be checked before anything starts; return the tokenizer with its template,
-    and the questions. Raises UserError."""
+    and the prompts. Raises UserError."""
     # In the order of what a check needs: settings, then the tokenizer, which the environment's
-    # check renders with, then the questions, whose lengths the tokenizer measures. So a mistake in
+    # check renders with, then the prompts, whose lengths the tokenizer measures. So a mistake in
     # a setting is reported without reading the data, which may be large.
     check_settings(config)
     return read_prompts(config)
@@ -282,7 +282,7 @@ def read_prompts(config: Config) -> tuple[PromptText, PromptSplit]:
         from megatron_r1.controller.rollouts.players import check_player
 
         check_player(config, text)
-    return text, _load_questions(config, text)
+    return text, _load_prompts(config, text)
 
 
 def ends_with(config: Config, text: PromptText) -> str:

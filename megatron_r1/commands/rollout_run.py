@@ -166,9 +166,9 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     group_size = min(first.rl.group_size, MAX_RESPONSES)
     num_groups = min(first.rl.questions_per_rollout, MAX_RESPONSES // group_size)
     sampler = PromptSampler(prompts.train, config.run.seed)
-    questions = sampler.next_by_kind(num_groups, weights=first.rl.kind_weights)
+    prompts = sampler.next_by_kind(num_groups, weights=first.rl.kind_weights)
     with temporary_logs() as logs:
-        rollout, seconds = asyncio.run(_sample(first, text, questions, group_size, logs))
+        rollout, seconds = asyncio.run(_sample(first, text, prompts, group_size, logs))
     groups = rollout.groups
     pairs = [(group, index) for index in range(len(groups[0].responses)) for group in groups]
     for group, index in pairs[:NUM_SHOWN]:
@@ -178,7 +178,7 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
 
 
 async def _sample(
-    config: Config, text: PromptText, questions: list[Prompt], group_size: int, logs: Path
+    config: Config, text: PromptText, prompts: list[Prompt], group_size: int, logs: Path
 ) -> tuple[Rollout, float]:
     """Return the rollout, and the seconds from its start to the last grade."""
     rewards, rollout = config.rewards, config.rollout
@@ -204,17 +204,17 @@ async def _sample(
     )
     try:
         with naming_renamed_columns(config.data.columns):
-            await collector.check(weights, questions)
+            await collector.check(weights, prompts)
         print(ends_with(config, text), flush=True)
         print(f"starting {counted(rollout.engines, 'engine')} on {config.model.path}", flush=True)
         await fleet.start(config.model.path)
         print(
-            f"sampling {counted(group_size * len(questions), 'response')} of at most "
+            f"sampling {counted(group_size * len(prompts), 'response')} of at most "
             f"{rollout.max_response_tokens:,} tokens",
             flush=True,
         )
         start = time.perf_counter()
-        collected = await collector.collect(questions, sampling)
+        collected = await collector.collect(prompts, sampling)
         seconds = time.perf_counter() - start
         return collected, seconds
     finally:

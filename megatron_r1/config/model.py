@@ -130,7 +130,7 @@ class RewardModelConfig(Section):
     batch_size: int = Field(256, gt=0)
     """pairs, or labelled responses, per step"""
     heldout_fraction: float = Field(0.1, ge=0, lt=1)
-    """share of the questions that is held out, by their text"""
+    """share of the prompts that is held out, by their question"""
 
     @property
     def shown(self) -> Part:
