@@ -1,8 +1,8 @@
-"""The policy-gradient estimators of `rl.algorithm`: their defaults, and the settings they allow.
+"""The policy-gradient algorithms of `rl.algorithm`: their defaults, and the settings they allow.
 
 `LossSettings` and `TokenSettings` reach a step's loss and its token advantages on trainer ranks.
 The mathematics of each is in `controller/algorithms/`, in the file of its name or in
-`grpo.py`, whose docstring gives the source of the values here. An estimator of the user's
+`grpo.py`, whose docstring gives the source of the values here. An algorithm of the user's
 own has both in one module (docs/algorithms.md). `RLConfig` makes `LossSettings` and
 `TokenSettings`; `trainer.operations` carries them as mappings of their names."""
 
@@ -21,7 +21,7 @@ Option = bool | int | float | str
 
 @dataclass(frozen=True)
 class AlgorithmRules:
-    """Settings of one estimator.
+    """Settings of one algorithm.
 
     Attributes:
         defaults: `rl` settings of its source, used where recipe and preset leave them out.

@@ -147,14 +147,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class RLConfig(Section):
-    """The estimator, its loss, and how a rollout is made and cut into updates."""
+    """The algorithm, and how a rollout is made and cut into updates."""
 
     preset: Literal["r1_zero", "grpo_v1"] = "r1_zero"
     """where the values come from that a recipe leaves out"""
     algorithm: str = Field(
         "grpo",
         # No docstring below, as all others have: the list of names is computed.
-        description="the policy-gradient estimator, with its own defaults for what recipe and "
+        description="the policy-gradient algorithm, with its own defaults for what recipe and "
         f"preset leave out: {', '.join(algorithms.NAMES)}, or your own as module:RULES. See "
         "docs/algorithms.md",
     )

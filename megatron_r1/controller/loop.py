@@ -3,7 +3,7 @@ reinforce the responses that are better than their group.
 
 One pass of `train` is one rollout: G responses to each of P prompts, their rewards and advantages,
 log-probabilities under the old policy and the reference, one epoch of mini-batch updates, and the
-new weights for the engines. `rl.algorithm` chooses the estimator of advantages and the loss
+new weights for the engines. `rl.algorithm` chooses how advantages and the loss are computed
 (`controller.algorithms`). Placement, resuming and reporting are in `controller.session` and do not
 show here.
 
@@ -47,7 +47,7 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
         push/sender.py                          WeightSender.send
         engines/plugin/backend.py               PushTransferEngine.receive_weights
 
-Estimators that have them add a critic's values before 3 (`trainer/critic.py`), and an advantage per
+Algorithms that have them add a critic's values before 3 (`trainer/critic.py`), and an advantage per
 token after it (`trainer/token_advantages.py`)."""
 
 import asyncio

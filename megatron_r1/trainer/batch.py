@@ -3,7 +3,7 @@
 The head gives log-probabilities, or a whole policy loss with its gradients. Only response tokens
 pass through it; prompts and padding cost nothing there.
 
-Importing it needs no Megatron, so that a loss or an estimator can be computed and tested
+Importing it needs no Megatron, so that a loss or an algorithm can be computed and tested
 without."""
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class PackedBatch:
     values: Tensor | None = None
     """(T,) fp32: the critic's before each response token, 0 elsewhere."""
     returns: Tensor | None = None
-    """(T,) fp32: the targets of the values, computed by the advantage estimator."""
+    """(T,) fp32: the targets of the values, computed with the token advantages."""
 
 
 @dataclass(frozen=True)

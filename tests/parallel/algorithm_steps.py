@@ -1,8 +1,8 @@
-"""Estimators that give every token its own advantage, on these ranks: `algorithm_steps.py MODEL OUT
+"""Algorithms that give every token its own advantage, on these ranks: `algorithm_steps.py MODEL OUT
 GRID…`.
 
-Every grid sees the same rollouts, one for each estimator, spread as the controller spreads them, of
-a policy that has moved away from its reference. OUT/GRID.json: of each estimator every token's
+Every grid sees the same rollouts, one for each algorithm, spread as the controller spreads them, of
+a policy that has moved away from its reference. OUT/GRID.json: of each algorithm every token's
 advantage (and return) by sample and position, gathered from all ranks, and the metrics of two
 updates; OUT/GRID.safetensors: the weights after all of them."""
 

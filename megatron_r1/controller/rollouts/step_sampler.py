@@ -218,7 +218,7 @@ async def collect_informative(
     Where the group is the baseline, a group whose responses all have the same reward has advantage
     0 everywhere. Without such groups the number of samples behind a gradient stays the same while
     the policy learns. Rewards are compared before `overlong_penalty`, as the paper
-    compares accuracies. An estimator with another baseline (reinforce, reinforce_pp, ppo) would
+    compares accuracies. An algorithm with another baseline (reinforce, reinforce_pp, ppo) would
     learn from the groups that are passed over.
 
     Each round draws a prompt for every group still missing; equal-reward groups then fill the batch

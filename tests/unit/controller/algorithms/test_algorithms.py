@@ -1,12 +1,12 @@
-"""Each estimator, from rewards to the gradient of a packed mini-batch, against its formula."""
+"""Each algorithm, from rewards to the gradient of a packed mini-batch, against its formula."""
 
 import math
 import random
 
-import estimator_formulae as formulae
+import algorithm_formulae as formulae
 import pytest
 import torch
-from estimator_problem import EXACT, Problem, check, ours, plain, weighted_by_the_ratio, with_kl
+from algorithm_problem import EXACT, Problem, check, ours, plain, weighted_by_the_ratio, with_kl
 
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
@@ -125,7 +125,7 @@ def test_on_policy_distillation_teaches_ungraded_responses_too():
 
 
 def test_distillation_and_rloo_have_the_gradients_of_the_divergences_they_are_named_after():
-    """All two-token responses at once, weighed by their probabilities: the estimators' expected
+    """All two-token responses at once, weighed by their probabilities: the algorithms' expected
     gradients are those of the exact divergences."""
     g = torch.Generator().manual_seed(4)
     first = torch.randn(4, generator=g, dtype=torch.float64).requires_grad_()

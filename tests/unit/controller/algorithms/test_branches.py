@@ -1,13 +1,13 @@
-"""Every estimator on episodes of several turns and branches: loss and gradient are those of one
+"""Every algorithm on episodes of several turns and branches: loss and gradient are those of one
 unbranched response that has the sampled tokens alone."""
 
 import math
 import random
 
-import estimator_formulae as formulae
+import algorithm_formulae as formulae
 import pytest
 import torch
-from estimator_problem import (
+from algorithm_problem import (
     HIDDEN,
     REWARDS,
     VOCABULARY,

@@ -1,4 +1,4 @@
-"""An estimator outside the package that defines all it may; found on PYTHONPATH, as `grader` is.
+"""An algorithm outside the package that defines all it may; found on PYTHONPATH, as `grader` is.
 
 Its metric `own` is 1 where the loss, on the trainer ranks, has the advantages computed there."""
 

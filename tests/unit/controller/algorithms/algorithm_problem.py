@@ -1,9 +1,9 @@
-"""Responses with rewards, and a check of an estimator on them against its formula."""
+"""Responses with rewards, and a check of an algorithm on them against its formula."""
 
 import math
 import random
 
-import estimator_formulae as formulae
+import algorithm_formulae as formulae
 import torch
 
 from megatron_r1.base.user_code import find_function
