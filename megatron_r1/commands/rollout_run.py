@@ -199,7 +199,7 @@ async def _sample(
         rollout.temperature,
         rollout.top_p,
         rollout.max_response_tokens,
-        weights=weights,
+        reward_weights=weights,
         stop=tuple(rollout.stop),
     )
     try:

@@ -171,17 +171,17 @@ class _Readable:
 class LossSettings(_Readable):
     """Settings of a policy loss: those of r1_kernels' `policy_loss` (formulae: its `policy_terms`).
 
-    `average` also chooses the trainer's denominator, unlike in `policy_loss`. The default of each
-    optional term leaves that term out."""
+    `loss_average` also chooses the trainer's denominator, unlike `average` in `policy_loss`. The
+    default of each optional term leaves that term out."""
 
-    average: LossAverage
+    loss_average: LossAverage
     """as `rl.loss_average`; `trainer.losses` has what each is divided by"""
     clip_low: float
     """ε below 1 at which ρ is clipped"""
     clip_high: float
     """ε above 1 at which ρ is clipped"""
     max_response_tokens: int | None = None
-    """L, the tokens that average "constant" divides by; None: for the other averages"""
+    """L, the tokens that loss_average "constant" divides by; None: for the other averages"""
     objective: Literal["ppo", "cispo"] = "ppo"
     dual_clip: float | None = None
     """largest ρ of a negative advantage"""

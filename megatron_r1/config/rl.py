@@ -316,7 +316,7 @@ class RLConfig(Section):
             max_response_tokens: the limit in the step's `rollout` section."""
         kl_in_reward = algorithms.find_rules(self.algorithm).kl_in_reward
         return LossSettings(
-            average=self.loss_average,
+            loss_average=self.loss_average,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             max_response_tokens=max_response_tokens,

@@ -27,7 +27,7 @@ def graded(rewards: list[float | None]) -> list[float]:
 
 
 def group_advantages(
-    rewards: list[float | None], *, divide_by: str = "group", epsilon: float = 1e-6
+    rewards: list[float | None], *, advantage_std: str = "group", epsilon: float = 1e-6
 ) -> list[float]:
     """Return the group-relative advantages of the G responses to one prompt; 0 for ungraded ones.
 
@@ -39,20 +39,20 @@ def group_advantages(
 
     Args:
         rewards: the rewards of the group; None: ungraded.
-        divide_by: "group" for the z-score (population standard deviation, the group's own root mean
-            square), "none" to leave the scale of the rewards (Dr. GRPO, arXiv 2503.20783, section
-            3.2).
+        advantage_std: what divides, as `rl.advantage_std`: "group" for the z-score (population
+            standard deviation, the group's own root mean square), "none" to leave the scale of the
+            rewards (Dr. GRPO, arXiv 2503.20783, section 3.2).
         epsilon: added to the deviation.
 
     Raises:
-        ValueError: as `graded`, and for another divide_by."""
-    if divide_by not in ("group", "none"):
-        raise ValueError(f"divide_by {divide_by!r}: use group or none")
+        ValueError: as `graded`, and for another advantage_std."""
+    if advantage_std not in ("group", "none"):
+        raise ValueError(f"advantage_std {advantage_std!r}: use group or none")
     known = graded(rewards)
     if are_equal(known):
         return [0.0] * len(rewards)
     mean = fmean(known)
-    scale = pstdev(known) + epsilon if divide_by == "group" else 1.0
+    scale = pstdev(known) + epsilon if advantage_std == "group" else 1.0
     return [0.0 if r is None else (r - mean) / scale for r in rewards]
 
 

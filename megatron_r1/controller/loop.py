@@ -91,7 +91,7 @@ async def train(session: Session) -> None:
                     await update(passes, config, index, session.step)
                     for index in range(config.rl.minibatches)
                 ]
-                metrics |= await passes.compare_with_engines()  # with π_old, known only now
+                metrics |= await passes.measure_logprob_diff()  # with π_old, known only now
                 await passes.refresh_reference_if_due(config)
             with session.phase("push"):
                 await engines.push(session.step)

@@ -156,7 +156,7 @@ class ModelOperations(Protocol):
         self, *, temperature: float, reference: bool, first_minibatch: bool
     ) -> Metrics: ...
 
-    def compare_with_engines(self) -> Metrics: ...
+    def measure_logprob_diff(self) -> Metrics: ...
 
     def compute_values(self) -> None: ...
 
@@ -223,7 +223,7 @@ class PushOperations(Protocol):
 WITH_OPTIMIZER = {"update", "update_critic", "save_checkpoint", "load_checkpoint"}
 """Operations that use the optimizer's state."""
 WITHOUT_PARAMETERS = {
-    *(LOAD, STOP, "free_memory", "compare_with_engines", "compute_token_advantages"),
+    *(LOAD, STOP, "free_memory", "measure_logprob_diff", "compute_token_advantages"),
     *("compare_probe", "checkpoint_progress", "verify_checkpoint"),
 }
 """Operations that use no weights: they may be called while the weights are offloaded

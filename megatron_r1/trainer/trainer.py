@@ -2,7 +2,7 @@
 
 An RL step calls load() (receive the rollout's micro-batches), compute_values() with a critic,
 compute_logprobs() (old and reference policy), compute_token_advantages() for some algorithms,
-update() and update_critic() once per mini-batch, and compare_with_engines() (differences of
+update() and update_critic() once per mini-batch, and measure_logprob_diff() (differences of
 log-probabilities). SFT and reward models call load() and update(); sample_scores() evaluates a
 reward model, probe() compares a few tokens with an engine.
 
@@ -197,7 +197,7 @@ class Trainer:
             scored = ScoredRollout(self._batches(), self.groups.cp, self.groups.dp_cp)
             scored.store(find_function(function)(scored, settings))
 
-    def compare_with_engines(self) -> dict[str, float]:
+    def measure_logprob_diff(self) -> dict[str, float]:
         """Return the mean and the largest absolute difference, over response tokens, of the
         engine's log-probabilities and the trainer's "old" ones; compute_logprobs() comes first.
 

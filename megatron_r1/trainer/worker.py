@@ -218,7 +218,7 @@ def methods(
     operations: list[Callable[..., Any]] = [
         trainer.refresh_reference,
         trainer.compute_logprobs,
-        trainer.compare_with_engines,
+        trainer.measure_logprob_diff,
         trainer.compute_values,
         trainer.compute_token_advantages,
         trainer.update,

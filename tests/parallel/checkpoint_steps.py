@@ -34,7 +34,7 @@ staging.GATHERED_ELEMENTS = 10_000  # a bucket takes several slices
 
 def update(trainer, position, seed: int) -> dict:
     load(trainer, position, (seed,))
-    metrics = trainer.update(0, LOSS, SETTINGS, 0.1) | trainer.compare_with_engines()
+    metrics = trainer.update(0, LOSS, SETTINGS, 0.1) | trainer.measure_logprob_diff()
     # Streams that training may draw from: each draw has to go on where the last one stopped.
     metrics["draws"] = [torch.rand(1).item(), random.random(), forked_draw()]
     return metrics

@@ -129,7 +129,7 @@ def run(settings, position, out: Path, change: Plant | None) -> str | None:
 
         trainer.optimizer.step = stepped
         load(trainer, position, (step,))
-        metrics = trainer.update(0, LOSS, SETTINGS, 0.1) | trainer.compare_with_engines()
+        metrics = trainer.update(0, LOSS, SETTINGS, 0.1) | trainer.measure_logprob_diff()
         if is_due and mine.when == "end":
             plant(trainer, mine, planted)
         folders.save_checkpoint(

@@ -118,7 +118,7 @@ def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
         load(trainer, position, step)
         seen.append(trainer.compute_logprobs(1.0, reference=True))
         seen.append(trainer.update(0, LOSS, None, 1e-2))
-        seen.append(trainer.compare_with_engines())
+        seen.append(trainer.measure_logprob_diff())
         seen.append(trainer.probe([TEXT]))
     folders.export(str(out / "hf"))  # and NumPy has seen the parameters, as in a push
     if yields:

@@ -109,7 +109,7 @@ def main() -> None:
             if update % 2 == 0:
                 load(trainer, position, (update, update + 1))
             of_loss = LossSettings(
-                average=average,
+                loss_average=average,
                 clip_low=CLIP_LOW,
                 clip_high=CLIP_HIGH,
                 max_response_tokens=LIMIT,

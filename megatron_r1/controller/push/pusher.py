@@ -64,7 +64,7 @@ class Prober:
         Raises EngineError where it exceeds the tolerance."""
         asked = engines if self.prompts else ()
         # All at once: an answer takes several of an engine's steps.
-        outcomes = await asyncio.gather(*map(self._difference, asked), return_exceptions=True)
+        outcomes = await asyncio.gather(*map(self._probe_diff, asked), return_exceptions=True)
         differences: list[float] = []
         for engine, difference in zip(asked, outcomes, strict=True):
             if isinstance(difference, EngineDied):
@@ -82,7 +82,7 @@ class Prober:
                 )
         return {"push/probe_diff": max(differences)} if differences else {}
 
-    async def _difference(self, engine: Engine) -> float:
+    async def _probe_diff(self, engine: Engine) -> float:
         """Return the mean difference. Raises EngineDied where the engine gives no usable answer."""
         responses = await self._answers(
             engine,
@@ -120,7 +120,7 @@ class OffloadedProber(Prober):
         if self.prompts:
             await self.trainer.prepare_probe(self.prompts)
 
-    async def _difference(self, engine: Engine) -> float:
+    async def _probe_diff(self, engine: Engine) -> float:
         scores = await self._answers(engine, lambda prompt: engine.client.score(prompt, 1))
         return await self.trainer.compare_probe(self.prompts, scores)
 

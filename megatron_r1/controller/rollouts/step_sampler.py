@@ -35,11 +35,11 @@ class StepRollout:
 
     Attributes:
         prompts_after: state of the prompt sampler after the step's prompts.
-        num_recalled: groups that came from the sample log."""
+        num_replayed: groups that came from the sample log."""
 
     rollout: Rollout
     prompts_after: dict[str, Any]
-    num_recalled: int = 0
+    num_replayed: int = 0
 
 
 class StepSampler:
@@ -114,12 +114,12 @@ class StepSampler:
         config = self.config.at(step)
         rl, rollout = config.rl, config.rollout
         sampling = RolloutSampling(
-            num_samples=rl.group_size,
+            group_size=rl.group_size,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
-            max_tokens=rollout.max_response_tokens,
+            max_response_tokens=rollout.max_response_tokens,
             step=step,
-            weights=weights_at(config.rewards.weights, step),
+            reward_weights=weights_at(config.rewards.weights, step),
             routing=self._routing,
             with_teacher=self.collector.teacher is not None,
             stop=tuple(rollout.stop),
@@ -143,7 +143,7 @@ class StepSampler:
         if log is None:
             return StepRollout(collected, prompts_after)
         await log.accept()
-        return StepRollout(collected, prompts_after, log.num_recalled)
+        return StepRollout(collected, prompts_after, log.num_replayed)
 
 
 class RolloutStream(Generic[T]):

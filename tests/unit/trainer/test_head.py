@@ -21,7 +21,7 @@ SAMPLES = [
     ([5], [6, 1, 2], -1.0),
     ([3, 4], [12], 0.5),
 ]
-GRPO = LossSettings(average="sequence", clip_low=0.2, clip_high=0.3, kl_beta=0.1)
+GRPO = LossSettings(loss_average="sequence", clip_low=0.2, clip_high=0.3, kl_beta=0.1)
 
 
 def micro_batch(samples=SAMPLES, seed=0):
@@ -86,7 +86,7 @@ def test_supervised_loss_is_the_negative_log_likelihood_of_the_responses():
 @pytest.mark.parametrize("average", ["sequence", "token"])
 def test_grpo_s_loss_and_gradient_are_equation_1_of_each_response(average):
     batch, head = micro_batch()
-    terms = grpo_loss(batch, head, replace(GRPO, average=average))
+    terms = grpo_loss(batch, head, replace(GRPO, loss_average=average))
     terms.loss.backward()
     got, head.hidden.grad = head.hidden.grad, None
     expected = 0.0

@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_everything_where_it_is(tmp_path, monkeypatch):
     assert moments["exp_avg"].untyped_storage().nbytes() == 0
     assert moments["exp_avg_sq"].untyped_storage().nbytes() == 0
     assert away.offloaded_bytes == 3 * 4 * (64 + 8)
-    away.prepare("compare_with_engines")
+    away.prepare("measure_logprob_diff")
     assert away.offloaded_bytes == 3 * 4 * (64 + 8)
     away.prepare("compute_logprobs")
     assert torch.equal(layer.weight, before) and away.offloaded_bytes == 2 * 4 * (64 + 8)

@@ -361,7 +361,9 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
             fleet = run.rollouts.fleet
             fleet.engines[:] = engines
             fleet.members.begin()  # as `start` would
-            sampling = RolloutSampling(num_samples=4, temperature=1.0, top_p=1.0, max_tokens=8)
+            sampling = RolloutSampling(
+                group_size=4, temperature=1.0, top_p=1.0, max_response_tokens=8
+            )
             async with supervisor.watching():
                 await run.rollouts.collect([asked], sampling)
 
