@@ -166,9 +166,9 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     group_size = min(first.rl.group_size, MAX_RESPONSES)
     num_groups = min(first.rl.questions_per_rollout, MAX_RESPONSES // group_size)
     sampler = PromptSampler(prompts.train, config.run.seed)
-    prompts = sampler.next_by_kind(num_groups, weights=first.rl.kind_weights)
+    drawn = sampler.next_by_kind(num_groups, weights=first.rl.kind_weights)
     with temporary_logs() as logs:
-        rollout, seconds = asyncio.run(_sample(first, text, prompts, group_size, logs))
+        rollout, seconds = asyncio.run(_sample(first, text, drawn, group_size, logs))
     groups = rollout.groups
     pairs = [(group, index) for index in range(len(groups[0].responses)) for group in groups]
     for group, index in pairs[:NUM_SHOWN]:

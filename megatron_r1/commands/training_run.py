@@ -83,7 +83,11 @@ class TrainingRun:
 IMPLEMENTATIONS = "implementations.json"
 """The file in the run's folder that names the implementation of each part of a step."""
 
-NOT_TRAINING = {"curation.json": "a sampling", "identity.json": "an evaluation or a sampling"}
+NOT_TRAINING = {
+    "sample.json": "a sampling",
+    "curation.json": "a sampling",  # up to 0.2
+    "identity.json": "an evaluation or a sampling",
+}
 """Files of folders that a training run cannot continue."""
 
 Commands = Sequence[tuple[str, str]]

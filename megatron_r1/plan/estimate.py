@@ -12,7 +12,6 @@ from megatron_r1.plan.offload import OFFLOADED, offload_disk
 from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
 from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_bytes
 from megatron_r1.plan.ranges import narrowing_section, with_range
-from megatron_r1.plan.replay import ROUTED
 from megatron_r1.plan.rollout import (
     Engines,
     exchange_section,
@@ -20,6 +19,7 @@ from megatron_r1.plan.rollout import (
     samples_section,
     teacher_section,
 )
+from megatron_r1.plan.routing_replay import ROUTED
 from megatron_r1.plan.timing import StepTime, communication_section, time_section
 from megatron_r1.reporting.wording import counted
 

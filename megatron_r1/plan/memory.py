@@ -18,7 +18,7 @@ from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.offload import offloaded_bytes, offloaded_host_bytes
 from megatron_r1.plan.push import receive_buffer_bytes
 from megatron_r1.plan.quantity import Section, in_bytes
-from megatron_r1.plan.replay import replay_host_bytes
+from megatron_r1.plan.routing_replay import replay_host_bytes
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from megatron_r1.plan.push import (
     receive_buffer_bytes,
 )
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
-from megatron_r1.plan.replay import ReplayTraffic, replays
+from megatron_r1.plan.routing_replay import ReplayTraffic, replays
 from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.reporting.wording import counted
 

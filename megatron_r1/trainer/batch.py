@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from megatron_r1.models.replay import RecordedRouting
+    from megatron_r1.models.routing_replay import RecordedRouting
 
 
 @dataclass
@@ -69,8 +69,8 @@ class PackedBatch:
     """Tokens of samples that are not in the batch, because their prompt is there already."""
 
     routing: RecordedRouting | None = None
-    """The experts to replay on this rank (`models.replay`), of its own layers and, under sequence
-    parallelism, its own part of the T tokens; None without routing replay."""
+    """The experts to replay on this rank (`models.routing_replay`), of its own layers and, under
+    sequence parallelism, its own part of the T tokens; None without routing replay."""
     values: Tensor | None = None
     """(T,) fp32: the critic's before each response token, 0 elsewhere."""
     returns: Tensor | None = None

@@ -30,7 +30,7 @@ from torch.distributed import ProcessGroup
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import held_positions
 from megatron_r1.models.prefixes import with_prefixes
-from megatron_r1.models.replay import RecordedRouting
+from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.routing import RoutingPart, recorded_routing
 from megatron_r1.trainer.token_split import Placement, TokenSplit, placed

@@ -23,7 +23,7 @@ from megatron_r1.config.algorithms import LossSettings, TokenSettings
 from megatron_r1.models import fp8, platform, weights
 from megatron_r1.models.gradients import gradient_sum
 from megatron_r1.models.hf_config import has_score_head
-from megatron_r1.models.replay import Replay
+from megatron_r1.models.routing_replay import Replay
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import Head, PackedBatch
@@ -116,7 +116,7 @@ class Trainer:
         pack = partial(
             packed_batch, split=self.split, device=platform.device(), share_prompts=shares_prompts
         )
-        rounds = [self._in_rounds(minibatch) for minibatch in minibatches]
+        rounds = [self._padded_to_schedule(minibatch) for minibatch in minibatches]
         every = [microbatch for minibatch in rounds for microbatch in minibatch]
         recorded = scatter.scatter(every) if scatter else [self.routing] * len(every)
         packed = (pack(one, routing=own) for one, own in zip(every, recorded, strict=True))
@@ -131,7 +131,7 @@ class Trainer:
             metrics["packing/shared"] = Mean(num_shared, num_tokens)
         return self._reduced(metrics)
 
-    def _in_rounds(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
+    def _padded_to_schedule(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
         """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of
         as many micro-batches as there are pipeline ranks."""
         missing = (
@@ -178,7 +178,7 @@ class Trainer:
                 assert self.reference is not None, "refresh_reference() comes first"
                 with self.reference.in_place():
                     self._fill_logprobs(batches, "ref", temperature)
-            first = batches[: len(self._in_rounds([[]]))] if self.replay.is_on else []
+            first = batches[: len(self._padded_to_schedule([[]]))] if self.replay.is_on else []
             if first:
                 self._fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
@@ -301,7 +301,10 @@ class Trainer:
 
     def _pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
         check_token_ids(samples, self.hf["vocab_size"])
-        return [packed_batch(s, self.split, platform.device()) for s in self._in_rounds([samples])]
+        return [
+            packed_batch(s, self.split, platform.device())
+            for s in self._padded_to_schedule([samples])
+        ]
 
     def free_memory(self, parameters: bool = False) -> None:
         """Free what the trainer does not need while engines compute on the same GPUs: gradients,

@@ -16,7 +16,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import MAKE, load
-from megatron_r1.pipeline.plan import PipelinePlan
+from megatron_r1.pipeline.stages import PipelinePlan
 
 ROOT = Path(__file__).parents[3]
 SEEDS = ("0", "1", "2")

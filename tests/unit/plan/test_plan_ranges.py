@@ -12,7 +12,7 @@ from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.ranges import MEASUREMENTS, closed_by, narrowing_section
-from megatron_r1.plan.replay import ROUTED
+from megatron_r1.plan.routing_replay import ROUTED
 from megatron_r1.plan.timing import PARTS, time_section
 from tools.gpu_check import calibration
 from tools.gpu_check.checks import CHECKS

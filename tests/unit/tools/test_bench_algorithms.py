@@ -11,7 +11,7 @@ from megatron_r1.commands import cli
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import load
-from megatron_r1.pipeline.plan import PipelinePlan
+from megatron_r1.pipeline.stages import PipelinePlan
 from tools.bench import algorithms
 from tools.bench.algorithms import CHOICES, recipe
 
