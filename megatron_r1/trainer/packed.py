@@ -80,7 +80,7 @@ def packed_batch(
         input_ids=tokens[held][None].to(device),
         position_ids=position[held][None].to(device),
         packed_seq_params=_packed_seq_params(attention_cu_seqlens, split, int(position.max()) + 1),
-        cu_seqlens=(cu_seqlens // split.context).int().to(device),
+        cu_seqlens=(cu_seqlens // split.context_size).int().to(device),
         targets=tokens.roll(-1)[held].to(device),
         is_response=is_response.to(device),
         response_rows=is_response.nonzero()[:, 0].to(device),
@@ -154,7 +154,7 @@ def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> P
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    if split.context > 1:
+    if split.context_size > 1:
         # The same tensor, because padding belongs to its sample: Transformer Engine would take
         # different unpadded borders as gaps between samples, which its flash attention refuses.
         params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = cu_seqlens

@@ -72,10 +72,10 @@ class Trainer:
         self.reference: Reference | None = None
         self.minibatches: list[list[PackedBatch]] = []
         self.split = TokenSplit(
-            tensor=config.parallel.tensor,
-            tensor_rank=self.groups.tp.rank(),
-            context=config.parallel.context,
-            context_rank=self.groups.cp.rank(),
+            tensor_size=config.parallel.tensor,
+            tensor_rank=position.tensor_rank,
+            context_size=config.parallel.context,
+            context_rank=position.context_rank,
             token_multiple=fp8.token_multiple(config.fp8),
         )
         plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"

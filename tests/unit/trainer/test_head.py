@@ -27,7 +27,7 @@ GRPO = LossSettings(loss_average="sequence", clip_low=0.2, clip_high=0.3, kl_bet
 def micro_batch(samples=SAMPLES, seed=0):
     g = torch.Generator().manual_seed(seed)
     made = [Sample.pack(p, r, [-2.0] * len(r), advantage=a) for p, r, a in samples]
-    batch = packed_batch(made, TokenSplit(tensor=4), torch.device("cpu"))
+    batch = packed_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
     tokens = batch.input_ids.shape[1]
     hidden = torch.randn(tokens, HIDDEN, generator=g, requires_grad=True)
     weight = torch.randn(PADDED, HIDDEN, generator=g)

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def batch(multiple_of=1):
     first = Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], advantage=2.0)
     second = Sample.pack([5], [6, 1, 2], [-1.0, -2.0, -3.0], advantage=-1.0)
-    return packed_batch([first, second], TokenSplit(tensor=multiple_of), CPU)
+    return packed_batch([first, second], TokenSplit(tensor_size=multiple_of), CPU)
 
 
 def test_positions_targets_and_borders_by_hand():
@@ -47,7 +47,7 @@ def test_padding_for_sequence_parallelism_adds_a_sample_that_counts_nothing():
 
 
 def test_a_microbatch_without_samples_counts_nothing():
-    b = packed_batch([], TokenSplit(tensor=2), CPU)
+    b = packed_batch([], TokenSplit(tensor_size=2), CPU)
     assert b.input_ids.shape == (1, 2) and len(b.response_rows) == 0
     assert denominator(b, "sequence") == 0 and denominator(b, "token") == 0
 
@@ -83,7 +83,7 @@ def test_a_prompt_of_several_samples_lies_there_once():
         Sample.pack([7, 8, 9], [4], [-4.0], 2.5),
         Sample.pack([7, 8, 9], [], []),
     ]
-    b = packed_batch(made, TokenSplit(tensor=4), CPU, share_prompts=True)
+    b = packed_batch(made, TokenSplit(tensor_size=4), CPU, share_prompts=True)
     assert b.input_ids.tolist() == [[7, 8, 9, 1, 2, 8, 3, 9, 4, 9, 0, 0]]
     assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 1, 2, 2, 3, 2, 0, 1]]
     assert b.response_rows.tolist() == [2, 3, 5, 7]

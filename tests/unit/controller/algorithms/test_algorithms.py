@@ -181,7 +181,7 @@ def test_discounted_sums_are_the_loop_s_of_any_length(discount):
     draw = random.Random(1)
     lengths = [1, 700, 0, 2, 3, 64, 65, 127, 1]
     made = [Sample.pack([1, 2], [3] * n) for n in lengths]
-    batch = packed_batch(made, TokenSplit(tensor=8), torch.device("cpu"))
+    batch = packed_batch(made, TokenSplit(tensor_size=8), torch.device("cpu"))
     values = [[draw.gauss(0, 1) for _ in range(n)] for n in lengths]
     whole = torch.full((batch.input_ids.shape[1],), math.nan, dtype=torch.float64)
     whole[batch.is_response] = torch.tensor(sum(values, []), dtype=torch.float64)
@@ -193,7 +193,7 @@ def test_discounted_sums_are_the_loop_s_of_any_length(discount):
 
 
 def test_a_micro_batch_without_samples_is_left_as_it_is():
-    batch = packed_batch([], TokenSplit(tensor=2), torch.device("cpu"))
+    batch = packed_batch([], TokenSplit(tensor_size=2), torch.device("cpu"))
     batch.logprobs["old"] = batch.logprobs["ref"] = torch.zeros(2)
     scored = ScoredRollout([batch])
     settings = TokenSettings(0.1, 1.0, 1.0, "batch", advantage_epsilon=1e-6)

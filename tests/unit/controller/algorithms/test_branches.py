@@ -83,7 +83,7 @@ class Episodes(Problem):
                 )
                 made.append(sample)
                 hidden.append(self.hidden[self.first[i] + number][: len(sample)])
-        batch = packed_batch(made, TokenSplit(tensor=4), torch.device("cpu"))
+        batch = packed_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
         trained = [i for i in members if not math.isnan(numbers[i])]
         num_tokens = batch.input_ids.shape[1]
         filler = num_tokens - sum(map(len, hidden))
