@@ -45,7 +45,7 @@ class HarnessPlayer:
         *,
         max_turns: int,
         timeout_seconds: float,
-        room: int,
+        max_model_len: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> None:
@@ -58,11 +58,12 @@ class HarnessPlayer:
             run: runs the harness.
             max_turns: limit of an episode.
             timeout_seconds: limit of an episode; the time in which engines sample does not count.
-            room: the most tokens of a prompt and its answer that an engine takes.
+            max_model_len: the most tokens of a prompt and its answer that an engine takes.
             temperature: the sampling temperature.
             top_p: the sampling's probability mass."""
         self.text, self.gateway, self.parsers, self.run = text, gateway, parsers, run
-        self._max_turns, self._timeout_seconds, self._room = max_turns, timeout_seconds, room
+        self._max_turns, self._timeout_seconds = max_turns, timeout_seconds
+        self._max_model_len = max_model_len
         self._sampling = temperature, top_p
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
@@ -103,7 +104,7 @@ class HarnessPlayer:
     async def _play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
         session = self.gateway.open(
             SessionLimits(self._max_turns, max_tokens),
-            TurnSampling(generate, self._room, *self._sampling),
+            TurnSampling(generate, self._max_model_len, *self._sampling),
         )
         began = time.monotonic()
         reward: float | None = None

@@ -22,7 +22,7 @@ from megatron_r1.config.key_listing import describe, switches
 from megatron_r1.config.recipe import parse_overrides, take_section
 from megatron_r1.engines.server import gpu
 
-VERBS = {
+RECIPE_VERBS = {
     "sft": "megatron_r1.commands.sft",
     "reward-model": "megatron_r1.commands.reward_model",
     "rl": "megatron_r1.commands.rl",
@@ -30,7 +30,7 @@ VERBS = {
     "sample": "megatron_r1.commands.sample",
 }
 """Verbs that take a recipe: modules with `run(config)`, and what else `VerbModule` lists."""
-COMMANDS = {
+PLAIN_VERBS = {
     "init": "megatron_r1.commands.init",
     "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
@@ -38,16 +38,16 @@ COMMANDS = {
     "check-model": "megatron_r1.commands.check_model.verb",
 }
 """Verbs that take no recipe: modules with `run(config, *arguments, **options)`, likewise."""
-RUNNERS = {
+RUNNING_VERBS = {
     "pipeline": "megatron_r1.commands.pipeline",
     "rehearse": "megatron_r1.commands.rehearse",
     "preflight": "megatron_r1.commands.preflight",
 }
-"""Verbs that read a recipe and run other verbs (modules with `run(recipe, overrides, VERBS)`), and
-preflight, which checks the nodes before a run. Each of its processes is a rank and imports torch,
-so `_run_preflight` starts it."""
-MODULES = VERBS | COMMANDS | RUNNERS
-PROGRAMS = {
+"""Verbs that read a recipe and run other verbs (modules with `run(recipe, overrides,
+RECIPE_VERBS)`), and preflight, which checks the nodes before a run. Each of its processes is a rank
+and imports torch, so `_run_preflight` starts it."""
+MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
+OWN_VERBS = {
     "plan": "megatron_r1.commands.plan",
     "convert": "megatron_r1.commands.convert.verb",
 }
@@ -61,7 +61,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 
-verbs: {", ".join(VERBS)}
+verbs: {", ".join(RECIPE_VERBS)}
        megatron-r1 init MODEL_FOLDER DATA [--out RECIPE.yaml]   writes a recipe for your questions
        megatron-r1 chat RUN_OR_FOLDER [--question TEXT …]   asks a trained model
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        again = "starts over" if arguments[0] in {*COMMANDS, "plan"} else "continues from here"
+        again = "starts over" if arguments[0] in {*PLAIN_VERBS, "plan"} else "continues from here"
         print(f"megatron-r1: stopped; the same command {again}", file=sys.stderr)
         return 130
 
@@ -115,10 +115,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     """Run the command that the arguments name; return its exit status. Under torchrun, ranks
     that do not run the command serve it instead."""
-    if arguments[:1] == ["help"] and set(arguments[1:2]) & PROGRAMS.keys():
+    if arguments[:1] == ["help"] and set(arguments[1:2]) & OWN_VERBS.keys():
         arguments = [arguments[1], "--help"]
-    if arguments and arguments[0] in PROGRAMS:
-        return importlib.import_module(PROGRAMS[arguments[0]]).main(arguments[1:])
+    if arguments and arguments[0] in OWN_VERBS:
+        return importlib.import_module(OWN_VERBS[arguments[0]]).main(arguments[1:])
     if not arguments or arguments[0] == "help" or HELP & set(arguments):
         topics = [argument for argument in arguments if argument not in {"help", *HELP}]
         print(_help(topics[0]) if topics and topics[0] in MODULES else USAGE)
@@ -130,10 +130,10 @@ def _dispatch(arguments: list[str]) -> int:
         print(_describe_keys(arguments[1:]))
         return 0
     verb, *rest = arguments
-    if verb in COMMANDS:
-        return _run_command(verb, rest)
+    if verb in PLAIN_VERBS:
+        return _run_plain_verb(verb, rest)
     if verb not in MODULES:
-        known = [*MODULES, *PROGRAMS]
+        known = [*MODULES, *OWN_VERBS]
         hint = did_you_mean(verb, known, "{}") or f"; use one of {', '.join(known)}"
         raise UserError(f"unknown verb {verb}{hint}", key="verb", cause=Cause.UNKNOWN)
     if not rest or rest[0].startswith("--"):
@@ -145,13 +145,15 @@ def _dispatch(arguments: list[str]) -> int:
     recipe, *options = rest
     if verb == "preflight":
         return _run_preflight(recipe, options)
-    if verb in RUNNERS:
+    if verb in RUNNING_VERBS:
         from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
 
         # A setting has a section (`parse_overrides`); `--on` is short for one of a rehearsal.
         options = [re.sub(r"^--on(?=$|=)", "--rehearsal.on", option) for option in options]
         own = switches(PipelineRecipe if verb == "pipeline" else configuration.Config)
-        importlib.import_module(RUNNERS[verb]).run(recipe, parse_overrides(options, own), VERBS)
+        importlib.import_module(RUNNING_VERBS[verb]).run(
+            recipe, parse_overrides(options, own), RECIPE_VERBS
+        )
         return 0
     return _run_recipe(verb, recipe, options, arguments)
 
@@ -159,31 +161,31 @@ def _dispatch(arguments: list[str]) -> int:
 def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]) -> int:
     timeline.reached("controller/command line read")
     with without_garbage_collection():
-        command = load_verb(verb, VERBS[verb])
+        module = load_verb(verb, RECIPE_VERBS[verb])
     timeline.reached("controller/verb imported")
     is_dry = DRY_RUN in options
-    if is_dry and command.dry_run is None:
+    if is_dry and module.dry_run is None:
         raise UserError(f"{DRY_RUN}: {verb} has none; rl has", key=DRY_RUN, cause=Cause.UNSUPPORTED)
     options = [option for option in options if option != DRY_RUN]
-    implied = command.implied
-    if command.from_run is not None and Path(recipe).is_dir():
-        recipe, implied = command.from_run(recipe)
+    implied = module.implied
+    if module.from_run is not None and Path(recipe).is_dir():
+        recipe, implied = module.from_run(recipe)
     overrides = {**implied, **_overrides(options)}
-    config = configuration.load(recipe, overrides, required=command.required)
+    config = configuration.load(recipe, overrides, required=module.required)
     files.allow_readers(config.run.readable_by)  # before anything is written, or a process started
-    command.check(config)
-    if is_dry and command.dry_run is not None:
+    module.check(config)
+    if is_dry and module.dry_run is not None:
         if torchrun.is_rank():
             raise UserError(
                 f"{DRY_RUN} needs no trainer ranks: start it without torchrun",
                 key=DRY_RUN,
                 cause=Cause.CONFLICT,
             )
-        command.dry_run(config)
+        module.dry_run(config)
         return 0
     if torchrun.is_rank():
         return _serve_as_rank(config, arguments)
-    command.run(config)
+    module.run(config)
     return 0
 
 
@@ -201,7 +203,7 @@ def _help(name: str) -> str:
         verb.about,
         f"The recipe has to set {required}." if required else None,
         _describe_keys(verb.settings) if verb.settings else None,
-        "The other settings: megatron-r1 keys" if name in VERBS else None,
+        "The other settings: megatron-r1 keys" if name in RECIPE_VERBS else None,
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -229,22 +231,22 @@ def _run_preflight(recipe: str, options: list[str]) -> int:
     return 0
 
 
-def _run_command(verb: str, rest: list[str]) -> int:
-    command = load_verb(verb, COMMANDS[verb])
-    count = len(command.arguments)
+def _run_plain_verb(verb: str, rest: list[str]) -> int:
+    module = load_verb(verb, PLAIN_VERBS[verb])
+    count = len(module.arguments)
     values, options = rest[:count], rest[count:]
     if len(values) < count or any(value.startswith("--") for value in values):
         given = next((at for at, value in enumerate(values) if value[:2] == "--"), len(values))
-        usage = f"usage: megatron-r1 {verb} {' '.join(command.arguments)} [--key value …]"
+        usage = f"usage: megatron-r1 {verb} {' '.join(module.arguments)} [--key value …]"
         raise UserError(
-            f"{command.arguments[given]} is missing; {usage}",
-            key=command.arguments[given],
+            f"{module.arguments[given]} is missing; {usage}",
+            key=module.arguments[given],
             cause=Cause.MISSING,
         )
-    taken = {name: _take_options(name, options) for name in command.options}
+    taken = {name: _take_options(name, options) for name in module.options}
     own: dict[str, Any] = {}
     for name, texts in taken.items():
-        if name in command.repeated and texts:
+        if name in module.repeated and texts:
             own[name] = texts
         elif len(texts) > 1:
             raise UserError(
@@ -254,7 +256,7 @@ def _run_command(verb: str, rest: list[str]) -> int:
             )
         elif texts:
             own[name] = texts[0]
-    known = [f"--{name}" for name in command.options]
+    known = [f"--{name}" for name in module.options]
     for option in options:
         name = option.partition("=")[0]
         if (
@@ -268,17 +270,17 @@ def _run_command(verb: str, rest: list[str]) -> int:
                 key=name,
                 cause=Cause.UNKNOWN,
             )
-    overrides = {**command.implied, **_overrides(options)}
+    overrides = {**module.implied, **_overrides(options)}
     config = configuration.from_overrides(overrides)
     for key in overrides:
-        if not any(f"{key}.".startswith(f"{setting}.") for setting in command.settings):
-            used = ", ".join(command.settings) or "no settings: write it into the recipe"
+        if not any(f"{key}.".startswith(f"{setting}.") for setting in module.settings):
+            used = ", ".join(module.settings) or "no settings: write it into the recipe"
             raise UserError(
                 f"--{key}: {verb} does not read it; it reads {used}",
                 key=key,
                 cause=Cause.UNSUPPORTED,
             )
-    command.run(config, *values, **own)
+    module.run(config, *values, **own)
     return 0
 
 

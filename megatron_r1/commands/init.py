@@ -342,7 +342,7 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
         reason += (
             "; a model as small as this one often talks about the question instead of answering "
             "it: where the dry run shows that, write this template out, with one or two solved "
-            "questions before {problem} (docs/first_day.md, worked examples)"
+            "questions before {problem} (docs/init.md, worked examples)"
         )
     form = {name: weight for name, weight in DEFAULT_WEIGHTS.items() if name != "format"}
     return [

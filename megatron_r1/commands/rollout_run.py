@@ -43,7 +43,7 @@ from megatron_r1.engines.fleet.placement import open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.episodes import Episode, Player
-from megatron_r1.engines.server.from_recipe import context_length, engine_settings, fleet_settings
+from megatron_r1.engines.server.from_recipe import engine_settings, fleet_settings, max_model_len
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.memory import Counts, checkpoint_bytes, parameter_bytes
@@ -119,7 +119,7 @@ def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> Rol
         weight_transfer_backend=BACKEND_PREFIX + config.push.transport,
         device=gpu.device(),
         sleeps=rollout.colocated,
-        max_model_len=context_length(config),
+        max_model_len=max_model_len(config),
         # A run that continues must not draw the numbers of its beginning again.
         seed=config.run.seed * 1_000_003 + recorder.state.step,
         return_routing=config.rl.routing_replay,
@@ -166,9 +166,9 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     group_size = min(first.rl.group_size, MAX_RESPONSES)
     num_groups = min(first.rl.questions_per_rollout, MAX_RESPONSES // group_size)
     sampler = PromptSampler(prompts.train, config.run.seed)
-    questions = sampler.next_by_kind(num_groups, weights=first.rl.kind_weights)
+    drawn = sampler.next_by_kind(num_groups, weights=first.rl.kind_weights)
     with temporary_logs() as logs:
-        rollout, seconds = asyncio.run(_sample(first, text, questions, group_size, logs))
+        rollout, seconds = asyncio.run(_sample(first, text, drawn, group_size, logs))
     groups = rollout.groups
     pairs = [(group, index) for index in range(len(groups[0].responses)) for group in groups]
     for group, index in pairs[:NUM_SHOWN]:
@@ -178,7 +178,7 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
 
 
 async def _sample(
-    config: Config, text: PromptText, questions: list[Prompt], group_size: int, logs: Path
+    config: Config, text: PromptText, prompts: list[Prompt], group_size: int, logs: Path
 ) -> tuple[Rollout, float]:
     """Return the rollout, and the seconds from its start to the last grade."""
     rewards, rollout = config.rewards, config.rollout
@@ -187,7 +187,7 @@ async def _sample(
         rollout.engines,
         logs,
         device=gpu.device(),
-        max_model_len=context_length(config),
+        max_model_len=max_model_len(config),
         seed=config.run.seed,
         **fleet_settings(rollout),
         **engine_settings(rollout),
@@ -199,22 +199,22 @@ async def _sample(
         rollout.temperature,
         rollout.top_p,
         rollout.max_response_tokens,
-        weights=weights,
+        reward_weights=weights,
         stop=tuple(rollout.stop),
     )
     try:
         with naming_renamed_columns(config.data.columns):
-            await collector.check(weights, questions)
+            await collector.check(weights, prompts)
         print(ends_with(config, text), flush=True)
         print(f"starting {counted(rollout.engines, 'engine')} on {config.model.path}", flush=True)
         await fleet.start(config.model.path)
         print(
-            f"sampling {counted(group_size * len(questions), 'response')} of at most "
+            f"sampling {counted(group_size * len(prompts), 'response')} of at most "
             f"{rollout.max_response_tokens:,} tokens",
             flush=True,
         )
         start = time.perf_counter()
-        collected = await collector.collect(questions, sampling)
+        collected = await collector.collect(prompts, sampling)
         seconds = time.perf_counter() - start
         return collected, seconds
     finally:

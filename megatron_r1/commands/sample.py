@@ -284,7 +284,8 @@ def _report(
 ) -> None:
     result = counts.as_json() | facts
     result |= {"avoided": len(inputs.avoided), "settings": settings, "versions": versions()}
-    atomic_write(folder / "curation.json", json.dumps(result, indent=1) + "\n")
+    atomic_write(folder / "sample.json", json.dumps(result, indent=1) + "\n")
+    (folder / "curation.json").unlink(missing_ok=True)  # its name up to 0.2
     print(counts.table(), flush=True)
     if inputs.avoided:
         print(f"  {len(inputs.avoided):,} questions were not sampled: sample.avoid", flush=True)
@@ -294,5 +295,5 @@ def _report(
             f", {facts['length_bias_before']:+.3f} before pairs were left out for it",
             flush=True,
         )
-    names = ("samples.jsonl", "curation.json", file)
+    names = ("samples.jsonl", "sample.json", file)
     print(f"{folder}/: {', '.join(filter(None, names))}", flush=True)

@@ -67,11 +67,27 @@ class TrainingRun:
     stop: StopRequest
     supervisor: Supervisor
 
+    async def has_all_steps(self, config: Config) -> bool:
+        """Return whether all steps are done and only the export is left, which needs no engines.
+        The trainer then has the weights after the last step."""
+        if self.recorder.state.step < config.run.steps:
+            return False
+        self.recorder.view.message(
+            f"all {config.run.steps} steps are done; only the export is left: no engines"
+        )
+        await self.trainer.connect()
+        await self.recorder.load(self.trainer, reference=config.uses_reference)
+        return self.recorder.state.step >= config.run.steps  # else that checkpoint was damaged
+
 
 IMPLEMENTATIONS = "implementations.json"
 """The file in the run's folder that names the implementation of each part of a step."""
 
-NOT_TRAINING = {"curation.json": "a sampling", "identity.json": "an evaluation or a sampling"}
+NOT_TRAINING = {
+    "sample.json": "a sampling",
+    "curation.json": "a sampling",  # up to 0.2
+    "identity.json": "an evaluation or a sampling",
+}
 """Files of folders that a training run cannot continue."""
 
 Commands = Sequence[tuple[str, str]]

@@ -33,7 +33,7 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 
 
 def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> str:
-    """Return a line such as `rl.group_size: 16   # responses per question` per key.
+    """Return a line such as `rl.group_size: 16   # responses per prompt` per key.
 
     Args:
         models: their sections have different names.

@@ -102,7 +102,7 @@ class CriticConfig(Section):
     """how far a value may move from the rollout's before it is no longer pushed (arXiv 2005.12729,
     section 3); null: not limited"""
     warmup_steps: int = Field(0, ge=0)
-    """number of first rollouts that train the critic alone"""
+    """first steps, in rollouts (not updates), that train the critic alone"""
 
 
 class RewardModelConfig(Section):
@@ -130,7 +130,7 @@ class RewardModelConfig(Section):
     batch_size: int = Field(256, gt=0)
     """pairs, or labelled responses, per step"""
     heldout_fraction: float = Field(0.1, ge=0, lt=1)
-    """share of the questions that is held out, by their text"""
+    """share of the prompts that is held out, by their question"""
 
     @property
     def shown(self) -> Part:

@@ -119,7 +119,7 @@ class OptimizerConfig(Section):
     min_learning_rate: float = Field(0.0, ge=0)
     """learning rate at the end of the decay"""
     warmup: int = Field(0, ge=0)
-    """optimizer steps of linear warm-up"""
+    """linear warm-up, in updates (optimizer steps)"""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """how the learning rate falls after warm-up, to min_learning_rate at the end of the run"""
     beta1: float = Field(0.9, ge=0, lt=1)

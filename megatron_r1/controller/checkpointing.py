@@ -14,14 +14,14 @@ from megatron_r1.trainer.operations import ModelOperations
 
 class Checkpointing:
     """What of a run is kept across restarts, in checkpoints and in the sample log: the trainer's
-    state, the position in the questions, and the counts of rewards.
+    state, the position in the prompts, and the counts of rewards.
 
     `resume` comes first.
 
     Args:
         recorder: has the run's folder, its state and its series of checkpoints.
         trainer: saves and loads what its ranks hold.
-        sampler: has the position in the questions, and the sample log."""
+        sampler: has the position in the prompts, and the sample log."""
 
     def __init__(self, recorder: RunRecorder, trainer: TrainerClient, sampler: StepSampler):
         self.recorder, self.trainer, self.sampler = recorder, trainer, sampler
@@ -38,7 +38,7 @@ class Checkpointing:
             view.message(f"calls of rewards so far, one for each response and term: {counts}")
             self.sampler.prompts.load_state_dict(state.sampler)
         elif uses_reference:
-            await self.trainer.call(ModelOperations.keep_reference)
+            await self.trainer.call(ModelOperations.refresh_reference)
         # The pool may be older than the session: its counts until now are not of this session.
         self._rewards_before = Counter(state.rewards)
         self._rewards_before.subtract(self._num_rewards())
@@ -48,7 +48,7 @@ class Checkpointing:
 
         Args:
             step: the training step.
-            sampler_state: the position in the questions after that step."""
+            sampler_state: the position in the prompts after that step."""
         state = self.recorder.state
         state.step, state.sampler = step, sampler_state
         state.rewards = dict(self._rewards_before + Counter(self._num_rewards()))

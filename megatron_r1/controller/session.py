@@ -108,7 +108,7 @@ class Session:
         line |= self._meter.metrics() | metrics | mean_of_updates(updates)
         line |= self._meter.times(rollout)
         line["tokens_per_second"] = line.pop("response_tokens") / line["time/step"]
-        line["groups/replayed"] = self.engines.taken.num_recalled
+        line["groups/replayed"] = self.engines.step_rollout.num_replayed
         line |= await self.recorder.checkpoints.completed(self.passes.trainer)
         if not self.config.rl.keep_sample_log:
             await self.checkpointing.prune_samples(self.config.checkpoint.keep)
@@ -130,7 +130,7 @@ class Session:
         passed."""
         await self.engines.await_probes()
         async with self.engines.with_trainer():
-            await self.checkpointing.save(self.step, self.engines.taken.prompts_after)
+            await self.checkpointing.save(self.step, self.engines.step_rollout.prompts_after)
 
 
 class StepMeter:

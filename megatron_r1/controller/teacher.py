@@ -24,7 +24,7 @@ def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> 
     supervision = {**from_recipe.fleet_settings(teacher), "role": "teacher", "notify": notify}
     # vLLM samples one token after those it scores. If that is beyond the model's positions it must
     # be allowed; nothing is computed there, as the token is not an input.
-    max_model_len = from_recipe.context_length(config) + 1
+    max_model_len = from_recipe.max_model_len(config) + 1
     if teacher.url:
         return ExternalFleet(teacher.url, logs, max_model_len=max_model_len, **supervision)
     return RolloutFleet(
@@ -62,11 +62,11 @@ def check_teacher(config: Config) -> None:
     if not config.teacher.url:
         recipe_checks.check_ranks(config.teacher, hf, "teacher")
         check_arguments(config.teacher, "teacher")
-    room, needed = from_recipe.positions(path, "teacher.path"), from_recipe.context_length(config)
-    if room < needed:
+    limit, needed = from_recipe.positions(path, "teacher.path"), from_recipe.max_model_len(config)
+    if limit < needed:
         raise UserError(
-            f"teacher.path {path} has {room} positions (max_position_embeddings), and the student "
-            f"writes up to {needed} tokens with the prompt; set rollout.max_model_len: {room}",
+            f"teacher.path {path} has {limit} positions (max_position_embeddings), and the student "
+            f"writes up to {needed} tokens with the prompt; set rollout.max_model_len: {limit}",
             key="teacher.path",
             cause=Cause.TOO_LARGE,
         )

@@ -58,9 +58,9 @@ class TrainerPasses:
                 settings=config.rl.token_settings,
             )
 
-    async def compare_with_engines(self) -> dict[str, float]:
+    async def measure_logprob_diff(self) -> dict[str, float]:
         """Compare the engines' log-probabilities with those under π_old."""
-        return await self.trainer.call(ModelOperations.compare_with_engines)
+        return await self.trainer.call(ModelOperations.measure_logprob_diff)
 
     async def update_policy(self, config: Config, index: int) -> dict[str, float]:
         """Take one optimizer step of the policy on mini-batch `index`."""
@@ -95,4 +95,4 @@ class TrainerPasses:
         if not (self.uses_reference and every and done):  # 0: only a critic has been updated yet
             return
         if done // every > (done - rl.minibatches) // every:
-            await self.trainer.call(ModelOperations.keep_reference)
+            await self.trainer.call(ModelOperations.refresh_reference)

@@ -196,13 +196,13 @@ class PromptText:
         counts = [at for at in range(len(ids)) if plain and ids[at : at + len(plain)] == plain]
         return "".join(self.tokenizer.convert_ids_to_tokens(ids[: counts[0]])) if counts else ""
 
-    def fits(self, question: str, room: int, before: Sequence[Message] = ()) -> bool:
-        """Whether the prompt leaves at least one of `room` tokens for a response."""
+    def fits(self, question: str, limit: int, before: Sequence[Message] = ()) -> bool:
+        """Whether the prompt leaves at least one of `limit` tokens for a response."""
         # A token is a byte at least, so most need not be encoded; normalization may double some.
         texts = [question, *(str(value) for message in before for value in message.values())]
         num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        spare = room - len(self.encode("")) - 2 * num_bytes - 32 * len(before)
-        return spare > 0 or len(self.encode(question, before)) < room
+        spare = limit - len(self.encode("")) - 2 * num_bytes - 32 * len(before)
+        return spare > 0 or len(self.encode(question, before)) < limit
 
     @cached_property
     def shows_system(self) -> bool:

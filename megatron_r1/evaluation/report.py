@@ -81,7 +81,7 @@ NUM_EXAMPLES = 2
 MAX_CHARACTERS = 4_000
 
 WIN_RATES = {"win_rate": "wins: ", "lc_win_rate": "at equal length: "}
-Sample = Mapping[str, Any]
+SampleLine = Mapping[str, Any]
 
 
 def print_table(summaries: Sequence[Summary]) -> None:
@@ -132,7 +132,7 @@ def write_report(
     summaries: Sequence[Summary],
     figure: Path,
     questions: Mapping[tuple[str, str], Mapping[str, Any]],
-    samples: Iterable[Sample],
+    samples: Iterable[SampleLine],
 ) -> Path:
     """Write one self-contained page: all metrics, the figure, and samples of every verdict.
 
@@ -159,7 +159,7 @@ def write_report(
 
 
 def _examples(
-    questions: Mapping[tuple[str, str], Mapping[str, Any]], samples: Iterable[Sample]
+    questions: Mapping[tuple[str, str], Mapping[str, Any]], samples: Iterable[SampleLine]
 ) -> list[dict[str, Any]]:
     """Return what the page shows of the first samples of each verdict in each benchmark, graded
     samples first. A sample whose grader failed counts only if no later line has its grade."""
@@ -182,7 +182,7 @@ def _examples(
     return [example for _, group in sorted(groups.items()) for example in group]
 
 
-def _example(question: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
+def _example(question: Mapping[str, Any], sample: SampleLine) -> dict[str, Any]:
     """Return what the page shows of one sample; its text is shortened."""
     source = f"{sample['benchmark']} · {sample['id']} · sample {sample['index']}"
     details = [source, f"reward {sample['reward']:.3g}"]
@@ -201,7 +201,7 @@ def _example(question: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
     }
 
 
-def _verdict(sample: Sample) -> str:
+def _verdict(sample: SampleLine) -> str:
     if sample["truncated"]:
         return "truncated"
     return "right" if sample["reward"] == 1.0 else "wrong"

@@ -24,7 +24,7 @@ from megatron_r1.base.versions import versions
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.flat_settings import changed_keys, flatten, is_within, value_text
 from megatron_r1.pipeline.pipeline_recipe import references, substitute, texts
-from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
+from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 
 WHOLE_BYTES = 256 * 1024**2
 """Larger files count by their size and some blocks, so that the status of a pipeline with a

@@ -15,8 +15,8 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.graph_svg import Box, graph_svg
-from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.results import LABELS, Result, Spread, read_results
+from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.status import StageState, Status, examine_all
 from megatron_r1.reporting.page import render_page
 from megatron_r1.reporting.plots import Curve, curve_plot

@@ -105,8 +105,8 @@ def _size(rules: list[Rule], expert: bool = False) -> int:
 
 
 def parameter_section(job: PlannedJob) -> Section:
-    """Return the bill of parameters: of the whole model, of the fullest rank if the job trains, and
-    of MTP layers if the model has some."""
+    """Return the parameters: of the whole model, of the fullest rank if the job trains, and of MTP
+    layers if the model has some."""
     counts = ModelCounts(job.hf)
     experts, chosen = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
     section = {

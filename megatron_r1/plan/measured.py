@@ -18,7 +18,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.config.hardware import fields_of
 from megatron_r1.plan.arguments import job_of
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import pushes
 from megatron_r1.plan.quantity import RELATIVE_TO
@@ -125,7 +125,7 @@ class Measured:
 
     def _seconds(self, parts: tuple[str, ...], **values: float) -> float | None:
         """Return the sum of the planned seconds of `parts` with these values."""
-        section = time_section(Bill(self._with(**values)).times)
+        section = time_section(JobEstimate(self._with(**values)).times)
         planned = [section[name].value for name in parts if name in section]
         return None if not planned or None in planned else sum(filter(None, planned))
 

@@ -15,10 +15,10 @@ from megatron_r1.models.memory import (
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.expert_overlap import working_bytes
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.offload import away_bytes, away_host_bytes
+from megatron_r1.plan.offload import offloaded_bytes, offloaded_host_bytes
 from megatron_r1.plan.push import receive_buffer_bytes
 from megatron_r1.plan.quantity import Section, in_bytes
-from megatron_r1.plan.replay import replay_host_bytes
+from megatron_r1.plan.routing_replay import replay_host_bytes
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _of_rank(
     persistent["optimizer"] -= on_host
     is_kept = job.scores_reference or job.keeps_reference
     host = {"reference": reference if is_kept else 0, "optimizer": on_host}
-    host |= replay_host_bytes(job, rank) | away_host_bytes(job, counts)
+    host |= replay_host_bytes(job, rank) | offloaded_host_bytes(job, counts)
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = checkpoint_bytes(
             job.config, counts, job.replicas, with_reference=is_kept
@@ -107,7 +107,7 @@ def _of_rank(
     freed = 0
     if job.config.rollout.colocated and scoring:  # until the first update
         freed = scoring.pop("gradients")
-    return RankMemory(rank, counts, training, scoring, host, freed + away_bytes(job, counts))
+    return RankMemory(rank, counts, training, scoring, host, freed + offloaded_bytes(job, counts))
 
 
 def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> RankMemory:
@@ -117,7 +117,7 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> Rank
     on_host = round(persistent["optimizer"] * critic.parallel.optimizer_offload)
     num_bytes = sum(persistent.values()) - on_host + _fp8_copies(critic, counts)
     host = {**memory.host, "critic's optimizer": on_host}
-    for kind, more in away_host_bytes(critic, counts).items():
+    for kind, more in offloaded_host_bytes(critic, counts).items():
         host[kind] += more
     if critic.config.checkpoint.asynchronous:
         host["checkpoint being written"] += checkpoint_bytes(
@@ -126,7 +126,7 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> Rank
     freed = persistent["gradients"] if critic.config.rollout.colocated else 0
     training = {**memory.training, CRITIC: num_bytes}
     scoring = {**memory.scoring, CRITIC: num_bytes - freed}
-    freed += memory.freed + away_bytes(critic, counts)
+    freed += memory.freed + offloaded_bytes(critic, counts)
     return replace(memory, training=training, scoring=scoring, host=host, freed=freed)
 
 

@@ -10,7 +10,7 @@ from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 
-AWAY = "away while engines sample"
+OFFLOADED = "offloaded while engines sample"
 """The kind of host memory."""
 OFFLOAD = "offload"
 """The part of a step."""
@@ -22,7 +22,7 @@ def offloads(job: PlannedJob) -> bool:
     return job.verb == "rl" and job.config.parallel.offload_between_phases != "none"
 
 
-def away_bytes(job: PlannedJob, counts: Counts) -> int:
+def offloaded_bytes(job: PlannedJob, counts: Counts) -> int:
     """Return the bytes of a rank of one network that leave its GPU: 0 without the setting. Copies
     that the layers keep in FP8, and a reference on the device, stay."""
     if not offloads(job):
@@ -32,18 +32,18 @@ def away_bytes(job: PlannedJob, counts: Counts) -> int:
     return sum(parts[kind] for kind in KINDS) - 4 * counts.buffers
 
 
-def away_host_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
+def offloaded_host_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
     """Return what of it a rank's host holds."""
     on_host = job.config.parallel.offload_between_phases == "host"
-    return {AWAY: away_bytes(job, counts)} if offloads(job) and on_host else {}
+    return {OFFLOADED: offloaded_bytes(job, counts)} if offloads(job) and on_host else {}
 
 
 def _of_fullest(job: PlannedJob) -> int:
-    """Return `away_bytes` of policy and critic on the pipeline rank that has most."""
+    """Return `offloaded_bytes` of policy and critic on the pipeline rank that has most."""
     networks = [job, job.critic] if job.critic else [job]
     counts = [RankCounts(network) for network in networks]
     return max(
-        sum(away_bytes(n, c.of_rank(rank)) for n, c in zip(networks, counts, strict=True))
+        sum(offloaded_bytes(n, c.of_rank(rank)) for n, c in zip(networks, counts, strict=True))
         for rank in range(job.parallel.pipeline)
     )
 
@@ -55,7 +55,7 @@ def offload_disk(job: PlannedJob) -> Section:
     ranks = min(job.hardware.gpus_per_node, job.world_size)
     num_bytes = _of_fullest(job)
     formula = f"parallel.offload_folder: {ranks} ranks x {in_bytes(num_bytes)}"
-    return {AWAY: in_bytes(ranks * num_bytes, formula)}
+    return {OFFLOADED: in_bytes(ranks * num_bytes, formula)}
 
 
 def offload_time(job: PlannedJob, push_seconds: float) -> Section:

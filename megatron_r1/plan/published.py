@@ -22,8 +22,8 @@ import yaml
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.arguments import config_of, job_of, parse
-from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.counts import forward_flops
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.rollout import Engines
@@ -78,7 +78,7 @@ class PublishedRun:
         system: whose it is.
         calibrates: whether it is in the half that calibrates.
         options: options of megatron-r1 plan that describe it.
-        number: "run" (hours), "MFU" (a share), or a line of the bill's section "time" (seconds).
+        number: "run" (hours), "MFU" (a share), or a line of the estimate's section "time" (s).
         published: the figure."""
 
     name: str
@@ -133,9 +133,9 @@ def phases_of(
     ends = [*starts[1:], config.run.steps + 1]
     phases = []
     for start, end in zip(starts, ends, strict=True):
-        bill = Bill(job_of(recipe, chosen, overrides, start))
-        resident = bill.engines.resident if bill.job.generates else 0
-        phases.append(Phase(end - start, bill.job, resident))
+        estimate = JobEstimate(job_of(recipe, chosen, overrides, start))
+        resident = estimate.engines.resident if estimate.job.generates else 0
+        phases.append(Phase(end - start, estimate.job, resident))
     return phases
 
 

@@ -22,7 +22,7 @@ from megatron_r1.plan.push import (
     receive_buffer_bytes,
 )
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
-from megatron_r1.plan.replay import ReplayTraffic, replays
+from megatron_r1.plan.routing_replay import ReplayTraffic, replays
 from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.reporting.wording import counted
 
@@ -120,10 +120,10 @@ class Engines:
         return self.job.num_responses * self.tensor / (self.job.rollout_gpus or self.job.world_size)
 
     @property
-    def room(self) -> float:
+    def max_concurrency(self) -> float:
         """Sequences whose cache such a group can hold; less than one counts as 0."""
-        room = self.cache / (self.token_bytes * self._cached)
-        return room if room >= 1 else 0.0
+        sequences = self.cache / (self.token_bytes * self._cached)
+        return sequences if sequences >= 1 else 0.0
 
     @property
     def at_once(self) -> float:
@@ -134,7 +134,7 @@ class Engines:
         if self.in_flight > 1:
             share = self.job.response_tokens / self.job.longest_response
             wanted = max(min(1.0, wanted), wanted * self.in_flight * share)
-        return min(wanted, self.room, self.job.config.rollout.max_num_seqs)
+        return min(wanted, self.max_concurrency, self.job.config.rollout.max_num_seqs)
 
     @property
     def _cached(self) -> float:
@@ -257,7 +257,7 @@ class Engines:
         """Return (seconds from the beginning to the end of one rollout, formula); None without room
         for a sequence's cache."""
         job, together = self.job, self.at_once
-        if not self.room:
+        if not self.max_concurrency:
             return None, "no room for a sequence's cache"
         mean, longest = job.response_tokens, job.longest_response
         first, several = self.prefill_seconds, ""

@@ -23,8 +23,8 @@ from megatron_r1.plan.phase_seconds import load, saves, sleep_and_wake
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.plan.ranges import with_range
-from megatron_r1.plan.replay import ROUTED, replay_time
 from megatron_r1.plan.rollout import Engines
+from megatron_r1.plan.routing_replay import ROUTED, replay_time
 from megatron_r1.reporting.wording import counted
 
 VALUE = BYTES["bfloat16"]

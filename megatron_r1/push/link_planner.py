@@ -1,5 +1,5 @@
 """Plans and creates the links from a trainer rank to sets of engines (`plan.engine_sets`): from
-what the engines offer to receive, which trainer rank 0 reads for all ranks, to the slices of this
+what the engine ranks receive, which trainer rank 0 reads for all ranks, to the slices of this
 rank's parameters that each link carries."""
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class EncodedSlices:
         return values
 
 
-class Offers(msgspec.Struct):
+class SetReceivers(msgspec.Struct):
     """What rank 0 has read, in the form in which it is passed on to the other trainer ranks."""
 
     sent: list[float]
@@ -191,35 +191,35 @@ class Offers(msgspec.Struct):
     """Set -> why it cannot connect."""
 
 
-def read_offers(
+def read_receivers(
     sets: Mapping[str, Sequence[TrainerRendezvous]],
     ranks_per_engine: int,
     pushed: Sequence[str],
     sent: list[float],
-) -> Offers:
-    """Return the offers of these sets' engines; problems are also reported to the set.
+) -> SetReceivers:
+    """Return what the ranks of these sets' engines receive; problems are also reported to the set.
 
     Args:
         sets: the rendezvous of each engine of a set.
         ranks_per_engine: the ranks of each engine.
         pushed: names of the tensors of a push.
-        sent: the bytes that each trainer rank sends (`Offers`)."""
-    offers = Offers(sent)
+        sent: the bytes that each trainer rank sends (`SetReceivers`)."""
+    found = SetReceivers(sent)
     for name, engines in sets.items():
         try:
             receivers = [engine.read_receivers(ranks_per_engine) for engine in engines]
             tables = _common_tables(receivers)
             _check_all_taken(tables, pushed)
         except EXPECTED_ERRORS as error:
-            offers.problems[name] = f"{type(error).__name__}: {error}"
-            engines[0].report_error(offers.problems[name])
+            found.problems[name] = f"{type(error).__name__}: {error}"
+            engines[0].report_error(found.problems[name])
             continue
         # Equal tables are one entry, so that ranks get them and plan for them only once.
-        if tables not in offers.tables:
-            offers.tables.append(tables)
+        if tables not in found.tables:
+            found.tables.append(tables)
         addresses = [[receiver.address for receiver in ranks] for ranks in receivers]
-        offers.sets[name] = offers.tables.index(tables), addresses
-    return offers
+        found.sets[name] = found.tables.index(tables), addresses
+    return found
 
 
 def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]:
@@ -317,7 +317,7 @@ class LinkPlanner:
     def create_links(
         self,
         rendezvous: Mapping[str, list[TrainerRendezvous]],
-        offers: Offers,
+        receivers: SetReceivers,
         engine_layout: EngineLayout,
         transport: str,
     ) -> tuple[dict[str, LinkedSet], dict[str, str]]:
@@ -326,15 +326,15 @@ class LinkPlanner:
 
         Args:
             rendezvous: by set, the rendezvous with each engine.
-            offers: what the engines take.
+            receivers: what the engine ranks receive.
             engine_layout: the layout of one engine.
             transport: the name of the transport."""
         created: dict[str, LinkedSet] = {}
         problems: dict[str, str] = {}
         make_end = sender_class(transport)
-        for index, tables in enumerate(offers.tables):
-            names = [name for name, (offered, _) in offers.sets.items() if offered == index]
-            addresses = [offers.sets[name][1] for name in names]
+        for index, tables in enumerate(receivers.tables):
+            names = [name for name, (number, _) in receivers.sets.items() if number == index]
+            addresses = [receivers.sets[name][1] for name in names]
             try:
                 needs = ReceiverLayout(tables)
                 layout = engine_layout, self.stages
@@ -342,7 +342,7 @@ class LinkPlanner:
                 ends = list(accumulate(map(len, addresses)))
                 sets = [range(*edges) for edges in pairwise([0, *ends])]
                 largest, num_bytes = largest_share(transport), _byte_count(tables)
-                plans = plan_sets(planner, num_bytes, sets, offers.sent, largest)
+                plans = plan_sets(planner, num_bytes, sets, receivers.sent, largest)
                 order = (
                     self._order(plans, sets, addresses) if TRANSPORTS[transport].in_rounds else None
                 )
@@ -393,9 +393,9 @@ class LinkPlanner:
         `publishes`."""
         plan: PositionPlan = [[] for _ in linked.rendezvous]
         position, rounds = position_links[0].position, linked.rounds
-        serves = rounds is not None and rounds.serves(position)
+        receives = rounds is not None and rounds.receives_for(position)
         for link in position_links:
-            if not (publishes or serves) and link.sender != self.rank:
+            if not (publishes or receives) and link.sender != self.rank:
                 continue
             found = [
                 (delivery, encoding, (item.name, region))
@@ -413,8 +413,8 @@ class LinkPlanner:
                 slices = [(held[source], encoding) for _, encoding, source in found]
                 linked.links.append(PushLink(link.member, end, slices))
                 end.plan(deliveries)
-        if rounds is not None and serves:
-            rounds.serve(receivers, plan)
+        if rounds is not None and receives:
+            rounds.receive_for(receivers, plan)
         if publishes:
             rank_rounds = rounds.ordered.rank_rounds(rounds.index, position) if rounds else None
             linked.rendezvous[0].publish_plan(position, plan, rank_rounds)

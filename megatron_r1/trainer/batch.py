@@ -3,7 +3,7 @@
 The head gives log-probabilities, or a whole policy loss with its gradients. Only response tokens
 pass through it; prompts and padding cost nothing there.
 
-Importing it needs no Megatron, so that a loss or an estimator can be computed and tested
+Importing it needs no Megatron, so that a loss or an algorithm can be computed and tested
 without."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from megatron_r1.models.replay import RecordedRouting
+    from megatron_r1.models.routing_replay import RecordedRouting
 
 
 @dataclass
@@ -40,9 +40,9 @@ class PackedBatch:
     """`cu_seqlens` of the whole micro-batch, for attention."""
     cu_seqlens: Tensor
     """(S + 1,) int32, from 0 to T: where each sample of this rank's part begins, and T."""
-    num_trajectories: int
-    """The samples that are trained on, the branches of a trajectory counted as one, on the first
-    context rank; 0 on the others, so that the sum over ranks is the number of trajectories."""
+    num_responses: int
+    """The samples that are trained on, the branches of an episode counted as one, on the first
+    context rank; 0 on the others, so that the sum over ranks is the number of responses."""
     last_tokens: Tensor
     """(S,) int64: where the last token of each sample without padding is; -1: another rank's."""
 
@@ -62,19 +62,19 @@ class PackedBatch:
     """fp32 (T,) by name, 0 outside responses: "old" (π_old) and "ref" (π_ref) are computed by the
     trainer, "teacher" is there where all samples have it."""
     sequence_weights: Tensor | None = None
-    """(T,) fp32: what a response token weighs in an average per trajectory, 1 / (sampled tokens of
-    the whole trajectory), 0 elsewhere; None where every sample is a whole trajectory."""
+    """(T,) fp32: what a response token weighs in an average per response, 1 / (sampled tokens of
+    the response, or of the whole episode), 0 elsewhere; None where every sample is a whole one."""
 
     num_shared: int = 0
     """Tokens of samples that are not in the batch, because their prompt is there already."""
 
     routing: RecordedRouting | None = None
-    """The experts to replay on this rank (`models.replay`), of its own layers and, under sequence
-    parallelism, its own part of the T tokens; None without routing replay."""
+    """The experts to replay on this rank (`models.routing_replay`), of its own layers and, under
+    sequence parallelism, its own part of the T tokens; None without routing replay."""
     values: Tensor | None = None
     """(T,) fp32: the critic's before each response token, 0 elsewhere."""
     returns: Tensor | None = None
-    """(T,) fp32: the targets of the values, computed by the advantage estimator."""
+    """(T,) fp32: the targets of the values, computed with the token advantages."""
 
 
 @dataclass(frozen=True)

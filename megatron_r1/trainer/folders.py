@@ -89,5 +89,5 @@ class Folders:
                     cause=Cause.MALFORMED,
                 )
         if reference:
-            self._trainer.keep_reference()
+            self._trainer.refresh_reference()
         return {"is_same_layout": contents.load(Path(folder), self._trainer.networks())}

@@ -45,7 +45,7 @@ Loss = Callable[[PackedBatch, Head, LossSettings | None], LossTerms]
 def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
     """Return the denominator, () int32, of a sum of the batch's losses.
 
-    The branches of a trajectory of several turns are one response.
+    All branches of an episode are one response.
 
     Args:
         batch: a micro-batch.
@@ -58,9 +58,7 @@ def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
     if average == "token":
         return batch.is_response.sum().int()
     if average in ("sequence", "constant"):
-        return torch.tensor(
-            batch.num_trajectories, dtype=torch.int, device=batch.is_response.device
-        )
+        return torch.tensor(batch.num_responses, dtype=torch.int, device=batch.is_response.device)
     raise ValueError(f"loss average {average!r}: use token, sequence or constant")
 
 
@@ -70,7 +68,7 @@ def token_weights(
     """Return the arguments mask, average and denominator of `Head.policy_loss`.
 
     They give a response token the weight 1 ("token"), 1 / |o_i| ("sequence"), or 1 / L
-    ("constant"). |o_i| counts a trajectory with all its branches: r1_kernels takes each branch for
+    ("constant"). |o_i| counts an episode with all its branches: r1_kernels takes each branch for
     a sequence of its own, so there batch.sequence_weights are the weights.
 
     Args:

@@ -104,7 +104,7 @@ def reduce_over_data(position: GridPosition, metrics: Metrics) -> dict[str, floa
     return numbers
 
 
-def engine_gap(batches: Sequence[PackedBatch], name: str) -> tuple[Mean, Maximum]:
+def logprob_diff(batches: Sequence[PackedBatch], name: str) -> tuple[Mean, Maximum]:
     """Return mean and maximum of |trainer's - engine's log-probability| over response tokens.
 
     Args:

@@ -5,7 +5,7 @@ Position t of a sample predicts token t + 1, so the response's tokens are target
 prompt_length - 1 … length - 2; the last position of every sample predicts nothing. A sample's mask
 leaves out the tokens in between that were given: "response tokens" here are the sampled ones. A
 sample that is not trained on (`Sample.is_trained`) has no response token and counts for no
-trajectory, so that no sum and no denominator of any loss has it.
+response, so that no sum and no denominator of any loss has it.
 
 With context parallelism every sample is padded to a multiple of 2 * ranks. The whole micro-batch
 is packed first, and each rank keeps its positions of every tensor (`models.context_parallel`), so
@@ -15,7 +15,7 @@ before it, where causal masking hides it from real tokens; it is never a respons
 A reward model's score of a text is read at its last token. That position may be on any rank of the
 context group. All these ranks compute the same loss from the same scores; the gradient reaches the
 rank that has the position, and the sample is counted on the first context rank
-(`PackedBatch.num_trajectories`)."""
+(`PackedBatch.num_responses`)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from torch.distributed import ProcessGroup
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import held_positions
 from megatron_r1.models.prefixes import with_prefixes
-from megatron_r1.models.replay import RecordedRouting
+from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.routing import RoutingPart, recorded_routing
 from megatron_r1.trainer.token_split import Placement, TokenSplit, placed
@@ -75,16 +75,16 @@ def packed_batch(
     )
     has_teacher = all(sample.teacher is not None for sample in samples)
     has_branches = any(sample.weight != 1 for sample in samples)
-    num_trajectories = sum(s.num_trajectories for s in samples if s.is_trained)
+    num_responses = sum(s.num_responses for s in samples if s.is_trained)
     return PackedBatch(
         input_ids=tokens[held][None].to(device),
         position_ids=position[held][None].to(device),
         packed_seq_params=_packed_seq_params(attention_cu_seqlens, split, int(position.max()) + 1),
-        cu_seqlens=(cu_seqlens // split.context).int().to(device),
+        cu_seqlens=(cu_seqlens // split.context_size).int().to(device),
         targets=tokens.roll(-1)[held].to(device),
         is_response=is_response.to(device),
         response_rows=is_response.nonzero()[:, 0].to(device),
-        num_trajectories=num_trajectories if split.context_rank == 0 else 0,
+        num_responses=num_responses if split.context_rank == 0 else 0,
         advantages=advantages.to(device),
         rollout_logprobs=rollout_logprobs.to(device),
         last_tokens=here[torch.tensor(ends, dtype=torch.int64)].to(device),
@@ -154,7 +154,7 @@ def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> P
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    if split.context > 1:
+    if split.context_size > 1:
         # The same tensor, because padding belongs to its sample: Transformer Engine would take
         # different unpadded borders as gaps between samples, which its flash attention refuses.
         params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = cu_seqlens

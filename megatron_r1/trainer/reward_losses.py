@@ -25,7 +25,7 @@ def pairwise(batch: PackedBatch, scores: Scores, settings: object = None) -> Los
     sample_scores = scores.at_last_tokens()
     margins = sample_scores[0::2] - sample_scores[1::2]
     measured = {"accuracy": margins > 0, "margin": margins}
-    return _reward_terms(batch, -logsigmoid(margins), measured, batch.num_trajectories // 2)
+    return _reward_terms(batch, -logsigmoid(margins), measured, batch.num_responses // 2)
 
 
 def pointwise(batch: PackedBatch, scores: Scores, settings: object = None) -> LossTerms:
@@ -37,7 +37,7 @@ def pointwise(batch: PackedBatch, scores: Scores, settings: object = None) -> Lo
     margins = sample_scores * (2 * labels - 1)
     losses = binary_cross_entropy_with_logits(sample_scores, labels, reduction="none")
     return _reward_terms(
-        batch, losses, {"accuracy": margins > 0, "margin": margins}, batch.num_trajectories
+        batch, losses, {"accuracy": margins > 0, "margin": margins}, batch.num_responses
     )
 
 
@@ -45,7 +45,7 @@ def _reward_terms(
     batch: PackedBatch, losses: Tensor, measured: dict[str, Tensor], count: int
 ) -> LossTerms:
     # Every context rank has all the losses; the first one reports them.
-    reports = batch.num_trajectories > 0
+    reports = batch.num_responses > 0
     denominator = torch.tensor(count, dtype=torch.int, device=losses.device)
     means = {
         name: Mean(values.detach().float().sum() * reports, denominator)

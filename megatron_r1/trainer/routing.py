@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.models.replay import RecordedRouting
+from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.trainer.distributed import Replica
 from megatron_r1.trainer.token_split import Placement, TokenSplit, own_tokens, placed

@@ -2,7 +2,7 @@
 
 An RL step calls load() (receive the rollout's micro-batches), compute_values() with a critic,
 compute_logprobs() (old and reference policy), compute_token_advantages() for some algorithms,
-update() and update_critic() once per mini-batch, and compare_with_engines() (differences of
+update() and update_critic() once per mini-batch, and measure_logprob_diff() (differences of
 log-probabilities). SFT and reward models call load() and update(); sample_scores() evaluates a
 reward model, probe() compares a few tokens with an engine.
 
@@ -23,7 +23,7 @@ from megatron_r1.config.algorithms import LossSettings, TokenSettings
 from megatron_r1.models import fp8, platform, weights
 from megatron_r1.models.gradients import gradient_sum
 from megatron_r1.models.hf_config import has_score_head
-from megatron_r1.models.replay import Replay
+from megatron_r1.models.routing_replay import Replay
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import Head, PackedBatch
@@ -35,7 +35,7 @@ from megatron_r1.trainer.metrics import (
     Maximum,
     Mean,
     Metrics,
-    engine_gap,
+    logprob_diff,
     merge,
     reduce_over_data,
     teacher_kl,
@@ -72,10 +72,10 @@ class Trainer:
         self.reference: Reference | None = None
         self.minibatches: list[list[PackedBatch]] = []
         self.split = TokenSplit(
-            tensor=config.parallel.tensor,
-            tensor_rank=self.groups.tp.rank(),
-            context=config.parallel.context,
-            context_rank=self.groups.cp.rank(),
+            tensor_size=config.parallel.tensor,
+            tensor_rank=position.tensor_rank,
+            context_size=config.parallel.context,
+            context_rank=position.context_rank,
             token_multiple=fp8.token_multiple(config.fp8),
         )
         plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
@@ -116,7 +116,7 @@ class Trainer:
         pack = partial(
             packed_batch, split=self.split, device=platform.device(), share_prompts=shares_prompts
         )
-        rounds = [self._in_rounds(minibatch) for minibatch in minibatches]
+        rounds = [self._padded_to_schedule(minibatch) for minibatch in minibatches]
         every = [microbatch for minibatch in rounds for microbatch in minibatch]
         recorded = scatter.scatter(every) if scatter else [self.routing] * len(every)
         packed = (pack(one, routing=own) for one, own in zip(every, recorded, strict=True))
@@ -131,7 +131,7 @@ class Trainer:
             metrics["packing/shared"] = Mean(num_shared, num_tokens)
         return self._reduced(metrics)
 
-    def _in_rounds(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
+    def _padded_to_schedule(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
         """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of
         as many micro-batches as there are pipeline ranks."""
         missing = (
@@ -142,7 +142,7 @@ class Trainer:
     def _reduced(self, metrics: Metrics) -> dict[str, float]:
         return reduce_over_data(self.position, metrics)
 
-    def keep_reference(self) -> None:
+    def refresh_reference(self) -> None:
         """Make the current policy the reference."""
         if self.reference is None:
             on_host = self.config.parallel.reference_offload == "host"
@@ -175,15 +175,15 @@ class Trainer:
             self._fill_logprobs(later, "old", temperature)
         with self.replay.paused():
             if reference:
-                assert self.reference is not None, "keep_reference() comes first"
+                assert self.reference is not None, "refresh_reference() comes first"
                 with self.reference.in_place():
                     self._fill_logprobs(batches, "ref", temperature)
-            first = batches[: len(self._in_rounds([[]]))] if self.replay.is_on else []
+            first = batches[: len(self._padded_to_schedule([[]]))] if self.replay.is_on else []
             if first:
                 self._fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
         if first and self.position.last_stage:
-            mean, _ = engine_gap(first, "own_routing")
+            mean, _ = logprob_diff(first, "own_routing")
             metrics |= self._reduced({"logprob_diff/without_replay": mean})
         return metrics
 
@@ -197,7 +197,7 @@ class Trainer:
             scored = ScoredRollout(self._batches(), self.groups.cp, self.groups.dp_cp)
             scored.store(find_function(function)(scored, settings))
 
-    def compare_with_engines(self) -> dict[str, float]:
+    def measure_logprob_diff(self) -> dict[str, float]:
         """Return the mean and the largest absolute difference, over response tokens, of the
         engine's log-probabilities and the trainer's "old" ones; compute_logprobs() comes first.
 
@@ -206,7 +206,7 @@ class Trainer:
         if not self.position.last_stage:
             return {}
         batches = self._batches()
-        mean, largest = engine_gap(batches, "old")
+        mean, largest = logprob_diff(batches, "old")
         metrics: dict[str, Mean | Maximum]
         metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
         if self.config.teacher.path:
@@ -296,14 +296,17 @@ class Trainer:
         for batch, probed in zip(batches, self._probed, strict=True):
             assert torch.equal(batch.targets, probed.targets), "these are other tokens"
             batch.logprobs["old"] = probed.logprobs["old"]
-        mean, largest = engine_gap(batches, "old")
+        mean, largest = logprob_diff(batches, "old")
         return self._reduced({"probe/max": largest, "probe/mean": mean})
 
     def _pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
         check_token_ids(samples, self.hf["vocab_size"])
-        return [packed_batch(s, self.split, platform.device()) for s in self._in_rounds([samples])]
+        return [
+            packed_batch(s, self.split, platform.device())
+            for s in self._padded_to_schedule([samples])
+        ]
 
-    def yield_memory(self, parameters: bool = False) -> None:
+    def free_memory(self, parameters: bool = False) -> None:
         """Free what the trainer does not need while engines compute on the same GPUs: gradients,
         the loaded samples, memory that torch keeps for later activations, and with
         `parallel.offload_between_phases` the optimizer's state.
@@ -317,7 +320,7 @@ class Trainer:
         for network in self._trained():
             free_gradients(network.ddp_chunks)
         if self.offload is not None:
-            self.offload.free(parameters=parameters)
+            self.offload.free_memory(parameters=parameters)
         torch.cuda.empty_cache()
 
     def _trained(self) -> list[Any]:

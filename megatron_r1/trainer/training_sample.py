@@ -17,7 +17,7 @@ Buffer = bytes | memoryview
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """A training sample: one prompt with its response, or one branch of a trajectory of several
+    """A training sample: one prompt with its response, or one branch of an episode of several
     turns. Its `bytes` may be views of other memory, or of a file.
 
     Attributes:
@@ -31,10 +31,10 @@ class Sample(msgspec.Struct, frozen=True):
         label: the label for a reward model, 1 for a good text, 0 for a bad one.
         mask: a byte per token of the response, 1 where the policy sampled it and is trained on it,
             0 where it was given (a tool's result, a user's turn); empty: all were sampled.
-        weight: the sample's share of its trajectory's sampled tokens; those of all branches add up
-            to 1.
-        num_trajectories: how many trajectories it counts for in a denominator: 1, or 0 for every
-            branch but the first."""
+        weight: the sample's share of its episode's sampled tokens; those of all branches add up to
+            1.
+        num_responses: how many responses it counts for in a denominator: 1, or 0 for every branch
+            of an episode but the first."""
 
     token_ids: bytes
     prompt_length: int
@@ -45,7 +45,7 @@ class Sample(msgspec.Struct, frozen=True):
     label: float = 0.0
     mask: bytes = b""
     weight: float = 1.0
-    num_trajectories: int = 1
+    num_responses: int = 1
 
     @classmethod
     def pack(
@@ -81,7 +81,7 @@ class Sample(msgspec.Struct, frozen=True):
         advantage: float,
         *,
         weight: float,
-        num_trajectories: int,
+        num_responses: int,
         routing: Buffer = b"",
         teacher: Sequence[float] | None = None,
     ) -> Sample:
@@ -94,7 +94,7 @@ class Sample(msgspec.Struct, frozen=True):
             logprobs: one per token.
             advantage: the advantage of every sampled token.
             weight: as of `Sample`.
-            num_trajectories: as of `Sample`.
+            num_responses: as of `Sample`.
             routing: the routing of all tokens but the last.
             teacher: one per sampled token.
 
@@ -117,7 +117,7 @@ class Sample(msgspec.Struct, frozen=True):
         # Without a mask where all was sampled, as of a single turn.
         mask = mask if 0 in mask else b""
         return msgspec.structs.replace(
-            sample, mask=mask, weight=weight, num_trajectories=num_trajectories
+            sample, mask=mask, weight=weight, num_responses=num_responses
         )
 
     def __len__(self) -> int:

@@ -172,8 +172,8 @@ class Operations:
             "rank": self.position.rank,
             "tensor_rank": self.position.tensor_rank,
             "pipeline_rank": self.position.pipeline_rank,
-            "context_rank": self.position.groups.cp.rank(),
-            "expert_rank": self.position.groups.ep.rank(),
+            "context_rank": self.position.context_rank,
+            "expert_rank": self.position.expert_rank,
             "data_rank": self.position.data_rank,
             "data_size": self.position.data_size,
             "last_stage": self.position.last_stage,
@@ -216,9 +216,9 @@ def methods(
 ) -> dict[str, Callable[..., Any]]:
     """Return the methods that the controller may call, by their names."""
     operations: list[Callable[..., Any]] = [
-        trainer.keep_reference,
+        trainer.refresh_reference,
         trainer.compute_logprobs,
-        trainer.compare_with_engines,
+        trainer.measure_logprob_diff,
         trainer.compute_values,
         trainer.compute_token_advantages,
         trainer.update,
@@ -227,7 +227,7 @@ def methods(
         trainer.probe,
         trainer.prepare_probe,
         trainer.compare_probe,
-        trainer.yield_memory,
+        trainer.free_memory,
         folders.export,
         folders.export_adapter,
         folders.save_checkpoint,

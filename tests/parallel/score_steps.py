@@ -49,7 +49,7 @@ def own_batches(texts, position, sizes):
     plan = pack(lengths, position.data_size, 60, unit=2).shares[position.data_rank]
     plan += [[]] * (-len(plan) % sizes["pp"])
     context = parallel_state.get_context_parallel_rank()
-    split = TokenSplit(sizes["tp"], sizes["cp"], context)
+    split = TokenSplit(tensor_size=sizes["tp"], context_size=sizes["cp"], context_rank=context)
     device = torch.device("cpu")
     return [packed_batch([samples[i] for i in m], split, device) for m in plan], plan
 

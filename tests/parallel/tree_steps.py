@@ -104,12 +104,12 @@ def main() -> None:
         from megatron_r1.trainer.trainer import Trainer
 
         trainer, metrics = Trainer(settings, position), []
-        trainer.keep_reference()
+        trainer.refresh_reference()
         for update, (average, level) in enumerate(UPDATES):
             if update % 2 == 0:
                 load(trainer, position, (update, update + 1))
             of_loss = LossSettings(
-                average=average,
+                loss_average=average,
                 clip_low=CLIP_LOW,
                 clip_high=CLIP_HIGH,
                 max_response_tokens=LIMIT,

@@ -95,7 +95,7 @@ def collected(text, token_ids, **sampling):
     engine = Scripted(token_ids)
     collector = RolloutCollector(engine, Exact(), text, RewardsConfig())
     prompt = make_prompt("is", "math", "the answer is 4", {})
-    settings = RolloutSampling(1, 1.0, 1.0, len(token_ids), weights={}, **sampling)
+    settings = RolloutSampling(1, 1.0, 1.0, len(token_ids), reward_weights={}, **sampling)
     rollout = asyncio.run(collector.collect([prompt], settings))
     return rollout.groups[0].responses[0]
 

@@ -295,7 +295,7 @@ class Gateway:
         self, wire: WireFormat, session: GatewaySession, http: web.Request
     ) -> web.StreamResponse:
         model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "megatron-r1"}
-        model |= {"max_model_len": session.sampling.max_context}  # as vLLM
+        model |= {"max_model_len": session.sampling.max_model_len}  # as vLLM
         date = "1970-01-01T00:00:00Z"
         model |= {"type": "model", "display_name": MODEL, "created_at": date}  # Anthropic
         return _json({"object": "list", "data": [model], "has_more": False})
@@ -336,10 +336,10 @@ async def _body(http: web.Request, session: GatewaySession) -> bytes:
         body = await http.read()
     except (PayloadEncodingError, web.RequestPayloadError) as error:
         raise Refused(f"the body cannot be read: {error}") from None
-    if len(body) > BYTES_PER_TOKEN * session.sampling.max_context + MAX_OTHER_BYTES:
+    if len(body) > BYTES_PER_TOKEN * session.sampling.max_model_len + MAX_OTHER_BYTES:
         raise session.out_of_tokens(
             f"a body of {len(body):,} bytes leaves no room for an answer: the engines take "
-            f"{session.sampling.max_context} tokens"
+            f"{session.sampling.max_model_len} tokens"
         )
     return body
 

@@ -32,12 +32,12 @@ class TurnSampling:
 
     Attributes:
         generate: samples an answer to a prompt.
-        max_context: most tokens of a prompt and its answer.
+        max_model_len: most tokens of a prompt and its answer.
         temperature: the sampling temperature.
         top_p: the sampling's probability mass."""
 
     generate: Generate
-    max_context: int
+    max_model_len: int
     temperature: float = 1.0
     top_p: float = 1.0
 
@@ -138,15 +138,15 @@ class GatewaySession:
                 kind="rate_limit_error",
             )
         left = self.limits.max_tokens - self.num_claimed
-        room = self.sampling.max_context - num_prompt_tokens
-        if min(left, room) < 1:
+        most_here = self.sampling.max_model_len - num_prompt_tokens
+        if min(left, most_here) < 1:
             raise self.out_of_tokens(
                 f"the episode has had its {self.limits.max_tokens} sampled tokens"
                 if left < 1
                 else f"{num_prompt_tokens} prompt tokens leave no room for an answer: the engines "
-                f"take {self.sampling.max_context}"
+                f"take {self.sampling.max_model_len}"
             )
-        return min(left, room, asked or left)
+        return min(left, most_here, asked or left)
 
     def claim(self, num_tokens: int) -> int:
         """Take a sampled turn's tokens from the episode's. Return how many of them the episode had

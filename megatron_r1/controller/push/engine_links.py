@@ -34,7 +34,7 @@ link, is known to have died."""
 
 @dataclass(eq=False)
 class EngineSet:
-    """Engines that receive a push together: what enters one is passed on to the others.
+    """Engines that receive a push together: what enters one is relayed to the others.
 
     Attributes:
         name: the set's name at the trainer and in its store, new for every set.

@@ -64,7 +64,7 @@ class Prober:
         Raises EngineError where it exceeds the tolerance."""
         asked = engines if self.prompts else ()
         # All at once: an answer takes several of an engine's steps.
-        outcomes = await asyncio.gather(*map(self._difference, asked), return_exceptions=True)
+        outcomes = await asyncio.gather(*map(self._probe_diff, asked), return_exceptions=True)
         differences: list[float] = []
         for engine, difference in zip(asked, outcomes, strict=True):
             if isinstance(difference, EngineDied):
@@ -82,7 +82,7 @@ class Prober:
                 )
         return {"push/probe_diff": max(differences)} if differences else {}
 
-    async def _difference(self, engine: Engine) -> float:
+    async def _probe_diff(self, engine: Engine) -> float:
         """Return the mean difference. Raises EngineDied where the engine gives no usable answer."""
         responses = await self._answers(
             engine,
@@ -110,7 +110,7 @@ class Prober:
         raise AssertionError("returned or raised above")
 
 
-class LentProber(Prober):
+class OffloadedProber(Prober):
     """Probes engines that compute in the memory of the trainer's weights
     (`parallel.offload_between_phases`): the trainer scores the prompts while it has its weights,
     and the engines score them later."""
@@ -120,7 +120,7 @@ class LentProber(Prober):
         if self.prompts:
             await self.trainer.prepare_probe(self.prompts)
 
-    async def _difference(self, engine: Engine) -> float:
+    async def _probe_diff(self, engine: Engine) -> float:
         scores = await self._answers(engine, lambda prompt: engine.client.score(prompt, 1))
         return await self.trainer.compare_probe(self.prompts, scores)
 
@@ -152,9 +152,11 @@ def create_pusher(
         notify=lambda line: fleet.members.notify(line),
     )
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)
-    lends = config.parallel.offload_between_phases != "none"
-    prober = (LentProber if lends else Prober)(trainer, probes, tolerance, push.timeout_seconds)
-    return WeightPusher(fleet, links, prober, lends=lends)
+    offloads = config.parallel.offload_between_phases != "none"
+    prober = (OffloadedProber if offloads else Prober)(
+        trainer, probes, tolerance, push.timeout_seconds
+    )
+    return WeightPusher(fleet, links, prober, offloads=offloads)
 
 
 class WeightPusher:
@@ -168,8 +170,8 @@ class WeightPusher:
         fleet: the engines that run, and their replacement.
         links: the links of the trainer to them; it also has the settings of pushes.
         prober: compares the engines with the trainer after each push; None: nothing is compared.
-        lends: engines compute in the memory of the trainer's weights, which it frees when it has
-            sent them."""
+        offloads: the trainer offloads its weights when it has sent them, and engines compute in
+            their memory (`parallel.offload_between_phases`)."""
 
     def __init__(
         self,
@@ -177,11 +179,11 @@ class WeightPusher:
         links: EngineLinks,
         prober: Prober | None = None,
         *,
-        lends: bool = False,
+        offloads: bool = False,
     ):
-        self.fleet, self.links, self.prober, self.lends = fleet, links, prober, lends
-        if lends:
-            links.trainer.is_lent = lambda: fleet.uses_memory
+        self.fleet, self.links, self.prober, self.offloads = fleet, links, prober, offloads
+        if offloads:
+            links.trainer.is_offloaded = lambda: fleet.engines_use_memory
         self._timeout_seconds = links.settings.timeout_seconds
         self._settled = asyncio.Lock()
         """Held while the weights change, and while an engine joins."""
@@ -207,7 +209,7 @@ class WeightPusher:
         assert self._settled.locked(), "it is called in a block of updating()"
         await self.links.open()
         self.fleet.send_weights = self.send_weights
-        with self.fleet.patient(self.links.connect_seconds):
+        with self.fleet.allow_silence(self.links.connect_seconds):
             await self._form_sets(self._engines_up, self._lose_if_dead)
 
     async def push(self, version: int) -> dict[str, float]:
@@ -217,11 +219,11 @@ class WeightPusher:
         assert self._settled.locked(), "it is called in a block of updating()"
         start = time.perf_counter()
         self._push_number += 1
-        with self.fleet.patient(self.links.connect_seconds):
+        with self.fleet.allow_silence(self.links.connect_seconds):
             regrouped = self.links.engines_to_regroup(self._engines_up)
             await self._form_sets(regrouped, self._lose)
             await self._send_to_all()
-            await self._lend_memory()
+            await self._offload_trainer()
             sent = time.perf_counter()
             await self.fleet.push(self._update_info(), version)
         swapped = time.perf_counter()
@@ -253,11 +255,11 @@ class WeightPusher:
         async with self._settled:
             if self._is_closed:
                 raise NoWeights(f"{engine.name}: the trainer that had weights for it is gone")
-            if self.lends:
+            if self.offloads:
                 # The trainer's weights come back into the memory of engines that sleep.
                 async with raise_dead_after(engine, self._timeout_seconds):
                     await engine.client.sleep()
-                if self.fleet.uses_memory:
+                if self.fleet.engines_use_memory:
                     yield False
                     return
             try:
@@ -283,16 +285,16 @@ class WeightPusher:
             waiting = [engine for engine in waiting if engine.is_up]
             await self._form_sets(waiting, self._lose)
 
-    async def _lend_memory(self) -> None:
-        """Let the engines that sleep have the memory of the trainer's weights, where they may."""
+    async def _offload_trainer(self) -> None:
+        """Let the trainer offload its weights, where the engines are to compute in their memory."""
         if self.prober is not None:
             await self.prober.prepare()
-        if self.lends:
-            await self.links.trainer.call(ModelOperations.yield_memory, parameters=True)
+        if self.offloads:
+            await self.links.trainer.call(ModelOperations.free_memory, parameters=True)
 
     async def _form_sets(self, engines: Sequence[Engine], on_lost: OnLost) -> None:
         # Engines that sleep, for the trainer's sake, must not compute before they are awake.
-        resume = self.fleet.awake.is_set() and not self.lends
+        resume = self.fleet.awake.is_set() and not self.offloads
         await self.links.form_sets(engines, on_lost, resume=resume)
 
     @property
@@ -311,14 +313,14 @@ class WeightPusher:
 
     async def _push_to_new(self, engine: Engine) -> None:
         await self._form_sets([engine], _raise_error)
-        if self.links.colocated and not self.lends:
+        if self.links.colocated and not self.offloads:
             # What its cache takes is needed for the weights in transit.
             async with raise_dead_after(engine, self._timeout_seconds):
                 await engine.client.sleep()
         # The others' last number: the pushes to an engine are numbered without gaps.
         with self.links.reporting_deaths():
             await self.links.send(self._push_number, [engine], _raise_error)
-        await self._lend_memory()
+        await self._offload_trainer()
         await self._swap_new(engine)
         if self.prober is not None:
             await self.prober.check(self._push_number, [engine], _raise_error)

@@ -30,7 +30,7 @@ def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
         int(np.asarray(graded.response.policy_versions).sum(dtype=np.int64)) for graded in responses
     )
     means = {
-        term: fmean([r.rewards[term] for r in responses if term not in r.ungraded] or [0.0])
+        term: fmean([r.rewards[term] for r in responses if term not in r.ungraded_terms] or [0.0])
         for term in responses[0].rewards
     }
     return {

@@ -22,20 +22,20 @@ class RolloutSampling:
     """Settings of the sampling of a rollout.
 
     Attributes:
-        num_samples: G, responses per prompt.
-        max_tokens: the longest response.
+        group_size: G, responses per prompt.
+        max_response_tokens: the longest response.
         step: the training step, from 1.
-        weights: the weight of each term in the reward (`r1_grading.terms`).
+        reward_weights: the weight of each term in the reward (`r1_grading.terms`).
         routing: shape of the experts' indices to return with each token, or None for none.
         with_teacher: whether the teacher scores every token.
         stop: strings that end a response with the token that completes one."""
 
-    num_samples: int
+    group_size: int
     temperature: float
     top_p: float
-    max_tokens: int
+    max_response_tokens: int
     step: int = 1
-    weights: Mapping[str, float] = field(default_factory=lambda: DEFAULT_WEIGHTS)
+    reward_weights: Mapping[str, float] = field(default_factory=lambda: DEFAULT_WEIGHTS)
     routing: RoutingShape | None = None
     with_teacher: bool = False
     stop: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class GradedResponse:
         text: the decoded response.
         rewards: each term alone.
         reward: their weighted sum, 0 and without meaning where `is_graded` is False.
-        ungraded: terms whose grader failed.
+        ungraded_terms: terms whose grader failed.
         teacher_logprobs: float32, of each token at temperature 1; None where no teacher scored it.
         episode: None for a single turn; else `response` holds the sampled tokens of all its turns,
             `text` is its last answer."""
@@ -59,7 +59,7 @@ class GradedResponse:
     rewards: dict[str, float]
     reward: float
     reason: str
-    ungraded: tuple[str, ...] = ()
+    ungraded_terms: tuple[str, ...] = ()
     is_graded: bool = True
     teacher_logprobs: array[float] | None = None
     episode: Episode | None = None
@@ -116,7 +116,7 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
     if not responses:
         return
     faults = Counter(r.episode.status for r in responses if r.episode and not r.episode.has_reward)
-    broken = set.intersection(*(set(graded.ungraded) for graded in responses))
+    broken = set.intersection(*(set(graded.ungraded_terms) for graded in responses))
     if broken and not faults:
         term = min(broken)
         names = {group.prompt.kind for group in groups} if term == ACCURACY else {term}

@@ -88,7 +88,7 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
     rewards: dict[str, float]
     reward: float
     reason: memoryview
-    ungraded: tuple[str, ...]
+    ungraded_terms: tuple[str, ...]
     is_graded: bool
     teacher_logprobs: memoryview | None = None
     episode: EpisodeRecord | None = None
@@ -151,7 +151,7 @@ def _pack_response(graded: GradedResponse) -> ResponseRecord:
         rewards=graded.rewards,
         reward=graded.reward,
         reason=_bytes(graded.reason),
-        ungraded=graded.ungraded,
+        ungraded_terms=graded.ungraded_terms,
         is_graded=graded.is_graded,
         teacher_logprobs=None if teacher is None else memoryview(teacher),
         episode=None if graded.episode is None else _pack_episode(graded.episode),
@@ -181,7 +181,7 @@ def _unpack_response(record: ResponseRecord) -> GradedResponse:
         record.rewards,
         record.reward,
         _str(record.reason),
-        record.ungraded,
+        record.ungraded_terms,
         record.is_graded,
         None if teacher is None else _array("f", teacher),
         None if record.episode is None else _unpack_episode(record.episode),
@@ -397,14 +397,14 @@ class StepLog:
             else:
                 self._records[record.position] = record
         self._drawn = 0
-        self.num_recalled = 0
+        self.num_replayed = 0
 
     def reserve(self, count: int) -> range:
         """Return the positions of the `count` prompts that the step draws next."""
         self._drawn += count
         return range(self._drawn - count, self._drawn)
 
-    def recall(self, position: int, prompt: Prompt, only_final: bool = False) -> Group | None:
+    def replay(self, position: int, prompt: Prompt, only_final: bool = False) -> Group | None:
         """Return the finished group of `prompt` at `position`, or None.
 
         Args:
@@ -417,13 +417,13 @@ class StepLog:
         group = unpack(record, prompt)
         if only_final and not self.is_final(group):
             return None
-        self.num_recalled += 1
+        self.num_replayed += 1
         return group
 
     def is_final(self, group: Group) -> bool:
-        """Whether a recalled group's grades stand. Ungraded responses are graded again, as the
+        """Whether a replayed group's grades stand. Ungraded responses are graded again, as the
         reward may have been repaired, unless the batch was trained on with these grades."""
-        return self.is_accepted or not any(graded.ungraded for graded in group.responses)
+        return self.is_accepted or not any(graded.ungraded_terms for graded in group.responses)
 
     def keep(self, position: int, group: Group) -> None:
         self._log.append(self._path, lambda: pack(position, group, self._schedule))

@@ -35,7 +35,7 @@ def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) ->
             branch.logprobs,
             advantage,
             weight=count / sum(counts),
-            num_trajectories=int(number == 0),
+            num_responses=int(number == 0),
             routing=branch.routing,
             teacher=None if scores is None else scores[end - count : end],
         )

@@ -103,8 +103,8 @@ class TrainerClient:
         self.waiting: Waiting | None = None
         self.num_replies = 0
         self.num_restarts = 0
-        self.is_lent: Callable[[], bool] = lambda: False
-        """Whether engines may have the memory of the ranks' weights, which are away then
+        self.is_offloaded: Callable[[], bool] = lambda: False
+        """Whether engines may have the memory of the ranks' weights, which are offloaded then
         (`controller.push.pusher`)."""
         self._cost = sample_cost(read_hf_config(config.model.path, config.model.head))
         self._packings: list[Packing] = []
@@ -332,7 +332,7 @@ class TrainerClient:
         shares: list[list[Buffer]] | None,
     ) -> list[dict[str, Any]]:
         if needs_parameters(operation):
-            assert not self.is_lent(), f"{operation}: engines compute in the weights' memory"
+            assert not self.is_offloaded(), f"{operation}: engines compute in the weights' memory"
         if not self.ranks:
             raise TrainerLost(f"the ranks are starting again, and cannot be asked for {operation}")
         call = msgspec.msgpack.encode(Call(operation, arguments or {}))

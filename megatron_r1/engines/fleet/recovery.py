@@ -99,7 +99,7 @@ class Replacement:
 
     Attributes:
         tasks: the replacements under way.
-        patience_seconds: how long engines may be silent while they wait for weights."""
+        silence_seconds: how long engines may be silent while they wait for weights."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class Replacement:
             unresponsive_seconds: an engine that has not answered for this time counts as dead."""
         self.members, self.start_replacement = members, start_replacement
         self.max_restarts, self.unresponsive_seconds = max_restarts, unresponsive_seconds
-        self.patience_seconds = 0.0
+        self.silence_seconds = 0.0
         self.num_restarts = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self._watching: list[asyncio.Task[None]] = []
@@ -228,12 +228,12 @@ class Replacement:
         """Find engines that are alive and do nothing, or little."""
         while True:
             await asyncio.sleep(PROBE_SECONDS)
-            seconds = max(self.unresponsive_seconds, self.patience_seconds)
+            seconds = max(self.unresponsive_seconds, self.silence_seconds)
             up = self.members.up
             answers = await asyncio.gather(*(engine.answers(seconds) for engine in up))
             for engine, is_alive in zip(up, answers, strict=True):
                 # A push may have begun since `seconds` was computed.
-                if not is_alive and engine.is_up and seconds >= self.patience_seconds:
+                if not is_alive and engine.is_up and seconds >= self.silence_seconds:
                     reason = EngineDied(f"{engine.name} has not answered for {seconds:g} seconds")
                     with contextlib.suppress(EngineDied):
                         self.replace(engine, reason)

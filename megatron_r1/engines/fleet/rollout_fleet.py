@@ -141,7 +141,7 @@ class RolloutFleet:
         return self.members.engines
 
     @property
-    def uses_memory(self) -> bool:
+    def engines_use_memory(self) -> bool:
         """Whether an engine has the memory that `sleep` frees."""
         return self.awake.is_set() and any(not engine.is_asleep for engine in self.members.up)
 
@@ -235,14 +235,14 @@ class RolloutFleet:
         )
 
     @contextlib.contextmanager
-    def patient(self, seconds: float) -> Iterator[None]:
+    def allow_silence(self, seconds: float) -> Iterator[None]:
         """Allow engines to be silent for `seconds` inside the block, while they wait for weights,
         before they count as dead."""
-        self.replacement.patience_seconds = seconds
+        self.replacement.silence_seconds = seconds
         try:
             yield
         finally:
-            self.replacement.patience_seconds = 0.0
+            self.replacement.silence_seconds = 0.0
 
     async def push(self, update_info: UpdateInfo, version: int) -> None:
         """Let the engines load the weights that they have received; then the fleet holds `version`

@@ -6,9 +6,9 @@ what trainer ranks send enters the engines of each set; then the processes at on
 set's engines relay what has entered each: with n engines every bucket travels to the next engine,
 to the one after it, and so on, n - 1 rounds for a bucket of each, in which all send and receive.
 
-Why no process can wait in a circle. A group ends when its transfers have ended, and a transfer runs
-once the streams of both its processes have come to its round. Suppose that some group never ends,
-and take one of the earliest round in which that happens. All earlier groups of its process end, so
+Why there is no deadlock. A group ends when its transfers have ended, and a transfer runs once
+the streams of both its processes have come to its round. Suppose that some group never ends, and
+take one of the earliest round in which that happens. All earlier groups of its process end, so
 its process comes to it, and it waits for a process that never comes to this round. That process
 stands at a group of an earlier round, which never ends: a contradiction. Whatever else a round
 waits for comes before it: a bucket that is relayed has arrived in an earlier round, and a buffer
@@ -20,7 +20,7 @@ NCCL refuses two ranks on one GPU, and two processes on a GPU compute in turns. 
 the process that receives for the engine rank on its GPU, into memory that both have mapped (CUDA
 IPC); what it holds itself it copies there.
 
-`megatron_r1.push` defines the words."""
+docs/push.md defines the words."""
 
 from __future__ import annotations
 

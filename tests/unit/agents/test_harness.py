@@ -66,7 +66,7 @@ def play(
     timeout_seconds=10_000.0,
     max_tokens=500,
     sampled=lambda: None,
-    room=9000,
+    max_model_len=9000,
 ):
     """Return an episode and its fleet. sampled: called when an engine has sampled."""
     text = text_of()
@@ -86,7 +86,7 @@ def play(
             *(text, gateway_of(text), WrittenParsers(), remembering),
             max_turns=max_turns,
             timeout_seconds=timeout_seconds,
-            room=room,
+            max_model_len=max_model_len,
         )
         await player.check([])
         try:
@@ -179,7 +179,7 @@ def test_an_episode_without_a_turn_of_the_policy_is_not_scored():
         except RuntimeError:
             return 0.0
 
-    played, _ = play(careful, ANSWER, room=8)
+    played, _ = play(careful, ANSWER, max_model_len=8)
     assert (played.episode.status, played.reward) == ("harness_error", None)
     assert "8" in played.episode.reason
 
@@ -305,7 +305,7 @@ def test_functions_are_found_by_name_and_plain_ones_run_in_a_thread(tmp_path, mo
     ],
 )
 def test_mistakes_of_a_recipe(agents, data, key, cause, monkeypatch):
-    monkeypatch.setattr(players, "context_length", lambda config: 2000)
+    monkeypatch.setattr(players, "max_model_len", lambda config: 2000)
     config = Config(agents={"harness": "json:loads"} | agents, data={"template": "chat"} | data)
 
     def prepare():
@@ -383,7 +383,7 @@ def test_waiting_for_another_program_is_not_on_an_agents_clock(clock):
     async def main():
         player = HarnessPlayer(
             *(text, gateway_of(text), WrittenParsers(), run),
-            **{"max_turns": 5, "timeout_seconds": 1.4, "room": 9000},
+            **{"max_turns": 5, "timeout_seconds": 1.4, "max_model_len": 9000},
         )
         await player.check([])
         try:

@@ -48,7 +48,7 @@ def play(
     environment=COUNTER,
     row=ROW,
     max_tokens=2000,
-    room=4000,
+    max_model_len=4000,
     ending="stop",
     **settings,
 ):
@@ -74,7 +74,7 @@ def play(
         settings = config.model_copy(update={"environment": environment, "call_seconds": 10_000.0})
         environments = Environments(settings, description)
         try:
-            return await EpisodePlayer(text, environments, config, room).play(
+            return await EpisodePlayer(text, environments, config, max_model_len).play(
                 row, generate, max_tokens
             )
         finally:
@@ -113,7 +113,7 @@ def test_an_episode_with_calls_is_done_and_its_turns_are_kept(text):
         ([call("add", number=14), "x"], {}, "environment_error", None),
         ([call("crash")], {}, "environment_error", None),
         ([call("add"), EngineError("lost")], {}, "engine_error", None),
-        (["x"], {"room": 5}, "environment_error", None),
+        (["x"], {"max_model_len": 5}, "environment_error", None),
         (["x"], {"ending": "abort"}, "engine_error", None),
     ],
 )

@@ -30,7 +30,7 @@ def write(path, rows):
     return str(path)
 
 
-@pytest.mark.parametrize("file", ["curation.json", "identity.json"])
+@pytest.mark.parametrize("file", ["sample.json", "curation.json", "identity.json"])
 def test_the_folder_of_a_sampling_is_refused(tmp_path, file):
     (tmp_path / file).write_text("{}")
     config = configuration.from_overrides({"run.folder": str(tmp_path)})

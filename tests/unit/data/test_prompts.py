@@ -335,11 +335,11 @@ def test_questions_longer_than_the_engines_room_are_left_out_and_told_of(capsys)
     """vLLM refuses a prompt as long as its context, which would end the run for good."""
     text = PromptText(str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}")
     short, long = (make_prompt("1 + 1 " * n, "math", "2", {}) for n in (2, 40))
-    room = len(text.encode(long.question))
-    split = prompts_that_fit(PromptSplit([short, long], [long]), text, room)
+    limit = len(text.encode(long.question))
+    split = prompts_that_fit(PromptSplit([short, long], [long]), text, limit)
     assert (split.train, split.heldout) == ([short], [])
-    assert str(room) in capsys.readouterr().err
-    assert prompts_that_fit(PromptSplit([long], []), text, room + 1).train == [long]
+    assert str(limit) in capsys.readouterr().err
+    assert prompts_that_fit(PromptSplit([long], []), text, limit + 1).train == [long]
     assert capsys.readouterr().err == ""
-    with refused("data.path", Cause.TOO_LARGE, room):
-        prompts_that_fit(PromptSplit([long], []), text, room)
+    with refused("data.path", Cause.TOO_LARGE, limit):
+        prompts_that_fit(PromptSplit([long], []), text, limit)

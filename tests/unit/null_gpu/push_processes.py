@@ -61,8 +61,8 @@ class Rounds:
 
     def __init__(self):
         self.number, self.deadly, self.victim = 0, None, 0
-        self._exchange, self._lock = nccl_rounds.enqueue_exchange, threading.Lock()
-        nccl_rounds.enqueue_exchange = self.exchange
+        self._exchange, self._lock = nccl_rounds.enqueue_send_recv, threading.Lock()
+        nccl_rounds.enqueue_send_recv = self.exchange
 
     def exchange(self, *arguments):
         with self._lock:

@@ -14,7 +14,7 @@ from megatron_r1.base.files import file_blocks
 from megatron_r1.pipeline import manifest
 from megatron_r1.pipeline.manifest import deciding_settings, input_digests
 from megatron_r1.pipeline.pipeline_recipe import load
-from megatron_r1.pipeline.plan import PipelinePlan
+from megatron_r1.pipeline.stages import PipelinePlan
 
 ALL = ["corpus", "other", "both", "last"]
 

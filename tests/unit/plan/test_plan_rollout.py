@@ -8,7 +8,7 @@ from planned_jobs import BY_HAND, LLAMA_405B, QWEN_72B, RECIPE, V3, planned, rea
 from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models.memory import cache_bytes_per_token
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import push_section
 from megatron_r1.plan.rollout import Engines, rollout_section, samples_section
@@ -64,11 +64,11 @@ def test_sampling_without_a_trainer_has_no_fp8_push():
 
 
 def test_an_engine_that_takes_more_of_a_gpu_than_the_trainer_leaves_is_named():
-    most = Bill(planned()).sections()["engine memory of a GPU"]["share, at most"]
+    most = JobEstimate(planned()).sections()["engine memory of a GPU"]["share, at most"]
     assert str(most) == "77.0%"
-    (problem,) = Bill(planned(rollout__gpu_memory=0.9)).problems()
+    (problem,) = JobEstimate(planned(rollout__gpu_memory=0.9)).problems()
     assert problem.startswith("rollout.gpu_memory=0.9: ") and "0.77" in problem
-    less = Bill(planned(rollout__gpu_memory=0.5)).engines
+    less = JobEstimate(planned(rollout__gpu_memory=0.5)).engines
     assert less.cache == round(0.5 * HARDWARE["H800"].memory - 3 * GIB - less.weights)
 
 

@@ -41,7 +41,7 @@ def run_at_rank(operation, arguments):
 def test_a_rank_runs_every_operation_of_the_protocols():
     rank = Rank()
     assert methods(rank, rank, rank).keys() == set().union(*map(operation_names, PROTOCOLS))
-    assert run_at_rank("keep_reference", {}) == {}
+    assert run_at_rank("refresh_reference", {}) == {}
 
 
 @pytest.mark.parametrize(
@@ -63,5 +63,5 @@ def test_arguments_arrive_with_their_types(operation, arguments):
 
 
 def test_an_operation_that_no_protocol_has_is_refused():
-    with pytest.raises(ValueError, match="keep_reference"):
+    with pytest.raises(ValueError, match="refresh_reference"):
         run_at_rank("describe", {})

@@ -83,7 +83,7 @@ def test_ranks_hold_their_own_tokens_of_the_routing():
     sample = Sample.pack([1], list(range(2, 12)), [-1.0] * 10, 1.0, rows[:, 1:].tobytes())
     by_token = {t + 1: row for t, row in enumerate(rows[:, 1:].tolist())}  # token t + 1 is at t
     for context_rank in range(2):
-        split = TokenSplit(tensor=2, context=2, context_rank=context_rank)
+        split = TokenSplit(tensor_size=2, context_size=2, context_rank=context_rank)
         tokens = packed_batch([sample], split, CPU).input_ids[0]
         for tensor_rank in range(2):
             part = RoutingPart(SMALL, [0, 1, 2])
@@ -100,7 +100,7 @@ def test_without_replay_nothing_is_carried():
     assert sample.routing == b"" and packed_batch([sample], TokenSplit(), CPU).routing is None
     batch = packed_batch([sample], TokenSplit(), CPU, RoutingPart(SMALL, [0]))
     assert not batch.routing.known.any()
-    empty = packed_batch([], TokenSplit(tensor=2, tensor_rank=1), CPU, RoutingPart(SMALL, [0]))
+    empty = packed_batch([], TokenSplit(tensor_size=2, tensor_rank=1), CPU, RoutingPart(SMALL, [0]))
     assert empty.routing.known.tolist() == [False]
 
 
@@ -179,7 +179,7 @@ def test_the_leader_sends_each_rank_what_it_would_cut_itself(shape):
     ]
     microbatches = [samples[:2], samples[2:], []]
     splits = [
-        TokenSplit(tensor=2, context=2, context_rank=context, tensor_rank=tensor)
+        TokenSplit(tensor_size=2, context_size=2, context_rank=context, tensor_rank=tensor)
         for context in range(2)
         for tensor in range(2)
     ]

@@ -264,7 +264,7 @@ async def _call_all(trainer: TrainerClient) -> list[float]:
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        await trainer.call_all(ModelOperations.compare_with_engines)
+        await trainer.call_all(ModelOperations.measure_logprob_diff)
         seconds.append(time.perf_counter() - began)
     return seconds
 

@@ -291,7 +291,7 @@ class TrainerThatConnectsNone(SmallTrainer):
     async def call_all(self, operation, begun=None, **arguments):
         (answer,) = await super().call_all(operation, begun, **arguments)
         if operation == PushOperations.connect_sets:
-            problem = "the engine takes no pushes", "offer/3 is not there"
+            problem = "the engine takes no pushes", "receiver/3 is not there"
             for name, size in arguments["sets"]:
                 answer["problems"][name] = problem[size == 1]
         return [answer]
@@ -300,7 +300,7 @@ class TrainerThatConnectsNone(SmallTrainer):
 def test_an_engine_that_cannot_connect_has_the_problem_of_its_set_named_too():
     async def story():
         pusher = sharing_pusher(TrainerThatConnectsNone(), SmallFleet(engines(2)))
-        with raised(EngineError, "engine-0", "takes no pushes", "offer/3"):
+        with raised(EngineError, "engine-0", "takes no pushes", "receiver/3"):
             async with pusher.updating():
                 await pusher.open()
 

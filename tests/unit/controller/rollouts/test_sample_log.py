@@ -91,12 +91,12 @@ def test_groups_come_back_exactly_each_at_its_place(tmp_path):
 
         log = SampleLog(tmp_path)
         step = await log.step(4)
-        recalled = [step.recall(i, PROMPTS[i]) for i in range(4)]
-        assert recalled == [group(0, 1.0, 0.1), None, group(2, 1.0, 2.1), None]
-        assert step.num_recalled == 2 and not step.is_accepted
-        assert (await log.step(5)).recall(0, PROMPTS[0]) is None, "another step has other groups"
+        replayed = [step.replay(i, PROMPTS[i]) for i in range(4)]
+        assert replayed == [group(0, 1.0, 0.1), None, group(2, 1.0, 2.1), None]
+        assert step.num_replayed == 2 and not step.is_accepted
+        assert (await log.step(5)).replay(0, PROMPTS[0]) is None, "another step has other groups"
         other = await log.step(4)
-        assert other.recall(0, PROMPTS[1]) is None, "another question was drawn for this place"
+        assert other.replay(0, PROMPTS[1]) is None, "another question was drawn for this place"
         await log.close()
 
     asyncio.run(run())
@@ -114,12 +114,12 @@ def test_groups_of_another_schedule_are_sampled_again(tmp_path):
         await step.accept()
 
         step = await log.step(4, after)
-        assert step.recall(0, PROMPTS[0]) is None and not step.is_accepted
+        assert step.replay(0, PROMPTS[0]) is None and not step.is_accepted
         step.keep(0, group(0, 1.0, 0.5))
         await step.accept()
         again = await log.step(4, after)
-        assert again.recall(0, PROMPTS[0]) == group(0, 1.0, 0.5) and again.is_accepted
-        assert (await log.step(4, before)).recall(0, PROMPTS[0]) == group(0, 1.0)
+        assert again.replay(0, PROMPTS[0]) == group(0, 1.0, 0.5) and again.is_accepted
+        assert (await log.step(4, before)).replay(0, PROMPTS[0]) == group(0, 1.0)
         await log.close()
 
     asyncio.run(run())
@@ -133,13 +133,13 @@ def test_an_ungraded_response_is_graded_again_unless_it_was_trained_on(tmp_path)
         step.keep(1, group(1, 1.0))
         await log.finish(tmp_path / "step_00000001.log")
         again = await log.step(1)
-        finals = [again.is_final(again.recall(i, PROMPTS[i])) for i in (0, 1)]
+        finals = [again.is_final(again.replay(i, PROMPTS[i])) for i in (0, 1)]
         assert finals == [False, True]
         again.keep(0, group(0, 1.0))  # with the reward repaired
         await again.accept()
         trained_on = await log.step(1)
         assert trained_on.is_accepted
-        assert trained_on.recall(0, PROMPTS[0]) == group(0, 1.0), "the later record counts"
+        assert trained_on.replay(0, PROMPTS[0]) == group(0, 1.0), "the later record counts"
         await log.close()
 
     asyncio.run(run())
@@ -181,8 +181,8 @@ def test_a_full_disk_stops_the_batch_and_what_was_whole_is_kept(tmp_path):
         messages = []
         log = SampleLog(tmp_path, messages.append)
         step = await log.step(1)
-        assert step.recall(0, PROMPTS[0]) == group(0, 1.0)
-        assert step.recall(1, PROMPTS[1]) is None and not step.is_accepted
+        assert step.replay(0, PROMPTS[0]) == group(0, 1.0)
+        assert step.replay(1, PROMPTS[1]) is None and not step.is_accepted
         assert len(messages) == 1
         await log.close()
 
@@ -211,7 +211,7 @@ def test_a_batch_drawn_in_rounds_goes_on_where_it_was(tmp_path):
         groups = []
         for prompt, position in zip(prompts, finished.reserve(len(prompts)), strict=True):
             index = PROMPTS.index(prompt)
-            known = finished.recall(position, prompt)
+            known = finished.replay(position, prompt)
             if known is None:
                 if len(sampled) == limit:
                     raise KeyboardInterrupt

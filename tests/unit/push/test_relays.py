@@ -1,4 +1,4 @@
-"""Pushes that enter one engine of a set each and are exchanged, against plain slicing."""
+"""Pushes that enter one engine of a set each and are relayed, against plain slicing."""
 
 from functools import partial
 
@@ -103,7 +103,7 @@ def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
     assert torch.equal(found[name + "_scale_inv"], scales)
 
 
-def test_damage_in_the_exchange_is_refused_with_the_tensor_s_name(make_world, monkeypatch):
+def test_damage_in_a_relay_is_refused_with_the_tensor_s_name(make_world, monkeypatch):
     tensors = draw(QWEN, 1)
     world = make_world(QWEN, TrainerGrid(1), EngineLayout(), tensors, engines=2, table=plain_table)
     pack = MemoryPayload.pack

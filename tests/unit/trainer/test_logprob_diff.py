@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from megatron_r1.trainer.metrics import Maximum, Mean, engine_gap, teacher_kl
+from megatron_r1.trainer.metrics import Maximum, Mean, logprob_diff, teacher_kl
 
 
 def batch(old, engine, is_response, teacher=()):
@@ -23,15 +23,15 @@ TWO = [
 
 
 def test_the_gap_to_the_engine_is_over_response_tokens_of_all_batches():
-    assert engine_gap(TWO, "old") == (Mean(1.75, 3), Maximum(1.0))
+    assert logprob_diff(TWO, "old") == (Mean(1.75, 3), Maximum(1.0))
 
 
 def test_the_gap_over_no_token_is_over_none():
-    assert engine_gap([batch([-1.0], [-2.0], [False])], "old") == (Mean(0.0, 0), Maximum(0.0))
+    assert logprob_diff([batch([-1.0], [-2.0], [False])], "old") == (Mean(0.0, 0), Maximum(0.0))
 
 
 def test_a_nan_is_the_largest_gap():
-    _, largest = engine_gap([batch([math.nan], [-1.0], [True]), TWO[1]], "old")
+    _, largest = logprob_diff([batch([math.nan], [-1.0], [True]), TWO[1]], "old")
     assert math.isnan(largest.value)
 
 

@@ -1,4 +1,4 @@
-"""The real recipe's bill, and the remedies of one that does not fit."""
+"""The real recipe's estimate, and the remedies of one that does not fit."""
 
 import re
 
@@ -7,7 +7,7 @@ from planned_jobs import BY_HAND, LAPTOP, RECIPE, ROOT, V3, real_job
 from megatron_r1 import config as configuration
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import HARDWARE
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 
 
@@ -15,7 +15,7 @@ def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it():
     def problems(share: str) -> list[str]:
         fewer = {"rollout.engines": 4, "rl.schedule": [], "rollout.gpu_memory": share}
         config = configuration.load(RECIPE, BY_HAND | fewer)
-        return Bill(PlannedJob(V3, config, 512, HARDWARE["H800"])).problems()
+        return JobEstimate(PlannedJob(V3, config, 512, HARDWARE["H800"])).problems()
 
     pattern = r"cache, which has .*: set rollout.gpu_memory to (0\.\d+), or"
     remedy = re.search(pattern, "\n".join(problems("0.5")))[1]
@@ -24,10 +24,10 @@ def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it():
 
 
 def test_the_real_recipe_fits_and_leaves_room_for_65536_tokens():
-    bill = Bill(real_job())
-    assert bill.job.data == 16 and bill.problems() == []
+    estimate = JobEstimate(real_job())
+    assert estimate.job.data == 16 and estimate.problems() == []
     config = configuration.load(RECIPE, {"rollout.max_response_tokens": 65_536})
-    assert Bill(PlannedJob(V3, config, 2048, HARDWARE["H800"])).problems() == []
+    assert JobEstimate(PlannedJob(V3, config, 2048, HARDWARE["H800"])).problems() == []
 
 
 def test_advice_is_not_what_the_recipe_does_or_its_model_cannot(capsys):

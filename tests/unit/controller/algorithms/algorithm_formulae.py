@@ -1,4 +1,4 @@
-"""Every estimator as its source writes it, on sequences that are not packed, in fp64 PyTorch.
+"""Every algorithm as its source writes it, on sequences that are not packed, in fp64 PyTorch.
 
 Losses are loops over responses and tokens; autograd makes the gradients. megatron_r1 is not used.
 """

@@ -1,9 +1,9 @@
-"""Responses with rewards, and a check of an estimator on them against its formula."""
+"""Responses with rewards, and a check of an algorithm on them against its formula."""
 
 import math
 import random
 
-import estimator_formulae as formulae
+import algorithm_formulae as formulae
 import torch
 
 from megatron_r1.base.user_code import find_function
@@ -76,7 +76,7 @@ class Problem:
         made = [
             Sample.pack(*self.texts[i], [0.0] * len(self.texts[i][1]), numbers[i]) for i in members
         ]
-        batch = packed_batch(made, TokenSplit(tensor=4), torch.device("cpu"))
+        batch = packed_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
         hidden = [self.hidden[i] for i in members]
         filler = batch.input_ids.shape[1] - sum(map(len, hidden))
         padding = torch.full((filler, HIDDEN), 7.0, dtype=torch.float64)

@@ -1,13 +1,13 @@
-"""An estimator outside the package: the one that docs/algorithms.md shows, and its mistakes."""
+"""An algorithm outside the package: the one that docs/algorithms.md shows, and its mistakes."""
 
 import re
 import sys
 from pathlib import Path
 
-import estimator_formulae as formulae
+import algorithm_formulae as formulae
 import msgspec
 import pytest
-from estimator_problem import check
+from algorithm_problem import check
 from refusals import refused
 
 from megatron_r1.base.errors import Cause

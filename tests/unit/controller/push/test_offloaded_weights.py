@@ -13,22 +13,22 @@ from megatron_r1.config import parse
 from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.push.engine_links import EngineLinks
-from megatron_r1.controller.push.pusher import LentProber, WeightPusher
+from megatron_r1.controller.push.pusher import OffloadedProber, WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.trainer.operations import needs_parameters
 
 
-class Lender:
+class OffloadedTrainer:
     """The trainer, and everything that happens, in order: a call that needs weights while engines
     have their memory is refused, as `TrainerClient` does."""
 
     def __init__(self, difference=0.0):
-        self.done, self.is_lent, self.difference = [], lambda: False, difference
+        self.done, self.is_offloaded, self.difference = [], lambda: False, difference
 
     def did(self, operation, **arguments):
         if needs_parameters(operation):
-            assert not self.is_lent(), operation
+            assert not self.is_offloaded(), operation
         self.done.append(operation if not arguments else f"{operation} {arguments['parameters']}")
 
     async def call(self, operation, **arguments):
@@ -93,10 +93,10 @@ class Fleet(SmallFleet):
             self.awake.clear()
 
 
-def lending(trainer, fleet):
+def offloading(trainer, fleet):
     links = EngineLinks(trainer, PushConfig(transport="nccl"), [], {}, colocated=True)
-    prober = LentProber(trainer, [[1, 2, 3], [9]], 1e-3, 600)
-    return WeightPusher(fleet, links, prober, lends=True)
+    prober = OffloadedProber(trainer, [[1, 2, 3], [9]], 1e-3, 600)
+    return WeightPusher(fleet, links, prober, offloads=True)
 
 
 async def pushed(pusher, fleet):
@@ -109,17 +109,17 @@ async def pushed(pusher, fleet):
 
 def test_the_trainer_scores_the_probes_and_goes_before_the_engines_wake():
     async def story():
-        trainer = Lender()
+        trainer = OffloadedTrainer()
         engine = Engine(0, SimpleNamespace(), Client(trainer.done))
         fleet = Fleet(trainer.done, [engine])
-        await pushed(lending(trainer, fleet), fleet)
-        assert trainer.is_lent()
+        await pushed(offloading(trainer, fleet), fleet)
+        assert trainer.is_offloaded()
         return trainer.done
 
     assert asyncio.run(story()) == [
         "send_weights",
         "prepare_probe",
-        "yield_memory True",
+        "free_memory True",
         "fleet has 1",
         "score",
         "compare_probe",
@@ -128,9 +128,9 @@ def test_the_trainer_scores_the_probes_and_goes_before_the_engines_wake():
 
 def test_engines_that_compute_something_else_end_the_run():
     async def story():
-        trainer = Lender(difference=0.5)
+        trainer = OffloadedTrainer(difference=0.5)
         fleet = Fleet(trainer.done, [Engine(0, SimpleNamespace(), Client(trainer.done))])
-        await pushed(lending(trainer, fleet), fleet)
+        await pushed(offloading(trainer, fleet), fleet)
 
     with pytest.raises(EngineError, match="differ from the trainer's by 0.5"):
         asyncio.run(story())
@@ -140,10 +140,10 @@ def join(others: int) -> tuple[bool, list[str]]:
     """Whether an engine that joins gets weights, and what happens meanwhile."""
 
     async def story():
-        trainer = Lender()
+        trainer = OffloadedTrainer()
         made = [Engine(i, SimpleNamespace(), Client(trainer.done)) for i in range(others)]
         fleet = Fleet(trainer.done, made)
-        pusher = lending(trainer, fleet)
+        pusher = offloading(trainer, fleet)
         await pushed(pusher, fleet)
         del trainer.done[:]
         new = Engine(7, SimpleNamespace(), Client(trainer.done), is_up=False)
@@ -165,7 +165,7 @@ def test_one_that_joins_when_all_have_died_gets_its_weights_and_then_the_memory(
         "connect",
         "send_weights",
         "prepare_probe",
-        "yield_memory True",
+        "free_memory True",
         "wake weights",
         "swap",
         "wake kv_cache",
@@ -177,9 +177,9 @@ def test_one_that_joins_when_all_have_died_gets_its_weights_and_then_the_memory(
 
 def test_a_checkpoint_has_the_memory_and_engines_their_weights_before_the_next_rollout():
     async def story():
-        trainer = Lender()
+        trainer = OffloadedTrainer()
         fleet = Fleet(trainer.done, [Engine(0, SimpleNamespace(), Client(trainer.done))])
-        pusher = lending(trainer, fleet)
+        pusher = offloading(trainer, fleet)
         sampler = Sampler(trainer.done, fleet)
         engines = PolicyEngines(trainer, pusher, sampler)
         await pushed(pusher, fleet)
@@ -190,9 +190,9 @@ def test_a_checkpoint_has_the_memory_and_engines_their_weights_before_the_next_r
         await engines.rollout(3)
         return trainer.done
 
-    again = ["send_weights", "prepare_probe", "yield_memory True", "fleet has 1", "score"]
+    again = ["send_weights", "prepare_probe", "free_memory True", "fleet has 1", "score"]
     assert asyncio.run(story()) == [
-        *("fleet sleeps", "save_checkpoint", "yield_memory False", *again, "compare_probe"),
+        *("fleet sleeps", "save_checkpoint", "free_memory False", *again, "compare_probe"),
         *("rollout 2", "rollout 3"),
     ]
 
@@ -208,7 +208,7 @@ class Sampler:
     async def rollout(self, step):
         return SimpleNamespace(rollout=step)
 
-    def pushed(self, version): ...
+    def start_ahead(self, version): ...
     def probes_passed(self): ...
 
 

@@ -1,4 +1,4 @@
-"""An estimator outside the package that defines all it may; found on PYTHONPATH, as `grader` is.
+"""An algorithm outside the package that defines all it may; found on PYTHONPATH, as `grader` is.
 
 Its metric `own` is 1 where the loss, on the trainer ranks, has the advantages computed there."""
 
@@ -11,7 +11,7 @@ RULES = AlgorithmRules({"advantage_std": "none"}, kl_in_reward=True, advantage_s
 
 
 def advantages(groups, rl):
-    return [group_advantages(rewards, divide_by="none") for rewards in groups]
+    return [group_advantages(rewards, advantage_std="none") for rewards in groups]
 
 
 def token_advantages(scored, settings):

@@ -7,7 +7,7 @@ from planned_jobs import ROOT, V3, planned
 from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.trainer.training_sample import Sample, encode_samples
 
@@ -17,9 +17,9 @@ REPLICAS, TCP = 16, 1.6e9
 
 
 def sections(**changed) -> dict:
-    bill = Bill(planned(**changed))
-    assert bill.problems() == []
-    return bill.sections()
+    estimate = JobEstimate(planned(**changed))
+    assert estimate.problems() == []
+    return estimate.sections()
 
 
 def test_a_token_takes_on_the_way_to_its_replica_what_the_plan_counts():
@@ -58,7 +58,7 @@ def test_bytes_of_routed_experts_by_place():
 
 def test_a_node_s_host_holds_the_longest_of_one_replica_and_its_ranks_parts():
     """The eight ranks of tensor and context parallelism are a node; one leads the replica."""
-    first, *_, last = Bill(planned(rl__routing_replay=True)).ranks
+    first, *_, last = JobEstimate(planned(rl__routing_replay=True)).ranks
     replica = SAMPLES * LONGEST * TOKEN / REPLICAS
     assert 8 * first.host["routed experts"] == pytest.approx(replica + 8 * replica / 128, rel=1e-6)
     assert 8 * last.host["routed experts"] == pytest.approx(8 * replica / 128, rel=1e-6)
@@ -90,8 +90,8 @@ def test_beside_a_rollout_of_other_gpus_it_is_the_trainer_s_time():
 def test_models_of_more_than_256_experts_take_two_bytes():
     large = V3 | {"n_routed_experts": 384}
     config = configuration.load(ROOT / "examples/deepseek_r1/r1_zero.yaml")
-    bill = Bill(PlannedJob(large, config, 2048, HARDWARE["H800"]))
-    rows = bill.sections()["samples of a rollout"]
+    estimate = JobEstimate(PlannedJob(large, config, 2048, HARDWARE["H800"]))
+    rows = estimate.sections()["samples of a rollout"]
     assert rows["routed experts"].value == 2 * SAMPLES * MEAN * TOKEN
 
 
@@ -100,9 +100,10 @@ def test_a_dense_model_has_none_and_importance_weights_send_nothing_more():
     config = configuration.load(recipe, {"rl.importance_cap": 2.0})
     hf = read_hf_config(ROOT / "examples/distill/models/qwen2.5-32b")
     job = PlannedJob(hf, config, config.parallel.processes, HARDWARE["H800"])
-    (row,) = Bill(job).sections()["samples of a rollout"].values()
+    (row,) = JobEstimate(job).sections()["samples of a rollout"].values()
     assert row.formula.endswith("rl.importance_cap reads these")
     plain = PlannedJob(hf, configuration.load(recipe), config.parallel.processes, job.hardware)
     assert (
-        row.value == Bill(plain).sections()["samples of a rollout"]["ids, log-probabilities"].value
+        row.value
+        == JobEstimate(plain).sections()["samples of a rollout"]["ids, log-probabilities"].value
     )

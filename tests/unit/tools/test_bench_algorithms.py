@@ -1,4 +1,4 @@
-"""tools/bench estimators: its figures worked out by hand, and what each algorithm is given."""
+"""tools/bench algorithms: its figures worked out by hand, and what each algorithm is given."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ from megatron_r1.commands import cli
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import load
-from megatron_r1.pipeline.plan import PipelinePlan
-from tools.bench import estimators
-from tools.bench.estimators import CHOICES, recipe
+from megatron_r1.pipeline.stages import PipelinePlan
+from tools.bench import algorithms
+from tools.bench.algorithms import CHOICES, recipe
 
 ROOT = Path(__file__).parents[3]
 
@@ -53,16 +53,16 @@ def a_run(until: int | None, heldout: float, answers: float = 256) -> dict:
     ],
 )
 def test_the_target_is_reached_when_the_mean_of_three_steps_is(accuracies, step):
-    assert estimators.steps_until(accuracies) == step
+    assert algorithms.steps_until(accuracies) == step
 
 
 def test_a_lucky_step_alone_reaches_nothing():
-    assert estimators.steps_until([0.2, 1.0, 0.2, 0.2, 0.2]) is None
+    assert algorithms.steps_until([0.2, 1.0, 0.2, 0.2, 0.2]) is None
 
 
 def test_a_runs_figures_are_those_of_its_lines():
     lines = metrics([0.2, 0.8, 0.8, 0.9, 0.9], passed_over=[0, 0, 4, 8, 3])
-    found = estimators.of_run(lines, [evaluation(5, 0.85), evaluation(0, 0.25)], 16, 8)
+    found = algorithms.of_run(lines, [evaluation(5, 0.85), evaluation(0, 0.25)], 16, 8)
     assert found["steps"] == 5 and found["steps_until_target"] == 4
     assert (found["heldout_before"], found["heldout"]) == (0.25, 0.85)
     assert found["heldout_interval"] == pytest.approx([0.75, 0.95])
@@ -72,10 +72,10 @@ def test_a_runs_figures_are_those_of_its_lines():
 
 def test_the_table_tells_seeds_that_never_came_there():
     rows = {
-        "one": estimators.row([a_run(14, 0.9)]),
-        "all": estimators.row([a_run(10, 0.8), a_run(14, 0.9)]),
-        "some": estimators.row([a_run(10, 0.8), a_run(None, 0.6)]),
-        "none": estimators.row([a_run(None, 0.3, 304), a_run(None, 0.2)]),
+        "one": algorithms.row([a_run(14, 0.9)]),
+        "all": algorithms.row([a_run(10, 0.8), a_run(14, 0.9)]),
+        "some": algorithms.row([a_run(10, 0.8), a_run(None, 0.6)]),
+        "none": algorithms.row([a_run(None, 0.3, 304), a_run(None, 0.2)]),
     }
     steps = {name: cells["steps"] for name, cells in rows.items()}
     assert steps == {
@@ -93,7 +93,7 @@ def test_the_page_shows_its_figures_and_the_reasons_of_those_that_ran():
         "seeds": [0, 1],
         "runs": {"grpo": {"0": a_run(14, 0.9)}, "gspo": {"0": a_run(None, 0.5)}},
     }
-    text = estimators.as_page(result, cores=3)
+    text = algorithms.as_page(result, cores=3)
     for shown in ("| `grpo` | 14 | 90.0% | 256 |", "| `gspo` | never |", "3 cores", "20.0%"):
         assert shown in text
     assert CHOICES["gspo"].why in text and CHOICES["ppo"].why not in text
@@ -139,6 +139,6 @@ def test_runs_that_are_not_done_are_left_out(tmp_path):
     stages = {name: {"by_seed": {"3": {"state": "pending"}}} for name in CHOICES}
     stages["grpo"] = {"by_seed": {"3": {"state": "done"}}}
     stages["ppo"] = {"by_seed": {"3": {"state": "unfinished"}}}
-    found = estimators._collected(tmp_path, {"stages": stages})
+    found = algorithms._collected(tmp_path, {"stages": stages})
     assert found["responses"] == 256 and list(found["runs"]) == ["grpo"]
     assert found["runs"]["grpo"]["3"]["steps_until_target"] == 3

@@ -23,7 +23,7 @@ ROUNDING = {"float32": 2.0**-14, "bfloat16": 2.0**-4}
 
 
 @dataclass(frozen=True)
-class Departure:
+class RunDifference:
     """A difference between two runs.
 
     Attributes:
@@ -88,7 +88,7 @@ def is_rounding(distance: float, dtype: str) -> bool:
     """Return whether a relative distance is rounding in the dtype that the runs compute in.
 
     Args:
-        distance: as `Departure.distance`.
+        distance: as `RunDifference.distance`.
         dtype: "float32" or "bfloat16"."""
     return distance <= ROUNDING[dtype]
 

