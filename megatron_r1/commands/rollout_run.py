@@ -276,7 +276,7 @@ def _episodes(rollout: Rollout) -> list[str]:
 
 def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, memory: str) -> str:
     """Return the batch in numbers, what the run will take at least, and what should be changed."""
-    means = rollout_metrics(rollout, version=0)
+    means = rollout_metrics(rollout, policy_version=0)
     responses = sum(len(group.responses) for group in rollout.groups)
     rate = means["response_tokens"] / seconds
     full = first.rl.questions_per_rollout * first.rl.group_size
