@@ -302,13 +302,13 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, me
     return "\n".join(lines)
 
 
-def _kept_on_disk(config: Config, rollout: Rollout, share: float) -> list[str]:
+def _kept_on_disk(config: Config, rollout: Rollout, fraction: float) -> list[str]:
     """Return a sentence per setting that keeps every step's samples, or further checkpoints.
 
-    share: a step's responses over those of `rollout`."""
+    fraction: a step's responses over those of `rollout`."""
     lines, steps = [], config.run.steps
     if config.rl.keep_sample_log:
-        size = sum(len(encode(pack(0, group))) for group in rollout.groups) * share
+        size = sum(len(encode(pack(0, group))) for group in rollout.groups) * fraction
         lines.append(
             f"rl.keep_sample_log: {size / 1e6:,.1f} MB a step at this length, "
             f"{size * steps / 1e9:,.2f} GB in all"
