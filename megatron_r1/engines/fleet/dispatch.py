@@ -55,7 +55,7 @@ class ExpectedLength:
         self.longest += weight * (longest - self.longest)
 
 
-class LengthEstimator:
+class ExpectedLengths:
     """Estimates response lengths from completed groups."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from megatron_r1.engines.fleet.dispatch import (
     Affinity,
     Dispatcher,
     ExpectedLength,
-    LengthEstimator,
+    ExpectedLengths,
     Members,
     Notify,
     Work,
@@ -124,7 +124,7 @@ class RolloutFleet:
             unresponsive_seconds,
         )
         self.retries = RequestRetries(self.members, self.replacement.handle)
-        self.lengths = LengthEstimator()
+        self.lengths = ExpectedLengths()
         self._model: Path | None = None
         self._pushing = asyncio.Lock()
         self._starting: set[Engine] = set()
