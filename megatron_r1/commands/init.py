@@ -42,7 +42,7 @@ from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
 from megatron_r1.data.preferences import Kind, ScoredText, kind_of_rows, read_preferences
 from megatron_r1.data.prompt_rows import parse_question
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize
-from megatron_r1.data.records import ABSENT, entry, read_records
+from megatron_r1.data.renamed_rows import ABSENT, entry, read_renamed_rows
 from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
 from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens, load_tokenizer
@@ -185,7 +185,7 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     hf = read_hf_config(folder, key=MODEL)
     check_supported(hf)
     require_weights(folder, MODEL)
-    rows = [row for _, row in itertools.islice(read_records(data), MAX_ROWS)]
+    rows = [row for _, row in itertools.islice(read_renamed_rows(data), MAX_ROWS)]
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
     source = QuestionSource(folder, hf, num_parameters(hf), data, rows, this_machine())
@@ -319,7 +319,7 @@ def _read_questions(data: str, columns: Columns) -> list[Asked]:
     one."""
     renamed = {"question": columns.question}
     found: dict[str, Asked] = {}
-    for location, row in itertools.islice(read_records(data, renamed), MAX_ROWS):
+    for location, row in itertools.islice(read_renamed_rows(data, renamed), MAX_ROWS):
         before, question = parse_question(location, row)
         found.setdefault(normalize(question, fold_case=False), (before, question))
     return list(found.values())
@@ -398,7 +398,7 @@ def _check_truths(data: str, columns: Columns) -> None:
     does not."""
     if columns.kind != "math" or columns.truth is None:
         return
-    rows = itertools.islice(read_records(data, {"truth": columns.truth}), TRIED_TRUTHS)
+    rows = itertools.islice(read_renamed_rows(data, {"truth": columns.truth}), TRIED_TRUTHS)
     truths = [alternatives(row["truth"])[0] for _, row in rows if not is_none(row["truth"])]
     grades = asyncio.run(_grade(truths))
     bad = [pair for pair in zip(truths, grades, strict=True) if pair[1].reward < 1]

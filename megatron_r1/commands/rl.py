@@ -116,7 +116,7 @@ async def _start_trainer(trainer: TrainerClient) -> None:
 
 async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
     # version: every engine gets the trainer's weights before it samples.
-    await fleet.start(config.model.path, version=-1)
+    await fleet.start(config.model.path, policy_version=-1)
     timeline.reached("controller/engines ready")
 
 
@@ -125,7 +125,7 @@ def _session(
 ) -> Session:
     """Return a session that begins at the newest checkpoint."""
     collector, trainer, recorder = rollouts.collector, running.trainer, running.recorder
-    collector.fleet.version = -1  # ranks that went back push earlier versions again
+    collector.fleet.policy_version = -1  # ranks that went back push earlier versions again
     longest = max_model_len(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
     probes = [collector.text.encode(prompt.question, prompt.before)[:longest] for prompt in first]

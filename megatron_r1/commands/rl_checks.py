@@ -29,7 +29,7 @@ from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.teacher import check_teacher
 from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
-from megatron_r1.data.sampler import draw_shares
+from megatron_r1.data.sampler import drawn_fractions
 from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
@@ -235,17 +235,17 @@ def prompts_that_fit(prompts: PromptSplit, text: PromptText, limit: int) -> Prom
 
 def kinds_drawn(config: Config, prompts: list[Prompt]) -> list[str]:
     """Return a line about each part of the run that draws kinds of questions by weight. Raises
-    UserError as `draw_shares`, for any part."""
+    UserError as `drawn_fractions`, for any part."""
     lines = []
     counts = Counter(prompt.kind for prompt in prompts)
     for step, phase in config.phases():
         try:
-            shares = draw_shares(prompts, phase.rl.kind_weights)
+            fractions = drawn_fractions(prompts, phase.rl.kind_weights)
         except UserError as error:
             raise UserError(
                 f"{error}, from step {step}", key=error.key, cause=error.cause
             ) from None
-        sizes = {kind: shares[kind] * count for kind, count in counts.most_common()}
+        sizes = {kind: fractions[kind] * count for kind, count in counts.most_common()}
         parts = (f"{percent(size / sum(sizes.values()))} {kind}" for kind, size in sizes.items())
         lines.append(f"from step {step}: {', '.join(parts)}")
     by_weight = any(phase.rl.kind_weights for _, phase in config.phases())

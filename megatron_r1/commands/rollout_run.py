@@ -276,7 +276,7 @@ def _episodes(rollout: Rollout) -> list[str]:
 
 def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, memory: str) -> str:
     """Return the batch in numbers, what the run will take at least, and what should be changed."""
-    means = rollout_metrics(rollout, version=0)
+    means = rollout_metrics(rollout, policy_version=0)
     responses = sum(len(group.responses) for group in rollout.groups)
     rate = means["response_tokens"] / seconds
     full = first.rl.questions_per_rollout * first.rl.group_size
@@ -302,13 +302,13 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, me
     return "\n".join(lines)
 
 
-def _kept_on_disk(config: Config, rollout: Rollout, share: float) -> list[str]:
+def _kept_on_disk(config: Config, rollout: Rollout, fraction: float) -> list[str]:
     """Return a sentence per setting that keeps every step's samples, or further checkpoints.
 
-    share: a step's responses over those of `rollout`."""
+    fraction: a step's responses over those of `rollout`."""
     lines, steps = [], config.run.steps
     if config.rl.keep_sample_log:
-        size = sum(len(encode(pack(0, group))) for group in rollout.groups) * share
+        size = sum(len(encode(pack(0, group))) for group in rollout.groups) * fraction
         lines.append(
             f"rl.keep_sample_log: {size / 1e6:,.1f} MB a step at this length, "
             f"{size * steps / 1e9:,.2f} GB in all"

@@ -125,8 +125,8 @@ def _doubled_start(groups: Sequence[Group]) -> str:
 
 
 def _mixed_languages(responses: Sequence[GradedResponse]) -> str:
-    shares = [each.rewards["language"] for each in responses if "language" in each.rewards]
-    if not shares or (mean := sum(shares) / len(shares)) >= LEAST_LANGUAGE:
+    fractions = [each.rewards["language"] for each in responses if "language" in each.rewards]
+    if not fractions or (mean := sum(fractions) / len(fractions)) >= LEAST_LANGUAGE:
         return ""
     return (
         f"{mean:.0%} of the words of the thoughts are in the target language, "

@@ -34,11 +34,11 @@ class PolicyEngines:
         """Of the push before, whose weights the step's rollout is sampled from."""
         self._draft_metrics: dict[str, float] = {}
 
-    async def open(self, version: int) -> None:
+    async def open(self, policy_version: int) -> None:
         """Connect trainer and engines, and push the weights that the trainer begins with."""
         async with self.updating():
             await self.pusher.open()
-            await self.push(version)
+            await self.push(policy_version)
 
     def updating(self) -> AbstractAsyncContextManager[None]:
         """Keep engines from joining while the block changes the trainer's weights and pushes them:
@@ -57,14 +57,14 @@ class PolicyEngines:
             self._draft_metrics = await self._acceptance.read(self.sampler.collector.fleet.engines)
         return self._step_rollout.rollout
 
-    async def push(self, version: int) -> None:
-        """Send the trainer's weights to every engine, as `version`; what these compute counts once
-        `await_probes` has returned. Call it in a block of `updating`."""
+    async def push(self, policy_version: int) -> None:
+        """Send the trainer's weights to every engine, as `policy_version`; what these compute
+        counts once `await_probes` has returned. Call it in a block of `updating`."""
         if self._rollout_config.colocated:
             await self.trainer.call(ModelOperations.free_memory, parameters=False)
-        self._push_metrics = await self.pusher.push(version)
+        self._push_metrics = await self.pusher.push(policy_version)
         self._have_no_weights = False
-        self.sampler.start_ahead(version)
+        self.sampler.start_ahead(policy_version)
 
     @contextlib.asynccontextmanager
     async def with_trainer(self) -> AsyncIterator[None]:

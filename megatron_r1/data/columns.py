@@ -13,7 +13,7 @@ from r1_grading.truths import is_none, reward_kind
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.chats import is_chat, read_question
-from megatron_r1.data.records import ABSENT, as_mapping, entry
+from megatron_r1.data.renamed_rows import ABSENT, as_mapping, entry
 
 QUESTION_NAMES = (
     *("question", "problem", "prompt", "question_content", "problem_description", "query"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.data_report import DataReport
-from megatron_r1.data.records import ABSENT, Record, entry
+from megatron_r1.data.renamed_rows import ABSENT, RenamedRow, entry
 
 CONDITION_KEYS = ("min", "max", "not", "or")
 TRUE, FALSE = ("true", "yes"), ("false", "no")
@@ -65,7 +65,7 @@ class RowFilter:
         self._where, self._report, self._key = where, report, key
         self._unseen, self._known = set(where), dict[str, None]()
 
-    def keeps(self, location: str, row: Record) -> bool:
+    def keeps(self, location: str, row: RenamedRow) -> bool:
         """Return whether a row, with the columns of the file, meets all conditions. A column that
         it lacks is null."""
         self._report.num_read += 1

@@ -94,17 +94,17 @@ class PromptSampler(EpochSampler[Prompt]):
             n: prompts.
             weights: by kind.
         """
-        shares = draw_shares(self.items, weights)
+        fractions = drawn_fractions(self.items, weights)
         drawn: list[Prompt] = []
         while len(drawn) < n:
             [prompt] = self.next(1)
             number = random.Random(f"{self.seed}/{self.epoch}/{prompt.id}").random()
-            if number < shares[prompt.kind]:
+            if number < fractions[prompt.kind]:
                 drawn.append(prompt)
         return drawn
 
 
-def draw_shares(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> dict[str, float]:
+def drawn_fractions(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> dict[str, float]:
     """Return kind → the share of its prompts that an epoch draws (`rl.kind_weights`); the largest
     is 1.
 

@@ -26,7 +26,7 @@ from megatron_r1.data.chats import (
     tool_calls,
 )
 from megatron_r1.data.data_report import DataReport
-from megatron_r1.data.records import Record, read_records, require_text
+from megatron_r1.data.renamed_rows import RenamedRow, read_renamed_rows, require_text
 from megatron_r1.data.row_filter import Conditions, RowFilter
 from megatron_r1.data.sampler import EpochSampler
 
@@ -70,13 +70,13 @@ def load_examples(
     where: Conditions | None = None,
     report: DataReport | None = None,
 ) -> list[SftExample]:
-    """Return the examples of a file or data set (`records.read_records`), one a row, in the forms
+    """Return the examples of a file or data set (`read_renamed_rows`), one a row, in the forms
     of this module.
 
     Args:
         path: a file or data set.
         columns: our name → the file's.
-        where: conditions that rows must meet (`records.RowFilter`).
+        where: conditions that rows must meet (`row_filter.RowFilter`).
         report: counts the rows.
 
     Raises:
@@ -87,7 +87,7 @@ def load_examples(
     names = ("prompt", "response")
     examples = [
         read_example(location, row, report)
-        for location, row in read_records(path, columns, names, "sft.data", row_filter.keeps)
+        for location, row in read_renamed_rows(path, columns, names, "sft.data", row_filter.keeps)
     ]
     row_filter.finish()
     if not examples:
@@ -99,7 +99,7 @@ def load_examples(
     return examples
 
 
-def read_example(location: str, row: Record, report: DataReport | None = None) -> SftExample:
+def read_example(location: str, row: RenamedRow, report: DataReport | None = None) -> SftExample:
     """Return the example of a row. Raises UserError for a row of no known form."""
     for form, read in FORMS:
         try:
@@ -118,7 +118,7 @@ def read_example(location: str, row: Record, report: DataReport | None = None) -
     return SftExample(prompt, response, location=location)
 
 
-def find_form(row: Record) -> str | None:
+def find_form(row: RenamedRow) -> str | None:
     """Return which form of `FORMS` a row has; None for none, and for one that is malformed."""
     try:
         return next((form for form, read in FORMS if read(row) is not None), None)
@@ -139,7 +139,7 @@ Parts = tuple[str, str, list[Message], int, list[Any] | None]
 """The fields of an example."""
 
 
-def _texts(row: Record) -> Parts | None:
+def _texts(row: RenamedRow) -> Parts | None:
     """Read {prompt, response} and {prompt, completion} as text."""
     response = row.get("response") or row.get("completion")
     if not isinstance(row.get("prompt"), str) or not isinstance(response, str):
@@ -149,7 +149,7 @@ def _texts(row: Record) -> Parts | None:
     return row["prompt"], response, [], 0, None
 
 
-def _prompt_and_completion(row: Record) -> Parts | None:
+def _prompt_and_completion(row: RenamedRow) -> Parts | None:
     """Read {prompt or input, completion} as lists of messages; a text next to a list is one
     message."""
     given = row["prompt"] if row.get("prompt") is not None else row.get("input")
@@ -166,7 +166,7 @@ def _prompt_and_completion(row: Record) -> Parts | None:
     return _conversation([*before, *after], len(before), row)
 
 
-def _chat(row: Record) -> Parts | None:
+def _chat(row: RenamedRow) -> Parts | None:
     """Read a conversation, of the first column of `CHATS` that has one."""
     for name in CHATS:
         messages = read_chat(row.get(name)) or read_transcript(row.get(name))
@@ -175,7 +175,7 @@ def _chat(row: Record) -> Parts | None:
     return None
 
 
-def _alpaca(row: Record) -> Parts | None:
+def _alpaca(row: RenamedRow) -> Parts | None:
     instruction, output = row.get("instruction"), row.get("output") or row.get("response")
     if not isinstance(instruction, str) or not isinstance(output, str) or not output.strip():
         return None
@@ -184,14 +184,14 @@ def _alpaca(row: Record) -> Parts | None:
     return _question_parts(instruction + more, output, row)
 
 
-def _calls(row: Record) -> Parts | None:
+def _calls(row: RenamedRow) -> Parts | None:
     if not isinstance(row.get("query"), str) or not row.get("tools") or not row.get("answers"):
         return None
     answer = {"role": "assistant", "content": "", "tool_calls": tool_calls(row["answers"])}
     return _conversation([{"role": "user", "content": row["query"]}, answer], 0, row)
 
 
-def _question_and_response(row: Record) -> Parts | None:
+def _question_and_response(row: RenamedRow) -> Parts | None:
     question = next((row[n] for n in QUESTIONS if isinstance(row.get(n), str)), None)
     response = next((row[n] for n in RESPONSES if isinstance(row.get(n), str)), None)
     if not question or not response or ("prompt" in row and "response" in row):
@@ -201,7 +201,7 @@ def _question_and_response(row: Record) -> Parts | None:
     return _question_parts(question, response, row)
 
 
-def _text(row: Record) -> Parts | None:
+def _text(row: RenamedRow) -> Parts | None:
     text = row.get("text")
     if not isinstance(text, str) or not text.strip() or "prompt" in row:
         return None
@@ -214,12 +214,12 @@ def is_learned(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
-def _question_parts(question: str, response: str, row: Record) -> Parts:
+def _question_parts(question: str, response: str, row: RenamedRow) -> Parts:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     return _conversation(turns, 0, row)
 
 
-def _conversation(messages: list[Message], learned_from: int, row: Record) -> Parts:
+def _conversation(messages: list[Message], learned_from: int, row: RenamedRow) -> Parts:
     """Return the example of a conversation, with the row's system prompt where the messages have
     none. Raises ValueError where nothing is learned."""
     system = read_system_prompt(row)
@@ -242,7 +242,7 @@ ALWAYS_LEARNED = (
     "instruction, input and output",
 )
 """Forms whose rows are examples, whatever else they have."""
-FORMS: tuple[tuple[str, Callable[[Record], Parts | None]], ...] = (
+FORMS: tuple[tuple[str, Callable[[RenamedRow], Parts | None]], ...] = (
     ("prompt and response as text", _texts),
     ("prompt and completion as messages", _prompt_and_completion),
     ("messages", _chat),

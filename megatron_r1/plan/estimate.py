@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.plan.counts import flops_section, parameter_section
-from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, share_alone
+from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, fraction_alone
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from megatron_r1.plan.offload import OFFLOADED, offload_disk
@@ -37,7 +37,9 @@ def estimate_step(job: PlannedJob) -> StepEstimate:
     times = StepTime(job, Engines(job))
     rank = times.busiest
     peak = max(each.peak for each in rank_memory(job))
-    return StepEstimate(times.optimizer_step(), times.exchange(rank), share_alone(job, rank), peak)
+    return StepEstimate(
+        times.optimizer_step(), times.exchange(rank), fraction_alone(job, rank), peak
+    )
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class JobEstimate:
         if job.trains:
             found = [self._gpu(), self._host_problem(self._host(), job.world_size)]
             found += [self._host_problem(self._engines_host(), job.rollout_gpus)]
-        found += [self._share(), self._cache(), self._push()] if job.generates else []
+        found += [self._engine_fraction(), self._cache(), self._push()] if job.generates else []
         return [text for text in found if text]
 
     def notes(self) -> list[str]:
@@ -211,7 +213,7 @@ class JobEstimate:
             f"{way}"
         )
 
-    def _share(self) -> str | None:
+    def _engine_fraction(self) -> str | None:
         """Return the problem of engines that take more of a GPU than the trainer on it, or the
         receive buffer of pushes, leaves them, or None."""
         engines, rollout, memory = self.engines, self.job.config.rollout, self.job.hardware.memory
@@ -219,10 +221,10 @@ class JobEstimate:
         receives = self.job.rollout_gpus and engines.receive_buffer
         if not (beside or receives) or engines.free <= 0:
             return None
-        share, least = rollout.gpu_memory, engines.free / memory
-        if share is not None and share <= least:
+        fraction, least = rollout.gpu_memory, engines.free / memory
+        if fraction is not None and fraction <= least:
             return None
-        takes = f"={share:g}" if share else " is not set, and vLLM takes 0.92"
+        takes = f"={fraction:g}" if fraction else " is not set, and vLLM takes 0.92"
         other = "the trainer" if beside else f"a push's {_size(engines.receive_buffer)}"
         return (
             f"rollout.gpu_memory{takes}: of each GPU's {_size(memory)} {other} leaves engines "
@@ -252,9 +254,9 @@ class JobEstimate:
         needed, left = borrowed_bytes(self.job), max(0, engines.cache)
         if needed <= left:
             return None
-        raised, share = "", self.job.config.rollout.gpu_memory
-        if share is not None:
-            larger = math.ceil(100 * (share + (needed - engines.cache) / memory)) / 100
+        raised, fraction = "", self.job.config.rollout.gpu_memory
+        if fraction is not None:
+            larger = math.ceil(100 * (fraction + (needed - engines.cache) / memory)) / 100
             if larger <= engines.free / memory:
                 raised = f"set rollout.gpu_memory to {larger:g}, or "
         return (

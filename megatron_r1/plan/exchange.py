@@ -27,12 +27,12 @@ class Protocol:
         start: seconds of any collective.
         nvlink_hop: seconds of a step between GPUs of a node.
         network_hop: seconds of a step between nodes.
-        share: the part of the rate that it reaches."""
+        fraction: the part of the rate that it reaches."""
 
     start: float
     nvlink_hop: float
     network_hop: float
-    share: float
+    fraction: float
 
 
 RING = (Protocol(6.6e-6, 1e-6, 2.7e-6, 1 / 4), Protocol(14e-6, 1.9e-6, 4e-6, 0.92))
@@ -88,7 +88,7 @@ class Links:
         return min(
             each.start
             + 2 * (inside * each.nvlink_hop + math.log2(nodes) * each.network_hop)
-            + 2 * num_bytes / (rate * each.share)
+            + 2 * num_bytes / (rate * each.fraction)
             for each in TREE
         )
 
@@ -103,7 +103,7 @@ class Links:
             each.start
             + inside * each.nvlink_hop
             + between * each.network_hop
-            + num_bytes * (ranks - 1) / ranks / (rate * each.share)
+            + num_bytes * (ranks - 1) / ranks / (rate * each.fraction)
             for each in RING
         )
 

@@ -44,7 +44,7 @@ def exposed_seconds(once: float, attention: float, experts: float) -> float:
     return sum(max(0.0, once - each) for each in behind)
 
 
-def share_alone(job: PlannedJob, pipeline_rank: int) -> float:
+def fraction_alone(job: PlannedJob, pipeline_rank: int) -> float:
     """Return the share of passes that are combined with no other: those of the warm-up, one more
     than without the overlap (schedules.py, get_pp_rank_microbatches)."""
     pipeline, virtual = job.parallel.pipeline, job.virtual

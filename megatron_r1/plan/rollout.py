@@ -102,8 +102,10 @@ class Engines:
     @property
     def cache(self) -> int:
         """Bytes left for KV cache on one GPU; negative if even the weights do not fit."""
-        share = self.job.config.rollout.gpu_memory
-        taken = self.free if share is None else min(self.free, share * self.job.hardware.memory)
+        fraction = self.job.config.rollout.gpu_memory
+        taken = (
+            self.free if fraction is None else min(self.free, fraction * self.job.hardware.memory)
+        )
         return round(taken - self.reserved - self.weights)
 
     @property
@@ -132,8 +134,8 @@ class Engines:
         are left."""
         wanted = self.sequences
         if self.in_flight > 1:
-            share = self.job.response_tokens / self.job.longest_response
-            wanted = max(min(1.0, wanted), wanted * self.in_flight * share)
+            fraction = self.job.response_tokens / self.job.longest_response
+            wanted = max(min(1.0, wanted), wanted * self.in_flight * fraction)
         return min(wanted, self.max_concurrency, self.job.config.rollout.max_num_seqs)
 
     @property
@@ -328,10 +330,10 @@ def rollout_section(engines: Engines) -> Section:
     """Return the memory of one engine GPU."""
     job = engines.job
     short = f"no room, {in_bytes(-engines.cache)} short: " if engines.cache < 0 else ""
-    share = job.config.rollout.gpu_memory
-    if share is not None:
+    fraction = job.config.rollout.gpu_memory
+    if fraction is not None:
         half = "half of " if engines.resident else ""
-        left = f"rollout.gpu_memory={share:g} x memory - {half}reserved - weights"
+        left = f"rollout.gpu_memory={fraction:g} x memory - {half}reserved - weights"
     else:
         left = "memory - reserved - weights"
         if engines.receive_buffer:

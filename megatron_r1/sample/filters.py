@@ -82,18 +82,20 @@ def _mixed_languages(
     the reward, or the language of most words. part: "response", or "thought" for questions whose
     answer is in another language than the thought. Raises ValueError for other values."""
     text = _judged_part(response, part)
-    _require_share("min_share", min_share)
+    _require_fraction("min_share", min_share)
     if target is not None and target not in LANGUAGES:
         raise ValueError(f"target must be one of {', '.join(LANGUAGES)}, got {target!r}")
     words = judged_words(text or "")
     if not words.total:
         return ""
-    shares = {name: getattr(words, name) / words.total for name in LANGUAGES}
+    fractions = {name: getattr(words, name) / words.total for name in LANGUAGES}
     own = prompt.fields.get("target")
-    wanted = target or (own if own in [*LANGUAGES] else max(shares, key=lambda name: shares[name]))
-    if shares[wanted] >= min_share:
+    wanted = target or (
+        own if own in [*LANGUAGES] else max(fractions, key=lambda name: fractions[name])
+    )
+    if fractions[wanted] >= min_share:
         return ""
-    return f"{shares[wanted]:.0%} of its words are {LANGUAGES[wanted]}"
+    return f"{fractions[wanted]:.0%} of its words are {LANGUAGES[wanted]}"
 
 
 def _long_paragraphs(
@@ -156,7 +158,7 @@ def repetition(
 
     Raises:
         ValueError: values out of range."""
-    _require_share("min_new", min_new)
+    _require_fraction("min_new", min_new)
     verdict = grade("repetition", response.text, window=window)
     return verdict.reason if verdict.reward < min_new else ""
 
@@ -174,7 +176,7 @@ def _judged_part(response: TextResponse, part: object) -> str | None:
     return text
 
 
-def _require_share(name: str, value: object) -> None:
+def _require_fraction(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
 

@@ -31,11 +31,11 @@ class SafetyLabels:
             {
                 "question": prompt.question,
                 "response": response.whole,
-                "label": int(share > 0.5),
-                "votes": {"safe": share, "unsafe": 1 - share},
+                "label": int(fraction > 0.5),
+                "votes": {"safe": fraction, "unsafe": 1 - fraction},
                 "id": prompt.id,
             }
-            for response, (decision, share) in zip(responses, judged, strict=True)
+            for response, (decision, fraction) in zip(responses, judged, strict=True)
             if decision.is_kept
         ]
         return PromptResult([decision for decision, _ in judged], rows)
@@ -47,9 +47,10 @@ class SafetyLabels:
         if dropped is not None:
             return dropped, 0.5
         try:
-            share = await self._judge.safety(question, response.whole)
+            fraction = await self._judge.safety(question, response.whole)
         except Ungradable as error:
             return Decision(UNGRADED, str(error)), 0.5
-        if share == 0.5:
-            return Decision("tie", "as many votes for safe as for unsafe"), share
-        return Decision(SAFE if share > 0.5 else UNSAFE, f"{share:.0%} of the votes: safe"), share
+        if fraction == 0.5:
+            return Decision("tie", "as many votes for safe as for unsafe"), fraction
+        decision = SAFE if fraction > 0.5 else UNSAFE
+        return Decision(decision, f"{fraction:.0%} of the votes: safe"), fraction

@@ -77,20 +77,20 @@ def offload_fields(config: Config) -> dict[str, Any]:
 
     Raises UserError for a model in fp32, whose optimizer Megatron builds over views of its
     parameters, which torch refuses ("can't optimize a non-leaf Tensor")."""
-    share = config.parallel.optimizer_offload
+    fraction = config.parallel.optimizer_offload
     # Without a GPU all of it is in host memory already.
-    if share == 0 or not platform.has_gpu():
+    if fraction == 0 or not platform.has_gpu():
         return {}
     if config.model.dtype == "float32":
         raise UserError(
-            f"parallel.optimizer_offload={share} is not possible with model.dtype=float32: what is "
-            "offloaded are master weights of 16-bit parameters; set model.dtype to bfloat16",
+            f"parallel.optimizer_offload={fraction} is not possible with model.dtype=float32: what "
+            "is offloaded are master weights of 16-bit parameters; set model.dtype to bfloat16",
             key="parallel.optimizer_offload",
             cause=Cause.CONFLICT,
         )
     return {
         "optimizer_cpu_offload": True,
-        "optimizer_offload_fraction": share,
+        "optimizer_offload_fraction": fraction,
         "overlap_cpu_optimizer_d2h_h2d": True,
         # The hybrid optimizer reads gradients from where this one leaves them
         # (optimizer/cpu_offloading/hybrid_optimizer.py:102, Megatron-Core 0.16.1).

@@ -182,7 +182,7 @@ def test_b31_a_failing_environment_is_counted_and_stops_the_run(num_failed, stop
     fine = GradedResponse(empty, "", {"accuracy": 1.0}, 1.0, "", episode=Episode("done", [], []))
     rows = [lost] * num_failed + [fine] * (10 - num_failed)
     groups = [Group(make_prompt("?", "environment", None, {}), [1], rows)]
-    metrics = rollout_metrics(Rollout(groups, 1.0, 1.0), version=0)
+    metrics = rollout_metrics(Rollout(groups, 1.0, 1.0), policy_version=0)
     assert metrics["episode/status/environment_error"] == num_failed / 10
     assert metrics["reward/mean"] == (1.0 if num_failed < 10 else 0.0)
     if not stops:

@@ -111,7 +111,7 @@ class FilePusher:
                 await self.pusher.open()
             self._is_open = True
             self.trainer.load(folder)
-            return await self.pusher.push(self.fleet.version + 1)
+            return await self.pusher.push(self.fleet.policy_version + 1)
 
     async def check_damage(self, tensor):
         """Send the trainer's weights with another checksum of one tensor's delivery: the engine

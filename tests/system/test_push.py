@@ -167,7 +167,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             pusher = WeightPusher(fleet, links, Prober(trainer, PROMPTS, TOLERANCE, 600))
             async with pusher.updating():
                 await pusher.open()
-                await pusher.push(fleet.version + 1)
+                await pusher.push(fleet.policy_version + 1)
             return await pusher.probe_results()
         finally:
             await trainer.close()

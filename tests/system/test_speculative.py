@@ -46,7 +46,7 @@ def models(tmp_path_factory, oracle):
 def fleet(models, loop, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     fleet = RolloutFleet(1, logs, return_routing=True, **ENGINE, **SPECULATIVE)
-    loop(fleet.start(models / "a", version=0))
+    loop(fleet.start(models / "a", policy_version=0))
     yield fleet
     loop(fleet.close())
 

@@ -188,7 +188,7 @@ class WeightPusher:
         self._settled = asyncio.Lock()
         """Held while the weights change, and while an engine joins."""
         self._push_number = 0
-        self._version: int | None = None
+        self._policy_version: int | None = None
         self._probing: asyncio.Task[dict[str, float]] | None = None
         self._is_closed = False
 
@@ -197,7 +197,7 @@ class WeightPusher:
         """Keep engines from joining while the block changes the trainer's weights and pushes them.
         After an error in the block the engines that wait for weights get none, as after `close`."""
         async with self._settled:
-            self._version = None
+            self._policy_version = None
             try:
                 yield
             except BaseException:
@@ -212,10 +212,10 @@ class WeightPusher:
         with self.fleet.allow_silence(self.links.connect_seconds):
             await self._form_sets(self._engines_up, self._lose_if_dead)
 
-    async def push(self, version: int) -> dict[str, float]:
-        """Make the trainer's present weights `version` on every engine; return metrics. Raises
-        EngineError where they arrived damaged. Await `probe_results` before anything that an engine
-        computes from them is trained on or recorded, and before they are saved."""
+    async def push(self, policy_version: int) -> dict[str, float]:
+        """Make the trainer's present weights `policy_version` on every engine; return metrics.
+        Raises EngineError where they arrived damaged. Await `probe_results` before anything that an
+        engine computes from them is trained on or recorded, and before they are saved."""
         assert self._settled.locked(), "it is called in a block of updating()"
         start = time.perf_counter()
         self._push_number += 1
@@ -225,11 +225,11 @@ class WeightPusher:
             await self._send_to_all()
             await self._offload_trainer()
             sent = time.perf_counter()
-            await self.fleet.push(self._update_info(), version)
+            await self.fleet.push(self._update_info(), policy_version)
         swapped = time.perf_counter()
         metrics = {"push/transfer": sent - start, "push/pause": swapped - sent}
         metrics |= {"push/links": self.links.num_links, "push/bytes": self.links.num_bytes}
-        self._version = version
+        self._policy_version = policy_version
         if self.prober is not None:
             check = self.prober.check(self._push_number, self._engines_up, self._lose)
             self._probing = asyncio.create_task(check)
@@ -326,11 +326,11 @@ class WeightPusher:
             await self.prober.check(self._push_number, [engine], _raise_error)
 
     async def _swap_new(self, engine: Engine) -> None:
-        assert self._version is not None, "no push has been made"
+        assert self._policy_version is not None, "no push has been made"
         # An engine outside the fleet has no watchdog, and the next push waits for it.
         asleep = self.links.colocated  # since `_push_to_new`
         async with raise_dead_after(engine, self._timeout_seconds):
-            for call in swap_calls(self._update_info(), self._version, asleep=asleep):
+            for call in swap_calls(self._update_info(), self._policy_version, asleep=asleep):
                 await call(engine.client)
 
     def _update_info(self) -> dict[str, Any]:

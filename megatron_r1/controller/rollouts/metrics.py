@@ -12,7 +12,7 @@ from megatron_r1.engines.server.episodes import STATUSES, Episode
 
 
 @timeline.timed("controller/metrics")
-def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, policy_version: int) -> dict[str, float]:
     """Return means over the responses of a rollout, the groups passed over included.
 
     Reward means are over graded responses, and rewards/ungraded is the share of the others.
@@ -21,7 +21,7 @@ def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
 
     Args:
         rollout: the groups of a step.
-        version: the version of the policy that trains on it."""
+        policy_version: the version of the policy that trains on it."""
     groups = rollout.groups + rollout.passed_over
     responses = all_responses(groups)
     rewards = [graded.reward for graded in responses if graded.is_graded] or [0.0]
@@ -44,8 +44,8 @@ def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
         "truncated": fmean(graded.truncated for graded in responses),
         "groups/zero_variance": fmean(group.has_equal_rewards for group in groups),
         "groups/passed_over": len(rollout.passed_over),
-        "policy_version": version,
-        "staleness": version - versions / sum(lengths) if any(lengths) else 0.0,
+        "policy_version": policy_version,
+        "staleness": policy_version - versions / sum(lengths) if any(lengths) else 0.0,
         "response_tokens": sum(lengths),
         **episode_metrics([graded.episode for graded in responses if graded.episode]),
     }

@@ -92,13 +92,13 @@ class StepSampler:
             await self.collector.fleet.sleep()
         return rollout
 
-    def start_ahead(self, version: int) -> None:
-        """Start the rollouts that may be sampled ahead from policy `version`. Their samples are
-        not written down until `probes_passed`."""
+    def start_ahead(self, policy_version: int) -> None:
+        """Start the rollouts that may be sampled ahead from `policy_version`. Their samples are not
+        written down until `probes_passed`."""
         if self.log:
             self.log.hold_back()
         if self._stream is not None and self.config.rl.staleness:
-            self._stream.start_after(version)
+            self._stream.start_after(policy_version)
 
     def probes_passed(self) -> None:
         """Write down what was sampled since `pushed`: the engines compute what the trainer does."""
@@ -174,9 +174,9 @@ class RolloutStream(Generic[T]):
         self._next = first
         self._tasks: dict[int, asyncio.Task[T]] = {}
 
-    def start_after(self, version: int) -> None:
-        """Start the rollouts that may begin now that the engines hold `version`."""
-        while self._next <= min(self._last, version + 1 + self._staleness):
+    def start_after(self, policy_version: int) -> None:
+        """Start the rollouts that may begin now that the engines hold `policy_version`."""
+        while self._next <= min(self._last, policy_version + 1 + self._staleness):
             before = self._tasks.get(self._next - 1)
             self._tasks[self._next] = asyncio.create_task(self._start(self._next, before))
             self._next += 1

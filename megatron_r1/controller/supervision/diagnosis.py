@@ -81,7 +81,7 @@ class RunHandles:
                 (in_flight.num_started, in_flight.num_sampled),
                 (in_flight.num_finished, in_flight.num_scored),
                 self.num_engine_tokens,
-                (fleet.version, fleet.num_restarts, tuple(e.is_up for e in fleet.engines)),
+                (fleet.policy_version, fleet.num_restarts, tuple(e.is_up for e in fleet.engines)),
                 tuple(self.rollouts.pool.snapshot().items()),
             )
         return parts
@@ -215,7 +215,7 @@ async def _inspect_engines(rollouts: RolloutCollector, pushing: bool = False) ->
     fleet, in_flight = rollouts.fleet, rollouts.in_flight
     headline = _open_groups(in_flight, "sampling")
     if pushing:
-        headline = f"given weights after version {fleet.version}"
+        headline = f"given weights after version {fleet.policy_version}"
     return await _inspect(fleet, "engines", headline, in_flight.oldest("sampling"))
 
 

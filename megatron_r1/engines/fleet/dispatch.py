@@ -55,7 +55,7 @@ class ExpectedLength:
         self.longest += weight * (longest - self.longest)
 
 
-class LengthEstimator:
+class ExpectedLengths:
     """Estimates response lengths from completed groups."""
 
     def __init__(self) -> None:
@@ -144,8 +144,8 @@ class Work:
         ends."""
         if not self.expected.num_groups:
             return self.num_sequences * UNKNOWN_SHARE
-        share = self.expected.mean / max(self.expected.longest, 1.0)
-        return max(1.0, self.num_sequences * share)
+        fraction = self.expected.mean / max(self.expected.longest, 1.0)
+        return max(1.0, self.num_sequences * fraction)
 
 
 Priority = tuple[int, bool, float, int]

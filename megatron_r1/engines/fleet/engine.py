@@ -164,15 +164,17 @@ class Engine:
     def name(self) -> str:
         return f"{self.role}-{self.index}"
 
-    async def prepare(self, version: int, timeout_seconds: float) -> None:
-        """Wait until the engine answers, then name its weights `version`. Raises EngineError."""
+    async def prepare(self, policy_version: int, timeout_seconds: float) -> None:
+        """Wait until the engine answers, then name its weights `policy_version`.
+
+        Raises EngineError."""
         try:
             await self.server.wait_ready(timeout_seconds)
         except EngineError as error:
             raise EngineError(f"{self.name}: {error}") from error
         self.client.url = self.server.url  # that of a server on another host is known only now
         self.pace = Pace(time.monotonic(), self.pace.window)
-        await self.client.set_version(version)
+        await self.client.set_policy_version(policy_version)
 
     async def end(self) -> None:
         """Stop the engine's processes and fail its calls; harmless if it has ended."""

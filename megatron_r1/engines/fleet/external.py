@@ -43,7 +43,7 @@ class ExternalFleet(RolloutFleet):
 class ExternalClient(EngineClient):
     """A client that does not rename the server's weights."""
 
-    async def set_version(self, version: int) -> None: ...
+    async def set_policy_version(self, policy_version: int) -> None: ...
 
 
 class ExternalServer(RunningServer):

@@ -195,9 +195,9 @@ class EngineClient:
             await self.resume()
 
     async def swap_weights(
-        self, update_info: UpdateInfo, version: int, *, resume: bool = True
+        self, update_info: UpdateInfo, policy_version: int, *, resume: bool = True
     ) -> None:
-        """Pause the engine, load the received weights, name them `version`, and `resume`.
+        """Pause the engine, load the received weights, name them `policy_version`, and `resume`.
 
         A sequence in flight continues under the new weights, with the keys and values of its
         earlier tokens recomputed, so that each token's log-probability is that of the policy
@@ -206,12 +206,16 @@ class EngineClient:
         Raises PushIncomplete, and EngineError for a push that arrived damaged or could not be
         loaded. The engine is then still paused, and must not resume unless none of its weights has
         changed yet."""
-        update = {"update_info": update_info, "weight_version": str(version), "resume": resume}
+        update = {
+            "update_info": update_info,
+            "weight_version": str(policy_version),
+            "resume": resume,
+        }
         await self.request("POST", "/swap_weights", update)
 
-    async def set_version(self, version: int) -> None:
+    async def set_policy_version(self, policy_version: int) -> None:
         """Name the weights that the engine holds already."""
-        await self.request("POST", "/update_weight_version", {"new_version": str(version)})
+        await self.request("POST", "/update_weight_version", {"new_version": str(policy_version)})
 
     async def sleep(self) -> None:
         """Free the GPU's memory: weights and caches are dropped. Nothing may be in flight."""

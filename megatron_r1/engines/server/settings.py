@@ -135,7 +135,7 @@ class EngineSettings:
     def arguments(self, model: Path) -> list[str]:
         """Return vLLM's arguments, except the port and the arguments of a part."""
         is_cpu = self.device == "cpu"
-        share = None if is_cpu else self.gpu_memory
+        fraction = None if is_cpu else self.gpu_memory
         prefix_caching = not is_cpu if self.return_routing else self.prefix_caching
         return [
             *("--model", str(model), "--served-model-name", "policy", "--host", self.host),
@@ -157,7 +157,7 @@ class EngineSettings:
             *(["--no-async-scheduling"] if is_cpu and self.speculative else []),
             *(["--enable-return-routed-experts"] if self.return_routing else []),
             *(["--enable-sleep-mode"] if self.sleeps and not is_cpu else []),
-            *(["--gpu-memory-utilization", f"{share}"] if share else []),
+            *(["--gpu-memory-utilization", f"{fraction}"] if fraction else []),
             *(("--additional-config", '{"plain_matrices": true}') if self.plain_matrices else ()),
             *("--tensor-parallel-size", str(self.tensor)),
             *("--pipeline-parallel-size", str(self.pipeline)),

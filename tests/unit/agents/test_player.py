@@ -200,7 +200,7 @@ def test_episodes_are_graded_logged_and_measured(text):
     assert "environment_error" in responses[2].reason
     group = Group(ROW, [1], responses)
     assert unpack(decode(encode(pack(0, group))), ROW) == group
-    metrics = rollout_metrics(Rollout([group], 0.0, 0.0), version=2)
+    metrics = rollout_metrics(Rollout([group], 0.0, 0.0), policy_version=2)
     assert metrics["episode/status/environment_error"] == pytest.approx(1 / 3)
     assert metrics["episode/turns"] == pytest.approx(4 / 3)
     assert metrics["reward/mean"] == pytest.approx((5.01 + 0.03) / 2)

@@ -136,7 +136,7 @@ def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gp
             done.append(operation.__name__)
 
     class Fleet:
-        async def start(self, path, version):
+        async def start(self, path, policy_version):
             done.append("engines")
             engines_started.set()
 

@@ -21,7 +21,7 @@ from megatron_r1.data.prompts import (
     make_prompt,
     normalize,
 )
-from megatron_r1.data.sampler import PromptSampler, draw_shares
+from megatron_r1.data.sampler import PromptSampler, drawn_fractions
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 from megatron_r1.data.text import PromptText, find_template, is_opened, render_template
 
@@ -271,11 +271,11 @@ def test_no_weights_change_nothing_and_a_weight_is_a_share_of_each_epoch():
 
 def test_weights_of_kinds_that_are_not_there_or_draw_nothing_are_refused():
     prompts = make_kinds(math=2, helpful=2)
-    assert draw_shares(prompts, {"helpful": 3}) == {"helpful": 1, "math": 1 / 3}
+    assert drawn_fractions(prompts, {"helpful": 3}) == {"helpful": 1, "math": 1 / 3}
     with refused("rl.kind_weights.helpfull", Cause.UNKNOWN, "helpful"):
-        draw_shares(prompts, {"helpfull": 0})
+        drawn_fractions(prompts, {"helpfull": 0})
     with refused("rl.kind_weights", Cause.EMPTY, 0):
-        draw_shares(prompts, {"helpful": 0, "math": 0})
+        drawn_fractions(prompts, {"helpful": 0, "math": 0})
     schedule = [{"from_step": 7, "rl.kind_weights": {"code": 1.0}}]
     recipe = {"schedule": schedule, "kind_weights": {"helpful": 0}}
     with refused("rl.kind_weights.code", Cause.UNKNOWN, 7):

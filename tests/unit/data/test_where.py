@@ -1,4 +1,4 @@
-"""Conditions of `data.records`, and prompts with a system's message."""
+"""Conditions of `data.where`, and prompts with a system's message."""
 
 import json
 

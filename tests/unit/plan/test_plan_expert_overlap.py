@@ -13,7 +13,7 @@ from megatron_r1.plan.expert_overlap import (
     exchange_choice,
     expert_flops,
     exposed_seconds,
-    share_alone,
+    fraction_alone,
 )
 from megatron_r1.plan.memory import rank_memory
 from megatron_r1.plan.timing import StepTime
@@ -57,7 +57,7 @@ def test_the_passes_that_run_alone_are_those_of_megatron_s_warm_up(
     job = SimpleNamespace(
         parallel=SimpleNamespace(pipeline=pipeline), virtual=virtual, slots=microbatches
     )
-    assert share_alone(job, rank) == warmup / (virtual * microbatches)
+    assert fraction_alone(job, rank) == warmup / (virtual * microbatches)
 
 
 def test_the_overlap_hides_time_and_takes_the_memory_of_a_second_layer():

@@ -47,7 +47,7 @@ def test_training_and_scoring_need_as_much_as_without():
 
 
 def test_a_node_holds_it_in_memory_or_on_its_disk():
-    kind, host = "away while engines sample", "host memory of a node"
+    kind, host = "offloaded while engines sample", "host memory of a node"
     assert value(estimate("host"), host, kind) == pytest.approx(8 * OFFLOADED, rel=5e-3)
     disk = estimate("disk")
     assert value(disk, "local disk of a node", kind) == pytest.approx(8 * OFFLOADED, rel=5e-3)
@@ -88,6 +88,6 @@ def test_the_critic_s_state_is_away_too():
         rank_memory(planned(parallel__offload_between_phases=place, **ppo))[3]
         for place in ("none", "host")
     )
-    kind = "away while engines sample"
+    kind = "offloaded while engines sample"
     assert here.resident > 1.5 * OFFLOADED and away.resident < 1e-6 * OFFLOADED
     assert away.host[kind] == pytest.approx(here.resident, rel=5e-3)

@@ -69,7 +69,7 @@ async def measure(
         await trainer.connect()
         await trainer.call(FolderOperations.export, folder=str(folder / "export"))
         async with RolloutFleet(1, folder / "logs", dtype=dtype, **settings) as fleet:
-            await fleet.start(folder / "export", version=-1)
+            await fleet.start(folder / "export", policy_version=-1)
             return await _measure(trainer, fleet, config, shape, folder, repeats, num_reloads)
     finally:
         await trainer.close()

@@ -316,7 +316,7 @@ def test_engines_that_have_slept_get_the_same_version_again(tmp_path):
             await fleet.push({}, 1)
         await fleet.sleep()
         await fleet.push({}, 1)
-        return fleet.version
+        return fleet.policy_version
 
     assert run(tmp_path, [Peer(good)], story) == 1
 
@@ -347,7 +347,7 @@ def test_an_engine_whose_connection_breaks_amid_a_push_is_replaced_by_one_with_i
     async def story(fleet):
         await fleet.push({}, 1)
         await until(lambda: not fleet.replacement.tasks)
-        return fleet.version, [engine.server for engine in fleet.engines], fleet.num_restarts
+        return fleet.policy_version, [engine.server for engine in fleet.engines], fleet.num_restarts
 
     version, servers, restarts = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
     assert (version, servers, restarts) == (1, [peers[2], peers[1]], 1)

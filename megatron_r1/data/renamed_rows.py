@@ -1,4 +1,4 @@
-"""Rows of data files as records, under our names of columns, each with its location "file:line"."""
+"""Rows of data files, under our names of columns, each with its location "file:line"."""
 
 import glob
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -12,18 +12,18 @@ from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.data_sets import HUB, read_data_set
 from megatron_r1.data.table_files import Row, read_rows
 
-Record = dict[str, Any]
+RenamedRow = dict[str, Any]
 ABSENT = object()
 
 
-def read_records(
+def read_renamed_rows(
     path: str | Path,
     columns: Mapping[str, str] | None = None,
     names: Collection[str] = (),
     role: str = "data",
-    keeps: Callable[[str, Record], bool] = lambda location, row: True,
-) -> Iterator[tuple[str, Record]]:
-    """Yield ("file:line", record) for each row of a .jsonl, .json, .csv, .tsv or .parquet file, in
+    keeps: Callable[[str, RenamedRow], bool] = lambda location, row: True,
+) -> Iterator[tuple[str, RenamedRow]]:
+    """Yield ("file:line", row) for each row of a .jsonl, .json, .csv, .tsv or .parquet file, in
     file order, of all files of a pattern such as `rows/*.jsonl`, or of a data set: a folder or
     `hub:NAME[:CONFIG][:SPLIT]`.
 
@@ -70,38 +70,38 @@ def _read_all_rows(path: str | Path, role: str) -> Iterator[Row]:
     return (row for file in files for row in read_rows(Path(file), role))
 
 
-def require_text(location: str, record: Record, name: str, renaming: str = "") -> str:
-    """Return record[name]; raises UserError unless it is a string that is not blank.
+def require_text(location: str, row: RenamedRow, name: str, renaming: str = "") -> str:
+    """Return row[name]; raises UserError unless it is a string that is not blank.
 
     Args:
         location: "file:line", for errors.
-        record: the row.
+        row: the row.
         name: ours.
         renaming: as in `missing`.
     """
-    value = record.get(name)
+    value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        actual = f"is {value!r}" if name in record else missing(record, name, renaming)
+        actual = f"is {value!r}" if name in row else missing(row, name, renaming)
         raise UserError(
             f"{location}: {name!r} must be a string that is not blank, it {actual}",
             key=name,
-            cause=Cause.MALFORMED if name in record else Cause.MISSING,
+            cause=Cause.MALFORMED if name in row else Cause.MISSING,
         )
     return value
 
 
-def missing(record: Record, name: str, renaming: str = "") -> str:
-    """Describe the lack of `name` in `record`.
+def missing(row: RenamedRow, name: str, renaming: str = "") -> str:
+    """Describe the lack of `name` in `row`.
 
     Args:
-        record: the row.
+        row: the row.
         name: the column that it lacks.
         renaming: the setting that maps column names."""
-    hint = f"; if one of them is meant: {renaming}: {{{name}: …}}" if renaming and record else ""
-    return f"is missing; the row has {', '.join(record) or 'nothing'}{hint}"
+    hint = f"; if one of them is meant: {renaming}: {{{name}: …}}" if renaming and row else ""
+    return f"is missing; the row has {', '.join(row) or 'nothing'}{hint}"
 
 
-def rename(location: str, row: Record, columns: Mapping[str, str]) -> Record:
+def rename(location: str, row: RenamedRow, columns: Mapping[str, str]) -> RenamedRow:
     """Return the row with the columns under our names.
 
     Args:
@@ -126,7 +126,7 @@ def rename(location: str, row: Record, columns: Mapping[str, str]) -> Record:
     return kept | found
 
 
-def entry(row: Record, name: str) -> Any:
+def entry(row: RenamedRow, name: str) -> Any:
     """Return row[name], or row[a][b] for a name `a.b` and {"a": row[a], "b": row[b]} for `a+b` that
     are no columns themselves; else ABSENT."""
     if name in row:
@@ -141,7 +141,7 @@ def entry(row: Record, name: str) -> Any:
     return ABSENT if below is None else entry(below, rest)
 
 
-def as_mapping(value: Any) -> Record | None:
+def as_mapping(value: Any) -> RenamedRow | None:
     """Return a mapping, also of one that is stored as text; None for any other value."""
     value = decoded(value)
     return value if isinstance(value, dict) else None
