@@ -115,8 +115,8 @@ def exchanged_counts(
 
     Args:
         dispatcher: the dispatcher of one of this rank's layers, for its groups and sizes.
-        counts: of each micro-batch (layers, E) integers, tokens of this rank to each expert; None:
-            not known.
+        counts: this rank's tokens to each expert, (layers, E) integers per micro-batch; None: not
+            known.
         num_layers: this rank's layers of experts."""
     num_experts, num_here = dispatcher.num_experts, dispatcher.num_local_experts
     shape = (len(counts), num_layers, num_experts)
