@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from examples.laptop.make_tokenizer import SPECIAL, make_tokenizer
 from examples.laptop.r1.model import write_folder
 from megatron_r1.agents.shipped_environments import Lookup
-from megatron_r1.base.files.append_only import write_lines
+from megatron_r1.base.files.json_lines import write_lines
 
 USER, ASSISTANT, RESULT = "<|user|>", "<|assistant|>", "<|result|>"
 BEFORE, AFTER = '<tool_call>{"name": "lookup", "arguments": {"key": "', '"}}</tool_call>'

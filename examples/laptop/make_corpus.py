@@ -13,7 +13,7 @@ import argparse
 import random
 from pathlib import Path
 
-from megatron_r1.base.files.append_only import write_lines
+from megatron_r1.base.files.json_lines import write_lines
 from megatron_r1.data.prompts import is_heldout
 from megatron_r1.data.text import render_template
 

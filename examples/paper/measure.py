@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import fmean
 
 from examples.laptop.r1.measure import Row, figure, win_rate, write_figures
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.evaluation.measures import subsets
-from megatron_r1.evaluation.voting import can_vote, majority_of, read_vote
+from megatron_r1.evaluation.voting import can_vote, majority_index, read_vote
 
 
 def learning(folder: str, **runs: str) -> None:
@@ -41,7 +41,7 @@ def voted(answers: Sequence[Row], size: int) -> float:
     right = [answer["rewards"].get("accuracy", 0.0) for answer in answers]
     scores = []
     for chosen in subsets(len(answers), size, seed=0):
-        winner = majority_of([keys[index] for index in chosen])
+        winner = majority_index([keys[index] for index in chosen])
         scores.append(0.0 if winner is None else right[chosen[winner]])
     return fmean(scores)
 

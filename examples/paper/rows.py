@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.append_only import read_lines, write_lines
+from megatron_r1.base.files.json_lines import read_lines, write_lines
 
 
 def first(folder: str, examples: str, count: int) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_r1.base.files.append_only import write_lines
+from megatron_r1.base.files.json_lines import write_lines
 from megatron_r1.data.text import PromptText
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows
 

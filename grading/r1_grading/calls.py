@@ -1,7 +1,7 @@
 """Calls reward functions of every signature that is accepted: this stack's, verl's and TRL's.
 
-`of_signature` recognizes a function by the names of its parameters and returns one that is called
-as `grade(response, truth, **fields) -> Grade`. A function may be `async def`."""
+`adapt_signature` recognizes a function by the names of its parameters and returns one called as
+`grade(response, truth, **fields) -> Grade`. A function may be `async def`."""
 
 import asyncio
 import functools
@@ -65,7 +65,7 @@ def grade(kind: str, response: str, /, truth: Any = None, **fields: Any) -> Grad
             cause=Cause.UNSUPPORTED,
         )
     target = resolve(kind)
-    return of_signature(find_function(target), target)(response, truth, **fields)
+    return adapt_signature(find_function(target), target)(response, truth, **fields)
 
 
 class MissingArguments(TypeError):
@@ -76,7 +76,7 @@ class MissingArguments(TypeError):
         self.names = names
 
 
-def of_signature(function: Callable[..., Any], target: str) -> GradeFunction:
+def adapt_signature(function: Callable[..., Any], target: str) -> GradeFunction:
     """Return `function` as one that is called as this stack's rewards are.
 
     - verl's (parameters `solution_str` and `ground_truth`) gets the response, the truth, the row's
@@ -250,14 +250,14 @@ def explain_failure(
         target: its "module:function".
         fields: the keyword arguments of the call."""
     if isinstance(error, MissingArguments):
-        return _lacking(_kind_of(target), error.names)
+        return _missing_fields(_describe_kind(target), error.names)
     if not isinstance(error, TypeError) or isinstance(function, Adapted):
         return FITS
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # written in C, without a signature
         return FITS
-    kind = _kind_of(target)
+    kind = _describe_kind(target)
     signature = f"def {target.partition(':')[2]}(response, truth, *, …, **entry) -> Grade"
     kinds = {parameter.kind for parameter in parameters}
     positional = [parameter for parameter in parameters if parameter.kind in POSITIONAL]
@@ -269,7 +269,7 @@ def explain_failure(
     named = [p for p in parameters if p not in positional[:2] and p.kind not in VARIADIC]
     missing = tuple(p.name for p in named if p.default is p.empty and p.name not in fields)
     if missing:
-        return _lacking(kind, missing)
+        return _missing_fields(kind, missing)
     refused = sorted(fields.keys() - {parameter.name for parameter in named})
     if refused and Parameter.VAR_KEYWORD not in kinds:
         return CallFault(
@@ -279,7 +279,7 @@ def explain_failure(
     return FITS
 
 
-def _lacking(kind: str, names: tuple[str, ...]) -> CallFault:
+def _missing_fields(kind: str, names: tuple[str, ...]) -> CallFault:
     """Return the fault of a reward that needs fields which the row does not have."""
     return CallFault(
         f"reward {kind!r} needs {', '.join(names)}: give it in the row, or for all rows as "
@@ -288,7 +288,7 @@ def _lacking(kind: str, names: tuple[str, ...]) -> CallFault:
     )
 
 
-def _kind_of(target: str) -> str:
+def _describe_kind(target: str) -> str:
     return next((name for name, path in REGISTRY.items() if path == target), target)
 
 

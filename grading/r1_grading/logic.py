@@ -160,14 +160,14 @@ def _as_many_words(answer: str, entry: dict[str, Any]) -> str:
     return "" if len(found) <= len(expected) else "it is longer than an answer can be"
 
 
-def _made_of(pattern: str, what: str) -> Callable[[str, dict[str, Any]], str]:
+def _matching(pattern: str, what: str) -> Callable[[str, dict[str, Any]], str]:
     """Return a guard that refuses what is not `pattern` as a whole: the scorer passes over other
     text, such as the words of `it is not 1/2`."""
     form = re.compile(pattern)
     return lambda answer, entry: "" if form.fullmatch(answer.strip()) else f"it is not {what}"
 
 
-def _as_long(answer: str, entry: dict[str, Any]) -> str:
+def _refuse_longer(answer: str, entry: dict[str, Any]) -> str:
     """Refuse additions: the shares that the scorer gives for letters may add up to more than 1."""
     return "" if len(answer) <= len(str(entry["answer"])) else "it is longer than the answer"
 
@@ -204,29 +204,29 @@ def _few_moves(answer: str, entry: dict[str, Any]) -> str:
 
 
 GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
-    "advanced_geometry": _made_of(
+    "advanced_geometry": _matching(
         rf"{NUMBER}\s*°?|\(?\s*{NUMBER}\s*,\s*{NUMBER}\s*\)?", "one value"
     ),
     "boxnet": _flat_actions,
     "coin_flip": _near,
     "complex_arithmetic": _finite,
-    "fraction_simplification": _made_of(
+    "fraction_simplification": _matching(
         r"\$?\s*(?:\\[dt]?frac\s*\{\s*-?\d+\s*\}\s*\{\s*-?\d+\s*\}|-?\d+\s*/\s*-?\d+)\s*\$?\.?",
         "one fraction",
     ),
     "game_of_life_halting": _truth_value,
     "gsm_symbolic": _the_number,
-    "kakurasu": _made_of(r"[01\s]*", "rows of 0 and 1"),
+    "kakurasu": _matching(r"[01\s]*", "rows of 0 and 1"),
     "knights_knaves": _statements,
     "letter_jumble": _as_many_words,
-    "polynomial_equations": _made_of(rf"{NUMBER}(?:\s*,\s*{NUMBER})*|", "numbers between commas"),
+    "polynomial_equations": _matching(rf"{NUMBER}(?:\s*,\s*{NUMBER})*|", "numbers between commas"),
     "puzzle24": _numbers_given,
-    "quantum_lock": _made_of(r"[A-Ca-c\s,→>-]*", "buttons between arrows"),
+    "quantum_lock": _matching(r"[A-Ca-c\s,→>-]*", "buttons between arrows"),
     "rush_hour": _few_moves,
-    "sokoban": _made_of(r"[UDLRudlr\s]*", "moves"),
-    "survo": _made_of(r"[\d\s-]*", "rows of numbers"),
-    "spell_backward": _as_long,
-    "time_intervals": _made_of(
+    "sokoban": _matching(r"[UDLRudlr\s]*", "moves"),
+    "survo": _matching(r"[\d\s-]*", "rows of numbers"),
+    "spell_backward": _refuse_longer,
+    "time_intervals": _matching(
         r"(?:\d+ days?)?[\s,]*(?:\d+:\d+(?::\d+(?:\.\d+)?)?)?", "days, or a time"
     ),
     "word_sorting": _as_many_words,

@@ -15,7 +15,7 @@ from r1_grading.base.errors import Cause, RunError, UserError
 from r1_grading.base.workers import START_TIMEOUT_SECONDS, WorkerLost, frame
 from r1_grading.rewards import REMOTE, FiniteGrade, Grade, find_non_finite, resolve
 from r1_grading.sandbox.limits import time_limit
-from r1_grading.served.service import RemoteRewards
+from r1_grading.served.remote_rewards import RemoteRewards
 from r1_grading.worker import EncodedJob, JobStatus, WorkerProcess
 
 AHEAD_SECONDS = 0.02

@@ -104,7 +104,7 @@ REMOTE: dict[str, str] = {
     "judge": "r1_grading.served.judge:Judge",
     "safety": "r1_grading.served.reward_model:Safety",
 }
-"""Rewards that request a served model: a class each (`served.service.RemoteReward`), no worker."""
+"""Rewards that request a served model: a class each (`served.remote_rewards`), no worker."""
 ENVIRONMENT = "environment"
 """The kind of questions that an agent's environment grades (`get_reward`); no built-in reward."""
 WITHOUT_TRUTH = (ENVIRONMENT, "helpful", "logic", "safety")

@@ -176,7 +176,7 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 cause=Cause.MALFORMED,
             )
         if kind in REMOTE:
-            from r1_grading.served.service import check_options
+            from r1_grading.served.remote_rewards import check_options
 
             check_options(kind, values)
         elif kind in REGISTRY and (unknown := [v for v in values if v not in option_names(kind)]):
@@ -246,7 +246,7 @@ def call_fields(
         facts: facts about the response, which override options and fields."""
     given = options.get(kind, {})
     if kind in REMOTE:
-        from r1_grading.served.service import settings_names  # aiohttp: a recipe needs none
+        from r1_grading.served.remote_rewards import settings_names
 
         refused = settings_names(kind) if given else {"api_key_env"}
         fields = {name: value for name, value in fields.items() if name not in refused}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.values import decoded
+from r1_grading.base.stored_values import decoded
 from r1_grading.code.problem import is_tests, parse_problem
 from r1_grading.reading.answer import MARKER, last_boxed, unwrap
 from r1_grading.rewards import find_non_finite
@@ -52,9 +52,9 @@ def alternatives(truth: Any) -> list[Any]:
         found = _decoded(truth)
         return [truth] if found is None else alternatives(found)
     if isinstance(truth, Mapping) and truth and truth.keys() <= set(ANY_OF) | NORMALIZED:
-        found = _each([truth[key] for key in ANY_OF if truth.get(key) is not None])
+        found = _flatten_answers([truth[key] for key in ANY_OF if truth.get(key) is not None])
         return [entry for at, entry in enumerate(found) if entry not in found[:at]]
-    return _each(truth) if isinstance(truth, list | tuple) else [truth]
+    return _flatten_answers(truth) if isinstance(truth, list | tuple) else [truth]
 
 
 NORMALIZED = {
@@ -95,7 +95,7 @@ def is_unanswered(text: str) -> bool:
     return is_long and MARKER not in text and last_boxed(text) is None and not is_tests(text)
 
 
-def kind_of(truth: Any) -> str:
+def reward_kind(truth: Any) -> str:
     """Return the reward that compares with a truth: `code` for tests of a program, `exact_match`
     for any of several names or phrases, else `math`."""
     if is_tests(truth):
@@ -163,7 +163,7 @@ def check_truth(kind: str, truth: Any, fields: Mapping[str, Any]) -> None:
         check(truth, fields)
 
 
-def _check_any_of(truth: Any, fields: Mapping[str, Any]) -> None:
+def _check_alternatives(truth: Any, fields: Mapping[str, Any]) -> None:
     found = alternatives(truth)
     if not found:
         raise ValueError("the truth is a list without an answer")
@@ -181,19 +181,19 @@ def _check_code(truth: Any, fields: Mapping[str, Any]) -> None:
 
 
 CHECKS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
-    **dict.fromkeys(COMPARED, _check_any_of),
+    **dict.fromkeys(COMPARED, _check_alternatives),
     "code": _check_code,
 }
 """Kind → its check."""
 
 
-def _each(entries: Any) -> list[Any]:
+def _flatten_answers(entries: Any) -> list[Any]:
     """Return the entries of a list, those of lists and of mappings of answers in it too."""
     flat: list[Any] = []
     for entry in entries:
         is_nested = isinstance(entry, list | tuple | Mapping)
         found = alternatives(entry) if is_nested else [entry]
-        flat += _each(found) if is_nested and found != [entry] else found
+        flat += _flatten_answers(found) if is_nested and found != [entry] else found
     return [entry for entry in flat if entry is not None]
 
 

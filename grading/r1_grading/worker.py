@@ -17,7 +17,7 @@ from r1_grading.base.errors import RunError, UserError, shorten
 from r1_grading.base.lifetime import end_without_parent
 from r1_grading.base.user_code import find_function, place_of
 from r1_grading.base.workers import LENGTH, FramedProcess, WorkerLost, frame, private_streams
-from r1_grading.calls import explain_failure, of_signature
+from r1_grading.calls import adapt_signature, explain_failure
 from r1_grading.rewards import MAX_REASON_CHARS, FiniteGrade, Grade
 
 MAX_REPLY_BYTES = 64 * 1024
@@ -115,7 +115,7 @@ def main(memory_limit_bytes: int) -> None:
         job = decoder.decode(jobs.read(LENGTH.unpack(header)[0]))
         if job.target not in functions:
             try:
-                functions[job.target] = of_signature(find_function(job.target), job.target)
+                functions[job.target] = adapt_signature(find_function(job.target), job.target)
             except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
                 status = JobStatus("unloadable", job.id, reason=_describe(error))
                 status.is_out_of_memory = _comes_from_memory(error)

@@ -178,7 +178,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         names = _names(chosen.only, list(BY_NAME))
     except ValueError as error:
         sys.exit(str(error))
-    about = _about(on_gpu)
+    about = _environment(on_gpu)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     print(f"{about['device']}, {about['date']}\n{size}\n{versions}")
     print(LEGEND if on_gpu else LEGEND + CPU_NOTE)
@@ -218,7 +218,7 @@ def _names(only: list[str] | None, known: list[str]) -> list[str]:
     return chosen
 
 
-def _about(on_gpu: bool) -> dict[str, Any]:
+def _environment(on_gpu: bool) -> dict[str, Any]:
     import torch
 
     if on_gpu:

@@ -115,11 +115,11 @@ def _line(name: str, arch: int, e: dict[str, Any]) -> str:
 
 def programs_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
     """Return how many programs with these registers per thread and shared bytes fit on an SM."""
-    of_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    warp_registers = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
     return min(
         PROGRAMS,
         THREADS // (32 * warps),
-        REGISTERS // of_warp // warps,
+        REGISTERS // warp_registers // warps,
         SHARED_KIB[arch] * 1024 // (shared + RESERVED_SHARED),
     )
 

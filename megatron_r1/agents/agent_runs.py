@@ -56,7 +56,7 @@ class AgentOutcome:
     sequences: list[list[int]] | None = None
 
 
-def harness_of(agents: AgentsConfig) -> Run:
+def find_harness(agents: AgentsConfig) -> Run:
     """Return the function or the command of `agents.harness`. Raises UserError."""
     if isinstance(agents.harness, str):
         return function_harness(agents.harness)

@@ -173,8 +173,8 @@ class Continuation:
         the template would spell otherwise."""
         # Some templates write an empty thought into a last answer without reasoning, and drop it
         # once another message follows: such an answer may be continued from either form.
-        for thinks in (True,) if _thinks(history[-1]) else (True, False):
-            begin = _likeness(history, thinks)
+        for thinks in (True,) if _has_reasoning(history[-1]) else (True, False):
+            begin = _sample_conversation(history, thinks)
             try:
                 prompt, before = self._text(begin[:-1], tools), self._text(begin, tools)
                 after = self._text([*begin, *new], tools, add_generation_prompt=True)
@@ -267,13 +267,16 @@ def _renderable(message: Message) -> dict[str, Any]:
         plain["reasoning_content"] = plain.pop("reasoning")
     if calls := plain.get("tool_calls"):
         plain["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": arguments_of(call["function"])}}
+            {
+                **call,
+                "function": {**call["function"], "arguments": read_arguments(call["function"])},
+            }
             for call in calls
         ]
     return plain
 
 
-def arguments_of(function: Mapping[str, Any]) -> Any:
+def read_arguments(function: Mapping[str, Any]) -> Any:
     """Return a call's arguments, read from JSON; {} for an empty text. Text that is no JSON, the
     model's mistake, is returned unchanged."""
     arguments = function.get("arguments", {})
@@ -285,11 +288,11 @@ def arguments_of(function: Mapping[str, Any]) -> Any:
         return arguments
 
 
-def _thinks(message: Message) -> bool:
+def _has_reasoning(message: Message) -> bool:
     return bool(message.get("reasoning_content") or message.get("reasoning"))
 
 
-def _likeness(history: Sequence[Message], thinks: bool) -> list[Message]:
+def _sample_conversation(history: Sequence[Message], thinks: bool) -> list[Message]:
     """Return a short conversation of the shape of `history`, whose last message is an answer.
 
     thinks: whether that answer has reasoning. With an earlier answer, if `history` has any: some
@@ -299,12 +302,12 @@ def _likeness(history: Sequence[Message], thinks: bool) -> list[Message]:
         begin.insert(0, {"role": history[0]["role"], "content": "s"})
     earlier = [message for message in history[:-1] if message["role"] == "assistant"]
     if earlier:
-        thought = thinks or any(map(_thinks, earlier))
-        begin += [_dummy(earlier[-1], thought), {**history[-2], "content": "m"}]
-    return [*begin, _dummy(history[-1], thinks)]
+        thought = thinks or any(map(_has_reasoning, earlier))
+        begin += [_sample_answer(earlier[-1], thought), {**history[-2], "content": "m"}]
+    return [*begin, _sample_answer(history[-1], thinks)]
 
 
-def _dummy(answer: Message, thinks: bool) -> Message:
+def _sample_answer(answer: Message, thinks: bool) -> Message:
     dummy: dict[str, Any] = {"role": "assistant", "content": "x"}
     if thinks:
         dummy["reasoning_content"] = "r"

@@ -56,11 +56,13 @@ def _argument_adapters(method: Callable[..., Any]) -> dict[str, TypeAdapter[Any]
     """Return pydantic's converter for each argument, by name. An argument is left out if it has no
     type, a type that pydantic has no schema for, or one imported for type checkers only."""
     function = inspect.unwrap(method)
-    return _adapters_of(getattr(function, "__func__", function))  # bound methods differ by episode
+    return _parameter_adapters(
+        getattr(function, "__func__", function)
+    )  # bound methods differ by episode
 
 
 @functools.lru_cache(maxsize=1024)
-def _adapters_of(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
+def _parameter_adapters(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
     names = getattr(function, "__globals__", None)
     adapters = {}
     for name, annotation in getattr(function, "__annotations__", {}).items():
@@ -163,7 +165,7 @@ class Description:
         )
 
 
-def target_of(name: str) -> str:
+def environment_target(name: str) -> str:
     """Return the "module:Class" of `agents.environment`. Raises UserError for an unknown name."""
     if name in SHIPPED:
         return SHIPPED[name]

@@ -15,11 +15,12 @@ from typing import Any
 
 from r1_grading.base.workers import LENGTH, last_line
 
-from megatron_r1.agents.environment import Description, target_of
+from megatron_r1.agents.environment import Description, environment_target
 from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, frame
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.processes.children import kill_group, popen_options
-from megatron_r1.base.processes.resources import Scratch, allow_open_files
+from megatron_r1.base.processes.open_files import allow_open_files
+from megatron_r1.base.processes.scratch import Scratch
 from megatron_r1.config import AgentsConfig
 
 SERVER = "megatron_r1.agents.environment_server"
@@ -64,7 +65,7 @@ class CallResult:
 def describe(name: str) -> Description:
     """Return the description of `agents.environment`. Another process imports the user's module
     and describes it. Raises UserError."""
-    target = target_of(name)
+    target = environment_target(name)
     try:
         done = subprocess.run(
             [sys.executable, "-m", SERVER, "describe", target],
@@ -97,7 +98,10 @@ class Environments:
 
     def __init__(self, agents: AgentsConfig, description: Description) -> None:
         self.description, self.call_seconds = description, agents.call_seconds
-        self._target, self._options = target_of(agents.environment), dict(agents.parameters)
+        self._target, self._options = (
+            environment_target(agents.environment),
+            dict(agents.parameters),
+        )
         self._folder = Scratch()
         self._path = str(Path(self._folder.name) / "socket")
         self._process: asyncio.subprocess.Process | None = None

@@ -157,7 +157,7 @@ class _Episode:
             answer["error"] = str(error)
             answer |= {"fault": f"{self._running}() {error}", "fix": error.fix}
         except BaseException as error:  # noqa: BLE001 - a user's code may raise anything
-            answer["error"] = _worded(error)[:MAX_TEXT]
+            answer["error"] = _describe_error(error)[:MAX_TEXT]
             answer["fault"] = f"{self._running}: {answer['error']}{user_place_of(error)}"
             answer["is_fault"] = isinstance(error, RunError)
         if "error" in answer:
@@ -228,7 +228,7 @@ class _Episode:
         return self._loop.run_until_complete(value) if inspect.isawaitable(value) else value
 
 
-def _worded(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 - of the error's own __str__

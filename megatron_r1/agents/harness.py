@@ -19,8 +19,8 @@ from megatron_r1.agents.agent_runs import AgentOutcome, Run, RunWithServer
 from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.agents.gateway import Gateway, GatewaySession, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import Parser
-from megatron_r1.agents.player import row_of
-from megatron_r1.agents.tree import turns_of
+from megatron_r1.agents.player import reset_arguments
+from megatron_r1.agents.tree import tree_turns
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
@@ -109,7 +109,7 @@ class HarnessPlayer:
         reward: float | None = None
         is_finished = False
         url = f"{self.gateway.url}/v1"
-        agent = asyncio.ensure_future(self.run(url, session.secret, row_of(prompt)))
+        agent = asyncio.ensure_future(self.run(url, session.secret, reset_arguments(prompt)))
         try:
             if await self._within_its_time(agent, session, began):
                 outcome = await agent
@@ -167,7 +167,7 @@ class HarnessPlayer:
         ]
         episode = Episode(
             status,
-            turns_of(session.tree, self.text.decode),
+            tree_turns(session.tree, self.text.decode),
             session.tree.branches(),
             num_tool_calls=len(calls),
             tool_seconds=max(0.0, seconds - session.engine_seconds),

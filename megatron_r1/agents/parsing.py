@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import msgspec
 from r1_grading.base.workers import FramedProcess, WorkerLost, frame
 
-from megatron_r1.agents.continuation import Continuation, arguments_of
+from megatron_r1.agents.continuation import Continuation, read_arguments
 from megatron_r1.agents.parser_worker import Options, ParseJob, ParseReply, tool_call
 from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.engines.server.errors import EngineError
@@ -310,7 +310,7 @@ class Parser(Protocol):
     async def close(self) -> None: ...
 
 
-def parser_of(agents: AgentsConfig, tokenizer: str) -> Parser:
+def find_parser(agents: AgentsConfig, tokenizer: str) -> Parser:
     """Return the parser that `agents.tool_parser` and `agents.reasoning_parser` name.
 
     Args:
@@ -368,7 +368,7 @@ class AnswerReader:
         # Parsers of vLLM keep a text or a list as arguments. No protocol has a place for these:
         # clients fail on them, or send back a call that the gateway has to refuse.
         why = "the arguments of a call are no JSON object"
-        if all(isinstance(arguments_of(function), dict) for function in functions):
+        if all(isinstance(read_arguments(function), dict) for function in functions):
             if self._continuation.can_render(message, tools):
                 return message
             why = "the chat template refuses the calls"

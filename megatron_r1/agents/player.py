@@ -9,15 +9,15 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 
-from megatron_r1.agents.continuation import Continuation, Unrenderable, arguments_of
+from megatron_r1.agents.continuation import Continuation, Unrenderable, read_arguments
 from megatron_r1.agents.environment_pool import (
     CallTimedOut,
     EnvironmentFault,
     EnvironmentProcess,
     Environments,
 )
-from megatron_r1.agents.parsing import AnswerReader, parser_of, require_whole
-from megatron_r1.agents.tree import Message, TokenTree, turns_of
+from megatron_r1.agents.parsing import AnswerReader, find_parser, require_whole
+from megatron_r1.agents.tree import Message, TokenTree, tree_turns
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.chats import without_nulls
@@ -42,7 +42,7 @@ class EpisodePlayer:
     ) -> None:
         self.text, self.environments, self.settings, self.room = text, environments, settings, room
         self.continuation = Continuation(text.tokenizer, text.end_tokens)
-        self.parsers = parser_of(settings, text.tokenizer.name_or_path)
+        self.parsers = find_parser(settings, text.tokenizer.name_or_path)
         self.reader = AnswerReader(self.parsers, self.continuation)
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
@@ -83,7 +83,7 @@ class EpisodePlayer:
         for prompt in {frozenset(prompt.fields): prompt for prompt in prompts}.values():
             try:
                 async with self.environments.open() as environment:
-                    await environment.reset(row_of(prompt))
+                    await environment.reset(reset_arguments(prompt))
                     if self.environments.description.grades:
                         await environment.reward("")
             except EnvironmentFault as fault:
@@ -100,7 +100,7 @@ class EpisodePlayer:
         await asyncio.gather(self.environments.close(), self.parsers.close())
 
 
-def row_of(prompt: Prompt) -> dict[str, Any]:
+def reset_arguments(prompt: Prompt) -> dict[str, Any]:
     """Return the arguments that a row offers to `reset`; keys of null in its mappings are absent,
     as Arrow fills the keys that other rows have."""
     fields = {name: without_nulls(value) for name, value in prompt.fields.items()}
@@ -128,7 +128,7 @@ class _RunningEpisode:
 
     async def play(self, prompt: Prompt, environment: EnvironmentProcess) -> Status:
         """Play the episode to its end, and return how it ended."""
-        question = await environment.reset(row_of(prompt))
+        question = await environment.reset(reset_arguments(prompt))
         before = prompt.before
         if self._settings.system:
             self._messages.append({"role": "system", "content": self._settings.system})
@@ -191,7 +191,7 @@ class _RunningEpisode:
         else:
             left = self._settings.timeout_seconds - self._totals["tool_seconds"]
             try:
-                arguments = arguments_of(function)  # the environment names the model's mistakes
+                arguments = read_arguments(function)  # the environment names the model's mistakes
                 result = await environment.call(function["name"], arguments, left)
             except CallTimedOut:
                 self.is_lost = True
@@ -209,5 +209,5 @@ class _RunningEpisode:
 
     def episode(self, status: Status, reason: str) -> Episode:
         """Return the episode as it has been played so far."""
-        turns, branches = turns_of(self._tree, self._player.text.decode), self._tree.branches()
+        turns, branches = tree_turns(self._tree, self._player.text.decode), self._tree.branches()
         return Episode(status, turns, branches, **self._totals, reason=reason)

@@ -62,7 +62,7 @@ class Calculator:
         """
         if len(expression) > MAX_CHARS:
             raise ValueError(f"the expression is longer than {MAX_CHARS} characters")
-        return str(_value_of(ast.parse(expression.strip(), mode="eval").body))
+        return str(_evaluate_node(ast.parse(expression.strip(), mode="eval").body))
 
     def final_answer(self, text: str) -> None:
         numbers = re.findall(r"-?\d+", text)
@@ -72,14 +72,14 @@ class Calculator:
         return float(self._answer == self._truth)
 
 
-def _value_of(node: ast.expr) -> Fraction:
+def _evaluate_node(node: ast.expr) -> Fraction:
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             return Fraction(number)
         case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](_value_of(operand))
+            return OPERATORS[type(op)](_evaluate_node(operand))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](_value_of(left), _value_of(right))
+            return OPERATORS[type(op)](_evaluate_node(left), _evaluate_node(right))
     raise ValueError("only numbers, + - * / and brackets")
 
 
@@ -233,13 +233,13 @@ class Retrieval:
         text_chars: the most characters of a document that `read` returns."""
 
     def __init__(self, corpus: str, text_chars: int = 4_000) -> None:
-        self._index = sqlite3.connect(f"file:{_index_of(Path(corpus))}?mode=ro", uri=True)
+        self._index = sqlite3.connect(f"file:{_make_index(Path(corpus))}?mode=ro", uri=True)
         self._text_chars = text_chars
 
     @classmethod
     def _before_episodes(cls, corpus: str, **_: object) -> None:
         """Write the index before the first episode, whose time limit a large corpus exceeds."""
-        _index_of(Path(corpus))
+        _make_index(Path(corpus))
 
     def reset(self, **row: object) -> None:
         """Begin an episode; there is nothing to draw."""
@@ -277,7 +277,7 @@ class Retrieval:
         return f"{row[0]}\n{row[1][: self._text_chars]}"
 
 
-def _index_of(corpus: Path) -> Path:
+def _make_index(corpus: Path) -> Path:
     """Return the index of a corpus, and write it where there is none, or an older one."""
     index = corpus.with_name(f"{corpus.name}.fts5")
     if index.exists() and index.stat().st_mtime >= corpus.stat().st_mtime:

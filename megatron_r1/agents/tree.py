@@ -177,7 +177,7 @@ class TokenTree:
         )
 
 
-def turns_of(tree: TokenTree, decode: Callable[[Sequence[int]], str]) -> list[Turn]:
+def tree_turns(tree: TokenTree, decode: Callable[[Sequence[int]], str]) -> list[Turn]:
     """Return the turns of an episode in the order in which they happened.
 
     Args:

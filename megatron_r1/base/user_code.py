@@ -15,7 +15,7 @@ from r1_grading.base.user_code import find, find_function
 
 from megatron_r1.base.errors import Cause, UserError
 
-__all__ = ["find", "find_function", "user_place_of", "source_of", "syntax_of"]
+__all__ = ["find", "find_function", "user_place_of", "module_source", "module_syntax"]
 
 # Stages that run at the same time are threads. Two at a time, `ast.parse` of Python 3.11 can end in
 # "AST constructor recursion depth mismatch", and `find_spec` in the KeyError of an invalid cache.
@@ -29,7 +29,7 @@ def user_place_of(error: BaseException) -> str:
     return user_code.place_of(error, program)
 
 
-def source_of(function: str) -> str:
+def module_source(function: str) -> str:
     """Return the source of the module in "module:function", without importing it. Raises UserError
     if there is no such module."""
     module = function.partition(":")[0]
@@ -55,13 +55,13 @@ def _find_below(folder: str, module: str) -> ModuleSpec | None:
     return spec if spec and spec.origin else None  # a plain folder may have a package's name
 
 
-def syntax_of(function: str) -> str:
+def module_syntax(function: str) -> str:
     """Return the syntax tree of the module in "module:function" as text, without comments and
-    layout: results of an equal module may be used again. Raises UserError as `source_of` and for a
-    syntax error."""
+    layout: results of an equal module may be used again. Raises UserError as `module_source` and
+    for a syntax error."""
     try:
         with _READING:
-            return ast.dump(ast.parse(source_of(function)))
+            return ast.dump(ast.parse(module_source(function)))
     except SyntaxError as error:
         message = f"function {function}: {error}"
         raise UserError(message, key=function, cause=Cause.MALFORMED) from None

@@ -15,8 +15,13 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.awaited_input import read_when_ready
 from megatron_r1.commands.first_recipe import value_text
-from megatron_r1.commands.trained_model import CONVERT, find_exported, recipe_of, template_of_model
-from megatron_r1.config import Config, verb_of
+from megatron_r1.commands.trained_model import (
+    CONVERT,
+    find_exported,
+    template_of_model,
+    trained_recipe,
+)
+from megatron_r1.config import Config, infer_verb
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.from_recipe import positions
 from megatron_r1.engines.server.server import temporary_logs
@@ -65,8 +70,8 @@ def run(config: Config, folder: str, question: list[str] | None = None) -> None:
 def _settings(config: Config, model: Path) -> Config:
     """Return the settings of the run that made the model, or those for a folder, with what the
     command line sets over them, for one engine on this host."""
-    trained, template = recipe_of(model), template_of_model(model, ARGUMENTS[0])[0]
-    if trained is not None and verb_of(trained) == "rl":
+    trained, template = trained_recipe(model), template_of_model(model, ARGUMENTS[0])[0]
+    if trained is not None and infer_verb(trained) == "rl":
         rollout = trained.rollout.model_dump()
     else:
         most = min(SEQUENCE_TOKENS, positions(model, ARGUMENTS[0]))
@@ -108,7 +113,7 @@ async def _converse(policy: EnginePolicy, seed: int) -> None:
     _note("one question a line; Ctrl-D ends")
     async for line in _typed_lines():
         if line.strip():
-            print(_shown(await policy.respond(line.strip(), seed)), flush=True)
+            print(_show_response(await policy.respond(line.strip(), seed)), flush=True)
             seed += 1
 
 
@@ -119,7 +124,7 @@ async def _answer_all(policy: EnginePolicy, questions: list[str], seed: int) -> 
     for question, answer in zip(questions, answers, strict=True):
         if len(questions) > 1:
             print(f"--- {question}")
-        print(_shown(answer), flush=True)
+        print(_show_response(answer), flush=True)
 
 
 async def _typed_lines() -> AsyncIterator[str]:
@@ -135,7 +140,7 @@ async def _typed_lines() -> AsyncIterator[str]:
             yield line.decode("utf-8", "replace")
 
 
-def _shown(response: TextResponse) -> str:
+def _show_response(response: TextResponse) -> str:
     if response.refusal:
         return f"[{response.refusal}]"
     cut = " [cut off: raise --rollout.max_response_tokens]" if response.truncated else ""

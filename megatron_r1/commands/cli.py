@@ -14,12 +14,12 @@ from megatron_r1 import config as configuration
 from megatron_r1.base import files
 from megatron_r1.base.errors import Cause, RunError, UserError, did_you_mean
 from megatron_r1.base.files import READ_ONLY
-from megatron_r1.base.processes import startup, timeline
-from megatron_r1.base.processes.startup import without_garbage_collection
+from megatron_r1.base.processes import allocators, timeline
+from megatron_r1.base.processes.imports import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import load_verb, read_verb
+from megatron_r1.config.key_listing import describe, switches
 from megatron_r1.config.recipe import parse_overrides, take_section
-from megatron_r1.config.section import describe, switches
 from megatron_r1.engines.server import gpu
 
 VERBS = {
@@ -34,6 +34,7 @@ COMMANDS = {
     "init": "megatron_r1.commands.init",
     "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
+    "compare": "megatron_r1.commands.compare.verb",
     "check-model": "megatron_r1.commands.check_model.verb",
 }
 """Verbs that take no recipe: modules with `run(config, *arguments, **options)`, likewise."""
@@ -64,6 +65,7 @@ verbs: {", ".join(VERBS)}
        megatron-r1 init MODEL_FOLDER DATA [--out RECIPE.yaml]   writes a recipe for your questions
        megatron-r1 chat RUN_OR_FOLDER [--question TEXT …]   asks a trained model
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
+       megatron-r1 compare RUN OTHER_RUN [--json FILE]   the first step and tensor that differ
        megatron-r1 check-model HF_FOLDER [--parallel.key value …] [--json FILE]   a new model, first
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
        megatron-r1 rehearse RECIPE.yaml [--on null-gpu] [--rehearsal.key value …]   in miniature
@@ -163,8 +165,8 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
         raise UserError(f"{DRY_RUN}: {verb} has none; rl has", key=DRY_RUN, cause=Cause.UNSUPPORTED)
     options = [option for option in options if option != DRY_RUN]
     implied = command.implied
-    if command.of_run is not None and Path(recipe).is_dir():
-        recipe, implied = command.of_run(recipe)
+    if command.from_run is not None and Path(recipe).is_dir():
+        recipe, implied = command.from_run(recipe)
     overrides = {**implied, **_overrides(options)}
     config = configuration.load(recipe, overrides, required=command.required)
     files.allow_readers(config.run.readable_by)  # before anything is written, or a process started
@@ -311,7 +313,7 @@ def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
     controller and returns its status."""
     inherited = dict(os.environ)
     if gpu.is_usable():  # before torch is imported
-        os.environ.update(startup.trainer_allocator(os.environ))
+        os.environ.update(allocators.trainer_allocator(os.environ))
     with without_garbage_collection():
         from megatron_r1.trainer import worker
 

@@ -34,21 +34,21 @@ from megatron_r1.commands.first_recipe import (
     value_text,
 )
 from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare, this_machine
-from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
-from megatron_r1.config import Config, verb_of
+from megatron_r1.commands.trained_model import find_exported, template_of_model, trained_recipe
+from megatron_r1.config import Config, infer_verb
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
 from megatron_r1.data.preferences import Kind, ScoredText, kind_of_rows, read_preferences
-from megatron_r1.data.prompt_rows import question_of
+from megatron_r1.data.prompt_rows import parse_question
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize
 from megatron_r1.data.records import ABSENT, entry, read_records
-from megatron_r1.data.sft import ALWAYS_LEARNED, form_of
+from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
 from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens, load_tokenizer
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.from_recipe import positions
-from megatron_r1.evaluation.identity import require_weights
+from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.supported import check_supported
 from megatron_r1.models.weights import num_parameters
@@ -72,7 +72,7 @@ def _draft_of_rows(source: QuestionSource) -> Draft | None:
 
 def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
     """Return whether rows are examples to learn from by `sft` and no questions with truths."""
-    form = form_of(rows[0])
+    form = find_form(rows[0])
     if form is None or form in ALWAYS_LEARNED:
         return form is not None
     truth = columns_by_name(rows, needs_truth=True).get("truth", "truth")
@@ -89,7 +89,7 @@ def _of_examples(source: QuestionSource) -> Draft:
         print("\n".join(["", *lines]))
 
     guesses = [
-        Guess("sft.data", source.data, f"rows of {form_of(source.rows[0])}"),
+        Guess("sft.data", source.data, f"rows of {find_form(source.rows[0])}"),
         Guess("sft.epochs", 2, "passes over the data; the paper: 2"),
         Guess("sft.batch_size", 8 if source.machine.is_cpu else 128, "examples per optimizer step"),
         *_supervised_sizes(source),
@@ -199,10 +199,10 @@ def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> Draft:
     columns = guess_columns(source.data, source.rows[:COLUMN_ROWS], **given)
     if "kind" not in given:
         columns = _kind_of_run(columns, source.folder)
-    questions = _questions(source.data, columns)
+    questions = _read_questions(source.data, columns)
     guesses = [
         *_data(source.data, source.rows, columns, len(questions)),
-        *_answers(source.folder, source.parameters),
+        *_guess_answers(source.folder, source.parameters),
     ]
     template = next(guess.value for guess in guesses if guess.key == "data.template")
     text = PromptText(str(source.folder), template, (MODEL, template))
@@ -302,8 +302,8 @@ def _data(
 def _kind_of_run(columns: Columns, folder: Path) -> Columns:
     """Return the columns with the reward of the RL run that made the model, in place of a guess.
     That of an environment would need the run's `agents`, which are not taken over."""
-    trained = recipe_of(folder)
-    own = trained.data.kind if trained is not None and verb_of(trained) == "rl" else None
+    trained = trained_recipe(folder)
+    own = trained.data.kind if trained is not None and infer_verb(trained) == "rl" else None
     if columns.kind is None or own in (None, ENVIRONMENT):
         return columns
     reasons = columns.reasons | {"kind": f"as {folder.parent} trained the model"}
@@ -314,24 +314,24 @@ Asked = tuple[list[Message], str]
 """The messages before a question, and the question."""
 
 
-def _questions(data: str, columns: Columns) -> list[Asked]:
+def _read_questions(data: str, columns: Columns) -> list[Asked]:
     """Return the distinct questions of the rows that are read. Raises UserError for a row without
     one."""
     renamed = {"question": columns.question}
     found: dict[str, Asked] = {}
     for location, row in itertools.islice(read_records(data, renamed), MAX_ROWS):
-        before, question = question_of(location, row)
+        before, question = parse_question(location, row)
         found.setdefault(normalize(question, fold_case=False), (before, question))
     return list(found.values())
 
 
-def _answers(folder: Path, parameters: int) -> list[Guess]:
+def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
     """Return the settings for the template and for how answers are read: from the RL run that made
     the model if there is one, else for a chat model or a base model. parameters: number of
     parameters of the model."""
     template, reason = template_of_model(folder, MODEL)
-    trained = recipe_of(folder)
-    if trained is not None and verb_of(trained) == "rl":
+    trained = trained_recipe(folder)
+    if trained is not None and infer_verb(trained) == "rl":
         rewards = trained.rewards.model_dump(include={"answer", "weights"})
         return [
             Guess("data.template", template, reason),

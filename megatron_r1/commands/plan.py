@@ -13,15 +13,17 @@ import sys
 from pathlib import Path
 
 from megatron_r1.base.files import atomic_write
-from megatron_r1.config import verb_of
+from megatron_r1.config import infer_verb
 from megatron_r1.config.hardware import GIB
 from megatron_r1.plan.arguments import config_of, job_of, parse
 from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.measured import calibrate_from, published_table
+from megatron_r1.plan.measured import calibrate_from
+from megatron_r1.plan.published import published_table
 from megatron_r1.plan.push import check_engines_and_push
 from megatron_r1.plan.report import as_json, as_text, layouts_text, sizes_text
 from megatron_r1.plan.search import FittingLayout, fastest, nearest, nearest_sizes
+from megatron_r1.plan.timing import in_hours, in_total
 
 FITS, UNFIT, REFUSED = range(3)
 VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}
@@ -63,6 +65,7 @@ def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
     bill = Bill(job)
     problems = bill.problems()
     print(as_text(bill))
+    print("".join(f"\nnote: {note}\n" for note in bill.notes()), end="")
     layouts = []
     if problems:
         print("\n" + "\n".join(f"does not fit: {problem}" for problem in problems))
@@ -95,7 +98,7 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
     status = FITS
     config = config_of(recipe, overrides)
     later = [entry for entry in config.rl.schedule if entry.from_step > 1]  # the bill has step 1
-    if chosen.step or not later or verb_of(config) != "rl":
+    if chosen.step or not later or infer_verb(config) != "rl":
         return status
     steps = [1, *(entry.from_step for entry in later)]
     each_step = [Bill(job_of(recipe, chosen, overrides, 1)).step]
@@ -109,14 +112,20 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
         bill = Bill(job)
         each_step.append(bill.step)
         problems = bill.problems()
-        print(f"  {bill.worst.peak / GIB:.0f} GiB on the fullest GPU, {bill.step} a step")
+        limits = f" ({bill.step.limits})" if bill.step.limits else ""
+        print(f"  {bill.worst.peak / GIB:.0f} GiB on the fullest GPU, {bill.step} a step{limits}")
         print("\n".join(f"  does not fit: {problem}" for problem in problems) or "  fits")
+        print("".join(f"  note: {note}\n" for note in bill.notes()), end="")
         status = UNFIT if problems else status
     ends = [*steps[1:], config.run.steps + 1]
     if len(each_step) == len(steps) and all(each.value is not None for each in each_step):
-        parts = zip(steps, ends, each_step, strict=True)
-        total = sum((end - first) * each.number for first, end, each in parts)
-        print(f"\nthe run of {config.run.steps} steps: {total / 3600:,.0f} hours")
+        parts = [
+            in_hours(each, end - first, "")
+            for first, end, each in zip(steps, ends, each_step, strict=True)
+        ]
+        total = in_total(parts, "")
+        limits = f" ({total.limits})" if total.limits else ""
+        print(f"\nthe run of {config.run.steps} steps: {total}{limits}")
     return status
 
 

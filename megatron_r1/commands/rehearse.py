@@ -26,7 +26,7 @@ from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings
 from megatron_r1.reporting.run_folder import RunFolder
 
 SETTINGS = ("rehearsal",)
-OF_VERBS = {"reward-model": reward_model.IMPLIED}
+IMPLIED_SETTINGS = {"reward-model": reward_model.IMPLIED}
 
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
@@ -43,7 +43,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are stopped
     own, others = take_section(overrides, RehearsalSettings)
     settings = own.rehearsal
-    found = jobs(path, others, verbs, OF_VERBS, settings.stages)
+    found = jobs(path, others, verbs, IMPLIED_SETTINGS, settings.stages)
     for job in found:
         _check(job.config, job.verb)
     if settings.on == "gpu" and not gpu.is_usable():
@@ -75,7 +75,8 @@ def _check(config: Config, verb: str) -> None:
     hf = read_hf_config(config.model.path, None)
     if verb in ("rl", "sample"):
         check_engines(config, hf)
-        check_arguments(config.rollout, "rollout")
+        if not launch.is_on_null_gpu():  # there the command that started this one has asked vLLM
+            check_arguments(config.rollout, "rollout")
         context_length(config)
     if verb != "sample":
         check_trainer(config, verb)

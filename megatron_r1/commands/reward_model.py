@@ -24,7 +24,7 @@ from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.evaluation.pair_measures import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 REQUIRED = ("run.folder", "model.path", "reward_model.data")
 IMPLIED = {"model.head": "score"}
@@ -95,7 +95,7 @@ def run(config: Config) -> None:
     sampler = RowSampler(rows.train, config.run.seed)
     loss, size = f"megatron_r1.trainer.losses:{settings.kind}", len(rows.train[0].samples)
     task = SupervisedTask(
-        config, sampler, settings.batch_size, _samples_of, loss, size, notes, evaluate
+        config, sampler, settings.batch_size, _row_samples, loss, size, notes, evaluate
     )
     unit = "pairs" if settings.kind == "pairwise" else "labelled responses"
     facts = [config.model.path, f"{len(rows.train):,} {unit}, {len(rows.heldout):,} held out"]
@@ -152,7 +152,7 @@ def _tokenize(row: Preference, text: ScoredText, hf: dict[str, Any]) -> tuple[Sa
     return tuple(samples)
 
 
-def _samples_of(rows: Sequence[RewardModelRow]) -> list[Sample]:
+def _row_samples(rows: Sequence[RewardModelRow]) -> list[Sample]:
     return list(chain.from_iterable(row.samples for row in rows))
 
 
@@ -163,7 +163,7 @@ async def _evaluate(
     recorder.view.phase("evaluation", f"{len(heldout):,} held-out rows")
     scores: list[float] = []
     for first in range(0, len(heldout), EVALUATION_BATCH_ROWS):
-        samples = _samples_of(heldout[first : first + EVALUATION_BATCH_ROWS])
+        samples = _row_samples(heldout[first : first + EVALUATION_BATCH_ROWS])
         # Every data-parallel rank needs a sample: too few are sent several times.
         await trainer.load([samples * -(-trainer.data_size // len(samples))])
         scores += (await trainer.sample_scores())[0][: len(samples)]

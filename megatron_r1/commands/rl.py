@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.base.processes import timeline
-from megatron_r1.base.processes.startup import without_garbage_collection
+from megatron_r1.base.processes.imports import without_garbage_collection
 from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands.rl_checks import (
     check_settings,
@@ -29,7 +29,7 @@ from megatron_r1.commands.training_run import (
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train
 from megatron_r1.controller.policy_engines import PolicyEngines
-from megatron_r1.controller.push.pusher import PROBE_TOKENS, pusher_of
+from megatron_r1.controller.push.pusher import PROBE_TOKENS, create_pusher
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
@@ -44,7 +44,7 @@ from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.from_recipe import context_length
-from megatron_r1.evaluation.identity import require_weights
+from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.trainer.operations import ModelOperations
 
 REQUIRED = ("run.folder", "model.path")
@@ -146,7 +146,7 @@ def _session(
     room = context_length(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
     probes = [collector.text.encode(prompt.question, prompt.before)[:room] for prompt in first]
-    pusher = pusher_of(config, trainer, collector.fleet, probes)
+    pusher = create_pusher(config, trainer, collector.fleet, probes)
     sampler = PromptSampler(prompts.train, config.run.seed)
     return Session(
         recorder,

@@ -34,10 +34,15 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import check_cpu_kernels, check_engines, context_length
+from megatron_r1.engines.server.from_recipe import (
+    check_cpu_kernels,
+    check_engines,
+    check_experts_here,
+    context_length,
+)
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.experts import routing_shape
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.models.supported import check_divisions
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.from_recipe import check_pushes
@@ -296,10 +301,18 @@ def check_settings(config: Config) -> None:
     # Layers without Transformer Engine need more; whether ranks have it only they know.
     check_divisions(hf, config.parallel, transformer_engine=True)
     check_engines(config, hf)
+    check_experts_here(config.rollout)
     check_cpu_kernels(config.rollout, hf)
     check_arguments(config.rollout, "rollout")
     check_room(config.rollout)
     check_pushes(config, hf, torchrun.num_ranks(config))
+    if config.push.adapter_only and config.rollout.dtype == "float32" and gpu.is_usable():
+        raise UserError(
+            "push.adapter_only with rollout.dtype: float32: vLLM's LoRA kernels on GPUs compute in "
+            "bfloat16 only; set rollout.dtype: bfloat16, or push.adapter_only: false",
+            key="push.adapter_only",
+            cause=Cause.UNSUPPORTED,
+        )
     transport = config.push.transport
     if TRANSPORTS[transport].needs_gpu and not gpu.is_usable():
         raise UserError(

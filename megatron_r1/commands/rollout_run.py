@@ -29,10 +29,10 @@ from megatron_r1.controller.rollouts.rollout import (
     Group,
     Rollout,
     RolloutSampling,
+    all_responses,
     check_grades,
-    responses_of,
 )
-from megatron_r1.controller.rollouts.sample_log import SampleLog
+from megatron_r1.controller.rollouts.sample_log import SampleLog, encode, pack
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.teacher import teacher_fleet
 from megatron_r1.data.prompts import Prompt, PromptSplit
@@ -46,10 +46,11 @@ from megatron_r1.engines.server.episodes import Episode, Player
 from megatron_r1.engines.server.from_recipe import context_length, engine_settings, fleet_settings
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.memory import parameter_bytes
+from megatron_r1.models.memory import BYTES, FP32, parameter_bytes
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.stored import published
-from megatron_r1.push.plan.from_recipe import engine_rank_bytes
+from megatron_r1.push.plan.adapters import lora_arguments
+from megatron_r1.push.plan.from_recipe import engine_rank_bytes, engine_weight_bytes
 from megatron_r1.reporting import wording
 from megatron_r1.reporting.wording import counted, duration, percent, printable
 
@@ -103,9 +104,9 @@ def open_player(config: Config, text: PromptText) -> Player | None:
     nothing of `megatron_r1.agents`."""
     if not config.agents.players:
         return None
-    from megatron_r1.controller.rollouts.players import player_of
+    from megatron_r1.controller.rollouts.players import make_player
 
-    return player_of(config, text)
+    return make_player(config, text)
 
 
 def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> RolloutFleet:
@@ -130,10 +131,13 @@ def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> Rol
 
 def _model_as_pushed(config: Config) -> dict[str, Any]:
     """Return engine settings for a model whose weights are pushed: the folder's weights are not
-    read, and `push.fp8` alone decides whether weights are FP8."""
-    overrides = None
-    if config.push.fp8 or "quantization_config" in read_hf_config(config.model.path):
-        overrides = {"quantization_config": published.FP8_CONFIG if config.push.fp8 else None}
+    read, and `push.fp8` alone decides whether weights are FP8. Where adapters alone are pushed, the
+    folder's weights are read."""
+    overrides, hf = None, read_hf_config(config.model.path)
+    if config.push.adapter_only:
+        return {"lora": lora_arguments(config, hf)}
+    if config.push.fp8 or "quantization_config" in hf:
+        overrides = {"quantization_config": published.fp8_config(hf) if config.push.fp8 else None}
     return {"extra_args": ["--load-format", "dummy"], "hf_overrides": overrides}
 
 
@@ -260,7 +264,7 @@ def _conversation(episode: Episode) -> tuple[str, str]:
 
 def _episodes(rollout: Rollout) -> list[str]:
     """Return a line with the ends of the episodes and their calls, if there are episodes."""
-    episodes = [r.episode for r in responses_of(rollout.groups) if r.episode is not None]
+    episodes = [r.episode for r in all_responses(rollout.groups) if r.episode is not None]
     if not episodes:
         return []
     ends = Counter(episode.status for episode in episodes).most_common()
@@ -290,11 +294,36 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, me
         "evaluations and checkpoints come on top, and the run shows the time left from its first "
         "step on",
         memory,
+        *_kept_on_disk(config, rollout, full / responses),
         *advice(rollout, first).values(),
         *filter(None, [warmup_note(config.optimizer, config.num_policy_updates)]),
         "nothing was trained or written",
     ]
     return "\n".join(lines)
+
+
+def _kept_on_disk(config: Config, rollout: Rollout, share: float) -> list[str]:
+    """Return a sentence per setting that keeps every step's samples, or further checkpoints.
+
+    share: a step's responses over those of `rollout`."""
+    lines, steps = [], config.run.steps
+    if config.rl.keep_sample_log:
+        size = sum(len(encode(pack(0, group))) for group in rollout.groups) * share
+        lines.append(
+            f"rl.keep_sample_log: {size / 1e6:,.1f} MB a step at this length, "
+            f"{size * steps / 1e9:,.2f} GB in all"
+        )
+    every = config.checkpoint.keep_every
+    if every and config.model.lora is None:
+        values = num_parameters(read_hf_config(config.model.path))
+        # Master weights and both moments, the weights and the reference policy's.
+        weights = (1 + config.uses_reference) * BYTES[config.model.dtype]
+        size = values * (3 * FP32 + weights)
+        lines.append(
+            f"checkpoint.keep_every: {every}: {counted(steps // every, 'checkpoint')} of "
+            f"{size / 1e9:,.2f} GB"
+        )
+    return lines
 
 
 def _memory(config: Config) -> str:
@@ -303,15 +332,18 @@ def _memory(config: Config) -> str:
     parameters = num_parameters(read_hf_config(config.model.path), with_mtp=False)
     size = f"{parameters / 1e6:,.1f}M parameters; "
     if gpu.is_usable():
-        engine = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**30
+        hf = read_hf_config(config.model.path)
+        weights, pushed = engine_weight_bytes(config, hf), engine_rank_bytes(config, hf)
         place = "there too" if TRANSPORTS[config.push.transport].needs_gpu else "on its host"
         each = parameter_bytes(config.model.dtype, config.optimizer.moments)
         return (
             f"{size}{parameters * each.whole / 2**30:,.2f} GiB for weights, gradients and "
             "optimizer, over all tensor, pipeline and expert ranks; activations come "
-            f"on top (megatron-r1 plan); {engine:,.2f} GiB of weights on an engine's fullest GPU, "
-            f"and as much for the weights of the next push, {place} (push.transport: "
-            f"{config.push.transport})"
+            f"on top (megatron-r1 plan); {weights / 2**30:,.2f} GiB of weights on an engine's "
+            f"fullest GPU, and {pushed / 2**30:,.2f} GiB for those of the next push, {place} "
+            f"(push.transport: {config.push.transport})"
         )
     memory = cpu_memory(config, torchrun.num_ranks(config), has_engines=True)
-    return size + memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))
+    described = memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))
+    mib = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**20
+    return f"{size}{described}; a push brings {mib:,.2f} MiB to an engine's fullest rank"

@@ -18,25 +18,29 @@ from r1_grading.terms import weights_at
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
+from megatron_r1.base.versions import versions
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.shots import Shots
 from megatron_r1.data.text import TEMPLATES
-from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
+from megatron_r1.evaluation.response import Policy, SamplingSettings
+from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
 from megatron_r1.sample.decontamination import contaminated, load_avoided
-from megatron_r1.sample.filters import NAMES, PooledFilters, check_filters, filters_of
-from megatron_r1.sample.judged import PreferencePairs, ResponseJudge, SafetyLabels, make_judge
+from megatron_r1.sample.filters import NAMES, PooledFilters, active_filters, check_filters
+from megatron_r1.sample.judge import ResponseJudge, make_judge
 from megatron_r1.sample.outputs import FILES, Decide, decide_all, write_outputs
+from megatron_r1.sample.preference_pairs import PreferencePairs
+from megatron_r1.sample.result_cache import ResultCache
+from megatron_r1.sample.safety_labels import SafetyLabels
 from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
 from megatron_r1.sample.sft_examples import Rendering, SftExamples, cached_rewriter
-from megatron_r1.sample.user_function import ResultCache, UserFunction, load_function
+from megatron_r1.sample.user_function import UserFunction, load_function
 
 REQUIRED = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"
@@ -49,7 +53,7 @@ REMEDIES = {
 }
 
 
-def of_run(folder: str) -> tuple[str, dict[str, Any]]:
+def from_run(folder: str) -> tuple[str, dict[str, Any]]:
     """Return the recipe of a run's folder, and the settings that sample its trained model instead
     of training on. Raises UserError for another folder."""
     recipe = Path(folder) / "config.yaml"
@@ -223,7 +227,7 @@ async def _decide(
     """Decide about every logged response by `sample.output`, and write the output file and the
     report. Raises RunError where nothing is kept."""
     sample = config.sample
-    filters = filters_of(sample.output, sample.filters)
+    filters = active_filters(sample.output, sample.filters)
     keep = sample.keep if sample.keeps else KeepConfig(min_accuracy=None)
     run_filters, drops_duplicates = PooledFilters(pool, filters), DUPLICATE in filters
     selection = Selection(keep, run_filters, drops_duplicates, config.run.seed)

@@ -10,16 +10,16 @@ from megatron_r1.commands import supervised
 from megatron_r1.commands.supervised import SupervisedTask, with_steps
 from megatron_r1.commands.training_run import begin_trainer, check_trainer
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import rules_of
+from megatron_r1.config.algorithms import find_rules
 from megatron_r1.data.conversations import ExampleText
+from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.mixture import MixtureSampler, describe_mixture, load_mixture
-from megatron_r1.data.records import DataReport
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.wording import printable, shorten_middle
 from megatron_r1.trainer.operations import SUPERVISED
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 MAX_SHOWN_CHARS = 800
 REQUIRED = ("run.folder", "model.path", "sft.data")
@@ -34,7 +34,7 @@ def run(config: Config) -> None:
     config = with_steps(config, "sft", examples.epoch_size)
 
     def to_samples(batch: list[SftExample]) -> list[Sample]:
-        return [sample_of(*text.encode(example)) for example in batch]
+        return [make_sample(*text.encode(example)) for example in batch]
 
     task = SupervisedTask(config, examples, config.sft.batch_size, to_samples, SUPERVISED)
     run_until_stopped(supervised.train(task, "sft", [config.model.path, *contents]))
@@ -59,7 +59,7 @@ def dry_run(config: Config) -> None:
     )
 
 
-def sample_of(token_ids: list[int], is_learned: list[bool]) -> Sample:
+def make_sample(token_ids: list[int], is_learned: list[bool]) -> Sample:
     """Return a sample whose loss is that of the learned tokens. Tokens behind the last are left
     out: nothing depends on them."""
     first, end = is_learned.index(True), len(is_learned) - is_learned[::-1].index(True)
@@ -72,7 +72,7 @@ def check_settings(config: Config) -> None:
     """Raise UserError for settings and a model that cannot be trained."""
     config.model.require_language_head()
     check_trainer(config, "sft")
-    if rules_of(config.rl.algorithm).critic:
+    if find_rules(config.rl.algorithm).critic:
         raise UserError(
             f"rl.algorithm: {config.rl.algorithm} has a critic, which sft would keep in memory and "
             "not train; leave rl.algorithm out",

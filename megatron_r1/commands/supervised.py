@@ -15,7 +15,7 @@ from megatron_r1.config.training import learning_rate
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 Item = TypeVar("Item")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.config import Config, verb_of
+from megatron_r1.config import Config, infer_verb
 from megatron_r1.data.records import read_records
 from megatron_r1.data.text import PLACEHOLDER, TEMPLATES
 from megatron_r1.data.tokenizer import load_tokenizer
@@ -19,7 +19,7 @@ from megatron_r1.trainer.checkpoints.finding import STATE_FILE, complete_checkpo
 SPEAKER = re.compile(r"\S+: ")
 
 
-def template_of(prompts: Sequence[str]) -> str | None:
+def guess_template(prompts: Sequence[str]) -> str | None:
     """Return the template of prompts: one of `TEMPLATES`, or that of prompts which begin with the
     same speaker and end with the same line, "User: …\\nAssistant: "; None for others."""
     for name, text in TEMPLATES.items():
@@ -77,7 +77,7 @@ def find_exported(path: str, name: str) -> Path:
     raise UserError(f"{name} {path}: {what}", key=name, cause=Cause.NOT_FOUND)
 
 
-def recipe_of(model: Path) -> Config | None:
+def trained_recipe(model: Path) -> Config | None:
     """Return the settings of the run whose `hf/` a model folder is, or None for any other."""
     recipe = model.parent / "config.yaml"
     return configuration.load(recipe) if model.name == "hf" and recipe.is_file() else None
@@ -90,8 +90,8 @@ def template_of_model(model: Path, name: str) -> tuple[str, str]:
     Args:
         model: the model's folder.
         name: the argument that names the model, for errors."""
-    trained = recipe_of(model)
-    if trained is not None and verb_of(trained) == "rl":
+    trained = trained_recipe(model)
+    if trained is not None and infer_verb(trained) == "rl":
         return trained.data.template, f"as {model.parent} trained the model"
     if load_tokenizer(str(model), name).chat_template:
         return "chat", "the tokenizer has a chat template"
@@ -106,6 +106,6 @@ def _supervised_template(trained: Config) -> str | None:
     path = data if isinstance(data, str) else data[0].path
     try:
         rows = itertools.islice(read_records(path), TEMPLATE_ROWS)
-        return template_of([row["prompt"] for _, row in rows])
+        return guess_template([row["prompt"] for _, row in rows])
     except (UserError, KeyError):
         return None

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from megatron_r1.base.errors import Cause, TrainerError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.foreign import require_complete, weight_files
+from megatron_r1.base.files.weight_files import require_complete, weight_files
 from megatron_r1.base.processes import preloaded, timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
+from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.training import warmup_note
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.run_recorder import RunRecorder
@@ -32,7 +33,8 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.from_recipe import engine_settings
 from megatron_r1.engines.server.settings import MODULE as ENGINE
 from megatron_r1.engines.server.settings import EngineSettings
-from megatron_r1.evaluation.identity import has_newest_export
+from megatron_r1.evaluation.model_folder import has_newest_export
+from megatron_r1.models.exchange_overlap import check_exchange_overlap
 from megatron_r1.models.hf_config import as_read, num_mtp_layers, read_hf_config
 from megatron_r1.models.weights.adapter_table import check_adapters
 from megatron_r1.reporting.run_folder import RunFolder
@@ -78,8 +80,9 @@ Commands = Sequence[tuple[str, str]]
 
 def check_trainer(config: Config, verb: str) -> None:
     """Raise UserError where the trainer's ranks do not fit `parallel`, are too many for the batches
-    of `verb`, or a target of `model.lora` is not there. Call it before anything starts: in RL the
-    trainer itself would fail only after the engines' start and a whole rollout."""
+    of `verb`, a target of `model.lora` is not there, or the experts' exchange cannot be overlapped
+    as set. Call it before anything starts: in RL the trainer itself would fail only after the
+    engines' start and a whole rollout."""
     num_ranks = torchrun.num_ranks(config)
     config.parallel.check_sizes(num_ranks)
     trains_mtp = config.model.mtp == "train"
@@ -91,6 +94,11 @@ def check_trainer(config: Config, verb: str) -> None:
         )
     if config.model.lora is not None:
         check_adapters(config, read_hf_config(config.model.path))
+    if config.parallel.overlap_expert_exchange:
+        check_exchange_overlap(config, read_hf_config(config.model.path, config.model.head))
+        if verb == "rl" and find_rules(config.rl.algorithm).critic:
+            own = config.critic_recipe()
+            check_exchange_overlap(own, read_hf_config(own.model.path, "score", "critic.path"))
     for _, settings in config.phases():
         check_batches(settings, verb, num_ranks)
 

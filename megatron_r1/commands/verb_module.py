@@ -55,8 +55,8 @@ class VerbModule(VerbHeader):
     `cli`"""
     check: Callable[[Config], None]
     """`check`, which raises UserError for settings that only the verb can check"""
-    of_run: Callable[[str], tuple[str, dict[str, Any]]] | None
-    """`of_run`, which returns recipe and added settings where a run's folder stands for the
+    from_run: Callable[[str], tuple[str, dict[str, Any]]] | None
+    """`from_run`, which returns recipe and added settings where a run's folder stands for the
     recipe"""
     dry_run: Callable[[Config], None] | None
     """`dry_run`, which --dry-run calls in place of `run`"""
@@ -69,7 +69,7 @@ def load_verb(name: str, module_name: str) -> VerbModule:
         **_header(name, module.__doc__, vars(module)),
         run=getattr(module, "run", _not_run_here),
         check=getattr(module, "check", accept),
-        of_run=getattr(module, "of_run", None),
+        from_run=getattr(module, "from_run", None),
         dry_run=getattr(module, "dry_run", None),
     )
 

@@ -14,10 +14,10 @@ from megatron_r1.config.recipe import (
     dump,
     from_overrides,
     from_tree,
+    infer_verb,
     known_keys,
     load,
     parse,
-    verb_of,
 )
 from megatron_r1.config.rewards import RewardsConfig
 from megatron_r1.config.rl import RLConfig

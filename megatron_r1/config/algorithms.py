@@ -119,7 +119,7 @@ ALGORITHMS: dict[str, AlgorithmRules] = {
 NAMES = tuple(ALGORITHMS)
 
 
-def rules_of(name: str) -> AlgorithmRules:
+def find_rules(name: str) -> AlgorithmRules:
     """Return the rules of the algorithm called `name`, or those at "module:NAME" of a user's own.
 
     Raises UserError for an unknown name, and for a module without them."""

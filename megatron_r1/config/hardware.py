@@ -74,13 +74,17 @@ HARDWARE = {
 class Assumptions:
     """Numbers of the estimate that no table gives."""
 
-    compute_efficiency: Fraction = 0.45
-    """Share of the bf16 peak while a stage computes, without bubbles and communication. A guess,
-    near the 38.9% of whole steps of DeepSeek-V3 in FP8 (arXiv 2505.09343, table 4)."""
-    bandwidth_efficiency: Fraction = 0.6
-    """Share of the memory bandwidth while an engine decodes; a guess."""
-    link_efficiency: Fraction = 0.75
-    """Share of NVLink's and the network's rate in a collective; a guess."""
+    compute_efficiency: Fraction = 0.46
+    """Share of the bf16 peak while a stage computes, without bubbles and communication; fitted to
+    published runs (megatron-r1 plan --published)."""
+    fp8_speedup: Ratio = 1.46
+    """Rate of FP8 products over that of bf16 ones: DeepGEMM's 1,297 and 1,099 TFLOP/s in both
+    products of DeepSeek-V3's experts on H800 (its README of 2025), over the 839 of bf16 ones on an
+    H200 (docs/benchmarks/gpu-h200.md); what casts take is not in it."""
+    bandwidth_efficiency: Fraction = 0.32
+    """Share of the memory bandwidth while an engine decodes; fitted to published runs."""
+    link_efficiency: Fraction = 0.78
+    """Share of NVLink's and the network's rate in a collective; fitted to published runs."""
     push_efficiency: Fraction = 0.75
     """Share of the rate of the link into an engine GPU during a push; a guess."""
     store_requests: Rate = 25e3
@@ -104,13 +108,33 @@ class Assumptions:
     gradients_exposed: Fraction = 0.5
     """Share of the data axis's traffic that does not overlap: the reduce-scatter overlaps the last
     micro-batches, the all-gather does not; a guess."""
-    decode_latency_per_layer: Seconds = 150e-6
-    """Least time of a decoding step in each layer of an engine of several GPUs, for any batch: two
-    all-to-alls and small kernels; a guess."""
+    decode_latency_per_layer: Seconds = 240e-6
+    """Least time of a decoding step in each layer of an engine of several GPUs, for any batch,
+    without its exchanges: small kernels; fitted to published runs."""
+    eager_latency_per_layer: Seconds = 1e-3
+    """What `enforce_eager` (no CUDA graphs) adds to it: some hundred launches of 10 us by the
+    host; a guess."""
+    host_stall_seconds: Seconds = 200e-6
+    """A wait of the host for the device, which is idle until new kernels arrive: once for each
+    send or receive between pipeline stages (Megatron-Core exchanges shapes and synchronizes,
+    p2p_communication.py), once for a layer's DeepEP dispatch in high throughput; a guess."""
+    sleep_seconds: Seconds = 1.0
+    """Time in which an engine frees its memory; a guess."""
+    wake_seconds: Seconds = 2.6
+    """Time in which it gets it back: the longest of 0.8 to 2.6 s, after level 2 (vLLM's blog,
+    2025-10-26)."""
+    tensor_load_seconds: Seconds = 1e-4
+    """Host's work for each tensor that an engine loads, besides its bytes; a guess."""
+    storage: ByteRate = 0.25e9
+    """Rate of a rank into the storage of checkpoints, all ranks at once; a guess (2 GB/s a
+    node)."""
     draft_acceptance: Fraction = 0.85
     """Share of right tokens among those that an MTP layer drafts behind right ones: "between 85%
     and 90%" for DeepSeek-V3's second token (arXiv 2412.19437, section 5.4.3). A guess for later
     tokens, at temperature 1, and after RL with frozen MTP layers."""
+    time_spread: Annotated[float, Field(ge=1, le=2), "x"] = 1.96
+    """Ends of an estimated time's range: it over this, and times this; from the spread of the
+    published runs that calibrate, at most 2."""
     reserved: Bytes = 6 * GIB
     """What a run cannot use of a GPU: CUDA context, NCCL's buffers, fragmentation; a guess."""
     expert_imbalance: Ratio = 1.2

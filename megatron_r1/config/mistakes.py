@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config.section import models_within
+from megatron_r1.config.key_listing import models_within
 from megatron_r1.config.words import find
 
 
@@ -97,10 +97,10 @@ def _explain(failure: ValidationError, root: type[BaseModel], known: Iterable[st
     """Return all errors of validating a `root`.
 
     known: dotted keys to suggest for a key that stands in the wrong section."""
-    return "; ".join(_sentence(error, root, known) for error in failure.errors())
+    return "; ".join(_describe_mistake(error, root, known) for error in failure.errors())
 
 
-def _sentence(error: Mapping[str, Any], root: type[BaseModel], known: Iterable[str]) -> str:
+def _describe_mistake(error: Mapping[str, Any], root: type[BaseModel], known: Iterable[str]) -> str:
     location = error["loc"]
     key = ".".join(map(str, location))
     if error["type"] == "extra_forbidden" and key in REMOVED:
@@ -133,8 +133,8 @@ def _hint(location: tuple[str | int, ...], root: type[BaseModel], known: Iterabl
         return near
     if elsewhere := [key for key in known if key.rpartition(".")[2] == leaf]:
         return f"; did you mean {elsewhere[0]}?"
-    if of_others := find(leaf, exact=True):
-        return f"; elsewhere {leaf} is what is {' and '.join(of_others[0].keys)} here"
+    if other_words := find(leaf, exact=True):
+        return f"; elsewhere {leaf} is what is {' and '.join(other_words[0].keys)} here"
     words = {word for word in leaf.split("_") if len(word) >= LEAST_WORD}
     similar = [key for key in here if words & set(key.split("_"))]
     if len(similar) == 1:

@@ -15,6 +15,9 @@ class PushConfig(Section):
     fp8: bool = False
     """quantize projections on their way, in blocks of 128 x 128: half of bf16's bytes, and engines
     compute with FP8 weights"""
+    adapter_only: bool = False
+    """with model.lora: push the adapters' factors instead of merged weights; vLLM's own LoRA adds
+    them to the weights that it reads from model.path; see docs/lora.md"""
     timeout_seconds: Resumable[float] = Field(600.0, gt=0)
     """limit for one push"""
     probes: Resumable[int] = Field(2, ge=0)

@@ -13,8 +13,10 @@ from pydantic import ValidationError, model_validator
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config.agents import AgentsConfig
-from megatron_r1.config.algorithms import rules_of
+from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.eval import EvalConfig
+from megatron_r1.config.flat_settings import is_within
+from megatron_r1.config.key_listing import dotted_keys
 from megatron_r1.config.mistakes import refusal, without_removed
 from megatron_r1.config.model import CriticConfig, ModelConfig, RewardModelConfig
 from megatron_r1.config.push import PushConfig
@@ -23,7 +25,7 @@ from megatron_r1.config.rl import RLConfig, changes_at, check_schedule_keys
 from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
-from megatron_r1.config.section import Resumable, Section, is_within, keys_of, resumable_keys
+from megatron_r1.config.section import Resumable, Section, resumable_keys
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
 from megatron_r1.config.yaml_text import as_yaml, parse_text, put, read_sections
 
@@ -133,7 +135,7 @@ class Config(Section):
     @property
     def num_policy_updates(self) -> int:
         """Updates of the policy in the whole RL run: none while its critic warms up."""
-        warmup = self.critic.warmup_steps if rules_of(self.rl.algorithm).critic else 0
+        warmup = self.critic.warmup_steps if find_rules(self.rl.algorithm).critic else 0
         return self.updates_before(self.run.steps + 1) - self.updates_before(warmup + 1)
 
     def with_changes(self, **sections: dict[str, Any]) -> Self:
@@ -141,7 +143,7 @@ class Config(Section):
         changed = {name: getattr(self, name).model_copy(update=sections[name]) for name in sections}
         return self.model_copy(update=changed)
 
-    def of_critic(self) -> Self:
+    def critic_recipe(self) -> Self:
         """Return the recipe of the critic: the same run with it as the model, trained whole."""
         critic = self.critic
         model: dict[str, Any] = {"head": "score", "lora": None}
@@ -161,7 +163,7 @@ RESUMABLE = tuple(resumable_keys(Config))
 Verb = Literal["rl", "sft", "reward-model", "sample"]
 
 
-def verb_of(config: Config) -> Verb:
+def infer_verb(config: Config) -> Verb:
     """Return the verb that a recipe is for, from its sections that are not the default."""
     if config.model.head == "score" or config.reward_model != RewardModelConfig():
         return "reward-model"
@@ -341,7 +343,7 @@ def take_section(overrides: Mapping[str, Any], settings: type[T]) -> tuple[T, di
     try:
         return settings.model_validate(tree), others
     except ValidationError as failure:
-        known = [key for key, _ in keys_of(settings)]
+        known = [key for key, _ in dotted_keys(settings)]
         raise refusal(failure, settings, known) from None
 
 

@@ -221,7 +221,9 @@ class RLConfig(Section):
     rollouts. A continued run may change it. See docs/algorithms.md"""
     sample_log: Resumable[bool] = True
     """write every finished group down, so that a run that is killed does not sample it again; needs
-    the disk of the steps since the oldest checkpoint kept"""
+    the disk of the steps since the oldest of the newest checkpoints (`checkpoint.keep`)"""
+    keep_sample_log: Resumable[bool] = False
+    """keep it of every step, for `megatron-r1 compare`; --dry-run says how large it grows"""
 
     @model_validator(mode="before")
     @classmethod
@@ -229,7 +231,7 @@ class RLConfig(Section):
         if not isinstance(given, dict) or not isinstance(given.get("algorithm", ""), str):
             return given
         name = given.get("algorithm", "grpo")
-        rules = algorithms.rules_of(name)
+        rules = algorithms.find_rules(name)
         for key in rules.defaults.keys() - cls.model_fields.keys():
             near = did_you_mean(key, cls.model_fields, "{}")
             raise UserError(
@@ -247,7 +249,7 @@ class RLConfig(Section):
 
     @model_validator(mode="after")
     def _fits_the_algorithm(self) -> Self:
-        algorithm = algorithms.rules_of(self.algorithm)
+        algorithm = algorithms.find_rules(self.algorithm)
         if self.group_size < algorithm.min_group_size:
             raise UserError(
                 f"rl.group_size: must be greater than or equal to {algorithm.min_group_size}, got "
@@ -312,7 +314,7 @@ class RLConfig(Section):
 
         Args:
             max_response_tokens: the limit in the step's `rollout` section."""
-        kl_in_reward = algorithms.rules_of(self.algorithm).kl_in_reward
+        kl_in_reward = algorithms.find_rules(self.algorithm).kl_in_reward
         return LossSettings(
             average=self.loss_average,
             clip_low=self.clip_low,

@@ -84,6 +84,8 @@ class CheckpointConfig(Section):
     was still being written"""
     keep: int = Field(2, ge=1)
     """newest checkpoints kept"""
+    keep_every: int | None = Field(None, ge=1)
+    """keep also those of steps that this divides; null: none"""
     asynchronous: bool = True
     """train on while one is written, and hold the host memory for its copy"""
     verify: Literal["full", "size", "none"] = "full"

@@ -39,6 +39,10 @@ class ParallelConfig(Section):
     head and loss, as in Et*3|(tt|)*29mL; default: evenly, longer chunks in the middle"""
     dispatcher: Literal["alltoall", "flex"] = "alltoall"
     """how tokens travel to experts on other ranks; flex: DeepEP's kernels, on GPUs"""
+    overlap_expert_exchange: bool = False
+    """send tokens to experts and back while another micro-batch is computed (Megatron's combined
+    1F1B); needs expert > 1, bfloat16, and with pipeline ranks virtual stages. See
+    docs/parallelism.md"""
     overlap_param_gather: bool = False
     """gather updated parameters over data parallelism during the next mini-batch's forward pass"""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -53,8 +57,9 @@ class ParallelConfig(Section):
     """upper limit; a longer sample gets a micro-batch alone. Default: 16,384; without GPUs fewer,
     so that activations take 1.5 GiB, or less where memory is short"""
     share_prompts: bool = False
-    """compute a prompt once for all its responses in a micro-batch; on a CPU, without context
-    parallelism, routing replay and MTP training. Gradients are the same"""
+    """compute a prompt once for all its responses in a micro-batch, and a turn once for all
+    branches that continue it; on a CPU, without context parallelism, routing replay and MTP
+    training. Gradients are the same"""
     threads: int | None = None
     """CPU threads per rank; default: cores / ranks"""
     wait_seconds: float = Field(7200.0, gt=0)

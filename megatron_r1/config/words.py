@@ -229,6 +229,8 @@ WORDS = (
     _words("adam_offload, optimizer_offload, cpu offload, param_offload",
            "parallel.optimizer_offload parallel.reference_offload"),
     _words("peft, use_peft, lora_rank, lora_alpha, QLoRA", "model.lora", page="lora.md"),
+    _words("lora.merge, enable_lora, max_lora_rank, LoRARequest", "push.adapter_only",
+           page="lora.md"),
     _words("multi_turn, tool use, agent loop, environment, tools",
            "agents.environment agents.max_turns", page="agents.md"),
     _words("best of n, rejection sampling, RFT", "sample.samples sample.keep.choose",

@@ -9,7 +9,7 @@ from r1_grading.rewards import REGISTRY, REMOTE
 from r1_grading.terms import ACCURACY
 
 from megatron_r1.config import Config
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, responses_of
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, all_responses
 from megatron_r1.reporting.wording import counted
 
 FIRST_STEPS = 5
@@ -27,7 +27,7 @@ def advice(rollout: Rollout, config: Config) -> dict[str, str]:
         rollout: the groups of a step.
         config: the settings of the step."""
     groups = rollout.groups + rollout.passed_over
-    responses = responses_of(groups)
+    responses = all_responses(groups)
     nothing_right = _nothing_right(groups, config)
     few_right = bool(nothing_right)
     found = {
@@ -43,7 +43,7 @@ def advice(rollout: Rollout, config: Config) -> dict[str, str]:
 
 def _nothing_right(groups: list[Group], config: Config) -> str:
     """Advise where no graded response is right, or so few that most groups have equal rewards."""
-    graded = [each for each in responses_of(groups) if ACCURACY not in each.ungraded]
+    graded = [each for each in all_responses(groups) if ACCURACY not in each.ungraded]
     num_right = sum(each.rewards.get(ACCURACY, 1.0) > 0 for each in graded)
     num_equal = sum(group.has_equal_rewards for group in groups)
     is_rare = num_right <= FEW_RIGHT * len(graded) and num_equal >= MOST_EQUAL * len(groups)
@@ -54,7 +54,7 @@ def _nothing_right(groups: list[Group], config: Config) -> str:
     ours = [group for group in groups if group.prompt.kind in REGISTRY | REMOTE]
     num_plain = sum(
         not any(form in each.text for form in (ANSWER, *BOXES))
-        for each in responses_of(ours)
+        for each in all_responses(ours)
         if each.episode is None and ACCURACY not in each.ungraded
     )
     if config.rewards.answer not in ("last", "auto") and 2 * num_plain > len(graded):

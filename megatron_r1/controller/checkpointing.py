@@ -8,7 +8,7 @@ from r1_grading.pool import LEVELS
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.trainer.checkpoints.finding import complete_checkpoints, step_of
+from megatron_r1.trainer.checkpoints.finding import newest_kept, step_of
 from megatron_r1.trainer.operations import ModelOperations
 
 
@@ -54,11 +54,14 @@ class Checkpointing:
         state.rewards = dict(self._rewards_before + Counter(self._num_rewards()))
         await self.recorder.save(self.trainer)
 
-    async def prune_samples(self) -> None:
-        """Delete the samples of steps before the oldest checkpoint, which are never repeated."""
-        kept, log = complete_checkpoints(self.recorder.folder.checkpoints), self.sampler.log
-        if log and kept:
-            await log.prune(step_of(kept[0]))
+    async def prune_samples(self, keep: int) -> None:
+        """Delete the samples of steps before the newest checkpoints, which are not repeated.
+
+        Args:
+            keep: how many of the newest checkpoints count."""
+        log = self.sampler.log
+        if log and (kept := newest_kept(self.recorder.folder.checkpoints, keep)):
+            await log.prune(step_of(kept[-1]))
 
     def _num_rewards(self) -> dict[str, int]:
         snapshot = self.sampler.collector.pool.snapshot()

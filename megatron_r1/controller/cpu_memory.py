@@ -10,7 +10,7 @@ import psutil
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import rules_of
+from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
 from megatron_r1.config.training import DEFAULT_TOKENS
 from megatron_r1.models import read_hf_config
@@ -118,8 +118,8 @@ def cpu_memory(config: Config, num_ranks: int, *, has_engines: bool) -> CPUMemor
     hf = read_hf_config(config.model.path, config.model.head)
     parallel, rollout, teacher = config.parallel, config.rollout, config.teacher
     weights = _state_bytes(config, hf, num_ranks, with_reference=has_engines)
-    if has_engines and rules_of(config.rl.algorithm).critic:
-        critic = config.of_critic()
+    if has_engines and find_rules(config.rl.algorithm).critic:
+        critic = config.critic_recipe()
         score = read_hf_config(critic.model.path, "score", "critic.path")
         weights += _state_bytes(critic, score, num_ranks, with_reference=False)
     shape = table(hf).head[0].sources[0].shape
@@ -134,7 +134,9 @@ def cpu_memory(config: Config, num_ranks: int, *, has_engines: bool) -> CPUMemor
     others, engine_weights = OTHER_BYTES + num_ranks * (RANK_BYTES + chunk), 0
     if has_engines and rollout.placement == "local":
         values = num_parameters(hf, with_mtp=rollout.drafts_by_mtp)
-        engine_weights = round(rollout.engines * rollout.data * engine_bytes(values, rollout.dtype))
+        receives = not config.push.adapter_only  # of adapters little compared with the model
+        each = engine_bytes(values, rollout.dtype, receives=receives)
+        engine_weights = round(rollout.engines * rollout.data * each)
         others += _engines_others(rollout)
     if has_engines and teacher.path and not teacher.url:
         values = _num_stored_parameters(teacher.path)

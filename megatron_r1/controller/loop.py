@@ -23,7 +23,7 @@ from megatron_r1.controller.rollouts.rollout import GradedResponse
 from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.controller.session import Session
 from megatron_r1.controller.trainer_passes import TrainerPasses
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 
 async def train(session: Session) -> None:

@@ -46,7 +46,7 @@ class PolicyEngines:
         """Return the rollout of `step`, which may have begun before."""
         self.sampler.begin(step)
         await self.await_probes()  # while they sample
-        self._taken = await self.sampler.take(step)
+        self._taken = await self.sampler.rollout(step)
         if self._rollout_config.speculative.method != "none":
             self._draft_metrics = await self._acceptance.read(self.sampler.collector.fleet.engines)
         return self._taken.rollout

@@ -18,7 +18,9 @@ from megatron_r1.config import CheckpointConfig, Config
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.trackers import TensorBoardLog, TrackedRun, TrackerSet, check_trackers
+from megatron_r1.reporting.trackers.tensorboard import TensorBoardLog
+from megatron_r1.reporting.trackers.tracked_run import TrackedRun
+from megatron_r1.reporting.trackers.tracker_set import TrackerSet, check_trackers
 from megatron_r1.reporting.wording import shown_metrics
 from megatron_r1.trainer.checkpoints import finding
 from megatron_r1.trainer.checkpoints.finding import STATE_FILE, DamagedCheckpoint
@@ -130,7 +132,8 @@ class CheckpointSeries:
         }
         self.latest = saving.folder
         # In a thread: deleting a large folder must not hold up the sampling.
-        await asyncio.to_thread(finding.prune, self._folder, self._settings.keep)
+        settings = self._settings
+        await asyncio.to_thread(finding.prune, self._folder, settings.keep, settings.keep_every)
 
     def _newest(self, below: Path | None = None) -> tuple[Path | None, list[DamagedCheckpoint]]:
         return finding.newest(self._folder, self._settings.verify, below)

@@ -110,7 +110,8 @@ class Session:
         line["tokens_per_second"] = line.pop("response_tokens") / line["time/step"]
         line["groups/replayed"] = self.engines.taken.num_recalled
         line |= await self.recorder.checkpoints.completed(self.passes.trainer)
-        await self.checkpointing.prune_samples()
+        if not self.config.rl.keep_sample_log:
+            await self.checkpointing.prune_samples(self.config.checkpoint.keep)
         records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
         self.recorder.step(line, records)
         if self.step <= FIRST_STEPS:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import rules_of
+from megatron_r1.config.algorithms import find_rules
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.fleet.external import ExternalFleet
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
@@ -47,7 +47,7 @@ def check_teacher(config: Config) -> None:
     A teacher needs a model folder, at least the student's context length, and the student's ids for
     all of the student's tokens. The student must sample at temperature 1 and top_p 1."""
     path, algorithm = config.teacher.path, config.rl.algorithm
-    if bool(path) != rules_of(algorithm).teacher:
+    if bool(path) != find_rules(algorithm).teacher:
         raise UserError(
             f"teacher.path: {path} would not be used by rl.algorithm: {algorithm}; set that to "
             "on_policy_distillation, or leave the teacher out"

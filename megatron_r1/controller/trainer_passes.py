@@ -9,7 +9,7 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.trainer.operations import ModelOperations
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 
 class TrainerPasses:

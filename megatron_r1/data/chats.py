@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from r1_grading.base.values import decoded
+from r1_grading.base.stored_values import decoded
 
 Message = dict[str, Any]
 ROLES = {
@@ -98,7 +98,7 @@ def read_question(value: Any) -> tuple[list[Message], str] | None:
     return before, last["content"]
 
 
-def system_of(row: Mapping[str, Any]) -> str:
+def read_system_prompt(row: Mapping[str, Any]) -> str:
     """Return the system prompt that a row has in a column of its own, "" without one."""
     for name in SYSTEMS:
         value = row.get(name)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.values import decoded
+from r1_grading.base.stored_values import decoded
 from r1_grading.rewards import WITHOUT_TRUTH, resolve
-from r1_grading.truths import is_none, kind_of
+from r1_grading.truths import is_none, reward_kind
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.chats import is_chat, read_question
@@ -76,13 +76,13 @@ def guess_columns(
 
     Raises:
         UserError: one is not found; the columns are named."""
-    flat = [_flat(row) for row in rows]
+    flat = [_flatten_row(row) for row in rows]
     reasons = {}
     for name, given in (("question", question), ("truth", truth)):
         if given is not None and given not in flat[0]:
             near = did_you_mean(given, flat[0], "{}")
             raise UserError(
-                f"--{name} {given}: {source} has no such column{near or '.'} {_listed(flat)}",
+                f"--{name} {given}: {source} has no such column{near or '.'} {_list_columns(flat)}",
                 key=f"--{name}",
                 cause=Cause.NOT_FOUND,
             )
@@ -91,13 +91,13 @@ def guess_columns(
     if question is None:
         if chat := next((name for name, value in flat[0].items() if is_chat(decoded(value))), None):
             raise UserError(
-                f"{source}: {chat!r} has chats; {ONE_MESSAGE}. {_listed(flat)}",
+                f"{source}: {chat!r} has chats; {ONE_MESSAGE}. {_list_columns(flat)}",
                 key="--question",
                 cause=Cause.UNSUPPORTED,
             )
         raise UserError(
             f"{source}: no column looks like the question; name it: --question COLUMN. "
-            f"{_listed(flat)}",
+            f"{_list_columns(flat)}",
             key="--question",
             cause=Cause.MISSING,
         )
@@ -106,7 +106,7 @@ def guess_columns(
     kinds = _kinds_of_rows(flat) if kind is None else set()
     needs_truth = not kinds or not kinds.issubset(WITHOUT_TRUTH)
     if truth is None and needs_truth:
-        truth = _composed(flat)
+        truth = _joined_columns(flat)
         reasons["truth"] = "by their names"
     if truth is None and needs_truth:
         taken = question.rpartition("+")[2]
@@ -114,7 +114,7 @@ def guess_columns(
     if truth is None and needs_truth:
         raise UserError(
             f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN. "
-            f"{_listed(flat)}",
+            f"{_list_columns(flat)}",
             key="--truth",
             cause=Cause.MISSING,
         )
@@ -136,14 +136,14 @@ def columns_by_name(
         needs_truth: whether a truth is looked for, too.
         mapped: our names of the columns that the recipe maps.
     """
-    flat = [_flat(row) for row in rows]
+    flat = [_flatten_row(row) for row in rows]
     found: dict[str, str] = {}
     has_question = any("question" in row for row in rows)
     if not has_question and (name := _by_name(QUESTION_NAMES, flat, _is_question, None)):
         found["question"] = name
     if needs_truth and not any("truth" in row for row in rows):
         taken = found.get("question", "question")
-        if truth := _composed(flat) or _by_name(TRUTH_NAMES, flat, _is_truth, taken):
+        if truth := _joined_columns(flat) or _by_name(TRUTH_NAMES, flat, _is_truth, taken):
             found["truth"] = truth
     question = found.get("question", "question" if has_question else "")
     if "question" not in mapped and question and (context := _context(flat, question)):
@@ -171,14 +171,16 @@ def _by_name(
     where there is no other."""
     known = dict.fromkeys(name for row in rows for name in row)
     empty = [n for n in known if n != other and all(is_none(row.get(n)) for row in rows)]
-    for columns in (_fitting(rows, fits, other), empty if fits is _is_truth else []):
+    for columns in (_fitting_columns(rows, fits, other), empty if fits is _is_truth else []):
         by_name = {_plain(column): column for column in reversed(columns)}
         if found := next((by_name[usual] for usual in names if usual in by_name), None):
             return found
     return None
 
 
-def _fitting(rows: Sequence[Row], fits: Callable[[Any], bool], other: str | None) -> list[str]:
+def _fitting_columns(
+    rows: Sequence[Row], fits: Callable[[Any], bool], other: str | None
+) -> list[str]:
     """Return the columns whose values fit, in at least one row, and are none in the others."""
     found = []
     for name in dict.fromkeys(name for row in rows for name in row):
@@ -187,12 +189,12 @@ def _fitting(rows: Sequence[Row], fits: Callable[[Any], bool], other: str | None
         is_system = fits is _is_question and "system" in _plain(name)
         if name == other or not given or is_system:
             continue
-        if all(fits(value) and not _wraps(value) for value in given):
+        if all(fits(value) and not _is_single_entry(value) for value in given):
             found.append(name)
     return found
 
 
-def _composed(rows: Sequence[Row]) -> str | None:
+def _joined_columns(rows: Sequence[Row]) -> str | None:
     """Return `a+b` for columns that are a truth together, if the rows have at least two of them."""
     for names in COMPOSED:
         if len(own := [name for name in names if any(row.get(name) for row in rows)]) >= 2:
@@ -200,14 +202,14 @@ def _composed(rows: Sequence[Row]) -> str | None:
     return None
 
 
-def _flat(row: Row) -> dict[str, Any]:
+def _flatten_row(row: Row) -> dict[str, Any]:
     """Return the row with the entries of its mappings as `column.entry`, at any depth."""
     entries: dict[str, Any] = {}
     for name, column in row.items():
         if isinstance(column, str) and len(column) > MAX_NESTED_CHARS:
             continue
         if (mapping := as_mapping(column)) is not None:
-            entries |= {f"{name}.{key}": value for key, value in _flat(mapping).items()}
+            entries |= {f"{name}.{key}": value for key, value in _flatten_row(mapping).items()}
     return {**row, **entries}
 
 
@@ -221,7 +223,7 @@ def _find(
     """Return (column, reason): by its name; else, of two columns, the one that is left, where
     questions are longer than truths. other: the column that is already taken. Raises UserError
     where one of a usual name has rows without a value."""
-    fitting = _fitting(rows, fits, other)
+    fitting = _fitting_columns(rows, fits, other)
     for usual in names:
         for column in fitting:
             if _plain(column) == usual:
@@ -231,7 +233,7 @@ def _find(
         for column in fitting:
             if usual in re.split("[_.]", _plain(column)):
                 return column, f"its name has {usual!r} in it"
-    if blank := _blank(names, rows, fits):
+    if blank := _why_no_value(names, rows, fits):
         raise UserError(
             f"{source}: {blank}",
             key="--question" if names is QUESTION_NAMES else "--truth",
@@ -245,7 +247,7 @@ def _find(
     return None, ""
 
 
-def _blank(names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool]) -> str:
+def _why_no_value(names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool]) -> str:
     """Return why a column with a usual name has no value: "row 6: 'answer' is 7; …", or ""."""
     for usual in names:
         for column in rows[0]:
@@ -265,7 +267,7 @@ def _is_question(value: Any) -> bool:
         return False
 
 
-def _wraps(value: Any) -> bool:
+def _is_single_entry(value: Any) -> bool:
     """Return whether a value is a mapping of one number or text, which is a column itself."""
     entries = list(value.values()) if isinstance(value, dict) else []
     return len(entries) == 1 and isinstance(entries[0], str | int | float)
@@ -301,7 +303,7 @@ def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str | None, str]:
     if all(isinstance(row.get("entry"), dict) and "task" in row for row in rows):
         return "logic", "the rows are items of reasoning-gym (task, entry)"
     found = [entry({**row}, truth) for row in rows]
-    kinds = {kind_of(value) for value in found if value is not ABSENT and not is_none(value)}
+    kinds = {reward_kind(value) for value in found if value is not ABSENT and not is_none(value)}
     if len(kinds) > 1:
         return None, f"each row's own, by its {truth!r}: {', '.join(sorted(kinds))}"
     return next(iter(kinds), "math"), MEANING[next(iter(kinds), "math")].format(truth)
@@ -318,7 +320,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[^\w.]+", "_", name.strip().casefold())
 
 
-def _listed(rows: Sequence[Row]) -> str:
+def _list_columns(rows: Sequence[Row]) -> str:
     """Return the columns with their first values, a line each."""
     lines = [f"  {name}: {shorten(value)}" for name, value in rows[0].items()]
     return "\n".join(["It has", *lines])

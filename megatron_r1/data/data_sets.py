@@ -124,13 +124,13 @@ def _choose(
         shared = [splits for splits in configs.values() if config.partition("[")[0] in splits]
         if shared:
             config, split = None, config
-    files = configs[_one_of("configuration", path, configs, config, ("default", "main"), role)]
+    files = configs[_choose_name("configuration", path, configs, config, ("default", "main"), role)]
     wanted = _parse_split(split, path, role)
-    name = _one_of("split", path, files, wanted.name or None, ("train",), role)
+    name = _choose_name("split", path, files, wanted.name or None, ("train",), role)
     return files[name], SplitName(name, wanted.start, wanted.stop, wanted.is_percent)
 
 
-def _one_of(
+def _choose_name(
     what: str,
     path: str,
     known: Mapping[str, Any],
@@ -307,7 +307,7 @@ def _read_saved(path: str, folder: Path, split: str | None, role: str) -> Iterat
         raise UserError(f"{path}: {_first_line(error)}", key=role, cause=Cause.MALFORMED) from None
     wanted = _parse_split(split, path, role)
     if isinstance(loaded, dict):
-        loaded = loaded[_one_of("split", path, loaded, wanted.name or None, ("train",), role)]
+        loaded = loaded[_choose_name("split", path, loaded, wanted.name or None, ("train",), role)]
     start, stop = wanted.start, wanted.stop
     if wanted.is_percent:
         start, stop = (None if n is None else round(len(loaded) * n / 100) for n in (start, stop))

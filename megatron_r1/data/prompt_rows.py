@@ -12,25 +12,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.values import decoded
+from r1_grading.base.stored_values import decoded
 from r1_grading.rewards import ENVIRONMENT, REGISTRY, WITHOUT_TRUTH, resolve
-from r1_grading.truths import CHECKS, COMPARED, check_truth, is_none, is_unanswered, kind_of
+from r1_grading.truths import CHECKS, COMPARED, check_truth, is_none, is_unanswered, reward_kind
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.data.chats import Message, read_question, system_of
+from megatron_r1.data.chats import Message, read_question, read_system_prompt
 from megatron_r1.data.columns import columns_by_name
+from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.records import (
     ABSENT,
-    Conditions,
-    DataReport,
     Record,
-    RowFilter,
     entry,
     missing,
     read_records,
     rename,
     require_text,
 )
+from megatron_r1.data.row_filter import Conditions, RowFilter
 
 
 @dataclass(frozen=True)
@@ -227,8 +226,8 @@ class RowReading:
     def _prompt(self, location: str, row: Record, report: DataReport) -> Prompt | None:
         """Return the prompt of a row, None for one that is left out for want of a truth."""
         row = self._renamed(row, report.columns)
-        before, question = question_of(location, row)
-        kind = row.get("kind") or self.kind or kind_of(row.get("truth"))
+        before, question = parse_question(location, row)
+        kind = row.get("kind") or self.kind or reward_kind(row.get("truth"))
         if "truth" not in row and kind not in WITHOUT_TRUTH:
             fault = f"{location}: 'truth' {missing(row, 'truth', COLUMNS)}"
             raise MissingTruth(fault, kind)
@@ -271,7 +270,7 @@ def _is_solution(truth: Any) -> bool:
     return isinstance(truth, str) and is_unanswered(truth)
 
 
-def question_of(location: str, row: Record) -> tuple[list[Message], str]:
+def parse_question(location: str, row: Record) -> tuple[list[Message], str]:
     """Return the messages before the question, and the question. Raises UserError.
 
     Args:
@@ -302,6 +301,6 @@ def question_of(location: str, row: Record) -> tuple[list[Message], str]:
             cause=Cause.MALFORMED,
         )
     before, question = found or ([], require_text(location, row, "question", COLUMNS))
-    if not before and (system := system_of(row)):
+    if not before and (system := read_system_prompt(row)):
         before = [{"role": "system", "content": system}]
     return before, question

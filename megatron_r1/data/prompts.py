@@ -23,6 +23,7 @@ from r1_grading.rewards import resolve
 from r1_grading.truths import NO_TRUTH
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.prompt_rows import (
     Prompt,
     RowReading,
@@ -32,7 +33,7 @@ from megatron_r1.data.prompt_rows import (
     make_prompt,
     normalize,
 )
-from megatron_r1.data.records import Conditions, DataReport
+from megatron_r1.data.row_filter import Conditions
 
 
 def generate_items(
@@ -164,9 +165,9 @@ def load_prompts(
     Args:
         path: a file, pattern, folder or data set as in `records.read_records`, of rows with
             `question`, `truth` and optionally `kind` (default: `kind`, else what the truth shows:
-            `r1_grading.truths.kind_of`); other columns go to the reward. A question or truth that
-            no row has by that name is found by its usual names (`columns`). A question may be a
-            chat that ends with the user's message.
+            `r1_grading.truths.reward_kind`); other columns go to the reward. A question or truth
+            that no row has by that name is found by its usual names (`columns`). A question may be
+            a chat that ends with the user's message.
         heldout_path: a file that is held out whole, its questions dropped from train; without it,
             the share `heldout_fraction` of all possible questions is held out.
         task: a reasoning-gym dataset, generated with `parameters` and `seed`. Without `kind` (or
@@ -280,7 +281,7 @@ def _split(
         # Not where the other is of the held-out file: too near to be trained on.
         if known is not None and prompt.id not in given and _differ_in_case(known, prompt):
             # On the side of the other, by the same hash; but a question of its own.
-            spelled = f"spelled {_spelling(prompt)}".encode("utf-8", "replace")
+            spelled = f"spelled {_normalized_question(prompt)}".encode("utf-8", "replace")
             prompt = replace(prompt, id=hashlib.sha256(spelled).hexdigest()[:16])
             known = sides[False].get(prompt.id) or sides[True].get(prompt.id)
         if known is not None and known.truth != prompt.truth:
@@ -307,10 +308,12 @@ def _split(
 
 def _differ_in_case(one: Prompt, other: Prompt) -> bool:
     """Return whether two questions of the same hash are different texts: "find A" and "find a"."""
-    return one.question != other.question and _spelling(one) != _spelling(other)
+    return one.question != other.question and _normalized_question(one) != _normalized_question(
+        other
+    )
 
 
-def _spelling(prompt: Prompt) -> str:
+def _normalized_question(prompt: Prompt) -> str:
     return normalize(asked(prompt), fold_case=False)
 
 

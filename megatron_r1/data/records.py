@@ -1,98 +1,16 @@
-"""Rows of data files as records: each with its location, "file:line"; the conditions of
-`data.where` that filter them by their columns; and the report of what became of them, kept, left
-out and why.
-
-A condition is a value, a list of which any is enough, or a mapping of `min`, `max`, `not`, `or`.
-It holds for a column that is a list where it holds for any entry."""
+"""Rows of data files as records, under our names of columns, each with its location "file:line"."""
 
 import glob
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from r1_grading.base.values import decoded
+from r1_grading.base.stored_values import decoded
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.data_sets import HUB, read_data_set
 from megatron_r1.data.table_files import Row, read_rows
-
-
-@dataclass
-class LeftOut:
-    """Rows left out for one reason.
-
-    Attributes:
-        first: "file:line" of the first.
-        key: the column or setting."""
-
-    count: int
-    first: str
-    key: str
-
-
-@dataclass
-class DataReport:
-    """Counts the rows of one source.
-
-    Attributes:
-        num_read: rows read.
-        num_duplicates: rows whose question and truth another row has.
-        num_unused: questions beyond `data.num_train` and `data.num_heldout`.
-        left_out: reason → rows.
-        columns: our name → the file's column, for those that were found by their names.
-        kinds: rewards, or forms of examples, where these differ → rows.
-        is_complete: False where reading ended before the file did, as enough questions were found.
-    """
-
-    source: str = ""
-    num_read: int = 0
-    num_duplicates: int = 0
-    num_unused: int = 0
-    left_out: dict[str, LeftOut] = field(default_factory=dict)
-    columns: dict[str, str] = field(default_factory=dict)
-    kinds: dict[str, int] = field(default_factory=dict)
-    is_complete: bool = True
-
-    def leave_out(self, reason: str, location: str, key: str) -> None:
-        """Count a row that is left out.
-
-        Args:
-            reason: what it fails.
-            location: "file:line".
-            key: the column or the setting that it fails."""
-        if reason in self.left_out:
-            self.left_out[reason].count += 1
-        else:
-            self.left_out[reason] = LeftOut(1, location, key)
-
-    def lines(self) -> list[str]:
-        """Return the report as lines."""
-        read = "row" if self.num_read == 1 else "rows"
-        num_kept = self.num_read - self.num_duplicates
-        num_kept -= sum(rows.count for rows in self.left_out.values())
-        begun = "" if self.is_complete else " (more are not needed)"
-        lines = [f"{self.source}: {self.num_read:,} {read} read{begun}, {num_kept:,} usable"]
-        if self.columns:
-            found = ", ".join(f"{ours} = {theirs}" for ours, theirs in self.columns.items())
-            lines.append(f"  columns, by their names: {found}")
-        if self.kinds:
-            counts = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.items())
-            lines.append(f"  kinds of rows: {counts}")
-        if self.num_duplicates:
-            lines.append(
-                f"  {self.num_duplicates:,} left out: question and truth are those of another row"
-            )
-        if self.num_unused:
-            lines.append(
-                f"  {self.num_unused:,} not used: data.num_train or data.num_heldout is reached"
-            )
-        for reason, rows in self.left_out.items():
-            lines.append(f"  {rows.count:,} left out: {reason} (first: {rows.first})")
-        return lines
-
 
 Record = dict[str, Any]
 ABSENT = object()
@@ -122,7 +40,7 @@ def read_records(
             what cannot be read, and for one of `names` misspelt in `columns`.
     """
     columns = columns or {}
-    rows = _rows_of(path, role)
+    rows = _read_all_rows(path, role)
     for ours in columns:
         # Rewards may read columns of any name, but hardly of one so close to ours.
         near = [] if ours in names else get_close_matches(ours, names, n=1, cutoff=0.8)
@@ -137,7 +55,7 @@ def read_records(
             yield location, rename(location, row, columns)
 
 
-def _rows_of(path: str | Path, role: str) -> Iterator[Row]:
+def _read_all_rows(path: str | Path, role: str) -> Iterator[Row]:
     if str(path).startswith(HUB) or Path(path).is_dir():
         return read_data_set(str(path), role)
     if not glob.has_magic(str(path)) or Path(path).exists():
@@ -227,139 +145,3 @@ def as_mapping(value: Any) -> Record | None:
     """Return a mapping, also of one that is stored as text; None for any other value."""
     value = decoded(value)
     return value if isinstance(value, dict) else None
-
-
-CONDITION_KEYS = ("min", "max", "not", "or")
-TRUE, FALSE = ("true", "yes"), ("false", "no")
-MAX_UNSEEN = 1_000
-"""Rows after which a column that none had is refused."""
-Conditions = Mapping[str, Any]
-
-
-def _check_conditions(where: Conditions, key: str = "data.where") -> None:
-    """Raise UserError for a condition with an unknown key, a limit that is no number, or without
-    any limit. key: the setting, for errors."""
-    for column, condition in where.items():
-        if not isinstance(condition, Mapping):
-            continue
-        place = f"{key}.{column}"
-        for name in condition:
-            if name not in CONDITION_KEYS:
-                near = did_you_mean(str(name), CONDITION_KEYS, "{}")
-                raise UserError(
-                    f"{place}: {name!r} is not one of {', '.join(CONDITION_KEYS)}{near}; nested "
-                    f"columns are written {column}.{name}",
-                    key=place,
-                    cause=Cause.UNKNOWN,
-                )
-        for name in ("min", "max"):
-            if name in condition and _as_number(condition[name]) is None:
-                raise UserError(
-                    f"{place}.{name}: {condition[name]!r} is no number",
-                    key=f"{place}.{name}",
-                    cause=Cause.MALFORMED,
-                )
-        if not condition.keys() - {"or"}:
-            raise UserError(
-                f"{place}: give min, max or not; or, for values that are enough, a list",
-                key=place,
-                cause=Cause.EMPTY,
-            )
-
-
-class RowFilter:
-    """Keeps the rows of one source that meet all conditions, and counts the others in `report`.
-
-    Args:
-        where: column → condition.
-        report: counts the rows.
-        key: the setting, for errors.
-
-    Raises:
-        UserError: an invalid condition."""
-
-    def __init__(self, where: Conditions, report: DataReport, key: str = "data.where") -> None:
-        _check_conditions(where, key)
-        self._where, self._report, self._key = where, report, key
-        self._unseen, self._known = set(where), dict[str, None]()
-
-    def keeps(self, location: str, row: Record) -> bool:
-        """Return whether a row, with the columns of the file, meets all conditions. A column that
-        it lacks is null."""
-        self._report.num_read += 1
-        if self._unseen:
-            self._known |= dict.fromkeys(row)
-            self._unseen = {name for name in self._unseen if entry(row, name) is ABSENT}
-            if self._report.num_read >= MAX_UNSEEN:
-                self.finish()
-        for column, condition in self._where.items():
-            value = entry(row, column)
-            if not meets(None if value is ABSENT else value, condition):
-                key = f"{self._key}.{column}"
-                self._report.leave_out(f"{key}: {condition}", location, key)
-                return False
-        return True
-
-    def finish(self) -> None:
-        """Raise UserError for a column that no row had."""
-        for column in sorted(self._unseen) if self._known else ():
-            near = did_you_mean(column, self._known, "{}")
-            raise UserError(
-                f"{self._key}.{column}: {self._report.source} has no such column{near}; it has "
-                f"{', '.join(self._known)}",
-                key=f"{self._key}.{column}",
-                cause=Cause.NOT_FOUND,
-            )
-
-
-def meets(value: Any, condition: Any) -> bool:
-    """Return whether a column's value meets a condition. Numbers may be text; what is no number,
-    such as null or "n/a", is within no limits."""
-    values = value if isinstance(value, list) else [value]
-    if not isinstance(condition, Mapping):
-        return any(_equals_any(entry, condition) for entry in values)
-    if "or" in condition and any(_equals_any(entry, condition["or"]) for entry in values):
-        return True
-    if "not" in condition and any(_equals_any(entry, condition["not"]) for entry in values):
-        return False
-    if condition.keys() <= {"not", "or"}:
-        return True
-    return any(_is_within(entry, condition) for entry in values)
-
-
-def _as_number(value: Any) -> float | None:
-    """Return a number, also one in text; None for NaN and anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return None if math.isnan(number) else number
-
-
-def _is_within(value: Any, limits: Mapping[str, Any]) -> bool:
-    number = _as_number(value)
-    if number is None:
-        return False
-    least, most = _as_number(limits.get("min")), _as_number(limits.get("max"))
-    return (least is None or number >= least) and (most is None or number <= most)
-
-
-def _equals_any(value: Any, wanted: Any) -> bool:
-    return any(_equals(value, w) for w in (wanted if isinstance(wanted, list) else [wanted]))
-
-
-def _equals(value: Any, wanted: Any) -> bool:
-    """Return whether two values are equal, `0.50` and "0.5", true and "Yes" too."""
-    if isinstance(value, float) and math.isnan(value):
-        value = None
-    if value is None or wanted is None:
-        return value is wanted
-    for one, other in ((value, wanted), (wanted, value)):
-        if isinstance(one, bool) and isinstance(other, str):
-            return other.strip().casefold() in (TRUE if one else FALSE)
-    if isinstance(value, str) and isinstance(wanted, str):
-        return value.strip() == wanted.strip()
-    left, right = _as_number(value), _as_number(wanted)
-    return value == wanted if left is None or right is None else left == right

@@ -20,19 +20,14 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import (
     Message,
     read_chat,
+    read_system_prompt,
     read_tools,
     read_transcript,
-    system_of,
     tool_calls,
 )
-from megatron_r1.data.records import (
-    Conditions,
-    DataReport,
-    Record,
-    RowFilter,
-    read_records,
-    require_text,
-)
+from megatron_r1.data.data_report import DataReport
+from megatron_r1.data.records import Record, read_records, require_text
+from megatron_r1.data.row_filter import Conditions, RowFilter
 from megatron_r1.data.sampler import EpochSampler
 
 COLUMNS = "in sft.data, beside path, columns"
@@ -123,7 +118,7 @@ def read_example(location: str, row: Record, report: DataReport | None = None) -
     return SftExample(prompt, response, location=location)
 
 
-def form_of(row: Record) -> str | None:
+def find_form(row: Record) -> str | None:
     """Return which form of `FORMS` a row has; None for none, and for one that is malformed."""
     try:
         return next((form for form, read in FORMS if read(row) is not None), None)
@@ -186,7 +181,7 @@ def _alpaca(row: Record) -> Parts | None:
         return None
     given = row.get("input") or row.get("context")
     more = f"\n\n{given}" if isinstance(given, str) and given.strip() else ""
-    return _asked(instruction + more, output, row)
+    return _question_parts(instruction + more, output, row)
 
 
 def _calls(row: Record) -> Parts | None:
@@ -203,7 +198,7 @@ def _question_and_response(row: Record) -> Parts | None:
         return None
     if not question.strip() or not response.strip() or row.get("prompt") == question:
         return None
-    return _asked(question, response, row)
+    return _question_parts(question, response, row)
 
 
 def _text(row: Record) -> Parts | None:
@@ -219,7 +214,7 @@ def is_learned(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
-def _asked(question: str, response: str, row: Record) -> Parts:
+def _question_parts(question: str, response: str, row: Record) -> Parts:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     return _conversation(turns, 0, row)
 
@@ -227,7 +222,7 @@ def _asked(question: str, response: str, row: Record) -> Parts:
 def _conversation(messages: list[Message], learned_from: int, row: Record) -> Parts:
     """Return the example of a conversation, with the row's system prompt where the messages have
     none. Raises ValueError where nothing is learned."""
-    system = system_of(row)
+    system = read_system_prompt(row)
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
         learned_from += 1

@@ -23,13 +23,14 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.from_recipe import (
     check_cpu_kernels,
     check_engines,
+    check_experts_here,
     context_length,
     engine_settings,
     fleet_settings,
 )
 from megatron_r1.engines.server.responses import Response, cut_at_stop
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.evaluation.identity import fingerprint, require_weights
+from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 from megatron_r1.models.hf_config import as_read, load_config
 
@@ -72,6 +73,7 @@ class EnginePolicy:
         check_room(rollout)
         hf = load_config(model)
         check_engines(config, hf)
+        check_experts_here(rollout)
         check_cpu_kernels(rollout, hf)
         check_arguments(rollout, "rollout")
         self._fleet: RolloutFleet | None = None

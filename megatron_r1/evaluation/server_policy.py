@@ -109,7 +109,7 @@ class ServerPolicy:
         self._takes_limits = True
         if not reply.choices:
             return TextResponse("", refusal="the server's reply has no choices")
-        text, truncated = _text_of(reply.choices[0]), reply.choices[0].finish_reason == "length"
+        text, truncated = _choice_text(reply.choices[0]), reply.choices[0].finish_reason == "length"
         num_tokens = reply.usage.completion_tokens if reply.usage else None
         return TextResponse(text, num_tokens, truncated, self._is_opened(text, truncated))
 
@@ -169,7 +169,7 @@ class ServerPolicy:
         return truncated and THINK not in text and END_THINK not in text
 
 
-def _text_of(choice: CompletionChoice) -> str:
+def _choice_text(choice: CompletionChoice) -> str:
     if choice.message is None:
         return choice.text or ""
     thought = choice.message.reasoning_content or choice.message.reasoning

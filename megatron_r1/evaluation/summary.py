@@ -14,14 +14,15 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.measures import Estimate, estimate, pass_at_k, powers_up_to, subsets
 from megatron_r1.evaluation.pair_measures import length_difference, win_rates
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import ResponseLog, is_ungraded
+from megatron_r1.evaluation.response import is_ungraded
+from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.voting import (
     Vote,
     can_vote,
     expects_number,
     group_answers,
     read_vote,
-    score_of_majority,
+    voted_score,
 )
 
 
@@ -125,7 +126,7 @@ async def summarize(
         metrics |= {f"cons@{k}": value for k, value in votes.items() if k > 1}
     lengths = [[s.length for s in group if s.length is not None] for group in groups]
     if all(lengths):
-        metrics["length"] = estimate([fmean(of_question) for of_question in lengths], seed)
+        metrics["length"] = estimate([fmean(group_lengths) for group_lengths in lengths], seed)
     metrics["truncated"] = mean(lambda group: fmean(s.truncated for s in group))
     counts = {
         "questions": len(groups),
@@ -173,7 +174,7 @@ async def _votes(
     for size in sizes:
         chosen = subsets(len(groups[0]), size, seed)
         scores = [
-            fmean(score_of_majority([of[i] for i in s], [scored[i] for i in s]) for s in chosen)
+            fmean(voted_score([of[i] for i in s], [scored[i] for i in s]) for s in chosen)
             for of, scored in zip(answer_groups, rewards, strict=True)
         ]
         curve[size] = estimate(scores, seed)

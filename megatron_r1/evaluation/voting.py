@@ -117,7 +117,7 @@ async def group_answers(
     ]
 
 
-def majority_of(groups: Sequence[object | None]) -> int | None:
+def majority_index(groups: Sequence[object | None]) -> int | None:
     """Return the index of the first sample of the largest group; None without any vote. A tie goes
     to the group whose answer came first."""
     counts = Counter(group for group in groups if group is not None)
@@ -126,9 +126,9 @@ def majority_of(groups: Sequence[object | None]) -> int | None:
     return list(groups).index(counts.most_common(1)[0][0])
 
 
-def score_of_majority(groups: Sequence[int | None], scores: Sequence[float]) -> float:
+def voted_score(groups: Sequence[int | None], scores: Sequence[float]) -> float:
     """Return the score of the largest group's answer; 0 without any vote."""
-    winner = majority_of(groups)
+    winner = majority_index(groups)
     return 0.0 if winner is None else scores[winner]
 
 
@@ -162,7 +162,7 @@ async def majority_score(
         num_right = sum(vote is not None and score == 1.0 for vote, score in pairs)
         if num_right == 0 or 2 * num_right > num_votes:
             return float(num_right > 0)
-    return score_of_majority(await group_answers(pool, kind, votes, scores), scores)
+    return voted_score(await group_answers(pool, kind, votes, scores), scores)
 
 
 async def _by_meaning(pool: RewardPool, votes: Sequence[Vote]) -> dict[str | Fraction, int]:

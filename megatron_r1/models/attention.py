@@ -44,7 +44,7 @@ from megatron_r1.models.context_parallel import (
     flash_forward,
     ring_attention,
 )
-from megatron_r1.models.prefixes import prefix_attention, segments_before
+from megatron_r1.models.prefixes import continued_by, prefix_attention
 
 
 def _offset_attention(
@@ -181,11 +181,12 @@ class CoreAttention(MegatronModule):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             out = _attend(q, k, v, self.softmax_scale, self.softmax_offset, self.window)
             return out.permute(2, 0, 1, 3).flatten(2)
-        before = segments_before(packed_seq_params.cu_seqlens_q)
+        continued = continued_by(packed_seq_params.cu_seqlens_q)
         cu_seqlens = packed_seq_params.cu_seqlens_q.long()
-        if before is not None:
+        if continued is not None:
             assert self.softmax_offset is None and self.window is None, "see check_shared_prompts"
-            joined = prefix_attention(query, key, value, cu_seqlens, before, self.softmax_scale)
+            parts = query, key, value, cu_seqlens
+            joined = prefix_attention(*parts, continued, self.softmax_scale)
             return joined.flatten(1)
         if self.group.size() > 1:
             parts = query, key, value, cu_seqlens

@@ -55,6 +55,7 @@ from megatron_r1.models.gradients import correct_attributes, gradient_sum, sum_o
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.layers import block_specs
 from megatron_r1.models.patches import set_yarn
+from megatron_r1.models.schedule_plan import ExchangePlan
 
 
 class LMHead(ColumnParallelLinear):
@@ -103,7 +104,19 @@ class LMHead(ColumnParallelLinear):
         return copy_to_tensor_model_parallel_region(input_, group=self.tp_group), None
 
 
-class PolicyModel(GPTModel):
+class ChunkModel(GPTModel):
+    """GPTModel whose passes Megatron's schedule can run in parts."""
+
+    def build_schedule_plan(self, *args: Any, **kwargs: Any) -> ExchangePlan:
+        """Return the parts of a forward and a backward pass; nothing is computed yet.
+
+        Args:
+            *args: as for the model itself.
+            **kwargs: as for the model itself."""
+        return ExchangePlan(self, *args, **kwargs)
+
+
+class PolicyModel(ChunkModel):
     """GPTModel that returns hidden states (b, s, h), after the final norm, from its last stage.
 
     With `labels` (b, s), where labels[i] follows input_ids[i], and `loss_mask` (b, s), the backward
@@ -301,7 +314,7 @@ class ScoreHead(MegatronModule):
         )
 
 
-class ScoreModel(GPTModel):
+class ScoreModel(ChunkModel):
     """GPTModel that returns scores (b, s) fp32 from its last stage, behind the final norm."""
 
     def __init__(self, *args, **kwargs):

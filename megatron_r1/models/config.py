@@ -18,7 +18,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.config.model import Fusion
-from megatron_r1.models import fp8, platform
+from megatron_r1.models import fp8_transformer_engine, platform
+from megatron_r1.models.exchange_overlap import check_exchange_overlap
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.pipeline_stages import pipeline_stages, uneven_layout
 from megatron_r1.models.supported import check_divisions, own_fields
@@ -151,11 +152,12 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     has_experts = bool(fields.get("num_moe_experts"))
     transformer_engine = platform.uses_transformer_engine()
     check_divisions(hf, parallel, transformer_engine)
+    check_exchange_overlap(config, hf)
     fields |= _shared_fields(hf, getattr(torch, config.model.dtype), transformer_engine)
     fields |= _parallel_fields(parallel, has_experts)
     fields |= _pipeline_fields(parallel, hf["num_hidden_layers"], fields.get("mtp_num_layers") or 0)
     fields |= _recompute_fields(parallel, fields)
-    fields |= fp8.megatron_fields(config.fp8)
+    fields |= fp8_transformer_engine.megatron_fields(config.fp8)
     fields |= _acceleration_fields(config, has_experts)
     if fields.get("softmax_type") and config.model.attention_backend == "flash":
         raise UserError(
@@ -220,6 +222,7 @@ def _parallel_fields(parallel: ParallelConfig, has_experts: bool) -> dict[str, A
         "context_parallel_size": parallel.context,
         # A packed batch then has a multiple of parallel.tensor tokens.
         "sequence_parallel": parallel.splits_sequences(has_experts),
+        "overlap_moe_expert_parallel_comm": parallel.overlap_expert_exchange,
     }
     return fields | ({"expert_tensor_parallel_size": parallel.expert_tensor} if has_experts else {})
 

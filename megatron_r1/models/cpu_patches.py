@@ -118,6 +118,18 @@ def _streams() -> None:
 
 
 @_patch(
+    "ranges of a profile, and tensors that another stream uses",
+    "pipeline_parallel/utils.py:ScheduleNode._forward",
+    "input.record_stream(self.stream)",
+)
+def _ranges_and_uses() -> None:
+    # torch without CUDA has no NVTX, and memory of a CPU is not freed by stream.
+    torch.cuda.nvtx.range_push = lambda message: 0
+    torch.cuda.nvtx.range_pop = lambda: 0
+    torch.Tensor.record_stream = lambda self, stream: None
+
+
+@_patch(
     "CUDA's random state is the CPU's",
     "tensor_parallel/random.py:CudaRNGStatesTracker.add",
     "torch.cuda.get_rng_state()",

@@ -41,7 +41,7 @@ from megatron_r1.models.cpu_patches import Patch, listed_in
 from megatron_r1.models.dispatch import KnownCountsDispatcher, indices_to_multihot
 from megatron_r1.models.experts import GROUP_SCORES
 from megatron_r1.models.packed_params import known_positions
-from megatron_r1.models.prefixes import first_positions
+from megatron_r1.models.prefixes import continued_by
 
 
 def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> Tensor:
@@ -49,13 +49,16 @@ def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> T
     num_ranks,) int64.
 
     Args:
-        cu_seqlens: (S + 1,) integers from 0 to T, the borders of the whole batch's samples.
+        cu_seqlens: (S + 1,) integers from 0 to T, the borders of the whole batch's samples, which
+            may be marked by `prefixes.with_prefixes`.
         rank: the rank in the context-parallel group.
         num_ranks: the number of ranks of that group."""
-    cu_seqlens = cu_seqlens.long()
+    continued, cu_seqlens = continued_by(cu_seqlens), cu_seqlens.long()
     total = int(cu_seqlens[-1])
     # output_size: without it the host would wait for the GPU's sum once more.
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=total)
+    if continued is not None:
+        starts = starts - continued.first.repeat_interleave(cu_seqlens.diff(), output_size=total)
     if num_ranks == 1:
         return torch.arange(total, device=cu_seqlens.device) - starts
     held = held_positions(cu_seqlens, rank, num_ranks)
@@ -71,8 +74,6 @@ def rotate_packed(
     positions = known_positions(cu_seqlens)
     if positions is None:
         positions = sample_positions(cu_seqlens, cp_group.rank(), cp_group.size())
-        if (first := first_positions(cu_seqlens)) is not None:
-            positions = positions + first.repeat_interleave(cu_seqlens.diff().long())
     angles = freqs[positions]
     return rope_utils._apply_rotary_pos_emb_bshd(t[:, None], angles, *args, **kwargs)[:, 0]
 

@@ -1,19 +1,21 @@
 """Prefixes that several sequences of a packed batch share, computed once (on a CPU).
 
-A prefix is a segment of the batch like any other. A segment that continues it sees the prefix's
-keys besides its own, and its positions continue after the prefix; `before`, the index of each
-segment's prefix or -1, is all that both need. Every layer but attention works on tokens alone, so a
+A prefix is the beginning of a segment of the batch. A segment that continues it has only the tokens
+after it, sees the prefix's keys besides its own, and its positions go on after the prefix; the
+segment that it continues may itself continue another, so that the turns of a tree are each there
+once. `Continued` is all that both need. Every layer but attention works on tokens alone, so a
 prompt of which there are 16 responses costs one pass, and its gradient is the sum of theirs.
 
-A query attends to its own segment, causally, and to the whole prefix; the two are joined by the
-normalizers of their softmax, forward and backward as in `models.context_parallel`. The matrix of
-queries x keys never exists.
+A query attends to its own segment, causally, and to each whole prefix before it; the parts
+are joined by the normalizers of their softmax, forward and backward as in
+`models.context_parallel`. The matrix of queries x keys never exists.
 
 Shapes: t tokens, S segments, h query heads, g key/value heads (g divides h), d head size of queries
 and keys, e of values."""
 
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,67 +29,81 @@ from megatron_r1.models.context_parallel import (
     spans,
 )
 
-_ATTRIBUTE = "segments_before"
+_CONTINUED = "continued"
 
 
-def with_prefixes(cu_seqlens: Tensor, before: Tensor) -> Tensor:
-    """Return `cu_seqlens` marked with the segments that its segments continue.
+class Continued(NamedTuple):
+    """What the segments of a batch continue.
+
+    Attributes:
+        host: (S,) int64, the earlier segment that has the tokens before each segment, or -1.
+        first: (S,) int64, the position of each segment's first token in its sequence: the tokens
+            that its host, and what that continues, have of it; 0 without a host. It is larger than
+            the host's."""
+
+    host: Tensor
+    first: Tensor
+
+
+def with_prefixes(cu_seqlens: Tensor, continued: Continued) -> Tensor:
+    """Return `cu_seqlens` marked with what its segments continue.
 
     The mark is on the tensor object, because of all arguments only `cu_seqlens` reaches Megatron's
     rotary embedding.
 
     Args:
         cu_seqlens: (S + 1,) integers.
-        before: (S,) int64, for each segment the index of its prefix, or -1; a prefix has no prefix
-            itself.
-    """
-    setattr(cu_seqlens, _ATTRIBUTE, before)
+        continued: what each of the S segments continues."""
+    setattr(cu_seqlens, _CONTINUED, continued)
     return cu_seqlens
 
 
-def segments_before(cu_seqlens: Tensor) -> Tensor | None:
-    """Return the mark of `with_prefixes`, or None."""
-    return getattr(cu_seqlens, _ATTRIBUTE, None)
-
-
-def first_positions(cu_seqlens: Tensor) -> Tensor | None:
-    """Return the position of each segment's first token, (S,) int64; None where all are 0."""
-    before = segments_before(cu_seqlens)
-    if before is None:
-        return None
-    return torch.where(before >= 0, cu_seqlens.long().diff()[before], 0)
+def continued_by(cu_seqlens: Tensor) -> Continued | None:
+    """Return what the segments of a batch continue, from the mark of `with_prefixes`, or None."""
+    return getattr(cu_seqlens, _CONTINUED, None)
 
 
 def prefix_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, before: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    continued: Continued,
+    scale: float,
 ) -> Tensor:
-    """Attend causally within each segment and to the whole segment before it.
+    """Attend causally within each segment and to all that is before it.
 
     Args:
         query: (t, h, d).
         key: (t, g, d).
         value: (t, g, e).
         cu_seqlens: (S + 1,) int64, the borders of the segments.
-        before: (S,) int64, the segment before each segment; -1 for none.
+        continued: what they continue.
         scale: the factor of the products of queries and keys.
 
     Returns:
         (t, h, e)."""
-    return _PrefixAttention.apply(query, key, value, _Segments(cu_seqlens, before), scale)
+    return _PrefixAttention.apply(query, key, value, _Segments(cu_seqlens, continued), scale)
 
 
 class _Segments:
-    """The places of a batch's segments. links: for each prefix, the rows of the segments that
-    continue it, int64, and the prefix's own rows."""
+    """The places of a batch's segments. links: for each prefix the rows of the segments that see
+    it, int64, and the rows of its keys: the beginning of one segment."""
 
-    def __init__(self, cu_seqlens: Tensor, before: Tensor):
+    def __init__(self, cu_seqlens: Tensor, continued: Continued):
         lengths = cu_seqlens.diff()
         self.buckets = Buckets(lengths)
+        host, first, starts = continued.host.tolist(), continued.first.tolist(), cu_seqlens.tolist()
+        seeing: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for segment in range(len(host)):
+            at = segment
+            while host[at] >= 0:
+                seeing[host[at], first[at]].append(segment)
+                at = host[at]
         self.links = []
-        for prefix in before[before >= 0].unique().tolist():
-            members = (before == prefix).nonzero()[:, 0]
+        for (prefix, end), members in seeing.items():
             rows = spans(cu_seqlens[members], lengths[members])
-            own = slice(int(cu_seqlens[prefix]), int(cu_seqlens[prefix + 1]))
+            own = slice(starts[prefix], starts[prefix] + end - first[prefix])
             self.links.append((rows, own))
 
 
@@ -95,14 +111,14 @@ class _PrefixAttention(torch.autograd.Function):
     """`prefix_attention`, with the places of its segments.
 
     Tensors have the query's dtype; sums over segments, and lse, are in fp32 or wider. Saved: query,
-    key, value and out, and lse (t, h, 1) over a query's own segment and its prefix."""
+    key, value and out, and lse (t, h, 1) over a query's own segment and what is before it."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: _Segments, scale: float
     ) -> Tensor:
-        """Return out (t, h, e), joined from the attention to the own segment, o, and to the
-        prefix, p.
+        """Return out (t, h, e), joined from the attention to the own segment, o, and to each
+        prefix, p, in turn.
 
             out = exp(lse_o - lse) out_o + exp(lse_p - lse) out_p,  lse = log(exp lse_o + exp lse_p)
         """
@@ -131,7 +147,7 @@ class _PrefixAttention(torch.autograd.Function):
         """Return the gradients of query (t, h, d), key (t, g, d) and value (t, g, e) for that of
         out, grad (t, h, e).
 
-        Both parts compute their gradients with the joint `out` and `lse` (equations:
+        All parts compute their gradients with the joint `out` and `lse` (equations:
         `context_parallel`), and these add up; a prefix's keys and values get those of all its
         segments."""
         query, key, value, out, lse = ctx.saved_tensors
@@ -150,10 +166,12 @@ class _PrefixAttention(torch.autograd.Function):
             at = grad[rows], query[rows], key[prefix], value[prefix], out[rows]
             norm = lse[rows][..., 0].t()[None]
             parts = _gradients([_row(x, size) for x in at], norm, False, ctx.scale)
-            of_rows, of_keys, of_values = (part[0].transpose(0, 1).to(wide) for part in parts)
-            d_query[rows] += of_rows
-            d_key[prefix] += of_keys
-            d_value[prefix] += of_values
+            d_rows, d_prefix_key, d_prefix_value = (
+                part[0].transpose(0, 1).to(wide) for part in parts
+            )
+            d_query[rows] += d_rows
+            d_key[prefix] += d_prefix_key
+            d_value[prefix] += d_prefix_value
         pairs = (d_query, query), (d_key, key), (d_value, value)
         return *(d[..., : x.shape[2]].to(x.dtype) for d, x in pairs), None, None
 

@@ -24,7 +24,7 @@ from megatron_r1.base.processes.children import (
     popen_options,
     prctl,
 )
-from megatron_r1.base.processes.resources import descendants
+from megatron_r1.base.processes.process_table import descendants
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 KILL = signal.SIGUSR1

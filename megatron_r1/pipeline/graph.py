@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.base.user_code import source_of
-from megatron_r1.data.records import HUB
+from megatron_r1.base.user_code import module_source
+from megatron_r1.data.data_sets import HUB
 from megatron_r1.pipeline.pipeline_recipe import MAKE, REFERENCE, texts
 from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage, names_a_file
 
@@ -29,7 +29,7 @@ OUTPUTS = {
 VALUES = {"pipeline": ("folder", "seed"), "here": ("",)}
 
 
-def _all_of(mistakes: Sequence[UserError]) -> UserError:
+def _join_mistakes(mistakes: Sequence[UserError]) -> UserError:
     """Return the error that has the lines of all; key and cause are those of the first."""
     lines = "\n".join(map(str, mistakes))
     return UserError(lines, key=mistakes[0].key, cause=mistakes[0].cause)
@@ -57,7 +57,7 @@ class Graph:
             except UserError as error:
                 mistakes.append(error)
         if mistakes:
-            raise _all_of(mistakes)
+            raise _join_mistakes(mistakes)
         self.order = _ordered(self.upstream)
 
     def needs(self, stage: str) -> set[str]:
@@ -178,17 +178,17 @@ def check_plan(plan: PipelinePlan, verbs: Mapping[str, str], files: bool = True)
     mistakes = list(plan.broken.values())
     for name, stage in plan.stages.items():
         if name not in plan.broken:
-            mistakes += _mistakes_of(f"stages.{name}", _check_stage, plan, stage, verbs)
-    mistakes += _mistakes_of("stages", Graph, plan.stages)
+            mistakes += _catch_mistake(f"stages.{name}", _check_stage, plan, stage, verbs)
+    mistakes += _catch_mistake("stages", Graph, plan.stages)
     if files:
         mistakes += [
             UserError(line, key=key, cause=Cause.NOT_FOUND) for key, line in missing_files(plan)
         ]
     if mistakes:
-        raise _all_of(mistakes)
+        raise _join_mistakes(mistakes)
 
 
-def _mistakes_of(place: str, check: Callable[..., Any], *arguments: Any) -> list[UserError]:
+def _catch_mistake(place: str, check: Callable[..., Any], *arguments: Any) -> list[UserError]:
     """Return the error that `check` raises for a stage at `place`, [] if it raises none."""
     try:
         check(*arguments)
@@ -248,7 +248,7 @@ def _check_stage(plan: PipelinePlan, stage: PipelineStage, verbs: Mapping[str, s
 def _check_function(where: str, function: str, arguments: Mapping[str, Any]) -> None:
     name = function.partition(":")[2]
     try:
-        tree = ast.parse(source_of(function))
+        tree = ast.parse(module_source(function))
     except UserError as error:
         raise UserError(f"{where}: {error}", key="function", cause=error.cause) from None
     except (ValueError, SyntaxError) as error:

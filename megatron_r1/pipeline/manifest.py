@@ -18,11 +18,11 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync
-from megatron_r1.base.files.foreign import spread_blocks
-from megatron_r1.base.user_code import syntax_of
+from megatron_r1.base.files.file_blocks import spread_blocks
+from megatron_r1.base.user_code import module_syntax
+from megatron_r1.base.versions import versions
 from megatron_r1.config import RESUMABLE, Config
-from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
-from megatron_r1.evaluation.identity import versions
+from megatron_r1.config.flat_settings import changed_keys, flatten, is_within, value_text
 from megatron_r1.pipeline.pipeline_recipe import references, substitute, texts
 from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 
@@ -100,7 +100,7 @@ def input_digests(
                 digests[f"${{{reference}}}"] = (
                     digest_of_outputs(output_digests(plan.folder_of(head)))
                     if reference == head
-                    else digest(Path(str(plan.value_of(reference, {}))))
+                    else digest(Path(str(plan.reference_value(reference, {}))))
                 )
     for name in stage.config.after:
         digests[f"after {name}"] = digest_of_outputs(output_digests(plan.folder_of(name)))
@@ -183,11 +183,11 @@ def _functions(stage: PipelineStage) -> dict[str, str]:
     """Return the syntax of the modules of all user functions that the stage names: its own, and
     those that rewrite, judge, filter or reward."""
     if stage.is_function:
-        return {stage.config.function: syntax_of(stage.config.function)}
+        return {stage.config.function: module_syntax(stage.config.function)}
     functions = {}
     for text in filter(FUNCTION.fullmatch, _texts_and_keys(stage.settings)):
         with contextlib.suppress(ValueError):  # it only has the form of a function's name
-            functions[text] = syntax_of(text)
+            functions[text] = module_syntax(text)
     return functions
 
 

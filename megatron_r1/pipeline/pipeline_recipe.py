@@ -216,7 +216,7 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineR
             cause=Cause.MISSING,
         )
     for dotted, value in (overrides or {}).items():
-        put(tree, _place(tree, dotted), value, dotted)
+        put(tree, _nested_keys(tree, dotted), value, dotted)
     try:
         recipe = PipelineRecipe.model_validate(tree)
     except ValidationError as failure:
@@ -244,7 +244,7 @@ def read_tree(path: Path, what: str = "recipe") -> dict[str, Any]:
         raise UserError(unprotect(str(error)), key=error.key, cause=error.cause) from None
 
 
-def _place(tree: dict[str, Any], dotted: str) -> list[str]:
+def _nested_keys(tree: dict[str, Any], dotted: str) -> list[str]:
     """Return the nested keys that an option means: `stages.NAME.rl.group_size` is in the stage's
     settings, or in the arguments of its function."""
     section, *keys = dotted.split(".")

@@ -149,7 +149,7 @@ class PipelinePlan:
             return f"http://{reference.removeprefix('serve.').removesuffix('.url')}.served"
         return f"${{{reference}}}"
 
-    def value_of(self, reference: str, urls: Mapping[str, str]) -> Any:
+    def reference_value(self, reference: str, urls: Mapping[str, str]) -> Any:
         """Return the value of `${reference}`.
 
         Args:
@@ -167,7 +167,10 @@ class PipelinePlan:
     def located(self, text: str) -> str:
         """Return a text with `${here}` and `${pipeline.seed}` replaced; others stay as they are."""
         return REFERENCE.sub(
-            lambda match: str(self.value_of(match[1], {})) if match[1] in FIXED else match[0], text
+            lambda match: (
+                str(self.reference_value(match[1], {})) if match[1] in FIXED else match[0]
+            ),
+            text,
         )
 
     def named_files(self, stage: PipelineStage) -> list[tuple[str, str]]:
@@ -187,7 +190,7 @@ class PipelinePlan:
 
     def resolve(self, value: Any, urls: Mapping[str, str] | None = None) -> Any:
         """Return `value` with every reference replaced."""
-        return substitute(value, lambda name: self.value_of(name, urls or {}))
+        return substitute(value, lambda name: self.reference_value(name, urls or {}))
 
     def server(self, config: ServeConfig) -> ServeConfig:
         """Return a server's settings with references replaced."""

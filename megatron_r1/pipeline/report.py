@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.graph_svg import Box, graph_svg
 from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
-from megatron_r1.pipeline.results import LABELS, Result, Spread, results_of
+from megatron_r1.pipeline.results import LABELS, Result, Spread, read_results
 from megatron_r1.pipeline.status import StageState, Status, examine_all
 from megatron_r1.reporting.page import render_page
 from megatron_r1.reporting.plots import Curve, curve_plot
@@ -118,7 +118,7 @@ def collect(
         statuses: for each plan, the status of each of its stages."""
     results = {
         name: [
-            {} if by_name[name].state is StageState.FAILED else results_of(plan.folder_of(name))
+            {} if by_name[name].state is StageState.FAILED else read_results(plan.folder_of(name))
             for plan, by_name in zip(plans, statuses, strict=True)
         ]
         for name in graph.order
@@ -148,9 +148,9 @@ def collect(
                     "state": str(by_name[name].state),
                     "reasons": by_name[name].reason_lines,
                     "seconds": by_name[name].seconds,
-                    "figures": {key: asdict(result) for key, result in of_seed.items()},
+                    "figures": {key: asdict(result) for key, result in seed_results.items()},
                 }
-                for plan, by_name, of_seed in zip(plans, statuses, results[name], strict=True)
+                for plan, by_name, seed_results in zip(plans, statuses, results[name], strict=True)
             },
         }
     return {

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any, Self
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.reporting.outcome import first_and_last
 from megatron_r1.reporting.wording import finite, number, percent
 
@@ -92,7 +92,7 @@ class Spread:
         return f"{number(self.mean)} ± {number(self.deviation)}"
 
 
-def results_of(folder: Path) -> dict[str, Result]:
+def read_results(folder: Path) -> dict[str, Result]:
     """Return the results in a stage's folder, also of a stage that runs; empty without any.
 
     Raises UserError for a figures.json of another form."""

@@ -23,7 +23,7 @@ from megatron_r1.pipeline.child import StageProcess, describe_status
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig
 from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
-from megatron_r1.pipeline.results import headline, results_of
+from megatron_r1.pipeline.results import headline, read_results
 from megatron_r1.pipeline.status import StageState, examine, examine_all, stale_text, status_lines
 from megatron_r1.reporting.run_folder import is_locked
 from megatron_r1.reporting.wording import duration
@@ -214,7 +214,7 @@ def _check_outputs(stage: PipelineStage, folder: Path, referenced: set[str]) -> 
             f"there is {', '.join(sorted(path.name for path in folder.iterdir()))}"
         )
     try:
-        results_of(folder)
+        read_results(folder)
     except UserError as error:
         raise RunError(str(error)) from None
 
@@ -298,7 +298,7 @@ class Executor:
                 f"stage {title} failed: {failure}\nThe same command continues with this stage."
             ) from None
         statuses[name] = examine(plan, stage, above)
-        result = headline(results_of(plan.folder_of(name)))
+        result = headline(read_results(plan.folder_of(name)))
         took = duration(statuses[name].seconds or 0.0)
         _print(f"{title} is {statuses[name].state} after {took}{f': {result}' if result else ''}")
 

@@ -11,7 +11,7 @@ from megatron_r1.pipeline import manifest
 from megatron_r1.pipeline import manifest as fingerprint
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
-from megatron_r1.pipeline.results import headline, results_of
+from megatron_r1.pipeline.results import headline, read_results
 from megatron_r1.reporting.wording import duration, printable
 
 
@@ -133,7 +133,7 @@ def status_lines(
         stage, status = plan.stages[name], statuses[name]
         seconds = duration(status.seconds) if status.seconds is not None else ""
         failed = status.state is StageState.FAILED
-        result = "" if failed else headline(results_of(plan.folder_of(name)))
+        result = "" if failed else headline(read_results(plan.folder_of(name)))
         rows.append([str(status.state), name, stage.config.verb, seconds, result])
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = []

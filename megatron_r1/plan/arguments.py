@@ -8,10 +8,10 @@ from typing import Any
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config import Verb, verb_of
+from megatron_r1.config import Verb, infer_verb
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
+from megatron_r1.config.key_listing import switches
 from megatron_r1.config.recipe import parse_overrides
-from megatron_r1.config.section import switches
 from megatron_r1.engines.server.from_recipe import context_length
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.plan.job import PlannedJob, text_limit
@@ -92,7 +92,7 @@ def job_of(
     """Return the job of a recipe with the settings of `step`; default: of --step."""
     whole = config_of(recipe, overrides)
     config = whole.at(step or chosen.step or 1)
-    verb = verb_of(config)
+    verb = infer_verb(config)
     _check_verb(chosen, verb)
     hardware, assumptions = HARDWARE[chosen.hardware], Assumptions()
     measured: dict[str, str] = {}

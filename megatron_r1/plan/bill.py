@@ -5,12 +5,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.plan.counts import flops_section, parameter_section
+from megatron_r1.plan.exchange_choice import exchange_choice
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
 from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_bytes
+from megatron_r1.plan.ranges import narrowing_section, with_range
 from megatron_r1.plan.replay import ROUTED
-from megatron_r1.plan.rollout import Engines, rollout_section, samples_section, teacher_section
+from megatron_r1.plan.rollout import (
+    Engines,
+    exchange_section,
+    rollout_section,
+    samples_section,
+    teacher_section,
+)
 from megatron_r1.plan.timing import StepTime, communication_section, time_section
 from megatron_r1.reporting.wording import counted
 
@@ -72,8 +80,14 @@ class Bill:
         if job.trains:
             sent = communication_section(job, self.worst.rank)
             sections["sent by a rank per optimizer step"] = sent
+            if choice := exchange_choice(job, self.engines):
+                sections["exchange with experts, hidden or not"] = choice
         sections["operations"] = flops_section(job)
+        if job.generates and (exchange := exchange_section(self.engines)):
+            sections["expert exchange of a layer"] = exchange
         sections["time"] = time_section(self.times)
+        if narrowing := narrowing_section(job, sections["time"]):
+            sections["what would narrow the ranges"] = narrowing
         sections["assumed"] = assumed_section(job)
         return sections
 
@@ -85,6 +99,21 @@ class Bill:
             found += [self._host_problem(self._engines_host(), job.rollout_gpus)]
         found += [self._share(), self._cache(), self._push()] if job.generates else []
         return [text for text in found if text]
+
+    def notes(self) -> list[str]:
+        """Return one sentence per limit of time that an estimate may exceed."""
+        if not self.job.generates or not self.engines.room:
+            return []
+        given = Quantity(self.engines.longest_seconds, "s")
+        longest = with_range(self.job, "rollout", given)
+        limit = self.job.config.rollout.request_timeout_seconds
+        if (longest.high or longest.number) <= limit:
+            return []
+        return [
+            f"a response of {self.job.longest_response:,} tokens is planned to take "
+            f"{longest.limits or longest}, and rollout.request_timeout_seconds={limit:g} would end "
+            "it: raise that"
+        ]
 
     def _gpu(self) -> str | None:
         worst, memory = self.worst, self.job.hardware.memory

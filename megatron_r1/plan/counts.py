@@ -135,14 +135,16 @@ def attention_flops(hf: dict, length: float) -> float:
     return 2 * hf["num_attention_heads"] * sum(head_sizes(hf)) * length / 2
 
 
-def forward_flops(hf: dict, length: float) -> float:
-    """Return forward FLOP of one token through the main model."""
+def forward_flops(hf: dict, length: float, speedup: float = 1.0) -> float:
+    """Return forward FLOP of one token through the main model; products with weights count
+    1 / `speedup`, for a time at the rate of the others."""
     layers = hf["num_hidden_layers"]
-    return 2 * ModelCounts(hf).multiplied + layers * attention_flops(hf, length)
+    return 2 * ModelCounts(hf).multiplied / speedup + layers * attention_flops(hf, length)
 
 
-def decode_flops(hf: dict, length: float) -> float:
-    """Return FLOP of one new token that attends to `length` cached ones.
+def decode_flops(hf: dict, length: float, speedup: float = 1.0) -> float:
+    """Return FLOP of one new token that attends to `length` cached ones; `speedup` as in
+    `forward_flops`.
 
     Latent attention, in its absorbed form, works on the latents themselves."""
     if hf.get("kv_lora_rank"):
@@ -150,16 +152,18 @@ def decode_flops(hf: dict, length: float) -> float:
     else:
         sizes = sum(head_sizes(hf))
     attention = 2 * hf["num_attention_heads"] * sizes * length
-    return 2 * ModelCounts(hf).multiplied + hf["num_hidden_layers"] * attention
+    return 2 * ModelCounts(hf).multiplied / speedup + hf["num_hidden_layers"] * attention
 
 
-def layer_flops(job: PlannedJob, layer: int, length: float) -> float:
-    """Return forward FLOP of one token through one decoder layer."""
+def layer_flops(job: PlannedJob, layer: int, length: float, speedup: float = 1.0) -> float:
+    """Return forward FLOP of one token through one decoder layer; `speedup` as in
+    `forward_flops`, of all its products but the router's."""
     experts = job.weight_table.num_experts
     multiplied = 0.0
     for rule in job.weight_table.layers[layer]:
         count = sum(prod(source.shape) for source in rule.sources if len(source.shape) > 1)
-        multiplied += count * (job.hf["num_experts_per_tok"] if rule.expert and experts else 1)
+        count *= job.hf["num_experts_per_tok"] if rule.expert and experts else 1
+        multiplied += count / (1 if "router" in rule.megatron else speedup)
     return 2 * multiplied + attention_flops(job.hf, length)
 
 

@@ -7,10 +7,11 @@ from functools import cached_property
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, ParallelConfig, Verb
-from megatron_r1.config.algorithms import rules_of
+from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.hardware import Assumptions, Hardware
 from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.engines.server.from_recipe import check_engines
+from megatron_r1.models.exchange_overlap import check_exchange_overlap
 from megatron_r1.models.hf_config import read_hf_config, sparse_layers
 from megatron_r1.models.memory import BYTES
 from megatron_r1.models.supported import check_divisions
@@ -168,9 +169,9 @@ class PlannedJob:
     def critic(self) -> PlannedJob | None:
         """PPO's critic on the same ranks, as a job that scores and trains on this one's samples;
         None for algorithms without a critic."""
-        if self.verb != "rl" or self.is_critic or not rules_of(self.config.rl.algorithm).critic:
+        if self.verb != "rl" or self.is_critic or not find_rules(self.config.rl.algorithm).critic:
             return None
-        config = self.config.of_critic()
+        config = self.config.critic_recipe()
         hf = read_hf_config(config.model.path, "score", "critic.path")
         return replace(self, hf=hf, config=config, shared={})
 
@@ -256,6 +257,7 @@ class PlannedJob:
         self.parallel.check_sizes(self.world_size)
         self.parallel.splits_sequences(self.has_experts)  # raises where experts need it
         check_divisions(self.hf, self.parallel, transformer_engine=True)
+        check_exchange_overlap(self.config, self.hf)
         check_batches(self.config, self.verb, self.world_size, "GPU")
         assert self.stages, "building them checks the layout"
 

@@ -13,6 +13,7 @@ from megatron_r1.models.memory import (
     reference_bytes,
 )
 from megatron_r1.plan.counts import RankCounts
+from megatron_r1.plan.hidden_exchange import working_bytes
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import receive_buffer_bytes
 from megatron_r1.plan.quantity import Section, in_bytes
@@ -135,7 +136,7 @@ def _activations(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> tuple
         count * (layers[False].input + sum(kept_by[job.sparse[n]] for n in chunk.layers))
         for chunk, count in zip(stages, flights, strict=True)
     )
-    return kept, max(layer.backward_bytes(parallel) for layer in _held(job, rank, layers))
+    return kept, max(working_bytes(layer, parallel) for layer in _held(job, rank, layers))
 
 
 def _microbatches_held(job: PlannedJob, rank: int) -> list[int]:

@@ -7,27 +7,32 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import chain
-from typing import Literal
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
 from megatron_r1.base.transports import ACROSS_HOSTS, TRANSPORTS
 from megatron_r1.config.hardware import Assumptions
+from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.hf_config import key_value_heads
+from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard
+from megatron_r1.models.weights.table import Table
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.engine_sets import SET_ENGINES, Plan, engine_sets, entries
+from megatron_r1.push.plan.adapters import PredictedAdapters, check_adapter_push, max_lora_rank
+from megatron_r1.push.plan.engine_sets import SET_ENGINES, Plan, engine_sets, plan_sets
 from megatron_r1.push.plan.from_recipe import check_drafter, engine_layout, shares_gpus_over_nccl
 from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.push.plan.rounds import ENTRY_BYTES, PushOrder, planned_order
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
-from megatron_r1.push.transports import PASSED_BYTES, ROUNDS_AHEAD
+from megatron_r1.push.transports import RELAYED_BYTES, ROUNDS_AHEAD
 from megatron_r1.reporting.wording import counted
 
 PAIR_REQUESTS = 4
 """Requests to the store for a group of two: each rank sets its address and gets the other's."""
+ADAPTERS = "both factors of every adapter of its stage, whole (push.adapter_only)"
 SLOT_BYTES = 90
 """Bytes of a tensor in a published table; 75 to 90 in the tables of DeepSeek-V3."""
 
@@ -64,7 +69,7 @@ class SetTraffic:
         """Return the time of a push through adapters of `rate`: what enters, from the busiest
         trainer rank, then rounds of what is passed on, in rings."""
         passed_on = max(self.received) - self.entering
-        rounds = -(-passed_on // (PASSED_BYTES * self.num_engines))
+        rounds = -(-passed_on // (RELAYED_BYTES * self.num_engines))
         hops = (self.num_engines - 1) * given.hop_seconds
         return (
             max(max(self.sent), self.entering) / rate
@@ -129,6 +134,7 @@ def set_links(
     max_engines: int,
     *,
     drafts: bool = False,
+    lora: LoraConfig | None = None,
 ) -> SetTraffic:
     """Return the links of a push.
 
@@ -139,21 +145,22 @@ def set_links(
         stages: the shards of the pipeline's stages.
         count: gives the bytes of a tensor.
         max_engines: the most engines of a set.
-        drafts: the engines have drafters."""
+        drafts: the engines have drafters.
+        lora: the adapters, where these alone are pushed."""
     sets = engine_sets(engines.engines, max_engines)
-    plans = set_plans(hf, grid, engines, stages, count, max_engines, drafts=drafts)
+    plans = set_plans(hf, grid, engines, stages, count, max_engines, drafts=drafts, lora=lora)
     out: Counter[int] = Counter()
     into: Counter[tuple[int, int, int]] = Counter()
     entering: Counter[tuple[int, int, int]] = Counter()
     sent, received = [0.0] * grid.world, [0.0] * engines.ranks_per_engine
     for index, plan in enumerate(plans):
-        for entry in chain.from_iterable(plan):
-            engine_rank = index, entry.member, entry.position
-            out[entry.sender] += 1
-            sent[entry.sender] += entry.num_bytes
+        for link in chain.from_iterable(plan):
+            engine_rank = index, link.member, link.position
+            out[link.sender] += 1
+            sent[link.sender] += link.num_bytes
             into[engine_rank] += 1
-            entering[engine_rank] += entry.num_bytes
-            received[entry.position] += entry.num_bytes / len(sets)
+            entering[engine_rank] += link.num_bytes
+            received[link.position] += link.num_bytes / len(sets)
     return SetTraffic(
         sent=sent,
         out=max(out.values()),
@@ -175,25 +182,50 @@ def set_plans(
     max_engines: int,
     *,
     drafts: bool = False,
+    lora: LoraConfig | None = None,
 ) -> list[Plan]:
     """Return the plan of each set."""
     chunks = tuple(map(tuple, stages))
-    return _set_plans(json.dumps(hf), grid, engines, chunks, count, max_engines, drafts)
+    what = _Pushed.of(hf, lora, drafts=drafts)
+    return _set_plans(what, grid, engines, chunks, count, max_engines)
+
+
+class _Pushed(NamedTuple):
+    """What a push is of, as a key of results: the model's config.json, whether its MTP layers are
+    among the weights, and the section `model.lora` of adapters that are pushed alone."""
+
+    hf: str
+    drafts: bool
+    lora: str | None
+
+    @classmethod
+    def of(cls, hf: dict, lora: LoraConfig | None, *, drafts: bool) -> Self:
+        return cls(json.dumps(hf), drafts, None if lora is None else lora.model_dump_json())
+
+    @property
+    def rules(self) -> Table | None:
+        if self.lora is None:
+            return None
+        return adapter_table(json.loads(self.hf), LoraConfig.model_validate_json(self.lora))
+
+    def needs(self, layout: EngineLayout) -> PredictedLayout:
+        if (rules := self.rules) is not None:
+            return PredictedAdapters(json.loads(self.hf), layout, rules)
+        return PredictedLayout(json.loads(self.hf), layout, drafts=self.drafts)
 
 
 @lru_cache(maxsize=8)
 def _set_plans(
-    hf: str,
+    what: _Pushed,
     grid: TrainerGrid,
     engines: EngineLayout,
     stages: tuple[tuple[Shard, ...], ...],
     count: CountBytes,
     max_engines: int,
-    drafts: bool,
 ) -> list[Plan]:
-    needs = PredictedLayout(json.loads(hf), engines, drafts=drafts)
-    planner = Planner(json.loads(hf), grid, engines, stages, needs)
-    return entries(planner, count, engine_sets(engines.engines, max_engines))
+    needs = what.needs(engines)
+    planner = Planner(json.loads(what.hf), grid, engines, stages, needs, what.rules)
+    return plan_sets(planner, count, engine_sets(engines.engines, max_engines))
 
 
 def planned_engine_layout(job: PlannedJob) -> EngineLayout:
@@ -229,6 +261,7 @@ def check_engines_and_push(job: PlannedJob) -> None:
     job.check_engine_gpus()
     if pushes(job):
         check_drafter(job.config)
+        check_adapter_push(job.config, job.hf)
 
 
 def pushes(job: PlannedJob) -> bool:
@@ -246,10 +279,28 @@ def drafts(job: PlannedJob) -> bool:
     return job.config.rollout.drafts_by_mtp
 
 
+def pushed_lora(job: PlannedJob) -> LoraConfig | None:
+    """Return the adapters, where these alone are pushed."""
+    return job.config.model.lora if pushes(job) and job.config.push.adapter_only else None
+
+
 def planned_rank_bytes(job: PlannedJob) -> int:
+    """Return the bytes of weights on an engine's first GPU, which has the most. A pushed adapter is
+    there three times: as it has come, as vLLM has loaded it, and in its LoRA layers."""
+    whole = _Pushed.of(job.hf, None, drafts=drafts(job))
+    weights = _rank_bytes(whole, planned_engine_layout(job), _form(job), 1)[0]
+    if (lora := pushed_lora(job)) is None:
+        return weights
+    return weights + round(pushed_rank_bytes(job) * (2 + max_lora_rank(lora.rank) / lora.rank))
+
+
+def pushed_rank_bytes(job: PlannedJob) -> int:
     """Return the pushed bytes of an engine's first GPU, which has the most."""
-    layout = planned_engine_layout(job)
-    return _rank_bytes(json.dumps(job.hf), layout, _form(job), 1, drafts(job))[0]
+    return _rank_bytes(_pushed(job), planned_engine_layout(job), _form(job), 1)[0]
+
+
+def _pushed(job: PlannedJob) -> _Pushed:
+    return _Pushed.of(job.hf, pushed_lora(job), drafts=drafts(job))
 
 
 def _form(job: PlannedJob) -> str:
@@ -263,10 +314,9 @@ def _byte_count(form: str) -> CountBytes:
 
 
 @lru_cache
-def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int, drafts: bool) -> list[int]:
-    """Return the bytes that each of an engine's first `ranks` ranks needs, its drafter's among
-    them."""
-    needs, num_bytes = PredictedLayout(json.loads(hf), layout, drafts=drafts), _byte_count(form)
+def _rank_bytes(what: _Pushed, layout: EngineLayout, form: str, ranks: int) -> list[int]:
+    """Return the bytes that each of an engine's first `ranks` ranks needs of a push."""
+    needs, num_bytes = what.needs(layout), _byte_count(form)
     return [
         sum(
             num_bytes(t.name, t.rule.dtype, part)
@@ -280,7 +330,7 @@ def _needed_bytes(job: PlannedJob) -> int:
     """Return the bytes for all engines, each element once per GPU that computes with it."""
     layout = planned_engine_layout(job)
     ranks = layout.ranks_per_engine
-    one_engine = _rank_bytes(json.dumps(job.hf), layout, _form(job), ranks, drafts(job))
+    one_engine = _rank_bytes(_pushed(job), layout, _form(job), ranks)
     return layout.engines * sum(one_engine)
 
 
@@ -295,7 +345,7 @@ def receive_buffer_bytes(job: PlannedJob, on: Literal["host", "GPU"] | None = No
     elsewhere = on is not None and (on != _receive_buffer_place(job) or borrows_memory(job))
     if elsewhere or not pushes(job):
         return 0
-    return planned_rank_bytes(job)
+    return pushed_rank_bytes(job)
 
 
 def borrows_memory(job: PlannedJob) -> bool:
@@ -308,7 +358,7 @@ def borrowed_bytes(job: PlannedJob) -> int:
     receive buffer, and the buckets of the rounds under way."""
     if not (pushes(job) and borrows_memory(job)):
         return 0
-    bucket = PASSED_BYTES if planned_engine_layout(job).engines > 1 else ENTRY_BYTES
+    bucket = RELAYED_BYTES if planned_engine_layout(job).engines > 1 else ENTRY_BYTES
     return receive_buffer_bytes(job) + 2 * ROUNDS_AHEAD * bucket
 
 
@@ -337,7 +387,8 @@ def push_section(job: PlannedJob) -> Section:
     # What is for one host has to be set to gloo or nccl for more.
     most = 1 if job.config.push.on_one_host and _is_one_node(job) else SET_ENGINES
     count = _byte_count(form)
-    links = set_links(job.hf, grid, engines, job.stages, count, most, drafts=drafts(job))
+    lora, of_mtp = pushed_lora(job), drafts(job)
+    links = set_links(job.hf, grid, engines, job.stages, count, most, drafts=of_mtp, lora=lora)
     received = links.received
     link, link_name = push_link(job)
     written = form
@@ -348,8 +399,8 @@ def push_section(job: PlannedJob) -> Section:
     section = {
         "into an engine GPU": in_bytes(
             into,
-            f"its part of every tensor, once, in {written}; {into / link:.2g} s through its "
-            f"{link_name}",
+            f"{'its part of every tensor' if lora is None else ADAPTERS}, once, in {written}; "
+            f"{into / link:.2g} s through its {link_name}",
         ),
         "into all engines": in_bytes(total, f"{gpus}, each what it needs and no more"),
         "over what is needed": Quantity(
@@ -367,9 +418,9 @@ def push_section(job: PlannedJob) -> Section:
     }
     if not _is_one_node(job):
         section |= _connections(job, engines, grid, links)
-    if form != "FP8":
+    if form != "FP8" and lora is None:
         section["in FP8"] = in_bytes(
-            _rank_bytes(json.dumps(job.hf), engines, "FP8", 1, drafts(job))[0],
+            _rank_bytes(_pushed(job), engines, "FP8", 1)[0],
             "into an engine GPU with projections quantized on the way, 1 B + 4 B / 128 x 128",
         )
     section["receive buffer"] = in_bytes(receive_buffer_bytes(job), _receive_buffer_formula(job))
@@ -380,7 +431,7 @@ def _connections(
     job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, links: SetTraffic
 ) -> Section:
     """Return what connects the ranks, and how long that and a push take."""
-    given, needs = job.assumptions, PredictedLayout(job.hf, engines, drafts=drafts(job))
+    given, needs = job.assumptions, _pushed(job).needs(engines)
     num_slots = sum(
         1
         for rank in range(engines.ranks_per_engine)
@@ -418,14 +469,15 @@ def _connections(
     }
     if over_nccl:
         layout = job.hf, grid, engines, job.stages
-        plans = set_plans(*layout, _byte_count(_form(job)), SET_ENGINES, drafts=drafts(job))
+        count, lora = _byte_count(_form(job)), pushed_lora(job)
+        plans = set_plans(*layout, count, SET_ENGINES, drafts=drafts(job), lora=lora)
         sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
         order = planned_order(plans, sets, ranks, grid.world, colocated=colocated)
         section["push"] = Quantity(
             _round_seconds(order, rate, given),
             "s",
             f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
-            f"{order.num_passing_rounds:,} in which these pass them on: of a bucket each way "
+            f"{order.num_relay_rounds:,} in which these pass them on: of a bucket each way "
             f"through every {link}",
         )
         return section
@@ -442,7 +494,8 @@ def _receive_buffer_formula(job: PlannedJob) -> str:
     push = job.config.push
     borrowed = ", in the place of its KV cache" if borrows_memory(job) else ""
     place = f"{_receive_buffer_place(job)}{borrowed}"
-    text = f"of an engine rank, on its {place} ({push.transport}); all its weights"
+    what = "all its weights" if pushed_lora(job) is None else ADAPTERS
+    text = f"of an engine rank, on its {place} ({push.transport}); {what}"
     if push.on_one_host and not _is_one_node(job):
         text += f"; {push.transport} is for one host, set push.transport to gloo or nccl"
     return text

@@ -22,17 +22,30 @@ class Quantity:
     Attributes:
         unit: "B", "B/s", "parameters", "tokens", "FLOP", "FLOP/s", "s", "hours", "share" (of 1),
             "x" (a ratio) or "" for a count.
-        value: None if there is none; the formula then gives the reason."""
+        value: None if there is none; the formula then gives the reason.
+        low: the lower end of an estimate's range; None for an exact number.
+        high: its upper end."""
 
     value: float | None
     unit: str
     formula: str = ""
+    low: float | None = None
+    high: float | None = None
 
     @property
     def number(self) -> float:
         """The value of a quantity that has one."""
         assert self.value is not None, self.formula
         return self.value
+
+    @property
+    def limits(self) -> str:
+        """The range as text, or ""."""
+        if self.low is None or self.high is None or self.low == self.high:
+            return ""
+        low, high = (str(replace(self, value=end)) for end in (self.low, self.high))
+        number, _, unit = low.rpartition(" ")
+        return f"{number if high.endswith(f' {unit}') else low} to {high}"
 
     def __str__(self) -> str:
         if self.value is None:

@@ -1,7 +1,7 @@
 """What routing replay (`rl.routing_replay`) moves and keeps in a step: the experts that the engines
 chose for every token.
 
-    engines -> controller    HTTP, with zeros for dense layers (engines/server/responses.py)
+    engines -> controller    HTTP, with zeros for dense layers (engines/server/replies.py)
     controller               files of TMPDIR, and the sample log (`rl.sample_log`)
     controller -> replicas   each sample once, to the first rank of its replica
     within a replica         all that it was sent, to every rank's host, by gloo's broadcast
@@ -14,7 +14,7 @@ one process over TCP."""
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_r1.models.experts import RoutingShape, routing_shape
+from megatron_r1.models.routing_shape import RoutingShape, routing_shape
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.reporting.wording import counted

@@ -25,8 +25,12 @@ def as_text(bill: Bill) -> str:
         lines += ["", title]
         for name, quantity in section.items():
             head = f"  {name:{_NAME}} {quantity!s:>{_VALUE}}  "
+            limits = f"{quantity.limits}: " if quantity.limits else ""
             wrapped = textwrap.wrap(
-                quantity.formula, WIDTH, initial_indent=head, subsequent_indent=" " * len(head)
+                limits + quantity.formula,
+                WIDTH,
+                initial_indent=head,
+                subsequent_indent=" " * len(head),
             )
             lines += wrapped or [head.rstrip()]
     return "\n".join(lines)
@@ -43,7 +47,7 @@ def as_json(bill: Bill, problems: list[str], others: list[FittingLayout]) -> dic
         "assumptions": vars(job.assumptions) | {"response_tokens": job.response_tokens},
         "parallel": job.parallel.model_dump() | {"data": job.data},
         "sections": {
-            title: {name: vars(quantity) for name, quantity in section.items()}
+            title: {name: _entries(quantity) for name, quantity in section.items()}
             for title, section in bill.sections().items()
         },
         "ranks": [
@@ -59,6 +63,12 @@ def as_json(bill: Bill, problems: list[str], others: list[FittingLayout]) -> dic
         "problems": problems,
         "layouts": [vars(found) for found in others],
     }
+
+
+def _entries(quantity: Quantity) -> dict[str, Any]:
+    """Return {value, unit, formula}, and of an estimate with a range its ends, low and high."""
+    ends = ("low", "high")
+    return {k: v for k, v in vars(quantity).items() if k not in ends or v is not None}
 
 
 def layouts_text(

@@ -7,10 +7,11 @@ from functools import cached_property
 
 from megatron_r1.config import Config
 from megatron_r1.engines.server.from_recipe import check_ranks, positions
-from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import key_value_heads, load_config, read_hf_config
 from megatron_r1.models.memory import BYTES, cache_bytes_per_token
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.plan.counts import ModelCounts, decode_flops, forward_flops
+from megatron_r1.plan.exchange import BACKENDS, NCCL, ExpertExchange, Links
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import (
     drafts,
@@ -25,7 +26,7 @@ from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.reporting.wording import counted
 
 ID = LOGPROB = 4
-"""Bytes of a token's id and of its log-probability in trainer/sample.py."""
+"""Bytes of a token's id and of its log-probability in trainer/training_sample.py."""
 LOGITS = 4
 """Bytes of a logit; logits and their log-softmax exist at once."""
 
@@ -125,8 +126,14 @@ class Engines:
 
     @property
     def at_once(self) -> float:
-        """Sequences that such a group decodes together, limited by cache and settings."""
-        return min(self.sequences, self.room, self.job.config.rollout.max_num_seqs)
+        """Mean number of sequences that such a group decodes together, limited by cache and
+        settings. Of several rollouts (`in_flight`) most are in a part where only long responses
+        are left."""
+        wanted = self.sequences
+        if self.in_flight > 1:
+            share = self.job.response_tokens / self.job.longest_response
+            wanted = max(min(1.0, wanted), wanted * self.in_flight * share)
+        return min(wanted, self.room, self.job.config.rollout.max_num_seqs)
 
     @property
     def _cached(self) -> float:
@@ -135,20 +142,65 @@ class Engines:
 
     def step_seconds(self, sequences: float) -> float:
         """Return seconds of one token for each of `sequences` in a group: the longer of reading
-        weights and caches, and computing; and the latency of each layer's exchanges. With drafts a
-        pass computes all of them, and an MTP layer runs once for each."""
+        weights and caches, and computing; and each layer's small kernels and exchanges. With drafts
+        a pass computes all of them, and an MTP layer runs once for each."""
         job, hardware, assumed = self.job, self.job.hardware, self.job.assumptions
         layers = job.hf["num_hidden_layers"]
         passes = layers + self.drafted * (self.mtp_layers > 0)  # in layers
         read = self._weights_read(sequences) + sequences * self._cached * self.token_bytes
-        flops = sequences * decode_flops(job.hf, self._cached) / self.tensor
+        flops = sequences * decode_flops(job.hf, self._cached, self._speedup) / self.tensor
         flops *= (1 + self.drafted) * passes / layers
-        latency = assumed.decode_latency_per_layer * passes if job.engine_gpus > 1 else 0.0
+        latency = self.exchange_seconds(sequences)
+        if job.engine_gpus > 1:
+            latency += assumed.decode_latency_per_layer * passes
+        if job.config.rollout.vllm.get("enforce_eager"):
+            latency += assumed.eager_latency_per_layer * passes
         seconds = latency + max(
             read / (hardware.memory_bandwidth * assumed.bandwidth_efficiency),
             flops / (hardware.bf16 * assumed.compute_efficiency),
         )
         return seconds / self.tokens_a_pass
+
+    @property
+    def _speedup(self) -> float:
+        """Rate of the products with weights over bf16's."""
+        return self.job.assumptions.fp8_speedup if in_fp8(self.job) else 1.0
+
+    @cached_property
+    def backend(self) -> str:
+        """The name in vLLM of what exchanges the tokens of routed experts."""
+        return self.job.config.rollout.vllm.get("all2all_backend", NCCL)
+
+    @cached_property
+    def experts(self) -> ExpertExchange:
+        """The exchange of a layer's routed experts; within one rank where engines have none."""
+        job, layout = self.job, planned_engine_layout(self.job)
+        spread = layout.expert_parallel and layout.data > 1 and job.has_experts
+        nodes = job.hf.get("topk_group") or math.inf  # groups of experts are laid out node by node
+        return ExpertExchange(
+            Links(job.hardware, job.assumptions),
+            ranks=job.engine_gpus if spread else 1,
+            hidden=job.hf["hidden_size"],
+            chosen=job.hf.get("num_experts_per_tok", 1),
+            most_nodes=nodes,
+            value=1 if in_fp8(job) else 2,
+        )
+
+    def layer_exchange(self, sequences: float, backend: str) -> float:
+        """Return seconds of the exchange of routed experts in one layer of a decoding pass."""
+        tokens = sequences * (1 + self.drafted) / self.tensor
+        return self.experts.seconds(backend, tokens)
+
+    def exchange_seconds(self, sequences: float) -> float:
+        """Return seconds of a pass's exchanges: two sums over tensor ranks in each layer, and that
+        of routed experts in those that have them."""
+        job = self.job
+        drafting = self.drafted * (self.mtp_layers > 0)
+        num_bytes = sequences * (1 + self.drafted) * job.hf["hidden_size"] * self.value
+        sums = 2 * self.experts.links.all_reduce(self.tensor, num_bytes)
+        exchange = self.layer_exchange(sequences, self.backend)
+        layers, sparse = job.hf["num_hidden_layers"], sum(job.sparse)
+        return (layers + drafting) * sums + (sparse + drafting) * exchange
 
     def _weights_read(self, sequences: float) -> float:
         """Return weight bytes read in a step; experts without tokens are not read."""
@@ -161,27 +213,64 @@ class Engines:
         value = 1 if in_fp8(self.job) else self.value
         return self.weights - routed / self.job.engine_gpus * value * idle
 
+    @property
+    def in_flight(self) -> int:
+        """Rollouts that are sampled at once: with `rl.staleness` k, on GPUs of their own, the one
+        that the trainer waits for and k later ones, which fill the engines meanwhile
+        (controller/rollouts/step_sampler.py)."""
+        rl = self.job.config.rl
+        return 1 + rl.staleness if self.job.rollout_gpus and self.job.verb == "rl" else 1
+
+    @property
+    def longest_seconds(self) -> float:
+        """Seconds of the longest response, which decides the end of a rollout: among others as long
+        as a mean one, then alone, when their experts are idle; among others to its end where later
+        rollouts fill the engines."""
+        mean, longest = self.job.response_tokens, self.job.longest_response
+        among = self.step_seconds(self.at_once)
+        return mean * among + (longest - mean) * self._last_step_seconds
+
+    @property
+    def _last_step_seconds(self) -> float:
+        """Seconds of one token of the longest response when its rollout's others have ended."""
+        alone = min(self.at_once, 1.0) if self.in_flight == 1 else self.at_once
+        return self.step_seconds(alone)
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Seconds in which a group computes the prompts of its sequences."""
+        job, prompt = self.job, self.job.assumptions.prompt_tokens
+        compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.tensor
+        return self.sequences * prompt * forward_flops(job.hf, prompt, self._speedup) / compute
+
+    @property
+    def throughput_seconds(self) -> float:
+        """Seconds in which the engines, full to their limits, sample as many tokens as a rollout
+        has."""
+        tokens, together = self.sequences * self.job.response_tokens, self.at_once
+        return self.prefill_seconds + tokens / together * self.step_seconds(together)
+
     def seconds(self) -> tuple[float | None, str]:
-        """Return (seconds of one rollout, formula); None without room for a sequence's cache."""
+        """Return (seconds from the beginning to the end of one rollout, formula); None without room
+        for a sequence's cache."""
         job, together = self.job, self.at_once
         if not self.room:
             return None, "no room for a sequence's cache"
-        tokens = self.sequences * job.response_tokens
-        throughput = tokens / together * self.step_seconds(together)
-        # The longest sequence decides the end, alone: the others are done, their experts idle.
-        alone = self.step_seconds(min(together, 1.0))
-        longest = job.longest_response * alone
-        prompt = job.assumptions.prompt_tokens
-        compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.tensor
-        first = self.sequences * prompt * forward_flops(job.hf, prompt) / compute
+        mean, longest = job.response_tokens, job.longest_response
+        first, several = self.prefill_seconds, ""
+        throughput = self.throughput_seconds
+        last = first + self.longest_seconds
+        if self.in_flight > 1:
+            several = f" ({self.in_flight} rollouts in flight)"
         text = (
             f"prefill {first:.2g} s + the longer of: {_short(self.sequences)} x "
-            f"{counted(job.response_tokens, 'token')} on {counted(self.tensor, 'GPU')}, "
-            f"{_short(together)} at once, {_short(self.step_seconds(together) * 1e3)} ms a token: "
-            f"{_short(throughput)} s; one response of {job.config.rollout.max_response_tokens:,} "
-            f"at {_short(alone * 1e3)} ms: {_short(longest)} s{self._drafting()}"
+            f"{counted(mean, 'token')} on {counted(self.tensor, 'GPU')}, "
+            f"{_short(together)} at once{several}, {_short(self.step_seconds(together) * 1e3)} ms "
+            f"a token: {_short(throughput - first)} s; one response of {longest:,}, the first "
+            f"{mean:,} tokens at that, the others at {_short(self._last_step_seconds * 1e3)} ms: "
+            f"{_short(last - first)} s{self._drafting()}"
         )
-        return first + max(throughput, longest), text
+        return max(throughput, last), text
 
     def _drafting(self) -> str:
         method = self.job.config.rollout.speculative.method
@@ -198,6 +287,38 @@ class Engines:
 def _short(value: float) -> str:
     """Whole from 10 on, two digits below."""
     return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
+
+
+def exchange_section(engines: Engines) -> Section:
+    """Return seconds of a layer's exchange of routed experts by each backend, and its bytes."""
+    job, together = engines.job, engines.at_once
+    if engines.experts.ranks == 1 or not together:
+        return {}
+    section = {}
+    for backend in BACKENDS:
+        used = ", the engines'" if backend == engines.backend else ""
+        section[backend] = Quantity(
+            engines.layer_exchange(together, backend),
+            "s",
+            f"{_short(together * (1 + engines.drafted) / engines.tensor)} tokens a GPU to "
+            f"{engines.experts.chosen} experts on {counted(engines.experts.ranks, 'GPU')} and back"
+            f"{used}; {EXCHANGE_SOURCES[backend]}",
+        )
+    section["sums over tensor ranks"] = Quantity(
+        engines.exchange_seconds(together)
+        - (sum(job.sparse) + engines.drafted * (engines.mtp_layers > 0))
+        * engines.layer_exchange(together, engines.backend),
+        "s",
+        f"of a pass: 2 a layer over {counted(engines.tensor, 'GPU')}, NCCL's own model",
+    )
+    return section
+
+
+EXCHANGE_SOURCES = {
+    BACKENDS[0]: "all tokens to all and back around NCCL's ring, by its own model",
+    BACKENDS[1]: "DeepEP's measured latency",
+    BACKENDS[2]: "DeepEP's measured rate + host_stall_seconds",
+}
 
 
 def rollout_section(engines: Engines) -> Section:

@@ -1,10 +1,13 @@
-"""Seconds of one step (rollout, scoring, optimizer steps, push) under the stated assumptions, and
-the bytes each rank sends, by group, with the time that takes on its slowest link.
+"""Seconds of one step (rollout, scoring, optimizer steps, push, and what lies between them) under
+the stated assumptions, and the bytes each rank sends, by group, with the time that takes on its
+slowest link.
 
 Bytes sent by one rank: an all-gather or reduce-scatter of X bytes over n ranks sends X (n - 1) /
 n, an all-to-all the share for other ranks. Ranks are laid out as in Megatron: tensor, context,
 data, pipeline from the inside out; expert groups span the first three."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 
@@ -12,11 +15,15 @@ from megatron_r1.config.hardware import link_rate
 from megatron_r1.models.hf_config import head_sizes, key_value_heads
 from megatron_r1.models.memory import BYTES, Counts
 from megatron_r1.plan.counts import RankCounts, attention_flops, head_flops, layer_flops
+from megatron_r1.plan.exchange import copies_of_token
+from megatron_r1.plan.hidden_exchange import expert_flops, exposed_seconds, share_alone
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import push_link
+from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+from megatron_r1.plan.ranges import with_range
 from megatron_r1.plan.replay import ROUTED, replay_time
 from megatron_r1.plan.rollout import Engines
+from megatron_r1.plan.turns import load, saves, sleep_and_wake
 from megatron_r1.reporting.wording import counted
 
 VALUE = BYTES["bfloat16"]
@@ -95,16 +102,23 @@ def _expert(job: PlannedJob, sparse: int) -> AxisTraffic | None:
     if not sparse:
         return None
     parallel, size, split = job.parallel, job.parallel.expert, job.split(job.rank_tokens)
-    routed = job.hf["num_experts_per_tok"] * split * job.assumptions.expert_imbalance
+    chosen = job.hf["num_experts_per_tok"]
+    span, nodes = size * parallel.expert_tensor, job.hf.get("topk_group") or math.inf
+    copies, what = chosen, "experts"
+    if parallel.dispatcher == "flex":
+        spread = -(-span // job.hardware.gpus_per_node)
+        copies = copies_of_token(size, spread, chosen, nodes)
+        what = "nodes (DeepEP)" if spread > 1 else "ranks (DeepEP)"
+    routed = copies * split * job.assumptions.expert_imbalance
     once = sparse * routed * job.hf["hidden_size"] * VALUE * (size - 1) / size
     recomputed = parallel.recompute == "selective" and "moe" in parallel.recompute_modules
     times = 6 if parallel.recompute == "full" or recomputed else 4
     formula = (
-        f"{counted(sparse, 'layer')} x {job.hf['num_experts_per_tok']} experts x {split:,.0f} "
-        f"tokens x {job.hf['hidden_size']} x {VALUE} B x {(size - 1) / size:.2f} x imbalance "
+        f"{counted(sparse, 'layer')} x {copies:.3g} {what} x {split:,.0f} tokens x "
+        f"{job.hf['hidden_size']} x {VALUE} B x {(size - 1) / size:.2f} x imbalance "
         f"{job.assumptions.expert_imbalance}, out and back, {times} times"
     )
-    return AxisTraffic(size, size * parallel.expert_tensor, formula, times * once, 2 * once)
+    return AxisTraffic(size, span, formula, times * once, 2 * once)
 
 
 def _pipeline(job: PlannedJob) -> AxisTraffic:
@@ -142,9 +156,10 @@ def communication_section(job: PlannedJob, rank: int) -> Section:
 
 
 HIDDEN = ("data", "pipeline")
-"""Axes whose traffic is hidden behind computation (overlap_grad_reduce, asynchronous sends).
-Context parallelism's is hidden behind attention while that lasts; tensor's and expert's is exposed,
-which is pessimistic where Transformer Engine overlaps it."""
+"""Axes whose traffic is not exposed: the data axis's is hidden behind computation
+(overlap_grad_reduce), the pipeline's is counted in `StepTime.stalls`. Context parallelism's is
+hidden behind attention while that lasts; tensor's and expert's is exposed, which is pessimistic
+where Transformer Engine overlaps it; but see `StepTime.exchange`."""
 
 
 class StepTime:
@@ -180,15 +195,38 @@ class StepTime:
             attention = attention_flops(self.job.hf, self.length) * sum(self.job.layers(rank))
             behind = self._seconds(attention * self._passes(backward))
             seconds["context"] = max(0.0, seconds["context"] - behind)
+        if "expert" in seconds and backward:
+            seconds["expert"] = self.exchange(rank)
         return sum(seconds.values())
+
+    def exchange(self, rank: int) -> float:
+        """Return seconds of one micro-batch's exchange with experts' ranks that computation does
+        not hide, forward and backward."""
+        group, (_, sparse) = self.groups(rank)["expert"], self.job.layers(rank)
+        whole = group.seconds(self.job, group.microbatch)
+        if not self.job.parallel.overlap_expert_exchange or not sparse:
+            return whole
+        experts = expert_flops(self.job, self.job.sparse.index(True)) / self._speedup
+        parts = (self._layer_flops[1] - experts, experts)
+        once = group.seconds(self.job, group.forward) / (2 * sparse)
+        exposed = sparse * exposed_seconds(once, *map(self._seconds, parts))
+        alone = share_alone(self.job, rank)
+        return alone * whole + (1 - alone) * exposed
+
+    @property
+    def _speedup(self) -> float:
+        """How many times as fast as bf16's the products of layers are."""
+        job = self.job
+        return 1.0 if job.config.fp8.recipe == "none" else job.assumptions.fp8_speedup
 
     @cached_property
     def _layer_flops(self) -> tuple[float, float]:
-        """Forward FLOP of a token through a dense and a sparse layer; 0 if the model has none."""
+        """Forward FLOP of a token through a dense and a sparse layer, as many as bf16 computes in
+        their time; 0 if the model has none."""
         job = self.job
         first = {sparse: layer for layer, sparse in enumerate(job.sparse)}
         dense, sparse = (
-            layer_flops(job, first[kind], self.length) if kind in first else 0.0
+            layer_flops(job, first[kind], self.length, self._speedup) if kind in first else 0.0
             for kind in (False, True)
         )
         return dense, sparse
@@ -204,9 +242,22 @@ class StepTime:
         return flops * share / (job.hardware.bf16 * job.assumptions.compute_efficiency)
 
     def microbatch(self, rank: int, backward: bool) -> float:
-        """Return the seconds of a mean micro-batch on pipeline rank `rank`: of its computation, and
-        of the communication that it does not hide."""
-        return self.compute(rank, backward) + self.exposed(rank, backward)
+        """Return the seconds of a mean micro-batch on pipeline rank `rank`: of its computation, of
+        the communication that it does not hide, and of the pipeline's hops."""
+        return self.compute(rank, backward) + self.exposed(rank, backward) + self.stalls(backward)
+
+    @cached_property
+    def hop(self) -> float:
+        """Seconds in which a rank waits for a neighbor's tensor: the host, then the bytes."""
+        pipeline = self.groups(0).get("pipeline")
+        if pipeline is None:
+            return 0.0
+        sent = pipeline.seconds(self.job, pipeline.forward / self.job.virtual)
+        return self.job.assumptions.host_stall_seconds + sent
+
+    def stalls(self, backward: bool) -> float:
+        """Return seconds of one micro-batch's hops: one for each chunk forward, one back."""
+        return self.hop * self.job.virtual * (2 if backward else 1)
 
     def bubble(self, microbatches: int, slots: int) -> float:
         """Return the share of time in which a rank is idle: 1 - V m / (V slots + P - 1)."""
@@ -229,11 +280,12 @@ class StepTime:
         return once * (2 if job.scores_reference else 1)
 
     def push(self) -> float:
-        return self.engines.weights / push_link(self.job)[0]
+        return pushed_rank_bytes(self.job) / push_link(self.job)[0]
 
 
 def time_section(times: StepTime) -> Section:
-    """Return seconds of one step and its parts; without a trainer, of all responses."""
+    """Return seconds of one step and its parts, each with its range; without a trainer, of all
+    responses."""
     job = times.job
     section = {}
     if job.generates:
@@ -254,37 +306,88 @@ def time_section(times: StepTime) -> Section:
     if job.verb == "rl":
         formula = f"bytes into an engine GPU / its {push_link(job)[1]}"
         section["push"] = Quantity(times.push(), "s", formula)
+        section["load"] = load(job)
+        if job.config.rollout.colocated:
+            section["sleep and wake"] = sleep_and_wake(job)
+    if job.trains:
+        section["saves"] = saves(job)
+    section = {name: with_range(job, name, each) for name, each in section.items()}
     parts = [name for name in PARTS if name in section]
     if missing := [name for name in parts if section[name].value is None]:
         why = f"none without {missing[0]}: {section[missing[0]].formula}"
         return section | {"step": Quantity(None, "s", why)}
-    section["step"] = _step(job, {name: section[name].number for name in parts})
-    step, tokens = section["step"].number, job.num_responses * job.sample_tokens
-    if job.verb == "rl":
-        share = section["rollout"].number / step
+    section["step"] = _step(times, {name: section[name] for name in parts})
+    step, tokens = section["step"], job.num_responses * job.sample_tokens
+    if job.verb == "rl" and times.engines.in_flight == 1:
+        share = section["rollout"].number / step.number
         section["share of rollout"] = Quantity(share, "share", "rollout / step")
     if ROUTED in section:
-        share = section[ROUTED].number / step
+        share = section[ROUTED].number / step.number
         section[f"share of {ROUTED}"] = Quantity(share, "share", f"{ROUTED} / step")
-    section["tokens per second"] = Quantity(tokens / step, "tokens", f"{tokens:,} tokens / step")
+    section["tokens per second"] = Quantity(
+        tokens / step.number, "tokens", f"{tokens:,} tokens / step"
+    )
     if job.trains and (steps := job.num_steps) is not None:
-        section["run"] = Quantity(step * steps / 3600, "hours", f"step x run.steps={steps}")
+        section["run"] = in_hours(step, steps, f"step x run.steps={steps}")
     return section
 
 
-PARTS = ("rollout", ROUTED, "scoring", "training", "critic", "push")
+PARTS = (
+    *("rollout", ROUTED, "scoring", "training", "critic", "push", "load", "sleep and wake"),
+    "saves",
+)
 """The parts of a step, in order."""
+OF_PUSH = ("push", "load", "sleep and wake")
+"""Parts that stop trainer and engines."""
 
 
-def _step(job: PlannedJob, parts: dict[str, float]) -> Quantity:
-    """Return the seconds of a step: engines with GPUs of their own sample the next rollout while
-    the trainer computes, if rl.staleness allows it; a push stops both."""
-    total = Quantity(sum(parts.values()), "s", " + ".join(parts))
-    if not (job.verb == "rl" and job.rollout_gpus and job.config.rl.staleness):
-        return total
-    rollout, push = parts.pop("rollout"), parts.pop("push")
-    formula = f"push + the longer of rollout and {' + '.join(parts)}, at once with rl.staleness"
-    return Quantity(push + max(rollout, sum(parts.values())), "s", formula)
+def in_hours(step: Quantity, steps: float, formula: str) -> Quantity:
+    """Return the hours of so many steps, with their range."""
+    value, low, high = (end * steps / 3600 for end in _ends(step))
+    return Quantity(value, "hours", formula, low, high)
+
+
+def in_total(parts: Iterable[Quantity], formula: str) -> Quantity:
+    """Return the sum of quantities of one unit, with its range."""
+    parts = list(parts)
+    value, low, high = map(sum, zip(*map(_ends, parts), strict=True))
+    return Quantity(value, parts[0].unit, formula, low, high)
+
+
+def _ends(quantity: Quantity) -> tuple[float, float, float]:
+    """Return (estimate, low, high); without a range all are equal."""
+    number = quantity.number
+    low, high = quantity.low, quantity.high
+    return number, number if low is None else low, number if high is None else high
+
+
+def _step(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
+    """Return the seconds of a step.
+
+    With `rl.staleness` k, and engines on GPUs of their own, a rollout begins k pushes before the
+    step that trains on it: in k + 1 steps it is sampled and trained on, so that a step takes at
+    least their (k + 1)-th part, the trainer's own time, and the time of as many tokens on engines
+    that later rollouts keep full. A push stops trainer and engines."""
+    job, engines = times.job, times.engines
+    if engines.in_flight == 1:
+        return in_total(parts.values(), " + ".join(parts))
+    ends = {name: _ends(part) for name, part in parts.items()}
+    rollout = ends.pop("rollout")
+    stopped = [ends.pop(name) for name in OF_PUSH if name in ends]
+    full, either = engines.throughput_seconds / rollout[0], engines.in_flight
+    steps = []
+    for end in range(3):
+        trained = sum(part[end] for part in ends.values())
+        longest = max(trained, full * rollout[end], (rollout[end] + trained) / either)
+        steps.append(sum(part[end] for part in stopped) + longest)
+    value, low, high = steps
+    stops = " + ".join(name for name in OF_PUSH if name in parts)
+    formula = (
+        f"{stops} + the longest of {' + '.join(ends)}; {full * rollout[0]:,.0f} s for a rollout's "
+        f"tokens on full engines; (rollout + those of the trainer) / {either}, with "
+        f"rl.staleness={job.config.rl.staleness}"
+    )
+    return Quantity(value, "s", formula, low, high)
 
 
 def _training(times: StepTime) -> Section:
@@ -292,7 +395,8 @@ def _training(times: StepTime) -> Section:
     update = times.optimizer_step()
     step = (
         f"{counted(count, 'micro-batch')} x ({times.compute(rank, True):.2g} s compute + "
-        f"{times.exposed(rank, True):.2g} s communication) / (1 - bubble)"
+        f"{times.exposed(rank, True):.2g} s communication + {times.stalls(True):.2g} s hops) / "
+        "(1 - bubble)"
     )
     bubble = (
         f"1 - V x {count} / (V x {counted(job.slots, 'slot')} + P - 1), "
@@ -302,5 +406,13 @@ def _training(times: StepTime) -> Section:
     return {
         "optimizer step": Quantity(update, "s", step),
         "bubble": Quantity(times.bubble(count, job.slots), "share", bubble),
+        "pipeline stalls": Quantity(
+            times.stalls(True) * count,
+            "s",
+            f"of an optimizer step: {2 * job.virtual * count:,} hops x {times.hop:.2g} s, of it "
+            f"{job.assumptions.host_stall_seconds:g} s host_stall_seconds and the states' bytes"
+            if times.hop
+            else "one pipeline stage",
+        ),
         "training": Quantity(update * job.minibatches, "s", steps),
     }

@@ -6,9 +6,9 @@
 3. `link_planner`: reads what the engines offer to receive, links this rank with the engine ranks
    that the plan gives it, and has the slices of its parameters that each link carries, as they are
    or quantized to FP8.
-4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends, and the memory in
-   which they arrive (`base`). Over NCCL all links are sent together, in rounds (`plan.rounds`):
-   `round_sender` has each rank's part, and runs that of a trainer rank.
+4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends, and what has
+   arrived (`arrivals`). Over NCCL all links are sent together, in rounds (`plan.rounds`):
+   `ordered_sets` has each rank's part, and `round_sender` runs that of a trainer rank.
 5. `checksum`: one per delivery, computed on both ends and compared before use.
 6. `megatron_r1.engines.plugin.swap`: inside vLLM, the received weights replace the old ones;
    `backend` compares the tensors in use before and after.
@@ -17,14 +17,17 @@ Both sides agree on the plan before: an engine rank publishes its `table` of slo
 `published_plan` of each position, and `rendezvous` is how all ranks find each other and learn of
 failures. `results` has what ranks report to the controller.
 
-The words of a push are defined in three places. The eight below are used in all of these modules.
-`plan` has seven more; modules that carry out a plan use three of them: member, position and entry.
-`plan.rounds` has five for pushes over NCCL: round, block, portion, peer and area.
+The words of a push:
 
-- set: equal engines that are served together.
+- set: equal engines that are served together; member: one of them, by its number in the set.
+- position: a rank's number within its engine. A set's ranks at one position need the same bytes.
 - region: a rectangle of a Hugging Face tensor (`plan.tensors`).
-- table: an engine rank's slots; slot: a region that it needs, with its place in the receive buffer.
-- plan: which regions each trainer rank sends to which engine ranks (`plan.engine_sets`); link: the
-  connection of two such ranks (`link_planner`).
+- slot: a region that an engine rank needs, with its place in the receive buffer. A table has all.
+- plan: which regions each trainer rank sends to which engine ranks (`plan.engine_sets`).
+- share: regions of a position that have to come from one trainer rank; the plan chooses which.
+- link: all that one trainer rank sends to one engine rank.
 - delivery: the rectangle of a slot that one trainer rank sends, with a checksum (`table`).
-- bucket: the bytes of one message."""
+- relay: an engine rank that sends what has entered it to the ranks at its position.
+- payload: the bytes of a link or of a relay: deliveries, then their checksums.
+- bucket: the bytes of one message, a part of a payload.
+- round: a step of a push over NCCL, in which a process sends and receives one bucket at most."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
@@ -15,14 +16,15 @@ from torch import Tensor
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.local import merged
-from megatron_r1.models.weights.stored.block_formats import quantize_fp8
+from megatron_r1.models.weights.stored.fp8_blocks import quantize_fp8
 from megatron_r1.models.weights.stored.published import BLOCK, FP8_DTYPE, scale_name
-from megatron_r1.models.weights.table import Piece, Shape
+from megatron_r1.models.weights.table import Piece, Shape, Table
+from megatron_r1.push.ordered_sets import OrderedSets
 from megatron_r1.push.plan.engine_sets import (
-    Entry,
     Plan,
-    entries,
-    largest_bundle,
+    PlannedLink,
+    largest_share,
+    plan_sets,
     sent_bytes,
 )
 from megatron_r1.push.plan.planner import EngineLayout, Planner, TrainerGrid
@@ -36,7 +38,7 @@ from megatron_r1.push.plan.tensors import (
 )
 from megatron_r1.push.published_plan import PositionPlan, ReceiverInfo
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, TrainerRendezvous
-from megatron_r1.push.round_sender import OrderedSets, SetRounds
+from megatron_r1.push.round_sender import SetRounds
 from megatron_r1.push.table import Delivery, SlotTable, dtype_of
 from megatron_r1.push.transports import sender_class
 from megatron_r1.push.transports.base import Sender
@@ -62,8 +64,8 @@ class ReceiverLayout:
         self.regions: dict[str, dict[Region, list[int]]] = {}
         """HF name -> region -> the ranks that need it."""
         self._slots: dict[tuple[int, str], int] = {}
-        for rank, of_rank in enumerate(tables):
-            for index, slot in enumerate(of_rank.slots):
+        for rank, table in enumerate(tables):
+            for index, slot in enumerate(table.slots):
                 if (rank, slot.name) in self._slots:
                     raise ValueError(f"engine rank {rank} has two slots for {slot.name}")
                 region = Region(slot.top, slot.bottom, slot.left, slot.right)
@@ -139,13 +141,20 @@ class ParameterSlice(NamedTuple):
 class EncodedSlices:
     """The tensors of one push to one engine rank, computed when they are read.
 
-    "codes" and "scales" are the two results of `block_formats.quantize_fp8` for a slice of whole
+    "codes" and "scales" are the two results of `fp8_blocks.quantize_fp8` for a slice of whole
     blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both. To
     take little memory, only the codes or merged values that were read last are kept, and scales
-    until they are read."""
+    until they are read.
 
-    def __init__(self, slices: Iterable[tuple[ParameterSlice, Encoding]]):
+    Args:
+        slices: each delivery's values and their form.
+        power_of_two: whether scales are rounded up to powers of two."""
+
+    def __init__(
+        self, slices: Iterable[tuple[ParameterSlice, Encoding]], *, power_of_two: bool = False
+    ):
         self._slices = list(slices)
+        self._quantize = partial(quantize_fp8, power_of_two=power_of_two)
         self._last: tuple[int, Tensor] | None = None
         self._scales: dict[int, Tensor] = {}
         """By the identity of a slice, which its codes and scales share."""
@@ -159,12 +168,12 @@ class EncodedSlices:
             return self._last[1]
         if encoding == "scales":
             scales = self._scales.pop(id(source), None)
-            values = quantize_fp8(source.values())[1] if scales is None else scales
+            values = self._quantize(source.values())[1] if scales is None else scales
         else:
             self._last = None  # frees the last values before the next are computed
             values = source.values()
             if encoding == "codes":
-                values, self._scales[id(source)] = quantize_fp8(values)
+                values, self._scales[id(source)] = self._quantize(values)
         self._last = (index, values)
         return values
 
@@ -286,7 +295,8 @@ class LinkPlanner:
         held: this rank's parameters of the model.
         rank: the trainer rank.
         stages: the shards of the pipeline's virtual stages, default an even spread.
-        gpus: the UUID of each rank's GPU, where engines may share it over NCCL."""
+        gpus: the UUID of each rank's GPU, where engines may share it over NCCL.
+        rules: the weight table of what is pushed, default the model's."""
 
     def __init__(
         self,
@@ -297,8 +307,10 @@ class LinkPlanner:
         rank: int,
         stages: list[list[Shard]] | None,
         gpus: Sequence[str],
+        rules: Table | None = None,
     ):
         self.hf, self.grid, self.held, self.rank, self.stages = hf, grid, held, rank, stages
+        self.rules = rules
         self._rank_of_gpu = {gpu: rank for rank, gpu in enumerate(gpus)}
         self._num_orders = 0
 
@@ -325,11 +337,12 @@ class LinkPlanner:
             addresses = [offers.sets[name][1] for name in names]
             try:
                 needs = ReceiverLayout(tables)
-                planner = Planner(self.hf, self.grid, engine_layout, self.stages, needs)
+                layout = engine_layout, self.stages
+                planner = Planner(self.hf, self.grid, *layout, needs, self.rules)
                 ends = list(accumulate(map(len, addresses)))
                 sets = [range(*edges) for edges in pairwise([0, *ends])]
-                largest, num_bytes = largest_bundle(transport), _byte_count(tables)
-                plans = entries(planner, num_bytes, sets, offers.sent, largest)
+                largest, num_bytes = largest_share(transport), _byte_count(tables)
+                plans = plan_sets(planner, num_bytes, sets, offers.sent, largest)
                 order = (
                     self._order(plans, sets, addresses) if TRANSPORTS[transport].in_rounds else None
                 )
@@ -342,11 +355,13 @@ class LinkPlanner:
                     linked.rounds = SetRounds(rendezvous[name], order, turn, self.rank)
                 created[name] = linked
                 try:
-                    for at, of_position in enumerate(plan):
+                    for at, position_links in enumerate(plan):
                         infos = [ReceiverInfo(tables[at], each[at]) for each in addresses[turn]]
                         # Every rank has computed all plans; each publishes about as many.
                         publishes = (turn + at) % self.grid.world == self.rank
-                        self._link_position(linked, needs, of_position, infos, make_end, publishes)
+                        self._link_position(
+                            linked, needs, position_links, infos, make_end, publishes
+                        )
                 except EXPECTED_ERRORS as error:
                     problems[name] = f"{type(error).__name__}: {error}"
         return created, problems
@@ -369,7 +384,7 @@ class LinkPlanner:
         self,
         linked: LinkedSet,
         needs: ReceiverLayout,
-        position_entries: Sequence[Entry],
+        position_links: Sequence[PlannedLink],
         receivers: Sequence[ReceiverInfo],
         make_end: type[Sender],
         publishes: bool,
@@ -377,32 +392,32 @@ class LinkPlanner:
         """Create this rank's links to one position, and publish the position's plan if
         `publishes`."""
         plan: PositionPlan = [[] for _ in linked.rendezvous]
-        position, rounds = position_entries[0].position, linked.rounds
+        position, rounds = position_links[0].position, linked.rounds
         serves = rounds is not None and rounds.serves(position)
-        for entry in position_entries:
-            if not (publishes or serves) and entry.sender != self.rank:
+        for link in position_links:
+            if not (publishes or serves) and link.sender != self.rank:
                 continue
             found = [
                 (delivery, encoding, (item.name, region))
-                for item, region, _ in entry.parts
+                for item, region, _ in link.regions
                 for delivery, encoding in needs.deliveries(position, item.name, item.shape, region)
             ]
             found.sort(key=lambda each: each[0].slot)
             deliveries = [delivery for delivery, _, _ in found]
-            plan[entry.member].append((entry.sender, deliveries))
-            if entry.sender == self.rank:
-                rendezvous, receiver = linked.rendezvous[entry.member], receivers[entry.member]
+            plan[link.member].append((link.sender, deliveries))
+            if link.sender == self.rank:
+                rendezvous, receiver = linked.rendezvous[link.member], receivers[link.member]
                 end = make_end(rendezvous, self.rank, position, receiver)
                 # Codes and scales of a region come from one slice, which is quantized once.
                 held = {source: self._slice(*source) for _, _, source in found}
                 slices = [(held[source], encoding) for _, encoding, source in found]
-                linked.links.append(PushLink(entry.member, end, slices))
+                linked.links.append(PushLink(link.member, end, slices))
                 end.plan(deliveries)
         if rounds is not None and serves:
             rounds.serve(receivers, plan)
         if publishes:
-            of_ranks = rounds.ordered.rank_rounds(rounds.index, position) if rounds else None
-            linked.rendezvous[0].publish_plan(position, plan, of_ranks)
+            rank_rounds = rounds.ordered.rank_rounds(rounds.index, position) if rounds else None
+            linked.rendezvous[0].publish_plan(position, plan, rank_rounds)
 
     def _slice(self, name: str, region: Region) -> ParameterSlice:
         """Return the region of an HF tensor in a parameter of this rank. Raises ValueError."""

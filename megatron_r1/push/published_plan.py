@@ -15,9 +15,9 @@ class ReceiverInfo(NamedTuple):
     address: str = ""
 
 
-class Peer(NamedTuple):
-    """Another engine of the set, as the source of deliveries: its rank at the same position has
-    them from trainer ranks, and passes them on."""
+class Relay(NamedTuple):
+    """Another engine of the set as the source of deliveries: its rank at the same position got them
+    from trainer ranks and relays them."""
 
     member: int
 
@@ -30,35 +30,35 @@ PositionPlan = list[list[tuple[int, list[Delivery]]]]
 
 
 class RankCall(msgspec.Struct, frozen=True, array_like=True):
-    """A send or a receive of a round: portion `number` of the `count` equal ones of a block.
+    """A send or a receive of a round: bucket `number` of the `count` of a payload.
 
     Attributes:
         peer: rank in the communicator.
-        block: the trainer rank that sends it, or -1 - member where a member of the position passes
-            it on."""
+        payload: the trainer rank that sends it, or -1 - member where a member of the set relays
+            it."""
 
     peer: int
-    block: int
+    payload: int
     number: int
     count: int
 
 
 class RankRounds(msgspec.Struct, frozen=True):
     """The part of an engine rank in a push over NCCL: (send, receive) of each of its rounds, at
-    first those in which weights enter it, then those in which they are passed on.
+    first those in which weights enter it, then those in which they are relayed.
 
     Attributes:
         rank: the rank in the set's communicator.
         size: the number of that communicator's ranks.
         names: the ranks of its position that are in it, each "member/rank".
         entering: the rounds in which weights enter this rank.
-        passing: the rounds in which they are passed on."""
+        relayed: the rounds in which they are relayed."""
 
     rank: int
     size: int
     names: list[str]
     entering: list[tuple[RankCall | None, RankCall | None]]
-    passing: list[tuple[RankCall | None, RankCall | None]]
+    relayed: list[tuple[RankCall | None, RankCall | None]]
 
 
 class PublishedPlan(msgspec.Struct, frozen=True):
@@ -73,13 +73,13 @@ class PublishedPlan(msgspec.Struct, frozen=True):
     rounds: list[RankRounds | None] | None = None
 
 
-def deliveries_to(plan: PositionPlan, own: int) -> dict[int | Peer, list[Delivery]]:
+def deliveries_to(plan: PositionPlan, own: int) -> dict[int | Relay, list[Delivery]]:
     """Return the deliveries to one member of a position: those that enter it, by sender, then those
-    that others pass on to it."""
-    deliveries: dict[int | Peer, list[Delivery]] = dict(plan[own])
+    that others relay to it."""
+    deliveries: dict[int | Relay, list[Delivery]] = dict(plan[own])
     for member, senders in enumerate(plan):
         entered = [delivery for _, sent in senders for delivery in sent]
         if member != own and entered:
-            # By slot: all members list a share in the same order.
-            deliveries[Peer(member)] = sorted(entered, key=lambda delivery: delivery.slot)
+            # By slot: all members list what enters one in the same order.
+            deliveries[Relay(member)] = sorted(entered, key=lambda delivery: delivery.slot)
     return deliveries

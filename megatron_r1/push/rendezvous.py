@@ -17,11 +17,11 @@ import xxhash
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
 from megatron_r1.push.published_plan import (
-    Peer,
     PositionPlan,
     PublishedPlan,
     RankRounds,
     ReceiverInfo,
+    Relay,
     deliveries_to,
 )
 from megatron_r1.push.results import Failure
@@ -195,7 +195,7 @@ class EngineRendezvous(Rendezvous):
         """Publish the table and the address of engine rank `rank`."""
         _write(self.store, f"offer/{rank}", (self._tables.publish(info.table), info.address))
 
-    def read_plan(self, rank: int) -> tuple[dict[int | Peer, list[Delivery]], RankRounds | None]:
+    def read_plan(self, rank: int) -> tuple[dict[int | Relay, list[Delivery]], RankRounds | None]:
         """Return the deliveries to this rank, by source, and over NCCL its rounds."""
         self._num_ranks = self.await_prepared()
         plan = _read(self.shared, f"plan/{rank}", PublishedPlan)

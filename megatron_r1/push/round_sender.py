@@ -1,13 +1,6 @@
-"""A trainer rank's part of pushes over NCCL (`plan.rounds`): it sends the blocks of its links round
-by round, and where engine ranks are on trainer ranks' GPUs, receives for the one on its own,
-into memory that both have mapped.
-
-`OrderedSets` is the order of a push as each rank of the connected sets runs it: which block of
-bytes it sends to which rank of which communicator, and receives, in every round. A set whose
-engine ranks have GPUs of their own has a communicator of the trainer ranks and these, in this
-order. Where all are on trainer ranks' GPUs, the trainer ranks' own is used. A round in which a
-process has calls of two communicators is two groups, the trainer's first, then by set: the same
-subdivision of a round everywhere, so what `rounds` says of rounds holds for these.
+"""A trainer rank's part of pushes over NCCL: it sends the payloads of its links round by round
+(`ordered_sets`), and where engine ranks are on trainer ranks' GPUs, receives for the one on its
+own, into memory that both have mapped.
 
 A rank whose wait fails (`transports.nccl_rounds`) aborts its communicator and finds out which
 engine ranks have died; the sets of other communicators go on. The trainer ranks' own communicator
@@ -16,28 +9,24 @@ a push."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import msgspec
 import torch
 from torch.distributed import PrefixStore, Store
 
-from megatron_r1.push.plan.engine_sets import EngineRank, Plan
-from megatron_r1.push.plan.rounds import ENTRY_BYTES, NONE, push_order, receiving_processes
+from megatron_r1.push.ordered_sets import OrderedSets, PayloadId
+from megatron_r1.push.plan.rounds import ENTRY_BYTES
 from megatron_r1.push.published_plan import (
-    Peer,
     PositionPlan,
-    RankCall,
-    RankRounds,
     ReceiverInfo,
+    Relay,
     deliveries_to,
 )
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TrainerRendezvous, wait_for_keys
 from megatron_r1.push.results import Failure
 from megatron_r1.push.table import Delivery, SlotTable
-from megatron_r1.push.transports.blocks import ArrivingBlocks, MemoryBlock, SlicesBlock
 from megatron_r1.push.transports.nccl_rounds import (
     Communicator,
     NcclError,
@@ -46,173 +35,8 @@ from megatron_r1.push.transports.nccl_rounds import (
     RoundRunner,
     Transfer,
 )
+from megatron_r1.push.transports.payloads import ArrivingPayloads, MemoryPayload, SlicesPayload
 from megatron_r1.push.transports.shared_memory import mapped_memory
-
-
-class BlockId(NamedTuple):
-    """Names a block: the bytes for rank `position` of engine `member` of a set.
-
-    Attributes:
-        set_index: the set, by its number in `OrderedSets`.
-        member: the engine.
-        position: the rank within the engine.
-        sender: the trainer rank that sends the bytes; None for those that this engine rank passes
-            on."""
-
-    set_index: int
-    member: int
-    position: int
-    sender: int | None
-
-
-@dataclass(frozen=True)
-class RoundCall:
-    """A send or a receive of a portion of a block, in a round.
-
-    Attributes:
-        is_passing: whether the portion is passed on from engine to engine.
-        round: its number in the schedule, from 0 (`plan.rounds`).
-        is_send: a send, not a receive.
-        peer: the other side's rank in the communicator.
-        block: the engine rank that the bytes are for, and the trainer rank that sends them.
-        number: the portion, counted from 0.
-        count: the equal portions of the block."""
-
-    is_passing: bool
-    round: int
-    is_send: bool
-    peer: int
-    block: BlockId
-    number: int
-    count: int
-
-
-class OrderedSets:
-    """The order of a push to sets that are connected together.
-
-    Args:
-        plans: the sets' plans (`engine_sets.entries`).
-        sets: the engines of each set, numbered through.
-        ranks_per_engine: the ranks of an engine.
-        world: the trainer ranks.
-        shared: the trainer ranks on engine ranks' GPUs.
-        number: the number of this order, in the order of connecting.
-
-    Attributes:
-        receivers: the process that receives for each engine rank (`receiving_processes`).
-        order: the rounds.
-        blocks: the blocks, as `order` numbers them."""
-
-    def __init__(
-        self,
-        plans: Sequence[Plan],
-        sets: Sequence[range],
-        ranks_per_engine: int,
-        world: int,
-        shared: Mapping[EngineRank, int],
-        number: int,
-    ):
-        self.number, self.world = number, world
-        self.receivers = receiving_processes(sets, ranks_per_engine, world, shared)
-        self.order = push_order(plans, self.receivers)
-        # In the order in which `push_order` and `PushOrder` number them.
-        self.blocks = [
-            BlockId(index, entry.member, position, entry.sender)
-            for index, plan in enumerate(plans)
-            for position, entries in enumerate(plan)
-            for entry in entries
-        ]
-        self.blocks += [
-            BlockId(index, member, position, None)
-            for index, positions in enumerate(self.receivers)
-            for position, members in enumerate(positions)
-            if len(members) > 1
-            for member in range(len(members))
-        ]
-        self._ranks = [
-            {process: world + place for place, process in enumerate(self._outside(positions))}
-            for positions in self.receivers
-        ]
-
-    def calls(self, process: int) -> Iterator[RoundCall]:
-        """Yield the calls of a process in order; of a round, the send comes first."""
-        num_entering = self.order.num_entering
-        for row in self.order.schedule_of(process):
-            for is_send, bucket, peer in (
-                (True, row["sent"], row["to"]),
-                (False, row["received"], row["source"]),
-            ):
-                if bucket != NONE:
-                    portion = self.order.portion(int(bucket))
-                    block = self.blocks[portion.block]
-                    yield RoundCall(
-                        is_passing=bool(bucket >= num_entering),
-                        round=int(row["round"]),
-                        is_send=is_send,
-                        peer=self._ranks[block.set_index].get(int(peer), int(peer)),
-                        block=block,
-                        number=portion.number,
-                        count=portion.count,
-                    )
-
-    def copies(self, process: int) -> Iterator[BlockId]:
-        """Yield the blocks that a trainer rank copies, since it receives for the engine rank."""
-        for block in self.blocks:
-            if block.sender == process == self._receiver(block):
-                yield block
-
-    def served(self, index: int, process: int) -> tuple[int, int] | None:
-        """Return the engine rank of a set, (member, position), that a trainer rank receives for."""
-        for position, members in enumerate(self.receivers[index]):
-            if process in members:
-                return members.index(process), position
-        return None
-
-    def has_served(self, index: int) -> bool:
-        """Return whether trainer ranks receive for engine ranks of a set."""
-        return any(p < self.world for members in self.receivers[index] for p in members)
-
-    def size(self, index: int) -> int:
-        """Return the ranks of a set's communicator; 0 where it has none."""
-        return self.world + len(self._ranks[index]) if self._ranks[index] else 0
-
-    def names(self, index: int, position: int | None = None) -> list[str]:
-        """Return the engine ranks that are in a set's communicator, "member/position", of one
-        position or of all."""
-        return [
-            f"{member}/{at}"
-            for at, members in enumerate(self.receivers[index])
-            if position in (None, at)
-            for member, process in enumerate(members)
-            if process >= self.world
-        ]
-
-    def rank_rounds(self, index: int, position: int) -> list[RankRounds | None]:
-        """Return what the ranks at a position of a set run, by member; None for one that a trainer
-        rank receives for."""
-        names = self.names(index, position)
-        return [
-            self._rank_rounds(index, process, names) if process >= self.world else None
-            for process in self.receivers[index][position]
-        ]
-
-    def _rank_rounds(self, index: int, process: int, names: list[str]) -> RankRounds:
-        phases: tuple[dict, dict] = ({}, {})
-        for call in self.calls(process):
-            block = -1 - call.block.member if call.block.sender is None else call.block.sender
-            rank_call = RankCall(call.peer, block, call.number, call.count)
-            pair = phases[call.is_passing].setdefault(call.round, [None, None])
-            pair[0 if call.is_send else 1] = rank_call
-        entering, passing = ([tuple(pair) for pair in phase.values()] for phase in phases)
-        rank, size = self._ranks[index][process], self.size(index)
-        return RankRounds(rank, size, names, entering, passing)
-
-    def _receiver(self, block: BlockId) -> int:
-        return self.receivers[block.set_index][block.position][block.member]
-
-    def _outside(self, positions: Sequence[Sequence[int]]) -> list[int]:
-        """Return the processes of a set that are no trainer ranks, in order."""
-        return sorted(p for members in positions for p in members if p >= self.world)
 
 
 @dataclass
@@ -237,16 +61,15 @@ class SetRounds:
     def __post_init__(self) -> None:
         self.place = self.ordered.served(self.index, self.rank)
         """The engine rank on this rank's GPU, (member, position)."""
-        self._served: tuple[SlotTable, Mapping[int | Peer, Sequence[Delivery]]] | None = None
+        self._served: tuple[SlotTable, Mapping[int | Relay, Sequence[Delivery]]] | None = None
         """Its table, and the deliveries to it by source."""
         self._mapped: tuple[torch.Tensor, torch.Tensor] | None = None
         """During a push, the memory of that rank, and that of the checksums, behind which is room
         for the push's number."""
-        self._arriving: ArrivingBlocks | None = None
-        own = [call for call in self.ordered.calls(self.rank) if call.block.set_index == self.index]
-        self.calls: list[RoundCall] = own
-        copies = self.ordered.copies(self.rank)
-        self.copies = [block for block in copies if block.set_index == self.index]
+        self._arriving: ArrivingPayloads | None = None
+        calls, copies = self.ordered.calls(self.rank), self.ordered.copies(self.rank)
+        self.calls = [call for call in calls if call.payload.set_index == self.index]
+        self.copies = [payload for payload in copies if payload.set_index == self.index]
 
     def serves(self, position: int) -> bool:
         """Return whether an engine rank at this position is on this rank's GPU."""
@@ -284,33 +107,34 @@ class SetRounds:
             self._mapped = memory, sums.view(torch.int64)
 
     def begin(self, push: int) -> None:
-        """Prepare the blocks of a push."""
-        self._memory_blocks: dict[BlockId, MemoryBlock] = {}
+        """Prepare the payloads of a push."""
+        self._memory_payloads: dict[PayloadId, MemoryPayload] = {}
         if self._mapped is not None:
             assert self._served is not None, "serve() comes first"
             (table, deliveries), (memory, sums) = self._served, self._mapped
-            self._arriving = ArrivingBlocks(table, deliveries, table.area(memory, push), sums)
+            self._arriving = ArrivingPayloads(table, deliveries, table.buffer(memory, push), sums)
 
     def unmap(self) -> None:
         """Let go of the engine rank's memory."""
-        self._mapped, self._arriving, self._memory_blocks = None, None, {}
+        self._mapped, self._arriving, self._memory_payloads = None, None, {}
 
-    def memory_block(self, block: BlockId) -> MemoryBlock:
-        """Return the place of a block that the engine rank on this rank's GPU receives or passes on
-        in its memory."""
-        if block not in self._memory_blocks:
+    def memory_payload(self, payload: PayloadId) -> MemoryPayload:
+        """Return the place, in the memory of the engine rank on this rank's GPU, of a payload that
+        it receives or relays."""
+        if payload not in self._memory_payloads:
             assert self._arriving is not None, "map() and begin() come first"
-            if block.sender is None and (block.member, block.position) == self.place:
-                self._memory_blocks[block] = self._arriving.own_block()
+            if payload.sender is None and (payload.member, payload.position) == self.place:
+                self._memory_payloads[payload] = self._arriving.own_payload()
             else:
-                source = Peer(block.member) if block.sender is None else block.sender
-                self._memory_blocks[block] = self._arriving.block(source)
-        return self._memory_blocks[block]
+                source = Relay(payload.member) if payload.sender is None else payload.sender
+                self._memory_payloads[payload] = self._arriving.payload(source)
+        return self._memory_payloads[payload]
 
-    def copy(self, blocks: Blocks, device: torch.device) -> None:
+    def copy(self, payloads: LinkPayloads, device: torch.device) -> None:
         """Copy what this rank holds itself for an engine rank on its GPU."""
-        for block in self.copies:
-            source, target = blocks[block.member, block.position], self.memory_block(block)
+        for payload in self.copies:
+            source = payloads[payload.member, payload.position]
+            target = self.memory_payload(payload)
             for start in range(0, source.num_bytes, ENTRY_BYTES):
                 end = min(start + ENTRY_BYTES, source.num_bytes)
                 packed = torch.empty(end - start, dtype=torch.uint8, device=device)
@@ -322,7 +146,7 @@ class SetRounds:
         if self._mapped is not None:
             self._mapped[1][-1] = self.number
 
-    def failure_of(self, error: Exception) -> Failure:
+    def report_failure(self, error: Exception) -> Failure:
         """Report why the set's push broke, and return the failure that was reported first."""
         if isinstance(error, SetFailed):
             return error.failure
@@ -340,12 +164,12 @@ class SetRounds:
             self.communicator.abort(RuntimeError("the set is disconnected"))
 
 
-Blocks = Mapping[tuple[int, int], SlicesBlock]
+LinkPayloads = Mapping[tuple[int, int], SlicesPayload]
 """What is sent over each link of a set, by (member, position)."""
 
 
 class RoundSender:
-    """Sends the blocks of trainer rank `rank` of `world`. Every method is called on all trainer
+    """Sends the payloads of trainer rank `rank` of `world`. Every method is called on all trainer
     ranks with the same sets, in the same order.
 
     Args:
@@ -373,20 +197,22 @@ class RoundSender:
                         errors[name] = error
         return errors
 
-    def send(self, push: int, sets: Mapping[str, tuple[SetRounds, Blocks]]) -> dict[str, Failure]:
+    def send(
+        self, push: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]
+    ) -> dict[str, Failure]:
         """Send a push to these sets, and return the failures by set."""
         present, failures = dict(sets), dict[str, Failure]()
         try:
             for name in self._agree({name: each for name, (each, _) in sets.items()}):
                 present.pop(name)
-                failures[name] = sets[name][0].failure_of(RuntimeError("an engine is gone"))
+                failures[name] = sets[name][0].report_failure(RuntimeError("an engine is gone"))
             self._send(push, present)
         except EXPECTED_ERRORS as error:
             for rounds, _ in present.values():
                 self._communicator(rounds).abort(error)
         for name, (rounds, _) in present.items():
             if (failed := self._communicator(rounds).error) is not None:
-                failures[name] = rounds.failure_of(failed)
+                failures[name] = rounds.report_failure(failed)
         for rounds, _ in sets.values():
             rounds.unmap()
         return failures
@@ -411,7 +237,7 @@ class RoundSender:
             try:
                 rounds.map()
             except EXPECTED_ERRORS as error:
-                rounds.failure_of(error)
+                rounds.report_failure(error)
         seconds = next(iter(served.values())).rendezvous[0].push_seconds
         self._num_agreements += 1
         number, together = self._num_agreements, self._together
@@ -434,22 +260,24 @@ class RoundSender:
         self._own.set_limit(seconds)
         return left_out
 
-    def _send(self, push: int, sets: Mapping[str, tuple[SetRounds, Blocks]]) -> None:
+    def _send(self, push: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]) -> None:
         """Run this rank's rounds, and show the engine ranks that it serves when all is there."""
         if self._streams is None:
             self._streams = PushStreams(torch.cuda.current_device())
         streams = self._streams
         streams.copies_follow()
-        for rounds, blocks in sets.values():
+        for rounds, payloads in sets.values():
             rounds.begin(push)
             if rounds.communicator is not None:
                 rounds.communicator.set_limit(rounds.rendezvous[0].push_seconds)
             with streams.copying():
-                rounds.copy(blocks, streams.device)
-        entering, passing = (self._rounds(sets, is_passing=passes) for passes in (False, True))
-        runner = RoundRunner(streams, [*entering, *passing])
+                rounds.copy(payloads, streams.device)
+        entering, relayed = (
+            self._rounds(sets, is_relayed=is_relayed) for is_relayed in (False, True)
+        )
+        runner = RoundRunner(streams, [*entering, *relayed])
         runner.run(entering)
-        runner.run(passing)
+        runner.run(relayed)
         for rounds, _ in sets.values():
             if self._communicator(rounds).error is None:
                 with streams.copying():
@@ -457,22 +285,22 @@ class RoundSender:
                 self._communicator(rounds).wait(streams.copies_ended())
 
     def _rounds(
-        self, sets: Mapping[str, tuple[SetRounds, Blocks]], *, is_passing: bool
+        self, sets: Mapping[str, tuple[SetRounds, LinkPayloads]], *, is_relayed: bool
     ) -> list[Round]:
         """Return this rank's rounds of all sets in one order."""
         found: dict[tuple[int, int, int], Round] = {}
-        for rounds, blocks in sets.values():
+        for rounds, payloads in sets.values():
             communicator = self._communicator(rounds)
             group = 1 + rounds.index if rounds.communicator is not None else 0
             for call in rounds.calls:
-                if call.is_passing != is_passing:
+                if call.is_relayed != is_relayed:
                     continue
                 key = call.round, rounds.ordered.number, group
                 each = found.get(key) or Round(communicator, None, None)
-                of_link = call.is_send and call.block.sender is not None
-                place = call.block.member, call.block.position
-                block = blocks[place] if of_link else rounds.memory_block(call.block)
-                transfer = Transfer(call.peer, block, *block.extent(call.number, call.count))
+                is_own = call.is_send and call.payload.sender is not None
+                place = call.payload.member, call.payload.position
+                payload = payloads[place] if is_own else rounds.memory_payload(call.payload)
+                transfer = Transfer(call.peer, payload, *payload.extent(call.number, call.count))
                 if call.is_send:
                     found[key] = each._replace(sent=transfer)
                 else:

@@ -8,7 +8,7 @@ import os
 import resource
 import socket
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -22,8 +22,11 @@ from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.models import platform
 from megatron_r1.models.platform import LOOPBACK, host_store, ranks_share_host
+from megatron_r1.models.weights.adapters import adapter_pieces
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.local import local_entries
+from megatron_r1.models.weights.stored.published import has_power_of_two_scales
+from megatron_r1.models.weights.table import Piece, Table
 from megatron_r1.push.link_planner import (
     EncodedSlices,
     HeldPieces,
@@ -33,6 +36,7 @@ from megatron_r1.push.link_planner import (
     PushLink,
     read_offers,
 )
+from megatron_r1.push.plan.adapters import pushed_adapters
 from megatron_r1.push.plan.planner import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.push.rendezvous import (
@@ -44,7 +48,7 @@ from megatron_r1.push.rendezvous import (
 from megatron_r1.push.results import ConnectedSets, Failure, OpenedPush, SentWeights
 from megatron_r1.push.round_sender import RoundSender
 from megatron_r1.push.transports.base import gpu_uuid
-from megatron_r1.push.transports.blocks import SlicesBlock
+from megatron_r1.push.transports.payloads import SlicesPayload
 
 T = TypeVar("T")
 
@@ -77,7 +81,8 @@ class WeightSender:
         rank: the trainer rank.
         stages: the shards of the pipeline's virtual stages, default an even spread.
         drafts: whether engines draft with the MTP layers.
-        gpus: the UUID of each rank's GPU, where engines may share it over NCCL."""
+        gpus: the UUID of each rank's GPU, where engines may share it over NCCL.
+        adapters: the weight table of the adapters, where these alone are pushed."""
 
     def __init__(
         self,
@@ -91,10 +96,15 @@ class WeightSender:
         stages: list[list[Shard]] | None = None,
         drafts: bool = False,
         gpus: Sequence[str] = (),
+        adapters: Table | None = None,
     ):
-        self.hf, self.grid, self.rank, self.drafts = hf, grid, rank, drafts
+        self.grid, self.rank = grid, rank
         self.store, self.broadcast = store, broadcast
-        self._planner = LinkPlanner(hf, grid, held, rank=rank, stages=stages, gpus=gpus)
+        self._power_of_two_scales = has_power_of_two_scales(hf)
+        self._tensors = pushed_tensors(hf, fp8=False, drafts=drafts, adapters=adapters)
+        self._planner = LinkPlanner(
+            hf, grid, held, rank=rank, stages=stages, gpus=gpus, rules=adapters
+        )
         self._sets: dict[str, LinkedSet] = {}
         self._tables = TableStore(store)
         self._rounds = RoundSender(store, rank, grid.world)
@@ -167,7 +177,7 @@ class WeightSender:
 
     def send(self, push: int, sets: Sequence[str], gone: Sequence[str] = ()) -> SentWeights:
         """Send the present weights to these sets, over all links at once, as push number `push` of
-        each set. Rank 0 returns when the engines of each set have passed on all of the push. A set
+        each set. Rank 0 returns when the engines of each set have relayed all of the push. A set
         that fails does not stop the others.
 
         Args:
@@ -190,7 +200,7 @@ class WeightSender:
                 except SetFailed as error:
                     problems[name] = error.failure
                 except RuntimeError as error:
-                    late = f"an engine has not passed on all of push {push}: {error}"
+                    late = f"an engine has not relayed all of push {push}: {error}"
                     problems[name] = rendezvous.report_error(late)
         return {"problems": {name: msgspec.to_builtins(f) for name, f in problems.items()}}
 
@@ -200,7 +210,7 @@ class WeightSender:
 
         def send_over(name: str, link: PushLink) -> None:
             try:
-                link.end.send(push, EncodedSlices(link.slices))
+                link.end.send(push, self._encoded(link))
             except SetFailed as error:
                 problems.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:
@@ -219,19 +229,22 @@ class WeightSender:
         )
         return problems
 
+    def _encoded(self, link: PushLink) -> EncodedSlices:
+        return EncodedSlices(link.slices, power_of_two=self._power_of_two_scales)
+
     def _send_in_rounds(self, push: int, sets: Mapping[str, LinkedSet]) -> dict[str, Failure]:
         """Send a push in the rounds that the plan has for it."""
         found = {}
         for name, linked in sets.items():
             if linked.rounds is not None:
-                blocks = {
-                    (link.member, link.end.rank): SlicesBlock(
-                        link.end.table, link.end.deliveries, EncodedSlices(link.slices)
+                payloads = {
+                    (link.member, link.end.rank): SlicesPayload(
+                        link.end.table, link.end.deliveries, self._encoded(link)
                     )
                     for link in linked.links
                 }
                 linked.rounds.number = linked.number
-                found[name] = linked.rounds, blocks
+                found[name] = linked.rounds, payloads
         return self._rounds.send(push, found) if found else {}
 
     def _offers(
@@ -242,7 +255,7 @@ class WeightSender:
             return msgspec.msgpack.decode(self.broadcast(None), type=Offers)
         by_set = [linked.sent for linked in self._sets.values()]
         sent = [sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)]
-        pushed = [name for name, _ in pushed_tensors(self.hf, fp8=False, drafts=self.drafts)]
+        pushed = [name for name, _ in self._tensors]
         offers = read_offers(rendezvous, ranks_per_engine, pushed, sent)
         self.broadcast(msgspec.msgpack.encode(offers))
         return offers
@@ -280,9 +293,10 @@ class WeightPush:
     def open_push(self) -> OpenedPush:
         """Create the sender, before the first engine is connected."""
         stages = recipe_stages(self._config, self._hf)
+        adapters = pushed_adapters(self._config, self._hf)
         held = defaultdict(list)
-        for parameter, entry in local_entries(self._model_chunks, self._hf):
-            for piece in entry.pieces:
+        for parameter, pieces in self._pushed_pieces(adapters is not None):
+            for piece in pieces:
                 held[piece.hf_name].append((parameter, piece))
         grid = TrainerGrid.from_recipe(self._config.parallel, dist.get_world_size())
         store, address = open_store(self._config.rollout)
@@ -297,8 +311,18 @@ class WeightPush:
             stages=stages,
             drafts=self._config.rollout.drafts_by_mtp,
             gpus=_gpus() if TRANSPORTS[self._config.push.transport].in_rounds else (),
+            adapters=adapters,
         )
         return {"store": address}
+
+    def _pushed_pieces(self, of_adapters: bool) -> Iterator[tuple[torch.Tensor, tuple[Piece, ...]]]:
+        """Yield (parameter, pieces) of this rank's weights, or of its adapters' factors."""
+        if of_adapters:
+            for factor, pieces, _ in adapter_pieces(self._model_chunks):
+                yield factor, pieces
+        else:
+            for parameter, entry in local_entries(self._model_chunks, self._hf):
+                yield parameter, entry.pieces
 
     def connect_sets(self, **arguments: Any) -> ConnectedSets:
         """Connect this rank with sets of engines, as `WeightSender.connect` does."""

@@ -34,23 +34,23 @@ class SlotTable(msgspec.Struct, frozen=True):
     """All slots of one engine rank, in checkpoint order.
 
     Attributes:
-        num_bytes: the size of one area.
-        slots: the regions that the rank needs, with offsets in bytes from the start of an area.
-        areas: the number of areas: 1, or 2 where the engine computes with the received weights in
+        num_bytes: the size of one receive buffer.
+        slots: the regions that the rank needs, with offsets in bytes from the start of a buffer.
+        num_buffers: 1 receive buffer, or 2 where the engine computes with the received weights in
             place, so that the next push must be written next to these weights."""
 
     num_bytes: int
     slots: list[Slot]
-    areas: int = 1
+    num_buffers: int = 1
 
-    def area(self, memory: torch.Tensor, push: int) -> torch.Tensor:
-        """Return the part of `memory` (areas x num_bytes bytes) that this push fills.
+    def buffer(self, memory: torch.Tensor, push: int) -> torch.Tensor:
+        """Return the receive buffer that this push fills.
 
         Args:
-            memory: uint8, areas x num_bytes bytes.
+            memory: uint8, num_buffers x num_bytes bytes.
             push: its number, from 1.
         """
-        start = push % self.areas * self.num_bytes
+        start = push % self.num_buffers * self.num_bytes
         return memory[start : start + self.num_bytes]
 
 

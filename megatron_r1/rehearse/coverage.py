@@ -1,9 +1,9 @@
 """The table of the phases that a rehearsal has exercised, and of those that it has not."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -36,11 +36,12 @@ YES = "yes"
 SIZES = {
     "parallel": (
         *("processes", "tensor", "context", "expert", "expert_tensor"),
-        *("pipeline", "virtual_pipeline", "pipeline_layout", "recompute", "overlap_param_gather"),
+        *("pipeline", "virtual_pipeline", "pipeline_layout", "recompute"),
+        *("overlap_expert_exchange", "overlap_param_gather"),
     ),
     "fp8": ("recipe",),
     "rollout": (
-        *("engines", "tensor", "data", "pipeline", "expert_parallel"),
+        *("engines", "tensor", "data", "pipeline", "expert_parallel", "redundant_experts"),
         *("placement", "hosts_per_engine", "colocated", "max_response_tokens"),
     ),
     "push": ("transport", "fp8"),
@@ -60,12 +61,13 @@ NOT_HERE = {
     "rollout.colocated": "in turns, but no GPU memory is freed",
     "rollout.max_response_tokens": "no: short responses",
     "parallel.processes": "no: the size of the world",
+    "rollout.redundant_experts": "no: needs a GPU",
     "fp8.recipe": "emulated",
 }
 
 
 ON_GPU = {key: NOT_HERE[key] for key in ("rollout.max_response_tokens", "parallel.processes")}
-ON_NULL_GPU = ON_GPU | {"fp8.recipe": "no: kernels compute on the host"}
+ON_NULL_GPU = ON_GPU | {"fp8.recipe": "yes, by operators of the host"}
 
 
 def structure(
@@ -93,11 +95,9 @@ def structure(
         before, after = (f"{each.method}, {each.tokens} tokens" for each in drafts)
         rows.append(StructureRow("rollout.speculative", before, after, YES))
     if verb in ("rl", "sample") and recipe.rollout.vllm:
-        given = ", ".join(recipe.rollout.vllm)
-        exercised = YES if small.rollout.vllm else "no: needs a GPU; vLLM's parser has read them"
-        rows.append(
-            StructureRow("rollout.vllm", given, given if small.rollout.vllm else "—", exercised)
-        )
+        for given, kept in _arguments(recipe.rollout.vllm, small.rollout.vllm):
+            here = (kept, YES) if kept else ("—", "no: needs a GPU; vLLM's parser has read it")
+            rows.append(StructureRow("rollout.vllm", given, *here))
     if verb != "sample":
         old, new = (p.num_replicas(p.processes) for p in (recipe.parallel, small.parallel))
         if old > 1:
@@ -160,6 +160,14 @@ def _left_out(recipe: Config, small: Config, verb: str) -> list[StructureRow]:
                 StructureRow("teacher.url", "served", "started by the run", "no: none is served")
             )
     return rows
+
+
+def _arguments(given: Mapping[str, Any], kept: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return each argument of vLLM, and what a miniature has of it, "" for nothing."""
+    return [
+        (f"{name}: {value}", f"{name}: {kept[name]}" if name in kept else "")
+        for name, value in given.items()
+    ]
 
 
 def _exercised(old: object, new: object) -> str:

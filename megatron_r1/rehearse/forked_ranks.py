@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_r1.base.processes import children
-from megatron_r1.base.processes.startup import without_garbage_collection
+from megatron_r1.base.processes.imports import without_garbage_collection
 from megatron_r1.models import platform
 
 IMPORTED = (
@@ -38,7 +38,7 @@ def main() -> int:
     for rank in range(int(count)):
         process = os.fork()
         if not process:
-            _become(rank, int(count), port, Path(logs))
+            _start_rank(rank, int(count), port, Path(logs))
             sys.argv[1:] = arguments
             runpy.run_module("megatron_r1", run_name="__main__")  # it ends with SystemExit
         running.add(process)
@@ -53,7 +53,7 @@ def main() -> int:
     return status
 
 
-def _become(rank: int, count: int, port: int, logs: Path) -> None:
+def _start_rank(rank: int, count: int, port: int, logs: Path) -> None:
     """Be a rank as torchrun starts one; all but rank 0 write to a file of their own."""
     children.die_with_parent()
     os.environ |= children.rank_variables(rank, count, port)

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config import Config, verb_of
+from megatron_r1.config import Config, infer_verb
 from megatron_r1.config.yaml_text import as_sections
 from megatron_r1.pipeline import pipeline_recipe
 from megatron_r1.pipeline.graph import check_plan
@@ -95,7 +95,7 @@ def jobs(
             that a pipeline would refuse, or a model that no stage has."""
     if "stages" not in pipeline_recipe.read_tree(Path(path)):
         config = configuration.load(path, dict(overrides))
-        verb = verb_of(config)
+        verb = infer_verb(config)
         if config.eval.benchmarks and not (config.data.path or config.data.task):
             raise UserError(
                 f"recipe {path}: it is for eval, which is rehearsed by itself with --eval.limit 2",

@@ -51,10 +51,11 @@ def started(
     their processes that still run, and those that these have started."""
     processes = []
     try:
-        if config.rollout.placement == "hosts" and verb in ("rl", "sample"):
-            for number in range(config.rollout.engines * config.rollout.hosts_per_engine):
-                processes.append(_host(config, number, log.with_name(f"host-{number}.log")))
-        main = children.start(command(verb, recipe, config, settings), log, QUIET)
+        of_trainer, of_hosts = gpus(verb, config)
+        for number, own in enumerate(of_hosts):
+            processes.append(_host(config, number, log.with_name(f"host-{number}.log"), own))
+        environment = QUIET | of_trainer
+        main = children.start(command(verb, recipe, config, settings), log, environment)
         processes.insert(0, main)
         yield main
     finally:
@@ -86,12 +87,41 @@ def _kill_all(process: subprocess.Popen) -> None:
     psutil.wait_procs(descendants, timeout=60)
 
 
-def _host(config: Config, number: int, log: Path) -> subprocess.Popen:
+def gpus(verb: str, config: Config) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Return the variables that give the trainer, and each engine host, GPUs of this machine, which
+    stands for all of theirs: of its own, or the trainer's where engines are colocated.
+
+    Args:
+        verb: the recipe's verb.
+        config: the settings of the run.
+    """
+    rollout = config.rollout
+    if rollout.placement != "hosts" or verb not in ("rl", "sample"):
+        return {}, []
+    hosts = rollout.engines * rollout.hosts_per_engine
+    if not gpu.is_usable():
+        return {}, [{}] * hosts
+    visible = gpu.visible_gpus(os.environ)
+    ranks = rollout.tensor * rollout.pipeline * rollout.data // rollout.hosts_per_engine
+    shared = rollout.colocated or verb == "sample"
+    first = 0 if shared else len(visible) - hosts * ranks
+    of_hosts = [visible[first + i * ranks : first + (i + 1) * ranks] for i in range(hosts)]
+    of_trainer = visible if shared else visible[:first]
+    return _visible(of_trainer), [_visible(own) for own in of_hosts]
+
+
+def _visible(own: Sequence[str]) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+
+
+def _host(config: Config, number: int, log: Path, own: dict[str, str]) -> subprocess.Popen:
     options = ["--folder", config.run.folder, "--engines", "1", "--patience", "900"]
     # Every host has an address of its own, as on a network.
     address = ["--address", f"127.0.0.{2 + number}"]
     return children.start(
-        [sys.executable, "-m", "megatron_r1.engines.fleet.host", *options, *address], log, QUIET
+        [sys.executable, "-m", "megatron_r1.engines.fleet.host", *options, *address],
+        log,
+        QUIET | own,
     )
 
 
@@ -162,13 +192,15 @@ def _is_installed(distribution: str) -> bool:
 
 def num_null_gpus(config: Config, verb: str) -> int:
     """Return how many GPUs a miniature needs: one for each trainer rank, also of the other layout
-    that it is resumed in; its engines share them where they are colocated, and divide."""
+    that it is resumed in. Engines divide them where they are colocated, or else have others."""
     rollout = config.rollout
     engines = rollout.engines * rollout.tensor * rollout.data * rollout.pipeline
+    fewer = rollout.model_copy(update=layout.fewer_engine_ranks(rollout))
+    engines = max(engines, fewer.engines * fewer.tensor * fewer.data * fewer.pipeline)
     resumed = layout.different_layout(config.parallel)
     trainer = max(config.parallel.processes, resumed.processes)
     if verb == "sample":
         return engines
     if verb != "rl":
         return trainer
-    return max(trainer, engines)
+    return max(trainer, engines) if rollout.colocated else trainer + engines

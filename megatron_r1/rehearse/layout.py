@@ -1,6 +1,6 @@
 """Parallel layouts in miniature: an axis that is divided stays divided, into two."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from megatron_r1.base.errors import Cause, UserError
@@ -11,6 +11,8 @@ from megatron_r1.models.pipeline_stages import parse_layout
 AXES = ("tensor", "context", "expert", "expert_tensor", "pipeline", "virtual_pipeline")
 PARTS = 2
 """Size of a divided axis: the least at which every exchange along it takes place."""
+OVERLAP_NEEDS = ("expert", "pipeline")
+"""Axes that `parallel.overlap_expert_exchange` needs: MTP layers need the second with it."""
 MOST_LAYERS = 2
 """Decoder layers of one pipeline stage; more exercise nothing that two do not."""
 
@@ -59,9 +61,15 @@ def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) ->
             key="rehearsal.max_ranks",
             cause=Cause.OUT_OF_RANGE,
         )
-    return parallel.model_copy(
-        update={**sizes, "pipeline_layout": layout, "processes": processes, "threads": 1}
-    )
+    changes = {**sizes, "pipeline_layout": layout, "processes": processes, "threads": 1}
+    return parallel.model_copy(update=changes | _overlap(parallel, sizes))
+
+
+def _overlap(parallel: ParallelConfig, sizes: Mapping[str, int]) -> dict[str, bool]:
+    """Return the change that switches off the overlap of the experts' exchange where `sizes` leave
+    out an axis that it may need."""
+    left_out = any(sizes.get(axis, 2) == 1 < getattr(parallel, axis) for axis in OVERLAP_NEEDS)
+    return {"overlap_expert_exchange": False} if left_out else {}
 
 
 def _short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
@@ -101,7 +109,7 @@ def different_layout(parallel: ParallelConfig) -> ParallelConfig:
     with_experts = ("tensor", "expert_tensor", "expert")
     for axes in (("tensor", "expert_tensor"), (), ("context",), ("expert",), with_experts):
         sizes = dict.fromkeys(axes, 1)
-        changed = parallel.model_copy(update=sizes)
+        changed = parallel.model_copy(update=sizes | _overlap(parallel, sizes))
         ranks = prod((changed.tensor, changed.context, changed.pipeline))
         needed = changed.expert * changed.expert_tensor * changed.pipeline
         if ranks < parallel.processes and ranks % needed == 0:
@@ -111,6 +119,18 @@ def different_layout(parallel: ParallelConfig) -> ParallelConfig:
 
 def fewer_engine_ranks(rollout: RolloutConfig) -> dict[str, int]:
     """Return the settings of the resumed run's engines: half as many, each with one copy of its
-    layers on one host."""
+    layers on one host. Where vLLM balances experts, which takes several ranks, an engine keeps
+    two of them, as a tensor group."""
     fewer = {"engines": max(1, rollout.engines // 2), "data": 1, "hosts_per_engine": 1}
+    if rollout.redundant_experts and rollout.tensor == 1:
+        fewer["tensor"] = PARTS
     return {key: value for key, value in fewer.items() if value != getattr(rollout, key)}
+
+
+def redundant_experts(rollout: RolloutConfig, experts: int) -> int:
+    """Return a number of copies of `experts` that the ranks of a miniature's engine can share: one
+    on each rank or, with as many experts as do not divide, the least."""
+    ranks = rollout.tensor * rollout.data
+    if not rollout.redundant_experts or ranks == 1:
+        return 0
+    return -experts % ranks or ranks

@@ -15,7 +15,7 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.stored.published import published_tensors
 
 
-def _tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a folder of safetensors files."""
     files = (load_file(path) for path in folder.glob("*.safetensors"))
     return {name: tensor for tensors in files for name, tensor in tensors.items()}
@@ -24,7 +24,7 @@ def _tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def main(export: str, model: str, mtp: str) -> str:
     """Return what was found; SystemExit with the first mistake."""
     hf = read_hf_config(export, None)
-    tensors, before = _tensors_of(Path(export)), _tensors_of(Path(model))
+    tensors, before = _read_tensors(Path(export)), _read_tensors(Path(model))
     expected = published_tensors(hf)
     if missing := expected.keys() ^ tensors.keys():
         sys.exit(f"the export and its config.json differ in {sorted(missing)[:3]}")

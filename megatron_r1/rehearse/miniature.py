@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, dump, parse
 from megatron_r1.data.text import TEMPLATES
+from megatron_r1.engines.server.from_recipe import num_experts
 from megatron_r1.rehearse import layout, model, questions
 from megatron_r1.rehearse.settings import Place
 from megatron_r1.sample.filters import NAMES
@@ -31,6 +32,17 @@ draws some of them several times."""
 PROBE_TOLERANCE = 0.1
 """The limit of `push.probe_tolerance` in bf16, where trainer and engine differ by 0.006 here, and
 by 0.8 with another model's weights."""
+
+ON_CPU = {"vllm": {}, "redundant_experts": 0}
+"""Arguments of vLLM are of kernels, graphs and sizes of GPUs; its balancer needs GPUs."""
+NOT_IMITATED = ("all2all_backend", "kv_cache_dtype", "compilation_config", "moe_backend")
+"""Arguments of vLLM that choose graphs, which a null GPU has not, or among kernels."""
+IMITATED_EXCHANGES = ("allgather_reducescatter",)
+"""Expert exchanges of vLLM that a null GPU executes: those by NCCL's collectives."""
+IMITATED_CACHES = ("auto", "bfloat16")
+BALANCER = {"window_size": 8, "step_interval": 8}
+"""vLLM's balancer counts tokens of experts in so many steps, and moves experts after as many: a
+response of a miniature takes 24."""
 
 
 class Change(NamedTuple):
@@ -100,9 +112,7 @@ def shrink(
         },
         "agents": {"environment": "", "harness": "", "verifiers": {}},
         "rollout": _rollout(config)
-        | (_on_gpu(config, parallel.processes) if on_gpu else {})
-        | ({} if on == "gpu" else {"vllm": {}})  # kernels, graphs and sizes of GPUs
-        | ({} if on_gpu else {"redundant_experts": 0}),  # the balancer needs GPUs
+        | (_on_gpu(config, parallel.processes, num_experts(small_hf), on) if on_gpu else ON_CPU),
         "push": _push(config, on_gpu),
         "rewards": _rewards(config),
         "rl": _rl(config, replicas),
@@ -225,9 +235,15 @@ def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]
     return {kind: weight for kind, weight in weights.items() if kind in kept} | stands_for_them
 
 
-def _on_gpu(config: Config, num_gpus: int) -> dict[str, Any]:
-    """Return what differs for engines on null GPUs: the recipe's share of them, and no more ranks
-    than trainer ranks have GPUs."""
+def _on_gpu(config: Config, num_gpus: int, experts: int, on: Place) -> dict[str, Any]:
+    """Return what differs for engines on GPUs: the recipe's share of them, its arguments of vLLM,
+    and no more ranks than trainer ranks have GPUs.
+
+    Args:
+        config: the recipe.
+        num_gpus: the trainer ranks of the miniature.
+        experts: the routed experts of a layer of its model.
+        on: "gpu" or "null-gpu"."""
     small, sizes = _rollout(config), {}
     while small["engines"] * small["tensor"] * small["data"] * small["pipeline"] > num_gpus:
         # Experts are spread by the data axis, too; several engines are what a push is most for.
@@ -235,7 +251,35 @@ def _on_gpu(config: Config, num_gpus: int) -> dict[str, Any]:
         kept = "data" if config.rollout.expert_parallel and "data" in axes else ""
         left_out = next((axis for axis in axes if axis != kept), axes[0])
         small[left_out] = sizes[left_out] = 1
-    return {"gpu_memory": config.rollout.gpu_memory, **sizes}
+    hosts = min(small["hosts_per_engine"], small["data"])
+    copies = layout.redundant_experts(config.rollout.model_copy(update=small), experts)
+    return {
+        "gpu_memory": config.rollout.gpu_memory,
+        **sizes,
+        "hosts_per_engine": hosts,
+        "redundant_experts": copies,
+        "vllm": _vllm(config, copies, on),
+    }
+
+
+def _vllm(config: Config, copies: int, on: Place) -> dict[str, Any]:
+    """Return the recipe's arguments of vLLM: on a null GPU without kernels that it does not
+    imitate, prompts in two parts where the recipe divides them, and experts that are moved."""
+    kept = dict(config.rollout.vllm)
+    if on == "null-gpu":
+        kept = {name: value for name, value in kept.items() if name not in NOT_IMITATED}
+        if config.rollout.vllm.get("all2all_backend") in IMITATED_EXCHANGES:
+            kept["all2all_backend"] = config.rollout.vllm["all2all_backend"]
+        if config.rollout.vllm.get("kv_cache_dtype") in IMITATED_CACHES:
+            kept["kv_cache_dtype"] = config.rollout.vllm["kv_cache_dtype"]
+    if "max_num_batched_tokens" in kept:
+        tokens = min(kept["max_num_batched_tokens"], _room(config) // 2)
+        kept["max_num_batched_tokens"] = tokens
+    if copies:
+        kept["eplb_config"] = {**kept.get("eplb_config", {}), **BALANCER}
+    else:
+        kept.pop("eplb_config", None)
+    return kept
 
 
 def _push(config: Config, on_gpu: bool) -> dict[str, Any]:
@@ -366,12 +410,11 @@ def _changes(config: Config, small: Config, hf: dict, small_hf: dict) -> list[Ch
 
 REASONS = {
     **dict.fromkeys(
-        (
-            *("push.transport", "model.attention_backend", "model.fusions"),
-            *("parallel.dispatcher", "rollout.vllm", "rollout.redundant_experts"),
-        ),
+        ("push.transport", "model.attention_backend", "model.fusions", "parallel.dispatcher"),
         "no GPU here",
     ),
+    "rollout.redundant_experts": "one on each rank; none without GPUs",
+    "rollout.vllm": "kernels and graphs of GPUs, sizes, a balancer that moves experts",
     **dict.fromkeys(
         ("agents.environment", "agents.harness", "agents.verifiers"), "random weights call no tool"
     ),

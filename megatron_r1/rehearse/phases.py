@@ -117,7 +117,7 @@ class Phases:
         hf = read_hf_config(self.config.model.path, None)
         plan = planned_push(self.config, hf)
         planned_bytes = sum(
-            entry.num_bytes for of_set in plan for entry in chain.from_iterable(of_set)
+            link.num_bytes for set_plan in plan for link in chain.from_iterable(set_plan)
         )
         if abs(num_bytes - planned_bytes) > UNPLANNED * planned_bytes:
             raise RunError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from r1_grading import Grade
 
-from megatron_r1.base.files.append_only import write_lines
+from megatron_r1.base.files.json_lines import write_lines
 
 KIND = f"{__name__}:grade"
 NAMED_KIND = f"{__name__}:grade_named"

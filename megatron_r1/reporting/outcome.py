@@ -95,7 +95,7 @@ def outcome_sentence(metrics: Metrics, heldout: Sequence[Evaluation]) -> str:
         first, last = scored[0], scored[-1]
         assert first.passed and last.passed
         verdict, why = verdict_of(first.passed, last.passed, last.num_questions)
-        return f"{verdict}: {_lower(steps)}, {_change(first, last)}. {why}"
+        return f"{verdict}: {_lower(steps)}, {_describe_change(first, last)}. {why}"
     if scored:
         last = scored[0]
         text = f"{NOT_SHOWN}: one evaluation only. At step {last.step}, held-out pass@1 is "
@@ -189,7 +189,7 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _change(first: Evaluation, last: Evaluation) -> str:
+def _describe_change(first: Evaluation, last: Evaluation) -> str:
     assert first.passed and last.passed, "called with scored evaluations only"
     few = bool(_of_questions(last))
     passed = _from_to(first.passed, last.passed, str if few else percent)

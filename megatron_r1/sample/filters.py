@@ -192,7 +192,7 @@ REGISTRY: dict[str, Filter] = {
 NAMES = (*REGISTRY, DUPLICATE)
 """The filters and `duplicate`, which no response shows alone: where that name is switched on,
 `selection` drops duplicates."""
-OF_OUTPUT: dict[str, tuple[str, ...]] = {
+DEFAULT_FILTERS: dict[str, tuple[str, ...]] = {
     "sft": NAMES,
     # A reward model must have seen bad form to score it low.
     "pairs": ("truncated", DUPLICATE),
@@ -243,7 +243,7 @@ def check_filters(given: Mapping[str, Any]) -> None:
                 raise UserError(f"{place}: {error}", key=place, cause=Cause.MALFORMED) from None
 
 
-def filters_of(output: str, given: Mapping[str, Mapping[str, Any] | bool]) -> Filters:
+def active_filters(output: str, given: Mapping[str, Mapping[str, Any] | bool]) -> Filters:
     """Return the active filters in order, with their options.
 
     Args:
@@ -251,7 +251,7 @@ def filters_of(output: str, given: Mapping[str, Mapping[str, Any] | bool]) -> Fi
         given: `sample.filters`."""
     chosen: dict[str, Mapping[str, Any]] = {}
     for name in NAMES:
-        options = given.get(name, name in OF_OUTPUT[output])
+        options = given.get(name, name in DEFAULT_FILTERS[output])
         if options is not False:
             chosen[name] = {} if options is True else options
     return chosen

@@ -56,8 +56,8 @@ class DecisionCounts:
     def add(self, line: Mapping[str, Any], decision: Decision) -> None:
         """Count the decision about the response of a line."""
         self.decisions[decision.code] += 1
-        of_kind = self._kinds.setdefault(line["kind"], Counter(answers=0, kept=0))
-        of_kind.update(answers=1, kept=decision.is_kept)
+        kind_counts = self._kinds.setdefault(line["kind"], Counter(answers=0, kept=0))
+        kind_counts.update(answers=1, kept=decision.is_kept)
         self._questions[line["id"]] = decision.is_kept or self._questions.get(line["id"], False)
         if ACCURACY in line["rewards"]:
             self._accuracy += line["rewards"][ACCURACY]
@@ -120,8 +120,8 @@ class Selection:
 
     async def drops(self, prompt: Prompt, responses: Sequence[TextResponse]) -> dict[int, Decision]:
         """Return index → reason of each response that is dropped."""
-        of_question = self._question_drop(responses)
-        reasons = await asyncio.gather(*(self.drop(prompt, r, of_question) for r in responses))
+        question_drop = self._question_drop(responses)
+        reasons = await asyncio.gather(*(self.drop(prompt, r, question_drop) for r in responses))
         drops: dict[int, Decision] = {}
         first: dict[str, int] = {}
         for response, reason in zip(responses, reasons, strict=True):
@@ -134,22 +134,22 @@ class Selection:
         return drops
 
     async def drop(
-        self, prompt: Prompt, response: TextResponse, of_question: Decision | None = None
+        self, prompt: Prompt, response: TextResponse, question_drop: Decision | None = None
     ) -> Decision | None:
         """Return why a response by itself is dropped, None to keep it.
 
         Args:
             prompt: the question, for the filters.
             response: one response to it.
-            of_question: why all graded responses to this question are dropped."""
+            question_drop: why all graded responses to this question are dropped."""
         if response.refusal:
             return Decision("no_answer", response.refusal)
         if response.is_ungraded:
             return Decision(UNGRADED, response.reason)
         if not response.text.strip():
             return Decision("empty", "there is nothing to learn")
-        if of_question is not None:
-            return of_question
+        if question_drop is not None:
+            return question_drop
         keep = self.keep
         if keep.min_accuracy is not None:
             if response.rewards[ACCURACY] < keep.min_accuracy:

@@ -1,60 +1,14 @@
-"""A user's function that a recipe names as "module:function", and expensive results on disk: a
-judge's votes and rewritten responses are computed only once."""
+"""A user's function that a recipe names as "module:function"."""
 
 import asyncio
 import hashlib
 import inspect
-import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, RunError, UserError
-from megatron_r1.base.files.append_only import append_lines, whole_lines
-from megatron_r1.base.user_code import find_function, syntax_of
-
-Key = tuple[Any, ...]
-"""JSON values."""
-
-
-class ResultCache:
-    """JSON values by key in an append-only file; only their offsets are in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offsets: dict[str, int] = {}
-        self._end = 0  # of the last whole line; appending cuts off a torn one
-        if path.exists():
-            with path.open("rb") as file:
-                for offset, line in whole_lines(file):
-                    self._offsets[json.loads(line)["key"]] = offset
-                    self._end = offset + len(line)
-
-    def __contains__(self, key: Key) -> bool:
-        return _digest(key) in self._offsets
-
-    def __getitem__(self, key: Key) -> Any:
-        with self.path.open("rb") as file:
-            file.seek(self._offsets[_digest(key)])
-            return json.loads(file.readline())["value"]
-
-    def __setitem__(self, key: Key, value: Any) -> None:
-        """Store a value, durable when this returns."""
-        digest = _digest(key)
-        append_lines(self.path, [{"key": digest, "value": value}])
-        self._offsets[digest], self._end = self._end, self.path.stat().st_size
-
-    async def get(self, key: Key, compute: Callable[[], Awaitable[Any]]) -> Any:
-        """Return the value of `key`, computed and stored if it is missing."""
-        if key not in self:
-            self[key] = await compute()
-        return self[key]
-
-
-def _digest(key: Key) -> str:
-    text = json.dumps(key, ensure_ascii=True, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+from megatron_r1.base.user_code import find_function, module_syntax
 
 
 @dataclass(frozen=True)
@@ -119,7 +73,7 @@ def load_function(path: str, key: str, arguments: str) -> UserFunction:
             cause=Cause.MALFORMED,
         ) from None
     try:
-        syntax = syntax_of(path)
+        syntax = module_syntax(path)
     except ValueError:  # a compiled module has no source, and is taken to stay the same
         syntax = ""
     digest = hashlib.sha256(syntax.encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import rules_of
+from megatron_r1.config.algorithms import find_rules
 from megatron_r1.models.config import transformer_config
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.replay import Replay
@@ -25,7 +25,7 @@ from megatron_r1.trainer.passes import optimizer_step, run_passes
 
 def needs_critic(config: Config) -> bool:
     """Whether the recipe trains a policy with an algorithm that has a critic."""
-    return config.model.head == "language" and rules_of(config.rl.algorithm).critic
+    return config.model.head == "language" and find_rules(config.rl.algorithm).critic
 
 
 class Critic:
@@ -37,7 +37,7 @@ class Critic:
 
         Raises UserError for a model whose vocabulary is smaller than the policy's, else as
         `construction`."""
-        own = config.of_critic()
+        own = config.critic_recipe()
         hf = read_hf_config(own.model.path, "score", "critic.path")
         policy_tokens = read_hf_config(config.model.path)["vocab_size"]
         if hf["vocab_size"] < policy_tokens:
@@ -54,7 +54,6 @@ class Critic:
             own, hf, transformer, position.groups, score_std=0.0
         )
         Replay(self.model_chunks, None)  # recomputed layers choose the experts of their first pass
-        Replay(self.model_chunks, None)  # of recomputed layers' own choices
 
     def values(self, batches: list[PackedBatch]) -> None:
         """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_r1.config import ParallelConfig
 from megatron_r1.models import platform
 from megatron_r1.models.pipeline_stages import parse_layout
-from megatron_r1.trainer.sample import Buffer
+from megatron_r1.trainer.training_sample import Buffer
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection

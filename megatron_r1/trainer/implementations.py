@@ -45,6 +45,8 @@ def in_use(trainer: Trainer) -> dict[str, str]:
     config = trainer.transformer
     if "attention" in parts and config.transformer_impl == "transformer_engine":
         parts["attention"] += f": {config.attention_backend.name}{_flash_version()}"
+    if config.overlap_moe_expert_parallel_comm:
+        parts["dispatcher"] += ", behind another micro-batch's computation"
     fusions = [name for name, field in FIELDS.items() if getattr(config, field)]
     parts["fusions"] = ", ".join(fusions) or "none"
     if (lora := trainer.config.model.lora) is not None:

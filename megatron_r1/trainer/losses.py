@@ -104,8 +104,8 @@ def pairwise(batch: PackedBatch, scores: Scores, settings: object = None) -> Los
     Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
     are a pair, the chosen one first. Metrics: accuracy, the share of pairs whose chosen response
     scores higher; margin, s_chosen - s_rejected."""
-    of_samples = scores.of_samples()
-    margins = of_samples[0::2] - of_samples[1::2]
+    sample_scores = scores.at_last_tokens()
+    margins = sample_scores[0::2] - sample_scores[1::2]
     measured = {"accuracy": margins > 0, "margin": margins}
     return _reward_terms(batch, -logsigmoid(margins), measured, batch.num_trajectories // 2)
 
@@ -115,9 +115,9 @@ def pointwise(batch: PackedBatch, scores: Scores, settings: object = None) -> Lo
 
     Σ BCE(sigmoid(score), `batch.labels`), () fp32, with the number of samples. Metrics: accuracy,
     the share of scores on their label's side of 0; margin, the distance to 0 there."""
-    of_samples, labels = scores.of_samples(), batch.labels
-    margins = of_samples * (2 * labels - 1)
-    losses = binary_cross_entropy_with_logits(of_samples, labels, reduction="none")
+    sample_scores, labels = scores.at_last_tokens(), batch.labels
+    margins = sample_scores * (2 * labels - 1)
+    losses = binary_cross_entropy_with_logits(sample_scores, labels, reduction="none")
     return _reward_terms(
         batch, losses, {"accuracy": margins > 0, "margin": margins}, batch.num_trajectories
     )

@@ -15,7 +15,7 @@ import msgspec
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.algorithms import LossSettings, TokenSettings
 from megatron_r1.push.results import ConnectedSets, OpenedPush, SentWeights
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 MONITOR = b"monitor-"
 SUPERVISED = "megatron_r1.trainer.losses:supervised"

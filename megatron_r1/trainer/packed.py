@@ -32,13 +32,14 @@ from torch.distributed import ProcessGroup
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import held_positions, sample_order
-from megatron_r1.models.experts import RoutingShape
 from megatron_r1.models.packed_params import PackedParams, with_positions
 from megatron_r1.models.platform import to_device
-from megatron_r1.models.prefixes import first_positions, with_prefixes
+from megatron_r1.models.prefixes import Continued, with_prefixes
 from megatron_r1.models.replay import RecordedRouting
+from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.trainer.batch import PackedBatch
-from megatron_r1.trainer.sample import Sample, shared_prefixes
+from megatron_r1.trainer.shared_prompts import SharedTokens
+from megatron_r1.trainer.training_sample import Sample
 
 
 @dataclass(frozen=True)
@@ -144,20 +145,18 @@ def packed_batch(
         split: how its tokens are divided between ranks.
         device: the device of the tensors.
         routing: the part of the samples' routing that this rank replays, if any.
-        share_prompts: prompts that several samples have lie at the beginning, once, without their
-            last token (`models.prefixes`).
+        share_prompts: tokens that an earlier sample has are not there again (`SharedTokens`,
+            `models.prefixes`).
         num_predicted: MTP layers that are trained."""
-    placement = _place(samples, split, shared_prefixes(samples) if share_prompts else [])
+    placement = _place(samples, split, share_prompts)
     cu_seqlens, total = placement.cu_seqlens, int(placement.cu_seqlens[-1])
     tokens = _tokens(samples, placement)
     on_device = partial(to_device, device=device)
     attention_cu_seqlens = on_device(cu_seqlens.int())
     position = torch.arange(total) - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
-    if placement.prefixes:
-        with_prefixes(attention_cu_seqlens, torch.tensor(placement.links))
-        first = first_positions(attention_cu_seqlens)
-        assert first is not None, "marked above"
-        position += first.repeat_interleave(cu_seqlens.diff())
+    if placement.continued is not None:
+        with_prefixes(attention_cu_seqlens, placement.continued)
+        position += placement.continued.first.repeat_interleave(cu_seqlens.diff())
     held = held_positions(cu_seqlens, split.context_rank, split.context)
     own_tokens = held.view(split.tensor, -1)[split.tensor_rank]
     # The inverse of `held`, -1 for positions on other context ranks.
@@ -190,7 +189,7 @@ def packed_batch(
         labels=on_device(torch.tensor([s.label for s in samples], dtype=torch.float32)),
         logprobs={"teacher": on_device(teacher)} if has_teacher else {},
         sequence_weights=on_device(weights) if has_branches else None,
-        num_shared=sum(placement.skipped) - sum(count for _, count in placement.prefixes),
+        num_shared=sum(placement.skipped),
         routing=_packed_routing(samples, placement.starts, own_tokens, routing, device)
         if routing
         else None,
@@ -217,39 +216,38 @@ def _predicted(
 
 
 class Placement(NamedTuple):
-    """The positions of a micro-batch's tokens: shared prefixes first, then samples, then padding.
+    """The positions of a micro-batch's tokens: samples, then padding.
 
     Attributes:
-        cu_seqlens: (prefixes + samples + padding + 1,) int64, from 0 to T.
-        starts: the position of each sample's token 0. If a shared prefix has its first `skipped`
+        cu_seqlens: (samples + padding + 1,) int64, from 0 to T.
+        starts: the position of each sample's token 0. If an earlier sample has its first `skipped`
             tokens, starts is the position of its first own token less `skipped`: starts + i is
             token i's position for every own token.
-        prefixes: (indices of samples, shared tokens) of each.
-        links: for each segment the number of the prefix that it continues, -1 for none."""
+        continued: the earlier samples that these continue; None where none does."""
 
     cu_seqlens: Tensor
     starts: list[int]
     skipped: list[int]
-    prefixes: list[tuple[list[int], int]]
-    links: list[int]
+    continued: Continued | None
 
 
-def _place(
-    samples: list[Sample], split: TokenSplit, prefixes: list[tuple[list[int], int]]
-) -> Placement:
-    before, skipped = [-1] * len(samples), [0] * len(samples)
-    for number, (members, count) in enumerate(prefixes):
-        for member in members:
-            before[member], skipped[member] = number, count
-    own_lengths = [len(sample) - skip for sample, skip in zip(samples, skipped, strict=True)]
-    padded = [count for _, count in prefixes]
-    padded += [length + -length % split.sample_multiple for length in own_lengths]
+def _place(samples: list[Sample], split: TokenSplit, share_prompts: bool) -> Placement:
+    shared = SharedTokens()
+    if share_prompts:
+        own_lengths = [shared.add(sample) for sample in samples]
+    else:
+        own_lengths = [len(sample) for sample in samples]
+    skipped = shared.skipped or [0] * len(samples)
+    padded = [length + -length % split.sample_multiple for length in own_lengths]
     filler = -sum(padded) % split.batch_multiple if padded else split.batch_multiple
     cu_seqlens = torch.tensor([0, *padded, *([filler] if filler else [])]).cumsum(0)
-    own_starts = cu_seqlens.tolist()[len(prefixes) : len(prefixes) + len(samples)]
+    own_starts = cu_seqlens.tolist()[: len(samples)]
     starts = [start - skip for start, skip in zip(own_starts, skipped, strict=True)]
-    links = [-1] * len(prefixes) + before + [-1] * bool(filler)
-    return Placement(cu_seqlens, starts, skipped, prefixes, links)
+    continued = None
+    if any(skipped):
+        hosts, firsts = [*shared.hosts, *[-1] * bool(filler)], [*skipped, *[0] * bool(filler)]
+        continued = Continued(torch.tensor(hosts), torch.tensor(firsts))
+    return Placement(cu_seqlens, starts, skipped, continued)
 
 
 def _tokens(samples: list[Sample], placement: Placement) -> Tensor:
@@ -257,10 +255,6 @@ def _tokens(samples: list[Sample], placement: Placement) -> Tensor:
     # bytearray: torch warns of a read-only buffer.
     ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
     tokens = torch.zeros(int(placement.cu_seqlens[-1]), dtype=torch.int64)
-    for (members, count), at in zip(
-        placement.prefixes, placement.cu_seqlens.tolist(), strict=False
-    ):
-        tokens[at : at + count] = ids[members[0]][:count]
     for own, start, skip in zip(ids, placement.starts, placement.skipped, strict=True):
         tokens[start + skip : start + len(own)] = own[skip:]
     return tokens
@@ -333,7 +327,7 @@ class Scores:
     every: Tensor
     context_group: ProcessGroup
 
-    def of_samples(self) -> Tensor:
+    def at_last_tokens(self) -> Tensor:
         """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
         at = self.batch.last_tokens
         held = torch.where(at >= 0, self.every[at.clamp(min=0)], 0.0)

@@ -46,10 +46,14 @@ def run_passes(
     Returns:
         The reports of `compute`, one per micro-batch, on the last pipeline stage."""
 
-    def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple:
+    def forward_step(
+        iterator: Iterator[PackedBatch], model: torch.nn.Module, return_schedule_plan: bool = False
+    ) -> tuple:
         batch = next(iterator)
         more = inputs(model, batch) if inputs else {}
-        out = model(
+        # Asked for with parallel.overlap_expert_exchange; `model` is then bare.
+        run: Any = model.build_schedule_plan if return_schedule_plan else model
+        out = run(
             batch.input_ids,
             batch.position_ids,
             None,

@@ -83,7 +83,7 @@ def _request(frame: FrameType, groups: ProcessGroupCollection | None) -> str | N
     if not any(isinstance(value, dist.Work) for value in values):
         return None
     among = {value for value in values if isinstance(value, dist.ProcessGroup)}
-    shown = _ranks_of(among.pop(), groups) if len(among) == 1 else ""
+    shown = _describe_ranks(among.pop(), groups) if len(among) == 1 else ""
     return f"a request{shown}, waited for by {_place(frame)}"
 
 
@@ -106,7 +106,7 @@ def _describe(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
     caller = frame.f_back
     while caller is not None and (_is_in(caller, C10D) or caller.f_code.co_name == "wrapper"):
         caller = caller.f_back
-    words = f"{frame.f_code.co_name}{_among(frame, groups)}"
+    words = f"{frame.f_code.co_name}{_describe_group(frame, groups)}"
     if caller is None:
         return words
     return f"{words}, asked for by {_place(caller)}"
@@ -118,7 +118,7 @@ def _place(frame: FrameType) -> str:
     return f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
 
 
-def _among(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
+def _describe_group(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
     """Return " among ranks …" from the function's `group` argument; "" where it is unknown."""
     import torch.distributed as dist
 
@@ -129,19 +129,19 @@ def _among(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
         return ""
     group = group or dist.group.WORLD
     assert group is not None, "torch.distributed is initialized"
-    return _ranks_of(group, groups)
+    return _describe_ranks(group, groups)
 
 
-def _ranks_of(group: ProcessGroup, groups: ProcessGroupCollection | None) -> str:
+def _describe_ranks(group: ProcessGroup, groups: ProcessGroupCollection | None) -> str:
     """Return " among ranks …" with the axes of the group."""
     import torch.distributed as dist
 
-    ranks, axes = dist.get_process_group_ranks(group), _axes_of(group, groups)
+    ranks, axes = dist.get_process_group_ranks(group), _group_axes(group, groups)
     shown = ", ".join(map(str, ranks[:16])) + (f", … {len(ranks)} in all" if ranks[16:] else "")
     return f" among ranks {shown}" + (f" ({' and '.join(axes)})" if axes else "")
 
 
-def _axes_of(group: ProcessGroup, groups: ProcessGroupCollection | None) -> list[str]:
+def _group_axes(group: ProcessGroup, groups: ProcessGroupCollection | None) -> list[str]:
     """Return the parallel axes whose group this is, or else those whose groups have its ranks."""
     import torch.distributed as dist
 

@@ -19,10 +19,10 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings, TokenSettings
 from megatron_r1.models import fp8, platform, weights
-from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.gradients import gradient_sum
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.replay import Replay
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import Head, PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
@@ -48,8 +48,9 @@ from megatron_r1.trainer.packed import (
 )
 from megatron_r1.trainer.passes import Compute, free_gradients, optimizer_step, run_passes
 from megatron_r1.trainer.reference import Reference
-from megatron_r1.trainer.sample import ReplicaSamples, Sample, check_shared_prompts
+from megatron_r1.trainer.shared_prompts import check_shared_prompts
 from megatron_r1.trainer.token_advantages import ScoredRollout
+from megatron_r1.trainer.training_sample import ReplicaSamples, Sample
 
 
 class Trainer:
@@ -365,8 +366,8 @@ class Trainer:
         if has_score_head(self.hf):
             scores: Any = self._scores(batch, out)
             return loss(batch, scores, settings)
-        of_policy = settings is not None
-        return loss(batch, self._head(batch, out, temperature, records_old=of_policy), settings)
+        is_policy = settings is not None
+        return loss(batch, self._head(batch, out, temperature, records_old=is_policy), settings)
 
     def _scores_only(self, batch: PackedBatch, out: Tensor) -> list[float]:
-        return self._scores(batch, out).of_samples().tolist()
+        return self._scores(batch, out).at_last_tokens().tolist()

@@ -32,7 +32,7 @@ from megatron_r1.trainer.operations import (
     operation_names,
 )
 from megatron_r1.trainer.rank_monitor import IDLE, RankMonitor, collective
-from megatron_r1.trainer.sample import decode_samples
+from megatron_r1.trainer.training_sample import decode_samples
 
 
 def serve_under_torchrun(config: Config, find_controller: Callable[[], str | None]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from megatron_r1.base.files.append_only import read_lines, write_lines
+from megatron_r1.base.files.json_lines import read_lines, write_lines
 from tests.chaos.user import User
 from tools.bench.host import megatron_r1, run_to_end
 from tools.bench.small_models import qwen2, write_folder

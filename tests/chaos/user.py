@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from megatron_r1.base.files.append_only import FramedFile
+from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.controller.rollouts.sample_log import Accepted, decode
 from tools.bench.host import environment

@@ -29,12 +29,13 @@ class Peer:
             wrong fields, a status with a text, `cut` to close the connection, or `hang`.
         cuts: a path on which it closes the connection.
         fails: path → text of its status 500.
-        holds: path → event that it waits for."""
+        holds: path → event that it waits for.
+        asked: the number of responses of each generate call that it answered."""
 
     def __init__(self, reply, cuts=None, fails=None, holds=None):
         self.cuts, self.fails, self.holds = cuts, fails or {}, holds or {}
         self.reply, self.num_calls, self.is_running = reply, 0, False
-        self.is_lost, self.called = False, []
+        self.is_lost, self.called, self.asked = False, [], []
 
     def __call__(self, model, log, **settings):
         self.is_running = True
@@ -67,6 +68,7 @@ class Peer:
         if isinstance(reply, tuple):
             return web.Response(status=reply[0], text=reply[1])
         n = json.loads(body)["sampling_params"]["n"]
+        self.asked.append(n)
         return web.json_response({"choices": [choice(**reply)] * n})
 
     def start(self): ...

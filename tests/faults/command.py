@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import yaml
 
-from megatron_r1.base.files.append_only import append_lines, read_lines
+from megatron_r1.base.files.json_lines import append_lines, read_lines
 
 TABLE = Path("tests/faults/mutations.yaml")
 FOLDERS = {

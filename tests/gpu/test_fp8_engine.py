@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron_r1.config import FP8Config
-from megatron_r1.models.fp8 import check_device, find_fp8_recipe, fp8_linear
+from megatron_r1.models.fp8 import find_fp8_recipe, fp8_linear
+from megatron_r1.models.fp8_transformer_engine import check_device
 
 ENGINE_RECIPES = {
     "blockwise": "Float8BlockScaling",

@@ -48,7 +48,7 @@ def test_what_another_process_writes_is_here_and_its_checksums_agree():
     try:
         for push in (1, 2):
             pushes.put(push)
-            receiver.buffer.wait(push, 60)
+            receiver.arrivals.wait(push, 60)
             assert receiver.memory.is_cuda
             for slot, sent in zip(SLOTS, sources(push), strict=True):
                 received = slot_view(receiver.memory, slot).cpu()

@@ -9,7 +9,8 @@ import textwrap
 import pytest
 from fakes.model_service import Served, by_answer, judge_that, said, sections, verdict
 from r1_grading.served.judge import Comparison, Judge, JudgeSettings, read_verdict
-from r1_grading.served.service import ServiceError, Ungradable, check_options
+from r1_grading.served.remote_rewards import check_options
+from r1_grading.served.service import ServiceError, Ungradable
 from refusals import refused
 
 from megatron_r1.base.errors import Cause

@@ -6,7 +6,7 @@ import pytest
 from r1_grading import logic, math, read_answer
 from r1_grading.reading import READINGS
 
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.config import Config
 from megatron_r1.evaluation.voting import read_vote
 

@@ -9,7 +9,8 @@ from fakes.model_service import Served, by_answer, judge_that
 from r1_grading import RewardPool
 from r1_grading.rewards import REMOTE, resolve
 from r1_grading.served import judge, service
-from r1_grading.served.service import ServiceError, check_options, settings_names
+from r1_grading.served.remote_rewards import check_options, settings_names
+from r1_grading.served.service import ServiceError
 from r1_grading.terms import call_fields
 from refusals import refused
 from waiting import until

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from r1_grading import Grade, RewardPool
-from r1_grading.calls import of_signature
+from r1_grading.calls import adapt_signature
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
@@ -63,7 +63,7 @@ async def awaited_verl(data_source, solution_str, ground_truth, extra_info=None)
 @pytest.mark.parametrize("row", [ROW, ROW | {"data_source": "gsm8k", "extra_info": {"index": 4}}])
 @pytest.mark.parametrize("function", [exact, detailed, by_source])
 def test_a_function_of_verl_means_what_it_does_there(function, row, text):
-    grade = of_signature(function, "m:f")(text, "13", **row)
+    grade = adapt_signature(function, "m:f")(text, "13", **row)
     assert isinstance(grade, Grade) and grade.is_graded
     assert grade.reward == as_verl_calls(function, row, text, "13")
 
@@ -113,18 +113,18 @@ async def by_helper(completions, **kwargs):
     ],
 )
 def test_a_function_of_trl_means_what_it_does_there(function, is_chat, text):
-    grade = of_signature(function, "m:f")(text, "13", **ROW)
+    grade = adapt_signature(function, "m:f")(text, "13", **ROW)
     assert isinstance(grade, Grade) and grade.is_graded
     assert grade.reward == as_trl_calls(function, ROW | {"answer": "13"}, text, "13", is_chat)
 
 
 def test_a_row_s_own_column_wins_over_the_truth_and_an_option_over_the_form():
     own = ROW | {"answer": "12"}
-    assert of_signature(right_by_kwargs, "m:f")("it is 12", "13", **own).reward == 1
+    assert adapt_signature(right_by_kwargs, "m:f")("it is 12", "13", **own).reward == 1
     messages = {"completions": "messages"}
-    assert of_signature(lengths, "m:f")("it is 12", "13", **ROW, **messages).reward == 0.5
+    assert adapt_signature(lengths, "m:f")("it is 12", "13", **ROW, **messages).reward == 0.5
     with pytest.raises(TypeError, match="completions: messages"):
-        of_signature(right, "m:f")("13", "13", **ROW | {"completions": "text", "answer": 13})
+        adapt_signature(right, "m:f")("13", "13", **ROW | {"completions": "text", "answer": 13})
 
 
 def trl_scores(completions, **kwargs):
@@ -133,15 +133,15 @@ def trl_scores(completions, **kwargs):
 
 @pytest.mark.parametrize("result", [0.5, [], [0.5, 0.5], ["1"], None])
 def test_what_trl_would_not_accept_is_an_error(result):
-    assert of_signature(trl_scores, "m:f")("13", "13").reward == 0.25
+    assert adapt_signature(trl_scores, "m:f")("13", "13").reward == 0.25
     with pytest.raises(TypeError):
-        of_signature(lambda completions, **kwargs: result, "m:f")("13", "13")
+        adapt_signature(lambda completions, **kwargs: result, "m:f")("13", "13")
 
 
 @pytest.mark.parametrize("result", [{"acc": 1}, None, "1", float("nan"), float("inf")])
 def test_what_verl_would_not_accept_is_an_error(result):
     with pytest.raises((TypeError, ValueError)):
-        of_signature(lambda solution_str, ground_truth: result, "m:f")("13", "13")
+        adapt_signature(lambda solution_str, ground_truth: result, "m:f")("13", "13")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_what_verl_would_not_accept_is_an_error(result):
 )
 def test_a_signature_of_a_library_that_is_not_accepted_is_named(function, library):
     with refused("m:f", Cause.UNSUPPORTED, library, "response"):
-        of_signature(function, "m:f")
+        adapt_signature(function, "m:f")
 
 
 def test_all_of_them_work_in_a_worker(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from r1_grading.terms import combine
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.base.user_code import find_function
 
 ANSWERS = list(read_lines(Path(__file__).with_name("answers.jsonl")))

@@ -1,6 +1,7 @@
 """Checkpoints of the trainer with Transformer Engine's layers, on the null GPU."""
 
 import pytest
+from nullgpu.conftest import TORCHRUN
 from nullgpu.random_weights import write_random
 from small_models import DEEPSEEK, QWEN
 
@@ -90,3 +91,10 @@ def test_a_defect_of_the_past_is_found_when_it_is_planted_again(
     with pytest.raises(pytest.fail.Exception) as failed:
         round_trip(on_null_gpu, models, "deepseek", settings, defect)
     assert message in str(failed.value)
+
+
+def test_an_offloaded_optimizer_is_on_the_host_and_updates_and_resumes_as_any(
+    on_null_gpu, models, tmp_path
+):
+    script = ["offload_on_null_gpu.py", str(models / "qwen"), str(tmp_path), "one"]
+    assert "one holds" in on_null_gpu(*TORCHRUN, *script)

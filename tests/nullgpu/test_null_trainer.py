@@ -61,3 +61,12 @@ def test_every_split_does_too_and_continues_from_anothers_checkpoint(
     on_null_gpu(*TORCHRUN, f"--nproc-per-node={gpus}", *script, gpus=gpus)
     for grid in grids:
         assert_same(model, on_cpu / "one", tmp_path, grid)
+
+
+@pytest.mark.parametrize("exact_scales", ["0", "1"])
+def test_products_of_fp8_blocks_are_those_of_the_emulation(on_null_gpu, exact_scales):
+    """Of experts with and without tokens: rounded operands, from Transformer Engine's storage."""
+    settings = {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": exact_scales, "TORCHDYNAMO_DISABLE": "1"}
+    printed = on_null_gpu("blockwise_layers.py", **settings).splitlines()[-1]
+    apart, rounding = (float(part.split()[1]) for part in printed.split(", "))
+    assert apart < 1e-6 < 0.01 < rounding < 0.1, printed

@@ -22,7 +22,7 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 SETTINGS = {
     "rloo": {"kl_beta": 0.5},

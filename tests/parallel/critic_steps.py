@@ -18,7 +18,7 @@ from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models import read_hf_config, weights
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 TOLERANCE = 2e-5
 POLICY_LOSS = "megatron_r1.trainer.losses:supervised"

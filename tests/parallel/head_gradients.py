@@ -17,7 +17,7 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.models import build, lm_head_weight
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.losses import LossTerms, denominator, supervised
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 GRPO = "megatron_r1.controller.algorithms.grpo:loss"
 SUPERVISED = "megatron_r1.trainer.losses:supervised"

@@ -17,7 +17,7 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 SETTINGS = LossSettings(average="token", clip_low=0.2, clip_high=0.2)

@@ -19,7 +19,7 @@ from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models import platform
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.trainer.losses:supervised"
 SHARES = (0.0, 0.5, 1.0)
@@ -49,15 +49,7 @@ def pretend_to_have_a_gpu() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", True)
             patch.setattr(torch.Tensor, "pin_memory", lambda self: self.as_subclass(HostTensor))
-            groups = divide(self, fraction)
-        on_host, everywhere = (
-            sum(p.numel() for part in parts for group in part for p in group["params"])
-            for parts in (groups[:1], groups[:2])
-        )
-        largest = max(p.numel() for group in self.param_groups for p in group["params"])
-        # It takes whole parameters until they are the share.
-        assert fraction * everywhere <= on_host <= fraction * everywhere + largest
-        return groups
+            return divide(self, fraction)
 
     HybridDeviceOptimizer._get_sub_optimizer_param_groups = divide_as_on_a_gpu
 
@@ -87,6 +79,27 @@ def weights(trainer) -> list[torch.Tensor]:
     return [p.detach().clone() for chunk in trainer.model_chunks for p in chunk.parameters()]
 
 
+def check_places(optimizer, share: float) -> None:
+    """Assert that what updates the share of an optimizer's parameters is in host memory, master
+    weights and moments, and what updates the others on the trainer's device."""
+    found = []
+    for parts, device in (
+        (optimizer.cpu_optimizers, "cpu"),
+        ([optimizer.gpu_optimizer] if optimizer.gpu_optimizer else [], platform.device().type),
+    ):
+        count = 0
+        for part in parts:
+            for parameter, state in part.state.items():
+                kept = [parameter, state["exp_avg"], state["exp_avg_sq"]]
+                assert all(tensor.device.type == device for tensor in kept), (share, device)
+                assert all(tensor.dtype == torch.float32 for tensor in kept), (share, device)
+                count += parameter.numel()
+        found.append(count)
+    largest = max(p.numel() for group in optimizer.param_groups for p in group["params"])
+    # It takes whole parameters until they are the share.
+    assert share * sum(found) <= found[0] <= share * sum(found) + largest, (share, found)
+
+
 def assert_equal(found: tuple, expected: tuple, where: str) -> None:
     assert found[0] == expected[0], f"{where}: {found[0]}, and {expected[0]} without an offload"
     for got, want in zip(found[1], expected[1], strict=True):
@@ -107,6 +120,8 @@ def an_offload_changes_nothing(model: str, grid: str, position, out: Path) -> No
         assert hybrid == [share > 0] * len(parts), f"{grid}: {hybrid} of parts with {share}"
         start = weights(trainer)
         metrics = [update(trainer, position, seed) for seed in (1, 2)]
+        for part in parts if share else []:
+            check_places(part.optimizer, share)
         stopped.append((metrics, weights(trainer)))
         assert not all(map(torch.equal, start, stopped[-1][1])), f"{grid}: nothing was trained"
         folders = Folders(trainer)

@@ -16,7 +16,7 @@ from megatron_r1 import models
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.trainer.losses:supervised"
 

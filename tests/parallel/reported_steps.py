@@ -15,7 +15,7 @@ from grids import parallel_settings
 from megatron_r1.config import Config
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.trainer.losses:supervised"
 

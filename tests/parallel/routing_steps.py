@@ -18,7 +18,7 @@ from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.trainer.losses:supervised"
 RECOMPUTE = {
@@ -41,7 +41,7 @@ def config(model: str, grid: str, replay: bool = True) -> Config:
     )
 
 
-def sample_of(entry: dict) -> Sample:
+def make_sample(entry: dict) -> Sample:
     ids, length = entry["ids"], entry["prompt_length"]
     flat = torch.tensor(entry["routing"], dtype=torch.uint8).flatten().tolist()
     return Sample.pack(ids[:length], ids[length:], entry["logprobs"], routing=bytes(flat))
@@ -105,7 +105,7 @@ def main() -> None:
     global POSITION
     model, folder, *grids = sys.argv[1:]
     out = Path(folder)
-    samples = [sample_of(s) for s in json.loads((out / "samples.json").read_text())["samples"]]
+    samples = [make_sample(s) for s in json.loads((out / "samples.json").read_text())["samples"]]
     for grid in grids:
         settings = config(model, "one" if grid == "own" else grid)
         POSITION = distributed.initialize(settings.parallel, seed=0)

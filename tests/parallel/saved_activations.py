@@ -10,7 +10,7 @@ import torch
 
 from megatron_r1.config import Config
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 SAMPLES, LENGTH = 8, 32
 

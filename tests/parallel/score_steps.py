@@ -31,7 +31,7 @@ from megatron_r1.trainer.checkpoints.contents import without_extra_state  # noqa
 from megatron_r1.trainer.metrics import merge, reduce_over_data  # noqa: E402
 from megatron_r1.trainer.packed import TokenSplit, packed_batch  # noqa: E402
 from megatron_r1.trainer.passes import run_passes  # noqa: E402
-from megatron_r1.trainer.sample import Sample  # noqa: E402
+from megatron_r1.trainer.training_sample import Sample  # noqa: E402
 
 # fp32 and another order of sums; scores have a standard deviation of 1.
 SCORE_TOLERANCE = 2e-5
@@ -58,7 +58,7 @@ def seen(batch, out):
 
 
 def keep_scores(batch, out):
-    return seen(batch, out).of_samples()
+    return seen(batch, out).at_last_tokens()
 
 
 def compute(loss, batch, out):

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from trainer_steps import SETTINGS, TEMPERATURE, config
 
 from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
+from megatron_r1.models import platform
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 # fp32 sums in another order, through two updates with a large learning rate.
@@ -20,7 +21,8 @@ TOLERANCE = 2e-4
 
 
 def samples() -> list[Sample]:
-    """Three prompts with five responses each, in random order, and one of its own."""
+    """Three prompts with five responses each, in random order, one of its own, and two episodes of
+    two branches each, of which the second goes on after a turn of the first."""
     draw = random.Random(4)
     made = []
     for prompt, count in ((20, 5), (2, 5), (11, 5), (7, 1)):
@@ -29,6 +31,21 @@ def samples() -> list[Sample]:
             response = [draw.randrange(67) for _ in range(draw.randrange(1, 20))]
             logprobs = [-draw.uniform(3, 6) for _ in response]
             made.append(Sample.pack(tokens, response, logprobs, draw.uniform(-2, 2)))
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(67) for _ in range(count)]
+
+    prompt = tokens(20)
+    for _ in range(2):
+        turn = tokens(8)
+        for known in (0, 8):
+            given, answer = tokens(3), tokens(6)
+            whole = [*prompt, *turn, *given, *answer]
+            mask = bytes(20 + known) + bytes([1]) * (8 - known) + bytes(3) + bytes([1]) * 6
+            logprobs = [-draw.uniform(3, 6) for _ in whole]
+            sampled = 6 + 8 - known
+            share = {"weight": sampled / 20, "num_trajectories": int(not known)}
+            made.append(Sample.pack_branch(whole, mask, logprobs, draw.uniform(-2, 2), **share))
     draw.shuffle(made)
     return made
 
@@ -60,7 +77,7 @@ def main() -> None:
         (own, weights), (shared, same) = (play(settings, position, s) for s in (False, True))
         gaps = [abs(a[key] - b[key]) for a, b in zip(own, shared, strict=True) for key in a]
         gaps.append((weights - same).abs().max().item())
-        worst = torch.tensor(max(gaps))
+        worst = torch.tensor(max(gaps), device=platform.device())
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         if dist.get_rank() == 0:
             print(f"{name} {grid}: {worst.item():.1e}", flush=True)

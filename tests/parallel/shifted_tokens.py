@@ -11,7 +11,7 @@ from megatron.core.transformer import multi_token_prediction
 from megatron_r1.models import patches, platform
 from megatron_r1.models.context_parallel import held_positions
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 MEGATRON = multi_token_prediction._roll_tensor_packed_seq
 

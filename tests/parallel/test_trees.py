@@ -28,8 +28,9 @@ def trees(oracle) -> Path:
     ("num_ranks", "grids"),
     [
         (2, ["cp2"]),
+        (1, ["one+shared"]),
         pytest.param(1, ["one"], marks=pytest.mark.slow),
-        pytest.param(2, ["dp2", "tp2", "pp2"], marks=pytest.mark.slow),
+        pytest.param(2, ["dp2", "tp2", "pp2", "tp2+shared"], marks=pytest.mark.slow),
         pytest.param(8, ["tp2xcp2xdp2"], marks=pytest.mark.slow),
     ],
 )

@@ -20,7 +20,7 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 TEMPERATURE = 0.8
 SETTINGS = LossSettings(

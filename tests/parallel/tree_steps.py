@@ -1,7 +1,8 @@
 """Updates on trees of turns on these ranks: `tree_steps.py MODEL OUT GRID…`.
 
-Every grid gets the branches of the same trees, spread as the controller spreads them. Metrics go to
-OUT/GRID.json, the weights after all updates to OUT/GRID.safetensors.
+Every grid gets the branches of the same trees, spread as the controller spreads them; GRID+shared
+with `parallel.share_prompts`. Metrics go to OUT/GRID.json, the weights after all updates to
+OUT/GRID.safetensors.
 """
 
 import json
@@ -30,13 +31,14 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.training_samples import training_samples
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack, pack_by_prompt
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.episodes import Episode
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import weights
-from megatron_r1.trainer import distributed
+from megatron_r1.trainer import distributed, shared_prompts
 
+shared_prompts.LEAST_SHARED = 1  # the turns of these trees are short
 LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 
 
@@ -58,10 +60,11 @@ def samples(seed: int):
         responses.append(GradedResponse(episode.response(), "", {}, 0.0, "", episode=episode))
         advantages.append(advantage)
     group = Group(make_prompt("?", "math", "2", {}), [1], responses)
-    return [sample for branches in training_samples([group], [advantages]) for sample in branches]
+    return [branch for branches in training_samples([group], [advantages]) for branch in branches]
 
 
 def config(model: str, grid: str) -> Config:
+    grid, _, shared = grid.partition("+")
     return Config.model_validate(
         {
             "model": {"path": model, "dtype": "float32"},
@@ -70,6 +73,7 @@ def config(model: str, grid: str) -> Config:
                 **parallel_settings(grid),
                 "tokens_per_microbatch": 60,
                 "threads": 1,
+                "share_prompts": bool(shared),
             },
         }
     )
@@ -79,9 +83,14 @@ def load(trainer, position, seeds) -> None:
     steps = []
     for seed in seeds:
         made = samples(seed)
-        plan = pack([len(s) for s in made], position.data_size, 60).shares[position.data_rank]
+        if shares := trainer.config.parallel.share_prompts:
+            packing = pack_by_prompt(made, position.data_size, 60, float)
+        else:
+            packing = pack([len(s) for s in made], position.data_size, 60)
+        plan = packing.shares[position.data_rank]
         steps.append([[made[i] for i in members] for members in plan])
-    trainer.load(steps)
+    loaded = trainer.load(steps)
+    assert not shares or not position.last_stage or loaded["packing/shared"] > 0.05
     trainer.compute_logprobs(TEMPERATURE, reference=True)
 
 

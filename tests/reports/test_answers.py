@@ -7,7 +7,7 @@ from r1_grading import math
 from r1_grading.code import equal_output, equal_result
 from r1_grading.code.problem import parse_problem
 
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 
 ROWS = list(read_lines(Path(__file__).with_name("answers.jsonl")))
 

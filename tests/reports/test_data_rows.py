@@ -6,12 +6,12 @@ import pytest
 from r1_grading import RewardPool, RewardTerms, code, exact_match
 from r1_grading import math as math_reward
 from r1_grading.code import equal_output
-from r1_grading.code.problem import language_of, parse_problem
+from r1_grading.code.problem import parse_language, parse_problem
 from r1_grading.terms import RewardUnusable
 from r1_grading.truths import NO_TRUTH, is_none
 from refusals import refused
 
-from megatron_r1.agents.player import row_of
+from megatron_r1.agents.player import reset_arguments
 from megatron_r1.base.errors import Cause
 from megatron_r1.data.chats import read_chat, tool_calls
 from megatron_r1.data.prompts import Prompt, load_prompts
@@ -53,7 +53,7 @@ def test_null_results_stay_and_padded_keyword_arguments_go():
 
 def test_null_keys_of_a_row_and_of_a_call_count_as_absent():
     fields = {"tools_kwargs": {"calc": {"create": {"x": 1, "y": None}}, "search": None}, "n": None}
-    row = row_of(Prompt("p", "q", "environment", {"a": None}, fields))
+    row = reset_arguments(Prompt("p", "q", "environment", {"a": None}, fields))
     assert row == {
         **{"question": "q", "truth": {}, "n": None},
         "tools_kwargs": {"calc": {"create": {"x": 1}}},
@@ -338,13 +338,13 @@ def test_asserts_of_truth_and_of_values_of_json_are_read():
 
 def test_languages_are_spelled_as_data_sets_do():
     for name in ("Python", "python3", "PYTHON 3", "py", "Python 3.11", "PyPy3"):
-        assert language_of(name) == "python"
+        assert parse_language(name) == "python"
     for name in ("C++", "cpp", "c++17", "C++ 20", "GNU C++17", "g++"):
-        assert language_of(name) == "cpp"
-    assert language_of(None) is None and language_of(" ") is None
+        assert parse_language(name) == "cpp"
+    assert parse_language(None) is None and parse_language(" ") is None
     for name in ("java", "c", 3, "English"):
         with pytest.raises(ValueError, match="python, cpp"):
-            language_of(name)
+            parse_language(name)
     problem = parse_problem({"language": "C++", "test_cases": CASES}, None)
     assert problem.language == "cpp"
     with pytest.raises(ValueError, match="cpp.*python"):

@@ -20,13 +20,13 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
-from megatron_r1.trainer.sample import Sample
 from megatron_r1.trainer.token_advantages import (
     ScoredRollout,
     discounted_sums,
     gae,
     penalized_rewards,
 )
+from megatron_r1.trainer.training_sample import Sample
 
 VOCABULARY, HIDDEN, LIMIT = 7, 4, 12
 

@@ -12,6 +12,11 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.models.weights.adapter_table import (
+    PEFT_PREFIX,
+    adapter_config,
+    adapter_table,
+)
 from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.checksum import copy_with_checksum
@@ -24,10 +29,12 @@ from megatron_r1.push.transports.base import gpu_uuid
 
 class FileTrainer:
     """Of the model that `config` describes; `load` puts a folder's weights in place. drafts: with
-    its MTP layers."""
+    its MTP layers. lora: of adapters alone."""
 
-    def __init__(self, config, drafts=False):
-        self.shapes = dict(pushed_tensors(config, fp8=False, drafts=drafts))
+    def __init__(self, config, drafts=False, lora=None):
+        adapters = lora and adapter_table(config, lora)
+        self.shapes = dict(pushed_tensors(config, fp8=False, drafts=drafts, adapters=adapters))
+        self.prefix = PEFT_PREFIX if lora else ""
         self.tensors = {name: torch.zeros(shape) for name, shape in self.shapes.items()}
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         held = {
@@ -39,12 +46,20 @@ class FileTrainer:
         # On the GPU of the calling thread, if it has one.
         gpus = [gpu_uuid(torch.cuda.current_device())] if torch.cuda.is_initialized() else ()
         self.sender = WeightSender(
-            config, grid, held, self.store, stages=stages, drafts=drafts, gpus=gpus
+            config,
+            grid,
+            held,
+            self.store,
+            stages=stages,
+            drafts=drafts,
+            gpus=gpus,
+            adapters=adapters,
         )
 
     def load(self, folder):
-        for name, tensor in load_file(folder / "model.safetensors").items():
-            if name in self.tensors:
+        file = "adapter_model.safetensors" if self.prefix else "model.safetensors"
+        for stored, tensor in load_file(folder / file).items():
+            if (name := stored.removeprefix(self.prefix)) in self.tensors:
                 self.tensors[name].copy_(tensor)
 
     async def call(self, operation, **arguments):
@@ -73,13 +88,20 @@ class FilePusher:
         tensors=None,
         drafts=False,
         colocated=False,
+        lora=None,
         **settings,
     ):
-        self.trainer = FileTrainer(config, drafts)
+        self.trainer = FileTrainer(config, drafts, lora)
         self.fleet = fleet
         tensors = tensors or list(self.trainer.shapes.items())
         push = PushConfig(**settings)
-        links = EngineLinks(self.trainer, push, tensors, layout or {}, colocated=colocated)
+        adapter = None
+        if lora is not None:
+            known = adapter_config(adapter_table(config, lora), lora, "")
+            adapter = {"prefix": PEFT_PREFIX, "config": known}
+        links = EngineLinks(
+            self.trainer, push, tensors, layout or {}, colocated=colocated, adapter=adapter
+        )
         self.pusher = WeightPusher(fleet, links)
         self._is_open = False
 
@@ -103,7 +125,7 @@ class FilePusher:
             return copy_with_checksum(*arguments) ^ (next(names) == tensor)
 
         number = self.pusher._push_number + 1
-        self.pusher._push_number += 2  # the next one fills the same area
+        self.pusher._push_number += 2  # the next one fills the same buffer
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shared_memory, "copy_with_checksum", damaged)
             self.trainer.sender.send(number, [name_of_set])

@@ -1,4 +1,4 @@
-"""A tiny DeepSeek-V3 with the real vocabulary, whose prompts decide how long it answers.
+"""A tiny DeepSeek-V3 with the real vocabulary and latents; its prompts decide how long it answers.
 
 Weights are random but for one coordinate of embedding and head, a mark: words of even number have
 it positive in both, words of odd number and the end token negative. After an even word nearly all
@@ -19,13 +19,14 @@ MODEL = DEEPSEEK | {
     "hidden_size": 32,
     "intermediate_size": 64,
     "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,  # one dense, one with experts
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
+    "num_hidden_layers": 1,  # with experts
+    "first_k_dense_replace": 0,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "n_routed_experts": 4,
     "q_lora_rank": 16,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16,
+    "kv_lora_rank": 512,  # with the 64 below: what vLLM's kernel for latents takes
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
     "max_position_embeddings": POSITIONS,

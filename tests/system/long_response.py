@@ -70,9 +70,7 @@ def measure(folder: Path, *overrides: str) -> dict[str, Any]:
     _run([sys.executable, "tools/plan", str(recipe), *options, *overrides], cwd=ROOT)
     processes.start()
     began = time.monotonic()
-    # vLLM's CPU kernel for latent attention wants latents of 512 + 64 and reads them all for every
-    # token, at this length 151 MB a layer: 25 core minutes. Keys and values of one head are 17 MB.
-    _run(command("rl", recipe, *overrides), env=environment() | {"VLLM_MLA_DISABLE": "1"})
+    _run(command("rl", recipe, *overrides), env=environment())
     seconds = time.monotonic() - began
     processes.ended.set()
     return {

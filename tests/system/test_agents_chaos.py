@@ -16,7 +16,7 @@ from lookup_base import ROOT, lines
 from r1_grading.sandbox.host import SandboxUnavailable
 from r1_grading.sandbox.programs import require_sandbox
 
-from megatron_r1.base.files.append_only import FramedFile
+from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.controller.rollouts.sample_log import decode
 
 pytestmark = pytest.mark.slow

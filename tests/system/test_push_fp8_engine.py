@@ -70,13 +70,15 @@ def write_fp8(plain, folder, *, dequantized=False):
     (folder / "config.json").write_text(json.dumps(hf | form))
 
 
-@pytest.mark.slow
+SPLIT = {"tensor": 2, "expert_parallel": True}
+
+
 @pytest.mark.parametrize(
     ("family", "layout", "transport"),
     [
-        ("deepseek", {}, "gloo"),
-        ("deepseek", {"tensor": 2, "expert_parallel": True}, "gloo"),
-        ("qwen", {}, "shm"),
+        pytest.param("deepseek", {}, "gloo", marks=pytest.mark.more),
+        pytest.param("deepseek", SPLIT, "gloo", marks=pytest.mark.slow),
+        pytest.param("qwen", {}, "shm", marks=pytest.mark.slow),
     ],
 )
 def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(
@@ -105,7 +107,7 @@ def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(
             pusher = FilePusher(config, fleet, layout=layout, tensors=tensors, **push)
             await pusher.push(before)
             assert await checksums(fleet) != expected
-            for _ in range(2):  # into either area
+            for _ in range(2):  # into either buffer
                 await pusher.push(trained)
                 assert await checksums(fleet) == expected
             return await sample(fleet, n=2)

@@ -17,7 +17,7 @@ from command_line import command, environment, run
 from run_progress import left_behind, lines, wait_for, wait_for_step
 from waiting import wait_until
 
-from megatron_r1.base.files.append_only import FramedFile
+from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.controller.rollouts.sample_log import Accepted, GroupRecord, decode
 
 HERE = Path(__file__).parent

@@ -23,7 +23,7 @@ from tiny_models import (
 
 from megatron_r1.engines.fleet.engine import AcceptanceMeter
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.models.experts import routing_shape
+from megatron_r1.models.routing_shape import routing_shape
 
 pytestmark = pytest.mark.more
 
@@ -163,7 +163,7 @@ def test_a_push_brings_the_drafter_its_weights(models, oracle, loop, fleet, push
     changed = " ".join(name for name in drafter if before[name] != expected[name])
     # Not in it: eh_proj, the same in both models, and what oneDNN keeps in a form of its own.
     assert all(part in changed for part in ("enorm", "shared_head.norm", "experts", "gate"))
-    for _ in range(2):  # into both areas of the receive buffer
+    for _ in range(2):  # into both buffers of the receive buffer
         assert loop(pushed("b")) == expected
     groups = loop(sample(fleet))
     assert largest_difference(oracle, models / "b", groups) <= TOLERANCE

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from run_progress import left_behind, wait_for
 from waiting import wait_until
 
-from megatron_r1.base.files.append_only import FramedFile
+from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.controller.rollouts.sample_log import Accepted, decode
 
 TWO = ["--parallel.processes", "2", "--parallel.tensor", "2"]

@@ -192,6 +192,16 @@ def test_kernels_compute_with_the_new_values_at_the_old_addresses(model):
     assert torch.equal(linear_method.handle.call(torch.ones(16, 16)), torch.full((8,), 256.0))
 
 
+def test_experts_that_have_computed_are_loaded_too(model):
+    """They keep a value of their configuration that new ones have not been asked for."""
+    config = model[0].quant_method.moe_kernel.impl.fused_experts.quant_config
+    fresh = vars(config).keys() - {"_ocp_mx_scheme"}
+    assert config.ocp_mx_scheme is None and vars(config).keys() > fresh
+    placed, memory = received(model)
+    swap.load(model, placed, memory)
+    assert torch.equal(config.w1_scale, torch.ones_like(config.w1_scale))
+
+
 def test_a_number_computed_from_weights_is_refused(model):
     """The kernel of the first loading would go on with the old number."""
     linear = model[1]

@@ -21,7 +21,7 @@ import yaml
 from examples.laptop import make_corpus
 from megatron_r1 import config as configuration
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.commands import cli
 from megatron_r1.pipeline.results import Spread
 from megatron_r1.reporting.wording import percent

@@ -61,8 +61,8 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measured(config, position, algorithm, settings, chosen, prompt: int) -> dict[str, Any]:
-    from megatron_r1.trainer.sample import Sample
     from megatron_r1.trainer.trainer import Trainer
+    from megatron_r1.trainer.training_sample import Sample
 
     draw = random.Random(0)
 

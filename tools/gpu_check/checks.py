@@ -147,6 +147,27 @@ CHECKS = (
         settles=(BENCH,),
     ),
     Check(
+        "seconds of a decoding pass",
+        _program("decode_seconds", "{out}"),
+        270,
+        needs=ENGINE,
+        settles=("`seconds of a decoding pass`",),
+    ),
+    Check(
+        "seconds of a micro-batch",
+        _program("step_seconds", "micro-batch", "{out}"),
+        200,
+        needs=TRAINER,
+        settles=("`seconds of a micro-batch`",),
+    ),
+    Check(
+        "seconds between phases",
+        _program("step_seconds", "phases", "{out}"),
+        240,
+        needs=ENGINE,
+        settles=("`seconds between phases`",),
+    ),
+    Check(
         "the driver's answer and torch's",
         (*PYTEST, "tests/unit/engines/server/test_gpu.py"),
         40,

@@ -47,13 +47,28 @@ def shrunk(folder: Path, max_ranks: int, **sections: dict[str, Any]) -> miniatur
     return miniature.shrink(config, hf, folder, max_ranks, on=on)
 
 
+def full_width(hf: dict, small: dict, **sizes: int) -> dict:
+    """Return a model of few layers and experts with the widths of a large one.
+
+    Args:
+        hf: the large model's config.json.
+        small: its miniature, whose vocabulary has a tokenizer.
+        **sizes: keys of config.json that differ."""
+    left_out = ("quantization_config", "auto_map")  # as miniatures do: weights are bf16
+    kept = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    full = {key: value for key, value in hf.items() if key not in left_out}
+    groups = {"n_group": 1, "topk_group": 1}  # there are too few experts for groups
+    first = {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    return full | {key: small[key] for key in kept if key in small} | groups | first | sizes
+
+
 def check_fp8() -> None:
     """Raise Impossible where Transformer Engine lacks the recipe of DeepSeek-V3."""
     import torch
 
     from megatron_r1.base.errors import UserError
     from megatron_r1.config import FP8Config
-    from megatron_r1.models.fp8 import check_device
+    from megatron_r1.models.fp8_transformer_engine import check_device
 
     if place() == "cpu":
         return

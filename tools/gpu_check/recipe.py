@@ -100,10 +100,10 @@ class UsedMemory:
         return number
 
 
-def run(recipe: Path, config: Config) -> UsedMemory:
-    """Run the recipe to its end. Raises Failed with its own error."""
+def run(recipe: Path, config: Config, verb: str = "rl") -> UsedMemory:
+    """Run a verb with the recipe to its end. Raises Failed with its own error."""
     log = recipe.with_name("log.txt")
-    with UsedMemory() as used, launch.started("rl", recipe, config, [], log) as process:
+    with UsedMemory() as used, launch.started(verb, recipe, config, [], log) as process:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
     if process.returncode:

@@ -20,7 +20,7 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.metrics import Mean, reduce_over_data
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 NUM_SAMPLES = 16
 MOST_PROMPT, MOST_RESPONSE = 40, 100

@@ -41,6 +41,8 @@ ON_HOST = {
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # Its kernels are compiled by nvcc; products of FP8 blocks are CUTLASS's and Triton's.
+    "VLLM_USE_DEEP_GEMM": "0",
     # vLLM is imported once for all processes of an engine: most of the time of a small one. No
     # process may ask the CUDA runtime for GPUs before.
     "VLLM_WORKER_MULTIPROC_METHOD": "fork",
@@ -57,7 +59,7 @@ def environment(libraries: Path, gpus: int, *, computes: bool) -> dict[str, str]
         gpus: the number of null GPUs.
         computes: whether kernels compute on the host, in this process and in all it starts."""
     library = f"{libraries}/libnullgpu.so"
-    imports = [ROOT, ROOT / "kernels", HERE]
+    imports = [ROOT, ROOT / "kernels", ROOT / "grading", HERE]
     found = {
         "NULL_GPUS": str(gpus),
         "LD_PRELOAD": library,

@@ -3,12 +3,18 @@
 Functions of its extension, `transformer_engine_torch`, are replaced; its Python - modules, autograd
 functions, communication, optimizer - is what is installed. Attention, whose kernels are cuDNN's and
 flash-attn's, is ours for CPUs. Of a product and its sum only the dtype that is written is imitated,
-not the order of additions; FP8 is not imitated."""
+not the order of additions. Of FP8, blocks of 128 are imitated (`Float8BlockQuantizer`): tensors are
+quantized into the storage that the kernels fill, and products are of what that storage holds."""
 
 import importlib
 import sys
+from collections.abc import Callable
 
 import torch
+
+ORIGINALS: dict[str, Callable] = {}
+"""The functions of the extension, by name: of other kinds of FP8, which do nothing."""
+BLOCK = 128
 
 
 def install() -> None:
@@ -18,8 +24,11 @@ def install() -> None:
     for kernel in (
         *(generic_gemm, te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd),
         *(multi_tensor_adam, multi_tensor_scale, multi_tensor_l2norm),
+        *(quantize, split_quantize, fp8_transpose),
+        *(fused_multi_row_padding, fused_multi_row_unpadding),
     ):
         original = getattr(sys.modules["transformer_engine_torch"], kernel.__name__)
+        ORIGINALS[kernel.__name__] = original
         for module in theirs:
             if getattr(module, kernel.__name__, None) is original:
                 setattr(module, kernel.__name__, kernel)
@@ -43,6 +52,10 @@ def generic_gemm(
 ):  # fmt: skip
     """op(b) @ op(a), matrices in cuBLAS's order, with the bias added, or its gradient returned."""
     assert quantizer is None and not gelu and overlap.get("comm_overlap") is None
+    dtype = None
+    if _is_quantized(a):
+        dtype = a._dtype if out_dtype is None else _torch_dtype(out_dtype)
+    a, b = _values(a, not is_a_transposed), _values(b, is_b_transposed)
     rows = b.shape[:-1]
     a, b = a.flatten(0, -2), b.flatten(0, -2)
     product = (b.t() if is_b_transposed else b) @ (a.t() if is_a_transposed else a)
@@ -53,7 +66,7 @@ def generic_gemm(
         product = product + bias
     if out is None:
         shape = product.shape if is_b_transposed else (*rows, product.shape[-1])
-        out = product.view(shape)
+        out = product.view(shape).to(dtype or product.dtype)
     else:
         target = out.view(product.shape)
         target.add_(product) if accumulate else target.copy_(product)
@@ -76,9 +89,11 @@ def te_general_grouped_gemm(
 
 def rmsnorm_fwd(x, weight, eps, out, quantizer, out_dtype, margin, is_zero_centered):
     """The norm of every row, no mean, and 1 / root mean square."""
-    assert quantizer is None and not is_zero_centered
+    assert not is_zero_centered
     scale = (x.float().square().mean(-1) + eps).rsqrt()
     result = (x.float() * scale[:, None] * weight.float()).to(x.dtype)
+    if quantizer is not None:
+        return [quantize(result, quantizer, out), None, scale]
     return [result if out is None else out.copy_(result), None, scale]
 
 
@@ -118,3 +133,106 @@ def multi_tensor_l2norm(chunk, overflow, lists, per_tensor):
     assert not per_tensor
     squares = torch.stack([tensor.float().square().sum() for tensor in lists[0]])
     return squares.sum().sqrt()[None], None
+
+
+def quantize(tensor, quantizer, output=None, noop=None):
+    """Write a tensor's FP8 blocks, along rows and along columns as the quantizer says, to `output`
+    or a new one; nothing where `noop` is true."""
+    if type(quantizer).__name__ != "Float8BlockQuantizer":
+        return ORIGINALS["quantize"](tensor, quantizer, output, noop)
+    if output is None:
+        output = quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    if tensor.numel() and (noop is None or not noop.item()):
+        x = tensor.detach().flatten(0, -2).float()
+        is_square = quantizer.block_scaling_dim == 2
+        if output._rowwise_data is not None:
+            codes, scales = _blocks(x, (BLOCK if is_square else 1, BLOCK), quantizer)
+            _fill(output._rowwise_data, codes)
+            _fill(output._rowwise_scale_inv, scales if is_square else scales.t())
+        if output._columnwise_data is not None:
+            codes, scales = _blocks(x, (BLOCK, BLOCK if is_square else 1), quantizer)
+            _fill(output._columnwise_data, codes.t())
+            _fill(output._columnwise_scale_inv, scales.t() if is_square else scales)
+    return output
+
+
+def split_quantize(tensor, sizes, quantizers, **options):
+    """Quantize parts of rows, each by its own quantizer."""
+    if type(quantizers[0]).__name__ != "Float8BlockQuantizer":
+        return ORIGINALS["split_quantize"](tensor, sizes, quantizers, **options)
+    rows = tensor.flatten(0, -2).split(list(sizes))
+    return [quantize(part, own) for part, own in zip(rows, quantizers, strict=True)]
+
+
+def fp8_transpose(data, dtype, *, out=None):
+    """The codes with the last dimension first."""
+    turned = data.movedim(-1, 0).contiguous()
+    return turned if out is None else out.copy_(turned)
+
+
+def fused_multi_row_padding(x, out, rows, padded_rows):
+    """Write the rows of every expert to `out`, each followed by zeros up to its padded number."""
+    for part, place, number in zip(
+        x.split(rows), out.view(-1, x.shape[-1]).split(padded_rows), rows, strict=True
+    ):
+        place[:number].copy_(part)
+        place[number:].zero_()
+
+
+def fused_multi_row_unpadding(x, out, padded_rows, rows):
+    """Write the rows of every expert to `out`, without those that follow."""
+    for part, place, number in zip(
+        x.split(padded_rows), out.view(-1, x.shape[-1]).split(rows), rows, strict=True
+    ):
+        place.copy_(part[:number])
+
+
+def _blocks(x, block, quantizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the FP8 numbers of x (rows, columns) as bytes, and the scales of its blocks."""
+    dtype = _torch_dtype(quantizer.dtype)
+    rows, columns = block
+    down, across = -(-x.shape[0] // rows), -(-x.shape[1] // columns)
+    padded = x.new_zeros(down * rows, across * columns)
+    padded[: x.shape[0], : x.shape[1]] = x
+    tiles = padded.view(down, rows, across, columns)
+    amax = tiles.abs().amax(dim=(1, 3), keepdim=True).clamp(min=quantizer.amax_epsilon)
+    # A number divided by a tensor would be multiplied by its rounded reciprocal.
+    largest = amax.new_tensor(torch.finfo(dtype).max)
+    scale = (largest / amax).clamp(max=torch.finfo(torch.float32).max)
+    if quantizer.force_pow_2_scales:
+        scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
+    scale = torch.where(amax == 0, torch.ones_like(scale), scale)
+    codes = (tiles * scale).to(dtype).view(torch.uint8).view(padded.shape)
+    return codes[: x.shape[0], : x.shape[1]], (1 / scale).view(down, across)
+
+
+def _fill(target, values) -> None:
+    """Write values into the beginning of a target that is padded, or has more dimensions."""
+    flat = target if target.dim() == values.dim() == 2 else target.view(values.shape)
+    flat[: values.shape[0], : values.shape[1]].copy_(values)
+
+
+def _is_quantized(x) -> bool:
+    return hasattr(x, "_rowwise_data")
+
+
+def _values(x, is_columnwise: bool) -> torch.Tensor:
+    """Return x; of one in FP8 blocks, what those along its rows or its columns hold, in fp32."""
+    if not _is_quantized(x):
+        return x
+    parts = x.get_metadata()
+    unused = "rowwise" if is_columnwise else "columnwise"
+    used = "columnwise" if is_columnwise else "rowwise"
+    if parts[f"{used}_data"] is None:
+        assert parts["is_2D_scaled"], f"no blocks along the {used} direction"
+    else:
+        parts |= {f"{unused}_data": None, f"{unused}_scale_inv": None}
+    storage = sys.modules[
+        "transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage"
+    ].Float8BlockwiseQTensorStorage
+    return storage(**parts).dequantize(dtype=torch.float32)
+
+
+def _torch_dtype(dtype) -> torch.dtype:
+    constants = importlib.import_module("transformer_engine.pytorch.constants")
+    return constants.TE_DType_To_Torch[constants.DType.cast(dtype)]

@@ -1,9 +1,10 @@
 """vLLM's kernels as torch's operators, so that its CUDA engines compute on the null GPU.
 
-Operators of its extensions and of flash-attention 3 that serve decoder models in bf16, fp16 and
-fp32 are replaced (`KERNELS`); its model classes, attention backends, runners and communicators are
-what is installed. Its Triton kernels run in Triton's interpreter (`triton_on_host`). FP8 is not
-imitated. An operator that is not here keeps its own code, whose kernels do nothing."""
+Operators of its extensions and of flash-attention 3 that serve decoder models in bf16, fp16, fp32
+and with weights in FP8 blocks are replaced (`KERNELS`); its model classes, attention backends,
+runners and communicators are what is installed. Its Triton kernels run in Triton's interpreter
+(`triton_on_host`). An FP8 cache is not imitated. An operator that is not here keeps its own code,
+whose kernels do nothing."""
 
 import math
 from collections.abc import Callable
@@ -246,6 +247,48 @@ def gather_and_maybe_dequant_cache(
     cp_gather_cache(cache, result, pages, ends, len(ends) - 1, starts)
 
 
+GROUP = 128
+"""Values that share a scale, along rows of inputs and both ways in weights."""
+
+
+def _spread(scales, *sizes: int) -> torch.Tensor:
+    """Return the scales of blocks as those of values: the last dimensions get `sizes`."""
+    for dim, size in enumerate(sizes, start=-len(sizes)):
+        scales = scales.repeat_interleave(GROUP, dim).narrow(dim, 0, size)
+    return scales
+
+
+@_kernel("_C::per_token_group_fp8_quant")
+def per_token_group_fp8_quant(
+    x, codes, scales, size, epsilon, least, most, is_power_of_two, *layout
+) -> None:
+    """Write the codes of groups of `size` values of each row, and their scales."""
+    groups = x.float().unflatten(-1, (-1, size))
+    scale = groups.abs().amax(-1).clamp(min=epsilon) / most
+    if is_power_of_two:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    codes.copy_((groups / scale[..., None]).clamp(least, most).flatten(-2).to(codes.dtype))
+    scales.copy_(scale)
+
+
+@_kernel("_C::silu_and_mul_per_block_quant")
+def silu_and_mul_per_block_quant(codes, x, scales, size, bound=None, is_transposed=False) -> None:
+    """Write the codes and scales of SiLU of the first half of each row, times the second half."""
+    assert bound is None
+    product = torch.empty(codes.shape, dtype=torch.float32)
+    silu_and_mul(product, x.float())
+    per_token_group_fp8_quant(product, codes, scales, size, 1e-10, -448.0, 448.0, False)
+
+
+@_kernel("_C::cutlass_scaled_mm")
+def cutlass_scaled_mm(result, a, b, a_scales, b_scales, bias=None) -> None:
+    """Write the product of a (rows, in), with scales of groups, and b (in, out), of blocks."""
+    assert a_scales.shape[-1] == -(-a.shape[-1] // GROUP)
+    left = a.float() * _spread(a_scales, a.shape[-1])
+    product = left @ (b.float() * _spread(b_scales, *b.shape))
+    result.copy_(product if bias is None else product + bias)
+
+
 def experts(
     A, B, C, A_scale, B_scale, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded,
     mul_routed_weight, top_k, config, compute_type, *kinds, B_bias=None, **quantized,
@@ -253,12 +296,11 @@ def experts(
     """Write the products of tokens A (tokens, in) with their experts' matrices B (experts, out, in)
     to C (tokens, experts of a token, out): vLLM's `invoke_fused_moe_triton_kernel`, whose
     interpreted kernel takes a thousand times as long."""
-    assert A_scale is None and B_scale is None
     routing = topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded
-    given = [A, B, C, *routing, B_bias]
+    given = [A, B, C, *routing, B_bias, A_scale, B_scale]
     drain({x.get_device() for x in given if x is not None})
     on_hosts: list[Any] = [None if x is None else on_host(x) for x in given]
-    a, b, c, weights, sorted_ids, block_experts, num_padded, bias = on_hosts
+    a, b, c, weights, sorted_ids, block_experts, num_padded, bias, of_a, of_b = on_hosts
     out = c.view(-1, c.shape[-1])
     with torch.utils._python_dispatch._disable_current_modes():
         if sorted_ids is None:  # each row is a block of its own
@@ -273,7 +315,11 @@ def experts(
             if expert < 0:  # another rank's
                 out[rows] = 0
                 continue
-            product = a[rows // top_k].float() @ b[expert].float().T
+            left, right = a[rows // top_k].float(), b[expert].float()
+            if of_b is not None:
+                left = left * _spread(of_a[rows // top_k], left.shape[-1])
+                right = right * _spread(of_b[expert], *right.shape)
+            product = left @ right.T
             if bias is not None:
                 product = product + bias[expert]
             if mul_routed_weight:

@@ -19,7 +19,7 @@ from examples.laptop.r1.lessons import (
     sisters,
     sums,
 )
-from megatron_r1.base.files.append_only import write_lines
+from megatron_r1.base.files.json_lines import write_lines
 from megatron_r1.data.prompts import is_heldout
 from megatron_r1.data.shots import BETWEEN
 from megatron_r1.data.text import render_template

@@ -11,7 +11,7 @@ from r1_grading.reading import response_part
 
 from examples.laptop.r1.judge import prefer
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.evaluation.measures import estimate
 
 Row = Mapping[str, Any]

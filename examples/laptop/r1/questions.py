@@ -13,7 +13,7 @@ from pathlib import Path
 
 from examples.laptop.r1.corpus import document, held_out
 from examples.laptop.r1.lessons import Lesson, facts, plain, programs, respond, risks, sisters, sums
-from megatron_r1.base.files.append_only import write_lines
+from megatron_r1.base.files.json_lines import write_lines
 
 SEED = 1_000_003
 """Not the corpus's seed. Questions are held out by their text, so the seed does not matter."""

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from typing import Any
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.values import load_json
+from r1_grading.base.stored_values import load_json
 from r1_grading.code.problem import Problem, Test, parse_problem
 from r1_grading.reading.answer import (
     ANSWER,
@@ -62,7 +62,7 @@ def grade(
     Args:
         response: the text with the program.
         truth: see `problem.parse_problem`.
-        language: "python", or "cpp" of the given `standard`, as `problem.language_of` reads it;
+        language: "python", or "cpp" of the given `standard`, as `problem.parse_language` reads it;
             None: the truth's own, else Python.
         partial: run all tests and return the share passed; otherwise the first failure ends the
             run.

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1_grading.base.errors import did_you_mean, shorten
-from r1_grading.base.values import decoded, load_json
+from r1_grading.base.stored_values import decoded, load_json
 
 WHAT = "the truth of a code prompt"
 KEYS = ("tests", "function", "checker", "tolerance")
@@ -78,12 +78,12 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
 
     Args:
         truth: the tests of a code prompt.
-        language: the prompt's language, as `language_of` reads it; None: the truth's own, else
+        language: the prompt's language, as `parse_language` reads it; None: the truth's own, else
             Python.
 
     Raises:
         ValueError: an invalid truth; it names the faulty test."""
-    asked = language_of(language)
+    asked = parse_language(language)
     if isinstance(truth, str):
         truth = _read(truth)
     if isinstance(truth, dict):
@@ -94,7 +94,7 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
         raise ValueError(f"{WHAT}: {error}") from None
     is_published = published is not None
     if published is not None:
-        own = language_of(published.pop("language", None))
+        own = parse_language(published.pop("language", None))
         if asked and own and asked != own:
             raise ValueError(f"{WHAT} is for {own}, and the prompt's language is {asked}")
         asked = asked or own
@@ -380,7 +380,7 @@ HEAD = re.compile(
 KINDS_OF_CALLS = ("function_call", "functional", "call_based")
 
 
-def language_of(name: object) -> str | None:
+def parse_language(name: object) -> str | None:
     """Return "python" or "cpp" for a language as data sets spell it (`Python`, `python3`, `C++17`),
     None for null or blank. Raises ValueError for any other."""
     if name is None or (isinstance(name, str) and not name.strip()):
@@ -466,7 +466,7 @@ def _test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
     if len(names) > 1:
         raise ValueError(f"the tests call several functions: {', '.join(sorted(map(str, names)))}")
     (function,) = names
-    if function is None and any(_kind(case) in KINDS_OF_CALLS for case in cases):
+    if function is None and any(_case_kind(case) in KINDS_OF_CALLS for case in cases):
         raise ValueError("tests of type function_call without the function's name (fn_name)")
     return _lists(
         {
@@ -551,7 +551,7 @@ def _function(source: Mapping[str, Any]) -> str | None:
     return name.rpartition(".")[2] if isinstance(name, str) else name
 
 
-def _kind(case: Mapping[str, Any]) -> Any:
+def _case_kind(case: Mapping[str, Any]) -> Any:
     return case.get("type") or case.get("testtype")
 
 

@@ -58,7 +58,7 @@ def _grade(response: str, truth: object, opened: bool, reading: str, plain_line:
     """Return the grade for one truth."""
     expected = math_truth(truth)
     truth = marked(str(truth))
-    stated = _stated(truth)
+    stated = _truth_value(truth)
     extraction = read_answer(
         response, reading, opened=opened, plain_line=plain_line, numeric=is_number(expected)
     )
@@ -101,7 +101,7 @@ def _too_long(num_chars: int, limit: int) -> Grade:
     return Grade(0.0, f"answer too long: {num_chars} characters, at most {limit} are read")
 
 
-def _stated(truth: str) -> str:
+def _truth_value(truth: str) -> str:
     r"""Return what a truth states: the content of its last box or the text after `####`, of a
     sentence its value ("The answer is 13."); any other truth itself."""
     truth = final_answers(trimmed(truth))[-1]

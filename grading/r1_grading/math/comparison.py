@@ -42,12 +42,12 @@ from r1_grading.math.relation import (
     read_list,
     read_set,
     relation_name,
+    rename_parameter,
     same_congruence,
     same_operands,
     same_relation,
     solution_set,
     squeeze,
-    with_parameter_of,
     without_repeats,
 )
 from r1_grading.math.spelling import spell, unstyled
@@ -322,7 +322,7 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
             return False
     truth_list = truth_list or Structure("", (expected,))
     answer_list = answer_list or Structure("", (answer,))
-    answer_list = with_parameter_of(truth_list, answer_list)
+    answer_list = rename_parameter(truth_list, answer_list)
     left, right, has_order = paired_members(truth_list, answer_list)
     pairs = {truth_list.brackets, answer_list.brackets}
     has_order |= not pairs <= {"", *SETS} or WITH_THOUSANDS.fullmatch(expected) is not None

@@ -318,7 +318,7 @@ def lists_relations(text: str) -> bool:
     return any(read_chain(part) is not None for part, _ in parts)
 
 
-def with_parameter_of(truth: Structure, answer: Structure) -> Structure:
+def rename_parameter(truth: Structure, answer: Structure) -> Structure:
     r"""Return `answer` with its parameter named as in `truth`: with k where the truth is
     `x = k\pi, k \in \mathbb{Z}` and the answer `x = n\pi, n \in \mathbb{Z}`."""
     name, other = _parameter(truth), _parameter(answer)

@@ -134,7 +134,7 @@ def _unchanged(found: Extraction) -> Extraction:
     return Extraction(None, f"no answer found: what is beside the box of {box} changes it")
 
 
-def _tagged(visible: str, numeric: bool) -> Extraction | None:
+def _in_tags(visible: str, numeric: bool) -> Extraction | None:
     found = in_tags(visible)
     return found and Extraction(found.text, found.reason, "in its tags")
 
@@ -144,7 +144,7 @@ def _boxed(visible: str, numeric: bool) -> Extraction | None:
     return None if content is None else present(content, "in its box", around=visible)
 
 
-def _last(visible: str, numeric: bool) -> Extraction | None:
+def _last_number(visible: str, numeric: bool) -> Extraction | None:
     line = last_line(without_closing(visible))
     if not line.strip():
         return None
@@ -171,8 +171,8 @@ def _last(visible: str, numeric: bool) -> Extraction | None:
 
 
 FINDERS: dict[str, Callable[[str, bool], Extraction | None]] = {
-    "tags": _tagged,
+    "tags": _in_tags,
     "boxed": _boxed,
-    "last": _last,
+    "last": _last_number,
 }
 ABSENT = {"tags": "there is no <answer> block", "boxed": r"there is no \boxed{}"}

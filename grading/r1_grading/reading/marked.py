@@ -141,13 +141,13 @@ def _stated(text: str, start: int, end: int, numeric: bool) -> tuple[str, bool, 
     _, marker, marked = sentence.rpartition(MARKER)
     if marker and not marked.startswith("#"):
         if HEADING.fullmatch(marked.strip(DECORATION)):
-            return _below(text, end, numeric)
+            return _stated_below(text, end, numeric)
         if TITLE.match(marked.strip(DECORATION)) or NUMBERED_TITLE.match(text, end - len(marked)):
             return None
         value = _value(marked, numeric, words=True)
         return (value, False, end) if value else None
     if HEADING.fullmatch(sentence.strip(DECORATION)):
-        return _below(text, end, numeric)
+        return _stated_below(text, end, numeric)
     if chinese := CHINESE.search(sentence):
         stated: str | None = sentence[chinese.end() :]
     else:
@@ -159,7 +159,7 @@ def _stated(text: str, start: int, end: int, numeric: bool) -> tuple[str, bool, 
     return (value, True, end) if value else None
 
 
-def _below(text: str, end: int, numeric: bool) -> tuple[str, bool, int] | None:
+def _stated_below(text: str, end: int, numeric: bool) -> tuple[str, bool, int] | None:
     """Return what `_stated` does, of the first line after a heading that is not blank."""
     rest = text[end:]
     start = end + len(rest) - len(rest.lstrip())

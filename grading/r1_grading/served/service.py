@@ -1,30 +1,18 @@
-"""Served models: a client over HTTP, and the rewards that request one.
-
-A policy learns from a reward of 0, and must not learn from an outage. So a request ends in one of
-three ways: the service's reply; `Ungradable`, when only this request cannot be answered; or
-`ServiceError`, which stops the run (the same command continues from its checkpoint).
-
-Such rewards wait for a network and hardly compute, so a worker process for each would be idle; in
-the controller's event loop one process has hundreds of requests in flight. A hostile response can
-do little to them: they cut it, send it, and read one number or verdict."""
+"""A client of a served model, over HTTP."""
 
 import asyncio
-import importlib
 import itertools
-import json
 import os
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import aiohttp
 import msgspec
 
 from r1_grading.base.errors import Cause, RunError, UserError, shorten
-from r1_grading.rewards import REMOTE, Grade
-from r1_grading.served import ServiceSettings, read_settings
+from r1_grading.served import ServiceSettings
 
 
 class Message(msgspec.Struct):
@@ -240,92 +228,3 @@ def _authorization(settings: ServiceSettings) -> dict[str, str]:
             cause=Cause.NOT_FOUND,
         )
     return {"Authorization": f"Bearer {key}"}
-
-
-class RemoteReward(Protocol):
-    """The interface of a class named in `rewards.REMOTE`."""
-
-    settings_type: type[ServiceSettings]
-    service: Service
-
-    def __init__(self, settings: Any) -> None: ...
-    async def check(self) -> None:
-        """Raise ServiceError when the service cannot grade."""
-
-    async def grade(self, response: str, truth: object, **entry: object) -> Grade:
-        """Request a grade from the service. Raises ValueError for a mistake in the row, Ungradable
-        for a response that it cannot grade, ServiceError where it is down."""
-
-    async def close(self) -> None: ...
-
-
-class RemoteRewards:
-    """All served rewards of a run. Each service is checked once, before its first grade.
-
-    Belongs to the event loop of its first `grade`."""
-
-    def __init__(self) -> None:
-        self._graders: dict[str, RemoteReward] = {}
-        self._checks: dict[str, asyncio.Task[None]] = {}
-        self._counters: Counter[str] = Counter()
-
-    async def grade(self, kind: str, response: str, truth: object, fields: dict[str, Any]) -> Grade:
-        """Return the grade of one response; `Grade.ungraded` if only this response cannot be
-        graded.
-
-        Args:
-            kind: a served reward.
-            response: the text that the policy sampled.
-            truth: what the reward compares with.
-            fields: settings of `kind`, and the prompt's fields.
-
-        Raises:
-            ServiceError: the service is down, refuses the client, or fails its check: that is never
-                turned into a reward."""
-        names = settings_names(kind)
-        options = {name: value for name, value in fields.items() if name in names}
-        entry = {name: value for name, value in fields.items() if name not in names}
-        key = json.dumps([kind, options], sort_keys=True, default=str)
-        if key not in self._graders:
-            self._graders[key] = reward_class(kind)(check_options(kind, options))
-            self._checks[key] = asyncio.create_task(self._graders[key].check())
-        # Shielded: other callers still wait for the check when this one is cancelled.
-        await asyncio.shield(self._checks[key])
-        try:
-            grade = await self._graders[key].grade(response, truth, **entry)
-        except Ungradable as error:
-            self._counters["ungraded"] += 1
-            return Grade.ungraded(error)
-        self._counters["graded"] += 1
-        return grade
-
-    def snapshot(self) -> dict[str, int]:
-        """Return counts since the start: remote/graded, /ungraded, /requests, /retries, /cached,
-        /no_verdict; empty while no served reward is used."""
-        if not self._graders:
-            return {}
-        total = sum((g.service.counters for g in self._graders.values()), self._counters)
-        names = ("graded", "ungraded", "requests", "retries", "cached", "no_verdict")
-        return {f"remote/{name}": total[name] for name in names}
-
-    async def close(self) -> None:
-        for check in self._checks.values():
-            check.cancel()
-        await asyncio.gather(*self._checks.values(), return_exceptions=True)
-        await asyncio.gather(*(grader.close() for grader in self._graders.values()))
-
-
-def reward_class(kind: str) -> type[RemoteReward]:
-    """Import and return the class of a served reward."""
-    module, _, name = REMOTE[kind].partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def settings_names(kind: str) -> frozenset[str]:
-    """Return the options of a served reward."""
-    return frozenset(reward_class(kind).settings_type.model_fields)
-
-
-def check_options(kind: str, options: Mapping[str, Any]) -> ServiceSettings:
-    """Return the settings of reward `kind`; no key is read. Raises UserError for other options."""
-    return read_settings(kind, reward_class(kind).settings_type, options)

@@ -16,8 +16,8 @@ from megatron_r1.agents.gateway.request import (
     Refused,
     TurnReply,
     TurnRequest,
+    content_text,
     stop_strings,
-    text_of,
 )
 from megatron_r1.agents.parsing import FAILURE, tool_call
 
@@ -94,7 +94,12 @@ def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
         message["tool_calls"] = turn.tool_calls
     if FAILURE in turn.message:
         message[FAILURE] = turn.message[FAILURE]
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(turn)}
+    choice = {
+        "index": 0,
+        "message": message,
+        "logprobs": None,
+        "finish_reason": _finish_reason(turn),
+    }
     return _head(turn, "chat.completion") | {"choices": [choice], "usage": _usage(turn)}
 
 
@@ -114,7 +119,7 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     head = _head(turn, "chat.completion.chunk")
     for delta in deltas:
         yield _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
-    last = {"index": 0, "delta": {}, "finish_reason": _finish(turn)}
+    last = {"index": 0, "delta": {}, "finish_reason": _finish_reason(turn)}
     yield _event(head | {"choices": [last]})
     if request.include_usage:  # OpenAI sends it in a last chunk, whose choices are empty
         yield _event(head | {"choices": [], "usage": _usage(turn)})
@@ -144,11 +149,11 @@ def as_arguments(value: Any, where: str) -> str:
 
 
 def _message(body: Body) -> Message:
-    role = body.take_one_of("role", ("system", "developer", "user", "assistant", "tool"), None)
+    role = body.take_choice("role", ("system", "developer", "user", "assistant", "tool"), None)
     body.ignore("name", "refusal", "annotations", "cache_control", "provider_specific_fields", "id")
     body.ignore(FAILURE)
     content = body.take("content", (str, list), None if role == "assistant" else REQUIRED)
-    text = text_of(content, body.path("content"))
+    text = content_text(content, body.path("content"))
     # `developer` is OpenAI's newer name of the role that chat templates call `system`.
     message = {"role": "system" if role == "developer" else role, "content": text}
     if role == "tool":
@@ -180,7 +185,7 @@ def _call(body: Body) -> dict[str, Any]:
 
 
 def _tool(body: Body) -> dict[str, Any]:
-    body.take_one_of("type", ("function",), None)
+    body.take_choice("type", ("function",), None)
     body.ignore("cache_control")
     function = Body(body.take("function", dict), body.path("function"))
     body.finish()
@@ -206,7 +211,7 @@ def function_tool(body: Body, schema: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _finish(turn: TurnReply) -> str:
+def _finish_reason(turn: TurnReply) -> str:
     if turn.is_cut:
         return "length"
     return "tool_calls" if turn.tool_calls else "stop"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_r1.agents.continuation import arguments_of
+from megatron_r1.agents.continuation import read_arguments
 from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.request import (
     Body,
@@ -14,9 +14,9 @@ from megatron_r1.agents.gateway.request import (
     Refused,
     TurnReply,
     TurnRequest,
+    content_text,
     event,
     stop_strings,
-    text_of,
 )
 from megatron_r1.agents.parsing import tool_call
 
@@ -56,7 +56,7 @@ def read(body: Body, stored: object) -> TurnRequest:
     options = body.options(NEUTRAL)
     choice = Body(body.take("tool_choice", dict, {"type": "auto"}), "tool_choice")
     is_single = choice.take("disable_parallel_tool_use", bool, False)
-    kind = choice.take_one_of("type", ("auto", "any", "tool", "none"), "auto")
+    kind = choice.take_choice("type", ("auto", "any", "tool", "none"), "auto")
     if kind in ("any", "tool"):
         options["tool_choice"] = choice.take("name", str, kind)
     choice.finish()
@@ -104,7 +104,7 @@ def error_event(refused: Refused) -> bytes:
 def _system(value: str | list[Any] | None) -> list[Message]:
     if isinstance(value, list):
         value = [part for part in value if not _is_attribution(part)]
-    text = text_of(value, "system")
+    text = content_text(value, "system")
     return [{"role": "system", "content": text}] if text else []
 
 
@@ -114,7 +114,7 @@ def _is_attribution(part: Any) -> bool:
 
 def _messages(body: Body) -> list[Message]:
     """Return one message of Anthropic's form as messages: a user's may hold tool results."""
-    role = body.take_one_of("role", ("user", "assistant", "system"), None)
+    role = body.take_choice("role", ("user", "assistant", "system"), None)
     content = body.take("content", (str, list))
     body.finish()
     where = body.path("content")
@@ -131,13 +131,13 @@ def _user(blocks: list[Body]) -> list[Message]:
     texts: list[str] = []
     for block in blocks:
         block.ignore("cache_control", "citations")
-        if block.take_one_of("type", ("text", "tool_result"), None) == "text":
+        if block.take_choice("type", ("text", "tool_result"), None) == "text":
             texts.append(block.take("text", str))
         else:
             # An error shows in its text; OpenAI's form, which templates read, has no flag.
             block.ignore("is_error", "toolset_name")
             call_id = block.take("tool_use_id", str)
-            output = text_of(block.take("content", (str, list), ""), block.path("content"))
+            output = content_text(block.take("content", (str, list), ""), block.path("content"))
             results.append({"role": "tool", "content": output, "tool_call_id": call_id})
         block.finish()
     # In Chat Completions' form, which templates read, a call's results follow the call at once.
@@ -149,7 +149,7 @@ def _assistant(blocks: list[Body]) -> Message:
     message: Message = {"role": "assistant", "content": ""}
     for block in blocks:
         block.ignore("cache_control", "citations", "caller", "toolset_name")
-        kind = block.take_one_of(
+        kind = block.take_choice(
             "type", ("text", "thinking", "redacted_thinking", "tool_use"), None
         )
         if kind == "text":
@@ -183,7 +183,7 @@ def _blocks(turn: TurnReply) -> list[dict[str, Any]]:
         blocks.append({"type": "text", "text": turn.message["content"]})
     for call in turn.tool_calls:
         named = {"type": "tool_use", "id": call["id"], "name": call["function"]["name"]}
-        blocks.append(named | {"input": arguments_of(call["function"])})
+        blocks.append(named | {"input": read_arguments(call["function"])})
     return blocks
 
 

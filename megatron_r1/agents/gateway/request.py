@@ -127,7 +127,7 @@ class Body:
             value: the object.
             where: the path of this object in the request, for errors."""
         if not isinstance(value, Mapping):
-            raise Refused(f"must be an object, got {_shown(value)}", where or None)
+            raise Refused(f"must be an object, got {_shorten(value)}", where or None)
         self._left = {name: entry for name, entry in value.items() if entry is not None}
         self.where = where
 
@@ -147,7 +147,7 @@ class Body:
         allowed = kinds if isinstance(kinds, tuple) else (kinds,)
         if not isinstance(value, kinds) or (is_bool and bool not in allowed):
             names = " or ".join(kind.__name__ for kind in allowed)
-            raise Refused(f"must be {names}, got {_shown(value)}", self.path(name))
+            raise Refused(f"must be {names}, got {_shorten(value)}", self.path(name))
         return value
 
     def take_objects(self, name: str, default: Any = REQUIRED) -> list[Body]:
@@ -162,18 +162,18 @@ class Body:
             raise Refused(f"must be at least 1, got {value}", self.path(name))
         return value
 
-    def take_one_of(self, name: str, values: tuple[Any, ...], default: Any) -> Any:
+    def take_choice(self, name: str, values: tuple[Any, ...], default: Any) -> Any:
         """Return a field that must be one of `values`. Raises Refused for any other."""
         value = self._left.pop(name, default)
         if value not in values:
-            shown = " or ".join(map(_shown, values))
-            raise Refused(f"{_shown(value)} is not supported; use {shown}", self.path(name))
+            shown = " or ".join(map(_shorten, values))
+            raise Refused(f"{_shorten(value)} is not supported; use {shown}", self.path(name))
         return value
 
     def take_fixed(self, **values: Any) -> None:
         """Take fields that support a single value, which is also their default."""
         for name, value in values.items():
-            self.take_one_of(name, (value,), value)
+            self.take_choice(name, (value,), value)
 
     def ignore(self, *names: str) -> None:
         """Drop fields that change neither prompt nor sampling."""
@@ -193,17 +193,17 @@ class Body:
         """Raise Refused for a field that was not taken."""
         for name, value in self._left.items():
             raise Refused(
-                f"this gateway does not support it (got {_shown(value)}); leave it out",
+                f"this gateway does not support it (got {_shorten(value)}); leave it out",
                 self.path(name),
             )
 
 
-def text_of(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:
+def content_text(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:
     """Return a message's content, a text or a list of text parts, as one text."""
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):
-        raise Refused(f"must be a text or a list of parts, got {_shown(value)}", where)
+        raise Refused(f"must be a text or a list of parts, got {_shorten(value)}", where)
     return "".join(_part(part, f"{where}.{index}", kinds) for index, part in enumerate(value))
 
 
@@ -228,10 +228,10 @@ def stop_strings(value: Any, where: str) -> tuple[str, ...]:
     """Return the stop strings of a field that is one or a list of them."""
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
-        raise Refused(f"must be a text or a list of texts, got {_shown(value)}", where)
+        raise Refused(f"must be a text or a list of texts, got {_shorten(value)}", where)
     return tuple(strings)
 
 
-def _shown(value: object) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

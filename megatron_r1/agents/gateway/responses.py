@@ -12,8 +12,8 @@ from megatron_r1.agents.gateway.request import (
     Refused,
     TurnReply,
     TurnRequest,
+    content_text,
     event,
-    text_of,
 )
 from megatron_r1.agents.parsing import tool_call
 
@@ -123,15 +123,15 @@ def _join(last: Message, message: Message) -> None:
 
 def _item(body: Body) -> Message:
     # A message may leave its type out: the protocol's short form is role and content.
-    kind = body.take_one_of(
+    kind = body.take_choice(
         "type", ("message", "function_call", "function_call_output", "reasoning"), "message"
     )
     body.ignore("id", "status")  # of an item of a reply that is sent back
     if kind == "message":
         body.ignore("phase", "name")
         roles = ("user", "assistant", "system", "developer")
-        role = body.take_one_of("role", roles, None)
-        content = text_of(body.take("content", (str, list)), body.path("content"), PARTS)
+        role = body.take_choice("role", roles, None)
+        content = content_text(body.take("content", (str, list)), body.path("content"), PARTS)
         message = {"role": "system" if role == "developer" else role, "content": content}
     elif kind == "function_call":
         body.ignore("caller", "namespace")
@@ -139,22 +139,24 @@ def _item(body: Body) -> Message:
         call = tool_call(body.take("name", str), arguments, body.take("call_id", str))
         message = {"role": "assistant", "content": "", "tool_calls": [call]}
     elif kind == "function_call_output":
-        output = text_of(body.take("output", (str, list)), body.path("output"), PARTS)
+        output = content_text(body.take("output", (str, list)), body.path("output"), PARTS)
         call_id = body.take("call_id", str)
         message = {"role": "tool", "content": output, "tool_call_id": call_id}
     else:
         body.ignore("encrypted_content")
-        summary = text_of(body.take("summary", list, []), body.path("summary"), ("summary_text",))
+        summary = content_text(
+            body.take("summary", list, []), body.path("summary"), ("summary_text",)
+        )
         parts = body.take("content", list, [])
         # `content` has the whole thought, but the protocol requires the summary only.
-        thought = text_of(parts, body.path("content"), ("reasoning_text",)) or summary
+        thought = content_text(parts, body.path("content"), ("reasoning_text",)) or summary
         message = {"role": "assistant", "content": "", "reasoning_content": thought}
     body.finish()
     return message
 
 
 def _tool(body: Body) -> dict[str, Any]:
-    body.take_one_of("type", ("function",), None)
+    body.take_choice("type", ("function",), None)
     return chat.function_tool(body, "parameters")
 
 

@@ -35,7 +35,7 @@ def read(body: Body, stored: object) -> TurnRequest:
     body.take_fixed(stream=False, output_mode="tokens")
     sampling = Body(body.take("sampling_params", dict, {}), "sampling_params")
     sampling.ignore(*WITHOUT_EFFECT)
-    sampling.take_one_of("logprobs", (0, 1), 0)  # the sampled token's own is sent
+    sampling.take_choice("logprobs", (0, 1), 0)  # the sampled token's own is sent
     sampling.take_fixed(n=1, prompt_logprobs=0)
     request = TurnRequest(
         [],

@@ -70,7 +70,7 @@ class VerifiersHarness:
             if self._reader is not None and not self._reader.done():
                 return
             await self.close()
-            environment = environment_of(self._settings)
+            environment = env_config(self._settings)
             options = {"environment": environment, "workers": self._settings.workers}
             try:
                 self._process = await asyncio.create_subprocess_exec(
@@ -140,7 +140,7 @@ class VerifiersHarness:
                     future.set_exception(EnvironmentFault(fault))
 
 
-def environment_of(settings: VerifiersConfig) -> dict[str, Any]:
+def env_config(settings: VerifiersConfig) -> dict[str, Any]:
     """Return verifiers' EnvConfig. The runtime is a subprocess: the default is a cloud."""
     agent: dict[str, Any] = {"runtime": {"type": "subprocess"}}
     if settings.harness:
@@ -162,7 +162,7 @@ def variables() -> dict[str, str]:
 
 def list_tasks(settings: VerifiersConfig) -> list[dict[str, Any]]:
     """Return the taskset's tasks. Raises UserError."""
-    options = {"environment": environment_of(settings), "list": True}
+    options = {"environment": env_config(settings), "list": True}
     try:
         done = subprocess.run(
             command(settings, options),

@@ -27,8 +27,8 @@ from typing import NamedTuple, NoReturn
 import msgspec
 
 from megatron_r1.base.processes import children, timeline
-from megatron_r1.base.processes.resources import remove_scratch, shared_files
-from megatron_r1.base.processes.startup import without_garbage_collection
+from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.base.processes.scratch import remove_scratch, shared_files
 
 MAX_REQUEST_BYTES = 1 << 20
 SERVERS = "MEGATRON_R1_FORK_SERVERS"

@@ -25,7 +25,7 @@ import msgspec
 
 from megatron_r1.base.processes import children
 from megatron_r1.base.processes.fork_server import SERVERS, ForkReply, Request
-from megatron_r1.base.processes.resources import Scratch
+from megatron_r1.base.processes.scratch import Scratch
 
 POLL_SECONDS = 0.02
 _SERVER = [sys.executable, "-m", "megatron_r1.base.processes.fork_server"]

@@ -35,17 +35,18 @@ from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.from_recipe import (
     check_cpu_kernels,
     check_engines,
+    check_experts_here,
     engine_settings,
     positions,
 )
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.evaluation.identity import require_weights
+from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.models.hf_config import as_read, load_config, read_hf_config
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 from megatron_r1.models.supported import check_divisions, check_supported
 from megatron_r1.models.weights.layout import num_parameters, recipe_stages
 from megatron_r1.trainer.operations import ModelOperations
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 ENGINE = "engine-0"
 MAX_LENGTH = 256
@@ -79,6 +80,7 @@ async def by_vllm(
         return NotCompared("vllm is not installed in this environment", is_failure=False)
     try:
         check_engines(config, load_config(folder))
+        check_experts_here(config.rollout)
         check_cpu_kernels(config.rollout, load_config(folder))
         check_arguments(config.rollout, "rollout")
     except UserError as error:

@@ -17,7 +17,7 @@ from megatron_r1.commands.convert.sources import (
     is_hf,
     open_weights,
 )
-from megatron_r1.models.weights.stored import block_formats, published
+from megatron_r1.models.weights.stored import fp8_blocks, published
 from megatron_r1.models.weights.stored.hf_folder import HfWeights
 from megatron_r1.models.weights.stored.tensor_files import as_bytes
 from megatron_r1.reporting.wording import counted
@@ -92,7 +92,7 @@ def _sort_names(a, b) -> tuple[list[str], list[str], list[str]]:
         if lacking:
             alone.append(f"{name}: only in one, {lacking[0].path} lacks it")
             continue
-        first, second = (_entry_of(side, name)[0] for side in (a, b))
+        first, second = (_shape_and_dtype(side, name)[0] for side in (a, b))
         if first != second:
             reshaped.append(f"{name}: {first} in A, {second} in B")
         else:
@@ -102,7 +102,7 @@ def _sort_names(a, b) -> tuple[list[str], list[str], list[str]]:
 
 def _explain(a, b, names: list[str]) -> list[str]:
     """Return a line for each pair of different dtypes: how they were compared."""
-    pairs = Counter((_entry_of(a, name)[1], _entry_of(b, name)[1]) for name in names)
+    pairs = Counter((_shape_and_dtype(a, name)[1], _shape_and_dtype(b, name)[1]) for name in names)
     lines = []
     for (first, second), count in pairs.items():
         if first == second:
@@ -134,7 +134,7 @@ def _compare_batch(sides: Sides, names: list[str]) -> list[Difference]:
 
 def _compare_tensor(sides: Sides, name: str) -> Difference | None:
     pair = _opened(sides)
-    (shape, a), (_, b) = (_entry_of(side, name) for side in pair)
+    (shape, a), (_, b) = (_shape_and_dtype(side, name) for side in pair)
     dtype, lossy = _common_dtype(a, b), (a == published.FP8_DTYPE) != (b == published.FP8_DTYPE)
     count, largest = 0, -1.0
     where: tuple[int, ...] = ()
@@ -160,7 +160,7 @@ def _compare_tensor(sides: Sides, name: str) -> Difference | None:
     return Difference(name, count, largest, where) if count else None
 
 
-def _entry_of(weights: Weights, name: str) -> tuple[tuple[int, ...], str]:
+def _shape_and_dtype(weights: Weights, name: str) -> tuple[tuple[int, ...], str]:
     """Return (shape, stored dtype) of a tensor, which may be stored as another."""
     return weights.tensors.get(name) or weights.tensors[weights.copies[name]]
 
@@ -182,10 +182,10 @@ def _beyond_rounding(pair, name: str, first: int, x: Tensor, y: Tensor) -> Tenso
 
     Half the distance between two e4m3 numbers is at most 2^-4 of them, for the smallest 2^-10 of
     the scale. NaN counts as beyond."""
-    one = next(s for s in pair if _entry_of(s, name)[1] == published.FP8_DTYPE)
+    one = next(s for s in pair if _shape_and_dtype(s, name)[1] == published.FP8_DTYPE)
     plain = x if one is pair[1] else y
     rows = slice(first // published.BLOCK, -(-(first + len(x)) // published.BLOCK))
-    scale = block_formats.spread_scales(one.scales(name)[rows], x.shape)
+    scale = fp8_blocks.spread_scales(one.scales(name)[rows], x.shape)
     allowed = torch.maximum(plain.abs() * 2**-4, scale * 2**-10)
     # The scale itself is rounded, and the plain values may have been rounded to bf16.
     return ~((x - y).abs() <= allowed * (1 + 2**-7))

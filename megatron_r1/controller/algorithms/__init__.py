@@ -19,7 +19,7 @@ from functools import partial
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import RLConfig
-from megatron_r1.config.algorithms import AlgorithmRules, rules_of
+from megatron_r1.config.algorithms import AlgorithmRules, find_rules
 from megatron_r1.controller.algorithms import grpo
 
 PARTS = ("advantages", "loss", "token_advantages")
@@ -34,7 +34,7 @@ class Algorithm:
         advantages: maps the rewards of a rollout's groups, None for an ungraded response, to a
             number per response: the advantage of all its tokens or, with `token_advantages`, what
             these are computed from, a reward or an advantage. NaN for a response that is not
-            trained on (`of_graded`).
+            trained on (`nan_where_ungraded`).
         loss: "module:function" of a `trainer.losses.Loss`, called on the trainer ranks.
         token_advantages: "module:function" of a `trainer.token_advantages.TokenAdvantages`, called
             there once the rollout is scored; None where all tokens of a response share one
@@ -51,7 +51,7 @@ def find(name: str) -> Algorithm:
     """Return the algorithm called `name`, or the user's own at "module:RULES". Raises UserError for
     an unknown name, and for a module that defines nothing of an algorithm or not what its rules are
     for."""
-    rules = rules_of(name)
+    rules = find_rules(name)
     home, is_own, _ = name.partition(":")
     if not is_own:
         home = f"{__name__}.{'grpo' if name in grpo.VARIANTS else name}"
@@ -76,13 +76,13 @@ def find(name: str) -> Algorithm:
     return Algorithm(
         name,
         rules,
-        advantages if rules.teacher else partial(of_graded, advantages),
+        advantages if rules.teacher else partial(nan_where_ungraded, advantages),
         defined.get("loss", f"{grpo.__name__}:loss"),
         defined.get("token_advantages"),
     )
 
 
-def of_graded(
+def nan_where_ungraded(
     advantages: Advantages, groups: list[list[float | None]], rl: RLConfig
 ) -> list[list[float]]:
     """Return `advantages(groups, rl)` with NaN for every ungraded response.

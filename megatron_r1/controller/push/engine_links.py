@@ -3,7 +3,7 @@ and sends to them; engines at fault are lost, the others regrouped."""
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,8 @@ class EngineLinks:
         store_host: the address of trainer rank 0's host for engines; None: the one that the
             trainer's ranks use.
         colocated: the engines share the trainer's GPUs, in turn.
+        adapter: what engines need to serve the tensors as an adapter, if they are one
+            (`engines.plugin.backend.PushInitInfo`).
         notify: gets a line for the user."""
 
     def __init__(
@@ -71,9 +73,11 @@ class EngineLinks:
         store_host: str | None = None,
         *,
         colocated: bool = False,
+        adapter: Mapping[str, Any] | None = None,
         notify: Callable[[str], None] = print,
     ):
         self.trainer, self.settings, self.colocated = trainer, settings, colocated
+        self.adapter = adapter
         self.tensors = [[name, list(shape)] for name, shape in tensors]
         self.layout, self.store_host, self.notify = layout, store_host, notify
         self.store: tuple[str, int] = ("", 0)
@@ -266,6 +270,7 @@ class EngineLinks:
             "timeout_seconds": self.connect_seconds,
             "push_seconds": self.settings.timeout_seconds,
             "borrows_memory": self.colocated,
+            "adapter": self.adapter,
         }
         try:
             await engine.unless_lost(engine.client.init_weight_transfer(init_info, resume=resume))

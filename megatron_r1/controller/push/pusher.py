@@ -24,6 +24,7 @@ from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, swap_calls
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFault, NoWeights
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import read_hf_config
+from megatron_r1.push.plan.adapters import pushed_adapters, served_adapter
 from megatron_r1.push.plan.from_recipe import engine_layout
 from megatron_r1.push.plan.tensors import pushed_tensors
 
@@ -103,7 +104,7 @@ class Prober:
             return await asyncio.gather(*calls)
 
 
-def pusher_of(
+def create_pusher(
     config: Config, trainer: TrainerClient, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
 ) -> WeightPusher:
     """Return the pusher of a run.
@@ -116,16 +117,17 @@ def pusher_of(
     push, fp8 = config.push, config.push.fp8
     elsewhere = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
+    hf = read_hf_config(config.model.path)
+    adapters = pushed_adapters(config, hf)
     links = EngineLinks(
         trainer,
         push,
-        pushed_tensors(
-            read_hf_config(config.model.path), fp8=fp8, drafts=config.rollout.drafts_by_mtp
-        ),
+        pushed_tensors(hf, fp8=fp8, drafts=config.rollout.drafts_by_mtp, adapters=adapters),
         asdict(replace(engine_layout(config), engines=1)),
         # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
         store_host=hosts_address(config.rollout) if elsewhere else None,
         colocated=config.rollout.colocated,
+        adapter=served_adapter(config, hf),
         notify=lambda line: fleet.members.notify(line),
     )
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)
@@ -136,8 +138,8 @@ class WeightPusher:
     """Call `open` and the first `push` in a block of `updating`; then each change of the trainer's
     weights in another, with the `push` of the new ones at its end.
 
-    The fleet's `feed` is set to this pusher's: an engine that is replaced, or joins, receives the
-    trainer's weights while those are the version that the other engines have.
+    The fleet's `send_weights` is set to this pusher's: an engine that is replaced, or joins,
+    receives the trainer's weights while those are the version that the other engines have.
 
     Args:
         fleet: the engines that run, and their replacement.
@@ -170,7 +172,7 @@ class WeightPusher:
         """Connect trainer and engines, before the first push. Raises EngineError."""
         assert self._settled.locked(), "it is called in a block of updating()"
         await self.links.open()
-        self.fleet.feed = self.feed
+        self.fleet.send_weights = self.send_weights
         with self.fleet.patient(self.links.connect_seconds):
             await self._form_sets(self._engines_up, self._lose_if_dead)
 
@@ -206,7 +208,7 @@ class WeightPusher:
         return {} if self._probing is None else await self._probing
 
     @contextlib.asynccontextmanager
-    async def feed(self, engine: Engine) -> AsyncIterator[None]:
+    async def send_weights(self, engine: Engine) -> AsyncIterator[None]:
         """Push to `engine`, which is not in the fleet yet, the weights that the others have.
 
         No push begins within. Waits while the trainer's weights are between two versions. Raises
@@ -247,13 +249,13 @@ class WeightPusher:
 
     def _lose(self, engine: Engine, error: EngineError) -> None:
         death = error if isinstance(error, EngineDied) else EngineDied(str(error))
-        self.fleet.lose(engine, death)
+        self.fleet.replace(engine, death)
 
     def _lose_if_dead(self, engine: Engine, error: EngineError) -> None:
         """Raise the error of an engine that has not died: settings are then wrong."""
         if not isinstance(error, EngineDied):
             raise error
-        self.fleet.lose(engine, error)
+        self.fleet.replace(engine, error)
 
     async def _push_to_new(self, engine: Engine) -> None:
         await self._form_sets([engine], _raise_error)

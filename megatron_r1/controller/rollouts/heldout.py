@@ -13,7 +13,7 @@ from r1_grading.terms import ACCURACY, weights_at
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import episode_metrics, sample_records
-from megatron_r1.controller.rollouts.rollout import Group, RolloutSampling, responses_of
+from megatron_r1.controller.rollouts.rollout import Group, RolloutSampling, all_responses
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.measures import Estimate, estimate
@@ -89,7 +89,7 @@ async def evaluate(
     rollout = await collector.collect(prompts, sampling)
     collector.check_grades(rollout.groups)
     estimates = await _estimates(collector, rollout.groups, sampling.num_samples, rewards)
-    responses = responses_of(rollout.groups)
+    responses = all_responses(rollout.groups)
     metrics = {
         **{f"eval/{name}": score.value for name, score in estimates.items()},
         "eval/questions": sum(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.base.processes import timeline
-from megatron_r1.controller.rollouts.rollout import Group, Rollout, responses_of
+from megatron_r1.controller.rollouts.rollout import Group, Rollout, all_responses
 from megatron_r1.engines.server.episodes import STATUSES, Episode
 
 
@@ -23,7 +23,7 @@ def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
         rollout: the groups of a step.
         version: the version of the policy that trains on it."""
     groups = rollout.groups + rollout.passed_over
-    responses = responses_of(groups)
+    responses = all_responses(groups)
     rewards = [graded.reward for graded in responses if graded.is_graded] or [0.0]
     lengths = [len(graded.response.token_ids) for graded in responses]
     versions = sum(

@@ -6,13 +6,13 @@ Only a run whose recipe names one (`config.rollout.players`) imports this module
 
 import sys
 
-from megatron_r1.agents.agent_runs import Run, harness_of
+from megatron_r1.agents.agent_runs import Run, find_harness
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment import check_parameters
 from megatron_r1.agents.environment_pool import Environments, describe
 from megatron_r1.agents.gateway import Gateway
 from megatron_r1.agents.harness import HarnessPlayer
-from megatron_r1.agents.parsing import parser_of
+from megatron_r1.agents.parsing import find_parser
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.verifiers import VerifiersHarness
 from megatron_r1.base.errors import Cause, UserError
@@ -52,7 +52,7 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
         description = describe(agents.environment)
         check_parameters(agents.environment, description, agents.parameters)
     elif agents.harness:
-        harness_of(agents)
+        find_harness(agents)
     return key, player
 
 
@@ -89,7 +89,7 @@ def check_player(config: Config, text: PromptText) -> None:
         )
 
 
-def player_of(config: Config, text: PromptText) -> Player:
+def make_player(config: Config, text: PromptText) -> Player:
     """Return the player of the run's episodes; the recipe names one."""
     agents, room, rollout = config.agents, context_length(config), config.rollout
     tokenizer = text.tokenizer.name_or_path
@@ -98,8 +98,8 @@ def player_of(config: Config, text: PromptText) -> Player:
         return EpisodePlayer(text, environments, agents, room)
     run: Run = VerifiersHarness(agents.verifiers, tokenizer)
     if agents.harness:
-        run = harness_of(agents)
-    parsers = parser_of(agents, tokenizer)
+        run = find_harness(agents)
+    parsers = find_parser(agents, tokenizer)
     options = agents.sampling_options
     gateway = Gateway(text, parsers, host=agents.gateway_host, sampling_options=options)
     return HarnessPlayer(

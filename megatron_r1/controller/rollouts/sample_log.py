@@ -31,7 +31,7 @@ from msgspec.structs import asdict
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import fsync
-from megatron_r1.base.files.append_only import FramedFile, append_frame
+from megatron_r1.base.files.framed_records import FramedFile, append_frame
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.server.episodes import Branch, Episode, Status, Turn

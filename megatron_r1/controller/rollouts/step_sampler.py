@@ -24,7 +24,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server import gpu
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.experts import routing_shape
+from megatron_r1.models.routing_shape import routing_shape
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class StepSampler:
         assert self._stream is not None, "start() comes first"
         self._stream.pushed(step - 1)
 
-    async def take(self, step: int) -> StepRollout:
+    async def rollout(self, step: int) -> StepRollout:
         """Return the rollout of `step`, after `begin`; those of later steps continue as far as
         `rl.staleness` allows. Colocated engines then sleep until the next push."""
         assert self._stream is not None, "start() comes first"

@@ -5,7 +5,7 @@ from itertools import accumulate
 
 from megatron_r1.base.processes import timeline
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 
 @timeline.timed("controller/samples")

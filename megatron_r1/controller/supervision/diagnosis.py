@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from r1_grading.pool import OutstandingJob
 
-from megatron_r1.base.processes import resources
+from megatron_r1.base.processes import process_table
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import (
     InFlight,
@@ -158,7 +158,7 @@ def _locations(trainer: TrainerClient, missing: set[int], statuses: dict[int, Ra
     wait for them."""
     by_location: dict[str, list[int]] = {}
     for rank in sorted(missing, key=lambda rank: (rank in statuses, rank)):
-        location = _silence(trainer, rank)
+        location = _describe_silence(trainer, rank)
         if rank in statuses:
             main = statuses[rank].threads[0]
             inside = main.collective
@@ -170,7 +170,7 @@ def _locations(trainer: TrainerClient, missing: set[int], statuses: dict[int, Ra
 def _rank_lines(trainer: TrainerClient, rank: int, status: RankStatus | None) -> list[str]:
     name = f"rank {rank}{coordinates(trainer, rank)}"
     if status is None:
-        return [f"{name} {_silence(trainer, rank)}"]
+        return [f"{name} {_describe_silence(trainer, rank)}"]
     lines = [f"{name}: {status.operation}, for {rounded(status.seconds)}"]
     for index, thread in enumerate(status.threads):
         # Helper threads only if they wait for other ranks too, such as a checkpoint's.
@@ -189,7 +189,7 @@ def coordinates(trainer: TrainerClient, rank: int) -> str:
     return " (" + ", ".join(f"{axis} {own[f'{axis}_rank']}" for axis in axes) + ")"
 
 
-def _silence(trainer: TrainerClient, rank: int) -> str:
+def _describe_silence(trainer: TrainerClient, rank: int) -> str:
     process = trainer.processes.process_id(rank)
     silent = f"does not answer within {ANSWER_SECONDS:g} s"
     return f"{silent}: {_process_state(process)}" if process else silent
@@ -197,7 +197,7 @@ def _silence(trainer: TrainerClient, rank: int) -> str:
 
 def _process_state(process: int) -> str:
     """Return whether a process of this host runs, is stopped, or has ended."""
-    state = resources.state(process)
+    state = process_table.state(process)
     if state is None:
         return f"process {process} has ended"
     return f"process {process} is {STATES.get(state, state)}"
@@ -264,8 +264,8 @@ async def _stacks(engine: Engine) -> str:
     if not isinstance(server, EngineServer) or server.process is None:
         return "runs on another host, which has its stacks"
     start = server.log_path.stat().st_size if server.log_path.exists() else 0
-    members = resources.session_members(server.process.pid)
-    pids = [pid for pid in members if resources.catches_signal(pid, STACK_SIGNAL)]
+    members = process_table.session_members(server.process.pid)
+    pids = [pid for pid in members if process_table.catches_signal(pid, STACK_SIGNAL)]
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, STACK_SIGNAL)
@@ -317,20 +317,21 @@ async def _state(engine: Engine) -> tuple[str, bool]:
 
 def _describe_group(group: InFlightGroup) -> str:
     since = rounded(time.monotonic() - group.since)
+    prompt = group.prompt
     return (
-        f"{group.prompt.kind} question {group.prompt.id} ({_short(group.prompt.question)!r}), "
+        f"{prompt.kind} question {prompt.id} ({_shorten_question(prompt.question)!r}), "
         f"{group.phase} for {since}"
     )
 
 
 def _describe_job(pending: OutstandingJob) -> str:
     where = f"worker {pending.worker_pid}" if pending.worker_pid else "queued"
-    question = _short(pending.job.fields.get("question") or "")
+    question = _shorten_question(pending.job.fields.get("question") or "")
     since = rounded(time.monotonic() - pending.since)
     return f"{where}: {pending.job.target}, question {question!r}, since {since}"
 
 
-def _short(question: str) -> str:
+def _shorten_question(question: str) -> str:
     return question.replace("\n", " ")[:80]
 
 

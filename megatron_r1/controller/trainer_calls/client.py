@@ -19,14 +19,14 @@ import zmq
 from megatron_r1.base.errors import TrainerError, TrainerLost, UserError
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
-from megatron_r1.base.processes.resources import allow_open_files
+from megatron_r1.base.processes.open_files import allow_open_files
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.trainer_calls.packing import Packing, pack, pack_by_prompt, sample_cost
 from megatron_r1.controller.trainer_calls.ranks import RankProcesses, RankSocket
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer.operations import LOAD, STOP, Call, ModelOperations, RankDescription, Reply
-from megatron_r1.trainer.sample import Buffer, ReplicaSamples, Sample, encode_samples
+from megatron_r1.trainer.training_sample import Buffer, ReplicaSamples, Sample, encode_samples
 
 P = ParamSpec("P")
 R = TypeVar("R")

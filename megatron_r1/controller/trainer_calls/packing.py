@@ -23,7 +23,8 @@ from megatron_r1.config import Config
 from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.reporting.wording import counted
-from megatron_r1.trainer.sample import Sample, by_prompt
+from megatron_r1.trainer.shared_prompts import SharedTokens, by_first_prompt
+from megatron_r1.trainer.training_sample import Sample
 
 Bins = list[list[int]]
 """The samples of each micro-batch, as indices."""
@@ -132,8 +133,8 @@ def _costliest_first(costs: list[float], lengths: list[int], num_bins: int, limi
 def pack_by_prompt(
     samples: list[Sample], num_ranks: int, limit: int, cost: Callable[[int], float]
 ) -> Packing:
-    """Return `packing.pack` of the samples, in units of samples with the same prompt, whose tokens
-    count once.
+    """Return `packing.pack` of the samples, in units of samples that begin with the same prompt,
+    whose shared tokens count once.
 
     A unit has at most `limit` tokens; where there would be fewer units than ranks, every sample is
     a unit.
@@ -143,29 +144,31 @@ def pack_by_prompt(
         num_ranks: the data-parallel ranks.
         limit: the most tokens of a micro-batch.
         cost: the argument of `pack`."""
-    units = [unit for members in by_prompt(samples) for unit in _within(samples, members, limit)]
-    if len(units) < num_ranks:
-        units = [[i] for i in range(len(samples))]
-    lengths = [_shared_length(samples, unit) for unit in units]
+    found = [unit for group in by_first_prompt(samples) for unit in _within(samples, group, limit)]
+    if len(found) < num_ranks:
+        found = [([i], len(sample)) for i, sample in enumerate(samples)]
+    units, lengths = [unit for unit, _ in found], [length for _, length in found]
     packing = pack(lengths, num_ranks, limit, cost=cost)
     shares = [[[i for u in m for i in units[u]] for m in own] for own in packing.shares]
     return packing._replace(shares=shares)
 
 
-def _within(samples: list[Sample], members: Iterable[int], limit: int) -> list[list[int]]:
-    """Cut samples of one prompt, in order, into units of at most `limit` tokens, or one sample."""
-    units: list[list[int]] = []
+def _within(
+    samples: list[Sample], members: Iterable[int], limit: int
+) -> list[tuple[list[int], int]]:
+    """Cut samples of one prompt, in order, into units of at most `limit` tokens, or one sample.
+    Return each unit with its tokens."""
+    units: list[tuple[list[int], int]] = []
+    shared = SharedTokens()
     for member in members:
-        if units and _shared_length(samples, [*units[-1], member]) <= limit:
-            units[-1].append(member)
+        sample = samples[member]
+        _, skipped = shared.of(sample)
+        if units and units[-1][1] + len(sample) - skipped <= limit:
+            unit, length = units.pop()
         else:
-            units.append([member])
+            unit, length, shared = [], 0, SharedTokens()
+        units.append(([*unit, member], length + shared.add(sample)))
     return units
-
-
-def _shared_length(samples: list[Sample], unit: list[int]) -> int:
-    saved = samples[unit[0]].prompt_length - 1
-    return sum(len(samples[i]) for i in unit) - saved * (len(unit) - 1)
 
 
 def check_batches(config: Config, verb: str, world_size: int, rank: str = "trainer rank") -> None:

@@ -15,14 +15,14 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from megatron_r1.base.processes import children, diagnosis, preloaded, startup
+from megatron_r1.base.processes import allocators, children, diagnosis, preloaded
 from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT, protect_server
 from megatron_r1.base.processes.diagnosis import last_lines, log_end
 from megatron_r1.base.processes.preloaded import ForkedProcess
 from megatron_r1.config import Config
 from megatron_r1.engines.server import gpu
 from megatron_r1.trainer.operations import MONITOR, RankStatus, Reply, identity, monitor_identity
-from megatron_r1.trainer.sample import Buffer
+from megatron_r1.trainer.training_sample import Buffer
 
 REMEDY = (
     "lower parallel.tokens_per_microbatch, parallel.processes, rollout.engines or "
@@ -80,7 +80,7 @@ class RankProcesses:
                 **children.rank_variables(rank, num_ranks, port),
                 RANKS_ENVIRONMENT: token,
                 **import_environment(),
-                **(startup.trainer_allocator(os.environ) if gpu.is_usable() else {}),
+                **(allocators.trainer_allocator(os.environ) if gpu.is_usable() else {}),
             }
             self._processes.append(_start([address, settings], self._log(rank), environment))
 

@@ -11,6 +11,7 @@ import os
 import secrets
 from array import array
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,7 +56,7 @@ def swap_calls(update_info: UpdateInfo, version: int, *, asleep: bool) -> list[E
     ]
 
 
-Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
+SendWeights = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
 """A context that sends an engine the weights that the fleet's engines hold before its block begins.
 No push begins until the block has ended."""
 
@@ -108,12 +109,13 @@ class RolloutFleet:
         self.role, self.make_server = role, make_server
         self.server_settings = server_settings
         self.version = -1
-        self.feed: Feed = contextlib.nullcontext
+        self.send_weights: SendWeights = contextlib.nullcontext
         """Sends the fleet's weights to an engine that joins (`controller.push.pusher`)."""
         self.awake = asyncio.Event()
         """Cleared while the trainer uses the engines' memory."""
         self.awake.set()
-        capacity = server_settings.get("max_num_seqs", 256) * server_settings.get("data", 1)
+        self._most_responses = server_settings.get("max_num_seqs", 256)
+        capacity = self._most_responses * server_settings.get("data", 1)
         self.members = Members(Dispatcher(capacity), notify)
         self.replacement = Replacement(
             self.members,
@@ -173,6 +175,9 @@ class RolloutFleet:
     ) -> list[Response]:
         """Sample a group of n responses on one engine; if that engine dies or fails, on another.
 
+        vLLM refuses a request for more responses than `max_num_seqs`: a larger group is several
+        requests, on any engines.
+
         Args:
             prompt_token_ids: the tokens of one prompt.
             n: responses.
@@ -187,14 +192,25 @@ class RolloutFleet:
                 no restart is left; the message names the engine and how it ended, and quotes its
                 log.
         """
-        sampling |= {"n": n, "max_tokens": max_tokens}
+        sampling |= {"max_tokens": max_tokens}
         num_prompt_tokens = len(prompt_token_ids)
         expected = self.lengths.estimate(kind, num_prompt_tokens, max_tokens)
-        responses = await self.retries.run(
-            Work(n, num_prompt_tokens, expected, order, affinity=affinity),
-            lambda client: client.generate(prompt_token_ids, **sampling),
-            _lengths,
-        )
+
+        async def sample(count: int) -> list[Response]:
+            return await self.retries.run(
+                Work(count, num_prompt_tokens, expected, order, affinity=affinity),
+                lambda client: client.generate(prompt_token_ids, n=count, **sampling),
+                _lengths,
+            )
+
+        most = self._most_responses
+        assert n <= most or sampling.get("seed") is None, "requests of one seed sample the same"
+        requests = [asyncio.ensure_future(sample(min(most, n - at))) for at in range(0, n, most)]
+        try:
+            responses = list(chain.from_iterable(await asyncio.gather(*requests)))
+        finally:
+            for request in requests:
+                request.cancel()  # of those that are done nothing is left to cancel
         self.lengths.add(kind, num_prompt_tokens, _lengths(responses))
         return responses
 
@@ -339,7 +355,7 @@ class RolloutFleet:
         )
         return Engine(index, server, client, role=self.role)
 
-    def lose(self, engine: Engine, reason: EngineDied) -> None:
+    def replace(self, engine: Engine, reason: EngineDied) -> None:
         """Replace an unusable engine, unless it is being replaced already. Raises `reason` if no
         restart is left."""
         self.replacement.replace(engine, reason)
@@ -361,7 +377,7 @@ class RolloutFleet:
             self._starting.add(engine)
             try:
                 await engine.prepare(self.version, self.start_timeout_seconds)
-                async with self.feed(engine):
+                async with self.send_weights(engine):
                     place = instead_of or engine
                     if place not in self.engines:
                         raise EngineError(f"{engine.name} is not needed any more: it has left")

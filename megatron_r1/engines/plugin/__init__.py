@@ -33,13 +33,14 @@ def register() -> None:
 def _patch() -> None:
     from vllm.platforms import current_platform
 
-    from megatron_r1.engines.plugin import output_batching, patches
+    from megatron_r1.engines.plugin import output_batching, patches, pushed_adapter
 
     patches.correct_deepseek_classes()
     patches.push_to_drafters()
     patches.keep_expert_places()
     patches.keep_ranks_in_step()
     output_batching.apply()
+    pushed_adapter.apply()
     if current_platform.is_cpu():
         from megatron_r1.engines.plugin import cpu_parallel, cpu_patches
 

@@ -15,8 +15,13 @@ def parse(words: list[str]) -> dict[str, Any]:
     """Return the names of vLLM's arguments, and its error for `words`, "" where there is none."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    # A login node has vLLM's CUDA build and no GPU, and no defaults can be made without a device
+    # (config/device.py: `DeviceConfig.__post_init__`).
+    if current_platform.is_unspecified():
+        current_platform.device_type = "cuda"
     parser = make_arg_parser(FlexibleArgumentParser())
     options = [option for action in parser._actions for option in action.option_strings]
     names = sorted({option[2:].replace("-", "_") for option in options if option[:2] == "--"})

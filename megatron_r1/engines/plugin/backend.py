@@ -1,6 +1,6 @@
 """vLLM's weight-transfer backend of this project, for every transport.
 
-Weights arrive while the engine generates (`ReceiveBuffer`). An update, for which the engine is
+Weights arrive while the engine generates (`Arrivals`). An update, for which the engine is
 paused, waits until a push is complete and correct, and loads it layer by layer. An engine whose
 update fails before that keeps all its old weights; a later failure leaves it unusable, with an
 error.
@@ -33,6 +33,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.platforms import current_platform
 
 from megatron_r1.base.processes import timeline
@@ -40,6 +41,7 @@ from megatron_r1.engines.plugin import BACKEND_PREFIX, redundant_experts, swap
 from megatron_r1.engines.plugin.cpu_patches import is_packed
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
+from megatron_r1.engines.plugin.pushed_adapter import PushedAdapter
 from megatron_r1.push.checksum import checksum
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import StoreUnreachable, UndeliveredPush
@@ -149,6 +151,8 @@ class PushInitInfo(WeightTransferInitInfo):
     """Time limit of a push."""
     borrows_memory: bool = False
     """Whether the memory of weights in transit has another use between pushes."""
+    adapter: dict | None = None
+    """Where the tensors are an adapter's: its settings (`pushed_adapter.PushedAdapter`)."""
 
 
 @dataclass
@@ -171,9 +175,12 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
     """The MTP layer that vLLM drafts with (`engines.plugin.patches`)."""
     balancer: EplbState | None = None
     """vLLM's balancer of experts (likewise)."""
+    lora: WorkerLoRAManager | None = None
+    """vLLM's manager of adapters (likewise)."""
     _receiver: Receiver | None = None
     _store: list | None = None
     _recorded: tuple[list, SlotTable] | None = None
+    _adapter: PushedAdapter | None = None
 
     def init_transfer_engine(self, init_info: PushInitInfo) -> None:
         """Record what this rank needs, publish it, and begin to receive. Called again when another
@@ -196,7 +203,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             if before is not None:
                 before.close()
                 # Another trainer gets new memory: it numbers its pushes anew, and would overwrite
-                # the area in use.
+                # the buffer in use.
                 memory = before.reusable_memory(table) if init_info.store == self._store else None
             self._store = init_info.store
             transport = self.config.backend.removeprefix(BACKEND_PREFIX)
@@ -204,11 +211,14 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
                 rendezvous, self._rank, table, memory, init_info.borrows_memory
             )
         except Exception as error:  # vLLM's loaders may raise anything
-            rendezvous.report_own(self._rank, str(error) or repr(error))
+            rendezvous.report_own(self._rank, f"{type(error).__name__}: {error}")
             raise
 
     def _table(self, init_info: PushInitInfo) -> SlotTable:
         """Return what this rank needs, recorded once, and set where each parameter is received."""
+        if init_info.adapter is not None:
+            return self._adapter_table(init_info.adapter, init_info.tensors)
+        self._adapter = None
         if self._recorded is None or self._recorded[0] != init_info.tensors:
             models = [self.model] if self.drafter is None else [self.model, self.drafter]
             self._models = torch.nn.ModuleList(models)
@@ -224,6 +234,13 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             self._recorded = init_info.tensors, table
         return self._recorded[1]
 
+    def _adapter_table(self, settings: dict, tensors: list) -> SlotTable:
+        if self.lora is None:
+            raise ValueError("an adapter is pushed, and the engine was started without LoRA")
+        if self._adapter is None:
+            self._adapter = PushedAdapter(self.lora, settings, tensors)
+        return self._adapter.table
+
     def start_weight_update(self) -> None:
         """Refuse an update before a trainer is connected, with ValueError."""
         if self._receiver is None:
@@ -236,13 +253,18 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         with what arrived."""
         receiver, push = self._receiver, update_info.push
         assert receiver is not None, "start_weight_update comes first"
-        receiver.buffer.wait(push, update_info.timeout_seconds)
+        receiver.arrivals.wait(push, update_info.timeout_seconds)
+        if self._adapter is not None:
+            self._adapter.load(receiver.table.buffer(receiver.memory, push))
+            self._adapter.check(push)
+            receiver.free_memory()
+            return
         if self.balancer is not None:
             redundant_experts.stop_moving(self.balancer)
-        area = receiver.table.area(receiver.memory, push)
-        self._load_check.begin(receiver.buffer.take_changed())
-        swap.load(self._models, self._placed, area, in_place=receiver.table.areas > 1)
-        self._load_check.end(push, self._placed, area)
+        buffer = receiver.table.buffer(receiver.memory, push)
+        self._load_check.begin(receiver.arrivals.take_changed())
+        swap.load(self._models, self._placed, buffer, in_place=receiver.table.num_buffers > 1)
+        self._load_check.end(push, self._placed, buffer)
         swap.finish(self._models, self.model_config)
         if self.balancer is not None:
             if self.vllm_config.model_config.enable_sleep_mode:

@@ -8,7 +8,7 @@ cover the calls that pause an engine, replace its weights or run a method by nam
 sleeps for 20 ms once the engine has stopped (v1/engine/async_llm.py: `AsyncLLM.pause_generation`):
 36 ms in all, where the engine itself needs 3.
 
-Replies to generate calls are bytes for clients that accept them (`engines/server/responses.py`).
+Replies to generate calls are bytes for clients that accept them (`engines/server/replies.py`).
 vLLM's own reply is JSON with two objects per token: 67 MB for 16 responses of 30,000 tokens, where
 ids and log-probabilities are 3.8 MB. It is built in the server's event loop, in which the tokens
 of all other requests arrive, and parsed in the controller's."""

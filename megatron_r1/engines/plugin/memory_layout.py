@@ -47,13 +47,13 @@ def with_gaps(
     all map to the same few lines of the cache: 2,048 columns of bfloat16 take 0.36 s per GB on two
     cores, with gaps 0.13; float32 0.08 and 0.06 (docs/learned.md)."""
     return dict(
-        _with_gaps(parameter, of_parameter)
+        _with_gaps(parameter, own_copies)
         if len(parameter.shape) == 2
         and parameter.strides == (parameter.shape[1], 1)
-        and all(copy.height == 1 or copy.pitch % parameter.shape[1] == 0 for copy in of_parameter)
+        and all(copy.height == 1 or copy.pitch % parameter.shape[1] == 0 for copy in own_copies)
         and is_spread(parameter)
-        else (parameter, of_parameter)
-        for parameter, of_parameter in copies.items()
+        else (parameter, own_copies)
+        for parameter, own_copies in copies.items()
     )
 
 
@@ -79,13 +79,13 @@ def lay_out(
     Args:
         copies: by parameter, the rectangles that its loader copies.
         in_place: the engine computes with the received weights until the next push has arrived, so
-            there are two areas."""
+            there are two buffers."""
     placed, end = [], 0
-    for parameter, of_parameter in copies.items():
-        placed.append(PlacedParameter(parameter, end, _num_rows(parameter, of_parameter)))
+    for parameter, own_copies in copies.items():
+        placed.append(PlacedParameter(parameter, end, _num_rows(parameter, own_copies)))
         end += -(-parameter.num_bytes // ALIGNMENT) * ALIGNMENT
     slots = [_slot(at, copy) for at in placed for copy in copies[at.parameter]]
-    return placed, SlotTable(end, slots, areas=2 if in_place else 1)
+    return placed, SlotTable(end, slots, num_buffers=2 if in_place else 1)
 
 
 def _num_rows(parameter: CheckpointParameter, copies: Sequence[LoaderCopy]) -> int:

@@ -59,9 +59,9 @@ class HeldOutputs:
         Args:
             outputs: the step's outputs, by client.
             wants_whole: whether a request's client reads nothing before its last token."""
-        for client, of_client in list(outputs.items()):
+        for client, client_outputs in list(outputs.items()):
             sent = []
-            for output in of_client.outputs:
+            for output in client_outputs.outputs:
                 held = self._held.get(output.request_id)
                 can_wait = _is_plain(output) and wants_whole(output.request_id)
                 if held is None and not can_wait:
@@ -73,8 +73,12 @@ class HeldOutputs:
                 if not can_wait or len(held.outputs) >= MOST_TOKENS:
                     del self._held[output.request_id]
                     sent.append(held.merged())
-            of_client.outputs = sent
-            rest = of_client.scheduler_stats, of_client.finished_requests, of_client.wave_complete
+            client_outputs.outputs = sent
+            rest = (
+                client_outputs.scheduler_stats,
+                client_outputs.finished_requests,
+                client_outputs.wave_complete,
+            )
             if not sent and all(value is None for value in rest):
                 del outputs[client]
         return outputs
@@ -112,7 +116,7 @@ def apply() -> None:
     attach, pause = EngineCore._attach_weight_version, EngineCoreProc.pause_scheduler
     abort = EngineCore.abort_requests
 
-    def held_of(core: Any) -> HeldOutputs:
+    def find_held(core: Any) -> HeldOutputs:
         if not hasattr(core, "held_outputs"):
             core.held_outputs = HeldOutputs()
         return core.held_outputs
@@ -133,16 +137,16 @@ def apply() -> None:
                 and not sampling.detokenize
             )
 
-        held_of(self).keep_back(outputs, wants_whole)
+        find_held(self).keep_back(outputs, wants_whole)
 
     def pause_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for client, kept in held_of(self).release().items():
+        for client, kept in find_held(self).release().items():
             message = EngineCoreOutputs(outputs=kept, weight_version=self._weight_version)
             self.output_queue.put_nowait((client, message))
         return pause(self, *args, **kwargs)
 
     def abort_requests(self: Any, request_ids: list[str]) -> None:
-        held_of(self).forget(request_ids)
+        find_held(self).forget(request_ids)
         abort(self, request_ids)
 
     EngineCore._attach_weight_version = attach_weight_version

@@ -29,6 +29,10 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapMan
 from megatron_r1.base.processes import timeline
 
 DEEPSEEK_MODELS = "vllm.model_executor.models.deepseek_v2"
+MTP_MODELS = (
+    "vllm.model_executor.models.deepseek_mtp",
+    "vllm.model_executor.models.glm4_moe_mtp",
+)
 RELEASED_EPSILON = 1e-6
 
 
@@ -44,6 +48,9 @@ def correct_deepseek_classes() -> None:
         model = upstream(self)
         if DEEPSEEK_MODELS in sys.modules:
             _correct(sys.modules[DEEPSEEK_MODELS])
+        for name in MTP_MODELS:
+            if name in sys.modules:
+                load_copies_into_drafters(sys.modules[name])
         return model
 
     registry._LazyRegisteredModel.load_model_cls = load_model_cls
@@ -54,6 +61,28 @@ def _correct(models: Any) -> None:
     gather_single_tokens(models.DeepseekV2DecoderLayer)
     for attention in (models.DeepseekV2Attention, models.DeepseekV2MLAAttention):
         _use_released_epsilon(attention)
+
+
+@functools.cache
+def load_copies_into_drafters(models: Any) -> None:
+    """Let loaders of MTP layers fill the copies of experts that vLLM's balancer places.
+
+    Upstream: model_executor/models/deepseek_mtp.py: `DeepSeekMTP.load_weights`, and
+    model_executor/models/glm4_moe_mtp.py: `Glm4MoeMTP.load_weights`, map the model's experts to
+    slots and leave out the redundant ones, which DeepseekV2ForCausalLM does not. Without it:
+    copies compute drafts with whatever was in memory, and a push is refused, as it fills part of a
+    tensor. Goes when: upstream passes `num_redundant_experts`.
+
+    Args:
+        models: the module.
+    """
+    upstream = models.fused_moe_make_expert_params_mapping
+
+    def with_copies(model: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.setdefault("num_redundant_experts", getattr(model, "num_redundant_experts", 0))
+        return upstream(model, *args, **kwargs)
+
+    models.fused_moe_make_expert_params_mapping = with_copies
 
 
 def gather_single_tokens(layer: Any) -> None:
@@ -113,7 +142,8 @@ def push_to_drafters() -> None:
 
 
 def name_the_drafter() -> None:
-    """Give our weight-transfer backend the drafter and the balancer of experts next to the model.
+    """Give our weight-transfer backend the drafter, the balancer of experts and the manager of
+    adapters next to the model.
 
     Upstream: v1/worker/gpu_worker.py: `Worker.init_weight_transfer_engine`. Without it: a
     backend has the model only, the drafter keeps the weights it was started with, and experts are
@@ -128,6 +158,8 @@ def name_the_drafter() -> None:
             self.weight_transfer_engine.drafter = self.get_draft_model()
             # None without `--enable-eplb`; runners on a CPU have none.
             self.weight_transfer_engine.balancer = getattr(self.model_runner, "eplb_state", None)
+            # None without `--enable-lora`.
+            self.weight_transfer_engine.lora = getattr(self.model_runner, "lora_manager", None)
         upstream(self, init_info)
 
     Worker.init_weight_transfer_engine = init_weight_transfer_engine

@@ -14,7 +14,8 @@ from importlib import import_module
 from typing import Any
 
 from megatron_r1.base.processes import children, timeline
-from megatron_r1.base.processes.startup import keep_freed_memory, without_garbage_collection
+from megatron_r1.base.processes.allocators import keep_freed_memory
+from megatron_r1.base.processes.imports import without_garbage_collection
 from megatron_r1.engines.plugin import dump_stacks_on_signal, register
 
 READ_LATE = frozenset(
@@ -104,10 +105,11 @@ def main() -> None:
     from vllm.entrypoints.launchers.api_server.entry import main as serve
     from vllm.platforms import current_platform
 
-    from megatron_r1.engines.plugin import endpoints
+    from megatron_r1.engines.plugin import endpoints, pushed_adapter
 
     endpoints.add_swap()
     endpoints.add_samples()
+    pushed_adapter.serve_the_adapter()
     if current_platform.is_cpu():
         _fork_on_cpu()
         keep_freed_memory(also_large=True)

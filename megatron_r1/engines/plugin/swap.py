@@ -37,6 +37,9 @@ from megatron_r1.engines.plugin.memory_layout import PlacedParameter
 
 NO_STATE = (torch.Stream, torch.Event)
 """Types of objects that any other of the type may replace."""
+VALUES = (bool, int, float, str, type(None))
+"""Types of attributes that hold no weights: where only one state has such an attribute, the other
+has not been asked for it (of FP8 experts `FusedMoEQuantConfig.ocp_mx_scheme`)."""
 CONFIGURATION = "vllm.config"
 """The package of vLLM's settings, from which every layer of the model can be reached."""
 
@@ -119,10 +122,16 @@ def _changed_tensors(
             raise ValueError(f"{path}: {old} became {new}")
         return
     seen.add(id(new))
-    if old_parts.keys() != new_parts.keys():
+    either = {**old_parts, **new_parts}
+    # Kernels compute some values when they are first asked for, and keep them.
+    late = {
+        name for name in old_parts.keys() ^ new_parts.keys() if isinstance(either[name], VALUES)
+    }
+    if old_parts.keys() - late != new_parts.keys() - late:
         raise ValueError(f"{path}: {[*old_parts]} became {[*new_parts]}")
     for name, part in new_parts.items():
-        yield from _changed_tensors(old_parts[name], part, f"{path}.{name}", seen)
+        if name not in late:
+            yield from _changed_tensors(old_parts[name], part, f"{path}.{name}", seen)
 
 
 def _parts(each: Any) -> dict[Any, Any] | None:

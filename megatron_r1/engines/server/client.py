@@ -18,14 +18,14 @@ from megatron_r1.engines.server.errors import (
     EngineTimeout,
     PushIncomplete,
 )
-from megatron_r1.engines.server.responses import (
+from megatron_r1.engines.server.replies import (
     MEDIA_TYPE,
-    Response,
     parse_responses,
     parse_scores,
     read_responses,
 )
-from megatron_r1.models.experts import RoutingShape
+from megatron_r1.engines.server.responses import Response
+from megatron_r1.models.routing_shape import RoutingShape
 
 BODY_EXCERPT_CHARS = 500
 HEALTH_SECONDS = 5.0

@@ -157,11 +157,36 @@ def _check_redundant_experts(rollout: RolloutConfig, hf: dict) -> None:
             key=key,
             cause=Cause.INDIVISIBLE,
         )
-    if rollout.placement == "local" and not gpu.is_usable():
+
+
+def check_experts_here(rollout: RolloutConfig) -> None:
+    """Refuse copies and exchanges of experts for which engines on this host lack something.
+
+    Not part of `check_engines`: a plan and a rehearsal of a recipe for GPUs need nothing.
+
+    Args:
+        rollout: the recipe's section.
+
+    Raises:
+        UserError: there are no GPUs for vLLM's balancer of experts, or DeepEP is not installed.
+    """
+    if rollout.placement != "local":
+        return
+    if rollout.redundant_experts and not gpu.is_usable():
         raise UserError(
-            f"{key}: vLLM's balancer of experts needs GPUs, and there is none here; set it to 0",
-            key=key,
+            "rollout.redundant_experts: vLLM's balancer of experts needs GPUs, and there is none "
+            "here; set it to 0",
+            key="rollout.redundant_experts",
             cause=Cause.UNSUPPORTED,
+        )
+    key = "rollout.vllm.all2all_backend"
+    exchange = str(rollout.vllm.get("all2all_backend") or rollout.vllm.get("all2all-backend"))
+    if exchange.startswith("deepep") and not find_spec("deep_ep"):
+        raise UserError(
+            f"{key}: {exchange} needs the package deep_ep, which is not installed here: see "
+            "docs/gpu.md, or set allgather_reducescatter",
+            key=key,
+            cause=Cause.NOT_INSTALLED,
         )
 
 

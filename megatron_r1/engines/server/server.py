@@ -20,7 +20,7 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.base.processes import children, diagnosis, preloaded
 from megatron_r1.base.processes.diagnosis import file_excerpt
 from megatron_r1.base.processes.preloaded import ForkedProcess
-from megatron_r1.base.processes.resources import Scratch, shared_files
+from megatron_r1.base.processes.scratch import Scratch, shared_files
 from megatron_r1.engines.server.client import is_healthy
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.settings import MODULE, EngineSettings, config_arguments

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
-from megatron_r1.base.processes import startup
+from megatron_r1.base.processes import allocators
 from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 from megatron_r1.engines.server.vllm_arguments import argument_list
 from megatron_r1.models.hf_config import implied
@@ -93,6 +93,7 @@ class EngineSettings:
         host: address to listen at.
         port: None for any free port.
         part: the part of the engine that runs here; None for the whole engine.
+        lora: vLLM's arguments for an adapter that is pushed; None for whole weights.
         hf_overrides: keys that replace those of the model's config.json.
         vllm: further arguments of vLLM, by name (`engines.server.vllm_arguments`).
         extra_args, extra_env: passed to vLLM unchanged; they override the other settings."""
@@ -121,6 +122,7 @@ class EngineSettings:
     host: str = "127.0.0.1"
     port: int | None = None
     part: EnginePart | None = None
+    lora: Mapping[str, Any] | None = None
     hf_overrides: Mapping[str, Any] | None = None
     vllm: Mapping[str, Any] = field(default_factory=dict)
     extra_args: Sequence[str] = ()
@@ -158,6 +160,7 @@ class EngineSettings:
             *("--data-parallel-size", str(self.data)),
             *(["--enable-expert-parallel"] if self.expert_parallel else []),
             *(["--middleware", MIDDLEWARE] if self.secret else []),
+            *argument_list(self.lora or {}),
             *argument_list(self._given()),
             *self.extra_args,
         ]
@@ -181,7 +184,7 @@ class EngineSettings:
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         transport = TRANSPORTS[self.weight_transfer_backend.removeprefix(BACKEND_PREFIX)]
         if self.device != "cpu" and transport.exports_gpu_memory:
-            environment |= startup.exporting_engine_allocator(os.environ)
+            environment |= allocators.exporting_engine_allocator(os.environ)
         if self.part is not None:
             environment |= network_environment(self.host)
         # SECRET also where it is empty: the user's own VLLM_API_KEY is not for our engines.

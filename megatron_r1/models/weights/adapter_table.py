@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Config
@@ -100,6 +101,31 @@ def target_modules(rules: Table) -> str:
     }
     choice = "|".join(re.escape(name).replace(r"\{e\}\.", r"(\d+\.)?") for name in sorted(names))
     return rf"model\.layers\.\d+\.({choice})"
+
+
+PEFT_PREFIX = "base_model.model."
+"""The beginning of every name in PEFT's files."""
+
+
+def adapter_config(rules: Table, lora: LoraConfig, base: str) -> dict[str, Any]:
+    """Return PEFT's `adapter_config.json` of these adapters.
+
+    Args:
+        rules: their weight table.
+        lora: rank and scale.
+        base: the folder of the model that they belong to."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": target_modules(rules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,12 @@ from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.build import process_groups
 from megatron_r1.models.gradients import mark_like
 from megatron_r1.models.weights.adapter_table import (
+    PEFT_PREFIX,
     A,
     B,
+    adapter_config,
     adapter_shapes,
     adapter_table,
-    target_modules,
 )
 from megatron_r1.models.weights.layout import LayoutEntry, layout_of
 from megatron_r1.models.weights.local import local_pieces, shard_of
@@ -279,10 +280,6 @@ def _fingerprint(chunks: Sequence, hf: dict) -> int:
     return int(total) % 2**64
 
 
-PEFT_PREFIX = "base_model.model."
-"""The beginning of every name in PEFT's files."""
-
-
 def save_adapter(
     chunks: Sequence, hf: dict, lora: LoraConfig, base: str, out: Path, dtype: torch.dtype
 ) -> None:
@@ -302,18 +299,7 @@ def save_adapter(
         UserError: on every rank when something cannot be written.
     """
     rules = adapter_table(hf, lora)
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "target_modules": target_modules(rules),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
+    settings = adapter_config(rules, lora, base)
 
     def begin(folder: Path) -> None:
         text = json.dumps(settings, indent=2) + "\n"

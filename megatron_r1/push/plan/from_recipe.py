@@ -1,4 +1,4 @@
-"""A recipe's push before any engine runs: the engines' layout, the entries and bytes that are
+"""A recipe's push before any engine runs: the engines' layout, the links and bytes that are
 planned, and the checks that a push can serve it."""
 
 from collections.abc import Iterator
@@ -12,15 +12,21 @@ from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.stored.published import BLOCK, is_quantized
 from megatron_r1.models.weights.table import table, whole
+from megatron_r1.push.plan.adapters import (
+    PredictedAdapters,
+    check_adapter_push,
+    pushed_adapters,
+)
 from megatron_r1.push.plan.engine_sets import (
     SET_ENGINES,
     Plan,
     engine_sets,
-    entries,
-    largest_bundle,
+    largest_share,
+    plan_sets,
 )
 from megatron_r1.push.plan.planner import EngineLayout, Planner, PredictedLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import (
+    CountBytes,
     HFTensor,
     Region,
     checkpoint_tensors,
@@ -37,14 +43,28 @@ def max_engines(push: PushConfig) -> int:
 
 def engine_rank_bytes(config: Config, hf: dict) -> int:
     """Return the pushed bytes of an engine's first rank, which has the most; its receive buffer has
-    as many, twice that on a CPU."""
+    as many, twice that on a CPU, where weights are used there."""
     layout, push = engine_layout(config), config.push
-    needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    needs = predicted_needs(config, hf, layout)
     count_bytes = fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype)
+    return _bytes_of_first_rank(needs, layout, count_bytes)
+
+
+def _bytes_of_first_rank(
+    needs: PredictedLayout, layout: EngineLayout, count_bytes: CountBytes
+) -> int:
     return sum(
         count_bytes(item.name, item.rule.dtype, region)
         for item, region in needs.needed(layout.coordinate(0))
     )
+
+
+def engine_weight_bytes(config: Config, hf: dict) -> int:
+    """Return the bytes of the model's weights on an engine's first rank, pushed or read."""
+    layout = engine_layout(config)
+    needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    count_bytes = fp8_bytes if config.push.fp8 else plain_bytes(config.rollout.dtype)
+    return _bytes_of_first_rank(needs, layout, count_bytes)
 
 
 def shares_gpus_over_nccl(config: Config) -> bool:
@@ -54,16 +74,15 @@ def shares_gpus_over_nccl(config: Config) -> bool:
 
 
 def planned_push(config: Config, hf: dict) -> list[Plan]:
-    """Return the `entries` of a recipe's push from `parallel.processes` trainer ranks."""
+    """Return the plans of the sets of a recipe's push from `parallel.processes` trainer ranks."""
     layout, push = engine_layout(config), config.push
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
-    needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
-    planner = Planner(hf, grid, layout, recipe_stages(config, hf), needs)
-    return entries(
+    planner = _planner(config, hf, grid, layout)
+    return plan_sets(
         planner,
         fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
         engine_sets(layout.engines, max_engines(push)),
-        largest=largest_bundle(push.transport),
+        largest=largest_share(push.transport),
     )
 
 
@@ -90,16 +109,37 @@ def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
         UserError: names the tensor's size, and the divisors to choose from, or the setting.
     """
     check_drafter(config)
+    check_adapter_push(config, hf)
     layout = engine_layout(config)
-    predicted = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    predicted = predicted_needs(config, hf, layout)
     grid = TrainerGrid.from_recipe(config.parallel, num_ranks)
-    Planner(hf, grid, layout, recipe_stages(config, hf), predicted)  # as every trainer rank does
+    _planner(config, hf, grid, layout)  # as every trainer rank does
     for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
         for _ in predicted.needed(layout.coordinate(rank)):
             pass
     if config.push.fp8:
         parallel = config.parallel
         check_blocks(hf, layout, tensor=parallel.tensor, expert_tensor=parallel.expert_tensor)
+
+
+def predicted_needs(config: Config, hf: dict, layout: EngineLayout) -> PredictedLayout:
+    """Return what the ranks of a recipe's engines need of a push, in engines of `layout`.
+
+    Args:
+        config: the recipe.
+        hf: the model's `config.json`.
+        layout: the layout of all engines.
+
+    Raises:
+        UserError: where vLLM cannot split the model so."""
+    if (rules := pushed_adapters(config, hf)) is not None:
+        return PredictedAdapters(hf, layout, rules)
+    return PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+
+
+def _planner(config: Config, hf: dict, grid: TrainerGrid, layout: EngineLayout) -> Planner:
+    needs, rules = predicted_needs(config, hf, layout), pushed_adapters(config, hf)
+    return Planner(hf, grid, layout, recipe_stages(config, hf), needs, rules)
 
 
 def check_drafter(config: Config) -> None:

@@ -30,8 +30,10 @@ from megatron_r1.models.weights.layout import Shard, stage_shards
 from megatron_r1.models.weights.table import (
     QueryGroups,
     Shape,
+    Table,
     column_parallel,
     row_parallel,
+    stacked,
     table,
     vocab_parallel,
     whole,
@@ -311,6 +313,7 @@ class Planner:
         stages: the shards of each pipeline rank's virtual stages
             (`models.weights.layout.stage_shards`), default an even spread.
         needs: default `PredictedLayout`.
+        rules: the weight table of what moves, default the model's; or its adapters'.
 
     Raises:
         UserError: for an impossible layout.
@@ -323,8 +326,9 @@ class Planner:
         engines: EngineLayout,
         stages: Sequence[Sequence[Shard]] | None = None,
         needs: Needs | None = None,
+        rules: Table | None = None,
     ):
-        self.grid, self.engines, self.table = grid, engines, table(hf)
+        self.grid, self.engines, self.table = grid, engines, rules or table(hf)
         self.needs = needs or PredictedLayout(hf, engines)
         stages = stages or stage_shards(hf, grid.pipeline, with_mtp=False)
         decoder, drafter = len(self.table.layers), len(self.table.mtp)
@@ -364,7 +368,7 @@ class Planner:
     def _holdings(self, item: HFTensor, stage: int) -> Iterator[tuple[Region, range]]:
         """Yield the parts of a tensor, each with the trainer ranks that hold it."""
         grid, rule = self.grid, item.rule
-        if rule.split is whole and item.expert is None:
+        if rule.split in (whole, stacked) and item.expert is None:
             yield Region.whole(item.shape), grid.whole_replicas(stage)
             return
         ranks = grid.tensor if item.expert is None else grid.expert_tensor

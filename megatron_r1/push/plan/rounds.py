@@ -3,7 +3,7 @@
 In a round every process sends at most one bucket and receives at most one, both in one group of
 NCCL calls. All groups of a process are on one stream of the push's own, round after round. First
 what trainer ranks send enters the engines of each set; then the processes at one position of a
-set's engines pass on what has entered each: with n engines every bucket travels to the next engine,
+set's engines relay what has entered each: with n engines every bucket travels to the next engine,
 to the one after it, and so on, n - 1 rounds for a bucket of each, in which all send and receive.
 
 Why no process can wait in a circle. A group ends when its transfers have ended, and a transfer runs
@@ -11,7 +11,7 @@ once the streams of both its processes have come to its round. Suppose that some
 and take one of the earliest round in which that happens. All earlier groups of its process end, so
 its process comes to it, and it waits for a process that never comes to this round. That process
 stands at a group of an earlier round, which never ends: a contradiction. Whatever else a round
-waits for comes before it: a bucket that is passed on has arrived in an earlier round, and a buffer
+waits for comes before it: a bucket that is relayed has arrived in an earlier round, and a buffer
 to pack or unpack in is free once an earlier round has ended. Sends that NCCL buffers only end
 earlier. The same holds for hosts, which connect two processes when these first meet. It does not
 hold for two orders at once: pushes of a process run one after another, everywhere in one order.
@@ -20,15 +20,7 @@ NCCL refuses two ranks on one GPU, and two processes on a GPU compute in turns. 
 the process that receives for the engine rank on its GPU, into memory that both have mapped (CUDA
 IPC); what it holds itself it copies there.
 
-Five words of the rounds, besides those of `megatron_r1.push` and `megatron_r1.push.plan`:
-
-- round: a step of the schedule, with the same number on all processes, in which each makes at most
-  one send and one receive, in one group of NCCL calls.
-- block: the bytes of one link, or those that an engine rank passes on: weights, then checksums.
-- portion: one of the equal parts into which a block is divided; a bucket carries one.
-- peer: the other process of a send or a receive. `published_plan.Peer`: another engine of the set,
-  as the source of what it passes on.
-- area: the part of an engine rank's receive buffer that one push fills (`table.SlotTable.area`)."""
+`megatron_r1.push` defines the words."""
 
 from __future__ import annotations
 
@@ -40,10 +32,10 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_r1.push.plan.engine_sets import EngineRank, Plan, ranks_in_order
-from megatron_r1.push.transports import PASSED_BYTES
+from megatron_r1.push.transports import RELAYED_BYTES
 
 ENTRY_BYTES = 32 << 20
-"""Most bytes of a bucket that enters an engine; one that is passed on has `PASSED_BYTES`."""
+"""Most bytes of a bucket that enters an engine; one that is relayed has `RELAYED_BYTES`."""
 NONE = -1
 """In a row of a schedule: nothing is sent, or received."""
 SCHEDULE_ROW = np.dtype(
@@ -65,16 +57,16 @@ class Link(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Portion:
-    """The portion of a block that a bucket carries.
+class BucketPlace:
+    """The place of a bucket in its payload.
 
     Attributes:
-        block: the block: a link or, with numbers after the links', what a member of a position
-            passes on.
-        number: the portion, counted from 0.
-        count: the equal portions of the block."""
+        payload: the payload: a link's or, with numbers after the links', what a member of a set
+            relays.
+        number: the bucket of the payload, counted from 0.
+        count: the buckets of the payload, which are of equal size."""
 
-    block: int
+    payload: int
     number: int
     count: int
 
@@ -83,7 +75,7 @@ class PushOrder:
     """The rounds of a push: first over `links`, then within `positions`, the processes at one
     position of a set's engines, in order of engine. Every process computes the same from the plan.
 
-    What enters is divided into buckets link by link, numbered in that order; what is passed on
+    What enters is divided into buckets link by link, numbered in that order; what is relayed
     position by position and member by member, into as many for each member, numbered after those.
 
     Attributes:
@@ -98,9 +90,9 @@ class PushOrder:
         links: Sequence[Link],
         positions: Sequence[Sequence[int]] = (),
         entry_bytes: int | None = None,
-        passed_bytes: int | None = None,
+        relayed_bytes: int | None = None,
     ):
-        entry_bytes, passed_bytes = entry_bytes or ENTRY_BYTES, passed_bytes or PASSED_BYTES
+        entry_bytes, relayed_bytes = entry_bytes or ENTRY_BYTES, relayed_bytes or RELAYED_BYTES
         self.links, self.positions = links, positions
         sides = np.array(links, dtype=np.int64).reshape(-1, 3)
         self.link_buckets = counts = -(-sides[:, 2] // entry_bytes)
@@ -116,21 +108,21 @@ class PushOrder:
         self.entered = entered = np.zeros(num_processes, np.int64)
         np.add.at(entered, sides[:, 1], sides[:, 2])
         most = [int(entered[list(members)].max()) for members in positions]
-        # By position: the buckets that each member passes on.
-        self._passed = [-(-num_bytes // passed_bytes) for num_bytes in most]
-        blocks = [
+        # By position: the buckets that each member relays.
+        self._relayed = [-(-num_bytes // relayed_bytes) for num_bytes in most]
+        payloads = [
             (process, int(entered[process]), num_buckets)
-            for members, num_buckets in zip(positions, self._passed, strict=True)
+            for members, num_buckets in zip(positions, self._relayed, strict=True)
             for process in members
         ]
-        passing = np.array(blocks, dtype=np.int64).reshape(-1, 3)
-        self._first_passed = np.cumsum(
-            [counts.sum(), *(n * len(m) for n, m in zip(self._passed, positions, strict=True))]
+        relayed = np.array(payloads, dtype=np.int64).reshape(-1, 3)
+        self._first_relayed = np.cumsum(
+            [counts.sum(), *(n * len(m) for n, m in zip(self._relayed, positions, strict=True))]
         ).tolist()
-        self.origins = np.concatenate([self.senders, np.repeat(passing[:, 0], passing[:, 2])])
-        of_blocks = np.concatenate([counts, passing[:, 2]])
-        self.num_bytes = _divided(np.concatenate([sides[:, 2], passing[:, 1]]), of_blocks)
-        self._first_of_block = np.concatenate([[0], np.cumsum(of_blocks)])
+        self.origins = np.concatenate([self.senders, np.repeat(relayed[:, 0], relayed[:, 2])])
+        bucket_counts = np.concatenate([counts, relayed[:, 2]])
+        self.num_bytes = _divided(np.concatenate([sides[:, 2], relayed[:, 1]]), bucket_counts)
+        self._first_bucket = np.concatenate([[0], np.cumsum(bucket_counts)])
 
     @property
     def num_processes(self) -> int:
@@ -146,21 +138,21 @@ class PushOrder:
         return int(self.entry_rounds.max(initial=NONE)) + 1
 
     @property
-    def num_passing_rounds(self) -> int:
-        rounds = zip(self.positions, self._passed, strict=True)
+    def num_relay_rounds(self) -> int:
+        rounds = zip(self.positions, self._relayed, strict=True)
         return max(((len(members) - 1) * buckets for members, buckets in rounds), default=0)
 
     def largest_buckets(self) -> np.ndarray:
         """Return the bytes of the largest bucket of each round."""
-        found = np.zeros(self.num_entry_rounds + self.num_passing_rounds, np.int64)
+        found = np.zeros(self.num_entry_rounds + self.num_relay_rounds, np.int64)
         travels = self.entry_rounds != NONE
         entering = self.num_bytes[: self.num_entering]
         np.maximum.at(found, self.entry_rounds[travels], entering[travels])
-        passing = found[self.num_entry_rounds :]
-        for members, count in zip(self.positions, self._passed, strict=True):
+        relayed = found[self.num_entry_rounds :]
+        for members, count in zip(self.positions, self._relayed, strict=True):
             size = -(-int(self.entered[list(members)].max()) // max(count, 1))
-            of_position = passing[: (len(members) - 1) * count]
-            np.maximum(of_position, size, out=of_position)
+            rounds = relayed[: (len(members) - 1) * count]
+            np.maximum(rounds, size, out=rounds)
         return found
 
     @property
@@ -170,10 +162,10 @@ class PushOrder:
         sides = (self.senders[travels], self.receivers[travels])
         return max(int(np.bincount(side, minlength=1).max()) for side in sides)
 
-    def schedule_of(self, process: int) -> np.ndarray:
+    def schedule(self, process: int) -> np.ndarray:
         """Return the schedule of a process: a `SCHEDULE_ROW` for each round in which it takes part,
         in order."""
-        sent, received = self._by_sender.of(process), self._by_receiver.of(process)
+        sent, received = self._by_sender.places(process), self._by_receiver.places(process)
         sent, received = (found[self.entry_rounds[found] != NONE] for found in (sent, received))
         rounds = np.union1d(self.entry_rounds[sent], self.entry_rounds[received])
         rows = np.full(len(rounds), NONE, SCHEDULE_ROW)
@@ -184,25 +176,25 @@ class PushOrder:
         rows["source"][at], rows["received"][at] = self.senders[received], received
         if process not in self._place:
             return rows
-        return np.concatenate([rows, self._passing(*self._place[process])])
+        return np.concatenate([rows, self._relay_rounds(*self._place[process])])
 
-    def portion(self, bucket: int) -> Portion:
-        """Return the portion of a block that a bucket carries."""
-        block = int(np.searchsorted(self._first_of_block, bucket, "right")) - 1
-        first, end = self._first_of_block[block : block + 2].tolist()
-        return Portion(block, bucket - first, end - first)
+    def place(self, bucket: int) -> BucketPlace:
+        """Return the place of a bucket in its payload."""
+        payload = int(np.searchsorted(self._first_bucket, bucket, "right")) - 1
+        first, end = self._first_bucket[payload : payload + 2].tolist()
+        return BucketPlace(payload, bucket - first, end - first)
 
-    def _passing(self, number: int, member: int) -> np.ndarray:
-        """Return the rounds in which a member of a position passes on what has entered it."""
-        members, num_buckets = np.array(self.positions[number]), self._passed[number]
+    def _relay_rounds(self, number: int, member: int) -> np.ndarray:
+        """Return the rounds in which a member of a position relays what has entered it."""
+        members, num_buckets = np.array(self.positions[number]), self._relayed[number]
         hops = np.arange(1, len(members))
         to, source = (member + hops) % len(members), (member - hops) % len(members)
         turns = np.arange(num_buckets)[:, None]
         rows = np.empty((num_buckets, len(hops)), SCHEDULE_ROW)
         rows["round"] = self.num_entry_rounds + turns * len(hops) + hops - 1
         rows["to"], rows["source"] = members[to], members[source]
-        rows["sent"] = self._first_passed[number] + member * num_buckets + turns
-        rows["received"] = self._first_passed[number] + source * num_buckets + turns
+        rows["sent"] = self._first_relayed[number] + member * num_buckets + turns
+        rows["received"] = self._first_relayed[number] + source * num_buckets + turns
         return rows.ravel()
 
 
@@ -210,16 +202,16 @@ def push_order(plans: Sequence[Plan], receivers: Receivers) -> PushOrder:
     """Return the order of a push.
 
     Args:
-        plans: the entries of each set (`engine_sets.entries`).
+        plans: the links of each set (`engine_sets.plan_sets`).
         receivers: the processes that receive (`receiving_processes`)."""
     links = [
-        Link(entry.sender, members[entry.member], entry.num_bytes)
-        for plan, of_set in zip(plans, receivers, strict=True)
-        for at_position, members in zip(plan, of_set, strict=True)
-        for entry in at_position
+        Link(link.sender, members[link.member], link.num_bytes)
+        for plan, positions in zip(plans, receivers, strict=True)
+        for position_links, members in zip(plan, positions, strict=True)
+        for link in position_links
     ]
-    positions = [members for of_set in receivers for members in of_set if len(members) > 1]
-    return PushOrder(links, positions)
+    relaying = [members for positions in receivers for members in positions if len(members) > 1]
+    return PushOrder(links, relaying)
 
 
 def planned_order(
@@ -233,7 +225,7 @@ def planned_order(
     """Return the order of a push to engines that do not run yet.
 
     Args:
-        plans: the `entries` of `sets`.
+        plans: the plans of `sets`.
         sets: engines of each set, by number.
         ranks_per_engine: the positions.
         world: the trainer ranks.
@@ -270,7 +262,7 @@ class _Grouped:
         self._order = np.argsort(values, kind="stable")
         self._ends = np.cumsum(np.bincount(values, minlength=1))
 
-    def of(self, value: int) -> np.ndarray:
+    def places(self, value: int) -> np.ndarray:
         if value >= len(self._ends):
             return self._order[:0]
         return self._order[self._ends[value - 1] if value else 0 : self._ends[value]]

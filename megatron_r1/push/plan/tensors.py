@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
+from megatron_r1.models.weights.adapter_table import adapter_shapes
 from megatron_r1.models.weights.layout import hf_tensors
 from megatron_r1.models.weights.stored.published import BLOCK, is_quantized, scale_name, scale_shape
 from megatron_r1.models.weights.table import Piece, Rule, Shape, Table, table
@@ -131,7 +132,9 @@ def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> int:
     return region.num_elements + 4 * -(-height // BLOCK) * -(-width // BLOCK)
 
 
-def pushed_tensors(hf: dict, *, fp8: bool, drafts: bool = False) -> list[tuple[str, Shape]]:
+def pushed_tensors(
+    hf: dict, *, fp8: bool, drafts: bool = False, adapters: Table | None = None
+) -> list[tuple[str, Shape]]:
     """Return the names and shapes of the tensors in a checkpoint of the model, plain or in FP8.
 
     Args:
@@ -139,7 +142,10 @@ def pushed_tensors(hf: dict, *, fp8: bool, drafts: bool = False) -> list[tuple[s
         fp8: whether to include the scales of quantized tensors.
         drafts: whether to include the tensors of the MTP layers, but not their copies of embedding
             and head, which the drafter shares with the model.
+        adapters: the weight table of the adapters, whose factors alone are then pushed.
     """
+    if adapters is not None:
+        return list(adapter_shapes(adapters).items())
     names_and_shapes: list[tuple[str, Shape]] = []
     copies = table(hf).copies
     for name, (shape, _) in hf_tensors(hf, with_mtp=drafts).items():

@@ -13,8 +13,8 @@ from megatron_r1.base.transports import TRANSPORTS
 if TYPE_CHECKING:  # a trainer rank needs one of the modules, with torch and llvmlite
     from megatron_r1.push.transports.base import Receiver, Sender
 
-PASSED_BYTES = 64 << 20
-"""A bucket that an engine rank passes on; in a round of an exchange each of the set has one."""
+RELAYED_BYTES = 64 << 20
+"""A bucket that an engine rank relays; in a round of an exchange each of the set has one."""
 ROUNDS_AHEAD = 2
 """Rounds of NCCL that a GPU has enqueued at a time, each with a bucket for either direction."""
 

@@ -1,12 +1,12 @@
-"""Both ends over gloo: a trainer rank sends its buckets to an engine rank of a set, which passes
-its share of a push on to the other engines.
+"""Both ends over gloo: a trainer rank sends its payload to an engine rank of a set, which
+relays what has entered it to the other engines.
 
 A trainer rank and an engine rank that it sends to are a group of two, so that a lost rank breaks
 its own pairs only. A thread of the engine rank unpacks what comes over each pair: a push is its
-number and a block of bytes, in buckets.
+number and a payload of bytes, in buckets.
 
 The ranks at one position of a set's engines are a group, too. Another thread checks what has
-entered and exchanges it there, a bucket each way at a time. The checksums that a rank passes on are
+entered and exchanges it there, a bucket each way at a time. The checksums that a rank relays are
 the trainer's own.
 
 Within one group all ranks make the same calls in the same order, which follows from the plan, and
@@ -19,15 +19,15 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from megatron_r1.push.published_plan import Peer
+from megatron_r1.push.published_plan import Relay
 from megatron_r1.push.rendezvous import IDLE_SECONDS, Rendezvous
-from megatron_r1.push.transports import PASSED_BYTES
+from megatron_r1.push.transports import RELAYED_BYTES
 from megatron_r1.push.transports.base import Sender, Slices
-from megatron_r1.push.transports.blocks import (
-    Block,
-    BlockReceiver,
-    MemoryBlock,
-    SlicesBlock,
+from megatron_r1.push.transports.payloads import (
+    MemoryPayload,
+    Payload,
+    PayloadReceiver,
+    SlicesPayload,
 )
 
 BUCKET_BYTES = 32 << 20
@@ -41,7 +41,7 @@ PATIENCE_SECONDS = 2.0
 reports first."""
 
 
-class GlooReceiver(BlockReceiver):
+class GlooReceiver(PayloadReceiver):
     """An engine rank's end in a set: a thread per trainer rank receives that rank's pushes, and
     another exchanges them if the set has several engines."""
 
@@ -103,14 +103,14 @@ class GlooReceiver(BlockReceiver):
 
     def _receive_push(self, group: dist.ProcessGroup, sender: int, push: int) -> None:
         """Receive a push, one bucket while the one before is unpacked, and check it."""
-        block = self.arriving_blocks(push).block(sender)
+        payload = self.arriving_payloads(push).payload(sender)
         arriving: tuple[dist.Work, int, int, torch.Tensor] | None = None
 
         def unpack(work: dist.Work, start: int, end: int, data: torch.Tensor) -> None:
             _wait_for(work, self.rendezvous)
-            block.unpack(start, end, data)
+            payload.unpack(start, end, data)
 
-        for start, end in _extents(block):
+        for start, end in _extents(payload):
             data = torch.empty(end - start, dtype=torch.uint8)
             work = group.recv([data], TRAINER_RANK, 0)
             if arriving:
@@ -124,7 +124,7 @@ class GlooReceiver(BlockReceiver):
         """Exchange pushes until one fails; then report the cause, which the push that waits in
         this engine raises."""
         error = self._exchange_pushes()
-        if self.is_closing or self.buffer.has_failed:
+        if self.is_closing or self.arrivals.has_failed:
             return
         # A ValueError is of what enters this rank, another error of a call with other ranks.
         position = [f"{member}/{self.rank}" for member in range(self.rendezvous.num_members)]
@@ -146,7 +146,7 @@ class GlooReceiver(BlockReceiver):
                 if not push:
                     return RuntimeError("a rank of the set has closed")
                 if self.senders:
-                    self.buffer.wait(push, self.rendezvous.push_seconds, self.senders)
+                    self.arrivals.wait(push, self.rendezvous.push_seconds, self.senders)
                 self._exchange_blocks(shared, push)
                 self.rendezvous.publish_complete(push)
         except (ValueError, RuntimeError, OSError) as error:
@@ -165,15 +165,16 @@ class GlooReceiver(BlockReceiver):
 
         gloo's own all-gather takes three times as long with 64 MiB a bucket (docs/learned.md)."""
         own, count = self.rendezvous.member, self.rendezvous.num_members
-        entering = self.arriving_blocks(push)
-        blocks = [entering.block(Peer(member)) for member in range(count)]
-        blocks[own] = entering.own_block()
-        arrived: tuple[MemoryBlock, int, int, torch.Tensor] | None = None
-        for start, end in _extents(max(blocks, key=lambda block: block.num_bytes), PASSED_BYTES):
-            ends = [max(start, min(end, block.num_bytes)) for block in blocks]
+        entering = self.arriving_payloads(push)
+        payloads = [entering.payload(Relay(member)) for member in range(count)]
+        payloads[own] = entering.own_payload()
+        arrived: tuple[MemoryPayload, int, int, torch.Tensor] | None = None
+        largest = max(payloads, key=lambda payload: payload.num_bytes)
+        for start, end in _extents(largest, RELAYED_BYTES):
+            ends = [max(start, min(end, payload.num_bytes)) for payload in payloads]
             sent = torch.empty(ends[own] - start, dtype=torch.uint8)
             if len(sent):
-                blocks[own].pack(start, ends[own], sent)
+                payloads[own].pack(start, ends[own], sent)
             for hop in range(1, count):
                 source = (own - hop) % count
                 received = torch.empty(ends[source] - start, dtype=torch.uint8)
@@ -183,19 +184,20 @@ class GlooReceiver(BlockReceiver):
                     arrived[0].unpack(*arrived[1:])
                 for work in works:
                     _wait_for(work, self.rendezvous, PATIENCE_SECONDS)
-                placed = blocks[source], start, ends[source], received
+                placed = payloads[source], start, ends[source], received
                 arrived = placed if len(received) else None
         if arrived:
             arrived[0].unpack(*arrived[1:])
-        self.check(push, [source for source in self.buffer.deliveries if isinstance(source, Peer)])
+        relays = [source for source in self.arrivals.deliveries if isinstance(source, Relay)]
+        self.check(push, relays)
 
 
-def _extents(block: Block, num_bytes: int | None = None) -> Iterator[tuple[int, int]]:
-    """Yield the first byte and the end of each bucket of a block, of `num_bytes` (default
+def _extents(payload: Payload, num_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield the first byte and the end of each bucket of a payload, of `num_bytes` (default
     `BUCKET_BYTES`) but for the last."""
     size = num_bytes or BUCKET_BYTES
-    for start in range(0, block.num_bytes, size):
-        yield start, min(start + size, block.num_bytes)
+    for start in range(0, payload.num_bytes, size):
+        yield start, min(start + size, payload.num_bytes)
 
 
 class GlooSender(Sender):
@@ -205,14 +207,14 @@ class GlooSender(Sender):
         self._group = pair_group(self.rendezvous, self.sender, self.rank, is_sender=True)
 
     def send(self, push: int, slices: Slices) -> None:
-        """Send a push: its number, then its block in buckets."""
+        """Send a push: its number, then its payload in buckets."""
         group = self._group
         _wait_for(group.send([torch.tensor([push])], ENGINE_RANK, 0), self.rendezvous)
-        block = SlicesBlock(self.table, self.deliveries, slices, is_weighted=False)
+        payload = SlicesPayload(self.table, self.deliveries, slices, is_weighted=False)
         on_the_wire: tuple[dist.Work, torch.Tensor] | None = None
-        for start, end in _extents(block):
+        for start, end in _extents(payload):
             bucket = torch.empty(end - start, dtype=torch.uint8)
-            block.pack(start, end, bucket)
+            payload.pack(start, end, bucket)
             if on_the_wire:
                 _wait_for(on_the_wire[0], self.rendezvous)
             on_the_wire = group.send([bucket], ENGINE_RANK, 0), bucket

@@ -2,7 +2,7 @@
 rounds that the plan has (`plan.rounds`). The trainer ranks' part is in `round_sender`.
 
 An engine rank with a GPU of its own is a rank of its set's communicator: a thread runs its rounds
-(`nccl_rounds`), checks what has entered before it passes that on, and then what others passed on.
+(`nccl_rounds`), checks what has entered before it relays that, and then what others relayed.
 An engine rank on a trainer rank's GPU is in no communicator: it offers its memory through CUDA's
 inter-process handles, the trainer rank writes all of a push there, and behind it the push's number.
 """
@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_r1.push.published_plan import Peer, RankCall, RankRounds
+from megatron_r1.push.published_plan import RankCall, RankRounds, Relay
 from megatron_r1.push.transports.base import Sender, gpu_uuid
-from megatron_r1.push.transports.blocks import BlockReceiver
 from megatron_r1.push.transports.nccl_rounds import (
     LONGEST_PAUSE,
     Communicator,
@@ -25,6 +24,7 @@ from megatron_r1.push.transports.nccl_rounds import (
     RoundRunner,
     Transfer,
 )
+from megatron_r1.push.transports.payloads import PayloadReceiver
 from megatron_r1.push.transports.shared_memory import share_memory
 
 CLOSE_SECONDS = 5.0
@@ -33,7 +33,7 @@ LOOK_SECONDS = 0.5
 """Seconds between two looks of an engine rank whether a push that it is served has failed."""
 
 
-class NcclReceiver(BlockReceiver):
+class NcclReceiver(PayloadReceiver):
     """An engine rank's end. Borrowed memory is allocated when a push begins and freed once it is
     loaded. Between pushes the engine's KV cache has it; the cache sleeps during a push.
 
@@ -61,7 +61,7 @@ class NcclReceiver(BlockReceiver):
             if self.memory.numel() < self.num_bytes:
                 size = self.num_bytes
                 self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
-                self.buffer.memory = self.memory
+                self.arrivals.memory = self.memory
             elif not (storage := self.memory.untyped_storage()).nbytes():
                 storage.resize_(self.num_bytes)
 
@@ -132,9 +132,9 @@ class NcclReceiver(BlockReceiver):
     ) -> None:
         """Run this rank's part of a push, and check it."""
         streams.copies_follow()
-        arriving = self.arriving_blocks(push)
-        own = arriving.own_block()
-        blocks = {source: arriving.block(source) for source in _sources(rounds)}
+        arriving = self.arriving_payloads(push)
+        own = arriving.own_payload()
+        payloads = {source: arriving.payload(source) for source in _sources(rounds)}
 
         def planned(pairs: Sequence[tuple[RankCall | None, RankCall | None]]) -> list[Round]:
             found = []
@@ -143,25 +143,25 @@ class NcclReceiver(BlockReceiver):
                 if send is not None:
                     sent = Transfer(send.peer, own, *own.extent(send.number, send.count))
                 if receive is not None:
-                    block = blocks[_source(receive)]
-                    extent = block.extent(receive.number, receive.count)
-                    received = Transfer(receive.peer, block, *extent)
+                    payload = payloads[_source(receive)]
+                    extent = payload.extent(receive.number, receive.count)
+                    received = Transfer(receive.peer, payload, *extent)
                 found.append(Round(communicator, sent, received))
             return found
 
-        entering, passing = planned(rounds.entering), planned(rounds.passing)
-        runner = RoundRunner(streams, [*entering, *passing])
+        entering, relayed = planned(rounds.entering), planned(rounds.relayed)
+        runner = RoundRunner(streams, [*entering, *relayed])
         runner.run(entering)
         self._raise_error(communicator)
         with streams.copying():  # in which nothing waits for another rank
             self.check(push, self.senders)
-        if self.senders:  # what is damaged is not passed on
-            self.buffer.wait(push, 0.0, self.senders)
-        runner.run(passing)
+        if self.senders:  # what is damaged is not relayed
+            self.arrivals.wait(push, 0.0, self.senders)
+        runner.run(relayed)
         self._raise_error(communicator)
-        peers = [source for source in self.buffer.deliveries if isinstance(source, Peer)]
+        relays = [source for source in self.arrivals.deliveries if isinstance(source, Relay)]
         with streams.copying():
-            self.check(push, peers)
+            self.check(push, relays)
 
     def _be_served(self, push: int, streams: PushStreams) -> None:
         """Offer the memory to the trainer rank on this GPU, which writes all of a push there, and
@@ -182,7 +182,7 @@ class NcclReceiver(BlockReceiver):
                 if now > deadline:
                     raise TimeoutError("the trainer rank on this GPU has not sent all of it")
                 time.sleep(LONGEST_PAUSE)
-            self.check(push, list(self.buffer.deliveries))
+            self.check(push, list(self.arrivals.deliveries))
 
     def _is_written(self) -> bool:
         """Return whether the trainer rank has written all of the push that is under way."""
@@ -214,13 +214,13 @@ class NcclReceiver(BlockReceiver):
             ) from error
 
 
-def _sources(rounds: RankRounds) -> set[int | Peer]:
-    pairs = [*rounds.entering, *rounds.passing]
+def _sources(rounds: RankRounds) -> set[int | Relay]:
+    pairs = [*rounds.entering, *rounds.relayed]
     return {_source(receive) for _, receive in pairs if receive is not None}
 
 
-def _source(call: RankCall) -> int | Peer:
-    return call.block if call.block >= 0 else Peer(-1 - call.block)
+def _source(call: RankCall) -> int | Relay:
+    return call.payload if call.payload >= 0 else Relay(-1 - call.payload)
 
 
 class NcclSender(Sender):

@@ -25,7 +25,7 @@ from torch.distributed import DistStoreError
 
 from megatron_r1.push.rendezvous import Rendezvous, SetFailed
 from megatron_r1.push.transports import ROUNDS_AHEAD
-from megatron_r1.push.transports.blocks import Block
+from megatron_r1.push.transports.payloads import Payload
 
 SUCCESS, IN_PROGRESS = 0, 7
 BYTE = 1
@@ -269,10 +269,10 @@ class PushStreams:
 
 
 class Transfer(NamedTuple):
-    """Bytes [start, end) of a block to a rank or from one."""
+    """Bytes [start, end) of a payload to a rank or from one."""
 
     peer: int
-    block: Block
+    payload: Payload
     start: int
     end: int
 
@@ -319,9 +319,9 @@ class RoundRunner:
     def _enqueue(self, each: Round, buffers: torch.Tensor) -> None:
         sent = received = None
         if each.sent is not None:
-            peer, block, start, end = each.sent
+            peer, payload, start, end = each.sent
             with self._streams.copying():
-                block.pack(start, end, buffers[0, : end - start])
+                payload.pack(start, end, buffers[0, : end - start])
             sent = peer, DeviceMemory(buffers[0].data_ptr(), end - start)
         if each.received is not None:
             peer, _, start, end = each.received
@@ -330,7 +330,7 @@ class RoundRunner:
 
     def _end(self, each: Round, buffers: torch.Tensor, has_ended: Callable[[], bool]) -> None:
         if each.communicator.wait(has_ended) and each.received is not None:
-            _, block, start, end = each.received
+            _, payload, start, end = each.received
             with self._streams.copying():
-                block.unpack(start, end, buffers[1, : end - start])
+                payload.unpack(start, end, buffers[1, : end - start])
         self._free.append(buffers)

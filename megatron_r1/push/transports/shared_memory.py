@@ -28,7 +28,8 @@ import torch
 
 from megatron_r1.push.checksum import copy_with_checksum, memory_fence
 from megatron_r1.push.table import Delivery, slot_view
-from megatron_r1.push.transports.base import ReceiveBuffer, Receiver, Sender, Slices, gpu_uuid
+from megatron_r1.push.transports.arrivals import Arrivals
+from megatron_r1.push.transports.base import Receiver, Sender, Slices, gpu_uuid
 
 FOLDER = Path("/dev/shm")
 PREFIX = "megatron_r1_"
@@ -125,7 +126,7 @@ class SharedMemoryReceiver(Receiver):
 
     def _follow(self, progress: dict[int, np.ndarray]) -> None:
         """Check each sender's rows as they are written."""
-        followers = [_Follower(sender, array, self.buffer) for sender, array in progress.items()]
+        followers = [_Follower(sender, array, self.arrivals) for sender, array in progress.items()]
         try:
             while not self.is_closing:
                 # sum, not any, which would stop at the first: every follower must have its turn.
@@ -133,17 +134,17 @@ class SharedMemoryReceiver(Receiver):
                     under_way = any(follower.is_under_way for follower in followers)
                     time.sleep(FOLLOW_SECONDS if under_way else POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - raised by the push that waits
-            self.buffer.fail(error)
+            self.arrivals.fail(error)
 
 
 class _Follower:
     """The receiver's state of one sender's push."""
 
-    def __init__(self, sender: int, progress: np.ndarray, buffer: ReceiveBuffer):
-        self.sender, self.progress, self.buffer = sender, progress, buffer
-        deliveries = buffer.deliveries[sender]
-        self.row_bytes = [delivery.row_bytes(buffer.table) for delivery in deliveries]
-        self.ends = list(accumulate(delivery.num_bytes(buffer.table) for delivery in deliveries))
+    def __init__(self, sender: int, progress: np.ndarray, arrivals: Arrivals):
+        self.sender, self.progress, self.arrivals = sender, progress, arrivals
+        deliveries = arrivals.deliveries[sender]
+        self.row_bytes = [delivery.row_bytes(arrivals.table) for delivery in deliveries]
+        self.ends = list(accumulate(delivery.num_bytes(arrivals.table) for delivery in deliveries))
         self.starts = [0, *self.ends[:-1]]
         self.push = self.index = self.seen = 0
 
@@ -163,11 +164,11 @@ class _Follower:
         memory_fence()
         while self.index < len(self.ends) and self.ends[self.index] <= done:
             sent = int(self.progress[CHECKSUMS_AT + self.index])
-            self.buffer.delivery_arrived(self.sender, push, self.index, sent)
+            self.arrivals.delivery_arrived(self.sender, push, self.index, sent)
             self.index += 1
         if self.index < len(self.ends) and done > self.starts[self.index]:
             row = (done - self.starts[self.index]) // self.row_bytes[self.index]
-            self.buffer.rows_arrived(self.sender, push, self.index, row)
+            self.arrivals.rows_arrived(self.sender, push, self.index, row)
         self.seen = done
         return True
 
@@ -188,7 +189,7 @@ class SharedMemorySender(Sender):
 
     def map_memory(self) -> torch.Tensor:
         """Return the receiver's memory, mapped into this process."""
-        return map_bytes(Path(self.receiver.address), self.table.areas * self.table.num_bytes)
+        return map_bytes(Path(self.receiver.address), self.table.num_buffers * self.table.num_bytes)
 
     def send(self, push: int, slices: Slices) -> None:
         """Copy the deliveries to their places. The progress array shows the receiver the rows that
@@ -214,10 +215,10 @@ class SharedMemorySender(Sender):
 
     def _targets(self, push: int) -> list[torch.Tensor]:
         """Return the views that the deliveries of this push fill."""
-        index = push % self.table.areas
+        index = push % self.table.num_buffers
         if index not in self._views:
-            area, slots = self.table.area(self._memory, push), self.table.slots
-            self._views[index] = [slot_view(area, slots[d.slot], d) for d in self.deliveries]
+            buffer, slots = self.table.buffer(self._memory, push), self.table.slots
+            self._views[index] = [slot_view(buffer, slots[d.slot], d) for d in self.deliveries]
         return self._views[index]
 
     def close(self) -> None:

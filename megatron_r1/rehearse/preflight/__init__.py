@@ -3,6 +3,7 @@
 - `rank`: measures on every rank.
 - `host`: the node and the run folder.
 - `links`: the collectives of the parallel axes, and the links between nodes.
-- `exchange`: brings the measurements to rank 0.
+- `facts`: the measurements, as ranks send them to rank 0.
+- `rank_progress`: names the rank that the others wait for.
 - `findings`: compares the ranks with each other and with the planner.
 - `report`: the table, and the files of the result."""

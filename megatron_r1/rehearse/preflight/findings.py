@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_r1.config import Config
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, Hardware, link_rate
-from megatron_r1.rehearse.preflight.exchange import Facts, NodeFacts
+from megatron_r1.rehearse.preflight.facts import Facts, NodeFacts
 from megatron_r1.rehearse.preflight.links import AXES
 from megatron_r1.rehearse.settings import PreflightConfig
 

@@ -25,10 +25,11 @@ from r1_grading.sandbox import require_sandbox
 import megatron_r1
 from megatron_r1.base.errors import UserError
 from megatron_r1.base.files import fsync
+from megatron_r1.base.versions import versions as package_versions
 from megatron_r1.config import Config
-from megatron_r1.evaluation.identity import versions as package_versions
 from megatron_r1.models import platform
-from megatron_r1.rehearse.preflight.exchange import Folder, Memory, Place, RankProgress
+from megatron_r1.rehearse.preflight.facts import Folder, Memory, Place
+from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.reporting.run_folder import LOCK, FolderLock, is_locked
 
 GPU_PACKAGES = ("transformer-engine", "flash-attn", "triton", "deep-ep", "apex")

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.models import platform
-from megatron_r1.rehearse.preflight.exchange import LinkRate, Place, RankProgress
+from megatron_r1.rehearse.preflight.facts import LinkRate, Place
+from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -14,15 +14,9 @@ from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.models.platform import trainer_store
 from megatron_r1.rehearse.preflight import host, links
-from megatron_r1.rehearse.preflight.exchange import (
-    Facts,
-    LinkRate,
-    Memory,
-    NodeFacts,
-    Place,
-    RankProgress,
-)
+from megatron_r1.rehearse.preflight.facts import Facts, LinkRate, Memory, NodeFacts, Place
 from megatron_r1.rehearse.preflight.host import check_folder
+from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.rehearse.settings import PreflightConfig
 from megatron_r1.trainer import distributed
 
@@ -40,7 +34,7 @@ PRODUCT_SIZES = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}
 def run(config: Config, settings: PreflightConfig) -> list[Facts]:
     """Run all checks; return the facts of all ranks on rank 0, elsewhere none.
 
-    A rank that hangs ends the process, with its name (`exchange`)."""
+    A rank that hangs ends the process, with its name (`rank_progress`)."""
     place = Place.here()
     progress = RankProgress(
         _connect, place.rank, place.host, place.world_size, settings.timeout_seconds

@@ -14,7 +14,7 @@ from rich.table import Table
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config.hardware import Assumptions, Hardware, share_inside
-from megatron_r1.rehearse.preflight.exchange import Facts
+from megatron_r1.rehearse.preflight.facts import Facts
 from megatron_r1.rehearse.preflight.findings import (
     CheckFinding,
     group_rates,

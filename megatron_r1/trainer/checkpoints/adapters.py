@@ -35,7 +35,7 @@ def sharded_adapters(chunk, prefix: str) -> dict[str, ShardedTensorFactory]:
             f"{prefix}adapters",
             factor,
             partial(_pieces, entry, shapes),
-            partial(_whole, entry),
+            partial(_join_pieces, entry),
             (0, tensor.rank() if entry.replicated else 0, replicas.rank()),
         )
     return entries
@@ -102,7 +102,7 @@ def _pieces(
     return parts
 
 
-def _whole(entry: LayoutEntry, pieces: list[Tensor]) -> Tensor:
+def _join_pieces(entry: LayoutEntry, pieces: list[Tensor]) -> Tensor:
     """Return the factor that consists of `pieces`; rows without one are 0."""
     factor = pieces[0].new_zeros(entry.shape)
     for piece, values in zip(entry.pieces, pieces, strict=True):

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -180,7 +181,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def partial_of(folder: Path) -> Path:
+def unfinished_path(folder: Path) -> Path:
     """Return the path under which `folder` is written before it is renamed."""
     return folder.with_name(f".{folder.name}.partial")
 
@@ -209,9 +210,9 @@ def newest(
     for folder in reversed(complete_checkpoints(checkpoints)):
         if below is not None and step_of(folder) >= step_of(below):
             continue
-        if not (of_folder := faults(folder, verify)):
+        if not (found := faults(folder, verify)):
             return folder, damaged
-        damaged.append(DamagedCheckpoint(folder, tuple(of_folder)))
+        damaged.append(DamagedCheckpoint(folder, tuple(found)))
     return None, damaged
 
 
@@ -255,10 +256,23 @@ def remove_partial(checkpoints: Path) -> list[str]:
     return [leftover.name.removeprefix(".").removesuffix(".partial") for leftover in leftovers]
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the `keep` newest good checkpoints; damaged ones do not count, and stay."""
+def newest_kept(checkpoints: Path, keep: int) -> list[Path]:
+    """Return the `keep` newest good checkpoints, the newest first."""
+    newest_first = reversed(complete_checkpoints(checkpoints))
+    return list(islice((folder for folder in newest_first if not faults(folder, "size")), keep))
+
+
+def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
+    """Delete all but the `keep` newest good checkpoints; damaged ones do not count, and stay.
+
+    Args:
+        checkpoints: the folder of the run's checkpoints.
+        keep: how many of the newest stay.
+        keep_every: those of steps that this divides stay, too; None: no others."""
     good = [folder for folder in complete_checkpoints(checkpoints) if not faults(folder, "size")]
     for old in good[:-keep]:
+        if keep_every is not None and step_of(old) % keep_every == 0:
+            continue
         # A kill in between must not leave half a folder under a good name.
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.deleted")))
 

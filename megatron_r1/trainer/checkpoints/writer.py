@@ -32,7 +32,7 @@ from megatron_r1.base.processes import diagnosis
 from megatron_r1.models.platform import from_rank_zero
 from megatron_r1.models.weights.writing import on_first_rank
 from megatron_r1.trainer.checkpoints import finding
-from megatron_r1.trainer.checkpoints.finding import STATE_FILE, FileEntry, partial_of
+from megatron_r1.trainer.checkpoints.finding import STATE_FILE, FileEntry, unfinished_path
 from megatron_r1.trainer.checkpoints.staging import (
     BACKEND,
     FILES_PER_RANK,
@@ -107,7 +107,7 @@ class CheckpointWriter:
         if self._group is None:
             # All ranks, over gloo: a group of its own, because the training threads use the others.
             self._group = dist.new_group(backend="gloo", timeout=self._slowest)
-        partial = partial_of(folder)
+        partial = unfinished_path(folder)
         on_first_rank(lambda: _make_empty(partial, folder), self._group)
         try:
             staged = stage(make_tree(self._memory), partial, self._memory, self._data_group)
@@ -224,7 +224,7 @@ def _finish(
     staged: StagedCheckpoint, folder: Path, state: dict[str, Any], from_all: list[WrittenFiles]
 ) -> str | None:
     """Finish a save on rank 0: small files, manifest, rename. Returns the error, or None."""
-    partial = partial_of(folder)
+    partial = unfinished_path(folder)
     errors = [f"rank {w.rank}: {w.error}" for w in from_all if w.error is not None]
     if not errors:
         try:

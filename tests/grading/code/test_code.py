@@ -13,7 +13,7 @@ from r1_grading.code import find_program
 from r1_grading.code.problem import parse_problem
 from r1_grading.sandbox.programs import MODULES, exported
 
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 
 HERE = Path(__file__).parent
 PROBLEMS = yaml.safe_load((HERE / "problems.yaml").read_text("utf-8"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from r1_grading.code import equal_output, equal_result
 
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 
 CASES = list(read_lines(Path(__file__).with_name("comparisons.jsonl")))
 

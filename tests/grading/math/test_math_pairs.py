@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from r1_grading import math as math_reward
 
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[2] / "docs" / "rewards" / "math.md"

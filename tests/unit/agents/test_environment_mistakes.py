@@ -8,7 +8,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.agents import rows
-from megatron_r1.agents.environment import check_parameters, describe, target_of
+from megatron_r1.agents.environment import check_parameters, describe, environment_target
 from megatron_r1.agents.environment_pool import Environments
 from megatron_r1.agents.environment_server import _print_description
 from megatron_r1.agents.player import EpisodePlayer
@@ -86,7 +86,7 @@ def test_a_class_without_get_reward_is_what_a_missing_truth_names(tmp_path, monk
 @pytest.mark.parametrize("name", ["kv.Store", "kv.py:Store"])
 def test_a_class_that_is_written_otherwise_is_suggested(name):
     with refused("agents.environment", Cause.UNKNOWN, name, "kv:Store"):
-        target_of(name)
+        environment_target(name)
 
 
 def test_a_module_that_cannot_be_imported_is_named_with_file_and_line(

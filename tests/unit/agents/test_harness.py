@@ -20,7 +20,7 @@ from megatron_r1.agents.harness import HarnessPlayer
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts import players
-from megatron_r1.controller.rollouts.players import check_player, player_of
+from megatron_r1.controller.rollouts.players import check_player, make_player
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.server.errors import EngineDied
 
@@ -310,7 +310,7 @@ def test_mistakes_of_a_recipe(agents, data, key, cause, monkeypatch):
 
     def prepare():
         check_player(config, text_of())
-        player_of(config, text_of())
+        make_player(config, text_of())
 
     with refused(key, cause):
         prepare()

@@ -14,7 +14,7 @@ from megatron_r1.agents.parsing import (
     Parsed,
     ParseJob,
     ParserPool,
-    parser_of,
+    find_parser,
     tool_call,
 )
 from megatron_r1.base.errors import Cause
@@ -75,7 +75,7 @@ def test_without_parsers_a_turn_is_all_content_and_needs_no_process():
 )
 def test_the_settings_choose_the_parser(tool_parser, reasoning_parser, names):
     settings = {"tool_parser": tool_parser, "reasoning_parser": reasoning_parser}
-    parser = parser_of(AgentsConfig(**settings, parser_workers=3), "folder")
+    parser = find_parser(AgentsConfig(**settings, parser_workers=3), "folder")
     if names is None:
         assert isinstance(parser, HermesParser)
     else:

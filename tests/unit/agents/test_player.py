@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from r1_grading import Grade
 
-from megatron_r1.agents.environment import describe, find_environment, target_of
+from megatron_r1.agents.environment import describe, environment_target, find_environment
 from megatron_r1.agents.environment_pool import Environments
 from megatron_r1.agents.parsing import parse_hermes
 from megatron_r1.agents.player import EpisodePlayer
@@ -17,7 +17,8 @@ from megatron_r1.agents.rows import load_rows
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.controller.rollouts.metrics import rollout_metrics, sample_records
-from megatron_r1.controller.rollouts.rollout import Group, ResponseGrader, Rollout, check_grades
+from megatron_r1.controller.rollouts.response_grader import ResponseGrader
+from megatron_r1.controller.rollouts.rollout import Group, Rollout, check_grades
 from megatron_r1.controller.rollouts.sample_log import decode, encode, pack, unpack
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.text import PromptText
@@ -69,7 +70,7 @@ def play(
         )
 
     async def run():
-        description = describe(find_environment(target_of(environment)))
+        description = describe(find_environment(environment_target(environment)))
         settings = config.model_copy(update={"environment": environment, "call_seconds": 10_000.0})
         environments = Environments(settings, description)
         try:

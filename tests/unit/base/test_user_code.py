@@ -8,7 +8,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.user_code import find_function, source_of, syntax_of
+from megatron_r1.base.user_code import find_function, module_source, module_syntax
 
 
 @pytest.mark.parametrize("is_package", [True, False])
@@ -20,8 +20,8 @@ def test_a_module_in_folders_of_folders_is_found_and_not_run(tmp_path, monkeypat
         for folder in (inner, inner.parent):
             (folder / "__init__.py").write_text("raise RuntimeError\n")
     monkeypatch.chdir(tmp_path)
-    assert source_of("outer_of_mine.inner.made:write").startswith("raise RuntimeError")
-    assert syntax_of("outer_of_mine.inner.made:write") == syntax_of(
+    assert module_source("outer_of_mine.inner.made:write").startswith("raise RuntimeError")
+    assert module_syntax("outer_of_mine.inner.made:write") == module_syntax(
         "outer_of_mine.inner.made:other"
     )
     assert "outer_of_mine" not in sys.modules
@@ -32,7 +32,7 @@ def test_a_mere_folder_is_no_module_and_nothing_is_none(tmp_path, monkeypatch, m
     (tmp_path / "outer_of_mine").mkdir()
     monkeypatch.chdir(tmp_path)
     with refused(f"{module}:write", Cause.NOT_FOUND, tmp_path):
-        source_of(f"{module}:write")
+        module_source(f"{module}:write")
 
 
 def test_a_function_that_is_not_there_and_a_module_that_is_no_python_are_named(
@@ -47,7 +47,7 @@ def test_a_function_that_is_not_there_and_a_module_that_is_no_python_are_named(
     with refused("not_there:write", Cause.NOT_FOUND, tmp_path):
         find_function("not_there:write")
     with refused("torn:write", Cause.MALFORMED, 1):
-        syntax_of("torn:write")
+        module_syntax("torn:write")
 
 
 def test_threads_read_the_syntax_of_a_module_at_the_same_time(tmp_path, monkeypatch):
@@ -60,7 +60,7 @@ def test_threads_read_the_syntax_of_a_module_at_the_same_time(tmp_path, monkeypa
     gc.callbacks.append(_collected)
     try:
         with ThreadPoolExecutor(4) as threads:
-            trees = list(threads.map(syntax_of, ["long:f"] * 20))
+            trees = list(threads.map(module_syntax, ["long:f"] * 20))
     finally:
         sys.setswitchinterval(interval)
         gc.set_threshold(*threshold)

@@ -14,7 +14,7 @@ from refusals import refused
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import chat, cli, sample
-from megatron_r1.commands.trained_model import find_exported, recipe_of
+from megatron_r1.commands.trained_model import find_exported, trained_recipe
 from megatron_r1.config import parse
 from megatron_r1.trainer.checkpoints.finding import STATE_FILE
 
@@ -70,7 +70,7 @@ def test_a_run_without_an_export_is_refused_with_the_command(run_folder, monkeyp
     monkeypatch.undo()
     with refused("RUN", Cause.NOT_FOUND, run_folder):
         find_exported(str(run_folder), "RUN")
-    assert recipe_of(run_folder / "hf") is None
+    assert trained_recipe(run_folder / "hf") is None
 
 
 def test_a_checkpoint_is_refused_with_the_command_from_its_parent_folder(run_folder, monkeypatch):
@@ -111,13 +111,13 @@ def test_several_questions_are_asked_at_once(run_folder, monkeypatch, options, q
 
 
 def test_sample_takes_a_run_s_folder(run_folder, tmp_path):
-    recipe, settings = sample.of_run(str(run_folder))
+    recipe, settings = sample.from_run(str(run_folder))
     config = configuration.load(recipe, settings)
     assert config.model.path == str(run_folder) and config.model.checkpoint is None
     assert config.run.folder == str(run_folder / "sampled")
     assert config.data.template == "Q: {problem}\nA: "
     with refused("RECIPE", Cause.NOT_FOUND, tmp_path):
-        sample.of_run(str(tmp_path))
+        sample.from_run(str(tmp_path))
 
 
 def test_lines_are_read_from_a_terminal_until_its_end(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_r1.commands import sampling_run
 from megatron_r1.config import Config, ParallelConfig, dump
-from megatron_r1.evaluation.identity import find_model
+from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.trainer.checkpoints import finding
 from megatron_r1.trainer.operations import FolderOperations
 

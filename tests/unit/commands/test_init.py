@@ -21,7 +21,7 @@ from megatron_r1.commands.first_recipe import (
     recipe_text,
     tensor_ranks,
 )
-from megatron_r1.commands.trained_model import template_of
+from megatron_r1.commands.trained_model import guess_template
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.preferences import ScoredText
 from megatron_r1.models import read_hf_config
@@ -105,7 +105,7 @@ def test_a_file_that_is_neither_is_named_with_what_it_has(here):
 
 def test_a_chat_model_and_a_run_keep_their_own_template(here):
     def guessed(folder):
-        return {guess.key: guess.value for guess in init._answers(Path(folder), 10**10)}
+        return {guess.key: guess.value for guess in init._guess_answers(Path(folder), 10**10)}
 
     settings = Path("model/tokenizer_config.json")
     plain = json.loads(settings.read_text())
@@ -131,7 +131,7 @@ def test_a_chat_model_and_a_run_keep_their_own_template(here):
 
 def test_a_small_model_is_said_to_need_worked_examples(here):
     def reason(parameters):
-        guesses = init._answers(Path("model"), parameters)
+        guesses = init._guess_answers(Path("model"), parameters)
         return next(guess.reason for guess in guesses if guess.key == "data.template")
 
     assert "{problem}" in reason(135_000_000)
@@ -201,8 +201,8 @@ def test_sizes_follow_the_machine():
 
 
 def test_a_template_is_found_in_supervised_prompts():
-    assert template_of([f"User: A {i} =\nAssistant: " for i in "12"]) == (
+    assert guess_template([f"User: A {i} =\nAssistant: " for i in "12"]) == (
         "User: {problem}\nAssistant: "
     )
-    assert template_of(["User: x\nAssistant:", "User: y\nAssistant:"]) == "plain"
-    assert template_of(["x", "y"]) is None
+    assert guess_template(["User: x\nAssistant:", "User: y\nAssistant:"]) == "plain"
+    assert guess_template(["x", "y"]) is None

@@ -11,8 +11,8 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.cli import main
 from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.config.key_listing import describe
 from megatron_r1.config.recipe import parse_overrides
-from megatron_r1.config.section import describe
 from megatron_r1.config.training import learning_rate
 from megatron_r1.pipeline.pipeline_recipe import load as load_pipeline
 
@@ -70,17 +70,17 @@ def test_overrides_are_yaml_values_of_dotted_keys():
 
 
 @pytest.mark.parametrize(
-    ("layout", "of_critic"),
+    ("layout", "critic_recipe"),
     [("Et|t|m*1L", "Et|t|L"), ("Et|tm*2L", "Et|tL"), ("E(tm)*2L", "E(t)*2L")],
 )
-def test_a_critic_has_no_mtp_layers_in_its_layout(layout, of_critic):
-    critic = configuration.parse({"parallel": {"pipeline_layout": layout}}).of_critic()
-    assert critic.parallel.pipeline_layout == of_critic
+def test_a_critic_has_no_mtp_layers_in_its_layout(layout, critic_recipe):
+    critic = configuration.parse({"parallel": {"pipeline_layout": layout}}).critic_recipe()
+    assert critic.parallel.pipeline_layout == critic_recipe
 
 
 def test_a_critic_is_trained_whole():
     config = configuration.parse({"model": {"lora": {"rank": 8}}})
-    assert config.of_critic().model.lora is None
+    assert config.critic_recipe().model.lora is None
     assert config.model.lora.scale == 4.0
 
 

@@ -10,7 +10,7 @@ from small_qwen2 import MODEL
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import sample
 from megatron_r1.config import Config, parse
-from megatron_r1.controller.push.pusher import pusher_of
+from megatron_r1.controller.push.pusher import create_pusher
 from megatron_r1.controller.rollouts.metrics import sample_records
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompts import make_prompt
@@ -37,7 +37,7 @@ def test_probe_tolerance_replaces_that_of_the_dtype(tmp_path, dtype, tolerance, 
             "push": {"probe_tolerance": tolerance},
         }
     )
-    pusher = pusher_of(config, trainer=None, fleet=None, probes=[[1, 2]])
+    pusher = create_pusher(config, trainer=None, fleet=None, probes=[[1, 2]])
     assert pusher.prober.tolerance == expected
 
 

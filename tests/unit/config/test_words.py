@@ -8,8 +8,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.config import Config
+from megatron_r1.config.key_listing import dotted_keys
 from megatron_r1.config.recipe import parse
-from megatron_r1.config.section import keys_of
 from megatron_r1.config.words import WORDS, find, table
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -44,7 +44,7 @@ def test_a_word_that_people_search_for_leads_to_a_key(capsys, word, key):
 
 
 def test_every_row_names_keys_and_pages_that_are_there():
-    known = {key for key, _ in keys_of(Config)}
+    known = {key for key, _ in dotted_keys(Config)}
     assert {key for word in WORDS for key in word.keys} <= known
     assert all((DOCS / word.page).is_file() for word in WORDS if word.page)
     assert sum(len(word.names) for word in WORDS) >= 60

@@ -9,7 +9,7 @@ from megatron_r1.controller.advantages import group_advantages
 
 def test_advantages_are_the_z_scores_numpy_computes():
     generator = random.Random(3)
-    for size in (2, 3, 16, 64):
+    for size in (2, 3, 16, 64, 256):
         rewards = [generator.choice([0.0, 0.1, 1.0, 1.1]) for _ in range(size - 1)] + [0.37]
         expected = (np.array(rewards) - np.mean(rewards)) / (np.std(rewards) + 1e-6)
         assert group_advantages(rewards) == pytest.approx(expected.tolist(), abs=1e-12)

@@ -17,7 +17,7 @@ from megatron_r1.controller.session import Session
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.trainer.checkpoints.finding import path_of, write_manifest
+from megatron_r1.trainer.checkpoints.finding import STATE_FILE, path_of, write_manifest
 
 
 class Pool:
@@ -56,8 +56,8 @@ class Engines:
     def begin(self, step):
         self.done.append("begin")
 
-    async def take(self, step):
-        self.done.append("take")
+    async def rollout(self, step):
+        self.done.append("rollout")
 
     async def run(self, step):
         self.done.append("evaluate")
@@ -89,7 +89,7 @@ def test_nothing_is_taken_evaluated_or_saved_of_weights_whose_probes_fail(what):
 
     with pytest.raises(EngineError, match="differs"):
         asyncio.run(story())
-    assert not {"take", "evaluate", "save"} & {*engines.done}
+    assert not {"rollout", "evaluate", "save"} & {*engines.done}
 
 
 @pytest.mark.parametrize("ends", ["after a checkpoint", "a step later", "by an error"])
@@ -182,7 +182,7 @@ def test_a_resumed_session_draws_the_next_questions_and_goes_on_counting_rewards
     assert second.checkpoint.rewards == {"math": 47, "code": 2}
 
 
-@pytest.mark.parametrize("steps, oldest", [([], None), ([4, 6], 4)])
+@pytest.mark.parametrize("steps, oldest", [([], None), ([6], 6), ([2, 4, 6], 4)])
 def test_samples_before_the_oldest_checkpoint_are_deleted(tmp_path, steps, oldest):
     pruned = []
 
@@ -193,7 +193,8 @@ def test_samples_before_the_oldest_checkpoint_are_deleted(tmp_path, steps, oldes
     for step in steps:
         folder = path_of(tmp_path, step)
         folder.mkdir()
+        (folder / STATE_FILE).write_text("{}")
         write_manifest(folder)
     run = SimpleNamespace(folder=SimpleNamespace(checkpoints=tmp_path))
-    asyncio.run(Checkpointing(run, None, SimpleNamespace(log=Log())).prune_samples())
+    asyncio.run(Checkpointing(run, None, SimpleNamespace(log=Log())).prune_samples(keep=2))
     assert pruned == ([] if oldest is None else [oldest])

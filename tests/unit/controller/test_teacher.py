@@ -28,7 +28,7 @@ from megatron_r1.engines.server.episodes import Branch, Episode, Played
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 
 def write_model(folder, words, *, positions=64, vocab_size=None, **changes):

@@ -8,7 +8,7 @@ from chat_tokenizer import CHATML, LAST_THOUGHT, QWEN3, chat_tokenizer
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.sft import sample_of
+from megatron_r1.commands.sft import make_sample
 from megatron_r1.data.conversations import ExampleText
 from megatron_r1.data.sft import load_examples, read_example
 
@@ -190,10 +190,10 @@ def test_without_a_chat_template_the_setting_is_named(tmp_path):
 
 def test_a_sample_has_a_mask_where_turns_lie_between(texts):
     text = texts(CHATML)
-    one = sample_of(*text.encode(read_example("row", {"messages": CONVERSATIONS[0]})))
+    one = make_sample(*text.encode(read_example("row", {"messages": CONVERSATIONS[0]})))
     assert not one.mask and len(one) > one.prompt_length
     ids, learned = text.encode(read_example("row", {"messages": CONVERSATIONS[1]}))
-    two = sample_of(ids, learned)
+    two = make_sample(ids, learned)
     first = learned.index(True)
     assert two.prompt_length == first and list(two.mask) == learned[first : first + len(two.mask)]
     assert two.mask[-1] == 1 and sum(two.mask) == sum(learned)

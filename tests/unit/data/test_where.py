@@ -8,7 +8,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.records import meets
+from megatron_r1.data.row_filter import meets
 from megatron_r1.data.text import PromptText, render_template
 
 SYSTEM = {"role": "system", "content": "Be kind."}

@@ -12,7 +12,7 @@ from refusals import raised
 from megatron_r1.evaluation.measures import estimate, pass_at_k, powers_up_to, subsets
 from megatron_r1.evaluation.voting import (
     group_answers,
-    majority_of,
+    majority_index,
     majority_score,
     read_vote,
 )
@@ -139,9 +139,9 @@ def test_hostile_answers_neither_hang_the_vote_nor_leave_their_group(graded):
 
 
 def test_a_tie_goes_to_the_first_and_nobody_voting_wins_nothing():
-    assert majority_of([None, 5, 3, 3, 5]) == 1
-    assert majority_of([0, 7, 7]) == 1
-    assert majority_of([None, None]) is None and majority_of([]) is None
+    assert majority_index([None, 5, 3, 3, 5]) == 1
+    assert majority_index([0, 7, 7]) == 1
+    assert majority_index([None, None]) is None and majority_index([]) is None
 
 
 class NoPool:

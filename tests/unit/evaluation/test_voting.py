@@ -2,7 +2,7 @@ import pytest
 from r1_grading import math
 
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.evaluation.voting import expects_number, majority_of, read_vote
+from megatron_r1.evaluation.voting import expects_number, majority_index, read_vote
 
 
 def answer(text):
@@ -10,7 +10,7 @@ def answer(text):
 
 
 def majority(responses):
-    return majority_of([vote and vote.key for vote in map(read_vote, responses)])
+    return majority_index([vote and vote.key for vote in map(read_vote, responses)])
 
 
 def test_the_most_frequent_answer_wins_whatever_its_spelling():

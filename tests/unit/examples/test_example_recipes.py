@@ -12,7 +12,7 @@ import pytest
 from megatron_r1 import config as configuration
 from megatron_r1.commands import cli
 from megatron_r1.commands.plan import main
-from megatron_r1.config import verb_of
+from megatron_r1.config import infer_verb
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import layout, recipe_stages
 from megatron_r1.pipeline.pipeline_recipe import read_tree
@@ -75,8 +75,8 @@ def test_every_recipe_can_be_planned_and_fits(recipe, tmp_path):
         (
             "r1_zero_pools",
             "run.folder rollout.placement rollout.hosts_per_engine rollout.engines "
-            "rollout.colocated rl.staleness parallel.processes parallel.pipeline "
-            "parallel.virtual_pipeline",
+            "rollout.colocated rollout.gpu_memory rl.staleness parallel.processes "
+            "parallel.pipeline parallel.virtual_pipeline",
         ),
         ("r1_zero_fp8", "run.folder fp8.recipe fp8.scales push.fp8 rollout.gpu_memory"),
     ],
@@ -95,7 +95,7 @@ def test_a_variant_of_r1_zero_differs_where_its_comments_say(name, differ):
 def test_in_pools_sampling_and_training_overlap_on_512_gpus_each(tmp_path):
     plan = planned(R1 / "r1_zero_pools.yaml", tmp_path)
     sections = plan["sections"]
-    assert plan["gpus"] == 512 and "at once" in sections["time"]["step"]["formula"]
+    assert plan["gpus"] == 512 and "rl.staleness=1" in sections["time"]["step"]["formula"]
     assert "512 GPUs" in sections["push"]["into all engines"]["formula"]
     # What a push receives is not in the place of the cache: both fit next to the weights.
     engine = sections["engine memory of a GPU"]
@@ -191,4 +191,4 @@ def test_the_pipeline_is_a_graph_of_these_recipes(tmp_path, monkeypatch, capsys)
     written = {path.stem: path for path in (tmp_path / "runs/deepseek_r1/recipes").glob("*.yaml")}
     assert written.keys() == {*VERBS, EVALUATION}
     for name, verb in VERBS.items():
-        assert verb_of(configuration.load(written[name])) == verb, name
+        assert infer_verb(configuration.load(written[name])) == verb, name

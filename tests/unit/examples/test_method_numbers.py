@@ -45,7 +45,7 @@ def test_the_recipes_have_the_numbers(case):
 def test_grpo(name):
     config = recipe(name)
     rl = config.rl
-    assert not algorithms.rules_of(rl.algorithm).kl_in_reward  # but in the loss
+    assert not algorithms.find_rules(rl.algorithm).kl_in_reward  # but in the loss
     assert rl.questions_per_rollout / rl.minibatches == 32  # questions of an optimizer step
     assert rl.questions_per_rollout * rl.group_size == 8192  # outputs of a rollout
     for _, phase in config.phases():

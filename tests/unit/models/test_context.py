@@ -6,7 +6,7 @@ from refusals import raised
 
 from megatron_r1.models.context_parallel import held_positions, sample_order, spans
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 BORDERS = torch.tensor([0, 8, 12, 24])
 

@@ -11,13 +11,8 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import FP8Config, parse
-from megatron_r1.models.fp8 import (
-    E5M2,
-    check_device,
-    check_sizes,
-    find_fp8_recipe,
-    transformer_engine_fields,
-)
+from megatron_r1.models.fp8 import E5M2, check_sizes, find_fp8_recipe
+from megatron_r1.models.fp8_transformer_engine import check_device, transformer_engine_fields
 
 
 def test_defaults_of_each_recipe():

@@ -5,21 +5,31 @@ from itertools import pairwise
 import pytest
 import torch
 
-from megatron_r1.models.prefixes import first_positions, prefix_attention, with_prefixes
+from megatron_r1.models.patches import sample_positions
+from megatron_r1.models.prefixes import (
+    Continued,
+    continued_by,
+    prefix_attention,
+    with_prefixes,
+)
 
-LENGTHS = [5, 20, 3, 7, 1, 33, 2, 17]
-BEFORE = [-1, -1, 0, 0, 1, 1, -1, 0]
+LENGTHS = [5, 20, 3, 7, 1, 33, 2, 17, 4, 6]
+HOST = [-1, -1, 0, 0, 1, 1, -1, 0, 5, 8]
+FIRST = [0, 0, 5, 2, 20, 13, 0, 1, 30, 33]
+"""Two segments continue segment 0 at other places than its end; 8 continues 5, which continues 1,
+and 9 continues 8."""
 
 
 def formula(query, key, value, cu_seqlens, scale):
     out, group = [], query.shape[1] // key.shape[1]
-    parts = [range(a, b) for a, b in pairwise(cu_seqlens)]
-    for own, prefix in zip(parts, BEFORE, strict=True):
-        before = [] if prefix < 0 else [*parts[prefix]]
-        rows = torch.tensor([*before, *own])
+    whole = []
+    for (start, end), host, first in zip(pairwise(cu_seqlens), HOST, FIRST, strict=True):
+        whole.append([*(whole[host][:first] if host >= 0 else []), *range(start, end)])
+    for own, rows in zip(pairwise(cu_seqlens), map(torch.tensor, whole), strict=True):
         keys, values = (x[rows].repeat_interleave(group, 1) for x in (key, value))
-        scores = torch.einsum("qhd,khd->hqk", query[own], keys) * scale
-        hidden = torch.ones(len(own), len(rows), dtype=torch.bool).triu(len(before) + 1)
+        count = own[1] - own[0]
+        scores = torch.einsum("qhd,khd->hqk", query[slice(*own)], keys) * scale
+        hidden = torch.ones(count, len(rows), dtype=torch.bool).triu(len(rows) - count + 1)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         out.append(torch.einsum("hqk,khe->qhe", weights, values))
     return torch.cat(out)
@@ -32,7 +42,8 @@ def test_values_and_gradients_are_the_formula_s(size, value_size):
     shapes = (6, size), (2, size), (2, value_size)
     tensors = [torch.randn(sum(LENGTHS), *s, generator=g, dtype=torch.float64) for s in shapes]
     tensors = [tensor.requires_grad_() for tensor in tensors]
-    got = prefix_attention(*tensors, cu_seqlens, torch.tensor(BEFORE), 0.3)
+    continued = Continued(torch.tensor(HOST), torch.tensor(FIRST))
+    got = prefix_attention(*tensors, cu_seqlens, continued, 0.3)
     wanted = formula(*tensors, cu_seqlens.tolist(), 0.3)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(wanted.shape, generator=g, dtype=torch.float64)
@@ -42,7 +53,9 @@ def test_values_and_gradients_are_the_formula_s(size, value_size):
 
 
 def test_positions_go_on_where_the_prefix_ends():
-    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    assert first_positions(cu_seqlens) is None
-    marked = with_prefixes(cu_seqlens, torch.tensor(BEFORE))
-    assert first_positions(marked).tolist() == [0, 0, 5, 5, 20, 20, 0, 5]
+    cu_seqlens = torch.tensor([0, 4, 6, 9]).int()
+    assert continued_by(cu_seqlens) is None
+    assert sample_positions(cu_seqlens).tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
+    continued = Continued(torch.tensor([-1, 0, 1]), torch.tensor([0, 3, 4]))
+    marked = with_prefixes(cu_seqlens, continued)
+    assert sample_positions(marked).tolist() == [0, 1, 2, 3, 3, 4, 4, 5, 6]

@@ -79,11 +79,11 @@ def install() -> None:
 
 
 def main(case: str, engines: int, *, is_colocated: bool) -> None:
-    from tests.unit.null_gpu.push_processes import CASES, ENTRY_BYTES, PASSED_BYTES, tensors_of
+    from tests.unit.null_gpu.push_processes import CASES, ENTRY_BYTES, RELAYED_BYTES, tensors_of
     from tests.unit.push import push_world
 
     hf, grid, layout = CASES[case]
-    rounds.ENTRY_BYTES, rounds.PASSED_BYTES = ENTRY_BYTES, PASSED_BYTES
+    rounds.ENTRY_BYTES, rounds.RELAYED_BYTES = ENTRY_BYTES, RELAYED_BYTES
     first = 0 if is_colocated else grid.world
 
     class ThreadSender(WeightSender):

@@ -42,7 +42,7 @@ CASES = {
     "qwen": (QWEN, TrainerGrid(2, tensor=2), EngineLayout()),
     "deepseek": (DEEPSEEK, TrainerGrid(4, expert=4), EngineLayout(tensor=2)),
 }
-ENTRY_BYTES, PASSED_BYTES = 3001, 5003
+ENTRY_BYTES, RELAYED_BYTES = 3001, 5003
 """Of a bucket; odd, so that buckets end within elements."""
 PUSH_SECONDS = 600.0
 """Generous: nothing here waits for it to pass."""
@@ -83,7 +83,7 @@ class Rank:
 
     def __init__(self, case, gpu, *, on_host):
         self.hf, self.grid, self.layout = CASES[case]
-        rounds.ENTRY_BYTES, rounds.PASSED_BYTES = ENTRY_BYTES, PASSED_BYTES
+        rounds.ENTRY_BYTES, rounds.RELAYED_BYTES = ENTRY_BYTES, RELAYED_BYTES
         self.gpu, self.on_host, self.rounds = gpu, on_host, Rounds()
         if on_host:
             import host_push
@@ -178,7 +178,7 @@ class EngineRanks(Rank):
         """Compare what has arrived with the weights of this version."""
         expected, wrong = tensors_of(self.hf, version), []
         for rank, receiver in enumerate(self.receivers):
-            receiver.buffer.wait(push, PUSH_SECONDS)
+            receiver.arrivals.wait(push, PUSH_SECONDS)
             place = SimpleNamespace(memory=receiver.memory.cpu(), table=receiver.table)
             wrong += wrong_slots(SimpleNamespace(receivers={rank: place}), expected, push)
             receiver.free_memory()
@@ -297,7 +297,7 @@ class Fleet(SmallFleet):
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
             if isinstance(outcome, (PushIncomplete, ConnectionBroken, EngineDied)):
-                self.lose(engine, EngineDied(str(outcome)))
+                self.replace(engine, EngineDied(str(outcome)))
             elif outcome is not None:
                 raise outcome
 
@@ -365,7 +365,7 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
         seen["rounds"].append(number)
         new = make_engine(0, is_up=False)
         await new.client.process.call("num_rounds")  # it has started
-        async with pusher.feed(new):
+        async with pusher.send_weights(new):
             fleet.engines[0], new.is_up = new, True
         await counting().call("kill_at", None)
         version += 2

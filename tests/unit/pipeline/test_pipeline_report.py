@@ -12,7 +12,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.pipeline import report
 from megatron_r1.pipeline.graph_svg import BOX_HEIGHT, BOX_WIDTH, Box, graph_svg
-from megatron_r1.pipeline.results import Result, Spread, headline, results_of
+from megatron_r1.pipeline.results import Result, Spread, headline, read_results
 
 RECIPE = recipe("reported")
 TRAIN = """
@@ -139,24 +139,27 @@ def test_figures_of_an_evaluation(tmp_path):
         return {"samples_per_question": 4, "metrics": estimates, "counts": {}}
 
     (tmp_path / "eval.json").write_text(json.dumps({"benchmarks": {"sums": benchmark(0.5)}}))
-    one = results_of(tmp_path)
+    one = read_results(tmp_path)
     assert {n: f.value for n, f in one.items()} == {"accuracy": 0.5, "majority": 0.5, "length": 0.5}
     two = {"benchmarks": {"sums": benchmark(0.5), "AIME 2024": benchmark(0.2)}}
     (tmp_path / "eval.json").write_text(json.dumps(two))
-    assert {n: f.value for n, f in results_of(tmp_path).items()} == {"sums": 0.5, "AIME 2024": 0.2}
+    assert {n: f.value for n, f in read_results(tmp_path).items()} == {
+        "sums": 0.5,
+        "AIME 2024": 0.2,
+    }
 
 
 def test_figures_of_supervised_training_are_its_loss(tmp_path):
     lines = [json.dumps({"step": i, "loss": 100 - i}) for i in range(40)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    found = results_of(tmp_path)
+    found = read_results(tmp_path)
     assert found["loss"].value == np.mean([64, 63, 62, 61])
     assert headline(found) == "loss 62.5"
 
 
 def test_figures_that_a_stage_gives_itself(world, tmp_path, capsys):
     (tmp_path / "figures.json").write_text('{"win_rate": 0.5, "pairs": {"value": 1200}}')
-    assert results_of(tmp_path) == {"win_rate": Result(0.5), "pairs": Result(1200)}
+    assert read_results(tmp_path) == {"win_rate": Result(0.5), "pairs": Result(1200)}
     assert Result(1200).format("pairs") == "1,200" and Result(0.5).format("win_rate") == "50.0%"
     world.write(RECIPE.replace("votes: 40", "votes: {lower: 1}"))
     assert world.run() == 1
@@ -174,7 +177,7 @@ def test_figures_that_a_stage_gives_itself(world, tmp_path, capsys):
 def test_figures_that_are_no_finite_numbers_are_refused(tmp_path, figures):
     (tmp_path / "figures.json").write_text(figures)
     with refused("figures.json", Cause.MALFORMED, tmp_path):
-        results_of(tmp_path)
+        read_results(tmp_path)
 
 
 def test_a_stage_fails_whose_figures_are_no_numbers_and_the_report_is_written(world, capsys):

@@ -33,7 +33,7 @@ ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1"]
         (["--rl.minibatches", "1024"], "rl.minibatches", ["8 samples", "16"]),
         (["--host-memory-gib", "1"], "parallel.reference_offload", []),
         (
-            ["--host-memory-gib", "1", "--parallel.reference_offload", "device"],
+            ["--host-memory-gib", "1", "--parallel.reference_offload", "device", *UNREPLAYED],
             *("checkpoint.asynchronous", ["of 8.00 GiB"]),
         ),
     ],

@@ -1,9 +1,11 @@
 """Floating-point operations of training, against published figures."""
 
 import pytest
-from planned_jobs import LLAMA_405B, V3
+from planned_jobs import LLAMA_405B, V3, planned, real_job
 
-from megatron_r1.plan.counts import forward_flops
+from megatron_r1.plan.counts import ModelCounts, forward_flops, layer_flops
+from megatron_r1.plan.rollout import Engines
+from megatron_r1.plan.timing import StepTime
 
 
 @pytest.mark.parametrize(
@@ -12,3 +14,23 @@ from megatron_r1.plan.counts import forward_flops
 def test_training_flops_per_token_are_the_published_ones(hf, gflop):
     # arXiv 2505.09343, table 2: training, 4,096 tokens.
     assert 3 * forward_flops(hf, 4096) / 1e9 == pytest.approx(gflop, rel=0.015)
+
+
+def test_products_with_weights_are_as_much_faster_in_fp8_and_attention_is_not():
+    """By hand: of a layer 2 x (attention's and experts' weights) FLOP, and the scores."""
+    per_layer = 2 * (187_107_328 + (8 + 1) * 3 * 7168 * 2048)
+    router, scores = 2 * 256 * 7168, 128 * (192 + 128) * 8704
+    job = real_job()
+    assert layer_flops(job, 60, 8704) == pytest.approx(per_layer + router + scores, rel=1e-3)
+    fast = layer_flops(job, 60, 8704, 2.0)
+    assert fast == pytest.approx(per_layer / 2 + router + scores, rel=1e-3)
+    halved = forward_flops(V3, 8704) - forward_flops(V3, 8704, 2.0)
+    assert halved == pytest.approx(ModelCounts(V3).multiplied)
+
+
+def test_training_and_engines_in_fp8_compute_at_fp8_s_rate():
+    plain, fp8 = planned(), planned(fp8__recipe="blockwise")
+    seconds = [StepTime(job, Engines(job)).compute(3, True) for job in (plain, fp8)]
+    assert 1.3 < seconds[0] / seconds[1] < 1.46
+    pushed = planned(push__fp8=True)
+    assert Engines(plain).prefill_seconds / Engines(pushed).prefill_seconds > 1.4

@@ -47,6 +47,28 @@ def test_an_fp8_push_is_planned_with_fp8_s_bytes_and_its_engines_with_fp8_weight
     assert gpu[1]["KV cache"].value - gpu[0]["KV cache"].value == freed > 7e9
 
 
+def test_a_push_of_adapters_alone_is_planned_with_their_bytes():
+    settings = {"model.lora.rank": 16, "rollout.colocated": False, "rollout.engines": 2}
+    hf = read_hf_config(ROOT / "examples/one_node/model")
+
+    def sections(adapter_only):
+        changed = settings | {"push.adapter_only": adapter_only}
+        config = configuration.load(ROOT / "examples/one_node/qwen2.5-7b.yaml", changed)
+        return Bill(PlannedJob(hf, config, 4, HARDWARE["H100"], rollout_gpus=4)).sections()
+
+    merged, alone = map(sections, (False, True))
+    hidden, inner, kv, layers, rank = 3584, 18944, 512, 28, 16
+    widths = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + inner)
+    num_bytes = 2 * rank * layers * widths
+    for name in ("into an engine GPU", "receive buffer", "out of a trainer rank"):
+        assert alone["push"][name].value == num_bytes, name
+    assert "in FP8" in merged["push"] and "in FP8" not in alone["push"]
+    weights, pushed = (part["engine memory of a GPU"]["weights"].value for part in (alone, merged))
+    assert weights - pushed == 3 * num_bytes  # rank 16 is one of vLLM's
+    ratio = alone["time"]["push"].value / merged["time"]["push"].value
+    assert ratio == pytest.approx(num_bytes / merged["push"]["into an engine GPU"].value)
+
+
 @pytest.mark.parametrize("transport", ["shm", "gloo", "cuda_ipc"])
 def test_the_receive_buffer_is_where_the_transport_writes(transport):
     any_share = {"rollout__gpu_memory": None}

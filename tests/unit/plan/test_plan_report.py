@@ -53,6 +53,10 @@ def test_json_holds_every_number_with_its_formula(tmp_path, capsys):
     assert len(plan["ranks"]) == 16
     for section in plan["sections"].values():
         for name, quantity in section.items():
-            assert quantity.keys() == {"value", "unit", "formula"}, name
+            assert quantity.keys() - {"low", "high"} == {"value", "unit", "formula"}, name
+            assert ("low" in quantity) == ("high" in quantity), name
+    step = plan["sections"]["time"]["step"]
+    assert step["low"] < step["value"] < step["high"]
     phases = [rank[phase] for rank in plan["ranks"] for phase in ("training", "scoring")]
-    assert max(sum(phase.values()) for phase in phases) == Bill(real_job()).worst.peak
+    peak = Bill(real_job(tokens_per_microbatch=9216)).worst.peak
+    assert max(sum(phase.values()) for phase in phases) == peak

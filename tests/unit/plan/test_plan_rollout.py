@@ -22,13 +22,18 @@ def test_an_fp8_decoding_step_skips_idle_experts_of_one_byte_a_value():
 
 
 def test_a_pass_with_a_draft_takes_one_layer_more_and_gives_more_tokens():
-    """By hand, where only the latency of layers counts: 61 layers, 1 of MTP, 85% accepted."""
-    no_limits = replace(HARDWARE["H800"], memory_bandwidth=1e30, bf16=1e30)
-    for tokens, expected in ((1, 62 / 1.85), (2, 63 / (1.85 + 0.85**2)), (0, 61)):
+    """By hand, where only latencies count: 61 layers and those of MTP, 240 us each and two sums
+    along NCCL's tree; all but 3 gather and scatter tokens around its ring; 85% accepted."""
+    rates = dict.fromkeys(("memory_bandwidth", "bf16", "nvlink", "network"), 1e30)
+    no_limits = replace(HARDWARE["H800"], **rates)
+    sums, exchange = 2 * (6.8 + 2 * 7 * 0.6), 2 * (6.6 + 112 + 15 * 2.7)
+    for tokens, accepted in ((1, 1.85), (2, 1.85 + 0.85**2), (0, 1)):
+        layers = 61 + tokens
+        expected = (layers * (240 + sums) + (layers - 3) * exchange) * 1e-6 / accepted
         method = "mtp" if tokens else "none"
         job = planned(rollout__speculative={"method": method, "tokens": tokens or 1})
         engines = Engines(replace(job, hardware=no_limits))
-        assert engines.step_seconds(32) == pytest.approx(expected * 0.00015)
+        assert engines.step_seconds(32) == pytest.approx(expected)
     ngram = Engines(planned(rollout__speculative={"method": "ngram", "tokens": 4}))
     assert "rollout.speculative.method=ngram" in ngram.seconds()[1]
 

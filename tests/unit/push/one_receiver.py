@@ -53,8 +53,8 @@ def slices(table: SlotTable, deliveries: list[Delivery]) -> list[torch.Tensor]:
 class OneReceiver:
     """One receiver and its senders."""
 
-    def __init__(self, transport, slots, deliveries, num_bytes=2048, areas=1):
-        self.table = SlotTable(num_bytes, slots, areas)
+    def __init__(self, transport, slots, deliveries, num_bytes=2048, num_buffers=1):
+        self.table = SlotTable(num_bytes, slots, num_buffers)
         self.deliveries = deliveries
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ends = {}

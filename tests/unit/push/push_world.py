@@ -67,6 +67,7 @@ class World:
 
     Args:
         drafts: whether engines draft with MTP layers.
+        adapters: the weight table of the adapters, where these alone are pushed.
 
     Attributes:
         receivers: the receiver of each (engine, rank).
@@ -84,14 +85,17 @@ class World:
         seconds=PATIENT,
         table=table_of,
         drafts=False,
+        adapters=None,
     ):
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.name = f"set.{self.store.port}"
         shared = Shared(grid.world)
         self.held = [
-            held_by(hf, grid, rank, tensors, with_mtp=drafts) for rank in range(grid.world)
+            held_by(hf, grid, rank, tensors, with_mtp=drafts, rules=adapters)
+            for rank in range(grid.world)
         ]
         mtp = {"stages": stage_shards(hf, grid.pipeline, with_mtp=drafts), "drafts": drafts}
+        mtp["adapters"] = adapters
         self.senders = [
             WeightSender(hf, grid, held, self.client(), shared.of(rank), rank=rank, **mtp)
             for rank, held in enumerate(self.held)
@@ -129,7 +133,7 @@ class World:
     def push(self, number):
         assert all(answer == {"problems": {}} for answer in self.send(number))
         for receiver in self.receivers.values():
-            receiver.buffer.wait(number, PATIENT)
+            receiver.arrivals.wait(number, PATIENT)
 
     def close(self):
         for sender in self.senders:
@@ -151,11 +155,11 @@ def plain_table(hf, engine, rank, *, drafts=False):
 def wrong_slots(world, tensors, number):
     wrong = []
     for place, receiver in world.receivers.items():
-        area = receiver.table.area(receiver.memory, number)
+        buffer = receiver.table.buffer(receiver.memory, number)
         for slot in receiver.table.slots:
             whole = tensors[slot.name]
             whole = whole if whole.dim() > 1 else whole[:, None]
             expected = whole[slot.top : slot.bottom, slot.left : slot.right]
-            if not torch.equal(slot_view(area, slot), expected.bfloat16()):
+            if not torch.equal(slot_view(buffer, slot), expected.bfloat16()):
                 wrong.append((place, slot.name))
     return wrong

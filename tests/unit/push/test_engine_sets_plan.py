@@ -9,7 +9,7 @@ from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.engine_sets import (
     SET_ENGINES,
     engine_sets,
-    entries,
+    plan_sets,
 )
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from tests.unit.push.plan_worlds import DEEPSEEK_V3, WORLDS, held
@@ -22,17 +22,17 @@ BYTES = plain_bytes("bfloat16")
 @pytest.mark.parametrize(("hf", "grid", "layout"), WORLDS)
 def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf, grid, layout, engines):
     planner = Planner(hf, grid, layout)
-    (plan,) = entries(planner, BYTES, [range(engines)])
+    (plan,) = plan_sets(planner, BYTES, [range(engines)])
     holdings = [held(hf, grid, rank) for rank in range(grid.world)]
     assert len(plan) == layout.ranks_per_engine
     for position, of_position in enumerate(plan):
         found = Counter()
-        for entry in of_position:
-            assert entry.position == position and entry.member in range(engines)
-            for part in entry.parts:
-                own = holdings[entry.sender][part.item.name]
-                assert any(part.region.intersection(r) == part.region for r in own), part
-                found[part.item.name, part.region] += 1
+        for link in of_position:
+            assert link.position == position and link.member in range(engines)
+            for each in link.regions:
+                own = holdings[link.sender][each.tensor.name]
+                assert any(each.region.intersection(r) == each.region for r in own), each
+                found[each.tensor.name, each.region] += 1
         assert set(found.values()) == {1}
         elements = defaultdict(int)
         for name, region in found:
@@ -49,7 +49,7 @@ def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf, grid, layout,
 def test_everyone_computes_the_same_plan():
     grid, layout = TrainerGrid(8, pipeline=2, expert=4), EngineLayout(tensor=2, data=2)
     plans = [
-        entries(Planner(DEEPSEEK_MTP, grid, layout), BYTES, [range(2), range(2, 4)]) for _ in "ab"
+        plan_sets(Planner(DEEPSEEK_MTP, grid, layout), BYTES, [range(2), range(2, 4)]) for _ in "ab"
     ]
     assert plans[0] == plans[1]
 
@@ -57,11 +57,11 @@ def test_everyone_computes_the_same_plan():
 def test_engines_receive_equal_bytes_though_one_tensor_is_more_than_a_share():
     hf = DEEPSEEK_MTP | {"vocab_size": 1 << 15}
     planner = Planner(hf, TrainerGrid(2, tensor=2), EngineLayout(1, tensor=2))
-    (plan,) = entries(planner, BYTES, [range(16)])
+    (plan,) = plan_sets(planner, BYTES, [range(16)])
     for position in plan:
         received = Counter()
-        for entry in position:
-            received[entry.member] += entry.num_bytes
+        for link in position:
+            received[link.member] += link.num_bytes
         mean = sum(received.values()) / 16
         assert len(received) == 16 and max(received.values()) < 1.002 * mean
 
@@ -79,14 +79,14 @@ def test_the_recipe_for_2048_ranks_needs_few_links_and_sends_evenly(count, most)
     layout = EngineLayout(16, tensor=8, data=16, expert_parallel=True)
     stages = stage_shards(DEEPSEEK_V3, 16, 2, pipeline_layout="Et|t|(tt|)*29tmL")
     planner = Planner(DEEPSEEK_V3, grid, layout, stages)
-    (plan,) = entries(planner, count, [range(16)])
+    (plan,) = plan_sets(planner, count, [range(16)])
     sent, into, received, entered = Counter(), Counter(), Counter(), Counter()
-    for entry in (entry for of_position in plan for entry in of_position):
-        sent[entry.sender] += entry.num_bytes
-        into[entry.member, entry.position] += 1
-        entered[entry.member, entry.position] += entry.num_bytes
-        received[entry.position] += entry.num_bytes
-    out = Counter(entry.sender for of_position in plan for entry in of_position)
+    for link in (link for of_position in plan for link in of_position):
+        sent[link.sender] += link.num_bytes
+        into[link.member, link.position] += 1
+        entered[link.member, link.position] += link.num_bytes
+        received[link.position] += link.num_bytes
+    out = Counter(link.sender for of_position in plan for link in of_position)
     assert max(out.values()) <= 16 and max(into.values()) <= 10
     assert len(into) == 2048 and len(sent) == 2048
     assert max(sent.values()) <= most * sum(sent.values()) / 2048

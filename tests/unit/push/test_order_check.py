@@ -13,7 +13,7 @@ from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.engine_sets import (
     SET_ENGINES,
     engine_sets,
-    entries,
+    plan_sets,
     ranks_in_order,
 )
 from megatron_r1.push.plan.from_recipe import engine_layout
@@ -43,7 +43,7 @@ def order_of(trainers: int, engines: int, num_bytes: int = 40, *, colocated=Fals
     first = 0 if colocated else trainers
     members = [first + engine for engine in range(engines)]
     links = [Link(rank, member, num_bytes) for rank in range(trainers) for member in members]
-    return PushOrder(links, [members], entry_bytes=10, passed_bytes=15)
+    return PushOrder(links, [members], entry_bytes=10, relayed_bytes=15)
 
 
 @cache
@@ -56,7 +56,7 @@ def pushes(
     needs = PredictedLayout(hf, engines, drafts=drafts)
     planner = Planner(hf, grid, engines, stages, needs)
     sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
-    plans = entries(planner, fp8_bytes if form == "FP8" else plain_bytes(form), sets)
+    plans = plan_sets(planner, fp8_bytes if form == "FP8" else plain_bytes(form), sets)
     orders = [
         push_order(plans, receiving_processes(sets, ranks, grid.world, shared))
         for shared in ({}, ranks_in_order(sets, ranks, grid.world))
@@ -181,7 +181,7 @@ def test_a_bucket_that_is_passed_on_before_its_parts_have_arrived_is_refused():
         # What it passes on comes before its last arrival; nothing else changes.
         last = operations["start"][own & entering].max()
         early["start"][own & ~entering] -= 1
-        early["start"][own & entering & (operations["start"] == last)] += order.num_passing_rounds
+        early["start"][own & entering & (operations["start"] == last)] += order.num_relay_rounds
         early["end"] = early["start"]
         refusal = find_fault(early, order)
         assert refusal.fault is Fault.EARLY and refusal.waits[0].process == process

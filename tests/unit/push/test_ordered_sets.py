@@ -5,12 +5,16 @@ from itertools import groupby
 import numpy as np
 import pytest
 
+from megatron_r1.push.ordered_sets import OrderedSets, PayloadId
 from megatron_r1.push.plan import rounds
-from megatron_r1.push.plan.engine_sets import Entry, Part
-from megatron_r1.push.round_sender import BlockId, OrderedSets
+from megatron_r1.push.plan.engine_sets import PlannedLink, TensorRegion
 
 OWN = -1
 """The trainer ranks' own communicator, where the others are those of sets."""
+
+
+def some_bytes(rng: np.random.Generator) -> TensorRegion:
+    return TensorRegion(None, None, int(rng.integers(1, 99)))
 
 
 def random_sets(seed: int, share: float) -> tuple[OrderedSets, int, int]:
@@ -30,7 +34,7 @@ def random_sets(seed: int, share: float) -> tuple[OrderedSets, int, int]:
     plans = [
         [
             [
-                Entry(int(sender), member, position, (Part(None, None, int(rng.integers(1, 99))),))
+                PlannedLink(int(sender), member, position, (some_bytes(rng),))
                 for member in range(len(of_set))
                 for sender in rng.choice(world, int(rng.integers(0, world + 1)), replace=False)
             ]
@@ -43,15 +47,15 @@ def random_sets(seed: int, share: float) -> tuple[OrderedSets, int, int]:
 
 def groups_of(ordered: OrderedSets, world: int, ranks: int) -> dict:
     """Return the groups of calls of every process, in order, each with its communicator, the rank
-    in it and calls (is send, peer, block, number, count)."""
+    in it and calls (is send, peer, payload, number, count)."""
     found = {}
     for rank in range(world):
         calls = []
         for call in ordered.calls(rank):
-            index = call.block.set_index
+            index = call.payload.set_index
             communicator = index if ordered.size(index) else OWN
-            key = (call.is_passing, call.round, communicator)
-            data = (call.is_send, call.peer, call.block, call.number, call.count)
+            key = (call.is_relayed, call.round, communicator)
+            data = (call.is_send, call.peer, call.payload, call.number, call.count)
             calls.append((key, data))
         calls.sort(key=lambda each: each[0])
         found["trainer", rank] = [
@@ -66,7 +70,7 @@ def groups_of(ordered: OrderedSets, world: int, ranks: int) -> dict:
                     continue
                 assert part.size == ordered.size(index) and world <= part.rank < part.size
                 groups = []
-                for pair in [*part.entering, *part.passing]:
+                for pair in [*part.entering, *part.relayed]:
                     calls = [
                         (is_send, call.peer, block_at(index, position, member, call, is_send))
                         + (call.number, call.count)
@@ -79,16 +83,16 @@ def groups_of(ordered: OrderedSets, world: int, ranks: int) -> dict:
 
 
 def block_at(index, position, member, call, is_send):
-    if call.block >= 0:
-        return BlockId(index, member, position, call.block)
-    assert not is_send or call.block == -1 - member
-    return BlockId(index, -1 - call.block, position, None)
+    if call.payload >= 0:
+        return PayloadId(index, member, position, call.payload)
+    assert not is_send or call.payload == -1 - member
+    return PayloadId(index, -1 - call.payload, position, None)
 
 
 @pytest.fixture(params=[(seed, share) for seed in range(8) for share in (0.0, 0.5, 1.0)])
 def sets(request, monkeypatch):
     monkeypatch.setattr(rounds, "ENTRY_BYTES", 10)
-    monkeypatch.setattr(rounds, "PASSED_BYTES", 15)
+    monkeypatch.setattr(rounds, "RELAYED_BYTES", 15)
     return random_sets(*request.param)
 
 
@@ -134,14 +138,14 @@ def test_every_block_arrives_whole_where_it_is_for(sets):
     arrived: dict = {}
     for process, of_process in groups_of(*sets).items():
         for _, _, calls in of_process:
-            for is_send, _, block, number, count in calls:
+            for is_send, _, payload, number, count in calls:
                 if not is_send:
-                    arrived.setdefault((process, block), []).append((number, count))
+                    arrived.setdefault((process, payload), []).append((number, count))
     for portions in arrived.values():
         assert sorted(portions) == [(n, portions[0][1]) for n in range(portions[0][1])]
-    copied = {block for rank in range(world) for block in ordered.copies(rank)}
-    entering = {block for _, block in arrived if block.sender is not None}
-    links = {block for block in ordered.blocks if block.sender is not None}
+    copied = {payload for rank in range(world) for payload in ordered.copies(rank)}
+    entering = {payload for _, payload in arrived if payload.sender is not None}
+    links = {payload for payload in ordered.payloads if payload.sender is not None}
     assert entering | copied == links and not entering & copied
     for index, positions in enumerate(ordered.receivers):
         served = {place for rank in range(world) if (place := ordered.served(index, rank))}

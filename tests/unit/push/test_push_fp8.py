@@ -69,25 +69,31 @@ def rounded(x):
     return (FINITE[nearest] + np.where(np.signbit(x), 128, 0)).astype(np.uint8)
 
 
-def published(weight):
-    """(codes, scales) of a matrix: scale = amax / 448, code = e4m3(x / scale), in fp32."""
+def published(weight, scale_fmt=None):
+    """(codes, scales) of a matrix: scale = amax / 448, code = e4m3(x / scale), in fp32; "ue8m0": in
+    fp64, the scale rounded up to a power of two."""
     w = weight.float().numpy()
     codes = np.empty(w.shape, np.uint8)
     scales = np.empty([-(-size // 128) for size in w.shape], np.float32)
     for i, j in np.ndindex(*scales.shape):
         at = np.s_[128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
         scales[i, j] = np.maximum(np.abs(w[at]).max(), np.float32(1e-4)) / np.float32(448)
+        if scale_fmt == "ue8m0":
+            amax = max(np.abs(w[at].astype(np.float64)).max(), np.float64(np.float32(1e-4)))
+            scales[i, j] = 2.0 ** np.ceil(np.log2(amax / 448))
+            codes[at] = rounded(w[at].astype(np.float64) / scales[i, j])
+            continue
         codes[at] = rounded(w[at] * (np.float32(1) / scales[i, j]))
     return torch.from_numpy(codes).view(torch.float8_e4m3fn), torch.from_numpy(scales)
 
 
-def checkpoint(tensors):
+def checkpoint(tensors, scale_fmt=None):
     """The FP8 checkpoint of the same weights."""
     found = {}
     for name, tensor in tensors.items():
         found[name] = tensor
         if is_quantized(name):
-            found[name], found[scale_name(name)] = published(tensor)
+            found[name], found[scale_name(name)] = published(tensor, scale_fmt)
     return found
 
 
@@ -140,11 +146,30 @@ def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
     assert sent == sum(s.height * s.width * dtype_of(s).itemsize for s in slots)
 
 
+def test_a_model_whose_scales_are_powers_of_two_is_pushed_with_such():
+    hf = {**DEEPSEEK, "quantization_config": {"scale_fmt": "ue8m0"}}
+    tensors = draw(DEEPSEEK, 1)
+    for name, tensor in tensors.items():  # where rounding decides: amax is 448 x 2^k, or next to it
+        if is_quantized(name):
+            tensor[0, :3] = torch.tensor([448.0, 450.0, 446.0]) * 2.0**8
+            tensor[-1, :1] = 450.0 * 2.0**8
+    world = World(hf, TrainerGrid(2, tensor=2, expert_tensor=2), EngineLayout(tensor=2), tensors)
+    try:
+        world.push(1)
+        assert_received(world, checkpoint(tensors, "ue8m0"))
+    finally:
+        world.close()
+    scales = [s for name, s in checkpoint(tensors, "ue8m0").items() if "scale_inv" in name]
+    assert all((torch.frexp(each).mantissa == 0.5).all() for each in scales)
+
+
 def test_each_block_is_quantized_once_a_push(monkeypatch):
     monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)
     sizes, quantize = [], link_planner.quantize_fp8
     monkeypatch.setattr(
-        link_planner, "quantize_fp8", lambda x: sizes.append(x.numel()) or quantize(x)
+        link_planner,
+        "quantize_fp8",
+        lambda x, **kind: sizes.append(x.numel()) or quantize(x, **kind),
     )
     tensors = draw(DEEPSEEK, 1)
     world = World(DEEPSEEK, TrainerGrid(2, tensor=2), EngineLayout(), tensors)

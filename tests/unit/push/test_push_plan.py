@@ -11,7 +11,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config.training import ParallelConfig
 from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.engine_sets import engine_sets, entries
+from megatron_r1.push.plan.engine_sets import engine_sets, plan_sets
 from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from tests.unit.push.plan_worlds import DEEPSEEK_V3, WORLDS
@@ -27,11 +27,11 @@ def test_the_ranks_of_an_engine_together_need_every_element_and_drafters_their_l
     # The trainer has MTP layers in any case; only engines that draft need them.
     stages, needs = stage_shards(hf, grid.pipeline), PredictedLayout(hf, engines, drafts=drafts)
     planner = Planner(hf, grid, engines, stages, needs)
-    (plan,) = entries(planner, plain_bytes("bfloat16"), [range(engines.engines)])
+    (plan,) = plan_sets(planner, plain_bytes("bfloat16"), [range(engines.engines)])
     whole = {}
     for position in plan:
         needed = {}
-        for item, region, _ in (part for entry in position for part in entry.parts):
+        for item, region, _ in (each for link in position for each in link.regions):
             shape = (item.shape[0], prod(item.shape[1:]))
             mask = needed.setdefault(item.name, np.zeros(shape, int))
             mask[region.top : region.bottom, region.left : region.right] += 1
@@ -97,13 +97,13 @@ def test_deepseek_v3_from_2048_ranks_to_64_engines_moves_the_least_and_evenly():
     needed = 2 * ((experts + split) / 16 + every_rank) + bias
     received, busiest = {}, {}
     for form, count in (("bf16", plain_bytes("bfloat16")), ("FP8", fp8_bytes)):
-        plans = entries(planner, count, engine_sets(64))
+        plans = plan_sets(planner, count, engine_sets(64))
         received[form] = [
-            [sum(entry.num_bytes for entry in position) for position in plan] for plan in plans
+            [sum(link.num_bytes for link in position) for position in plan] for plan in plans
         ]
         sent = Counter()
-        for entry in (entry for plan in plans for position in plan for entry in position):
-            sent[entry.sender] += entry.num_bytes
+        for link in (link for plan in plans for position in plan for link in position):
+            sent[link.sender] += link.num_bytes
         busiest[form] = max(sent.values()) / (sum(sent.values()) / 2048)
     np.testing.assert_allclose(received["bf16"], needed)
     assert max(busiest.values()) < 1.25

@@ -34,7 +34,7 @@ from megatron_r1.push.rendezvous import EngineRendezvous, TableStore, TrainerRen
 from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.table import Delivery, SlotTable, slot_view
 from megatron_r1.push.transports import gloo, shared_memory
-from megatron_r1.push.transports.base import check_coverage
+from megatron_r1.push.transports.arrivals import check_coverage
 from megatron_r1.push.transports.shared_memory import NamedMemory, sweep
 
 CHECKSUMS = sys.modules[weighted_sum.__module__]
@@ -66,7 +66,7 @@ def test_an_engine_receives_the_slices_in_its_dtype(
     for push in (1, 2):
         TENSORS["weight"].add_(1)
         threads = world.send(push)
-        world.receiver.buffer.wait(push, PATIENT)
+        world.receiver.arrivals.wait(push, PATIENT)
         for thread in threads:
             thread.join()
         for slot in SLOTS:
@@ -74,7 +74,7 @@ def test_an_engine_receives_the_slices_in_its_dtype(
                 slot.name
             )
         # By the second push "weight" has changed; of the first nothing is known.
-        assert world.receiver.buffer.take_changed() == ({1} if push == 2 else set())
+        assert world.receiver.arrivals.take_changed() == ({1} if push == 2 else set())
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -85,13 +85,13 @@ def test_with_two_areas_a_push_leaves_the_one_before_as_it_is(make_world, transp
         TENSORS["weight"].add_(1)
         pushed[push] = [expected_values(slot).clone() for slot in SLOTS]
         threads = world.send(push)
-        world.receiver.buffer.wait(push, PATIENT)
+        world.receiver.arrivals.wait(push, PATIENT)
         for thread in threads:
             thread.join()
         for age in (0, 1) if push > 1 else (0,):
-            area = world.table.area(world.receiver.memory, push - age)
+            buffer = world.table.buffer(world.receiver.memory, push - age)
             for slot, expected in zip(SLOTS, pushed[push - age], strict=True):
-                assert torch.equal(slot_view(area, slot), expected), (push, age, slot.name)
+                assert torch.equal(slot_view(buffer, slot), expected), (push, age, slot.name)
 
 
 def test_equal_engines_share_one_table():
@@ -113,9 +113,9 @@ def test_equal_engines_share_one_table():
 def test_a_trainer_rank_that_sends_nothing_is_named(make_world, transport):
     world = make_world(transport, SLOTS, BY_TWO)
     world.send(1, senders=[0])[0].join()
-    world.receiver.buffer.wait(1, PATIENT, senders=[0])
+    world.receiver.arrivals.wait(1, PATIENT, senders=[0])
     with raised(IncompletePush, PushIncomplete.KIND, "trainer ranks 1 "):
-        world.receiver.buffer.wait(1, 0.1)
+        world.receiver.arrivals.wait(1, 0.1)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -127,7 +127,7 @@ def test_a_tensor_that_arrives_otherwise_is_named(
     monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", chunk_bytes)
     world = make_world(transport, SLOTS, BY_TWO)
-    buffer, arrived = world.receiver.buffer, world.receiver.buffer.delivery_arrived
+    buffer, arrived = world.receiver.arrivals, world.receiver.arrivals.delivery_arrived
 
     def corrupted(sender, push, index, sent):
         delivery = buffer.deliveries[sender][index]
@@ -137,10 +137,10 @@ def test_a_tensor_that_arrives_otherwise_is_named(
             part.view({4: torch.int32, 2: torch.int16}[part.itemsize])[-1, 1] ^= 1
         arrived(sender, push, index, sent)
 
-    monkeypatch.setattr(world.receiver.buffer, "delivery_arrived", corrupted)
+    monkeypatch.setattr(world.receiver.arrivals, "delivery_arrived", corrupted)
     world.send(1)
     with raised(ValueError, name, "rank 1"):
-        world.receiver.buffer.wait(1, PATIENT)
+        world.receiver.arrivals.wait(1, PATIENT)
 
 
 def test_checksums_of_odd_rows_are_of_the_elements_in_order_whatever_the_strides():

@@ -8,7 +8,7 @@ import pytest
 from megatron_r1.push.plan.engine_sets import ranks_in_order
 from megatron_r1.push.plan.rounds import NONE, Link, PushOrder, receiving_processes
 
-SIZES = {"entry_bytes": 10, "passed_bytes": 15}
+SIZES = {"entry_bytes": 10, "relayed_bytes": 15}
 """Of buckets here."""
 
 
@@ -38,7 +38,7 @@ def order(request):
 def rows_by_round(order):
     rounds = defaultdict(dict)
     for process in range(order.num_processes):
-        for number, *row in order.schedule_of(process).tolist():
+        for number, *row in order.schedule(process).tolist():
             assert process not in rounds[number], "two groups of a process in a round"
             rounds[number][process] = row
     return rounds
@@ -46,7 +46,7 @@ def rows_by_round(order):
 
 def test_both_sides_of_each_transfer_are_in_one_round(order):
     rounds = rows_by_round(order)
-    assert set(rounds) <= set(range(order.num_entry_rounds + order.num_passing_rounds))
+    assert set(rounds) <= set(range(order.num_entry_rounds + order.num_relay_rounds))
     for rows in rounds.values():
         for process, (to, sent, source, received) in rows.items():
             assert (sent, received) != (NONE, NONE)
@@ -59,7 +59,7 @@ def test_both_sides_of_each_transfer_are_in_one_round(order):
 def test_every_process_of_a_position_ends_with_all_that_entered_one_and_nothing_twice(order):
     bytes_of = Counter()
     for process in range(order.num_processes):
-        rows = order.schedule_of(process)
+        rows = order.schedule(process)
         received = rows["received"][rows["received"] != NONE]
         assert len(set(received.tolist())) == len(received)
         copied = (order.receivers == process) & (order.entry_rounds == NONE)
@@ -77,12 +77,12 @@ def test_every_process_of_a_position_ends_with_all_that_entered_one_and_nothing_
 
 def test_nothing_is_passed_on_before_all_has_entered(order):
     for process in range(order.num_processes):
-        rows = order.schedule_of(process)
+        rows = order.schedule(process)
         assert (np.diff(rows["round"]) > 0).all()
-        passing = rows["sent"] >= order.num_entering
+        relayed = rows["sent"] >= order.num_entering
         entering = (rows["received"] != NONE) & (rows["received"] < order.num_entering)
-        if passing.any() and entering.any():
-            assert rows["round"][entering].max() < rows["round"][passing].min()
+        if relayed.any() and entering.any():
+            assert rows["round"][entering].max() < rows["round"][relayed].min()
 
 
 def test_buckets_are_equal_parts_of_limited_size(order):
@@ -92,7 +92,7 @@ def test_buckets_are_equal_parts_of_limited_size(order):
         first += count
         assert sizes.sum() == link.num_bytes and np.ptp(sizes) <= 1
         assert sizes.max() <= SIZES["entry_bytes"] and count == -(-link.num_bytes // 10)
-    assert order.num_bytes[first:].max(initial=0) <= SIZES["passed_bytes"]
+    assert order.num_bytes[first:].max(initial=0) <= SIZES["relayed_bytes"]
 
 
 def test_the_rounds_of_entry_are_few(order):
@@ -108,14 +108,14 @@ def test_an_order_that_is_known_by_hand():
     assert order.num_entry_rounds == order.entry_floor == 4
     assert order.num_bytes.tolist() == [10] * 5 + [15, 15, 10, 10]
     assert sorted(order.entry_rounds[:4].tolist()) == [0, 1, 2, 3]
-    passing = order.schedule_of(2)[-2:]
-    assert passing.tolist() == [(4, 3, 5, 3, 7), (5, 3, 6, 3, 8)]
-    assert order.num_passing_rounds == 2
+    relayed = order.schedule(2)[-2:]
+    assert relayed.tolist() == [(4, 3, 5, 3, 7), (5, 3, 6, 3, 8)]
+    assert order.num_relay_rounds == 2
 
 
 def test_what_a_process_sends_to_itself_takes_no_round():
-    """Three and one bucket, 0 to 3; each passes on two, 4 and 5, 6 and 7."""
+    """Three and one bucket, 0 to 3; each relays two, 4 and 5, 6 and 7."""
     order = PushOrder([Link(0, 0, 30), Link(1, 1, 5)], [[0, 1]], **SIZES)
     assert order.num_entry_rounds == order.entry_floor == 0
-    assert order.schedule_of(0).tolist() == [(0, 1, 4, 1, 6), (1, 1, 5, 1, 7)]
+    assert order.schedule(0).tolist() == [(0, 1, 4, 1, 6), (1, 1, 5, 1, 7)]
     assert order.num_bytes[4:].tolist() == [15, 15, 2, 3]

@@ -46,3 +46,16 @@ def test_the_resumed_layout_has_fewer_ranks_where_axes_can_be_left_out(sizes, ax
     other.check_sizes(other.processes)
     changed = {axis for axis in sizes if getattr(other, axis) != getattr(parallel, axis)}
     assert changed - {"processes"} == axes and other.processes == ranks
+
+
+def test_the_overlap_of_an_exchange_goes_with_the_axes_that_it_needs():
+    parallel = ParallelConfig(expert=4, processes=4, overlap_expert_exchange=True)
+    small = shrink(parallel, 8)
+    assert small.expert == 2 and small.overlap_expert_exchange
+    resumed = different_layout(small)
+    assert resumed.overlap_expert_exchange == (resumed.expert > 1)
+    assert not shrink(parallel, 1, leaves_out=True).overlap_expert_exchange
+    deep = ParallelConfig(pipeline=2, virtual_pipeline=2, expert=2, processes=4)
+    deep = deep.model_copy(update={"overlap_expert_exchange": True})
+    alone = shrink(deep, 2, leaves_out=True)
+    assert alone.pipeline == 2 or not alone.overlap_expert_exchange

@@ -9,6 +9,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import load
 from megatron_r1.config.training import ParallelConfig
+from megatron_r1.engines.server.from_recipe import check_engines
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.rehearse import launch, layout, miniature
@@ -38,6 +39,64 @@ def test_a_recipe_keeps_transport_placement_and_share_of_the_gpu(name, max_ranks
     sizes = shape["num_hidden_layers"], at.pipeline, at.virtual_pipeline
     pipeline_stages(*sizes, num_mtp=num_mtp, layout=at.pipeline_layout)
     assert at.pipeline > 1 or at.virtual_pipeline == 1
+
+
+@pytest.mark.parametrize(("max_ranks", "ranks"), [(8, 4), (2, 2), (1, 1)])
+def test_experts_are_balanced_with_copies_that_both_runs_can_share(max_ranks, ranks, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    config = load(EXAMPLES / "deepseek_r1/r1_zero.yaml")
+    assert config.rollout.redundant_experts == 128
+    hf = read_hf_config(config.model.path, None)
+    small = miniature.shrink(config, hf, Path("rehearsal"), max_ranks, on="null-gpu")
+    rollout = small.config.rollout
+    assert rollout.tensor * rollout.data == ranks
+    assert rollout.redundant_experts == (ranks if ranks > 1 else 0)
+    assert ("eplb_config" in rollout.vllm) == (ranks > 1)
+    fewer = rollout.model_copy(update=layout.fewer_engine_ranks(rollout))
+    for changed in ({}, layout.fewer_engine_ranks(rollout)):
+        check_engines(small.config.with_changes(rollout=changed), small.hf)
+    if ranks > 1:  # the resumed run balances as well
+        assert (fewer.tensor, fewer.data, fewer.redundant_experts) == (2, 1, ranks)
+
+
+def test_arguments_of_vllm_stay_where_a_null_gpu_imitates_their_kernels(monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    given = {"all2all_backend": "deepep_low_latency", "kv_cache_dtype": "fp8"}
+    for values, kept in ((given, set()), ({}, {"all2all_backend", "kv_cache_dtype"})):
+        config = load(EXAMPLES / "deepseek_r1/r1_zero.yaml")
+        config = config.with_changes(rollout={"vllm": {**config.rollout.vllm, **values}})
+        hf = read_hf_config(config.model.path, None)
+        small = miniature.shrink(config, hf, Path("rehearsal"), 2, on="null-gpu").config.rollout
+        chunks = {"enable_chunked_prefill", "max_num_batched_tokens", "eplb_config"}
+        assert set(small.vllm) == chunks | kept
+        assert small.vllm["max_num_batched_tokens"] < small.max_model_len - 24, "no prompt in parts"
+        on_gpu = miniature.shrink(config, hf, Path("rehearsal"), 2, on="gpu").config.rollout
+        assert set(on_gpu.vllm) == set(config.rollout.vllm) | {"eplb_config"}
+        on_cpu = miniature.shrink(config, hf, Path("rehearsal"), 16).config.rollout
+        assert not on_cpu.vllm and not on_cpu.redundant_experts
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+def test_engine_hosts_have_gpus_of_their_own_or_the_trainers(colocated, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    name = "r1_zero" if colocated else "r1_zero_pools"
+    spread = {"rollout.placement": "hosts", "rollout.hosts_per_engine": 16} if colocated else {}
+    config = load(EXAMPLES / f"deepseek_r1/{name}.yaml", spread)
+    hf = read_hf_config(config.model.path, None)
+    small = miniature.shrink(config, hf, Path("rehearsal"), 2, on="null-gpu").config
+    number = launch.num_null_gpus(small, "rl")
+    assert number == (4 if colocated else 6)  # the resumed run has 4 trainer ranks
+    monkeypatch.setattr(launch.gpu, "is_usable", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(number))))
+    fewer = small.with_changes(rollout=layout.fewer_engine_ranks(small.rollout))
+    for run, sizes in ((small, [1, 1]), (fewer, [2])):
+        trainer, hosts = launch.gpus("rl", run)
+        of_hosts = [each["CUDA_VISIBLE_DEVICES"].split(",") for each in hosts]
+        assert list(map(len, of_hosts)) == sizes
+        taken = [own for each in of_hosts for own in each]
+        assert len(set(taken)) == len(taken)
+        is_shared = set(taken) <= set(trainer["CUDA_VISIBLE_DEVICES"].split(","))
+        assert is_shared == colocated and (is_shared or len(trainer) == 1)
 
 
 def test_axes_are_left_out_where_ranks_are_too_few():

@@ -5,7 +5,7 @@ import asyncio
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.sample.filters import filters_of, first_objection
+from megatron_r1.sample.filters import active_filters, first_objection
 from megatron_r1.sample.selection import DUPLICATE, Decision, Selection
 
 PROMPT = make_prompt("What is 6 x 7?", "math", "42", {})
@@ -25,7 +25,7 @@ def answer(index, accuracy=1.0, text=None, num_tokens=10, reward=None, **more):
 
 def selection(keep=None, output="answers", filters=None, seed=0):
     """keep: settings, None where nothing is graded. The filters run in this process."""
-    chosen = filters_of(output, filters or {})
+    chosen = active_filters(output, filters or {})
 
     async def run_filters(prompt, response):
         name, why = first_objection(response, prompt, chosen)

@@ -16,8 +16,8 @@ from megatron_r1.sample.filters import (
     NAMES,
     REGISTRY,
     PooledFilters,
+    active_filters,
     check_filters,
-    filters_of,
     first_objection,
 )
 
@@ -102,7 +102,7 @@ def test_workers_give_the_same_reasons_as_the_filters():
         (TextResponse(think(CODE)), prompt("code", tests=["x"])),
         (TextResponse(think(EN)), prompt(target="zh")),
     ]
-    filters = filters_of("sft", {"paragraphs": {"max_words": 200}, "repetition": False})
+    filters = active_filters("sft", {"paragraphs": {"max_words": 200}, "repetition": False})
 
     async def filter_all():
         async with RewardPool(1, timeout_seconds=600) as pool:
@@ -115,12 +115,14 @@ def test_workers_give_the_same_reasons_as_the_filters():
 
 
 def test_the_first_filter_that_objects_gives_the_reason():
-    filters = filters_of("sft", {})
+    filters = active_filters("sft", {})
     assert tuple(filters) == NAMES
     bad = TextResponse(think(EN + ZH * 3), truncated=True)
     assert first_objection(bad, prompt(), filters)[0] == "truncated"
-    assert first_objection(bad, prompt(), filters_of("sft", {"truncated": False}))[0] == "language"
-    only = filters_of("answers", {"repetition": {"min_new": 0.9}})
+    assert (
+        first_objection(bad, prompt(), active_filters("sft", {"truncated": False}))[0] == "language"
+    )
+    only = active_filters("answers", {"repetition": {"min_new": 0.9}})
     assert only == {"repetition": {"min_new": 0.9}}
     assert first_objection(bad, prompt(), only)[0] == "repetition"
     assert first_objection(TextResponse(think(EN)), prompt(), filters) == ("", "")

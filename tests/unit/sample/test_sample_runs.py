@@ -13,16 +13,17 @@ from refusals import refused
 from waiting import wait_until
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.files.append_only import append_lines
+from megatron_r1.base.files.json_lines import append_lines
 from megatron_r1.commands import cli
 from megatron_r1.commands.cli import main
-from megatron_r1.commands.sample import of_run
+from megatron_r1.commands.sample import from_run
 from megatron_r1.data.prompts import make_prompt, normalize
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import ResponseLog, TextResponse
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.sample.outputs import WINDOW, PromptResult, decide_all
+from megatron_r1.sample.result_cache import ResultCache
 from megatron_r1.sample.selection import Decision
-from megatron_r1.sample.user_function import ResultCache
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused_runs.yaml").read_text())
 # A reward that loads in no time, where `math` brings sympy into every worker.
@@ -295,7 +296,7 @@ def test_the_filter_that_drops_all_right_responses_is_named(recipe, capsys):
 def test_responses_of_a_run_without_thoughts_are_kept(tmp_path):
     def implied(**sections):
         (tmp_path / "config.yaml").write_text(json.dumps(sections))
-        return of_run(str(tmp_path))[1]
+        return from_run(str(tmp_path))[1]
 
     plain = {"data": {"template": "chat"}, "rewards": {"weights": {"accuracy": 1.0}}}
     assert implied(**plain)["sample.filters.format"] is False

@@ -6,19 +6,42 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from waiting import PATIENT
 
+from megatron_r1 import config as configuration
+from megatron_r1.config.hardware import HARDWARE
+from megatron_r1.models import read_hf_config
+from megatron_r1.models.hf_config import sparse_layers
+from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.timing import time_section
 from tools.gpu_check import checks as runner
-from tools.gpu_check import kernel_times, layers, nccl_push, recipe, verdict
+from tools.gpu_check import (
+    decode_seconds,
+    kernel_times,
+    layers,
+    nccl_push,
+    recipe,
+    step_seconds,
+    verdict,
+)
 from tools.gpu_check.checks import ALONE, CHECKS, PARTS, Check
 from tools.gpu_check.command import page
 
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 IMPOSSIBLE = verdict.IMPOSSIBLE
+
+
+def planned():
+    """The recipe on its GPUs."""
+    recipe = ROOT / "examples" / "deepseek_r1" / "r1_zero.yaml"
+    hf = read_hf_config(str(ROOT / "examples" / "deepseek_r1" / "model"))
+    return PlannedJob(hf, configuration.load(recipe), 2048, HARDWARE["H800"])
 
 
 def outcomes(tmp_path, *checks, minutes=PATIENT / 60, num_gpus=1):
@@ -206,6 +229,67 @@ def test_a_subject_that_is_broken_is_judged_so(judge, wrong, words):
     assert words in str(failed.value)
 
 
+SIZES = dict(zip(decode_seconds.VARIANTS, (8e8, 8e8, 3.6e9), strict=True))
+
+
+def decoded(latency, efficiency, rest=3e-3):
+    """The judge's values of engines whose layers take so long, by hand."""
+    read = 3.35e12 * efficiency
+    seconds = {
+        variant: rest + 0.2e-3 + (variant.layers - 1) * (latency + SIZES[variant] / read)
+        for variant in decode_seconds.VARIANTS
+    }
+    return decode_seconds.judge(seconds, SIZES, HARDWARE["H100"])
+
+
+def test_the_seconds_of_a_layer_are_split_into_its_weights_and_the_rest():
+    found = decoded(90e-6, 0.7)
+    assert found == pytest.approx({"decode_latency_per_layer": 90e-6, "bandwidth_efficiency": 0.7})
+    for latency, efficiency, words in ((90e-6, 1.2, "1.20"), (-1e-4, 0.7, "besides")):
+        with pytest.raises(verdict.Failed, match=words):
+            decoded(latency, efficiency)
+    same = dict.fromkeys(decode_seconds.VARIANTS, 0.01)
+    with pytest.raises(verdict.Failed, match="more layers"):
+        decode_seconds.judge(same, SIZES, HARDWARE["H100"])
+
+
+def test_engines_of_a_rank_s_share_have_v3_s_widths_and_a_layer_its_bytes(monkeypatch):
+    """By hand: MLA of 16 heads, a shared expert, the router and 8 or 40 experts, in bf16."""
+    monkeypatch.setattr(decode_seconds, "place", lambda: "gpu")
+    attention = 7168 * (1536 + 576) + 16 * (1536 * 192 + 512 * 256 + 128 * 7168)
+    for variant in decode_seconds.VARIANTS:
+        hf = decode_seconds.model(variant, {"vocab_size": 300})
+        assert hf["vocab_size"] == 300 and "quantization_config" not in hf
+        assert sparse_layers(hf) == [False] + [True] * (variant.layers - 1)
+        weights = attention + (1 + variant.experts) * 3 * 7168 * 2048 + variant.experts * 7168
+        assert decode_seconds.layer_bytes(hf) == pytest.approx(2 * weights, rel=1e-3)
+
+
+def test_the_numbers_of_the_phases_are_those_with_which_the_plan_takes_their_seconds():
+    """Seconds that the planner itself gives with other numbers lead back to these."""
+    wanted = {"tensor_load_seconds": 3e-4, "push_efficiency": 0.5}
+    hidden = planned()
+    hidden = replace(hidden, assumptions=replace(hidden.assumptions, **wanted))
+    hidden = replace(hidden, hardware=replace(hidden.hardware, host_link=20e9))
+    section = time_section(Bill(hidden).times)
+    every = hidden.config.checkpoint.every
+    line = {
+        "push/pause": section["load"].value,
+        "push/transfer": section["push"].value,
+        "checkpoint/seconds_blocked": section["saves"].value * every,
+    }
+    log = (
+        "INFO It took 0.400000 seconds to fall asleep.\n"
+        "INFO It took 0.700000 seconds to wake up tags {'weights'}.\n"
+        "INFO It took 0.200000 seconds to wake up tags {'kv_cache'}.\n"
+    )
+    found = step_seconds.of_phases([line] * 3, 2 * log, planned())
+    assert found == pytest.approx(
+        wanted | {"host_link": 20e9, "sleep_seconds": 0.4, "wake_seconds": 0.9}
+    )
+    assert step_seconds.of_phases([{"step": 2}], "", planned()) == {}
+
+
 @pytest.mark.more
 @pytest.mark.parametrize(
     ("command", "planted", "where", "words"),
@@ -219,15 +303,18 @@ def test_a_subject_that_is_broken_is_judged_so(judge, wrong, words):
         (["recipe", "recipe"], None, HERE, ""),
         (["recipe", "recipe"], "undelivered", ROOT / "tests" / "system", "not what the engine"),
         (["recipe", "fp8"], None, HERE, ""),
+        (["step_seconds", "micro-batch"], None, HERE, ""),
+        (["step_seconds", "phases"], None, HERE, ""),
+        (["decode_seconds"], None, HERE, ""),
     ],
 )
 def test_the_checks_themselves_without_a_gpu(tmp_path, command, planted, where, words):
     """Where there is none, the same programs compute on the CPU, in the recipe's bf16."""
-    name, case = command
+    name, *case = command
     folder = where / ("planted_in_checks" if where == HERE else "planted")
     variables = {"PYTHONPATH": f"{folder}:{ROOT}", "PLANTED": planted} if planted else {}
     done = subprocess.run(
-        [sys.executable, "-m", f"tools.gpu_check.{name}", case, str(tmp_path)],
+        [sys.executable, "-m", f"tools.gpu_check.{name}", *case, str(tmp_path)],
         cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables},
         capture_output=True,
@@ -238,6 +325,10 @@ def test_the_checks_themselves_without_a_gpu(tmp_path, command, planted, where, 
     assert said, done.stderr[-4000:]
     assert (said.status, words in said.reason) == ("failed" if planted else "passed", True), said
     assert done.returncode == (planted is not None)
+    if name == "step_seconds":  # these programs also found the numbers that they are for
+        number = {"micro-batch": "compute_efficiency", "phases": "tensor_load_seconds"}[case[0]]
+        assert said.figures[number] > 0
+    assert not (tmp_path / "calibration.yaml").exists()  # a CPU's times say nothing of a GPU
 
 
 def test_every_check_is_of_files_and_lines_that_exist():

@@ -9,7 +9,7 @@ from megatron_r1.models import platform
 platform.prepare()
 
 from megatron_r1.trainer.checkpoints import finding, writer  # noqa: E402
-from megatron_r1.trainer.checkpoints.finding import STATE_FILE, partial_of  # noqa: E402
+from megatron_r1.trainer.checkpoints.finding import STATE_FILE, unfinished_path  # noqa: E402
 
 
 def test_tensors_are_hashed_as_they_are_written_and_synced(tmp_path, monkeypatch):
@@ -25,7 +25,7 @@ def test_tensors_are_hashed_as_they_are_written_and_synced(tmp_path, monkeypatch
 
 def test_a_checkpoint_gets_its_name_when_it_is_whole_and_synced(tmp_path, monkeypatch):
     folder = tmp_path / "step_00000001"
-    partial = partial_of(folder)
+    partial = unfinished_path(folder)
     partial.mkdir()
     with writer.HashedFile(partial / "__0_0.distcp") as file:
         file.write(b"weights")
@@ -42,7 +42,7 @@ def test_a_checkpoint_gets_its_name_when_it_is_whole_and_synced(tmp_path, monkey
 
 def test_a_rank_that_could_not_write_leaves_nothing(tmp_path):
     folder = tmp_path / "step_00000001"
-    partial_of(folder).mkdir()
+    unfinished_path(folder).mkdir()
     failed = [writer.WrittenFiles(0), writer.WrittenFiles(1, error="No space left on device")]
     assert "rank 1" in writer._finish(SimpleNamespace(), folder, {}, failed)
     assert list(tmp_path.iterdir()) == []

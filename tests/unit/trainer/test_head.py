@@ -12,7 +12,7 @@ from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.losses import supervised
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 HIDDEN, VOCABULARY, PADDED = 6, 13, 16
 SAMPLES = [

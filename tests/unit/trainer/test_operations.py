@@ -11,7 +11,7 @@ from megatron_r1.trainer.operations import (
     PushOperations,
     operation_names,
 )
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 from megatron_r1.trainer.worker import Operations, argument_types, methods
 
 PROTOCOLS = (ModelOperations, FolderOperations, PushOperations)

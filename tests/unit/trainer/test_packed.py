@@ -10,10 +10,11 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
-from megatron_r1.models.prefixes import segments_before
+from megatron_r1.models.prefixes import continued_by
 from megatron_r1.trainer.losses import denominator, supervised
 from megatron_r1.trainer.packed import TokenSplit, check_token_ids, packed_batch
-from megatron_r1.trainer.sample import Sample, check_shared_prompts
+from megatron_r1.trainer.shared_prompts import LEAST_SHARED, check_shared_prompts
+from megatron_r1.trainer.training_sample import Sample
 
 CPU = torch.device("cpu")
 
@@ -82,17 +83,58 @@ def test_a_prompt_of_several_samples_lies_there_once():
         Sample.pack([7, 8, 9], [], []),
     ]
     b = packed_batch(made, TokenSplit(tensor=4), CPU, share_prompts=True)
-    assert b.input_ids.tolist() == [[7, 8, 9, 1, 2, 7, 8, 3, 9, 4, 9, 0]]
-    assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 2, 3, 2, 0]]
-    assert b.response_rows.tolist() == [2, 3, 6, 8]
+    assert b.input_ids.tolist() == [[7, 8, 9, 1, 2, 8, 3, 9, 4, 9, 0, 0]]
+    assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 1, 2, 2, 3, 2, 0, 1]]
+    assert b.response_rows.tolist() == [2, 3, 5, 7]
     assert b.targets[b.is_response].tolist() == [1, 2, 3, 4]
     assert b.advantages[b.is_response].tolist() == [0.5, 0.5, 1.5, 2.5]
-    assert b.last_tokens.tolist() == [4, 7, 9, 10] and b.num_trajectories == 4
-    assert b.cu_seqlens.tolist() == [0, 2, 5, 8, 10, 11, 12] and b.num_shared == 4
-    assert segments_before(b.packed_seq_params.cu_seqlens_q).tolist() == [-1, 0, -1, 0, 0, -1]
+    assert b.last_tokens.tolist() == [4, 6, 8, 9] and b.num_trajectories == 4
+    assert b.cu_seqlens.tolist() == [0, 5, 7, 9, 10, 12] and b.num_shared == 5
+    continued = continued_by(b.packed_seq_params.cu_seqlens_q)
+    assert continued.host.tolist() == [-1, 0, 0, 0, -1]
+    assert continued.first.tolist() == [0, 1, 2, 2, 0]
     assert b.packed_seq_params.max_seqlen_q == 5
-    alone = packed_batch(made[:2], TokenSplit(), CPU, share_prompts=True)
-    assert alone.num_shared == 0 and segments_before(alone.packed_seq_params.cu_seqlens_q) is None
+    alone = packed_batch(made[:1], TokenSplit(), CPU, share_prompts=True)
+    assert alone.num_shared == 0 and continued_by(alone.packed_seq_params.cu_seqlens_q) is None
+
+
+def branch(tokens, sampled, advantage, **scores):
+    """A branch whose tokens at the places `sampled` are trained on."""
+    mask = bytes(place in sampled for place in range(len(tokens)))
+    logprobs = [-float(token) for token in tokens]
+    return Sample.pack_branch(tokens, mask, logprobs, advantage, **scores)
+
+
+def test_turns_of_a_tree_lie_there_once_each_trained_in_its_own_branch():
+    prompt = [*range(20, 40)]
+    scores = {"weight": 0.5, "num_trajectories": 1}
+    first = branch([*prompt, 1, 2, 50, 3], {20, 21, 23}, 0.5, **scores)
+    # Goes on after token 2, which only the first branch trains.
+    second = branch([*prompt, 1, 2, 51, 4, 5], {23, 24}, 1.5, **scores)
+    third = branch([*prompt, 1, 2, 51, 4, 52, 6], {25}, 2.5, **scores)
+    b = packed_batch([first, second, third], TokenSplit(), CPU, share_prompts=True)
+    assert b.input_ids.tolist() == [[*prompt, 1, 2, 50, 3, 51, 4, 5, 52, 6]]
+    assert b.position_ids.tolist() == [[*range(24), 22, 23, 24, 24, 25]]
+    continued = continued_by(b.packed_seq_params.cu_seqlens_q)
+    assert continued.host.tolist() == [-1, 0, 1] and continued.first.tolist() == [0, 22, 24]
+    assert b.cu_seqlens.tolist() == [0, 24, 27, 29] and b.num_shared == 46
+    assert b.response_rows.tolist() == [19, 20, 22, 24, 25, 27]
+    assert b.targets[b.is_response].tolist() == [1, 2, 3, 4, 5, 6]
+    assert b.rollout_logprobs[b.is_response].tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]
+    assert b.advantages[b.is_response].tolist() == [0.5, 0.5, 0.5, 1.5, 1.5, 2.5]
+    # The packing puts them into an order in which each has its host before it.
+    packing = pack_by_prompt([third, first, second], 1, 29, float)
+    assert packing.shares == [[[1, 2, 0]]] and packing.fill == 1.0
+    # Two micro-batches: the third shares nothing, as its host is in the other.
+    cut = pack_by_prompt([third, first, second], 1, 27, float)
+    assert sorted(cut.shares[0]) == [[0], [1, 2]]
+
+
+def test_equal_beginnings_of_different_questions_are_shared_from_a_length_on():
+    for shared, saved in ((LEAST_SHARED - 1, 0), (LEAST_SHARED, LEAST_SHARED)):
+        made = [Sample.pack([*range(shared), 90 + i, 7], [3]) for i in range(2)]
+        b = packed_batch(made, TokenSplit(), CPU, share_prompts=True)
+        assert b.num_shared == saved
 
 
 def test_samples_of_one_prompt_are_packed_together_as_far_as_the_limit_goes():
@@ -109,6 +151,9 @@ def test_samples_of_one_prompt_are_packed_together_as_far_as_the_limit_goes():
     assert max(b.input_ids.shape[1] for b in batches) <= 64
     saved, possible = sum(b.num_shared for b in batches), 6 * 6 * 19
     assert saved > 0.7 * possible, "a prompt of 7 samples fits into two micro-batches"
+    group = [Sample.pack([*range(20)], [n % 7, n]) for n in range(256)]
+    whole = pack_by_prompt(group, 1, 22 + 255 * 3, float)
+    assert [len(m) for own in whole.shares for m in own] == [256]
     few = pack_by_prompt(made[:3], 3, 64, float)
     assert [len(m) for own in few.shares for m in own] == [1, 1, 1]
 

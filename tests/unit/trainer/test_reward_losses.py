@@ -13,7 +13,7 @@ SCORES = [2.0, -0.5, 0.25, 1.0]
 
 def given(num_trajectories=4, labels=()):
     batch = SimpleNamespace(num_trajectories=num_trajectories, labels=torch.tensor(labels))
-    return batch, SimpleNamespace(of_samples=lambda: torch.tensor(SCORES))
+    return batch, SimpleNamespace(at_last_tokens=lambda: torch.tensor(SCORES))
 
 
 def mean(metric):

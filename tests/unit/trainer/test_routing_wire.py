@@ -14,11 +14,11 @@ from refusals import raised, refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import rl
 from megatron_r1.config import Config
-from megatron_r1.engines.server.responses import decode_routing
+from megatron_r1.engines.server.replies import decode_routing
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.models.experts import RoutingShape, routing_shape
+from megatron_r1.models.routing_shape import RoutingShape, routing_shape
 from megatron_r1.trainer.packed import RoutingPart, TokenSplit, packed_batch
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 CPU = torch.device("cpu")
 SMALL = RoutingShape(num_layers=4, moe_layers=(1, 2, 3), topk=2, num_experts=256)

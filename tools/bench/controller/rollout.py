@@ -31,7 +31,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.responses import MEDIA_TYPE
+from megatron_r1.engines.server.replies import MEDIA_TYPE
 from megatron_r1.trainer.operations import ModelOperations
 from tools.bench.controller import synthetic
 from tools.bench.controller.synthetic import (
@@ -247,7 +247,7 @@ class _OneStep:
 
     async def rollout(self, step: int) -> Rollout:
         self.sampler.begin(step)
-        return (await self.sampler.take(step)).rollout
+        return (await self.sampler.rollout(step)).rollout
 
     async def push(self, version: int) -> None: ...
 

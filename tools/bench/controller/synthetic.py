@@ -29,7 +29,7 @@ from megatron_r1.base.processes.authentication import protect_client
 from megatron_r1.engines.server.client import GENERATE
 from megatron_r1.engines.server.server import RunningServer
 from megatron_r1.trainer.operations import Call, Reply, identity
-from megatron_r1.trainer.sample import decode_samples
+from megatron_r1.trainer.training_sample import decode_samples
 from tools.bench.host import ROOT
 
 MODEL_CONFIG = ROOT / "examples" / "deepseek_r1" / "model" / "config.json"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
@@ -31,7 +31,7 @@ from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender
 from megatron_r1.push.table import slot_view
 from megatron_r1.push.transports import gloo
-from megatron_r1.push.transports.blocks import SlicesBlock
+from megatron_r1.push.transports.payloads import SlicesPayload
 from tools.bench.push.small_model import SHAPE, held_by, slot_table
 
 HF = SHAPE | {"num_hidden_layers": 8, "n_routed_experts": 32}
@@ -166,7 +166,7 @@ def _last(folder: Path, place: tuple) -> dict[str, Any]:
 
 def _rank(place: tuple, port: int, folder: Path, fault: str, tensors: dict) -> None:
     """Be one rank, and write what happens to a file."""
-    gloo.BUCKET_BYTES = gloo.PASSED_BYTES = 1 << 11
+    gloo.BUCKET_BYTES = gloo.RELAYED_BYTES = 1 << 11
     gloo.CLOSE_SECONDS = 0.1
     try:
         with (folder / str(place)).open("w", buffering=1) as out:
@@ -206,7 +206,7 @@ def _trainer(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> N
     store.add("complete", 1)
     store.wait(["push2"])
     if place in _victims(fault):
-        _die_in(SlicesBlock, "pack", after=2)
+        _die_in(SlicesPayload, "pack", after=2)
     began = time.monotonic()
     problems = ends.send(2, [NAME])["problems"]
     error = "; ".join(problem["error"] for problem in problems.values())
@@ -225,7 +225,7 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     table = slot_table(PredictedLayout(HF, ENGINE), ENGINE.coordinate(rank))
     receiver = gloo.GlooReceiver(met, rank, table)
     store.add("connected", 1)
-    receiver.buffer.wait(1, CONNECT_SECONDS)
+    receiver.arrivals.wait(1, CONNECT_SECONDS)
     note(**{"push 1": "right" if _is_right(receiver, tensors) else "wrong"})
     if place in _victims(fault):  # before push 2 can begin
         hangs = fault == "engine rank hangs"
@@ -234,7 +234,7 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     store.wait(["push2"])
     began = time.monotonic()
     try:
-        receiver.buffer.wait(2, PUSH_SECONDS + 10)
+        receiver.arrivals.wait(2, PUSH_SECONDS + 10)
         note(**{"push 2": "right" if _is_right(receiver, tensors) else "wrong"})
     except ValueError as error:
         seconds = time.monotonic() - began

@@ -80,7 +80,7 @@ def operations_of_rounds(order: PushOrder) -> np.ndarray:
     """Return the operations of all processes, each of which runs its schedule."""
     found = []
     for process in range(order.num_processes):
-        schedule = order.schedule_of(process)
+        schedule = order.schedule(process)
         rows = np.zeros((len(schedule), 2), OPERATION)
         rows["process"], rows["start"] = process, np.arange(len(schedule))[:, None]
         rows["end"], rows["sends"] = rows["start"], (True, False)

@@ -19,15 +19,15 @@ from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.engine_sets import (
     SET_ENGINES,
     engine_sets,
-    entries,
-    held_parts,
+    needed_regions,
+    plan_sets,
     sum_bytes,
 )
 from megatron_r1.push.plan.from_recipe import engine_layout
 from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.push.plan.rounds import PushOrder, planned_order
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
-from megatron_r1.push.transports import PASSED_BYTES
+from megatron_r1.push.transports import RELAYED_BYTES
 from tools.bench.host import ROOT
 from tools.bench.push.assumptions import PushAssumptions, as_table
 from tools.bench.push.order_check import (
@@ -124,7 +124,7 @@ def simulated(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
         "buckets that enter": order.num_entering,
         "rounds of entry": order.num_entry_rounds,
         "floor of rounds": order.entry_floor,
-        "rounds of passing on": order.num_passing_rounds,
+        "rounds of passing on": order.num_relay_rounds,
         "seconds": runs[0].seconds,
         "seconds of entry": entry.seconds,
         "seconds of passing on by all-gathers": _gather_seconds(order, rates),
@@ -189,7 +189,7 @@ def _many_engines() -> Planner:
 def _order(case: ScaleCase) -> PushOrder:
     planner, engines = case.planner, case.planner.engines
     sets = engine_sets(engines.engines, SET_ENGINES)
-    plans = entries(planner, FORMS[case.form], sets)
+    plans = plan_sets(planner, FORMS[case.form], sets)
     ranks, world = engines.ranks_per_engine, planner.grid.world
     return planned_order(plans, sets, ranks, world, colocated=case.colocated)
 
@@ -198,10 +198,10 @@ def _held_on_own_gpu(case: ScaleCase) -> float:
     """Return the part of all engine ranks' bytes that the trainer rank on the same GPU holds, which
     a plan could copy there instead of sending it."""
     engines, held, needed = case.planner.engines, 0, 0
-    for position, parts in enumerate(held_parts(case.planner, FORMS[case.form])):
+    for position, regions in enumerate(needed_regions(case.planner, FORMS[case.form])):
         ranks = range(position, engines.num_ranks, engines.ranks_per_engine)
-        for replicas, of_replicas in parts.items():
-            num_bytes = sum_bytes(of_replicas)
+        for replicas, held_regions in regions.items():
+            num_bytes = sum_bytes(held_regions)
             held += num_bytes * len(set(ranks) & set(replicas))
             needed += num_bytes * len(ranks)
     return held / needed
@@ -221,12 +221,12 @@ def transfer_seconds(
 
 
 def _gather_seconds(order: PushOrder, rates: PushAssumptions) -> float:
-    """Return how long passing on would take by all-gathers in rings over the adapters, padded to
+    """Return how long relaying would take by all-gathers in rings over the adapters, padded to
     the largest share."""
     seconds = []
     for members in map(list, order.positions):
         share, hops = int(order.entered[members].max()), len(members) - 1
-        rounds = -(-share // PASSED_BYTES)
+        rounds = -(-share // RELAYED_BYTES)
         latency = rounds * (rates.round_seconds + hops * rates.hop_seconds)
         seconds.append(hops * share / (rates.nic * rates.nic_efficiency) + latency)
     return max(seconds, default=0.0)

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_r1.models.weights import layout
-from megatron_r1.models.weights.layout import Shard, stage_shards
+from megatron_r1.models.weights.layout import Shard, layout_of, stage_shards
+from megatron_r1.models.weights.table import Table, table
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.planner import Coordinate, PredictedLayout
 from megatron_r1.push.table import Slot, SlotTable
@@ -52,8 +52,10 @@ def held_by(
     tensors: dict[str, torch.Tensor],
     *,
     with_mtp: bool = False,
+    rules: Table | None = None,
 ) -> dict:
-    """Return a trainer rank's parameters, in bfloat16, and their pieces, by HF name."""
+    """Return a trainer rank's parameters, in bfloat16, and their pieces, by HF name; those that
+    `rules` list, default the model's."""
     at = place_of(grid, rank)
     (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=with_mtp)[at.stage]
     axes = {
@@ -62,7 +64,7 @@ def held_by(
         "etp": (at.expert_tensor, grid.expert_tensor),
     }
     held: dict[str, list] = {}
-    for entry in layout(hf, Shard(**{**vars(chunk), **axes})).values():
+    for entry in layout_of(rules or table(hf), Shard(**{**vars(chunk), **axes})).values():
         parameter = torch.zeros(entry.shape, dtype=torch.bfloat16)
         for piece in entry.pieces:
             part = tensors[piece.hf_name].narrow(piece.dim, piece.hf_start, piece.length)

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.base.processes import timeline
 from tools.bench import host
 from tools.bench.host import megatron_r1, run_to_end

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_r1.base.files.append_only import read_lines
+from megatron_r1.base.files.json_lines import read_lines
 from tools.bench.host import core_seconds, environment, megatron_r1, num_cores, run_to_end
 from tools.bench.step.work import StepWork
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.base.files.append_only import write_lines
+from megatron_r1.base.files.json_lines import write_lines
 from tools.bench.small_models import END, qwen2, write_folder
 
 

@@ -24,7 +24,7 @@ static void run_copy(op *o, stream *s) {
 }
 
 static int is_on_device(const void *p) {
-    enum memory_kind kind = kind_of(p);
+    enum memory_kind kind = reward_kind(p);
     return kind == DEVICE || kind == OPENED;
 }
 
@@ -34,8 +34,8 @@ static cudaError_t queue_copy(copy wanted, cudaStream_t handle, int is_synchrono
     op base = c->base;
     *c = wanted;
     c->base = base;
-    int must_wait = is_synchronous ? !(is_on_device(c->to) && is_on_device(c->from)) : kind_of(c->to) == PAGEABLE;
-    if (!must_wait && kind_of(c->from) == PAGEABLE) {
+    int must_wait = is_synchronous ? !(is_on_device(c->to) && is_on_device(c->from)) : reward_kind(c->to) == PAGEABLE;
+    if (!must_wait && reward_kind(c->from) == PAGEABLE) {
         size_t size = c->height ? (c->height - 1) * c->from_pitch + c->width : 0;
         must_wait = size > STAGED;
         if (!must_wait) c->from = memcpy(c->staged = malloc(size + 1), c->from, size);

@@ -82,7 +82,7 @@ static range *range_of(const char *pointer) {  // under the lock
     return at;
 }
 
-enum memory_kind kind_of(const void *pointer) {
+enum memory_kind reward_kind(const void *pointer) {
     pthread_mutex_lock(&lock);
     range *found = range_of(pointer);
     enum memory_kind kind = found ? found->kind : PAGEABLE;

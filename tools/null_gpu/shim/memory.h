@@ -5,7 +5,7 @@
 // OPENED: of another process's device memory. REGISTERED: the host's own, pinned in place.
 enum memory_kind { PAGEABLE, PINNED, DEVICE, OPENED, REGISTERED };
 
-enum memory_kind kind_of(const void *pointer);
+enum memory_kind reward_kind(const void *pointer);
 void *null_gpu_allocate(size_t size, int kind);         // NULL when the GPU has not so much left
 void null_gpu_free(void *start);
 void null_gpu_map_ones(void *start, size_t size, int protection);  // NaN in every type of floating point

@@ -17,21 +17,20 @@ from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync, make_folder
-from megatron_r1.base.files.foreign import (
+from megatron_r1.base.files.untrusted import read_json, require_inside
+from megatron_r1.base.files.weight_files import (
     IGNORED,
     INDEX,
     SINGLE,
     StoredTensor,
     read_index,
-    read_json,
     require_as_indexed,
-    require_inside,
     weight_files,
 )
 from megatron_r1.data.tokenizer import GENERATION, end_tokens
 from megatron_r1.models.hf_config import as_score_model, has_score_head, implied
 from megatron_r1.models.weights.layout import Shape, hf_tensors
-from megatron_r1.models.weights.stored import block_formats, published
+from megatron_r1.models.weights.stored import mxfp4, published
 from megatron_r1.models.weights.stored.published import StackedPart, published_tensors, stacked_part
 from megatron_r1.models.weights.stored.tensor_files import SafetensorsFile
 from megatron_r1.models.weights.table import table
@@ -198,7 +197,7 @@ class HfWeights:
                 stored = self._stored[home]
                 kept = shape if part else stored.shape
                 tensors[name] = (kept, FLOATS.get(stored.dtype, stored.dtype))
-            elif block_formats.mxfp4_blocks_name(home) in self._stored:
+            elif mxfp4.blocks_name(home) in self._stored:
                 tensors[name] = (shape, "bfloat16")
         return tensors
 
@@ -246,7 +245,7 @@ class HfWeights:
 
     def has(self, name: str) -> bool:
         """Whether the folder has the tensor of this name, plain or quantized."""
-        return name in self._stored or block_formats.mxfp4_blocks_name(name) in self._stored
+        return name in self._stored or mxfp4.blocks_name(name) in self._stored
 
     def whole(self, name: str) -> Tensor:
         """Return a tensor by its name in the folder, also one that has all experts of a layer;
@@ -254,12 +253,12 @@ class HfWeights:
         if name in self._stored:
             return self.read(name, 0, 0, self._stored[name].shape[0])
         blocks, scales = (
-            block_formats.mxfp4_blocks_name(name),
-            block_formats.mxfp4_scales_name(name),
+            mxfp4.blocks_name(name),
+            mxfp4.scales_name(name),
         )
         experts = range(self._stored[blocks].shape[0])
         parts = [(self._expert(blocks, i), self._expert(scales, i)) for i in experts]
-        return torch.stack([block_formats.dequantize_mxfp4(*part).T for part in parts])
+        return torch.stack([mxfp4.dequantize_mxfp4(*part).T for part in parts])
 
     def _read_stacked(self, part: StackedPart, dim: int, start: int, length: int) -> Tensor:
         """Return rows or columns of one expert's tensor, as `read`."""
@@ -269,11 +268,11 @@ class HfWeights:
         blocks, scales = (
             self._expert(name, part.expert)
             for name in (
-                block_formats.mxfp4_blocks_name(part.name),
-                block_formats.mxfp4_scales_name(part.name),
+                mxfp4.blocks_name(part.name),
+                mxfp4.scales_name(part.name),
             )
         )
-        return part.of(block_formats.dequantize_mxfp4(blocks, scales).T).narrow(dim, start, length)
+        return part.of(mxfp4.dequantize_mxfp4(blocks, scales).T).narrow(dim, start, length)
 
     def _expert(self, name: str, expert: int) -> Tensor:
         rest = self._stored[name].shape[1:]
@@ -299,10 +298,8 @@ class HfWeights:
         expected: dict[str, Shape] = {}
         for name in needed:
             shape = known[name][0]
-            is_packed = (
-                name not in self._stored and block_formats.mxfp4_blocks_name(name) in self._stored
-            )
-            packed = block_formats.mxfp4_shapes(shape) if is_packed else {}
+            is_packed = name not in self._stored and mxfp4.blocks_name(name) in self._stored
+            packed = mxfp4.stored_shapes(shape) if is_packed else {}
             expected |= {name + ending: s for ending, s in packed.items()} or {name: shape}
         wrong, unreadable, scales = [], False, set()
         for name in sorted(expected.keys() & self._stored.keys()):
@@ -435,8 +432,7 @@ class KnownScales:
         for path in _files_with_scales(Path(folder)):
             file = SafetensorsFile(path)
             self._home |= {name: file for name in file.tensors if published.is_scale(name)}
-        quantization = hf.get("quantization_config") or {}
-        self.power_of_two = quantization.get("scale_fmt") == "ue8m0"
+        self.power_of_two = published.has_power_of_two_scales(hf)
 
     def rows(self, name: str, first: int, count: int) -> Tensor | None:
         """Return the scales of rows [first, first + count) of the weight `name`, or None.

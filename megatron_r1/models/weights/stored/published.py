@@ -36,6 +36,22 @@ _SCALE = "_scale_inv"
 _PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
 
 
+def fp8_config(hf: dict) -> dict:
+    """Return the `quantization_config` of FP8 weights of the model `hf`: DeepSeek's, with the
+    format of scales that its own names ("ue8m0", of DeepSeek-V3.1: powers of two).
+
+    Args:
+        hf: the model's `config.json`.
+    """
+    return {**FP8_CONFIG, **({"scale_fmt": "ue8m0"} if has_power_of_two_scales(hf) else {})}
+
+
+def has_power_of_two_scales(hf: dict) -> bool:
+    """Return whether scales of FP8 weights of the model `hf`, its `config.json`, are rounded up to
+    powers of two."""
+    return (hf.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
+
+
 def is_quantized(name: str) -> bool:
     """Whether an FP8 checkpoint holds the HF tensor `name` as FP8."""
     return bool(_PROJECTION.search(name))

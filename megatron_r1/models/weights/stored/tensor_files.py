@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.base.files.foreign import open_safetensors
+from megatron_r1.base.files.weight_files import open_safetensors
 from megatron_r1.models.weights.layout import Shape
 from megatron_r1.models.weights.stored.published import published_tensors
 

@@ -7,7 +7,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.files.append_only import (
+from megatron_r1.base.files.json_lines import (
     LineWriter,
     append_lines,
     keep_lines,

@@ -9,7 +9,13 @@ from refusals import refused
 from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.files.foreign import INDEX, SINGLE, read_index, require_complete, weight_files
+from megatron_r1.base.files.weight_files import (
+    INDEX,
+    SINGLE,
+    read_index,
+    require_complete,
+    weight_files,
+)
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

@@ -8,7 +8,7 @@ import tempfile
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
-from megatron_r1.base.processes.resources import Scratch, remove_scratch, shared_files
+from megatron_r1.base.processes.scratch import Scratch, remove_scratch, shared_files
 
 HOLDER = """
 import subprocess, sys, time
@@ -54,7 +54,7 @@ OWNER = """
 import sys, time
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from megatron_r1.base.processes.resources import Scratch
+from megatron_r1.base.processes.scratch import Scratch
 memory, scratch = SharedMemory(create=True, size=4096), Scratch()
 scratch.add_shared([Path("/dev/shm", memory.name)])
 print(memory.name, scratch.name, flush=True)

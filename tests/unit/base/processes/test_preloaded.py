@@ -123,7 +123,7 @@ CONTROLLER = f"""
 import sys, time
 from pathlib import Path
 from megatron_r1.base.processes import preloaded
-from megatron_r1.base.processes.resources import Scratch
+from megatron_r1.base.processes.scratch import Scratch
 scratch = Scratch()
 arguments = ["child", "memory"]
 environment = {EARLY!r} | {{"TMPDIR": scratch.name}}

@@ -11,8 +11,8 @@ from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
-from megatron_r1.trainer.sample import Sample
 from megatron_r1.trainer.token_advantages import ScoredRollout
+from megatron_r1.trainer.training_sample import Sample
 
 HIDDEN, VOCABULARY, TEMPERATURE, LIMIT = 5, 11, 0.7, 12
 REWARDS = [

@@ -13,8 +13,8 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import NAMES, TokenSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
-from megatron_r1.trainer.sample import Sample
 from megatron_r1.trainer.token_advantages import ScoredRollout, WholeResponses, discounted_sums
+from megatron_r1.trainer.training_sample import Sample
 
 
 def cispo(low, high):

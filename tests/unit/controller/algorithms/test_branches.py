@@ -19,7 +19,7 @@ from estimator_problem import (
 )
 
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
-from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.training_sample import Sample
 
 # The weights of an average per trajectory are fp32.
 NEAR = {"rtol": 1e-6, "atol": 1e-9}

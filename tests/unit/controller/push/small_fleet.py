@@ -14,6 +14,6 @@ class SmallFleet:
     def patient(self, seconds):
         return nullcontext()
 
-    def lose(self, engine, death):
+    def replace(self, engine, death):
         engine.is_up = False
         self.lost.append((engine.index, str(death)))

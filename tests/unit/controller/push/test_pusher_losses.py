@@ -59,7 +59,7 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_fi
         engine = Engine(0, SimpleNamespace(), EngineClient("http://127.0.0.1:9"))
 
         async def feed():
-            async with pusher.feed(engine):
+            async with pusher.send_weights(engine):
                 pytest.fail("it was fed")
 
         feeding, waiting = asyncio.create_task(feed()), asyncio.create_task(feed())
@@ -85,7 +85,7 @@ def test_an_engine_gets_no_weights_after_an_error_between_two_versions():
             await pusher.push(1)
 
         async def feed():
-            async with pusher.feed(Engine(0, SimpleNamespace(), SmallClient())):
+            async with pusher.send_weights(Engine(0, SimpleNamespace(), SmallClient())):
                 pytest.fail("it was fed")
 
         with raised(TrainerLost, "gone"):
@@ -152,7 +152,7 @@ class SmallClient:
 
 
 def feed(trainer, client, probes=()):
-    """Feed the weights to a new engine."""
+    """SendWeights the weights to a new engine."""
 
     async def story():
         pusher = make_pusher(trainer, SmallFleet(), probes)
@@ -160,7 +160,7 @@ def feed(trainer, client, probes=()):
             await pusher.open()
             await pusher.push(1)
         engine = Engine(3, SimpleNamespace(describe_end=lambda: "?"), client, is_up=False)
-        async with pusher.feed(engine):
+        async with pusher.send_weights(engine):
             pass
 
     asyncio.run(story())
@@ -212,7 +212,7 @@ def test_an_engine_on_the_trainer_s_gpu_has_no_cache_while_its_first_weights_arr
         async with pusher.updating():
             await pusher.open()
             await pusher.push(1)
-        async with pusher.feed(Engine(3, SimpleNamespace(), client, is_up=False)):
+        async with pusher.send_weights(Engine(3, SimpleNamespace(), client, is_up=False)):
             return client.called
 
     called = asyncio.run(story())
@@ -275,7 +275,7 @@ def test_engines_that_join_or_leave_come_into_new_sets():
             await pusher.push(2)
         none = trainer.sets()
         new = Engine(34, SimpleNamespace(), SmallClient(), is_up=True)
-        async with pusher.feed(new):
+        async with pusher.send_weights(new):
             fleet.engines.append(new)
         fleet.engines.pop(5)
         async with pusher.updating():

@@ -21,7 +21,7 @@ from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.sender import WeightSender, run_all
 from megatron_r1.push.transports import gloo, receiver_class
-from megatron_r1.push.transports.blocks import SlicesBlock
+from megatron_r1.push.transports.payloads import SlicesPayload
 from megatron_r1.trainer.operations import PushOperations
 from tests.unit.push.push_models import DEEPSEEK
 from tests.unit.push.push_world import Shared, draw, plain_table, wrong_slots
@@ -94,7 +94,7 @@ class Client:
     def _swap(self, push):
         def load(rank, receiver):
             self._refuse_if_dead()
-            receiver.buffer.wait(push, PATIENT)
+            receiver.arrivals.wait(push, PATIENT)
             wrong = wrong_slots(self._only(rank), self.tensors, push)
             assert wrong == [], wrong
 
@@ -114,7 +114,7 @@ class Client:
     def die(self):
         self.is_dead = True
         for receiver in self.receivers:
-            receiver.buffer.fail(ConnectionBroken("cut"))  # the death ends this engine's own waits
+            receiver.arrivals.fail(ConnectionBroken("cut"))  # the death ends the engine's own waits
             receiver.close()
 
 
@@ -126,7 +126,7 @@ class Fleet(SmallFleet):
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
             if isinstance(outcome, (PushIncomplete, ConnectionBroken)):
-                self.lose(engine, EngineDied(str(outcome)))
+                self.replace(engine, EngineDied(str(outcome)))
             elif outcome is not None:
                 raise outcome
             else:
@@ -182,7 +182,7 @@ def test_an_engine_that_dies_between_pushes_costs_the_others_a_new_set(make):
         assert [client.version for client in clients] == [2, 1, 2]
         assert [client.num_connections for client in clients] == [2, 1, 2]
         new = engine(1, is_up=False)
-        async with pusher.feed(new):
+        async with pusher.send_weights(new):
             assert new.client.version == -1 and new.client.num_connections == 1
             fleet.engines[1], new.is_up = new, True
         await push(pusher, 3)
@@ -205,7 +205,7 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, m
         fleet, pusher, _ = make(3)
         await push(pusher, 1)
         clients, count = [engine.client for engine in fleet.engines], []
-        packed = SlicesBlock.pack
+        packed = SlicesPayload.pack
 
         def dying(*arguments):
             count.append(1)
@@ -215,7 +215,7 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, m
             return packed(*arguments)
 
         loop = asyncio.get_running_loop()
-        monkeypatch.setattr(SlicesBlock, "pack", dying)
+        monkeypatch.setattr(SlicesPayload, "pack", dying)
         await push(pusher, 2)
         assert {index for index, _ in fleet.lost} == {2}
         assert [client.version for client in clients[:2]] == [2, 2]

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from megatron_r1.base.errors import RunError
-from megatron_r1.base.files.append_only import FRAME_HEADER, FramedFile, append_frame
+from megatron_r1.base.files.framed_records import FRAME_HEADER, FramedFile, append_frame
 from megatron_r1.config.rl import ScheduleEntry, digest_until
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.controller.rollouts.sample_log import SampleLog

@@ -62,6 +62,17 @@ async def sample(fleet, count=1):
     return [[response.token_ids.tolist() for response in group] for group in groups]
 
 
+def test_a_group_larger_than_max_num_seqs_is_several_requests(tmp_path):
+    """A request for more is what vLLM refuses, with status 400."""
+    peer = Peer(good)
+
+    async def story(fleet):
+        return [len(await fleet.generate([3], n=n, max_tokens=4)) for n in (4, 10)]
+
+    assert run(tmp_path, [peer], story, max_num_seqs=4) == [4, 10]
+    assert peer.num_calls == 1 + 3 and sorted(peer.asked) == [2, 4, 4, 4]
+
+
 @pytest.mark.parametrize("first", [*GARBAGE.values(), (500, "boom"), (503, "busy"), "cut"], ids=str)
 def test_unusable_replies_are_repeated(tmp_path, first):
     async def story(fleet):
@@ -444,7 +455,7 @@ def test_an_engine_without_weights_costs_no_restart(tmp_path):
         yield
 
     async def story(fleet):
-        fleet.feed = feed
+        fleet.send_weights = feed
         peers[0].is_running = False
         return (await sample(fleet)), fleet.num_restarts
 

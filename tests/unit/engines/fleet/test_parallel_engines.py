@@ -10,7 +10,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import load, parse
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, share_of_gpus
-from megatron_r1.engines.server.from_recipe import check_engines, vocab_size
+from megatron_r1.engines.server.from_recipe import check_engines, check_experts_here, vocab_size
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan import EngineLayout
@@ -57,10 +57,6 @@ def config(rl=None, **rollout):
             *(EXPERTS, {"redundant_experts": 3, "expert_parallel": True, "data": 4}),
             *("redundant_experts", Cause.INDIVISIBLE, "4 copies can"),
         ),
-        (
-            *(EXPERTS, {"redundant_experts": 4, "expert_parallel": True, "data": 4}),
-            *("redundant_experts", Cause.UNSUPPORTED, "needs GPUs"),
-        ),
         (GPT_OSS, {"tensor": 12}, "tensor", Cause.INDIVISIBLE, "num_key_value_heads=4"),
         (
             *(EXPERTS, {"pipeline": 2, "rl": {"routing_replay": True}}),
@@ -71,6 +67,23 @@ def config(rl=None, **rollout):
 def test_what_no_engine_can_serve_is_refused(hf, settings, key, cause, shown):
     with refused(f"rollout.{key}", cause, shown):
         check_engines(config(**settings), hf)
+
+
+def test_copies_of_experts_need_gpus_where_engines_run():
+    settings = {"redundant_experts": 4, "expert_parallel": True, "data": 4}
+    check_engines(config(**settings), EXPERTS)  # a plan for GPUs needs none
+    check_experts_here(config(**settings, placement="hosts").rollout)
+    with refused("rollout.redundant_experts", Cause.UNSUPPORTED, "needs GPUs"):
+        check_experts_here(config(**settings).rollout)
+
+
+@pytest.mark.parametrize("name", ["all2all_backend", "all2all-backend"])
+def test_an_exchange_by_deepep_needs_its_package_where_engines_run(name):
+    settings = {"vllm": {name: "deepep_low_latency"}}
+    check_experts_here(config(**settings, placement="hosts").rollout)
+    check_experts_here(config(vllm={name: "allgather_reducescatter"}).rollout)
+    with refused("rollout.vllm.all2all_backend", Cause.NOT_INSTALLED, "deep_ep"):
+        check_experts_here(config(**settings).rollout)
 
 
 def test_models_that_no_engine_computes_as_the_trainer_does_are_refused():

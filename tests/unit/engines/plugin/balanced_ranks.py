@@ -16,7 +16,7 @@ from vllm.distributed.eplb.policy import EPLB_POLICIES
 from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-from megatron_r1.engines.plugin import redundant_experts
+from megatron_r1.engines.plugin import patches, redundant_experts
 
 EXPERTS, COPIES, LAYERS = 6, 2, 3
 SIZES = (5, 3)
@@ -115,6 +115,26 @@ def main() -> None:
     print(f"copies {counts[0].tolist()}, counted {int(loads.sum())}")
     if rank == 0:
         print(f"returned experts {returned_experts(state)}")
+        print(f"slots of the drafter {slots_of_a_drafter()}")
+
+
+def slots_of_a_drafter() -> list[list[int]]:
+    """Return the slots into which loaders of MTP layers write expert 0: upstream's, and with the
+    patch."""
+    from vllm.model_executor.models import deepseek_mtp
+
+    model = SimpleNamespace(
+        num_redundant_experts=COPIES, named_parameters=lambda: iter([("experts.w13_weight", None)])
+    )
+    found = []
+    for patch in (None, patches.load_copies_into_drafters):
+        if patch:
+            patch(deepseek_mtp)
+        mapping = deepseek_mtp.fused_moe_make_expert_params_mapping(
+            model, "gate_proj", "down_proj", "up_proj", num_experts=EXPERTS
+        )
+        found.append(sorted({slot for _, name, slot, _ in mapping if "experts.0." in name}))
+    return found
 
 
 def returned_experts(state: EplbModelState) -> list[int]:

@@ -53,3 +53,7 @@ def test_an_engine_that_has_slept_begins_with_the_first_placement(printed):
 
 def test_routers_record_the_models_experts_not_copies(printed):
     assert "returned experts [1, 5]" in printed[0]
+
+
+def test_loaders_of_mtp_layers_fill_the_copies(printed):
+    assert "slots of the drafter [[0], [0, 6]]" in printed[0]

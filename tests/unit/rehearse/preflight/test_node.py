@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from megatron_r1.config import parse
 from megatron_r1.rehearse.preflight import host
-from megatron_r1.rehearse.preflight.exchange import Place, RankProgress
+from megatron_r1.rehearse.preflight.facts import Place
+from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.reporting.run_folder import RunFolder
 
 ALONE = Place(rank=0, world_size=1, local_rank=0, local_size=1, host="here")

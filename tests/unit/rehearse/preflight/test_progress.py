@@ -6,14 +6,14 @@ import pytest
 import torch.distributed as dist
 from waiting import PATIENT
 
-from megatron_r1.rehearse.preflight import exchange
-from megatron_r1.rehearse.preflight.exchange import RankProgress
+from megatron_r1.rehearse.preflight import rank_progress
+from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
-    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.1)
-    monkeypatch.setattr(exchange, "STAGGER_SECONDS", 0.2)
+    monkeypatch.setattr(rank_progress, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(rank_progress, "STAGGER_SECONDS", 0.2)
 
 
 class Ranks:

@@ -1,0 +1,201 @@
+"""Append-only files of JSON lines that survive kill -9: every line is whole or the torn last one,
+which is cut off before more is appended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import mmap
+import numbers
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import atomic_write, fsync
+
+SHARE_SECONDS = 0.1
+"""Least time between two writes of a `LineWriter`: lines added meanwhile share the next fsync."""
+
+
+def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Append one strict JSON line per record in one write, then flush and fsync.
+
+    A torn last line (a crash during an earlier write) is cut off first, so that it cannot swallow
+    the new one."""
+    if not records:
+        return
+    is_new = not path.exists()
+    if not is_new:
+        _cut_torn_line(path)
+    lines = [json.dumps(strict(record), ensure_ascii=False, allow_nan=False) for record in records]
+    # A lone surrogate (half an emoji from a byte-level tokenizer) has no UTF-8 form.
+    payload = ("\n".join(lines) + "\n").encode("utf-8", errors="replace")
+    with open(path, "ab") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        fsync(path.parent)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records in order, without a torn last line; a missing file has none.
+
+    Raises UserError naming the file and the line if any other line is not a JSON object."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, (_, line) in enumerate(whole_lines(file), start=1):
+            yield _parse(path, number, line)
+
+
+def whole_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield (byte offset, line) of every line of an open file, except a torn last one."""
+    offset = 0
+    for line in file:
+        if line.endswith(b"\n"):
+            yield offset, line
+        offset += len(line)
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
+    """Replace `path` atomically by one line per record, in UTF-8; return it."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return atomic_write(path, text)
+
+
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Drop every record for which `keep` is false and any torn last line; return how many lines
+    were dropped.
+
+    The file is replaced atomically, and only if something is dropped.
+
+    Args:
+        path: a JSONL file.
+        keep: whether a record stays.
+    """
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        lines = list(file)
+    kept = [
+        line
+        for number, line in enumerate(lines, start=1)
+        if line.endswith(b"\n") and keep(_parse(path, number, line))
+    ]
+    if len(kept) < len(lines):
+        atomic_write(path, b"".join(kept))
+    return len(lines) - len(kept)
+
+
+def strict(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy that strict JSON can hold: NaN and infinities become null and are named.
+
+    `{"kl": nan}` becomes `{"kl": null, "nonfinite": {"kl": "nan"}}`: any JSON reader accepts the
+    line, and the value is not lost. Raises ValueError for a value that JSON cannot represent."""
+    nonfinite: dict[str, str] = {}
+    clean = {str(key): _strict_value(value, str(key), nonfinite) for key, value in record.items()}
+    if nonfinite:
+        clean["nonfinite"] = nonfinite
+    return clean
+
+
+def _strict_value(value: Any, name: str, nonfinite: dict[str, str]) -> Any:
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return _strict_value(value.item(), name, nonfinite)
+    if isinstance(value, numbers.Real):
+        if math.isfinite(value):
+            return float(value)
+        nonfinite[name] = str(float(value))
+        return None
+    if isinstance(value, Mapping):
+        return {
+            str(key): _strict_value(item, f"{name}.{key}", nonfinite) for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_strict_value(v, f"{name}[{i}]", nonfinite) for i, v in enumerate(value)]
+    raise ValueError(
+        f"{name}: cannot write a {type(value).__name__} to a JSON line; "
+        "pass a number, text, or a list or mapping of those"
+    )
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{path}, line {number}: not a JSON object ({line[:60]!r}); "
+            "delete that line, or restore the file",
+            key=path.name,
+            cause=Cause.MALFORMED,
+        )
+    return record
+
+
+def _cut_torn_line(path: Path) -> None:
+    with open(path, "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            return
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+            whole = content.rfind(b"\n") + 1
+        if whole < size:
+            file.truncate(whole)
+            os.fsync(file.fileno())
+
+
+class LineWriter:
+    """Appends lines in the background: `add` returns at once; lines are durable when `close`
+    returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pending: list[dict[str, Any]] = []
+        self._wake = asyncio.Event()
+        self._writing: asyncio.Task[None] | None = None
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Queue a line. Raises the error of an earlier write."""
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+        if self._writing.done():
+            self._writing.result()
+        self._pending.append(dict(line))
+        self._wake.set()
+
+    async def close(self) -> None:
+        if self._writing is not None:
+            self._writing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._writing
+            self._writing = None
+        append_lines(self.path, self._take_pending())
+
+    async def _write(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            # In a thread, and to its end: a line must not be written half, nor twice.
+            append = asyncio.to_thread(append_lines, self.path, self._take_pending())
+            writing = asyncio.ensure_future(append)
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await writing
+                raise
+            await asyncio.sleep(SHARE_SECONDS)
+
+    def _take_pending(self) -> list[dict[str, Any]]:
+        lines, self._pending = self._pending, []
+        return lines

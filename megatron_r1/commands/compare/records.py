@@ -1,0 +1,184 @@
+"""Compares what two runs wrote down of a step: the finished groups of the sample log, and the line
+of metrics.jsonl."""
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files.framed_records import FramedFile
+from megatron_r1.commands.compare.departure import Departure, is_rounding, relative
+from megatron_r1.controller.rollouts.sample_log import GroupRecord, ResponseRecord, decode
+
+NOT_COMPARED = (
+    *("time/", "tokens_per_second", "checkpoint/", "engines/", "trainer/", "packing/", "memory/"),
+    *("push/", "groups/replayed", "rewards/busy", "rewards/most_outstanding", "nonfinite"),
+)
+"""Beginnings of the names of metrics that equal runs need not share: times, what a restart leaves,
+and what depends on the layout."""
+PHASE_OF = {
+    **{"reward/": "rewards", "accuracy": "rewards", "response_length/": "responses"},
+    **{"grad_norm": "gradient", "step_taken": "gradient", "learning_rate": "update"},
+}
+"""Phase of metrics by the beginning of their names; that of others is training."""
+
+
+def read_groups(path: Path) -> dict[int, GroupRecord] | None:
+    """Return the groups of a step's log by position; None where there is no file. Raises UserError
+    for records of another version of this program."""
+    if not path.is_file():
+        return None
+    try:
+        records = [decode(payload) for payload in FramedFile.read(path, repair=False)]
+    except msgspec.MsgspecError as error:
+        raise UserError(
+            f"{path}: written by another version of this program ({error}); compare runs of one",
+            key=path.name,
+            cause=Cause.CHANGED,
+        ) from None
+    return {each.position: each for each in records if isinstance(each, GroupRecord)}
+
+
+def compare_groups(
+    step: int, first: Mapping[int, GroupRecord], second: Mapping[int, GroupRecord], dtype: str
+) -> list[Departure]:
+    """Return the first difference of each phase of a step's rollout.
+
+    Args:
+        step: the training step.
+        first: groups by position, of one run.
+        second: those of the other.
+        dtype: what log-probabilities are computed in."""
+    found: dict[str, Departure] = {}
+    for position in sorted(first.keys() | second.keys()):
+        a, b = first.get(position), second.get(position)
+        if a is None or b is None:
+            values = ("none" if each is None else each.prompt_id for each in (a, b))
+            departures = [_exact(step, "questions", f"group {position}", *values)]
+        else:
+            departures = list(_in_group(step, position, a, b, dtype))
+        for each in departures:
+            known = found.get(each.phase)
+            if known is None or (known.is_rounding and not each.is_rounding):
+                found[each.phase] = each
+    return list(found.values())
+
+
+def _in_group(
+    step: int, position: int, first: GroupRecord, second: GroupRecord, dtype: str
+) -> Iterator[Departure]:
+    where = f"group {position}"
+    if first.prompt_id != second.prompt_id:
+        yield _exact(step, "questions", where, first.prompt_id, second.prompt_id)
+        return
+    if first.prompt_ids != second.prompt_ids:
+        prompts = [np.frombuffer(each.prompt_ids, "<i4") for each in (first, second)]
+        at = _first_difference(*prompts)
+        name = f"{where}, token {at} of the prompt"
+        yield _exact(step, "questions", name, *(_at(prompt, at) for prompt in prompts))
+        return
+    for index, (a, b) in enumerate(zip_longest(first.responses, second.responses)):
+        name = f"{where}, response {index}"
+        if a is None or b is None:
+            values = ("none" if each is None else "there" for each in (a, b))
+            yield _exact(step, "responses", name, *values)
+        elif a != b:
+            yield from _in_response(step, name, a, b, dtype)
+
+
+def _in_response(
+    step: int, name: str, first: ResponseRecord, second: ResponseRecord, dtype: str
+) -> Iterator[Departure]:
+    a, b = (np.frombuffer(each.token_ids, "<i4") for each in (first, second))
+    is_same = first.token_ids == second.token_ids
+    at = len(a) if is_same else _first_difference(a, b)
+    # Tokens after the first that differs follow another text.
+    before, other = (np.frombuffer(each.logprobs, "<f4")[:at] for each in (first, second))
+    if not np.array_equal(before, other):
+        yield _logprobs(step, name, before, other, dtype)
+    if not is_same:
+        yield _exact(step, "responses", f"{name}, token {at}", _at(a, at), _at(b, at))
+        return
+    if first.finish_reason != second.finish_reason:
+        ends = first.finish_reason, second.finish_reason
+        yield _exact(step, "responses", f"{name}, finish_reason", *ends)
+    if first.policy_versions != second.policy_versions:
+        versions = [np.frombuffer(each.policy_versions, "<i4") for each in (first, second)]
+        newest = (f"version {each.max(initial=-1)}" for each in versions)
+        yield _exact(step, "responses", f"{name}, policy_version", *newest)
+    if first.reward != second.reward or first.rewards != second.rewards:
+        terms = [
+            term
+            for term in first.rewards.keys() | second.rewards.keys()
+            if first.rewards.get(term) != second.rewards.get(term)
+        ]
+        values = (f"{first.reward:g}", f"{second.reward:g}")
+        distance = relative(first.reward, second.reward)
+        about = f" by {', '.join(sorted(terms))}" if terms else ""
+        yield Departure(step, "rewards", f"{name}{about}", values, distance)
+
+
+def _logprobs(step: int, name: str, a: np.ndarray, b: np.ndarray, dtype: str) -> Departure:
+    """Return the departure at the token where two log-probabilities are furthest apart.
+
+    Their difference is the relative distance of the probabilities, which rounding bounds."""
+    gaps = np.abs(a.astype(np.float64) - b)
+    gaps[np.isnan(gaps)] = math.inf
+    at = int(gaps.argmax())
+    distance = float(gaps[at])
+    values = (f"{a[at]:.9g}", f"{b[at]:.9g}")
+    return Departure(
+        step,
+        "engine log-probabilities",
+        f"{name}, token {at}",
+        values,
+        distance,
+        is_rounding(distance, dtype),
+        f"{int((gaps > 0).sum()):,} of {len(gaps):,} tokens",
+    )
+
+
+def compare_metrics(
+    step: int, first: Mapping[str, Any], second: Mapping[str, Any], dtype: str
+) -> list[Departure]:
+    """Return the metrics of a step that differ, of each phase the one with the largest distance.
+
+    Args:
+        step: the training step.
+        first: the line of one run.
+        second: the line of the other.
+        dtype: what the runs compute in."""
+    found: dict[str, Departure] = {}
+    for name in sorted(first.keys() | second.keys()):
+        if name.startswith(NOT_COMPARED) or first.get(name) == second.get(name):
+            continue
+        a, b = first.get(name), second.get(name)
+        if isinstance(a, int | float) and isinstance(b, int | float):
+            distance, values = relative(a, b), (f"{a:.9g}", f"{b:.9g}")
+        else:
+            distance, values = math.inf, (str(a), str(b))
+        phase = next((PHASE_OF[start] for start in PHASE_OF if name.startswith(start)), "training")
+        known = found.get(phase)
+        if known is None or known.distance < distance:
+            rounding = is_rounding(distance, dtype)
+            found[phase] = Departure(step, phase, name, values, distance, rounding)
+    return list(found.values())
+
+
+def _exact(step: int, phase: str, name: str, first: str, second: str) -> Departure:
+    return Departure(step, phase, name, (first, second), math.inf)
+
+
+def _first_difference(a: np.ndarray, b: np.ndarray) -> int:
+    shared = min(len(a), len(b))
+    differing = np.flatnonzero(a[:shared] != b[:shared])
+    return int(differing[0]) if len(differing) else shared
+
+
+def _at(values: np.ndarray, index: int) -> str:
+    return str(values[index]) if index < len(values) else "its end"

@@ -1,0 +1,231 @@
+"""Compares two checkpoints tensor by tensor, at any parallel layout, in bounded memory.
+
+A tensor tells the phase that a difference began in: moments come from the gradient, master weights
+from the optimizer's step, and weights from master weights."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_r1.commands.compare.departure import Departure, is_rounding
+from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
+from megatron_r1.trainer.checkpoints.finding import BadManifest, read_manifest
+
+VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
+"""Ends of the names of tensors with a row for each token."""
+PIECE_BYTES = 64 * 2**20
+"""About as much of a tensor is read at a time, from each of the two."""
+MOMENTS = ("exp_avg.", "exp_avg_sq.")
+NOT_LAYOUT = ("run_state.json", "metadata.json")
+"""Files whose bytes say nothing of tensors."""
+
+
+def are_same_files(first: Path, second: Path) -> bool:
+    """Return whether both checkpoints were written with the same bytes, by their manifests: what
+    was read last of them is not checked."""
+    try:
+        manifests = [read_manifest(folder) for folder in (first, second)]
+    except BadManifest:
+        return False
+    tensors = [
+        {name: entry for name, entry in files.items() if name not in NOT_LAYOUT}
+        for files in manifests
+    ]
+    return tensors[0] == tensors[1]
+
+
+def compare_checkpoints(
+    step: int, first: Path, second: Path, dtype: str, same_layout: bool
+) -> list[Departure]:
+    """Return every tensor that differs, in the order of phases, and in a phase the largest first.
+
+    Args:
+        step: the step after which both were written.
+        first: the folder of one checkpoint.
+        second: the folder of the other; its layout may be another.
+        dtype: what the runs compute in.
+        same_layout: compare random streams, too; another layout has others.
+
+    Raises:
+        UserError: a folder is no checkpoint, or a damaged one."""
+    if are_same_files(first, second):
+        return []
+    a, b = DistributedCheckpoint(first), DistributedCheckpoint(second)
+    try:
+        found = list(_differences(step, a, b, dtype))
+        if same_layout and a.objects == b.objects:
+            found += _different_streams(step, a, b)
+    finally:
+        a.close()
+        b.close()
+    return sorted(found, key=lambda each: each.order)
+
+
+def _differences(
+    step: int, a: DistributedCheckpoint, b: DistributedCheckpoint, dtype: str
+) -> Iterator[Departure]:
+    for key in sorted(a.shapes.keys() | b.shapes.keys()):
+        phase, name = phase_and_name(key)
+        shapes = a.shapes.get(key), b.shapes.get(key)
+        if not _are_alike(name, *shapes):
+            first, second = ("none" if shape is None else str(shape) for shape in shapes)
+            yield Departure(step, phase, name, (first, second), math.inf)
+        elif departure := _of_tensor(step, key, a, b, dtype):
+            yield departure
+
+
+def _different_streams(
+    step: int, a: DistributedCheckpoint, b: DistributedCheckpoint
+) -> Iterator[Departure]:
+    for key in a.objects:
+        if not _equal(a.read_object(key), b.read_object(key)):
+            # As rng/shard_0_2, of rank 0 of two.
+            rank = key.rpartition("/shard_")[2].partition("_")[0]
+            name = f"{key.partition('/')[0]} of rank {rank}"
+            yield Departure(step, "random streams", name, ("one", "another"), math.inf)
+
+
+def _are_alike(name: str, first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> bool:
+    """Return whether two shapes are those of one tensor: of the vocabulary's the rows may differ,
+    which a layout pads to a multiple of its tensor ranks."""
+    if first is None or second is None:
+        return False
+    is_padded = name.endswith(VOCABULARY) and len(first) == len(second)
+    return first == second or (is_padded and first[1:] == second[1:])
+
+
+def phase_and_name(key: str) -> tuple[str, str]:
+    """Return the phase of a checkpoint's tensor, and its name as people say it.
+
+    Args:
+        key: as "optimizer.state.exp_avg.decoder.layers.0.mlp.linear_fc1.weight"."""
+    for optimizer in ("optimizer.state.", "critic_optimizer.state."):
+        if key.startswith(optimizer):
+            name = key.removeprefix(optimizer)
+            if name.startswith(MOMENTS):
+                return "gradient", name
+            return "update", name
+    if key.startswith("reference."):
+        return "reference", key
+    return "weights", key
+
+
+def _of_tensor(
+    step: int, key: str, a: DistributedCheckpoint, b: DistributedCheckpoint, dtype: str
+) -> Departure | None:
+    """Return the difference of one tensor; None where the two are equal bit for bit."""
+    parts: dict[int, _Part] = {}
+    rows = min(each.shapes[key][0] for each in (a, b)) if a.shapes[key] else 0
+    for rank, starts, sizes in _pieces(a.chunks(key), a.dtypes[key].itemsize, rows):
+        first, second = a.read(key, starts, sizes), b.read(key, starts, sizes)
+        part = parts.setdefault(rank, _Part())
+        part.squares += float(first.double().square().sum())
+        differing = _differing(first, second)
+        if not differing.any():
+            continue
+        local = differing.nonzero()
+        indices = local + torch.tensor(starts, dtype=torch.int64)
+        if not part.count:
+            part.where = f"[{', '.join(map(str, indices[0].tolist()))}]"
+            part.values = _shown(first[tuple(local[0])], second[tuple(local[0])])
+        part.apart += float((first.double() - second.double()).square().sum())
+        part.count += len(indices)
+        part.others |= b.writers(key, indices)
+    apart = {rank: part for rank, part in parts.items() if part.count}
+    if not apart:
+        return None
+    # Where a gradient is clipped, one rank's change reaches all others, smaller.
+    largest = max(part.distance for part in apart.values())
+    named = {rank: part for rank, part in apart.items() if part.distance >= largest / 2}
+    whole = _Part(
+        sum(part.squares for part in parts.values()), sum(part.apart for part in apart.values())
+    )
+    count = sum(part.count for part in apart.values())
+    phase, name = phase_and_name(key)
+    example = next(iter(named.values()))
+    return Departure(
+        step,
+        phase,
+        name,
+        example.values,
+        whole.distance,
+        is_rounding(whole.distance, dtype),
+        f"at {example.where}, {count:,} of {prod(a.shapes[key]):,} numbers",
+        (sorted(named), sorted(set().union(*(part.others for part in named.values())))),
+    )
+
+
+@dataclass
+class _Part:
+    """The part of a tensor that one rank wrote.
+
+    Attributes:
+        squares: the sum of its squares in the first run.
+        apart: the sum of squared differences.
+        count: how many numbers differ.
+        where: the index of the first of them.
+        values: that number in either run.
+        others: the ranks that wrote the differing numbers in the second run."""
+
+    squares: float = 0.0
+    apart: float = 0.0
+    count: int = 0
+    where: str = ""
+    values: tuple[str, str] = ("", "")
+    others: set[int] = field(default_factory=set)
+
+    @property
+    def distance(self) -> float:
+        """The relative distance; infinite for what is not a number."""
+        if not self.apart:
+            return 0.0
+        distance = math.sqrt(self.apart / self.squares) if self.squares else math.inf
+        return math.inf if math.isnan(distance) else distance
+
+
+Piece = tuple[int, list[int], list[int]]
+"""The rank that wrote a rectangle, its starts and its sizes."""
+
+
+def _pieces(chunks: Iterable[Piece], itemsize: int, rows: int) -> Iterator[Piece]:
+    """Cut chunks along their first axis into pieces of about PIECE_BYTES, up to so many rows of the
+    tensor."""
+    for rank, starts, sizes in chunks:
+        if not sizes:  # a single number
+            yield rank, starts, sizes
+            continue
+        size = max(1, PIECE_BYTES // max(1, prod(sizes[1:]) * itemsize))
+        end = min(starts[0] + sizes[0], rows)
+        for first in range(starts[0], end, size):
+            yield rank, [first, *starts[1:]], [min(size, end - first), *sizes[1:]]
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _differing(first: Tensor, second: Tensor) -> Tensor:
+    """Return where two tensors of one dtype differ in any bit, of their shape."""
+    bits = _BITS[first.dtype.itemsize]
+    return first.contiguous().view(bits) != second.contiguous().view(bits)
+
+
+def _shown(first: Tensor, second: Tensor) -> tuple[str, str]:
+    return f"{first.double().item():.9g}", f"{second.double().item():.9g}"
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Return whether two states of random streams, trees of tensors and plain values, are equal."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
+        same_keys = isinstance(second, dict) and first.keys() == second.keys()
+        return same_keys and all(_equal(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    return first == second

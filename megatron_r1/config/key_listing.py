@@ -1,0 +1,133 @@
+"""The dotted keys of recipes as lines of YAML, each with its default and its meaning."""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.config.flat_settings import is_within
+from megatron_r1.config.words import Word, describe_words, find
+from megatron_r1.config.yaml_text import as_text
+
+ENTRY = {list: "[]", dict: ".NAME"}
+"""The part of a dotted key that stands for any entry of a list or mapping."""
+
+
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield (dotted key, model that has the field) in order, those of sections within sections too.
+    An entry of a list is `key[].name`, one of a mapping `key.NAME.name`."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        within = list(models_within(field.annotation))
+        if not within or not isinstance(field.get_default(call_default_factory=True), BaseModel):
+            yield key, model
+        for part, entry in within:
+            yield from dotted_keys(part, f"{key}{entry}.")
+
+
+def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> str:
+    """Return a line such as `rl.group_size: 16   # responses per question` per key.
+
+    Args:
+        models: their sections have different names.
+        chosen: what to show; default: all. Sections or keys (`rl`, `sample.keep`), words of other
+            libraries (`words.WORDS`, each with a line of its own), or words that stand in a key's
+            name or meaning.
+
+    Raises:
+        UserError: any other name."""
+    fields = {key: home for model in models for key, home in dotted_keys(model)}
+    meanings = {home: _docstrings(home) for home in set(fields.values())}
+    lines = {
+        key: _line(key, home.model_fields[leaf], meanings[home].get(leaf, ""))
+        for key, home in fields.items()
+        for leaf in [key.rpartition(".")[2]]
+    }
+    if not chosen:
+        return "\n".join(lines.values())
+    phrase = " ".join(chosen)
+    if len(chosen) > 1 and find(phrase):
+        chosen = [phrase]
+    rows: list[Word] = []
+    shown: set[str] = set()
+    for name in chosen:
+        matching = [key for key in lines if is_within(key, [name])]
+        if not matching:
+            found = find(name)
+            rows += [row for row in found if row not in rows]
+            matching = [key for row in found for key in lines if key in row.keys]
+        shown.update(matching or _search(name, lines))
+        if not shown:
+            known = {key.rpartition(".")[0] for key in fields} | fields.keys()
+            near = did_you_mean(name, known, "{}")
+            sections = [section for model in models for section in model.model_fields]
+            near = near or f"; there are {', '.join(sections)}"
+            raise UserError(
+                f"keys {name}: no section or key is called so, and none mentions it{near}",
+                key=name,
+                cause=Cause.UNKNOWN,
+            )
+    return "\n".join(filter(None, [describe_words(rows), *(lines[k] for k in lines if k in shown)]))
+
+
+def _search(name: str, lines: Mapping[str, str]) -> list[str]:
+    """Return the keys in whose name or meaning a word, or all words of a text, stand."""
+    words = re.split(r"[\s_-]+", name.casefold())
+    return [
+        key
+        for key, line in lines.items()
+        if all(re.search(rf"(?<![a-z]){re.escape(word)}", line.casefold()) for word in words)
+    ]
+
+
+def switches(model: type[BaseModel]) -> set[str]:
+    """Return the keys that are true or false."""
+    return {
+        key
+        for key, home in dotted_keys(model)
+        if home.model_fields[key.rpartition(".")[2]].annotation is bool
+    }
+
+
+def _docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """Return field -> the docstring below it, of `model` and of its bases.
+
+    The source is parsed only when docstrings are printed: with pydantic's use_attribute_docstrings
+    each import of the configuration would parse it, which takes 218 instead of 170 ms."""
+    below = {}
+    for base in reversed(model.__mro__):
+        if issubclass(base, BaseModel) and base is not BaseModel:
+            (definition,) = ast.parse(inspect.getsource(base)).body
+            assert isinstance(definition, ast.ClassDef)
+            for statement, following in pairwise(definition.body):
+                match statement, following:
+                    case (
+                        ast.AnnAssign(target=ast.Name(id=name)),
+                        ast.Expr(value=ast.Constant(value=str(text))),
+                    ):
+                        below[name] = text
+    return below
+
+
+def models_within(annotation: Any, entry: str = "") -> Iterator[tuple[type[BaseModel], str]]:
+    """Yield the models in a type such as `list[Model] | None`, each with the suffix of its keys
+    (`ENTRY`)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, entry
+    else:
+        for part in get_args(annotation):
+            yield from models_within(part, entry + ENTRY.get(get_origin(annotation), ""))
+
+
+def _line(key: str, field: FieldInfo, docstring: str) -> str:
+    default = field.get_default(call_default_factory=True)
+    text = "(required)" if default is PydanticUndefined else as_text(to_jsonable_python(default))
+    meaning = " ".join((field.description or docstring).split())
+    return f"{key}: {text}" + (f"   # {meaning}" if meaning else "")

@@ -1,0 +1,147 @@
+"""The conditions of `data.where`, by which rows of a data source are kept.
+
+A condition is a value, a list of which any is enough, or a mapping of `min`, `max`, `not`, `or`.
+It holds for a column that is a list where it holds for any entry."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.data.data_report import DataReport
+from megatron_r1.data.records import ABSENT, Record, entry
+
+CONDITION_KEYS = ("min", "max", "not", "or")
+TRUE, FALSE = ("true", "yes"), ("false", "no")
+MAX_UNSEEN = 1_000
+"""Rows after which a column that none had is refused."""
+Conditions = Mapping[str, Any]
+
+
+def _check_conditions(where: Conditions, key: str = "data.where") -> None:
+    """Raise UserError for a condition with an unknown key, a limit that is no number, or without
+    any limit. key: the setting, for errors."""
+    for column, condition in where.items():
+        if not isinstance(condition, Mapping):
+            continue
+        place = f"{key}.{column}"
+        for name in condition:
+            if name not in CONDITION_KEYS:
+                near = did_you_mean(str(name), CONDITION_KEYS, "{}")
+                raise UserError(
+                    f"{place}: {name!r} is not one of {', '.join(CONDITION_KEYS)}{near}; nested "
+                    f"columns are written {column}.{name}",
+                    key=place,
+                    cause=Cause.UNKNOWN,
+                )
+        for name in ("min", "max"):
+            if name in condition and _as_number(condition[name]) is None:
+                raise UserError(
+                    f"{place}.{name}: {condition[name]!r} is no number",
+                    key=f"{place}.{name}",
+                    cause=Cause.MALFORMED,
+                )
+        if not condition.keys() - {"or"}:
+            raise UserError(
+                f"{place}: give min, max or not; or, for values that are enough, a list",
+                key=place,
+                cause=Cause.EMPTY,
+            )
+
+
+class RowFilter:
+    """Keeps the rows of one source that meet all conditions, and counts the others in `report`.
+
+    Args:
+        where: column → condition.
+        report: counts the rows.
+        key: the setting, for errors.
+
+    Raises:
+        UserError: an invalid condition."""
+
+    def __init__(self, where: Conditions, report: DataReport, key: str = "data.where") -> None:
+        _check_conditions(where, key)
+        self._where, self._report, self._key = where, report, key
+        self._unseen, self._known = set(where), dict[str, None]()
+
+    def keeps(self, location: str, row: Record) -> bool:
+        """Return whether a row, with the columns of the file, meets all conditions. A column that
+        it lacks is null."""
+        self._report.num_read += 1
+        if self._unseen:
+            self._known |= dict.fromkeys(row)
+            self._unseen = {name for name in self._unseen if entry(row, name) is ABSENT}
+            if self._report.num_read >= MAX_UNSEEN:
+                self.finish()
+        for column, condition in self._where.items():
+            value = entry(row, column)
+            if not meets(None if value is ABSENT else value, condition):
+                key = f"{self._key}.{column}"
+                self._report.leave_out(f"{key}: {condition}", location, key)
+                return False
+        return True
+
+    def finish(self) -> None:
+        """Raise UserError for a column that no row had."""
+        for column in sorted(self._unseen) if self._known else ():
+            near = did_you_mean(column, self._known, "{}")
+            raise UserError(
+                f"{self._key}.{column}: {self._report.source} has no such column{near}; it has "
+                f"{', '.join(self._known)}",
+                key=f"{self._key}.{column}",
+                cause=Cause.NOT_FOUND,
+            )
+
+
+def meets(value: Any, condition: Any) -> bool:
+    """Return whether a column's value meets a condition. Numbers may be text; what is no number,
+    such as null or "n/a", is within no limits."""
+    values = value if isinstance(value, list) else [value]
+    if not isinstance(condition, Mapping):
+        return any(_equals_any(entry, condition) for entry in values)
+    if "or" in condition and any(_equals_any(entry, condition["or"]) for entry in values):
+        return True
+    if "not" in condition and any(_equals_any(entry, condition["not"]) for entry in values):
+        return False
+    if condition.keys() <= {"not", "or"}:
+        return True
+    return any(_is_within(entry, condition) for entry in values)
+
+
+def _as_number(value: Any) -> float | None:
+    """Return a number, also one in text; None for NaN and anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return None if math.isnan(number) else number
+
+
+def _is_within(value: Any, limits: Mapping[str, Any]) -> bool:
+    number = _as_number(value)
+    if number is None:
+        return False
+    least, most = _as_number(limits.get("min")), _as_number(limits.get("max"))
+    return (least is None or number >= least) and (most is None or number <= most)
+
+
+def _equals_any(value: Any, wanted: Any) -> bool:
+    return any(_equals(value, w) for w in (wanted if isinstance(wanted, list) else [wanted]))
+
+
+def _equals(value: Any, wanted: Any) -> bool:
+    """Return whether two values are equal, `0.50` and "0.5", true and "Yes" too."""
+    if isinstance(value, float) and math.isnan(value):
+        value = None
+    if value is None or wanted is None:
+        return value is wanted
+    for one, other in ((value, wanted), (wanted, value)):
+        if isinstance(one, bool) and isinstance(other, str):
+            return other.strip().casefold() in (TRUE if one else FALSE)
+    if isinstance(value, str) and isinstance(wanted, str):
+        return value.strip() == wanted.strip()
+    left, right = _as_number(value), _as_number(wanted)
+    return value == wanted if left is None or right is None else left == right

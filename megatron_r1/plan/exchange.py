@@ -1,0 +1,184 @@
+"""Seconds of the exchanges between an engine's GPUs in one layer: sums over tensor ranks, and the
+tokens of routed experts, by vLLM's backend (`all2all_backend`).
+
+NCCL's latencies and shares of the rate are its own model's (NVIDIA/nccl, src/graph/tuning.cc: it
+chooses algorithm and protocol by them); those of DeepEP are measured (deepseek-ai/DeepEP,
+docs/legacy.md: H800, an adapter of 400 Gb/s a GPU, 7,168 values a token, 8 experts)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_r1.config.hardware import Assumptions, Hardware
+
+NCCL, LOW_LATENCY, HIGH_THROUGHPUT = BACKENDS = (
+    "allgather_reducescatter",
+    "deepep_low_latency",
+    "deepep_high_throughput",
+)
+"""Backends that are priced; the first is vLLM's default, and stands for all others."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol of NCCL in one algorithm.
+
+    Attributes:
+        start: seconds of any collective.
+        nvlink_hop: seconds of a step between GPUs of a node.
+        network_hop: seconds of a step between nodes.
+        share: the part of the rate that it reaches."""
+
+    start: float
+    nvlink_hop: float
+    network_hop: float
+    share: float
+
+
+RING = (Protocol(6.6e-6, 1e-6, 2.7e-6, 1 / 4), Protocol(14e-6, 1.9e-6, 4e-6, 0.92))
+"""LL and LL128. A step within a node takes at least the 1 us in which the network is told of it."""
+TREE = (Protocol(6.8e-6, 0.6e-6, 5e-6, 1 / 3.8), Protocol(14e-6, 1.25e-6, 8.5e-6, 0.92))
+
+LOW_LATENCY_SECONDS = {
+    8: (77e-6, 114e-6),
+    16: (118e-6, 195e-6),
+    32: (155e-6, 273e-6),
+    64: (173e-6, 314e-6),
+    128: (192e-6, 369e-6),
+    256: (194e-6, 360e-6),
+}
+"""DeepEP's low-latency kernels, by ranks: (dispatch in FP8, combine in bf16) of 128 tokens a rank
+to 8 experts each."""
+LOW_LATENCY_VALUES = 128 * 8 * 7168
+"""Values that a rank sends in a row of that table."""
+HIGH_THROUGHPUT_RATES = {8: 153e9, 16: 43e9, 32: 58e9, 64: 51e9}
+"""Bytes per second of DeepEP's normal kernels, by ranks: over NVLink up to 8, over the network
+beyond. Those of combining are within 2%."""
+MEASURED_NETWORK, MEASURED_NVLINK = 50e9, 200e9
+"""The rates of the machines of both tables, in this planner's terms (`Hardware`)."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """The links between GPUs of one engine.
+
+    Attributes:
+        hardware: a GPU and its links.
+        assumed: with the share of the links' rates, and the host's waiting."""
+
+    hardware: Hardware
+    assumed: Assumptions
+
+    def nodes(self, ranks: int) -> int:
+        return -(-ranks // self.hardware.gpus_per_node)
+
+    def _rate(self, ranks: int) -> float:
+        """Return bytes per second around a ring: over nodes, through all adapters of a node."""
+        hardware = self.hardware
+        inside = self.nodes(ranks) == 1
+        rate = hardware.nvlink if inside else hardware.network * hardware.gpus_per_node
+        return min(rate, hardware.nvlink) * self.assumed.link_efficiency
+
+    def all_reduce(self, ranks: int, num_bytes: float) -> float:
+        """Return seconds of a sum of `num_bytes` over `ranks` GPUs, along NCCL's tree."""
+        if ranks == 1:
+            return 0.0
+        nodes = self.nodes(ranks)
+        inside, rate = min(ranks, self.hardware.gpus_per_node) - 1, self._rate(ranks)
+        return min(
+            each.start
+            + 2 * (inside * each.nvlink_hop + math.log2(nodes) * each.network_hop)
+            + 2 * num_bytes / (rate * each.share)
+            for each in TREE
+        )
+
+    def all_gather(self, ranks: int, num_bytes: float) -> float:
+        """Return seconds in which each of `ranks` GPUs gets all `num_bytes`, around NCCL's ring; a
+        reduce-scatter of as many takes the same."""
+        if ranks == 1:
+            return 0.0
+        between, rate = self.nodes(ranks) - 1, self._rate(ranks)
+        inside = ranks - 1 - between
+        return min(
+            each.start
+            + inside * each.nvlink_hop
+            + between * each.network_hop
+            + num_bytes * (ranks - 1) / ranks / (rate * each.share)
+            for each in RING
+        )
+
+
+@dataclass(frozen=True)
+class ExpertExchange:
+    """The exchange of tokens of a layer's routed experts, there and back.
+
+    Attributes:
+        links: the links between the ranks.
+        ranks: GPUs that the experts are spread over.
+        hidden: values of a token.
+        chosen: experts of a token.
+        most_nodes: the most nodes that a token is sent to (the router's groups).
+        value: bytes of a value on its way to the experts; 2 on its way back."""
+
+    links: Links
+    ranks: int
+    hidden: int
+    chosen: int
+    most_nodes: float
+    value: int = 2
+
+    def seconds(self, backend: str, tokens: float) -> float:
+        """Return the seconds with `tokens` on each rank."""
+        if self.ranks == 1:
+            return 0.0
+        if backend == LOW_LATENCY:
+            return self._low_latency(tokens)
+        if backend == HIGH_THROUGHPUT:
+            return self._high_throughput(tokens)
+        gathered = tokens * self.ranks * self.hidden
+        there = self.links.all_gather(self.ranks, gathered * self.value)
+        return there + self.links.all_gather(self.ranks, gathered * 2)
+
+    def _low_latency(self, tokens: float) -> float:
+        """Return DeepEP's measured times, the part beyond a start in proportion to the bytes."""
+        dispatch, combine = _between(LOW_LATENCY_SECONDS, self.ranks)
+        start = RING[0].start + RING[0].network_hop
+        part = tokens * self.chosen * self.hidden / LOW_LATENCY_VALUES
+        slower = MEASURED_NETWORK / self.links.hardware.network
+        moved = (dispatch - start) * self.value + (combine - start)
+        return 2 * start + part * slower * moved
+
+    def _high_throughput(self, tokens: float) -> float:
+        """Return the bytes of a token, once to each node (within one, to each GPU), at DeepEP's
+        measured rate, and the host's wait for the number of tokens."""
+        hardware, nodes = self.links.hardware, self.links.nodes(self.ranks)
+        (rate,) = _between({n: (rate,) for n, rate in HIGH_THROUGHPUT_RATES.items()}, self.ranks)
+        rate *= (
+            hardware.nvlink / MEASURED_NVLINK if nodes == 1 else hardware.network / MEASURED_NETWORK
+        )
+        copies = copies_of_token(self.ranks, nodes, self.chosen, self.most_nodes)
+        moved = tokens * copies * self.hidden * (self.value + 2)
+        return moved / rate + self.links.assumed.host_stall_seconds
+
+
+def copies_of_token(ranks: int, nodes: int, chosen: int, most_nodes: float) -> float:
+    """Return how often DeepEP sends a token: once to each node, or within one to each rank."""
+    if nodes == 1:
+        return distinct(ranks, chosen)
+    return min(most_nodes, distinct(nodes, chosen))
+
+
+def distinct(places: int, chosen: int) -> float:
+    """Return the mean number of different places among `chosen` even draws: p (1 - (1 - 1/p)^k)."""
+    return places * (1 - (1 - 1 / places) ** chosen)
+
+
+def _between(table: Mapping[int, tuple[float, ...]], ranks: int) -> tuple[float, ...]:
+    """Return the row of `ranks`, along doublings between rows; the nearest beyond the ends."""
+    sizes = sorted(table)
+    if ranks <= sizes[0] or ranks >= sizes[-1]:
+        return table[sizes[0] if ranks <= sizes[0] else sizes[-1]]
+    above = next(size for size in sizes if size >= ranks)
+    below = sizes[sizes.index(above) - 1]
+    part = math.log2(ranks / below) / math.log2(above / below)
+    return tuple(a + part * (b - a) for a, b in zip(table[below], table[above], strict=True))

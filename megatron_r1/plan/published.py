@@ -1,0 +1,307 @@
+"""Published runs: half of them calibrates the plan's free efficiencies, the other half shows its
+error (`--published`, from published.yaml).
+
+The free numbers are those of `FREE`. Their values minimize the sum of squares of ln(predicted /
+published) over the calibrating rows, plus a quarter of the squares of ln(value / first guess): a
+number at twice its guess costs as much as a row that is off by 1.4. The defaults of `Assumptions`
+are these values, in two digits."""
+
+import argparse
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config.hardware import Assumptions
+from megatron_r1.plan.arguments import config_of, job_of, parse
+from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.counts import forward_flops
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.quantity import Quantity
+from megatron_r1.plan.rollout import Engines
+from megatron_r1.plan.timing import StepTime, time_section
+
+FILE = Path(__file__).with_name("published.yaml")
+TABLE_WIDTH = 120
+
+FREE = {
+    "compute_efficiency": 0.45,
+    "link_efficiency": 0.75,
+    "bandwidth_efficiency": 0.6,
+    "decode_latency_per_layer": 150e-6,
+}
+"""The calibrated numbers with their first guesses, which the plan had before the calibration."""
+GUESS_WEIGHT = 0.25
+"""What the square of ln(value / guess) costs, where that of ln(predicted / published) costs 1."""
+BEYOND = 1.645
+"""Standard deviations of the calibrating rows' ln(predicted / published) within `time_spread`:
+those of a normal distribution's middle 90%."""
+
+STEPS, DIFFERENCE = 8, 0.02
+"""Most steps of the calibration, and the change of a logarithm that shows its slope."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps of a run with the same settings.
+
+    Attributes:
+        steps: how many.
+        job: their job.
+        resident: the trainer's bytes on an engine's GPU."""
+
+    steps: int
+    job: PlannedJob
+    resident: int
+
+    def times(self, values: dict[str, float]) -> StepTime:
+        """Return the times with `values` in place of assumed numbers."""
+        given: dict[str, Any] = values
+        job = replace(self.job, assumptions=replace(self.job.assumptions, **given))
+        return StepTime(job, Engines(job, self.resident))
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """A published figure.
+
+    Attributes:
+        name: the run.
+        system: whose it is.
+        calibrates: whether it is in the half that calibrates.
+        options: options of megatron-r1 plan that describe it.
+        number: "run" (hours), "MFU" (a share), or a line of the bill's section "time" (seconds).
+        published: the figure."""
+
+    name: str
+    system: str
+    calibrates: bool
+    options: str
+    number: str
+    published: float
+
+    @property
+    def unit(self) -> str:
+        return {"run": "hours", "MFU": "share"}.get(self.number, "s")
+
+    @property
+    def recipe(self) -> Path:
+        return Path(shlex.split(self.options)[0])
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        chosen, overrides = parse(shlex.split(self.options))
+        return phases_of(self.recipe, chosen, overrides, whole=self.number == "run")
+
+    def predicted(self, **values: float) -> float:
+        """Return the plan's figure, with `values` in place of assumed numbers."""
+        if self.number == "run":
+            parts = ((p.steps, p.times(values)) for p in self.phases)
+            return sum(n * time_section(times)["step"].number for n, times in parts) / 3600
+        times = self.phases[0].times(values)
+        if self.number == "MFU":
+            return _mfu(times)
+        return time_section(times)[self.number].number
+
+    def ratio(self, **values: float) -> float:
+        """Return predicted over published time."""
+        ratio = self.predicted(**values) / self.published
+        return 1 / ratio if self.number == "MFU" else ratio
+
+
+def _mfu(times: StepTime) -> float:
+    """Return an optimizer step's operations, without recomputed ones, over those of the peak."""
+    job = times.job
+    flops = 3 * forward_flops(job.hf, job.sample_tokens) * job.step_samples * job.sample_tokens
+    return flops / (times.optimizer_step() * job.world_size * job.hardware.bf16)
+
+
+def phases_of(
+    recipe: Path, chosen: argparse.Namespace, overrides: dict, *, whole: bool = True
+) -> list[Phase]:
+    """Return the phases of `rl.schedule`, or the first alone."""
+    config = config_of(recipe, overrides)
+    starts = [step for step, _ in config.phases()] if whole else [1]
+    ends = [*starts[1:], config.run.steps + 1]
+    phases = []
+    for start, end in zip(starts, ends, strict=True):
+        bill = Bill(job_of(recipe, chosen, overrides, start))
+        resident = bill.engines.resident if bill.job.generates else 0
+        phases.append(Phase(end - start, bill.job, resident))
+    return phases
+
+
+def run_hours(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> float:
+    """Return the hours of all steps, each with the settings that rl.schedule gives it."""
+    parts = phases_of(recipe, chosen, overrides)
+    return sum(p.steps * time_section(p.times({}))["step"].number for p in parts) / 3600
+
+
+def published_runs() -> list[PublishedRun]:
+    """Return the rows of published.yaml. In each source every other row, from the first on, is of
+    the half that calibrates."""
+    text = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return [
+        PublishedRun(
+            name=row["name"],
+            system=source["name"],
+            calibrates=index % 2 == 0,
+            options=f"{text['bases'][row['base']]} {row.get('options', '')}",
+            number=row.get("number", "step"),
+            published=row["published"],
+        )
+        for source in text["sources"]
+        for index, row in enumerate(source["rows"])
+    ]
+
+
+def calibrate(runs: Sequence[PublishedRun]) -> dict[str, float]:
+    """Return the values of `FREE` that `runs` determine, to two digits: Gauss-Newton steps in the
+    logarithms, halved until they help."""
+    guesses = np.log(list(FREE.values()))
+    logs, (residuals, cost) = guesses, _residuals(runs, guesses, guesses)
+    for _ in range(STEPS):
+        slopes = [
+            (_residuals(runs, logs + change, guesses)[0] - residuals) / DIFFERENCE
+            for change in DIFFERENCE * np.eye(len(logs))
+        ]
+        step = np.linalg.lstsq(np.transpose(slopes), -residuals, rcond=None)[0]
+        for part in (1.0, 0.5, 0.25):
+            tried = np.minimum(logs + part * step, 0)  # all are below 1
+            after, less = _residuals(runs, tried, guesses)
+            if less < cost:
+                break
+        else:
+            break
+        logs, residuals, cost = tried, after, less
+    return {name: float(f"{value:.2g}") for name, value in _values(logs).items()}
+
+
+def _values(logs: np.ndarray) -> dict[str, float]:
+    return dict(zip(FREE, np.exp(logs).tolist(), strict=True))
+
+
+def _residuals(
+    runs: Sequence[PublishedRun], logs: np.ndarray, guesses: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Return what is squared: of each run, then of each number; and the sum of squares."""
+    misses = [math.log(run.ratio(**_values(logs))) for run in runs]
+    found = np.concatenate([misses, math.sqrt(GUESS_WEIGHT) * (logs - guesses)])
+    return found, float(found @ found)
+
+
+def spread(runs: Sequence[PublishedRun], values: dict[str, float]) -> float:
+    """Return the factor above and below an estimate within which nine of ten runs like these lie:
+    e to the power of `BEYOND` standard deviations, of as many rows as exceed the free numbers."""
+    squares = sum(math.log(run.ratio(**values)) ** 2 for run in runs)
+    return math.exp(BEYOND * math.sqrt(squares / (len(runs) - len(FREE))))
+
+
+def mean_factor(ratios: Sequence[float]) -> float:
+    """Return the mean error as a factor: e to the power of the mean of |ln ratio|."""
+    return math.exp(sum(abs(math.log(ratio)) for ratio in ratios) / len(ratios))
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far the plan is off the runs of one source, or of all.
+
+    Attributes:
+        calibrated: ratios of the half that calibrates.
+        held_out: those of the other half.
+        unseen: those of all its rows, by a calibration without the source."""
+
+    calibrated: list[float]
+    held_out: list[float]
+    unseen: list[float]
+
+
+def errors(runs: Sequence[PublishedRun], values: dict[str, float]) -> dict[str, Errors]:
+    """Return the errors by source, and of all."""
+    found = {}
+    for system in dict.fromkeys(run.system for run in runs):
+        own = [run for run in runs if run.system == system]
+        others = calibrate([run for run in runs if run.calibrates and run.system != system])
+        found[system] = Errors(
+            [run.ratio(**values) for run in own if run.calibrates],
+            [run.ratio(**values) for run in own if not run.calibrates],
+            [run.ratio(**others) for run in own],
+        )
+    parts = ("calibrated", "held_out", "unseen")
+    of_all = {part: [r for each in found.values() for r in getattr(each, part)] for part in parts}
+    return found | {"all": Errors(**of_all)}
+
+
+def published_table() -> str:
+    """Return what the calibration finds, the comparison of every run, and the errors by source, as
+    Markdown tables.
+
+    Raises UserError outside a checkout of the repository, which has the recipes compared."""
+    runs = published_runs()
+    for run in runs:
+        if not run.recipe.exists():
+            raise UserError(
+                f"--published plans recipes of the repository, and {run.recipe} is not in "
+                f"{Path.cwd()}: start it in a checkout",
+                key="--published",
+                cause=Cause.NOT_FOUND,
+            )
+    half = [run for run in runs if run.calibrates]
+    values = calibrate(half)
+    width = Assumptions().time_spread
+    lines = ["| number | first guess | calibrated | the plan's |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {FREE[name]:.2g} | {value:.2g} | {getattr(Assumptions(), name):.2g} |"
+        for name, value in values.items()
+    ]
+    found = spread(half, values)
+    lines += [f"| time_spread | | {found:.3f} | {width:.3g} |", ""]
+    lines += ["| run | half | predicted | range | published | ratio |", "|---|---|---|---|---|---|"]
+    misses = []
+    for number, run in enumerate(runs, start=1):
+        ratio, value = run.ratio(**values), run.predicted(**values)
+        predicted = Quantity(value, run.unit, "", value / width, value * width)
+        name = f"{number}. {run.system}: {run.name}"
+        if not within(ratio):
+            misses.append(f"{name}, {ratio:.2f}")
+        lines.append(
+            f"| {name} | {'calibrated' if run.calibrates else 'held out'} | {predicted} | "
+            f"{predicted.limits} | {Quantity(run.published, run.unit)} | {ratio:.2f} |"
+        )
+    lines += ["", f"outside its range: {'; '.join(misses) or 'none'}", ""]
+    lines += ["| source | calibrated | held out | without it |", "|---|---|---|---|"]
+    for system, each in errors(runs, values).items():
+        cells = (each.calibrated, each.held_out, each.unseen)
+        lines.append(f"| {system} | {' | '.join(map(_error, cells))} |")
+    return "\n".join([*lines, "", *_notes()])
+
+
+def within(ratio: float) -> bool:
+    """Return whether a published figure lies in the range of its estimate."""
+    return abs(math.log(ratio)) <= math.log(Assumptions().time_spread)
+
+
+def _error(ratios: Sequence[float]) -> str:
+    worst = max(ratios, key=lambda ratio: abs(math.log(ratio)), default=1.0)
+    return f"{len(ratios)}: {mean_factor(ratios):.2f} x, worst {worst:.2f}"
+
+
+def _notes() -> list[str]:
+    text = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return [
+        fill(
+            f"{source['name']}: {source['source']}. Assumed: {source['assumed']}.",
+            TABLE_WIDTH,
+            subsequent_indent="  ",
+            break_long_words=False,
+        )
+        for source in text["sources"]
+    ]

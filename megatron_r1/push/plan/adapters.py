@@ -1,0 +1,187 @@
+"""Pushes of adapters alone (`push.adapter_only`): the factors that engines need, and the recipes
+that cannot be pushed so. No torch.
+
+vLLM gives each of its ranks a whole adapter and cuts it itself, so every rank of a pipeline stage
+needs all factors of the stage's layers. Paths and lines are of vLLM 0.32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config
+from megatron_r1.models.hf_config import model_family
+from megatron_r1.models.weights.adapter_table import (
+    PEFT_PREFIX,
+    adapter_config,
+    adapter_shapes,
+    adapter_table,
+)
+from megatron_r1.models.weights.table import Table
+from megatron_r1.push.plan.planner import Coordinate, EngineLayout, PredictedLayout
+from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors
+
+MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM's `--max-lora-rank` (vllm/config/lora.py: MaxLoRARanks)."""
+
+LATENT_CACHE = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+"""Layers of latent attention without an adapter in vLLM. It has the first two as one layer, of a
+class that LoRA's layers take on one tensor rank only (lora/layers/column_parallel_linear.py:
+`MergedColumnParallelLinearWithLoRA.can_replace_layer`), and multiplies the third into queries and
+outputs when the model is loaded (attention/mla_attention.py: `process_weights_after_loading`), so
+that an adapter of it would change nothing."""
+
+
+class PredictedAdapters(PredictedLayout):
+    """The factors that the ranks of one engine need; `PredictedLayout` has the same of a model.
+
+    Args:
+        hf: the model's `config.json`.
+        layout: the layout of all engines.
+        rules: the weight table of the adapters.
+
+    Raises:
+        UserError: where vLLM cannot split the model so.
+    """
+
+    def __init__(self, hf: dict, layout: EngineLayout, rules: Table):
+        super().__init__(hf, layout)
+        self.table, self._names = rules, adapter_shapes(rules).keys()
+
+    def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
+        layers = self._stage_layers[coordinate.pipeline]
+        for tensor in checkpoint_tensors(self.table, {"layers"}, layers, ()):
+            if tensor.name in self._names:
+                yield tensor
+
+    def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region:
+        return Region.whole(tensor.shape)
+
+
+def pushed_adapters(config: Config, hf: dict) -> Table | None:
+    """Return the weight table of the adapters where these alone are pushed, else None."""
+    if not config.push.adapter_only:
+        return None
+    assert config.model.lora is not None, "check_adapter_push() comes first"
+    return adapter_table(hf, config.model.lora)
+
+
+def served_adapter(config: Config, hf: dict) -> dict[str, Any] | None:
+    """Return what engines need to serve pushed factors as an adapter: PEFT's `adapter_config.json`
+    ("config") and what precedes the names of its files ("prefix"); None where whole weights are
+    pushed."""
+    if (rules := pushed_adapters(config, hf)) is None:
+        return None
+    assert config.model.lora is not None
+    settings = adapter_config(rules, config.model.lora, config.model.path)
+    return {"prefix": PEFT_PREFIX, "config": settings}
+
+
+def max_lora_rank(rank: int) -> int:
+    """Return the least of vLLM's `--max-lora-rank` that adapters of this rank fit into. Raises
+    UserError for a rank that is too large."""
+    if rank > MAX_RANKS[-1]:
+        raise UserError(
+            f"model.lora.rank: {rank} is more than the {MAX_RANKS[-1]} that vLLM's LoRA layers "
+            "have at most; lower it, or set push.adapter_only: false, which pushes merged weights",
+            key="model.lora.rank",
+            cause=Cause.TOO_LARGE,
+        )
+    return next(most for most in MAX_RANKS if rank <= most)
+
+
+def lora_arguments(config: Config, hf: dict) -> dict[str, Any] | None:
+    """Return vLLM's arguments for engines to which adapters are pushed, None for others. Of layers
+    it takes the last parts of their names, and finds the fused ones itself."""
+    if (rules := pushed_adapters(config, hf)) is None:
+        return None
+    assert config.model.lora is not None
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": max_lora_rank(config.model.lora.rank),
+        "lora_target_modules": sorted({name.split(".")[-3] for name in adapter_shapes(rules)}),
+    }
+
+
+def check_adapter_push(config: Config, hf: dict) -> None:
+    """Refuse recipes whose adapters vLLM cannot serve next to the weights in `model.path`.
+
+    Args:
+        config: the recipe.
+        hf: the model's `config.json`.
+
+    Raises:
+        UserError: names the setting, its value and the remedy."""
+    if not config.push.adapter_only:
+        return
+    if (lora := config.model.lora) is None:
+        raise UserError(
+            "push.adapter_only: there is no adapter without model.lora; set model.lora.rank, or "
+            "push.adapter_only: false",
+            key="push.adapter_only",
+            cause=Cause.MISSING,
+        )
+    for setting, reason in _conflicts(config, hf):
+        raise UserError(
+            f"push.adapter_only with {setting}: {reason}; change it, or set push.adapter_only: "
+            "false, which pushes merged weights",
+            key="push.adapter_only",
+            cause=Cause.CONFLICT,
+        )
+    max_lora_rank(lora.rank)
+    modules = {_module(name) for name in adapter_shapes(adapter_table(hf, lora))}
+    if refused := sorted(filter(lambda module: _is_unserved(module, hf), modules)):
+        served = ", ".join(sorted(modules.difference(refused))) or "others"
+        raise UserError(
+            f"push.adapter_only: vLLM's LoRA serves no adapter of {', '.join(refused)} in "
+            f"{hf['architectures'][0]}; set model.lora.targets to {served}, or push.adapter_only: "
+            "false, which pushes merged weights",
+            key="model.lora.targets",
+            cause=Cause.UNSUPPORTED,
+        )
+
+
+def _conflicts(config: Config, hf: dict) -> Iterator[tuple[str, str]]:
+    """Yield (setting, reason) for what excludes a push of adapters alone."""
+    rollout = config.rollout
+    if config.push.fp8:
+        yield "push.fp8: true", "the engines' own weights are not pushed, so nothing quantizes them"
+    if rollout.colocated:
+        yield (
+            "rollout.colocated: true",
+            "an engine that sleeps gives its memory away, and no push brings back the model's own "
+            "weights",
+        )
+    if rollout.speculative.method == "mtp":
+        yield (
+            "rollout.speculative.method: mtp",
+            "a drafter next to adapters has not been tried",
+        )
+    if rollout.redundant_experts:
+        yield (
+            f"rollout.redundant_experts: {rollout.redundant_experts}",
+            "copies of experts are placed by pushes of them",
+        )
+    if config.model.checkpoint:
+        yield (
+            f"model.checkpoint: {config.model.checkpoint}",
+            "engines read the weights under the adapters from model.path",
+        )
+    if "quantization_config" in hf:
+        yield (
+            f"model.path: {config.model.path}",
+            "its weights are quantized, and the trainer computes with dequantized ones, so engines "
+            "that read the folder would compute something else",
+        )
+
+
+def _module(name: str) -> str:
+    """Return a factor's layer as "self_attn.q_proj", an expert's without its number."""
+    return ".".join(part for part in name.split(".")[3:-2] if not part.isdigit())
+
+
+def _is_unserved(module: str, hf: dict) -> bool:
+    is_latent = model_family(hf).latent and module.rpartition(".")[2] in LATENT_CACHE
+    return is_latent or ".experts." in module

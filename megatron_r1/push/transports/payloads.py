@@ -1,0 +1,293 @@
+"""The payloads of a push: the bytes of deliveries, one after another, and behind them a checksum of
+each. Buckets are cut at any byte, so both sides know their sizes from the plan."""
+
+import contextlib
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_r1.push.checksum import INTEGERS, RowsChecksum, RowsWeightedSum
+from megatron_r1.push.published_plan import Relay
+from megatron_r1.push.rendezvous import SetFailed
+from megatron_r1.push.results import IncompletePush
+from megatron_r1.push.table import Delivery, SlotTable, dtype_of, slot_view
+from megatron_r1.push.transports.base import Receiver, Slices
+
+SUM_BYTES = 8
+
+
+class ByteRun(NamedTuple):
+    """Contiguous bytes of a payload that are of one delivery.
+
+    Attributes:
+        number: the delivery.
+        top, bottom: the rows [top, bottom) that the bytes are in.
+        skipped: the bytes of row `top` that come before these.
+        num_bytes: the number of bytes."""
+
+    number: int
+    top: int
+    bottom: int
+    skipped: int
+    num_bytes: int
+
+
+class Payload:
+    """The bytes of deliveries to an engine rank and of their checksums."""
+
+    def __init__(self, table: SlotTable, deliveries: Sequence[Delivery]):
+        self.table, self.deliveries = table, deliveries
+        self._row_bytes = [delivery.row_bytes(table) for delivery in deliveries]
+        sizes = [delivery.num_bytes(table) for delivery in deliveries]
+        self._ends = list(accumulate(sizes))
+        self.weight_bytes = self._ends[-1] if sizes else 0
+        self.num_bytes = self.weight_bytes + SUM_BYTES * len(sizes)
+
+    def extent(self, number: int, count: int) -> tuple[int, int]:
+        """Return the first byte and the end of bucket `number` of `count`."""
+        return self.num_bytes * number // count, self.num_bytes * (number + 1) // count
+
+    def runs(self, start: int, end: int) -> Iterator[ByteRun]:
+        """Yield the runs of deliveries between two bytes of the payload."""
+        index = bisect_right(self._ends, start)
+        while index < len(self._ends) and start < min(end, self.weight_bytes):
+            first = self._ends[index - 1] if index else 0
+            stop, row_bytes = min(end, self._ends[index]), self._row_bytes[index]
+            top, skipped = divmod(start - first, row_bytes)
+            yield ByteRun(index, top, -(-(stop - first) // row_bytes), skipped, stop - start)
+            start, index = stop, index + 1
+
+    def sums_between(self, start: int, end: int) -> slice:
+        """Return which bytes of the checksums are between two bytes of the payload."""
+        return slice(max(0, start - self.weight_bytes), max(0, end - self.weight_bytes))
+
+    def pack(self, start: int, end: int, target: torch.Tensor) -> None:
+        """Write the bytes between two bytes of the payload to `target`, uint8."""
+        raise NotImplementedError
+
+    def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
+        """Write `source`, uint8, between two bytes of the payload."""
+        raise NotImplementedError
+
+
+class SlicesPayload(Payload):
+    """What a trainer rank sends over a link, in the engine's dtypes. Its buckets are packed in
+    order, since each checksum follows from all rows before.
+
+    Args:
+        table: the engine rank's table.
+        deliveries: the deliveries of the link.
+        slices: the slices of the trainer rank's parameters, one for each delivery.
+        is_weighted: whether checksums are weighted sums (`Receiver`)."""
+
+    def __init__(
+        self,
+        table: SlotTable,
+        deliveries: Sequence[Delivery],
+        slices: Slices,
+        is_weighted: bool = True,
+    ):
+        super().__init__(table, deliveries)
+        self._slices, self._is_weighted = slices, is_weighted
+        self._running: tuple[int, int, RowsChecksum | RowsWeightedSum] | None = None
+        """Number of a delivery, the rows of it that have been read, and its checksum so far."""
+        self._sums: list[torch.Tensor] = []
+
+    def pack(self, start: int, end: int, target: torch.Tensor) -> None:
+        packed = []
+        for run in self.runs(start, end):
+            dtype = dtype_of(self.table.slots[self.deliveries[run.number].slot])
+            rows = self._slices[run.number][run.top : run.bottom]
+            rows = rows.to(target.device, dtype).contiguous()
+            self._read(run, rows)
+            values = rows.reshape(-1).view(torch.uint8)
+            packed.append(values[run.skipped : run.skipped + run.num_bytes])
+        if end > self.weight_bytes:
+            sums = torch.stack(self._sums).view(torch.uint8)
+            packed.append(sums[self.sums_between(start, end)])
+        torch.cat(packed, out=target)
+
+    def _read(self, run: ByteRun, rows: torch.Tensor) -> None:
+        """Add to the checksum those of the rows that the bucket before did not have."""
+        if self._running is None or self._running[0] != run.number:
+            row_bytes = self._row_bytes[run.number]
+            new = RowsWeightedSum() if self._is_weighted else RowsChecksum(row_bytes)
+            self._running = run.number, 0, new
+        _, read, checksum = self._running
+        if run.bottom > read:  # and not within a row that was read whole
+            checksum.update(rows[max(0, read - run.top) :])
+            self._running = run.number, run.bottom, checksum
+            if run.bottom == self.deliveries[run.number].height:
+                self._sums.append(checksum.value(rows.device))
+
+
+class MemoryPayload(Payload):
+    """What enters an engine rank's receive buffer from one source, or leaves from there.
+
+    Args:
+        table: the engine rank's table.
+        deliveries: the deliveries of the payload.
+        buffer: the memory of this push.
+        sums: the checksums of these deliveries, int64, one tensor where something enters."""
+
+    def __init__(
+        self,
+        table: SlotTable,
+        deliveries: Sequence[Delivery],
+        buffer: torch.Tensor,
+        sums: Sequence[torch.Tensor],
+    ):
+        super().__init__(table, deliveries)
+        self._buffer, self._sums = buffer, sums
+
+    @property
+    def sums(self) -> torch.Tensor:
+        return self._sums[0] if len(self._sums) == 1 else torch.cat(list(self._sums))
+
+    def pack(self, start: int, end: int, target: torch.Tensor) -> None:
+        done = 0
+        for view in self._views(start, end):
+            _copy(target[done : done + view.numel()].view(view.shape), view)
+            done += view.numel()
+
+    def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
+        done = 0
+        for view in self._views(start, end):
+            _copy(view, source[done : done + view.numel()].view(view.shape))
+            done += view.numel()
+
+    def _views(self, start: int, end: int) -> Iterator[torch.Tensor]:
+        """Yield the memory between two bytes of the payload, uint8 (rows, bytes of a row)."""
+        for index, top, _, skipped, num_bytes in self.runs(start, end):
+            delivery = self.deliveries[index]
+            row_bytes, pitch = self._row_bytes[index], self.table.slots[delivery.slot].pitch
+            slot = slot_view(self._buffer, self.table.slots[delivery.slot], delivery)
+            first = slot.storage_offset() * slot.itemsize + top * pitch
+            first -= self._buffer.storage_offset()
+            if skipped:
+                left = min(row_bytes - skipped, num_bytes)
+                yield self._buffer[first + skipped :][None, :left]
+                top, num_bytes, first = top + 1, num_bytes - left, first + pitch
+            rows, rest = divmod(num_bytes, row_bytes)
+            if rows:
+                memory = self._buffer[first:]
+                yield memory.as_strided((rows, row_bytes), (pitch, 1), memory.storage_offset())
+            if rest:
+                yield self._buffer[first + rows * pitch :][None, :rest]
+        if end > self.weight_bytes:
+            yield self.sums.view(torch.uint8)[self.sums_between(start, end)][None]
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy bytes (rows, bytes of a row) in words as large as their places allow."""
+    if len(target) == 1:  # torch would refuse words of another size than its pitch allows
+        target, source = target[0], source[0]
+    places = [
+        place for side in (target, source) for place in (side.storage_offset(), *side.stride()[:-1])
+    ]
+    size = gcd(8, target.shape[-1], *places)
+    target.view(INTEGERS[size]).copy_(source.view(INTEGERS[size]))
+
+
+class ArrivingPayloads:
+    """The receive buffer of an engine rank during one push, with the payloads that enter it.
+
+    Args:
+        table: the rank's table.
+        deliveries: the deliveries to the rank, by source.
+        buffer: the memory of this push.
+        sums: a checksum of each delivery, int64, in the same order."""
+
+    def __init__(
+        self,
+        table: SlotTable,
+        deliveries: Mapping[Any, Sequence[Delivery]],
+        buffer: torch.Tensor,
+        sums: torch.Tensor,
+    ):
+        self.table, self.deliveries, self.buffer = table, deliveries, buffer
+        sizes = [len(sent) for sent in deliveries.values()]
+        self._sums = dict(zip(deliveries, sums[: sum(sizes)].split(sizes), strict=True))
+
+    def payload(self, source: Any) -> MemoryPayload:
+        """Return what enters from a trainer rank, or from a `Relay`."""
+        if source not in self.deliveries:  # a relay that nothing has entered
+            return MemoryPayload(self.table, (), self.buffer, [self.buffer[:0].view(torch.int64)])
+        return MemoryPayload(self.table, self.deliveries[source], self.buffer, [self._sums[source]])
+
+    def own_payload(self) -> MemoryPayload:
+        """Return what has entered from trainer ranks and is to be relayed, with the trainer's
+        checksums."""
+        own = [
+            (delivery, sums[index : index + 1])
+            for source, sums in self._sums.items()
+            if not isinstance(source, Relay)
+            for index, delivery in enumerate(self.deliveries[source])
+        ]
+        # In the order of slots, as in `published_plan.deliveries_to`.
+        own.sort(key=lambda pair: pair[0].slot)
+        deliveries = [delivery for delivery, _ in own]
+        return MemoryPayload(self.table, deliveries, self.buffer, [value for _, value in own])
+
+
+class PayloadReceiver(Receiver):
+    """An engine rank's end that receives payloads, from trainer ranks and from relays.
+
+    Attributes:
+        sums: the checksums that arrive, as in `ArrivingPayloads`."""
+
+    sums: torch.Tensor
+
+    @property
+    def num_deliveries(self) -> int:
+        return sum(map(len, self.arrivals.deliveries.values()))
+
+    @property
+    def name(self) -> str:
+        """The name by which other ranks ask whether this one is alive."""
+        return f"{self.rendezvous.member}/{self.rank}"
+
+    def leave(self, number: int) -> None:
+        """Report to the set that this rank closes, and end all waits for its push `number`."""
+        if self.is_running:
+            with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
+                self.rendezvous.report_own(self.rank, "it has closed")
+                self.rendezvous.end_waits(number)
+
+    def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
+        return None if table != self.table or self.is_running else self.memory
+
+    def arriving_payloads(self, push: int) -> ArrivingPayloads:
+        """Return where the payloads of a push enter."""
+        buffer = self.table.buffer(self.memory, push)
+        return ArrivingPayloads(self.table, self.arrivals.deliveries, buffer, self.sums)
+
+    def check(self, push: int, sources: Sequence[int | Relay]) -> None:
+        """Compare what has come from these sources with its checksums."""
+        arriving = self.arriving_payloads(push)
+        for source in sources:
+            for index, sent in enumerate(arriving.payload(source).sums.tolist()):
+                self.arrivals.delivery_arrived(source, push, index, sent % 2**64)
+
+    def give_up(self, error: Exception, lost: Sequence[str] | None = None, number: int = 0) -> None:
+        """Report to the set and to this engine that nothing more will arrive.
+
+        Args:
+            error: the cause.
+            lost: the engine ranks of which one may have died, where that can be why.
+            number: the push of the set for which the others answer."""
+        text, failure = f"{type(error).__name__}: {error}", error
+        with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
+            if lost is not None:
+                self.rendezvous.answer(self.name, number)
+                cause = self.rendezvous.find_cause(lost, number, text, lambda: self.is_closing)
+                failure = SetFailed(cause)
+            elif not isinstance(error, SetFailed):
+                is_damaged = isinstance(error, ValueError) and not isinstance(error, IncompletePush)
+                own = self.rendezvous.report_own(self.rank, text, is_damaged=is_damaged)
+                failure = SetFailed(own)
+        self.arrivals.fail(failure)

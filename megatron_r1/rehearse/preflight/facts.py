@@ -1,0 +1,123 @@
+"""The measurements of one rank, in the form in which it sends them to rank 0."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import msgspec
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank and its node; it `leads` where it is its node's first rank, which checks the node."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    host: str
+
+    @classmethod
+    def here(cls) -> "Place":
+        """Return this process's place, from torchrun's environment variables."""
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        return cls(rank, size, local, local_size, socket.gethostname())
+
+    @property
+    def node(self) -> int:
+        return self.rank // self.local_size
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.world_size // self.local_size)
+
+    @property
+    def leads(self) -> bool:
+        return self.local_rank == 0
+
+
+class Memory(msgspec.Struct):
+    """Bytes of a device or a host before the run.
+
+    Attributes:
+        holders: the largest other processes."""
+
+    total: int
+    free: int
+    holders: list[str] = []
+
+
+class LinkRate(msgspec.Struct):
+    """The rate of one group: bytes that a rank sends per second."""
+
+    operation: str
+    ranks: list[int]
+    rate: float
+
+
+class Folder(msgspec.Struct):
+    """The run folder from one rank.
+
+    Attributes:
+        error: why it cannot be used, or "".
+        shared: whether the file of node 0 is there.
+        excluded: whether a lock that rank 0 holds excludes this rank; None where it was not tried.
+        write, read: bytes per second.
+        fsync_seconds: median of small files.
+        free: bytes."""
+
+    error: str = ""
+    shared: bool = False
+    excluded: bool | None = None
+    write: float = 0.0
+    read: float = 0.0
+    fsync_seconds: float = 0.0
+    free: int = 0
+
+
+class NodeFacts(msgspec.Struct):
+    """The measurements of a node's first rank.
+
+    Attributes:
+        ports: setting → why its port cannot be bound.
+        unreachable: why rank 0's node cannot be connected to, or "".
+        clock_offset: seconds that this node's clock is ahead of rank 0's.
+        lookup_seconds: the time to look up the name of rank 0's address.
+        sandbox: why programs cannot be graded, or ""."""
+
+    versions: dict[str, str]
+    memory: Memory
+    ports: dict[str, str]
+    unreachable: str
+    clock_offset: float
+    lookup_seconds: float
+    sandbox: str
+
+
+class Facts(msgspec.Struct):
+    """The measurements of a rank.
+
+    Attributes:
+        memory: the memory of the rank's GPU; None without a GPU.
+        products: FLOP/s of matrix products.
+        links: parallel axis → the rate of the rank's group on that axis.
+        pairs: rates to the rank of the same number on the neighboring nodes, in bytes per second.
+        folder: what the rank has found in the run folder, if it has used the folder.
+        node: what the rank has found about its node; None but for a node's first rank.
+        seconds: step of the preflight → how long it took.
+        gloo: like pairs, over gloo."""
+
+    rank: int
+    node_index: int
+    host: str
+    device: str
+    memory: Memory | None
+    products: float
+    links: dict[str, LinkRate]
+    pairs: list[float]
+    folder: Folder
+    node: NodeFacts | None
+    seconds: dict[str, float]
+    gloo: list[float] = []

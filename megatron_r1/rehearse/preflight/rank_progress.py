@@ -1,0 +1,146 @@
+"""Each rank's progress in a common store, which names the rank that the others wait for.
+
+A rank publishes the number and name of every step that it enters; a thread of its own, with a
+connection of its own, publishes that the process is alive. Where a step takes too long, the lowest
+rank that still runs compares all ranks and ends the preflight with the names of those that are
+behind."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from torch.distributed import DistError, Store
+
+POLL_SECONDS = 0.5
+STAGGER_SECONDS = 1.0
+"""The lowest rank that runs writes the diagnosis: each waits so much longer than the one below."""
+LIMIT_RANKS = 16
+"""Ranks from this one on wait equally long, so that with thousands of ranks no process outlives the
+limit by thousands of seconds."""
+FAILED = "failed"
+"""The key of the store by which the rank that writes the diagnosis ends the others."""
+
+
+def _end_process(message: str) -> None:
+    """Print `message` and end the process, whose main thread may hang."""
+    if message:
+        print(f"megatron-r1: preflight: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+class RankProgress:
+    """Publishes the steps of this rank, and ends the process where a step takes too long.
+
+    Attributes:
+        seconds: how long each step took, by name."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Store],
+        rank: int,
+        host: str,
+        world_size: int,
+        limit_seconds: float,
+        end: Callable[[str], None] = _end_process,
+    ):
+        """Prepare to report and to watch the ranks' progress.
+
+        Args:
+            connect: opens a connection to the store.
+            rank: this rank.
+            host: name of this rank's host.
+            world_size: the number of ranks.
+            limit_seconds: the time that a step may take.
+            end: called with the diagnosis, or "" where another rank has printed it."""
+        self.store = connect()
+        self.seconds: dict[str, float] = {}
+        self._connect, self._rank, self._host, self._world_size = connect, rank, host, world_size
+        self._limit, self._end = limit_seconds, end
+        self._number, self._name, self._since, self._factor = 0, "", time.monotonic(), 1.0
+        self._done, self._beats = threading.Event(), 0
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def start(self) -> None:
+        """Watch from now on."""
+        self._thread.start()
+
+    def enter(self, name: str, times_limit: float = 1.0) -> None:
+        """Begin a step; every rank enters the same steps.
+
+        Args:
+            name: the step.
+            times_limit: the multiple of the usual limit that this step may take."""
+        self._finish()
+        self._number, self._name, self._factor = self._number + 1, name, times_limit
+        self._since = time.monotonic()
+        self.store.set(f"step/{self._rank}", f"{self._number}\t{self._host}\t{name}")
+
+    def meet(self, name: str) -> None:
+        """Wait until every rank has called `meet` with this name. Each name is used once."""
+        if self.store.add(f"met/{name}", 1) == self._world_size:
+            self.store.set(f"go/{name}", "")
+        self.store.wait([f"go/{name}"])
+
+    def close(self) -> None:
+        """End the watch."""
+        self._finish()
+        self._done.set()
+        self._thread.join()
+
+    def diagnose(self, store: Store) -> str:
+        """Return which ranks keep the others waiting: those that have stopped, or else those whose
+        step is behind."""
+        ranks = range(self._world_size)
+        before = {rank: _read(store, f"alive/{rank}") for rank in ranks}
+        for _ in range(4):
+            time.sleep(POLL_SECONDS)
+            self._beat(store)
+        silent = [rank for rank in ranks if _read(store, f"alive/{rank}") == before[rank]]
+        steps = {rank: _read(store, f"step/{rank}") for rank in ranks}
+        numbers = {rank: int(step.split("\t")[0]) if step else 0 for rank, step in steps.items()}
+        last = max(numbers, key=lambda rank: numbers[rank])
+        behind = [rank for rank in ranks if numbers[rank] == min(numbers.values())]
+        waiting = steps[last].split("\t")[2] or "start"
+        named = silent or behind
+        if len(named) == self._world_size:
+            return f"all ranks hang in {waiting!r}: look at the network between the nodes"
+        shown = "; ".join(_describe(rank, steps[rank], rank in silent) for rank in named[:8])
+        more = f"; {len(named) - 8} more" if len(named) > 8 else ""
+        return f"{shown}{more}. The others wait in {waiting!r}. Replace that host, or look at it"
+
+    def _finish(self) -> None:
+        if self._name:
+            self.seconds[self._name] = round(time.monotonic() - self._since, 3)
+
+    def _beat(self, store: Store) -> None:
+        self._beats += 1
+        store.set(f"alive/{self._rank}", str(self._beats))
+
+    def _watch(self) -> None:
+        try:
+            store = self._connect()
+            while not self._done.wait(POLL_SECONDS):
+                self._beat(store)
+                if store.check([FAILED]):
+                    return self._end("")
+                late = self._limit * self._factor + STAGGER_SECONDS * min(self._rank, LIMIT_RANKS)
+                if time.monotonic() - self._since > late:
+                    message = self.diagnose(store)
+                    return self._end(message if store.add(FAILED, 1) == 1 else "")
+        except DistError:
+            if not self._done.is_set():
+                self._end(f"rank {self._rank} ({self._host}) has lost the store of rank 0's node")
+
+
+def _read(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def _describe(rank: int, step: str, is_silent: bool) -> str:
+    if not step:
+        return f"rank {rank} has not started"
+    _, host, name = step.split("\t")
+    how = "has stopped" if is_silent else "is still"
+    return f"rank {rank} on {host} {how} in {name!r}"

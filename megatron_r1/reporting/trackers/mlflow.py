@@ -1,0 +1,71 @@
+"""MLflow, at `MLFLOW_TRACKING_URI`, else in `mlflow/` of the run's folder."""
+
+import os
+import re
+import time
+from collections.abc import Mapping
+
+from megatron_r1.config.flat_settings import flatten
+from megatron_r1.reporting.trackers.tracked_run import EVALUATION, STEP, TrackedRun
+
+MLFLOW = "mlflow"
+MLFLOW_MAX_PARAMETERS = 100
+MLFLOW_MAX_CHARS = 500
+"""Limits of MLflow for a batch of parameters, and for a value that all of its stores take."""
+MLFLOW_NOT_ALLOWED = re.compile(r"[^\w\-. :/]")
+"""Characters that MLflow refuses in the name of a metric; each becomes `_`, as in `eval/pass_1`."""
+MLFLOW_DEFAULTS = {
+    # With MLflow's own limits a line takes minutes while a server is away.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    # Allows plain files in `mlflow/`; a database store needs packages that mlflow-skinny lacks.
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+}
+
+
+class MlflowTracker:
+    """Sends each line as a batch of metrics of its step."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        """Open the tracked run, or create it. Raises what mlflow raises."""
+        for name, value in MLFLOW_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        import mlflow
+        from mlflow.entities import Metric, Param
+
+        self.notes: list[str] = []
+        self._metric = Metric
+        local = (run.folder / "mlflow").resolve().as_uri()
+        place = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else local
+        self._client = mlflow.MlflowClient(place)
+        identity = run.recall(MLFLOW)
+        if identity is None:
+            experiment = self._client.get_experiment_by_name(run.project)
+            number = (
+                experiment.experiment_id
+                if experiment
+                else self._client.create_experiment(run.project)
+            )
+            created = self._client.create_run(number, run_name=run.folder.name)
+            identity = created.info.run_id
+            run.keep(MLFLOW, identity)
+            values = [Param(k, str(v)[:MLFLOW_MAX_CHARS]) for k, v in flatten(run.settings).items()]
+            for start in range(0, len(values), MLFLOW_MAX_PARAMETERS):
+                self._client.log_batch(
+                    identity, params=values[start : start + MLFLOW_MAX_PARAMETERS]
+                )
+        self._identity = identity
+        self._client.update_run(identity, status="RUNNING")
+        tracked = self._client.get_run(identity).data.metrics
+        self.newest = {key: tracked[key] for key in (STEP, EVALUATION) if key in tracked}
+
+    def send(self, step: int, numbers: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [
+            self._metric(MLFLOW_NOT_ALLOWED.sub("_", name), value, now, step)
+            for name, value in numbers.items()
+        ]
+        self._client.log_batch(self._identity, metrics=metrics)
+
+    def finish(self, finished: bool) -> None:
+        self._client.set_terminated(self._identity, "FINISHED" if finished else "KILLED")

@@ -1,0 +1,82 @@
+"""Weights & Biases, online, or offline (`WANDB_MODE=offline`) for a later `wandb sync`."""
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.reporting.trackers.tracked_run import EVALUATION, STEP, TrackedRun
+
+WANDB = "wandb"
+WANDB_START_SECONDS = 30
+WANDB_FINISH_SECONDS = 30
+
+
+def check_wandb() -> None:
+    """Raise UserError where W&B would need a key and has none. Touches no network."""
+    import wandb
+
+    if wandb.setup().settings.mode in (None, "online", "shared") and not wandb.login(
+        prompt=False, verify=False
+    ):
+        raise UserError(
+            "run.trackers: wandb has no API key: run `wandb login`, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline, which writes to the run's folder for `wandb sync`",
+            key="WANDB_API_KEY",
+            cause=Cause.MISSING,
+        )
+
+
+class WandbTracker:
+    """Sends each line with its own step: a resumed run adds to the one that it was.
+
+    Offline, W&B begins a new folder at each start, which then gets all lines again: the newest has
+    the whole run."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        """Open the tracked run, offline where the server cannot be reached. Raises what wandb
+        raises."""
+        import wandb
+        from wandb.errors import CommError
+
+        identity = run.recall(WANDB)
+        if identity is None:
+            identity = secrets.token_hex(4)
+            run.keep(WANDB, identity)
+        options: dict[str, Any] = {
+            "project": run.project,
+            "name": run.folder.name,
+            "id": identity,
+            "resume": "allow",
+            "dir": str(run.folder),
+            "config": dict(run.settings),
+        }
+        # The live view redraws the terminal, of which W&B would record every frame.
+        settings: dict[str, Any] = {
+            "console": "off",
+            "silent": True,
+            "init_timeout": WANDB_START_SECONDS,
+        }
+        settings["finish_timeout"] = WANDB_FINISH_SECONDS
+        self.notes: list[str] = []
+        try:
+            self._run = wandb.init(**options, settings=wandb.Settings(**settings))
+        except (CommError, TimeoutError) as error:
+            wandb.teardown()  # else its service counts the id as in use
+            offline = wandb.Settings(**settings, mode="offline")
+            self._run = wandb.init(**options, settings=offline)
+            reason = str(error).splitlines()[0]
+            self.notes.append(
+                f"wandb: the server cannot be reached ({reason}); recorded offline: wandb sync "
+                f"{run.folder}/wandb/latest-run"
+            )
+        self._run.define_metric("*", step_metric=STEP)
+        self._run.define_metric("eval/*", step_metric=EVALUATION)
+        tracked: dict[str, Any] = dict(self._run.summary)
+        self.newest = {key: float(tracked[key]) for key in (STEP, EVALUATION) if key in tracked}
+
+    def send(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers))
+
+    def finish(self, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)

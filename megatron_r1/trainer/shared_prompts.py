@@ -1,0 +1,134 @@
+"""Tokens that samples of a micro-batch share (`parallel.share_prompts`): a prompt, or turns of a
+tree.
+
+What is shared is computed once (`models.prefixes`); `controller.trainer_calls.packing` packs the
+samples of one prompt together, all turns of a tree among them.
+
+Imports neither torch nor Megatron, because the controller imports it."""
+
+from bisect import bisect, insort
+
+import numpy as np
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config
+from megatron_r1.trainer.training_sample import Sample
+
+
+def check_shared_prompts(config: Config, on_gpu: bool, is_plain: bool) -> None:
+    """Raise UserError where `parallel.share_prompts` does not go with the device, the model or a
+    setting.
+
+    Args:
+        config: the recipe.
+        on_gpu: whether the trainer runs on a GPU.
+        is_plain: whether attention has neither windows nor softmax offsets."""
+    if not config.parallel.share_prompts:
+        return
+    obstacles = {
+        "a GPU: Transformer Engine's attention has no mask of a tree (docs/parallelism.md)": on_gpu,
+        f"parallel.context: {config.parallel.context}": config.parallel.context > 1,
+        "a model with attention windows or softmax offsets": not is_plain,
+        "rl.routing_replay": config.rl.routing_replay,
+        "model.mtp: train": config.model.mtp == "train",
+        "model.expert_bias_update_rate, which counts tokens": config.model.expert_bias_update_rate
+        > 0,
+    }
+    if found := [name for name, is_there in obstacles.items() if is_there]:
+        raise UserError(
+            f"parallel.share_prompts: true does not go with {found[0]}; leave it out",
+            key="parallel.share_prompts",
+            cause=Cause.CONFLICT,
+        )
+
+
+class SharedTokens:
+    """The tokens that samples, added one after the other, share with earlier ones.
+
+    A sample skips tokens that an earlier one, its host, begins with too, up to the last token
+    before its first trained one: that token predicts what only this sample is trained on. So every
+    trained token is in its own sample, and a branch of a tree has only what follows the turns of
+    earlier branches.
+
+    Attributes:
+        hosts: for each sample the number of the earlier one that has its skipped tokens, or -1.
+        skipped: for each sample the number of these tokens; more than its host skips."""
+
+    def __init__(self) -> None:
+        self.hosts: list[int] = []
+        self.skipped: list[int] = []
+        self._sorted: list[tuple[bytes, int]] = []
+
+    def of(self, sample: Sample) -> tuple[int, int]:
+        """Return (host, skipped) of a sample if it were added next.
+
+        In the order of their bytes a sample shares most with one of its two neighbors."""
+        tokens, most = bytes(sample.token_ids), sample.prompt_length - 1
+        at = bisect(self._sorted, (tokens, len(self.hosts)))
+        near = self._sorted[max(0, at - 1) : at + 1]
+        common, host = max(
+            ((_common_tokens(tokens, other), number) for other, number in near), default=(0, -1)
+        )
+        skipped = min(common, most)
+        if skipped < min(most, LEAST_SHARED) or not skipped:
+            return -1, 0
+        while host >= 0 and skipped <= self.skipped[host]:
+            host = self.hosts[host]
+        return host, skipped
+
+    def add(self, sample: Sample) -> int:
+        """Add a sample; return the number of its tokens that are not shared."""
+        host, skipped = self.of(sample)
+        insort(self._sorted, (bytes(sample.token_ids), len(self.hosts)))
+        self.hosts.append(host)
+        self.skipped.append(skipped)
+        return len(sample) - skipped
+
+
+LEAST_SHARED = 16
+"""Tokens of a prefix that is shared though it is not all that could be: each prefix costs a call of
+the attention kernel, and a few equal words of two questions save less."""
+
+
+def _common_tokens(first: bytes, second: bytes) -> int:
+    """Return the number of tokens that both begin with."""
+    count = min(len(first), len(second)) // 4
+    different = np.frombuffer(first, np.int32, count) != np.frombuffer(second, np.int32, count)
+    return int(different.argmax()) if different.any() else count
+
+
+def by_first_prompt(samples: list[Sample]) -> list[list[int]]:
+    """Return the indices of the samples that begin with the same prompt: of each group the shortest
+    of its samples, of which the prompts of later turns are continuations. The first branch of an
+    episode comes before those that continue its turns."""
+    found: dict[bytes, list[int]] = {}
+    lengths: list[int] = []
+    for number in sorted(range(len(samples)), key=lambda i: samples[i].prompt_length):
+        sample = samples[number]
+        prompt = bytes(sample.token_ids[: 4 * sample.prompt_length])
+        if prompt not in found:
+            starts = (prompt[: 4 * length] for length in lengths)
+            root = next((start for start in starts if start in found), None)
+            if root is None:
+                found[prompt] = []
+                lengths = sorted({*lengths, sample.prompt_length})
+            else:
+                prompt = root
+        found[prompt].append(number)
+    return [_depth_first(samples, members) for members in found.values()]
+
+
+def _depth_first(samples: list[Sample], members: list[int]) -> list[int]:
+    """Return `members`, each followed by those that continue it."""
+    shared = SharedTokens()
+    for member in members:
+        shared.add(samples[member])
+    children: dict[int, list[int]] = {}
+    for place, host in enumerate(shared.hosts):
+        children.setdefault(host, []).append(place)
+    ordered, waiting = [], children.get(-1, [])[::-1]
+    while waiting:
+        place = waiting.pop()
+        ordered.append(members[place])
+        waiting += children.get(place, [])[::-1]
+    return ordered

@@ -1,0 +1,200 @@
+"""A training sample, and its form on the way to the trainer ranks: headers in msgpack, and the
+samples' own bytes behind them.
+
+Imports neither torch nor Megatron, because the controller imports it."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from typing import cast
+
+import msgspec
+
+Buffer = bytes | memoryview
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """A training sample: one prompt with its response, or one branch of a trajectory of several
+    turns. Its `bytes` may be views of other memory, or of a file.
+
+    Attributes:
+        token_ids: int32 bytes, prompt then response.
+        logprobs: float32 bytes, the rollout engine's, one per response token (empty for SFT).
+        advantage: the same for every response token; with an algorithm's token_advantages, what
+            these are computed from (a reward or an advantage). NaN: the sample is not trained on.
+        routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes
+            each (`models.routing_shape`), for the tokens before the last; empty without replay.
+        teacher: float32 bytes, the teacher's log-probabilities of the response, or None.
+        label: the label for a reward model, 1 for a good text, 0 for a bad one.
+        mask: a byte per token of the response, 1 where the policy sampled it and is trained on it,
+            0 where it was given (a tool's result, a user's turn); empty: all were sampled.
+        weight: the sample's share of its trajectory's sampled tokens; those of all branches add up
+            to 1.
+        num_trajectories: how many trajectories it counts for in a denominator: 1, or 0 for every
+            branch but the first."""
+
+    token_ids: bytes
+    prompt_length: int
+    logprobs: bytes = b""
+    advantage: float = 0.0
+    routing: bytes = b""
+    teacher: bytes | None = None
+    label: float = 0.0
+    mask: bytes = b""
+    weight: float = 1.0
+    num_trajectories: int = 1
+
+    @classmethod
+    def pack(
+        cls,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        logprobs: Sequence[float] | None = None,
+        advantage: float = 0.0,
+        routing: Buffer = b"",
+        teacher: Sequence[float] | None = None,
+        label: float = 0.0,
+    ) -> Sample:
+        """Encode token ids and floats, without copies of floats in an array; ValueError for an
+        empty prompt and unequal lengths."""
+        if not len(prompt):
+            raise ValueError("a sample needs at least one prompt token")
+        if logprobs is not None and len(logprobs) != len(response):
+            raise ValueError(f"{len(response)} response tokens but {len(logprobs)} logprobs")
+        if teacher is not None and len(teacher) != len(response):
+            raise ValueError(f"{len(response)} response tokens but {len(teacher)} of the teacher's")
+        ids = b"".join((_to_bytes("i", prompt), _to_bytes("i", response)))
+        floats = _to_bytes("f", logprobs) if logprobs is not None else b""
+        teacher_floats = None if teacher is None else _to_bytes("f", teacher)
+        rows = cast(bytes, routing)
+        return cls(ids, len(prompt), floats, advantage, rows, teacher_floats, label)
+
+    @classmethod
+    def pack_branch(
+        cls,
+        token_ids: Sequence[int],
+        is_sampled: bytes,
+        logprobs: Sequence[float],
+        advantage: float,
+        *,
+        weight: float,
+        num_trajectories: int,
+        routing: Buffer = b"",
+        teacher: Sequence[float] | None = None,
+    ) -> Sample:
+        """Encode a branch, whose prompt is all that was given before its first sampled token; what
+        follows the last one is left out, as nothing is learned from it.
+
+        Args:
+            token_ids: the whole branch.
+            is_sampled: a byte per token, 1 where it is trained on.
+            logprobs: one per token.
+            advantage: the advantage of every sampled token.
+            weight: as of `Sample`.
+            num_trajectories: as of `Sample`.
+            routing: the routing of all tokens but the last.
+            teacher: one per sampled token.
+
+        Raises:
+            ValueError: the arguments do not fit each other."""
+        first, end, count = is_sampled.find(1), is_sampled.rfind(1) + 1, len(token_ids)
+        if first < 1 or not count == len(is_sampled) == len(logprobs):
+            raise ValueError(
+                f"a branch of {count} tokens has {len(logprobs)} logprobs and a mask of "
+                f"{len(is_sampled)}, whose first sampled token is number {first}: it needs a prompt"
+            )
+        if end < count:
+            routing = routing[: len(routing) // (count - 1) * (end - 1)]
+        mask = is_sampled[first:end]
+        if teacher is not None:
+            scores = iter(teacher)
+            teacher = array("f", [next(scores) if sampled else 0.0 for sampled in mask])
+        prompt, response = token_ids[:first], token_ids[first:end]
+        sample = cls.pack(prompt, response, logprobs[first:end], advantage, routing, teacher)
+        # Without a mask where all was sampled, as of a single turn.
+        mask = mask if 0 in mask else b""
+        return msgspec.structs.replace(
+            sample, mask=mask, weight=weight, num_trajectories=num_trajectories
+        )
+
+    def __len__(self) -> int:
+        return len(self.token_ids) // 4
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its response is in the sums and denominators of a loss."""
+        return not math.isnan(self.advantage)
+
+
+def _to_bytes(typecode: str, numbers: Sequence[float]) -> bytes:
+    """Return the bytes of `numbers`: a view where they are an array of that type."""
+    if not isinstance(numbers, array) or numbers.typecode != typecode:
+        numbers = array(typecode, numbers)
+    return cast(bytes, memoryview(numbers).cast("B"))
+
+
+ReplicaSamples = list[list[list[Sample]]]
+"""The samples of one model replica: [i][m] are those of micro-batch m of mini-batch i."""
+JOINED_BYTES = 1 << 16
+"""Buffers below this size are joined: a part of a message of its own costs a few microseconds."""
+
+
+BUFFERS = ("token_ids", "logprobs", "routing", "teacher", "mask")
+"""The fields of a `Sample` that travel behind the headers, in this order."""
+Header = tuple[Sample, list[int | None]]
+"""A sample without its buffers, and their sizes; None for a teacher that is None."""
+
+
+def encode_samples(samples: ReplicaSamples) -> list[Buffer]:
+    """Return the parts of a message: the headers, and the samples' buffers one after the other.
+
+    Not one msgpack object, which ends at 4 GiB: routing of 512 x 30,000 tokens is 7 GB."""
+    headers: list[list[list[Header]]] = []
+    parts: list[Buffer] = []
+    small: list[Buffer] = []
+    for minibatch in samples:
+        headers.append([])
+        for microbatch in minibatch:
+            headers[-1].append([])
+            for sample in microbatch:
+                buffers = [getattr(sample, name) for name in BUFFERS]
+                sizes = [None if buffer is None else len(buffer) for buffer in buffers]
+                bare = msgspec.structs.replace(sample, **dict.fromkeys(BUFFERS, b""))
+                headers[-1][-1].append((bare, sizes))
+                for buffer in filter(None, buffers):
+                    if len(buffer) < JOINED_BYTES:
+                        small.append(buffer)
+                        continue
+                    if small:
+                        parts.append(b"".join(small))
+                        small.clear()
+                    parts.append(buffer)
+    return [msgspec.msgpack.encode(headers), *parts, b"".join(small)]
+
+
+def decode_samples(headers: Buffer, buffers: memoryview) -> ReplicaSamples:
+    """Return the samples that `encode_samples` encoded; they refer to `buffers`.
+
+    Args:
+        headers: the first part of its message.
+        buffers: the others, joined."""
+    end = 0
+
+    def take(size: int | None) -> memoryview | None:
+        nonlocal end
+        if size is None:
+            return None
+        end += size
+        return buffers[end - size : end]
+
+    def sample(header: Header) -> Sample:
+        bare, sizes = header
+        return msgspec.structs.replace(bare, **dict(zip(BUFFERS, map(take, sizes), strict=True)))
+
+    minibatches = msgspec.msgpack.decode(headers, type=list[list[list[Header]]])
+    return [
+        [[sample(header) for header in microbatch] for microbatch in minibatch]
+        for minibatch in minibatches
+    ]

@@ -1,0 +1,148 @@
+"""Ranges of estimated times, and what narrows them."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from planned_jobs import RECIPE, ROOT, planned
+
+from megatron_r1.commands.plan import main
+from megatron_r1.config.hardware import Assumptions
+from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.quantity import Quantity
+from megatron_r1.plan.ranges import MEASUREMENTS, closed_by, narrowing_section
+from megatron_r1.plan.replay import ROUTED
+from megatron_r1.plan.timing import PARTS, time_section
+from tools.gpu_check import calibration
+from tools.gpu_check.checks import CHECKS
+
+
+def times(job):
+    return time_section(Bill(job).times)
+
+
+def test_a_range_is_the_estimate_over_and_times_the_spread_and_at_most_a_factor_of_four():
+    section = times(planned())
+    for name in ("rollout", "scoring", "training", "push"):
+        part = section[name]
+        assert part.low == pytest.approx(part.number / 1.96), name
+        assert part.high == pytest.approx(part.number * 1.96), name
+        assert part.high / part.low <= 4
+    for end in ("low", "high"):  # a step's, with the part that has no range
+        parts = sum(getattr(section[n], end) for n in PARTS if n != ROUTED and n in section)
+        total = parts + section[ROUTED].number
+        assert getattr(section["step"], end) == pytest.approx(total)
+        assert getattr(section["run"], end) == pytest.approx(total * 650 / 3600)
+    assert section["bubble"].low is None
+    with pytest.raises(ValueError, match="time_spread"):
+        replace(Assumptions(), time_spread=2.01)
+
+
+def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
+    job = planned()
+    measured = replace(job, measured={"decode_latency_per_layer": "measured.yaml"})
+    section, known = times(job), times(measured)
+    assert known["rollout"].low is None
+    exact = section["rollout"].number + section["routed experts"].number
+    rest = section["step"].number - exact
+    assert known["step"].low == pytest.approx(exact + rest / 1.96)
+    assert known["step"].high == pytest.approx(exact + rest * 1.96)
+    named = [set(narrowing_section(each, times(each))) for each in (job, measured)]
+    assert named[0] - named[1] == {"rollout"}
+    names = {closed_by(job, name) for name in MEASUREMENTS}
+    everything = replace(job, measured=dict.fromkeys(names, "measured.yaml"))
+    assert narrowing_section(everything, times(everything)) == {}
+    assert times(everything)["step"].limits == ""
+
+
+def test_with_rollouts_ahead_each_end_is_that_of_the_longest_of_three():
+    alone = {"rollout_gpus": 2048, "rollout__colocated": False, "rl__importance_cap": 2.0}
+    job = replace(planned(**alone, rl__staleness=1), measured={"decode_latency_per_layer": "x"})
+    section = times(job)
+    stop = [section["push"], section["load"]]
+    trainer = [section[name] for name in ("scoring", "training", "saves")]
+    trained = sum(part.high for part in trainer) + section["routed experts"].number
+    either = (section["rollout"].number + trained) / 2
+    assert either > trained
+    assert section["step"].high == pytest.approx(sum(p.high for p in stop) + either)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "unit", "text"),
+    [
+        (140.2, 532.1, "hours", "140 to 532 hours"),
+        (16.94, 2000, "s", "16.9 to 2,000 s"),
+        (0.9, 1.5, "hours", "54 minutes to 1.5 hours"),
+        (0.1, 0.4, "share", "10.0% to 40.0%"),
+        (2.0, 2.0, "s", ""),
+    ],
+)
+def test_a_range_is_written_with_its_unit_once_where_both_ends_have_the_same(low, high, unit, text):
+    assert Quantity(1.0, unit, "", low, high).limits == text
+
+
+def test_the_bill_names_the_measurement_of_each_wide_range(capsys):
+    checklist = " ".join((ROOT / "docs/gpu-checklist.md").read_text().split())
+    for check in MEASUREMENTS.values():
+        assert f"`{check}`" in checklist, check
+    assert main([str(RECIPE)]) == 0
+    printed = capsys.readouterr().out
+    narrowing = printed.partition("what would narrow the ranges")[2].partition("\n\n")[0]
+    flat = " ".join(narrowing.split())
+    for name, check in MEASUREMENTS.items():
+        if name != "critic":
+            command = f"tools/gpu_check --only '{check}', then --calibrate"
+            assert re.search(rf"{name} 3.84 x {command}", flat), name
+    run = re.search(r"the run of 650 steps: (\d+ hours) \((\d+) to (\d+) hours\)", printed)
+    assert run[0] in (ROOT / "docs/plan.md").read_text()
+    readme = (RECIPE.parent / "README.md").read_text()
+    assert f"| {run[1]} ({run[2]}–{run[3]});" in readme
+    assert re.search(r"a step \([\d,]+ to [\d,]+ s\)", printed)
+
+
+def test_the_plan_names_checks_that_exist():
+    assert set(MEASUREMENTS.values()) <= {check.name for check in CHECKS}
+
+
+def test_engines_of_one_gpu_need_the_bandwidth_and_saves_that_block_the_storage():
+    small = replace(planned(rollout__engines=2048, rollout__tensor=1, rollout__data=1))
+    assert [closed_by(job, "rollout") for job in (planned(), small)] == [
+        "decode_latency_per_layer",
+        "bandwidth_efficiency",
+    ]
+    blocking = planned(checkpoint__asynchronous=False)
+    assert [closed_by(job, "saves") for job in (planned(), blocking)] == ["host_link", "storage"]
+
+
+def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
+    """The file that all three checks of seconds have written, as they write it."""
+    values = {"decode_latency_per_layer": 1e-4, "bandwidth_efficiency": 0.6}
+    calibration.add(tmp_path, "H800", values)
+    calibration.add(tmp_path, "H800", {"compute_efficiency": 0.4})
+    file = calibration.add(tmp_path, "H800", {"wake_seconds": 1.5, "tensor_load_seconds": 2e-4})
+    assert main([str(RECIPE)]) == main([str(RECIPE), "--calibrate", str(file)]) == 0
+    before, after = re.findall(
+        r"run of 650 steps: \d+ hours \((\d+) to (\d+) hours\)", capsys.readouterr().out
+    )
+    wide, narrow = (int(high) / int(low) for low, high in (before, after))
+    assert wide > 3.5 and narrow < 1.1
+    calibration.add(tmp_path, "H100", {"compute_efficiency": 0.4})
+    assert main([str(RECIPE), "--calibrate", str(file)]) == 2
+    assert "H100" in capsys.readouterr().err
+
+
+def test_a_response_that_may_outlast_its_time_limit_is_noted_where_its_range_does(capsys):
+    longest = Bill(planned()).engines.longest_seconds
+    high = longest * 1.96
+    for limit, noted in ((high * 1.01, False), (high * 0.99, True)):
+        notes = Bill(planned(rollout__request_timeout_seconds=limit)).notes()
+        assert len(notes) == noted, limit
+    assert "rollout.request_timeout_seconds" in notes[0] and "32,768 tokens" in notes[0]
+    known = replace(planned(), measured={"decode_latency_per_layer": "measured.yaml"})
+    config = known.config.with_changes(rollout={"request_timeout_seconds": longest * 1.01})
+    assert Bill(replace(known, config=config)).notes() == []
+    # 65,536 tokens, from step 513 on; the recipe's limit is above their range.
+    assert main([str(RECIPE)]) == 0 and "note:" not in capsys.readouterr().out
+    assert main([str(RECIPE), "--rollout.request_timeout_seconds", "3600"]) == 0
+    first, _, later = capsys.readouterr().out.partition("from step 513")
+    assert "note:" not in first and "note: a response of 65,536 tokens" in later

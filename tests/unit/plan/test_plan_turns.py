@@ -1,0 +1,60 @@
+"""Seconds between the phases of a step, and of the pipeline's hops, by hand."""
+
+import pytest
+from planned_jobs import planned, real_job
+
+from megatron_r1.config.hardware import GIB
+from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.rollout import Engines
+from megatron_r1.plan.timing import StepTime, time_section
+from megatron_r1.plan.turns import load, saves, sleep_and_wake
+
+
+def test_weights_are_read_and_written_and_each_tensor_costs_the_host():
+    """19.85 GiB twice at 33% of 3.35 TB/s; of 1,223 tensors each 0.1 ms."""
+    found = load(planned())
+    assert "1,223 tensors" in found.formula
+    assert found.number == pytest.approx(2 * 19.85 * GIB / (0.33 * 3.35e12) + 0.1223, rel=1e-3)
+    over_gloo = load(planned(push__transport="gloo"))  # from the host, at 81% of 55 GB/s
+    assert over_gloo.number == pytest.approx(19.85 * GIB / (0.81 * 55e9) + 0.1223, rel=1e-3)
+
+
+def test_engines_sleep_and_wake_once_a_step_where_they_share_the_gpus():
+    assert sleep_and_wake(planned()).number == pytest.approx(1.0 + 2.6)
+    assert time_section(Bill(planned()).times)["sleep and wake"].number == pytest.approx(3.6)
+    alone = planned(rollout_gpus=2048, rollout__colocated=False, rl__importance_cap=2.0)
+    assert "sleep and wake" not in time_section(Bill(alone).times)
+
+
+def test_a_save_stops_the_trainer_for_its_copy_and_without_threads_for_its_writing():
+    """67.52 GiB of the fullest rank, every 5 steps."""
+    job = planned()
+    copied = max(rank.host["checkpoint being written"] for rank in Bill(job).ranks)
+    assert copied == pytest.approx(67.52 * GIB, rel=1e-3)
+    copy = copied / (0.81 * 55e9)
+    assert saves(job).number == pytest.approx(copy / 5)
+    synchronous = saves(planned(checkpoint__asynchronous=False, checkpoint__every=2))
+    assert synchronous.number == pytest.approx((copy + copied / 0.25e9) / 2)
+
+
+def test_a_rank_stalls_at_every_hop_of_the_pipeline():
+    """2 chunks x 16 micro-batches x 2 directions; a micro-batch's states of 7,168 values in bf16,
+    over context 2 and tensor 4, through the network but for the 8 of 2,048 ranks in a node."""
+    job = real_job()
+    times = StepTime(job, Engines(job))
+    tokens = 32 * 8704 / 16 / 8
+    hop = 200e-6 + tokens * 7168 * 2 * (1 - 8 / 2048) / (0.81 * 50e9)
+    assert times.hop == pytest.approx(hop)
+    assert times.stalls(True) == pytest.approx(4 * hop)
+    stalled = time_section(times)["pipeline stalls"]
+    assert stalled.number == pytest.approx(64 * hop) and "64 hops" in stalled.formula
+    rank = times.busiest
+    micro = times.compute(rank, True) + times.exposed(rank, True) + 4 * hop
+    assert times.microbatch(rank, True) == pytest.approx(micro)
+    assert StepTime(real_job(pipeline=1, virtual_pipeline=1, pipeline_layout=None), None).hop == 0
+
+
+def test_a_step_is_the_sum_of_its_parts():
+    section = time_section(Bill(planned()).times)
+    names = ("rollout", "scoring", "training", "push", "load", "sleep and wake", "saves")
+    assert section["step"].number == pytest.approx(sum(section[n].number for n in names))

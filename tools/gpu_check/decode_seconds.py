@@ -1,0 +1,173 @@
+"""Seconds of a decoding pass: `python -m tools.gpu_check.decode_seconds FOLDER`.
+
+vLLM decodes with a rank's share of DeepSeek-V3: its widths, the heads of one of 8 tensor ranks, and
+so many experts that all are read. Random weights, CUDA graphs. The number of layers and that of
+experts differ between engines, so that what a pass takes besides its layers (scheduling, sampling,
+head) falls out, and the time of a layer is split into the reading of its weights and the rest:
+
+    seconds of a layer = decode_latency_per_layer + bytes / (bandwidth x bandwidth_efficiency)
+
+A process for each engine; where there is no GPU sizes are a miniature's, and times mean nothing."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from megatron_r1.config.hardware import HARDWARE, Hardware
+from megatron_r1.models.hf_config import published_names, read_hf_config
+from megatron_r1.models.memory import BYTES
+from megatron_r1.plan.counts import ModelCounts
+from tools.bench.host import ROOT, environment
+from tools.gpu_check import calibration, verdict
+from tools.gpu_check.miniatures import full_width, place, shrunk
+from tools.gpu_check.verdict import Failed
+
+
+class Variant(NamedTuple):
+    """An engine: its decoder layers, of which the first is dense, and experts of the others."""
+
+    layers: int
+    experts: int
+
+
+FEW, DEEP, WIDE = VARIANTS = (Variant(2, 8), Variant(6, 8), Variant(6, 40))
+"""Two depths, and two sizes of layers. On a GPU of 80 GB the largest has 21 GB of weights."""
+TENSOR = 8
+"""Tensor ranks of the recipe's engines, of whose heads this is one's."""
+SEQUENCES, PROMPT_TOKENS = 32, 16
+"""Of the recipe's batch on 8 GPUs; short prompts, so that caches are small next to weights."""
+TOKENS = {"gpu": 128, "null-gpu": 8, "cpu": 8}
+"""Decoded by each sequence, and twice as many in a second run, by where it runs."""
+
+
+def model(variant: Variant, small: dict) -> dict:
+    """Return the config.json of an engine's model.
+
+    Args:
+        variant: its layers and experts.
+        small: that of a miniature, whose sizes it has where there is no GPU."""
+    sizes = {"num_hidden_layers": variant.layers, "n_routed_experts": variant.experts}
+    if place() != "gpu":
+        return full_width(small, small, **sizes)
+    hf = read_hf_config(str(ROOT / "examples" / "deepseek_r1" / "model"))
+    heads = hf["num_attention_heads"] // TENSOR
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+    return full_width(hf, small, **sizes)
+
+
+def layer_bytes(hf: dict) -> int:
+    """Return the bytes of the weights of a layer with experts, all of which are read."""
+    deeper = hf | {"num_hidden_layers": hf["num_hidden_layers"] + 1}
+    return (ModelCounts(deeper).total - ModelCounts(hf).total) * BYTES["bfloat16"]
+
+
+def time_engine(folder: Path, tokens: int) -> float:
+    """Return seconds of a decoding pass of `SEQUENCES` by an engine with random weights."""
+    from vllm import LLM, SamplingParams
+
+    options: dict[str, Any] = {"gpu_memory_utilization": 0.7 if place() == "gpu" else 0.1}
+    engine = LLM(
+        str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=PROMPT_TOKENS + 2 * tokens + 16,
+        max_num_seqs=SEQUENCES,
+        enable_prefix_caching=False,
+        enforce_eager=place() != "gpu",
+        **options,
+    )
+    prompts = [
+        {"prompt_token_ids": [3 + (number + place_) % 7 for place_ in range(PROMPT_TOKENS)]}
+        for number in range(SEQUENCES)
+    ]
+
+    def run(count: int) -> float:
+        settings = SamplingParams(
+            temperature=1.0, max_tokens=count, ignore_eos=True, detokenize=False
+        )
+        begin = time.perf_counter()
+        engine.generate(prompts, settings, use_tqdm=False)
+        return time.perf_counter() - begin
+
+    run(tokens)  # warms up
+    return median((run(2 * tokens) - run(tokens)) / tokens for _ in range(3))
+
+
+def judge(
+    seconds: Mapping[Variant, float], num_bytes: Mapping[Variant, int], hardware: Hardware
+) -> dict[str, float]:
+    """Return the values of both numbers. Raises Failed where times do not grow with layers and
+    experts, or need more than the peak of the bandwidth.
+
+    Args:
+        seconds: the seconds of a pass, by engine.
+        num_bytes: the bytes of a layer with experts, by engine.
+        hardware: with the peak of the bandwidth."""
+    figures = {f"ms, {v.layers} layers, {v.experts} experts": 1e3 * s for v, s in seconds.items()}
+    layer = (seconds[DEEP] - seconds[FEW]) / (DEEP.layers - FEW.layers)
+    larger = (seconds[WIDE] - seconds[DEEP]) / (WIDE.layers - 1)
+    if not (layer > 0 and larger > 0):
+        raise Failed("a pass does not take longer with more layers, or more experts", **figures)
+    rate = (num_bytes[WIDE] - num_bytes[DEEP]) / larger
+    latency = layer - num_bytes[DEEP] / rate
+    efficiency = rate / hardware.memory_bandwidth
+    if not 0 < efficiency <= 1:
+        raise Failed(f"weights are read at {efficiency:.2f} of the bandwidth's peak", **figures)
+    if not latency > 0:
+        raise Failed(f"a layer takes {latency:.3g} s besides its weights", **figures)
+    return {"decode_latency_per_layer": latency, "bandwidth_efficiency": efficiency}
+
+
+def check(out: Path) -> dict[str, Any]:
+    """Time every engine, and write what follows."""
+    name = calibration.hardware()
+    small = shrunk(out / "decode", max_ranks=1).hf
+    seconds: dict[Variant, float] = {}
+    num_bytes: dict[Variant, int] = {}
+    for variant in VARIANTS:
+        hf = model(variant, small)
+        folder = out / "decode" / f"{variant.layers}x{variant.experts}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(published_names(hf)))
+        seconds[variant], num_bytes[variant] = _timed_apart(folder), layer_bytes(hf)
+    figures = {f"ms of a pass, {v.layers} x {v.experts}": 1e3 * s for v, s in seconds.items()}
+    if place() != "gpu":
+        return figures
+    values = judge(seconds, num_bytes, HARDWARE[name])
+    return figures | values | {"written": str(calibration.add(out, name, values))}
+
+
+def _timed_apart(folder: Path) -> float:
+    """Return what `time_engine` does in a process of its own, which frees the GPU."""
+    arguments = ["-m", "tools.gpu_check.decode_seconds", str(folder), "engine"]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment(PYTHONWARNINGS="ignore"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    print(done.stdout[-4000:], flush=True)
+    said = [line for line in done.stdout.splitlines() if line.startswith(SECONDS)]
+    if done.returncode or not said:
+        raise Failed(f"{folder.name}: {verdict.error_in(done.stdout)}")
+    return float(said[-1].removeprefix(SECONDS))
+
+
+SECONDS = "seconds of a pass: "
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    if sys.argv[2:] == ["engine"]:
+        print(f"\n{SECONDS}{time_engine(where, TOKENS[place()])}", flush=True)
+        sys.exit()
+    sys.exit(verdict.run(lambda: check(where)))

@@ -1,0 +1,159 @@
+"""Seconds of a micro-batch, and between the phases of a step: `python -m
+tools.gpu_check.step_seconds CASE FOLDER`.
+
+Runs a recipe of examples/deepseek_r1 on one GPU with the widths of DeepSeek-V3 but two layers and
+16 experts, and solves for the numbers with which `megatron-r1 plan` of that run takes the measured
+seconds. Where there is no GPU the model is a miniature, and nothing is written."""
+
+import math
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from megatron_r1.config import load
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.plan.arguments import job_of, parse
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.measured import Measured
+from megatron_r1.plan.push import planned_rank_bytes, push_link
+from megatron_r1.plan.turns import load as load_time
+from megatron_r1.plan.turns import saves
+from megatron_r1.rehearse import miniature
+from megatron_r1.rehearse.questions import write_examples
+from megatron_r1.reporting.run_folder import RunFolder
+from tools.bench.host import ROOT
+from tools.gpu_check import calibration, verdict
+from tools.gpu_check.miniatures import full_width, place, with_settings
+from tools.gpu_check.recipe import run
+from tools.gpu_check.verdict import Failed
+
+CASES = {"micro-batch": ("sft", "sft_800k"), "phases": ("rl", "r1_zero")}
+"""The verb and the recipe of each."""
+LAYERS, EXPERTS = 2, 16
+"""With the vocabulary of a miniature 1.5 billion parameters: 27 GB in training, in an engine 3."""
+TOKENS, EXAMPLES, WORDS = 4096, 256, 128
+"""Of a micro-batch; examples of a batch and their most words, which make four micro-batches."""
+STEPS = 4
+
+
+def settings(case: str, folder: Path) -> miniature.Miniature:
+    """Return the run's settings and its model."""
+    recipe = ROOT / "examples" / "deepseek_r1" / f"{CASES[case][1]}.yaml"
+    # The drafter has no part in these seconds.
+    off = {"model.mtp": "none", "rollout.speculative.method": "none"}
+    config = load(recipe, off | {"run.steps": STEPS, "push.transport": _transport()})
+    path = ROOT / config.model.path
+    hf = read_hf_config(str(path)) | {"num_nextn_predict_layers": 0}
+    small = miniature.shrink(config, hf, folder, 1, on="gpu" if place() == "cpu" else place())
+    one_stage = {"pipeline": 1, "virtual_pipeline": 1, "pipeline_layout": None}
+    changed: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}, "parallel": one_stage}
+    model = small.hf
+    if place() == "gpu":
+        sizes = {"num_hidden_layers": LAYERS, "n_routed_experts": EXPERTS}
+        model = full_width(hf, small.hf, **sizes)
+        changed["rollout"] = {"gpu_memory": 0.3}
+    if place() == "cpu":
+        changed |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
+    if case == "micro-batch":
+        changed["parallel"] = one_stage | {"tokens_per_microbatch": TOKENS}
+        changed["sft"] = {"batch_size": EXAMPLES if place() == "gpu" else 16}
+    return replace(small, config=with_settings(small.config, **changed), hf=model)
+
+
+def _transport() -> str:
+    """Return the transport of pushes: within a GPU, or where there is none in the host."""
+    return "cuda_ipc" if place() == "gpu" else "shm"
+
+
+def planned(folder: Path, hardware: str) -> PlannedJob:
+    """Return the job that the planner sees in a run's folder."""
+    chosen, overrides = parse([str(folder / "config.yaml"), "--hardware", hardware])
+    return job_of(folder / "config.yaml", chosen, overrides, 1)
+
+
+def of_micro_batch(folder: Path, job: PlannedJob) -> dict[str, float]:
+    """Return `compute_efficiency` of a run. Raises Failed where none explains its seconds."""
+    measured = Measured(folder, job)
+    if "compute_efficiency" not in measured.values:
+        raise Failed(measured.reasons["compute_efficiency"])
+    return {"compute_efficiency": measured.values["compute_efficiency"]}
+
+
+def of_phases(
+    lines: Sequence[Mapping[str, Any]], engine_log: str, job: PlannedJob
+) -> dict[str, float]:
+    """Return the numbers of what is between the phases, each where its seconds were measured.
+
+    Args:
+        lines: the lines of metrics.jsonl, without the first step's.
+        engine_log: the output of an engine, in which vLLM says how long it fell asleep and woke.
+        job: the run."""
+
+    def seconds(key: str) -> float | None:
+        found = [line[key] for line in lines if math.isfinite(line.get(key) or math.nan)]
+        return median(found) if found else None
+
+    values: dict[str, float] = {}
+    slept, woke = (
+        [float(text) for text in re.findall(rf"It took ([\d.]+) seconds to {what}", engine_log)]
+        for what in ("fall asleep", "wake up")
+    )
+    if slept and woke:
+        values["sleep_seconds"] = mean(slept)
+        values["wake_seconds"] = sum(woke) / len(slept)  # weights and cache wake one by one
+    if pause := seconds("push/pause"):
+        at = [_load(job, each) for each in (1e-15, 1.0)]
+        per_tensor = (pause - at[0]) / (at[1] - at[0])
+        if per_tensor > 0:
+            values["tensor_load_seconds"] = per_tensor
+    if transfer := seconds("push/transfer"):
+        share = planned_rank_bytes(job) / transfer
+        share *= job.assumptions.push_efficiency / push_link(job)[0]
+        if share <= 1:
+            values["push_efficiency"] = share
+    if blocked := seconds("checkpoint/seconds_blocked"):
+        name = "host_link" if job.config.checkpoint.asynchronous else "storage"
+        part = getattr(job.hardware if name == "host_link" else job.assumptions, name)
+        planned_seconds = saves(job).number * job.config.checkpoint.every
+        values[name] = part * planned_seconds / blocked
+    return values
+
+
+def _load(job: PlannedJob, seconds: float) -> float:
+    """Return the planned seconds of a load where each tensor takes so long."""
+    assumed = replace(job.assumptions, tensor_load_seconds=seconds)
+    return load_time(replace(job, assumptions=assumed)).number
+
+
+def check(case: str, out: Path) -> dict[str, Any]:
+    """Run a case, and write the numbers that follow."""
+    name = calibration.hardware()
+    folder = out / f"seconds-{case}"
+    small = settings(case, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    verb = CASES[case][0]
+    recipe = miniature.write(small, verb)
+    if case == "micro-batch" and place() == "gpu":
+        write_examples(folder / "examples.jsonl", 2 * EXAMPLES, WORDS)
+    run(recipe, small.config, verb)
+    ran = Path(small.config.run.folder)
+    job = planned(ran, name)
+    if case == "micro-batch":
+        values = of_micro_batch(ran, job)
+    else:
+        logs = sorted((ran / "logs").glob("engine-*.log"))
+        text = "".join(log.read_text(errors="replace") for log in logs)
+        values = of_phases(list(RunFolder(str(ran)).read_metrics())[1:], text, job)
+    if place() != "gpu":
+        return values
+    return values | {"written": str(calibration.add(out, name, values))}
+
+
+if __name__ == "__main__":
+    sys.exit(verdict.run(lambda: check(sys.argv[1], Path(sys.argv[2]))))
