@@ -28,7 +28,8 @@ class KnownShapes(P2PCommunicator):
         config: the model's configuration.
         lengths: T of each micro-batch.
         num_chunks: virtual stages of a rank.
-        predicts: whether MTP layers run in this pass."""
+        predicts: whether MTP layers run in this pass.
+        forward_only: whether no gradients come back."""
 
     def __init__(
         self,
@@ -37,11 +38,13 @@ class KnownShapes(P2PCommunicator):
         lengths: Sequence[int],
         num_chunks: int,
         predicts: bool,
+        *,
+        forward_only: bool,
     ):
         super().__init__(group, config)
-        arguments = config, lengths, num_chunks, predicts
-        self._forward = received_shapes(*arguments, group.rank(), group.size(), forward=True)
-        self._backward = received_shapes(*arguments, group.rank(), group.size(), forward=False)
+        of_rank = config, lengths, num_chunks, predicts, group.rank(), group.size()
+        self._forward = received_shapes(*of_rank, forward=True)
+        self._backward = iter(()) if forward_only else received_shapes(*of_rank, forward=False)
 
     def _communicate_shapes(
         self,

@@ -74,7 +74,8 @@ def run_passes(
     interleaved, groups = len(chunks) > 1, process_groups(chunks)
     schedule = get_forward_backward_func(groups.pp.size(), len(chunks) if interleaved else None)
     lengths = [batch.input_ids.shape[1] for batch in batches]
-    hops = KnownShapes(groups.pp, get_model_config(chunks[0]), lengths, len(chunks), predicts)
+    layers = get_model_config(chunks[0]), lengths, len(chunks), predicts
+    hops = KnownShapes(groups.pp, *layers, forward_only=forward_only)
     # forward_only alone leaves Megatron recording a graph.
     with torch.set_grad_enabled(not forward_only):
         reports = schedule(
