@@ -247,8 +247,10 @@ class Replay:
         nothing was replayed."""
         if not self.is_on:
             return {}
-        counts = [sum(int(getattr(r, name)) for r in self._all()) for name in ("agreed", "asked")]
-        total = torch.tensor(counts, dtype=torch.int64, device=device)
+        total = torch.zeros(2, dtype=torch.int64, device=device)
+        for replay in self._all():
+            if isinstance(replay.asked, Tensor):
+                total += torch.stack([torch.as_tensor(replay.agreed), replay.asked])
         # Over all ranks: every router of every rank has other tokens or is another layer.
         dist.all_reduce(total)
         agreed, asked = total.tolist()

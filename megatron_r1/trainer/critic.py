@@ -111,7 +111,7 @@ def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTe
     # limit V itself is taken.
     near = new if clip is None else old + (new - old).clamp(-clip, clip)
     losses, clipped = (new - returns).square(), (near - returns).square()
-    count = torch.tensor(len(rows), dtype=torch.int, device=values.device)
+    count = torch.full((), len(rows), dtype=torch.int, device=values.device)
     measured = {
         "value/loss": 0.5 * torch.maximum(losses, clipped),
         "value/clip_fraction": clipped > losses,

@@ -3,9 +3,9 @@ OUT`, under torchrun.
 
 CASES: JSON, a list of {"label", "model", "microbatches", "parallel", "mtp", "replay"}, each a
 trainer that loads, scores and updates twice. The second time the null GPU counts under "LABEL
-load", "LABEL score", "LABEL compare" and "LABEL update"; waits inside our attention, which takes
-the place of Transformer Engine's, are counted under "attention". OUT gets a file per rank, with the
-lines of Python that each wait came from."""
+load", "LABEL score", "LABEL compare" and "LABEL update"; waits inside what takes the place of GPU
+kernels (our attention, the loss head in PyTorch, Megatron's own permutations) are counted under
+"stand-in". OUT gets a file per rank, with the lines of Python that each wait came from."""
 
 import os
 
@@ -120,8 +120,6 @@ def main() -> None:
     WaitsOfOperators().__enter__()
     transformer_engine_on_host.install()
     transformer_engine_on_host.use_our_attention()
-    in_torch = registry.primitives("torch")
-    registry.primitives = lambda backend: in_torch
     from megatron.core.transformer.moe import token_dispatcher
 
     from megatron_r1.models.attention import CoreAttention
@@ -129,11 +127,14 @@ def main() -> None:
     from megatron_r1.trainer import distributed
 
     def apart(function: Callable) -> Callable:
-        return functools.wraps(function)(labelled("attention")(function))
+        return functools.wraps(function)(labelled("stand-in")(function))
 
     def unfused(function: Callable) -> Callable:
         return lambda *args, fused=False, **kwargs: function(*args, **kwargs)
 
+    in_torch = registry.primitives("torch")
+    in_torch = in_torch._replace(**{k: apart(f) for k, f in in_torch._asdict().items()})
+    registry.primitives = lambda backend: in_torch
     for name in ("permute", "unpermute", "sort_chunks_by_idxs"):
         replace(token_dispatcher, name, lambda function: apart(unfused(function)))
     replace(CoreAttention, "forward", apart)
