@@ -253,9 +253,9 @@ def _pipeline_fields(parallel: ParallelConfig, num_layers: int, num_mtp: int) ->
     return {
         "pipeline_model_parallel_layout": layout,
         "virtual_pipeline_model_parallel_size": len(stages[0]) if interleaved else None,
-        # With two pipeline ranks both neighbors are the same rank, and shapes sent to both at once
-        # arrive swapped (p2p_communication.py:221, Megatron-Core 0.16.1). Overlapped, each
-        # direction is a message of its own.
+        # Each direction is a message of its own, on its way while a chunk computes. Shapes, which
+        # Megatron would swap between two ranks (p2p_communication.py:221, Megatron-Core 0.16.1),
+        # are not sent: `trainer.hops` knows them.
         "overlap_p2p_comm": interleaved,
     }
 

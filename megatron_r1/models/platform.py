@@ -295,6 +295,18 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         ) from error
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on `device`, for which the host does not wait: to a GPU it is
+    copied from pinned memory, in the order of the current stream.
+
+    Args:
+        tensor: on the CPU, any shape and dtype.
+        device: a GPU, or the CPU, where the tensor itself is returned."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def rng_state() -> Tensor | None:
     """Return the state of the GPU's random stream; None without a GPU."""
     return torch.cuda.get_rng_state() if _REAL_CUDA else None

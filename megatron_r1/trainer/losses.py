@@ -58,7 +58,8 @@ def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
     if average == "token":
         return batch.is_response.sum().int()
     if average in ("sequence", "constant"):
-        return torch.tensor(batch.num_responses, dtype=torch.int, device=batch.is_response.device)
+        # By a kernel: `torch.tensor` would copy, and the host wait for the copy.
+        return torch.full((), batch.num_responses, dtype=torch.int, device=batch.advantages.device)
     raise ValueError(f"loss average {average!r}: use token, sequence or constant")
 
 

@@ -46,7 +46,7 @@ def _reward_terms(
 ) -> LossTerms:
     # Every context rank has all the losses; the first one reports them.
     reports = batch.num_responses > 0
-    denominator = torch.tensor(count, dtype=torch.int, device=losses.device)
+    denominator = torch.full((), count, dtype=torch.int, device=losses.device)
     means = {
         name: Mean(values.detach().float().sum() * reports, denominator)
         for name, values in {"loss": losses, **measured}.items()

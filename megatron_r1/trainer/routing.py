@@ -61,7 +61,33 @@ def recorded_routing(
     Raises:
         ValueError: for routing that does not fit its sample."""
     placement = placed(samples, split)
-    return _cut(_whole([samples], [placement], part), own_tokens(placement.cu_seqlens, split))
+    cut = _cut(_whole([samples], [placement], part), own_tokens(placement.cu_seqlens, split))
+    return _completed(cut, samples, placement, split, part.shape)
+
+
+def _completed(
+    recorded: RecordedRouting,
+    samples: Sequence[Sample],
+    placement: Placement,
+    split: TokenSplit,
+    shape: RoutingShape,
+) -> RecordedRouting:
+    """Return the choices with `own_counts` if the engine has chosen for every token of the rank
+    that it was fed. The last token of each sample and padding, whose outputs nothing reads, then
+    get all experts in turn, in place."""
+    fed = torch.zeros(int(placement.cu_seqlens[-1]), dtype=torch.bool)
+    for sample, start in zip(samples, placement.starts, strict=True):
+        fed[start : start + len(sample) - 1] = True
+    held = own_tokens(placement.cu_seqlens, split)
+    if (fed[held] & ~recorded.known).any():
+        return recorded
+    experts, left = recorded.experts, ~recorded.known
+    in_turn = (held[left][:, None] * shape.topk + torch.arange(shape.topk)) % shape.num_experts
+    experts[left] = in_turn[:, None].to(experts.dtype)
+    counts = torch.zeros(experts.shape[1], shape.num_experts, dtype=torch.int64)
+    chosen = experts.transpose(0, 1).flatten(1).long()
+    counts.scatter_add_(1, chosen, torch.ones_like(chosen))
+    return recorded._replace(own_counts=counts.numpy())
 
 
 def _whole(
@@ -91,7 +117,7 @@ def _held(places: Sequence[Placement], split: TokenSplit) -> Tensor:
 
 
 def _cut(whole: RecordedRouting, held: Tensor) -> RecordedRouting:
-    return RecordedRouting(*(part.index_select(0, held) for part in whole))
+    return RecordedRouting(whole.experts.index_select(0, held), whole.known.index_select(0, held))
 
 
 def _indices(layers: list[int]) -> list[int] | slice:
@@ -141,7 +167,11 @@ class RoutingScatter:
             ValueError: on the leader, for routing that does not fit its sample."""
         places = [placed(samples, self._split) for samples in microbatches]
         if not self._replica.leads:
-            return self._received(places)
+            received = self._received(places)
+            return [
+                _completed(own, samples, placement, self._split, self._part.shape)
+                for own, samples, placement in zip(received, microbatches, places, strict=True)
+            ]
         waiting: list[tuple[dist.Work, Tensor]] = []
         # By layers: the ranks that share a pipeline stage get parts of the same rows.
         order = sorted(range(1, len(self._ranks)), key=lambda member: self._ranks[member][1])
@@ -168,7 +198,8 @@ class RoutingScatter:
                 layers, part = own_layers, RoutingPart(self._part.shape, own_layers)
                 whole = _whole(microbatches, places, part)
             cut = _cut(whole, held(split))
-            yield torch.cat([each.reshape(-1).view(torch.uint8) for each in cut])
+            both = (cut.experts, cut.known)
+            yield torch.cat([each.reshape(-1).view(torch.uint8) for each in both])
 
     def _received(self, places: Sequence[Placement]) -> list[RecordedRouting]:
         counts = [len(own_tokens(each.cu_seqlens, self._split)) for each in places]

@@ -93,6 +93,11 @@ class Trainer:
         return construction.language_body(self.config, self.hf) is not None
 
     @property
+    def num_predicted(self) -> int:
+        """The MTP layers that are trained."""
+        return (self.transformer.mtp_num_layers or 0) if self.config.model.mtp == "train" else 0
+
+    @property
     def num_parameters(self) -> int:
         """The parameters of the whole model, counted in its weight table."""
         return weights.num_parameters(self.hf)
@@ -114,13 +119,22 @@ class Trainer:
         check_token_ids(samples, self.hf["vocab_size"])
         shares_prompts = self.config.parallel.share_prompts
         pack = partial(
-            packed_batch, split=self.split, device=platform.device(), share_prompts=shares_prompts
+            packed_batch,
+            split=self.split,
+            device=platform.device(),
+            share_prompts=shares_prompts,
+            num_predicted=self.num_predicted,
         )
         rounds = [self._padded_to_schedule(minibatch) for minibatch in minibatches]
         every = [microbatch for minibatch in rounds for microbatch in minibatch]
         recorded = scatter.scatter(every) if scatter else [self.routing] * len(every)
         packed = (pack(one, routing=own) for one, own in zip(every, recorded, strict=True))
         self.minibatches = [list(islice(packed, len(minibatch))) for minibatch in rounds]
+        batches = self._batches()
+        if self.replay.is_on:
+            counted = self.replay.exchange_counts([batch.routing for batch in batches])
+            for batch, routing in zip(batches, counted, strict=True):
+                batch.routing = routing
         # The sum also runs over context ranks, which hold parts of the same samples.
         num_tokens = sum(len(s) for s in samples)
         num_shared = sum(batch.num_shared for batch in self._batches())
@@ -349,7 +363,12 @@ class Trainer:
             return {"labels": batch.targets[None], "loss_mask": batch.is_response[None].float()}
 
         reports = run_passes(
-            self.ddp_chunks, batches, compute, forward_only=forward_only, inputs=inputs
+            self.ddp_chunks,
+            batches,
+            compute,
+            forward_only=forward_only,
+            inputs=inputs,
+            predicts=train_mtp,
         )
         self.replay.end()
         return reports

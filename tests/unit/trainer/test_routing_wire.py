@@ -71,7 +71,8 @@ def test_experts_survive_the_way_from_the_engine_to_the_packed_batch(shape):
     ]
     samples = msgspec.msgpack.decode(msgspec.msgpack.encode(samples), type=list[Sample])
     batch = packed_batch(samples, TokenSplit(token_multiple=4), CPU, RoutingPart(shape, [0, 2]))
-    experts, known = batch.routing
+    experts, known = batch.routing.experts, batch.routing.known
+    assert batch.routing.own_counts is None, "the trainer routes two tokens that are read"
     assert known.tolist() == [*[True] * 4, False, False, False, True, True, False, False, False]
     assert experts[known].tolist() == [*whole[:, [1, 3]].tolist(), *part[:, [1, 3]].tolist()]
     assert experts.element_size() == shape.index_bytes
@@ -88,7 +89,15 @@ def test_ranks_hold_their_own_tokens_of_the_routing():
         for tensor_rank in range(2):
             part = RoutingPart(SMALL, [0, 1, 2])
             split = replace(split, tensor_rank=tensor_rank)
-            experts, known = packed_batch([sample], split, CPU, part).routing
+            experts, known, counts, _ = packed_batch([sample], split, CPU, part).routing
+            chosen_by_all = torch.stack(
+                [
+                    torch.bincount(x.flatten(), minlength=SMALL.num_experts)
+                    for x in experts.long().unbind(1)
+                ]
+            )
+            assert torch.equal(chosen_by_all, torch.from_numpy(counts)), "padding has experts, too"
+            assert all(len({*row}) == SMALL.topk for rows in experts.tolist() for row in rows)
             own = tokens.chunk(2)[tensor_rank].tolist()
             assert known.tolist() == [token in by_token for token in own]
             for token, chosen in zip(own, experts.tolist(), strict=True):
