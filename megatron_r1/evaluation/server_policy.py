@@ -127,6 +127,7 @@ class ServerPolicy:
         raise AssertionError("refused by check()")
 
     async def close(self) -> None:
+        """Close the connections to the server."""
         await self._service.close()
 
     async def _refuse_limits(self, refused: Ungradable) -> None:

@@ -134,6 +134,7 @@ class Rendezvous:
             raise SetFailed(self._failure()) from None
 
     def has_failed(self) -> bool:
+        """Whether any side has published a failure."""
         return self.shared.check(["failed"])
 
     def publish_communicator(self, identifier: bytes) -> None:

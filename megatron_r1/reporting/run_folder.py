@@ -302,6 +302,7 @@ class FolderLock:
         self._held.add(self.key)
 
     def release(self) -> None:
+        """Give the folder free."""
         self._held.discard(self.key)
         self.file.close()
 

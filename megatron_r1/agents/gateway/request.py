@@ -85,18 +85,22 @@ class TurnReply:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the answer."""
         return len(self.response.token_ids)
 
     @property
     def is_cut(self) -> bool:
+        """Whether the answer ended at the limit of tokens."""
         return self.response.finish_reason == "length"
 
     @property
     def tool_calls(self) -> list[dict[str, Any]]:
+        """The calls of the answer, as in OpenAI's chat format."""
         return self.message.get("tool_calls", [])
 
     @property
     def reasoning(self) -> str | None:
+        """The thought before the answer; None where the parser found none."""
         return self.message.get("reasoning_content")
 
 

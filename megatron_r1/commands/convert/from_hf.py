@@ -79,6 +79,7 @@ class ImportJob:
     own_dtypes: dict[str, str]
 
     def dtype_of(self, key: str) -> torch.dtype:
+        """Return the dtype in which the tensor `key` is stored: its own, or the job's."""
         return getattr(torch, self.own_dtypes[key]) if key in self.own_dtypes else self.dtype
 
 

@@ -61,6 +61,7 @@ class Pace:
         self._faults: deque[bool] = deque(maxlen=RECENT_REPLIES)
 
     def add(self, group: ServedGroup) -> None:
+        """Count a served group, and forget those that are too old."""
         self._faults.append(False)
         self._groups.append(group)
         self._forget(group.at)
@@ -162,6 +163,7 @@ class Engine:
 
     @property
     def name(self) -> str:
+        """The name in logs and messages, such as engine-0."""
         return f"{self.role}-{self.index}"
 
     async def prepare(self, version: int, timeout_seconds: float) -> None:

@@ -51,6 +51,7 @@ class RemoteServer(Server):
 
     @property
     def is_lost(self) -> bool:
+        """Whether the engine, or the host it runs on, was lost."""
         return bool(self.engine.loss)
 
     @property
@@ -79,6 +80,7 @@ class RemoteServer(Server):
             time.sleep(self.poll_seconds)
 
     def describe_end(self) -> str:
+        """Return how the engine ended, or that it did not."""
         running = "it was stopped" if self._is_stopped else "it is still running"
         return self.engine.describe_end() or running
 
