@@ -115,7 +115,11 @@ class Rendezvous:
         return self.shared.clone()  # type: ignore[attr-defined]  # missing in the stubs
 
     def await_prepared(self) -> int:
-        """Wait until all trainer ranks are prepared; return the number of engine ranks."""
+        """Wait until all trainer ranks are prepared; return the number of engine ranks.
+
+        Raises:
+            SetFailed: a side failed before it was prepared.
+        """
         num_ranks = int(self.shared.get("ready"))
         if not num_ranks:
             raise SetFailed(self._failure())

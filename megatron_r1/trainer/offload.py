@@ -88,7 +88,11 @@ class DiskStore:
         self._digests: list[int] = []
 
     def keep(self, parts: Sequence[Tensor]) -> None:
-        """Write the parts to a file, with a digest of each piece."""
+        """Write the parts to a file, with a digest of each piece.
+
+        Raises:
+            UserError: the disk has too little room; nothing has been changed then.
+        """
         num_bytes = sum(map(len, parts))
         try:
             file = self._reserved(num_bytes)

@@ -95,7 +95,11 @@ DONE = TypeAdapter(Done)
 
 
 def run(chosen: Namespace) -> int:
-    """Convert; OUT appears when it is complete."""
+    """Convert; OUT appears when it is complete.
+
+    Raises:
+        UserError: the folder is no supported model, or the disk has too little room.
+    """
     if not is_hf(chosen.hf):
         raise UserError(
             f"{chosen.hf} has no config.json: give a Hugging Face model folder",

@@ -215,7 +215,11 @@ class Engine:
     async def unless_lost(self, call: Coroutine[Any, Any, T]) -> T:
         """Return the result of a call that must not be repeated, as `unless_dead`. An engine whose
         connection breaks during a push may hold the old weights or the new ones, or be paused, so
-        it counts as dead."""
+        it counts as dead.
+
+        Raises:
+            EngineDied: the engine died, or its connection broke.
+        """
         try:
             return await self.unless_dead(call)
         except ConnectionBroken as broken:

@@ -56,7 +56,11 @@ class RemoteServer(Server):
 
     @property
     def url(self) -> str:
-        """The address, known once the host has started the server (after `wait_ready`)."""
+        """The address, known once the host has started the server (after `wait_ready`).
+
+        Raises:
+            EngineError: no host has started the server.
+        """
         if not self.engine.url:
             raise EngineError("the engine has not been started on any host yet")
         return self.engine.url

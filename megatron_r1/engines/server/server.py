@@ -149,7 +149,11 @@ class EngineServer(Server):
 
     @property
     def url(self) -> str:
-        """The address, known after `start`; empty for a part without the API server."""
+        """The address, known after `start`; empty for a part without the API server.
+
+        Raises:
+            EngineError: the engine has not been started.
+        """
         if self._url is None:
             raise EngineError("the engine has not been started")
         return self._url
