@@ -189,7 +189,7 @@ def measured(
 
     Args:
         choices: the part of the plan.
-        sizes: of the launches; `choices.more_columns` are added to the vocabulary.
+        sizes: tokens and vocabulary, to which `choices.more_columns` are added.
         meter: a `CudaMeter`, which returns a call's seconds.
         repeats: timed rounds, after one of warm-up.
         device: where the launches' tensors are."""
