@@ -102,6 +102,20 @@ def test_import_contracts_name_every_package():
         assert names - named <= {"megatron_r1.base.processes", "megatron_r1.base.transports"}
 
 
+def test_every_module_of_grading_is_public_or_protected():
+    readme = (ROOT / "grading/README.md").read_text(encoding="utf-8")
+    public = set(re.findall(r"^\| `(\w+)` \|", readme.partition("## What is public")[2], re.M))
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    protected = {
+        name.split(".")[1]
+        for contract in contracts["contracts"]
+        for name in contract.get("protected_modules", [])
+    }
+    there = {path.stem for path in (ROOT / "grading/r1_grading").glob("[a-z]*") if path.is_dir()}
+    there |= {path.stem for path in (ROOT / "grading/r1_grading").glob("[a-z]*.py")}
+    assert len(public) == 8 and there - public - protected == set()
+
+
 def test_short_names_of_modules_exist():
     """`controller/loop` or `push/plan/planner.py` in a document is a file of megatron_r1."""
     packages = {path.name for path in (ROOT / "megatron_r1").iterdir() if path.is_dir()}
