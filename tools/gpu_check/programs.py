@@ -13,7 +13,7 @@ def output_of(arguments: Sequence[str], what: str, **variables: str) -> str:
     """Print and return what a program of this Python prints.
 
     Args:
-        arguments: options of Python and the program with its own.
+        arguments: the arguments of the Python program.
         what: the subject of the sentence that says how it failed.
         **variables: further variables of its environment.
 
