@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -92,7 +93,7 @@ def _plot_curve(axes: Axes, column: Column, points: Mapping[int, Mapping[str, fl
     _describe_plot(axes, axes.yaxis, column)
 
 
-def _describe_plot(axes: Axes, axis, column: Column) -> None:
+def _describe_plot(axes: Axes, axis: Any, column: Column) -> None:
     axes.set_title(column.title, fontsize=9, loc="left", color=INKS["muted"])
     if column.unit == "share":
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))

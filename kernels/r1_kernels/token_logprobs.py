@@ -218,6 +218,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, head, reduce_hidden_grad):
+        """Return log-probabilities and entropy, each (T,) fp32; keep the softmax of each row."""
         ctx.set_materialize_grads(False)
         softmax = head_softmax(head, hidden, targets)
         # The weight is saved for its version counter: an update in between is an error.
@@ -229,6 +230,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     @without_autocast
     def backward(ctx, grad_logprobs, grad_entropy):
+        """Return the gradients of `hidden` and `weight`, computed chunk by chunk."""
         hidden, _, targets, *softmax = ctx.saved_tensors
         head, reduce_hidden_grad = ctx.settings
         if grad_logprobs is None:

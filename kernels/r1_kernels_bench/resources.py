@@ -70,7 +70,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"triton": triton.__version__, "kernels": entries}
 
 
-def measure(example, launch, arch: int) -> dict[str, Any]:
+def measure(example: Any, launch: Any, arch: int) -> dict[str, Any]:
     """Return one kernel's entry.
 
     Args:

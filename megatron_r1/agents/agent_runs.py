@@ -38,9 +38,11 @@ OUTPUT_BYTES = 2**16
 class RunWithServer(Protocol):
     """A `Run` that needs a server, which is started before the first episode."""
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Start the server; called once, before the first episode."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Stop the server."""
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,7 @@ class EnvironmentProcess:
 
     @property
     def is_alive(self) -> bool:
+        """Whether the process still has its end of the connection open."""
         # A process that was killed before it had read all it was sent resets the connection.
         return not self._reader.at_eof() and self._reader.exception() is None
 

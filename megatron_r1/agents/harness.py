@@ -84,6 +84,7 @@ class HarnessPlayer:
             ) from None
 
     async def close(self) -> None:
+        """Close the gateway, the parsers and the agent's server."""
         await self.gateway.close()
         await self.parsers.close()
         if isinstance(self.run, RunWithServer):

@@ -165,13 +165,14 @@ class HermesParser:
     """Parses answers with `parse_hermes`, in this process, without vLLM."""
 
     async def check(self) -> None:
-        pass
+        """Do nothing: this parser needs no vLLM."""
 
     async def parse(self, job: ParseJob) -> Parsed:
+        """Return thought, content and tool calls of the job's text."""
         return parse_hermes(job.text)
 
     async def close(self) -> None:
-        pass
+        """Do nothing: there is no process to stop."""
 
 
 class Malformed(ValueError):
@@ -303,11 +304,14 @@ IN_PROCESS = ("auto", "hermes")
 class Parser(Protocol):
     """Finds reasoning and tool calls in an answer: a `HermesParser` or a `ParserPool`."""
 
-    async def check(self) -> None: ...
+    async def check(self) -> None:
+        """Start what the parser needs, so that a wrong name is an error before the run."""
 
-    async def parse(self, job: ParseJob) -> Parsed: ...
+    async def parse(self, job: ParseJob) -> Parsed:
+        """Return thought, content and tool calls of the job's text."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Stop the parser's processes."""
 
 
 def find_parser(agents: AgentsConfig, tokenizer: str) -> Parser:

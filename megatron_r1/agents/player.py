@@ -102,6 +102,7 @@ class EpisodePlayer:
                 ) from None
 
     async def close(self) -> None:
+        """Stop the environments' and the parsers' processes."""
         await asyncio.gather(self.environments.close(), self.parsers.close())
 
 

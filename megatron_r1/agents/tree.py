@@ -43,6 +43,7 @@ class TreeNode:
 
     @property
     def is_sampled(self) -> bool:
+        """Whether the engine sampled these tokens; the others were given."""
         return self.logprobs is not None
 
 

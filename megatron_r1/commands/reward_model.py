@@ -59,6 +59,7 @@ class RowSampler(EpochSampler[RewardModelRow]):
     """Draws rows in shuffled epochs; a state is refused after a token or label has changed."""
 
     def key(self, item: RewardModelRow) -> str:
+        """Return a digest of the row's tokens and labels."""
         digest = hashlib.sha256()
         for sample in item.samples:
             digest.update(sample.token_ids + b"%f" % sample.label)

@@ -359,7 +359,11 @@ def check_sampling(config: Config) -> None:
 
 @contextlib.contextmanager
 def naming_renamed_columns(columns: Mapping[str, str] | None) -> Iterator[None]:
-    """If a reward lacks a field that `data.columns` has renamed, add the new name to the error."""
+    """If a reward lacks a field that `data.columns` has renamed, add the new name to the error.
+
+    Raises:
+        UserError: a reward lacks a field that was renamed.
+    """
     try:
         yield
     except RewardUnusable as error:

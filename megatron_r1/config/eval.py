@@ -36,6 +36,7 @@ class BenchmarkConfig(Section):
 
     @property
     def title(self) -> str:
+        """The name in results: `label`, or the benchmark's name."""
         return self.label or self.name
 
 

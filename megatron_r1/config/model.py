@@ -25,6 +25,7 @@ class LoraConfig(Section):
 
     @property
     def scale(self) -> float:
+        """The factor of the product of B and A: alpha / rank."""
         return self.alpha / self.rank
 
 
@@ -82,6 +83,11 @@ class ModelConfig(Section):
         return self
 
     def require_language_head(self) -> None:
+        """Refuse a score model, for verbs that sample or train on tokens.
+
+        Raises:
+            UserError: model.head is not `language`.
+        """
         if self.head != "language":
             raise UserError(
                 f"model.head: {self.head} is for the verb reward-model; leave it out here",

@@ -104,6 +104,7 @@ class RolloutConfig(EngineConfig):
 
     @property
     def drafts_by_mtp(self) -> bool:
+        """Whether the model's own MTP layer makes the drafts."""
         return self.speculative.method == "mtp"
 
     @model_validator(mode="after")

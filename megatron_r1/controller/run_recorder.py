@@ -157,6 +157,7 @@ class RunRecorder:
         await self.checkpoints.save(trainer, self.state.step, asdict(self.state))
 
     def close(self, outcome: str = "finished") -> None:
+        """Close the trackers and the live view, with the word for how the run ended."""
         if self._tensorboard:
             self._tensorboard.close()
         self._trackers.close(self.state.step >= self._last_step)

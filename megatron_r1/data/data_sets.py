@@ -44,7 +44,11 @@ class SplitName:
 
 
 def parse_name(path: str, role: str = "data.path") -> tuple[str, str | None, str | None]:
-    """Return (name, config, split) of `hub:NAME[:CONFIG][:SPLIT]` or of a folder."""
+    """Return (name, config, split) of `hub:NAME[:CONFIG][:SPLIT]` or of a folder.
+
+    Raises:
+        UserError: nothing that could be a name follows `hub:`.
+    """
     if not path.startswith(HUB):
         return path, None, None
     match = NAME.fullmatch(path.removeprefix(HUB))

@@ -82,6 +82,7 @@ class PromptSampler(EpochSampler[Prompt]):
     """Draws prompts; a state is refused after a question, a truth or a kind has changed."""
 
     def key(self, item: Prompt) -> str:
+        """Return what tells one prompt from others: id, kind and truth."""
         return f"{item.id}{item.kind}{item.truth}"
 
     def next_by_kind(self, n: int, weights: Mapping[str, float]) -> list[Prompt]:

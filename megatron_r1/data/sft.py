@@ -130,6 +130,7 @@ class ExampleSampler(EpochSampler[SftExample]):
     """Draws examples; a state is refused after an example has changed."""
 
     def key(self, item: SftExample) -> str:
+        """Return what tells one example from others: its messages, or prompt and response."""
         if item.messages:
             return json.dumps([item.messages, item.learned_from, item.tools], sort_keys=True)
         return f"{item.prompt}\0{item.response}"

@@ -130,6 +130,7 @@ class FewShotText(PromptText):
                     )
 
     def encode(self, question: str, before: Sequence[Message] = ()) -> list[int]:
+        """Return the tokens of the question behind its examples and the messages `before`."""
         if self._chat:
             turns = [*before, *self._shots.turns(question)]
             return list(self._apply_chat_template(turns)["input_ids"])

@@ -199,4 +199,5 @@ class EnginePolicy:
         return self._players[key]
 
     async def close(self) -> None:
+        """Stop the engines and close what else the policy opened."""
         await self._resources.aclose()

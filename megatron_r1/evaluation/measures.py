@@ -32,6 +32,7 @@ class Estimate:
     high: float | None
 
     def as_json(self) -> dict[str, float | None]:
+        """Return value and interval as the numbers of a result file."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
 

@@ -39,6 +39,7 @@ class PromptSet:
     agents: AgentsConfig | None = None
 
     def key(self, prompt: Prompt) -> PromptKey:
+        """Return what names a prompt among all sets: the set's title and the prompt's id."""
         return self.title, prompt.id
 
 

@@ -144,6 +144,9 @@ def write_report(
         figure: the PNG of `write_figure`.
         questions: (benchmark, id) → its line of questions.jsonl.
         samples: lines of samples.jsonl.
+
+    Raises:
+        UserError: it is not a folder.
     """
     html = render_page(
         "evaluation/templates/evaluation.html.jinja",

@@ -56,6 +56,7 @@ class TextResponse:
 
     @property
     def thought(self) -> str | None:
+        """The text between the think tags; None where the response has none."""
         return chain_of_thought(self.text, self.opened)
 
     def part(self, part: Part) -> str | None:

@@ -97,6 +97,7 @@ class ResponseLog:
                 yield line
 
     async def close(self) -> None:
+        """Write the responses that are still pending."""
         await self._writer.close()
 
     def _remember(self, line: Mapping[str, Any]) -> None:

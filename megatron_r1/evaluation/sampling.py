@@ -34,6 +34,7 @@ class SamplingProgress:
         self._next = 0.0  # prints from this time on a terminal, from this share in a log
 
     def __call__(self, done: int, total: int) -> None:
+        """Print a line if it is time for one: samples done, and the time that is left."""
         now = time.monotonic()
         began, first = self._began = self._began or (now, done)
         reached = now if self._is_terminal else NUM_PROGRESS_LINES * done // max(1, total)

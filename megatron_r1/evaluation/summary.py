@@ -44,6 +44,7 @@ class Summary:
     votes: dict[int, Estimate]
 
     def as_json(self) -> dict[str, Any]:
+        """Return samples per question, metrics with intervals and counts, for a result file."""
         return {
             "samples_per_question": self.num_samples,
             "metrics": {name: value.as_json() for name, value in self.metrics.items()},

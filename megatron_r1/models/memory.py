@@ -46,6 +46,7 @@ class ParameterBytes:
 
     @property
     def whole(self) -> int:
+        """Bytes per parameter of value, gradient and optimizer state together."""
         return self.value + self.gradient + self.optimizer
 
 
@@ -100,10 +101,12 @@ class Counts:
 
     @property
     def trained(self) -> int:
+        """Parameters that an optimizer updates."""
         return self.dense + self.expert
 
     @property
     def parameters(self) -> int:
+        """All parameters, frozen ones included."""
         return self.trained + self.frozen
 
 
@@ -207,6 +210,7 @@ class Layer:
 
     @property
     def everything(self) -> int:
+        """Bytes that a layer keeps for its backward pass without recomputation."""
         return self.input + self.always + sum(self.modules.values())
 
     def kept(self, parallel: ParallelConfig) -> int:

@@ -66,6 +66,7 @@ class Graph:
         return set(direct).union(*map(self.needs, direct))
 
     def sorted(self, stages: Collection[str]) -> list[str]:
+        """Return the stages in an order in which each comes after those it needs."""
         return [name for name in self.order if name in stages]
 
     def depths(self) -> dict[str, int]:

@@ -49,6 +49,7 @@ class GraphNode:
 
     @property
     def width(self) -> int:
+        """Width of the node's box, or of an edge that passes through its layer."""
         return PASS_WIDTH if self.edge else BOX_WIDTH
 
 

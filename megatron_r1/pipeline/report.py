@@ -66,7 +66,11 @@ def write_report(
         title: the title of the page.
         command: the one that is ending.
         plans: one per seed, of the same stages.
-        graph: the stages and their order."""
+        graph: the stages and their order.
+
+    Raises:
+        UserError: it is not a folder.
+    """
     statuses = [examine_all(plan, graph) for plan in plans]
     report = collect(title or root.resolve().name, plans, graph, statuses) | {"command": command}
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)

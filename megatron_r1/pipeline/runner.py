@@ -59,6 +59,7 @@ class Signals:
             signal.signal(number, handler)
 
     def raise_if_asked(self) -> None:
+        """Raise KeyboardInterrupt if a signal has come."""
         if self.count:
             raise KeyboardInterrupt
 

@@ -46,10 +46,12 @@ class PipelineStage:
 
     @property
     def title(self) -> str:
+        """The name in reports: the recipe's `title`, or the stage's name."""
         return self.config.title or self.name
 
     @property
     def is_function(self) -> bool:
+        """Whether the stage calls a function instead of a verb."""
         return self.config.verb == MAKE
 
     @cached_property

@@ -87,7 +87,11 @@ def examine(
         plan: the plan of the pipeline.
         stage: the pipeline stage.
         upstream: the statuses of the stages that it needs directly.
-        is_running: whether another process works on the pipeline."""
+        is_running: whether another process works on the pipeline.
+
+    Raises:
+        UserError: the stage's folder has files of something else.
+    """
     folder = plan.folder_of(stage.name)
     done = manifest.read(folder, manifest.DONE)
     begun = None if done else manifest.read(folder, manifest.BEGUN)

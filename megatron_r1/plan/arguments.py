@@ -89,7 +89,11 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
 def job_of(
     recipe: Path, chosen: argparse.Namespace, overrides: dict, step: int | None = None
 ) -> PlannedJob:
-    """Return the job of a recipe with the settings of `step`; default: of --step."""
+    """Return the job of a recipe with the settings of `step`; default: of --step.
+
+    Raises:
+        UserError: the recipe, the options or the model do not go together.
+    """
     whole = config_of(recipe, overrides)
     config = whole.at(step or chosen.step or 1)
     verb = infer_verb(config)

@@ -9,6 +9,7 @@ backward. With these, DeepSeek-V3 at 4,096 tokens takes 250 GFLOP per token, as 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import replace
 from math import prod
 
@@ -54,7 +55,7 @@ class RankCounts:
             self._known[key] = own + sum(layers, Counts())
         return self._known[key]
 
-    def _counted(self, key, at: Shard) -> Counts:
+    def _counted(self, key: Hashable, at: Shard) -> Counts:
         if key not in self._known:
             job, adapters = self.job, self.job.adapters
             trained = None if adapters is None else layout_of(adapters, at)

@@ -55,10 +55,12 @@ class JobEstimate:
 
     @cached_property
     def worst(self) -> RankMemory:
+        """The memory of the rank with the highest peak."""
         return max(self.ranks, key=lambda rank: rank.peak)
 
     @cached_property
     def engines(self) -> Engines:
+        """The engines, with what ranks on the same GPUs leave them."""
         shared = self.job.trains and not self.job.rollout_gpus
         # At least a byte where they share: 0 says that the GPUs are the engines' alone.
         resident = max(1, *(rank.resident for rank in self.ranks)) if shared else 0
@@ -66,10 +68,12 @@ class JobEstimate:
 
     @cached_property
     def times(self) -> StepTime:
+        """The times of a step's phases."""
         return StepTime(self.job, self.engines)
 
     @property
     def step(self) -> Quantity:
+        """The time of a whole step, in seconds, with its formula."""
         return time_section(self.times)["step"]
 
     def sections(self) -> dict[str, Section]:

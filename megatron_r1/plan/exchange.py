@@ -70,6 +70,7 @@ class Links:
     assumed: Assumptions
 
     def nodes(self, ranks: int) -> int:
+        """Return the nodes that hold so many ranks."""
         return -(-ranks // self.hardware.gpus_per_node)
 
     def _rate(self, ranks: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, ParallelConfig, Verb
@@ -51,9 +52,10 @@ class PlannedJob:
 
     @property
     def parallel(self) -> ParallelConfig:
+        """The recipe's layout of the trainer."""
         return self.config.parallel
 
-    def with_parallel(self, **changes) -> PlannedJob:
+    def with_parallel(self, **changes: Any) -> PlannedJob:
         """Return the same job in another layout."""
         return replace(self, config=self.config.with_changes(parallel=changes))
 
@@ -121,18 +123,22 @@ class PlannedJob:
 
     @property
     def replicas(self) -> tuple[int, int]:
+        """Ranks that hold the same dense, and the same expert, parameters."""
         return self.dense_replicas, self.expert_replicas
 
     @property
     def with_mtp(self) -> bool:
+        """Whether MTP layers are loaded."""
         return self.config.model.mtp != "none" and bool(self.weight_table.mtp)
 
     @property
     def has_experts(self) -> bool:
+        """Whether the model has routed experts."""
         return bool(self.weight_table.num_experts)
 
     @property
     def splits_sequences(self) -> bool:
+        """Whether tensor ranks share the tokens between matrices."""
         return self.parallel.splits_sequences(self.has_experts)
 
     def split(self, tokens: float) -> float:
@@ -141,6 +147,7 @@ class PlannedJob:
 
     @property
     def latent_attention(self) -> bool:
+        """Whether keys and values are compressed, as DeepSeek-V3's are."""
         return bool(self.hf.get("kv_lora_rank"))
 
     @property
@@ -150,10 +157,12 @@ class PlannedJob:
 
     @property
     def trains(self) -> bool:
+        """Whether the verb trains a model."""
         return self.verb != "sample"
 
     @property
     def generates(self) -> bool:
+        """Whether the verb samples responses."""
         return self.verb in ("rl", "sample")
 
     @property
@@ -163,6 +172,7 @@ class PlannedJob:
 
     @property
     def is_critic(self) -> bool:
+        """Whether this is the plan of an RL run's critic."""
         return self.verb == "rl" and self.config.model.head == "score"
 
     @cached_property
@@ -207,10 +217,12 @@ class PlannedJob:
 
     @property
     def longest_sample(self) -> int:
+        """Tokens of the longest sample, prompt included."""
         return self.assumptions.prompt_tokens + self.longest_response
 
     @property
     def longest_response(self) -> int:
+        """Tokens of the longest response, or text to score."""
         if self.verb == "reward-model":
             return max(1, text_limit(self.config, self.hf) - self.assumptions.prompt_tokens)
         return self.config.rollout.max_response_tokens

@@ -31,7 +31,11 @@ LIMITS = (1e-12, 1.0)
 
 
 def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrides: dict) -> str:
-    """Write the values that a run determines to `file`; return what was derived and what not."""
+    """Write the values that a run determines to `file`; return what was derived and what not.
+
+    Raises:
+        UserError: the run determines no value, or `file` cannot be written.
+    """
     measured = Measured(folder, job_of(folder / "config.yaml", chosen, overrides, 1))
     values, reasons = measured.values, measured.reasons
     if not values:

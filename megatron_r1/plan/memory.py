@@ -41,6 +41,7 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
+        """Bytes of the larger of training and scoring."""
         return max(sum(self.training.values()), sum(self.scoring.values()))
 
 

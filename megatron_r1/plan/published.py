@@ -90,14 +90,17 @@ class PublishedRun:
 
     @property
     def unit(self) -> str:
+        """The unit of the published number: hours, share or s."""
         return {"run": "hours", "MFU": "share"}.get(self.number, "s")
 
     @property
     def recipe(self) -> Path:
+        """The recipe that stands for the published run."""
         return Path(shlex.split(self.options)[0])
 
     @cached_property
     def phases(self) -> list[Phase]:
+        """Return the phases of the recipe with the run's options."""
         chosen, overrides = parse(shlex.split(self.options))
         return phases_of(self.recipe, chosen, overrides, whole=self.number == "run")
 

@@ -45,6 +45,7 @@ class Engines:
 
     @property
     def value(self) -> int:
+        """Bytes of one of the engines' parameters."""
         return BYTES[self.job.config.rollout.dtype]
 
     @property
@@ -54,6 +55,7 @@ class Engines:
 
     @cached_property
     def counts(self) -> ModelCounts:
+        """The numbers of the model's parameters."""
         return ModelCounts(self.job.hf)
 
     @property

@@ -38,6 +38,7 @@ class ReplayTraffic:
 
     @cached_property
     def shape(self) -> RoutingShape:
+        """The layers and experts of the replayed routing."""
         return routing_shape(self.job.hf)
 
     def kept(self, tokens: int) -> int:
@@ -81,6 +82,7 @@ class ReplayTraffic:
 
     @property
     def formula(self) -> str:
+        """How the time follows from bytes and bandwidths, in words."""
         return (
             f"rl.routing_replay: {in_bytes(self.sent)} out of the controller / host_network + "
             f"{in_bytes(self.passed_on)} from a replica's first rank to "

@@ -274,6 +274,7 @@ class StepTime:
         return pipeline + traffic * self.job.assumptions.gradients_exposed
 
     def scoring(self) -> float:
+        """Seconds of a step's passes without gradients."""
         job = self.job
         count = job.num_microbatches * job.minibatches
         slots = job.slots * job.minibatches
@@ -281,6 +282,7 @@ class StepTime:
         return once * (2 if job.scores_reference else 1)
 
     def push(self) -> float:
+        """Seconds of a push, by the bytes of the engine GPU that receives most."""
         return pushed_rank_bytes(self.job) / push_link(self.job)[0]
 
 

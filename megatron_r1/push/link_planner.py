@@ -278,6 +278,7 @@ class LinkedSet:
         return sum(delivery.num_bytes(end.table) for end in ends for delivery in end.deliveries)
 
     def close(self) -> None:
+        """Close the links to the set's ranks, and its rounds."""
         for link in self.links:
             link.end.close()
         if self.rounds is not None:

@@ -115,7 +115,11 @@ class Rendezvous:
         return self.shared.clone()  # type: ignore[attr-defined]  # missing in the stubs
 
     def await_prepared(self) -> int:
-        """Wait until all trainer ranks are prepared; return the number of engine ranks."""
+        """Wait until all trainer ranks are prepared; return the number of engine ranks.
+
+        Raises:
+            SetFailed: a side failed before it was prepared.
+        """
         num_ranks = int(self.shared.get("ready"))
         if not num_ranks:
             raise SetFailed(self._failure())
@@ -134,6 +138,7 @@ class Rendezvous:
             raise SetFailed(self._failure()) from None
 
     def has_failed(self) -> bool:
+        """Whether any side has published a failure."""
         return self.shared.check(["failed"])
 
     def publish_communicator(self, identifier: bytes) -> None:

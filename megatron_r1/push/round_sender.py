@@ -160,6 +160,7 @@ class SetRounds:
             return Failure(text)
 
     def close(self) -> None:
+        """Abort the set's communicator, if it was made."""
         if self.communicator is not None:
             self.communicator.abort(RuntimeError("the set is disconnected"))
 
@@ -218,6 +219,7 @@ class RoundSender:
         return failures
 
     def close(self) -> None:
+        """Abort this rank's own communicator, if it was made."""
         if self._own is not None:
             self._own.abort(RuntimeError("the trainer closes"))
 

@@ -174,6 +174,7 @@ class WeightSender:
         }
 
     def disconnect(self, name: str) -> None:
+        """Close the links to a set of engines; an unknown name is ignored."""
         if name in self._sets:
             self._sets.pop(name).close()
 

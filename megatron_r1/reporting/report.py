@@ -73,7 +73,11 @@ def write_report(
         title: the run's name; default: the folder's.
         facts: what was run, in order, such as {"model": "DeepSeek-V3 shape, 3 layers",
             "parameters": "1.36M", "device": "2 CPU cores"}; steps, duration and date are added.
-        next_commands: (comment, command) pairs to try next."""
+        next_commands: (comment, command) pairs to try next.
+
+    Raises:
+        UserError: it is not a folder.
+    """
     folder = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     if not folder.path.is_dir():
         raise UserError(

@@ -155,7 +155,11 @@ class RunFolder:
         return any(path.is_file() and path.stat().st_size for path in files)
 
     def read_config(self) -> dict[str, Any]:
-        """Return the settings the run was started with; empty before its start."""
+        """Return the settings the run was started with; empty before its start.
+
+        Raises:
+            UserError: `config.yaml` is not a mapping.
+        """
         if not self.config_path.exists():
             return {}
         config = parse_text(self.config_path.read_text(encoding="utf-8"))
@@ -302,6 +306,7 @@ class FolderLock:
         self._held.add(self.key)
 
     def release(self) -> None:
+        """Give the folder free."""
         self._held.discard(self.key)
         self.file.close()
 

@@ -98,9 +98,15 @@ class ServedJudge(ResponseJudge):
         self._judge = judge
 
     async def check(self) -> None:
+        """Ask the judge once.
+
+        Raises:
+            ServiceError: it does not reply, or its verdicts do not tell right from wrong.
+        """
         await self._judge.check()
 
     async def close(self) -> None:
+        """Close the connections to the judge."""
         await self._judge.close()
 
     async def _compare(self, question: str, first: str, second: str) -> list[int]:

@@ -48,6 +48,7 @@ class PreferencePairs:
         in the second pass would not be balanced."""
 
     async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
+        """Return the pairs of preferred and refused responses to one prompt."""
         decisions = await self._selection.drops(prompt, responses)
         by_index = {r.index: r for r in responses if r.index not in decisions}
         shown: dict[int, str] = {}

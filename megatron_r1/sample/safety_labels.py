@@ -23,6 +23,7 @@ class SafetyLabels:
         self._selection, self._judge = selection, judge
 
     async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
+        """Return a row with a label for each response of one prompt."""
         drops = await self._selection.drops(prompt, responses)
         judged = await asyncio.gather(
             *(self._label(prompt.question, r, drops.get(r.index)) for r in responses)

@@ -152,6 +152,7 @@ class SftExamples:
         self._rewriter, self._grader = rewriter, grader
 
     async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
+        """Return the responses to one prompt that become examples, and why others do not."""
         decisions = await self._selection.drops(prompt, responses)
         passed = [response for response in responses if response.index not in decisions]
         limit = self._selection.keep.per_prompt or len(responses)

@@ -120,7 +120,7 @@ class Head:
             self.batch.logprobs.setdefault("old", logprobs.detach())
         return logprobs, entropy
 
-    def policy_loss(self, mask: Tensor, **settings) -> LinearPolicyLoss:
+    def policy_loss(self, mask: Tensor, **settings: Any) -> LinearPolicyLoss:
         """Return the policy loss of the response tokens for `batch.advantages`.
 
         Uses batch.logprobs["old"] and, if there, ["ref"]. Without "old" the current policy is the

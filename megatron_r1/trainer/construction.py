@@ -124,7 +124,7 @@ def round_moments(optimizer: Any, config: Config) -> None:
         part.optimizer.register_step_post_hook(_round)
 
 
-def _round(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+def _round(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for state in optimizer.state.values():
         for name in _MOMENTS:
             state[name].copy_(state[name].bfloat16())

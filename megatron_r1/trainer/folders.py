@@ -78,7 +78,11 @@ class Folders:
             reference: whether it holds a reference policy.
 
         Returns:
-            is_same_layout, whether the random streams were restored too."""
+            is_same_layout, whether the random streams were restored too.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
         if folder != self._verified:
             damage = self.verify_checkpoint(folder)["damage"]
             if damage:

@@ -58,6 +58,7 @@ class HostStore:
         self._chunks: list[Tensor] = []
 
     def keep(self, parts: Sequence[Tensor]) -> None:
+        """Copy the parts into host memory."""
         missing = _num_chunks(parts) - len(self._chunks)
         self._chunks += [_chunk() for _ in range(missing)]
         for piece, at in _pieces(parts):
@@ -65,6 +66,7 @@ class HostStore:
         platform.synchronize()
 
     def fill(self, parts: Sequence[Tensor]) -> None:
+        """Copy what `keep` stored back into parts of the same sizes."""
         for piece, at in _pieces(parts):
             piece.copy_(self._of(piece, at), non_blocking=True)
         platform.synchronize()
@@ -86,6 +88,11 @@ class DiskStore:
         self._digests: list[int] = []
 
     def keep(self, parts: Sequence[Tensor]) -> None:
+        """Write the parts to a file, with a digest of each piece.
+
+        Raises:
+            UserError: the disk has too little room; nothing has been changed then.
+        """
         num_bytes = sum(map(len, parts))
         try:
             file = self._reserved(num_bytes)
@@ -107,6 +114,11 @@ class DiskStore:
             ) from error
 
     def fill(self, parts: Sequence[Tensor]) -> None:
+        """Read back what `keep` wrote.
+
+        Raises:
+            RuntimeError: the file is short, or a piece has another digest.
+        """
         assert self._file is not None, "keep() comes first"
         passing, digests = _chunk(), iter(self._digests)
         for piece, at in _pieces(parts):

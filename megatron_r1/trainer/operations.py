@@ -150,17 +150,22 @@ class ModelOperations(Protocol):
     """Passes over the loaded samples: methods of `trainer.Trainer`. `Trainer.load`, which sends the
     samples, is another, and `TrainerClient.load` calls it."""
 
-    def refresh_reference(self) -> None: ...
+    def refresh_reference(self) -> None:
+        """Make the current policy the reference."""
 
     def compute_logprobs(
         self, *, temperature: float, reference: bool, first_minibatch: bool
-    ) -> MetricValues: ...
+    ) -> MetricValues:
+        """Score all loaded tokens under the policy and, if `reference`, under the reference."""
 
-    def measure_logprob_diff(self) -> MetricValues: ...
+    def measure_logprob_diff(self) -> MetricValues:
+        """Return the differences from the engines' log-probabilities."""
 
-    def compute_values(self) -> None: ...
+    def compute_values(self) -> None:
+        """Compute the critic's values of all loaded samples."""
 
-    def compute_token_advantages(self, *, function: str, settings: TokenSettings) -> None: ...
+    def compute_token_advantages(self, *, function: str, settings: TokenSettings) -> None:
+        """Replace advantages by those that a `module:function` gives every token."""
 
     def update(
         self,
@@ -170,41 +175,55 @@ class ModelOperations(Protocol):
         settings: LossSettings | None,
         learning_rate: float,
         temperature: float,
-    ) -> MetricValues: ...
+    ) -> MetricValues:
+        """Make one optimizer step on mini-batch `index`."""
 
-    def update_critic(self, *, index: int, learning_rate: float) -> MetricValues: ...
+    def update_critic(self, *, index: int, learning_rate: float) -> MetricValues:
+        """Make one optimizer step of the critic on mini-batch `index`."""
 
-    def sample_scores(self) -> SampleScores: ...
+    def sample_scores(self) -> SampleScores:
+        """Return a score model's scores of all loaded samples."""
 
-    def probe(self, *, samples: list[Sample]) -> MetricValues: ...
+    def probe(self, *, samples: list[Sample]) -> MetricValues:
+        """Score samples and return how far an engine's log-probabilities are from these."""
 
-    def free_memory(self, *, parameters: bool) -> None: ...
+    def yield_memory(self, *, parameters: bool) -> None:
+        """Free what engines on the same GPUs need; the next operation takes it back."""
 
-    def compare_probe(self, *, samples: list[Sample]) -> MetricValues: ...
+    def compare_probe(self, *, samples: list[Sample]) -> MetricValues:
+        """Return the differences that `probe` does, from what `prepare_probe` kept."""
 
-    def prepare_probe(self, *, samples: list[Sample]) -> None: ...
+    def prepare_probe(self, *, samples: list[Sample]) -> None:
+        """Score samples that an engine scores later, and keep the result."""
 
 
 class FolderOperations(Protocol):
     """Checkpoints and exports: methods of `folders.Folders`."""
 
-    def export(self, *, folder: str) -> None: ...
+    def export(self, *, folder: str) -> None:
+        """Write a whole Hugging Face folder."""
 
-    def export_adapter(self, *, folder: str) -> None: ...
+    def export_adapter(self, *, folder: str) -> None:
+        """Write the adapters alone, in PEFT's format."""
 
-    def save_checkpoint(self, *, folder: str, state: dict[str, Any]) -> None: ...
+    def save_checkpoint(self, *, folder: str, state: dict[str, Any]) -> None:
+        """Begin to write a checkpoint; returns when tensors are copied."""
 
-    def checkpoint_progress(self, *, wait: bool) -> CheckpointProgress: ...
+    def checkpoint_progress(self, *, wait: bool) -> CheckpointProgress:
+        """Return the state of the latest save; `wait`: once it is done."""
 
-    def verify_checkpoint(self, *, folder: str) -> Damage: ...
+    def verify_checkpoint(self, *, folder: str) -> Damage:
+        """Look for faults in a checkpoint's files."""
 
-    def load_checkpoint(self, *, folder: str, reference: bool) -> LoadedCheckpoint: ...
+    def load_checkpoint(self, *, folder: str, reference: bool) -> LoadedCheckpoint:
+        """Verify a checkpoint and continue from it."""
 
 
 class PushOperations(Protocol):
     """A rank's part of a push: methods of `push.sender.WeightPush`."""
 
-    def open_push(self) -> OpenedPush: ...
+    def open_push(self) -> OpenedPush:
+        """Create the sender, before the first engine is connected."""
 
     def connect_sets(
         self,
@@ -215,9 +234,11 @@ class PushOperations(Protocol):
         timeout_seconds: float,
         push_seconds: float,
         gone: list[str],
-    ) -> ConnectedSets: ...
+    ) -> ConnectedSets:
+        """Connect this rank with sets of engines."""
 
-    def send_weights(self, *, push: int, sets: list[str], gone: list[str]) -> SentWeights: ...
+    def send_weights(self, *, push: int, sets: list[str], gone: list[str]) -> SentWeights:
+        """Push the weights to connected sets."""
 
 
 WITH_OPTIMIZER = {"update", "update_critic", "save_checkpoint", "load_checkpoint"}

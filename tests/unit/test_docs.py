@@ -39,6 +39,32 @@ def test_links_lead_to_files():
     assert wrong_in_pages(r"\]\(([^)#\s]+)[^)]*\)", is_right) == []
 
 
+def test_links_lead_to_headings():
+    def anchors(page):
+        plain = (re.sub(r"[`*]|\]\([^)]*\)|\[", "", line) for line in page.read_text().splitlines())
+        heads = (line.lstrip("#").strip().lower() for line in plain if line.startswith("#"))
+        return {re.sub(r"[^\w\- ]", "", head).replace(" ", "-") for head in heads}
+
+    def is_right(page, link):
+        path, anchor = link
+        target = (page.parent / path) if path else page
+        return "://" in path or target.suffix != ".md" or anchor in anchors(target)
+
+    assert wrong_in_pages(r"\]\(([^)#\s]*)#([^)\s]+)\)", is_right) == []
+
+
+def test_every_program_of_ours_is_in_the_table_of_processes():
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    table = page.partition("### Where a package runs")[2].partition("\n### ")[0]
+    named = re.findall(r"`([\w.]+)`", table)
+    programs = {
+        ".".join(file.relative_to(ROOT / "megatron_r1").with_suffix("").parts)
+        for file in ROOT.glob("megatron_r1/**/*.py")
+        if '__name__ == "__main__"' in file.read_text(encoding="utf-8")
+    }
+    assert programs - set(named) == set()
+
+
 def test_paths_of_the_repository_exist():
     paths = rf"(?<![\w/.-])((?:{FOLDERS})/[\w./-]+\.(?:py|md|yaml|sbatch|jsonl|json|txt))"
     assert wrong_in_pages(paths, lambda page, path: (ROOT / path).exists()) == []
@@ -79,6 +105,20 @@ def test_import_contracts_name_every_package():
             if path.name[0] != "_" and (path.is_dir() or path.suffix == ".py")
         }
         assert names - named <= {"megatron_r1.base.processes", "megatron_r1.base.transports"}
+
+
+def test_every_module_of_grading_is_public_or_protected():
+    readme = (ROOT / "grading/README.md").read_text(encoding="utf-8")
+    public = set(re.findall(r"^\| `(\w+)` \|", readme.partition("## What is public")[2], re.M))
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    protected = {
+        name.split(".")[1]
+        for contract in contracts["contracts"]
+        for name in contract.get("protected_modules", [])
+    }
+    there = {path.stem for path in (ROOT / "grading/r1_grading").glob("[a-z]*") if path.is_dir()}
+    there |= {path.stem for path in (ROOT / "grading/r1_grading").glob("[a-z]*.py")}
+    assert len(public) == 8 and there - public - protected == set()
 
 
 def test_short_names_of_modules_exist():

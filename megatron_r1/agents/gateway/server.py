@@ -56,15 +56,20 @@ class WireFormat(Protocol):
 
     KEEP_ALIVE: bytes
 
-    def read(self, body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest: ...
+    def read(self, body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
+        """Read a request; `stored` has the conversations of earlier replies by their id."""
 
-    def reply(self, turn: TurnReply, request: TurnRequest) -> dict[str, Any]: ...
+    def reply(self, turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+        """Return the body of the reply."""
 
-    def events(self, turn: TurnReply, request: TurnRequest) -> Iterator[bytes]: ...
+    def events(self, turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
+        """Yield the reply as server-sent events."""
 
-    def error(self, refused: Refused) -> dict[str, Any]: ...
+    def error(self, refused: Refused) -> dict[str, Any]:
+        """Return the body of a refusal."""
 
-    def error_event(self, refused: Refused) -> bytes: ...
+    def error_event(self, refused: Refused) -> bytes:
+        """Return a refusal as an event of a stream that has begun."""
 
 
 ROUTES: dict[str, WireFormat] = {

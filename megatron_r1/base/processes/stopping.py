@@ -27,6 +27,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
+        """Whether a signal has come or the file `stop` is there."""
         return self.is_signalled or (self.file is not None and self.file.exists())
 
     def listen(self) -> None:

@@ -79,6 +79,7 @@ class ImportJob:
     own_dtypes: dict[str, str]
 
     def dtype_of(self, key: str) -> torch.dtype:
+        """Return the dtype in which the tensor `key` is stored: its own, or the job's."""
         return getattr(torch, self.own_dtypes[key]) if key in self.own_dtypes else self.dtype
 
 
@@ -94,7 +95,11 @@ DONE = TypeAdapter(Done)
 
 
 def run(chosen: Namespace) -> int:
-    """Convert; OUT appears when it is complete."""
+    """Convert; OUT appears when it is complete.
+
+    Raises:
+        UserError: the folder is no supported model, or the disk has too little room.
+    """
     if not is_hf(chosen.hf):
         raise UserError(
             f"{chosen.hf} has no config.json: give a Hugging Face model folder",

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def by_megatron(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
     return logits.view(*tokens.shape, -1)[..., : hf["vocab_size"]].cpu()
 
 
-def _load_checkpoint(model, hf: dict, checkpoint: Path) -> None:
+def _load_checkpoint(model: Any, hf: dict, checkpoint: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_r1.models import weights

@@ -45,7 +45,12 @@ from megatron_r1.models.weights.stored.hf_folder import (
 )
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.stored.published import stacked_part
-from megatron_r1.models.weights.stored.tensor_files import plan_file, stored_tensors, write_at
+from megatron_r1.models.weights.stored.tensor_files import (
+    PlannedTensor,
+    plan_file,
+    stored_tensors,
+    write_at,
+)
 from megatron_r1.reporting.wording import counted
 from megatron_r1.trainer.checkpoints import finding
 
@@ -241,7 +246,9 @@ def _write_file(job: ExportJob, part: tuple[str, dict]) -> None:
     fsync(job.folder)
 
 
-def _write_tensor(job: ExportJob, file: int, name: str, placed, scales) -> None:
+def _write_tensor(
+    job: ExportJob, file: int, name: str, placed: PlannedTensor, scales: PlannedTensor | None
+) -> None:
     weights, known, stacked = _inputs(job)
     row = prod(placed.shape[1:]) * placed.dtype.itemsize
     for expert, parts_of_expert in enumerate(stacked.get(name, ())):

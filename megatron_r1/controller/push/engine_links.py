@@ -89,6 +89,7 @@ class EngineLinks:
 
     @property
     def connect_seconds(self) -> float:
+        """The limit for connecting a set of engines, in seconds."""
         return min(CONNECT_SECONDS, self.settings.timeout_seconds)
 
     async def open(self) -> None:

@@ -116,6 +116,7 @@ class OffloadedProber(Prober):
     and the engines score them later."""
 
     async def prepare(self) -> None:
+        """Have the trainer score the probe prompts before it lends its memory to the engines."""
         self.prompts = [prompt for prompt in self.prompts if len(prompt) > 1]
         if self.prompts:
             await self.trainer.prepare_probe(self.prompts)

@@ -58,6 +58,7 @@ class InFlightGroup:
         self._tracker.num_tokens += sum(len(response.token_ids) for response in responses)
 
     def grading_done(self) -> None:
+        """Enter the phase in which the group waits for scores and its end."""
         self._enter("scoring")
 
     def _enter(self, phase: Phase) -> None:
@@ -98,6 +99,7 @@ class InFlight:
         return min(groups, key=lambda group: group.since, default=None)
 
     def count(self, phase: Phase) -> int:
+        """Return the number of groups in a phase."""
         return sum(group.phase == phase for group in self.groups)
 
 
@@ -193,6 +195,7 @@ class RolloutCollector:
             await self.player.check(prompts)
 
     async def close(self) -> None:
+        """Close the player of episodes, if there is one."""
         if self.player is not None:
             await self.player.close()
 

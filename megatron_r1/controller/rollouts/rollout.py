@@ -66,6 +66,7 @@ class GradedResponse:
 
     @property
     def truncated(self) -> bool:
+        """Whether the response ended at the limit of tokens."""
         return self.response.finish_reason == "length"
 
 

@@ -426,6 +426,8 @@ class StepLog:
         return self.is_accepted or not any(graded.ungraded_terms for graded in group.responses)
 
     def keep(self, position: int, group: Group) -> None:
+        """Append a group at its position in the step; packing and writing go on behind the
+        caller."""
         self._log.append(self._path, lambda: pack(position, group, self._schedule))
 
     async def accept(self) -> None:

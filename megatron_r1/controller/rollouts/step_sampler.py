@@ -106,6 +106,7 @@ class StepSampler:
             self.log.write_held()
 
     async def close(self) -> None:
+        """Cancel what is still sampled for later steps."""
         if self._stream is not None:
             await self._stream.close()
 

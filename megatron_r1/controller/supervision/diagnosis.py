@@ -54,6 +54,7 @@ class RunHandles:
 
     @property
     def folder(self) -> Path:
+        """The run's folder."""
         return self.recorder.folder.path
 
     @property

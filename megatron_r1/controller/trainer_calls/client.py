@@ -116,6 +116,7 @@ class TrainerClient:
 
     @property
     def num_parameters(self) -> int:
+        """Parameters of the whole model."""
         return self.ranks[0]["num_parameters"]
 
     @property
@@ -130,6 +131,7 @@ class TrainerClient:
 
     @property
     def data_size(self) -> int:
+        """Model replicas among which the samples are divided."""
         return self.ranks[0]["data_size"]
 
     def launch(self) -> None:
@@ -293,6 +295,7 @@ class TrainerClient:
         self.is_usable = True
 
     async def close(self) -> None:
+        """Ask the ranks to end, wait up to ten seconds, then kill those that are left."""
         if self.ranks and self.processes.are_alive and self.is_usable:
             with contextlib.suppress(TimeoutError, TrainerError):
                 await asyncio.wait_for(self._everywhere(STOP), timeout=10)

@@ -56,6 +56,7 @@ class RankProcesses:
 
     @property
     def are_ours(self) -> bool:
+        """Whether this controller started the ranks; torchrun or Slurm may have."""
         return bool(self._processes)
 
     @property
@@ -90,6 +91,7 @@ class RankProcesses:
             children.stop(process, timeout_seconds=5)
 
     def kill(self) -> None:
+        """Kill the ranks that this controller started."""
         for process in self._processes:
             children.kill(process)
 
@@ -206,6 +208,7 @@ class RankSocket:
         return answers()
 
     def close(self) -> None:
+        """Stop reading and drop what was not sent."""
         if self._reader is not None:
             self._reader.cancel()
         self._socket.close(linger=0)

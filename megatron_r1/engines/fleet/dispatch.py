@@ -109,9 +109,11 @@ class Affinity:
 
     @property
     def preferred(self) -> Engine | None:
+        """The engine whose cache has most of the conversation; None before any request."""
         return self.origin.engine if self.engine is None and self.origin else self.engine
 
     def assigned(self, engine: Engine) -> None:
+        """Keep the engine that took the request, also for conversations with the same beginning."""
         self.engine = engine
         if self.origin is not None and self.origin.engine is None:
             self.origin.engine = engine

@@ -61,6 +61,7 @@ class Pace:
         self._faults: deque[bool] = deque(maxlen=RECENT_REPLIES)
 
     def add(self, group: ServedGroup) -> None:
+        """Count a served group, and forget those that are too old."""
         self._faults.append(False)
         self._groups.append(group)
         self._forget(group.at)
@@ -162,6 +163,7 @@ class Engine:
 
     @property
     def name(self) -> str:
+        """The name in logs and messages, such as engine-0."""
         return f"{self.role}-{self.index}"
 
     async def prepare(self, policy_version: int, timeout_seconds: float) -> None:
@@ -215,7 +217,11 @@ class Engine:
     async def unless_lost(self, call: Coroutine[Any, Any, T]) -> T:
         """Return the result of a call that must not be repeated, as `unless_dead`. An engine whose
         connection breaks during a push may hold the old weights or the new ones, or be paused, so
-        it counts as dead."""
+        it counts as dead.
+
+        Raises:
+            EngineDied: the engine died, or its connection broke.
+        """
         try:
             return await self.unless_dead(call)
         except ConnectionBroken as broken:

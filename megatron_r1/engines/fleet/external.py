@@ -35,6 +35,7 @@ class ExternalFleet(RolloutFleet):
         self.urls = list(urls)
 
     def launch(self, index: int) -> Engine:
+        """Return the engine at the URL `index`, which runs already."""
         server = ExternalServer(self.urls[index], self.server_settings["max_model_len"])
         client = ExternalClient(server.url, timeout_seconds=self.request_timeout_seconds)
         return Engine(index, server, client, role=self.role)
@@ -43,7 +44,8 @@ class ExternalFleet(RolloutFleet):
 class ExternalClient(EngineClient):
     """A client that does not rename the server's weights."""
 
-    async def set_policy_version(self, policy_version: int) -> None: ...
+    async def set_policy_version(self, policy_version: int) -> None:
+        """Do nothing: an engine that is not ours has no version of our weights."""
 
 
 class ExternalServer(RunningServer):

@@ -45,6 +45,7 @@ class HostRecord:
 
     @property
     def name(self) -> str:
+        """The name that the host gave itself."""
         return self.report.name
 
     @property

@@ -128,6 +128,7 @@ class Replacement:
         self._watching = [asyncio.create_task(self._watch()), asyncio.create_task(self._probe())]
 
     async def close(self) -> None:
+        """Cancel watching and restarts that are under way."""
         tasks = [*self._watching, *self.tasks]
         self._watching, self.tasks = [], set()
         for task in tasks:

@@ -138,6 +138,7 @@ class RolloutFleet:
 
     @property
     def engines(self) -> list[Engine]:
+        """The engines that are in use now."""
         return self.members.engines
 
     @property
@@ -147,6 +148,7 @@ class RolloutFleet:
 
     @property
     def num_restarts(self) -> int:
+        """Engines that were replaced since the start."""
         return self.replacement.num_restarts
 
     async def start(self, model_path: str | os.PathLike[str], policy_version: int = 0) -> None:

@@ -275,9 +275,10 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         receiver.free_memory()
 
     def finish_weight_update(self) -> None:
-        pass
+        """Do nothing: `receive_weights` has loaded everything."""
 
     def shutdown(self) -> None:
+        """Stop receiving and free the buffers."""
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None

@@ -53,6 +53,7 @@ class Admission:
         self.expected = f"Bearer {os.environ[SECRET]}".encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Pass an authorized request on; answer 401 to others, 1008 to a websocket."""
         if scope["type"] == "lifespan" or scope["path"] in OPEN or self._is_authorized(scope):
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":

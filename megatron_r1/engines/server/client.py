@@ -80,6 +80,7 @@ class EngineClient:
         await self.close()
 
     async def close(self) -> None:
+        """Close the HTTP session."""
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -176,6 +177,7 @@ class EngineClient:
         await self.request("POST", f"/pause?mode={mode}")
 
     async def resume(self) -> None:
+        """Let the engine go on with the requests that `pause` has held."""
         await self.request("POST", "/resume")
 
     async def init_weight_transfer(

@@ -203,6 +203,11 @@ class QueryGroups:
     def __call__(
         self, sources: tuple[Source, ...], rank: int, num_ranks: int
     ) -> tuple[Shape, list[Piece]]:
+        """Return the shape of a rank's query, key and value rows, and their pieces.
+
+        Raises:
+            UserError: the ranks neither divide the key and value heads nor are a multiple of them.
+        """
         num_groups = self.num_groups
         if num_groups % num_ranks and num_ranks % num_groups:
             raise UserError(

@@ -59,6 +59,7 @@ class PlannedLink:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of one push over the link."""
         return sum_bytes(self.regions)
 
 

@@ -65,10 +65,12 @@ class TrainerGrid:
 
     @property
     def expert_model(self) -> int:
+        """Ranks that together hold one copy of a layer's experts."""
         return self.expert_tensor * self.expert
 
     @property
     def stage_ranks(self) -> int:
+        """Ranks of one pipeline stage."""
         return self.world // self.pipeline
 
     def dense_replicas(self, stage: int, tensor: int) -> range:
@@ -132,10 +134,12 @@ class EngineLayout:
 
     @property
     def ranks_per_engine(self) -> int:
+        """Ranks of one engine."""
         return self.tensor * self.data * self.pipeline
 
     @property
     def num_ranks(self) -> int:
+        """Ranks of all engines."""
         return self.engines * self.ranks_per_engine
 
     def coordinate(self, rank: int) -> Coordinate:
@@ -300,7 +304,8 @@ class Needs(Protocol):
     """What the ranks of one engine need: HF name -> region -> the ranks that need it."""
 
     @property
-    def regions(self) -> Mapping[str, Mapping[Region, Sequence[int]]]: ...
+    def regions(self) -> Mapping[str, Mapping[Region, Sequence[int]]]:
+        """HF name -> region -> the ranks that need it."""
 
 
 class Planner:

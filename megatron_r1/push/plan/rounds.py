@@ -128,6 +128,7 @@ class PushOrder:
 
     @property
     def num_processes(self) -> int:
+        """Trainer and engine processes that take part."""
         return len(self.entered)
 
     @property
@@ -137,10 +138,12 @@ class PushOrder:
 
     @cached_property
     def num_entry_rounds(self) -> int:
+        """Rounds in which trainer ranks send to engines."""
         return int(self.entry_rounds.max(initial=NONE)) + 1
 
     @property
     def num_relay_rounds(self) -> int:
+        """Rounds in which engines of a set pass on what they received."""
         rounds = zip(self.positions, self._relayed, strict=True)
         return max(((len(members) - 1) * buckets for members, buckets in rounds), default=0)
 

@@ -33,6 +33,7 @@ class HFTensor:
 
     @property
     def shape(self) -> Shape:
+        """The shape of the whole tensor in the checkpoint."""
         return self.rule.sources[self.source].shape
 
 
@@ -47,6 +48,7 @@ class Region:
 
     @classmethod
     def whole(cls, shape: Shape) -> Region:
+        """Return the region of a whole tensor; a vector is one column."""
         return cls(0, shape[0], 0, shape[1] if len(shape) > 1 else 1)
 
     @classmethod
@@ -70,6 +72,7 @@ class Region:
 
     @property
     def num_elements(self) -> int:
+        """Elements of the region."""
         return (self.bottom - self.top) * (self.right - self.left)
 
 

@@ -86,6 +86,7 @@ class Arrivals:
 
     @property
     def has_failed(self) -> bool:
+        """Whether a push failed; no later one is accepted."""
         return self._failure is not None
 
     def wait(self, push: int, timeout_seconds: float, senders: Sequence[Any] | None = None) -> None:

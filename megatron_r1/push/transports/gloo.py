@@ -46,11 +46,13 @@ class GlooReceiver(PayloadReceiver):
     another relays them if the set has several engines."""
 
     def prepare(self) -> None:
+        """Begin without groups; each push makes its own."""
         self._groups: list[dist.ProcessGroup] = []
         self._number = 0
         """The set's push that this rank relays or waits for."""
 
     def allocate(self) -> torch.Tensor:
+        """Return host memory for all buffers."""
         return torch.empty(self.num_bytes, dtype=torch.uint8)
 
     def connect(self) -> None:
@@ -61,6 +63,7 @@ class GlooReceiver(PayloadReceiver):
             self.start_thread(self._run_relays, name="relays")
 
     def close(self) -> None:
+        """Abort the groups, leave the push under way and join the threads."""
         self.is_closing = True
         for group in list(self._groups):  # threads that end meanwhile remove theirs
             group.abort()
@@ -204,6 +207,7 @@ class GlooSender(Sender):
     """The sending end over gloo: packs a bucket while the one before is on the wire."""
 
     def connect(self) -> None:
+        """Make the group of this rank and the engine's rank."""
         self._group = pair_group(self.rendezvous, self.sender, self.rank, is_sender=True)
 
     def send(self, push: int, slices: Slices) -> None:
@@ -222,6 +226,7 @@ class GlooSender(Sender):
             _wait_for(on_the_wire[0], self.rendezvous)
 
     def close(self) -> None:
+        """Abort the group, which closes its connection."""
         if hasattr(self, "_group"):
             self._group.abort()
             del self._group  # closes the connection

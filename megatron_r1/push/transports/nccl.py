@@ -43,6 +43,7 @@ class NcclReceiver(PayloadReceiver):
     is_weighted = True
 
     def prepare(self) -> None:
+        """Find this process's GPU, by whose UUID the plan knows it."""
         # The current device of this thread, vLLM's: in the receiving thread it is GPU 0.
         self._gpu = torch.cuda.current_device()
         self.device = torch.device("cuda", self._gpu)
@@ -51,6 +52,7 @@ class NcclReceiver(PayloadReceiver):
         """The set's push that this rank has or waits for, and the last one in which it answered."""
 
     def allocate(self) -> torch.Tensor:
+        """Return GPU memory for all buffers, or none yet where it is borrowed."""
         if self.borrows_memory:
             return torch.empty(0, dtype=torch.uint8, device=self.device)  # `claim_memory` has it
         with self._memory_error():
@@ -67,6 +69,7 @@ class NcclReceiver(PayloadReceiver):
                 storage.resize_(self.num_bytes)
 
     def free_memory(self) -> None:
+        """Free borrowed memory, views of it included."""
         if self.borrows_memory and hasattr(self, "memory"):
             # Its storage, because views may be left, which would keep it allocated. What they show
             # is not used any more.
@@ -74,11 +77,13 @@ class NcclReceiver(PayloadReceiver):
             torch.cuda.empty_cache()
 
     def connect(self) -> None:
+        """Start the thread that takes part in every round."""
         # Behind the checksums: the number of the last push that is all there.
         self.sums = torch.zeros(self.num_deliveries + 1, dtype=torch.int64, device=self.device)
         self.start_thread(self._receive_pushes, self.rounds, name="push")
 
     def close(self) -> None:
+        """Leave the push under way, join the threads and free borrowed memory."""
         self.is_closing = True
         self.leave(self._number)
         self.join_threads(CLOSE_SECONDS)

@@ -56,7 +56,11 @@ def write_report(
     title: str, settings: PreflightConfig, facts: Sequence[Facts], findings: Sequence[CheckFinding]
 ) -> None:
     """Print the table and write the files that the settings name. Raises RunError where a finding
-    blocks the run."""
+    blocks the run.
+
+    Raises:
+        UserError: it is not a folder.
+    """
     table = Table("check", "measured", "expected", "", title=f"preflight of {title}")
     for finding in findings:
         table.add_row(finding.check, finding.measured, finding.expected, WORDS[finding.level])

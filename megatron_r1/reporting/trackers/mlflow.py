@@ -60,6 +60,7 @@ class MlflowTracker:
         self.newest = {key: tracked[key] for key in (STEP, EVALUATION) if key in tracked}
 
     def send(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Log a step's numbers under the names that MLflow allows."""
         now = int(time.time() * 1000)
         metrics = [
             self._metric(MLFLOW_NOT_ALLOWED.sub("_", name), value, now, step)
@@ -68,4 +69,5 @@ class MlflowTracker:
         self._client.log_batch(self._identity, metrics=metrics)
 
     def finish(self, finished: bool) -> None:
+        """Mark the run as FINISHED or KILLED."""
         self._client.set_terminated(self._identity, "FINISHED" if finished else "KILLED")

@@ -41,6 +41,7 @@ class TensorBoardLog:
         self._writer.flush()
 
     def close(self) -> None:
+        """Write what is pending and close the file."""
         self._writer.close()
 
     def _add(self, event: Event) -> None:

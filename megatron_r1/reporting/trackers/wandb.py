@@ -76,7 +76,9 @@ class WandbTracker:
         self.newest = {key: float(tracked[key]) for key in (STEP, EVALUATION) if key in tracked}
 
     def send(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Log a step's numbers."""
         self._run.log(dict(numbers))
 
     def finish(self, finished: bool) -> None:
+        """End the run, with exit code 0 only if it finished."""
         self._run.finish(exit_code=0 if finished else 1)

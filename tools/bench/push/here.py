@@ -76,7 +76,7 @@ async def measure(
 
 
 async def _measure(
-    trainer, fleet, config, shape, folder: Path, repeats: int, num_reloads: int
+    trainer: Any, fleet: Any, config: Any, shape: Any, folder: Path, repeats: int, num_reloads: int
 ) -> dict[str, Any]:
     shapes = hf_tensors(shape, with_mtp=False)
     tensors = [(name, size) for name, (size, _) in shapes.items()]
@@ -138,7 +138,7 @@ def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
     return seconds
 
 
-async def _export_and_reload(trainer, fleet, folder: Path) -> dict[str, float]:
+async def _export_and_reload(trainer: Any, fleet: Any, folder: Path) -> dict[str, float]:
     """Export a folder to disk, synced, and let vLLM's own reload_weights read it."""
     start = time.perf_counter()
     await trainer.call(FolderOperations.export, folder=str(folder))

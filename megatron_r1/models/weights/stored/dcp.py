@@ -72,6 +72,7 @@ class DistributedCheckpoint:
         self._check_files()
 
     def close(self) -> None:
+        """Close the open files."""
         for file in self._files.values():
             os.close(file)
         self._files.clear()

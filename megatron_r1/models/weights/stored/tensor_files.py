@@ -151,6 +151,7 @@ class SafetensorsFile:
         self.file, self.tensors = open_safetensors(path)
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self.file)
 
     def read(self, name: str, starts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
@@ -169,6 +170,7 @@ class PlannedTensor:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the tensor in its file."""
         return prod(self.shape) * self.dtype.itemsize
 
 

@@ -2,6 +2,8 @@
 
 import math
 import random
+import re
+from pathlib import Path
 
 import algorithm_formulae as formulae
 import pytest
@@ -216,3 +218,8 @@ def test_settings_may_come_as_a_mapping(name):
     problem = Problem()
     (loss, *_), (again, *_) = (next(ours(problem, name, {}, form)) for form in (dict, lambda s: s))
     assert torch.equal(loss, again)
+
+
+def test_every_algorithm_is_compared_with_its_formula_here():
+    calls = re.findall(r'\bcheck\(\s*"(\w+)"', Path(__file__).read_text(encoding="utf-8"))
+    assert set(calls) == set(NAMES)
