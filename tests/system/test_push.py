@@ -33,9 +33,9 @@ from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.hf_config import resolve_aliases
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push import link_planner
-from megatron_r1.push.link_planner import ReceiverLayout
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.planner import PredictedLayout
+from megatron_r1.push.receiver_layout import ReceiverLayout
 
 MODELS = {
     **{"deepseek": DEEPSEEK, "qwen": QWEN, "qwen3-moe": QWEN3_MOE, "glm": GLM},
