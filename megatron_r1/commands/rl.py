@@ -196,7 +196,7 @@ def _next_commands(config: Config) -> list[tuple[str, str]]:
 
 def dry_run(config: Config) -> None:
     """Sample and grade one batch, print it, and train nothing. Errors as `run`."""
-    from megatron_r1.commands.rollout_run import show_batch
+    from megatron_r1.commands.dry_run import show_batch
 
     check_settings(config)
     require_weights(Path(config.model.path))
