@@ -19,7 +19,7 @@ from megatron_r1.base.processes.imports import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import load_verb, read_verb
 from megatron_r1.config.key_listing import describe, switches
-from megatron_r1.config.recipe import parse_overrides, take_section
+from megatron_r1.config.overrides import parse_overrides, take_section
 from megatron_r1.engines.server import gpu
 
 VERBS = {
@@ -168,7 +168,8 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
     implied = command.implied
     if command.from_run is not None and Path(recipe).is_dir():
         recipe, implied = command.from_run(recipe)
-    overrides = {**implied, **_overrides(options)}
+    others = [DRY_RUN.removeprefix("--")] if command.dry_run is not None else []
+    overrides = {**implied, **_overrides(options, others)}
     config = configuration.load(recipe, overrides, required=command.required)
     files.allow_readers(config.run.readable_by)  # before anything is written, or a process started
     command.check(config)
@@ -297,8 +298,8 @@ def _take_options(name: str, options: list[str]) -> list[str]:
     return values
 
 
-def _overrides(options: list[str]) -> dict[str, Any]:
-    return parse_overrides(options, switches(configuration.Config))
+def _overrides(options: list[str], others: Sequence[str] = ()) -> dict[str, Any]:
+    return parse_overrides(options, switches(configuration.Config), others)
 
 
 def _describe_keys(names: Sequence[str]) -> str:
