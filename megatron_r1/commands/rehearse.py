@@ -27,6 +27,7 @@ from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings
 from megatron_r1.reporting.run_folder import RunFolder
 
 SETTINGS = ("rehearsal",)
+SHORT = {"on": "rehearsal.on"}
 IMPLIED_SETTINGS = {"reward-model": reward_model.IMPLIED}
 
 
