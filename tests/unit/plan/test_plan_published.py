@@ -169,7 +169,7 @@ def test_steps_with_rollouts_ahead_take_as_long_as_the_sampler_s_rule_makes_them
     rollout, trains, full = (
         times["rollout"],
         trainer_seconds(times),
-        bill.engines.throughput_seconds,
+        bill.times.rollout.throughput_seconds,
     )
     stopped = times["push"] + times["load"]
     ahead = bill.job.config.rl.staleness
