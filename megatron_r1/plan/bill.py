@@ -37,7 +37,7 @@ def estimate(job: PlannedJob) -> Estimate:
 
 @dataclass(frozen=True)
 class Bill:
-    """The bill of a job that passes `PlannedJob.check_trainer` and `.check_engine_gpus`."""
+    """The bill of a job that passes the checks of `job_checks`."""
 
     job: PlannedJob
 
