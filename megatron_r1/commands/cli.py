@@ -19,7 +19,7 @@ from megatron_r1.base.processes.imports import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import load_verb, read_verb
 from megatron_r1.config.key_listing import describe, switches
-from megatron_r1.config.recipe import parse_overrides, take_section
+from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.engines.server import gpu
 
 RECIPE_VERBS = {
@@ -43,9 +43,8 @@ RUNNING_VERBS = {
     "rehearse": "megatron_r1.commands.rehearse",
     "preflight": "megatron_r1.commands.preflight",
 }
-"""Verbs that read a recipe and run other verbs (modules with `run(recipe, overrides,
-RECIPE_VERBS)`), and preflight, which checks the nodes before a run. Each of its processes is a rank
-and imports torch, so `_run_preflight` starts it."""
+"""Verbs that read a recipe and run other verbs, or check the nodes before: modules with
+`run(recipe, overrides, RECIPE_VERBS)`, and with `SHORT`, option → the key that it is short for."""
 MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
 OWN_VERBS = {
     "plan": "megatron_r1.commands.plan",
@@ -143,17 +142,14 @@ def _dispatch(arguments: list[str]) -> int:
             cause=Cause.MISSING,
         )
     recipe, *options = rest
-    if verb == "preflight":
-        return _run_preflight(recipe, options)
     if verb in RUNNING_VERBS:
         from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
 
-        # A setting has a section (`parse_overrides`); `--on` is short for one of a rehearsal.
-        options = [re.sub(r"^--on(?=$|=)", "--rehearsal.on", option) for option in options]
+        runner = importlib.import_module(RUNNING_VERBS[verb])
+        for name, key in getattr(runner, "SHORT", {}).items():
+            options = [re.sub(rf"^--{name}(?=$|=)", f"--{key}", option) for option in options]
         own = switches(PipelineRecipe if verb == "pipeline" else configuration.Config)
-        importlib.import_module(RUNNING_VERBS[verb]).run(
-            recipe, parse_overrides(options, own), RECIPE_VERBS
-        )
+        runner.run(recipe, parse_overrides(options, own), RECIPE_VERBS)
         return 0
     return _run_recipe(verb, recipe, options, arguments)
 
@@ -170,7 +166,8 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
     implied = module.implied
     if module.from_run is not None and Path(recipe).is_dir():
         recipe, implied = module.from_run(recipe)
-    overrides = {**implied, **_overrides(options)}
+    others = [DRY_RUN.removeprefix("--")] if module.dry_run is not None else []
+    overrides = {**implied, **_overrides(options, others)}
     config = configuration.load(recipe, overrides, required=module.required)
     files.allow_readers(config.run.readable_by)  # before anything is written, or a process started
     module.check(config)
@@ -206,29 +203,6 @@ def _help(name: str) -> str:
         "The other settings: megatron-r1 keys" if name in RECIPE_VERBS else None,
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def _run_preflight(recipe: str, options: list[str]) -> int:
-    """Be a rank of the preflight under torchrun; otherwise start all of its ranks here."""
-    from megatron_r1.commands import preflight
-    from megatron_r1.rehearse.settings import PreflightSettings
-
-    renamed = [re.sub(r"^--json(?=$|=)", "--preflight.output", option) for option in options]
-    own, overrides = take_section(_overrides(renamed), PreflightSettings)
-    config = configuration.load(recipe, overrides, required=preflight.REQUIRED)
-    files.allow_readers(config.run.readable_by)
-    ranks = torchrun.num_ranks(config)
-    if not torchrun.is_rank():
-        config.parallel.check_sizes(ranks)
-        return preflight.start_ranks(["preflight", recipe, *options], ranks)
-    with without_garbage_collection():
-        from megatron_r1.rehearse.preflight import findings, rank, report
-
-    facts = rank.run(config, own.preflight)
-    if facts:
-        found = findings.check_facts(config, own.preflight, facts)
-        report.write_report(Path(recipe).stem, own.preflight, facts, found)
-    return 0
 
 
 def _run_plain_verb(verb: str, rest: list[str]) -> int:
@@ -299,8 +273,8 @@ def _take_options(name: str, options: list[str]) -> list[str]:
     return values
 
 
-def _overrides(options: list[str]) -> dict[str, Any]:
-    return parse_overrides(options, switches(configuration.Config))
+def _overrides(options: list[str], others: Sequence[str] = ()) -> dict[str, Any]:
+    return parse_overrides(options, switches(configuration.Config), others)
 
 
 def _describe_keys(names: Sequence[str]) -> str:

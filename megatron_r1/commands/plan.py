@@ -18,6 +18,7 @@ from megatron_r1.config.hardware import GIB
 from megatron_r1.plan.arguments import config_of, job_of, parse
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.job_checks import check_trainer
 from megatron_r1.plan.measured import calibrate_from
 from megatron_r1.plan.published import published_table
 from megatron_r1.plan.push import check_engines_and_push
@@ -154,7 +155,7 @@ def _can_work(job: PlannedJob) -> bool:
         return False
     try:
         if job.trains:
-            job.check_trainer()
+            check_trainer(job)
     except ValueError as error:
         print(f"cannot work: {error}")
         _print_nearest(job)

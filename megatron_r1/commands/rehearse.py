@@ -12,7 +12,7 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.commands import reward_model
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
-from megatron_r1.config.recipe import take_section
+from megatron_r1.config.overrides import take_section
 from megatron_r1.controller.rollouts.players import find_player
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.from_recipe import max_model_len
@@ -27,6 +27,7 @@ from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings
 from megatron_r1.reporting.run_folder import RunFolder
 
 SETTINGS = ("rehearsal",)
+SHORT = {"on": "rehearsal.on"}
 IMPLIED_SETTINGS = {"reward-model": reward_model.IMPLIED}
 
 

@@ -17,7 +17,7 @@ from megatron_r1.commands.rl_checks import (
     read_prompts,
     run_facts,
 )
-from megatron_r1.commands.rollout_run import Rollouts, open_rollouts, show_batch
+from megatron_r1.commands.rollout_run import Rollouts, open_rollouts
 from megatron_r1.commands.trained_model import next_commands
 from megatron_r1.commands.training_run import (
     TrainingRun,
@@ -29,7 +29,8 @@ from megatron_r1.commands.training_run import (
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train
 from megatron_r1.controller.policy_engines import PolicyEngines
-from megatron_r1.controller.push.pusher import PROBE_TOKENS, create_pusher
+from megatron_r1.controller.push.prober import PROBE_TOKENS
+from megatron_r1.controller.push.pusher import create_pusher
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
@@ -142,6 +143,8 @@ def _session(
 
 def dry_run(config: Config) -> None:
     """Sample and grade one batch, print it, and train nothing. Errors as `run`."""
+    from megatron_r1.commands.dry_run import show_batch
+
     check_settings(config)
     require_weights(Path(config.model.path))
     begin_engines(config)

@@ -18,11 +18,6 @@ def accept(config: Config) -> None:
     """Accept any settings: the check of a verb whose module defines none."""
 
 
-def _not_run_here(*arguments: object) -> None:
-    """Raise NotImplementedError: the `run` of a verb whose module defines none."""
-    raise NotImplementedError("the command line runs this verb itself")
-
-
 @dataclass(frozen=True)
 class VerbHeader:
     """What a verb's module says about the verb: literals, which are read without running it."""
@@ -47,8 +42,7 @@ class VerbHeader:
 
 @dataclass(frozen=True)
 class VerbModule(VerbHeader):
-    """A verb as its module defines it. The module must have `run`, but for preflight's, which the
-    command line runs itself; all else is optional."""
+    """A verb as its module defines it. The module must have `run`; all else is optional."""
 
     run: Callable[..., None]
     """`run`, whose arguments depend on the kind of verb: see RECIPE_VERBS, PLAIN_VERBS and
@@ -67,7 +61,7 @@ def load_verb(name: str, module_name: str) -> VerbModule:
     module = importlib.import_module(module_name)
     return VerbModule(
         **_header(name, module.__doc__, vars(module)),
-        run=getattr(module, "run", _not_run_here),
+        run=module.run,
         check=getattr(module, "check", accept),
         from_run=getattr(module, "from_run", None),
         dry_run=getattr(module, "dry_run", None),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.plan.counts import flops_section, parameter_section
+from megatron_r1.plan.engine_memory import Engines, rollout_section
 from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, fraction_alone
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
@@ -12,13 +13,7 @@ from megatron_r1.plan.offload import OFFLOADED, offload_disk
 from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
 from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_bytes
 from megatron_r1.plan.ranges import narrowing_section, with_range
-from megatron_r1.plan.rollout import (
-    Engines,
-    exchange_section,
-    rollout_section,
-    samples_section,
-    teacher_section,
-)
+from megatron_r1.plan.rollout import exchange_section, samples_section, teacher_section
 from megatron_r1.plan.routing_replay import ROUTED
 from megatron_r1.plan.timing import StepTime, communication_section, time_section
 from megatron_r1.reporting.wording import counted
@@ -44,7 +39,7 @@ def estimate_step(job: PlannedJob) -> StepEstimate:
 
 @dataclass(frozen=True)
 class JobEstimate:
-    """The estimate of a job that passes `PlannedJob.check_trainer` and `.check_engine_gpus`."""
+    """The estimate of a job that passes the checks of `job_checks`."""
 
     job: PlannedJob
 
@@ -101,7 +96,7 @@ class JobEstimate:
             if choice := exchange_choice(job, estimate_step):
                 sections["exchange with experts, hidden or not"] = choice
         sections["operations"] = flops_section(job)
-        if job.generates and (exchange := exchange_section(self.engines)):
+        if job.generates and (exchange := exchange_section(self.times.rollout)):
             sections["expert exchange of a layer"] = exchange
         sections["time"] = time_section(self.times)
         if narrowing := narrowing_section(job, sections["time"]):
@@ -122,7 +117,7 @@ class JobEstimate:
         """Return one sentence per limit of time that an estimated time may exceed."""
         if not self.job.generates or not self.engines.max_concurrency:
             return []
-        given = Quantity(self.engines.longest_seconds, "s")
+        given = Quantity(self.times.rollout.longest_seconds, "s")
         longest = with_range(self.job, "rollout", given)
         limit = self.job.config.rollout.request_timeout_seconds
         if (longest.high or longest.number) <= limit:

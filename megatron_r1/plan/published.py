@@ -23,10 +23,10 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.arguments import config_of, job_of, parse
 from megatron_r1.plan.counts import forward_flops
+from megatron_r1.plan.engine_memory import Engines
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.rollout import Engines
 from megatron_r1.plan.timing import StepTime, time_section
 
 FILE = Path(__file__).with_name("published.yaml")

@@ -19,6 +19,7 @@ from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import Table
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.job_checks import check_engine_gpus
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.adapters import PredictedAdapters, check_adapter_push, max_lora_rank
@@ -258,7 +259,7 @@ def _shares(job: PlannedJob, tensor: int) -> bool:
 
 def check_engines_and_push(job: PlannedJob) -> None:
     """Raise UserError for engines that are impossible on these GPUs or for this model."""
-    job.check_engine_gpus()
+    check_engine_gpus(job)
     if pushes(job):
         check_drafter(job.config)
         check_adapter_push(job.config, job.hf)

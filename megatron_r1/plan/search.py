@@ -8,6 +8,7 @@ from operator import attrgetter, itemgetter
 
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.job_checks import check_trainer
 from megatron_r1.plan.push import check_engines_and_push
 
 
@@ -76,7 +77,7 @@ def _fits_always(job: PlannedJob) -> bool:
 def _fitting_estimate(job: PlannedJob) -> JobEstimate | None:
     try:
         if job.trains:
-            job.check_trainer()
+            check_trainer(job)
     except ValueError:
         return None
     estimate = JobEstimate(job)

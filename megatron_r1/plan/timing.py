@@ -15,6 +15,7 @@ from megatron_r1.config.hardware import link_rate
 from megatron_r1.models.hf_config import head_sizes, key_value_heads
 from megatron_r1.models.memory import BYTES, Counts
 from megatron_r1.plan.counts import RankCounts, attention_flops, head_flops, layer_flops
+from megatron_r1.plan.engine_memory import Engines
 from megatron_r1.plan.exchange import copies_of_token
 from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, fraction_alone
 from megatron_r1.plan.job import PlannedJob
@@ -23,7 +24,7 @@ from megatron_r1.plan.phase_seconds import load, saves, sleep_and_wake
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.plan.ranges import with_range
-from megatron_r1.plan.rollout import Engines
+from megatron_r1.plan.rollout import RolloutTime
 from megatron_r1.plan.routing_replay import ROUTED, replay_time
 from megatron_r1.reporting.wording import counted
 
@@ -172,6 +173,11 @@ class StepTime:
         self.groups = cache(partial(groups, job))
 
     @cached_property
+    def rollout(self) -> RolloutTime:
+        """The times of the engines."""
+        return RolloutTime(self.engines)
+
+    @cached_property
     def busiest(self) -> int:
         """The pipeline rank with the longest micro-batch."""
         return max(range(self.job.parallel.pipeline), key=lambda r: self.microbatch(r, True))
@@ -292,7 +298,7 @@ def time_section(times: StepTime) -> Section:
     job = times.job
     section = {}
     if job.generates:
-        seconds, how = times.engines.seconds()
+        seconds, how = times.rollout.seconds()
         section["rollout"] = Quantity(seconds, "s", how)
     section |= replay_time(job)
     if job.verb == "rl":
@@ -378,7 +384,7 @@ def _step(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
     ends = {name: _ends(part) for name, part in parts.items()}
     rollout = ends.pop("rollout")
     stopped = [ends.pop(name) for name in OF_PUSH if name in ends]
-    full, either = engines.throughput_seconds / rollout[0], engines.in_flight
+    full, either = times.rollout.throughput_seconds / rollout[0], engines.in_flight
     steps = []
     for end in range(3):
         trained = sum(part[end] for part in ends.values())

@@ -3,9 +3,9 @@
 1. `sender`: the operations of a push on each trainer rank, called by the controller
    (`megatron_r1.controller.push`).
 2. `plan`: which rectangle of which tensor goes from which trainer rank to which engine rank.
-3. `link_planner`: reads what the engine ranks receive, links this rank with those that the plan
-   gives it, and has the slices of its parameters that each link carries, as they are
-   or quantized to FP8.
+3. `link_planner`: links this rank with the engine ranks that the plan gives it, from what the
+   engines receive (`receivers`) and where each needs it (`receiver_layout`). `slices` has the
+   parts of its parameters that each link carries, as they are or quantized to FP8.
 4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends, and what has
    arrived (`arrivals`). Over NCCL all links are sent together, in rounds (`plan.rounds`):
    `ordered_sets` has each rank's part, and `round_sender` runs that of a trainer rank.

@@ -181,14 +181,18 @@ class ModelOperations(Protocol):
     def update_critic(self, *, index: int, learning_rate: float) -> MetricValues:
         """Make one optimizer step of the critic on mini-batch `index`."""
 
+    def free_memory(self, *, parameters: bool) -> None:
+        """Free what engines on the same GPUs need; the next operation takes it back."""
+
+
+class ProbingOperations(Protocol):
+    """Passes that train nothing: methods of `probing.Probing`."""
+
     def sample_scores(self) -> SampleScores:
         """Return a score model's scores of all loaded samples."""
 
     def probe(self, *, samples: list[Sample]) -> MetricValues:
         """Score samples and return how far an engine's log-probabilities are from these."""
-
-    def yield_memory(self, *, parameters: bool) -> None:
-        """Free what engines on the same GPUs need; the next operation takes it back."""
 
     def compare_probe(self, *, samples: list[Sample]) -> MetricValues:
         """Return the differences that `probe` does, from what `prepare_probe` kept."""

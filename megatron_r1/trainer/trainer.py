@@ -3,8 +3,8 @@
 An RL step calls load() (receive the rollout's micro-batches), compute_values() with a critic,
 compute_logprobs() (old and reference policy), compute_token_advantages() for some algorithms,
 update() and update_critic() once per mini-batch, and measure_logprob_diff() (differences of
-log-probabilities). SFT and reward models call load() and update(); sample_scores() evaluates a
-reward model, probe() compares a few tokens with an engine.
+log-probabilities). SFT and reward models call load() and update(). `probing` has what compares a
+few tokens with an engine, and evaluates a reward model.
 
 Every operation is called on all ranks at the same time. A rank handles samples and losses, not
 prompts or rewards."""
@@ -41,12 +41,8 @@ from megatron_r1.trainer.metrics import (
     teacher_kl,
 )
 from megatron_r1.trainer.offload import offload_of
-from megatron_r1.trainer.operations import SUPERVISED, SampleScores
-from megatron_r1.trainer.packed import (
-    Scores,
-    check_token_ids,
-    packed_batch,
-)
+from megatron_r1.trainer.operations import SUPERVISED
+from megatron_r1.trainer.packed import Scores, check_token_ids, packed_batch
 from megatron_r1.trainer.passes import Compute, free_gradients, optimizer_step, run_passes
 from megatron_r1.trainer.reference import Reference
 from megatron_r1.trainer.routing import RoutingPart, RoutingScatter
@@ -85,7 +81,6 @@ class Trainer:
         self.routing = RoutingPart(shape, self.replay.layers) if shape else None
         self.critic = Critic(config, position) if needs_critic(config) else None
         self.offload = offload_of(config, self._trained)
-        self._probed: list[PackedBatch] = []
 
     @property
     def score_is_new(self) -> bool:
@@ -125,7 +120,7 @@ class Trainer:
             share_prompts=shares_prompts,
             num_predicted=self.num_predicted,
         )
-        rounds = [self._padded_to_schedule(minibatch) for minibatch in minibatches]
+        rounds = [self.padded_to_schedule(minibatch) for minibatch in minibatches]
         every = [microbatch for minibatch in rounds for microbatch in minibatch]
         recorded = scatter.scatter(every) if scatter else [self.routing] * len(every)
         packed = (pack(one, routing=own) for one, own in zip(every, recorded, strict=True))
@@ -143,9 +138,9 @@ class Trainer:
         metrics = {"packing/padding": Mean(slots - own, slots)}
         if shares_prompts:
             metrics["packing/shared"] = Mean(num_shared, num_tokens)
-        return self._reduced(metrics)
+        return self.reduced(metrics)
 
-    def _padded_to_schedule(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
+    def padded_to_schedule(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
         """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of
         as many micro-batches as there are pipeline ranks."""
         missing = (
@@ -153,7 +148,8 @@ class Trainer:
         )
         return microbatches + [[]] * missing
 
-    def _reduced(self, metrics: Metrics) -> dict[str, float]:
+    def reduced(self, metrics: Metrics) -> dict[str, float]:
+        """Return the metrics of all replicas and context ranks together."""
         return reduce_over_data(self.position, metrics)
 
     def refresh_reference(self) -> None:
@@ -186,19 +182,19 @@ class Trainer:
         batches = self._batches()
         later = batches if first_minibatch else batches[len(self.minibatches[0]) :]
         with self.replay.measured():
-            self._fill_logprobs(later, "old", temperature)
+            self.fill_logprobs(later, "old", temperature)
         with self.replay.paused():
             if reference:
                 assert self.reference is not None, "refresh_reference() comes first"
                 with self.reference.in_place():
-                    self._fill_logprobs(batches, "ref", temperature)
-            first = batches[: len(self._padded_to_schedule([[]]))] if self.replay.is_on else []
+                    self.fill_logprobs(batches, "ref", temperature)
+            first = batches[: len(self.padded_to_schedule([[]]))] if self.replay.is_on else []
             if first:
-                self._fill_logprobs(first, "own_routing", temperature)
+                self.fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
         if first and self.position.last_stage:
             mean, _ = logprob_diff(first, "own_routing")
-            metrics |= self._reduced({"logprob_diff/without_replay": mean})
+            metrics |= self.reduced({"logprob_diff/without_replay": mean})
         return metrics
 
     def _batches(self) -> list[PackedBatch]:
@@ -225,7 +221,7 @@ class Trainer:
         metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
         if self.config.teacher.path:
             metrics["teacher/kl"] = teacher_kl(batches)
-        return self._reduced(metrics)
+        return self.reduced(metrics)
 
     def update(
         self,
@@ -254,11 +250,11 @@ class Trainer:
             divisor = None if loss == SUPERVISED else self.config.rollout.max_response_tokens
             for chunk in self.model_chunks:
                 chunk.mtp_only_divisor = divisor
-        run = partial(self._run, batches, compute, forward_only=False)
+        run = partial(self.run_batches, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(
             self.ddp_chunks, self.optimizer, learning_rate, run, is_last=self._is_last(index)
         )
-        return self._reduced(merge(reports)) | stepped
+        return self.reduced(merge(reports)) | stepped
 
     def _is_last(self, index: int) -> bool:
         return index == len(self.minibatches) - 1
@@ -273,52 +269,6 @@ class Trainer:
         compute_values() and the returns, from compute_token_advantages(), come first."""
         assert self.critic is not None, "the recipe has no critic"
         return self.critic.update(self.minibatches[index], learning_rate, self._is_last(index))
-
-    def sample_scores(self) -> SampleScores:
-        """Return {"scores": s}, s[i][m] a score model's scores of the samples of micro-batch m of
-        mini-batch i; empty on ranks before the last stage."""
-        scores: list[list[list[float]]] = []
-        for batches in self.minibatches:
-            reports = self._run(batches, self._scores_only, forward_only=True)
-            scores.append(reports if self.position.last_stage else [])
-        return {"scores": scores}
-
-    def probe(self, samples: list[Sample]) -> dict[str, float]:
-        """Return the mean and the largest difference of an engine's log-probabilities, at
-        temperature 1, and the trainer's.
-
-        Loaded samples stay.
-
-        Args:
-            samples: the samples to compare, the same on every rank."""
-        self.prepare_probe(samples)
-        return self.compare_probe(samples)
-
-    def prepare_probe(self, samples: list[Sample]) -> None:
-        """Compute, and keep for `compare_probe`, the log-probabilities of samples that an engine
-        has not scored yet."""
-        self._probed = self._pack_probe(samples)
-        with self.replay.paused():  # an engine's answer to a probe comes without its routing
-            self._fill_logprobs(self._probed, "old", 1.0)
-
-    def compare_probe(self, samples: list[Sample]) -> dict[str, float]:
-        """Return the differences that `probe` does, without weights: `prepare_probe` has had the
-        same tokens. The samples have an engine's log-probabilities."""
-        batches = self._pack_probe(samples)
-        if not self.position.last_stage:
-            return {}
-        for batch, probed in zip(batches, self._probed, strict=True):
-            assert torch.equal(batch.targets, probed.targets), "these are other tokens"
-            batch.logprobs["old"] = probed.logprobs["old"]
-        mean, largest = logprob_diff(batches, "old")
-        return self._reduced({"probe/max": largest, "probe/mean": mean})
-
-    def _pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
-        check_token_ids(samples, self.hf["vocab_size"])
-        return [
-            packed_batch(s, self.split, platform.device())
-            for s in self._padded_to_schedule([samples])
-        ]
 
     def free_memory(self, parameters: bool = False) -> None:
         """Free what the trainer does not need while engines compute on the same GPUs: gradients,
@@ -346,11 +296,16 @@ class Trainer:
         critic = Network(self.critic.model_chunks, self.critic.optimizer) if self.critic else None
         return Networks(Network(self.model_chunks, self.optimizer), self.reference, critic)
 
-    def _fill_logprobs(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
+    def fill_logprobs(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
+        """Compute the log-probabilities of the tokens, into `PackedBatch.logprobs[name]`."""
         if batches:
-            self._run(batches, partial(self._logprobs_only, name, temperature), forward_only=True)
+            self.run_batches(
+                batches, partial(self._logprobs_only, name, temperature), forward_only=True
+            )
 
-    def _run(self, batches: list[PackedBatch], compute: Compute, forward_only: bool) -> list[Any]:
+    def run_batches(
+        self, batches: list[PackedBatch], compute: Compute, forward_only: bool
+    ) -> list[Any]:
         """Run Megatron's schedule over `batches`, with routing replay and MTP labels; returns the
         reports of `compute` on the last stage."""
         train_mtp = self.config.model.mtp == "train" and not forward_only
@@ -392,7 +347,8 @@ class Trainer:
             records_old=records_old,
         )
 
-    def _scores(self, batch: PackedBatch, out: Tensor) -> Scores:
+    def scores(self, batch: PackedBatch, out: Tensor) -> Scores:
+        """Return a score model's scores."""
         return Scores(batch, out.view(-1), self.groups.cp)
 
     def _logprobs_only(
@@ -409,10 +365,7 @@ class Trainer:
         out: Tensor,
     ) -> LossTerms:
         if has_score_head(self.hf):
-            scores: Any = self._scores(batch, out)
+            scores: Any = self.scores(batch, out)
             return loss(batch, scores, settings)
         is_policy = settings is not None
         return loss(batch, self._head(batch, out, temperature, records_old=is_policy), settings)
-
-    def _scores_only(self, batch: PackedBatch, out: Tensor) -> list[float]:
-        return self._scores(batch, out).at_last_tokens().tolist()

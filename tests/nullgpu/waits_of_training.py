@@ -110,7 +110,7 @@ def run(case: dict, config: Config, position: Any) -> None:
         with labelled(f"{label} score"):
             trainer.compute_logprobs(1.0, reference=True)
         with labelled(f"{label} compare"):
-            trainer.compare_with_engines()
+            trainer.measure_logprob_diff()
         with labelled(f"{label} update"):
             trainer.update(0, LOSS, SETTINGS, 1e-3)
 

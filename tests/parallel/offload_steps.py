@@ -99,8 +99,9 @@ def assert_views(trainer) -> None:
 def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
     """Return all metrics, and every value of the model and the optimizer after the last step."""
     from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.probing import Probing
 
-    folders, seen = Folders(trainer), []
+    folders, probing, seen = Folders(trainer), Probing(trainer), []
     trainer.refresh_reference()
     for step in range(3):
         if yields:
@@ -119,12 +120,12 @@ def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
         seen.append(trainer.compute_logprobs(1.0, reference=True))
         seen.append(trainer.update(0, LOSS, None, 1e-2))
         seen.append(trainer.measure_logprob_diff())
-        seen.append(trainer.probe([TEXT]))
+        seen.append(probing.probe([TEXT]))
     folders.export(str(out / "hf"))  # and NumPy has seen the parameters, as in a push
     if yields:
-        trainer.prepare_probe([TEXT])
+        probing.prepare_probe([TEXT])
         offload_all(trainer)
-        assert trainer.compare_probe([TEXT]) == seen[-1], "the kept log-probabilities are others"
+        assert probing.compare_probe([TEXT]) == seen[-1], "the kept log-probabilities are others"
         trainer.offload.prepare("save_checkpoint")
     folders.save_checkpoint(str(out / name), {})
     assert folders.checkpoint_progress(wait=True)["error"] is None

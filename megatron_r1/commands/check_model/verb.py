@@ -44,7 +44,7 @@ from megatron_r1.models.hf_config import as_read, load_config, read_hf_config
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 from megatron_r1.models.supported import check_divisions, check_supported
 from megatron_r1.models.weights.layout import num_parameters, recipe_stages
-from megatron_r1.trainer.operations import ModelOperations
+from megatron_r1.trainer.operations import ProbingOperations
 from megatron_r1.trainer.training_sample import Sample
 
 ENGINE = "engine-0"
@@ -65,7 +65,7 @@ async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path)
     trainer.launch()
     try:
         await trainer.connect()
-        return (await trainer.call(ModelOperations.probe, samples=samples))["probe/max"]
+        return (await trainer.call(ProbingOperations.probe, samples=samples))["probe/max"]
     finally:
         await trainer.close()
 

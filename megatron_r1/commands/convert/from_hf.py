@@ -30,12 +30,8 @@ from megatron_r1.models.weights.stored.dcp_writing import (
     write_chunks,
     write_metadata,
 )
-from megatron_r1.models.weights.stored.hf_folder import (
-    SCALES_FILE,
-    HfWeights,
-    carry_files,
-    write_config,
-)
+from megatron_r1.models.weights.stored.hf_folder import SCALES_FILE, HfWeights
+from megatron_r1.models.weights.stored.hf_writing import carry_files, write_config
 from megatron_r1.models.weights.stored.megatron_weights import (
     StoredLayout,
     StoredParameter,

@@ -36,8 +36,8 @@ from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.stored import fp8_blocks, published
-from megatron_r1.models.weights.stored.hf_folder import (
-    KnownScales,
+from megatron_r1.models.weights.stored.hf_folder import KnownScales
+from megatron_r1.models.weights.stored.hf_writing import (
     carry_files,
     split_into_files,
     write_config,

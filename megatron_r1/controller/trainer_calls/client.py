@@ -30,6 +30,7 @@ from megatron_r1.trainer.operations import (
     STOP,
     Call,
     ModelOperations,
+    ProbingOperations,
     RankDescription,
     Reply,
     needs_parameters,
@@ -220,7 +221,7 @@ class TrainerClient:
     async def sample_scores(self) -> list[list[float]]:
         """Return a score model's scores of the loaded samples, in the order given to `load`:
         result[mini-batch][sample]."""
-        replies = await self.call_all(ModelOperations.sample_scores)
+        replies = await self.call_all(ProbingOperations.sample_scores)
         result = [[math.nan] * sum(map(len, chain(*p.shares))) for p in self._packings]
         for rank, reply in zip(self.ranks, replies, strict=True):
             for scores, packing, by_microbatch in zip(
@@ -263,13 +264,13 @@ class TrainerClient:
         Args:
             sequences: (prompt_ids, response_ids, logprobs) of each."""
         samples = [Sample.pack(*sequence) for sequence in sequences]
-        return (await self.call(ModelOperations.probe, samples=samples))["probe/mean"]
+        return (await self.call(ProbingOperations.probe, samples=samples))["probe/mean"]
 
     async def prepare_probe(self, texts: Sequence[Sequence[int]]) -> None:
         """Have the trainer compute the log-probabilities of every token of `texts` but the first,
         for `compare_probe`."""
         samples = [Sample.pack(text[:1], text[1:]) for text in texts]
-        await self.call(ModelOperations.prepare_probe, samples=samples)
+        await self.call(ProbingOperations.prepare_probe, samples=samples)
 
     async def compare_probe(
         self, texts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]
@@ -278,7 +279,7 @@ class TrainerClient:
         `prepare_probe`, which had the same texts. The trainer needs no weights for it."""
         scored = zip(texts, logprobs, strict=True)
         samples = [Sample.pack(text[:1], text[1:], scores) for text, scores in scored]
-        return (await self.call(ModelOperations.compare_probe, samples=samples))["probe/mean"]
+        return (await self.call(ProbingOperations.compare_probe, samples=samples))["probe/mean"]
 
     async def restart(self) -> None:
         """Kill the remaining ranks and start all again, with their initial weights; return when

@@ -20,7 +20,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync, make_folder
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights.local import has_mtp, local_pieces, merged
-from megatron_r1.models.weights.stored import hf_folder
+from megatron_r1.models.weights.stored import hf_writing
 from megatron_r1.models.weights.stored.published import StackedPart, stacked_part
 from megatron_r1.models.weights.stored.tensor_files import (
     FilePlan,
@@ -51,14 +51,14 @@ def save_hf(
     split into files of at most max_shard_bytes, except for larger single tensors. Raises UserError
     on every rank when something cannot be written."""
     source, with_mtp = Path(source_folder), has_mtp(model_chunks)
-    files = hf_folder.split_into_files(
+    files = hf_writing.split_into_files(
         stored_tensors(hf, dtype, with_mtp=with_mtp), max_shard_bytes
     )
 
     def begin(folder: Path) -> None:
-        hf_folder.carry_files(source, folder)
-        hf_folder.write_config(source, folder, dtype, with_mtp, has_score_head(hf))
-        hf_folder.write_index(folder, files)
+        hf_writing.carry_files(source, folder)
+        hf_writing.write_config(source, folder, dtype, with_mtp, has_score_head(hf))
+        hf_writing.write_index(folder, files)
 
     with new_folder(Path(out_folder), begin) as folder:
         plans = {folder / name: plan_file(content) for name, content in files.items()}

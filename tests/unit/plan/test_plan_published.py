@@ -171,7 +171,7 @@ def test_steps_with_rollouts_ahead_take_as_long_as_the_sampler_s_rule_makes_them
     rollout, trains, full = (
         times["rollout"],
         trainer_seconds(times),
-        estimate.engines.throughput_seconds,
+        estimate.times.rollout.throughput_seconds,
     )
     stopped = times["push"] + times["load"]
     ahead = estimate.job.config.rl.staleness

@@ -133,7 +133,7 @@ def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
 
 
 def test_a_response_that_may_outlast_its_time_limit_is_noted_where_its_range_does(capsys):
-    longest = JobEstimate(planned()).engines.longest_seconds
+    longest = JobEstimate(planned()).times.rollout.longest_seconds
     high = longest * 1.96
     for limit, noted in ((high * 1.01, False), (high * 0.99, True)):
         notes = JobEstimate(planned(rollout__request_timeout_seconds=limit)).notes()
