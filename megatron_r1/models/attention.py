@@ -171,10 +171,18 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         """Attend causally within each sequence.
 
-        query (s, b, h, d), key (s, b, g, d), value (s, b, g, e) -> (s, b, h*e); with
-        packed_seq_params, query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h*e). Its
-        cu_seqlens_q, int32 (sequences + 1,), goes from 0 to the tokens of all context-parallel
-        ranks together."""
+        Args:
+            query: (s, b, h, d); with packed_seq_params (t, h, d).
+            key: (s, b, g, d), or (t, g, d).
+            value: (s, b, g, e), or (t, g, e).
+            attention_mask: None; the causal mask is built in.
+            attn_mask_type: ignored, as the mask is causal.
+            attention_bias: None.
+            packed_seq_params: its cu_seqlens_q, int32 (sequences + 1,), goes from 0 to the tokens
+                of all context-parallel ranks together.
+
+        Returns:
+            (s, b, h*e), or (t, h*e)."""
         assert attention_mask is None and attention_bias is None, "only causal masking is built in"
         if packed_seq_params is None:
             assert self.group.size() == 1, "context parallelism works on packed batches"

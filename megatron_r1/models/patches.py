@@ -61,9 +61,18 @@ def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> T
 def rotate_packed(
     t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, cp_group: ProcessGroup, **kwargs: Any
 ) -> Tensor:
-    """Rotate t (T, h, d) of a packed batch by the angles freqs (longest sample, 1, 1, d).
+    """Rotate the heads of a packed batch by the angles of their positions.
 
-    The other arguments are those of Megatron's _apply_rotary_pos_emb_thd."""
+    Args:
+        t: (T, h, d), queries or keys.
+        cu_seqlens: (samples + 1,), the borders of the samples.
+        freqs: (longest sample, 1, 1, d), the angles in radians.
+        *args: those of Megatron's _apply_rotary_pos_emb_thd.
+        cp_group: the context-parallel ranks.
+        **kwargs: those of Megatron's function.
+
+    Returns:
+        (T, h, d)."""
     positions = sample_positions(cu_seqlens, cp_group.rank(), cp_group.size())
     angles = freqs[positions]
     return rope_utils._apply_rotary_pos_emb_bshd(t[:, None], angles, *args, **kwargs)[:, 0]
@@ -79,8 +88,17 @@ def set_yarn(
     beta_slow: float,
     truncate: bool,
 ) -> None:
-    """Scale the angles and embeddings of a model by YaRN (arXiv 2309.00071), before its first use:
-    as transformers does, with whole dimensions as limits only if `truncate`."""
+    """Scale the angles and embeddings of a model by YaRN (arXiv 2309.00071), before its first use,
+    as transformers does.
+
+    Args:
+        model: changed in place.
+        factor: how many times longer the context becomes.
+        rope_theta: the base of the angles.
+        original_max_position_embeddings: the context before, in tokens.
+        beta_fast: rotations over that context from which a dimension stays as it is.
+        beta_slow: rotations up to which a dimension is divided by `factor`.
+        truncate: whether these limits are rounded to whole dimensions."""
     rotary = model.rotary_pos_emb
     size = 2 * len(rotary.inv_freq)
     low, high = yarn_rotary_pos_embedding._yarn_find_correction_range(

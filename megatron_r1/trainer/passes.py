@@ -34,7 +34,15 @@ def run_passes(
 ) -> list[Any]:
     """Run forward over `batches` and, unless forward_only (then in evaluation mode), backward.
 
-    Returns the reports of `compute`, one per micro-batch, on the last pipeline stage."""
+    Args:
+        chunks: this rank's virtual pipeline stages.
+        batches: the micro-batches.
+        compute: computes loss or report from the last stage's output.
+        forward_only: whether gradients are left out.
+        inputs: returns further arguments of a chunk's forward pass; None: there are none.
+
+    Returns:
+        The reports of `compute`, one per micro-batch, on the last pipeline stage."""
 
     def forward_step(
         iterator: Iterator[PackedBatch], model: torch.nn.Module, return_schedule_plan: bool = False

@@ -89,8 +89,15 @@ def parse_responses(
 ) -> list[Response]:
     """Return the responses in vLLM's reply to a generate call.
 
-    Raises ValueError if it is malformed, a token is outside the vocabulary, a log-probability is
-    not finite, or the policy versions or routed experts do not cover exactly the tokens."""
+    Args:
+        body: the reply's JSON.
+        num_prompt_tokens: tokens of the prompt.
+        routing: the shape of the routed experts; None: they were not asked for.
+        vocab_size: token ids are below it; None: they are not checked.
+
+    Raises:
+        ValueError: it is malformed, a token is outside the vocabulary, a log-probability is not
+            finite, or the policy versions or routed experts do not cover exactly the tokens."""
     return [
         _response(choice, num_prompt_tokens, routing, vocab_size)
         for choice in _decode_generate(body).choices
