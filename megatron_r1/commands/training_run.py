@@ -114,18 +114,18 @@ async def training_run(
     None where the run is finished and exported: nothing is left to do.
 
     Args:
-        config: The run's settings.
-        name: The kind of run, for its title.
-        facts: Short phrases that describe the run in the terminal and in its report, such as its
+        config: the run's settings.
+        name: the kind of run, for its title.
+        facts: short phrases that describe the run in the terminal and in its report, such as its
             questions; the first is the model's path.
-        next_commands: Pairs of a purpose and a command to try next, which the report lists.
+        next_commands: pairs of a purpose and a command to try next, which the report lists.
 
     Raises:
-        UserError: A setting, file or model cannot be used.
-        TrainerError: The trainer ranks failed for good.
-        EngineError: The engines failed for good.
-        HangError: Nothing moved for `run.hang_seconds`.
-        KeyboardInterrupt: It was asked to stop before its last step.
+        UserError: a setting, file or model cannot be used.
+        TrainerError: the trainer ranks failed for good.
+        EngineError: the engines failed for good.
+        HangError: nothing moved for `run.hang_seconds`.
+        KeyboardInterrupt: the run was asked to stop before its last step.
     """
     _check_folder(config)
     stop = StopRequest()
