@@ -239,9 +239,16 @@ def _with_microbatch(
     config: Config, num_ranks: int, has_engines: bool, notify: Callable[[str], object]
 ) -> Config:
     """Return the recipe with a micro-batch that fits into this host's memory, if the host trains on
-    its CPU, and print the memory that the run takes. has_engines: whether engines run as well.
+    its CPU, and print the memory that the run takes.
 
-    Raises UserError for a run that does not fit."""
+    Args:
+        config: the recipe.
+        num_ranks: trainer ranks on this host.
+        has_engines: whether engines run as well.
+        notify: prints a line.
+
+    Raises:
+        UserError: the run does not fit."""
     if gpu.is_usable() or SPANS_HOSTS in os.environ:
         return config
     memory = cpu_memory(config, num_ranks, has_engines=has_engines)

@@ -55,9 +55,18 @@ def _offset_attention(
     offset: Tensor | None,
     window: int | None,
 ) -> Tensor:
-    """Attend causally: query (b, h, s, d), key and value (b, g, s, d) -> (b, h, s, d).
+    """Attend causally, with sinks and within a window.
 
-    offset: (h,), None: no sinks. window: tokens that a query sees, its own included; None: all."""
+    Args:
+        query: (b, h, s, d).
+        key: (b, g, s, d).
+        value: (b, g, s, d).
+        scale: factor of the scores before the softmax.
+        offset: (h,), the logit of each head's sink; None: no sinks.
+        window: tokens that a query sees, its own included; None: all.
+
+    Returns:
+        (b, h, s, d)."""
     heads, length = query.shape[1:3]
     if offset is None:
         offset = query.new_full((heads,), -torch.inf)

@@ -127,9 +127,9 @@ def _route(
     """Return each token's weight of each expert and whether it is routed there, (T, experts), in
     the logits' dtype and bool.
 
-    logits: (T, experts). use_pre_softmax: whether the weights are the scores as they are, instead
-    of normalized over the chosen experts. expert_bias: (experts,), counts in the choice only. The
-    arguments are those of Megatron's topk_routing_with_score_function."""
+    The arguments are those of Megatron's topk_routing_with_score_function. `logits` is (T,
+    experts). With `use_pre_softmax` the weights are the scores as they are, instead of normalized
+    over the chosen experts. `expert_bias`, (experts,), counts in the choice only."""
     assert not fused, "no model here sets moe_router_fusion"
     wide = logits.float()
     scores = wide.softmax(-1) if score_function == "softmax" else wide.sigmoid()

@@ -198,8 +198,14 @@ def _moe_rows(rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> np.ndar
     vLLM returns a row for every token that passed through the model: all tokens of prompt and
     response except the last, which was sampled and not fed back. A row covers every decoder layer;
     dense layers are 0 (entrypoints/scale_out/token_in_token_out/protocol.py:407, vLLM 0.32).
-    num_tokens: the tokens of prompt and response. Raises ValueError if `rows` has another shape or
-    impossible experts."""
+
+    Args:
+        rows: vLLM's array, [num_tokens - 1, decoder layers, topk].
+        shape: the sizes of the model's routing.
+        num_tokens: tokens of prompt and response.
+
+    Raises:
+        ValueError: `rows` has another shape or impossible experts."""
     expected = (num_tokens - 1, shape.num_layers, shape.topk)
     if rows.shape != expected:
         raise ValueError(
