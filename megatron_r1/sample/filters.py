@@ -92,7 +92,7 @@ def _mixed_languages(
     Args:
         response: the response.
         prompt: its prompt.
-        min_share: a share of the counted words, 0 to 1.
+        min_share: a share of the counted words, above 0 and at most 1.
         target: "en" or "zh"; None: the question's own `target`, as for the reward, or the language
             of most words.
         part: "response", or "thought" for questions whose answer is in another language than the
