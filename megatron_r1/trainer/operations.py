@@ -347,7 +347,7 @@ class PushOperations(Protocol):
         """Create this rank's sender, before the first engine is connected.
 
         Returns:
-            Where engines find the store of the push."""
+            [host, port] of the store in which trainer and engine ranks meet."""
 
     def connect_sets(
         self,
