@@ -218,7 +218,18 @@ class LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, head, reduce_hidden_grad):
-        """Return log-probabilities and entropy, each (T,) fp32; keep the softmax of each row."""
+        """Compute log-probabilities and entropy; keep the softmax of each row.
+
+        Args:
+            ctx: autograd's context.
+            hidden: (T, H) float.
+            weight: (V_local, H), which gets the gradient.
+            targets: (T,) integers, ids of the whole vocabulary.
+            head: the checked `LinearHead`.
+            reduce_hidden_grad: whether the gradient of hidden is summed over the group.
+
+        Returns:
+            Log-probabilities and entropy, each (T,) fp32."""
         ctx.set_materialize_grads(False)
         softmax = head_softmax(head, hidden, targets)
         # The weight is saved for its version counter: an update in between is an error.

@@ -119,7 +119,14 @@ class Tokens:
 def make_tokens(
     sizes: ProblemSizes, targets: Tensor, logprobs: Tensor, random: dict[str, Any]
 ) -> Tokens:
-    """Return seeded inputs of a policy loss for tokens with these log-probabilities, (T,)."""
+    """Return seeded inputs of a policy loss.
+
+    Args:
+        sizes: the numbers of sequences and tokens.
+        targets: (T,), the target ids.
+        logprobs: (T,), the policy's log-probabilities, near which the old and the reference's are
+            drawn.
+        random: generator and device of the drawn tensors."""
     length, column = sizes.length, (sizes.sequences, 1)
     ends = torch.randint(length * 7 // 8, length, column, **random)
     mask = (torch.arange(length, device=targets.device) < ends).float().flatten()

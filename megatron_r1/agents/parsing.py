@@ -40,14 +40,14 @@ class Parsed:
     Attributes:
         reasoning: the reasoning, None where there is none.
         content: the answer, None where there is none.
-        tool_calls: the tool calls, in OpenAI's form, arguments as JSON text."""
+        tool_calls: the tool calls, in OpenAI's form, arguments as JSON text.
+        failure: why text that looks like a call was not parsed as one, or the parser's error; "" if
+            neither. Such text is in `content`."""
 
     reasoning: str | None
     content: str | None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     failure: str = ""
-    """Why text that looks like a call was not parsed as one, or the parser's error; "" if neither.
-    Such text is in `content`."""
 
     def message(self) -> dict[str, Any]:
         """Return the turn as an assistant's message."""

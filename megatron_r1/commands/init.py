@@ -216,8 +216,16 @@ def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> Draft:
 
 
 def _write(path: Path, source: QuestionSource, draft: Draft, arguments: Sequence[str]) -> None:
-    """Write a recipe and print it, then try it out and print what comes next. arguments: of `init`.
-    Raises UserError for a recipe that is refused, with the command that repeats the trial."""
+    """Write a recipe and print it, then try it out and print what comes next.
+
+    Args:
+        path: the recipe's file.
+        source: where its questions come from.
+        draft: its settings.
+        arguments: the command line of `init`.
+
+    Raises:
+        UserError: the recipe is refused; it has the command that repeats the trial."""
     command = f"megatron-r1 {draft.verb} {shlex.quote(str(path))}"
     trial = f"{command} --dry-run" if draft.has_dry_run else command
     size = f"{source.hf['architectures'][0]}, {source.parameters / 1e6:,.1f}M parameters"
@@ -278,7 +286,13 @@ def _try(path: Path, columns: Columns) -> None:
 def _data(
     data: str, rows: Sequence[dict[str, Any]], columns: Columns, num_questions: int
 ) -> list[Guess]:
-    """Return the settings of `data` but for the template. num_questions: the different ones."""
+    """Return the settings of `data` but for the template.
+
+    Args:
+        data: the data set, a path or a name.
+        rows: rows of the data set.
+        columns: the columns of question and truth.
+        num_questions: how many different questions there are."""
     names = {"question": columns.question} | ({"truth": columns.truth} if columns.truth else {})
     renamed = {ours: theirs for ours, theirs in names.items() if ours != theirs}
     if columns.kind and "kind" in rows[0]:
@@ -327,8 +341,11 @@ def _read_questions(data: str, columns: Columns) -> list[Asked]:
 
 def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
     """Return the settings for the template and for how answers are read: from the RL run that made
-    the model if there is one, else for a chat model or a base model. parameters: number of
-    parameters of the model."""
+    the model if there is one, else for a chat model or a base model.
+
+    Args:
+        folder: the model's Hugging Face folder.
+        parameters: number of parameters of the model."""
     template, reason = template_of_model(folder, MODEL)
     trained = trained_recipe(folder)
     if trained is not None and infer_verb(trained) == "rl":

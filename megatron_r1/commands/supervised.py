@@ -65,7 +65,13 @@ async def train(
     task: SupervisedTask, title: str, facts: Sequence[str], next_commands: Commands = ()
 ) -> None:
     """Train for `run.steps` batches; after the loss of trainer ranks again, from the newest
-    checkpoint. Arguments and errors are those of `training_run`."""
+    checkpoint. Errors are those of `training_run`.
+
+    Args:
+        task: the recipe, and the sampler of its batches.
+        title: the kind of run, for its title.
+        facts: short phrases that describe the run in the terminal and in its report.
+        next_commands: pairs of a purpose and a command to try next, which the report lists."""
     start = task.sampler.state_dict()
     async with training_run(task.config, title, facts, next_commands) as running:
         if running is None:

@@ -130,18 +130,18 @@ async def training_run(
     None where the run is finished and exported: nothing is left to do.
 
     Args:
-        config: The run's settings.
-        name: The kind of run, for its title.
-        facts: Short phrases that describe the run in the terminal and in its report, such as its
+        config: the run's settings.
+        name: the kind of run, for its title.
+        facts: short phrases that describe the run in the terminal and in its report, such as its
             questions; the first is the model's path.
-        next_commands: Pairs of a purpose and a command to try next, which the report lists.
+        next_commands: pairs of a purpose and a command to try next, which the report lists.
 
     Raises:
-        UserError: A setting, file or model cannot be used.
-        TrainerError: The trainer ranks failed for good.
-        EngineError: The engines failed for good.
-        HangError: Nothing moved for `run.hang_seconds`.
-        KeyboardInterrupt: It was asked to stop before its last step.
+        UserError: a setting, file or model cannot be used.
+        TrainerError: the trainer ranks failed for good.
+        EngineError: the engines failed for good.
+        HangError: nothing moved for `run.hang_seconds`.
+        KeyboardInterrupt: the run was asked to stop before its last step.
     """
     _check_folder(config)
     stop = StopRequest()
@@ -255,9 +255,16 @@ def _with_microbatch(
     config: Config, num_ranks: int, has_engines: bool, notify: Callable[[str], object]
 ) -> Config:
     """Return the recipe with a micro-batch that fits into this host's memory, if the host trains on
-    its CPU, and print the memory that the run takes. has_engines: whether engines run as well.
+    its CPU, and print the memory that the run takes.
 
-    Raises UserError for a run that does not fit."""
+    Args:
+        config: the recipe.
+        num_ranks: trainer ranks on this host.
+        has_engines: whether engines run as well.
+        notify: prints a line.
+
+    Raises:
+        UserError: the run does not fit."""
     if gpu.is_usable() or SPANS_HOSTS in os.environ:
         return config
     memory = cpu_memory(config, num_ranks, has_engines=has_engines)

@@ -100,7 +100,16 @@ async def train(session: Session) -> None:
 
 async def update(passes: TrainerPasses, config: Config, index: int, step: int) -> dict[str, float]:
     """Take one optimizer step on mini-batch `index`: the critic's, where there is one, and the
-    policy's, once the critic is warm."""
+    policy's, once the critic is warm.
+
+    Args:
+        passes: the passes of the run's algorithm.
+        config: the settings of this step.
+        index: number of the loaded mini-batch, from 0.
+        step: the training step, from 1; the critic is warm after `critic.warmup_steps`.
+
+    Returns:
+        The metrics of the steps taken."""
     if not passes.algorithm.rules.critic:
         return await passes.update_policy(config, index)
     metrics = await passes.update_critic(config, index, step)

@@ -201,8 +201,11 @@ def _keep_finished_steps(folder: RunFolder, config: Config) -> None:
 def _continuation(config: Config, kept: int, recorded: int, steps_before: int | None) -> str:
     """Return a line that says what of a run is kept, what is done again, and why.
 
-    kept: the step of the checkpoint that the run continues from, 0 without one. recorded: the last
-    step that was finished. steps_before: `run.steps` until now."""
+    Args:
+        config: the recipe, which may have changed.
+        kept: the step of the checkpoint that the run continues from, 0 without one.
+        recorded: the last step that was finished.
+        steps_before: `run.steps` until now."""
     steps, every = config.run.steps, config.checkpoint.every
     parts = [f"continuing after step {kept}"]
     if kept:

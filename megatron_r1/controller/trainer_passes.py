@@ -13,14 +13,14 @@ from megatron_r1.trainer.training_sample import Sample
 
 
 class TrainerPasses:
-    """Runs the passes of `rl.algorithm` on the trainer; each returns metrics.
+    """Runs the passes of `rl.algorithm` on the trainer; each takes the settings of its step, which
+    `rl.schedule` may have changed from the run's, and returns metrics.
 
     The samples stay with the trainer, from `load` to the next `load`.
 
     Attributes:
         state: counts the policy's updates.
-        run_config: the run's settings. Every pass also takes `config`, those of its step, which
-            `rl.schedule` may have changed."""
+        run_config: the run's settings, the same in every step."""
 
     def __init__(self, config: Config, trainer: TrainerClient, state: RunState):
         self.run_config, self.trainer, self.state = config, trainer, state

@@ -221,8 +221,17 @@ def _find(
     other: str | None,
 ) -> tuple[str | None, str]:
     """Return (column, reason): by its name; else, of two columns, the one that is left, where
-    questions are longer than truths. other: the column that is already taken. Raises UserError
-    where one of a usual name has rows without a value."""
+    questions are longer than truths.
+
+    Args:
+        source: the data set, for errors.
+        names: the usual names of the column.
+        rows: rows of the data set.
+        fits: whether a value is of the column's kind.
+        other: the column that is already taken; None: none is.
+
+    Raises:
+        UserError: a column of a usual name has rows without a value."""
     fitting = _fitting_columns(rows, fits, other)
     for usual in names:
         for column in fitting:

@@ -80,8 +80,15 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
 
 
 def _of_chats(location: str, row: RenamedRow, names: Sequence[str]) -> RenamedRow:
-    """Return the row with question and responses as text, where some of them are chats. names: of
-    the responses. Raises UserError for responses to different questions, and for several turns."""
+    """Return the row with question and responses as text, where some of them are chats.
+
+    Args:
+        location: the row's place, for errors.
+        row: the fields of the row.
+        names: the fields that are responses.
+
+    Raises:
+        UserError: responses to different questions, or several turns."""
     given = next((row[name] for name in (*QUESTIONS, "conversations") if row.get(name)), None)
     asked, chats = _chat(given), [_chat(row.get(name)) for name in names]
     if asked is None and not any(chats):

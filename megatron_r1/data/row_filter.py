@@ -19,8 +19,14 @@ Conditions = Mapping[str, Any]
 
 
 def _check_conditions(where: Conditions, key: str = "data.where") -> None:
-    """Raise UserError for a condition with an unknown key, a limit that is no number, or without
-    any limit. key: the setting, for errors."""
+    """Check the conditions on rows before any row is read.
+
+    Args:
+        where: the conditions.
+        key: the setting that has them, for errors.
+
+    Raises:
+        UserError: a condition with an unknown key, a limit that is not a number, or no limit."""
     for column, condition in where.items():
         if not isinstance(condition, Mapping):
             continue

@@ -170,7 +170,13 @@ def checkpoint_bytes(
     """Return bytes of a rank's host buffers for checkpoints (`trainer.checkpoints.staging`).
 
     Replicas share what they write: the weights, which the reference doubles, and the optimizer's
-    fp32 master weights and moments."""
+    fp32 master weights and moments.
+
+    Args:
+        config: the recipe.
+        counts: the rank's parameters.
+        replicas: the ranks that share dense parameters, and those that share experts.
+        with_reference: whether a reference is kept."""
     trained = counts.dense / replicas[0] + counts.expert / replicas[1]
     written = trained
     if config.model.lora is None:  # frozen MTP layers; next to adapters nothing frozen is written

@@ -68,9 +68,18 @@ def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> T
 def rotate_packed(
     t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, cp_group: ProcessGroup, **kwargs: Any
 ) -> Tensor:
-    """Rotate t (T, h, d) of a packed batch by the angles freqs (longest sample, 1, 1, d).
+    """Rotate the heads of a packed batch by the angles of their positions.
 
-    The other arguments are those of Megatron's _apply_rotary_pos_emb_thd."""
+    Args:
+        t: (T, h, d), queries or keys.
+        cu_seqlens: (samples + 1,), the borders of the samples.
+        freqs: (longest sample, 1, 1, d), the angles in radians.
+        *args: those of Megatron's _apply_rotary_pos_emb_thd.
+        cp_group: the context-parallel ranks.
+        **kwargs: those of Megatron's function.
+
+    Returns:
+        (T, h, d)."""
     positions = known_positions(cu_seqlens)
     if positions is None:
         positions = sample_positions(cu_seqlens, cp_group.rank(), cp_group.size())
@@ -117,8 +126,17 @@ def set_yarn(
     beta_slow: float,
     truncate: bool,
 ) -> None:
-    """Scale the angles and embeddings of a model by YaRN (arXiv 2309.00071), before its first use:
-    as transformers does, with whole dimensions as limits only if `truncate`."""
+    """Scale the angles and embeddings of a model by YaRN (arXiv 2309.00071), before its first use,
+    as transformers does.
+
+    Args:
+        model: changed in place.
+        factor: how many times longer the context becomes.
+        rope_theta: the base of the angles.
+        original_max_position_embeddings: the context before, in tokens.
+        beta_fast: rotations over that context from which a dimension stays as it is.
+        beta_slow: rotations up to which a dimension is divided by `factor`.
+        truncate: whether these limits are rounded to whole dimensions."""
     rotary = model.rotary_pos_emb
     size = 2 * len(rotary.inv_freq)
     low, high = yarn_rotary_pos_embedding._yarn_find_correction_range(
@@ -147,9 +165,9 @@ def _route(
     """Return each token's weight of each expert and whether it is routed there, (T, experts), in
     the logits' dtype and bool.
 
-    logits: (T, experts). use_pre_softmax: whether the weights are the scores as they are, instead
-    of normalized over the chosen experts. expert_bias: (experts,), counts in the choice only. The
-    arguments are those of Megatron's topk_routing_with_score_function."""
+    The arguments are those of Megatron's topk_routing_with_score_function. `logits` is (T,
+    experts). With `use_pre_softmax` the weights are the scores as they are, instead of normalized
+    over the chosen experts. `expert_bias`, (experts,), counts in the choice only."""
     assert not fused, "no model here sets moe_router_fusion"
     wide = logits.float()
     scores = wide.softmax(-1) if score_function == "softmax" else wide.sigmoid()

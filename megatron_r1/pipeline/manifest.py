@@ -266,7 +266,13 @@ def end_attempt(folder: Path, failed: str | None) -> None:
 def finish(
     plan: PipelinePlan, stage: PipelineStage, upstream: tuple[str, ...], command: list[str]
 ) -> None:
-    """Write `stage.json`, which declares `stage` done."""
+    """Write `stage.json`, which declares a stage done.
+
+    Args:
+        plan: the pipeline's stages for one seed.
+        stage: the stage whose attempt has succeeded.
+        upstream: names of the stages that it needs.
+        command: the command that ran it, in words."""
     folder = plan.folder_of(stage.name)
     end_attempt(folder, None)
     begun = read(folder, BEGUN) or {}

@@ -89,11 +89,16 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
 def job_of(
     recipe: Path, chosen: argparse.Namespace, overrides: dict, step: int | None = None
 ) -> PlannedJob:
-    """Return the job of a recipe with the settings of `step`; default: of --step.
+    """Return the job of a recipe with the settings of one step.
+
+    Args:
+        recipe: the recipe's file.
+        chosen: the options of the command line.
+        overrides: dotted settings in place of the recipe's.
+        step: the training step, from 1; None: that of --step.
 
     Raises:
-        UserError: the recipe, the options or the model do not go together.
-    """
+        UserError: the recipe, the options or the model do not go together."""
     whole = config_of(recipe, overrides)
     config = whole.at(step or chosen.step or 1)
     verb = infer_verb(config)

@@ -157,8 +157,14 @@ def decode_flops(hf: dict, length: float, speedup: float = 1.0) -> float:
 
 
 def layer_flops(job: PlannedJob, layer: int, length: float, speedup: float = 1.0) -> float:
-    """Return forward FLOP of one token through one decoder layer; `speedup` as in
-    `forward_flops`, of all its products but the router's."""
+    """Return forward FLOP of one token through one decoder layer.
+
+    Args:
+        job: the run whose model it is.
+        layer: index of the decoder layer, from 0.
+        length: cached tokens that the token attends to.
+        speedup: products with weights, but for the router's, count 1 / `speedup`, as in
+            `forward_flops`."""
     experts = job.weight_table.num_experts
     multiplied = 0.0
     for rule in job.weight_table.layers[layer]:

@@ -163,7 +163,13 @@ class ExpertExchange:
 
 
 def copies_of_token(ranks: int, nodes: int, chosen: int, most_nodes: float) -> float:
-    """Return how often DeepEP sends a token: once to each node, or within one to each rank."""
+    """Return how often DeepEP sends a token: once to each node, or within one to each rank.
+
+    Args:
+        ranks: the expert-parallel ranks.
+        nodes: the nodes that have them.
+        chosen: experts that a token is routed to.
+        most_nodes: the most nodes that a token is sent to (the router's groups)."""
     if nodes == 1:
         return distinct(ranks, chosen)
     return min(most_nodes, distinct(nodes, chosen))

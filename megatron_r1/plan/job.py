@@ -28,7 +28,11 @@ class PlannedJob:
     Attributes:
         rollout_gpus: the engines' own GPUs; 0: they take turns on the trainer's.
         response_tokens: mean length of a response, or of an example without its prompt.
-        verb: rl and sample have engines, all but sample have a trainer."""
+        verb: rl and sample have engines, all but sample have a trainer.
+        keeps_reference: whether any part of `rl.schedule` has a KL penalty: the reference is then
+            kept in all.
+        measured: the file of each name of `hardware` and `assumptions` that --calibrate replaced.
+        shared: cache of counts that are slow to compute and equal for all layouts of one job."""
 
     hf: dict
     config: Config
@@ -39,11 +43,8 @@ class PlannedJob:
     response_tokens: int = 8192
     verb: Verb = "rl"
     keeps_reference: bool = False
-    """Whether any part of `rl.schedule` has a KL penalty: the reference is then kept in all."""
     measured: dict[str, str] = field(default_factory=dict, compare=False)
-    """The file of each name of `hardware` and `assumptions` that --calibrate replaced."""
     shared: dict = field(default_factory=dict, repr=False, compare=False)
-    """Cache of counts that are slow to compute and equal for all layouts of one job."""
 
     @property
     def parallel(self) -> ParallelConfig:

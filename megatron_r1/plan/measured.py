@@ -31,11 +31,16 @@ LIMITS = (1e-12, 1.0)
 
 
 def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrides: dict) -> str:
-    """Write the values that a run determines to `file`; return what was derived and what not.
+    """Write the values that a run determines; return what was derived and what not.
+
+    Args:
+        folder: the run's folder.
+        file: the YAML file to write, for --calibrate.
+        chosen: the options of the command line.
+        overrides: dotted settings in place of the run's.
 
     Raises:
-        UserError: the run determines no value, or `file` cannot be written.
-    """
+        UserError: the run determines no value, or `file` cannot be written."""
     measured = Measured(folder, job_of(folder / "config.yaml", chosen, overrides, 1))
     values, reasons = measured.values, measured.reasons
     if not values:

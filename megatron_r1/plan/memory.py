@@ -172,7 +172,13 @@ def in_flight(rank: int, pipeline: int, virtual: int, microbatches: int) -> list
     """Return how many micro-batches' activations each chunk of a pipeline rank holds at the peak.
 
     In the 1F1B schedule these are the forward passes of the warm-up and one more (schedules.py,
-    get_pp_rank_microbatches); with virtual stages they rotate over chunks, `pipeline` at a time."""
+    get_pp_rank_microbatches); with virtual stages they rotate over chunks, `pipeline` at a time.
+
+    Args:
+        rank: the rank's place in the pipeline, from 0.
+        pipeline: pipeline-parallel ranks.
+        virtual: chunks of each rank.
+        microbatches: micro-batches of an optimizer step on this replica."""
     if virtual == 1:
         return [min(microbatches, pipeline - rank)]
     count = min(2 * (pipeline - rank - 1) + (virtual - 1) * pipeline + 1, virtual * microbatches)

@@ -130,7 +130,13 @@ def _mfu(times: StepTime) -> float:
 def phases_of(
     recipe: Path, chosen: argparse.Namespace, overrides: dict, *, whole: bool = True
 ) -> list[Phase]:
-    """Return the phases of `rl.schedule`, or the first alone."""
+    """Return the phases of `rl.schedule`, or the first alone.
+
+    Args:
+        recipe: the recipe's file.
+        chosen: the options of the command line.
+        overrides: dotted settings in place of the recipe's.
+        whole: whether all phases are returned."""
     config = config_of(recipe, overrides)
     starts = [step for step, _ in config.phases()] if whole else [1]
     ends = [*starts[1:], config.run.steps + 1]

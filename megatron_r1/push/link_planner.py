@@ -164,7 +164,12 @@ class LinkPlanner:
     def _order(
         self, plans: Sequence[Plan], sets: Sequence[range], addresses: Sequence[list[list[str]]]
     ) -> OrderedSets:
-        """Return the order of a push. addresses: over NCCL the GPUs of engine ranks."""
+        """Return the order of a push.
+
+        Args:
+            plans: the plans of `sets`.
+            sets: engines of each set, by number.
+            addresses: the GPU of each engine rank, by set, member and position."""
         shared = {
             (index, member, position): self._rank_of_gpu[address]
             for index, engines in enumerate(addresses)

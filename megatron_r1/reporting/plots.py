@@ -110,7 +110,13 @@ def stacked_plot(
     parts: Mapping[str, np.ndarray],
     size: tuple[float, float] = (10.7, 2.3),
 ) -> str:
-    """Return the SVG of parts (names of inks, [points] each) stacked over steps."""
+    """Return the SVG of parts stacked over steps.
+
+    Args:
+        name: unique on the page.
+        steps: [points], the training steps.
+        parts: the name of an ink → [points], its values.
+        size: width and height in inches."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(size)
         thinned = [thin(steps, np.nan_to_num(values)) for values in parts.values()]

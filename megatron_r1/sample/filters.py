@@ -40,11 +40,20 @@ def truncated(response: TextResponse, prompt: Prompt) -> str:
 
 
 def _broken_format(response: TextResponse, prompt: Prompt, *, form: str = "either") -> str:
-    """Drop a response that is not of the form `form`, or whose thought or summary is empty.
+    """Drop a response that is not of the form `form`, or whose thought or summary is empty. An
+    empty thought would teach the model not to think.
 
-    form: "answer_tags": `<think>…</think><answer>…</answer>`, as R1-Zero writes it; "summary":
-    `<think>…</think>` and plain text, as R1 does; "either". An empty thought would teach the model
-    not to think. Raises ValueError for another form."""
+    Args:
+        response: the response.
+        prompt: its prompt.
+        form: "answer_tags": `<think>…</think><answer>…</answer>`, as R1-Zero writes it; "summary":
+            `<think>…</think>` and plain text, as R1 does; "either".
+
+    Returns:
+        Why it is dropped, "" if it is kept.
+
+    Raises:
+        ValueError: another form."""
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     text = response.whole.strip()
@@ -77,10 +86,23 @@ def _mixed_languages(
 ) -> str:
     """Drop a response with less than `min_share` of its words in one language.
 
-    Words are counted as by the language reward, so code, formulae, names and
-    numbers are in no language. target: "en" or "zh"; default: the question's own `target`, as for
-    the reward, or the language of most words. part: "response", or "thought" for questions whose
-    answer is in another language than the thought. Raises ValueError for other values."""
+    Words are counted as by the language reward, so code, formulae, names and numbers are in no
+    language.
+
+    Args:
+        response: the response.
+        prompt: its prompt.
+        min_share: a share of the counted words, above 0 and at most 1.
+        target: "en" or "zh"; None: the question's own `target`, as for the reward, or the language
+            of most words.
+        part: "response", or "thought" for questions whose answer is in another language than the
+            thought.
+
+    Returns:
+        Why it is dropped, "" if it is kept.
+
+    Raises:
+        ValueError: other values."""
     text = _judged_part(response, part)
     _require_fraction("min_share", min_share)
     if target is not None and target not in LANGUAGES:

@@ -90,7 +90,9 @@ class Head:
         vocab_size: number of tokens; rows beyond are padding.
         context_group: the ranks that hold the other parts of the samples.
         main_grad: (V_local, H) fp32, to which the backward pass adds the weight's gradient; None:
-            autograd gets it."""
+            autograd gets it.
+        records_old: whether `logprobs` stores its result as batch.logprobs["old"] where there is
+            none: in the update of a policy, which starts at π_old (`policy_loss` always does)."""
 
     batch: PackedBatch
     hidden: Tensor
@@ -101,8 +103,6 @@ class Head:
     context_group: ProcessGroup | None = None
     main_grad: Tensor | None = None
     records_old: bool = False
-    """Whether `logprobs` stores its result as batch.logprobs["old"] where there is none: in the
-    update of a policy, which starts at π_old (`policy_loss` always does)."""
 
     def logprobs(self) -> tuple[Tensor, Tensor]:
         """Compute log-probabilities and entropy of the response tokens.

@@ -137,8 +137,18 @@ def network(
     groups: ProcessGroupCollection,
     score_std: float | None = None,
 ) -> tuple[list[PolicyModel | ScoreModel], list[DistributedDataParallel], MegatronOptimizer]:
-    """Return `model_chunks`, the same chunks in Megatron's DistributedDataParallel, and their
-    optimizer. Sets the functions of `transformer` by which Megatron's schedule reduces gradients.
+    """Build this rank's part of a network and its optimizer.
+
+    Args:
+        config: the recipe.
+        hf: the model's `config.json`.
+        transformer: Megatron's configuration of the model; the functions by which Megatron's
+            schedule reduces gradients are set in it.
+        groups: the process groups of this rank.
+        score_std: standard deviation of a new score head; None: 1 / sqrt(hidden_size + 1).
+
+    Returns:
+        `model_chunks`, the same chunks in Megatron's DistributedDataParallel, and their optimizer.
     """
     chunks = model_chunks(config, hf, transformer, groups, score_std)
     overlap = config.parallel.overlap_param_gather

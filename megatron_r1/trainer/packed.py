@@ -177,7 +177,12 @@ def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
 
 
 def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> PackedParams:
-    """Return cu_seqlens as Megatron takes them. longest: positions of the longest sample."""
+    """Return the borders of samples as Megatron takes them.
+
+    Args:
+        cu_seqlens: (samples + 1,), the borders.
+        split: this rank's part of the tokens.
+        longest: positions of the longest sample."""
     params = PackedParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,

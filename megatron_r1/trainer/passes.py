@@ -36,11 +36,11 @@ def run_passes(
     """Run forward over `batches` and, unless forward_only (then in evaluation mode), backward.
 
     Args:
-        chunks: the model's chunks in DistributedDataParallel.
-        batches: the micro-batches, the same on all pipeline ranks.
-        compute: what the last stage computes of a micro-batch's output.
-        forward_only: whether there is no backward pass.
-        inputs: further arguments of the model.
+        chunks: this rank's virtual pipeline stages.
+        batches: the micro-batches.
+        compute: computes loss or report from the last stage's output.
+        forward_only: whether gradients are left out.
+        inputs: returns further arguments of a chunk's forward pass; None: there are none.
         predicts: whether MTP layers run: whether `inputs` has labels.
 
     Returns:

@@ -58,8 +58,19 @@ class Sample(msgspec.Struct, frozen=True):
         teacher: Sequence[float] | None = None,
         label: float = 0.0,
     ) -> Sample:
-        """Encode token ids and floats, without copies of floats in an array; ValueError for an
-        empty prompt and unequal lengths."""
+        """Encode token ids and floats, without copies of floats in an array.
+
+        Args:
+            prompt: token ids, at least one.
+            response: token ids.
+            logprobs: the rollout engine's, one per response token; None for SFT.
+            advantage: one for all response tokens, or what `token_advantages` computes theirs from.
+            routing: bytes of the experts that the engine chose; empty without replay.
+            teacher: the teacher's log-probability of each response token, or None.
+            label: for a reward model, 1 for a good text, 0 for a bad one.
+
+        Raises:
+            ValueError: an empty prompt, or unequal lengths."""
         if not len(prompt):
             raise ValueError("a sample needs at least one prompt token")
         if logprobs is not None and len(logprobs) != len(response):

@@ -63,7 +63,14 @@ class GatewaySession:
         status: how the episode has ended, by a limit or a failure that the policy did not cause;
             None until then.
         notes: how often each sampling option was replaced, and each request refused.
-        stored: conversations by the id of their last reply, for `previous_response_id`."""
+        num_claimed: tokens that engines have sampled, including those of turns that are not in the
+            tree yet.
+        stored: conversations by the id of their last reply, for `previous_response_id`.
+        undelivered: turns whose client has closed its connection, by a hash of their request. If
+            the client repeats the request, it gets the same turn, and no second one is sampled.
+        failures: failures of the engines to sample a turn, by a hash of its request. A repetition
+            that succeeds removes its failure.
+        last_text: the text of the newest answer."""
 
     limits: SessionLimits
     sampling: TurnSampling
@@ -75,17 +82,11 @@ class GatewaySession:
     num_turns: int = 0
     num_tokens: int = 0
     num_claimed: int = 0
-    """Tokens that engines have sampled, including those of turns that are not in the tree yet."""
     stored: dict[str, list[Message]] = field(default_factory=dict)
     undelivered: dict[bytes, asyncio.Task[TakenTurn]] = field(default_factory=dict)
-    """Turns whose client has closed its connection, by a hash of their request. If the client
-    repeats the request, it gets the same turn, and no second one is sampled."""
     failures: dict[bytes, str] = field(default_factory=dict)
-    """Failures of the engines to sample a turn, by a hash of its request. A repetition that
-    succeeds removes its failure."""
     running: set[asyncio.Task[TakenTurn]] = field(default_factory=set)
     last_text: str = ""
-    """The text of the newest answer."""
     _engine_seconds: float = 0.0
     _num_waiting: int = 0
     _waiting_since: float = 0.0

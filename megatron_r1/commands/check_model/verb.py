@@ -73,8 +73,17 @@ async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path)
 async def by_vllm(
     folder: Path, config: Config, reference: ReferenceResult, scratch: Path
 ) -> float | NotCompared:
-    """Return the largest difference of an engine's log-probabilities, started on the weights in
-    `folder`, or why there is none."""
+    """Compare an engine's log-probabilities, started on the weights in `folder`, with the
+    reference's.
+
+    Args:
+        folder: the Hugging Face folder.
+        config: the recipe, whose section `rollout` the engine gets.
+        reference: the sequences, and transformers' log-probabilities of them.
+        scratch: a folder for the engine's log and sockets.
+
+    Returns:
+        The largest absolute difference in nats, or why none was measured."""
     if find_spec("vllm") is None:
         return NotCompared("vllm is not installed in this environment", is_failure=False)
     try:

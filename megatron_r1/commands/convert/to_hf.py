@@ -64,7 +64,18 @@ _BYTES_PER_PARAMETER = 6  # fp32, and half as much again while loading
 def check_reload(
     checkpoint: Path, hf_files: Path, folder: Path, dtype: torch.dtype, workers: int
 ) -> None:
-    """Raise UserError with the difference unless `folder` is the model in `checkpoint`."""
+    """Compare a converted folder with its checkpoint: the logits where the model fits into this
+    host's memory, the tensors where it does not or where they are stored in FP8.
+
+    Args:
+        checkpoint: the Megatron checkpoint.
+        hf_files: the folder with the model's `config.json`.
+        folder: the Hugging Face folder that was written.
+        dtype: the dtype of its weights.
+        workers: processes that compare tensors.
+
+    Raises:
+        UserError: a difference; it names the largest."""
     hf = read_config(hf_files, checkpoint)
     needed = _BYTES_PER_PARAMETER * num_parameters(hf)
     free = psutil.virtual_memory().available

@@ -85,7 +85,15 @@ async def evaluate(
     are excluded from all means; a prompt without graded responses is skipped.
     interval/…/low, /high: their 95% intervals (`measures.estimate`).
 
-    Raises UserError and RunError as `rollout.check_grades`."""
+    Args:
+        collector: samples and grades the responses.
+        prompts: the held-out questions.
+        sampling: N, the length limit and the temperature.
+        rewards: the section `rewards`.
+
+    Raises:
+        UserError: one reward failed on every response.
+        RunError: too large a share of the responses could not be graded."""
     rollout = await collector.collect(prompts, sampling)
     collector.check_grades(rollout.groups)
     estimates = await _estimates(collector, rollout.groups, sampling.group_size, rewards)

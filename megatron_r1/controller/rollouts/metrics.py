@@ -89,8 +89,14 @@ def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
 def sample_records(
     groups: list[Group], step: int, split: str, limit: int | None
 ) -> list[dict[str, Any]]:
-    """Return lines for samples.jsonl: `limit` responses, the first of every group before the second
-    of any, or, with None, every response of all groups."""
+    """Return lines for samples.jsonl: the first response of every group before the second of any,
+    or, without a limit, every response of all groups.
+
+    Args:
+        groups: the graded responses of each prompt.
+        step: the training step, from 1.
+        split: the split of the prompts, as it is recorded.
+        limit: the most lines; None: no limit."""
     responses = [
         (place, group, graded) for group in groups for place, graded in enumerate(group.responses)
     ]

@@ -212,7 +212,11 @@ def _ranks(ranks: list[int], most: int = 16) -> str:
 
 async def _inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> RoleFinding:
     """Inspect the engines that sample. The headline has the open groups, since when, and the stuck
-    engines. pushing: whether a weight push is in progress."""
+    engines.
+
+    Args:
+        rollouts: the collector, which knows the open groups.
+        pushing: whether a weight push is in progress."""
     fleet, in_flight = rollouts.fleet, rollouts.in_flight
     headline = _open_groups(in_flight, "sampling")
     if pushing:

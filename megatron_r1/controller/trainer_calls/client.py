@@ -193,11 +193,18 @@ class TrainerClient:
         learning_rate: float,
         temperature: float = 1.0,
     ) -> dict[str, float]:
-        """Make one optimizer step on mini-batch `index`; return its metrics. Arguments as
-        `Trainer.update`.
+        """Make one optimizer step on mini-batch `index`; return its metrics.
 
-        Raises TrainerError when loss or gradient is not finite: the weights are then lost, and the
-        newest checkpoint is from before this step."""
+        Args:
+            index: number of the loaded mini-batch, from 0.
+            loss: "module:function" of the loss.
+            settings: the settings of a policy loss; None for the others.
+            learning_rate: the learning rate of this step.
+            temperature: the logits are divided by it, as when they were sampled.
+
+        Raises:
+            TrainerError: loss or gradient is not finite: the weights are then lost, and the newest
+                checkpoint is from before this step."""
         metrics = await self.call(
             ModelOperations.update,
             index=index,

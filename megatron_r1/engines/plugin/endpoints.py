@@ -83,7 +83,13 @@ async def swap_weights(
     resume: Annotated[bool, Body()] = True,
 ) -> JSONResponse:
     """Swap as `_swap` does. Where the engine's core ends meanwhile, reply so at once: vLLM's call
-    to it never returns then, and its server, which waits for open calls, does not end."""
+    to it never returns then, and its server, which waits for open calls, does not end.
+
+    Args:
+        request: the HTTP request, whose app has the engine.
+        update_info: the fields of a `PushUpdateInfo`, alone or in a list.
+        weight_version: the version that the loaded weights get.
+        resume: whether generation continues after the swap."""
     engine = engine_client(request)
     swap = asyncio.ensure_future(_swap(engine, update_info, weight_version, resume))
     while not swap.done():

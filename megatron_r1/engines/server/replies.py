@@ -89,8 +89,15 @@ def parse_responses(
 ) -> list[Response]:
     """Return the responses in vLLM's reply to a generate call.
 
-    Raises ValueError if it is malformed, a token is outside the vocabulary, a log-probability is
-    not finite, or the policy versions or routed experts do not cover exactly the tokens."""
+    Args:
+        body: the reply's JSON.
+        num_prompt_tokens: tokens of the prompt.
+        routing: the shape of the routed experts; None: they were not asked for.
+        vocab_size: token ids are below it; None: they are not checked.
+
+    Raises:
+        ValueError: it is malformed, a token is outside the vocabulary, a log-probability is not
+            finite, or the policy versions or routed experts do not cover exactly the tokens."""
     return [
         _response(choice, num_prompt_tokens, routing, vocab_size)
         for choice in _decode_generate(body).choices
@@ -191,8 +198,14 @@ def _moe_rows(rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> np.ndar
     vLLM returns a row for every token that passed through the model: all tokens of prompt and
     response except the last, which was sampled and not fed back. A row covers every decoder layer;
     dense layers are 0 (entrypoints/scale_out/token_in_token_out/protocol.py:407, vLLM 0.32).
-    num_tokens: the tokens of prompt and response. Raises ValueError if `rows` has another shape or
-    impossible experts."""
+
+    Args:
+        rows: vLLM's array, [num_tokens - 1, decoder layers, topk].
+        shape: the sizes of the model's routing.
+        num_tokens: tokens of prompt and response.
+
+    Raises:
+        ValueError: `rows` has another shape or impossible experts."""
     expected = (num_tokens - 1, shape.num_layers, shape.topk)
     if rows.shape != expected:
         raise ValueError(

@@ -111,9 +111,14 @@ def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None 
 def _gated(
     megatron: str, name: str, hidden: int, inner: int, te: tuple[str, str] = ("", "")
 ) -> list[Rule]:
-    """Return the rules of a SwiGLU with `inner` features: gate and up are one Megatron parameter.
+    """Return the rules of a SwiGLU: gate and up are one Megatron parameter.
 
-    te: Transformer Engine's names of both parameters where they differ."""
+    Args:
+        megatron: prefix of Megatron's names.
+        name: prefix of the HF names.
+        hidden: features of the input.
+        inner: features of gate and of up.
+        te: Transformer Engine's names of both parameters where they differ."""
     gate_up = tuple(
         Source(f"{name}.{part}_proj.weight", (inner, hidden)) for part in ("gate", "up")
     )

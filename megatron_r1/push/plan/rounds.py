@@ -246,8 +246,14 @@ def receiving_processes(
     world: int,
     shared: Mapping[EngineRank, int],
 ) -> Receivers:
-    """Return the process that receives for each engine rank: the trainer rank that `shared` has on
-    its GPU, or the engine rank itself, numbered from `world`, the number of trainer ranks."""
+    """Return the process that receives for each engine rank: the trainer rank that shares its GPU,
+    or the engine rank itself, numbered after the trainer ranks.
+
+    Args:
+        sets: engines of each set, by number.
+        ranks_per_engine: positions of an engine.
+        world: trainer ranks.
+        shared: the trainer rank on the GPU of each engine rank that shares one."""
     return [
         [
             [

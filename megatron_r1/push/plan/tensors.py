@@ -53,7 +53,13 @@ class Region:
 
     @classmethod
     def along(cls, shape: Shape, dim: int, start: int, length: int) -> Region:
-        """Return `length` rows (dim 0) or columns (dim 1) from `start` of a tensor of `shape`."""
+        """Return all of a tensor that lies within a range of its rows or of its columns.
+
+        Args:
+            shape: the tensor's, of one or two dimensions.
+            dim: 0 for rows, 1 for columns.
+            start: the first row or column.
+            length: the number of rows or columns."""
         whole = cls.whole(shape)
         if dim == 0:
             return cls(start, start + length, whole.left, whole.right)

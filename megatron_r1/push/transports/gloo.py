@@ -235,7 +235,13 @@ class GlooSender(Sender):
 def pair_group(
     rendezvous: Rendezvous, sender: int, engine_rank: int, *, is_sender: bool
 ) -> dist.ProcessGroup:
-    """Return the group of trainer rank `sender` and a rank of the rendezvous' engine."""
+    """Return the group of a trainer rank and an engine rank.
+
+    Args:
+        rendezvous: that of the engine in its set.
+        sender: the trainer rank.
+        engine_rank: the rank within the engine.
+        is_sender: whether this process is the trainer rank."""
     name = f"pair/{sender}/{rendezvous.member}/{engine_rank}"
     return _create_group(rendezvous, name, TRAINER_RANK if is_sender else ENGINE_RANK, 2)
 

@@ -105,7 +105,13 @@ def enqueue_send_recv(
     received: tuple[int, DeviceMemory] | None,
     stream: int,
 ) -> None:
-    """Enqueue a send to a rank and a receive from a rank, in one group."""
+    """Enqueue a send and a receive in one group; they run when the stream reaches them.
+
+    Args:
+        handle: the communicator.
+        sent: the receiving rank and the bytes to send; None: nothing is sent.
+        received: the sending rank and the memory for its bytes; None: nothing is received.
+        stream: the CUDA stream's handle."""
     nccl, target = _nccl_library(), ctypes.c_void_p(stream)
     _succeed("ncclGroupStart", nccl.ncclGroupStart())
     for name, call in (("ncclSend", sent), ("ncclRecv", received)):

@@ -55,12 +55,17 @@ def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, obje
 def write_report(
     title: str, settings: PreflightConfig, facts: Sequence[Facts], findings: Sequence[CheckFinding]
 ) -> None:
-    """Print the table and write the files that the settings name. Raises RunError where a finding
-    blocks the run.
+    """Print the table and write the files that the settings name.
+
+    Args:
+        title: the recipe's name.
+        settings: the section `preflight`.
+        facts: what each rank has measured, by rank.
+        findings: the results of the checks.
 
     Raises:
-        UserError: it is not a folder.
-    """
+        UserError: the parent of a file to write is not a folder.
+        RunError: a finding blocks the run."""
     table = Table("check", "measured", "expected", "", title=f"preflight of {title}")
     for finding in findings:
         table.add_row(finding.check, finding.measured, finding.expected, WORDS[finding.level])
