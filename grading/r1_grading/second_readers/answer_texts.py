@@ -35,6 +35,7 @@ SPELLINGS = (
     (re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|limits)(?![A-Za-z])"), " "),
     (re.compile(r"\\(?:qquad|quad)(?![A-Za-z])|\\[,;:! ]"), " "),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\frac\s*(\d)(\d)(?![\d.])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\(?:cdot|times|ast)(?![A-Za-z])|[·×⋅]"), "*"),
     (re.compile(r"\\div(?![A-Za-z])|÷"), "/"),
     (re.compile(r"[−–]"), "-"),

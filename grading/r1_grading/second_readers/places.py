@@ -126,8 +126,10 @@ def _last_line(visible: str) -> str:
     if len(stating) > 1:
         raise Unsure("several marks")
     number = stating[0] if stating else len(lines) - 1
-    if any(CHANGES.search(line) for line in lines[number + 1 :]):
+    if any(re.search(r"\d", line) or CHANGES.search(line) for line in lines[number + 1 :]):
         raise Unsure("words after the answer")
+    if any(line.startswith((">", "```")) for line in lines):
+        raise Unsure("a quotation")
     line = lines[number].rpartition("####")[2]
     if CHANGES.search(line) or re.search(r"(?:\A|\s)[-–]\s", line):
         raise Unsure("a sentence, or an item of a list")
