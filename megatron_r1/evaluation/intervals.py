@@ -15,6 +15,7 @@ with at least 95% for every M; where all are drawn it is the count itself.
 **Undecided members** count both ways: as without the property at the lower end, with it at the
 upper."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def combined_share(shares: Sequence[Share]) -> Share:
     )
 
 
+@functools.lru_cache(maxsize=4_096)
 def _least(population: int, sampled: int, found: int) -> int:
     """Return the smallest count M in the interval: P(X >= found) grows with M."""
     low, high = found, population - (sampled - found)

@@ -2,7 +2,7 @@
 
 Each says right, wrong, or that it is not sure; `read` returns both. math-verify searches and
 compares in its own way, but its parser is also the last resort of the reward, so it does not decide
-alone where the two differ (docs/rewards/audit.md)."""
+alone where the two differ (docs/rewards.md)."""
 
 import logging
 import re

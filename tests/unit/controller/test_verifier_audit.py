@@ -24,9 +24,6 @@ from megatron_r1.evaluation.verifier_errors import (
     strata_of,
 )
 
-NUM_SEEDS = 300
-
-
 def answers_with(errors, *, num=900, group_size=6, source=lambda place: "a"):
     """Graded answers and which of their verdicts are wrong: those of `errors(place, label)`."""
     rng = random.Random(5)
@@ -84,8 +81,9 @@ PLANTED = {
 }
 
 
+@pytest.mark.parametrize("num_seeds", [60, pytest.param(400, marks=pytest.mark.more)])
 @pytest.mark.parametrize("errors", PLANTED.values(), ids=PLANTED)
-def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors):
+def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors, num_seeds):
     answers, wrong = answers_with(errors, source=lambda number: "ab"[number % 3 == 0])
     # Some that the second method cannot decide.
     undecided = {answer.place for answer in answers[::29]}
@@ -96,15 +94,15 @@ def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors):
         for is_paid in (False, True)
     }
     covered = dict.fromkeys(truths, 0)
-    for seed in range(NUM_SEEDS):
+    for seed in range(num_seeds):
         result = asyncio.run(audit(answers, judge, size=120, seed=seed, num_groups=0))
         for source, rates in (*result.sources.items(), (None, result.overall)):
             for is_paid, share in ((False, rates.wrongly_refused), (True, rates.wrongly_paid)):
                 covered[source, is_paid] += share.low <= truths[source, is_paid] <= share.high
-                assert share.high - share.low < 0.45
+                assert share.high - share.low < 0.6
                 assert share.sampled in (30, 60)
     for key, count in covered.items():
-        assert count >= least_covered(NUM_SEEDS), (key, count)
+        assert count >= least_covered(num_seeds), (key, count)
 
 
 def test_a_planted_fault_is_told_from_none():
