@@ -158,7 +158,7 @@ def logged_answers(
     episodes, which an environment grades.
 
     Args:
-        groups: of one step.
+        groups: the finished groups of one step.
         place: what the places begin with, such as "step 7".
         weights: the weights of the terms at that step.
         reward_of: what advantages are computed of (`loop.training_reward`); default the total.

@@ -54,7 +54,7 @@ def sampled_share(population: int, sampled: int, found: int, undecided: int = 0)
         population: N, at least 1.
         sampled: n of them, at least 1.
         found: how many of these have the property.
-        undecided: of how many of these it is not known.
+        undecided: how many of these may have it or not.
 
     Raises:
         ValueError: counts that do not fit each other."""

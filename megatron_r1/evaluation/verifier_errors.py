@@ -140,7 +140,7 @@ class SecondMethods:
             return await self._run_again(answer.is_paid, content, arguments)
         known = {name: arguments[name] for name in ("opened", "reading") if name in arguments}
         grade = await self._pool.grade(READER, content.response, content.truth, **known)
-        if not grade.verdict:  # out of time or memory, or a truth that is none
+        if not grade.verdict:  # out of time or memory, or a malformed truth
             return Finding("undecided", grade.reason)
         upstream, points = grade.verdict.split(",")
         return Finding(outcome_of(answer.is_paid, upstream, points), grade.reason)

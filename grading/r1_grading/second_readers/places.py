@@ -96,7 +96,7 @@ def _only_box(text: str) -> str:
         or CHANGES.search(before)
         or not HARMLESS_AFTER.match(after)
     ):
-        raise Unsure("words or signs beside the box")
+        raise Unsure("words or signs next to the box")
     lines = [line for line in text[end:].splitlines()[1:] if DELIMITERS.sub("", line).strip()]
     if any(CHANGES.search(line) for line in lines):
         raise Unsure("words after the box")
