@@ -41,8 +41,8 @@ class Node:
     Attributes:
         name: the operation, "number" or "letter".
         parts: its operands.
-        value: of a number its value, of a letter its name.
-        is_decimal: of a number, whether it has a point."""
+        value: the number, or the name of a letter or constant.
+        is_decimal: whether a number is written with a point."""
 
     name: str
     parts: tuple[Node, ...] = ()

@@ -24,6 +24,7 @@ from megatron_r1.evaluation.verifier_errors import (
     strata_of,
 )
 
+
 def answers_with(errors, *, num=900, group_size=6, source=lambda place: "a"):
     """Graded answers and which of their verdicts are wrong: those of `errors(place, label)`."""
     rng = random.Random(5)
