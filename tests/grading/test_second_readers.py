@@ -108,6 +108,7 @@ def test_what_the_grammar_does_not_have_is_unsure(text):
         ("", "wrong"),
         ("</think>", "wrong"),
         (r"The total is $\boxed{13}$.", "right"),
+        (r"So, $$\boxed{13}.$$", "right"),
         (r"It is not \boxed{13}", "unsure"),
         (r"\boxed{12} or \boxed{13}", "unsure"),
         ("<answer>12</answer><answer>13</answer>", "unsure"),

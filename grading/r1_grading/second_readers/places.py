@@ -11,7 +11,9 @@ SPECIAL = re.compile(r"\s*(?:<\|[^|<>]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</s>|<eos
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 DELIMITERS = re.compile(r"\\[()\[\]]|[$*`_#]")
 HARMLESS_AFTER = re.compile(r"[\s.,;!]*\Z")
-CONCLUDES = re.compile(r"(?:\b(?:is|are|get|have|equals|answer|so|thus|hence|therefore)|[:=])\s*\Z")
+CONCLUDES = re.compile(
+    r"(?:\b(?:is|are|get|have|equals|answer|so|thus|hence|therefore),?|[:=])\s*\Z", re.IGNORECASE
+)
 CHANGES = re.compile(
     r"\b(?:not|no|never|neither|nor|cannot|doubt|maybe|perhaps|could|might|would|wrong|incorrect"
     r"|false|if|or|than|least|most|about|near|nearly|almost|half|twice|double|minus|negative|either"

@@ -11,6 +11,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+from megatron_r1.controller.rollouts.sample_log import decode, encode, pack, unpack
 from megatron_r1.controller.verifier_audit import audit, logged_answers
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
@@ -176,6 +177,7 @@ def test_advantages_of_a_logged_group_are_those_of_the_corrected_rewards():
             logged(0.0, is_graded=False),
         ],
     )
+    group = unpack(decode(encode(pack(0, group))), prompt)
     answers = list(logged_answers([group], "step 7", {"accuracy": 2.0, "format": 1.0}))
     assert [answer.total for answer in answers] == [2.5, 0.5, 0.5, None]
     assert {answer.source for answer in answers} == {"halves"}
