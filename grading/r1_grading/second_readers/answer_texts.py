@@ -37,6 +37,7 @@ SPELLINGS = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\frac\s*(\d)(\d)(?![\d.])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\(?:cdot|times|ast)(?![A-Za-z])|[·×⋅]"), "*"),
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\(?([A-Z])\)?\s*\}"), r"\1"),
     (re.compile(r"\\div(?![A-Za-z])|÷"), "/"),
     (re.compile(r"[−–]"), "-"),
     (re.compile(r"\*\*"), "^"),

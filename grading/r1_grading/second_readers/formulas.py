@@ -86,6 +86,8 @@ def same_value(expected: Node, answer: Node, seed: str) -> bool | None:
     """Whether two formulas have equal values for all values of their letters, the answer worked
     out as far as the truth; None where that is not sure."""
     names = sorted(expected.letters | answer.letters)
+    if expected.name == answer.name == "letter":  # of a choice
+        return expected.value == answer.value
     if expected.letters != answer.letters:
         # A letter may be a unit: 5 m for 5.
         same = _compare(expected, answer, dict.fromkeys(names, Fraction(1)))
