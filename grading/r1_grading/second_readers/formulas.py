@@ -209,8 +209,9 @@ def _power(base: Any, exponent: Any) -> Any:
         if bits * abs(exponent) > MAX_BITS:
             raise OverflowError("a power")
         return base ** int(exponent)
+    is_whole_power = isinstance(exponent, Fraction) and exponent.denominator == 1
     base, exponent = _mp(base), _mp(exponent)
-    if base == 0 or mpmath.re(base) < 0:
+    if base == 0 or (mpmath.re(base) < 0 and not is_whole_power):
         raise ValueError("a power that has several values")
     if abs(exponent) * abs(mpmath.log(abs(base), 2)) > MAX_BITS:
         raise OverflowError("a power")
