@@ -1,8 +1,8 @@
 """The second reader of mathematics: math-verify, and values at random points (`formulas`).
 
-Each says right, wrong, or that it is not sure; `read` returns both. math-verify searches and
-compares in its own way, but its parser is also the last resort of the reward, so it does not decide
-alone where the two differ (docs/rewards.md)."""
+Each says right, wrong, or that it is not sure; `read` returns both. math-verify compares
+in its own way, but its parser is also the last resort of the reward, so it does not decide alone
+where the two differ (docs/rewards.md)."""
 
 import logging
 import re
@@ -46,21 +46,18 @@ def read(
     if not truths:
         raise ValueError(f"the truth of a math answer must not be empty, got {truth!r}")
     visible = visible_text(response, opened)
-    answer, fault = None, ""
     try:
         answer = find_answer(visible, reading) if visible else None
     except Unsure as error:
-        fault = str(error)
-    if answer is None and not fault:
+        # Not searched by math-verify either: in prose behind an answer it takes the last number.
+        return Grade(0.0, f"it is not sure of the answer: {error}", verdict=f"{UNSURE},{UNSURE}")
+    if answer is None:
         return Grade(0.0, "it finds no answer", verdict=f"{WRONG},{WRONG}")
-    upstream = _best([_upstream(each, answer, visible or "") for each in truths])
-    points, why = UNSURE, fault
-    if answer is not None:
-        found = [_at_points(each, answer) for each in truths]
-        points = _best([verdict for verdict, _ in found])
-        why = next((reason for verdict, reason in found if verdict == points), "")
-    what = "an answer it cannot find" if answer is None else shorten(answer)
-    reason = f"{what}: math-verify says {upstream}, values at points {points}"
+    upstream = _best([_upstream(each, answer) for each in truths])
+    found = [_at_points(each, answer) for each in truths]
+    points = _best([verdict for verdict, _ in found])
+    why = next((reason for verdict, reason in found if verdict == points), "")
+    reason = f"{shorten(answer)}: math-verify says {upstream}, values at points {points}"
     return Grade(0.0, f"{reason} ({why})" if why else reason, verdict=f"{upstream},{points}")
 
 
@@ -69,13 +66,12 @@ def _best(verdicts: list[str]) -> str:
     return next(verdict for verdict in (RIGHT, UNSURE, WRONG) if verdict in verdicts)
 
 
-def _upstream(truth: str, answer: str | None, visible: str) -> str:
-    """Return math-verify's verdict. Without `answer` it searches the whole visible text."""
+def _upstream(truth: str, answer: str) -> str:
+    """Return math-verify's verdict."""
     expected = _parsed(truth)
     if not expected:
         return UNSURE
-    given = parse(visible, parsing_timeout=None) if answer is None else _parsed(answer)
-    return RIGHT if verify(expected, given, timeout_seconds=None) else WRONG
+    return RIGHT if verify(expected, _parsed(answer), timeout_seconds=None) else WRONG
 
 
 def _parsed(text: str) -> list:
