@@ -64,6 +64,7 @@ verbs: {", ".join(RECIPE_VERBS)}
        megatron-r1 init MODEL_FOLDER DATA [--out RECIPE.yaml]   writes a recipe for your questions
        megatron-r1 chat RUN_OR_FOLDER [--question TEXT …]   asks a trained model
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
+       megatron-r1 score --audit GRADED.jsonl [--json FILE]   how often its grades are wrong
        megatron-r1 compare RUN OTHER_RUN [--json FILE]   the first step and tensor that differ
        megatron-r1 check-model HF_FOLDER [--parallel.key value …] [--json FILE]   a new model, first
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
@@ -207,7 +208,10 @@ def _help(name: str) -> str:
 
 def _run_plain_verb(verb: str, rest: list[str]) -> int:
     module = load_verb(verb, PLAIN_VERBS[verb])
-    count = len(module.arguments)
+    is_instead = any(
+        text.partition("=")[0] in {f"--{name}" for name in module.instead} for text in rest
+    )
+    count = 0 if is_instead else len(module.arguments)
     values, options = rest[:count], rest[count:]
     if len(values) < count or any(value.startswith("--") for value in values):
         given = next((at for at, value in enumerate(values) if value[:2] == "--"), len(values))

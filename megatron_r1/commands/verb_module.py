@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1.config import Config
 
-HEADER = {"ARGUMENTS", "REQUIRED", "SETTINGS", "OPTIONS", "REPEATED", "IMPLIED"}
+HEADER = {"ARGUMENTS", "REQUIRED", "SETTINGS", "OPTIONS", "REPEATED", "INSTEAD", "IMPLIED"}
 
 
 def accept(config: Config) -> None:
@@ -36,6 +36,8 @@ class VerbHeader:
     keywords"""
     repeated: Sequence[str]
     """REPEATED, those of them that may be given several times, and are lists of text"""
+    instead: Sequence[str]
+    """INSTEAD, those of them with which the verb takes no arguments"""
     implied: Mapping[str, Any]
     """IMPLIED, the settings that the verb adds to a recipe"""
 
@@ -92,5 +94,6 @@ def _header(name: str, about: str | None, defined: Mapping[str, Any]) -> dict[st
         "settings": defined.get("SETTINGS", (name.replace("-", "_"),)),
         "options": defined.get("OPTIONS", {}),
         "repeated": defined.get("REPEATED", ()),
+        "instead": defined.get("INSTEAD", ()),
         "implied": defined.get("IMPLIED", {}),
     }
