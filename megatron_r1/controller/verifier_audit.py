@@ -10,6 +10,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,6 @@ def logged_answers(
                 continue
             is_graded = graded.is_graded and ACCURACY not in graded.ungraded_terms
             total = graded.reward if reward_of is None else reward_of(graded)
-            content = AnswerContent(graded.text, prompt.truth, prompt.fields | facts)
             yield GradedAnswer(
                 place=f"{place}, group {number} ({prompt.id}), response {index}",
                 source=source_of(prompt.fields),
@@ -180,7 +180,7 @@ def logged_answers(
                 reward=graded.rewards[ACCURACY],
                 total=total if is_graded else None,
                 weight=weights.get(ACCURACY, 0.0),
-                load=lambda content=content: content,
+                load=partial(AnswerContent, graded.text, prompt.truth, prompt.fields | facts),
             )
 
 
