@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.base.processes import timeline
-from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands.rl_checks import (
     check_settings,
@@ -42,8 +42,8 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.placement import accepting_hosts
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.from_recipe import context_length
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.trainer.operations import ModelOperations
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.sft import MixturePart
-from megatron_r1.data.data_report import DataReport
+from megatron_r1.data.records import DataReport
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 
 

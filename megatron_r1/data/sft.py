@@ -25,8 +25,7 @@ from megatron_r1.data.chats import (
     read_transcript,
     tool_calls,
 )
-from megatron_r1.data.data_report import DataReport
-from megatron_r1.data.records import Record, read_records, require_text
+from megatron_r1.data.records import DataReport, Record, read_records, require_text
 from megatron_r1.data.row_filter import Conditions, RowFilter
 from megatron_r1.data.sampler import EpochSampler
 

@@ -1,5 +1,5 @@
-"""Files that are complete or absent (`r1_grading.base.files`), and who may read what a run writes:
-prompts, responses, weights, logs.
+"""Files that are complete or absent (`r1_grading.base.files`), who may read what a run writes
+(prompts, responses, weights, logs), and blocks that distinguish a large file from others.
 
 The umask of the controller is that of all processes it starts, ranks, engines and graders, and so
 of all their files. The file of the run's secret is readable by its owner only, under any umask."""
@@ -24,6 +24,7 @@ __all__ = [
     "make_folder",
     "narrow_readers",
 ]
+from collections.abc import Iterator
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 """Numbers of errors of a place that this user may not write to; the last is that of an immutable
@@ -53,3 +54,20 @@ def narrow_readers(folder: Path) -> None:
     found = folder.stat()
     if found.st_uid == os.geteuid() and found.st_mode & umask:
         folder.chmod(stat.S_IMODE(found.st_mode) & ~umask)
+
+
+BLOCK_BYTES = 65_536
+
+
+def spread_blocks(path: Path, num_blocks: int) -> Iterator[bytes]:
+    """Yield blocks of a file at equal distances, from its first to its last bytes. Of a file
+    smaller than a block each one is the whole content.
+
+    Args:
+        path: the file.
+        num_blocks: how many blocks of `BLOCK_BYTES` are read, at least 2."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for block in range(num_blocks):
+            file.seek(block * max(0, size - BLOCK_BYTES) // (num_blocks - 1))
+            yield file.read(BLOCK_BYTES)

@@ -19,7 +19,7 @@ from megatron_r1.commands.compare.departure import ROUNDING, Departure
 from megatron_r1.commands.compare.records import compare_groups, compare_metrics, read_groups
 from megatron_r1.commands.compare.tensors import compare_checkpoints
 from megatron_r1.config import RESUMABLE, Config
-from megatron_r1.config.flat_settings import changed_keys, flatten, is_within, value_text
+from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
 from megatron_r1.controller.rollouts.sample_log import path_of as path_of_log
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted

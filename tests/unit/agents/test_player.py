@@ -22,8 +22,7 @@ from megatron_r1.controller.rollouts.rollout import Group, Rollout, check_grades
 from megatron_r1.controller.rollouts.sample_log import decode, encode, pack, unpack
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.responses import Response
+from megatron_r1.engines.server.responses import EngineError, Response
 from tests.chat_tokenizer import chat_tokenizer
 
 COUNTER = "tests.unit.agents.own_environments:Counter"

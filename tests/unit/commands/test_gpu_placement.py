@@ -16,7 +16,7 @@ from megatron_r1.commands import cli, rl, rl_checks, torchrun
 from megatron_r1.commands.first_recipe import value_text
 from megatron_r1.commands.rl_checks import check_gpu_memory
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.rehearse.model import write_folder
 
 HF = {**MODEL, "vocab_size": 512, "eos_token_id": 1, "bos_token_id": 0}
