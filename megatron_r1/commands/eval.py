@@ -22,8 +22,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.identity import settings_that_matter, versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest, load_prompt_sets
 from megatron_r1.evaluation.report import print_table, write_figure, write_report
-from megatron_r1.evaluation.response import SamplingSettings, TextResponse
-from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.response import ResponseLog, SamplingSettings, TextResponse
 from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
 from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.reporting.run_folder import RunFolder

@@ -26,8 +26,7 @@ from megatron_r1.data.shots import Shots
 from megatron_r1.data.text import TEMPLATES
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import Policy, SamplingSettings
-from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
 from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted

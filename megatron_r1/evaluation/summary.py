@@ -21,8 +21,7 @@ from megatron_r1.evaluation.measures import (
     win_rates,
 )
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import is_ungraded
-from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.response import ResponseLog, is_ungraded
 from megatron_r1.evaluation.voting import (
     Vote,
     can_vote,

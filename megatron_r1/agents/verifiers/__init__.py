@@ -14,8 +14,8 @@ from typing import Any
 
 from r1_grading.base.workers import StderrTail, last_line
 
-from megatron_r1.agents.agent_runs import AgentOutcome
 from megatron_r1.agents.environment_pool import EnvironmentFault
+from megatron_r1.agents.harness import AgentOutcome
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.children import kill_group, popen_options
 from megatron_r1.config import VerifiersConfig

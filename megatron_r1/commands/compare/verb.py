@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.compare.departure import ROUNDING, Departure
+from megatron_r1.commands.compare import ROUNDING, Departure
 from megatron_r1.commands.compare.records import compare_groups, compare_metrics, read_groups
 from megatron_r1.commands.compare.tensors import compare_checkpoints
 from megatron_r1.config import RESUMABLE, Config

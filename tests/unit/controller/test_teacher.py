@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
-from megatron_r1.controller.rollouts.sample_log import decode, encode, pack, unpack
 from megatron_r1.controller.teacher import ExternalFleet, check_teacher, differing_tokens
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.client import EngineClient
