@@ -1,0 +1,69 @@
+"""`python tools/bench WHAT [options]`: one measurement on this machine, with how it was made.
+
+start      from a command to the first token: when, and the CPU seconds by process
+step       whole RL steps and those of TRL, with a toy or a pretrained model; or phases of a recipe
+fp8        what FP8 training does to the loss, against bf16
+push       the weight push, on this machine and planned at the real size
+answers    verdicts of the math reward and of math-verify on labelled pairs of one's own
+agents     turns of tool-using agents through the gateway, before an engine that answers at once
+prompts    updates with a prompt computed once for all its responses, and for each
+controller a full rollout from synthetic engines through the controller to 2,048 ranks
+chaos      a run under injected faults: does it end as an undisturbed run does?
+estimators every algorithm of controller/algorithms on the demo's task: steps to 80%, held-out
+accuracy
+kernels    r1_kernels against every public peer: time, memory, error
+speculative tokens per second of an engine with and without drafts
+rewards    grades per second of each reward, and a soak with hostile responses
+resources  what r1_kernels' Triton kernels compile to, without a GPU: registers, instructions"""
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from tools.bench import host
+
+ELSEWHERE = {
+    "chaos": "tests.chaos",
+    "kernels": "r1_kernels_bench",
+    "resources": "r1_kernels_bench.resources",
+}
+NAMES = (
+    *("agents", "answers", "chaos", "controller", "estimators", "fp8", "kernels"),
+    *("prompts", "push", "resources", "rewards", "speculative", "start", "step"),
+)
+"""Modules of this package, or those of ELSEWHERE. Each has `add_options(parser)`, and
+`run(chosen)`, which prints tables and returns the JSON."""
+
+
+def main() -> int:
+    """Return 1 if the result has a non-empty "broken", else 0."""
+    parser = argparse.ArgumentParser(
+        prog="tools/bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    choices = parser.add_subparsers(dest="what", required=True)
+    # Only the one that is run is imported: kernels and resources need torch and Triton alone.
+    wanted = next((word for word in sys.argv[1:] if word in NAMES), None)
+    bench = import_module(ELSEWHERE.get(wanted, f"tools.bench.{wanted}")) if wanted else None
+    for name in NAMES:
+        options = choices.add_parser(name, description=bench.__doc__ if name == wanted else None)
+        if bench is not None and name == wanted:
+            options.add_argument("--json", type=Path, help="also write the result here")
+            bench.add_options(options)
+    chosen = parser.parse_args()
+    assert bench is not None, "argparse accepts the names only"
+    result = bench.run(chosen)
+    if chosen.json:
+        about = {
+            "command": " ".join(["python tools/bench", *sys.argv[1:]]),
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {host.num_cores()} cores",
+            "python": platform.python_version(),
+        }
+        chosen.json.write_text(json.dumps({**about, **result}, indent=1) + "\n")
+    return 1 if result.get("broken") else 0
