@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from megatron_r1.base.processes.children import (
-    descendants,
     die_with_parent,
     end_without_parent,
     popen_options,
     prctl,
 )
+from megatron_r1.base.processes.process_table import descendants
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 KILL = signal.SIGUSR1

@@ -1,5 +1,5 @@
-"""Child processes: started and stopped, so that they end with the process that started them
-(`r1_grading.base.lifetime`), and as the kernel shows them: sessions, descendants, memory."""
+"""Processes that end with the process that started them (`r1_grading.base.lifetime`), and child
+processes started and stopped so."""
 
 import contextlib
 import errno
@@ -21,11 +21,6 @@ from r1_grading.base.lifetime import (
 )
 
 __all__ = ["PARENT", "die_with_parent", "end_without_parent", "prctl"]
-import os
-import threading
-from typing import Self
-
-import psutil
 
 
 def start(
@@ -109,73 +104,3 @@ def free_port(host: str = "") -> int:
             probe.bind((host, port))
             return port
     raise OSError(errno.EADDRINUSE, "100 ports between 20,000 and 32,000 are all taken")
-
-
-def session_members(leader: int) -> list[int]:
-    """Return the ids of all processes in the session of process `leader`; none for 0, the number of
-    a process that has not been started."""
-    members = []
-    for pid in psutil.pids() if leader else ():
-        with contextlib.suppress(OSError):
-            if os.getsid(pid) == leader:
-                members.append(pid)
-    return members
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the ids of a process's children, of their children, and so on, zombies included."""
-    try:
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def state(pid: int) -> str | None:
-    """Return a process's state in psutil's words ("running", "stopped", "disk-sleep", …), or None
-    if it has ended."""
-    try:
-        return psutil.Process(pid).status()
-    except psutil.NoSuchProcess:
-        return None
-
-
-def catches_signal(pid: int, number: int) -> bool:
-    """Return whether a process has a handler for a signal, which would otherwise end it."""
-    with contextlib.suppress(OSError):  # psutil does not show SigCgt
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-    return False
-
-
-class PeakMemory:
-    """The most memory that the descendants of this process hold at one time within the `with`
-    block: `gib`, in proportional shares (PSS), where a page that several processes map counts
-    once."""
-
-    def __init__(self, every_seconds: float = 5.0):
-        """Prepare the measurements.
-
-        Args:
-            every_seconds: time between two measurements. One took 90 ms for 10 GiB."""
-        self.gib = 0.0
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._measure, args=(every_seconds,), daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def _measure(self, every_seconds: float) -> None:
-        while not self._end.wait(every_seconds):
-            self.gib = max(self.gib, sum(map(_held, descendants(os.getpid()))) / 2**30)
-
-
-def _held(pid: int) -> int:
-    with contextlib.suppress(psutil.Error, OSError):
-        return psutil.Process(pid).memory_full_info().pss
-    return 0

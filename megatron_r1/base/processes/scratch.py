@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_r1.base.processes.children import session_members
+from megatron_r1.base.processes.process_table import session_members
 
 SCRATCH_PREFIX = "r1_"
 """How the name of a `Scratch` begins. Short, as paths of sockets may have 107 bytes."""

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from r1_grading.pool import OutstandingJob
 
-from megatron_r1.base.processes import children
+from megatron_r1.base.processes import process_table
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import (
     InFlight,
@@ -197,7 +197,7 @@ def _describe_silence(trainer: TrainerClient, rank: int) -> str:
 
 def _process_state(process: int) -> str:
     """Return whether a process of this host runs, is stopped, or has ended."""
-    state = children.state(process)
+    state = process_table.state(process)
     if state is None:
         return f"process {process} has ended"
     return f"process {process} is {STATES.get(state, state)}"
@@ -264,8 +264,8 @@ async def _stacks(engine: Engine) -> str:
     if not isinstance(server, EngineServer) or server.process is None:
         return "runs on another host, which has its stacks"
     start = server.log_path.stat().st_size if server.log_path.exists() else 0
-    members = children.session_members(server.process.pid)
-    pids = [pid for pid in members if children.catches_signal(pid, STACK_SIGNAL)]
+    members = process_table.session_members(server.process.pid)
+    pids = [pid for pid in members if process_table.catches_signal(pid, STACK_SIGNAL)]
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, STACK_SIGNAL)

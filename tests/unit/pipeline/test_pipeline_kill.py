@@ -12,7 +12,7 @@ from refusals import refused
 from waiting import wait_until
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.processes.children import descendants
+from megatron_r1.base.processes.process_table import descendants
 from megatron_r1.pipeline import manifest, runner
 
 SLOW = recipe("slow")
