@@ -20,10 +20,11 @@ from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
 from megatron_r1.config import Config
-from megatron_r1.config.learning_rate import warmup_note
+from megatron_r1.config.training import warmup_note
 from megatron_r1.controller.advice import advice
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.group_records import encode, pack
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import (
     Group,
@@ -32,7 +33,7 @@ from megatron_r1.controller.rollouts.rollout import (
     all_responses,
     check_grades,
 )
-from megatron_r1.controller.rollouts.sample_log import SampleLog, encode, pack
+from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.teacher import teacher_fleet
 from megatron_r1.data.prompts import Prompt, PromptSplit

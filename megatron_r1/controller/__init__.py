@@ -10,6 +10,5 @@
 7. `advantages`: the arithmetic of rewards; `algorithms` has one module per algorithm.
 8. `trainer_passes`: the trainer's passes over a rollout; `trainer_calls` carries each call to its
    ranks.
-9. `run_recorder`: the run's folder and metrics; `checkpoint_series`: its checkpoints;
-   `checkpointing`: what is kept across restarts; `advice` says what to change where a rollout
-   teaches little."""
+9. `run_recorder`: the run's folder and metrics; `checkpoint_series`: its checkpoints; `advice`
+   says what to change where a rollout teaches little."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.local import merged
-from megatron_r1.models.weights.stored.fp8_blocks import quantize_fp8
 from megatron_r1.models.weights.stored.published import BLOCK, FP8_DTYPE, scale_name
+from megatron_r1.models.weights.stored.quantized_blocks import quantize_fp8
 from megatron_r1.models.weights.table import Piece, Shape, Table
 from megatron_r1.push.ordered_sets import OrderedSets
 from megatron_r1.push.plan.engine_sets import (

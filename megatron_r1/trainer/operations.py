@@ -187,7 +187,7 @@ class ModelOperations(Protocol):
     def probe(self, *, samples: list[Sample]) -> MetricValues:
         """Score samples and return how far an engine's log-probabilities are from these."""
 
-    def yield_memory(self, *, parameters: bool) -> None:
+    def free_memory(self, *, parameters: bool) -> None:
         """Free what engines on the same GPUs need; the next operation takes it back."""
 
     def compare_probe(self, *, samples: list[Sample]) -> MetricValues:
