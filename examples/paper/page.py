@@ -28,8 +28,7 @@ from examples.paper.tables import (
 )
 from megatron_r1.base.files import atomic_write
 from megatron_r1.pipeline.results import Spread
-from megatron_r1.reporting.page import render_page
-from megatron_r1.reporting.plots import INKS, STYLE
+from megatron_r1.reporting.plots import INKS, STYLE, render_page
 from megatron_r1.reporting.wording import duration, number, percent
 
 PAGE_STYLE = render_page("reporting/templates/style.css.jinja")

@@ -19,8 +19,7 @@ from r1_grading.base.workers import FramedProcess, WorkerLost, frame
 from megatron_r1.agents.continuation import Continuation, read_arguments
 from megatron_r1.agents.parser_worker import Options, ParseJob, ParseReply, tool_call
 from megatron_r1.base.errors import RunError, UserError
-from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.responses import Response
+from megatron_r1.engines.server.responses import EngineError, Response
 
 if TYPE_CHECKING:
     from megatron_r1.config import AgentsConfig

@@ -24,7 +24,7 @@ from megatron_r1.data.chats import without_nulls
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.server.episodes import SCORED, Episode, Generate, Played, Status
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 
 
 class EpisodePlayer:

@@ -22,7 +22,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.preferences import Preference, ScoredText, read_preferences
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.evaluation.pair_measures import label_measures, pair_measures
+from megatron_r1.evaluation.measures import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer.training_sample import Sample
 
@@ -94,7 +94,7 @@ def run(config: Config) -> None:
             await _evaluate(config, recorder, trainer, rows.heldout)
 
     sampler = RowSampler(rows.train, config.run.seed)
-    loss, size = f"megatron_r1.trainer.reward_losses:{settings.kind}", len(rows.train[0].samples)
+    loss, size = f"megatron_r1.trainer.losses:{settings.kind}", len(rows.train[0].samples)
     task = SupervisedTask(
         config, sampler, settings.batch_size, _row_samples, loss, size, notes, evaluate
     )

@@ -31,7 +31,7 @@ from r1_grading.terms import FACTS, call_fields
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_writer
-from megatron_r1.base.processes.awaited_input import read_when_ready
+from megatron_r1.base.processes.stopping import read_when_ready
 from megatron_r1.commands import score_audit
 from megatron_r1.config import Config
 from megatron_r1.data.table_files import describe_json_error

@@ -21,7 +21,7 @@ from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.config.learning_rate import warmup_note
+from megatron_r1.config.training import warmup_note
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.supervisor import Supervisor
@@ -34,8 +34,8 @@ from megatron_r1.engines.server.from_recipe import engine_settings
 from megatron_r1.engines.server.settings import MODULE as ENGINE
 from megatron_r1.engines.server.settings import EngineSettings
 from megatron_r1.evaluation.model_folder import has_newest_export
-from megatron_r1.models.exchange_overlap import check_exchange_overlap
 from megatron_r1.models.hf_config import as_read, num_mtp_layers, read_hf_config
+from megatron_r1.models.supported import check_exchange_overlap
 from megatron_r1.models.weights.adapter_table import check_adapters
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.operations import FolderOperations

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config.flat_settings import is_within
+from megatron_r1.config.section import is_within
 from megatron_r1.config.words import Word, describe_words, find
 from megatron_r1.config.yaml_text import as_text
 

@@ -11,6 +11,5 @@
    `verifier_audit` says what wrong rewards do to advantages.
 8. `trainer_passes`: the trainer's passes over a rollout; `trainer_calls` carries each call to its
    ranks.
-9. `run_recorder`: the run's folder and metrics; `checkpoint_series`: its checkpoints;
-   `checkpointing`: what is kept across restarts; `advice` says what to change where a rollout
-   teaches little."""
+9. `run_recorder`: the run's folder and metrics; `checkpoint_series`: its checkpoints; `advice`
+   says what to change where a rollout teaches little."""

@@ -57,8 +57,7 @@ from itertools import chain, islice
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import Config
 from megatron_r1.controller.advantages import overlong_penalty
-from megatron_r1.controller.rollouts.rollout import GradedResponse
-from megatron_r1.controller.rollouts.training_samples import training_samples
+from megatron_r1.controller.rollouts.rollout import GradedResponse, training_samples
 from megatron_r1.controller.session import Session
 from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.training_sample import Sample

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.stored_values import decoded
+from r1_grading.base.values import decoded
 from r1_grading.rewards import WITHOUT_TRUTH, resolve
 from r1_grading.truths import is_none, reward_kind
 

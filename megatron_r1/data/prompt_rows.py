@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.stored_values import decoded
+from r1_grading.base.values import decoded
 from r1_grading.rewards import ENVIRONMENT, REGISTRY, WITHOUT_TRUTH, resolve
 from r1_grading.truths import CHECKS, COMPARED, check_truth, is_none, is_unanswered, reward_kind
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message, read_question, read_system_prompt
 from megatron_r1.data.columns import columns_by_name
-from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.renamed_rows import (
     ABSENT,
+    DataReport,
     RenamedRow,
     entry,
     missing,

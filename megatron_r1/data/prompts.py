@@ -23,7 +23,6 @@ from r1_grading.rewards import resolve
 from r1_grading.truths import NO_TRUTH
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.prompt_rows import (
     Prompt,
     RowReading,
@@ -33,6 +32,7 @@ from megatron_r1.data.prompt_rows import (
     make_prompt,
     normalize,
 )
+from megatron_r1.data.renamed_rows import DataReport
 from megatron_r1.data.row_filter import Conditions
 
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.data.data_report import DataReport
-from megatron_r1.data.renamed_rows import ABSENT, RenamedRow, entry
+from megatron_r1.data.renamed_rows import ABSENT, DataReport, RenamedRow, entry
 
 CONDITION_KEYS = ("min", "max", "not", "or")
 TRUE, FALSE = ("true", "yes"), ("false", "no")

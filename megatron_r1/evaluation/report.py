@@ -18,7 +18,7 @@ from megatron_r1.base.files import atomic_write, atomic_writer
 from megatron_r1.evaluation.measures import Estimate
 from megatron_r1.evaluation.response import is_ungraded
 from megatron_r1.evaluation.summary import Summary
-from megatron_r1.reporting.page import render_page
+from megatron_r1.reporting.plots import render_page
 from megatron_r1.reporting.samples import conversation
 from megatron_r1.reporting.wording import number, percent, printable, shorten_middle
 

@@ -16,8 +16,7 @@ from r1_grading.terms import ACCURACY, Options, combine
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest
-from megatron_r1.evaluation.response import Policy, TextResponse
-from megatron_r1.evaluation.response_log import PromptKey, ResponseLog
+from megatron_r1.evaluation.response import Policy, PromptKey, ResponseLog, TextResponse
 from megatron_r1.reporting.wording import duration
 
 NUM_PROGRESS_LINES = 4

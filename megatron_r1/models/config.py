@@ -19,10 +19,9 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.config.model import Fusion
 from megatron_r1.models import fp8_transformer_engine, platform
-from megatron_r1.models.exchange_overlap import check_exchange_overlap
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.pipeline_stages import pipeline_stages, uneven_layout
-from megatron_r1.models.supported import check_divisions, own_fields
+from megatron_r1.models.supported import check_divisions, check_exchange_overlap, own_fields
 
 FIELDS = {
     "gradient_accumulation": "gradient_accumulation_fusion",

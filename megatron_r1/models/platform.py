@@ -31,8 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.processes.allocators import keep_freed_memory
-from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.base.processes.memory import keep_freed_memory, without_garbage_collection
 from megatron_r1.models.cpu_patches import CPU, PATCHES
 
 MEGATRON_VERSION = "0.16.1"

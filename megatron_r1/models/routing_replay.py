@@ -30,7 +30,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_r1.models.dispatch import KnownCountsDispatcher, TokenCounts, exchanged_counts
-from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.models.experts import RoutingShape
 
 
 class RecordedRouting(NamedTuple):

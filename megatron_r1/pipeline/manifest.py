@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import atomic_write, fsync
-from megatron_r1.base.files.file_blocks import spread_blocks
+from megatron_r1.base.files import atomic_write, fsync, spread_blocks
 from megatron_r1.base.user_code import module_syntax
-from megatron_r1.base.versions import versions
 from megatron_r1.config import RESUMABLE, Config
-from megatron_r1.config.flat_settings import changed_keys, flatten, is_within, value_text
+from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
+from megatron_r1.evaluation.identity import versions
 from megatron_r1.pipeline.pipeline_recipe import references, substitute, texts
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 

@@ -18,8 +18,7 @@ from megatron_r1.pipeline.graph_svg import Box, graph_svg
 from megatron_r1.pipeline.results import LABELS, Result, Spread, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.status import StageState, Status, examine_all
-from megatron_r1.reporting.page import render_page
-from megatron_r1.reporting.plots import Curve, curve_plot
+from megatron_r1.reporting.plots import Curve, curve_plot, render_page
 from megatron_r1.reporting.report import Plot
 from megatron_r1.reporting.wording import duration, finite, printable
 

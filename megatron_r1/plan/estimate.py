@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_r1.plan.between_phases import OFFLOADED, offload_disk
 from megatron_r1.plan.counts import flops_section, parameter_section
 from megatron_r1.plan.engine_memory import Engines, rollout_section
 from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, fraction_alone
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
-from megatron_r1.plan.offload import OFFLOADED, offload_disk
 from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
 from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_bytes
 from megatron_r1.plan.ranges import narrowing_section, with_range

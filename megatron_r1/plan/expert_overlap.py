@@ -16,8 +16,8 @@ from itertools import islice
 from math import prod
 
 from megatron_r1.config import ParallelConfig
-from megatron_r1.models.exchange_overlap import obstacles
 from megatron_r1.models.memory import Layer
+from megatron_r1.models.supported import obstacles
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 

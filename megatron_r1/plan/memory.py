@@ -12,10 +12,10 @@ from megatron_r1.models.memory import (
     persistent_bytes,
     reference_bytes,
 )
+from megatron_r1.plan.between_phases import offloaded_bytes, offloaded_host_bytes
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.expert_overlap import working_bytes
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.offload import offloaded_bytes, offloaded_host_bytes
 from megatron_r1.plan.push import receive_buffer_bytes
 from megatron_r1.plan.quantity import Section, in_bytes
 from megatron_r1.plan.routing_replay import replay_host_bytes

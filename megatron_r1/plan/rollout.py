@@ -8,9 +8,9 @@ from functools import cached_property
 from megatron_r1.config import Config
 from megatron_r1.engines.server.from_recipe import positions
 from megatron_r1.engines.server.recipe_checks import check_ranks
+from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import load_config, read_hf_config
 from megatron_r1.models.memory import BYTES
-from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.plan.counts import ModelCounts, decode_flops, forward_flops
 from megatron_r1.plan.engine_memory import Engines
 from megatron_r1.plan.exchange import BACKENDS, NCCL, ExpertExchange, Links

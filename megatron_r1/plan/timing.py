@@ -14,13 +14,12 @@ from functools import cache, cached_property, partial
 from megatron_r1.config.hardware import link_rate
 from megatron_r1.models.hf_config import head_sizes, key_value_heads
 from megatron_r1.models.memory import BYTES, Counts
+from megatron_r1.plan.between_phases import OFFLOAD, load, offload_time, saves, sleep_and_wake
 from megatron_r1.plan.counts import RankCounts, attention_flops, head_flops, layer_flops
 from megatron_r1.plan.engine_memory import Engines
 from megatron_r1.plan.exchange import copies_of_token
 from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, fraction_alone
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.offload import OFFLOAD, offload_time
-from megatron_r1.plan.phase_seconds import load, saves, sleep_and_wake
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.plan.ranges import with_range

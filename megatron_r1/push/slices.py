@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_r1.models.weights.local import merged
-from megatron_r1.models.weights.stored.fp8_blocks import quantize_fp8
+from megatron_r1.models.weights.stored.quantized_blocks import quantize_fp8
 from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.plan.tensors import Region
 from megatron_r1.push.receiver_layout import Encoding
@@ -50,7 +50,7 @@ class ParameterSlice(NamedTuple):
 class EncodedSlices:
     """The tensors of one push to one engine rank, computed when they are read.
 
-    "codes" and "scales" are the two results of `fp8_blocks.quantize_fp8` for a slice of whole
+    "codes" and "scales" are the two results of `quantized_blocks.quantize_fp8` for a slice of whole
     blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both. To
     take little memory, only the codes or merged values that were read last are kept, and scales
     until they are read.

@@ -19,8 +19,7 @@ from megatron_r1.reporting.outcome import (
     outcome_sentence,
     recorded,
 )
-from megatron_r1.reporting.page import render_page
-from megatron_r1.reporting.plots import Curve, curve_plot, stacked_plot
+from megatron_r1.reporting.plots import Curve, curve_plot, render_page, stacked_plot
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.samples import chosen_samples
 from megatron_r1.reporting.wording import (

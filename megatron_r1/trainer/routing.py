@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_r1.models.experts import RoutingShape
 from megatron_r1.models.routing_replay import RecordedRouting
-from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.trainer.distributed import Replica
 from megatron_r1.trainer.token_split import Placement, TokenSplit, own_tokens, placed
 from megatron_r1.trainer.training_sample import Sample

@@ -26,7 +26,7 @@ class Sample(msgspec.Struct, frozen=True):
         advantage: the same for every response token; with an algorithm's token_advantages, what
             these are computed from (a reward or an advantage). NaN: the sample is not trained on.
         routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes
-            each (`models.routing_shape`), for the tokens before the last; empty without replay.
+            each (`models.experts`), for the tokens before the last; empty without replay.
         teacher: float32 bytes, the teacher's log-probabilities of the response, or None.
         label: the label for a reward model, 1 for a good text, 0 for a bad one.
         mask: a byte per token of the response, 1 where the policy sampled it and is trained on it,

@@ -96,7 +96,7 @@ def sample(draw: random.Random, shape: Any) -> Any:
 
 
 def run(case: dict, config: Config, position: Any) -> None:
-    from megatron_r1.models.routing_shape import routing_shape
+    from megatron_r1.models.experts import routing_shape
     from megatron_r1.trainer.trainer import Trainer
 
     trainer = Trainer(config, position)

@@ -29,8 +29,7 @@ from tree_episodes import (
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.controller.rollouts.training_samples import training_samples
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
 from megatron_r1.controller.trainer_calls.packing import pack, pack_by_prompt
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.episodes import Episode

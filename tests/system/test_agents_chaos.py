@@ -17,7 +17,7 @@ from r1_grading.sandbox.host import SandboxUnavailable
 from r1_grading.sandbox.programs import require_sandbox
 
 from megatron_r1.base.files.framed_records import FramedFile
-from megatron_r1.controller.rollouts.sample_log import decode
+from megatron_r1.controller.rollouts.group_records import decode
 
 pytestmark = pytest.mark.slow
 GROUP, QUESTIONS, STEPS = 4, 6, 3

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from typing import Any
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.stored_values import load_json
+from r1_grading.base.values import load_json
 from r1_grading.code.problem import Problem, Test, parse_problem
 from r1_grading.reading.answer import (
     ANSWER,

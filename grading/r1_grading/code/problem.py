@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1_grading.base.errors import did_you_mean, shorten
-from r1_grading.base.stored_values import decoded, load_json
+from r1_grading.base.values import decoded, load_json
 from r1_grading.code.asserts import (
     is_asserts,
     is_check_code,

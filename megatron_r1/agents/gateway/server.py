@@ -34,8 +34,7 @@ from megatron_r1.agents.gateway.session import (
 )
 from megatron_r1.agents.parsing import AnswerReader, Parser, require_whole
 from megatron_r1.data.text import PromptText
-from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.responses import cut_at_stop, first_tokens
+from megatron_r1.engines.server.responses import EngineError, cut_at_stop, first_tokens
 
 MAX_BODY_BYTES = 64 * 2**20
 BYTES_PER_TOKEN = 32

@@ -14,7 +14,7 @@ from megatron_r1.agents.continuation import NextPrompt
 from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engines.server.episodes import Generate
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 
 
 @dataclass(frozen=True)

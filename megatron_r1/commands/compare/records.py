@@ -12,8 +12,8 @@ import numpy as np
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.framed_records import FramedFile
-from megatron_r1.commands.compare.difference import RunDifference, is_rounding, relative
-from megatron_r1.controller.rollouts.sample_log import GroupRecord, ResponseRecord, decode
+from megatron_r1.commands.compare import RunDifference, is_rounding, relative
+from megatron_r1.controller.rollouts.group_records import GroupRecord, ResponseRecord, decode
 
 NOT_COMPARED = (
     *("time/", "tokens_per_second", "checkpoint/", "engines/", "trainer/", "packing/", "memory/"),

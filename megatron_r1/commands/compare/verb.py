@@ -15,11 +15,11 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.compare.difference import ROUNDING, RunDifference
+from megatron_r1.commands.compare import ROUNDING, RunDifference
 from megatron_r1.commands.compare.records import compare_groups, compare_metrics, read_groups
 from megatron_r1.commands.compare.tensors import compare_checkpoints
 from megatron_r1.config import RESUMABLE, Config
-from megatron_r1.config.flat_settings import changed_keys, flatten, is_within, value_text
+from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
 from megatron_r1.controller.rollouts.sample_log import path_of as path_of_log
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted

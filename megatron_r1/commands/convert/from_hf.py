@@ -24,7 +24,7 @@ from megatron_r1.commands.convert.sources import (
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.weights import table
 from megatron_r1.models.weights.stored import published
-from megatron_r1.models.weights.stored.dcp_writing import (
+from megatron_r1.models.weights.stored.dcp import (
     Chunk,
     WrittenChunk,
     write_chunks,

@@ -35,7 +35,7 @@ from megatron_r1.commands.convert.verify import Sides, compare
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights import num_parameters
-from megatron_r1.models.weights.stored import fp8_blocks, published
+from megatron_r1.models.weights.stored import published, quantized_blocks
 from megatron_r1.models.weights.stored.hf_folder import KnownScales
 from megatron_r1.models.weights.stored.hf_writing import (
     carry_files,
@@ -274,7 +274,7 @@ def _write_tensor(
     for first, count in work_folder.stripes(placed.shape, published.BLOCK if scales else 1):
         values = weights.read(name, 0, first, count)
         if scales:
-            values, inverse = fp8_blocks.quantize_fp8(
+            values, inverse = quantized_blocks.quantize_fp8(
                 values, known.rows(name, first, count), power_of_two=known.power_of_two
             )
             write_at(file, scales.offset + first // published.BLOCK * scale_row, inverse)

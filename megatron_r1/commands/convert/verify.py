@@ -17,7 +17,7 @@ from megatron_r1.commands.convert.sources import (
     is_hf,
     open_weights,
 )
-from megatron_r1.models.weights.stored import fp8_blocks, published
+from megatron_r1.models.weights.stored import published, quantized_blocks
 from megatron_r1.models.weights.stored.hf_folder import HfWeights
 from megatron_r1.models.weights.stored.tensor_files import as_bytes
 from megatron_r1.reporting.wording import counted
@@ -190,7 +190,7 @@ def _beyond_rounding(
     assert scales is not None, f"{one.path}: {name} is FP8 without scales"
     plain = x if one is pair[1] else y
     rows = slice(first // published.BLOCK, -(-(first + len(x)) // published.BLOCK))
-    scale = fp8_blocks.spread_scales(scales[rows], x.shape)
+    scale = quantized_blocks.spread_scales(scales[rows], x.shape)
     allowed = torch.maximum(plain.abs() * 2**-4, scale * 2**-10)
     # The scale itself is rounded, and the plain values may have been rounded to bf16.
     return ~((x - y).abs() <= allowed * (1 + 2**-7))

@@ -22,7 +22,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
 from megatron_r1.engines.fleet.placement import hosts_address
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, swap_calls
-from megatron_r1.engines.server.errors import EngineDied, EngineError, NoWeights
+from megatron_r1.engines.server.responses import EngineDied, EngineError, NoWeights
 from megatron_r1.models import read_hf_config
 from megatron_r1.push.plan.adapters import pushed_adapters, served_adapter
 from megatron_r1.push.plan.from_recipe import engine_layout

@@ -4,5 +4,5 @@
 - `collector`: has responses sampled, graded, scored by a teacher, and grouped.
 - `players`: finds who plays an episode.
 - `rollout`: groups and graded responses, and the grader.
-- `metrics`, `sample_log`: what is kept of them.
+- `metrics`, `sample_log` with `group_records`: what is kept of them.
 - `heldout`: answers held-out prompts."""

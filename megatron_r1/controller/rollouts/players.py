@@ -6,12 +6,11 @@ Only a run whose recipe names one (`config.rollout.players`) imports this module
 
 import sys
 
-from megatron_r1.agents.agent_runs import Run, find_harness
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment import check_parameters
 from megatron_r1.agents.environment_pool import Environments, describe
 from megatron_r1.agents.gateway import Gateway
-from megatron_r1.agents.harness import HarnessPlayer
+from megatron_r1.agents.harness import HarnessPlayer, Run, find_harness
 from megatron_r1.agents.parsing import find_parser
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.verifiers import VerifiersHarness

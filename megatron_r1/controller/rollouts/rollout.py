@@ -1,4 +1,5 @@
-"""A rollout: P groups, one per prompt, of G graded responses each."""
+"""A rollout: P groups, one per prompt, of G graded responses each; and the same as the trainer's
+samples: one a response, or one a branch of an episode."""
 
 from __future__ import annotations
 
@@ -7,14 +8,17 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from r1_grading.terms import ACCURACY, DEFAULT_WEIGHTS, are_equal
 
 from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.processes import timeline
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.server.episodes import Episode
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.models.experts import RoutingShape
+from megatron_r1.trainer.training_sample import Sample
 
 
 @dataclass(frozen=True)
@@ -139,3 +143,40 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
             f"the {'environment' if faults else 'reward'} or raise that setting; the same command "
             "continues"
         )
+
+
+@timeline.timed("controller/samples")
+def training_samples(groups: list[Group], advantages: list[list[float]]) -> list[list[Sample]]:
+    """Return the trainer's samples of every response, in the groups' order: one with the response's
+    advantage, or, of an episode of several turns, one for each of its branches. A response of no
+    token, which has nothing to learn, is not trained on (advantage NaN)."""
+    return [
+        _samples(group.prompt_ids, graded, advantage)
+        for group, group_advantages in zip(groups, advantages, strict=True)
+        for graded, advantage in zip(group.responses, group_advantages, strict=True)
+    ]
+
+
+def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) -> list[Sample]:
+    response, scores = graded.response, graded.teacher_logprobs
+    branches = graded.episode.branches if graded.episode else []
+    if not branches:  # a single turn, or an episode in which nothing was sampled
+        sampled = prompt_ids, response.token_ids, response.logprobs
+        advantage = advantage if len(response.token_ids) else math.nan
+        return [Sample.pack(*sampled, advantage, response.routing, scores)]
+    counts = [branch.is_sampled.count(1) for branch in branches]
+    return [
+        Sample.pack_branch(
+            branch.token_ids,
+            branch.is_sampled,
+            branch.logprobs,
+            advantage,
+            weight=count / sum(counts),
+            num_responses=int(number == 0),
+            routing=branch.routing,
+            teacher=None if scores is None else scores[end - count : end],
+        )
+        for number, (branch, count, end) in enumerate(
+            zip(branches, counts, accumulate(counts), strict=True)
+        )
+    ]

@@ -24,7 +24,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server import gpu
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.models.experts import routing_shape
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from megatron_r1.base.processes import allocators, children, diagnosis, preloaded
+from megatron_r1.base.processes import children, diagnosis, memory, preloaded
 from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT, protect_server
 from megatron_r1.base.processes.diagnosis import last_lines, log_end
 from megatron_r1.base.processes.preloaded import ForkedProcess
@@ -81,7 +81,7 @@ class RankProcesses:
                 **children.rank_variables(rank, num_ranks, port),
                 RANKS_ENVIRONMENT: token,
                 **import_environment(),
-                **(allocators.trainer_allocator(os.environ) if gpu.is_usable() else {}),
+                **(memory.trainer_allocator(os.environ) if gpu.is_usable() else {}),
             }
             self._processes.append(_start([address, settings], self._log(rank), environment))
 

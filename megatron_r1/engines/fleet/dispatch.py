@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 
 MEMORY_GROUPS = 64
 """Groups over which the moving averages extend: lengths drift while a policy learns, by far less

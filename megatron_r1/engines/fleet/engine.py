@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.errors import (
+from megatron_r1.engines.server.responses import (
     ConnectionBroken,
     EngineDied,
     EngineError,

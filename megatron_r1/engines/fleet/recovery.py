@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from megatron_r1.engines.fleet.dispatch import Members, Work
 from megatron_r1.engines.fleet.engine import Engine, ServedGroup, find_slow
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFault, NoWeights
+from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineFault, NoWeights
 
 T = TypeVar("T")
 OnFailure = Callable[[Engine, EngineDied | EngineFault], None]

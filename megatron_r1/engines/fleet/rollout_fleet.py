@@ -27,10 +27,9 @@ from megatron_r1.engines.fleet.dispatch import (
 from megatron_r1.engines.fleet.engine import Engine, MakeServer
 from megatron_r1.engines.fleet.recovery import DRAIN_SECONDS, Replacement, RequestRetries
 from megatron_r1.engines.server.client import EngineClient, UpdateInfo
-from megatron_r1.engines.server.errors import EngineDied, EngineError, PushIncomplete
 from megatron_r1.engines.server.from_recipe import vocab_size
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
-from megatron_r1.engines.server.responses import Response
+from megatron_r1.engines.server.responses import EngineDied, EngineError, PushIncomplete, Response
 from megatron_r1.engines.server.server import EngineServer
 
 EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]

@@ -10,22 +10,22 @@ from typing import Any, Literal, Self, TypeVar
 import aiohttp
 import msgspec
 
-from megatron_r1.engines.server.errors import (
-    ConnectionBroken,
-    EngineDied,
-    EngineError,
-    EngineFault,
-    EngineTimeout,
-    PushIncomplete,
-)
 from megatron_r1.engines.server.replies import (
     MEDIA_TYPE,
     parse_responses,
     parse_scores,
     read_responses,
 )
-from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.engines.server.responses import (
+    ConnectionBroken,
+    EngineDied,
+    EngineError,
+    EngineFault,
+    EngineTimeout,
+    PushIncomplete,
+    Response,
+)
+from megatron_r1.models.experts import RoutingShape
 
 BODY_EXCERPT_CHARS = 500
 HEALTH_SECONDS = 5.0

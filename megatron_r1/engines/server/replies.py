@@ -27,7 +27,7 @@ from aiohttp import StreamReader
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.models.experts import RoutingShape
 
 # What vLLM sends for NaN and -inf (scale_out/token_in_token_out/serving.py, _clamp_logprob).
 LOWEST_LOGPROB = -9999.0

@@ -22,7 +22,7 @@ from megatron_r1.base.processes.diagnosis import file_excerpt
 from megatron_r1.base.processes.preloaded import ForkedProcess
 from megatron_r1.base.processes.scratch import Scratch, shared_files
 from megatron_r1.engines.server.client import is_healthy
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.settings import MODULE, EngineSettings, config_arguments
 from megatron_r1.models.hf_config import load_config
 

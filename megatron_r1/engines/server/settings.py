@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
-from megatron_r1.base.processes import allocators
+from megatron_r1.base.processes import memory
 from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 from megatron_r1.engines.server.vllm_arguments import argument_list
 from megatron_r1.models.hf_config import implied
@@ -188,7 +188,7 @@ class EngineSettings:
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         transport = TRANSPORTS[self.weight_transfer_backend.removeprefix(BACKEND_PREFIX)]
         if self.device != "cpu" and transport.exports_gpu_memory:
-            environment |= allocators.exporting_engine_allocator(os.environ)
+            environment |= memory.exporting_engine_allocator(os.environ)
         if self.part is not None:
             environment |= network_environment(self.host)
         # SECRET also where it is empty: the user's own VLLM_API_KEY is not for our engines.

@@ -13,16 +13,15 @@ from liveness import wait_until_dead
 from refusals import refused
 from waiting import until
 
-from megatron_r1.agents import agent_runs, harness
-from megatron_r1.agents.agent_runs import CommandHarness, function_harness
+from megatron_r1.agents import harness
 from megatron_r1.agents.gateway import session
-from megatron_r1.agents.harness import HarnessPlayer
+from megatron_r1.agents.harness import CommandHarness, HarnessPlayer, function_harness
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts import players
 from megatron_r1.controller.rollouts.players import check_player, make_player
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engines.server.errors import EngineDied
+from megatron_r1.engines.server.responses import EngineDied
 
 PROMPT = Prompt("p", "What is 12 * 34?", "math", "408", {"level": 2})
 ANSWER = "The answer is 408."
@@ -344,7 +343,7 @@ def test_a_program_per_episode():
 
 
 def test_of_a_programs_output_the_end_is_kept(monkeypatch):
-    monkeypatch.setattr(agent_runs, "OUTPUT_BYTES", 1000)
+    monkeypatch.setattr(harness, "OUTPUT_BYTES", 1000)
     program = "import sys; print('x' * 10**6, file=sys.stderr); print('y' * 10**6); print(%s)"
 
     async def run(ending):
@@ -359,7 +358,7 @@ def test_of_a_programs_output_the_end_is_kept(monkeypatch):
         stream = asyncio.StreamReader()
         stream.feed_data(b"a" * 5000 + b"end")
         stream.feed_eof()
-        return await agent_runs._last_bytes(stream)
+        return await harness._last_bytes(stream)
 
     assert asyncio.run(last()) == b"a" * 997 + b"end"
 

@@ -10,13 +10,12 @@ import pytest
 
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
-from megatron_r1.controller.checkpointing import Checkpointing
 from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.run_recorder import RunState
-from megatron_r1.controller.session import Session
+from megatron_r1.controller.session import Checkpointing, Session
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.trainer.checkpoints.finding import path_of, write_manifest
 
 

@@ -18,15 +18,13 @@ from transformers import PreTrainedTokenizerFast
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
-from megatron_r1.controller.rollouts.sample_log import decode, encode, pack, unpack
-from megatron_r1.controller.teacher import check_teacher, differing_tokens
+from megatron_r1.controller.teacher import ExternalFleet, check_teacher, differing_tokens
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engines.fleet.external import ExternalFleet
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.episodes import Branch, Episode, Played
-from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.responses import Response
+from megatron_r1.engines.server.responses import EngineError, Response
 from megatron_r1.trainer.packed import packed_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
@@ -182,7 +180,7 @@ def test_scores_that_do_not_add_up_are_an_error(said, says):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr("megatron_r1.engines.fleet.engine.LAST_WORDS_SECONDS", 0.0)
-    monkeypatch.setattr("megatron_r1.engines.fleet.external.ExternalServer.poll_seconds", 0.01)
+    monkeypatch.setattr("megatron_r1.controller.teacher.ExternalServer.poll_seconds", 0.01)
 
 
 def with_fleet(tmp_path, peers, story, *, max_restarts=0, start_timeout_seconds=1e5):

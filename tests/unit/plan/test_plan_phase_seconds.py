@@ -4,9 +4,9 @@ import pytest
 from planned_jobs import planned, real_job
 
 from megatron_r1.config.hardware import GIB
+from megatron_r1.plan.between_phases import load, saves, sleep_and_wake
 from megatron_r1.plan.engine_memory import Engines
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.phase_seconds import load, saves, sleep_and_wake
 from megatron_r1.plan.timing import StepTime, time_section
 
 

@@ -10,7 +10,8 @@ from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import planned_engine_layout, push_section, set_links
+from megatron_r1.plan.push import planned_engine_layout, push_section
+from megatron_r1.plan.push_links import set_links
 
 
 def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models():

@@ -8,8 +8,8 @@ from planned_jobs import RECIPE, ROOT, planned
 
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
+from megatron_r1.plan.between_phases import OFFLOAD
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.ranges import MEASUREMENTS, closed_by, narrowing_section
 from megatron_r1.plan.routing_replay import ROUTED

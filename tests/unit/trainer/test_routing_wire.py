@@ -16,7 +16,7 @@ from megatron_r1.commands import rl
 from megatron_r1.config import Config
 from megatron_r1.engines.server.replies import decode_routing
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.models.routing_shape import RoutingShape, routing_shape
+from megatron_r1.models.experts import RoutingShape, routing_shape
 from megatron_r1.trainer.packed import packed_batch
 from megatron_r1.trainer.routing import RoutingPart, RoutingScatter
 from megatron_r1.trainer.token_split import TokenSplit

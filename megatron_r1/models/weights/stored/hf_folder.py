@@ -22,7 +22,7 @@ from megatron_r1.base.files.weight_files import (
     weight_files,
 )
 from megatron_r1.models.weights.layout import Shape, hf_tensors
-from megatron_r1.models.weights.stored import mxfp4, published
+from megatron_r1.models.weights.stored import published, quantized_blocks
 from megatron_r1.models.weights.stored.published import StackedPart, published_tensors, stacked_part
 from megatron_r1.models.weights.stored.tensor_files import SafetensorsFile
 from megatron_r1.models.weights.table import table
@@ -72,7 +72,7 @@ class HfWeights:
                 stored = self._stored[home]
                 kept = shape if part else stored.shape
                 tensors[name] = (kept, FLOATS.get(stored.dtype, stored.dtype))
-            elif mxfp4.blocks_name(home) in self._stored:
+            elif quantized_blocks.blocks_name(home) in self._stored:
                 tensors[name] = (shape, "bfloat16")
         return tensors
 
@@ -120,7 +120,7 @@ class HfWeights:
 
     def has(self, name: str) -> bool:
         """Whether the folder has the tensor of this name, plain or quantized."""
-        return name in self._stored or mxfp4.blocks_name(name) in self._stored
+        return name in self._stored or quantized_blocks.blocks_name(name) in self._stored
 
     def whole(self, name: str) -> Tensor:
         """Return a tensor by its name in the folder, also one that has all experts of a layer;
@@ -128,12 +128,12 @@ class HfWeights:
         if name in self._stored:
             return self.read(name, 0, 0, self._stored[name].shape[0])
         blocks, scales = (
-            mxfp4.blocks_name(name),
-            mxfp4.scales_name(name),
+            quantized_blocks.blocks_name(name),
+            quantized_blocks.scales_name(name),
         )
         experts = range(self._stored[blocks].shape[0])
         parts = [(self._expert(blocks, i), self._expert(scales, i)) for i in experts]
-        return torch.stack([mxfp4.dequantize_mxfp4(*part).T for part in parts])
+        return torch.stack([quantized_blocks.dequantize_mxfp4(*part).T for part in parts])
 
     def _read_stacked(self, part: StackedPart, dim: int, start: int, length: int) -> Tensor:
         """Return rows or columns of one expert's tensor, as `read`."""
@@ -143,11 +143,13 @@ class HfWeights:
         blocks, scales = (
             self._expert(name, part.expert)
             for name in (
-                mxfp4.blocks_name(part.name),
-                mxfp4.scales_name(part.name),
+                quantized_blocks.blocks_name(part.name),
+                quantized_blocks.scales_name(part.name),
             )
         )
-        return part.of(mxfp4.dequantize_mxfp4(blocks, scales).T).narrow(dim, start, length)
+        return part.of(quantized_blocks.dequantize_mxfp4(blocks, scales).T).narrow(
+            dim, start, length
+        )
 
     def _expert(self, name: str, expert: int) -> Tensor:
         rest = self._stored[name].shape[1:]
@@ -173,8 +175,10 @@ class HfWeights:
         expected: dict[str, Shape] = {}
         for name in needed:
             shape = known[name][0]
-            is_packed = name not in self._stored and mxfp4.blocks_name(name) in self._stored
-            packed = mxfp4.stored_shapes(shape) if is_packed else {}
+            is_packed = (
+                name not in self._stored and quantized_blocks.blocks_name(name) in self._stored
+            )
+            packed = quantized_blocks.stored_shapes(shape) if is_packed else {}
             expected |= {name + ending: s for ending, s in packed.items()} or {name: shape}
         wrong, unreadable, scales = [], False, set()
         for name in sorted(expected.keys() & self._stored.keys()):

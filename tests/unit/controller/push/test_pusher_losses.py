@@ -10,20 +10,20 @@ from small_fleet import SmallFleet
 from torch.distributed import TCPStore
 
 from megatron_r1.base.errors import TrainerLost
-from megatron_r1.config.push import PushConfig
+from megatron_r1.config.rollout import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.prober import Prober
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.errors import (
+from megatron_r1.engines.server.responses import (
     ConnectionBroken,
     EngineDied,
     EngineError,
     EngineFault,
     NoWeights,
+    Response,
 )
-from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.operations import PushOperations
 
 

@@ -14,7 +14,7 @@ from megatron_r1.engines.fleet.dispatch import (
     Work,
 )
 from megatron_r1.engines.fleet.engine import Engine, Pace, ServedGroup, find_slow
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 
 
 def work(n=1, mean=100.0, longest=100.0, order=0, prompt_tokens=0, known=8, avoid=()):
