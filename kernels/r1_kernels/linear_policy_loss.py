@@ -88,7 +88,7 @@ def linear_policy_loss(
     kl_beta: float = 0.001,
     kl_estimator: str = "k3",
     rollout_logprobs: Tensor | None = None,
-    importance_cap: float | None = None,
+    importance_cap: float | None = 2.0,
     objective: str = "ppo",
     entropy_coef: float = 0.0,
     # Sequences, and the average over tokens: `Averaging`.

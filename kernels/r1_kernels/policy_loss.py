@@ -173,7 +173,7 @@ def policy_loss(
     kl_beta: float = 0.001,
     kl_estimator: str = "k3",
     rollout_logprobs: Tensor | None = None,
-    importance_cap: float | None = None,
+    importance_cap: float | None = 2.0,
     objective: str = "ppo",
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
