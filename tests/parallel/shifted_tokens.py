@@ -25,7 +25,7 @@ def main() -> None:
         Sample.pack([1] * draw.randrange(1, 4), [draw.randrange(2, 67) for _ in range(length)])
         for length in (1, 9, 2, 14, 5)
     ]
-    split = TokenSplit(context=size, context_rank=rank, token_multiple=8)
+    split = TokenSplit(context_size=size, context_rank=rank, token_multiple=8)
     batch = packed_batch(made, split, torch.device("cpu"), num_predicted=2)
     params = batch.packed_seq_params
     mask = batch.is_response[None].float()
