@@ -24,7 +24,7 @@ class RunConfig(Section):
     """rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)"""
     trackers: Resumable[list[Literal["tensorboard", "wandb", "mlflow"]]] = ["tensorboard"]
     """where the run's figures are shown besides its own files; wandb and mlflow by their own
-    libraries and environment variables. See docs/init.md"""
+    libraries and environment variables. See docs/trackers.md"""
     project: Resumable[str] = "megatron-r1"
     """name of the project in W&B, of the experiment in MLflow"""
     log_samples: Resumable[int] = Field(8, ge=0)

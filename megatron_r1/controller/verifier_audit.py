@@ -1,7 +1,7 @@
 """The audit of a verifier: its error rates, and what its errors do to advantages.
 
-`audit` is the core of `megatron-r1 score --audit` (a file) and reads what `logged_answers` makes of
-the finished groups of a run's sample log."""
+`audit` is the core of `megatron-r1 score --audit`, which reads a file. It also takes the answers
+that `logged_answers` makes of a run's sample log, which no command does yet."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def logged_answers(
     reward_of: Callable[[GradedResponse], float | None] | None = None,
     opened: bool = False,
 ) -> Iterator[GradedAnswer]:
-    """Yield the answers of the finished groups of a sample log (`sample_log.unpack`).
+    """Yield the answers of the finished groups of a sample log (`group_records.unpack`).
 
     Responses that `rewards.weights` did not grade by their own kind are left out, and so are
     episodes, which an environment grades.

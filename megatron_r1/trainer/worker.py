@@ -191,7 +191,8 @@ class Operations:
 
         Args:
             call: the operation and its arguments.
-            share: for "load" on the leader of a replica, the parts of `sample.encode_samples`.
+            share: for "load" on the leader of a replica, the parts of
+                `training_sample.encode_samples`.
 
         Raises:
             ValueError: for an unknown operation."""

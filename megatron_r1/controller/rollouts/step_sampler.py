@@ -101,7 +101,8 @@ class StepSampler:
             self._stream.start_after(policy_version)
 
     def probes_passed(self) -> None:
-        """Write down what was sampled since `pushed`: the engines compute what the trainer does."""
+        """Write down what was sampled since `start_ahead`: the engines compute what the trainer
+        does."""
         if self.log:
             self.log.write_held()
 

@@ -160,7 +160,7 @@ class HfWeights:
         return self._home[name].read(name, starts, sizes)
 
     def scales(self, name: str) -> Tensor | None:
-        """Return all scales of an FP8 tensor, fp32 of `fp8.scale_shape`; None for another."""
+        """Return all scales of an FP8 tensor, fp32 of `published.scale_shape`; None for another."""
         scale = published.scale_name(name)
         if (stored := self._stored.get(scale)) is None:
             return None
