@@ -30,6 +30,8 @@ REMEDY = (
 )
 
 
+ENDING_SECONDS = 5.0
+"""How long a rank may take to end after its connection has closed, on a busy machine."""
 MODULE = "megatron_r1.trainer.rank"
 """What a rank's process runs."""
 
@@ -120,7 +122,9 @@ class RankProcesses:
             operation: the name of the call that it was in."""
         if rank >= len(self._processes):
             return f"trainer rank {rank} is gone"
-        code, log = self._processes[rank].poll(), self._log(rank)
+        code, log = None, self._log(rank)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._processes[rank].wait(timeout=ENDING_SECONDS)
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
         if code == -signal.SIGKILL:
             how += diagnosis.oom_explanation(self._kills_before, REMEDY)
@@ -130,7 +134,7 @@ class RankProcesses:
                 f" in {operation!r} after it waited for other ranks in {waited}; "
                 f"{diagnosis.timeout_remedy(self._wait_seconds)}"
             )
-        if code is None:  # its connection closed before the process ended
+        if code is None:  # its connection closed, and the process has not ended
             how = "is gone"
         return f"trainer rank {rank} {how}; the end of {log}:\n{last_lines(log)}"
 
