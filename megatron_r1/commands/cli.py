@@ -208,9 +208,8 @@ def _help(name: str) -> str:
 
 def _run_plain_verb(verb: str, rest: list[str]) -> int:
     module = load_verb(verb, PLAIN_VERBS[verb])
-    is_instead = any(
-        text.partition("=")[0] in {f"--{name}" for name in module.instead} for text in rest
-    )
+    named = {text.partition("=")[0] for text in rest}
+    is_instead = not named.isdisjoint(f"--{name}" for name in module.instead)
     count = 0 if is_instead else len(module.arguments)
     values, options = rest[:count], rest[count:]
     if len(values) < count or any(value.startswith("--") for value in values):

@@ -61,15 +61,22 @@ def recorded_routing(
     Raises:
         ValueError: for routing that does not fit its sample."""
     placement = placed(samples, split)
-    cut = _cut(_whole([samples], [placement], part), own_tokens(placement.cu_seqlens, split))
-    return _completed(cut, samples, placement, split, part.shape)
+    return _recorded(samples, placement, own_tokens(placement.cu_seqlens, split), part)
+
+
+def _recorded(
+    samples: Sequence[Sample], placement: Placement, held: Tensor, part: RoutingPart
+) -> RecordedRouting:
+    """Return what `recorded_routing` does of the tokens at the positions `held`."""
+    cut = _cut(_whole([samples], [placement], part), held)
+    return _completed(cut, samples, placement, held, part.shape)
 
 
 def _completed(
     recorded: RecordedRouting,
     samples: Sequence[Sample],
     placement: Placement,
-    split: TokenSplit,
+    held: Tensor,
     shape: RoutingShape,
 ) -> RecordedRouting:
     """Return the choices with `own_counts` if the engine has chosen for every token of the rank
@@ -78,7 +85,6 @@ def _completed(
     fed = torch.zeros(int(placement.cu_seqlens[-1]), dtype=torch.bool)
     for sample, start in zip(samples, placement.starts, strict=True):
         fed[start : start + len(sample) - 1] = True
-    held = own_tokens(placement.cu_seqlens, split)
     if (fed[held] & ~recorded.known).any():
         return recorded
     experts, left = recorded.experts, ~recorded.known
@@ -166,12 +172,11 @@ class RoutingScatter:
         Raises:
             ValueError: on the leader, for routing that does not fit its sample."""
         places = [placed(samples, self._split) for samples in microbatches]
+        held = [own_tokens(placement.cu_seqlens, self._split) for placement in places]
         if not self._replica.leads:
-            received = self._received(places)
-            return [
-                _completed(own, samples, placement, self._split, self._part.shape)
-                for own, samples, placement in zip(received, microbatches, places, strict=True)
-            ]
+            received = self._received([len(own) for own in held])
+            cut = zip(received, microbatches, places, held, strict=True)
+            return [_completed(*one, self._part.shape) for one in cut]
         waiting: list[tuple[dist.Work, Tensor]] = []
         # By layers: the ranks that share a pipeline stage get parts of the same rows.
         order = sorted(range(1, len(self._ranks)), key=lambda member: self._ranks[member][1])
@@ -183,7 +188,8 @@ class RoutingScatter:
                 work.wait()
         for work, _ in waiting:
             work.wait()
-        return [recorded_routing(samples, self._split, self._part) for samples in microbatches]
+        own = zip(microbatches, places, held, strict=True)
+        return [_recorded(*microbatch, self._part) for microbatch in own]
 
     def _parts(
         self, microbatches: Microbatches, places: Sequence[Placement], members: Iterable[int]
@@ -201,8 +207,8 @@ class RoutingScatter:
             both = (cut.experts, cut.known)
             yield torch.cat([each.reshape(-1).view(torch.uint8) for each in both])
 
-    def _received(self, places: Sequence[Placement]) -> list[RecordedRouting]:
-        counts = [len(own_tokens(each.cu_seqlens, self._split)) for each in places]
+    def _received(self, counts: list[int]) -> list[RecordedRouting]:
+        """Receive the parts of micro-batches of which this rank routes `counts` tokens each."""
         total = sum(counts)
         shape = (total, len(self._part.layers), self._part.shape.topk)
         width = len(self._part.layers) * self._part.shape.topk * self._part.dtype.itemsize

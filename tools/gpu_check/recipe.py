@@ -48,13 +48,13 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     """Return the recipe's miniature. Where there is no GPU it pushes as a CPU can."""
     small = shrunk(folder, 1 if case in ALONE else max(1, num_gpus()), **CASES[case])
     changed: dict[str, dict[str, Any]] = {}
-    if case == "fp8":
-        changed["push"] = {"probe_tolerance": miniature.FP8_PROBE_TOLERANCE}
     if place() == "cpu":
         named = small.config.push.transport
-        here = TRANSPORTS[named].without_gpu or named
-        changed["push"] = changed.get("push", {}) | {"transport": here}
-        changed |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
+        changed = {
+            "push": {"transport": TRANSPORTS[named].without_gpu or named},
+            "rollout": {"gpu_memory": None},
+            "model": {"fusions": []},
+        }
     return replace(small, config=with_settings(small.config, **changed))
 
 

@@ -8,15 +8,21 @@ of all their files. The file of the run's secret is readable by its owner only, 
 import contextlib
 import errno
 import os
+import resource
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from r1_grading.base.files import atomic_write, atomic_writer, fsync, make_folder
 
+from megatron_r1.base.errors import Cause, UserError
+
 __all__ = [
+    "BLOCK_BYTES",
     "READ_ONLY",
     "Readers",
+    "allow_open_files",
     "allow_readers",
     "allow_readers_as",
     "atomic_write",
@@ -24,11 +30,8 @@ __all__ = [
     "fsync",
     "make_folder",
     "narrow_readers",
+    "spread_blocks",
 ]
-import resource
-from collections.abc import Iterator
-
-from megatron_r1.base.errors import Cause, UserError
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 """Numbers of errors of a place that this user may not write to; the last is that of an immutable
