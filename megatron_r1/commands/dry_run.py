@@ -209,7 +209,10 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, me
 def _kept_on_disk(config: Config, rollout: Rollout, fraction: float) -> list[str]:
     """Return a sentence per setting that keeps every step's samples, or further checkpoints.
 
-    fraction: a step's responses over those of `rollout`."""
+    Args:
+        config: the recipe.
+        rollout: the rollout that was tried.
+        fraction: a step's responses over those of `rollout`."""
     lines, steps = [], config.run.steps
     if config.rl.keep_sample_log:
         size = sum(len(encode(pack(0, group))) for group in rollout.groups) * fraction

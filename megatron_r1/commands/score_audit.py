@@ -54,7 +54,7 @@ def run(
 
     Raises:
         UserError: a file or line that cannot be read, an option that is no such number, and a file
-            of which nothing can be audited."""
+            without a line that can be audited."""
     smallest = {"size": 1, "groups": 0, "seed": 0}
     given = {"size": size, "groups": groups, "seed": seed}
     numbers = {name: _number(f"--{name}", text, smallest[name]) for name, text in given.items()}

@@ -119,7 +119,7 @@ async def audit(
         size: how many responses to draw for the error rates.
         seed: the seed of the draws.
         num_groups: how many groups to draw whole, for the effect on advantages; 0 for none.
-        advantages: the estimator; default GRPO's z-scores.
+        advantages: the algorithm's; default GRPO's z-scores.
 
     Raises:
         UserError: a size below the number of strata."""

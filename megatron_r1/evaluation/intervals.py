@@ -33,7 +33,7 @@ class Share:
         population: how many there are.
         sampled: how many of them were drawn at random.
         found: drawn ones that have the property.
-        undecided: drawn ones of which it is not known.
+        undecided: drawn ones that may have it or not.
         value: the share among the decided; None where none is.
         low: the lower end of the interval.
         high: its upper end."""

@@ -206,7 +206,7 @@ def draw(
         UserError: fewer than one for each stratum."""
     if size < len(strata):
         raise UserError(
-            f"--size {size}: there are {len(strata)} strata (data source, kind, verdict), of which "
+            f"--size {size}: there are {len(strata)} strata (data source, kind, verdict), and "
             "each needs at least one response; give more",
             key="--size",
             cause=Cause.OUT_OF_RANGE,

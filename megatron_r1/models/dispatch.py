@@ -7,8 +7,8 @@ before in two cases: when a layer is recomputed, they are those of its forward p
 engine's choices are replayed for every token, they are counted where the micro-batch is packed and
 exchanged once per rollout (`models.routing_replay`).
 
-Shapes: n ranks of a group that shares the experts, of which e ranks have other experts and t other
-parts of their matrices (n = e t); E experts, of which this rank has l."""
+Shapes: n = e t ranks share the E experts: e ranks have different experts, l each, and t ranks
+different parts of the same experts' matrices."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol

@@ -147,7 +147,7 @@ class LayerReplay:
 
 
 def _attached(experts: MoELayer, slot: int | None) -> LayerReplay:
-    """Return the replay of a layer of experts, of which its router and dispatcher now ask."""
+    """Return the replay of a layer of experts, which its router and dispatcher now call."""
     replay = LayerReplay(experts.router, slot)
     experts.router.router_replay = replay
     if isinstance(experts.token_dispatcher, KnownCountsDispatcher):

@@ -177,7 +177,17 @@ def set_plans(
     drafts: bool = False,
     lora: LoraConfig | None = None,
 ) -> list[Plan]:
-    """Return the plan of each set."""
+    """Return the plan of each set.
+
+    Args:
+        hf: the model's config.json.
+        grid: the trainer's layout.
+        engines: the layout of the engines.
+        stages: the shards of the pipeline's stages.
+        count: gives the bytes of a region of a tensor.
+        max_engines: the most engines of a set.
+        drafts: whether engines draft with the MTP layers.
+        lora: the section `model.lora`, where adapters alone are pushed."""
     chunks = tuple(map(tuple, stages))
     what = PushedWeights.of(hf, lora, drafts=drafts)
     return _set_plans(what, grid, engines, chunks, count, max_engines)

@@ -40,10 +40,17 @@ class ReceiverLayout:
     def deliveries(
         self, rank: int, name: str, shape: Shape, region: Region
     ) -> list[tuple[Delivery, Encoding]]:
-        """Return the region of the tensor `name`, of `shape`, as a part of engine rank `rank`'s
-        slot for it; where the slot holds FP8 blocks, with the delivery of their scales.
+        """Return a region of a tensor as a part of an engine rank's slot for it; where the slot
+        holds FP8 blocks, with the delivery of their scales.
 
-        Raises ValueError for FP8 of another kind, and for parts of blocks."""
+        Args:
+            rank: the engine rank.
+            name: HF name of the tensor.
+            shape: the whole tensor's.
+            region: rows and columns of the tensor.
+
+        Raises:
+            ValueError: FP8 of another kind, or a part of a block."""
         slot = self._tables[rank].slots[self._slots[rank, name]]
         if dtype_of(slot).itemsize > 1:
             return [(self._delivery(rank, name, region), "plain")]

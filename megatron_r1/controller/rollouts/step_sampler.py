@@ -196,7 +196,7 @@ class RolloutStream(Generic[T]):
             del self._tasks[step]
 
     async def close(self) -> None:
-        """Cancel the rollouts that nobody asked for; the engines abort their requests."""
+        """Cancel the rollouts that were sampled ahead; the engines abort their requests."""
         tasks, self._tasks = list(self._tasks.values()), {}
         for task in tasks:
             task.cancel()

@@ -184,7 +184,7 @@ class WandbTracker:
             "dir": str(run.folder),
             "config": dict(run.settings),
         }
-        # The live view redraws the terminal, of which W&B would record every frame.
+        # The live view redraws the terminal, and W&B would record every frame.
         settings: dict[str, Any] = {
             "console": "off",
             "silent": True,
