@@ -25,7 +25,7 @@ from megatron_r1.controller.rollouts.rollout import (
     RolloutSampling,
     check_grades,
 )
-from megatron_r1.controller.rollouts.sample_log import StepLog
+from megatron_r1.controller.rollouts.sample_log import SamplingRecord, StepLog
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.dispatch import Affinity
@@ -236,8 +236,17 @@ class RolloutCollector:
             ]
         group = Group(prompt, prompt_ids, graded)
         if log:
-            log.keep(position, group)
+            log.keep(position, group, self._sampling_record(sampling))
         return group
+
+    def _sampling_record(self, sampling: RolloutSampling) -> SamplingRecord:
+        return SamplingRecord(
+            sampling.temperature,
+            sampling.top_p,
+            sampling.max_tokens,
+            tuple(self.text.stop_token_ids),
+            sampling.stop,
+        )
 
     async def _generate(
         self,
