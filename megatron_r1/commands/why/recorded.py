@@ -3,7 +3,7 @@ which steps have enough of it."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class Examinable(NamedTuple):
     has_after: bool
 
 
-class Sequence_(NamedTuple):
+class TokenSequence(NamedTuple):
     """One sequence of tokens that is trained on: a response behind its prompt, or a branch.
 
     Attributes:
@@ -73,7 +73,7 @@ class RecordedStep:
         line: its line of metrics.jsonl.
         groups: those it was trained on, in the order in which the trainer got them.
         passed_over: groups that dynamic sampling left out.
-        records: their records, by position.
+        sampling: how each of both was sampled, first those that were trained on.
         prompts: the run's questions by id; those that could not be read are missing.
         prompts_missing: why they could not, or ""."""
 
@@ -86,7 +86,6 @@ class RecordedStep:
     sampling: list[SamplingRecord | None]
     prompts: Mapping[str, Prompt]
     prompts_missing: str = ""
-    notes: list[str] = field(default_factory=list)
 
     @cached_property
     def config(self) -> Config:
@@ -128,6 +127,28 @@ class RecordedStep:
         """The weight of each reward in the step."""
         return weights_at(self.config.rewards.weights, self.step)
 
+    def updates_after(self, step: int) -> int:
+        """Return the policy's updates up to the end of a step."""
+        config = self.run_config
+        warm = config.critic.warmup_steps if config.rl.algorithm == "ppo" else 0
+        return max(0, config.updates_before(step + 1) - config.updates_before(warm + 1))
+
+    @cached_property
+    def learning_rates(self) -> list[float]:
+        """The learning rate of each update of the step, by `formulas`."""
+        settings = self.config.optimizer
+        return [
+            formulas.learning_rate(
+                self.updates_after(self.step - 1) + index + 1,
+                self.run_config.num_policy_updates,
+                highest=settings.learning_rate,
+                lowest=settings.min_learning_rate,
+                warmup=settings.warmup,
+                decay=settings.decay,
+            )
+            for index in range(self.config.rl.minibatches)
+        ]
+
     @cached_property
     def responses(self) -> dict[Place, GradedResponse]:
         """The responses that were trained on, by place."""
@@ -167,9 +188,9 @@ class RecordedStep:
         )
 
     @cached_property
-    def sequences(self) -> list[Sequence_]:
+    def sequences(self) -> list[TokenSequence]:
         """All sequences of the step, by group and response."""
-        made: list[Sequence_] = []
+        made: list[TokenSequence] = []
         for at, group in enumerate(self.groups):
             for index, graded in enumerate(group.responses):
                 made += _sequences((at, index), group, graded, self.advantages[at][index])
@@ -282,6 +303,7 @@ def read_step(folder: RunFolder, config: Config, step: int) -> RecordedStep:
         unpack(record, prompts.get(record.prompt_id) or Prompt(record.prompt_id, "", "", None))
         for record in ordered
     ]
+    sampling = {id(group): record.sampling for group, record in zip(groups, ordered, strict=True)}
     at_step = config.at(step)
     passed_over: list[Group] = []
     if at_step.rl.dynamic_sampling:
@@ -294,7 +316,7 @@ def read_step(folder: RunFolder, config: Config, step: int) -> RecordedStep:
         line,
         groups,
         passed_over,
-        [record.sampling for record in ordered],
+        [sampling[id(group)] for group in groups + passed_over],
         prompts,
         missing,
     )
@@ -311,7 +333,7 @@ def _trained_on(groups: list[Group], count: int) -> tuple[list[Group], list[Grou
 
 def _sequences(
     place: Place, group: Group, graded: GradedResponse, advantage: float
-) -> Iterator[Sequence_]:
+) -> Iterator[TokenSequence]:
     response, branches = graded.response, graded.episode.branches if graded.episode else []
     if not branches:
         ids = np.concatenate([np.asarray(group.prompt_ids, np.int32), response.token_ids])
@@ -319,13 +341,13 @@ def _sequences(
         logprobs = np.asarray(response.logprobs, np.float32)
         versions, count = np.asarray(response.policy_versions), len(response.token_ids)
         own = advantage if count else math.nan
-        yield Sequence_(place, ids, sampled, logprobs, versions, own, count)
+        yield TokenSequence(place, ids, sampled, logprobs, versions, own, count)
         return
     total = sum(branch.num_sampled for branch in branches)
     for branch in branches:
         sampled = np.frombuffer(branch.is_sampled, bool)
         end = int(np.flatnonzero(sampled)[-1]) + 1
-        yield Sequence_(
+        yield TokenSequence(
             place,
             np.asarray(branch.token_ids, np.int32)[:end],
             sampled[:end],

@@ -12,7 +12,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -442,30 +442,40 @@ class StepReplay:
             gradient = gradient * scale
             m = self._first[name].lerp_(gradient, 1 - adam.beta1)
             v = self._second[name].mul_(adam.beta2).add_(gradient.square() * (1 - adam.beta2))
-            # Biases and norms, vectors all, do not decay.
-            if adam.weight_decay and parameter.dim() > 1:
+            # The trainer's decays vectors, too: biases and norms.
+            if adam.weight_decay:
                 parameter.mul_(1 - rate * adam.weight_decay)
             parameter.sub_(rate / first_bias * m / ((v / second_bias).sqrt() + adam.epsilon))
 
 
-def with_kl_sign(loss: LossRules) -> LossRules:
-    """Return the loss with its KL term subtracted."""
-    return replace(loss, kl_beta=-loss.kl_beta)
-
-
 @torch.no_grad()
 def distances(a: Any, b: Any, base: Any) -> dict[str, tuple[float, float]]:
-    """Return of every parameter the norm of a - b, and that of b - base, float64.
+    """Return of every parameter and buffer the norm of a - b, and that of b - base, float64.
 
     Args:
         a: a model.
         b: another with the same parameters.
         base: the model that both come from."""
-    others, bases = dict(b.named_parameters()), dict(base.named_parameters())
+    others, bases = b.state_dict(), base.state_dict()
     return {
         name: (
             float((each.double() - others[name].double()).norm()),
             float((others[name].double() - bases[name].double()).norm()),
         )
-        for name, each in a.named_parameters()
+        for name, each in a.state_dict().items()
+        if each.is_floating_point()
     }
+
+
+@torch.no_grad()
+def relative_distance(a: Any, b: Any) -> float:
+    """Return |a - b| / |b| over all parameters and buffers of two models."""
+    others = b.state_dict()
+    apart = size = 0.0
+    for name, each in a.state_dict().items():
+        if not each.is_floating_point():
+            continue
+        other = others[name].double()
+        apart += float((each.double() - other).square().sum())
+        size += float(other.square().sum())
+    return math.sqrt(apart / size) if size else math.sqrt(apart)

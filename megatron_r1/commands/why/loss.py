@@ -1,0 +1,312 @@
+"""Old and reference log-probabilities, and the step's loss with its metrics, recomputed; where they
+depart, the updates once more with one thing exchanged at a time, until one explains the metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_r1.commands.compare.departure import ROUNDING
+from megatron_r1.commands.why import formulas
+from megatron_r1.commands.why.finding import DEPARTS, EQUAL, Finding, not_checked
+from megatron_r1.commands.why.recorded import RecordedStep, weights_after
+from megatron_r1.reporting.wording import number, percent
+
+if TYPE_CHECKING:
+    from megatron_r1.commands.why.recompute import Exchange, Recomputation, Replayed
+
+POLICIES, LOSS = "log-probabilities", "loss"
+LOSS_ROUNDING = {"float32": 2.0**-17, "bfloat16": 2.0**-7}
+"""Largest distance of a loss, over the mean |advantage|: the terms of a loss cancel, so that its own
+size says nothing. In float32 docs/why.md has measurements; in bfloat16 it is a choice."""
+RELATIVE = {"kl": 2.0**-8, "entropy": 2.0**-8, "grad_norm": 2.0**-8, "importance": 2.0**-8}
+"""Largest relative distance of other metrics in float32; in bfloat16 2^6 times that."""
+ABSOLUTE = {"kl": 2.0**-20, "entropy": 2.0**-14}
+"""What a relative distance is of at least: small ones are differences of larger numbers."""
+FLIPPED = 0.002
+"""Share of tokens that may be clipped on one side only, at the edge of a clip."""
+RATIO = 2.0**-6
+COARSER = {"float32": 1.0, "bfloat16": 64.0}
+UPDATE = {"float32": 2.0**-4, "bfloat16": 0.5}
+"""Largest distance of the change of the weights, relative to it. Adam divides by the root of the
+second moment: rounding of small gradients grows to a part of a step."""
+METRICS = ("loss", "kl", "entropy", "clip_fraction", "ratio/max", "importance", "grad_norm")
+
+
+def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
+    """Return the findings of the trainer's log-probabilities and of its reference."""
+    return [_trainer(step, recomputed), _reference(step, recomputed)]
+
+
+def _trainer(step: RecordedStep, recomputed: Recomputation) -> Finding:
+    """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
+    name = "old policy of the trainer"
+    logged = step.line.get("logprob_diff/mean")
+    if not isinstance(logged, int | float):
+        return not_checked(POLICIES, name, "metrics.jsonl has no logprob_diff/mean")
+    if len(recomputed.scored) < len(recomputed.rows):
+        return not_checked(POLICIES, name, "only a part of the responses is scored here")
+    gaps = [
+        np.abs(sequence.logprobs - own)
+        for sequence, own in zip(recomputed.sequences, recomputed.old, strict=True)
+        if not math.isnan(sequence.advantage)
+    ]
+    own = float(np.concatenate(gaps).mean())
+    tolerance = ROUNDING[step.run_config.model.dtype]
+    distance = abs(own - logged)
+    return Finding(
+        POLICIES,
+        name,
+        EQUAL if distance <= tolerance else DEPARTS,
+        f"mean |engine - trainer| {number(logged)} with mean |engine - transformers| {number(own)}",
+        distance,
+        tolerance,
+        "rounding of model.dtype (docs/compare.md)",
+        f"the trainer is {number(logged)} from the engine, transformers {number(own)}: the trainer "
+        "computes old log-probabilities of other weights, or at another temperature",
+        remedy="rollout.temperature in rl.schedule, model.fusions, fp8, parallel; megatron-r1 "
+        "check-model with this layout",
+    )
+
+
+def last_refresh(step: RecordedStep) -> int:
+    """Return the step after which the reference was last replaced, before this one; 0: never."""
+    config, found = step.run_config, 0
+    for earlier in range(1, step.step):
+        at = config.at(earlier)
+        every, done = at.rl.reference_refresh, config.updates_before(earlier + 1)
+        if every and done // every > (done - at.rl.minibatches) // every:
+            found = earlier
+    return found
+
+
+def _reference(step: RecordedStep, recomputed: Recomputation) -> Finding:
+    """Compare the checkpoint's reference with the weights that the settings make it."""
+    name = "reference policy"
+    if not step.config.rl.kl_beta:
+        return not_checked(POLICIES, name, "rl.kl_beta: 0, there is none")
+    if step.step == 1:
+        return not_checked(POLICIES, name, "it is the policy in the first step")
+    from megatron_r1.commands.why import replay
+
+    refreshed = last_refresh(step)
+    expected = weights_after(step.folder, step.run_config, refreshed)
+    before = step.before
+    assert before is not None, "the old log-probabilities come first"
+    if not replay.has_part(before, replay.REFERENCE):
+        return not_checked(POLICIES, name, f"{before} has none")
+    if expected is None:
+        return not_checked(POLICIES, name, f"there is no checkpoint of step {refreshed}")
+    own = recomputed.model(before, replay.REFERENCE)
+    distance = _apart(own, recomputed.model(expected))
+    if distance <= ROUNDING["float32"]:
+        return Finding(
+            POLICIES,
+            name,
+            EQUAL,
+            f"that of {before} with the weights after step {refreshed}",
+            distance,
+            ROUNDING["float32"],
+            "copies of one another",
+        )
+    reason = f"it is not the weights after step {refreshed}, as rl.reference_refresh makes it"
+    others = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refreshed}
+    for other in sorted(others):
+        path = weights_after(step.folder, step.run_config, other)
+        if path and _apart(own, recomputed.model(path)) <= ROUNDING["float32"]:
+            what = "it was not refreshed" if other < refreshed else "it was refreshed too often"
+            reason += f": {what}, it is the weights after step {other}"
+            break
+    return Finding(
+        POLICIES,
+        name,
+        DEPARTS,
+        f"that of {before} with the weights after step {refreshed}",
+        distance,
+        ROUNDING["float32"],
+        "copies of one another",
+        reason,
+        remedy=f"rl.reference_refresh: {step.config.rl.reference_refresh}",
+    )
+
+
+def _apart(a: object, b: object) -> float:
+    """Return |a - b| / |b| over all parameters of two models."""
+    from megatron_r1.commands.why import replay
+
+    return replay.relative_distance(a, b)
+
+
+def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
+    """Return the findings of the loss and its metrics."""
+    base = recomputed.base
+    findings = [
+        _metric(step, name, base) for name in METRICS if name in base.metrics and name in step.line
+    ]
+    terms = ", ".join(f"{name} {number(value)}" for name, value in base.terms.items())
+    if not findings:
+        return [not_checked(LOSS, "loss", "metrics.jsonl has none of its metrics")]
+    findings[0] = _with(findings[0], compared=f"{findings[0].compared}; |terms|: {terms}")
+    if not any(each.departs for each in findings) and not update_departs(step, base):
+        return findings
+    if (found := explanation(step, recomputed)) is None:
+        return findings
+    exchange, made = found
+    what = f"{exchange.name} explains it: loss {number(made.metrics['loss'])}, recorded "
+    what += number(step.line["loss"])
+    departing = [each for each in findings if each.departs] or findings[:1]
+    size = abs(made.metrics["loss"] - base.metrics["loss"]) / _scale(step)
+    named = _with(
+        departing[0],
+        status=DEPARTS,
+        reason=f"{what}; {percent(size)} of the loss by weight of advantages",
+        remedy=exchange.remedy,
+    )
+    return [named if each is departing[0] else each for each in findings]
+
+
+def _with(finding: Finding, **fields: object) -> Finding:
+    from dataclasses import replace
+
+    return replace(finding, **fields)  # type: ignore[arg-type]
+
+
+def _scale(step: RecordedStep) -> float:
+    """Return the mean |advantage| of the responses that are trained on, at least 1e-6."""
+    known = [abs(a) for group in step.advantages for a in group if not math.isnan(a)]
+    return max(1e-6, sum(known) / max(1, len(known)))
+
+
+def _limit(step: RecordedStep, name: str, value: float) -> float:
+    """Return the largest distance of a metric from its recomputed value."""
+    dtype = step.run_config.model.dtype
+    if name == "loss":
+        return LOSS_ROUNDING[dtype] * _scale(step)
+    if name == "clip_fraction":
+        return FLIPPED * COARSER[dtype]
+    relative = RELATIVE.get(name, RATIO) * COARSER[dtype]
+    return max(relative * abs(value), ABSOLUTE.get(name, 0.0) * COARSER[dtype])
+
+
+def _metric(step: RecordedStep, name: str, made: Replayed) -> Finding:
+    own, logged = made.metrics[name], step.line[name]
+    limit = _limit(step, name, own)
+    distance = math.inf if logged is None else abs(float(logged) - own)
+    return Finding(
+        LOSS,
+        name,
+        EQUAL if distance <= limit else DEPARTS,
+        f"{number(float(logged or math.nan)) if logged else logged} of metrics.jsonl with "
+        f"{number(own)} recomputed, over {step.config.rl.minibatches} updates",
+        distance,
+        limit,
+        "docs/why.md, of float32 runs"
+        if step.run_config.model.dtype == "float32"
+        else "a choice, for bfloat16",
+        f"{name} is {logged} in metrics.jsonl, {number(own)} recomputed",
+        remedy="the loss: rl.algorithm and its settings, or the trainer",
+    )
+
+
+def explains(step: RecordedStep, made: Replayed) -> bool:
+    """Return whether updates have the recorded metrics, and the checkpoint after the step."""
+    gaps = (
+        abs(float(step.line[name]) - value) <= _limit(step, name, value)
+        for name, value in made.metrics.items()
+        if isinstance(step.line.get(name), int | float)
+    )
+    return all(gaps) and not update_departs(step, made)
+
+
+def update_departs(step: RecordedStep, made: Replayed) -> bool:
+    """Return whether the change of the weights is beyond its tolerance."""
+    return made.update is not None and made.update > UPDATE[step.run_config.model.dtype]
+
+
+def explanation(
+    step: RecordedStep, recomputed: Recomputation
+) -> tuple[Exchange, Replayed] | None:
+    """Return the first exchange that explains what was recorded, and the updates with it."""
+    for exchange in exchanges(step):
+        made = recomputed.run(exchange)
+        if explains(step, made):
+            return exchange, made
+    return None
+
+
+def exchanges(step: RecordedStep) -> Iterator[Exchange]:
+    """Yield what is exchanged, one thing at a time, the usual faults first."""
+    from megatron_r1.commands.why.recompute import Exchange
+
+    rl = step.config.rl
+    if rl.kl_beta:
+        yield Exchange(
+            "KL with the wrong sign",
+            "the loss of rl.algorithm: KL is added to what is minimised",
+            loss=(("kl_beta", -rl.kl_beta),),
+        )
+        yield Exchange("no KL term", "rl.kl_beta", loss=(("kl_beta", 0.0),))
+        for estimator in {"k1", "k2", "k3"} - {rl.kl_estimator}:
+            yield Exchange(
+                f"KL by {estimator}", "rl.kl_estimator", loss=(("kl_estimator", estimator),)
+            )
+        yield Exchange(
+            "the policy itself as reference",
+            "rl.reference_refresh, or the reference's weights",
+            reference="policy",
+        )
+        if weights_after(step.folder, step.run_config, 0) is not None and step.step > 1:
+            yield Exchange(
+                "a reference that was not refreshed", "rl.reference_refresh", reference="begin"
+            )
+    yield Exchange(
+        "a denominator that counts masked tokens (the prompt's)",
+        "the loss of rl.algorithm: sums and denominators are over response tokens",
+        loss=(("counts_prompts", True),),
+    )
+    for average in {"sequence", "token", "constant"} - {rl.loss_average}:
+        yield Exchange(f"average {average}", "rl.loss_average", loss=(("average", average),))
+    for std in {"group", "batch", "none"} - {rl.advantage_std}:
+        changed = formulas.advantages(
+            step.training_rewards, rl.algorithm, std, rl.advantage_epsilon
+        )
+        yield Exchange(
+            f"advantages divided by the deviation of: {std}", "rl.advantage_std", advantages=changed
+        )
+    cut = [
+        [math.nan if graded.truncated else a for a, graded in zip(own, group.responses, strict=True)]
+        for own, group in zip(step.advantages, step.groups, strict=True)
+    ]
+    if any(graded.truncated for graded in step.responses.values()):
+        yield Exchange(
+            "truncated answers left out", "rl.overlong_buffer, or the loss", advantages=cut
+        )
+    if step.step > 1:
+        yield Exchange(
+            "Adam without its moments",
+            "the optimizer's state: it was lost before this step, at a restart or a load",
+            without_moments=True,
+        )
+    if step.config.rollout.temperature != 1:
+        yield Exchange(
+            "temperature 1 in the trainer", "rollout.temperature", loss=(("temperature", 1.0),)
+        )
+    yield Exchange(
+        "no clipping of the gradient", "optimizer.clip_grad", adam=(("clip_grad", math.inf),)
+    )
+    if step.config.optimizer.weight_decay:
+        yield Exchange("no weight decay", "optimizer.weight_decay", adam=(("weight_decay", 0.0),))
+    if rl.importance_cap is not None:
+        yield Exchange(
+            "no importance weights", "rl.importance_cap", loss=(("importance_cap", None),)
+        )
+    rate = step.line.get("learning_rate")
+    if isinstance(rate, int | float):
+        yield Exchange(
+            f"the logged learning rate, {rate:g}",
+            "optimizer.learning_rate, warmup and decay",
+            adam=(("learning_rates", (float(rate),) * rl.minibatches),),
+        )

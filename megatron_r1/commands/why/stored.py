@@ -1,0 +1,103 @@
+"""Tensors of checkpoints, read a rectangle at a time: what must hold of them without recomputation."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_r1.commands.why.replay import MOMENTS, STATE
+from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
+
+MASTER = f"{STATE}param."
+NOT_WEIGHTS = ("optimizer.", "critic_optimizer.", "critic.", "reference.")
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+def _parts(checkpoint: DistributedCheckpoint, key: str) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (starts, values) of the rectangles that a tensor was saved in."""
+    for _, starts, sizes in checkpoint.chunks(key):
+        yield starts, checkpoint.read(key, starts, sizes)
+
+
+def not_finite(path: Path) -> list[str]:
+    """Return the tensors of a checkpoint that hold a number that is not finite."""
+    stored = DistributedCheckpoint(path)
+    return [
+        key
+        for key in sorted(stored.shapes)
+        if stored.dtypes[key].is_floating_point
+        and any(not bool(values.isfinite().all()) for _, values in _parts(stored, key))
+    ]
+
+
+def empty_moments(path: Path) -> tuple[list[str], int]:
+    """Return the parameters whose second moments are all zero, and the number of parameters."""
+    stored, prefix = DistributedCheckpoint(path), f"{STATE}{MOMENTS[1]}."
+    keys = [key for key in sorted(stored.shapes) if key.startswith(prefix)]
+    empty = [key for key in keys if not any(bool(part.any()) for _, part in _parts(stored, key))]
+    return [key.removeprefix(prefix) for key in empty], len(keys)
+
+
+def masters_apart(path: Path) -> tuple[str, float]:
+    """Return the weight that is furthest from the optimizer's copy of it, and the largest relative
+    distance; "" where the optimizer has no copies."""
+    stored = DistributedCheckpoint(path)
+    worst, distance = "", -1.0
+    for key in sorted(key for key in stored.shapes if key.startswith(MASTER)):
+        name = key.removeprefix(MASTER)
+        if name not in stored.shapes:
+            continue
+        apart = size = 0.0
+        for starts, own in _parts(stored, key):
+            if name in (EMBEDDING, HEAD) and starts:
+                rows = min(own.shape[0], stored.shapes[name][0] - starts[0])
+                own = own[: max(0, rows)]
+            weight = stored.read(name, starts, own.shape).double()
+            apart += float((weight - own.double()).square().sum())
+            size += float(own.double().square().sum())
+        relative = math.sqrt(apart / size) if size else math.sqrt(apart)
+        if relative > distance:
+            worst, distance = name, relative
+    return worst, distance
+
+
+def head_from_embedding(path: Path) -> float | None:
+    """Return the relative distance of a head of its own from the embedding; None without one."""
+    stored = DistributedCheckpoint(path)
+    if HEAD not in stored.shapes:
+        return None
+    rows = min(stored.shapes[HEAD][0], stored.shapes[EMBEDDING][0])
+    sizes = (rows, *stored.shapes[HEAD][1:])
+    zeros = (0,) * len(sizes)
+    head, embedding = (stored.read(key, zeros, sizes).double() for key in (HEAD, EMBEDDING))
+    return float((head - embedding).norm() / embedding.norm())
+
+
+def change(before: Path, after: Path, hf_files: Path) -> tuple[float, float]:
+    """Return the largest change of a weight between two checkpoints, and the norm of all changes.
+
+    Args:
+        before: a checkpoint, or the model's folder.
+        after: a later checkpoint.
+        hf_files: the folder of the model's config.json."""
+    if not (before / ".metadata").is_file():
+        from megatron_r1.commands.why.replay import read_model
+
+        models = [read_model(path, hf_files).named_parameters() for path in (before, after)]
+        pairs = ((a, b) for (_, a), (_, b) in zip(*models, strict=True))
+        gaps = [(b.detach().double() - a.detach().double()) for a, b in pairs]
+        largest = max(float(gap.abs().max()) for gap in gaps)
+        return largest, math.sqrt(sum(float(gap.square().sum()) for gap in gaps))
+    first, second = DistributedCheckpoint(before), DistributedCheckpoint(after)
+    largest = squares = 0.0
+    for key in sorted(first.shapes.keys() & second.shapes.keys()):
+        if key.startswith(NOT_WEIGHTS) or not first.dtypes[key].is_floating_point:
+            continue
+        for starts, own in _parts(first, key):
+            gap = second.read(key, starts, own.shape).double() - own.double()
+            largest = max(largest, float(gap.abs().max()) if gap.numel() else 0.0)
+            squares += float(gap.square().sum())
+    return largest, math.sqrt(squares)
+
+
