@@ -75,7 +75,8 @@ def _starts(step: RecordedStep) -> Finding:
 def _system(step: RecordedStep) -> Finding:
     """Check that the text of a system's message is in the prompt."""
     name = "message of the system"
-    concerned, total, lost = [], 0, ""
+    concerned: list[Place] = []
+    total, lost = 0, ""
     for at, group in enumerate(step.groups):
         given = [str(m["content"]) for m in group.prompt.before if m.get("role") == "system"]
         if not given:
@@ -103,19 +104,20 @@ def _prompt_tokens(step: RecordedStep) -> Finding:
     name = "tokens of the prompt"
     if _has_own_prompts(step.run_config):
         return not_checked(FAMILY, name, "agents.environment or harness makes the prompts")
+    if step.prompts_missing:  # samples.jsonl has no message before the question
+        return not_checked(FAMILY, name, step.prompts_missing)
     concerned: list[Place] = []
     total, reason = 0, ""
     for at, group in enumerate(step.groups):
-        if not group.prompt.question or (step.prompts_missing and not group.prompt.before):
-            if not group.prompt.question:
-                continue
+        if not group.prompt.question:
+            continue
         total += len(group.responses)
         expected = step.text.encode(group.prompt.question, group.prompt.before)
         if expected != group.prompt_ids:
             concerned += _places(at, group)
             reason = reason or _difference(step.text, group.prompt_ids, expected)
     if not total:
-        return not_checked(FAMILY, name, step.prompts_missing or "no question is known")
+        return not_checked(FAMILY, name, "no question is known")
     return share_finding(
         FAMILY,
         name,
@@ -234,8 +236,8 @@ def _vocabulary(step: RecordedStep) -> Finding:
         len(step.responses),
         reason=f"token {largest:,} is beyond the tokenizer's {known:,} tokens"
         f" (vocab_size: {rows:,})",
-        remedy="the model's tokenizer files: they lack tokens that the model samples; or vocab_size "
-        "in its config.json",
+        remedy="the model's tokenizer files, which lack tokens that the model samples, or "
+        "vocab_size in its config.json",
         share_of=step.share_of,
     )
 
@@ -267,5 +269,3 @@ def _texts(step: RecordedStep) -> Finding:
         remedy="the model's tokenizer files: they are not those of the run",
         share_of=step.share_of,
     )
-
-

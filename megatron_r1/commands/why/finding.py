@@ -8,9 +8,7 @@ from typing import Any
 
 from megatron_r1.reporting.wording import number, percent
 
-FAMILIES = (
-    *("files", "sampling", "rewards", "log-probabilities", "loss", "optimizer", "push"),
-)
+FAMILIES = (*("files", "sampling", "rewards", "log-probabilities", "loss", "optimizer", "push"),)
 """In the order in which data flows through a step: the first departure is the earliest of these."""
 
 EQUAL, DEPARTS, NOT_CHECKED = "equal", "departs", "not checked"
@@ -30,10 +28,10 @@ class Finding:
         distance: between the two; NaN where it has no number.
         tolerance: the largest distance that counts as equal.
         source: where the tolerance comes from.
-        reason: of a departure what departs, with names and numbers; of "not checked", why.
+        reason: what departs, with names and numbers, or why nothing was checked.
         places: the responses concerned.
         num_tokens: the tokens concerned; 0 where the check is not of tokens.
-        share: of the advantages' absolute weight in the loss, what the responses concerned have;
+        share: the part of the sum of |advantage| that the responses concerned have;
             NaN where that has no meaning.
         remedy: the setting or file to change."""
 
@@ -168,7 +166,7 @@ def share_finding(
         remedy: what to change.
         share_of: returns the share of the loss of some responses.
         tolerance: the largest share.
-        source: of the tolerance.
+        source: where the tolerance comes from.
         num_tokens: the tokens concerned."""
     distance = len(concerned) / total if total else 0.0
     if distance <= tolerance:

@@ -1,8 +1,8 @@
 """Rewards, advantages, mini-batches and learning rates in float64, written from their definitions
 and not from the trainer's code, which they are compared with.
 
-    training reward = reward + penalty × punishment of the length   (arXiv 2503.14476, eq. 13)
-    A_i = (r_i - mean(r)) / (std(r) + ε) over a group                (arXiv 2402.03300, section 4.1)"""
+    training reward = reward - penalty × punishment of the length (arXiv 2503.14476, eq. 13)
+    A_i = (r_i - mean(r)) / (std(r) + ε) over a group (arXiv 2402.03300, section 4.1)"""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def training_reward(
     """Return the reward that is trained on.
 
     Args:
-        reward: of the response; None: ungraded.
+        reward: the response's; None: ungraded.
         num_tokens: its length.
         limit: the longest response.
         buffer: the share of the limit over which the punishment grows to 1.
@@ -48,9 +48,7 @@ def advantages(
         mean = np.nanmean(whole) if not np.isnan(whole).all() else 0.0
         centred = [each - mean for each in values]
     else:
-        centred = [
-            each - np.nanmean(each) if not np.isnan(each).all() else each for each in values
-        ]
+        centred = [each - np.nanmean(each) if not np.isnan(each).all() else each for each in values]
     if algorithm == "reinforce" and _are_equal(whole):
         centred = [each * 0.0 for each in centred]
     elif algorithm != "reinforce":
@@ -102,6 +100,6 @@ def learning_rate(
 
 
 def kl_of_difference(difference: np.ndarray) -> float:
-    """Return the estimate e^g - g - 1 of KL, mean over tokens, for g = log(other) - log(sampler)."""
+    """Return the mean of e^g - g - 1, an estimate of KL, for g = log(other) - log(sampler)."""
     g = np.clip(difference.astype(np.float64), -20, 20)
     return float((np.expm1(g) - g).mean()) if len(g) else 0.0

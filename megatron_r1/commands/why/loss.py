@@ -19,20 +19,25 @@ if TYPE_CHECKING:
     from megatron_r1.commands.why.recompute import Exchange, Recomputation, Replayed
 
 POLICIES, LOSS = "log-probabilities", "loss"
-LOSS_ROUNDING = {"float32": 2.0**-17, "bfloat16": 2.0**-7}
-"""Largest distance of a loss, over the mean |advantage|: the terms of a loss cancel, so that its own
-size says nothing. In float32 docs/why.md has measurements; in bfloat16 it is a choice."""
-RELATIVE = {"kl": 2.0**-8, "entropy": 2.0**-8, "grad_norm": 2.0**-8, "importance": 2.0**-8}
-"""Largest relative distance of other metrics in float32; in bfloat16 2^6 times that."""
-ABSOLUTE = {"kl": 2.0**-20, "entropy": 2.0**-14}
-"""What a relative distance is of at least: small ones are differences of larger numbers."""
-FLIPPED = 0.002
-"""Share of tokens that may be clipped on one side only, at the edge of a clip."""
-RATIO = 2.0**-6
-COARSER = {"float32": 1.0, "bfloat16": 64.0}
-UPDATE = {"float32": 2.0**-4, "bfloat16": 0.5}
+LOSS_ROUNDING = {"float32": 2.0**-19, "bfloat16": 2.0**-7}
+"""Largest distance of a loss, over the mean |advantage|: the terms of a loss cancel, so that its
+own size says nothing."""
+RELATIVE = {
+    "float32": {"ratio/max": 2.0**-10},
+    "bfloat16": {"kl": 0.25, "entropy": 0.05, "grad_norm": 0.15, "importance": 0.05},
+}
+"""Largest relative distance of other metrics; of those not named `OTHERS`."""
+OTHERS = {"float32": 2.0**-12, "bfloat16": 0.5}
+ABSOLUTE = {
+    "float32": {"kl": 2.0**-24, "entropy": 2.0**-16, "clip_fraction": 0.002},
+    "bfloat16": {"kl": 2e-3, "entropy": 0.01, "clip_fraction": 0.05},
+}
+"""Largest absolute distance, where that is larger: a small KL is a difference of larger numbers,
+and tokens at the edge of a clip fall on either side."""
+UPDATE = {"float32": 2.0**-8, "bfloat16": 0.5}
 """Largest distance of the change of the weights, relative to it. Adam divides by the root of the
 second moment: rounding of small gradients grows to a part of a step."""
+SOURCE = {"float32": "measured (docs/why.md), with a margin", "bfloat16": "a choice"}
 METRICS = ("loss", "kl", "entropy", "clip_fraction", "ratio/max", "importance", "grad_norm")
 
 
@@ -185,10 +190,8 @@ def _limit(step: RecordedStep, name: str, value: float) -> float:
     dtype = step.run_config.model.dtype
     if name == "loss":
         return LOSS_ROUNDING[dtype] * _scale(step)
-    if name == "clip_fraction":
-        return FLIPPED * COARSER[dtype]
-    relative = RELATIVE.get(name, RATIO) * COARSER[dtype]
-    return max(relative * abs(value), ABSOLUTE.get(name, 0.0) * COARSER[dtype])
+    relative = RELATIVE[dtype].get(name, OTHERS[dtype]) * abs(value)
+    return max(relative, ABSOLUTE[dtype].get(name, 0.0))
 
 
 def _metric(step: RecordedStep, name: str, made: Replayed) -> Finding:
@@ -199,16 +202,18 @@ def _metric(step: RecordedStep, name: str, made: Replayed) -> Finding:
         LOSS,
         name,
         EQUAL if distance <= limit else DEPARTS,
-        f"{number(float(logged or math.nan)) if logged else logged} of metrics.jsonl with "
-        f"{number(own)} recomputed, over {step.config.rl.minibatches} updates",
+        f"{_shown(logged)} of metrics.jsonl with {number(own)} recomputed, over "
+        f"{step.config.rl.minibatches} updates",
         distance,
         limit,
-        "docs/why.md, of float32 runs"
-        if step.run_config.model.dtype == "float32"
-        else "a choice, for bfloat16",
-        f"{name} is {logged} in metrics.jsonl, {number(own)} recomputed",
+        SOURCE[step.run_config.model.dtype],
+        f"{name} is {_shown(logged)} in metrics.jsonl, {number(own)} recomputed",
         remedy="the loss: rl.algorithm and its settings, or the trainer",
     )
+
+
+def _shown(value: object) -> str:
+    return number(float(value)) if isinstance(value, int | float) else "no number"
 
 
 def explains(step: RecordedStep, made: Replayed) -> bool:
@@ -226,9 +231,7 @@ def update_departs(step: RecordedStep, made: Replayed) -> bool:
     return made.update is not None and made.update > UPDATE[step.run_config.model.dtype]
 
 
-def explanation(
-    step: RecordedStep, recomputed: Recomputation
-) -> tuple[Exchange, Replayed] | None:
+def explanation(step: RecordedStep, recomputed: Recomputation) -> tuple[Exchange, Replayed] | None:
     """Return the first exchange that explains what was recorded, and the updates with it."""
     for exchange in exchanges(step):
         made = recomputed.run(exchange)
@@ -277,7 +280,10 @@ def exchanges(step: RecordedStep) -> Iterator[Exchange]:
             f"advantages divided by the deviation of: {std}", "rl.advantage_std", advantages=changed
         )
     cut = [
-        [math.nan if graded.truncated else a for a, graded in zip(own, group.responses, strict=True)]
+        [
+            math.nan if graded.truncated else a
+            for a, graded in zip(own, group.responses, strict=True)
+        ]
         for own, group in zip(step.advantages, step.groups, strict=True)
     ]
     if any(graded.truncated for graded in step.responses.values()):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.commands.compare.departure import ROUNDING
 from megatron_r1.commands.why.finding import DEPARTS, EQUAL, Finding, not_checked
-from megatron_r1.commands.why.loss import UPDATE
+from megatron_r1.commands.why.loss import SOURCE, UPDATE
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.reporting.wording import number, percent
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 FAMILY, PUSH = "optimizer", "push"
 RATE = 1e-6
 """Relative: learning rates are a few products of float64."""
+ODD = 0.5
+"""Relative distance of the change of one tensor, which may have small gradients alone."""
 LARGEST_STEP = 10.0
 """Times the learning rate that Adam moves a number by, at most: |m| / √v is at most
 (1 - β1) / √(1 - β2), about 0.45 with the defaults, but where moments are lost or gradients change
@@ -101,9 +103,9 @@ def check_states(step: RecordedStep) -> list[Finding]:
     findings = [_tied(step)]
     for which, path in (("before", step.before), ("after", step.after)):
         if path is None or not (path / ".metadata").is_file():
-            findings.append(
-                not_checked(FAMILY, f"checkpoint {which} the step", "it is not there")
-            )
+            is_first = which == "before" and step.step == 1
+            why = "the run begins with a model" if is_first else "it is not kept"
+            findings.append(not_checked(FAMILY, f"checkpoint {which} the step", why))
             continue
         findings += [_finite(which, path), _counters(step, which, path)]
         findings += [_moments(which, path), _masters(step, which, path)]
@@ -252,7 +254,7 @@ def check_update(step: RecordedStep, base: Replayed) -> list[Finding]:
     tolerance = UPDATE[step.run_config.model.dtype]
     worst = ", ".join(f"{key} {percent(value)}" for key, value in base.by_parameter[:3])
     is_equal = base.update <= tolerance
-    odd = [key for key, value in base.by_parameter if value > max(8 * tolerance, 0.5)]
+    odd = [key for key, value in base.by_parameter if value > max(tolerance, ODD)]
     return [
         Finding(
             FAMILY,
@@ -261,7 +263,7 @@ def check_update(step: RecordedStep, base: Replayed) -> list[Finding]:
             f"|run's - recomputed| over |run's|, all parameters; the largest: {worst}",
             base.update,
             tolerance,
-            "docs/why.md, of float32 runs",
+            SOURCE[step.run_config.model.dtype],
             f"the step changed other weights than its gradient: {', '.join(odd[:3]) or worst}",
             remedy="the optimizer's settings and state; the tensors named (megatron-r1 compare "
             "with a run without the fault)",

@@ -25,7 +25,7 @@ SCORED, REPLAYED = 1e13, 2e13
 """Floating-point operations of a pass over logged tokens, and of a step's updates: minutes on two
 cores. Of more tokens a part is scored; more updates are not made."""
 COPIES = 7
-"""Copies of the parameters, fp32, that the updates need: model, gradients, moments, their copies."""
+"""Copies of the parameters, fp32, that the updates need: model, gradients, moments, and others."""
 
 
 class CannotRecompute(Exception):
@@ -298,7 +298,7 @@ class Recomputation:
         old = self._old_of_all
         if loss.temperature != self.temperature:
             old = replay.logprobs(self.policy, rows, [loss.temperature])[0]
-        model = copy.deepcopy(self.policy)
+        model = copy.deepcopy(self._trained)
         made = StepReplay(
             model,
             None if exchange.without_moments else self._moments,
@@ -319,14 +319,24 @@ class Recomputation:
         return self.run()
 
     @cached_property
+    def _trained(self) -> Any:
+        """What the optimizer changes: the policy, of 16 bits its master weights."""
+        if self.step.run_config.model.dtype == "float32" or self._is_begin:
+            return self.policy
+        return self.model(self._before, f"{replay.STATE}param.")
+
+    @cached_property
     def _model_after(self) -> Any:
-        after = self.step.after
-        return None if after is None else self.model(after)
+        """The same after the step; None where no checkpoint has it."""
+        after, dtype = self.step.after, self.step.run_config.model.dtype
+        if after is None:
+            return None
+        return self.model(after, "" if dtype == "float32" else f"{replay.STATE}param.")
 
     def _compare(self, model: Any) -> tuple[float | None, list[tuple[str, float]]]:
         if self._model_after is None:
             return None, []
-        found = replay.distances(model, self._model_after, self.policy)
+        found = replay.distances(model, self._model_after, self._trained)
         apart = sum(gap**2 for gap, _ in found.values()) ** 0.5
         moved = sum(change**2 for _, change in found.values()) ** 0.5
         by_name = {

@@ -2,9 +2,9 @@
 the step's updates once more, by autograd over fp64 formulas and an AdamW of its own.
 
 None of it is the trainer's code: the model is transformers' class in fp32 on the tensors of the
-checkpoint, the loss is written out here from the papers, and the optimizer is its formula (Loshchilov
-and Hutter, arXiv 1711.05101, with Adam's bias correction). Everything is on the CPU, a few responses
-at a time; responses are padded on the right, which a causal model does not see."""
+checkpoint, the loss is written out here from the papers, and the optimizer is its formula
+(Loshchilov and Hutter, arXiv 1711.05101, with Adam's bias correction). Everything is on the CPU, a
+few responses at a time, padded on the right, which a causal model does not see."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
     Args:
         source: a checkpoint of the run, or a Hugging Face folder.
         hf_files: the folder of the model's config.json.
-        prefix: of the keys of a checkpoint that hold the tensors: "" for the weights,
+        prefix: what a checkpoint's keys of the tensors begin with: "" for the weights,
             "reference.", "optimizer.state.exp_avg.", …
 
     Raises:
@@ -89,7 +89,9 @@ def _tensors(weights: MegatronWeights | HfWeights, hf: dict) -> Iterator[tuple[s
         if part is None:
             yield name, values
             continue
-        whole = stacked.setdefault(part.name, torch.empty(part.whole(shape, hf["n_routed_experts"])))
+        whole = stacked.setdefault(
+            part.name, torch.empty(part.whole(shape, hf["n_routed_experts"]))
+        )
         part.of(whole[part.expert]).copy_(values)
     yield from stacked.items()
 
@@ -111,7 +113,7 @@ class Row:
         is_sampled: bool, (tokens,): those that the policy sampled.
         logprobs: float32, (sampled tokens,): the engine's.
         response: the number of the response in the step.
-        advantage: of its tokens; NaN: it is not trained on.
+        advantage: each token's; NaN: it is not trained on.
         num_sampled: the sampled tokens of the response with all its branches."""
 
     token_ids: Tensor

@@ -178,7 +178,7 @@ def _graded_again(step: RecordedStep) -> Finding:
             continue
         if ACCURACY in graded.ungraded or ACCURACY not in graded.rewards:
             continue
-        facts = {"num_tokens": len(graded.response.token_ids)}
+        facts: dict[str, Any] = {"num_tokens": len(graded.response.token_ids)}
         facts |= {"opened": step.text.opens_thought, "question": prompt.question}
         fields = call_fields(prompt.kind, options, prompt.fields, {})
         text = step.text.closed_thought + graded.text

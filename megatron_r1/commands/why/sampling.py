@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -172,7 +173,7 @@ class _Gaps:
         longest = max((len(gap) for gap in self.gaps), default=0)
         edges = np.unique(np.linspace(0, longest, min(BINS, longest) + 1).astype(int))
         positions, values = [], []
-        for first, end in zip(edges[:-1], edges[1:], strict=True):
+        for first, end in pairwise(edges):
             own = np.abs(np.concatenate([gap[first:end] for gap in self.gaps]))
             own = own[~np.isnan(own)]
             if len(own):

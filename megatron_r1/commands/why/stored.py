@@ -1,4 +1,4 @@
-"""Tensors of checkpoints, read a rectangle at a time: what must hold of them without recomputation."""
+"""Tensors of checkpoints, read a rectangle at a time: what must hold of them as they are."""
 
 import math
 from collections.abc import Iterator
@@ -99,5 +99,3 @@ def change(before: Path, after: Path, hf_files: Path) -> tuple[float, float]:
             largest = max(largest, float(gap.abs().max()) if gap.numel() else 0.0)
             squares += float(gap.square().sum())
     return largest, math.sqrt(squares)
-
-

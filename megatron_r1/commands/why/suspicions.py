@@ -82,8 +82,8 @@ def _learning_rate(step: RecordedStep) -> str:
         return ""
     if kl is not None and step.config.rl.kl_beta and kl < SMALL_KL:
         return (
-            f"the learning rate is too low: after {step.step} steps the policy is {number(kl)} nats "
-            f"per token from its reference: optimizer.learning_rate: {rate:.3g}"
+            f"the learning rate is too low: after {step.step} steps the policy is {number(kl)} "
+            f"nats per token from its reference: optimizer.learning_rate: {rate:.3g}"
         )
     return (
         f"the reward did not rise in {step.step} steps ({number(rewards[0])}, then "

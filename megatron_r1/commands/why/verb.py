@@ -96,9 +96,7 @@ def _recompute(step: RecordedStep, report: Report) -> None:
     report.add(optimizer.check_push(step, recomputed))
 
 
-def _recompute_updates(
-    step: RecordedStep, recomputed: "Recomputation", report: Report
-) -> None:
+def _recompute_updates(step: RecordedStep, recomputed: "Recomputation", report: Report) -> None:
     from megatron_r1.commands.why.recompute import CannotRecompute
 
     report.add(loss.check_policies(step, recomputed))
@@ -139,9 +137,7 @@ def _ranges(steps: list[int]) -> str:
             parts[-1].append(step)
         else:
             parts.append([step])
-    return ", ".join(
-        str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts
-    )
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def _lines(report: Report) -> Iterator[str]:
@@ -155,9 +151,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield from (f"  then {each}" for each in others)
     equal = sum(not each.departs and each.status != NOT_CHECKED for each in report.findings)
     yield f"equal: {equal} quantities"
-    yield from (
-        f"not checked: {each}" for each in report.findings if each.status == NOT_CHECKED
-    )
+    yield from (f"not checked: {each}" for each in report.findings if each.status == NOT_CHECKED)
 
 
 def _as_json(report: Report, steps: list[Examinable]) -> str:
