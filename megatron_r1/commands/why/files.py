@@ -19,9 +19,9 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens
 
 FAMILY = "files"
-COMMON = 0.1
+COMMON = 0.5
 """Share of the responses inside which a special token has to be, to be taken for one that the model
-ends with."""
+ends with: a random model has some."""
 SHOWN = 40
 """Characters of a text in a finding."""
 

@@ -8,7 +8,10 @@ from typing import Any
 
 from megatron_r1.reporting.wording import number, percent
 
-FAMILIES = (*("files", "sampling", "rewards", "log-probabilities", "loss", "optimizer", "push"),)
+FAMILIES = (
+    *("files", "checkpoint", "sampling", "rewards", "log-probabilities", "loss"),
+    *("optimizer", "push"),
+)
 """In the order in which data flows through a step: the first departure is the earliest of these."""
 
 EQUAL, DEPARTS, NOT_CHECKED = "equal", "departs", "not checked"

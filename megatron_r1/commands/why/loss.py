@@ -162,15 +162,18 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
     exchange, made = found
     what = f"{exchange.name} explains it: loss {number(made.metrics['loss'])}, recorded "
     what += number(step.line["loss"])
-    departing = [each for each in findings if each.departs] or findings[:1]
     size = abs(made.metrics["loss"] - base.metrics["loss"]) / _scale(step)
-    named = _with(
-        departing[0],
-        status=DEPARTS,
-        reason=f"{what}; {percent(size)} of the loss by weight of advantages",
-        remedy=exchange.remedy,
-    )
-    return [named if each is departing[0] else each for each in findings]
+    what += f"; {percent(size)} of the loss by weight of advantages"
+    departing = next((each for each in findings if each.departs), None)
+    if departing is None:  # the weights alone
+        tolerance = UPDATE[step.run_config.model.dtype]
+        name, compared = "cause of the change of the weights", "updates with one thing exchanged"
+        size = base.update or math.nan
+        source = SOURCE[step.run_config.model.dtype]
+        cause = Finding("optimizer", name, DEPARTS, compared, size, tolerance, source, what)
+        return [*findings, _with(cause, remedy=exchange.remedy)]
+    named = _with(departing, reason=what, remedy=exchange.remedy)
+    return [named if each is departing else each for each in findings]
 
 
 def _with(finding: Finding, **fields: object) -> Finding:

@@ -16,7 +16,9 @@ from megatron_r1.reporting.wording import number, percent
 if TYPE_CHECKING:
     from megatron_r1.commands.why.recompute import Recomputation, Replayed
 
-FAMILY, PUSH = "optimizer", "push"
+FAMILY, BEFORE, PUSH = "optimizer", "checkpoint", "push"
+WHERE = {"before": BEFORE, "after": FAMILY}
+"""The families of a checkpoint's findings: what is in the one before a step is its input."""
 RATE = 1e-6
 """Relative: learning rates are a few products of float64."""
 ODD = 0.5
@@ -105,7 +107,7 @@ def check_states(step: RecordedStep) -> list[Finding]:
         if path is None or not (path / ".metadata").is_file():
             is_first = which == "before" and step.step == 1
             why = "the run begins with a model" if is_first else "it is not kept"
-            findings.append(not_checked(FAMILY, f"checkpoint {which} the step", why))
+            findings.append(not_checked(WHERE[which], f"checkpoint {which} the step", why))
             continue
         findings += [_finite(which, path), _counters(step, which, path)]
         findings += [_moments(which, path), _masters(step, which, path)]
@@ -119,7 +121,7 @@ def _finite(which: str, path: Path) -> Finding:
 
     bad = stored.not_finite(path)
     return Finding(
-        FAMILY,
+        WHERE[which],
         f"numbers of the checkpoint {which}",
         DEPARTS if bad else EQUAL,
         f"every tensor of {path.name} is finite",
@@ -138,9 +140,9 @@ def _counters(step: RecordedStep, which: str, path: Path) -> Finding:
     counted = replay.read_state(path)
     own = step.updates_after(step.step - (which == "before"))
     if counted is None:
-        return not_checked(FAMILY, name, f"{path.name} has none")
+        return not_checked(WHERE[which], name, f"{path.name} has none")
     return Finding(
-        FAMILY,
+        WHERE[which],
         name,
         EQUAL if counted == own else DEPARTS,
         f"{counted:,} of {path.name} with {own:,} updates",
@@ -159,10 +161,10 @@ def _moments(which: str, path: Path) -> Finding:
     name = f"Adam's moments {which}"
     empty, total = stored.empty_moments(path)
     if not total:
-        return not_checked(FAMILY, name, f"{path.name} has no moments")
+        return not_checked(WHERE[which], name, f"{path.name} has no moments")
     share = len(empty) / total
     return Finding(
-        FAMILY,
+        WHERE[which],
         name,
         DEPARTS if share > 0.5 else EQUAL,
         f"{total - len(empty):,} of {total:,} second moments of {path.name} are not all zero",
@@ -183,9 +185,9 @@ def _masters(step: RecordedStep, which: str, path: Path) -> Finding:
     worst, distance = stored.masters_apart(path)
     tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
     if not worst:
-        return not_checked(FAMILY, name, f"{path.name} has none")
+        return not_checked(WHERE[which], name, f"{path.name} has none")
     return Finding(
-        FAMILY,
+        WHERE[which],
         name,
         EQUAL if distance <= tolerance else DEPARTS,
         f"weights of {path.name} with the optimizer's",
@@ -202,14 +204,14 @@ def _tied(step: RecordedStep) -> Finding:
     from megatron_r1.commands.why import stored
 
     name = "tied head"
-    path = step.after or step.before
+    path = step.before
     if not step.hf.get("tie_word_embeddings"):
-        return not_checked(FAMILY, name, "tie_word_embeddings: false")
+        return not_checked(BEFORE, name, "tie_word_embeddings: false")
     if path is None or not (path / ".metadata").is_file():
-        return not_checked(FAMILY, name, "there is no checkpoint")
+        return not_checked(BEFORE, name, "there is no checkpoint")
     distance = stored.head_from_embedding(path)
     return Finding(
-        FAMILY,
+        BEFORE,
         name,
         EQUAL if not distance else DEPARTS,
         f"output_layer of {path.name}, if there is one, with its embedding",

@@ -118,10 +118,14 @@ class Recomputation:
         """Return the model in a checkpoint or folder."""
         if self.step.run_config.model.lora is not None:
             raise CannotRecompute("model.lora: checkpoints hold adapters alone")
-        needed, free = 6 * self.num_parameters, psutil.virtual_memory().available
+        longest = max((len(row.token_ids) for row in self.rows), default=0)
+        logits = max(replay.LOGITS_AT_ONCE, longest * self.step.hf["vocab_size"])
+        needed = 6 * self.num_parameters + replay.BYTES_PER_LOGIT * logits
+        free = psutil.virtual_memory().available
         if needed > free:
             raise CannotRecompute(
-                f"the model needs {needed / 1e9:.0f} GB here, {free / 1e9:.0f} GB are free"
+                f"the model and the logits of its longest response need {needed / 1e9:.0f} GB, "
+                f"{free / 1e9:.0f} GB are free"
             )
         return replay.read_model(source, self.step.model, prefix)
 
@@ -172,6 +176,8 @@ class Recomputation:
 
     @cached_property
     def _old_of_all(self) -> list[Tensor]:
+        if len(self.scored) == len(self.rows):
+            return [torch.from_numpy(each) for each in self.old]
         return replay.logprobs(self.policy, self.rows, [self.temperature])[0]
 
     @property

@@ -27,8 +27,10 @@ from megatron_r1.models.weights.stored.hf_folder import HfWeights, carry_files
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.stored.published import stacked_part
 
-TOKENS_AT_ONCE = 4096
-"""Tokens of a forward pass, padding included, unless one response is longer."""
+TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**26
+"""Tokens and logits of a forward pass, padding included, unless one response has more."""
+BYTES_PER_LOGIT = 28
+"""fp32 logits, and in float64 their log-softmax, its exponentials and a gradient."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE, REFERENCE = "optimizer.state.", "reference."
 
@@ -128,12 +130,13 @@ class Row:
         return not math.isnan(self.advantage)
 
 
-def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
-    """Yield indices of rows of similar length, at most `TOKENS_AT_ONCE` tokens together."""
+def _batches(rows: Sequence[Row], vocabulary: int) -> Iterator[list[int]]:
+    """Yield indices of rows of similar length, as many as fit into a pass."""
+    most = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
     batch: list[int] = []
     for index in sorted(range(len(rows)), key=lambda each: -len(rows[each].token_ids)):
         longest = len(rows[(batch or [index])[0]].token_ids)
-        if batch and longest * (len(batch) + 1) > TOKENS_AT_ONCE:
+        if batch and longest * (len(batch) + 1) > most:
             yield batch
             batch = []
         batch.append(index)
@@ -170,7 +173,7 @@ def logprobs(
         rows: the sequences.
         temperatures: the logits are divided by each."""
     found: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in temperatures]
-    for batch in _batches(rows):
+    for batch in _batches(rows, model.config.vocab_size):
         for index, logits in zip(batch, _logits(model, [rows[at] for at in batch]), strict=True):
             for by_temperature, temperature in zip(found, temperatures, strict=True):
                 by_temperature[index] = _of_tokens(logits, rows[index], temperature)[0]
@@ -194,7 +197,7 @@ def chosen_experts(model: Any, rows: Sequence[Row]) -> dict[str, list[Tensor]]:
 
             handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
     try:
-        for batch in _batches(rows):
+        for batch in _batches(rows, model.config.vocab_size):
             seen.clear()
             members = [rows[at] for at in batch]
             _logits(model, members)
@@ -345,7 +348,8 @@ class StepReplay:
         totals = Totals()
         totals.denominator = self._denominator(trained, loss)
         self.model.zero_grad()
-        for batch in _batches([self.rows[at] for at in trained]):
+        vocabulary = self.model.config.vocab_size
+        for batch in _batches([self.rows[at] for at in trained], vocabulary):
             members = [trained[at] for at in batch]
             terms = torch.zeros((), dtype=torch.float64)
             rows = [self.rows[at] for at in members]
