@@ -1,6 +1,7 @@
 """The model's files and the settings against what was logged: the prompt's tokens, the tokens that
 end a response, the vocabulary, and the text that graders read."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -22,6 +23,8 @@ FAMILY = "files"
 COMMON = 0.5
 """Share of the responses inside which a special token has to be, to be taken for one that the model
 ends with: a random model has some."""
+TAG = re.compile("think|answer|tool")
+"""Of special tokens that stand inside a response by right."""
 SHOWN = 40
 """Characters of a text in a finding."""
 
@@ -39,6 +42,11 @@ def check(step: RecordedStep) -> list[Finding]:
     ]
 
 
+def _special(text: PromptText) -> set[int]:
+    added = text.tokenizer.added_tokens_decoder.items()
+    return {*text.tokenizer.all_special_ids, *(token for token, each in added if each.special)}
+
+
 def _places(at: int, group: Group) -> Iterator[Place]:
     return ((at, index) for index in range(len(group.responses)))
 
@@ -50,7 +58,7 @@ def _has_own_prompts(config: Config) -> bool:
 
 def _starts(step: RecordedStep) -> Finding:
     """Check for a special token that begins a prompt twice."""
-    special = set(step.text.tokenizer.all_special_ids)
+    special = _special(step.text)
     concerned = [
         place
         for at, group in enumerate(step.groups)
@@ -194,7 +202,11 @@ def _unknown_ends(step: RecordedStep) -> Finding:
     name, remedy = "other end tokens", "rollout.stop_token_ids: add the token"
     if not responses:
         return not_checked(FAMILY, name, "all responses have several turns")
-    special = set(step.text.tokenizer.all_special_ids) - set(ends)
+    special = {
+        token
+        for token in _special(step.text) - set(ends)
+        if not TAG.search(step.text.tokenizer.convert_ids_to_tokens(token))
+    }
     inside: dict[int, list[Place]] = {}
     for place, ids in responses.items():
         stopped = step.responses[place].response.finish_reason == "stop"
