@@ -152,13 +152,13 @@ def test_the_command_prints_its_steps_and_writes_its_page(copy, tmp_path):
 
 def test_an_engine_with_the_weights_of_the_version_before(copy):
     stale = Recomputation(read(copy)).after(STEP - 2)
-    set_logprobs(copy, stale, engine="rollout-1")
+    set_logprobs(copy, stale, engine="engine-1")
     name, text, report = first(copy)
     assert name == "engines' log-probabilities"
-    assert "rollout-1" in text and f"version {STEP - 2}" in text and "push" in text
+    assert "engine-1" in text and f"version {STEP - 2}" in text and "push" in text
     places = report.first.places
     assert places
-    assert {read(copy).responses[place].response.engine for place in places} == {"rollout-1"}
+    assert {read(copy).responses[place].response.engine for place in places} == {"engine-1"}
 
 
 def test_another_temperature(copy):
@@ -212,8 +212,8 @@ def test_a_reference_that_was_not_refreshed(copy):
             3,
             "decoder.layers.1.mlp.router.expert_bias",
             lambda each: each + 1.0,
-            "change of the weights",
-            "e_score_correction_bias",
+            "size of the change",
+            "mlp.router.expert_bias",
         ),
     ],
 )

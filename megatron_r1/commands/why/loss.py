@@ -160,8 +160,10 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
     if (found := explanation(step, recomputed)) is None:
         return findings
     exchange, made = found
-    what = f"{exchange.name} explains it: loss {number(made.metrics['loss'])}, recorded "
-    what += number(step.line["loss"])
+    what = (
+        f"{exchange.name} explains it: loss {_shown(made.metrics['loss'])}, recorded "
+        f"{_shown(step.line.get('loss'))}, by the settings {_shown(base.metrics['loss'])}"
+    )
     size = abs(made.metrics["loss"] - base.metrics["loss"]) / _scale(step)
     what += f"; {percent(size)} of the loss by weight of advantages"
     departing = next((each for each in findings if each.departs), None)
@@ -205,18 +207,18 @@ def _metric(step: RecordedStep, name: str, made: Replayed) -> Finding:
         LOSS,
         name,
         EQUAL if distance <= limit else DEPARTS,
-        f"{_shown(logged)} of metrics.jsonl with {number(own)} recomputed, over "
+        f"{_shown(logged)} of metrics.jsonl with {_shown(own)} recomputed, over "
         f"{step.config.rl.minibatches} updates",
         distance,
         limit,
         SOURCE[step.run_config.model.dtype],
-        f"{name} is {_shown(logged)} in metrics.jsonl, {number(own)} recomputed",
+        f"{name} is {_shown(logged)} in metrics.jsonl, {_shown(own)} recomputed",
         remedy="the loss: rl.algorithm and its settings, or the trainer",
     )
 
 
 def _shown(value: object) -> str:
-    return number(float(value)) if isinstance(value, int | float) else "no number"
+    return f"{value:.6g}" if isinstance(value, int | float) else "no number"
 
 
 def explains(step: RecordedStep, made: Replayed) -> bool:

@@ -112,7 +112,9 @@ def check_states(step: RecordedStep) -> list[Finding]:
         findings += [_finite(which, path), _counters(step, which, path)]
         findings += [_moments(which, path), _masters(step, which, path)]
     if step.before is not None and step.after is not None:
-        findings.append(_moved(step, stored.change(step.before, step.after, step.model)))
+        moves_bias = step.config.model.expert_bias_update_rate > 0
+        moved = stored.change(step.before, step.after, step.model, moves_bias)
+        findings.append(_moved(step, *moved))
     return findings
 
 
@@ -223,9 +225,8 @@ def _tied(step: RecordedStep) -> Finding:
     )
 
 
-def _moved(step: RecordedStep, moved: tuple[float, float]) -> Finding:
+def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Finding:
     """Check that the weights moved, and not further than Adam can."""
-    largest, norm = moved
     rates = step.learning_rates
     limit = LARGEST_STEP * sum(rates)
     rate = max(rates)
@@ -241,7 +242,8 @@ def _moved(step: RecordedStep, moved: tuple[float, float]) -> Finding:
         "Adam's largest steps, with a margin",
         "no weight changes, though there is a gradient"
         if is_still
-        else f"a weight moves by {number(largest)}, {largest / sum(rates):,.0f} learning rates",
+        else f"a number of {worst} moves by {number(largest)}, {largest / sum(rates):,.0f} "
+        "learning rates",
         remedy="optimizer: weights that stay are frozen, or not those that are trained"
         if is_still
         else "optimizer.learning_rate as it was used; the checkpoints: they are of other runs",

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_r1.commands.why.replay import MOMENTS, STATE
+from megatron_r1.commands.why.replay import MOMENTS, STATE, read_model
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 
 MASTER = f"{STATE}param."
 NOT_WEIGHTS = ("optimizer.", "critic_optimizer.", "critic.", "reference.")
+ROUTER_BIAS = ("expert_bias", "e_score_correction_bias")
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -74,28 +75,36 @@ def head_from_embedding(path: Path) -> float | None:
     return float((head - embedding).norm() / embedding.norm())
 
 
-def change(before: Path, after: Path, hf_files: Path) -> tuple[float, float]:
-    """Return the largest change of a weight between two checkpoints, and the norm of all changes.
+def change(before: Path, after: Path, hf_files: Path, moves_bias: bool) -> tuple[str, float, float]:
+    """Return the tensor with the largest change of a number between two checkpoints, that change,
+    and the norm of all changes.
 
     Args:
         before: a checkpoint, or the model's folder.
         after: a later checkpoint.
-        hf_files: the folder of the model's config.json."""
-    if not (before / ".metadata").is_file():
-        from megatron_r1.commands.why.replay import read_model
-
-        models = [read_model(path, hf_files).named_parameters() for path in (before, after)]
-        pairs = ((a, b) for (_, a), (_, b) in zip(*models, strict=True))
-        gaps = [(b.detach().double() - a.detach().double()) for a, b in pairs]
-        largest = max(float(gap.abs().max()) for gap in gaps)
-        return largest, math.sqrt(sum(float(gap.square().sum()) for gap in gaps))
-    first, second = DistributedCheckpoint(before), DistributedCheckpoint(after)
-    largest = squares = 0.0
-    for key in sorted(first.shapes.keys() & second.shapes.keys()):
-        if key.startswith(NOT_WEIGHTS) or not first.dtypes[key].is_floating_point:
+        hf_files: the folder of the model's config.json.
+        moves_bias: leave the routers' biases out: a rule of their own changes them."""
+    worst, largest, squares = "", 0.0, 0.0
+    for name, gap in _changes(before, after, hf_files):
+        if not gap.numel() or (moves_bias and name.endswith(ROUTER_BIAS)):
             continue
-        for starts, own in _parts(first, key):
-            gap = second.read(key, starts, own.shape).double() - own.double()
-            largest = max(largest, float(gap.abs().max()) if gap.numel() else 0.0)
-            squares += float(gap.square().sum())
-    return largest, math.sqrt(squares)
+        squares += float(gap.square().sum())
+        if (own := float(gap.abs().max())) > largest:
+            worst, largest = name, own
+    return worst, largest, math.sqrt(squares)
+
+
+def _changes(before: Path, after: Path, hf_files: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the changes of each tensor, float64, in parts."""
+    if not (before / ".metadata").is_file():
+        first, last = (read_model(path, hf_files).state_dict() for path in (before, after))
+        for name, values in first.items():
+            if values.is_floating_point():
+                yield name, last[name].double() - values.double()
+        return
+    stored, other = DistributedCheckpoint(before), DistributedCheckpoint(after)
+    for key in sorted(stored.shapes.keys() & other.shapes.keys()):
+        if key.startswith(NOT_WEIGHTS) or not stored.dtypes[key].is_floating_point:
+            continue
+        for starts, own in _parts(stored, key):
+            yield key, other.read(key, starts, own.shape).double() - own.double()

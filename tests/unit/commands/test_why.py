@@ -104,7 +104,7 @@ class Planted:
             array("i", [STEP - 1] * count),
             "stop",
             b"",
-            "rollout-0",
+            "engine-0",
         )
         terms = {"accuracy": 1.0 - wrong, "format": 1.0}
         return GradedResponse(made, text, terms, 1.1 - wrong, "graded")
@@ -253,7 +253,7 @@ PLANTS = {
     other_text: ("text that was graded", "…", "tokenizer"),
     other_temperature: ("settings of the engines", "temperature 0.6", "rollout.temperature"),
     top_p: ("settings of the engines", "top_p 0.9", "rollout.top_p"),
-    stale: ("version of the weights", "rollout-0 sampled with version 0", "rl.staleness"),
+    stale: ("version of the weights", "engine-0 sampled with version 0", "rl.staleness"),
     punished: ("sum of the terms", "4 truncated answers are punished", "rewards.weights"),
     missed_hashes: ("math-verify's verdict", "behind ####", "rewards.answer: auto"),
     paid_for_nothing: ("math-verify's verdict", "2 are paid", "rewards.answer"),

@@ -76,7 +76,7 @@ def graded_response(draw: random.Random, reward: float, *ungraded: str) -> Grade
         array("i", sorted(draw.randrange(3, 6) for _ in range(length))),
         draw.choice(["stop", "length"]),
         draw.randbytes(3 * length),
-        draw.choice(["", "rollout-1"]),
+        draw.choice(["", "engine-1"]),
     )
     text = draw.choice(["", "half an emoji: \ud83d", "x² = 9"])
     rewards = {"accuracy": reward, "format": draw.random()}
