@@ -9,8 +9,8 @@ from typing import Any
 from megatron_r1.reporting.wording import number, percent
 
 FAMILIES = (
-    *("files", "checkpoint", "sampling", "rewards", "log-probabilities", "loss"),
-    *("optimizer", "push"),
+    *("files", "checkpoint", "sampling", "rewards", "log-probabilities"),
+    *("schedule", "loss", "optimizer", "push"),
 )
 """In the order in which data flows through a step: the first departure is the earliest of these."""
 

@@ -13,6 +13,8 @@ from megatron_r1.commands.compare.departure import ROUNDING
 from megatron_r1.commands.why import formulas
 from megatron_r1.commands.why.finding import DEPARTS, EQUAL, Finding, not_checked
 from megatron_r1.commands.why.recorded import RecordedStep, weights_after
+from megatron_r1.config import RLConfig
+from megatron_r1.config.training import OptimizerConfig
 from megatron_r1.reporting.wording import number, percent
 
 if TYPE_CHECKING:
@@ -37,6 +39,12 @@ and tokens at the edge of a clip fall on either side."""
 UPDATE = {"float32": 2.0**-8, "bfloat16": 0.5}
 """Largest distance of the change of the weights, relative to it. Adam divides by the root of the
 second moment: rounding of small gradients grows to a part of a step."""
+OF_LOSS = (
+    *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "kl_estimator"),
+    "entropy_coef",
+)
+OF_ADAM = ("beta1", "beta2", "epsilon", "weight_decay", "clip_grad")
+"""Settings whose default is tried, of `rl` and of `optimizer`."""
 SOURCE = {"float32": "measured (docs/why.md), with a margin", "bfloat16": "a choice"}
 METRICS = ("loss", "kl", "entropy", "clip_fraction", "ratio/max", "importance", "grad_norm")
 
@@ -245,6 +253,28 @@ def explanation(step: RecordedStep, recomputed: Recomputation) -> tuple[Exchange
     return None
 
 
+def _defaults(step: RecordedStep) -> Iterator[Exchange]:
+    """Yield settings that have no effect: their default in the place of what the recipe says."""
+    from megatron_r1.commands.why.recompute import Exchange
+
+    plain = RLConfig(algorithm=step.config.rl.algorithm), OptimizerConfig()
+    for section, own, names, default in (
+        ("rl", step.config.rl, OF_LOSS, plain[0]),
+        ("optimizer", step.config.optimizer, OF_ADAM, plain[1]),
+    ):
+        for name in names:
+            value = getattr(default, name)
+            if value == getattr(own, name):
+                continue
+            change = ((name, value),)
+            yield Exchange(
+                f"{section}.{name} at its default, {value},",
+                f"{section}.{name}: {getattr(own, name)} has no effect",
+                loss=change if section == "rl" else (),
+                adam=change if section == "optimizer" else (),
+            )
+
+
 def exchanges(step: RecordedStep) -> Iterator[Exchange]:
     """Yield what is exchanged, one thing at a time, the usual faults first."""
     from megatron_r1.commands.why.recompute import Exchange
@@ -310,10 +340,7 @@ def exchanges(step: RecordedStep) -> Iterator[Exchange]:
     )
     if step.config.optimizer.weight_decay:
         yield Exchange("no weight decay", "optimizer.weight_decay", adam=(("weight_decay", 0.0),))
-    if rl.importance_cap is not None:
-        yield Exchange(
-            "no importance weights", "rl.importance_cap", loss=(("importance_cap", None),)
-        )
+    yield from _defaults(step)
     rate = step.line.get("learning_rate")
     if isinstance(rate, int | float):
         yield Exchange(

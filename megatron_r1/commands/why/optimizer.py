@@ -16,7 +16,7 @@ from megatron_r1.reporting.wording import number, percent
 if TYPE_CHECKING:
     from megatron_r1.commands.why.recompute import Recomputation, Replayed
 
-FAMILY, BEFORE, PUSH = "optimizer", "checkpoint", "push"
+FAMILY, BEFORE, SCHEDULE, PUSH = "optimizer", "checkpoint", "schedule", "push"
 WHERE = {"before": BEFORE, "after": FAMILY}
 """The families of a checkpoint's findings: what is in the one before a step is its input."""
 RATE = 1e-6
@@ -37,7 +37,7 @@ def check_rates(step: RecordedStep) -> list[Finding]:
 def _rate(step: RecordedStep) -> Finding:
     name, logged = "learning rate", step.line.get("learning_rate")
     if not isinstance(logged, int | float):
-        return not_checked(FAMILY, name, "metrics.jsonl has no learning_rate")
+        return not_checked(SCHEDULE, name, "metrics.jsonl has no learning_rate")
     rates = step.learning_rates
     own = sum(rates) / len(rates)
     distance = abs(own - logged) / own if own else abs(logged)
@@ -46,7 +46,7 @@ def _rate(step: RecordedStep) -> Finding:
     if settings.warmup and logged < own:
         reason += ": as if still in warm-up"
     return Finding(
-        FAMILY,
+        SCHEDULE,
         name,
         EQUAL if distance <= RATE else DEPARTS,
         f"{logged:g} of metrics.jsonl with {own:g} by the schedule",
@@ -62,10 +62,10 @@ def _rate(step: RecordedStep) -> Finding:
 def _count(step: RecordedStep) -> Finding:
     name, logged = "number of updates", step.line.get("optimizer_step")
     if not isinstance(logged, int):
-        return not_checked(FAMILY, name, "metrics.jsonl has no optimizer_step")
+        return not_checked(SCHEDULE, name, "metrics.jsonl has no optimizer_step")
     own = step.updates_after(step.step)
     return Finding(
-        FAMILY,
+        SCHEDULE,
         name,
         EQUAL if own == logged else DEPARTS,
         f"optimizer_step {logged:,} with {own:,} by rl.minibatches",
