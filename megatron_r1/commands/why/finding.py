@@ -19,6 +19,10 @@ Place = tuple[int, int]
 """A response: the number of its group in the step, and its number in the group."""
 
 
+class CannotRecompute(Exception):
+    """Why something cannot be recomputed; the message is for the user."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """The result of one check.

@@ -14,7 +14,7 @@ from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.reporting.wording import number, percent
 
 if TYPE_CHECKING:
-    from megatron_r1.commands.why.recompute import Recomputation, Replayed
+    from megatron_r1.commands.why.recompute import Recomputation
 
 FAMILY, BEFORE, SCHEDULE, PUSH = "optimizer", "checkpoint", "schedule", "push"
 WHERE = {"before": BEFORE, "after": FAMILY}
@@ -250,9 +250,9 @@ def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Findi
     )
 
 
-def check_update(step: RecordedStep, base: Replayed) -> list[Finding]:
+def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
     """Return the finding of the change of the weights against the one that was recomputed."""
-    name = "change of the weights"
+    name, base = "change of the weights", recomputed.base
     if base.update is None:
         return [not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")]
     tolerance = UPDATE[step.run_config.model.dtype]
@@ -275,7 +275,7 @@ def check_update(step: RecordedStep, base: Replayed) -> list[Finding]:
     ]
 
 
-def check_push(step: RecordedStep, recomputed: Recomputation | None) -> list[Finding]:
+def check_push(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
     """Return the findings of the weights that left the trainer: to engines, and to hf/."""
     return [_probe(step), _export(step, recomputed)]
 
@@ -299,12 +299,12 @@ def _probe(step: RecordedStep) -> Finding:
     )
 
 
-def _export(step: RecordedStep, recomputed: Recomputation | None) -> Finding:
+def _export(step: RecordedStep, recomputed: Recomputation) -> Finding:
     """Compare hf/ with the checkpoint of the last step."""
     name = "exported model"
     if not (step.folder.hf / "config.json").is_file():
         return not_checked(PUSH, name, "there is no hf/ yet")
-    if step.step != step.run_config.run.steps or step.after is None or recomputed is None:
+    if step.step != step.run_config.run.steps or step.after is None:
         return not_checked(PUSH, name, "hf/ is of the run's last step")
     from megatron_r1.commands.why import replay
 

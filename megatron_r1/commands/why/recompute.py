@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.commands.why import formulas, replay
+from megatron_r1.commands.why.finding import CannotRecompute
 from megatron_r1.commands.why.recorded import RecordedStep, TokenSequence, weights_after
 from megatron_r1.commands.why.replay import AdamRules, LossRules, Row, StepReplay, Update
 
@@ -26,10 +27,6 @@ SCORED, REPLAYED = 1e13, 2e13
 cores. Of more tokens a part is scored; more updates are not made."""
 COPIES = 7
 """Copies of the parameters, fp32, that the updates need: model, gradients, moments, and others."""
-
-
-class CannotRecompute(Exception):
-    """Why something cannot be recomputed; the message is for the user."""
 
 
 @dataclass(frozen=True)

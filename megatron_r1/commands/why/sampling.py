@@ -46,14 +46,18 @@ def check_settings(step: RecordedStep) -> list[Finding]:
     return [_settings(step), _versions(step)]
 
 
-def check_logprobs(
-    step: RecordedStep, recomputed: Recomputation
-) -> tuple[list[Finding], list[Curve]]:
-    """Return the findings of the engines' log-probabilities, and their departure by position."""
-    found = _Gaps(step, recomputed)
-    finding = found.finding()
-    curves = [Curve("engine against the checkpoint", *found.by_position())]
-    return [finding], curves
+def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
+    """Return the finding of the engines' log-probabilities."""
+    return [_Gaps(step, recomputed).finding()]
+
+
+def departures(recomputed: Recomputation) -> list[Curve]:
+    """Return how far engines are from transformers over the position in the response; nothing where
+    that could not be recomputed."""
+    if "old" not in vars(recomputed):
+        return []
+    gaps = _Gaps(recomputed.step, recomputed)
+    return [Curve("engine against the checkpoint", *gaps.by_position())]
 
 
 def _settings(step: RecordedStep) -> Finding:

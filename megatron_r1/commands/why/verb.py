@@ -11,14 +11,21 @@ responses and departures over position; nothing else is written there. Exit stat
 departs; 1: something does."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.commands.why import files, loss, optimizer, page, rewards, sampling
-from megatron_r1.commands.why.finding import NOT_CHECKED, Report, not_checked
+from megatron_r1.commands.why.finding import (
+    NOT_CHECKED,
+    CannotRecompute,
+    Finding,
+    Report,
+    not_checked,
+)
 from megatron_r1.commands.why.recorded import (
     Examinable,
     RecordedStep,
@@ -36,6 +43,9 @@ if TYPE_CHECKING:
 ARGUMENTS = ("RUN",)
 SETTINGS = ()
 OPTIONS = {"step": "N", "json": "FILE"}
+
+Check = Callable[[RecordedStep], list[Finding]]
+WeightCheck = Callable[[RecordedStep, "Recomputation"], list[Finding]]
 
 
 def run(config: Config, run: str, step: str | None = None, json: str | None = None) -> None:
@@ -63,48 +73,47 @@ def run(config: Config, run: str, step: str | None = None, json: str | None = No
         raise RunError(f"{run}: {report.first.name} departs at step {report.step}")
 
 
+OF_RECORDS: tuple[tuple[str, str, Check], ...] = (
+    ("files", "files", files.check),
+    ("sampling", "settings of the engines", sampling.check_settings),
+    ("rewards", "rewards", rewards.check),
+    ("schedule", "learning rate", optimizer.check_rates),
+    ("checkpoint", "checkpoints", optimizer.check_states),
+)
+"""Checks that need no model: family, what cannot be checked where one fails, and the check."""
+OF_WEIGHTS: tuple[tuple[str, str, WeightCheck], ...] = (
+    ("sampling", "engines' log-probabilities", sampling.check_logprobs),
+    ("log-probabilities", "old policy and reference", loss.check_policies),
+    ("loss", "loss", loss.check_loss),
+    ("optimizer", "change of the weights", optimizer.check_update),
+    ("push", "probes and export", optimizer.check_push),
+)
+"""Checks that recompute with the model's weights, likewise."""
+
+
 def examine(step: RecordedStep) -> Report:
     """Make all checks of a step.
 
     Args:
         step: the step, as `read_step` returns it."""
-    report = Report(step.step)
-    report.add(files.check(step))
-    report.add(sampling.check_settings(step))
-    report.add(rewards.check(step))
-    report.add(optimizer.check_rates(step))
-    _recompute(step, report)
+    from megatron_r1.commands.why.recompute import Recomputation
+
+    report, recomputed = Report(step.step), Recomputation(step)
+    for family, name, check in OF_RECORDS:
+        report.add(_findings(family, name, partial(check, step)))
+    for family, name, recompute in OF_WEIGHTS:
+        report.add(_findings(family, name, partial(recompute, step, recomputed)))
+    report.curves = sampling.departures(recomputed)
     report.suspicions = suspicions(step) if report.first is None else []
     return report
 
 
-def _recompute(step: RecordedStep, report: Report) -> None:
-    """Add the findings that need the model's weights."""
-    from megatron_r1.commands.why.recompute import CannotRecompute, Recomputation
-
-    recomputed = Recomputation(step)
-    report.add(optimizer.check_states(step))
+def _findings(family: str, name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """Return what a check finds, or why it could not be made."""
     try:
-        found, report.curves = sampling.check_logprobs(step, recomputed)
-    except CannotRecompute as reason:
-        report.add([not_checked("sampling", "engines' log-probabilities", str(reason))])
-        report.add([not_checked("loss", "loss", str(reason))])
-        report.add(optimizer.check_push(step, None))
-        return
-    report.add(found)
-    _recompute_updates(step, recomputed, report)
-    report.add(optimizer.check_push(step, recomputed))
-
-
-def _recompute_updates(step: RecordedStep, recomputed: "Recomputation", report: Report) -> None:
-    from megatron_r1.commands.why.recompute import CannotRecompute
-
-    report.add(loss.check_policies(step, recomputed))
-    try:
-        report.add(loss.check_loss(step, recomputed))
-        report.add(optimizer.check_update(step, recomputed.base))
-    except CannotRecompute as reason:
-        report.add([not_checked("loss", "loss", str(reason))])
+        return check()
+    except (CannotRecompute, UserError) as reason:
+        return [not_checked(family, name, str(reason))]
 
 
 def _number(step: str | None) -> int | None:
