@@ -108,7 +108,8 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> Finding:
     refreshed = last_refresh(step)
     expected = weights_after(step.folder, step.run_config, refreshed)
     before = step.before
-    assert before is not None, "the old log-probabilities come first"
+    if before is None:
+        return not_checked(POLICIES, name, f"there is no checkpoint of step {step.step - 1}")
     if not replay.has_part(before, replay.REFERENCE):
         return not_checked(POLICIES, name, f"{before} has none")
     if expected is None:
