@@ -39,6 +39,8 @@ and tokens at the edge of a clip fall on either side."""
 UPDATE = {"float32": 2.0**-8, "bfloat16": 0.5}
 """Largest distance of the change of the weights, relative to it. Adam divides by the root of the
 second moment: rounding of small gradients grows to a part of a step."""
+FIRST_UPDATES, FIRST_UPDATE = 10, 2.0**-4
+"""Of a step among so many first updates: a moment of few gradients may be rounding alone."""
 OF_LOSS = (
     *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "kl_estimator"),
     "entropy_coef",
@@ -177,7 +179,7 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
     what += f"; {percent(size)} of the loss by weight of advantages"
     departing = next((each for each in findings if each.departs), None)
     if departing is None:  # the weights alone
-        tolerance = UPDATE[step.run_config.model.dtype]
+        tolerance = update_limit(step)
         name, compared = "cause of the change of the weights", "updates with one thing exchanged"
         size = base.update or math.nan
         source = SOURCE[step.run_config.model.dtype]
@@ -240,9 +242,15 @@ def explains(step: RecordedStep, made: Replayed) -> bool:
     return all(gaps) and not update_departs(step, made)
 
 
+def update_limit(step: RecordedStep) -> float:
+    """Return the largest distance of the change of the weights."""
+    is_first = step.updates_after(step.step - 1) < FIRST_UPDATES
+    return max(UPDATE[step.run_config.model.dtype], FIRST_UPDATE if is_first else 0.0)
+
+
 def update_departs(step: RecordedStep, made: Replayed) -> bool:
     """Return whether the change of the weights is beyond its tolerance."""
-    return made.update is not None and made.update > UPDATE[step.run_config.model.dtype]
+    return made.update is not None and made.update > update_limit(step)
 
 
 def explanation(step: RecordedStep, recomputed: Recomputation) -> tuple[Exchange, Replayed] | None:

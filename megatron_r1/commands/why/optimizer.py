@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.commands.compare.departure import ROUNDING
 from megatron_r1.commands.why.finding import DEPARTS, EQUAL, Finding, not_checked
-from megatron_r1.commands.why.loss import SOURCE, UPDATE
+from megatron_r1.commands.why.loss import SOURCE, update_limit
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.reporting.wording import number, percent
 
@@ -255,7 +255,7 @@ def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Finding]
     name, base = "change of the weights", recomputed.base
     if base.update is None:
         return [not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")]
-    tolerance = UPDATE[step.run_config.model.dtype]
+    tolerance = update_limit(step)
     worst = ", ".join(f"{key} {percent(value)}" for key, value in base.by_parameter[:3])
     is_equal = base.update <= tolerance
     odd = [key for key, value in base.by_parameter if value > max(tolerance, ODD)]

@@ -221,7 +221,7 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
             cause=Cause.NOT_FOUND,
         )
     config = configuration.load(str(folder.config_path))
-    if configuration.infer_verb(config) != "rl":
+    if configuration.infer_verb(config) != "rl" and not folder.sample_log.is_dir():
         raise UserError(
             f"{path}: this run has no rollouts; give the folder of an rl run",
             key="RUN",

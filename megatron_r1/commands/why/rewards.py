@@ -29,7 +29,9 @@ MOST_READ = 1024
 DISPUTED = 0.01
 """Share of the responses about which two readers of mathematics may differ."""
 PLAIN_NUMBER = re.compile(r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?%?")
-TAG, BOX, HASHES = "<answer>", r"\boxed", "####"
+PLAIN = re.compile(r"\$?(?:[-+]?[$€£]?[\d.,]+(?:\s?/\s?\d+)?\s?%?|[ -;=?-~]*\\[ -;=?-~]*)\$?")
+"""A number or a fraction, or one line of ASCII with a LaTeX command."""
+TAG, END_TAG, BOX, HASHES = "<answer>", "</answer>", r"\boxed", "####"
 IN_PROCESS = ("math", "exact_match", "logic")
 """Kinds of rewards that are called here; programs run in a sandbox, and services are not asked."""
 READ = ("math", "logic")
@@ -74,14 +76,22 @@ def _sums(step: RecordedStep) -> Finding:
 
 
 def stated(text: str, reading: str) -> tuple[str, str] | None:
-    """Return an answer and the form it is in, found without the run's reader: the last tag, box or
-    ####, else with the readings that take it the last number; None where there is none.
+    """Return an answer and the form it is in, found without the run's reader: the tag, the last box
+    or ####, else with the readings that take it the last number; None where there is none, or
+    several tags, and for an answer that is neither a number nor LaTeX: readers differ about those.
 
     Args:
         text: the response.
         reading: `rewards.answer`."""
+    found = _stated(text, reading)
+    return found if found and PLAIN.fullmatch(found[0].strip()) else None
+
+
+def _stated(text: str, reading: str) -> tuple[str, str] | None:
     if TAG in text:
-        return text.rpartition(TAG)[2].partition("</answer>")[0], TAG
+        answer, end, rest = text.rpartition(TAG)[2].partition(END_TAG)
+        is_one = text.count(TAG) == text.count(END_TAG) == 1 and not rest.strip()
+        return (answer, TAG) if is_one and end else None
     if BOX in text:
         rest, depth = text.rpartition(BOX)[2], 0
         for at, character in enumerate(rest):
