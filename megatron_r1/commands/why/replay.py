@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -64,6 +65,8 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
 
     Raises:
         UserError: the source is incomplete, or another model's."""
+    transformers.logging.set_verbosity_error()  # of what a checkpoint has besides: MTP layers
+    transformers.logging.disable_progress_bar()
     hf = read_hf_config(str(hf_files))
     if (source / "config.json").is_file():
         return load_by_transformers(source, hf, torch.float32).eval()

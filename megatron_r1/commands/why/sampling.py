@@ -152,18 +152,29 @@ class _Gaps:
         self.step, self.recomputed = step, recomputed
         newest = step.step - 1
         self.sequences = [recomputed.sequences[at] for at in recomputed.scored]
-        # Tokens of earlier versions are another policy's.
-        self.counted = [each.versions == newest for each in self.sequences]
+        self.newest = [each.versions == newest for each in self.sequences]
         self.engines = [step.responses[each.place].response.engine for each in self.sequences]
         self.gaps = self._against(recomputed.old)
+        # Tokens of earlier versions are an earlier policy's.
+        versions = {int(v) for each in self.sequences for v in np.unique(each.versions)}
+        for version in sorted(versions - {newest}):
+            own = recomputed.after(version)
+            if own is not None:
+                self._fill(version, own)
         self.tolerance = ROUNDING[step.run_config.rollout.dtype]
 
     def _against(self, own: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return engine's - own log-probability of every token that counts, NaN of the others."""
+        """Return engine's - own log-probability of the newest version's tokens, else NaN."""
         return [
-            np.where(counted, each.logprobs - mine, np.nan)
-            for each, mine, counted in zip(self.sequences, own, self.counted, strict=True)
+            np.where(is_newest, each.logprobs - mine, np.nan)
+            for each, mine, is_newest in zip(self.sequences, own, self.newest, strict=True)
         ]
+
+    def _fill(self, version: int, own: Sequence[np.ndarray]) -> None:
+        """Put the differences of another version's tokens into `gaps`."""
+        for gap, each, mine in zip(self.gaps, self.sequences, own, strict=True):
+            chosen = each.versions == version
+            gap[chosen] = (each.logprobs - mine)[chosen]
 
     def mean(self, gaps: Sequence[np.ndarray], only: Sequence[bool] | None = None) -> float:
         """Return the mean |difference|, of the chosen sequences."""
@@ -190,11 +201,11 @@ class _Gaps:
         known = whole[~np.isnan(whole)]
         name = "engines' log-probabilities"
         if not len(known):
-            return not_checked(FAMILY, name, f"no token is of version {self.step.step - 1}")
+            return not_checked(FAMILY, name, "no checkpoint of the tokens' versions is kept")
         distance = float(np.abs(known).mean())
         compared = (
             f"those of {len(known):,} tokens of {len(self.gaps):,} sequences with transformers' "
-            f"of {self.recomputed.step.before}; mean |Δ| by engine: "
+            "under the weights of their version; mean |Δ| by engine: "
             + ", ".join(f"{key} {number(value)}" for key, value in self._by_engine().items())
             + f"; KL {number(kl_of_difference(-known))}"
         )
@@ -281,7 +292,7 @@ class _Gaps:
         place = TEMPERATURES.index(coarse)
         near = TEMPERATURES[max(0, place - 1) : place + 2]
         scale, mean = self._best_scale(np.linspace(near[0], near[-1], 41).tolist())
-        if mean > EXPLAINED * distance or abs(scale - 1) < 0.01:
+        if not mean <= EXPLAINED * distance or abs(scale - 1) < 0.01:
             return None
         return (
             f"temperature {scale * own:.3g} explains them, the settings say {own:g}: mean |Δ| "
@@ -295,7 +306,7 @@ class _Gaps:
         own = self.recomputed.temperature
         tried = self.recomputed.at_temperatures([own * scale for scale in scales])
         means = [self.mean(self._against(one)) for one in tried]
-        best = int(np.argmin(means))
+        best = int(np.argmin(np.nan_to_num(means, nan=np.inf)))
         return scales[best], means[best]
 
     def _renormalised(self, distance: float) -> tuple[str, str] | None:
