@@ -188,6 +188,15 @@ def test_an_expert_that_an_engine_has_not(copy):
     assert "expert 2 of model.layers.1" in text
 
 
+def test_an_engine_that_routes_without_the_bias(copy):
+    # The checkpoint has the bias and the engine has not: what the run sampled with.
+    bias = "decoder.layers.1.mlp.router.expert_bias"
+    for step in (STEP - 1, STEP):
+        overwrite(copy, step, bias, lambda each: torch.tensor([0.0, 0.0, 0.5, 0.5]))
+    name, text, _ = first(copy)
+    assert name == "engines' log-probabilities" and "correction bias" in text
+
+
 def test_a_reference_that_was_not_refreshed(copy):
     before = DistributedCheckpoint(copy / "checkpoints" / "step_00000001")
     shape = before.shapes[HEAD]

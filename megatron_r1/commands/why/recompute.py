@@ -22,6 +22,7 @@ from megatron_r1.commands.why.finding import CannotRecompute
 from megatron_r1.commands.why.recorded import RecordedStep, TokenSequence, weights_after
 from megatron_r1.commands.why.replay import AdamRules, LossRules, Row, StepReplay, Update
 
+ROUTER_BIAS = "e_score_correction_bias"
 SCORED, REPLAYED = 1e13, 2e13
 """Floating-point operations of a pass over logged tokens, and of a step's updates: minutes on two
 cores. Of more tokens a part is scored; more updates are not made."""
@@ -152,6 +153,18 @@ class Recomputation:
         if path not in self._known:
             self._known[path] = self.under(self.model(path))
         return self._known[path]
+
+    def without_router_bias(self) -> list[np.ndarray] | None:
+        """Return those under the policy before the step with routers that have no correction bias;
+        None for a model without such a bias."""
+        names = [name for name in self.policy.state_dict() if name.endswith(ROUTER_BIAS)]
+        if not names:
+            return None
+        other = copy.deepcopy(self.policy)
+        with torch.no_grad():
+            for name in names:
+                other.state_dict()[name].zero_()
+        return self.under(other)
 
     def experts(self) -> dict[str, list[np.ndarray]]:
         """Return the experts that the policy before the step chooses for the tokens of `scored`, by

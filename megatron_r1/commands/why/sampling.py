@@ -258,6 +258,7 @@ class _Gaps:
         """Return what explains the distance, and the remedy; None where nothing does."""
         tests: tuple[Callable[[float], tuple[str, str] | None], ...] = (
             self._stale,
+            self._router_bias,
             self._temperature,
             self._renormalised,
             self._expert,
@@ -267,22 +268,43 @@ class _Gaps:
         return next((found for test in tests if (found := test(distance))), None)
 
     def _stale(self, distance: float) -> tuple[str, str] | None:
-        """Try the weights of the version before, engine by engine."""
-        before = self.recomputed.after(self.step.step - 2) if self.step.step > 1 else None
-        if before is None:
+        """Try the weights of earlier versions, engine by engine."""
+        newest = self.step.step - 1
+        for version in sorted({newest - 1, newest - 2, 0} - {newest}, reverse=True):
+            own = self.recomputed.after(version) if version >= 0 else None
+            found = None if own is None else self._better(self._against(own))
+            if found is not None:
+                who, then, now = found
+                return (
+                    f"{who} computed with the weights of version {version}, not {newest}: mean |Δ| "
+                    f"{number(then)} against {number(now)}",
+                    f"the push to {who}: logs/{who}*.log, push/* in metrics.jsonl, push.transport "
+                    "(docs/push.md)",
+                )
+        return None
+
+    def _router_bias(self, distance: float) -> tuple[str, str] | None:
+        """Try routers without the bias that balances their experts."""
+        own = self.recomputed.without_router_bias()
+        found = None if own is None else self._better(self._against(own))
+        if found is None:
             return None
-        gaps = self._against(before)
+        who, then, now = found
+        return (
+            f"{who} routes without the routers' correction bias: mean |Δ| {number(then)} against "
+            f"{number(now)}",
+            "the push of e_score_correction_bias to the engine (docs/push.md), or "
+            "model.expert_bias_update_rate",
+        )
+
+    def _better(self, gaps: Sequence[np.ndarray]) -> tuple[str, float, float] | None:
+        """Return the first engine whose differences others explain: its name, their mean and that
+        of its own; None where they explain no engine's."""
         for name in sorted(set(self.engines)):
             only = [each == name for each in self.engines]
             now, then = self.mean(self.gaps, only), self.mean(gaps, only)
             if now > self.tolerance / 16 and then < EXPLAINED * now:
-                who = name or "the engine"
-                return (
-                    f"{who} computed with the weights of version {self.step.step - 2}, not "
-                    f"{self.step.step - 1}: mean |Δ| {number(then)} against {number(now)}",
-                    f"the push to {who}: logs/{name or 'engine'}*.log, push/* in metrics.jsonl, "
-                    "push.transport (docs/push.md)",
-                )
+                return name or "engine", then, now
         return None
 
     def _temperature(self, distance: float) -> tuple[str, str] | None:
