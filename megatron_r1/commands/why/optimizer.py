@@ -41,7 +41,8 @@ def _rate(step: RecordedStep) -> Finding:
     rates = step.learning_rates
     own = sum(rates) / len(rates)
     distance = abs(own - logged) / own if own else abs(logged)
-    settings = step.config.optimizer
+    settings, steps = step.config.optimizer, step.scheduled_steps
+    other = "" if steps == step.run_config.run.steps else f" over run.steps: {steps}"
     reason = f"learning_rate is {logged:g} in metrics.jsonl, the schedule says {own:g}"
     if settings.warmup and logged < own:
         reason += ": as if still in warm-up"
@@ -49,7 +50,7 @@ def _rate(step: RecordedStep) -> Finding:
         SCHEDULE,
         name,
         EQUAL if distance <= RATE else DEPARTS,
-        f"{logged:g} of metrics.jsonl with {own:g} by the schedule",
+        f"{logged:g} of metrics.jsonl with {own:g} by the schedule{other}",
         distance,
         RATE,
         "float64",

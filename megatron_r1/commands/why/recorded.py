@@ -33,6 +33,11 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import finding as checkpoints
 
+MOST_LONGER = 16
+"""How many times longer or shorter a run may have been planned than it is now."""
+SAME_RATE = 1e-9
+"""Relative: a product of a few float64."""
+
 
 class Examinable(NamedTuple):
     """A step with a sample log, and what else of it is left."""
@@ -134,13 +139,29 @@ class RecordedStep:
         return max(0, config.updates_before(step + 1) - config.updates_before(warm + 1))
 
     @cached_property
+    def scheduled_steps(self) -> int:
+        """The steps that the learning rate decayed over: run.steps, or where that does not give the
+        logged rate, as a run may be made longer later, the first number that does."""
+        steps, logged = self.run_config.run.steps, self.line.get("learning_rate")
+        if self.config.optimizer.decay == "constant" or not isinstance(logged, int | float):
+            return steps
+        for tried in (steps, *range(self.step, MOST_LONGER * steps + 1)):
+            rates = self._rates(tried)
+            if math.isclose(sum(rates) / len(rates), logged, rel_tol=SAME_RATE):
+                return tried
+        return steps
+
+    @cached_property
     def learning_rates(self) -> list[float]:
         """The learning rate of each update of the step, by `formulas`."""
+        return self._rates(self.scheduled_steps)
+
+    def _rates(self, num_steps: int) -> list[float]:
         settings = self.config.optimizer
         return [
             formulas.learning_rate(
                 self.updates_after(self.step - 1) + index + 1,
-                self.run_config.num_policy_updates,
+                self.updates_after(num_steps),
                 highest=settings.learning_rate,
                 lowest=settings.min_learning_rate,
                 warmup=settings.warmup,

@@ -14,7 +14,7 @@ from small_qwen2 import MODEL
 
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.files.framed_records import append_frame
-from megatron_r1.commands.why import files, formulas, rewards, sampling
+from megatron_r1.commands.why import files, formulas, optimizer, rewards, sampling
 from megatron_r1.commands.why.finding import Finding
 from megatron_r1.commands.why.recorded import (
     RecordedStep,
@@ -278,6 +278,26 @@ def test_the_responses_concerned_and_their_share_of_the_loss_are_counted(planted
     # Both groups have the same rewards, so each has half of the advantages.
     assert finding.share == pytest.approx(0.5)
     assert finding.num_tokens == sum(len(g.response.token_ids) for g in planted.groups[1].responses)
+
+
+@pytest.mark.parametrize(
+    ("logged", "is_equal", "words"),
+    [
+        # Updates 3 and 4 of 8: 3/4 and 1/2 of what is left to decay. By hand: linear, no warm-up.
+        (3e-6 * (5 / 8 + 4 / 8) / 2, True, ""),
+        # As planned for 8 steps, 16 updates, before the run was shortened.
+        (3e-6 * (13 / 16 + 12 / 16) / 2, True, "run.steps: 8"),
+        (3e-6 / 7.03, False, "as if still in warm-up"),
+    ],
+)
+def test_the_learning_rate_may_have_been_planned_for_another_length(
+    planted, logged, is_equal, words
+):
+    planted.settings["optimizer"] = {"decay": "linear", "warmup": 0 if is_equal else 1}
+    planted.line["learning_rate"] = logged
+    rate, *_ = optimizer.check_rates(planted.read())
+    assert rate.name == "learning rate"
+    assert rate.departs is not is_equal and words in rate.compared + rate.reason
 
 
 def test_records_without_sampling_are_read_and_reported(planted):
