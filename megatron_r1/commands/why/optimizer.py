@@ -111,7 +111,7 @@ def check_states(step: RecordedStep) -> list[Finding]:
             findings.append(not_checked(WHERE[which], f"checkpoint {which} the step", why))
             continue
         findings += [_finite(which, path), _counters(step, which, path)]
-        findings += [_moments(which, path), _masters(step, which, path)]
+        findings += [_moments(step, which, path), _masters(step, which, path)]
     if step.before is not None and step.after is not None:
         moves_bias = step.config.model.expert_bias_update_rate > 0
         moved = stored.change(step.before, step.after, step.model, moves_bias)
@@ -158,10 +158,12 @@ def _counters(step: RecordedStep, which: str, path: Path) -> Finding:
     )
 
 
-def _moments(which: str, path: Path) -> Finding:
+def _moments(step: RecordedStep, which: str, path: Path) -> Finding:
     from megatron_r1.commands.why import stored
 
     name = f"Adam's moments {which}"
+    if not step.updates_after(step.step - (which == "before")):
+        return not_checked(WHERE[which], name, "no update was made before")
     empty, total = stored.empty_moments(path)
     if not total:
         return not_checked(WHERE[which], name, f"{path.name} has no moments")
