@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -165,7 +166,7 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
     terms = ", ".join(f"{name} {number(value)}" for name, value in base.terms.items())
     if not findings:
         return [not_checked(LOSS, "loss", "metrics.jsonl has none of its metrics")]
-    findings[0] = _with(findings[0], compared=f"{findings[0].compared}; |terms|: {terms}")
+    findings[0] = replace(findings[0], compared=f"{findings[0].compared}; |terms|: {terms}")
     if not any(each.departs for each in findings) and not update_departs(step, base):
         return findings
     if (found := explanation(step, recomputed)) is None:
@@ -184,15 +185,9 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
         size = base.update or math.nan
         source = SOURCE[step.run_config.model.dtype]
         cause = Finding("optimizer", name, DEPARTS, compared, size, tolerance, source, what)
-        return [*findings, _with(cause, remedy=exchange.remedy)]
-    named = _with(departing, reason=what, remedy=exchange.remedy)
+        return [*findings, replace(cause, remedy=exchange.remedy)]
+    named = replace(departing, reason=what, remedy=exchange.remedy)
     return [named if each is departing else each for each in findings]
-
-
-def _with(finding: Finding, **fields: object) -> Finding:
-    from dataclasses import replace
-
-    return replace(finding, **fields)  # type: ignore[arg-type]
 
 
 def _scale(step: RecordedStep) -> float:
