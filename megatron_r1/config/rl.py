@@ -223,7 +223,7 @@ class RLConfig(Section):
     """write every finished group down, so that a run that is killed does not sample it again; needs
     the disk of the steps since the oldest of the newest checkpoints (`checkpoint.keep`)"""
     keep_sample_log: Resumable[bool] = False
-    """keep it of every step, for `megatron-r1 compare`; --dry-run says how large it grows"""
+    """keep it of every step, for `megatron-r1 compare` and `why`; --dry-run says how large it is"""
 
     @model_validator(mode="before")
     @classmethod

@@ -37,8 +37,9 @@ class RunFolder:
     `config.yaml` (resolved settings), `metrics.jsonl` (a line per step), `evaluations.jsonl`
     (a line per held-out evaluation), `samples.jsonl`, `advice.jsonl` (what keeps the run from
     learning, a line per topic), `checkpoints/`, `hf/`, `adapter/` (model.lora), `tensorboard/`,
-    `report.html`, `implementations.json` (layers and kernels in use), `sample_log/` (finished
-    groups of the steps since the oldest checkpoint), `logs/`, `trackers.json` (run.trackers)."""
+    `report.html`, `why.html`, `implementations.json` (layers and kernels in use), `sample_log/`
+    (finished groups of the steps since the oldest checkpoint), `logs/`, `trackers.json`
+    (run.trackers)."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)

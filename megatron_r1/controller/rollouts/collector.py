@@ -17,6 +17,7 @@ from typing import Literal, get_args
 from r1_grading import RewardPool
 
 from megatron_r1.config import RewardsConfig
+from megatron_r1.controller.rollouts.group_records import SamplingRecord
 from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.controller.rollouts.rollout import (
     GradedResponse,
@@ -239,8 +240,17 @@ class RolloutCollector:
             ]
         group = Group(prompt, prompt_ids, graded)
         if log:
-            log.keep(position, group)
+            log.keep(position, group, self._sampling_record(sampling))
         return group
+
+    def _sampling_record(self, sampling: RolloutSampling) -> SamplingRecord:
+        return SamplingRecord(
+            sampling.temperature,
+            sampling.top_p,
+            sampling.max_response_tokens,
+            tuple(self.text.stop_token_ids),
+            sampling.stop,
+        )
 
     async def _generate(
         self,

@@ -72,6 +72,17 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
     is_graded: bool
     teacher_logprobs: memoryview | None = None
     episode: EpisodeRecord | None = None
+    engine: str = ""
+
+
+class SamplingRecord(msgspec.Struct, array_like=True, frozen=True):
+    """What the engines were asked for, as `EngineClient.generate` and `cut_at_stop` take it."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    stop: tuple[str, ...]
 
 
 class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
@@ -80,13 +91,15 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
     Attributes:
         position: the place of the group's prompt among all that the step drew.
         prompt_id: the id of that prompt.
-        schedule: `config.rl.digest_until` the step, under which it was sampled."""
+        schedule: `config.rl.digest_until` the step, under which it was sampled.
+        sampling: how it was sampled; None in the records of earlier versions of this program."""
 
     position: int
     prompt_id: str
     prompt_ids: memoryview
     responses: tuple[ResponseRecord, ...]
     schedule: str = ""
+    sampling: SamplingRecord | None = None
 
 
 class Accepted(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
@@ -102,11 +115,19 @@ encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(GroupRecord | Accepted).decode
 
 
-def pack(position: int, group: Group, schedule: str = "") -> GroupRecord:
-    """Return the record of `group`."""
+def pack(
+    position: int, group: Group, schedule: str = "", sampling: SamplingRecord | None = None
+) -> GroupRecord:
+    """Return the record of `group`.
+
+    Args:
+        position: the place of the group's prompt among all that the step drew.
+        group: the finished group.
+        schedule: as in `GroupRecord`.
+        sampling: how it was sampled."""
     records = tuple(_pack_response(graded) for graded in group.responses)
-    prompt_ids = array("i", group.prompt_ids)
-    return GroupRecord(position, group.prompt.id, memoryview(prompt_ids), records, schedule)
+    prompt_ids = memoryview(array("i", group.prompt_ids))
+    return GroupRecord(position, group.prompt.id, prompt_ids, records, schedule, sampling)
 
 
 def unpack(record: GroupRecord, prompt: Prompt) -> Group:
@@ -135,6 +156,7 @@ def _pack_response(graded: GradedResponse) -> ResponseRecord:
         is_graded=graded.is_graded,
         teacher_logprobs=None if teacher is None else memoryview(teacher),
         episode=None if graded.episode is None else _pack_episode(graded.episode),
+        engine=response.engine,
     )
 
 
@@ -156,7 +178,9 @@ def _unpack_response(record: ResponseRecord) -> GradedResponse:
         versions *= len(token_ids)
     logprobs = _array("f", record.logprobs)
     return GradedResponse(
-        Response(token_ids, logprobs, versions, record.finish_reason, record.routing),
+        Response(
+            token_ids, logprobs, versions, record.finish_reason, record.routing, record.engine
+        ),
         _str(record.text),
         record.rewards,
         record.reward,

@@ -28,6 +28,7 @@ from megatron_r1.base.files.framed_records import FramedFile, append_frame
 from megatron_r1.controller.rollouts.group_records import (
     Accepted,
     GroupRecord,
+    SamplingRecord,
     decode,
     encode,
     pack,
@@ -237,10 +238,15 @@ class StepLog:
         reward may have been repaired, unless the batch was trained on with these grades."""
         return self.is_accepted or not any(graded.ungraded_terms for graded in group.responses)
 
-    def keep(self, position: int, group: Group) -> None:
+    def keep(self, position: int, group: Group, sampling: SamplingRecord | None = None) -> None:
         """Append a group at its position in the step; packing and writing go on behind the
-        caller."""
-        self._log.append(self._path, lambda: pack(position, group, self._schedule))
+        caller.
+
+        Args:
+            position: the place of the group's prompt among all that the step drew.
+            group: the finished group.
+            sampling: how it was sampled."""
+        self._log.append(self._path, lambda: pack(position, group, self._schedule, sampling))
 
     async def accept(self) -> None:
         """Record that the batch is complete and will be trained on; returns when all of it is on

@@ -370,6 +370,7 @@ class RolloutFleet:
             secret=own["secret"],
             timeout_seconds=self.request_timeout_seconds,
             vocab_size=vocab_size(self._model),
+            name=f"{self.role}-{index}",
         )
         return Engine(index, server, client, role=self.role)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self, TypeVar
 
 import aiohttp
@@ -58,6 +59,7 @@ class EngineClient:
         secret: str = "",
         timeout_seconds: float = 1800.0,
         vocab_size: int | None = None,
+        name: str = "",
     ) -> None:
         """Prepare calls to one engine.
 
@@ -66,8 +68,9 @@ class EngineClient:
             secret: the server's bearer token (`EngineSettings.secret`); empty if the server has
                 none.
             timeout_seconds: the time limit of one call, from sending to the last byte.
-            vocab_size: the size of the model's vocabulary; a token beyond it is a fault."""
-        self.url = url.rstrip("/")
+            vocab_size: the size of the model's vocabulary; a token beyond it is a fault.
+            name: the engine's, which its responses carry."""
+        self.url, self.name = url.rstrip("/"), name
         self.headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self.timeout_seconds, self.vocab_size = timeout_seconds, vocab_size
         self._session: aiohttp.ClientSession | None = None
@@ -145,7 +148,7 @@ class EngineClient:
         responses = await self._exchange("POST", GENERATE, call, read, accept)
         if len(responses) != n:
             raise EngineFault(f"{self.url}: asked for {n} responses, got {len(responses)}")
-        return responses
+        return [replace(response, engine=self.name) for response in responses]
 
     async def score(self, token_ids: Sequence[int], first: int) -> array[float]:
         """Return the log-probability, float32, of each of token_ids[first:] after all tokens before

@@ -32,6 +32,8 @@ class Response:
     routing: bytes | memoryview = b""
     """If requested: indices of the experts that processed prompt and response, without the last
     token; see `replies.decode_routing`. A view of a file where they came as bytes."""
+    engine: str = ""
+    """The name of the engine that sampled it; "" where that is not known, as of several turns."""
 
 
 Decode = Callable[[Sequence[int]], str]

@@ -5,13 +5,21 @@ import resource
 from array import array
 from functools import partial
 
+import msgspec
 import pytest
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files.framed_records import FRAME_HEADER, FramedFile, append_frame
 from megatron_r1.config.rl import ScheduleEntry, digest_until
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
-from megatron_r1.controller.rollouts.sample_log import SampleLog
+from megatron_r1.controller.rollouts.sample_log import (
+    SampleLog,
+    SamplingRecord,
+    decode,
+    encode,
+    pack,
+    unpack,
+)
 from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
@@ -68,6 +76,7 @@ def graded_response(draw: random.Random, reward: float, *ungraded: str) -> Grade
         array("i", sorted(draw.randrange(3, 6) for _ in range(length))),
         draw.choice(["stop", "length"]),
         draw.randbytes(3 * length),
+        draw.choice(["", "engine-1"]),
     )
     text = draw.choice(["", "half an emoji: \ud83d", "x² = 9"])
     rewards = {"accuracy": reward, "format": draw.random()}
@@ -78,6 +87,22 @@ def group(index: int, *rewards: float, ungraded: tuple[str, ...] = ()) -> Group:
     draw = random.Random(index)
     responses = [graded_response(draw, reward, *ungraded) for reward in rewards]
     return Group(PROMPTS[index], [5, 6, index], responses)
+
+
+def test_a_record_of_an_earlier_version_is_read_without_engine_and_sampling():
+    sampling = SamplingRecord(0.7, 0.9, 64, (1, 2), ("</answer>",))
+    whole = msgspec.msgpack.decode(encode(pack(3, group(3, 1.0), "", sampling)))
+    assert decode(msgspec.msgpack.encode(whole)).sampling == sampling
+    # Records are arrays: those of before end earlier.
+    before = whole[:-1]
+    before[4] = [response[:-1] for response in before[4]]
+    read = decode(msgspec.msgpack.encode(before))
+    assert read.sampling is None
+    kept, expected = unpack(read, PROMPTS[3]), group(3, 1.0)
+    (response,) = kept.responses
+    assert response.response.engine == ""
+    assert response.response.token_ids == expected.responses[0].response.token_ids
+    assert kept.prompt_ids == expected.prompt_ids
 
 
 def test_groups_come_back_exactly_each_at_its_place(tmp_path):
