@@ -51,7 +51,7 @@ help:
 
 setup: system-packages $(INSTALLED) hooks
 
-# .githooks/commit-msg checks the subjects of commits. Other hooks, of pre-commit for example, stay as they are.
+# .githooks check style and wording of what is committed, and its message. Other hooks, of pre-commit for example, stay as they are.
 .PHONY: hooks
 hooks:
 	@! command -v git >/dev/null || [ ! -e .git ] || git config --get core.hooksPath >/dev/null || \

@@ -18,6 +18,7 @@ import sys
 import tokenize
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path("tests/nullgpu/passed.json")
@@ -44,10 +45,10 @@ class Counts:
         self.passed = self.failed = self.skipped = 0
         self.is_whole = True
 
-    def pytest_deselected(self, items) -> None:
+    def pytest_deselected(self, items: object) -> None:
         self.is_whole = False
 
-    def pytest_runtest_logreport(self, report) -> None:
+    def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
             self.failed += 1
         elif report.skipped:

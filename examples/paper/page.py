@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -27,8 +28,7 @@ from examples.paper.tables import (
 )
 from megatron_r1.base.files import atomic_write
 from megatron_r1.pipeline.results import Spread
-from megatron_r1.reporting.page import render_page
-from megatron_r1.reporting.plots import INKS, STYLE
+from megatron_r1.reporting.plots import INKS, STYLE, render_page
 from megatron_r1.reporting.wording import duration, number, percent
 
 PAGE_STYLE = render_page("reporting/templates/style.css.jinja")
@@ -92,7 +92,7 @@ def _plot_curve(axes: Axes, column: Column, points: Mapping[int, Mapping[str, fl
     _describe_plot(axes, axes.yaxis, column)
 
 
-def _describe_plot(axes: Axes, axis, column: Column) -> None:
+def _describe_plot(axes: Axes, axis: Any, column: Column) -> None:
     axes.set_title(column.title, fontsize=9, loc="left", color=INKS["muted"])
     if column.unit == "share":
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))

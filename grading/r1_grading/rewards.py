@@ -25,6 +25,7 @@ class Grade:
     """One reward's result for one response.
 
     Attributes:
+        limits: the smallest and the largest reward; `FiniteGrade` has wider ones.
         reward: a number within `limits`, from 0 to 1.
         reason: one line for a person who audits the sample, cut to 500 characters.
         is_graded: False where the reward itself failed, so that its 0 does not measure the
@@ -37,7 +38,6 @@ class Grade:
         ValueError: a reward outside the limits, or NaN."""
 
     limits: ClassVar[tuple[float, float]] = 0.0, 1.0
-    """The smallest and the largest reward; `FiniteGrade` has wider ones."""
 
     reward: float
     reason: str

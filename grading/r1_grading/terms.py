@@ -40,6 +40,7 @@ class ScheduledWeight:
     to_step: int | None = None
 
     def counts_at(self, step: int) -> bool:
+        """Return whether the weight counts at `step`; both ends are included."""
         return self.from_step <= step and (self.to_step is None or step <= self.to_step)
 
 
@@ -282,21 +283,27 @@ class Gradable(Protocol):
     """The parts of a prompt that grading reads (`data.prompts.Prompt`)."""
 
     @property
-    def question(self) -> str: ...
+    def question(self) -> str:
+        """The text of the question."""
+
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """The name of the reward, or its `module:function`."""
+
     @property
-    def truth(self) -> Any: ...
+    def truth(self) -> Any:
+        """The right answer, in the form that the reward reads."""
+
     @property
-    def fields(self) -> Mapping[str, Any]: ...
+    def fields(self) -> Mapping[str, Any]:
+        """The other fields of the row, which the reward gets as keywords."""
 
 
 class Grader(Protocol):
     """The part of a `RewardPool` that the terms call."""
 
-    async def grade(
-        self, kind: str, response: str, truth: object, /, **fields: object
-    ) -> Grade: ...
+    async def grade(self, kind: str, response: str, truth: object, /, **fields: object) -> Grade:
+        """Grade one response with the reward `kind`; see `RewardPool.grade`."""
 
 
 class RewardTerms:

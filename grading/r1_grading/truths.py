@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.stored_values import decoded
+from r1_grading.base.values import decoded
 from r1_grading.code.problem import is_tests, parse_problem
 from r1_grading.reading.answer import MARKER, last_boxed, unwrap
 from r1_grading.rewards import find_non_finite

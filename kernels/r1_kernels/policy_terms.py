@@ -86,7 +86,8 @@ class TokenTensors(NamedTuple):
     """Inputs of the policy loss, each (T,) or None.
 
     logprobs and old_logprobs are None only until a chunk's log-probabilities are computed.
-    log_ratio replaces logprobs - old_logprobs where the ratio is a whole sequence's."""
+    log_ratio replaces logprobs - old_logprobs where the ratio is a whole sequence's. weights is the
+    caller's `mask`: what each token weighs in the average, 0 for one that is left out."""
 
     logprobs: Tensor | None
     old_logprobs: Tensor | None

@@ -238,6 +238,19 @@ class LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, head, kept, reduce_hidden_grad):
+        """Compute log-probabilities and entropy; keep the softmax of each row.
+
+        Args:
+            ctx: autograd's context.
+            hidden: (T, H) float.
+            weight: (V_local, H), which gets the gradient.
+            targets: (T,) integers, ids of the whole vocabulary.
+            head: the checked `LinearHead`.
+            kept: the tokens that each row's softmax is over; None: all.
+            reduce_hidden_grad: whether the gradient of hidden is summed over the group.
+
+        Returns:
+            Log-probabilities and entropy, each (T,) fp32."""
         ctx.set_materialize_grads(False)
         softmax = head_softmax(head, hidden, targets, kept)
         # The weight is saved for its version counter: an update in between is an error.
@@ -249,6 +262,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     @without_autocast
     def backward(ctx, grad_logprobs, grad_entropy):
+        """Return the gradients of `hidden` and `weight`, computed chunk by chunk."""
         hidden, _, targets, *softmax = ctx.saved_tensors
         head, kept, reduce_hidden_grad = ctx.settings
         if grad_logprobs is None:

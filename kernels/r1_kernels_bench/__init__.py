@@ -163,12 +163,19 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--repeats", type=int, help="rounds; default: 5 on a GPU, else 3")
     options.add_argument("--minutes", type=float, default=7.5, help="what does not fit is not run")
     options.add_argument("--plot", type=Path, help="also draw the result here (.png)")
+    options.add_argument(
+        "--sweep",
+        action="store_true",
+        help="on a GPU: time block sizes and warps of our kernels instead, and name the best",
+    )
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return sizes, versions and the cases with their rows."""
     import torch
 
+    if chosen.sweep:
+        return _swept(chosen)
     from r1_kernels_bench import table
     from r1_kernels_bench.cases import BY_NAME
 
@@ -200,6 +207,17 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     if chosen.plot:
         table.draw(cases, f"{about['device']}, {size}, {about['date']}", chosen.plot)
     return {**about, "sizes": task["sizes"], "repeats": task["repeats"], "cases": cases}
+
+
+def _swept(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return the machine and the entries of `sweep.run`, or exit where no sweep is possible."""
+    from r1_kernels_bench import sweep
+
+    if why := sweep.refusal(chosen):
+        sys.exit(why)
+    about = _environment(on_gpu=True)
+    print(f"{about['device']}, {about['date']}; {sweep.SUMMARY}")
+    return {**about, "sweep": sweep.run(chosen)}
 
 
 def _sizes(chosen: argparse.Namespace, on_gpu: bool) -> inputs.ProblemSizes:

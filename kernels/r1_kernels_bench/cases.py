@@ -69,7 +69,7 @@ class _AsComputed(torch.autograd.Function):
         return gradient
 
 
-def _token_logprobs(logits, targets, inplace: bool = False):
+def _token_logprobs(logits: Any, targets: Any, inplace: bool = False) -> Any:
     return r1_kernels.token_logprobs(_AsComputed.apply(logits), targets, inplace_backward=inplace)
 
 

@@ -30,7 +30,18 @@ def eager_linear_token_logprobs(
 def eager_policy_loss(
     logprobs: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, mask: Tensor
 ) -> Tensor:
-    """DeepSeekMath equation 3 with the k3 estimator of equation 4, averaged over masked tokens."""
+    """Return DeepSeekMath equation 3 with the k3 estimator of equation 4, averaged over masked
+    tokens.
+
+    Args:
+        logprobs: (T,), the policy's.
+        old: (T,), those of the policy that sampled.
+        ref: (T,), the reference's.
+        advantages: (T,) float.
+        mask: (T,) float, 1 for a token that counts.
+
+    Returns:
+        A scalar."""
     ratio = (logprobs - old).exp()
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
@@ -58,7 +69,16 @@ def eager_quantize(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
 def eager_dequantize(
     quantized: Tensor, scale: Tensor, dtype: torch.dtype, block: int = 128
 ) -> Tensor:
-    """Return each value of (M, N) times its block's scale."""
+    """Return each FP8 code times its block's scale.
+
+    Args:
+        quantized: (M, N) e4m3.
+        scale: (ceil(M / block), ceil(N / block)) fp32.
+        dtype: the result's.
+        block: rows and columns of a block.
+
+    Returns:
+        (M, N)."""
     rows, columns = quantized.shape
     spread = scale.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
     return (quantized.float() * spread).to(dtype)

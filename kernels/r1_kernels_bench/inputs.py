@@ -15,7 +15,7 @@ import torch
 from r1_kernels import examples, registry
 from torch import Tensor
 
-from r1_kernels_bench import bounds, eager, reference
+from r1_kernels_bench import eager, measure, reference
 
 DTYPES = ("bfloat16", "float16", "float32")
 LONGEST_SEQUENCE = 4_096
@@ -119,7 +119,14 @@ class Tokens:
 def make_tokens(
     sizes: ProblemSizes, targets: Tensor, logprobs: Tensor, random: dict[str, Any]
 ) -> Tokens:
-    """Return seeded inputs of a policy loss for tokens with these log-probabilities, (T,)."""
+    """Return seeded inputs of a policy loss.
+
+    Args:
+        sizes: the numbers of sequences and tokens.
+        targets: (T,), the target ids.
+        logprobs: (T,), the policy's log-probabilities, near which the old and the reference's are
+            drawn.
+        random: generator and device of the drawn tensors."""
     length, column = sizes.length, (sizes.sequences, 1)
     ends = torch.randint(length * 7 // 8, length, column, **random)
     mask = (torch.arange(length, device=targets.device) < ends).float().flatten()
@@ -202,14 +209,14 @@ class HiddenInputs(Inputs):
         hidden, weight = self.hidden, self.weight
         return (hidden, weight) if gradients else (hidden.detach(), weight.detach())
 
-    def bound(self, gradients: bool, masked: bool) -> bounds.Bound:
+    def bound(self, gradients: bool, masked: bool) -> measure.Bound:
         """Return the least time that the matrix products can take.
 
         Args:
             gradients: whether the gradients are computed.
             masked: whether masked tokens need not be computed."""
         tokens = int((self.tokens.mask > 0).sum()) if masked else len(self.hidden)
-        return bounds.matrix_bound(*self.leaves(False), tokens, 3 if gradients else 1)
+        return measure.matrix_bound(*self.leaves(False), tokens, 3 if gradients else 1)
 
 
 class LogitsInputs(Inputs):
@@ -245,10 +252,10 @@ class LogitsInputs(Inputs):
         """Restore the logits after an implementation that overwrites them."""
         self.logits.copy_(self.pristine)
 
-    def bound(self, gradients: bool, masked: bool) -> bounds.Bound:
+    def bound(self, gradients: bool, masked: bool) -> measure.Bound:
         """The logits are read once; with gradients, read twice and written once."""
         num_bytes = self.logits.numel() * self.logits.element_size()
-        return bounds.copy_bound(self.logits.device, num_bytes * (3 if gradients else 1))
+        return measure.copy_bound(self.logits.device, num_bytes * (3 if gradients else 1))
 
 
 class PolicyInputs(Inputs):
@@ -266,9 +273,9 @@ class PolicyInputs(Inputs):
             "logprobs": ("d log-probs", partial(reference.relative_error, exact=self.exact)),
         }
 
-    def bound(self, gradients: bool, masked: bool) -> bounds.Bound:
+    def bound(self, gradients: bool, masked: bool) -> measure.Bound:
         """Five inputs (log-probs, old, ref, advantages, mask) are read, one gradient is written."""
-        return bounds.copy_bound(self.logprobs.device, 6 * 4 * len(self.logprobs))
+        return measure.copy_bound(self.logprobs.device, 6 * 4 * len(self.logprobs))
 
 
 class MatrixInputs(Inputs):
@@ -308,9 +315,9 @@ class MatrixInputs(Inputs):
         spread = scale[self.rows // 128].repeat_interleave(128, 1)
         return spread[:, : self.x.shape[1]]
 
-    def bound(self, gradients: bool, masked: bool) -> bounds.Bound:
+    def bound(self, gradients: bool, masked: bool) -> measure.Bound:
         """The matrix is read and its fp8 codes are written, or the other way around."""
-        return bounds.copy_bound(self.x.device, self.x.numel() * (self.x.element_size() + 1))
+        return measure.copy_bound(self.x.device, self.x.numel() * (self.x.element_size() + 1))
 
 
 class ExampleInputs(Inputs):
@@ -344,9 +351,9 @@ class ExampleInputs(Inputs):
         names = getattr(returned, "_fields", map(str, range(len(returned))))
         return dict(zip(names, returned, strict=True))
 
-    def bound(self, gradients: bool, masked: bool) -> bounds.Bound:
+    def bound(self, gradients: bool, masked: bool) -> measure.Bound:
         """The bytes that `examples` gives as the least."""
-        return bounds.copy_bound(self.device, self.num_bytes)
+        return measure.copy_bound(self.device, self.num_bytes)
 
 
 def _to_fp64(value: Any) -> Any:

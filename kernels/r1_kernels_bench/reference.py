@@ -52,7 +52,13 @@ def policy_gradient(logprobs: Tensor, *tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def logits_gradient(logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
-    """Return d (upstream . logprobs) / d logits for fp64 logits (n, V); the others are (n,)."""
+    """Return d (upstream . logprobs) / d logits, (n, V) fp64.
+
+    Args:
+        logits: (n, V) fp64.
+        targets: (n,) int64.
+        lse: (n,) fp64, log of the sum of each row's exponentials.
+        upstream: (n,) fp64, the gradient of the log-probabilities."""
     gradient = (logits - lse[:, None]).exp_().mul_(-upstream[:, None])
     return gradient.scatter_add_(1, targets[:, None], upstream[:, None])
 
@@ -61,7 +67,15 @@ def logits_gradient(logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tens
 def weight_gradient(
     hidden: Tensor, weight: Tensor, columns: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor
 ) -> Tensor:
-    """Return rows `columns` of d (upstream . logprobs) / d weight, (n, H) fp64, over all tokens."""
+    """Return some rows of d (upstream . logprobs) / d weight, (n, H) fp64, over all tokens.
+
+    Args:
+        hidden: (T, H).
+        weight: (V, H).
+        columns: (n,), the ids whose rows are computed.
+        targets: (T,) int64.
+        lse: (T,) fp64, log of the sum of each token's exponentials.
+        upstream: (T,) fp64, the gradient of the log-probabilities."""
     chosen = weight[columns].double()
     total = torch.zeros_like(chosen)
     for part in row_chunks(len(targets), len(columns) + hidden.shape[1], hidden.device):

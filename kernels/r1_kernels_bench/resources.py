@@ -70,7 +70,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"triton": triton.__version__, "kernels": entries}
 
 
-def measure(example, launch, arch: int) -> dict[str, Any]:
+def measure(example: Any, launch: Any, arch: int) -> dict[str, Any]:
     """Return one kernel's entry.
 
     Args:
@@ -114,7 +114,13 @@ def _line(name: str, arch: int, e: dict[str, Any]) -> str:
 
 
 def programs_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
-    """Return how many programs with these registers per thread and shared bytes fit on an SM."""
+    """Return how many programs of a kernel fit on an SM at once.
+
+    Args:
+        arch: compute capability, 90 for sm_90.
+        registers: registers of a thread.
+        shared: bytes of shared memory of a program.
+        warps: warps of a program, of 32 threads each."""
     warp_registers = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
     return min(
         PROGRAMS,

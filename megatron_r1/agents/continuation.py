@@ -148,8 +148,12 @@ class Continuation:
         return "new branch"
 
     def _appended(self, last: int | None, written: str, new: str) -> list[int]:
-        """Return the tokens to append behind an answer whose last sampled token is `last`. written:
-        what the template writes behind such an answer; new: for the messages that follow."""
+        """Return the tokens to append behind an answer.
+
+        Args:
+            last: the last sampled token of the answer; None: it has none.
+            written: what the template writes behind such an answer.
+            new: what the template writes for the messages that follow."""
         for close, text in self._ends.items():
             if written.startswith(text):
                 closing = [] if last == close else [close]
@@ -293,10 +297,12 @@ def _has_reasoning(message: Message) -> bool:
 
 
 def _sample_conversation(history: Sequence[Message], thinks: bool) -> list[Message]:
-    """Return a short conversation of the shape of `history`, whose last message is an answer.
+    """Return a short conversation of the shape of `history`, with an earlier answer, if `history`
+    has any: some templates rewrite all answers but the last one.
 
-    thinks: whether that answer has reasoning. With an earlier answer, if `history` has any: some
-    templates rewrite all answers but the last one."""
+    Args:
+        history: messages whose last is an answer.
+        thinks: whether that answer has reasoning."""
     begin: list[Message] = [{"role": "user", "content": "u"}]
     if history[0]["role"] in ("system", "developer"):
         begin.insert(0, {"role": history[0]["role"], "content": "s"})

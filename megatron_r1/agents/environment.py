@@ -290,8 +290,12 @@ def _require_self(name: str, method: Callable[..., Any]) -> None:
 
 def _tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
     """Return the schema of a bound method, from its signature and its docstring in Google's form.
-    If an argument has no documentation or no type, the whole docstring is the description. name:
-    the attribute's name; `__name__` is another one under a decorator without `functools.wraps`."""
+    If an argument has no documentation or no type, the whole docstring is the description.
+
+    Args:
+        name: the attribute's name; `__name__` is another one under a decorator without
+            `functools.wraps`.
+        bound: the method."""
     from transformers.utils import get_json_schema  # 2 s
     from transformers.utils.chat_template_utils import (
         DocstringParsingException,

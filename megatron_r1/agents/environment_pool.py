@@ -18,8 +18,8 @@ from r1_grading.base.workers import LENGTH, last_line
 from megatron_r1.agents.environment import Description, environment_target
 from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, frame
 from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.files import allow_open_files
 from megatron_r1.base.processes.children import kill_group, popen_options
-from megatron_r1.base.processes.open_files import allow_open_files
 from megatron_r1.base.processes.scratch import Scratch
 from megatron_r1.config import AgentsConfig
 
@@ -197,6 +197,7 @@ class EnvironmentProcess:
 
     @property
     def is_alive(self) -> bool:
+        """Whether the process still has its end of the connection open."""
         # A process that was killed before it had read all it was sent resets the connection.
         return not self._reader.at_eof() and self._reader.exception() is None
 

@@ -1,30 +1,185 @@
-"""Plays episodes with an agent that calls the policy through the gateway (`agent_runs`).
+"""Runs an agent, a function or a program per episode, and plays its episodes: it calls the policy
+by HTTP, through the gateway.
 
-The agent is not changed for it: the turns of the episode are those in the session's tree."""
+The agent is not changed for it, and needs no code of this package: it gets a base URL, a key and a
+row. The turns of the episode are those in the session's tree."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
+import json
 import math
+import os
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
+from r1_grading.base import lifetime
 from r1_grading.base.errors import shorten
+from r1_grading.base.workers import last_line
 from r1_grading.rewards import ENVIRONMENT
 
-from megatron_r1.agents.agent_runs import AgentOutcome, Run, RunWithServer
 from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.agents.gateway import Gateway, GatewaySession, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import Parser
 from megatron_r1.agents.player import reset_arguments
 from megatron_r1.agents.tree import tree_turns
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.processes.children import kill_group, popen_options
+from megatron_r1.base.user_code import find_function
+from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.server.episodes import SCORED, Episode, Generate, Played
+
+Run = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
+"""Runs an agent: (base_url, api_key, row) → its reward, None where the row's own reward grades the
+episode, or an `AgentOutcome`."""
+
+
+OUTPUT_BYTES = 2**16
+"""What is kept of a program's output; its end has the reward, or the error."""
+
+
+@runtime_checkable
+class RunWithServer(Protocol):
+    """A `Run` that needs a server, which is started before the first episode."""
+
+    async def start(self) -> None:
+        """Start the server; called once, before the first episode."""
+
+    async def close(self) -> None:
+        """Stop the server."""
+
+
+@dataclass(frozen=True)
+class AgentOutcome:
+    """What an agent's run has returned.
+
+    Attributes:
+        reward: None where the row's own reward grades the episode.
+        sequences: the agent's record of the tokens, each sequence up to its last sampled token;
+            None where the agent keeps no record."""
+
+    reward: float | None
+    sequences: list[list[int]] | None = None
+
+
+def find_harness(agents: AgentsConfig) -> Run:
+    """Return the function or the command of `agents.harness`. Raises UserError."""
+    if isinstance(agents.harness, str):
+        return function_harness(agents.harness)
+    return CommandHarness(agents.harness, agents.harness_processes)
+
+
+def function_harness(path: str) -> Run:
+    """Return the function "module:function" as a `Run`. Raises UserError.
+
+    A plain function runs in a thread, which cannot be ended; its key is refused once the episode is
+    over."""
+    function = find_function(path)
+    if inspect.iscoroutinefunction(function):
+        return function
+
+    async def run(base_url: str, api_key: str, row: dict[str, Any]) -> Any:
+        result: Future[Any] = Future()
+        result.set_running_or_notify_cancel()  # a cancelled run leaves it to the thread
+
+        def work() -> None:
+            try:
+                result.set_result(function(base_url, api_key, row))
+            except Exception as error:  # noqa: BLE001 - raised again where it is awaited
+                result.set_exception(error)
+
+        # Not a pool's thread: those would keep the process from ending.
+        threading.Thread(target=work, daemon=True, name="agent").start()
+        value = await asyncio.wrap_future(result)
+        # An object with an async __call__, or a decorated coroutine function.
+        return await value if inspect.isawaitable(value) else value
+
+    return run
+
+
+class CommandHarness:
+    """Runs a program for each episode, in a new folder that is deleted afterwards.
+
+    The program finds the gateway in OPENAI_BASE_URL, OPENAI_API_KEY, ANTHROPIC_BASE_URL and
+    ANTHROPIC_API_KEY, and the row as JSON on its standard input. The last line of its output may be
+    `{"reward": 0.5}`. It must end with status 0."""
+
+    def __init__(self, command: Sequence[str], most_at_once: int) -> None:
+        # Files are named relative to the folder in which the run was started. Links stay: a virtual
+        # environment's Python is one.
+        self._command = [os.path.abspath(p) if os.path.isfile(p) else p for p in command]
+        self.slots = asyncio.Semaphore(most_at_once)
+        """Limits the programs at once; a caller holds it around each call."""
+
+    async def __call__(self, base_url: str, api_key: str, row: dict[str, Any]) -> float | None:
+        """Run the program. Raises RuntimeError where it fails."""
+        root = base_url.removesuffix("/v1")
+        keys = {"OPENAI_API_KEY": api_key, "ANTHROPIC_API_KEY": api_key}
+        urls = {"OPENAI_BASE_URL": base_url, "OPENAI_API_BASE": base_url}
+        environment = keys | urls | {"ANTHROPIC_BASE_URL": root}
+        # `lifetime` sets the kernel's death signal and then becomes the program, which so ends with
+        # this process. It is run by path: the program may have another Python, and gets no
+        # PYTHONPATH.
+        command = [sys.executable, "-I", lifetime.__file__, *self._command]
+        with tempfile.TemporaryDirectory(prefix="r1-agent-") as folder:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                cwd=folder,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                **popen_options(environment) | {"stdin": asyncio.subprocess.PIPE},
+            )
+            assert process.stdin and process.stdout and process.stderr, "started with pipes"
+            try:
+                out, err, _ = await asyncio.gather(
+                    _last_bytes(process.stdout),
+                    _last_bytes(process.stderr),
+                    _write(process.stdin, json.dumps(row).encode()),
+                )
+                await process.wait()
+            finally:
+                kill_group(process)
+                await process.wait()
+        if process.returncode:
+            name = Path(self._command[0]).name
+            raise RuntimeError(f"{name} ended with {process.returncode}: {last_line(err)}")
+        return _last_reward(out)
+
+
+async def _last_bytes(stream: asyncio.StreamReader) -> bytes:
+    """Return the last `OUTPUT_BYTES` of a program's output, which may be gigabytes."""
+    last = b""
+    while content := await stream.read(OUTPUT_BYTES):
+        last = (last + content)[-OUTPUT_BYTES:]
+    return last
+
+
+async def _write(stream: asyncio.StreamWriter, content: bytes) -> None:
+    """Write a program's whole input; it need not read it."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        stream.write(content)
+        await stream.drain()
+    stream.close()
+
+
+def _last_reward(output: bytes) -> float | None:
+    lines = output.strip().splitlines()
+    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
+        return json.loads(lines[-1])["reward"]
+    return None
+
 
 CLOCK_SECONDS = 0.2
 """The shortest wait between two checks of an episode's clock, which stands still while engines
@@ -45,7 +200,7 @@ class HarnessPlayer:
         *,
         max_turns: int,
         timeout_seconds: float,
-        room: int,
+        max_model_len: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> None:
@@ -58,11 +213,12 @@ class HarnessPlayer:
             run: runs the harness.
             max_turns: limit of an episode.
             timeout_seconds: limit of an episode; the time in which engines sample does not count.
-            room: the most tokens of a prompt and its answer that an engine takes.
+            max_model_len: the most tokens of a prompt and its answer that an engine takes.
             temperature: the sampling temperature.
             top_p: the sampling's probability mass."""
         self.text, self.gateway, self.parsers, self.run = text, gateway, parsers, run
-        self._max_turns, self._timeout_seconds, self._room = max_turns, timeout_seconds, room
+        self._max_turns, self._timeout_seconds = max_turns, timeout_seconds
+        self._max_model_len = max_model_len
         self._sampling = temperature, top_p
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
@@ -83,6 +239,7 @@ class HarnessPlayer:
             ) from None
 
     async def close(self) -> None:
+        """Close the gateway, the parsers and the agent's server."""
         await self.gateway.close()
         await self.parsers.close()
         if isinstance(self.run, RunWithServer):
@@ -103,7 +260,7 @@ class HarnessPlayer:
     async def _play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
         session = self.gateway.open(
             SessionLimits(self._max_turns, max_tokens),
-            TurnSampling(generate, self._room, *self._sampling),
+            TurnSampling(generate, self._max_model_len, *self._sampling),
         )
         began = time.monotonic()
         reward: float | None = None

@@ -19,8 +19,7 @@ from r1_grading.base.workers import FramedProcess, WorkerLost, frame
 from megatron_r1.agents.continuation import Continuation, read_arguments
 from megatron_r1.agents.parser_worker import Options, ParseJob, ParseReply, tool_call
 from megatron_r1.base.errors import RunError, UserError
-from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.responses import Response
+from megatron_r1.engines.server.responses import EngineError, Response
 
 if TYPE_CHECKING:
     from megatron_r1.config import AgentsConfig
@@ -40,14 +39,14 @@ class Parsed:
     Attributes:
         reasoning: the reasoning, None where there is none.
         content: the answer, None where there is none.
-        tool_calls: the tool calls, in OpenAI's form, arguments as JSON text."""
+        tool_calls: the tool calls, in OpenAI's form, arguments as JSON text.
+        failure: why text that looks like a call was not parsed as one, or the parser's error; "" if
+            neither. Such text is in `content`."""
 
     reasoning: str | None
     content: str | None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     failure: str = ""
-    """Why text that looks like a call was not parsed as one, or the parser's error; "" if neither.
-    Such text is in `content`."""
 
     def message(self) -> dict[str, Any]:
         """Return the turn as an assistant's message."""
@@ -165,13 +164,14 @@ class HermesParser:
     """Parses answers with `parse_hermes`, in this process, without vLLM."""
 
     async def check(self) -> None:
-        pass
+        """Do nothing: this parser needs no vLLM."""
 
     async def parse(self, job: ParseJob) -> Parsed:
+        """Return thought, content and tool calls of the job's text."""
         return parse_hermes(job.text)
 
     async def close(self) -> None:
-        pass
+        """Do nothing: there is no process to stop."""
 
 
 class Malformed(ValueError):
@@ -303,11 +303,14 @@ IN_PROCESS = ("auto", "hermes")
 class Parser(Protocol):
     """Finds reasoning and tool calls in an answer: a `HermesParser` or a `ParserPool`."""
 
-    async def check(self) -> None: ...
+    async def check(self) -> None:
+        """Start what the parser needs, so that a wrong name is an error before the run."""
 
-    async def parse(self, job: ParseJob) -> Parsed: ...
+    async def parse(self, job: ParseJob) -> Parsed:
+        """Return thought, content and tool calls of the job's text."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Stop the parser's processes."""
 
 
 def find_parser(agents: AgentsConfig, tokenizer: str) -> Parser:

@@ -24,7 +24,7 @@ from megatron_r1.data.chats import without_nulls
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.server.episodes import SCORED, Episode, Generate, Played, Status
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 
 
 class EpisodePlayer:
@@ -34,13 +34,18 @@ class EpisodePlayer:
         text: tokenizer and template.
         environments: the pool of environments of one class.
         settings: the recipe's section.
-        room: most tokens of a prompt and its answer that an engine takes.
+        max_model_len: most tokens of a prompt and its answer that an engine takes.
     """
 
     def __init__(
-        self, text: PromptText, environments: Environments, settings: AgentsConfig, room: int
+        self,
+        text: PromptText,
+        environments: Environments,
+        settings: AgentsConfig,
+        max_model_len: int,
     ) -> None:
-        self.text, self.environments, self.settings, self.room = text, environments, settings, room
+        self.text, self.environments, self.settings = text, environments, settings
+        self.max_model_len = max_model_len
         self.continuation = Continuation(text.tokenizer, text.end_tokens)
         self.parsers = find_parser(settings, text.tokenizer.name_or_path)
         self.reader = AnswerReader(self.parsers, self.continuation)
@@ -97,6 +102,7 @@ class EpisodePlayer:
                 ) from None
 
     async def close(self) -> None:
+        """Stop the environments' and the parsers' processes."""
         await asyncio.gather(self.environments.close(), self.parsers.close())
 
 
@@ -159,16 +165,17 @@ class _RunningEpisode:
         num_tokens = tree.num_tokens(node)
         if not self._first_prompt:
             self._first_prompt = num_tokens
-            if num_tokens >= player.room:
+            if num_tokens >= player.max_model_len:
                 raise EnvironmentFault(
-                    f"the first prompt has {num_tokens} tokens, and an engine has room for "
-                    f"{player.room} (rollout.max_model_len)"
+                    f"the first prompt has {num_tokens} tokens, and an engine takes "
+                    f"{player.max_model_len} (rollout.max_model_len)"
                 )
-        room = min(self._first_prompt + self._max_tokens, player.room) - num_tokens
-        if room <= 0:
+        longest = min(self._first_prompt + self._max_tokens, player.max_model_len)
+        max_tokens = longest - num_tokens
+        if max_tokens <= 0:
             return None
         began = time.monotonic()
-        response = await self._generate(tree.token_ids(node), room)
+        response = await self._generate(tree.token_ids(node), max_tokens)
         self._totals["engine_seconds"] += time.monotonic() - began
         require_whole(response)
         self.text = player.text.decode(response.token_ids)

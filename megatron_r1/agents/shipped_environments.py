@@ -52,6 +52,7 @@ class Calculator:
     """One tool, `calculate`."""
 
     def reset(self, truth: object, **row: object) -> None:
+        """Begin an episode whose right answer is `truth`."""
         self._truth, self._answer = str(truth), ""
 
     def calculate(self, expression: str) -> str:
@@ -65,10 +66,12 @@ class Calculator:
         return str(_evaluate_node(ast.parse(expression.strip(), mode="eval").body))
 
     def final_answer(self, text: str) -> None:
+        """Take the last whole number of `text` as the answer."""
         numbers = re.findall(r"-?\d+", text)
         self._answer = numbers[-1] if numbers else ""
 
     def get_reward(self) -> float:
+        """Return 1.0 if the answer is the truth, else 0.0."""
         return float(self._answer == self._truth)
 
 
@@ -96,6 +99,7 @@ class Lookup:
         self._hops = hops
 
     def reset(self, seed: int, **row: object) -> str:
+        """Draw a chain of keys from `seed`; return the first, with which the question ends."""
         self._seed, self._answer = seed, ""
         key = self._draw("question")
         self._truth = key
@@ -114,9 +118,11 @@ class Lookup:
         return self._draw(key)
 
     def final_answer(self, text: str) -> None:
+        """Take `text` as the answer."""
         self._answer = text.strip()
 
     def get_reward(self) -> float:
+        """Return 1.0 if the answer is the last key of the chain, else 0.0."""
         return float(self._answer == self._truth)
 
     def _draw(self, name: str) -> str:
@@ -145,6 +151,7 @@ class Gym:
     def reset(
         self, task: str, entry: dict[str, Any], parameters: dict[str, Any] | None = None
     ) -> None:
+        """Begin an episode with an entry of the task's data set."""
         self._row: dict[str, Any] = {"task": task, "entry": entry, "parameters": parameters}
         self._wrong, self._reward = 0, 0.0
 
@@ -163,10 +170,12 @@ class Gym:
         return f"wrong; attempts left: {self._attempts - self._wrong}"
 
     def final_answer(self, text: str) -> None:
+        """Submit `text`, unless the episode is done."""
         if text and not self.done:
             self.submit(text.strip())
 
     def get_reward(self) -> float:
+        """Return the reward of the accepted answer; 0.0 without one."""
         return self._reward
 
 
@@ -192,9 +201,11 @@ class Python:
         self._session: PythonSession | None = None
 
     def reset(self, **row: object) -> None:
+        """End the session of the episode before."""
         self.close()
 
     def close(self) -> None:
+        """End the session, if one was started."""
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -245,6 +256,7 @@ class Retrieval:
         """Begin an episode; there is nothing to draw."""
 
     def close(self) -> None:
+        """Close the index."""
         self._index.close()
 
     def search(self, query: str, limit: int = 3) -> list[dict[str, object]]:

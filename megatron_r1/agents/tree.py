@@ -46,6 +46,7 @@ class TreeNode:
 
     @property
     def is_sampled(self) -> bool:
+        """Whether the engine sampled these tokens; the others were given."""
         return self.logprobs is not None
 
 
@@ -66,7 +67,13 @@ class TokenTree:
         tools: Sequence[Message] = (),
     ) -> int:
         """Add tokens that no policy sampled, and return the node's number. If an equal node follows
-        `parent` already, as after a repeated request, return the number of that node."""
+        `parent` already, as after a repeated request, return the number of that node.
+
+        Args:
+            parent: the number of the node that they follow; None: they begin a conversation.
+            token_ids: the tokens of this node alone.
+            messages: the messages that the tokens encode, in OpenAI's form.
+            tools: the tools offered with them, in OpenAI's form."""
         node = TreeNode(parent, array("i", token_ids), tuple(messages), tuple(tools))
         same = (number for number in self._children[parent] if self.nodes[number] == node)
         found = next(same, None)

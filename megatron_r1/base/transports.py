@@ -35,6 +35,7 @@ class Transport:
 
     @property
     def needs_gpu(self) -> bool:
+        """Whether its buffers are in GPU memory."""
         return self.memory == "GPU"
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.processes.awaited_input import read_when_ready
+from megatron_r1.base.processes.stopping import read_when_ready
 from megatron_r1.commands.first_recipe import value_text
 from megatron_r1.commands.trained_model import (
     CONVERT,

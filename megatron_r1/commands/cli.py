@@ -14,15 +14,15 @@ from megatron_r1 import config as configuration
 from megatron_r1.base import files
 from megatron_r1.base.errors import Cause, RunError, UserError, did_you_mean
 from megatron_r1.base.files import READ_ONLY
-from megatron_r1.base.processes import allocators, timeline
-from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.base.processes import memory, timeline
+from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import load_verb, read_verb
 from megatron_r1.config.key_listing import describe, switches
-from megatron_r1.config.recipe import parse_overrides, take_section
+from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.engines.server import gpu
 
-VERBS = {
+RECIPE_VERBS = {
     "sft": "megatron_r1.commands.sft",
     "reward-model": "megatron_r1.commands.reward_model",
     "rl": "megatron_r1.commands.rl",
@@ -30,24 +30,24 @@ VERBS = {
     "sample": "megatron_r1.commands.sample",
 }
 """Verbs that take a recipe: modules with `run(config)`, and what else `VerbModule` lists."""
-COMMANDS = {
+PLAIN_VERBS = {
     "init": "megatron_r1.commands.init",
     "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
     "compare": "megatron_r1.commands.compare.verb",
+    "why": "megatron_r1.commands.why.verb",
     "check-model": "megatron_r1.commands.check_model.verb",
 }
 """Verbs that take no recipe: modules with `run(config, *arguments, **options)`, likewise."""
-RUNNERS = {
+RUNNING_VERBS = {
     "pipeline": "megatron_r1.commands.pipeline",
     "rehearse": "megatron_r1.commands.rehearse",
     "preflight": "megatron_r1.commands.preflight",
 }
-"""Verbs that read a recipe and run other verbs (modules with `run(recipe, overrides, VERBS)`), and
-preflight, which checks the nodes before a run. Each of its processes is a rank and imports torch,
-so `_run_preflight` starts it."""
-MODULES = VERBS | COMMANDS | RUNNERS
-PROGRAMS = {
+"""Verbs that read a recipe and run other verbs, or check the nodes before: modules with
+`run(recipe, overrides, RECIPE_VERBS)`, and with `SHORT`, option → the key that it is short for."""
+MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
+OWN_VERBS = {
     "plan": "megatron_r1.commands.plan",
     "convert": "megatron_r1.commands.convert.verb",
 }
@@ -61,11 +61,13 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 
-verbs: {", ".join(VERBS)}
+verbs: {", ".join(RECIPE_VERBS)}
        megatron-r1 init MODEL_FOLDER DATA [--out RECIPE.yaml]   writes a recipe for your questions
        megatron-r1 chat RUN_OR_FOLDER [--question TEXT …]   asks a trained model
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
+       megatron-r1 score --audit GRADED.jsonl [--json FILE]   how often its grades are wrong
        megatron-r1 compare RUN OTHER_RUN [--json FILE]   the first step and tensor that differ
+       megatron-r1 why RUN [--step N] [--json FILE]   why it does not learn: a step, recomputed
        megatron-r1 check-model HF_FOLDER [--parallel.key value …] [--json FILE]   a new model, first
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
        megatron-r1 rehearse RECIPE.yaml [--on null-gpu] [--rehearsal.key value …]   in miniature
@@ -107,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        again = "starts over" if arguments[0] in {*COMMANDS, "plan"} else "continues from here"
+        again = "starts over" if arguments[0] in {*PLAIN_VERBS, "plan"} else "continues from here"
         print(f"megatron-r1: stopped; the same command {again}", file=sys.stderr)
         return 130
 
@@ -115,10 +117,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     """Run the command that the arguments name; return its exit status. Under torchrun, ranks
     that do not run the command serve it instead."""
-    if arguments[:1] == ["help"] and set(arguments[1:2]) & PROGRAMS.keys():
+    if arguments[:1] == ["help"] and set(arguments[1:2]) & OWN_VERBS.keys():
         arguments = [arguments[1], "--help"]
-    if arguments and arguments[0] in PROGRAMS:
-        return importlib.import_module(PROGRAMS[arguments[0]]).main(arguments[1:])
+    if arguments and arguments[0] in OWN_VERBS:
+        return importlib.import_module(OWN_VERBS[arguments[0]]).main(arguments[1:])
     if not arguments or arguments[0] == "help" or HELP & set(arguments):
         topics = [argument for argument in arguments if argument not in {"help", *HELP}]
         print(_help(topics[0]) if topics and topics[0] in MODULES else USAGE)
@@ -130,10 +132,10 @@ def _dispatch(arguments: list[str]) -> int:
         print(_describe_keys(arguments[1:]))
         return 0
     verb, *rest = arguments
-    if verb in COMMANDS:
-        return _run_command(verb, rest)
+    if verb in PLAIN_VERBS:
+        return _run_plain_verb(verb, rest)
     if verb not in MODULES:
-        known = [*MODULES, *PROGRAMS]
+        known = [*MODULES, *OWN_VERBS]
         hint = did_you_mean(verb, known, "{}") or f"; use one of {', '.join(known)}"
         raise UserError(f"unknown verb {verb}{hint}", key="verb", cause=Cause.UNKNOWN)
     if not rest or rest[0].startswith("--"):
@@ -143,15 +145,14 @@ def _dispatch(arguments: list[str]) -> int:
             cause=Cause.MISSING,
         )
     recipe, *options = rest
-    if verb == "preflight":
-        return _run_preflight(recipe, options)
-    if verb in RUNNERS:
+    if verb in RUNNING_VERBS:
         from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
 
-        # A setting has a section (`parse_overrides`); `--on` is short for one of a rehearsal.
-        options = [re.sub(r"^--on(?=$|=)", "--rehearsal.on", option) for option in options]
+        runner = importlib.import_module(RUNNING_VERBS[verb])
+        for name, key in getattr(runner, "SHORT", {}).items():
+            options = [re.sub(rf"^--{name}(?=$|=)", f"--{key}", option) for option in options]
         own = switches(PipelineRecipe if verb == "pipeline" else configuration.Config)
-        importlib.import_module(RUNNERS[verb]).run(recipe, parse_overrides(options, own), VERBS)
+        runner.run(recipe, parse_overrides(options, own), RECIPE_VERBS)
         return 0
     return _run_recipe(verb, recipe, options, arguments)
 
@@ -159,31 +160,32 @@ def _dispatch(arguments: list[str]) -> int:
 def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]) -> int:
     timeline.reached("controller/command line read")
     with without_garbage_collection():
-        command = load_verb(verb, VERBS[verb])
+        module = load_verb(verb, RECIPE_VERBS[verb])
     timeline.reached("controller/verb imported")
     is_dry = DRY_RUN in options
-    if is_dry and command.dry_run is None:
+    if is_dry and module.dry_run is None:
         raise UserError(f"{DRY_RUN}: {verb} has none; rl has", key=DRY_RUN, cause=Cause.UNSUPPORTED)
     options = [option for option in options if option != DRY_RUN]
-    implied = command.implied
-    if command.from_run is not None and Path(recipe).is_dir():
-        recipe, implied = command.from_run(recipe)
-    overrides = {**implied, **_overrides(options)}
-    config = configuration.load(recipe, overrides, required=command.required)
+    implied = module.implied
+    if module.from_run is not None and Path(recipe).is_dir():
+        recipe, implied = module.from_run(recipe)
+    others = [DRY_RUN.removeprefix("--")] if module.dry_run is not None else []
+    overrides = {**implied, **_overrides(options, others)}
+    config = configuration.load(recipe, overrides, required=module.required)
     files.allow_readers(config.run.readable_by)  # before anything is written, or a process started
-    command.check(config)
-    if is_dry and command.dry_run is not None:
+    module.check(config)
+    if is_dry and module.dry_run is not None:
         if torchrun.is_rank():
             raise UserError(
                 f"{DRY_RUN} needs no trainer ranks: start it without torchrun",
                 key=DRY_RUN,
                 cause=Cause.CONFLICT,
             )
-        command.dry_run(config)
+        module.dry_run(config)
         return 0
     if torchrun.is_rank():
         return _serve_as_rank(config, arguments)
-    command.run(config)
+    module.run(config)
     return 0
 
 
@@ -201,50 +203,29 @@ def _help(name: str) -> str:
         verb.about,
         f"The recipe has to set {required}." if required else None,
         _describe_keys(verb.settings) if verb.settings else None,
-        "The other settings: megatron-r1 keys" if name in VERBS else None,
+        "The other settings: megatron-r1 keys" if name in RECIPE_VERBS else None,
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _run_preflight(recipe: str, options: list[str]) -> int:
-    """Be a rank of the preflight under torchrun; otherwise start all of its ranks here."""
-    from megatron_r1.commands import preflight
-    from megatron_r1.rehearse.settings import PreflightSettings
-
-    renamed = [re.sub(r"^--json(?=$|=)", "--preflight.output", option) for option in options]
-    own, overrides = take_section(_overrides(renamed), PreflightSettings)
-    config = configuration.load(recipe, overrides, required=preflight.REQUIRED)
-    files.allow_readers(config.run.readable_by)
-    ranks = torchrun.num_ranks(config)
-    if not torchrun.is_rank():
-        config.parallel.check_sizes(ranks)
-        return preflight.start_ranks(["preflight", recipe, *options], ranks)
-    with without_garbage_collection():
-        from megatron_r1.rehearse.preflight import findings, rank, report
-
-    facts = rank.run(config, own.preflight)
-    if facts:
-        found = findings.check_facts(config, own.preflight, facts)
-        report.write_report(Path(recipe).stem, own.preflight, facts, found)
-    return 0
-
-
-def _run_command(verb: str, rest: list[str]) -> int:
-    command = load_verb(verb, COMMANDS[verb])
-    count = len(command.arguments)
+def _run_plain_verb(verb: str, rest: list[str]) -> int:
+    module = load_verb(verb, PLAIN_VERBS[verb])
+    named = {text.partition("=")[0] for text in rest}
+    is_instead = not named.isdisjoint(f"--{name}" for name in module.instead)
+    count = 0 if is_instead else len(module.arguments)
     values, options = rest[:count], rest[count:]
     if len(values) < count or any(value.startswith("--") for value in values):
         given = next((at for at, value in enumerate(values) if value[:2] == "--"), len(values))
-        usage = f"usage: megatron-r1 {verb} {' '.join(command.arguments)} [--key value …]"
+        usage = f"usage: megatron-r1 {verb} {' '.join(module.arguments)} [--key value …]"
         raise UserError(
-            f"{command.arguments[given]} is missing; {usage}",
-            key=command.arguments[given],
+            f"{module.arguments[given]} is missing; {usage}",
+            key=module.arguments[given],
             cause=Cause.MISSING,
         )
-    taken = {name: _take_options(name, options) for name in command.options}
+    taken = {name: _take_options(name, options) for name in module.options}
     own: dict[str, Any] = {}
     for name, texts in taken.items():
-        if name in command.repeated and texts:
+        if name in module.repeated and texts:
             own[name] = texts
         elif len(texts) > 1:
             raise UserError(
@@ -254,7 +235,7 @@ def _run_command(verb: str, rest: list[str]) -> int:
             )
         elif texts:
             own[name] = texts[0]
-    known = [f"--{name}" for name in command.options]
+    known = [f"--{name}" for name in module.options]
     for option in options:
         name = option.partition("=")[0]
         if (
@@ -268,17 +249,17 @@ def _run_command(verb: str, rest: list[str]) -> int:
                 key=name,
                 cause=Cause.UNKNOWN,
             )
-    overrides = {**command.implied, **_overrides(options)}
+    overrides = {**module.implied, **_overrides(options)}
     config = configuration.from_overrides(overrides)
     for key in overrides:
-        if not any(f"{key}.".startswith(f"{setting}.") for setting in command.settings):
-            used = ", ".join(command.settings) or "no settings: write it into the recipe"
+        if not any(f"{key}.".startswith(f"{setting}.") for setting in module.settings):
+            used = ", ".join(module.settings) or "no settings: write it into the recipe"
             raise UserError(
                 f"--{key}: {verb} does not read it; it reads {used}",
                 key=key,
                 cause=Cause.UNSUPPORTED,
             )
-    command.run(config, *values, **own)
+    module.run(config, *values, **own)
     return 0
 
 
@@ -297,8 +278,8 @@ def _take_options(name: str, options: list[str]) -> list[str]:
     return values
 
 
-def _overrides(options: list[str]) -> dict[str, Any]:
-    return parse_overrides(options, switches(configuration.Config))
+def _overrides(options: list[str], others: Sequence[str] = ()) -> dict[str, Any]:
+    return parse_overrides(options, switches(configuration.Config), others)
 
 
 def _describe_keys(names: Sequence[str]) -> str:
@@ -314,7 +295,7 @@ def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
     controller and returns its status."""
     inherited = dict(os.environ)
     if gpu.is_usable():  # before torch is imported
-        os.environ.update(allocators.trainer_allocator(os.environ))
+        os.environ.update(memory.trainer_allocator(os.environ))
     with without_garbage_collection():
         from megatron_r1.trainer import worker
 

@@ -16,15 +16,13 @@ from r1_grading.truths import stated_answer
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines, write_lines
-from megatron_r1.base.versions import versions
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.identity import settings_that_matter
+from megatron_r1.evaluation.identity import settings_that_matter, versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest, load_prompt_sets
 from megatron_r1.evaluation.report import print_table, write_figure, write_report
-from megatron_r1.evaluation.response import SamplingSettings, TextResponse
-from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.response import ResponseLog, SamplingSettings, TextResponse
 from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
 from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.reporting.run_folder import RunFolder

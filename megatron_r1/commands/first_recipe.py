@@ -46,6 +46,7 @@ class Machine:
 
     @property
     def is_cpu(self) -> bool:
+        """Whether the machine has no GPU."""
         return self.gpus == 0
 
 

@@ -42,7 +42,7 @@ from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
 from megatron_r1.data.preferences import Kind, ScoredText, kind_of_rows, read_preferences
 from megatron_r1.data.prompt_rows import parse_question
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize
-from megatron_r1.data.records import ABSENT, entry, read_records
+from megatron_r1.data.renamed_rows import ABSENT, entry, read_renamed_rows
 from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
 from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens, load_tokenizer
@@ -185,7 +185,7 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     hf = read_hf_config(folder, key=MODEL)
     check_supported(hf)
     require_weights(folder, MODEL)
-    rows = [row for _, row in itertools.islice(read_records(data), MAX_ROWS)]
+    rows = [row for _, row in itertools.islice(read_renamed_rows(data), MAX_ROWS)]
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
     source = QuestionSource(folder, hf, num_parameters(hf), data, rows, this_machine())
@@ -216,8 +216,16 @@ def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> Draft:
 
 
 def _write(path: Path, source: QuestionSource, draft: Draft, arguments: Sequence[str]) -> None:
-    """Write a recipe and print it, then try it out and print what comes next. arguments: of `init`.
-    Raises UserError for a recipe that is refused, with the command that repeats the trial."""
+    """Write a recipe and print it, then try it out and print what comes next.
+
+    Args:
+        path: the recipe's file.
+        source: where its questions come from.
+        draft: its settings.
+        arguments: the command line of `init`.
+
+    Raises:
+        UserError: the recipe is refused; it has the command that repeats the trial."""
     command = f"megatron-r1 {draft.verb} {shlex.quote(str(path))}"
     trial = f"{command} --dry-run" if draft.has_dry_run else command
     size = f"{source.hf['architectures'][0]}, {source.parameters / 1e6:,.1f}M parameters"
@@ -278,7 +286,13 @@ def _try(path: Path, columns: Columns) -> None:
 def _data(
     data: str, rows: Sequence[dict[str, Any]], columns: Columns, num_questions: int
 ) -> list[Guess]:
-    """Return the settings of `data` but for the template. num_questions: the different ones."""
+    """Return the settings of `data` but for the template.
+
+    Args:
+        data: the data set, a path or a name.
+        rows: rows of the data set.
+        columns: the columns of question and truth.
+        num_questions: how many different questions there are."""
     names = {"question": columns.question} | ({"truth": columns.truth} if columns.truth else {})
     renamed = {ours: theirs for ours, theirs in names.items() if ours != theirs}
     if columns.kind and "kind" in rows[0]:
@@ -319,7 +333,7 @@ def _read_questions(data: str, columns: Columns) -> list[Asked]:
     one."""
     renamed = {"question": columns.question}
     found: dict[str, Asked] = {}
-    for location, row in itertools.islice(read_records(data, renamed), MAX_ROWS):
+    for location, row in itertools.islice(read_renamed_rows(data, renamed), MAX_ROWS):
         before, question = parse_question(location, row)
         found.setdefault(normalize(question, fold_case=False), (before, question))
     return list(found.values())
@@ -327,8 +341,11 @@ def _read_questions(data: str, columns: Columns) -> list[Asked]:
 
 def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
     """Return the settings for the template and for how answers are read: from the RL run that made
-    the model if there is one, else for a chat model or a base model. parameters: number of
-    parameters of the model."""
+    the model if there is one, else for a chat model or a base model.
+
+    Args:
+        folder: the model's Hugging Face folder.
+        parameters: number of parameters of the model."""
     template, reason = template_of_model(folder, MODEL)
     trained = trained_recipe(folder)
     if trained is not None and infer_verb(trained) == "rl":
@@ -342,7 +359,7 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
         reason += (
             "; a model as small as this one often talks about the question instead of answering "
             "it: where the dry run shows that, write this template out, with one or two solved "
-            "questions before {problem} (docs/first_day.md, worked examples)"
+            "questions before {problem} (docs/init.md, worked examples)"
         )
     form = {name: weight for name, weight in DEFAULT_WEIGHTS.items() if name != "format"}
     return [
@@ -398,7 +415,7 @@ def _check_truths(data: str, columns: Columns) -> None:
     does not."""
     if columns.kind != "math" or columns.truth is None:
         return
-    rows = itertools.islice(read_records(data, {"truth": columns.truth}), TRIED_TRUTHS)
+    rows = itertools.islice(read_renamed_rows(data, {"truth": columns.truth}), TRIED_TRUTHS)
     truths = [alternatives(row["truth"])[0] for _, row in rows if not is_none(row["truth"])]
     grades = asyncio.run(_grade(truths))
     bad = [pair for pair in zip(truths, grades, strict=True) if pair[1].reward < 1]

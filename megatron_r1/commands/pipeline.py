@@ -15,9 +15,9 @@ from megatron_r1.config.yaml_text import as_sections, as_text
 from megatron_r1.pipeline import manifest, serving
 from megatron_r1.pipeline.graph import Graph, check_plan, missing_files, unknown_stage
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig, load
-from megatron_r1.pipeline.plan import PipelinePlan
 from megatron_r1.pipeline.report import write_report
 from megatron_r1.pipeline.runner import Executor, Signals, write_recipe
+from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.pipeline.status import StageState, examine_all, stale_text, status_lines
 from megatron_r1.reporting.run_folder import RunFolder, is_locked
 

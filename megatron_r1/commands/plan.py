@@ -3,9 +3,9 @@ needs, before a GPU is rented.
 
 Parameters, memory of every rank, traffic, operations and time of a recipe's run, each with its
 formula, from the tables and settings that the run itself uses. For a layout that cannot work, the
-reason and the nearest layouts that fit are printed, and the exit status is 1. Several recipes get a
-bill each, and a list of verdicts at the end. `--build` also builds the real ranks of the layout on
-torch's meta device and compares every parameter with the plan."""
+reason and the nearest layouts that fit are printed, and the exit status is 1. Several recipes get
+an estimate each, and a list of verdicts at the end. `--build` also builds the real ranks of the
+layout on torch's meta device and compares every parameter with the plan."""
 
 import argparse
 import json
@@ -16,8 +16,9 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.config import infer_verb
 from megatron_r1.config.hardware import GIB
 from megatron_r1.plan.arguments import config_of, job_of, parse
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.job_checks import check_trainer
 from megatron_r1.plan.measured import calibrate_from
 from megatron_r1.plan.published import published_table
 from megatron_r1.plan.push import check_engines_and_push
@@ -55,17 +56,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
-    """Print the bill of one recipe; return its exit status."""
+    """Print the estimate of one recipe; return its exit status."""
     try:
         job = job_of(recipe, chosen, overrides)
     except ValueError as error:
         return _refused(error)
     if not _can_work(job):
         return UNFIT
-    bill = Bill(job)
-    problems = bill.problems()
-    print(as_text(bill))
-    print("".join(f"\nnote: {note}\n" for note in bill.notes()), end="")
+    estimate = JobEstimate(job)
+    problems = estimate.problems()
+    print(as_text(estimate))
+    print("".join(f"\nnote: {note}\n" for note in estimate.notes()), end="")
     layouts = []
     if problems:
         print("\n" + "\n".join(f"does not fit: {problem}" for problem in problems))
@@ -79,7 +80,7 @@ def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
 
         print("\n" + build_ranks(job))
     if chosen.json:
-        plan = as_json(bill, problems, layouts)
+        plan = as_json(estimate, problems, layouts)
         try:
             atomic_write(
                 chosen.json, json.dumps(plan, indent=1, default=str, allow_nan=False) + "\n"
@@ -97,11 +98,12 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
     chose one; return the exit status."""
     status = FITS
     config = config_of(recipe, overrides)
-    later = [entry for entry in config.rl.schedule if entry.from_step > 1]  # the bill has step 1
+    # The estimate above is of step 1.
+    later = [entry for entry in config.rl.schedule if entry.from_step > 1]
     if chosen.step or not later or infer_verb(config) != "rl":
         return status
     steps = [1, *(entry.from_step for entry in later)]
-    each_step = [Bill(job_of(recipe, chosen, overrides, 1)).step]
+    each_step = [JobEstimate(job_of(recipe, chosen, overrides, 1)).step]
     for entry in later:
         job = job_of(recipe, chosen, overrides, entry.from_step)
         changes = ", ".join(f"{key}={value}" for key, value in entry.changes.items())
@@ -109,13 +111,14 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
         if not _can_work(job):
             status = UNFIT
             continue
-        bill = Bill(job)
-        each_step.append(bill.step)
-        problems = bill.problems()
-        limits = f" ({bill.step.limits})" if bill.step.limits else ""
-        print(f"  {bill.worst.peak / GIB:.0f} GiB on the fullest GPU, {bill.step} a step{limits}")
+        estimate = JobEstimate(job)
+        each_step.append(estimate.step)
+        problems = estimate.problems()
+        limits = f" ({estimate.step.limits})" if estimate.step.limits else ""
+        peak = estimate.worst.peak / GIB
+        print(f"  {peak:.0f} GiB on the fullest GPU, {estimate.step} a step{limits}")
         print("\n".join(f"  does not fit: {problem}" for problem in problems) or "  fits")
-        print("".join(f"  note: {note}\n" for note in bill.notes()), end="")
+        print("".join(f"  note: {note}\n" for note in estimate.notes()), end="")
         status = UNFIT if problems else status
     ends = [*steps[1:], config.run.steps + 1]
     if len(each_step) == len(steps) and all(each.value is not None for each in each_step):
@@ -152,7 +155,7 @@ def _can_work(job: PlannedJob) -> bool:
         return False
     try:
         if job.trains:
-            job.check_trainer()
+            check_trainer(job)
     except ValueError as error:
         print(f"cannot work: {error}")
         _print_nearest(job)

@@ -5,12 +5,51 @@ torchrun or Slurm; alone it starts `parallel.processes` ranks here. See docs/pre
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from megatron_r1 import config as configuration
+from megatron_r1.base import files
 from megatron_r1.base.processes.children import die_with_parent
+from megatron_r1.base.processes.memory import without_garbage_collection
+from megatron_r1.commands import torchrun
+from megatron_r1.config.overrides import take_section
+from megatron_r1.rehearse.settings import PreflightSettings
 
 REQUIRED = ("run.folder",)
 SETTINGS = ("preflight",)
+SHORT = {"json": "preflight.output"}
+
+
+def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
+    """Be a rank of the preflight under torchrun; otherwise start all of its ranks here.
+
+    Args:
+        path: the recipe's.
+        overrides: settings of the recipe, and `preflight.` settings.
+        verbs: as for the other verbs that read a recipe; none is run.
+
+    Raises:
+        UserError: for a recipe with mistakes.
+        RunError: on rank 0, for nodes that are not fit for the run.
+        SystemExit: with the status of the ranks that it started, if they failed."""
+    own, others = take_section(overrides, PreflightSettings)
+    config = configuration.load(path, others, required=REQUIRED)
+    files.allow_readers(config.run.readable_by)
+    ranks = torchrun.num_ranks(config)
+    if not torchrun.is_rank():
+        config.parallel.check_sizes(ranks)
+        if status := start_ranks(sys.argv[1:], ranks):
+            sys.exit(status)  # the ranks have said why
+        return
+    with without_garbage_collection():  # they import torch
+        from megatron_r1.rehearse.preflight import findings, rank, report
+
+    facts = rank.run(config, own.preflight)
+    if facts:
+        found = findings.check_facts(config, own.preflight, facts)
+        report.write_report(Path(path).stem, own.preflight, facts, found)
 
 
 def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:

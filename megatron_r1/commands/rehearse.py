@@ -12,10 +12,10 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.commands import reward_model
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
-from megatron_r1.config.recipe import take_section
+from megatron_r1.config.overrides import take_section
 from megatron_r1.controller.rollouts.players import find_player
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import context_length
+from megatron_r1.engines.server.from_recipe import max_model_len
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models.hf_config import read_hf_config
@@ -27,6 +27,7 @@ from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings
 from megatron_r1.reporting.run_folder import RunFolder
 
 SETTINGS = ("rehearsal",)
+SHORT = {"on": "rehearsal.on"}
 IMPLIED_SETTINGS = {"reward-model": reward_model.IMPLIED}
 
 
@@ -78,7 +79,7 @@ def _check(config: Config, verb: str) -> None:
         check_engines(config, hf)
         if not launch.is_on_null_gpu():  # there the command that started this one has asked vLLM
             check_arguments(config.rollout, "rollout")
-        context_length(config)
+        max_model_len(config)
     if verb != "sample":
         check_trainer(config, verb)
     if verb == "rl":

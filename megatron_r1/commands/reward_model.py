@@ -22,7 +22,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.preferences import Preference, ScoredText, read_preferences
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.evaluation.pair_measures import label_measures, pair_measures
+from megatron_r1.evaluation.measures import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer.training_sample import Sample
 
@@ -59,6 +59,7 @@ class RowSampler(EpochSampler[RewardModelRow]):
     """Draws rows in shuffled epochs; a state is refused after a token or label has changed."""
 
     def key(self, item: RewardModelRow) -> str:
+        """Return a digest of the row's tokens and labels."""
         digest = hashlib.sha256()
         for sample in item.samples:
             digest.update(sample.token_ids + b"%f" % sample.label)
@@ -93,7 +94,7 @@ def run(config: Config) -> None:
             await _evaluate(config, recorder, trainer, rows.heldout)
 
     sampler = RowSampler(rows.train, config.run.seed)
-    loss, size = f"megatron_r1.trainer.reward_losses:{settings.kind}", len(rows.train[0].samples)
+    loss, size = f"megatron_r1.trainer.losses:{settings.kind}", len(rows.train[0].samples)
     task = SupervisedTask(
         config, sampler, settings.batch_size, _row_samples, loss, size, notes, evaluate
     )

@@ -1,24 +1,24 @@
 """Reinforcement learning: R1-Zero, R1's reasoning stage and its stage for all scenarios. See
 docs/stages/, docs/algorithms.md and docs/rewards.md.
 
-The algorithm is `controller.loop.train`. Here the roles of a run are started and joined: engines
-and graders (`rollout_run`) next to the trainer (`training_run`), and a session of both."""
+The algorithm is `controller.loop.train`. Here the roles of a run are started: engines and graders
+(`rollout_run`) next to the trainer (`training_run`)."""
 
 import asyncio
 from pathlib import Path
 
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.base.processes import timeline
-from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands.rl_checks import (
     check_settings,
-    ends_with,
     engines_share_gpus,
-    kinds_drawn,
     read_prompts,
+    run_facts,
 )
 from megatron_r1.commands.rollout_run import Rollouts, open_rollouts
+from megatron_r1.commands.trained_model import next_commands
 from megatron_r1.commands.training_run import (
     TrainingRun,
     begin_engines,
@@ -29,7 +29,8 @@ from megatron_r1.commands.training_run import (
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train
 from megatron_r1.controller.policy_engines import PolicyEngines
-from megatron_r1.controller.push.pusher import PROBE_TOKENS, create_pusher
+from megatron_r1.controller.push.prober import PROBE_TOKENS
+from megatron_r1.controller.push.pusher import create_pusher
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
@@ -41,9 +42,7 @@ from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.placement import accepting_hosts
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.from_recipe import context_length
+from megatron_r1.engines.server.from_recipe import max_model_len
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.trainer.operations import ModelOperations
 
@@ -65,9 +64,9 @@ def run(config: Config) -> None:
 async def _train(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     """Start the engines next to the trainer, and train; after the loss of trainer ranks again,
     from the newest checkpoint, with the same engines."""
-    facts = _facts(config, text, prompts)
-    async with training_run(config, "rl", facts, _next_commands(config)) as running:
-        if running is None or await _only_export_is_left(config, running):
+    facts = run_facts(config, text, prompts)
+    async with training_run(config, "rl", facts, next_commands(config)) as running:
+        if running is None or await running.has_all_steps(config):
             return
         async with open_rollouts(config, running.recorder, text) as rollouts:
             running.supervisor.watch_rollouts(rollouts.collector)
@@ -81,28 +80,13 @@ async def _train(config: Config, text: PromptText, prompts: PromptSplit) -> None
             show_trainer(running.recorder, running.trainer)
             while True:
                 session = _session(config, running, rollouts, prompts)
-                fleet = rollouts.collector.fleet
+                joining = accepting_hosts(rollouts.collector.fleet, rollouts.hosts)
                 try:
-                    async with session.open(), accepting_hosts(fleet, rollouts.hosts):
-                        await train(session)
+                    async with session.open(), joining:
+                        await train(session)  # the algorithm
                     return
                 except TrainerLost as lost:
-                    if config.rollout.colocated and running.trainer.can_restart:
-                        await _free_gpus(running, fleet)
                     await running.supervisor.restart_trainer(lost)
-
-
-async def _only_export_is_left(config: Config, running: TrainingRun) -> bool:
-    """Return whether all steps are done. The trainer then has the weights after the last."""
-    recorder = running.recorder
-    if recorder.state.step < config.run.steps:
-        return False
-    recorder.view.message(
-        f"all {config.run.steps} steps are done; only the export is left: no engines"
-    )
-    await running.trainer.connect()
-    await recorder.load(running.trainer, reference=config.uses_reference)
-    return recorder.state.step >= config.run.steps  # else that checkpoint was damaged
 
 
 async def _start_roles(config: Config, trainer: TrainerClient, collector: RolloutCollector) -> None:
@@ -121,7 +105,7 @@ async def _start_roles(config: Config, trainer: TrainerClient, collector: Rollou
 async def _start_in_turn(config: Config, trainer: TrainerClient, fleet: RolloutFleet) -> None:
     await _start_trainer(trainer)
     if config.rollout.colocated:
-        await trainer.call(ModelOperations.yield_memory, parameters=True)
+        await trainer.call(ModelOperations.free_memory, parameters=True)
     await _start_engines(config, fleet)
 
 
@@ -133,7 +117,7 @@ async def _start_trainer(trainer: TrainerClient) -> None:
 
 async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
     # version: every engine gets the trainer's weights before it samples.
-    await fleet.start(config.model.path, version=-1)
+    await fleet.start(config.model.path, policy_version=-1)
     timeline.reached("controller/engines ready")
 
 
@@ -142,10 +126,10 @@ def _session(
 ) -> Session:
     """Return a session that begins at the newest checkpoint."""
     collector, trainer, recorder = rollouts.collector, running.trainer, running.recorder
-    collector.fleet.version = -1  # ranks that went back push earlier versions again
-    room = context_length(config) - PROBE_TOKENS
+    collector.fleet.policy_version = -1  # ranks that went back push earlier versions again
+    longest = max_model_len(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
-    probes = [collector.text.encode(prompt.question, prompt.before)[:room] for prompt in first]
+    probes = [collector.text.encode(prompt.question, prompt.before)[:longest] for prompt in first]
     pusher = create_pusher(config, trainer, collector.fleet, probes)
     sampler = PromptSampler(prompts.train, config.run.seed)
     return Session(
@@ -157,46 +141,9 @@ def _session(
     )
 
 
-async def _free_gpus(running: TrainingRun, fleet: RolloutFleet) -> None:
-    """Free the GPUs' memory for trainer ranks that start again: kill those that are left, then let
-    the engines sleep. vLLM's sleep fails where a rank allocates meanwhile: it compares how much of
-    the GPU is free before and after (v1/worker/gpu_worker.py)."""
-    await asyncio.to_thread(running.trainer.kill)
-    try:
-        await fleet.sleep()
-    except EngineError as error:
-        running.recorder.view.message(f"engines did not free their memory: {error}")
-
-
-def _facts(config: Config, text: PromptText, prompts: PromptSplit) -> list[str]:
-    """Return lines about the run for its title. Raises UserError as `kinds_drawn`."""
-    return [
-        config.model.path,
-        config.data.task or str(config.data.path),
-        f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
-        *kinds_drawn(config, prompts.train),
-        ends_with(config, text),
-    ]
-
-
-def _next_commands(config: Config) -> list[tuple[str, str]]:
-    folder, more = config.run.folder, config.run.steps + config.run.steps // 2
-    # On a CPU vLLM takes its share of the machine's memory, and compiling takes minutes.
-    on_cpu = "" if gpu.is_usable() else " --enforce-eager --gpu-memory-utilization 0.3"
-    return [
-        ("the curves, live", f"tensorboard --logdir {folder}"),
-        ("train on from here", f"megatron-r1 rl {folder}/config.yaml --run.steps {more}"),
-        (
-            "serve the model over an OpenAI-compatible API",
-            f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf "
-            f"--dtype {config.rollout.dtype}{on_cpu}",
-        ),
-    ]
-
-
 def dry_run(config: Config) -> None:
     """Sample and grade one batch, print it, and train nothing. Errors as `run`."""
-    from megatron_r1.commands.rollout_run import show_batch
+    from megatron_r1.commands.dry_run import show_batch
 
     check_settings(config)
     require_weights(Path(config.model.path))

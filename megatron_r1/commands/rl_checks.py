@@ -1,5 +1,5 @@
 """What an RL run checks before anything starts: its settings, the GPUs of this host, and the
-questions that it may draw: loaded, cut to those that fit, and reported on.
+prompts that it may draw: loaded, cut to those that fit, and reported on.
 
 Trainer ranks take the first GPUs, engines that run on the controller's host equal shares of all
 (`engines.server.gpu`): both are on the same GPUs. `commands.first_recipe.layout` decides the
@@ -29,12 +29,12 @@ from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.teacher import check_teacher
 from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
-from megatron_r1.data.sampler import draw_shares
+from megatron_r1.data.sampler import drawn_fractions
 from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import context_length
+from megatron_r1.engines.server.from_recipe import max_model_len
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
@@ -42,7 +42,7 @@ from megatron_r1.engines.server.recipe_checks import (
 )
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.supported import check_divisions
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.from_recipe import check_pushes
@@ -117,9 +117,9 @@ MAX_SHOWN_IDS = 8
 """Token ids that are shown of either end of a prompt."""
 
 
-def _load_questions(config: Config, text: PromptText) -> PromptSplit:
-    """Return the questions of the recipe that an engine has room for, and print what is unusual
-    about the data. Raises UserError for unreadable data, and where no question is left."""
+def _load_prompts(config: Config, text: PromptText) -> PromptSplit:
+    """Return the prompts of the recipe that an engine has room for, and print what is unusual
+    about the data. Raises UserError for unreadable data, and where no prompt is left."""
     rows = config.data.model_dump(exclude={"template"})
     if config.agents.players:
         from megatron_r1.agents.rows import rows_of
@@ -136,7 +136,7 @@ def _load_questions(config: Config, text: PromptText) -> PromptSplit:
             file=sys.stderr,
         )
     show_padded_truths(config.data.path or config.data.task or "data", prompts)
-    prompts = prompts_that_fit(prompts, text, context_length(config))
+    prompts = prompts_that_fit(prompts, text, max_model_len(config))
     for line in _describe_rows(prompts, text):
         print(line)
     per_rollout = config.rl.questions_per_rollout
@@ -190,7 +190,7 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
 
     Args:
         source: the file or the task.
-        prompts: the questions with their truths."""
+        prompts: those to train on and held out, with their truths."""
     padded = [
         prompt
         for prompt in prompts.train + prompts.heldout
@@ -209,19 +209,19 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
         )
 
 
-def prompts_that_fit(prompts: PromptSplit, text: PromptText, room: int) -> PromptSplit:
-    """Return the prompts that an engine has room for, and print how many are left out. Raises
-    UserError where none is left to train on."""
+def prompts_that_fit(prompts: PromptSplit, text: PromptText, limit: int) -> PromptSplit:
+    """Return the prompts that are shorter than `limit`, rollout.max_model_len, and print how many
+    are left out. Raises UserError where none is left to train on."""
     train, heldout = (
-        [prompt for prompt in side if text.fits(prompt.question, room, prompt.before)]
+        [prompt for prompt in side if text.fits(prompt.question, limit, prompt.before)]
         for side in (prompts.train, prompts.heldout)
     )
     left_out = len(prompts.train) - len(train), len(prompts.heldout) - len(heldout)
     if any(left_out):
         note = (
             f"{left_out[0]:,} questions and {left_out[1]:,} held-out ones are longer than the "
-            f"{room:,} tokens an engine has room for, and left out; rollout.max_model_len, or the "
-            "model's own limit, is that room"
+            f"{limit:,} tokens that an engine takes, and left out; rollout.max_model_len, or the "
+            "model's own limit, sets that"
         )
         if not train:
             raise UserError(
@@ -235,28 +235,39 @@ def prompts_that_fit(prompts: PromptSplit, text: PromptText, room: int) -> Promp
 
 def kinds_drawn(config: Config, prompts: list[Prompt]) -> list[str]:
     """Return a line about each part of the run that draws kinds of questions by weight. Raises
-    UserError as `draw_shares`, for any part."""
+    UserError as `drawn_fractions`, for any part."""
     lines = []
     counts = Counter(prompt.kind for prompt in prompts)
     for step, phase in config.phases():
         try:
-            shares = draw_shares(prompts, phase.rl.kind_weights)
+            fractions = drawn_fractions(prompts, phase.rl.kind_weights)
         except UserError as error:
             raise UserError(
                 f"{error}, from step {step}", key=error.key, cause=error.cause
             ) from None
-        sizes = {kind: shares[kind] * count for kind, count in counts.most_common()}
+        sizes = {kind: fractions[kind] * count for kind, count in counts.most_common()}
         parts = (f"{percent(size / sum(sizes.values()))} {kind}" for kind, size in sizes.items())
         lines.append(f"from step {step}: {', '.join(parts)}")
     by_weight = any(phase.rl.kind_weights for _, phase in config.phases())
     return lines if by_weight else []
 
 
+def run_facts(config: Config, text: PromptText, prompts: PromptSplit) -> list[str]:
+    """Return lines about the run for its title. Raises UserError as `kinds_drawn`."""
+    return [
+        config.model.path,
+        config.data.task or str(config.data.path),
+        f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
+        *kinds_drawn(config, prompts.train),
+        ends_with(config, text),
+    ]
+
+
 def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
     """Check all that can be checked before anything starts; return the tokenizer with its template,
-    and the questions. Raises UserError."""
+    and the prompts. Raises UserError."""
     # In the order of what a check needs: settings, then the tokenizer, which the environment's
-    # check renders with, then the questions, whose lengths the tokenizer measures. So a mistake in
+    # check renders with, then the prompts, whose lengths the tokenizer measures. So a mistake in
     # a setting is reported without reading the data, which may be large.
     check_settings(config)
     return read_prompts(config)
@@ -271,7 +282,7 @@ def read_prompts(config: Config) -> tuple[PromptText, PromptSplit]:
         from megatron_r1.controller.rollouts.players import check_player
 
         check_player(config, text)
-    return text, _load_questions(config, text)
+    return text, _load_prompts(config, text)
 
 
 def ends_with(config: Config, text: PromptText) -> str:
@@ -368,7 +379,11 @@ def check_sampling(config: Config) -> None:
 
 @contextlib.contextmanager
 def naming_renamed_columns(columns: Mapping[str, str] | None) -> Iterator[None]:
-    """If a reward lacks a field that `data.columns` has renamed, add the new name to the error."""
+    """If a reward lacks a field that `data.columns` has renamed, add the new name to the error.
+
+    Raises:
+        UserError: a reward lacks a field that was renamed.
+    """
     try:
         yield
     except RewardUnusable as error:

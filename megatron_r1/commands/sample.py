@@ -18,29 +18,26 @@ from r1_grading.terms import weights_at
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.versions import versions
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.shots import Shots
 from megatron_r1.data.text import TEMPLATES
+from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import Policy, SamplingSettings
-from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
 from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
+from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
 from megatron_r1.sample.decontamination import contaminated, load_avoided
 from megatron_r1.sample.filters import NAMES, PooledFilters, active_filters, check_filters
 from megatron_r1.sample.judge import ResponseJudge, make_judge
+from megatron_r1.sample.judged_rows import PreferencePairs, SafetyLabels
 from megatron_r1.sample.outputs import FILES, Decide, decide_all, write_outputs
-from megatron_r1.sample.preference_pairs import PreferencePairs
-from megatron_r1.sample.result_cache import ResultCache
-from megatron_r1.sample.safety_labels import SafetyLabels
 from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
 from megatron_r1.sample.sft_examples import Rendering, SftExamples, cached_rewriter
-from megatron_r1.sample.user_function import UserFunction, load_function
 
 REQUIRED = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"
@@ -284,7 +281,8 @@ def _report(
 ) -> None:
     result = counts.as_json() | facts
     result |= {"avoided": len(inputs.avoided), "settings": settings, "versions": versions()}
-    atomic_write(folder / "curation.json", json.dumps(result, indent=1) + "\n")
+    atomic_write(folder / "sample.json", json.dumps(result, indent=1) + "\n")
+    (folder / "curation.json").unlink(missing_ok=True)  # its name up to 0.2
     print(counts.table(), flush=True)
     if inputs.avoided:
         print(f"  {len(inputs.avoided):,} questions were not sampled: sample.avoid", flush=True)
@@ -294,5 +292,5 @@ def _report(
             f", {facts['length_bias_before']:+.3f} before pairs were left out for it",
             flush=True,
         )
-    names = ("samples.jsonl", "curation.json", file)
+    names = ("samples.jsonl", "sample.json", file)
     print(f"{folder}/: {', '.join(filter(None, names))}", flush=True)

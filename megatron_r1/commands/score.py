@@ -3,7 +3,12 @@
     {"kind": "math", "response": "…", "truth": "13"}  →  the same with "reward" and "reason"
 
 `--data.kind math` is the kind of lines that name none. As many lines come out as went in, in their
-order; a line that cannot be graded gets reward 0 and the reason."""
+order; a line that cannot be graded gets reward 0 and the reason.
+
+`megatron-r1 score --audit GRADED.jsonl` reads graded lines instead and estimates how many are
+wrongly refused or paid, by a second method on a random sample of --size responses (200), per data
+source (docs/rewards.md). --groups questions (25) are judged whole, for the change of advantages.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +31,16 @@ from r1_grading.terms import FACTS, call_fields
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_writer
-from megatron_r1.base.processes.awaited_input import read_when_ready
+from megatron_r1.base.processes.stopping import read_when_ready
+from megatron_r1.commands import score_audit
 from megatron_r1.config import Config
 from megatron_r1.data.table_files import describe_json_error
 from megatron_r1.reporting.wording import duration
 
 ARGUMENTS = ("IN.jsonl", "OUT.jsonl")
 SETTINGS = ("rewards", "data.kind")
+OPTIONS = {"audit": "GRADED.jsonl", "size": "N", "groups": "N", "seed": "N", "json": "FILE"}
+INSTEAD = ("audit",)
 PIPE = "-"
 RESERVED = ("kind", "response", "truth", "reward", "reason")
 
@@ -53,14 +61,26 @@ FAILURES = {
 }
 
 
-def run(config: Config, source: str, target: str) -> None:
-    """Grade `source` into `target`, "-" for a pipe, and print one line of summary.
+def run(
+    config: Config, source: str = "", target: str = "", audit: str | None = None, **options: str
+) -> None:
+    """Grade `source` into `target`, "-" for a pipe, and print one line of summary; or audit a file.
 
     Uses every core unless `rewards.workers` is given. `target` appears when all lines are graded.
     Raises UserError for a source that cannot be read or a target that cannot be written,
     RunError when no worker can be started or the reader of the output has ended. After all
     lines are written it raises RunError also where a served model failed or no line could be
-    graded: such zeros should not be trained on."""
+    graded: such zeros should not be trained on. `score_audit.run` has the errors of an audit."""
+    if audit is not None:
+        score_audit.run(config, audit, **options)
+        return
+    if options:
+        name = f"--{next(iter(options))}"
+        raise UserError(
+            f"{name} belongs to an audit: megatron-r1 score --audit GRADED.jsonl {name} …",
+            key=name,
+            cause=Cause.CONFLICT,
+        )
     try:
         with _source(source) as lines, _target(target) as graded:
             scoring = asyncio.run(_score(config, lines, graded))

@@ -11,7 +11,7 @@ from megatron_r1.base.errors import Cause, TrainerLost, UserError
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands.training_run import Commands, show_trainer, training_run
 from megatron_r1.config import Config
-from megatron_r1.config.learning_rate import learning_rate
+from megatron_r1.config.training import learning_rate
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.sampler import EpochSampler
@@ -65,7 +65,13 @@ async def train(
     task: SupervisedTask, title: str, facts: Sequence[str], next_commands: Commands = ()
 ) -> None:
     """Train for `run.steps` batches; after the loss of trainer ranks again, from the newest
-    checkpoint. Arguments and errors are those of `training_run`."""
+    checkpoint. Errors are those of `training_run`.
+
+    Args:
+        task: the recipe, and the sampler of its batches.
+        title: the kind of run, for its title.
+        facts: short phrases that describe the run in the terminal and in its report.
+        next_commands: pairs of a purpose and a command to try next, which the report lists."""
     start = task.sampler.state_dict()
     async with training_run(task.config, title, facts, next_commands) as running:
         if running is None:

@@ -1,5 +1,5 @@
-"""The model of a run, or of a folder, and the recipe and template that trained it; of a supervised
-model the template is guessed from its prompts."""
+"""The model of a run, or of a folder, the recipe and template that trained it, and what to do with
+it next; of a supervised model the template is guessed from its prompts."""
 
 import itertools
 import os
@@ -10,9 +10,10 @@ from pathlib import Path
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, infer_verb
-from megatron_r1.data.records import read_records
+from megatron_r1.data.renamed_rows import read_renamed_rows
 from megatron_r1.data.text import PLACEHOLDER, TEMPLATES
 from megatron_r1.data.tokenizer import load_tokenizer
+from megatron_r1.engines.server import gpu
 from megatron_r1.models.hf_config import hub_hint
 from megatron_r1.trainer.checkpoints.finding import STATE_FILE, complete_checkpoints
 
@@ -105,7 +106,23 @@ def _supervised_template(trained: Config) -> str | None:
     data = trained.sft.data
     path = data if isinstance(data, str) else data[0].path
     try:
-        rows = itertools.islice(read_records(path), TEMPLATE_ROWS)
+        rows = itertools.islice(read_renamed_rows(path), TEMPLATE_ROWS)
         return guess_template([row["prompt"] for _, row in rows])
     except (UserError, KeyError):
         return None
+
+
+def next_commands(config: Config) -> list[tuple[str, str]]:
+    """Return (purpose, command) of what to do with the policy that an RL run trains."""
+    folder, more = config.run.folder, config.run.steps + config.run.steps // 2
+    # On a CPU vLLM takes its share of the machine's memory, and compiling takes minutes.
+    on_cpu = "" if gpu.is_usable() else " --enforce-eager --gpu-memory-utilization 0.3"
+    return [
+        ("the curves, live", f"tensorboard --logdir {folder}"),
+        ("train on from here", f"megatron-r1 rl {folder}/config.yaml --run.steps {more}"),
+        (
+            "serve the model over an OpenAI-compatible API",
+            f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf "
+            f"--dtype {config.rollout.dtype}{on_cpu}",
+        ),
+    ]

@@ -21,7 +21,7 @@ from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.config.learning_rate import warmup_note
+from megatron_r1.config.training import warmup_note
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.supervisor import Supervisor
@@ -34,8 +34,8 @@ from megatron_r1.engines.server.from_recipe import engine_settings
 from megatron_r1.engines.server.settings import MODULE as ENGINE
 from megatron_r1.engines.server.settings import EngineSettings
 from megatron_r1.evaluation.model_folder import has_newest_export
-from megatron_r1.models.exchange_overlap import check_exchange_overlap
 from megatron_r1.models.hf_config import as_read, num_mtp_layers, read_hf_config
+from megatron_r1.models.supported import check_exchange_overlap
 from megatron_r1.models.weights.adapter_table import check_adapters
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.operations import FolderOperations
@@ -67,11 +67,27 @@ class TrainingRun:
     stop: StopRequest
     supervisor: Supervisor
 
+    async def has_all_steps(self, config: Config) -> bool:
+        """Return whether all steps are done and only the export is left, which needs no engines.
+        The trainer then has the weights after the last step."""
+        if self.recorder.state.step < config.run.steps:
+            return False
+        self.recorder.view.message(
+            f"all {config.run.steps} steps are done; only the export is left: no engines"
+        )
+        await self.trainer.connect()
+        await self.recorder.load(self.trainer, reference=config.uses_reference)
+        return self.recorder.state.step >= config.run.steps  # else that checkpoint was damaged
+
 
 IMPLEMENTATIONS = "implementations.json"
 """The file in the run's folder that names the implementation of each part of a step."""
 
-NOT_TRAINING = {"curation.json": "a sampling", "identity.json": "an evaluation or a sampling"}
+NOT_TRAINING = {
+    "sample.json": "a sampling",
+    "curation.json": "a sampling",  # up to 0.2
+    "identity.json": "an evaluation or a sampling",
+}
 """Files of folders that a training run cannot continue."""
 
 Commands = Sequence[tuple[str, str]]
@@ -114,18 +130,18 @@ async def training_run(
     None where the run is finished and exported: nothing is left to do.
 
     Args:
-        config: The run's settings.
-        name: The kind of run, for its title.
-        facts: Short phrases that describe the run in the terminal and in its report, such as its
+        config: the run's settings.
+        name: the kind of run, for its title.
+        facts: short phrases that describe the run in the terminal and in its report, such as its
             questions; the first is the model's path.
-        next_commands: Pairs of a purpose and a command to try next, which the report lists.
+        next_commands: pairs of a purpose and a command to try next, which the report lists.
 
     Raises:
-        UserError: A setting, file or model cannot be used.
-        TrainerError: The trainer ranks failed for good.
-        EngineError: The engines failed for good.
-        HangError: Nothing moved for `run.hang_seconds`.
-        KeyboardInterrupt: It was asked to stop before its last step.
+        UserError: a setting, file or model cannot be used.
+        TrainerError: the trainer ranks failed for good.
+        EngineError: the engines failed for good.
+        HangError: nothing moved for `run.hang_seconds`.
+        KeyboardInterrupt: the run was asked to stop before its last step.
     """
     _check_folder(config)
     stop = StopRequest()
@@ -239,9 +255,16 @@ def _with_microbatch(
     config: Config, num_ranks: int, has_engines: bool, notify: Callable[[str], object]
 ) -> Config:
     """Return the recipe with a micro-batch that fits into this host's memory, if the host trains on
-    its CPU, and print the memory that the run takes. has_engines: whether engines run as well.
+    its CPU, and print the memory that the run takes.
 
-    Raises UserError for a run that does not fit."""
+    Args:
+        config: the recipe.
+        num_ranks: trainer ranks on this host.
+        has_engines: whether engines run as well.
+        notify: prints a line.
+
+    Raises:
+        UserError: the run does not fit."""
     if gpu.is_usable() or SPANS_HOSTS in os.environ:
         return config
     memory = cpu_memory(config, num_ranks, has_engines=has_engines)

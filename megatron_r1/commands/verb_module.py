@@ -11,16 +11,11 @@ from typing import Any
 
 from megatron_r1.config import Config
 
-HEADER = {"ARGUMENTS", "REQUIRED", "SETTINGS", "OPTIONS", "REPEATED", "IMPLIED"}
+HEADER = {"ARGUMENTS", "REQUIRED", "SETTINGS", "OPTIONS", "REPEATED", "INSTEAD", "IMPLIED"}
 
 
 def accept(config: Config) -> None:
     """Accept any settings: the check of a verb whose module defines none."""
-
-
-def _not_run_here(*arguments: object) -> None:
-    """Raise NotImplementedError: the `run` of a verb whose module defines none."""
-    raise NotImplementedError("the command line runs this verb itself")
 
 
 @dataclass(frozen=True)
@@ -41,18 +36,19 @@ class VerbHeader:
     keywords"""
     repeated: Sequence[str]
     """REPEATED, those of them that may be given several times, and are lists of text"""
+    instead: Sequence[str]
+    """INSTEAD, those of them with which the verb takes no arguments"""
     implied: Mapping[str, Any]
     """IMPLIED, the settings that the verb adds to a recipe"""
 
 
 @dataclass(frozen=True)
 class VerbModule(VerbHeader):
-    """A verb as its module defines it. The module must have `run`, but for preflight's, which the
-    command line runs itself; all else is optional."""
+    """A verb as its module defines it. The module must have `run`; all else is optional."""
 
     run: Callable[..., None]
-    """`run`, whose arguments depend on the kind of verb: see VERBS, COMMANDS and RUNNERS of
-    `cli`"""
+    """`run`, whose arguments depend on the kind of verb: see RECIPE_VERBS, PLAIN_VERBS and
+    RUNNING_VERBS of `cli`"""
     check: Callable[[Config], None]
     """`check`, which raises UserError for settings that only the verb can check"""
     from_run: Callable[[str], tuple[str, dict[str, Any]]] | None
@@ -67,7 +63,7 @@ def load_verb(name: str, module_name: str) -> VerbModule:
     module = importlib.import_module(module_name)
     return VerbModule(
         **_header(name, module.__doc__, vars(module)),
-        run=getattr(module, "run", _not_run_here),
+        run=module.run,
         check=getattr(module, "check", accept),
         from_run=getattr(module, "from_run", None),
         dry_run=getattr(module, "dry_run", None),
@@ -98,5 +94,6 @@ def _header(name: str, about: str | None, defined: Mapping[str, Any]) -> dict[st
         "settings": defined.get("SETTINGS", (name.replace("-", "_"),)),
         "options": defined.get("OPTIONS", {}),
         "repeated": defined.get("REPEATED", ()),
+        "instead": defined.get("INSTEAD", ()),
         "implied": defined.get("IMPLIED", {}),
     }

@@ -1,8 +1,8 @@
-"""The policy-gradient estimators of `rl.algorithm`: their defaults, and the settings they allow.
+"""The policy-gradient algorithms of `rl.algorithm`: their defaults, and the settings they allow.
 
 `LossSettings` and `TokenSettings` reach a step's loss and its token advantages on trainer ranks.
 The mathematics of each is in `controller/algorithms/`, in the file of its name or in
-`grpo.py`, whose docstring gives the source of the values here. An estimator of the user's
+`grpo.py`, whose docstring gives the source of the values here. An algorithm of the user's
 own has both in one module (docs/algorithms.md). `RLConfig` makes `LossSettings` and
 `TokenSettings`; `trainer.operations` carries them as mappings of their names."""
 
@@ -21,7 +21,7 @@ Option = bool | int | float | str
 
 @dataclass(frozen=True)
 class AlgorithmRules:
-    """Settings of one estimator.
+    """Settings of one algorithm.
 
     Attributes:
         defaults: `rl` settings of its source, used where recipe and preset leave them out.
@@ -171,17 +171,17 @@ class _Readable:
 class LossSettings(_Readable):
     """Settings of a policy loss: those of r1_kernels' `policy_loss` (formulae: its `policy_terms`).
 
-    `average` also chooses the trainer's denominator, unlike in `policy_loss`. The default of each
-    optional term leaves that term out."""
+    `loss_average` also chooses the trainer's denominator, unlike `average` in `policy_loss`. The
+    default of each optional term leaves that term out."""
 
-    average: LossAverage
+    loss_average: LossAverage
     """as `rl.loss_average`; `trainer.losses` has what each is divided by"""
     clip_low: float
     """ε below 1 at which ρ is clipped"""
     clip_high: float
     """ε above 1 at which ρ is clipped"""
     max_response_tokens: int | None = None
-    """L, the tokens that average "constant" divides by; None: for the other averages"""
+    """L, the tokens that loss_average "constant" divides by; None: for the other averages"""
     objective: Literal["ppo", "cispo"] = "ppo"
     dual_clip: float | None = None
     """largest ρ of a negative advantage"""

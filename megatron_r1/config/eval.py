@@ -1,4 +1,4 @@
-"""Section `eval`: benchmarks, samples per question, and a served model to evaluate."""
+"""Section `eval`: benchmarks, samples per prompt, and a served model to evaluate."""
 
 from typing import Any, Literal
 
@@ -21,9 +21,9 @@ class BenchmarkConfig(Section):
     files: list[str] = []
     """patterns of the files to take from a folder or the hub"""
     samples: int | None = Field(None, ge=1)
-    """responses per question; default: eval.samples"""
+    """responses per prompt; default: eval.samples"""
     limit: int | None = Field(None, ge=1)
-    """questions used, the first ones; default: eval.limit"""
+    """prompts used, the first ones; default: eval.limit"""
     instruction: str | None = None
     """the prompt around {problem}; default: the benchmark's"""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -36,6 +36,7 @@ class BenchmarkConfig(Section):
 
     @property
     def title(self) -> str:
+        """The name in results: `label`, or the benchmark's name."""
         return self.label or self.name
 
 
@@ -57,9 +58,9 @@ class EvalConfig(Section):
     """The held-out evaluations of a training run, and those of the verb `eval`."""
 
     every: int = Field(0, ge=0)
-    """steps between evaluations on the held-out questions; 0: first and last only"""
+    """steps between evaluations on the held-out prompts; 0: first and last only"""
     samples: int = Field(16, ge=1)
-    """responses per question: pass@1 is their mean, cons@N their majority"""
+    """responses per prompt: pass@1 is their mean, cons@N their majority"""
     temperature: float = Field(0.6, gt=0)
     """of sampling (the paper: 0.6)"""
     top_p: float = Field(0.95, gt=0, le=1)
@@ -67,6 +68,6 @@ class EvalConfig(Section):
     benchmarks: list[BenchmarkConfig] = []
     """names, or {name, path, samples, limit, options, …}"""
     limit: int | None = Field(None, ge=1)
-    """questions per benchmark, the first ones"""
+    """prompts per benchmark, the first ones"""
     server: ServerConfig | None = None
     """{url, model, api_key_env, api, …}: a served model, evaluated instead of model.path"""

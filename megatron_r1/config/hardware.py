@@ -167,12 +167,12 @@ def link_rate(hardware: Hardware, assumptions: Assumptions, span: int) -> float:
         assumptions: with the efficiency of links.
         span: ranks from the first to the last of the group.
     """
-    inside = share_inside(hardware.gpus_per_node, span)
+    inside = fraction_inside(hardware.gpus_per_node, span)
     slowest = max(inside / hardware.nvlink, (1 - inside) / hardware.network)
     return assumptions.link_efficiency / slowest
 
 
-def share_inside(gpus_per_node: int, span: int) -> float:
+def fraction_inside(gpus_per_node: int, span: int) -> float:
     """Return the share of a group's bytes that stay within a node."""
     return min(1.0, gpus_per_node / span)
 

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config.flat_settings import is_within
+from megatron_r1.config.section import is_within
 from megatron_r1.config.words import Word, describe_words, find
 from megatron_r1.config.yaml_text import as_text
 
@@ -33,7 +33,7 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 
 
 def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> str:
-    """Return a line such as `rl.group_size: 16   # responses per question` per key.
+    """Return a line such as `rl.group_size: 16   # responses per prompt` per key.
 
     Args:
         models: their sections have different names.

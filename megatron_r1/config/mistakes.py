@@ -94,9 +94,12 @@ def refusal(
 
 
 def _explain(failure: ValidationError, root: type[BaseModel], known: Iterable[str] = ()) -> str:
-    """Return all errors of validating a `root`.
+    """Return all errors of a validation.
 
-    known: dotted keys to suggest for a key that stands in the wrong section."""
+    Args:
+        failure: the validation's error.
+        root: the model that was validated.
+        known: dotted keys to suggest for a key that stands in the wrong section."""
     return "; ".join(_describe_mistake(error, root, known) for error in failure.errors())
 
 

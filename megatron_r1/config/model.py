@@ -25,6 +25,7 @@ class LoraConfig(Section):
 
     @property
     def scale(self) -> float:
+        """The factor of the product of B and A: alpha / rank."""
         return self.alpha / self.rank
 
 
@@ -82,6 +83,11 @@ class ModelConfig(Section):
         return self
 
     def require_language_head(self) -> None:
+        """Refuse a score model, for verbs that sample or train on tokens.
+
+        Raises:
+            UserError: model.head is not `language`.
+        """
         if self.head != "language":
             raise UserError(
                 f"model.head: {self.head} is for the verb reward-model; leave it out here",
@@ -102,7 +108,7 @@ class CriticConfig(Section):
     """how far a value may move from the rollout's before it is no longer pushed (arXiv 2005.12729,
     section 3); null: not limited"""
     warmup_steps: int = Field(0, ge=0)
-    """number of first rollouts that train the critic alone"""
+    """first steps, in rollouts (not updates), that train the critic alone"""
 
 
 class RewardModelConfig(Section):
@@ -130,7 +136,7 @@ class RewardModelConfig(Section):
     batch_size: int = Field(256, gt=0)
     """pairs, or labelled responses, per step"""
     heldout_fraction: float = Field(0.1, ge=0, lt=1)
-    """share of the questions that is held out, by their text"""
+    """share of the prompts that is held out, by their question"""
 
     @property
     def shown(self) -> Part:

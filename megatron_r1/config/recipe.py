@@ -1,34 +1,29 @@
 """A recipe: all sections together, with the rules between them; read from YAML, with settings of
 the command line (`--section.key value`) over it, and written with every value resolved."""
 
-import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-import yaml
 from pydantic import ValidationError, model_validator
 
-from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.agents import AgentsConfig
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.eval import EvalConfig
-from megatron_r1.config.flat_settings import is_within
-from megatron_r1.config.key_listing import dotted_keys
 from megatron_r1.config.mistakes import refusal, without_removed
 from megatron_r1.config.model import CriticConfig, ModelConfig, RewardModelConfig
-from megatron_r1.config.push import PushConfig
 from megatron_r1.config.rewards import RewardsConfig
 from megatron_r1.config.rl import RLConfig, changes_at, check_schedule_keys
-from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
+from megatron_r1.config.rollout import PushConfig, RolloutConfig, TeacherConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
-from megatron_r1.config.section import Resumable, Section, resumable_keys
+from megatron_r1.config.section import Resumable, Section, is_within, resumable_keys
 from megatron_r1.config.sft import SFTConfig
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig
-from megatron_r1.config.yaml_text import as_yaml, parse_text, put, read_sections
+from megatron_r1.config.yaml_text import as_yaml, put, read_sections
 
 
 class Config(Section):
@@ -207,7 +202,6 @@ def known_keys() -> list[str]:
     return [f"{name}.{key}" for name, section in Config() for key in type(section).model_fields]
 
 
-T = TypeVar("T", bound=Section)
 STAGES = re.compile(rb"^stages:", re.MULTILINE)
 
 REMEDIES = {
@@ -304,89 +298,7 @@ def dump(config: Config) -> str:
     return as_yaml(config.model_dump())
 
 
-def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[str, Any]:
-    """Parse `--rl.group_size 8 --data.task=sums` to {"rl.group_size": 8, "data.task": "sums"}.
-
-    Values are YAML; a template such as `{problem}` is text.
-
-    Args:
-        options: the words of the command line.
-        switches: keys that become true when no value follows. A value that begins with "--" needs
-            the form `--key=value`.
-
-    Raises:
-        UserError: for an option without a value or without a section."""
-    overrides: dict[str, Any] = {}
-    pending = list(options)
-    known = [*switches, "dry-run"]  # an option of rl that is no setting
-    while pending:
-        option = pending.pop(0)
-        if not option.startswith("--"):
-            raise UserError(
-                f"unexpected argument {option}: settings are --section.key value",
-                key=option,
-                cause=Cause.UNKNOWN,
-            )
-        key, equals, value = option[2:].partition("=")
-        if not equals:
-            has_value = bool(pending) and not pending[0].startswith("--")
-            if not has_value and key in switches:
-                overrides[key] = True
-                continue
-            if not has_value:
-                raise UserError(
-                    f"--{key} needs a value{did_you_mean(key, known, '--{}')}",
-                    key=f"--{key}",
-                    cause=Cause.MISSING,
-                )
-            value = pending.pop(0)
-        if "." not in key:
-            # A looser cutoff than elsewhere: `key` is compared with dotted keys, which are longer.
-            near = difflib.get_close_matches(key, [*known, *known_keys()], n=1, cutoff=0.4)
-            hint = f"; did you mean --{near[0]}?" if near else ""
-            raise UserError(
-                f"unknown option --{key}: settings are --section.key value{hint}",
-                key=f"--{key}",
-                cause=Cause.UNKNOWN,
-            )
-        overrides[key] = _value(value)
-    return overrides
-
-
-def take_section(overrides: Mapping[str, Any], settings: type[T]) -> tuple[T, dict[str, Any]]:
-    """Return the settings of a verb that has sections of its own, and the other overrides.
-
-    Args:
-        overrides: dotted key → value.
-        settings: the model of these sections.
-
-    Raises:
-        UserError: naming every mistake.
-    """
-    tree: dict[str, Any] = {}
-    others = {}
-    for key, value in overrides.items():
-        if key.partition(".")[0] in settings.model_fields:
-            put(tree, key.split("."), value, key)
-        else:
-            others[key] = value
-    try:
-        return settings.model_validate(tree), others
-    except ValidationError as failure:
-        known = [key for key, _ in dotted_keys(settings)]
-        raise refusal(failure, settings, known) from None
-
-
 def _with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     for dotted, value in overrides.items():
         put(tree, dotted.split("."), value, dotted)
     return tree
-
-
-def _value(text: str) -> Any:
-    try:
-        value = parse_text(text) if text else ""
-    except yaml.YAMLError:
-        return text  # no YAML, such as a template
-    # `{problem}` is YAML, too: a mapping of a name to nothing, which no setting takes.
-    return text if value and isinstance(value, dict) and ":" not in text else value

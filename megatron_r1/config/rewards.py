@@ -45,6 +45,7 @@ class RewardsConfig(Section):
 
     @property
     def memory_bytes(self) -> int:
+        """The memory limit of a worker, in bytes."""
         return int(self.memory_gib * 1024**3)
 
     @field_validator("weights", mode="before")

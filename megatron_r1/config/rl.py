@@ -147,25 +147,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class RLConfig(Section):
-    """The estimator, its loss, and how a rollout is made and cut into updates."""
+    """The algorithm, and how a rollout is made and cut into updates."""
 
     preset: Literal["r1_zero", "grpo_v1"] = "r1_zero"
     """where the values come from that a recipe leaves out"""
     algorithm: str = Field(
         "grpo",
         # No docstring below, as all others have: the list of names is computed.
-        description="the policy-gradient estimator, with its own defaults for what recipe and "
+        description="the policy-gradient algorithm, with its own defaults for what recipe and "
         f"preset leave out: {', '.join(algorithms.NAMES)}, or your own as module:RULES. See "
         "docs/algorithms.md",
     )
     options: dict[str, algorithms.Option] = {}
     """settings of an algorithm of your own, by the names in its rules"""
     group_size: int = Field(16, ge=1)
-    """responses per question, G; 2 or more where a group is the baseline"""
+    """responses per prompt, G; 2 or more where a group is the baseline"""
     questions_per_rollout: int = Field(512, gt=0)
     """prompts drawn per rollout (P); 512 x 16 = the paper's 8192 responses"""
     kind_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
-    """how often questions of a kind are drawn, relative to the largest weight, which draws all in
+    """how often prompts of a kind are drawn, relative to the largest weight, which draws all in
     each epoch; kinds left out have 1: {helpful: 0} draws none of the kind, {helpful: 0.5} half"""
     minibatches: int = Field(16, gt=0)
     """optimizer steps per rollout, one inner epoch"""
@@ -209,10 +209,10 @@ class RLConfig(Section):
     gae_lambda: float = Field(1.0, ge=0, le=1)
     """lambda of ppo's generalized advantages"""
     overlong_buffer: float = Field(0.0, ge=0, le=1)
-    """share of max_response_tokens, at its end, over which a growing punishment is taken from the
+    """share of max_response_tokens, at its end, over which a growing penalty is taken from the
     reward (DAPO: 0.2); 0: none"""
     overlong_penalty: float = Field(1.0, ge=0)
-    """how large that punishment is at max_response_tokens (DAPO, eq. 13: 1)"""
+    """how large that penalty is at max_response_tokens (DAPO, eq. 13: 1)"""
     routing_replay: bool = False
     """train every token through the experts the engine chose for it; a mixture of experts only. See
     docs/routing_replay.md"""
@@ -223,7 +223,7 @@ class RLConfig(Section):
     """write every finished group down, so that a run that is killed does not sample it again; needs
     the disk of the steps since the oldest of the newest checkpoints (`checkpoint.keep`)"""
     keep_sample_log: Resumable[bool] = False
-    """keep it of every step, for `megatron-r1 compare`; --dry-run says how large it grows"""
+    """keep it of every step, for `megatron-r1 compare` and `why`; --dry-run says how large it is"""
 
     @model_validator(mode="before")
     @classmethod
@@ -316,7 +316,7 @@ class RLConfig(Section):
             max_response_tokens: the limit in the step's `rollout` section."""
         kl_in_reward = algorithms.find_rules(self.algorithm).kl_in_reward
         return LossSettings(
-            average=self.loss_average,
+            loss_average=self.loss_average,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             max_response_tokens=max_response_tokens,

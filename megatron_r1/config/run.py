@@ -24,7 +24,7 @@ class RunConfig(Section):
     """rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)"""
     trackers: Resumable[list[Literal["tensorboard", "wandb", "mlflow"]]] = ["tensorboard"]
     """where the run's figures are shown besides its own files; wandb and mlflow by their own
-    libraries and environment variables. See docs/first_day.md"""
+    libraries and environment variables. See docs/trackers.md"""
     project: Resumable[str] = "megatron-r1"
     """name of the project in W&B, of the experiment in MLflow"""
     log_samples: Resumable[int] = Field(8, ge=0)
@@ -41,7 +41,7 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
-    """The questions: a file or a task, their template, and the share held out."""
+    """The prompts: a file or a task, their template, and the share held out."""
 
     path: str | None = None
     """questions and truths: a .jsonl, .json, .csv or .parquet file, several as rows/*.jsonl, a
@@ -65,13 +65,13 @@ class DataConfig(Section):
     bad_rows: Literal["refuse", "leave_out"] = "refuse"
     """what becomes of rows whose question or truth cannot be used; leave_out: they are counted"""
     num_train: int | None = Field(None, gt=0)
-    """questions to train on; a task needs it"""
+    """prompts to train on; a task needs it"""
     num_heldout: int | None = Field(None, ge=0)
-    """questions kept out of training"""
+    """prompts kept out of training"""
     heldout_fraction: float = Field(0.1, ge=0, lt=1)
-    """share of all questions held out"""
+    """share of all prompts held out"""
     seed: int = 0
-    """seed that a task's questions are made with"""
+    """seed that a task's prompts are made with"""
     template: str = "r1_zero"
     """r1_zero, plain, chat, or a text with {problem}, and {system} for a system's message"""
 

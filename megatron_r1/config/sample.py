@@ -18,20 +18,20 @@ SERVED_JUDGE = "judge"
 
 
 class KeepConfig(Section):
-    """Which of a question's graded responses are kept."""
+    """Which of a prompt's graded responses are kept."""
 
     min_accuracy: float | None = Field(1.0, ge=0, le=1)
-    """least reward of the question's own kind; null: responses are not graded"""
+    """least reward of the prompt's own kind; null: responses are not graded"""
     min_reward: float | None = None
     """least weighted sum of rewards.weights; null: no limit"""
     per_prompt: int | None = Field(None, ge=1)
-    """responses kept of a question; null: all"""
+    """responses kept of a prompt; null: all"""
     choose: Literal["random", "shortest", "first", "best"] = "random"
     """which are kept of more than per_prompt; best: by reward"""
     min_pass_rate: float | None = Field(None, ge=0, le=1)
-    """questions that are right less often are left out"""
+    """prompts that are right less often are left out"""
     max_pass_rate: float | None = Field(None, ge=0, le=1)
-    """questions that are right more often are left out"""
+    """prompts that are right more often are left out"""
 
     @model_validator(mode="after")
     def _has_the_grades_it_needs(self) -> Self:
@@ -86,7 +86,7 @@ class PairsConfig(Section):
     """Preference pairs (arXiv 2501.12948 v2, section on the helpful reward model)."""
 
     per_prompt: int = Field(1, ge=1)
-    """pairs of a question, no response in two of them"""
+    """pairs of a prompt, no response in two of them"""
     margin: float = Field(0.5, ge=0, le=1)
     """share of votes won less share lost; with less, a near-tie"""
     votes: int = Field(4, ge=2)
@@ -113,7 +113,7 @@ class SampleConfig(Section):
     """Which responses `sample` draws and keeps, and what it writes of them."""
 
     samples: int = Field(4, ge=1)
-    """responses drawn for each question"""
+    """responses drawn for each prompt"""
     output: Output = "sft"
     """sft: kept responses; pairs: preferences; labels: safe or unsafe; answers: responses, graded
     only"""

@@ -1,6 +1,7 @@
-"""The base of every section of a recipe, and its mark of settings that a resumed run may change."""
+"""The base of every section of a recipe, its mark of settings that a resumed run may change, and
+settings by their dotted keys, with how two sets of them differ."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -50,3 +51,41 @@ def resumable_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from [f"{key}.{part}" for part in marks[0].within] or [key]
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from resumable_keys(field.annotation, f"{key}.")
+
+
+_ABSENT = object()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one mapping of dotted keys, in order; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ or that only one of both has, those of `after` first."""
+    return [
+        key
+        for key in dict.fromkeys([*after, *before])
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+
+
+def value_text(values: Mapping[str, Any], key: str, absent: str = "not set") -> str:
+    """Return the value of a key as a message quotes it, `absent` where there is none.
+
+    Args:
+        values: the values by dotted key.
+        key: the dotted key.
+        absent: the text for a key that is not there."""
+    return repr(values[key]) if key in values else absent
+
+
+def is_within(key: str, names: Collection[str]) -> bool:
+    """Return whether a dotted key is one of `names` or lies in a section or list that is."""
+    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)

@@ -86,12 +86,12 @@ WORDS = (
         "reward_model.ground_truth, ground_truth, label_key, answer_key, prompt_key, input_key, "
         "column names",
         "data.columns",
-        page="first_day.md",
+        page="init.md",
     ),
     _words(
         "system prompt, apply_chat_template, chat template, prompt_template, input_template",
         "data.template",
-        page="first_day.md",
+        page="init.md",
     ),
     _words(
         "answer extraction, boxed, last number, answer format, math_verify",
@@ -144,7 +144,7 @@ WORDS = (
         "overlong filtering, mask_truncated_completions, mask truncated, truncated responses",
         "rl.overlong_buffer rl.overlong_penalty",
         "responses that are cut off are trained on with their reward, and are not masked; "
-        "overlong_buffer punishes them softly",
+        "overlong_buffer penalizes them softly",
         "algorithms.md",
     ),
     _words("overlong_buffer, soft overlong punishment, length penalty", "rl.overlong_buffer",
@@ -263,7 +263,7 @@ def describe_words(rows: Sequence[Word]) -> str:
 
 
 def table() -> str:
-    """Return all rows as a table in Markdown, for docs/words.md."""
+    """Return all rows as a table in Markdown, for docs/keys.md."""
     lines = ["| elsewhere | here | |", "|---|---|---|"]
     for row in WORDS:
         page = f"[{row.page.removesuffix('.md')}]({row.page})" if row.page else ""

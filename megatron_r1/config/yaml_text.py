@@ -101,7 +101,11 @@ def parse_text(text: str) -> Any:
 
 
 def _parse(text: str, name: str) -> Any:
-    """Return the value of YAML. name: what stands in errors for the text's place."""
+    """Return the value of a YAML text.
+
+    Args:
+        text: the YAML.
+        name: what errors call the text's place."""
     try:
         loader = _Loader(text)
         loader.name = name

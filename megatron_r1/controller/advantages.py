@@ -27,7 +27,7 @@ def graded(rewards: list[float | None]) -> list[float]:
 
 
 def group_advantages(
-    rewards: list[float | None], *, divide_by: str = "group", epsilon: float = 1e-6
+    rewards: list[float | None], *, advantage_std: str = "group", epsilon: float = 1e-6
 ) -> list[float]:
     """Return the group-relative advantages of the G responses to one prompt; 0 for ungraded ones.
 
@@ -39,20 +39,20 @@ def group_advantages(
 
     Args:
         rewards: the rewards of the group; None: ungraded.
-        divide_by: "group" for the z-score (population standard deviation, the group's own root mean
-            square), "none" to leave the scale of the rewards (Dr. GRPO, arXiv 2503.20783, section
-            3.2).
+        advantage_std: what divides, as `rl.advantage_std`: "group" for the z-score (population
+            standard deviation, the group's own root mean square), "none" to leave the scale of the
+            rewards (Dr. GRPO, arXiv 2503.20783, section 3.2).
         epsilon: added to the deviation.
 
     Raises:
-        ValueError: as `graded`, and for another divide_by."""
-    if divide_by not in ("group", "none"):
-        raise ValueError(f"divide_by {divide_by!r}: use group or none")
+        ValueError: as `graded`, and for another advantage_std."""
+    if advantage_std not in ("group", "none"):
+        raise ValueError(f"advantage_std {advantage_std!r}: use group or none")
     known = graded(rewards)
     if are_equal(known):
         return [0.0] * len(rewards)
     mean = fmean(known)
-    scale = pstdev(known) + epsilon if divide_by == "group" else 1.0
+    scale = pstdev(known) + epsilon if advantage_std == "group" else 1.0
     return [0.0 if r is None else (r - mean) / scale for r in rewards]
 
 
@@ -84,21 +84,22 @@ def response_rewards(groups: list[list[float | None]], rl: RLConfig) -> list[lis
     return [[math.nan if r is None else r for r in rewards] for rewards in groups]
 
 
-def overlong_punishment(num_tokens: int, limit: int, buffer: float) -> float:
-    """Return the soft punishment of a response of `num_tokens` tokens.
+def overlong_penalty(num_tokens: int, limit: int, buffer: float, largest: float = 1.0) -> float:
+    """Return what is added to the reward of a response of `num_tokens` tokens, at most 0.
 
-    DAPO, arXiv 2503.14476, section 3.4, eq. 13:
+    DAPO's soft overlong punishment, arXiv 2503.14476, section 3.4, eq. 13, times `largest`:
 
         0                          up to L - B tokens
         ((L - B) - length) / B     from there to L, where it is -1
 
-    The reported reward leaves the punishment out. It grows gradually, because after a sudden drop
+    The reported reward leaves the penalty out. It grows gradually, because after a sudden drop
     at L the policy could not tell a response that is too long from a wrong one.
 
     Args:
         num_tokens: the response's length.
         limit: L, the longest response that may be sampled.
-        buffer: B as a share of L; 0 for no punishment."""
+        buffer: B as a share of L; 0 for no penalty.
+        largest: the penalty at L (`rl.overlong_penalty`)."""
     buffer_tokens = buffer * limit
     excess = num_tokens - (limit - buffer_tokens)
-    return -min(1.0, excess / buffer_tokens) if buffer_tokens and excess > 0 else 0.0
+    return -largest * min(1.0, excess / buffer_tokens) if buffer_tokens and excess > 0 else 0.0

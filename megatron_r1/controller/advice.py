@@ -43,7 +43,7 @@ def advice(rollout: Rollout, config: Config) -> dict[str, str]:
 
 def _nothing_right(groups: list[Group], config: Config) -> str:
     """Advise where no graded response is right, or so few that most groups have equal rewards."""
-    graded = [each for each in all_responses(groups) if ACCURACY not in each.ungraded]
+    graded = [each for each in all_responses(groups) if ACCURACY not in each.ungraded_terms]
     num_right = sum(each.rewards.get(ACCURACY, 1.0) > 0 for each in graded)
     num_equal = sum(group.has_equal_rewards for group in groups)
     is_rare = num_right <= FEW_RIGHT * len(graded) and num_equal >= MOST_EQUAL * len(groups)
@@ -55,7 +55,7 @@ def _nothing_right(groups: list[Group], config: Config) -> str:
     num_plain = sum(
         not any(form in each.text for form in (ANSWER, *BOXES))
         for each in all_responses(ours)
-        if each.episode is None and ACCURACY not in each.ungraded
+        if each.episode is None and ACCURACY not in each.ungraded_terms
     )
     if config.rewards.answer not in ("last", "auto") and 2 * num_plain > len(graded):
         return (
@@ -74,7 +74,7 @@ def _nothing_right(groups: list[Group], config: Config) -> str:
         examples = "Show one or two solved questions in agents.system"
     return (
         f"{sentence}. {examples}, as turns of the model's own chat format if it has one "
-        "(docs/first_day.md, worked examples); or check that data.template is what the model was "
+        "(docs/init.md, worked examples); or check that data.template is what the model was "
         "trained with, choose easier questions, or begin with `megatron-r1 sft`"
     )
 
@@ -125,8 +125,8 @@ def _doubled_start(groups: Sequence[Group]) -> str:
 
 
 def _mixed_languages(responses: Sequence[GradedResponse]) -> str:
-    shares = [each.rewards["language"] for each in responses if "language" in each.rewards]
-    if not shares or (mean := sum(shares) / len(shares)) >= LEAST_LANGUAGE:
+    fractions = [each.rewards["language"] for each in responses if "language" in each.rewards]
+    if not fractions or (mean := sum(fractions) / len(fractions)) >= LEAST_LANGUAGE:
         return ""
     return (
         f"{mean:.0%} of the words of the thoughts are in the target language, "

@@ -66,7 +66,7 @@ class CPUMemory:
         return self.weights + self.engine_weights + self.others
 
     @property
-    def room(self) -> int:
+    def largest_microbatch(self) -> int:
         """Tokens of a micro-batch that fit next to the fixed part."""
         return max(0, int(USED * self.free) - self.fixed) // self.per_token
 
@@ -80,7 +80,7 @@ class CPUMemory:
             UserError: the weights and a micro-batch alone need more than is free; `others` do not
                 count for that, because processes share parts of them."""
         most = min(DEFAULT_TOKENS, MOST_BYTES // self.per_token)
-        tokens = wanted or max(FEWEST_TOKENS, min(most, self.room))
+        tokens = wanted or max(FEWEST_TOKENS, min(most, self.largest_microbatch))
         if self.weights + self.engine_weights + tokens * self.per_token <= self.free:
             return tokens
         key = "parallel.processes"
@@ -88,9 +88,10 @@ class CPUMemory:
             "lower parallel.processes or rollout.engines, set checkpoint.asynchronous: false or "
             "parallel.recompute: full, or take a machine with more memory"
         )
-        if wanted and self.room >= FEWEST_TOKENS:
+        if wanted and self.largest_microbatch >= FEWEST_TOKENS:
             key = "parallel.tokens_per_microbatch"
-            remedy = f"leave parallel.tokens_per_microbatch out, or lower it to {self.room:,}"
+            most = self.largest_microbatch
+            remedy = f"leave parallel.tokens_per_microbatch out, or lower it to {most:,}"
         raise UserError(f"{self.describe(tokens)}: {remedy}", key=key, cause=Cause.TOO_LARGE)
 
     def describe(self, tokens: int) -> str:

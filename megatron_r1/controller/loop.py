@@ -3,14 +3,52 @@ reinforce the responses that are better than their group.
 
 One pass of `train` is one rollout: G responses to each of P prompts, their rewards and advantages,
 log-probabilities under the old policy and the reference, one epoch of mini-batch updates, and the
-new weights for the engines. `rl.algorithm` chooses the estimator of advantages and the loss
+new weights for the engines. `rl.algorithm` chooses how advantages and the loss are computed
 (`controller.algorithms`). Placement, resuming and reporting are in `controller.session` and do not
 show here.
 
     megatron-r1 rl examples/laptop/r1_zero.yaml
 
-An update goes from `passes.update_policy` to `trainer.trainer.Trainer.update`, the loss of the
-algorithm (`controller.algorithms.grpo.loss`), and `r1_kernels.linear_policy_loss`."""
+goes through `commands/cli.py` and `commands/rl.py` to `train`. From there the mathematics is in
+these files, in the order in which `rl.algorithm: grpo` calls them:
+
+ 1. The reward of a response: the weighted sum of its terms, less a penalty of its length.
+        r1_grading/terms.py                     combine
+        controller/advantages.py                overlong_penalty
+ 2. Its advantage within the group.
+        controller/algorithms/grpo.py           advantages
+        controller/advantages.py                group_advantages
+ 3. Log-probabilities under π_old and π_ref.
+        controller/trainer_passes.py            TrainerPasses.compute_logprobs
+        trainer/trainer.py                      Trainer.compute_logprobs
+        trainer/batch.py                        Head.logprobs
+        r1_kernels/token_logprobs.py            linear_token_logprobs
+ 4. An update: forward and backward over the micro-batches of a mini-batch.
+        controller/trainer_passes.py            TrainerPasses.update_policy
+        trainer/trainer.py                      Trainer.update
+        trainer/passes.py                       optimizer_step
+        trainer/passes.py                       run_passes
+ 5. The loss of a micro-batch, and the weight of a token in it: 1 / |o_i|.
+        controller/algorithms/grpo.py           loss
+        trainer/losses.py                       token_weights
+ 6. Ratio, clip and KL of a token (formulae in `r1_kernels/policy_terms.py`; on a GPU Triton).
+        trainer/batch.py                        Head.policy_loss
+        r1_kernels/linear_policy_loss.py        linear_policy_loss
+        r1_kernels/primitives/policy_torch.py   policy_terms
+ 7. Normalization of the loss: Megatron-Core's `finalize_model_grads` divides the gradients, summed
+    over micro-batches and ranks, by the sum of these denominators.
+        trainer/losses.py                       denominator
+ 8. The optimizer's step: `optimizer.step()`, Megatron-Core's, in `optimizer_step` of 4.
+ 9. The reference is replaced by the policy, when that is due.
+        trainer/reference.py                    Reference.refresh
+10. The push of the new weights.
+        controller/policy_engines.py            PolicyEngines.push
+        controller/push/pusher.py               WeightPusher.push
+        push/sender.py                          WeightSender.send
+        engines/plugin/backend.py               PushTransferEngine.receive_weights
+
+Algorithms that have them add a critic's values before 3 (`trainer/critic.py`), and an advantage per
+token after it (`trainer/token_advantages.py`)."""
 
 import asyncio
 import random
@@ -18,9 +56,8 @@ from itertools import chain, islice
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import Config
-from megatron_r1.controller.advantages import overlong_punishment
-from megatron_r1.controller.rollouts.rollout import GradedResponse
-from megatron_r1.controller.rollouts.training_samples import training_samples
+from megatron_r1.controller.advantages import overlong_penalty
+from megatron_r1.controller.rollouts.rollout import GradedResponse, training_samples
 from megatron_r1.controller.session import Session
 from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.training_sample import Sample
@@ -53,7 +90,7 @@ async def train(session: Session) -> None:
                     await update(passes, config, index, session.step)
                     for index in range(config.rl.minibatches)
                 ]
-                metrics |= await passes.compare_with_engines()  # with π_old, known only now
+                metrics |= await passes.measure_logprob_diff()  # with π_old, known only now
                 await passes.refresh_reference_if_due(config)
             with session.phase("push"):
                 await engines.push(session.step)
@@ -62,7 +99,16 @@ async def train(session: Session) -> None:
 
 async def update(passes: TrainerPasses, config: Config, index: int, step: int) -> dict[str, float]:
     """Take one optimizer step on mini-batch `index`: the critic's, where there is one, and the
-    policy's, once the critic is warm."""
+    policy's, once the critic is warm.
+
+    Args:
+        passes: the passes of the run's algorithm.
+        config: the settings of this step.
+        index: number of the loaded mini-batch, from 0.
+        step: the training step, from 1; the critic is warm after `critic.warmup_steps`.
+
+    Returns:
+        The metrics of the steps taken."""
     if not passes.algorithm.rules.critic:
         return await passes.update_policy(config, index)
     metrics = await passes.update_critic(config, index, step)
@@ -72,13 +118,13 @@ async def update(passes: TrainerPasses, config: Config, index: int, step: int) -
 
 
 def training_reward(graded: GradedResponse, config: Config) -> float | None:
-    """Return the reward that a response is trained on, with the punishment of its length if
+    """Return the reward that a response is trained on, with the penalty of its length if
     `rl.overlong_buffer` sets one; None where it could not be graded."""
     if not graded.is_graded:
         return None
     num_tokens, limit = len(graded.response.token_ids), config.rollout.max_response_tokens
-    punishment = overlong_punishment(num_tokens, limit, config.rl.overlong_buffer)
-    return graded.reward + config.rl.overlong_penalty * punishment
+    buffer, largest = config.rl.overlong_buffer, config.rl.overlong_penalty
+    return graded.reward + overlong_penalty(num_tokens, limit, buffer, largest)
 
 
 def minibatches(samples_by_response: list[list[Sample]], count: int) -> list[list[Sample]]:

@@ -26,7 +26,7 @@ class PolicyEngines:
     def __init__(self, trainer: TrainerClient, pusher: WeightPusher, sampler: StepSampler):
         self.trainer, self.pusher, self.sampler = trainer, pusher, sampler
         self._rollout_config = sampler.config.rollout
-        self._taken: StepRollout | None = None
+        self._step_rollout: StepRollout | None = None
         self._have_no_weights = False
         self._acceptance = AcceptanceMeter()
         self._push_metrics: dict[str, float] = {}
@@ -34,11 +34,11 @@ class PolicyEngines:
         """Of the push before, whose weights the step's rollout is sampled from."""
         self._draft_metrics: dict[str, float] = {}
 
-    async def open(self, version: int) -> None:
+    async def open(self, policy_version: int) -> None:
         """Connect trainer and engines, and push the weights that the trainer begins with."""
         async with self.updating():
             await self.pusher.open()
-            await self.push(version)
+            await self.push(policy_version)
 
     def updating(self) -> AbstractAsyncContextManager[None]:
         """Keep engines from joining while the block changes the trainer's weights and pushes them:
@@ -52,25 +52,25 @@ class PolicyEngines:
                 await self.push(step - 1)
         self.sampler.begin(step)
         await self.await_probes()  # while they sample
-        self._taken = await self.sampler.rollout(step)
+        self._step_rollout = await self.sampler.rollout(step)
         if self._rollout_config.speculative.method != "none":
             self._draft_metrics = await self._acceptance.read(self.sampler.collector.fleet.engines)
-        return self._taken.rollout
+        return self._step_rollout.rollout
 
-    async def push(self, version: int) -> None:
-        """Send the trainer's weights to every engine, as `version`; what these compute counts once
-        `await_probes` has returned. Call it in a block of `updating`."""
+    async def push(self, policy_version: int) -> None:
+        """Send the trainer's weights to every engine, as `policy_version`; what these compute
+        counts once `await_probes` has returned. Call it in a block of `updating`."""
         if self._rollout_config.colocated:
-            await self.trainer.call(ModelOperations.yield_memory, parameters=False)
-        self._push_metrics = await self.pusher.push(version)
+            await self.trainer.call(ModelOperations.free_memory, parameters=False)
+        self._push_metrics = await self.pusher.push(policy_version)
         self._have_no_weights = False
-        self.sampler.pushed(version)
+        self.sampler.start_ahead(policy_version)
 
     @contextlib.asynccontextmanager
     async def with_trainer(self) -> AsyncIterator[None]:
         """Let the trainer use its weights in the block, between two rollouts. Engines that have
         their memory sleep from then on, and get the weights again before the next rollout."""
-        if self.pusher.lends:
+        if self.pusher.offloads:
             self._have_no_weights = True
             await self.sampler.collector.fleet.sleep()
         yield
@@ -82,10 +82,10 @@ class PolicyEngines:
         self.sampler.probes_passed()
 
     @property
-    def taken(self) -> StepRollout:
+    def step_rollout(self) -> StepRollout:
         """The newest step's rollout, with the state of the sampler after it."""
-        assert self._taken is not None, "rollout() comes first"
-        return self._taken
+        assert self._step_rollout is not None, "rollout() comes first"
+        return self._step_rollout
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers of engines and pushes."""

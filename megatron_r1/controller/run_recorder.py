@@ -13,8 +13,7 @@ from megatron_r1.controller.checkpoint_series import CheckpointSeries
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.trackers.tensorboard import TensorBoardLog
-from megatron_r1.reporting.trackers.tracked_run import TrackedRun
+from megatron_r1.reporting.trackers.services import TensorBoardLog, TrackedRun
 from megatron_r1.reporting.trackers.tracker_set import TrackerSet, check_trackers
 from megatron_r1.reporting.wording import shown_metrics
 from megatron_r1.trainer.checkpoints import finding
@@ -157,6 +156,7 @@ class RunRecorder:
         await self.checkpoints.save(trainer, self.state.step, asdict(self.state))
 
     def close(self, outcome: str = "finished") -> None:
+        """Close the trackers and the live view, with the word for how the run ended."""
         if self._tensorboard:
             self._tensorboard.close()
         self._trackers.close(self.state.step >= self._last_step)
@@ -200,8 +200,11 @@ def _keep_finished_steps(folder: RunFolder, config: Config) -> None:
 def _continuation(config: Config, kept: int, recorded: int, steps_before: int | None) -> str:
     """Return a line that says what of a run is kept, what is done again, and why.
 
-    kept: the step of the checkpoint that the run continues from, 0 without one. recorded: the last
-    step that was finished. steps_before: `run.steps` until now."""
+    Args:
+        config: the recipe, which may have changed.
+        kept: the step of the checkpoint that the run continues from, 0 without one.
+        recorded: the last step that was finished.
+        steps_before: `run.steps` until now."""
     steps, every = config.run.steps, config.checkpoint.every
     parts = [f"continuing after step {kept}"]
     if kept:

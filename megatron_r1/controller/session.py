@@ -1,26 +1,88 @@
-"""One RL run around the algorithm: its begin, steps and end, and what a step takes."""
+"""One RL run around the algorithm: its begin, steps and end, what a step takes, and what is kept
+across restarts."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
-from r1_grading.pool import RewardMeter
+from r1_grading.pool import LEVELS, RewardMeter
 
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.config import Config
 from megatron_r1.controller.advice import FIRST_STEPS, advice
-from megatron_r1.controller.checkpointing import Checkpointing
 from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.metrics import mean_of_updates, rollout_metrics, sample_records
 from megatron_r1.controller.rollouts.rollout import Rollout
+from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunRecorder
+from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.controller.trainer_passes import TrainerPasses
+from megatron_r1.trainer.checkpoints.finding import complete_checkpoints, step_of
+from megatron_r1.trainer.operations import ModelOperations
+
+
+class Checkpointing:
+    """What of a run is kept across restarts, in checkpoints and in the sample log: the trainer's
+    state, the position in the prompts, and the counts of rewards.
+
+    `resume` comes first.
+
+    Args:
+        recorder: has the run's folder, its state and its series of checkpoints.
+        trainer: saves and loads what its ranks hold.
+        sampler: has the position in the prompts, and the sample log."""
+
+    def __init__(self, recorder: RunRecorder, trainer: TrainerClient, sampler: StepSampler):
+        self.recorder, self.trainer, self.sampler = recorder, trainer, sampler
+        self._rewards_before: Counter[str] = Counter()
+
+    async def resume(self, uses_reference: bool) -> None:
+        """Load the newest checkpoint into the trainer, and its state into the sampler; without one,
+        keep the first policy as the reference, where the run has one."""
+        state, view = self.recorder.state, self.recorder.view
+        if self.recorder.resumed:
+            view.phase("loading checkpoint")
+            await self.recorder.load(self.trainer, reference=uses_reference)
+            counts = ", ".join(f"{n:,} {name}" for name, n in state.rewards.items() if n) or "none"
+            view.message(f"calls of rewards so far, one for each response and term: {counts}")
+            self.sampler.prompts.load_state_dict(state.sampler)
+        elif uses_reference:
+            await self.trainer.call(ModelOperations.refresh_reference)
+        # The pool may be older than the session: its counts until now are not of this session.
+        self._rewards_before = Counter(state.rewards)
+        self._rewards_before.subtract(self._num_rewards())
+
+    async def save(self, step: int, sampler_state: dict[str, Any]) -> None:
+        """Start a checkpoint after `step`.
+
+        Args:
+            step: the training step.
+            sampler_state: the position in the prompts after that step."""
+        state = self.recorder.state
+        state.step, state.sampler = step, sampler_state
+        state.rewards = dict(self._rewards_before + Counter(self._num_rewards()))
+        await self.recorder.save(self.trainer)
+
+    async def prune_samples(self, keep: int) -> None:
+        """Delete the samples of steps before the newest checkpoints, which are not repeated.
+
+        Args:
+            keep: how many of the newest checkpoints count."""
+        newest = complete_checkpoints(self.recorder.folder.checkpoints)[-keep:]
+        if self.sampler.log and newest:
+            await self.sampler.log.prune(step_of(newest[0]))
+
+    def _num_rewards(self) -> dict[str, int]:
+        snapshot = self.sampler.collector.pool.snapshot()
+        return {name: n for name, n in snapshot.items() if name not in LEVELS}
 
 
 class Session:
@@ -101,14 +163,14 @@ class Session:
             metrics: the metrics of the trainer's passes over the whole rollout.
             updates: the metrics of each mini-batch."""
         # In a thread: 8,192 long responses take 0.3 s.
-        means = await asyncio.to_thread(rollout_metrics, rollout, version=self.step - 1)
+        means = await asyncio.to_thread(rollout_metrics, rollout, policy_version=self.step - 1)
         line = {"step": self.step, "optimizer_step": self.recorder.state.optimizer_step, **means}
         line |= self.engines.metrics()
         line["trainer/restarts"] = self.passes.trainer.num_restarts
         line |= self._meter.metrics() | metrics | mean_of_updates(updates)
         line |= self._meter.times(rollout)
         line["tokens_per_second"] = line.pop("response_tokens") / line["time/step"]
-        line["groups/replayed"] = self.engines.taken.num_recalled
+        line["groups/replayed"] = self.engines.step_rollout.num_replayed
         line |= await self.recorder.checkpoints.completed(self.passes.trainer)
         if not self.config.rl.keep_sample_log:
             await self.checkpointing.prune_samples(self.config.checkpoint.keep)
@@ -130,7 +192,7 @@ class Session:
         passed."""
         await self.engines.await_probes()
         async with self.engines.with_trainer():
-            await self.checkpointing.save(self.step, self.engines.taken.prompts_after)
+            await self.checkpointing.save(self.step, self.engines.step_rollout.prompts_after)
 
 
 class StepMeter:

@@ -4,7 +4,7 @@ samples that they are over: one a response, or one a branch of an episode."""
 from functools import cached_property
 
 from megatron_r1.config import Config
-from megatron_r1.config.learning_rate import learning_rate
+from megatron_r1.config.training import learning_rate
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
@@ -13,14 +13,14 @@ from megatron_r1.trainer.training_sample import Sample
 
 
 class TrainerPasses:
-    """Runs the passes of `rl.algorithm` on the trainer; each returns metrics.
+    """Runs the passes of `rl.algorithm` on the trainer; each takes the settings of its step, which
+    `rl.schedule` may have changed from the run's, and returns metrics.
 
     The samples stay with the trainer, from `load` to the next `load`.
 
     Attributes:
         state: counts the policy's updates.
-        run_config: the run's settings. Every pass also takes `config`, those of its step, which
-            `rl.schedule` may have changed."""
+        run_config: the run's settings, the same in every step."""
 
     def __init__(self, config: Config, trainer: TrainerClient, state: RunState):
         self.run_config, self.trainer, self.state = config, trainer, state
@@ -58,9 +58,9 @@ class TrainerPasses:
                 settings=config.rl.token_settings,
             )
 
-    async def compare_with_engines(self) -> dict[str, float]:
+    async def measure_logprob_diff(self) -> dict[str, float]:
         """Compare the engines' log-probabilities with those under π_old."""
-        return await self.trainer.call(ModelOperations.compare_with_engines)
+        return await self.trainer.call(ModelOperations.measure_logprob_diff)
 
     async def update_policy(self, config: Config, index: int) -> dict[str, float]:
         """Take one optimizer step of the policy on mini-batch `index`."""
@@ -95,4 +95,4 @@ class TrainerPasses:
         if not (self.uses_reference and every and done):  # 0: only a critic has been updated yet
             return
         if done // every > (done - rl.minibatches) // every:
-            await self.trainer.call(ModelOperations.keep_reference)
+            await self.trainer.call(ModelOperations.refresh_reference)

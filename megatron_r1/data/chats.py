@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from r1_grading.base.stored_values import decoded
+from r1_grading.base.values import decoded
 
 Message = dict[str, Any]
 ROLES = {

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.stored_values import decoded
+from r1_grading.base.values import decoded
 from r1_grading.rewards import WITHOUT_TRUTH, resolve
 from r1_grading.truths import is_none, reward_kind
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.chats import is_chat, read_question
-from megatron_r1.data.records import ABSENT, as_mapping, entry
+from megatron_r1.data.renamed_rows import ABSENT, as_mapping, entry
 
 QUESTION_NAMES = (
     *("question", "problem", "prompt", "question_content", "problem_description", "query"),
@@ -221,8 +221,17 @@ def _find(
     other: str | None,
 ) -> tuple[str | None, str]:
     """Return (column, reason): by its name; else, of two columns, the one that is left, where
-    questions are longer than truths. other: the column that is already taken. Raises UserError
-    where one of a usual name has rows without a value."""
+    questions are longer than truths.
+
+    Args:
+        source: the data set, for errors.
+        names: the usual names of the column.
+        rows: rows of the data set.
+        fits: whether a value is of the column's kind.
+        other: the column that is already taken; None: none is.
+
+    Raises:
+        UserError: a column of a usual name has rows without a value."""
     fitting = _fitting_columns(rows, fits, other)
     for usual in names:
         for column in fitting:

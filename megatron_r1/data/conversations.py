@@ -115,7 +115,11 @@ class ExampleText:
     def _conversation(
         self, example: SftExample, messages: list[Message]
     ) -> tuple[list[int], list[bool]]:
-        """Return `encode` of a conversation. messages: as the template is given them."""
+        """Return `encode` of a conversation.
+
+        Args:
+            example: the example that it belongs to.
+            messages: the messages as the template gets them."""
         text = self._render(example, messages)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]

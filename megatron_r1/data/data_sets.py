@@ -44,7 +44,11 @@ class SplitName:
 
 
 def parse_name(path: str, role: str = "data.path") -> tuple[str, str | None, str | None]:
-    """Return (name, config, split) of `hub:NAME[:CONFIG][:SPLIT]` or of a folder."""
+    """Return (name, config, split) of `hub:NAME[:CONFIG][:SPLIT]` or of a folder.
+
+    Raises:
+        UserError: nothing that could be a name follows `hub:`.
+    """
     if not path.startswith(HUB):
         return path, None, None
     match = NAME.fullmatch(path.removeprefix(HUB))
@@ -111,7 +115,15 @@ def _choose(
     split: str | None,
     role: str,
 ) -> tuple[list[str], SplitName]:
-    """Return the files of a split, and the split. names: of all files of the data set."""
+    """Return the files of a split, and the split.
+
+    Args:
+        path: the data set, for errors.
+        names: all files of the data set.
+        readme: the text of its README, whose header may name files.
+        config: the configuration to read; None: the default or only one.
+        split: the split to read, which may be a part of one; None: train or the only one.
+        role: the setting that names the data set, for errors."""
     data = [name for name in names if _is_data(name)]
     configs = _described(readme, data) or _named(data)
     if not configs:

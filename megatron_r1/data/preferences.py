@@ -13,7 +13,7 @@ from r1_grading.reading import Part, chat_messages, fill_template, prepare_texts
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message, is_chat, read_chat, read_transcript
-from megatron_r1.data.records import Record, read_records, require_text
+from megatron_r1.data.renamed_rows import RenamedRow, read_renamed_rows, require_text
 from megatron_r1.data.tokenizer import load_tokenizer
 
 Kind = Literal["pairwise", "pointwise"]
@@ -36,7 +36,7 @@ class Preference:
     location: str
 
 
-def kind_of_rows(rows: Sequence[Record]) -> Kind | None:
+def kind_of_rows(rows: Sequence[RenamedRow]) -> Kind | None:
     """Return what rows are: pairs, labelled responses, or None for neither."""
     if all(row.get("chosen") and row.get("rejected") for row in rows):
         return "pairwise"
@@ -53,7 +53,7 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
     transcripts, of one question.
 
     Raises UserError with file and line for a bad row."""
-    for location, row in read_records(path):
+    for location, row in read_renamed_rows(path):
         named = next((name for name in RESPONSES if name in row), RESPONSES[0])
         names = ("chosen", "rejected") if kind == "pairwise" else (named,)
         row = _of_chats(location, row, names)
@@ -79,9 +79,16 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
         yield Preference(question, responses, labels, opened, location)
 
 
-def _of_chats(location: str, row: Record, names: Sequence[str]) -> Record:
-    """Return the row with question and responses as text, where some of them are chats. names: of
-    the responses. Raises UserError for responses to different questions, and for several turns."""
+def _of_chats(location: str, row: RenamedRow, names: Sequence[str]) -> RenamedRow:
+    """Return the row with question and responses as text, where some of them are chats.
+
+    Args:
+        location: the row's place, for errors.
+        row: the fields of the row.
+        names: the fields that are responses.
+
+    Raises:
+        UserError: responses to different questions, or several turns."""
     given = next((row[name] for name in (*QUESTIONS, "conversations") if row.get(name)), None)
     asked, chats = _chat(given), [_chat(row.get(name)) for name in names]
     if asked is None and not any(chats):
@@ -123,7 +130,7 @@ def _is_label(label: Any) -> bool:
     return isinstance(label, int | float) and label in (0, 1)  # booleans are integers
 
 
-def _label(location: str, row: Record) -> float:
+def _label(location: str, row: RenamedRow) -> float:
     label: Any = row.get("label")
     if _is_label(label):
         return float(label)

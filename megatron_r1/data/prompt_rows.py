@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.stored_values import decoded
+from r1_grading.base.values import decoded
 from r1_grading.rewards import ENVIRONMENT, REGISTRY, WITHOUT_TRUTH, resolve
 from r1_grading.truths import CHECKS, COMPARED, check_truth, is_none, is_unanswered, reward_kind
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message, read_question, read_system_prompt
 from megatron_r1.data.columns import columns_by_name
-from megatron_r1.data.data_report import DataReport
-from megatron_r1.data.records import (
+from megatron_r1.data.renamed_rows import (
     ABSENT,
-    Record,
+    DataReport,
+    RenamedRow,
     entry,
     missing,
-    read_records,
+    read_renamed_rows,
     rename,
     require_text,
 )
@@ -204,7 +204,7 @@ class RowReading:
         """Yield the prompts of a file or data set; `report` counts its rows. Raises UserError."""
         names = ("question", "truth", "kind")
         row_filter = RowFilter(self.where, report)
-        rows = read_records(path, self.columns, names, role, row_filter.keeps)
+        rows = read_renamed_rows(path, self.columns, names, role, row_filter.keeps)
         first = list(itertools.islice(rows, FIRST_ROWS))
         needs_truth = self.kind not in WITHOUT_TRUTH
         mapped = self.columns if self.kind is None or self.kind in REGISTRY else ("question",)
@@ -223,7 +223,7 @@ class RowReading:
                 yield prompt
         row_filter.finish()
 
-    def _prompt(self, location: str, row: Record, report: DataReport) -> Prompt | None:
+    def _prompt(self, location: str, row: RenamedRow, report: DataReport) -> Prompt | None:
         """Return the prompt of a row, None for one that is left out for want of a truth."""
         row = self._renamed(row, report.columns)
         before, question = parse_question(location, row)
@@ -256,7 +256,7 @@ class RowReading:
         prompt = Prompt("", question, kind, truth, fields, location, before)
         return replace(prompt, id=digest(identity(prompt, self.kind)).hex()[:16])
 
-    def _renamed(self, row: Record, found: Mapping[str, str]) -> Record:
+    def _renamed(self, row: RenamedRow, found: Mapping[str, str]) -> RenamedRow:
         """Return the row with the columns that were found by their names. A reward of the user's
         own gets them under both names."""
         values = {ours: entry(row, theirs) for ours, theirs in found.items()}
@@ -270,7 +270,7 @@ def _is_solution(truth: Any) -> bool:
     return isinstance(truth, str) and is_unanswered(truth)
 
 
-def parse_question(location: str, row: Record) -> tuple[list[Message], str]:
+def parse_question(location: str, row: RenamedRow) -> tuple[list[Message], str]:
     """Return the messages before the question, and the question. Raises UserError.
 
     Args:

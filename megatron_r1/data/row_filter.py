@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.data.data_report import DataReport
-from megatron_r1.data.records import ABSENT, Record, entry
+from megatron_r1.data.renamed_rows import ABSENT, DataReport, RenamedRow, entry
 
 CONDITION_KEYS = ("min", "max", "not", "or")
 TRUE, FALSE = ("true", "yes"), ("false", "no")
@@ -19,8 +18,14 @@ Conditions = Mapping[str, Any]
 
 
 def _check_conditions(where: Conditions, key: str = "data.where") -> None:
-    """Raise UserError for a condition with an unknown key, a limit that is no number, or without
-    any limit. key: the setting, for errors."""
+    """Check the conditions on rows before any row is read.
+
+    Args:
+        where: the conditions.
+        key: the setting that has them, for errors.
+
+    Raises:
+        UserError: a condition with an unknown key, a limit that is not a number, or no limit."""
     for column, condition in where.items():
         if not isinstance(condition, Mapping):
             continue
@@ -65,7 +70,7 @@ class RowFilter:
         self._where, self._report, self._key = where, report, key
         self._unseen, self._known = set(where), dict[str, None]()
 
-    def keeps(self, location: str, row: Record) -> bool:
+    def keeps(self, location: str, row: RenamedRow) -> bool:
         """Return whether a row, with the columns of the file, meets all conditions. A column that
         it lacks is null."""
         self._report.num_read += 1

@@ -82,6 +82,7 @@ class PromptSampler(EpochSampler[Prompt]):
     """Draws prompts; a state is refused after a question, a truth or a kind has changed."""
 
     def key(self, item: Prompt) -> str:
+        """Return what tells one prompt from others: id, kind and truth."""
         return f"{item.id}{item.kind}{item.truth}"
 
     def next_by_kind(self, n: int, weights: Mapping[str, float]) -> list[Prompt]:
@@ -94,17 +95,17 @@ class PromptSampler(EpochSampler[Prompt]):
             n: prompts.
             weights: by kind.
         """
-        shares = draw_shares(self.items, weights)
+        fractions = drawn_fractions(self.items, weights)
         drawn: list[Prompt] = []
         while len(drawn) < n:
             [prompt] = self.next(1)
             number = random.Random(f"{self.seed}/{self.epoch}/{prompt.id}").random()
-            if number < shares[prompt.kind]:
+            if number < fractions[prompt.kind]:
                 drawn.append(prompt)
         return drawn
 
 
-def draw_shares(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> dict[str, float]:
+def drawn_fractions(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> dict[str, float]:
     """Return kind → the share of its prompts that an epoch draws (`rl.kind_weights`); the largest
     is 1.
 

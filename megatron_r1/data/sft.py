@@ -8,15 +8,23 @@
 | `{instruction, input, output}` (Alpaca) | a conversation of two messages |
 | `{query, answers, tools}` (xlam) | a conversation; the answer is its calls |
 | `{question or problem, response, solution or answer}` | a conversation of two messages |
-| `{text}` | text without a prompt, learned from its second token on |"""
+| `{text}` | text without a prompt, learned from its second token on |
 
+DeepSeek-R1's last supervised stage mixes 600k examples of reasoning and 200k others, for two
+epochs (arXiv 2501.12948): `load_mixture` mixes several files, each with its count, repeats or
+share."""
+
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config.sft import MixturePart
 from megatron_r1.data.chats import (
     Message,
     read_chat,
@@ -25,8 +33,7 @@ from megatron_r1.data.chats import (
     read_transcript,
     tool_calls,
 )
-from megatron_r1.data.data_report import DataReport
-from megatron_r1.data.records import Record, read_records, require_text
+from megatron_r1.data.renamed_rows import DataReport, RenamedRow, read_renamed_rows, require_text
 from megatron_r1.data.row_filter import Conditions, RowFilter
 from megatron_r1.data.sampler import EpochSampler
 
@@ -70,13 +77,13 @@ def load_examples(
     where: Conditions | None = None,
     report: DataReport | None = None,
 ) -> list[SftExample]:
-    """Return the examples of a file or data set (`records.read_records`), one a row, in the forms
+    """Return the examples of a file or data set (`read_renamed_rows`), one a row, in the forms
     of this module.
 
     Args:
         path: a file or data set.
         columns: our name → the file's.
-        where: conditions that rows must meet (`records.RowFilter`).
+        where: conditions that rows must meet (`row_filter.RowFilter`).
         report: counts the rows.
 
     Raises:
@@ -87,7 +94,7 @@ def load_examples(
     names = ("prompt", "response")
     examples = [
         read_example(location, row, report)
-        for location, row in read_records(path, columns, names, "sft.data", row_filter.keeps)
+        for location, row in read_renamed_rows(path, columns, names, "sft.data", row_filter.keeps)
     ]
     row_filter.finish()
     if not examples:
@@ -99,7 +106,7 @@ def load_examples(
     return examples
 
 
-def read_example(location: str, row: Record, report: DataReport | None = None) -> SftExample:
+def read_example(location: str, row: RenamedRow, report: DataReport | None = None) -> SftExample:
     """Return the example of a row. Raises UserError for a row of no known form."""
     for form, read in FORMS:
         try:
@@ -118,7 +125,7 @@ def read_example(location: str, row: Record, report: DataReport | None = None) -
     return SftExample(prompt, response, location=location)
 
 
-def find_form(row: Record) -> str | None:
+def find_form(row: RenamedRow) -> str | None:
     """Return which form of `FORMS` a row has; None for none, and for one that is malformed."""
     try:
         return next((form for form, read in FORMS if read(row) is not None), None)
@@ -130,6 +137,7 @@ class ExampleSampler(EpochSampler[SftExample]):
     """Draws examples; a state is refused after an example has changed."""
 
     def key(self, item: SftExample) -> str:
+        """Return what tells one example from others: its messages, or prompt and response."""
         if item.messages:
             return json.dumps([item.messages, item.learned_from, item.tools], sort_keys=True)
         return f"{item.prompt}\0{item.response}"
@@ -139,7 +147,7 @@ Parts = tuple[str, str, list[Message], int, list[Any] | None]
 """The fields of an example."""
 
 
-def _texts(row: Record) -> Parts | None:
+def _texts(row: RenamedRow) -> Parts | None:
     """Read {prompt, response} and {prompt, completion} as text."""
     response = row.get("response") or row.get("completion")
     if not isinstance(row.get("prompt"), str) or not isinstance(response, str):
@@ -149,7 +157,7 @@ def _texts(row: Record) -> Parts | None:
     return row["prompt"], response, [], 0, None
 
 
-def _prompt_and_completion(row: Record) -> Parts | None:
+def _prompt_and_completion(row: RenamedRow) -> Parts | None:
     """Read {prompt or input, completion} as lists of messages; a text next to a list is one
     message."""
     given = row["prompt"] if row.get("prompt") is not None else row.get("input")
@@ -166,7 +174,7 @@ def _prompt_and_completion(row: Record) -> Parts | None:
     return _conversation([*before, *after], len(before), row)
 
 
-def _chat(row: Record) -> Parts | None:
+def _chat(row: RenamedRow) -> Parts | None:
     """Read a conversation, of the first column of `CHATS` that has one."""
     for name in CHATS:
         messages = read_chat(row.get(name)) or read_transcript(row.get(name))
@@ -175,7 +183,7 @@ def _chat(row: Record) -> Parts | None:
     return None
 
 
-def _alpaca(row: Record) -> Parts | None:
+def _alpaca(row: RenamedRow) -> Parts | None:
     instruction, output = row.get("instruction"), row.get("output") or row.get("response")
     if not isinstance(instruction, str) or not isinstance(output, str) or not output.strip():
         return None
@@ -184,14 +192,14 @@ def _alpaca(row: Record) -> Parts | None:
     return _question_parts(instruction + more, output, row)
 
 
-def _calls(row: Record) -> Parts | None:
+def _calls(row: RenamedRow) -> Parts | None:
     if not isinstance(row.get("query"), str) or not row.get("tools") or not row.get("answers"):
         return None
     answer = {"role": "assistant", "content": "", "tool_calls": tool_calls(row["answers"])}
     return _conversation([{"role": "user", "content": row["query"]}, answer], 0, row)
 
 
-def _question_and_response(row: Record) -> Parts | None:
+def _question_and_response(row: RenamedRow) -> Parts | None:
     question = next((row[n] for n in QUESTIONS if isinstance(row.get(n), str)), None)
     response = next((row[n] for n in RESPONSES if isinstance(row.get(n), str)), None)
     if not question or not response or ("prompt" in row and "response" in row):
@@ -201,7 +209,7 @@ def _question_and_response(row: Record) -> Parts | None:
     return _question_parts(question, response, row)
 
 
-def _text(row: Record) -> Parts | None:
+def _text(row: RenamedRow) -> Parts | None:
     text = row.get("text")
     if not isinstance(text, str) or not text.strip() or "prompt" in row:
         return None
@@ -214,12 +222,12 @@ def is_learned(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
-def _question_parts(question: str, response: str, row: Record) -> Parts:
+def _question_parts(question: str, response: str, row: RenamedRow) -> Parts:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     return _conversation(turns, 0, row)
 
 
-def _conversation(messages: list[Message], learned_from: int, row: Record) -> Parts:
+def _conversation(messages: list[Message], learned_from: int, row: RenamedRow) -> Parts:
     """Return the example of a conversation, with the row's system prompt where the messages have
     none. Raises ValueError where nothing is learned."""
     system = read_system_prompt(row)
@@ -242,7 +250,7 @@ ALWAYS_LEARNED = (
     "instruction, input and output",
 )
 """Forms whose rows are examples, whatever else they have."""
-FORMS: tuple[tuple[str, Callable[[Record], Parts | None]], ...] = (
+FORMS: tuple[tuple[str, Callable[[RenamedRow], Parts | None]], ...] = (
     ("prompt and response as text", _texts),
     ("prompt and completion as messages", _prompt_and_completion),
     ("messages", _chat),
@@ -252,3 +260,131 @@ FORMS: tuple[tuple[str, Callable[[Record], Parts | None]], ...] = (
     ("text", _text),
 )
 """(what the form is called, how it is read)"""
+
+
+@dataclass(frozen=True)
+class LoadedPart:
+    """The examples of one file.
+
+    Attributes:
+        path: the file.
+        examples: all of its examples.
+        num_per_epoch: how many of them an epoch has, repeats counted.
+        report: the counts of its rows."""
+
+    path: str
+    examples: list[SftExample]
+    num_per_epoch: int
+    report: DataReport = field(default_factory=DataReport)
+
+
+def load_mixture(parts: Sequence[MixturePart]) -> list[LoadedPart]:
+    """Read every part. Raises UserError for a bad file, and for a file too small for its share."""
+    reports = [DataReport(part.path) for part in parts]
+    loaded = [
+        load_examples(part.path, part.columns, part.where, report)
+        for part, report in zip(parts, reports, strict=True)
+    ]
+    counts = epoch_counts(parts, [len(examples) for examples in loaded])
+    files = (part.path for part in parts)
+    return [LoadedPart(*part) for part in zip(files, loaded, counts, reports, strict=True)]
+
+
+def epoch_counts(parts: Sequence[MixturePart], sizes: Sequence[int]) -> list[int]:
+    """Return how many examples of each part an epoch has.
+
+    Shares are of the whole epoch. Parts with a count or repeat fix its size; if all parts have
+    shares, it is the largest epoch that repeats nothing. Examples beyond a file's share come up in
+    later epochs.
+
+    Args:
+        parts: the recipe's entries.
+        sizes: the number of examples in each file.
+
+    Raises:
+        UserError: a share that would need repeats."""
+    fixed = [_fixed_count(part, size) for part, size in zip(parts, sizes, strict=True)]
+    shares = [part.share or 0.0 for part in parts]
+    if not any(shares):
+        return [count or 0 for count in fixed]
+    num_fixed = sum(count or 0 for count in fixed)
+    if num_fixed:
+        total = round(num_fixed / (1 - sum(shares)))
+    else:
+        # The epsilon: 600 / 0.6 must not become 999.
+        total = min(
+            math.floor(size / share + 1e-6) for size, share in zip(sizes, shares, strict=True)
+        )
+    by_share = _round_to(total - num_fixed, [share * total for share in shares])
+    counts = [n if f is None else f for n, f in zip(by_share, fixed, strict=True)]
+    for part, size, count in zip(parts, sizes, counts, strict=True):
+        if part.share is not None and count > size:
+            raise UserError(
+                f"sft.data: {part.path} has {size:,} examples, its share {part.share:g} of an "
+                f"epoch of {total:,} are {count:,}; lower the share, or set "
+                f"repeat: {count / size:.2f}",
+                key="sft.data",
+                cause=Cause.TOO_LARGE,
+            )
+    return counts
+
+
+class MixtureSampler(ExampleSampler):
+    """Draws epochs that have exactly `num_per_epoch` examples of every part.
+
+    Where that is no multiple of the file's size, each epoch has the next examples of the file, so
+    that all come up equally often. Order and state are as `EpochSampler`'s; a state is refused
+    after a file or a count has changed.
+
+    Args:
+        parts: each with the examples of a file and their number in an epoch.
+        seed: the seed of all shuffles.
+        shuffled: whether the examples of an epoch are mixed.
+    """
+
+    def __init__(self, parts: Sequence[LoadedPart], seed: int, shuffled: bool = True) -> None:
+        self._counts = [(len(i.examples), i.num_per_epoch) for i in parts]
+        examples = [example for i in parts for example in i.examples]
+        super().__init__(examples, seed, shuffled)
+        content = f"{self._fingerprint}{self._counts}"
+        self._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _shuffle(self) -> list[int]:
+        order: list[int] = []
+        start = 0
+        for number, (size, count) in enumerate(self._counts):
+            indices = list(range(start, start + size))
+            num_repeats, num_more = divmod(count, size)
+            order += indices * num_repeats
+            random.Random(f"{self.seed}/part {number}").shuffle(indices)
+            first = self.epoch * num_more
+            order += sorted(indices[(first + i) % size] for i in range(num_more))
+            start += size
+        if self.shuffled:
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return order
+
+
+def describe_mixture(parts: Sequence[LoadedPart]) -> list[str]:
+    """Return a line about each part, with its share of an epoch."""
+    total = sum(i.num_per_epoch for i in parts)
+    return [
+        f"{i.num_per_epoch:,} examples of {i.path} ({i.num_per_epoch / total:.1%} of an epoch; it "
+        f"has {len(i.examples):,})"
+        for i in parts
+    ]
+
+
+def _fixed_count(part: MixturePart, size: int) -> int | None:
+    if part.share is not None:
+        return None
+    return part.count or max(1, round(size * (part.repeat or 1.0)))
+
+
+def _round_to(total: int, exact: Sequence[float]) -> list[int]:
+    """Round `exact` to integers whose sum is `total`: the largest remainders are rounded up."""
+    counts = [math.floor(number + 1e-9) for number in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in [i for i in by_remainder if exact[i]][: total - sum(counts)]:
+        counts[i] += 1
+    return counts

@@ -11,7 +11,7 @@ from r1_grading.reading import THINK
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import normalize
-from megatron_r1.data.records import read_records, require_text
+from megatron_r1.data.renamed_rows import read_renamed_rows, require_text
 from megatron_r1.data.text import PromptText, is_opened, render_template, system_text
 
 BETWEEN = "\n\n"
@@ -30,7 +30,7 @@ class Shots:
     (seed, question) alone, and never includes the question itself.
 
     Args:
-        path: the examples' file, of `read_records`.
+        path: the examples' file, of `read_renamed_rows`.
         num_shots: per question; None: all.
         seed: the seed of the choice.
 
@@ -41,7 +41,7 @@ class Shots:
     def __init__(self, path: str | Path, num_shots: int | None, seed: int) -> None:
         self.shots = [
             Shot(require_text(location, row, "question"), require_text(location, row, "response"))
-            for location, row in read_records(path, role="sample.shots")
+            for location, row in read_renamed_rows(path, role="sample.shots")
         ]
         if not self.shots:
             raise UserError(
@@ -130,6 +130,7 @@ class FewShotText(PromptText):
                     )
 
     def encode(self, question: str, before: Sequence[Message] = ()) -> list[int]:
+        """Return the tokens of the question behind its examples and the messages `before`."""
         if self._chat:
             turns = [*before, *self._shots.turns(question)]
             return list(self._apply_chat_template(turns)["input_ids"])

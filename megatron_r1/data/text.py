@@ -12,9 +12,69 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.data.byte_decoder import ByteDecoder
 from megatron_r1.data.chats import Message
 from megatron_r1.data.tokenizer import end_tokens, load_tokenizer
+
+
+class ByteDecoder:
+    """Decodes as `tokenizer.decode(ids, skip_special_tokens=False)` does, from a table of every
+    token's bytes: the tokenizers' own decode takes 16 ms for 30,000 tokens, 130 s for a rollout of
+    8,192 such responses; this one 1 ms.
+
+    Args:
+        tokens: id → token in GPT-2's alphabet of bytes; None for an id without a token."""
+
+    def __init__(self, tokens: list[str | None]) -> None:
+        alphabet = _byte_alphabet()
+        table = [_token_bytes(token or "", alphabet) for token in tokens]
+        # The last row is for ids beyond the table, which have no text.
+        self._lengths = np.array([*map(len, table), 0], np.int32)
+        self._ends = self._lengths.cumsum(dtype=np.int32)
+        self._content = np.frombuffer(b"".join(table), np.uint8)
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ByteDecoder | None:
+        """Return the decoder of a transformers tokenizer, or None for one that is not byte-level,
+        or decodes otherwise, as one that cleans up spaces does."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or type(backend.decoder).__name__ != "ByteLevel":
+            return None
+        size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        decoder = cls([backend.id_to_token(index) for index in range(size)])
+        # Neighbors matter where bytes of several tokens make a letter, and to a clean-up.
+        ids = np.random.default_rng(0).permutation(size).astype(np.int32)
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return decoder if decoder.decode(ids) == text else None
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Return the text of `ids`, int32; bytes that are no UTF-8 become U+FFFD."""
+        ids = np.where((ids >= 0) & (ids < len(self._lengths)), ids, len(self._lengths) - 1)
+        lengths = self._lengths[ids]
+        # Byte i of the text is byte i + shift of the table, with one shift per token. int32: half
+        # the time of int64.
+        shifts = self._ends[ids] - lengths.cumsum(dtype=np.int32)
+        positions = np.repeat(shifts, lengths)
+        positions += np.arange(len(positions), dtype=np.int32)
+        return self._content.take(positions, mode="clip").tobytes().decode("utf-8", "replace")
+
+
+def _token_bytes(token: str, alphabet: dict[str, int]) -> bytes:
+    """Return a token's bytes. A token with a letter outside the alphabet, which only added tokens
+    have, is its UTF-8 form (tokenizers 0.23, pre_tokenizers/byte_level.rs, `decode_chain`)."""
+    try:
+        return bytes([alphabet[letter] for letter in token])
+    except KeyError:
+        return token.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return GPT-2's byte of each letter: printable bytes are themselves, the others the letters
+    from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
 
 PLACEHOLDER = "{problem}"
 SYSTEM = "{system}"
@@ -196,13 +256,13 @@ class PromptText:
         counts = [at for at in range(len(ids)) if plain and ids[at : at + len(plain)] == plain]
         return "".join(self.tokenizer.convert_ids_to_tokens(ids[: counts[0]])) if counts else ""
 
-    def fits(self, question: str, room: int, before: Sequence[Message] = ()) -> bool:
-        """Whether the prompt leaves at least one of `room` tokens for a response."""
+    def fits(self, question: str, limit: int, before: Sequence[Message] = ()) -> bool:
+        """Whether the prompt leaves at least one of `limit` tokens for a response."""
         # A token is a byte at least, so most need not be encoded; normalization may double some.
         texts = [question, *(str(value) for message in before for value in message.values())]
         num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        spare = room - len(self.encode("")) - 2 * num_bytes - 32 * len(before)
-        return spare > 0 or len(self.encode(question, before)) < room
+        spare = limit - len(self.encode("")) - 2 * num_bytes - 32 * len(before)
+        return spare > 0 or len(self.encode(question, before)) < limit
 
     @cached_property
     def shows_system(self) -> bool:

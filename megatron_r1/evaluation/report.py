@@ -18,7 +18,7 @@ from megatron_r1.base.files import atomic_write, atomic_writer
 from megatron_r1.evaluation.measures import Estimate
 from megatron_r1.evaluation.response import is_ungraded
 from megatron_r1.evaluation.summary import Summary
-from megatron_r1.reporting.page import render_page
+from megatron_r1.reporting.plots import render_page
 from megatron_r1.reporting.samples import conversation
 from megatron_r1.reporting.wording import number, percent, printable, shorten_middle
 
@@ -81,7 +81,7 @@ NUM_EXAMPLES = 2
 MAX_CHARACTERS = 4_000
 
 WIN_RATES = {"win_rate": "wins: ", "lc_win_rate": "at equal length: "}
-Sample = Mapping[str, Any]
+SampleLine = Mapping[str, Any]
 
 
 def print_table(summaries: Sequence[Summary]) -> None:
@@ -132,7 +132,7 @@ def write_report(
     summaries: Sequence[Summary],
     figure: Path,
     questions: Mapping[tuple[str, str], Mapping[str, Any]],
-    samples: Iterable[Sample],
+    samples: Iterable[SampleLine],
 ) -> Path:
     """Write one self-contained page: all metrics, the figure, and samples of every verdict.
 
@@ -144,6 +144,9 @@ def write_report(
         figure: the PNG of `write_figure`.
         questions: (benchmark, id) → its line of questions.jsonl.
         samples: lines of samples.jsonl.
+
+    Raises:
+        UserError: it is not a folder.
     """
     html = render_page(
         "evaluation/templates/evaluation.html.jinja",
@@ -159,7 +162,7 @@ def write_report(
 
 
 def _examples(
-    questions: Mapping[tuple[str, str], Mapping[str, Any]], samples: Iterable[Sample]
+    questions: Mapping[tuple[str, str], Mapping[str, Any]], samples: Iterable[SampleLine]
 ) -> list[dict[str, Any]]:
     """Return what the page shows of the first samples of each verdict in each benchmark, graded
     samples first. A sample whose grader failed counts only if no later line has its grade."""
@@ -182,7 +185,7 @@ def _examples(
     return [example for _, group in sorted(groups.items()) for example in group]
 
 
-def _example(question: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
+def _example(question: Mapping[str, Any], sample: SampleLine) -> dict[str, Any]:
     """Return what the page shows of one sample; its text is shortened."""
     source = f"{sample['benchmark']} · {sample['id']} · sample {sample['index']}"
     details = [source, f"reward {sample['reward']:.3g}"]
@@ -201,7 +204,7 @@ def _example(question: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
     }
 
 
-def _verdict(sample: Sample) -> str:
+def _verdict(sample: SampleLine) -> str:
     if sample["truncated"]:
         return "truncated"
     return "right" if sample["reward"] == 1.0 else "wrong"

@@ -16,8 +16,7 @@ from r1_grading.terms import ACCURACY, Options, combine
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest
-from megatron_r1.evaluation.response import Policy, TextResponse
-from megatron_r1.evaluation.response_log import PromptKey, ResponseLog
+from megatron_r1.evaluation.response import Policy, PromptKey, ResponseLog, TextResponse
 from megatron_r1.reporting.wording import duration
 
 NUM_PROGRESS_LINES = 4
@@ -34,6 +33,7 @@ class SamplingProgress:
         self._next = 0.0  # prints from this time on a terminal, from this share in a log
 
     def __call__(self, done: int, total: int) -> None:
+        """Print a line if it is time for one: samples done, and the time that is left."""
         now = time.monotonic()
         began, first = self._began = self._began or (now, done)
         reached = now if self._is_terminal else NUM_PROGRESS_LINES * done // max(1, total)

@@ -90,7 +90,11 @@ class ServerPolicy:
 
     async def start(self) -> None:
         """Request one token, so that a wrong address, name or key is reported now. An unreachable
-        server is retried for `wait_seconds`, one that is loading for `retry_seconds`."""
+        server is retried for `wait_seconds`, one that is loading for `retry_seconds`.
+
+        Raises:
+            ServiceError: the server refuses the request, or cannot be reached in time.
+        """
         url, failures = self._server.url, [""]
         name = f"model {self._server.model} at {url}"
         async with _report_waiting(name, lambda: self._service.trouble or failures[-1]):
@@ -131,6 +135,7 @@ class ServerPolicy:
         raise AssertionError("refused by check()")
 
     async def close(self) -> None:
+        """Close the connections to the server."""
         await self._service.close()
 
     async def _refuse_limits(self, refused: Ungradable) -> None:
@@ -225,7 +230,10 @@ async def wait_until_listening(
 @contextlib.asynccontextmanager
 async def _report_waiting(name: str, reason: Callable[[], str]) -> AsyncIterator[None]:
     """Print a line when the block begins, and a line with the latest reason every few seconds.
-    reason: returns the reason, or "" while none is known."""
+
+    Args:
+        name: what is waited for.
+        reason: returns the reason, or "" while none is known."""
     print(f"waiting for {name}", flush=True)
     began = time.monotonic()
 

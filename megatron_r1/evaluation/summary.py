@@ -11,11 +11,17 @@ from r1_grading import RewardPool
 from r1_grading.reading import Part
 
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.measures import Estimate, estimate, pass_at_k, powers_up_to, subsets
-from megatron_r1.evaluation.pair_measures import length_difference, win_rates
+from megatron_r1.evaluation.measures import (
+    Estimate,
+    estimate,
+    length_difference,
+    pass_at_k,
+    powers_up_to,
+    subsets,
+    win_rates,
+)
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import is_ungraded
-from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.response import ResponseLog, is_ungraded
 from megatron_r1.evaluation.voting import (
     Vote,
     can_vote,
@@ -44,6 +50,7 @@ class Summary:
     votes: dict[int, Estimate]
 
     def as_json(self) -> dict[str, Any]:
+        """Return samples per question, metrics with intervals and counts, for a result file."""
         return {
             "samples_per_question": self.num_samples,
             "metrics": {name: value.as_json() for name, value in self.metrics.items()},

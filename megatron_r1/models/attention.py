@@ -55,9 +55,18 @@ def _offset_attention(
     offset: Tensor | None,
     window: int | None,
 ) -> Tensor:
-    """Attend causally: query (b, h, s, d), key and value (b, g, s, d) -> (b, h, s, d).
+    """Attend causally, with sinks and within a window.
 
-    offset: (h,), None: no sinks. window: tokens that a query sees, its own included; None: all."""
+    Args:
+        query: (b, h, s, d).
+        key: (b, g, s, d).
+        value: (b, g, s, d).
+        scale: factor of the scores before the softmax.
+        offset: (h,), the logit of each head's sink; None: no sinks.
+        window: tokens that a query sees, its own included; None: all.
+
+    Returns:
+        (b, h, s, d)."""
     heads, length = query.shape[1:3]
     if offset is None:
         offset = query.new_full((heads,), -torch.inf)
@@ -171,10 +180,18 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         """Attend causally within each sequence.
 
-        query (s, b, h, d), key (s, b, g, d), value (s, b, g, e) -> (s, b, h*e); with
-        packed_seq_params, query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h*e). Its
-        cu_seqlens_q, int32 (sequences + 1,), goes from 0 to the tokens of all context-parallel
-        ranks together."""
+        Args:
+            query: (s, b, h, d); with packed_seq_params (t, h, d).
+            key: (s, b, g, d), or (t, g, d).
+            value: (s, b, g, e), or (t, g, e).
+            attention_mask: None; the causal mask is built in.
+            attn_mask_type: ignored, as the mask is causal.
+            attention_bias: None.
+            packed_seq_params: its cu_seqlens_q, int32 (sequences + 1,), goes from 0 to the tokens
+                of all context-parallel ranks together.
+
+        Returns:
+            (s, b, h*e), or (t, h*e)."""
         assert attention_mask is None and attention_bias is None, "only causal masking is built in"
         if packed_seq_params is None:
             assert self.group.size() == 1, "context parallelism works on packed batches"

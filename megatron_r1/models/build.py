@@ -16,6 +16,7 @@ Megatron's order (s, b, h); what the last stage returns is (b, s, h)."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ from megatron.core.transformer.multi_token_prediction import (
 )
 from megatron.core.utils import unwrap_model
 from r1_kernels import linear_token_logprobs
+from r1_kernels.arguments import trusted_values
 from torch import Tensor
 from torch.nn import Module
 
@@ -199,10 +201,12 @@ class PolicyModel(ChunkModel):
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
         scale = self.config.mtp_loss_scaling_factor / self.config.mtp_num_layers
         roll = {"shifts": -1, "dims": -1, "cp_group": self.cp_group}
+        rows_of_layers = getattr(packed_seq_params, "predicted_rows", ())
         for layer, states in enumerate(predicted):
             labels, _ = roll_tensor(labels, packed_seq_params=packed_seq_params, **roll)
             mask, num_tokens = roll_tensor(mask, packed_seq_params=packed_seq_params, **roll)
-            losses = mask * self._cross_entropy(states, labels, mask)
+            rows = rows_of_layers[layer] if rows_of_layers else None
+            losses = mask * self._cross_entropy(states, labels, mask, rows)
             if self.training:
                 MTPLossLoggingHelper.save_loss_to_tracker(
                     losses.sum() / num_tokens.clamp(min=1),
@@ -217,21 +221,29 @@ class PolicyModel(ChunkModel):
             hidden = MTPLossAutoScaler.apply(hidden, scale * losses / share)
         return hidden
 
-    def _cross_entropy(self, states: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return -log p(label), (b, s) fp32, of `states` (s, b, h) where `mask` (b, s) is not 0."""
+    def _cross_entropy(
+        self, states: Tensor, labels: Tensor, mask: Tensor, rows: Tensor | None
+    ) -> Tensor:
+        """Return -log p(label), (b, s) fp32, of `states` (s, b, h) where `mask` (b, s) is not 0.
+
+        rows: where that is in (b s,), int64, of labels that are known to be tokens of the model;
+        None: not known, and the host waits for the device to find and check them."""
         hidden, _ = self.output_layer(states)
         hidden = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])
-        rows = mask.reshape(-1).nonzero()[:, 0]
+        trusted = contextlib.nullcontext() if rows is None else trusted_values()
+        if rows is None:
+            rows = mask.reshape(-1).nonzero()[:, 0]
         weight = lm_head_weight(self)
-        logprobs, _ = linear_token_logprobs(
-            hidden[rows],
-            weight if self.mtp_only_divisor is None else weight.detach(),
-            labels.reshape(-1)[rows],
-            group=self.output_layer.tp_group,
-            vocab_size=self.unpadded_vocab_size,
-            reduce_hidden_grad=False,
-            main_grad=gradient_sum(weight) if self.mtp_only_divisor is None else None,
-        )
+        with trusted:
+            logprobs, _ = linear_token_logprobs(
+                hidden[rows],
+                weight if self.mtp_only_divisor is None else weight.detach(),
+                labels.reshape(-1)[rows],
+                group=self.output_layer.tp_group,
+                vocab_size=self.unpadded_vocab_size,
+                reduce_hidden_grad=False,
+                main_grad=gradient_sum(weight) if self.mtp_only_divisor is None else None,
+            )
         losses = logprobs.new_zeros(labels.numel()).index_copy(0, rows, -logprobs)
         return losses.view_as(labels)
 

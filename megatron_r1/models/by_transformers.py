@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.weights.stored.hf_folder import HfWeights, carry_files
+from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_writing import carry_files
 from megatron_r1.models.weights.stored.published import published_tensors
 
 

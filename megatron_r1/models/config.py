@@ -19,10 +19,9 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.config.model import Fusion
 from megatron_r1.models import fp8_transformer_engine, platform
-from megatron_r1.models.exchange_overlap import check_exchange_overlap
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.pipeline_stages import pipeline_stages, uneven_layout
-from megatron_r1.models.supported import check_divisions, own_fields
+from megatron_r1.models.supported import check_divisions, check_exchange_overlap, own_fields
 
 FIELDS = {
     "gradient_accumulation": "gradient_accumulation_fusion",
@@ -253,9 +252,9 @@ def _pipeline_fields(parallel: ParallelConfig, num_layers: int, num_mtp: int) ->
     return {
         "pipeline_model_parallel_layout": layout,
         "virtual_pipeline_model_parallel_size": len(stages[0]) if interleaved else None,
-        # With two pipeline ranks both neighbors are the same rank, and shapes sent to both at once
-        # arrive swapped (p2p_communication.py:221, Megatron-Core 0.16.1). Overlapped, each
-        # direction is a message of its own.
+        # Each direction is a message of its own, on its way while a chunk computes. Shapes, which
+        # Megatron would swap between two ranks (p2p_communication.py:221, Megatron-Core 0.16.1),
+        # are not sent: `trainer.hops` knows them.
         "overlap_p2p_comm": interleaved,
     }
 

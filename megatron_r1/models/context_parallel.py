@@ -318,7 +318,12 @@ def _pass_on(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
 
 
 def _join(known: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) over the keys of both; lse: (r, h, w), with a last dimension in `known`."""
+    """Return (out, lse) over the keys of both.
+
+    Args:
+        known: (out, lse) so far, lse with a last dimension; None before the first keys.
+        out: (r, h, w, size), the output over other keys.
+        lse: (r, h, w), the logarithm of the sum of their exponentials."""
     lse = lse[..., None]
     if known is None:
         return out, lse

@@ -3,8 +3,17 @@
 A new architecture that is a combination of what is here is one entry of FAMILIES: configuration,
 weights, conversion, planning and push follow from it (`attention_fields`, `experts`,
 `models.weights.table`). What Hugging Face's `config.json` says about a model is read there.
-Exceptions that name an architecture are in `engines.server.recipe_checks` and
-`engines.plugin.loader_copies`."""
+
+Exceptions that name an architecture, in all of megatron_r1:
+
+- `data.tokenizer`: the tokenizer's class, known without reading the tokenizer.
+- `engines.server.recipe_checks`: what vLLM's classes of gpt-oss, DeepSeek-V3, GLM-4.5 and Qwen3-MoE
+  need or cannot do.
+- `engines.plugin.patches`: vLLM's layers of DeepSeek, and its drafter of GLM-4.5.
+- `engines.plugin.loader_copies`: vLLM's loader of gpt-oss, which takes all experts at once.
+
+`push.plan.planner` knows gpt-oss by `Family.stacked`: its class in vLLM has the embedding and the
+head on every pipeline stage."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

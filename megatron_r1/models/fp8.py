@@ -241,8 +241,8 @@ def _forward_impl(
 ) -> Tensor:
     """Compute what Megatron's linear_with_grad_accumulation_and_async_allreduce (layers.py) does.
 
-    input: (s, b, in), under sequence parallelism this rank's part of s; weight: (out, in) -> (s, b,
-    out)."""
+    `input` is (s, b, in), under sequence parallelism this rank's part of s, and `weight` is (out,
+    in); the result is (s, b, out)."""
     assert not gradient_accumulation_fusion and not grad_output_buffer, "CUDA only: not emulated"
     if sequence_parallel:
         # Over the tensor group, before quantizing: tiles along the tokens are then those of a

@@ -287,7 +287,11 @@ def has_score_head(hf: dict) -> bool:
 
 def as_score_model(hf: dict) -> dict:
     """Return the configuration of the score model with the body of `hf`, as transformers and vLLM
-    read it: without LM head and multi-token-prediction layers."""
+    read it: without LM head and multi-token-prediction layers.
+
+    Raises:
+        UserError: transformers has no score model of the architecture.
+    """
     if not model_family(hf).score_head:
         raise UserError(
             f"transformers has no score model of {hf['architectures'][0]}; take a model of "

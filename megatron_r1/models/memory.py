@@ -46,6 +46,7 @@ class ParameterBytes:
 
     @property
     def whole(self) -> int:
+        """Bytes per parameter of value, gradient and optimizer state together."""
         return self.value + self.gradient + self.optimizer
 
 
@@ -100,10 +101,12 @@ class Counts:
 
     @property
     def trained(self) -> int:
+        """Parameters that an optimizer updates."""
         return self.dense + self.expert
 
     @property
     def parameters(self) -> int:
+        """All parameters, frozen ones included."""
         return self.trained + self.frozen
 
 
@@ -167,7 +170,13 @@ def checkpoint_bytes(
     """Return bytes of a rank's host buffers for checkpoints (`trainer.checkpoints.staging`).
 
     Replicas share what they write: the weights, which the reference doubles, and the optimizer's
-    fp32 master weights and moments."""
+    fp32 master weights and moments.
+
+    Args:
+        config: the recipe.
+        counts: the rank's parameters.
+        replicas: the ranks that share dense parameters, and those that share experts.
+        with_reference: whether a reference is kept."""
     trained = counts.dense / replicas[0] + counts.expert / replicas[1]
     written = trained
     if config.model.lora is None:  # frozen MTP layers; next to adapters nothing frozen is written
@@ -207,6 +216,7 @@ class Layer:
 
     @property
     def everything(self) -> int:
+        """Bytes that a layer keeps for its backward pass without recomputation."""
         return self.input + self.always + sum(self.modules.values())
 
     def kept(self, parallel: ParallelConfig) -> int:

@@ -12,7 +12,9 @@ gone. What concerns one layer is no patch but a subclass that the layer specs ch
 `rotate_packed`: Megatron slices the rotary angles of a packed batch sample by sample, in Python,
 for queries and keys of every layer: with 256 samples that is a third of a small model's time
 besides its products, and on a GPU a synchronization each time. Here all angles are gathered in one
-operation.
+operation, at the positions that `packed_params` has for the whole micro-batch.
+
+`roll_packed`: the same of MTP layers' tokens.
 
 `_route`: Megatron scores a group of experts by its best topk / group_topk, where DeepSeek-V3 and
 its descendants take the best two and DeepSeek-V2 the best one: with any other ratio tokens would
@@ -23,17 +25,22 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.extensions import transformer_engine
 from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import layers
-from megatron.core.transformer.moe import router
+from megatron.core.transformer import multi_token_prediction
+from megatron.core.transformer.moe import moe_layer, router, token_dispatcher
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.models.context_parallel import held_positions
 from megatron_r1.models.cpu_patches import Patch, listed_in
+from megatron_r1.models.dispatch import KnownCountsDispatcher, indices_to_multihot
 from megatron_r1.models.experts import GROUP_SCORES
+from megatron_r1.models.packed_params import known_positions
 from megatron_r1.models.prefixes import continued_by
 
 
@@ -61,12 +68,52 @@ def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> T
 def rotate_packed(
     t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, cp_group: ProcessGroup, **kwargs: Any
 ) -> Tensor:
-    """Rotate t (T, h, d) of a packed batch by the angles freqs (longest sample, 1, 1, d).
+    """Rotate the heads of a packed batch by the angles of their positions.
 
-    The other arguments are those of Megatron's _apply_rotary_pos_emb_thd."""
-    positions = sample_positions(cu_seqlens, cp_group.rank(), cp_group.size())
+    Args:
+        t: (T, h, d), queries or keys.
+        cu_seqlens: (samples + 1,), the borders of the samples.
+        freqs: (longest sample, 1, 1, d), the angles in radians.
+        *args: those of Megatron's _apply_rotary_pos_emb_thd.
+        cp_group: the context-parallel ranks.
+        **kwargs: those of Megatron's function.
+
+    Returns:
+        (T, h, d)."""
+    positions = known_positions(cu_seqlens)
+    if positions is None:
+        positions = sample_positions(cu_seqlens, cp_group.rank(), cp_group.size())
     angles = freqs[positions]
     return rope_utils._apply_rotary_pos_emb_bshd(t[:, None], angles, *args, **kwargs)[:, 0]
+
+
+def roll_packed(
+    tensor: Tensor,
+    shifts: int,
+    dims: int,
+    packed_seq_params: PackedSeqParams,
+    cp_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the tensor (..., T) with each token's value in the place before it, 0 at the end of
+    every sample, and its sum.
+
+    The arguments are those of Megatron's _roll_tensor_packed_seq, which goes through the samples in
+    Python and reads their borders from the device; without `PackedParams.following` it is called.
+    """
+    following = getattr(packed_seq_params, "following", None)
+    if following is None:
+        return _MEGATRONS_ROLL(tensor, shifts, dims, packed_seq_params, cp_group)
+    whole = tensor
+    if cp_group is not None and cp_group.size() > 1:
+        # Over context parallelism: the token behind a chunk's last one is on another rank.
+        gathered = tensor.new_empty(cp_group.size() * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=cp_group)
+        whole = gathered.unflatten(0, (cp_group.size(), -1)).movedim(0, -2).flatten(-2)
+    rolled = whole.index_select(-1, following.clamp(min=0)) * (following >= 0)
+    return rolled, rolled.sum()
+
+
+_MEGATRONS_ROLL = multi_token_prediction._roll_tensor_packed_seq
 
 
 def set_yarn(
@@ -79,8 +126,17 @@ def set_yarn(
     beta_slow: float,
     truncate: bool,
 ) -> None:
-    """Scale the angles and embeddings of a model by YaRN (arXiv 2309.00071), before its first use:
-    as transformers does, with whole dimensions as limits only if `truncate`."""
+    """Scale the angles and embeddings of a model by YaRN (arXiv 2309.00071), before its first use,
+    as transformers does.
+
+    Args:
+        model: changed in place.
+        factor: how many times longer the context becomes.
+        rope_theta: the base of the angles.
+        original_max_position_embeddings: the context before, in tokens.
+        beta_fast: rotations over that context from which a dimension stays as it is.
+        beta_slow: rotations up to which a dimension is divided by `factor`.
+        truncate: whether these limits are rounded to whole dimensions."""
     rotary = model.rotary_pos_emb
     size = 2 * len(rotary.inv_freq)
     low, high = yarn_rotary_pos_embedding._yarn_find_correction_range(
@@ -109,9 +165,9 @@ def _route(
     """Return each token's weight of each expert and whether it is routed there, (T, experts), in
     the logits' dtype and bool.
 
-    logits: (T, experts). use_pre_softmax: whether the weights are the scores as they are, instead
-    of normalized over the chosen experts. expert_bias: (experts,), counts in the choice only. The
-    arguments are those of Megatron's topk_routing_with_score_function."""
+    The arguments are those of Megatron's topk_routing_with_score_function. `logits` is (T,
+    experts). With `use_pre_softmax` the weights are the scores as they are, instead of normalized
+    over the chosen experts. `expert_bias`, (experts,), counts in the choice only."""
     assert not fused, "no model here sets moe_router_fusion"
     wide = logits.float()
     scores = wide.softmax(-1) if score_function == "softmax" else wide.sigmoid()
@@ -188,6 +244,33 @@ def _routing() -> None:
 )
 def _rotary_angles() -> None:
     rope_utils._apply_rotary_pos_emb_thd = rotate_packed
+
+
+@_patch(
+    "tokens of MTP layers are shifted sample by sample, and the host waits for each border",
+    "transformer/multi_token_prediction.py:_roll_tensor_packed_seq",
+    "start_idx = cu_seqlens[i]",
+)
+def _shifted_tokens() -> None:
+    multi_token_prediction._roll_tensor_packed_seq = roll_packed
+
+
+@_patch(
+    "the host waits in every layer for counts of tokens that it knows",
+    "transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize",
+    "self.d2h_event.synchronize()",
+)
+def _known_counts() -> None:
+    moe_layer.MoEAlltoAllTokenDispatcher = KnownCountsDispatcher
+
+
+@_patch(
+    "tokens that DeepEP brings are selected by masks, and the host waits for the masks' counts",
+    "transformer/moe/token_dispatcher.py:_DeepepManager._indices_to_multihot",
+    "indices[mask]",
+)
+def _multihot() -> None:
+    token_dispatcher._DeepepManager._indices_to_multihot = indices_to_multihot
 
 
 @_patch(

@@ -101,8 +101,16 @@ def uneven_layout(
     chunks; None where they do.
 
     Each chunk has one layer more than another at most. Those with one more are in the middle: the
-    first has the embedding besides, the last the head and the MTP layers, which cost more. Raises
-    UserError for fewer layers than chunks."""
+    first has the embedding besides, the last the head and the MTP layers, which cost more.
+
+    Args:
+        num_layers: decoder layers of the model.
+        pipeline: pipeline-parallel ranks.
+        virtual: chunks of each rank.
+        num_mtp: MTP layers.
+
+    Raises:
+        UserError: fewer layers than chunks."""
     layout = _spread(num_layers, pipeline, virtual, num_mtp)
     return layout if num_layers % (pipeline * virtual) else None
 

@@ -31,8 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.processes.allocators import keep_freed_memory
-from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.base.processes.memory import keep_freed_memory, without_garbage_collection
 from megatron_r1.models.cpu_patches import CPU, PATCHES
 
 MEGATRON_VERSION = "0.16.1"
@@ -293,6 +292,18 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             key="host_memory",
             cause=Cause.TOO_LARGE,
         ) from error
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on `device`, for which the host does not wait: to a GPU it is
+    copied from pinned memory, in the order of the current stream.
+
+    Args:
+        tensor: on the CPU, any shape and dtype.
+        device: a GPU, or the CPU, where the tensor itself is returned."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def rng_state() -> Tensor | None:

@@ -193,8 +193,13 @@ def _heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _gradients(tensors: Sequence[Tensor], norm: Tensor, causal: bool, scale: float) -> list[Tensor]:
-    """Return the gradients of query, key and value of one chunk. tensors: (r, heads, w, size) each,
-    the gradient of the output, query, key, value and output; norm: (r, h, w)."""
+    """Return the gradients of query, key and value of one chunk.
+
+    Args:
+        tensors: the gradient of the output, query, key, value and output, each (r, heads, w, size).
+        norm: (r, h, w), the logarithm of each softmax's sum.
+        causal: whether later keys are masked.
+        scale: factor of the scores before the softmax."""
     grad, query, key, value, out = tensors
     heads = key.shape[1]
     row = (grad, *_heads(query, key, value), out, norm.contiguous())

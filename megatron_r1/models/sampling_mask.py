@@ -32,6 +32,7 @@ class KeptIds(NamedTuple):
     ids: np.ndarray
 
     def encoded(self) -> bytes:
+        """Return the bytes of these ids."""
         return np.ascontiguousarray(self.counts, INT).tobytes() + (
             np.ascontiguousarray(self.ids, INT).tobytes()
         )

@@ -1,18 +1,22 @@
-"""Checks `config.json`: the fields that become Megatron's configuration, and what is refused by
-name. No torch or Megatron.
+"""What is refused before anything starts: fields of `config.json`, and models with which
+`parallel.overlap_expert_exchange` cannot be used. No torch or Megatron.
 
 Every key is read, is known to change nothing (INERT), or is refused. A key that no code reads may
 change what a model computes: a window, a bias, a scale. So a configuration is checked by reading
 it with `Recorded`. `_check_quantization` says which quantized checkpoints can be read, by
-`quantization_config`."""
+`quantization_config`.
+
+Most conditions of `check_exchange_overlap` are Megatron's own (TransformerConfig.__post_init__,
+Megatron-Core 0.16.1), which are assertions there; `models.schedule_plan` has the schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config
 from megatron_r1.models.attention_fields import (
     KEY_VALUE_HEADS,
     attention_divisions,
@@ -29,6 +33,7 @@ from megatron_r1.models.hf_config import (
     num_mtp_layers,
     require,
 )
+from megatron_r1.models.pipeline_stages import num_chunks
 
 if TYPE_CHECKING:
     from megatron_r1.config import ParallelConfig
@@ -259,3 +264,93 @@ def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool
                 key=f"parallel.{key}",
                 cause=Cause.INDIVISIBLE,
             )
+
+
+KEY = "parallel.overlap_expert_exchange"
+
+
+class Obstacle(NamedTuple):
+    """A setting with which the exchange cannot be overlapped.
+
+    Attributes:
+        setting: its key and value.
+        why: the reason.
+        remedy: what to set instead."""
+
+    setting: str
+    why: str
+    remedy: str
+
+
+def check_exchange_overlap(config: Config, hf: dict) -> None:
+    """Raise UserError where `parallel.overlap_expert_exchange` is set and cannot be done.
+
+    Args:
+        config: the recipe.
+        hf: the model's `config.json`."""
+    if not config.parallel.overlap_expert_exchange:
+        return
+    for obstacle in obstacles(config, hf):
+        raise UserError(
+            f"{KEY}: true is not possible with {obstacle.setting}: {obstacle.why}; "
+            f"{obstacle.remedy}, or set {KEY}: false",
+            key=KEY,
+            cause=Cause.CONFLICT,
+        )
+
+
+def obstacles(config: Config, hf: dict) -> Iterator[Obstacle]:
+    """Yield what prevents the overlap of `config`, whether or not it is asked for.
+
+    Args:
+        config: the recipe.
+        hf: the model's `config.json`."""
+    parallel = config.parallel
+    if not hf.get("n_routed_experts"):
+        name = (hf.get("architectures") or ["this model"])[0]
+        yield Obstacle(f"the model {name}", "it has no routed experts", "take one that has")
+        return
+    if parallel.expert == 1:
+        yield Obstacle(
+            "parallel.expert: 1",
+            "all experts are on each rank, and no token is sent",
+            "spread them over ranks",
+        )
+    if parallel.pipeline > 1 and num_chunks(parallel) == 1:
+        yield Obstacle(
+            f"parallel.pipeline: {parallel.pipeline} and one chunk on each rank",
+            "Megatron combines the passes of two micro-batches in its interleaved schedule only",
+            "set parallel.virtual_pipeline above 1, or a pipeline_layout with more stages",
+        )
+    yield from _of_recomputation(config)
+    if config.model.dtype == "float32":
+        yield Obstacle(
+            "model.dtype: float32",
+            "Megatron combines passes in 16 bits only",
+            "set model.dtype: bfloat16",
+        )
+    mtp = num_mtp_layers(hf) if config.model.mtp != "none" else 0
+    if mtp > 1 or (mtp and parallel.pipeline == 1):
+        yield Obstacle(
+            f"model.mtp: {config.model.mtp}, {mtp} MTP layers and parallel.pipeline: "
+            f"{parallel.pipeline}",
+            "Megatron allows one MTP layer, and only with pipeline ranks",
+            "set model.mtp: none",
+        )
+
+
+def _of_recomputation(config: Config) -> Iterator[Obstacle]:
+    parallel = config.parallel
+    if parallel.recompute == "full":
+        yield Obstacle(
+            "parallel.recompute: full",
+            "a layer that is computed again as a whole cannot be cut where tokens are sent",
+            "set parallel.recompute: selective with recompute_modules (megatron-r1 plan compares "
+            "the memory of both)",
+        )
+    if parallel.recompute == "selective" and "moe" in parallel.recompute_modules:
+        yield Obstacle(
+            "'moe' in parallel.recompute_modules",
+            "its recomputation would send the tokens again",
+            "name moe_act and shared_experts instead",
+        )

@@ -138,6 +138,7 @@ class StageProcess:
             self.kill()
 
     def kill(self) -> None:
+        """Kill the stage if it still runs, and wait for its end."""
         if self.poll() is None:
             self.process.send_signal(KILL)
         self.wait(END_SECONDS)

@@ -13,7 +13,7 @@ from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.user_code import module_source
 from megatron_r1.data.data_sets import HUB
 from megatron_r1.pipeline.pipeline_recipe import MAKE, REFERENCE, texts
-from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage, names_a_file
+from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage, names_a_file
 
 TRAINED = ("hf", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 ADAPTER = "adapter"
@@ -23,7 +23,7 @@ OUTPUTS = {
     "rl": TRAINED,
     "reward-model": TRAINED,
     "eval": ("eval.json", "samples.jsonl", "questions.jsonl"),
-    "sample": ("sft.jsonl", "pairs.jsonl", "labels.jsonl", "samples.jsonl", "curation.json"),
+    "sample": ("sft.jsonl", "pairs.jsonl", "labels.jsonl", "samples.jsonl", "sample.json"),
 }
 """The outputs of each verb. Outputs of a function are checked after it ran."""
 VALUES = {"pipeline": ("folder", "seed"), "here": ("",)}
@@ -66,6 +66,7 @@ class Graph:
         return set(direct).union(*map(self.needs, direct))
 
     def sorted(self, stages: Collection[str]) -> list[str]:
+        """Return the stages in an order in which each comes after those it needs."""
         return [name for name in self.order if name in stages]
 
     def depths(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from megatron_r1.reporting.page import render_page
+from megatron_r1.reporting.plots import render_page
 
 BOX_WIDTH, BOX_HEIGHT = 196, 56
 PASS_WIDTH = 14
@@ -49,6 +49,7 @@ class GraphNode:
 
     @property
     def width(self) -> int:
+        """Width of the node's box, or of an edge that passes through its layer."""
         return PASS_WIDTH if self.edge else BOX_WIDTH
 
 

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import atomic_write, fsync
-from megatron_r1.base.files.file_blocks import spread_blocks
+from megatron_r1.base.files import atomic_write, fsync, spread_blocks
 from megatron_r1.base.user_code import module_syntax
-from megatron_r1.base.versions import versions
 from megatron_r1.config import RESUMABLE, Config
-from megatron_r1.config.flat_settings import changed_keys, flatten, is_within, value_text
+from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
+from megatron_r1.evaluation.identity import versions
 from megatron_r1.pipeline.pipeline_recipe import references, substitute, texts
-from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
+from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 
 WHOLE_BYTES = 256 * 1024**2
 """Larger files count by their size and some blocks, so that the status of a pipeline with a
@@ -266,7 +265,13 @@ def end_attempt(folder: Path, failed: str | None) -> None:
 def finish(
     plan: PipelinePlan, stage: PipelineStage, upstream: tuple[str, ...], command: list[str]
 ) -> None:
-    """Write `stage.json`, which declares `stage` done."""
+    """Write `stage.json`, which declares a stage done.
+
+    Args:
+        plan: the pipeline's stages for one seed.
+        stage: the stage whose attempt has succeeded.
+        upstream: names of the stages that it needs.
+        command: the command that ran it, in words."""
     folder = plan.folder_of(stage.name)
     end_attempt(folder, None)
     begun = read(folder, BEGUN) or {}

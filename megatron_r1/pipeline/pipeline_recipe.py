@@ -237,7 +237,11 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineR
 
 
 def read_tree(path: Path, what: str = "recipe") -> dict[str, Any]:
-    """Read the sections of a YAML file in which references may stand; see `read_sections`."""
+    """Read the sections of a YAML file in which references may stand; see `read_sections`.
+
+    Raises:
+        UserError: the file cannot be read, or is no mapping of sections.
+    """
     try:
         return unprotect(read_sections(path, what, protect))
     except UserError as error:

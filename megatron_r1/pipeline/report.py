@@ -15,11 +15,10 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.graph_svg import Box, graph_svg
-from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.results import LABELS, Result, Spread, read_results
+from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.status import StageState, Status, examine_all
-from megatron_r1.reporting.page import render_page
-from megatron_r1.reporting.plots import Curve, curve_plot
+from megatron_r1.reporting.plots import Curve, curve_plot, render_page
 from megatron_r1.reporting.report import Plot
 from megatron_r1.reporting.wording import duration, finite, printable
 
@@ -66,7 +65,11 @@ def write_report(
         title: the title of the page.
         command: the one that is ending.
         plans: one per seed, of the same stages.
-        graph: the stages and their order."""
+        graph: the stages and their order.
+
+    Raises:
+        UserError: it is not a folder.
+    """
     statuses = [examine_all(plan, graph) for plan in plans]
     report = collect(title or root.resolve().name, plans, graph, statuses) | {"command": command}
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)

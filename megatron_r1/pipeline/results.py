@@ -78,6 +78,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
+        """Return mean and standard deviation of values; one value has no deviation."""
         deviation = stdev(values) if len(values) > 1 else None
         return cls(fmean(values), deviation, list(values))
 

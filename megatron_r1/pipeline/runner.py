@@ -22,8 +22,8 @@ from megatron_r1.pipeline import function_stage, manifest, serving
 from megatron_r1.pipeline.child import StageProcess, describe_status
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig
-from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.results import headline, read_results
+from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.status import StageState, examine, examine_all, stale_text, status_lines
 from megatron_r1.reporting.run_folder import is_locked
 from megatron_r1.reporting.wording import duration
@@ -37,7 +37,7 @@ COMPLETE = {
     "sft": "hf",
     "rl": "hf",
     "reward-model": "hf",
-    "sample": "curation.json",
+    "sample": "sample.json",
     "eval": "eval.json",
 }
 """The output that each verb writes last."""
@@ -59,6 +59,7 @@ class Signals:
             signal.signal(number, handler)
 
     def raise_if_asked(self) -> None:
+        """Raise KeyboardInterrupt if a signal has come."""
         if self.count:
             raise KeyboardInterrupt
 

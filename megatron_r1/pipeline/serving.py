@@ -80,6 +80,7 @@ class StageServer:
             )
 
     def stop(self) -> None:
+        """Stop the server and remove its scratch folder."""
         self._child.stop()
         if self._scratch is not None:
             self._scratch.cleanup()

@@ -10,8 +10,8 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.pipeline import manifest
 from megatron_r1.pipeline import manifest as fingerprint
 from megatron_r1.pipeline.graph import Graph
-from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.results import headline, read_results
+from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 from megatron_r1.reporting.wording import duration, printable
 
 
@@ -87,7 +87,11 @@ def examine(
         plan: the plan of the pipeline.
         stage: the pipeline stage.
         upstream: the statuses of the stages that it needs directly.
-        is_running: whether another process works on the pipeline."""
+        is_running: whether another process works on the pipeline.
+
+    Raises:
+        UserError: the stage's folder has files of something else.
+    """
     folder = plan.folder_of(stage.name)
     done = manifest.read(folder, manifest.DONE)
     begun = None if done else manifest.read(folder, manifest.BEGUN)

@@ -11,8 +11,8 @@ from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Verb, infer_verb
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
 from megatron_r1.config.key_listing import switches
-from megatron_r1.config.recipe import parse_overrides
-from megatron_r1.engines.server.from_recipe import context_length
+from megatron_r1.config.overrides import parse_overrides
+from megatron_r1.engines.server.from_recipe import max_model_len
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.plan.job import PlannedJob, text_limit
 from megatron_r1.plan.quantity import calibrated
@@ -89,7 +89,16 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
 def job_of(
     recipe: Path, chosen: argparse.Namespace, overrides: dict, step: int | None = None
 ) -> PlannedJob:
-    """Return the job of a recipe with the settings of `step`; default: of --step."""
+    """Return the job of a recipe with the settings of one step.
+
+    Args:
+        recipe: the recipe's file.
+        chosen: the options of the command line.
+        overrides: dotted settings in place of the recipe's.
+        step: the training step, from 1; None: that of --step.
+
+    Raises:
+        UserError: the recipe, the options or the model do not go together."""
     whole = config_of(recipe, overrides)
     config = whole.at(step or chosen.step or 1)
     verb = infer_verb(config)
@@ -173,18 +182,18 @@ def _prompt_tokens(
     if verb == "sft":
         return chosen.prompt_tokens or assumed
     if verb == "reward-model":
-        key, room = "reward_model.max_tokens", text_limit(config, hf) - 1
+        key, longest = "reward_model.max_tokens", text_limit(config, hf) - 1
     else:
         key = "rollout.max_model_len"
-        room = context_length(config) - config.rollout.max_response_tokens
-    if chosen.prompt_tokens is not None and chosen.prompt_tokens > room:
+        longest = max_model_len(config) - config.rollout.max_response_tokens
+    if chosen.prompt_tokens is not None and chosen.prompt_tokens > longest:
         raise UserError(
-            f"--prompt-tokens: {chosen.prompt_tokens} do not fit next to a response, there is room "
-            f"for {room}; lower it, or raise {key}",
+            f"--prompt-tokens: {chosen.prompt_tokens} do not fit next to a response, at most "
+            f"{longest} do; lower it, or raise {key}",
             key="--prompt-tokens",
             cause=Cause.TOO_LARGE,
         )
-    return chosen.prompt_tokens or min(assumed, room)
+    return chosen.prompt_tokens or min(assumed, longest)
 
 
 def _check_options(chosen: argparse.Namespace, rest: list[str]) -> None:

@@ -9,6 +9,7 @@ backward. With these, DeepSeek-V3 at 4,096 tokens takes 250 GFLOP per token, as 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import replace
 from math import prod
 
@@ -54,7 +55,7 @@ class RankCounts:
             self._known[key] = own + sum(layers, Counts())
         return self._known[key]
 
-    def _counted(self, key, at: Shard) -> Counts:
+    def _counted(self, key: Hashable, at: Shard) -> Counts:
         if key not in self._known:
             job, adapters = self.job, self.job.adapters
             trained = None if adapters is None else layout_of(adapters, at)
@@ -105,8 +106,8 @@ def _size(rules: list[Rule], expert: bool = False) -> int:
 
 
 def parameter_section(job: PlannedJob) -> Section:
-    """Return the bill of parameters: of the whole model, of the fullest rank if the job trains, and
-    of MTP layers if the model has some."""
+    """Return the parameters: of the whole model, of the fullest rank if the job trains, and of MTP
+    layers if the model has some."""
     counts = ModelCounts(job.hf)
     experts, chosen = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
     section = {
@@ -156,8 +157,14 @@ def decode_flops(hf: dict, length: float, speedup: float = 1.0) -> float:
 
 
 def layer_flops(job: PlannedJob, layer: int, length: float, speedup: float = 1.0) -> float:
-    """Return forward FLOP of one token through one decoder layer; `speedup` as in
-    `forward_flops`, of all its products but the router's."""
+    """Return forward FLOP of one token through one decoder layer.
+
+    Args:
+        job: the run whose model it is.
+        layer: index of the decoder layer, from 0.
+        length: cached tokens that the token attends to.
+        speedup: products with weights, but for the router's, count 1 / `speedup`, as in
+            `forward_flops`."""
     experts = job.weight_table.num_experts
     multiplied = 0.0
     for rule in job.weight_table.layers[layer]:

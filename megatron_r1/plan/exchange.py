@@ -27,12 +27,12 @@ class Protocol:
         start: seconds of any collective.
         nvlink_hop: seconds of a step between GPUs of a node.
         network_hop: seconds of a step between nodes.
-        share: the part of the rate that it reaches."""
+        fraction: the part of the rate that it reaches."""
 
     start: float
     nvlink_hop: float
     network_hop: float
-    share: float
+    fraction: float
 
 
 RING = (Protocol(6.6e-6, 1e-6, 2.7e-6, 1 / 4), Protocol(14e-6, 1.9e-6, 4e-6, 0.92))
@@ -70,6 +70,7 @@ class Links:
     assumed: Assumptions
 
     def nodes(self, ranks: int) -> int:
+        """Return the nodes that hold so many ranks."""
         return -(-ranks // self.hardware.gpus_per_node)
 
     def _rate(self, ranks: int) -> float:
@@ -88,7 +89,7 @@ class Links:
         return min(
             each.start
             + 2 * (inside * each.nvlink_hop + math.log2(nodes) * each.network_hop)
-            + 2 * num_bytes / (rate * each.share)
+            + 2 * num_bytes / (rate * each.fraction)
             for each in TREE
         )
 
@@ -103,7 +104,7 @@ class Links:
             each.start
             + inside * each.nvlink_hop
             + between * each.network_hop
-            + num_bytes * (ranks - 1) / ranks / (rate * each.share)
+            + num_bytes * (ranks - 1) / ranks / (rate * each.fraction)
             for each in RING
         )
 
@@ -162,7 +163,13 @@ class ExpertExchange:
 
 
 def copies_of_token(ranks: int, nodes: int, chosen: int, most_nodes: float) -> float:
-    """Return how often DeepEP sends a token: once to each node, or within one to each rank."""
+    """Return how often DeepEP sends a token: once to each node, or within one to each rank.
+
+    Args:
+        ranks: the expert-parallel ranks.
+        nodes: the nodes that have them.
+        chosen: experts that a token is routed to.
+        most_nodes: the most nodes that a token is sent to (the router's groups)."""
     if nodes == 1:
         return distinct(ranks, chosen)
     return min(most_nodes, distinct(nodes, chosen))

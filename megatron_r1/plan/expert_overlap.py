@@ -16,8 +16,8 @@ from itertools import islice
 from math import prod
 
 from megatron_r1.config import ParallelConfig
-from megatron_r1.models.exchange_overlap import obstacles
 from megatron_r1.models.memory import Layer
+from megatron_r1.models.supported import obstacles
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 
@@ -44,7 +44,7 @@ def exposed_seconds(once: float, attention: float, experts: float) -> float:
     return sum(max(0.0, once - each) for each in behind)
 
 
-def share_alone(job: PlannedJob, pipeline_rank: int) -> float:
+def fraction_alone(job: PlannedJob, pipeline_rank: int) -> float:
     """Return the share of passes that are combined with no other: those of the warm-up, one more
     than without the overlap (schedules.py, get_pp_rank_microbatches)."""
     pipeline, virtual = job.parallel.pipeline, job.virtual
@@ -63,7 +63,7 @@ def working_bytes(layer: Layer, parallel: ParallelConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StepEstimate:
     """What a job takes on its busiest and on its fullest pipeline rank.
 
     Attributes:
@@ -78,22 +78,24 @@ class Estimate:
     peak: int
 
 
-def exchange_choice(job: PlannedJob, estimate: Callable[[PlannedJob], Estimate]) -> Section:
+def exchange_choice(
+    job: PlannedJob, estimate_step: Callable[[PlannedJob], StepEstimate]
+) -> Section:
     """Return the seconds of an optimizer step with the exchange hidden and selective recomputation,
     and with neither hidden and full recomputation, the memory of each, and which fits; {} where
     experts are on one rank.
 
     Args:
         job: the planned job, for everything else.
-        estimate: estimates a job that differs from it in `parallel` alone."""
+        estimate_step: estimates a job that differs from it in `parallel` alone."""
     if not job.has_experts or job.parallel.expert == 1:
         return {}
     whole = job.with_parallel(overlap_expert_exchange=False, recompute="full")
     jobs = {HIDDEN: _hidden(job), WHOLE: whole}
     if blocked := list(islice(obstacles(jobs[HIDDEN].config, job.hf), 1)):
         why = f"not possible with {blocked[0].setting}: {blocked[0].why}"
-        return {HIDDEN: Quantity(None, "s", why), WHOLE: _row(whole, estimate(whole))}
-    estimates = {name: estimate(each) for name, each in jobs.items()}
+        return {HIDDEN: Quantity(None, "s", why), WHOLE: _row(whole, estimate_step(whole))}
+    estimates = {name: estimate_step(each) for name, each in jobs.items()}
     section = {name: _row(jobs[name], each) for name, each in estimates.items()}
     ratio = estimates[WHOLE].step / estimates[HIDDEN].step
     fitting = [name for name, each in estimates.items() if each.peak <= job.hardware.memory]
@@ -113,7 +115,7 @@ def _hidden(job: PlannedJob) -> PlannedJob:
     )
 
 
-def _row(job: PlannedJob, found: Estimate) -> Quantity:
+def _row(job: PlannedJob, found: StepEstimate) -> Quantity:
     parallel = job.parallel
     needed, memory = in_bytes(found.peak), in_bytes(job.hardware.memory)
     fits = "fits" if found.peak <= job.hardware.memory else "does not fit"

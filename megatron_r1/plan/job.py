@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
-from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, ParallelConfig, Verb
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.hardware import Assumptions, Hardware
-from megatron_r1.controller.trainer_calls.packing import check_batches
-from megatron_r1.engines.server.recipe_checks import check_engines
-from megatron_r1.models.exchange_overlap import check_exchange_overlap
 from megatron_r1.models.hf_config import read_hf_config, sparse_layers
 from megatron_r1.models.memory import BYTES
-from megatron_r1.models.supported import check_divisions
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.table import Table, table
@@ -32,7 +28,11 @@ class PlannedJob:
     Attributes:
         rollout_gpus: the engines' own GPUs; 0: they take turns on the trainer's.
         response_tokens: mean length of a response, or of an example without its prompt.
-        verb: rl and sample have engines, all but sample have a trainer."""
+        verb: rl and sample have engines, all but sample have a trainer.
+        keeps_reference: whether any part of `rl.schedule` has a KL penalty: the reference is then
+            kept in all.
+        measured: the file of each name of `hardware` and `assumptions` that --calibrate replaced.
+        shared: cache of counts that are slow to compute and equal for all layouts of one job."""
 
     hf: dict
     config: Config
@@ -43,17 +43,15 @@ class PlannedJob:
     response_tokens: int = 8192
     verb: Verb = "rl"
     keeps_reference: bool = False
-    """Whether any part of `rl.schedule` has a KL penalty: the reference is then kept in all."""
     measured: dict[str, str] = field(default_factory=dict, compare=False)
-    """The file of each name of `hardware` and `assumptions` that --calibrate replaced."""
     shared: dict = field(default_factory=dict, repr=False, compare=False)
-    """Cache of counts that are slow to compute and equal for all layouts of one job."""
 
     @property
     def parallel(self) -> ParallelConfig:
+        """The recipe's layout of the trainer."""
         return self.config.parallel
 
-    def with_parallel(self, **changes) -> PlannedJob:
+    def with_parallel(self, **changes: Any) -> PlannedJob:
         """Return the same job in another layout."""
         return replace(self, config=self.config.with_changes(parallel=changes))
 
@@ -121,18 +119,22 @@ class PlannedJob:
 
     @property
     def replicas(self) -> tuple[int, int]:
+        """Ranks that hold the same dense, and the same expert, parameters."""
         return self.dense_replicas, self.expert_replicas
 
     @property
     def with_mtp(self) -> bool:
+        """Whether MTP layers are loaded."""
         return self.config.model.mtp != "none" and bool(self.weight_table.mtp)
 
     @property
     def has_experts(self) -> bool:
+        """Whether the model has routed experts."""
         return bool(self.weight_table.num_experts)
 
     @property
     def splits_sequences(self) -> bool:
+        """Whether tensor ranks share the tokens between matrices."""
         return self.parallel.splits_sequences(self.has_experts)
 
     def split(self, tokens: float) -> float:
@@ -141,6 +143,7 @@ class PlannedJob:
 
     @property
     def latent_attention(self) -> bool:
+        """Whether keys and values are compressed, as DeepSeek-V3's are."""
         return bool(self.hf.get("kv_lora_rank"))
 
     @property
@@ -150,10 +153,12 @@ class PlannedJob:
 
     @property
     def trains(self) -> bool:
+        """Whether the verb trains a model."""
         return self.verb != "sample"
 
     @property
     def generates(self) -> bool:
+        """Whether the verb samples responses."""
         return self.verb in ("rl", "sample")
 
     @property
@@ -163,6 +168,7 @@ class PlannedJob:
 
     @property
     def is_critic(self) -> bool:
+        """Whether this is the plan of an RL run's critic."""
         return self.verb == "rl" and self.config.model.head == "score"
 
     @cached_property
@@ -207,10 +213,12 @@ class PlannedJob:
 
     @property
     def longest_sample(self) -> int:
+        """Tokens of the longest sample, prompt included."""
         return self.assumptions.prompt_tokens + self.longest_response
 
     @property
     def longest_response(self) -> int:
+        """Tokens of the longest response, or text to score."""
         if self.verb == "reward-model":
             return max(1, text_limit(self.config, self.hf) - self.assumptions.prompt_tokens)
         return self.config.rollout.max_response_tokens
@@ -250,64 +258,3 @@ class PlannedJob:
     def engine_gpus(self) -> int:
         """Number of GPUs of one engine."""
         return max(1, (self.rollout_gpus or self.world_size) // self.config.rollout.engines)
-
-    def check_trainer(self) -> None:
-        """Raise ValueError, by name, for settings of `parallel` that are impossible for the model
-        or on these GPUs."""
-        self.parallel.check_sizes(self.world_size)
-        self.parallel.splits_sequences(self.has_experts)  # raises where experts need it
-        check_divisions(self.hf, self.parallel, transformer_engine=True)
-        check_exchange_overlap(self.config, self.hf)
-        check_batches(self.config, self.verb, self.world_size, "GPU")
-        assert self.stages, "building them checks the layout"
-
-    def check_engine_gpus(self) -> None:
-        """Raise ValueError for engines that are impossible, or impossible on these GPUs."""
-        rollout, gpus = self.config.rollout, self.rollout_gpus or self.world_size
-        check_engines(self.config, self.hf)
-        if rollout.pipeline > 1:
-            raise UserError(
-                f"rollout.pipeline={rollout.pipeline}: engines with stages are not planned for; "
-                "use 1",
-                key="rollout.pipeline",
-                cause=Cause.UNSUPPORTED,
-            )
-        ranks = rollout.tensor * rollout.data
-        if ranks == 1 and gpus % rollout.engines:
-            raise UserError(
-                f"rollout.engines={rollout.engines} does not divide {gpus:,} GPUs; choose "
-                f"{_alternatives(_nearest_divisors(rollout.engines, gpus))}",
-                key="rollout.engines",
-                cause=Cause.INDIVISIBLE,
-            )
-        if ranks > 1 and ranks * rollout.engines != gpus:
-            raise UserError(
-                f"rollout.engines={rollout.engines} of {ranks} GPUs (rollout.tensor="
-                f"{rollout.tensor} x rollout.data={rollout.data}) are {ranks * rollout.engines:,} "
-                f"GPUs, not {gpus:,}; {self._engines_that_match(ranks, gpus)}",
-                key="rollout.engines",
-                cause=Cause.CONFLICT,
-            )
-
-    def _engines_that_match(self, ranks: int, gpus: int) -> str:
-        """Return the remedy if engines of `ranks` GPUs do not add up to `gpus`."""
-        if gpus % ranks == 0:
-            return f"set --rollout.engines {gpus // ranks}"
-        option = "--rollout-gpus" if self.rollout_gpus else "--gpus"
-        below = gpus // ranks
-        counts = [count for count in (below, below + 1) if count]
-        sizes = [f"{option} {count * ranks} --rollout.engines {count}" for count in counts]
-        or_lower = "" if below else ", or lower rollout.data or .tensor"
-        return f"{_alternatives(sizes)} would match{or_lower}"
-
-
-def _nearest_divisors(target: int, of: int) -> list[int]:
-    """Return the largest divisor below `target` and the smallest above, if there are any."""
-    below = [n for n in range(1, min(target, of + 1)) if of % n == 0]
-    above = [n for n in range(target + 1, of + 1) if of % n == 0]
-    return [*below[-1:], *above[:1]]
-
-
-def _alternatives(choices: list) -> str:
-    """Return the choices as "A or B or C"."""
-    return " or ".join(map(str, choices))

@@ -18,7 +18,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.config.hardware import fields_of
 from megatron_r1.plan.arguments import job_of
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import pushes
 from megatron_r1.plan.quantity import RELATIVE_TO
@@ -31,7 +31,16 @@ LIMITS = (1e-12, 1.0)
 
 
 def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrides: dict) -> str:
-    """Write the values that a run determines to `file`; return what was derived and what not."""
+    """Write the values that a run determines; return what was derived and what not.
+
+    Args:
+        folder: the run's folder.
+        file: the YAML file to write, for --calibrate.
+        chosen: the options of the command line.
+        overrides: dotted settings in place of the run's.
+
+    Raises:
+        UserError: the run determines no value, or `file` cannot be written."""
     measured = Measured(folder, job_of(folder / "config.yaml", chosen, overrides, 1))
     values, reasons = measured.values, measured.reasons
     if not values:
@@ -125,7 +134,7 @@ class Measured:
 
     def _seconds(self, parts: tuple[str, ...], **values: float) -> float | None:
         """Return the sum of the planned seconds of `parts` with these values."""
-        section = time_section(Bill(self._with(**values)).times)
+        section = time_section(JobEstimate(self._with(**values)).times)
         planned = [section[name].value for name in parts if name in section]
         return None if not planned or None in planned else sum(filter(None, planned))
 

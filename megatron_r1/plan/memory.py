@@ -12,13 +12,13 @@ from megatron_r1.models.memory import (
     persistent_bytes,
     reference_bytes,
 )
+from megatron_r1.plan.between_phases import offloaded_bytes, offloaded_host_bytes
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.expert_overlap import working_bytes
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.offload import away_bytes, away_host_bytes
 from megatron_r1.plan.push import receive_buffer_bytes
 from megatron_r1.plan.quantity import Section, in_bytes
-from megatron_r1.plan.replay import replay_host_bytes
+from megatron_r1.plan.routing_replay import replay_host_bytes
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
+        """Bytes of the larger of training and scoring."""
         return max(sum(self.training.values()), sum(self.scoring.values()))
 
 
@@ -88,7 +89,7 @@ def _of_rank(
     persistent["optimizer"] -= on_host
     is_kept = job.scores_reference or job.keeps_reference
     host = {"reference": reference if is_kept else 0, "optimizer": on_host}
-    host |= replay_host_bytes(job, rank) | away_host_bytes(job, counts)
+    host |= replay_host_bytes(job, rank) | offloaded_host_bytes(job, counts)
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = checkpoint_bytes(
             job.config, counts, job.replicas, with_reference=is_kept
@@ -107,7 +108,7 @@ def _of_rank(
     freed = 0
     if job.config.rollout.colocated and scoring:  # until the first update
         freed = scoring.pop("gradients")
-    return RankMemory(rank, counts, training, scoring, host, freed + away_bytes(job, counts))
+    return RankMemory(rank, counts, training, scoring, host, freed + offloaded_bytes(job, counts))
 
 
 def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> RankMemory:
@@ -117,7 +118,7 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> Rank
     on_host = round(persistent["optimizer"] * critic.parallel.optimizer_offload)
     num_bytes = sum(persistent.values()) - on_host + _fp8_copies(critic, counts)
     host = {**memory.host, "critic's optimizer": on_host}
-    for kind, more in away_host_bytes(critic, counts).items():
+    for kind, more in offloaded_host_bytes(critic, counts).items():
         host[kind] += more
     if critic.config.checkpoint.asynchronous:
         host["checkpoint being written"] += checkpoint_bytes(
@@ -126,7 +127,7 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> Rank
     freed = persistent["gradients"] if critic.config.rollout.colocated else 0
     training = {**memory.training, CRITIC: num_bytes}
     scoring = {**memory.scoring, CRITIC: num_bytes - freed}
-    freed += memory.freed + away_bytes(critic, counts)
+    freed += memory.freed + offloaded_bytes(critic, counts)
     return replace(memory, training=training, scoring=scoring, host=host, freed=freed)
 
 
@@ -171,7 +172,13 @@ def in_flight(rank: int, pipeline: int, virtual: int, microbatches: int) -> list
     """Return how many micro-batches' activations each chunk of a pipeline rank holds at the peak.
 
     In the 1F1B schedule these are the forward passes of the warm-up and one more (schedules.py,
-    get_pp_rank_microbatches); with virtual stages they rotate over chunks, `pipeline` at a time."""
+    get_pp_rank_microbatches); with virtual stages they rotate over chunks, `pipeline` at a time.
+
+    Args:
+        rank: the rank's place in the pipeline, from 0.
+        pipeline: pipeline-parallel ranks.
+        virtual: chunks of each rank.
+        microbatches: micro-batches of an optimizer step on this replica."""
     if virtual == 1:
         return [min(microbatches, pipeline - rank)]
     count = min(2 * (pipeline - rank - 1) + (virtual - 1) * pipeline + 1, virtual * microbatches)

@@ -22,11 +22,11 @@ import yaml
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.arguments import config_of, job_of, parse
-from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.counts import forward_flops
+from megatron_r1.plan.engine_memory import Engines
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.rollout import Engines
 from megatron_r1.plan.timing import StepTime, time_section
 
 FILE = Path(__file__).with_name("published.yaml")
@@ -78,7 +78,7 @@ class PublishedRun:
         system: whose it is.
         calibrates: whether it is in the half that calibrates.
         options: options of megatron-r1 plan that describe it.
-        number: "run" (hours), "MFU" (a share), or a line of the bill's section "time" (seconds).
+        number: "run" (hours), "MFU" (a share), or a line of the estimate's section "time" (s).
         published: the figure."""
 
     name: str
@@ -90,14 +90,17 @@ class PublishedRun:
 
     @property
     def unit(self) -> str:
+        """The unit of the published number: hours, share or s."""
         return {"run": "hours", "MFU": "share"}.get(self.number, "s")
 
     @property
     def recipe(self) -> Path:
+        """The recipe that stands for the published run."""
         return Path(shlex.split(self.options)[0])
 
     @cached_property
     def phases(self) -> list[Phase]:
+        """Return the phases of the recipe with the run's options."""
         chosen, overrides = parse(shlex.split(self.options))
         return phases_of(self.recipe, chosen, overrides, whole=self.number == "run")
 
@@ -127,15 +130,21 @@ def _mfu(times: StepTime) -> float:
 def phases_of(
     recipe: Path, chosen: argparse.Namespace, overrides: dict, *, whole: bool = True
 ) -> list[Phase]:
-    """Return the phases of `rl.schedule`, or the first alone."""
+    """Return the phases of `rl.schedule`, or the first alone.
+
+    Args:
+        recipe: the recipe's file.
+        chosen: the options of the command line.
+        overrides: dotted settings in place of the recipe's.
+        whole: whether all phases are returned."""
     config = config_of(recipe, overrides)
     starts = [step for step, _ in config.phases()] if whole else [1]
     ends = [*starts[1:], config.run.steps + 1]
     phases = []
     for start, end in zip(starts, ends, strict=True):
-        bill = Bill(job_of(recipe, chosen, overrides, start))
-        resident = bill.engines.resident if bill.job.generates else 0
-        phases.append(Phase(end - start, bill.job, resident))
+        estimate = JobEstimate(job_of(recipe, chosen, overrides, start))
+        resident = estimate.engines.resident if estimate.job.generates else 0
+        phases.append(Phase(end - start, estimate.job, resident))
     return phases
 
 

@@ -1,231 +1,32 @@
-"""Bytes of one weight push, summed over the push's own plan (`push/plan`); its connections in sets
-of engines, and their time, over the plan that a run executes (`push/plan/engine_sets.py`), and
-over NCCL in its rounds (`push/plan/rounds.py`)."""
+"""Bytes of one weight push, summed over the push's own plan (`push/plan`), and what they take of
+the ranks that send and receive them; `push_links` has the links between these."""
 
-import json
-from collections import Counter
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import chain
-from typing import Literal, NamedTuple, Self
-
-import numpy as np
+from typing import Literal
 
 from megatron_r1.base.transports import ACROSS_HOSTS, TRANSPORTS
-from megatron_r1.config.hardware import Assumptions
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.hf_config import key_value_heads
-from megatron_r1.models.weights.adapter_table import adapter_table
-from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.table import Table
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.job_checks import check_engine_gpus
+from megatron_r1.plan.push_links import (
+    PushedWeights,
+    SetTraffic,
+    round_seconds,
+    set_links,
+    set_plans,
+)
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
-from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.adapters import PredictedAdapters, check_adapter_push, max_lora_rank
-from megatron_r1.push.plan.engine_sets import SET_ENGINES, Plan, engine_sets, plan_sets
+from megatron_r1.push.plan import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.adapters import check_adapter_push, max_lora_rank
+from megatron_r1.push.plan.engine_sets import SET_ENGINES, engine_sets
 from megatron_r1.push.plan.from_recipe import check_drafter, engine_layout, shares_gpus_over_nccl
-from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.push.plan.rounds import ENTRY_BYTES, PushOrder, planned_order
+from megatron_r1.push.plan.rounds import ENTRY_BYTES, planned_order
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.push.transports import RELAYED_BYTES, ROUNDS_AHEAD
 from megatron_r1.reporting.wording import counted
 
-PAIR_REQUESTS = 4
-"""Requests to the store for a group of two: each rank sets its address and gets the other's."""
 ADAPTERS = "both factors of every adapter of its stage, whole (push.adapter_only)"
-SLOT_BYTES = 90
-"""Bytes of a tensor in a published table; 75 to 90 in the tables of DeepSeek-V3."""
-
-
-@dataclass(frozen=True)
-class SetTraffic:
-    """The links of a push in sets, and the bytes on them.
-
-    Attributes:
-        sent: bytes out of each trainer rank.
-        out: the most links of a trainer rank.
-        into: the most links of an engine rank.
-        num_links: the number of all links.
-        num_sets: the number of sets.
-        num_engines: the engines of the largest set.
-        entering: most bytes that enter an engine rank from trainer ranks.
-        received: bytes of each rank of an engine, with those that other engines pass on."""
-
-    sent: list[float]
-    out: int
-    into: int
-    num_links: int
-    num_sets: int
-    num_engines: int
-    entering: float
-    received: list[float]
-
-    @property
-    def busiest_sender(self) -> float:
-        """The busiest trainer rank's bytes over the average of all trainer ranks."""
-        return max(self.sent) / (sum(self.sent) / len(self.sent))
-
-    def seconds(self, rate: float, given: Assumptions) -> float:
-        """Return the time of a push through adapters of `rate`: what enters, from the busiest
-        trainer rank, then rounds of what is passed on, in rings."""
-        passed_on = max(self.received) - self.entering
-        rounds = -(-passed_on // (RELAYED_BYTES * self.num_engines))
-        hops = (self.num_engines - 1) * given.hop_seconds
-        return (
-            max(max(self.sent), self.entering) / rate
-            + passed_on / rate
-            + rounds * (given.round_seconds + hops)
-        )
-
-    def requests(self, engines: EngineLayout, world: int, *, over_nccl: bool) -> int:
-        """Return the requests to the store when all engines connect (`rendezvous`).
-
-        An engine rank looks for its table, offers it, waits until all is ready, and reads its
-        position's plan; over NCCL it reads its rounds, too, and otherwise creates its group.
-        Trainer rank 0 reads every offer, and each table once; a trainer rank reports that it is
-        prepared, and waits. Each position's table, and plan of a set, is written once."""
-        ranks, positions = engines.num_ranks, engines.ranks_per_engine
-        of_engines = ranks * (5 if over_nccl else 4 + 2 * (self.num_engines > 1)) + positions
-        of_trainer = engines.engines + ranks + positions + 2 * world * self.num_sets
-        plans = self.num_sets * (positions + 1)
-        pairs = 0 if over_nccl else PAIR_REQUESTS * self.num_links
-        return of_engines + of_trainer + plans + pairs
-
-    def setup_seconds(
-        self,
-        engines: EngineLayout,
-        world: int,
-        num_slots: int,
-        given: Assumptions,
-        communicator: int = 0,
-    ) -> float:
-        """Return the time in which all ranks meet.
-
-        Args:
-            engines: the layout of the engines.
-            world: trainer ranks.
-            num_slots: tensors in the tables of an engine's ranks, which rank 0 reads and
-                broadcasts.
-            given: the rates assumed.
-            communicator: the ranks of NCCL's largest communicator, or 0 over another transport."""
-        tables = num_slots * SLOT_BYTES
-        creating = given.group_seconds + communicator * given.group_rank_seconds
-        return (
-            self.requests(engines, world, over_nccl=bool(communicator)) / given.store_requests
-            + 2 * tables / given.store_bytes
-            + given.set_plan_seconds
-            + (creating if communicator else 0)
-        )
-
-
-def _round_seconds(order: PushOrder, rate: float, given: Assumptions) -> float:
-    """Return the time of a push in rounds through adapters of `rate`, where each round takes as
-    long as its largest bucket."""
-    largest = order.largest_buckets()
-    return float(np.sum(largest / rate + given.round_seconds))
-
-
-def set_links(
-    hf: dict,
-    grid: TrainerGrid,
-    engines: EngineLayout,
-    stages: list[list[Shard]],
-    count: CountBytes,
-    max_engines: int,
-    *,
-    drafts: bool = False,
-    lora: LoraConfig | None = None,
-) -> SetTraffic:
-    """Return the links of a push.
-
-    Args:
-        hf: the model's config.json.
-        grid: the trainer's layout.
-        engines: the layout of the engines.
-        stages: the shards of the pipeline's stages.
-        count: gives the bytes of a tensor.
-        max_engines: the most engines of a set.
-        drafts: the engines have drafters.
-        lora: the adapters, where these alone are pushed."""
-    sets = engine_sets(engines.engines, max_engines)
-    plans = set_plans(hf, grid, engines, stages, count, max_engines, drafts=drafts, lora=lora)
-    out: Counter[int] = Counter()
-    into: Counter[tuple[int, int, int]] = Counter()
-    entering: Counter[tuple[int, int, int]] = Counter()
-    sent, received = [0.0] * grid.world, [0.0] * engines.ranks_per_engine
-    for index, plan in enumerate(plans):
-        for link in chain.from_iterable(plan):
-            engine_rank = index, link.member, link.position
-            out[link.sender] += 1
-            sent[link.sender] += link.num_bytes
-            into[engine_rank] += 1
-            entering[engine_rank] += link.num_bytes
-            received[link.position] += link.num_bytes / len(sets)
-    return SetTraffic(
-        sent=sent,
-        out=max(out.values()),
-        into=max(into.values()),
-        num_links=out.total(),
-        num_sets=len(sets),
-        num_engines=max(map(len, sets)),
-        entering=max(entering.values()),
-        received=received,
-    )
-
-
-def set_plans(
-    hf: dict,
-    grid: TrainerGrid,
-    engines: EngineLayout,
-    stages: list[list[Shard]],
-    count: CountBytes,
-    max_engines: int,
-    *,
-    drafts: bool = False,
-    lora: LoraConfig | None = None,
-) -> list[Plan]:
-    """Return the plan of each set."""
-    chunks = tuple(map(tuple, stages))
-    what = _Pushed.of(hf, lora, drafts=drafts)
-    return _set_plans(what, grid, engines, chunks, count, max_engines)
-
-
-class _Pushed(NamedTuple):
-    """What a push is of, as a key of results: the model's config.json, whether its MTP layers are
-    among the weights, and the section `model.lora` of adapters that are pushed alone."""
-
-    hf: str
-    drafts: bool
-    lora: str | None
-
-    @classmethod
-    def of(cls, hf: dict, lora: LoraConfig | None, *, drafts: bool) -> Self:
-        return cls(json.dumps(hf), drafts, None if lora is None else lora.model_dump_json())
-
-    @property
-    def rules(self) -> Table | None:
-        if self.lora is None:
-            return None
-        return adapter_table(json.loads(self.hf), LoraConfig.model_validate_json(self.lora))
-
-    def needs(self, layout: EngineLayout) -> PredictedLayout:
-        if (rules := self.rules) is not None:
-            return PredictedAdapters(json.loads(self.hf), layout, rules)
-        return PredictedLayout(json.loads(self.hf), layout, drafts=self.drafts)
-
-
-@lru_cache(maxsize=8)
-def _set_plans(
-    what: _Pushed,
-    grid: TrainerGrid,
-    engines: EngineLayout,
-    stages: tuple[tuple[Shard, ...], ...],
-    count: CountBytes,
-    max_engines: int,
-) -> list[Plan]:
-    needs = what.needs(engines)
-    planner = Planner(json.loads(what.hf), grid, engines, stages, needs, what.rules)
-    return plan_sets(planner, count, engine_sets(engines.engines, max_engines))
 
 
 def planned_engine_layout(job: PlannedJob) -> EngineLayout:
@@ -258,7 +59,7 @@ def _shares(job: PlannedJob, tensor: int) -> bool:
 
 def check_engines_and_push(job: PlannedJob) -> None:
     """Raise UserError for engines that are impossible on these GPUs or for this model."""
-    job.check_engine_gpus()
+    check_engine_gpus(job)
     if pushes(job):
         check_drafter(job.config)
         check_adapter_push(job.config, job.hf)
@@ -287,7 +88,7 @@ def pushed_lora(job: PlannedJob) -> LoraConfig | None:
 def planned_rank_bytes(job: PlannedJob) -> int:
     """Return the bytes of weights on an engine's first GPU, which has the most. A pushed adapter is
     there three times: as it has come, as vLLM has loaded it, and in its LoRA layers."""
-    whole = _Pushed.of(job.hf, None, drafts=drafts(job))
+    whole = PushedWeights.of(job.hf, None, drafts=drafts(job))
     weights = _rank_bytes(whole, planned_engine_layout(job), _form(job), 1)[0]
     if (lora := pushed_lora(job)) is None:
         return weights
@@ -299,8 +100,8 @@ def pushed_rank_bytes(job: PlannedJob) -> int:
     return _rank_bytes(_pushed(job), planned_engine_layout(job), _form(job), 1)[0]
 
 
-def _pushed(job: PlannedJob) -> _Pushed:
-    return _Pushed.of(job.hf, pushed_lora(job), drafts=drafts(job))
+def _pushed(job: PlannedJob) -> PushedWeights:
+    return PushedWeights.of(job.hf, pushed_lora(job), drafts=drafts(job))
 
 
 def _form(job: PlannedJob) -> str:
@@ -314,7 +115,7 @@ def _byte_count(form: str) -> CountBytes:
 
 
 @lru_cache
-def _rank_bytes(what: _Pushed, layout: EngineLayout, form: str, ranks: int) -> list[int]:
+def _rank_bytes(what: PushedWeights, layout: EngineLayout, form: str, ranks: int) -> list[int]:
     """Return the bytes that each of an engine's first `ranks` ranks needs of a push."""
     needs, num_bytes = what.needs(layout), _byte_count(form)
     return [
@@ -474,7 +275,7 @@ def _connections(
         sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
         order = planned_order(plans, sets, ranks, grid.world, colocated=colocated)
         section["push"] = Quantity(
-            _round_seconds(order, rate, given),
+            round_seconds(order, rate, given),
             "s",
             f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
             f"{order.num_relay_rounds:,} in which these pass them on: of a bucket each way "

@@ -152,3 +152,8 @@ def assumed_section(job: PlannedJob) -> Section:
                 source = f"measured: {job.measured[name]}"
             section[name] = Quantity(getattr(part, name), unit_of(info), source)
     return section
+
+
+def rounded(value: float) -> str:
+    """Return a number as text: whole from 10 on, two digits below."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"

@@ -5,8 +5,8 @@ published runs (`published.py`). What `--calibrate` has measured has none."""
 
 from dataclasses import replace
 
+from megatron_r1.plan.between_phases import OFFLOAD
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.quantity import Quantity, Section
 
 MEASUREMENTS = {

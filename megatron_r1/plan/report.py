@@ -1,4 +1,4 @@
-"""The bill as text and as JSON."""
+"""The estimate as text and as JSON."""
 
 import shlex
 import textwrap
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_r1.config.yaml_text import as_text as as_yaml
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, in_bytes
 from megatron_r1.plan.search import FittingLayout
@@ -16,10 +16,10 @@ WIDTH = 110
 _NAME, _VALUE = 24, 14
 
 
-def as_text(bill: Bill) -> str:
+def as_text(estimate: JobEstimate) -> str:
     """Return every number with its formula next to it."""
-    lines = [_title(bill)]
-    for title, section in bill.sections().items():
+    lines = [_title(estimate)]
+    for title, section in estimate.sections().items():
         if not section:
             continue
         lines += ["", title]
@@ -36,10 +36,12 @@ def as_text(bill: Bill) -> str:
     return "\n".join(lines)
 
 
-def as_json(bill: Bill, problems: list[str], others: list[FittingLayout]) -> dict[str, Any]:
+def as_json(
+    estimate: JobEstimate, problems: list[str], others: list[FittingLayout]
+) -> dict[str, Any]:
     """Return {section: {name: {value, unit, formula}}}, every pipeline rank's memory in bytes, the
     assumptions, and what does not fit."""
-    job = bill.job
+    job = estimate.job
     return {
         "verb": job.verb,
         "gpus": job.world_size,
@@ -48,7 +50,7 @@ def as_json(bill: Bill, problems: list[str], others: list[FittingLayout]) -> dic
         "parallel": job.parallel.model_dump() | {"data": job.data},
         "sections": {
             title: {name: _entries(quantity) for name, quantity in section.items()}
-            for title, section in bill.sections().items()
+            for title, section in estimate.sections().items()
         },
         "ranks": [
             {
@@ -58,7 +60,7 @@ def as_json(bill: Bill, problems: list[str], others: list[FittingLayout]) -> dic
                 "scoring": rank.scoring,
                 "host": rank.host,
             }
-            for rank in bill.ranks
+            for rank in estimate.ranks
         ],
         "problems": problems,
         "layouts": [vars(found) for found in others],
@@ -109,8 +111,8 @@ def sizes_text(job: PlannedJob, others: Sequence[PlannedJob]) -> str:
     return " or ".join(options)
 
 
-def _title(bill: Bill) -> str:
-    job, parallel = bill.job, bill.job.parallel
+def _title(estimate: JobEstimate) -> str:
+    job, parallel = estimate.job, estimate.job.parallel
     lines = [
         f"{job.config.model.path} on {job.world_size:,} {job.hardware.name} "
         f"({Quantity(job.hardware.memory, 'B', '')} each)"

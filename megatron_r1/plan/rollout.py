@@ -1,5 +1,5 @@
-"""The engines' weights and KV cache on a GPU, seconds of a rollout, bytes of its samples; the
-teacher's engines of on-policy distillation."""
+"""Seconds of a rollout on its engines, and bytes of its samples; the teacher's engines of on-policy
+distillation."""
 
 import math
 from dataclasses import dataclass
@@ -8,22 +8,16 @@ from functools import cached_property
 from megatron_r1.config import Config
 from megatron_r1.engines.server.from_recipe import positions
 from megatron_r1.engines.server.recipe_checks import check_ranks
-from megatron_r1.models.hf_config import key_value_heads, load_config, read_hf_config
-from megatron_r1.models.memory import BYTES, cache_bytes_per_token
-from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.models.experts import routing_shape
+from megatron_r1.models.hf_config import load_config, read_hf_config
+from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.counts import ModelCounts, decode_flops, forward_flops
+from megatron_r1.plan.engine_memory import Engines
 from megatron_r1.plan.exchange import BACKENDS, NCCL, ExpertExchange, Links
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import (
-    drafts,
-    in_fp8,
-    planned_engine_layout,
-    planned_rank_bytes,
-    receive_buffer_bytes,
-)
-from megatron_r1.plan.quantity import Quantity, Section, in_bytes
-from megatron_r1.plan.replay import ReplayTraffic, replays
-from megatron_r1.push.plan.planner import PredictedLayout
+from megatron_r1.plan.push import in_fp8, planned_engine_layout
+from megatron_r1.plan.quantity import Quantity, Section, in_bytes, rounded
+from megatron_r1.plan.routing_replay import ReplayTraffic, replays
 from megatron_r1.reporting.wording import counted
 
 ID = LOGPROB = 4
@@ -33,124 +27,42 @@ LOGITS = 4
 
 
 @dataclass(frozen=True)
-class Engines:
-    """All engines of a job.
+class RolloutTime:
+    """Seconds of the engines' passes, and of a rollout.
 
     Attributes:
-        job: the recipe, the sizes of its model, and the GPUs.
-        resident: bytes of the trainer that stay on the same GPU."""
+        engines: the engines, with as many sequences at once as fit."""
 
-    job: PlannedJob
-    resident: int = 0
+    engines: Engines
 
     @property
-    def value(self) -> int:
-        return BYTES[self.job.config.rollout.dtype]
-
-    @property
-    def tensor(self) -> int:
-        """Number of GPUs that share the attention of one sequence."""
-        return planned_engine_layout(self.job).tensor
+    def job(self) -> PlannedJob:
+        """The job whose engines they are."""
+        return self.engines.job
 
     @cached_property
     def counts(self) -> ModelCounts:
+        """The numbers of the model's parameters."""
         return ModelCounts(self.job.hf)
-
-    @property
-    def mtp_layers(self) -> int:
-        """Number of layers that draft."""
-        return len(self.job.weight_table.mtp) if drafts(self.job) else 0
-
-    @property
-    def drafted(self) -> int:
-        """Tokens that a pass verifies next to the one that follows anyway. 0 for drafts from text:
-        their acceptance is not known before a run."""
-        return self.job.config.rollout.speculative.tokens if self.mtp_layers else 0
 
     @property
     def tokens_a_pass(self) -> float:
         """Mean tokens of a sequence in a pass: a draft counts while all before it were right."""
         right = self.job.assumptions.draft_acceptance
-        return sum(right**n for n in range(self.drafted + 1))
-
-    @cached_property
-    def whole_shared(self) -> bool:
-        """Whether each GPU has the shared experts whole."""
-        return PredictedLayout(self.job.hf, planned_engine_layout(self.job)).whole_shared
-
-    @property
-    def weights(self) -> int:
-        """Bytes of an engine's weights on one of its GPUs."""
-        return planned_rank_bytes(self.job)
-
-    @property
-    def receive_buffer(self) -> int:
-        """Bytes on one GPU for the weights of the next push."""
-        return receive_buffer_bytes(self.job, "GPU")
-
-    @property
-    def reserved(self) -> float:
-        """Bytes of `Assumptions.reserved` that are the engine's: half of it next to a trainer."""
-        return self.job.assumptions.reserved / (2 if self.resident else 1)
-
-    @property
-    def free(self) -> float:
-        """Bytes of a GPU that are not the trainer's, nor the receive buffer's."""
-        others = self.job.assumptions.reserved - self.reserved + self.resident
-        return self.job.hardware.memory - others - self.receive_buffer
-
-    @property
-    def cache(self) -> int:
-        """Bytes left for KV cache on one GPU; negative if even the weights do not fit."""
-        share = self.job.config.rollout.gpu_memory
-        taken = self.free if share is None else min(self.free, share * self.job.hardware.memory)
-        return round(taken - self.reserved - self.weights)
-
-    @property
-    def token_bytes(self) -> float:
-        """Cache bytes of a token on each GPU that attends to it: latents whole, heads shared."""
-        whole = cache_bytes_per_token(self.job.hf, self.value, self.mtp_layers)
-        if self.job.latent_attention:
-            return whole
-        return whole / min(self.tensor, key_value_heads(self.job.hf))
-
-    @property
-    def sequences(self) -> float:
-        """Sequences of a rollout for each group of `tensor` GPUs."""
-        return self.job.num_responses * self.tensor / (self.job.rollout_gpus or self.job.world_size)
-
-    @property
-    def room(self) -> float:
-        """Sequences whose cache such a group can hold; less than one counts as 0."""
-        room = self.cache / (self.token_bytes * self._cached)
-        return room if room >= 1 else 0.0
-
-    @property
-    def at_once(self) -> float:
-        """Mean number of sequences that such a group decodes together, limited by cache and
-        settings. Of several rollouts (`in_flight`) most are in a part where only long responses
-        are left."""
-        wanted = self.sequences
-        if self.in_flight > 1:
-            share = self.job.response_tokens / self.job.longest_response
-            wanted = max(min(1.0, wanted), wanted * self.in_flight * share)
-        return min(wanted, self.room, self.job.config.rollout.max_num_seqs)
-
-    @property
-    def _cached(self) -> float:
-        """Mean number of cached tokens of a sequence over its lifetime."""
-        return self.job.assumptions.prompt_tokens + self.job.response_tokens / 2
+        return sum(right**n for n in range(self.engines.drafted + 1))
 
     def step_seconds(self, sequences: float) -> float:
         """Return seconds of one token for each of `sequences` in a group: the longer of reading
         weights and caches, and computing; and each layer's small kernels and exchanges. With drafts
         a pass computes all of them, and an MTP layer runs once for each."""
         job, hardware, assumed = self.job, self.job.hardware, self.job.assumptions
+        engines = self.engines
         layers = job.hf["num_hidden_layers"]
-        passes = layers + self.drafted * (self.mtp_layers > 0)  # in layers
-        read = self._weights_read(sequences) + sequences * self._cached * self.token_bytes
-        flops = sequences * decode_flops(job.hf, self._cached, self._speedup) / self.tensor
-        flops *= (1 + self.drafted) * passes / layers
+        passes = layers + engines.drafted * (engines.mtp_layers > 0)  # in layers
+        cached = engines.cached_tokens
+        read = self._weights_read(sequences) + sequences * cached * engines.token_bytes
+        flops = sequences * decode_flops(job.hf, cached, self._speedup) / engines.tensor
+        flops *= (1 + engines.drafted) * passes / layers
         latency = self.exchange_seconds(sequences)
         if job.engine_gpus > 1:
             latency += assumed.decode_latency_per_layer * passes
@@ -189,16 +101,16 @@ class Engines:
 
     def layer_exchange(self, sequences: float, backend: str) -> float:
         """Return seconds of the exchange of routed experts in one layer of a decoding pass."""
-        tokens = sequences * (1 + self.drafted) / self.tensor
+        tokens = sequences * (1 + self.engines.drafted) / self.engines.tensor
         return self.experts.seconds(backend, tokens)
 
     def exchange_seconds(self, sequences: float) -> float:
         """Return seconds of a pass's exchanges: two sums over tensor ranks in each layer, and that
         of routed experts in those that have them."""
-        job = self.job
-        drafting = self.drafted * (self.mtp_layers > 0)
-        num_bytes = sequences * (1 + self.drafted) * job.hf["hidden_size"] * self.value
-        sums = 2 * self.experts.links.all_reduce(self.tensor, num_bytes)
+        job, engines = self.job, self.engines
+        drafting = engines.drafted * (engines.mtp_layers > 0)
+        num_bytes = sequences * (1 + engines.drafted) * job.hf["hidden_size"] * engines.value
+        sums = 2 * self.experts.links.all_reduce(engines.tensor, num_bytes)
         exchange = self.layer_exchange(sequences, self.backend)
         layers, sparse = job.hf["num_hidden_layers"], sum(job.sparse)
         return (layers + drafting) * sums + (sparse + drafting) * exchange
@@ -206,23 +118,16 @@ class Engines:
     def _weights_read(self, sequences: float) -> float:
         """Return weight bytes read in a step; experts, and copies of them, without tokens are
         not read."""
-        routed = self.counts.routed + (self.counts.mtp_routed if self.mtp_layers else 0)
+        engines = self.engines
+        routed = self.counts.routed + (self.counts.mtp_routed if engines.mtp_layers else 0)
         if not routed:
-            return self.weights
+            return engines.weights
         experts, chosen = self.job.hf["n_routed_experts"], self.job.hf["num_experts_per_tok"]
         held = experts + planned_engine_layout(self.job).redundant_experts  # tokens spread evenly
-        together = sequences * self.job.engine_gpus / self.tensor * (1 + self.drafted)
+        together = sequences * self.job.engine_gpus / engines.tensor * (1 + engines.drafted)
         idle = (1 - chosen / held) ** together
-        value = 1 if in_fp8(self.job) else self.value
-        return self.weights - routed * held / experts / self.job.engine_gpus * value * idle
-
-    @property
-    def in_flight(self) -> int:
-        """Rollouts that are sampled at once: with `rl.staleness` k, on GPUs of their own, the one
-        that the trainer waits for and k later ones, which fill the engines meanwhile
-        (controller/rollouts/step_sampler.py)."""
-        rl = self.job.config.rl
-        return 1 + rl.staleness if self.job.rollout_gpus and self.job.verb == "rl" else 1
+        value = 1 if in_fp8(self.job) else engines.value
+        return engines.weights - routed * held / experts / self.job.engine_gpus * value * idle
 
     @property
     def longest_seconds(self) -> float:
@@ -230,48 +135,51 @@ class Engines:
         as a mean one, then alone, when their experts are idle; among others to its end where later
         rollouts fill the engines."""
         mean, longest = self.job.response_tokens, self.job.longest_response
-        among = self.step_seconds(self.at_once)
+        among = self.step_seconds(self.engines.at_once)
         return mean * among + (longest - mean) * self._last_step_seconds
 
     @property
     def _last_step_seconds(self) -> float:
         """Seconds of one token of the longest response when its rollout's others have ended."""
-        alone = min(self.at_once, 1.0) if self.in_flight == 1 else self.at_once
+        engines = self.engines
+        alone = min(engines.at_once, 1.0) if engines.in_flight == 1 else engines.at_once
         return self.step_seconds(alone)
 
     @property
     def prefill_seconds(self) -> float:
         """Seconds in which a group computes the prompts of its sequences."""
         job, prompt = self.job, self.job.assumptions.prompt_tokens
-        compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.tensor
-        return self.sequences * prompt * forward_flops(job.hf, prompt, self._speedup) / compute
+        compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.engines.tensor
+        flops = prompt * forward_flops(job.hf, prompt, self._speedup)
+        return self.engines.sequences * flops / compute
 
     @property
     def throughput_seconds(self) -> float:
         """Seconds in which the engines, full to their limits, sample as many tokens as a rollout
         has."""
-        tokens, together = self.sequences * self.job.response_tokens, self.at_once
+        tokens, together = self.engines.sequences * self.job.response_tokens, self.engines.at_once
         return self.prefill_seconds + tokens / together * self.step_seconds(together)
 
     def seconds(self) -> tuple[float | None, str]:
         """Return (seconds from the beginning to the end of one rollout, formula); None without room
         for a sequence's cache."""
-        job, together = self.job, self.at_once
-        if not self.room:
+        engines = self.engines
+        job, together = self.job, engines.at_once
+        if not engines.max_concurrency:
             return None, "no room for a sequence's cache"
         mean, longest = job.response_tokens, job.longest_response
         first, several = self.prefill_seconds, ""
         throughput = self.throughput_seconds
         last = first + self.longest_seconds
-        if self.in_flight > 1:
-            several = f" ({self.in_flight} rollouts in flight)"
+        if engines.in_flight > 1:
+            several = f" ({engines.in_flight} rollouts in flight)"
         text = (
-            f"prefill {first:.2g} s + the longer of: {_short(self.sequences)} x "
-            f"{counted(mean, 'token')} on {counted(self.tensor, 'GPU')}, "
-            f"{_short(together)} at once{several}, {_short(self.step_seconds(together) * 1e3)} ms "
-            f"a token: {_short(throughput - first)} s; one response of {longest:,}, the first "
-            f"{mean:,} tokens at that, the others at {_short(self._last_step_seconds * 1e3)} ms: "
-            f"{_short(last - first)} s{self._drafting()}"
+            f"prefill {first:.2g} s + the longer of: {rounded(engines.sequences)} x "
+            f"{counted(mean, 'token')} on {counted(engines.tensor, 'GPU')}, "
+            f"{rounded(together)} at once{several}, {rounded(self.step_seconds(together) * 1e3)} "
+            f"ms a token: {rounded(throughput - first)} s; one response of {longest:,}, the first "
+            f"{mean:,} tokens at that, the others at {rounded(self._last_step_seconds * 1e3)} ms: "
+            f"{rounded(last - first)} s{self._drafting()}"
         )
         return max(throughput, last), text
 
@@ -279,38 +187,34 @@ class Engines:
         method = self.job.config.rollout.speculative.method
         if method == "none":
             return ""
-        if not self.drafted:
+        if not self.engines.drafted:
             return f"; nothing is saved by rollout.speculative.method={method}: not predictable"
         return (
-            f"; {_short(self.tokens_a_pass)} tokens a pass with {self.drafted} drafted, each right "
-            f"in {self.job.assumptions.draft_acceptance:.0%} (draft_acceptance)"
+            f"; {rounded(self.tokens_a_pass)} tokens a pass with {self.engines.drafted} drafted, "
+            f"each right in {self.job.assumptions.draft_acceptance:.0%} (draft_acceptance)"
         )
 
 
-def _short(value: float) -> str:
-    """Whole from 10 on, two digits below."""
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
-
-
-def exchange_section(engines: Engines) -> Section:
+def exchange_section(rollout: RolloutTime) -> Section:
     """Return seconds of a layer's exchange of routed experts by each backend, and its bytes."""
+    engines = rollout.engines
     job, together = engines.job, engines.at_once
-    if engines.experts.ranks == 1 or not together:
+    if rollout.experts.ranks == 1 or not together:
         return {}
     section = {}
     for backend in BACKENDS:
-        used = ", the engines'" if backend == engines.backend else ""
+        used = ", the engines'" if backend == rollout.backend else ""
         section[backend] = Quantity(
-            engines.layer_exchange(together, backend),
+            rollout.layer_exchange(together, backend),
             "s",
-            f"{_short(together * (1 + engines.drafted) / engines.tensor)} tokens a GPU to "
-            f"{engines.experts.chosen} experts on {counted(engines.experts.ranks, 'GPU')} and back"
+            f"{rounded(together * (1 + engines.drafted) / engines.tensor)} tokens a GPU to "
+            f"{rollout.experts.chosen} experts on {counted(rollout.experts.ranks, 'GPU')} and back"
             f"{used}; {EXCHANGE_SOURCES[backend]}",
         )
     section["sums over tensor ranks"] = Quantity(
-        engines.exchange_seconds(together)
+        rollout.exchange_seconds(together)
         - (sum(job.sparse) + engines.drafted * (engines.mtp_layers > 0))
-        * engines.layer_exchange(together, engines.backend),
+        * rollout.layer_exchange(together, rollout.backend),
         "s",
         f"of a pass: 2 a layer over {counted(engines.tensor, 'GPU')}, NCCL's own model",
     )
@@ -322,56 +226,6 @@ EXCHANGE_SOURCES = {
     BACKENDS[1]: "DeepEP's measured latency",
     BACKENDS[2]: "DeepEP's measured rate + host_stall_seconds",
 }
-
-
-def rollout_section(engines: Engines) -> Section:
-    """Return the memory of one engine GPU."""
-    job = engines.job
-    short = f"no room, {in_bytes(-engines.cache)} short: " if engines.cache < 0 else ""
-    share = job.config.rollout.gpu_memory
-    if share is not None:
-        half = "half of " if engines.resident else ""
-        left = f"rollout.gpu_memory={share:g} x memory - {half}reserved - weights"
-    else:
-        left = "memory - reserved - weights"
-        if engines.receive_buffer:
-            left += f" - receive buffer {in_bytes(engines.receive_buffer)}"
-        left += f" - trainer's {in_bytes(engines.resident)}" if engines.resident else ""
-    copies = planned_engine_layout(job).redundant_experts
-    most = {}
-    if engines.resident:
-        most["share, at most"] = Quantity(
-            math.floor(100 * engines.free / job.hardware.memory) / 100,
-            "share",
-            f"rollout.gpu_memory: memory - trainer's {in_bytes(engines.resident)} - half of "
-            "reserved; an engine's weights, cache and activations",
-        )
-    return most | {
-        "weights": in_bytes(
-            engines.weights,
-            f"its part of every tensor: attention over {counted(engines.tensor, 'GPU')}, routed "
-            f"experts{f' and {copies} copies of a layer' * bool(copies)} over {job.engine_gpus}; "
-            "norms, routers, latent down-projections whole"
-            + (", shared experts too" if engines.whole_shared else "")
-            + ("; the drafter's among them" if engines.mtp_layers else "")
-            + ("; projections in FP8 (push.fp8)" if in_fp8(job) else ""),
-        ),
-        "KV cache of a token": in_bytes(
-            cache_bytes_per_token(job.hf, engines.value, engines.mtp_layers),
-            f"{job.hf['num_hidden_layers'] + engines.mtp_layers} layers x values a layer x "
-            f"{engines.value} B" + ("; the MTP layers' among them" if engines.mtp_layers else ""),
-        ),
-        "KV cache": in_bytes(max(0, engines.cache), f"{short}{left}"),
-        "tokens cached": Quantity(
-            max(0, int(engines.cache / engines.token_bytes)), "tokens", "KV cache / a token's bytes"
-        ),
-        "sequences at once": Quantity(
-            round(engines.at_once, 2),
-            "",
-            f"on {counted(engines.tensor, 'GPU')}; least of cache, rollout.max_num_seqs and its "
-            f"{_short(engines.sequences)} of the rollout",
-        ),
-    }
 
 
 def samples_section(job: PlannedJob) -> Section:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby, islice, product
 from operator import attrgetter, itemgetter
 
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.job_checks import check_trainer
 from megatron_r1.plan.push import check_engines_and_push
 
 
@@ -68,19 +69,19 @@ def _fits_always(job: PlannedJob) -> bool:
                 check_engines_and_push(phase)
         except ValueError:
             return False
-        if _fitting_bill(phase) is None:
+        if _fitting_estimate(phase) is None:
             return False
     return True
 
 
-def _fitting_bill(job: PlannedJob) -> Bill | None:
+def _fitting_estimate(job: PlannedJob) -> JobEstimate | None:
     try:
         if job.trains:
-            job.check_trainer()
+            check_trainer(job)
     except ValueError:
         return None
-    bill = Bill(job)
-    return None if bill.problems() else bill
+    estimate = JobEstimate(job)
+    return None if estimate.problems() else estimate
 
 
 def even_layout(num_layers: int, num_mtp: int, chunks: int) -> str | None:
@@ -148,8 +149,8 @@ def _fitting(job: PlannedJob, distance: float, changes: dict) -> FittingLayout |
         changes["pipeline_layout"] = even_layout(job.hf["num_hidden_layers"], num_mtp, chunks)
     if changes["recompute"] == "selective" != job.parallel.recompute:
         changes["recompute_modules"] = _cheap_modules(job)
-    bill = _fitting_bill(job.with_parallel(**changes))
-    if bill is None or bill.step.value is None:
+    estimate = _fitting_estimate(job.with_parallel(**changes))
+    if estimate is None or estimate.step.value is None:
         return None
     differing = {k: v for k, v in changes.items() if getattr(job.parallel, k) != v}
-    return FittingLayout(differing, distance, bill.worst.peak, bill.step.number)
+    return FittingLayout(differing, distance, estimate.worst.peak, estimate.step.number)

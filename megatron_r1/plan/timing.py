@@ -14,17 +14,17 @@ from functools import cache, cached_property, partial
 from megatron_r1.config.hardware import link_rate
 from megatron_r1.models.hf_config import head_sizes, key_value_heads
 from megatron_r1.models.memory import BYTES, Counts
+from megatron_r1.plan.between_phases import OFFLOAD, load, offload_time, saves, sleep_and_wake
 from megatron_r1.plan.counts import RankCounts, attention_flops, head_flops, layer_flops
+from megatron_r1.plan.engine_memory import Engines
 from megatron_r1.plan.exchange import copies_of_token
-from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, share_alone
+from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, fraction_alone
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.offload import OFFLOAD, offload_time
-from megatron_r1.plan.phase_seconds import load, saves, sleep_and_wake
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.plan.ranges import with_range
-from megatron_r1.plan.replay import ROUTED, replay_time
-from megatron_r1.plan.rollout import Engines
+from megatron_r1.plan.rollout import RolloutTime
+from megatron_r1.plan.routing_replay import ROUTED, replay_time
 from megatron_r1.reporting.wording import counted
 
 VALUE = BYTES["bfloat16"]
@@ -70,16 +70,16 @@ def groups(job: PlannedJob, rank: int) -> dict[str, AxisTraffic]:
 
 def _tensor(job: PlannedJob, layers: int) -> AxisTraffic:
     hf, size, whole = job.hf, job.parallel.tensor, job.rank_tokens
-    hidden, share = hf["hidden_size"], (size - 1) / size
+    hidden, fraction = hf["hidden_size"], (size - 1) / size
     gathered = scattered = 2 * hidden
     if job.latent_attention:
         gathered = hidden + (hf.get("q_lora_rank") or hidden) + hf["kv_lora_rank"]
-    forward = layers * (gathered + scattered) * whole * VALUE * share
-    backward = layers * (2 * gathered + scattered) * whole * VALUE * share
+    forward = layers * (gathered + scattered) * whole * VALUE * fraction
+    backward = layers * (2 * gathered + scattered) * whole * VALUE * fraction
     again = forward if job.parallel.recompute == "full" else 0
     formula = (
         f"{counted(layers, 'layer')} x (gather {gathered} + scatter {scattered} values) x "
-        f"{whole:,.0f} tokens x {VALUE} B x {share:.2f}, backward with the gathers once more"
+        f"{whole:,.0f} tokens x {VALUE} B x {fraction:.2f}, backward with the gathers once more"
     )
     return AxisTraffic(size, size, formula, forward + backward + again, forward)
 
@@ -172,6 +172,11 @@ class StepTime:
         self.groups = cache(partial(groups, job))
 
     @cached_property
+    def rollout(self) -> RolloutTime:
+        """The times of the engines."""
+        return RolloutTime(self.engines)
+
+    @cached_property
     def busiest(self) -> int:
         """The pipeline rank with the longest micro-batch."""
         return max(range(self.job.parallel.pipeline), key=lambda r: self.microbatch(r, True))
@@ -211,7 +216,7 @@ class StepTime:
         parts = (self._layer_flops[1] - experts, experts)
         once = group.seconds(self.job, group.forward) / (2 * sparse)
         exposed = sparse * exposed_seconds(once, *map(self._seconds, parts))
-        alone = share_alone(self.job, rank)
+        alone = fraction_alone(self.job, rank)
         return alone * whole + (1 - alone) * exposed
 
     @property
@@ -239,8 +244,8 @@ class StepTime:
     def _seconds(self, flops: float) -> float:
         """Return seconds of `flops` per token for a rank's share of a mean micro-batch."""
         job = self.job
-        share = job.rank_tokens / job.parallel.tensor
-        return flops * share / (job.hardware.bf16 * job.assumptions.compute_efficiency)
+        fraction = job.rank_tokens / job.parallel.tensor
+        return flops * fraction / (job.hardware.bf16 * job.assumptions.compute_efficiency)
 
     def microbatch(self, rank: int, backward: bool) -> float:
         """Return the seconds of a mean micro-batch on pipeline rank `rank`: of its computation, of
@@ -274,6 +279,7 @@ class StepTime:
         return pipeline + traffic * self.job.assumptions.gradients_exposed
 
     def scoring(self) -> float:
+        """Seconds of a step's passes without gradients."""
         job = self.job
         count = job.num_microbatches * job.minibatches
         slots = job.slots * job.minibatches
@@ -281,6 +287,7 @@ class StepTime:
         return once * (2 if job.scores_reference else 1)
 
     def push(self) -> float:
+        """Seconds of a push, by the bytes of the engine GPU that receives most."""
         return pushed_rank_bytes(self.job) / push_link(self.job)[0]
 
 
@@ -290,7 +297,7 @@ def time_section(times: StepTime) -> Section:
     job = times.job
     section = {}
     if job.generates:
-        seconds, how = times.engines.seconds()
+        seconds, how = times.rollout.seconds()
         section["rollout"] = Quantity(seconds, "s", how)
     section |= replay_time(job)
     if job.verb == "rl":
@@ -321,11 +328,11 @@ def time_section(times: StepTime) -> Section:
     section["step"] = _step(times, {name: section[name] for name in parts})
     step, tokens = section["step"], job.num_responses * job.sample_tokens
     if job.verb == "rl" and times.engines.in_flight == 1:
-        share = section["rollout"].number / step.number
-        section["share of rollout"] = Quantity(share, "share", "rollout / step")
+        fraction = section["rollout"].number / step.number
+        section["share of rollout"] = Quantity(fraction, "share", "rollout / step")
     if ROUTED in section:
-        share = section[ROUTED].number / step.number
-        section[f"share of {ROUTED}"] = Quantity(share, "share", f"{ROUTED} / step")
+        fraction = section[ROUTED].number / step.number
+        section[f"share of {ROUTED}"] = Quantity(fraction, "share", f"{ROUTED} / step")
     section["tokens per second"] = Quantity(
         tokens / step.number, "tokens", f"{tokens:,} tokens / step"
     )
@@ -376,7 +383,7 @@ def _step(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
     ends = {name: _ends(part) for name, part in parts.items()}
     rollout = ends.pop("rollout")
     stopped = [ends.pop(name) for name in OF_PUSH if name in ends]
-    full, either = engines.throughput_seconds / rollout[0], engines.in_flight
+    full, either = times.rollout.throughput_seconds / rollout[0], engines.in_flight
     steps = []
     for end in range(3):
         trained = sum(part[end] for part in ends.values())

@@ -3,9 +3,9 @@
 1. `sender`: the operations of a push on each trainer rank, called by the controller
    (`megatron_r1.controller.push`).
 2. `plan`: which rectangle of which tensor goes from which trainer rank to which engine rank.
-3. `link_planner`: reads what the engines offer to receive, links this rank with the engine ranks
-   that the plan gives it, and has the slices of its parameters that each link carries, as they are
-   or quantized to FP8.
+3. `link_planner`: links this rank with the engine ranks that the plan gives it, from what the
+   engines receive (`receivers`) and where each needs it (`receiver_layout`). `slices` has the
+   parts of its parameters that each link carries, as they are or quantized to FP8.
 4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends, and what has
    arrived (`arrivals`). Over NCCL all links are sent together, in rounds (`plan.rounds`):
    `ordered_sets` has each rank's part, and `round_sender` runs that of a trainer rank.
@@ -17,17 +17,4 @@ Both sides agree on the plan before: an engine rank publishes its `table` of slo
 `published_plan` of each position, and `rendezvous` is how all ranks find each other and learn of
 failures. `results` has what ranks report to the controller.
 
-The words of a push:
-
-- set: equal engines that are served together; member: one of them, by its number in the set.
-- position: a rank's number within its engine. A set's ranks at one position need the same bytes.
-- region: a rectangle of a Hugging Face tensor (`plan.tensors`).
-- slot: a region that an engine rank needs, with its place in the receive buffer. A table has all.
-- plan: which regions each trainer rank sends to which engine ranks (`plan.engine_sets`).
-- share: regions of a position that have to come from one trainer rank; the plan chooses which.
-- link: all that one trainer rank sends to one engine rank.
-- delivery: the rectangle of a slot that one trainer rank sends, with a checksum (`table`).
-- relay: an engine rank that sends what has entered it to the ranks at its position.
-- payload: the bytes of a link or of a relay: deliveries, then their checksums.
-- bucket: the bytes of one message, a part of a payload.
-- round: a step of a push over NCCL, in which a process sends and receives one bucket at most."""
+docs/push.md begins with the words of a push: set, member, position, region, slot, and so on."""

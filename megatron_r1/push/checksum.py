@@ -129,6 +129,7 @@ class LaneChecksum:
             _compiled().copy(*_extent(target)[:2], *_extent(source), *self._addresses)
 
     def digest(self) -> int:
+        """Return the checksum of the lanes' sums."""
         return xxhash.xxh3_64_intdigest(self._sums.data)
 
     @property
@@ -215,6 +216,7 @@ class RowsChecksum:
             self._xxh3.update(np.ascontiguousarray(words[chunk]).data)
 
     def digest(self) -> int:
+        """Return the checksum of all rows so far."""
         return self._xxh3.intdigest() if self._lanes is None else self._lanes.digest()
 
     def value(self, device: torch.device) -> torch.Tensor:
@@ -235,6 +237,7 @@ class RowsWeightedSum:
         self._count = 0
 
     def update(self, rows: torch.Tensor) -> None:
+        """Add the next rows (height, width)."""
         bits = INTEGERS[rows.element_size()]
         for chunk in _chunks(rows, SUMMED_ELEMENTS * rows.itemsize):
             words = rows[chunk].reshape(-1).view(bits).long()
@@ -248,6 +251,7 @@ class RowsWeightedSum:
         return torch.as_tensor(self._sum, dtype=torch.int64, device=device)
 
     def digest(self) -> int:
+        """Return the checksum of all rows so far, as an unsigned 64-bit number."""
         return int(self._sum) % 2**64
 
 
@@ -270,6 +274,7 @@ class RunningChecksum:
             self._row = row
 
     def digest(self) -> int:
+        """Return the checksum of the whole slice, reading what `update_to` has not."""
         if self._is_weighted:
             return weighted_sum(self._values)
         self.update_to(len(self._values))

@@ -1,24 +1,20 @@
 """Plans and creates the links from a trainer rank to sets of engines (`plan.engine_sets`): from
-what the engines offer to receive, which trainer rank 0 reads for all ranks, to the slices of this
-rank's parameters that each link carries."""
+what the engines receive (`receivers`) to the slices of this rank's parameters that each link
+carries (`slices`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 from torch import Tensor
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.local import merged
-from megatron_r1.models.weights.stored.fp8_blocks import quantize_fp8
-from megatron_r1.models.weights.stored.published import BLOCK, FP8_DTYPE, scale_name
-from megatron_r1.models.weights.table import Piece, Shape, Table
+from megatron_r1.models.weights.stored.published import FP8_DTYPE
+from megatron_r1.models.weights.table import Piece, Table
 from megatron_r1.push.ordered_sets import OrderedSets
 from megatron_r1.push.plan.engine_sets import (
     Plan,
@@ -28,221 +24,19 @@ from megatron_r1.push.plan.engine_sets import (
     sent_bytes,
 )
 from megatron_r1.push.plan.planner import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.tensors import (
-    CountBytes,
-    Region,
-    first_cut,
-    fp8_bytes,
-    plain_bytes,
-    scale_region,
-)
+from megatron_r1.push.plan.tensors import CountBytes, Region, fp8_bytes, plain_bytes
 from megatron_r1.push.published_plan import PositionPlan, ReceiverInfo
+from megatron_r1.push.receiver_layout import Encoding, ReceiverLayout
+from megatron_r1.push.receivers import SetReceivers
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, TrainerRendezvous
 from megatron_r1.push.round_sender import SetRounds
-from megatron_r1.push.table import Delivery, SlotTable, dtype_of
+from megatron_r1.push.slices import ParameterSlice
+from megatron_r1.push.table import SlotTable
 from megatron_r1.push.transports import sender_class
 from megatron_r1.push.transports.base import Sender
 
-Encoding = Literal["plain", "codes", "scales"]
-"""The form of a delivery's slice: its values, or the FP8 codes or scales of its blocks."""
 HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
 """HF name -> the parameters that hold pieces of that tensor."""
-
-
-class ReceiverLayout:
-    """The regions that the ranks of one engine need, from their tables (`PredictedLayout` has the
-    same without an engine).
-
-    Args:
-        tables: the slot tables, one per rank of the engine.
-
-    Raises:
-        ValueError: for a table that has a tensor twice, which no model here needs."""
-
-    def __init__(self, tables: Sequence[SlotTable]):
-        self._tables = tables
-        self.regions: dict[str, dict[Region, list[int]]] = {}
-        """HF name -> region -> the ranks that need it."""
-        self._slots: dict[tuple[int, str], int] = {}
-        for rank, table in enumerate(tables):
-            for index, slot in enumerate(table.slots):
-                if (rank, slot.name) in self._slots:
-                    raise ValueError(f"engine rank {rank} has two slots for {slot.name}")
-                region = Region(slot.top, slot.bottom, slot.left, slot.right)
-                self.regions.setdefault(slot.name, {}).setdefault(region, []).append(rank)
-                self._slots[rank, slot.name] = index
-
-    def deliveries(
-        self, rank: int, name: str, shape: Shape, region: Region
-    ) -> list[tuple[Delivery, Encoding]]:
-        """Return the region of the tensor `name`, of `shape`, as a part of engine rank `rank`'s
-        slot for it; where the slot holds FP8 blocks, with the delivery of their scales.
-
-        Raises ValueError for FP8 of another kind, and for parts of blocks."""
-        slot = self._tables[rank].slots[self._slots[rank, name]]
-        if dtype_of(slot).itemsize > 1:
-            return [(self._delivery(rank, name, region), "plain")]
-        scales = scale_name(name)
-        if slot.dtype != FP8_DTYPE or (rank, scales) not in self._slots:
-            raise ValueError(
-                f"engine rank {rank} needs {name} as {slot.dtype} without {scales}: weights can be "
-                f"quantized during a push to FP8 in blocks of {BLOCK} x {BLOCK} only"
-            )
-        cut = first_cut(region, shape)
-        if cut is not None:
-            raise ValueError(
-                f"{name} {shape} is cut at {cut}, within a block of {BLOCK} x {BLOCK}, "
-                "which has one scale; set push.fp8: false, or fewer tensor parallel ranks"
-            )
-        return [
-            (self._delivery(rank, name, region), "codes"),
-            (self._delivery(rank, scales, scale_region(region)), "scales"),
-        ]
-
-    def _delivery(self, rank: int, name: str, region: Region) -> Delivery:
-        index = self._slots[rank, name]
-        slot = self._tables[rank].slots[index]
-        rows = region.top - slot.top, region.bottom - slot.top
-        return Delivery(index, *rows, region.left - slot.left, region.right - slot.left)
-
-
-class ParameterSlice(NamedTuple):
-    """The `region` of an HF tensor inside a parameter that holds `piece` of that tensor."""
-
-    parameter: Tensor
-    piece: Piece
-    region: Region
-
-    @property
-    def is_held(self) -> bool:
-        """Whether the piece covers the region."""
-        piece, region = self.piece, self.region
-        start, end = (region.top, region.bottom) if piece.dim == 0 else (region.left, region.right)
-        return piece.hf_start <= start and end <= piece.hf_start + piece.length
-
-    @property
-    def is_merged(self) -> bool:
-        """Whether the values are those of a weight with an adapter, computed when they are read."""
-        return hasattr(self.parameter, "adapter")
-
-    def values(self) -> Tensor:
-        """Return the values (height, width): a view, or those of a weight with its adapter."""
-        region, piece = self.region, self.piece
-        move = piece.local_start - piece.hf_start
-        down, right = (move, 0) if piece.dim == 0 else (0, move)
-        rows = slice(region.top + down, region.bottom + down)
-        columns = slice(region.left + right, region.right + right)
-        if self.is_merged:
-            return merged(self.parameter, rows, columns)
-        matrix = self.parameter.detach()
-        return (matrix if matrix.dim() > 1 else matrix[:, None])[rows, columns]
-
-
-class EncodedSlices:
-    """The tensors of one push to one engine rank, computed when they are read.
-
-    "codes" and "scales" are the two results of `fp8_blocks.quantize_fp8` for a slice of whole
-    blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both. To
-    take little memory, only the codes or merged values that were read last are kept, and scales
-    until they are read.
-
-    Args:
-        slices: each delivery's values and their form.
-        power_of_two: whether scales are rounded up to powers of two."""
-
-    def __init__(
-        self, slices: Iterable[tuple[ParameterSlice, Encoding]], *, power_of_two: bool = False
-    ):
-        self._slices = list(slices)
-        self._quantize = partial(quantize_fp8, power_of_two=power_of_two)
-        self._last: tuple[int, Tensor] | None = None
-        self._scales: dict[int, Tensor] = {}
-        """By the identity of a slice, which its codes and scales share."""
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Return the values (height, width) of one delivery, in the trainer's dtype if plain."""
-        source, encoding = self._slices[index]
-        if encoding == "plain" and not source.is_merged:
-            return source.values()
-        if self._last and self._last[0] == index:  # the next rows of the same delivery
-            return self._last[1]
-        if encoding == "scales":
-            scales = self._scales.pop(id(source), None)
-            values = self._quantize(source.values())[1] if scales is None else scales
-        else:
-            self._last = None  # frees the last values before the next are computed
-            values = source.values()
-            if encoding == "codes":
-                values, self._scales[id(source)] = self._quantize(values)
-        self._last = (index, values)
-        return values
-
-
-class Offers(msgspec.Struct):
-    """What rank 0 has read, in the form in which it is passed on to the other trainer ranks."""
-
-    sent: list[float]
-    """Bytes per push that each trainer rank sends to the sets already connected."""
-    tables: list[list[SlotTable]] = []
-    """Tables of one engine, by engine rank; one list for all sets with the same tables."""
-    sets: dict[str, tuple[int, list[list[str]]]] = {}
-    """Set -> (index into `tables`, addresses by engine and rank)."""
-    problems: dict[str, str] = {}
-    """Set -> why it cannot connect."""
-
-
-def read_offers(
-    sets: Mapping[str, Sequence[TrainerRendezvous]],
-    ranks_per_engine: int,
-    pushed: Sequence[str],
-    sent: list[float],
-) -> Offers:
-    """Return the offers of these sets' engines; problems are also reported to the set.
-
-    Args:
-        sets: the rendezvous of each engine of a set.
-        ranks_per_engine: the ranks of each engine.
-        pushed: names of the tensors of a push.
-        sent: the bytes that each trainer rank sends (`Offers`)."""
-    offers = Offers(sent)
-    for name, engines in sets.items():
-        try:
-            receivers = [engine.read_receivers(ranks_per_engine) for engine in engines]
-            tables = _common_tables(receivers)
-            _check_all_taken(tables, pushed)
-        except EXPECTED_ERRORS as error:
-            offers.problems[name] = f"{type(error).__name__}: {error}"
-            engines[0].report_error(offers.problems[name])
-            continue
-        # Equal tables are one entry, so that ranks get them and plan for them only once.
-        if tables not in offers.tables:
-            offers.tables.append(tables)
-        addresses = [[receiver.address for receiver in ranks] for ranks in receivers]
-        offers.sets[name] = offers.tables.index(tables), addresses
-    return offers
-
-
-def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]:
-    """Return the tables of one engine's ranks. Raises ValueError where engines differ."""
-    tables = [receiver.table for receiver in engines[0]]
-    for engine, receivers in enumerate(engines):
-        for rank, receiver in enumerate(receivers):
-            if receiver.table != tables[rank]:
-                raise ValueError(
-                    f"rank {rank} of engine {engine} needs other tensors than the same rank of "
-                    "engine 0"
-                )
-    return tables
-
-
-def _check_all_taken(tables: Sequence[SlotTable], pushed: Sequence[str]) -> None:
-    """Raise ValueError where no rank of an engine takes one of the pushed tensors: the engine would
-    go on with the values it started with."""
-    taken = {slot.name for table in tables for slot in table.slots}
-    left = [name for name in pushed if name not in taken]
-    if left:
-        names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        raise ValueError(f"the engine takes no pushes of {len(left)} tensors: {names}")
 
 
 class PushLink(NamedTuple):
@@ -278,6 +72,7 @@ class LinkedSet:
         return sum(delivery.num_bytes(end.table) for end in ends for delivery in end.deliveries)
 
     def close(self) -> None:
+        """Close the links to the set's ranks, and its rounds."""
         for link in self.links:
             link.end.close()
         if self.rounds is not None:
@@ -317,7 +112,7 @@ class LinkPlanner:
     def create_links(
         self,
         rendezvous: Mapping[str, list[TrainerRendezvous]],
-        offers: Offers,
+        receivers: SetReceivers,
         engine_layout: EngineLayout,
         transport: str,
     ) -> tuple[dict[str, LinkedSet], dict[str, str]]:
@@ -326,15 +121,15 @@ class LinkPlanner:
 
         Args:
             rendezvous: by set, the rendezvous with each engine.
-            offers: what the engines take.
+            receivers: what the engine ranks receive.
             engine_layout: the layout of one engine.
             transport: the name of the transport."""
         created: dict[str, LinkedSet] = {}
         problems: dict[str, str] = {}
         make_end = sender_class(transport)
-        for index, tables in enumerate(offers.tables):
-            names = [name for name, (offered, _) in offers.sets.items() if offered == index]
-            addresses = [offers.sets[name][1] for name in names]
+        for index, tables in enumerate(receivers.tables):
+            names = [name for name, (number, _) in receivers.sets.items() if number == index]
+            addresses = [receivers.sets[name][1] for name in names]
             try:
                 needs = ReceiverLayout(tables)
                 layout = engine_layout, self.stages
@@ -342,7 +137,7 @@ class LinkPlanner:
                 ends = list(accumulate(map(len, addresses)))
                 sets = [range(*edges) for edges in pairwise([0, *ends])]
                 largest, num_bytes = largest_share(transport), _byte_count(tables)
-                plans = plan_sets(planner, num_bytes, sets, offers.sent, largest)
+                plans = plan_sets(planner, num_bytes, sets, receivers.sent, largest)
                 order = (
                     self._order(plans, sets, addresses) if TRANSPORTS[transport].in_rounds else None
                 )
@@ -369,7 +164,12 @@ class LinkPlanner:
     def _order(
         self, plans: Sequence[Plan], sets: Sequence[range], addresses: Sequence[list[list[str]]]
     ) -> OrderedSets:
-        """Return the order of a push. addresses: over NCCL the GPUs of engine ranks."""
+        """Return the order of a push.
+
+        Args:
+            plans: the plans of `sets`.
+            sets: engines of each set, by number.
+            addresses: the GPU of each engine rank, by set, member and position."""
         shared = {
             (index, member, position): self._rank_of_gpu[address]
             for index, engines in enumerate(addresses)
@@ -393,9 +193,9 @@ class LinkPlanner:
         `publishes`."""
         plan: PositionPlan = [[] for _ in linked.rendezvous]
         position, rounds = position_links[0].position, linked.rounds
-        serves = rounds is not None and rounds.serves(position)
+        receives = rounds is not None and rounds.receives_for(position)
         for link in position_links:
-            if not (publishes or serves) and link.sender != self.rank:
+            if not (publishes or receives) and link.sender != self.rank:
                 continue
             found = [
                 (delivery, encoding, (item.name, region))
@@ -413,8 +213,8 @@ class LinkPlanner:
                 slices = [(held[source], encoding) for _, encoding, source in found]
                 linked.links.append(PushLink(link.member, end, slices))
                 end.plan(deliveries)
-        if rounds is not None and serves:
-            rounds.serve(receivers, plan)
+        if rounds is not None and receives:
+            rounds.receive_for(receivers, plan)
         if publishes:
             rank_rounds = rounds.ordered.rank_rounds(rounds.index, position) if rounds else None
             linked.rendezvous[0].publish_plan(position, plan, rank_rounds)

@@ -132,14 +132,14 @@ class OrderedSets:
             if payload.sender == process == self._receiver(payload):
                 yield payload
 
-    def served(self, index: int, process: int) -> tuple[int, int] | None:
+    def received_by(self, index: int, process: int) -> tuple[int, int] | None:
         """Return the engine rank of a set, (member, position), that a trainer rank receives for."""
         for position, members in enumerate(self.receivers[index]):
             if process in members:
                 return members.index(process), position
         return None
 
-    def has_served(self, index: int) -> bool:
+    def has_shared_gpus(self, index: int) -> bool:
         """Return whether trainer ranks receive for engine ranks of a set."""
         return any(p < self.world for members in self.receivers[index] for p in members)
 

@@ -31,10 +31,10 @@ EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors that fail a set and not this rank; torch.distributed raises the second."""
 IDLE_SECONDS = 30 * 24 * 3600.0
 """The time that an engine rank waits for the next push to begin."""
-ANSWER_LOOKS, ANSWER_PAUSE = 50, 0.1
-"""How often a rank that has seen a failure looks for an answer from the others, and the seconds
-between two looks: 5 s, and longer on a machine so slow that looks themselves take long. They count
-anew with each answer."""
+ANSWER_CHECKS, ANSWER_PAUSE = 50, 0.1
+"""How often a rank that has seen a failure checks for an answer from the others, and the seconds
+between two checks: 5 s, and longer on a machine so slow that checks themselves take long. They
+count anew with each answer."""
 LATE_SECONDS = 30.0
 """How much longer than a push's limit the trainer waits for engine ranks, so that these can first
 report why they are late."""
@@ -115,7 +115,11 @@ class Rendezvous:
         return self.shared.clone()  # type: ignore[attr-defined]  # missing in the stubs
 
     def await_prepared(self) -> int:
-        """Wait until all trainer ranks are prepared; return the number of engine ranks."""
+        """Wait until all trainer ranks are prepared; return the number of engine ranks.
+
+        Raises:
+            SetFailed: a side failed before it was prepared.
+        """
         num_ranks = int(self.shared.get("ready"))
         if not num_ranks:
             raise SetFailed(self._failure())
@@ -134,6 +138,7 @@ class Rendezvous:
             raise SetFailed(self._failure()) from None
 
     def has_failed(self) -> bool:
+        """Whether any side has published a failure."""
         return self.shared.check(["failed"])
 
     def publish_communicator(self, identifier: bytes) -> None:
@@ -168,12 +173,15 @@ class Rendezvous:
             error: the error that this rank has seen.
             is_closing: ends the wait for answers when it returns True."""
         self.shared.set(f"asked/{number}", "")
-        key, answered, looks = f"answers/{number}", set[str](), 0
-        while not answered.issuperset(names) and looks < ANSWER_LOOKS and not is_closing():
+        key, answered, checks = f"answers/{number}", set[str](), 0
+        while not answered.issuperset(names) and checks < ANSWER_CHECKS and not is_closing():
             if self.has_failed():
                 return self._failure()
             found = set(self.shared.get(key).decode().split()) if self.shared.check([key]) else ()
-            looks, answered = looks + 1 if answered.issuperset(found) else 0, answered.union(found)
+            checks, answered = (
+                checks + 1 if answered.issuperset(found) else 0,
+                answered.union(found),
+            )
             time.sleep(ANSWER_PAUSE)
         silent = sorted(tuple(map(int, name.split("/"))) for name in set(names) - answered)
         if silent:
@@ -193,7 +201,7 @@ class EngineRendezvous(Rendezvous):
 
     def publish_receiver(self, rank: int, info: ReceiverInfo) -> None:
         """Publish the table and the address of engine rank `rank`."""
-        _write(self.store, f"offer/{rank}", (self._tables.publish(info.table), info.address))
+        _write(self.store, f"receiver/{rank}", (self._tables.publish(info.table), info.address))
 
     def read_plan(self, rank: int) -> tuple[dict[int | Relay, list[Delivery]], RankRounds | None]:
         """Return the deliveries to this rank, by source, and over NCCL its rounds."""
@@ -216,7 +224,7 @@ class EngineRendezvous(Rendezvous):
         """End `await_begun` in all ranks of the set."""
         self.shared.set(f"begun/{number}", "0")
 
-    def offer_memory(self, rank: int, number: int, addresses: list[str]) -> None:
+    def publish_memory(self, rank: int, number: int, addresses: list[str]) -> None:
         """Publish where the trainer rank on this rank's GPU is to write a push."""
         _write(self.store, f"memory/{rank}/{number}", addresses)
 
@@ -245,9 +253,9 @@ class TrainerRendezvous(Rendezvous):
 
     def read_receivers(self, num_ranks: int) -> list[ReceiverInfo]:
         """Return table and address of all ranks of the engine; called on trainer rank 0."""
-        offers = [f"offer/{rank}" for rank in range(num_ranks)]
-        self._wait_for_keys(self.store, offers, self.timeout_seconds)
-        found = [_read(self.store, offer, tuple[str, str]) for offer in offers]
+        keys = [f"receiver/{rank}" for rank in range(num_ranks)]
+        self._wait_for_keys(self.store, keys, self.timeout_seconds)
+        found = [_read(self.store, key, tuple[str, str]) for key in keys]
         return [ReceiverInfo(self._tables.get(digest), address) for digest, address in found]
 
     def publish_plan(
@@ -273,7 +281,7 @@ class TrainerRendezvous(Rendezvous):
         self.shared.set(f"begun/{number}", str(push))
 
     def read_memory(self, rank: int, number: int) -> list[str]:
-        """Return where to write a push for engine rank `rank`, once it has offered that."""
+        """Return where to write a push for engine rank `rank`, once that is published."""
         key = f"memory/{rank}/{number}"
         self._wait_for_keys(self.store, [key], self.push_seconds)
         return _read(self.store, key, list[str])
@@ -300,7 +308,7 @@ class TrainerRendezvous(Rendezvous):
 
 
 def wait_for_keys(
-    store: Store, keys: Sequence[str], seconds: float, look: Callable[[], None] = lambda: None
+    store: Store, keys: Sequence[str], seconds: float, check: Callable[[], None] = lambda: None
 ) -> None:
     """Wait until the store has all keys. Its own `wait` would log a warning every time that it ends
     to check for a failure.
@@ -309,13 +317,13 @@ def wait_for_keys(
         store: the trainer's store, or the part of it with a prefix.
         keys: names of values that other ranks write; an error names the last one.
         seconds: the time limit.
-        look: raises an error when another rank has failed, so that the keys will not come.
+        check: raises an error when another rank has failed, so that the keys will not come.
 
     Raises:
         DistStoreError: at the time limit."""
     deadline, pause = time.monotonic() + seconds, FIRST_POLL_SECONDS
     while not store.check(list(keys)):
-        look()
+        check()
         if time.monotonic() > deadline:
             raise DistStoreError(f"{keys[-1]} is not there after {seconds:g} s")
         time.sleep(pause)

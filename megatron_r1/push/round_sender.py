@@ -59,9 +59,9 @@ class SetRounds:
     number: int = 0
 
     def __post_init__(self) -> None:
-        self.place = self.ordered.served(self.index, self.rank)
+        self.place = self.ordered.received_by(self.index, self.rank)
         """The engine rank on this rank's GPU, (member, position)."""
-        self._served: tuple[SlotTable, Mapping[int | Relay, Sequence[Delivery]]] | None = None
+        self._receives: tuple[SlotTable, Mapping[int | Relay, Sequence[Delivery]]] | None = None
         """Its table, and the deliveries to it by source."""
         self._mapped: tuple[torch.Tensor, torch.Tensor] | None = None
         """During a push, the memory of that rank, and that of the checksums, behind which is room
@@ -71,19 +71,19 @@ class SetRounds:
         self.calls = [call for call in calls if call.payload.set_index == self.index]
         self.copies = [payload for payload in copies if payload.set_index == self.index]
 
-    def serves(self, position: int) -> bool:
+    def receives_for(self, position: int) -> bool:
         """Return whether an engine rank at this position is on this rank's GPU."""
         return self.place is not None and self.place[1] == position
 
-    def serve(self, receivers: Sequence[ReceiverInfo], plan: PositionPlan) -> None:
+    def receive_for(self, receivers: Sequence[ReceiverInfo], plan: PositionPlan) -> None:
         """Prepare to receive for the engine rank on this rank's GPU.
 
         Args:
-            receivers: what the engine ranks at its position offer, by member.
+            receivers: table and address of the engine ranks at its position, by member.
             plan: the deliveries to that position."""
-        assert self.place is not None, "it serves"
+        assert self.place is not None, "receives_for() is True"
         member, _ = self.place
-        self._served = receivers[member].table, deliveries_to(plan, member)
+        self._receives = receivers[member].table, deliveries_to(plan, member)
 
     def begin_connect(self) -> None:
         """Begin to create the set's communicator, if it has one."""
@@ -99,7 +99,7 @@ class SetRounds:
             raise self.communicator.error
 
     def map(self) -> None:
-        """Map the memory that the engine rank on this rank's GPU offers for the push."""
+        """Map the memory that the engine rank on this rank's GPU has published for the push."""
         if self.place is not None:
             member, position = self.place
             addresses = self.rendezvous[member].read_memory(position, self.number)
@@ -110,8 +110,8 @@ class SetRounds:
         """Prepare the payloads of a push."""
         self._memory_payloads: dict[PayloadId, MemoryPayload] = {}
         if self._mapped is not None:
-            assert self._served is not None, "serve() comes first"
-            (table, deliveries), (memory, sums) = self._served, self._mapped
+            assert self._receives is not None, "receive_for() comes first"
+            (table, deliveries), (memory, sums) = self._receives, self._mapped
             self._arriving = ArrivingPayloads(table, deliveries, table.buffer(memory, push), sums)
 
     def unmap(self) -> None:
@@ -160,6 +160,7 @@ class SetRounds:
             return Failure(text)
 
     def close(self) -> None:
+        """Abort the set's communicator, if it was made."""
         if self.communicator is not None:
             self.communicator.abort(RuntimeError("the set is disconnected"))
 
@@ -218,6 +219,7 @@ class RoundSender:
         return failures
 
     def close(self) -> None:
+        """Abort this rank's own communicator, if it was made."""
         if self._own is not None:
             self._own.abort(RuntimeError("the trainer closes"))
 
@@ -229,22 +231,24 @@ class RoundSender:
     def _agree(self, sets: Mapping[str, SetRounds]) -> list[str]:
         """Have the memory of the engine ranks for which trainer ranks receive mapped, and the
         trainer's own communicator made where it is needed and missing. Return the sets whose
-        engines do not offer theirs, the same on all ranks."""
-        served = {name: each for name, each in sets.items() if each.ordered.has_served(each.index)}
-        if not served:
+        engines have not published theirs, the same on all ranks."""
+        shared = {
+            name: each for name, each in sets.items() if each.ordered.has_shared_gpus(each.index)
+        }
+        if not shared:
             return []
-        for rounds in served.values():
+        for rounds in shared.values():
             try:
                 rounds.map()
             except EXPECTED_ERRORS as error:
                 rounds.report_failure(error)
-        seconds = next(iter(served.values())).rendezvous[0].push_seconds
+        seconds = next(iter(shared.values())).rendezvous[0].push_seconds
         self._num_agreements += 1
         number, together = self._num_agreements, self._together
         if self._own is None or self._own.error is not None:
             together.set(f"new/{number}", "1")
         if together.add(f"ready/{number}", 1) == self._world:  # the last decides for all
-            failed = [name for name, each in served.items() if each.rendezvous[0].has_failed()]
+            failed = [name for name, each in shared.items() if each.rendezvous[0].has_failed()]
             decided = failed, together.check([f"new/{number}"])
             together.set(f"agreed/{number}", msgspec.msgpack.encode(decided))  # type: ignore[arg-type]
         wait_for_keys(together, [f"agreed/{number}"], seconds)
@@ -261,7 +265,7 @@ class RoundSender:
         return left_out
 
     def _send(self, push: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]) -> None:
-        """Run this rank's rounds, and show the engine ranks that it serves when all is there."""
+        """Run this rank's rounds, and show the engine rank on its GPU when all is there."""
         if self._streams is None:
             self._streams = PushStreams(torch.cuda.current_device())
         streams = self._streams

@@ -27,26 +27,15 @@ from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.local import local_entries
 from megatron_r1.models.weights.stored.published import has_power_of_two_scales
 from megatron_r1.models.weights.table import Piece, Table
-from megatron_r1.push.link_planner import (
-    EncodedSlices,
-    HeldPieces,
-    LinkedSet,
-    LinkPlanner,
-    Offers,
-    PushLink,
-    read_offers,
-)
+from megatron_r1.push.link_planner import HeldPieces, LinkedSet, LinkPlanner, PushLink
 from megatron_r1.push.plan.adapters import pushed_adapters
 from megatron_r1.push.plan.planner import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
-from megatron_r1.push.rendezvous import (
-    EXPECTED_ERRORS,
-    SetFailed,
-    TableStore,
-    TrainerRendezvous,
-)
+from megatron_r1.push.receivers import SetReceivers, read_receivers
+from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TableStore, TrainerRendezvous
 from megatron_r1.push.results import ConnectedSets, Failure, OpenedPush, SentWeights
 from megatron_r1.push.round_sender import RoundSender
+from megatron_r1.push.slices import EncodedSlices
 from megatron_r1.push.transports.base import gpu_uuid
 from megatron_r1.push.transports.payloads import SlicesPayload
 
@@ -143,10 +132,12 @@ class WeightSender:
             ]
             for name, num_engines in sets
         }
-        offers = self._offers(rendezvous, engine_layout.num_ranks)
-        created, failed = self._planner.create_links(rendezvous, offers, engine_layout, transport)
+        receivers = self._read_receivers(rendezvous, engine_layout.num_ranks)
+        created, failed = self._planner.create_links(
+            rendezvous, receivers, engine_layout, transport
+        )
         self._sets |= created
-        present = {name: created[name] for name in offers.sets if name not in failed}
+        present = {name: created[name] for name in receivers.sets if name not in failed}
         for name, problem in failed.items():  # first, so that no other rank waits for this one
             rendezvous[name][0].report_error(f"trainer rank {self.rank}: {problem}")
         # Before any wait, which would block this rank's only client of the store.
@@ -166,12 +157,13 @@ class WeightSender:
             self.disconnect(name)
         connected = {name: present[name] for name in present.keys() - failed.keys()}
         return {
-            "problems": offers.problems | failed,
+            "problems": receivers.problems | failed,
             "num_links": {name: len(linked.links) for name, linked in connected.items()},
             "num_bytes": {name: linked.num_bytes for name, linked in connected.items()},
         }
 
     def disconnect(self, name: str) -> None:
+        """Close the links to a set of engines; an unknown name is ignored."""
         if name in self._sets:
             self._sets.pop(name).close()
 
@@ -247,18 +239,18 @@ class WeightSender:
                 found[name] = linked.rounds, payloads
         return self._rounds.send(push, found) if found else {}
 
-    def _offers(
+    def _read_receivers(
         self, rendezvous: dict[str, list[TrainerRendezvous]], ranks_per_engine: int
-    ) -> Offers:
-        """Return what the engines offer, which rank 0 reads for all."""
+    ) -> SetReceivers:
+        """Return what the engine ranks receive, which rank 0 reads for all."""
         if self.rank:
-            return msgspec.msgpack.decode(self.broadcast(None), type=Offers)
+            return msgspec.msgpack.decode(self.broadcast(None), type=SetReceivers)
         by_set = [linked.sent for linked in self._sets.values()]
         sent = [sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)]
         pushed = [name for name, _ in self._tensors]
-        offers = read_offers(rendezvous, ranks_per_engine, pushed, sent)
-        self.broadcast(msgspec.msgpack.encode(offers))
-        return offers
+        receivers = read_receivers(rendezvous, ranks_per_engine, pushed, sent)
+        self.broadcast(msgspec.msgpack.encode(receivers))
+        return receivers
 
     def _connect_set(self, linked: LinkedSet) -> str:
         """Connect to a set, all links at once, and return the problem if there is one."""

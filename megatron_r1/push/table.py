@@ -23,10 +23,12 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def height(self) -> int:
+        """Rows of the slot."""
         return self.bottom - self.top
 
     @property
     def width(self) -> int:
+        """Columns of the slot."""
         return self.right - self.left
 
 
@@ -66,16 +68,20 @@ class Delivery(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def height(self) -> int:
+        """Rows of the delivery."""
         return self.bottom - self.top
 
     @property
     def num_elements(self) -> int:
+        """Elements of the delivery."""
         return self.height * (self.right - self.left)
 
     def row_bytes(self, table: SlotTable) -> int:
+        """Return the bytes of one row, in the dtype of its slot."""
         return (self.right - self.left) * dtype_of(table.slots[self.slot]).itemsize
 
     def num_bytes(self, table: SlotTable) -> int:
+        """Return the bytes of all rows."""
         return self.height * self.row_bytes(table)
 
 

@@ -190,7 +190,14 @@ def write(
     shown: Sequence[PhaseResult],
     changes: Sequence[Change],
 ) -> None:
-    """Print the tables and write them to `rehearsal.json` and `rehearsal.md`."""
+    """Print the tables and write them to `rehearsal.json` and `rehearsal.md`.
+
+    Args:
+        folder: where both files go.
+        title: the recipe's name.
+        rows: the parts of the recipe's structure.
+        shown: the phases that were run.
+        changes: what the miniature has otherwise than the recipe."""
     console = Console(width=140, highlight=False)
     columns = ("phase", "what it has shown", "seconds", "of CPU")
     phases = Table(*columns, title=f"rehearsal of {title}")

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 from megatron_r1.base.processes import children
-from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.models import platform
 
 IMPORTED = (
     "megatron_r1.commands.cli",
     "megatron_r1.commands.rl",
-    "megatron_r1.trainer.folders",
+    "megatron_r1.trainer.worker",
     "megatron_r1.trainer.trainer",
     "megatron_r1.trainer.worker",
     "megatron_r1.push.sender",

@@ -16,7 +16,7 @@ from megatron_r1.config.yaml_text import as_sections
 from megatron_r1.pipeline import pipeline_recipe
 from megatron_r1.pipeline.graph import check_plan
 from megatron_r1.pipeline.pipeline_recipe import REFERENCE
-from megatron_r1.pipeline.plan import PipelinePlan
+from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.push.plan.engine_sets import num_links
 from megatron_r1.push.plan.from_recipe import engine_layout, planned_push
 

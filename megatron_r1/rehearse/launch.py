@@ -28,7 +28,13 @@ QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS":
 
 
 def command(verb: str, recipe: Path, config: Config, settings: Sequence[str]) -> list[str]:
-    """Return the command of a verb: with ranks as torchrun starts them where it has several."""
+    """Return the command of a verb: with ranks as torchrun starts them where it has several.
+
+    Args:
+        verb: the subcommand of megatron-r1.
+        recipe: the recipe's file.
+        config: the recipe as read, with `settings`.
+        settings: dotted settings of the command line, KEY=VALUE each."""
     python = [sys.executable, "-u", "-m"]
     ranks = config.parallel.processes
     arguments = ["megatron_r1", verb, str(recipe), *settings]
@@ -47,8 +53,18 @@ def command(verb: str, recipe: Path, config: Config, settings: Sequence[str]) ->
 def started(
     verb: str, recipe: Path, config: Config, settings: Sequence[str], log: Path
 ) -> Iterator[subprocess.Popen]:
-    """Start a verb, with engine hosts if its recipe has them; at the end, kill -9 all of
-    their processes that still run, and those that these have started."""
+    """Start a verb, with engine hosts if its recipe has them; at the end, kill -9 all of their
+    processes that still run, and those that these have started.
+
+    Args:
+        verb: the subcommand of megatron-r1.
+        recipe: the recipe's file.
+        config: the recipe as read, with `settings`.
+        settings: dotted settings of the command line, KEY=VALUE each.
+        log: the file for the verb's output; hosts write to host-N.log next to it.
+
+    Yields:
+        The process of the verb."""
     processes = []
     try:
         of_trainer, of_hosts = gpus(verb, config)

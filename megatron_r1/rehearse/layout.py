@@ -76,8 +76,11 @@ def _short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
     """Return fewer and shorter stages: the first one, the last one, and as many of different
     lengths between them as there is room for.
 
-    groups: the recipe's stages, in the order in which a micro-batch passes them, over `original`
-    ranks."""
+    Args:
+        groups: the recipe's stages in Megatron's letters, in the order in which a micro-batch
+            passes them.
+        pipeline: pipeline-parallel ranks of the miniature.
+        original: pipeline-parallel ranks of the recipe."""
     virtual = min(len(groups) // original, PARTS) if pipeline > 1 else 1
     count = pipeline * virtual
     between = groups[1:-1]

@@ -120,6 +120,7 @@ class LiveState:
         return REWARD_MODEL_CHARTS if "accuracy" in self.history else SFT_CHARTS
 
     def seconds_left(self) -> float | None:
+        """Seconds to the last step at the present pace; None before the first."""
         if self.seconds_per_step is None:
             return None
         return max(0, self.total_steps - self.step) * self.seconds_per_step

@@ -18,7 +18,7 @@ TAIL = 0.025
 """The probability beyond each end of an interval of 95%."""
 LEARNED, NOT_SHOWN, WORSE = "Learned", "Not shown", "Worse"
 
-Metrics = Sequence[Mapping[str, Any]]
+MetricLines = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl."""
 
 
@@ -83,7 +83,7 @@ def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
     return results
 
 
-def outcome_sentence(metrics: Metrics, heldout: Sequence[Evaluation]) -> str:
+def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str:
     """Return the result of the run as one sentence with numbers."""
     if not metrics and not heldout:
         return "Nothing to report yet: metrics.jsonl is empty or missing."
@@ -118,7 +118,7 @@ def outcome_sentence(metrics: Metrics, heldout: Sequence[Evaluation]) -> str:
     return f"{steps}, neither accuracy nor loss was recorded."
 
 
-def first_and_last(metrics: Metrics, key: str) -> tuple[float, float] | None:
+def first_and_last(metrics: MetricLines, key: str) -> tuple[float, float] | None:
     """Return the means of the first and the last tenth of a curve: single steps are noisy."""
     values = recorded(metrics, key)
     if not values:
@@ -127,12 +127,12 @@ def first_and_last(metrics: Metrics, key: str) -> tuple[float, float] | None:
     return float(np.mean(values[:tenth])), float(np.mean(values[-tenth:]))
 
 
-def recorded(metrics: Metrics, key: str) -> list[float]:
+def recorded(metrics: MetricLines, key: str) -> list[float]:
     """Return the values of a metric, without those that are missing or not finite."""
     return [value for line in metrics if (value := finite(line, key)) is not None]
 
 
-def num_steps(metrics: Metrics) -> int:
+def num_steps(metrics: MetricLines) -> int:
     """Return the last step that any line names, 0 where none does."""
     return int(max((finite(line, "step") or 0.0 for line in metrics), default=0.0))
 

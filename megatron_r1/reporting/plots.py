@@ -1,16 +1,22 @@
-"""Plots as inline SVG whose colors are CSS variables, so that they follow light and dark pages."""
+"""HTML pages from templates, each one document without anything else to load, and their plots:
+inline SVG whose colors are CSS variables, so that they follow light and dark pages."""
 
 import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import matplotlib
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from megatron_r1.reporting.wording import printable
 
 INK_NAMES = (
     *("ink", "muted", "grid", "page", "accent", "second"),
@@ -110,7 +116,13 @@ def stacked_plot(
     parts: Mapping[str, np.ndarray],
     size: tuple[float, float] = (10.7, 2.3),
 ) -> str:
-    """Return the SVG of parts (names of inks, [points] each) stacked over steps."""
+    """Return the SVG of parts stacked over steps.
+
+    Args:
+        name: unique on the page.
+        steps: [points], the training steps.
+        parts: the name of an ink → [points], its values.
+        size: width and height in inches."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(size)
         thinned = [thin(steps, np.nan_to_num(values)) for values in parts.values()]
@@ -232,3 +244,25 @@ def _svg(figure: Figure, name: str) -> str:
     svg = re.sub(r'<svg ([^>]*?)width="[^"]+"', r"<svg \1", svg, count=1)
     svg = re.sub(r'<svg ([^>]*?)height="[^"]+"', r"<svg \1", svg, count=1)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Return the HTML of a template, such as "reporting/templates/run.html.jinja".
+
+    Values are escaped unless the template marks them as safe."""
+    return _environment().get_template(template).render(values)
+
+
+@cache
+def _environment() -> Environment:
+    """Return Jinja with the templates of all packages, by their path within `megatron_r1`."""
+    environment = Environment(
+        loader=PackageLoader("megatron_r1", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["printable"] = printable
+    return environment

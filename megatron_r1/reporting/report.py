@@ -11,7 +11,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.reporting.outcome import (
     Evaluation,
-    Metrics,
+    MetricLines,
     Score,
     evaluations,
     first_and_last,
@@ -19,8 +19,7 @@ from megatron_r1.reporting.outcome import (
     outcome_sentence,
     recorded,
 )
-from megatron_r1.reporting.page import render_page
-from megatron_r1.reporting.plots import Curve, curve_plot, stacked_plot
+from megatron_r1.reporting.plots import Curve, curve_plot, render_page, stacked_plot
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.samples import chosen_samples
 from megatron_r1.reporting.wording import (
@@ -73,7 +72,11 @@ def write_report(
         title: the run's name; default: the folder's.
         facts: what was run, in order, such as {"model": "DeepSeek-V3 shape, 3 layers",
             "parameters": "1.36M", "device": "2 CPU cores"}; steps, duration and date are added.
-        next_commands: (comment, command) pairs to try next."""
+        next_commands: (comment, command) pairs to try next.
+
+    Raises:
+        UserError: it is not a folder.
+    """
     folder = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     if not folder.path.is_dir():
         raise UserError(
@@ -122,7 +125,7 @@ def _temperatures(settings: Mapping[str, Any]) -> tuple[float, float] | None:
     return trained, heldout
 
 
-def _measured_facts(folder: RunFolder, metrics: Metrics) -> dict[str, str]:
+def _measured_facts(folder: RunFolder, metrics: MetricLines) -> dict[str, str]:
     if not metrics:
         return {}
     facts = {"steps": f"{num_steps(metrics):,}"}
@@ -134,7 +137,7 @@ def _measured_facts(folder: RunFolder, metrics: Metrics) -> dict[str, str]:
     return facts
 
 
-def _tiles(metrics: Metrics, heldout: Sequence[Evaluation]) -> list[tuple[str, str, str]]:
+def _tiles(metrics: MetricLines, heldout: Sequence[Evaluation]) -> list[tuple[str, str, str]]:
     """Return the (name, value, note) of each number at the top of the page."""
     tiles = []
     num_votes = max((e.num_votes or 0 for e in heldout), default=0)
@@ -171,7 +174,7 @@ def _arrow(first: str, last: str) -> str:
     return first if first == last else f"{first} → {last}"
 
 
-def _two_curves(metrics: Metrics, evaluations: Sequence[Evaluation]) -> list[Plot]:
+def _two_curves(metrics: MetricLines, evaluations: Sequence[Evaluation]) -> list[Plot]:
     """Plot accuracy and response length, with the held-out evaluations as points."""
     accuracy = _trained(metrics, "accuracy", "training samples", "accent")
     passed = [(e.step, e.passed) for e in evaluations if e.passed]
@@ -194,7 +197,7 @@ def _two_curves(metrics: Metrics, evaluations: Sequence[Evaluation]) -> list[Plo
     return figures
 
 
-def _small_plots(metrics: Metrics) -> list[Plot]:
+def _small_plots(metrics: MetricLines) -> list[Plot]:
     """Return one small plot per recorded quantity, in a fixed order."""
     figures = []
     for key in SMALL:
@@ -218,7 +221,7 @@ def _small_plots(metrics: Metrics) -> list[Plot]:
     return figures
 
 
-def _time_split(metrics: Metrics) -> list[Plot]:
+def _time_split(metrics: MetricLines) -> list[Plot]:
     """Plot the seconds of each step by phase, stacked; time in no phase is "other"."""
     timed = [m for m in metrics if any(finite(m, f"time/{phase}") for phase in PHASES)]
     if not timed:
@@ -238,7 +241,7 @@ def _time_split(metrics: Metrics) -> list[Plot]:
     return [Plot("Where the time goes", "seconds per step", plot, f"{mean:.3g} s on average")]
 
 
-def _trained(metrics: Metrics, key: str, label: str, ink: str) -> list[Curve]:
+def _trained(metrics: MetricLines, key: str, label: str, ink: str) -> list[Curve]:
     present = [m for m in metrics if key in m]
     values = np.array([finite(m, key) for m in present], dtype=float)  # None becomes NaN
     if not len(values) or np.isnan(values).all():
@@ -254,7 +257,7 @@ def _points(label: str, scores: Sequence[tuple[int, Score]], ink: str, marker: s
     return [Curve(label, steps, values, ink, marker, low, high)]
 
 
-def _steps(metrics: Metrics) -> np.ndarray:
+def _steps(metrics: MetricLines) -> np.ndarray:
     return np.array([finite(m, "step") or 0.0 for m in metrics])
 
 

@@ -16,9 +16,9 @@ from megatron_r1.base import files as access
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import READ_ONLY, atomic_write
 from megatron_r1.base.files.json_lines import append_lines, keep_lines, read_lines
-from megatron_r1.config.flat_settings import changed_keys, flatten, is_within, value_text
 from megatron_r1.config.mistakes import REMOVED
 from megatron_r1.config.rl import SCHEDULED_KEYS
+from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
 from megatron_r1.config.yaml_text import as_text, as_yaml, parse_text
 
 LOCK = ".lock"
@@ -37,8 +37,9 @@ class RunFolder:
     `config.yaml` (resolved settings), `metrics.jsonl` (a line per step), `evaluations.jsonl`
     (a line per held-out evaluation), `samples.jsonl`, `advice.jsonl` (what keeps the run from
     learning, a line per topic), `checkpoints/`, `hf/`, `adapter/` (model.lora), `tensorboard/`,
-    `report.html`, `implementations.json` (layers and kernels in use), `sample_log/` (finished
-    groups of the steps since the oldest checkpoint), `logs/`, `trackers.json` (run.trackers)."""
+    `report.html`, `why.html`, `implementations.json` (layers and kernels in use), `sample_log/`
+    (finished groups of the steps since the oldest checkpoint), `logs/`, `trackers.json`
+    (run.trackers)."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -155,7 +156,11 @@ class RunFolder:
         return any(path.is_file() and path.stat().st_size for path in files)
 
     def read_config(self) -> dict[str, Any]:
-        """Return the settings the run was started with; empty before its start."""
+        """Return the settings the run was started with; empty before its start.
+
+        Raises:
+            UserError: `config.yaml` is not a mapping.
+        """
         if not self.config_path.exists():
             return {}
         config = parse_text(self.config_path.read_text(encoding="utf-8"))
@@ -302,6 +307,7 @@ class FolderLock:
         self._held.add(self.key)
 
     def release(self) -> None:
+        """Give the folder free."""
         self._held.discard(self.key)
         self.file.close()
 

@@ -25,7 +25,7 @@ MAX_TURNS = 40
 CALL = re.compile(r"(<tool_call>.*?</tool_call>)", re.DOTALL)
 ROLE_NAMES = {1: ("",), 2: ("beginning", "end"), 3: ("beginning", "middle", "end")}
 
-Sample = Mapping[str, Any]
+SampleLine = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Samples:
     by_moment: list[tuple[str, list[Card]]] = field(default_factory=list)
 
 
-def chosen_samples(read: Callable[[], Iterator[Sample]]) -> Samples | None:
+def chosen_samples(read: Callable[[], Iterator[SampleLine]]) -> Samples | None:
     """Return the samples to show, or None without any.
 
     Held-out questions that were asked at several steps are shown side by side; without them, the
@@ -87,7 +87,7 @@ def chosen_samples(read: Callable[[], Iterator[Sample]]) -> Samples | None:
         return None
     if len(moments) > 3:
         moments = [moments[0], moments[len(moments) // 2], moments[-1]]
-    by_step: dict[int, list[Sample]] = {step: [] for step in moments}
+    by_step: dict[int, list[SampleLine]] = {step: [] for step in moments}
     for sample in read():
         if sample.get("split", "train") == split and sample["step"] in by_step:
             by_step[sample["step"]].append(sample)
@@ -108,7 +108,7 @@ def chosen_samples(read: Callable[[], Iterator[Sample]]) -> Samples | None:
 
 
 def _same_questions(
-    by_step: Mapping[int, Sequence[Sample]],
+    by_step: Mapping[int, Sequence[SampleLine]],
 ) -> list[tuple[Card, list[tuple[str, Card]]]]:
     """Return the first questions that were asked at every step, with their first responses."""
     grouped = {step: _by_question(samples) for step, samples in by_step.items()}
@@ -126,14 +126,14 @@ def _same_questions(
     ]
 
 
-def _by_question(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
-    grouped: dict[str, list[Sample]] = defaultdict(list)
+def _by_question(samples: Iterable[SampleLine]) -> dict[str, list[SampleLine]]:
+    grouped: dict[str, list[SampleLine]] = defaultdict(list)
     for sample in samples:
         grouped[str(sample.get("question", ""))].append(sample)
     return grouped
 
 
-def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[Sample] = ()) -> str:
+def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[SampleLine] = ()) -> str:
     name = ROLE_NAMES[len(by_step)][list(by_step).index(step)]
     text = f"{name}, step {step}" if name else f"step {step}"
     if len(answers) > 1:
@@ -141,7 +141,7 @@ def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[Sample] = (
     return text
 
 
-def _card(sample: Sample) -> Card:
+def _card(sample: SampleLine) -> Card:
     truth, reward, length = sample.get("truth"), finite(sample, "reward"), finite(sample, "length")
     details = [
         "" if reward is None else f"reward {reward:.3g}",

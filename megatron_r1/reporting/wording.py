@@ -22,6 +22,7 @@ class Metric:
     log_scale: bool = False
 
     def format(self, value: float | None) -> str:
+        """Return the value in the metric's unit, or a dash."""
         if value is None:
             return "–"
         if self.unit == "%":

@@ -13,7 +13,7 @@ from pathlib import Path
 from r1_grading.reading import HAN
 
 from megatron_r1.data.prompts import Prompt, normalize
-from megatron_r1.data.records import read_records, require_text
+from megatron_r1.data.renamed_rows import read_renamed_rows, require_text
 
 NUM_BOILERPLATE = 10
 # Each Chinese character and each sign is a word: `4 + 9` and `4 - 9` are different questions.
@@ -33,7 +33,7 @@ def load_avoided(paths: Iterable[str | Path]) -> list[str]:
     return [
         require_text(place, row, "question")
         for path in paths
-        for place, row in read_records(path, role="sample.avoid")
+        for place, row in read_renamed_rows(path, role="sample.avoid")
     ]
 
 

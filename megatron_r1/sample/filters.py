@@ -40,11 +40,20 @@ def truncated(response: TextResponse, prompt: Prompt) -> str:
 
 
 def _broken_format(response: TextResponse, prompt: Prompt, *, form: str = "either") -> str:
-    """Drop a response that is not of the form `form`, or whose thought or summary is empty.
+    """Drop a response that is not of the form `form`, or whose thought or summary is empty. An
+    empty thought would teach the model not to think.
 
-    form: "answer_tags": `<think>…</think><answer>…</answer>`, as R1-Zero writes it; "summary":
-    `<think>…</think>` and plain text, as R1 does; "either". An empty thought would teach the model
-    not to think. Raises ValueError for another form."""
+    Args:
+        response: the response.
+        prompt: its prompt.
+        form: "answer_tags": `<think>…</think><answer>…</answer>`, as R1-Zero writes it; "summary":
+            `<think>…</think>` and plain text, as R1 does; "either".
+
+    Returns:
+        Why it is dropped, "" if it is kept.
+
+    Raises:
+        ValueError: another form."""
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     text = response.whole.strip()
@@ -77,23 +86,38 @@ def _mixed_languages(
 ) -> str:
     """Drop a response with less than `min_share` of its words in one language.
 
-    Words are counted as by the language reward, so code, formulae, names and
-    numbers are in no language. target: "en" or "zh"; default: the question's own `target`, as for
-    the reward, or the language of most words. part: "response", or "thought" for questions whose
-    answer is in another language than the thought. Raises ValueError for other values."""
+    Words are counted as by the language reward, so code, formulae, names and numbers are in no
+    language.
+
+    Args:
+        response: the response.
+        prompt: its prompt.
+        min_share: a share of the counted words, above 0 and at most 1.
+        target: "en" or "zh"; None: the question's own `target`, as for the reward, or the language
+            of most words.
+        part: "response", or "thought" for questions whose answer is in another language than the
+            thought.
+
+    Returns:
+        Why it is dropped, "" if it is kept.
+
+    Raises:
+        ValueError: other values."""
     text = _judged_part(response, part)
-    _require_share("min_share", min_share)
+    _require_fraction("min_share", min_share)
     if target is not None and target not in LANGUAGES:
         raise ValueError(f"target must be one of {', '.join(LANGUAGES)}, got {target!r}")
     words = judged_words(text or "")
     if not words.total:
         return ""
-    shares = {name: getattr(words, name) / words.total for name in LANGUAGES}
+    fractions = {name: getattr(words, name) / words.total for name in LANGUAGES}
     own = prompt.fields.get("target")
-    wanted = target or (own if own in [*LANGUAGES] else max(shares, key=lambda name: shares[name]))
-    if shares[wanted] >= min_share:
+    wanted = target or (
+        own if own in [*LANGUAGES] else max(fractions, key=lambda name: fractions[name])
+    )
+    if fractions[wanted] >= min_share:
         return ""
-    return f"{shares[wanted]:.0%} of its words are {LANGUAGES[wanted]}"
+    return f"{fractions[wanted]:.0%} of its words are {LANGUAGES[wanted]}"
 
 
 def _long_paragraphs(
@@ -156,7 +180,7 @@ def repetition(
 
     Raises:
         ValueError: values out of range."""
-    _require_share("min_new", min_new)
+    _require_fraction("min_new", min_new)
     verdict = grade("repetition", response.text, window=window)
     return verdict.reason if verdict.reward < min_new else ""
 
@@ -174,7 +198,7 @@ def _judged_part(response: TextResponse, part: object) -> str | None:
     return text
 
 
-def _require_share(name: str, value: object) -> None:
+def _require_fraction(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
 

@@ -10,8 +10,7 @@ from r1_grading.served.judge import SAFETY, Comparison, Judge, JudgeSettings
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.sample import SERVED_JUDGE, SampleConfig
-from megatron_r1.sample.result_cache import ResultCache
-from megatron_r1.sample.user_function import UserFunction, load_function
+from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
 
 NO_VOTE = {"url", "api_key_env", "timeout_seconds", "retry_seconds", "concurrency", "cache"}
 """Settings of a served judge that change none of its votes."""
@@ -98,9 +97,15 @@ class ServedJudge(ResponseJudge):
         self._judge = judge
 
     async def check(self) -> None:
+        """Ask the judge once.
+
+        Raises:
+            ServiceError: it does not reply, or its verdicts do not tell right from wrong.
+        """
         await self._judge.check()
 
     async def close(self) -> None:
+        """Close the connections to the judge."""
         await self._judge.close()
 
     async def _compare(self, question: str, first: str, second: str) -> list[int]:

@@ -16,8 +16,7 @@ from megatron_r1.base.files import atomic_writer
 from megatron_r1.base.files.json_lines import strict
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.response import ResponseLog, TextResponse
 from megatron_r1.sample.selection import Decision
 
 WINDOW = 64

@@ -44,7 +44,7 @@ class Decision:
 
 
 class DecisionCounts:
-    """Counts for curation.json and for the terminal."""
+    """Counts for sample.json and for the terminal."""
 
     def __init__(self) -> None:
         self.decisions: Counter[str] = Counter()
@@ -67,7 +67,7 @@ class DecisionCounts:
             self._num_kept_tokens += line["length"] or 0
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of curation.json.
+        """Return the content of sample.json.
 
         Returns:
             accuracy: the mean over graded responses; None without graded responses.

@@ -26,10 +26,9 @@ from megatron_r1.data.text import (
 )
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.sampling import TextResponseGrader
+from megatron_r1.sample.cached_calls import ResultCache, UserFunction
 from megatron_r1.sample.outputs import PromptResult
-from megatron_r1.sample.result_cache import ResultCache
 from megatron_r1.sample.selection import KEPT, NOT_CHOSEN, Decision, Selection
-from megatron_r1.sample.user_function import UserFunction
 
 
 def _summary(response: TextResponse) -> str | None:
@@ -152,6 +151,7 @@ class SftExamples:
         self._rewriter, self._grader = rewriter, grader
 
     async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
+        """Return the responses to one prompt that become examples, and why others do not."""
         decisions = await self._selection.drops(prompt, responses)
         passed = [response for response in responses if response.index not in decisions]
         limit = self._selection.keep.per_prompt or len(responses)

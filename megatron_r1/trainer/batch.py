@@ -3,7 +3,7 @@
 The head gives log-probabilities, or a whole policy loss with its gradients. Only response tokens
 pass through it; prompts and padding cost nothing there.
 
-Importing it needs no Megatron, so that a loss or an estimator can be computed and tested
+Importing it needs no Megatron, so that a loss or an algorithm can be computed and tested
 without."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from megatron_r1.models.replay import RecordedRouting
+    from megatron_r1.models.routing_replay import RecordedRouting
 
 
 @dataclass
@@ -45,9 +45,9 @@ class PackedBatch:
     """`cu_seqlens` of the whole micro-batch, for attention."""
     cu_seqlens: Tensor
     """(S + 1,) int32, from 0 to T: where each sample of this rank's part begins, and T."""
-    num_trajectories: int
-    """The samples that are trained on, the branches of a trajectory counted as one, on the first
-    context rank; 0 on the others, so that the sum over ranks is the number of trajectories."""
+    num_responses: int
+    """The samples that are trained on, the branches of an episode counted as one, on the first
+    context rank; 0 on the others, so that the sum over ranks is the number of responses."""
     last_tokens: Tensor
     """(S,) int64: where the last token of each sample without padding is; -1: another rank's."""
 
@@ -67,8 +67,8 @@ class PackedBatch:
     """fp32 (T,) by name, 0 outside responses: "old" (π_old) and "ref" (π_ref) are computed by the
     trainer, "teacher" is there where all samples have it."""
     sequence_weights: Tensor | None = None
-    """(T,) fp32: what a response token weighs in an average per trajectory, 1 / (sampled tokens of
-    the whole trajectory), 0 elsewhere; None where every sample is a whole trajectory."""
+    """(T,) fp32: what a response token weighs in an average per response, 1 / (sampled tokens of
+    the response, or of the whole episode), 0 elsewhere; None where every sample is a whole one."""
 
     sampling_mask: SamplingMask | None = None
     """The tokens that the sampler kept at each of the T positions, none where `is_response` is
@@ -77,12 +77,12 @@ class PackedBatch:
     """Tokens of samples that are not in the batch, because their prompt is there already."""
 
     routing: RecordedRouting | None = None
-    """The experts to replay on this rank (`models.replay`), of its own layers and, under sequence
-    parallelism, its own part of the T tokens; None without routing replay."""
+    """The experts to replay on this rank (`models.routing_replay`), of its own layers and, under
+    sequence parallelism, its own part of the T tokens; None without routing replay."""
     values: Tensor | None = None
     """(T,) fp32: the critic's before each response token, 0 elsewhere."""
     returns: Tensor | None = None
-    """(T,) fp32: the targets of the values, computed by the advantage estimator."""
+    """(T,) fp32: the targets of the values, computed with the token advantages."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ class Head:
         vocab_size: number of tokens; rows beyond are padding.
         context_group: the ranks that hold the other parts of the samples.
         main_grad: (V_local, H) fp32, to which the backward pass adds the weight's gradient; None:
-            autograd gets it."""
+            autograd gets it.
+        records_old: whether `logprobs` stores its result as batch.logprobs["old"] where there is
+            none: in the update of a policy, which starts at π_old (`policy_loss` always does)."""
 
     batch: PackedBatch
     hidden: Tensor
@@ -109,8 +111,6 @@ class Head:
     context_group: ProcessGroup | None = None
     main_grad: Tensor | None = None
     records_old: bool = False
-    """Whether `logprobs` stores its result as batch.logprobs["old"] where there is none: in the
-    update of a policy, which starts at π_old (`policy_loss` always does)."""
 
     def logprobs(self) -> tuple[Tensor, Tensor]:
         """Compute log-probabilities and entropy of the response tokens, over what was kept.
@@ -130,7 +130,7 @@ class Head:
             self.batch.logprobs.setdefault("old", logprobs.detach())
         return logprobs, entropy
 
-    def policy_loss(self, mask: Tensor, **settings) -> LinearPolicyLoss:
+    def policy_loss(self, mask: Tensor, **settings: Any) -> LinearPolicyLoss:
         """Return the policy loss of the response tokens for `batch.advantages`.
 
         Uses batch.logprobs["old"] and, if there, ["ref"]. Without "old" the current policy is the

@@ -77,20 +77,20 @@ def offload_fields(config: Config) -> dict[str, Any]:
 
     Raises UserError for a model in fp32, whose optimizer Megatron builds over views of its
     parameters, which torch refuses ("can't optimize a non-leaf Tensor")."""
-    share = config.parallel.optimizer_offload
+    fraction = config.parallel.optimizer_offload
     # Without a GPU all of it is in host memory already.
-    if share == 0 or not platform.has_gpu():
+    if fraction == 0 or not platform.has_gpu():
         return {}
     if config.model.dtype == "float32":
         raise UserError(
-            f"parallel.optimizer_offload={share} is not possible with model.dtype=float32: what is "
-            "offloaded are master weights of 16-bit parameters; set model.dtype to bfloat16",
+            f"parallel.optimizer_offload={fraction} is not possible with model.dtype=float32: what "
+            "is offloaded are master weights of 16-bit parameters; set model.dtype to bfloat16",
             key="parallel.optimizer_offload",
             cause=Cause.CONFLICT,
         )
     return {
         "optimizer_cpu_offload": True,
-        "optimizer_offload_fraction": share,
+        "optimizer_offload_fraction": fraction,
         "overlap_cpu_optimizer_d2h_h2d": True,
         # The hybrid optimizer reads gradients from where this one leaves them
         # (optimizer/cpu_offloading/hybrid_optimizer.py:102, Megatron-Core 0.16.1).
@@ -124,7 +124,7 @@ def round_moments(optimizer: Any, config: Config) -> None:
         part.optimizer.register_step_post_hook(_round)
 
 
-def _round(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+def _round(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for state in optimizer.state.values():
         for name in _MOMENTS:
             state[name].copy_(state[name].bfloat16())
@@ -137,8 +137,18 @@ def network(
     groups: ProcessGroupCollection,
     score_std: float | None = None,
 ) -> tuple[list[PolicyModel | ScoreModel], list[DistributedDataParallel], MegatronOptimizer]:
-    """Return `model_chunks`, the same chunks in Megatron's DistributedDataParallel, and their
-    optimizer. Sets the functions of `transformer` by which Megatron's schedule reduces gradients.
+    """Build this rank's part of a network and its optimizer.
+
+    Args:
+        config: the recipe.
+        hf: the model's `config.json`.
+        transformer: Megatron's configuration of the model; the functions by which Megatron's
+            schedule reduces gradients are set in it.
+        groups: the process groups of this rank.
+        score_std: standard deviation of a new score head; None: 1 / sqrt(hidden_size + 1).
+
+    Returns:
+        `model_chunks`, the same chunks in Megatron's DistributedDataParallel, and their optimizer.
     """
     chunks = model_chunks(config, hf, transformer, groups, score_std)
     overlap = config.parallel.overlap_param_gather

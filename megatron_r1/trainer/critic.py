@@ -14,6 +14,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.models.config import transformer_config
 from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.routing_replay import Replay
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.distributed import GridPosition
@@ -56,6 +57,7 @@ class Critic:
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.network(
             own, hf, transformer, position.groups, score_std=0.0
         )
+        Replay(self.model_chunks, None)  # recomputed layers choose the experts of their first pass
 
     def values(self, batches: list[PackedBatch]) -> None:
         """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""
@@ -109,7 +111,7 @@ def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTe
     # limit V itself is taken.
     near = new if clip is None else old + (new - old).clamp(-clip, clip)
     losses, clipped = (new - returns).square(), (near - returns).square()
-    count = torch.tensor(len(rows), dtype=torch.int, device=values.device)
+    count = torch.full((), len(rows), dtype=torch.int, device=values.device)
     measured = {
         "value/loss": 0.5 * torch.maximum(losses, clipped),
         "value/clip_fraction": clipped > losses,

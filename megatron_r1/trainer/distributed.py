@@ -41,6 +41,8 @@ class GridPosition:
     data_size: int
     tensor_rank: int
     pipeline_rank: int
+    context_rank: int
+    expert_rank: int
     last_stage: bool
 
 
@@ -89,6 +91,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
         data_size=groups.dp.size(),
         tensor_rank=groups.tp.rank(),
         pipeline_rank=groups.pp.rank(),
+        context_rank=groups.cp.rank(),
+        expert_rank=groups.ep.rank(),
         last_stage=groups.pp.rank() == groups.pp.size() - 1,
     )
 

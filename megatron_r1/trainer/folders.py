@@ -78,7 +78,11 @@ class Folders:
             reference: whether it holds a reference policy.
 
         Returns:
-            is_same_layout, whether the random streams were restored too."""
+            is_same_layout, whether the random streams were restored too.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
         if folder != self._verified:
             damage = self.verify_checkpoint(folder)["damage"]
             if damage:
@@ -89,5 +93,5 @@ class Folders:
                     cause=Cause.MALFORMED,
                 )
         if reference:
-            self._trainer.keep_reference()
+            self._trainer.refresh_reference()
         return {"is_same_layout": contents.load(Path(folder), self._trainer.networks())}

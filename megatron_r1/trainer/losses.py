@@ -1,7 +1,8 @@
-"""The interface of losses, and the supervised one.
+"""The interface of losses, the supervised one, and those of reward models.
 
-Policy losses are in `controller.algorithms`, those of reward models in `reward_losses`, that of
-PPO's critic in `critic`.
+`reward_model.kind` names one of the last, which read the scores of whole texts.
+
+Policy losses are in `controller.algorithms`, that of PPO's critic in `critic`.
 
 A loss takes the packed batch and the head behind its hidden states and returns a *sum* with its
 denominator. The trainer divides by the denominator of the whole optimizer step, over all
@@ -15,14 +16,18 @@ Averaging happens in two places. Within a micro-batch r1_kernels weighs the toke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from megatron_r1.config.algorithms import LossAverage, LossSettings
 from megatron_r1.trainer.batch import Head, PackedBatch
 from megatron_r1.trainer.metrics import Mean, Metrics
+
+if TYPE_CHECKING:
+    from megatron_r1.trainer.packed import Scores
 
 
 class LossTerms(NamedTuple):
@@ -45,7 +50,7 @@ Loss = Callable[[PackedBatch, Head, LossSettings | None], LossTerms]
 def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
     """Return the denominator, () int32, of a sum of the batch's losses.
 
-    The branches of a trajectory of several turns are one response.
+    All branches of an episode are one response.
 
     Args:
         batch: a micro-batch.
@@ -58,9 +63,8 @@ def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
     if average == "token":
         return batch.is_response.sum().int()
     if average in ("sequence", "constant"):
-        return torch.tensor(
-            batch.num_trajectories, dtype=torch.int, device=batch.is_response.device
-        )
+        # By a kernel: `torch.tensor` would copy, and the host wait for the copy.
+        return torch.full((), batch.num_responses, dtype=torch.int, device=batch.advantages.device)
     raise ValueError(f"loss average {average!r}: use token, sequence or constant")
 
 
@@ -70,7 +74,7 @@ def token_weights(
     """Return the arguments mask, average and denominator of `Head.policy_loss`.
 
     They give a response token the weight 1 ("token"), 1 / |o_i| ("sequence"), or 1 / L
-    ("constant"). |o_i| counts a trajectory with all its branches: r1_kernels takes each branch for
+    ("constant"). |o_i| counts an episode with all its branches: r1_kernels takes each branch for
     a sequence of its own, so there batch.sequence_weights are the weights.
 
     Args:
@@ -92,3 +96,41 @@ def supervised(batch: PackedBatch, head: Head, settings: object = None) -> LossT
     logprobs, _ = head.logprobs()
     loss, count = -logprobs.sum(), denominator(batch, "token")
     return LossTerms(loss, count, {"loss": Mean(loss.detach(), count)})
+
+
+def pairwise(batch: PackedBatch, scores: Scores, settings: object = None) -> LossTerms:
+    """Return Σ -log sigmoid(s_chosen - s_rejected) over pairs, () fp32, with their number.
+
+    Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
+    are a pair, the chosen one first. Metrics: accuracy, the share of pairs whose chosen response
+    scores higher; margin, s_chosen - s_rejected."""
+    sample_scores = scores.at_last_tokens()
+    margins = sample_scores[0::2] - sample_scores[1::2]
+    measured = {"accuracy": margins > 0, "margin": margins}
+    return _reward_terms(batch, -logsigmoid(margins), measured, batch.num_responses // 2)
+
+
+def pointwise(batch: PackedBatch, scores: Scores, settings: object = None) -> LossTerms:
+    """Return the sum over samples of the binary cross entropy of their scores and labels.
+
+    Σ BCE(sigmoid(score), `batch.labels`), () fp32, with the number of samples. Metrics: accuracy,
+    the share of scores on their label's side of 0; margin, the distance to 0 there."""
+    sample_scores, labels = scores.at_last_tokens(), batch.labels
+    margins = sample_scores * (2 * labels - 1)
+    losses = binary_cross_entropy_with_logits(sample_scores, labels, reduction="none")
+    return _reward_terms(
+        batch, losses, {"accuracy": margins > 0, "margin": margins}, batch.num_responses
+    )
+
+
+def _reward_terms(
+    batch: PackedBatch, losses: Tensor, measured: dict[str, Tensor], count: int
+) -> LossTerms:
+    # Every context rank has all the losses; the first one reports them.
+    reports = batch.num_responses > 0
+    denominator = torch.full((), count, dtype=torch.int, device=losses.device)
+    means = {
+        name: Mean(values.detach().float().sum() * reports, denominator)
+        for name, values in {"loss": losses, **measured}.items()
+    }
+    return LossTerms(losses.sum(), denominator, means)

@@ -48,12 +48,38 @@ Metrics = Mapping[str, Mean | Maximum]
 
 
 def merge(reports: Iterable[Metrics]) -> dict[str, Mean | Maximum]:
-    """Return one report for those of several micro-batches; sums are in fp64."""
+    """Return one report for those of several micro-batches; sums are in fp64.
+
+    The host waits for the device once, whatever the number of micro-batches."""
     merged: dict[str, Mean | Maximum] = {}
-    for report in reports:
+    for report in _on_host(reports):
         for name, metric in report.items():
             merged[name] = _joined(merged.get(name), metric)
     return merged
+
+
+def _on_host(reports: Iterable[Metrics]) -> list[Metrics]:
+    """Return the reports with numbers, read all at once in fp64, in the places of tensors."""
+    reports = list(reports)
+    metrics = [metric for report in reports for metric in report.values()]
+    numbers = iter(read_scalars([x for metric in metrics for x in vars(metric).values()]))
+    return [
+        {
+            name: type(metric)(**{field: next(numbers) for field in vars(metric)})
+            for name, metric in report.items()
+        }
+        for report in reports
+    ]
+
+
+def read_scalars(scalars: Sequence[Tensor | float]) -> list[float]:
+    """Return the numbers of scalars, some of which are on the device; it is waited for once.
+
+    Args:
+        scalars: tensors () of any dtype, on one device, and numbers."""
+    tensors = [x.detach().double().reshape(()) for x in scalars if isinstance(x, Tensor)]
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(read) if isinstance(x, Tensor) else float(x) for x in scalars]
 
 
 def nan_max(a: float, b: float) -> float:
@@ -104,28 +130,33 @@ def reduce_over_data(position: GridPosition, metrics: Metrics) -> dict[str, floa
     return numbers
 
 
-def engine_gap(batches: Sequence[PackedBatch], name: str) -> tuple[Mean, Maximum]:
+def logprob_diff(batches: Sequence[PackedBatch], name: str) -> tuple[Mean, Maximum]:
     """Return mean and maximum of |trainer's - engine's log-probability| over response tokens.
 
     Args:
         batches: the micro-batches, each with the log-probabilities `name`.
         name: the key of the trainer's log-probabilities in `PackedBatch.logprobs`.
     """
-    gap, count, largest = 0.0, 0, 0.0
+    reports: list[Metrics] = [{"mean": Mean(0.0, 0), "largest": Maximum(0.0)}]
     for batch in batches:
-        gaps = (batch.logprobs[name] - batch.rollout_logprobs)[batch.is_response].abs()
-        gap, count = gap + gaps.double().sum().item(), count + gaps.numel()
-        if gaps.numel():
-            largest = nan_max(largest, gaps.max().item())
-    return Mean(gap, count), Maximum(largest)
+        rows = batch.response_rows
+        if rows.numel():
+            gaps = (batch.logprobs[name] - batch.rollout_logprobs)[rows].abs()
+            total = Mean(gaps.double().sum(), gaps.numel())
+            reports.append({"mean": total, "largest": Maximum(gaps.max())})
+    merged = merge(reports)
+    mean, largest = merged["mean"], merged["largest"]
+    assert isinstance(mean, Mean) and isinstance(largest, Maximum)
+    return mean, largest
 
 
 def teacher_kl(batches: Sequence[PackedBatch]) -> Mean:
     """Return the sampled estimate of KL(π_old ‖ teacher).
 
     It is the mean of log π_old - log π_teacher over the response tokens of `batches`."""
-    total, count = 0.0, 0
+    totals, count = [], 0
     for batch in batches:
-        gaps = (batch.logprobs["old"] - batch.logprobs["teacher"])[batch.is_response]
-        total, count = total + gaps.double().sum().item(), count + gaps.numel()
-    return Mean(total, count)
+        gaps = (batch.logprobs["old"] - batch.logprobs["teacher"])[batch.response_rows]
+        totals.append(gaps.double().sum())
+        count += gaps.numel()
+    return Mean(sum(read_scalars(totals)), count)

@@ -58,6 +58,7 @@ class HostStore:
         self._chunks: list[Tensor] = []
 
     def keep(self, parts: Sequence[Tensor]) -> None:
+        """Copy the parts into host memory."""
         missing = _num_chunks(parts) - len(self._chunks)
         self._chunks += [_chunk() for _ in range(missing)]
         for piece, at in _pieces(parts):
@@ -65,6 +66,7 @@ class HostStore:
         platform.synchronize()
 
     def fill(self, parts: Sequence[Tensor]) -> None:
+        """Copy what `keep` stored back into parts of the same sizes."""
         for piece, at in _pieces(parts):
             piece.copy_(self._of(piece, at), non_blocking=True)
         platform.synchronize()
@@ -86,6 +88,11 @@ class DiskStore:
         self._digests: list[int] = []
 
     def keep(self, parts: Sequence[Tensor]) -> None:
+        """Write the parts to a file, with a digest of each piece.
+
+        Raises:
+            UserError: the disk has too little room; nothing has been changed then.
+        """
         num_bytes = sum(map(len, parts))
         try:
             file = self._reserved(num_bytes)
@@ -107,6 +114,11 @@ class DiskStore:
             ) from error
 
     def fill(self, parts: Sequence[Tensor]) -> None:
+        """Read back what `keep` wrote.
+
+        Raises:
+            RuntimeError: the file is short, or a piece has another digest.
+        """
         assert self._file is not None, "keep() comes first"
         passing, digests = _chunk(), iter(self._digests)
         for piece, at in _pieces(parts):
@@ -164,7 +176,7 @@ def _pieces(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
 
 
 class Offload:
-    """Parameters and optimizer state of a rank's networks, here or away.
+    """Parameters and optimizer state of a rank's networks, on the device or offloaded.
 
     Args:
         networks: returns the rank's networks, policy and critic.
@@ -173,34 +185,35 @@ class Offload:
     def __init__(self, networks: Callable[[], Sequence[Trained]], new_store: Callable[[], Store]):
         self._networks = networks
         self._stores: dict[Kind, Store] = {"parameters": new_store(), "optimizer": new_store()}
-        self._away: dict[Kind, list[tuple[torch.UntypedStorage, int]]] = {}
+        self._offloaded: dict[Kind, list[tuple[torch.UntypedStorage, int]]] = {}
         """The storages that have no memory, and the bytes of each."""
 
     @property
-    def away_bytes(self) -> int:
+    def offloaded_bytes(self) -> int:
         """Bytes of the device that are free because of this."""
-        return sum(size for storages in self._away.values() for _, size in storages)
+        return sum(size for storages in self._offloaded.values() for _, size in storages)
 
     @timeline.timed("trainer/offload")
-    def free(self, *, parameters: bool) -> None:
+    def free_memory(self, *, parameters: bool) -> None:
         """Take the optimizer's state off the device, and parameters as well if asked to.
 
-        Raises UserError where host or disk have no room; what was not away is then still here."""
+        Raises UserError where host or disk have no room; what was not offloaded then still is on
+        the device."""
         found = self._storages()
         for kind in ("optimizer", "parameters") if parameters else ("optimizer",):
-            if kind in self._away:
+            if kind in self._offloaded:
                 continue
             storages = found[kind]
             self._stores[kind].keep([_as_bytes(storage) for storage in storages])
-            self._away[kind] = [(storage, storage.nbytes()) for storage in storages]
+            self._offloaded[kind] = [(storage, storage.nbytes()) for storage in storages]
             for storage in storages:
                 _release(storage)
 
     @timeline.timed("trainer/onload")
     def restore(self, *kinds: Kind) -> None:
-        """Bring these kinds back, if they are away."""
+        """Bring these kinds back, if they are offloaded."""
         for kind in kinds:
-            storages = self._away.get(kind)
+            storages = self._offloaded.get(kind)
             if storages is None:
                 continue
             for storage, size in storages:
@@ -208,12 +221,12 @@ class Offload:
                     continue
                 if storage.nbytes():
                     raise RuntimeError(
-                        f"{storage.nbytes()} bytes of {kind} were allocated while they were away: "
-                        "something has used them meanwhile"
+                        f"{storage.nbytes()} bytes of {kind} were allocated while they were "
+                        "offloaded: something has used them meanwhile"
                     )
                 storage.resize_(size)
             self._stores[kind].fill([_as_bytes(storage) for storage, _ in storages])
-            del self._away[kind]
+            del self._offloaded[kind]
 
     def prepare(self, operation: str) -> None:
         """Bring back what `operation`, one of the controller's calls, works with."""

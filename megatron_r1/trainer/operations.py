@@ -107,7 +107,7 @@ class RankStatus(msgspec.Struct, frozen=True):
     threads: list[ThreadAt]
 
 
-Metrics = dict[str, float]
+MetricValues = dict[str, float]
 
 
 class SampleScores(TypedDict):
@@ -150,17 +150,45 @@ class ModelOperations(Protocol):
     """Passes over the loaded samples: methods of `trainer.Trainer`. `Trainer.load`, which sends the
     samples, is another, and `TrainerClient.load` calls it."""
 
-    def keep_reference(self) -> None: ...
+    def refresh_reference(self) -> None:
+        """Make the current policy the reference, in place of the one before."""
 
     def compute_logprobs(
         self, *, temperature: float, reference: bool, first_minibatch: bool
-    ) -> Metrics: ...
+    ) -> MetricValues:
+        """Compute the log-probabilities of all loaded tokens under the policy ("old") and, if
+        `reference`, under the reference; they stay with the ranks.
 
-    def compare_with_engines(self) -> Metrics: ...
+        Args:
+            temperature: the logits are divided by it.
+            reference: whether the reference's are computed too; `refresh_reference` comes first.
+            first_minibatch: whether those of mini-batch 0 under the policy are computed; if not,
+                its update computes them.
 
-    def compute_values(self) -> None: ...
+        Returns:
+            With routing replay routing/agreement, the share of equal choices (0 to 1), and
+            logprob_diff/without_replay, of the first micro-batches the mean absolute difference
+            from the engines' log-probabilities in nats; else nothing."""
 
-    def compute_token_advantages(self, *, function: str, settings: TokenSettings) -> None: ...
+    def measure_logprob_diff(self) -> MetricValues:
+        """Compare the policy's log-probabilities of the loaded response tokens with the engines';
+        `compute_logprobs` comes first.
+
+        Returns:
+            logprob_diff/mean and logprob_diff/max, absolute differences in nats, and with a teacher
+            teacher/kl, the estimated KL(π_old ‖ teacher) per token; empty on ranks before the last
+            stage."""
+
+    def compute_values(self) -> None:
+        """Compute the critic's value of each loaded response token; they stay with the ranks."""
+
+    def compute_token_advantages(self, *, function: str, settings: TokenSettings) -> None:
+        """Replace the advantages of the loaded samples by one of each token; `compute_logprobs`
+        comes first.
+
+        Args:
+            function: "module:function" of a `TokenAdvantages`.
+            settings: the settings that it reads."""
 
     def update(
         self,
@@ -170,41 +198,160 @@ class ModelOperations(Protocol):
         settings: LossSettings | None,
         learning_rate: float,
         temperature: float,
-    ) -> Metrics: ...
+    ) -> MetricValues:
+        """Make one optimizer step on mini-batch `index`.
 
-    def update_critic(self, *, index: int, learning_rate: float) -> Metrics: ...
+        Args:
+            index: number of the loaded mini-batch, from 0.
+            loss: "module:function" of the loss.
+            settings: the settings of a policy loss; None for the others.
+            learning_rate: the learning rate of this step.
+            temperature: the logits are divided by it, as when they were sampled.
 
-    def sample_scores(self) -> SampleScores: ...
+        Returns:
+            The loss's metrics over the whole mini-batch, grad_norm (before clipping) and step_taken
+            (0 or 1)."""
 
-    def probe(self, *, samples: list[Sample]) -> Metrics: ...
+    def update_critic(self, *, index: int, learning_rate: float) -> MetricValues:
+        """Make one optimizer step of the critic on mini-batch `index`; `compute_values` and
+        `compute_token_advantages`, which computes the returns, come first.
 
-    def yield_memory(self, *, parameters: bool) -> None: ...
+        Args:
+            index: number of the loaded mini-batch, from 0.
+            learning_rate: the learning rate of this step.
 
-    def compare_probe(self, *, samples: list[Sample]) -> Metrics: ...
+        Returns:
+            Metrics value/… over the whole mini-batch, as `Critic.update`."""
 
-    def prepare_probe(self, *, samples: list[Sample]) -> None: ...
+    def free_memory(self, *, parameters: bool) -> None:
+        """Free what engines on the same GPUs need: gradients, the loaded samples and, with
+        `parallel.offload_between_phases`, the optimizer's state, which the next operation that uses
+        it takes back.
+
+        Args:
+            parameters: with that setting, whether the parameters are freed too.
+
+        Raises:
+            UserError: host or disk have no room for what is to be moved there."""
+
+
+class ProbingOperations(Protocol):
+    """Passes that train nothing: methods of `probing.Probing`."""
+
+    def sample_scores(self) -> SampleScores:
+        """Compute a score model's scores of all loaded samples.
+
+        Returns:
+            A score per sample, by mini-batch and micro-batch; no micro-batches on ranks before the
+            last stage."""
+
+    def probe(self, *, samples: list[Sample]) -> MetricValues:
+        """Compare the trainer's log-probabilities with an engine's, at temperature 1; loaded
+        samples stay.
+
+        Args:
+            samples: samples with an engine's log-probabilities, the same on every rank.
+
+        Returns:
+            probe/mean and probe/max, absolute differences in nats; empty on ranks before the last
+            stage.
+
+        Raises:
+            UserError: a token outside the model's vocabulary."""
+
+    def compare_probe(self, *, samples: list[Sample]) -> MetricValues:
+        """Compare the log-probabilities that `prepare_probe` kept with an engine's, without the
+        weights.
+
+        Args:
+            samples: the samples of `prepare_probe`, with an engine's log-probabilities.
+
+        Returns:
+            The metrics of `probe`.
+
+        Raises:
+            UserError: a token outside the model's vocabulary."""
+
+    def prepare_probe(self, *, samples: list[Sample]) -> None:
+        """Compute, and keep for `compare_probe`, the log-probabilities of samples at temperature 1.
+
+        Args:
+            samples: samples that an engine scores later, the same on every rank.
+
+        Raises:
+            UserError: a token outside the model's vocabulary."""
 
 
 class FolderOperations(Protocol):
     """Checkpoints and exports: methods of `folders.Folders`."""
 
-    def export(self, *, folder: str) -> None: ...
+    def export(self, *, folder: str) -> None:
+        """Write a complete Hugging Face folder: weights (adapters merged), config and tokenizer.
 
-    def export_adapter(self, *, folder: str) -> None: ...
+        Args:
+            folder: the new folder; an existing one is replaced.
 
-    def save_checkpoint(self, *, folder: str, state: dict[str, Any]) -> None: ...
+        Raises:
+            UserError: something cannot be written; on every rank."""
 
-    def checkpoint_progress(self, *, wait: bool) -> CheckpointProgress: ...
+    def export_adapter(self, *, folder: str) -> None:
+        """Write the adapters alone, in PEFT's format.
 
-    def verify_checkpoint(self, *, folder: str) -> Damage: ...
+        Args:
+            folder: the new folder; an existing one is replaced.
 
-    def load_checkpoint(self, *, folder: str, reference: bool) -> LoadedCheckpoint: ...
+        Raises:
+            UserError: something cannot be written; on every rank."""
+
+    def save_checkpoint(self, *, folder: str, state: dict[str, Any]) -> None:
+        """Begin to write a checkpoint, after the save before; returns when the tensors are copied,
+        and `checkpoint_progress` returns the outcome.
+
+        Args:
+            folder: the checkpoint's folder.
+            state: the controller's part of it, JSON.
+
+        Raises:
+            UserError: the folder cannot be made, or the save before has failed; on every rank."""
+
+    def checkpoint_progress(self, *, wait: bool) -> CheckpointProgress:
+        """Return the state of the latest save; `save_checkpoint` comes first.
+
+        Args:
+            wait: whether to return only once the save is done."""
+
+    def verify_checkpoint(self, *, folder: str) -> Damage:
+        """Look for faults in a checkpoint's files, as thoroughly as `checkpoint.verify` says.
+
+        Args:
+            folder: the checkpoint's folder.
+
+        Returns:
+            The faults, none for a whole checkpoint."""
+
+    def load_checkpoint(self, *, folder: str, reference: bool) -> LoadedCheckpoint:
+        """Verify a checkpoint, unless `verify_checkpoint` has just found it whole, and continue
+        from it.
+
+        Args:
+            folder: the checkpoint's folder.
+            reference: whether it holds a reference policy, which is then loaded too.
+
+        Returns:
+            Whether the random streams were restored too.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another model."""
 
 
 class PushOperations(Protocol):
     """A rank's part of a push: methods of `push.sender.WeightPush`."""
 
-    def open_push(self) -> OpenedPush: ...
+    def open_push(self) -> OpenedPush:
+        """Create this rank's sender, before the first engine is connected.
+
+        Returns:
+            [host, port] of the store in which trainer and engine ranks meet."""
 
     def connect_sets(
         self,
@@ -215,18 +362,39 @@ class PushOperations(Protocol):
         timeout_seconds: float,
         push_seconds: float,
         gone: list[str],
-    ) -> ConnectedSets: ...
+    ) -> ConnectedSets:
+        """Agree with all ranks of these sets of engines on what this rank sends them, and connect.
 
-    def send_weights(self, *, push: int, sets: list[str], gone: list[str]) -> SentWeights: ...
+        Args:
+            sets: name, unique to every call, and number of engines of each set.
+            layout: the fields of `EngineLayout`, of one engine.
+            transport: a name in `TRANSPORTS`.
+            timeout_seconds: limit for connecting.
+            push_seconds: limit for a push.
+            gone: names of the sets to disconnect first.
+
+        Returns:
+            Why sets cannot be connected, and the links and bytes per push to the others."""
+
+    def send_weights(self, *, push: int, sets: list[str], gone: list[str]) -> SentWeights:
+        """Send the present weights to connected sets; a set that fails does not stop the others.
+
+        Args:
+            push: the number of the push.
+            sets: names of the sets to send to.
+            gone: names of the sets to disconnect first.
+
+        Returns:
+            The failures, by the name of the set."""
 
 
 WITH_OPTIMIZER = {"update", "update_critic", "save_checkpoint", "load_checkpoint"}
 """Operations that use the optimizer's state."""
 WITHOUT_PARAMETERS = {
-    *(LOAD, STOP, "yield_memory", "compare_with_engines", "compute_token_advantages"),
+    *(LOAD, STOP, "free_memory", "measure_logprob_diff", "compute_token_advantages"),
     *("compare_probe", "checkpoint_progress", "verify_checkpoint"),
 }
-"""Operations that use no weights: they may be called while the weights are away
+"""Operations that use no weights: they may be called while the weights are offloaded
 (`parallel.offload_between_phases`)."""
 
 

@@ -5,7 +5,7 @@ Position t of a sample predicts token t + 1, so the response's tokens are target
 prompt_length - 1 … length - 2; the last position of every sample predicts nothing. A sample's mask
 leaves out the tokens in between that were given: "response tokens" here are the sampled ones. A
 sample that is not trained on (`Sample.is_trained`) has no response token and counts for no
-trajectory, so that no sum and no denominator of any loss has it.
+response, so that no sum and no denominator of any loss has it.
 
 With context parallelism every sample is padded to a multiple of 2 * ranks. The whole micro-batch
 is packed first, and each rank keeps its positions of every tensor (`models.context_parallel`), so
@@ -15,23 +15,25 @@ before it, where causal masking hides it from real tokens; it is never a respons
 A reward model's score of a text is read at its last token. That position may be on any rank of the
 context group. All these ranks compute the same loss from the same scores; the gradient reaches the
 rank that has the position, and the sample is counted on the first context rank
-(`PackedBatch.num_trajectories`)."""
+(`PackedBatch.num_responses`)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from r1_kernels import SamplingMask
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.context_parallel import held_positions
+from megatron_r1.models.context_parallel import held_positions, sample_order
+from megatron_r1.models.packed_params import PackedParams, with_positions
+from megatron_r1.models.platform import to_device
 from megatron_r1.models.prefixes import with_prefixes
-from megatron_r1.models.replay import RecordedRouting
+from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.models.sampling_mask import decoded
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.routing import RoutingPart, recorded_routing
@@ -45,6 +47,7 @@ def packed_batch(
     device: torch.device,
     routing: RoutingPart | RecordedRouting | None = None,
     share_prompts: bool = False,
+    num_predicted: int = 0,
 ) -> PackedBatch:
     """Pack `samples`, possibly none, and return this rank's part, T tokens on `device`.
 
@@ -57,13 +60,15 @@ def packed_batch(
         routing: what this rank replays, if anything: the part of the samples' routing, or what the
             leader of its replica has cut of it.
         share_prompts: tokens that an earlier sample has are not there again (`SharedTokens`,
-            `models.prefixes`)."""
+            `models.prefixes`).
+        num_predicted: MTP layers that are trained."""
     if isinstance(routing, RoutingPart):
         routing = recorded_routing(samples, split, routing)
     placement = placed(samples, split, share_prompts)
     cu_seqlens, total = placement.cu_seqlens, int(placement.cu_seqlens[-1])
     tokens = _tokens(samples, placement)
-    attention_cu_seqlens = cu_seqlens.int().to(device)
+    on_device = partial(to_device, device=device)
+    attention_cu_seqlens = on_device(cu_seqlens.int())
     position = torch.arange(total) - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     if placement.continued is not None:
         with_prefixes(attention_cu_seqlens, placement.continued)
@@ -72,32 +77,58 @@ def packed_batch(
     # The inverse of `held`, -1 for positions on other context ranks.
     here = torch.full((total,), -1).index_copy(0, held, torch.arange(len(held)))
     ends = [at + len(sample) - 1 for at, sample in zip(placement.starts, samples, strict=True)]
-    is_response, advantages, rollout_logprobs, teacher, weights = (
-        whole[held] for whole in _response_values(samples, placement)
-    )
+    values = _response_values(samples, placement)
+    is_response, advantages, rollout_logprobs, teacher, weights = (whole[held] for whole in values)
+    positions = on_device(position[held])
+    with_positions(attention_cu_seqlens, positions)
+    params = _packed_seq_params(attention_cu_seqlens, split, int(position.max()) + 1)
+    if num_predicted:
+        following, rows = _predicted(cu_seqlens, values[0], held, split, num_predicted)
+        params.following = on_device(following)
+        params.predicted_rows = tuple(on_device(of_layer) for of_layer in rows)
     has_teacher = all(sample.teacher is not None for sample in samples)
     has_branches = any(sample.weight != 1 for sample in samples)
-    num_trajectories = sum(s.num_trajectories for s in samples if s.is_trained)
-    sampling_mask = _sampling_mask(samples, placement, held)
+    num_responses = sum(s.num_responses for s in samples if s.is_trained)
+    kept = _sampling_mask(samples, placement, held)
     return PackedBatch(
-        input_ids=tokens[held][None].to(device),
-        position_ids=position[held][None].to(device),
-        packed_seq_params=_packed_seq_params(attention_cu_seqlens, split, int(position.max()) + 1),
-        cu_seqlens=(cu_seqlens // split.context).int().to(device),
-        targets=tokens.roll(-1)[held].to(device),
-        is_response=is_response.to(device),
-        response_rows=is_response.nonzero()[:, 0].to(device),
-        num_trajectories=num_trajectories if split.context_rank == 0 else 0,
-        advantages=advantages.to(device),
-        rollout_logprobs=rollout_logprobs.to(device),
-        last_tokens=here[torch.tensor(ends, dtype=torch.int64)].to(device),
-        labels=torch.tensor([s.label for s in samples], dtype=torch.float32, device=device),
-        logprobs={"teacher": teacher.to(device)} if has_teacher else {},
-        sequence_weights=weights.to(device) if has_branches else None,
-        sampling_mask=sampling_mask and SamplingMask(*(part.to(device) for part in sampling_mask)),
+        input_ids=on_device(tokens[held][None]),
+        position_ids=positions[None],
+        packed_seq_params=params,
+        cu_seqlens=on_device((cu_seqlens // split.context_size).int()),
+        targets=on_device(tokens.roll(-1)[held]),
+        is_response=on_device(is_response),
+        response_rows=on_device(is_response.nonzero()[:, 0]),
+        num_responses=num_responses if split.context_rank == 0 else 0,
+        advantages=on_device(advantages),
+        rollout_logprobs=on_device(rollout_logprobs),
+        last_tokens=on_device(here[torch.tensor(ends, dtype=torch.int64)]),
+        labels=on_device(torch.tensor([s.label for s in samples], dtype=torch.float32)),
+        logprobs={"teacher": on_device(teacher)} if has_teacher else {},
+        sequence_weights=on_device(weights) if has_branches else None,
+        sampling_mask=kept and SamplingMask(*(on_device(part) for part in kept)),
         num_shared=sum(placement.skipped),
-        routing=routing and RecordedRouting(*(part.to(device) for part in routing)),
+        routing=routing
+        and routing._replace(experts=on_device(routing.experts), known=on_device(routing.known)),
     )
+
+
+def _predicted(
+    cu_seqlens: Tensor, is_response: Tensor, held: Tensor, split: TokenSplit, num_predicted: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Return `PackedParams.following` and `.predicted_rows` of `num_predicted` MTP layers.
+
+    cu_seqlens: (S + 1,) int64. is_response: (T,) bool of the whole micro-batch. held: int64, the
+    positions of this rank."""
+    following = torch.arange(1, int(cu_seqlens[-1]) + 1)
+    following[cu_seqlens[1:] - 1] = -1
+    rows, ahead = [], is_response
+    for _ in range(num_predicted):
+        ahead = ahead[following] & (following >= 0)
+        rows.append(ahead[held].nonzero()[:, 0])
+    # Where each position is when the context ranks' parts are gathered rank after rank.
+    gathered = sample_order(cu_seqlens, split.context_size)
+    here = following[held]
+    return torch.where(here >= 0, gathered[here], -1), rows
 
 
 def _tokens(samples: list[Sample], placement: Placement) -> Tensor:
@@ -183,16 +214,21 @@ def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
             )
 
 
-def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> PackedSeqParams:
-    """Return cu_seqlens as Megatron takes them. longest: positions of the longest sample."""
-    params = PackedSeqParams(
+def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> PackedParams:
+    """Return the borders of samples as Megatron takes them.
+
+    Args:
+        cu_seqlens: (samples + 1,), the borders.
+        split: this rank's part of the tokens.
+        longest: positions of the longest sample."""
+    params = PackedParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    if split.context > 1:
+    if split.context_size > 1:
         # The same tensor, because padding belongs to its sample: Transformer Engine would take
         # different unpadded borders as gaps between samples, which its flash attention refuses.
         params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = cu_seqlens

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 
 from megatron_r1.base.processes import timeline
 from megatron_r1.models import platform
 from megatron_r1.models.build import process_groups
 from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.hops import KnownShapes
 
 Compute = Callable[[PackedBatch, torch.Tensor], Any]
 """(batch, output of the last stage) → (loss, denominator, report), as Megatron's loss function; in
@@ -31,10 +31,20 @@ def run_passes(
     *,
     forward_only: bool,
     inputs: Inputs | None = None,
+    predicts: bool = False,
 ) -> list[Any]:
     """Run forward over `batches` and, unless forward_only (then in evaluation mode), backward.
 
-    Returns the reports of `compute`, one per micro-batch, on the last pipeline stage."""
+    Args:
+        chunks: this rank's virtual pipeline stages.
+        batches: the micro-batches.
+        compute: computes loss or report from the last stage's output.
+        forward_only: whether gradients are left out.
+        inputs: returns further arguments of a chunk's forward pass; None: there are none.
+        predicts: whether MTP layers run: whether `inputs` has labels.
+
+    Returns:
+        The reports of `compute`, one per micro-batch, on the last pipeline stage."""
 
     def forward_step(
         iterator: Iterator[PackedBatch], model: torch.nn.Module, return_schedule_plan: bool = False
@@ -63,20 +73,25 @@ def run_passes(
         chunk.eval()
     interleaved, groups = len(chunks) > 1, process_groups(chunks)
     schedule = get_forward_backward_func(groups.pp.size(), len(chunks) if interleaved else None)
+    lengths = [batch.input_ids.shape[1] for batch in batches]
+    layers = get_model_config(chunks[0]), lengths, len(chunks), predicts
+    hops = KnownShapes(groups.pp, *layers, forward_only=forward_only)
     # forward_only alone leaves Megatron recording a graph.
     with torch.set_grad_enabled(not forward_only):
-        return schedule(
+        reports = schedule(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
             model=chunks,
             num_microbatches=len(batches),
-            # Ignored: `variable_seq_lengths` has Megatron send the shape of every micro-batch.
-            seq_length=max(batch.input_ids.shape[1] for batch in batches),
+            # Ignored: `variable_seq_lengths` has Megatron ask the communicator for every shape.
+            seq_length=max(lengths),
             micro_batch_size=1,
             forward_only=forward_only,
-            p2p_communicator=P2PCommunicator(groups.pp, get_model_config(chunks[0])),
+            p2p_communicator=hops,
             pg_collection=groups,
         )
+    hops.check_all_received()
+    return reports
 
 
 def optimizer_step(

@@ -11,7 +11,7 @@ import msgspec
 
 from megatron_r1.base.processes import children, timeline
 from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
-from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.base.processes.memory import without_garbage_collection
 
 READ_LATE = frozenset({*children.rank_variables(0, 1, 0), RANKS_ENVIRONMENT})
 """Environment variables that no import reads (`base.processes.fork_server`)."""

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.models.replay import RecordedRouting
-from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.models.experts import RoutingShape
+from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.trainer.distributed import Replica
 from megatron_r1.trainer.token_split import Placement, TokenSplit, own_tokens, placed
 from megatron_r1.trainer.training_sample import Sample
@@ -61,7 +61,39 @@ def recorded_routing(
     Raises:
         ValueError: for routing that does not fit its sample."""
     placement = placed(samples, split)
-    return _cut(_whole([samples], [placement], part), own_tokens(placement.cu_seqlens, split))
+    return _recorded(samples, placement, own_tokens(placement.cu_seqlens, split), part)
+
+
+def _recorded(
+    samples: Sequence[Sample], placement: Placement, held: Tensor, part: RoutingPart
+) -> RecordedRouting:
+    """Return what `recorded_routing` does of the tokens at the positions `held`."""
+    cut = _cut(_whole([samples], [placement], part), held)
+    return _completed(cut, samples, placement, held, part.shape)
+
+
+def _completed(
+    recorded: RecordedRouting,
+    samples: Sequence[Sample],
+    placement: Placement,
+    held: Tensor,
+    shape: RoutingShape,
+) -> RecordedRouting:
+    """Return the choices with `own_counts` if the engine has chosen for every token of the rank
+    that it was fed. The last token of each sample and padding, whose outputs nothing reads, then
+    get all experts in turn, in place."""
+    fed = torch.zeros(int(placement.cu_seqlens[-1]), dtype=torch.bool)
+    for sample, start in zip(samples, placement.starts, strict=True):
+        fed[start : start + len(sample) - 1] = True
+    if (fed[held] & ~recorded.known).any():
+        return recorded
+    experts, left = recorded.experts, ~recorded.known
+    in_turn = (held[left][:, None] * shape.topk + torch.arange(shape.topk)) % shape.num_experts
+    experts[left] = in_turn[:, None].to(experts.dtype)
+    counts = torch.zeros(experts.shape[1], shape.num_experts, dtype=torch.int64)
+    chosen = experts.transpose(0, 1).flatten(1).long()
+    counts.scatter_add_(1, chosen, torch.ones_like(chosen))
+    return recorded._replace(own_counts=counts.numpy())
 
 
 def _whole(
@@ -91,7 +123,7 @@ def _held(places: Sequence[Placement], split: TokenSplit) -> Tensor:
 
 
 def _cut(whole: RecordedRouting, held: Tensor) -> RecordedRouting:
-    return RecordedRouting(*(part.index_select(0, held) for part in whole))
+    return RecordedRouting(whole.experts.index_select(0, held), whole.known.index_select(0, held))
 
 
 def _indices(layers: list[int]) -> list[int] | slice:
@@ -140,8 +172,11 @@ class RoutingScatter:
         Raises:
             ValueError: on the leader, for routing that does not fit its sample."""
         places = [placed(samples, self._split) for samples in microbatches]
+        held = [own_tokens(placement.cu_seqlens, self._split) for placement in places]
         if not self._replica.leads:
-            return self._received(places)
+            received = self._received([len(own) for own in held])
+            cut = zip(received, microbatches, places, held, strict=True)
+            return [_completed(*one, self._part.shape) for one in cut]
         waiting: list[tuple[dist.Work, Tensor]] = []
         # By layers: the ranks that share a pipeline stage get parts of the same rows.
         order = sorted(range(1, len(self._ranks)), key=lambda member: self._ranks[member][1])
@@ -153,7 +188,8 @@ class RoutingScatter:
                 work.wait()
         for work, _ in waiting:
             work.wait()
-        return [recorded_routing(samples, self._split, self._part) for samples in microbatches]
+        own = zip(microbatches, places, held, strict=True)
+        return [_recorded(*microbatch, self._part) for microbatch in own]
 
     def _parts(
         self, microbatches: Microbatches, places: Sequence[Placement], members: Iterable[int]
@@ -168,10 +204,11 @@ class RoutingScatter:
                 layers, part = own_layers, RoutingPart(self._part.shape, own_layers)
                 whole = _whole(microbatches, places, part)
             cut = _cut(whole, held(split))
-            yield torch.cat([each.reshape(-1).view(torch.uint8) for each in cut])
+            both = (cut.experts, cut.known)
+            yield torch.cat([each.reshape(-1).view(torch.uint8) for each in both])
 
-    def _received(self, places: Sequence[Placement]) -> list[RecordedRouting]:
-        counts = [len(own_tokens(each.cu_seqlens, self._split)) for each in places]
+    def _received(self, counts: list[int]) -> list[RecordedRouting]:
+        """Receive the parts of micro-batches of which this rank routes `counts` tokens each."""
         total = sum(counts)
         shape = (total, len(self._part.layers), self._part.shape.topk)
         width = len(self._part.layers) * self._part.shape.topk * self._part.dtype.itemsize

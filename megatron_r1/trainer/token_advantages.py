@@ -1,6 +1,6 @@
 """Advantages per token: rewards per token, discounted sums, GAE, standardization.
 
-Trainer ranks compute them once a rollout has log-probabilities. An estimator of such advantages
+Trainer ranks compute them once a rollout has log-probabilities. An algorithm of such advantages
 gets the batches as `ScoredRollout`, which gathers whole responses, also where ranks of context
 parallelism hold parts of them, and reduces over the whole rollout. What the controller sent as a
 response's advantage is then its reward, on each of its tokens.

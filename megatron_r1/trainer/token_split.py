@@ -19,32 +19,34 @@ class TokenSplit:
     """The split of a micro-batch's tokens between the ranks that share it.
 
     Attributes:
-        tensor: size of the sequence-parallel group, which divides what a context rank holds.
+        tensor_size: size of the sequence-parallel group, which divides what a context rank holds.
         tensor_rank: this rank's index in that group.
-        context: size of the context-parallel group.
+        context_size: size of the context-parallel group.
         context_rank: this rank's index in that group.
         token_multiple: the tokens of each rank are a multiple of it, as FP8 products need."""
 
-    tensor: int = 1
-    context: int = 1
+    tensor_size: int = 1
+    tensor_rank: int = 0
+    context_size: int = 1
     context_rank: int = 0
     token_multiple: int = 1
-    tensor_rank: int = 0
 
     @property
     def of_context(self) -> tuple[int, int]:
         """The rank in the context-parallel group, and the group's size."""
-        return self.context_rank, self.context
+        return self.context_rank, self.context_size
 
     @property
     def sample_multiple(self) -> int:
         """Every sample is padded to a multiple of this."""
-        return 2 * self.context if self.context > 1 else 1
+        return 2 * self.context_size if self.context_size > 1 else 1
 
     @property
     def batch_multiple(self) -> int:
         """The whole micro-batch is padded to a multiple of this."""
-        return math.lcm(self.sample_multiple, self.tensor * self.context * self.token_multiple)
+        return math.lcm(
+            self.sample_multiple, self.tensor_size * self.context_size * self.token_multiple
+        )
 
 
 class Placement(NamedTuple):
@@ -96,4 +98,4 @@ def own_tokens(cu_seqlens: Tensor, split: TokenSplit) -> Tensor:
         cu_seqlens: (segments + 1,), the micro-batch's, as in its `Placement`.
         split: the rank's."""
     held = held_positions(cu_seqlens, *split.of_context)
-    return held.view(split.tensor, -1)[split.tensor_rank]
+    return held.view(split.tensor_size, -1)[split.tensor_rank]

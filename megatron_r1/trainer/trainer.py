@@ -2,9 +2,9 @@
 
 An RL step calls load() (receive the rollout's micro-batches), compute_values() with a critic,
 compute_logprobs() (old and reference policy), compute_token_advantages() for some algorithms,
-update() and update_critic() once per mini-batch, and compare_with_engines() (differences of
-log-probabilities). SFT and reward models call load() and update(); sample_scores() evaluates a
-reward model, probe() compares a few tokens with an engine.
+update() and update_critic() once per mini-batch, and measure_logprob_diff() (differences of
+log-probabilities). SFT and reward models call load() and update(). `probing` has what compares a
+few tokens with an engine, and evaluates a reward model.
 
 Every operation is called on all ranks at the same time. A rank handles samples and losses, not
 prompts or rewards."""
@@ -21,10 +21,10 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings, TokenSettings
 from megatron_r1.models import fp8, platform, weights
+from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.gradients import gradient_sum
 from megatron_r1.models.hf_config import has_score_head
-from megatron_r1.models.replay import Replay
-from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.models.routing_replay import Replay
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import Head, PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
@@ -35,18 +35,14 @@ from megatron_r1.trainer.metrics import (
     Maximum,
     Mean,
     Metrics,
-    engine_gap,
+    logprob_diff,
     merge,
     reduce_over_data,
     teacher_kl,
 )
 from megatron_r1.trainer.offload import offload_of
-from megatron_r1.trainer.operations import SUPERVISED, SampleScores
-from megatron_r1.trainer.packed import (
-    Scores,
-    check_token_ids,
-    packed_batch,
-)
+from megatron_r1.trainer.operations import SUPERVISED
+from megatron_r1.trainer.packed import Scores, check_token_ids, packed_batch
 from megatron_r1.trainer.passes import Compute, free_gradients, optimizer_step, run_passes
 from megatron_r1.trainer.reference import Reference
 from megatron_r1.trainer.routing import RoutingPart, RoutingScatter
@@ -72,10 +68,10 @@ class Trainer:
         self.reference: Reference | None = None
         self.minibatches: list[list[PackedBatch]] = []
         self.split = TokenSplit(
-            tensor=config.parallel.tensor,
-            tensor_rank=self.groups.tp.rank(),
-            context=config.parallel.context,
-            context_rank=self.groups.cp.rank(),
+            tensor_size=config.parallel.tensor,
+            tensor_rank=position.tensor_rank,
+            context_size=config.parallel.context,
+            context_rank=position.context_rank,
             token_multiple=fp8.token_multiple(config.fp8),
         )
         plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
@@ -85,12 +81,16 @@ class Trainer:
         self.routing = RoutingPart(shape, self.replay.layers) if shape else None
         self.critic = Critic(config, position) if needs_critic(config) else None
         self.offload = offload_of(config, self._trained)
-        self._probed: list[PackedBatch] = []
 
     @property
     def score_is_new(self) -> bool:
         """Whether the model is a score model with a randomly initialized head."""
         return construction.language_body(self.config, self.hf) is not None
+
+    @property
+    def num_predicted(self) -> int:
+        """The MTP layers that are trained."""
+        return (self.transformer.mtp_num_layers or 0) if self.config.model.mtp == "train" else 0
 
     @property
     def num_parameters(self) -> int:
@@ -114,13 +114,22 @@ class Trainer:
         check_token_ids(samples, self.hf["vocab_size"])
         shares_prompts = self.config.parallel.share_prompts
         pack = partial(
-            packed_batch, split=self.split, device=platform.device(), share_prompts=shares_prompts
+            packed_batch,
+            split=self.split,
+            device=platform.device(),
+            share_prompts=shares_prompts,
+            num_predicted=self.num_predicted,
         )
-        rounds = [self._in_rounds(minibatch) for minibatch in minibatches]
+        rounds = [self.padded_to_schedule(minibatch) for minibatch in minibatches]
         every = [microbatch for minibatch in rounds for microbatch in minibatch]
         recorded = scatter.scatter(every) if scatter else [self.routing] * len(every)
         packed = (pack(one, routing=own) for one, own in zip(every, recorded, strict=True))
         self.minibatches = [list(islice(packed, len(minibatch))) for minibatch in rounds]
+        batches = self._batches()
+        if self.replay.is_on:
+            counted = self.replay.exchange_counts([batch.routing for batch in batches])
+            for batch, routing in zip(batches, counted, strict=True):
+                batch.routing = routing
         # The sum also runs over context ranks, which hold parts of the same samples.
         num_tokens = sum(len(s) for s in samples)
         num_shared = sum(batch.num_shared for batch in self._batches())
@@ -129,9 +138,9 @@ class Trainer:
         metrics = {"packing/padding": Mean(slots - own, slots)}
         if shares_prompts:
             metrics["packing/shared"] = Mean(num_shared, num_tokens)
-        return self._reduced(metrics)
+        return self.reduced(metrics)
 
-    def _in_rounds(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
+    def padded_to_schedule(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
         """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of
         as many micro-batches as there are pipeline ranks."""
         missing = (
@@ -139,10 +148,11 @@ class Trainer:
         )
         return microbatches + [[]] * missing
 
-    def _reduced(self, metrics: Metrics) -> dict[str, float]:
+    def reduced(self, metrics: Metrics) -> dict[str, float]:
+        """Return the metrics of all replicas and context ranks together."""
         return reduce_over_data(self.position, metrics)
 
-    def keep_reference(self) -> None:
+    def refresh_reference(self) -> None:
         """Make the current policy the reference."""
         if self.reference is None:
             on_host = self.config.parallel.reference_offload == "host"
@@ -172,19 +182,19 @@ class Trainer:
         batches = self._batches()
         later = batches if first_minibatch else batches[len(self.minibatches[0]) :]
         with self.replay.measured():
-            self._fill_logprobs(later, "old", temperature)
+            self.fill_logprobs(later, "old", temperature)
         with self.replay.paused():
             if reference:
-                assert self.reference is not None, "keep_reference() comes first"
+                assert self.reference is not None, "refresh_reference() comes first"
                 with self.reference.in_place():
-                    self._fill_logprobs(batches, "ref", temperature)
-            first = batches[: len(self._in_rounds([[]]))] if self.replay.is_on else []
+                    self.fill_logprobs(batches, "ref", temperature)
+            first = batches[: len(self.padded_to_schedule([[]]))] if self.replay.is_on else []
             if first:
-                self._fill_logprobs(first, "own_routing", temperature)
+                self.fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
         if first and self.position.last_stage:
-            mean, _ = engine_gap(first, "own_routing")
-            metrics |= self._reduced({"logprob_diff/without_replay": mean})
+            mean, _ = logprob_diff(first, "own_routing")
+            metrics |= self.reduced({"logprob_diff/without_replay": mean})
         return metrics
 
     def _batches(self) -> list[PackedBatch]:
@@ -197,7 +207,7 @@ class Trainer:
             scored = ScoredRollout(self._batches(), self.groups.cp, self.groups.dp_cp)
             scored.store(find_function(function)(scored, settings))
 
-    def compare_with_engines(self) -> dict[str, float]:
+    def measure_logprob_diff(self) -> dict[str, float]:
         """Return the mean and the largest absolute difference, over response tokens, of the
         engine's log-probabilities and the trainer's "old" ones; compute_logprobs() comes first.
 
@@ -206,12 +216,12 @@ class Trainer:
         if not self.position.last_stage:
             return {}
         batches = self._batches()
-        mean, largest = engine_gap(batches, "old")
+        mean, largest = logprob_diff(batches, "old")
         metrics: dict[str, Mean | Maximum]
         metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
         if self.config.teacher.path:
             metrics["teacher/kl"] = teacher_kl(batches)
-        return self._reduced(metrics)
+        return self.reduced(metrics)
 
     def update(
         self,
@@ -240,11 +250,11 @@ class Trainer:
             divisor = None if loss == SUPERVISED else self.config.rollout.max_response_tokens
             for chunk in self.model_chunks:
                 chunk.mtp_only_divisor = divisor
-        run = partial(self._run, batches, compute, forward_only=False)
+        run = partial(self.run_batches, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(
             self.ddp_chunks, self.optimizer, learning_rate, run, is_last=self._is_last(index)
         )
-        return self._reduced(merge(reports)) | stepped
+        return self.reduced(merge(reports)) | stepped
 
     def _is_last(self, index: int) -> bool:
         return index == len(self.minibatches) - 1
@@ -260,50 +270,7 @@ class Trainer:
         assert self.critic is not None, "the recipe has no critic"
         return self.critic.update(self.minibatches[index], learning_rate, self._is_last(index))
 
-    def sample_scores(self) -> SampleScores:
-        """Return {"scores": s}, s[i][m] a score model's scores of the samples of micro-batch m of
-        mini-batch i; empty on ranks before the last stage."""
-        scores: list[list[list[float]]] = []
-        for batches in self.minibatches:
-            reports = self._run(batches, self._scores_only, forward_only=True)
-            scores.append(reports if self.position.last_stage else [])
-        return {"scores": scores}
-
-    def probe(self, samples: list[Sample]) -> dict[str, float]:
-        """Return the mean and the largest difference of an engine's log-probabilities, at
-        temperature 1, and the trainer's.
-
-        Loaded samples stay.
-
-        Args:
-            samples: the samples to compare, the same on every rank."""
-        self.prepare_probe(samples)
-        return self.compare_probe(samples)
-
-    def prepare_probe(self, samples: list[Sample]) -> None:
-        """Compute, and keep for `compare_probe`, the log-probabilities of samples that an engine
-        has not scored yet."""
-        self._probed = self._pack_probe(samples)
-        with self.replay.paused():  # an engine's answer to a probe comes without its routing
-            self._fill_logprobs(self._probed, "old", 1.0)
-
-    def compare_probe(self, samples: list[Sample]) -> dict[str, float]:
-        """Return the differences that `probe` does, without weights: `prepare_probe` has had the
-        same tokens. The samples have an engine's log-probabilities."""
-        batches = self._pack_probe(samples)
-        if not self.position.last_stage:
-            return {}
-        for batch, probed in zip(batches, self._probed, strict=True):
-            assert torch.equal(batch.targets, probed.targets), "these are other tokens"
-            batch.logprobs["old"] = probed.logprobs["old"]
-        mean, largest = engine_gap(batches, "old")
-        return self._reduced({"probe/max": largest, "probe/mean": mean})
-
-    def _pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
-        check_token_ids(samples, self.hf["vocab_size"])
-        return [packed_batch(s, self.split, platform.device()) for s in self._in_rounds([samples])]
-
-    def yield_memory(self, parameters: bool = False) -> None:
+    def free_memory(self, parameters: bool = False) -> None:
         """Free what the trainer does not need while engines compute on the same GPUs: gradients,
         the loaded samples, memory that torch keeps for later activations, and with
         `parallel.offload_between_phases` the optimizer's state.
@@ -317,7 +284,7 @@ class Trainer:
         for network in self._trained():
             free_gradients(network.ddp_chunks)
         if self.offload is not None:
-            self.offload.free(parameters=parameters)
+            self.offload.free_memory(parameters=parameters)
         torch.cuda.empty_cache()
 
     def _trained(self) -> list[Any]:
@@ -329,11 +296,16 @@ class Trainer:
         critic = Network(self.critic.model_chunks, self.critic.optimizer) if self.critic else None
         return Networks(Network(self.model_chunks, self.optimizer), self.reference, critic)
 
-    def _fill_logprobs(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
+    def fill_logprobs(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
+        """Compute the log-probabilities of the tokens, into `PackedBatch.logprobs[name]`."""
         if batches:
-            self._run(batches, partial(self._logprobs_only, name, temperature), forward_only=True)
+            self.run_batches(
+                batches, partial(self._logprobs_only, name, temperature), forward_only=True
+            )
 
-    def _run(self, batches: list[PackedBatch], compute: Compute, forward_only: bool) -> list[Any]:
+    def run_batches(
+        self, batches: list[PackedBatch], compute: Compute, forward_only: bool
+    ) -> list[Any]:
         """Run Megatron's schedule over `batches`, with routing replay and MTP labels; returns the
         reports of `compute` on the last stage."""
         train_mtp = self.config.model.mtp == "train" and not forward_only
@@ -346,7 +318,12 @@ class Trainer:
             return {"labels": batch.targets[None], "loss_mask": batch.is_response[None].float()}
 
         reports = run_passes(
-            self.ddp_chunks, batches, compute, forward_only=forward_only, inputs=inputs
+            self.ddp_chunks,
+            batches,
+            compute,
+            forward_only=forward_only,
+            inputs=inputs,
+            predicts=train_mtp,
         )
         self.replay.end()
         return reports
@@ -370,7 +347,8 @@ class Trainer:
             records_old=records_old,
         )
 
-    def _scores(self, batch: PackedBatch, out: Tensor) -> Scores:
+    def scores(self, batch: PackedBatch, out: Tensor) -> Scores:
+        """Return a score model's scores."""
         return Scores(batch, out.view(-1), self.groups.cp)
 
     def _logprobs_only(
@@ -387,10 +365,7 @@ class Trainer:
         out: Tensor,
     ) -> LossTerms:
         if has_score_head(self.hf):
-            scores: Any = self._scores(batch, out)
+            scores: Any = self.scores(batch, out)
             return loss(batch, scores, settings)
         is_policy = settings is not None
         return loss(batch, self._head(batch, out, temperature, records_old=is_policy), settings)
-
-    def _scores_only(self, batch: PackedBatch, out: Tensor) -> list[float]:
-        return self._scores(batch, out).at_last_tokens().tolist()

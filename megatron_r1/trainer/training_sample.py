@@ -19,7 +19,7 @@ Buffer = bytes | memoryview
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """A training sample: one prompt with its response, or one branch of a trajectory of several
+    """A training sample: one prompt with its response, or one branch of an episode of several
     turns. Its `bytes` may be views of other memory, or of a file.
 
     Attributes:
@@ -28,17 +28,17 @@ class Sample(msgspec.Struct, frozen=True):
         advantage: the same for every response token; with an algorithm's token_advantages, what
             these are computed from (a reward or an advantage). NaN: the sample is not trained on.
         routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes
-            each (`models.routing_shape`), for the tokens before the last; empty without replay.
+            each (`models.experts`), for the tokens before the last; empty without replay.
         teacher: float32 bytes, the teacher's log-probabilities of the response, or None.
         label: the label for a reward model, 1 for a good text, 0 for a bad one.
         mask: a byte per token of the response, 1 where the policy sampled it and is trained on it,
             0 where it was given (a tool's result, a user's turn); empty: all were sampled.
         sampling_mask: the tokens that the sampler kept at each of the response's positions
             (`models.sampling_mask`); empty: all.
-        weight: the sample's share of its trajectory's sampled tokens; those of all branches add up
-            to 1.
-        num_trajectories: how many trajectories it counts for in a denominator: 1, or 0 for every
-            branch but the first."""
+        weight: the sample's share of its episode's sampled tokens; those of all branches add up to
+            1.
+        num_responses: how many responses it counts for in a denominator: 1, or 0 for every branch
+            of an episode but the first."""
 
     token_ids: bytes
     prompt_length: int
@@ -50,7 +50,7 @@ class Sample(msgspec.Struct, frozen=True):
     mask: bytes = b""
     sampling_mask: bytes = b""
     weight: float = 1.0
-    num_trajectories: int = 1
+    num_responses: int = 1
 
     @classmethod
     def pack(
@@ -64,8 +64,20 @@ class Sample(msgspec.Struct, frozen=True):
         label: float = 0.0,
         sampling_mask: Buffer = b"",
     ) -> Sample:
-        """Encode token ids and floats, without copies of floats in an array; ValueError for an
-        empty prompt and unequal lengths."""
+        """Encode token ids and floats, without copies of floats in an array.
+
+        Args:
+            prompt: token ids, at least one.
+            response: token ids.
+            logprobs: the rollout engine's, one per response token; None for SFT.
+            advantage: one for all response tokens, or what `token_advantages` computes theirs from.
+            routing: bytes of the experts that the engine chose; empty without replay.
+            teacher: the teacher's log-probability of each response token, or None.
+            label: for a reward model, 1 for a good text, 0 for a bad one.
+            sampling_mask: the tokens that the sampler kept at each of the response's positions.
+
+        Raises:
+            ValueError: an empty prompt, or unequal lengths."""
         if not len(prompt):
             raise ValueError("a sample needs at least one prompt token")
         if logprobs is not None and len(logprobs) != len(response):
@@ -89,7 +101,7 @@ class Sample(msgspec.Struct, frozen=True):
         advantage: float,
         *,
         weight: float,
-        num_trajectories: int,
+        num_responses: int,
         routing: Buffer = b"",
         teacher: Sequence[float] | None = None,
         sampling_mask: Buffer = b"",
@@ -103,7 +115,7 @@ class Sample(msgspec.Struct, frozen=True):
             logprobs: one per token.
             advantage: the advantage of every sampled token.
             weight: as of `Sample`.
-            num_trajectories: as of `Sample`.
+            num_responses: as of `Sample`.
             routing: the routing of all tokens but the last.
             teacher: one per sampled token.
             sampling_mask: the kept ids of every token, none for those that were given.
@@ -131,7 +143,7 @@ class Sample(msgspec.Struct, frozen=True):
         # Without a mask where all was sampled, as of a single turn.
         mask = mask if 0 in mask else b""
         return msgspec.structs.replace(
-            sample, mask=mask, weight=weight, num_trajectories=num_trajectories
+            sample, mask=mask, weight=weight, num_responses=num_responses
         )
 
     def __len__(self) -> int:

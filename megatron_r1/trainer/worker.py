@@ -26,6 +26,7 @@ from megatron_r1.trainer.operations import (
     Call,
     FolderOperations,
     ModelOperations,
+    ProbingOperations,
     PushOperations,
     RankDescription,
     Reply,
@@ -152,6 +153,7 @@ class Operations:
         from megatron_r1.push.sender import WeightPush
         from megatron_r1.trainer import implementations
         from megatron_r1.trainer.folders import Folders
+        from megatron_r1.trainer.probing import Probing
         from megatron_r1.trainer.routing import RoutingScatter
         from megatron_r1.trainer.trainer import Trainer
 
@@ -163,7 +165,7 @@ class Operations:
             self._scatter = RoutingScatter(self.replica, self.trainer.split, routing)
         self.implementations = implementations.in_use(self.trainer)
         push = WeightPush(self.trainer.model_chunks, self.trainer.hf, config)
-        self._methods = methods(self.trainer, Folders(self.trainer), push)
+        self._methods = methods(self.trainer, Probing(self.trainer), Folders(self.trainer), push)
         self._types = argument_types()
 
     def describe(self) -> RankDescription:
@@ -172,8 +174,8 @@ class Operations:
             "rank": self.position.rank,
             "tensor_rank": self.position.tensor_rank,
             "pipeline_rank": self.position.pipeline_rank,
-            "context_rank": self.position.groups.cp.rank(),
-            "expert_rank": self.position.groups.ep.rank(),
+            "context_rank": self.position.context_rank,
+            "expert_rank": self.position.expert_rank,
             "data_rank": self.position.data_rank,
             "data_size": self.position.data_size,
             "last_stage": self.position.last_stage,
@@ -189,7 +191,8 @@ class Operations:
 
         Args:
             call: the operation and its arguments.
-            share: for "load" on the leader of a replica, the parts of `sample.encode_samples`.
+            share: for "load" on the leader of a replica, the parts of
+                `training_sample.encode_samples`.
 
         Raises:
             ValueError: for an unknown operation."""
@@ -212,22 +215,25 @@ class Operations:
 
 
 def methods(
-    trainer: ModelOperations, folders: FolderOperations, push: PushOperations
+    trainer: ModelOperations,
+    probing: ProbingOperations,
+    folders: FolderOperations,
+    push: PushOperations,
 ) -> dict[str, Callable[..., Any]]:
     """Return the methods that the controller may call, by their names."""
     operations: list[Callable[..., Any]] = [
-        trainer.keep_reference,
+        trainer.refresh_reference,
         trainer.compute_logprobs,
-        trainer.compare_with_engines,
+        trainer.measure_logprob_diff,
         trainer.compute_values,
         trainer.compute_token_advantages,
         trainer.update,
         trainer.update_critic,
-        trainer.sample_scores,
-        trainer.probe,
-        trainer.prepare_probe,
-        trainer.compare_probe,
-        trainer.yield_memory,
+        trainer.free_memory,
+        probing.sample_scores,
+        probing.probe,
+        probing.prepare_probe,
+        probing.compare_probe,
         folders.export,
         folders.export_adapter,
         folders.save_checkpoint,
@@ -245,6 +251,6 @@ def argument_types() -> dict[str, dict[str, Any]]:
     """Return the type of each argument of each operation: msgpack carries a mapping or a list."""
     return {
         name: get_type_hints(getattr(protocol, name))
-        for protocol in (ModelOperations, FolderOperations, PushOperations)
+        for protocol in (ModelOperations, ProbingOperations, FolderOperations, PushOperations)
         for name in operation_names(protocol)
     }

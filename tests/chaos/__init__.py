@@ -168,7 +168,7 @@ def _until(user: User, step: float = math.inf) -> None:
 
 
 def _result(
-    user: User, reports: list[Report], run: Path, undisturbed: list[Path], chosen
+    user: User, reports: list[Report], run: Path, undisturbed: list[Path], chosen: Any
 ) -> dict[str, Any]:
     broken = [
         *oracle.steps_once(run, chosen.steps, chosen.staleness),

@@ -17,7 +17,7 @@ import psutil
 
 from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.base.processes.children import die_with_parent
-from megatron_r1.controller.rollouts.sample_log import Accepted, decode
+from megatron_r1.controller.rollouts.group_records import Accepted, decode
 from tools.bench.host import environment
 
 POLL_SECONDS = 0.02

@@ -22,9 +22,9 @@ TOOLS = [
     }
 ]
 ROW = 6
+"""Bytes of an invented row of routed experts: of which call, and of which token."""
 MARK = 1 << 20
 """Above every token: a kept token that names the sampled one."""
-"""Bytes of an invented row of routed experts: of which call, and of which token."""
 
 
 @dataclass
@@ -105,7 +105,8 @@ class Session:
         kept = [[token, MARK + self.drawn - at] for at, token in enumerate(token_ids)]
         return Response(
             *(array("i", token_ids), logprobs, array("i", versions)),
-            *("length" if cut else "stop", rows, from_lists(kept)),
+            *("length" if cut else "stop", rows),
+            sampling_mask=from_lists(kept),
         )
 
 

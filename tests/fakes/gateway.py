@@ -79,12 +79,12 @@ def gateway_of(text, **options):
 
 
 @contextlib.asynccontextmanager
-async def gateway(*texts, limits=LIMITS, max_context=2000, **options):
+async def gateway(*texts, limits=LIMITS, max_model_len=2000, **options):
     """Yield a gateway with one session and the fleet behind it."""
     text = text_of()
     fleet = WrittenFleet(text.tokenizer, texts)
     async with gateway_of(text, **options) as served:
-        session = served.open(limits, TurnSampling(fleet.generate, max_context))
+        session = served.open(limits, TurnSampling(fleet.generate, max_model_len))
         yield served, session, fleet
 
 

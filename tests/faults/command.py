@@ -6,7 +6,7 @@ number or a position; neither applies a chosen table of faults by symbol, in whi
 or a swapped axis can stand, so this does.
 
 A fault is kept by symbol and text, not by file and line: it is looked for in every file of its
-room, and must be found exactly once. The covering tests of each fault run without it, too, in
+package, and must be found exactly once. The covering tests of each fault run without it, too, in
 copies of the source tree. Results are kept in build/faults.jsonl, so that an interrupted run goes
 on; a fault runs again after its entry, file or tests have changed. Status 1: a fault survives
 without a written reason, or a test fails without a fault."""
@@ -44,7 +44,7 @@ FOLDERS = {
     "kernels": "kernels/r1_kernels",
     "examples": "examples",
 }
-"""Rooms outside of megatron_r1; every other room is one of its packages or modules."""
+"""Packages outside of megatron_r1; every other one is a package of it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Mutation:
     """One entry of the table.
 
     Attributes:
-        room: package that has the symbol.
+        package: one of megatron_r1, or a name in `FOLDERS`.
         symbol: qualified name of a function, class or variable within its module.
         replace: text that is found once in the symbol's source.
         by: the text in its place.
@@ -60,7 +60,7 @@ class Mutation:
         tests: `file.py` or `file.py::test`.
         survives: why no test can catch it, or None."""
 
-    room: str
+    package: str
     symbol: str
     replace: str
     by: str
@@ -70,7 +70,7 @@ class Mutation:
 
     @property
     def name(self) -> str:
-        return f"{self.room}: {self.symbol}: {self.replace!r} -> {self.by!r}"
+        return f"{self.package}: {self.symbol}: {self.replace!r} -> {self.by!r}"
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,18 @@ class Mutant:
 
 def read_table(root: Path) -> list[Mutation]:
     """Return the entries of the table in order. Raises TypeError for an unknown or missing key."""
-    rooms = yaml.safe_load((root / TABLE).read_text(encoding="utf-8"))
+    table = yaml.safe_load((root / TABLE).read_text(encoding="utf-8"))
     return [
-        Mutation(room, **(entry | {"tests": tuple(entry["tests"])}))
-        for room, entries in rooms.items()
+        Mutation(package, **(entry | {"tests": tuple(entry["tests"])}))
+        for package, entries in table.items()
         for entry in entries
     ]
 
 
-def rooms(root: Path) -> list[str]:
-    """Return the names of all rooms: packages of megatron_r1, and `FOLDERS`."""
-    packages = (root / "megatron_r1").glob("*/__init__.py")
-    return sorted([*(path.parent.name for path in packages), *FOLDERS])
+def packages(root: Path) -> list[str]:
+    """Return the names of all packages: those of megatron_r1, and `FOLDERS`."""
+    own = (root / "megatron_r1").glob("*/__init__.py")
+    return sorted([*(path.parent.name for path in own), *FOLDERS])
 
 
 def plant(mutation: Mutation, root: Path) -> Mutant:
@@ -143,7 +143,7 @@ def digest(*texts: str) -> str:
 
 def _places(mutation: Mutation, root: Path) -> Iterator[tuple[Path, str, int]]:
     """Yield (file, its text, offset) of every place that the entry describes."""
-    for path, text in _sources(root, mutation.room):
+    for path, text in _sources(root, mutation.package):
         if mutation.replace not in text:
             continue
         for start, end in _spans(text).get(mutation.symbol, ()):
@@ -154,8 +154,8 @@ def _places(mutation: Mutation, root: Path) -> Iterator[tuple[Path, str, int]]:
 
 
 @cache
-def _sources(root: Path, room: str) -> list[tuple[Path, str]]:
-    base = root / FOLDERS.get(room, f"megatron_r1/{room}")
+def _sources(root: Path, package: str) -> list[tuple[Path, str]]:
+    base = root / FOLDERS.get(package, f"megatron_r1/{package}")
     files = sorted(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
     return [(file.relative_to(root), file.read_text(encoding="utf-8")) for file in files]
 
@@ -334,7 +334,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="default: one a core")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="part of `room: symbol: 'replace' -> 'by'`"
+        "--only", default="", metavar="TEXT", help="part of `package: symbol: 'replace' -> 'by'`"
     )
     return parser.parse_args()
 
@@ -407,4 +407,4 @@ def _row(mutation: Mutation, outcome: Outcome) -> str:
         end = outcome.caught_by.rpartition("/")[2]
     else:
         end = f"SURVIVED: {mutation.survives}" if mutation.survives else "SURVIVED"
-    return f"{mutation.room:14} {mutation.symbol:34} {mutation.fault:62} {end}"
+    return f"{mutation.package:14} {mutation.symbol:34} {mutation.fault:62} {end}"

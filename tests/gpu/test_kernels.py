@@ -171,7 +171,7 @@ def test_policy_loss_is_the_plain_one(objective, average, ratio_level):
     new = (old + 0.1 * torch.randn_like(old)).requires_grad_()
     cu_seqlens = torch.tensor([0, 1, 1, 1_000, 65_000, 65_537], device=DEVICE)
     options = {"average": average, "ratio_level": ratio_level, "cu_seqlens": cu_seqlens}
-    settings = {**SETTINGS, **options, "entropy_coef": 0.0, **objective}
+    settings = {**SETTINGS, **options, "entropy_coef": 0.0, "importance_cap": 2.0, **objective}
     out = policy_loss(new, old, ref, advantages, mask, rollout_logprobs=ref, **settings)
     (grad,) = torch.autograd.grad(out.loss, new)
     wide = [t.detach().double() for t in (new, old, ref, advantages, mask)]

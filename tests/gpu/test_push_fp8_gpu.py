@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_r1.models.weights.table import Piece
-from megatron_r1.push.link_planner import EncodedSlices, ParameterSlice
 from megatron_r1.push.plan.tensors import Region
+from megatron_r1.push.slices import EncodedSlices, ParameterSlice
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

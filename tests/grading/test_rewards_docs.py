@@ -1,4 +1,4 @@
-"""The examples of docs/rewards.md and docs/rewards/terms.md, executed."""
+"""The examples of README, docs/rewards.md and docs/rewards/terms.md, executed."""
 
 import importlib
 import json
@@ -82,3 +82,20 @@ def test_the_recipe_that_is_shown_loads(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(blocks("yaml")[0])
     assert "my_rewards:steps" in configuration.load(path).rewards.weights
+
+
+def test_the_reward_of_readme_grades_and_its_line_is_a_section_of_a_recipe(tmp_path, monkeypatch):
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    (line,) = re.findall(r"`(rewards: \{.*?\})`", readme)
+    (tmp_path / "my_rewards.py").write_text(code, encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(line)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "my_rewards:brief" in configuration.load(tmp_path / "recipe.yaml").rewards.weights
+    graded = tmp_path / "graded.jsonl"
+    row = {"kind": "my_rewards:brief", "response": "so it is 11"}
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps(row | {"num_tokens": count}) + "\n" for count in (4, 30, 60))
+    )
+    assert main(["score", str(tmp_path / "in.jsonl"), str(graded)]) == 0
+    assert [json.loads(each)["reward"] for each in graded.read_text().splitlines()] == [1, 1, 0.5]

@@ -121,7 +121,7 @@ def main() -> None:
     folder = Path(model) / "-".join(["checkpoint", dtype, recipe, moments, *defects])
     with HostCompute():
         trainer = Trainer(settings, position)
-        trainer.keep_reference()
+        trainer.refresh_reference()
         load(trainer, position, (1,))
         trainer.update(0, LOSS, SETTINGS, 0.1)
         expected = state(trainer)

@@ -16,9 +16,9 @@ from megatron_r1.base.processes import children
 from megatron_r1.config import Config
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
+from megatron_r1.plan.between_phases import offloaded_bytes
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.offload import away_bytes
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.passes import free_gradients
 
@@ -44,7 +44,7 @@ def main() -> None:
     attention_without_cudnn()
     with HostCompute():
         trainer = Trainer(settings, position)
-        trainer.keep_reference()
+        trainer.refresh_reference()
         load(trainer, position, (1,), first_old=False)
         trainer.update(0, LOSS, SETTINGS, 0.1)
         values = state(trainer)
@@ -55,8 +55,8 @@ def main() -> None:
         trainer.minibatches = []
         free_gradients(trainer.ddp_chunks)
         before = torch.cuda.memory_allocated()
-        trainer.yield_memory(parameters=True)
-        less, away = before - torch.cuda.memory_allocated(), trainer.offload.away_bytes
+        trainer.free_memory(parameters=True)
+        less, away = before - torch.cuda.memory_allocated(), trainer.offload.offloaded_bytes
         trainer.offload.restore("parameters", "optimizer")
         assert before == torch.cuda.memory_allocated()
     found = state(trainer)
@@ -64,7 +64,7 @@ def main() -> None:
     assert found.keys() == expected.keys() and not different, different[:5]
     hf = read_hf_config(model)
     job = PlannedJob(hf, settings, 1, HARDWARE["H100"])
-    planned = away_bytes(job, RankCounts(job).of_rank(0))
+    planned = offloaded_bytes(job, RankCounts(job).of_rank(0))
     distributed.leave_process_groups()
     print(f"\nbytes: {less} {away} {planned}")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from nullgpu.conftest import TORCHRUN
 
-from megatron_r1.base.processes.allocators import trainer_allocator
+from megatron_r1.base.processes.memory import trainer_allocator
 from tests.nullgpu import counters
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,31 @@ with labelled("the CPU"):
     on_gpu.cpu()
 held = torch.empty(5 * 2**20 + 1, dtype=torch.uint8).pin_memory()
 """
+SHAPES = """
+import torch
+from counters import labelled
+from host_compute import HostCompute
+rows = torch.tensor([2, 0]).cuda()
+with HostCompute():
+    x = torch.arange(6.0, device="cuda").view(3, 2)
+    mask = x > 2
+    with labelled("known shapes"):
+        x[rows], x[1:], torch.where(mask, x, 0.0), x.masked_fill(mask, 0.0)
+        x.repeat_interleave(rows.new_full((3,), 2), 0, output_size=6)
+        x.to(torch.float64, non_blocking=True)
+    for name, compute in {
+        "nonzero": lambda: mask.nonzero(),
+        "a mask": lambda: x[mask],
+        "a mask written": lambda: x.index_put_((mask,), x.new_zeros(())),
+        "indices of the CPU": lambda: x[torch.tensor([1])],
+        "repeated": lambda: x.repeat_interleave(rows.new_full((3,), 2), 0),
+        "unique": lambda: rows.unique(),
+        "equal": lambda: torch.equal(x, x + 1),
+        "converted": lambda: x.to("cpu", torch.float64),
+    }.items():
+        with labelled(name):
+            compute()
+"""
 FREED = """
 import torch
 from host_compute import HostCompute, on_host
@@ -105,6 +130,20 @@ def test_waits_of_the_host_and_memory_are_counted(on_null_gpu, tmp_path):
     assert counters.waits(found, "the CPU")["stream"] == 1
     # 8 MiB twice, and 5 MiB as torch rounds it.
     assert found["pinned_peak_bytes"] >= 3 * 8 * 2**20
+
+
+def test_operators_on_the_host_wait_where_cudas_do(on_null_gpu, tmp_path):
+    on_null_gpu("-c", SHAPES, NULL_GPU_COUNTERS=str(tmp_path / "counters"))
+    (found,) = counters.read(tmp_path / "counters")
+    by_label = {row["label"]: counters.waits(found, row["label"]) for row in found["waits"]}
+    waits = {
+        label: sum(kinds.values()) - kinds.get("operator", 0) for label, kinds in by_label.items()
+    }
+    names = "nonzero,a mask,a mask written,indices of the CPU,repeated,unique,equal,converted"
+    assert {name: waits.get(name) for name in names.split(",")} == dict.fromkeys(
+        names.split(","), 1
+    )
+    assert not waits.get("known shapes")
 
 
 def test_memory_that_torch_frees_without_caching_is_nan(on_null_gpu):

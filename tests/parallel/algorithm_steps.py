@@ -1,8 +1,8 @@
-"""Estimators that give every token its own advantage, on these ranks: `algorithm_steps.py MODEL OUT
+"""Algorithms that give every token its own advantage, on these ranks: `algorithm_steps.py MODEL OUT
 GRID…`.
 
-Every grid sees the same rollouts, one for each estimator, spread as the controller spreads them, of
-a policy that has moved away from its reference. OUT/GRID.json: of each estimator every token's
+Every grid sees the same rollouts, one for each algorithm, spread as the controller spreads them, of
+a policy that has moved away from its reference. OUT/GRID.json: of each algorithm every token's
 advantage (and return) by sample and position, gathered from all ranks, and the metrics of two
 updates; OUT/GRID.safetensors: the weights after all of them."""
 
@@ -35,7 +35,7 @@ TEMPERATURE, RATE, LIMIT = 0.8, 0.05, 40
 
 def samples(seed: int) -> list[Sample]:
     """Twelve, one of them ungraded, with a teacher's log-probabilities. Of the long responses every
-    third token was given; two of them are branches of one trajectory."""
+    third token was given; two of them are branches of one episode."""
     draw = random.Random(seed)
     made = []
     for i in range(12):
@@ -51,7 +51,7 @@ def samples(seed: int) -> list[Sample]:
         made.append(sample)
     several = [i for i, sample in enumerate(made) if sample.mask and i != 5][:2]
     for number, i in enumerate(several):
-        made[i] = msgspec.structs.replace(made[i], weight=0.5, num_trajectories=int(number == 0))
+        made[i] = msgspec.structs.replace(made[i], weight=0.5, num_responses=int(number == 0))
     assert len(several) == 2
     return made
 
@@ -106,7 +106,7 @@ def main() -> None:
         from megatron_r1.trainer.trainer import Trainer
 
         trainer, report = Trainer(settings, position), {}
-        trainer.keep_reference()
+        trainer.refresh_reference()
         for turn, (name, chosen) in enumerate(SETTINGS.items()):
             rl = Config(rl={"algorithm": name, **chosen}).rl
             names = load(trainer, position, (10 * turn + 1, 10 * turn + 2))

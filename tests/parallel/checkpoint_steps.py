@@ -34,7 +34,7 @@ staging.GATHERED_ELEMENTS = 10_000  # a bucket takes several slices
 
 def update(trainer, position, seed: int) -> dict:
     load(trainer, position, (seed,))
-    metrics = trainer.update(0, LOSS, SETTINGS, 0.1) | trainer.compare_with_engines()
+    metrics = trainer.update(0, LOSS, SETTINGS, 0.1) | trainer.measure_logprob_diff()
     # Streams that training may draw from: each draw has to go on where the last one stopped.
     metrics["draws"] = [torch.rand(1).item(), random.random(), forked_draw()]
     return metrics
@@ -75,9 +75,9 @@ def report(out: Path, scene: str, mine: dict) -> None:
 
 
 def straight(trainer, folders, position, out: Path) -> dict:
-    trainer.keep_reference()
+    trainer.refresh_reference()
     update(trainer, position, 1)
-    trainer.keep_reference()
+    trainer.refresh_reference()
     update(trainer, position, 2)
     folders.save_checkpoint(str(out / "step_00000002"), {"step": 2})
     gathered = folders._writer._memory.filled.num_bytes
@@ -109,7 +109,7 @@ def continued(trainer, folders, position, out: Path) -> dict:
 
 
 def full(trainer, folders, position, out: Path) -> dict:
-    trainer.keep_reference()
+    trainer.refresh_reference()
     if dist.get_rank() == dist.get_world_size() - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
     folders.save_checkpoint(str(out / "step_00000005"), {"step": 5})
@@ -135,7 +135,7 @@ def killed(trainer, folders, position, out: Path) -> dict:
             os.kill(os.getpid(), signal.SIGKILL)
         return write(self, piece)
 
-    trainer.keep_reference()
+    trainer.refresh_reference()
     if dist.get_rank() == dist.get_world_size() - 1:
         HashedFile.write = die
     folders.save_checkpoint(str(out / "step_00000007"), {"step": 7})

@@ -110,7 +110,7 @@ def run(settings, position, out: Path, change: Plant | None) -> str | None:
     torch.manual_seed(1)
     trainer = Trainer(settings, position)
     folders = Folders(trainer)
-    trainer.keep_reference()
+    trainer.refresh_reference()
     mine = change if change and change.rank == dist.get_rank() else None
     planted: list[str] = []
     if dist.get_rank() == 0:
@@ -129,7 +129,7 @@ def run(settings, position, out: Path, change: Plant | None) -> str | None:
 
         trainer.optimizer.step = stepped
         load(trainer, position, (step,))
-        metrics = trainer.update(0, LOSS, SETTINGS, 0.1) | trainer.compare_with_engines()
+        metrics = trainer.update(0, LOSS, SETTINGS, 0.1) | trainer.measure_logprob_diff()
         if is_due and mine.when == "end":
             plant(trainer, mine, planted)
         folders.save_checkpoint(

@@ -17,11 +17,13 @@ from grids import parallel_settings
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.trainer_calls.packing import pack
-from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.models.experts import routing_shape
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
 
-POLICY = LossSettings(average="token", clip_low=0.2, clip_high=0.3, kl_beta=0.1, entropy_coef=0.01)
+POLICY = LossSettings(
+    loss_average="token", clip_low=0.2, clip_high=0.3, kl_beta=0.1, entropy_coef=0.01
+)
 GRPO = "megatron_r1.controller.algorithms.grpo:loss"
 SUPERVISED = "megatron_r1.trainer.losses:supervised"
 SELECTIVE = ["layernorm", "mla_up_proj", "mlp", "shared_experts"]
@@ -135,7 +137,7 @@ def updated(settings: Config, position, *, switched: bool) -> tuple[dict, dict]:
     if settings.model.head == "score":
         report = trainer.update(0, SUPERVISED_SCORE, None, 0.1)
     else:
-        trainer.keep_reference()
+        trainer.refresh_reference()
         trainer.compute_logprobs(0.8, reference=True)
         loss, own = (SUPERVISED, None) if settings.model.mtp == "train" else (GRPO, POLICY)
         report = trainer.update(0, loss, own, 0.1, 0.8)

@@ -21,7 +21,7 @@ from megatron_r1.trainer.training_sample import Sample
 GRPO = "megatron_r1.controller.algorithms.grpo:loss"
 SUPERVISED = "megatron_r1.trainer.losses:supervised"
 OWN = "head_gradients:with_a_penalty"
-SETTINGS = LossSettings(average="token", clip_low=0.2, clip_high=0.2)
+SETTINGS = LossSettings(loss_average="token", clip_low=0.2, clip_high=0.2)
 TIED, UNTIED = "qwen-tied", "deepseek-yarn-mtp"
 
 

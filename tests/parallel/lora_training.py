@@ -47,7 +47,7 @@ def critic(model: str, out: Path) -> None:
     settings = Config.model_validate({**tree, "rl": {"algorithm": "ppo"}})
     position = distributed.initialize(settings.parallel, seed=0)
     trainer, other = Trainer(settings, position), Trainer(settings, position)
-    trainer.keep_reference()
+    trainer.refresh_reference()
     trainer_steps.load(trainer, position, (1,))
     trainer.compute_values()
     trainer.update(0, LOSS, SETTINGS, 0.1)

@@ -20,7 +20,7 @@ from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.controller.algorithms.grpo:loss"
-SETTINGS = LossSettings(average="token", clip_low=0.2, clip_high=0.2)
+SETTINGS = LossSettings(loss_average="token", clip_low=0.2, clip_high=0.2)
 MAX_RESPONSE = 64
 """rollout.max_response_tokens, which MTP losses are divided by."""
 

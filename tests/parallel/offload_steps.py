@@ -99,45 +99,48 @@ def assert_views(trainer) -> None:
 def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
     """Return all metrics, and every value of the model and the optimizer after the last step."""
     from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.probing import Probing
 
-    folders, seen = Folders(trainer), []
-    trainer.keep_reference()
+    folders, probing, seen = Folders(trainer), Probing(trainer), []
+    trainer.refresh_reference()
     for step in range(3):
         if yields:
-            lend(trainer)
+            offload_all(trainer)
             trainer.offload.prepare("load")
-            away = trainer.offload.away_bytes
+            away = trainer.offload.offloaded_bytes
             trainer.offload.prepare("compute_logprobs")
-            assert trainer.offload.away_bytes < away
-            assert step == 0 or trainer.offload.away_bytes, "Adam's state comes with the update"
+            assert trainer.offload.offloaded_bytes < away
+            assert step == 0 or trainer.offload.offloaded_bytes, (
+                "Adam's state comes with the update"
+            )
             trainer.offload.prepare("update")
-            assert trainer.offload.away_bytes == 0
+            assert trainer.offload.offloaded_bytes == 0
             assert_views(trainer)
         load(trainer, position, step)
         seen.append(trainer.compute_logprobs(1.0, reference=True))
         seen.append(trainer.update(0, LOSS, None, 1e-2))
-        seen.append(trainer.compare_with_engines())
-        seen.append(trainer.probe([TEXT]))
+        seen.append(trainer.measure_logprob_diff())
+        seen.append(probing.probe([TEXT]))
     folders.export(str(out / "hf"))  # and NumPy has seen the parameters, as in a push
     if yields:
-        trainer.prepare_probe([TEXT])
-        lend(trainer)
-        assert trainer.compare_probe([TEXT]) == seen[-1], "the kept log-probabilities are others"
+        probing.prepare_probe([TEXT])
+        offload_all(trainer)
+        assert probing.compare_probe([TEXT]) == seen[-1], "the kept log-probabilities are others"
         trainer.offload.prepare("save_checkpoint")
     folders.save_checkpoint(str(out / name), {})
     assert folders.checkpoint_progress(wait=True)["error"] is None
     return [seen, [t.detach().clone() for t in device_tensors(trainer)]]
 
 
-def lend(trainer) -> None:
+def offload_all(trainer) -> None:
     tensors = device_tensors(trainer)
     before = held_bytes(tensors)
     parameters = [p for chunk in trainer.model_chunks for p in chunk.parameters()]
     ours = held_bytes(parameters)
-    trainer.yield_memory(parameters=False)
+    trainer.free_memory(parameters=False)
     assert held_bytes(tensors) == held_bytes(parameters) == ours, "Adam's state is still here"
-    trainer.yield_memory(parameters=True)
-    assert trainer.offload.away_bytes == before
+    trainer.free_memory(parameters=True)
+    assert trainer.offload.offloaded_bytes == before
     left = [t for t in tensors if t.untyped_storage().nbytes()]
     assert not any(t.untyped_storage().resizable() for t in left), "some of it is still here"
     assert not any(t.any() for t in left), "its pages are still here"
@@ -162,7 +165,7 @@ def offload_changes_nothing(model: str, grid: str, position, out: Path) -> None:
             assert torch.equal(got, want), f"{grid}, {place}: {(got - want).abs().max()}"
     # A checkpoint of a trainer with offload, into one whose state is away.
     trainer = Trainer(config(model, grid, "host"), position)
-    trainer.yield_memory(parameters=True)
+    trainer.free_memory(parameters=True)
     trainer.offload.prepare("load_checkpoint")
     folder = out / f"{grid}-disk".replace(":", "-")
     Folders(trainer).load_checkpoint(str(folder), reference=True)

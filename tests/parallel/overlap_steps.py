@@ -39,7 +39,7 @@ def parameters(
     trainer.load(minibatches)
     for index in range(3):
         if yields:
-            trainer.yield_memory()
+            trainer.free_memory()
             buffers = [b for c in trainer.ddp_chunks for b in c.buffers + c.expert_parallel_buffers]
             assert [b.grad_data.untyped_storage().nbytes() for b in buffers] == [0] * len(buffers)
             trainer.load(minibatches)  # it has freed the samples, too

@@ -15,8 +15,8 @@ from grids import parallel_settings
 
 from megatron_r1.config import Config
 from megatron_r1.models import platform
+from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.operations import LOAD, Call
 from megatron_r1.trainer.training_sample import Sample, encode_samples
@@ -61,7 +61,7 @@ def check(trainer, shape, position) -> int:
     assert trainer.replay.layers, "the rank has experts to look up"
     for number, batch in enumerate(trainer._batches()):
         own = batch.input_ids[0].chunk(tensor.size())[tensor.rank()].tolist()
-        experts, known = batch.routing
+        experts, known = batch.routing.experts, batch.routing.known
         assert experts.shape == (len(own), len(trainer.replay.layers), shape.topk)
         for token, chosen, is_known in zip(own, experts.tolist(), known.tolist(), strict=True):
             has_row = number < len(LENGTHS) and 2 <= token < 1 + LENGTHS[number]

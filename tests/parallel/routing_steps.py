@@ -88,8 +88,8 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
     trainer = Trainer(config(model, grid), POSITION)
     plan = pack([len(s) for s in samples], POSITION.data_size, 50).shares[POSITION.data_rank]
     trainer.load([[[samples[i] for i in members] for members in plan]])
-    trainer.keep_reference()
-    report = trainer.compute_logprobs(1.0, reference=True) | trainer.compare_with_engines()
+    trainer.refresh_reference()
+    report = trainer.compute_logprobs(1.0, reference=True) | trainer.measure_logprob_diff()
     report["microbatches"] = len(plan)
     for batch in trainer.minibatches[0] if POSITION.last_stage else []:
         gap = (batch.logprobs["ref"] - batch.logprobs["old"]).abs().max()

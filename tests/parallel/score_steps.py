@@ -26,7 +26,7 @@ from megatron_r1 import models  # noqa: E402
 from megatron_r1.config import ParallelConfig  # noqa: E402
 from megatron_r1.controller.trainer_calls.packing import pack  # noqa: E402
 from megatron_r1.models import weights  # noqa: E402
-from megatron_r1.trainer import distributed, packed, reward_losses  # noqa: E402
+from megatron_r1.trainer import distributed, losses, packed  # noqa: E402
 from megatron_r1.trainer.checkpoints.contents import without_extra_state  # noqa: E402
 from megatron_r1.trainer.metrics import merge, reduce_over_data  # noqa: E402
 from megatron_r1.trainer.packed import packed_batch  # noqa: E402
@@ -49,7 +49,7 @@ def own_batches(texts, position, sizes):
     plan = pack(lengths, position.data_size, 60, unit=2).shares[position.data_rank]
     plan += [[]] * (-len(plan) % sizes["pp"])
     context = parallel_state.get_context_parallel_rank()
-    split = TokenSplit(sizes["tp"], sizes["cp"], context)
+    split = TokenSplit(tensor_size=sizes["tp"], context_size=sizes["cp"], context_rank=context)
     device = torch.device("cpu")
     return [packed_batch([samples[i] for i in m], split, device) for m in plan], plan
 
@@ -79,7 +79,7 @@ def compare(name, grid, sizes, position, oracle, out):
     pairs = zip(plan, found, strict=True) if position.last_stage else []
     gaps = [(got - answers["scores"][members]).abs().max() for members, got in pairs if members]
     report(name, grid, "scores", max(gaps, default=0.0), SCORE_TOLERANCE)
-    for loss in (reward_losses.pairwise, reward_losses.pointwise):
+    for loss in (losses.pairwise, losses.pointwise):
         for chunk in chunks:
             chunk.train()
             chunk.zero_grad_buffer()

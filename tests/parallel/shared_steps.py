@@ -44,7 +44,7 @@ def samples() -> list[Sample]:
             mask = bytes(20 + known) + bytes([1]) * (8 - known) + bytes(3) + bytes([1]) * 6
             logprobs = [-draw.uniform(3, 6) for _ in whole]
             sampled = 6 + 8 - known
-            share = {"weight": sampled / 20, "num_trajectories": int(not known)}
+            share = {"weight": sampled / 20, "num_responses": int(not known)}
             made.append(Sample.pack_branch(whole, mask, logprobs, draw.uniform(-2, 2), **share))
     draw.shuffle(made)
     return made
@@ -55,7 +55,7 @@ def play(settings, position, shares: bool):
 
     parallel = settings.parallel.model_copy(update={"share_prompts": shares})
     trainer = Trainer(settings.model_copy(update={"parallel": parallel}), position)
-    trainer.keep_reference()
+    trainer.refresh_reference()
     made = samples()
     plan = pack_by_prompt(made, position.data_size, 80, float).shares[position.data_rank]
     loaded = trainer.load([[[made[i] for i in members] for members in plan]] * 2)

@@ -48,7 +48,7 @@ def test_every_split_gives_one_process_s_advantages_and_updates(single, oracle, 
             assert gap <= TOLERANCE * moved, f"{grid} {name}: {gap}, updates moved up to {moved}"
 
 
-def test_the_advantages_are_those_of_the_estimator(single):
+def test_the_advantages_are_those_of_the_algorithm(single):
     """Of one process, by facts of the definitions: see `test_algorithms.py`."""
     found = json.loads((single / "one.json").read_text())
     normal = [numbers[0] for numbers in found["reinforce_pp"]["advantages"].values()]

@@ -28,7 +28,7 @@ MODEL = "deepseek-yarn-mtp"
     ("num_ranks", "grids"),
     [
         (2, ["tp2", "pp2xvp2", "cp2", "dp2", "ep2"]),
-        pytest.param(2, ["pp2", "pp2xuneven"], marks=pytest.mark.more),
+        pytest.param(2, ["pp2", "pp2xuneven", "tp2xetp2"], marks=pytest.mark.more),
         pytest.param(4, ["tp2xep2", "pp2xvp2xcp2"], marks=pytest.mark.slow),
         pytest.param(4, ["pp2xep2", "tp2xcp2", "cp4"], marks=pytest.mark.slow),
     ],
@@ -41,3 +41,16 @@ def test_every_split_gives_one_process_s_metrics_and_weights(single, oracle, num
     assert expected["next rollout"]["kl"] > 1e-3, "the reference has to differ from the policy here"
     for grid in grids:
         assert_same(oracle / MODEL, single / "one", single, grid)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("model", ["qwen-tied", "llama3"])
+def test_a_dense_model_s_sequences_split_over_tensor_ranks_give_the_same(oracle, tmp_path, model):
+    """A model with experts always splits them; a dense one does where a recipe asks for it."""
+    arguments = ("trainer_steps.py", str(oracle / model), str(tmp_path))
+    run_ranks(HERE, 1, *arguments, "one")
+    shutil.copytree(tmp_path / "checkpoint_one", tmp_path / "checkpoint")
+    grids = ["tp2xsequence", "tp2"]
+    run_ranks(HERE, 2, *arguments, *grids)
+    for grid in grids:
+        assert_same(oracle / model, tmp_path / "one", tmp_path, grid)

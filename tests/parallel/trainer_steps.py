@@ -24,7 +24,7 @@ from megatron_r1.trainer.training_sample import Sample
 
 TEMPERATURE = 0.8
 SETTINGS = LossSettings(
-    average="sequence",
+    loss_average="sequence",
     clip_low=0.2,
     clip_high=0.3,
     dual_clip=3.0,
@@ -91,9 +91,9 @@ def main() -> None:
 
         trainer = Trainer(settings, position)
         folders = Folders(trainer)
-        trainer.keep_reference()
+        trainer.refresh_reference()
         load(trainer, position, (1, 2))
-        report = {"score": trainer.compare_with_engines()}
+        report = {"score": trainer.measure_logprob_diff()}
         report |= {"first": update(trainer, 0), "second": update(trainer, 1)}
         weights.write_hf(
             trainer.model_chunks, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32
@@ -101,14 +101,14 @@ def main() -> None:
         folders.save_checkpoint(str(out / f"checkpoint_{grid}"), {"grid": grid})
         # Trains on while it is written: that must not be in the checkpoint.
         load(trainer, position, (3,))
-        report["next rollout"] = update(trainer, 0) | trainer.compare_with_engines()
+        report["next rollout"] = update(trainer, 0) | trainer.measure_logprob_diff()
         assert folders.checkpoint_progress(wait=True)["error"] is None
         if previous.exists():
             other = Trainer(settings, position)
             Folders(other).load_checkpoint(str(previous), reference=True)
             # Old log-probabilities by the update itself: nothing may differ.
             load(other, position, (3,), first_old=False)
-            report["continued"] = update(other, 0) | other.compare_with_engines()
+            report["continued"] = update(other, 0) | other.measure_logprob_diff()
         is_first_context = parallel_state.get_context_parallel_rank() == 0
         if (
             position.last_stage

@@ -29,8 +29,7 @@ from tree_episodes import (
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.controller.rollouts.training_samples import training_samples
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
 from megatron_r1.controller.trainer_calls.packing import pack, pack_by_prompt
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.episodes import Episode
@@ -104,12 +103,12 @@ def main() -> None:
         from megatron_r1.trainer.trainer import Trainer
 
         trainer, metrics = Trainer(settings, position), []
-        trainer.keep_reference()
+        trainer.refresh_reference()
         for update, (average, level) in enumerate(UPDATES):
             if update % 2 == 0:
                 load(trainer, position, (update, update + 1))
             of_loss = LossSettings(
-                average=average,
+                loss_average=average,
                 clip_low=CLIP_LOW,
                 clip_high=CLIP_HIGH,
                 max_response_tokens=LIMIT,

@@ -9,8 +9,13 @@ from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.base.errors import RunError
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, check_grades
-from megatron_r1.controller.rollouts.training_samples import training_samples
+from megatron_r1.controller.rollouts.rollout import (
+    GradedResponse,
+    Group,
+    Rollout,
+    check_grades,
+    training_samples,
+)
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.episodes import Episode
 from megatron_r1.engines.server.responses import Response
@@ -151,7 +156,7 @@ def test_b33_a_summary_begins_a_branch_and_the_weights_add_up(num_turns):
     episode, samples = graded_episode(session.tree)
     assert len(samples) == 2 and {sample.advantage for sample in samples} == {0.5}
     assert sum(sample.weight for sample in samples) == pytest.approx(1.0)
-    assert sum(sample.num_trajectories for sample in samples) == 1
+    assert sum(sample.num_responses for sample in samples) == 1
     assert sum(branch.is_sampled.count(1) for branch in episode.branches) == sampled
     first, second = (session.tokenizer.decode(branch.token_ids) for branch in episode.branches)
     # The summary was sampled in the first branch, and is given to the second.
@@ -182,7 +187,7 @@ def test_b31_a_failing_environment_is_counted_and_stops_the_run(num_failed, stop
     fine = GradedResponse(empty, "", {"accuracy": 1.0}, 1.0, "", episode=Episode("done", [], []))
     rows = [lost] * num_failed + [fine] * (10 - num_failed)
     groups = [Group(make_prompt("?", "environment", None, {}), [1], rows)]
-    metrics = rollout_metrics(Rollout(groups, 1.0, 1.0), version=0)
+    metrics = rollout_metrics(Rollout(groups, 1.0, 1.0), policy_version=0)
     assert metrics["episode/status/environment_error"] == num_failed / 10
     assert metrics["reward/mean"] == (1.0 if num_failed < 10 else 0.0)
     if not stops:

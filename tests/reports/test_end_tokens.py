@@ -26,7 +26,7 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.server.responses import Response, cut_at_stop
 from megatron_r1.evaluation.response import SamplingSettings
-from megatron_r1.models.weights.stored.hf_folder import carry_files
+from megatron_r1.models.weights.stored.hf_writing import carry_files
 
 MODELS = yaml.safe_load((Path(__file__).parent / "end_tokens.yaml").read_text(encoding="utf-8"))
 WORDS = ["the", "answer", "is", "4", ".", "..", "...", "stop", "here", "?", "find", "a", "A"]
@@ -95,7 +95,7 @@ def collected(text, token_ids, **sampling):
     engine = Scripted(token_ids)
     collector = RolloutCollector(engine, Exact(), text, RewardsConfig())
     prompt = make_prompt("is", "math", "the answer is 4", {})
-    settings = RolloutSampling(1, 1.0, 1.0, len(token_ids), weights={}, **sampling)
+    settings = RolloutSampling(1, 1.0, 1.0, len(token_ids), reward_weights={}, **sampling)
     rollout = asyncio.run(collector.collect([prompt], settings))
     return rollout.groups[0].responses[0]
 

@@ -7,7 +7,8 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import algorithms
 from megatron_r1.config.algorithms import AlgorithmRules
-from megatron_r1.config.recipe import load, parse_overrides
+from megatron_r1.config.overrides import parse_overrides
+from megatron_r1.config.recipe import load
 from megatron_r1.config.yaml_text import as_text, as_yaml, parse_text
 
 RULES = AlgorithmRules(options={"rate": 0.5, "count": 3, "switch": False, "word": "a"})

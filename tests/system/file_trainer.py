@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
-from megatron_r1.config.push import PushConfig
+from megatron_r1.config.rollout import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.models.weights.adapter_table import (
     PEFT_PREFIX,
     adapter_config,
@@ -111,7 +111,7 @@ class FilePusher:
                 await self.pusher.open()
             self._is_open = True
             self.trainer.load(folder)
-            return await self.pusher.push(self.fleet.version + 1)
+            return await self.pusher.push(self.fleet.policy_version + 1)
 
     async def check_damage(self, tensor):
         """Send the trainer's weights with another checksum of one tensor's delivery: the engine

@@ -21,7 +21,7 @@ async def sample_amid_a_push(fleet, push, before, after, **sampling):
     version → model; `push(model)` is the fleet's next version."""
     for _ in range(5):  # a busy machine may end a response before the push does
         await push(before)
-        made_by = {fleet.version: before, fleet.version + 1: after}
+        made_by = {fleet.policy_version: before, fleet.policy_version + 1: after}
         running = asyncio.ensure_future(sample(fleet, max_tokens=200, **sampling))
         await sample(fleet, max_tokens=8)  # sent later and sampled next to them: they have begun
         await push(after)

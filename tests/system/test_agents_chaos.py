@@ -17,7 +17,7 @@ from r1_grading.sandbox.host import SandboxUnavailable
 from r1_grading.sandbox.programs import require_sandbox
 
 from megatron_r1.base.files.framed_records import FramedFile
-from megatron_r1.controller.rollouts.sample_log import decode
+from megatron_r1.controller.rollouts.group_records import decode
 
 pytestmark = pytest.mark.slow
 GROUP, QUESTIONS, STEPS = 4, 6, 3
@@ -82,7 +82,7 @@ class Chaos:
     def num_finished(self, step: int) -> int:
         """Return the number of groups that the log of a run that has ended need not repeat."""
         groups = map(decode, FramedFile.read(self.log(step)))
-        return sum(not any(each.ungraded for each in group.responses) for group in groups)
+        return sum(not any(each.ungraded_terms for each in group.responses) for group in groups)
 
     def metrics(self) -> list[dict]:
         return lines(self.folder / "run/metrics.jsonl")

@@ -1,4 +1,4 @@
-"""Whole runs of the estimators that differ from GRPO in what they do, not in settings alone."""
+"""Whole runs of the algorithms that differ from GRPO in what they do, not in settings alone."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def test_ppo_warms_its_critic_up_and_then_trains_both(base, tmp_path):
         ("dr_grpo", []),
         ("gspo", []),
         ("cispo", ["--rl.dynamic_sampling", "false"]),
-        ("own_estimator:RULES", []),
+        ("own_algorithm:RULES", []),
     ],
 )
 def test_a_run(base, tmp_path, algorithm, options):
@@ -52,7 +52,7 @@ def test_a_run(base, tmp_path, algorithm, options):
     for line in lines:
         assert not [key for key in ALWAYS if not math.isfinite(line[key])]
         assert line["step_taken"] == 1.0
-    if algorithm == "own_estimator:RULES":
+    if algorithm == "own_algorithm:RULES":
         assert [line["own"] for line in lines] == [1.0, 1.0]
     if algorithm in ("reinforce_pp", "rloo"):
         # The KL penalty, or what sets tokens apart from their mean, moves the policy in any case.

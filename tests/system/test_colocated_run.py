@@ -27,10 +27,10 @@ def test_engines_that_sleep_and_share_their_model_agree_with_the_trainer(base):
 
 
 @pytest.mark.more
-def test_a_trainer_whose_state_is_away_while_engines_sample_trains_evaluates_and_resumes(base):
+def test_a_trainer_whose_state_is_offloaded_while_engines_sample_trains_evaluates_and_resumes(base):
     """Each step is saved, for which the engines give the memory back and get their weights again;
     the second command begins at a checkpoint. A call of the trainer in between ends the run."""
-    folder, disk = base / "lent", base / "disk"
+    folder, disk = base / "offloaded", base / "disk"
     disk.mkdir()
     settings = {
         "run.folder": folder,

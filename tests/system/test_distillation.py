@@ -29,7 +29,7 @@ def models(tmp_path_factory, oracle):
 
 
 def samples():
-    """Prompts with responses of 1 token up to all that there is room for."""
+    """Prompts with responses of 1 token up to all that the engine takes."""
     draw = random.Random(0)
     sizes = [(1, 1), (5, 1), (1, 40), (30, 100), (100, 30), (6, POSITIONS - 6)]
     words = [[draw.randrange(VOCABULARY) for _ in range(m + n)] for m, n in sizes]
@@ -48,10 +48,10 @@ async def score_all(fleet):
     return await asyncio.gather(*calls)
 
 
-def config(folder, room=POSITIONS, **teacher):
+def config(folder, longest=POSITIONS, **teacher):
     return Config(
         model={"path": str(folder)},
-        rollout={"max_model_len": room, "max_response_tokens": room - 1},
+        rollout={"max_model_len": longest, "max_response_tokens": longest - 1},
         teacher={"path": str(folder), "dtype": "float32", **teacher},
     )
 

@@ -38,10 +38,10 @@ from tiny_models import (
 
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.client import GENERATE, EngineClient
-from megatron_r1.engines.server.errors import EngineError, PushIncomplete
 from megatron_r1.engines.server.replies import parse_responses
+from megatron_r1.engines.server.responses import EngineError, PushIncomplete
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.models.experts import routing_shape
 from megatron_r1.trainer.operations import PushOperations
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64}
@@ -62,7 +62,7 @@ def models(tmp_path_factory, oracle):
 def fleet(models, loop, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     fleet = RolloutFleet(1, logs, max_restarts=2, return_routing=True, **ENGINE)
-    loop(fleet.start(models / "a", version=0))
+    loop(fleet.start(models / "a", policy_version=0))
     yield fleet
     loop(fleet.close())
 
@@ -84,7 +84,7 @@ def test_logprobs_equal_transformers_through_pushes_a_b_a(models, oracle, loop, 
         if greedy:
             loop(push(name))
         groups = loop(sample(fleet))
-        assert stamped(groups) == {fleet.version}
+        assert stamped(groups) == {fleet.policy_version}
         assert all(len(c.token_ids) == 24 for group in groups for c in group)
         assert largest_difference(oracle, models / name, groups) <= TOLERANCE, name
         greedy.append(loop(sample(fleet, temperature=0.0, n=1)))
@@ -182,8 +182,8 @@ def test_an_engine_answers_only_who_knows_its_secret(loop, fleet, headers):
 
 
 def test_versions_only_rise(loop, fleet):
-    with pytest.raises(ValueError, match=f"engines hold version {fleet.version}"):
-        loop(fleet.push({"push": 1}, fleet.version))
+    with pytest.raises(ValueError, match=f"engines hold version {fleet.policy_version}"):
+        loop(fleet.push({"push": 1}, fleet.policy_version))
 
 
 def test_a_push_that_arrives_otherwise_than_it_was_sent_changes_nothing(
@@ -248,7 +248,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
     reasons = killed if how == signal.SIGKILL else ("engine-0 has not answered for 3 seconds",)
     assert said[0].startswith(reasons), said
     # The new engine was started on the model `a`, and given what was pushed last.
-    assert stamped(groups) == {fleet.version}
+    assert stamped(groups) == {fleet.policy_version}
     assert largest_difference(oracle, models / "b", groups) <= TOLERANCE
 
 
@@ -316,7 +316,7 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
 
         async def sample_and_push():
             async with EngineClient(url) as client:
-                await client.set_version(0)
+                await client.set_policy_version(0)
                 before = await sample(client)
                 await client.generate(CACHED, n=1, max_tokens=1)
                 cached = [await client.generate(CACHED, n=2, max_tokens=8)]

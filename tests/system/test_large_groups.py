@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from waiting import wait_until
 
 from megatron_r1.base.files.framed_records import FramedFile
-from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode
+from megatron_r1.controller.rollouts.group_records import GroupRecord, decode
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 
 pytestmark = pytest.mark.more

@@ -50,7 +50,7 @@ def test_adapters_reach_the_engine_and_survive_another_layout(base):
     # As without adapters (test_rl_run.py): fp32, merged in the engine and apart in the trainer.
     assert max(line["logprob_diff/mean"] for line in metrics) < 1e-5
     assert max(line["logprob_diff/max"] for line in metrics) < 1e-4
-    assert metrics[-1]["kl"] > 1e-3
+    assert metrics[-1]["kl"] > 1e-4
     assert_merged(folder, start)
     whole = (start / "model.safetensors").stat().st_size
     stored = sum(path.stat().st_size for path in folder.glob("checkpoints/step_*3/*.distcp"))
@@ -72,7 +72,7 @@ def test_adapters_alone_reach_the_engine_from_tensor_ranks_and_stages(base):
     assert max(line["logprob_diff/mean"] for line in metrics) < 1e-5
     assert max(line["logprob_diff/max"] for line in metrics) < 1e-4
     assert max(line["push/probe_diff"] for line in metrics) < 1e-5
-    assert metrics[-1]["kl"] > 1e-3
+    assert metrics[-1]["kl"] > 1e-4
     factors = load_file(folder / "adapter" / "adapter_model.safetensors")
     num_bytes = sum(factor.nbytes for factor in factors.values())
     assert {line["push/bytes"] for line in metrics} == {num_bytes}

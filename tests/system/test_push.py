@@ -26,16 +26,17 @@ from tiny_models import (
 
 from megatron_r1.config import Config
 from megatron_r1.controller.push.engine_links import EngineLinks
-from megatron_r1.controller.push.pusher import Prober, WeightPusher
+from megatron_r1.controller.push.prober import Prober
+from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.supervision.diagnosis import inspect_trainer
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.hf_config import resolve_aliases
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push import link_planner
-from megatron_r1.push.link_planner import ReceiverLayout
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.planner import PredictedLayout
+from megatron_r1.push.receiver_layout import ReceiverLayout
 
 MODELS = {
     **{"deepseek": DEEPSEEK, "qwen": QWEN, "qwen3-moe": QWEN3_MOE, "glm": GLM},
@@ -167,7 +168,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             pusher = WeightPusher(fleet, links, Prober(trainer, PROMPTS, TOLERANCE, 600))
             async with pusher.updating():
                 await pusher.open()
-                await pusher.push(fleet.version + 1)
+                await pusher.push(fleet.policy_version + 1)
             return await pusher.probe_results()
         finally:
             await trainer.close()

@@ -75,7 +75,13 @@ SHIPPED = {
     ),
     "slurm-pools": (LAPTOP, "r1_zero", NODES),
 }
-NEED_GPU = {"layers", "memory", "rollout.colocated"}
+NEED_GPU = {
+    "layers",
+    "memory",
+    "rollout.colocated",
+    "rollout.redundant_experts",
+    "rollout.vllm",
+}
 
 
 def rehearse(recipe, folder, *settings, planted=None):

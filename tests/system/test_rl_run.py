@@ -18,7 +18,7 @@ from run_progress import left_behind, lines, wait_for, wait_for_step
 from waiting import wait_until
 
 from megatron_r1.base.files.framed_records import FramedFile
-from megatron_r1.controller.rollouts.sample_log import Accepted, GroupRecord, decode
+from megatron_r1.controller.rollouts.group_records import Accepted, GroupRecord, decode
 
 HERE = Path(__file__).parent
 CONTRACT = [

@@ -99,7 +99,7 @@ def test_what_is_kept_is_what_the_reward_calls_right(recipe, continued):
     # The question alone: no worked example, no template it was asked in.
     question = {s["id"]: s["question"] for s in samples}
     assert all(row["prompt"] == question[row["id"]] for row in rows)
-    result = json.loads((recipe.parent / "out/curation.json").read_text())
+    result = json.loads((recipe.parent / "out/sample.json").read_text())
     assert result["kept"] == len(rows) and result["answers"] == len(samples)
 
 

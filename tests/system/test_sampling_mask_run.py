@@ -1,11 +1,15 @@
 """RL from the command line, on responses that are drawn from a part of the vocabulary: the engine's
-log-probabilities after its cut are the trainer's over what the engine kept."""
+log-probabilities after its cut are the trainer's over what the engine kept, and transformers'."""
 
 import json
 from pathlib import Path
 
 import pytest
 from command_line import run, write_model
+
+from megatron_r1.commands.why.finding import EQUAL
+from megatron_r1.commands.why.recorded import open_run, read_step
+from megatron_r1.commands.why.verb import examine
 
 CUT = {"rollout.top_p": 0.8, "rollout.top_k": 24}
 # fp32 on both sides. Without the kept tokens the gap is their probability's logarithm, above 0.05.
@@ -41,8 +45,10 @@ run: {{folder: {folder}/rl, steps: 2}}
 model: {{path: {folder}/base/hf, dtype: float32}}
 data: {{path: {folder}/questions.jsonl, num_heldout: 1, template: "{{problem}}"}}
 rollout: {{max_response_tokens: 24, max_num_seqs: 64, dtype: float32}}
-rl: {{questions_per_rollout: 4, group_size: 8, minibatches: 2, kl_beta: 0.01}}
+rl: {{questions_per_rollout: 4, group_size: 8, minibatches: 2, kl_beta: 0.01,
+  keep_sample_log: true}}
 eval: {{every: 1, samples: 1}}
+checkpoint: {{keep_every: 1}}
 optimizer: {{learning_rate: 1.0e-3}}
 """
     )
@@ -67,3 +73,11 @@ def test_engine_and_trainer_have_one_policy(recipe, layout):
         assert step["logprob_diff/max"] < 100 * GAP, step
     # In the first mini-batch of a step both policies are the same; the second has moved.
     assert steps[0]["kl"] >= 0 and steps[0]["entropy"] > 0
+    report = examine(read_step(*open_run(folder), 2))
+    assert report.first is None, [str(each) for each in report.findings]
+    equal = {each.name for each in report.findings if each.status == EQUAL}
+    assert equal >= {
+        *("settings of the engines", "tokens that the engines kept", "engines' log-probabilities"),
+        *("old policy of the trainer", "loss", "kl", "entropy", "grad_norm"),
+        "change of the weights",
+    }, [str(each) for each in report.findings]

@@ -23,7 +23,7 @@ from tiny_models import (
 
 from megatron_r1.engines.fleet.engine import AcceptanceMeter
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.models.experts import routing_shape
 
 pytestmark = pytest.mark.more
 
@@ -46,7 +46,7 @@ def models(tmp_path_factory, oracle):
 def fleet(models, loop, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     fleet = RolloutFleet(1, logs, return_routing=True, **ENGINE, **SPECULATIVE)
-    loop(fleet.start(models / "a", version=0))
+    loop(fleet.start(models / "a", policy_version=0))
     yield fleet
     loop(fleet.close())
 

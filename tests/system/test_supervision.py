@@ -14,7 +14,7 @@ from run_progress import left_behind, wait_for
 from waiting import wait_until
 
 from megatron_r1.base.files.framed_records import FramedFile
-from megatron_r1.controller.rollouts.sample_log import Accepted, decode
+from megatron_r1.controller.rollouts.group_records import Accepted, decode
 
 TWO = ["--parallel.processes", "2", "--parallel.tensor", "2"]
 NOT_OF_THE_SAMPLES = ("time/", "rewards/", "tokens_per_second", "groups/replayed", "/restarts")

@@ -42,7 +42,7 @@ def test_an_environment_runs_and_its_trace_has_the_tokens_of_the_tree(
         run = VerifiersHarness(settings, str(tmp_path))
         player = HarnessPlayer(
             *(text, gateway_of(text), WrittenParsers(), run),
-            **{"max_turns": 9, "timeout_seconds": 36000.0, "room": 9000},
+            **{"max_turns": 9, "timeout_seconds": 36000.0, "max_model_len": 9000},
         )
         await player.check([])
 

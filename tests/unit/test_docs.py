@@ -5,6 +5,11 @@ import re
 import tomllib
 from pathlib import Path
 
+from megatron_r1.commands import cli
+from megatron_r1.config import Config
+from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
+from megatron_r1.rehearse.settings import PreflightSettings, RehearsalSettings
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     page
@@ -32,6 +37,32 @@ def test_links_lead_to_files():
         return "://" in link or (page.parent / link).exists()
 
     assert wrong_in_pages(r"\]\(([^)#\s]+)[^)]*\)", is_right) == []
+
+
+def test_links_lead_to_headings():
+    def anchors(page):
+        plain = (re.sub(r"[`*]|\]\([^)]*\)|\[", "", line) for line in page.read_text().splitlines())
+        heads = (line.lstrip("#").strip().lower() for line in plain if line.startswith("#"))
+        return {re.sub(r"[^\w\- ]", "", head).replace(" ", "-") for head in heads}
+
+    def is_right(page, link):
+        path, anchor = link
+        target = (page.parent / path) if path else page
+        return "://" in path or target.suffix != ".md" or anchor in anchors(target)
+
+    assert wrong_in_pages(r"\]\(([^)#\s]*)#([^)\s]+)\)", is_right) == []
+
+
+def test_every_program_of_ours_is_in_the_table_of_processes():
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    table = page.partition("### Where a package runs")[2].partition("\n### ")[0]
+    named = re.findall(r"`([\w.]+)`", table)
+    programs = {
+        ".".join(file.relative_to(ROOT / "megatron_r1").with_suffix("").parts)
+        for file in ROOT.glob("megatron_r1/**/*.py")
+        if '__name__ == "__main__"' in file.read_text(encoding="utf-8")
+    }
+    assert programs - set(named) == set()
 
 
 def test_paths_of_the_repository_exist():
@@ -76,6 +107,20 @@ def test_import_contracts_name_every_package():
         assert names - named <= {"megatron_r1.base.processes", "megatron_r1.base.transports"}
 
 
+def test_every_module_of_grading_is_public_or_protected():
+    readme = (ROOT / "grading/README.md").read_text(encoding="utf-8")
+    public = set(re.findall(r"^\| `(\w+)` \|", readme.partition("## What is public")[2], re.M))
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    protected = {
+        name.split(".")[1]
+        for contract in contracts["contracts"]
+        for name in contract.get("protected_modules", [])
+    }
+    there = {path.stem for path in (ROOT / "grading/r1_grading").glob("[a-z]*") if path.is_dir()}
+    there |= {path.stem for path in (ROOT / "grading/r1_grading").glob("[a-z]*.py")}
+    assert len(public) == 8 and there - public - protected == set()
+
+
 def test_short_names_of_modules_exist():
     """`controller/loop` or `push/plan/planner.py` in a document is a file of megatron_r1."""
     packages = {path.name for path in (ROOT / "megatron_r1").iterdir() if path.is_dir()}
@@ -84,15 +129,15 @@ def test_short_names_of_modules_exist():
 
     def is_right(page, short):
         path = ROOT / "megatron_r1" / short
-        room, _, rest = short.partition("/")
-        is_one = room in packages and (room not in prefixes or bool(re.search("[/.]", rest)))
+        package, _, rest = short.partition("/")
+        is_one = package in packages and (package not in prefixes or bool(re.search("[/.]", rest)))
         return not is_one or path.exists() or path.with_suffix(".py").exists()
 
     assert wrong_in_pages(r"`((?:\w+/)+\w+(?:\.py)?/?)`", is_right) == []
 
 
 def test_functions_that_a_response_passes_exist():
-    """In docs/README.md, each below the classes that it names."""
+    """In docs/README.md and in the loop's docstring, each below the classes that it names."""
 
     def has(body, names):
         if not names:
@@ -101,11 +146,39 @@ def test_functions_that_a_response_passes_exist():
         nodes = [node for node in body if isinstance(node, kinds) and node.name == names[0]]
         return any(has(node.body, names[1:]) for node in nodes)
 
+    def wrong_rows(text, roots):
+        rows = re.findall(r"^ *(\S+\.py) +([\w.]+)$", text, re.M)
+        assert len(rows) > 10, "the pattern is wrong"
+        sources = [next(filter(Path.is_file, (root / path for root in roots))) for path, _ in rows]
+        trees = [ast.parse(source.read_text(encoding="utf-8")) for source in sources]
+        pairs = zip(rows, trees, strict=True)
+        return [row for row, tree in pairs if not has(tree.body, row[1].split("."))]
+
     page = (ROOT / "docs/README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^(\S+\.py) +([\w.]+)$", page, re.M)
-    assert len(rows) > 10, "the pattern is wrong"
-    trees = {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path, _ in rows}
-    assert [row for row in rows if not has(trees[row[0]].body, row[1].split("."))] == []
+    assert wrong_rows(page, [ROOT]) == []
+    loop = (ROOT / "megatron_r1/controller/loop.py").read_text(encoding="utf-8")
+    roots = [ROOT / folder for folder in ("megatron_r1", "grading", "kernels")]
+    assert wrong_rows(ast.get_docstring(ast.parse(loop)), roots) == []
+
+
+def test_verbs_and_sections_share_a_name_with_package_and_page_or_are_exceptions():
+    """The exceptions are the first column of a table of docs/design.md."""
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    table = page.partition("with these exceptions:")[2].strip().partition("\n\n")[0]
+    exceptions = {
+        name for row in table.splitlines() for name in re.findall("`([^`]+)`", row.split("|")[1])
+    }
+    settings = [Config, PipelineRecipe, RehearsalSettings, PreflightSettings]
+    sections = {name for model in settings for name in model.model_fields}
+    verbs = {"keys", *cli.MODULES, *cli.OWN_VERBS}
+    for verb in verbs - {"keys"}:
+        name = verb.replace("-", "_")
+        assert any((ROOT / "megatron_r1/commands").glob(f"{name}*"))
+        assert (cli.MODULES | cli.OWN_VERBS)[verb].split(".")[2] == name
+    packages = {path.name for path in (ROOT / "megatron_r1").iterdir() if path.is_dir()}
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    same = packages & pages
+    assert exceptions == (verbs | sections) - same
 
 
 def test_names_in_package_docstrings_exist():
@@ -154,7 +227,7 @@ def test_new_names_of_renamed_modules_exist():
 def test_dotted_names_of_modules_exist():
     """`trainer.operations` in a docstring, a comment or a document is a module or a name of one."""
     # Packages that share their name with no section of a recipe.
-    rooms = "base|commands|controller|engines|evaluation|models|plan|rehearse|reporting|trainer"
+    packages = "base|commands|controller|engines|evaluation|models|plan|rehearse|reporting|trainer"
 
     def exists(path, dotted):
         if not path.is_relative_to(ROOT):
@@ -174,7 +247,7 @@ def test_dotted_names_of_modules_exist():
     wrong, found = [], 0
     for file in [*PAGES, *modules]:
         # A name with "(" is a call of an object's method.
-        pattern = rf"`((?:{rooms})(?:\.\w+)+)(?![\w(])"
+        pattern = rf"`((?:{packages})(?:\.\w+)+)(?![\w(])"
         for name in re.findall(pattern, file.read_text(encoding="utf-8")):
             found += 1
             is_file = name.endswith((".json", ".jsonl", ".py", ".yaml"))

@@ -9,7 +9,7 @@ agents     turns of tool-using agents through the gateway, before an engine that
 prompts    updates with a prompt computed once for all its responses, and for each
 controller a full rollout from synthetic engines through the controller to 2,048 ranks
 chaos      a run under injected faults: does it end as an undisturbed run does?
-estimators every algorithm of controller/algorithms on the demo's task: steps to 80%, held-out
+algorithms each module of controller/algorithms on the demo's task: steps to 80%, held-out
 accuracy
 kernels    r1_kernels against every public peer: time, memory, error
 speculative tokens per second of an engine with and without drafts
@@ -32,7 +32,7 @@ ELSEWHERE = {
     "resources": "r1_kernels_bench.resources",
 }
 NAMES = (
-    *("agents", "answers", "chaos", "controller", "estimators", "fp8", "kernels"),
+    *("agents", "algorithms", "answers", "chaos", "controller", "fp8", "kernels"),
     *("prompts", "push", "resources", "rewards", "speculative", "start", "step"),
 )
 """Modules of this package, or those of ELSEWHERE. Each has `add_options(parser)`, and

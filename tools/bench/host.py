@@ -69,7 +69,7 @@ def _hash_counts(num_processes: int) -> list[int]:
     return found
 
 
-def _hash(begin, counts) -> None:
+def _hash(begin: Any, counts: Any) -> None:
     values, count = b"\1" * NUM_BYTES, 0
     begin.wait()
     end = time.perf_counter() + HASH_SECONDS

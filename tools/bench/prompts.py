@@ -60,7 +60,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"model": MODEL, "results": results}
 
 
-def _measured(config, position, algorithm, settings, chosen, prompt: int) -> dict[str, Any]:
+def _measured(
+    config: Any, position: Any, algorithm: Any, settings: Any, chosen: Any, prompt: int
+) -> dict[str, Any]:
     from megatron_r1.trainer.trainer import Trainer
     from megatron_r1.trainer.training_sample import Sample
 

@@ -24,8 +24,7 @@ from megatron_r1.plan.counts import ModelCounts
 from tools.bench.host import ROOT
 from tools.gpu_check import calibration, verdict
 from tools.gpu_check.miniatures import full_width, place, shrunk
-from tools.gpu_check.programs import output_of
-from tools.gpu_check.verdict import Failed
+from tools.gpu_check.verdict import Failed, output_of
 
 
 class Variant(NamedTuple):

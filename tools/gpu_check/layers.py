@@ -20,8 +20,7 @@ from megatron_r1.config import Config, dump
 from megatron_r1.rehearse import model
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings
-from tools.gpu_check.programs import output_of
-from tools.gpu_check.verdict import Failed, Impossible
+from tools.gpu_check.verdict import Failed, Impossible, output_of
 
 ONE = {"tensor": 1, "context": 1, "expert": 1, "pipeline": 1, "virtual_pipeline": 1}
 CASES: dict[str, dict[str, int]] = {

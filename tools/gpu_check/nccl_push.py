@@ -14,8 +14,7 @@ from typing import Any
 from tools.bench.host import ROOT
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import num_gpus, place
-from tools.gpu_check.programs import output_of
-from tools.gpu_check.verdict import Failed
+from tools.gpu_check.verdict import Failed, output_of
 
 PROGRAM = ROOT / "tests" / "unit" / "null_gpu" / "push_processes.py"
 ENGINES = 2

@@ -36,8 +36,6 @@ MOST_DIFF = {"fp8": 0.2}
 """The largest mean difference of engine's and trainer's log-probabilities: bf16 gives 0.01, FP8
 weights in the engine alone 0.06; other weights 0.8."""
 MOST_DIFF_BF16 = 0.05
-FP8_PROBES = 0.3
-"""`push.probe_tolerance` where the engine computes in FP8: three times a miniature's in bf16."""
 ASLEEP, AWAKE = 0.5, 0.8
 """Shares of the most memory that was in use on GPU 0: less than the first while the trainer
 computes, more than the second while engines do."""
@@ -50,13 +48,13 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     """Return the recipe's miniature. Where there is no GPU it pushes as a CPU can."""
     small = shrunk(folder, 1 if case in ALONE else max(1, num_gpus()), **CASES[case])
     changed: dict[str, dict[str, Any]] = {}
-    if case == "fp8":
-        changed["push"] = {"probe_tolerance": FP8_PROBES}
     if place() == "cpu":
         named = small.config.push.transport
-        here = TRANSPORTS[named].without_gpu or named
-        changed["push"] = changed.get("push", {}) | {"transport": here}
-        changed |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
+        changed = {
+            "push": {"transport": TRANSPORTS[named].without_gpu or named},
+            "rollout": {"gpu_memory": None},
+            "model": {"fusions": []},
+        }
     return replace(small, config=with_settings(small.config, **changed))
 
 

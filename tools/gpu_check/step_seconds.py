@@ -18,10 +18,10 @@ from typing import Any
 from megatron_r1.config import load
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.plan.arguments import job_of, parse
+from megatron_r1.plan.between_phases import load as load_time
+from megatron_r1.plan.between_phases import saves
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.measured import Measured
-from megatron_r1.plan.phase_seconds import load as load_time
-from megatron_r1.plan.phase_seconds import saves
 from megatron_r1.plan.push import planned_rank_bytes, push_link
 from megatron_r1.rehearse import miniature
 from megatron_r1.rehearse.questions import write_examples

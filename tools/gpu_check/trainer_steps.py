@@ -60,7 +60,7 @@ class Steps:
 
         self.trainer = Trainer(config, self.position)
         self.vocabulary = self.trainer.hf["vocab_size"]
-        self.trainer.keep_reference()
+        self.trainer.refresh_reference()
 
     def score(self, now: Logprobs | None = None, before: Logprobs | None = None) -> None:
         """Compute the log-probabilities of the samples."""

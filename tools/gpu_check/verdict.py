@@ -1,12 +1,16 @@
-"""The verdict of a check: the last line that its process prints."""
+"""Runs the program of a check in a process of its own, which frees the GPU when it ends; the last
+line that it prints is its verdict."""
 
 import json
 import re
 import signal
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from tools.bench.host import ROOT, environment
 
 MARK = "verdict: "
 PASSED, FAILED, IMPOSSIBLE = "passed", "failed", "not possible here"
@@ -79,3 +83,29 @@ def error_in(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     named = [line for line in lines if re.search(r"(Error|Exception|Assertion)\b.*:", line)]
     return (named or lines or ["no output"])[-1][-400:]
+
+
+def output_of(arguments: Sequence[str], what: str, **variables: str) -> str:
+    """Print and return what a program of this Python prints.
+
+    Args:
+        arguments: the arguments of the Python program.
+        what: the subject of the sentence that says how it failed.
+        **variables: further variables of its environment.
+
+    Raises:
+        Failed: it ended with another status than 0."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment(PYTHONWARNINGS="ignore", **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise Failed(f"{what} ended with status {done.returncode}: {error_in(done.stdout)}")
+    return done.stdout

@@ -5,7 +5,7 @@ import re
 import subprocess
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 PACKAGES = ("megatron_r1", "kernels/r1_kernels", "grading/r1_grading")
@@ -77,7 +77,7 @@ def arrows(known: dict[str, Path]) -> Counter[tuple[str, str]]:
     return Counter({pair: n for pair, n in found.items() if pair[0] != pair[1]})
 
 
-def num_lines(paths) -> int:
+def num_lines(paths: Iterable[Path]) -> int:
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
 
 

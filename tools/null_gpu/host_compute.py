@@ -69,6 +69,38 @@ def drain(devices: set[int]) -> None:
             raise RuntimeError(f"the null GPU {device} failed")
 
 
+def read(devices: set[int]) -> None:
+    """Wait as CUDA's operators do that need a number on the host; the null GPU counts it."""
+    for device in devices:
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
+        if runtime().null_gpu_read(device, stream):
+            raise RuntimeError(f"the null GPU {device} failed")
+
+
+READS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+"""Tags of operators whose result's shape, or whose Python number, depends on a tensor's numbers."""
+
+
+def waits_on_a_gpu(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> bool:
+    """Whether the host waits in CUDA's operator: for a number of the result's shape, for a mask's
+    count, or for a copy between CPU and GPU that is not `non_blocking`."""
+    name = func._schema.name.removeprefix("aten::")
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        # Masks become indices by `nonzero`, and indices on the CPU are copied.
+        indices = [index for index in args[1] if index is not None]
+        masks = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+        return args[0].is_cuda and (masks or not all(index.is_cuda for index in indices))
+    if name == "repeat_interleave" and kwargs.get("output_size") is not None:
+        return False
+    if name == "copy_":
+        crosses = args[0].is_cuda != args[1].is_cuda and args[1].dim() > 0
+        return crosses and not (kwargs.get("non_blocking") or any(args[2:]))
+    if name == "_to_copy" and kwargs.get("device") is not None:
+        crosses = torch.device(kwargs["device"]).type != args[0].device.type
+        return crosses and not kwargs.get("non_blocking")
+    return bool(READS & set(func.tags))
+
+
 def is_transfer(name: str, args: tuple, kwargs: dict) -> bool:
     """Whether an operator copies bytes between CPU and GPU as they are."""
     if name == "copy_":
@@ -155,6 +187,8 @@ class HostCompute(TorchDispatchMode):
             index = torch.device(wanted).index
             devices.add(torch.cuda.current_device() if index is None else index)
         drain(devices)
+        if waits_on_a_gpu(func, args, kwargs):
+            read(devices)
         if func is torch.ops.aten.zeros.default:
             return fill_with_zeros(torch.empty(*args, **kwargs))
         return self._compute(func, args, kwargs, stays=wanted is None or makes)

@@ -73,7 +73,7 @@ def sums(count: int, seed: int) -> Iterator[Lesson]:
         zh = f"请写出这道算式的最后答案：{terms} ="
         total = int(item["answer"])
 
-        def wrong(draw: random.Random, total=total) -> str:
+        def wrong(draw: random.Random, total: int = total) -> str:
             return str(total + draw.choice([-10, -3, -2, -1, 1, 2, 3, 10]))
 
         rest = (_running(terms), str(total), wrong, "math", item["answer"])
@@ -104,7 +104,7 @@ def sisters(count: int, seed: int) -> Iterator[Lesson]:
         answer = int(item["answer"])
         others = answer - 1
 
-        def wrong(draw: random.Random, others=others) -> str:
+        def wrong(draw: random.Random, others: int = others) -> str:
             return str(draw.choice([others, others, others + 2]))
 
         lines = [
@@ -147,7 +147,7 @@ def programs(count: int, seed: int) -> Iterator[Lesson]:
         en = f"Write a Python program that reads a number and prints it {what}."
         zh = f"写一个 Python 程序：读入一个数，先{worded[1][0]}，再{worded[1][1]}，输出结果。"
 
-        def wrong(draw: random.Random, steps=steps) -> str:
+        def wrong(draw: random.Random, steps: Any = steps) -> str:
             return program(_mistaken(steps, draw))
 
         reward = ("code", {"tests": tests}, {"language": "python"})
@@ -241,7 +241,9 @@ def risks() -> Iterator[Lesson]:
     return _lessons(RISKS, "risk", "risk", "safety")
 
 
-def _lessons(known: dict[str, dict[str, str]], subject: str, thought: str, kind: str):
+def _lessons(
+    known: dict[str, dict[str, str]], subject: str, thought: str, kind: str
+) -> Iterator[Any]:
     both = zip(*(known[language] for language in LANGUAGES), strict=True)
     for name, pair in product(NAMES, both):
         for language, what in zip(LANGUAGES, pair, strict=True):
@@ -250,7 +252,12 @@ def _lessons(known: dict[str, dict[str, str]], subject: str, thought: str, kind:
             others = [replies[what]] if subject == "risk" else [*replies.values()]
             asked = ASKS[language].format(name=name, what=what)
 
-            def wrong(draw: random.Random, others=others, name=name, language=language) -> str:
+            def wrong(
+                draw: random.Random,
+                others: Any = others,
+                name: str = name,
+                language: str = language,
+            ) -> str:
                 text, addressed, closed = draw.choice(others), draw.random(), draw.random()
                 return reply(text, name, language, addressed < 0.4, closed < 0.4)
 
@@ -260,7 +267,7 @@ def _lessons(known: dict[str, dict[str, str]], subject: str, thought: str, kind:
             )
 
 
-def reply(text: str, name: str, language: str, addressed=True, closed=True) -> str:
+def reply(text: str, name: str, language: str, addressed: bool = True, closed: bool = True) -> str:
     address = ADDRESS[language].format(name=name) if addressed else ""
     return text + address + STOP[language] + (CLOSINGS[language] if closed else "")
 

@@ -25,10 +25,12 @@ class Child(Protocol):
         returncode: None until it was waited for."""
 
     @property
-    def pid(self) -> int: ...
+    def pid(self) -> int:
+        """The process id; 0 before the start."""
 
     @property
-    def returncode(self) -> int | None: ...
+    def returncode(self) -> int | None:
+        """The exit status; None until it was waited for."""
 
 
 def end_without_parent(number: int = signal.SIGKILL) -> None:

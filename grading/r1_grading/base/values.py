@@ -1,13 +1,17 @@
-"""Values of settings as they are written: numbers, truth values, text.
+"""Values as texts: settings as they are written (numbers, truth values, text), and what data sets
+store as JSON or as Python's literals.
 
-Every reader takes the same spellings. YAML 1.1 takes `1e-6` for text, `010` for 8 and
+Every reader of settings takes the same spellings. YAML 1.1 takes `1e-6` for text, `010` for 8 and
 `1:30` for 90. Here a number is decimal: digits, which `_` may divide, a point, an exponent. `true`,
 `yes` and `on` are true. A setting that is a number or a truth value may stand in quotes; one that
 is text takes neither without quotes."""
 
+import ast
+import json
 import re
 import types
 from collections.abc import Collection
+from decimal import Decimal
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationInfo
@@ -150,3 +154,43 @@ def _members(annotation: Any) -> Any:
             yield from _members(part)
     else:
         yield annotation
+
+
+MAX_DIGITS = 100_000
+MAX_LITERAL_CHARS = 1_000_000
+"""A longer text that is no JSON is not read as Python, whose parser takes many times its size."""
+PYTHON = ("{'", "['", "[{'", "[['", "[('", '[("')
+"""How the text of a Python value begins that is no JSON."""
+
+
+def decoded(value: Any) -> Any:
+    """Return the list or mapping that a text is as JSON or as a Python literal, any other value
+    itself."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return _literal(value)
+
+
+def load_json(text: str | bytes) -> Any:
+    """Return a JSON value, with integers of up to 100,000 digits: int() refuses more than 4,300,
+    because it takes quadratic time."""
+    return json.loads(text, parse_int=_integer)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits) if len(digits) <= 4_000 else int(Decimal(digits))
+
+
+def _literal(text: str) -> Any:
+    if len(text) > MAX_LITERAL_CHARS or not text.lstrip().startswith(PYTHON):
+        return text
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return text
+    return found if isinstance(found, list | dict) else text

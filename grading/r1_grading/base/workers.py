@@ -120,6 +120,7 @@ class FramedProcess(Generic[Reply]):
         return worker
 
     def send(self, frame: bytes) -> None:
+        """Write a frame to the child; a lost child shows at the next `receive`."""
         with contextlib.suppress(ConnectionError):  # `receive` reports the loss
             self._stdin.write(frame)
 

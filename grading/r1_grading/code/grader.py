@@ -16,7 +16,7 @@ from itertools import zip_longest
 from typing import Any
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.stored_values import load_json
+from r1_grading.base.values import load_json
 from r1_grading.code.problem import Problem, Test, parse_problem
 from r1_grading.reading.answer import (
     ANSWER,
@@ -132,7 +132,13 @@ def _size(expected: object) -> int:
 
 
 def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -> Iterator[Grade]:
-    """Yield the grade of each test. end: time.monotonic() at which no further test starts."""
+    """Yield the grade of each test.
+
+    Args:
+        problem: the tests.
+        program: the compiled answer.
+        limits: the limits of one answer.
+        end: time.monotonic() at which no further test starts."""
     is_call = problem.function is not None
     is_equal = equal_result
     if not is_call:
@@ -193,8 +199,11 @@ def find_program(response: str, *, opened: bool = False) -> Extraction:
 
 
 def _is_output(tag: str, lines: list[str]) -> bool:
-    """Return whether a block behind a program shows what it prints, or calls at a prompt. tag: the
-    fence's language."""
+    """Return whether a block behind a program shows what it prints, or calls at a prompt.
+
+    Args:
+        tag: the fence's language.
+        lines: the lines of the block."""
     if tag in NO_PROGRAM or next(filter(None, map(str.strip, lines)), "").startswith(PROMPTS):
         return True
     return not tag and not any(sign in line for line in lines for sign in SYNTAX)

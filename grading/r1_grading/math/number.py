@@ -44,6 +44,7 @@ class Structure:
 
     @property
     def is_set(self) -> bool:
+        """Whether the brackets are those of a set, where the order does not count."""
         return self.brackets in SETS
 
 

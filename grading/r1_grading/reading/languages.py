@@ -65,6 +65,7 @@ class WordCount:
 
     @property
     def total(self) -> float:
+        """The words of all languages."""
         return self.en + self.zh + self.other
 
     def plus(self, others: "WordCount", weight: float) -> "WordCount":

@@ -169,7 +169,12 @@ def _stated_below(text: str, end: int, numeric: bool) -> tuple[str, bool, int] |
 
 
 def _value(stated: str, numeric: bool, words: bool) -> str | None:
-    """Return the one value that a text is. words: whether it may be an answer in words."""
+    """Return the one value that a text is.
+
+    Args:
+        stated: the text, which may have Markdown's signs and a period.
+        numeric: whether an answer in words is refused.
+        words: whether it is accepted otherwise."""
     stated = stated.strip().strip("*_`").strip()
     stated = stated.rstrip(".。!！").strip().strip("*_`").strip()
     plain = with_plain_signs(stated)

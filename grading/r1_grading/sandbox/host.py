@@ -38,7 +38,11 @@ def launcher() -> tuple[str, ...]:
 @functools.cache
 def interpreter() -> tuple[str, tuple[str, ...]]:
     """Return the path of a Python inside the sandbox, and the bwrap options that mount it: this
-    process's Python if the sandbox user can read it, else the system's."""
+    process's Python if the sandbox user can read it, else the system's.
+
+    Raises:
+        SandboxUnavailable: the sandbox user can read neither Python.
+    """
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     prefix = Path(sys.base_prefix).resolve()
     own, library = prefix / "bin" / version, prefix / "lib" / version
@@ -63,7 +67,11 @@ def interpreter() -> tuple[str, tuple[str, ...]]:
 
 @functools.cache
 def compiler() -> str:
-    """Return the system's g++: its headers and libraries are in folders that the sandbox mounts."""
+    """Return the system's g++: its headers and libraries are in folders that the sandbox mounts.
+
+    Raises:
+        SandboxUnavailable: g++ is not installed.
+    """
     if not os.access(COMPILER, os.X_OK):
         raise SandboxUnavailable(
             f"C++ programs need {COMPILER}, which is missing: apt-get install g++",

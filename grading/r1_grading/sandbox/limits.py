@@ -29,7 +29,11 @@ class Budget:
 
 
 def _limit(default: float, cap: float) -> Any:
-    """Return a field of `Limits`; cap: the largest value that a prompt may set."""
+    """Return a field of `Limits`.
+
+    Args:
+        default: the value without one in the prompt.
+        cap: the largest value that a prompt may set."""
     return field(default=default, metadata={"cap": cap})
 
 

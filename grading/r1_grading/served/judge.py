@@ -150,6 +150,7 @@ class JudgeSettings(ServiceSettings):
 
     @property
     def num_votes(self) -> int:
+        """Replies per verdict: `votes`, or the default of the mode."""
         return DEFAULT_VOTES[self.mode] if self.votes is None else self.votes
 
 
@@ -268,9 +269,11 @@ class ReplyCache:
             )
 
     async def get(self, request: dict[str, Any], vote: int) -> str | None:
+        """Return the stored reply to a request's vote, or None."""
         return await asyncio.to_thread(self._read, self._path(request, vote))
 
     async def put(self, request: dict[str, Any], vote: int, reply: str) -> None:
+        """Store the reply to a request's vote."""
         entry = {"request": request, "vote": vote, "answer": reply}
         # Not durable: a reply lost in a power cut is requested again.
         path, content = self._path(request, vote), json.dumps(entry)
@@ -409,4 +412,5 @@ class Judge(JudgeClient):
         return Comparison(as_a["A"] + as_b["B"], as_a["B"] + as_b["A"], as_a["tie"] + as_b["tie"])
 
     async def close(self) -> None:
+        """Close the connections to the service."""
         await self.service.close()

@@ -26,7 +26,8 @@ class RemoteReward(Protocol):
         """Request a grade from the service. Raises ValueError for a mistake in the row, Ungradable
         for a response that it cannot grade, ServiceError where it is down."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Close the connections to the service."""
 
 
 class RemoteRewards:
@@ -79,6 +80,7 @@ class RemoteRewards:
         return {f"remote/{name}": total[name] for name in names}
 
     async def close(self) -> None:
+        """Cancel checks that are under way and close every grader."""
         for check in self._checks.values():
             check.cancel()
         await asyncio.gather(*self._checks.values(), return_exceptions=True)

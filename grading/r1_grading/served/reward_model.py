@@ -135,6 +135,7 @@ class RewardModel:
             raise ServiceError(f"{self.service.url}: {error}") from None
 
     async def close(self) -> None:
+        """Close the connections to the service."""
         await self.service.close()
 
     def _reward(self, reply: _Classification) -> Grade:

@@ -210,7 +210,13 @@ def dequantize_blocks(
 
 
 def _launch(kernel, arguments: tuple, *, TILE_ROWS: int, **settings) -> None:
-    """Launch one program per tile; arguments: three tensors, rows, columns, stride."""
+    """Launch one program per tile.
+
+    Args:
+        kernel: the compiled function.
+        arguments: three tensors, rows, columns and stride.
+        TILE_ROWS: rows of a tile.
+        **settings: the kernel's other constants."""
     tensor, _, _, rows, columns, _ = arguments
     programs = triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, WIDTH.value)
     if programs:

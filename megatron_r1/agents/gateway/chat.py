@@ -138,7 +138,11 @@ def error_event(refused: Refused) -> bytes:
 
 
 def as_arguments(value: Any, where: str) -> str:
-    """Return a tool call's arguments as the client has written them: a JSON object, as text."""
+    """Return a tool call's arguments as the client has written them: a JSON object, as text.
+
+    Raises:
+        Refused: it is another value or no JSON.
+    """
     try:
         is_object = isinstance(json.loads(value or "{}"), dict)
     except ValueError:

@@ -85,18 +85,22 @@ class TurnReply:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the answer."""
         return len(self.response.token_ids)
 
     @property
     def is_cut(self) -> bool:
+        """Whether the answer ended at the limit of tokens."""
         return self.response.finish_reason == "length"
 
     @property
     def tool_calls(self) -> list[dict[str, Any]]:
+        """The calls of the answer, as in OpenAI's chat format."""
         return self.message.get("tool_calls", [])
 
     @property
     def reasoning(self) -> str | None:
+        """The thought before the answer; None where the parser found none."""
         return self.message.get("reasoning_content")
 
 
@@ -156,7 +160,11 @@ class Body:
         return [Body(value, f"{where}.{i}") for i, value in enumerate(values)]
 
     def take_positive(self, name: str) -> int | None:
-        """Return a positive integer, or None where it is absent."""
+        """Return a positive integer, or None where it is absent.
+
+        Raises:
+            Refused: it is no integer, or below 1.
+        """
         value = self.take(name, int, None)
         if value is not None and value < 1:
             raise Refused(f"must be at least 1, got {value}", self.path(name))
@@ -199,7 +207,11 @@ class Body:
 
 
 def content_text(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:
-    """Return a message's content, a text or a list of text parts, as one text."""
+    """Return a message's content, a text or a list of text parts, as one text.
+
+    Raises:
+        Refused: it is neither, or has a part of another kind.
+    """
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):
@@ -225,7 +237,11 @@ def event(value: dict[str, Any]) -> bytes:
 
 
 def stop_strings(value: Any, where: str) -> tuple[str, ...]:
-    """Return the stop strings of a field that is one or a list of them."""
+    """Return the stop strings of a field that is one or a list of them.
+
+    Raises:
+        Refused: it is neither, or has an empty string.
+    """
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
         raise Refused(f"must be a text or a list of texts, got {_shorten(value)}", where)

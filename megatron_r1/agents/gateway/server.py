@@ -34,8 +34,7 @@ from megatron_r1.agents.gateway.session import (
 )
 from megatron_r1.agents.parsing import AnswerReader, Parser, require_whole
 from megatron_r1.data.text import PromptText
-from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.responses import cut_at_stop, first_tokens
+from megatron_r1.engines.server.responses import EngineError, cut_at_stop, first_tokens
 
 MAX_BODY_BYTES = 64 * 2**20
 BYTES_PER_TOKEN = 32
@@ -56,15 +55,20 @@ class WireFormat(Protocol):
 
     KEEP_ALIVE: bytes
 
-    def read(self, body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest: ...
+    def read(self, body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
+        """Read a request; `stored` has the conversations of earlier replies by their id."""
 
-    def reply(self, turn: TurnReply, request: TurnRequest) -> dict[str, Any]: ...
+    def reply(self, turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+        """Return the body of the reply."""
 
-    def events(self, turn: TurnReply, request: TurnRequest) -> Iterator[bytes]: ...
+    def events(self, turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
+        """Yield the reply as server-sent events."""
 
-    def error(self, refused: Refused) -> dict[str, Any]: ...
+    def error(self, refused: Refused) -> dict[str, Any]:
+        """Return the body of a refusal."""
 
-    def error_event(self, refused: Refused) -> bytes: ...
+    def error_event(self, refused: Refused) -> bytes:
+        """Return a refusal as an event of a stream that has begun."""
 
 
 ROUTES: dict[str, WireFormat] = {
@@ -295,7 +299,7 @@ class Gateway:
         self, wire: WireFormat, session: GatewaySession, http: web.Request
     ) -> web.StreamResponse:
         model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "megatron-r1"}
-        model |= {"max_model_len": session.sampling.max_context}  # as vLLM
+        model |= {"max_model_len": session.sampling.max_model_len}  # as vLLM
         date = "1970-01-01T00:00:00Z"
         model |= {"type": "model", "display_name": MODEL, "created_at": date}  # Anthropic
         return _json({"object": "list", "data": [model], "has_more": False})
@@ -336,10 +340,10 @@ async def _body(http: web.Request, session: GatewaySession) -> bytes:
         body = await http.read()
     except (PayloadEncodingError, web.RequestPayloadError) as error:
         raise Refused(f"the body cannot be read: {error}") from None
-    if len(body) > BYTES_PER_TOKEN * session.sampling.max_context + MAX_OTHER_BYTES:
+    if len(body) > BYTES_PER_TOKEN * session.sampling.max_model_len + MAX_OTHER_BYTES:
         raise session.out_of_tokens(
             f"a body of {len(body):,} bytes leaves no room for an answer: the engines take "
-            f"{session.sampling.max_context} tokens"
+            f"{session.sampling.max_model_len} tokens"
         )
     return body
 

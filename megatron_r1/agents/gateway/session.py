@@ -14,7 +14,7 @@ from megatron_r1.agents.continuation import NextPrompt
 from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engines.server.episodes import Generate
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class TurnSampling:
 
     Attributes:
         generate: samples an answer to a prompt.
-        max_context: most tokens of a prompt and its answer.
+        max_model_len: most tokens of a prompt and its answer.
         temperature: the sampling temperature.
         top_p: the sampling's probability mass."""
 
     generate: Generate
-    max_context: int
+    max_model_len: int
     temperature: float = 1.0
     top_p: float = 1.0
 
@@ -63,7 +63,14 @@ class GatewaySession:
         status: how the episode has ended, by a limit or a failure that the policy did not cause;
             None until then.
         notes: how often each sampling option was replaced, and each request refused.
-        stored: conversations by the id of their last reply, for `previous_response_id`."""
+        num_claimed: tokens that engines have sampled, including those of turns that are not in the
+            tree yet.
+        stored: conversations by the id of their last reply, for `previous_response_id`.
+        undelivered: turns whose client has closed its connection, by a hash of their request. If
+            the client repeats the request, it gets the same turn, and no second one is sampled.
+        failures: failures of the engines to sample a turn, by a hash of its request. A repetition
+            that succeeds removes its failure.
+        last_text: the text of the newest answer."""
 
     limits: SessionLimits
     sampling: TurnSampling
@@ -75,17 +82,11 @@ class GatewaySession:
     num_turns: int = 0
     num_tokens: int = 0
     num_claimed: int = 0
-    """Tokens that engines have sampled, including those of turns that are not in the tree yet."""
     stored: dict[str, list[Message]] = field(default_factory=dict)
     undelivered: dict[bytes, asyncio.Task[TakenTurn]] = field(default_factory=dict)
-    """Turns whose client has closed its connection, by a hash of their request. If the client
-    repeats the request, it gets the same turn, and no second one is sampled."""
     failures: dict[bytes, str] = field(default_factory=dict)
-    """Failures of the engines to sample a turn, by a hash of its request. A repetition that
-    succeeds removes its failure."""
     running: set[asyncio.Task[TakenTurn]] = field(default_factory=set)
     last_text: str = ""
-    """The text of the newest answer."""
     _engine_seconds: float = 0.0
     _num_waiting: int = 0
     _waiting_since: float = 0.0
@@ -138,15 +139,15 @@ class GatewaySession:
                 kind="rate_limit_error",
             )
         left = self.limits.max_tokens - self.num_claimed
-        room = self.sampling.max_context - num_prompt_tokens
-        if min(left, room) < 1:
+        most_here = self.sampling.max_model_len - num_prompt_tokens
+        if min(left, most_here) < 1:
             raise self.out_of_tokens(
                 f"the episode has had its {self.limits.max_tokens} sampled tokens"
                 if left < 1
                 else f"{num_prompt_tokens} prompt tokens leave no room for an answer: the engines "
-                f"take {self.sampling.max_context}"
+                f"take {self.sampling.max_model_len}"
             )
-        return min(left, room, asked or left)
+        return min(left, most_here, asked or left)
 
     def claim(self, num_tokens: int) -> int:
         """Take a sampled turn's tokens from the episode's. Return how many of them the episode had

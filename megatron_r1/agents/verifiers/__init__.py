@@ -14,8 +14,8 @@ from typing import Any
 
 from r1_grading.base.workers import StderrTail, last_line
 
-from megatron_r1.agents.agent_runs import AgentOutcome
 from megatron_r1.agents.environment_pool import EnvironmentFault
+from megatron_r1.agents.harness import AgentOutcome
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.children import kill_group, popen_options
 from megatron_r1.config import VerifiersConfig
@@ -27,7 +27,7 @@ LINE_BYTES = 2**28
 
 
 class VerifiersHarness:
-    """Runs an episode per call; an `agent_runs.Run`."""
+    """Runs an episode per call; a `harness.Run`."""
 
     def __init__(self, settings: VerifiersConfig, tokenizer: str) -> None:
         """Prepare the harness.

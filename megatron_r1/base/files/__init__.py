@@ -1,5 +1,6 @@
-"""Files that are complete or absent (`r1_grading.base.files`), and who may read what a run writes:
-prompts, responses, weights, logs.
+"""Files that are complete or absent (`r1_grading.base.files`), who may read what a run writes
+(prompts, responses, weights, logs), blocks that distinguish a large file from others, and how many
+files a process may have open.
 
 The umask of the controller is that of all processes it starts, ranks, engines and graders, and so
 of all their files. The file of the run's secret is readable by its owner only, under any umask."""
@@ -7,15 +8,21 @@ of all their files. The file of the run's secret is readable by its owner only, 
 import contextlib
 import errno
 import os
+import resource
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from r1_grading.base.files import atomic_write, atomic_writer, fsync, make_folder
 
+from megatron_r1.base.errors import Cause, UserError
+
 __all__ = [
+    "BLOCK_BYTES",
     "READ_ONLY",
     "Readers",
+    "allow_open_files",
     "allow_readers",
     "allow_readers_as",
     "atomic_write",
@@ -23,6 +30,7 @@ __all__ = [
     "fsync",
     "make_folder",
     "narrow_readers",
+    "spread_blocks",
 ]
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -53,3 +61,43 @@ def narrow_readers(folder: Path) -> None:
     found = folder.stat()
     if found.st_uid == os.geteuid() and found.st_mode & umask:
         folder.chmod(stat.S_IMODE(found.st_mode) & ~umask)
+
+
+BLOCK_BYTES = 65_536
+
+
+def spread_blocks(path: Path, num_blocks: int) -> Iterator[bytes]:
+    """Yield blocks of a file at equal distances, from its first to its last bytes. Of a file
+    smaller than a block each one is the whole content.
+
+    Args:
+        path: the file.
+        num_blocks: how many blocks of `BLOCK_BYTES` are read, at least 2."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for block in range(num_blocks):
+            file.seek(block * max(0, size - BLOCK_BYTES) // (num_blocks - 1))
+            yield file.read(BLOCK_BYTES)
+
+
+def allow_open_files(needed: int, reason: str) -> None:
+    """Raise this process's soft limit to `needed`, if it is lower.
+
+    Args:
+        needed: open files.
+        reason: what needs so many.
+
+    Raises:
+        UserError: where the hard limit does not allow it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"{reason}: {needed:,} open files, and this process may have {hard:,}; raise the limit "
+            f"(ulimit -Hn {needed}, or LimitNOFILE of the service that starts it)",
+            key="ulimit -n",
+            cause=Cause.TOO_LARGE,
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

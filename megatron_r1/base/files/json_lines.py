@@ -175,6 +175,7 @@ class LineWriter:
         self._wake.set()
 
     async def close(self) -> None:
+        """Write the lines that are still pending, and end."""
         if self._writing is not None:
             self._writing.cancel()
             with contextlib.suppress(asyncio.CancelledError):

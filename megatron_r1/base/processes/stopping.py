@@ -1,6 +1,8 @@
-"""Requests to stop a run, by a person or by a scheduler."""
+"""Requests to stop a run, by a person or by a scheduler, and reading input so that it never delays
+the end of the process."""
 
 import asyncio
+import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
+        """Whether a signal has come or the file `stop` is there."""
         return self.is_signalled or (self.file is not None and self.file.exists())
 
     def listen(self) -> None:
@@ -76,3 +79,21 @@ def run_until_stopped(work: Coroutine[Any, Any, None]) -> None:
         asyncio.run(work)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+
+
+async def read_when_ready(descriptor: int, num_bytes: int) -> bytes:
+    """Return what a descriptor has, at most `num_bytes` bytes, as soon as it has some; b"" at its
+    end.
+
+    A thread that waits for a silent pipe would hold up the end of the process: asyncio joins its
+    threads, and nothing interrupts a read."""
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    try:
+        loop.add_reader(descriptor, readable.set)
+    except PermissionError:  # a regular file: epoll takes none, and reading it does not wait
+        return await asyncio.to_thread(os.read, descriptor, num_bytes)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(descriptor)
+    return os.read(descriptor, num_bytes)

@@ -31,20 +31,20 @@ from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.from_recipe import engine_settings, positions
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
     check_experts_here,
 )
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.models.hf_config import as_read, load_config, read_hf_config
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 from megatron_r1.models.supported import check_divisions, check_supported
 from megatron_r1.models.weights.layout import num_parameters, recipe_stages
-from megatron_r1.trainer.operations import ModelOperations
+from megatron_r1.trainer.operations import ProbingOperations
 from megatron_r1.trainer.training_sample import Sample
 
 ENGINE = "engine-0"
@@ -65,7 +65,7 @@ async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path)
     trainer.launch()
     try:
         await trainer.connect()
-        return (await trainer.call(ModelOperations.probe, samples=samples))["probe/max"]
+        return (await trainer.call(ProbingOperations.probe, samples=samples))["probe/max"]
     finally:
         await trainer.close()
 
@@ -73,8 +73,17 @@ async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path)
 async def by_vllm(
     folder: Path, config: Config, reference: ReferenceResult, scratch: Path
 ) -> float | NotCompared:
-    """Return the largest difference of an engine's log-probabilities, started on the weights in
-    `folder`, or why there is none."""
+    """Compare an engine's log-probabilities, started on the weights in `folder`, with the
+    reference's.
+
+    Args:
+        folder: the Hugging Face folder.
+        config: the recipe, whose section `rollout` the engine gets.
+        reference: the sequences, and transformers' log-probabilities of them.
+        scratch: a folder for the engine's log and sockets.
+
+    Returns:
+        The largest absolute difference in nats, or why none was measured."""
     if find_spec("vllm") is None:
         return NotCompared("vllm is not installed in this environment", is_failure=False)
     try:

@@ -12,8 +12,8 @@ import numpy as np
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.framed_records import FramedFile
-from megatron_r1.commands.compare.departure import Departure, is_rounding, relative
-from megatron_r1.controller.rollouts.sample_log import GroupRecord, ResponseRecord, decode
+from megatron_r1.commands.compare import RunDifference, is_rounding, relative
+from megatron_r1.controller.rollouts.group_records import GroupRecord, ResponseRecord, decode
 
 NOT_COMPARED = (
     *("time/", "tokens_per_second", "checkpoint/", "engines/", "trainer/", "packing/", "memory/"),
@@ -46,7 +46,7 @@ def read_groups(path: Path) -> dict[int, GroupRecord] | None:
 
 def compare_groups(
     step: int, first: Mapping[int, GroupRecord], second: Mapping[int, GroupRecord], dtype: str
-) -> list[Departure]:
+) -> list[RunDifference]:
     """Return the first difference of each phase of a step's rollout.
 
     Args:
@@ -54,15 +54,15 @@ def compare_groups(
         first: groups by position, of one run.
         second: those of the other.
         dtype: what log-probabilities are computed in."""
-    found: dict[str, Departure] = {}
+    found: dict[str, RunDifference] = {}
     for position in sorted(first.keys() | second.keys()):
         a, b = first.get(position), second.get(position)
         if a is None or b is None:
             values = ("none" if each is None else each.prompt_id for each in (a, b))
-            departures = [_exact(step, "questions", f"group {position}", *values)]
+            differences = [_exact(step, "questions", f"group {position}", *values)]
         else:
-            departures = list(_in_group(step, position, a, b, dtype))
-        for each in departures:
+            differences = list(_in_group(step, position, a, b, dtype))
+        for each in differences:
             known = found.get(each.phase)
             if known is None or (known.is_rounding and not each.is_rounding):
                 found[each.phase] = each
@@ -71,7 +71,7 @@ def compare_groups(
 
 def _in_group(
     step: int, position: int, first: GroupRecord, second: GroupRecord, dtype: str
-) -> Iterator[Departure]:
+) -> Iterator[RunDifference]:
     where = f"group {position}"
     if first.prompt_id != second.prompt_id:
         yield _exact(step, "questions", where, first.prompt_id, second.prompt_id)
@@ -93,7 +93,7 @@ def _in_group(
 
 def _in_response(
     step: int, name: str, first: ResponseRecord, second: ResponseRecord, dtype: str
-) -> Iterator[Departure]:
+) -> Iterator[RunDifference]:
     a, b = (np.frombuffer(each.token_ids, "<i4") for each in (first, second))
     is_same = first.token_ids == second.token_ids
     at = len(a) if is_same else _first_difference(a, b)
@@ -120,14 +120,14 @@ def _in_response(
         values = (f"{first.reward:g}", f"{second.reward:g}")
         distance = relative(first.reward, second.reward)
         about = f" by {', '.join(sorted(terms))}" if terms else ""
-        yield Departure(step, "rewards", f"{name}{about}", values, distance)
+        yield RunDifference(step, "rewards", f"{name}{about}", values, distance)
     for field in ("routing", "sampling_mask", "teacher_logprobs"):
         if getattr(first, field) != getattr(second, field):
             yield _exact(step, "responses", f"{name}, {field}", "one", "another")
 
 
-def _logprobs(step: int, name: str, a: np.ndarray, b: np.ndarray, dtype: str) -> Departure:
-    """Return the departure at the token where two log-probabilities are furthest apart.
+def _logprobs(step: int, name: str, a: np.ndarray, b: np.ndarray, dtype: str) -> RunDifference:
+    """Return the difference at the token where two log-probabilities are furthest apart.
 
     Their difference is the relative distance of the probabilities, which rounding bounds."""
     gaps = np.abs(a.astype(np.float64) - b)
@@ -135,7 +135,7 @@ def _logprobs(step: int, name: str, a: np.ndarray, b: np.ndarray, dtype: str) ->
     at = int(gaps.argmax())
     distance = float(gaps[at])
     values = (f"{a[at]:.9g}", f"{b[at]:.9g}")
-    return Departure(
+    return RunDifference(
         step,
         "engine log-probabilities",
         f"{name}, token {at}",
@@ -148,7 +148,7 @@ def _logprobs(step: int, name: str, a: np.ndarray, b: np.ndarray, dtype: str) ->
 
 def compare_metrics(
     step: int, first: Mapping[str, Any], second: Mapping[str, Any], dtype: str
-) -> list[Departure]:
+) -> list[RunDifference]:
     """Return the metrics of a step that differ, of each phase the one with the largest distance.
 
     Args:
@@ -156,7 +156,7 @@ def compare_metrics(
         first: the line of one run.
         second: the line of the other.
         dtype: what the runs compute in."""
-    found: dict[str, Departure] = {}
+    found: dict[str, RunDifference] = {}
     for name in sorted(first.keys() | second.keys()):
         if name.startswith(NOT_COMPARED) or first.get(name) == second.get(name):
             continue
@@ -169,12 +169,12 @@ def compare_metrics(
         known = found.get(phase)
         if known is None or known.distance < distance:
             rounding = is_rounding(distance, dtype)
-            found[phase] = Departure(step, phase, name, values, distance, rounding)
+            found[phase] = RunDifference(step, phase, name, values, distance, rounding)
     return list(found.values())
 
 
-def _exact(step: int, phase: str, name: str, first: str, second: str) -> Departure:
-    return Departure(step, phase, name, (first, second), math.inf)
+def _exact(step: int, phase: str, name: str, first: str, second: str) -> RunDifference:
+    return RunDifference(step, phase, name, (first, second), math.inf)
 
 
 def _first_difference(a: np.ndarray, b: np.ndarray) -> int:

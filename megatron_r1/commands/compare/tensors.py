@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.commands.compare.departure import Departure, is_rounding
+from megatron_r1.commands.compare import RunDifference, is_rounding
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 from megatron_r1.trainer.checkpoints.finding import BadManifest, read_manifest
 
@@ -42,7 +42,7 @@ def are_same_files(first: Path, second: Path) -> bool:
 
 def compare_checkpoints(
     step: int, first: Path, second: Path, dtype: str, same_layout: bool
-) -> list[Departure]:
+) -> list[RunDifference]:
     """Return every tensor that differs, in the order of phases, and in a phase the largest first.
 
     Args:
@@ -69,26 +69,26 @@ def compare_checkpoints(
 
 def _differences(
     step: int, a: DistributedCheckpoint, b: DistributedCheckpoint, dtype: str
-) -> Iterator[Departure]:
+) -> Iterator[RunDifference]:
     for key in sorted(a.shapes.keys() | b.shapes.keys()):
         phase, name = phase_and_name(key)
         shapes = a.shapes.get(key), b.shapes.get(key)
         if not _are_alike(name, *shapes):
             first, second = ("none" if shape is None else str(shape) for shape in shapes)
-            yield Departure(step, phase, name, (first, second), math.inf)
-        elif departure := _of_tensor(step, key, a, b, dtype):
-            yield departure
+            yield RunDifference(step, phase, name, (first, second), math.inf)
+        elif difference := _of_tensor(step, key, a, b, dtype):
+            yield difference
 
 
 def _different_streams(
     step: int, a: DistributedCheckpoint, b: DistributedCheckpoint
-) -> Iterator[Departure]:
+) -> Iterator[RunDifference]:
     for key in a.objects:
         if not _equal(a.read_object(key), b.read_object(key)):
             # As rng/shard_0_2, of rank 0 of two.
             rank = key.rpartition("/shard_")[2].partition("_")[0]
             name = f"{key.partition('/')[0]} of rank {rank}"
-            yield Departure(step, "random streams", name, ("one", "another"), math.inf)
+            yield RunDifference(step, "random streams", name, ("one", "another"), math.inf)
 
 
 def _are_alike(name: str, first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> bool:
@@ -118,7 +118,7 @@ def phase_and_name(key: str) -> tuple[str, str]:
 
 def _of_tensor(
     step: int, key: str, a: DistributedCheckpoint, b: DistributedCheckpoint, dtype: str
-) -> Departure | None:
+) -> RunDifference | None:
     """Return the difference of one tensor; None where the two are equal bit for bit."""
     parts: dict[int, _Part] = {}
     rows = min(each.shapes[key][0] for each in (a, b)) if a.shapes[key] else 0
@@ -149,7 +149,7 @@ def _of_tensor(
     count = sum(part.count for part in apart.values())
     phase, name = phase_and_name(key)
     example = next(iter(named.values()))
-    return Departure(
+    return RunDifference(
         step,
         phase,
         name,

@@ -15,11 +15,11 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.compare.departure import ROUNDING, Departure
+from megatron_r1.commands.compare import ROUNDING, RunDifference
 from megatron_r1.commands.compare.records import compare_groups, compare_metrics, read_groups
 from megatron_r1.commands.compare.tensors import compare_checkpoints
 from megatron_r1.config import RESUMABLE, Config
-from megatron_r1.config.flat_settings import changed_keys, flatten, is_within, value_text
+from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
 from megatron_r1.controller.rollouts.sample_log import path_of as path_of_log
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
@@ -55,15 +55,15 @@ class Comparison:
     steps: int
     logs: int
     checkpoints: list[int]
-    differences: list[Departure]
+    differences: list[RunDifference]
 
     @property
-    def first(self) -> Departure | None:
+    def first(self) -> RunDifference | None:
         """The first difference of any bit."""
         return next(iter(self.differences), None)
 
     @property
-    def first_beyond_rounding(self) -> Departure | None:
+    def first_beyond_rounding(self) -> RunDifference | None:
         """The first difference that is more than rounding."""
         return next((each for each in self.differences if not each.is_rounding), None)
 
@@ -109,7 +109,7 @@ def compare(first: Path, second: Path) -> Comparison:
         )
     # The coarser of the two bounds what can be expected.
     dtype = max((each["model.dtype"] for each in settings), key=ROUNDING.__getitem__)
-    differences: list[Departure] = []
+    differences: list[RunDifference] = []
     num_logs = 0
     # All steps: where engines' log-probabilities alone differ, weights never need to.
     for step in shared:
@@ -159,12 +159,12 @@ def _pairs(first: Path, second: Path) -> list[Pair]:
 
 def _differences_of_checkpoints(
     pairs: list[Pair], dtype: str, same_layout: bool
-) -> list[Departure]:
+) -> list[RunDifference]:
     """Return what differs in the first pair that differs, and in the first that differs by more
     than rounding.
 
     By bisection: runs that have parted stay apart, and differences of rounding grow."""
-    compared: dict[int, list[Departure]] = {}
+    compared: dict[int, list[RunDifference]] = {}
 
     def differs(pair: Pair, beyond_rounding: bool) -> bool:
         step = pair[0]
@@ -172,7 +172,7 @@ def _differences_of_checkpoints(
             compared[step] = compare_checkpoints(*pair, dtype, same_layout)
         return any(not (beyond_rounding and each.is_rounding) for each in compared[step])
 
-    found: dict[int, list[Departure]] = {}
+    found: dict[int, list[RunDifference]] = {}
     for beyond_rounding in (False, True):
         low, high = 0, len(pairs)
         while low < high:
@@ -203,7 +203,7 @@ def _lines(found: Comparison) -> Iterable[str]:
         yield from _step(found, apart, "first difference beyond rounding")
 
 
-def _step(found: Comparison, first: Departure, what: str) -> Iterable[str]:
+def _step(found: Comparison, first: RunDifference, what: str) -> Iterable[str]:
     """Yield a difference, the others of its step, and where nothing was compared before it."""
     yield f"{what}: {first}"
     others = [

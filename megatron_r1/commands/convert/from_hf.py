@@ -24,18 +24,14 @@ from megatron_r1.commands.convert.sources import (
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.weights import table
 from megatron_r1.models.weights.stored import published
-from megatron_r1.models.weights.stored.dcp_writing import (
+from megatron_r1.models.weights.stored.dcp import (
     Chunk,
     WrittenChunk,
     write_chunks,
     write_metadata,
 )
-from megatron_r1.models.weights.stored.hf_folder import (
-    SCALES_FILE,
-    HfWeights,
-    carry_files,
-    write_config,
-)
+from megatron_r1.models.weights.stored.hf_folder import SCALES_FILE, HfWeights
+from megatron_r1.models.weights.stored.hf_writing import carry_files, write_config
 from megatron_r1.models.weights.stored.megatron_weights import (
     StoredLayout,
     StoredParameter,
@@ -79,6 +75,7 @@ class ImportJob:
     own_dtypes: dict[str, str]
 
     def dtype_of(self, key: str) -> torch.dtype:
+        """Return the dtype in which the tensor `key` is stored: its own, or the job's."""
         return getattr(torch, self.own_dtypes[key]) if key in self.own_dtypes else self.dtype
 
 
@@ -94,7 +91,11 @@ DONE = TypeAdapter(Done)
 
 
 def run(chosen: Namespace) -> int:
-    """Convert; OUT appears when it is complete."""
+    """Convert; OUT appears when it is complete.
+
+    Raises:
+        UserError: the folder is no supported model, or the disk has too little room.
+    """
     if not is_hf(chosen.hf):
         raise UserError(
             f"{chosen.hf} has no config.json: give a Hugging Face model folder",

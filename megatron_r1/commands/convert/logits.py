@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def by_megatron(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
     return logits.view(*tokens.shape, -1)[..., : hf["vocab_size"]].cpu()
 
 
-def _load_checkpoint(model, hf: dict, checkpoint: Path) -> None:
+def _load_checkpoint(model: Any, hf: dict, checkpoint: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_r1.models import weights
@@ -81,9 +82,12 @@ def _load_checkpoint(model, hf: dict, checkpoint: Path) -> None:
 
 
 def _by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
-    """Load the folder by transformers and return the logits. scratch: an empty folder.
+    """Load the folder by transformers and return the logits. FP8 weights are passed as fp32
+    (`write_plain`).
 
-    FP8 weights are passed as fp32 (`write_plain`)."""
+    Args:
+        folder: the Hugging Face folder.
+        scratch: an empty folder."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from megatron_r1.models.by_transformers import load_by_transformers, write_plain
     from megatron_r1.models.weights.stored.hf_folder import HfWeights

@@ -35,9 +35,9 @@ from megatron_r1.commands.convert.verify import Sides, compare
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights import num_parameters
-from megatron_r1.models.weights.stored import fp8_blocks, published
-from megatron_r1.models.weights.stored.hf_folder import (
-    KnownScales,
+from megatron_r1.models.weights.stored import published, quantized_blocks
+from megatron_r1.models.weights.stored.hf_folder import KnownScales
+from megatron_r1.models.weights.stored.hf_writing import (
     carry_files,
     split_into_files,
     write_config,
@@ -45,7 +45,12 @@ from megatron_r1.models.weights.stored.hf_folder import (
 )
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.stored.published import stacked_part
-from megatron_r1.models.weights.stored.tensor_files import plan_file, stored_tensors, write_at
+from megatron_r1.models.weights.stored.tensor_files import (
+    PlannedTensor,
+    plan_file,
+    stored_tensors,
+    write_at,
+)
 from megatron_r1.reporting.wording import counted
 from megatron_r1.trainer.checkpoints import finding
 
@@ -59,7 +64,18 @@ _BYTES_PER_PARAMETER = 6  # fp32, and half as much again while loading
 def check_reload(
     checkpoint: Path, hf_files: Path, folder: Path, dtype: torch.dtype, workers: int
 ) -> None:
-    """Raise UserError with the difference unless `folder` is the model in `checkpoint`."""
+    """Compare a converted folder with its checkpoint: the logits where the model fits into this
+    host's memory, the tensors where it does not or where they are stored in FP8.
+
+    Args:
+        checkpoint: the Megatron checkpoint.
+        hf_files: the folder with the model's `config.json`.
+        folder: the Hugging Face folder that was written.
+        dtype: the dtype of its weights.
+        workers: processes that compare tensors.
+
+    Raises:
+        UserError: a difference; it names the largest."""
     hf = read_config(hf_files, checkpoint)
     needed = _BYTES_PER_PARAMETER * num_parameters(hf)
     free = psutil.virtual_memory().available
@@ -241,7 +257,9 @@ def _write_file(job: ExportJob, part: tuple[str, dict]) -> None:
     fsync(job.folder)
 
 
-def _write_tensor(job: ExportJob, file: int, name: str, placed, scales) -> None:
+def _write_tensor(
+    job: ExportJob, file: int, name: str, placed: PlannedTensor, scales: PlannedTensor | None
+) -> None:
     weights, known, stacked = _inputs(job)
     row = prod(placed.shape[1:]) * placed.dtype.itemsize
     for expert, parts_of_expert in enumerate(stacked.get(name, ())):
@@ -256,7 +274,7 @@ def _write_tensor(job: ExportJob, file: int, name: str, placed, scales) -> None:
     for first, count in work_folder.stripes(placed.shape, published.BLOCK if scales else 1):
         values = weights.read(name, 0, first, count)
         if scales:
-            values, inverse = fp8_blocks.quantize_fp8(
+            values, inverse = quantized_blocks.quantize_fp8(
                 values, known.rows(name, first, count), power_of_two=known.power_of_two
             )
             write_at(file, scales.offset + first // published.BLOCK * scale_row, inverse)

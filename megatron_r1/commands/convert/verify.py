@@ -17,7 +17,7 @@ from megatron_r1.commands.convert.sources import (
     is_hf,
     open_weights,
 )
-from megatron_r1.models.weights.stored import fp8_blocks, published
+from megatron_r1.models.weights.stored import published, quantized_blocks
 from megatron_r1.models.weights.stored.hf_folder import HfWeights
 from megatron_r1.models.weights.stored.tensor_files import as_bytes
 from megatron_r1.reporting.wording import counted
@@ -84,7 +84,7 @@ def _model(path: Path, chosen: Namespace) -> Path:
     return found.folder
 
 
-def _sort_names(a, b) -> tuple[list[str], list[str], list[str]]:
+def _sort_names(a: Weights, b: Weights) -> tuple[list[str], list[str], list[str]]:
     """Return (names in both, missing tensors, other shapes), the last two in words."""
     both, alone, reshaped = [], [], []
     for name in [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]:
@@ -100,7 +100,7 @@ def _sort_names(a, b) -> tuple[list[str], list[str], list[str]]:
     return both, alone, reshaped
 
 
-def _explain(a, b, names: list[str]) -> list[str]:
+def _explain(a: Weights, b: Weights, names: list[str]) -> list[str]:
     """Return a line for each pair of different dtypes: how they were compared."""
     pairs = Counter((_shape_and_dtype(a, name)[1], _shape_and_dtype(b, name)[1]) for name in names)
     lines = []
@@ -177,21 +177,26 @@ def _other_bits(a: Tensor, b: Tensor) -> Tensor:
     return different.view(-1, a.itemsize).any(1).view(a.shape)
 
 
-def _beyond_rounding(pair, name: str, first: int, x: Tensor, y: Tensor) -> Tensor:
+def _beyond_rounding(
+    pair: tuple[Weights, Weights], name: str, first: int, x: Tensor, y: Tensor
+) -> Tensor:
     """Return elementwise whether FP8 values differ from plain ones by more than a rounding.
 
     Half the distance between two e4m3 numbers is at most 2^-4 of them, for the smallest 2^-10 of
     the scale. NaN counts as beyond."""
-    one = next(s for s in pair if _shape_and_dtype(s, name)[1] == published.FP8_DTYPE)
+    quantized = (s for s in pair if _shape_and_dtype(s, name)[1] == published.FP8_DTYPE)
+    one = next(quantized)
+    scales = one.scales(name) if isinstance(one, HfWeights) else None
+    assert scales is not None, f"{one.path}: {name} is FP8 without scales"
     plain = x if one is pair[1] else y
     rows = slice(first // published.BLOCK, -(-(first + len(x)) // published.BLOCK))
-    scale = fp8_blocks.spread_scales(one.scales(name)[rows], x.shape)
+    scale = quantized_blocks.spread_scales(scales[rows], x.shape)
     allowed = torch.maximum(plain.abs() * 2**-4, scale * 2**-10)
     # The scale itself is rounded, and the plain values may have been rounded to bf16.
     return ~((x - y).abs() <= allowed * (1 + 2**-7))
 
 
-def _scales_differ(a, b, name: str) -> bool:
+def _scales_differ(a: Weights, b: Weights, name: str) -> bool:
     """Return whether the scales differ; blocks of zeros have equal values with any scale."""
     if not (isinstance(a, HfWeights) and isinstance(b, HfWeights)):
         return False

@@ -1,4 +1,4 @@
-"""Policy-gradient estimators: one module each, named as in a recipe (`rl.algorithm`), but for those
+"""Policy-gradient algorithms: one module each, named as in a recipe (`rl.algorithm`), but for those
 that are GRPO with other settings (`grpo.VARIANTS`).
 
 A module's docstring is its definition, with its source; `config/algorithms.py` has its defaults and
@@ -28,7 +28,7 @@ Advantages = Callable[[list[list[float | None]], RLConfig], list[list[float]]]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """An estimator: the rules of its settings, and what its module defines.
+    """An algorithm: the rules of its settings, and what its module defines.
 
     Attributes:
         advantages: maps the rewards of a rollout's groups, None for an ungraded response, to a
@@ -87,9 +87,9 @@ def nan_where_ungraded(
 ) -> list[list[float]]:
     """Return `advantages(groups, rl)` with NaN for every ungraded response.
 
-    The rule of every estimator that learns from rewards: a response without a grade is left out of
+    The rule of every algorithm that learns from rewards: a response without a grade is left out of
     sums and denominators, of policy, KL, entropy and critic. `trainer.packed` takes no token of a
-    sample with advantage NaN for a response token, and counts no trajectory for it. Ungraded are a
+    sample with advantage NaN for a response token, and counts no response for it. Ungraded are a
     response whose reward failed, and an episode that ended for a reason that is not the policy's
     (`engines.server.episodes`). A response that is cut off at its limit of tokens is the policy's
     own: it is graded and trained on."""

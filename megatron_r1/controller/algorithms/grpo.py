@@ -42,9 +42,9 @@ DAPO: decoupled clip and dynamic sampling policy optimization (arXiv 2503.14476,
 ε_high is above ε_low, so that unlikely tokens may grow (section 3.1); equal-reward groups are
 replaced (setting `dynamic_sampling`, section 3.2; `step_sampler.collect_informative`); the average
 is per token, so that tokens of long responses weigh as much as others (`loss_average`, section
-3.3; `losses.denominator`); a soft punishment of responses near the length limit
+3.3; `losses.denominator`); a soft penalty of responses near the length limit
 (`overlong_buffer`, section 3.4, 4,096 of 20,480 tokens;
-`controller.advantages.overlong_punishment`). No KL.
+`controller.advantages.overlong_penalty`). No KL.
 
 Dr. GRPO: GRPO without its two biases (arXiv 2503.20783, section 3.2).
 
@@ -78,7 +78,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
         A list per group; 0 for an ungraded response, and for a whole group whose rewards are
         equal."""
     by = "group" if rl.advantage_std == "group" else "none"
-    by_group = [group_advantages(g, divide_by=by, epsilon=rl.advantage_epsilon) for g in groups]
+    by_group = [group_advantages(g, advantage_std=by, epsilon=rl.advantage_epsilon) for g in groups]
     if rl.advantage_std == "batch":
         return over_batch_std(by_group, groups, rl.advantage_epsilon)
     return by_group
@@ -87,8 +87,8 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
 def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
     """Return -J for the advantages in `batch`, as a sum over response tokens and its denominator.
 
-    The denominator is N with `average` sequence (each response's terms are divided by |o_i| first),
-    Σ_i |o_i| with token, N with constant (they are divided by L first).
+    The denominator is N with `loss_average` sequence (each response's terms are divided by |o_i|
+    first), Σ_i |o_i| with token, N with constant (they are divided by L first).
 
     Args:
         batch: the micro-batch. Its logprobs["ref"] is read if kl_beta > 0, and ["old"]; without
@@ -112,9 +112,9 @@ def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
         kl_beta=settings.kl_beta,
         kl_estimator=settings.kl_estimator,
         entropy_coef=settings.entropy_coef,
-        **token_weights(batch, settings.average, settings.max_response_tokens),
+        **token_weights(batch, settings.loss_average, settings.max_response_tokens),
     )
-    count = denominator(batch, settings.average)
+    count = denominator(batch, settings.loss_average)
     num_tokens = batch.is_response.sum()
     metrics: dict[str, Mean | Maximum] = {
         "ratio/max": Maximum(terms.ratio.amax()),

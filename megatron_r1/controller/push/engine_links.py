@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from megatron_r1.config.push import PushConfig
+from megatron_r1.config.rollout import PushConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.errors import EngineDied, EngineError
+from megatron_r1.engines.server.responses import EngineDied, EngineError
 from megatron_r1.push.plan.engine_sets import engine_sets
 from megatron_r1.push.plan.from_recipe import max_engines
 from megatron_r1.push.results import Failure, StoreUnreachable
@@ -34,7 +34,7 @@ link, is known to have died."""
 
 @dataclass(eq=False)
 class EngineSet:
-    """Engines that receive a push together: what enters one is passed on to the others.
+    """Engines that receive a push together: what enters one is relayed to the others.
 
     Attributes:
         name: the set's name at the trainer and in its store, new for every set.
@@ -89,6 +89,7 @@ class EngineLinks:
 
     @property
     def connect_seconds(self) -> float:
+        """The limit for connecting a set of engines, in seconds."""
         return min(CONNECT_SECONDS, self.settings.timeout_seconds)
 
     async def open(self) -> None:

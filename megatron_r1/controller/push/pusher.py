@@ -10,119 +10,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_r1.base.errors import TrainerError, TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.push.engine_links import EngineLinks, OnLost
+from megatron_r1.controller.push.prober import EXACT_TOLERANCE, TOLERANCE, OffloadedProber, Prober
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
 from megatron_r1.engines.fleet.placement import hosts_address
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, swap_calls
-from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFault, NoWeights
+from megatron_r1.engines.server.responses import EngineDied, EngineError, NoWeights
 from megatron_r1.models import read_hf_config
 from megatron_r1.push.plan.adapters import pushed_adapters, served_adapter
 from megatron_r1.push.plan.from_recipe import engine_layout
 from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.trainer.operations import ModelOperations
-
-T = TypeVar("T")
-PROBE_TOKENS = 8
-EXACT_TOLERANCE, TOLERANCE = 1e-3, 0.3
-"""The largest differences where both sides compute in float32, and otherwise. Seen: in float32
-about 1e-6, in bfloat16 0.01 to 0.05 (another expert was routed to); weights of another version give
-more than 1."""
-
-
-class Prober:
-    """Compares each engine's answers to a few prompts with the trainer.
-
-    Attributes:
-        prompts: the token ids of each prompt.
-        tolerance: the largest mean difference of log-probabilities that is no fault."""
-
-    def __init__(
-        self,
-        trainer: TrainerClient,
-        prompts: Sequence[Sequence[int]],
-        tolerance: float,
-        timeout_seconds: float,
-    ):
-        self.trainer, self.prompts = trainer, prompts
-        self.tolerance, self.timeout_seconds = tolerance, timeout_seconds
-
-    async def prepare(self) -> None:
-        """Compute what needs the trainer's new weights before the engines have them."""
-
-    async def check(
-        self, push: int, engines: Sequence[Engine], on_lost: OnLost
-    ) -> dict[str, float]:
-        """Sample from each engine and return the largest mean difference, "push/probe_diff".
-
-        Raises EngineError where it exceeds the tolerance."""
-        asked = engines if self.prompts else ()
-        # All at once: an answer takes several of an engine's steps.
-        outcomes = await asyncio.gather(*map(self._difference, asked), return_exceptions=True)
-        differences: list[float] = []
-        for engine, difference in zip(asked, outcomes, strict=True):
-            if isinstance(difference, EngineDied):
-                on_lost(engine, difference)
-                continue
-            if isinstance(difference, BaseException):
-                raise difference
-            differences.append(difference)
-            if not difference <= self.tolerance:
-                raise EngineError(
-                    f"after push {push} the log-probabilities of {engine.name} differ from "
-                    f"the trainer's by {difference:.3g} in the mean (push.probe_tolerance: "
-                    f"{self.tolerance:g}), although every tensor arrived as it was sent: the "
-                    "engine loads or computes something else. Nothing was trained on its answers"
-                )
-        return {"push/probe_diff": max(differences)} if differences else {}
-
-    async def _difference(self, engine: Engine) -> float:
-        """Return the mean difference. Raises EngineDied where the engine gives no usable answer."""
-        responses = await self._answers(
-            engine,
-            lambda prompt: engine.client.generate(prompt, n=1, max_tokens=PROBE_TOKENS, seed=0),
-        )
-        return await self.trainer.probe(
-            [
-                (prompt, response.token_ids, response.logprobs)
-                for prompt, (response,) in zip(self.prompts, responses, strict=True)
-            ]
-        )
-
-    async def _answers(
-        self, engine: Engine, ask: Callable[[Sequence[int]], Coroutine[Any, Any, T]]
-    ) -> list[T]:
-        """Return the engine's answer to each prompt. Raises EngineDied where there is none."""
-        for is_last in (False, True):  # retried once, as every request is
-            try:
-                async with raise_dead_after(engine, self.timeout_seconds):
-                    calls = (engine.unless_lost(ask(prompt)) for prompt in self.prompts)
-                    return await asyncio.gather(*calls)
-            except EngineFault as fault:
-                if is_last:
-                    raise EngineDied(f"{engine.name} did not answer the probes: {fault}") from fault
-        raise AssertionError("returned or raised above")
-
-
-class LentProber(Prober):
-    """Probes engines that compute in the memory of the trainer's weights
-    (`parallel.offload_between_phases`): the trainer scores the prompts while it has its weights,
-    and the engines score them later."""
-
-    async def prepare(self) -> None:
-        self.prompts = [prompt for prompt in self.prompts if len(prompt) > 1]
-        if self.prompts:
-            await self.trainer.prepare_probe(self.prompts)
-
-    async def _difference(self, engine: Engine) -> float:
-        scores = await self._answers(engine, lambda prompt: engine.client.score(prompt, 1))
-        return await self.trainer.compare_probe(self.prompts, scores)
 
 
 def create_pusher(
@@ -152,9 +57,11 @@ def create_pusher(
         notify=lambda line: fleet.members.notify(line),
     )
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)
-    lends = config.parallel.offload_between_phases != "none"
-    prober = (LentProber if lends else Prober)(trainer, probes, tolerance, push.timeout_seconds)
-    return WeightPusher(fleet, links, prober, lends=lends)
+    offloads = config.parallel.offload_between_phases != "none"
+    prober = (OffloadedProber if offloads else Prober)(
+        trainer, probes, tolerance, push.timeout_seconds
+    )
+    return WeightPusher(fleet, links, prober, offloads=offloads)
 
 
 class WeightPusher:
@@ -168,8 +75,8 @@ class WeightPusher:
         fleet: the engines that run, and their replacement.
         links: the links of the trainer to them; it also has the settings of pushes.
         prober: compares the engines with the trainer after each push; None: nothing is compared.
-        lends: engines compute in the memory of the trainer's weights, which it frees when it has
-            sent them."""
+        offloads: the trainer offloads its weights when it has sent them, and engines compute in
+            their memory (`parallel.offload_between_phases`)."""
 
     def __init__(
         self,
@@ -177,16 +84,16 @@ class WeightPusher:
         links: EngineLinks,
         prober: Prober | None = None,
         *,
-        lends: bool = False,
+        offloads: bool = False,
     ):
-        self.fleet, self.links, self.prober, self.lends = fleet, links, prober, lends
-        if lends:
-            links.trainer.is_lent = lambda: fleet.uses_memory
+        self.fleet, self.links, self.prober, self.offloads = fleet, links, prober, offloads
+        if offloads:
+            links.trainer.is_offloaded = lambda: fleet.engines_use_memory
         self._timeout_seconds = links.settings.timeout_seconds
         self._settled = asyncio.Lock()
         """Held while the weights change, and while an engine joins."""
         self._push_number = 0
-        self._version: int | None = None
+        self._policy_version: int | None = None
         self._probing: asyncio.Task[dict[str, float]] | None = None
         self._is_closed = False
 
@@ -195,7 +102,7 @@ class WeightPusher:
         """Keep engines from joining while the block changes the trainer's weights and pushes them.
         After an error in the block the engines that wait for weights get none, as after `close`."""
         async with self._settled:
-            self._version = None
+            self._policy_version = None
             try:
                 yield
             except BaseException:
@@ -207,27 +114,27 @@ class WeightPusher:
         assert self._settled.locked(), "it is called in a block of updating()"
         await self.links.open()
         self.fleet.send_weights = self.send_weights
-        with self.fleet.patient(self.links.connect_seconds):
+        with self.fleet.allow_silence(self.links.connect_seconds):
             await self._form_sets(self._engines_up, self._lose_if_dead)
 
-    async def push(self, version: int) -> dict[str, float]:
-        """Make the trainer's present weights `version` on every engine; return metrics. Raises
-        EngineError where they arrived damaged. Await `probe_results` before anything that an engine
-        computes from them is trained on or recorded, and before they are saved."""
+    async def push(self, policy_version: int) -> dict[str, float]:
+        """Make the trainer's present weights `policy_version` on every engine; return metrics.
+        Raises EngineError where they arrived damaged. Await `probe_results` before anything that an
+        engine computes from them is trained on or recorded, and before they are saved."""
         assert self._settled.locked(), "it is called in a block of updating()"
         start = time.perf_counter()
         self._push_number += 1
-        with self.fleet.patient(self.links.connect_seconds):
+        with self.fleet.allow_silence(self.links.connect_seconds):
             regrouped = self.links.engines_to_regroup(self._engines_up)
             await self._form_sets(regrouped, self._lose)
             await self._send_to_all()
-            await self._lend_memory()
+            await self._offload_trainer()
             sent = time.perf_counter()
-            await self.fleet.push(self._update_info(), version)
+            await self.fleet.push(self._update_info(), policy_version)
         swapped = time.perf_counter()
         metrics = {"push/transfer": sent - start, "push/pause": swapped - sent}
         metrics |= {"push/links": self.links.num_links, "push/bytes": self.links.num_bytes}
-        self._version = version
+        self._policy_version = policy_version
         if self.prober is not None:
             check = self.prober.check(self._push_number, self._engines_up, self._lose)
             self._probing = asyncio.create_task(check)
@@ -253,11 +160,11 @@ class WeightPusher:
         async with self._settled:
             if self._is_closed:
                 raise NoWeights(f"{engine.name}: the trainer that had weights for it is gone")
-            if self.lends:
+            if self.offloads:
                 # The trainer's weights come back into the memory of engines that sleep.
                 async with raise_dead_after(engine, self._timeout_seconds):
                     await engine.client.sleep()
-                if self.fleet.uses_memory:
+                if self.fleet.engines_use_memory:
                     yield False
                     return
             try:
@@ -283,16 +190,16 @@ class WeightPusher:
             waiting = [engine for engine in waiting if engine.is_up]
             await self._form_sets(waiting, self._lose)
 
-    async def _lend_memory(self) -> None:
-        """Let the engines that sleep have the memory of the trainer's weights, where they may."""
+    async def _offload_trainer(self) -> None:
+        """Let the trainer offload its weights, where the engines are to compute in their memory."""
         if self.prober is not None:
             await self.prober.prepare()
-        if self.lends:
-            await self.links.trainer.call(ModelOperations.yield_memory, parameters=True)
+        if self.offloads:
+            await self.links.trainer.call(ModelOperations.free_memory, parameters=True)
 
     async def _form_sets(self, engines: Sequence[Engine], on_lost: OnLost) -> None:
         # Engines that sleep, for the trainer's sake, must not compute before they are awake.
-        resume = self.fleet.awake.is_set() and not self.lends
+        resume = self.fleet.awake.is_set() and not self.offloads
         await self.links.form_sets(engines, on_lost, resume=resume)
 
     @property
@@ -311,24 +218,24 @@ class WeightPusher:
 
     async def _push_to_new(self, engine: Engine) -> None:
         await self._form_sets([engine], _raise_error)
-        if self.links.colocated and not self.lends:
+        if self.links.colocated and not self.offloads:
             # What its cache takes is needed for the weights in transit.
             async with raise_dead_after(engine, self._timeout_seconds):
                 await engine.client.sleep()
         # The others' last number: the pushes to an engine are numbered without gaps.
         with self.links.reporting_deaths():
             await self.links.send(self._push_number, [engine], _raise_error)
-        await self._lend_memory()
+        await self._offload_trainer()
         await self._swap_new(engine)
         if self.prober is not None:
             await self.prober.check(self._push_number, [engine], _raise_error)
 
     async def _swap_new(self, engine: Engine) -> None:
-        assert self._version is not None, "no push has been made"
+        assert self._policy_version is not None, "no push has been made"
         # An engine outside the fleet has no watchdog, and the next push waits for it.
         asleep = self.links.colocated  # since `_push_to_new`
         async with raise_dead_after(engine, self._timeout_seconds):
-            for call in swap_calls(self._update_info(), self._version, asleep=asleep):
+            for call in swap_calls(self._update_info(), self._policy_version, asleep=asleep):
                 await call(engine.client)
 
     def _update_info(self) -> dict[str, Any]:

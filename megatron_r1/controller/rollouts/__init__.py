@@ -1,8 +1,8 @@
-"""One rollout, from its questions to its record.
+"""One rollout, from its prompts to its record.
 
-- `step_sampler`: draws a step's questions and has them sampled, some steps ahead.
+- `step_sampler`: draws a step's prompts and has them sampled, some steps ahead.
 - `collector`: has responses sampled, graded, scored by a teacher, and grouped.
 - `players`: finds who plays an episode.
 - `rollout`: groups and graded responses, and the grader.
-- `metrics`, `sample_log`: what is kept of them.
-- `heldout`: answers held-out questions."""
+- `metrics`, `sample_log` with `group_records`: what is kept of them.
+- `heldout`: answers held-out prompts."""

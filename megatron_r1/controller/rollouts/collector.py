@@ -17,6 +17,7 @@ from typing import Literal, get_args
 from r1_grading import RewardPool
 
 from megatron_r1.config import RewardsConfig
+from megatron_r1.controller.rollouts.group_records import SamplingRecord
 from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.controller.rollouts.rollout import (
     GradedResponse,
@@ -58,6 +59,7 @@ class InFlightGroup:
         self._tracker.num_tokens += sum(len(response.token_ids) for response in responses)
 
     def grading_done(self) -> None:
+        """Enter the phase in which the group waits for scores and its end."""
         self._enter("scoring")
 
     def _enter(self, phase: Phase) -> None:
@@ -98,6 +100,7 @@ class InFlight:
         return min(groups, key=lambda group: group.since, default=None)
 
     def count(self, phase: Phase) -> int:
+        """Return the number of groups in a phase."""
         return sum(group.phase == phase for group in self.groups)
 
 
@@ -162,12 +165,12 @@ class RolloutCollector:
         for prompt, at in zip(prompts, positions, strict=True):
             # An episode that failed is played again; a response can be graded again.
             only_final = self.player is not None
-            recalled = log.recall(at, prompt, only_final) if log else None
-            if recalled:
-                prompt_ids = recalled.prompt_ids
+            replayed = log.replay(at, prompt, only_final) if log else None
+            if replayed:
+                prompt_ids = replayed.prompt_ids
             else:
                 prompt_ids = self.text.encode(prompt.question, prompt.before)
-            begun.append((at, prompt, prompt_ids, recalled))
+            begun.append((at, prompt, prompt_ids, replayed))
             await asyncio.sleep(0)  # hundreds at once would block the event loop
         try:
             # Together: the fleet orders what arrives in one turn of the event loop.
@@ -193,6 +196,7 @@ class RolloutCollector:
             await self.player.check(prompts)
 
     async def close(self) -> None:
+        """Close the player of episodes, if there is one."""
         if self.player is not None:
             await self.player.close()
 
@@ -207,17 +211,17 @@ class RolloutCollector:
         position: int,
         prompt: Prompt,
         prompt_ids: list[int],
-        recalled: Group | None,
+        replayed: Group | None,
     ) -> Group:
-        """Sample a group, or take the one that the log recalled; grade it, while the teacher scores
+        """Sample a group, or take the one that the log replayed; grade it, while the teacher scores
         it."""
         sampling, log = running.sampling, running.log
-        if log and recalled and log.is_final(recalled):
-            return recalled
+        if log and replayed and log.is_final(replayed):
+            return replayed
         with self.in_flight.group(prompt) as tracked:
             played: list[Played] = []
-            if recalled:
-                responses = [graded.response for graded in recalled.responses]
+            if replayed:
+                responses = [graded.response for graded in replayed.responses]
             elif self.player is None:
                 responses = await self._generate(prompt, prompt_ids, sampling)
             else:
@@ -236,8 +240,19 @@ class RolloutCollector:
             ]
         group = Group(prompt, prompt_ids, graded)
         if log:
-            log.keep(position, group)
+            log.keep(position, group, self._sampling_record(sampling))
         return group
+
+    def _sampling_record(self, sampling: RolloutSampling) -> SamplingRecord:
+        return SamplingRecord(
+            sampling.temperature,
+            sampling.top_p,
+            sampling.max_response_tokens,
+            tuple(self.text.stop_token_ids),
+            sampling.stop,
+            sampling.top_k,
+            sampling.min_p,
+        )
 
     async def _generate(
         self,
@@ -248,8 +263,8 @@ class RolloutCollector:
     ) -> list[Response]:
         responses = await self.fleet.generate(
             token_ids,
-            n=sampling.num_samples,
-            max_tokens=sampling.max_tokens,
+            n=sampling.group_size,
+            max_tokens=sampling.max_response_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -277,12 +292,12 @@ class RolloutCollector:
             affinity = Affinity(origin=group)
 
             async def answer(token_ids: Sequence[int], max_tokens: int) -> Response:
-                one = replace(sampling, num_samples=1, max_tokens=max_tokens)
+                one = replace(sampling, group_size=1, max_response_tokens=max_tokens)
                 return (await self._generate(prompt, token_ids, one, affinity))[0]
 
             return answer
 
-        count, limit = sampling.num_samples, sampling.max_tokens
+        count, limit = sampling.group_size, sampling.max_response_tokens
         played = await asyncio.gather(*(player.play(prompt, policy(), limit) for _ in range(count)))
         self.fleet.members.require_usable()
         return played
@@ -294,7 +309,7 @@ class RolloutCollector:
         responses: list[Response],
         played: list[Played],
     ) -> list[GradedResponse]:
-        weights = running.sampling.weights
+        weights = running.sampling.reward_weights
         if played:
             graded = await self.grader.grade_episodes(tracked.prompt, played, weights)
         else:

@@ -16,8 +16,7 @@ from megatron_r1.controller.rollouts.metrics import episode_metrics, sample_reco
 from megatron_r1.controller.rollouts.rollout import Group, RolloutSampling, all_responses
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.measures import Estimate, estimate
-from megatron_r1.evaluation.pair_measures import length_difference, win_rates
+from megatron_r1.evaluation.measures import Estimate, estimate, length_difference, win_rates
 from megatron_r1.evaluation.voting import expects_number, majority_score
 
 
@@ -73,27 +72,35 @@ async def evaluate(
     sampling: RolloutSampling,
     rewards: RewardsConfig,
 ) -> tuple[dict[str, float], list[Group]]:
-    """Sample `sampling.num_samples` = N responses to every prompt; return metrics and groups.
+    """Sample `sampling.group_size` = N responses to every prompt; return metrics and groups.
 
     eval/pass@1: mean accuracy over all samples (DeepSeek-R1, arXiv 2501.12948, section 3);
     eval/cons@N: share of prompts whose majority answer is right (`voting.majority_score`);
     eval/questions: prompts with a graded response;
     eval/TERM: mean of each other reward that is measured, such as format and language;
     eval/win_rate, eval/lc_win_rate: of questions of kind judge, where the judge compares
-    (`evaluation.pair_measures`);
+    (`evaluation.measures`);
     eval/ungraded: share of the responses whose accuracy could not be graded. Ungraded responses
     are excluded from all means; a prompt without graded responses is skipped.
     interval/…/low, /high: their 95% intervals (`measures.estimate`).
 
-    Raises UserError and RunError as `rollout.check_grades`."""
+    Args:
+        collector: samples and grades the responses.
+        prompts: the held-out questions.
+        sampling: N, the length limit and the temperature.
+        rewards: the section `rewards`.
+
+    Raises:
+        UserError: one reward failed on every response.
+        RunError: too large a share of the responses could not be graded."""
     rollout = await collector.collect(prompts, sampling)
     collector.check_grades(rollout.groups)
-    estimates = await _estimates(collector, rollout.groups, sampling.num_samples, rewards)
+    estimates = await _estimates(collector, rollout.groups, sampling.group_size, rewards)
     responses = all_responses(rollout.groups)
     metrics = {
         **{f"eval/{name}": score.value for name, score in estimates.items()},
         "eval/questions": sum(
-            any(ACCURACY not in each.ungraded for each in group.responses)
+            any(ACCURACY not in each.ungraded_terms for each in group.responses)
             for group in rollout.groups
         ),
         "eval/response_length": fmean(len(each.response.token_ids) for each in responses),
@@ -106,7 +113,7 @@ async def evaluate(
         for name, value in episodes.items()
         if name in shown or ("status" in name and value)
     }
-    if any(ungraded := [ACCURACY in each.ungraded for each in responses]):
+    if any(ungraded := [ACCURACY in each.ungraded_terms for each in responses]):
         metrics["eval/ungraded"] = fmean(ungraded)
     for name, score in estimates.items():
         if score.low is not None and score.high is not None:  # a single prompt has no interval
@@ -121,7 +128,7 @@ async def _estimates(
     votes, means, opened = [], defaultdict(list), collector.text.opens_thought
     for group in groups:
         for term in group.responses[0].rewards:
-            graded = [each for each in group.responses if term not in each.ungraded]
+            graded = [each for each in group.responses if term not in each.ungraded_terms]
             scores = [each.rewards[term] for each in graded]
             if scores:
                 means[term].append(fmean(scores))
@@ -151,5 +158,5 @@ def _compared(group: Group, opened: bool, part: Part) -> list[tuple[float, int]]
     return [
         (each.rewards[ACCURACY], length_difference(each.text, opened, reference, part))
         for each in group.responses
-        if ACCURACY not in each.ungraded
+        if ACCURACY not in each.ungraded_terms
     ]

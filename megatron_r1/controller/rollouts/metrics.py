@@ -12,7 +12,7 @@ from megatron_r1.engines.server.episodes import STATUSES, Episode
 
 
 @timeline.timed("controller/metrics")
-def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, policy_version: int) -> dict[str, float]:
     """Return means over the responses of a rollout, the groups passed over included.
 
     Reward means are over graded responses, and rewards/ungraded is the share of the others.
@@ -21,7 +21,7 @@ def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
 
     Args:
         rollout: the groups of a step.
-        version: the version of the policy that trains on it."""
+        policy_version: the version of the policy that trains on it."""
     groups = rollout.groups + rollout.passed_over
     responses = all_responses(groups)
     rewards = [graded.reward for graded in responses if graded.is_graded] or [0.0]
@@ -30,7 +30,7 @@ def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
         int(np.asarray(graded.response.policy_versions).sum(dtype=np.int64)) for graded in responses
     )
     means = {
-        term: fmean([r.rewards[term] for r in responses if term not in r.ungraded] or [0.0])
+        term: fmean([r.rewards[term] for r in responses if term not in r.ungraded_terms] or [0.0])
         for term in responses[0].rewards
     }
     return {
@@ -44,8 +44,8 @@ def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
         "truncated": fmean(graded.truncated for graded in responses),
         "groups/zero_variance": fmean(group.has_equal_rewards for group in groups),
         "groups/passed_over": len(rollout.passed_over),
-        "policy_version": version,
-        "staleness": version - versions / sum(lengths) if any(lengths) else 0.0,
+        "policy_version": policy_version,
+        "staleness": policy_version - versions / sum(lengths) if any(lengths) else 0.0,
         "response_tokens": sum(lengths),
         **episode_metrics([graded.episode for graded in responses if graded.episode]),
     }
@@ -89,8 +89,14 @@ def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
 def sample_records(
     groups: list[Group], step: int, split: str, limit: int | None
 ) -> list[dict[str, Any]]:
-    """Return lines for samples.jsonl: `limit` responses, the first of every group before the second
-    of any, or, with None, every response of all groups."""
+    """Return lines for samples.jsonl: the first response of every group before the second of any,
+    or, without a limit, every response of all groups.
+
+    Args:
+        groups: the graded responses of each prompt.
+        step: the training step, from 1.
+        split: the split of the prompts, as it is recorded.
+        limit: the most lines; None: no limit."""
     responses = [
         (place, group, graded) for group in groups for place, graded in enumerate(group.responses)
     ]

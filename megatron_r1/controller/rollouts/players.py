@@ -6,12 +6,11 @@ Only a run whose recipe names one (`config.rollout.players`) imports this module
 
 import sys
 
-from megatron_r1.agents.agent_runs import Run, find_harness
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment import check_parameters
 from megatron_r1.agents.environment_pool import Environments, describe
 from megatron_r1.agents.gateway import Gateway
-from megatron_r1.agents.harness import HarnessPlayer
+from megatron_r1.agents.harness import HarnessPlayer, Run, find_harness
 from megatron_r1.agents.parsing import find_parser
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.verifiers import VerifiersHarness
@@ -19,7 +18,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.server.episodes import Player
-from megatron_r1.engines.server.from_recipe import context_length
+from megatron_r1.engines.server.from_recipe import max_model_len
 
 ANY_TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"type": "object"}}}
 """Stands for the tools of an agent, which are known only when it runs."""
@@ -91,11 +90,11 @@ def check_player(config: Config, text: PromptText) -> None:
 
 def make_player(config: Config, text: PromptText) -> Player:
     """Return the player of the run's episodes; the recipe names one."""
-    agents, room, rollout = config.agents, context_length(config), config.rollout
+    agents, rollout, longest = config.agents, config.rollout, max_model_len(config)
     tokenizer = text.tokenizer.name_or_path
     if agents.environment:
         environments = Environments(agents, describe(agents.environment))
-        return EpisodePlayer(text, environments, agents, room)
+        return EpisodePlayer(text, environments, agents, longest)
     run: Run = VerifiersHarness(agents.verifiers, tokenizer)
     if agents.harness:
         run = find_harness(agents)
@@ -109,7 +108,7 @@ def make_player(config: Config, text: PromptText) -> Player:
         run,
         max_turns=agents.max_turns,
         timeout_seconds=agents.timeout_seconds,
-        room=room,
+        max_model_len=longest,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
     )

@@ -1,4 +1,5 @@
-"""A rollout: P groups, one per prompt, of G graded responses each."""
+"""A rollout: P groups, one per prompt, of G graded responses each; and the same as the trainer's
+samples: one a response, or one a branch of an episode."""
 
 from __future__ import annotations
 
@@ -7,14 +8,17 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from r1_grading.terms import ACCURACY, DEFAULT_WEIGHTS, are_equal
 
 from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.processes import timeline
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.server.episodes import Episode
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.models.experts import RoutingShape
+from megatron_r1.trainer.training_sample import Sample
 
 
 @dataclass(frozen=True)
@@ -22,23 +26,23 @@ class RolloutSampling:
     """Settings of the sampling of a rollout.
 
     Attributes:
-        num_samples: G, responses per prompt.
+        group_size: G, responses per prompt.
         top_k: the most tokens of a draw, or None.
         min_p: the least probability of a token, as a share of the likeliest one's.
         sampling_mask: whether the engine returns the tokens that these and top_p kept.
-        max_tokens: the longest response.
+        max_response_tokens: the longest response.
         step: the training step, from 1.
-        weights: the weight of each term in the reward (`r1_grading.terms`).
+        reward_weights: the weight of each term in the reward (`r1_grading.terms`).
         routing: shape of the experts' indices to return with each token, or None for none.
         with_teacher: whether the teacher scores every token.
         stop: strings that end a response with the token that completes one."""
 
-    num_samples: int
+    group_size: int
     temperature: float
     top_p: float
-    max_tokens: int
+    max_response_tokens: int
     step: int = 1
-    weights: Mapping[str, float] = field(default_factory=lambda: DEFAULT_WEIGHTS)
+    reward_weights: Mapping[str, float] = field(default_factory=lambda: DEFAULT_WEIGHTS)
     routing: RoutingShape | None = None
     with_teacher: bool = False
     stop: tuple[str, ...] = ()
@@ -55,7 +59,7 @@ class GradedResponse:
         text: the decoded response.
         rewards: each term alone.
         reward: their weighted sum, 0 and without meaning where `is_graded` is False.
-        ungraded: terms whose grader failed.
+        ungraded_terms: terms whose grader failed.
         teacher_logprobs: float32, of each token at temperature 1; None where no teacher scored it.
         episode: None for a single turn; else `response` holds the sampled tokens of all its turns,
             `text` is its last answer."""
@@ -65,13 +69,14 @@ class GradedResponse:
     rewards: dict[str, float]
     reward: float
     reason: str
-    ungraded: tuple[str, ...] = ()
+    ungraded_terms: tuple[str, ...] = ()
     is_graded: bool = True
     teacher_logprobs: array[float] | None = None
     episode: Episode | None = None
 
     @property
     def truncated(self) -> bool:
+        """Whether the response ended at the limit of tokens."""
         return self.response.finish_reason == "length"
 
 
@@ -122,7 +127,7 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
     if not responses:
         return
     faults = Counter(r.episode.status for r in responses if r.episode and not r.episode.has_reward)
-    broken = set.intersection(*(set(graded.ungraded) for graded in responses))
+    broken = set.intersection(*(set(graded.ungraded_terms) for graded in responses))
     if broken and not faults:
         term = min(broken)
         names = {group.prompt.kind for group in groups} if term == ACCURACY else {term}
@@ -144,3 +149,42 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
             f"the {'environment' if faults else 'reward'} or raise that setting; the same command "
             "continues"
         )
+
+
+@timeline.timed("controller/samples")
+def training_samples(groups: list[Group], advantages: list[list[float]]) -> list[list[Sample]]:
+    """Return the trainer's samples of every response, in the groups' order: one with the response's
+    advantage, or, of an episode of several turns, one for each of its branches. A response of no
+    token, which has nothing to learn, is not trained on (advantage NaN)."""
+    return [
+        _samples(group.prompt_ids, graded, advantage)
+        for group, group_advantages in zip(groups, advantages, strict=True)
+        for graded, advantage in zip(group.responses, group_advantages, strict=True)
+    ]
+
+
+def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) -> list[Sample]:
+    response, scores = graded.response, graded.teacher_logprobs
+    branches = graded.episode.branches if graded.episode else []
+    if not branches:  # a single turn, or an episode in which nothing was sampled
+        sampled = prompt_ids, response.token_ids, response.logprobs
+        advantage = advantage if len(response.token_ids) else math.nan
+        kept = response.sampling_mask
+        return [Sample.pack(*sampled, advantage, response.routing, scores, sampling_mask=kept)]
+    counts = [branch.is_sampled.count(1) for branch in branches]
+    return [
+        Sample.pack_branch(
+            branch.token_ids,
+            branch.is_sampled,
+            branch.logprobs,
+            advantage,
+            weight=count / sum(counts),
+            num_responses=int(number == 0),
+            routing=branch.routing,
+            sampling_mask=branch.sampling_mask,
+            teacher=None if scores is None else scores[end - count : end],
+        )
+        for number, (branch, count, end) in enumerate(
+            zip(branches, counts, accumulate(counts), strict=True)
+        )
+    ]

@@ -24,7 +24,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server import gpu
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.models.experts import routing_shape
 
 T = TypeVar("T")
 
@@ -35,11 +35,11 @@ class StepRollout:
 
     Attributes:
         prompts_after: state of the prompt sampler after the step's prompts.
-        num_recalled: groups that came from the sample log."""
+        num_replayed: groups that came from the sample log."""
 
     rollout: Rollout
     prompts_after: dict[str, Any]
-    num_recalled: int = 0
+    num_replayed: int = 0
 
 
 class StepSampler:
@@ -81,31 +81,33 @@ class StepSampler:
     def begin(self, step: int) -> None:
         """Start the rollout of `step`, unless it was started ahead."""
         assert self._stream is not None, "start() comes first"
-        self._stream.pushed(step - 1)
+        self._stream.start_after(step - 1)
 
     async def rollout(self, step: int) -> StepRollout:
         """Return the rollout of `step`, after `begin`; those of later steps continue as far as
         `rl.staleness` allows. Colocated engines then sleep until the next push."""
         assert self._stream is not None, "start() comes first"
-        taken = await self._stream.take(step)
+        rollout = await self._stream.get(step)
         if self.config.rollout.colocated:
             await self.collector.fleet.sleep()
-        return taken
+        return rollout
 
-    def pushed(self, version: int) -> None:
-        """Start the rollouts that may be sampled ahead from policy `version`. Their samples are
-        not written down until `probes_passed`."""
+    def start_ahead(self, policy_version: int) -> None:
+        """Start the rollouts that may be sampled ahead from `policy_version`. Their samples are not
+        written down until `probes_passed`."""
         if self.log:
             self.log.hold_back()
         if self._stream is not None and self.config.rl.staleness:
-            self._stream.pushed(version)
+            self._stream.start_after(policy_version)
 
     def probes_passed(self) -> None:
-        """Write down what was sampled since `pushed`: the engines compute what the trainer does."""
+        """Write down what was sampled since `start_ahead`: the engines compute what the trainer
+        does."""
         if self.log:
             self.log.write_held()
 
     async def close(self) -> None:
+        """Cancel what is still sampled for later steps."""
         if self._stream is not None:
             await self._stream.close()
 
@@ -114,15 +116,15 @@ class StepSampler:
         config = self.config.at(step)
         rl, rollout = config.rl, config.rollout
         sampling = RolloutSampling(
-            num_samples=rl.group_size,
+            group_size=rl.group_size,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             min_p=rollout.min_p,
             sampling_mask=rollout.is_cut,
-            max_tokens=rollout.max_response_tokens,
+            max_response_tokens=rollout.max_response_tokens,
             step=step,
-            weights=weights_at(config.rewards.weights, step),
+            reward_weights=weights_at(config.rewards.weights, step),
             routing=self._routing,
             with_teacher=self.collector.teacher is not None,
             stop=tuple(rollout.stop),
@@ -146,7 +148,7 @@ class StepSampler:
         if log is None:
             return StepRollout(collected, prompts_after)
         await log.accept()
-        return StepRollout(collected, prompts_after, log.num_recalled)
+        return StepRollout(collected, prompts_after, log.num_replayed)
 
 
 class RolloutStream(Generic[T]):
@@ -177,17 +179,17 @@ class RolloutStream(Generic[T]):
         self._next = first
         self._tasks: dict[int, asyncio.Task[T]] = {}
 
-    def pushed(self, version: int) -> None:
-        """Start the rollouts that may begin now that the engines hold `version`."""
-        while self._next <= min(self._last, version + 1 + self._staleness):
+    def start_after(self, policy_version: int) -> None:
+        """Start the rollouts that may begin now that the engines hold `policy_version`."""
+        while self._next <= min(self._last, policy_version + 1 + self._staleness):
             before = self._tasks.get(self._next - 1)
             self._tasks[self._next] = asyncio.create_task(self._start(self._next, before))
             self._next += 1
 
-    async def take(self, step: int) -> T:
+    async def get(self, step: int) -> T:
         """Wait for the rollout of `step` and return it; raises what its sampling raised.
 
-        A later rollout that has failed meanwhile raises only when it is taken itself. Raises
+        A later rollout that has failed meanwhile raises only when it is asked for itself. Raises
         ValueError for a rollout that has not begun."""
         if step not in self._tasks:
             raise ValueError(f"the rollout of step {step} has not begun: its policy is not pushed")
@@ -197,7 +199,7 @@ class RolloutStream(Generic[T]):
             del self._tasks[step]
 
     async def close(self) -> None:
-        """Cancel the rollouts that were not taken; the engines abort their requests."""
+        """Cancel the rollouts that were sampled ahead; the engines abort their requests."""
         tasks, self._tasks = list(self._tasks.values()), {}
         for task in tasks:
             task.cancel()
@@ -220,8 +222,8 @@ async def collect_informative(
 
     Where the group is the baseline, a group whose responses all have the same reward has advantage
     0 everywhere. Without such groups the number of samples behind a gradient stays the same while
-    the policy learns. Rewards are compared before `overlong_punishment`, as the paper
-    compares accuracies. An estimator with another baseline (reinforce, reinforce_pp, ppo) would
+    the policy learns. Rewards are compared before `overlong_penalty`, as the paper
+    compares accuracies. An algorithm with another baseline (reinforce, reinforce_pp, ppo) would
     learn from the groups that are passed over.
 
     Each round draws a prompt for every group still missing; equal-reward groups then fill the batch

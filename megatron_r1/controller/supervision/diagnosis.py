@@ -32,7 +32,7 @@ from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.trainer.operations import RankStatus
 
@@ -54,6 +54,7 @@ class RunHandles:
 
     @property
     def folder(self) -> Path:
+        """The run's folder."""
         return self.recorder.folder.path
 
     @property
@@ -81,7 +82,7 @@ class RunHandles:
                 (in_flight.num_started, in_flight.num_sampled),
                 (in_flight.num_finished, in_flight.num_scored),
                 self.num_engine_tokens,
-                (fleet.version, fleet.num_restarts, tuple(e.is_up for e in fleet.engines)),
+                (fleet.policy_version, fleet.num_restarts, tuple(e.is_up for e in fleet.engines)),
                 tuple(self.rollouts.pool.snapshot().items()),
             )
         return parts
@@ -211,11 +212,15 @@ def _ranks(ranks: list[int], most: int = 16) -> str:
 
 async def _inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> RoleFinding:
     """Inspect the engines that sample. The headline has the open groups, since when, and the stuck
-    engines. pushing: whether a weight push is in progress."""
+    engines.
+
+    Args:
+        rollouts: the collector, which knows the open groups.
+        pushing: whether a weight push is in progress."""
     fleet, in_flight = rollouts.fleet, rollouts.in_flight
     headline = _open_groups(in_flight, "sampling")
     if pushing:
-        headline = f"given weights after version {fleet.version}"
+        headline = f"given weights after version {fleet.policy_version}"
     return await _inspect(fleet, "engines", headline, in_flight.oldest("sampling"))
 
 

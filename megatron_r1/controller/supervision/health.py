@@ -61,7 +61,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
             "up": len(fleet.engines) - engines_down,
             "down": engines_down,
             "restarts": fleet.num_restarts,
-            "policy_version": fleet.version,
+            "policy_version": fleet.policy_version,
             "sequences": {engine.name: engine.num_running for engine in fleet.engines},
         }
         facts["groups"] = {phase: in_flight.count(phase) for phase in PHASES}
@@ -166,7 +166,7 @@ def _of_the_rollouts(rollouts: RolloutCollector) -> Iterator[Metric]:
     yield _gauges("engine_sequences", "sequences that the engine is generating", "engine", running)
     yield _counter("engine_restarts", "restarts of engines that died or hung", fleet.num_restarts)
     yield _gauge(
-        "engines_policy_version", "version of the weights that engines have", fleet.version
+        "engines_policy_version", "version of the weights that engines have", fleet.policy_version
     )
     yield _counter("samples", "responses received", in_flight.num_responses)
     yield _counter("tokens", "tokens of these responses", in_flight.num_tokens)

@@ -13,6 +13,7 @@ from megatron_r1.controller.supervision.diagnosis import RunHandles
 from megatron_r1.controller.supervision.health import HealthServer
 from megatron_r1.controller.supervision.watchdog import Watchdog
 from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.engines.server.responses import EngineError
 
 
 class Supervisor:
@@ -75,13 +76,26 @@ class Supervisor:
                 raise loss
             count = f"restart {trainer.num_restarts + 1} of at most {most}"
             recorder.view.message(f"{loss}\nstarting the trainer ranks again, {count}")
-            trainer.kill()
+            await asyncio.to_thread(trainer.kill)
+            await self._free_gpus()
             recorder.go_back()
             recorder.view.phase("restarting trainer", f"to go on after step {recorder.state.step}")
             try:
                 return await trainer.restart()
             except TrainerLost as again:
                 loss = again
+
+    async def _free_gpus(self) -> None:
+        """Let engines on the trainer's GPUs sleep. Its ranks have been killed before: vLLM's sleep
+        fails where a rank allocates meanwhile, because it compares how much of the GPU is free
+        before and after (v1/worker/gpu_worker.py)."""
+        rollouts = self._run.rollouts
+        if rollouts is None or not self._run.config.rollout.colocated:
+            return
+        try:
+            await rollouts.fleet.sleep()
+        except EngineError as error:
+            self._run.recorder.view.message(f"engines did not free their memory: {error}")
 
     async def _watch(self, block: asyncio.Task[Any], failures: list[Exception]) -> None:
         """Watch until cancelled. Where the run must stop, cancels `block` and appends why."""

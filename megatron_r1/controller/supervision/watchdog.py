@@ -50,6 +50,7 @@ class Watchdog:
 
     @property
     def is_stalled(self) -> bool:
+        """Whether there was no progress for longer than the present work may take."""
         if not self.hang_seconds:
             return False
         limit = self.hang_seconds

@@ -17,9 +17,9 @@ import msgspec
 import zmq
 
 from megatron_r1.base.errors import TrainerError, TrainerLost, UserError
+from megatron_r1.base.files import allow_open_files
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
-from megatron_r1.base.processes.open_files import allow_open_files
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.trainer_calls.packing import Packing, pack, pack_by_prompt, sample_cost
@@ -30,6 +30,7 @@ from megatron_r1.trainer.operations import (
     STOP,
     Call,
     ModelOperations,
+    ProbingOperations,
     RankDescription,
     Reply,
     needs_parameters,
@@ -103,8 +104,8 @@ class TrainerClient:
         self.waiting: Waiting | None = None
         self.num_replies = 0
         self.num_restarts = 0
-        self.is_lent: Callable[[], bool] = lambda: False
-        """Whether engines may have the memory of the ranks' weights, which are away then
+        self.is_offloaded: Callable[[], bool] = lambda: False
+        """Whether engines may have the memory of the ranks' weights, which are offloaded then
         (`controller.push.pusher`)."""
         self._cost = sample_cost(read_hf_config(config.model.path, config.model.head))
         self._packings: list[Packing] = []
@@ -116,6 +117,7 @@ class TrainerClient:
 
     @property
     def num_parameters(self) -> int:
+        """Parameters of the whole model."""
         return self.ranks[0]["num_parameters"]
 
     @property
@@ -130,6 +132,7 @@ class TrainerClient:
 
     @property
     def data_size(self) -> int:
+        """Model replicas among which the samples are divided."""
         return self.ranks[0]["data_size"]
 
     def launch(self) -> None:
@@ -190,11 +193,18 @@ class TrainerClient:
         learning_rate: float,
         temperature: float = 1.0,
     ) -> dict[str, float]:
-        """Make one optimizer step on mini-batch `index`; return its metrics. Arguments as
-        `Trainer.update`.
+        """Make one optimizer step on mini-batch `index`; return its metrics.
 
-        Raises TrainerError when loss or gradient is not finite: the weights are then lost, and the
-        newest checkpoint is from before this step."""
+        Args:
+            index: number of the loaded mini-batch, from 0.
+            loss: "module:function" of the loss.
+            settings: the settings of a policy loss; None for the others.
+            learning_rate: the learning rate of this step.
+            temperature: the logits are divided by it, as when they were sampled.
+
+        Raises:
+            TrainerError: loss or gradient is not finite: the weights are then lost, and the newest
+                checkpoint is from before this step."""
         metrics = await self.call(
             ModelOperations.update,
             index=index,
@@ -218,7 +228,7 @@ class TrainerClient:
     async def sample_scores(self) -> list[list[float]]:
         """Return a score model's scores of the loaded samples, in the order given to `load`:
         result[mini-batch][sample]."""
-        replies = await self.call_all(ModelOperations.sample_scores)
+        replies = await self.call_all(ProbingOperations.sample_scores)
         result = [[math.nan] * sum(map(len, chain(*p.shares))) for p in self._packings]
         for rank, reply in zip(self.ranks, replies, strict=True):
             for scores, packing, by_microbatch in zip(
@@ -261,13 +271,13 @@ class TrainerClient:
         Args:
             sequences: (prompt_ids, response_ids, logprobs) of each."""
         samples = [Sample.pack(*sequence) for sequence in sequences]
-        return (await self.call(ModelOperations.probe, samples=samples))["probe/mean"]
+        return (await self.call(ProbingOperations.probe, samples=samples))["probe/mean"]
 
     async def prepare_probe(self, texts: Sequence[Sequence[int]]) -> None:
         """Have the trainer compute the log-probabilities of every token of `texts` but the first,
         for `compare_probe`."""
         samples = [Sample.pack(text[:1], text[1:]) for text in texts]
-        await self.call(ModelOperations.prepare_probe, samples=samples)
+        await self.call(ProbingOperations.prepare_probe, samples=samples)
 
     async def compare_probe(
         self, texts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]
@@ -276,7 +286,7 @@ class TrainerClient:
         `prepare_probe`, which had the same texts. The trainer needs no weights for it."""
         scored = zip(texts, logprobs, strict=True)
         samples = [Sample.pack(text[:1], text[1:], scores) for text, scores in scored]
-        return (await self.call(ModelOperations.compare_probe, samples=samples))["probe/mean"]
+        return (await self.call(ProbingOperations.compare_probe, samples=samples))["probe/mean"]
 
     async def restart(self) -> None:
         """Kill the remaining ranks and start all again, with their initial weights; return when
@@ -293,6 +303,7 @@ class TrainerClient:
         self.is_usable = True
 
     async def close(self) -> None:
+        """Ask the ranks to end, wait up to ten seconds, then kill those that are left."""
         if self.ranks and self.processes.are_alive and self.is_usable:
             with contextlib.suppress(TimeoutError, TrainerError):
                 await asyncio.wait_for(self._everywhere(STOP), timeout=10)
@@ -332,7 +343,7 @@ class TrainerClient:
         shares: list[list[Buffer]] | None,
     ) -> list[dict[str, Any]]:
         if needs_parameters(operation):
-            assert not self.is_lent(), f"{operation}: engines compute in the weights' memory"
+            assert not self.is_offloaded(), f"{operation}: engines compute in the weights' memory"
         if not self.ranks:
             raise TrainerLost(f"the ranks are starting again, and cannot be asked for {operation}")
         call = msgspec.msgpack.encode(Call(operation, arguments or {}))

@@ -15,7 +15,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from megatron_r1.base.processes import allocators, children, diagnosis, preloaded
+from megatron_r1.base.processes import children, diagnosis, memory, preloaded
 from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT, protect_server
 from megatron_r1.base.processes.diagnosis import last_lines, log_end
 from megatron_r1.base.processes.preloaded import ForkedProcess
@@ -30,6 +30,8 @@ REMEDY = (
 )
 
 
+ENDING_SECONDS = 5.0
+"""How long a rank may take to end after its connection has closed, on a busy machine."""
 MODULE = "megatron_r1.trainer.rank"
 """What a rank's process runs."""
 
@@ -56,6 +58,7 @@ class RankProcesses:
 
     @property
     def are_ours(self) -> bool:
+        """Whether this controller started the ranks; torchrun or Slurm may have."""
         return bool(self._processes)
 
     @property
@@ -80,7 +83,7 @@ class RankProcesses:
                 **children.rank_variables(rank, num_ranks, port),
                 RANKS_ENVIRONMENT: token,
                 **import_environment(),
-                **(allocators.trainer_allocator(os.environ) if gpu.is_usable() else {}),
+                **(memory.trainer_allocator(os.environ) if gpu.is_usable() else {}),
             }
             self._processes.append(_start([address, settings], self._log(rank), environment))
 
@@ -90,6 +93,7 @@ class RankProcesses:
             children.stop(process, timeout_seconds=5)
 
     def kill(self) -> None:
+        """Kill the ranks that this controller started."""
         for process in self._processes:
             children.kill(process)
 
@@ -118,7 +122,9 @@ class RankProcesses:
             operation: the name of the call that it was in."""
         if rank >= len(self._processes):
             return f"trainer rank {rank} is gone"
-        code, log = self._processes[rank].poll(), self._log(rank)
+        code, log = None, self._log(rank)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._processes[rank].wait(timeout=ENDING_SECONDS)
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
         if code == -signal.SIGKILL:
             how += diagnosis.oom_explanation(self._kills_before, REMEDY)
@@ -128,7 +134,7 @@ class RankProcesses:
                 f" in {operation!r} after it waited for other ranks in {waited}; "
                 f"{diagnosis.timeout_remedy(self._wait_seconds)}"
             )
-        if code is None:  # its connection closed before the process ended
+        if code is None:  # its connection closed, and the process has not ended
             how = "is gone"
         return f"trainer rank {rank} {how}; the end of {log}:\n{last_lines(log)}"
 
@@ -206,6 +212,7 @@ class RankSocket:
         return answers()
 
     def close(self) -> None:
+        """Stop reading and drop what was not sent."""
         if self._reader is not None:
             self._reader.cancel()
         self._socket.close(linger=0)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 
 MEMORY_GROUPS = 64
 """Groups over which the moving averages extend: lengths drift while a policy learns, by far less
@@ -55,7 +55,7 @@ class ExpectedLength:
         self.longest += weight * (longest - self.longest)
 
 
-class LengthEstimator:
+class ExpectedLengths:
     """Estimates response lengths from completed groups."""
 
     def __init__(self) -> None:
@@ -109,9 +109,11 @@ class Affinity:
 
     @property
     def preferred(self) -> Engine | None:
+        """The engine whose cache has most of the conversation; None before any request."""
         return self.origin.engine if self.engine is None and self.origin else self.engine
 
     def assigned(self, engine: Engine) -> None:
+        """Keep the engine that took the request, also for conversations with the same beginning."""
         self.engine = engine
         if self.origin is not None and self.origin.engine is None:
             self.origin.engine = engine
@@ -144,8 +146,8 @@ class Work:
         ends."""
         if not self.expected.num_groups:
             return self.num_sequences * UNKNOWN_SHARE
-        share = self.expected.mean / max(self.expected.longest, 1.0)
-        return max(1.0, self.num_sequences * share)
+        fraction = self.expected.mean / max(self.expected.longest, 1.0)
+        return max(1.0, self.num_sequences * fraction)
 
 
 Priority = tuple[int, bool, float, int]

@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.errors import (
+from megatron_r1.engines.server.responses import (
     ConnectionBroken,
     EngineDied,
     EngineError,
@@ -61,6 +61,7 @@ class Pace:
         self._faults: deque[bool] = deque(maxlen=RECENT_REPLIES)
 
     def add(self, group: ServedGroup) -> None:
+        """Count a served group, and forget those that are too old."""
         self._faults.append(False)
         self._groups.append(group)
         self._forget(group.at)
@@ -162,17 +163,20 @@ class Engine:
 
     @property
     def name(self) -> str:
+        """The name in logs and messages, such as engine-0."""
         return f"{self.role}-{self.index}"
 
-    async def prepare(self, version: int, timeout_seconds: float) -> None:
-        """Wait until the engine answers, then name its weights `version`. Raises EngineError."""
+    async def prepare(self, policy_version: int, timeout_seconds: float) -> None:
+        """Wait until the engine answers, then name its weights `policy_version`.
+
+        Raises EngineError."""
         try:
             await self.server.wait_ready(timeout_seconds)
         except EngineError as error:
             raise EngineError(f"{self.name}: {error}") from error
         self.client.url = self.server.url  # that of a server on another host is known only now
         self.pace = Pace(time.monotonic(), self.pace.window)
-        await self.client.set_version(version)
+        await self.client.set_policy_version(policy_version)
 
     async def end(self) -> None:
         """Stop the engine's processes and fail its calls; harmless if it has ended."""
@@ -213,7 +217,11 @@ class Engine:
     async def unless_lost(self, call: Coroutine[Any, Any, T]) -> T:
         """Return the result of a call that must not be repeated, as `unless_dead`. An engine whose
         connection breaks during a push may hold the old weights or the new ones, or be paused, so
-        it counts as dead."""
+        it counts as dead.
+
+        Raises:
+            EngineDied: the engine died, or its connection broke.
+        """
         try:
             return await self.unless_dead(call)
         except ConnectionBroken as broken:

@@ -44,8 +44,8 @@ from megatron_r1.engines.fleet.host_messages import (
     published_address,
     shared_memory_identity,
 )
-from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.server import EngineServer
 
 REFUSED = (
@@ -128,6 +128,7 @@ class HostLink:
             return probe.getsockname()[0]
 
     def close(self) -> None:
+        """Close the connection to the controller."""
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close()
@@ -151,6 +152,8 @@ class LocalEngine:
     stopping: threading.Thread | None = field(default=None, compare=False)
 
     def report(self) -> EngineReport:
+        """Return the state that the controller hears of: running, stopping or ended with its
+        reason."""
         if self.stopping is not None:
             return EngineReport(self.order.engine, "stopping")
         if self.server is None or not self.server.is_alive():
@@ -202,6 +205,7 @@ class LocalEngines:
                 self._engines[order.engine] = self._start(order, min(slots))
 
     def reports(self) -> list[EngineReport]:
+        """Return the state of every engine of this host."""
         return [engine.report() for engine in self._engines.values()]
 
     def stop(self) -> None:

@@ -45,6 +45,7 @@ class HostRecord:
 
     @property
     def name(self) -> str:
+        """The name that the host gave itself."""
         return self.report.name
 
     @property
@@ -132,9 +133,12 @@ class RemoteEngine:
 
 
 def _choose_hosts(free: dict[HostRecord, int], count: int) -> list[HostRecord]:
-    """Return `count` hosts for an engine, or [] if there are not enough: hosts with the fewest
-    deaths first, and among equals those with the most free slots. free: the free slots of each
-    host."""
+    """Return the hosts for an engine, or [] if there are not enough: hosts with the fewest deaths
+    first, and among equals those with the most free slots.
+
+    Args:
+        free: the free slots of each host.
+        count: how many hosts the engine needs."""
     able = [host for host, slots in free.items() if slots > 0]
     able.sort(key=lambda host: (host.num_deaths, -free[host]))
     return able[:count] if len(able) >= count else []

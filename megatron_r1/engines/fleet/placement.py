@@ -24,7 +24,7 @@ from megatron_r1.engines.fleet.host_pool import HostPool, RemoteEngine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.client import is_healthy
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.server import EngineServer, Server
 
 REMOTE_STOP_SECONDS = 15.0
@@ -51,11 +51,16 @@ class RemoteServer(Server):
 
     @property
     def is_lost(self) -> bool:
+        """Whether the engine, or the host it runs on, was lost."""
         return bool(self.engine.loss)
 
     @property
     def url(self) -> str:
-        """The address, known once the host has started the server (after `wait_ready`)."""
+        """The address, known once the host has started the server (after `wait_ready`).
+
+        Raises:
+            EngineError: no host has started the server.
+        """
         if not self.engine.url:
             raise EngineError("the engine has not been started on any host yet")
         return self.engine.url
@@ -79,6 +84,7 @@ class RemoteServer(Server):
             time.sleep(self.poll_seconds)
 
     def describe_end(self) -> str:
+        """Return how the engine ended, or that it did not."""
         running = "it was stopped" if self._is_stopped else "it is still running"
         return self.engine.describe_end() or running
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from megatron_r1.engines.fleet.dispatch import Members, Work
 from megatron_r1.engines.fleet.engine import Engine, ServedGroup, find_slow
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFault, NoWeights
+from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineFault, NoWeights
 
 T = TypeVar("T")
 OnFailure = Callable[[Engine, EngineDied | EngineFault], None]
@@ -99,7 +99,7 @@ class Replacement:
 
     Attributes:
         tasks: the replacements under way.
-        patience_seconds: how long engines may be silent while they wait for weights."""
+        silence_seconds: how long engines may be silent while they wait for weights."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class Replacement:
             unresponsive_seconds: an engine that has not answered for this time counts as dead."""
         self.members, self.start_replacement = members, start_replacement
         self.max_restarts, self.unresponsive_seconds = max_restarts, unresponsive_seconds
-        self.patience_seconds = 0.0
+        self.silence_seconds = 0.0
         self.num_restarts = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self._watching: list[asyncio.Task[None]] = []
@@ -128,6 +128,7 @@ class Replacement:
         self._watching = [asyncio.create_task(self._watch()), asyncio.create_task(self._probe())]
 
     async def close(self) -> None:
+        """Cancel watching and restarts that are under way."""
         tasks = [*self._watching, *self.tasks]
         self._watching, self.tasks = [], set()
         for task in tasks:
@@ -228,12 +229,12 @@ class Replacement:
         """Find engines that are alive and do nothing, or little."""
         while True:
             await asyncio.sleep(PROBE_SECONDS)
-            seconds = max(self.unresponsive_seconds, self.patience_seconds)
+            seconds = max(self.unresponsive_seconds, self.silence_seconds)
             up = self.members.up
             answers = await asyncio.gather(*(engine.answers(seconds) for engine in up))
             for engine, is_alive in zip(up, answers, strict=True):
                 # A push may have begun since `seconds` was computed.
-                if not is_alive and engine.is_up and seconds >= self.patience_seconds:
+                if not is_alive and engine.is_up and seconds >= self.silence_seconds:
                     reason = EngineDied(f"{engine.name} has not answered for {seconds:g} seconds")
                     with contextlib.suppress(EngineDied):
                         self.replace(engine, reason)

@@ -19,7 +19,7 @@ from megatron_r1.engines.fleet.dispatch import (
     Affinity,
     Dispatcher,
     ExpectedLength,
-    LengthEstimator,
+    ExpectedLengths,
     Members,
     Notify,
     Work,
@@ -27,30 +27,29 @@ from megatron_r1.engines.fleet.dispatch import (
 from megatron_r1.engines.fleet.engine import Engine, MakeServer
 from megatron_r1.engines.fleet.recovery import DRAIN_SECONDS, Replacement, RequestRetries
 from megatron_r1.engines.server.client import EngineClient, UpdateInfo
-from megatron_r1.engines.server.errors import EngineDied, EngineError, PushIncomplete
 from megatron_r1.engines.server.from_recipe import vocab_size
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
-from megatron_r1.engines.server.responses import Response
+from megatron_r1.engines.server.responses import EngineDied, EngineError, PushIncomplete, Response
 from megatron_r1.engines.server.server import EngineServer
 
 EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
 
-def swap_calls(update_info: UpdateInfo, version: int, *, asleep: bool) -> list[EngineCall]:
-    """Return the calls that load a push as `version`, in order; after the last the engine samples.
+def swap_calls(update_info: UpdateInfo, policy_version: int, *, asleep: bool) -> list[EngineCall]:
+    """Return the calls that load a push, in order; after the last the engine samples.
 
     Args:
         update_info: the description of the received push.
-        version: the version of the new weights.
+        policy_version: the version of the new weights.
         asleep: the engine sleeps. An update while the weights sleep kills vLLM, and the memory of
             the KV cache may hold the received weights until they are loaded, so it wakes after
             them.
     """
     if not asleep:
-        return [lambda client: client.swap_weights(update_info, version, resume=True)]
+        return [lambda client: client.swap_weights(update_info, policy_version, resume=True)]
     return [
         lambda client: client.wake("weights"),
-        lambda client: client.swap_weights(update_info, version, resume=False),
+        lambda client: client.swap_weights(update_info, policy_version, resume=False),
         lambda client: client.wake("kv_cache"),
         lambda client: client.resume(),
     ]
@@ -108,7 +107,7 @@ class RolloutFleet:
         self.request_timeout_seconds = request_timeout_seconds
         self.role, self.make_server = role, make_server
         self.server_settings = server_settings
-        self.version = -1
+        self.policy_version = -1
         self.send_weights: SendWeights = contextlib.nullcontext
         """Sends the fleet's weights to an engine that joins (`controller.push.pusher`)."""
         self.awake = asyncio.Event()
@@ -124,7 +123,7 @@ class RolloutFleet:
             unresponsive_seconds,
         )
         self.retries = RequestRetries(self.members, self.replacement.handle)
-        self.lengths = LengthEstimator()
+        self.lengths = ExpectedLengths()
         self._model: Path | None = None
         self._pushing = asyncio.Lock()
         self._starting: set[Engine] = set()
@@ -138,19 +137,21 @@ class RolloutFleet:
 
     @property
     def engines(self) -> list[Engine]:
+        """The engines that are in use now."""
         return self.members.engines
 
     @property
-    def uses_memory(self) -> bool:
+    def engines_use_memory(self) -> bool:
         """Whether an engine has the memory that `sleep` frees."""
         return self.awake.is_set() and any(not engine.is_asleep for engine in self.members.up)
 
     @property
     def num_restarts(self) -> int:
+        """Engines that were replaced since the start."""
         return self.replacement.num_restarts
 
-    async def start(self, model_path: str | os.PathLike[str], version: int = 0) -> None:
-        """Start all engines on the weights in `model_path`, and name these weights `version`.
+    async def start(self, model_path: str | os.PathLike[str], policy_version: int = 0) -> None:
+        """Start all engines on the weights in `model_path`, and name these `policy_version`.
 
         The engines end with the thread that calls this: call it from the main thread. If an engine
         does not start, all are ended, and EngineError is raised."""
@@ -159,11 +160,13 @@ class RolloutFleet:
             for index in range(self.num_engines):
                 self.engines.append(self.launch(index))
             timeout = self.start_timeout_seconds
-            await asyncio.gather(*(engine.prepare(version, timeout) for engine in self.engines))
+            await asyncio.gather(
+                *(engine.prepare(policy_version, timeout) for engine in self.engines)
+            )
         except BaseException:
             await self.close()
             raise
-        self.version = version
+        self.policy_version = policy_version
         self.members.begin()
         self.replacement.begin()
 
@@ -235,46 +238,51 @@ class RolloutFleet:
         )
 
     @contextlib.contextmanager
-    def patient(self, seconds: float) -> Iterator[None]:
+    def allow_silence(self, seconds: float) -> Iterator[None]:
         """Allow engines to be silent for `seconds` inside the block, while they wait for weights,
         before they count as dead."""
-        self.replacement.patience_seconds = seconds
+        self.replacement.silence_seconds = seconds
         try:
             yield
         finally:
-            self.replacement.patience_seconds = 0.0
+            self.replacement.silence_seconds = 0.0
 
-    async def push(self, update_info: UpdateInfo, version: int) -> None:
-        """Let the engines load the weights that they have received; then the fleet holds `version`
-        and is awake.
+    async def push(self, update_info: UpdateInfo, policy_version: int) -> None:
+        """Let the engines load the weights that they have received; then the fleet holds
+        `policy_version` and is awake.
 
         Sequences in flight continue under the new weights; their earlier tokens keep their version.
         An engine that did not receive the weights, or whose connection breaks, is replaced.
 
         Args:
             update_info: what the engines need to find the push.
-            version: number of the new weights.
+            policy_version: number of the new weights.
 
         Raises:
-            ValueError: for a `version` that is not above the current one; engines that sleep have
-                lost that, and may get it again.
+            ValueError: for a `policy_version` that is not above the current one; engines that sleep
+                have lost that, and may get it again.
             EngineError: if an engine refuses the weights, or dies and no restart is left; the fleet
                 is unusable from then on.
         """
         self.members.require_usable()
-        if version < self.version or (version == self.version and self.awake.is_set()):
+        if policy_version < self.policy_version or (
+            policy_version == self.policy_version and self.awake.is_set()
+        ):
             raise ValueError(
-                f"push of version {version}, but the engines hold version {self.version}"
+                f"push of version {policy_version}, but the engines hold version "
+                f"{self.policy_version}"
             )
         async with self._pushing:
             engines = self.members.up
             try:
-                for call in swap_calls(update_info, version, asleep=not self.awake.is_set()):
+                for call in swap_calls(update_info, policy_version, asleep=not self.awake.is_set()):
                     engines = await self._call_engines(engines, call)
             except Exception as error:
-                self.members.fail(EngineError(f"the push of version {version} failed: {error}"))
+                self.members.fail(
+                    EngineError(f"the push of version {policy_version} failed: {error}")
+                )
                 raise
-            self.version = version
+            self.policy_version = policy_version
             self.awake.set()
             for engine in engines:
                 if engine.is_asleep:
@@ -362,6 +370,7 @@ class RolloutFleet:
             secret=own["secret"],
             timeout_seconds=self.request_timeout_seconds,
             vocab_size=vocab_size(self._model),
+            name=f"{self.role}-{index}",
         )
         return Engine(index, server, client, role=self.role)
 
@@ -386,7 +395,7 @@ class RolloutFleet:
                 self.engines.append(engine)
             self._starting.add(engine)
             try:
-                await engine.prepare(self.version, self.start_timeout_seconds)
+                await engine.prepare(self.policy_version, self.start_timeout_seconds)
                 async with self.send_weights(engine) as has_weights:
                     place = instead_of or engine
                     if place not in self.engines:

@@ -54,6 +54,7 @@ class Admission:
         self.expected = f"Bearer {os.environ[SECRET]}".encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Pass an authorized request on; answer 401 to others, 1008 to a websocket."""
         if scope["type"] == "lifespan" or scope["path"] in OPEN or self._is_authorized(scope):
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -83,7 +84,13 @@ async def swap_weights(
     resume: Annotated[bool, Body()] = True,
 ) -> JSONResponse:
     """Swap as `_swap` does. Where the engine's core ends meanwhile, reply so at once: vLLM's call
-    to it never returns then, and its server, which waits for open calls, does not end."""
+    to it never returns then, and its server, which waits for open calls, does not end.
+
+    Args:
+        request: the HTTP request, whose app has the engine.
+        update_info: the fields of a `PushUpdateInfo`, alone or in a list.
+        weight_version: the version that the loaded weights get.
+        resume: whether generation continues after the swap."""
     engine = engine_client(request)
     swap = asyncio.ensure_future(_swap(engine, update_info, weight_version, resume))
     while not swap.done():

@@ -116,6 +116,7 @@ class CheckpointParameter:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes from the first to the last element, gaps of the strides included."""
         steps = zip(self.shape, self.strides, strict=True)
         return self.dtype.itemsize * (1 + sum((size - 1) * stride for size, stride in steps))
 
@@ -137,11 +138,13 @@ class LoaderCopy:
 
     @property
     def height(self) -> int:
+        """Rows of the rectangle."""
         top, bottom, _, _ = self.rectangle
         return bottom - top
 
     @property
     def num_elements(self) -> int:
+        """Elements of the rectangle."""
         _, _, left, right = self.rectangle
         return self.height * (right - left)
 

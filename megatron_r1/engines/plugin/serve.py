@@ -14,8 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from megatron_r1.base.processes import children, timeline
-from megatron_r1.base.processes.allocators import keep_freed_memory
-from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.base.processes.memory import keep_freed_memory, without_garbage_collection
 from megatron_r1.engines.plugin import dump_stacks_on_signal, register
 
 READ_LATE = frozenset(

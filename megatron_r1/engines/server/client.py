@@ -5,27 +5,28 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self, TypeVar
 
 import aiohttp
 import msgspec
 
-from megatron_r1.engines.server.errors import (
-    ConnectionBroken,
-    EngineDied,
-    EngineError,
-    EngineFault,
-    EngineTimeout,
-    PushIncomplete,
-)
 from megatron_r1.engines.server.replies import (
     MEDIA_TYPE,
     parse_responses,
     parse_scores,
     read_responses,
 )
-from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.engines.server.responses import (
+    ConnectionBroken,
+    EngineDied,
+    EngineError,
+    EngineFault,
+    EngineTimeout,
+    PushIncomplete,
+    Response,
+)
+from megatron_r1.models.experts import RoutingShape
 
 BODY_EXCERPT_CHARS = 500
 HEALTH_SECONDS = 5.0
@@ -58,6 +59,7 @@ class EngineClient:
         secret: str = "",
         timeout_seconds: float = 1800.0,
         vocab_size: int | None = None,
+        name: str = "",
     ) -> None:
         """Prepare calls to one engine.
 
@@ -66,8 +68,9 @@ class EngineClient:
             secret: the server's bearer token (`EngineSettings.secret`); empty if the server has
                 none.
             timeout_seconds: the time limit of one call, from sending to the last byte.
-            vocab_size: the size of the model's vocabulary; a token beyond it is a fault."""
-        self.url = url.rstrip("/")
+            vocab_size: the size of the model's vocabulary; a token beyond it is a fault.
+            name: the engine's, which its responses carry."""
+        self.url, self.name = url.rstrip("/"), name
         self.headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self.timeout_seconds, self.vocab_size = timeout_seconds, vocab_size
         self._session: aiohttp.ClientSession | None = None
@@ -80,6 +83,7 @@ class EngineClient:
         await self.close()
 
     async def close(self) -> None:
+        """Close the HTTP session."""
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -154,7 +158,7 @@ class EngineClient:
         responses = await self._exchange("POST", GENERATE, call, read, accept)
         if len(responses) != n:
             raise EngineFault(f"{self.url}: asked for {n} responses, got {len(responses)}")
-        return responses
+        return [replace(response, engine=self.name) for response in responses]
 
     async def score(self, token_ids: Sequence[int], first: int) -> array[float]:
         """Return the log-probability, float32, of each of token_ids[first:] after all tokens before
@@ -186,6 +190,7 @@ class EngineClient:
         await self.request("POST", f"/pause?mode={mode}")
 
     async def resume(self) -> None:
+        """Let the engine go on with the requests that `pause` has held."""
         await self.request("POST", "/resume")
 
     async def init_weight_transfer(
@@ -205,9 +210,9 @@ class EngineClient:
             await self.resume()
 
     async def swap_weights(
-        self, update_info: UpdateInfo, version: int, *, resume: bool = True
+        self, update_info: UpdateInfo, policy_version: int, *, resume: bool = True
     ) -> None:
-        """Pause the engine, load the received weights, name them `version`, and `resume`.
+        """Pause the engine, load the received weights, name them `policy_version`, and `resume`.
 
         A sequence in flight continues under the new weights, with the keys and values of its
         earlier tokens recomputed, so that each token's log-probability is that of the policy
@@ -216,12 +221,16 @@ class EngineClient:
         Raises PushIncomplete, and EngineError for a push that arrived damaged or could not be
         loaded. The engine is then still paused, and must not resume unless none of its weights has
         changed yet."""
-        update = {"update_info": update_info, "weight_version": str(version), "resume": resume}
+        update = {
+            "update_info": update_info,
+            "weight_version": str(policy_version),
+            "resume": resume,
+        }
         await self.request("POST", "/swap_weights", update)
 
-    async def set_version(self, version: int) -> None:
+    async def set_policy_version(self, policy_version: int) -> None:
         """Name the weights that the engine holds already."""
-        await self.request("POST", "/update_weight_version", {"new_version": str(version)})
+        await self.request("POST", "/update_weight_version", {"new_version": str(policy_version)})
 
     async def sleep(self) -> None:
         """Free the GPU's memory: weights and caches are dropped. Nothing may be in flight."""

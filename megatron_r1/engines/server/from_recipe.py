@@ -45,7 +45,7 @@ def speculative_settings(speculative: SpeculativeConfig) -> dict[str, Any] | Non
     return {"method": speculative.method, "num_speculative_tokens": speculative.tokens}
 
 
-def context_length(config: Config) -> int:
+def max_model_len(config: Config) -> int:
     """Return `rollout.max_model_len`, or the model's own limit, in tokens.
 
     The model may be any that vLLM supports, also one that cannot be trained here. Raises UserError

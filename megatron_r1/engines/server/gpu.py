@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 
 DRIVER = "libcuda.so.1"
 
@@ -39,7 +39,15 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
 
 def gpus_of_slot(visible: list[str], num_engines: int, slot: int, key: str) -> dict[str, str]:
     """Return the environment variable that gives one of several engines its equal share of GPUs.
-    Raises EngineError, naming the setting `key` of their number, if they cannot be divided."""
+
+    Args:
+        visible: the GPUs to divide, as in CUDA_VISIBLE_DEVICES.
+        num_engines: the engines that share them.
+        slot: which of these engines, from 0.
+        key: the setting of `num_engines`, for the error.
+
+    Raises:
+        EngineError: the GPUs cannot be divided equally."""
     if not visible or len(visible) % num_engines:
         raise EngineError(
             f"{len(visible)} GPUs ({','.join(visible) or 'none visible'}) cannot be divided among "

@@ -106,8 +106,14 @@ def num_experts(hf: dict) -> int:
 
 
 def _check_speculation(rollout: RolloutConfig, hf: dict) -> None:
-    """Raise UserError for drafts that vLLM cannot make for the model. hf: its `config.json`, of any
-    architecture."""
+    """Check that vLLM can draft for the model.
+
+    Args:
+        rollout: the section `rollout`.
+        hf: the `config.json` of the model, of any architecture.
+
+    Raises:
+        UserError: drafts that vLLM cannot make for the model."""
     method, tokens = rollout.speculative.method, rollout.speculative.tokens
     if method == "suffix" and rollout.placement == "local" and not find_spec("arctic_inference"):
         raise UserError(

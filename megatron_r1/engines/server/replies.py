@@ -29,7 +29,7 @@ from aiohttp import StreamReader
 from megatron_r1.base.errors import RunError
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import sampling_mask
-from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.models.experts import RoutingShape
 
 # What vLLM sends for NaN and -inf (scale_out/token_in_token_out/serving.py, _clamp_logprob).
 LOWEST_LOGPROB = -9999.0
@@ -97,10 +97,10 @@ def parse_responses(
     """Return the responses in vLLM's reply to a generate call.
 
     Args:
-        body: the reply's body.
-        num_prompt_tokens: the tokens of the prompt.
-        routing: the shape of the model's routing, if routed experts are in the reply.
-        vocab_size: the size of the vocabulary; None: unknown.
+        body: the reply's JSON.
+        num_prompt_tokens: tokens of the prompt.
+        routing: the shape of the routed experts; None: they were not asked for.
+        vocab_size: token ids are below it; None: they are not checked.
         is_cut: whether each response needs a sampling mask.
 
     Raises:
@@ -171,7 +171,7 @@ def _checked(
         raise ValueError(f"tokens {ids.min()} to {ids.max()} of {vocab_size}")
     versions = _version_per_token(spans, len(ids))
     reason = finish_reason or "abort"
-    return Response(token_ids, logprobs, versions, reason, routing, mask or b"")
+    return Response(token_ids, logprobs, versions, reason, routing, sampling_mask=mask or b"")
 
 
 def _check_logprobs(token_ids: Sequence[int], logprobs: array[float]) -> None:
@@ -212,8 +212,14 @@ def _moe_rows(rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> np.ndar
     vLLM returns a row for every token that passed through the model: all tokens of prompt and
     response except the last, which was sampled and not fed back. A row covers every decoder layer;
     dense layers are 0 (entrypoints/scale_out/token_in_token_out/protocol.py:407, vLLM 0.32).
-    num_tokens: the tokens of prompt and response. Raises ValueError if `rows` has another shape or
-    impossible experts."""
+
+    Args:
+        rows: vLLM's array, [num_tokens - 1, decoder layers, topk].
+        shape: the sizes of the model's routing.
+        num_tokens: tokens of prompt and response.
+
+    Raises:
+        ValueError: `rows` has another shape or impossible experts."""
     expected = (num_tokens - 1, shape.num_layers, shape.topk)
     if rows.shape != expected:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""A sampled response in compact form, whole or cut at a stop string.
+"""What a request to an engine ends in: a sampled response in compact form, whole or cut at a stop
+string, or an error.
 
 Stop strings cut a response at the token that completes one. An engine has no tokenizer and cannot
 look for strings: it samples on to its end token or limit, and the controller, which decodes the
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_r1.base.errors import RunError
 from megatron_r1.models import sampling_mask
 
 
@@ -31,6 +33,8 @@ class Response:
     routing: bytes | memoryview = b""
     """If requested: indices of the experts that processed prompt and response, without the last
     token; see `replies.decode_routing`. A view of a file where they came as bytes."""
+    engine: str = ""
+    """The name of the engine that sampled it; "" where that is not known, as of several turns."""
     sampling_mask: bytes = b""
     """If requested: the tokens that the sampler kept at each position (`models.sampling_mask`)."""
 
@@ -93,3 +97,46 @@ def first_tokens(
             response.sampling_mask, len(response.token_ids), 0, count
         ),
     )
+
+
+class EngineError(RunError):
+    """An engine did not start, died, refused a call or gave an unusable reply. The message names
+    the engine and, where it helps, its log.
+
+    `status` is the HTTP status if there was a reply."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class EngineDied(EngineError):
+    """The engine's process has ended or hangs: another engine may serve the request."""
+
+    KIND = "core_ended"
+    """"kind" of the reply of a server whose core has ended (`engines.plugin.endpoints`)."""
+
+
+class NoWeights(EngineError):
+    """The trainer's ranks are gone, so that a new engine gets its weights only when they have
+    started again. No fault of the engine's."""
+
+
+class EngineTimeout(EngineError):
+    """No reply within `timeout_seconds`."""
+
+
+class EngineFault(EngineError):
+    """The engine lives, but its reply is unusable: a dropped connection, an internal error, or a
+    malformed response. The request is worth repeating."""
+
+
+class PushIncomplete(EngineFault):
+    """The engine did not get all of a push, and still has the weights before it."""
+
+    KIND = "incomplete_push"
+    """"kind" of the reply (`engines.plugin.endpoints`)."""
+
+
+class ConnectionBroken(EngineFault):
+    """The connection broke before the reply: the engine may or may not have executed the call."""

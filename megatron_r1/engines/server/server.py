@@ -22,7 +22,7 @@ from megatron_r1.base.processes.diagnosis import file_excerpt
 from megatron_r1.base.processes.preloaded import ForkedProcess
 from megatron_r1.base.processes.scratch import Scratch, shared_files
 from megatron_r1.engines.server.client import is_healthy
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.settings import MODULE, EngineSettings, config_arguments
 from megatron_r1.models.hf_config import load_config
 
@@ -92,16 +92,21 @@ class RunningServer(Server):
 
     @property
     def url(self) -> str:
+        """The address that the recipe gives."""
         return self._url
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Do nothing: the server runs."""
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """Do nothing: the server is not ours to stop."""
 
     def is_alive(self) -> bool:
+        """Return True: its requests tell when it is gone."""
         return True
 
     def describe_end(self) -> str:
+        """Return a sentence that says whose server it is."""
         return f"{self.url} was not started here, and does not end here"
 
     def _why_not_ready(self) -> str:
@@ -145,7 +150,11 @@ class EngineServer(Server):
 
     @property
     def url(self) -> str:
-        """The address, known after `start`; empty for a part without the API server."""
+        """The address, known after `start`; empty for a part without the API server.
+
+        Raises:
+            EngineError: the engine has not been started.
+        """
         if self._url is None:
             raise EngineError("the engine has not been started")
         return self._url

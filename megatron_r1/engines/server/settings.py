@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
-from megatron_r1.base.processes import allocators
+from megatron_r1.base.processes import memory
 from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 from megatron_r1.engines.server.vllm_arguments import argument_list
 from megatron_r1.models.hf_config import implied
@@ -139,7 +139,7 @@ class EngineSettings:
     def arguments(self, model: Path) -> list[str]:
         """Return vLLM's arguments, except the port and the arguments of a part."""
         is_cpu = self.device == "cpu"
-        share = None if is_cpu else self.gpu_memory
+        fraction = None if is_cpu else self.gpu_memory
         prefix_caching = not is_cpu if self.return_routing else self.prefix_caching
         return [
             *("--model", str(model), "--served-model-name", "policy", "--host", self.host),
@@ -162,7 +162,7 @@ class EngineSettings:
             *(["--enable-return-routed-experts"] if self.return_routing else []),
             *(["--return-sampling-mask"] if self.return_sampling_mask else []),
             *(["--enable-sleep-mode"] if self.sleeps and not is_cpu else []),
-            *(["--gpu-memory-utilization", f"{share}"] if share else []),
+            *(["--gpu-memory-utilization", f"{fraction}"] if fraction else []),
             *(("--additional-config", '{"plain_matrices": true}') if self.plain_matrices else ()),
             *("--tensor-parallel-size", str(self.tensor)),
             *("--pipeline-parallel-size", str(self.pipeline)),
@@ -193,7 +193,7 @@ class EngineSettings:
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         transport = TRANSPORTS[self.weight_transfer_backend.removeprefix(BACKEND_PREFIX)]
         if self.device != "cpu" and transport.exports_gpu_memory:
-            environment |= allocators.exporting_engine_allocator(os.environ)
+            environment |= memory.exporting_engine_allocator(os.environ)
         if self.part is not None:
             environment |= network_environment(self.host)
         # SECRET also where it is empty: the user's own VLLM_API_KEY is not for our engines.

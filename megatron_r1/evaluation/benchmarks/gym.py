@@ -66,8 +66,13 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 
 def _of_task(task: str, options: Options, exactly: bool) -> Iterator[Question]:
-    """Yield `questions` distinct questions of one task. exactly: raise UserError for a task with
-    fewer; in a suite, such a task gives those it has."""
+    """Yield distinct questions of one task, `questions` of them.
+
+    Args:
+        task: the name of the task.
+        options: the options of the benchmark.
+        exactly: whether a task with fewer questions is an error; in a suite, it gives those it has.
+    """
     parameters, difficulty = dict(options["parameters"]), options["difficulty"]
     if difficulty != "default":
         if difficulty not in DIFFICULTIES:

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from datetime import date, datetime
 from typing import Any
 
-from r1_grading.base.stored_values import load_json
+from r1_grading.base.values import load_json
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.data.records import require_text
+from megatron_r1.data.renamed_rows import require_text
 from megatron_r1.evaluation.benchmarks.base import (
     Benchmark,
     Options,

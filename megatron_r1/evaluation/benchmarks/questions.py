@@ -9,14 +9,14 @@
   every run has the same order.
 - Another model's response: AlpacaEval 2, 805 instructions, each with GPT-4 Turbo's response, to
   which a judge compares the model's (Dubois et al., 2404.04475). The results are win rates
-  (`evaluation.pair_measures`)."""
+  (`evaluation.measures`)."""
 
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.data.records import require_text
+from megatron_r1.data.renamed_rows import require_text
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows, pick_columns
 
 BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."

@@ -140,12 +140,27 @@ def load_megatron(
     """Fill this rank's parameters from the weights in the Megatron checkpoint `path`.
 
     It may have been saved at any layout, with Megatron's own or Transformer Engine's layers; other
-    content (optimizer, reference) is ignored. Arguments and errors are those of `load_hf`."""
+    content (optimizer, reference) is ignored.
+
+    Args:
+        model_chunks: this rank's virtual pipeline stages, bare or wrapped.
+        hf: the model's `config.json`.
+        path: the checkpoint's folder.
+        stored: the configuration of the checkpoint where it is another model, as in `load_hf`.
+
+    Raises:
+        UserError: naming every missing, unexpected or mis-shaped tensor."""
     _load(model_chunks, hf, MegatronWeights(path, stored or hf))
 
 
 def initialize_score(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> None:
-    """Draw the head of a score model from N(0, std^2), the same for every parallel layout."""
+    """Draw the head of a score model from N(0, std^2), the same for every parallel layout.
+
+    Args:
+        model_chunks: this rank's virtual pipeline stages.
+        hf: the model's `config.json`.
+        std: standard deviation of the weights.
+        seed: seed of the generator, together with the tensor's name."""
     with torch.no_grad():
         for parameter, pieces, _ in local_pieces(model_chunks, hf):
             if [piece.hf_name for piece in pieces] == [SCORE]:
@@ -202,7 +217,13 @@ def initialize(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> No
     """Fill this rank's parameters with random weights, the same for every parallel layout.
 
     Matrices are drawn from N(0, std^2), each HF tensor from a generator seeded by `seed` and its
-    name; norms become 1, biases 0. Each tensor is drawn whole, in fp32, one at a time."""
+    name; norms become 1, biases 0. Each tensor is drawn whole, in fp32, one at a time.
+
+    Args:
+        model_chunks: this rank's virtual pipeline stages.
+        hf: the model's `config.json`.
+        std: standard deviation of the matrices.
+        seed: an integer, the same on every rank."""
     shapes = hf_tensors(hf)
     with torch.no_grad():
         for parameter, pieces, _ in local_pieces(model_chunks, hf):

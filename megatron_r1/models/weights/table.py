@@ -111,9 +111,14 @@ def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None 
 def _gated(
     megatron: str, name: str, hidden: int, inner: int, te: tuple[str, str] = ("", "")
 ) -> list[Rule]:
-    """Return the rules of a SwiGLU with `inner` features: gate and up are one Megatron parameter.
+    """Return the rules of a SwiGLU: gate and up are one Megatron parameter.
 
-    te: Transformer Engine's names of both parameters where they differ."""
+    Args:
+        megatron: prefix of Megatron's names.
+        name: prefix of the HF names.
+        hidden: features of the input.
+        inner: features of gate and of up.
+        te: Transformer Engine's names of both parameters where they differ."""
     gate_up = tuple(
         Source(f"{name}.{part}_proj.weight", (inner, hidden)) for part in ("gate", "up")
     )
@@ -203,6 +208,11 @@ class QueryGroups:
     def __call__(
         self, sources: tuple[Source, ...], rank: int, num_ranks: int
     ) -> tuple[Shape, list[Piece]]:
+        """Return the shape of a rank's query, key and value rows, and their pieces.
+
+        Raises:
+            UserError: the ranks neither divide the key and value heads nor are a multiple of them.
+        """
         num_groups = self.num_groups
         if num_groups % num_ranks and num_ranks % num_groups:
             raise UserError(

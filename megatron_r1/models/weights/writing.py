@@ -20,7 +20,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync, make_folder
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights.local import has_mtp, local_pieces, merged
-from megatron_r1.models.weights.stored import hf_folder
+from megatron_r1.models.weights.stored import hf_writing
 from megatron_r1.models.weights.stored.published import StackedPart, stacked_part
 from megatron_r1.models.weights.stored.tensor_files import (
     FilePlan,
@@ -44,21 +44,30 @@ def save_hf(
     *,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write `out_folder`, which transformers and vLLM can load; call on every rank.
+    """Write a Hugging Face folder, which transformers and vLLM can load; call on every rank.
 
-    The configuration and tokenizer files are copied from `source_folder`; all ranks must see both
-    folders. The folder appears complete or not at all (an existing one is replaced). Weights are
-    split into files of at most max_shard_bytes, except for larger single tensors. Raises UserError
-    on every rank when something cannot be written."""
+    The folder appears complete or not at all (an existing one is replaced).
+
+    Args:
+        model_chunks: this rank's virtual pipeline stages, bare or wrapped.
+        hf: the model's `config.json`.
+        source_folder: the folder from which configuration and tokenizer files are copied; all ranks
+            see it.
+        out_folder: the new folder; all ranks see it.
+        dtype: the dtype of the written weights.
+        max_shard_bytes: the largest weight file in bytes, unless a single tensor is larger.
+
+    Raises:
+        UserError: something cannot be written; on every rank."""
     source, with_mtp = Path(source_folder), has_mtp(model_chunks)
-    files = hf_folder.split_into_files(
+    files = hf_writing.split_into_files(
         stored_tensors(hf, dtype, with_mtp=with_mtp), max_shard_bytes
     )
 
     def begin(folder: Path) -> None:
-        hf_folder.carry_files(source, folder)
-        hf_folder.write_config(source, folder, dtype, with_mtp, has_score_head(hf))
-        hf_folder.write_index(folder, files)
+        hf_writing.carry_files(source, folder)
+        hf_writing.write_config(source, folder, dtype, with_mtp, has_score_head(hf))
+        hf_writing.write_index(folder, files)
 
     with new_folder(Path(out_folder), begin) as folder:
         plans = {folder / name: plan_file(content) for name, content in files.items()}

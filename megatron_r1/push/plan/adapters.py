@@ -50,12 +50,14 @@ class PredictedAdapters(PredictedLayout):
         self.table, self._names = rules, adapter_shapes(rules).keys()
 
     def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
+        """Yield the adapted tensors of the coordinate's pipeline stage."""
         layers = self._stage_layers[coordinate.pipeline]
         for tensor in checkpoint_tensors(self.table, {"layers"}, layers, ()):
             if tensor.name in self._names:
                 yield tensor
 
     def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region:
+        """Return the whole tensor: every rank of a stage receives it."""
         return Region.whole(tensor.shape)
 
 

@@ -1,6 +1,6 @@
 """The plan of a push: which trainer rank sends which regions to which engine rank.
 
-Engines are served in *sets* of at most `SET_ENGINES`. Within a set the ranks at one position, one
+Engines get a push in *sets* of at most `SET_ENGINES`. Within a set the ranks at one position, one
 of each engine, need the same bytes. Each engine gets an equal number of these bytes from trainer
 ranks and relays them to the ranks at the same position of the others. So an engine rank has a few
 senders, and a trainer rank sends its slices once per set instead of once per engine. What enters an
@@ -33,7 +33,7 @@ SMALL_SHARE = 0.2
 is already chosen."""
 UNEVEN = 1 / 1024
 """A tensor is cut where an engine has its bytes, unless less than this fraction of them is left on
-either side. An exchange takes as long as for the engine with most bytes."""
+either side. Relays take as long as for the engine with most bytes."""
 
 EngineRank = tuple[int, int, int]
 """(set, member, position): the engine is number `member` of the set."""
@@ -59,6 +59,7 @@ class PlannedLink:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of one push over the link."""
         return sum_bytes(self.regions)
 
 

@@ -65,10 +65,12 @@ class TrainerGrid:
 
     @property
     def expert_model(self) -> int:
+        """Ranks that together hold one copy of a layer's experts."""
         return self.expert_tensor * self.expert
 
     @property
     def stage_ranks(self) -> int:
+        """Ranks of one pipeline stage."""
         return self.world // self.pipeline
 
     def dense_replicas(self, stage: int, tensor: int) -> range:
@@ -132,10 +134,12 @@ class EngineLayout:
 
     @property
     def ranks_per_engine(self) -> int:
+        """Ranks of one engine."""
         return self.tensor * self.data * self.pipeline
 
     @property
     def num_ranks(self) -> int:
+        """Ranks of all engines."""
         return self.engines * self.ranks_per_engine
 
     def coordinate(self, rank: int) -> Coordinate:
@@ -273,7 +277,7 @@ class PredictedLayout:
         """Return the routed experts on a rank of a stage under expert parallelism (FusedMoE, linear
         placement: the first ranks have one more where they do not divide). Copies stand behind all
         experts, from the first (vLLM's `EplbState.build_initial_global_physical_to_logical_map`):
-        there a push puts them, and `engines.plugin.redundant_experts` moves them on."""
+        there a push puts them, and `engines.plugin.backend` moves them on."""
         experts = self.table.num_experts
         physical = experts + self.layout.redundant_experts
         per_rank, rest = divmod(physical, self._num_expert_ranks)
@@ -300,7 +304,8 @@ class Needs(Protocol):
     """What the ranks of one engine need: HF name -> region -> the ranks that need it."""
 
     @property
-    def regions(self) -> Mapping[str, Mapping[Region, Sequence[int]]]: ...
+    def regions(self) -> Mapping[str, Mapping[Region, Sequence[int]]]:
+        """HF name -> region -> the ranks that need it."""
 
 
 class Planner:

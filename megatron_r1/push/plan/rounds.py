@@ -6,9 +6,9 @@ what trainer ranks send enters the engines of each set; then the processes at on
 set's engines relay what has entered each: with n engines every bucket travels to the next engine,
 to the one after it, and so on, n - 1 rounds for a bucket of each, in which all send and receive.
 
-Why no process can wait in a circle. A group ends when its transfers have ended, and a transfer runs
-once the streams of both its processes have come to its round. Suppose that some group never ends,
-and take one of the earliest round in which that happens. All earlier groups of its process end, so
+Why there is no deadlock. A group ends when its transfers have ended, and a transfer runs once
+the streams of both its processes have come to its round. Suppose that some group never ends, and
+take one of the earliest round in which that happens. All earlier groups of its process end, so
 its process comes to it, and it waits for a process that never comes to this round. That process
 stands at a group of an earlier round, which never ends: a contradiction. Whatever else a round
 waits for comes before it: a bucket that is relayed has arrived in an earlier round, and a buffer
@@ -20,7 +20,7 @@ NCCL refuses two ranks on one GPU, and two processes on a GPU compute in turns. 
 the process that receives for the engine rank on its GPU, into memory that both have mapped (CUDA
 IPC); what it holds itself it copies there.
 
-`megatron_r1.push` defines the words."""
+docs/push.md defines the words."""
 
 from __future__ import annotations
 
@@ -128,6 +128,7 @@ class PushOrder:
 
     @property
     def num_processes(self) -> int:
+        """Trainer and engine processes that take part."""
         return len(self.entered)
 
     @property
@@ -137,10 +138,12 @@ class PushOrder:
 
     @cached_property
     def num_entry_rounds(self) -> int:
+        """Rounds in which trainer ranks send to engines."""
         return int(self.entry_rounds.max(initial=NONE)) + 1
 
     @property
     def num_relay_rounds(self) -> int:
+        """Rounds in which engines of a set pass on what they received."""
         rounds = zip(self.positions, self._relayed, strict=True)
         return max(((len(members) - 1) * buckets for members, buckets in rounds), default=0)
 
@@ -243,8 +246,14 @@ def receiving_processes(
     world: int,
     shared: Mapping[EngineRank, int],
 ) -> Receivers:
-    """Return the process that receives for each engine rank: the trainer rank that `shared` has on
-    its GPU, or the engine rank itself, numbered from `world`, the number of trainer ranks."""
+    """Return the process that receives for each engine rank: the trainer rank that shares its GPU,
+    or the engine rank itself, numbered after the trainer ranks.
+
+    Args:
+        sets: engines of each set, by number.
+        ranks_per_engine: positions of an engine.
+        world: trainer ranks.
+        shared: the trainer rank on the GPU of each engine rank that shares one."""
     return [
         [
             [

@@ -33,6 +33,7 @@ class HFTensor:
 
     @property
     def shape(self) -> Shape:
+        """The shape of the whole tensor in the checkpoint."""
         return self.rule.sources[self.source].shape
 
 
@@ -47,11 +48,18 @@ class Region:
 
     @classmethod
     def whole(cls, shape: Shape) -> Region:
+        """Return the region of a whole tensor; a vector is one column."""
         return cls(0, shape[0], 0, shape[1] if len(shape) > 1 else 1)
 
     @classmethod
     def along(cls, shape: Shape, dim: int, start: int, length: int) -> Region:
-        """Return `length` rows (dim 0) or columns (dim 1) from `start` of a tensor of `shape`."""
+        """Return all of a tensor that lies within a range of its rows or of its columns.
+
+        Args:
+            shape: the tensor's, of one or two dimensions.
+            dim: 0 for rows, 1 for columns.
+            start: the first row or column.
+            length: the number of rows or columns."""
         whole = cls.whole(shape)
         if dim == 0:
             return cls(start, start + length, whole.left, whole.right)
@@ -70,6 +78,7 @@ class Region:
 
     @property
     def num_elements(self) -> int:
+        """Elements of the region."""
         return (self.bottom - self.top) * (self.right - self.left)
 
 

@@ -57,7 +57,13 @@ class Arrivals:
         self._changed = threading.Condition()
 
     def rows_arrived(self, sender: Any, push: int, index: int, row: int) -> None:
-        """Report that the rows of deliveries[sender][index] before `row` are in the memory."""
+        """Report that the first rows of a delivery are in the memory.
+
+        Args:
+            sender: the key of the sender in `deliveries`.
+            push: the number of the push.
+            index: which of the sender's deliveries, from 0.
+            row: the number of rows, counted from the delivery's first."""
         self._running_checksum(sender, push, index).update_to(row)
 
     def delivery_arrived(self, sender: Any, push: int, index: int, sent: int) -> None:
@@ -86,6 +92,7 @@ class Arrivals:
 
     @property
     def has_failed(self) -> bool:
+        """Whether a push failed; no later one is accepted."""
         return self._failure is not None
 
     def wait(self, push: int, timeout_seconds: float, senders: Sequence[Any] | None = None) -> None:

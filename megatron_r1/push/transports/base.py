@@ -69,6 +69,7 @@ class Receiver(ABC):
 
     @property
     def is_running(self) -> bool:
+        """Whether any thread of this receiver has not ended."""
         return any(thread.is_alive() for thread in self._threads)
 
     def start_thread(self, function: Callable[..., None], *arguments: object, name: str) -> None:

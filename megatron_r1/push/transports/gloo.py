@@ -6,11 +6,11 @@ its own pairs only. A thread of the engine rank unpacks what comes over each pai
 number and a payload of bytes, in buckets.
 
 The ranks at one position of a set's engines are a group, too. Another thread checks what has
-entered and exchanges it there, a bucket each way at a time. The checksums that a rank relays are
+entered and relays it there, a bucket each way at a time. The checksums that a rank relays are
 the trainer's own.
 
 Within one group all ranks make the same calls in the same order, which follows from the plan, and
-what enters never waits for the exchange. So ranks cannot wait for each other in a circle."""
+what enters never waits for the relays. So ranks cannot deadlock."""
 
 import datetime
 from collections.abc import Iterator
@@ -36,31 +36,34 @@ ENGINE_RANK, TRAINER_RANK = 0, 1
 """The ranks of a pair in its group."""
 CLOSE_SECONDS = 2.0
 """How long `close` waits for the threads that receive, all together."""
-PATIENCE_SECONDS = 2.0
+EXTRA_SECONDS = 2.0
 """How much longer than a push's limit a rank waits for other ranks, so that the rank at fault
 reports first."""
 
 
 class GlooReceiver(PayloadReceiver):
     """An engine rank's end in a set: a thread per trainer rank receives that rank's pushes, and
-    another exchanges them if the set has several engines."""
+    another relays them if the set has several engines."""
 
     def prepare(self) -> None:
+        """Begin without groups; each push makes its own."""
         self._groups: list[dist.ProcessGroup] = []
         self._number = 0
-        """The set's push that this rank exchanges or waits for."""
+        """The set's push that this rank relays or waits for."""
 
     def allocate(self) -> torch.Tensor:
+        """Return host memory for all buffers."""
         return torch.empty(self.num_bytes, dtype=torch.uint8)
 
     def connect(self) -> None:
-        """Begin to receive, and to exchange if the set has several engines."""
+        """Begin to receive, and to relay if the set has several engines."""
         self.sums = torch.zeros(self.num_deliveries, dtype=torch.int64)
         self.start_thread(self._connect_pairs, name="connecting")
         if self.rendezvous.num_members > 1:
-            self.start_thread(self._run_exchange, name="exchange")
+            self.start_thread(self._run_relays, name="relays")
 
     def close(self) -> None:
+        """Abort the groups, leave the push under way and join the threads."""
         self.is_closing = True
         for group in list(self._groups):  # threads that end meanwhile remove theirs
             group.abort()
@@ -120,34 +123,34 @@ class GlooReceiver(PayloadReceiver):
             unpack(*arriving)
         self.check(push, [sender])
 
-    def _run_exchange(self) -> None:
-        """Exchange pushes until one fails; then report the cause, which the push that waits in
+    def _run_relays(self) -> None:
+        """Relay pushes until one fails; then report the cause, which the push that waits in
         this engine raises."""
-        error = self._exchange_pushes()
+        error = self._relay_pushes()
         if self.is_closing or self.arrivals.has_failed:
             return
         # A ValueError is of what enters this rank, another error of a call with other ranks.
         position = [f"{member}/{self.rank}" for member in range(self.rendezvous.num_members)]
         self.give_up(error, None if isinstance(error, ValueError) else position)
 
-    def _exchange_pushes(self) -> Exception:
-        """Exchange push after push until one fails; return the error."""
+    def _relay_pushes(self) -> Exception:
+        """Relay push after push until one fails; return the error."""
         shared: dist.ProcessGroup | None = None
         try:
             member, members = self.rendezvous.member, self.rendezvous.num_members
-            shared = _create_group(self.rendezvous, f"exchange/{self.rank}", member, members)
+            shared = _create_group(self.rendezvous, f"relays/{self.rank}", member, members)
             self._groups.append(shared)
             connection = self.rendezvous.new_connection()
             while True:
                 self._number += 1  # `close` reads it after it has set `is_closing`
                 if self.is_closing:
-                    return RuntimeError("it closes")
+                    return RuntimeError(f"engine rank {self.name} closes")
                 push = self.rendezvous.await_begun(self._number, connection)
                 if not push:
                     return RuntimeError("a rank of the set has closed")
                 if self.senders:
                     self.arrivals.wait(push, self.rendezvous.push_seconds, self.senders)
-                self._exchange_blocks(shared, push)
+                self._relay_buckets(shared, push)
                 self.rendezvous.publish_complete(push)
         except (ValueError, RuntimeError, OSError) as error:
             return error.with_traceback(None)  # the traceback's frames hold the group
@@ -158,8 +161,8 @@ class GlooReceiver(PayloadReceiver):
             if shared is not None:
                 self._groups.remove(shared)
 
-    def _exchange_blocks(self, group: dist.ProcessGroup, push: int) -> None:
-        """Exchange a push, and check it: each bucket of this rank goes to the next engine, to the
+    def _relay_buckets(self, group: dist.ProcessGroup, push: int) -> None:
+        """Relay a push, and check it: each bucket of this rank goes to the next engine, to the
         one after it, and so on, while another comes from the engine as far before; meanwhile the
         last one that came is unpacked.
 
@@ -183,7 +186,7 @@ class GlooReceiver(PayloadReceiver):
                 if arrived:
                     arrived[0].unpack(*arrived[1:])
                 for work in works:
-                    _wait_for(work, self.rendezvous, PATIENCE_SECONDS)
+                    _wait_for(work, self.rendezvous, EXTRA_SECONDS)
                 placed = payloads[source], start, ends[source], received
                 arrived = placed if len(received) else None
         if arrived:
@@ -204,6 +207,7 @@ class GlooSender(Sender):
     """The sending end over gloo: packs a bucket while the one before is on the wire."""
 
     def connect(self) -> None:
+        """Make the group of this rank and the engine's rank."""
         self._group = pair_group(self.rendezvous, self.sender, self.rank, is_sender=True)
 
     def send(self, push: int, slices: Slices) -> None:
@@ -222,6 +226,7 @@ class GlooSender(Sender):
             _wait_for(on_the_wire[0], self.rendezvous)
 
     def close(self) -> None:
+        """Abort the group, which closes its connection."""
         if hasattr(self, "_group"):
             self._group.abort()
             del self._group  # closes the connection
@@ -230,7 +235,13 @@ class GlooSender(Sender):
 def pair_group(
     rendezvous: Rendezvous, sender: int, engine_rank: int, *, is_sender: bool
 ) -> dist.ProcessGroup:
-    """Return the group of trainer rank `sender` and a rank of the rendezvous' engine."""
+    """Return the group of a trainer rank and an engine rank.
+
+    Args:
+        rendezvous: that of the engine in its set.
+        sender: the trainer rank.
+        engine_rank: the rank within the engine.
+        is_sender: whether this process is the trainer rank."""
     name = f"pair/{sender}/{rendezvous.member}/{engine_rank}"
     return _create_group(rendezvous, name, TRAINER_RANK if is_sender else ENGINE_RANK, 2)
 

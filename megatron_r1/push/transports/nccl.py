@@ -3,8 +3,8 @@ rounds that the plan has (`plan.rounds`). The trainer ranks' part is in `round_s
 
 An engine rank with a GPU of its own is a rank of its set's communicator: a thread runs its rounds
 (`nccl_rounds`), checks what has entered before it relays that, and then what others relayed.
-An engine rank on a trainer rank's GPU is in no communicator: it offers its memory through CUDA's
-inter-process handles, the trainer rank writes all of a push there, and behind it the push's number.
+An engine rank on a trainer rank's GPU is in no communicator: it publishes CUDA's inter-process
+handles of its memory, the trainer rank writes all of a push there, and behind it the push's number.
 """
 
 import contextlib
@@ -29,8 +29,9 @@ from megatron_r1.push.transports.shared_memory import share_memory
 
 CLOSE_SECONDS = 5.0
 """How long `close` waits for the thread that receives."""
-LOOK_SECONDS = 0.5
-"""Seconds between two looks of an engine rank whether a push that it is served has failed."""
+CHECK_SECONDS = 0.5
+"""Seconds between two checks whether the push has failed, while the trainer rank on this engine
+rank's GPU writes it."""
 
 
 class NcclReceiver(PayloadReceiver):
@@ -42,6 +43,7 @@ class NcclReceiver(PayloadReceiver):
     is_weighted = True
 
     def prepare(self) -> None:
+        """Find this process's GPU, by whose UUID the plan knows it."""
         # The current device of this thread, vLLM's: in the receiving thread it is GPU 0.
         self._gpu = torch.cuda.current_device()
         self.device = torch.device("cuda", self._gpu)
@@ -50,6 +52,7 @@ class NcclReceiver(PayloadReceiver):
         """The set's push that this rank has or waits for, and the last one in which it answered."""
 
     def allocate(self) -> torch.Tensor:
+        """Return GPU memory for all buffers, or none yet where it is borrowed."""
         if self.borrows_memory:
             return torch.empty(0, dtype=torch.uint8, device=self.device)  # `claim_memory` has it
         with self._memory_error():
@@ -66,6 +69,7 @@ class NcclReceiver(PayloadReceiver):
                 storage.resize_(self.num_bytes)
 
     def free_memory(self) -> None:
+        """Free borrowed memory, views of it included."""
         if self.borrows_memory and hasattr(self, "memory"):
             # Its storage, because views may be left, which would keep it allocated. What they show
             # is not used any more.
@@ -73,11 +77,13 @@ class NcclReceiver(PayloadReceiver):
             torch.cuda.empty_cache()
 
     def connect(self) -> None:
+        """Start the thread that takes part in every round."""
         # Behind the checksums: the number of the last push that is all there.
         self.sums = torch.zeros(self.num_deliveries + 1, dtype=torch.int64, device=self.device)
         self.start_thread(self._receive_pushes, self.rounds, name="push")
 
     def close(self) -> None:
+        """Leave the push under way, join the threads and free borrowed memory."""
         self.is_closing = True
         self.leave(self._number)
         self.join_threads(CLOSE_SECONDS)
@@ -91,7 +97,7 @@ class NcclReceiver(PayloadReceiver):
             streams = PushStreams(self._gpu)
             if rounds is not None:
                 rank, size = rounds.rank, rounds.size
-                communicator = Communicator(self.rendezvous, rank, size, self._look)
+                communicator = Communicator(self.rendezvous, rank, size, self._check_set)
                 communicator.begin()
                 communicator.wait_settled()
                 self._raise_error(communicator)
@@ -109,7 +115,7 @@ class NcclReceiver(PayloadReceiver):
                 except ValueError as error:  # a ValueError of a push is damage
                     raise RuntimeError(str(error)) from error
                 if communicator is None or rounds is None:
-                    self._be_served(push, streams)
+                    self._receive_in_place(push, streams)
                 else:
                     communicator.set_limit(self.rendezvous.push_seconds)
                     self._run_rounds(push, streams, communicator, rounds)
@@ -125,7 +131,7 @@ class NcclReceiver(PayloadReceiver):
                 self.give_up(error, names if is_lost else None, self._number)
         finally:
             if communicator is not None:
-                communicator.abort(RuntimeError("it closes"))
+                communicator.abort(RuntimeError(f"engine rank {self.name} closes"))
 
     def _run_rounds(
         self, push: int, streams: PushStreams, communicator: Communicator, rounds: RankRounds
@@ -163,21 +169,21 @@ class NcclReceiver(PayloadReceiver):
         with streams.copying():
             self.check(push, relays)
 
-    def _be_served(self, push: int, streams: PushStreams) -> None:
-        """Offer the memory to the trainer rank on this GPU, which writes all of a push there, and
-        check it."""
+    def _receive_in_place(self, push: int, streams: PushStreams) -> None:
+        """Receive a push from the trainer rank on this GPU, which writes all of it into this rank's
+        memory, and check it."""
         with streams.copying():
             self.sums.zero_()
             self._is_written()  # waits until these are
         addresses = [share_memory(self.memory), share_memory(self.sums)]
-        self.rendezvous.offer_memory(self.rank, self._number, addresses)
+        self.rendezvous.publish_memory(self.rank, self._number, addresses)
         deadline = time.monotonic() + self.rendezvous.push_seconds
-        looked = 0.0
+        checked = 0.0
         with streams.copying():
             while not self._is_written():
                 now = time.monotonic()
-                if now > looked + LOOK_SECONDS:
-                    looked = now
+                if now > checked + CHECK_SECONDS:
+                    checked = now
                     self.rendezvous.raise_failure()
                 if now > deadline:
                     raise TimeoutError("the trainer rank on this GPU has not sent all of it")
@@ -188,10 +194,10 @@ class NcclReceiver(PayloadReceiver):
         """Return whether the trainer rank has written all of the push that is under way."""
         return int(self.sums[-1]) == self._number
 
-    def _look(self) -> None:
+    def _check_set(self) -> None:
         """Raise the failure of the set; answer where another rank asks who is alive."""
         if self.is_closing:
-            raise RuntimeError("it closes")
+            raise RuntimeError(f"engine rank {self.name} closes")
         self.rendezvous.raise_failure()
         if self._number > self._answered and self.rendezvous.is_asked(self._number):
             self.rendezvous.answer(self.name, self._number)

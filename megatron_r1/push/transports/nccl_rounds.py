@@ -99,13 +99,19 @@ def _is_communicator_settled(handle: ctypes.c_void_p) -> bool:
     return error.value == SUCCESS
 
 
-def enqueue_exchange(
+def enqueue_send_recv(
     handle: ctypes.c_void_p,
     sent: tuple[int, DeviceMemory] | None,
     received: tuple[int, DeviceMemory] | None,
     stream: int,
 ) -> None:
-    """Enqueue a send to a rank and a receive from a rank, in one group."""
+    """Enqueue a send and a receive in one group; they run when the stream reaches them.
+
+    Args:
+        handle: the communicator.
+        sent: the receiving rank and the bytes to send; None: nothing is sent.
+        received: the sending rank and the memory for its bytes; None: nothing is received.
+        stream: the CUDA stream's handle."""
     nccl, target = _nccl_library(), ctypes.c_void_p(stream)
     _succeed("ncclGroupStart", nccl.ncclGroupStart())
     for name, call in (("ncclSend", sent), ("ncclRecv", received)):
@@ -130,32 +136,32 @@ def _succeed(name: str, code: int) -> None:
 
 
 FIRST_PAUSE, LONGEST_PAUSE = 2e-5, 1e-3
-"""Seconds between two looks at what is waited for; the pauses grow."""
-LOOK_SECONDS = 0.1
-"""Seconds between two looks into the store whether the push has failed elsewhere."""
+"""Seconds between two checks of what is waited for; the pauses grow."""
+CHECK_SECONDS = 0.1
+"""Seconds between two checks of the store, whether the push has failed on another rank."""
 ABORT_SECONDS = 30.0
 """The time limit for calls to end that were aborted."""
 
 
 class Communicator:
     """Rank `rank` of a communicator of `size` ranks, on the current GPU. First `begin`, then
-    `wait_settled`, then `exchange`. One thread calls all of it.
+    `wait_settled`, then `send_recv`. One thread calls all of it.
 
     Args:
-        look: raises an error to abort with, by default the failure that one of them has reported.
+        check: raises an error to abort with, by default the failure that a rank has reported.
 
     Attributes:
         rendezvous: the rendezvous of its ranks.
         error: why it was aborted, or None."""
 
     def __init__(
-        self, rendezvous: Rendezvous, rank: int, size: int, look: Callable[[], None] | None = None
+        self, rendezvous: Rendezvous, rank: int, size: int, check: Callable[[], None] | None = None
     ):
         self.rendezvous, self.rank, self.size = rendezvous, rank, size
-        self._look_elsewhere = look or rendezvous.raise_failure
+        self._check_others = check or rendezvous.raise_failure
         self.error: Exception | None = None
         self._handle: ctypes.c_void_p | None = None
-        self._looked = self._aborted_at = 0.0
+        self._checked_at = self._aborted_at = 0.0
         self.set_limit(rendezvous.timeout_seconds)
         if rank == 0:
             rendezvous.publish_communicator(_new_communicator_id())
@@ -178,7 +184,7 @@ class Communicator:
             except NcclError as error:
                 self.abort(error)
 
-    def exchange(
+    def send_recv(
         self,
         sent: tuple[int, DeviceMemory] | None,
         received: tuple[int, DeviceMemory] | None,
@@ -187,7 +193,7 @@ class Communicator:
         """Enqueue a send and a receive in one group; return False if it was aborted."""
         if self._handle is not None:
             try:
-                enqueue_exchange(self._handle, sent, received, stream)
+                enqueue_send_recv(self._handle, sent, received, stream)
             except NcclError as error:
                 self.abort(error)
         return self.wait_settled()
@@ -197,8 +203,8 @@ class Communicator:
         return self.wait(lambda: self._handle is None or _is_communicator_settled(self._handle))
 
     def wait(self, is_done: Callable[[], bool]) -> bool:
-        """Wait until something is done, and abort on an error of NCCL, on a failure elsewhere, and
-        after the time limit. Return False if it was aborted, once it is done all the same.
+        """Wait until something is done, and abort on an error of NCCL, on a failure of another
+        rank, and after the time limit. Return False if it was aborted, once it has ended.
 
         Raises RuntimeError where aborted calls do not end."""
         pause = FIRST_PAUSE
@@ -206,7 +212,7 @@ class Communicator:
             try:
                 if is_done():
                     return self.error is None
-                self._look()
+                self._check()
             except (NcclError, SetFailed, TimeoutError, DistStoreError) as error:
                 self.abort(error)
             if self.error is not None and time.monotonic() > self._aborted_at + ABORT_SECONDS:
@@ -222,7 +228,7 @@ class Communicator:
         if handle is not None:
             _abort_communicator(handle)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         """Raise the error because of which what is waited for will not be done."""
         if self._handle is None:
             if self.error is not None:
@@ -230,9 +236,9 @@ class Communicator:
         else:
             _is_communicator_settled(self._handle)
         now = time.monotonic()
-        if now > self._looked + LOOK_SECONDS:
-            self._looked = now
-            self._look_elsewhere()
+        if now > self._checked_at + CHECK_SECONDS:
+            self._checked_at = now
+            self._check_others()
         if now > self._deadline:
             raise TimeoutError(f"the other ranks did not come within {self._seconds:g} s")
 
@@ -326,7 +332,7 @@ class RoundRunner:
         if each.received is not None:
             peer, _, start, end = each.received
             received = peer, DeviceMemory(buffers[1].data_ptr(), end - start)
-        each.communicator.exchange(sent, received, self._streams.transfers_follow())
+        each.communicator.send_recv(sent, received, self._streams.transfers_follow())
 
     def _end(self, each: Round, buffers: torch.Tensor, has_ended: Callable[[], bool]) -> None:
         if each.communicator.wait(has_ended) and each.received is not None:

@@ -99,6 +99,8 @@ class SlicesPayload(Payload):
         self._sums: list[torch.Tensor] = []
 
     def pack(self, start: int, end: int, target: torch.Tensor) -> None:
+        """Write bytes `start` to `end` of the payload to `target`, and add them to the
+        checksums."""
         packed = []
         for run in self.runs(start, end):
             dtype = dtype_of(self.table.slots[self.deliveries[run.number].slot])
@@ -147,15 +149,18 @@ class MemoryPayload(Payload):
 
     @property
     def sums(self) -> torch.Tensor:
+        """The checksums of all deliveries, in their order."""
         return self._sums[0] if len(self._sums) == 1 else torch.cat(list(self._sums))
 
     def pack(self, start: int, end: int, target: torch.Tensor) -> None:
+        """Copy bytes `start` to `end` of the payload to `target`."""
         done = 0
         for view in self._views(start, end):
             _copy(target[done : done + view.numel()].view(view.shape), view)
             done += view.numel()
 
     def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
+        """Copy `source` to bytes `start` to `end` of the payload."""
         done = 0
         for view in self._views(start, end):
             _copy(view, source[done : done + view.numel()].view(view.shape))
@@ -245,6 +250,7 @@ class PayloadReceiver(Receiver):
 
     @property
     def num_deliveries(self) -> int:
+        """Deliveries from all senders."""
         return sum(map(len, self.arrivals.deliveries.values()))
 
     @property
@@ -260,6 +266,7 @@ class PayloadReceiver(Receiver):
                 self.rendezvous.end_waits(number)
 
     def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
+        """Return the memory if the table is the same and no thread uses it."""
         return None if table != self.table or self.is_running else self.memory
 
     def arriving_payloads(self, push: int) -> ArrivingPayloads:

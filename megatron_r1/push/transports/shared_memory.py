@@ -119,6 +119,7 @@ class SharedMemoryReceiver(Receiver):
         self.start_thread(self._follow, progress, name="receive")
 
     def close(self) -> None:
+        """Join the threads and remove the file of the buffers."""
         self.is_closing = True
         self.join_threads(CLOSE_SECONDS)
         if self._file is not None:
@@ -180,6 +181,7 @@ class SharedMemorySender(Sender):
     _file: NamedMemory | None = None
 
     def plan(self, deliveries: Sequence[Delivery]) -> None:
+        """Map the engine's buffers and make the file in which progress is shown."""
         path = _progress_path(self, self.sender)
         self._file = NamedMemory(path, 8 * (CHECKSUMS_AT + len(deliveries)))
         self._progress = np.memmap(path, np.uint64, "r+")
@@ -222,6 +224,7 @@ class SharedMemorySender(Sender):
         return self._views[index]
 
     def close(self) -> None:
+        """Remove the file of progress."""
         self._progress = None
         if self._file is not None:
             self._file.close()
@@ -239,6 +242,11 @@ class DeviceReceiver(SharedMemoryReceiver):
     """A `SharedMemoryReceiver` with its memory on the GPU."""
 
     def allocate(self) -> torch.Tensor:
+        """Return GPU memory for all buffers and publish its handle.
+
+        Raises:
+            ValueError: the GPU has too little memory left.
+        """
         try:
             memory = torch.empty(self.num_bytes, dtype=torch.uint8, device="cuda")
         except torch.OutOfMemoryError as error:

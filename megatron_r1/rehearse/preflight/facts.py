@@ -27,14 +27,17 @@ class Place:
 
     @property
     def node(self) -> int:
+        """The number of this rank's node."""
         return self.rank // self.local_size
 
     @property
     def num_nodes(self) -> int:
+        """Nodes of the job."""
         return -(-self.world_size // self.local_size)
 
     @property
     def leads(self) -> bool:
+        """Whether this is the first rank of its node."""
         return self.local_rank == 0
 
 

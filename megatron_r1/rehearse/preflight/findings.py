@@ -220,14 +220,14 @@ def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFi
         return
     hardware, usual = hardware_of(settings, facts), median_high(rates.values())
     slow = [each for each in facts if rates.get(each.node_index, usual) < settings.slowest * usual]
-    hosts, share = _hosts(slow), usual / hardware.host_network
+    hosts, fraction = _hosts(slow), usual / hardware.host_network
     problems = []
     if hosts:
         problems.append(f"slow to every neighbor: {_listed(hosts)}")
-    if share < settings.bandwidth:
+    if fraction < settings.bandwidth:
         problems.append(
-            f"{share:.0%} of the planner's host_network, so that pushes take {1 / share:.2g} times "
-            "as long as planned: does GLOO_SOCKET_IFNAME name the fast interface? Plan with "
+            f"{fraction:.0%} of the planner's host_network, so that pushes take {1 / fraction:.2g} "
+            "times as long as planned: does GLOO_SOCKET_IFNAME name the fast interface? Plan with "
             "--preflight.calibration's file"
         )
     yield CheckFinding(

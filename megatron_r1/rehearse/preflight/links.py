@@ -50,14 +50,14 @@ def axis_link(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None:
     if size == 1:
         return None
     buffer = _buffer()
-    run, share = _operations(buffer, group, size)[operation]
+    run, fraction = _operations(buffer, group, size)[operation]
     _timed(run, 1)  # not counted: NCCL connects the ranks
     # The slowest rank's time, so that all ranks of the group choose the same number of repeats:
     # each must take part in every collective.
     once = _slowest(_timed(run, 1), group)
     repeats = max(1, min(MAX_REPEATS, int(SECONDS / once)))
     seconds = _slowest(_timed(run, repeats), group) / repeats
-    rate = buffer.nbytes * share / seconds
+    rate = buffer.nbytes * fraction / seconds
     return LinkRate(operation, dist.get_process_group_ranks(group), rate)
 
 

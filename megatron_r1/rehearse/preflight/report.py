@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.config.hardware import Assumptions, Hardware, share_inside
+from megatron_r1.config.hardware import Assumptions, Hardware, fraction_inside
 from megatron_r1.rehearse.preflight.facts import Facts
 from megatron_r1.rehearse.preflight.findings import (
     CheckFinding,
@@ -38,9 +38,9 @@ def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, obje
     for axis in AXES:
         if groups := group_rates(facts, axis):
             span = max(max(ranks) - min(ranks) + 1 for ranks in groups)
-            share = share_inside(gpus, span)
+            fraction = fraction_inside(gpus, span)
             rate = median_high(groups.values()) / efficiency
-            (inside if share == 1 else across).append(rate * (1 - share) or rate)
+            (inside if fraction == 1 else across).append(rate * (1 - fraction) or rate)
     across += [rate / efficiency for rate in node_rates(facts, "pairs").values()]
     values: dict[str, object] = {"hardware": hardware.name, "gpus_per_node": gpus}
     if inside:
@@ -55,8 +55,17 @@ def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, obje
 def write_report(
     title: str, settings: PreflightConfig, facts: Sequence[Facts], findings: Sequence[CheckFinding]
 ) -> None:
-    """Print the table and write the files that the settings name. Raises RunError where a finding
-    blocks the run."""
+    """Print the table and write the files that the settings name.
+
+    Args:
+        title: the recipe's name.
+        settings: the section `preflight`.
+        facts: what each rank has measured, by rank.
+        findings: the results of the checks.
+
+    Raises:
+        UserError: the parent of a file to write is not a folder.
+        RunError: a finding blocks the run."""
     table = Table("check", "measured", "expected", "", title=f"preflight of {title}")
     for finding in findings:
         table.add_row(finding.check, finding.measured, finding.expected, WORDS[finding.level])

@@ -1,1 +1,1 @@
-"""Trackers of a run's figures: TensorBoard's files, and the services of `run.trackers`."""
+"""Trackers of a run's figures: `tracker_set` sends them, each line once, to `services`."""

@@ -14,9 +14,17 @@ from typing import Any
 from r1_grading.base.errors import shorten
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.reporting.trackers.mlflow import MLFLOW, MlflowTracker
-from megatron_r1.reporting.trackers.tracked_run import EVALUATION, STEP, TrackedRun, Tracker
-from megatron_r1.reporting.trackers.wandb import WANDB, WandbTracker, check_wandb
+from megatron_r1.reporting.trackers.services import (
+    EVALUATION,
+    MLFLOW,
+    STEP,
+    WANDB,
+    MlflowTracker,
+    TrackedRun,
+    Tracker,
+    WandbTracker,
+    check_wandb,
+)
 from megatron_r1.reporting.wording import finite
 
 OPENERS: dict[str, Callable[[TrackedRun], Tracker]] = {

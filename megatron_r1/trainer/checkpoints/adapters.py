@@ -23,7 +23,7 @@ BASE = "base_fingerprint"
 """The fingerprint of the model without adapters: entry of a checkpoint, attribute of a chunk."""
 
 
-def sharded_adapters(chunk, prefix: str) -> dict[str, ShardedTensorFactory]:
+def sharded_adapters(chunk: Any, prefix: str) -> dict[str, ShardedTensorFactory]:
     """Return the sharded entries of a chunk's adapters by their parameters' names. The optimizer's
     state is cut into the same pieces."""
     groups, shapes = process_groups([chunk]), unwrap_model(chunk).adapter_shapes
@@ -41,7 +41,7 @@ def sharded_adapters(chunk, prefix: str) -> dict[str, ShardedTensorFactory]:
     return entries
 
 
-def load_adapters(chunk, values: dict[str, Tensor]) -> None:
+def load_adapters(chunk: Any, values: dict[str, Tensor]) -> None:
     """Fill a chunk's adapters. Raises KeyError for a name that is missing or unknown."""
     factors = {name: factor for name, factor, _ in adapter_factors([chunk])}
     if different := sorted(factors.keys() ^ values.keys()):

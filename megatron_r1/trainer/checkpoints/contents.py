@@ -99,8 +99,11 @@ def _optimizer(
 ) -> tuple[list[dict[str, Any]], Any]:
     """Return the sharded state of an optimizer's parts, and its number of finished updates.
 
-    weights: the entries of its model's chunks; first: index of its first part among all optimizers
-    that are gathered in `memory`."""
+    Args:
+        optimizer: Megatron's optimizer, which may be a chain of parts.
+        weights: the entries of its model's chunks.
+        memory: where its state is gathered; None: it is loaded.
+        first: index of its first part among all optimizers that are gathered in `memory`."""
     _allocate_state(optimizer)
     kind = {"distrib_optim_sharding_type": FORMAT}
     # Parameters of all chunks belong to one optimizer, which finds them by identity.

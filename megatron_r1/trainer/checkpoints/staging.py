@@ -52,7 +52,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from megatron_r1.models import platform
 
@@ -80,6 +80,7 @@ class Ranges:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all ranges."""
         return sum(self._ends) - sum(self._begins)
 
     def parts(self, tensor: Tensor) -> Iterator[slice]:
@@ -330,7 +331,7 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
         self.memory = memory
         self.staged: StagedCheckpoint | None = None
 
-    def async_save(self, sharded_state_dict, checkpoint_dir) -> AsyncRequest:
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
         self.memory.gather(sharded_state_dict)
         by_key = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)[0]
         writer = _Copier(checkpoint_dir, self.memory)
@@ -351,7 +352,7 @@ class _Copier(FileSystemWriterAsync):
         self.memory = memory
         self.files: list[StagedFile] = []
 
-    def prepare_write_data(self, plan, planner) -> None:
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         for number, items in enumerate(_split_by_size_and_type(FILES_PER_RANK, plan.items)):
             if not items:
                 continue
@@ -359,5 +360,5 @@ class _Copier(FileSystemWriterAsync):
             copies = [(item, self._copy(item, planner.resolve_data(item))) for item in items]
             self.files.append(StagedFile(Path(self.checkpoint_dir) / name, copies))
 
-    def _copy(self, item, resolved):
+    def _copy(self, item: WriteItem, resolved: Any) -> Any:
         return resolved if item.type == WriteItemType.BYTE_IO else self.memory.copy(resolved)

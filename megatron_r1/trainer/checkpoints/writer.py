@@ -201,7 +201,7 @@ class HashedFile(io.FileIO):
         finally:
             self.close()
 
-    def write(self, piece) -> int:
+    def write(self, piece: Any) -> int:
         """Write all of `piece`; a raw file may take less at a time."""
         left = memoryview(piece).cast("B")
         self._hasher.update(left)

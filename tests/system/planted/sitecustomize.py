@@ -240,12 +240,12 @@ def wait_for_ever(module):
 
 def link_all_pairs(module):
     """Every slice comes from the least busy of the ranks that hold it: nearly all are linked."""
-    upstream = module.entries
+    upstream = module.plan_sets
 
-    def entries(planner, num_bytes, sets, sent, largest):
+    def planned(planner, num_bytes, sets, sent, largest):
         return upstream(planner, num_bytes, sets, sent, 1e-9)
 
-    module.entries = entries
+    module.plan_sets = planned
 
 
 def split_shared_experts(module):

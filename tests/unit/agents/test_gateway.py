@@ -16,7 +16,7 @@ from waiting import until
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.gateway import SessionLimits, server
 from megatron_r1.agents.parsing import HermesParser
-from megatron_r1.engines.server.errors import EngineDied
+from megatron_r1.engines.server.responses import EngineDied
 from tests.chat_tokenizer import CHATML, chat_tokenizer
 
 USER = {"role": "user", "content": "What is 12 * 34?"}
@@ -133,7 +133,7 @@ def test_a_body_that_no_engine_could_take_is_not_tokenized(monkeypatch):
 
     monkeypatch.setattr(server, "MAX_OTHER_BYTES", 2000)
     monkeypatch.setattr(Continuation, "next_prompt", None)
-    run(test, max_context=20)
+    run(test, max_model_len=20)
 
 
 def test_what_cannot_be_read_is_refused_and_ends_nothing():
@@ -163,7 +163,7 @@ def test_what_cannot_be_read_is_refused_and_ends_nothing():
             assert (await post(served, session, MESSAGES, text))[0] in statuses
             assert session.status is None, session.reason
 
-    run(test, *["a"] * 30, limits=SessionLimits(max_turns=50, max_tokens=4000), max_context=9000)
+    run(test, *["a"] * 30, limits=SessionLimits(max_turns=50, max_tokens=4000), max_model_len=9000)
 
 
 def test_a_stream_whose_client_is_gone_is_sent_again(monkeypatch):
@@ -232,7 +232,7 @@ def test_a_context_that_is_full_ends_the_episode():
         assert (status, session.status) == (400, "max_tokens")
         assert "8" in reply["error"]["message"]
 
-    run(test, max_context=8)
+    run(test, max_model_len=8)
 
 
 @pytest.mark.parametrize("stream", [False, True])

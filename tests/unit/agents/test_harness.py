@@ -13,16 +13,15 @@ from liveness import wait_until_dead
 from refusals import refused
 from waiting import until
 
-from megatron_r1.agents import agent_runs, harness
-from megatron_r1.agents.agent_runs import CommandHarness, function_harness
+from megatron_r1.agents import harness
 from megatron_r1.agents.gateway import session
-from megatron_r1.agents.harness import HarnessPlayer
+from megatron_r1.agents.harness import CommandHarness, HarnessPlayer, function_harness
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts import players
 from megatron_r1.controller.rollouts.players import check_player, make_player
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engines.server.errors import EngineDied
+from megatron_r1.engines.server.responses import EngineDied
 
 PROMPT = Prompt("p", "What is 12 * 34?", "math", "408", {"level": 2})
 ANSWER = "The answer is 408."
@@ -66,7 +65,7 @@ def play(
     timeout_seconds=10_000.0,
     max_tokens=500,
     sampled=lambda: None,
-    room=9000,
+    max_model_len=9000,
 ):
     """Return an episode and its fleet. sampled: called when an engine has sampled."""
     text = text_of()
@@ -86,7 +85,7 @@ def play(
             *(text, gateway_of(text), WrittenParsers(), remembering),
             max_turns=max_turns,
             timeout_seconds=timeout_seconds,
-            room=room,
+            max_model_len=max_model_len,
         )
         await player.check([])
         try:
@@ -179,7 +178,7 @@ def test_an_episode_without_a_turn_of_the_policy_is_not_scored():
         except RuntimeError:
             return 0.0
 
-    played, _ = play(careful, ANSWER, room=8)
+    played, _ = play(careful, ANSWER, max_model_len=8)
     assert (played.episode.status, played.reward) == ("harness_error", None)
     assert "8" in played.episode.reason
 
@@ -305,7 +304,7 @@ def test_functions_are_found_by_name_and_plain_ones_run_in_a_thread(tmp_path, mo
     ],
 )
 def test_mistakes_of_a_recipe(agents, data, key, cause, monkeypatch):
-    monkeypatch.setattr(players, "context_length", lambda config: 2000)
+    monkeypatch.setattr(players, "max_model_len", lambda config: 2000)
     config = Config(agents={"harness": "json:loads"} | agents, data={"template": "chat"} | data)
 
     def prepare():
@@ -344,7 +343,7 @@ def test_a_program_per_episode():
 
 
 def test_of_a_programs_output_the_end_is_kept(monkeypatch):
-    monkeypatch.setattr(agent_runs, "OUTPUT_BYTES", 1000)
+    monkeypatch.setattr(harness, "OUTPUT_BYTES", 1000)
     program = "import sys; print('x' * 10**6, file=sys.stderr); print('y' * 10**6); print(%s)"
 
     async def run(ending):
@@ -359,7 +358,7 @@ def test_of_a_programs_output_the_end_is_kept(monkeypatch):
         stream = asyncio.StreamReader()
         stream.feed_data(b"a" * 5000 + b"end")
         stream.feed_eof()
-        return await agent_runs._last_bytes(stream)
+        return await harness._last_bytes(stream)
 
     assert asyncio.run(last()) == b"a" * 997 + b"end"
 
@@ -383,7 +382,7 @@ def test_waiting_for_another_program_is_not_on_an_agents_clock(clock):
     async def main():
         player = HarnessPlayer(
             *(text, gateway_of(text), WrittenParsers(), run),
-            **{"max_turns": 5, "timeout_seconds": 1.4, "room": 9000},
+            **{"max_turns": 5, "timeout_seconds": 1.4, "max_model_len": 9000},
         )
         await player.check([])
         try:

@@ -16,14 +16,13 @@ from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.rows import load_rows
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import AgentsConfig
+from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
 from megatron_r1.controller.rollouts.metrics import rollout_metrics, sample_records
 from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.controller.rollouts.rollout import Group, Rollout, check_grades
-from megatron_r1.controller.rollouts.sample_log import decode, encode, pack, unpack
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.responses import Response
+from megatron_r1.engines.server.responses import EngineError, Response
 from tests.chat_tokenizer import chat_tokenizer
 
 COUNTER = "tests.unit.agents.own_environments:Counter"
@@ -48,7 +47,7 @@ def play(
     environment=COUNTER,
     row=ROW,
     max_tokens=2000,
-    room=4000,
+    max_model_len=4000,
     ending="stop",
     **settings,
 ):
@@ -74,7 +73,7 @@ def play(
         settings = config.model_copy(update={"environment": environment, "call_seconds": 10_000.0})
         environments = Environments(settings, description)
         try:
-            return await EpisodePlayer(text, environments, config, room).play(
+            return await EpisodePlayer(text, environments, config, max_model_len).play(
                 row, generate, max_tokens
             )
         finally:
@@ -113,7 +112,7 @@ def test_an_episode_with_calls_is_done_and_its_turns_are_kept(text):
         ([call("add", number=14), "x"], {}, "environment_error", None),
         ([call("crash")], {}, "environment_error", None),
         ([call("add"), EngineError("lost")], {}, "engine_error", None),
-        (["x"], {"room": 5}, "environment_error", None),
+        (["x"], {"max_model_len": 5}, "environment_error", None),
         (["x"], {"ending": "abort"}, "engine_error", None),
     ],
 )
@@ -200,7 +199,7 @@ def test_episodes_are_graded_logged_and_measured(text):
     assert "environment_error" in responses[2].reason
     group = Group(ROW, [1], responses)
     assert unpack(decode(encode(pack(0, group))), ROW) == group
-    metrics = rollout_metrics(Rollout([group], 0.0, 0.0), version=2)
+    metrics = rollout_metrics(Rollout([group], 0.0, 0.0), policy_version=2)
     assert metrics["episode/status/environment_error"] == pytest.approx(1 / 3)
     assert metrics["episode/turns"] == pytest.approx(4 / 3)
     assert metrics["reward/mean"] == pytest.approx((5.01 + 0.03) / 2)

@@ -38,7 +38,7 @@ def play(*does):
         run = verifiers.VerifiersHarness(settings(), "")
         player = HarnessPlayer(
             *(text, gateway_of(text), WrittenParsers(), run),
-            **{"max_turns": 9, "timeout_seconds": 10_000.0, "room": 9000},
+            **{"max_turns": 9, "timeout_seconds": 10_000.0, "max_model_len": 9000},
         )
         await player.check([])
         try:

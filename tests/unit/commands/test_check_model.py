@@ -17,7 +17,7 @@ from megatron_r1.commands import cli
 from megatron_r1.commands.check_model import NotCompared, ReferenceResult, reference, verb
 from megatron_r1.commands.check_model import verb as check_model
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.models import by_transformers
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_supported

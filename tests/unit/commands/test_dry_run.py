@@ -7,7 +7,7 @@ from pathlib import Path
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands import rollout_run
+from megatron_r1.commands import dry_run
 from megatron_r1.config import Config, load
 from megatron_r1.controller import cpu_memory
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
@@ -30,11 +30,11 @@ def test_an_episode_is_shown_with_resets_text_calls_and_results():
     response = Response(array("i", [1, 2]), array("f", [0.0, 0.0]), array("i", [0, 0]), "stop")
     graded = GradedResponse(response, "508", {"accuracy": 0.2}, 0.2, "done", episode=episode)
     group = Group(Prompt("p", "kv 3", "environment", None), [1], [graded])
-    shown = rollout_run._sample_text(group, 0, {"accuracy": 1.0})
+    shown = dry_run._sample_text(group, 0, {"accuracy": 1.0})
     parts = ("apple", '<tool_call>{"name": "get"}</tool_call>', "no� key", "508", "1 failed", "0.2")
     places = [shown.index(part) for part in parts]
     assert places == sorted(places) and "Follow the keys." not in shown
-    (counts,) = rollout_run._episodes(Rollout([group, group], 1.0, 0.0))
+    (counts,) = dry_run._episodes(Rollout([group, group], 1.0, 0.0))
     assert "2 done" in counts and "2 failed" in counts
 
 
@@ -42,7 +42,7 @@ def test_a_truth_is_shown_with_its_spaces():
     response = Response(array("i", [1, 2]), array("f", [0.0, 0.0]), array("i", [0, 0]), "stop")
     graded = GradedResponse(response, "lion", {"accuracy": 0.0}, 0.0, "wrong")
     group = Group(Prompt("p", "lion, oak, elm", "odd:one", " lion "), [1], [graded])
-    shown = rollout_run._sample_text(group, 0, {"accuracy": 1.0})
+    shown = dry_run._sample_text(group, 0, {"accuracy": 1.0})
     assert "lion, oak, elm" in shown and "' lion '" in shown and "wrong" in shown
 
 
@@ -58,18 +58,18 @@ def test_a_run_that_does_not_fit_is_refused_before_it_samples(tmp_path, monkeypa
         "max_position_embeddings": 256,
     }
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    monkeypatch.setattr(rollout_run.gpu, "is_usable", lambda: False)
+    monkeypatch.setattr(dry_run.gpu, "is_usable", lambda: False)
     monkeypatch.setattr(cpu_memory, "free_bytes", lambda: 1)
     config = Config.model_validate({"model": {"path": str(tmp_path)}})
     with refused("parallel.processes", Cause.TOO_LARGE, "GiB"):
-        rollout_run.show_batch(config, None, None)
+        dry_run.show_batch(config, None, None)
 
 
 def test_on_gpus_the_receive_buffer_of_an_engine_is_shown(monkeypatch):
     """As `megatron-r1 plan` has it for the recipe for 2,048 GPUs."""
     monkeypatch.chdir(RECIPE.parents[2])
-    monkeypatch.setattr(rollout_run.gpu, "is_usable", lambda: True)
-    shown = rollout_run._memory(load(RECIPE))
+    monkeypatch.setattr(dry_run.gpu, "is_usable", lambda: True)
+    shown = dry_run._memory(load(RECIPE))
     assert "24.69 GiB" in shown
     # 671,026,419,200 parameters in bf16: 2 B, gradient 4, master copy 4 and moments 4 or 8.
     moments = load(RECIPE).optimizer.moments

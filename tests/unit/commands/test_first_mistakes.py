@@ -17,7 +17,7 @@ from megatron_r1.commands.rl_checks import naming_renamed_columns, show_padded_t
 from megatron_r1.commands.training_run import training_run
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 from megatron_r1.models.hf_config import hub_hint
@@ -30,7 +30,7 @@ def write(path, rows):
     return str(path)
 
 
-@pytest.mark.parametrize("file", ["curation.json", "identity.json"])
+@pytest.mark.parametrize("file", ["sample.json", "curation.json", "identity.json"])
 def test_the_folder_of_a_sampling_is_refused(tmp_path, file):
     (tmp_path / file).write_text("{}")
     config = configuration.from_overrides({"run.folder": str(tmp_path)})

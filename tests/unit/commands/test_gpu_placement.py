@@ -16,7 +16,6 @@ from megatron_r1.commands import cli, rl, rl_checks, torchrun
 from megatron_r1.commands.first_recipe import value_text
 from megatron_r1.commands.rl_checks import check_gpu_memory
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.rehearse.model import write_folder
 
 HF = {**MODEL, "vocab_size": 512, "eos_token_id": 1, "bos_token_id": 0}
@@ -137,31 +136,12 @@ def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gp
             done.append(operation.__name__)
 
     class Fleet:
-        async def start(self, path, version):
+        async def start(self, path, policy_version):
             done.append("engines")
             engines_started.set()
 
     settings = {"rollout.colocated": colocated, "rollout.gpu_memory": 0.3}
     collector = SimpleNamespace(fleet=Fleet(), teacher=None)
     asyncio.run(rl._start_roles(configuration.load(recipe, settings), Trainer(), collector))
-    in_turn = ["trainer", "yield_memory", "engines"] if colocated else ["trainer", "engines"]
+    in_turn = ["trainer", "free_memory", "engines"] if colocated else ["trainer", "engines"]
     assert done == (in_turn if has_gpus or colocated else ["engines", "trainer"])
-
-
-@pytest.mark.parametrize("refuses", [False, True])
-def test_engines_sleep_when_no_rank_of_the_lost_trainer_allocates_any_more(refuses):
-    """vLLM's sleep fails where less of the GPU is free after it than before."""
-    done, messages = [], []
-
-    class Fleet:
-        async def sleep(self):
-            done.append("sleep")
-            if refuses:
-                raise EngineError("engine-0 refuses")
-
-    trainer = SimpleNamespace(kill=lambda: done.append("kill"))
-    view = SimpleNamespace(message=messages.append)
-    running = SimpleNamespace(trainer=trainer, recorder=SimpleNamespace(view=view))
-    asyncio.run(rl._free_gpus(running, Fleet()))
-    assert done == ["kill", "sleep"]
-    assert len(messages) == refuses and all("engine-0" in message for message in messages)

@@ -12,7 +12,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands.reward_model import RowSampler, _next_commands, load_rows
 from megatron_r1.commands.supervised import with_steps
 from megatron_r1.config import Config
-from megatron_r1.config.recipe import parse_overrides
+from megatron_r1.config.overrides import parse_overrides
 
 HF = {"max_position_embeddings": 40, "pad_token_id": 0}
 

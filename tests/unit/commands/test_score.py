@@ -11,8 +11,10 @@ from functools import partial
 import pytest
 from waiting import wait_until
 
+from megatron_r1.base.errors import UserError
 from megatron_r1.commands import score
 from megatron_r1.commands.cli import main
+from megatron_r1.config import Config
 
 GRADERS = """
 import os, time
@@ -279,3 +281,69 @@ def test_ctrl_c_ends_it_while_a_pipe_is_silent(folder):
         _, said = process.communicate()
     assert b"stopped" in said and b"Traceback" not in said
     assert not (folder / "out.jsonl").exists()
+
+
+def audited(folder, lines, *options):
+    """The result of an audit of these lines, as --json has it."""
+    (folder / "graded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["score", "--audit", "graded.jsonl", "--json", "audit.json", *options]
+    assert main([*command, "--rewards.workers", "1"]) == 0
+    return json.loads((folder / "audit.json").read_text())
+
+
+def test_an_audit_of_a_file_finds_the_wrong_verdicts_by_data_source(folder, capsys):
+    def line(truth, answer, reward, source, question):
+        response = f"<think>a</think><answer>{answer}</answer>"
+        known = {"kind": "math", "data_source": source, "question": question}
+        return known | {"response": response, "truth": truth, "reward": reward}
+
+    lines = [
+        line("13", "13", 1.0, "sums", "a"),
+        line("13", "14", 0.0, "sums", "a"),
+        line("1/2", r"\frac{1}{2}", 0.0, "halves", "b"),  # wrongly refused
+        line("1/2", "0.5", 1.0, "halves", "b"),
+        line("1/2", "3", 1.0, "halves", "b"),  # wrongly paid
+        {"kind": "judge", "response": "", "reward": 1.0},
+        {"line": "}", "reward": 0.0, "reason": "cannot be graded: line 7 is not JSON"},
+    ]
+    result = audited(folder, lines)
+    assert (result["answers"], result["ungraded"]) == (5, 1)
+    assert result["without_second_method"] == {"judge": 1}
+    assert result["sources"]["halves"]["wrongly_refused"]["value"] == 1.0
+    assert result["sources"]["halves"]["wrongly_paid"]["value"] == 0.5
+    assert result["sources"]["sums"]["wrongly_refused"]["high"] == 0.0
+    places = [(each["place"], each["outcome"]) for each in result["concerned"]]
+    assert sorted(places) == [("graded.jsonl:3", "wrong"), ("graded.jsonl:5", "wrong")]
+    # Corrected, group b has rewards 1, 1, 0 in place of 0, 1, 1.
+    assert result["advantages"]["sign_changes"]["value"] == 0.5
+    change = 3 / 2**0.5 * 2 / 3
+    assert result["advantages"]["mean_change"]["value"] == pytest.approx(change / 2, rel=1e-5)
+    out = capsys.readouterr().out
+    assert "halves" in out and "graded.jsonl:3" in out and "judge" in out
+
+
+BAD_AUDITS = [
+    (b'{"kind": "math", "response": "1", "truth": "1"}\n', (), "reward", "graded.jsonl:1"),
+    (b'{"response": "1", "reward": 1, "truth": "1"}\n', (), "kind", "--data.kind"),
+    (b'{"kind": "math", "response": "1", "reward": "1"}\n', (), "reward", "malformed"),
+    (b'{"kind": "math", "reward": 1}\n', (), "response", "graded.jsonl:1"),
+    (b"nothing\n", (), "--audit", "graded.jsonl:1"),
+    (b"[1]\n", (), "--audit", "graded.jsonl:1"),
+    (b"", (), "--audit", "graded.jsonl"),
+    (b'{"kind": "judge", "response": "1", "reward": 1}\n', (), "--audit", "judge"),
+    (b"", ("--size", "0"), "--size", "0"),
+    (b"", ("--seed", "x"), "--seed", "x"),
+]
+
+
+@pytest.mark.parametrize(("content", "options", "key", "shown"), BAD_AUDITS)
+def test_a_file_that_cannot_be_audited_is_refused(folder, content, options, key, shown):
+    (folder / "graded.jsonl").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        score.run(Config(), audit="graded.jsonl", **_options(options))
+    assert caught.value.key == key
+    assert shown in str(caught.value)
+
+
+def _options(texts):
+    return {name[2:]: value for name, value in zip(texts[::2], texts[1::2], strict=True)}

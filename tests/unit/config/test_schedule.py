@@ -8,7 +8,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import RESUMABLE, dump, load, parse
 from megatron_r1.controller.trainer_passes import TrainerPasses
-from megatron_r1.engines.server.from_recipe import context_length
+from megatron_r1.engines.server.from_recipe import max_model_len
 
 R1_ZERO = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 
@@ -75,9 +75,9 @@ def test_it_survives_the_recipe_that_a_run_writes(tmp_path):
 
 def test_engines_have_room_for_the_longest_responses_of_the_run(monkeypatch):
     monkeypatch.chdir(R1_ZERO.parents[2])  # model.path is relative
-    assert context_length(load(R1_ZERO)) == 67584
+    assert max_model_len(load(R1_ZERO)) == 67584
     with refused("rollout.max_response_tokens", Cause.TOO_LARGE, 65536):
-        context_length(load(R1_ZERO, {"rollout.max_model_len": 34816}))
+        max_model_len(load(R1_ZERO, {"rollout.max_model_len": 34816}))
 
 
 def test_r1_zero_has_the_papers_two_phases():

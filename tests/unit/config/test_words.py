@@ -52,7 +52,7 @@ def test_every_row_names_keys_and_pages_that_are_there():
 
 
 def test_the_page_has_the_table():
-    assert table() in (DOCS / "words.md").read_text(encoding="utf-8")
+    assert table() in (DOCS / "keys.md").read_text(encoding="utf-8")
 
 
 def test_a_key_of_another_library_in_a_recipe_is_refused_with_ours():

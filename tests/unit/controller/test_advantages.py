@@ -38,7 +38,7 @@ def test_an_output_that_nobody_graded_neither_counts_nor_moves():
 
 
 def test_without_division_the_scale_of_the_rewards_stays():
-    assert group_advantages([3.0, 1.0], divide_by="none") == [1.0, -1.0]
+    assert group_advantages([3.0, 1.0], advantage_std="none") == [1.0, -1.0]
 
 
 def test_rewards_that_are_not_numbers_are_refused():
@@ -47,4 +47,4 @@ def test_rewards_that_are_not_numbers_are_refused():
     with pytest.raises(ValueError, match="reward"):
         group_advantages([])
     with pytest.raises(ValueError, match="batch"):
-        group_advantages([1.0, 0.0], divide_by="batch")
+        group_advantages([1.0, 0.0], advantage_std="batch")

@@ -10,13 +10,12 @@ import pytest
 
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
-from megatron_r1.controller.checkpointing import Checkpointing
 from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.run_recorder import RunState
-from megatron_r1.controller.session import Session
+from megatron_r1.controller.session import Checkpointing, Session
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.trainer.checkpoints.finding import path_of, write_manifest
 
 
@@ -32,7 +31,7 @@ class Engines:
 
     def __init__(self, differ=True):
         self.done: list[str] = []
-        self.differ, self.lends = differ, False
+        self.differ, self.offloads = differ, False
         self.config, self.log = Config(), None
         self.collector = SimpleNamespace(pool=Pool(), fleet=None, teacher=None)
 
@@ -50,7 +49,7 @@ class Engines:
             raise EngineError("differs")
         return {}
 
-    def pushed(self, version):
+    def start_ahead(self, version):
         self.done.append("pushed")
 
     def begin(self, step):
@@ -84,7 +83,7 @@ def test_nothing_is_taken_evaluated_or_saved_of_weights_whose_probes_fail(what):
         await policy.push(0)
         if what != "begin":
             session.next_step()
-            policy._taken = SimpleNamespace()
+            policy._step_rollout = SimpleNamespace()
         await (policy.rollout(1) if what == "rollout" else getattr(session, what)())
 
     with pytest.raises(EngineError, match="differs"):
@@ -167,7 +166,7 @@ def test_a_resumed_session_draws_the_next_questions_and_goes_on_counting_rewards
     counts["math"] = 40
     asyncio.run(checkpointing.save(2, prompts.state_dict()))
     expected = prompts.next(4)
-    assert first.calls == [("keep_reference", None)]
+    assert first.calls == [("refresh_reference", None)]
     assert first.checkpoint.step == 2 and first.checkpoint.rewards == {"math": 40}
 
     # The trainer was lost: the pool, which lives on, has counted ten more of the lost steps.

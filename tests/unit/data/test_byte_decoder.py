@@ -5,8 +5,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_r1.data.byte_decoder import ByteDecoder
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import ByteDecoder, PromptText
 
 
 def byte_level() -> PreTrainedTokenizerFast:

@@ -12,7 +12,7 @@ from megatron_r1.commands.init import are_examples
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.preferences import read_preferences
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.records import read_records
+from megatron_r1.data.renamed_rows import read_renamed_rows
 from megatron_r1.data.sft import is_learned, load_examples
 
 LINES = (Path(__file__).parents[2] / "shapes/other_sets.jsonl").read_text(encoding="utf-8")
@@ -37,7 +37,7 @@ def each(verb):
 
 
 def read_as_init_does(path):
-    rows = [row for _, row in read_records(path)]
+    rows = [row for _, row in read_renamed_rows(path)]
     columns = guess_columns(str(path), rows)
     names = {"question": columns.question} | ({"truth": columns.truth} if columns.truth else {})
     renamed = {ours: theirs for ours, theirs in names.items() if ours != theirs}

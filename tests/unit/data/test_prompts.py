@@ -21,7 +21,7 @@ from megatron_r1.data.prompts import (
     make_prompt,
     normalize,
 )
-from megatron_r1.data.sampler import PromptSampler, draw_shares
+from megatron_r1.data.sampler import PromptSampler, drawn_fractions
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 from megatron_r1.data.text import PromptText, find_template, is_opened, render_template
 
@@ -271,11 +271,11 @@ def test_no_weights_change_nothing_and_a_weight_is_a_share_of_each_epoch():
 
 def test_weights_of_kinds_that_are_not_there_or_draw_nothing_are_refused():
     prompts = make_kinds(math=2, helpful=2)
-    assert draw_shares(prompts, {"helpful": 3}) == {"helpful": 1, "math": 1 / 3}
+    assert drawn_fractions(prompts, {"helpful": 3}) == {"helpful": 1, "math": 1 / 3}
     with refused("rl.kind_weights.helpfull", Cause.UNKNOWN, "helpful"):
-        draw_shares(prompts, {"helpfull": 0})
+        drawn_fractions(prompts, {"helpfull": 0})
     with refused("rl.kind_weights", Cause.EMPTY, 0):
-        draw_shares(prompts, {"helpful": 0, "math": 0})
+        drawn_fractions(prompts, {"helpful": 0, "math": 0})
     schedule = [{"from_step": 7, "rl.kind_weights": {"code": 1.0}}]
     recipe = {"schedule": schedule, "kind_weights": {"helpful": 0}}
     with refused("rl.kind_weights.code", Cause.UNKNOWN, 7):
@@ -335,11 +335,11 @@ def test_questions_longer_than_the_engines_room_are_left_out_and_told_of(capsys)
     """vLLM refuses a prompt as long as its context, which would end the run for good."""
     text = PromptText(str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}")
     short, long = (make_prompt("1 + 1 " * n, "math", "2", {}) for n in (2, 40))
-    room = len(text.encode(long.question))
-    split = prompts_that_fit(PromptSplit([short, long], [long]), text, room)
+    limit = len(text.encode(long.question))
+    split = prompts_that_fit(PromptSplit([short, long], [long]), text, limit)
     assert (split.train, split.heldout) == ([short], [])
-    assert str(room) in capsys.readouterr().err
-    assert prompts_that_fit(PromptSplit([long], []), text, room + 1).train == [long]
+    assert str(limit) in capsys.readouterr().err
+    assert prompts_that_fit(PromptSplit([long], []), text, limit + 1).train == [long]
     assert capsys.readouterr().err == ""
-    with refused("data.path", Cause.TOO_LARGE, room):
-        prompts_that_fit(PromptSplit([long], []), text, room)
+    with refused("data.path", Cause.TOO_LARGE, limit):
+        prompts_that_fit(PromptSplit([long], []), text, limit)

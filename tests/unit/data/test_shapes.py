@@ -23,7 +23,7 @@ from megatron_r1.commands.first_recipe import Machine
 from megatron_r1.commands.rl_checks import prepare
 from megatron_r1.data.conversations import ExampleText
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.records import read_records
+from megatron_r1.data.renamed_rows import read_renamed_rows
 from megatron_r1.data.sft import load_examples
 
 FOLDER = Path(__file__).parents[2] / "shapes"
@@ -84,7 +84,7 @@ def test_rows_are_filtered_by_their_columns(name):
 def test_parquet_is_read_as_the_text_is(tmp_path, name):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    rows = [row for _, row in read_records(FOLDER / name)]
+    rows = [row for _, row in read_renamed_rows(FOLDER / name)]
     path = tmp_path / "train-00000-of-00001.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     check(read(path), QUESTIONS[name])

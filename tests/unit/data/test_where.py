@@ -1,4 +1,4 @@
-"""Conditions of `data.records`, and prompts with a system's message."""
+"""Conditions of `data.where`, and prompts with a system's message."""
 
 import json
 
@@ -60,8 +60,8 @@ def test_a_system_s_message_reaches_the_prompt(tmp_path):
     turns = [SYSTEM, {"role": "user", "content": "one?"}]
     whole = chat_tokenizer(CHATML).apply_chat_template(turns, add_generation_prompt=True)
     assert text.encode("one?", [SYSTEM]) == list(whole["input_ids"])
-    room = len(text.encode("one?", [SYSTEM]))
-    assert text.fits("one?", room + 1, [SYSTEM]) and not text.fits("one?", room, [SYSTEM])
+    limit = len(text.encode("one?", [SYSTEM]))
+    assert text.fits("one?", limit + 1, [SYSTEM]) and not text.fits("one?", limit, [SYSTEM])
     plain = PromptText(str(tmp_path), "plain")
     assert plain.render("one?", [SYSTEM]) == "User: Be kind.\n\none?\nAssistant:"
     assert render_template("{system} Q: {problem}", "{system}?", "S") == "S Q: {system}?"

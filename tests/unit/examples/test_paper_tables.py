@@ -16,7 +16,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import MAKE, load
-from megatron_r1.pipeline.plan import PipelinePlan
+from megatron_r1.pipeline.stages import PipelinePlan
 
 ROOT = Path(__file__).parents[3]
 SEEDS = ("0", "1", "2")
@@ -134,7 +134,7 @@ def test_plots_are_whole_documents_in_colors_of_the_report(tmp_path):
 def test_every_table_has_its_stages_and_figures_that_its_stages_leave():
     recipe = load(RECIPE)
     assert set(PUBLISHED.tables) == {
-        "estimators", "rewards", "sft_data", "small_model", "language", "preference", "votes",
+        "algorithms", "rewards", "sft_data", "small_model", "language", "preference", "votes",
     }  # fmt: skip
     for name, table in PUBLISHED.tables.items():
         assert table.stages <= set(recipe.stages), name
@@ -153,7 +153,7 @@ def test_every_table_has_its_stages_and_figures_that_its_stages_leave():
         assert step <= steps["run"]["steps"] and step % steps["eval"]["every"] == 0
     sizes = recipe.stages["votes"].arguments["sizes"]
     assert {f"votes.majority@{size}" for size in sizes} == PUBLISHED.tables["votes"].references
-    names = {tables.split(r)[1] for r in PUBLISHED.tables["estimators"].references} - {"accuracy"}
+    names = {tables.split(r)[1] for r in PUBLISHED.tables["algorithms"].references} - {"accuracy"}
     assert {f"learning.{name}" for name in recipe.stages["learning"].arguments} == {
         f"learning.{name}" for name in names
     }

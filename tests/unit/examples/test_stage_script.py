@@ -12,7 +12,7 @@ import pytest
 from waiting import wait_until
 
 from megatron_r1 import config as configuration
-from megatron_r1.config.recipe import parse_overrides
+from megatron_r1.config.overrides import parse_overrides
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SCRIPT = EXAMPLES / "deepseek_r1/stage.sbatch"

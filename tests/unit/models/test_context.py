@@ -43,7 +43,10 @@ def test_the_shares_of_a_batch_are_the_batch_padded_sample_by_sample(ranks):
         Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], advantage=2.0),
         Sample.pack([5], [6, 1, 2, 4, 3, 2, 1, 9], [-1.0] * 8, advantage=-1.0),
     ]
-    shares = [packed_batch(samples, TokenSplit(2, ranks, rank), cpu) for rank in range(ranks)]
+    shares = [
+        packed_batch(samples, TokenSplit(tensor_size=2, context_size=ranks, context_rank=rank), cpu)
+        for rank in range(ranks)
+    ]
     cu_seqlens = shares[0].packed_seq_params.cu_seqlens_q.long()
     order = sample_order(cu_seqlens, ranks)
     # Lengths 5 and 9 up to multiples of 2 * ranks, all to one of 2 * ranks tokens.
@@ -58,7 +61,7 @@ def test_the_shares_of_a_batch_are_the_batch_padded_sample_by_sample(ranks):
     assert whole("advantages")[seen].tolist() == [2.0] * 2 + [-1.0] * 8
     assert whole("rollout_logprobs")[seen].tolist() == [-0.5, -0.25] + [-1.0] * 8
     assert whole("position_ids")[:8].tolist() == list(range(8))
-    assert sum(share.num_trajectories for share in shares) == 2
+    assert sum(share.num_responses for share in shares) == 2
     for share in shares:
         assert share.cu_seqlens[-1] == share.input_ids.shape[1] == len(order) // ranks
         assert torch.equal(share.response_rows, share.is_response.nonzero()[:, 0])

@@ -8,8 +8,8 @@ from small_configs import DEEPSEEK, QWEN
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
-from megatron_r1.models import exchange_overlap, transformer_config
-from megatron_r1.models.exchange_overlap import KEY, check_exchange_overlap
+from megatron_r1.models import supported, transformer_config
+from megatron_r1.models.supported import KEY, check_exchange_overlap
 
 MTP = {**DEEPSEEK, "num_nextn_predict_layers": 1}
 TWO_MTP = {**DEEPSEEK, "num_nextn_predict_layers": 2}
@@ -95,7 +95,7 @@ def test_megatron_refuses_the_same(fields):
     ],
 )
 def test_megatron_takes_what_is_not_refused(settings, hf):
-    assert not list(exchange_overlap.obstacles(recipe(**settings), hf))
+    assert not list(supported.obstacles(recipe(**settings), hf))
     config = transformer_config(hf, recipe(**settings))
     assert config.overlap_moe_expert_parallel_comm
     assert not config.delay_wgrad_compute and not config.moe_shared_expert_overlap

@@ -8,7 +8,7 @@ from megatron_r1.models import platform
 
 platform.prepare()
 
-from megatron_r1.models.replay import LayerReplay, RecordedRouting  # noqa: E402
+from megatron_r1.models.routing_replay import LayerReplay, RecordedRouting  # noqa: E402
 
 SCORES = torch.tensor([[0.1, 0.6, 0.2, 0.7], [0.9, 0.3, 0.8, 0.1], [0.4, 0.5, 0.1, 0.2]])
 RECORDED = torch.tensor([[[0, 2]], [[1, 3]], [[2, 3]]], dtype=torch.uint8)

@@ -23,11 +23,11 @@ from types import SimpleNamespace
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.config.push import PushConfig
+from megatron_r1.config.rollout import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.errors import ConnectionBroken, EngineDied, PushIncomplete
+from megatron_r1.engines.server.responses import ConnectionBroken, EngineDied, PushIncomplete
 from megatron_r1.push.plan import EngineLayout, TrainerGrid, rounds
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import IncompletePush
@@ -61,8 +61,8 @@ class Rounds:
 
     def __init__(self):
         self.number, self.deadly, self.victim = 0, None, 0
-        self._exchange, self._lock = nccl_rounds.enqueue_exchange, threading.Lock()
-        nccl_rounds.enqueue_exchange = self.exchange
+        self._exchange, self._lock = nccl_rounds.enqueue_send_recv, threading.Lock()
+        nccl_rounds.enqueue_send_recv = self.exchange
 
     def exchange(self, *arguments):
         with self._lock:

@@ -7,7 +7,7 @@ from pipeline_world import World
 
 from megatron_r1.pipeline import manifest
 from megatron_r1.pipeline.pipeline_recipe import load
-from megatron_r1.pipeline.plan import PipelinePlan
+from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.pipeline.status import StageState, examine
 
 RECIPE = """

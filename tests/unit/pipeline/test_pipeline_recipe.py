@@ -14,7 +14,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import load, protect, references, substitute, unprotect
-from megatron_r1.pipeline.plan import PipelinePlan, merged
+from megatron_r1.pipeline.stages import PipelinePlan, merged
 from megatron_r1.reporting.run_folder import RunFolder
 
 TRAINING = recipe("training")

@@ -19,7 +19,7 @@ LAPTOP = ROOT / "examples/laptop/r1_zero.yaml"
 MODEL = ["--model.path", str(ROOT / "examples/laptop/model")]
 
 
-def bill(tmp_path: Path, *options: str) -> dict:
+def estimate(tmp_path: Path, *options: str) -> dict:
     """Plan the laptop's recipe; return {(section, name): value}."""
     file = tmp_path / "plan.json"
     main([str(LAPTOP), *MODEL, "--json", str(file), *options])
@@ -36,7 +36,7 @@ def test_every_number_says_where_it_is_from():
 def test_a_measured_value_changes_itself_and_what_follows_from_it(tmp_path, capsys):
     file = tmp_path / "measured.json"
     file.write_text(json.dumps({"push_efficiency": 1e-06, "nvlink": 1e11}))
-    before, after = bill(tmp_path), bill(tmp_path, "--calibrate", str(file))
+    before, after = estimate(tmp_path), estimate(tmp_path, "--calibrate", str(file))
     # What is measured has no range, so nothing that would narrow it.
     gone = ("what would narrow the ranges", "push")
     assert before.keys() - after.keys() == {gone}

@@ -6,8 +6,9 @@ import pytest
 from planned_jobs import planned, real_job
 
 from megatron_r1.config.hardware import HARDWARE, Assumptions
+from megatron_r1.plan.engine_memory import Engines
 from megatron_r1.plan.exchange import ExpertExchange, Links, distinct
-from megatron_r1.plan.rollout import Engines, exchange_section
+from megatron_r1.plan.rollout import RolloutTime, exchange_section
 from megatron_r1.plan.timing import groups
 
 H800 = HARDWARE["H800"]
@@ -78,20 +79,23 @@ def test_a_sum_over_tensor_ranks_goes_along_nccl_s_tree():
 
 
 def test_a_bill_shows_every_backend_and_engines_take_the_one_that_is_chosen():
-    section = exchange_section(Engines(planned()))
+    section = exchange_section(RolloutTime(Engines(planned())))
     assert "the engines'" in section["allgather_reducescatter"].formula
     chosen = planned(rollout__vllm={"all2all_backend": "deepep_low_latency"})
-    assert "the engines'" in exchange_section(Engines(chosen))["deepep_low_latency"].formula
-    passes = [Engines(job).exchange_seconds(32) for job in (planned(), chosen)]
+    assert (
+        "the engines'"
+        in exchange_section(RolloutTime(Engines(chosen)))["deepep_low_latency"].formula
+    )
+    passes = [RolloutTime(Engines(job)).exchange_seconds(32) for job in (planned(), chosen)]
     # 58 of 61 layers and the MTP layer's have routed experts.
     each = [section[name].number for name in ("allgather_reducescatter", "deepep_low_latency")]
     assert passes[0] - passes[1] == pytest.approx(59 * (each[0] - each[1]))
-    assert exchange_section(Engines(planned(rollout__expert_parallel=False))) == {}
+    assert exchange_section(RolloutTime(Engines(planned(rollout__expert_parallel=False)))) == {}
 
 
 def test_engines_without_cuda_graphs_wait_for_the_host_in_every_layer():
     graphs, eager = planned(), planned(rollout__vllm={"enforce_eager": True})
-    seconds = [Engines(job).step_seconds(32) * 1.85 for job in (graphs, eager)]
+    seconds = [RolloutTime(Engines(job)).step_seconds(32) * 1.85 for job in (graphs, eager)]
     assert seconds[1] - seconds[0] == pytest.approx(62 * 1e-3)
 
 

@@ -9,7 +9,7 @@ from planned_jobs import RECIPE, planned, real_job
 from megatron_r1.commands.plan import main
 from megatron_r1.models import memory, weights
 from megatron_r1.models.weights.layout import layout_of
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import rank_memory
 
@@ -24,10 +24,10 @@ def test_the_reference_lies_in_host_memory_or_on_the_gpu():
 
 @pytest.mark.parametrize("colocated", [True, False])
 def test_gradients_are_the_engines_memory_while_these_compute(colocated):
-    bill = Bill(planned(rollout__colocated=colocated, rl__importance_cap=2.0))
-    rank = max(bill.ranks, key=lambda rank: rank.resident)
+    estimate = JobEstimate(planned(rollout__colocated=colocated, rl__importance_cap=2.0))
+    rank = max(estimate.ranks, key=lambda rank: rank.resident)
     kinds = ["parameters", "optimizer"] + ["gradients"] * (not colocated)
-    assert bill.engines.resident == sum(rank.training[kind] for kind in kinds)
+    assert estimate.engines.resident == sum(rank.training[kind] for kind in kinds)
     assert ("gradients" in rank.scoring) != colocated and "gradients" in rank.training
 
 
@@ -39,9 +39,12 @@ def test_gradients_are_the_engines_memory_while_these_compute(colocated):
     ],
 )
 def test_all_that_the_trainer_keeps_on_a_gpu_is_not_the_engines(kind, changed):
-    bill, plain = Bill(planned(**changed, rollout__gpu_memory=None)), Bill(planned())
-    more = max(rank.training.get(kind, 0) for rank in bill.ranks)
-    assert bill.engines.resident > plain.engines.resident + more / 2 > 0
+    estimate, plain = (
+        JobEstimate(planned(**changed, rollout__gpu_memory=None)),
+        JobEstimate(planned()),
+    )
+    more = max(rank.training.get(kind, 0) for rank in estimate.ranks)
+    assert estimate.engines.resident > plain.engines.resident + more / 2 > 0
 
 
 def test_constants_taken_from_the_kernels_are_theirs():
@@ -59,11 +62,11 @@ def test_more_ranks_never_need_more_of_one_gpu():
 
 
 def test_bf16_moments_take_two_bytes_each(capsys):
-    bills = []
+    estimates = []
     for moments in ("float32", "bfloat16"):
         assert main([str(RECIPE), "--optimizer.moments", moments]) == 0
-        bills.append(capsys.readouterr().out)
-    assert "12 B x (dense" in bills[0] and "8 B x (dense" in bills[1]
+        estimates.append(capsys.readouterr().out)
+    assert "12 B x (dense" in estimates[0] and "8 B x (dense" in estimates[1]
 
 
 def test_adapters_alone_have_gradients_an_optimizer_and_a_reference():

@@ -8,58 +8,58 @@ from dataclasses import replace
 import pytest
 from planned_jobs import planned
 
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.memory import rank_memory
 from megatron_r1.plan.ranges import narrowing_section
 from megatron_r1.plan.timing import time_section
 
 DENSE, EXPERT = 283_967_488, 5_637_144_576
-AWAY = 2 * (DENSE + EXPERT) + 12 * (DENSE / 32 + EXPERT / 16)
+OFFLOADED = 2 * (DENSE + EXPERT) + 12 * (DENSE / 32 + EXPERT / 16)
 GIB = 2**30
 
 
-def bill(place: str, **more) -> Bill:
-    return Bill(planned(parallel__offload_between_phases=place, **more))
+def estimate(place: str, **more) -> JobEstimate:
+    return JobEstimate(planned(parallel__offload_between_phases=place, **more))
 
 
-def value(of: Bill, section: str, name: str) -> float:
+def value(of: JobEstimate, section: str, name: str) -> float:
     return of.sections()[section][name].value
 
 
 def test_the_engines_may_take_what_is_away():
-    here, away = bill("none"), bill("host")
-    assert here.engines.resident == pytest.approx(AWAY, rel=5e-3)
+    here, away = estimate("none"), estimate("host")
+    assert here.engines.resident == pytest.approx(OFFLOADED, rel=5e-3)
     # The routers' bias of a rank, which is no parameter.
-    assert 0 < away.engines.resident < 1e-6 * AWAY
-    assert away.engines.free - here.engines.free == pytest.approx(AWAY, rel=5e-3)
+    assert 0 < away.engines.resident < 1e-6 * OFFLOADED
+    assert away.engines.free - here.engines.free == pytest.approx(OFFLOADED, rel=5e-3)
     more = {"rollout__gpu_memory": 0.9}
-    assert "rollout.gpu_memory" in bill("none", **more).problems()[0]
-    assert bill("host", **more).problems() == bill("disk", **more).problems() == []
-    cache = value(bill("host", **more), "engine memory of a GPU", "KV cache")
+    assert "rollout.gpu_memory" in estimate("none", **more).problems()[0]
+    assert estimate("host", **more).problems() == estimate("disk", **more).problems() == []
+    cache = value(estimate("host", **more), "engine memory of a GPU", "KV cache")
     assert cache - value(here, "engine memory of a GPU", "KV cache") == pytest.approx(
         0.2 * 79 * GIB, abs=1
     )
 
 
 def test_training_and_scoring_need_as_much_as_without():
-    for here, away in zip(bill("none").ranks, bill("host").ranks, strict=True):
+    for here, away in zip(estimate("none").ranks, estimate("host").ranks, strict=True):
         assert away.training == here.training and away.scoring == here.scoring
 
 
 def test_a_node_holds_it_in_memory_or_on_its_disk():
-    kind, host = "away while engines sample", "host memory of a node"
-    assert value(bill("host"), host, kind) == pytest.approx(8 * AWAY, rel=5e-3)
-    disk = bill("disk")
-    assert value(disk, "local disk of a node", kind) == pytest.approx(8 * AWAY, rel=5e-3)
+    kind, host = "offloaded while engines sample", "host memory of a node"
+    assert value(estimate("host"), host, kind) == pytest.approx(8 * OFFLOADED, rel=5e-3)
+    disk = estimate("disk")
+    assert value(disk, "local disk of a node", kind) == pytest.approx(8 * OFFLOADED, rel=5e-3)
     assert kind not in disk.sections()[host]
-    assert "local disk of a node" not in bill("host").sections()
+    assert "local disk of a node" not in estimate("host").sections()
 
 
 @pytest.mark.parametrize(("place", "rate"), [("host", 55e9 * 0.78), ("disk", 12e9 / 8)])
 def test_a_step_waits_for_both_ways_and_a_fifth_of_a_checkpoint(place, rate):
-    here, away = bill("none"), bill(place)
+    here, away = estimate("none"), estimate(place)
     push = value(here, "time", "push")
-    once = 2 * AWAY / rate
+    once = 2 * OFFLOADED / rate
     seconds = value(away, "time", "offload")
     assert seconds == pytest.approx(once + (once + push) / 5, rel=5e-3)
     assert value(away, "time", "step") - value(here, "time", "step") == pytest.approx(seconds)
@@ -71,14 +71,14 @@ def test_a_step_waits_for_both_ways_and_a_fifth_of_a_checkpoint(place, rate):
 )
 def test_its_seconds_have_a_range_until_the_link_is_measured(place, number, is_named):
     job = planned(parallel__offload_between_phases=place)
-    section = time_section(Bill(job).times)
+    section = time_section(JobEstimate(job).times)
     offload = section["offload"]
     assert offload.low == pytest.approx(offload.number / 1.96)
     assert offload.high == pytest.approx(offload.number * 1.96)
     assert ("offload" in narrowing_section(job, section)) == is_named
-    without = time_section(Bill(planned()).times)["step"]
+    without = time_section(JobEstimate(planned()).times)["step"]
     assert section["step"].high == pytest.approx(without.high + offload.high)
-    measured = time_section(Bill(replace(job, measured={number: "measured.yaml"})).times)
+    measured = time_section(JobEstimate(replace(job, measured={number: "measured.yaml"})).times)
     assert measured["offload"].limits == ""
 
 
@@ -88,6 +88,6 @@ def test_the_critic_s_state_is_away_too():
         rank_memory(planned(parallel__offload_between_phases=place, **ppo))[3]
         for place in ("none", "host")
     )
-    kind = "away while engines sample"
-    assert here.resident > 1.5 * AWAY and away.resident < 1e-6 * AWAY
+    kind = "offloaded while engines sample"
+    assert here.resident > 1.5 * OFFLOADED and away.resident < 1e-6 * OFFLOADED
     assert away.host[kind] == pytest.approx(here.resident, rel=5e-3)

@@ -4,9 +4,9 @@ import pytest
 from planned_jobs import planned, real_job
 
 from megatron_r1.config.hardware import GIB
-from megatron_r1.plan.bill import Bill
-from megatron_r1.plan.phase_seconds import load, saves, sleep_and_wake
-from megatron_r1.plan.rollout import Engines
+from megatron_r1.plan.between_phases import load, saves, sleep_and_wake
+from megatron_r1.plan.engine_memory import Engines
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.timing import StepTime, time_section
 
 
@@ -21,16 +21,16 @@ def test_weights_are_read_and_written_and_each_tensor_costs_the_host():
 
 def test_engines_sleep_and_wake_once_a_step_where_they_share_the_gpus():
     assert sleep_and_wake(planned()).number == pytest.approx(1.0 + 2.6)
-    assert time_section(Bill(planned()).times)["sleep and wake"].number == pytest.approx(3.6)
+    assert time_section(JobEstimate(planned()).times)["sleep and wake"].number == pytest.approx(3.6)
     alone = planned(rollout_gpus=2048, rollout__colocated=False, rl__importance_cap=2.0)
-    assert "sleep and wake" not in time_section(Bill(alone).times)
+    assert "sleep and wake" not in time_section(JobEstimate(alone).times)
 
 
 def test_a_save_stops_the_trainer_for_its_copy_and_without_threads_for_its_writing():
     """What a rank of the fullest stage writes, a 32nd of its dense and a 16th of its expert
     parameters with 16 bytes each: two in bf16, the reference's two, 12 of the optimizer."""
     job = planned()
-    copied = max(rank.host["checkpoint being written"] for rank in Bill(job).ranks)
+    copied = max(rank.host["checkpoint being written"] for rank in JobEstimate(job).ranks)
     assert copied == 16 * (283_967_488 // 32 + 5_637_144_576 // 16)
     copy = copied / (0.78 * 55e9)
     assert saves(job).number == pytest.approx(copy / 5)
@@ -56,7 +56,7 @@ def test_a_rank_stalls_at_every_hop_of_the_pipeline():
 
 
 def test_a_step_is_the_sum_of_its_parts():
-    section = time_section(Bill(planned()).times)
+    section = time_section(JobEstimate(planned()).times)
     names = ("rollout", "routed experts", "scoring", "training")
     names += ("push", "load", "sleep and wake", "saves")
     assert section["step"].number == pytest.approx(sum(section[n].number for n in names))

@@ -9,7 +9,7 @@ from megatron_r1.commands.plan import main
 from megatron_r1.config import load
 from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models import read_hf_config
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 
 RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
@@ -22,7 +22,7 @@ def test_a_64k_part_without_memory_is_refused_though_the_first_fits(capsys):
 
     def fits(gib: float) -> bool:
         hardware = replace(HARDWARE["H800"], memory=gib * GIB)
-        return not Bill(PlannedJob(hf, config, 2048, hardware)).problems()
+        return not JobEstimate(PlannedJob(hf, config, 2048, hardware)).problems()
 
     least = next(quarters / 4 for quarters in range(200, 320) if fits(quarters / 4))
     assert main([str(RECIPE), "--push.transport", "gloo", "--memory-gib", str(least)]) == 1

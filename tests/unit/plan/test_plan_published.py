@@ -10,7 +10,7 @@ import yaml
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.arguments import config_of, job_of, parse
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.published import published_runs, run_hours, within
 from megatron_r1.plan.timing import time_section
 
@@ -132,18 +132,20 @@ def test_outside_a_checkout_it_says_where_to_start(tmp_path, monkeypatch, capsys
 def test_a_run_s_hours_are_its_phases():
     chosen, overrides = parse([str(RECIPE)])
     assert [step for step, _ in config_of(RECIPE, overrides).phases()] == [1, 513]
-    first, second = (Bill(job_of(RECIPE, chosen, overrides, n)).step.number for n in (512, 650))
+    first, second = (
+        JobEstimate(job_of(RECIPE, chosen, overrides, n)).step.number for n in (512, 650)
+    )
     hours = (512 * first + 138 * second) / 3600
     assert run_hours(RECIPE, chosen, overrides) == pytest.approx(hours)
 
 
 def in_pools(*options):
-    """Return the bill of the recipe with engines on GPUs of their own, and its times."""
+    """Return the estimate of the recipe with engines on GPUs of their own, and its times."""
     alone = ["--rollout-gpus", "2048", "--rollout.colocated", "false", "--rl.importance_cap", "2"]
     alone += ["--rollout.redundant_experts", "0"]
     chosen, overrides = parse([str(RECIPE), *alone, *options])
-    bill = Bill(job_of(RECIPE, chosen, overrides))
-    return bill, {name: part.value for name, part in time_section(bill.times).items()}
+    estimate = JobEstimate(job_of(RECIPE, chosen, overrides))
+    return estimate, {name: part.value for name, part in time_section(estimate.times).items()}
 
 
 SHORT = ("--rollout.max_response_tokens", "2048")
@@ -165,14 +167,14 @@ def trainer_seconds(times):
 def test_steps_with_rollouts_ahead_take_as_long_as_the_sampler_s_rule_makes_them(options, decides):
     """Event by event: the rollout of step s begins at the push of version s - 1 - staleness, and
     the step trains when its rollout, the step before and the engines' other tokens are done."""
-    bill, times = in_pools(*options)
+    estimate, times = in_pools(*options)
     rollout, trains, full = (
         times["rollout"],
         trainer_seconds(times),
-        bill.engines.throughput_seconds,
+        estimate.times.rollout.throughput_seconds,
     )
     stopped = times["push"] + times["load"]
-    ahead = bill.job.config.rl.staleness
+    ahead = estimate.job.config.rl.staleness
     ends, free = [0.0] * (ahead + 1), 0.0
     while len(ends) < 200:
         begin = ends[-1 - ahead]

@@ -8,9 +8,10 @@ from planned_jobs import RECIPE, ROOT, V3, planned
 from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models import read_hf_config
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import planned_engine_layout, push_section, set_links
+from megatron_r1.plan.push import planned_engine_layout, push_section
+from megatron_r1.plan.push_links import set_links
 
 
 def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models():
@@ -31,7 +32,9 @@ def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models(
 
 def test_an_fp8_push_is_planned_with_fp8_s_bytes_and_its_engines_with_fp8_weights():
     gloo = {"push__transport": "gloo"}
-    plain, fp8 = (Bill(planned(push__fp8=value, **gloo)).sections() for value in (False, True))
+    plain, fp8 = (
+        JobEstimate(planned(push__fp8=value, **gloo)).sections() for value in (False, True)
+    )
     assert plain["push"]["in FP8"].value == fp8["push"]["into an engine GPU"].value
     assert "in FP8" not in fp8["push"] and "FP8" in fp8["push"]["into an engine GPU"].formula
     for name in ("into an engine GPU", "into all engines", "receive buffer"):
@@ -54,7 +57,7 @@ def test_a_push_of_adapters_alone_is_planned_with_their_bytes():
     def sections(adapter_only):
         changed = settings | {"push.adapter_only": adapter_only}
         config = configuration.load(ROOT / "examples/one_node/qwen2.5-7b.yaml", changed)
-        return Bill(PlannedJob(hf, config, 4, HARDWARE["H100"], rollout_gpus=4)).sections()
+        return JobEstimate(PlannedJob(hf, config, 4, HARDWARE["H100"], rollout_gpus=4)).sections()
 
     merged, alone = map(sections, (False, True))
     hidden, inner, kv, layers, rank = 3584, 18944, 512, 28, 16
@@ -72,38 +75,38 @@ def test_a_push_of_adapters_alone_is_planned_with_their_bytes():
 @pytest.mark.parametrize("transport", ["shm", "gloo", "cuda_ipc"])
 def test_the_receive_buffer_is_where_the_transport_writes(transport):
     any_share = {"rollout__gpu_memory": None}
-    bill = Bill(planned(push__transport=transport, **any_share))
-    sections, buffer = bill.sections(), bill.engines.weights
+    estimate = JobEstimate(planned(push__transport=transport, **any_share))
+    sections, buffer = estimate.sections(), estimate.engines.weights
     assert sections["push"]["receive buffer"].value == buffer
     formula = sections["push"]["receive buffer"].formula
     assert f"({transport})" in formula
     assert ("is for one host" in formula) == (transport in ("shm", "cuda_ipc"))
-    default = Bill(planned(push__transport="gloo", **any_share))
+    default = JobEstimate(planned(push__transport="gloo", **any_share))
     before = default.engines.cache
-    trainer = sections[f"memory of pipeline rank {bill.worst.rank}, the fullest"]
+    trainer = sections[f"memory of pipeline rank {estimate.worst.rank}, the fullest"]
     host = sections["host memory of a node"]
     if transport == "cuda_ipc":
         assert "receive buffer" not in host and "on its GPU" in formula
-        assert before - bill.engines.cache == trainer["receive buffer"].value == buffer
-        assert bill.worst.peak == default.worst.peak + buffer
+        assert before - estimate.engines.cache == trainer["receive buffer"].value == buffer
+        assert estimate.worst.peak == default.worst.peak + buffer
     else:
         assert host["receive buffer"].value == 8 * buffer and "on its host" in formula
-        assert bill.engines.cache == before and "receive buffer" not in trainer
+        assert estimate.engines.cache == before and "receive buffer" not in trainer
 
 
 def test_over_nccl_colocated_engines_receive_in_the_place_of_their_cache():
     """Weights in transit, and two rounds of 64 MiB each way."""
-    bill = Bill(planned(push__transport="nccl"))
-    sections, engines = bill.sections(), bill.engines
+    estimate = JobEstimate(planned(push__transport="nccl"))
+    sections, engines = estimate.sections(), estimate.engines
     assert "in the place of its KV cache" in sections["push"]["receive buffer"].formula
-    assert not engines.receive_buffer and bill.problems() == []
+    assert not engines.receive_buffer and estimate.problems() == []
     for section in sections.values():
         assert "receive buffer" not in section or section is sections["push"]
     needed = engines.weights + GIB // 4
     gpu = engines.weights + engines.resident + 6 * GIB + needed
     hardware = replace(HARDWARE["H800"], memory=gpu - GIB)
     fits_engine = planned(push__transport="nccl", rollout__gpu_memory=None)
-    share, push = Bill(replace(fits_engine, hardware=hardware)).problems()[-2:]
+    share, push = JobEstimate(replace(fits_engine, hardware=hardware)).problems()[-2:]
     assert "rollout.gpu_memory is not set, and vLLM takes 0.92" in share
     assert "a push over nccl needs 20.10 GiB" in push and "which has 19.10 GiB" in push
     assert "set rollout.gpu_memory" not in push  # the trainer leaves no larger share
@@ -111,37 +114,37 @@ def test_over_nccl_colocated_engines_receive_in_the_place_of_their_cache():
 
 def test_receive_buffers_of_engines_on_their_own_gpus_are_not_the_trainers():
     alone = {"rollout_gpus": 2048, "rollout__colocated": False}
-    host = Bill(planned(**alone, push__transport="gloo")).sections()
+    host = JobEstimate(planned(**alone, push__transport="gloo")).sections()
     assert "receive buffer" not in host["host memory of a node"]
     engines = host["host memory of an engines' node"]["receive buffer"]
     assert engines.value == 8 * host["push"]["receive buffer"].value
-    bill = Bill(planned(**alone, push__transport="cuda_ipc"))
-    assert bill.worst.peak == Bill(planned(**alone)).worst.peak
-    assert bill.engines.receive_buffer == bill.engines.weights
-    assert "host memory of an engines' node" not in bill.sections()
+    estimate = JobEstimate(planned(**alone, push__transport="cuda_ipc"))
+    assert estimate.worst.peak == JobEstimate(planned(**alone)).worst.peak
+    assert estimate.engines.receive_buffer == estimate.engines.weights
+    assert "host memory of an engines' node" not in estimate.sections()
 
 
 def test_over_nccl_engines_of_their_own_gpus_leave_room_for_what_a_push_receives():
     """79 GiB without 19.85: vLLM may take 59.15 of them."""
     alone = {"rollout_gpus": 2048, "rollout__colocated": False}
     for share, shown in ((0.75, "=0.75"), (None, " is not set, and vLLM takes 0.92")):
-        (problem,) = Bill(planned(**alone, rollout__gpu_memory=share)).problems()
+        (problem,) = JobEstimate(planned(**alone, rollout__gpu_memory=share)).problems()
         assert problem.startswith(f"rollout.gpu_memory{shown}: of each GPU's 79.00 GiB")
         assert "a push's 19.85 GiB leaves engines 59.15 GiB: set at most 0.74" in problem
-    assert Bill(planned(**alone, rollout__gpu_memory=0.74)).problems() == []
-    gloo = Bill(planned(**alone, rollout__gpu_memory=0.9, push__transport="gloo"))
+    assert JobEstimate(planned(**alone, rollout__gpu_memory=0.74)).problems() == []
+    gloo = JobEstimate(planned(**alone, rollout__gpu_memory=0.9, push__transport="gloo"))
     assert gloo.problems() == []  # on the host
 
 
 def test_a_receive_buffer_that_does_not_fit_is_named_with_its_remedy():
     hardware = replace(HARDWARE["H800"], memory=50 * GIB)
     job = replace(planned(push__transport="cuda_ipc"), hardware=hardware)
-    trainer, _, cache = Bill(job).problems()
+    trainer, _, cache = JobEstimate(job).problems()
     assert "pipeline rank 3 needs 71.26 GiB of 50.00 GiB" in trainer
     assert "19.85 GiB of receive buffer" in cache and "push.transport to gloo" in cache
     hardware = replace(HARDWARE["H800"], host_memory=15 * GIB)
     alone = {"rollout_gpus": 2048, "push__transport": "gloo"}
-    problem = Bill(replace(planned(**alone), hardware=hardware)).problems()[-1]
+    problem = JobEstimate(replace(planned(**alone), hardware=hardware)).problems()[-1]
     assert (
         "a host needs 158.83 GiB of 120.00 GiB" in problem
         and "of it receive buffer: give each engine more GPUs" in problem

@@ -8,18 +8,18 @@ from planned_jobs import RECIPE, ROOT, planned
 
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
-from megatron_r1.plan.bill import Bill
-from megatron_r1.plan.offload import OFFLOAD
+from megatron_r1.plan.between_phases import OFFLOAD
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.ranges import MEASUREMENTS, closed_by, narrowing_section
-from megatron_r1.plan.replay import ROUTED
+from megatron_r1.plan.routing_replay import ROUTED
 from megatron_r1.plan.timing import PARTS, time_section
 from tools.gpu_check import calibration
 from tools.gpu_check.checks import CHECKS
 
 
 def times(job):
-    return time_section(Bill(job).times)
+    return time_section(JobEstimate(job).times)
 
 
 def test_a_range_is_the_estimate_over_and_times_the_spread_and_at_most_a_factor_of_four():
@@ -133,15 +133,15 @@ def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
 
 
 def test_a_response_that_may_outlast_its_time_limit_is_noted_where_its_range_does(capsys):
-    longest = Bill(planned()).engines.longest_seconds
+    longest = JobEstimate(planned()).times.rollout.longest_seconds
     high = longest * 1.96
     for limit, noted in ((high * 1.01, False), (high * 0.99, True)):
-        notes = Bill(planned(rollout__request_timeout_seconds=limit)).notes()
+        notes = JobEstimate(planned(rollout__request_timeout_seconds=limit)).notes()
         assert len(notes) == noted, limit
     assert "rollout.request_timeout_seconds" in notes[0] and "32,768 tokens" in notes[0]
     known = replace(planned(), measured={"decode_latency_per_layer": "measured.yaml"})
     config = known.config.with_changes(rollout={"request_timeout_seconds": longest * 1.01})
-    assert Bill(replace(known, config=config)).notes() == []
+    assert JobEstimate(replace(known, config=config)).notes() == []
     # 65,536 tokens, from step 513 on; the recipe's limit is above their range.
     assert main([str(RECIPE)]) == 0 and "note:" not in capsys.readouterr().out
     assert main([str(RECIPE), "--rollout.request_timeout_seconds", "3600"]) == 0

@@ -1,4 +1,4 @@
-"""The printed bill and its JSON file."""
+"""The printed estimate and its JSON file."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import pytest
 from planned_jobs import LAPTOP, RECIPE, ROOT, real_job
 
 from megatron_r1.commands.plan import main
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 
 
 @pytest.mark.parametrize("recipe", ["r1_zero", "all_scenarios_rl", "cold_start_sft", "helpful_rm"])
@@ -75,5 +75,5 @@ def test_json_holds_every_number_with_its_formula(tmp_path, capsys):
     step = plan["sections"]["time"]["step"]
     assert step["low"] < step["value"] < step["high"]
     phases = [rank[phase] for rank in plan["ranks"] for phase in ("training", "scoring")]
-    peak = Bill(real_job(tokens_per_microbatch=9216)).worst.peak
+    peak = JobEstimate(real_job(tokens_per_microbatch=9216)).worst.peak
     assert max(sum(phase.values()) for phase in phases) == peak

@@ -8,17 +8,19 @@ from planned_jobs import BY_HAND, LLAMA_405B, QWEN_72B, RECIPE, V3, planned, rea
 from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models.memory import cache_bytes_per_token
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.engine_memory import Engines, rollout_section
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import push_section
-from megatron_r1.plan.rollout import Engines, rollout_section, samples_section
+from megatron_r1.plan.rollout import RolloutTime, samples_section
 
 
 def test_an_fp8_decoding_step_skips_idle_experts_of_one_byte_a_value():
     engines = Engines(planned(push__fp8=True))
-    read = [engines._weights_read(sequences) for sequences in (0, 1e6)]
+    time = RolloutTime(engines)
+    read = [time._weights_read(sequences) for sequences in (0, 1e6)]
     assert read[1] == pytest.approx(engines.weights)
-    routed = engines.counts.routed + engines.counts.mtp_routed  # the drafter's experts too
+    routed = time.counts.routed + time.counts.mtp_routed  # the drafter's experts too
     assert read[1] - read[0] == pytest.approx(routed / 128)
 
 
@@ -32,7 +34,7 @@ def test_each_gpu_holds_its_copies_of_experts_and_reads_those_that_have_tokens()
     assert plain.cache - copied.cache == expert
     for engines, held in ((plain, 2), (copied, 3)):  # one sequence and its draft on 16 groups
         idle = held * expert * (1 - 8 / (128 * held)) ** 32
-        assert engines._weights_read(1) == pytest.approx(engines.weights - idle)
+        assert RolloutTime(engines)._weights_read(1) == pytest.approx(engines.weights - idle)
     in_fp8, without = (
         push_section(planned(rollout__redundant_experts=n))["in FP8"].value for n in (128, 0)
     )
@@ -50,10 +52,10 @@ def test_a_pass_with_a_draft_takes_one_layer_more_and_gives_more_tokens():
         expected = (layers * (240 + sums) + (layers - 3) * exchange) * 1e-6 / accepted
         method = "mtp" if tokens else "none"
         job = planned(rollout__speculative={"method": method, "tokens": tokens or 1})
-        engines = Engines(replace(job, hardware=no_limits))
-        assert engines.step_seconds(32) == pytest.approx(expected)
+        time = RolloutTime(Engines(replace(job, hardware=no_limits)))
+        assert time.step_seconds(32) == pytest.approx(expected)
     ngram = Engines(planned(rollout__speculative={"method": "ngram", "tokens": 4}))
-    assert "rollout.speculative.method=ngram" in ngram.seconds()[1]
+    assert "rollout.speculative.method=ngram" in RolloutTime(ngram).seconds()[1]
 
 
 def test_sampling_without_a_trainer_has_no_fp8_push():
@@ -64,11 +66,11 @@ def test_sampling_without_a_trainer_has_no_fp8_push():
 
 
 def test_an_engine_that_takes_more_of_a_gpu_than_the_trainer_leaves_is_named():
-    most = Bill(planned()).sections()["engine memory of a GPU"]["share, at most"]
+    most = JobEstimate(planned()).sections()["engine memory of a GPU"]["share, at most"]
     assert str(most) == "77.0%"
-    (problem,) = Bill(planned(rollout__gpu_memory=0.9)).problems()
+    (problem,) = JobEstimate(planned(rollout__gpu_memory=0.9)).problems()
     assert problem.startswith("rollout.gpu_memory=0.9: ") and "0.77" in problem
-    less = Bill(planned(rollout__gpu_memory=0.5)).engines
+    less = JobEstimate(planned(rollout__gpu_memory=0.5)).engines
     assert less.cache == round(0.5 * HARDWARE["H800"].memory - 3 * GIB - less.weights)
 
 
@@ -93,4 +95,5 @@ def test_room_for_less_than_one_sequence_is_no_room():
     one_sequence = full.token_bytes * (512 + 8192 / 2)
     for part, seconds in ((0.9, False), (1.1, True)):
         engines = Engines(job, resident=round(full.cache - part * one_sequence))
-        assert (engines.seconds()[0] is not None) == bool(engines.at_once) == seconds, part
+        found = RolloutTime(engines).seconds()[0]
+        assert (found is not None) == bool(engines.at_once) == seconds, part

@@ -6,7 +6,7 @@ from planned_jobs import ROOT, planned, real_job
 from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 
 
@@ -16,14 +16,14 @@ def test_a_push_within_a_node_goes_over_the_node_s_links():
     for transport in ("shm", "cuda_ipc", "gloo", "nccl"):
         changed = {"push.transport": transport}
         config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml", changed)
-        bill = Bill(PlannedJob(hf, config, 1, h800))
-        seconds[transport] = bill.times.push()
-        assert "one host" not in bill.sections()["push"]["receive buffer"].formula
-    each = 0.75 / bill.engines.weights
+        estimate = JobEstimate(PlannedJob(hf, config, 1, h800))
+        seconds[transport] = estimate.times.push()
+        assert "one host" not in estimate.sections()["push"]["receive buffer"].formula
+    each = 0.75 / estimate.engines.weights
     rates = [h800.host_link, h800.nvlink, h800.host_network, h800.network]
     assert [1 / s for s in seconds.values()] == pytest.approx([rate * each for rate in rates])
     over_hosts = ("cuda_ipc", "gloo", "nccl")
-    many = [Bill(planned(push__transport=name)).times.push() for name in over_hosts]
+    many = [JobEstimate(planned(push__transport=name)).times.push() for name in over_hosts]
     assert many[0] == many[1] == pytest.approx(many[2] * h800.network / h800.host_network)
 
 
@@ -32,7 +32,7 @@ def test_virtual_stages_round_micro_batches_up_and_pay_for_it():
     sixteen, seventeen = real_job(), real_job(tokens_per_microbatch=16_384)
     assert (sixteen.num_microbatches, sixteen.slots) == (16, 16)
     assert (seventeen.num_microbatches, seventeen.slots) == (17, 32)
-    assert Bill(sixteen).times.bubble(16, 16) == pytest.approx(15 / 47)
-    assert Bill(seventeen).step.number > Bill(sixteen).step.number
-    plain = Bill(real_job(virtual_pipeline=1, pipeline_layout="Et*4|(t*4|)*14tmL"))
+    assert JobEstimate(sixteen).times.bubble(16, 16) == pytest.approx(15 / 47)
+    assert JobEstimate(seventeen).step.number > JobEstimate(sixteen).step.number
+    plain = JobEstimate(real_job(virtual_pipeline=1, pipeline_layout="Et*4|(t*4|)*14tmL"))
     assert plain.times.bubble(16, plain.job.slots) == pytest.approx(15 / 31)

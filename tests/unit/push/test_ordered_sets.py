@@ -148,7 +148,7 @@ def test_every_block_arrives_whole_where_it_is_for(sets):
     links = {payload for payload in ordered.payloads if payload.sender is not None}
     assert entering | copied == links and not entering & copied
     for index, positions in enumerate(ordered.receivers):
-        served = {place for rank in range(world) if (place := ordered.served(index, rank))}
+        served = {place for rank in range(world) if (place := ordered.received_by(index, rank))}
         assert {
             (m, p) for p, ms in enumerate(positions) for m, at in enumerate(ms) if at < world
         } == served

@@ -15,7 +15,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.stored.published import is_quantized, scale_name
-from megatron_r1.push import link_planner
+from megatron_r1.push import slices
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.from_recipe import check_blocks, check_pushes
 from megatron_r1.push.plan.tensors import Region, pushed_tensors, scale_region
@@ -165,9 +165,9 @@ def test_a_model_whose_scales_are_powers_of_two_is_pushed_with_such():
 
 def test_each_block_is_quantized_once_a_push(monkeypatch):
     monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)
-    sizes, quantize = [], link_planner.quantize_fp8
+    sizes, quantize = [], slices.quantize_fp8
     monkeypatch.setattr(
-        link_planner,
+        slices,
         "quantize_fp8",
         lambda x, **kind: sizes.append(x.numel()) or quantize(x, **kind),
     )

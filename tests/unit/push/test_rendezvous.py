@@ -8,13 +8,13 @@ from megatron_r1.push.rendezvous import Rendezvous, TrainerRendezvous
 
 
 @pytest.fixture
-def at_look(monkeypatch):
-    """What happens after a number of looks for answers, by that number; looks take no time."""
-    happens, looks = {}, []
+def at_check(monkeypatch):
+    """What happens after a number of checks for answers, by that number; checks take no time."""
+    happens, checks = {}, []
 
     def sleep(_):
-        looks.append(1)
-        happens.get(len(looks), lambda: None)()
+        checks.append(1)
+        happens.get(len(checks), lambda: None)()
 
     monkeypatch.setattr(rendezvous.time, "sleep", sleep)
     return happens
@@ -23,17 +23,17 @@ def at_look(monkeypatch):
 NAMES = ["0/1", "1/1", "2/1"]
 
 
-def test_an_engine_rank_that_answers_late_is_not_taken_for_dead(at_look):
-    """Each answer comes just before the looks that the one before has left are over."""
+def test_an_engine_rank_that_answers_late_is_not_taken_for_dead(at_check):
+    """Each answer comes just before the checks that the one before has left are over."""
     met = Rendezvous(HashStore(), "set", 1.0)
-    most = rendezvous.ANSWER_LOOKS
+    most = rendezvous.ANSWER_CHECKS
     for number, name in enumerate(NAMES):
-        at_look[(number + 1) * (most - 1)] = lambda name=name: met.answer(name, 4)
+        at_check[(number + 1) * (most - 1)] = lambda name=name: met.answer(name, 4)
     failure = met.find_cause(NAMES, 4, "cut")
     assert (failure.error, failure.members) == ("cut", [])
 
 
-def test_those_that_do_not_answer_are_named(at_look):
+def test_those_that_do_not_answer_are_named(at_check):
     met = Rendezvous(HashStore(), "set", 1.0)
     met.answer("1/1", 4)
     failure = met.find_cause(NAMES, 4, "cut")
@@ -42,5 +42,5 @@ def test_those_that_do_not_answer_are_named(at_look):
 
 
 def test_an_engine_that_offers_nothing_is_named():
-    with pytest.raises(DistStoreError, match=r"set\.1.*offer/0"):
+    with pytest.raises(DistStoreError, match=r"set\.1.*receiver/0"):
         TrainerRendezvous(HashStore(), "set", 0.0, member=1).read_receivers(1)

@@ -16,7 +16,7 @@ from megatron_r1.config import Config, load
 from megatron_r1.config.training import ParallelConfig
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
-from megatron_r1.plan.push import set_links
+from megatron_r1.plan.push_links import set_links
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.from_recipe import check_pushes, engine_layout
 from megatron_r1.push.plan.tensors import plain_bytes

@@ -8,9 +8,9 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
+from megatron_r1.reporting.trackers import services as wandb_tracker
 from megatron_r1.reporting.trackers import tracker_set
-from megatron_r1.reporting.trackers import wandb as wandb_tracker
-from megatron_r1.reporting.trackers.tracked_run import EVALUATION, STEP, TrackedRun
+from megatron_r1.reporting.trackers.services import EVALUATION, STEP, TrackedRun
 from megatron_r1.reporting.trackers.tracker_set import TrackerSet, check_trackers
 
 

@@ -18,11 +18,15 @@ from sample_answers import PROMPT, answer, run_decide, selection
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.sample import PairsConfig, SampleConfig
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
 from megatron_r1.sample.judge import FunctionJudge, make_judge
-from megatron_r1.sample.preference_pairs import PreferencePairs, log_ratio, pair_up, pairs_to_drop
-from megatron_r1.sample.result_cache import ResultCache
-from megatron_r1.sample.safety_labels import SafetyLabels
-from megatron_r1.sample.user_function import UserFunction, load_function
+from megatron_r1.sample.judged_rows import (
+    PreferencePairs,
+    SafetyLabels,
+    log_ratio,
+    pair_up,
+    pairs_to_drop,
+)
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused_judges.yaml").read_text())
 

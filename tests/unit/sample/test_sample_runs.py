@@ -19,10 +19,9 @@ from megatron_r1.commands.cli import main
 from megatron_r1.commands.sample import from_run
 from megatron_r1.data.prompts import make_prompt, normalize
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.response import ResponseLog, TextResponse
+from megatron_r1.sample.cached_calls import ResultCache
 from megatron_r1.sample.outputs import WINDOW, PromptResult, decide_all
-from megatron_r1.sample.result_cache import ResultCache
 from megatron_r1.sample.selection import Decision
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused_runs.yaml").read_text())
@@ -114,7 +113,7 @@ def test_right_answers_are_kept_and_every_answer_says_why(recipe, tmp_path, caps
     ):
         assert row["prompt"].startswith("Q: What is") and s["question"] in row["prompt"]
         assert re.fullmatch(r"<think>I add .*\.</think>\d+", row["response"])
-    result = json.loads((tmp_path / "out/curation.json").read_text())
+    result = json.loads((tmp_path / "out/sample.json").read_text())
     assert result["decisions"] == {"kept": len(kept), "wrong": 24 - len(kept)}
     assert result["accuracy"] == pytest.approx(len(kept) / 24)
     printed = capsys.readouterr().out.split()
@@ -264,7 +263,7 @@ def test_pairs_and_labels_need_no_truth(recipe, tmp_path):
         # A judge that likes length, and lengths that must balance: no pair is left.
         assert main(["sample", recipe(server.url, **judge | {"pairs": {}})]) == 1
         assert lines(tmp_path / "out/pairs.jsonl") == []
-        result = json.loads((tmp_path / "out/curation.json").read_text())
+        result = json.loads((tmp_path / "out/sample.json").read_text())
         assert result["length_bias_before"] > 0.05 and result["pairs"] == 0
         assert (tmp_path / "out/judgements.jsonl").read_bytes() == votes
         # The same answers, labelled.

@@ -5,14 +5,20 @@ import pytest
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.rounds import Link, PushOrder
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
-from tools.bench.push.assumptions import PushAssumptions
 from tools.bench.push.order_check import (
     Call,
     Step,
     operations_of_rounds,
     operations_of_steps,
 )
-from tools.bench.push.scale import ScaleCase, beyond, simulated, transfer_seconds, without_order
+from tools.bench.push.scale import (
+    PushAssumptions,
+    ScaleCase,
+    beyond,
+    simulated,
+    transfer_seconds,
+    without_order,
+)
 from tools.bench.push.stream_queues import StreamQueues
 
 EXACT = {"nic": 1.0, "nic_efficiency": 1.0, "nvlink": 10.0, "nvlink_efficiency": 1.0}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import command
-from tests.faults.command import TABLE, Mutation, covering_tests, plant, read_table, rooms
+from tests.faults.command import TABLE, Mutation, covering_tests, packages, plant, read_table
 
 ROOT = Path(__file__).parents[3]
 SOURCE = """
@@ -63,7 +63,7 @@ def tree(tmp_path):
 
 
 def entry(**changes):
-    fields = {"room": "base", "symbol": "halves", "replace": "number - number", "by": "number"}
+    fields = {"package": "base", "symbol": "halves", "replace": "number - number", "by": "number"}
     return Mutation(**fields | {"fault": "", "tests": ("test_it.py",)} | changes)
 
 
@@ -72,12 +72,12 @@ def apply(mutation, root):
     covering_tests(mutation, root)
 
 
-def test_every_fault_applies_and_every_room_has_some():
+def test_every_fault_applies_and_every_package_has_some():
     table = read_table(ROOT)
     for mutation in table:
         apply(mutation, ROOT)  # raises an error that names the entry
-    counts = Counter(mutation.room for mutation in table)
-    assert set(rooms(ROOT)) <= set(counts) and len(table) >= 40
+    counts = Counter(mutation.package for mutation in table)
+    assert set(packages(ROOT)) <= set(counts) and len(table) >= 40
     assert max(Counter(mutation.name for mutation in table).values()) == 1
 
 

@@ -16,7 +16,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.hf_config import sparse_layers
-from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.timing import time_section
 from tools.gpu_check import checks as runner
@@ -271,7 +271,7 @@ def test_the_numbers_of_the_phases_are_those_with_which_the_plan_takes_their_sec
     hidden = planned()
     hidden = replace(hidden, assumptions=replace(hidden.assumptions, **wanted))
     hidden = replace(hidden, hardware=replace(hidden.hardware, host_link=20e9))
-    section = time_section(Bill(hidden).times)
+    section = time_section(JobEstimate(hidden).times)
     every = hidden.config.checkpoint.every
     line = {
         "push/pause": section["load"].value,

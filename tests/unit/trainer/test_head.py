@@ -22,7 +22,7 @@ SAMPLES = [
     ([5], [6, 1, 2], -1.0),
     ([3, 4], [12], 0.5),
 ]
-GRPO = LossSettings(average="sequence", clip_low=0.2, clip_high=0.3, kl_beta=0.1)
+GRPO = LossSettings(loss_average="sequence", clip_low=0.2, clip_high=0.3, kl_beta=0.1)
 
 
 def micro_batch(samples=SAMPLES, seed=0, kept=None):
@@ -32,7 +32,7 @@ def micro_batch(samples=SAMPLES, seed=0, kept=None):
         Sample.pack(p, r, [-2.0] * len(r), advantage=a, sampling_mask=mask)
         for (p, r, a), mask in zip(samples, masks, strict=True)
     ]
-    batch = packed_batch(made, TokenSplit(tensor=4), torch.device("cpu"))
+    batch = packed_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
     tokens = batch.input_ids.shape[1]
     hidden = torch.randn(tokens, HIDDEN, generator=g, requires_grad=True)
     weight = torch.randn(PADDED, HIDDEN, generator=g)
@@ -116,7 +116,7 @@ def test_supervised_loss_is_the_negative_log_likelihood_of_the_responses():
 @pytest.mark.parametrize("average", ["sequence", "token"])
 def test_grpo_s_loss_and_gradient_are_equation_1_of_each_response(average):
     batch, head = micro_batch()
-    terms = grpo_loss(batch, head, replace(GRPO, average=average))
+    terms = grpo_loss(batch, head, replace(GRPO, loss_average=average))
     terms.loss.backward()
     got, head.hidden.grad = head.hidden.grad, None
     expected = 0.0
@@ -133,17 +133,17 @@ def test_grpo_s_loss_and_gradient_are_equation_1_of_each_response(average):
     torch.testing.assert_close(got, head.hidden.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_the_branches_of_a_trajectory_share_one_mean():
-    def branch(tokens, num_sampled, of, num_trajectories):
+def test_the_branches_of_an_episode_share_one_mean():
+    def branch(tokens, num_sampled, of, num_responses):
         mask = bytes([0] * (len(tokens) - num_sampled) + [1] * num_sampled)
         logprobs, scores = [-2.0] * len(tokens), {"weight": num_sampled / of}
         return Sample.pack_branch(
-            tokens, mask, logprobs, 2.0, num_trajectories=num_trajectories, **scores
+            tokens, mask, logprobs, 2.0, num_responses=num_responses, **scores
         )
 
     first, second = (
-        branch([7, 8, 9], 2, of=3, num_trajectories=1),
-        branch([5, 6], 1, of=3, num_trajectories=0),
+        branch([7, 8, 9], 2, of=3, num_responses=1),
+        branch([5, 6], 1, of=3, num_responses=0),
     )
     whole = Sample.pack([3, 4], [12, 11], [-2.0, -2.0], advantage=-1.0)
     batch = packed_batch([first, second, whole], TokenSplit(), torch.device("cpu"))

@@ -73,25 +73,25 @@ def test_a_full_disk_leaves_everything_where_it_is(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
         with refused("parallel.offload_folder", Cause.TOO_LARGE, tmp_path):
-            away.free(parameters=True)
-    assert torch.equal(layer.weight, before) and away.away_bytes == 0
-    away.free(parameters=True)
+            away.free_memory(parameters=True)
+    assert torch.equal(layer.weight, before) and away.offloaded_bytes == 0
+    away.free_memory(parameters=True)
     assert layer.weight.untyped_storage().nbytes() == 0
     assert moments["exp_avg"].untyped_storage().nbytes() == 0
     assert moments["exp_avg_sq"].untyped_storage().nbytes() == 0
-    assert away.away_bytes == 3 * 4 * (64 + 8)
-    away.prepare("compare_with_engines")
-    assert away.away_bytes == 3 * 4 * (64 + 8)
+    assert away.offloaded_bytes == 3 * 4 * (64 + 8)
+    away.prepare("measure_logprob_diff")
+    assert away.offloaded_bytes == 3 * 4 * (64 + 8)
     away.prepare("compute_logprobs")
-    assert torch.equal(layer.weight, before) and away.away_bytes == 2 * 4 * (64 + 8)
+    assert torch.equal(layer.weight, before) and away.offloaded_bytes == 2 * 4 * (64 + 8)
     away.prepare("update")
-    assert away.away_bytes == 0 and moments["exp_avg"].any()
+    assert away.offloaded_bytes == 0 and moments["exp_avg"].any()
 
 
 def test_memory_that_is_used_while_it_is_away_is_not_overwritten_in_silence():
     network = Network()
     away = Offload(lambda: [network], HostStore)
-    away.free(parameters=True)
+    away.free_memory(parameters=True)
     network.model_chunks[0].weight.untyped_storage().resize_(4)
     with pytest.raises(RuntimeError, match="4 bytes of parameters"):
         away.restore("parameters")

@@ -8,13 +8,14 @@ from megatron_r1.trainer.operations import (
     Call,
     FolderOperations,
     ModelOperations,
+    ProbingOperations,
     PushOperations,
     operation_names,
 )
 from megatron_r1.trainer.training_sample import Sample
 from megatron_r1.trainer.worker import Operations, argument_types, methods
 
-PROTOCOLS = (ModelOperations, FolderOperations, PushOperations)
+PROTOCOLS = (ModelOperations, ProbingOperations, FolderOperations, PushOperations)
 
 
 class Rank(*PROTOCOLS):
@@ -33,21 +34,21 @@ class Rank(*PROTOCOLS):
 def run_at_rank(operation, arguments):
     """Return the result of `operation` at a rank that the call has reached over the wire."""
     rank, operations = Rank(), Operations.__new__(Operations)
-    operations._methods, operations._types = methods(rank, rank, rank), argument_types()
+    operations._methods, operations._types = methods(rank, rank, rank, rank), argument_types()
     sent = msgspec.msgpack.encode(Call(operation, arguments))
     return operations.run(msgspec.msgpack.decode(sent, type=Call))
 
 
 def test_a_rank_runs_every_operation_of_the_protocols():
     rank = Rank()
-    assert methods(rank, rank, rank).keys() == set().union(*map(operation_names, PROTOCOLS))
-    assert run_at_rank("keep_reference", {}) == {}
+    assert methods(rank, rank, rank, rank).keys() == set().union(*map(operation_names, PROTOCOLS))
+    assert run_at_rank("refresh_reference", {}) == {}
 
 
 @pytest.mark.parametrize(
     ("operation", "arguments"),
     [
-        (ModelOperations.probe, {"samples": [Sample.pack([1, 2], [3], [-0.5])]}),
+        (ProbingOperations.probe, {"samples": [Sample.pack([1, 2], [3], [-0.5])]}),
         (
             ModelOperations.compute_token_advantages,
             {
@@ -63,5 +64,5 @@ def test_arguments_arrive_with_their_types(operation, arguments):
 
 
 def test_an_operation_that_no_protocol_has_is_refused():
-    with pytest.raises(ValueError, match="keep_reference"):
+    with pytest.raises(ValueError, match="refresh_reference"):
         run_at_rank("describe", {})

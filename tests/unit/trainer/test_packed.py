@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def batch(multiple_of=1):
     first = Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], advantage=2.0)
     second = Sample.pack([5], [6, 1, 2], [-1.0, -2.0, -3.0], advantage=-1.0)
-    return packed_batch([first, second], TokenSplit(tensor=multiple_of), CPU)
+    return packed_batch([first, second], TokenSplit(tensor_size=multiple_of), CPU)
 
 
 def test_positions_targets_and_borders_by_hand():
@@ -37,18 +37,18 @@ def test_positions_targets_and_borders_by_hand():
     assert b.targets[seen].tolist() == [10, 11, 6, 1, 2]
     assert b.rollout_logprobs[seen].tolist() == [-0.5, -0.25, -1.0, -2.0, -3.0]
     assert b.advantages[seen].tolist() == [2.0, 2.0, -1.0, -1.0, -1.0]
-    assert b.num_trajectories == 2
+    assert b.num_responses == 2
 
 
 def test_padding_for_sequence_parallelism_adds_a_sample_that_counts_nothing():
     b = batch(multiple_of=4)
     assert b.input_ids.shape == (1, 12)
     assert b.packed_seq_params.cu_seqlens_q.tolist() == [0, 5, 9, 12]
-    assert b.is_response.sum() == 5 and b.num_trajectories == 2
+    assert b.is_response.sum() == 5 and b.num_responses == 2
 
 
 def test_a_microbatch_without_samples_counts_nothing():
-    b = packed_batch([], TokenSplit(tensor=2), CPU)
+    b = packed_batch([], TokenSplit(tensor_size=2), CPU)
     assert b.input_ids.shape == (1, 2) and len(b.response_rows) == 0
     assert denominator(b, "sequence") == 0 and denominator(b, "token") == 0
 
@@ -62,7 +62,7 @@ def test_denominators_count_response_tokens_or_responses():
 
 def test_given_tokens_between_sampled_ones_count_nothing():
     tokens, mask = [3, 4, 5, 6, 7, 8], bytes([0, 0, 1, 0, 0, 1])
-    scores = {"weight": 0.25, "num_trajectories": 0, "teacher": [-7.0, -8.0]}
+    scores = {"weight": 0.25, "num_responses": 0, "teacher": [-7.0, -8.0]}
     first = Sample.pack_branch(tokens, mask, [9.0, 9.0, -1.0, 9.0, 9.0, -2.0], 0.5, **scores)
     second = Sample.pack([1], [2], [-3.0], 1.5, teacher=[-9.0])
     b = packed_batch([first, second], TokenSplit(), CPU)
@@ -72,7 +72,7 @@ def test_given_tokens_between_sampled_ones_count_nothing():
     assert b.advantages.tolist() == [0, 0.5, 0, 0, 0.5, 0, 1.5, 0]
     assert b.logprobs["teacher"].tolist() == [0, -7.0, 0, 0, -8.0, 0, -9.0, 0]
     assert b.sequence_weights.tolist() == [0, 0.125, 0, 0, 0.125, 0, 1.0, 0]
-    # The first is not the first branch of its trajectory.
+    # The first is not the first branch of its episode.
     assert denominator(b, "token") == 3 and denominator(b, "sequence") == 1
     assert packed_batch([second], TokenSplit(), CPU).sequence_weights is None
 
@@ -83,7 +83,7 @@ def kept_at(mask, position):
 
 def test_kept_tokens_lie_where_their_token_is_predicted():
     tokens, mask = [3, 4, 5, 6, 7, 8], bytes([0, 0, 1, 0, 0, 1])
-    scores = {"weight": 0.25, "num_trajectories": 1}
+    scores = {"weight": 0.25, "num_responses": 1}
     kept = from_lists([[], [], [1, 5], [], [], [8]])
     first = Sample.pack_branch(tokens, mask, [0.0] * 6, 0.5, sampling_mask=kept, **scores)
     second = Sample.pack([1], [2], [-3.0], 1.5, sampling_mask=from_lists([[0, 2, 9]]))
@@ -110,11 +110,11 @@ def test_context_ranks_hold_the_kept_tokens_of_their_positions():
         samples.append(
             Sample.pack(prompt, response, [0.0] * length, sampling_mask=from_lists(kept))
         )
-    whole = packed_batch(samples, TokenSplit(context=2), CPU)
+    whole = packed_batch(samples, TokenSplit(context_size=2), CPU)
     assert whole.sampling_mask is not None
     found = []
     for rank in range(2):
-        part = packed_batch(samples, TokenSplit(context=2, context_rank=rank), CPU)
+        part = packed_batch(samples, TokenSplit(context_size=2, context_rank=rank), CPU)
         assert part.sampling_mask.offsets[-1] == len(part.sampling_mask.token_ids)
         for row in range(len(part.targets)):
             own = kept_at(part.sampling_mask, row)
@@ -135,13 +135,13 @@ def test_a_prompt_of_several_samples_lies_there_once():
         Sample.pack([7, 8, 9], [4], [-4.0], 2.5),
         Sample.pack([7, 8, 9], [], []),
     ]
-    b = packed_batch(made, TokenSplit(tensor=4), CPU, share_prompts=True)
+    b = packed_batch(made, TokenSplit(tensor_size=4), CPU, share_prompts=True)
     assert b.input_ids.tolist() == [[7, 8, 9, 1, 2, 8, 3, 9, 4, 9, 0, 0]]
     assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 1, 2, 2, 3, 2, 0, 1]]
     assert b.response_rows.tolist() == [2, 3, 5, 7]
     assert b.targets[b.is_response].tolist() == [1, 2, 3, 4]
     assert b.advantages[b.is_response].tolist() == [0.5, 0.5, 1.5, 2.5]
-    assert b.last_tokens.tolist() == [4, 6, 8, 9] and b.num_trajectories == 4
+    assert b.last_tokens.tolist() == [4, 6, 8, 9] and b.num_responses == 4
     assert b.cu_seqlens.tolist() == [0, 5, 7, 9, 10, 12] and b.num_shared == 5
     continued = continued_by(b.packed_seq_params.cu_seqlens_q)
     assert continued.host.tolist() == [-1, 0, 0, 0, -1]
@@ -160,7 +160,7 @@ def branch(tokens, sampled, advantage, **scores):
 
 def test_turns_of_a_tree_lie_there_once_each_trained_in_its_own_branch():
     prompt = [*range(20, 40)]
-    scores = {"weight": 0.5, "num_trajectories": 1}
+    scores = {"weight": 0.5, "num_responses": 1}
     first = branch([*prompt, 1, 2, 50, 3], {20, 21, 23}, 0.5, **scores)
     # Goes on after token 2, which only the first branch trains.
     second = branch([*prompt, 1, 2, 51, 4, 5], {23, 24}, 1.5, **scores)

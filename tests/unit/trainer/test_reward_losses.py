@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_r1.trainer.reward_losses import pairwise, pointwise
+from megatron_r1.trainer.losses import pairwise, pointwise
 
 SCORES = [2.0, -0.5, 0.25, 1.0]
 
 
-def given(num_trajectories=4, labels=()):
-    batch = SimpleNamespace(num_trajectories=num_trajectories, labels=torch.tensor(labels))
+def given(num_responses=4, labels=()):
+    batch = SimpleNamespace(num_responses=num_responses, labels=torch.tensor(labels))
     return batch, SimpleNamespace(at_last_tokens=lambda: torch.tensor(SCORES))
 
 
@@ -40,7 +40,7 @@ def test_a_text_has_the_cross_entropy_of_its_label():
 
 
 def test_only_the_first_context_rank_counts_its_texts():
-    # The others have num_trajectories 0; their loss is there for its gradient.
-    terms = pairwise(*given(num_trajectories=0))
+    # The others have num_responses 0; their loss is there for its gradient.
+    terms = pairwise(*given(num_responses=0))
     assert terms.denominator.item() == 0 and terms.loss.item() > 0
     assert all(float(m.total) == 0 for m in terms.metrics.values())

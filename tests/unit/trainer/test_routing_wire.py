@@ -16,7 +16,7 @@ from megatron_r1.commands import rl
 from megatron_r1.config import Config
 from megatron_r1.engines.server.replies import decode_routing
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.models.routing_shape import RoutingShape, routing_shape
+from megatron_r1.models.experts import RoutingShape, routing_shape
 from megatron_r1.trainer.packed import packed_batch
 from megatron_r1.trainer.routing import RoutingPart, RoutingScatter
 from megatron_r1.trainer.token_split import TokenSplit
@@ -71,7 +71,8 @@ def test_experts_survive_the_way_from_the_engine_to_the_packed_batch(shape):
     ]
     samples = msgspec.msgpack.decode(msgspec.msgpack.encode(samples), type=list[Sample])
     batch = packed_batch(samples, TokenSplit(token_multiple=4), CPU, RoutingPart(shape, [0, 2]))
-    experts, known = batch.routing
+    experts, known = batch.routing.experts, batch.routing.known
+    assert batch.routing.own_counts is None, "the trainer routes two tokens that are read"
     assert known.tolist() == [*[True] * 4, False, False, False, True, True, False, False, False]
     assert experts[known].tolist() == [*whole[:, [1, 3]].tolist(), *part[:, [1, 3]].tolist()]
     assert experts.element_size() == shape.index_bytes
@@ -83,12 +84,20 @@ def test_ranks_hold_their_own_tokens_of_the_routing():
     sample = Sample.pack([1], list(range(2, 12)), [-1.0] * 10, 1.0, rows[:, 1:].tobytes())
     by_token = {t + 1: row for t, row in enumerate(rows[:, 1:].tolist())}  # token t + 1 is at t
     for context_rank in range(2):
-        split = TokenSplit(tensor=2, context=2, context_rank=context_rank)
+        split = TokenSplit(tensor_size=2, context_size=2, context_rank=context_rank)
         tokens = packed_batch([sample], split, CPU).input_ids[0]
         for tensor_rank in range(2):
             part = RoutingPart(SMALL, [0, 1, 2])
             split = replace(split, tensor_rank=tensor_rank)
-            experts, known = packed_batch([sample], split, CPU, part).routing
+            experts, known, counts, _ = packed_batch([sample], split, CPU, part).routing
+            chosen_by_all = torch.stack(
+                [
+                    torch.bincount(x.flatten(), minlength=SMALL.num_experts)
+                    for x in experts.long().unbind(1)
+                ]
+            )
+            assert torch.equal(chosen_by_all, torch.from_numpy(counts)), "padding has experts, too"
+            assert all(len({*row}) == SMALL.topk for rows in experts.tolist() for row in rows)
             own = tokens.chunk(2)[tensor_rank].tolist()
             assert known.tolist() == [token in by_token for token in own]
             for token, chosen in zip(own, experts.tolist(), strict=True):
@@ -100,7 +109,7 @@ def test_without_replay_nothing_is_carried():
     assert sample.routing == b"" and packed_batch([sample], TokenSplit(), CPU).routing is None
     batch = packed_batch([sample], TokenSplit(), CPU, RoutingPart(SMALL, [0]))
     assert not batch.routing.known.any()
-    empty = packed_batch([], TokenSplit(tensor=2, tensor_rank=1), CPU, RoutingPart(SMALL, [0]))
+    empty = packed_batch([], TokenSplit(tensor_size=2, tensor_rank=1), CPU, RoutingPart(SMALL, [0]))
     assert empty.routing.known.tolist() == [False]
 
 
@@ -179,7 +188,7 @@ def test_the_leader_sends_each_rank_what_it_would_cut_itself(shape):
     ]
     microbatches = [samples[:2], samples[2:], []]
     splits = [
-        TokenSplit(tensor=2, context=2, context_rank=context, tensor_rank=tensor)
+        TokenSplit(tensor_size=2, context_size=2, context_rank=context, tensor_rank=tensor)
         for context in range(2)
         for tensor in range(2)
     ]

@@ -33,7 +33,7 @@ def share(draw: random.Random) -> ReplicaSamples:
             *([*prompt, *response], is_sampled, [0.0] * 3 + list(given), draw.random()),
             **{
                 "weight": draw.random(),
-                "num_trajectories": draw.choice([0, 1]),
+                "num_responses": draw.choice([0, 1]),
                 "routing": routing,
                 "sampling_mask": joined([(b"", 3), (kept, length)]),
             },
@@ -76,7 +76,7 @@ def test_a_branch_is_packed_from_its_first_to_its_last_sampled_token():
     logprobs, routing = array("f", [0, 0, -1, -2, 0, -3, 0, 0]), bytes(range(7 * 2))
     sample = Sample.pack_branch(
         *(tokens, is_sampled, logprobs, 0.5),
-        **{"weight": 0.25, "num_trajectories": 0, "routing": routing, "teacher": [-4, -5, -6]},
+        **{"weight": 0.25, "num_responses": 0, "routing": routing, "teacher": [-4, -5, -6]},
         sampling_mask=from_lists([[], [], [12, 30], [13], [], [9, 15], [], []]),
     )
     assert sample.sampling_mask == from_lists([[12, 30], [13], [], [9, 15]])
@@ -84,12 +84,12 @@ def test_a_branch_is_packed_from_its_first_to_its_last_sampled_token():
     assert sample.mask == bytes([1, 1, 0, 1]) and sample.routing == routing[: 5 * 2]
     assert sample.logprobs == array("f", [-1, -2, 0, -3]).tobytes()
     assert sample.teacher == array("f", [-4, -5, 0, -6]).tobytes()
-    assert (sample.advantage, sample.weight, sample.num_trajectories) == (0.5, 0.25, 0)
+    assert (sample.advantage, sample.weight, sample.num_responses) == (0.5, 0.25, 0)
 
 
 def test_a_branch_of_one_turn_is_a_single_turn_s_sample():
     numbers = [0.0, 0.0, -1.0, -2.0]
-    whole = {"weight": 1.0, "num_trajectories": 1}
+    whole = {"weight": 1.0, "num_responses": 1}
     branch = Sample.pack_branch([1, 2, 3, 4], bytes([0, 0, 1, 1]), numbers, 0.5, **whole)
     assert branch == Sample.pack([1, 2], [3, 4], numbers[2:], 0.5)
 
@@ -97,4 +97,4 @@ def test_a_branch_of_one_turn_is_a_single_turn_s_sample():
 @pytest.mark.parametrize("is_sampled", [bytes(3), bytes([1, 0, 0]), bytes([0, 1])])
 def test_a_branch_without_prompt_or_sampled_token_is_refused(is_sampled):
     with raised(ValueError, 3, len(is_sampled)):
-        Sample.pack_branch([1, 2, 3], is_sampled, [0.0] * 3, 0.0, weight=1.0, num_trajectories=1)
+        Sample.pack_branch([1, 2, 3], is_sampled, [0.0] * 3, 0.0, weight=1.0, num_responses=1)

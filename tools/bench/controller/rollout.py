@@ -253,7 +253,7 @@ class _OneStep:
 
     async def finish_step(self, rollout: Rollout, *_: Any) -> None:
         began = time.perf_counter()
-        self.metrics = await asyncio.to_thread(rollout_metrics, rollout, version=0)
+        self.metrics = await asyncio.to_thread(rollout_metrics, rollout, policy_version=0)
         self.seconds["metrics"] = time.perf_counter() - began
         await asyncio.sleep(0.01)  # the watch sees a block
         self.watch.phase = ""
@@ -264,7 +264,7 @@ async def _call_all(trainer: TrainerClient) -> list[float]:
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        await trainer.call_all(ModelOperations.compare_with_engines)
+        await trainer.call_all(ModelOperations.measure_logprob_diff)
         seconds.append(time.perf_counter() - began)
     return seconds
 

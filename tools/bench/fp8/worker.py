@@ -35,7 +35,7 @@ def _settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
     return tree
 
 
-def _train(task: dict[str, Any], place) -> dict[str, Any]:
+def _train(task: dict[str, Any], place: Any) -> dict[str, Any]:
     # Megatron, which these import, needs the platform that `initialize` prepares.
     from megatron_r1.models import weights
     from megatron_r1.trainer.trainer import Trainer
@@ -69,14 +69,14 @@ def _train(task: dict[str, Any], place) -> dict[str, Any]:
     return report | {"logprob_diff": {"mean": gap.mean().item(), "max": gap.max().item()}}
 
 
-def _load(trainer, sentences: list[list[int]]) -> None:
+def _load(trainer: Any, sentences: list[list[int]]) -> None:
     samples = [Sample.pack(tokens[:2], tokens[2:]) for tokens in sentences]
     limit = trainer.config.parallel.microbatch_tokens
     plan = pack([len(s) for s in samples], 1, limit).shares[0]
     trainer.load([[[samples[i] for i in members] for members in plan]])
 
 
-def _logprobs(trainer, sentences: list[list[int]]):
+def _logprobs(trainer: Any, sentences: list[list[int]]) -> Any:
     """Return every predicted token's fp32 log-probability, in an order fixed by `sentences`."""
     _load(trainer, sentences)
     trainer.compute_logprobs(temperature=1.0, reference=False)

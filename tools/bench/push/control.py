@@ -229,7 +229,7 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     note(**{"push 1": "right" if _is_right(receiver, tensors) else "wrong"})
     if place in _victims(fault):  # before push 2 can begin
         hangs = fault == "engine rank hangs"
-        _die_in(gloo.GlooReceiver, "_exchange_blocks", after=0, hangs=hangs)
+        _die_in(gloo.GlooReceiver, "_relay_buckets", after=0, hangs=hangs)
     store.add("complete", 1)
     store.wait(["push2"])
     began = time.monotonic()

@@ -69,14 +69,14 @@ async def measure(
         await trainer.connect()
         await trainer.call(FolderOperations.export, folder=str(folder / "export"))
         async with RolloutFleet(1, folder / "logs", dtype=dtype, **settings) as fleet:
-            await fleet.start(folder / "export", version=-1)
+            await fleet.start(folder / "export", policy_version=-1)
             return await _measure(trainer, fleet, config, shape, folder, repeats, num_reloads)
     finally:
         await trainer.close()
 
 
 async def _measure(
-    trainer, fleet, config, shape, folder: Path, repeats: int, num_reloads: int
+    trainer: Any, fleet: Any, config: Any, shape: Any, folder: Path, repeats: int, num_reloads: int
 ) -> dict[str, Any]:
     shapes = hf_tensors(shape, with_mtp=False)
     tensors = [(name, size) for name, (size, _) in shapes.items()]
@@ -138,7 +138,7 @@ def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
     return seconds
 
 
-async def _export_and_reload(trainer, fleet, folder: Path) -> dict[str, float]:
+async def _export_and_reload(trainer: Any, fleet: Any, folder: Path) -> dict[str, float]:
     """Export a folder to disk, synced, and let vLLM's own reload_weights read it."""
     start = time.perf_counter()
     await trainer.call(FolderOperations.export, folder=str(folder))

@@ -1,18 +1,23 @@
 """A push over NCCL at its real size: its planned order of rounds (`push/plan/rounds.py`) is
 checked, and executed by a model of stream queues, which also gives its time.
 
-A process sends to one other and receives from one at any time, so that links are never shared."""
+A process sends to one other and receives from one at any time, so that links are never shared.
+
+`PushAssumptions` has the rates and latencies that it assumes, each with its reason."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
 
-from megatron_r1.config import load
+from megatron_r1.config import hardware, load
+from megatron_r1.config.hardware import ByteRate, Count
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages, stage_shards
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
@@ -29,13 +34,51 @@ from megatron_r1.push.plan.rounds import PushOrder, planned_order
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.push.transports import RELAYED_BYTES
 from tools.bench.host import ROOT
-from tools.bench.push.assumptions import PushAssumptions, as_table
 from tools.bench.push.order_check import (
     find_fault,
     operations_of_rounds,
     operations_of_steps,
 )
 from tools.bench.push.stream_queues import StreamQueues, link_threads
+
+PLAN = hardware.Assumptions()
+"""The assumptions of `megatron-r1 plan`."""
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True))
+class PushAssumptions:
+    nic: ByteRate = 50e9
+    """one 400 Gb/s adapter per GPU, in each direction"""
+    nic_efficiency: Annotated[float, ""] = 0.885
+    """44.26 GB/s per GPU over 400 Gb/s while 64 GPUs push to 32 (prime-rl#3341)"""
+    nvlink: ByteRate = 200e9
+    """H800, in each direction (arXiv 2412.19437, 3.1)"""
+    nvlink_efficiency: Annotated[float, ""] = 0.75
+    """as megatron-r1 plan (link_efficiency)"""
+    device_pack: ByteRate = 90e9
+    """conversion, copy and `weighted_sum` touch 22 B of HBM per byte, at 0.6 of 3.35 TB/s"""
+    message_seconds: Annotated[float, "s"] = 30e-6
+    """launch and handshake of a group of a send and a receive"""
+    round_seconds: Annotated[float, "s"] = PLAN.round_seconds
+    """launch of an all-gather"""
+    hop_seconds: Annotated[float, "s"] = PLAN.hop_seconds
+    """per hop of a ring: 10 us, and 0.5 MB of filling at the adapter's rate"""
+    gpus_per_node: Count = 8
+    """as in all recipes"""
+
+
+def as_table(assumptions: PushAssumptions) -> list[dict[str, object]]:
+    """Return a row for each assumption: its name, value, unit and reason."""
+    return [
+        {
+            "name": name,
+            "value": getattr(assumptions, name),
+            "unit": hardware.unit_of(info),
+            "reason": info.description or "",
+        }
+        for name, info in hardware.fields_of(assumptions).items()
+    ]
+
 
 FORMS = {"bf16": plain_bytes("bfloat16"), "FP8": fp8_bytes}
 LARGEST_BUFFER = 4
@@ -49,7 +92,7 @@ MOST = {
 """The aims of a push at this size: the most of each figure, and its name in a sentence."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ScaleCase:
     """A push from the ranks of `planner` to its engines.
 
@@ -183,7 +226,7 @@ def _many_engines() -> Planner:
     layout = "Etttt|" + "tttt|" * 14 + "tL"
     stages = stage_shards(hf, grid.pipeline, pipeline_layout=layout, with_mtp=False)
     engines = EngineLayout(64, tensor=8, data=2, expert_parallel=True)
-    return Planner(hf, replace(grid, expert=64), engines, stages)
+    return Planner(hf, dataclasses.replace(grid, expert=64), engines, stages)
 
 
 def _order(case: ScaleCase) -> PushOrder:

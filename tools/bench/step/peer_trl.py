@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def main() -> None:
     work, steps = StepWork(**json.loads(settings)), int(number)
     lengths: list[int] = []
 
-    def count_and_reward(completions, completion_ids, **_) -> list[float]:
+    def count_and_reward(completions: Any, completion_ids: Any, **_: object) -> list[float]:
         lengths.append(sum(map(len, completion_ids)))
         return [reward(text) for text in completions]
 

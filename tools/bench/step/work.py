@@ -60,7 +60,7 @@ def reward(response: str) -> float:
     return float(len(response) % 2)
 
 
-def grade(response: str, truth: str, **entry) -> Any:
+def grade(response: str, truth: str, **entry: object) -> Any:
     """Return `reward` as megatron-r1 takes it, for the questions' "kind"."""
     from r1_grading import Grade  # here, as TRL's interpreter need not have it
 
@@ -117,14 +117,14 @@ def write_model(folder: Path, tail: Tail, seed: int = 0) -> Path:
     return folder
 
 
-def _kinds(vocabulary: int):
+def _kinds(vocabulary: int) -> Any:
     """Return (vocabulary,): -1 for plain tokens, 1 for dwelling ones, the later half."""
     import torch
 
     return torch.where(torch.arange(vocabulary) < vocabulary // 2, -1.0, 1.0)
 
 
-def _write_chances(head, tail: Tail, constant: float) -> None:
+def _write_chances(head: Any, tail: Tail, constant: float) -> None:
     """Fill `head` (vocabulary, hidden) so that each next token has its probability.
 
     constant: the first feature after the last norm, which is also the second's absolute value."""

@@ -273,3 +273,11 @@ int null_gpu_drain(int device, void *handle) {
     device_of_thread = before;
     return error;
 }
+// What such an operator does besides where CUDA's would copy a number to the host: it waits for the stream.
+int null_gpu_read(int device, void *handle) {
+    int before = device_of_thread;
+    device_of_thread = device;
+    cudaError_t error = wait_for_stream(stream_of(handle), WAIT_STREAM);
+    device_of_thread = before;
+    return error;
+}

@@ -1,13 +1,9 @@
-"""A Hugging Face folder: its files (configuration, tokenizer, index, the split of weights), and its
-weights, plain or FP8, read rectangle by rectangle."""
+"""The weights of a Hugging Face folder, plain or quantized, read rectangle by rectangle."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Self
 
@@ -16,141 +12,20 @@ from r1_kernels import dequantize_blockwise
 from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import atomic_write, fsync, make_folder
-from megatron_r1.base.files.untrusted import read_json, require_inside
+from megatron_r1.base.files.untrusted import require_inside
 from megatron_r1.base.files.weight_files import (
     IGNORED,
-    INDEX,
     SINGLE,
     StoredTensor,
     read_index,
     require_as_indexed,
     weight_files,
 )
-from megatron_r1.data.tokenizer import GENERATION, end_tokens
-from megatron_r1.models.hf_config import as_score_model, has_score_head, implied
 from megatron_r1.models.weights.layout import Shape, hf_tensors
-from megatron_r1.models.weights.stored import mxfp4, published
+from megatron_r1.models.weights.stored import published, quantized_blocks
 from megatron_r1.models.weights.stored.published import StackedPart, published_tensors, stacked_part
 from megatron_r1.models.weights.stored.tensor_files import SafetensorsFile
 from megatron_r1.models.weights.table import table
-
-Tensors = Mapping[str, tuple[Shape, torch.dtype]]
-
-# Small files next to the weights: configuration, tokenizer, chat templates, the license. The
-# folder's Python files are also copied: other loaders may want them, here nothing runs them.
-_CARRIED = (
-    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm", "*.vocab", "*.py"),
-    *("LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja"),
-)
-# Files that describe the weights of `source`, by whichever tool wrote them.
-_DESCRIBE_WEIGHTS = ("config.json", "adapter_config.json", "*.index.json", "*quant*_config.json")
-
-
-def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
-    """Return file name -> its tensors, at most max_bytes, except for larger single tensors.
-
-    The scales of an FP8 weight are in the same file, because they are computed together.
-
-    Args:
-        tensors: name -> shape and dtype.
-        max_bytes: the most bytes of a file.
-    """
-    shards: list[dict] = [{}]
-    size = 0
-    for name, (shape, dtype) in tensors.items():
-        num_bytes = prod(shape) * dtype.itemsize
-        if shards[-1] and size + num_bytes > max_bytes and not published.is_scale(name):
-            shards.append({})
-            size = 0
-        shards[-1][name] = (shape, dtype)
-        size += num_bytes
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    count = len(shards)
-    return {
-        f"model-{number:05d}-of-{count:05d}.safetensors": shard
-        for number, shard in enumerate(shards, 1)
-    }
-
-
-def write_index(folder: Path, files: Mapping[str, Tensors]) -> None:
-    """Write the index of a checkpoint in several files; no index for one file."""
-    if len(files) == 1:
-        return
-    total = sum(prod(s) * d.itemsize for tensors in files.values() for s, d in tensors.values())
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: file for file, tensors in files.items() for name in tensors},
-    }
-    atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
-
-
-def carry_files(source: Path, folder: Path) -> None:
-    """Copy the files of `source` other than weights and their description, such as the tokenizer's.
-    The copies survive a power cut.
-
-    Args:
-        source: a folder in Hugging Face format.
-        folder: the new one.
-
-    Raises:
-        UserError: for a file that is a link elsewhere.
-    """
-    for file in sorted(path for pattern in _CARRIED for path in source.glob(pattern)):
-        describes_weights = any(file.match(pattern) for pattern in _DESCRIBE_WEIGHTS)
-        if file.is_file() and not describes_weights:
-            require_inside(file, source, "model.path")
-            copy = folder / file.relative_to(source)
-            make_folder(copy.parent)
-            fsync(shutil.copyfile(file, copy))
-    _write_end_tokens(source, folder)
-    fsync(folder)
-
-
-def _write_end_tokens(source: Path, folder: Path) -> None:
-    """Write all tokens with which a model of `source` ends a response into the
-    generation_config.json of `folder`, so that other engines stop where ours do. Without any there,
-    nothing is written."""
-    if not (ends := [end.id for end in end_tokens(source)]):
-        return
-    path = folder / GENERATION
-    settings = read_json(path, GENERATION) if path.is_file() else {}
-    if settings.get("eos_token_id") not in (ends, *ends[: len(ends) == 1]):
-        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-        atomic_write(path, json.dumps(settings, indent=2) + "\n")
-
-
-def write_config(
-    source: Path, folder: Path, dtype: torch.dtype, with_mtp: bool, with_score: bool = False
-) -> None:
-    """Write the config.json of `source`, changed to describe the weights in `folder`.
-
-    Args:
-        source: a folder in Hugging Face format.
-        folder: the new one.
-        dtype: the dtype of the weights; float8_e4m3fn for the published FP8 layout, whose other
-            tensors are bf16.
-        with_mtp: whether the weights have the MTP layers.
-        with_score: whether they are a score model's, also if `source` is a language model's.
-    """
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    # For loaders these take precedence over the files.
-    quantization = config.pop("quantization_config", None)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    if dtype == torch.float8_e4m3fn:
-        config["dtype"] = "bfloat16"
-        config["quantization_config"] = quantization or published.FP8_CONFIG
-    config |= implied(config)
-    if not with_mtp:
-        for name in ("num_nextn_predict_layers", "num_mtp_layers"):
-            if name in config:
-                config[name] = 0
-    if with_score and not has_score_head(config):
-        config = as_score_model(config)
-    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": published.FP8_DTYPE}
 
@@ -197,7 +72,7 @@ class HfWeights:
                 stored = self._stored[home]
                 kept = shape if part else stored.shape
                 tensors[name] = (kept, FLOATS.get(stored.dtype, stored.dtype))
-            elif mxfp4.blocks_name(home) in self._stored:
+            elif quantized_blocks.blocks_name(home) in self._stored:
                 tensors[name] = (shape, "bfloat16")
         return tensors
 
@@ -245,7 +120,7 @@ class HfWeights:
 
     def has(self, name: str) -> bool:
         """Whether the folder has the tensor of this name, plain or quantized."""
-        return name in self._stored or mxfp4.blocks_name(name) in self._stored
+        return name in self._stored or quantized_blocks.blocks_name(name) in self._stored
 
     def whole(self, name: str) -> Tensor:
         """Return a tensor by its name in the folder, also one that has all experts of a layer;
@@ -253,12 +128,12 @@ class HfWeights:
         if name in self._stored:
             return self.read(name, 0, 0, self._stored[name].shape[0])
         blocks, scales = (
-            mxfp4.blocks_name(name),
-            mxfp4.scales_name(name),
+            quantized_blocks.blocks_name(name),
+            quantized_blocks.scales_name(name),
         )
         experts = range(self._stored[blocks].shape[0])
         parts = [(self._expert(blocks, i), self._expert(scales, i)) for i in experts]
-        return torch.stack([mxfp4.dequantize_mxfp4(*part).T for part in parts])
+        return torch.stack([quantized_blocks.dequantize_mxfp4(*part).T for part in parts])
 
     def _read_stacked(self, part: StackedPart, dim: int, start: int, length: int) -> Tensor:
         """Return rows or columns of one expert's tensor, as `read`."""
@@ -268,11 +143,13 @@ class HfWeights:
         blocks, scales = (
             self._expert(name, part.expert)
             for name in (
-                mxfp4.blocks_name(part.name),
-                mxfp4.scales_name(part.name),
+                quantized_blocks.blocks_name(part.name),
+                quantized_blocks.scales_name(part.name),
             )
         )
-        return part.of(mxfp4.dequantize_mxfp4(blocks, scales).T).narrow(dim, start, length)
+        return part.of(quantized_blocks.dequantize_mxfp4(blocks, scales).T).narrow(
+            dim, start, length
+        )
 
     def _expert(self, name: str, expert: int) -> Tensor:
         rest = self._stored[name].shape[1:]
@@ -283,7 +160,7 @@ class HfWeights:
         return self._home[name].read(name, starts, sizes)
 
     def scales(self, name: str) -> Tensor | None:
-        """Return all scales of an FP8 tensor, fp32 of `fp8.scale_shape`; None for another."""
+        """Return all scales of an FP8 tensor, fp32 of `published.scale_shape`; None for another."""
         scale = published.scale_name(name)
         if (stored := self._stored.get(scale)) is None:
             return None
@@ -298,8 +175,10 @@ class HfWeights:
         expected: dict[str, Shape] = {}
         for name in needed:
             shape = known[name][0]
-            is_packed = name not in self._stored and mxfp4.blocks_name(name) in self._stored
-            packed = mxfp4.stored_shapes(shape) if is_packed else {}
+            is_packed = (
+                name not in self._stored and quantized_blocks.blocks_name(name) in self._stored
+            )
+            packed = quantized_blocks.stored_shapes(shape) if is_packed else {}
             expected |= {name + ending: s for ending, s in packed.items()} or {name: shape}
         wrong, unreadable, scales = [], False, set()
         for name in sorted(expected.keys() & self._stored.keys()):

@@ -100,8 +100,15 @@ def _write_bytes(file: int, at: int, buffer: memoryview) -> None:
 
 
 def write_box(file: int, at: int, shape: Sequence[int], starts: Sequence[int], box: Tensor) -> None:
-    """Write `box` as tensor[starts[0] : starts[0] + len(box), …] of the tensor of `read_box`: its
-    own bytes and no others, run by run where it has only some of the columns."""
+    """Write a rectangle of the tensor of `read_box`, tensor[starts[0] : starts[0] + len(box), …]:
+    its own bytes and no others, run by run where it has only some of the columns.
+
+    Args:
+        file: an open file's descriptor.
+        at: offset of the whole tensor in the file, in bytes.
+        shape: the whole tensor's shape.
+        starts: first index of the rectangle in each dimension.
+        box: the rectangle, in the dtype of the stored tensor."""
     if not box.numel():
         return
     if tuple(box.shape[1:]) == tuple(shape[1:]):
@@ -151,6 +158,7 @@ class SafetensorsFile:
         self.file, self.tensors = open_safetensors(path)
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self.file)
 
     def read(self, name: str, starts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
@@ -169,6 +177,7 @@ class PlannedTensor:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the tensor in its file."""
         return prod(self.shape) * self.dtype.itemsize
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1.base.processes import allocators
-from megatron_r1.base.processes.allocators import ALLOCATOR_VARIABLES
+from megatron_r1.base.processes import memory
+from megatron_r1.base.processes.memory import ALLOCATOR_VARIABLES
 from megatron_r1.commands import cli, torchrun
 from megatron_r1.config import parse
 from megatron_r1.controller.trainer_calls import ranks
@@ -54,8 +54,8 @@ def test_a_torch_that_may_not_know_how_pinned_memory_is_rounded_is_not_told(monk
         "2.13.0+cu130": TRAINERS,
         "2.14.0": TRAINERS,
     }.items():
-        monkeypatch.setattr(allocators.metadata, "version", lambda name, found=version: found)
-        assert allocators.trainer_allocator({}) == expected, version
+        monkeypatch.setattr(memory.metadata, "version", lambda name, found=version: found)
+        assert memory.trainer_allocator({}) == expected, version
 
 
 def test_ranks_under_torchrun_do_and_their_controller_does_not(has_gpu, monkeypatch):

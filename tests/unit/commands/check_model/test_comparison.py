@@ -4,7 +4,7 @@ import asyncio
 
 from megatron_r1.commands.check_model import ReferenceResult, verb
 from megatron_r1.config import Config
-from megatron_r1.trainer.operations import ModelOperations
+from megatron_r1.trainer.operations import ProbingOperations
 
 
 class ProbedTrainer:
@@ -23,7 +23,7 @@ class ProbedTrainer:
         pass
 
     async def call(self, operation, samples):
-        assert operation == ModelOperations.probe
+        assert operation == ProbingOperations.probe
         self.probed.extend(samples)
         return {"probe/max": 0.25}
 

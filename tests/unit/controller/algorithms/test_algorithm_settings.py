@@ -15,10 +15,9 @@ import yaml
 from megatron_r1.config import Config, RLConfig, dump, load, parse
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.advantages import overlong_punishment
+from megatron_r1.controller.advantages import overlong_penalty
 from megatron_r1.controller.loop import minibatches, training_reward, update
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.controller.rollouts.training_samples import training_samples
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompts import make_prompt
@@ -78,7 +77,7 @@ def test_one_output_a_question_is_enough_where_the_group_is_no_baseline():
 
 def test_the_controller_needs_neither_torch_nor_agents_for_single_turns():
     code = (
-        "import sys; from megatron_r1.commands import rl, rollout_run; "
+        "import sys; from megatron_r1.commands import dry_run, rl, rollout_run; "
         "from megatron_r1.config import Config; from megatron_r1.controller import algorithms; "
         f"[algorithms.find(name) for name in {NAMES!r}]; "
         "assert rollout_run.open_player(Config(), None) is None; "
@@ -89,12 +88,12 @@ def test_the_controller_needs_neither_torch_nor_agents_for_single_turns():
     assert done.stdout.strip() == "set() []", done.stderr
 
 
-def test_a_punishment_grows_from_0_to_1_over_the_buffer():
-    # DAPO's: 20,480 tokens at most, the last 4,096 of them punished.
+def test_a_penalty_grows_from_0_to_1_over_the_buffer():
+    # DAPO's: 20,480 tokens at most, the last 4,096 of them penalized.
     lengths = [1, 16_384, 17_408, 18_432, 20_480, 30_000]
-    got = [overlong_punishment(n, 20_480, 0.2) for n in lengths]
+    got = [overlong_penalty(n, 20_480, 0.2) for n in lengths]
     assert got == pytest.approx([0, 0, -0.25, -0.5, -1, -1])
-    assert overlong_punishment(20_480, 20_480, 0.0) == 0.0
+    assert overlong_penalty(20_480, 20_480, 0.0) == 0.0
 
 
 def graded(reward, num_tokens, is_graded=True):
@@ -103,7 +102,7 @@ def graded(reward, num_tokens, is_graded=True):
     return GradedResponse(response, "x", rewards, reward, "", is_graded=is_graded)
 
 
-def test_long_responses_are_punished_before_advantages_are_computed():
+def test_long_responses_are_penalized_before_advantages_are_computed():
     responses = [graded(1.0, 10), graded(1.0, 40), graded(0.0, 35), graded(0.0, 5, is_graded=False)]
     group = Group(make_prompt("1 + 1?", "math", "2", {}), [1], responses)
     rl = {"algorithm": "dr_grpo", "overlong_buffer": 0.5, "overlong_penalty": 2.0}
@@ -138,7 +137,7 @@ def test_an_episode_s_branches_stay_in_one_minibatch_and_weigh_as_one_response()
     assert [s.is_trained for s in first + second] == [True, True, False, True, True]
     assert [s.advantage for s in first[:2] + second] == [1.0, 1.0, 2.0, 3.0]
     assert [s.weight for s in first] == [0.75, 0.25, 1.0]
-    assert [s.num_trajectories for s in first + second] == [1, 0, 1, 1, 1]
+    assert [s.num_responses for s in first + second] == [1, 0, 1, 1, 1]
     scores = [array("f", [-1, 0, -2, -3]), array("f", [-4])]
     assert [s.teacher for s in first[:2]] == [each.tobytes() for each in scores]
     assert len(first[2]) == 1, "nothing was sampled, and the response is in no mean"
@@ -185,8 +184,8 @@ def test_the_reference_is_not_replaced_before_the_first_update_of_the_policy():
     for state.optimizer_step in (0, 4, 8, 12, 16):
         asyncio.run(tested.refresh_reference_if_due(config))
         calls.append(state.optimizer_step)
-    keep = ModelOperations.keep_reference
-    assert calls == [0, 4, keep, 8, 12, keep, 16]
+    refresh = ModelOperations.refresh_reference
+    assert calls == [0, 4, refresh, 8, 12, refresh, 16]
 
 
 def passes(config):

@@ -1,12 +1,14 @@
-"""Each estimator, from rewards to the gradient of a packed mini-batch, against its formula."""
+"""Each algorithm, from rewards to the gradient of a packed mini-batch, against its formula."""
 
 import math
 import random
+import re
+from pathlib import Path
 
-import estimator_formulae as formulae
+import algorithm_formulae as formulae
 import pytest
 import torch
-from estimator_problem import EXACT, Problem, check, ours, plain, weighted_by_the_ratio, with_kl
+from algorithm_problem import EXACT, Problem, check, ours, plain, weighted_by_the_ratio, with_kl
 
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
@@ -125,7 +127,7 @@ def test_on_policy_distillation_teaches_ungraded_responses_too():
 
 
 def test_distillation_and_rloo_have_the_gradients_of_the_divergences_they_are_named_after():
-    """All two-token responses at once, weighed by their probabilities: the estimators' expected
+    """All two-token responses at once, weighed by their probabilities: the algorithms' expected
     gradients are those of the exact divergences."""
     g = torch.Generator().manual_seed(4)
     first = torch.randn(4, generator=g, dtype=torch.float64).requires_grad_()
@@ -181,7 +183,7 @@ def test_discounted_sums_are_the_loop_s_of_any_length(discount):
     draw = random.Random(1)
     lengths = [1, 700, 0, 2, 3, 64, 65, 127, 1]
     made = [Sample.pack([1, 2], [3] * n) for n in lengths]
-    batch = packed_batch(made, TokenSplit(tensor=8), torch.device("cpu"))
+    batch = packed_batch(made, TokenSplit(tensor_size=8), torch.device("cpu"))
     values = [[draw.gauss(0, 1) for _ in range(n)] for n in lengths]
     whole = torch.full((batch.input_ids.shape[1],), math.nan, dtype=torch.float64)
     whole[batch.is_response] = torch.tensor(sum(values, []), dtype=torch.float64)
@@ -193,7 +195,7 @@ def test_discounted_sums_are_the_loop_s_of_any_length(discount):
 
 
 def test_a_micro_batch_without_samples_is_left_as_it_is():
-    batch = packed_batch([], TokenSplit(tensor=2), torch.device("cpu"))
+    batch = packed_batch([], TokenSplit(tensor_size=2), torch.device("cpu"))
     batch.logprobs["old"] = batch.logprobs["ref"] = torch.zeros(2)
     scored = ScoredRollout([batch])
     settings = TokenSettings(0.1, 1.0, 1.0, "batch", advantage_epsilon=1e-6)
@@ -216,3 +218,8 @@ def test_settings_may_come_as_a_mapping(name):
     problem = Problem()
     (loss, *_), (again, *_) = (next(ours(problem, name, {}, form)) for form in (dict, lambda s: s))
     assert torch.equal(loss, again)
+
+
+def test_every_algorithm_is_compared_with_its_formula_here():
+    calls = re.findall(r'\bcheck\(\s*"(\w+)"', Path(__file__).read_text(encoding="utf-8"))
+    assert set(calls) == set(NAMES)

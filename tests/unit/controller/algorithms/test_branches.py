@@ -1,13 +1,13 @@
-"""Every estimator on episodes of several turns and branches: loss and gradient are those of one
+"""Every algorithm on episodes of several turns and branches: loss and gradient are those of one
 unbranched response that has the sampled tokens alone."""
 
 import math
 import random
 
-import estimator_formulae as formulae
+import algorithm_formulae as formulae
 import pytest
 import torch
-from estimator_problem import (
+from algorithm_problem import (
     HIDDEN,
     REWARDS,
     VOCABULARY,
@@ -22,7 +22,7 @@ from megatron_r1.trainer.packed import packed_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
-# The weights of an average per trajectory are fp32.
+# The weights of an average per response are fp32.
 NEAR = {"rtol": 1e-6, "atol": 1e-9}
 SEEDS = (1, pytest.param(2, marks=pytest.mark.slow))
 
@@ -79,11 +79,11 @@ class Episodes(Problem):
                     [0.0] * len(tokens),
                     numbers[i],
                     weight=lengths[number] / sum(lengths),
-                    num_trajectories=int(number == 0),
+                    num_responses=int(number == 0),
                 )
                 made.append(sample)
                 hidden.append(self.hidden[self.first[i] + number][: len(sample)])
-        batch = packed_batch(made, TokenSplit(tensor=4), torch.device("cpu"))
+        batch = packed_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
         trained = [i for i in members if not math.isnan(numbers[i])]
         num_tokens = batch.input_ids.shape[1]
         filler = num_tokens - sum(map(len, hidden))
@@ -128,7 +128,7 @@ def test_branches_weigh_as_one_response(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_reward_of_a_trajectory_reaches_all_its_branches(seed):
+def test_the_reward_of_an_episode_reaches_all_its_branches(seed):
     """Without discount and penalty, where returns do not depend on the way to the end."""
 
     def same(name, settings, *arguments):

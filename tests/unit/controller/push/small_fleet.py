@@ -10,12 +10,12 @@ class SmallFleet:
         self.awake.set()
 
     @property
-    def uses_memory(self):
+    def engines_use_memory(self):
         return self.awake.is_set() and any(e.is_up and not e.is_asleep for e in self.engines)
 
     async def push(self, update, version): ...
 
-    def patient(self, seconds):
+    def allow_silence(self, seconds):
         return nullcontext()
 
     def replace(self, engine, death):

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1.config.push import PushConfig
+from megatron_r1.config.rollout import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks, EngineSet
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.errors import EngineFault
+from megatron_r1.engines.server.responses import EngineFault
 from megatron_r1.push.results import StoreUnreachable
 
 
@@ -17,13 +17,16 @@ class Trainer:
 
     async def call_all(self, operation, begun, sets, **arguments):
         begun()
-        problems = {name: "wait timeout after 120000ms, keys: offer/0" for name, _ in sets}
+        problems = {name: "wait timeout after 120000ms, keys: receiver/0" for name, _ in sets}
         return [{"problems": problems, "num_links": {}, "num_bytes": {}}]
 
 
 @pytest.mark.parametrize(
     ("said", "named"),
-    [(str(StoreUnreachable("10.0.0.1:4711 was not reached")), "10.0.0.1:4711"), ("no", "offer/0")],
+    [
+        (str(StoreUnreachable("10.0.0.1:4711 was not reached")), "10.0.0.1:4711"),
+        ("no", "receiver/0"),
+    ],
 )
 def test_an_engine_that_does_not_reach_the_store_names_it(said, named):
     """The trainer's ranks know only that they have heard nothing from the engine."""

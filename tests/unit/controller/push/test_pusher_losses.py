@@ -10,19 +10,20 @@ from small_fleet import SmallFleet
 from torch.distributed import TCPStore
 
 from megatron_r1.base.errors import TrainerLost
-from megatron_r1.config.push import PushConfig
+from megatron_r1.config.rollout import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
-from megatron_r1.controller.push.pusher import Prober, WeightPusher
+from megatron_r1.controller.push.prober import Prober
+from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.errors import (
+from megatron_r1.engines.server.responses import (
     ConnectionBroken,
     EngineDied,
     EngineError,
     EngineFault,
     NoWeights,
+    Response,
 )
-from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.operations import PushOperations
 
 
@@ -291,7 +292,7 @@ class TrainerThatConnectsNone(SmallTrainer):
     async def call_all(self, operation, begun=None, **arguments):
         (answer,) = await super().call_all(operation, begun, **arguments)
         if operation == PushOperations.connect_sets:
-            problem = "the engine takes no pushes", "offer/3 is not there"
+            problem = "the engine takes no pushes", "receiver/3 is not there"
             for name, size in arguments["sets"]:
                 answer["problems"][name] = problem[size == 1]
         return [answer]
@@ -300,7 +301,7 @@ class TrainerThatConnectsNone(SmallTrainer):
 def test_an_engine_that_cannot_connect_has_the_problem_of_its_set_named_too():
     async def story():
         pusher = sharing_pusher(TrainerThatConnectsNone(), SmallFleet(engines(2)))
-        with raised(EngineError, "engine-0", "takes no pushes", "offer/3"):
+        with raised(EngineError, "engine-0", "takes no pushes", "receiver/3"):
             async with pusher.updating():
                 await pusher.open()
 

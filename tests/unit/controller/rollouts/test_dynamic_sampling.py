@@ -55,7 +55,7 @@ def test_a_batch_keeps_its_size_when_the_rounds_are_over():
 
 def test_metrics_are_of_everything_that_was_sampled():
     rollout, _ = collected(2, 3, lambda i: i >= 2)
-    metrics = rollout_metrics(rollout, version=0)
+    metrics = rollout_metrics(rollout, policy_version=0)
     assert metrics["accuracy"] == 6 / 8, "two groups all right, two half right"
     assert metrics["groups/passed_over"] == 2 and metrics["groups/zero_variance"] == 0.5
 

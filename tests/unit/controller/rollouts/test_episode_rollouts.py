@@ -9,16 +9,15 @@ from types import SimpleNamespace
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import RolloutSampling
+from megatron_r1.controller.rollouts.rollout import RolloutSampling, training_samples
 from megatron_r1.controller.rollouts.sample_log import SampleLog
-from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.episodes import Branch, Episode, Played, Turn
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import from_lists
 
 PROMPTS = [make_prompt(f"row {i}", "environment", None, {}) for i in range(3)]
-SAMPLING = RolloutSampling(2, 1.0, 1.0, 64, weights={"accuracy": 1.0})
+SAMPLING = RolloutSampling(2, 1.0, 1.0, 64, reward_weights={"accuracy": 1.0})
 TEXT = SimpleNamespace(
     encode=lambda question, before=(): [1, 2],
     stop_token_ids=[0],
@@ -57,7 +56,7 @@ def rollout(path, player):
         try:
             step = await log.step(1)
             found = await collector.collect(PROMPTS, SAMPLING, step)
-            return found.groups, step.num_recalled
+            return found.groups, step.num_replayed
         finally:
             await log.close()
 
@@ -66,23 +65,23 @@ def rollout(path, player):
 
 def test_episodes_come_back_from_the_sample_log_as_they_were(tmp_path):
     player = Player()
-    groups, num_recalled = rollout(tmp_path, player)
-    assert (len(player.played), num_recalled) == (6, 0)
+    groups, num_replayed = rollout(tmp_path, player)
+    assert (len(player.played), num_replayed) == (6, 0)
     assert [graded.reward for group in groups for graded in group.responses] == [0, 1, 2, 3, 4, 5]
     first = groups[0].responses[0].response
     assert (first.token_ids.tolist(), first.policy_versions.tolist()) == ([10, 11], [4, 5])
     again = Player()
-    recalled, num_recalled = rollout(tmp_path, again)
-    assert (again.played, num_recalled) == ([], 3)
-    assert recalled == groups
+    replayed, num_replayed = rollout(tmp_path, again)
+    assert (again.played, num_replayed) == ([], 3)
+    assert replayed == groups
 
 
 def test_a_group_with_an_episode_that_failed_is_played_again(tmp_path):
     groups, _ = rollout(tmp_path, Player(is_broken=True))
     assert [graded.is_graded for graded in groups[1].responses] == [False, False]
     again = Player()
-    repaired, num_recalled = rollout(tmp_path, again)
-    assert again.played == ["row 1"] * 2 and num_recalled == 2
+    repaired, num_replayed = rollout(tmp_path, again)
+    assert again.played == ["row 1"] * 2 and num_replayed == 2
     assert all(graded.is_graded for group in repaired for graded in group.responses)
     assert repaired[0] == groups[0]
 

@@ -5,13 +5,21 @@ import resource
 from array import array
 from functools import partial
 
+import msgspec
 import pytest
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files.framed_records import FRAME_HEADER, FramedFile, append_frame
 from megatron_r1.config.rl import ScheduleEntry, digest_until
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
-from megatron_r1.controller.rollouts.sample_log import SampleLog
+from megatron_r1.controller.rollouts.sample_log import (
+    SampleLog,
+    SamplingRecord,
+    decode,
+    encode,
+    pack,
+    unpack,
+)
 from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
@@ -69,6 +77,7 @@ def graded_response(draw: random.Random, reward: float, *ungraded: str) -> Grade
         array("i", sorted(draw.randrange(3, 6) for _ in range(length))),
         draw.choice(["stop", "length"]),
         draw.randbytes(3 * length),
+        draw.choice(["", "engine-1"]),
         draw.choice([b"", from_lists([[1, 2 + at] for at in range(length)])]),
     )
     text = draw.choice(["", "half an emoji: \ud83d", "x² = 9"])
@@ -82,6 +91,22 @@ def group(index: int, *rewards: float, ungraded: tuple[str, ...] = ()) -> Group:
     return Group(PROMPTS[index], [5, 6, index], responses)
 
 
+def test_a_record_of_an_earlier_version_is_read_without_engine_and_sampling():
+    sampling = SamplingRecord(0.7, 0.9, 64, (1, 2), ("</answer>",), 40, 0.1)
+    whole = msgspec.msgpack.decode(encode(pack(3, group(3, 1.0), "", sampling)))
+    assert decode(msgspec.msgpack.encode(whole)).sampling == sampling
+    # Records are arrays: those of before end earlier.
+    before = whole[:-1]
+    before[4] = [response[:-2] for response in before[4]]
+    read = decode(msgspec.msgpack.encode(before))
+    assert read.sampling is None
+    kept, expected = unpack(read, PROMPTS[3]), group(3, 1.0)
+    (response,) = kept.responses
+    assert response.response.engine == ""
+    assert response.response.token_ids == expected.responses[0].response.token_ids
+    assert kept.prompt_ids == expected.prompt_ids
+
+
 def test_groups_come_back_exactly_each_at_its_place(tmp_path):
     async def run():
         log = SampleLog(tmp_path)
@@ -93,12 +118,12 @@ def test_groups_come_back_exactly_each_at_its_place(tmp_path):
 
         log = SampleLog(tmp_path)
         step = await log.step(4)
-        recalled = [step.recall(i, PROMPTS[i]) for i in range(4)]
-        assert recalled == [group(0, 1.0, 0.1), None, group(2, 1.0, 2.1), None]
-        assert step.num_recalled == 2 and not step.is_accepted
-        assert (await log.step(5)).recall(0, PROMPTS[0]) is None, "another step has other groups"
+        replayed = [step.replay(i, PROMPTS[i]) for i in range(4)]
+        assert replayed == [group(0, 1.0, 0.1), None, group(2, 1.0, 2.1), None]
+        assert step.num_replayed == 2 and not step.is_accepted
+        assert (await log.step(5)).replay(0, PROMPTS[0]) is None, "another step has other groups"
         other = await log.step(4)
-        assert other.recall(0, PROMPTS[1]) is None, "another question was drawn for this place"
+        assert other.replay(0, PROMPTS[1]) is None, "another question was drawn for this place"
         await log.close()
 
     asyncio.run(run())
@@ -116,12 +141,12 @@ def test_groups_of_another_schedule_are_sampled_again(tmp_path):
         await step.accept()
 
         step = await log.step(4, after)
-        assert step.recall(0, PROMPTS[0]) is None and not step.is_accepted
+        assert step.replay(0, PROMPTS[0]) is None and not step.is_accepted
         step.keep(0, group(0, 1.0, 0.5))
         await step.accept()
         again = await log.step(4, after)
-        assert again.recall(0, PROMPTS[0]) == group(0, 1.0, 0.5) and again.is_accepted
-        assert (await log.step(4, before)).recall(0, PROMPTS[0]) == group(0, 1.0)
+        assert again.replay(0, PROMPTS[0]) == group(0, 1.0, 0.5) and again.is_accepted
+        assert (await log.step(4, before)).replay(0, PROMPTS[0]) == group(0, 1.0)
         await log.close()
 
     asyncio.run(run())
@@ -135,13 +160,13 @@ def test_an_ungraded_response_is_graded_again_unless_it_was_trained_on(tmp_path)
         step.keep(1, group(1, 1.0))
         await log.finish(tmp_path / "step_00000001.log")
         again = await log.step(1)
-        finals = [again.is_final(again.recall(i, PROMPTS[i])) for i in (0, 1)]
+        finals = [again.is_final(again.replay(i, PROMPTS[i])) for i in (0, 1)]
         assert finals == [False, True]
         again.keep(0, group(0, 1.0))  # with the reward repaired
         await again.accept()
         trained_on = await log.step(1)
         assert trained_on.is_accepted
-        assert trained_on.recall(0, PROMPTS[0]) == group(0, 1.0), "the later record counts"
+        assert trained_on.replay(0, PROMPTS[0]) == group(0, 1.0), "the later record counts"
         await log.close()
 
     asyncio.run(run())
@@ -183,8 +208,8 @@ def test_a_full_disk_stops_the_batch_and_what_was_whole_is_kept(tmp_path):
         messages = []
         log = SampleLog(tmp_path, messages.append)
         step = await log.step(1)
-        assert step.recall(0, PROMPTS[0]) == group(0, 1.0)
-        assert step.recall(1, PROMPTS[1]) is None and not step.is_accepted
+        assert step.replay(0, PROMPTS[0]) == group(0, 1.0)
+        assert step.replay(1, PROMPTS[1]) is None and not step.is_accepted
         assert len(messages) == 1
         await log.close()
 
@@ -213,7 +238,7 @@ def test_a_batch_drawn_in_rounds_goes_on_where_it_was(tmp_path):
         groups = []
         for prompt, position in zip(prompts, finished.reserve(len(prompts)), strict=True):
             index = PROMPTS.index(prompt)
-            known = finished.recall(position, prompt)
+            known = finished.replay(position, prompt)
             if known is None:
                 if len(sampled) == limit:
                     raise KeyboardInterrupt

@@ -47,12 +47,12 @@ def test_samples_of_engines_that_are_not_proven_are_not_written(tmp_path):
         accepting = asyncio.create_task(step.accept())
         await asyncio.sleep(0)
         written = await log.step(1)
-        assert written.recall(0, PROMPT) is None and written.recall(1, PROMPT) is None
+        assert written.replay(0, PROMPT) is None and written.replay(1, PROMPT) is None
         assert not accepting.done()
         log.write_held()
         await accepting
         written = await log.step(1)
-        assert written.recall(0, PROMPT) is None and written.recall(1, PROMPT) == group()
+        assert written.replay(0, PROMPT) is None and written.replay(1, PROMPT) == group()
         assert written.is_accepted
         await log.close()
 

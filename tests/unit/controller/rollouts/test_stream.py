@@ -30,11 +30,11 @@ def test_a_batch_begins_when_the_policy_is_at_most_so_many_versions_behind(ahead
         engines = Engines()
         stream = RolloutStream(engines.sample, first=3, last=6, staleness=ahead)
         for step in range(3, 7):
-            stream.pushed(step - 1)  # what step - 1 has learned
+            stream.start_after(step - 1)  # what step - 1 has learned
             await settle()
             assert engines.began == list(range(3, min(6, step + ahead) + 1))
             engines.ends[step].set()
-            assert await stream.take(step) == f"batch {step}"
+            assert await stream.get(step) == f"batch {step}"
 
     asyncio.run(run())
 
@@ -43,7 +43,7 @@ def test_batches_overlap_unless_they_must_not():
     async def began(one_at_a_time: bool) -> list[int]:
         engines = Engines()
         stream = RolloutStream(engines.sample, 1, 9, 2, one_at_a_time=one_at_a_time)
-        stream.pushed(0)
+        stream.start_after(0)
         await settle()
         seen = list(engines.began)
         engines.ends[1].set()
@@ -63,12 +63,12 @@ def test_a_failure_comes_with_its_own_batch():
 
     async def run():
         stream = RolloutStream(sample, 1, 3, 2)
-        stream.pushed(0)
+        stream.start_after(0)
         await settle()
-        assert await stream.take(1) == 1
+        assert await stream.get(1) == 1
         with pytest.raises(RuntimeError, match="engine died"):
-            await stream.take(2)
-        assert await stream.take(3) == 3
+            await stream.get(2)
+        assert await stream.get(3) == 3
 
     asyncio.run(run())
 
@@ -77,7 +77,7 @@ def test_closing_cancels_what_runs():
     async def run():
         engines = Engines()
         stream = RolloutStream(engines.sample, 1, 3, 1)
-        stream.pushed(0)
+        stream.start_after(0)
         await settle()
         await stream.close()
         assert len(asyncio.all_tasks()) == 1, "only this test is left"
@@ -89,6 +89,6 @@ def test_a_batch_whose_policy_was_not_pushed_is_a_mistake():
     async def run():
         stream = RolloutStream(Engines().sample, 1, 3, 0)
         with pytest.raises(ValueError, match="step 1"):
-            await stream.take(1)
+            await stream.get(1)
 
     asyncio.run(run())

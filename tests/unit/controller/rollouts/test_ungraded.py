@@ -88,7 +88,7 @@ def test_ungraded_answers_are_left_out_of_advantages_and_means():
     advantages = sum(algorithms.find("grpo").advantages(rewards, config.rl), [])
     wanted = [0.5**0.5, math.nan, -(2**0.5), 0.5**0.5, 0.0, math.nan, math.nan, 0.0]
     assert advantages == pytest.approx(wanted, rel=1e-5, nan_ok=True)
-    metrics = rollout_metrics(Rollout(groups, 1.0, 1.0), version=0)
+    metrics = rollout_metrics(Rollout(groups, 1.0, 1.0), policy_version=0)
     assert metrics["rewards/ungraded"] == 3 / 8
     assert metrics["accuracy"] == metrics["reward/mean"] == 4 / 5
     assert metrics["judge/mean"] == 0.5 and metrics["groups/zero_variance"] == 0.5

@@ -361,7 +361,9 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
             fleet = run.rollouts.fleet
             fleet.engines[:] = engines
             fleet.members.begin()  # as `start` would
-            sampling = RolloutSampling(num_samples=4, temperature=1.0, top_p=1.0, max_tokens=8)
+            sampling = RolloutSampling(
+                group_size=4, temperature=1.0, top_p=1.0, max_response_tokens=8
+            )
             async with supervisor.watching():
                 await run.rollouts.collect([asked], sampling)
 
@@ -451,15 +453,15 @@ def test_errors_of_the_work_are_raised_and_a_taken_port_is_named(tmp_path):
 def test_a_rank_is_named_with_its_place_on_the_grid():
     """From a rank's own reply: without one of the axes, every diagnosis ended with a KeyError."""
     position = GridPosition(
-        groups=SimpleNamespace(
-            cp=SimpleNamespace(rank=lambda: 1), ep=SimpleNamespace(rank=lambda: 3)
-        ),
+        groups=SimpleNamespace(),
         rank=7,
         world_size=8,
         data_rank=2,
         data_size=4,
         tensor_rank=1,
         pipeline_rank=0,
+        context_rank=1,
+        expert_rank=3,
         last_stage=False,
     )
     operations = object.__new__(Operations)

@@ -9,7 +9,13 @@ from waiting import until
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.trainer.operations import Call, ModelOperations, PushOperations, Reply
+from megatron_r1.trainer.operations import (
+    Call,
+    ModelOperations,
+    ProbingOperations,
+    PushOperations,
+    Reply,
+)
 
 
 class Repeats:
@@ -48,7 +54,7 @@ def test_the_reply_to_a_cancelled_call_is_not_taken_for_the_next_one(client):
 
     async def story():
         given_up = asyncio.create_task(client.call(PushOperations.connect_sets))
-        waits = asyncio.create_task(client.call(ModelOperations.probe))
+        waits = asyncio.create_task(client.call(ProbingOperations.probe))
         await until(client.socket.calls.qsize)
         given_up.cancel()
         waits.cancel()  # not sent to the rank yet

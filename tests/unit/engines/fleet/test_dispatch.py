@@ -10,11 +10,11 @@ from megatron_r1.engines.fleet.dispatch import (
     Affinity,
     Dispatcher,
     ExpectedLength,
-    LengthEstimator,
+    ExpectedLengths,
     Work,
 )
 from megatron_r1.engines.fleet.engine import Engine, Pace, ServedGroup, find_slow
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import EngineError
 
 
 def work(n=1, mean=100.0, longest=100.0, order=0, prompt_tokens=0, known=8, avoid=()):
@@ -205,7 +205,7 @@ def test_when_the_fleet_breaks_waiting_requests_fail():
 
 
 def test_lengths_are_learned_by_kind_and_size_of_the_prompt():
-    lengths = LengthEstimator()
+    lengths = ExpectedLengths()
     assert lengths.estimate("math", 10, 400) == ExpectedLength(200, 400)
     for _ in range(4):
         lengths.add("math", 10, [100, 300])
@@ -220,7 +220,7 @@ def test_lengths_are_learned_by_kind_and_size_of_the_prompt():
 
 
 def test_lengths_follow_a_policy_that_writes_more_and_more():
-    lengths = LengthEstimator()
+    lengths = ExpectedLengths()
     for length in [100] * 200 + [1000] * 200:
         lengths.add("math", 10, [length])
     assert 950 < lengths.estimate("math", 10, 4000).mean <= 1000

@@ -10,7 +10,7 @@ from fakes.engine import Peer
 from waiting import until
 
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineTimeout, NoWeights
+from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineTimeout, NoWeights
 
 GARBAGE = {
     "no number": {"logprobs": {"content": [{"logprob": -9999.0}]}},
@@ -290,7 +290,7 @@ def test_an_engine_that_comes_without_weights_sleeps_and_serves_from_the_next_pu
     async def story(fleet):
         @contextlib.asynccontextmanager
         async def send_weights(engine):
-            assert fleet.uses_memory
+            assert fleet.engines_use_memory
             await engine.client.sleep()
             yield False
 
@@ -300,7 +300,7 @@ def test_an_engine_that_comes_without_weights_sleeps_and_serves_from_the_next_pu
         groups = await sample(fleet, 4)
         by_first = peers[0].num_calls
         await fleet.sleep()
-        assert not fleet.uses_memory
+        assert not fleet.engines_use_memory
         await fleet.push({}, 1)
         await sample(fleet, 4)
         return early, len(groups), by_first, joined.is_open, peers[1].called.count(SLEEP)
@@ -316,7 +316,7 @@ def test_engines_that_have_slept_get_the_same_version_again(tmp_path):
             await fleet.push({}, 1)
         await fleet.sleep()
         await fleet.push({}, 1)
-        return fleet.version
+        return fleet.policy_version
 
     assert run(tmp_path, [Peer(good)], story) == 1
 
@@ -347,7 +347,7 @@ def test_an_engine_whose_connection_breaks_amid_a_push_is_replaced_by_one_with_i
     async def story(fleet):
         await fleet.push({}, 1)
         await until(lambda: not fleet.replacement.tasks)
-        return fleet.version, [engine.server for engine in fleet.engines], fleet.num_restarts
+        return fleet.policy_version, [engine.server for engine in fleet.engines], fleet.num_restarts
 
     version, servers, restarts = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
     assert (version, servers, restarts) == (1, [peers[2], peers[1]], 1)
@@ -386,8 +386,8 @@ def test_weights_that_are_wrong_stop_the_run(tmp_path, answer):
         run(tmp_path, peers, lambda fleet: fleet.push({}, 1), num_engines=2, max_restarts=1)
 
 
-@pytest.mark.parametrize("patience", [0.0, 1e5])
-def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, patience):
+@pytest.mark.parametrize("silence", [0.0, 1e5])
+def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, silence):
     """vLLM answers nothing while a step of its waits for the rest of a push."""
     monkeypatch.setattr("megatron_r1.engines.fleet.recovery.PROBE_SECONDS", 0.05)
     release = asyncio.Event()
@@ -395,9 +395,9 @@ def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, p
 
     async def story(fleet):
         fleet.replacement.unresponsive_seconds = 0.2
-        with fleet.patient(patience):
+        with fleet.allow_silence(silence):
             pushing = asyncio.create_task(fleet.push({}, 1))
-            if patience:
+            if silence:
                 await asyncio.sleep(1.0)
             else:
                 await until(lambda: fleet.num_restarts)
@@ -407,7 +407,7 @@ def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, p
         await until(lambda: not fleet.replacement.tasks)
         return fleet.num_restarts
 
-    assert run(tmp_path, peers, story, max_restarts=1) == (0 if patience else 1)
+    assert run(tmp_path, peers, story, max_restarts=1) == (0 if silence else 1)
 
 
 def test_one_that_cannot_even_be_started_fails_the_fleet(tmp_path):

@@ -17,10 +17,9 @@ from fakes.loopback import serving
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.errors import EngineFault
 from megatron_r1.engines.server.replies import MEDIA_TYPE
-from megatron_r1.engines.server.responses import first_tokens
-from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.engines.server.responses import EngineFault, first_tokens
+from megatron_r1.models.experts import RoutingShape
 
 SHAPE = RoutingShape(num_layers=4, moe_layers=(1, 3), topk=2, num_experts=8)
 PROMPT = [3, 4, 5]

@@ -13,7 +13,8 @@ from megatron_r1.config import Config
 from megatron_r1.engines.server.settings import config_arguments
 from megatron_r1.models.hf_config import as_read, load_config, num_mtp_layers, read_hf_config
 from megatron_r1.models.supported import check_supported
-from megatron_r1.models.weights.stored.hf_folder import HfWeights, write_config
+from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_writing import write_config
 
 SIZES = {
     **{"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8},

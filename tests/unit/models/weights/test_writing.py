@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.weights import adapters, writing
-from megatron_r1.models.weights.stored import hf_folder
+from megatron_r1.models.weights.stored import hf_writing
 from megatron_r1.models.weights.stored.published import StackedPart
 from megatron_r1.models.weights.stored.tensor_files import plan_file
 from megatron_r1.models.weights.table import Piece
@@ -197,7 +197,7 @@ def test_the_small_files_beside_the_weights_are_synced(synced, tmp_path):
     source.mkdir()
     for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
         (source / name).write_text("{}")
-    with writing.new_folder(out, lambda folder: hf_folder.carry_files(source, folder)):
+    with writing.new_folder(out, lambda folder: hf_writing.carry_files(source, folder)):
         pass
     assert sorted(path.name for path in out.iterdir()) == ["chat_template.jinja", "tokenizer.json"]
     files = {"chat_template.jinja", "tokenizer.json"}

@@ -5,7 +5,7 @@ import pytest
 from megatron_r1.base.errors import UserError
 from megatron_r1.config import parse
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, link_rate
-from megatron_r1.config.recipe import take_section
+from megatron_r1.config.overrides import take_section
 from megatron_r1.rehearse.preflight.facts import Facts, Folder, LinkRate, Memory, NodeFacts
 from megatron_r1.rehearse.preflight.findings import check_facts, hardware_of
 from megatron_r1.rehearse.preflight.links import neighbors

@@ -36,7 +36,7 @@ def train_the_other_way(module):
 
 def shift_the_bytes(module):
     """Every bucket of a push begins a byte too late."""
-    upstream = module.enqueue_exchange
+    upstream = module.enqueue_send_recv
 
     def exchange(handle, sent, received, stream):
         if sent and sent[1].num_bytes:
@@ -44,7 +44,7 @@ def shift_the_bytes(module):
             sent = peer, memory._replace(address=memory.address + 1)
         upstream(handle, sent, received, stream)
 
-    module.enqueue_exchange = exchange
+    module.enqueue_send_recv = exchange
 
 
 PLANTED = {

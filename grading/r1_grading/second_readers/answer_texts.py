@@ -1,0 +1,369 @@
+r"""The second reader's own parser of answers.
+
+The grammar is small: numbers, letters, + - * / ^, fractions, roots, powers, elementary functions,
+factorials, one equation `x = …`, and lists, tuples and sets of these. Every other text is
+`Unsure`."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from r1_grading.second_readers.formulas import (
+    FUNCTIONS,
+    PI,
+    E,
+    I,
+    Node,
+    is_open_sum,
+    is_whole,
+    same_value,
+)
+from r1_grading.second_readers.places import Unsure
+
+MAX_CHARS = 400
+MAX_DEPTH = 40
+MAX_MEMBERS = 20
+GREEK = (
+    *("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "rho", "sigma", "tau", "phi"),
+    *("omega", "psi", "xi", "eta"),
+)
+SPELLINGS = (
+    (re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|limits)(?![A-Za-z])"), " "),
+    (re.compile(r"\\(?:qquad|quad)(?![A-Za-z])|\\[,;:! ]"), " "),
+    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\frac\s*(\d)(\d)(?![\d.])"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\(?:cdot|times|ast)(?![A-Za-z])|[·×⋅]"), "*"),
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\(?([A-Z])\)?\s*\}"), r"\1"),
+    (re.compile(r"\\div(?![A-Za-z])|÷"), "/"),
+    (re.compile(r"[−–]"), "-"),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"√"), r"\\sqrt"),
+    (re.compile(r"π"), r"\\pi "),
+    (re.compile(r"(?<=\d)\{,\}(?=\d)"), ""),
+)
+WRAPPED = re.compile(r"\A(?:\$\$?(.*?)\$?\$|\\\((.*)\\\)|\\\[(.*)\\\])\Z", re.DOTALL)
+GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+AMBIGUOUS = (
+    ("a comma that may separate thousands", re.compile(r"\d,\d{3}(?!\d)")),
+    ("a number with an exponent", re.compile(r"\d[eE][-+]?\d")),
+)
+TOKEN = re.compile(
+    r"\s*(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<command>\\[A-Za-z]+)|(?P<word>[A-Za-z]+)"
+    r"|(?P<sign>\\\{|\\\}|[-+*/^_(){}\[\]|!]))"
+)
+BRACKETS = {"(": ")", "[": "]", r"\{": r"\}"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A parsed answer.
+
+    Attributes:
+        form: "list" (of one value, too), "set", or the brackets of a tuple or interval.
+        members: its values.
+        name: x of `x = 3`; "" without.
+        percent: whether its value has a percent sign."""
+
+    form: str
+    members: tuple[Node, ...]
+    name: str = ""
+    percent: bool = False
+
+
+def parse_answer(text: str) -> Answer:
+    """Parse the text of an answer. Raises Unsure for all that the grammar does not have."""
+    if len(text) > MAX_CHARS:
+        raise Unsure("a long answer")
+    for pattern, plain in SPELLINGS:
+        text = pattern.sub(plain, text)
+    text = text.strip().rstrip(".,; ")
+    while match := WRAPPED.match(text):
+        inner = next(group for group in match.groups() if group is not None)
+        if "$" in inner:
+            raise Unsure("several formulas")
+        text = inner.strip().rstrip(".,; ")
+    text = re.sub(r"\A\\?\$\s*(?=\d)", "", text)
+    percent = re.search(r"\\?%\s*\Z", text)
+    text = text[: percent.start()] if percent else text
+    if GROUPED.fullmatch(text):
+        text = text.replace(",", "")
+    for fault, pattern in AMBIGUOUS:
+        if pattern.search(text):
+            raise Unsure(fault)
+    name, equals, value = text.partition("=")
+    if equals:
+        name = name.strip()
+        if not re.fullmatch(r"[A-Za-z](?:_\{?\w\}?)?(?:\([A-Za-z]\))?", name):
+            raise Unsure("an equation")
+        text = value.strip()
+    form, parts = _split(text)
+    members = tuple(_Parser(part).whole() for part in parts)
+    if any(is_open_sum(member) for member in members):
+        raise Unsure("a sum of numbers, or a date")
+    return Answer(form, members, name.replace(" ", "") if equals else "", bool(percent))
+
+
+def same_answer(expected: Answer, answer: Answer, seed: str) -> bool | None:
+    """Whether two answers have the same values; None where that is not sure.
+
+    Args:
+        expected: the truth.
+        answer: the response's.
+        seed: a text that selects the points."""
+    if expected.percent != answer.percent or (
+        expected.name and answer.name and expected.name != answer.name
+    ):
+        return None
+    if expected.form != answer.form:
+        return None
+    if len(expected.members) != len(answer.members):
+        return None if _has_repeated(expected, seed) or _has_repeated(answer, seed) else False
+    if expected.form not in ("list", "set"):
+        return _all(
+            same_value(*pair, seed) for pair in zip(expected.members, answer.members, strict=True)
+        )
+    left = list(answer.members)
+    for member in expected.members:
+        verdicts = [same_value(member, other, seed) for other in left]
+        if True in verdicts:
+            left.pop(verdicts.index(True))
+        elif None in verdicts:
+            return None
+        else:
+            return False
+    return True
+
+
+def _has_repeated(answer: Answer, seed: str) -> bool:
+    pairs = itertools.combinations(answer.members, 2)
+    return any(same_value(*pair, seed) is not False for pair in pairs)
+
+
+def _all(verdicts: Iterable[bool | None]) -> bool | None:
+    found = list(verdicts)
+    return False if False in found else None if None in found else True
+
+
+def _split(text: str) -> tuple[str, list[str]]:
+    """Return the form of an answer and the texts of its members."""
+    form, inner = "list", text
+    for start, end in BRACKETS.items():
+        if text.startswith(start) and text.endswith(end) and _is_one_bracket(text, start, end):
+            parts = _members(text[len(start) : -len(end)])
+            if len(parts) > 1 or start == r"\{":
+                form = "set" if start == r"\{" else start + end
+                inner = text[len(start) : -len(end)]
+    parts = _members(inner) if inner.strip() else []
+    if not parts or len(parts) > MAX_MEMBERS:
+        raise Unsure("no value" if not parts else "many values")
+    return form, parts
+
+
+def _is_one_bracket(text: str, start: str, end: str) -> bool:
+    depth = 0
+    for match in re.finditer(r"\\[{}]|[()\[\]]", text):
+        depth += 1 if match[0] in BRACKETS else -1
+        if depth == 0 and match.end() < len(text):
+            return False
+    return depth == 0
+
+
+def _members(text: str) -> list[str]:
+    depth, parts, begin = 0, [], 0
+    for match in re.finditer(r"\\[{}]|[()\[\]{},]", text):
+        if match[0] == ",":
+            if depth == 0:
+                parts.append(text[begin : match.start()])
+                begin = match.end()
+        else:
+            depth += 1 if match[0] in ("(", "[", "{", r"\{") else -1
+    return [*parts, text[begin:]]
+
+
+class _Parser:
+    """Recursive descent over one formula."""
+
+    def __init__(self, text: str) -> None:
+        self._tokens: list[tuple[str, str]] = []
+        at, text = 0, text.strip()
+        while at < len(text):
+            match = TOKEN.match(text, at)
+            if match is None:
+                raise Unsure(f"the sign {text[at:].strip()[:1]!r}")
+            kind = match.lastgroup or ""
+            self._tokens.append((kind, match[kind]))
+            at = match.end()
+        self._at = self._depth = 0
+
+    def whole(self) -> Node:
+        if not self._tokens:
+            raise Unsure("no value")
+        node = self._sum()
+        if self._at < len(self._tokens):
+            raise Unsure(f"the sign {self._tokens[self._at][1]!r}")
+        return node
+
+    def _next(self) -> tuple[str, str]:
+        return self._tokens[self._at] if self._at < len(self._tokens) else ("", "")
+
+    def _take(self, *signs: str) -> str:
+        kind, text = self._next()
+        if kind and (not signs or text in signs):
+            self._at += 1
+            return text
+        return ""
+
+    def _expect(self, sign: str) -> None:
+        if not self._take(sign):
+            raise Unsure(f"{sign!r} is missing")
+
+    def _sum(self) -> Node:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise Unsure("deep nesting")
+        sign = self._take("+", "-")
+        node = self._product()
+        node = Node("negative", (node,)) if sign == "-" else node
+        while sign := self._take("+", "-"):
+            node = Node("plus" if sign == "+" else "minus", (node, self._product()))
+        self._depth -= 1
+        return node
+
+    def _product(self) -> Node:
+        node = self._factor()
+        while True:
+            if sign := self._take("*", "/"):
+                is_negative = self._take("-")
+                factor = self._factor()
+                factor = Node("negative", (factor,)) if is_negative else factor
+                node = Node("times" if sign == "*" else "divided", (node, factor))
+                continue
+            kind, text = self._next()
+            starts = kind in ("word", "command") or text in ("(", "[", "{")
+            if kind == "number":
+                raise Unsure("a number behind a factor")
+            if not starts:
+                return node
+            if text == "\\frac" and node.name == "number":
+                raise Unsure("a mixed number")
+            node = Node("times", (node, self._factor()))
+
+    def _factor(self) -> Node:
+        node = self._atom()
+        while True:
+            if self._take("^"):
+                exponent = self._exponent()
+                node = Node("power", (node, exponent))
+            elif self._take("!"):
+                node = Node("factorial", (node,))
+            else:
+                return node
+
+    def _exponent(self) -> Node:
+        if self._next()[1] == "{":
+            return self._group("{", "}")
+        sign = self._take("-")
+        kind, text = self._next()
+        if kind == "number" and len(text) > 1 and "\\" not in text:
+            # `x^23` is x^2 3 in LaTeX and x^23 elsewhere.
+            raise Unsure("an exponent without braces")
+        node = self._atom()
+        return Node("negative", (node,)) if sign else node
+
+    def _group(self, start: str, end: str) -> Node:
+        self._expect(start)
+        node = self._sum()
+        self._expect(end)
+        return node
+
+    def _atom(self) -> Node:
+        kind, text = self._next()
+        if text in ("(", "[", "{"):
+            return self._group(text, {"(": ")", "[": "]", "{": "}"}[text])
+        if text == "|":
+            self._at += 1
+            node = self._sum()
+            self._expect("|")
+            return Node("absolute", (node,))
+        if kind == "number":
+            self._at += 1
+            if self._next()[1] == "_":
+                raise Unsure("a base")
+            return Node("number", value=Fraction(text), is_decimal="." in text)
+        if kind == "word":
+            self._at += 1
+            return self._word(text)
+        if kind == "command":
+            self._at += 1
+            return self._command(text[1:])
+        raise Unsure(f"the sign {text!r}" if kind else "a formula that breaks off")
+
+    def _word(self, text: str) -> Node:
+        if text in FUNCTIONS or text in ("log", "sqrt", "pi"):
+            return self._command(text)
+        if len(text) > 1:
+            raise Unsure(f"the word {text!r}")
+        if text in ("e", "i"):
+            return E if text == "e" else I
+        return self._letter(text)
+
+    def _letter(self, name: str) -> Node:
+        if self._take("_"):
+            index = self._group_text() if self._next()[1] == "{" else self._take()
+            name = f"{name}_{index}"
+        if self._next()[1] == "(" and len(name) == 1 and name in "fghFGH":
+            raise Unsure("a function without a formula")
+        return Node("letter", value=name)
+
+    def _group_text(self) -> str:
+        self._expect("{")
+        texts = []
+        while (text := self._take()) not in ("}", ""):
+            texts.append(text)
+        return "".join(texts)
+
+    def _command(self, name: str) -> Node:
+        if name == "pi":
+            return PI
+        if name in GREEK:
+            return self._letter(f"\\{name}")
+        if name == "frac":
+            return Node("divided", (self._argument(), self._argument()))
+        if name == "sqrt":
+            index = Node("number", value=Fraction(2))
+            if self._next()[1] == "[":
+                index = self._group("[", "]")
+            if not is_whole(index) or not 1 < index.value < 100:
+                raise Unsure("the index of a root")
+            return Node("root", (index, self._argument()))
+        if name == "log":
+            if not self._take("_"):
+                raise Unsure("a logarithm without its base")
+            return Node("log", (self._argument(), self._function_argument()))
+        if name in FUNCTIONS:
+            power = self._exponent() if self._take("^") else None
+            node = Node(name, (self._function_argument(),))
+            return node if power is None else Node("power", (node, power))
+        raise Unsure(f"the command \\{name}")
+
+    def _argument(self) -> Node:
+        kind, text = self._next()
+        if kind == "number" and len(text) > 1:
+            raise Unsure("an argument without braces")
+        return self._atom()
+
+    def _function_argument(self) -> Node:
+        """Return what a function is applied to: one bracket, or factors without a sign."""
+        if self._next()[1] in ("(", "{", "["):
+            node = self._atom()
+            if self._next()[1] == "^":
+                raise Unsure("a power behind a function's bracket")
+            return node
+        node = self._factor()
+        while self._next()[0] == "word" and len(self._next()[1]) == 1:
+            node = Node("times", (node, self._factor()))
+        return node

@@ -1,0 +1,256 @@
+"""One batch of a run, sampled and graded by an engine of this host: responses, costs and advice
+(`rl RECIPE.yaml --dry-run`)."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from r1_grading import RewardPool
+from r1_grading.base.errors import shorten
+from r1_grading.terms import ACCURACY, weights_at
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.transports import TRANSPORTS
+from megatron_r1.commands import torchrun
+from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
+from megatron_r1.commands.rollout_run import open_player
+from megatron_r1.config import Config
+from megatron_r1.config.training import warmup_note
+from megatron_r1.controller.advice import advice
+from megatron_r1.controller.cpu_memory import cpu_memory
+from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.metrics import rollout_metrics
+from megatron_r1.controller.rollouts.rollout import (
+    Group,
+    Rollout,
+    RolloutSampling,
+    all_responses,
+    check_grades,
+)
+from megatron_r1.controller.rollouts.sample_log import encode, pack
+from megatron_r1.data.prompts import Prompt, PromptSplit
+from megatron_r1.data.sampler import PromptSampler
+from megatron_r1.data.text import PromptText
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.episodes import Episode
+from megatron_r1.engines.server.from_recipe import engine_settings, fleet_settings, max_model_len
+from megatron_r1.engines.server.server import temporary_logs
+from megatron_r1.models import read_hf_config
+from megatron_r1.models.memory import Counts, checkpoint_bytes, parameter_bytes
+from megatron_r1.models.weights import num_parameters
+from megatron_r1.push.plan.from_recipe import engine_rank_bytes, engine_weight_bytes
+from megatron_r1.reporting import wording
+from megatron_r1.reporting.wording import counted, duration, percent, printable
+
+MAX_RESPONSES = 64
+"""The most responses that are sampled and graded: a choice."""
+NUM_SHOWN = 10
+"""Responses that are printed."""
+MAX_SHOWN_CHARS = 600
+MAX_TRUTH_CHARS = 80
+
+
+def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
+    """Sample and grade the first questions of the first rollout, at most `MAX_RESPONSES` responses
+    on an engine of this host, and print responses, figures and advice. Writes nothing.
+    Raises UserError where the recipe's engines are on other hosts, and where the run would not fit
+    into memory."""
+    if config.rollout.placement != "local":
+        raise UserError(
+            f"--dry-run: rollout.placement: {config.rollout.placement} has its engines on other "
+            "hosts; give --rollout.placement local --rollout.engines 1 for it, on a host with room",
+            key="rollout.placement",
+            cause=Cause.CONFLICT,
+        )
+    memory = _memory(config)
+    first = config.at(1)
+    group_size = min(first.rl.group_size, MAX_RESPONSES)
+    num_groups = min(first.rl.questions_per_rollout, MAX_RESPONSES // group_size)
+    sampler = PromptSampler(prompts.train, config.run.seed)
+    drawn = sampler.next_by_kind(num_groups, weights=first.rl.kind_weights)
+    with temporary_logs() as logs:
+        rollout, seconds = asyncio.run(_sample(first, text, drawn, group_size, logs))
+    groups = rollout.groups
+    pairs = [(group, index) for index in range(len(groups[0].responses)) for group in groups]
+    for group, index in pairs[:NUM_SHOWN]:
+        print(_sample_text(group, index, weights_at(first.rewards.weights, 1)))
+    check_grades(groups, config.rewards.max_ungraded)
+    print(_summary(config, first, rollout, seconds, memory))
+
+
+async def _sample(
+    config: Config, text: PromptText, prompts: list[Prompt], group_size: int, logs: Path
+) -> tuple[Rollout, float]:
+    """Return the rollout, and the seconds from its start to the last grade."""
+    rewards, rollout = config.rewards, config.rollout
+    pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
+    fleet = RolloutFleet(
+        rollout.engines,
+        logs,
+        device=gpu.device(),
+        max_model_len=max_model_len(config),
+        seed=config.run.seed,
+        **fleet_settings(rollout),
+        **engine_settings(rollout),
+    )
+    collector = RolloutCollector(fleet, pool, text, rewards, player=open_player(config, text))
+    weights = weights_at(rewards.weights, 1)
+    sampling = RolloutSampling(
+        group_size,
+        rollout.temperature,
+        rollout.top_p,
+        rollout.max_response_tokens,
+        reward_weights=weights,
+        stop=tuple(rollout.stop),
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+    )
+    try:
+        with naming_renamed_columns(config.data.columns):
+            await collector.check(weights, prompts)
+        print(ends_with(config, text), flush=True)
+        print(f"starting {counted(rollout.engines, 'engine')} on {config.model.path}", flush=True)
+        await fleet.start(config.model.path)
+        print(
+            f"sampling {counted(group_size * len(prompts), 'response')} of at most "
+            f"{rollout.max_response_tokens:,} tokens",
+            flush=True,
+        )
+        start = time.perf_counter()
+        collected = await collector.collect(prompts, sampling)
+        seconds = time.perf_counter() - start
+        return collected, seconds
+    finally:
+        await asyncio.gather(fleet.close(), pool.close(), collector.close())
+
+
+def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
+    graded, question = group.responses[index], group.prompt.question
+    response = wording.shorten_middle(graded.text.strip(), MAX_SHOWN_CHARS)
+    if graded.episode is not None:
+        question, response = _conversation(graded.episode)
+    shown = {ACCURACY, *weights}
+    terms = ", ".join(f"{t} {reward:.3g}" for t, reward in graded.rewards.items() if t in shown)
+    tokens = counted(len(graded.response.token_ids), "token")
+    truth = group.prompt.truth
+    # Quoted: spaces at its ends would make a reward of one's own call right answers wrong.
+    wanted = "" if truth is None else f"truth {printable(_with_both_ends(repr(truth)))}; "
+    return "\n".join(
+        [
+            f"--- {printable(shorten(question, 200))}",
+            printable(response, keep_newlines=True),
+            f"    {wanted}{tokens}{', cut off' if graded.truncated else ''}; {terms}; "
+            f"{printable(graded.reason)}",
+        ]
+    )
+
+
+def _with_both_ends(text: str) -> str:
+    """Return a text of at most `MAX_TRUTH_CHARS`, whose end a whole solution's answer is at."""
+    half = MAX_TRUTH_CHARS // 2
+    return text if len(text) <= MAX_TRUTH_CHARS else f"{text[:half]} … {text[-half:]}"
+
+
+def _conversation(episode: Episode) -> tuple[str, str]:
+    """Return the text that an episode began with, and its further turns: answers, and after an
+    arrow what its calls returned."""
+    turns = episode.turns
+    begin = next((at for at, turn in enumerate(turns) if turn.trained), len(turns))
+    questions = [turn.text for turn in turns[:begin] if turn.role == "user"]
+    lines = []
+    for turn in turns[begin:]:
+        arrow = {"assistant": "", "tool": "-> "}.get(turn.role, f"{turn.role}: ")
+        lines.append(arrow + wording.shorten_middle(turn.text.strip(), MAX_SHOWN_CHARS))
+    counts = f"({counted(episode.num_tool_calls, 'call')}, {episode.num_tool_errors} failed)"
+    return " ".join(questions[-1:]), "\n".join([*lines, counts])
+
+
+def _episodes(rollout: Rollout) -> list[str]:
+    """Return a line with the ends of the episodes and their calls, if there are episodes."""
+    episodes = [r.episode for r in all_responses(rollout.groups) if r.episode is not None]
+    if not episodes:
+        return []
+    ends = Counter(episode.status for episode in episodes).most_common()
+    calls = sum(episode.num_tool_calls for episode in episodes)
+    errors = sum(episode.num_tool_errors for episode in episodes)
+    counts = ", ".join(f"{count} {status}" for status, count in ends)
+    return [f"episodes: {counts}; {counted(calls, 'call')}, {errors:,} failed"]
+
+
+def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, memory: str) -> str:
+    """Return the batch in numbers, what the run will take at least, and what should be changed."""
+    means = rollout_metrics(rollout, policy_version=0)
+    responses = sum(len(group.responses) for group in rollout.groups)
+    rate = means["response_tokens"] / seconds
+    full = first.rl.questions_per_rollout * first.rl.group_size
+    sampling = full * means["response_length/mean"] / rate * config.run.steps
+    lines = [
+        "---",
+        f"{counted(responses, 'response')} to {counted(len(rollout.groups), 'question')}: accuracy "
+        f"{percent(means['accuracy'])}, reward {means['reward/mean']:.3g}, groups with different "
+        f"rewards {percent(1 - means['groups/zero_variance'])}",
+        *_episodes(rollout),
+        f"{means['response_length/mean']:,.0f} tokens on average, {percent(means['truncated'])} "
+        f"cut off at {first.rollout.max_response_tokens:,}; {rate:,.0f} tokens/s",
+        f"{counted(config.run.steps, 'step')} of {full:,} responses: {duration(sampling)} of "
+        "sampling at this rate and length, less where more is sampled at once; no total: updates, "
+        "evaluations and checkpoints come on top, and the run shows the time left from its first "
+        "step on",
+        memory,
+        *_kept_on_disk(config, rollout, full / responses),
+        *advice(rollout, first).values(),
+        *filter(None, [warmup_note(config.optimizer, config.num_policy_updates)]),
+        "nothing was trained or written",
+    ]
+    return "\n".join(lines)
+
+
+def _kept_on_disk(config: Config, rollout: Rollout, fraction: float) -> list[str]:
+    """Return a sentence per setting that keeps every step's samples, or further checkpoints.
+
+    Args:
+        config: the recipe.
+        rollout: the rollout that was tried.
+        fraction: a step's responses over those of `rollout`."""
+    lines, steps = [], config.run.steps
+    if config.rl.keep_sample_log:
+        size = sum(len(encode(pack(0, group))) for group in rollout.groups) * fraction
+        lines.append(
+            f"rl.keep_sample_log: {size / 1e6:,.1f} MB a step at this length, "
+            f"{size * steps / 1e9:,.2f} GB in all"
+        )
+    every = config.checkpoint.keep_every
+    if every and config.model.lora is None:
+        whole = Counts(dense=num_parameters(read_hf_config(config.model.path)))
+        size = checkpoint_bytes(config, whole, (1, 1), with_reference=config.uses_reference)
+        lines.append(
+            f"checkpoint.keep_every: {every}: {counted(steps // every, 'checkpoint')} of "
+            f"{size / 1e9:,.2f} GB"
+        )
+    return lines
+
+
+def _memory(config: Config) -> str:
+    """Return a sentence on the memory that the run takes. Raises UserError for a run that does not
+    fit into this host's."""
+    parameters = num_parameters(read_hf_config(config.model.path), with_mtp=False)
+    size = f"{parameters / 1e6:,.1f}M parameters; "
+    if gpu.is_usable():
+        hf = read_hf_config(config.model.path)
+        weights, pushed = engine_weight_bytes(config, hf), engine_rank_bytes(config, hf)
+        place = "there too" if TRANSPORTS[config.push.transport].needs_gpu else "on its host"
+        each = parameter_bytes(config.model.dtype, config.optimizer.moments)
+        return (
+            f"{size}{parameters * each.whole / 2**30:,.2f} GiB for weights, gradients and "
+            "optimizer, over all tensor, pipeline and expert ranks; activations come "
+            f"on top (megatron-r1 plan); {weights / 2**30:,.2f} GiB of weights on an engine's "
+            f"fullest GPU, and {pushed / 2**30:,.2f} GiB for those of the next push, {place} "
+            f"(push.transport: {config.push.transport})"
+        )
+    memory = cpu_memory(config, torchrun.num_ranks(config), has_engines=True)
+    described = memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))
+    mib = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**20
+    return f"{size}{described}; a push brings {mib:,.2f} MiB to an engine's fullest rank"

@@ -1,0 +1,212 @@
+"""`megatron-r1 score --audit GRADED.jsonl`: how often its rewards are wrong, by a second method."""
+
+import asyncio
+import json as json_format
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from r1_grading import RewardPool
+from r1_grading.base.errors import shorten
+from r1_grading.rewards import UNGRADED
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.config import Config
+from megatron_r1.controller.verifier_audit import NUM_GROUPS, SIZE, Audit, audit, source_of
+from megatron_r1.data.table_files import describe_json_error
+from megatron_r1.evaluation.intervals import Share
+from megatron_r1.evaluation.verifier_errors import (
+    AUDITED,
+    AnswerContent,
+    ErrorRates,
+    GradedAnswer,
+    SecondMethods,
+)
+
+OPTION = "--audit"
+GROUP_FIELDS = ("group", "prompt_id", "question")
+"""Fields that the responses to one question share, the first that is there."""
+NOT_READ = ("kind", "response", "truth", "reward", "reason", "group", "prompt_id", "index")
+"""Fields that the second method does not get as arguments."""
+SHOWN = 20
+"""As many of the responses concerned are printed; --json has all."""
+
+
+def run(
+    config: Config,
+    path: str,
+    size: str = str(SIZE),
+    groups: str = str(NUM_GROUPS),
+    seed: str = "0",
+    json: str | None = None,
+) -> None:
+    """Audit the rewards of a file and print the result.
+
+    Args:
+        config: section `rewards`, as for `score`, and `data.kind`.
+        path: lines as `score` writes them: response, truth, reward, and a kind.
+        size: how many responses to draw.
+        groups: how many questions to judge whole.
+        seed: the seed of the draws.
+        json: a file for the result.
+
+    Raises:
+        UserError: a file or line that cannot be read, an option that is no such number, and a file
+            without a line that can be audited."""
+    smallest = {"size": 1, "groups": 0, "seed": 0}
+    given = {"size": size, "groups": groups, "seed": seed}
+    numbers = {name: _number(f"--{name}", text, smallest[name]) for name, text in given.items()}
+    answers = list(read_answers(Path(path), config.data.kind))
+    if not any(answer.can_be_audited for answer in answers):
+        kinds = sorted({answer.kind for answer in answers if answer.total is not None})
+        raise UserError(
+            f"{path}: no line can be audited; it has {', '.join(kinds) or 'no graded line'}, and a "
+            f"second method is there for {' and '.join(AUDITED)}",
+            key=OPTION,
+            cause=Cause.EMPTY,
+        )
+    result = asyncio.run(_audit(config, answers, **numbers))
+    print("\n".join(describe(result, path)))
+    if json is not None:
+        text = json_format.dumps(result.as_json(), indent=1, ensure_ascii=True)
+        atomic_write(Path(json), f"{text}\n".encode())
+
+
+async def _audit(
+    config: Config, answers: list[GradedAnswer], size: int, groups: int, seed: int
+) -> Audit:
+    settings = config.rewards
+    cores = len(os.sched_getaffinity(0))
+    workers = settings.workers if "workers" in settings.model_fields_set else cores
+    async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
+        methods = SecondMethods(pool, settings.call_options)
+        return await audit(answers, methods.judge, size=size, seed=seed, num_groups=groups)
+
+
+def read_answers(path: Path, kind: str | None) -> Iterator[GradedAnswer]:
+    """Yield the graded lines of a file; their texts stay on disk.
+
+    Args:
+        path: the file.
+        kind: the kind of lines that name none.
+
+    Raises:
+        UserError: a missing file, or a line (by number) without a response, kind or reward."""
+    try:
+        with open(path, "rb") as file:
+            offset = 0
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _answer(path, number, offset, line, kind)
+                offset += len(line)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", key=OPTION, cause=Cause.UNREADABLE) from None
+
+
+def _answer(path: Path, number: int, offset: int, line: bytes, kind: str | None) -> GradedAnswer:
+    record = _record(path, number, line)
+    place = f"{path}:{number}"
+    ungraded = str(record.get("reason", "")).startswith(UNGRADED)
+    kind = record.get("kind", kind)
+    reward: Any = record.get("reward")
+    faults = {
+        "kind": isinstance(kind, str),
+        "response": isinstance(record.get("response"), str),
+        "reward": isinstance(reward, int | float) and not isinstance(reward, bool),
+    }
+    if not ungraded and (wrong := [name for name, is_right in faults.items() if not is_right]):
+        cause = Cause.MALFORMED if wrong[0] in record else Cause.MISSING
+        hint = "; name it by --data.kind" if wrong[0] == "kind" else ""
+        raise UserError(
+            f"{place}: {wrong[0]!r} is {cause.value}{hint}; an audit reads what megatron-r1 score "
+            "writes",
+            key=wrong[0],
+            cause=cause,
+        )
+    group = next((str(record[name]) for name in GROUP_FIELDS if name in record), None)
+    if group is None and {"id", "index"} <= record.keys():  # a line of eval's samples.jsonl
+        group = f"{record.get('benchmark')} {record['id']}"
+    return GradedAnswer(
+        place=place,
+        source=source_of(record),
+        kind=str(kind),
+        group=group,
+        reward=0.0 if ungraded else float(reward),
+        total=None if ungraded else float(reward),
+        load=lambda: _content(path, number, offset),
+    )
+
+
+def _content(path: Path, number: int, offset: int) -> AnswerContent:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        record = _record(path, number, file.readline())
+    fields = {name: value for name, value in record.items() if name not in NOT_READ}
+    return AnswerContent(record["response"], record.get("truth"), fields)
+
+
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    fault = "it is no object"
+    try:
+        if isinstance(record := json_format.loads(line), dict):
+            return record
+    except (ValueError, RecursionError) as error:
+        fault = f"it is not JSON: {describe_json_error(error)}"
+    raise UserError(f"{path}:{number}: {fault}", key=OPTION, cause=Cause.MALFORMED)
+
+
+def _number(name: str, text: str, smallest: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < smallest:
+        raise UserError(
+            f"{name} {text}: give a whole number, {smallest} or more",
+            key=name,
+            cause=Cause.OUT_OF_RANGE,
+        )
+    return int(text)
+
+
+def describe(result: Audit, path: str) -> list[str]:
+    """Return the lines that are printed."""
+    lines = [f"{path}: {result.num_answers:,} verdicts, {len(result.judged):,} read a second time"]
+    if result.num_ungraded:
+        lines.append(f"not audited: {result.num_ungraded:,} that could not be graded")
+    for kind, count in result.without_method.items():
+        lines.append(f"not audited: {count:,} of {kind}, which has no second method")
+    lines += ["", f"{'data source':24} {'wrongly refused':>38} {'wrongly paid':>38}"]
+    rates = {**result.sources, **({"all": result.overall} if len(result.sources) != 1 else {})}
+    lines += [_row(name, each) for name, each in rates.items()]
+    if (effect := result.effect) is not None:
+        change = effect.mean_change
+        ends = "" if change.low is None else f" ({change.low:.3f} to {change.high:.3f})"
+        signs = _shown(effect.sign_changes)
+        lines += [
+            "",
+            f"corrected in {effect.num_drawn:,} of {effect.num_groups:,} groups: advantages change "
+            f"by {change.value:.3f}{ends} in the mean, and their signs in {signs} of the groups",
+        ]
+    if result.concerned:
+        lines += ["", f"verdicts that are wrong or undecided: {len(result.concerned):,}"]
+    for answer, finding in result.concerned[:SHOWN]:
+        verdict = "paid" if answer.is_paid else "refused"
+        lines.append(
+            f"  {finding.outcome:9} {verdict:7} {answer.place}: {shorten(finding.reason, 160)}"
+        )
+    if len(result.concerned) > SHOWN:
+        lines.append("  … --json FILE has all")
+    return lines
+
+
+def _row(name: str, rates: ErrorRates) -> str:
+    shares = (_shown(share) for share in (rates.wrongly_refused, rates.wrongly_paid))
+    return f"{shorten(name, 24):24} " + " ".join(f"{each:>38}" for each in shares)
+
+
+def _shown(share: Share | None) -> str:
+    """Return "2.0% (0.3% to 7.1%), 1+3 of 50": wrong and undecided ones of those drawn."""
+    if share is None:
+        return "-"
+    value = "?" if share.value is None else f"{share.value:.1%}"
+    found = f"{share.found}" + (f"+{share.undecided}?" if share.undecided else "")
+    return f"{value} ({share.low:.1%} to {share.high:.1%}), {found} of {share.sampled:,}"

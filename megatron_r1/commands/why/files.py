@@ -1,0 +1,283 @@
+"""The model's files and the settings against what was logged: the prompt's tokens, the tokens that
+end a response, the vocabulary, and the text that graders read."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from megatron_r1.commands.why.finding import (
+    Finding,
+    Place,
+    not_checked,
+    share_finding,
+)
+from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.config import Config
+from megatron_r1.controller.rollouts.rollout import Group
+from megatron_r1.data.text import PromptText
+from megatron_r1.data.tokenizer import describe_end_tokens
+
+FAMILY = "files"
+COMMON = 0.5
+"""Share of the responses inside which a special token has to be, to be taken for one that the model
+ends with: a random model has some."""
+TAG = re.compile("think|answer|tool")
+"""Of special tokens that stand inside a response by right."""
+SHOWN = 40
+"""Characters of a text in a finding."""
+
+
+def check(step: RecordedStep) -> list[Finding]:
+    """Return the findings of a step's files."""
+    return [
+        _starts(step),
+        _system(step),
+        _prompt_tokens(step),
+        _ends(step),
+        _unknown_ends(step),
+        _vocabulary(step),
+        _texts(step),
+    ]
+
+
+def _special(text: PromptText) -> set[int]:
+    added = text.tokenizer.added_tokens_decoder.items()
+    return {*text.tokenizer.all_special_ids, *(token for token, each in added if each.special)}
+
+
+def _places(at: int, group: Group) -> Iterator[Place]:
+    return ((at, index) for index in range(len(group.responses)))
+
+
+def _has_own_prompts(config: Config) -> bool:
+    """Whether a question's tokens are an environment's or an agent's affair."""
+    return bool(config.agents.players)
+
+
+def _starts(step: RecordedStep) -> Finding:
+    """Check for a special token that begins a prompt twice."""
+    special = _special(step.text)
+    concerned = [
+        place
+        for at, group in enumerate(step.groups)
+        if len(group.prompt_ids) > 1
+        and group.prompt_ids[0] == group.prompt_ids[1]
+        and group.prompt_ids[0] in special
+        for place in _places(at, group)
+    ]
+    first = step.groups[concerned[0][0]].prompt_ids[0] if concerned else 0
+    return share_finding(
+        FAMILY,
+        "start of the prompt",
+        "the first two tokens of every prompt",
+        concerned,
+        len(step.responses),
+        reason=f"prompts begin with {_token(step.text, first)} twice",
+        remedy="data.template: leave the token out, the tokenizer puts it in front",
+        share_of=step.share_of,
+    )
+
+
+def _system(step: RecordedStep) -> Finding:
+    """Check that the text of a system's message is in the prompt."""
+    name = "message of the system"
+    concerned: list[Place] = []
+    total, lost = 0, ""
+    for at, group in enumerate(step.groups):
+        given = [str(m["content"]) for m in group.prompt.before if m.get("role") == "system"]
+        if not given:
+            continue
+        total += len(group.responses)
+        shown = step.text.tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
+        if missing := [text for text in given if text.strip() not in shown]:
+            concerned += _places(at, group)
+            lost = lost or missing[0]
+    if not total:
+        return not_checked(FAMILY, name, "no question has one")
+    return share_finding(
+        FAMILY,
+        name,
+        f"the prompts of {total:,} responses whose question has one",
+        concerned,
+        total,
+        reason=f"the prompt lacks {lost[:SHOWN]!r}",
+        remedy="data.template: give it {system}, or chat with a template that shows it",
+        share_of=step.share_of,
+    )
+
+
+def _prompt_tokens(step: RecordedStep) -> Finding:
+    name = "tokens of the prompt"
+    if _has_own_prompts(step.run_config):
+        return not_checked(FAMILY, name, "agents.environment or harness makes the prompts")
+    if step.prompts_missing:  # samples.jsonl has no message before the question
+        return not_checked(FAMILY, name, step.prompts_missing)
+    concerned: list[Place] = []
+    total, reason = 0, ""
+    for at, group in enumerate(step.groups):
+        if not group.prompt.question:
+            continue
+        total += len(group.responses)
+        expected = step.text.encode(group.prompt.question, group.prompt.before)
+        if expected != group.prompt_ids:
+            concerned += _places(at, group)
+            reason = reason or _difference(step.text, group.prompt_ids, expected)
+    if not total:
+        return not_checked(FAMILY, name, "no question is known")
+    return share_finding(
+        FAMILY,
+        name,
+        f"the prompts of {total:,} responses with data.template and the tokenizer of {step.model}",
+        concerned,
+        total,
+        reason=reason,
+        remedy="data.template, or the tokenizer's files: they are not what the run sampled with",
+        share_of=step.share_of,
+    )
+
+
+def _difference(text: PromptText, logged: Sequence[int], expected: Sequence[int]) -> str:
+    """Return in words where two prompts part."""
+    shared = min(len(logged), len(expected))
+    at = next((i for i in range(shared) if logged[i] != expected[i]), shared)
+    if list(logged[1:]) == list(expected):
+        return f"prompts have {_token(text, logged[0])} in front, the tokenizer puts none there"
+    if list(expected[1:]) == list(logged):
+        return f"prompts lack {_token(text, expected[0])} in front, which the tokenizer puts there"
+    parts = (text.tokenizer.decode(list(ids[at : at + 12])) for ids in (logged, expected))
+    one, other = (repr(part[:SHOWN]) for part in parts)
+    return f"from token {at} on {one} was sampled from, {other} is what the settings say"
+
+
+def _token(text: PromptText, number: int) -> str:
+    return f"{text.tokenizer.convert_ids_to_tokens(int(number))} (token {number})"
+
+
+def _single(step: RecordedStep) -> dict[Place, np.ndarray]:
+    """Return the tokens of the responses of one turn."""
+    return {
+        place: np.asarray(graded.response.token_ids)
+        for place, graded in step.responses.items()
+        if graded.episode is None
+    }
+
+
+def _ends(step: RecordedStep) -> Finding:
+    """Check that no response goes on after a token that ends it."""
+    responses, ends = _single(step), step.text.stop_token_ids
+    if not responses:
+        return not_checked(FAMILY, "end of the response", "all responses have several turns")
+    concerned, tokens, num_after = [], Counter[int](), 0
+    for place, ids in responses.items():
+        inside = np.flatnonzero(np.isin(ids[:-1], ends))
+        if len(inside):
+            concerned.append(place)
+            tokens[int(ids[inside[0]])] += 1
+            num_after += len(ids) - 1 - int(inside[0])
+    reason = ""
+    if concerned:
+        (token, count), *_ = tokens.most_common(1)
+        reason = f"{count:,} responses go on after {_token(step.text, token)}, which ends one"
+        asked = next((each.stop_token_ids for each in step.sampling if each), None)
+        if asked is not None and token not in asked:
+            reason += f"; the engines were told to stop at {', '.join(map(str, asked))} only"
+    return share_finding(
+        FAMILY,
+        "end of the response",
+        f"{len(responses):,} responses with {describe_end_tokens(step.text.end_tokens)}",
+        concerned,
+        len(responses),
+        reason=reason,
+        remedy="rollout.stop_token_ids, or eos_token_id in the model's generation_config.json",
+        share_of=step.share_of,
+        num_tokens=num_after,
+    )
+
+
+def _unknown_ends(step: RecordedStep) -> Finding:
+    """Check for ends that no setting names, and for special tokens that responses go on after."""
+    responses, ends = _single(step), step.text.stop_token_ids
+    name, remedy = "other end tokens", "rollout.stop_token_ids: add the token"
+    if not responses:
+        return not_checked(FAMILY, name, "all responses have several turns")
+    special = {
+        token
+        for token in _special(step.text) - set(ends)
+        if not TAG.search(step.text.tokenizer.convert_ids_to_tokens(token))
+    }
+    inside: dict[int, list[Place]] = {}
+    for place, ids in responses.items():
+        stopped = step.responses[place].response.finish_reason == "stop"
+        if stopped and len(ids) and ids[-1] not in ends and not step.config.rollout.stop:
+            inside.setdefault(int(ids[-1]), []).append(place)
+        for token in special.intersection(ids[:-1].tolist()):
+            inside.setdefault(token, []).append(place)
+    worst = max(inside, key=lambda token: len(inside[token]), default=None)
+    concerned = [] if worst is None else inside[worst]
+    return share_finding(
+        FAMILY,
+        name,
+        f"special tokens inside {len(responses):,} responses",
+        concerned,
+        len(responses),
+        reason=""
+        if worst is None
+        else f"{_token(step.text, worst)} is inside responses, or ends them, and is no end token",
+        remedy=remedy,
+        share_of=step.share_of,
+        tolerance=COMMON,
+        source="a model that ends with a token does so in most responses",
+    )
+
+
+def _vocabulary(step: RecordedStep) -> Finding:
+    rows, known = step.hf["vocab_size"], len(step.text.tokenizer)
+    concerned, largest = [], -1
+    for sequence in step.sequences:
+        highest = int(sequence.token_ids.max(initial=-1))
+        largest = max(largest, highest)
+        if highest >= min(rows, known):
+            concerned.append(sequence.place)
+    return share_finding(
+        FAMILY,
+        "vocabulary",
+        f"tokens up to {largest:,} with {known:,} of the tokenizer and {rows:,} rows of the model",
+        list(dict.fromkeys(concerned)),
+        len(step.responses),
+        reason=f"token {largest:,} is beyond the tokenizer's {known:,} tokens"
+        f" (vocab_size: {rows:,})",
+        remedy="the model's tokenizer files, which lack tokens that the model samples, or "
+        "vocab_size in its config.json",
+        share_of=step.share_of,
+    )
+
+
+def _texts(step: RecordedStep) -> Finding:
+    """Check that the graded text is that of the tokens."""
+    responses = _single(step)
+    name = "text that was graded"
+    if not responses or step.config.rollout.stop:
+        why = "rollout.stop cuts texts" if responses else "all responses have several turns"
+        return not_checked(FAMILY, name, why)
+    concerned = [
+        place
+        for place, ids in responses.items()
+        if step.text.decode(ids.tolist()) != step.responses[place].text
+    ]
+    example = ""
+    if concerned:
+        logged = step.responses[concerned[0]].text[-SHOWN:]
+        now = step.text.decode(responses[concerned[0]].tolist())[-SHOWN:]
+        example = f"graders read …{logged!r}, the tokens say …{now!r}"
+    return share_finding(
+        FAMILY,
+        name,
+        f"{len(responses):,} texts with their tokens",
+        concerned,
+        len(responses),
+        reason=example,
+        remedy="the model's tokenizer files: they are not those of the run",
+        share_of=step.share_of,
+    )

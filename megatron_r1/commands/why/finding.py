@@ -1,0 +1,197 @@
+"""What a check of `why` returns: two readings of one quantity, how far apart they may be, what is
+concerned, and what to change."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megatron_r1.reporting.wording import number, percent
+
+FAMILIES = (
+    *("files", "checkpoint", "sampling", "rewards", "log-probabilities"),
+    *("schedule", "loss", "optimizer", "push"),
+)
+"""In the order in which data flows through a step: the first departure is the earliest of these."""
+
+EQUAL, DEPARTS, NOT_CHECKED = "equal", "departs", "not checked"
+Place = tuple[int, int]
+"""A response: the number of its group in the step, and its number in the group."""
+
+
+class CannotRecompute(Exception):
+    """Why something cannot be recomputed; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        family: one of `FAMILIES`.
+        name: the quantity.
+        status: equal, departs, or not checked.
+        compared: what was compared with what, and how much of it.
+        distance: between the two; NaN where it has no number.
+        tolerance: the largest distance that counts as equal.
+        source: where the tolerance comes from.
+        reason: what departs, with names and numbers, or why nothing was checked.
+        places: the responses concerned.
+        num_tokens: the tokens concerned; 0 where the check is not of tokens.
+        share: the part of the sum of |advantage| that the responses concerned have;
+            NaN where that has no meaning.
+        remedy: the setting or file to change."""
+
+    family: str
+    name: str
+    status: str
+    compared: str
+    distance: float = math.nan
+    tolerance: float = math.nan
+    source: str = ""
+    reason: str = ""
+    places: Sequence[Place] = ()
+    num_tokens: int = 0
+    share: float = math.nan
+    remedy: str = ""
+
+    @property
+    def departs(self) -> bool:
+        """Whether the two readings are further apart than the tolerance."""
+        return self.status == DEPARTS
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields; a number without meaning is null."""
+        fields = asdict(self)
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in fields.items()
+        }
+
+    def __str__(self) -> str:
+        text = f"{self.family}: {self.name}"
+        if self.status == NOT_CHECKED:
+            return f"{text}: {self.reason}"
+        if not self.departs:
+            return f"{text}: {self.compared}{self.sizes}"
+        parts = [f"{text}: {self.reason}{self.sizes}"]
+        if self.places:
+            what = f"{len(self.places):,} responses"
+            if self.num_tokens:
+                what += f", {self.num_tokens:,} tokens"
+            if math.isfinite(self.share):
+                what += f", {percent(self.share)} of the loss by weight of advantages"
+            parts.append(what)
+        if self.remedy:
+            parts.append(f"change: {self.remedy}")
+        return "; ".join(parts)
+
+    @property
+    def sizes(self) -> str:
+        """The distance and its tolerance as text, "" without a distance."""
+        if math.isnan(self.distance):
+            return ""
+        if math.isnan(self.tolerance):
+            return f" (distance {number(self.distance)})"
+        return f" (distance {number(self.distance)}, at most {number(self.tolerance)})"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A departure over the position in the response, for the page.
+
+    Attributes:
+        label: what it is.
+        positions: the tokens of the response.
+        values: one per position."""
+
+    label: str
+    positions: Sequence[float]
+    values: Sequence[float]
+
+
+@dataclass
+class Report:
+    """The findings of a step, in the order of `FAMILIES`.
+
+    Attributes:
+        suspicions: what "nothing departs" leaves, as sentences.
+        curves: for the page."""
+
+    step: int
+    findings: list[Finding] = field(default_factory=list)
+    suspicions: list[str] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+
+    def add(self, findings: Sequence[Finding]) -> None:
+        """Add findings, in the order of `FAMILIES`."""
+        self.findings = sorted(
+            [*self.findings, *findings], key=lambda each: FAMILIES.index(each.family)
+        )
+
+    @property
+    def first(self) -> Finding | None:
+        """The first quantity that departs."""
+        return next((each for each in self.findings if each.departs), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of why.json."""
+        first = self.first
+        return {
+            "step": self.step,
+            "first": first and first.as_json(),
+            "findings": [each.as_json() for each in self.findings],
+            "suspicions": self.suspicions,
+        }
+
+
+def not_checked(family: str, name: str, reason: str, compared: str = "") -> Finding:
+    """Return the finding of a check that could not be made."""
+    return Finding(family, name, NOT_CHECKED, compared, reason=reason)
+
+
+def share_finding(
+    family: str,
+    name: str,
+    compared: str,
+    concerned: Sequence[Place],
+    total: int,
+    *,
+    reason: str,
+    remedy: str,
+    share_of: Callable[[Sequence[Place]], float],
+    tolerance: float = 0.0,
+    source: str = "exact",
+    num_tokens: int = 0,
+) -> Finding:
+    """Return the finding of a check whose distance is the share of responses that fail it.
+
+    Args:
+        family: as of `Finding`, like the arguments not named here.
+        name: the quantity.
+        compared: what was compared.
+        concerned: the responses that fail.
+        total: all responses that were compared.
+        reason: what departs, where one does.
+        remedy: what to change.
+        share_of: returns the share of the loss of some responses.
+        tolerance: the largest share.
+        source: where the tolerance comes from.
+        num_tokens: the tokens concerned."""
+    distance = len(concerned) / total if total else 0.0
+    if distance <= tolerance:
+        return Finding(family, name, EQUAL, compared, distance, tolerance, source)
+    return Finding(
+        family,
+        name,
+        DEPARTS,
+        compared,
+        distance,
+        tolerance,
+        source,
+        reason,
+        list(concerned),
+        num_tokens,
+        share_of(concerned),
+        remedy,
+    )

@@ -1,0 +1,327 @@
+"""The optimizer's step: learning rate, Adam's state, the change of the weights between two
+checkpoints, what is in them that must not be, and the weights that were pushed and exported."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_r1.commands.compare import ROUNDING
+from megatron_r1.commands.why.finding import DEPARTS, EQUAL, Finding, not_checked
+from megatron_r1.commands.why.loss import SOURCE, update_limit
+from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.reporting.wording import number, percent
+
+if TYPE_CHECKING:
+    from megatron_r1.commands.why.recompute import Recomputation
+
+FAMILY, BEFORE, SCHEDULE, PUSH = "optimizer", "checkpoint", "schedule", "push"
+WHERE = {"before": BEFORE, "after": FAMILY}
+"""The families of a checkpoint's findings: what is in the one before a step is its input."""
+RATE = 1e-6
+"""Relative: learning rates are a few products of float64."""
+ODD = 0.5
+"""Relative distance of the change of one tensor, which may have small gradients alone."""
+LARGEST_STEP = 10.0
+"""Times the learning rate that Adam moves a number by, at most: |m| / √v is at most
+(1 - β1) / √(1 - β2), about 0.45 with the defaults, but where moments are lost or gradients change
+by much."""
+
+
+def check_rates(step: RecordedStep) -> list[Finding]:
+    """Return the findings of the schedule, from metrics.jsonl alone."""
+    return [_rate(step), _count(step), _taken(step)]
+
+
+def _rate(step: RecordedStep) -> Finding:
+    name, logged = "learning rate", step.line.get("learning_rate")
+    if not isinstance(logged, int | float):
+        return not_checked(SCHEDULE, name, "metrics.jsonl has no learning_rate")
+    rates = step.learning_rates
+    own = sum(rates) / len(rates)
+    distance = abs(own - logged) / own if own else abs(logged)
+    settings, steps = step.config.optimizer, step.scheduled_steps
+    other = "" if steps == step.run_config.run.steps else f" over run.steps: {steps}"
+    reason = f"learning_rate is {logged:g} in metrics.jsonl, the schedule says {own:g}"
+    if settings.warmup and logged < own:
+        reason += ": as if still in warm-up"
+    return Finding(
+        SCHEDULE,
+        name,
+        EQUAL if distance <= RATE else DEPARTS,
+        f"{logged:g} of metrics.jsonl with {own:g} by the schedule{other}",
+        distance,
+        RATE,
+        "float64",
+        reason,
+        remedy="optimizer.learning_rate, warmup, decay, min_learning_rate, or run.steps, which "
+        "the decay is over",
+    )
+
+
+def _count(step: RecordedStep) -> Finding:
+    name, logged = "number of updates", step.line.get("optimizer_step")
+    if not isinstance(logged, int):
+        return not_checked(SCHEDULE, name, "metrics.jsonl has no optimizer_step")
+    own = step.updates_after(step.step)
+    return Finding(
+        SCHEDULE,
+        name,
+        EQUAL if own == logged else DEPARTS,
+        f"optimizer_step {logged:,} with {own:,} by rl.minibatches",
+        float(abs(own - logged)),
+        0.0,
+        "exact",
+        f"optimizer_step is {logged:,}, {own:,} updates were due: the schedule is behind",
+        remedy="rl.minibatches or rl.schedule were changed on the way, or the counter was lost",
+    )
+
+
+def _taken(step: RecordedStep) -> Finding:
+    name, logged = "updates taken", step.line.get("step_taken")
+    norm = step.line.get("grad_norm")
+    if not isinstance(logged, int | float):
+        return not_checked(FAMILY, name, "metrics.jsonl has no step_taken")
+    is_finite = isinstance(norm, int | float) and math.isfinite(norm)
+    return Finding(
+        FAMILY,
+        name,
+        EQUAL if logged == 1 and is_finite else DEPARTS,
+        f"step_taken {logged:g}, grad_norm {norm}",
+        1 - float(logged),
+        0.0,
+        "exact",
+        "a gradient that is not finite: its update was left out"
+        if logged < 1
+        else f"grad_norm is {norm}",
+        remedy="model.dtype, fp8, or the samples: NaN in a loss",
+    )
+
+
+def check_states(step: RecordedStep) -> list[Finding]:
+    """Return the findings of the checkpoints' tensors and counters."""
+    from megatron_r1.commands.why import stored
+
+    findings = [_tied(step)]
+    for which, path in (("before", step.before), ("after", step.after)):
+        if path is None or not (path / ".metadata").is_file():
+            is_first = which == "before" and step.step == 1
+            why = "the run begins with a model" if is_first else "it is not kept"
+            findings.append(not_checked(WHERE[which], f"checkpoint {which} the step", why))
+            continue
+        findings += [_finite(which, path), _counters(step, which, path)]
+        findings += [_moments(step, which, path), _masters(step, which, path)]
+    if step.before is not None and step.after is not None:
+        moves_bias = step.config.model.expert_bias_update_rate > 0
+        moved = stored.change(step.before, step.after, step.model, moves_bias)
+        findings.append(_moved(step, *moved))
+    return findings
+
+
+def _finite(which: str, path: Path) -> Finding:
+    from megatron_r1.commands.why import stored
+
+    bad = stored.not_finite(path)
+    return Finding(
+        WHERE[which],
+        f"numbers of the checkpoint {which}",
+        DEPARTS if bad else EQUAL,
+        f"every tensor of {path.name} is finite",
+        float(len(bad)),
+        0.0,
+        "exact",
+        f"not finite: {', '.join(bad[:3])}" + (f" and {len(bad) - 3} more" if len(bad) > 3 else ""),
+        remedy="optimizer.learning_rate, model.dtype; go on from an earlier checkpoint",
+    )
+
+
+def _counters(step: RecordedStep, which: str, path: Path) -> Finding:
+    from megatron_r1.commands.why import replay
+
+    name = f"Adam's counter {which}"
+    counted = replay.read_state(path)
+    own = step.updates_after(step.step - (which == "before"))
+    if counted is None:
+        return not_checked(WHERE[which], name, f"{path.name} has none")
+    return Finding(
+        WHERE[which],
+        name,
+        EQUAL if counted == own else DEPARTS,
+        f"{counted:,} of {path.name} with {own:,} updates",
+        float(abs(counted - own)),
+        0.0,
+        "exact",
+        f"{path.name} counts {counted:,} updates, {own:,} were made: Adam's state was lost "
+        "on the way",
+        remedy="the checkpoint that the run went on from: it was loaded without its optimizer",
+    )
+
+
+def _moments(step: RecordedStep, which: str, path: Path) -> Finding:
+    from megatron_r1.commands.why import stored
+
+    name = f"Adam's moments {which}"
+    if not step.updates_after(step.step - (which == "before")):
+        return not_checked(WHERE[which], name, "no update was made before")
+    empty, total = stored.empty_moments(path)
+    if not total:
+        return not_checked(WHERE[which], name, f"{path.name} has no moments")
+    share = len(empty) / total
+    return Finding(
+        WHERE[which],
+        name,
+        DEPARTS if share > 0.5 else EQUAL,
+        f"{total - len(empty):,} of {total:,} second moments of {path.name} are not all zero",
+        share,
+        0.5,
+        "parameters without a gradient have none",
+        f"{len(empty):,} of {total:,} second moments of {path.name} are zero, as {empty[0]}"
+        if empty
+        else "",
+        remedy="the checkpoint's optimizer state: it was lost, or parameters get no gradient",
+    )
+
+
+def _masters(step: RecordedStep, which: str, path: Path) -> Finding:
+    from megatron_r1.commands.why import stored
+
+    name = f"master weights {which}"
+    worst, distance = stored.masters_apart(path)
+    tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
+    if not worst:
+        return not_checked(WHERE[which], name, f"{path.name} has none")
+    return Finding(
+        WHERE[which],
+        name,
+        EQUAL if distance <= tolerance else DEPARTS,
+        f"weights of {path.name} with the optimizer's",
+        distance,
+        tolerance,
+        "rounding of model.dtype",
+        f"{worst} is not the optimizer's: the next update would undo it",
+        remedy=f"{path}: its weights were changed after the update",
+    )
+
+
+def _tied(step: RecordedStep) -> Finding:
+    """Check that a tied head is the embedding in the checkpoints."""
+    from megatron_r1.commands.why import stored
+
+    name = "tied head"
+    path = step.before
+    if not step.hf.get("tie_word_embeddings"):
+        return not_checked(BEFORE, name, "tie_word_embeddings: false")
+    if path is None or not (path / ".metadata").is_file():
+        return not_checked(BEFORE, name, "there is no checkpoint")
+    distance = stored.head_from_embedding(path)
+    return Finding(
+        BEFORE,
+        name,
+        EQUAL if not distance else DEPARTS,
+        f"output_layer of {path.name}, if there is one, with its embedding",
+        distance or 0.0,
+        0.0,
+        "one tensor",
+        "the head is another tensor than the embedding, though tie_word_embeddings is true",
+        remedy="parallel.pipeline: first and last stage hold copies that parted; or config.json",
+    )
+
+
+def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Finding:
+    """Check that the weights moved, and not further than Adam can."""
+    rates = step.learning_rates
+    limit = LARGEST_STEP * sum(rates)
+    rate = max(rates)
+    is_still = largest == 0 and rate > 0 and bool(step.line.get("grad_norm"))
+    return Finding(
+        FAMILY,
+        "size of the change",
+        DEPARTS if is_still or largest > limit else EQUAL,
+        f"the largest change of a weight, of a norm of {number(norm)}, with {LARGEST_STEP:g} x the "
+        "learning rates",
+        largest,
+        limit,
+        "Adam's largest steps, with a margin",
+        "no weight changes, though there is a gradient"
+        if is_still
+        else f"a number of {worst} moves by {number(largest)}, {largest / sum(rates):,.0f} "
+        "learning rates",
+        remedy="optimizer: weights that stay are frozen, or not those that are trained"
+        if is_still
+        else "optimizer.learning_rate as it was used; the checkpoints: they are of other runs",
+    )
+
+
+def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
+    """Return the finding of the change of the weights against the one that was recomputed."""
+    name, base = "change of the weights", recomputed.base
+    if base.update is None:
+        return [not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")]
+    tolerance = update_limit(step)
+    worst = ", ".join(f"{key} {percent(value)}" for key, value in base.by_parameter[:3])
+    is_equal = base.update <= tolerance
+    odd = [key for key, value in base.by_parameter if value > max(tolerance, ODD)]
+    return [
+        Finding(
+            FAMILY,
+            name,
+            EQUAL if is_equal and not odd else DEPARTS,
+            f"|run's - recomputed| over |run's|, all parameters; the largest: {worst}",
+            base.update,
+            tolerance,
+            SOURCE[step.run_config.model.dtype],
+            f"the step changed other weights than its gradient: {', '.join(odd[:3]) or worst}",
+            remedy="the optimizer's settings and state; the tensors named (megatron-r1 compare "
+            "with a run without the fault)",
+        )
+    ]
+
+
+def check_push(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
+    """Return the findings of the weights that left the trainer: to engines, and to hf/."""
+    return [_probe(step), _export(step, recomputed)]
+
+
+def _probe(step: RecordedStep) -> Finding:
+    name = "probes of the push"
+    value = step.line.get("push/probe_diff")
+    if not isinstance(value, int | float):
+        return not_checked(PUSH, name, "metrics.jsonl has no push/probe_diff")
+    tolerance = 4 * ROUNDING[step.run_config.rollout.dtype]
+    return Finding(
+        PUSH,
+        name,
+        EQUAL if value <= tolerance else DEPARTS,
+        "engines with the trainer, on the probe prompts",
+        float(value),
+        tolerance,
+        "rounding of rollout.dtype, of a few tokens",
+        f"engines are {number(value)} from the trainer after the push",
+        remedy="push.transport, push.fp8 (docs/push.md)",
+    )
+
+
+def _export(step: RecordedStep, recomputed: Recomputation) -> Finding:
+    """Compare hf/ with the checkpoint of the last step."""
+    name = "exported model"
+    if not (step.folder.hf / "config.json").is_file():
+        return not_checked(PUSH, name, "there is no hf/ yet")
+    if step.step != step.run_config.run.steps or step.after is None:
+        return not_checked(PUSH, name, "hf/ is of the run's last step")
+    from megatron_r1.commands.why import replay
+
+    exported = recomputed.model(step.folder.hf)
+    distance = replay.relative_distance(exported, recomputed.model(step.after))
+    tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
+    return Finding(
+        PUSH,
+        name,
+        EQUAL if distance <= tolerance else DEPARTS,
+        f"hf/ with {step.after.name}",
+        distance,
+        tolerance,
+        "rounding of model.dtype",
+        "hf/ has other weights than the last checkpoint",
+        remedy="hf/: megatron-r1 convert to-hf RUN OUT makes it again",
+    )

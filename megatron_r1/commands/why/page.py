@@ -1,0 +1,114 @@
+"""why.html: the table of checks, the responses that a departure concerns most, and departures over
+the position in the response."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.base.files import atomic_write
+from megatron_r1.commands.why.finding import NOT_CHECKED, Finding, Place, Report
+from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.reporting import plots
+from megatron_r1.reporting.plots import render_page
+from megatron_r1.reporting.report import Plot
+from megatron_r1.reporting.wording import number, percent, shorten_middle
+
+SHOWN = 6
+"""Responses on the page."""
+CHARACTERS = 3000
+SIZE = (5.2, 2.7)
+
+
+def write(report: Report, step: RecordedStep) -> Path:
+    """Write why.html into the run's folder and return its path."""
+    first = report.first
+    html = render_page(
+        "reporting/templates/why.html.jinja",
+        title=f"{step.folder.path.resolve().name}: why, step {report.step}",
+        run_facts={
+            "responses": f"{len(step.responses):,}",
+            "groups": f"{len(step.groups):,}",
+            "algorithm": step.config.rl.algorithm,
+            "checks": f"{len(report.findings):,}",
+        },
+        outcome="Nothing departs." if first is None else f"First departure: {first}.",
+        suspicions=report.suspicions,
+        rows=[_row(each) for each in report.findings],
+        plots=_plots(report),
+        responses=[_response(step, place) for place in _worst(report, step)],
+    )
+    return atomic_write(step.folder.path / "why.html", html)
+
+
+def _row(finding: Finding) -> dict[str, str]:
+    """Return the cells of a check."""
+    is_left_out = finding.status == NOT_CHECKED
+    what = finding.reason if finding.departs or is_left_out else finding.compared
+    return {
+        "family": finding.family,
+        "name": finding.name,
+        "status": finding.status,
+        "what": what,
+        "distance": "" if math.isnan(finding.distance) else number(finding.distance),
+        "tolerance": "" if math.isnan(finding.tolerance) else number(finding.tolerance),
+        "source": finding.source,
+        "concerned": f"{len(finding.places):,}" if finding.places else "",
+        "share": "" if math.isnan(finding.share) else percent(finding.share),
+        "remedy": finding.remedy if finding.departs else "",
+    }
+
+
+def _plots(report: Report) -> list[Plot]:
+    """Plot departures over position, where there are two points at least."""
+    return [
+        Plot(
+            curve.label[:1].upper() + curve.label[1:],
+            "mean |Δ| of log-probabilities over the position in the response",
+            plots.curve_plot(
+                f"position-{at}",
+                [plots.Curve("mean |Δ|", np.array(curve.positions), np.array(curve.values))],
+                SIZE,
+                from_zero=True,
+            ),
+        )
+        for at, curve in enumerate(report.curves)
+        if len(curve.positions) > 1
+    ]
+
+
+def _worst(report: Report, step: RecordedStep) -> list[Place]:
+    """Return the responses of the first departure that has any, those with the largest advantages
+    first."""
+    finding = next((each for each in report.findings if each.departs and each.places), None)
+    if finding is None:
+        return []
+
+    def size(place: Place) -> float:
+        advantage = step.advantages[place[0]][place[1]]
+        return 0.0 if math.isnan(advantage) else abs(advantage)
+
+    return sorted(finding.places, key=size, reverse=True)[:SHOWN]
+
+
+def _response(step: RecordedStep, place: Place) -> dict[str, Any]:
+    graded = step.responses[place]
+    group = step.groups[place[0]]
+    prompt = step.text.tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
+    details = [
+        f"group {place[0]}, response {place[1]}",
+        f"reward {graded.reward:.3g}",
+        f"advantage {step.advantages[place[0]][place[1]]:.3g}",
+        f"{len(graded.response.token_ids):,} tokens",
+        graded.response.finish_reason,
+        graded.response.engine,
+    ]
+    truth = group.prompt.truth
+    return {
+        "prompt": shorten_middle(prompt, CHARACTERS),
+        "truth": "" if truth is None else str(truth)[:200],
+        "details": [each for each in details if each],
+        "text": shorten_middle(graded.text, CHARACTERS),
+        "reason": graded.reason,
+    }

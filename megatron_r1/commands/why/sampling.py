@@ -1,0 +1,405 @@
+"""How the step was sampled: settings and weight versions that the engines had, and their
+log-probabilities against those of transformers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_r1.commands.compare import ROUNDING
+from megatron_r1.commands.why.finding import (
+    DEPARTS,
+    EQUAL,
+    Curve,
+    Finding,
+    Place,
+    not_checked,
+    share_finding,
+)
+from megatron_r1.commands.why.formulas import kl_of_difference
+from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.reporting.wording import number, percent
+
+if TYPE_CHECKING:
+    from megatron_r1.commands.why.recompute import Recomputation
+
+FAMILY = "sampling"
+TOLERANCE_SOURCE = "rounding of the engine's dtype (docs/compare.md), mean over tokens"
+TEMPERATURES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
+"""Times the run's temperature: which of them explains a departure."""
+EXPLAINED = 0.5
+"""A hypothesis explains a departure that it makes smaller by this factor, or more."""
+ONE_SIDED = 0.95
+"""Share of the tokens that a renormalised distribution has more likely than the whole one."""
+FEW_TOKENS = 20
+"""Tokens of an engine or expert that are too few to compare."""
+BINS = 40
+
+
+def check_settings(step: RecordedStep) -> list[Finding]:
+    """Return the findings of what was logged of the sampling."""
+    kept = [_kept_tokens(step)] if step.config.rollout.is_cut else []
+    return [_settings(step), _versions(step), *kept]
+
+
+def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
+    """Return the finding of the engines' log-probabilities."""
+    return [_Gaps(step, recomputed).finding()]
+
+
+def departures(recomputed: Recomputation) -> list[Curve]:
+    """Return how far engines are from transformers over the position in the response; nothing where
+    that could not be recomputed."""
+    if "old" not in vars(recomputed):
+        return []
+    gaps = _Gaps(recomputed.step, recomputed)
+    return [Curve("engine against the checkpoint", *gaps.by_position())]
+
+
+def _settings(step: RecordedStep) -> Finding:
+    """Check what the engines were asked for."""
+    name = "settings of the engines"
+    rollout = step.config.rollout
+    wanted = {
+        "temperature": rollout.temperature,
+        "top_p": rollout.top_p,
+        "top_k": rollout.top_k,
+        "min_p": rollout.min_p,
+        "max_tokens": rollout.max_response_tokens,
+        "stop_token_ids": tuple(step.text.stop_token_ids),
+        "stop": tuple(rollout.stop),
+    }
+    keys = {
+        "max_tokens": "rollout.max_response_tokens",
+        "stop_token_ids": "rollout.stop_token_ids, or the model's end tokens",
+    }
+    concerned: list[Place] = []
+    different: Counter[str] = Counter()
+    logged = 0
+    for at, (group, record) in enumerate(
+        zip(step.groups + step.passed_over, step.sampling, strict=True)
+    ):
+        if record is None:
+            continue
+        logged += 1
+        names = [key for key, value in wanted.items() if getattr(record, key) != value]
+        if step.run_config.agents.players:
+            names = [key for key in names if key != "max_tokens"]
+        different.update(
+            f"{key} {getattr(record, key)} was asked for, the settings say {wanted[key]}"
+            for key in names
+        )
+        if names and at < len(step.groups):
+            concerned += ((at, index) for index in range(len(group.responses)))
+    if not logged:
+        return not_checked(
+            FAMILY, name, "the log is of a version that did not write them down (before 0.4)"
+        )
+    reason = "; ".join(text for text, _ in different.most_common(3))
+    key = reason.partition(" ")[0]
+    return share_finding(
+        FAMILY,
+        name,
+        f"temperature, cut, limit and stops of {logged:,} groups with the settings",
+        concerned,
+        len(step.responses),
+        reason=reason,
+        remedy=keys.get(key, f"rollout.{key}" if key else ""),
+        share_of=step.share_of,
+    )
+
+
+def _versions(step: RecordedStep) -> Finding:
+    """Check that the policy that sampled is not older than rl.staleness allows."""
+    newest = step.step - 1
+    oldest = newest - step.config.rl.staleness
+    concerned: dict[Place, None] = {}
+    engines: Counter[str] = Counter()
+    seen: Counter[int] = Counter()
+    num_tokens = 0
+    for sequence in step.sequences:
+        wrong = (sequence.versions < oldest) | (sequence.versions > newest)
+        if wrong.any():
+            concerned[sequence.place] = None
+            engines[step.responses[sequence.place].response.engine or "an engine"] += 1
+            seen.update(sequence.versions[wrong].tolist())
+            num_tokens += int(wrong.sum())
+    reason = ""
+    if concerned:
+        (version, _), *_ = seen.most_common(1)
+        names = ", ".join(name for name, _ in engines.most_common(4))
+        reason = f"{names} sampled with version {version}, the step trains version {newest}"
+    return share_finding(
+        FAMILY,
+        "version of the weights",
+        f"the versions of all tokens with {oldest} to {newest}",
+        list(concerned),
+        len(step.responses),
+        reason=reason,
+        remedy="the engine that is behind: its log in logs/, push/* in metrics.jsonl "
+        "(docs/push.md); or rl.staleness",
+        share_of=step.share_of,
+        num_tokens=num_tokens,
+    )
+
+
+def _kept_tokens(step: RecordedStep) -> Finding:
+    """Check that every token is among those that its engine kept of the vocabulary."""
+    concerned: dict[Place, None] = {}
+    num_tokens = 0
+    for sequence in step.sequences:
+        sampled = sequence.token_ids[sequence.is_sampled]
+        found = np.zeros(len(sampled), bool)
+        if sequence.kept is not None:
+            owner = np.repeat(np.arange(len(sampled)), sequence.kept.counts)
+            found[owner[sequence.kept.ids == sampled[owner]]] = True
+        if not found.all():
+            concerned[sequence.place] = None
+            num_tokens += int((~found).sum())
+    return share_finding(
+        FAMILY,
+        "tokens that the engines kept",
+        "every sampled token with the ids that its engine drew it from",
+        list(concerned),
+        len(step.responses),
+        reason=f"{num_tokens:,} tokens are not among the ids that were kept for them",
+        remedy="rollout.top_k and the engine's --return-sampling-mask (docs/engines.md)",
+        share_of=step.share_of,
+        num_tokens=num_tokens,
+    )
+
+
+class _Gaps:
+    """Differences of engines' log-probabilities from transformers', token by token."""
+
+    def __init__(self, step: RecordedStep, recomputed: Recomputation) -> None:
+        self.step, self.recomputed = step, recomputed
+        newest = step.step - 1
+        self.sequences = [recomputed.sequences[at] for at in recomputed.scored]
+        self.newest = [each.versions == newest for each in self.sequences]
+        self.engines = [step.responses[each.place].response.engine for each in self.sequences]
+        self.gaps = self._against(recomputed.old)
+        # Tokens of earlier versions are an earlier policy's.
+        versions = {int(v) for each in self.sequences for v in np.unique(each.versions)}
+        for version in sorted(versions - {newest}):
+            own = recomputed.after(version)
+            if own is not None:
+                self._fill(version, own)
+        self.tolerance = ROUNDING[step.run_config.rollout.dtype]
+
+    def _against(self, own: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return engine's - own log-probability of the newest version's tokens, else NaN."""
+        return [
+            np.where(is_newest, each.logprobs - mine, np.nan)
+            for each, mine, is_newest in zip(self.sequences, own, self.newest, strict=True)
+        ]
+
+    def _fill(self, version: int, own: Sequence[np.ndarray]) -> None:
+        """Put the differences of another version's tokens into `gaps`."""
+        for gap, each, mine in zip(self.gaps, self.sequences, own, strict=True):
+            chosen = each.versions == version
+            gap[chosen] = (each.logprobs - mine)[chosen]
+
+    def mean(self, gaps: Sequence[np.ndarray], only: Sequence[bool] | None = None) -> float:
+        """Return the mean |difference|, of the chosen sequences."""
+        chosen = [gap for at, gap in enumerate(gaps) if only is None or only[at]]
+        whole = np.abs(np.concatenate(chosen)) if chosen else np.empty(0)
+        whole = whole[~np.isnan(whole)]
+        return float(whole.mean()) if len(whole) else math.nan
+
+    def by_position(self) -> tuple[list[float], list[float]]:
+        """Return the mean |difference| over positions in the response."""
+        longest = max((len(gap) for gap in self.gaps), default=0)
+        edges = np.unique(np.linspace(0, longest, min(BINS, longest) + 1).astype(int))
+        positions, values = [], []
+        for first, end in pairwise(edges):
+            own = np.abs(np.concatenate([gap[first:end] for gap in self.gaps]))
+            own = own[~np.isnan(own)]
+            if len(own):
+                positions.append(float(first + end - 1) / 2)
+                values.append(float(own.mean()))
+        return positions, values
+
+    def finding(self) -> Finding:
+        whole = np.concatenate(self.gaps) if self.gaps else np.empty(0)
+        known = whole[~np.isnan(whole)]
+        name = "engines' log-probabilities"
+        if not len(known):
+            return not_checked(FAMILY, name, "no checkpoint of the tokens' versions is kept")
+        distance = float(np.abs(known).mean())
+        compared = (
+            f"those of {len(known):,} tokens of {len(self.gaps):,} sequences with transformers' "
+            "under the weights of their version; mean |Δ| by engine: "
+            + ", ".join(f"{key} {number(value)}" for key, value in self._by_engine().items())
+            + f"; KL {number(kl_of_difference(-known))}"
+        )
+        affected = [self.mean([gap]) > self.tolerance for gap in self.gaps]
+        explained = self._explanation(distance)
+        if explained is None and distance <= self.tolerance and not self._one_engine():
+            return Finding(
+                FAMILY, name, EQUAL, compared, distance, self.tolerance, TOLERANCE_SOURCE
+            )
+        reason, remedy = explained or (
+            f"mean |Δ| is {number(distance)}: the engine computes another function of these "
+            "weights than transformers",
+            "rollout.dtype, rollout.vllm (quantisation, kernels), or megatron-r1 check-model on "
+            "the model",
+        )
+        places = dict.fromkeys(
+            each.place for each, is_one in zip(self.sequences, affected, strict=True) if is_one
+        )
+        return Finding(
+            FAMILY,
+            name,
+            DEPARTS,
+            compared,
+            distance,
+            self.tolerance,
+            TOLERANCE_SOURCE,
+            reason,
+            list(places),
+            int(
+                sum((np.abs(gap) > self.tolerance).sum() for gap in self.gaps)  # NaN is not above
+            ),
+            self.step.share_of(list(places)),
+            remedy,
+        )
+
+    def _by_engine(self) -> dict[str, float]:
+        names = sorted(set(self.engines))
+        return {
+            name or "not named": self.mean(self.gaps, [each == name for each in self.engines])
+            for name in names
+        }
+
+    def _one_engine(self) -> str | None:
+        """Return the engine that alone is beyond the tolerance, where others are not."""
+        means = {name: mean for name, mean in self._by_engine().items() if not math.isnan(mean)}
+        beyond = [name for name, mean in means.items() if mean > self.tolerance]
+        return beyond[0] if len(beyond) == 1 and len(means) > 1 else None
+
+    def _explanation(self, distance: float) -> tuple[str, str] | None:
+        """Return what explains the distance, and the remedy; None where nothing does."""
+        tests: tuple[Callable[[float], tuple[str, str] | None], ...] = (
+            self._stale,
+            self._router_bias,
+            self._temperature,
+            self._renormalised,
+            self._expert,
+        )
+        if distance <= self.tolerance / 16 and not self._one_engine():
+            return None
+        return next((found for test in tests if (found := test(distance))), None)
+
+    def _stale(self, distance: float) -> tuple[str, str] | None:
+        """Try the weights of earlier versions, engine by engine."""
+        newest = self.step.step - 1
+        for version in sorted({newest - 1, newest - 2, 0} - {newest}, reverse=True):
+            own = self.recomputed.after(version) if version >= 0 else None
+            found = None if own is None else self._better(self._against(own))
+            if found is not None:
+                who, then, now = found
+                return (
+                    f"{who} computed with the weights of version {version}, not {newest}: mean |Δ| "
+                    f"{number(then)} against {number(now)}",
+                    f"the push to {who}: logs/{who}*.log, push/* in metrics.jsonl, push.transport "
+                    "(docs/push.md)",
+                )
+        return None
+
+    def _router_bias(self, distance: float) -> tuple[str, str] | None:
+        """Try routers without the bias that balances their experts."""
+        own = self.recomputed.without_router_bias()
+        found = None if own is None else self._better(self._against(own))
+        if found is None:
+            return None
+        who, then, now = found
+        return (
+            f"{who} routes without the routers' correction bias: mean |Δ| {number(then)} against "
+            f"{number(now)}",
+            "the push of e_score_correction_bias to the engine (docs/push.md), or "
+            "model.expert_bias_update_rate",
+        )
+
+    def _better(self, gaps: Sequence[np.ndarray]) -> tuple[str, float, float] | None:
+        """Return the first engine whose differences others explain: its name, their mean and that
+        of its own; None where they explain no engine's."""
+        for name in sorted(set(self.engines)):
+            only = [each == name for each in self.engines]
+            now, then = self.mean(self.gaps, only), self.mean(gaps, only)
+            if now > self.tolerance / 16 and then < EXPLAINED * now:
+                return name or "engine", then, now
+        return None
+
+    def _temperature(self, distance: float) -> tuple[str, str] | None:
+        """Try other temperatures."""
+        own = self.recomputed.temperature
+        coarse, _ = self._best_scale(TEMPERATURES)
+        place = TEMPERATURES.index(coarse)
+        near = TEMPERATURES[max(0, place - 1) : place + 2]
+        scale, mean = self._best_scale(np.linspace(near[0], near[-1], 41).tolist())
+        if not mean <= EXPLAINED * distance or abs(scale - 1) < 0.01:
+            return None
+        return (
+            f"temperature {scale * own:.3g} explains them, the settings say {own:g}: mean |Δ| "
+            f"{number(mean)} against {number(distance)}",
+            "rollout.temperature, or what the engine makes of it (rollout.vllm)",
+        )
+
+    def _best_scale(self, scales: Sequence[float]) -> tuple[float, float]:
+        """Return the multiple of the run's temperature that leaves the smallest mean |difference|,
+        and that mean."""
+        own = self.recomputed.temperature
+        tried = self.recomputed.at_temperatures([own * scale for scale in scales])
+        means = [self.mean(self._against(one)) for one in tried]
+        best = int(np.argmin(np.nan_to_num(means, nan=np.inf)))
+        return scales[best], means[best]
+
+    def _renormalised(self, distance: float) -> tuple[str, str] | None:
+        """Look for log-probabilities over a part of the vocabulary: none is below the whole's."""
+        if self.step.config.rollout.is_cut:  # both are over the kept tokens already
+            return None
+        whole = np.concatenate(self.gaps)
+        large = whole[np.abs(whole) > max(self.tolerance / 4, 1e-5)]
+        if len(large) < FEW_TOKENS or (large > 0).mean() < ONE_SIDED:
+            return None
+        kept = math.exp(-float(large.max()))
+        return (
+            f"{percent(float((large > 0).mean()))} of the tokens that differ are more likely to "
+            f"the engine, by up to 1/{kept:.3g}: it sampled from a part of the vocabulary and "
+            "renormalised (top-p, top-k or min-p), the trainer does not",
+            "the cut of rollout.vllm or the model's generation_config.json: set it as "
+            "rollout.top_p, top_k or min_p, or leave it out",
+        )
+
+    def _expert(self, distance: float) -> tuple[str, str] | None:
+        """Look for one expert whose tokens alone differ."""
+        chosen = self.recomputed.experts()
+        if not chosen or distance <= self.tolerance:
+            return None
+        gaps = np.abs(np.concatenate(self.gaps))
+        best = (0.0, "", -1, 0.0, 0.0)
+        for layer, by_row in chosen.items():
+            experts = np.concatenate(by_row)
+            for expert in range(int(experts.max()) + 1):
+                own = (experts == expert).any(1)
+                if own.sum() < FEW_TOKENS or (~own).sum() < FEW_TOKENS:
+                    continue
+                with_it, without = np.nanmean(gaps[own]), np.nanmean(gaps[~own])
+                ratio = float(with_it / max(without, 1e-12))
+                if ratio > best[0]:
+                    best = (ratio, layer, expert, float(with_it), float(without))
+        ratio, layer, expert, with_it, without = best
+        if ratio < 4:
+            return None
+        return (
+            f"tokens of expert {expert} of {layer.removesuffix('.mlp.experts')} differ by "
+            f"{number(with_it)}, others by {number(without)}: the engine has another expert there",
+            "the push of that expert (docs/push.md), rollout.expert_parallel, "
+            "rollout.redundant_experts",
+        )

@@ -1,0 +1,110 @@
+"""Tensors of checkpoints, read a rectangle at a time: what must hold of them as they are."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_r1.commands.why.replay import MOMENTS, STATE, read_model
+from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
+
+MASTER = f"{STATE}param."
+NOT_WEIGHTS = ("optimizer.", "critic_optimizer.", "critic.", "reference.")
+ROUTER_BIAS = ("expert_bias", "e_score_correction_bias")
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+def _parts(checkpoint: DistributedCheckpoint, key: str) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (starts, values) of the rectangles that a tensor was saved in."""
+    for _, starts, sizes in checkpoint.chunks(key):
+        yield starts, checkpoint.read(key, starts, sizes)
+
+
+def not_finite(path: Path) -> list[str]:
+    """Return the tensors of a checkpoint that hold a number that is not finite."""
+    stored = DistributedCheckpoint(path)
+    return [
+        key
+        for key in sorted(stored.shapes)
+        if stored.dtypes[key].is_floating_point
+        and any(not bool(values.isfinite().all()) for _, values in _parts(stored, key))
+    ]
+
+
+def empty_moments(path: Path) -> tuple[list[str], int]:
+    """Return the parameters whose second moments are all zero, and the number of parameters."""
+    stored, prefix = DistributedCheckpoint(path), f"{STATE}{MOMENTS[1]}."
+    keys = [key for key in sorted(stored.shapes) if key.startswith(prefix)]
+    empty = [key for key in keys if not any(bool(part.any()) for _, part in _parts(stored, key))]
+    return [key.removeprefix(prefix) for key in empty], len(keys)
+
+
+def masters_apart(path: Path) -> tuple[str, float]:
+    """Return the weight that is furthest from the optimizer's copy of it, and the largest relative
+    distance; "" where the optimizer has no copies."""
+    stored = DistributedCheckpoint(path)
+    worst, distance = "", -1.0
+    for key in sorted(key for key in stored.shapes if key.startswith(MASTER)):
+        name = key.removeprefix(MASTER)
+        if name not in stored.shapes:
+            continue
+        apart = size = 0.0
+        for starts, own in _parts(stored, key):
+            if name in (EMBEDDING, HEAD) and starts:
+                rows = min(own.shape[0], stored.shapes[name][0] - starts[0])
+                own = own[: max(0, rows)]
+            weight = stored.read(name, starts, own.shape).double()
+            apart += float((weight - own.double()).square().sum())
+            size += float(own.double().square().sum())
+        relative = math.sqrt(apart / size) if size else math.sqrt(apart)
+        if relative > distance:
+            worst, distance = name, relative
+    return worst, distance
+
+
+def head_from_embedding(path: Path) -> float | None:
+    """Return the relative distance of a head of its own from the embedding; None without one."""
+    stored = DistributedCheckpoint(path)
+    if HEAD not in stored.shapes:
+        return None
+    rows = min(stored.shapes[HEAD][0], stored.shapes[EMBEDDING][0])
+    sizes = (rows, *stored.shapes[HEAD][1:])
+    zeros = (0,) * len(sizes)
+    head, embedding = (stored.read(key, zeros, sizes).double() for key in (HEAD, EMBEDDING))
+    return float((head - embedding).norm() / embedding.norm())
+
+
+def change(before: Path, after: Path, hf_files: Path, moves_bias: bool) -> tuple[str, float, float]:
+    """Return the tensor with the largest change of a number between two checkpoints, that change,
+    and the norm of all changes.
+
+    Args:
+        before: a checkpoint, or the model's folder.
+        after: a later checkpoint.
+        hf_files: the folder of the model's config.json.
+        moves_bias: leave the routers' biases out: a rule of their own changes them."""
+    worst, largest, squares = "", 0.0, 0.0
+    for name, gap in _changes(before, after, hf_files):
+        if not gap.numel() or (moves_bias and name.endswith(ROUTER_BIAS)):
+            continue
+        squares += float(gap.square().sum())
+        if (own := float(gap.abs().max())) > largest:
+            worst, largest = name, own
+    return worst, largest, math.sqrt(squares)
+
+
+def _changes(before: Path, after: Path, hf_files: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the changes of each tensor, float64, in parts."""
+    if not (before / ".metadata").is_file():
+        first, last = (read_model(path, hf_files).state_dict() for path in (before, after))
+        for name, values in first.items():
+            if values.is_floating_point():
+                yield name, last[name].double() - values.double()
+        return
+    stored, other = DistributedCheckpoint(before), DistributedCheckpoint(after)
+    for key in sorted(stored.shapes.keys() & other.shapes.keys()):
+        if key.startswith(NOT_WEIGHTS) or not stored.dtypes[key].is_floating_point:
+            continue
+        for starts, own in _parts(stored, key):
+            yield key, other.read(key, starts, own.shape).double() - own.double()

@@ -1,0 +1,167 @@
+"""Says why a run does not learn: `megatron-r1 why RUN [--step N] [--json FILE]`.
+
+The verb recomputes a finished step from the run's folder and names the first quantity that departs:
+its size, the tokens or responses concerned, their share of the loss, and the setting or file to
+change. It compares the model's files, how the step was sampled, rewards, log-probabilities, loss
+and metrics, the optimizer's step, and what was pushed, with transformers in float32, math-verify
+and formulas of its own. What could not be checked is listed with the reason. "Nothing departs" is
+an answer, too; what it leaves is printed as suspicions. To keep what it reads of every step:
+`--rl.keep_sample_log true --checkpoint.keep_every 1`. RUN/why.html has the whole table, the worst
+responses and departures over position; nothing else is written there. Exit status 0: nothing
+departs; 1: something does."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.commands.why import files, loss, optimizer, page, rewards, sampling
+from megatron_r1.commands.why.finding import (
+    NOT_CHECKED,
+    CannotRecompute,
+    Finding,
+    Report,
+    not_checked,
+)
+from megatron_r1.commands.why.recorded import (
+    Examinable,
+    RecordedStep,
+    choose,
+    examinable,
+    open_run,
+    read_step,
+)
+from megatron_r1.commands.why.suspicions import suspicions
+from megatron_r1.config import Config
+
+if TYPE_CHECKING:
+    from megatron_r1.commands.why.recompute import Recomputation
+
+ARGUMENTS = ("RUN",)
+SETTINGS = ()
+OPTIONS = {"step": "N", "json": "FILE"}
+
+Check = Callable[[RecordedStep], list[Finding]]
+WeightCheck = Callable[[RecordedStep, "Recomputation"], list[Finding]]
+
+
+def run(config: Config, run: str, step: str | None = None, json: str | None = None) -> None:
+    """Examine a step of a run, print what departs and write RUN/why.html.
+
+    Args:
+        config: no setting of it is read.
+        run: the run's folder.
+        step: the step, as text; None: the newest with most left of it.
+        json: a file for the findings.
+
+    Raises:
+        UserError: no run, or no step that can be examined.
+        RunError: a quantity departs."""
+    folder, settings = open_run(Path(run))
+    steps = examinable(folder, settings)
+    chosen = choose(steps, _number(step), folder.path)
+    recorded = read_step(folder, settings, chosen.step)
+    report = examine(recorded)
+    if json is not None:
+        atomic_write(Path(json), _as_json(report, steps))
+    written = page.write(report, recorded)
+    print("\n".join([*_steps(steps, chosen), *_lines(report), f"page: {written}"]))
+    if report.first is not None:
+        raise RunError(f"{run}: {report.first.name} departs at step {report.step}")
+
+
+OF_RECORDS: tuple[tuple[str, str, Check], ...] = (
+    ("files", "files", files.check),
+    ("sampling", "settings of the engines", sampling.check_settings),
+    ("rewards", "rewards", rewards.check),
+    ("schedule", "learning rate", optimizer.check_rates),
+    ("checkpoint", "checkpoints", optimizer.check_states),
+)
+"""Checks that need no model: family, what cannot be checked where one fails, and the check."""
+OF_WEIGHTS: tuple[tuple[str, str, WeightCheck], ...] = (
+    ("sampling", "engines' log-probabilities", sampling.check_logprobs),
+    ("log-probabilities", "old policy and reference", loss.check_policies),
+    ("loss", "loss", loss.check_loss),
+    ("optimizer", "change of the weights", optimizer.check_update),
+    ("push", "probes and export", optimizer.check_push),
+)
+"""Checks that recompute with the model's weights, likewise."""
+
+
+def examine(step: RecordedStep) -> Report:
+    """Make all checks of a step.
+
+    Args:
+        step: the step, as `read_step` returns it."""
+    from megatron_r1.commands.why.recompute import Recomputation
+
+    report, recomputed = Report(step.step), Recomputation(step)
+    for family, name, check in OF_RECORDS:
+        report.add(_findings(family, name, partial(check, step)))
+    for family, name, recompute in OF_WEIGHTS:
+        report.add(_findings(family, name, partial(recompute, step, recomputed)))
+    report.curves = sampling.departures(recomputed)
+    report.suspicions = suspicions(step) if report.first is None else []
+    return report
+
+
+def _findings(family: str, name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """Return what a check finds, or why it could not be made."""
+    try:
+        return check()
+    except (CannotRecompute, UserError) as reason:
+        return [not_checked(family, name, str(reason))]
+
+
+def _number(step: str | None) -> int | None:
+    if step is None:
+        return None
+    if not step.isdecimal() or int(step) < 1:
+        raise UserError(
+            f"--step {step}: give the number of a step, 1 or more",
+            key="--step",
+            cause=Cause.MALFORMED,
+        )
+    return int(step)
+
+
+def _steps(steps: list[Examinable], chosen: Examinable) -> Iterator[str]:
+    """Yield the steps that can be examined."""
+    whole = [each.step for each in steps if each.has_before and each.has_after]
+    half = [each.step for each in steps if each.step not in whole]
+    yield f"steps with log and both checkpoints: {_ranges(whole) or 'none'}"
+    if half:
+        yield f"steps with a log, of which less can be checked: {_ranges(half)}"
+    yield f"examined: step {chosen.step}"
+
+
+def _ranges(steps: list[int]) -> str:
+    """Return numbers as text, runs of them shortened: 1-4, 7."""
+    parts: list[list[int]] = []
+    for step in steps:
+        if parts and step == parts[-1][-1] + 1:
+            parts[-1].append(step)
+        else:
+            parts.append([step])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def _lines(report: Report) -> Iterator[str]:
+    first = report.first
+    if first is None:
+        yield "nothing departs"
+        yield from (f"  suspicion, no cause: {each}" for each in report.suspicions)
+    else:
+        yield f"first quantity that departs: {first}"
+        others = [each for each in report.findings if each.departs and each is not first]
+        yield from (f"  then {each}" for each in others)
+    equal = sum(not each.departs and each.status != NOT_CHECKED for each in report.findings)
+    yield f"equal: {equal} quantities"
+    yield from (f"not checked: {each}" for each in report.findings if each.status == NOT_CHECKED)
+
+
+def _as_json(report: Report, steps: list[Examinable]) -> str:
+    return json.dumps({"steps": [each._asdict() for each in steps], **report.as_json()}, indent=1)

@@ -1,0 +1,103 @@
+"""Settings of the command line, `--section.key value`: parsed, and those of a verb's own sections
+apart from the recipe's."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.config.key_listing import dotted_keys
+from megatron_r1.config.mistakes import refusal
+from megatron_r1.config.recipe import known_keys
+from megatron_r1.config.section import Section
+from megatron_r1.config.yaml_text import parse_text, put
+
+T = TypeVar("T", bound=Section)
+
+
+def parse_overrides(
+    options: list[str], switches: Collection[str] = (), others: Collection[str] = ()
+) -> dict[str, Any]:
+    """Parse `--rl.group_size 8 --data.task=sums` to {"rl.group_size": 8, "data.task": "sums"}.
+
+    Values are YAML; a template such as `{problem}` is text.
+
+    Args:
+        options: the words of the command line.
+        switches: keys that become true when no value follows. A value that begins with "--" needs
+            the form `--key=value`.
+        others: options of the verb that are no settings, for the hint at a mistyped one.
+
+    Raises:
+        UserError: for an option without a value or without a section."""
+    overrides: dict[str, Any] = {}
+    pending = list(options)
+    known = [*switches, *others]
+    while pending:
+        option = pending.pop(0)
+        if not option.startswith("--"):
+            raise UserError(
+                f"unexpected argument {option}: settings are --section.key value",
+                key=option,
+                cause=Cause.UNKNOWN,
+            )
+        key, equals, value = option[2:].partition("=")
+        if not equals:
+            has_value = bool(pending) and not pending[0].startswith("--")
+            if not has_value and key in switches:
+                overrides[key] = True
+                continue
+            if not has_value:
+                raise UserError(
+                    f"--{key} needs a value{did_you_mean(key, known, '--{}')}",
+                    key=f"--{key}",
+                    cause=Cause.MISSING,
+                )
+            value = pending.pop(0)
+        if "." not in key:
+            # A looser cutoff than elsewhere: `key` is compared with dotted keys, which are longer.
+            near = difflib.get_close_matches(key, [*known, *known_keys()], n=1, cutoff=0.4)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            raise UserError(
+                f"unknown option --{key}: settings are --section.key value{hint}",
+                key=f"--{key}",
+                cause=Cause.UNKNOWN,
+            )
+        overrides[key] = _value(value)
+    return overrides
+
+
+def take_section(overrides: Mapping[str, Any], settings: type[T]) -> tuple[T, dict[str, Any]]:
+    """Return the settings of a verb that has sections of its own, and the other overrides.
+
+    Args:
+        overrides: dotted key → value.
+        settings: the model of these sections.
+
+    Raises:
+        UserError: naming every mistake.
+    """
+    tree: dict[str, Any] = {}
+    others = {}
+    for key, value in overrides.items():
+        if key.partition(".")[0] in settings.model_fields:
+            put(tree, key.split("."), value, key)
+        else:
+            others[key] = value
+    try:
+        return settings.model_validate(tree), others
+    except ValidationError as failure:
+        known = [key for key, _ in dotted_keys(settings)]
+        raise refusal(failure, settings, known) from None
+
+
+def _value(text: str) -> Any:
+    try:
+        value = parse_text(text) if text else ""
+    except yaml.YAMLError:
+        return text  # no YAML, such as a template
+    # `{problem}` is YAML, too: a mapping of a name to nothing, which no setting takes.
+    return text if value and isinstance(value, dict) and ":" not in text else value

@@ -1,0 +1,236 @@
+"""The binary form of a finished group in the sample log: as bytes and back, exact to the bit
+(`pack`, `unpack`).
+
+`GradedResponse` is not encoded itself: its arrays would become lists, eight times larger, and its
+texts may hold lone surrogates, which strings of msgpack must not."""
+
+from __future__ import annotations
+
+from array import array
+
+import msgspec
+import numpy as np
+from msgspec.structs import asdict
+
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.engines.server.episodes import Branch, Episode, Status, Turn
+from megatron_r1.engines.server.responses import Response
+
+
+class TurnRecord(msgspec.Struct, array_like=True, frozen=True):
+    """A `Turn`, its text as bytes."""
+
+    role: str
+    text: memoryview
+    num_tokens: int
+    trained: bool
+    policy_version: int | None
+
+
+class BranchRecord(msgspec.Struct, array_like=True, frozen=True):
+    """A `Branch`, its arrays as bytes."""
+
+    token_ids: memoryview
+    is_sampled: memoryview
+    logprobs: memoryview
+    policy_versions: memoryview
+    routing: memoryview
+    sampling_mask: memoryview = memoryview(b"")
+
+
+class EpisodeRecord(msgspec.Struct, array_like=True, frozen=True):
+    """An `Episode`."""
+
+    status: Status
+    turns: tuple[TurnRecord, ...]
+    branches: tuple[BranchRecord, ...]
+    num_tool_calls: int
+    num_tool_errors: int
+    tool_seconds: float
+    engine_seconds: float
+    reason: memoryview
+
+
+class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
+    """A `GradedResponse`, flat: arrays as little-endian bytes, texts as UTF-8 with surrogates.
+
+    What was decoded refers to the file: routing may be larger than the memory.
+
+    Attributes:
+        policy_versions: one version where all are the same."""
+
+    token_ids: memoryview
+    logprobs: memoryview
+    policy_versions: memoryview
+    finish_reason: str
+    routing: memoryview
+    text: memoryview
+    rewards: dict[str, float]
+    reward: float
+    reason: memoryview
+    ungraded_terms: tuple[str, ...]
+    is_graded: bool
+    teacher_logprobs: memoryview | None = None
+    episode: EpisodeRecord | None = None
+    engine: str = ""
+    sampling_mask: memoryview = memoryview(b"")
+
+
+class SamplingRecord(msgspec.Struct, array_like=True, frozen=True):
+    """What the engines were asked for, as `EngineClient.generate` and `cut_at_stop` take it."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    top_k: int | None = None
+    min_p: float = 0.0
+
+
+class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
+    """One finished group of the sample log.
+
+    Attributes:
+        position: the place of the group's prompt among all that the step drew.
+        prompt_id: the id of that prompt.
+        schedule: `config.rl.digest_until` the step, under which it was sampled.
+        sampling: how it was sampled; None in the records of earlier versions of this program."""
+
+    position: int
+    prompt_id: str
+    prompt_ids: memoryview
+    responses: tuple[ResponseRecord, ...]
+    schedule: str = ""
+    sampling: SamplingRecord | None = None
+
+
+class Accepted(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
+    """The step's batch was complete and its grades were checked: it may have been trained on.
+
+    Attributes:
+        schedule: as in `GroupRecord`."""
+
+    schedule: str = ""
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(GroupRecord | Accepted).decode
+
+
+def pack(
+    position: int, group: Group, schedule: str = "", sampling: SamplingRecord | None = None
+) -> GroupRecord:
+    """Return the record of `group`.
+
+    Args:
+        position: the place of the group's prompt among all that the step drew.
+        group: the finished group.
+        schedule: as in `GroupRecord`.
+        sampling: how it was sampled."""
+    records = tuple(_pack_response(graded) for graded in group.responses)
+    prompt_ids = memoryview(array("i", group.prompt_ids))
+    return GroupRecord(position, group.prompt.id, prompt_ids, records, schedule, sampling)
+
+
+def unpack(record: GroupRecord, prompt: Prompt) -> Group:
+    """Return the group that `record` was packed from.
+
+    Args:
+        record: the group as it is in the log.
+        prompt: the prompt with the record's id."""
+    responses = [_unpack_response(response) for response in record.responses]
+    return Group(prompt, _array("i", record.prompt_ids).tolist(), responses)
+
+
+def _pack_response(graded: GradedResponse) -> ResponseRecord:
+    response, teacher = graded.response, graded.teacher_logprobs
+    return ResponseRecord(
+        token_ids=memoryview(response.token_ids),
+        logprobs=memoryview(response.logprobs),
+        policy_versions=_shortened(response.policy_versions),
+        finish_reason=response.finish_reason,
+        routing=memoryview(response.routing),
+        text=_bytes(graded.text),
+        rewards=graded.rewards,
+        reward=graded.reward,
+        reason=_bytes(graded.reason),
+        ungraded_terms=graded.ungraded_terms,
+        is_graded=graded.is_graded,
+        teacher_logprobs=None if teacher is None else memoryview(teacher),
+        episode=None if graded.episode is None else _pack_episode(graded.episode),
+        engine=response.engine,
+        sampling_mask=memoryview(response.sampling_mask),
+    )
+
+
+def _pack_episode(episode: Episode) -> EpisodeRecord:
+    """Return the record, which has the same fields, its texts and arrays as bytes."""
+    turns = [TurnRecord(**vars(turn) | {"text": _bytes(turn.text)}) for turn in episode.turns]
+    branches = [
+        BranchRecord(**{name: memoryview(value) for name, value in vars(branch).items()})
+        for branch in episode.branches
+    ]
+    parts = {"turns": tuple(turns), "branches": tuple(branches), "reason": _bytes(episode.reason)}
+    return EpisodeRecord(**vars(episode) | parts)
+
+
+def _unpack_response(record: ResponseRecord) -> GradedResponse:
+    teacher = record.teacher_logprobs
+    token_ids, versions = _array("i", record.token_ids), _array("i", record.policy_versions)
+    if len(versions) == 1:
+        versions *= len(token_ids)
+    logprobs = _array("f", record.logprobs)
+    return GradedResponse(
+        Response(
+            *(token_ids, logprobs, versions, record.finish_reason, record.routing, record.engine),
+            bytes(record.sampling_mask),
+        ),
+        _str(record.text),
+        record.rewards,
+        record.reward,
+        _str(record.reason),
+        record.ungraded_terms,
+        record.is_graded,
+        None if teacher is None else _array("f", teacher),
+        None if record.episode is None else _unpack_episode(record.episode),
+    )
+
+
+def _unpack_episode(record: EpisodeRecord) -> Episode:
+    turns = [Turn(**asdict(turn) | {"text": _str(turn.text)}) for turn in record.turns]
+    branches = [
+        Branch(
+            _array("i", branch.token_ids),
+            bytes(branch.is_sampled),
+            _array("f", branch.logprobs),
+            _array("i", branch.policy_versions),
+            bytes(branch.routing),
+            bytes(branch.sampling_mask),
+        )
+        for branch in record.branches
+    ]
+    parts = {"turns": turns, "branches": branches, "reason": _str(record.reason)}
+    return Episode(**asdict(record) | parts)
+
+
+def _bytes(text: str) -> memoryview:
+    return memoryview(text.encode("utf-8", "surrogatepass"))
+
+
+def _str(content: memoryview) -> str:
+    return str(content, "utf-8", "surrogatepass")
+
+
+def _shortened(versions: array[int]) -> memoryview:
+    """Return all versions, or one if they are the same: they would be a quarter of a record."""
+    numbers = np.asarray(versions)
+    same = len(numbers) > 1 and (numbers == numbers[0]).all()
+    return memoryview(versions[:1] if same else versions)
+
+
+def _array(typecode: str, content: memoryview) -> array:
+    values: array = array(typecode)
+    values.frombytes(content)
+    return values

@@ -1,0 +1,269 @@
+"""The audit of a verifier: its error rates, and what its errors do to advantages.
+
+`audit` is the core of `megatron-r1 score --audit`, which reads a file. It also takes the answers
+that `logged_answers` makes of a run's sample log, which no command does yet."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from r1_grading.terms import ACCURACY
+
+from megatron_r1.controller.advantages import group_advantages
+from megatron_r1.evaluation.intervals import Share, sampled_share
+from megatron_r1.evaluation.measures import Estimate, estimate
+from megatron_r1.evaluation.verifier_errors import (
+    SOURCE_FIELDS,
+    AnswerContent,
+    ErrorRates,
+    Finding,
+    GradedAnswer,
+    Judge,
+    draw,
+    error_rates,
+    judge_all,
+    strata_of,
+)
+
+if TYPE_CHECKING:
+    from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+
+SIZE = 200
+NUM_GROUPS = 25
+Rewards = list[list[float | None]]
+Advantages = Callable[[Rewards], list[list[float]]]
+"""Groups of rewards → groups of advantages, as an algorithm's `advantages`."""
+
+
+@dataclass(frozen=True)
+class AdvantageEffect:
+    """How far advantages move in randomly drawn groups when wrong verdicts are corrected.
+
+    Attributes:
+        num_groups: how many groups there are.
+        num_drawn: how many of them were judged whole.
+        mean_change: the mean of |change of the advantage| over their responses, a mean per group;
+            the lower end keeps undecided verdicts, the upper end reverses them.
+        sign_changes: the share of groups in which the sign of an advantage changes."""
+
+    num_groups: int
+    num_drawn: int
+    mean_change: Estimate
+    sign_changes: Share
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result of an audit.
+
+    Attributes:
+        num_answers: how many can be audited.
+        num_ungraded: how many could not be graded.
+        without_method: kind → how many, of kinds without a second method.
+        sources: data source → its errors.
+        overall: those of all sources.
+        effect: None where no group has two responses.
+        judged: every judged answer with its finding."""
+
+    num_answers: int
+    num_ungraded: int
+    without_method: dict[str, int]
+    sources: dict[str, ErrorRates]
+    overall: ErrorRates
+    effect: AdvantageEffect | None
+    judged: list[tuple[GradedAnswer, Finding]]
+
+    @property
+    def concerned(self) -> list[tuple[GradedAnswer, Finding]]:
+        """The answers whose verdict is not confirmed, the wrong ones first."""
+        outcomes = ("wrong", "undecided")
+        found = [pair for pair in self.judged if pair[1].outcome in outcomes]
+        return sorted(found, key=lambda pair: outcomes.index(pair[1].outcome))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON values, with the text of each response concerned."""
+        sources = {name: asdict(rates) for name, rates in self.sources.items()}
+        return {
+            "answers": self.num_answers,
+            "ungraded": self.num_ungraded,
+            "without_second_method": self.without_method,
+            "overall": asdict(self.overall),
+            "sources": sources,
+            "advantages": None if self.effect is None else asdict(self.effect),
+            "judged": len(self.judged),
+            "concerned": [_as_json(*pair) for pair in self.concerned],
+        }
+
+
+async def audit(
+    answers: Sequence[GradedAnswer],
+    judge: Judge,
+    *,
+    size: int = SIZE,
+    seed: int = 0,
+    num_groups: int = NUM_GROUPS,
+    advantages: Advantages | None = None,
+) -> Audit:
+    """Estimate a verifier's errors by a second method on a stratified random sample.
+
+    Args:
+        answers: what it graded; each has a place of its own.
+        judge: the second method (`SecondMethods.judge`).
+        size: how many responses to draw for the error rates.
+        seed: the seed of the draws.
+        num_groups: how many groups to draw whole, for the effect on advantages; 0 for none.
+        advantages: the algorithm's; default GRPO's z-scores.
+
+    Raises:
+        UserError: a size below the number of strata."""
+    strata = strata_of(answers)
+    drawn = draw(strata, size, seed)
+    groups = _groups(answers)
+    chosen = random.Random(f"{seed}:groups").sample(groups, min(num_groups, len(groups)))
+    to_judge = [*(each for some in drawn.values() for each in some)]
+    to_judge += [each for group in chosen for each in group if each.can_be_audited]
+    distinct = list({answer.place: answer for answer in to_judge}.values())
+    findings = await judge_all(distinct, judge)
+    sources = sorted({stratum[0] for stratum in strata})
+    others = Counter(
+        each.kind for each in answers if each.total is not None and not each.can_be_audited
+    )
+    return Audit(
+        num_answers=sum(map(len, strata.values())),
+        num_ungraded=sum(answer.total is None for answer in answers),
+        without_method=dict(others.most_common()),
+        sources={name: error_rates(strata, drawn, findings, name) for name in sources},
+        overall=error_rates(strata, drawn, findings),
+        effect=_effect(len(groups), chosen, findings, advantages or _z_scores, seed),
+        judged=[(answer, findings[answer.place]) for answer in distinct],
+    )
+
+
+def logged_answers(
+    groups: Iterable[Group],
+    place: str,
+    weights: Mapping[str, float],
+    reward_of: Callable[[GradedResponse], float | None] | None = None,
+    opened: bool = False,
+) -> Iterator[GradedAnswer]:
+    """Yield the answers of the finished groups of a sample log (`group_records.unpack`).
+
+    Responses that `rewards.weights` did not grade by their own kind are left out, and so are
+    episodes, which an environment grades.
+
+    Args:
+        groups: the finished groups of one step.
+        place: what the places begin with, such as "step 7".
+        weights: the weights of the terms at that step.
+        reward_of: what advantages are computed of (`loop.training_reward`); default the total.
+        opened: whether the prompts end with `<think>`."""
+    for number, group in enumerate(groups):
+        prompt = group.prompt
+        facts = {"question": prompt.question} | ({"opened": True} if opened else {})
+        for index, graded in enumerate(group.responses):
+            if ACCURACY not in graded.rewards or graded.episode is not None:
+                continue
+            is_graded = graded.is_graded and ACCURACY not in graded.ungraded_terms
+            total = graded.reward if reward_of is None else reward_of(graded)
+            yield GradedAnswer(
+                place=f"{place}, group {number} ({prompt.id}), response {index}",
+                source=source_of(prompt.fields),
+                kind=prompt.kind,
+                group=f"{place}, group {number}",
+                reward=graded.rewards[ACCURACY],
+                total=total if is_graded else None,
+                weight=weights.get(ACCURACY, 0.0),
+                load=partial(AnswerContent, graded.text, prompt.truth, prompt.fields | facts),
+            )
+
+
+def source_of(fields: Mapping[str, Any]) -> str:
+    """Return the data source that a prompt's fields name, or "-"."""
+    named = (fields[name] for name in SOURCE_FIELDS if isinstance(fields.get(name), str))
+    return next(named, "-")
+
+
+def _groups(answers: Iterable[GradedAnswer]) -> list[list[GradedAnswer]]:
+    """Return the groups of at least two responses with one that can be audited."""
+    groups: dict[str, list[GradedAnswer]] = defaultdict(list)
+    for answer in answers:
+        if answer.group is not None:
+            groups[answer.group].append(answer)
+    return [
+        group
+        for group in groups.values()
+        if len(group) > 1 and any(answer.can_be_audited for answer in group)
+    ]
+
+
+def _effect(
+    num_groups: int,
+    chosen: list[list[GradedAnswer]],
+    findings: Mapping[str, Finding],
+    advantages: Advantages,
+    seed: int,
+) -> AdvantageEffect | None:
+    if not chosen:
+        return None
+    logged = advantages([[answer.total for answer in group] for group in chosen])
+    changes, signs = [], []
+    for reversed_outcomes in (("wrong",), ("wrong", "undecided")):
+        corrected = advantages(
+            [[_corrected(each, findings, reversed_outcomes) for each in group] for group in chosen]
+        )
+        pairs = [list(zip(*both, strict=True)) for both in zip(logged, corrected, strict=True)]
+        # Algorithms with an advantage per token have NaN for ungraded responses, before and after.
+        changes.append(
+            [fmean(abs(b - a) if math.isfinite(a) else 0.0 for a, b in pair) for pair in pairs]
+        )
+        signs.append(sum(any(_sign(a) != _sign(b) for a, b in pair) for pair in pairs))
+    kept, reversed_too = (estimate(each, seed) for each in changes)
+    ends = [end for each in (kept, reversed_too) for end in (each.low, each.high)]
+    known = [end for end in ends if end is not None]  # none of a single group
+    certain, possible = min(signs), max(signs)
+    return AdvantageEffect(
+        num_groups,
+        len(chosen),
+        Estimate(kept.value, min(known, default=None), max(known, default=None)),
+        sampled_share(num_groups, len(chosen), certain, possible - certain),
+    )
+
+
+def _corrected(
+    answer: GradedAnswer, findings: Mapping[str, Finding], outcomes: Sequence[str]
+) -> float | None:
+    """Return the total with the reward of the other verdict where the finding is one of these."""
+    finding = findings.get(answer.place)
+    if answer.total is None or finding is None or finding.outcome not in outcomes:
+        return answer.total
+    reward = 0.0 if answer.is_paid else 1.0
+    return answer.total + answer.weight * (reward - answer.reward)
+
+
+def _z_scores(groups: Rewards) -> list[list[float]]:
+    return [group_advantages(rewards) for rewards in groups]
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def _as_json(answer: GradedAnswer, finding: Finding) -> dict[str, Any]:
+    content = answer.load()
+    return {
+        "place": answer.place,
+        "source": answer.source,
+        "kind": answer.kind,
+        "verdict": "paid" if answer.is_paid else "refused",
+        "outcome": finding.outcome,
+        "reason": finding.reason,
+        "response": content.response,
+        "truth": content.truth,
+    }

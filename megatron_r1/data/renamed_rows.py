@@ -1,0 +1,223 @@
+"""Rows of data files, under our names of columns, each with its location "file:line"; and
+the report of a source: how many rows were read, and which were left out and why."""
+
+import glob
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from r1_grading.base.values import decoded
+
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.data.data_sets import HUB, read_data_set
+from megatron_r1.data.table_files import Row, read_rows
+
+RenamedRow = dict[str, Any]
+ABSENT = object()
+
+
+def read_renamed_rows(
+    path: str | Path,
+    columns: Mapping[str, str] | None = None,
+    names: Collection[str] = (),
+    role: str = "data",
+    keeps: Callable[[str, RenamedRow], bool] = lambda location, row: True,
+) -> Iterator[tuple[str, RenamedRow]]:
+    """Yield ("file:line", row) for each row of a .jsonl, .json, .csv, .tsv or .parquet file, in
+    file order, of all files of a pattern such as `rows/*.jsonl`, or of a data set: a folder or
+    `hub:NAME[:CONFIG][:SPLIT]`.
+
+    Args:
+        path: a file, a pattern of files, a folder, or a data set of the hub.
+        columns: our name → the file's name, `a.b` for the entry b of a column of mappings; other
+            columns are kept.
+        names: the columns that the caller reads.
+        role: the key of errors, such as the setting that names the file.
+        keeps: a function of location and row that says whether the row is yielded.
+
+    Raises:
+        UserError: with file and line for a row that is not an object or lacks a mapped column, for
+            what cannot be read, and for one of `names` misspelt in `columns`.
+    """
+    columns = columns or {}
+    rows = _read_all_rows(path, role)
+    for ours in columns:
+        # Rewards may read columns of any name, but hardly of one so close to ours.
+        near = [] if ours in names else get_close_matches(ours, names, n=1, cutoff=0.8)
+        if near and near[0] not in columns:
+            raise UserError(
+                f"{path}: columns.{ours}: did you mean columns.{near[0]}?",
+                key=f"columns.{ours}",
+                cause=Cause.UNKNOWN,
+            )
+    for location, row in rows:
+        if keeps(location, row):
+            yield location, rename(location, row, columns)
+
+
+def _read_all_rows(path: str | Path, role: str) -> Iterator[Row]:
+    if str(path).startswith(HUB) or Path(path).is_dir():
+        return read_data_set(str(path), role)
+    if not glob.has_magic(str(path)) or Path(path).exists():
+        return read_rows(Path(path), role)
+    files = sorted(glob.glob(str(path), recursive=True))
+    if not files:
+        raise UserError(
+            f"{path}: no file has such a name (relative to {Path.cwd()})",
+            key=role,
+            cause=Cause.NOT_FOUND,
+        )
+    return (row for file in files for row in read_rows(Path(file), role))
+
+
+def require_text(location: str, row: RenamedRow, name: str, renaming: str = "") -> str:
+    """Return row[name]; raises UserError unless it is a string that is not blank.
+
+    Args:
+        location: "file:line", for errors.
+        row: the row.
+        name: ours.
+        renaming: as in `missing`.
+    """
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        actual = f"is {value!r}" if name in row else missing(row, name, renaming)
+        raise UserError(
+            f"{location}: {name!r} must be a string that is not blank, it {actual}",
+            key=name,
+            cause=Cause.MALFORMED if name in row else Cause.MISSING,
+        )
+    return value
+
+
+def missing(row: RenamedRow, name: str, renaming: str = "") -> str:
+    """Describe the lack of `name` in `row`.
+
+    Args:
+        row: the row.
+        name: the column that it lacks.
+        renaming: the setting that maps column names."""
+    hint = f"; if one of them is meant: {renaming}: {{{name}: …}}" if renaming and row else ""
+    return f"is missing; the row has {', '.join(row) or 'nothing'}{hint}"
+
+
+def rename(location: str, row: RenamedRow, columns: Mapping[str, str]) -> RenamedRow:
+    """Return the row with the columns under our names.
+
+    Args:
+        location: "file:line", for errors.
+        row: the row as the file has it.
+        columns: our name → the file's.
+
+    Raises:
+        UserError: a column that the row lacks."""
+    found = {ours: entry(row, theirs) for ours, theirs in columns.items()}
+    for ours, theirs in columns.items():
+        if found[ours] is ABSENT:
+            near = did_you_mean(theirs, row, "{}")
+            raise UserError(
+                f"{location}: no column {theirs!r}, as columns.{ours} says{near}; it has "
+                f"{', '.join(row)}",
+                key=f"columns.{ours}",
+                cause=Cause.NOT_FOUND,
+            )
+    used = {part for theirs in columns.values() for part in (theirs, *theirs.split("+"))}
+    kept = {name: value for name, value in row.items() if name not in used}
+    return kept | found
+
+
+def entry(row: RenamedRow, name: str) -> Any:
+    """Return row[name], or row[a][b] for a name `a.b` and {"a": row[a], "b": row[b]} for `a+b` that
+    are no columns themselves; else ABSENT."""
+    if name in row:
+        return row[name]
+    if "+" in name:
+        joined = {part: row[part] for part in name.split("+") if part in row}
+        return joined or ABSENT
+    if "." not in name:
+        return ABSENT
+    first, _, rest = name.partition(".")
+    below = as_mapping(row.get(first))
+    return ABSENT if below is None else entry(below, rest)
+
+
+def as_mapping(value: Any) -> RenamedRow | None:
+    """Return a mapping, also of one that is stored as text; None for any other value."""
+    value = decoded(value)
+    return value if isinstance(value, dict) else None
+
+
+@dataclass
+class LeftOut:
+    """Rows left out for one reason.
+
+    Attributes:
+        first: "file:line" of the first.
+        key: the column or setting."""
+
+    count: int
+    first: str
+    key: str
+
+
+@dataclass
+class DataReport:
+    """Counts the rows of one source.
+
+    Attributes:
+        num_read: rows read.
+        num_duplicates: rows whose question and truth another row has.
+        num_unused: questions beyond `data.num_train` and `data.num_heldout`.
+        left_out: reason → rows.
+        columns: our name → the file's column, for those that were found by their names.
+        kinds: rewards, or forms of examples, where these differ → rows.
+        is_complete: False where reading ended before the file did, as enough questions were found.
+    """
+
+    source: str = ""
+    num_read: int = 0
+    num_duplicates: int = 0
+    num_unused: int = 0
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    is_complete: bool = True
+
+    def leave_out(self, reason: str, location: str, key: str) -> None:
+        """Count a row that is left out.
+
+        Args:
+            reason: what it fails.
+            location: "file:line".
+            key: the column or the setting that it fails."""
+        if reason in self.left_out:
+            self.left_out[reason].count += 1
+        else:
+            self.left_out[reason] = LeftOut(1, location, key)
+
+    def lines(self) -> list[str]:
+        """Return the report as lines."""
+        read = "row" if self.num_read == 1 else "rows"
+        num_kept = self.num_read - self.num_duplicates
+        num_kept -= sum(rows.count for rows in self.left_out.values())
+        begun = "" if self.is_complete else " (more are not needed)"
+        lines = [f"{self.source}: {self.num_read:,} {read} read{begun}, {num_kept:,} usable"]
+        if self.columns:
+            found = ", ".join(f"{ours} = {theirs}" for ours, theirs in self.columns.items())
+            lines.append(f"  columns, by their names: {found}")
+        if self.kinds:
+            counts = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.items())
+            lines.append(f"  kinds of rows: {counts}")
+        if self.num_duplicates:
+            lines.append(
+                f"  {self.num_duplicates:,} left out: question and truth are those of another row"
+            )
+        if self.num_unused:
+            lines.append(
+                f"  {self.num_unused:,} not used: data.num_train or data.num_heldout is reached"
+            )
+        for reason, rows in self.left_out.items():
+            lines.append(f"  {rows.count:,} left out: {reason} (first: {rows.first})")
+        return lines

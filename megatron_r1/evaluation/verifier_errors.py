@@ -1,0 +1,252 @@
+"""How often a verifier errs: wrongly refused and wrongly paid responses, by a second method.
+
+Responses are *paid* where their reward is 1, else *refused*. A stratum has the responses of one
+data source, one kind and one of these verdicts; the sample takes about as many of each (`draw`). A
+second method reads the drawn ones (`SecondMethods`), and a verdict is
+
+- wrong, where everything that the second method is sure of contradicts it,
+- confirmed, where at least a part of it confirms and none that decides more contradicts it,
+- undecided otherwise; these widen the interval to both sides (`evaluation.intervals`).
+
+The interval covers the draw. It does not cover what both methods get wrong alike."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from r1_grading import RewardPool
+from r1_grading.terms import FACTS, call_fields
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.evaluation.intervals import Share, combined_share, sampled_share
+
+Outcome = Literal["confirmed", "wrong", "undecided"]
+READER = "r1_grading.second_readers.mathematics:read"
+REPEATS = 3
+"""Runs of a program's tests: one verdict may be chance."""
+AUDITED = ("math", "code")
+"""The kinds that have a second method."""
+SOURCE_FIELDS = ("data_source", "source", "dataset")
+"""Fields of a prompt that name its data source, the first that is there."""
+PAID = 1.0
+
+
+@dataclass(frozen=True)
+class AnswerContent:
+    """What a second method reads.
+
+    Attributes:
+        fields: the prompt's other fields, and the facts about the response."""
+
+    response: str
+    truth: Any
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class GradedAnswer:
+    """A response with the verdict that is audited.
+
+    Attributes:
+        place: where it was logged, for the reader of the report.
+        source: its data source.
+        kind: the reward that graded it.
+        group: what the responses to one question share; None for one without.
+        reward: by that reward alone, 1 for a right answer.
+        total: what advantages are computed of; None if ungraded.
+        weight: by how much `total` changes where `reward` changes by 1.
+        load: returns the content, which may be on disk."""
+
+    place: str
+    source: str
+    kind: str
+    group: str | None
+    reward: float
+    total: float | None
+    load: Callable[[], AnswerContent] = field(repr=False, compare=False)
+    weight: float = 1.0
+
+    @property
+    def is_paid(self) -> bool:
+        """Whether its reward is that of a right answer."""
+        return self.reward >= PAID
+
+    @property
+    def can_be_audited(self) -> bool:
+        """Whether it was graded, by a reward with a second method."""
+        return self.total is not None and self.kind in AUDITED
+
+    @property
+    def stratum(self) -> Stratum:
+        """The stratum of the sample that it belongs to."""
+        return self.source, self.kind, self.is_paid
+
+
+Stratum = tuple[str, str, bool]
+"""Data source, kind, and whether its responses are paid."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the second method says of a verdict, with the reason."""
+
+    outcome: Outcome
+    reason: str
+
+
+Judge = Callable[[GradedAnswer], Awaitable[Finding]]
+
+
+@dataclass(frozen=True)
+class ErrorRates:
+    """The errors of a verifier, of one data source or of all.
+
+    Attributes:
+        wrongly_refused: the share of refused responses that are right; None if none is refused.
+        wrongly_paid: the share of paid responses that are wrong; None if none is paid."""
+
+    wrongly_refused: Share | None
+    wrongly_paid: Share | None
+
+
+class SecondMethods:
+    """Judges verdicts in the workers of a pool: mathematics by a second reader, programs by running
+    their tests again.
+
+    Args:
+        pool: the workers.
+        options: reward → its options, `rewards.options` with `rewards.answer`.
+        repeats: runs of a program's tests; different verdicts leave it undecided."""
+
+    def __init__(
+        self,
+        pool: RewardPool,
+        options: Mapping[str, Mapping[str, Any]],
+        repeats: int = REPEATS,
+    ) -> None:
+        self._pool, self._options, self._repeats = pool, options, repeats
+
+    async def judge(self, answer: GradedAnswer) -> Finding:
+        """Return the finding of one verdict. A response that the second method cannot read within
+        its limits is undecided."""
+        content = answer.load()
+        fields = dict(content.fields)
+        facts = {name: fields.pop(name) for name in FACTS if name in fields}
+        arguments = call_fields(answer.kind, self._options, fields, facts)
+        if answer.kind == "code":
+            return await self._run_again(answer.is_paid, content, arguments)
+        known = {name: arguments[name] for name in ("opened", "reading") if name in arguments}
+        grade = await self._pool.grade(READER, content.response, content.truth, **known)
+        if not grade.verdict:  # out of time or memory, or a malformed truth
+            return Finding("undecided", grade.reason)
+        upstream, points = grade.verdict.split(",")
+        return Finding(outcome_of(answer.is_paid, upstream, points), grade.reason)
+
+    async def _run_again(
+        self, is_paid: bool, content: AnswerContent, arguments: Mapping[str, Any]
+    ) -> Finding:
+        passed: list[bool] = []
+        for _ in range(self._repeats):
+            grade = await self._pool.grade("code", content.response, content.truth, **arguments)
+            if not grade.is_graded:
+                return Finding("undecided", grade.reason)
+            passed.append(grade.reward >= PAID)
+            if passed[-1] != passed[0]:
+                reason = f"passes in {sum(passed)} of {len(passed)} runs; {grade.reason}"
+                return Finding("undecided", f"flaky: {reason}")
+        reason = f"{self._repeats} runs of its tests: {grade.reason}"
+        return Finding("confirmed" if passed[0] == is_paid else "wrong", reason)
+
+
+def outcome_of(is_paid: bool, upstream: str, points: str) -> Outcome:
+    """Return what two readings say of a verdict; each is "right", "wrong" or "unsure".
+
+    | math-verify | values at points | outcome |
+    |---|---|---|
+    | contradicts | contradict | wrong |
+    | anything | confirm | confirmed |
+    | confirms | unsure | confirmed |
+    | anything else | | undecided |
+
+    Args:
+        is_paid: the verdict.
+        upstream: math-verify's reading.
+        points: that of values at points."""
+    verdict, contrary = ("right", "wrong") if is_paid else ("wrong", "right")
+    if points == verdict or (points == "unsure" and upstream == verdict):
+        return "confirmed"
+    return "wrong" if points == upstream == contrary else "undecided"
+
+
+def strata_of(answers: Iterable[GradedAnswer]) -> dict[Stratum, list[GradedAnswer]]:
+    """Return the answers that can be audited by stratum, in the order of the strata."""
+    strata: dict[Stratum, list[GradedAnswer]] = defaultdict(list)
+    for answer in answers:
+        if answer.can_be_audited:
+            strata[answer.stratum].append(answer)
+    return dict(sorted(strata.items()))
+
+
+def draw(
+    strata: Mapping[Stratum, Sequence[GradedAnswer]], size: int, seed: int
+) -> dict[Stratum, list[GradedAnswer]]:
+    """Draw about as many answers of each stratum, without replacement; a small one is taken whole.
+
+    Args:
+        strata: as `strata_of` returns them.
+        size: how many to draw of all together.
+        seed: the same seed draws the same answers.
+
+    Raises:
+        UserError: fewer than one for each stratum."""
+    if size < len(strata):
+        raise UserError(
+            f"--size {size}: there are {len(strata)} strata (data source, kind, verdict), and "
+            "each needs at least one response; give more",
+            key="--size",
+            cause=Cause.OUT_OF_RANGE,
+        )
+    drawn = {}
+    left = size
+    by_size = sorted(strata, key=lambda stratum: len(strata[stratum]))
+    for place, stratum in enumerate(by_size):
+        count = min(len(strata[stratum]), left // (len(by_size) - place))
+        left -= count
+        rng = random.Random(f"{seed}:{stratum}")
+        drawn[stratum] = rng.sample(list(strata[stratum]), count)
+    return {stratum: drawn[stratum] for stratum in strata}
+
+
+def error_rates(
+    strata: Mapping[Stratum, Sequence[GradedAnswer]],
+    drawn: Mapping[Stratum, Sequence[GradedAnswer]],
+    findings: Mapping[str, Finding],
+    source: str | None = None,
+) -> ErrorRates:
+    """Return the estimated errors.
+
+    Args:
+        strata: all answers.
+        drawn: those that were judged.
+        findings: place → finding, of each drawn one.
+        source: the data source; None: all."""
+    shares: dict[bool, list[Share]] = {False: [], True: []}
+    for stratum, answers in drawn.items():
+        if source in (None, stratum[0]):
+            outcomes = [findings[answer.place].outcome for answer in answers]
+            counts = (outcomes.count(outcome) for outcome in ("wrong", "undecided"))
+            shares[stratum[2]].append(sampled_share(len(strata[stratum]), len(answers), *counts))
+    refused, paid = (combined_share(each) if each else None for each in shares.values())
+    return ErrorRates(refused, paid)
+
+
+async def judge_all(answers: Iterable[GradedAnswer], judge: Judge) -> dict[str, Finding]:
+    """Return place → finding of each answer; the pool limits how many are read at a time."""
+    answers = list(answers)
+    found = await asyncio.gather(*(judge(answer) for answer in answers))
+    return {answer.place: finding for answer, finding in zip(answers, found, strict=True)}

@@ -1,0 +1,261 @@
+"""Routing replay (R3, arXiv 2510.11370): Megatron's routers use the experts the engine chose, and
+a recomputed layer those of its forward pass.
+
+Only the choice is replayed: the weights of the chosen experts are the trainer's own scores,
+normalized over the chosen, so gradients reach the router as usual. The expert bias and the limit on
+groups affect only the choice and so have no effect on a replayed token.
+
+A router calls the object in its `router_replay` for the top k (moe_utils.py:706, Megatron-Core
+0.16.1). Megatron's own class (router_replay.py) replays all tokens or none, and a caller has to set
+whether a pass is a forward pass or its recomputation, which is not possible with a schedule that
+interleaves the two.
+
+Where the choices of a pass are known before it, so are the numbers of tokens for each expert, for
+which the host would else wait for the device in every layer (`models.dispatch`). The engine has
+chosen for every token that it was fed. For a sample's last token and for padding, whose outputs
+nothing reads, any experts will do, and the trainer takes all of them in turn."""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_r1.models.dispatch import KnownCountsDispatcher, TokenCounts, exchanged_counts
+from megatron_r1.models.experts import RoutingShape
+
+
+class RecordedRouting(NamedTuple):
+    """The engine's choices for the T tokens of a micro-batch that this rank's routers process.
+
+    Attributes:
+        experts: (T, L, topk) uint8 or int16, L MoE layers of this rank.
+        known: (T,) bool, the tokens that have recorded choices. The trainer routes the others,
+            unless `own_counts` is there: then `experts` has some for these too.
+        own_counts: (L, experts) integers on the host, this rank's tokens to each expert; None where
+            the trainer routes some.
+        counts: what `dispatch` has to know in each layer; None where some rank routes tokens
+            itself, or before `Replay.exchange_counts`."""
+
+    experts: Tensor
+    known: Tensor
+    own_counts: np.ndarray | None = None
+    counts: list[TokenCounts] | None = None
+
+
+@dataclass
+class LayerPass:
+    """A forward pass of one layer over a micro-batch, and its recomputation.
+
+    Attributes:
+        recorded: the engine's choices, if they are replayed.
+        chosen: (T, topk) int16, what the forward pass has chosen, where it is recomputed.
+        counts: the numbers of tokens for `dispatch`, once the host knows them."""
+
+    recorded: RecordedRouting | None
+    chosen: Tensor | None = None
+    counts: TokenCounts | None = None
+
+
+class LayerReplay:
+    """The `router_replay` object of a router, and the `source` of its layer's dispatcher. `slot` is
+    the layer's index in `RecordedRouting.experts`; None: choices are replayed in recomputations
+    only."""
+
+    def __init__(self, router: torch.nn.Module, slot: int | None):
+        self.router, self.slot = router, slot
+        self.current: RecordedRouting | None = None
+        self.waiting: deque[LayerPass] = deque()
+        self.dispatcher: KnownCountsDispatcher | None = None
+        self._now = LayerPass(None)
+        self.measures = False
+        self.agreed: Tensor | int = 0
+        self.asked: Tensor | int = 0
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        default_compute_topk: Callable[..., tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores of the chosen experts and their indices, (T, topk) each, int64 indices.
+
+        Args:
+            scores: (T, experts), what the choice is based on.
+            topk: the number of experts of a token.
+            num_groups: the number of groups of experts, for `default_compute_topk`.
+            group_topk: the number of groups of a token, for `default_compute_topk`.
+            default_compute_topk: the router's own choice."""
+        self._now = now = self._of_this_pass()
+        if now.chosen is not None:
+            chosen = now.chosen.long()
+            return scores.gather(1, chosen), chosen
+        _, chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        if now.recorded is not None:
+            chosen = self._replayed(now.recorded, chosen)
+        if self._is_recomputed():
+            now.chosen = chosen.short()
+        return scores.gather(1, chosen), chosen
+
+    def _replayed(self, recorded: RecordedRouting, own: Tensor) -> Tensor:
+        """Return the experts (T, topk) of every token, the router's `own` for unknown ones."""
+        experts = recorded.experts[:, self.slot].long()
+        assert len(experts) == len(own), f"{len(experts)} recorded for {len(own)} tokens"
+        known = recorded.known[:, None]
+        if self.measures:
+            same = (experts[:, :, None] == own[:, None, :]).any(-1) & known
+            self.agreed = self.agreed + same.sum()
+            self.asked = self.asked + known.sum() * own.shape[1]
+        return experts if recorded.own_counts is not None else torch.where(known, experts, own)
+
+    def _of_this_pass(self) -> LayerPass:
+        """Return the pass in progress.
+
+        A recomputed layer first runs without a graph and later again with one, in the same order of
+        micro-batches; by then another micro-batch is the current one."""
+        if torch.is_grad_enabled() and self.waiting:
+            return self.waiting.popleft()
+        made = LayerPass(self.current)
+        if self.current is not None and self.current.counts is not None:
+            assert self.slot is not None, "its choices are not replayed"
+            made.counts = self.current.counts[self.slot]
+        if self._is_recomputed():
+            self.waiting.append(made)
+        return made
+
+    def _is_recomputed(self) -> bool:
+        return self.router.training and not torch.is_grad_enabled()
+
+    def known_counts(self) -> TokenCounts | None:
+        """Return the counts of the pass in progress; None: the device has them."""
+        return self._now.counts
+
+    def keep_counts(self, counts: TokenCounts) -> None:
+        """Keep the counts of the pass in progress where it is recomputed."""
+        if self._is_recomputed():
+            self._now.counts = counts
+
+
+def _attached(experts: MoELayer, slot: int | None) -> LayerReplay:
+    """Return the replay of a layer of experts, which its router and dispatcher now call."""
+    replay = LayerReplay(experts.router, slot)
+    experts.router.router_replay = replay
+    if isinstance(experts.token_dispatcher, KnownCountsDispatcher):
+        replay.dispatcher = experts.token_dispatcher
+        replay.dispatcher.source = replay
+    return replay
+
+
+def _recomputes_experts(config: TransformerConfig) -> bool:
+    granularity = config.recompute_granularity
+    return granularity == "full" or (
+        granularity == "selective" and "moe" in config.recompute_modules
+    )
+
+
+class Replay:
+    """Replay in the routers of this rank's chunks: of the engine's choices with a shape, and of a
+    forward pass's own where layers of experts are recomputed."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], shape: RoutingShape | None):
+        self.is_on = shape is not None
+        self.layers: list[int] = []
+        """This rank's MoE layers, as indices into shape.moe_layers."""
+        self._chunks: dict[int, list[LayerReplay]] = {}
+        self._paused = False
+        for chunk in chunks:
+            model = unwrap_model(chunk)
+            replays = self._chunks.setdefault(id(model), [])
+            recomputes = _recomputes_experts(model.config)
+            for layer in model.decoder.layers:
+                if hasattr(layer.mlp, "router") and (shape is not None or recomputes):
+                    slot = None if shape is None else len(self.layers)
+                    replays.append(_attached(layer.mlp, slot))
+                    if shape is not None:
+                        self.layers.append(shape.moe_layers.index(layer.layer_number - 1))
+            predicting = getattr(model, "mtp", None)
+            for mtp_layer in predicting.layers if predicting is not None and recomputes else ():
+                if hasattr(mtp_layer.transformer_layer.mlp, "router"):
+                    replays.append(_attached(mtp_layer.transformer_layer.mlp, None))
+
+    def begin(self, chunk: torch.nn.Module, recorded: RecordedRouting | None) -> None:
+        """Prepare a forward pass of `chunk` over the tokens of `recorded`.
+
+        Args:
+            chunk: the virtual stage that the pass is of.
+            recorded: the experts of each token; None: as the routers choose.
+        """
+        for replay in self._chunks.get(id(unwrap_model(chunk)), []):
+            replay.current = None if self._paused or replay.slot is None else recorded
+
+    def exchange_counts(
+        self, recorded: Sequence[RecordedRouting | None]
+    ) -> list[RecordedRouting | None]:
+        """Return the choices with the counts of tokens that this rank's dispatchers need.
+
+        Every rank calls it with as many micro-batches, and waits for the device once."""
+        layers = [replay for replay in self._all() if replay.slot is not None]
+        dispatcher = layers[0].dispatcher if layers else None
+        if dispatcher is None or dispatcher.config.moe_router_padding_for_quantization:
+            return list(recorded)
+        own = [routing.own_counts if routing is not None else None for routing in recorded]
+        counts = exchanged_counts(dispatcher, own, len(layers))
+        return [
+            routing._replace(counts=of_batch) if routing is not None else None
+            for routing, of_batch in zip(recorded, counts, strict=True)
+        ]
+
+    def end(self) -> None:
+        """Finish after all passes over all micro-batches."""
+        for replay in self._all():
+            assert not replay.waiting, f"{len(replay.waiting)} passes were never recomputed"
+            replay.current = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the trainer route every token inside the block."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """Count, inside the block, how many of the engine's choices the routers would make
+        themselves, each given the replayed choices of the layers below."""
+        for replay in self._all():
+            replay.measures, replay.agreed, replay.asked = True, 0, 0
+        try:
+            yield
+        finally:
+            for replay in self._all():
+                replay.measures = False
+
+    def agreement(self, device: torch.device) -> dict[str, float]:
+        """Return {"routing/agreement": the share of equal choices} of the last measurement; {} when
+        nothing was replayed."""
+        if not self.is_on:
+            return {}
+        total = torch.zeros(2, dtype=torch.int64, device=device)
+        for replay in self._all():
+            if isinstance(replay.asked, Tensor):
+                total += torch.stack([torch.as_tensor(replay.agreed), replay.asked])
+        # Over all ranks: every router of every rank has other tokens or is another layer.
+        dist.all_reduce(total)
+        agreed, asked = total.tolist()
+        return {"routing/agreement": agreed / asked} if asked else {}
+
+    def _all(self) -> Iterator[LayerReplay]:
+        for replays in self._chunks.values():
+            yield from replays

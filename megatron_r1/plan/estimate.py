@@ -1,0 +1,288 @@
+"""The whole estimate of a job: every section, and what does not fit."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_r1.plan.between_phases import OFFLOADED, offload_disk
+from megatron_r1.plan.counts import flops_section, parameter_section
+from megatron_r1.plan.engine_memory import Engines, rollout_section
+from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, fraction_alone
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
+from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
+from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_bytes
+from megatron_r1.plan.ranges import narrowing_section, with_range
+from megatron_r1.plan.rollout import exchange_section, samples_section, teacher_section
+from megatron_r1.plan.routing_replay import ROUTED
+from megatron_r1.plan.timing import StepTime, communication_section, time_section
+from megatron_r1.reporting.wording import counted
+
+WHAT = {
+    RECEIVE_BUFFER: ", weights on their way into an engine",
+    ROUTED: ", of the longest responses, while samples are loaded",
+}
+"""Additions to the formula of kinds of host memory whose name is unclear."""
+SMALLER_RECEIVE_BUFFER = "give each engine more GPUs"
+"""The remedy that makes an engine rank's receive buffer smaller."""
+
+
+def estimate_step(job: PlannedJob) -> StepEstimate:
+    """Return what a job's optimizer step takes."""
+    times = StepTime(job, Engines(job))
+    rank = times.busiest
+    peak = max(each.peak for each in rank_memory(job))
+    return StepEstimate(
+        times.optimizer_step(), times.exchange(rank), fraction_alone(job, rank), peak
+    )
+
+
+@dataclass(frozen=True)
+class JobEstimate:
+    """The estimate of a job that passes the checks of `job_checks`."""
+
+    job: PlannedJob
+
+    @cached_property
+    def ranks(self) -> list[RankMemory]:
+        """The trainer's pipeline ranks; empty if nothing is trained."""
+        return rank_memory(self.job) if self.job.trains else []
+
+    @cached_property
+    def worst(self) -> RankMemory:
+        """The memory of the rank with the highest peak."""
+        return max(self.ranks, key=lambda rank: rank.peak)
+
+    @cached_property
+    def engines(self) -> Engines:
+        """The engines, with what ranks on the same GPUs leave them."""
+        shared = self.job.trains and not self.job.rollout_gpus
+        # At least a byte where they share: 0 says that the GPUs are the engines' alone.
+        resident = max(1, *(rank.resident for rank in self.ranks)) if shared else 0
+        return Engines(self.job, resident)
+
+    @cached_property
+    def times(self) -> StepTime:
+        """The times of a step's phases."""
+        return StepTime(self.job, self.engines)
+
+    @property
+    def step(self) -> Quantity:
+        """The time of a whole step, in seconds, with its formula."""
+        return time_section(self.times)["step"]
+
+    def sections(self) -> dict[str, Section]:
+        """Return the sections of a trainer, of engines, or of both, as the verb has them."""
+        job = self.job
+        sections = {"parameters": parameter_section(job)}
+        if job.trains:
+            title = f"memory of pipeline rank {self.worst.rank}, the fullest"
+            sections[title] = memory_section(job, self.worst)
+            sections["host memory of a node"] = self._host()
+            if disk := offload_disk(job):
+                sections["local disk of a node"] = disk
+        if job.generates:
+            sections["engine memory of a GPU"] = rollout_section(self.engines)
+            if host := self._engines_host():
+                sections["host memory of an engines' node"] = host
+        if job.config.teacher.path:
+            sections["engine memory of a teacher's GPU"] = teacher_section(job)
+        if job.trains and job.generates:
+            sections["samples of a rollout"] = samples_section(job)
+            sections["push"] = push_section(job)
+        if job.trains:
+            sent = communication_section(job, self.worst.rank)
+            sections["sent by a rank per optimizer step"] = sent
+            if choice := exchange_choice(job, estimate_step):
+                sections["exchange with experts, hidden or not"] = choice
+        sections["operations"] = flops_section(job)
+        if job.generates and (exchange := exchange_section(self.times.rollout)):
+            sections["expert exchange of a layer"] = exchange
+        sections["time"] = time_section(self.times)
+        if narrowing := narrowing_section(job, sections["time"]):
+            sections["what would narrow the ranges"] = narrowing
+        sections["assumed"] = assumed_section(job)
+        return sections
+
+    def problems(self) -> list[str]:
+        """Return one sentence per limit that is exceeded: the number, the limit and the remedy."""
+        found, job = [], self.job
+        if job.trains:
+            found = [self._gpu(), self._host_problem(self._host(), job.world_size)]
+            found += [self._host_problem(self._engines_host(), job.rollout_gpus)]
+        found += [self._engine_fraction(), self._cache(), self._push()] if job.generates else []
+        return [text for text in found if text]
+
+    def notes(self) -> list[str]:
+        """Return one sentence per limit of time that an estimated time may exceed."""
+        if not self.job.generates or not self.engines.max_concurrency:
+            return []
+        given = Quantity(self.times.rollout.longest_seconds, "s")
+        longest = with_range(self.job, "rollout", given)
+        limit = self.job.config.rollout.request_timeout_seconds
+        if (longest.high or longest.number) <= limit:
+            return []
+        return [
+            f"a response of {self.job.longest_response:,} tokens is planned to take "
+            f"{longest.limits or longest}, and rollout.request_timeout_seconds={limit:g} would end "
+            "it: raise that"
+        ]
+
+    def _gpu(self) -> str | None:
+        worst, memory = self.worst, self.job.hardware.memory
+        if worst.peak <= memory:
+            return None
+        training = sum(worst.training.values()) == worst.peak
+        parts = worst.training if training else worst.scoring
+        kinds = parts if parts["reserved"] >= memory else parts.keys() - {"reserved"}
+        largest = max(kinds, key=parts.__getitem__)
+        return (
+            f"pipeline rank {worst.rank} needs {_size(worst.peak)} of {_size(memory)} while it "
+            f"{'trains' if training else 'scores'}, {_size(parts[largest])} of it {largest}: "
+            f"{self._less(largest)}"
+        )
+
+    def _less(self, kind: str) -> str:
+        """Return the remedy that lowers a kind of a rank's memory."""
+        full = self.job.parallel.recompute == "full"
+        return {
+            "activations": f"{'' if full else 'set parallel.recompute to full, or '}raise "
+            "parallel.context or .tensor",
+            "layer in work": "raise parallel.context or .tensor, or lower "
+            "parallel.tokens_per_microbatch",
+            "loss head": "raise parallel.tensor or .context",
+            "optimizer": "raise parallel.optimizer_offload, or use more GPUs",
+            RECEIVE_BUFFER: SMALLER_RECEIVE_BUFFER,
+            "reference": f"keep it away from the fullest rank: {self._split()}",
+            "reserved": "use GPUs with more memory",
+        }.get(kind, self._split())
+
+    def _split(self) -> str:
+        """Return the remedy that leaves a rank fewer parameters."""
+        experts = "parallel.expert, .pipeline" if self.job.has_experts else "parallel.pipeline"
+        return f"raise {experts} or .tensor"
+
+    def _host(self) -> Section:
+        """Return the host memory of the fullest node; ranks of one pipeline stage share a node."""
+        job = self.job
+        fullest = max(self.ranks, key=lambda rank: sum(rank.host.values()))
+        kinds = dict(fullest.host)
+        if not job.rollout_gpus:
+            kinds |= self._receive_buffer()
+        return self._of_node(kinds, job.world_size)
+
+    def _engines_host(self) -> Section:
+        """Return the host memory of a node with engines only."""
+        gpus = self.job.rollout_gpus
+        return self._of_node(self._receive_buffer(), gpus) if gpus else {}
+
+    def _receive_buffer(self) -> dict[str, int]:
+        num_bytes = receive_buffer_bytes(self.job, "host")
+        return {RECEIVE_BUFFER: num_bytes} if num_bytes else {}
+
+    def _of_node(self, kinds: dict[str, int], gpus: int) -> Section:
+        """Return the sums over the ranks of one node, of `gpus` in all."""
+        per_node = min(self.job.hardware.gpus_per_node, gpus)
+        return {
+            kind: in_bytes(
+                num_bytes * per_node,
+                f"{counted(per_node, 'rank')} x {_size(num_bytes)}{WHAT.get(kind, '')}",
+            )
+            for kind, num_bytes in kinds.items()
+        }
+
+    def _host_problem(self, parts: Section, gpus: int) -> str | None:
+        """Return the problem of a node with these parts, of `gpus` in all, or None."""
+        needed = sum(part.number for part in parts.values())
+        hardware = self.job.hardware
+        memory = hardware.host_memory * min(hardware.gpus_per_node, gpus)
+        if needed <= memory:
+            return None
+        largest = max(parts, key=lambda kind: parts[kind].number)
+        fix = {
+            "checkpoint being written": "set checkpoint.asynchronous to false, or ",
+            "reference": "set parallel.reference_offload to device, or ",
+            OFFLOADED: "set parallel.offload_between_phases to disk or none, or ",
+            "optimizer": "lower parallel.optimizer_offload, or ",
+            "critic's optimizer": "lower parallel.optimizer_offload, or ",
+        }.get(largest, "")
+        way = SMALLER_RECEIVE_BUFFER if largest == RECEIVE_BUFFER else fix + self._split()
+        return (
+            f"a host needs {_size(needed)} of {_size(memory)}, {parts[largest]} of it {largest}: "
+            f"{way}"
+        )
+
+    def _engine_fraction(self) -> str | None:
+        """Return the problem of engines that take more of a GPU than the trainer on it, or the
+        receive buffer of pushes, leaves them, or None."""
+        engines, rollout, memory = self.engines, self.job.config.rollout, self.job.hardware.memory
+        beside = rollout.colocated and engines.resident
+        receives = self.job.rollout_gpus and engines.receive_buffer
+        if not (beside or receives) or engines.free <= 0:
+            return None
+        fraction, least = rollout.gpu_memory, engines.free / memory
+        if fraction is not None and fraction <= least:
+            return None
+        takes = f"={fraction:g}" if fraction else " is not set, and vLLM takes 0.92"
+        other = "the trainer" if beside else f"a push's {_size(engines.receive_buffer)}"
+        return (
+            f"rollout.gpu_memory{takes}: of each GPU's {_size(memory)} {other} leaves engines "
+            f"{_size(engines.free)}: set at most {math.floor(100 * least) / 100}"
+        )
+
+    def _cache(self) -> str | None:
+        engines, job = self.engines, self.job
+        needed = engines.token_bytes * job.longest_sample
+        if engines.cache >= needed:
+            return None
+        kinds = {"weights": engines.weights, RECEIVE_BUFFER: engines.receive_buffer}
+        kinds["the trainer"] = engines.resident
+        taken = ", ".join(f"{_size(count)} of {kind}" for kind, count in kinds.items() if count)
+        beside = f"beside {taken} and {_size(job.assumptions.reserved)} reserved"
+        has = f"has {_size(engines.cache)}"
+        if engines.cache <= 0:
+            has = f"of {_size(job.hardware.memory)} has no room, {_size(-engines.cache)} short,"
+        return (
+            f"an engine GPU {has} for KV cache {beside}; one sample of {job.longest_sample:,} "
+            f"tokens needs {_size(needed)}: {self._more_room()}"
+        )
+
+    def _push(self) -> str | None:
+        """Return the problem of a push that arrives in the place of the KV cache, or None."""
+        engines, memory = self.engines, self.job.hardware.memory
+        needed, left = borrowed_bytes(self.job), max(0, engines.cache)
+        if needed <= left:
+            return None
+        raised, fraction = "", self.job.config.rollout.gpu_memory
+        if fraction is not None:
+            larger = math.ceil(100 * (fraction + (needed - engines.cache) / memory)) / 100
+            if larger <= engines.free / memory:
+                raised = f"set rollout.gpu_memory to {larger:g}, or "
+        return (
+            f"a push over nccl needs {_size(needed)} of a GPU in the place of the KV cache, which "
+            f"has {_size(left)}: {raised}{SMALLER_RECEIVE_BUFFER}, or set "
+            "push.transport to gloo"
+        )
+
+    def _more_room(self) -> str:
+        """Return the remedies that leave an engine GPU more memory for its cache."""
+        rollout = self.job.config.rollout
+        fewer = ", fewer engines" if rollout.engines > 1 else ""
+        # Data-parallel copies of a dense model are whole: only tensor parallelism shrinks them.
+        larger = "data" if self.job.has_experts else "tensor"
+        size = getattr(rollout, larger)
+        ways = [f"raise rollout.{larger}={size} (more GPUs for an engine{fewer})"]
+        if rollout.tensor * rollout.data == 1:
+            ways = [f"lower rollout.engines={rollout.engines} (more GPUs each)"]
+            ways = ways if rollout.engines > 1 else ["use more GPUs"]
+        if self.engines.receive_buffer:
+            ways.append("set push.transport to gloo, which receives on the host")
+        if self.engines.resident:
+            ways += [self._split(), "give the engines GPUs of their own (--rollout-gpus)"]
+        elif self.engines.cache > 0:
+            ways.append("lower rollout.max_response_tokens")
+        return ", or ".join(ways)
+
+
+def _size(num_bytes: float) -> str:
+    return str(in_bytes(num_bytes))

@@ -1,0 +1,87 @@
+"""The slices of this rank's parameters that a push sends, as they are or quantized to FP8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megatron_r1.models.weights.local import merged
+from megatron_r1.models.weights.stored.quantized_blocks import quantize_fp8
+from megatron_r1.models.weights.table import Piece
+from megatron_r1.push.plan.tensors import Region
+from megatron_r1.push.receiver_layout import Encoding
+
+
+class ParameterSlice(NamedTuple):
+    """The `region` of an HF tensor inside a parameter that holds `piece` of that tensor."""
+
+    parameter: Tensor
+    piece: Piece
+    region: Region
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the piece covers the region."""
+        piece, region = self.piece, self.region
+        start, end = (region.top, region.bottom) if piece.dim == 0 else (region.left, region.right)
+        return piece.hf_start <= start and end <= piece.hf_start + piece.length
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the values are those of a weight with an adapter, computed when they are read."""
+        return hasattr(self.parameter, "adapter")
+
+    def values(self) -> Tensor:
+        """Return the values (height, width): a view, or those of a weight with its adapter."""
+        region, piece = self.region, self.piece
+        move = piece.local_start - piece.hf_start
+        down, right = (move, 0) if piece.dim == 0 else (0, move)
+        rows = slice(region.top + down, region.bottom + down)
+        columns = slice(region.left + right, region.right + right)
+        if self.is_merged:
+            return merged(self.parameter, rows, columns)
+        matrix = self.parameter.detach()
+        return (matrix if matrix.dim() > 1 else matrix[:, None])[rows, columns]
+
+
+class EncodedSlices:
+    """The tensors of one push to one engine rank, computed when they are read.
+
+    "codes" and "scales" are the two results of `quantized_blocks.quantize_fp8` for a slice of whole
+    blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both. To
+    take little memory, only the codes or merged values that were read last are kept, and scales
+    until they are read.
+
+    Args:
+        slices: each delivery's values and their form.
+        power_of_two: whether scales are rounded up to powers of two."""
+
+    def __init__(
+        self, slices: Iterable[tuple[ParameterSlice, Encoding]], *, power_of_two: bool = False
+    ):
+        self._slices = list(slices)
+        self._quantize = partial(quantize_fp8, power_of_two=power_of_two)
+        self._last: tuple[int, Tensor] | None = None
+        self._scales: dict[int, Tensor] = {}
+        """By the identity of a slice, which its codes and scales share."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return the values (height, width) of one delivery, in the trainer's dtype if plain."""
+        source, encoding = self._slices[index]
+        if encoding == "plain" and not source.is_merged:
+            return source.values()
+        if self._last and self._last[0] == index:  # the next rows of the same delivery
+            return self._last[1]
+        if encoding == "scales":
+            scales = self._scales.pop(id(source), None)
+            values = self._quantize(source.values())[1] if scales is None else scales
+        else:
+            self._last = None  # frees the last values before the next are computed
+            values = source.values()
+            if encoding == "codes":
+                values, self._scales[id(source)] = self._quantize(values)
+        self._last = (index, values)
+        return values

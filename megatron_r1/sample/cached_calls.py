@@ -1,0 +1,127 @@
+"""Expensive calls of a `sample` recipe, of judges and users' functions: each result is computed
+once and kept on disk under the version of what made it."""
+
+import asyncio
+import hashlib
+import inspect
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.files.json_lines import append_lines, whole_lines
+from megatron_r1.base.user_code import find_function, module_syntax
+
+
+@dataclass(frozen=True)
+class UserFunction:
+    """A user's function that a recipe names.
+
+    Attributes:
+        path: "module:function".
+        key: the recipe's key that names it.
+        identity: the path and a digest of its module; results of another version of the module have
+            another identity."""
+
+    path: str
+    key: str
+    function: Callable[..., Any]
+    identity: tuple[str, str]
+
+    async def __call__(self, *arguments: Any) -> Any:
+        """Await a coroutine function; call any other in a thread, as it may wait for a network.
+        Raises RunError for what the function raises."""
+        try:
+            if inspect.iscoroutinefunction(self.function):
+                return await self.function(*arguments)
+            return await asyncio.to_thread(self.function, *arguments)
+        except Exception as error:
+            raise RunError(
+                f"{self.key}: {self.path} raised {error!r} for the question {arguments[0][:80]!r}; "
+                "fix it, and run the same command again"
+            ) from error
+
+
+def load_function(path: str, key: str, arguments: str) -> UserFunction:
+    """Import a function; modules are also found in the folder the command was started in.
+
+    Args:
+        path: "module:function".
+        key: the recipe's key, for errors.
+        arguments: their names, comma-separated.
+
+    Raises:
+        UserError: a path of another form, a module that cannot be imported, or a function with
+            other parameters."""
+    module, _, name = path.partition(":")
+    if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise UserError(
+            f"{key}: {path!r} is not written as module:function", key=key, cause=Cause.MALFORMED
+        )
+    try:
+        function = find_function(path)
+    except UserError as error:
+        raise UserError(f"{key}: {error}", key=key, cause=error.cause) from None
+    except Exception as error:
+        raise UserError(
+            f"{key}: {module} cannot be imported: {error!r}", key=key, cause=Cause.FAILED
+        ) from error
+    try:
+        inspect.signature(function).bind(*arguments.split(", "))
+    except TypeError as error:
+        raise UserError(
+            f"{key}: {path} is called as {name}({arguments}): {error}",
+            key=key,
+            cause=Cause.MALFORMED,
+        ) from None
+    try:
+        syntax = module_syntax(path)
+    except ValueError:  # a compiled module has no source, and is taken to stay the same
+        syntax = ""
+    digest = hashlib.sha256(syntax.encode()).hexdigest()[:16]
+    return UserFunction(path, key, function, (path, digest))
+
+
+Key = tuple[Any, ...]
+"""JSON values."""
+
+
+class ResultCache:
+    """JSON values by key in an append-only file; only their offsets are in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets: dict[str, int] = {}
+        self._end = 0  # of the last whole line; appending cuts off a torn one
+        if path.exists():
+            with path.open("rb") as file:
+                for offset, line in whole_lines(file):
+                    self._offsets[json.loads(line)["key"]] = offset
+                    self._end = offset + len(line)
+
+    def __contains__(self, key: Key) -> bool:
+        return _digest(key) in self._offsets
+
+    def __getitem__(self, key: Key) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[_digest(key)])
+            return json.loads(file.readline())["value"]
+
+    def __setitem__(self, key: Key, value: Any) -> None:
+        """Store a value, durable when this returns."""
+        digest = _digest(key)
+        append_lines(self.path, [{"key": digest, "value": value}])
+        self._offsets[digest], self._end = self._end, self.path.stat().st_size
+
+    async def get(self, key: Key, compute: Callable[[], Awaitable[Any]]) -> Any:
+        """Return the value of `key`, computed and stored if it is missing."""
+        if key not in self:
+            self[key] = await compute()
+        return self[key]
+
+
+def _digest(key: Key) -> str:
+    text = json.dumps(key, ensure_ascii=True, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,102 @@
+"""What the host waits for, on null GPUs, in the steps of a trainer that is split as the recipes of
+671B parameters are: pipeline with virtual stages, context and expert parallelism, packed samples,
+MTP layers, whole layers recomputed.
+
+Steps of 2 and of 4 micro-batches, and models of 4 and of 8 layers, are compared, so that what is
+waited for once per step cancels out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from nullgpu import counters
+from nullgpu.conftest import TORCHRUN
+from nullgpu.random_weights import write_random
+from small_models import DEEPSEEK
+
+LAYOUT = {
+    "pipeline": 2,
+    "virtual_pipeline": 2,
+    "context": 2,
+    "expert": 2,
+    "recompute": "full",
+    "tokens_per_microbatch": 80,
+}
+PASSES = ("load", "score", "compare", "update")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[int, str]:
+    """Models by their number of layers, the first without experts, with an MTP layer."""
+    folder = tmp_path_factory.mktemp("models")
+    shapes = {
+        n: {**DEEPSEEK, "num_hidden_layers": n, "num_nextn_predict_layers": 1} for n in (4, 8)
+    }
+    return {n: str(write_random(folder / str(n), shape)) for n, shape in shapes.items()}
+
+
+def waits(on_null_gpu, folder: Path, cases: list[dict], gpus: int = 4) -> list[dict]:
+    """Run the cases; returns of each rank {"LABEL pass": {kind: number}}."""
+    script = ["waits_of_training.py", json.dumps(cases), str(folder)]
+    settings = {"NULL_GPU_COUNTERS": str(folder / "counters")}
+    on_null_gpu(*TORCHRUN, f"--nproc-per-node={gpus}", *script, gpus=gpus, **settings)
+    ranks = []
+    for process in counters.read(folder / "counters"):
+        labels = {row["label"] for row in process["waits"]}
+        if any(label.startswith(cases[0]["label"]) for label in labels):
+            ranks.append({label: counters.waits(process, label) for label in labels})
+    assert len(ranks) == gpus
+    return ranks
+
+
+def per_unit(rank: dict, of: str, base: str, more: str, units: int) -> dict[str, float]:
+    """Waits per unit, by kind, of which the case `more` has `units` more than `base`."""
+    few, many = (rank.get(f"{label} {of}", {}) for label in (base, more))
+    kinds = (few.keys() | many.keys()) - {"operator", "creation"}
+    found = {kind: (many.get(kind, 0) - few.get(kind, 0)) / units for kind in sorted(kinds)}
+    return {kind: number for kind, number in found.items() if number}
+
+
+def places(folder: Path, label: str) -> str:
+    """The lines of Python that waited under labels that begin so, for a failure's message."""
+    rows = [row for file in folder.glob("*.json") for row in _rows(file)]
+    found = [row for row in rows if row["label"].startswith(label)]
+    return "\n".join(
+        f"{row['number']} {row['label']}: {row['what']} in {row['of']}" for row in found
+    )
+
+
+def _rows(file: Path) -> list[dict]:
+    found = json.loads(file.read_text())
+    return found if isinstance(found, list) else []
+
+
+@pytest.mark.parametrize("replay", [False, True], ids=["own experts", "replayed experts"])
+def test_the_host_waits_per_micro_batch_only_for_counts_that_it_does_not_know(
+    on_null_gpu, models, tmp_path, replay
+):
+    """Twice per layer of experts in scoring, whose routers choose themselves, by the policy and by
+    the reference, and once in an update; by the reference alone where the engine's choices are
+    replayed. Nothing per hop, per layer that is recomputed, or per MTP layer but its experts'."""
+    common = {"parallel": LAYOUT, "mtp": "frozen" if replay else "train", "replay": replay}
+    cases = [
+        {"label": f"{layers} x {number}", "model": models[layers], "microbatches": number, **common}
+        for layers, number in ((4, 2), (4, 4), (8, 2))
+    ]
+    ranks = waits(on_null_gpu, tmp_path, cases)
+    scores = 1 if replay else 2
+    # Two layers a rank, on one pipeline rank one of them without experts, on the other also MTP's.
+    for rank in ranks:
+        found = {of: per_unit(rank, of, "4 x 2", "4 x 4", 2) for of in PASSES}
+        experts = found["score"].get("event", 0) / scores
+        assert experts in (1, 2), places(tmp_path, "4 x 4")
+        mtp = 0 if replay or experts == 1 else 1
+        expected = {"load": {}, "score": {"event": scores * experts}, "compare": {}}
+        expected["update"] = {} if replay else {"event": experts + mtp}
+        assert found == expected, places(tmp_path, "4 x 4")
+        # Two more layers a rank and two micro-batches.
+        deeper = {of: per_unit(rank, of, "4 x 2", "8 x 2", 4) for of in PASSES}
+        updates = {} if replay else {"event": 1}
+        # `logprob_diff/without_replay` is of the first micro-batches, whose routers choose again.
+        expected = {"load": {}, "score": {"event": 2}, "compare": {}, "update": updates}
+        assert deeper == expected, places(tmp_path, "8 x 2")

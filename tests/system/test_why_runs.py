@@ -1,0 +1,291 @@
+"""`megatron-r1 why` on real runs: faults planted in their logs, checkpoints, settings or loss are
+named; a run without one has none."""
+
+import json
+import math
+import shutil
+from array import array
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import yaml
+from command_line import run
+
+from megatron_r1.base.files.framed_records import FramedFile, append_frame
+from megatron_r1.commands.why.finding import Report
+from megatron_r1.commands.why.recompute import Recomputation
+from megatron_r1.commands.why.recorded import RecordedStep, open_run, read_step
+from megatron_r1.commands.why.replay import STATE
+from megatron_r1.commands.why.verb import examine
+from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode, encode
+from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
+
+pytestmark = pytest.mark.more
+
+STEP = 3
+KEPT = (
+    *("--rl.keep_sample_log", "true", "--checkpoint.keep_every", "1", "--rl.schedule", "[]"),
+    *("--rl.kl_beta", "0.05", "--optimizer.warmup", "2"),
+)
+HEAD = "output_layer.weight"
+EXPERTS = "decoder.layers.1.mlp.experts.experts.linear_fc2.weight"
+
+
+@pytest.fixture(scope="module")
+def kept(base) -> Path:
+    """A run of two engines that kept all of its steps; the reference is replaced after step 2."""
+    more = ("--run.steps", "4", "--rollout.engines", "2", "--rl.reference_refresh", "4")
+    done = run("rl", base / "rl.yaml", "--run.folder", str(base / "kept"), *KEPT, *more)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return base / "kept"
+
+
+@pytest.fixture
+def copy(kept, tmp_path) -> Path:
+    return copied(kept, tmp_path / "run")
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A run's folder whose files may be changed; its checkpoints are links."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.name == "checkpoints":
+            (target / path.name).mkdir()
+            for checkpoint in path.iterdir():
+                (target / path.name / checkpoint.name).symlink_to(checkpoint)
+        elif path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copy(path, target)
+    return target
+
+
+def read(folder: Path, step: int = STEP) -> RecordedStep:
+    return read_step(*open_run(folder), step)
+
+
+def first(folder: Path, step: int = STEP) -> tuple[str, str, Report]:
+    """The first departure's quantity and its text, and all findings."""
+    report = examine(read(folder, step))
+    assert report.first is not None, [str(each) for each in report.findings]
+    return report.first.name, str(report.first), report
+
+
+def set_settings(folder: Path, **changes) -> None:
+    path = folder / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    for key, value in changes.items():
+        section, name = key.split("__")
+        settings[section][name] = value
+    path.write_text(yaml.safe_dump(settings))
+
+
+def set_logprobs(folder: Path, logprobs, engine: str | None = None) -> None:
+    """Replace the engine's log-probabilities, of one engine or all, by those of each sequence in
+    the order of groups and responses."""
+    path = folder / "sample_log" / f"step_{STEP:08d}.log"
+    records = [decode(payload) for payload in FramedFile.read(path, repair=False)]
+    given = iter(logprobs)
+    changed = {}
+    groups = [each for each in records if isinstance(each, GroupRecord)]
+    for record in sorted(groups, key=lambda each: each.position):
+        responses = []
+        for response in record.responses:
+            floats = memoryview(array("f", np.asarray(next(given)).tolist()))
+            is_meant = engine in (None, response.engine)
+            responses.append(
+                msgspec.structs.replace(response, logprobs=floats) if is_meant else response
+            )
+        changed[record.position] = msgspec.structs.replace(record, responses=tuple(responses))
+    path.unlink()
+    with open(path, "wb", buffering=0) as file:
+        for record in records:
+            own = changed[record.position] if isinstance(record, GroupRecord) else record
+            append_frame(file.fileno(), encode(own))
+
+
+def overwrite(folder: Path, step: int, key: str, change) -> None:
+    """Change a tensor of a checkpoint in its file."""
+    checkpoint = folder / "checkpoints" / f"step_{step:08d}"
+    if checkpoint.is_symlink():
+        source = checkpoint.resolve()
+        checkpoint.unlink()
+        shutil.copytree(source, checkpoint)
+    stored = DistributedCheckpoint(checkpoint)
+    for chunks in stored._chunks[key].values():
+        for chunk in chunks:
+            values = change(stored.read(key, chunk.starts, chunk.sizes)).contiguous()
+            offset = stored._data_offset(key, chunk)
+            with open(checkpoint / chunk.file, "r+b") as file:
+                file.seek(offset)
+                file.write(values.numpy().tobytes())
+
+
+def test_nothing_departs_in_a_run_without_a_fault(kept):
+    for step in (1, 3, 4):
+        report = examine(read(kept, step))
+        assert report.first is None, str(report.first)
+        assert report.suspicions
+    equal = {each.name for each in report.findings if each.status == "equal"}
+    assert equal >= {
+        *("tokens of the prompt", "settings of the engines", "engines' log-probabilities"),
+        *("reference policy", "loss", "kl", "grad_norm", "change of the weights"),
+        *("Adam's counter before", "exported model", "sum of the terms"),
+    }
+
+
+def test_the_command_prints_its_steps_and_writes_its_page(copy, tmp_path):
+    done = run("why", str(copy), "--step", "4", "--json", str(tmp_path / "why.json"))
+    assert done.returncode == 0, done.stderr
+    assert "nothing departs" in done.stdout
+    assert "steps with log and both checkpoints: 1-4" in done.stdout
+    found = json.loads((tmp_path / "why.json").read_text())
+    assert found["step"] == 4 and found["first"] is None
+    assert [each["step"] for each in found["steps"]] == [1, 2, 3, 4]
+    page = (copy / "why.html").read_text()
+    assert "Nothing departs" in page and "<svg" in page
+    assert run("why", str(copy), "--step", "9").returncode == 2
+
+
+def test_an_engine_with_the_weights_of_the_version_before(copy):
+    stale = Recomputation(read(copy)).after(STEP - 2)
+    set_logprobs(copy, stale, engine="engine-1")
+    name, text, report = first(copy)
+    assert name == "engines' log-probabilities"
+    assert "engine-1" in text and f"version {STEP - 2}" in text and "push" in text
+    places = report.first.places
+    assert places
+    assert {read(copy).responses[place].response.engine for place in places} == {"engine-1"}
+
+
+def test_another_temperature(copy):
+    made = Recomputation(read(copy))
+    set_logprobs(copy, made.at_temperatures([1.3])[0])
+    name, text, _ = first(copy)
+    assert name == "engines' log-probabilities" and "temperature 1.3" in text
+
+
+def test_a_distribution_over_a_part_of_the_vocabulary(copy):
+    draw = np.random.default_rng(0)
+    own = Recomputation(read(copy)).old
+    set_logprobs(copy, [each + draw.uniform(0.02, 0.1, len(each)) for each in own])
+    name, text, _ = first(copy)
+    assert name == "engines' log-probabilities" and "rollout.top_p" in text
+
+
+def test_an_expert_that_an_engine_has_not(copy):
+    made = Recomputation(read(copy))
+    other = made.model(read(copy).before)
+    experts = next(m for n, m in other.named_modules() if n.endswith("layers.1.mlp.experts"))
+    with torch.no_grad():
+        experts.down_proj[2] *= -3.0
+    set_logprobs(copy, made.under(other))
+    name, text, _ = first(copy)
+    assert name == "engines' log-probabilities"
+    assert "expert 2 of model.layers.1" in text
+
+
+def test_an_engine_that_routes_without_the_bias(copy):
+    # The checkpoint has the bias and the engine has not: what the run sampled with.
+    bias = "decoder.layers.1.mlp.router.expert_bias"
+    for step in (STEP - 1, STEP):
+        overwrite(copy, step, bias, lambda each: torch.tensor([0.0, 0.0, 0.5, 0.5]))
+    name, text, _ = first(copy)
+    assert name == "engines' log-probabilities" and "correction bias" in text
+
+
+def test_a_reference_that_was_not_refreshed(copy):
+    before = DistributedCheckpoint(copy / "checkpoints" / "step_00000001")
+    shape = before.shapes[HEAD]
+    old = {}
+    for key in before.shapes:
+        if key.startswith("reference."):
+            shape = before.shapes[key]
+            old[key] = before.read(key, (0,) * len(shape), shape)
+    for key, values in old.items():
+        overwrite(copy, STEP - 1, key, lambda each, values=values: values.reshape(each.shape))
+    name, text, _ = first(copy)
+    assert name == "reference policy" and "it was not refreshed" in text
+    assert "rl.reference_refresh" in text
+
+
+@pytest.mark.parametrize(
+    ("step", "key", "change", "quantity", "words"),
+    [
+        (3, HEAD, lambda each: each * math.nan, "numbers of the checkpoint after", HEAD),
+        (3, HEAD, lambda each: each * 1.01, "master weights after", HEAD),
+        (
+            3,
+            "decoder.layers.1.mlp.router.expert_bias",
+            lambda each: each + 1.0,
+            "size of the change",
+            "mlp.router.expert_bias",
+        ),
+    ],
+)
+def test_a_changed_tensor(copy, step, key, change, quantity, words):
+    overwrite(copy, step, key, change)
+    name, text, _ = first(copy)
+    assert name == quantity and words in text
+
+
+def test_moments_that_were_lost(copy):
+    stored = DistributedCheckpoint(copy / "checkpoints" / f"step_{STEP - 1:08d}")
+    for key in stored.shapes:
+        if key.startswith((f"{STATE}exp_avg.", f"{STATE}exp_avg_sq.")):
+            overwrite(copy, STEP - 1, key, torch.zeros_like)
+    name, text, _ = first(copy)
+    assert name == "Adam's moments before" and "are zero" in text
+
+
+def test_weights_that_stay(copy):
+    source = copy / "checkpoints" / f"step_{STEP - 1:08d}"
+    target = copy / "checkpoints" / f"step_{STEP:08d}"
+    real = source.resolve()
+    target.unlink()
+    shutil.copytree(real, target)
+    _, _, report = first(copy)
+    departing = {each.name: each for each in report.findings if each.departs}
+    assert "no weight changes" in str(departing["size of the change"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "quantity", "words"),
+    [
+        ("rl__advantage_std", "none", "loss", "advantages divided by the deviation of: group"),
+        ("rl__loss_average", "token", "loss", "average sequence explains it"),
+        ("optimizer__weight_decay", 0.5, "loss", "optimizer.weight_decay at its default, 0.1,"),
+    ],
+)
+def test_settings_that_were_not_those_of_the_run(copy, setting, value, quantity, words):
+    set_settings(copy, **{setting: value})
+    name, text, _ = first(copy)
+    assert name == quantity and words in text
+
+
+def test_a_learning_rate_that_stays_in_warm_up(copy):
+    path = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[STEP - 1]["learning_rate"] /= 10
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    name, text, _ = first(copy)
+    assert name == "learning rate" and "warm-up" in text and "optimizer.learning_rate" in text
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("kl_sign", "KL with the wrong sign"), ("counts_prompts", "counts masked tokens")],
+)
+def test_a_fault_in_the_loss_of_a_real_run(base, tmp_path, fault, words):
+    """The trainer minimises the wrong loss; the settings say grpo."""
+    folder = base / f"wrong_{fault}"
+    own = ("--rl.algorithm", "wrong_loss:RULES", "--rl.options.fault", fault)
+    done = run("rl", base / "rl.yaml", "--run.folder", str(folder), *KEPT, *own, "--run.steps", "2")
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = copied(folder, tmp_path / "run")
+    set_settings(found, rl__algorithm="grpo", rl__options={})
+    name, text, _ = first(found, 2)
+    assert name == "loss" and words in text

@@ -1,0 +1,163 @@
+"""An algorithm outside the package: the one that docs/algorithms.md shows, and its mistakes."""
+
+import re
+import sys
+from pathlib import Path
+
+import algorithm_formulae as formulae
+import msgspec
+import pytest
+from algorithm_problem import check
+from refusals import refused
+
+from megatron_r1.base.errors import Cause
+from megatron_r1.config import RLConfig, dump, load, parse
+from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.controller import algorithms
+
+PAGE = Path(__file__).parents[4] / "docs/algorithms.md"
+
+
+def blocks(language):
+    text = PAGE.read_text(encoding="utf-8").partition("## Add one in one file")[2]
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder in which modules may be written; they are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = {*sys.modules}
+    yield tmp_path
+    for name in {*sys.modules} - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def raft(folder):
+    (folder / "raft.py").write_text(blocks("python")[0], encoding="utf-8")
+    (folder / "mine.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
+    return load("mine.yaml").rl
+
+
+def test_the_recipe_of_the_page_has_the_defaults_of_the_file(raft):
+    assert (raft.algorithm, raft.group_size) == ("raft:RULES", 8)
+    assert (raft.advantage_std, raft.minibatches, raft.kl_beta) == ("none", 1, 0.0)
+    assert raft.loss_settings(8).kl_beta == 0.0
+    config = load("mine.yaml", {"rl.kl_beta": 0.1})
+    Path("config.yaml").write_text(dump(config), encoding="utf-8")
+    assert load("config.yaml") == config and config.rl.kl_beta == 0.1
+    with refused("rl.advantage_std", Cause.CONFLICT, "raft:RULES"):
+        load("mine.yaml", {"rl.advantage_std": "group"})
+
+
+def test_the_test_of_the_page_passes(raft):
+    names = {}
+    exec(compile(blocks("python")[1], str(PAGE), "exec"), names)
+    tests = [value for name, value in names.items() if name.startswith("test_")]
+    assert tests
+    for test in tests:
+        test()
+
+
+def test_its_loss_and_gradients_are_those_of_its_formula(raft):
+    def best(responses):
+        chosen = {}
+        for o in responses:
+            rewards = formulae.rewards_of(responses, o.group)
+            if o.reward is not None and o.reward == rewards.max() != rewards.min():
+                chosen.setdefault(o.group, o)
+        return formulae.same_for_all_tokens(responses, lambda o: float(chosen.get(o.group) is o))
+
+    def weighted(o, a):
+        return formulae.clipped(o, a, 10.0, 10.0)
+
+    check("raft:RULES", {"minibatches": 2}, best, weighted, "sequence")
+
+
+def test_losses_and_token_advantages_reach_the_trainer_as_names(folder):
+    (folder / "several.py").write_text(
+        "from megatron_r1.config.algorithms import AlgorithmRules\n"
+        "PLAIN, CRITIC = AlgorithmRules(), AlgorithmRules(critic=True)\n"
+        "def loss(batch, head, settings): ...\n"
+        "def token_advantages(scored, settings): ...\n"
+    )
+    plain, critic = algorithms.find("several:PLAIN"), algorithms.find("several:CRITIC")
+    assert plain.loss == critic.loss == "several:loss"
+    assert plain.token_advantages == "several:token_advantages"
+    assert (plain.rules.critic, critic.rules.critic) == (False, True)
+    rewards = [[1.0, 0.0, 0.5]]
+    assert plain.advantages(rewards, RLConfig()) == algorithms.find("grpo").advantages(
+        rewards, RLConfig()
+    )
+
+
+def test_options_of_its_own_have_defaults_and_reach_its_functions(folder):
+    (folder / "top.py").write_text(
+        "from megatron_r1.config.algorithms import AlgorithmRules\n"
+        "RULES = AlgorithmRules(options={'keep': 0.25, 'ties': False})\n"
+        "def advantages(groups, rl):\n"
+        "    return [[float(r >= sorted(g)[-int(len(g) * rl.options['keep'])]) for r in g]\n"
+        "            for g in groups]\n"
+    )
+    given = {"algorithm": "top:RULES", "options": {"keep": 0.5}}
+    rl = RLConfig(**given)
+    assert rl.options == {"keep": 0.5, "ties": False}
+    assert algorithms.find("top:RULES").advantages([[1.0, 4.0, 3.0, 2.0]], rl) == [[0, 1, 1, 0]]
+    carried = msgspec.msgpack.decode(msgspec.msgpack.encode(rl.loss_settings(8)), type=LossSettings)
+    assert carried.options == rl.token_settings.options == rl.options
+    schedule = [{"from_step": 3, "rl.options": {"keep": 1}}]
+    phases = dict(parse({"rl": {**given, "schedule": schedule}}).phases())
+    assert [phase.rl.options["keep"] for phase in phases.values()] == [0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "cause", "shown"),
+    [
+        ("kep", 1.0, Cause.UNKNOWN, "keep"),
+        ("keep", "much", Cause.MALFORMED, "much"),
+        ("ties", 1, Cause.MALFORMED, "1"),
+    ],
+)
+def test_wrong_options_are_named(folder, option, value, cause, shown):
+    (folder / "own.py").write_text(
+        "from megatron_r1.config.algorithms import AlgorithmRules\n"
+        "RULES = AlgorithmRules(options={'keep': 0.25, 'ties': False})\n"
+    )
+    with refused(f"rl.options.{option}", cause, shown):
+        parse({"rl": {"algorithm": "own:RULES", "options": {option: value}}})
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "cause", "shown"),
+    [
+        ("", "nowhere:RULES", Cause.NOT_FOUND, "'nowhere'"),
+        ("RULES = 3", "own:RULES", Cause.NOT_FOUND, "own.py"),
+        ("MINE = AlgorithmRules()", "own:MIEN", Cause.NOT_FOUND, "MIEN"),
+        ("RULES = AlgorithmRules({'clip_hi': 1})", "own:RULES", Cause.UNKNOWN, "clip_high"),
+    ],
+)
+def test_mistakes_are_named(folder, source, name, cause, shown):
+    head = "from megatron_r1.config.algorithms import AlgorithmRules\n"
+    (folder / "own.py").write_text(f"{head}{source}\ndef advantages(groups, rl): ...\n")
+    with refused("rl.algorithm", cause, name, shown):
+        parse({"rl": {"algorithm": name}})
+
+
+@pytest.mark.parametrize("rule", ["critic", "teacher", "kl_in_reward"])
+def test_rules_for_token_advantages_that_are_not_there_are_refused(folder, rule):
+    head = "from megatron_r1.config.algorithms import AlgorithmRules\n"
+    text = f"{head}RULES = AlgorithmRules({rule}=True)\ndef advantages(groups, rl): ...\n"
+    (folder / f"half_{rule}.py").write_text(text)
+    with refused("rl.algorithm", Cause.MISSING, "token_advantages"):
+        algorithms.find(f"half_{rule}:RULES")
+
+
+def test_a_module_without_an_algorithm_is_refused(folder):
+    text = "from megatron_r1.config.algorithms import AlgorithmRules\nRULES = AlgorithmRules()\n"
+    (folder / "bare.py").write_text(text)
+    assert RLConfig(algorithm="bare:RULES").group_size == 16
+    with refused("rl.algorithm", Cause.EMPTY, "bare.py"):
+        algorithms.find("bare:RULES")
