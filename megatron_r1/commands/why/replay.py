@@ -453,8 +453,7 @@ class StepReplay:
             gradient = gradient * scale
             m = self._first[name].lerp_(gradient, 1 - adam.beta1)
             v = self._second[name].mul_(adam.beta2).add_(gradient.square() * (1 - adam.beta2))
-            # The trainer's decays vectors, too: biases and norms.
-            if adam.weight_decay:
+            if parameter.dim() > 1 and not name.endswith("bias"):  # as norms and biases do not
                 parameter.mul_(1 - rate * adam.weight_decay)
             parameter.sub_(rate / first_bias * m / ((v / second_bias).sqrt() + adam.epsilon))
 
