@@ -6,6 +6,7 @@ import statistics
 from array import array
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chat_tokenizer import chat_tokenizer
@@ -14,8 +15,9 @@ from small_qwen2 import MODEL
 
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.files.framed_records import append_frame
-from megatron_r1.commands.why import files, formulas, optimizer, rewards, sampling
+from megatron_r1.commands.why import files, formulas, loss, optimizer, rewards, sampling
 from megatron_r1.commands.why.finding import Finding
+from megatron_r1.commands.why.recompute import Replayed
 from megatron_r1.commands.why.recorded import (
     RecordedStep,
     choose,
@@ -354,6 +356,18 @@ def test_a_run_whose_groups_have_one_reward_is_suspected_to_be_too_hard(planted)
     report = examine(planted.read())
     assert report.first is None
     assert any("too hard: 100.0% of the groups" in each for each in report.suspicions)
+
+
+@pytest.mark.parametrize(("logged", "departs"), [(5.75129e-4, False), (5.765e-4, True)])
+def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
+    """Of groups with one reward the loss is rl.kl_beta x kl, and no advantage sets its size."""
+    planted.change(lambda graded: planted.response("<think></think><answer>-1</answer>", 1))
+    planted.settings["rl"]["kl_beta"] = 0.01
+    planted.line |= {"loss": logged, "kl": 0.0575}
+    made = Replayed({"loss": 5.75139e-4, "kl": 0.0575139, "entropy": 2.0}, {}, None, [])
+    recomputed = SimpleNamespace(base=made, run=lambda exchange: made)
+    of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
+    assert of_loss.departs is departs and not of_kl.departs
 
 
 def test_the_command_fails_where_something_departs(planted, capsys):
