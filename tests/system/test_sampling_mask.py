@@ -40,7 +40,7 @@ def models(tmp_path_factory, oracle):
 @pytest.fixture(scope="module")
 def fleet(models, loop, tmp_path_factory):
     fleet = RolloutFleet(1, tmp_path_factory.mktemp("logs"), **ENGINE)
-    loop(fleet.start(models / "a", version=0))
+    loop(fleet.start(models / "a", policy_version=0))
     yield fleet
     loop(fleet.close())
 
@@ -139,7 +139,7 @@ def test_accepted_drafts_have_the_sets_of_the_model_itself(oracle, loop, tmp_pat
     oracle(write_drafting_model, tmp_path / "a", 0)
     drafts = {"speculative": {"method": "mtp", "num_speculative_tokens": 2}}
     fleet = RolloutFleet(1, tmp_path, **ENGINE, **drafts)
-    loop(fleet.start(tmp_path / "a", version=0))
+    loop(fleet.start(tmp_path / "a", policy_version=0))
     try:
         assert DRAFTING["vocab_size"] > 8
         for cut in ({"top_p": 0.7, "top_k": 8}, {"top_k": 4}):

@@ -37,7 +37,9 @@ sft: {{data: {folder}/sft.jsonl, batch_size: 1}}
 optimizer: {{learning_rate: 1.0e-6}}
 """
     )
-    questions = [{"question": f"{a}+{b}=", "truth": a + b} for a in range(4) for b in range(4)]
+    # Half of the responses earn grader.py's reward: advantages are not 0.
+    kind = {"kind": "grader:grade"}
+    questions = [kind | {"question": f"{a}+{a}=", "truth": 2 * a} for a in range(16)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (folder / "rl.yaml").write_text(
         f"""
