@@ -9,7 +9,10 @@ from megatron_r1.config.agents import AgentsConfig, VerifiersConfig
 from megatron_r1.config.checkpoint import CheckpointConfig
 from megatron_r1.config.critic import CriticConfig
 from megatron_r1.config.data import DataConfig
+from megatron_r1.config.fp8 import FP8Config
 from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.optimizer import OptimizerConfig
+from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.recipe import (
     RESUMABLE,
     Config,
@@ -30,4 +33,3 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.sft import SFTConfig
 from megatron_r1.config.teacher import TeacherConfig
-from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig
