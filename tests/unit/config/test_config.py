@@ -266,3 +266,9 @@ def test_a_pipeline_is_named_as_one_whatever_its_references(tmp_path, text, key,
     (tmp_path / "recipe.yaml").write_text(text)
     with refused(key, cause):
         configuration.load(tmp_path / "recipe.yaml")
+
+
+def test_a_section_s_settings_are_the_file_of_its_name():
+    fields = configuration.Config.model_fields
+    homes = {name: field.annotation.__module__ for name, field in fields.items()}
+    assert homes == {name: f"megatron_r1.config.{name}" for name in homes}
