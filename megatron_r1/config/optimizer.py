@@ -26,7 +26,7 @@ class OptimizerConfig(Section):
     epsilon: float = Field(1e-8, gt=0)
     """Adam's, added to the root of the square"""
     weight_decay: float = Field(0.1, ge=0)
-    """AdamW's: a step takes learning rate x this of a weight; 0: none"""
+    """AdamW's: a step takes learning rate x this of a weight, norms and biases apart; 0: none"""
     clip_grad: float = Field(1.0, gt=0)
     """largest global norm of the gradient"""
     moments: Literal["float32", "bfloat16"] = "float32"

@@ -42,7 +42,7 @@ only, and a checkpoint has them in fp32."""
 
 
 def _new_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Return Adam with decoupled weight decay over all chunks.
+    """Return Adam over all chunks, with decoupled weight decay of all but norms and biases.
 
     Raises UserError for moments or an offload that this machine cannot do."""
     settings, dtype = config.optimizer, config.model.dtype
@@ -68,6 +68,9 @@ def _new_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Meg
         use_gloo_process_groups=False,
         pg_collection=process_groups(chunks),
     )
+    for group in optimizer.param_groups:
+        # Megatron applies the multiplier, 0 of norms and biases, in a scheduler that is not used.
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     round_moments(optimizer, config)
     return optimizer
 

@@ -115,9 +115,12 @@ def overwrite(folder: Path, step: int, key: str, change) -> None:
         checkpoint.unlink()
         shutil.copytree(source, checkpoint)
     stored = DistributedCheckpoint(checkpoint)
+    shape = stored.shapes[key]
+    changed = change(stored.read(key, (0,) * len(shape), shape))
     for chunks in stored._chunks[key].values():
         for chunk in chunks:
-            values = change(stored.read(key, chunk.starts, chunk.sizes)).contiguous()
+            ranges = zip(chunk.starts, chunk.sizes, strict=True)
+            values = changed[tuple(slice(at, at + size) for at, size in ranges)].contiguous()
             offset = stored._data_offset(key, chunk)
             with open(checkpoint / chunk.file, "r+b") as file:
                 file.seek(offset)
@@ -199,14 +202,10 @@ def test_an_engine_that_routes_without_the_bias(copy):
 
 def test_a_reference_that_was_not_refreshed(copy):
     before = DistributedCheckpoint(copy / "checkpoints" / "step_00000001")
-    shape = before.shapes[HEAD]
-    old = {}
-    for key in before.shapes:
+    for key, shape in before.shapes.items():
         if key.startswith("reference."):
-            shape = before.shapes[key]
-            old[key] = before.read(key, (0,) * len(shape), shape)
-    for key, values in old.items():
-        overwrite(copy, STEP - 1, key, lambda each, values=values: values.reshape(each.shape))
+            old = before.read(key, (0,) * len(shape), shape)
+            overwrite(copy, STEP - 1, key, lambda each, old=old: old)
     name, text, _ = first(copy)
     assert name == "reference policy" and "it was not refreshed" in text
     assert "rl.reference_refresh" in text

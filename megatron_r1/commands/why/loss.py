@@ -249,11 +249,20 @@ def update_departs(step: RecordedStep, made: Replayed) -> bool:
 
 
 def explanation(step: RecordedStep, recomputed: Recomputation) -> tuple[Exchange, Replayed] | None:
-    """Return the first exchange that explains what was recorded, and the updates with it."""
-    for exchange in exchanges(step):
+    """Return the first exchange that explains what was recorded, and the updates with it: of those
+    of one setting, which may all be within the tolerance, the nearest to the checkpoint after."""
+    offered = list(exchanges(step))
+    for at, exchange in enumerate(offered):
         made = recomputed.run(exchange)
         if explains(step, made):
-            return exchange, made
+            found = [(exchange, made)]
+            for other in offered[at + 1 :]:
+                same = other.remedy.split(":")[0] == exchange.remedy.split(":")[0]
+                if same and made.update is not None:
+                    other_made = recomputed.run(other)
+                    if explains(step, other_made):
+                        found.append((other, other_made))
+            return min(found, key=lambda each: each[1].update or 0.0)
     return None
 
 

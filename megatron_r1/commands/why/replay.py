@@ -70,7 +70,7 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
     transformers.logging.disable_progress_bar()
     hf = read_hf_config(str(hf_files))
     if (source / "config.json").is_file():
-        return load_by_transformers(source, hf, torch.float32).eval()
+        return _trainable(load_by_transformers(source, hf, torch.float32))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         with MegatronWeights(source, hf) as weights:
@@ -83,7 +83,15 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
         config.pop("quantization_config", None)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return load_by_transformers(folder, hf, torch.float32).eval()
+        return _trainable(load_by_transformers(folder, hf, torch.float32))
+
+
+def _trainable(model: torch.nn.Module) -> torch.nn.Module:
+    """Let the padding token's embedding have a gradient too, as it has in the trainer."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
+    return model.eval()
 
 
 def _tensors(weights: MegatronWeights | HfWeights, hf: dict) -> Iterator[tuple[str, Tensor]]:
@@ -389,11 +397,13 @@ class StepReplay:
 
     def _denominator(self, indices: Sequence[int], loss: LossRules) -> float:
         rows = [self.rows[at] for at in indices]
-        if loss.average == "token":
-            if loss.counts_prompts:
-                return sum(len(row.token_ids) for row in rows)
-            return sum(int(row.is_sampled.sum()) for row in rows)
-        return len({row.response for row in rows})
+        if loss.average == "token" and loss.counts_prompts:
+            count = sum(len(row.token_ids) for row in rows)
+        elif loss.average == "token":
+            count = sum(int(row.is_sampled.sum()) for row in rows)
+        else:
+            count = len({row.response for row in rows})
+        return max(1, count)  # An exchange may leave out all responses of a mini-batch.
 
     def _row(self, at: int, logits: Tensor, loss: LossRules, totals: Totals) -> Tensor:
         """Return a row's part of the loss, differentiable, and add to the sums."""
@@ -453,8 +463,7 @@ class StepReplay:
             gradient = gradient * scale
             m = self._first[name].lerp_(gradient, 1 - adam.beta1)
             v = self._second[name].mul_(adam.beta2).add_(gradient.square() * (1 - adam.beta2))
-            # The trainer's decays vectors, too: biases and norms.
-            if adam.weight_decay:
+            if parameter.dim() > 1 and not name.endswith("bias"):  # as norms and biases do not
                 parameter.mul_(1 - rate * adam.weight_decay)
             parameter.sub_(rate / first_bias * m / ((v / second_bias).sqrt() + adam.epsilon))
 

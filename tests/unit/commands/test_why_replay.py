@@ -135,7 +135,9 @@ def test_the_optimizer_is_torchs_adamw():
     model, reference = Model(), Model()
     twin = Model()
     twin.load_state_dict(model.state_dict())
-    inner = torch.optim.AdamW(twin.parameters(), 1.0, (0.9, 0.95), 1e-8, 0.1)
+    matrices = {"params": [p for p in twin.parameters() if p.dim() > 1]}
+    vectors = {"params": [p for p in twin.parameters() if p.dim() == 1], "weight_decay": 0.0}
+    inner = torch.optim.AdamW([matrices, vectors], 1.0, (0.9, 0.95), 1e-8, 0.1)
     loss = replace(RULES, kl_beta=0.0, clip_low=10.0, clip_high=10.0)
     old = logprobs(model, given, [loss.temperature])[0]
     kl = logprobs(reference, given, [loss.temperature])[0]
@@ -154,7 +156,8 @@ def test_the_optimizer_is_torchs_adamw():
         inner.zero_grad()
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), ADAM.clip_grad)
-        inner.param_groups[0]["lr"] = rate
+        for group in inner.param_groups:
+            group["lr"] = rate
         inner.step()
         return float(norm)
 
