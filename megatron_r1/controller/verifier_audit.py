@@ -1,22 +1,27 @@
 """The audit of a verifier: its error rates, and what its errors do to advantages.
 
-`audit` is the core of `megatron-r1 score --audit`."""
+`audit` is the core of `megatron-r1 score --audit`, which reads a file. It also takes the answers
+that `logged_answers` makes of a run's sample log, which no command does yet."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from r1_grading.terms import ACCURACY
 
 from megatron_r1.controller.advantages import group_advantages
 from megatron_r1.evaluation.intervals import Share, sampled_share
 from megatron_r1.evaluation.measures import Estimate, estimate
 from megatron_r1.evaluation.verifier_errors import (
     SOURCE_FIELDS,
+    AnswerContent,
     ErrorRates,
     Finding,
     GradedAnswer,
@@ -26,6 +31,9 @@ from megatron_r1.evaluation.verifier_errors import (
     judge_all,
     strata_of,
 )
+
+if TYPE_CHECKING:
+    from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 
 SIZE = 200
 NUM_GROUPS = 25
@@ -136,6 +144,44 @@ async def audit(
         effect=_effect(len(groups), chosen, findings, advantages or _z_scores, seed),
         judged=[(answer, findings[answer.place]) for answer in distinct],
     )
+
+
+def logged_answers(
+    groups: Iterable[Group],
+    place: str,
+    weights: Mapping[str, float],
+    reward_of: Callable[[GradedResponse], float | None] | None = None,
+    opened: bool = False,
+) -> Iterator[GradedAnswer]:
+    """Yield the answers of the finished groups of a sample log (`group_records.unpack`).
+
+    Responses that `rewards.weights` did not grade by their own kind are left out, and so are
+    episodes, which an environment grades.
+
+    Args:
+        groups: the finished groups of one step.
+        place: what the places begin with, such as "step 7".
+        weights: the weights of the terms at that step.
+        reward_of: what advantages are computed of (`loop.training_reward`); default the total.
+        opened: whether the prompts end with `<think>`."""
+    for number, group in enumerate(groups):
+        prompt = group.prompt
+        facts = {"question": prompt.question} | ({"opened": True} if opened else {})
+        for index, graded in enumerate(group.responses):
+            if ACCURACY not in graded.rewards or graded.episode is not None:
+                continue
+            is_graded = graded.is_graded and ACCURACY not in graded.ungraded_terms
+            total = graded.reward if reward_of is None else reward_of(graded)
+            yield GradedAnswer(
+                place=f"{place}, group {number} ({prompt.id}), response {index}",
+                source=source_of(prompt.fields),
+                kind=prompt.kind,
+                group=f"{place}, group {number}",
+                reward=graded.rewards[ACCURACY],
+                total=total if is_graded else None,
+                weight=weights.get(ACCURACY, 0.0),
+                load=partial(AnswerContent, graded.text, prompt.truth, prompt.fields | facts),
+            )
 
 
 def source_of(fields: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from array import array
 from math import comb, sqrt
 from types import SimpleNamespace
 
@@ -9,7 +10,11 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.controller.verifier_audit import audit
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+from megatron_r1.controller.rollouts.sample_log import decode, encode, pack, unpack
+from megatron_r1.controller.verifier_audit import audit, logged_answers
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.engines.server.responses import Response
 from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
     Finding,
@@ -152,20 +157,31 @@ def test_a_draw_takes_as_many_of_each_stratum_and_small_ones_whole():
         draw(strata, 3, seed=1)
 
 
-def answer(place, reward, *, total=None, group="group 0", kind="math", weight=1.0, graded=True):
-    total = (reward if total is None else total) if graded else None
-    content = AnswerContent(f"answer {place}", "1/2", {})
-    return GradedAnswer(place, "halves", kind, group, reward, total, lambda: content, weight)
+def logged(reward, text="<answer>1/2</answer>", *, weight=1.0, is_graded=True, form=0.0):
+    total = weight * reward + form
+    empty = Response(array("i"), array("f"), array("i"), "stop", memoryview(b""))
+    rewards = {"accuracy": reward, "format": form}
+    return GradedResponse(empty, text, rewards, total, "", is_graded=is_graded)
 
 
-def test_advantages_of_a_group_are_those_of_the_corrected_rewards():
+def test_advantages_of_a_logged_group_are_those_of_the_corrected_rewards():
+    prompt = make_prompt("half?", "math", "1/2", {"data_source": "halves"})
     # The second is wrongly refused, and the fourth could not be graded.
-    answers = [
-        answer("0", 1.0, total=2.5, weight=2.0),
-        answer("1", 0.0, total=0.5, weight=2.0),
-        answer("2", 0.0, total=0.5, weight=2.0),
-        answer("3", 0.0, graded=False, weight=2.0),
-    ]
+    group = Group(
+        prompt,
+        [],
+        [
+            logged(1.0, weight=2.0, form=0.5),
+            logged(0.0, weight=2.0, form=0.5),
+            logged(0.0, weight=2.0, form=0.5, text="<answer>3</answer>"),
+            logged(0.0, is_graded=False),
+        ],
+    )
+    group = unpack(decode(encode(pack(0, group))), prompt)
+    answers = list(logged_answers([group], "step 7", {"accuracy": 2.0, "format": 1.0}))
+    assert [answer.total for answer in answers] == [2.5, 0.5, 0.5, None]
+    assert {answer.source for answer in answers} == {"halves"}
+    assert answers[1].load().fields["question"] == "half?"
     wrong = {answers[1].place}
     result = asyncio.run(audit(answers, judge_with(wrong), size=10))
     # Of 2.5, 0.5, 0.5 and of 2.5, 2.5, 0.5.
@@ -177,15 +193,13 @@ def test_advantages_of_a_group_are_those_of_the_corrected_rewards():
     assert result.num_ungraded == 1
     assert [answer.place for answer, _ in result.concerned] == sorted(wrong)
     assert result.overall.wrongly_refused.value == 0.5
-    assert result.as_json()["concerned"][0]["response"] == "answer 1"
+    assert result.as_json()["concerned"][0]["response"] == "<answer>1/2</answer>"
 
 
 def test_undecided_verdicts_widen_the_effect_to_both_sides():
-    answers = [
-        answer(f"{group} {reward}", reward, group=f"group {group}")
-        for group in range(4)
-        for reward in (1.0, 0.0)
-    ]
+    prompt = make_prompt("half?", "math", "1/2", {})
+    groups = [Group(prompt, [], [logged(1.0), logged(0.0)]) for _ in range(4)]
+    answers = list(logged_answers(groups, "step 1", {"accuracy": 1.0}))
     undecided = {answers[0].place, answers[2].place}
     result = asyncio.run(audit(answers, judge_with((), undecided), size=8))
     # Reversed, both of two groups' responses are refused: advantages of 1 and -1 become 0.
@@ -198,8 +212,12 @@ def test_undecided_verdicts_widen_the_effect_to_both_sides():
 
 
 def test_kinds_without_a_second_method_are_counted_and_not_drawn():
-    answers = [answer("0", 1.0, kind="judge"), answer("1", 1.0, group="group 1")]
-    result = asyncio.run(audit(answers, judge_with(())))
+    prompt = make_prompt("fine?", "judge", "yes", {})
+    groups = [Group(prompt, [], [logged(1.0)])]
+    groups += [Group(make_prompt("half?", "math", "1/2", {}), [], [logged(1.0)])]
+    result = asyncio.run(
+        audit(list(logged_answers(groups, "step 1", {"accuracy": 1.0})), judge_with(()))
+    )
     assert result.without_method == {"judge": 1}
     assert result.num_answers == 1 and len(result.judged) == 1 and result.effect is None
 
