@@ -17,7 +17,7 @@ from megatron_r1.commands import torchrun
 from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
 from megatron_r1.commands.rollout_run import open_player
 from megatron_r1.config import Config
-from megatron_r1.config.training import warmup_note
+from megatron_r1.config.optimizer import warmup_note
 from megatron_r1.controller.advice import advice
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.rollouts.collector import RolloutCollector

@@ -11,8 +11,9 @@ import psutil
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
-from megatron_r1.config.training import DEFAULT_TOKENS
+from megatron_r1.config.parallel import DEFAULT_TOKENS
+from megatron_r1.config.rollout import RolloutConfig
+from megatron_r1.config.teacher import TeacherConfig
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.hf_config import load_config, sparse_layers
 from megatron_r1.models.memory import (

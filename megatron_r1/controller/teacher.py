@@ -147,6 +147,14 @@ def check_teacher(config: Config) -> None:
     if not config.teacher.url:
         recipe_checks.check_ranks(config.teacher, hf, "teacher")
         check_arguments(config.teacher, "teacher")
+    _check_positions(config)
+    _check_sampling(config)
+    _check_vocabulary(config, hf)
+
+
+def _check_positions(config: Config) -> None:
+    """Raise UserError where the student's context is longer than the teacher's."""
+    path = config.teacher.path
     limit, needed = from_recipe.positions(path, "teacher.path"), from_recipe.max_model_len(config)
     if limit < needed:
         raise UserError(
@@ -155,6 +163,11 @@ def check_teacher(config: Config) -> None:
             key="teacher.path",
             cause=Cause.TOO_LARGE,
         )
+
+
+def _check_sampling(config: Config) -> None:
+    """Raise UserError where the student, at any step, samples another distribution than the one
+    that the teacher scores."""
     for step, phase in config.phases():
         rollout = phase.rollout
         if rollout.temperature == 1.0 and not rollout.is_cut:
@@ -169,7 +182,15 @@ def check_teacher(config: Config) -> None:
             key=f"rollout.{name}",
             cause=Cause.CONFLICT,
         )
-    student = load_config(config.model.path)
+
+
+def _check_vocabulary(config: Config, hf: dict) -> None:
+    """Raise UserError where a token of the student is none, or another one, to the teacher.
+
+    Args:
+        config: the recipe.
+        hf: the teacher's config.json."""
+    path, student = config.teacher.path, load_config(config.model.path)
     own, known = (language_settings(each).get("vocab_size", 0) for each in (student, hf))
     if known < own:
         raise UserError(

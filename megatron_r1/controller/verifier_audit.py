@@ -1,7 +1,7 @@
 """The audit of a verifier: its error rates, and what its errors do to advantages.
 
-`audit` is the core of `megatron-r1 score --audit`, which reads a file. It also takes the answers
-that `logged_answers` makes of a run's sample log, which no command does yet."""
+`audit` is the core of `megatron-r1 score --audit`, which reads a file, or by `logged_answers` the
+sample logs of a run."""
 
 from __future__ import annotations
 

@@ -268,27 +268,35 @@ def _connections(
             f"store requests, tables read and broadcast, the plan{creation}",
         ),
     }
-    if over_nccl:
-        layout = job.hf, grid, engines, job.stages
-        count, lora = _byte_count(_form(job)), pushed_lora(job)
-        plans = set_plans(*layout, count, SET_ENGINES, drafts=drafts(job), lora=lora)
-        sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
-        order = planned_order(plans, sets, ranks, grid.world, colocated=colocated)
-        section["push"] = Quantity(
-            round_seconds(order, rate, given),
+    section["push"] = (
+        _rounds_time(job, engines, grid)
+        if over_nccl
+        else Quantity(
+            links.seconds(rate, given),
             "s",
-            f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
-            f"{order.num_relay_rounds:,} in which these pass them on: of a bucket each way "
-            f"through every {link}",
+            f"out of the busiest trainer rank, then what engines pass on, through their {link}s, "
+            "in rounds",
         )
-        return section
-    section["push"] = Quantity(
-        links.seconds(rate, given),
-        "s",
-        f"out of the busiest trainer rank, then what engines pass on, through their {link}s, in "
-        "rounds",
     )
     return section
+
+
+def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Quantity:
+    """Return the seconds of a push in rounds through one communicator."""
+    rate, link = push_link(job)
+    layout = job.hf, grid, engines, job.stages
+    count, lora = _byte_count(_form(job)), pushed_lora(job)
+    plans = set_plans(*layout, count, SET_ENGINES, drafts=drafts(job), lora=lora)
+    sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
+    colocated = shares_gpus_over_nccl(job.config)
+    order = planned_order(plans, sets, ranks, grid.world, colocated=colocated)
+    return Quantity(
+        round_seconds(order, rate, job.assumptions),
+        "s",
+        f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
+        f"{order.num_relay_rounds:,} in which these pass them on: of a bucket each way "
+        f"through every {link}",
+    )
 
 
 def _receive_buffer_formula(job: PlannedJob) -> str:

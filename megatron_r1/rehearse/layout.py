@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.rollout import RolloutConfig
-from megatron_r1.config.training import ParallelConfig
 from megatron_r1.models.pipeline_stages import parse_layout
 
 AXES = ("tensor", "context", "expert", "expert_tensor", "pipeline", "virtual_pipeline")

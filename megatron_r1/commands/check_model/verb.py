@@ -55,7 +55,7 @@ shorter."""
 
 async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path) -> float:
     """Return the largest difference of the trainer's log-probabilities, in the layout of
-    `config.training`. Raises UserError for a layout that cannot be, TrainerError where a rank
+    `config.parallel`. Raises UserError for a layout that cannot be, TrainerError where a rank
     fails."""
     samples = [
         Sample.pack(ids[:1], ids[1:], logprobs)

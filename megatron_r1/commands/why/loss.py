@@ -15,7 +15,7 @@ from megatron_r1.commands.why import formulas
 from megatron_r1.commands.why.finding import DEPARTS, EQUAL, Finding, not_checked
 from megatron_r1.commands.why.recorded import RecordedStep, weights_after
 from megatron_r1.config import RLConfig
-from megatron_r1.config.training import OptimizerConfig
+from megatron_r1.config.optimizer import OptimizerConfig
 from megatron_r1.reporting.wording import number, percent
 
 if TYPE_CHECKING:

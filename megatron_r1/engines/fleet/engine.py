@@ -143,7 +143,6 @@ class Engine:
         tokens_expected: tokens that it expects of them.
         is_up: it answers and holds the current weights, so it gets every push.
         is_open: it gets new groups; a draining engine gets none.
-        is_leaving: it must not be replaced.
         is_asleep: it is up, and waits for weights in the next push while others serve.
         died: set when its death has been noticed."""
 
@@ -155,7 +154,6 @@ class Engine:
     tokens_expected: float = 0.0
     is_up: bool = True
     is_open: bool = True
-    is_leaving: bool = False
     is_asleep: bool = False
     role: str = "engine"
     died: asyncio.Event = field(default_factory=asyncio.Event)

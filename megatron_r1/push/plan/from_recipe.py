@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
-from megatron_r1.config.rollout import LAYOUT, PushConfig
+from megatron_r1.config.engine import LAYOUT
+from megatron_r1.config.push import PushConfig
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.stored.published import BLOCK, is_quantized

@@ -41,7 +41,7 @@ from megatron_r1.models.weights.table import (
 from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
 
 if TYPE_CHECKING:
-    from megatron_r1.config.training import ParallelConfig
+    from megatron_r1.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from small_qwen2 import MODEL
 
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.files.framed_records import append_frame
+from megatron_r1.commands import score_audit
 from megatron_r1.commands.why import files, formulas, loss, optimizer, rewards, sampling
 from megatron_r1.commands.why.finding import Finding
 from megatron_r1.commands.why.recompute import Replayed
@@ -419,3 +420,17 @@ def test_the_punishment_of_a_long_response_by_hand():
     # Over the last 20 of 100 tokens it grows from 0 to 1.
     made = [formulas.training_reward(1.0, n, 100, 0.2, 1.0) for n in (80, 90, 100)]
     assert made == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_an_audit_of_the_run_finds_a_wrong_grade(planted, capsys):
+    second = planted.groups[1].responses
+    terms = {"accuracy": 1.0, "format": 1.0}
+    second[3] = replace(second[3], rewards=terms, reward=1.1)
+    planted.read()
+    score_audit.run(Config(), str(planted.folder / "run"))
+    printed = capsys.readouterr().out
+    assert "8 verdicts, 8 read a second time" in printed
+    (line,) = (each for each in printed.splitlines() if each.startswith("  wrong"))
+    assert "step 2, group 1" in line and "response 3" in line
+    (signs,) = (each for each in printed.splitlines() if "signs" in each)
+    assert "corrected in 2 of 2 groups" in signs and "50.0%" in signs

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.config import Config, load
-from megatron_r1.config.training import ParallelConfig
+from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.plan.push_links import set_links

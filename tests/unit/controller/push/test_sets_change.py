@@ -11,7 +11,7 @@ from small_fleet import SmallFleet
 from torch.distributed import TCPStore
 from waiting import PATIENT
 
-from megatron_r1.config.rollout import PushConfig
+from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
