@@ -29,7 +29,7 @@ from megatron_r1.push.results import Failure
 from megatron_r1.push.table import Delivery, SlotTable
 from megatron_r1.push.transports.nccl_rounds import (
     Communicator,
-    NcclError,
+    NCCLError,
     PushStreams,
     Round,
     RoundRunner,
@@ -152,7 +152,7 @@ class SetRounds:
             return error.failure
         text = f"trainer rank {self.rank}: {type(error).__name__}: {error}"
         try:
-            if self.communicator is not None and isinstance(error, (NcclError, TimeoutError)):
+            if self.communicator is not None and isinstance(error, (NCCLError, TimeoutError)):
                 names = self.ordered.names(self.index)
                 return self.rendezvous[0].find_cause(names, self.number, text)
             return self.rendezvous[0].report(Failure(text))

@@ -59,7 +59,7 @@ class HostStreams:
         return lambda: True
 
 
-class HostReceiver(nccl.NcclReceiver):
+class HostReceiver(nccl.NCCLReceiver):
     def prepare(self):
         super().prepare()
         self.device = torch.device("cpu")

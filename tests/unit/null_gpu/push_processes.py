@@ -97,7 +97,7 @@ class Rank:
 
                 compute_everywhere()
             self.use_gpu, self.gpu_name = torch.cuda.set_device, nccl.gpu_uuid
-            self.receiver_class = nccl.NcclReceiver
+            self.receiver_class = nccl.NCCLReceiver
         self.use_gpu(gpu)
 
     @property
