@@ -174,7 +174,7 @@ def describe(result: Audit, path: str) -> list[str]:
         lines.append(f"not audited: {result.num_ungraded:,} that could not be graded")
     for kind, count in result.without_method.items():
         lines.append(f"not audited: {count:,} of {kind}, which has no second method")
-    lines += ["", f"{'data source':24} {'wrongly refused':>38} {'wrongly paid':>38}"]
+    lines += ["", f"{'data source':24} {'wrongly rejected':>38} {'wrongly accepted':>38}"]
     rates = {**result.sources, **({"all": result.overall} if len(result.sources) != 1 else {})}
     lines += [_row(name, each) for name, each in rates.items()]
     if (effect := result.effect) is not None:
@@ -189,9 +189,9 @@ def describe(result: Audit, path: str) -> list[str]:
     if result.concerned:
         lines += ["", f"verdicts that are wrong or undecided: {len(result.concerned):,}"]
     for answer, finding in result.concerned[:SHOWN]:
-        verdict = "paid" if answer.is_paid else "refused"
+        verdict = "accepted" if answer.is_accepted else "rejected"
         lines.append(
-            f"  {finding.outcome:9} {verdict:7} {answer.place}: {shorten(finding.reason, 160)}"
+            f"  {finding.outcome:9} {verdict:8} {answer.place}: {shorten(finding.reason, 160)}"
         )
     if len(result.concerned) > SHOWN:
         lines.append("  … --json FILE has all")
@@ -199,7 +199,7 @@ def describe(result: Audit, path: str) -> list[str]:
 
 
 def _row(name: str, rates: ErrorRates) -> str:
-    shares = (_shown(share) for share in (rates.wrongly_refused, rates.wrongly_paid))
+    shares = (_shown(share) for share in (rates.wrongly_rejected, rates.wrongly_accepted))
     return f"{shorten(name, 24):24} " + " ".join(f"{each:>38}" for each in shares)
 
 

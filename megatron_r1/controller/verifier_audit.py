@@ -243,7 +243,7 @@ def _corrected(
     finding = findings.get(answer.place)
     if answer.total is None or finding is None or finding.outcome not in outcomes:
         return answer.total
-    reward = 0.0 if answer.is_paid else 1.0
+    reward = 0.0 if answer.is_accepted else 1.0
     return answer.total + answer.weight * (reward - answer.reward)
 
 
@@ -261,7 +261,7 @@ def _as_json(answer: GradedAnswer, finding: Finding) -> dict[str, Any]:
         "place": answer.place,
         "source": answer.source,
         "kind": answer.kind,
-        "verdict": "paid" if answer.is_paid else "refused",
+        "verdict": "accepted" if answer.is_accepted else "rejected",
         "outcome": finding.outcome,
         "reason": finding.reason,
         "response": content.response,
