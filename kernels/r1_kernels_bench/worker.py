@@ -25,7 +25,7 @@ from r1_kernels_bench.inputs import ProblemSizes
 from r1_kernels_bench.measure import CPUMeter, CUDAMeter
 
 ENOUGH_SECONDS = {"cpu": 2.0, "cuda": 5.0}  # of timed calls of one row; each gets at least one
-WARM_SHARE = 0.75  # of a case's time, after which no further implementation is started
+WARM_FRACTION = 0.75  # of a case's time, after which no further implementation is started
 
 
 class Broken(Exception):
@@ -129,7 +129,7 @@ def run_case(
     rows = [new_row(each, device, skip.get(each.name, "")) for each in case.implementations]
     pairs = list(zip(case.implementations, rows, strict=True))
     for each, row in pairs:
-        if not row["not_run"] and time.time() > started + WARM_SHARE * (until - started):
+        if not row["not_run"] and time.time() > started + WARM_FRACTION * (until - started):
             row["not_run"] = TOO_LATE
         if not row["not_run"]:
             calls.warm_up(each, row)
@@ -161,8 +161,8 @@ def main() -> None:
         if now > task["deadline"]:
             report(result={"failed": TOO_LATE})
             continue
-        share = case.weight / sum(each.weight for each in cases[index:])
-        until = now + share * (task["deadline"] - now)
+        fraction = case.weight / sum(each.weight for each in cases[index:])
+        until = now + fraction * (task["deadline"] - now)
         try:
             result = run_case(case, task, until, task["skip"].get(case.name, {}), report)
         except Broken as broken:

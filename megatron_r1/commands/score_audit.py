@@ -16,7 +16,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 from megatron_r1.controller.verifier_audit import NUM_GROUPS, SIZE, Audit, audit, source_of
 from megatron_r1.data.table_files import describe_json_error
-from megatron_r1.evaluation.intervals import Share
+from megatron_r1.evaluation.intervals import FractionEstimate
 from megatron_r1.evaluation.verifier_errors import (
     AUDITED,
     AnswerContent,
@@ -199,14 +199,14 @@ def describe(result: Audit, path: str) -> list[str]:
 
 
 def _row(name: str, rates: ErrorRates) -> str:
-    shares = (_shown(share) for share in (rates.wrongly_rejected, rates.wrongly_accepted))
-    return f"{shorten(name, 24):24} " + " ".join(f"{each:>38}" for each in shares)
+    fractions = (_shown(fraction) for fraction in (rates.wrongly_rejected, rates.wrongly_accepted))
+    return f"{shorten(name, 24):24} " + " ".join(f"{each:>38}" for each in fractions)
 
 
-def _shown(share: Share | None) -> str:
+def _shown(fraction: FractionEstimate | None) -> str:
     """Return "2.0% (0.3% to 7.1%), 1+3 of 50": wrong and undecided ones of those drawn."""
-    if share is None:
+    if fraction is None:
         return "-"
-    value = "?" if share.value is None else f"{share.value:.1%}"
-    found = f"{share.found}" + (f"+{share.undecided}?" if share.undecided else "")
-    return f"{value} ({share.low:.1%} to {share.high:.1%}), {found} of {share.sampled:,}"
+    value = "?" if fraction.value is None else f"{fraction.value:.1%}"
+    found = f"{fraction.found}" + (f"+{fraction.undecided}?" if fraction.undecided else "")
+    return f"{value} ({fraction.low:.1%} to {fraction.high:.1%}), {found} of {fraction.sampled:,}"

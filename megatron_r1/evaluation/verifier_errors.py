@@ -23,7 +23,7 @@ from r1_grading import RewardPool
 from r1_grading.terms import FACTS, call_fields
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.evaluation.intervals import Share, combined_share, sampled_share
+from megatron_r1.evaluation.intervals import FractionEstimate, combined_fraction, sampled_fraction
 
 Outcome = Literal["confirmed", "wrong", "undecided"]
 READER = "r1_grading.second_readers.mathematics:read"
@@ -107,12 +107,13 @@ class ErrorRates:
     """The errors of a verifier, of one data source or of all.
 
     Attributes:
-        wrongly_rejected: the share of rejected responses that are right; None if none is rejected.
-        wrongly_accepted: the share of accepted responses that are wrong; None if none is
+        wrongly_rejected: the fraction of rejected responses that are right; None if none is
+            rejected.
+        wrongly_accepted: the fraction of accepted responses that are wrong; None if none is
             accepted."""
 
-    wrongly_rejected: Share | None
-    wrongly_accepted: Share | None
+    wrongly_rejected: FractionEstimate | None
+    wrongly_accepted: FractionEstimate | None
 
 
 class SecondMethods:
@@ -236,13 +237,15 @@ def error_rates(
         drawn: those that were judged.
         findings: place → finding, of each drawn one.
         source: the data source; None: all."""
-    shares: dict[bool, list[Share]] = {False: [], True: []}
+    fractions: dict[bool, list[FractionEstimate]] = {False: [], True: []}
     for stratum, answers in drawn.items():
         if source in (None, stratum[0]):
             outcomes = [findings[answer.place].outcome for answer in answers]
             counts = (outcomes.count(outcome) for outcome in ("wrong", "undecided"))
-            shares[stratum[2]].append(sampled_share(len(strata[stratum]), len(answers), *counts))
-    rejected, accepted = (combined_share(each) if each else None for each in shares.values())
+            fractions[stratum[2]].append(
+                sampled_fraction(len(strata[stratum]), len(answers), *counts)
+            )
+    rejected, accepted = (combined_fraction(each) if each else None for each in fractions.values())
     return ErrorRates(rejected, accepted)
 
 

@@ -19,7 +19,7 @@ from megatron_r1.push.ordered_sets import OrderedSets
 from megatron_r1.push.plan.engine_sets import (
     Plan,
     PlannedLink,
-    largest_share,
+    largest_fraction,
     plan_sets,
     sent_bytes,
 )
@@ -136,7 +136,7 @@ class LinkPlanner:
                 planner = Planner(self.hf, self.grid, *layout, needs, self.rules)
                 ends = list(accumulate(map(len, addresses)))
                 sets = [range(*edges) for edges in pairwise([0, *ends])]
-                largest, num_bytes = largest_share(transport), _byte_count(tables)
+                largest, num_bytes = largest_fraction(transport), _byte_count(tables)
                 plans = plan_sets(planner, num_bytes, sets, receivers.sent, largest)
                 order = (
                     self._order(plans, sets, addresses) if TRANSPORTS[transport].in_rounds else None

@@ -89,7 +89,7 @@ def test_intervals_of_our_verdicts_and_of_planted_faults_have_the_labelled_truth
         found = {answer.place for answer, finding in result.judged if finding.outcome == "wrong"}
         assert found <= set(wrong), (name, [rows[int(place)] for place in found - set(wrong)])
         for source, rates in (*result.sources.items(), (None, result.overall)):
-            for is_accepted, share in (
+            for is_accepted, fraction in (
                 (False, rates.wrongly_rejected),
                 (True, rates.wrongly_accepted),
             ):
@@ -100,7 +100,7 @@ def test_intervals_of_our_verdicts_and_of_planted_faults_have_the_labelled_truth
                 ]
                 if of:
                     truth = sum(answer.place in wrong for answer in of) / len(of)
-                    assert share.low - 1e-12 <= truth <= share.high + 1e-12, (name, source)
+                    assert fraction.low - 1e-12 <= truth <= fraction.high + 1e-12, (name, source)
         plain = result.sources["plain"]
         if name == "fractions are rejected":
             assert plain.wrongly_rejected.value == pytest.approx(12 / 60)

@@ -16,8 +16,8 @@ from megatron_r1.commands.why.finding import (
     EQUAL,
     Finding,
     Place,
+    fraction_finding,
     not_checked,
-    share_finding,
 )
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.controller.rollouts.rollout import all_responses
@@ -62,7 +62,7 @@ def _sums(step: RecordedStep) -> Finding:
                 reason = f"reward {graded.reward:g}{cut} is not {total:g}, the sum of {terms}"
     if concerned and all(step.responses[place].truncated for place in concerned):
         reason = f"{len(concerned):,} truncated answers are punished: {reason}"
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         "sum of the terms",
         f"{len(step.responses):,} rewards with rewards.weights "
@@ -71,7 +71,7 @@ def _sums(step: RecordedStep) -> Finding:
         len(step.responses),
         reason=reason,
         remedy="rewards.weights, or what changes a reward after the graders",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
     )
 
 
@@ -163,7 +163,7 @@ def _second_reader(step: RecordedStep) -> Finding:
     remedy = "the rewards' reader: rewards.answer, or the truths of data.path"
     if rejected.get(HASHES):
         remedy = "rewards.answer: auto, or last: the reader misses ####"
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         name,
         f"the accuracy of {total:,} responses with math-verify's",
@@ -171,7 +171,7 @@ def _second_reader(step: RecordedStep) -> Finding:
         total,
         reason="; ".join(parts),
         remedy=remedy,
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
         tolerance=max(DISPUTED, 1 / total),
         source="readers of mathematics differ about so many",
     )
@@ -205,7 +205,7 @@ def _graded_again(step: RecordedStep) -> Finding:
     if not total:
         why = step.prompts_missing or f"only kinds {', '.join(IN_PROCESS)} are graded here"
         return not_checked(FAMILY, name, why)
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         name,
         f"the accuracy of {total:,} responses with this version's",
@@ -214,7 +214,7 @@ def _graded_again(step: RecordedStep) -> Finding:
         reason=reason,
         remedy="rewards.options, rewards.answer, the truths of the data, or the grader's version: "
         "they are not those that graded",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
     )
 
 

@@ -226,6 +226,6 @@ def active_parameters(hf: dict) -> float:
     for name, (shape, _) in hf_tensors(hf, with_mtp=False).items():
         if len(shape) < 2 or (name == "model.embed_tokens.weight" and not tied):
             continue
-        share = chosen / experts if experts and ".mlp.experts." in name else 1.0
-        total += prod(shape) * share
+        fraction = chosen / experts if experts and ".mlp.experts." in name else 1.0
+        total += prod(shape) * fraction
     return total

@@ -23,12 +23,12 @@ from megatron_r1.push.plan.tensors import CountBytes, HFTensor, Region
 SET_ENGINES = 16
 """Most engines of a set. A larger one saves bytes out of the trainer, which has some to spare, and
 costs time to create its groups, latency of their rings, and more engines that a death delays."""
-LARGEST_SHARE = 0.5
+LARGEST_FRACTION = 0.5
 """Most of what enters an engine rank in one share. With a half the busiest trainer rank of the
 recipe for 2,048 GPUs sends 1.17 times the mean in FP8, without a limit 1.25 times (no drafter)."""
-SHARED_MEMORY_LARGEST_SHARE = 1 / 16
-"""`LARGEST_SHARE` in shared memory, where links cost nothing and each core that copies helps."""
-SMALL_SHARE = 0.2
+SHARED_MEMORY_LARGEST_FRACTION = 1 / 16
+"""`LARGEST_FRACTION` in shared memory, where links cost nothing and each core that copies helps."""
+SMALL_FRACTION = 0.2
 """A share of less than this fraction of the largest one's bytes is small: it goes to a sender that
 is already chosen."""
 UNEVEN = 1 / 1024
@@ -103,9 +103,9 @@ def ranks_in_order(
     return {place: rank for place, rank in placed.items() if rank < world}
 
 
-def largest_share(transport: str) -> float:
-    """Return `LARGEST_SHARE` over a transport."""
-    return SHARED_MEMORY_LARGEST_SHARE if TRANSPORTS[transport].one_host else LARGEST_SHARE
+def largest_fraction(transport: str) -> float:
+    """Return `LARGEST_FRACTION` over a transport."""
+    return SHARED_MEMORY_LARGEST_FRACTION if TRANSPORTS[transport].one_host else LARGEST_FRACTION
 
 
 def plan_sets(
@@ -113,7 +113,7 @@ def plan_sets(
     count_bytes: CountBytes,
     sets: Sequence[range],
     sent: Sequence[float] = (),
-    largest: float = LARGEST_SHARE,
+    largest: float = LARGEST_FRACTION,
 ) -> list[Plan]:
     """Return the plan of each set; every rank computes the same.
 
@@ -125,7 +125,7 @@ def plan_sets(
         count_bytes: counts the bytes of a region on the wire.
         sets: engines of each set; their number in `planner` is not used.
         sent: the bytes that each trainer rank sends to other sets.
-        largest: the most of an engine rank's bytes in a share (`LARGEST_SHARE`).
+        largest: the most of an engine rank's bytes in a share (`LARGEST_FRACTION`).
     """
     needed = needed_regions(planner, count_bytes)
     shares = [
@@ -213,7 +213,7 @@ def _shares(
         for replicas, regions in entering.items():
             for run in _runs(regions, per_engine * largest):
                 size = sum_bytes(run)
-                is_small = size < SMALL_SHARE * largest * per_engine
+                is_small = size < SMALL_FRACTION * largest * per_engine
                 yield _Share(size, member, position, replicas, num_engines, is_small, run)
 
 

@@ -20,7 +20,7 @@ from megatron_r1.push.plan.engine_sets import (
     SET_ENGINES,
     Plan,
     engine_sets,
-    largest_share,
+    largest_fraction,
     plan_sets,
 )
 from megatron_r1.push.plan.planner import EngineLayout, Planner, PredictedLayout, TrainerGrid
@@ -81,7 +81,7 @@ def planned_push(config: Config, hf: dict) -> list[Plan]:
         planner,
         fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
         engine_sets(layout.engines, max_engines(push)),
-        largest=largest_share(push.transport),
+        largest=largest_fraction(push.transport),
     )
 
 

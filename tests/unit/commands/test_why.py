@@ -276,7 +276,7 @@ def test_the_responses_concerned_and_their_share_of_the_loss_are_counted(planted
     finding = named(planted.read())
     assert finding.places == [(1, 0), (1, 1), (1, 2), (1, 3)]
     # Both groups have the same rewards, so each has half of the advantages.
-    assert finding.share == pytest.approx(0.5)
+    assert finding.loss_fraction == pytest.approx(0.5)
     assert finding.num_tokens == sum(len(g.response.token_ids) for g in planted.groups[1].responses)
 
 

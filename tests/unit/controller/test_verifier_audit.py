@@ -59,7 +59,7 @@ def judge_with(wrong, undecided=()):
     return judge
 
 
-def true_share(answers, wrong, is_accepted, source=None):
+def true_fraction(answers, wrong, is_accepted, source=None):
     of = [a for a in answers if a.is_accepted is is_accepted and source in (None, a.source)]
     return sum(answer.place in wrong for answer in of) / len(of)
 
@@ -91,7 +91,7 @@ def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors, num_se
     undecided = {answer.place for answer in answers[::29]}
     judge = judge_with(wrong, undecided)
     truths = {
-        (source, is_accepted): true_share(answers, wrong, is_accepted, source)
+        (source, is_accepted): true_fraction(answers, wrong, is_accepted, source)
         for source in ("a", "b", None)
         for is_accepted in (False, True)
     }
@@ -99,15 +99,15 @@ def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors, num_se
     for seed in range(num_seeds):
         result = asyncio.run(audit(answers, judge, size=120, seed=seed, num_groups=0))
         for source, rates in (*result.sources.items(), (None, result.overall)):
-            for is_accepted, share in (
+            for is_accepted, fraction in (
                 (False, rates.wrongly_rejected),
                 (True, rates.wrongly_accepted),
             ):
                 covered[source, is_accepted] += (
-                    share.low <= truths[source, is_accepted] <= share.high
+                    fraction.low <= truths[source, is_accepted] <= fraction.high
                 )
-                assert share.high - share.low < 0.6
-                assert share.sampled in (30, 60)
+                assert fraction.high - fraction.low < 0.6
+                assert fraction.sampled in (30, 60)
     for key, count in covered.items():
         assert count >= least_covered(num_seeds), (key, count)
 

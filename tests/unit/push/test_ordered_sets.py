@@ -17,8 +17,8 @@ def some_bytes(rng: np.random.Generator) -> TensorRegion:
     return TensorRegion(None, None, int(rng.integers(1, 99)))
 
 
-def random_sets(seed: int, share: float) -> tuple[OrderedSets, int, int]:
-    """Return sets of engines, a part `share` of whose ranks are on trainer ranks' GPUs, with the
+def random_sets(seed: int, fraction: float) -> tuple[OrderedSets, int, int]:
+    """Return sets of engines, a part `fraction` of whose ranks are on trainer ranks' GPUs, with the
     number of trainer ranks and of ranks of an engine."""
     rng = np.random.default_rng(seed)
     world, engines, ranks = (int(n) for n in rng.integers(1, [6, 6, 3]))
@@ -29,7 +29,7 @@ def random_sets(seed: int, share: float) -> tuple[OrderedSets, int, int]:
         for member in range(len(of_set))
         for position in range(ranks)
     ]
-    chosen = [place for place in places if rng.random() < share][:world]
+    chosen = [place for place in places if rng.random() < fraction][:world]
     shared = dict(zip(chosen, rng.permutation(world).tolist(), strict=False))
     plans = [
         [
@@ -89,7 +89,7 @@ def block_at(index, position, member, call, is_send):
     return PayloadId(index, -1 - call.payload, position, None)
 
 
-@pytest.fixture(params=[(seed, share) for seed in range(8) for share in (0.0, 0.5, 1.0)])
+@pytest.fixture(params=[(seed, fraction) for seed in range(8) for fraction in (0.0, 0.5, 1.0)])
 def sets(request, monkeypatch):
     monkeypatch.setattr(rounds, "ENTRY_BYTES", 10)
     monkeypatch.setattr(rounds, "RELAYED_BYTES", 15)
