@@ -178,13 +178,16 @@ def _state_bytes(config: Config, hf: dict, num_ranks: int, *, with_reference: bo
     adapters = layout_of(adapter_table(hf, lora), at) if lora else None
     counts = counts_of(layout(hf, at), config.model.mtp, adapters)
     ranks = num_ranks // parallel.pipeline  # stages have the layers once, all together
-    replicas = ranks // parallel.tensor, ranks // (parallel.expert * parallel.expert_tensor)
-    num_bytes = sum(persistent_bytes(config, counts, replicas, "float32").values())
+    data_parallel_sizes = (
+        ranks // parallel.tensor,
+        ranks // (parallel.expert * parallel.expert_tensor),
+    )
+    num_bytes = sum(persistent_bytes(config, counts, data_parallel_sizes, "float32").values())
     kept = with_reference and config.uses_reference
     if kept:
         num_bytes += reference_bytes(config, counts)
     if config.checkpoint.asynchronous:
-        num_bytes += checkpoint_bytes(config, counts, replicas, with_reference=kept)
+        num_bytes += checkpoint_bytes(config, counts, data_parallel_sizes, with_reference=kept)
     return num_bytes * ranks
 
 

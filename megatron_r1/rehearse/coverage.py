@@ -99,7 +99,7 @@ def structure(
             here = (kept, YES) if kept else ("—", "no: needs a GPU; vLLM's parser has read it")
             rows.append(StructureRow("rollout.vllm", given, *here))
     if verb != "sample":
-        old, new = (p.num_replicas(p.processes) for p in (recipe.parallel, small.parallel))
+        old, new = (p.data_parallel(p.processes) for p in (recipe.parallel, small.parallel))
         if old > 1:
             rows.append(
                 StructureRow("replicas of the model", str(old), str(new), _exercised(old, new))

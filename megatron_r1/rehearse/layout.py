@@ -45,15 +45,15 @@ def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) ->
         )
         sizes["virtual_pipeline"] = len(groups) // sizes["pipeline"]
         layout = "|".join(groups)
-    replicas = min(parallel.num_replicas(parallel.processes), PARTS)
+    data_parallel = min(parallel.data_parallel(parallel.processes), PARTS)
     dense = sizes["tensor"] * sizes["context"]
     # Experts are spread over the ranks of all replicas of a stage.
     experts = sizes["expert"] * sizes["expert_tensor"]
-    while dense * replicas % experts:
-        replicas += 1
-    if dense * replicas * sizes["pipeline"] > max_ranks and dense % experts == 0:
-        replicas = 1
-    processes = dense * replicas * sizes["pipeline"]
+    while dense * data_parallel % experts:
+        data_parallel += 1
+    if dense * data_parallel * sizes["pipeline"] > max_ranks and dense % experts == 0:
+        data_parallel = 1
+    processes = dense * data_parallel * sizes["pipeline"]
     if processes > max_ranks:
         raise UserError(
             f"rehearsal.max_ranks: {max_ranks} is less than the {processes} ranks of the layout in "

@@ -31,14 +31,14 @@ class GridPosition:
     Attributes:
         groups: made once by `initialize`, handed to everything that communicates.
         data_rank: the index of its model replica, by which the controller distributes batches.
-        data_size: the number of replicas.
+        data_parallel: the data-parallel size, the number of replicas.
         last_stage: whether the rank is on the last pipeline stage, which computes the loss."""
 
     groups: ProcessGroupCollection
     rank: int
     world_size: int
     data_rank: int
-    data_size: int
+    data_parallel: int
     tensor_rank: int
     pipeline_rank: int
     context_rank: int
@@ -88,7 +88,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
         rank=rank,
         world_size=world_size,
         data_rank=groups.dp.rank(),
-        data_size=groups.dp.size(),
+        data_parallel=groups.dp.size(),
         tensor_rank=groups.tp.rank(),
         pipeline_rank=groups.pp.rank(),
         context_rank=groups.cp.rank(),

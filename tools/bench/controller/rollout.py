@@ -100,7 +100,7 @@ CONNECT_SECONDS = 300
 
 
 def measure(
-    groups: int, tokens: int, world: int, replicas: int, routed: bool, sampling: float
+    groups: int, tokens: int, world: int, data_parallel: int, routed: bool, sampling: float
 ) -> dict[str, Any]:
     """Return what one rollout of `groups` x 16 x `tokens` costs whose groups the engines finish one
     after another, evenly over `sampling` seconds."""
@@ -118,7 +118,7 @@ def measure(
         server = context.Process(target=synthetic.serve_engines, args=args, daemon=True)
         server.start()
         try:
-            result = asyncio.run(_train(config, text, own.recv(), world, replicas, folder))
+            result = asyncio.run(_train(config, text, own.recv(), world, data_parallel, folder))
         finally:
             for process in multiprocessing.active_children():
                 process.kill()
@@ -135,7 +135,7 @@ def measure(
 
 
 async def _train(
-    config: Config, text: PromptText, urls: list[str], world: int, replicas: int, folder: Path
+    config: Config, text: PromptText, urls: list[str], world: int, data_parallel: int, folder: Path
 ) -> dict[str, Any]:
     """Train on one synthetic rollout; return seconds, blocks of the event loop and memory."""
     num_groups = config.rl.questions_per_rollout
@@ -144,7 +144,7 @@ async def _train(
     context, per_process = multiprocessing.get_context("fork"), world // RANK_PROCESSES
     for index in range(RANK_PROCESSES):
         own = range(index * per_process, (index + 1) * per_process)
-        args = own, trainer.socket.address, trainer._token, world, replicas
+        args = own, trainer.socket.address, trainer._token, world, data_parallel
         context.Process(target=synthetic.serve_ranks, args=args, daemon=True).start()
     await asyncio.wait_for(trainer.connect(), CONNECT_SECONDS)
     connected = time.perf_counter() - began
