@@ -318,7 +318,7 @@ def check_settings(config: Config) -> None:
     check_cpu_kernels(config.rollout, hf)
     check_arguments(config.rollout, "rollout")
     check_room(config.rollout)
-    check_pushes(config, hf, torchrun.num_ranks(config))
+    check_pushes(config, hf, torchrun.world_size(config))
     if config.push.adapter_only and config.rollout.dtype == "float32" and gpu.is_usable():
         raise UserError(
             "push.adapter_only with rollout.dtype: float32: vLLM's LoRA kernels on GPUs compute in "

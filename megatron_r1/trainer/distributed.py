@@ -52,10 +52,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them."""
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     parallel.check_sizes(world_size)
     _hush_libraries(rank)
-    torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // local_world))
+    torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // local_world_size))
     platform.prepare(int(os.environ.get("LOCAL_RANK", rank)))
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection

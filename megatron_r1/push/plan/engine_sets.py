@@ -90,7 +90,7 @@ def engine_sets(num_engines: int, max_engines: int = SET_ENGINES) -> list[range]
 
 
 def ranks_in_order(
-    sets: Sequence[range], ranks_per_engine: int, world: int
+    sets: Sequence[range], ranks_per_engine: int, world_size: int
 ) -> dict[EngineRank, int]:
     """Return the trainer rank on each engine rank's GPU, where engine ranks are on the trainer
     ranks' GPUs in order."""
@@ -100,7 +100,7 @@ def ranks_in_order(
         for member, engine in enumerate(engines)
         for position in range(ranks_per_engine)
     }
-    return {place: rank for place, rank in placed.items() if rank < world}
+    return {place: rank for place, rank in placed.items() if rank < world_size}
 
 
 def largest_fraction(transport: str) -> float:
@@ -135,7 +135,7 @@ def plan_sets(
         for share in _shares(held, count_bytes, position, num_engines, largest)
     ]
     shares.sort(key=lambda s: (-s.num_bytes, s.member, s.position, s.replicas.start, s.num_engines))
-    loads = list(sent) or [0.0] * planner.grid.world
+    loads = list(sent) or [0.0] * planner.grid.world_size
     chosen: dict[EngineRank, dict[int, list[TensorRegion]]] = defaultdict(dict)
     for share in shares:
         for index, engines in enumerate(sets):
@@ -163,22 +163,22 @@ def plan_sets(
     ]
 
 
-def sent_bytes(plan: Plan, world: int) -> list[float]:
+def sent_bytes(plan: Plan, world_size: int) -> list[float]:
     """Return the bytes that each trainer rank sends to a set."""
-    sent = [0.0] * world
+    sent = [0.0] * world_size
     for link in chain.from_iterable(plan):
         sent[link.sender] += link.num_bytes
     return sent
 
 
-def num_links(plans: Iterable[Plan], world: int) -> list[int]:
+def num_links(plans: Iterable[Plan], world_size: int) -> list[int]:
     """Return the number of engine ranks that each trainer rank sends to, in all sets.
 
     Args:
         plans: the plans of all sets.
-        world: the trainer ranks.
+        world_size: the trainer ranks.
     """
-    links = [0] * world
+    links = [0] * world_size
     for link in (link for plan in plans for link in chain.from_iterable(plan)):
         links[link.sender] += 1
     return links

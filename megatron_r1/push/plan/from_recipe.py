@@ -96,13 +96,13 @@ def engine_layout(config: Config) -> EngineLayout:
     return EngineLayout(**config.rollout.model_dump(include=keys))
 
 
-def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
+def check_pushes(config: Config, hf: dict, world_size: int) -> None:
     """Refuse layouts over which the trainer's weights, or their FP8 blocks, cannot be divided.
 
     Args:
         config: the recipe.
         hf: the model's `config.json`.
-        num_ranks: the trainer ranks; under torchrun not `parallel.processes`.
+        world_size: the trainer ranks; under torchrun not `parallel.processes`.
 
     Raises:
         UserError: names the tensor's size, and the divisors to choose from, or the setting.
@@ -111,7 +111,7 @@ def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
     check_adapter_push(config, hf)
     layout = engine_layout(config)
     predicted = predicted_needs(config, hf, layout)
-    grid = TrainerGrid.from_recipe(config.parallel, num_ranks)
+    grid = TrainerGrid.from_recipe(config.parallel, world_size)
     _planner(config, hf, grid, layout)  # as every trainer rank does
     for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
         for _ in predicted.needed(layout.coordinate(rank)):

@@ -96,8 +96,8 @@ class NCCLReceiver(PayloadReceiver):
         try:
             streams = PushStreams(self._gpu)
             if rounds is not None:
-                rank, size = rounds.rank, rounds.size
-                communicator = Communicator(self.rendezvous, rank, size, self._check_set)
+                rank, num_ranks = rounds.rank, rounds.num_ranks
+                communicator = Communicator(self.rendezvous, rank, num_ranks, self._check_set)
                 communicator.begin()
                 communicator.wait_settled()
                 self._raise_error(communicator)

@@ -75,14 +75,18 @@ def _new_communicator_id() -> bytes:
     return bytes(made)
 
 
-def _begin_communicator(identifier: bytes, rank: int, size: int) -> ctypes.c_void_p:
+def _begin_communicator(identifier: bytes, rank: int, num_ranks: int) -> ctypes.c_void_p:
     """Begin to create this rank's communicator on the current GPU; `error_of` says when it is
     there."""
     handle = ctypes.c_void_p()
     config = NCCLConfig(ctypes.sizeof(NCCLConfig), MAGIC, CONFIG_VERSION, 0)
     given = UniqueId.from_buffer_copy(identifier)
     code = _nccl_library().ncclCommInitRankConfig(
-        ctypes.byref(handle), ctypes.c_int(size), given, ctypes.c_int(rank), ctypes.byref(config)
+        ctypes.byref(handle),
+        ctypes.c_int(num_ranks),
+        given,
+        ctypes.c_int(rank),
+        ctypes.byref(config),
     )
     _succeed("ncclCommInitRankConfig", code)
     return handle
@@ -144,7 +148,7 @@ ABORT_SECONDS = 30.0
 
 
 class Communicator:
-    """Rank `rank` of a communicator of `size` ranks, on the current GPU. First `begin`, then
+    """Rank `rank` of a communicator of `num_ranks` ranks, on the current GPU. First `begin`, then
     `wait_settled`, then `send_recv`. One thread calls all of it.
 
     Args:
@@ -155,9 +159,13 @@ class Communicator:
         error: why it was aborted, or None."""
 
     def __init__(
-        self, rendezvous: Rendezvous, rank: int, size: int, check: Callable[[], None] | None = None
+        self,
+        rendezvous: Rendezvous,
+        rank: int,
+        num_ranks: int,
+        check: Callable[[], None] | None = None,
     ):
-        self.rendezvous, self.rank, self.size = rendezvous, rank, size
+        self.rendezvous, self.rank, self.num_ranks = rendezvous, rank, num_ranks
         self._check_others = check or rendezvous.raise_failure
         self.error: Exception | None = None
         self._handle: ctypes.c_void_p | None = None
@@ -180,7 +188,7 @@ class Communicator:
 
         if self.wait(is_there):
             try:
-                self._handle = _begin_communicator(found[0], self.rank, self.size)
+                self._handle = _begin_communicator(found[0], self.rank, self.num_ranks)
             except NCCLError as error:
                 self.abort(error)
 
