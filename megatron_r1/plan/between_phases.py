@@ -128,7 +128,7 @@ def saves(job: PlannedJob) -> Quantity:
     the host, and the writing that steps until the next do not hide (`asynchronous`), or all."""
     settings, given = job.config.checkpoint, job.assumptions
     counts = RankCounts(job)
-    reference = job.scores_reference or job.keeps_reference
+    reference = job.computes_ref_logprobs or job.keeps_reference
     copied = max(
         checkpoint_bytes(
             job.config, counts.of_rank(rank), job.data_parallel_sizes, with_reference=reference

@@ -162,7 +162,7 @@ class PlannedJob:
         return self.verb in ("rl", "sample")
 
     @property
-    def scores_reference(self) -> bool:
+    def computes_ref_logprobs(self) -> bool:
         """Whether a step of `config` computes log-probabilities under the reference."""
         return self.verb == "rl" and self.config.rl.kl_beta > 0 and not self.is_critic
 

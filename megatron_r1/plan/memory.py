@@ -89,7 +89,7 @@ def _of_rank(
     reference = reference_bytes(job.config, counts)
     on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
     persistent["optimizer"] -= on_host
-    is_kept = job.scores_reference or job.keeps_reference
+    is_kept = job.computes_ref_logprobs or job.keeps_reference
     host = {"reference": reference if is_kept else 0, "optimizer": on_host}
     host |= replay_host_bytes(job, rank) | offloaded_host_bytes(job, counts)
     if job.config.checkpoint.asynchronous:
@@ -99,7 +99,7 @@ def _of_rank(
     stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
     ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
     training = {**stays, "activations": kept, "layer in work": working, **ends}
-    scored = reference if job.scores_reference else 0
+    scored = reference if job.computes_ref_logprobs else 0
     scoring = {**stays, "reference": scored, "layer in work": forward_only, **ends}
     if buffer := 0 if job.rollout_gpus else receive_buffer_bytes(job, "GPU"):
         training[RECEIVE_BUFFER] = scoring[RECEIVE_BUFFER] = buffer

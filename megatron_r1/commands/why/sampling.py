@@ -151,7 +151,7 @@ class _Gaps:
     def __init__(self, step: RecordedStep, recomputed: Recomputation) -> None:
         self.step, self.recomputed = step, recomputed
         newest = step.step - 1
-        self.sequences = [recomputed.sequences[at] for at in recomputed.scored]
+        self.sequences = [recomputed.sequences[at] for at in recomputed.with_logprobs]
         self.newest = [each.versions == newest for each in self.sequences]
         self.engines = [step.responses[each.place].response.engine for each in self.sequences]
         self.gaps = self._against(recomputed.old)

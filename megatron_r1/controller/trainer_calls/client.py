@@ -286,8 +286,8 @@ class TrainerClient:
     ) -> float:
         """Return the mean absolute difference between an engine's log-probabilities and those of
         `prepare_probe`, which had the same texts. The trainer needs no weights for it."""
-        scored = zip(texts, logprobs, strict=True)
-        samples = [Sample.pack(text[:1], text[1:], scores) for text, scores in scored]
+        pairs = zip(texts, logprobs, strict=True)
+        samples = [Sample.pack(text[:1], text[1:], values) for text, values in pairs]
         return (await self.call(ProbingOperations.compare_probe, samples=samples))["probe/mean"]
 
     async def restart(self) -> None:
