@@ -48,7 +48,7 @@ from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.from_recipe import check_pushes
 from megatron_r1.reporting.wording import counted, percent, printable, shorten_middle
 
-VLLM_SHARE = 0.92
+VLLM_FRACTION = 0.92
 """vLLM's default of --gpu-memory-utilization (config/cache.py)."""
 
 
@@ -78,7 +78,9 @@ def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
     Raises:
         UserError: the engines' share is not set."""
     rollout, teacher = config.rollout, config.teacher
-    taken = f"gpu_memory is not set, and vLLM takes {VLLM_SHARE} of GPUs that trainer ranks are on"
+    taken = (
+        f"gpu_memory is not set, and vLLM takes {VLLM_FRACTION} of GPUs that trainer ranks are on"
+    )
     if engines_share_gpus(config) and rollout.gpu_memory is None:
         raise UserError(
             f"rollout.{taken}: set {_placement(config, hf)}; megatron-r1 plan prints the largest "
@@ -316,7 +318,7 @@ def check_settings(config: Config) -> None:
     check_cpu_kernels(config.rollout, hf)
     check_arguments(config.rollout, "rollout")
     check_room(config.rollout)
-    check_pushes(config, hf, torchrun.num_ranks(config))
+    check_pushes(config, hf, torchrun.world_size(config))
     if config.push.adapter_only and config.rollout.dtype == "float32" and gpu.is_usable():
         raise UserError(
             "push.adapter_only with rollout.dtype: float32: vLLM's LoRA kernels on GPUs compute in "

@@ -37,7 +37,7 @@ from megatron_r1.sample.judge import ResponseJudge, make_judge
 from megatron_r1.sample.judged_rows import PreferencePairs, SafetyLabels
 from megatron_r1.sample.outputs import FILES, Decide, decide_all, write_outputs
 from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
-from megatron_r1.sample.sft_examples import Rendering, SftExamples, cached_rewriter
+from megatron_r1.sample.sft_examples import Rendering, SFTExamples, cached_rewriter
 
 REQUIRED = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"
@@ -246,7 +246,7 @@ async def _decide(
     else:
         cache = ResultCache(folder / "rewrites.jsonl")
         rewriter = cached_rewriter(inputs.rewrite, cache) if inputs.rewrite else None
-        decide = SftExamples(selection, inputs.rendering, rewriter, grader)
+        decide = SFTExamples(selection, inputs.rendering, rewriter, grader)
     counts = DecisionCounts()
     file = FILES.get(sample.output)
     await write_outputs(log, inputs.prompt_set, decide, folder / file if file else None, counts.add)

@@ -6,9 +6,9 @@
 order; a line that cannot be graded gets reward 0 and the reason.
 
 `megatron-r1 score --audit GRADED.jsonl` reads graded lines instead, or the logged steps of a run
-whose folder is given, and estimates how many are wrongly refused or paid, by a second method on a
-random sample of --size responses (200), per data source (docs/rewards.md). --groups questions (25)
-are judged whole, for the change of advantages.
+whose folder is given, and estimates how many are wrongly rejected or accepted, by a second method
+on a random sample of --size responses (200), per data source (docs/rewards.md). --groups questions
+(25) are judged whole, for the change of advantages.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from megatron_r1.controller.verifier_audit import (
     source_of,
 )
 from megatron_r1.data.table_files import describe_json_error
-from megatron_r1.evaluation.intervals import Share
+from megatron_r1.evaluation.intervals import FractionEstimate
 from megatron_r1.evaluation.verifier_errors import (
     AUDITED,
     AnswerContent,
@@ -248,7 +248,7 @@ def describe(result: Audit, path: str) -> list[str]:
         lines.append(f"not audited: {result.num_ungraded:,} that could not be graded")
     for kind, count in result.without_method.items():
         lines.append(f"not audited: {count:,} of {kind}, which has no second method")
-    lines += ["", f"{'data source':24} {'wrongly refused':>38} {'wrongly paid':>38}"]
+    lines += ["", f"{'data source':24} {'wrongly rejected':>38} {'wrongly accepted':>38}"]
     rates = {**result.sources, **({"all": result.overall} if len(result.sources) != 1 else {})}
     lines += [_row(name, each) for name, each in rates.items()]
     if (effect := result.effect) is not None:
@@ -263,9 +263,9 @@ def describe(result: Audit, path: str) -> list[str]:
     if result.concerned:
         lines += ["", f"verdicts that are wrong or undecided: {len(result.concerned):,}"]
     for answer, finding in result.concerned[:SHOWN]:
-        verdict = "paid" if answer.is_paid else "refused"
+        verdict = "accepted" if answer.is_accepted else "rejected"
         lines.append(
-            f"  {finding.outcome:9} {verdict:7} {answer.place}: {shorten(finding.reason, 160)}"
+            f"  {finding.outcome:9} {verdict:8} {answer.place}: {shorten(finding.reason, 160)}"
         )
     if len(result.concerned) > SHOWN:
         lines.append("  … --json FILE has all")
@@ -273,14 +273,14 @@ def describe(result: Audit, path: str) -> list[str]:
 
 
 def _row(name: str, rates: ErrorRates) -> str:
-    shares = (_shown(share) for share in (rates.wrongly_refused, rates.wrongly_paid))
-    return f"{shorten(name, 24):24} " + " ".join(f"{each:>38}" for each in shares)
+    fractions = (_shown(fraction) for fraction in (rates.wrongly_rejected, rates.wrongly_accepted))
+    return f"{shorten(name, 24):24} " + " ".join(f"{each:>38}" for each in fractions)
 
 
-def _shown(share: Share | None) -> str:
+def _shown(fraction: FractionEstimate | None) -> str:
     """Return "2.0% (0.3% to 7.1%), 1+3 of 50": wrong and undecided ones of those drawn."""
-    if share is None:
+    if fraction is None:
         return "-"
-    value = "?" if share.value is None else f"{share.value:.1%}"
-    found = f"{share.found}" + (f"+{share.undecided}?" if share.undecided else "")
-    return f"{value} ({share.low:.1%} to {share.high:.1%}), {found} of {share.sampled:,}"
+    value = "?" if fraction.value is None else f"{fraction.value:.1%}"
+    found = f"{fraction.found}" + (f"+{fraction.undecided}?" if fraction.undecided else "")
+    return f"{value} ({fraction.low:.1%} to {fraction.high:.1%}), {found} of {fraction.sampled:,}"

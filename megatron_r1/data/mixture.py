@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.sft import MixturePart
 from megatron_r1.data.renamed_rows import DataReport
-from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
+from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LoadedPart:
         report: the counts of its rows."""
 
     path: str
-    examples: list[SftExample]
+    examples: list[SFTExample]
     num_per_epoch: int
     report: DataReport = field(default_factory=DataReport)
 

@@ -45,7 +45,7 @@ RESPONSES = (
 
 
 @dataclass(frozen=True)
-class SftExample:
+class SFTExample:
     """One example of supervised training: a text to continue, or a conversation.
 
     Attributes:
@@ -68,7 +68,7 @@ def load_examples(
     columns: Mapping[str, str] | None = None,
     where: Conditions | None = None,
     report: DataReport | None = None,
-) -> list[SftExample]:
+) -> list[SFTExample]:
     """Return the examples of a file or data set (`read_renamed_rows`), one a row, in the forms
     of this module.
 
@@ -98,7 +98,7 @@ def load_examples(
     return examples
 
 
-def read_example(location: str, row: RenamedRow, report: DataReport | None = None) -> SftExample:
+def read_example(location: str, row: RenamedRow, report: DataReport | None = None) -> SFTExample:
     """Return the example of a row. Raises UserError for a row of no known form."""
     for form, read in FORMS:
         try:
@@ -110,11 +110,11 @@ def read_example(location: str, row: RenamedRow, report: DataReport | None = Non
         if example is not None:
             if report is not None:
                 report.kinds[form] = report.kinds.get(form, 0) + 1
-            return SftExample(*example, location=location)
+            return SFTExample(*example, location=location)
     prompt, response = (
         require_text(location, row, name, COLUMNS) for name in ("prompt", "response")
     )
-    return SftExample(prompt, response, location=location)
+    return SFTExample(prompt, response, location=location)
 
 
 def find_form(row: RenamedRow) -> str | None:
@@ -125,10 +125,10 @@ def find_form(row: RenamedRow) -> str | None:
         return None
 
 
-class ExampleSampler(EpochSampler[SftExample]):
+class ExampleSampler(EpochSampler[SFTExample]):
     """Draws examples; a state is refused after an example has changed."""
 
-    def key(self, item: SftExample) -> str:
+    def key(self, item: SFTExample) -> str:
         """Return what tells one example from others: its messages, or prompt and response."""
         if item.messages:
             return json.dumps([item.messages, item.learned_from, item.tools], sort_keys=True)

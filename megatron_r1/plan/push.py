@@ -213,8 +213,8 @@ def push_section(job: PlannedJob) -> Section:
         "busiest engine GPU": Quantity(busiest, "x", f"its bytes / the average of {gpus}"),
         "out of a trainer rank": in_bytes(
             out,
-            f"the busiest, {links.busiest_sender:.2f} x the average of {grid.world}; once per set "
-            f"of {counted(links.num_engines, 'engine')}, which pass it on",
+            f"the busiest, {links.busiest_sender:.2f} x the average of {grid.world_size}; once per "
+            f"set of {counted(links.num_engines, 'engine')}, which pass it on",
         ),
     }
     if not _is_one_node(job):
@@ -242,7 +242,7 @@ def _connections(
     over_nccl = TRANSPORTS[job.config.push.transport].in_rounds
     colocated = shares_gpus_over_nccl(job.config)
     of_set = 0 if colocated else links.num_engines * engines.ranks_per_engine
-    communicator = grid.world + of_set if over_nccl else 0
+    communicator = grid.world_size + of_set if over_nccl else 0
     creation, each = (
         "",
         f"a process group of two, and an engine rank has one of {links.num_engines}",
@@ -258,12 +258,12 @@ def _connections(
             f"is {each}",
         ),
         "store requests": Quantity(
-            links.requests(engines, grid.world, over_nccl=over_nccl),
+            links.requests(engines, grid.world_size, over_nccl=over_nccl),
             "",
             f"when all engines connect, to one TCPStore: {given.store_requests:,.0f} per second",
         ),
         "set-up": Quantity(
-            links.setup_seconds(engines, grid.world, num_slots, given, communicator),
+            links.setup_seconds(engines, grid.world_size, num_slots, given, communicator),
             "s",
             f"store requests, tables read and broadcast, the plan{creation}",
         ),
@@ -289,7 +289,7 @@ def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Q
     plans = set_plans(*layout, count, SET_ENGINES, drafts=drafts(job), lora=lora)
     sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
     colocated = shares_gpus_over_nccl(job.config)
-    order = planned_order(plans, sets, ranks, grid.world, colocated=colocated)
+    order = planned_order(plans, sets, ranks, grid.world_size, colocated=colocated)
     return Quantity(
         round_seconds(order, rate, job.assumptions),
         "s",

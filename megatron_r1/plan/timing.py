@@ -145,7 +145,7 @@ class StepTime:
         count = job.num_microbatches * job.minibatches
         slots = job.slots * job.minibatches
         once = self.microbatch(self.busiest, False) * count / (1 - self.bubble(count, slots))
-        return once * (2 if job.scores_reference else 1)
+        return once * (2 if job.computes_ref_logprobs else 1)
 
     def push(self) -> float:
         """Seconds of a push, by the bytes of the engine GPU that receives most."""
@@ -163,7 +163,7 @@ def time_section(times: StepTime) -> Section:
     section |= replay_time(job)
     if job.verb == "rl":
         passes = "a forward pass of the policy"
-        if job.scores_reference:
+        if job.computes_ref_logprobs:
             passes = "forward passes of policy and reference"
         section["scoring"] = Quantity(times.scoring(), "s", passes)
     if job.trains:

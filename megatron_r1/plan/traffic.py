@@ -124,7 +124,7 @@ def _pipeline(job: PlannedJob) -> AxisTraffic:
 
 def _data(job: PlannedJob, counts: Counts) -> AxisTraffic:
     value = job.parameter_bytes
-    dense, expert = job.dense_replicas, job.expert_replicas
+    dense, expert = job.data_context_parallel, job.expert_data_parallel
     moved = counts.dense * (dense - 1) / dense + counts.expert * (expert - 1) / expert
     formula = (
         f"gradients reduce-scattered in fp32, parameters gathered in {value} B: {counts.dense:,} "

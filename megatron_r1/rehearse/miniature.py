@@ -85,7 +85,7 @@ def shrink(
             GPUs."""
     on_gpu = on != "cpu"
     parallel = layout.shrink(config.parallel, max_ranks, leaves_out=on_gpu)
-    replicas = parallel.num_replicas(parallel.processes)
+    replicas = parallel.data_parallel(parallel.processes)
     small_hf = model.shrink(hf, layout.num_layers(parallel), config.push.fp8)
     changed: dict[str, Any] = {
         "run": _run(config, folder),

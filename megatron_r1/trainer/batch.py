@@ -58,7 +58,7 @@ class PackedBatch:
     advantages: Tensor
     """(T,) fp32: the response's advantage on each of its tokens, 0 elsewhere. With an algorithm's
     `token_advantages` it is what these are computed from (`Sample.advantage`), until
-    `ScoredRollout.store` puts each token's own advantage here."""
+    `RolloutBatches.store` puts each token's own advantage here."""
     rollout_logprobs: Tensor
     """(T,) fp32: the engine's, 0 outside responses."""
     labels: Tensor

@@ -73,7 +73,7 @@ class RankDescription(TypedDict):
     context_rank: int
     expert_rank: int
     data_rank: int
-    data_size: int
+    data_parallel: int
     last_stage: bool
     leads_replica: bool
     num_parameters: int

@@ -1,7 +1,7 @@
 """Advantages per token: rewards per token, discounted sums, GAE, standardization.
 
 Trainer ranks compute them once a rollout has log-probabilities. An algorithm of such advantages
-gets the batches as `ScoredRollout`, which gathers whole responses, also where ranks of context
+gets the batches as `RolloutBatches`, which gathers whole responses, also where ranks of context
 parallelism hold parts of them, and reduces over the whole rollout. What the controller sent as a
 response's advantage is then its reward, on each of its tokens.
 
@@ -200,7 +200,7 @@ class WholeResponses:
         return penalized_rewards(self.rewards, log_ratio, kl_beta, self.is_response, self.last)
 
 
-class ScoredRollout:
+class RolloutBatches:
     """A rollout's micro-batches on this rank, with log-probabilities (and values) in them.
 
     Args:
@@ -256,14 +256,14 @@ class TokenTargets(NamedTuple):
     returns: list[Tensor] | None = None
 
 
-TokenAdvantages = Callable[[ScoredRollout, TokenSettings], TokenTargets]
-"""(scored rollout, settings) → advantages per token."""
+TokenAdvantages = Callable[[RolloutBatches, TokenSettings], TokenTargets]
+"""(rollout, settings) → advantages per token."""
 
 
-def reward_to_go(scored: ScoredRollout, settings: TokenSettings) -> list[Tensor]:
+def reward_to_go(rollout: RolloutBatches, settings: TokenSettings) -> list[Tensor]:
     """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalized rewards, (T,) per micro-batch."""
     settings = TokenSettings.of(settings)
     return [
         discounted_sums(r.token_rewards(settings.kl_beta), settings.discount, r.is_response, r.last)
-        for r in scored.responses
+        for r in rollout.responses
     ]

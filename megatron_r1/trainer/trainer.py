@@ -47,7 +47,7 @@ from megatron_r1.trainer.passes import Compute, free_gradients, optimizer_step, 
 from megatron_r1.trainer.reference import Reference
 from megatron_r1.trainer.routing import RoutingPart, RoutingScatter
 from megatron_r1.trainer.shared_prompts import check_shared_prompts
-from megatron_r1.trainer.token_advantages import ScoredRollout
+from megatron_r1.trainer.token_advantages import RolloutBatches
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import ReplicaSamples, Sample
 
@@ -204,8 +204,8 @@ class Trainer:
         """Replace the advantages of all loaded samples by those that the `TokenAdvantages` at
         "module:function" computes per token; compute_logprobs() comes first."""
         if self.position.last_stage:
-            scored = ScoredRollout(self._batches(), self.groups.cp, self.groups.dp_cp)
-            scored.store(find_function(function)(scored, settings))
+            rollout = RolloutBatches(self._batches(), self.groups.cp, self.groups.dp_cp)
+            rollout.store(find_function(function)(rollout, settings))
 
     def measure_logprob_diff(self) -> dict[str, float]:
         """Return the mean and the largest absolute difference, over response tokens, of the

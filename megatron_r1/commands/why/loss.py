@@ -63,8 +63,8 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> Finding:
     logged = step.line.get("logprob_diff/mean")
     if not isinstance(logged, int | float):
         return not_checked(POLICIES, name, "metrics.jsonl has no logprob_diff/mean")
-    if len(recomputed.scored) < len(recomputed.rows):
-        return not_checked(POLICIES, name, "only a part of the responses is scored here")
+    if len(recomputed.with_logprobs) < len(recomputed.rows):
+        return not_checked(POLICIES, name, "only a part of the responses is recomputed here")
     gaps = [
         np.abs(sequence.logprobs - own)
         for sequence, own in zip(recomputed.sequences, recomputed.old, strict=True)

@@ -167,13 +167,13 @@ def _moments(step: RecordedStep, which: str, path: Path) -> Finding:
     empty, total = stored.empty_moments(path)
     if not total:
         return not_checked(WHERE[which], name, f"{path.name} has no moments")
-    share = len(empty) / total
+    fraction = len(empty) / total
     return Finding(
         WHERE[which],
         name,
-        DEPARTS if share > 0.5 else EQUAL,
+        DEPARTS if fraction > 0.5 else EQUAL,
         f"{total - len(empty):,} of {total:,} second moments of {path.name} are not all zero",
-        share,
+        fraction,
         0.5,
         "parameters without a gradient have none",
         f"{len(empty):,} of {total:,} second moments of {path.name} are zero, as {empty[0]}"

@@ -24,9 +24,9 @@ from megatron_r1.commands.why.replay import AdamRules, LossRules, Row, StepRepla
 from megatron_r1.models.sampling_mask import decoded
 
 ROUTER_BIAS = "e_score_correction_bias"
-SCORED, REPLAYED = 1e13, 2e13
+LOGPROB_FLOPS, UPDATE_FLOPS = 1e13, 2e13
 """Floating-point operations of a pass over logged tokens, and of a step's updates: minutes on two
-cores. Of more tokens a part is scored; more updates are not made."""
+cores. Of more tokens a part is computed; more updates are not made."""
 COPIES = 7
 """Copies of the parameters, fp32, that the updates need: model, gradients, moments, and others."""
 
@@ -88,10 +88,11 @@ class Recomputation:
         return self.step.config.rollout.temperature
 
     @cached_property
-    def scored(self) -> list[int]:
-        """The sequences that are scored: all, or every n-th where all would take too long."""
+    def with_logprobs(self) -> list[int]:
+        """The sequences whose log-probabilities are computed: all, or every n-th where all would
+        take too long."""
         cost = 2.0 * self.num_parameters * sum(len(row.token_ids) for row in self.rows)
-        stride = max(1, int(np.ceil(cost / SCORED)))
+        stride = max(1, int(np.ceil(cost / LOGPROB_FLOPS)))
         return list(range(0, len(self.rows), stride))
 
     @cached_property
@@ -133,19 +134,19 @@ class Recomputation:
 
     @cached_property
     def old(self) -> list[np.ndarray]:
-        """Log-probabilities under the policy before the step, of `scored`, at the run's
+        """Log-probabilities under the policy before the step, of `with_logprobs`, at the run's
         temperature."""
         return self.under(self.policy)
 
     def under(self, model: Any, temperature: float | None = None) -> list[np.ndarray]:
-        """Return the log-probabilities of the tokens of `scored` under a model."""
-        rows = [self.rows[at] for at in self.scored]
+        """Return the log-probabilities of the tokens of `with_logprobs` under a model."""
+        rows = [self.rows[at] for at in self.with_logprobs]
         (found,) = replay.logprobs(model, rows, [temperature or self.temperature])
         return [each.numpy() for each in found]
 
     def at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
         """Return those under the policy before the step, by temperature."""
-        rows = [self.rows[at] for at in self.scored]
+        rows = [self.rows[at] for at in self.with_logprobs]
         found = replay.logprobs(self.policy, rows, temperatures)
         return [[each.numpy() for each in one] for one in found]
 
@@ -171,9 +172,9 @@ class Recomputation:
         return self.under(other)
 
     def experts(self) -> dict[str, list[np.ndarray]]:
-        """Return the experts that the policy before the step chooses for the tokens of `scored`, by
-        layer: (tokens, experts per token) each."""
-        rows = [self.rows[at] for at in self.scored]
+        """Return the experts that the policy before the step chooses for the tokens of
+        `with_logprobs`, by layer: (tokens, experts per token) each."""
+        rows = [self.rows[at] for at in self.with_logprobs]
         found = replay.chosen_experts(self.policy, rows)
         return {name: [each.numpy() for each in one] for name, one in found.items()}
 
@@ -190,7 +191,7 @@ class Recomputation:
 
     @cached_property
     def _old_of_all(self) -> list[Tensor]:
-        if len(self.scored) == len(self.rows):
+        if len(self.with_logprobs) == len(self.rows):
             return [torch.from_numpy(each) for each in self.old]
         return replay.logprobs(self.policy, self.rows, [self.temperature])[0]
 
@@ -231,10 +232,10 @@ class Recomputation:
             if applies:
                 raise CannotRecompute(reason)
         cost = 8.0 * self.num_parameters * sum(len(row.token_ids) for row in self.rows)
-        if cost > REPLAYED:
+        if cost > UPDATE_FLOPS:
             raise CannotRecompute(
-                f"the updates take {cost / 1e12:,.0f} teraflops here, at most {REPLAYED / 1e12:.0f}"
-                " are spent"
+                f"the updates take {cost / 1e12:,.0f} teraflops here, at most "
+                f"{UPDATE_FLOPS / 1e12:.0f} are spent"
             )
         needed = 4 * COPIES * self.num_parameters
         free = psutil.virtual_memory().available

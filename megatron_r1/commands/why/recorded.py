@@ -220,8 +220,8 @@ class RecordedStep:
                 made += _sequences((at, index), group, graded, self.advantages[at][index])
         return made
 
-    def share_of(self, places: Sequence[Place]) -> float:
-        """Return the share that some responses have of the loss: of the sum of |advantage| times
+    def loss_fraction(self, places: Sequence[Place]) -> float:
+        """Return the fraction of the loss that some responses have: of the sum of |advantage| times
         weight, where the weight is that of `rl.loss_average`. NaN where no response has an
         advantage."""
 

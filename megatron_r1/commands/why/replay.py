@@ -25,7 +25,7 @@ from megatron_r1.commands.why.finding import CannotRecompute
 from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.stored.dcp import Box, DistributedCheckpoint
-from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.hf_writing import carry_files
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.stored.published import stacked_part
@@ -95,7 +95,7 @@ def _trainable(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def _tensors(weights: MegatronWeights | HfWeights, hf: dict) -> Iterator[tuple[str, Tensor]]:
+def _tensors(weights: MegatronWeights | HFWeights, hf: dict) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of the weights, fp32, under its published name."""
     stacked: dict[str, Tensor] = {}
     for name, (shape, _) in weights.tensors.items():

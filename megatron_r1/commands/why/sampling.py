@@ -18,8 +18,8 @@ from megatron_r1.commands.why.finding import (
     Curve,
     Finding,
     Place,
+    fraction_finding,
     not_checked,
-    share_finding,
 )
 from megatron_r1.commands.why.formulas import kl_of_difference
 from megatron_r1.commands.why.recorded import RecordedStep
@@ -102,7 +102,7 @@ def _settings(step: RecordedStep) -> Finding:
         )
     reason = "; ".join(text for text, _ in different.most_common(3))
     key = reason.partition(" ")[0]
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         name,
         f"temperature, cut, limit and stops of {logged:,} groups with the settings",
@@ -110,7 +110,7 @@ def _settings(step: RecordedStep) -> Finding:
         len(step.responses),
         reason=reason,
         remedy=keys.get(key, f"rollout.{key}" if key else ""),
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
     )
 
 
@@ -134,7 +134,7 @@ def _versions(step: RecordedStep) -> Finding:
         (version, _), *_ = seen.most_common(1)
         names = ", ".join(name for name, _ in engines.most_common(4))
         reason = f"{names} sampled with version {version}, the step trains version {newest}"
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         "version of the weights",
         f"the versions of all tokens with {oldest} to {newest}",
@@ -143,7 +143,7 @@ def _versions(step: RecordedStep) -> Finding:
         reason=reason,
         remedy="the engine that is behind: its log in logs/, push/* in metrics.jsonl "
         "(docs/push.md); or rl.staleness",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
         num_tokens=num_tokens,
     )
 
@@ -161,7 +161,7 @@ def _kept_tokens(step: RecordedStep) -> Finding:
         if not found.all():
             concerned[sequence.place] = None
             num_tokens += int((~found).sum())
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         "tokens that the engines kept",
         "every sampled token with the ids that its engine drew it from",
@@ -169,7 +169,7 @@ def _kept_tokens(step: RecordedStep) -> Finding:
         len(step.responses),
         reason=f"{num_tokens:,} tokens are not among the ids that were kept for them",
         remedy="rollout.top_k and the engine's --return-sampling-mask (docs/engines.md)",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
         num_tokens=num_tokens,
     )
 
@@ -180,7 +180,7 @@ class _Gaps:
     def __init__(self, step: RecordedStep, recomputed: Recomputation) -> None:
         self.step, self.recomputed = step, recomputed
         newest = step.step - 1
-        self.sequences = [recomputed.sequences[at] for at in recomputed.scored]
+        self.sequences = [recomputed.sequences[at] for at in recomputed.with_logprobs]
         self.newest = [each.versions == newest for each in self.sequences]
         self.engines = [step.responses[each.place].response.engine for each in self.sequences]
         self.gaps = self._against(recomputed.old)
@@ -266,7 +266,7 @@ class _Gaps:
             int(
                 sum((np.abs(gap) > self.tolerance).sum() for gap in self.gaps)  # NaN is not above
             ),
-            self.step.share_of(list(places)),
+            self.step.loss_fraction(list(places)),
             remedy,
         )
 

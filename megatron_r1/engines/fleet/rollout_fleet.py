@@ -222,19 +222,21 @@ class RolloutFleet:
         self.lengths.add(kind, num_prompt_tokens, _lengths(responses))
         return responses
 
-    async def score(self, token_ids: Sequence[int], first: int, *, order: int = 0) -> array[float]:
+    async def compute_logprobs(
+        self, token_ids: Sequence[int], first: int, *, order: int = 0
+    ) -> array[float]:
         """Return the log-probabilities of token_ids[first:] at temperature 1, float32, from one
         engine; if that engine dies or fails, from another. Raises as `generate`.
 
         Args:
             token_ids: the tokens of prompt and response.
-            first: the index of the first token to score.
+            first: the index of the first of those tokens.
             order: calls with a smaller number are sent first.
         """
         return await self.retries.run(
             Work(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),
-            lambda client: client.score(token_ids, first),
-            lambda scores: [len(scores)],
+            lambda client: client.compute_logprobs(token_ids, first),
+            lambda logprobs: [len(logprobs)],
         )
 
     @contextlib.contextmanager

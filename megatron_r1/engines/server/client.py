@@ -13,8 +13,8 @@ import msgspec
 
 from megatron_r1.engines.server.replies import (
     MEDIA_TYPE,
+    parse_prompt_logprobs,
     parse_responses,
-    parse_scores,
     read_responses,
 )
 from megatron_r1.engines.server.responses import (
@@ -160,14 +160,14 @@ class EngineClient:
             raise EngineFault(f"{self.url}: asked for {n} responses, got {len(responses)}")
         return [replace(response, engine=self.name) for response in responses]
 
-    async def score(self, token_ids: Sequence[int], first: int) -> array[float]:
+    async def compute_logprobs(self, token_ids: Sequence[int], first: int) -> array[float]:
         """Return the log-probability, float32, of each of token_ids[first:] after all tokens before
         it, at temperature 1.
 
         Args:
             token_ids: the tokens, at most one less than the engine's max_model_len: vLLM always
                 samples one more, which is dropped.
-            first: the index of the first token to score, at least 1.
+            first: the index of the first of those tokens, at least 1.
 
         Raises:
             EngineFault: the reply is not one finite number for each of these tokens."""
@@ -180,7 +180,7 @@ class EngineClient:
         call = {"token_ids": list(token_ids), "sampling_params": sampling}
         body = await self.request("POST", GENERATE, call)
         try:
-            return parse_scores(body, token_ids, first)
+            return parse_prompt_logprobs(body, token_ids, first)
         except ValueError as error:
             raise self._unusable(body, error) from error
 

@@ -76,15 +76,15 @@ class GenerateReply(msgspec.Struct):
     choices: list[GenerateChoice]
 
 
-class ScoreReply(msgspec.Struct):
-    """The body of a reply to a request that scores its prompt."""
+class PromptLogprobsReply(msgspec.Struct):
+    """The body of a reply to a request for the log-probabilities of its prompt."""
 
     prompt_logprobs: list[dict[str, TokenLogprob] | None]
     """The log-probability of each prompt token, by the token's id; None for the first token."""
 
 
 _decode_generate = msgspec.json.Decoder(GenerateReply).decode
-_decode_score = msgspec.json.Decoder(ScoreReply).decode
+_decode_prompt_logprobs = msgspec.json.Decoder(PromptLogprobsReply).decode
 
 
 def parse_responses(
@@ -113,20 +113,20 @@ def parse_responses(
     ]
 
 
-def parse_scores(body: bytes, token_ids: Sequence[int], first: int) -> array[float]:
+def parse_prompt_logprobs(body: bytes, token_ids: Sequence[int], first: int) -> array[float]:
     """Return the log-probabilities of token_ids[first:], float32, from vLLM's reply. Raises
-    ValueError if it is malformed, scores other tokens, or has a value that is not finite."""
-    entries = _decode_score(body).prompt_logprobs
+    ValueError if it is malformed, has other tokens, or has a value that is not finite."""
+    entries = _decode_prompt_logprobs(body).prompt_logprobs
     if len(entries) != len(token_ids):
-        raise ValueError(f"{len(token_ids)} tokens but scores of {len(entries)}")
-    scores = array("f")
+        raise ValueError(f"{len(token_ids)} tokens but log-probabilities of {len(entries)}")
+    logprobs = array("f")
     for entry, token in zip(entries[first:], token_ids[first:], strict=True):
-        scored = (entry or {}).get(str(token))
-        if scored is None:
-            raise ValueError(f"token {token} has no score")
-        scores.append(scored.logprob)
-    _check_logprobs(token_ids[first:], scores)
-    return scores
+        found = (entry or {}).get(str(token))
+        if found is None:
+            raise ValueError(f"token {token} has no log-probability")
+        logprobs.append(found.logprob)
+    _check_logprobs(token_ids[first:], logprobs)
+    return logprobs
 
 
 def _response(

@@ -269,7 +269,7 @@ def missed_hashes(planted):
     ]
 
 
-def paid_for_nothing(planted):
+def accepted_though_wrong(planted):
     terms = {"accuracy": 1.0, "format": 1.0}
     planted.change(lambda graded: replace(graded, rewards=terms, reward=1.1), group=1)
 
@@ -291,7 +291,7 @@ PLANTS = {
     stale: ("version of the weights", "engine-0 sampled with version 0", "rl.staleness"),
     punished: ("sum of the terms", "4 truncated answers are punished", "rewards.weights"),
     missed_hashes: ("math-verify's verdict", "behind ####", "rewards.answer: auto"),
-    paid_for_nothing: ("math-verify's verdict", "2 are paid", "rewards.answer"),
+    accepted_though_wrong: ("math-verify's verdict", "2 are accepted", "rewards.answer"),
     other_metrics: ("metrics of the rollout", "accuracy is 0.900", "metrics.jsonl"),
 }
 
@@ -311,7 +311,7 @@ def test_the_responses_concerned_and_their_share_of_the_loss_are_counted(planted
     finding = named(planted.read())
     assert finding.places == [(1, 0), (1, 1), (1, 2), (1, 3)]
     # Both groups have the same rewards, so each has half of the advantages.
-    assert finding.share == pytest.approx(0.5)
+    assert finding.loss_fraction == pytest.approx(0.5)
     assert finding.num_tokens == sum(len(g.response.token_ids) for g in planted.groups[1].responses)
 
 

@@ -11,7 +11,7 @@ from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.packed import packed_batch
-from megatron_r1.trainer.token_advantages import ScoredRollout
+from megatron_r1.trainer.token_advantages import RolloutBatches
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -126,8 +126,8 @@ def ours(problem, name, settings, form=lambda settings: settings):
     if first_old:
         every = [batch for step in steps for batch, _ in step]
         function = find_function(algorithm.token_advantages)
-        scored = ScoredRollout(every)
-        scored.store(function(scored, form(config.rl.token_settings)))
+        rollout = RolloutBatches(every)
+        rollout.store(function(rollout, form(config.rl.token_settings)))
     settings = form(config.rl.loss_settings(LIMIT))
     for step in steps:
         terms = []

@@ -72,7 +72,7 @@ class Client:
     async def resume(self):
         self.done.append("resume")
 
-    async def score(self, token_ids, first):
+    async def compute_logprobs(self, token_ids, first):
         self.done.append("score")
         return array("f", [-1.0] * (len(token_ids) - first))
 

@@ -36,8 +36,8 @@ class Trainer:
 
     def __init__(self, tensors):
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        shared, self.senders = Shared(GRID.world), []
-        for rank in range(GRID.world):
+        shared, self.senders = Shared(GRID.world_size), []
+        for rank in range(GRID.world_size):
             held = held_by(DEEPSEEK, GRID, rank, tensors)
             client = TCPStore("127.0.0.1", self.store.port, is_master=False)
             sender = WeightSender(DEEPSEEK, GRID, held, client, shared.of(rank), rank=rank)
