@@ -105,6 +105,8 @@ async def _sample(
         rollout.max_response_tokens,
         reward_weights=weights,
         stop=tuple(rollout.stop),
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
     )
     try:
         with naming_renamed_columns(config.data.columns):

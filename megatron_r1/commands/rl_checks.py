@@ -342,19 +342,39 @@ def check_settings(config: Config) -> None:
 
 
 def check_sampling(config: Config) -> None:
-    """Raise UserError for samples of a part of the vocabulary: the engine's log-probabilities are
-    normalized over the tokens that the cut leaves, the trainer's over all."""
-    for step, phase in config.phases():
-        if phase.rollout.top_p < 1:
-            when = f"rl.schedule, from_step {step}: " if step > 1 else ""
+    """Raise UserError for samples of a part of the vocabulary that the trainer cannot follow: its
+    softmax is over the tokens that the engine kept, whose ids come with each sampled one."""
+    first, *_ = phases = config.phases()
+    for step, phase in phases:
+        rollout, when = phase.rollout, f"rl.schedule, from_step {step}: " if step > 1 else ""
+        cut = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
+        key, shown = f"rollout.{cut}", f"{when}rollout.{cut}: {getattr(rollout, cut)}"
+        if rollout.is_cut != first[1].rollout.is_cut:
             raise UserError(
-                f"{when}rollout.top_p: {phase.rollout.top_p:g} draws from a part of the "
-                "vocabulary, and the trainer's log-probabilities are over all of it: each ratio "
-                "would be wrong by the share that is cut off, up to "
-                f"{-math.log(phase.rollout.top_p):.2g} in logprob_diff/mean. Set 1; "
-                "rollout.temperature below 1 sharpens samples, and the trainer divides by it too. "
+                f"{shown}: a batch may hold samples of both settings, and the trainer needs the "
+                "kept tokens of all of them or of none: cut from the first step on, with "
+                "rollout.top_k: the size of the vocabulary where nothing is to be left out",
+                key=key,
+                cause=Cause.CONFLICT,
+            )
+        if not rollout.is_cut:
+            continue
+        if rollout.top_k is None:
+            off = f" (by up to {-math.log(rollout.top_p):.2g} in logprob_diff/mean)"
+            raise UserError(
+                f"{shown} draws from a part of the vocabulary. Log-probabilities over all of it "
+                f"are not those of the samples{off if rollout.top_p < 1 else ''}, so the trainer "
+                "needs the tokens that the engine kept: set rollout.top_k, which bounds their "
+                "number (4 bytes each); rollout.temperature below 1 sharpens samples without them. "
                 "Evaluations have eval.top_p",
-                key="rollout.top_p",
+                key=key,
+                cause=Cause.MISSING,
+            )
+        if rollout.min_p and rollout.speculative.method != "none":
+            raise UserError(
+                f"{shown}: vLLM verifies drafts without min_p; use rollout.top_p, or leave out "
+                "rollout.speculative",
+                key="rollout.min_p",
                 cause=Cause.CONFLICT,
             )
 

@@ -171,9 +171,7 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
                 pool, weights_at(rewards.weights, step=1), rewards.call_options
             )
         rollout, server = config.rollout, config.sample.server
-        decoding = SamplingSettings.of(
-            rollout, rollout.temperature, rollout.top_p, rollout.max_response_tokens
-        )
+        decoding = SamplingSettings.of_rollout(rollout)
         key = "sample.server"
         policy = await make_policy(config, folder.path, server, key, decoding, inputs.shots)
         stack.push_async_callback(policy.close)
@@ -203,6 +201,8 @@ def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -
         "run.seed": config.run.seed,
         "rollout.temperature": rollout.temperature,
         "rollout.top_p": rollout.top_p,
+        **({"rollout.top_k": rollout.top_k} if rollout.top_k else {}),
+        **({"rollout.min_p": rollout.min_p} if rollout.min_p else {}),
         "rollout.max_response_tokens": rollout.max_response_tokens,
         "sample.shots": shots.identity if shots else None,
         **policy.identity,

@@ -42,8 +42,13 @@ class RolloutConfig(EngineConfig):
     temperature: float = Field(1.0, gt=0)
     """of sampling, and of the trainer's softmax"""
     top_p: float = Field(1.0, gt=0, le=1)
-    """sample from this share of the probability; rl refuses less than 1, which the trainer's
-    softmax does not follow"""
+    """sample from this share of the probability; below 1, rl needs top_k too, and its trainer's
+    softmax is over the same tokens"""
+    top_k: int | None = Field(None, ge=1)
+    """sample from so many of the likeliest tokens; default: from all. rl gets the ids that a cut
+    keeps with each token, 4 bytes each (docs/engines.md)"""
+    min_p: float = Field(0.0, ge=0, lt=1)
+    """leave out tokens less likely than this share of the likeliest one's probability"""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """strings that end a response, besides the model's end tokens: ["</answer>"]. The token that
     completes one is the last, and is trained on"""
@@ -65,6 +70,11 @@ class RolloutConfig(EngineConfig):
     """speculative decoding; by default none"""
     plain_matrices: bool = False
     """keep matrices unpacked on a CPU: faster pushes, slower generation"""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether samples are drawn from a part of the vocabulary."""
+        return self.top_p < 1 or self.top_k is not None or self.min_p > 0
 
     @property
     def drafts_by_mtp(self) -> bool:

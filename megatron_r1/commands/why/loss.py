@@ -4,7 +4,7 @@ depart, the updates once more with one thing exchanged at a time, until one expl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -196,18 +196,20 @@ def _scale(step: RecordedStep) -> float:
     return max(1e-6, sum(known) / max(1, len(known)))
 
 
-def _limit(step: RecordedStep, name: str, value: float) -> float:
-    """Return the largest distance of a metric from its recomputed value."""
-    dtype = step.run_config.model.dtype
-    if name == "loss":
-        return LOSS_ROUNDING[dtype] * _scale(step)
-    relative = RELATIVE[dtype].get(name, OTHERS[dtype]) * abs(value)
+def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float:
+    """Return the largest distance of a metric from its recomputed value, one of `metrics`."""
+    dtype, rl = step.run_config.model.dtype, step.config.rl
+    if name == "loss":  # of advantages that are all 0, KL and entropy alone
+        others = {"kl": abs(rl.kl_beta), "entropy": abs(rl.entropy_coef)}
+        rounding = sum(weight * _limit(step, each, metrics) for each, weight in others.items())
+        return max(LOSS_ROUNDING[dtype] * _scale(step), rounding)
+    relative = RELATIVE[dtype].get(name, OTHERS[dtype]) * abs(metrics[name])
     return max(relative, ABSOLUTE[dtype].get(name, 0.0))
 
 
 def _metric(step: RecordedStep, name: str, made: Replayed) -> Finding:
     own, logged = made.metrics[name], step.line[name]
-    limit = _limit(step, name, own)
+    limit = _limit(step, name, made.metrics)
     distance = math.inf if logged is None else abs(float(logged) - own)
     return Finding(
         LOSS,
@@ -230,7 +232,7 @@ def _shown(value: object) -> str:
 def explains(step: RecordedStep, made: Replayed) -> bool:
     """Return whether updates have the recorded metrics, and the checkpoint after the step."""
     gaps = (
-        abs(float(step.line[name]) - value) <= _limit(step, name, value)
+        abs(float(step.line[name]) - value) <= _limit(step, name, made.metrics)
         for name, value in made.metrics.items()
         if isinstance(step.line.get(name), int | float)
     )

@@ -21,6 +21,7 @@ from megatron_r1.commands.why import formulas, replay
 from megatron_r1.commands.why.finding import CannotRecompute
 from megatron_r1.commands.why.recorded import RecordedStep, TokenSequence, weights_after
 from megatron_r1.commands.why.replay import AdamRules, LossRules, Row, StepReplay, Update
+from megatron_r1.models.sampling_mask import decoded
 
 ROUTER_BIAS = "e_score_correction_bias"
 LOGPROB_FLOPS, UPDATE_FLOPS = 1e13, 2e13
@@ -77,7 +78,8 @@ class Recomputation:
     def __init__(self, step: RecordedStep) -> None:
         self.step = step
         self.sequences = step.sequences
-        self.rows = [_row(sequence) for sequence in self.sequences]
+        is_cut = step.config.rollout.is_cut
+        self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
         self._known: dict[Path, list[np.ndarray]] = {}
 
     @property
@@ -383,7 +385,10 @@ def _means(updates: Sequence[Update]) -> tuple[dict[str, float], dict[str, float
     return metrics, terms
 
 
-def _row(sequence: TokenSequence) -> Row:
+def _row(sequence: TokenSequence, is_cut: bool) -> Row:
+    kept = sequence.kept
+    if kept is None and is_cut:  # no ids for any token, which `replay` refuses
+        kept = decoded(b"", int(sequence.is_sampled.sum()))
     return Row(
         torch.from_numpy(sequence.token_ids.astype(np.int64)),
         torch.from_numpy(sequence.is_sampled.copy()),
@@ -391,4 +396,5 @@ def _row(sequence: TokenSequence) -> Row:
         sequence.place[0] * 1_000_000 + sequence.place[1],
         sequence.advantage,
         sequence.num_sampled,
+        kept and (torch.tensor(kept.counts), torch.from_numpy(kept.ids.astype(np.int64))),
     )

@@ -21,6 +21,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_r1.commands.why.finding import CannotRecompute
 from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.stored.dcp import Box, DistributedCheckpoint
@@ -128,7 +129,9 @@ class Row:
         logprobs: float32, (sampled tokens,): the engine's.
         response: the number of the response in the step.
         advantage: each token's; NaN: it is not trained on.
-        num_sampled: the sampled tokens of the response with all its branches."""
+        num_sampled: the sampled tokens of the response with all its branches.
+        kept: (sampled tokens,) numbers of ids that the engine drew each token from, and these ids,
+            one token's after the other's, int64; None: it drew from the whole vocabulary."""
 
     token_ids: Tensor
     is_sampled: Tensor
@@ -136,6 +139,7 @@ class Row:
     response: int
     advantage: float
     num_sampled: int
+    kept: tuple[Tensor, Tensor] | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -169,8 +173,22 @@ def _logits(model: Any, rows: Sequence[Row]) -> list[Tensor]:
 
 
 def _of_tokens(logits: Tensor, row: Row, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return log-probability and entropy of each sampled token, float64."""
-    logprobs = torch.log_softmax(logits.double() / temperature, dim=-1)
+    """Return log-probability and entropy of each sampled token, float64: over the ids that the
+    engine kept, where it kept a part.
+
+    Raises:
+        CannotRecompute: a sampled token is not among the ids that were kept for it."""
+    logits = logits.double() / temperature
+    if row.kept is None:
+        logprobs = torch.log_softmax(logits, dim=-1)
+    else:
+        counts, ids = row.kept
+        is_cut = torch.ones(logits.shape, dtype=torch.bool)
+        is_cut[torch.arange(len(counts)).repeat_interleave(counts), ids] = False
+        logprobs = torch.log_softmax(logits.masked_fill(is_cut, -math.inf), dim=-1)
+        if bool(is_cut.gather(1, row.token_ids[row.is_sampled][:, None]).any()):
+            raise CannotRecompute("a sampled token is not among those that its engine kept")
+        logprobs = logprobs.masked_fill(is_cut, 0)  # entropy counts 0 log 0 as 0
     own = logprobs.gather(1, row.token_ids[row.is_sampled][:, None])[:, 0]
     return own, -(logprobs.exp() * logprobs).sum(-1)
 

@@ -43,7 +43,8 @@ BINS = 40
 
 def check_settings(step: RecordedStep) -> list[Finding]:
     """Return the findings of what was logged of the sampling."""
-    return [_settings(step), _versions(step)]
+    kept = [_kept_tokens(step)] if step.config.rollout.is_cut else []
+    return [_settings(step), _versions(step), *kept]
 
 
 def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
@@ -67,6 +68,8 @@ def _settings(step: RecordedStep) -> Finding:
     wanted = {
         "temperature": rollout.temperature,
         "top_p": rollout.top_p,
+        "top_k": rollout.top_k,
+        "min_p": rollout.min_p,
         "max_tokens": rollout.max_response_tokens,
         "stop_token_ids": tuple(step.text.stop_token_ids),
         "stop": tuple(rollout.stop),
@@ -102,7 +105,7 @@ def _settings(step: RecordedStep) -> Finding:
     return fraction_finding(
         FAMILY,
         name,
-        f"temperature, top_p, limit and stops of {logged:,} groups with the settings",
+        f"temperature, cut, limit and stops of {logged:,} groups with the settings",
         concerned,
         len(step.responses),
         reason=reason,
@@ -140,6 +143,32 @@ def _versions(step: RecordedStep) -> Finding:
         reason=reason,
         remedy="the engine that is behind: its log in logs/, push/* in metrics.jsonl "
         "(docs/push.md); or rl.staleness",
+        loss_fraction=step.loss_fraction,
+        num_tokens=num_tokens,
+    )
+
+
+def _kept_tokens(step: RecordedStep) -> Finding:
+    """Check that every token is among those that its engine kept of the vocabulary."""
+    concerned: dict[Place, None] = {}
+    num_tokens = 0
+    for sequence in step.sequences:
+        sampled = sequence.token_ids[sequence.is_sampled]
+        found = np.zeros(len(sampled), bool)
+        if sequence.kept is not None:
+            owner = np.repeat(np.arange(len(sampled)), sequence.kept.counts)
+            found[owner[sequence.kept.ids == sampled[owner]]] = True
+        if not found.all():
+            concerned[sequence.place] = None
+            num_tokens += int((~found).sum())
+    return fraction_finding(
+        FAMILY,
+        "tokens that the engines kept",
+        "every sampled token with the ids that its engine drew it from",
+        list(concerned),
+        len(step.responses),
+        reason=f"{num_tokens:,} tokens are not among the ids that were kept for them",
+        remedy="rollout.top_k and the engine's --return-sampling-mask (docs/engines.md)",
         loss_fraction=step.loss_fraction,
         num_tokens=num_tokens,
     )
@@ -333,6 +362,8 @@ class _Gaps:
 
     def _renormalised(self, distance: float) -> tuple[str, str] | None:
         """Look for log-probabilities over a part of the vocabulary: none is below the whole's."""
+        if self.step.config.rollout.is_cut:  # both are over the kept tokens already
+            return None
         whole = np.concatenate(self.gaps)
         large = whole[np.abs(whole) > max(self.tolerance / 4, 1e-5)]
         if len(large) < FEW_TOKENS or (large > 0).mean() < ONE_SIDED:
@@ -342,8 +373,8 @@ class _Gaps:
             f"{percent(float((large > 0).mean()))} of the tokens that differ are more likely to "
             f"the engine, by up to 1/{kept:.3g}: it sampled from a part of the vocabulary and "
             "renormalised (top-p, top-k or min-p), the trainer does not",
-            "rollout.top_p: 1, and no top_k or min_p in rollout.vllm or the model's "
-            "generation_config.json",
+            "the cut of rollout.vllm or the model's generation_config.json: set it as "
+            "rollout.top_p, top_k or min_p, or leave it out",
         )
 
     def _expert(self, distance: float) -> tuple[str, str] | None:

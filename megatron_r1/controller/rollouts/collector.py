@@ -251,6 +251,8 @@ class RolloutCollector:
             sampling.max_response_tokens,
             tuple(self.text.stop_token_ids),
             sampling.stop,
+            sampling.top_k,
+            sampling.min_p,
         )
 
     async def _generate(
@@ -266,6 +268,9 @@ class RolloutCollector:
             max_tokens=sampling.max_response_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            sampling_mask=sampling.sampling_mask,
             stop_token_ids=self.text.stop_token_ids,
             routing=sampling.routing,
             kind=prompt.kind,

@@ -51,13 +51,16 @@ class Branch:
         is_sampled: one byte a token, 1 where the token was sampled and is trained in this branch.
         logprobs: the engine's log-probabilities, float32; 0 where is_sampled is 0.
         policy_versions: the version that sampled each token; -1 where is_sampled is 0.
-        routing: the routed experts of all tokens but the last, or empty."""
+        routing: the routed experts of all tokens but the last, or empty.
+        sampling_mask: the tokens that the sampler kept where is_sampled is 1, or empty
+            (`models.sampling_mask`)."""
 
     token_ids: array[int]
     is_sampled: bytes
     logprobs: array[float]
     policy_versions: array[int]
     routing: bytes = b""
+    sampling_mask: bytes = b""
 
     @property
     def num_sampled(self) -> int:

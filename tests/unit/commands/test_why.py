@@ -6,6 +6,7 @@ import statistics
 from array import array
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chat_tokenizer import chat_tokenizer
@@ -15,8 +16,9 @@ from small_qwen2 import MODEL
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands import score_audit
-from megatron_r1.commands.why import files, formulas, optimizer, rewards, sampling
+from megatron_r1.commands.why import files, formulas, loss, optimizer, rewards, sampling
 from megatron_r1.commands.why.finding import Finding
+from megatron_r1.commands.why.recompute import Replayed
 from megatron_r1.commands.why.recorded import (
     RecordedStep,
     choose,
@@ -31,6 +33,7 @@ from megatron_r1.controller.rollouts.sample_log import SamplingRecord, encode, p
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.server.responses import Response
+from megatron_r1.models.sampling_mask import from_lists
 from megatron_r1.reporting.run_folder import RunFolder
 
 STEP = 2
@@ -157,6 +160,13 @@ def test_nothing_departs_in_a_run_without_a_fault(planted):
     assert [each.name for each in found if each.status == "not checked"] == []
 
 
+def test_nothing_departs_in_a_run_with_a_cut(planted):
+    cut(planted, lambda token: [token, token + 1])
+    found = checks(planted.read())
+    assert [str(each) for each in found if each.departs] == []
+    assert "tokens that the engines kept" in [each.name for each in found]
+
+
 def doubled_start(planted):
     planted.groups[0].prompt_ids.insert(0, planted.groups[0].prompt_ids[0])
 
@@ -213,6 +223,28 @@ def top_p(planted):
     planted.sampling = replace_record(planted.sampling, top_p=0.9)
 
 
+def other_top_k(planted):
+    planted.sampling = replace_record(planted.sampling, top_k=40, min_p=0.1)
+
+
+def cut(planted, kept):
+    """Have the run draw from a part of the vocabulary, and every token keep `kept(token)`."""
+    planted.settings["rollout"] |= {"top_p": 0.9, "top_k": 8}
+    planted.sampling = replace_record(planted.sampling, top_p=0.9, top_k=8)
+
+    def with_mask(graded):
+        mask = from_lists([kept(token) for token in graded.response.token_ids])
+        return replace(graded, response=replace(graded.response, sampling_mask=mask))
+
+    planted.change(with_mask)
+
+
+def without_the_token(planted):
+    cut(planted, lambda token: [token, token + 1])
+    with_one_less = replace(planted.groups[1].responses[2].response, sampling_mask=b"")
+    planted.groups[1].responses[2] = replace(planted.groups[1].responses[2], response=with_one_less)
+
+
 def stale(planted):
     def older(graded):
         versions = array("i", [STEP - 2] * len(graded.response.token_ids))
@@ -254,6 +286,8 @@ PLANTS = {
     other_text: ("text that was graded", "…", "tokenizer"),
     other_temperature: ("settings of the engines", "temperature 0.6", "rollout.temperature"),
     top_p: ("settings of the engines", "top_p 0.9", "rollout.top_p"),
+    other_top_k: ("settings of the engines", "top_k 40", "rollout.top_k"),
+    without_the_token: ("tokens that the engines kept", "kept", "rollout.top_k"),
     stale: ("version of the weights", "engine-0 sampled with version 0", "rl.staleness"),
     punished: ("sum of the terms", "4 truncated answers are punished", "rewards.weights"),
     missed_hashes: ("math-verify's verdict", "behind ####", "rewards.answer: auto"),
@@ -323,6 +357,18 @@ def test_a_run_whose_groups_have_one_reward_is_suspected_to_be_too_hard(planted)
     report = examine(planted.read())
     assert report.first is None
     assert any("too hard: 100.0% of the groups" in each for each in report.suspicions)
+
+
+@pytest.mark.parametrize(("logged", "departs"), [(5.75129e-4, False), (5.765e-4, True)])
+def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
+    """Of groups with one reward the loss is rl.kl_beta x kl, and no advantage sets its size."""
+    planted.change(lambda graded: planted.response("<think></think><answer>-1</answer>", 1))
+    planted.settings["rl"]["kl_beta"] = 0.01
+    planted.line |= {"loss": logged, "kl": 0.0575}
+    made = Replayed({"loss": 5.75139e-4, "kl": 0.0575139, "entropy": 2.0}, {}, None, [])
+    recomputed = SimpleNamespace(base=made, run=lambda exchange: made)
+    of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
+    assert of_loss.departs is departs and not of_kl.departs
 
 
 def test_the_command_fails_where_something_departs(planted, capsys):
