@@ -82,7 +82,7 @@ def _starts(step: RecordedStep) -> Finding:
 
 def _system(step: RecordedStep) -> Finding:
     """Check that the text of a system's message is in the prompt."""
-    name = "message of the system"
+    name = "system message"
     concerned: list[Place] = []
     total, lost = 0, ""
     for at, group in enumerate(step.groups):

@@ -135,7 +135,7 @@ class Report:
         return next((each for each in self.findings if each.departs), None)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of why.json."""
+        """Return the content of the file that --json names."""
         first = self.first
         return {
             "step": self.step,

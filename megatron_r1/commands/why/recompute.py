@@ -1,6 +1,6 @@
 """What transformers computes of a step, once and when it is asked for: log-probabilities under the
 policy before the step, the one before that, and the reference; and the step's updates, as the
-settings say or with one thing exchanged."""
+settings say or with one thing substituted."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from megatron_r1.commands.why import formulas, replay
 from megatron_r1.commands.why.finding import CannotRecompute
 from megatron_r1.commands.why.recorded import RecordedStep, TokenSequence, weights_after
 from megatron_r1.commands.why.replay import AdamRules, LossRules, Row, StepReplay, Update
+from megatron_r1.commands.why.substitutions import Substitution
 from megatron_r1.models.sampling_mask import decoded
 
 ROUTER_BIAS = "e_score_correction_bias"
@@ -29,29 +30,6 @@ LOGPROB_FLOPS, UPDATE_FLOPS = 1e13, 2e13
 cores. Of more tokens a part is computed; more updates are not made."""
 COPIES = 7
 """Copies of the parameters, fp32, that the updates need: model, gradients, moments, and others."""
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One thing exchanged in the updates of a step.
-
-    Attributes:
-        name: what is exchanged, in words.
-        remedy: the setting or file to change where it explains a departure.
-        loss: fields of `LossRules` with other values.
-        adam: fields of `AdamRules`, likewise.
-        advantages: by response, in place of the step's; None: the step's.
-        reference: "" for the checkpoint's, else "policy" (the policy before the step) or "begin"
-            (the model that the run began with).
-        without_moments: begin with moments of zero."""
-
-    name: str
-    remedy: str = ""
-    loss: tuple[tuple[str, Any], ...] = ()
-    adam: tuple[tuple[str, Any], ...] = ()
-    advantages: Sequence[Sequence[float]] | None = None
-    reference: str = ""
-    without_moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,7 +199,7 @@ class Recomputation:
         reasons = (
             (
                 algorithm not in formulas.ALGORITHMS,
-                f"rl.algorithm: {algorithm} has advantages per token, which are not recomputed",
+                f"rl.algorithm: {algorithm} is none of {', '.join(sorted(formulas.ALGORITHMS))}",
             ),
             (config.rl.routing_replay, "rl.routing_replay: experts are the engine's"),
             (config.model.mtp == "train", "model.mtp: train adds a loss of its own"),
@@ -295,40 +273,40 @@ class Recomputation:
             settings.clip_grad,
         )
 
-    def run(self, exchange: Exchange | None = None) -> Replayed:
-        """Make the step's updates, with one thing exchanged.
+    def run(self, substitution: Substitution | None = None) -> Replayed:
+        """Make the step's updates, with one thing substituted.
 
         Raises:
             CannotRecompute: as `check_updates`."""
         self.check_updates()
-        exchange = exchange or Exchange("")
+        substitution = substitution or Substitution("")
         rows = self.rows
-        if exchange.advantages is not None:
+        if substitution.advantages is not None:
             rows = [
-                replace(row, advantage=exchange.advantages[place.place[0]][place.place[1]])
+                replace(row, advantage=substitution.advantages[place.place[0]][place.place[1]])
                 for row, place in zip(rows, self.sequences, strict=True)
             ]
         reference = self.reference
-        if exchange.reference == "policy":
+        if substitution.reference == "policy":
             reference = self._old_of_all
-        elif exchange.reference == "begin":
+        elif substitution.reference == "begin":
             begin = weights_after(self.step.folder, self.step.run_config, 0)
-            assert begin is not None, "the exchange is offered where the model is there"
+            assert begin is not None, "the substitution is offered where the model is there"
             reference = replay.logprobs(self.model(begin), rows, [self.temperature])[0]
-        loss = replace(self.loss_rules(), **dict(exchange.loss))
+        loss = replace(self.loss_rules(), **dict(substitution.loss))
         old = self._old_of_all
         if loss.temperature != self.temperature:
             old = replay.logprobs(self.policy, rows, [loss.temperature])[0]
         model = copy.deepcopy(self._trained)
         made = StepReplay(
             model,
-            None if exchange.without_moments else self._moments,
-            0 if exchange.without_moments else self.num_updates,
+            None if substitution.without_moments else self._moments,
+            0 if substitution.without_moments else self.num_updates,
             rows,
             old,
             reference,
         )
-        adam = replace(self.adam_rules(), **dict(exchange.adam))
+        adam = replace(self.adam_rules(), **dict(substitution.adam))
         updates = made.run(self.minibatches(), loss, adam)
         metrics, terms = _means(updates)
         change, by_parameter = self._compare(model)

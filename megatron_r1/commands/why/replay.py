@@ -1,10 +1,10 @@
 """A step in transformers: log-probabilities of logged tokens under the weights of a checkpoint, and
 the step's updates once more, by autograd over fp64 formulas and an AdamW of its own.
 
-None of it is the trainer's code: the model is transformers' class in fp32 on the tensors of the
-checkpoint, the loss is written out here from the papers, and the optimizer is its formula
-(Loshchilov and Hutter, arXiv 1711.05101, with Adam's bias correction). Everything is on the CPU, a
-few responses at a time, padded on the right, which a causal model does not see."""
+Nothing of it runs in the trainer but the reading of tensors by the table of weights: the model is
+transformers' class in fp32, the loss is written out here from the papers, and the optimizer is its
+formula (Loshchilov and Hutter, arXiv 1711.05101, with Adam's bias correction). Everything is on the
+CPU, a few responses at a time, padded on the right, which a causal model does not see."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def chosen_experts(model: Any, rows: Sequence[Row]) -> dict[str, list[Tensor]]:
 
 @dataclass(frozen=True)
 class LossRules:
-    """The step's loss as its settings say, or with one thing exchanged.
+    """The step's loss as its settings say, or with one thing substituted.
 
     Attributes:
         average: "sequence", "token" or "constant".
@@ -421,7 +421,7 @@ class StepReplay:
             count = sum(int(row.is_sampled.sum()) for row in rows)
         else:
             count = len({row.response for row in rows})
-        return max(1, count)  # An exchange may leave out all responses of a mini-batch.
+        return max(1, count)  # A substitution may leave out all responses of a mini-batch.
 
     def _row(self, at: int, logits: Tensor, loss: LossRules, totals: Totals) -> Tensor:
         """Return a row's part of the loss, differentiable, and add to the sums."""

@@ -35,7 +35,7 @@ TEMPERATURES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 
 EXPLAINED = 0.5
 """A hypothesis explains a departure that it makes smaller by this factor, or more."""
 ONE_SIDED = 0.95
-"""Share of the tokens that a renormalised distribution has more likely than the whole one."""
+"""Share of the tokens that a renormalized distribution has more likely than the whole one."""
 FEW_TOKENS = 20
 """Tokens of an engine or expert that are too few to compare."""
 BINS = 40
@@ -98,7 +98,7 @@ def _settings(step: RecordedStep) -> Finding:
             concerned += ((at, index) for index in range(len(group.responses)))
     if not logged:
         return not_checked(
-            FAMILY, name, "the log is of a version that did not write them down (before 0.4)"
+            FAMILY, name, "the log is of a version that did not write them down (before 0.3)"
         )
     reason = "; ".join(text for text, _ in different.most_common(3))
     key = reason.partition(" ")[0]
@@ -247,7 +247,7 @@ class _Gaps:
         reason, remedy = explained or (
             f"mean |Δ| is {number(distance)}: the engine computes another function of these "
             "weights than transformers",
-            "rollout.dtype, rollout.vllm (quantisation, kernels), or megatron-r1 check-model on "
+            "rollout.dtype, rollout.vllm (quantization, kernels), or megatron-r1 check-model on "
             "the model",
         )
         places = dict.fromkeys(
@@ -289,7 +289,7 @@ class _Gaps:
             self._stale,
             self._router_bias,
             self._temperature,
-            self._renormalised,
+            self._renormalized,
             self._expert,
         )
         if distance <= self.tolerance / 16 and not self._one_engine():
@@ -360,7 +360,7 @@ class _Gaps:
         best = int(np.argmin(np.nan_to_num(means, nan=np.inf)))
         return scales[best], means[best]
 
-    def _renormalised(self, distance: float) -> tuple[str, str] | None:
+    def _renormalized(self, distance: float) -> tuple[str, str] | None:
         """Look for log-probabilities over a part of the vocabulary: none is below the whole's."""
         if self.step.config.rollout.is_cut:  # both are over the kept tokens already
             return None
@@ -372,7 +372,7 @@ class _Gaps:
         return (
             f"{percent(float((large > 0).mean()))} of the tokens that differ are more likely to "
             f"the engine, by up to 1/{kept:.3g}: it sampled from a part of the vocabulary and "
-            "renormalised (top-p, top-k or min-p), the trainer does not",
+            "renormalized (top-p, top-k or min-p), the trainer does not",
             "the cut of rollout.vllm or the model's generation_config.json: set it as "
             "rollout.top_p, top_k or min_p, or leave it out",
         )

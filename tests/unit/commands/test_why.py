@@ -280,7 +280,7 @@ def other_metrics(planted):
 
 PLANTS = {
     doubled_start: ("start of the prompt", "<|im_start|>", "data.template"),
-    without_system: ("message of the system", SYSTEM, "data.template"),
+    without_system: ("system message", SYSTEM, "data.template"),
     past_the_end: ("end of the response", "stop at 0 only", "rollout.stop_token_ids"),
     beyond_the_vocabulary: ("vocabulary", "vocab_size: 300", "vocab_size"),
     other_text: ("text that was graded", "…", "tokenizer"),
@@ -366,7 +366,7 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
     planted.settings["rl"]["kl_beta"] = 0.01
     planted.line |= {"loss": logged, "kl": 0.0575}
     made = Replayed({"loss": 5.75139e-4, "kl": 0.0575139, "entropy": 2.0}, {}, None, [])
-    recomputed = SimpleNamespace(base=made, run=lambda exchange: made)
+    recomputed = SimpleNamespace(base=made, run=lambda substitution: made)
     of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
     assert of_loss.departs is departs and not of_kl.departs
 
