@@ -48,7 +48,8 @@ class RolloutConfig(EngineConfig):
     """sample from so many of the likeliest tokens; default: from all. rl gets the ids that a cut
     keeps with each token, 4 bytes each (docs/engines.md)"""
     min_p: float = Field(0.0, ge=0, lt=1)
-    """leave out tokens less likely than this share of the likeliest one's probability"""
+    """leave out tokens less likely than this share of the likeliest one's probability; in rl with
+    top_k"""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """strings that end a response, besides the model's end tokens: ["</answer>"]. The token that
     completes one is the last, and is trained on"""

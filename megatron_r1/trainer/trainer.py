@@ -7,7 +7,7 @@ log-probabilities). SFT and reward models call load() and update(). `probing` ha
 few tokens with an engine, and evaluates a reward model.
 
 Every operation is called on all ranks at the same time. A rank handles samples and losses, not
-prompts or rewards."""
+prompts or graders."""
 
 from functools import partial
 from itertools import islice
