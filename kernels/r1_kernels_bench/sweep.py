@@ -109,6 +109,21 @@ PLAN = (
         ("logits_gradient bf16 to bf16", "logits_gradient fp32 to fp32"),
     ),
     Choices(
+        "kept_statistics",
+        {"LOADS": (2, 4, 8)},
+        ("kept_statistics bf16", "kept_statistics fp32"),
+    ),
+    Choices(
+        "kept_gradient",
+        {"GRADIENT_IDS": (32, 64, 128)},
+        ("kept_gradient bf16", "kept_gradient fp32"),
+    ),
+    Choices(
+        "kept_scatter",
+        {"SCATTER_BLOCK": (2048, 4096, 8192), "SCATTER_IDS": (64, 128), "SCATTER_WARPS": (2, 4, 8)},
+        ("kept_scatter bf16", "kept_scatter fp32"),
+    ),
+    Choices(
         "policy_terms",
         {"BLOCK": (256, 512, 1024), "NUM_WARPS": (2, 4, 8)},
         ("policy_terms reference", "policy_terms reference, rollout"),

@@ -97,7 +97,7 @@ def test_requests_without_a_cut_get_none_and_scores_stay_possible(loop, fleet):
     for asked in ({"temperature": 0.0}, {"temperature": 0.6, "top_p": 0.95}):
         [response] = loop(client.generate(PROMPTS[0], n=1, max_tokens=8, **asked))
         assert response.sampling_mask == b"" and len(response.token_ids) == 8
-    assert len(loop(client.score(PROMPTS[2], 1))) == len(PROMPTS[2]) - 1
+    assert len(loop(client.compute_logprobs(PROMPTS[2], 1))) == len(PROMPTS[2]) - 1
 
 
 def test_bytes_equal_vllms_json(loop, fleet):
