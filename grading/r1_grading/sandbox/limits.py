@@ -75,7 +75,11 @@ class Limits:
 
     @classmethod
     def parse(cls, overrides: dict[str, Any] | None) -> "Limits":
-        """Return the defaults with a prompt's `overrides`. Raises ValueError for unknown names."""
+        """Return the defaults with a prompt's `overrides`.
+
+        Raises:
+            ValueError: an unknown name, or a value that is out of range.
+        """
         if not isinstance(overrides, dict | None):
             raise ValueError(f"limits must be an object, got {overrides!r}")
         known = [limit.name for limit in fields(cls)]
