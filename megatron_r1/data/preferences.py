@@ -52,7 +52,9 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
     "response" is; "opened" is false by default. Question and responses may be chats, or
     transcripts, of one question.
 
-    Raises UserError with file and line for a bad row."""
+    Raises:
+        UserError: a bad row, with file and line.
+    """
     for location, row in read_renamed_rows(path):
         named = next((name for name in RESPONSES if name in row), RESPONSES[0])
         names = ("chosen", "rejected") if kind == "pairwise" else (named,)

@@ -99,7 +99,11 @@ def load_examples(
 
 
 def read_example(location: str, row: RenamedRow, report: DataReport | None = None) -> SFTExample:
-    """Return the example of a row. Raises UserError for a row of no known form."""
+    """Return the example that a row states, in any of the forms of `sft.data`.
+
+    Raises:
+        UserError: the row has no known form.
+    """
     for form, read in FORMS:
         try:
             example = read(row)
@@ -221,7 +225,11 @@ def _question_parts(question: str, response: str, row: RenamedRow) -> Parts:
 
 def _conversation(messages: list[Message], learned_from: int, row: RenamedRow) -> Parts:
     """Return the example of a conversation, with the row's system prompt where the messages have
-    none. Raises ValueError where nothing is learned."""
+    none.
+
+    Raises:
+        ValueError: no message is learned.
+    """
     system = read_system_prompt(row)
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]

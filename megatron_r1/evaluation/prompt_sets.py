@@ -44,8 +44,12 @@ class PromptSet:
 
 
 def load_prompt_sets(config: Config) -> list[PromptSet]:
-    """Load all benchmarks of the recipe. Raises UserError for two of the same title, and what
-    loading raises."""
+    """Load all benchmarks of the recipe.
+
+    Raises:
+        UserError: two benchmarks have the same title.
+        Exception: what loading raises.
+    """
     entries = config.eval.benchmarks
     if not entries:
         raise UserError(

@@ -206,7 +206,11 @@ DONE, BEGUN = "stage.json", "begun.json"
 
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:
-    """Read `stage.json` or `begun.json`; None if it does not exist. Raises UserError for damage."""
+    """Read `stage.json` or `begun.json`; None if it does not exist.
+
+    Raises:
+        UserError: the file is not JSON.
+    """
     path = folder / name
     if not path.is_file():
         return None

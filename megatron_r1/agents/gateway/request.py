@@ -140,8 +140,11 @@ class Body:
         return f"{self.where}.{name}" if self.where else name
 
     def take(self, name: str, kinds: type | tuple[type, ...], default: Any = REQUIRED) -> Any:
-        """Return a field of one of `kinds`. Raises Refused where it has another type, or is absent
-        and there is no default."""
+        """Return a field of one of `kinds`.
+
+        Raises:
+            Refused: the field has another type, or is absent and there is no default.
+        """
         if name not in self._left:
             if default is REQUIRED:
                 raise Refused("is required", self.path(name))
@@ -155,7 +158,11 @@ class Body:
         return value
 
     def take_objects(self, name: str, default: Any = REQUIRED) -> list[Body]:
-        """Return a field that is a list of objects; raises as `take`."""
+        """Return a field that is a list of objects.
+
+        Raises:
+            Refused: as `take`, or an item is not an object.
+        """
         values, where = self.take(name, list, default), self.path(name)
         return [Body(value, f"{where}.{i}") for i, value in enumerate(values)]
 
@@ -171,7 +178,11 @@ class Body:
         return value
 
     def take_choice(self, name: str, values: tuple[Any, ...], default: Any) -> Any:
-        """Return a field that must be one of `values`. Raises Refused for any other."""
+        """Return a field that must be one of `values`.
+
+        Raises:
+            Refused: any other value.
+        """
         value = self._left.pop(name, default)
         if value not in values:
             shown = " or ".join(map(_shorten, values))

@@ -71,9 +71,11 @@ class Replayed:
 
 
 class Recomputation:
-    """Recomputes a step.
+    """Recomputes a recorded step: log-probabilities under the policies that it used, and updates.
 
-    Raises CannotRecompute where weights are missing, or too large for this machine."""
+    Raises:
+        CannotRecompute: weights are missing, or too large for this machine.
+    """
 
     def __init__(self, step: RecordedStep) -> None:
         self.step = step

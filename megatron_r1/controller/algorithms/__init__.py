@@ -48,9 +48,12 @@ class Algorithm:
 
 
 def find(name: str) -> Algorithm:
-    """Return the algorithm called `name`, or the user's own at "module:RULES". Raises UserError for
-    an unknown name, and for a module that defines nothing of an algorithm or not what its rules are
-    for."""
+    """Return the algorithm called `name`, or the user's own at "module:RULES".
+
+    Raises:
+        UserError: an unknown name, or a module that defines nothing of an algorithm or not what its
+            rules are for.
+    """
     rules = find_rules(name)
     home, is_own, _ = name.partition(":")
     if not is_own:

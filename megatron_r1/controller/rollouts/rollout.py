@@ -120,9 +120,11 @@ def all_responses(groups: list[Group]) -> list[GradedResponse]:
 def check_grades(groups: list[Group], max_ungraded: float) -> None:
     """Check the grades of everything that was sampled for one purpose.
 
-    Raises UserError where one reward failed on every response: one may break a grader, but not all.
-    Raises RunError where a larger share of them than `max_ungraded` could not be graded: the
-    policy would be trained on those that are easy to grade."""
+    Raises:
+        UserError: one reward failed on every response: one may break a grader, but not all.
+        RunError: a larger share of them than `max_ungraded` could not be graded: the policy would
+            be trained on those that are easy to grade.
+    """
     responses = all_responses(groups)
     if not responses:
         return
