@@ -92,8 +92,11 @@ class PlannedJob:
 
     @cached_property
     def stages(self) -> list[list[Shard]]:
-        """The layers by [pipeline rank][virtual stage]. Raises ValueError for an impossible
-        layout."""
+        """The layers by [pipeline rank][virtual stage].
+
+        Raises:
+            ValueError: an impossible layout.
+        """
         return recipe_stages(self.config, self.hf)
 
     @property

@@ -247,7 +247,9 @@ def published_table() -> str:
     """Return what the calibration finds, the comparison of every run, and the errors by source, as
     Markdown tables.
 
-    Raises UserError outside a checkout of the repository, which has the recipes compared."""
+    Raises:
+        UserError: this is not a checkout of the repository, which has the recipes compared.
+    """
     runs = published_runs()
     for run in runs:
         if not run.recipe.exists():

@@ -98,8 +98,10 @@ def calibrated(
 ) -> tuple[Hardware, Assumptions, dict[str, str]]:
     """Return both with the values of `file`, {name: value} in YAML or JSON, and the file by name.
 
-    Raises UserError for a name that neither has, a value of the wrong type or range, and a file
-    that was measured on other hardware."""
+    Raises:
+        UserError: a name that neither has, a value of the wrong type or range, or a file that was
+            measured on other hardware.
+    """
     values = read_sections(file, "--calibrate")
     known = [*fields_of(assumptions), *fields_of(hardware)]
     measured_on = values.pop(RELATIVE_TO, hardware.name)

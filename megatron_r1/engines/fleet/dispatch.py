@@ -174,7 +174,11 @@ class Dispatcher:
 
     async def acquire(self, work: Work) -> Engine:
         """Wait until an engine is assigned to `work`, and return the engine; `release` it after
-        use. Raises the error that `fail` was given."""
+        use.
+
+        Raises:
+            Exception: the error that `fail` was given.
+        """
         future = asyncio.get_running_loop().create_future()
         priority = (work.order, not work.avoid, -work.expected.longest, next(self._arrivals))
         heapq.heappush(self._waiting, (priority, work, future))

@@ -167,7 +167,9 @@ class Engine:
     async def prepare(self, policy_version: int, timeout_seconds: float) -> None:
         """Wait until the engine answers, then name its weights `policy_version`.
 
-        Raises EngineError."""
+        Raises:
+            EngineError: the server does not start in time, or refuses the version.
+        """
         try:
             await self.server.wait_ready(timeout_seconds)
         except EngineError as error:
@@ -183,8 +185,12 @@ class Engine:
         await asyncio.to_thread(self.server.stop)
 
     async def unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
-        """Return the result of `call`. Raises EngineDied as soon as the engine has died, and what
-        the call raises."""
+        """Return the result of `call`.
+
+        Raises:
+            EngineDied: the engine has died; raised at once.
+            Exception: what the call raises.
+        """
         if self.died.is_set():
             call.close()
             raise self.ended_error()

@@ -141,7 +141,11 @@ class Player(Protocol):
     """Plays a run's episodes: `agents.player.EpisodePlayer` or `agents.harness.HarnessPlayer`."""
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
-        """Start what the episodes need. Raises UserError where they cannot be played."""
+        """Start what the episodes need.
+
+        Raises:
+            UserError: the episodes cannot be played.
+        """
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
         """Play one episode of a row.

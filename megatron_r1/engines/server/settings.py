@@ -184,7 +184,11 @@ class EngineSettings:
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that are set in addition to this process's, or replace
-        them. Raises OSError for a `host` that does not resolve."""
+        them.
+
+        Raises:
+            OSError: `host` does not resolve.
+        """
         copies = self.part.copies(self.data) if self.part else self.data
         ranks = self.tensor * self.pipeline * copies
         threads = max(1, self.num_threads // ranks)
@@ -249,7 +253,10 @@ def network_environment(address: str) -> dict[str, str]:
     other hosts.
 
     gloo would use the address that the host's name resolves to, on many hosts a loopback address.
-    Raises OSError for a name that does not resolve."""
+
+    Raises:
+        OSError: the name does not resolve.
+    """
     address = socket.gethostbyname(address)
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     for name, addresses in psutil.net_if_addrs().items():

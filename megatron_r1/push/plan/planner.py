@@ -57,8 +57,11 @@ class TrainerGrid:
 
     @classmethod
     def from_recipe(cls, parallel: ParallelConfig, world_size: int) -> TrainerGrid:
-        """Return the grid of `world_size` ranks under a recipe's `parallel` section. Raises
-        UserError where they cannot be divided so."""
+        """Return the grid of `world_size` ranks under a recipe's `parallel` section.
+
+        Raises:
+            UserError: the ranks cannot be divided so.
+        """
         parallel.check_sizes(world_size)
         axes = {"tensor", "pipeline", "context", "expert", "expert_tensor"}
         return cls(world_size, **parallel.model_dump(include=axes))

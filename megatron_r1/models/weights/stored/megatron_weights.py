@@ -133,7 +133,10 @@ class MegatronWeights:
     """The HF tensors in the checkpoint `folder`, whose model has the configuration `hf`.
 
     It may have been saved at any layout, with Megatron's own layers or Transformer Engine's, with
-    separate or stacked layers. Raises UserError when it is not a complete checkpoint of this model.
+    separate or stacked layers.
+
+    Raises:
+        UserError: the folder is not a complete checkpoint of this model.
     """
 
     def __init__(self, folder: str | Path, hf: dict):
