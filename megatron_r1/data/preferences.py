@@ -26,8 +26,12 @@ class Preference:
     """One row: responses to a question, each with its label; of a pair, the better one first.
 
     Attributes:
+        question: the text that the responses answer.
+        responses: two for a pair, else one.
+        labels: one per response, 1 for good, 0 for bad.
         opened: whether the prompt ended with `<think>`, which the responses then do not repeat.
-        location: "file:line" of the row."""
+        location: "file:line" of the row.
+    """
 
     question: str
     responses: tuple[str, ...]

@@ -39,10 +39,13 @@ class Prompt:
     Attributes:
         id: hash of the question's text, for an environment of text and fields; the same in all
             runs.
+        question: the text of the question, as the row has it.
         kind: the reward that grades its responses, by comparison with `truth`.
+        truth: what the reward compares a response with, in JSON types; None where it needs none.
         fields: the reward's other arguments, in JSON types.
+        location: where the question's row is, as "file:line", if it has one.
         before: the messages of the chat before the question, such as the system's.
-        location: where the question's row is, as "file:line", if it has one."""
+    """
 
     id: str
     question: str

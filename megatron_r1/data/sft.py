@@ -53,7 +53,10 @@ class SFTExample:
         response: with loss.
         messages: the conversation in place of both; its assistant's messages from number
             `learned_from` on have loss.
-        tools: what a conversation's template is given as tools."""
+        learned_from: index of the message from which on the assistant's messages have loss.
+        tools: what a conversation's template is given as tools.
+        location: "file:line" of the row, for errors.
+    """
 
     prompt: str = ""
     response: str = ""

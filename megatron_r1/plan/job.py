@@ -26,13 +26,19 @@ class PlannedJob:
     """One run on `world_size` trainer ranks, one GPU each.
 
     Attributes:
+        hf: the model's config.json.
+        config: the recipe.
+        world_size: trainer ranks, one GPU each.
+        hardware: rates and memory of a GPU and its share of a node.
+        assumptions: numbers of the estimate that no table gives.
         rollout_gpus: the engines' own GPUs; 0: they take turns on the trainer's.
         response_tokens: mean length of a response, or of an example without its prompt.
         verb: rl and sample have engines, all but sample have a trainer.
         keeps_reference: whether any part of `rl.schedule` has a KL penalty: the reference is then
             kept in all.
         measured: the file of each name of `hardware` and `assumptions` that --calibrate replaced.
-        shared: cache of counts that are slow to compute and equal for all layouts of one job."""
+        shared: cache of counts that are slow to compute and equal for all layouts of one job.
+    """
 
     hf: dict
     config: Config

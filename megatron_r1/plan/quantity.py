@@ -20,11 +20,13 @@ class Quantity:
     """A number with its unit and formula.
 
     Attributes:
+        value: None if there is none; the formula then gives the reason.
         unit: "B", "B/s", "parameters", "tokens", "FLOP", "FLOP/s", "s", "hours", "share" (of 1),
             "x" (a ratio) or "" for a count.
-        value: None if there is none; the formula then gives the reason.
+        formula: how the value was computed, as the report shows it.
         low: the lower end of an estimate's range; None for an exact number.
-        high: its upper end."""
+        high: its upper end.
+    """
 
     value: float | None
     unit: str

@@ -32,8 +32,10 @@ class Failure(msgspec.Struct, frozen=True):
     """Why a set can push no more.
 
     Attributes:
+        error: what failed, as a sentence for the user.
         members: the engines at fault, by their number in the set, as far as known.
-        is_damaged: bytes arrived otherwise than they were sent."""
+        is_damaged: bytes arrived otherwise than they were sent.
+    """
 
     error: str
     members: list[int] = []

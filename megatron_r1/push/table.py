@@ -8,9 +8,15 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
     """Rows [top, bottom) and columns [left, right) of HF tensor `name`; a vector is one column.
 
     Attributes:
+        name: the tensor's name in the checkpoint.
+        top: the first row.
+        bottom: the row after the last one.
+        left: the first column.
+        right: the column after the last one.
         offset: byte of its first element in the memory.
         pitch: bytes from one row to the next.
-        dtype: the engine's, such as "bfloat16"."""
+        dtype: the engine's, such as "bfloat16".
+    """
 
     name: str
     top: int

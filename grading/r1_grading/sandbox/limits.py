@@ -17,7 +17,14 @@ class Budget:
     """Limits of one run.
 
     Attributes:
-        disk_bytes: the bytes of files that a compiler may write."""
+        wall_seconds: wall time.
+        cpu_seconds: CPU time of the program.
+        memory_bytes: address space.
+        stack_bytes: the stack of each thread.
+        processes: the program and its threads.
+        output_bytes: standard output and error together.
+        disk_bytes: the bytes of files that a compiler may write.
+    """
 
     wall_seconds: float
     cpu_seconds: float

@@ -46,12 +46,19 @@ class TurnRequest:
     """A client's request for one turn.
 
     Attributes:
+        messages: the conversation, in OpenAI's form whatever the client's API.
+        tools: descriptions of the tools, in OpenAI's form.
+        model: the name that the client gave; the reply repeats it.
         max_tokens: None for as many as fit.
+        stop: strings that end the answer.
+        stream: whether the reply is sent as server-sent events.
+        include_usage: whether a stream ends with the counts of tokens.
         max_calls: 1 where the client takes one tool call a turn.
         options: the request's sampling options that differ from the neutral ones; the run's own
             replace them (`sampling_options`).
         token_ids: the whole prompt, in token mode.
-        stored: the conversation that a later request may continue by `previous_response_id`."""
+        stored: the conversation that a later request may continue by `previous_response_id`.
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]]
@@ -71,9 +78,14 @@ class TurnReply:
     """One sampled turn.
 
     Attributes:
+        model: the name that the client gave.
+        num_prompt_tokens: tokens of the prompt, all earlier turns included.
+        response: the sampled tokens.
         message: the assistant's message.
         stop_string: which of `TurnRequest.stop` ended it.
-        id: unique, hexadecimal."""
+        id: unique, hexadecimal.
+        created: seconds since 1970.
+    """
 
     model: str
     num_prompt_tokens: int

@@ -110,10 +110,12 @@ class RolloutInProgress:
     """Groups that are sampled together.
 
     Attributes:
+        sampling: how all groups are sampled.
         log: the step's groups on disk, if they are kept.
         sampled: time.perf_counter() when the newest group was sampled.
         graded: the same, when it was graded.
-        teacher_done: the same, when the teacher had computed its log-probabilities."""
+        teacher_done: the same, when the teacher had computed its log-probabilities.
+    """
 
     sampling: RolloutSampling
     log: StepLog | None

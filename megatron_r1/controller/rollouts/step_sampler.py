@@ -34,8 +34,10 @@ class StepRollout:
     """One step's rollout.
 
     Attributes:
+        rollout: the groups, sampled and graded.
         prompts_after: state of the prompt sampler after the step's prompts.
-        num_replayed: groups that came from the sample log."""
+        num_replayed: groups that came from the sample log.
+    """
 
     rollout: Rollout
     prompts_after: dict[str, Any]

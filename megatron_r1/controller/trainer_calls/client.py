@@ -62,8 +62,10 @@ class Waiting:
     """A call in progress.
 
     Attributes:
-        since: time.monotonic().
-        missing: ranks that have not replied."""
+        operation: the name of the operation that the ranks were asked for.
+        since: time.monotonic() when the call was sent.
+        missing: ranks that have not replied.
+    """
 
     operation: str
     since: float

@@ -124,9 +124,13 @@ class Work:
     """One group to sample, or one sequence to score.
 
     Attributes:
+        num_sequences: the responses of the group; 1 for a sequence to score.
+        prompt_tokens: tokens of the prompt, or of the sequence to score.
+        expected: how long its responses will be.
         order: work with a lower number goes first.
+        avoid: engines that failed at this work.
         affinity: the engine that has the earlier turns of the same conversation.
-        avoid: engines that failed at this work."""
+    """
 
     num_sequences: int
     prompt_tokens: int

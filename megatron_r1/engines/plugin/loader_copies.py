@@ -103,8 +103,12 @@ class CheckpointParameter:
         layer: the layer that has it.
         name: its name in the layer.
         title: the name, after the layer's.
+        shape: in checkpoint form.
+        strides: elements from one index to the next, by dimension.
+        dtype: in checkpoint form.
         is_live: vLLM keeps it in this form while serving (a bias), so that a new value is copied
-            into it."""
+            into it.
+    """
 
     layer: torch.nn.Module
     name: str

@@ -49,9 +49,11 @@ class StoredLayout:
     """The tensors of a stored Megatron checkpoint, and the HF rows that each holds.
 
     Attributes:
+        slots: one for each Megatron parameter.
         shapes: key -> shape of the whole stored tensor, prepended axes first.
         dtypes: key -> dtype of a tensor whose dtype is not the model's.
-        vocabulary: keys of tensors whose rows may be padded."""
+        vocabulary: keys of tensors whose rows may be padded.
+    """
 
     slots: list[StoredParameter] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
