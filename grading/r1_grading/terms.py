@@ -287,7 +287,7 @@ class Gradable(Protocol):
 
     @property
     def question(self) -> str:
-        """The text of the question."""
+        """The question as the policy was asked it, without its template."""
 
     @property
     def kind(self) -> str:

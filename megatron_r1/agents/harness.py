@@ -58,7 +58,7 @@ class RunWithServer(Protocol):
         """Start the server; called once, before the first episode."""
 
     async def close(self) -> None:
-        """Stop the server."""
+        """End the server, if `start` began one."""
 
 
 @dataclass(frozen=True)

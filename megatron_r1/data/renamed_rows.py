@@ -201,7 +201,8 @@ class DataReport:
             self.left_out[reason] = LeftOut(1, location, key)
 
     def lines(self) -> list[str]:
-        """Return the report as lines."""
+        """Return what became of the source's rows as lines for the terminal: read, left out and
+        why, kinds, columns."""
         read = "row" if self.num_read == 1 else "rows"
         num_kept = self.num_read - self.num_duplicates
         num_kept -= sum(rows.count for rows in self.left_out.values())

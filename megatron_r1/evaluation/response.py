@@ -81,7 +81,7 @@ class TextResponse:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Self:
-        """Return the response that `to_line` wrote."""
+        """Return the response of a line of the response log, as `to_line` wrote it."""
         line = {**line, "ungraded": is_ungraded(line)}
         episode = {key: line[key] for key in ("status", "turns")} if "turns" in line else None
         names = (f.name for f in fields(cls) if f.name != "episode")

@@ -239,7 +239,8 @@ class PlannedJob:
 
     @property
     def step_samples(self) -> float:
-        """Samples of one optimizer step."""
+        """Samples of one optimizer step, all replicas together: the responses of a rollout by
+        mini-batches."""
         return self.num_responses / self.minibatches
 
     @property
@@ -265,5 +266,6 @@ class PlannedJob:
 
     @property
     def engine_gpus(self) -> int:
-        """Number of GPUs of one engine."""
+        """GPUs of one engine: an equal share of the engines' own, or of the trainer's where they
+        take turns."""
         return max(1, (self.rollout_gpus or self.world_size) // self.config.rollout.engines)

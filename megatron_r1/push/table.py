@@ -87,7 +87,7 @@ class Delivery(msgspec.Struct, frozen=True, array_like=True):
         return (self.right - self.left) * dtype_of(table.slots[self.slot]).itemsize
 
     def num_bytes(self, table: SlotTable) -> int:
-        """Return the bytes of all rows."""
+        """Return the bytes of all rows in the slot's dtype."""
         return self.height * self.row_bytes(table)
 
 

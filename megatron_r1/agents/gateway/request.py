@@ -97,7 +97,7 @@ class TurnReply:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the answer."""
+        """Sampled tokens of the turn, its reasoning included."""
         return len(self.response.token_ids)
 
     @property

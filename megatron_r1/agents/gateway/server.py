@@ -59,7 +59,7 @@ class WireFormat(Protocol):
         """Read a request; `stored` has the conversations of earlier replies by their id."""
 
     def reply(self, turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
-        """Return the body of the reply."""
+        """Return a sampled turn as the body of a reply that is not streamed, in this API's form."""
 
     def events(self, turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
         """Yield the reply as server-sent events."""

@@ -99,7 +99,7 @@ class Recomputation:
 
     @cached_property
     def num_parameters(self) -> int:
-        """The parameters of the policy."""
+        """How many values the policy's weights have, on which the operations of a pass depend."""
         from megatron_r1.models.weights import num_parameters
 
         return num_parameters(self.step.hf)

@@ -97,7 +97,7 @@ class RecordedStep:
 
     @cached_property
     def config(self) -> Config:
-        """The settings of the step."""
+        """The run's settings as `rl.schedule` has them at this step."""
         return self.run_config.at(self.step)
 
     @cached_property
@@ -127,7 +127,7 @@ class RecordedStep:
 
     @property
     def after(self) -> Path | None:
-        """The checkpoint after the step."""
+        """The step's checkpoint, with the weights after its updates; None where it is not there."""
         return weights_after(self.folder, self.run_config, self.step)
 
     @cached_property

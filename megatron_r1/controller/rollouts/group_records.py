@@ -40,7 +40,7 @@ class BranchRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class EpisodeRecord(msgspec.Struct, array_like=True, frozen=True):
-    """An `Episode`."""
+    """An `Episode` of the sample log, its texts and arrays as bytes."""
 
     status: Status
     turns: tuple[TurnRecord, ...]

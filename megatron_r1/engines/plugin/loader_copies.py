@@ -148,7 +148,7 @@ class LoaderCopy:
 
     @property
     def num_elements(self) -> int:
-        """Elements of the rectangle."""
+        """Elements of the checkpoint's tensor that the copy has, rows times columns."""
         _, _, left, right = self.rectangle
         return self.height * (right - left)
 

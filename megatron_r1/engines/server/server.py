@@ -70,7 +70,7 @@ class Server(ABC):
 
     @abstractmethod
     def describe_end(self) -> str:
-        """Return how the server ended."""
+        """Return a sentence on how the server ended, for an error."""
 
     @abstractmethod
     def _why_not_ready(self) -> str: ...

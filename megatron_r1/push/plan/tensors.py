@@ -81,7 +81,7 @@ class Region:
 
     @property
     def num_elements(self) -> int:
-        """Elements of the region."""
+        """Elements of the region, rows times columns."""
         return (self.bottom - self.top) * (self.right - self.left)
 
 

@@ -64,7 +64,7 @@ class Receiver(ABC):
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of all buffers."""
+        """Bytes of all buffers together, each as large as the slot table."""
         return self.table.num_buffers * self.table.num_bytes
 
     @property

@@ -181,7 +181,7 @@ class PlannedTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor in its file."""
+        """Bytes of the tensor's values in its stored dtype, without the file's header."""
         return prod(self.shape) * self.dtype.itemsize
 
 
