@@ -10,7 +10,11 @@ from megatron_r1.base.files.json_lines import read_lines, write_lines
 
 
 def first(folder: str, examples: str, count: int) -> None:
-    """Write sft.jsonl: the first `count` of `examples`; raise UserError if there are fewer."""
+    """Write sft.jsonl: the first `count` of `examples`.
+
+    Raises:
+        UserError: there are fewer examples.
+    """
     rows = list(read_lines(Path(examples)))
     if len(rows) < count:
         raise UserError(

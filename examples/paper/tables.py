@@ -108,7 +108,11 @@ class Published(Section):
 
 
 def load_tables(path: Path = PUBLISHED) -> Published:
-    """Load the tables; raise ValueError for a file that names unknown rows or columns."""
+    """Load the tables.
+
+    Raises:
+        ValueError: the file names unknown rows or columns.
+    """
     return Published.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
@@ -129,7 +133,11 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read report.json; raise UserError if there is none."""
+        """Read report.json.
+
+        Raises:
+            UserError: there is none.
+        """
         if not path.is_file():
             raise UserError(
                 f"{path}: no pipeline has written it; run one first",

@@ -141,7 +141,11 @@ class Adapted:
         self._needed = [name for name in self._names if parameters[name].default is Parameter.empty]
 
     def call(self, given: Mapping[str, Any]) -> Any:
-        """Call the function with those of `given` that it takes. Raises MissingArguments."""
+        """Call the function with those of `given` that it takes.
+
+        Raises:
+            MissingArguments: `given` lacks an argument without a default.
+        """
         if missing := tuple(name for name in self._needed if name not in given):
             raise MissingArguments(missing)
         taken = given if self._takes_all else {n: v for n, v in given.items() if n in self._names}

@@ -54,8 +54,13 @@ class OutstandingJob:
     """A job that is queued or running, and the future that `RewardPool.grade` awaits.
 
     Attributes:
+        job: the arguments, encoded for the worker.
+        timeout_seconds: wall time of the grade.
+        result: the grade, when the worker has replied.
+        num_crashes: workers that ended while they ran the job; at the second the grade is 0.
         worker_pid: the worker that runs the job; None while the job is queued.
-        since: time.monotonic() when the job was queued, or sent to the worker."""
+        since: time.monotonic() when the job was queued, or sent to the worker.
+    """
 
     job: EncodedJob
     timeout_seconds: float

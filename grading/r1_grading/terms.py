@@ -161,9 +161,12 @@ them."""
 def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Check a recipe's `rewards.options`, reward → {name: value}, and return it.
 
-    Raises UserError naming the reward and the key for an unknown reward, a value that is not a
-    mapping, and an option that a registered reward does not have. Options of a user's own reward
-    are not checked: its module runs in worker processes only."""
+    Options of a user's own reward are not checked: its module runs in worker processes only.
+
+    Raises:
+        UserError: an unknown reward, a value that is not a mapping, or an option that a registered
+            reward does not have; it names the reward and the key.
+    """
     for kind, values in options.items():
         path = f"rewards.options.{kind}"
         try:
@@ -284,7 +287,7 @@ class Gradable(Protocol):
 
     @property
     def question(self) -> str:
-        """The text of the question."""
+        """The question as the policy was asked it, without its template."""
 
     @property
     def kind(self) -> str:

@@ -126,8 +126,11 @@ def stated_answer(truth: Any) -> Any:
 
 
 def math_truth(truth: object) -> str:
-    r"""Return the answer that a truth of `math` states, without dollar signs and `\boxed{}`. Raises
-    ValueError for one that is blank, not finite, or not a number, text, true or false."""
+    r"""Return the answer that a truth of `math` states, without dollar signs and `\boxed{}`.
+
+    Raises:
+        ValueError: a truth that is blank, not finite, or not a number, text, true or false.
+    """
     if isinstance(truth, str) and truth.isdecimal():
         return truth
     if not isinstance(truth, str | int | float):

@@ -84,7 +84,11 @@ class WorkerProcess(FramedProcess[JobStatus]):
 
     @classmethod
     async def start(cls, memory_limit_bytes: int) -> Self:
-        """Return a worker that is ready for jobs; otherwise raise RunError with its stderr."""
+        """Return a worker that is ready for jobs.
+
+        Raises:
+            RunError: the worker does not become ready; the message has its stderr.
+        """
         module, arguments = "r1_grading.worker", [str(memory_limit_bytes)]
         try:
             worker = await cls.launch(module, arguments, JobStatus, MAX_REPLY_BYTES)

@@ -39,7 +39,8 @@ class ExampleSizes(NamedTuple):
 
 
 class ExampleLaunch(NamedTuple):
-    """One launch of a primitive."""
+    """One launch of a primitive with example arguments, and the memory traffic that it needs at
+    least."""
 
     name: str
     arguments: tuple[Any, ...]

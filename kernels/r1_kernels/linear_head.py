@@ -37,10 +37,14 @@ class LinearHead:
 
     Attributes:
         weight: (V_local, H).
+        shard: the vocabulary's columns that the V_local rows of `weight` belong to.
         scale: 1 / temperature.
         chunk_tokens: tokens with logits at once.
+        primitives: the kernels that compute log-probabilities from logits, Triton's or plain
+            PyTorch's.
         main_grad: (V_local, H) of `wide(weight.dtype)`, to which backward passes add the weight's
-            gradient, which is then 0 for autograd; None: autograd gets it."""
+            gradient, which is then 0 for autograd; None: autograd gets it.
+    """
 
     weight: Tensor
     shard: VocabShard

@@ -117,8 +117,12 @@ class Averaging(NamedTuple):
 
         average "token": mask / denominator, by default Σ mask. "sequence": the weights of a
         sequence add up to 1 / denominator, by default the number of sequences with an unmasked
-        token (GRPO). Without any unmasked token all weights are 0. Raises ValueError for a
-        denominator that is not one positive number; the value of a tensor is not checked."""
+        token (GRPO). Without any unmasked token all weights are 0.
+
+        Raises:
+            ValueError: the denominator is not one positive number; the value of a tensor is not
+                checked.
+        """
         denominator = self.denominator
         if isinstance(denominator, Tensor):
             if denominator.numel() != 1:

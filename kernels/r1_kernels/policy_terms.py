@@ -111,8 +111,12 @@ class PolicyTerms(NamedTuple):
         grad_log_ratio: derivative of the loss with respect to the log-ratio, 0 for cispo.
         grad_logprob: derivative with respect to the log-probability itself, of the KL term and of
             cispo's surrogate.
+        ratio: exp(log-ratio), the new policy's probability over the old one's.
         clipped: 1 where the clip is active, which makes the derivative of ppo's surrogate 0; else
-            0."""
+            0.
+        kl: the KL estimate against the reference, nats; 0 without one.
+        importance: the truncated weight exp(old - rollout log-probability), 1 without a correction.
+    """
 
     loss: Tensor
     grad_log_ratio: Tensor

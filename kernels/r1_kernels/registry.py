@@ -112,8 +112,10 @@ class Primitives(NamedTuple):
 def choose(tensor: Tensor, backend: str | None = None) -> Primitives:
     """Return the primitives for `tensor`; None: Triton for CUDA tensors (not fp64), else plain.
 
-    Raises ValueError for an unknown name, for Triton on a CPU tensor (allowed in tests by
-    TRITON_INTERPRET=1) and where Triton is not installed."""
+    Raises:
+        ValueError: an unknown name; Triton on a CPU tensor (allowed in tests by
+            TRITON_INTERPRET=1); or Triton is not installed.
+    """
     if backend is None:
         backend = "triton" if tensor.is_cuda and tensor.dtype != torch.float64 else "torch"
     if backend not in ("triton", "torch"):

@@ -75,7 +75,11 @@ class CUDAMeter:
         return CallCost(start.elapsed_time(end) / 1e3, extra_bytes)
 
     def settle(self) -> None:
-        """Free memory; raise RuntimeError if an earlier call broke the device's context."""
+        """Free memory that torch's allocator keeps but no tensor uses.
+
+        Raises:
+            RuntimeError: an earlier call broke the device's context.
+        """
         gc.collect()
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()

@@ -71,7 +71,11 @@ class Continuation:
     def next_prompt(
         self, tree: TokenTree, messages: Sequence[Message], tools: Sequence[Message] = ()
     ) -> NextPrompt:
-        """Return what to append to `tree` for a request. Raises `Unrenderable`."""
+        """Return what to append to `tree` for a request.
+
+        Raises:
+            Unrenderable: the chat template refuses the messages.
+        """
         node, count = _deepest_match(tree, messages, tools)
         if node is not None:
             new = messages[count:]
@@ -83,11 +87,14 @@ class Continuation:
         return NextPrompt(None, self.render(messages, tools), tuple(messages))
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
-        """Return the tokens of a conversation up to the next answer. Raises `Unrenderable`.
+        """Return the tokens of a conversation up to the next answer.
 
         Args:
             messages: the conversation.
             tools: the descriptions of the tools, in OpenAI's form.
+
+        Raises:
+            Unrenderable: the chat template refuses the messages.
         """
         return self._encode(self._text(messages, tools, add_generation_prompt=True))
 

@@ -83,7 +83,11 @@ def call_arguments(
     method: Callable[..., Any], values: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and the keyword arguments that pass `values`, given by name, to the
-    method. Raises TypeError for names that the method does not take."""
+    method.
+
+    Raises:
+        TypeError: the method does not take a name.
+    """
     parameters = inspect.signature(method).parameters.values()
     first = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in values]
     by_name = {name: value for name, value in values.items() if name not in first}
@@ -93,7 +97,10 @@ def call_arguments(
 
 def converted_arguments(method: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return JSON values converted to the types of a tool's arguments, such as members of an Enum.
-    Raises ValueError for a value that cannot be converted."""
+
+    Raises:
+        ValueError: a value cannot be converted.
+    """
     parameters, adapters = inspect.signature(method).parameters, _argument_adapters(method)
     result = dict(values)
     for name, value in values.items():
@@ -166,7 +173,11 @@ class Description:
 
 
 def environment_target(name: str) -> str:
-    """Return the "module:Class" of `agents.environment`. Raises UserError for an unknown name."""
+    """Return the "module:Class" of `agents.environment`.
+
+    Raises:
+        UserError: an unknown name.
+    """
     if name in SHIPPED:
         return SHIPPED[name]
     module, _, attribute = name.partition(":")
@@ -184,13 +195,21 @@ def environment_target(name: str) -> str:
 
 
 def find_environment(target: str) -> type:
-    """Import and return the class named "module:Class". Raises UserError where there is no such
-    class, and whatever its module raises when it is imported."""
+    """Import and return the class named "module:Class".
+
+    Raises:
+        UserError: there is no such class.
+        Exception: what its module raises when it is imported.
+    """
     return find(target, "environment class", inspect.isclass)
 
 
 def describe(environment: type) -> Description:
-    """Return the description of a class. Raises UserError for a class that is no environment."""
+    """Return the description of a class.
+
+    Raises:
+        UserError: the class is not an environment.
+    """
     name = environment.__name__
     public = _public_methods(environment)
     tools = [_tool_schema(*method) for method in public.items() if method[0] not in RESERVED]

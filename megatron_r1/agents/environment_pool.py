@@ -63,8 +63,13 @@ class CallResult:
 
 @functools.cache
 def describe(name: str) -> Description:
-    """Return the description of `agents.environment`. Another process imports the user's module
-    and describes it. Raises UserError."""
+    """Return the description of `agents.environment`. Another process imports the user's module and
+    describes it.
+
+    Raises:
+        UserError: the name is unknown, or the module cannot be imported in time or has no such
+            environment.
+    """
     target = environment_target(name)
     try:
         done = subprocess.run(
@@ -115,8 +120,12 @@ class Environments:
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[EnvironmentProcess]:
         """Yield a process for an episode, which begins with `reset`. The process is one whose last
-        episode ended well, or a new one. Raises RunError if the class can no longer be imported,
-        EnvironmentFault if the server has just been killed."""
+        episode ended well, or a new one.
+
+        Raises:
+            RunError: the class can no longer be imported.
+            EnvironmentFault: the server has just been killed.
+        """
         async with self._room:
             # A server that was killed has taken its processes with it.
             self._idle = [process for process in self._idle if process.is_alive]
@@ -206,8 +215,11 @@ class EnvironmentProcess:
         self._writer.close()
 
     async def reset(self, row: Mapping[str, Any]) -> str | None:
-        """Begin an episode. Return the question's text, or None to use the row's. Raises
-        EnvironmentFault."""
+        """Begin an episode. Return the question's text, or None to use the row's.
+
+        Raises:
+            EnvironmentFault: the environment fails.
+        """
         return await self._checked("reset", row)
 
     async def reward(self, answer: str) -> float:
@@ -228,9 +240,12 @@ class EnvironmentProcess:
         return False
 
     async def call(self, name: str, arguments: object, seconds: float) -> CallResult:
-        """Call a tool, for at most `seconds` and at most `call_seconds`. Raises EnvironmentFault if
-        the process ends or the tool raises RunError, CallTimedOut if the process was ended because
-        the call exceeded its time."""
+        """Call a tool, for at most `seconds` and at most `call_seconds`.
+
+        Raises:
+            EnvironmentFault: the process ends, or the tool raises RunError.
+            CallTimedOut: the process was ended because the call exceeded its time.
+        """
         limit = min(seconds, self._seconds)
         reply = await self._send("call", [name, arguments], limit)
         if reply.get("is_fault"):

@@ -199,7 +199,13 @@ class _Episode:
             self._result(environment.close())
 
     def call(self, name: str, arguments: Any) -> str:
-        """Return a tool's result as text. Raises what the tool raises."""
+        """Return a tool's result as text.
+
+        Raises:
+            TypeError: the arguments are not an object, or have a name that the tool does not take.
+            ValueError: an argument cannot be converted to its type.
+            Exception: what the tool raises.
+        """
         self._running = name
         if not isinstance(arguments, dict):
             raise TypeError(f"the arguments of {name} must be a JSON object")

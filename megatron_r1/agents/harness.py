@@ -58,7 +58,7 @@ class RunWithServer(Protocol):
         """Start the server; called once, before the first episode."""
 
     async def close(self) -> None:
-        """Stop the server."""
+        """End the server, if `start` began one."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,25 @@ class AgentOutcome:
 
 
 def find_harness(agents: AgentsConfig) -> Run:
-    """Return the function or the command of `agents.harness`. Raises UserError."""
+    """Return the function or the command of `agents.harness`.
+
+    Raises:
+        UserError: the function cannot be imported.
+    """
     if isinstance(agents.harness, str):
         return function_harness(agents.harness)
     return CommandHarness(agents.harness, agents.harness_processes)
 
 
 def function_harness(path: str) -> Run:
-    """Return the function "module:function" as a `Run`. Raises UserError.
+    """Return the function "module:function" as a `Run`.
 
     A plain function runs in a thread, which cannot be ended; its key is refused once the episode is
-    over."""
+    over.
+
+    Raises:
+        UserError: the function cannot be imported.
+    """
     function = find_function(path)
     if inspect.iscoroutinefunction(function):
         return function
@@ -124,7 +132,11 @@ class CommandHarness:
         """Limits the programs at once; a caller holds it around each call."""
 
     async def __call__(self, base_url: str, api_key: str, row: dict[str, Any]) -> float | None:
-        """Run the program. Raises RuntimeError where it fails."""
+        """Run the program.
+
+        Raises:
+            RuntimeError: the program fails.
+        """
         root = base_url.removesuffix("/v1")
         keys = {"OPENAI_API_KEY": api_key, "ANTHROPIC_API_KEY": api_key}
         urls = {"OPENAI_BASE_URL": base_url, "OPENAI_API_BASE": base_url}
@@ -222,7 +234,11 @@ class HarnessPlayer:
         self._sampling = temperature, top_p
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
-        """Start the gateway, a parser and the agent's server, if it has one. Raises UserError."""
+        """Start the gateway, a parser and the agent's server, if it has one.
+
+        Raises:
+            UserError: no parser or server starts, or the gateway's address is taken.
+        """
         await self.parsers.check()
         try:
             if isinstance(self.run, RunWithServer):
@@ -349,8 +365,11 @@ def _compare(outcome: AgentOutcome, session: GatewaySession) -> None:
 
 
 def _as_reward(value: Any, prompt: Prompt) -> float | None:
-    """Return what an agent's run returned as a reward. Raises ValueError for what is not a
-    finite number."""
+    """Return what an agent's run returned as a reward.
+
+    Raises:
+        ValueError: it is not a finite number.
+    """
     if value is None and prompt.kind == ENVIRONMENT:
         raise ValueError("the agent returned no reward, and data.kind: environment has no other")
     if value is None:

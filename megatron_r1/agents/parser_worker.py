@@ -229,7 +229,11 @@ class TurnParser:
 
     def parse(self, job: ParseJob) -> ParseReply:
         """Split a sampled turn into its reasoning, content and tool calls; all of it is content
-        where the parser drops a part. Raises what vLLM's parser raises."""
+        where the parser drops a part.
+
+        Raises:
+            Exception: what vLLM's parser raises.
+        """
         message = {"role": "user", "content": ""}  # parsers read the tools only
         request = self._request(model="", messages=[message], tools=job.tools or None)
         parser = self._parser(self._tokenizer, request.tools, chat_template_kwargs={})

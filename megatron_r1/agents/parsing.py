@@ -95,15 +95,22 @@ class ParserPool:
         await self.close()
 
     async def check(self) -> None:
-        """Start a worker. Raises UserError where vLLM has no such parser or refuses the
-        tokenizer."""
+        """Start a worker.
+
+        Raises:
+            UserError: vLLM has no such parser, or the parser refuses the tokenizer.
+        """
         await self.parse(ParseJob("", [], []))
 
     async def parse(self, job: ParseJob) -> Parsed:
         """Return what a turn contains.
 
-        A parser that raises, hangs or ends its process leaves a turn that is all content. Raises
-        UserError as `check`, and RunError where no worker can be started."""
+        A parser that raises, hangs or ends its process leaves a turn that is all content.
+
+        Raises:
+            UserError: as `check`.
+            RunError: no worker can be started.
+        """
         if not self._has_parsers:
             return Parsed(None, job.text)
         message = frame(job)
@@ -216,7 +223,11 @@ def _split_thought(text: str) -> tuple[str | None, str]:
 
 
 def _calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yield (first character, end, call) of each. Raises Malformed."""
+    """Yield (first character, end, call) of each.
+
+    Raises:
+        Malformed: a call is not JSON in a form that is known, or text follows its JSON.
+    """
     at = 0
     while (begin := text.find(OPEN, at)) >= 0:
         at = begin + len(OPEN)
@@ -237,7 +248,11 @@ def _calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
 
 def _call(body: dict[str, Any]) -> dict[str, Any]:
-    """Return a call in OpenAI's form. Raises ValueError."""
+    """Return a call in OpenAI's form.
+
+    Raises:
+        ValueError: it has unknown keys, no name, or arguments that are not an object.
+    """
     if isinstance(body.get("function"), dict) and not body.keys() - {"function", "id", "type"}:
         body = body["function"]  # OpenAI's own form
     if unknown := sorted(body.keys() - {*OTHER_KEYS, *ARGUMENTS}):
@@ -279,7 +294,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(number: str) -> float:
-    """Return a JSON number. Raises ValueError for one that no JSON can hold again."""
+    """Return a JSON number.
+
+    Raises:
+        ValueError: JSON cannot represent the number, as an infinity.
+    """
     value = float(number)
     if not math.isfinite(value):
         raise ValueError(f"{number} is no finite number")

@@ -82,8 +82,11 @@ class EpisodePlayer:
         return Played(running.episode(status, shorten(reason, 400)), running.text, reward)
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
-        """Start a parser, and begin an episode for one row of each set of fields. Raises
-        UserError."""
+        """Start a parser, and begin an episode for one row of each set of fields.
+
+        Raises:
+            UserError: vLLM has no such parser, or the environment fails for a row.
+        """
         await self.parsers.check()
         for prompt in {frozenset(prompt.fields): prompt for prompt in prompts}.values():
             try:

@@ -18,7 +18,9 @@ from megatron_r1.data.prompts import PromptSplit, load_prompts
 def load_rows(environment: str, **arguments: Any) -> PromptSplit:
     """Load the prompts of a recipe; where `agents.environment` grades, rows need no truth.
 
-    Raises UserError as `data.prompts.load_prompts`."""
+    Raises:
+        UserError: as `data.prompts.load_prompts`.
+    """
     if not environment:
         return load_prompts(**arguments)
     description = describe(environment)
@@ -47,7 +49,12 @@ def load_rows(environment: str, **arguments: Any) -> PromptSplit:
 
 def rows_of(agents: AgentsConfig, **arguments: Any) -> PromptSplit:
     """Return the questions of a run: the tasks of `agents.verifiers.taskset`, each whole in the
-    field `task`, or `load_rows`. Raises UserError."""
+    field `task`, or `load_rows`.
+
+    Raises:
+        UserError: data.path or task is set with a taskset, the tasks cannot be listed, or as
+            `load_rows`.
+    """
     if not agents.verifiers.taskset:
         return load_rows(agents.environment, **arguments)
     if arguments["path"] or arguments["task"]:

@@ -32,8 +32,11 @@ def user_place_of(error: BaseException) -> str:
 
 
 def module_source(function: str) -> str:
-    """Return the source of the module in "module:function", without importing it. Raises UserError
-    if there is no such module."""
+    """Return the source of the module in "module:function", without importing it.
+
+    Raises:
+        UserError: there is no such module.
+    """
     module = function.partition(":")[0]
     importlib.invalidate_caches()
     spec = _find_below(os.getcwd(), module)  # first, as with `python -m`, which runs it
@@ -59,8 +62,11 @@ def _find_below(folder: str, module: str) -> ModuleSpec | None:
 
 def module_syntax(function: str) -> str:
     """Return the syntax tree of the module in "module:function" as text, without comments and
-    layout: results of an equal module may be used again. Raises UserError as `module_source` and
-    for a syntax error."""
+    layout: results of an equal module may be used again.
+
+    Raises:
+        UserError: as `module_source`, or a syntax error.
+    """
     try:
         with _READING:
             return ast.dump(ast.parse(module_source(function)))

@@ -41,8 +41,11 @@ PROMPT = "> "
 
 
 def run(config: Config, folder: str, question: list[str] | None = None) -> None:
-    """Print the model's response to each question on stdout, and all else on stderr. Raises
-    UserError for a run without an export."""
+    """Print the model's response to each question on stdout, and all else on stderr.
+
+    Raises:
+        UserError: a run without an export.
+    """
     model = find_exported(folder, ARGUMENTS[0])
     config = _settings(config, model)
     _note(

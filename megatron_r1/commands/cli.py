@@ -264,8 +264,11 @@ def _run_plain_verb(verb: str, rest: list[str]) -> int:
 
 
 def _take_options(name: str, options: list[str]) -> list[str]:
-    """Remove each `--name VALUE` or `--name=VALUE` from `options` and return the values. Raises
-    UserError for an option without a value."""
+    """Remove each `--name VALUE` or `--name=VALUE` from `options` and return the values.
+
+    Raises:
+        UserError: an option has no value.
+    """
     values = []
     while found := [at for at, text in enumerate(options) if text.partition("=")[0] == f"--{name}"]:
         at = found[0]

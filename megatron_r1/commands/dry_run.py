@@ -56,8 +56,10 @@ MAX_TRUTH_CHARS = 80
 def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     """Sample and grade the first questions of the first rollout, at most `MAX_RESPONSES` responses
     on an engine of this host, and print responses, figures and advice. Writes nothing.
-    Raises UserError where the recipe's engines are on other hosts, and where the run would not fit
-    into memory."""
+
+    Raises:
+        UserError: the recipe's engines are on other hosts, or the run would not fit into memory.
+    """
     if config.rollout.placement != "local":
         raise UserError(
             f"--dry-run: rollout.placement: {config.rollout.placement} has its engines on other "
@@ -234,8 +236,11 @@ def _kept_on_disk(config: Config, rollout: Rollout, fraction: float) -> list[str
 
 
 def _memory(config: Config) -> str:
-    """Return a sentence on the memory that the run takes. Raises UserError for a run that does not
-    fit into this host's."""
+    """Return a sentence on the memory that the run takes.
+
+    Raises:
+        UserError: the run does not fit into this host's memory.
+    """
     parameters = num_parameters(read_hf_config(config.model.path), with_mtp=False)
     size = f"{parameters / 1e6:,.1f}M parameters; "
     if gpu.is_usable():

@@ -32,8 +32,12 @@ MAX_TRUTH_CHARS = 200
 
 
 def run(config: Config) -> None:
-    """Sample what is missing, grade it, and write the results. Raises UserError before any long
-    work starts, RunError if an engine or a server fails. The same command continues."""
+    """Sample what is missing, grade it, and write the results.
+
+    Raises:
+        UserError: a mistake in the recipe, before any long work starts.
+        RunError: an engine or a server fails; the same command continues.
+    """
     if not config.eval.server and not config.model.path:
         raise UserError(
             "eval needs a model: model.path (a Hugging Face folder or a run's folder) or "

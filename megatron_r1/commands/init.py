@@ -100,7 +100,11 @@ def _of_examples(source: QuestionSource) -> Draft:
 
 
 def _of_judged(source: QuestionSource, kind: Kind) -> Draft:
-    """Return a recipe for `reward-model`. Raises UserError for a row that it would refuse."""
+    """Return a recipe for `reward-model`.
+
+    Raises:
+        UserError: a row that `reward-model` would refuse.
+    """
     rows = list(itertools.islice(read_preferences(source.data, kind), MAX_JUDGED_ROWS))
     salt = reward_model.SPLIT_SALT
     sides = {is_heldout(row.question, HELDOUT_FRACTION, salt) for row in rows}
@@ -195,7 +199,11 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
 
 
 def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> Draft:
-    """Return a recipe for `rl`. Raises UserError where question or truth are not found."""
+    """Return a recipe for `rl`.
+
+    Raises:
+        UserError: question or truth are not found.
+    """
     columns = guess_columns(source.data, source.rows[:COLUMN_ROWS], **given)
     if "kind" not in given:
         columns = _kind_of_run(columns, source.folder)
@@ -271,8 +279,11 @@ def _check_arguments(model: str, path: Path) -> None:
 
 
 def _try(path: Path, columns: Columns) -> None:
-    """Check the recipe as `rl` does, and print the memory that it takes without a GPU. Raises
-    UserError."""
+    """Check the recipe as `rl` does, and print the memory that it takes without a GPU.
+
+    Raises:
+        UserError: `rl` would refuse the recipe.
+    """
     recipe = configuration.load(path, required=rl.REQUIRED)
     _, prompts = prepare(recipe)
     if OWN in (columns.kind or ""):
@@ -329,8 +340,11 @@ Asked = tuple[list[Message], str]
 
 
 def _read_questions(data: str, columns: Columns) -> list[Asked]:
-    """Return the distinct questions of the rows that are read. Raises UserError for a row without
-    one."""
+    """Return the distinct questions of the rows that are read.
+
+    Raises:
+        UserError: a row without a question.
+    """
     renamed = {"question": columns.question}
     found: dict[str, Asked] = {}
     for location, row in itertools.islice(read_renamed_rows(data, renamed), MAX_ROWS):

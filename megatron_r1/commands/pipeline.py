@@ -88,7 +88,11 @@ def _implied(verbs: Mapping[str, str], used: set[str]) -> dict[str, dict[str, An
 
 
 def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
-    """Return the stages to run, in order. Raises UserError for an unknown name."""
+    """Return the stages to run, in order.
+
+    Raises:
+        UserError: an unknown name.
+    """
     for key, name in (("only", config.only), ("until", config.until)):
         if name and name not in graph.upstream:
             raise UserError(

@@ -67,8 +67,11 @@ class RowSampler(EpochSampler[RewardModelRow]):
 
 
 def run(config: Config) -> None:
-    """Train on `reward_model.data` for `run.steps` batches, or `reward_model.epochs`. Raises
-    UserError before any long work."""
+    """Train on `reward_model.data` for `run.steps` batches, or `reward_model.epochs`.
+
+    Raises:
+        UserError: a mistake in the recipe or its data, before any long work.
+    """
     settings = config.reward_model
     if config.model.head != "score":
         raise UserError(
@@ -104,9 +107,12 @@ def run(config: Config) -> None:
 
 
 def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
-    """Read the rows of `reward_model.data`, tokenize them and split them by their questions. Raises
-    UserError with file and line for a bad row, for texts that end with the padding token, and where
-    a side has no rows."""
+    """Read the rows of `reward_model.data`, tokenize them and split them by their questions.
+
+    Raises:
+        UserError: a bad row, with file and line; texts that end with the padding token; or a side
+            has no rows.
+    """
     settings = config.reward_model
     limit = settings.max_tokens or hf["max_position_embeddings"]
     sides: dict[bool, list[RewardModelRow]] = {False: [], True: []}

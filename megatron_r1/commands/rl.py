@@ -50,7 +50,11 @@ REQUIRED = ("run.folder", "model.path")
 
 
 def run(config: Config) -> None:
-    """Train for `run.steps` rollouts. Raises UserError before any long work starts."""
+    """Train for `run.steps` rollouts.
+
+    Raises:
+        UserError: a mistake in the recipe or its data, before any long work starts.
+    """
     check_settings(config)
     timeline.reached("controller/settings checked")
     begin_trainer()

@@ -53,8 +53,13 @@ VLLM_FRACTION = 0.92
 
 
 def this_machine() -> Machine:
-    """Return the machine that this process runs on. Raises OSError, CalledProcessError where
-    nvidia-smi does not run."""
+    """Return this machine: its visible GPUs and the bytes of the smallest one's memory, or without
+    a GPU the host's free memory.
+
+    Raises:
+        OSError: nvidia-smi is missing.
+        subprocess.CalledProcessError: nvidia-smi fails.
+    """
     if not gpu.is_usable():
         return Machine(0, psutil.virtual_memory().available)
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -120,8 +125,12 @@ MAX_SHOWN_IDS = 8
 
 
 def _load_prompts(config: Config, text: PromptText) -> PromptSplit:
-    """Return the prompts of the recipe that an engine has room for, and print what is unusual
-    about the data. Raises UserError for unreadable data, and where no prompt is left."""
+    """Return the prompts of the recipe that an engine has room for, and print what is unusual about
+    the data.
+
+    Raises:
+        UserError: the data cannot be read, or no prompt is left.
+    """
     rows = config.data.model_dump(exclude={"template"})
     if config.agents.players:
         from megatron_r1.agents.rows import rows_of
@@ -213,7 +222,11 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
 
 def prompts_that_fit(prompts: PromptSplit, text: PromptText, limit: int) -> PromptSplit:
     """Return the prompts that are shorter than `limit`, rollout.max_model_len, and print how many
-    are left out. Raises UserError where none is left to train on."""
+    are left out.
+
+    Raises:
+        UserError: no prompt is left to train on.
+    """
     train, heldout = (
         [prompt for prompt in side if text.fits(prompt.question, limit, prompt.before)]
         for side in (prompts.train, prompts.heldout)
@@ -236,8 +249,11 @@ def prompts_that_fit(prompts: PromptSplit, text: PromptText, limit: int) -> Prom
 
 
 def kinds_drawn(config: Config, prompts: list[Prompt]) -> list[str]:
-    """Return a line about each part of the run that draws kinds of questions by weight. Raises
-    UserError as `drawn_fractions`, for any part."""
+    """Return a line about each part of the run that draws kinds of questions by weight.
+
+    Raises:
+        UserError: as `drawn_fractions`, for any part.
+    """
     lines = []
     counts = Counter(prompt.kind for prompt in prompts)
     for step, phase in config.phases():
@@ -255,7 +271,11 @@ def kinds_drawn(config: Config, prompts: list[Prompt]) -> list[str]:
 
 
 def run_facts(config: Config, text: PromptText, prompts: PromptSplit) -> list[str]:
-    """Return lines about the run for its title. Raises UserError as `kinds_drawn`."""
+    """Return lines about the run for its title.
+
+    Raises:
+        UserError: as `kinds_drawn`.
+    """
     return [
         config.model.path,
         config.data.task or str(config.data.path),
@@ -267,7 +287,11 @@ def run_facts(config: Config, text: PromptText, prompts: PromptSplit) -> list[st
 
 def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
     """Check all that can be checked before anything starts; return the tokenizer with its template,
-    and the prompts. Raises UserError."""
+    and the prompts.
+
+    Raises:
+        UserError: a mistake in the recipe or its data.
+    """
     # In the order of what a check needs: settings, then the tokenizer, which the environment's
     # check renders with, then the prompts, whose lengths the tokenizer measures. So a mistake in
     # a setting is reported without reading the data, which may be large.
@@ -277,7 +301,10 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
 
 def read_prompts(config: Config) -> tuple[PromptText, PromptSplit]:
     """Return the recipe's prompts and how they become tokens, of settings that have been checked.
-    Raises UserError."""
+
+    Raises:
+        UserError: unreadable data, no prompt that fits, or an environment that cannot be used.
+    """
     ids = config.rollout.stop_token_ids
     text = PromptText(config.model.path, config.data.template, stop_token_ids=ids)
     if config.agents.players:
@@ -297,8 +324,11 @@ def ends_with(config: Config, text: PromptText) -> str:
 
 
 def check_settings(config: Config) -> None:
-    """Check the recipe's settings against each other, the model's config.json and this host. Raises
-    UserError."""
+    """Check the recipe's settings against each other, the model's config.json and this host.
+
+    Raises:
+        UserError: a setting that is impossible or unsupported.
+    """
     if config.model.init != "load":
         raise UserError(
             "model.init: rl needs a model to start from; make one with sft, then load",

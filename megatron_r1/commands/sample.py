@@ -52,7 +52,11 @@ REMEDIES = {
 
 def from_run(folder: str) -> tuple[str, dict[str, Any]]:
     """Return the recipe of a run's folder, and the settings that sample its trained model instead
-    of training on. Raises UserError for another folder."""
+    of training on.
+
+    Raises:
+        UserError: the folder is not a run's.
+    """
     recipe = Path(folder) / "config.yaml"
     if not recipe.is_file():
         raise UserError(
@@ -96,9 +100,13 @@ class SampleInputs:
 
 
 def run(config: Config) -> None:
-    """Sample what is missing, decide, write the outputs. Raises UserError before any long work
-    starts, RunError if an engine or a service fails or no response is kept. The same command
-    continues."""
+    """Sample what is missing, decide, write the outputs.
+
+    Raises:
+        UserError: a mistake in the recipe or its data, before any long work starts.
+        RunError: an engine or a service fails, or no response is kept; after a failure the same
+            command continues.
+    """
     if bool(config.sample.server) == bool(config.model.path):
         raise UserError(
             "sample needs one model: either model.path (a Hugging Face folder or a run's folder) "
@@ -119,8 +127,11 @@ def run(config: Config) -> None:
 
 def _inputs(config: Config) -> SampleInputs:
     """Load what a run samples and how it writes it: questions that no benchmark has, worked
-    examples, the rewriting function, the form of its output. Raises UserError where no question
-    is left."""
+    examples, the rewriting function, the form of its output.
+
+    Raises:
+        UserError: no question is left.
+    """
     sample = config.sample
     data = config.data.model_dump(exclude={"template"})
     if not sample.is_graded and data["kind"] is None:
@@ -224,7 +235,11 @@ async def _decide(
     settings: dict[str, Any],
 ) -> None:
     """Decide about every logged response by `sample.output`, and write the output file and the
-    report. Raises RunError where nothing is kept."""
+    report.
+
+    Raises:
+        RunError: nothing is kept.
+    """
     sample = config.sample
     filters = active_filters(sample.output, sample.filters)
     keep = sample.keep if sample.keeps else KeepConfig(min_accuracy=None)

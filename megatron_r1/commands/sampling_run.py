@@ -75,8 +75,12 @@ async def export_checkpoint(
 
 async def _model_to_serve(config: Config, folder: Path) -> Path:
     """Return the Hugging Face folder for `model.path`: the path itself, the export of a run, or a
-    checkpoint, which is exported into `folder` first. Raises as `find_model` and
-    `export_checkpoint` do."""
+    checkpoint, which is exported into `folder` first.
+
+    Raises:
+        UserError: as `find_model`.
+        Exception: as `export_checkpoint`.
+    """
     model, must_export = find_model(config.model.path)
     if must_export:
         target = folder / f"hf_{model.name}"

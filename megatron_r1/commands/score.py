@@ -68,10 +68,14 @@ def run(
     """Grade `source` into `target`, "-" for a pipe, and print one line of summary; or audit a file.
 
     Uses every core unless `rewards.workers` is given. `target` appears when all lines are graded.
-    Raises UserError for a source that cannot be read or a target that cannot be written,
-    RunError when no worker can be started or the reader of the output has ended. After all
-    lines are written it raises RunError also where a served model failed or no line could be
-    graded: such zeros should not be trained on. `score_audit.run` has the errors of an audit."""
+    `score_audit.run` has the errors of an audit.
+
+    Raises:
+        UserError: the source cannot be read, or the target cannot be written.
+        RunError: no worker can be started, or the reader of the output has ended. After all lines
+            are written: a served model failed, or no line could be graded, as such zeros should not
+            be trained on.
+    """
     if audit is not None:
         score_audit.run(config, audit, **options)
         return

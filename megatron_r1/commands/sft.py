@@ -26,8 +26,11 @@ REQUIRED = ("run.folder", "model.path", "sft.data")
 
 
 def run(config: Config) -> None:
-    """Train on `sft.data` for `run.steps` batches, or `sft.epochs`. Raises UserError before any
-    long work."""
+    """Train on `sft.data` for `run.steps` batches, or `sft.epochs`.
+
+    Raises:
+        UserError: a mistake in the recipe or its data, before any long work.
+    """
     check_settings(config)
     begin_trainer()
     text, examples, contents = read_examples(config)
@@ -84,7 +87,11 @@ def check_settings(config: Config) -> None:
 
 def read_examples(config: Config) -> tuple[ExampleText, EpochSampler[SFTExample], list[str]]:
     """Return the tokenizer with its template, the sampler of examples, and lines about these.
-    Renders an example of each sequence of roles. Raises UserError."""
+    Renders an example of each sequence of roles.
+
+    Raises:
+        UserError: the data cannot be read, or the template refuses an example.
+    """
     text = ExampleText(config.model.path, config.sft.template)
     sampler, lines = load_sampler(config)
     rendered = set()
@@ -97,7 +104,11 @@ def read_examples(config: Config) -> tuple[ExampleText, EpochSampler[SFTExample]
 
 
 def load_sampler(config: Config) -> tuple[EpochSampler[SFTExample], list[str]]:
-    """Return the sampler of examples, and lines about its contents. Raises UserError."""
+    """Return the sampler of examples, and lines about its contents.
+
+    Raises:
+        UserError: the data cannot be read.
+    """
     data, shuffled = config.sft.data, config.sft.order == "shuffled"
     if isinstance(data, str):
         report = DataReport(data)

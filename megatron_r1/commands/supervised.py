@@ -44,7 +44,11 @@ class SupervisedTask(Generic[Item]):
 
 def with_steps(config: Config, section: Literal["sft", "reward_model"], epoch_size: int) -> Config:
     """Return the configuration with the `run.steps` that the section's `epochs` amounts to; the
-    last batch may begin another epoch. Raises UserError where the recipe sets another number."""
+    last batch may begin another epoch.
+
+    Raises:
+        UserError: the recipe sets another number.
+    """
     settings = getattr(config, section)
     if settings.epochs is None:
         return config

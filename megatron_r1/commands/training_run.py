@@ -216,7 +216,11 @@ def _check_folder(config: Config) -> None:
 
 def _trainer(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
     """Return the client of the ranks, which do not run yet, and print what is to be known of the
-    run before they do. Raises UserError for a run that does not fit into memory."""
+    run before they do.
+
+    Raises:
+        UserError: the run does not fit into memory.
+    """
     world_size, notify = torchrun.world_size(config), recorder.view.message
     num_updates = config.num_policy_updates if name == "rl" else config.run.steps
     if note := warmup_note(config.optimizer, num_updates):

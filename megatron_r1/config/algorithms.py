@@ -122,7 +122,9 @@ NAMES = tuple(ALGORITHMS)
 def find_rules(name: str) -> AlgorithmRules:
     """Return the rules of the algorithm called `name`, or those at "module:NAME" of a user's own.
 
-    Raises UserError for an unknown name, and for a module without them."""
+    Raises:
+        UserError: an unknown name, or a module without them.
+    """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     if ":" in name:

@@ -178,5 +178,5 @@ def fraction_inside(gpus_per_node: int, span: int) -> float:
 
 
 def unit_of(info: FieldInfo) -> str:
-    """Return the unit of a field."""
+    """Return the unit that a field's annotation names, such as "B/s"."""
     return next(mark for mark in info.metadata if isinstance(mark, str))

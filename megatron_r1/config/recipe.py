@@ -277,7 +277,11 @@ def from_tree(
 
 def from_overrides(overrides: dict[str, Any]) -> Config:
     """Build the configuration of a command without a recipe: the defaults with
-    `{"section.key": value}` applied. Raises UserError."""
+    `{"section.key": value}` applied.
+
+    Raises:
+        UserError: an unknown key, or an invalid value.
+    """
     return parse(_with_overrides({}, overrides), "command line")
 
 

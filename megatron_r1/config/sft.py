@@ -65,8 +65,10 @@ class SFTConfig(Section):
 def _read_parts(entries: list[Any]) -> list[MixturePart]:
     """Read `sft.data` given as a list.
 
-    Raises UserError naming the entry, the key and the nearest right one, and for an empty list or
-    shares that do not add up."""
+    Raises:
+        UserError: an invalid entry, an empty list, or shares that do not add up; it names the
+            entry, the key and the nearest right one.
+    """
     if not entries:
         raise UserError(
             "sft.data: the list is empty; give {path: …} entries, or one path",

@@ -96,7 +96,11 @@ def as_text(value: Any) -> str:
 
 
 def parse_text(text: str) -> Any:
-    """Return the value of a setting written as YAML. Raises yaml.YAMLError."""
+    """Return the value of a setting written as YAML.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML.
+    """
     return _parse(text, "the value")
 
 

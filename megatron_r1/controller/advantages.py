@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 
 def graded(rewards: list[float | None]) -> list[float]:
-    """Return the rewards that are not None. Raises ValueError for an empty group and for a reward
-    that is not finite."""
+    """Return the rewards that are not None.
+
+    Raises:
+        ValueError: the group is empty, or a reward is not finite.
+    """
     if not rewards:
         raise ValueError("a group needs at least one reward")
     known = [r for r in rewards if r is not None]

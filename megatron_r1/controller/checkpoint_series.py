@@ -35,14 +35,20 @@ class CheckpointSeries:
     def __init__(self, folder: Path, settings: CheckpointConfig, notify: Callable[[str], None]):
         """Choose the newest checkpoint whose manifest, files and sizes are right.
 
-        Raises UserError when all checkpoints are damaged."""
+        Raises:
+            UserError: all checkpoints are damaged.
+        """
         self._folder, self._settings, self.notify = folder, settings, notify
         self.latest: Path | None = None
         self.start_again()
 
     def start_again(self) -> None:
         """Choose the newest good checkpoint again, after the ranks were lost. A checkpoint that
-        they were writing counts only if it became whole. Raises UserError when all are damaged."""
+        they were writing counts only if it became whole.
+
+        Raises:
+            UserError: all checkpoints are damaged.
+        """
         for name in finding.remove_partial(self._folder):
             self.notify(f"{name} was still being written when the run ended; removed")
         self._choose(*self._newest())
@@ -58,7 +64,9 @@ class CheckpointSeries:
     async def verify(self, trainer: TrainerClient) -> None:
         """Have the ranks verify `latest`; fall back to older ones until one is as it was written.
 
-        Raises UserError when none is."""
+        Raises:
+            UserError: no checkpoint is as it was written.
+        """
         damaged: list[DamagedCheckpoint] = []
         candidate = self.latest
         while candidate is not None:
@@ -81,7 +89,11 @@ class CheckpointSeries:
     async def save(self, trainer: TrainerClient, step: int, state: dict[str, Any]) -> None:
         """Start the checkpoint of `step`; unless `checkpoint.asynchronous`, wait until it is whole.
 
-        Waits for the previous one first. Raises TrainerError when that one, or this one, failed."""
+        Waits for the previous one first.
+
+        Raises:
+            TrainerError: the previous checkpoint, or this one, failed.
+        """
         began = time.perf_counter()
         await self._poll(trainer, wait=True)
         folder = finding.path_of(self._folder, step)
@@ -93,13 +105,21 @@ class CheckpointSeries:
     async def completed(self, trainer: TrainerClient) -> dict[str, float]:
         """Return the metrics of a checkpoint that became whole since the last call, else {}:
         checkpoint/step, checkpoint/seconds (until whole) and checkpoint/seconds_blocked (that the
-        run waited). Raises TrainerError when it could not be written."""
+        run waited).
+
+        Raises:
+            TrainerError: the checkpoint could not be written.
+        """
         await self._poll(trainer, wait=False)
         metrics, self._completed = self._completed, {}
         return metrics
 
     async def finish(self, trainer: TrainerClient) -> None:
-        """Wait for the checkpoint being written. Raises TrainerError when that failed."""
+        """Wait for the checkpoint being written.
+
+        Raises:
+            TrainerError: the checkpoint could not be written.
+        """
         await self._poll(trainer, wait=True)
 
     async def _poll(self, trainer: TrainerClient, wait: bool) -> None:
@@ -128,8 +148,11 @@ class CheckpointSeries:
         return finding.newest(self._folder, self._settings.verify, below)
 
     def _choose(self, good: Path | None, damaged: list[DamagedCheckpoint]) -> None:
-        """Continue from `good` and set the newer, `damaged` ones aside. Raises UserError if good is
-        None and there are damaged ones."""
+        """Continue from `good` and set the newer, `damaged` ones aside.
+
+        Raises:
+            UserError: `good` is None and there are damaged ones.
+        """
         if good is None:
             finding.refuse_without_good(self._folder, damaged)
         self.latest = good

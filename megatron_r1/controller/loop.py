@@ -130,9 +130,12 @@ def training_reward(graded: GradedResponse, config: Config) -> float | None:
 def minibatches(samples_by_response: list[list[Sample]], count: int) -> list[list[Sample]]:
     """Return the samples of `count` mini-batches with equally many responses each, in order.
 
-    Those that are trained on are spread evenly over the mini-batches. Raises RunError where there
-    are fewer than mini-batches: an update without any would move the weights all the same, by the
-    optimizer's momentum."""
+    Those that are trained on are spread evenly over the mini-batches.
+
+    Raises:
+        RunError: fewer responses are trained on than there are mini-batches: an update without any
+            would move the weights all the same, by the optimizer's momentum.
+    """
     trained = [samples for samples in samples_by_response if samples[0].is_trained]
     others = iter([samples for samples in samples_by_response if not samples[0].is_trained])
     if len(trained) < count:

@@ -76,8 +76,11 @@ class PolicyEngines:
         yield
 
     async def await_probes(self) -> None:
-        """Wait until the engines have answered the probes of the last push. Raises EngineError if
-        one computes something else than the trainer."""
+        """Wait until the engines have answered the probes of the last push.
+
+        Raises:
+            EngineError: an engine computes something else than the trainer.
+        """
         self._probe_metrics = await self.pusher.probe_results()
         self.sampler.probes_passed()
 

@@ -67,8 +67,12 @@ class ExternalServer(RunningServer):
         self._failure: Exception | None = None
 
     async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
-        """Wait until the server answers, and check that it can score. Raises EngineError if it does
-        not answer in time, has too little room, or cannot score tokens."""
+        """Wait until the server answers, and check that it can score.
+
+        Raises:
+            EngineError: the server does not answer in time, has too little room, or cannot score
+                tokens.
+        """
         await super().wait_ready(timeout_seconds)
         async with EngineClient(self.url, timeout_seconds=EXTERNAL_ANSWER_SECONDS) as client:
             sampling = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}

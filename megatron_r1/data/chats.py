@@ -41,8 +41,11 @@ KEPT = ("tool_calls", "tool_call_id", "name", *THOUGHTS, "weight")
 
 
 def read_chat(value: Any) -> list[Message] | None:
-    """Return the messages of a conversation, None for any other value. Raises ValueError naming
-    the message that lacks its text, or has an unknown role."""
+    """Return the messages of a conversation, None for any other value.
+
+    Raises:
+        ValueError: a message lacks its text, or has an unknown role; it names the message.
+    """
     value = decoded(value)
     if isinstance(value, Mapping):
         value = next((value[k] for k in ("messages", "conversations") if value.get(k)), None)
@@ -88,7 +91,11 @@ def is_chat(value: Any) -> bool:
 
 def read_question(value: Any) -> tuple[list[Message], str] | None:
     """Return (the messages before the question, the question) of a text or a conversation that ends
-    with a user's message; None for any other. Raises ValueError as `read_chat`."""
+    with a user's message; None for any other.
+
+    Raises:
+        ValueError: as `read_chat`.
+    """
     chat = read_chat(value)
     if chat is None:
         return ([], value) if isinstance(value, str) and value.strip() else None
@@ -128,7 +135,11 @@ def without_nulls(value: Any) -> Any:
 
 def tool_calls(value: Any) -> list[Message]:
     """Return calls `[{"name", "arguments"}]` or `[{"function": …}]` as OpenAI's form has them, with
-    arguments as a mapping. Raises ValueError for a call without a name."""
+    arguments as a mapping.
+
+    Raises:
+        ValueError: a call without a name.
+    """
     value = decoded(value)
     calls = []
     for entry in value if isinstance(value, list) else [value]:

@@ -55,9 +55,12 @@ class ExampleText:
         self._marks = has_chat and bool(GENERATION.search(str(self._tokenizer.chat_template)))
 
     def encode(self, example: SFTExample) -> tuple[list[int], list[bool]]:
-        """Return (token ids, whether each is learned) of an example; the first is not. Raises
-        UserError for a conversation that the template refuses, or whose assistant's messages it
-        does not show."""
+        """Return (token ids, whether each is learned) of an example; the first is not.
+
+        Raises:
+            UserError: the template refuses the conversation, or does not show its assistant's
+                messages.
+        """
         if example.messages and self._chat is not None:
             messages = [self._with_thought(message) for message in example.messages]
             return self._conversation(example, self._chat.seated(messages))

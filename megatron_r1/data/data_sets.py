@@ -67,9 +67,12 @@ def parse_name(path: str, role: str = "data.path") -> tuple[str, str | None, str
 def read_data_set(path: str, role: str) -> Iterator[Row]:
     """Yield the rows of `hub:NAME[:CONFIG][:SPLIT]`, NAME on the hub or a folder, or of `FOLDER`.
 
-    Without SPLIT: train, or the only one. `hub:NAME:test` is a split, too. Raises UserError for a
-    data set that is missing, an unknown configuration or split, and where the hub cannot be
-    reached."""
+    Without SPLIT: train, or the only one. `hub:NAME:test` is a split, too.
+
+    Raises:
+        UserError: the data set is missing, the configuration or split is unknown, or the hub cannot
+            be reached.
+    """
     name, config, split = parse_name(path, role)
     folder = Path(name)
     if folder.is_dir():

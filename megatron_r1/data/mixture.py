@@ -33,7 +33,11 @@ class LoadedPart:
 
 
 def load_mixture(parts: Sequence[MixturePart]) -> list[LoadedPart]:
-    """Read every part. Raises UserError for a bad file, and for a file too small for its share."""
+    """Read every part.
+
+    Raises:
+        UserError: a bad file, or a file too small for its share.
+    """
     reports = [DataReport(part.path) for part in parts]
     loaded = [
         load_examples(part.path, part.columns, part.where, report)

@@ -26,8 +26,12 @@ class Preference:
     """One row: responses to a question, each with its label; of a pair, the better one first.
 
     Attributes:
+        question: the text that the responses answer.
+        responses: two for a pair, else one.
+        labels: one per response, 1 for good, 0 for bad.
         opened: whether the prompt ended with `<think>`, which the responses then do not repeat.
-        location: "file:line" of the row."""
+        location: "file:line" of the row.
+    """
 
     question: str
     responses: tuple[str, ...]
@@ -52,7 +56,9 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
     "response" is; "opened" is false by default. Question and responses may be chats, or
     transcripts, of one question.
 
-    Raises UserError with file and line for a bad row."""
+    Raises:
+        UserError: a bad row, with file and line.
+    """
     for location, row in read_renamed_rows(path):
         named = next((name for name in RESPONSES if name in row), RESPONSES[0])
         names = ("chosen", "rejected") if kind == "pairwise" else (named,)

@@ -39,10 +39,13 @@ class Prompt:
     Attributes:
         id: hash of the question's text, for an environment of text and fields; the same in all
             runs.
+        question: the text of the question, as the row has it.
         kind: the reward that grades its responses, by comparison with `truth`.
+        truth: what the reward compares a response with, in JSON types; None where it needs none.
         fields: the reward's other arguments, in JSON types.
+        location: where the question's row is, as "file:line", if it has one.
         before: the messages of the chat before the question, such as the system's.
-        location: where the question's row is, as "file:line", if it has one."""
+    """
 
     id: str
     question: str
@@ -201,7 +204,11 @@ class RowReading:
     bad_rows: Literal["refuse", "leave_out"]
 
     def prompts(self, path: str | Path, role: str, report: DataReport) -> Iterator[Prompt]:
-        """Yield the prompts of a file or data set; `report` counts its rows. Raises UserError."""
+        """Yield the prompts of a file or data set; `report` counts its rows.
+
+        Raises:
+            UserError: a column is missing, or a row is malformed and `bad_rows` is refuse.
+        """
         names = ("question", "truth", "kind")
         row_filter = RowFilter(self.where, report)
         rows = read_renamed_rows(path, self.columns, names, role, row_filter.keeps)
@@ -271,11 +278,15 @@ def _is_solution(truth: Any) -> bool:
 
 
 def parse_question(location: str, row: RenamedRow) -> tuple[list[Message], str]:
-    """Return the messages before the question, and the question. Raises UserError.
+    """Return the messages before the question, and the question.
 
     Args:
         location: "file:line", for errors.
         row: a row of the file.
+
+    Raises:
+        UserError: the question is missing, blank, or not a text or conversation that ends with a
+            user's message.
     """
     value = row.get("question")
     if isinstance(value, dict) and all(isinstance(part, str) for part in value.values()):

@@ -134,9 +134,12 @@ class PromptSplit:
     """Train and held-out prompts; no normalized question occurs twice in the two lists.
 
     Attributes:
+        train: the prompts that are sampled for training.
+        heldout: those for evaluation, never trained on.
         contradictions: the prompt that is kept and a later one of the same question and another
             truth.
-        reports: what became of the rows, one for each source that is a file."""
+        reports: what became of the rows, one for each source that is a file.
+    """
 
     train: list[Prompt]
     heldout: list[Prompt]

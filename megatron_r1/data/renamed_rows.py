@@ -73,13 +73,16 @@ def _read_all_rows(path: str | Path, role: str) -> Iterator[Row]:
 
 
 def require_text(location: str, row: RenamedRow, name: str, renaming: str = "") -> str:
-    """Return row[name]; raises UserError unless it is a string that is not blank.
+    """Return row[name], a string that is not blank.
 
     Args:
         location: "file:line", for errors.
         row: the row.
         name: ours.
         renaming: as in `missing`.
+
+    Raises:
+        UserError: the row lacks it, or it is another value.
     """
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
@@ -198,7 +201,8 @@ class DataReport:
             self.left_out[reason] = LeftOut(1, location, key)
 
     def lines(self) -> list[str]:
-        """Return the report as lines."""
+        """Return what became of the source's rows as lines for the terminal: read, left out and
+        why, kinds, columns."""
         read = "row" if self.num_read == 1 else "rows"
         num_kept = self.num_read - self.num_duplicates
         num_kept -= sum(rows.count for rows in self.left_out.values())

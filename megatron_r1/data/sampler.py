@@ -58,7 +58,11 @@ class EpochSampler(Generic[Item]):
         return {**own, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises UserError if the items or the seed differ."""
+        """Continue where `state` was taken.
+
+        Raises:
+            UserError: the items or the seed differ.
+        """
         for name, own in (("fingerprint", self._fingerprint), ("seed", self.seed)):
             if state[name] != own:
                 what = "items" if name == "fingerprint" else name

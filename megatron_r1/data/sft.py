@@ -53,7 +53,10 @@ class SFTExample:
         response: with loss.
         messages: the conversation in place of both; its assistant's messages from number
             `learned_from` on have loss.
-        tools: what a conversation's template is given as tools."""
+        learned_from: index of the message from which on the assistant's messages have loss.
+        tools: what a conversation's template is given as tools.
+        location: "file:line" of the row, for errors.
+    """
 
     prompt: str = ""
     response: str = ""
@@ -99,7 +102,11 @@ def load_examples(
 
 
 def read_example(location: str, row: RenamedRow, report: DataReport | None = None) -> SFTExample:
-    """Return the example of a row. Raises UserError for a row of no known form."""
+    """Return the example that a row states, in any of the forms of `sft.data`.
+
+    Raises:
+        UserError: the row has no known form.
+    """
     for form, read in FORMS:
         try:
             example = read(row)
@@ -221,7 +228,11 @@ def _question_parts(question: str, response: str, row: RenamedRow) -> Parts:
 
 def _conversation(messages: list[Message], learned_from: int, row: RenamedRow) -> Parts:
     """Return the example of a conversation, with the row's system prompt where the messages have
-    none. Raises ValueError where nothing is learned."""
+    none.
+
+    Raises:
+        ValueError: no message is learned.
+    """
     system = read_system_prompt(row)
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]

@@ -80,13 +80,15 @@ class Shots:
         return [*turns, {"role": "user", "content": question}]
 
     def text(self, template: str, question: str, before: Sequence[Message] = ()) -> str:
-        """Return every example as if asked and answered in `template`, then the question. Raises
-        UserError.
+        """Return every example as if asked and answered in `template`, then the question.
 
         Args:
             template: text with `{problem}`.
             question: what the prompt asks.
             before: the messages before it, in which only a system's is allowed.
+
+        Raises:
+            UserError: `before` has a message other than a system's.
         """
         opened = is_opened(render_template(template, question))
         shown = [

@@ -117,8 +117,10 @@ class EndToken(NamedTuple):
     """One token that ends a response.
 
     Attributes:
+        id: the token's id.
         text: "" where the folder's files do not name it.
-        source: the file that says so."""
+        source: the file that says so.
+    """
 
     id: int
     text: str

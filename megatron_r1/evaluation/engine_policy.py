@@ -88,8 +88,12 @@ class EnginePolicy:
         }
 
     async def start(self) -> None:
-        """Start the engines on the model's weights. Raises EngineError if one does not start,
-        UserError as `placement.open_pool`."""
+        """Start the engines on the model's weights.
+
+        Raises:
+            EngineError: an engine does not start.
+            UserError: as `placement.open_pool`.
+        """
         log = partial(print, flush=True)
         for sentence in as_read(self._model):
             log(sentence)
@@ -128,8 +132,11 @@ class EnginePolicy:
         return TextResponse(self._text.decode(ids), len(ids), truncated=truncated, opened=opened)
 
     async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
-        """Begin an episode for one prompt of each set of fields. Raises UserError for a template
-        other than chat, and for an environment that fails."""
+        """Begin an episode for one prompt of each set of fields.
+
+        Raises:
+            UserError: a template other than chat, or an environment that fails.
+        """
         if self._config.data.template != "chat":
             raise UserError(
                 f"data.template: {self._config.data.template!r} renders one question; environment "
@@ -140,8 +147,11 @@ class EnginePolicy:
         await self._player(agents).check(prompts)
 
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
-        """Play one episode; its turns are sampled with the seeds from `seed` on. Raises RunError
-        after ATTEMPTS episodes that failed by no fault of the policy, or if no engine is left."""
+        """Play one episode; its turns are sampled with the seeds from `seed` on.
+
+        Raises:
+            RunError: ATTEMPTS episodes failed by no fault of the policy, or no engine is left.
+        """
         fleet = self._fleet
         assert fleet is not None, "start() was not called"
         seeds = itertools.count(seed)

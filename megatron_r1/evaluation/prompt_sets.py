@@ -29,8 +29,10 @@ class PromptSet:
 
     Attributes:
         title: the benchmark's; "" for the prompts of `sample`.
+        num_samples: responses to each prompt.
         compares: responses are compared with others (`benchmarks.base`).
-        agents: where episodes are played, their environment and limits."""
+        agents: where episodes are played, their environment and limits.
+    """
 
     title: str
     prompts: list[Prompt]
@@ -44,8 +46,12 @@ class PromptSet:
 
 
 def load_prompt_sets(config: Config) -> list[PromptSet]:
-    """Load all benchmarks of the recipe. Raises UserError for two of the same title, and what
-    loading raises."""
+    """Load all benchmarks of the recipe.
+
+    Raises:
+        UserError: two benchmarks have the same title.
+        Exception: what loading raises.
+    """
     entries = config.eval.benchmarks
     if not entries:
         raise UserError(

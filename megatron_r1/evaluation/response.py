@@ -81,7 +81,7 @@ class TextResponse:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Self:
-        """Return the response that `to_line` wrote."""
+        """Return the response of a line of the response log, as `to_line` wrote it."""
         line = {**line, "ungraded": is_ungraded(line)}
         episode = {key: line[key] for key in ("status", "turns")} if "turns" in line else None
         names = (f.name for f in fields(cls) if f.name != "episode")
@@ -143,7 +143,11 @@ class Policy(Protocol):
     identity: dict[str, Any]
 
     async def start(self) -> None:
-        """Make the policy ready, before the first question. Raises RunError if that fails."""
+        """Make the policy ready, before the first question.
+
+        Raises:
+            RunError: the policy cannot be made ready.
+        """
 
     async def respond(
         self, question: str, seed: int, before: Sequence[Message] = ()
@@ -160,8 +164,11 @@ class Policy(Protocol):
         """Raise UserError where episodes of these prompts cannot be played."""
 
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
-        """Play one episode in the environment of `agents`, which may grade the episode. Raises
-        RunError if episodes fail again and again by no fault of the policy."""
+        """Play one episode in the environment of `agents`, which may grade the episode.
+
+        Raises:
+            RunError: episodes fail again and again by no fault of the policy.
+        """
 
     async def close(self) -> None:
         """Release everything. May be called twice, and without `start`."""
@@ -182,7 +189,11 @@ class ResponseLog:
         ungraded: (prompt, index) of the responses whose grader failed."""
 
     def __init__(self, path: Path, command: Literal["eval", "sample"]) -> None:
-        """Open the log for appending. Raises UserError for a file that another command wrote."""
+        """Open the log for appending.
+
+        Raises:
+            UserError: another command wrote the file.
+        """
         self.path, self._command = path, command
         self.digests: dict[PromptKey, str] = {}
         self.ungraded: set[tuple[PromptKey, int]] = set()
@@ -207,7 +218,10 @@ class ResponseLog:
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append a line, which begins with the keys benchmark (of `eval`) and id and has those of
-        `TextResponse.to_line`, digest and seed. Raises what stopped the writing of earlier lines.
+        `TextResponse.to_line`, digest and seed.
+
+        Raises:
+            Exception: what stopped the writing of earlier lines.
         """
         self._remember(line)
         self._writer.add(line)

@@ -74,7 +74,11 @@ class TextResponseGrader:
 
     async def grade(self, prompt: Prompt, response: TextResponse) -> TextResponse:
         """Return the response with its rewards; with the reason alone if a grader failed on it.
-        Raises as `RewardTerms.grade`."""
+
+        Raises:
+            ValueError: as `RewardTerms.grade`.
+            RunError: as `RewardTerms.grade`.
+        """
         grades = await self._rewards.grade(
             self._terms, prompt, response.text, response.num_tokens, response.opened
         )
@@ -129,8 +133,12 @@ class Sampler:
         self.num_done = sum(log.count(map(s.key, s.prompts), s.num_samples) for s in sets)
 
     async def run(self) -> None:
-        """Return when every response is graded and logged. Raises the first failure of an engine,
-        a server or a grader; the log keeps what was finished before."""
+        """Return when every response is graded and logged.
+
+        Raises:
+            Exception: the first failure of an engine, a server or a grader; the log keeps what was
+                finished before.
+        """
         num_missing = self.num_wanted - self.num_done
         if num_missing:
             await self._policy.start()

@@ -107,8 +107,11 @@ class ServerPolicy:
     async def respond(
         self, question: str, seed: int, before: Sequence[Message] = ()
     ) -> TextResponse:
-        """Sample one response. A question that the server refuses gets no response. Raises
-        ServiceError if the server refuses every question, or is down."""
+        """Sample one response. A question that the server refuses gets no response.
+
+        Raises:
+            ServiceError: the server refuses every question, or is down.
+        """
         try:
             reply = await self._service.request(self._body(question, seed, before))
         except Ungradable as error:

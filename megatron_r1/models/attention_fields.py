@@ -202,7 +202,11 @@ def rope_parameters(hf: dict) -> dict:
     `partial_rotary_factor` where `hf` has it.
 
     transformers 5 writes `rope_parameters`; earlier versions `rope_theta` next to `rope_scaling`,
-    with the kind in `rope_type` or `type`. Raises UserError where two of them disagree."""
+    with the kind in `rope_type` or `type`.
+
+    Raises:
+        UserError: two of these disagree.
+    """
     new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
     rope = {**old, **new}
     outside = {name: hf.get(name) for name in ("rope_theta", "partial_rotary_factor")}
@@ -235,7 +239,11 @@ def rope_parameters(hf: dict) -> dict:
 
 
 def _rope(hf: dict) -> dict[str, Any]:
-    """Return the rotary settings, all of them known. Raises UserError for others."""
+    """Return the rotary settings, all of them known.
+
+    Raises:
+        UserError: a setting is unknown.
+    """
     family, rope = model_family(hf), rope_parameters(hf)
     kind = rope["rope_type"]
     if kind not in family.rope:

@@ -43,7 +43,11 @@ ENVIRONMENT = {
 
 def _acceleration_fields(config: Config, has_experts: bool) -> dict[str, Any]:
     """Return Megatron's fields for `model.attention_backend`, `model.fusions` and
-    `parallel.dispatcher`. Raises UserError where this machine cannot do what a setting names."""
+    `parallel.dispatcher`.
+
+    Raises:
+        UserError: this machine cannot do what a setting names.
+    """
     backend = config.model.attention_backend
     _check_attention(backend)
     fusions = config.model.fusions
@@ -227,8 +231,11 @@ def _parallel_fields(parallel: ParallelConfig, has_experts: bool) -> dict[str, A
 
 
 def _pipeline_fields(parallel: ParallelConfig, num_layers: int, num_mtp: int) -> dict[str, Any]:
-    """Return Megatron's fields of the pipeline layout. Raises UserError for one that it cannot
-    run."""
+    """Return Megatron's fields of the pipeline layout.
+
+    Raises:
+        UserError: Megatron cannot run the layout.
+    """
     ranks, virtual, layout = parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layout
     layout = layout or uneven_layout(num_layers, ranks, virtual, num_mtp=num_mtp)
     stages = pipeline_stages(num_layers, ranks, virtual, num_mtp=num_mtp, layout=layout)

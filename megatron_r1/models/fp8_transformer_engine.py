@@ -24,7 +24,9 @@ that 1 selects. Neither it nor Megatron has another way to set the kind."""
 def transformer_engine_fields(fp8: FP8Config) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig for `fp8.recipe`, which must not be "none".
 
-    Raises UserError where this GPU, CUDA or Transformer Engine cannot run the recipe."""
+    Raises:
+        UserError: this GPU, CUDA or Transformer Engine cannot run the recipe.
+    """
     cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
     check_device(fp8, torch.cuda.get_device_capability(), cuda)
     _check_transformer_engine(fp8)

@@ -355,7 +355,8 @@ def sparse_layers(hf: dict) -> list[bool]:
 
 
 def key_value_heads(hf: dict) -> int:
-    """Return the number of heads of keys and values."""
+    """Return the heads of keys and values of a layer: as many as query heads where config.json does
+    not say."""
     return hf.get("num_key_value_heads") or hf["num_attention_heads"]
 
 

@@ -205,9 +205,12 @@ class Layer:
     """Bytes of one layer and one micro-batch, by the module whose recomputation frees them.
 
     Attributes:
-        always: kept unless recomputation is full.
         input: the layer's input.
-        dispatch: buffers of the token exchange while the layer runs."""
+        always: kept unless recomputation is full.
+        modules: `parallel.recompute_modules`' name of a module → bytes that its recomputation
+            frees.
+        dispatch: buffers of the token exchange while the layer runs.
+    """
 
     input: int
     always: int

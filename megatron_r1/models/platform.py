@@ -169,8 +169,10 @@ def distributed_backend() -> str:
 def uses_transformer_engine() -> bool:
     """Whether models are built from Transformer Engine's layers (GPU) or from ours (CPU).
 
-    Raises UserError on a GPU where Transformer Engine does not import: our layers would train
-    there, at a fraction of the speed and without FP8."""
+    Raises:
+        UserError: on a GPU, Transformer Engine does not import: our layers would train there, at a
+            fraction of the speed and without FP8.
+    """
     if not _REAL_CUDA:
         return False
     try:
@@ -190,7 +192,9 @@ def uses_transformer_engine() -> bool:
 def prepare(local_rank: int = 0) -> torch.device:
     """Make this process able to import and run Megatron-Core; return the device to train on.
 
-    Raises UserError for another version of it than the tested one."""
+    Raises:
+        UserError: another version of Megatron-Core than the tested one.
+    """
     global _prepared
     _check_megatron()
     if _REAL_CUDA:

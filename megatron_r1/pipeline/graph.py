@@ -47,7 +47,9 @@ class Graph:
     def __init__(self, stages: Mapping[str, PipelineStage]) -> None:
         """Read the edges.
 
-        Raises UserError with a line for every stage with an unknown reference, or else for a cycle.
+        Raises:
+            UserError: a reference is unknown, with a line for every such stage; or the references
+                have a cycle.
         """
         self.upstream: dict[str, tuple[str, ...]] = {}
         mistakes: list[UserError] = []

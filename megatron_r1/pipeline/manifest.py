@@ -157,12 +157,12 @@ def digest(path: Path) -> str:
 
 
 def digest_of_outputs(digests: dict[str, str]) -> str:
-    """Return one digest of all `outputs`."""
+    """Return one digest of a stage's outputs, name → digest, whatever their order."""
     return _joined(sorted(digests.items()))
 
 
 def _digest_of_value(value: Any) -> str:
-    """Return the digest of a JSON value."""
+    """Return LENGTH hexadecimal digits of the SHA-256 of a JSON value, its keys sorted."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
@@ -206,7 +206,11 @@ DONE, BEGUN = "stage.json", "begun.json"
 
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:
-    """Read `stage.json` or `begun.json`; None if it does not exist. Raises UserError for damage."""
+    """Read `stage.json` or `begun.json`; None if it does not exist.
+
+    Raises:
+        UserError: the file is not JSON.
+    """
     path = folder / name
     if not path.is_file():
         return None

@@ -205,8 +205,11 @@ class PipelineRecipe(Section):
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineRecipe:
     """Read a pipeline's recipe and apply `{"pipeline.key": …, "stages.NAME.section.key": …}`.
 
-    `${…}` may stand in it without quotes, also within braces. Raises UserError naming every
-    mistake."""
+    `${…}` may stand in it without quotes, also within braces.
+
+    Raises:
+        UserError: a mistake in the recipe; it names all of them.
+    """
     tree = read_tree(Path(path), "pipeline recipe")
     if "stages" not in tree:
         raise UserError(

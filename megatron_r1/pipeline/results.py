@@ -97,7 +97,9 @@ class Spread:
 def read_results(folder: Path) -> dict[str, Result]:
     """Return the results in a stage's folder, also of a stage that runs; empty without any.
 
-    Raises UserError for a figures.json of another form."""
+    Raises:
+        UserError: figures.json has another form.
+    """
     metrics = list(read_lines(folder / "metrics.jsonl"))
     evaluations = list(read_lines(folder / "evaluations.jsonl"))
     results = _of_training(metrics)
@@ -183,8 +185,12 @@ def _of_file(path: Path) -> dict[str, Result]:
 
 
 def _figure(name: str, given: Any) -> Result:
-    """Return the result of an entry of figures.json. Raises TypeError and ValueError for what is no
-    finite number; low and high may be null."""
+    """Return the result of an entry of figures.json.
+
+    Raises:
+        TypeError: the value is not a number.
+        ValueError: the value is not finite; low and high may be null.
+    """
     result = Result(**(given if isinstance(given, dict) else {"value": float(given)}))
     ends = [end for end in (result.low, result.high) if end is not None]
     if not all(math.isfinite(number) for number in (result.value, *ends)):

@@ -84,13 +84,15 @@ class Runner:
     def run(self, stage: PipelineStage, upstream: tuple[str, ...], referenced: set[str]) -> None:
         """Run `stage` to its end.
 
-        Raises RunError where it ends without being done, and KeyboardInterrupt when a signal asked
-        to stop; in both cases the stage continues when it is run again.
-
         Args:
             stage: the pipeline stage.
             upstream: the names of the stages that it needs.
-            referenced: outputs that other stages refer to."""
+            referenced: outputs that other stages refer to.
+
+        Raises:
+            RunError: the stage ends without being done; it continues when it is run again.
+            KeyboardInterrupt: a signal asked to stop; the stage continues when it is run again.
+        """
         folder = self.plan.folder_of(stage.name)
         self._wait_for_folder(folder)
         self._clear(stage, folder)
@@ -249,8 +251,11 @@ class Executor:
     def run(self, chosen: Sequence[str]) -> None:
         """Run the chosen stages of every seed that are not done.
 
-        Raises RunError when a stage fails, UserError for one that has become stale and may not be
-        redone, KeyboardInterrupt when a signal asked to stop."""
+        Raises:
+            RunError: a stage fails.
+            UserError: a stage has become stale and may not be redone.
+            KeyboardInterrupt: a signal asked to stop.
+        """
         for seed, plan in self._plans.items():
             print(f"{plan.folder} · {len(chosen)} stages · seed {seed}")
             print("\n".join(status_lines(plan, chosen, self._statuses[seed])), flush=True)

@@ -137,7 +137,9 @@ def _config_arguments(model: Path) -> list[str]:
 def choose_ports(configs: Mapping[str, ServeConfig], before: Mapping[str, int]) -> dict[str, int]:
     """Return a port for each server: the one it had before, as a run that continues expects it.
 
-    Raises RunError if another process has taken that port."""
+    Raises:
+        RunError: another process has taken that port.
+    """
     ports: dict[str, int] = {}
     for name, config in configs.items():
         port = before.get(name)

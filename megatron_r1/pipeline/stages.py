@@ -122,7 +122,7 @@ class PipelinePlan:
         return cls(path, folder, seed, stages, broken)
 
     def folder_of(self, stage: str) -> Path:
-        """Return the folder of a stage."""
+        """Return where a stage of this seed writes its outputs and its stage.json."""
         return self.folder / stage
 
     def log_of(self, stage: str, server: str = "") -> Path:

@@ -22,7 +22,11 @@ from megatron_r1.plan.rollout import check_teacher
 def parse(
     arguments: list[str], description: str | None = None
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Return the options and the recipe's overrides; raise UserError for what is neither."""
+    """Return the options and the recipe's overrides.
+
+    Raises:
+        UserError: an argument is neither.
+    """
     settings, others = _split(arguments)
     chosen, rest = _parser(description).parse_known_args(others)
     _check_options(chosen, rest)
@@ -150,7 +154,11 @@ def _gpus_of_hosts(config: configuration.Config, verb: Verb) -> int:
 
 
 def config_of(recipe: Path, overrides: dict) -> configuration.Config:
-    """Load the recipe of one run; raise UserError for other files."""
+    """Load the recipe of one run.
+
+    Raises:
+        UserError: the file is not such a recipe.
+    """
     if recipe.is_dir():
         raise UserError(
             f"recipe {recipe} is a folder; name a recipe in it", key="recipe", cause=Cause.NOT_FOUND

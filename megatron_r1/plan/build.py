@@ -22,8 +22,10 @@ from megatron_r1.plan.job import PlannedJob
 def build_ranks(job: PlannedJob, pipeline_ranks: Iterable[int] | None = None) -> str:
     """Build and compare the ranks of `pipeline_ranks` (default: all); return a summary sentence.
 
-    Raises ValueError for the first parameter that differs, and if all ranks together do not own
-    every value of the model exactly once."""
+    Raises:
+        ValueError: a parameter differs, the first of which it names; or all ranks together do not
+            own every value of the model exactly once.
+    """
     platform.prepare()
     from megatron_r1.models import patches
 
@@ -140,7 +142,11 @@ def _compare_ranks(job: PlannedJob, built: dict[int, list[dict]]) -> tuple[int, 
 
 
 def _compare(job: PlannedJob, pipeline_rank: int, built: list[dict], at: dict) -> tuple[int, int]:
-    """Return the (dense, expert) values a rank owns; raise ValueError if `built` differs."""
+    """Return how many dense and how many expert values a rank owns, as (dense, expert).
+
+    Raises:
+        ValueError: `built` differs from the plan.
+    """
     owned: defaultdict[bool, int] = defaultdict(int)
     for chunk, shapes in zip(job.stages[pipeline_rank], built, strict=True):
         # Without a GPU the layers, and so the names, are Megatron's own.

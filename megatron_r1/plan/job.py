@@ -26,13 +26,19 @@ class PlannedJob:
     """One run on `world_size` trainer ranks, one GPU each.
 
     Attributes:
+        hf: the model's config.json.
+        config: the recipe.
+        world_size: trainer ranks, one GPU each.
+        hardware: rates and memory of a GPU and its share of a node.
+        assumptions: numbers of the estimate that no table gives.
         rollout_gpus: the engines' own GPUs; 0: they take turns on the trainer's.
         response_tokens: mean length of a response, or of an example without its prompt.
         verb: rl and sample have engines, all but sample have a trainer.
         keeps_reference: whether any part of `rl.schedule` has a KL penalty: the reference is then
             kept in all.
         measured: the file of each name of `hardware` and `assumptions` that --calibrate replaced.
-        shared: cache of counts that are slow to compute and equal for all layouts of one job."""
+        shared: cache of counts that are slow to compute and equal for all layouts of one job.
+    """
 
     hf: dict
     config: Config
@@ -92,8 +98,11 @@ class PlannedJob:
 
     @cached_property
     def stages(self) -> list[list[Shard]]:
-        """The layers by [pipeline rank][virtual stage]. Raises ValueError for an impossible
-        layout."""
+        """The layers by [pipeline rank][virtual stage].
+
+        Raises:
+            ValueError: an impossible layout.
+        """
         return recipe_stages(self.config, self.hf)
 
     @property
@@ -230,7 +239,8 @@ class PlannedJob:
 
     @property
     def step_samples(self) -> float:
-        """Samples of one optimizer step."""
+        """Samples of one optimizer step, all replicas together: the responses of a rollout by
+        mini-batches."""
         return self.num_responses / self.minibatches
 
     @property
@@ -256,5 +266,6 @@ class PlannedJob:
 
     @property
     def engine_gpus(self) -> int:
-        """Number of GPUs of one engine."""
+        """GPUs of one engine: an equal share of the engines' own, or of the trainer's where they
+        take turns."""
         return max(1, (self.rollout_gpus or self.world_size) // self.config.rollout.engines)

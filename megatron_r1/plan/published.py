@@ -95,7 +95,7 @@ class PublishedRun:
 
     @property
     def recipe(self) -> Path:
-        """The recipe that stands for the published run."""
+        """The file of the recipe that stands for the published run, the first of its options."""
         return Path(shlex.split(self.options)[0])
 
     @cached_property
@@ -228,7 +228,7 @@ class Errors:
 
 
 def errors(runs: Sequence[PublishedRun], values: dict[str, float]) -> dict[str, Errors]:
-    """Return the errors by source, and of all."""
+    """Return the ratios of planned to published time by system; "all" has those of all systems."""
     found = {}
     for system in dict.fromkeys(run.system for run in runs):
         own = [run for run in runs if run.system == system]
@@ -247,7 +247,9 @@ def published_table() -> str:
     """Return what the calibration finds, the comparison of every run, and the errors by source, as
     Markdown tables.
 
-    Raises UserError outside a checkout of the repository, which has the recipes compared."""
+    Raises:
+        UserError: this is not a checkout of the repository, which has the recipes compared.
+    """
     runs = published_runs()
     for run in runs:
         if not run.recipe.exists():

@@ -20,11 +20,13 @@ class Quantity:
     """A number with its unit and formula.
 
     Attributes:
+        value: None if there is none; the formula then gives the reason.
         unit: "B", "B/s", "parameters", "tokens", "FLOP", "FLOP/s", "s", "hours", "share" (of 1),
             "x" (a ratio) or "" for a count.
-        value: None if there is none; the formula then gives the reason.
+        formula: how the value was computed, as the report shows it.
         low: the lower end of an estimate's range; None for an exact number.
-        high: its upper end."""
+        high: its upper end.
+    """
 
     value: float | None
     unit: str
@@ -98,8 +100,10 @@ def calibrated(
 ) -> tuple[Hardware, Assumptions, dict[str, str]]:
     """Return both with the values of `file`, {name: value} in YAML or JSON, and the file by name.
 
-    Raises UserError for a name that neither has, a value of the wrong type or range, and a file
-    that was measured on other hardware."""
+    Raises:
+        UserError: a name that neither has, a value of the wrong type or range, or a file that was
+            measured on other hardware.
+    """
     values = read_sections(file, "--calibrate")
     known = [*fields_of(assumptions), *fields_of(hardware)]
     measured_on = values.pop(RELATIVE_TO, hardware.name)

@@ -34,7 +34,7 @@ class StepTime:
 
     @cached_property
     def rollout(self) -> RolloutTime:
-        """The times of the engines."""
+        """The seconds that a rollout takes on the engines, by part."""
         return RolloutTime(self.engines)
 
     @cached_property

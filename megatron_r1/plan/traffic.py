@@ -26,12 +26,14 @@ class AxisTraffic:
     """Traffic of one parallel axis on one rank of the busiest pipeline stage.
 
     Attributes:
+        size: the number of ranks of a group.
+        span: the ranks from the first to the last of a group, which decides whether it fits a
+            node.
+        formula: how the bytes were computed, as the report shows it.
         microbatch: bytes sent for one micro-batch, forward and backward.
         forward: bytes of `microbatch` that are sent in the forward pass.
         step: bytes sent once per optimizer step.
-        size: the number of ranks of a group.
-        span: the ranks from the first to the last of a group, which decides whether it fits a
-            node."""
+    """
 
     size: int
     span: int

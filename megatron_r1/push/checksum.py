@@ -129,7 +129,7 @@ class LaneChecksum:
             _compiled().copy(*_extent(target)[:2], *_extent(source), *self._addresses)
 
     def digest(self) -> int:
-        """Return the checksum of the lanes' sums."""
+        """Return the 64 bits that stand for all lanes' sums (XXH3)."""
         return xxhash.xxh3_64_intdigest(self._sums.data)
 
     @property
@@ -220,7 +220,7 @@ class RowsChecksum:
         return self._xxh3.intdigest() if self._lanes is None else self._lanes.digest()
 
     def value(self, device: torch.device) -> torch.Tensor:
-        """Return the checksum, int64 ()."""
+        """Return the checksum as an int64 scalar on `device`, its 64 bits as a signed number."""
         digest = self.digest()
         return torch.tensor(digest - 2**64 if digest >= 2**63 else digest, device=device)
 

@@ -222,7 +222,11 @@ class LinkPlanner:
             linked.rendezvous[0].publish_plan(position, plan, rank_rounds)
 
     def _slice(self, name: str, region: Region) -> ParameterSlice:
-        """Return the region of an HF tensor in a parameter of this rank. Raises ValueError."""
+        """Return the region of an HF tensor in a parameter of this rank.
+
+        Raises:
+            ValueError: this rank does not hold the region.
+        """
         for parameter, piece in self.held.get(name, ()):
             found = ParameterSlice(parameter, piece, region)
             if found.is_held:

@@ -35,7 +35,10 @@ class RankCall(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         peer: rank in the communicator.
         payload: the trainer rank that sends it, or -1 - member where a member of the set relays
-            it."""
+            it.
+        number: the bucket of the payload, from 0.
+        count: buckets of that payload.
+    """
 
     peer: int
     payload: int

@@ -56,7 +56,11 @@ def read_receivers(
 
 
 def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]:
-    """Return the tables of one engine's ranks. Raises ValueError where engines differ."""
+    """Return the slot tables of an engine, by rank, which all engines of the set have in common.
+
+    Raises:
+        ValueError: the same rank of two engines has different tables.
+    """
     tables = [receiver.table for receiver in engines[0]]
     for engine, receivers in enumerate(engines):
         for rank, receiver in enumerate(receivers):

@@ -11,14 +11,14 @@ import msgspec
 
 
 class OpenedPush(TypedDict):
-    """The result of "open_push"."""
+    """What rank 0 answers to "open_push": where the ranks meet."""
 
     store: list
     """[host, port] of the store that rank 0 hosts for trainer and engines."""
 
 
 class ConnectedSets(TypedDict):
-    """The result of "connect_sets"."""
+    """What a rank answers to "connect_sets": its part in pushes to each set of engines."""
 
     problems: dict[str, str]
     """Set -> why this rank cannot connect to it. The other fields are of the other sets."""
@@ -32,8 +32,10 @@ class Failure(msgspec.Struct, frozen=True):
     """Why a set can push no more.
 
     Attributes:
+        error: what failed, as a sentence for the user.
         members: the engines at fault, by their number in the set, as far as known.
-        is_damaged: bytes arrived otherwise than they were sent."""
+        is_damaged: bytes arrived otherwise than they were sent.
+    """
 
     error: str
     members: list[int] = []

@@ -92,8 +92,11 @@ class SetRounds:
             self.communicator.begin()
 
     def connect(self) -> None:
-        """Wait until the set's communicator is there. Raises the error because of which it is not
-        there."""
+        """Wait until the set's communicator is there.
+
+        Raises:
+            Exception: why the communicator is not there.
+        """
         if self.communicator is not None and not self.communicator.wait_settled():
             assert self.communicator.error is not None
             raise self.communicator.error

@@ -8,9 +8,15 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
     """Rows [top, bottom) and columns [left, right) of HF tensor `name`; a vector is one column.
 
     Attributes:
+        name: the tensor's name in the checkpoint.
+        top: the first row.
+        bottom: the row after the last one.
+        left: the first column.
+        right: the column after the last one.
         offset: byte of its first element in the memory.
         pitch: bytes from one row to the next.
-        dtype: the engine's, such as "bfloat16"."""
+        dtype: the engine's, such as "bfloat16".
+    """
 
     name: str
     top: int
@@ -81,7 +87,7 @@ class Delivery(msgspec.Struct, frozen=True, array_like=True):
         return (self.right - self.left) * dtype_of(table.slots[self.slot]).itemsize
 
     def num_bytes(self, table: SlotTable) -> int:
-        """Return the bytes of all rows."""
+        """Return the bytes of all rows in the slot's dtype."""
         return self.height * self.row_bytes(table)
 
 

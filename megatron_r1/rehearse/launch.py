@@ -162,8 +162,11 @@ def is_on_null_gpu() -> bool:
 
 
 def run_on_null_gpu(arguments: Sequence[str], num_gpus: int) -> int:
-    """Run `megatron-r1` with `arguments` on null GPUs; return its status. Raises UserError, with
-    the remedy, where the tool or the CUDA packages are missing."""
+    """Run `megatron-r1` with `arguments` on null GPUs; return its status.
+
+    Raises:
+        UserError: the tool or the CUDA packages are missing; it has the remedy.
+    """
     _check_installed(arguments)
     taken = {
         f"NULL_GPU_{name}_BYTES": (mib << 20) // PARTS_OF_GPU for name, mib in TAKEN_MIB.items()

@@ -24,7 +24,11 @@ LEFT_OUT = ("context", "expert_tensor", "expert", "tensor", "pipeline")
 def shrink(parallel: ParallelConfig, max_ranks: int, *, leaves_out: bool = False) -> ParallelConfig:
     """Return the layout with each axis at most `PARTS`, and replicas of the model dropped if there
     would be more than `max_ranks` ranks otherwise. If that is not enough, axes are left out with
-    `leaves_out`; otherwise raises UserError."""
+    `leaves_out`.
+
+    Raises:
+        UserError: there are still more ranks.
+    """
     for number in range(len(LEFT_OUT) + 1):
         try:
             return _shrink(parallel, max_ranks, LEFT_OUT[:number])

@@ -68,7 +68,11 @@ class Phases:
         self.shown: list[PhaseResult] = []
 
     def run(self) -> list[PhaseResult]:
-        """Run all phases. Raises RunError, naming the phase, with the end of its log."""
+        """Run all phases.
+
+        Raises:
+            RunError: a phase fails; it names the phase, with the end of its log.
+        """
         if self.verb == "sample":
             self._sample()
             return self.shown

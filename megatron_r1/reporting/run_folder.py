@@ -175,8 +175,12 @@ class RunFolder:
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append the line of one step, which is durable when this returns.
 
-        Raises ValueError unless metrics["step"] is larger than every step in the file, so that no
-        step is in it twice. NaN and infinities are written as null and named in "nonfinite"."""
+        NaN and infinities are written as null and named in "nonfinite".
+
+        Raises:
+            ValueError: metrics["step"] is not larger than every step in the file: no step may be in
+                it twice.
+        """
         step = _integer_step(metrics, "a metrics line")
         if self._last_step is None:
             steps = [line["step"] for line in self.read_metrics()]

@@ -32,7 +32,10 @@ class UserFunction:
 
     async def __call__(self, *arguments: Any) -> Any:
         """Await a coroutine function; call any other in a thread, as it may wait for a network.
-        Raises RunError for what the function raises."""
+
+        Raises:
+            RunError: the function raises an error.
+        """
         try:
             if inspect.iscoroutinefunction(self.function):
                 return await self.function(*arguments)

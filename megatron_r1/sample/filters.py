@@ -126,8 +126,11 @@ def _long_paragraphs(
     """Drop a response with a paragraph of more than `max_words` words; a line break ends one.
 
     Words are separated by spaces, and may be numbers and formulae; 1.7 Chinese characters are one,
-    so that a page counts alike in both languages. Code blocks are left
-    to `code_blocks`. Raises ValueError for a limit that is no positive number."""
+    so that a page counts alike in both languages. Code blocks are left to `code_blocks`.
+
+    Raises:
+        ValueError: the limit is not a positive number.
+    """
     if isinstance(max_words, bool) or not isinstance(max_words, int | float) or max_words <= 0:
         raise ValueError(f"max_words must be a positive number, got {max_words!r}")
     text = FENCED.sub("\n", _judged_part(response, part) or "")
@@ -187,7 +190,10 @@ def repetition(
 
 def _judged_part(response: TextResponse, part: object) -> str | None:
     """Return the thought, None without one; or the whole response with a line break for every tag.
-    Raises ValueError for another part."""
+
+    Raises:
+        ValueError: another part.
+    """
     if part == "thought":
         return response.thought
     if part != "response":
@@ -234,8 +240,12 @@ Filters = Mapping[str, Mapping[str, Any]]
 
 
 def check_filters(given: Mapping[str, Any]) -> None:
-    """Check a recipe's `sample.filters`: name → options, true or false. Raises UserError naming the
-    filter and the option for an unknown one, and for an invalid value."""
+    """Check a recipe's `sample.filters`: name → options, true or false.
+
+    Raises:
+        UserError: an unknown filter or option, or an invalid value; it names the filter and the
+            option.
+    """
     for name, options in given.items():
         place = f"sample.filters.{name}"
         if name not in NAMES:
@@ -298,7 +308,12 @@ class PooledFilters:
         self._filters = {name: dict(o) for name, o in filters.items() if name in REGISTRY}
 
     async def __call__(self, prompt: Prompt, response: TextResponse) -> Decision | None:
-        """Return why the response is dropped, None to keep it. Raises as `RewardPool.grade`."""
+        """Return why the response is dropped, None to keep it.
+
+        Raises:
+            UserError: as `RewardPool.grade`.
+            RunError: as `RewardPool.grade`.
+        """
         if not self._filters:
             return None
         fields = {name: prompt.fields[name] for name in FIELDS if name in prompt.fields}

@@ -29,12 +29,20 @@ class ResponseJudge(ABC):
         self._identity, self._cache = identity, cache
 
     async def compare(self, question: str, first: str, second: str) -> Comparison:
-        """Return the votes on two responses; half of them see `second` first. Raises Ungradable."""
+        """Return the votes on two responses; half of them see `second` first.
+
+        Raises:
+            Ungradable: the judge cannot decide on these responses.
+        """
         key = ("compare", self._identity, question, first, second)
         return Comparison(*await self._cache.get(key, lambda: self._compare(*key[2:])))
 
     async def safety(self, question: str, response: str) -> float:
-        """Return the share of votes for safe, in [0, 1]. Raises Ungradable."""
+        """Return the share of votes for safe, in [0, 1].
+
+        Raises:
+            Ungradable: the judge cannot decide on this response.
+        """
         key = ("safety", self._identity, question, response)
         return await self._cache.get(key, lambda: self._safety(*key[2:]))
 
@@ -76,7 +84,11 @@ class FunctionJudge(ResponseJudge):
         return await self._call(question, response)
 
     async def _call(self, *texts: str) -> float:
-        """Return the function's number for `texts`. Raises UserError for anything else."""
+        """Return the function's number for `texts`.
+
+        Raises:
+            UserError: the function returns anything but a number from 0 to 1.
+        """
         vote = await self._function(*texts)
         if not isinstance(vote, bool | int | float) or not 0 <= vote <= 1:
             raise UserError(

@@ -44,7 +44,9 @@ only, and a checkpoint has them in fp32."""
 def _new_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """Return Adam over all chunks, with decoupled weight decay of all but norms and biases.
 
-    Raises UserError for moments or an offload that this machine cannot do."""
+    Raises:
+        UserError: this machine cannot do the moments or the offload.
+    """
     settings, dtype = config.optimizer, config.model.dtype
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -78,8 +80,10 @@ def _new_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Meg
 def offload_fields(config: Config) -> dict[str, Any]:
     """Return the fields of Megatron's OptimizerConfig for `parallel.optimizer_offload`.
 
-    Raises UserError for a model in fp32, whose optimizer Megatron builds over views of its
-    parameters, which torch refuses ("can't optimize a non-leaf Tensor")."""
+    Raises:
+        UserError: a model in fp32, whose optimizer Megatron builds over views of its parameters,
+            which torch refuses ("can't optimize a non-leaf Tensor").
+    """
     fraction = config.parallel.optimizer_offload
     # Without a GPU all of it is in host memory already.
     if fraction == 0 or not platform.has_gpu():
@@ -104,7 +108,9 @@ def offload_fields(config: Config) -> dict[str, Any]:
 def moment_fields(config: Config) -> dict[str, Any]:
     """Return the fields of Megatron's OptimizerConfig for `optimizer.moments`.
 
-    Raises UserError together with an offload."""
+    Raises:
+        UserError: moments in bfloat16 together with an offload.
+    """
     if config.optimizer.moments == "float32" or not platform.has_gpu():
         return {}
     if config.parallel.optimizer_offload:

@@ -39,8 +39,9 @@ class Critic:
         """Build the model. A new head starts at zero: every value is then 0, and the first
         advantages are those without a critic.
 
-        Raises UserError for a model whose vocabulary is smaller than the policy's, else as
-        `construction`."""
+        Raises:
+            UserError: the model's vocabulary is smaller than the policy's, or as `construction`.
+        """
         own = config.critic_recipe()
         hf = read_hf_config(own.model.path, "score", "critic.path")
         policy_tokens = read_hf_config(config.model.path)["vocab_size"]

@@ -30,9 +30,16 @@ class GridPosition:
 
     Attributes:
         groups: made once by `initialize`, handed to everything that communicates.
+        rank: the global rank, from 0.
+        world_size: all trainer ranks.
         data_rank: the index of its model replica, by which the controller distributes batches.
         data_parallel: the data-parallel size, the number of replicas.
-        last_stage: whether the rank is on the last pipeline stage, which computes the loss."""
+        tensor_rank: the index in its tensor-parallel group.
+        pipeline_rank: its pipeline stage, from 0.
+        context_rank: the index in its context-parallel group.
+        expert_rank: the index in its expert-parallel group.
+        last_stage: whether the rank is on the last pipeline stage, which computes the loss.
+    """
 
     groups: ProcessGroupCollection
     rank: int

@@ -43,12 +43,18 @@ class Store(Protocol):
     """Keeps the bytes of one kind, in the order in which they are given."""
 
     def keep(self, parts: Sequence[Tensor]) -> None:
-        """Copy all parts, uint8 on any device. Raises UserError where there is no room for all;
-        nothing has been changed then."""
+        """Copy all parts, uint8 on any device.
+
+        Raises:
+            UserError: there is no room for all; nothing has been changed then.
+        """
 
     def fill(self, parts: Sequence[Tensor]) -> None:
-        """Copy what `keep` was given into tensors of the same sizes. Raises RuntimeError where the
-        bytes are not those that were kept."""
+        """Copy what `keep` was given into tensors of the same sizes.
+
+        Raises:
+            RuntimeError: the bytes are not those that were kept.
+        """
 
 
 class HostStore:
@@ -133,7 +139,11 @@ class DiskStore:
             piece.copy_(here)
 
     def _reserved(self, num_bytes: int) -> IO[bytes]:
-        """Return the file, with room for `num_bytes`. Raises OSError where there is none."""
+        """Return the file, with room for `num_bytes`.
+
+        Raises:
+            OSError: there is no room.
+        """
         if self._file is None:
             self._file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
         if os.fstat(self._file.fileno()).st_size < num_bytes:
@@ -197,8 +207,10 @@ class Offload:
     def free_memory(self, *, parameters: bool) -> None:
         """Take the optimizer's state off the device, and parameters as well if asked to.
 
-        Raises UserError where host or disk have no room; what was not offloaded then still is on
-        the device."""
+        Raises:
+            UserError: host or disk have no room; what was not offloaded then still is on the
+                device.
+        """
         found = self._storages()
         for kind in ("optimizer", "parameters") if parameters else ("optimizer",):
             if kind in self._offloaded:
@@ -294,7 +306,9 @@ def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
 def offload_of(config: Config, networks: Callable[[], Sequence[Trained]]) -> Offload | None:
     """Return the rank's `Offload`; None where the recipe has none.
 
-    Raises UserError for a folder that is not there or cannot be written to."""
+    Raises:
+        UserError: the folder is not there or cannot be written to.
+    """
     place, folder = config.parallel.offload_between_phases, config.parallel.offload_folder
     if place == "none":
         return None

@@ -86,8 +86,10 @@ class ThreadAt(msgspec.Struct, frozen=True):
     """The stack of a thread.
 
     Attributes:
+        name: Python's name of the thread, such as "MainThread".
         frames: "file:line in function: source", the innermost last.
-        collective: the one it waits in, with its ranks and its caller; None: it is in none."""
+        collective: the one it waits in, with its ranks and its caller; None: it is in none.
+    """
 
     name: str
     frames: list[str]
@@ -99,7 +101,10 @@ class RankStatus(msgspec.Struct, frozen=True):
 
     Attributes:
         request: number of the request that this answers.
-        threads: the main one first."""
+        operation: what the rank does, such as the operation that it was called for.
+        seconds: since the rank began it.
+        threads: the main one first.
+    """
 
     request: int
     operation: str
@@ -120,8 +125,10 @@ class CheckpointProgress(TypedDict):
     """State of the latest save.
 
     Attributes:
-        error: a sentence, the same on every rank.
-        seconds: the time from the call to the renaming."""
+        is_done: whether the save has ended, also by an error.
+        error: why it failed, as a sentence, the same on every rank; None where it did not.
+        seconds: the time from the call to the renaming.
+    """
 
     is_done: bool
     error: str | None

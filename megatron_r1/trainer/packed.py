@@ -240,8 +240,10 @@ class Scores:
     """The output of a score head for one micro-batch.
 
     Attributes:
+        batch: the micro-batch, whose samples say which tokens are a text's last.
         every: (T,) fp32, the score after each token of this rank.
-        context_group: the ranks that hold the other tokens."""
+        context_group: the ranks that hold the other tokens.
+    """
 
     batch: PackedBatch
     every: Tensor

@@ -57,7 +57,9 @@ class Placement(NamedTuple):
         starts: the position of each sample's token 0. If an earlier sample has its first `skipped`
             tokens, starts is the position of its first own token less `skipped`: starts + i is
             token i's position for every own token.
-        continued: the earlier samples that these continue; None where none does."""
+        skipped: for each sample the number of its first tokens that an earlier sample has for it.
+        continued: the earlier samples that these continue; None where none does.
+    """
 
     cu_seqlens: Tensor
     starts: list[int]

@@ -56,7 +56,11 @@ class Trainer:
     """A rank's part of the model, its optimizer, the reference policy and the critic."""
 
     def __init__(self, config: Config, position: GridPosition):
-        """Build the model. Raises UserError for a model or layout that is not supported."""
+        """Build this rank's part of the model, its optimizer and what the recipe adds to them.
+
+        Raises:
+            UserError: the model or layout is not supported.
+        """
         self.config, self.position = config, position
         self.groups = position.groups
         self.hf = models.read_hf_config(config.model.path, config.model.head)

@@ -24,6 +24,7 @@ class Sample(msgspec.Struct, frozen=True):
 
     Attributes:
         token_ids: int32 bytes, prompt then response.
+        prompt_length: tokens of the prompt; the rest of `token_ids` is the response.
         logprobs: float32 bytes, the rollout engine's, one per response token (empty for SFT).
         advantage: the same for every response token; with an algorithm's token_advantages, what
             these are computed from (a reward or an advantage). NaN: the sample is not trained on.
@@ -38,7 +39,8 @@ class Sample(msgspec.Struct, frozen=True):
         weight: the sample's share of its episode's sampled tokens; those of all branches add up to
             1.
         num_responses: how many responses it counts for in a denominator: 1, or 0 for every branch
-            of an episode but the first."""
+            of an episode but the first.
+    """
 
     token_ids: bytes
     prompt_length: int

@@ -134,7 +134,9 @@ def add_options(options: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of every finished run, those of earlier calls in this folder included.
 
-    Raises SystemExit if a run fails; the same command continues."""
+    Raises:
+        SystemExit: a run fails; the same command continues.
+    """
     if chosen.steps < WINDOW:
         raise SystemExit(f"--steps {chosen.steps}: must be at least {WINDOW}, the mean's window")
     folder = chosen.folder.resolve()

@@ -4,7 +4,7 @@ Reads the pages (all but CHANGELOG.md, which keeps what was written), the commen
 YAML and sbatch files, and of the Python files outside tests the messages that they raise; and the
 comments and docstrings of all Python files. Code blocks and `quoted code` are left alone. A public
 docstring describes parameters, fields and errors in sections, each in an entry of its own, by what
-it is."""
+it is, and no docstring has its errors in prose."""
 
 import ast
 import io
@@ -107,6 +107,21 @@ def in_public_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
             yield line, f"{entry[1]}:", "an entry of `Args:` or `Attributes:`"
 
 
+RAISES = re.compile(r"\bRaises\s+\S+|;\s+raises?\s+\S+")
+"""A sentence, or the last part of one, that says which errors a function raises."""
+
+
+def in_raising_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
+    """Yield sentences of docstrings, private ones included, about errors that a function raises."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        text = QUOTED.sub(_blank, ast.get_docstring(node, clean=False) or "")
+        for part in RAISES.finditer(SECTION.split(text, maxsplit=1)[0]):
+            line = node.body[0].lineno + text.count("\n", 0, part.start())
+            yield line, " ".join(part[0].split()), "an entry of `Raises:`, as `KeyError: no name.`"
+
+
 ENTRY = {
     "Args": re.compile(r"\*{0,2}(\w+)(?: \([^)]*\))?: \S"),
     "Attributes": re.compile(r"(\w+)(?: \([^)]*\))?: \S"),
@@ -182,7 +197,7 @@ def _readers(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, str, str]]
     if name.suffix == ".py":
         if name.parts[0] == "tests":
             return (in_module,)
-        return in_module, in_messages, in_public_docstrings, in_sections
+        return in_module, in_messages, in_public_docstrings, in_raising_docstrings, in_sections
     if name.suffix in (".yaml", ".sbatch") and name.parts[0] == "examples":
         return (in_settings,)
     return ()

@@ -18,7 +18,11 @@ STANDS_FOR = "H800"
 
 
 def hardware() -> str:
-    """Return the planner's name of GPU 0. Raises Impossible where it lacks the rates."""
+    """Return the planner's name of GPU 0.
+
+    Raises:
+        Impossible: the planner lacks the rates of this GPU.
+    """
     import torch
 
     if place() != "gpu":

@@ -101,13 +101,17 @@ def time_engine(folder: Path, tokens: int) -> float:
 def judge(
     seconds: Mapping[Variant, float], num_bytes: Mapping[Variant, int], hardware: Hardware
 ) -> dict[str, float]:
-    """Return the values of both numbers. Raises Failed where times do not grow with layers and
-    experts, or need more than the peak of the bandwidth.
+    """Return the values of both numbers.
 
     Args:
         seconds: the seconds of a pass, by engine.
         num_bytes: the bytes of a layer with experts, by engine.
-        hardware: with the peak of the bandwidth."""
+        hardware: with the peak of the bandwidth.
+
+    Raises:
+        Failed: times do not grow with layers and experts, or need more than the peak of the
+            bandwidth.
+    """
     figures = {f"ms, {v.layers} layers, {v.experts} experts": 1e3 * s for v, s in seconds.items()}
     layer = (seconds[DEEP] - seconds[FEW]) / (DEEP.layers - FEW.layers)
     larger = (seconds[WIDE] - seconds[DEEP]) / (WIDE.layers - 1)

@@ -23,7 +23,11 @@ ROUNDING = 1e-6
 
 
 def judge(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the microseconds of each kernel, and its share of the bound. Raises Failed."""
+    """Return the microseconds of each kernel, and its share of the bound.
+
+    Raises:
+        Failed: a kernel failed, its result is wrong, or no kernel was measured.
+    """
     figures: dict[str, Any] = {}
     for case in cases:
         name, rows = case["kernel"], {row["name"]: row for row in case["rows"]}

@@ -92,7 +92,11 @@ def _write_model(folder: Path, hf: dict) -> None:
 
 
 def run_ranks(recipe: Path, folder: Path, ranks: int, **variables: str) -> str:
-    """Run the steps on so many ranks; return their output. Raises Failed with its end."""
+    """Run the steps on so many ranks; return their output.
+
+    Raises:
+        Failed: a rank fails; the message has the end of its output.
+    """
     arguments = ["-m", "tools.gpu_check.trainer_steps", str(recipe), str(folder)]
     if ranks == 1:
         variables |= rank_variables(0, 1, free_port("127.0.0.1"))
@@ -109,13 +113,17 @@ def judge(
     limits: Limits = BF16,
     why: str = "",
 ) -> dict[str, Any]:
-    """Return the figures of a comparison. Raises Failed for what is wrong.
+    """Return the figures of a comparison.
 
     Args:
         found: the results of `trainer_steps`.
         wanted: the results of `trainer_steps`.
         backend: Transformer Engine's name of its attention.
-        why: its reason not to take cuDNN's."""
+        why: its reason not to take cuDNN's.
+
+    Raises:
+        Failed: a difference exceeds its limit, or attention was not a fused one.
+    """
     norm, exact = found["update"]["grad_norm"], wanted["update"]["grad_norm"]
     figures = {
         "logprob_diff": found["before"]["gap"],

@@ -22,7 +22,11 @@ ROUNDS = ("first", "middle", "last")
 
 
 def judge(seen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the figures of what the program saw. Raises Failed for what is wrong."""
+    """Return the figures of what the program saw.
+
+    Raises:
+        Failed: an engine or a rank was lost, or an engine lacks the newest weights.
+    """
     figures = {"rounds of a push": seen["rounds"], "seconds of the pushes": seen.get("seconds")}
     if seen["lost"] != [0] * len(ROUNDS):
         raise Failed(

@@ -99,7 +99,11 @@ class UsedMemory:
 
 
 def run(recipe: Path, config: Config, verb: str = "rl") -> UsedMemory:
-    """Run a verb with the recipe to its end. Raises Failed with its own error."""
+    """Run a verb with the recipe to its end.
+
+    Raises:
+        Failed: the run fails; the message has its own error.
+    """
     log = recipe.with_name("log.txt")
     with UsedMemory() as used, launch.started(verb, recipe, config, [], log) as process:
         while process.poll() is None:
@@ -125,12 +129,16 @@ def _engine_errors(folder: Path) -> list[str]:
 def judge(
     lines: Sequence[Mapping[str, Any]], steps: int, used: UsedMemory, most_diff: float
 ) -> dict[str, Any]:
-    """Return the figures of a run. Raises Failed for what is wrong.
+    """Return the figures of a run.
 
     Args:
         lines: the lines of metrics.jsonl.
         steps: as many as there must be.
-        used: how much of a GPU's memory was in use."""
+        used: how much of a GPU's memory was in use.
+
+    Raises:
+        Failed: a step is missing, a metric exceeds its limits, or engines did not sleep.
+    """
     last = lines[-1] if lines else {}
     figures = {
         "logprob_diff": last.get("logprob_diff/mean"),

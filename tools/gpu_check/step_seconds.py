@@ -77,7 +77,11 @@ def planned(folder: Path, hardware: str) -> PlannedJob:
 
 
 def of_micro_batch(folder: Path, job: PlannedJob) -> dict[str, float]:
-    """Return `compute_efficiency` of a run. Raises Failed where none explains its seconds."""
+    """Return `compute_efficiency` of a run.
+
+    Raises:
+        Failed: no efficiency explains the run's seconds.
+    """
     measured = Measured(folder, job)
     if "compute_efficiency" not in measured.values:
         raise Failed(measured.reasons["compute_efficiency"])

@@ -53,7 +53,11 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 
 
 def prctl(option: int, value: int) -> None:
-    """Set an option of this process on Linux; do nothing on other systems. Raises OSError."""
+    """Set an option of this process on Linux; do nothing on other systems.
+
+    Raises:
+        OSError: the system refuses the option or the value.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "prctl") and libc.prctl(option, value, 0, 0, 0) != 0:
         code = ctypes.get_errno()

@@ -17,7 +17,12 @@ _LIBRARIES = (str(Path(__file__).parents[1]), *sysconfig.get_paths().values(), "
 
 
 def find_function(path: str) -> Callable[..., Any]:
-    """Import and return "module:function"; raises as `find`."""
+    """Import and return "module:function".
+
+    Raises:
+        UserError: as `find`, or the value cannot be called.
+        Exception: what the module raises at its import.
+    """
     return find(path, "function", callable)
 
 

@@ -30,8 +30,13 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def read_field(model: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
-    """Return the value given for a field of `model`, as `read_as`. Raises UserError naming it; for
-    a validator of all fields, before their own."""
+    """Return the value given for a field of `model`, as `read_as`; for a validator of all fields,
+    before their own.
+
+    Raises:
+        UserError: the value is not of the field's type; its key is the field, or the entry within
+            it.
+    """
     name = str(info.field_name)
     try:
         return read_as(value, model.model_fields[name].annotation)

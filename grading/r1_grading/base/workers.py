@@ -125,7 +125,11 @@ class FramedProcess(Generic[Reply]):
             self._stdin.write(frame)
 
     async def receive(self) -> Reply:
-        """Return the next reply. Raises WorkerLost."""
+        """Return the next reply.
+
+        Raises:
+            WorkerLost: the process ended, or its reply is malformed or longer than the limit.
+        """
         try:
             (num_bytes,) = LENGTH.unpack(await self._stdout.readexactly(LENGTH.size))
             if num_bytes > self._max_bytes:

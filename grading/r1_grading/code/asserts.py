@@ -26,7 +26,11 @@ def is_check_code(text: str) -> bool:
 
 
 def split_asserts(text: str) -> list[str]:
-    """Return the assert statements of a text. Raises ValueError for a text that is no Python."""
+    """Return the assert statements of a text.
+
+    Raises:
+        ValueError: the text is not Python.
+    """
     try:
         body = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -35,8 +39,12 @@ def split_asserts(text: str) -> list[str]:
 
 
 def read_asserts(texts: Iterable[str]) -> dict[str, Any]:
-    """Return {"tests", "function", "tolerance"} of texts with asserts. Raises ValueError for one
-    that is no call and literal, and where they call several functions."""
+    """Return {"tests", "function", "tolerance"} of texts with asserts.
+
+    Raises:
+        ValueError: an assert is not a call compared with a literal, or the asserts call several
+            functions.
+    """
     return _tests([line for text in texts for line in split_asserts(text)])
 
 

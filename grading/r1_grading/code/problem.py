@@ -256,7 +256,11 @@ KINDS_OF_CALLS = ("function_call", "functional", "call_based")
 
 def parse_language(name: object) -> str | None:
     """Return "python" or "cpp" for a language as data sets spell it (`Python`, `python3`, `C++17`),
-    None for null or blank. Raises ValueError for any other."""
+    None for null or blank.
+
+    Raises:
+        ValueError: another language.
+    """
     if name is None or (isinstance(name, str) and not name.strip()):
         return None
     plain = name.strip().casefold() if isinstance(name, str) else ""
@@ -268,7 +272,12 @@ def parse_language(name: object) -> str | None:
 
 def own_form(truth: Any) -> dict[str, Any] | None:
     """Return {"tests", "function", "tolerance", "language"} of a truth in a public data set's form,
-    None for any other. Raises ValueError for one that has such a form and does not add up."""
+    None for any other.
+
+    Raises:
+        ValueError: the truth has such a form but does not add up, as with unequal numbers of inputs
+            and outputs.
+    """
     if isinstance(truth, list):
         if not truth:
             return None

@@ -55,7 +55,8 @@ def grade(
 
 
 def _grade(response: str, truth: object, opened: bool, reading: str, plain_line: bool) -> Grade:
-    """Return the grade for one truth."""
+    """Return the grade of a response against one truth; where a row has several, the best one
+    counts."""
     expected = math_truth(truth)
     truth = marked(str(truth))
     stated = _truth_value(truth)

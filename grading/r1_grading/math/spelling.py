@@ -150,7 +150,7 @@ OPENING_ROUND = re.compile(r"(\\sqrt|\^)\s*\(")
 
 
 def spell(text: str) -> str:
-    """Return `text` in the spelling that the comparison reads. Raises nothing.
+    """Return `text` in the spelling that the comparison reads; no text is an error.
 
     Linear, except for nested roots with round brackets."""
     if PLAIN_NUMBER.fullmatch(text):

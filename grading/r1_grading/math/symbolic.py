@@ -61,8 +61,13 @@ class OutOfRange(Exception):
 def evaluate(expression: sympy.Basic, values: Mapping[str, Any] | None = None) -> mpmath.mpc:
     """Return the value with these values of its symbols (by name), to about 120 digits.
 
-    An undefined function f(x) gets a value that depends on f and x alone. Raises NotNumeric and
-    OutOfRange. Linear in the size of the tree."""
+    An undefined function f(x) gets a value that depends on f and x alone. Linear in the size of the
+    tree.
+
+    Raises:
+        NotNumeric: the tree has a part without a number as its value.
+        OutOfRange: the value is undefined, or exceeds the limits of time or size.
+    """
     with mpmath.workdps(DIGITS):
         try:
             return mpmath.mpc(_value(expression, values or {}))

@@ -69,7 +69,11 @@ def chat_messages(question: str, response: str) -> list[dict[str, str]]:
 
 
 def check_template(template: str | None) -> str | None:
-    """Return `template`. Raises UserError for one without {response}."""
+    """Return `template`.
+
+    Raises:
+        UserError: the template lacks {response}.
+    """
     if template is not None and "{response}" not in template:
         message = f"template must contain {{response}}, got {template!r}"
         raise UserError(message, key="template", cause=Cause.MALFORMED)

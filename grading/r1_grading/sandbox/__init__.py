@@ -49,9 +49,13 @@ class PythonSession:
             self._stack = stack.pop_all()
 
     def run(self, source: str, seconds: float) -> str:
-        """Return what a cell printed, the value of its last expression, and its error. Raises
-        ValueError for a source of more than `MAX_SOURCE_BYTES`, SessionEnded if the interpreter
-        ends. Any other exception, such as an alarm's, ends the interpreter too."""
+        """Return what a cell printed, the value of its last expression, and its error.
+
+        Raises:
+            ValueError: the source has more than `MAX_SOURCE_BYTES`.
+            SessionEnded: the interpreter ended.
+            Exception: any other, such as an alarm's; it ends the interpreter too.
+        """
         content = f"{seconds:.3f}\n{source}".encode("utf-8", "replace")
         if len(content) > MAX_SOURCE_BYTES:
             raise ValueError(f"a cell has at most {MAX_SOURCE_BYTES:,} bytes")

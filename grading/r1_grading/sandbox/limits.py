@@ -17,7 +17,14 @@ class Budget:
     """Limits of one run.
 
     Attributes:
-        disk_bytes: the bytes of files that a compiler may write."""
+        wall_seconds: wall time.
+        cpu_seconds: CPU time of the program.
+        memory_bytes: address space.
+        stack_bytes: the stack of each thread.
+        processes: the program and its threads.
+        output_bytes: standard output and error together.
+        disk_bytes: the bytes of files that a compiler may write.
+    """
 
     wall_seconds: float
     cpu_seconds: float
@@ -75,7 +82,11 @@ class Limits:
 
     @classmethod
     def parse(cls, overrides: dict[str, Any] | None) -> "Limits":
-        """Return the defaults with a prompt's `overrides`. Raises ValueError for unknown names."""
+        """Return the defaults with a prompt's `overrides`.
+
+        Raises:
+            ValueError: an unknown name, or a value that is out of range.
+        """
         if not isinstance(overrides, dict | None):
             raise ValueError(f"limits must be an object, got {overrides!r}")
         known = [limit.name for limit in fields(cls)]

@@ -102,7 +102,9 @@ def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
 def require_sandbox(language: str) -> None:
     """Return if programs in `language` ("python", "cpp") can be graded on this machine.
 
-    Otherwise raise SandboxUnavailable, a UserError with the remedy."""
+    Raises:
+        SandboxUnavailable: they cannot; a UserError with the remedy.
+    """
     release = re.match(r"(\d+)\.(\d+)", platform.release())
     if release and tuple(map(int, release.groups())) < OLDEST_KERNEL:
         raise host.SandboxUnavailable(

@@ -107,7 +107,11 @@ class SandboxProcess:
         self.deadline = started + SETUP_SECONDS
 
     def wait(self) -> ProgramOutcome:
-        """Return the outcome of the program, killing it at its limits. Raises SandboxError."""
+        """Return the outcome of the program, killing it at its limits.
+
+        Raises:
+            SandboxError: bubblewrap cannot build a sandbox.
+        """
         stopped = self._collect_output()
         seconds = time.monotonic() - self.started
         self._kill()

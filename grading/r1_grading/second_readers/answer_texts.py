@@ -75,7 +75,11 @@ class Answer:
 
 
 def parse_answer(text: str) -> Answer:
-    """Parse the text of an answer. Raises Unsure for all that the grammar does not have."""
+    """Parse the text of an answer.
+
+    Raises:
+        Unsure: the text has what the grammar does not have.
+    """
     if len(text) > MAX_CHARS:
         raise Unsure("a long answer")
     for pattern, plain in SPELLINGS:

@@ -50,7 +50,7 @@ class Node:
     is_decimal: bool = False
 
     def walk(self) -> list[Node]:
-        """Return the node and all below it."""
+        """Return the node and all nodes below it, each before its own parts."""
         return [self, *itertools.chain.from_iterable(part.walk() for part in self.parts)]
 
     @property

@@ -66,8 +66,9 @@ Settings = TypeVar("Settings", bound=ServiceSettings)
 def read_settings(kind: str, settings_type: type[Settings], options: Mapping[str, Any]) -> Settings:
     """Parse `options` as settings of reward `kind`.
 
-    Raises UserError with one line for all mistakes, with the nearest known name for an unknown one;
-    its key and cause are the first one's.
+    Raises:
+        UserError: an option is unknown or has an invalid value. One line has all mistakes, with the
+            nearest known name for an unknown one; key and cause are the first one's.
     """
     try:
         return settings_type.model_validate(dict(options))

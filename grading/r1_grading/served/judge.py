@@ -251,7 +251,11 @@ class ReplyCache:
     use a folder per model where two have the same name. An invalid file counts as absent."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open the cache. Raises UserError when its folder cannot be created or written to."""
+        """Open the cache.
+
+        Raises:
+            UserError: the folder cannot be created or written to.
+        """
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -385,9 +389,14 @@ class Judge(JudgeClient):
         return Grade(compared.preference, reason)
 
     async def verify(self, question: str, truth: str, response: str) -> bool:
-        """Whether most of the votes find `response` correct. Raises Ungradable, ServiceError.
+        """Whether most of the votes find `response` correct.
 
-        No further votes are requested when the first majority of votes agree."""
+        No further votes are requested when the first majority of votes agree.
+
+        Raises:
+            Ungradable: the judge cannot decide on this response.
+            ServiceError: the service is down.
+        """
         texts = {"question": question, "reference answer": truth, "response": response}
         num_votes = self.settings.num_votes
         majority = num_votes // 2 + 1
@@ -398,10 +407,15 @@ class Judge(JudgeClient):
         return votes.count("correct") >= majority
 
     async def compare(self, question: str, first: str, second: str) -> Comparison:
-        """Return votes on two responses. Raises Ungradable, ServiceError.
+        """Return votes on two responses.
 
         Each response is A in exactly half of the votes, instead of at random: a judge that always
-        chooses A then gives a tie for any number of votes, not only on average."""
+        chooses A then gives a tie for any number of votes, not only on average.
+
+        Raises:
+            Ungradable: the judge cannot decide on these responses.
+            ServiceError: the service is down.
+        """
         num_votes = self.settings.num_votes
         if first == second:
             return Comparison(0, 0, num_votes)

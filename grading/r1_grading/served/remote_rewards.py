@@ -23,8 +23,13 @@ class RemoteReward(Protocol):
         """Raise ServiceError when the service cannot grade."""
 
     async def grade(self, response: str, truth: object, **entry: object) -> Grade:
-        """Request a grade from the service. Raises ValueError for a mistake in the row, Ungradable
-        for a response that it cannot grade, ServiceError where it is down."""
+        """Request a grade from the service.
+
+        Raises:
+            ValueError: a mistake in the row.
+            Ungradable: the service cannot grade this response.
+            ServiceError: the service is down.
+        """
 
     async def close(self) -> None:
         """Close the connections to the service."""
@@ -99,5 +104,9 @@ def settings_names(kind: str) -> frozenset[str]:
 
 
 def check_options(kind: str, options: Mapping[str, Any]) -> ServiceSettings:
-    """Return the settings of reward `kind`; no key is read. Raises UserError for other options."""
+    """Return the settings of reward `kind`; no key is read.
+
+    Raises:
+        UserError: an unknown option, or an invalid value.
+    """
     return read_settings(kind, reward_class(kind).settings_type, options)

@@ -84,7 +84,7 @@ def require_turn(messages: list[Message], where: str) -> None:
 
 
 def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
-    """Return the body of a reply."""
+    """Return a turn as the body of OpenAI's chat completion."""
     # OpenAI's content is null where the assistant wrote nothing besides its calls.
     content = turn.message["content"] or (None if turn.tool_calls else "")
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
@@ -127,7 +127,7 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
 
 
 def error(refused: Refused) -> dict[str, Any]:
-    """Return the body of an error."""
+    """Return a refusal as the body of OpenAI's error."""
     entry = {"message": str(refused), "type": refused.kind, "param": refused.field}
     return {"error": entry | {"code": refused.code}}
 

@@ -75,7 +75,7 @@ def read(body: Body, stored: object) -> TurnRequest:
 
 
 def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
-    """Return the body of a reply."""
+    """Return a turn as the body of Anthropic's message, its thought and calls as blocks."""
     return _head(turn) | {"content": _blocks(turn), **_stop(turn), "usage": _usage(turn)}
 
 
@@ -92,7 +92,7 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
 
 
 def error(refused: Refused) -> dict[str, Any]:
-    """Return the body of an error."""
+    """Return a refusal as the body of Anthropic's error."""
     return {"type": "error", "error": {"type": refused.kind, "message": str(refused)}}
 
 

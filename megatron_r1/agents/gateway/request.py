@@ -46,12 +46,19 @@ class TurnRequest:
     """A client's request for one turn.
 
     Attributes:
+        messages: the conversation, in OpenAI's form whatever the client's API.
+        tools: descriptions of the tools, in OpenAI's form.
+        model: the name that the client gave; the reply repeats it.
         max_tokens: None for as many as fit.
+        stop: strings that end the answer.
+        stream: whether the reply is sent as server-sent events.
+        include_usage: whether a stream ends with the counts of tokens.
         max_calls: 1 where the client takes one tool call a turn.
         options: the request's sampling options that differ from the neutral ones; the run's own
             replace them (`sampling_options`).
         token_ids: the whole prompt, in token mode.
-        stored: the conversation that a later request may continue by `previous_response_id`."""
+        stored: the conversation that a later request may continue by `previous_response_id`.
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]]
@@ -71,9 +78,14 @@ class TurnReply:
     """One sampled turn.
 
     Attributes:
+        model: the name that the client gave.
+        num_prompt_tokens: tokens of the prompt, all earlier turns included.
+        response: the sampled tokens.
         message: the assistant's message.
         stop_string: which of `TurnRequest.stop` ended it.
-        id: unique, hexadecimal."""
+        id: unique, hexadecimal.
+        created: seconds since 1970.
+    """
 
     model: str
     num_prompt_tokens: int
@@ -85,7 +97,7 @@ class TurnReply:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the answer."""
+        """Sampled tokens of the turn, its reasoning included."""
         return len(self.response.token_ids)
 
     @property
@@ -140,8 +152,11 @@ class Body:
         return f"{self.where}.{name}" if self.where else name
 
     def take(self, name: str, kinds: type | tuple[type, ...], default: Any = REQUIRED) -> Any:
-        """Return a field of one of `kinds`. Raises Refused where it has another type, or is absent
-        and there is no default."""
+        """Return a field of one of `kinds`.
+
+        Raises:
+            Refused: the field has another type, or is absent and there is no default.
+        """
         if name not in self._left:
             if default is REQUIRED:
                 raise Refused("is required", self.path(name))
@@ -155,7 +170,11 @@ class Body:
         return value
 
     def take_objects(self, name: str, default: Any = REQUIRED) -> list[Body]:
-        """Return a field that is a list of objects; raises as `take`."""
+        """Return a field that is a list of objects.
+
+        Raises:
+            Refused: as `take`, or an item is not an object.
+        """
         values, where = self.take(name, list, default), self.path(name)
         return [Body(value, f"{where}.{i}") for i, value in enumerate(values)]
 
@@ -171,7 +190,11 @@ class Body:
         return value
 
     def take_choice(self, name: str, values: tuple[Any, ...], default: Any) -> Any:
-        """Return a field that must be one of `values`. Raises Refused for any other."""
+        """Return a field that must be one of `values`.
+
+        Raises:
+            Refused: any other value.
+        """
         value = self._left.pop(name, default)
         if value not in values:
             shown = " or ".join(map(_shorten, values))

@@ -71,7 +71,7 @@ def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
 
 
 def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
-    """Return the body of a reply."""
+    """Return a turn as the body of OpenAI's response, its reasoning and calls as output items."""
     return _head(turn, request) | {
         "status": _status(turn),
         "incomplete_details": {"reason": "max_output_tokens"} if turn.is_cut else None,

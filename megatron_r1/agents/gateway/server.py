@@ -59,7 +59,7 @@ class WireFormat(Protocol):
         """Read a request; `stored` has the conversations of earlier replies by their id."""
 
     def reply(self, turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
-        """Return the body of the reply."""
+        """Return a sampled turn as the body of a reply that is not streamed, in this API's form."""
 
     def events(self, turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
         """Yield the reply as server-sent events."""
@@ -116,7 +116,11 @@ class Gateway:
         await self.close()
 
     async def start(self) -> None:
-        """Start to listen. Raises OSError where the address is taken."""
+        """Start to listen.
+
+        Raises:
+            OSError: the address is taken.
+        """
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         for path, wire in ROUTES.items():
             app.router.add_post(path, self._endpoint(wire, self._turn))
@@ -188,7 +192,11 @@ class Gateway:
         return endpoint
 
     def _session(self, headers: Mapping[str, str]) -> GatewaySession:
-        """Return the session whose secret the headers carry. Raises Refused with status 401."""
+        """Return the session whose secret the headers carry.
+
+        Raises:
+            Refused: no session has this secret; the status is 401.
+        """
         bearer = headers.get("Authorization", "").removeprefix("Bearer ").strip()
         for secret in (bearer, *(headers.get(name, "") for name in KEY_HEADERS)):
             session = self._sessions.get(_digest(secret))
@@ -233,8 +241,12 @@ class Gateway:
         prompt_ids: list[int],
         max_tokens: int,
     ) -> TakenTurn:
-        """Sample a turn. Raises Refused where no engine could, and where other turns at once have
-        used up the episode's tokens."""
+        """Sample a turn.
+
+        Raises:
+            Refused: no engine could sample, or other turns at once have used up the episode's
+                tokens.
+        """
         num_prompt, decode = len(prompt_ids), self._text.decode
         with session.waiting():
             try:
@@ -334,8 +346,12 @@ async def _stream(
 
 
 async def _body(http: web.Request, session: GatewaySession) -> bytes:
-    """Return a request's body. Raises Refused where it is not encoded as its headers name it, and
-    where it is so long that no engine could take it."""
+    """Return a request's body.
+
+    Raises:
+        Refused: it is not encoded as its headers name it, or is so long that no engine could take
+            it.
+    """
     try:
         body = await http.read()
     except (PayloadEncodingError, web.RequestPayloadError) as error:

@@ -125,7 +125,11 @@ class GatewaySession:
             )
 
     def max_tokens(self, asked: int | None, num_prompt_tokens: int) -> int:
-        """Return the most tokens that a turn may sample. Raises Refused if a limit is reached."""
+        """Return the most tokens that a turn may sample.
+
+        Raises:
+            Refused: a limit is reached.
+        """
         if self.num_turns >= self.limits.max_turns:
             reason = f"the episode has had its {self.limits.max_turns} turns"
             self.end("max_turns", reason)
@@ -151,10 +155,14 @@ class GatewaySession:
 
     def claim(self, num_tokens: int) -> int:
         """Take a sampled turn's tokens from the episode's. Return how many of them the episode had
-        left. Raises Refused if none were left.
+        left.
 
         Turns in flight share the tokens that are left. If a turn reserved its tokens when it
-        started, one without a maximum would block all others; so the last to finish is cut."""
+        started, one without a maximum would block all others; so the last to finish is cut.
+
+        Raises:
+            Refused: no tokens were left.
+        """
         kept = min(num_tokens, self.limits.max_tokens - self.num_claimed)
         if num_tokens and kept < 1:
             raise self.out_of_tokens(

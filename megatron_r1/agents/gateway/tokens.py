@@ -51,7 +51,8 @@ def read(body: Body, stored: object) -> TurnRequest:
 
 
 def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
-    """Return the body of a reply."""
+    """Return a turn as token ids, each with its log-probability, and the policy versions of its
+    spans."""
     response = turn.response
     content = [
         {"token": f"token_id:{token}", "token_id": token, "logprob": logprob, "top_logprobs": []}

@@ -42,8 +42,12 @@ class VerifiersHarness:
         self._reader: asyncio.Task[None] | None = None
 
     async def __call__(self, base_url: str, api_key: str, row: dict[str, Any]) -> AgentOutcome:
-        """Play the task of a row. Raises EnvironmentFault where the server is lost, and
-        RuntimeError where verifiers reports an error."""
+        """Play the task of a row.
+
+        Raises:
+            EnvironmentFault: the server is lost.
+            RuntimeError: verifiers reports an error.
+        """
         await self.start()
         gives_tokens = self._settings.client == "tokens"
         job = {
@@ -65,7 +69,11 @@ class VerifiersHarness:
         return AgentOutcome(reply["reward"], reply["sequences"] if gives_tokens else None)
 
     async def start(self) -> None:
-        """Start the server, unless it runs. Raises EnvironmentFault."""
+        """Start the server, unless it runs.
+
+        Raises:
+            EnvironmentFault: the server cannot be started, or does not start in time.
+        """
         async with self._starting:
             if self._reader is not None and not self._reader.done():
                 return
@@ -161,7 +169,12 @@ def variables() -> dict[str, str]:
 
 
 def list_tasks(settings: VerifiersConfig) -> list[dict[str, Any]]:
-    """Return the taskset's tasks. Raises UserError."""
+    """Return the tasks of `agents.verifiers.taskset`, one object each, listed by verifiers' own
+    python.
+
+    Raises:
+        UserError: the python of `agents.verifiers` cannot run, or verifiers refuses the taskset.
+    """
     options = {"environment": env_config(settings), "list": True}
     try:
         done = subprocess.run(

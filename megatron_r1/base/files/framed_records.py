@@ -23,8 +23,12 @@ MAX_PAYLOAD_BYTES = 2**32 - 1
 
 
 def append_frame(descriptor: int, payload: bytes) -> None:
-    """Write one frame at the end of an open file, without a sync. Raises OSError, or ValueError for
-    a payload that is too long."""
+    """Write one frame at the end of an open file, without a sync.
+
+    Raises:
+        OSError: the write fails.
+        ValueError: the payload has more than `MAX_PAYLOAD_BYTES`.
+    """
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise ValueError(
             f"a record of {len(payload):,} bytes: a frame holds at most {MAX_PAYLOAD_BYTES:,}"

@@ -45,7 +45,9 @@ def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records in order, without a torn last line; a missing file has none.
 
-    Raises UserError naming the file and the line if any other line is not a JSON object."""
+    Raises:
+        UserError: any other line is not a JSON object; it names the file and the line.
+    """
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -96,7 +98,11 @@ def strict(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy that strict JSON can hold: NaN and infinities become null and are named.
 
     `{"kl": nan}` becomes `{"kl": null, "nonfinite": {"kl": "nan"}}`: any JSON reader accepts the
-    line, and the value is not lost. Raises ValueError for a value that JSON cannot represent."""
+    line, and the value is not lost.
+
+    Raises:
+        ValueError: JSON cannot represent a value.
+    """
     nonfinite: dict[str, str] = {}
     clean = {str(key): _strict_value(value, str(key), nonfinite) for key, value in record.items()}
     if nonfinite:
@@ -166,7 +172,11 @@ class LineWriter:
         self._writing: asyncio.Task[None] | None = None
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Queue a line. Raises the error of an earlier write."""
+        """Queue a line.
+
+        Raises:
+            Exception: the error of an earlier write.
+        """
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
         if self._writing.done():

@@ -32,8 +32,11 @@ class StoredTensor:
 
 
 def open_safetensors(path: Path) -> tuple[int, dict[str, StoredTensor]]:
-    """Return the open file and its tensors by name. Raises UserError, naming the file, where it is
-    damaged or cut off."""
+    """Return the open file and its tensors by name.
+
+    Raises:
+        UserError: the file is damaged or cut off; it names the file.
+    """
     file = os.open(path, os.O_RDONLY)
     try:
         return file, _read_header(file)
@@ -89,8 +92,10 @@ IGNORED = (".rotary_emb.inv_freq",)
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a Hugging Face folder.
 
-    Raises UserError where there are none, for files that its index lists but are missing or outside
-    of the folder, and for two models in one folder."""
+    Raises:
+        UserError: there are none, the index lists files that are missing or outside of the folder,
+            or the folder has two models.
+    """
     single, index = folder / SINGLE, folder / INDEX
     if (weight_map := read_index(folder)) is not None:
         files = [folder / name for name in sorted(set(weight_map.values()))]
@@ -131,8 +136,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """Return the name of the file of each tensor, by the folder's index; None without one. Raises
-    UserError where it is damaged."""
+    """Return the name of the file of each tensor, by the folder's index; None without one.
+
+    Raises:
+        UserError: the index is damaged.
+    """
     index = folder / INDEX
     if not index.is_file():
         return None

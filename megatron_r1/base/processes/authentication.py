@@ -24,7 +24,11 @@ NOT_OWNER = 0o077  # permission bits of everybody but the owner
 
 def make_token(folder: str | os.PathLike[str]) -> str:
     """Return MEGATRON_R1_TOKEN, or the token in the run's folder, which is made if it is missing.
-    For the controller. Raises UserError as `known_token`."""
+    For the controller.
+
+    Raises:
+        UserError: as `known_token`.
+    """
     path = Path(folder) / FILE
     if not os.environ.get(ENVIRONMENT) and not path.exists():
         atomic_write(path, secrets.token_hex(32), mode=0o600)
@@ -32,8 +36,11 @@ def make_token(folder: str | os.PathLike[str]) -> str:
 
 
 def known_token(path: str | os.PathLike[str] | None) -> str:
-    """Return MEGATRON_R1_TOKEN, or the file's content. Raises UserError if there is no such file,
-    or it is empty, or readable by others."""
+    """Return MEGATRON_R1_TOKEN, or the file's content.
+
+    Raises:
+        UserError: there is no such file, or it is empty, or readable by others.
+    """
     if token := os.environ.get(ENVIRONMENT):
         return token
     if path is None or not Path(path).is_file():

@@ -74,7 +74,11 @@ class ForkedProcess:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Return what `poll` does at the process's end. Raises subprocess.TimeoutExpired."""
+        """Return what `poll` does at the process's end.
+
+        Raises:
+            subprocess.TimeoutExpired: the process has not ended in time.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
             if deadline is not None and time.monotonic() > deadline:
@@ -117,7 +121,11 @@ class Importer:
         return self._owner == os.getpid() and self._process.poll() is None
 
     def connect(self) -> socket.socket:
-        """Return a new connection. Raises OSError where the server has ended."""
+        """Return a new connection.
+
+        Raises:
+            OSError: the server has ended.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(self._channel, [b"."], [theirs.fileno()])

@@ -53,7 +53,11 @@ class StopRequest:
 
     async def before(self, work: Awaitable[Any]) -> bool:
         """Await `work` and return True, or cancel it and return False when a stop is requested
-        first. Raises what `work` raises."""
+        first.
+
+        Raises:
+            Exception: what `work` raises.
+        """
         task = asyncio.ensure_future(work)
         try:
             while not self.requested:
@@ -73,8 +77,12 @@ class StopRequest:
 
 
 def run_until_stopped(work: Coroutine[Any, Any, None]) -> None:
-    """Run the coroutine that calls `StopRequest.listen`. Raises what it raises, and
-    KeyboardInterrupt where the second signal has ended it."""
+    """Run the coroutine that calls `StopRequest.listen`.
+
+    Raises:
+        KeyboardInterrupt: the second signal has ended it.
+        Exception: what the coroutine raises.
+    """
     try:
         asyncio.run(work)
     except asyncio.CancelledError:

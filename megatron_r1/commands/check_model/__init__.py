@@ -65,13 +65,23 @@ class Findings(msgspec.Struct, omit_defaults=True):
     """The result of a check, as `--json` writes it.
 
     Attributes:
+        parameters: their number.
+        memory_bytes: what RL takes for weights, gradients, optimizer, reference and engine, in
+            fp32.
+        free_bytes: the host's free memory.
+        tensors: the number of tensors in the folder.
+        tokens: the tokenizer's number of tokens; None without a tokenizer.
+        template: whether the tokenizer has a chat template.
+        compared: the number of log-probabilities that were compared.
+        tolerance: the largest difference that counts as agreement, nats.
         megatron: the largest difference of Megatron's log-probabilities from transformers', nats,
             or why there is none.
         vllm: that of vLLM's, or why there is none.
         agree: whether the exit status is 0.
         end_tokens: those that end a response.
         problem: why not; left out where it is.
-        as_read: sentences on what config.json does not say."""
+        as_read: sentences on what config.json does not say.
+    """
 
     folder: str
     architecture: str

@@ -74,8 +74,11 @@ def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> ReferenceResu
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> Any:
-    """Return the folder's tokenizer, or None where it has no files of one. Raises UserError for one
-    that does not fit the model or loses text."""
+    """Return the folder's tokenizer, or None where it has no files of one.
+
+    Raises:
+        UserError: the tokenizer does not fit the model or loses text.
+    """
     if not any(folder.glob("tokenizer*")):
         return None
     tokenizer = load_tokenizer(str(folder), "HF_FOLDER")

@@ -55,8 +55,12 @@ shorter."""
 
 async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path) -> float:
     """Return the largest difference of the trainer's log-probabilities, in the layout of
-    `config.parallel`. Raises UserError for a layout that cannot be, TrainerError where a rank
-    fails."""
+    `config.parallel`.
+
+    Raises:
+        UserError: an impossible layout.
+        TrainerError: a rank fails.
+    """
     samples = [
         Sample.pack(ids[:1], ids[1:], logprobs)
         for ids, logprobs in zip(reference.sequences, reference.logprobs, strict=True)
@@ -132,8 +136,12 @@ def _check_bytes(dtype: str) -> int:
 
 
 def run(config: Config, folder: str, json: str | None = None) -> None:
-    """Check the folder and print the findings. Raises UserError for what is not supported,
-    RunError where the implementations disagree."""
+    """Check the folder and print the findings.
+
+    Raises:
+        UserError: the model is not supported.
+        RunError: the implementations disagree, or too little memory is free to compare them.
+    """
     try:
         found = _check(config, folder)
     except (UserError, RunError) as error:
@@ -152,7 +160,12 @@ def _write(path: str | None, found: Findings | dict) -> None:
 
 
 def _check(config: Config, folder: str) -> Findings:
-    """Return the findings. Raises UserError and RunError where nothing can be compared."""
+    """Compare the folder's model in transformers, Megatron and vLLM, and return the findings.
+
+    Raises:
+        UserError: the model is not supported.
+        RunError: too little memory is free to compare anything.
+    """
     hf = read_hf_config(folder, key="HF_FOLDER")
     check_supported(hf)
     require_weights(Path(folder), "HF_FOLDER")

@@ -29,8 +29,11 @@ PHASE_OF = {
 
 
 def read_groups(path: Path) -> dict[int, GroupRecord] | None:
-    """Return the groups of a step's log by position; None where there is no file. Raises UserError
-    for records of another version of this program."""
+    """Return the groups of a step's log by position; None where there is no file.
+
+    Raises:
+        UserError: the records are of another version of this program.
+    """
     if not path.is_file():
         return None
     try:

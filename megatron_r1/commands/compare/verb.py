@@ -135,7 +135,11 @@ def compare(first: Path, second: Path) -> Comparison:
 
 
 def _settings(folder: RunFolder) -> dict[str, Any]:
-    """Return a run's settings. Raises UserError for a folder without a run."""
+    """Return the settings that a run began with, from its config.yaml.
+
+    Raises:
+        UserError: a folder without a run.
+    """
     settings = folder.read_config()
     if not settings:
         raise UserError(

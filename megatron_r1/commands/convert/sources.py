@@ -44,7 +44,9 @@ def is_hf(path: Path) -> bool:
 def find_checkpoint(path: Path) -> Found:
     """Return the checkpoint `path`, or the newest one of the run `path`, whose step is printed.
 
-    Raises UserError if it is neither."""
+    Raises:
+        UserError: the path is neither.
+    """
     if (path / "metadata.json").is_file():
         return Found(path, None)
     if is_hf(path):
@@ -162,7 +164,10 @@ def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
     """Return the folder with the config.json and tokenizer of a checkpoint's model.
 
     It is `given`, or what from-hf left in the checkpoint, or model.path of the checkpoint's run.
-    Raises UserError if none of them has a config.json."""
+
+    Raises:
+        UserError: none of them has a config.json.
+    """
     if given is not None:
         return given
     if is_hf(checkpoint / HF_FILES):
@@ -188,7 +193,11 @@ def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
 
 
 def open_weights(path: Path, config: Path | None) -> Weights:
-    """Open the weights of a Hugging Face folder or a checkpoint; raise UserError if incomplete."""
+    """Open the weights of a Hugging Face folder or a checkpoint.
+
+    Raises:
+        UserError: weights are missing or damaged.
+    """
     if is_hf(path):
         weights = HFWeights(path, read_config(path))
         weights.check(with_mtp=False)

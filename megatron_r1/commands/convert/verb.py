@@ -73,7 +73,11 @@ def _config(verb: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command line; return 0, or 1 where the models differ. Raises UserError."""
+    """Run the command line; return 0, or 1 where the models differ.
+
+    Raises:
+        UserError: a number that is out of range, or as the verb.
+    """
     chosen = _parser().parse_args(arguments)
     chosen.arguments = arguments
     if chosen.workers < 1:

@@ -49,9 +49,11 @@ class Replayed:
 
 
 class Recomputation:
-    """Recomputes a step.
+    """Recomputes a recorded step: log-probabilities under the policies that it used, and updates.
 
-    Raises CannotRecompute where weights are missing, or too large for this machine."""
+    Raises:
+        CannotRecompute: weights are missing, or too large for this machine.
+    """
 
     def __init__(self, step: RecordedStep) -> None:
         self.step = step
@@ -75,7 +77,7 @@ class Recomputation:
 
     @cached_property
     def num_parameters(self) -> int:
-        """The parameters of the policy."""
+        """How many values the policy's weights have, on which the operations of a pass depend."""
         from megatron_r1.models.weights import num_parameters
 
         return num_parameters(self.step.hf)

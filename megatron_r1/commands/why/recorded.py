@@ -97,7 +97,7 @@ class RecordedStep:
 
     @cached_property
     def config(self) -> Config:
-        """The settings of the step."""
+        """The run's settings as `rl.schedule` has them at this step."""
         return self.run_config.at(self.step)
 
     @cached_property
@@ -127,7 +127,7 @@ class RecordedStep:
 
     @property
     def after(self) -> Path | None:
-        """The checkpoint after the step."""
+        """The step's checkpoint, with the weights after its updates; None where it is not there."""
         return weights_after(self.folder, self.run_config, self.step)
 
     @cached_property
@@ -236,7 +236,11 @@ class RecordedStep:
 
 
 def open_run(path: Path) -> tuple[RunFolder, Config]:
-    """Return a run's folder and settings. Raises UserError for a folder without an RL run."""
+    """Return a run's folder and settings.
+
+    Raises:
+        UserError: a folder without an RL run.
+    """
     folder = RunFolder(path)
     if not folder.config_path.is_file():
         raise UserError(
@@ -398,7 +402,11 @@ def _kept(mask: bytes, is_sampled: np.ndarray) -> KeptIds | None:
 
 def _model_folder(folder: RunFolder, config: Config) -> Path:
     """Return the model that the run began with, or where that is gone the run's export, which has
-    its tokenizer. Raises UserError where neither is there."""
+    its tokenizer.
+
+    Raises:
+        UserError: neither is there.
+    """
     for path in (Path(config.model.path), folder.hf):
         if (path / "config.json").is_file():
             return path

@@ -299,7 +299,15 @@ class Totals:
     Attributes:
         policy: the policy's term of the loss.
         kl: the KL term, its weight included.
-        entropy: the entropy's term, its weight included."""
+        entropy: the entropy's term, its weight included.
+        denominator: what the three terms are divided by, as the loss is averaged.
+        num_tokens: sampled tokens that are trained on.
+        kl_sum: the KL estimates, nats, without their weight.
+        entropy_sum: the entropies, nats, without their weight.
+        clipped: tokens where the clip is active.
+        importance: the importance weights.
+        largest_ratio: the largest ratio of a token, a maximum and no sum.
+    """
 
     policy: float = 0.0
     kl: float = 0.0

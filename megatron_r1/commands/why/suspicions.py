@@ -17,7 +17,8 @@ SMALL_KL = 1e-4
 
 
 def suspicions(step: RecordedStep) -> list[str]:
-    """Return sentences."""
+    """Return a sentence for each figure of the run that may explain its course, or one that says
+    that none stands out."""
     found = [_equal_groups(step), _cut(step), _entropy(step), _learning_rate(step)]
     known = [each for each in found if each]
     return known or ["no figure of the run stands out: too few steps, or the task is learned"]

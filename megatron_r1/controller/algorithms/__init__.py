@@ -31,6 +31,8 @@ class Algorithm:
     """An algorithm: the rules of its settings, and what its module defines.
 
     Attributes:
+        name: the value of `rl.algorithm`.
+        rules: which settings it takes, and their defaults.
         advantages: maps the rewards of a rollout's groups, None for an ungraded response, to a
             number per response: the advantage of all its tokens or, with `token_advantages`, what
             these are computed from, a reward or an advantage. NaN for a response that is not
@@ -38,7 +40,8 @@ class Algorithm:
         loss: "module:function" of a `trainer.losses.Loss`, called on the trainer ranks.
         token_advantages: "module:function" of a `trainer.token_advantages.TokenAdvantages`, called
             there once the rollout is scored; None where all tokens of a response share one
-            advantage."""
+            advantage.
+    """
 
     name: str
     rules: AlgorithmRules
@@ -48,9 +51,12 @@ class Algorithm:
 
 
 def find(name: str) -> Algorithm:
-    """Return the algorithm called `name`, or the user's own at "module:RULES". Raises UserError for
-    an unknown name, and for a module that defines nothing of an algorithm or not what its rules are
-    for."""
+    """Return the algorithm called `name`, or the user's own at "module:RULES".
+
+    Raises:
+        UserError: an unknown name, or a module that defines nothing of an algorithm or not what its
+            rules are for.
+    """
     rules = find_rules(name)
     home, is_own, _ = name.partition(":")
     if not is_own:

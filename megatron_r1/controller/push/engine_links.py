@@ -165,8 +165,11 @@ class EngineLinks:
         """Send push number `push` to the sets of these engines.
 
         Engines at fault are lost. Returns the other engines of the sets that failed: they have not
-        got all of the push, and are in no set any more. Raises EngineError for a push that arrived
-        damaged."""
+        got all of the push, and are in no set any more.
+
+        Raises:
+            EngineError: a push arrived damaged.
+        """
         sets = [s for s in self.sets if set(s.engines) & set(engines)]
         gone, self._gone = self._gone, []
         replies = await self.trainer.call_all(
@@ -333,8 +336,11 @@ class EngineLinks:
 
 
 def _errors(calls: dict[Engine, asyncio.Task[None]]) -> dict[Engine, EngineError]:
-    """Return the errors of these calls, EngineDied for one that has not ended. Raises an error of
-    another kind than EngineError."""
+    """Return the errors of these calls, EngineDied for one that has not ended.
+
+    Raises:
+        Exception: the first error that is not an EngineError.
+    """
     errors: dict[Engine, EngineError] = {}
     for engine, call in calls.items():
         if not call.done():

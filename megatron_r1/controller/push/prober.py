@@ -44,7 +44,9 @@ class Prober:
     ) -> dict[str, float]:
         """Sample from each engine and return the largest mean difference, "push/probe_diff".
 
-        Raises EngineError where it exceeds the tolerance."""
+        Raises:
+            EngineError: the difference exceeds the tolerance.
+        """
         asked = engines if self.prompts else ()
         # All at once: an answer takes several of an engine's steps.
         outcomes = await asyncio.gather(*map(self._probe_diff, asked), return_exceptions=True)
@@ -66,7 +68,12 @@ class Prober:
         return {"push/probe_diff": max(differences)} if differences else {}
 
     async def _probe_diff(self, engine: Engine) -> float:
-        """Return the mean difference. Raises EngineDied where the engine gives no usable answer."""
+        """Return the mean absolute difference of the engine's log-probabilities from the trainer's,
+        in nats.
+
+        Raises:
+            EngineDied: the engine gives no usable answer.
+        """
         responses = await self._answers(
             engine,
             lambda prompt: engine.client.generate(prompt, n=1, max_tokens=PROBE_TOKENS, seed=0),
@@ -81,7 +88,11 @@ class Prober:
     async def _answers(
         self, engine: Engine, ask: Callable[[Sequence[int]], Coroutine[Any, Any, T]]
     ) -> list[T]:
-        """Return the engine's answer to each prompt. Raises EngineDied where there is none."""
+        """Return the engine's answer to each prompt.
+
+        Raises:
+            EngineDied: the engine gives no usable answer.
+        """
         for is_last in (False, True):  # retried once, as every request is
             try:
                 async with raise_dead_after(engine, self.timeout_seconds):

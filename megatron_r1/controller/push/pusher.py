@@ -110,7 +110,11 @@ class WeightPusher:
                 raise
 
     async def open(self) -> None:
-        """Connect trainer and engines, before the first push. Raises EngineError."""
+        """Connect trainer and engines, before the first push.
+
+        Raises:
+            EngineError: an engine that has not died cannot connect; its settings are wrong.
+        """
         assert self._settled.locked(), "it is called in a block of updating()"
         await self.links.open()
         self.fleet.send_weights = self.send_weights
@@ -119,8 +123,12 @@ class WeightPusher:
 
     async def push(self, policy_version: int) -> dict[str, float]:
         """Make the trainer's present weights `policy_version` on every engine; return metrics.
-        Raises EngineError where they arrived damaged. Await `probe_results` before anything that an
-        engine computes from them is trained on or recorded, and before they are saved."""
+        Await `probe_results` before anything that an engine computes from them is trained on or
+        recorded, and before they are saved.
+
+        Raises:
+            EngineError: the weights arrived damaged.
+        """
         assert self._settled.locked(), "it is called in a block of updating()"
         start = time.perf_counter()
         self._push_number += 1
@@ -146,7 +154,11 @@ class WeightPusher:
 
     async def probe_results(self) -> dict[str, float]:
         """Return the metrics of the last push's probes, "push/probe_diff", when the engines have
-        answered. Raises EngineError where one computes something else than the trainer."""
+        answered.
+
+        Raises:
+            EngineError: an engine computes something else than the trainer.
+        """
         return {} if self._probing is None else await self._probing
 
     @contextlib.asynccontextmanager
@@ -155,8 +167,12 @@ class WeightPusher:
         whether it has them. If the others compute in the memory of the trainer's weights, it has
         not: it sleeps until the next push.
 
-        No push begins within. Waits while the trainer's weights are between two versions. Raises
-        EngineError, and NoWeights where the trainer's ranks are gone."""
+        No push begins within. Waits while the trainer's weights are between two versions.
+
+        Raises:
+            EngineError: the push to the engine fails.
+            NoWeights: the trainer's ranks are gone.
+        """
         async with self._settled:
             if self._is_closed:
                 raise NoWeights(f"{engine.name}: the trainer that had weights for it is gone")

@@ -110,10 +110,12 @@ class RolloutInProgress:
     """Groups that are sampled together.
 
     Attributes:
+        sampling: how all groups are sampled.
         log: the step's groups on disk, if they are kept.
         sampled: time.perf_counter() when the newest group was sampled.
         graded: the same, when it was graded.
-        teacher_done: the same, when the teacher had computed its log-probabilities."""
+        teacher_done: the same, when the teacher had computed its log-probabilities.
+    """
 
     sampling: RolloutSampling
     log: StepLog | None
@@ -158,7 +160,10 @@ class RolloutCollector:
 
         Groups come back in the order of `prompts`; those that `log` already has are not sampled
         again.
-        Raises EngineError when an engine fails."""
+
+        Raises:
+            EngineError: an engine fails.
+        """
         start = time.perf_counter()
         running = RolloutInProgress(sampling, log, start, start, start)
         positions = log.reserve(len(prompts)) if log else range(len(prompts))
@@ -190,8 +195,11 @@ class RolloutCollector:
         )
 
     async def check(self, terms: Collection[str], prompts: list[Prompt]) -> None:
-        """Call every reward once, and begin an episode. Raises UserError for what cannot grade and
-        for an environment that fails."""
+        """Call every reward once, and begin an episode.
+
+        Raises:
+            UserError: a reward cannot grade, or the environment fails.
+        """
         await self.grader.check_rewards(terms, prompts)
         if self.player is not None:
             await self.player.check(prompts)
@@ -202,8 +210,12 @@ class RolloutCollector:
             await self.player.close()
 
     def check_grades(self, groups: list[Group]) -> None:
-        """Check the grades of everything that was sampled for one purpose; raises as
-        `rollout.check_grades`."""
+        """Check the grades of everything that was sampled for one purpose.
+
+        Raises:
+            UserError: as `rollout.check_grades`.
+            RunError: as `rollout.check_grades`.
+        """
         check_grades(groups, self._max_ungraded)
 
     async def _collect_group(
@@ -283,8 +295,11 @@ class RolloutCollector:
         return [cut_at_stop(response, count, sampling.stop, decode)[0] for response in responses]
 
     async def _play(self, prompt: Prompt, sampling: RolloutSampling) -> list[Played]:
-        """Play the group's episodes. Raises EngineError where the fleet has failed; a single call
-        that fails is its episode's."""
+        """Play the group's episodes.
+
+        Raises:
+            EngineError: the fleet has failed; a single call that fails is its episode's.
+        """
         player = self.player
         assert player is not None, "only with an environment"
         group = Affinity()  # all episodes have the same first prompt

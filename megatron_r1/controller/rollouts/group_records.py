@@ -40,7 +40,7 @@ class BranchRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class EpisodeRecord(msgspec.Struct, array_like=True, frozen=True):
-    """An `Episode`."""
+    """An `Episode` of the sample log, its texts and arrays as bytes."""
 
     status: Status
     turns: tuple[TurnRecord, ...]
@@ -58,7 +58,15 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
     What was decoded refers to the file: routing may be larger than the memory.
 
     Attributes:
-        policy_versions: one version where all are the same."""
+        token_ids: int32, the response's tokens.
+        logprobs: float32, one per token.
+        policy_versions: one version where all are the same.
+        finish_reason: vLLM's: "stop" or "length".
+        routing: the experts' indices, as in `Sample.routing`; empty without replay.
+        teacher_logprobs: float32, one per token; None where no teacher scored it.
+        engine: the name of the engine that sampled it.
+        sampling_mask: the tokens that the sampler kept (`models.sampling_mask`); empty: all.
+    """
 
     token_ids: memoryview
     logprobs: memoryview
@@ -95,8 +103,11 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
     Attributes:
         position: the place of the group's prompt among all that the step drew.
         prompt_id: the id of that prompt.
+        prompt_ids: int32, the prompt's tokens.
+        responses: all of the group.
         schedule: `config.rl.digest_until` the step, under which it was sampled.
-        sampling: how it was sampled; None in the records of earlier versions of this program."""
+        sampling: how it was sampled; None in the records of earlier versions of this program.
+    """
 
     position: int
     prompt_id: str

@@ -26,8 +26,11 @@ ANY_TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"typ
 
 def find_player(config: Config) -> tuple[str, str | list[str]] | None:
     """Return the key and value of the setting that names what plays the episodes; None where
-    responses are single turns. Raises UserError for two of them, another template, and code that
-    cannot be imported."""
+    responses are single turns.
+
+    Raises:
+        UserError: two of them, another template, or code that cannot be imported.
+    """
     agents = config.agents
     named = agents.players
     if not named:
@@ -57,7 +60,11 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
 
 def check_player(config: Config, text: PromptText) -> None:
     """Check section `agents`; print the environment's tools and how the chat template continues a
-    conversation. Raises UserError."""
+    conversation.
+
+    Raises:
+        UserError: as `find_player`, or the chat template refuses the results of tools.
+    """
     if find_player(config) is None:
         return
     agents = config.agents

@@ -86,8 +86,11 @@ class ResponseGrader:
         return _graded(response, text, combine(grades, weights))
 
     async def check_rewards(self, terms: Collection[str], prompts: list[Prompt]) -> None:
-        """Call the reward of every kind of prompt and every term once. Raises UserError as
-        `RewardTerms.check`."""
+        """Call the reward of every kind of prompt and every term once.
+
+        Raises:
+            UserError: as `RewardTerms.check`.
+        """
         await self._terms.check(terms, prompts, self._text.opens_thought)
 
 

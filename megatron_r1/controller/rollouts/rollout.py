@@ -27,15 +27,18 @@ class RolloutSampling:
 
     Attributes:
         group_size: G, responses per prompt.
-        top_k: the most tokens of a draw, or None.
-        min_p: the least probability of a token, as a share of the likeliest one's.
-        sampling_mask: whether the engine returns the tokens that these and top_p kept.
+        temperature: divides the logits; 1 samples the policy's own distribution.
+        top_p: the share of probability of the likeliest tokens that a draw keeps, in (0, 1].
         max_response_tokens: the longest response.
         step: the training step, from 1.
         reward_weights: the weight of each term in the reward (`r1_grading.terms`).
         routing: shape of the experts' indices to return with each token, or None for none.
         with_teacher: whether the teacher scores every token.
-        stop: strings that end a response with the token that completes one."""
+        stop: strings that end a response with the token that completes one.
+        top_k: the most tokens of a draw, or None.
+        min_p: the least probability of a token, as a share of the likeliest one's.
+        sampling_mask: whether the engine returns the tokens that these and top_p kept.
+    """
 
     group_size: int
     temperature: float
@@ -56,13 +59,17 @@ class GradedResponse:
     """One response with its rewards (`r1_grading.terms.Reward`).
 
     Attributes:
+        response: the sampled tokens, their log-probabilities and policy versions.
         text: the decoded response.
         rewards: each term alone.
         reward: their weighted sum, 0 and without meaning where `is_graded` is False.
+        reason: the grader's explanation, or why there is no grade.
         ungraded_terms: terms whose grader failed.
+        is_graded: False where a grader failed: the response is not trained on.
         teacher_logprobs: float32, of each token at temperature 1; None where no teacher scored it.
         episode: None for a single turn; else `response` holds the sampled tokens of all its turns,
-            `text` is its last answer."""
+            `text` is its last answer.
+    """
 
     response: Response
     text: str
@@ -99,11 +106,13 @@ class Rollout:
     """The groups of one step or evaluation.
 
     Attributes:
+        groups: those that are trained on or evaluated, in the order of their prompts.
         rollout_seconds: until the last token was sampled.
         reward_seconds: from there to the last grade.
-        teacher_seconds: from there to the teacher's last score.
         passed_over: groups that were sampled and graded but are not trained on
-            (`collect_informative`)."""
+            (`collect_informative`).
+        teacher_seconds: from there to the teacher's last score.
+    """
 
     groups: list[Group]
     rollout_seconds: float
@@ -120,9 +129,11 @@ def all_responses(groups: list[Group]) -> list[GradedResponse]:
 def check_grades(groups: list[Group], max_ungraded: float) -> None:
     """Check the grades of everything that was sampled for one purpose.
 
-    Raises UserError where one reward failed on every response: one may break a grader, but not all.
-    Raises RunError where a larger share of them than `max_ungraded` could not be graded: the
-    policy would be trained on those that are easy to grade."""
+    Raises:
+        UserError: one reward failed on every response: one may break a grader, but not all.
+        RunError: a larger share of them than `max_ungraded` could not be graded: the policy would
+            be trained on those that are easy to grade.
+    """
     responses = all_responses(groups)
     if not responses:
         return

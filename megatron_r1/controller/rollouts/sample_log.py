@@ -104,8 +104,12 @@ class SampleLog:
             self._timer = asyncio.get_running_loop().call_later(SYNC_SECONDS, self._sync_later)
 
     async def finish(self, path: Path) -> None:
-        """Wait until everything appended is on disk, and close `path`. Raises RunError where
-        writing failed, and what else an append has raised."""
+        """Wait until everything appended is on disk, and close `path`.
+
+        Raises:
+            RunError: writing failed.
+            Exception: what else an append has raised.
+        """
         await self._may_write.wait()
         # Before the batch is trained on: otherwise a later group could outlive, on disk, the policy
         # that made it.
@@ -250,7 +254,11 @@ class StepLog:
 
     async def accept(self) -> None:
         """Record that the batch is complete and will be trained on; returns when all of it is on
-        disk. Raises RunError where writing failed."""
+        disk.
+
+        Raises:
+            RunError: writing failed.
+        """
         if not self.is_accepted:
             self._log.append(self._path, lambda: Accepted(self._schedule))
             self.is_accepted = True

@@ -34,8 +34,10 @@ class StepRollout:
     """One step's rollout.
 
     Attributes:
+        rollout: the groups, sampled and graded.
         prompts_after: state of the prompt sampler after the step's prompts.
-        num_replayed: groups that came from the sample log."""
+        num_replayed: groups that came from the sample log.
+    """
 
     rollout: Rollout
     prompts_after: dict[str, Any]
@@ -187,10 +189,14 @@ class RolloutStream(Generic[T]):
             self._next += 1
 
     async def get(self, step: int) -> T:
-        """Wait for the rollout of `step` and return it; raises what its sampling raised.
+        """Wait for the rollout of `step` and return it.
 
-        A later rollout that has failed meanwhile raises only when it is asked for itself. Raises
-        ValueError for a rollout that has not begun."""
+        A later rollout that has failed meanwhile raises only when it is asked for itself.
+
+        Raises:
+            ValueError: a rollout that has not begun.
+            Exception: what the sampling of `step` raised.
+        """
         if step not in self._tasks:
             raise ValueError(f"the rollout of step {step} has not begun: its policy is not pushed")
         try:

@@ -90,7 +90,11 @@ class HealthServer(Collector):
         self.address = ""
 
     async def __aenter__(self) -> Self:
-        """Start to serve. Raises UserError if the port is taken."""
+        """Start to serve.
+
+        Raises:
+            UserError: the port is taken.
+        """
         application = web.Application()
         application.router.add_get("/health", self._health)
         application.router.add_get("/metrics", self._metrics)

@@ -39,8 +39,12 @@ class Supervisor:
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Watch the run, and serve its health, while the block runs. Cancels the block and raises
-        HangError if it hangs; a block that ends all the same counts as it ended."""
+        """Watch the run, and serve its health, while the block runs. If the run hangs the block is
+        cancelled; a block that ends all the same counts as it ended.
+
+        Raises:
+            HangError: the run hangs.
+        """
         block = asyncio.current_task()
         assert block is not None
         async with contextlib.AsyncExitStack() as stack:
@@ -63,12 +67,15 @@ class Supervisor:
                 await asyncio.gather(watch, return_exceptions=True)
 
     async def restart_trainer(self, loss: TrainerLost) -> None:
-        """Start the trainer ranks again, which go on from the newest good checkpoint. Raises `loss`
-        where `run.max_trainer_restarts` are done, or where others start the ranks (torchrun
-        restarts them together with the controller).
+        """Start the trainer ranks again, which go on from the newest good checkpoint.
 
         Engines and reward workers live on meanwhile, and the sample log has what was sampled, so
-        what is repeated is the training of the steps since the checkpoint."""
+        what is repeated is the training of the steps since the checkpoint.
+
+        Raises:
+            TrainerLost: `loss`, where `run.max_trainer_restarts` are done, or others start the
+                ranks (torchrun restarts them together with the controller).
+        """
         trainer, recorder = self._run.trainer, self._run.recorder
         most = self._run.config.run.max_trainer_restarts
         while True:

@@ -63,7 +63,11 @@ class Watchdog:
         return self.quiet_seconds >= limit
 
     async def watch(self) -> None:
-        """Watch until cancelled. Raises HangError where the run must stop."""
+        """Watch until cancelled.
+
+        Raises:
+            HangError: the run must stop.
+        """
         tick = min(MAX_TICK_SECONDS, self.hang_seconds / 5) if self.hang_seconds else 1.0
         is_reported = False
         with self._stacks_of_a_blocked_loop() as postpone, contextlib.ExitStack() as stack:

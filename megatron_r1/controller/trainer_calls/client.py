@@ -62,8 +62,10 @@ class Waiting:
     """A call in progress.
 
     Attributes:
-        since: time.monotonic().
-        missing: ranks that have not replied."""
+        operation: the name of the operation that the ranks were asked for.
+        since: time.monotonic() when the call was sent.
+        missing: ranks that have not replied.
+    """
 
     operation: str
     since: float
@@ -142,8 +144,10 @@ class TrainerClient:
     async def connect(self) -> None:
         """Wait until every rank has built its model.
 
-        Raises the error of the first rank that fails: UserError for a user's mistake, else
-        TrainerError."""
+        Raises:
+            UserError: the first rank that fails does so by a user's mistake.
+            TrainerError: it fails for another reason.
+        """
         descriptions = await self._gather("start", self.world_size)
         self.ranks = cast(list[RankDescription], descriptions)
 
@@ -292,7 +296,12 @@ class TrainerClient:
 
     async def restart(self) -> None:
         """Kill the remaining ranks and start all again, with their initial weights; return when
-        they have built their model. Raises as `connect`."""
+        they have built their model.
+
+        Raises:
+            UserError: as `connect`.
+            TrainerError: as `connect`.
+        """
         assert self.can_restart, "torchrun started the ranks"
         self.num_restarts += 1
         await asyncio.to_thread(self.kill)
@@ -369,7 +378,11 @@ class TrainerClient:
         return next(replies[r["rank"]] for r in self.ranks if r["last_stage"])
 
     async def _gather(self, operation: str, count: int) -> list[dict[str, Any]]:
-        """Return the results by rank. Raises the error of the first rank that fails."""
+        """Return the results by rank.
+
+        Raises:
+            Exception: the error of the first rank that fails.
+        """
         replies: dict[int, dict[str, Any]] = {}
         self.waiting = Waiting(operation, time.monotonic(), set(range(count)))
         try:

@@ -177,8 +177,11 @@ class RankSocket:
 
     async def send(self, rank: int, call: bytes, share: Sequence[Buffer] = ()) -> None:
         """Send an encoded `Call` and the parts of an encoded share, which are not copied and stay
-        in use until the rank has them. Raises zmq.ZMQError where the rank has never connected, or
-        is gone."""
+        in use until the rank has them.
+
+        Raises:
+            zmq.ZMQError: the rank has never connected, or is gone.
+        """
         await self._socket.send_multipart([identity(rank), call, *share], copy=not share)
 
     async def reply(self, within_seconds: float) -> Reply | None:
@@ -218,7 +221,11 @@ class RankSocket:
         self._socket.close(linger=0)
 
     def _start_reading(self) -> None:
-        """Start the task that receives, once; raise its error if it failed."""
+        """Start the task that receives, once.
+
+        Raises:
+            Exception: the error with which the task failed.
+        """
         if self._reader is None:
             self._reader = asyncio.create_task(self._receive())
         elif self._reader.done():

@@ -124,9 +124,13 @@ class Work:
     """One group to sample, or one sequence to score.
 
     Attributes:
+        num_sequences: the responses of the group; 1 for a sequence to score.
+        prompt_tokens: tokens of the prompt, or of the sequence to score.
+        expected: how long its responses will be.
         order: work with a lower number goes first.
+        avoid: engines that failed at this work.
         affinity: the engine that has the earlier turns of the same conversation.
-        avoid: engines that failed at this work."""
+    """
 
     num_sequences: int
     prompt_tokens: int
@@ -174,7 +178,11 @@ class Dispatcher:
 
     async def acquire(self, work: Work) -> Engine:
         """Wait until an engine is assigned to `work`, and return the engine; `release` it after
-        use. Raises the error that `fail` was given."""
+        use.
+
+        Raises:
+            Exception: the error that `fail` was given.
+        """
         future = asyncio.get_running_loop().create_future()
         priority = (work.order, not work.avoid, -work.expected.longest, next(self._arrivals))
         heapq.heappush(self._waiting, (priority, work, future))

@@ -43,8 +43,11 @@ class ServedGroup:
     """A group that came back at time `at`, `seconds` after its request.
 
     Attributes:
+        at: time.monotonic() of the reply.
+        seconds: from the request to the reply.
         tokens: the tokens of all its responses.
-        longest: the tokens of its longest response."""
+        longest: the tokens of its longest response.
+    """
 
     at: float
     seconds: float
@@ -136,15 +139,19 @@ class Engine:
     """One engine of a fleet, with its load and state.
 
     Attributes:
-        role: the first part of its name, by what the fleet is for.
         index: the second part; no other engine has the same name at the same time.
+        server: the process, on this host or another.
+        client: what sends requests to its address.
         num_running: sequences in flight.
         num_occupied: sequences that the dispatcher expects to be decoded (`dispatch.Work`).
         tokens_expected: tokens that it expects of them.
         is_up: it answers and holds the current weights, so it gets every push.
         is_open: it gets new groups; a draining engine gets none.
         is_asleep: it is up, and waits for weights in the next push while others serve.
-        died: set when its death has been noticed."""
+        role: the first part of its name, by what the fleet is for.
+        died: set when its death has been noticed.
+        pace: the groups and faults of the last `PACE_SECONDS`.
+    """
 
     index: int
     server: Server
@@ -167,7 +174,9 @@ class Engine:
     async def prepare(self, policy_version: int, timeout_seconds: float) -> None:
         """Wait until the engine answers, then name its weights `policy_version`.
 
-        Raises EngineError."""
+        Raises:
+            EngineError: the server does not start in time, or refuses the version.
+        """
         try:
             await self.server.wait_ready(timeout_seconds)
         except EngineError as error:
@@ -183,8 +192,12 @@ class Engine:
         await asyncio.to_thread(self.server.stop)
 
     async def unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
-        """Return the result of `call`. Raises EngineDied as soon as the engine has died, and what
-        the call raises."""
+        """Return the result of `call`.
+
+        Raises:
+            EngineDied: the engine has died; raised at once.
+            Exception: what the call raises.
+        """
         if self.died.is_set():
             call.close()
             raise self.ended_error()

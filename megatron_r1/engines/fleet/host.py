@@ -93,8 +93,11 @@ class HostLink:
             self._socket.send(msgspec.msgpack.encode(report), zmq.NOBLOCK)
 
     def receive(self, timeout_seconds: float) -> Orders | None:
-        """Return the newest orders that arrive in time, or None. Raises UserError where they cannot
-        be read."""
+        """Return the newest orders that arrive in time, or None.
+
+        Raises:
+            UserError: the orders cannot be read.
+        """
         newest = None
         if self._socket.poll(int(timeout_seconds * 1000)):
             with contextlib.suppress(zmq.Again):
@@ -285,8 +288,11 @@ class EngineHost:
         return GAVE_UP
 
     def _serve(self, address: str) -> StopReason:
-        """Follow the controller at `address` until it is gone, then stop all engines. Raises
-        UserError if it refuses this host."""
+        """Follow the controller at `address` until it is gone, then stop all engines.
+
+        Raises:
+            UserError: the controller refuses this host.
+        """
         options = self.options
         file = options.token_file or (options.folder and options.folder / FILE)
         link = HostLink(address, known_token(file))

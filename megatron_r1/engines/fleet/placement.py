@@ -193,8 +193,11 @@ async def open_pool(
 
 
 def hosts_address(rollout: RolloutConfig) -> str:
-    """Return the address under which engine hosts reach the controller. Raises UserError for a name
-    that does not resolve."""
+    """Return the address under which engine hosts reach the controller.
+
+    Raises:
+        UserError: the name does not resolve.
+    """
     address = rollout.hosts_address or socket.gethostname()
     try:
         socket.getaddrinfo(address, None)

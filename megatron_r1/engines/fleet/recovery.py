@@ -138,9 +138,12 @@ class Replacement:
                 await task
 
     def handle(self, engine: Engine, failure: EngineDied | EngineFault) -> None:
-        """Replace an engine after a failed request: at once if it died; after its other requests
-        if it ran out of memory, or if too many of its last replies were unusable. Raises as
-        `replace`."""
+        """Replace an engine after a failed request: at once if it died; after its other requests if
+        it ran out of memory, or if too many of its last replies were unusable.
+
+        Raises:
+            EngineError: as `replace`.
+        """
         if isinstance(failure, EngineDied):
             self.replace(engine, failure)
             return
@@ -149,11 +152,14 @@ class Replacement:
             self.retire(engine, EngineError(f"{engine.name} cannot go on: {failure}"))
 
     def replace(self, engine: Engine, death: EngineError) -> None:
-        """Begin to replace a dead engine, unless it is being replaced already. Raises `death` if no
-        restart is left.
+        """Begin to replace a dead engine, unless it is being replaced already.
 
         An engine that was lost with its host is replaced only if it was the last one: when a host
-        joins, `placement.accepting_hosts` adds an engine, which costs no restart."""
+        joins, `placement.accepting_hosts` adds an engine, which costs no restart.
+
+        Raises:
+            EngineError: `death`, where no restart is left.
+        """
         if not engine.is_up:
             return
         if engine.server.is_lost and any(other is not engine for other in self.members.up):

@@ -226,12 +226,15 @@ class RolloutFleet:
         self, token_ids: Sequence[int], first: int, *, order: int = 0
     ) -> array[float]:
         """Return the log-probabilities of token_ids[first:] at temperature 1, float32, from one
-        engine; if that engine dies or fails, from another. Raises as `generate`.
+        engine; if that engine dies or fails, from another.
 
         Args:
             token_ids: the tokens of prompt and response.
             first: the index of the first of those tokens.
             order: calls with a smaller number are sent first.
+
+        Raises:
+            EngineError: as `generate`.
         """
         return await self.retries.run(
             Work(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),
@@ -292,8 +295,11 @@ class RolloutFleet:
 
     async def sleep(self) -> None:
         """Free the engines' memory for the trainer: the engines drop weights and caches until the
-        next push. No request may be in flight. Returns at once if the fleet sleeps already. Raises
-        EngineError if an engine refuses."""
+        next push. No request may be in flight. Returns at once if the fleet sleeps already.
+
+        Raises:
+            EngineError: an engine refuses.
+        """
         async with self._pushing:
             if not self.awake.is_set():
                 return
@@ -306,8 +312,11 @@ class RolloutFleet:
             await self._call_engines(awake, lambda client: client.sleep())
 
     async def add_engine(self) -> Engine:
-        """Start one more engine, give it the current weights, and let it serve. Raises EngineError
-        if it does not start."""
+        """Start one more engine, give it the current weights, and let it serve.
+
+        Raises:
+            EngineError: the engine does not start.
+        """
         self.members.require_usable()
         # Reserved from now on: others may be joining, and none is in `engines` yet while the fleet
         # sleeps. Of two engines with one number every push would reach one only.
@@ -360,14 +369,20 @@ class RolloutFleet:
         return Engine(index, server, client, role=self.role)
 
     def replace(self, engine: Engine, reason: EngineDied) -> None:
-        """Replace an unusable engine, unless it is being replaced already. Raises `reason` if no
-        restart is left."""
+        """Replace an unusable engine, unless it is being replaced already.
+
+        Raises:
+            EngineDied: `reason`, where no restart is left.
+        """
         self.replacement.replace(engine, reason)
 
     async def _start_one(self, index: int, instead_of: Engine | None = None) -> Engine:
         """Start an engine, give it the current weights, and let it serve. If the fleet is put to
-        sleep before the engine serves, start the engine again when the fleet is awake. Raises
-        EngineError if the engine does not start or refuses the weights."""
+        sleep before the engine serves, start the engine again when the fleet is awake.
+
+        Raises:
+            EngineError: the engine does not start, or refuses the weights.
+        """
         while True:
             await self.awake.wait()
             try:
@@ -411,14 +426,17 @@ class RolloutFleet:
 def share_of_gpus(
     settings: dict[str, Any], index: int, num_engines: int, key: str = "rollout.engines"
 ) -> dict[str, Any]:
-    """Return the settings of one of several engines that share this host's GPUs equally. Raises as
-    `gpus_of_slot`.
+    """Return the settings of one of several engines that share this host's GPUs equally.
 
     Args:
         settings: the settings of all.
         index: the engine.
         num_engines: the number of engines.
-        key: the setting that errors name."""
+        key: the setting that errors name.
+
+    Raises:
+        UserError: as `gpus_of_slot`.
+    """
     if num_engines == 1 or settings.get("device") != "cuda":
         return settings
     gpus = gpus_of_slot(visible_gpus(os.environ), num_engines, index % num_engines, key)

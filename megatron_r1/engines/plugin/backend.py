@@ -109,8 +109,11 @@ class LoadCheck:
                 self._turns.append(layer)
 
     def end(self, push: int, loaded: Sequence[PlacedParameter], memory: torch.Tensor) -> None:
-        """Compare after a load of the parameters `loaded` from `memory`. Raises UndeliveredPush,
-        naming the tensors that the engine does not compute with."""
+        """Compare after a load of the parameters `loaded` from `memory`.
+
+        Raises:
+            UndeliveredPush: the engine does not compute with what arrived; it names the tensors.
+        """
         wrong = [
             placed for placed in loaded if placed.parameter.is_live and not _equals(placed, memory)
         ]
@@ -264,9 +267,12 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
 
     @timeline.timed("core/load weights")
     def receive_weights(self, update_info: PushUpdateInfo) -> None:
-        """Wait for the push and load it. Raises ValueError where it is incomplete or damaged; the
-        old weights are then unchanged. Also raises ValueError where the engine would not compute
-        with what arrived."""
+        """Wait for the push and load it.
+
+        Raises:
+            ValueError: the push is incomplete or damaged, and the old weights are unchanged; or the
+                engine would not compute with what arrived.
+        """
         receiver, push = self._receiver, update_info.push
         assert receiver is not None, "start_weight_update comes first"
         receiver.arrivals.wait(push, update_info.timeout_seconds)
@@ -301,7 +307,11 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
 
 
 def _connect_to_store(host: str, port: int, timeout_seconds: float) -> TCPStore:
-    """Return a connection to the trainer's store. Raises StoreUnreachable."""
+    """Return a connection to the trainer's store.
+
+    Raises:
+        StoreUnreachable: the store was not reached in time.
+    """
     limit = datetime.timedelta(seconds=timeout_seconds)
     try:
         return TCPStore(host, port, is_master=False, timeout=limit)

@@ -103,8 +103,12 @@ class CheckpointParameter:
         layer: the layer that has it.
         name: its name in the layer.
         title: the name, after the layer's.
+        shape: in checkpoint form.
+        strides: elements from one index to the next, by dimension.
+        dtype: in checkpoint form.
         is_live: vLLM keeps it in this form while serving (a bias), so that a new value is copied
-            into it."""
+            into it.
+    """
 
     layer: torch.nn.Module
     name: str
@@ -144,7 +148,7 @@ class LoaderCopy:
 
     @property
     def num_elements(self) -> int:
-        """Elements of the rectangle."""
+        """Elements of the checkpoint's tensor that the copy has, rows times columns."""
         _, _, left, right = self.rectangle
         return self.height * (right - left)
 

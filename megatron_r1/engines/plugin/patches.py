@@ -276,8 +276,11 @@ def read_every_reply() -> None:
 
 
 def _replies_of_all(queues: Sequence[Any]) -> list[Any]:
-    """Return the next reply of each rank's queue. Raises RuntimeError with the first rank's error,
-    as upstream, when all have replied."""
+    """Return the next reply of each rank's queue.
+
+    Raises:
+        RuntimeError: the first rank's error, as upstream, when all have replied.
+    """
     from vllm.v1.executor.multiproc_executor import WorkerProc
 
     replies = [queue.dequeue() for queue in queues]

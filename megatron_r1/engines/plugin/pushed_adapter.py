@@ -88,11 +88,14 @@ class PushedAdapter:
         )
 
     def check(self, push: int) -> None:
-        """Compare what the layers compute with to the received factors. Raises UndeliveredPush,
-        naming those that differ.
+        """Compare what the layers compute with to the received factors.
 
         Args:
-            push: the number of the push."""
+            push: the number of the push.
+
+        Raises:
+            UndeliveredPush: factors differ; it names them.
+        """
         wrong = [name for name, factor in self._factors.items() if not self._is_used(name, factor)]
         if wrong:
             names = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")

@@ -218,9 +218,13 @@ class EngineClient:
         earlier tokens recomputed, so that each token's log-probability is that of the policy
         version recorded for it.
 
-        Raises PushIncomplete, and EngineError for a push that arrived damaged or could not be
-        loaded. The engine is then still paused, and must not resume unless none of its weights has
-        changed yet."""
+        After an error the engine is still paused, and must not resume unless none of its weights
+        has changed yet.
+
+        Raises:
+            PushIncomplete: the engine did not get all of the push.
+            EngineError: the push arrived damaged or could not be loaded.
+        """
         update = {
             "update_info": update_info,
             "weight_version": str(policy_version),

@@ -30,10 +30,13 @@ class Turn:
     """One message of an episode.
 
     Attributes:
+        role: "system", "user", "assistant" or "tool".
+        text: the decoded message.
         num_tokens: the message's tokens, including the tokens that the template adds. Of messages
             that were given together, the last has all their tokens, the others 0.
         trained: whether the policy sampled the message.
-        policy_version: the version that sampled its last token; None for a given message."""
+        policy_version: the version that sampled its last token; None for a given message.
+    """
 
     role: str
     text: str
@@ -73,10 +76,15 @@ class Episode:
     """A played episode.
 
     Attributes:
+        status: how it ended; `STATUSES` lists all.
+        turns: its messages in order, given and sampled ones.
         branches: its token sequences, from the first token to an answer that no other follows.
-        reason: what ended the episode, if the policy did not.
+        num_tool_calls: tool calls that the policy made.
+        num_tool_errors: those of them whose result was an error.
         tool_seconds: the time spent in the environment's methods.
-        engine_seconds: the time spent waiting for engines."""
+        engine_seconds: the time spent waiting for engines.
+        reason: what ended the episode, if the policy did not.
+    """
 
     status: Status
     turns: list[Turn]
@@ -141,7 +149,11 @@ class Player(Protocol):
     """Plays a run's episodes: `agents.player.EpisodePlayer` or `agents.harness.HarnessPlayer`."""
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
-        """Start what the episodes need. Raises UserError where they cannot be played."""
+        """Start what the episodes need.
+
+        Raises:
+            UserError: the episodes cannot be played.
+        """
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
         """Play one episode of a row.

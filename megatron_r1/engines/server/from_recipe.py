@@ -49,8 +49,11 @@ def speculative_settings(speculative: SpeculativeConfig) -> dict[str, Any] | Non
 def max_model_len(config: Config) -> int:
     """Return `rollout.max_model_len`, or the model's own limit, in tokens.
 
-    The model may be any that vLLM supports, also one that cannot be trained here. Raises UserError
-    if it has fewer positions, or responses would leave no room for a prompt."""
+    The model may be any that vLLM supports, also one that cannot be trained here.
+
+    Raises:
+        UserError: the model has fewer positions, or responses would leave no room for a prompt.
+    """
     limit = positions(config.model.path)
     length = config.rollout.max_model_len or limit
     if length > limit:
@@ -74,11 +77,14 @@ def max_model_len(config: Config) -> int:
 
 
 def positions(folder: str | Path, key: str = "model.path") -> int:
-    """Return max_position_embeddings of a model. Raises UserError.
+    """Return max_position_embeddings of a model, its longest context in tokens.
 
     Args:
         folder: the model's folder.
         key: the recipe's setting that names the folder, for errors.
+
+    Raises:
+        UserError: config.json is missing or malformed, or has no such number.
     """
     hf = load_config(folder, key)
     try:

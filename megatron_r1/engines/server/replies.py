@@ -114,8 +114,11 @@ def parse_responses(
 
 
 def parse_prompt_logprobs(body: bytes, token_ids: Sequence[int], first: int) -> array[float]:
-    """Return the log-probabilities of token_ids[first:], float32, from vLLM's reply. Raises
-    ValueError if it is malformed, has other tokens, or has a value that is not finite."""
+    """Return the log-probabilities of token_ids[first:], float32, from vLLM's reply.
+
+    Raises:
+        ValueError: the reply is malformed, has other tokens, or has a value that is not finite.
+    """
     entries = _decode_prompt_logprobs(body).prompt_logprobs
     if len(entries) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens but log-probabilities of {len(entries)}")
@@ -161,8 +164,12 @@ def _checked(
     mask: bytes | None,
     vocab_size: int | None,
 ) -> Response:
-    """Return a response after the checks of `parse_responses`, and raise ValueError as it does. A
-    `vocab_size` of None is unknown; a `mask` of None, that no cut was asked for."""
+    """Return a response after the checks of `parse_responses`. A `vocab_size` of None is unknown; a
+    `mask` of None, that no cut was asked for.
+
+    Raises:
+        ValueError: as `parse_responses`.
+    """
     _check_logprobs(token_ids, logprobs)
     if mask is not None:
         sampling_mask.check(mask, token_ids, vocab_size)
@@ -194,8 +201,11 @@ def _version_per_token(spans: Iterable[VersionSpan], num_tokens: int) -> array[i
 
 
 def decode_routing(text: str | None, shape: RoutingShape, num_tokens: int) -> bytes:
-    """Return the bytes of `_moe_rows` for vLLM's routed experts: an .npy array in base64. Raises
-    ValueError as `_moe_rows`, and if `text` is None or malformed."""
+    """Return the bytes of `_moe_rows` for vLLM's routed experts: an .npy array in base64.
+
+    Raises:
+        ValueError: as `_moe_rows`, or `text` is None or malformed.
+    """
     if text is None:
         raise ValueError(NO_ROUTING)
     try:

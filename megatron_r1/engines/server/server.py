@@ -45,11 +45,20 @@ class Server(ABC):
     @property
     @abstractmethod
     def url(self) -> str:
-        """The address, `http://host:port`. Raises EngineError before it is known."""
+        """The address, `http://host:port`.
+
+        Raises:
+            EngineError: the address is not known yet.
+        """
 
     @abstractmethod
     def start(self) -> None:
-        """Start the server and return at once. Raises EngineError, OSError."""
+        """Start the server and return at once.
+
+        Raises:
+            EngineError: the model folder is unusable.
+            OSError: the port is taken.
+        """
 
     @abstractmethod
     def stop(self) -> None:
@@ -61,14 +70,17 @@ class Server(ABC):
 
     @abstractmethod
     def describe_end(self) -> str:
-        """Return how the server ended."""
+        """Return a sentence on how the server ended, for an error."""
 
     @abstractmethod
     def _why_not_ready(self) -> str: ...
 
     async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
-        """Wait until the server answers; stop it if it does not. Raises EngineError if it ended
-        (noticed at once), cannot start, or is not ready in time."""
+        """Wait until the server answers; stop it if it does not.
+
+        Raises:
+            EngineError: the server ended (noticed at once), cannot start, or is not ready in time.
+        """
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
             if not self.is_alive():
@@ -160,8 +172,12 @@ class EngineServer(Server):
         return self._url
 
     def start(self) -> None:
-        """Start the process on a free port and return at once. Raises EngineError if the model
-        folder is unusable, OSError if the port is taken."""
+        """Start the process on a free port and return at once.
+
+        Raises:
+            EngineError: the model folder is unusable.
+            OSError: the port is taken.
+        """
         hf = read_model_config(self.model)
         arguments = [*self._choose_ports(), *self.arguments]
         arguments += config_arguments(hf, self.settings.hf_overrides)
@@ -234,8 +250,12 @@ class EngineServer(Server):
 
 
 def read_model_config(model: Path) -> dict:
-    """Return a model's `config.json`. Raises EngineError where there is no folder, no such file, or
-    one that names no architecture, which vLLM would refuse only after importing everything."""
+    """Return a model's `config.json`.
+
+    Raises:
+        EngineError: there is no folder, no such file, or one that names no architecture, which vLLM
+            would refuse only after importing everything.
+    """
     config = model / "config.json"
     if not config.is_file():
         raise EngineError(

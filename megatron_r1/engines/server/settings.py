@@ -68,9 +68,11 @@ class EngineSettings:
     """Settings of one engine, or of the part of an engine that one host runs.
 
     Attributes:
+        device: what the engine computes on.
         dtype: the dtype of weights, activations and KV cache.
         max_model_len: prompt plus response, tokens.
         max_num_seqs: sequences decoded together, by each of `data` copies.
+        seed: vLLM's seed of the engine; requests have their own.
         num_threads: OpenMP threads of all ranks together (CPU only).
         kv_cache_gib: memory of a rank for keys and values (CPU only).
         kv_block_tokens: tokens of a block of that memory; None for vLLM's default. With latent
@@ -103,7 +105,8 @@ class EngineSettings:
         hf_overrides: keys that replace those of the model's config.json.
         vllm: further arguments of vLLM, by name (`engines.server.vllm_arguments`).
         extra_args: arguments that vLLM gets unchanged; they override the other settings.
-        extra_env: variables of its environment, likewise."""
+        extra_env: variables of its environment, likewise.
+    """
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: str = "float32"
@@ -184,7 +187,11 @@ class EngineSettings:
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that are set in addition to this process's, or replace
-        them. Raises OSError for a `host` that does not resolve."""
+        them.
+
+        Raises:
+            OSError: `host` does not resolve.
+        """
         copies = self.part.copies(self.data) if self.part else self.data
         ranks = self.tensor * self.pipeline * copies
         threads = max(1, self.num_threads // ranks)
@@ -249,7 +256,10 @@ def network_environment(address: str) -> dict[str, str]:
     other hosts.
 
     gloo would use the address that the host's name resolves to, on many hosts a loopback address.
-    Raises OSError for a name that does not resolve."""
+
+    Raises:
+        OSError: the name does not resolve.
+    """
     address = socket.gethostbyname(address)
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     for name, addresses in psutil.net_if_addrs().items():

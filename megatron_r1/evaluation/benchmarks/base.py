@@ -172,7 +172,11 @@ class Benchmark:
     compares: bool = False
 
     def with_defaults(self, name: str, given: Options) -> dict[str, Any]:
-        """Return every option's value. Raises UserError for an unknown option."""
+        """Return the value of each option of the benchmark: that of `options`, else its default.
+
+        Raises:
+            UserError: an unknown option.
+        """
         for option in given.keys() - self.options.keys():
             known = f"it takes {', '.join(sorted(self.options))}" if self.options else "it has none"
             hint = did_you_mean(option, self.options) or f"; {known}"

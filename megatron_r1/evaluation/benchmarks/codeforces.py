@@ -32,8 +32,11 @@ LANGUAGES = {"cpp": "C++17", "python": "Python 3"}
 
 
 def questions(rows: Rows, options: Options) -> Iterator[Question]:
-    """Yield the problems whose rating is within the options. Raises UserError for an unknown
-    language."""
+    """Yield the problems whose rating is within the options.
+
+    Raises:
+        UserError: an unknown language.
+    """
     language = options["language"]
     if language not in LANGUAGES:
         raise UserError(

@@ -42,7 +42,11 @@ ATTEMPTS_PER_QUESTION = 50
 
 
 def questions(rows: Rows, options: Options) -> Iterator[Question]:
-    """Yield the questions of a suite or of one task. Raises UserError for an unknown one."""
+    """Yield the questions of a suite or of one task.
+
+    Raises:
+        UserError: an unknown suite or task.
+    """
     from reasoning_gym.factory import DATASETS
 
     suite = options["suite"]

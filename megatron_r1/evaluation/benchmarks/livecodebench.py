@@ -131,7 +131,11 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 
 def files(options: Options) -> list[str]:
-    """Return the files of a release. Raises UserError for an unknown one."""
+    """Return the files of a release.
+
+    Raises:
+        UserError: an unknown release.
+    """
     release = str(options["release"]).removeprefix("release_")
     if release not in RELEASES:
         raise UserError(

@@ -29,8 +29,11 @@ MATH_LAYOUT = {"id": "unique_id", "problem": "problem", "answer": "answer", "lev
 
 
 def _aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
-    """Yield the problems of AIME. Raises UserError for an answer that is no integer from 0 to
-    999."""
+    """Yield the problems of AIME.
+
+    Raises:
+        UserError: an answer is not an integer from 0 to 999.
+    """
     for place, row in rows:
         columns = pick_columns(place, row, AIME_LAYOUTS)
         problem = require_text(place, columns, "problem").strip()
@@ -90,7 +93,11 @@ GPQA_LAYOUT = {name: name for name in ("Record ID", "Question", *CHOICES)}
 
 
 def _mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
-    """Yield the questions of the subjects in `options`. Raises UserError for an unknown subject."""
+    """Yield the questions of the subjects in `options`.
+
+    Raises:
+        UserError: an unknown subject.
+    """
     subjects, seen = set(options["subjects"]), set()
     for place, row in rows:
         columns = pick_columns(place, row, [MMLU_LAYOUT])

@@ -30,8 +30,10 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 def adapter_table(hf: dict, lora: LoraConfig) -> Table:
     """Return the rules of all adapters; names of tensors as in PEFT, without its prefix.
 
-    Raises UserError for a target that the model does not have, or whose adapters PEFT could not
-    load: those of experts that files have as one tensor."""
+    Raises:
+        UserError: the model does not have a target, or PEFT could not load a target's adapters:
+            those of experts that files have as one tensor.
+    """
     base = table(hf)
     if model_family(hf).stacked:
         kept = [[rule for rule in layer if not rule.expert] for layer in base.layers]

@@ -25,7 +25,11 @@ class Shard:
         final_norm: whether it has the norm after the last decoder layer.
         head: whether it has the LM head.
         mtp: whether it has the MTP layers.
-        transformer_engine: whether its parameters have Transformer Engine's names."""
+        tp: (rank, size) of tensor parallelism.
+        ep: (rank, size) of expert parallelism.
+        etp: (rank, size) of the tensor parallelism of experts.
+        transformer_engine: whether its parameters have Transformer Engine's names.
+    """
 
     layers: tuple[int, ...]
     embedding: bool = True

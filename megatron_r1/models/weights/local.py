@@ -196,7 +196,11 @@ def _load(model_chunks: Sequence, hf: dict, weights: HFWeights | MegatronWeights
 
 
 def _on_every_rank(action: Callable[[], None]) -> None:
-    """Run `action` on every rank and wait for all; raise a UserError of any on all ranks."""
+    """Run `action` on every rank and wait for all.
+
+    Raises:
+        UserError: that of any rank, on all ranks.
+    """
     failure = None
     try:
         action()

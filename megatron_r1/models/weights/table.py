@@ -55,8 +55,11 @@ class Rule:
 
     Attributes:
         megatron: the parameter's name relative to its layer, with Megatron's own layers.
+        sources: the HF tensors, in the order in which `split` places their rows.
+        split: which rows or columns of them a tensor-parallel rank has, and where.
         te: its name with Transformer Engine's layers, if that differs.
-        dtype: the tensor's dtype, if it is not the model's."""
+        dtype: the tensor's dtype, if it is not the model's.
+    """
 
     megatron: str
     sources: tuple[Source, ...]

@@ -173,7 +173,11 @@ class _OpenFiles:
         return self._plans[self.home[name]].tensors[name]
 
     def write(self, name: str, starts: Sequence[int], box: torch.Tensor) -> None:
-        """Write a rectangle of the tensor `name`. Raises OSError that names the file."""
+        """Write a rectangle of the tensor `name`.
+
+        Raises:
+            OSError: the write fails; it names the file.
+        """
         path, at = self.home[name], self.planned(name)
         try:
             if path not in self.opened:
@@ -252,11 +256,14 @@ def _values(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
 
 
 def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
-    """Run `action` on rank 0 while the others wait; raise its OSError as a UserError on all ranks.
+    """Run `action` on rank 0 while the others wait.
 
     Args:
         action: may raise OSError.
         group: all ranks, over another backend than the default group's.
+
+    Raises:
+        UserError: the OSError of rank 0, on all ranks.
     """
     outcome: list[str | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -273,8 +280,11 @@ def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None 
 
 
 def _on_every_rank(action: Callable[[], object]) -> None:
-    """Run `action` on every rank and wait for all; raise an OSError of any as a UserError on all
-    ranks."""
+    """Run `action` on every rank and wait for all.
+
+    Raises:
+        UserError: an OSError of any rank, on all ranks.
+    """
     failure = None
     try:
         action()

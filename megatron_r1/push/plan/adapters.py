@@ -81,8 +81,11 @@ def served_adapter(config: Config, hf: dict) -> dict[str, Any] | None:
 
 
 def max_lora_rank(rank: int) -> int:
-    """Return the least of vLLM's `--max-lora-rank` that adapters of this rank fit into. Raises
-    UserError for a rank that is too large."""
+    """Return the least of vLLM's `--max-lora-rank` that adapters of this rank fit into.
+
+    Raises:
+        UserError: the rank is too large.
+    """
     if rank > MAX_RANKS[-1]:
         raise UserError(
             f"model.lora.rank: {rank} is more than the {MAX_RANKS[-1]} that vLLM's LoRA layers "

@@ -197,7 +197,7 @@ def needed_regions(planner: Planner, count_bytes: CountBytes) -> list[HeldRegion
 
 
 def sum_bytes(regions: Iterable[TensorRegion]) -> int:
-    """Return the bytes of all regions."""
+    """Return the bytes of all regions on the wire."""
     return sum(region.num_bytes for region in regions)
 
 

@@ -92,7 +92,7 @@ a block."""
 
 
 def engine_layout(config: Config) -> EngineLayout:
-    """Return the layout of all engines of a recipe."""
+    """Return how the recipe's engines divide the model: engines, and ranks of each by axis."""
     keys = LAYOUT | {"engines", "redundant_experts"}
     return EngineLayout(**config.rollout.model_dump(include=keys))
 

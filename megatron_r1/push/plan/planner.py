@@ -57,8 +57,11 @@ class TrainerGrid:
 
     @classmethod
     def from_recipe(cls, parallel: ParallelConfig, world_size: int) -> TrainerGrid:
-        """Return the grid of `world_size` ranks under a recipe's `parallel` section. Raises
-        UserError where they cannot be divided so."""
+        """Return the grid of `world_size` ranks under a recipe's `parallel` section.
+
+        Raises:
+            UserError: the ranks cannot be divided so.
+        """
         parallel.check_sizes(world_size)
         axes = {"tensor", "pipeline", "context", "expert", "expert_tensor"}
         return cls(world_size, **parallel.model_dump(include=axes))
@@ -70,7 +73,7 @@ class TrainerGrid:
 
     @property
     def stage_ranks(self) -> int:
-        """Ranks of one pipeline stage."""
+        """Ranks of one pipeline stage: world_size / pipeline."""
         return self.world_size // self.pipeline
 
     def dense_replicas(self, stage: int, tensor: int) -> range:
@@ -134,12 +137,12 @@ class EngineLayout:
 
     @property
     def ranks_per_engine(self) -> int:
-        """Ranks of one engine."""
+        """Ranks of one engine: tensor x data x pipeline."""
         return self.tensor * self.data * self.pipeline
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of all engines."""
+        """Ranks of all engines, which receive a push."""
         return self.engines * self.ranks_per_engine
 
     def coordinate(self, rank: int) -> Coordinate:

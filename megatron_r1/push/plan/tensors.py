@@ -19,10 +19,13 @@ class HFTensor:
     """One tensor of a Hugging Face checkpoint.
 
     Attributes:
+        name: the full name in the checkpoint, with layer and expert.
+        rule: the weight table's rule that has the tensor among its sources.
+        source: index of the tensor in its rule's sources.
         part: "embedding", "layers", "final_norm" or "head".
         layer: the global index of its layer, or None.
         expert: the global index of its expert, or None.
-        source: index of the tensor in its rule's sources."""
+    """
 
     name: str
     rule: Rule
@@ -78,7 +81,7 @@ class Region:
 
     @property
     def num_elements(self) -> int:
-        """Elements of the region."""
+        """Elements of the region, rows times columns."""
         return (self.bottom - self.top) * (self.right - self.left)
 
 

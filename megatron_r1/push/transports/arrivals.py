@@ -98,8 +98,11 @@ class Arrivals:
     def wait(self, push: int, timeout_seconds: float, senders: Sequence[Any] | None = None) -> None:
         """Wait until all of `push` has arrived, or all that `senders` send of it.
 
-        Raises IncompletePush, naming trainer ranks whose deliveries are late, and ValueError,
-        naming the tensors whose checksums differ."""
+        Raises:
+            IncompletePush: the push broke off, or deliveries are late; it names their trainer
+                ranks.
+            ValueError: checksums differ; it names the tensors.
+        """
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
             while late := self._late_senders(push, senders):

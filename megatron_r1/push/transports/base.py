@@ -64,7 +64,7 @@ class Receiver(ABC):
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of all buffers."""
+        """Bytes of all buffers together, each as large as the slot table."""
         return self.table.num_buffers * self.table.num_bytes
 
     @property
@@ -90,7 +90,11 @@ class Receiver(ABC):
 
     @abstractmethod
     def allocate(self) -> torch.Tensor:
-        """Return the memory for all buffers. Raises ValueError when there is not enough."""
+        """Return the memory for all buffers.
+
+        Raises:
+            ValueError: there is not enough memory.
+        """
 
     def free_memory(self) -> None:  # noqa: B027 - most transports keep theirs
         """Free the memory until the next push, if it is borrowed. Called when all of a push has

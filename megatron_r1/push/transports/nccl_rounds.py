@@ -93,8 +93,11 @@ def _begin_communicator(identifier: bytes, rank: int, num_ranks: int) -> ctypes.
 
 
 def _is_communicator_settled(handle: ctypes.c_void_p) -> bool:
-    """Return whether no call of the communicator is being prepared. Raises NCCLError for its
-    error."""
+    """Return whether no call of the communicator is being prepared.
+
+    Raises:
+        NCCLError: the communicator has an error.
+    """
     error = ctypes.c_int()
     _succeed(
         "ncclCommGetAsyncError", _nccl_library().ncclCommGetAsyncError(handle, ctypes.byref(error))
@@ -214,7 +217,9 @@ class Communicator:
         """Wait until something is done, and abort on an error of NCCL, on a failure of another
         rank, and after the time limit. Return False if it was aborted, once it has ended.
 
-        Raises RuntimeError where aborted calls do not end."""
+        Raises:
+            RuntimeError: aborted calls do not end.
+        """
         pause = FIRST_PAUSE
         while True:
             try:

@@ -250,7 +250,7 @@ class PayloadReceiver(Receiver):
 
     @property
     def num_deliveries(self) -> int:
-        """Deliveries from all senders."""
+        """Deliveries of one push to this rank, from all trainer ranks."""
         return sum(map(len, self.arrivals.deliveries.values()))
 
     @property

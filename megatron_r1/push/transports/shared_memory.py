@@ -47,7 +47,11 @@ checksum of its first delivery."""
 
 class NamedMemory:
     """A file in /dev/shm of `num_bytes`, locked until it is closed; `close` also removes its name
-    if the other side has not. Raises OSError where there is no room."""
+    if the other side has not.
+
+    Raises:
+        OSError: there is no room.
+    """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self.path = path
@@ -80,7 +84,11 @@ def sweep() -> None:
 
 
 def map_bytes(path: Path, num_bytes: int) -> torch.Tensor:
-    """Map a file, uint8. Raises OSError where the other side has removed it."""
+    """Map a file, uint8.
+
+    Raises:
+        OSError: the other side has removed the file.
+    """
     path.stat()  # torch would create a file where there is none
     return torch.from_file(str(path), shared=True, size=num_bytes, dtype=torch.uint8)
 
@@ -263,8 +271,11 @@ class DeviceSender(SharedMemorySender):
     """A `SharedMemorySender` that writes into memory of the receiver's GPU."""
 
     def map_memory(self) -> torch.Tensor:
-        """Return the receiver's memory, uint8. Raises ValueError where this process does not see
-        its GPU."""
+        """Return the receiver's memory, uint8.
+
+        Raises:
+            ValueError: this process does not see the receiver's GPU.
+        """
         return mapped_memory(self.receiver.address)
 
 
@@ -277,7 +288,11 @@ def share_memory(memory: torch.Tensor) -> str:
 
 def mapped_memory(address: str) -> torch.Tensor:
     """Return the storage that another process shares, uint8; it is mapped until the tensor is
-    deleted. Raises ValueError where this process does not see its GPU."""
+    deleted.
+
+    Raises:
+        ValueError: this process does not see the other one's GPU.
+    """
     gpu, handle = msgspec.msgpack.decode(base64.b64decode(address))
     visible = {gpu_uuid(device): device for device in range(torch.cuda.device_count())}
     if gpu not in visible:

@@ -94,7 +94,11 @@ class MlflowTracker:
     """Sends each line as a batch of metrics of its step."""
 
     def __init__(self, run: TrackedRun) -> None:
-        """Open the tracked run, or create it. Raises what mlflow raises."""
+        """Open the tracked run, or create it.
+
+        Raises:
+            Exception: what mlflow raises.
+        """
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
         import mlflow
@@ -167,8 +171,11 @@ class WandbTracker:
     the whole run."""
 
     def __init__(self, run: TrackedRun) -> None:
-        """Open the tracked run, offline where the server cannot be reached. Raises what wandb
-        raises."""
+        """Open the tracked run, offline where the server cannot be reached.
+
+        Raises:
+            Exception: what wandb raises.
+        """
         import wandb
         from wandb.errors import CommError
 

@@ -42,7 +42,11 @@ def sharded_adapters(chunk: Any, prefix: str) -> dict[str, ShardedTensorFactory]
 
 
 def load_adapters(chunk: Any, values: dict[str, Tensor]) -> None:
-    """Fill a chunk's adapters. Raises KeyError for a name that is missing or unknown."""
+    """Fill a chunk's adapters.
+
+    Raises:
+        KeyError: a name is missing or unknown.
+    """
     factors = {name: factor for name, factor, _ in adapter_factors([chunk])}
     if different := sorted(factors.keys() ^ values.keys()):
         raise KeyError(f"missing or unknown: {different[:5]}")

@@ -162,7 +162,10 @@ def load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:
     """Load all of a module's weights and buffers; `_extra_state` entries may be missing.
 
     Every Transformer Engine module requires one, and checkpoints have none (`without_extra_state`).
-    Raises KeyError for any other name that is missing or unknown."""
+
+    Raises:
+        KeyError: any other name is missing or unknown.
+    """
     names = module.load_state_dict(weights, strict=False)
     missing = [name for name in names.missing_keys if not _is_extra_state(name)]
     if missing or names.unexpected_keys:
@@ -315,8 +318,11 @@ def damage(folder: Path, verify: Verify) -> list[str]:
 def load(folder: Path, networks: Networks) -> bool:
     """Read `folder` into `networks` and, at the layout that wrote it, every rank's random streams.
 
-    Returns whether the streams were restored. Raises UserError, naming the folder, when its tensors
-    do not fit the model."""
+    Returns whether the streams were restored.
+
+    Raises:
+        UserError: the folder's tensors do not fit the model; it names the folder.
+    """
     tree = sharded(networks)
     own_layout = layout(networks.policy.chunks)
     try:

@@ -65,7 +65,12 @@ def write_manifest(folder: Path, known: Mapping[str, FileEntry] | None = None) -
 
 
 def read_manifest(folder: Path) -> dict[str, FileEntry]:
-    """Return the entry of every file in the manifest of `folder`. Raises BadManifest."""
+    """Return the entry of every file in the manifest of `folder`.
+
+    Raises:
+        BadManifest: the manifest is missing, unreadable, of another format, or changed since it was
+            written.
+    """
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
         files = content["files"]

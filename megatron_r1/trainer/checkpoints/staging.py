@@ -80,7 +80,7 @@ class Ranges:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all ranges."""
+        """Bytes of all ranges together."""
         return sum(self._ends) - sum(self._begins)
 
     def parts(self, tensor: Tensor) -> Iterator[slice]:

@@ -59,8 +59,10 @@ class Progress:
     """State of the latest save.
 
     Attributes:
-        error: a sentence, the same on every rank.
-        seconds: the time from the call to the renaming."""
+        is_done: whether the save has ended, also by an error.
+        error: why it failed, as a sentence, the same on every rank; None where it did not.
+        seconds: the time from the call to the renaming.
+    """
 
     is_done: bool = False
     error: str | None = None

@@ -9,6 +9,7 @@ from tools.docs.wording import (
     in_module,
     in_page,
     in_public_docstrings,
+    in_raising_docstrings,
     in_sections,
     in_settings,
     main,
@@ -147,6 +148,47 @@ def test_an_entry_of_a_section_is_one_name_of_a_parameter_with_its_description()
         (30, "rest"),
         (32, "order."),
         (35, "OSError, ValueError"),
+    ]
+
+
+RAISING = '''
+def read(path):
+    """Return the rows of `path`. Raises
+    OSError where it is missing."""
+
+
+class Rows:
+    """The rows.
+
+    Raises ValueError for none, and "Raises" as a heading is fine.
+    """
+
+    def _hidden(self):
+        """Return a row; raise KeyError for another. `Raises ValueError` is quoted."""
+
+        def inner():
+            """Return it; raises as `read`."""
+
+    def taken(self, number):
+        """Raise ValueError for a number that is taken.
+
+        Nothing else raises ValueError here.
+
+        Args:
+            number: a function; raises KeyError for an unknown name.
+
+        Raises:
+            ValueError: Raises a limit.
+        """
+'''
+
+
+def test_errors_that_a_function_raises_are_entries_of_a_section_and_no_prose():
+    assert sorted(lines(in_raising_docstrings(RAISING))) == [
+        (3, "Raises OSError"),
+        (10, "Raises ValueError"),
+        (14, "; raise KeyError"),
+        (17, "; raises as"),
     ]
 
 

@@ -64,7 +64,11 @@ def run_ours(
     each step but the first.
 
     "seconds" and "core_seconds" are added, measured from the previous line of metrics to this one:
-    all that a step costs, logging included. Raises RuntimeError with the run's output."""
+    all that a step costs, logging included.
+
+    Raises:
+        RuntimeError: the run fails; the message has its output.
+    """
     folder.mkdir(parents=True)
     out = folder / "run"
     settings = recipe(work, model, questions, out, steps + 1, more)

@@ -57,15 +57,17 @@ class _StoredChunk:
 class DistributedCheckpoint:
     """The tensors of a checkpoint folder.
 
-    Raises UserError when the folder is not such a checkpoint, or a file is missing or truncated.
-
     Args:
         folder: the checkpoint's folder.
 
     Attributes:
         shapes: the shape of each tensor, by key.
         dtypes: the dtype of each tensor, by key.
-        objects: the keys of what is no tensor, sorted."""
+        objects: the keys of what is no tensor, sorted.
+
+    Raises:
+        UserError: the folder is not such a checkpoint, or a file is missing or truncated.
+    """
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)

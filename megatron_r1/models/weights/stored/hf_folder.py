@@ -39,8 +39,12 @@ SCALES_FILE = "fp8_scales.safetensors"
 class HFWeights:
     """The tensors of the safetensors checkpoint in `folder`, which has the configuration `hf`.
 
-    Reads `model.safetensors.index.json` and its files, or one `model.safetensors`. Raises UserError
-    for missing and damaged files when opened; `check` compares names and shapes with `hf`."""
+    Reads `model.safetensors.index.json` and its files, or one `model.safetensors`; `check` compares
+    names and shapes with `hf`.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
 
     def __init__(self, folder: str | Path, hf: dict):
         self.path, self.hf = Path(folder), hf
@@ -79,14 +83,16 @@ class HFWeights:
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         """Return `length` rows (dim 0) or columns (dim 1), in the stored dtype; FP8 as fp32 values.
 
-        A tensor of `Table.copies` that the folder lacks is read from its original. After `check`,
-        raises UserError where a copy that the folder has differs from its original.
+        A tensor of `Table.copies` that the folder lacks is read from its original.
 
         Args:
             name: the tensor's name.
             dim: 0 for rows, 1 for columns.
             start: the first of them.
             length: how many.
+
+        Raises:
+            UserError: after `check`, where a copy that the folder has differs from its original.
         """
         values = self._read(name, dim, start, length)
         for copy in self._repeated.get(name, ()):

@@ -49,9 +49,11 @@ class StoredLayout:
     """The tensors of a stored Megatron checkpoint, and the HF rows that each holds.
 
     Attributes:
+        slots: one for each Megatron parameter.
         shapes: key -> shape of the whole stored tensor, prepended axes first.
         dtypes: key -> dtype of a tensor whose dtype is not the model's.
-        vocabulary: keys of tensors whose rows may be padded."""
+        vocabulary: keys of tensors whose rows may be padded.
+    """
 
     slots: list[StoredParameter] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
@@ -133,7 +135,10 @@ class MegatronWeights:
     """The HF tensors in the checkpoint `folder`, whose model has the configuration `hf`.
 
     It may have been saved at any layout, with Megatron's own layers or Transformer Engine's, with
-    separate or stacked layers. Raises UserError when it is not a complete checkpoint of this model.
+    separate or stacked layers.
+
+    Raises:
+        UserError: the folder is not a complete checkpoint of this model.
     """
 
     def __init__(self, folder: str | Path, hf: dict):

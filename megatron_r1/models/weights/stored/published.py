@@ -58,7 +58,7 @@ def is_quantized(name: str) -> bool:
 
 
 def scale_name(name: str) -> str:
-    """Return the name of the scales of `name`."""
+    """Return the name of the tensor that has the FP8 scales of weight `name`."""
     return name + _SCALE
 
 
@@ -68,7 +68,8 @@ def is_scale(name: str) -> bool:
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of the scales of a weight of `shape`."""
+    """Return the shape of an FP8 weight's scales: one for each block of BLOCK x BLOCK, those at the
+    edges included."""
     return tuple(-(-size // BLOCK) for size in shape)
 
 

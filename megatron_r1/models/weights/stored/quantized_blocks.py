@@ -79,12 +79,13 @@ _BIAS = 127
 
 
 def blocks_name(name: str) -> str:
-    """Return the name of the codes of `name`."""
+    """Return the name of the tensor that has the MXFP4 codes of weight `name`, two to a byte."""
     return name + "_blocks"
 
 
 def scales_name(name: str) -> str:
-    """Return the name of the exponents of `name`."""
+    """Return the name of the tensor that has the MXFP4 exponents of weight `name`, one byte for a
+    block."""
     return name + "_scales"
 
 

@@ -151,7 +151,11 @@ _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 class SafetensorsFile:
-    """An open file; `tensors` by name. Raises UserError, naming the file, when it is damaged."""
+    """An open safetensors file; `tensors` has the place of each tensor by its name.
+
+    Raises:
+        UserError: the file is damaged; it names the file.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -177,7 +181,7 @@ class PlannedTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor in its file."""
+        """Bytes of the tensor's values in its stored dtype, without the file's header."""
         return prod(self.shape) * self.dtype.itemsize
 
 
