@@ -256,7 +256,7 @@ def test_weights_that_stay(copy):
     [
         ("rl__advantage_std", "none", "loss", "advantages divided by the deviation of: group"),
         ("rl__loss_average", "token", "loss", "average sequence explains it"),
-        ("optimizer__weight_decay", 0.5, "loss", "optimizer.weight_decay at its default, 0.1,"),
+        ("optimizer__weight_decay", 5.0, "loss", "optimizer.weight_decay at its default, 0.1,"),
     ],
 )
 def test_settings_that_were_not_those_of_the_run(copy, setting, value, quantity, words):
