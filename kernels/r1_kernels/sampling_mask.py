@@ -7,8 +7,9 @@ policy's log-probabilities, entropy and gradient; without them, those of the who
 
 The ids are listed, because they must be the sampler's own. A threshold on the logits, 4 bytes a
 token, would be compared with logits that differ by rounding, and so keep other tokens at its edge.
-A bit per token of the vocabulary is exact too, but takes 16,160 bytes a token for 129,280 ids
-whatever is kept; a list takes 4 bytes for each kept id and 8 a token. top_k bounds its length."""
+A bit per token of the vocabulary is exact too, but takes 16,160 bytes a token for 129,280 ids,
+however few are kept; a list takes 4 bytes for each kept id and 8 a token. top_k bounds its
+length."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from r1_grading.rewards import UNGRADED
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.why.recorded import examinable, open_run, read_step
+from megatron_r1.commands.why.recorded import examinable, open_run, read_steps
 from megatron_r1.config import Config, RLConfig
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import training_reward
@@ -143,16 +143,18 @@ def read_run(path: Path) -> tuple[Config, list[GradedAnswer]]:
         )
     answers: list[GradedAnswer] = []
     read: list[int] = []
-    for step in reversed(steps):
-        recorded = read_step(folder, settings, step)
+    opened: bool | None = None  # of all steps: the model and data.template are the run's
+    for recorded in read_steps(folder, settings, reversed(steps)):
+        if opened is None:
+            opened = recorded.text.opens_thought
         answers += logged_answers(
             recorded.groups,
-            f"step {step}",
+            f"step {recorded.step}",
             recorded.weights,
             partial(training_reward, config=recorded.config),
-            recorded.text.opens_thought,
+            opened,
         )
-        read.append(step)
+        read.append(recorded.step)
         if len(answers) >= MOST_ANSWERS:
             break
     print(f"{path}: steps {read[-1]} to {read[0]}, {len(steps) - len(read)} older ones left out")

@@ -157,7 +157,7 @@ def digest(path: Path) -> str:
 
 
 def digest_of_outputs(digests: dict[str, str]) -> str:
-    """Return one digest of a stage's outputs, name → digest, whatever their order."""
+    """Return one digest of a stage's outputs, name → digest; their order does not matter."""
     return _joined(sorted(digests.items()))
 
 

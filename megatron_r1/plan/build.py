@@ -23,7 +23,7 @@ def build_ranks(job: PlannedJob, pipeline_ranks: Iterable[int] | None = None) ->
     """Build and compare the ranks of `pipeline_ranks` (default: all); return a summary sentence.
 
     Raises:
-        ValueError: a parameter differs, the first of which it names; or all ranks together do not
+        ValueError: a parameter differs (the message names the first), or all ranks together do not
             own every value of the model exactly once.
     """
     platform.prepare()

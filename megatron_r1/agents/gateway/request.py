@@ -46,7 +46,7 @@ class TurnRequest:
     """A client's request for one turn.
 
     Attributes:
-        messages: the conversation, in OpenAI's form whatever the client's API.
+        messages: the conversation, in OpenAI's form, also where the client uses another API.
         tools: descriptions of the tools, in OpenAI's form.
         model: the name that the client gave; the reply repeats it.
         max_tokens: None for as many as fit.

@@ -49,23 +49,24 @@ def advantages(
         centred = [each - mean for each in values]
     else:
         centred = [each - np.nanmean(each) if not np.isnan(each).all() else each for each in values]
-    if algorithm == "reinforce" and _are_equal(whole):
+    if algorithm == "reinforce" and are_equal(whole):
         centred = [each * 0.0 for each in centred]
     elif algorithm != "reinforce":
         pairs = zip(values, centred, strict=True)
-        centred = [each * 0.0 if _are_equal(own) else each for own, each in pairs]
+        centred = [each * 0.0 if are_equal(own) else each for own, each in pairs]
     if std == "group" and algorithm != "reinforce":
         centred = [
             each / (np.nanstd(each) + epsilon) if np.nansum(np.abs(each)) else each
             for each in centred
         ]
-    if std == "batch" and not _are_equal(np.concatenate(centred)):
+    if std == "batch" and not are_equal(np.concatenate(centred)):
         scale = np.nanstd(np.concatenate(centred)) + epsilon
         centred = [each / scale for each in centred]
     return [each.tolist() for each in centred]
 
 
-def _are_equal(values: np.ndarray) -> bool:
+def are_equal(values: np.ndarray) -> bool:
+    """Return whether rewards differ by rounding alone; NaN is none."""
     known = values[~np.isnan(values)]
     if len(known) < 2:
         return True

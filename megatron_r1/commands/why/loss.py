@@ -143,14 +143,14 @@ def explanation(
     Of those of one setting, which may all be within the tolerance, it is the nearest to the
     checkpoint after the step."""
     offered = list(substitutions(step))
-    for at, substitution in enumerate(offered):
-        made = recomputed.run(substitution)
-        if explains(step, made):
-            found = [(substitution, made)]
-            for other in offered[at + 1 :]:
-                if other.setting == substitution.setting and made.update is not None:
-                    other_made = recomputed.run(other)
-                    if explains(step, other_made):
-                        found.append((other, other_made))
-            return min(found, key=lambda each: each[1].update or 0.0)
+    for at, first in enumerate(offered):
+        made = recomputed.run(first)
+        if not explains(step, made):
+            continue
+        found = [(first, made)]
+        if made.update is not None:
+            same = [other for other in offered[at + 1 :] if other.setting == first.setting]
+            others = [(other, recomputed.run(other)) for other in same]
+            found += [pair for pair in others if explains(step, pair[1])]
+        return min(found, key=lambda pair: pair[1].update or 0.0)
     return None

@@ -24,7 +24,6 @@ from megatron_r1.commands.why.replay import AdamRules, LossRules, Row, StepRepla
 from megatron_r1.commands.why.substitutions import Substitution
 from megatron_r1.models.sampling_mask import decoded
 
-ROUTER_BIAS = "e_score_correction_bias"
 LOGPROB_FLOPS, UPDATE_FLOPS = 1e13, 2e13
 """Floating-point operations of a pass over logged tokens, and of a step's updates: minutes on two
 cores. Of more tokens a part is computed; more updates are not made."""
@@ -142,7 +141,7 @@ class Recomputation:
     def without_router_bias(self) -> list[np.ndarray] | None:
         """Return those under the policy before the step with routers that have no correction bias;
         None for a model without such a bias."""
-        names = [name for name in self.policy.state_dict() if name.endswith(ROUTER_BIAS)]
+        names = [name for name in self.policy.state_dict() if name.endswith(replay.ROUTER_BIAS)]
         if not names:
             return None
         other = copy.deepcopy(self.policy)

@@ -2,7 +2,7 @@
 which steps have enough of it."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -277,7 +277,7 @@ def weights_after(folder: RunFolder, config: Config, step: int) -> Path | None:
     checkpoint that the run began with; None where it is not there."""
     if step > 0:
         path = checkpoints.path_of(folder.checkpoints, step)
-        return path if path in checkpoints.complete_checkpoints(folder.checkpoints) else None
+        return path if path.is_dir() else None
     begin = Path(config.model.checkpoint or config.model.path)
     return begin if step == 0 and begin.is_dir() else None
 
@@ -312,6 +312,33 @@ def read_step(folder: RunFolder, config: Config, step: int) -> RecordedStep:
 
     Raises:
         UserError: records of another version of this program, or none of the step's settings."""
+    return next(read_steps(folder, config, [step]))
+
+
+def read_steps(folder: RunFolder, config: Config, steps: Iterable[int]) -> Iterator[RecordedStep]:
+    """Yield steps, for all of which questions and metrics are read once.
+
+    Args:
+        folder: the run's folder.
+        config: the run's settings.
+        steps: finished steps with a sample log.
+
+    Raises:
+        UserError: as `read_step`."""
+    prompts, missing = _prompts(folder, config)
+    lines = {line["step"]: line for line in folder.read_metrics()}
+    for step in steps:
+        yield _read_step(folder, config, lines[step], prompts, missing)
+
+
+def _read_step(
+    folder: RunFolder,
+    config: Config,
+    line: Mapping[str, Any],
+    prompts: Mapping[str, Prompt],
+    missing: str,
+) -> RecordedStep:
+    step = line["step"]
     path = path_of(folder.sample_log, step)
     schedule = digest_until(config.rl.schedule, step)
     records: dict[int, GroupRecord] = {}
@@ -325,7 +352,6 @@ def read_step(folder: RunFolder, config: Config, step: int) -> RecordedStep:
             key="--step",
             cause=Cause.EMPTY,
         )
-    prompts, missing = _prompts(folder, config)
     ordered = [records[position] for position in sorted(records)]
     groups = [
         unpack(record, prompts.get(record.prompt_id) or Prompt(record.prompt_id, "", "", None))
@@ -336,7 +362,6 @@ def read_step(folder: RunFolder, config: Config, step: int) -> RecordedStep:
     passed_over: list[Group] = []
     if at_step.rl.dynamic_sampling:
         groups, passed_over = _trained_on(groups, at_step.rl.questions_per_rollout)
-    line = next(each for each in folder.read_metrics() if each["step"] == step)
     return RecordedStep(
         folder,
         config,

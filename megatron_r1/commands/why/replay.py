@@ -36,6 +36,7 @@ BYTES_PER_LOGIT = 28
 """fp32 logits, and in float64 their log-softmax, its exponentials and a gradient."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE, REFERENCE = "optimizer.state.", "reference."
+ROUTER_BIAS = "e_score_correction_bias"
 
 
 class _Part(DistributedCheckpoint):

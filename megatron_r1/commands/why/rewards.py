@@ -1,12 +1,12 @@
 """Rewards again: by a second reader of mathematics (math-verify), by the run's own graders, and as
 a sum of their terms; and the metrics that are made of them."""
 
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from r1_grading import grade
 from r1_grading.rewards import REGISTRY
 from r1_grading.terms import ACCURACY, call_fields
@@ -19,6 +19,7 @@ from megatron_r1.commands.why.finding import (
     fraction_finding,
     not_checked,
 )
+from megatron_r1.commands.why.formulas import are_equal
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.controller.rollouts.rollout import all_responses
 from megatron_r1.reporting.wording import number
@@ -232,7 +233,9 @@ def _metrics(step: RecordedStep) -> list[Finding]:
     responses = all_responses(groups)
     graded = [each.reward for each in responses if each.is_graded]
     right = [each.rewards[ACCURACY] for each in responses if ACCURACY not in each.ungraded_terms]
-    equal = sum(_is_equal([r.reward for r in group.responses if r.is_graded]) for group in groups)
+    equal = sum(
+        are_equal(np.array([r.reward for r in group.responses if r.is_graded])) for group in groups
+    )
     means = {
         "reward/mean": fmean(graded) if graded else 0.0,
         "accuracy": fmean(right) if right else 0.0,
@@ -265,7 +268,3 @@ def _metrics(step: RecordedStep) -> list[Finding]:
             "that went on from an earlier checkpoint",
         )
     ]
-
-
-def _is_equal(rewards: Sequence[float]) -> bool:
-    return not rewards or math.isclose(max(rewards), min(rewards), abs_tol=1e-9)

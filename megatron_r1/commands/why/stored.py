@@ -6,12 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_r1.commands.why.replay import MOMENTS, STATE, read_model
+from megatron_r1.commands.why.replay import MOMENTS, ROUTER_BIAS, STATE, read_model
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 
 MASTER = f"{STATE}param."
 NOT_WEIGHTS = ("optimizer.", "critic_optimizer.", "critic.", "reference.")
-ROUTER_BIAS = ("expert_bias", "e_score_correction_bias")
+ROUTER_BIASES = ("expert_bias", ROUTER_BIAS)
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -86,7 +86,7 @@ def change(before: Path, after: Path, hf_files: Path, moves_bias: bool) -> tuple
         moves_bias: leave the routers' biases out: a rule of their own changes them."""
     worst, largest, squares = "", 0.0, 0.0
     for name, gap in _changes(before, after, hf_files):
-        if not gap.numel() or (moves_bias and name.endswith(ROUTER_BIAS)):
+        if not gap.numel() or (moves_bias and name.endswith(ROUTER_BIASES)):
             continue
         squares += float(gap.square().sum())
         if (own := float(gap.abs().max())) > largest:

@@ -53,27 +53,7 @@ def substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield what is substituted, one thing at a time, the usual faults first."""
     rl = step.config.rl
     if rl.kl_beta:
-        yield Substitution(
-            "KL with the wrong sign",
-            "rl.kl_beta",
-            "the loss of rl.algorithm: KL is added to what is minimized",
-            loss=(("kl_beta", -rl.kl_beta),),
-        )
-        yield Substitution("no KL term", "rl.kl_beta", loss=(("kl_beta", 0.0),))
-        for estimator in _others(("k1", "k2", "k3"), rl.kl_estimator):
-            yield Substitution(
-                f"KL by {estimator}", "rl.kl_estimator", loss=(("kl_estimator", estimator),)
-            )
-        yield Substitution(
-            "the policy itself as reference",
-            "rl.reference_refresh",
-            "rl.reference_refresh, or the reference's weights",
-            reference="policy",
-        )
-        if weights_after(step.folder, step.run_config, 0) is not None and step.step > 1:
-            yield Substitution(
-                "a reference that was not refreshed", "rl.reference_refresh", reference="begin"
-            )
+        yield from _of_kl(step)
     yield Substitution(
         "a denominator that counts masked tokens (the prompt's)",
         "rl.loss_average",
@@ -129,6 +109,32 @@ def substitutions(step: RecordedStep) -> Iterator[Substitution]:
             "optimizer.learning_rate",
             "optimizer.learning_rate, warmup and decay",
             adam=(("learning_rates", (float(rate),) * rl.minibatches),),
+        )
+
+
+def _of_kl(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield other KL terms, and other references."""
+    rl = step.config.rl
+    yield Substitution(
+        "KL with the wrong sign",
+        "rl.kl_beta",
+        "the loss of rl.algorithm: KL is added to what is minimized",
+        loss=(("kl_beta", -rl.kl_beta),),
+    )
+    yield Substitution("no KL term", "rl.kl_beta", loss=(("kl_beta", 0.0),))
+    for estimator in _others(("k1", "k2", "k3"), rl.kl_estimator):
+        yield Substitution(
+            f"KL by {estimator}", "rl.kl_estimator", loss=(("kl_estimator", estimator),)
+        )
+    yield Substitution(
+        "the policy itself as reference",
+        "rl.reference_refresh",
+        "rl.reference_refresh, or the reference's weights",
+        reference="policy",
+    )
+    if weights_after(step.folder, step.run_config, 0) is not None and step.step > 1:
+        yield Substitution(
+            "a reference that was not refreshed", "rl.reference_refresh", reference="begin"
         )
 
 

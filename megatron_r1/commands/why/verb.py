@@ -134,7 +134,7 @@ def _steps(steps: list[Examinable], chosen: Examinable) -> Iterator[str]:
     half = [each.step for each in steps if each.step not in whole]
     yield f"steps with log and both checkpoints: {_ranges(whole) or 'none'}"
     if half:
-        yield f"steps with a log, of which less can be checked: {_ranges(half)}"
+        yield f"steps with a log and not both checkpoints: {_ranges(half)}"
     yield f"examined: step {chosen.step}"
 
 
