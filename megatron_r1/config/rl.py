@@ -38,7 +38,7 @@ SCHEDULED = {
     "rl": (
         *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "entropy_coef"),
         *("reference_refresh", "advantage_epsilon", "discount", "gae_lambda"),
-        *("overlong_buffer", "overlong_penalty", "dynamic_sampling_rounds"),
+        *("overlong_buffer", "overlong_penalty", "truncated", "dynamic_sampling_rounds"),
         *("group_size", "questions_per_rollout", "minibatches", "kind_weights", "options"),
     ),
     "rewards": ("weights",),
@@ -213,6 +213,10 @@ class RLConfig(Section):
     reward (DAPO: 0.2); 0: none"""
     overlong_penalty: float = Field(1.0, ge=0)
     """how large that penalty is at max_response_tokens (DAPO, eq. 13: 1)"""
+    truncated: Literal["train", "mask"] = "train"
+    """responses that are cut off at max_response_tokens: train: they are trained on with their
+    reward; mask: they are left out of loss and denominators, and count in baselines (DAPO's
+    overlong filtering)"""
     routing_replay: bool = False
     """train every token through the experts the engine chose for it; a mixture of experts only. See
     docs/routing_replay.md"""

@@ -142,9 +142,8 @@ WORDS = (
            "zero variance groups, zero_std", "rl.dynamic_sampling rl.dynamic_sampling_rounds"),
     _words(
         "overlong filtering, mask_truncated_completions, mask truncated, truncated responses",
-        "rl.overlong_buffer rl.overlong_penalty",
-        "responses that are cut off are trained on with their reward, and are not masked; "
-        "overlong_buffer penalizes them softly",
+        "rl.truncated",
+        "mask: they are left out of the loss; rl.overlong_buffer penalizes them softly",
         "algorithms.md",
     ),
     _words("overlong_buffer, soft overlong punishment, length penalty", "rl.overlong_buffer",

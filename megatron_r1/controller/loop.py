@@ -57,7 +57,9 @@ from itertools import chain, islice
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import Config
 from megatron_r1.controller.advantages import overlong_penalty
-from megatron_r1.controller.rollouts.rollout import GradedResponse, training_samples
+from megatron_r1.controller.algorithms import Algorithm
+from megatron_r1.controller.corrections.truncated import without_truncated
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
 from megatron_r1.controller.session import Session
 from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.training_sample import Sample
@@ -69,10 +71,7 @@ async def train(session: Session) -> None:
     while (config := session.next_step()) is not None:
         with session.phase("rollout"):
             rollout = await engines.rollout(session.step)
-        rewards = [
-            [training_reward(each, config) for each in group.responses] for group in rollout.groups
-        ]
-        advantages = passes.algorithm.advantages(rewards, config.rl)
+        advantages = response_advantages(rollout.groups, passes.algorithm, config)
         # Not in the event loop: a rollout of 8,192 x 30,000 tokens is copied here.
         samples_by_response = await asyncio.to_thread(training_samples, rollout.groups, advantages)
         # By seed and step alone, so that a step that is repeated has the same mini-batches.
@@ -117,6 +116,25 @@ async def update(passes: TrainerPasses, config: Config, index: int, step: int) -
     return metrics
 
 
+def response_advantages(
+    groups: list[Group], algorithm: Algorithm, config: Config
+) -> list[list[float]]:
+    """Return the advantages of a rollout's responses, or what the trainer computes them from.
+
+    Args:
+        groups: the graded responses.
+        algorithm: maps their rewards to advantages.
+        config: the settings of the step.
+
+    Returns:
+        A number per response, a list per group; NaN: not trained on."""
+    rewards = [[training_reward(each, config) for each in group.responses] for group in groups]
+    advantages = algorithm.advantages(rewards, config.rl)
+    if config.rl.truncated == "mask":
+        advantages = without_truncated(advantages, groups)
+    return advantages
+
+
 def training_reward(graded: GradedResponse, config: Config) -> float | None:
     """Return the reward that a response is trained on, with the penalty of its length if
     `rl.overlong_buffer` sets one; None where it could not be graded."""
@@ -137,9 +155,10 @@ def minibatches(samples_by_response: list[list[Sample]], count: int) -> list[lis
     others = iter([samples for samples in samples_by_response if not samples[0].is_trained])
     if len(trained) < count:
         raise RunError(
-            f"{len(trained)} of {len(samples_by_response)} responses are graded, too few for "
-            f"rl.minibatches: {count}. Repair the reward or environment, whose reasons are in "
-            "samples.jsonl; the same command continues"
+            f"{len(trained)} of {len(samples_by_response)} responses are trained on, too few for "
+            f"rl.minibatches: {count}; the others are ungraded, or cut off with rl.truncated: "
+            "mask. Repair the reward or environment, whose reasons are in samples.jsonl, or raise "
+            "rollout.max_response_tokens; the same command continues"
         )
     size, made = len(samples_by_response) // count, []
     for i in range(count):

@@ -203,10 +203,18 @@ class RecordedStep:
         that `formulas` does not have."""
         rl = self.config.rl
         if rl.algorithm not in formulas.ALGORITHMS:
-            return [[0.0] * len(rewards) for rewards in self.training_rewards]
-        return formulas.advantages(
-            self.training_rewards, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
-        )
+            made = [[0.0] * len(rewards) for rewards in self.training_rewards]
+        else:
+            made = formulas.advantages(
+                self.training_rewards, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
+            )
+        if rl.truncated == "mask":
+            for own, group in zip(made, self.groups, strict=True):
+                own[:] = [
+                    math.nan if graded.truncated else a
+                    for a, graded in zip(own, group.responses, strict=True)
+                ]
+        return made
 
     @cached_property
     def sequences(self) -> list[TokenSequence]:

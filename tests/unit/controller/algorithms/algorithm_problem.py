@@ -110,13 +110,18 @@ class Problem:
         return torch.cat([g.flatten() for g in found])
 
 
-def ours(problem, name, settings, form=lambda settings: settings):
+def unchanged(given):
+    return given
+
+
+def ours(problem, name, settings, form=unchanged, corrected=unchanged):
     """Of each mini-batch: its loss, gradients, metrics and batches, as controller and trainer make
-    them. form: makes what the trainer's functions get of their settings."""
+    them. form: makes what the trainer's functions get of their settings. corrected: what a
+    correction makes of the algorithm's advantages."""
     rl = {"group_size": 4, "questions_per_rollout": 4, "minibatches": 2, **settings}
     config = Config(rl={"algorithm": name, **rl}, rollout={"max_response_tokens": LIMIT})
     algorithm = algorithms.find(name)
-    by_group = algorithm.advantages(REWARDS, config.rl)
+    by_group = corrected(algorithm.advantages(REWARDS, config.rl))
     numbers = [number for group in by_group for number in group]
     first_old = algorithm.token_advantages is not None
     steps = [
@@ -139,11 +144,24 @@ def ours(problem, name, settings, form=lambda settings: settings):
         yield total.detach(), problem.gradients(), terms, [batch for batch, _ in step]
 
 
-def check(name, settings, make_advantages, term, average, clips=None, problem=None, near=EXACT):
+def check(
+    name,
+    settings,
+    make_advantages,
+    term,
+    average,
+    clips=None,
+    problem=None,
+    near=EXACT,
+    corrected=unchanged,
+    left_out=(),
+):
+    """left_out: responses, by number, that no sum and no denominator has."""
     problem = problem or Problem()
     advantages = make_advantages(problem.responses)
-    for step, (loss, gradient, terms, _) in enumerate(ours(problem, name, settings)):
-        members = problem.minibatches[step]
+    made = ours(problem, name, settings, corrected=corrected)
+    for step, (loss, gradient, terms, _) in enumerate(made):
+        members = [i for i in problem.minibatches[step] if i not in left_out]
         if not algorithms.find(name).rules.teacher:  # else ungraded responses are left out
             members = [i for i in members if problem.rewards[i] is not None]
         responses = [problem.responses[i] for i in members]
