@@ -30,6 +30,7 @@ from megatron_r1.config.algorithms import (
     RatioLevel,
     TokenSettings,
 )
+from megatron_r1.config.corrections import EngineMask, EngineMaskMethod, engine_mask
 from megatron_r1.config.section import Resumable, Section
 from megatron_r1.config.yaml_text import as_sections
 
@@ -37,6 +38,7 @@ SCHEDULED = {
     "rollout": ("temperature", "top_p", "max_response_tokens"),
     "rl": (
         *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "entropy_coef"),
+        *("engine_mask", "engine_mask_low", "engine_mask_high"),
         *("reference_refresh", "advantage_epsilon", "discount", "gae_lambda"),
         *("overlong_buffer", "overlong_penalty", "truncated", "dynamic_sampling_rounds"),
         *("group_size", "questions_per_rollout", "minibatches", "kind_weights", "options"),
@@ -179,6 +181,17 @@ class RLConfig(Section):
     """sequence: one ratio per response, the mean of its logarithm (GSPO)"""
     importance_cap: float | None = Field(None, gt=0)
     """upper limit of each token's importance weight π_old / π_engine; null: no such weights"""
+    engine_mask: EngineMaskMethod = "none"
+    """tokens without a policy gradient, because engine and trainer disagree: token: those with a
+    ratio π_old / π_engine out of bounds (IcePop); sequence: all of a response whose geometric mean
+    of it is; divergence: those whose probability has moved too far from the engine's (DPPO). See
+    docs/algorithms.md"""
+    engine_mask_low: float | None = Field(None, ge=0)
+    """smallest ratio that is kept, of divergence the largest fall of a probability; null: 0.5 of
+    token, 0.999 of sequence, 0.15 of divergence"""
+    engine_mask_high: float | None = Field(None, gt=0)
+    """largest ratio that is kept, of divergence the largest rise of a probability; null: 5, 1.001,
+    0.15"""
     kl_beta: float = Field(0.001, ge=0)
     """weight of the estimate of KL to the reference, in the loss; of rloo, reinforce_pp and ppo in
     the reward"""
@@ -313,6 +326,17 @@ class RLConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _corrections_fit(self) -> Self:
+        self.engine_mask_settings  # noqa: B018, raises
+        return self
+
+    @property
+    def engine_mask_settings(self) -> EngineMask:
+        """The mask by engine and trainer, with its bounds."""
+        low, high = self.engine_mask_low, self.engine_mask_high
+        return engine_mask(self.engine_mask, low, high, self.ratio_level)
+
     def loss_settings(self, max_response_tokens: int) -> LossSettings:
         """Return the settings of the algorithm's loss.
 
@@ -331,6 +355,7 @@ class RLConfig(Section):
             kl_estimator=self.kl_estimator,
             entropy_coef=self.entropy_coef,
             options=self.options,
+            engine_mask=self.engine_mask_settings,
         )
 
     @property

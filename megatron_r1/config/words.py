@@ -151,15 +151,21 @@ WORDS = (
     _words(
         "TIS, truncated importance sampling, tis_imp_ratio_cap, use_tis, tis_clip, rollout_is, "
         "vllm_importance_sampling_correction, vllm_importance_sampling_cap, "
-        "enable_vllm_is_correction, icepop",
+        "enable_vllm_is_correction",
         "rl.importance_cap",
         "each token's weight is π_old / π_engine, at most the cap",
         "push.md",
     ),
     _words(
+        "MIS, masked importance sampling, rollout_rs, icepop, seq-mask-tis, geometric mask, DPPO, "
+        "dppo_tv, rejection of tokens",
+        "rl.engine_mask rl.engine_mask_low rl.engine_mask_high",
+        page="algorithms.md",
+    ),
+    _words(
         "mismatch, training-inference mismatch, logprob diff, rollout_probs_diff, off-policy "
         "correction",
-        "rl.importance_cap rl.routing_replay push.probe_tolerance",
+        "rl.importance_cap rl.engine_mask rl.routing_replay push.probe_tolerance",
         "logprob_diff of metrics.jsonl measures it on every step",
         "push.md",
     ),

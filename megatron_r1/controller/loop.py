@@ -48,7 +48,8 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
         engines/plugin/backend.py               PushTransferEngine.receive_weights
 
 Algorithms that have them add a critic's values before 3 (`trainer/critic.py`), and an advantage per
-token after it (`trainer/token_advantages.py`)."""
+token after it (`trainer/token_advantages.py`). Settings that correct any of them are in
+`controller/corrections`."""
 
 import asyncio
 import random
@@ -83,6 +84,7 @@ async def train(session: Session) -> None:
             # Under π_ref, and under π_old where the first update does not compute them anyway.
             metrics |= await passes.compute_logprobs(config)
             await passes.compute_token_advantages(config)
+            metrics |= await passes.mask_advantages(config)
         async with engines.updating():  # no engine joins between two versions of the weights
             with session.phase("train"):
                 updates = [

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from r1_kernels import LinearPolicyLoss, linear_policy_loss, linear_token_logprobs
 from r1_kernels.arguments import trusted_values
 from torch import Tensor
@@ -108,13 +107,13 @@ class Head:
         """Compute log-probabilities and entropy of the response tokens.
 
         Returns:
-            Each (T,) fp32, nats, 0 at other positions."""
+            Each (T,) fp32 (fp64 for fp64), nats, 0 at other positions."""
         rows = self.batch.response_rows
         with trusted_values():  # `packed.check_token_ids` has seen the targets
             logprobs, entropy = linear_token_logprobs(
                 self.hidden[rows], self.weight, self.batch.targets[rows], **self._options()
             )
-        zeros = torch.zeros(len(self.hidden), device=self.hidden.device)
+        zeros = logprobs.new_zeros(len(self.hidden))
         logprobs, entropy = (zeros.index_copy(0, rows, values) for values in (logprobs, entropy))
         if self.records_old:
             self.batch.logprobs.setdefault("old", logprobs.detach())
