@@ -40,6 +40,7 @@ SCHEDULED = {
         *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "entropy_coef"),
         *("engine_mask", "engine_mask_low", "engine_mask_high"),
         *("reference_refresh", "advantage_epsilon", "discount", "gae_lambda"),
+        *("reward_normalization",),
         *("overlong_buffer", "overlong_penalty", "truncated", "dynamic_sampling_rounds"),
         *("group_size", "questions_per_rollout", "minibatches", "kind_weights", "options"),
     ),
@@ -211,6 +212,9 @@ class RLConfig(Section):
     """how often prompts are drawn for one rollout, before it is filled up"""
     advantage_std: AdvantageStd = "group"
     """divide by the standard deviation of the group, of the rollout, or not"""
+    reward_normalization: Literal["sum", "each"] = "sum"
+    """what an advantage is made of: the sum of the rewards; each: every reward of rewards.weights
+    is normalized alone, then they are weighed, added and normalized over the rollout (GDPO)"""
     advantage_epsilon: float = Field(1e-6, ge=0)
     """added to the standard deviation"""
     loss_average: LossAverage = "sequence"
@@ -329,6 +333,22 @@ class RLConfig(Section):
     @model_validator(mode="after")
     def _corrections_fit(self) -> Self:
         self.engine_mask_settings  # noqa: B018, raises
+        if self.reward_normalization == "each" and self.advantage_std != "group":
+            raise UserError(
+                f"rl.reward_normalization: each with rl.advantage_std: {self.advantage_std}: "
+                "without the deviation of the group in each, the sum of advantages is the "
+                "advantage of the sum; use an algorithm with advantage_std: group, or sum",
+                key="rl.reward_normalization",
+                cause=Cause.CONFLICT,
+            )
+        if self.reward_normalization == "each" and self.dynamic_sampling:
+            raise UserError(
+                "rl.reward_normalization: each with rl.dynamic_sampling, which passes over groups "
+                "whose sums of rewards are equal, though their rewards may differ; set "
+                "rl.dynamic_sampling: false",
+                key="rl.reward_normalization",
+                cause=Cause.CONFLICT,
+            )
         return self
 
     @property

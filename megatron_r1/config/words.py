@@ -136,6 +136,8 @@ WORDS = (
         "rl.algorithm",
         page="algorithms.md",
     ),
+    _words("GDPO, multi-reward normalization, multi_objective_aggregation, normalize_then_sum",
+           "rl.reward_normalization", page="algorithms.md"),
     _words("importance_sampling_level, sequence-level ratio", "rl.ratio_level"),
     _words("lambd, lam, gae lambda, gamma, discount", "rl.gae_lambda rl.discount"),
     _words("filter_groups, dynamic_filtering, dynamic_sampling_filter_path, dynamic sampling, "

@@ -55,10 +55,13 @@ import asyncio
 import random
 from itertools import chain, islice
 
+from r1_grading.terms import weights_at
+
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import Config
 from megatron_r1.controller.advantages import overlong_penalty
 from megatron_r1.controller.algorithms import Algorithm
+from megatron_r1.controller.corrections import each_reward
 from megatron_r1.controller.corrections.truncated import without_truncated
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
 from megatron_r1.controller.session import Session
@@ -72,9 +75,10 @@ async def train(session: Session) -> None:
     while (config := session.next_step()) is not None:
         with session.phase("rollout"):
             rollout = await engines.rollout(session.step)
-        advantages = response_advantages(rollout.groups, passes.algorithm, config)
+        groups, algorithm = rollout.groups, passes.algorithm
+        advantages = response_advantages(groups, algorithm, config, session.step)
         # Not in the event loop: a rollout of 8,192 x 30,000 tokens is copied here.
-        samples_by_response = await asyncio.to_thread(training_samples, rollout.groups, advantages)
+        samples_by_response = await asyncio.to_thread(training_samples, groups, advantages)
         # By seed and step alone, so that a step that is repeated has the same mini-batches.
         random.Random(f"{config.run.seed}:{session.step}").shuffle(samples_by_response)
 
@@ -119,7 +123,7 @@ async def update(passes: TrainerPasses, config: Config, index: int, step: int) -
 
 
 def response_advantages(
-    groups: list[Group], algorithm: Algorithm, config: Config
+    groups: list[Group], algorithm: Algorithm, config: Config, step: int
 ) -> list[list[float]]:
     """Return the advantages of a rollout's responses, or what the trainer computes them from.
 
@@ -127,11 +131,16 @@ def response_advantages(
         groups: the graded responses.
         algorithm: maps their rewards to advantages.
         config: the settings of the step.
+        step: its number, from 1.
 
     Returns:
         A number per response, a list per group; NaN: not trained on."""
-    rewards = [[training_reward(each, config) for each in group.responses] for group in groups]
-    advantages = algorithm.advantages(rewards, config.rl)
+    if config.rl.reward_normalization == "each":
+        weights = weights_at(config.rewards.weights, step)
+        advantages = each_reward.advantages(groups, algorithm.advantages, config, weights)
+    else:
+        rewards = [[training_reward(each, config) for each in group.responses] for group in groups]
+        advantages = algorithm.advantages(rewards, config.rl)
     if config.rl.truncated == "mask":
         advantages = without_truncated(advantages, groups)
     return advantages

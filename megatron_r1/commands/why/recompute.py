@@ -221,6 +221,10 @@ class Recomputation:
                 f"rl.algorithm: {algorithm} has advantages per token, which are not recomputed",
             ),
             (config.rl.routing_replay, "rl.routing_replay: experts are the engine's"),
+            (
+                config.rl.reward_normalization != "sum",
+                "rl.reward_normalization: each makes advantages of each reward",
+            ),
             (mask != "none", f"rl.engine_mask: {mask} leaves out some tokens"),
             (config.model.mtp == "train", "model.mtp: train adds a loss of its own"),
             (bias_rate > 0, "model.expert_bias_update_rate changes the router between updates"),

@@ -199,10 +199,10 @@ class RecordedStep:
 
     @cached_property
     def advantages(self) -> list[list[float]]:
-        """Advantages by this command's own formulas; NaN: not trained on. Zeros for an algorithm
-        that `formulas` does not have."""
+        """Advantages by this command's own formulas; NaN: not trained on. Zeros for settings that
+        `formulas` does not have."""
         rl = self.config.rl
-        if rl.algorithm not in formulas.ALGORITHMS:
+        if rl.algorithm not in formulas.ALGORITHMS or rl.reward_normalization != "sum":
             made = [[0.0] * len(rewards) for rewards in self.training_rewards]
         else:
             made = formulas.advantages(

@@ -66,11 +66,11 @@ def test_the_setting_leaves_them_out_of_what_the_trainer_gets():
     rl = {"algorithm": "dr_grpo", "group_size": 4, "questions_per_rollout": 1, "minibatches": 2}
     groups, algorithm = groups_of(rows), algorithms.find("dr_grpo")
     config, third = parse({"rl": rl}), 1 / 3
-    trained = response_advantages(groups, algorithm, config)
+    trained = response_advantages(groups, algorithm, config, 1)
     assert trained[0] == pytest.approx([1 - third, -third, -third, math.nan], nan_ok=True)
     plain_ones = algorithm.advantages([[1.0, 0.0, 0.0, None]], config.rl)
     assert repr(trained) == repr(plain_ones), "the default changes no bit"
-    masked = response_advantages(groups, algorithm, parse({"rl": {**rl, "truncated": "mask"}}))
+    masked = response_advantages(groups, algorithm, parse({"rl": {**rl, "truncated": "mask"}}), 1)
     assert masked[0] == pytest.approx([1 - third, math.nan, -third, math.nan], nan_ok=True)
     samples = training_samples(groups, masked)
     assert [each.is_trained for [each] in samples] == [True, False, True, False]
@@ -80,7 +80,7 @@ def test_the_setting_leaves_them_out_of_what_the_trainer_gets():
 def test_too_few_responses_that_are_not_cut_off_stop_the_run():
     groups = groups_of([[(1.0, False), (0.0, True), (0.0, True), (0.0, True)]])
     config = parse({"rl": {"truncated": "mask", "algorithm": "dr_grpo"}})
-    advantages = response_advantages(groups, algorithms.find("dr_grpo"), config)
+    advantages = response_advantages(groups, algorithms.find("dr_grpo"), config, 1)
     samples = training_samples(groups, advantages)
     with pytest.raises(RunError, match=r"1 of 4 .*rl.minibatches: 2.*rl.truncated"):
         minibatches(samples, 2)
