@@ -141,7 +141,7 @@ def find_rules(name: str) -> AlgorithmRules:
 
 
 AdvantageStd = Literal["group", "batch", "none"]
-KLEstimator = Literal["k1", "k2", "k3"]
+KLEstimator = Literal["k1", "k2", "k3", "unbiased"]
 LossAverage = Literal["sequence", "token", "constant"]
 RatioLevel = Literal["token", "sequence"]
 

@@ -197,8 +197,9 @@ class RLConfig(Section):
     """weight of the estimate of KL to the reference, in the loss; of rloo, reinforce_pp and ppo in
     the reward"""
     kl_estimator: KLEstimator = "k3"
-    """estimate of KL in loss and metrics (in a reward it is k1); k3: the paper's. k1 is a metric
-    only: in a loss its expected gradient is 0"""
+    """estimate of KL in loss and metrics (in a reward it is k1); k3: the paper's; unbiased:
+    DeepSeek-V3.2's, k3 times the ratio of the policies. k1 is a metric only: in a loss its
+    expected gradient is 0"""
     entropy_coef: float = Field(0.0, ge=0)
     """weight of an entropy bonus"""
     reference_refresh: int = Field(400, ge=0)
@@ -290,6 +291,13 @@ class RLConfig(Section):
                 "rl.kl_estimator: k1 in the loss has an expected gradient of 0, so rl.kl_beta: "
                 f"{self.kl_beta:g} would hold nothing; use k2, whose gradient is that of KL(policy "
                 "|| reference), or k3, the paper's",
+                key="rl.kl_estimator",
+                cause=Cause.CONFLICT,
+            )
+        if self.kl_estimator == "unbiased" and algorithm.kl_in_reward:
+            raise UserError(
+                f"rl.kl_estimator: unbiased is of KL in the loss, and {self.algorithm} has it in "
+                "the reward, whose gradient has no bias already; leave it out",
                 key="rl.kl_estimator",
                 cause=Cause.CONFLICT,
             )

@@ -110,7 +110,8 @@ WORDS = (
     ),
     _words("KL-free, no KL, without KL, no reference model, kl_coef 0", "rl.kl_beta",
            "0: no penalty, and no reference is kept", "algorithms.md"),
-    _words("kl_loss_type, kl_estimator, low_var_kl, k1, k2, k3", "rl.kl_estimator"),
+    _words("kl_loss_type, kl_estimator, low_var_kl, k1, k2, k3, unbiased KL, "
+           "use_bias_correction_kl", "rl.kl_estimator"),
     _words("sync_ref_model, ref_model_sync_steps, ref_update_steps, reference model update",
            "rl.reference_refresh"),
     _words(

@@ -191,6 +191,11 @@ class WholeResponses:
         # No scatter: of equal tensors every tensor-parallel rank has to get the same bits.
         return torch.segment_reduce(counted, "sum", offsets=self._cu_seqlens, initial=0)
 
+    @property
+    def counts(self) -> Tensor:
+        """(T,) fp64: the number of response tokens of each token's sample."""
+        return self.sums(torch.ones_like(self.is_response))[self._sample]
+
     def means(self, values: Tensor) -> Tensor:
         """Return (T,) fp64, at each token the mean of `values` over its sample's response tokens.
 
@@ -198,8 +203,7 @@ class WholeResponses:
 
         Args:
             values: (T,)."""
-        means = self.sums(values) / self.sums(torch.ones_like(values)).clamp(min=1)
-        return means[self._sample]
+        return self.sums(values)[self._sample] / self.counts.clamp(min=1)
 
     def whole(self, part: Tensor) -> Tensor:
         """Return (T,) from this rank's part of a value per token."""

@@ -34,7 +34,11 @@ SETTINGS = {
     "rloo": {"kl_beta": 0.5} | mask("token", 0.6, 2.0),
     "reinforce_pp": {"kl_beta": 0.5, "discount": 0.9} | mask("divergence", 0.01, 0.01),
     "ppo": {"kl_beta": 0.5, "discount": 0.97, "gae_lambda": 0.9},
-    "on_policy_distillation": {"discount": 0.5} | mask("sequence", 0.9, 1.7),
+    "on_policy_distillation": {
+        **{"discount": 0.5, "kl_beta": 0.5, "kl_estimator": "unbiased"},
+        "loss_average": "sequence",
+        **mask("sequence", 0.9, 1.7),
+    },
 }
 TEMPERATURE, RATE, LIMIT = 0.8, 0.05, 40
 

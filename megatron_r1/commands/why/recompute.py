@@ -225,6 +225,10 @@ class Recomputation:
                 config.rl.reward_normalization != "sum",
                 "rl.reward_normalization: each makes advantages of each reward",
             ),
+            (
+                bool(config.rl.kl_beta) and config.rl.kl_estimator == "unbiased",
+                "rl.kl_estimator: unbiased, which is not recomputed",
+            ),
             (mask != "none", f"rl.engine_mask: {mask} leaves out some tokens"),
             (config.model.mtp == "train", "model.mtp: train adds a loss of its own"),
             (bias_rate > 0, "model.expert_bias_update_rate changes the router between updates"),

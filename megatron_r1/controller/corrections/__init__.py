@@ -2,7 +2,7 @@
 its definition, with its source.
 
 They change what an algorithm is given, not the algorithm: which responses and tokens have a policy
-gradient. Each has a default that changes no bit.
+gradient, an estimate in the loss. Each has a default that changes no bit.
 
 Trainer ranks get their functions as "module:function", as they get an algorithm's. One that needs
 the present policy's log-probabilities is a loss around the algorithm's (`chained`)."""
@@ -33,6 +33,11 @@ def chained(loss: str, settings: LossSettings) -> tuple[str, LossSettings]:
     names = []
     if settings.engine_mask.method == "divergence":
         names.append(f"{__name__}.divergence_mask:loss")
+    if settings.kl_estimator == "unbiased":
+        if settings.kl_beta > 0:
+            names.append(f"{__name__}.unbiased_kl:loss")
+        else:  # nothing is estimated, and r1_kernels does not know the name
+            settings = replace(settings, kl_estimator="k3")
     if not names:
         return loss, settings
     return names[0], replace(settings, inner=(*names[1:], loss))
