@@ -31,26 +31,32 @@ def run_script(folder: Path, command: list[str], **environment) -> str:
     return done.stdout
 
 
-def run_under_torchrun(folder: Path, num_ranks: int, script: str, *arguments: str) -> str:
-    """Run `script` of `folder` under torchrun on `num_ranks` processes of this machine."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
+def run_under_torchrun(folder: Path, world_size: int, script: str, *arguments: str) -> str:
+    """Run `script` of `folder` under torchrun on `world_size` processes of this machine."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
     address = ["--master-addr=127.0.0.1", f"--master-port={free_port('127.0.0.1')}"]
     with tempfile.TemporaryDirectory() as logs:  # torchrun leaves a folder for them behind
         command = [*launcher, *address, f"--log-dir={logs}", script, *arguments]
         return run_script(folder, command)
 
 
-def run_ranks(folder: Path, num_ranks: int, script: str, *arguments: str) -> str:
-    """Run `script` of `folder` with torchrun's variables in `num_ranks` processes; returns their
+def run_ranks(folder: Path, world_size: int, script: str, *arguments: str) -> str:
+    """Run `script` of `folder` with torchrun's variables in `world_size` processes; returns their
     output, or fails the test with it.
 
     The ranks are forked from a server that has imported Megatron. The import would take each of
     them 4 seconds of CPU, longer than most of the scripts compute."""
     _start_fork_server()
     with tempfile.NamedTemporaryFile() as log:
-        rank_arguments = (num_ranks, free_port("127.0.0.1"), folder, [script, *arguments], log.name)
+        rank_arguments = (
+            world_size,
+            free_port("127.0.0.1"),
+            folder,
+            [script, *arguments],
+            log.name,
+        )
         ranks = start_processes(
-            _run_rank, rank_arguments, num_ranks, join=False, start_method="forkserver"
+            _run_rank, rank_arguments, world_size, join=False, start_method="forkserver"
         )
         error = None
         try:
@@ -76,12 +82,12 @@ def _start_fork_server() -> None:
 
 
 def _run_rank(
-    rank: int, num_ranks: int, port: int, folder: Path, command: list[str], log: str
+    rank: int, world_size: int, port: int, folder: Path, command: list[str], log: str
 ) -> None:
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ |= rank_variables(rank, num_ranks, port)
+    os.environ |= rank_variables(rank, world_size, port)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     sys.argv = command

@@ -24,7 +24,7 @@ IDLE_SECONDS = float(os.environ.get("R1_TEST_IDLE_SECONDS", "300"))
 """The longest pause of a test: a fixed sleep of the product, for example a timeout under test."""
 CPU_SECONDS = 3000.0
 """Six times what the dearest test takes on two cores of 2023."""
-IDLE_SHARE = 0.1
+IDLE_FRACTION = 0.1
 """Share of one core below which a window counts as idle: loops that poll take a few percent."""
 WINDOW_SECONDS = 10.0
 SIGNAL = signal.SIGRTMAX - 1
@@ -107,7 +107,7 @@ class Watchdog:
             # Processes that ended and were not waited for take their figures with them.
             active = max(now[0] - before[0], 0.0) + max(now[1] - before[1], 0.0)
             before = now
-            idle = idle + seconds if active < IDLE_SHARE * seconds else 0.0
+            idle = idle + seconds if active < IDLE_FRACTION * seconds else 0.0
             if interrupted:
                 if idle > GRACE_SECONDS:
                     faulthandler.dump_traceback(file=sys.__stderr__)

@@ -70,8 +70,8 @@ def _plot_rows(axes: Axes, table: PaperTable, name: str, results: Results) -> No
             axes.errorbar(spread.mean, height, xerr=error, capsize=3, fmt="o", color=INKS["accent"])
         published = row.published.get(name)
         if isinstance(published, float):
-            share = published / 100 if column.unit == "share" else published
-            axes.plot(share, height, "D", markerfacecolor="none", markeredgecolor=INKS["second"])
+            fraction = published / 100 if column.unit == "fraction" else published
+            axes.plot(fraction, height, "D", markerfacecolor="none", markeredgecolor=INKS["second"])
     axes.set_yticks(range(len(table.rows)), [row.title for row in table.rows.values()])
     axes.set_ylim(len(table.rows) - 0.5, -0.5)
     axes.tick_params(axis="y", labelcolor=INKS["ink"])
@@ -94,7 +94,7 @@ def _plot_curve(axes: Axes, column: Column, points: Mapping[int, Mapping[str, fl
 
 def _describe_plot(axes: Axes, axis: Any, column: Column) -> None:
     axes.set_title(column.title, fontsize=9, loc="left", color=INKS["muted"])
-    if column.unit == "share":
+    if column.unit == "fraction":
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
 
 
@@ -190,7 +190,7 @@ def _published(row: PaperRow, name: str, column: Column) -> str:
     value = row.published.get(name, NOTHING)
     if isinstance(value, str):
         return value
-    return f"{value:g}%" if column.unit == "share" else f"{value:g}"
+    return f"{value:g}%" if column.unit == "fraction" else f"{value:g}"
 
 
 def _ours(row: PaperRow, name: str, column: Column, results: Results) -> str:
@@ -204,11 +204,11 @@ def _ours(row: PaperRow, name: str, column: Column, results: Results) -> str:
 
 def worded(spread: Spread, column: Column) -> str:
     """Format as `71.0% ± 1.2`, `0.610 ± 0.02` or `2 min 5 s ± 3.1 s`."""
-    word = {"share": percent, "number": number, "seconds": duration}[column.unit]
+    word = {"fraction": percent, "number": number, "seconds": duration}[column.unit]
     if spread.deviation is None:
         return word(spread.mean)
     deviations = {
-        "share": f"{100 * spread.deviation:.1f}",
+        "fraction": f"{100 * spread.deviation:.1f}",
         "number": f"{spread.deviation:.2g}",
         "seconds": duration(spread.deviation),
     }
@@ -229,7 +229,7 @@ def _sentence(table: PaperTable, found: Verdict) -> str:
 
 
 def _points(gap: Spread, column: Column) -> str:
-    if column.unit != "share":
+    if column.unit != "fraction":
         return worded(gap, column)
     deviation = "" if gap.deviation is None else f" ± {100 * gap.deviation:.1f}"
     return f"{100 * gap.mean:+.1f}{deviation} points"

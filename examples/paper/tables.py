@@ -24,7 +24,7 @@ SECONDS = "seconds"
 
 class Column(Section):
     title: str
-    unit: Literal["share", "number", "seconds"]
+    unit: Literal["fraction", "number", "seconds"]
 
 
 class PaperRow(Section):

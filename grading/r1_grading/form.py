@@ -99,8 +99,8 @@ def grade_conciseness(
             f"{max_length}"
         )
     length = _length(response, unit, num_tokens)
-    share = (max_length - length) / (max_length - free_length)
-    reward = min(1.0, max(0.0, share))
+    fraction = (max_length - length) / (max_length - free_length)
+    reward = min(1.0, max(0.0, fraction))
     limits = f"{free_length:,} are free, {max_length:,} the maximum"
     return Grade(reward, f"{length:,} {unit}: {limits}")
 
@@ -121,7 +121,7 @@ def _length(response: str, unit: str, num_tokens: object) -> int:
 def grade_language(
     response: str, truth: object = None, *, target: str, opened: bool = False, **entry: object
 ) -> Grade:
-    """Return the share of the thought's words that are in the language `target`.
+    """Return the fraction of the thought's words that are in the language `target`.
 
         reward = words in the target language / words      (DeepSeek-R1, arXiv 2501.12948 v2, eq. 5)
 
@@ -137,7 +137,7 @@ def grade_language(
         **entry: the prompt's other fields, which are not used.
 
     Returns:
-        The share with its reason; 0 for a response without a thought, and for a thought without
+        The fraction with its reason; 0 for a response without a thought, and for a thought without
         words.
 
     Raises:
@@ -150,9 +150,9 @@ def grade_language(
     words = judged_words(thought)
     if not words.total:
         return Grade(0.0, "no words in the chain of thought")
-    share = getattr(words, target) / words.total
+    fraction = getattr(words, target) / words.total
     counts = f"English {words.en:.0f}, Chinese {words.zh:.0f}, other {words.other:.0f}"
-    return Grade(share, f"{share:.1%} of its words are {LANGUAGES[target]} ({counts})")
+    return Grade(fraction, f"{fraction:.1%} of its words are {LANGUAGES[target]} ({counts})")
 
 
 NUMBER = re.compile(r"\d+")
@@ -189,7 +189,7 @@ def grade_repetition(
         **entry: the prompt's other fields, which are not used.
 
     Returns:
-        The share with its reason; 1 for a response shorter than a window.
+        The fraction with its reason; 1 for a response shorter than a window.
 
     Raises:
         ValueError: a window that is not a positive integer."""
@@ -207,8 +207,10 @@ def grade_repetition(
     hashes = window_hashes(text, window)
     hashes.sort()  # np.unique is ten times slower here
     num_different = 1 + np.count_nonzero(hashes[1:] != hashes[:-1])
-    share = num_different / num_windows
-    return Grade(float(share), f"{1 - share:.1%} of its {window}-character windows came before")
+    fraction = num_different / num_windows
+    return Grade(
+        float(fraction), f"{1 - fraction:.1%} of its {window}-character windows came before"
+    )
 
 
 def window_hashes(text: str, window: int) -> np.ndarray:

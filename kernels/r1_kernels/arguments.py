@@ -22,13 +22,19 @@ _is_trusted = ContextVar("values are trusted", default=False)
 
 @contextmanager
 def trusted_values() -> Iterator[None]:
-    """Leave out the checks of targets and cu_seqlens inside the block, for callers that have made
-    them on the host. A target outside the vocabulary then gives a wrong number and no error."""
+    """Leave out the checks of targets, cu_seqlens and sampling masks inside the block, for callers
+    that have made them on the host. A target outside the vocabulary then gives a wrong number and
+    no error; one that its sampling mask does not have, NaN."""
     token = _is_trusted.set(True)
     try:
         yield
     finally:
         _is_trusted.reset(token)
+
+
+def has_trusted_values() -> bool:
+    """Return whether `trusted_values` leaves out the checks of values."""
+    return _is_trusted.get()
 
 
 def check_floats(**tensors: Tensor | None) -> None:

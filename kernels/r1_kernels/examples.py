@@ -14,6 +14,7 @@ from torch import Tensor
 
 from r1_kernels.policy_terms import PolicySettings, TokenTensors
 from r1_kernels.registry import Kernel
+from r1_kernels.sampling_mask import KeptRows
 from r1_kernels.vocabulary import RowUpstream, VocabShard
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -28,12 +29,13 @@ POLICIES = (
 
 class ExampleSizes(NamedTuple):
     """The sizes of the launches: tokens in packed sequences of equal length, ids of the vocabulary,
-    (rows, columns) of a weight."""
+    (rows, columns) of a weight, ids that a sampler keeps at each token."""
 
     num_tokens: int = 65_536
     vocab_size: int = 129_280
     weight: tuple[int, int] = (18_432, 7_168)
     num_sequences: int = 64
+    num_kept: int = 64
 
 
 class ExampleLaunch(NamedTuple):
@@ -83,6 +85,38 @@ def logits_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]
             yield ExampleLaunch(name, arguments, dtype.itemsize + out.itemsize, logits.numel())
 
 
+def kept_statistics(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
+    """Yield passes over the kept ids of a whole vocabulary."""
+    for name, dtype in (("bf16", BF16), ("fp32", FP32)):
+        logits, targets, shard, kept = _kept(sizes, dtype, device)
+        arguments = logits, targets, shard, 1.0, kept
+        least = 4 + dtype.itemsize
+        yield ExampleLaunch(f"kept_statistics {name}", arguments, least, len(kept.token_ids))
+
+
+def kept_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
+    """Yield gradients of the kept logits, with and without entropy."""
+    for name, dtype in (("bf16", BF16), ("fp32", FP32)):
+        for more in ("", ", entropy"):
+            logits, targets, shard, kept = _kept(sizes, dtype, device)
+            rows = torch.randn(5, sizes.num_tokens, device=device).unbind()
+            upstream = RowUpstream._make([*rows[:4], rows[4] if more else None])
+            arguments = logits, targets, shard, 1.0, upstream, kept
+            least = 8 + dtype.itemsize
+            yield ExampleLaunch(
+                f"kept_gradient {name}{more}", arguments, least, len(kept.token_ids)
+            )
+
+
+def kept_scatter(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
+    """Yield rows of 0 with the kept ids' values; the bytes are those of the values."""
+    for name, dtype in (("bf16", BF16), ("fp32", FP32)):
+        logits, _, shard, kept = _kept(sizes, dtype, device)
+        values = torch.randn(len(kept.token_ids), device=device)
+        arguments = values, shard, kept, logits
+        yield ExampleLaunch(f"kept_scatter {name}", arguments, 8 + dtype.itemsize, len(values))
+
+
 def policy_terms(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
     """Yield losses with the optional tensors and settings that `POLICIES` names."""
     tokens = sizes.num_tokens
@@ -123,6 +157,21 @@ def dequantize_blocks(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunc
         arguments = q, torch.rand(blocks, device=device), block, BF16
         least = 1 + 2 + 4 / (block[0] * 128)
         yield ExampleLaunch(f"dequantize {block[0]}x128 bf16", arguments, least, q.numel())
+
+
+def _kept(
+    sizes: ExampleSizes, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, VocabShard, KeptRows]:
+    """Return logits, targets among the kept ids, the whole vocabulary and the kept ids."""
+    tokens, vocab = sizes.num_tokens, sizes.vocab_size
+    count = min(sizes.num_kept, max(1, vocab // 4))
+    apart = vocab // count
+    first = torch.randint(apart, (tokens, 1), device=device)
+    ids = (first + apart * torch.arange(count, device=device)).flatten().int()
+    offsets = count * torch.arange(tokens + 1, device=device)
+    logits = torch.randn(tokens, vocab, dtype=dtype, device=device)
+    kept = KeptRows(ids, offsets[:-1], offsets[1:])
+    return logits, ids[kept.starts].long(), _shard(vocab, vocab, vocab), kept
 
 
 def _targets(sizes: ExampleSizes, device: str) -> Tensor:

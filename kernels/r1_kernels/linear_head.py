@@ -18,6 +18,7 @@ from torch import Tensor
 
 from r1_kernels.precision import accumulate, matmul_into, wide
 from r1_kernels.registry import Primitives
+from r1_kernels.sampling_mask import KeptRows
 from r1_kernels.vocabulary import PendingStatistics, RowSoftmax, RowUpstream, VocabShard
 
 Rows: TypeAlias = slice | Tensor
@@ -67,13 +68,20 @@ class LinearHead:
         """Compute the unscaled logits (rows, V_local) in `buffer`."""
         return matmul_into(buffer[: len(hidden)], hidden, self.weight.t())
 
-    def statistics(self, logits: Tensor, targets: Tensor) -> PendingStatistics:
+    def statistics(
+        self, logits: Tensor, targets: Tensor, kept: KeptRows | None
+    ) -> PendingStatistics:
         """Start the softmax of a chunk: this rank's statistics, and their all-gather."""
-        local = self.primitives.row_statistics(logits, targets, self.shard, self.scale)
+        local = shard_statistics(self.primitives, logits, targets, self.shard, self.scale, kept)
         return PendingStatistics(local, self.scale, self.shard.group)
 
     def gradient(
-        self, logits: Tensor, targets: Tensor, upstream: RowUpstream, out: Tensor
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        upstream: RowUpstream,
+        kept: KeptRows | None,
+        out: Tensor,
     ) -> Tensor:
         """Compute the gradient of the logits in out[:rows].
 
@@ -81,13 +89,14 @@ class LinearHead:
             logits: (rows, V_local), unscaled.
             targets: (rows,) ids of the whole vocabulary.
             upstream: parts of the softmax and the upstream gradients, each (rows,).
+            kept: the kept ids of these rows; None: all.
             out: at least `rows` rows of V_local columns; it may be the memory of `logits`.
 
         Returns:
             out[:rows]."""
-        out = out[: len(logits)]
-        return self.primitives.logits_gradient(
-            logits, targets, self.shard, self.scale, upstream, out
+        return shard_gradient(
+            *(self.primitives, logits, targets, self.shard, self.scale, upstream, kept),
+            out[: len(logits)],
         )
 
     def chunks(self, rows: Rows) -> Iterator[Rows]:
@@ -105,6 +114,58 @@ class LinearHead:
             yield chunk if isinstance(rows, slice) else rows[chunk]
 
 
+def shard_statistics(
+    primitives: Primitives,
+    logits: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    scale: float,
+    kept: KeptRows | None,
+) -> Tensor:
+    """Compute this shard's statistics of each row, over all its columns or over the kept ones.
+
+    Args:
+        primitives: the implementation.
+        logits: (rows, V_local), unscaled.
+        targets: (rows,) ids of the whole vocabulary.
+        shard: the part of the vocabulary that the columns are.
+        scale: 1 / temperature.
+        kept: the kept ids of these rows; None: all.
+
+    Returns:
+        (4, rows) `vocabulary.STATISTICS`."""
+    if kept is None:
+        return primitives.row_statistics(logits, targets, shard, scale)
+    return primitives.kept_statistics(logits, targets, shard, scale, kept)
+
+
+def shard_gradient(
+    primitives: Primitives,
+    logits: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    scale: float,
+    upstream: RowUpstream,
+    kept: KeptRows | None,
+    out: Tensor,
+) -> Tensor:
+    """Write the gradient of the logits to `out`, which may be `logits` itself, and return it.
+
+    Args:
+        primitives: this and the next four as in `shard_statistics`.
+        logits: (rows, V_local).
+        targets: (rows,).
+        shard: the columns.
+        scale: 1 / temperature.
+        upstream: parts of the softmax and the upstream gradients, each (rows,).
+        kept: the kept ids of these rows; None: all.
+        out: (rows, V_local)."""
+    if kept is None:
+        return primitives.logits_gradient(logits, targets, shard, scale, upstream, out)
+    values = primitives.kept_gradient(logits, targets, shard, scale, upstream, kept)
+    return primitives.kept_scatter(values, shard, kept, out)
+
+
 def num_rows(rows: Rows) -> int:
     """Return how many rows these are."""
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
@@ -118,20 +179,24 @@ def default_chunk_tokens(weight: Tensor) -> int:
     return max(16, CPU_CHUNK_ELEMENTS // columns)
 
 
-def head_softmax(head: LinearHead, hidden: Tensor, targets: Tensor) -> RowSoftmax:
+def head_softmax(
+    head: LinearHead, hidden: Tensor, targets: Tensor, kept: KeptRows | None
+) -> RowSoftmax:
     """Compute the softmax of every token, in one product.
 
     Args:
         head: the output layer.
         hidden: (T, H).
-        targets: (T,) ids."""
+        targets: (T,) ids.
+        kept: the ids that each token keeps; None: all."""
     out = RowSoftmax(
         *(hidden.new_empty(len(hidden), dtype=wide(hidden.dtype)) for _ in RowSoftmax._fields)
     )
     buffer = head.buffer(len(hidden), wide(hidden.dtype))
     pending: tuple[Rows, PendingStatistics] | None = None
     for rows in head.chunks(slice(0, len(hidden))):
-        statistics = head.statistics(head.logits(hidden[rows], buffer), targets[rows])
+        own = None if kept is None else kept.at(rows)
+        statistics = head.statistics(head.logits(hidden[rows], buffer), targets[rows], own)
         if pending:
             _store(out, *pending)
         pending = rows, statistics

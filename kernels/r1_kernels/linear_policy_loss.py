@@ -10,11 +10,11 @@ loss, l its tokens' log-probabilities and H their entropies:
     dZ_tj = c dL/dl_t ([j = y_t] - p_tj) - c dL/dH_t p_tj (log p_tj + H_t)
     dX = dZ W        dW = dZᵀ X, summed over chunks in fp32
 
-dL/dl_t: `policy_terms`; dL/dH_t = -entropy_coef · w_t. Saved for the backward pass: dX, in X's
-dtype, and dW, in fp32, which the backward pass multiplies and adds to `main_grad` unrounded where
-there is one; for X in fp16 both are scaled by a power of two until then
-(`gradient_scale`). Computing Z again there, as `linear_token_logprobs` must, needs only X and W,
-but a fourth product.
+With a sampling mask p, H and dZ are over the kept ids alone. dL/dl_t: `policy_terms`; dL/dH_t =
+-entropy_coef · w_t. Saved for the backward pass: dX, in X's dtype, and dW, in fp32, which the
+backward pass multiplies and adds to `main_grad` unrounded where there is one; for X in fp16 both
+are scaled by a power of two until then (`gradient_scale`). Computing Z again there, as
+`linear_token_logprobs` must, needs only X and W, but a fourth product.
 
 The order on the device, for chunk i: logits(i), statistics(i), start of all-gather(i); the two
 gradient products of chunk i - 1, which hide the all-gather; loss and d_logits(i). So one buffer
@@ -38,6 +38,7 @@ from r1_kernels.linear_head import HeadGradients, LinearHead, Rows, num_rows
 from r1_kernels.policy_loss import Averaging, Sequences, prepare_tokens, tokens_loss
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
 from r1_kernels.precision import wide, without_autocast
+from r1_kernels.sampling_mask import KeptRows, SamplingMask, kept_rows
 from r1_kernels.token_logprobs import LinearTokenLogprobs, make_head
 from r1_kernels.vocabulary import RowSoftmax, RowUpstream
 
@@ -78,6 +79,7 @@ def linear_policy_loss(
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
     vocab_size: int | None = None,
+    sampling_mask: SamplingMask | None = None,
     chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
     main_grad: Tensor | None = None,
@@ -118,6 +120,9 @@ def linear_policy_loss(
         temperature: the logits are divided by it.
         group: the ranks that share the vocabulary; None: this rank has all of it.
         vocab_size: ids from here on are padding; None: there is none.
+        sampling_mask: the ids that the sampler kept at each of the T tokens, read where `mask` is
+            not 0; every log-probability given here must be of the same cut. None: the whole
+            vocabulary.
         chunk_tokens: tokens whose logits exist at once; None: chosen by device and vocabulary.
         reduce_hidden_grad: see `linear_token_logprobs`.
         main_grad: likewise.
@@ -163,7 +168,9 @@ def linear_policy_loss(
         advantages=advantages,
         weights=mask,
     )
-    run = _checked_run(head, hidden, targets, given, rows, settings, averaging, entropy_coef)
+    run = _checked_run(
+        *(head, hidden, targets, sampling_mask, given, rows, settings, averaging, entropy_coef)
+    )
     with_ratios = _with_sequence_ratios if ratio_level == "sequence" else _with_token_ratios
     return with_ratios(hidden, weight, run, reduce_hidden_grad)
 
@@ -173,6 +180,8 @@ class _Run(NamedTuple):
 
     head: LinearHead
     targets: Tensor
+    kept: KeptRows | None
+    """The ids that each of the T tokens keeps, or None for all."""
     tokens: TokenTensors
     rows: Rows
     """The tokens whose mask is not 0: slice(0, T) if these are all, else their indices."""
@@ -182,6 +191,10 @@ class _Run(NamedTuple):
     entropy_coef: float
     gradient_scale: Tensor | None
     """A scalar by which gradients are multiplied until the backward pass, or None."""
+
+    def kept_at(self, rows: Rows) -> KeptRows | None:
+        """Return the kept ids of one chunk, or None for all."""
+        return None if self.kept is None else self.kept.at(rows)
 
     def terms(self, rows: Rows, softmax: RowSoftmax) -> PolicyTerms:
         """Compute the loss of one chunk and its derivatives by the log-probabilities."""
@@ -208,13 +221,14 @@ class _Run(NamedTuple):
             if grad_entropy is not None:
                 grad_entropy = grad_entropy * self.gradient_scale
         upstream = RowUpstream(*softmax[1:], grad_logprobs, grad_entropy)
-        return self.head.gradient(logits, self.targets[rows], upstream, out)
+        return self.head.gradient(logits, self.targets[rows], upstream, self.kept_at(rows), out)
 
 
 def _checked_run(
     head: LinearHead,
     hidden: Tensor,
     targets: Tensor,
+    sampling_mask: SamplingMask | None,
     given: TokenTensors,
     rows: Tensor | None,
     settings: PolicySettings,
@@ -234,10 +248,12 @@ def _checked_run(
     )
     rows = tokens.weights.nonzero()[:, 0] if rows is None else rows
     all_count = len(rows) == len(hidden)
-    check_targets(targets, len(hidden), head.shard.vocab_size, None if all_count else rows)
+    counting = None if all_count else rows
+    check_targets(targets, len(hidden), head.shard.vocab_size, counting)
     return _Run(
         head,
         targets,
+        kept_rows(sampling_mask, targets, head.shard.vocab_size, counting),
         tokens,
         # A slice gives views of the tensors, where indices would copy them.
         slice(0, len(hidden)) if all_count else rows,
@@ -286,7 +302,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         for rows in head.chunks(run.rows):
             states = hidden[rows]
             logits = head.logits(states, buffer)
-            statistics = head.statistics(logits, run.targets[rows])
+            statistics = head.statistics(logits, run.targets[rows], run.kept_at(rows))
             if waiting:
                 gradients.add(*waiting)  # hides the all-gather of the statistics
             softmax = statistics.wait()
@@ -330,7 +346,7 @@ def _with_sequence_ratios(
     """Compute the loss whose ratios need all log-probabilities first: two passes over the head."""
     rows, tokens, head = run.rows, run.tokens, run.head
     logprobs, entropy = LinearTokenLogprobs.apply(
-        hidden[rows], weight, run.targets[rows], head, reduce_hidden_grad
+        hidden[rows], weight, run.targets[rows], head, run.kept_at(rows), reduce_hidden_grad
     )
     if not isinstance(rows, slice):
         # Tokens that do not count keep 0, and their hidden states a gradient of 0.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
+from r1_kernels.sampling_mask import KeptRows
 from r1_kernels.vocabulary import RowUpstream, VocabShard
 
 Block = tuple[int, int]
@@ -47,6 +48,24 @@ KERNELS = (
         measured_in="token_logprobs",
     ),
     Kernel(
+        name="kept_statistics",
+        stem="kept",
+        computes="`row_statistics` of the tokens that a sampler kept",
+        num_bytes="4 + b per kept id, 24 per row → 16 per row",
+    ),
+    Kernel(
+        name="kept_gradient",
+        stem="kept",
+        computes="the gradient of the kept tokens' logits",
+        num_bytes="4 + b per kept id, 36 per row (44 with an entropy gradient) → 4 per kept id",
+    ),
+    Kernel(
+        name="kept_scatter",
+        stem="kept",
+        computes="that gradient in rows that are 0 elsewhere",
+        num_bytes="8 per kept id, 16 per row → 2 or 4 per logit",
+    ),
+    Kernel(
         name="policy_terms",
         stem="policy",
         computes="loss, its derivatives, ratio, clip, KL, importance weight",
@@ -81,6 +100,9 @@ class Primitives(NamedTuple):
 
     row_statistics: Callable[[Tensor, Tensor, VocabShard, float], Tensor]
     logits_gradient: Callable[[Tensor, Tensor, VocabShard, float, RowUpstream, Tensor], Tensor]
+    kept_statistics: Callable[[Tensor, Tensor, VocabShard, float, KeptRows], Tensor]
+    kept_gradient: Callable[[Tensor, Tensor, VocabShard, float, RowUpstream, KeptRows], Tensor]
+    kept_scatter: Callable[[Tensor, VocabShard, KeptRows, Tensor], Tensor]
     policy_terms: Callable[[TokenTensors, PolicySettings], PolicyTerms]
     segment_sums: Callable[[Tensor, Tensor], Tensor]
     quantize_blocks: Callable[[Tensor, Block], tuple[Tensor, Tensor]]

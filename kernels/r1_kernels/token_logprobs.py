@@ -9,6 +9,8 @@ softmax(c z), y the target and H the entropy:
 
     d logprob / d z_j = c ([j = y] - p_j)            d H / d z_j = -c p_j (log p_j + H)
 
+With a sampling mask all of this is over the kept ids j, and the other logits get 0.
+
 From hidden states, without a gradient: one matrix product, whose result exists for one chunk at a
 time. With a gradient, the backward pass computes each chunk's logits again (four products in all),
 because the upstream gradient is not known before; where it is known, `linear_policy_loss` needs
@@ -27,9 +29,17 @@ from r1_kernels.arguments import (
     check_targets,
     check_temperature,
 )
-from r1_kernels.linear_head import HeadGradients, LinearHead, default_chunk_tokens, head_softmax
+from r1_kernels.linear_head import (
+    HeadGradients,
+    LinearHead,
+    default_chunk_tokens,
+    head_softmax,
+    shard_gradient,
+    shard_statistics,
+)
 from r1_kernels.precision import wide, without_autocast
 from r1_kernels.registry import choose
+from r1_kernels.sampling_mask import SamplingMask, kept_rows
 from r1_kernels.vocabulary import PendingStatistics, RowUpstream, VocabShard
 
 
@@ -40,6 +50,7 @@ def token_logprobs(
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
     vocab_size: int | None = None,
+    sampling_mask: SamplingMask | None = None,
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -52,6 +63,8 @@ def token_logprobs(
         temperature: the logits are divided by it; positive.
         group: the ranks that share the vocabulary; None: this rank has all of it.
         vocab_size: ids from here on are padding; None: there is none.
+        sampling_mask: the ids that the sampler kept at each of the T tokens; the softmax is over
+            these. None: over the whole vocabulary.
         inplace_backward: whether the backward pass writes the gradient over `logits`, which no
             other operation may need; it can then run once.
         backend: "triton" or "torch"; None: Triton for CUDA tensors (not fp64), PyTorch elsewhere.
@@ -61,7 +74,8 @@ def token_logprobs(
         group.
 
     Raises:
-        ValueError: shapes, dtypes, devices, targets and a temperature that do not fit."""
+        ValueError: shapes, dtypes, devices, targets, a sampling mask and a temperature that do not
+            fit."""
     check_same_device(logits=logits, targets=targets)
     check_floats(logits=logits)
     if logits.dim() != 2:
@@ -70,6 +84,7 @@ def token_logprobs(
     check_count(vocab_size=vocab_size)
     shard = VocabShard.of(logits, logits.shape[1], group, vocab_size)
     check_targets(targets, len(logits), shard.vocab_size)
+    kept = kept_rows(sampling_mask, targets, shard.vocab_size)
     owner = logits if logits._base is None else logits._base
     if inplace_backward and owner.is_leaf and owner.requires_grad:
         raise ValueError(
@@ -77,7 +92,7 @@ def token_logprobs(
             "values"
         )
     return _TokenLogprobs.apply(
-        logits, targets, shard, 1.0 / temperature, inplace_backward, choose(logits, backend)
+        logits, targets, shard, 1.0 / temperature, kept, inplace_backward, choose(logits, backend)
     )
 
 
@@ -88,21 +103,21 @@ class _TokenLogprobs(torch.autograd.Function):
     log of the sum."""
 
     @staticmethod
-    def forward(ctx, logits, targets, shard, scale, inplace, primitives):
+    def forward(ctx, logits, targets, shard, scale, kept, inplace, primitives):
         ctx.set_materialize_grads(False)
-        local = primitives.row_statistics(_logits_rows(logits), targets, shard, scale)
+        local = shard_statistics(primitives, _logits_rows(logits), targets, shard, scale, kept)
         softmax = PendingStatistics(local, scale, shard.group).wait()
         # The version counter would refuse a backward pass that writes over its own input.
         ctx.logits = logits if inplace else None
         ctx.save_for_backward(None if inplace else logits, targets, *softmax[1:])
-        ctx.settings = shard, scale, inplace, primitives
+        ctx.settings = shard, scale, kept, inplace, primitives
         return softmax.logprobs, softmax.entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         logits, targets, entropy, peak, log_total = ctx.saved_tensors
-        shard, scale, inplace, primitives = ctx.settings
+        shard, scale, kept, inplace, primitives = ctx.settings
         if inplace:
             logits, ctx.logits = ctx.logits, None
             if logits is None:
@@ -112,8 +127,8 @@ class _TokenLogprobs(torch.autograd.Function):
         rows = _logits_rows(logits)
         out = rows if inplace else torch.empty_like(rows)
         upstream = RowUpstream(entropy, peak, log_total, grad_logprobs, grad_entropy)
-        primitives.logits_gradient(rows, targets, shard, scale, upstream, out)
-        return out, None, None, None, None, None
+        shard_gradient(primitives, rows, targets, shard, scale, upstream, kept, out)
+        return out, *(None,) * 6
 
 
 def _logits_rows(logits: Tensor) -> Tensor:
@@ -131,6 +146,7 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
     vocab_size: int | None = None,
+    sampling_mask: SamplingMask | None = None,
     chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
     main_grad: Tensor | None = None,
@@ -149,6 +165,8 @@ def linear_token_logprobs(
         temperature: the logits are divided by it; positive.
         group: the ranks that share the vocabulary; None: this rank has all of it.
         vocab_size: ids from here on are padding; None: there is none.
+        sampling_mask: the ids that the sampler kept at each of the T tokens; the softmax is over
+            these. None: over the whole vocabulary.
         chunk_tokens: tokens whose logits exist at once; None: chosen by device and vocabulary.
         reduce_hidden_grad: whether the gradient of `hidden` is summed over the group; False leaves
             this rank's part, for callers that sum it themselves, as Megatron's tensor-parallel
@@ -162,13 +180,15 @@ def linear_token_logprobs(
         logprobs and entropy, (T,) each, fp32 (fp64 for fp64), the same bits on every rank.
 
     Raises:
-        ValueError: shapes, dtypes, devices, targets and a temperature that do not fit."""
+        ValueError: shapes, dtypes, devices, targets, a sampling mask and a temperature that do not
+            fit."""
     check_same_device(hidden=hidden, weight=weight, targets=targets)
     head = make_head(
         hidden, weight, temperature, group, vocab_size, chunk_tokens, backend, main_grad
     )
     check_targets(targets, len(hidden), head.shard.vocab_size)
-    return LinearTokenLogprobs.apply(hidden, weight, targets, head, reduce_hidden_grad)
+    kept = kept_rows(sampling_mask, targets, head.shard.vocab_size)
+    return LinearTokenLogprobs.apply(hidden, weight, targets, head, kept, reduce_hidden_grad)
 
 
 def make_head(
@@ -217,7 +237,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
     log of the sum."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, head, reduce_hidden_grad):
+    def forward(ctx, hidden, weight, targets, head, kept, reduce_hidden_grad):
         """Compute log-probabilities and entropy; keep the softmax of each row.
 
         Args:
@@ -226,15 +246,16 @@ class LinearTokenLogprobs(torch.autograd.Function):
             weight: (V_local, H), which gets the gradient.
             targets: (T,) integers, ids of the whole vocabulary.
             head: the checked `LinearHead`.
+            kept: the tokens that each row's softmax is over; None: all.
             reduce_hidden_grad: whether the gradient of hidden is summed over the group.
 
         Returns:
             Log-probabilities and entropy, each (T,) fp32."""
         ctx.set_materialize_grads(False)
-        softmax = head_softmax(head, hidden, targets)
+        softmax = head_softmax(head, hidden, targets, kept)
         # The weight is saved for its version counter: an update in between is an error.
         ctx.save_for_backward(hidden, weight, targets, *softmax[1:])
-        ctx.settings = head, reduce_hidden_grad
+        ctx.settings = head, kept, reduce_hidden_grad
         return softmax.logprobs, softmax.entropy
 
     @staticmethod
@@ -243,7 +264,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropy):
         """Return the gradients of `hidden` and `weight`, computed chunk by chunk."""
         hidden, _, targets, *softmax = ctx.saved_tensors
-        head, reduce_hidden_grad = ctx.settings
+        head, kept, reduce_hidden_grad = ctx.settings
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(softmax[0])
         gradients = HeadGradients(
@@ -258,10 +279,11 @@ class LinearTokenLogprobs(torch.autograd.Function):
             parts = (*softmax, grad_logprobs, grad_entropy)
             upstream = RowUpstream._make(None if part is None else part[rows] for part in parts)
             logits = head.logits(states, buffer)
-            d_logits = head.gradient(logits, targets[rows], upstream, d_buffer)
+            own = None if kept is None else kept.at(rows)
+            d_logits = head.gradient(logits, targets[rows], upstream, own, d_buffer)
             gradients.add(rows, states, d_logits)
         grad_hidden, grad_weight = gradients.finish()
         if grad_weight is not None:
             into_main = head.main_grad is not None
             grad_weight = head.no_gradient() if into_main else grad_weight.to(hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None

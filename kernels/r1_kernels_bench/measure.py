@@ -27,7 +27,7 @@ class CallCost(NamedTuple):
     extra_bytes: int | None
 
 
-class CpuMeter:
+class CPUMeter:
     def __init__(self) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
 
@@ -54,7 +54,7 @@ class CpuMeter:
         return _status("VmRSS")
 
 
-class CudaMeter:
+class CUDAMeter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)

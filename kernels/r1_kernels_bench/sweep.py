@@ -25,7 +25,7 @@ import torch
 from r1_kernels.examples import ExampleLaunch, ExampleSizes, launches
 from r1_kernels.registry import KERNELS, primitives
 
-from r1_kernels_bench.measure import CudaMeter
+from r1_kernels_bench.measure import CUDAMeter
 
 SUMMARY = "median of rounds that take every candidate in turn"
 Values = Mapping[str, int]
@@ -109,6 +109,21 @@ PLAN = (
         ("logits_gradient bf16 to bf16", "logits_gradient fp32 to fp32"),
     ),
     Choices(
+        "kept_statistics",
+        {"LOADS": (2, 4, 8)},
+        ("kept_statistics bf16", "kept_statistics fp32"),
+    ),
+    Choices(
+        "kept_gradient",
+        {"GRADIENT_IDS": (32, 64, 128)},
+        ("kept_gradient bf16", "kept_gradient fp32"),
+    ),
+    Choices(
+        "kept_scatter",
+        {"SCATTER_BLOCK": (2048, 4096, 8192), "SCATTER_IDS": (64, 128), "SCATTER_WARPS": (2, 4, 8)},
+        ("kept_scatter bf16", "kept_scatter fp32"),
+    ),
+    Choices(
         "policy_terms",
         {"BLOCK": (256, 512, 1024), "NUM_WARPS": (2, 4, 8)},
         ("policy_terms reference", "policy_terms reference, rollout"),
@@ -165,7 +180,7 @@ def run(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     Args:
         chosen: the options of `python tools/bench kernels`, which `refusal` has accepted."""
     deadline = time.time() + 60 * chosen.minutes
-    meter = CudaMeter(torch.device("cuda"))
+    meter = CUDAMeter(torch.device("cuda"))
     plain = ExampleSizes()
     sizes = plain._replace(
         num_tokens=chosen.tokens or plain.num_tokens, vocab_size=chosen.vocab or plain.vocab_size
@@ -190,7 +205,7 @@ def measured(
     Args:
         choices: the part of the plan.
         sizes: tokens and vocabulary, to which `choices.more_columns` are added.
-        meter: a `CudaMeter`, which returns a call's seconds.
+        meter: a `CUDAMeter`, which returns a call's seconds.
         repeats: timed rounds, after one of warm-up.
         device: where the launches' tensors are."""
     sizes = sizes._replace(vocab_size=sizes.vocab_size + choices.more_columns)

@@ -48,14 +48,14 @@ def lines(case: dict[str, Any]) -> list[str]:
 
 
 def _cells(row: dict[str, Any], errors: list[str]) -> list[str]:
-    share = row["share_of_bound"]
+    fraction = row["share_of_bound"]
     return [
         row["name"],
         duration(row["median_seconds"]),
         _times(row["time_ratio"]),
         "-" if row["extra_bytes"] is None else quantity(row["extra_bytes"], "B"),
         _times(row["memory_ratio"]),
-        "-" if share is None else f"{share:.0%}" if share >= 0.1 else f"{share:.1%}",
+        "-" if fraction is None else f"{fraction:.0%}" if fraction >= 0.1 else f"{fraction:.1%}",
         *(f"{row['errors'][name]:.1e}" if name in row["errors"] else "-" for name in errors),
         row["computes"],
     ]

@@ -22,10 +22,10 @@ import torch
 from r1_kernels_bench.cases import BY_NAME, KernelCase
 from r1_kernels_bench.implementations import TOO_LATE, Implementation, why
 from r1_kernels_bench.inputs import ProblemSizes
-from r1_kernels_bench.measure import CpuMeter, CudaMeter
+from r1_kernels_bench.measure import CPUMeter, CUDAMeter
 
 ENOUGH_SECONDS = {"cpu": 2.0, "cuda": 5.0}  # of timed calls of one row; each gets at least one
-WARM_SHARE = 0.75  # of a case's time, after which no further implementation is started
+WARM_FRACTION = 0.75  # of a case's time, after which no further implementation is started
 
 
 class Broken(Exception):
@@ -55,7 +55,7 @@ class Calls:
 
     Args:
         inputs: the case's `Inputs`, with the exact results.
-        measure: a `CpuMeter` or `CudaMeter`, which returns a call's seconds and its extra bytes.
+        measure: a `CPUMeter` or `CUDAMeter`, which returns a call's seconds and its extra bytes.
         report: writes its arguments as a line for the supervisor."""
 
     def __init__(self, inputs: Any, measure: Any, report: Callable[..., None]) -> None:
@@ -124,12 +124,12 @@ def run_case(
     report(doing="inputs")
     inputs = make_inputs(case.inputs, ProblemSizes(**task["sizes"]), device)
     bound = inputs.bound(case.gradients, case.masked)
-    measure = CudaMeter(device) if device.type == "cuda" else CpuMeter()
+    measure = CUDAMeter(device) if device.type == "cuda" else CPUMeter()
     calls = Calls(inputs, measure, report)
     rows = [new_row(each, device, skip.get(each.name, "")) for each in case.implementations]
     pairs = list(zip(case.implementations, rows, strict=True))
     for each, row in pairs:
-        if not row["not_run"] and time.time() > started + WARM_SHARE * (until - started):
+        if not row["not_run"] and time.time() > started + WARM_FRACTION * (until - started):
             row["not_run"] = TOO_LATE
         if not row["not_run"]:
             calls.warm_up(each, row)
@@ -161,8 +161,8 @@ def main() -> None:
         if now > task["deadline"]:
             report(result={"failed": TOO_LATE})
             continue
-        share = case.weight / sum(each.weight for each in cases[index:])
-        until = now + share * (task["deadline"] - now)
+        fraction = case.weight / sum(each.weight for each in cases[index:])
+        until = now + fraction * (task["deadline"] - now)
         try:
             result = run_case(case, task, until, task["skip"].get(case.name, {}), report)
         except Broken as broken:

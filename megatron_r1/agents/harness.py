@@ -39,7 +39,7 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.engines.server.episodes import SCORED, Episode, Generate, Played
+from megatron_r1.engines.server.episodes import REWARDED, Episode, Generate, Played
 
 Run = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
 """Runs an agent: (base_url, api_key, row) → its reward, None where the row's own reward grades the
@@ -288,7 +288,7 @@ class HarnessPlayer:
             await _end(agent)
         if session.failures:
             session.end("engine_error", "")
-        if not session.num_turns and session.status in (None, *SCORED):
+        if not session.num_turns and session.status in (None, *REWARDED):
             # The policy has done nothing that could be rewarded.
             cause = f": {session.reason}" if session.reason else ""
             session.status = "harness_error"
@@ -312,7 +312,7 @@ class HarnessPlayer:
         self, session: GatewaySession, reward: float | None, is_finished: bool, seconds: float
     ) -> Played:
         status: Any = session.status or ("max_tokens" if session.is_cut else "done")
-        if status not in SCORED:
+        if status not in REWARDED:
             reward = None
         elif reward is None and not is_finished:
             reward = 0.0  # the policy's own doing: there is no answer to grade

@@ -23,7 +23,7 @@ from megatron_r1.config import AgentsConfig
 from megatron_r1.data.chats import without_nulls
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.engines.server.episodes import SCORED, Episode, Generate, Played, Status
+from megatron_r1.engines.server.episodes import REWARDED, Episode, Generate, Played, Status
 from megatron_r1.engines.server.responses import EngineError
 
 
@@ -75,7 +75,7 @@ class EpisodePlayer:
             status, reason = "protocol_error", str(error)
         except Exception as error:  # noqa: BLE001 - one episode must not end the run
             status, reason = "protocol_error", f"{type(error).__name__}: {error}"
-        if status not in SCORED:
+        if status not in REWARDED:
             reward = None
         elif running.is_lost:
             reward = 0.0

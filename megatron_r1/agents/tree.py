@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_r1.engines.server.episodes import Branch, Turn
 from megatron_r1.engines.server.responses import Response
+from megatron_r1.models import sampling_mask
 
 Message = Mapping[str, Any]
 """A chat message in OpenAI's form."""
@@ -31,7 +32,8 @@ class TreeNode:
         logprobs: nats of each sampled token; None if the tokens were given.
         policy_versions: the version of the weights that sampled each token; None likewise.
         routing: the experts that processed the tokens after the previous sampled node, without the
-            last token; empty unless the engine returned them."""
+            last token; empty unless the engine returned them.
+        sampling_mask: the tokens that the sampler kept at each sampled one, likewise."""
 
     parent: int | None
     token_ids: array[int]
@@ -40,6 +42,7 @@ class TreeNode:
     logprobs: array[float] | None = None
     policy_versions: array[int] | None = None
     routing: bytes | memoryview = b""
+    sampling_mask: bytes = b""
 
     @property
     def is_sampled(self) -> bool:
@@ -98,6 +101,7 @@ class TokenTree:
                 logprobs=response.logprobs,
                 policy_versions=response.policy_versions,
                 routing=self._new_rows(parent, response),
+                sampling_mask=response.sampling_mask,
             )
         )
 
@@ -182,6 +186,10 @@ class TokenTree:
             logprobs=logprobs,
             policy_versions=versions,
             routing=b"".join(bytes(node.routing) for node in nodes),
+            sampling_mask=sampling_mask.joined(
+                (b"" if number in trained else node.sampling_mask, len(node.token_ids))
+                for number, node in zip(numbers, nodes, strict=True)
+            ),
         )
 
 

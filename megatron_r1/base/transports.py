@@ -70,8 +70,8 @@ TRANSPORTS = {
         link="gloo connection",
     ),
     "nccl": Transport(
-        "nccl.NcclReceiver",
-        "nccl.NcclSender",
+        "nccl.NCCLReceiver",
+        "nccl.NCCLSender",
         memory="GPU",
         rate="network",
         link="network adapter",

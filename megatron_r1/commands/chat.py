@@ -91,9 +91,7 @@ def _settings(config: Config, model: Path) -> Config:
 async def _answer(config: Config, model: Path, questions: list[str] | None) -> None:
     """Answer the questions on one engine; questions None: those typed at the terminal."""
     rollout = config.rollout
-    decoding = SamplingSettings.of(
-        rollout, rollout.temperature, rollout.top_p, rollout.max_response_tokens
-    )
+    decoding = SamplingSettings.of_rollout(rollout)
     with temporary_logs() as scratch:
         policy = EnginePolicy(config, model, decoding, scratch, None)
         try:

@@ -17,7 +17,7 @@ from megatron_r1.commands import torchrun
 from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
 from megatron_r1.commands.rollout_run import open_player
 from megatron_r1.config import Config
-from megatron_r1.config.training import warmup_note
+from megatron_r1.config.optimizer import warmup_note
 from megatron_r1.controller.advice import advice
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.rollouts.collector import RolloutCollector
@@ -105,6 +105,8 @@ async def _sample(
         rollout.max_response_tokens,
         reward_weights=weights,
         stop=tuple(rollout.stop),
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
     )
     try:
         with naming_renamed_columns(config.data.columns):
@@ -248,7 +250,7 @@ def _memory(config: Config) -> str:
             f"fullest GPU, and {pushed / 2**30:,.2f} GiB for those of the next push, {place} "
             f"(push.transport: {config.push.transport})"
         )
-    memory = cpu_memory(config, torchrun.num_ranks(config), has_engines=True)
+    memory = cpu_memory(config, torchrun.world_size(config), has_engines=True)
     described = memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))
     mib = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**20
     return f"{size}{described}; a push brings {mib:,.2f} MiB to an engine's fullest rank"

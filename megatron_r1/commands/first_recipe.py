@@ -19,7 +19,7 @@ DTYPE = "bfloat16"
 """Of model and engines on GPUs: the default."""
 OVERHEAD = 0.1
 """The share of a GPU's memory that the contexts of two processes and NCCL take."""
-GPU_SHARE = 0.6
+GPU_FRACTION = 0.6
 """The share of a GPU's memory that weights, gradients and moments may take."""
 LEARNING_RATES = ((20e6, 3e-5), (200e6, 2e-5), (float("inf"), 3e-6))
 """(less than so many parameters, rate); the last is DeepSeek-R1-Zero's."""
@@ -90,7 +90,7 @@ def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]
         Guess("rollout.colocated", True, "trainer and engines take turns on the same GPUs"),
         Guess(
             "rollout.gpu_memory",
-            _engine_share(parameters, tensor, machine),
+            _engine_fraction(parameters, tensor, machine),
             "what weights and moments of the trainer leave of a GPU; megatron-r1 plan computes it",
         ),
         Guess("rollout.engines", machine.gpus // tensor, "as many as the GPUs have room for"),
@@ -106,7 +106,7 @@ def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]
     return guesses
 
 
-def _engine_share(parameters: int, tensor: int, machine: Machine) -> float:
+def _engine_fraction(parameters: int, tensor: int, machine: Machine) -> float:
     """Return the share of a GPU that an engine may take next to a trainer rank, whose gradients are
     freed meanwhile, and to the receive buffer of pushes, which is no part of vLLM's share."""
     each = parameter_bytes(DTYPE)
@@ -123,7 +123,7 @@ def tensor_ranks(hf: dict[str, Any], parameters: int, machine: Machine) -> int:
     each = parameter_bytes(DTYPE)
     for size in sizes:
         taken = parameters * ((each.value + each.gradient) / size + each.optimizer / machine.gpus)
-        if taken <= GPU_SHARE * machine.memory:
+        if taken <= GPU_FRACTION * machine.memory:
             return size
     return sizes[-1]
 

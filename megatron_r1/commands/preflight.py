@@ -37,10 +37,10 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     own, others = take_section(overrides, PreflightSettings)
     config = configuration.load(path, others, required=REQUIRED)
     files.allow_readers(config.run.readable_by)
-    ranks = torchrun.num_ranks(config)
+    world_size = torchrun.world_size(config)
     if not torchrun.is_rank():
-        config.parallel.check_sizes(ranks)
-        if status := start_ranks(sys.argv[1:], ranks):
+        config.parallel.check_sizes(world_size)
+        if status := start_ranks(sys.argv[1:], world_size):
             sys.exit(status)  # the ranks have said why
         return
     with without_garbage_collection():  # they import torch
@@ -52,10 +52,10 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         report.write_report(Path(path).stem, own.preflight, facts, found)
 
 
-def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
-    """Run the command with these arguments as `num_ranks` ranks on this machine; return its exit
+def start_ranks(arguments: Sequence[str], world_size: int) -> int:
+    """Run the command with these arguments as `world_size` ranks on this machine; return its exit
     status."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     command = [sys.executable, "-m", *launcher, "-m", "megatron_r1", *arguments]
     environment = os.environ | {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
     # No new session: Ctrl-C reaches torchrun, which ends its ranks.

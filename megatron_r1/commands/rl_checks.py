@@ -48,7 +48,7 @@ from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.from_recipe import check_pushes
 from megatron_r1.reporting.wording import counted, percent, printable, shorten_middle
 
-VLLM_SHARE = 0.92
+VLLM_FRACTION = 0.92
 """vLLM's default of --gpu-memory-utilization (config/cache.py)."""
 
 
@@ -78,7 +78,9 @@ def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
     Raises:
         UserError: the engines' share is not set."""
     rollout, teacher = config.rollout, config.teacher
-    taken = f"gpu_memory is not set, and vLLM takes {VLLM_SHARE} of GPUs that trainer ranks are on"
+    taken = (
+        f"gpu_memory is not set, and vLLM takes {VLLM_FRACTION} of GPUs that trainer ranks are on"
+    )
     if engines_share_gpus(config) and rollout.gpu_memory is None:
         raise UserError(
             f"rollout.{taken}: set {_placement(config, hf)}; megatron-r1 plan prints the largest "
@@ -316,7 +318,7 @@ def check_settings(config: Config) -> None:
     check_cpu_kernels(config.rollout, hf)
     check_arguments(config.rollout, "rollout")
     check_room(config.rollout)
-    check_pushes(config, hf, torchrun.num_ranks(config))
+    check_pushes(config, hf, torchrun.world_size(config))
     if config.push.adapter_only and config.rollout.dtype == "float32" and gpu.is_usable():
         raise UserError(
             "push.adapter_only with rollout.dtype: float32: vLLM's LoRA kernels on GPUs compute in "
@@ -340,19 +342,39 @@ def check_settings(config: Config) -> None:
 
 
 def check_sampling(config: Config) -> None:
-    """Raise UserError for samples of a part of the vocabulary: the engine's log-probabilities are
-    normalized over the tokens that the cut leaves, the trainer's over all."""
-    for step, phase in config.phases():
-        if phase.rollout.top_p < 1:
-            when = f"rl.schedule, from_step {step}: " if step > 1 else ""
+    """Raise UserError for samples of a part of the vocabulary that the trainer cannot follow: its
+    softmax is over the tokens that the engine kept, whose ids come with each sampled one."""
+    first, *_ = phases = config.phases()
+    for step, phase in phases:
+        rollout, when = phase.rollout, f"rl.schedule, from_step {step}: " if step > 1 else ""
+        cut = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
+        key, shown = f"rollout.{cut}", f"{when}rollout.{cut}: {getattr(rollout, cut)}"
+        if rollout.is_cut != first[1].rollout.is_cut:
             raise UserError(
-                f"{when}rollout.top_p: {phase.rollout.top_p:g} draws from a part of the "
-                "vocabulary, and the trainer's log-probabilities are over all of it: each ratio "
-                "would be wrong by the share that is cut off, up to "
-                f"{-math.log(phase.rollout.top_p):.2g} in logprob_diff/mean. Set 1; "
-                "rollout.temperature below 1 sharpens samples, and the trainer divides by it too. "
+                f"{shown}: a batch may hold samples of both settings, and the trainer needs the "
+                "kept tokens of all of them or of none: cut from the first step on, with "
+                "rollout.top_k: the size of the vocabulary where nothing is to be left out",
+                key=key,
+                cause=Cause.CONFLICT,
+            )
+        if not rollout.is_cut:
+            continue
+        if rollout.top_k is None:
+            off = f" (by up to {-math.log(rollout.top_p):.2g} in logprob_diff/mean)"
+            raise UserError(
+                f"{shown} draws from a part of the vocabulary. Log-probabilities over all of it "
+                f"are not those of the samples{off if rollout.top_p < 1 else ''}, so the trainer "
+                "needs the tokens that the engine kept: set rollout.top_k, which bounds their "
+                "number (4 bytes each); rollout.temperature below 1 sharpens samples without them. "
                 "Evaluations have eval.top_p",
-                key="rollout.top_p",
+                key=key,
+                cause=Cause.MISSING,
+            )
+        if rollout.min_p and rollout.speculative.method != "none":
+            raise UserError(
+                f"{shown}: vLLM verifies drafts without min_p; use rollout.top_p, or leave out "
+                "rollout.speculative",
+                key="rollout.min_p",
                 cause=Cause.CONFLICT,
             )
 

@@ -37,7 +37,7 @@ from megatron_r1.sample.judge import ResponseJudge, make_judge
 from megatron_r1.sample.judged_rows import PreferencePairs, SafetyLabels
 from megatron_r1.sample.outputs import FILES, Decide, decide_all, write_outputs
 from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
-from megatron_r1.sample.sft_examples import Rendering, SftExamples, cached_rewriter
+from megatron_r1.sample.sft_examples import Rendering, SFTExamples, cached_rewriter
 
 REQUIRED = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"
@@ -171,9 +171,7 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
                 pool, weights_at(rewards.weights, step=1), rewards.call_options
             )
         rollout, server = config.rollout, config.sample.server
-        decoding = SamplingSettings.of(
-            rollout, rollout.temperature, rollout.top_p, rollout.max_response_tokens
-        )
+        decoding = SamplingSettings.of_rollout(rollout)
         key = "sample.server"
         policy = await make_policy(config, folder.path, server, key, decoding, inputs.shots)
         stack.push_async_callback(policy.close)
@@ -203,6 +201,8 @@ def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -
         "run.seed": config.run.seed,
         "rollout.temperature": rollout.temperature,
         "rollout.top_p": rollout.top_p,
+        **({"rollout.top_k": rollout.top_k} if rollout.top_k else {}),
+        **({"rollout.min_p": rollout.min_p} if rollout.min_p else {}),
         "rollout.max_response_tokens": rollout.max_response_tokens,
         "sample.shots": shots.identity if shots else None,
         **policy.identity,
@@ -246,7 +246,7 @@ async def _decide(
     else:
         cache = ResultCache(folder / "rewrites.jsonl")
         rewriter = cached_rewriter(inputs.rewrite, cache) if inputs.rewrite else None
-        decide = SftExamples(selection, inputs.rendering, rewriter, grader)
+        decide = SFTExamples(selection, inputs.rendering, rewriter, grader)
     counts = DecisionCounts()
     file = FILES.get(sample.output)
     await write_outputs(log, inputs.prompt_set, decide, folder / file if file else None, counts.add)

@@ -5,9 +5,10 @@
 `--data.kind math` is the kind of lines that name none. As many lines come out as went in, in their
 order; a line that cannot be graded gets reward 0 and the reason.
 
-`megatron-r1 score --audit GRADED.jsonl` reads graded lines instead and estimates how many are
-wrongly refused or paid, by a second method on a random sample of --size responses (200), per data
-source (docs/rewards.md). --groups questions (25) are judged whole, for the change of advantages.
+`megatron-r1 score --audit GRADED.jsonl` reads graded lines instead, or the logged steps of a run
+whose folder is given, and estimates how many are wrongly rejected or accepted, by a second method
+on a random sample of --size responses (200), per data source (docs/rewards.md). --groups questions
+(25) are judged whole, for the change of advantages.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from megatron_r1.reporting.wording import duration
 
 ARGUMENTS = ("IN.jsonl", "OUT.jsonl")
 SETTINGS = ("rewards", "data.kind")
-OPTIONS = {"audit": "GRADED.jsonl", "size": "N", "groups": "N", "seed": "N", "json": "FILE"}
+OPTIONS = {"audit": "GRADED.jsonl|RUN", "size": "N", "groups": "N", "seed": "N", "json": "FILE"}
 INSTEAD = ("audit",)
 PIPE = "-"
 RESERVED = ("kind", "response", "truth", "reward", "reason")

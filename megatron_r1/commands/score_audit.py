@@ -1,9 +1,11 @@
-"""`megatron-r1 score --audit GRADED.jsonl`: how often its rewards are wrong, by a second method."""
+"""`megatron-r1 score --audit GRADED.jsonl`, or a run's folder: how often its rewards are wrong, by
+a second method."""
 
 import asyncio
 import json as json_format
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,21 @@ from r1_grading.rewards import UNGRADED
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.config import Config
-from megatron_r1.controller.verifier_audit import NUM_GROUPS, SIZE, Audit, audit, source_of
+from megatron_r1.commands.why.recorded import examinable, open_run, read_step
+from megatron_r1.config import Config, RLConfig
+from megatron_r1.controller import algorithms
+from megatron_r1.controller.loop import training_reward
+from megatron_r1.controller.verifier_audit import (
+    NUM_GROUPS,
+    SIZE,
+    Advantages,
+    Audit,
+    audit,
+    logged_answers,
+    source_of,
+)
 from megatron_r1.data.table_files import describe_json_error
-from megatron_r1.evaluation.intervals import Share
+from megatron_r1.evaluation.intervals import FractionEstimate
 from megatron_r1.evaluation.verifier_errors import (
     AUDITED,
     AnswerContent,
@@ -30,6 +43,8 @@ GROUP_FIELDS = ("group", "prompt_id", "question")
 """Fields that the responses to one question share, the first that is there."""
 NOT_READ = ("kind", "response", "truth", "reward", "reason", "group", "prompt_id", "index")
 """Fields that the second method does not get as arguments."""
+MOST_ANSWERS = 10_000
+"""Steps of a run are read until there are as many answers."""
 SHOWN = 20
 """As many of the responses concerned are printed; --json has all."""
 
@@ -42,32 +57,38 @@ def run(
     seed: str = "0",
     json: str | None = None,
 ) -> None:
-    """Audit the rewards of a file and print the result.
+    """Audit the rewards of a file or of a run's logged steps, and print the result.
 
     Args:
         config: section `rewards`, as for `score`, and `data.kind`.
-        path: lines as `score` writes them: response, truth, reward, and a kind.
+        path: lines as `score` writes them: response, truth, reward, and a kind; or the folder of
+            a run, whose newest logged steps are read.
         size: how many responses to draw.
         groups: how many questions to judge whole.
         seed: the seed of the draws.
         json: a file for the result.
 
     Raises:
-        UserError: a file or line that cannot be read, an option that is no such number, and a file
-            without a line that can be audited."""
+        UserError: a file or line that cannot be read, an option that is no such number, a run
+            without a sample log, and a file without a line that can be audited."""
     smallest = {"size": 1, "groups": 0, "seed": 0}
     given = {"size": size, "groups": groups, "seed": seed}
     numbers = {name: _number(f"--{name}", text, smallest[name]) for name, text in given.items()}
-    answers = list(read_answers(Path(path), config.data.kind))
+    advantages = None
+    if Path(path).is_dir():
+        config, answers = read_run(Path(path))
+        advantages = _advantages_of(config.rl)
+    else:
+        answers = list(read_answers(Path(path), config.data.kind))
     if not any(answer.can_be_audited for answer in answers):
         kinds = sorted({answer.kind for answer in answers if answer.total is not None})
         raise UserError(
-            f"{path}: no line can be audited; it has {', '.join(kinds) or 'no graded line'}, and a "
+            f"{path}: nothing can be audited; it has {', '.join(kinds) or 'no grade'}, and a "
             f"second method is there for {' and '.join(AUDITED)}",
             key=OPTION,
             cause=Cause.EMPTY,
         )
-    result = asyncio.run(_audit(config, answers, **numbers))
+    result = asyncio.run(_audit(config, answers, advantages, **numbers))
     print("\n".join(describe(result, path)))
     if json is not None:
         text = json_format.dumps(result.as_json(), indent=1, ensure_ascii=True)
@@ -75,14 +96,67 @@ def run(
 
 
 async def _audit(
-    config: Config, answers: list[GradedAnswer], size: int, groups: int, seed: int
+    config: Config,
+    answers: list[GradedAnswer],
+    advantages: Advantages | None,
+    size: int,
+    groups: int,
+    seed: int,
 ) -> Audit:
     settings = config.rewards
     cores = len(os.sched_getaffinity(0))
     workers = settings.workers if "workers" in settings.model_fields_set else cores
     async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
         methods = SecondMethods(pool, settings.call_options)
-        return await audit(answers, methods.judge, size=size, seed=seed, num_groups=groups)
+        return await audit(
+            answers,
+            methods.judge,
+            size=size,
+            seed=seed,
+            num_groups=groups,
+            advantages=advantages,
+        )
+
+
+def _advantages_of(rl: RLConfig) -> Advantages:
+    own = algorithms.find(rl.algorithm).advantages
+    return lambda rewards: own(rewards, rl)
+
+
+def read_run(path: Path) -> tuple[Config, list[GradedAnswer]]:
+    """Return a run's settings, and the graded answers of its newest logged steps: of as many as
+    have `MOST_ANSWERS`, whose texts are in memory.
+
+    Args:
+        path: the run's folder.
+
+    Raises:
+        UserError: no run, or none of its steps has a sample log."""
+    folder, settings = open_run(path)
+    steps = [each.step for each in examinable(folder, settings)]
+    if not steps:
+        raise UserError(
+            f"{path}: no finished step has a sample log; start the run with "
+            "--rl.keep_sample_log true",
+            key=OPTION,
+            cause=Cause.EMPTY,
+        )
+    answers: list[GradedAnswer] = []
+    read: list[int] = []
+    for step in reversed(steps):
+        recorded = read_step(folder, settings, step)
+        answers += logged_answers(
+            recorded.groups,
+            f"step {step}",
+            recorded.weights,
+            partial(training_reward, config=recorded.config),
+            recorded.text.opens_thought,
+        )
+        read.append(step)
+        if len(answers) >= MOST_ANSWERS:
+            break
+    print(f"{path}: steps {read[-1]} to {read[0]}, {len(steps) - len(read)} older ones left out")
+    return settings, answers
 
 
 def read_answers(path: Path, kind: str | None) -> Iterator[GradedAnswer]:
@@ -174,7 +248,7 @@ def describe(result: Audit, path: str) -> list[str]:
         lines.append(f"not audited: {result.num_ungraded:,} that could not be graded")
     for kind, count in result.without_method.items():
         lines.append(f"not audited: {count:,} of {kind}, which has no second method")
-    lines += ["", f"{'data source':24} {'wrongly refused':>38} {'wrongly paid':>38}"]
+    lines += ["", f"{'data source':24} {'wrongly rejected':>38} {'wrongly accepted':>38}"]
     rates = {**result.sources, **({"all": result.overall} if len(result.sources) != 1 else {})}
     lines += [_row(name, each) for name, each in rates.items()]
     if (effect := result.effect) is not None:
@@ -189,9 +263,9 @@ def describe(result: Audit, path: str) -> list[str]:
     if result.concerned:
         lines += ["", f"verdicts that are wrong or undecided: {len(result.concerned):,}"]
     for answer, finding in result.concerned[:SHOWN]:
-        verdict = "paid" if answer.is_paid else "refused"
+        verdict = "accepted" if answer.is_accepted else "rejected"
         lines.append(
-            f"  {finding.outcome:9} {verdict:7} {answer.place}: {shorten(finding.reason, 160)}"
+            f"  {finding.outcome:9} {verdict:8} {answer.place}: {shorten(finding.reason, 160)}"
         )
     if len(result.concerned) > SHOWN:
         lines.append("  … --json FILE has all")
@@ -199,14 +273,14 @@ def describe(result: Audit, path: str) -> list[str]:
 
 
 def _row(name: str, rates: ErrorRates) -> str:
-    shares = (_shown(share) for share in (rates.wrongly_refused, rates.wrongly_paid))
-    return f"{shorten(name, 24):24} " + " ".join(f"{each:>38}" for each in shares)
+    fractions = (_shown(fraction) for fraction in (rates.wrongly_rejected, rates.wrongly_accepted))
+    return f"{shorten(name, 24):24} " + " ".join(f"{each:>38}" for each in fractions)
 
 
-def _shown(share: Share | None) -> str:
+def _shown(fraction: FractionEstimate | None) -> str:
     """Return "2.0% (0.3% to 7.1%), 1+3 of 50": wrong and undecided ones of those drawn."""
-    if share is None:
+    if fraction is None:
         return "-"
-    value = "?" if share.value is None else f"{share.value:.1%}"
-    found = f"{share.found}" + (f"+{share.undecided}?" if share.undecided else "")
-    return f"{value} ({share.low:.1%} to {share.high:.1%}), {found} of {share.sampled:,}"
+    value = "?" if fraction.value is None else f"{fraction.value:.1%}"
+    found = f"{fraction.found}" + (f"+{fraction.undecided}?" if fraction.undecided else "")
+    return f"{value} ({fraction.low:.1%} to {fraction.high:.1%}), {found} of {fraction.sampled:,}"

@@ -12,16 +12,10 @@ from megatron_r1.commands.training_run import begin_trainer, check_trainer
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.data.conversations import ExampleText
+from megatron_r1.data.mixture import MixtureSampler, describe_mixture, load_mixture
 from megatron_r1.data.renamed_rows import DataReport
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.data.sft import (
-    ExampleSampler,
-    MixtureSampler,
-    SftExample,
-    describe_mixture,
-    load_examples,
-    load_mixture,
-)
+from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.wording import printable, shorten_middle
 from megatron_r1.trainer.operations import SUPERVISED
@@ -39,7 +33,7 @@ def run(config: Config) -> None:
     text, examples, contents = read_examples(config)
     config = with_steps(config, "sft", examples.epoch_size)
 
-    def to_samples(batch: list[SftExample]) -> list[Sample]:
+    def to_samples(batch: list[SFTExample]) -> list[Sample]:
         return [make_sample(*text.encode(example)) for example in batch]
 
     task = SupervisedTask(config, examples, config.sft.batch_size, to_samples, SUPERVISED)
@@ -88,7 +82,7 @@ def check_settings(config: Config) -> None:
     read_hf_config(config.model.path)
 
 
-def read_examples(config: Config) -> tuple[ExampleText, EpochSampler[SftExample], list[str]]:
+def read_examples(config: Config) -> tuple[ExampleText, EpochSampler[SFTExample], list[str]]:
     """Return the tokenizer with its template, the sampler of examples, and lines about these.
     Renders an example of each sequence of roles. Raises UserError."""
     text = ExampleText(config.model.path, config.sft.template)
@@ -102,7 +96,7 @@ def read_examples(config: Config) -> tuple[ExampleText, EpochSampler[SftExample]
     return text, sampler, [*lines, *shown(sampler.items[0], text)]
 
 
-def load_sampler(config: Config) -> tuple[EpochSampler[SftExample], list[str]]:
+def load_sampler(config: Config) -> tuple[EpochSampler[SFTExample], list[str]]:
     """Return the sampler of examples, and lines about its contents. Raises UserError."""
     data, shuffled = config.sft.data, config.sft.order == "shuffled"
     if isinstance(data, str):
@@ -114,7 +108,7 @@ def load_sampler(config: Config) -> tuple[EpochSampler[SftExample], list[str]]:
     return MixtureSampler(parts, config.run.seed, shuffled), [*describe_mixture(parts), *lines]
 
 
-def shown(example: SftExample, text: ExampleText) -> list[str]:
+def shown(example: SFTExample, text: ExampleText) -> list[str]:
     """Return an example's text, with what is learned between « and »."""
     token_ids, is_learned = text.encode(example)
     pieces = []

@@ -36,7 +36,7 @@ def starts_ranks() -> bool:
     return PORT not in os.environ
 
 
-def num_ranks(config: Config) -> int:
+def world_size(config: Config) -> int:
     """Return the number of trainer ranks: torchrun's, where it has started this controller's."""
     return int(os.environ.get(WORLD_SIZE, 0)) or config.parallel.processes
 

@@ -21,7 +21,7 @@ from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.config.training import warmup_note
+from megatron_r1.config.optimizer import warmup_note
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.supervisor import Supervisor
@@ -99,8 +99,8 @@ def check_trainer(config: Config, verb: str) -> None:
     of `verb`, a target of `model.lora` is not there, or the experts' exchange cannot be overlapped
     as set. Call it before anything starts: in RL the trainer itself would fail only after the
     engines' start and a whole rollout."""
-    num_ranks = torchrun.num_ranks(config)
-    config.parallel.check_sizes(num_ranks)
+    world_size = torchrun.world_size(config)
+    config.parallel.check_sizes(world_size)
     trains_mtp = config.model.mtp == "train"
     if trains_mtp and not num_mtp_layers(read_hf_config(config.model.path, None)):
         raise UserError(
@@ -116,7 +116,7 @@ def check_trainer(config: Config, verb: str) -> None:
             own = config.critic_recipe()
             check_exchange_overlap(own, read_hf_config(own.model.path, "score", "critic.path"))
     for _, settings in config.phases():
-        check_batches(settings, verb, num_ranks)
+        check_batches(settings, verb, world_size)
 
 
 @contextlib.asynccontextmanager
@@ -217,7 +217,7 @@ def _check_folder(config: Config) -> None:
 def _trainer(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
     """Return the client of the ranks, which do not run yet, and print what is to be known of the
     run before they do. Raises UserError for a run that does not fit into memory."""
-    num_ranks, notify = torchrun.num_ranks(config), recorder.view.message
+    world_size, notify = torchrun.world_size(config), recorder.view.message
     num_updates = config.num_policy_updates if name == "rl" else config.run.steps
     if note := warmup_note(config.optimizer, num_updates):
         notify(note)
@@ -225,8 +225,8 @@ def _trainer(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
         notify(sentence)
     port = os.environ.get(PORT)
     bind = f"tcp://*:{port}" if port else "tcp://127.0.0.1:*"
-    fitting = _with_microbatch(config, num_ranks, name == "rl", notify)
-    return TrainerClient(fitting, recorder.folder.path / "logs", bind, num_ranks)
+    fitting = _with_microbatch(config, world_size, name == "rl", notify)
+    return TrainerClient(fitting, recorder.folder.path / "logs", bind, world_size)
 
 
 async def _export(config: Config, recorder: RunRecorder, trainer: TrainerClient) -> None:
@@ -252,14 +252,14 @@ def _write_report(
 
 
 def _with_microbatch(
-    config: Config, num_ranks: int, has_engines: bool, notify: Callable[[str], object]
+    config: Config, world_size: int, has_engines: bool, notify: Callable[[str], object]
 ) -> Config:
     """Return the recipe with a micro-batch that fits into this host's memory, if the host trains on
     its CPU, and print the memory that the run takes.
 
     Args:
         config: the recipe.
-        num_ranks: trainer ranks on this host.
+        world_size: trainer ranks on this host.
         has_engines: whether engines run as well.
         notify: prints a line.
 
@@ -267,7 +267,7 @@ def _with_microbatch(
         UserError: the run does not fit."""
     if gpu.is_usable() or SPANS_HOSTS in os.environ:
         return config
-    memory = cpu_memory(config, num_ranks, has_engines=has_engines)
+    memory = cpu_memory(config, world_size, has_engines=has_engines)
     tokens = memory.microbatch(config.parallel.tokens_per_microbatch)
     notify(memory.describe(tokens))
     return config.with_changes(parallel={"tokens_per_microbatch": tokens})

@@ -6,7 +6,13 @@ The defaults of `rl`, `optimizer` and `rollout` are DeepSeek-R1-Zero's (arXiv 25
 nearest right one."""
 
 from megatron_r1.config.agents import AgentsConfig, VerifiersConfig
-from megatron_r1.config.model import CriticConfig, ModelConfig, RewardModelConfig
+from megatron_r1.config.checkpoint import CheckpointConfig
+from megatron_r1.config.critic import CriticConfig
+from megatron_r1.config.data import DataConfig
+from megatron_r1.config.fp8 import FP8Config
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.optimizer import OptimizerConfig
+from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.recipe import (
     RESUMABLE,
     Config,
@@ -19,10 +25,11 @@ from megatron_r1.config.recipe import (
     load,
     parse,
 )
+from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rewards import RewardsConfig
 from megatron_r1.config.rl import RLConfig
-from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
-from megatron_r1.config.run import CheckpointConfig, DataConfig, RunConfig
+from megatron_r1.config.rollout import RolloutConfig
+from megatron_r1.config.run import RunConfig
 from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.sft import SFTConfig
-from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig
+from megatron_r1.config.teacher import TeacherConfig

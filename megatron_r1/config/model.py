@@ -1,9 +1,8 @@
-"""The models that a run trains: its policy with low-rank adapters, a critic, a reward model."""
+"""Section `model`: the policy that is trained, and its low-rank adapters."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
-from r1_grading.reading import Part, check_template
+from pydantic import Field, model_validator
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.section import Resumable, Section
@@ -94,51 +93,3 @@ class ModelConfig(Section):
                 key="model.head",
                 cause=Cause.CONFLICT,
             )
-
-
-class CriticConfig(Section):
-    """PPO's critic, a second model that predicts the return at every token."""
-
-    path: str | None = None
-    """Hugging Face folder that the critic starts from: a language or a reward model with the
-    policy's tokenizer; default: the policy's first weights"""
-    learning_rate: float = Field(1e-5, gt=0)
-    """the critic's own, which decays as the policy's does"""
-    value_clip: float | None = Field(0.2, gt=0)
-    """how far a value may move from the rollout's before it is no longer pushed (arXiv 2005.12729,
-    section 3); null: not limited"""
-    warmup_steps: int = Field(0, ge=0)
-    """first steps, in rollouts (not updates), that train the critic alone"""
-
-
-class RewardModelConfig(Section):
-    """The training of a reward model: its data, loss and the part of a response that it scores.
-
-    The defaults are DeepSeek-R1's (arXiv 2501.12948 v2, section 3.1 and supplement B.3)."""
-
-    data: str = ""
-    """JSONL or Parquet of {question, chosen, rejected} or of {question, response, label}; required
-    by reward-model. See docs/reward_models.md"""
-    kind: Literal["pairwise", "pointwise"] = "pairwise"
-    """the loss: Bradley-Terry on pairs, or cross entropy on labels"""
-    part: Part | None = None
-    """part of a response that is scored; default: summary for pairwise (R1's helpful), response for
-    pointwise (its safety)"""
-    template: Annotated[str | None, AfterValidator(check_template)] = None
-    """text with {question} and {response}, special tokens included; the score is read at its last
-    token; default: the tokenizer's chat template"""
-    max_chars: int = Field(20_000, ge=100)
-    """a longer response is shown without its middle, as in serving"""
-    max_tokens: int | None = Field(None, gt=0)
-    """longer texts are left out; default: the model's own limit"""
-    epochs: float | None = Field(None, gt=0)
-    """instead of run.steps: passes over the training rows (the paper: 1)"""
-    batch_size: int = Field(256, gt=0)
-    """pairs, or labelled responses, per step"""
-    heldout_fraction: float = Field(0.1, ge=0, lt=1)
-    """share of the prompts that is held out, by their question"""
-
-    @property
-    def shown(self) -> Part:
-        """The part of a response that is scored."""
-        return self.part or ("summary" if self.kind == "pairwise" else "response")

@@ -13,17 +13,25 @@ from r1_grading.terms import ScheduledWeight
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.agents import AgentsConfig
 from megatron_r1.config.algorithms import find_rules
+from megatron_r1.config.checkpoint import CheckpointConfig
+from megatron_r1.config.critic import CriticConfig
+from megatron_r1.config.data import DataConfig
 from megatron_r1.config.eval import EvalConfig
+from megatron_r1.config.fp8 import FP8Config
 from megatron_r1.config.mistakes import refusal, without_removed
-from megatron_r1.config.model import CriticConfig, ModelConfig, RewardModelConfig
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.optimizer import OptimizerConfig
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.push import PushConfig
+from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rewards import RewardsConfig
 from megatron_r1.config.rl import RLConfig, changes_at, check_schedule_keys
-from megatron_r1.config.rollout import PushConfig, RolloutConfig, TeacherConfig
-from megatron_r1.config.run import CheckpointConfig, DataConfig, RunConfig
+from megatron_r1.config.rollout import RolloutConfig
+from megatron_r1.config.run import RunConfig
 from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.section import Resumable, Section, is_within, resumable_keys
 from megatron_r1.config.sft import SFTConfig
-from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig
+from megatron_r1.config.teacher import TeacherConfig
 from megatron_r1.config.yaml_text import as_yaml, put, read_sections
 
 

@@ -35,7 +35,7 @@ from megatron_r1.config.section import Resumable, Section
 from megatron_r1.config.yaml_text import as_sections
 
 SCHEDULED = {
-    "rollout": ("temperature", "top_p", "max_response_tokens"),
+    "rollout": ("temperature", "top_p", "top_k", "min_p", "max_response_tokens"),
     "rl": (
         *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "entropy_coef"),
         *("engine_mask", "engine_mask_low", "engine_mask_high"),

@@ -1,9 +1,8 @@
-"""Settings of the run itself, its data and checkpoints."""
+"""Section `run`: folder, seed and length of a run, and what it does in trouble."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
-from r1_grading.truths import NO_TRUTH
 
 from megatron_r1.base.files import Readers
 from megatron_r1.config.section import Resumable, Section
@@ -38,55 +37,3 @@ class RunConfig(Section):
     """how often a command starts lost trainer ranks again"""
     health_port: Resumable[int | None] = Field(0, ge=0, le=65_535)
     """port of GET /health and /metrics (Prometheus); 0: any free one; null: none"""
-
-
-class DataConfig(Section):
-    """The prompts: a file or a task, their template, and the share held out."""
-
-    path: str | None = None
-    """questions and truths: a .jsonl, .json, .csv or .parquet file, several as rows/*.jsonl, a
-    folder or hub:NAME[:CONFIG][:SPLIT]. See docs/data.md"""
-    heldout_path: str | None = None
-    """a file held out whole, for evaluation"""
-    task: str | None = None
-    """a reasoning-gym task, instead of a file"""
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    """the task's own settings"""
-    kind: str | None = None
-    """the reward that grades; default: the row's, or what its truth shows, most often math"""
-    columns: dict[str, str] | None = None
-    """{our name: the file's column}; a.b is the entry b of column a, a+b a mapping of both;
-    default: found by usual names"""
-    where: dict[str, Any] = Field(default_factory=dict)
-    """{column: condition}: only rows that meet all; a value, a list of values, or {min, max, not,
-    or}. See docs/data.md"""
-    no_truth: list[str] = list(NO_TRUTH)
-    """truths that are none, whose rows are left out; []: only null and blank"""
-    bad_rows: Literal["refuse", "leave_out"] = "refuse"
-    """what becomes of rows whose question or truth cannot be used; leave_out: they are counted"""
-    num_train: int | None = Field(None, gt=0)
-    """prompts to train on; a task needs it"""
-    num_heldout: int | None = Field(None, ge=0)
-    """prompts kept out of training"""
-    heldout_fraction: float = Field(0.1, ge=0, lt=1)
-    """share of all prompts held out"""
-    seed: int = 0
-    """seed that a task's prompts are made with"""
-    template: str = "r1_zero"
-    """r1_zero, plain, chat, or a text with {problem}, and {system} for a system's message"""
-
-
-class CheckpointConfig(Section):
-    """When checkpoints are written, how many are kept, and how they are verified."""
-
-    every: int = Field(1, ge=1)
-    """steps between checkpoints; a kill loses at most these, and those since the checkpoint that
-    was still being written"""
-    keep: int = Field(2, ge=1)
-    """newest checkpoints kept"""
-    keep_every: int | None = Field(None, ge=1)
-    """keep also those of steps that this divides; null: none"""
-    asynchronous: bool = True
-    """train on while one is written, and hold the host memory for its copy"""
-    verify: Literal["full", "size", "none"] = "full"
-    """what is checked before loading: checksum of every byte, sizes only, or nothing"""

@@ -11,8 +11,9 @@ import psutil
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
-from megatron_r1.config.training import DEFAULT_TOKENS
+from megatron_r1.config.parallel import DEFAULT_TOKENS
+from megatron_r1.config.rollout import RolloutConfig
+from megatron_r1.config.teacher import TeacherConfig
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.hf_config import load_config, sparse_layers
 from megatron_r1.models.memory import (
@@ -109,20 +110,20 @@ class CPUMemory:
         )
 
 
-def cpu_memory(config: Config, num_ranks: int, *, has_engines: bool) -> CPUMemory:
+def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemory:
     """Return the memory of a run.
 
     Args:
         config: the recipe.
-        num_ranks: trainer ranks, all on this host.
+        world_size: trainer ranks, all on this host.
         has_engines: whether engines of the recipe run at the same time as them."""
     hf = read_hf_config(config.model.path, config.model.head)
     parallel, rollout, teacher = config.parallel, config.rollout, config.teacher
-    weights = _state_bytes(config, hf, num_ranks, with_reference=has_engines)
+    weights = _state_bytes(config, hf, world_size, with_reference=has_engines)
     if has_engines and find_rules(config.rl.algorithm).critic:
         critic = config.critic_recipe()
         score = read_hf_config(critic.model.path, "score", "critic.path")
-        weights += _state_bytes(critic, score, num_ranks, with_reference=False)
+        weights += _state_bytes(critic, score, world_size, with_reference=False)
     shape = table(hf).head[0].sources[0].shape
     has_experts, sparse = bool(hf.get("n_routed_experts")), sparse_layers(hf)
 
@@ -132,7 +133,7 @@ def cpu_memory(config: Config, num_ranks: int, *, has_engines: bool) -> CPUMemor
     # A chunk's part is that of any long micro-batch; hidden states grow with the tokens.
     states = (head(2 * DEFAULT_TOKENS) - head(DEFAULT_TOKENS)) // DEFAULT_TOKENS
     chunk = head(DEFAULT_TOKENS) - DEFAULT_TOKENS * states
-    others, engine_weights = OTHER_BYTES + num_ranks * (RANK_BYTES + chunk), 0
+    others, engine_weights = OTHER_BYTES + world_size * (RANK_BYTES + chunk), 0
     if has_engines and rollout.placement == "local":
         values = num_parameters(hf, with_mtp=rollout.drafts_by_mtp)
         receives = not config.push.adapter_only  # of adapters little compared with the model
@@ -147,7 +148,7 @@ def cpu_memory(config: Config, num_ranks: int, *, has_engines: bool) -> CPUMemor
     layers = {kind: layer_activations(hf, config, 1, sparse=kind, local=True) for kind in {*sparse}}
     kept = sum(layers[kind].kept(parallel) for kind in sparse)
     working = max(layer.everything - layer.kept(parallel) for layer in layers.values())
-    per_token = num_ranks * (kept + working + states)
+    per_token = world_size * (kept + working + states)
     return CPUMemory(
         weights=weights,
         engine_weights=engine_weights,
@@ -163,7 +164,7 @@ def _engines_others(engines: RolloutConfig | TeacherConfig) -> int:
     return ranks * (ENGINE_BYTES + (engines.kv_cache_gib << 30))
 
 
-def _state_bytes(config: Config, hf: dict, num_ranks: int, *, with_reference: bool) -> int:
+def _state_bytes(config: Config, hf: dict, world_size: int, *, with_reference: bool) -> int:
     """Return the bytes on all ranks of a model: parameters, gradients, optimizer state, reference,
     and buffers for a checkpoint, if they are kept. Moments are fp32 on a CPU
     (`trainer.construction`)."""
@@ -177,14 +178,17 @@ def _state_bytes(config: Config, hf: dict, num_ranks: int, *, with_reference: bo
     )
     adapters = layout_of(adapter_table(hf, lora), at) if lora else None
     counts = counts_of(layout(hf, at), config.model.mtp, adapters)
-    ranks = num_ranks // parallel.pipeline  # stages have the layers once, all together
-    replicas = ranks // parallel.tensor, ranks // (parallel.expert * parallel.expert_tensor)
-    num_bytes = sum(persistent_bytes(config, counts, replicas, "float32").values())
+    ranks = world_size // parallel.pipeline  # stages have the layers once, all together
+    data_parallel_sizes = (
+        ranks // parallel.tensor,
+        ranks // (parallel.expert * parallel.expert_tensor),
+    )
+    num_bytes = sum(persistent_bytes(config, counts, data_parallel_sizes, "float32").values())
     kept = with_reference and config.uses_reference
     if kept:
         num_bytes += reference_bytes(config, counts)
     if config.checkpoint.asynchronous:
-        num_bytes += checkpoint_bytes(config, counts, replicas, with_reference=kept)
+        num_bytes += checkpoint_bytes(config, counts, data_parallel_sizes, with_reference=kept)
     return num_bytes * ranks
 
 

@@ -130,7 +130,7 @@ def check_teacher(config: Config) -> None:
     does not use, or that it needs and that is not set.
 
     A teacher needs a model folder, at least the student's context length, and the student's ids for
-    all of the student's tokens. The student must sample at temperature 1 and top_p 1."""
+    all of the student's tokens. The student must sample at temperature 1 without a cut."""
     path, algorithm = config.teacher.path, config.rl.algorithm
     if bool(path) != find_rules(algorithm).teacher:
         raise UserError(
@@ -147,6 +147,14 @@ def check_teacher(config: Config) -> None:
     if not config.teacher.url:
         recipe_checks.check_ranks(config.teacher, hf, "teacher")
         check_arguments(config.teacher, "teacher")
+    _check_positions(config)
+    _check_sampling(config)
+    _check_vocabulary(config, hf)
+
+
+def _check_positions(config: Config) -> None:
+    """Raise UserError where the student's context is longer than the teacher's."""
+    path = config.teacher.path
     limit, needed = from_recipe.positions(path, "teacher.path"), from_recipe.max_model_len(config)
     if limit < needed:
         raise UserError(
@@ -155,19 +163,34 @@ def check_teacher(config: Config) -> None:
             key="teacher.path",
             cause=Cause.TOO_LARGE,
         )
+
+
+def _check_sampling(config: Config) -> None:
+    """Raise UserError where the student, at any step, samples another distribution than the one
+    that the teacher scores."""
     for step, phase in config.phases():
         rollout = phase.rollout
-        if (rollout.temperature, rollout.top_p) == (1.0, 1.0):
+        if rollout.temperature == 1.0 and not rollout.is_cut:
             continue
         when = f"rl.schedule, from_step {step}: " if step > 1 else ""
+        cut = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
+        name = "temperature" if rollout.temperature != 1.0 else cut
         raise UserError(
-            f"{when}rollout.temperature: {rollout.temperature:g}, rollout.top_p: "
-            f"{rollout.top_p:g}: the teacher scores at temperature 1 without a cut, which has to "
-            "be the student's distribution too; set both to 1",
-            key="rollout.top_p" if rollout.temperature == 1.0 else "rollout.temperature",
+            f"{when}rollout.{name}: {getattr(rollout, name)}: the teacher scores at temperature 1 "
+            "over the whole vocabulary, which has to be the student's distribution too; set "
+            "rollout.temperature: 1 and leave out rollout.top_p, top_k and min_p",
+            key=f"rollout.{name}",
             cause=Cause.CONFLICT,
         )
-    student = load_config(config.model.path)
+
+
+def _check_vocabulary(config: Config, hf: dict) -> None:
+    """Raise UserError where a token of the student is none, or another one, to the teacher.
+
+    Args:
+        config: the recipe.
+        hf: the teacher's config.json."""
+    path, student = config.teacher.path, load_config(config.model.path)
     own, known = (language_settings(each).get("vocab_size", 0) for each in (student, hf))
     if known < own:
         raise UserError(

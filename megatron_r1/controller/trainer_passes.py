@@ -4,7 +4,7 @@ samples that they are over: one a response, or one a branch of an episode."""
 from functools import cached_property
 
 from megatron_r1.config import Config
-from megatron_r1.config.training import learning_rate
+from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, chained
 from megatron_r1.controller.run_recorder import RunState

@@ -1,7 +1,7 @@
 """The audit of a verifier: its error rates, and what its errors do to advantages.
 
-`audit` is the core of `megatron-r1 score --audit`, which reads a file. It also takes the answers
-that `logged_answers` makes of a run's sample log, which no command does yet."""
+`audit` is the core of `megatron-r1 score --audit`, which reads a file, or by `logged_answers` the
+sample logs of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from r1_grading.terms import ACCURACY
 
 from megatron_r1.controller.advantages import group_advantages
-from megatron_r1.evaluation.intervals import Share, sampled_share
+from megatron_r1.evaluation.intervals import FractionEstimate, sampled_fraction
 from megatron_r1.evaluation.measures import Estimate, estimate
 from megatron_r1.evaluation.verifier_errors import (
     SOURCE_FIELDS,
@@ -51,12 +51,12 @@ class AdvantageEffect:
         num_drawn: how many of them were judged whole.
         mean_change: the mean of |change of the advantage| over their responses, a mean per group;
             the lower end keeps undecided verdicts, the upper end reverses them.
-        sign_changes: the share of groups in which the sign of an advantage changes."""
+        sign_changes: the fraction of groups in which the sign of an advantage changes."""
 
     num_groups: int
     num_drawn: int
     mean_change: Estimate
-    sign_changes: Share
+    sign_changes: FractionEstimate
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _effect(
         num_groups,
         len(chosen),
         Estimate(kept.value, min(known, default=None), max(known, default=None)),
-        sampled_share(num_groups, len(chosen), certain, possible - certain),
+        sampled_fraction(num_groups, len(chosen), certain, possible - certain),
     )
 
 
@@ -243,7 +243,7 @@ def _corrected(
     finding = findings.get(answer.place)
     if answer.total is None or finding is None or finding.outcome not in outcomes:
         return answer.total
-    reward = 0.0 if answer.is_paid else 1.0
+    reward = 0.0 if answer.is_accepted else 1.0
     return answer.total + answer.weight * (reward - answer.reward)
 
 
@@ -261,7 +261,7 @@ def _as_json(answer: GradedAnswer, finding: Finding) -> dict[str, Any]:
         "place": answer.place,
         "source": answer.source,
         "kind": answer.kind,
-        "verdict": "paid" if answer.is_paid else "refused",
+        "verdict": "accepted" if answer.is_accepted else "rejected",
         "outcome": finding.outcome,
         "reason": finding.reason,
         "response": content.response,

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import THOUGHTS, Message
-from megatron_r1.data.sft import SftExample, is_learned
+from megatron_r1.data.sft import SFTExample, is_learned
 from megatron_r1.data.text import (
     CHAT,
     PLACEHOLDER,
@@ -54,7 +54,7 @@ class ExampleText:
         self._thoughts = [key for key in THOUGHTS if re.search(rf"[.'\"]{key}\b", read)]
         self._marks = has_chat and bool(GENERATION.search(str(self._tokenizer.chat_template)))
 
-    def encode(self, example: SftExample) -> tuple[list[int], list[bool]]:
+    def encode(self, example: SFTExample) -> tuple[list[int], list[bool]]:
         """Return (token ids, whether each is learned) of an example; the first is not. Raises
         UserError for a conversation that the template refuses, or whose assistant's messages it
         does not show."""
@@ -85,7 +85,7 @@ class ExampleText:
         """Return the text, special tokens included."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
-    def _exchange(self, example: SftExample) -> tuple[str, str]:
+    def _exchange(self, example: SFTExample) -> tuple[str, str]:
         """Return prompt and response of a conversation in a text template."""
         if self._template is None:
             raise self._no_template(example.location)
@@ -113,7 +113,7 @@ class ExampleText:
         )
 
     def _conversation(
-        self, example: SftExample, messages: list[Message]
+        self, example: SFTExample, messages: list[Message]
     ) -> tuple[list[int], list[bool]]:
         """Return `encode` of a conversation.
 
@@ -139,7 +139,7 @@ class ExampleText:
             raise self._hidden(example)
         return ids, learned
 
-    def _marked(self, example: SftExample, messages: list[Message]) -> list[bool]:
+    def _marked(self, example: SFTExample, messages: list[Message]) -> list[bool]:
         """Return what the template marks as generated."""
         encoded = self._tokenizer.apply_chat_template(
             messages,
@@ -159,7 +159,7 @@ class ExampleText:
         return learned
 
     def _span(
-        self, example: SftExample, messages: list[Message], number: int, text: str
+        self, example: SFTExample, messages: list[Message], number: int, text: str
     ) -> tuple[int, int]:
         """Return where the message of that number begins and ends in the conversation's text, the
         header not included."""
@@ -207,7 +207,7 @@ class ExampleText:
         return learned
 
     def _render(
-        self, example: SftExample, messages: Sequence[Message], prompt: bool = False
+        self, example: SFTExample, messages: Sequence[Message], prompt: bool = False
     ) -> str:
         try:
             return self._tokenizer.apply_chat_template(
@@ -221,7 +221,7 @@ class ExampleText:
                 cause=Cause.MALFORMED,
             ) from None
 
-    def _hidden(self, example: SftExample) -> UserError:
+    def _hidden(self, example: SFTExample) -> UserError:
         return UserError(
             f"{example.location}: the chat template of {self._model_path} does not show the "
             "assistant's messages, so nothing could be learned; correct the row or the template",

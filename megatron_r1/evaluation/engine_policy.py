@@ -181,6 +181,8 @@ class EnginePolicy:
             max_tokens=max_tokens,
             temperature=self._decoding.temperature,
             top_p=self._decoding.top_p,
+            top_k=self._decoding.top_k,
+            min_p=self._decoding.min_p,
             stop_token_ids=self._text.stop_token_ids,
             seed=seed,
         )

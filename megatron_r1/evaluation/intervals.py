@@ -1,4 +1,4 @@
-"""Intervals of the share of a finite population that has a property, from random samples of it.
+"""Intervals of the fraction of a finite population that has a property, from random samples of it.
 
 **One stratum.** n of N members are drawn without replacement and x of them have the property. The
 interval has every count M for which neither tail of the hypergeometric distribution is below 2.5%:
@@ -26,15 +26,15 @@ TAIL = (1 - CONFIDENCE) / 2
 
 
 @dataclass(frozen=True)
-class Share:
-    """A share of a population with its 95% interval.
+class FractionEstimate:
+    """A fraction of a population with its 95% interval.
 
     Attributes:
         population: how many there are.
         sampled: how many of them were drawn at random.
         found: drawn ones that have the property.
         undecided: drawn ones that may have it or not.
-        value: the share among the decided; None where none is.
+        value: the fraction among the decided; None where none is.
         low: the lower end of the interval.
         high: its upper end."""
 
@@ -47,8 +47,10 @@ class Share:
     high: float
 
 
-def sampled_share(population: int, sampled: int, found: int, undecided: int = 0) -> Share:
-    """Return the share of a population by one random sample of it, drawn without replacement.
+def sampled_fraction(
+    population: int, sampled: int, found: int, undecided: int = 0
+) -> FractionEstimate:
+    """Return the fraction of a population by one random sample of it, drawn without replacement.
 
     Args:
         population: N, at least 1.
@@ -64,7 +66,7 @@ def sampled_share(population: int, sampled: int, found: int, undecided: int = 0)
             "to be a part of the next"
         )
     decided = sampled - undecided
-    return Share(
+    return FractionEstimate(
         population,
         sampled,
         found,
@@ -75,37 +77,37 @@ def sampled_share(population: int, sampled: int, found: int, undecided: int = 0)
     )
 
 
-def combined_share(shares: Sequence[Share]) -> Share:
-    """Return the share of all strata together, each sampled by itself.
+def combined_fraction(fractions: Sequence[FractionEstimate]) -> FractionEstimate:
+    """Return the fraction of all strata together, each sampled by itself.
 
     Args:
-        shares: those of the strata, at least one.
+        fractions: those of the strata, at least one.
 
     Raises:
         ValueError: no stratum."""
-    if not shares:
-        raise ValueError("a share of no stratum at all")
-    if len(shares) == 1:
-        return shares[0]
-    population = sum(share.population for share in shares)
-    weights = [share.population / population for share in shares]
-    pairs = list(zip(weights, shares, strict=True))
-    # Each end from the shares that it counts: the undecided are without, or with, the property.
-    least = [share.found / share.sampled for share in shares]
-    most = [(share.found + share.undecided) / share.sampled for share in shares]
+    if not fractions:
+        raise ValueError("a fraction of no stratum at all")
+    if len(fractions) == 1:
+        return fractions[0]
+    population = sum(fraction.population for fraction in fractions)
+    weights = [fraction.population / population for fraction in fractions]
+    pairs = list(zip(weights, fractions, strict=True))
+    # Each end from the fractions that it counts: the undecided are without, or with, the property.
+    least = [fraction.found / fraction.sampled for fraction in fractions]
+    most = [(fraction.found + fraction.undecided) / fraction.sampled for fraction in fractions]
     below = math.hypot(*(w * (p - each.low) for (w, each), p in zip(pairs, least, strict=True)))
     above = math.hypot(*(w * (each.high - p) for (w, each), p in zip(pairs, most, strict=True)))
     low = sum(w * p for w, p in zip(weights, least, strict=True)) - below
     high = sum(w * p for w, p in zip(weights, most, strict=True)) + above
-    values = [share.value for share in shares]
+    values = [fraction.value for fraction in fractions]
     value = None
     if None not in values:
         value = sum(w * p for w, p in zip(weights, values, strict=True) if p is not None)
-    return Share(
+    return FractionEstimate(
         population,
-        sum(share.sampled for share in shares),
-        sum(share.found for share in shares),
-        sum(share.undecided for share in shares),
+        sum(fraction.sampled for fraction in fractions),
+        sum(fraction.found for fraction in fractions),
+        sum(fraction.undecided for fraction in fractions),
         value,
         max(0.0, low),
         min(1.0, high),

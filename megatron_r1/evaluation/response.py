@@ -9,7 +9,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -100,13 +100,23 @@ class SamplingSettings:
     Attributes:
         max_tokens: the most tokens of a response.
         stop: strings that end a response, besides the model's end tokens.
-        stop_token_ids: tokens that end one, likewise."""
+        stop_token_ids: tokens that end one, likewise.
+        top_k: the most tokens of a draw, or None.
+        min_p: the least probability of a token, as a share of the likeliest one's."""
 
     temperature: float
     top_p: float
     max_tokens: int
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    top_k: int | None = None
+    min_p: float = 0.0
+
+    @classmethod
+    def of_rollout(cls, rollout: RolloutConfig) -> Self:
+        """Return those of a recipe's `rollout`, as it samples for training."""
+        limits = rollout.temperature, rollout.top_p, rollout.max_response_tokens
+        return replace(cls.of(rollout, *limits), top_k=rollout.top_k, min_p=rollout.min_p)
 
     @classmethod
     def of(cls, rollout: RolloutConfig, temperature: float, top_p: float, max_tokens: int) -> Self:

@@ -39,6 +39,10 @@ PAUSE_SECONDS = 1.0
 REPORT_SECONDS = 5.0
 
 
+UNSET = {"stop": (), "stop_token_ids": (), "top_k": None, "min_p": 0.0}
+"""Sampling parameters that are no part of OpenAI's API, by the value that changes nothing."""
+
+
 class ServerPolicy:
     """Sends one request per response, and repeats it while the server is busy or away
     (`r1_grading.served.service`).
@@ -160,7 +164,7 @@ class ServerPolicy:
             content = {"prompt": render_template(self._template, question, system)}
         if content.get("prompt", "").startswith(FIRST_TOKENS):
             content["add_special_tokens"] = False
-        decoding = {name: value for name, value in asdict(self._decoding).items() if value != ()}
+        decoding = {k: v for k, v in asdict(self._decoding).items() if v != UNSET.get(k, ...)}
         if self._decoding.stop:  # vLLM's; the reward reads the string
             decoding["include_stop_str_in_output"] = True
         return {"model": self._server.model, **content, **decoding, "seed": seed}

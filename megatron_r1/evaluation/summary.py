@@ -28,7 +28,7 @@ from megatron_r1.evaluation.voting import (
     expects_number,
     group_answers,
     read_vote,
-    voted_score,
+    voted_reward,
 )
 
 
@@ -182,7 +182,7 @@ async def _votes(
     for size in sizes:
         chosen = subsets(len(groups[0]), size, seed)
         scores = [
-            fmean(voted_score([of[i] for i in s], [scored[i] for i in s]) for s in chosen)
+            fmean(voted_reward([of[i] for i in s], [scored[i] for i in s]) for s in chosen)
             for of, scored in zip(answer_groups, rewards, strict=True)
         ]
         curve[size] = estimate(scores, seed)

@@ -1,8 +1,8 @@
-"""How often a verifier errs: wrongly refused and wrongly paid responses, by a second method.
+"""How often a verifier errs: wrongly rejected and wrongly accepted responses, by a second method.
 
-Responses are *paid* where their reward is 1, else *refused*. A stratum has the responses of one
-data source, one kind and one of these verdicts; the sample takes about as many of each (`draw`). A
-second method reads the drawn ones (`SecondMethods`), and a verdict is
+Responses are *accepted* where their reward is 1, else *rejected*. A stratum has the responses of
+one data source, one kind and one of these verdicts; the sample takes about as many of each
+(`draw`). A second method reads the drawn ones (`SecondMethods`), and a verdict is
 
 - wrong, where everything that the second method is sure of contradicts it,
 - confirmed, where at least a part of it confirms and none that decides more contradicts it,
@@ -23,7 +23,7 @@ from r1_grading import RewardPool
 from r1_grading.terms import FACTS, call_fields
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.evaluation.intervals import Share, combined_share, sampled_share
+from megatron_r1.evaluation.intervals import FractionEstimate, combined_fraction, sampled_fraction
 
 Outcome = Literal["confirmed", "wrong", "undecided"]
 READER = "r1_grading.second_readers.mathematics:read"
@@ -33,7 +33,7 @@ AUDITED = ("math", "code")
 """The kinds that have a second method."""
 SOURCE_FIELDS = ("data_source", "source", "dataset")
 """Fields of a prompt that name its data source, the first that is there."""
-PAID = 1.0
+ACCEPTED = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class GradedAnswer:
     weight: float = 1.0
 
     @property
-    def is_paid(self) -> bool:
+    def is_accepted(self) -> bool:
         """Whether its reward is that of a right answer."""
-        return self.reward >= PAID
+        return self.reward >= ACCEPTED
 
     @property
     def can_be_audited(self) -> bool:
@@ -84,11 +84,11 @@ class GradedAnswer:
     @property
     def stratum(self) -> Stratum:
         """The stratum of the sample that it belongs to."""
-        return self.source, self.kind, self.is_paid
+        return self.source, self.kind, self.is_accepted
 
 
 Stratum = tuple[str, str, bool]
-"""Data source, kind, and whether its responses are paid."""
+"""Data source, kind, and whether its responses are accepted."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,13 @@ class ErrorRates:
     """The errors of a verifier, of one data source or of all.
 
     Attributes:
-        wrongly_refused: the share of refused responses that are right; None if none is refused.
-        wrongly_paid: the share of paid responses that are wrong; None if none is paid."""
+        wrongly_rejected: the fraction of rejected responses that are right; None if none is
+            rejected.
+        wrongly_accepted: the fraction of accepted responses that are wrong; None if none is
+            accepted."""
 
-    wrongly_refused: Share | None
-    wrongly_paid: Share | None
+    wrongly_rejected: FractionEstimate | None
+    wrongly_accepted: FractionEstimate | None
 
 
 class SecondMethods:
@@ -139,31 +141,31 @@ class SecondMethods:
         facts = {name: fields.pop(name) for name in FACTS if name in fields}
         arguments = call_fields(answer.kind, self._options, fields, facts)
         if answer.kind == "code":
-            return await self._run_again(answer.is_paid, content, arguments)
+            return await self._run_again(answer.is_accepted, content, arguments)
         known = {name: arguments[name] for name in ("opened", "reading") if name in arguments}
         grade = await self._pool.grade(READER, content.response, content.truth, **known)
         if not grade.verdict:  # out of time or memory, or a malformed truth
             return Finding("undecided", grade.reason)
         upstream, points = grade.verdict.split(",")
-        return Finding(outcome_of(answer.is_paid, upstream, points), grade.reason)
+        return Finding(outcome_of(answer.is_accepted, upstream, points), grade.reason)
 
     async def _run_again(
-        self, is_paid: bool, content: AnswerContent, arguments: Mapping[str, Any]
+        self, is_accepted: bool, content: AnswerContent, arguments: Mapping[str, Any]
     ) -> Finding:
         passed: list[bool] = []
         for _ in range(self._repeats):
             grade = await self._pool.grade("code", content.response, content.truth, **arguments)
             if not grade.is_graded:
                 return Finding("undecided", grade.reason)
-            passed.append(grade.reward >= PAID)
+            passed.append(grade.reward >= ACCEPTED)
             if passed[-1] != passed[0]:
                 reason = f"passes in {sum(passed)} of {len(passed)} runs; {grade.reason}"
                 return Finding("undecided", f"flaky: {reason}")
         reason = f"{self._repeats} runs of its tests: {grade.reason}"
-        return Finding("confirmed" if passed[0] == is_paid else "wrong", reason)
+        return Finding("confirmed" if passed[0] == is_accepted else "wrong", reason)
 
 
-def outcome_of(is_paid: bool, upstream: str, points: str) -> Outcome:
+def outcome_of(is_accepted: bool, upstream: str, points: str) -> Outcome:
     """Return what two readings say of a verdict; each is "right", "wrong" or "unsure".
 
     | math-verify | values at points | outcome |
@@ -174,10 +176,10 @@ def outcome_of(is_paid: bool, upstream: str, points: str) -> Outcome:
     | anything else | | undecided |
 
     Args:
-        is_paid: the verdict.
+        is_accepted: the verdict.
         upstream: math-verify's reading.
         points: that of values at points."""
-    verdict, contrary = ("right", "wrong") if is_paid else ("wrong", "right")
+    verdict, contrary = ("right", "wrong") if is_accepted else ("wrong", "right")
     if points == verdict or (points == "unsure" and upstream == verdict):
         return "confirmed"
     return "wrong" if points == upstream == contrary else "undecided"
@@ -235,14 +237,16 @@ def error_rates(
         drawn: those that were judged.
         findings: place → finding, of each drawn one.
         source: the data source; None: all."""
-    shares: dict[bool, list[Share]] = {False: [], True: []}
+    fractions: dict[bool, list[FractionEstimate]] = {False: [], True: []}
     for stratum, answers in drawn.items():
         if source in (None, stratum[0]):
             outcomes = [findings[answer.place].outcome for answer in answers]
             counts = (outcomes.count(outcome) for outcome in ("wrong", "undecided"))
-            shares[stratum[2]].append(sampled_share(len(strata[stratum]), len(answers), *counts))
-    refused, paid = (combined_share(each) if each else None for each in shares.values())
-    return ErrorRates(refused, paid)
+            fractions[stratum[2]].append(
+                sampled_fraction(len(strata[stratum]), len(answers), *counts)
+            )
+    rejected, accepted = (combined_fraction(each) if each else None for each in fractions.values())
+    return ErrorRates(rejected, accepted)
 
 
 async def judge_all(answers: Iterable[GradedAnswer], judge: Judge) -> dict[str, Finding]:

@@ -89,7 +89,7 @@ def expects_number(prompt: Gradable) -> bool:
 
 
 async def group_answers(
-    pool: RewardPool, kind: str, votes: Sequence[Vote | None], scores: Sequence[float]
+    pool: RewardPool, kind: str, votes: Sequence[Vote | None], rewards: Sequence[float]
 ) -> list[int | None]:
     """Return the group of each sample's answer, [samples]; None for a sample without a vote.
 
@@ -102,18 +102,18 @@ async def group_answers(
         pool: the workers that compare.
         kind: the question's reward.
         votes: [samples].
-        scores: [samples], the rewards."""
+        rewards: [samples]."""
     if kind != "math":
         first_with = {vote.key: i for i, vote in reversed(list(enumerate(votes))) if vote}
         return [first_with[vote.key] if vote else None for vote in votes]
     wrong: dict[str | Fraction, Vote] = {}
-    for vote, score in zip(votes, scores, strict=True):
-        if vote and score != 1.0:
+    for vote, reward in zip(votes, rewards, strict=True):
+        if vote and reward != 1.0:
             wrong.setdefault(vote.key, vote)
     group_of = await _by_meaning(pool, list(wrong.values()))
     return [
-        (RIGHT if score == 1.0 else group_of[vote.key]) if vote else None
-        for vote, score in zip(votes, scores, strict=True)
+        (RIGHT if reward == 1.0 else group_of[vote.key]) if vote else None
+        for vote, reward in zip(votes, rewards, strict=True)
     ]
 
 
@@ -126,23 +126,23 @@ def majority_index(groups: Sequence[object | None]) -> int | None:
     return list(groups).index(counts.most_common(1)[0][0])
 
 
-def voted_score(groups: Sequence[int | None], scores: Sequence[float]) -> float:
-    """Return the score of the largest group's answer; 0 without any vote."""
+def voted_reward(groups: Sequence[int | None], rewards: Sequence[float]) -> float:
+    """Return the reward of the largest group's answer; 0 without any vote."""
     winner = majority_index(groups)
-    return 0.0 if winner is None else scores[winner]
+    return 0.0 if winner is None else rewards[winner]
 
 
-async def majority_score(
+async def majority_reward(
     pool: RewardPool,
     kind: str,
     responses: Sequence[str],
-    scores: Sequence[float],
+    rewards: Sequence[float],
     opened: bool = False,
     reading: str = "strict",
     *,
     numeric: bool = False,
 ) -> float:
-    """Return the score of the majority's answer, which cons@N averages; 0 without any vote.
+    """Return the reward of the majority's answer, which cons@N averages; 0 without any vote.
 
     Answers are compared by meaning only if that can change the outcome: for mathematics, if some
     answer is right and the wrong answers together could outvote it.
@@ -151,18 +151,18 @@ async def majority_score(
         pool: grades responses and compares answers.
         kind: the question's reward.
         responses: the texts sampled for one question.
-        scores: their rewards.
+        rewards: their rewards.
         opened: as for `read_vote`.
         reading: as for `read_vote`.
         numeric: as for `read_vote`."""
     votes = [read_vote(text, opened, reading, kind=kind, numeric=numeric) for text in responses]
     if kind == "math":
         num_votes = sum(vote is not None for vote in votes)
-        pairs = zip(votes, scores, strict=True)
-        num_right = sum(vote is not None and score == 1.0 for vote, score in pairs)
+        pairs = zip(votes, rewards, strict=True)
+        num_right = sum(vote is not None and reward == 1.0 for vote, reward in pairs)
         if num_right == 0 or 2 * num_right > num_votes:
             return float(num_right > 0)
-    return voted_score(await group_answers(pool, kind, votes, scores), scores)
+    return voted_reward(await group_answers(pool, kind, votes, rewards), rewards)
 
 
 async def _by_meaning(pool: RewardPool, votes: Sequence[Vote]) -> dict[str | Fraction, int]:

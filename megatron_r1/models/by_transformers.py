@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.hf_writing import carry_files
 from megatron_r1.models.weights.stored.published import published_tensors
 
@@ -52,7 +52,7 @@ def load_by_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **opt
     return kind.from_pretrained(folder, config=config, dtype=dtype, **options)
 
 
-def write_plain(weights: HfWeights, folder: Path) -> None:
+def write_plain(weights: HFWeights, folder: Path) -> None:
     """Write the checked `weights` with their tokenizer and configuration into `folder`. All of them
     are in memory at once."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -141,7 +141,7 @@ def counts_of(
 
 
 def persistent_bytes(
-    config: Config, counts: Counts, replicas: tuple[int, int], moments: str
+    config: Config, counts: Counts, data_parallel_sizes: tuple[int, int], moments: str
 ) -> dict[str, int]:
     """Return bytes of parameters, gradients and optimizer state on a rank.
 
@@ -151,11 +151,11 @@ def persistent_bytes(
     Args:
         config: the recipe.
         counts: the rank's parameters.
-        replicas: the number of replicas of dense and of expert parameters.
+        data_parallel_sizes: the ranks that share dense parameters, and those that share experts.
         moments: the dtype of the moments on this device."""
     each = parameter_bytes(config.model.dtype, moments)
-    dense, expert = _padded(counts, replicas)
-    shared = dense / replicas[0] + expert / replicas[1]
+    dense, expert = _padded(counts, data_parallel_sizes)
+    shared = dense / data_parallel_sizes[0] + expert / data_parallel_sizes[1]
     values = dense + expert + counts.frozen
     return {
         "parameters": values * each.value + FP32 * counts.buffers,
@@ -165,7 +165,7 @@ def persistent_bytes(
 
 
 def checkpoint_bytes(
-    config: Config, counts: Counts, replicas: tuple[int, int], *, with_reference: bool
+    config: Config, counts: Counts, data_parallel_sizes: tuple[int, int], *, with_reference: bool
 ) -> int:
     """Return bytes of a rank's host buffers for checkpoints (`trainer.checkpoints.staging`).
 
@@ -175,12 +175,12 @@ def checkpoint_bytes(
     Args:
         config: the recipe.
         counts: the rank's parameters.
-        replicas: the ranks that share dense parameters, and those that share experts.
+        data_parallel_sizes: the ranks that share dense parameters, and those that share experts.
         with_reference: whether a reference is kept."""
-    trained = counts.dense / replicas[0] + counts.expert / replicas[1]
+    trained = counts.dense / data_parallel_sizes[0] + counts.expert / data_parallel_sizes[1]
     written = trained
     if config.model.lora is None:  # frozen MTP layers; next to adapters nothing frozen is written
-        written += counts.frozen / replicas[0]
+        written += counts.frozen / data_parallel_sizes[0]
     num_bytes = (1 + with_reference) * written * BYTES[config.model.dtype]
     return round(3 * FP32 * trained + num_bytes)
 
@@ -192,9 +192,9 @@ def reference_bytes(config: Config, counts: Counts) -> int:
     return changing * BYTES[config.model.dtype] + FP32 * counts.buffers
 
 
-def _padded(counts: Counts, replicas: tuple[int, int]) -> tuple[int, int]:
+def _padded(counts: Counts, data_parallel_sizes: tuple[int, int]) -> tuple[int, int]:
     """Return the values in the gradient buffers of dense and of expert parameters."""
-    multiples = (math.lcm(each, 128) for each in replicas)
+    multiples = (math.lcm(each, 128) for each in data_parallel_sizes)
     sizes = (counts.dense_padded, counts.expert_padded)
     dense, expert = (-(-n // m) * m for n, m in zip(sizes, multiples, strict=True))
     return dense, expert

@@ -235,7 +235,7 @@ def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:
     ]
     heldout = _read(plans, graph, "evaluations.jsonl")
     plots = []
-    for key, heldout_key, label, meaning, is_share in QUANTITIES:
+    for key, heldout_key, label, meaning, is_fraction in QUANTITIES:
         curves = []
         for index, name in enumerate(stages):
             ink = CURVE_INKS[index % len(CURVE_INKS)]
@@ -243,7 +243,9 @@ def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:
                 curves.append(Curve(plans[0].stages[name].title, *_means(by_step), ink))
             curves += heldout_points(heldout[name], heldout_key, ink)
         if curves:
-            svg = curve_plot(key.replace("/", "-"), curves, SIZE, is_share, from_zero=not is_share)
+            svg = curve_plot(
+                key.replace("/", "-"), curves, SIZE, is_fraction, from_zero=not is_fraction
+            )
             plots.append(Plot(label, meaning, svg))
     return plots
 

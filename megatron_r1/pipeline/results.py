@@ -25,8 +25,8 @@ LABELS = {
     "loss": "loss",
 }
 """Column heads of the results that several verbs have, in the report's order."""
-NOT_SHARES = ("length", "loss")
-"""Results that are no shares, though they may lie in 0 … 1."""
+NOT_FRACTIONS = ("length", "loss")
+"""Results that are no fractions, though they may lie in 0 … 1."""
 HELDOUT = {"pass@1": "accuracy", "response_length": "length"}
 """Name in evaluations.jsonl → result."""
 
@@ -58,7 +58,7 @@ class Result:
             name: the name of the result."""
         if self.low is None or self.high is None:
             return _format_value(name, self.value)
-        if _is_share(name, self.value):
+        if _is_fraction(name, self.value):
             return f"{percent(self.value)} ({100 * self.low:.1f}–{100 * self.high:.1f})"
         return f"{number(self.value)} ({number(self.low)}–{number(self.high)})"
 
@@ -89,7 +89,7 @@ class Spread:
             name: the name of the result."""
         if self.deviation is None:
             return _format_value(name, self.mean)
-        if _is_share(name, self.mean):
+        if _is_fraction(name, self.mean):
             return f"{percent(self.mean)} ± {100 * self.deviation:.1f}"
         return f"{number(self.mean)} ± {number(self.deviation)}"
 
@@ -115,13 +115,13 @@ def headline(results: Mapping[str, Result]) -> str:
 
 
 def _format_value(name: str, value: float) -> str:
-    """Format a result: as a percentage if it is a share, else with three digits."""
-    return percent(value) if _is_share(name, value) else number(value)
+    """Format a result: as a percentage if it is a fraction, else with three digits."""
+    return percent(value) if _is_fraction(name, value) else number(value)
 
 
-def _is_share(name: str, value: float) -> bool:
+def _is_fraction(name: str, value: float) -> bool:
     """Return whether a result is a fraction of 1, by its name and value."""
-    return name not in NOT_SHARES and 0.0 <= value <= 1.0
+    return name not in NOT_FRACTIONS and 0.0 <= value <= 1.0
 
 
 def _of_training(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Result]:

@@ -35,7 +35,9 @@ def offloaded_bytes(job: PlannedJob, counts: Counts) -> int:
     that the layers keep in FP8, and a reference on the device, stay."""
     if not offloads(job):
         return 0
-    parts = persistent_bytes(job.config, counts, job.replicas, job.config.optimizer.moments)
+    parts = persistent_bytes(
+        job.config, counts, job.data_parallel_sizes, job.config.optimizer.moments
+    )
     # What is no parameter, such as the routers' bias, stays.
     return sum(parts[kind] for kind in KINDS) - 4 * counts.buffers
 
@@ -126,9 +128,11 @@ def saves(job: PlannedJob) -> Quantity:
     the host, and the writing that steps until the next do not hide (`asynchronous`), or all."""
     settings, given = job.config.checkpoint, job.assumptions
     counts = RankCounts(job)
-    reference = job.scores_reference or job.keeps_reference
+    reference = job.computes_ref_logprobs or job.keeps_reference
     copied = max(
-        checkpoint_bytes(job.config, counts.of_rank(rank), job.replicas, with_reference=reference)
+        checkpoint_bytes(
+            job.config, counts.of_rank(rank), job.data_parallel_sizes, with_reference=reference
+        )
         for rank in range(job.parallel.pipeline)
     )
     seconds = copied / (job.hardware.host_link * given.link_efficiency)

@@ -166,9 +166,16 @@ def _rank_coordinates(job: PlannedJob) -> Iterator[tuple[int, ...]]:
     from megatron.core.parallel_state import RankGenerator
 
     parallel, order = job.parallel, "tp-cp-ep-dp-pp"
-    dense = RankGenerator(parallel.tensor, 1, job.data, parallel.pipeline, parallel.context, order)
+    dense = RankGenerator(
+        parallel.tensor, 1, job.data_parallel, parallel.pipeline, parallel.context, order
+    )
     expert = RankGenerator(
-        parallel.expert_tensor, parallel.expert, job.expert_replicas, parallel.pipeline, 1, order
+        parallel.expert_tensor,
+        parallel.expert,
+        job.expert_data_parallel,
+        parallel.pipeline,
+        1,
+        order,
     )
     axes = ((dense, "pp"), (dense, "tp"), (expert, "ep"), (expert, "tp"))
     replicas = ((dense, "dp-cp"), (expert, "dp"))

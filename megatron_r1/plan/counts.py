@@ -209,7 +209,7 @@ def _training_flops(job: PlannedJob) -> Section:
     }
     if job.verb == "rl":
         passes, how = 1, f"a forward pass ({'critic' if job.is_critic else 'policy'})"
-        if job.scores_reference:
+        if job.computes_ref_logprobs:
             passes, how = 2, "2 forward passes (policy, reference)"
         formula = f"{how} over {job.num_responses:,} samples"
         flops = passes * forward * job.num_responses * length

@@ -15,7 +15,8 @@ from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_byt
 from megatron_r1.plan.ranges import narrowing_section, with_range
 from megatron_r1.plan.rollout import exchange_section, samples_section, teacher_section
 from megatron_r1.plan.routing_replay import ROUTED
-from megatron_r1.plan.timing import StepTime, communication_section, time_section
+from megatron_r1.plan.timing import StepTime, time_section
+from megatron_r1.plan.traffic import communication_section
 from megatron_r1.reporting.wording import counted
 
 WHAT = {

@@ -102,25 +102,25 @@ class PlannedJob:
         return len(self.stages[0])
 
     @property
-    def data(self) -> int:
+    def data_parallel(self) -> int:
         """Data-parallel size: the number of ranks with different samples."""
-        return self.parallel.num_replicas(self.world_size)
+        return self.parallel.data_parallel(self.world_size)
 
     @property
-    def dense_replicas(self) -> int:
+    def data_context_parallel(self) -> int:
         """Number of ranks with the same attention weights, which share their optimizer state."""
         return self.world_size // (self.parallel.tensor * self.parallel.pipeline)
 
     @property
-    def expert_replicas(self) -> int:
+    def expert_data_parallel(self) -> int:
         """Number of ranks with the same experts, which share their optimizer state."""
         parallel = self.parallel
         return self.world_size // (parallel.expert_tensor * parallel.expert * parallel.pipeline)
 
     @property
-    def replicas(self) -> tuple[int, int]:
+    def data_parallel_sizes(self) -> tuple[int, int]:
         """Ranks that hold the same dense, and the same expert, parameters."""
-        return self.dense_replicas, self.expert_replicas
+        return self.data_context_parallel, self.expert_data_parallel
 
     @property
     def with_mtp(self) -> bool:
@@ -162,7 +162,7 @@ class PlannedJob:
         return self.verb in ("rl", "sample")
 
     @property
-    def scores_reference(self) -> bool:
+    def computes_ref_logprobs(self) -> bool:
         """Whether a step of `config` computes log-probabilities under the reference."""
         return self.verb == "rl" and self.config.rl.kl_beta > 0 and not self.is_critic
 
@@ -236,7 +236,7 @@ class PlannedJob:
     @property
     def rank_tokens(self) -> float:
         """Tokens of a mean micro-batch on a rank: context parallelism divides them."""
-        tokens = self.step_samples / self.data * self.sample_tokens
+        tokens = self.step_samples / self.data_parallel * self.sample_tokens
         return tokens / self.num_microbatches / self.parallel.context
 
     @property
@@ -244,7 +244,7 @@ class PlannedJob:
         """Micro-batches of one optimizer step on each data-parallel rank."""
         tokens = self.step_samples * self.sample_tokens
         limit = max(self.parallel.microbatch_tokens, self.sample_tokens)
-        return max(1, -(-int(tokens) // (self.data * limit)))
+        return max(1, -(-int(tokens) // (self.data_parallel * limit)))
 
     @property
     def slots(self) -> int:

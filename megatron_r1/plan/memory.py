@@ -71,7 +71,9 @@ def rank_memory(job: PlannedJob) -> list[RankMemory]:
 
 
 def _persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
-    return persistent_bytes(job.config, counts, job.replicas, job.config.optimizer.moments)
+    return persistent_bytes(
+        job.config, counts, job.data_parallel_sizes, job.config.optimizer.moments
+    )
 
 
 def _of_rank(
@@ -87,17 +89,17 @@ def _of_rank(
     reference = reference_bytes(job.config, counts)
     on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
     persistent["optimizer"] -= on_host
-    is_kept = job.scores_reference or job.keeps_reference
+    is_kept = job.computes_ref_logprobs or job.keeps_reference
     host = {"reference": reference if is_kept else 0, "optimizer": on_host}
     host |= replay_host_bytes(job, rank) | offloaded_host_bytes(job, counts)
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = checkpoint_bytes(
-            job.config, counts, job.replicas, with_reference=is_kept
+            job.config, counts, job.data_parallel_sizes, with_reference=is_kept
         )
     stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
     ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
     training = {**stays, "activations": kept, "layer in work": working, **ends}
-    scored = reference if job.scores_reference else 0
+    scored = reference if job.computes_ref_logprobs else 0
     scoring = {**stays, "reference": scored, "layer in work": forward_only, **ends}
     if buffer := 0 if job.rollout_gpus else receive_buffer_bytes(job, "GPU"):
         training[RECEIVE_BUFFER] = scoring[RECEIVE_BUFFER] = buffer
@@ -122,7 +124,7 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> Rank
         host[kind] += more
     if critic.config.checkpoint.asynchronous:
         host["checkpoint being written"] += checkpoint_bytes(
-            critic.config, counts, critic.replicas, with_reference=False
+            critic.config, counts, critic.data_parallel_sizes, with_reference=False
         )
     freed = persistent["gradients"] if critic.config.rollout.colocated else 0
     training = {**memory.training, CRITIC: num_bytes}
@@ -202,8 +204,8 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
     formulas = {
         "parameters": f"({dense} + {expert} + {c.frozen:,} frozen) x {value} B",
         "gradients": f"({dense} + {expert}) x 4 B (fp32)",
-        "optimizer": f"{state} B x (dense / {job.dense_replicas} + expert / {job.expert_replicas} "
-        f"replicas){part}",
+        "optimizer": f"{state} B x (dense / {job.data_context_parallel} + expert / "
+        f"{job.expert_data_parallel} replicas){part}",
         "fp8 copies": "two fp8 copies of each linear weight"
         if rank.training["fp8 copies"]
         else "fp8.recipe: none",

@@ -148,12 +148,6 @@ def phases_of(
     return phases
 
 
-def run_hours(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> float:
-    """Return the hours of all steps, each with the settings that rl.schedule gives it."""
-    parts = phases_of(recipe, chosen, overrides)
-    return sum(p.steps * time_section(p.times({}))["step"].number for p in parts) / 3600
-
-
 def published_runs() -> list[PublishedRun]:
     """Return the rows of published.yaml. In each source every other row, from the first on, is of
     the half that calibrates."""

@@ -213,8 +213,8 @@ def push_section(job: PlannedJob) -> Section:
         "busiest engine GPU": Quantity(busiest, "x", f"its bytes / the average of {gpus}"),
         "out of a trainer rank": in_bytes(
             out,
-            f"the busiest, {links.busiest_sender:.2f} x the average of {grid.world}; once per set "
-            f"of {counted(links.num_engines, 'engine')}, which pass it on",
+            f"the busiest, {links.busiest_sender:.2f} x the average of {grid.world_size}; once per "
+            f"set of {counted(links.num_engines, 'engine')}, which pass it on",
         ),
     }
     if not _is_one_node(job):
@@ -242,7 +242,7 @@ def _connections(
     over_nccl = TRANSPORTS[job.config.push.transport].in_rounds
     colocated = shares_gpus_over_nccl(job.config)
     of_set = 0 if colocated else links.num_engines * engines.ranks_per_engine
-    communicator = grid.world + of_set if over_nccl else 0
+    communicator = grid.world_size + of_set if over_nccl else 0
     creation, each = (
         "",
         f"a process group of two, and an engine rank has one of {links.num_engines}",
@@ -258,37 +258,45 @@ def _connections(
             f"is {each}",
         ),
         "store requests": Quantity(
-            links.requests(engines, grid.world, over_nccl=over_nccl),
+            links.requests(engines, grid.world_size, over_nccl=over_nccl),
             "",
             f"when all engines connect, to one TCPStore: {given.store_requests:,.0f} per second",
         ),
         "set-up": Quantity(
-            links.setup_seconds(engines, grid.world, num_slots, given, communicator),
+            links.setup_seconds(engines, grid.world_size, num_slots, given, communicator),
             "s",
             f"store requests, tables read and broadcast, the plan{creation}",
         ),
     }
-    if over_nccl:
-        layout = job.hf, grid, engines, job.stages
-        count, lora = _byte_count(_form(job)), pushed_lora(job)
-        plans = set_plans(*layout, count, SET_ENGINES, drafts=drafts(job), lora=lora)
-        sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
-        order = planned_order(plans, sets, ranks, grid.world, colocated=colocated)
-        section["push"] = Quantity(
-            round_seconds(order, rate, given),
+    section["push"] = (
+        _rounds_time(job, engines, grid)
+        if over_nccl
+        else Quantity(
+            links.seconds(rate, given),
             "s",
-            f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
-            f"{order.num_relay_rounds:,} in which these pass them on: of a bucket each way "
-            f"through every {link}",
+            f"out of the busiest trainer rank, then what engines pass on, through their {link}s, "
+            "in rounds",
         )
-        return section
-    section["push"] = Quantity(
-        links.seconds(rate, given),
-        "s",
-        f"out of the busiest trainer rank, then what engines pass on, through their {link}s, in "
-        "rounds",
     )
     return section
+
+
+def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Quantity:
+    """Return the seconds of a push in rounds through one communicator."""
+    rate, link = push_link(job)
+    layout = job.hf, grid, engines, job.stages
+    count, lora = _byte_count(_form(job)), pushed_lora(job)
+    plans = set_plans(*layout, count, SET_ENGINES, drafts=drafts(job), lora=lora)
+    sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
+    colocated = shares_gpus_over_nccl(job.config)
+    order = planned_order(plans, sets, ranks, grid.world_size, colocated=colocated)
+    return Quantity(
+        round_seconds(order, rate, job.assumptions),
+        "s",
+        f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
+        f"{order.num_relay_rounds:,} in which these pass them on: of a bucket each way "
+        f"through every {link}",
+    )
 
 
 def _receive_buffer_formula(job: PlannedJob) -> str:

@@ -70,7 +70,7 @@ class SetTraffic:
             + rounds * (given.round_seconds + hops)
         )
 
-    def requests(self, engines: EngineLayout, world: int, *, over_nccl: bool) -> int:
+    def requests(self, engines: EngineLayout, world_size: int, *, over_nccl: bool) -> int:
         """Return the requests to the store when all engines connect (`rendezvous`).
 
         An engine rank looks for its table, offers it, waits until all is ready, and reads its
@@ -79,7 +79,7 @@ class SetTraffic:
         prepared, and waits. Each position's table, and plan of a set, is written once."""
         ranks, positions = engines.num_ranks, engines.ranks_per_engine
         of_engines = ranks * (5 if over_nccl else 4 + 2 * (self.num_engines > 1)) + positions
-        of_trainer = engines.engines + ranks + positions + 2 * world * self.num_sets
+        of_trainer = engines.engines + ranks + positions + 2 * world_size * self.num_sets
         plans = self.num_sets * (positions + 1)
         pairs = 0 if over_nccl else PAIR_REQUESTS * self.num_links
         return of_engines + of_trainer + plans + pairs
@@ -87,7 +87,7 @@ class SetTraffic:
     def setup_seconds(
         self,
         engines: EngineLayout,
-        world: int,
+        world_size: int,
         num_slots: int,
         given: Assumptions,
         communicator: int = 0,
@@ -96,7 +96,7 @@ class SetTraffic:
 
         Args:
             engines: the layout of the engines.
-            world: trainer ranks.
+            world_size: trainer ranks.
             num_slots: tensors in the tables of an engine's ranks, which rank 0 reads and
                 broadcasts.
             given: the rates assumed.
@@ -104,7 +104,7 @@ class SetTraffic:
         tables = num_slots * SLOT_BYTES
         creating = given.group_seconds + communicator * given.group_rank_seconds
         return (
-            self.requests(engines, world, over_nccl=bool(communicator)) / given.store_requests
+            self.requests(engines, world_size, over_nccl=bool(communicator)) / given.store_requests
             + 2 * tables / given.store_bytes
             + given.set_plan_seconds
             + (creating if communicator else 0)
@@ -145,7 +145,7 @@ def set_links(
     out: Counter[int] = Counter()
     into: Counter[tuple[int, int, int]] = Counter()
     entering: Counter[tuple[int, int, int]] = Counter()
-    sent, received = [0.0] * grid.world, [0.0] * engines.ranks_per_engine
+    sent, received = [0.0] * grid.world_size, [0.0] * engines.ranks_per_engine
     for index, plan in enumerate(plans):
         for link in chain.from_iterable(plan):
             engine_rank = index, link.member, link.position

@@ -47,7 +47,7 @@ def as_json(
         "gpus": job.world_size,
         "hardware": vars(job.hardware),
         "assumptions": vars(job.assumptions) | {"response_tokens": job.response_tokens},
-        "parallel": job.parallel.model_dump() | {"data": job.data},
+        "parallel": job.parallel.model_dump() | {"data": job.data_parallel},
         "sections": {
             title: {name: _entries(quantity) for name, quantity in section.items()}
             for title, section in estimate.sections().items()
@@ -121,7 +121,8 @@ def _title(estimate: JobEstimate) -> str:
         lines.append(
             f"trainer: tensor {parallel.tensor}, pipeline {parallel.pipeline} x {job.virtual}, "
             f"context {parallel.context}, expert {parallel.expert} x {parallel.expert_tensor}, "
-            f"data {job.data}; {counted(job.num_microbatches, 'micro-batch')} an optimizer step"
+            f"data {job.data_parallel}; "
+            f"{counted(job.num_microbatches, 'micro-batch')} an optimizer step"
         )
     if job.generates:
         where = "the same GPUs, in turn"

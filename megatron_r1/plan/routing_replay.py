@@ -57,19 +57,19 @@ class ReplayTraffic:
 
     def of_replica(self, tokens: int) -> int:
         """Return the bytes of a replica's samples of `tokens` each, which its first rank gets."""
-        return self.kept(tokens) // self.job.data
+        return self.kept(tokens) // self.job.data_parallel
 
     @property
     def members(self) -> int:
         """Ranks of a replica."""
-        return self.job.world_size // self.job.data
+        return self.job.world_size // self.job.data_parallel
 
     @property
     def passed_on(self) -> int:
         """Bytes out of a replica's first rank: all but its own part, and a byte for each token of a
         rank (`RecordedRouting.known`)."""
         own = self.of_replica(self.job.sample_tokens) // self.members
-        marks = self.job.num_responses * self.job.sample_tokens // self.job.data
+        marks = self.job.num_responses * self.job.sample_tokens // self.job.data_parallel
         marks //= self.job.parallel.tensor * self.job.parallel.context
         return (own + marks) * (self.members - 1)
 
@@ -124,7 +124,7 @@ class ReplayTraffic:
             ),
             "into a replica": in_bytes(
                 self.of_replica(mean),
-                f"those of its samples, 1 of {job.data}, to its first rank's host",
+                f"those of its samples, 1 of {job.data_parallel}, to its first rank's host",
             ),
             "into another rank's host": in_bytes(
                 self.passed_on // max(1, self.members - 1),

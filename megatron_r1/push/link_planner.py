@@ -19,7 +19,7 @@ from megatron_r1.push.ordered_sets import OrderedSets
 from megatron_r1.push.plan.engine_sets import (
     Plan,
     PlannedLink,
-    largest_share,
+    largest_fraction,
     plan_sets,
     sent_bytes,
 )
@@ -136,7 +136,7 @@ class LinkPlanner:
                 planner = Planner(self.hf, self.grid, *layout, needs, self.rules)
                 ends = list(accumulate(map(len, addresses)))
                 sets = [range(*edges) for edges in pairwise([0, *ends])]
-                largest, num_bytes = largest_share(transport), _byte_count(tables)
+                largest, num_bytes = largest_fraction(transport), _byte_count(tables)
                 plans = plan_sets(planner, num_bytes, sets, receivers.sent, largest)
                 order = (
                     self._order(plans, sets, addresses) if TRANSPORTS[transport].in_rounds else None
@@ -145,7 +145,7 @@ class LinkPlanner:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
                 continue
             for turn, (name, plan) in enumerate(zip(names, plans, strict=True)):
-                linked = LinkedSet(rendezvous[name], sent_bytes(plan, self.grid.world))
+                linked = LinkedSet(rendezvous[name], sent_bytes(plan, self.grid.world_size))
                 if order is not None:
                     linked.rounds = SetRounds(rendezvous[name], order, turn, self.rank)
                 created[name] = linked
@@ -153,7 +153,7 @@ class LinkPlanner:
                     for at, position_links in enumerate(plan):
                         infos = [ReceiverInfo(tables[at], each[at]) for each in addresses[turn]]
                         # Every rank has computed all plans; each publishes about as many.
-                        publishes = (turn + at) % self.grid.world == self.rank
+                        publishes = (turn + at) % self.grid.world_size == self.rank
                         self._link_position(
                             linked, needs, position_links, infos, make_end, publishes
                         )
@@ -178,7 +178,9 @@ class LinkPlanner:
             if address in self._rank_of_gpu
         }
         self._num_orders += 1
-        return OrderedSets(plans, sets, len(plans[0]), self.grid.world, shared, self._num_orders)
+        return OrderedSets(
+            plans, sets, len(plans[0]), self.grid.world_size, shared, self._num_orders
+        )
 
     def _link_position(
         self,

@@ -65,7 +65,7 @@ class OrderedSets:
         plans: the sets' plans (`engine_sets.plan_sets`).
         sets: the engines of each set, numbered through.
         ranks_per_engine: the ranks of an engine.
-        world: the trainer ranks.
+        world_size: the trainer ranks.
         shared: the trainer ranks on engine ranks' GPUs.
         number: the number of this order, in the order of connecting.
 
@@ -79,12 +79,12 @@ class OrderedSets:
         plans: Sequence[Plan],
         sets: Sequence[range],
         ranks_per_engine: int,
-        world: int,
+        world_size: int,
         shared: Mapping[EngineRank, int],
         number: int,
     ):
-        self.number, self.world = number, world
-        self.receivers = receiving_processes(sets, ranks_per_engine, world, shared)
+        self.number, self.world_size = number, world_size
+        self.receivers = receiving_processes(sets, ranks_per_engine, world_size, shared)
         self.order = push_order(plans, self.receivers)
         # In the order in which `push_order` and `PushOrder` number them.
         self.payloads = [
@@ -101,7 +101,7 @@ class OrderedSets:
             for member in range(len(members))
         ]
         self._ranks = [
-            {process: world + place for place, process in enumerate(self._outside(positions))}
+            {process: world_size + place for place, process in enumerate(self._outside(positions))}
             for positions in self.receivers
         ]
 
@@ -141,11 +141,11 @@ class OrderedSets:
 
     def has_shared_gpus(self, index: int) -> bool:
         """Return whether trainer ranks receive for engine ranks of a set."""
-        return any(p < self.world for members in self.receivers[index] for p in members)
+        return any(p < self.world_size for members in self.receivers[index] for p in members)
 
-    def size(self, index: int) -> int:
+    def num_ranks(self, index: int) -> int:
         """Return the ranks of a set's communicator; 0 where it has none."""
-        return self.world + len(self._ranks[index]) if self._ranks[index] else 0
+        return self.world_size + len(self._ranks[index]) if self._ranks[index] else 0
 
     def names(self, index: int, position: int | None = None) -> list[str]:
         """Return the engine ranks that are in a set's communicator, "member/position", of one
@@ -155,7 +155,7 @@ class OrderedSets:
             for at, members in enumerate(self.receivers[index])
             if position in (None, at)
             for member, process in enumerate(members)
-            if process >= self.world
+            if process >= self.world_size
         ]
 
     def rank_rounds(self, index: int, position: int) -> list[RankRounds | None]:
@@ -163,7 +163,7 @@ class OrderedSets:
         rank receives for."""
         names = self.names(index, position)
         return [
-            self._rank_rounds(index, process, names) if process >= self.world else None
+            self._rank_rounds(index, process, names) if process >= self.world_size else None
             for process in self.receivers[index][position]
         ]
 
@@ -176,12 +176,12 @@ class OrderedSets:
             pair = phases[call.is_relayed].setdefault(call.round, [None, None])
             pair[0 if call.is_send else 1] = rank_call
         entering, relayed = ([tuple(pair) for pair in phase.values()] for phase in phases)
-        rank, size = self._ranks[index][process], self.size(index)
-        return RankRounds(rank, size, names, entering, relayed)
+        rank, num_ranks = self._ranks[index][process], self.num_ranks(index)
+        return RankRounds(rank, num_ranks, names, entering, relayed)
 
     def _receiver(self, payload: PayloadId) -> int:
         return self.receivers[payload.set_index][payload.position][payload.member]
 
     def _outside(self, positions: Sequence[Sequence[int]]) -> list[int]:
         """Return the processes of a set that are no trainer ranks, in order."""
-        return sorted(p for members in positions for p in members if p >= self.world)
+        return sorted(p for members in positions for p in members if p >= self.world_size)

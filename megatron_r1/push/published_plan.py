@@ -49,13 +49,13 @@ class RankRounds(msgspec.Struct, frozen=True):
 
     Attributes:
         rank: the rank in the set's communicator.
-        size: the number of that communicator's ranks.
+        num_ranks: the number of that communicator's ranks.
         names: the ranks of its position that are in it, each "member/rank".
         entering: the rounds in which weights enter this rank.
         relayed: the rounds in which they are relayed."""
 
     rank: int
-    size: int
+    num_ranks: int
     names: list[str]
     entering: list[tuple[RankCall | None, RankCall | None]]
     relayed: list[tuple[RankCall | None, RankCall | None]]

@@ -29,7 +29,7 @@ from megatron_r1.push.results import Failure
 from megatron_r1.push.table import Delivery, SlotTable
 from megatron_r1.push.transports.nccl_rounds import (
     Communicator,
-    NcclError,
+    NCCLError,
     PushStreams,
     Round,
     RoundRunner,
@@ -87,8 +87,8 @@ class SetRounds:
 
     def begin_connect(self) -> None:
         """Begin to create the set's communicator, if it has one."""
-        if size := self.ordered.size(self.index):
-            self.communicator = Communicator(self.rendezvous[0], self.rank, size)
+        if num_ranks := self.ordered.num_ranks(self.index):
+            self.communicator = Communicator(self.rendezvous[0], self.rank, num_ranks)
             self.communicator.begin()
 
     def connect(self) -> None:
@@ -152,7 +152,7 @@ class SetRounds:
             return error.failure
         text = f"trainer rank {self.rank}: {type(error).__name__}: {error}"
         try:
-            if self.communicator is not None and isinstance(error, (NcclError, TimeoutError)):
+            if self.communicator is not None and isinstance(error, (NCCLError, TimeoutError)):
                 names = self.ordered.names(self.index)
                 return self.rendezvous[0].find_cause(names, self.number, text)
             return self.rendezvous[0].report(Failure(text))
@@ -170,16 +170,16 @@ LinkPayloads = Mapping[tuple[int, int], SlicesPayload]
 
 
 class RoundSender:
-    """Sends the payloads of trainer rank `rank` of `world`. Every method is called on all trainer
-    ranks with the same sets, in the same order.
+    """Sends the payloads of trainer rank `rank` of `world_size`. Every method is called on all
+    trainer ranks with the same sets, in the same order.
 
     Args:
         store: the trainer's store, through which its ranks agree on what has failed.
         rank: this trainer rank, from 0.
-        world: the number of trainer ranks."""
+        world_size: the number of trainer ranks."""
 
-    def __init__(self, store: Store, rank: int, world: int):
-        self._store, self._rank, self._world = store, rank, world
+    def __init__(self, store: Store, rank: int, world_size: int):
+        self._store, self._rank, self._world_size = store, rank, world_size
         self._together = PrefixStore("trainers", store)
         self._num_agreements = 0
         self._own: Communicator | None = None
@@ -247,7 +247,7 @@ class RoundSender:
         number, together = self._num_agreements, self._together
         if self._own is None or self._own.error is not None:
             together.set(f"new/{number}", "1")
-        if together.add(f"ready/{number}", 1) == self._world:  # the last decides for all
+        if together.add(f"ready/{number}", 1) == self._world_size:  # the last decides for all
             failed = [name for name, each in shared.items() if each.rendezvous[0].has_failed()]
             decided = failed, together.check([f"new/{number}"])
             together.set(f"agreed/{number}", msgspec.msgpack.encode(decided))  # type: ignore[arg-type]
@@ -257,7 +257,7 @@ class RoundSender:
         if is_new:
             self.close()
             own = TrainerRendezvous(self._store, f"trainers.{number}", seconds)
-            self._own = Communicator(own, self._rank, self._world)
+            self._own = Communicator(own, self._rank, self._world_size)
             self._own.begin()
             self._own.wait_settled()
         assert self._own is not None

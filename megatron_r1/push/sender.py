@@ -96,7 +96,7 @@ class WeightSender:
         )
         self._sets: dict[str, LinkedSet] = {}
         self._tables = TableStore(store)
-        self._rounds = RoundSender(store, rank, grid.world)
+        self._rounds = RoundSender(store, rank, grid.world_size)
 
     def connect(
         self,
@@ -143,7 +143,7 @@ class WeightSender:
         # Before any wait, which would block this rank's only client of the store.
         for linked in present.values():
             num_ranks = len(linked.rendezvous) * engine_layout.num_ranks
-            linked.rendezvous[0].publish_prepared(self.grid.world, num_ranks)
+            linked.rendezvous[0].publish_prepared(self.grid.world_size, num_ranks)
         outcomes = run_all([partial(self._connect_set, linked) for linked in present.values()])
         failed |= {name: text for name, text in zip(present, outcomes, strict=True) if text}
         in_rounds = {

@@ -90,49 +90,68 @@ def structure(
             if _is_used(old):
                 exercised = not_here.get(f"{section}.{key}") or _exercised(old, new)
                 rows.append(StructureRow(f"{section}.{key}", str(old), str(new), exercised))
-    if verb in ("rl", "sample") and recipe.rollout.speculative.method != "none":
+    if verb in ("rl", "sample"):
+        rows += _engine_rows(recipe, small)
+    if verb != "sample":
+        rows += _trainer_rows(recipe, hf, small, verb, on)
+    return rows + _left_out(recipe, small, verb)
+
+
+def _engine_rows(recipe: Config, small: Config) -> list[StructureRow]:
+    """Return rows for the drafts of engines and their arguments of vLLM."""
+    rows = []
+    if recipe.rollout.speculative.method != "none":
         drafts = recipe.rollout.speculative, small.rollout.speculative
         before, after = (f"{each.method}, {each.tokens} tokens" for each in drafts)
         rows.append(StructureRow("rollout.speculative", before, after, YES))
-    if verb in ("rl", "sample") and recipe.rollout.vllm:
-        for given, kept in _arguments(recipe.rollout.vllm, small.rollout.vllm):
-            here = (kept, YES) if kept else ("—", "no: needs a GPU; vLLM's parser has read it")
-            rows.append(StructureRow("rollout.vllm", given, *here))
-    if verb != "sample":
-        old, new = (p.num_replicas(p.processes) for p in (recipe.parallel, small.parallel))
-        if old > 1:
-            rows.append(
-                StructureRow("replicas of the model", str(old), str(new), _exercised(old, new))
-            )
-        if hf.get("num_nextn_predict_layers") and verb != "reward-model":
-            rows.append(StructureRow("model.mtp", recipe.model.mtp, small.model.mtp, YES))
-        if recipe.model.lora is not None:
-            rank = f"rank {recipe.model.lora.rank}"
-            rows.append(StructureRow("model.lora", rank, rank, YES))
-        if recipe.parallel.optimizer_offload:
-            rows.append(
-                StructureRow("parallel.optimizer_offload", "to the host", "—", "no: needs a GPU")
-            )
-        if (place := recipe.parallel.offload_between_phases) != "none":
-            rows.append(StructureRow("parallel.offload_between_phases", place, place, YES))
-        if recipe.parallel.dispatcher != "alltoall":
-            rows.append(
-                StructureRow("parallel.dispatcher", "DeepEP", "alltoall", "no: needs a GPU")
-            )
-        layers, memory = {
-            "cpu": (
-                ("Megatron-Core's own", "no: needs a GPU"),
-                ("—", "no: megatron-r1 plan computes it"),
-            ),
-            "gpu": (("the same", YES), ("the whole GPU", "no: of a small model")),
-            "null-gpu": (
-                ("the same, by operators of the host", YES),
-                (f"{launch.GIB:g} GiB of a null GPU", YES),
-            ),
-        }[on]
-        rows.append(StructureRow("layers", "Transformer Engine", *layers))
-        rows.append(StructureRow("memory", "of a GPU", *memory))
-    return rows + _left_out(recipe, small, verb)
+    for given, kept in _arguments(recipe.rollout.vllm, small.rollout.vllm):
+        here = (kept, YES) if kept else ("—", "no: needs a GPU; vLLM's parser has read it")
+        rows.append(StructureRow("rollout.vllm", given, *here))
+    return rows
+
+
+def _trainer_rows(
+    recipe: Config, hf: dict, small: Config, verb: str, on: Place
+) -> list[StructureRow]:
+    """Return rows for the trainer: replicas, what is trained, its offloading, layers, memory.
+
+    Args:
+        recipe: the settings of the full run.
+        hf: the model's config.json.
+        small: the miniature.
+        verb: the recipe's verb.
+        on: where the miniature runs."""
+    rows = []
+    old, new = (p.data_parallel(p.processes) for p in (recipe.parallel, small.parallel))
+    if old > 1:
+        rows.append(StructureRow("replicas of the model", str(old), str(new), _exercised(old, new)))
+    if hf.get("num_nextn_predict_layers") and verb != "reward-model":
+        rows.append(StructureRow("model.mtp", recipe.model.mtp, small.model.mtp, YES))
+    if recipe.model.lora is not None:
+        rank = f"rank {recipe.model.lora.rank}"
+        rows.append(StructureRow("model.lora", rank, rank, YES))
+    if recipe.parallel.optimizer_offload:
+        rows.append(
+            StructureRow("parallel.optimizer_offload", "to the host", "—", "no: needs a GPU")
+        )
+    if (place := recipe.parallel.offload_between_phases) != "none":
+        rows.append(StructureRow("parallel.offload_between_phases", place, place, YES))
+    if recipe.parallel.dispatcher != "alltoall":
+        rows.append(StructureRow("parallel.dispatcher", "DeepEP", "alltoall", "no: needs a GPU"))
+    layers, memory = {
+        "cpu": (
+            ("Megatron-Core's own", "no: needs a GPU"),
+            ("—", "no: megatron-r1 plan computes it"),
+        ),
+        "gpu": (("the same", YES), ("the whole GPU", "no: of a small model")),
+        "null-gpu": (
+            ("the same, by operators of the host", YES),
+            (f"{launch.GIB:g} GiB of a null GPU", YES),
+        ),
+    }[on]
+    rows.append(StructureRow("layers", "Transformer Engine", *layers))
+    rows.append(StructureRow("memory", "of a GPU", *memory))
+    return rows
 
 
 def _left_out(recipe: Config, small: Config, verb: str) -> list[StructureRow]:

@@ -28,17 +28,17 @@ IMPORTED = (
 def main() -> int:
     """Return the exit status: as torchrun's, 1 as soon as a rank fails; the others then end."""
     children.end_without_parent()
-    count, logs, *arguments = sys.argv[1:]
+    world_size, logs, *arguments = sys.argv[1:]
     platform.prepare()
     with without_garbage_collection():
         for module in IMPORTED:
             importlib.import_module(module)
     port = children.free_port("127.0.0.1")
     running = set()
-    for rank in range(int(count)):
+    for rank in range(int(world_size)):
         process = os.fork()
         if not process:
-            _start_rank(rank, int(count), port, Path(logs))
+            _start_rank(rank, int(world_size), port, Path(logs))
             sys.argv[1:] = arguments
             runpy.run_module("megatron_r1", run_name="__main__")  # it ends with SystemExit
         running.add(process)
@@ -53,10 +53,10 @@ def main() -> int:
     return status
 
 
-def _start_rank(rank: int, count: int, port: int, logs: Path) -> None:
+def _start_rank(rank: int, world_size: int, port: int, logs: Path) -> None:
     """Be a rank as torchrun starts one; all but rank 0 write to a file of their own."""
     children.die_with_parent()
-    os.environ |= children.rank_variables(rank, count, port)
+    os.environ |= children.rank_variables(rank, world_size, port)
     if rank:
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"{rank}.log").open("ab") as log:

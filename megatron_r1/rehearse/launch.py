@@ -36,15 +36,15 @@ def command(verb: str, recipe: Path, config: Config, settings: Sequence[str]) ->
         config: the recipe as read, with `settings`.
         settings: dotted settings of the command line, KEY=VALUE each."""
     python = [sys.executable, "-u", "-m"]
-    ranks = config.parallel.processes
+    world_size = config.parallel.processes
     arguments = ["megatron_r1", verb, str(recipe), *settings]
-    if verb == "sample" or ranks == 1:
+    if verb == "sample" or world_size == 1:
         return [*python, *arguments]
     logs = str(Path(config.run.folder) / "logs" / "ranks")
     if not gpu.is_usable():
-        return [*python, "megatron_r1.rehearse.forked_ranks", str(ranks), logs, *arguments[1:]]
+        return [*python, "megatron_r1.rehearse.forked_ranks", str(world_size), logs, *arguments[1:]]
     # A process that has asked for GPUs must not be forked.
-    torchrun = ["--standalone", "--nproc-per-node", str(ranks), "--log-dir", logs]
+    torchrun = ["--standalone", "--nproc-per-node", str(world_size), "--log-dir", logs]
     torchrun += ["--redirects", "3", "--tee", "0:3"]
     return [*python, "torch.distributed.run", *torchrun, "-m", *arguments]
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.rollout import RolloutConfig
-from megatron_r1.config.training import ParallelConfig
 from megatron_r1.models.pipeline_stages import parse_layout
 
 AXES = ("tensor", "context", "expert", "expert_tensor", "pipeline", "virtual_pipeline")
@@ -45,23 +45,23 @@ def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) ->
         )
         sizes["virtual_pipeline"] = len(groups) // sizes["pipeline"]
         layout = "|".join(groups)
-    replicas = min(parallel.num_replicas(parallel.processes), PARTS)
+    data_parallel = min(parallel.data_parallel(parallel.processes), PARTS)
     dense = sizes["tensor"] * sizes["context"]
     # Experts are spread over the ranks of all replicas of a stage.
     experts = sizes["expert"] * sizes["expert_tensor"]
-    while dense * replicas % experts:
-        replicas += 1
-    if dense * replicas * sizes["pipeline"] > max_ranks and dense % experts == 0:
-        replicas = 1
-    processes = dense * replicas * sizes["pipeline"]
-    if processes > max_ranks:
+    while dense * data_parallel % experts:
+        data_parallel += 1
+    if dense * data_parallel * sizes["pipeline"] > max_ranks and dense % experts == 0:
+        data_parallel = 1
+    world_size = dense * data_parallel * sizes["pipeline"]
+    if world_size > max_ranks:
         raise UserError(
-            f"rehearsal.max_ranks: {max_ranks} is less than the {processes} ranks of the layout in "
-            f"miniature; raise it to {processes}",
+            f"rehearsal.max_ranks: {max_ranks} is less than the {world_size} ranks of the layout "
+            f"in miniature; raise it to {world_size}",
             key="rehearsal.max_ranks",
             cause=Cause.OUT_OF_RANGE,
         )
-    changes = {**sizes, "pipeline_layout": layout, "processes": processes, "threads": 1}
+    changes = {**sizes, "pipeline_layout": layout, "processes": world_size, "threads": 1}
     return parallel.model_copy(update=changes | _overlap(parallel, sizes))
 
 
@@ -113,10 +113,10 @@ def different_layout(parallel: ParallelConfig) -> ParallelConfig:
     for axes in (("tensor", "expert_tensor"), (), ("context",), ("expert",), with_experts):
         sizes = dict.fromkeys(axes, 1)
         changed = parallel.model_copy(update=sizes | _overlap(parallel, sizes))
-        ranks = prod((changed.tensor, changed.context, changed.pipeline))
+        world_size = prod((changed.tensor, changed.context, changed.pipeline))
         needed = changed.expert * changed.expert_tensor * changed.pipeline
-        if ranks < parallel.processes and ranks % needed == 0:
-            return changed.model_copy(update={"processes": ranks})
+        if world_size < parallel.processes and world_size % needed == 0:
+            return changed.model_copy(update={"processes": world_size})
     return parallel.model_copy(update={"processes": 2 * parallel.processes})
 
 

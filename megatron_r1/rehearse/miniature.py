@@ -85,34 +85,12 @@ def shrink(
             GPUs."""
     on_gpu = on != "cpu"
     parallel = layout.shrink(config.parallel, max_ranks, leaves_out=on_gpu)
-    replicas = parallel.num_replicas(parallel.processes)
+    replicas = parallel.data_parallel(parallel.processes)
     small_hf = model.shrink(hf, layout.num_layers(parallel), config.push.fp8)
     changed: dict[str, Any] = {
-        "run": {
-            "folder": str(folder / "run"),
-            "steps": max(STEPS, 1 + len(config.rl.schedule)),
-            "hang_seconds": min(config.run.hang_seconds, HANG_SECONDS) or HANG_SECONDS,
-            "on_hang": "stop",
-            "trackers": ["tensorboard"],
-        },
-        "model": {
-            "path": str(folder / "model"),
-            "checkpoint": None,
-            "attention_backend": "auto",
-            # Those of Transformer Engine are kernels.
-            "fusions": ["gradient_accumulation"] if on == "null-gpu" else None,
-        },
-        "data": {
-            "path": str(folder / "questions.jsonl"),
-            "heldout_path": None,
-            "task": None,
-            "parameters": {},
-            "kind": None,
-            "columns": None,
-            "num_train": None,
-            "num_heldout": 2,
-            "heldout_fraction": 0.1,
-        },
+        "run": _run(config, folder),
+        "model": _model(folder, on),
+        "data": _data(folder),
         "agents": {"environment": "", "harness": "", "verifiers": {}},
         "rollout": _rollout(config)
         | (_on_gpu(config, parallel.processes, num_experts(small_hf), on) if on_gpu else ON_CPU),
@@ -171,6 +149,40 @@ def _other_kinds(config: Config) -> list[str]:
     weights = [phase.rl.kind_weights for _, phase in config.phases()]
     has_named = any(questions.NAMED_KIND in each for each in weights)
     return [*model.reward_models(config.rewards.options), *[questions.NAMED_KIND] * has_named]
+
+
+def _run(config: Config, folder: Path) -> dict[str, Any]:
+    return {
+        "folder": str(folder / "run"),
+        "steps": max(STEPS, 1 + len(config.rl.schedule)),
+        "hang_seconds": min(config.run.hang_seconds, HANG_SECONDS) or HANG_SECONDS,
+        "on_hang": "stop",
+        "trackers": ["tensorboard"],
+    }
+
+
+def _model(folder: Path, on: Place) -> dict[str, Any]:
+    return {
+        "path": str(folder / "model"),
+        "checkpoint": None,
+        "attention_backend": "auto",
+        # Those of Transformer Engine are kernels.
+        "fusions": ["gradient_accumulation"] if on == "null-gpu" else None,
+    }
+
+
+def _data(folder: Path) -> dict[str, Any]:
+    return {
+        "path": str(folder / "questions.jsonl"),
+        "heldout_path": None,
+        "task": None,
+        "parameters": {},
+        "kind": None,
+        "columns": None,
+        "num_train": None,
+        "num_heldout": 2,
+        "heldout_fraction": 0.1,
+    }
 
 
 def _rollout(config: Config) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def cached_rewriter(function: UserFunction, cache: ResultCache) -> Rewriter:
     return lambda *texts: cache.get(("rewrite", function.identity, *texts), lambda: rewrite(*texts))
 
 
-class SftExamples:
+class SFTExamples:
     """Keeps at most `keep.per_prompt` of a question's responses."""
 
     def __init__(

@@ -11,7 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from r1_kernels import LinearPolicyLoss, linear_policy_loss, linear_token_logprobs
+import torch
+from r1_kernels import (
+    LinearPolicyLoss,
+    SamplingMask,
+    linear_policy_loss,
+    linear_token_logprobs,
+)
 from r1_kernels.arguments import trusted_values
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -52,7 +58,7 @@ class PackedBatch:
     advantages: Tensor
     """(T,) fp32: the response's advantage on each of its tokens, 0 elsewhere. With an algorithm's
     `token_advantages` it is what these are computed from (`Sample.advantage`), until
-    `ScoredRollout.store` puts each token's own advantage here."""
+    `RolloutBatches.store` puts each token's own advantage here."""
     rollout_logprobs: Tensor
     """(T,) fp32: the engine's, 0 outside responses."""
     labels: Tensor
@@ -64,6 +70,9 @@ class PackedBatch:
     """(T,) fp32: what a response token weighs in an average per response, 1 / (sampled tokens of
     the response, or of the whole episode), 0 elsewhere; None where every sample is a whole one."""
 
+    sampling_mask: SamplingMask | None = None
+    """The tokens that the sampler kept at each of the T positions, none where `is_response` is
+    False; None: the whole vocabulary everywhere."""
     num_shared: int = 0
     """Tokens of samples that are not in the batch, because their prompt is there already."""
 
@@ -104,14 +113,16 @@ class Head:
     records_old: bool = False
 
     def logprobs(self) -> tuple[Tensor, Tensor]:
-        """Compute log-probabilities and entropy of the response tokens.
+        """Compute log-probabilities and entropy of the response tokens, over what was kept.
 
         Returns:
             Each (T,) fp32 (fp64 for fp64), nats, 0 at other positions."""
         rows = self.batch.response_rows
         with trusted_values():  # `packed.check_token_ids` has seen the targets
             logprobs, entropy = linear_token_logprobs(
-                self.hidden[rows], self.weight, self.batch.targets[rows], **self._options()
+                *(self.hidden[rows], self.weight, self.batch.targets[rows]),
+                sampling_mask=self._kept_at(rows),
+                **self._options(),
             )
         zeros = logprobs.new_zeros(len(self.hidden))
         logprobs, entropy = (zeros.index_copy(0, rows, values) for values in (logprobs, entropy))
@@ -143,11 +154,20 @@ class Head:
                 cu_seqlens=batch.cu_seqlens,
                 sequence_group=self.context_group,
                 rows=batch.response_rows,
+                sampling_mask=batch.sampling_mask,
                 **settings,
                 **self._options(),
             )
         batch.logprobs.setdefault("old", terms.logprobs)
         return terms
+
+    def _kept_at(self, rows: Tensor) -> SamplingMask | None:
+        """Return the kept ids of all response tokens, `rows`."""
+        if self.batch.sampling_mask is None:
+            return None
+        # Other tokens have no ids: those of one row end where those of the next begin.
+        token_ids, offsets = self.batch.sampling_mask
+        return SamplingMask(token_ids, torch.cat([offsets[rows], offsets[-1:]]))
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -31,14 +31,14 @@ class GridPosition:
     Attributes:
         groups: made once by `initialize`, handed to everything that communicates.
         data_rank: the index of its model replica, by which the controller distributes batches.
-        data_size: the number of replicas.
+        data_parallel: the data-parallel size, the number of replicas.
         last_stage: whether the rank is on the last pipeline stage, which computes the loss."""
 
     groups: ProcessGroupCollection
     rank: int
     world_size: int
     data_rank: int
-    data_size: int
+    data_parallel: int
     tensor_rank: int
     pipeline_rank: int
     context_rank: int
@@ -52,10 +52,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them."""
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     parallel.check_sizes(world_size)
     _hush_libraries(rank)
-    torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // local_world))
+    torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // local_world_size))
     platform.prepare(int(os.environ.get("LOCAL_RANK", rank)))
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -88,7 +88,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
         rank=rank,
         world_size=world_size,
         data_rank=groups.dp.rank(),
-        data_size=groups.dp.size(),
+        data_parallel=groups.dp.size(),
         tensor_rank=groups.tp.rank(),
         pipeline_rank=groups.pp.rank(),
         context_rank=groups.cp.rank(),

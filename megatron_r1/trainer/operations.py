@@ -74,7 +74,7 @@ class RankDescription(TypedDict):
     context_rank: int
     expert_rank: int
     data_rank: int
-    data_size: int
+    data_parallel: int
     last_stage: bool
     leads_replica: bool
     num_parameters: int
@@ -196,7 +196,7 @@ class ModelOperations(Protocol):
         mini-batches, and `compute_token_advantages` where the algorithm has it.
 
         Args:
-            function: "module:function" of a `KeptTokens`.
+            function: "module:function" of a `WithinBounds`.
             settings: the method and its bounds.
 
         Returns:

@@ -24,6 +24,7 @@ from functools import partial
 import numpy as np
 import torch
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from r1_kernels import SamplingMask
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -33,6 +34,7 @@ from megatron_r1.models.packed_params import PackedParams, with_positions
 from megatron_r1.models.platform import to_device
 from megatron_r1.models.prefixes import with_prefixes
 from megatron_r1.models.routing_replay import RecordedRouting
+from megatron_r1.models.sampling_mask import decoded
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.routing import RoutingPart, recorded_routing
 from megatron_r1.trainer.token_split import Placement, TokenSplit, placed
@@ -87,6 +89,7 @@ def packed_batch(
     has_teacher = all(sample.teacher is not None for sample in samples)
     has_branches = any(sample.weight != 1 for sample in samples)
     num_responses = sum(s.num_responses for s in samples if s.is_trained)
+    kept = _sampling_mask(samples, placement, held)
     return PackedBatch(
         input_ids=on_device(tokens[held][None]),
         position_ids=positions[None],
@@ -102,6 +105,7 @@ def packed_batch(
         labels=on_device(torch.tensor([s.label for s in samples], dtype=torch.float32)),
         logprobs={"teacher": on_device(teacher)} if has_teacher else {},
         sequence_weights=on_device(weights) if has_branches else None,
+        sampling_mask=kept and SamplingMask(*(on_device(part) for part in kept)),
         num_shared=sum(placement.skipped),
         routing=routing
         and routing._replace(experts=on_device(routing.experts), known=on_device(routing.known)),
@@ -159,6 +163,40 @@ def _response_values(samples: list[Sample], placement: Placement) -> tuple[Tenso
     if any(sample.mask for sample in samples):
         per_token[:, ~is_response] = 0.0
     return is_response, *per_token
+
+
+def _sampling_mask(
+    samples: list[Sample], placement: Placement, held: Tensor
+) -> SamplingMask | None:
+    """Return the kept ids of the tokens that are trained on, at the positions `held`; None where no
+    sample has any.
+
+    Raises:
+        ValueError: ids that do not fit their sample, or samples with and without ids in one
+            micro-batch: these would need the whole vocabulary at each token."""
+    trained = [s.is_trained and len(s) > s.prompt_length for s in samples]
+    if not any(sample.sampling_mask for sample in samples):
+        return None
+    counts = torch.zeros(int(placement.cu_seqlens[-1]), dtype=torch.int64)
+    parts = [torch.empty(0, dtype=torch.int32)]
+    for sample, start, counting in zip(samples, placement.starts, trained, strict=True):
+        if not counting:
+            continue
+        if not sample.sampling_mask:
+            raise ValueError("a micro-batch has responses with sampling masks and others without")
+        length = len(sample) - sample.prompt_length
+        own = [np.array(part) for part in decoded(sample.sampling_mask, length)]
+        if sample.mask:
+            is_sampled = np.frombuffer(sample.mask, np.uint8) > 0
+            own = [np.where(is_sampled, own[0], 0), own[1][np.repeat(is_sampled, own[0])]]
+        first = start + sample.prompt_length - 1
+        counts[first : first + length] = torch.from_numpy(own[0])
+        parts.append(torch.from_numpy(own[1]))
+    token_ids, starts = torch.cat(parts), counts.cumsum(0) - counts
+    lengths = counts[held]
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    shift = (starts[held] - offsets[:-1]).repeat_interleave(lengths)
+    return SamplingMask(token_ids[torch.arange(int(offsets[-1])) + shift], offsets)
 
 
 def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:

@@ -1,7 +1,7 @@
 """Advantages per token: rewards per token, discounted sums, GAE, standardization.
 
 Trainer ranks compute them once a rollout has log-probabilities. An algorithm of such advantages
-gets the batches as `ScoredRollout`, which gathers whole responses, also where ranks of context
+gets the batches as `RolloutBatches`, which gathers whole responses, also where ranks of context
 parallelism hold parts of them, and reduces over the whole rollout. What the controller sent as a
 response's advantage is then its reward, on each of its tokens.
 
@@ -231,7 +231,7 @@ class WholeResponses:
         return penalized_rewards(self.rewards, log_ratio, kl_beta, self.is_response, self.last)
 
 
-class ScoredRollout:
+class RolloutBatches:
     """A rollout's micro-batches on this rank, with log-probabilities (and values) in them.
 
     Args:
@@ -268,18 +268,18 @@ class ScoredRollout:
             dist.all_reduce(total, group=self._data_group)
         return [torch.where(r.is_response, standardized(a, total, epsilon), 0.0) for r, a in pairs]
 
-    def mask(self, kept: list[Tensor]) -> Metrics:
-        """Set the advantages of response tokens that are not kept to 0.
+    def mask(self, within_bounds: list[Tensor]) -> Metrics:
+        """Set the advantages of response tokens that are not within bounds to 0.
 
         Args:
-            kept: (T,) bool per micro-batch.
+            within_bounds: (T,) bool per micro-batch.
 
         Returns:
             engine_mask/tokens, the share of response tokens that are masked, and
             engine_mask/responses, the share of samples with one that is."""
         tokens, samples = "engine_mask/tokens", "engine_mask/responses"
         reports: list[Metrics] = [{tokens: Mean(0.0, 0), samples: Mean(0.0, 0)}]
-        for responses, own in zip(self.responses, kept, strict=True):
+        for responses, own in zip(self.responses, within_bounds, strict=True):
             batch, masked = responses.batch, responses.is_response & ~own
             here = responses.own(masked)
             batch.advantages = torch.where(here, 0.0, batch.advantages)
@@ -309,16 +309,16 @@ class TokenTargets(NamedTuple):
     returns: list[Tensor] | None = None
 
 
-TokenAdvantages = Callable[[ScoredRollout, TokenSettings], TokenTargets]
-"""(scored rollout, settings) → advantages per token."""
-KeptTokens = Callable[[ScoredRollout, EngineMask], list[Tensor]]
-"""(scored rollout, settings) → per micro-batch (T,) bool, whether a token keeps its advantage."""
+TokenAdvantages = Callable[[RolloutBatches, TokenSettings], TokenTargets]
+"""(rollout, settings) → advantages per token."""
+WithinBounds = Callable[[RolloutBatches, EngineMask], list[Tensor]]
+"""(rollout, settings) → per micro-batch (T,) bool, whether a token keeps its advantage."""
 
 
-def reward_to_go(scored: ScoredRollout, settings: TokenSettings) -> list[Tensor]:
+def reward_to_go(rollout: RolloutBatches, settings: TokenSettings) -> list[Tensor]:
     """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalized rewards, (T,) per micro-batch."""
     settings = TokenSettings.of(settings)
     return [
         discounted_sums(r.token_rewards(settings.kl_beta), settings.discount, r.is_response, r.last)
-        for r in scored.responses
+        for r in rollout.responses
     ]

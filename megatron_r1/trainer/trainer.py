@@ -7,7 +7,7 @@ measure_logprob_diff() (differences of log-probabilities). SFT and reward models
 update(). `probing` has what compares a few tokens with an engine, and evaluates a reward model.
 
 Every operation is called on all ranks at the same time. A rank handles samples and losses, not
-prompts or rewards."""
+prompts or graders."""
 
 from functools import partial
 from itertools import islice
@@ -48,7 +48,7 @@ from megatron_r1.trainer.passes import Compute, free_gradients, optimizer_step, 
 from megatron_r1.trainer.reference import Reference
 from megatron_r1.trainer.routing import RoutingPart, RoutingScatter
 from megatron_r1.trainer.shared_prompts import check_shared_prompts
-from megatron_r1.trainer.token_advantages import ScoredRollout
+from megatron_r1.trainer.token_advantages import RolloutBatches
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import ReplicaSamples, Sample
 
@@ -205,19 +205,19 @@ class Trainer:
         """Replace the advantages of all loaded samples by those that the `TokenAdvantages` at
         "module:function" computes per token; compute_logprobs() comes first."""
         if self.position.last_stage:
-            scored = ScoredRollout(self._batches(), self.groups.cp, self.groups.dp_cp)
-            scored.store(find_function(function)(scored, settings))
+            rollout = RolloutBatches(self._batches(), self.groups.cp, self.groups.dp_cp)
+            rollout.store(find_function(function)(rollout, settings))
 
     def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
-        """Set to 0 the advantages of the tokens that the `KeptTokens` at "module:function" does not
-        keep; compute_logprobs() comes first.
+        """Set the advantages of the tokens outside the bounds of the `WithinBounds` at
+        "module:function" to 0; compute_logprobs() comes first.
 
         Returns:
-            The metrics of `ScoredRollout.mask`; none on ranks before the last stage."""
+            The metrics of `RolloutBatches.mask`; none on ranks before the last stage."""
         if not self.position.last_stage:
             return {}
-        scored = ScoredRollout(self._batches(), self.groups.cp, self.groups.dp_cp)
-        return self.reduced(scored.mask(find_function(function)(scored, settings)))
+        rollout = RolloutBatches(self._batches(), self.groups.cp, self.groups.dp_cp)
+        return self.reduced(rollout.mask(find_function(function)(rollout, settings)))
 
     def measure_logprob_diff(self) -> dict[str, float]:
         """Return the mean and the largest absolute difference, over response tokens, of the

@@ -13,6 +13,8 @@ from typing import cast
 
 import msgspec
 
+from megatron_r1.models.sampling_mask import of_tokens
+
 Buffer = bytes | memoryview
 
 
@@ -31,6 +33,8 @@ class Sample(msgspec.Struct, frozen=True):
         label: the label for a reward model, 1 for a good text, 0 for a bad one.
         mask: a byte per token of the response, 1 where the policy sampled it and is trained on it,
             0 where it was given (a tool's result, a user's turn); empty: all were sampled.
+        sampling_mask: the tokens that the sampler kept at each of the response's positions
+            (`models.sampling_mask`); empty: all.
         weight: the sample's share of its episode's sampled tokens; those of all branches add up to
             1.
         num_responses: how many responses it counts for in a denominator: 1, or 0 for every branch
@@ -44,6 +48,7 @@ class Sample(msgspec.Struct, frozen=True):
     teacher: bytes | None = None
     label: float = 0.0
     mask: bytes = b""
+    sampling_mask: bytes = b""
     weight: float = 1.0
     num_responses: int = 1
 
@@ -57,6 +62,7 @@ class Sample(msgspec.Struct, frozen=True):
         routing: Buffer = b"",
         teacher: Sequence[float] | None = None,
         label: float = 0.0,
+        sampling_mask: Buffer = b"",
     ) -> Sample:
         """Encode token ids and floats, without copies of floats in an array.
 
@@ -68,6 +74,7 @@ class Sample(msgspec.Struct, frozen=True):
             routing: bytes of the experts that the engine chose; empty without replay.
             teacher: the teacher's log-probability of each response token, or None.
             label: for a reward model, 1 for a good text, 0 for a bad one.
+            sampling_mask: the tokens that the sampler kept at each of the response's positions.
 
         Raises:
             ValueError: an empty prompt, or unequal lengths."""
@@ -81,7 +88,9 @@ class Sample(msgspec.Struct, frozen=True):
         floats = _to_bytes("f", logprobs) if logprobs is not None else b""
         teacher_floats = None if teacher is None else _to_bytes("f", teacher)
         rows = cast(bytes, routing)
-        return cls(ids, len(prompt), floats, advantage, rows, teacher_floats, label)
+        kept = cast(bytes, sampling_mask)
+        fields = ids, len(prompt), floats, advantage, rows, teacher_floats, label
+        return cls(*fields, sampling_mask=kept)
 
     @classmethod
     def pack_branch(
@@ -95,6 +104,7 @@ class Sample(msgspec.Struct, frozen=True):
         num_responses: int,
         routing: Buffer = b"",
         teacher: Sequence[float] | None = None,
+        sampling_mask: Buffer = b"",
     ) -> Sample:
         """Encode a branch, whose prompt is all that was given before its first sampled token; what
         follows the last one is left out, as nothing is learned from it.
@@ -108,6 +118,7 @@ class Sample(msgspec.Struct, frozen=True):
             num_responses: as of `Sample`.
             routing: the routing of all tokens but the last.
             teacher: one per sampled token.
+            sampling_mask: the kept ids of every token, none for those that were given.
 
         Raises:
             ValueError: the arguments do not fit each other."""
@@ -124,7 +135,11 @@ class Sample(msgspec.Struct, frozen=True):
             scores = iter(teacher)
             teacher = array("f", [next(scores) if sampled else 0.0 for sampled in mask])
         prompt, response = token_ids[:first], token_ids[first:end]
-        sample = cls.pack(prompt, response, logprobs[first:end], advantage, routing, teacher)
+        kept = of_tokens(sampling_mask, count, first, end)
+        sample = cls.pack(
+            *(prompt, response, logprobs[first:end], advantage, routing, teacher),
+            sampling_mask=kept,
+        )
         # Without a mask where all was sampled, as of a single turn.
         mask = mask if 0 in mask else b""
         return msgspec.structs.replace(
@@ -153,7 +168,7 @@ JOINED_BYTES = 1 << 16
 """Buffers below this size are joined: a part of a message of its own costs a few microseconds."""
 
 
-BUFFERS = ("token_ids", "logprobs", "teacher", "mask")
+BUFFERS = ("token_ids", "logprobs", "teacher", "mask", "sampling_mask")
 """The fields of a `Sample` that travel behind the headers, in this order; the routing of all
 samples follows, which a replica's ranks do not all need."""
 Header = tuple[Sample, list[int | None], int]

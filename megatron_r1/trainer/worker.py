@@ -177,7 +177,7 @@ class Operations:
             "context_rank": self.position.context_rank,
             "expert_rank": self.position.expert_rank,
             "data_rank": self.position.data_rank,
-            "data_size": self.position.data_size,
+            "data_parallel": self.position.data_parallel,
             "last_stage": self.position.last_stage,
             "leads_replica": self.replica.leads,
             "num_parameters": self.trainer.num_parameters,

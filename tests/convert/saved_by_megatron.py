@@ -23,7 +23,7 @@ from megatron_r1.base.errors import Cause, UserError  # noqa: E402
 from megatron_r1.config import Config  # noqa: E402
 from megatron_r1.models import patches, weights  # noqa: E402
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint  # noqa: E402
-from megatron_r1.models.weights.stored.hf_folder import HfWeights  # noqa: E402
+from megatron_r1.models.weights.stored.hf_folder import HFWeights  # noqa: E402
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights  # noqa: E402
 from megatron_r1.trainer import construction  # noqa: E402
 
@@ -70,7 +70,7 @@ def same_as_saved(name, folder, size):
             assert ours.shapes[key] == shape, key
     for held in (MegatronWeights(saved, hf), MegatronWeights(converted, hf)):
         for tensor, (shape, _) in held.tensors.items():
-            expected = HfWeights(source, hf).read(tensor, 0, 0, shape[0])
+            expected = HFWeights(source, hf).read(tensor, 0, 0, shape[0])
             assert torch.equal(held.read(tensor, 0, 0, shape[0]), expected), tensor
     print(f"{name} on {size}: saved = converted", flush=True)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engines.server.responses import Response
+from megatron_r1.models.sampling_mask import from_lists
 
 TOOLS = [
     {
@@ -22,6 +23,8 @@ TOOLS = [
 ]
 ROW = 6
 """Bytes of an invented row of routed experts: of which call, and of which token."""
+MARK = 1 << 20
+"""Above every token: a kept token that names the sampled one."""
 
 
 @dataclass
@@ -99,8 +102,11 @@ class Session:
         )
         self.drawn += len(token_ids)  # no two log-probabilities of a session are equal
         logprobs = array("f", (-(self.drawn - at) / 4096 for at in range(len(token_ids))))
+        kept = [[token, MARK + self.drawn - at] for at, token in enumerate(token_ids)]
         return Response(
-            array("i", token_ids), logprobs, array("i", versions), "length" if cut else "stop", rows
+            *(array("i", token_ids), logprobs, array("i", versions)),
+            *("length" if cut else "stop", rows),
+            sampling_mask=from_lists(kept),
         )
 
 

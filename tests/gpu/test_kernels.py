@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from r1_kernels import (
+    SamplingMask,
     linear_policy_loss,
     linear_token_logprobs,
     policy_loss,
@@ -205,3 +206,30 @@ def test_quantization_has_the_cpu_s_bits(block, dtype):
     want_q, want_scale = quantize_blockwise(x.cpu(), block=block)
     assert q.cpu().view(torch.uint8).equal(want_q.view(torch.uint8))
     assert scale_inv.cpu().equal(want_scale)
+
+
+def test_a_sampling_mask_of_a_whole_vocabulary():
+    num_kept = 64
+    logits, targets = logits_and_targets(8192, VOCABULARY)
+    apart = VOCABULARY // num_kept
+    every = torch.arange(num_kept, device=DEVICE)
+    ids = targets[:, None] % apart + apart * every  # the target among them
+    offsets = num_kept * torch.arange(len(logits) + 1, device=DEVICE)
+    mask = SamplingMask(ids.flatten().int(), offsets)
+    rows = some_rows(len(logits))
+    z = logits[rows].double().gather(1, ids[rows]).requires_grad_()
+    log_p = torch.log_softmax(z / 0.8, -1)
+    want = log_p.gather(1, (ids[rows] == targets[rows, None]).int().argmax(1, keepdim=True))[:, 0]
+    want_entropy = -(log_p.exp() * log_p).sum(-1)
+    (want.sum() + want_entropy.sum()).backward()
+    leaf = logits.requires_grad_()
+    scratch = leaf * 1.0  # the gradient is written over it
+    options = {"temperature": 0.8, "sampling_mask": mask, "inplace_backward": True}
+    got, entropy = token_logprobs(scratch, targets, **options)
+    torch.testing.assert_close(got[rows].double(), want.detach(), **FP32)
+    torch.testing.assert_close(entropy[rows].double(), want_entropy.detach(), **FP32)
+    (grad,) = torch.autograd.grad(got.sum() + entropy.sum(), scratch)
+    assert grad.data_ptr() == scratch.data_ptr()
+    kept = grad[rows].gather(1, ids[rows]).double()
+    torch.testing.assert_close(kept, z.grad, atol=1e-6, rtol=2**-8)
+    assert (grad[rows] != 0).sum() <= ids[rows].numel()

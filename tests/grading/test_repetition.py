@@ -8,7 +8,7 @@ from r1_grading import RewardPool
 from r1_grading.form import grade_repetition as grade
 
 
-def share_of_different(text, window):
+def fraction_of_different(text, window):
     windows = [text[i : i + window] for i in range(len(text) - window + 1)]
     return len(set(windows)) / len(windows)
 
@@ -20,7 +20,9 @@ def test_it_is_the_share_of_different_windows(alphabet, window):
     for length in (window, window + 1, 331):
         text = "".join(rng.choices(alphabet, k=length))
         text += text[: length // 2] * 2
-        assert grade(text, window=window).reward == pytest.approx(share_of_different(text, window))
+        assert grade(text, window=window).reward == pytest.approx(
+            fraction_of_different(text, window)
+        )
 
 
 def test_formulae_and_phrases_may_come_again_and_passages_may_not():

@@ -53,6 +53,14 @@ def logprobs_and_entropy(logits, targets, temperature=1.0):
     return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
+def cut_logprobs_and_entropy(logits, targets, kept, temperature=1.0):
+    """Of the softmax over the tokens that `kept` (T, V) marks."""
+    log_p = torch.log_softmax(torch.where(kept, logits / temperature, -torch.inf), -1)
+    of_kept = torch.where(kept, log_p, 0.0)
+    entropy = -torch.where(kept, of_kept.exp() * of_kept, 0.0).sum(-1)
+    return of_kept.gather(-1, targets[:, None])[:, 0], entropy
+
+
 def policy_loss(
     new,
     old,

@@ -3,6 +3,8 @@
 import math
 
 import formulae
+import torch
+from r1_kernels import SamplingMask
 
 SETTINGS = {
     "ppo": {"clip_low": 0.2, "clip_high": 0.2},
@@ -36,9 +38,26 @@ def whole_problem(tokens=37, vocab=29, temperature=0.8):
     return h, w, y, p
 
 
-def expected(h, w, y, p, settings, temperature=0.8, **levels):
+def drawn_sets(tokens, vocab, targets, seed=0):
+    """(T, V) booleans: of one token only the target, of one everything, of the others a part."""
+    g = torch.Generator().manual_seed(seed)
+    shares = torch.rand(tokens, 1, generator=g)
+    kept = torch.rand(tokens, vocab, generator=g) < shares
+    kept[0], kept[-1] = False, True
+    return kept.scatter(1, targets.clamp(min=0)[:, None], True)
+
+
+def listed(kept):
+    """The mask of (T, V) booleans."""
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
+    return SamplingMask(kept.nonzero()[:, 1].int(), offsets)
+
+
+def expected(h, w, y, p, settings, temperature=0.8, kept=None, **levels):
     a, b = h.clone().requires_grad_(), w.clone().requires_grad_()
-    new, entropy = formulae.logprobs_and_entropy(a @ b.t(), y, temperature)
+    if kept is None:
+        kept = torch.ones(len(h), len(w), dtype=torch.bool)
+    new, entropy = formulae.cut_logprobs_and_entropy(a @ b.t(), y, kept, temperature)
     loss = formulae.policy_loss(
         new,
         p["old"],

@@ -12,7 +12,7 @@ from formulae import near
 from r1_kernels.examples import ExampleSizes, launches
 from r1_kernels.registry import KERNELS, primitives
 from r1_kernels_bench import add_options, sweep
-from r1_kernels_bench.measure import CpuMeter
+from r1_kernels_bench.measure import CPUMeter
 from test_registry import cloned, tensors
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def test_the_best_is_the_least_geometric_mean_over_launches():
 
 def test_an_entry_has_the_seconds_of_every_candidate_and_its_table_where_to_change_them():
     (choices,) = (choices for choices in sweep.PLAN if choices.kernel == "segment_sums")
-    entry = sweep.measured(choices, SMALL, CpuMeter(), repeats=1, device="cpu")
+    entry = sweep.measured(choices, SMALL, CPUMeter(), repeats=1, device="cpu")
     assert [row["values"] for row in entry["rows"]] == choices.candidates
     assert all(row["seconds"]["segment_sums"] > 0 for row in entry["rows"])
     shown = "\n".join(sweep.lines(entry))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from r1_kernels import linear_policy_loss, linear_token_logprobs, token_logprobs
+from r1_kernels import SamplingMask, linear_policy_loss, linear_token_logprobs, token_logprobs
 from r1_kernels.arguments import check_cu_seqlens, trusted_values
 
 
@@ -22,6 +22,8 @@ def calls():
     ones, cu_seqlens = torch.ones(3), torch.tensor([0, 3])
     yield lambda: linear_token_logprobs(hidden, weight, targets)
     yield lambda: token_logprobs(hidden @ weight.t(), targets)
+    kept = SamplingMask(targets.int(), torch.tensor([0, 1, 2, 3]))
+    yield lambda: token_logprobs(hidden @ weight.t(), targets, sampling_mask=kept)
     yield lambda: linear_policy_loss(
         *(hidden, weight, targets, None, None, ones, ones),
         average="sequence",

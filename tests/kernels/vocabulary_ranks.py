@@ -3,7 +3,7 @@
 import formulae
 import torch
 import torch.distributed as dist
-from policy_loss_cases import SETTINGS, expected, whole_problem
+from policy_loss_cases import SETTINGS, drawn_sets, expected, listed, whole_problem
 from r1_kernels import linear_policy_loss, linear_token_logprobs, token_logprobs, vocabulary
 
 VOCABULARY = 26  # of 28 columns: on four ranks of 7, the last one's last two are padding
@@ -20,11 +20,14 @@ def check() -> None:
     for backend in ("torch", "triton"):
         options = {"group": group, "vocab_size": VOCABULARY, "backend": backend}
         results = [*logits_in(mine, options)]
+        results += kept_logits_in(mine, options)
         for reduce_hidden_grad in (True, False):
             results += logprobs_of_a_head(mine, options, reduce_hidden_grad)
         for level in ("token", "sequence"):
             for name in ("dual clip", "k3", "entropy", "importance"):
                 results += policy_loss_of_a_head(mine, options, name, level)
+                if name == "entropy":
+                    results += policy_loss_of_a_head(mine, options, name, level, cut=True)
         same_bits_on_every_rank(results)
     targets_beyond_the_vocabulary_are_refused(group, ranks)
     a_rank_with_padding_only(group)
@@ -66,6 +69,29 @@ def logits_in(mine, options):
     return got
 
 
+def kept_logits_in(mine, options):
+    """Sets spread over the shards, and sets that whole shards have no part of."""
+    g = torch.Generator().manual_seed(4)
+    z = 3 * torch.randn(9, VOCABULARY, generator=g, dtype=torch.float64)
+    y = torch.randint(VOCABULARY, (9,), generator=g)
+    kept = torch.rand(9, VOCABULARY, generator=g) < 0.4
+    kept[:3], y[1:3] = False, torch.tensor([0, VOCABULARY - 1])
+    kept[1, :3], kept[2, -3:] = True, True
+    kept.scatter_(1, y[:, None], True)
+    z.requires_grad_()
+    want = formulae.cut_logprobs_and_entropy(z, y, kept, TEMPERATURE)
+    (want[0] + 0.5 * want[1]).sum().backward()
+    local = shard(z.detach().t(), mine).t().requires_grad_()
+    got = token_logprobs(local, y, temperature=TEMPERATURE, sampling_mask=listed(kept), **options)
+    (got[0] + 0.5 * got[1]).sum().backward()
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.detach(), **FP32)
+    whole = z.grad[:, real(mine)]
+    torch.testing.assert_close(local.grad[:, : whole.shape[1]].double(), whole, **FP32)
+    assert local.grad[:, whole.shape[1] :].abs().sum() == 0
+    return got
+
+
 def logprobs_of_a_head(mine, options, reduce_hidden_grad):
     h, w, y = formulae.problem(tokens=11, vocab=VOCABULARY)
     a, b = h.clone().requires_grad_(), w.clone().requires_grad_()
@@ -94,11 +120,12 @@ def logprobs_of_a_head(mine, options, reduce_hidden_grad):
     return *got, c.grad
 
 
-def policy_loss_of_a_head(mine, options, name, level):
+def policy_loss_of_a_head(mine, options, name, level, cut=False):
     settings = {"kl_beta": 0.0, **SETTINGS[name]}
     h, w, y, p = whole_problem(tokens=21, vocab=VOCABULARY, temperature=TEMPERATURE)
+    kept = drawn_sets(21, VOCABULARY, y) if cut else None
     loss, *_, grad_hidden, grad_weight = expected(
-        h, w, y, p, SETTINGS[name], TEMPERATURE, ratio_level=level
+        h, w, y, p, SETTINGS[name], TEMPERATURE, kept=kept, ratio_level=level
     )
     c, d = h.float().requires_grad_(), shard(w, mine).requires_grad_()
     q = {k: v.float() if v.is_floating_point() else v for k, v in p.items()}
@@ -117,6 +144,7 @@ def policy_loss_of_a_head(mine, options, name, level):
         cu_seqlens=q["cu_seqlens"],
         chunk_tokens=4,
         main_grad=total,
+        sampling_mask=listed(kept) if cut else None,
         **settings,
         **options,
     )

@@ -71,13 +71,13 @@ def positions(grids, parallel):
     distributed.leave_process_groups()
 
 
-def models_on(grid: str, num_ranks: int, chosen: str = "first") -> dict[str, dict]:
+def models_on(grid: str, world_size: int, chosen: str = "first") -> dict[str, dict]:
     """The models of a set (`random_models.models_in`) that are compared on `grid`: all that it
     allows on one or two ranks, on four one with experts and MTP layers, for the time it takes; on
     tp4 one with fewer key and value heads than ranks."""
     if grid == "tp4":
         return {name: MODELS[name] for name in ["qwen-two-kv-heads"]}
-    if num_ranks > 2:
+    if world_size > 2:
         names = ["deepseek-yarn-mtp"] + ["qwen-tied"] * (grid in TIED)
         return {name: FIRST[name] for name in names}
     at = sizes(grid)

@@ -16,8 +16,8 @@ LABELS = [1, 0, 0, 1, 1, 1, 0, 0, 1, 0]
 """Of the same texts, each for itself."""
 
 
-def models_on(grid: str, num_ranks: int) -> list[str]:
+def models_on(grid: str, world_size: int) -> list[str]:
     """All that the grid allows on two ranks; on one or four two of them, for the time it takes."""
     at = grids.sizes(grid)
-    chosen = SCORED if num_ranks == 2 else ("deepseek-yarn-mtp", "llama3")
+    chosen = SCORED if world_size == 2 else ("deepseek-yarn-mtp", "llama3")
     return [name for name in chosen if grids.allows(MODELS[name], at)]

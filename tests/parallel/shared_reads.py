@@ -17,7 +17,7 @@ from megatron_r1 import models
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models import weights
-from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.trainer import distributed
 
 MODEL = "deepseek-yarn-mtp"
@@ -41,14 +41,14 @@ def check(folder: Path, out: Path, grid: str) -> None:
     position = distributed.initialize(config.parallel, seed=0)
     hf = models.read_hf_config(folder / MODEL)
     chunk = models.build_model(hf, models.transformer_config(hf, config), position.groups)
-    read, numbers = HfWeights.read, []
+    read, numbers = HFWeights.read, []
 
     def counted(self, name: str, *part):
         values = read(self, name, *part)
         numbers.append(values.numel())
         return values
 
-    with patch.object(HfWeights, "read", counted):
+    with patch.object(HFWeights, "read", counted):
         weights.load_hf([chunk], hf, folder / MODEL)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (sum(numbers), digest(chunk)))
@@ -67,7 +67,7 @@ def check(folder: Path, out: Path, grid: str) -> None:
             raise UserError(f"{name} is cut off", key="model.path", cause=Cause.MALFORMED)
         return read(self, name, *part)
 
-    with patch.object(HfWeights, "read", broken):
+    with patch.object(HFWeights, "read", broken):
         try:
             weights.load_hf([chunk], hf, folder / MODEL)
             refused = None

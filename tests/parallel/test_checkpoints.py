@@ -17,8 +17,8 @@ TOLERANCE = 2e-4
 MODEL = "deepseek-yarn-mtp"
 
 
-def play(scene: str, oracle: Path, out: Path, grid: str = "tp2", num_ranks: int = 2) -> list[dict]:
-    run_ranks(HERE, num_ranks, "checkpoint_steps.py", scene, str(oracle / MODEL), grid, str(out))
+def play(scene: str, oracle: Path, out: Path, grid: str = "tp2", world_size: int = 2) -> list[dict]:
+    run_ranks(HERE, world_size, "checkpoint_steps.py", scene, str(oracle / MODEL), grid, str(out))
     return json.loads((out / f"{scene}.json").read_text())
 
 
@@ -64,7 +64,7 @@ def test_so_it_does_along_every_other_axis(oracle, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "grid"),
+    ("world_size", "grid"),
     [
         (1, "dp1"),
         pytest.param(2, "dp2", marks=pytest.mark.more),
@@ -72,15 +72,15 @@ def test_so_it_does_along_every_other_axis(oracle, tmp_path):
         pytest.param(4, "pp2xvp2xdp2", marks=pytest.mark.slow),
     ],
 )
-def test_what_two_ranks_wrote_continues_on_one_and_on_four(straight, oracle, num_ranks, grid):
+def test_what_two_ranks_wrote_continues_on_one_and_on_four(straight, oracle, world_size, grid):
     out, written = straight
-    got = play("continued", oracle, out, grid, num_ranks)
-    assert len(got) == num_ranks and not any(mine["is_same_layout"] for mine in got)
+    got = play("continued", oracle, out, grid, world_size)
+    assert len(got) == world_size and not any(mine["is_same_layout"] for mine in got)
     assert got[0]["steps"][0]["draws"] != written[0]["steps"][0]["draws"]
     asked, stored = [mine["asked"] for mine in got], stored_bytes(out / "step_00000002")
     assert sum(asked) > 0.99 * stored  # two tensor ranks had a row more of embedding and head
     # A replica holds its share of the state, and asks for parameters as wholes.
-    assert max(asked) < 0.6 * stored or num_ranks == 1
+    assert max(asked) < 0.6 * stored or world_size == 1
     last_stage = next(mine for mine in got if "loss" in mine["steps"][0])
     for mine, theirs in zip(last_stage["steps"], written[0]["steps"], strict=True):
         for name in theirs.keys() - {"draws"}:

@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.more
 @pytest.mark.parametrize(
-    ("num_ranks", "name", "grids"),
+    ("world_size", "name", "grids"),
     [
         (1, "qwen-tied", ["one"]),
         (2, "qwen-tied", ["tp2", "pp2", "cp2", "dp2"]),
@@ -19,11 +19,11 @@ HERE = Path(__file__).parent
         pytest.param(4, "qwen-tied", ["pp2xvp2xtp2"], marks=pytest.mark.slow),
     ],
 )
-def test_values_updates_and_checkpoints(scored, oracle, tmp_path, num_ranks, name, grids):
+def test_values_updates_and_checkpoints(scored, oracle, tmp_path, world_size, name, grids):
     if not (scored / name / "critic.pt").exists():
         run_script(HERE, ["critic_oracle.py", str(scored), name])
     arguments = [str(oracle), str(scored), str(tmp_path), name, *grids]
-    output = run_ranks(HERE, num_ranks, "critic_steps.py", *arguments)
+    output = run_ranks(HERE, world_size, "critic_steps.py", *arguments)
     for grid in grids:
         assert f"{name} {grid} weights" in output, output[-3000:]
         assert f"{name} {grid} continues bit for bit" in output, output[-3000:]

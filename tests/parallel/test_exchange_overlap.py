@@ -34,7 +34,7 @@ MORE = pytest.mark.more
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "grids"),
+    ("world_size", "grids"),
     [
         (2, ["ep2+plain,one-expert"]),
         pytest.param(2, ["ep2+bf16,selective,core_attn,replay,prompts"], marks=MORE),
@@ -47,8 +47,8 @@ MORE = pytest.mark.more
         ),
     ],
 )
-def test_losses_and_gradients_are_those_without_the_overlap(folder, num_ranks, grids):
-    output = run_ranks(HERE, num_ranks, "exchange_steps.py", str(folder), *grids)
+def test_losses_and_gradients_are_those_without_the_overlap(folder, world_size, grids):
+    output = run_ranks(HERE, world_size, "exchange_steps.py", str(folder), *grids)
     for grid in grids:
         name, _, cases = grid.partition("+")
         for case in cases.split(","):

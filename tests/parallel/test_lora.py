@@ -31,7 +31,7 @@ def adapted(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "names", "grids"),
+    ("world_size", "names", "grids"),
     [
         (1, "qwen-some+deepseek-all", ["one"]),
         pytest.param(2, "all", ["tp2", "pp2", "ep2", "cp2"], marks=pytest.mark.slow),
@@ -39,10 +39,10 @@ def adapted(tmp_path_factory) -> Path:
     ],
 )
 def test_adapters_equal_transformers_with_merged_weights(
-    adapted, tmp_path, num_ranks, names, grids
+    adapted, tmp_path, world_size, names, grids
 ):
     arguments = [str(adapted), str(tmp_path), names, *grids]
-    output = run_ranks(HERE, num_ranks, "lora_steps.py", *arguments)
+    output = run_ranks(HERE, world_size, "lora_steps.py", *arguments)
     for grid in grids:
         for name in names.split("+") if names != "all" else compared_on(grid):
             for what in ("logits: ", "merged weights: ", " gradients ("):
@@ -84,15 +84,15 @@ def test_a_critic_is_trained_and_stored_whole(adapted, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_ranks", "grids"),
+    ("world_size", "grids"),
     [
         (2, ["dp2", "tp2", "pp2", "ep2", "cp2", "pp2xvp2"]),
         (4, ["tp2xep2", "tp2xetp2", "pp2xep2"]),
     ],
 )
-def test_training_does_not_depend_on_the_layout(adapted, trained, num_ranks, grids):
+def test_training_does_not_depend_on_the_layout(adapted, trained, world_size, grids):
     # Each grid also continues from the checkpoint that the grid before it wrote.
-    run_ranks(HERE, num_ranks, "lora_training.py", str(adapted / MODEL), str(trained), *grids)
+    run_ranks(HERE, world_size, "lora_training.py", str(adapted / MODEL), str(trained), *grids)
     expected = json.loads((trained / "one.json").read_text())
     assert expected["next rollout"]["kl"] > 1e-2, "the reference has to differ from the policy here"
     merged, start = (

@@ -22,7 +22,7 @@ def out(tmp_path_factory) -> Path:
 
 # A launch costs seconds of imports, so each one walks through all the grids of its size.
 @pytest.mark.parametrize(
-    "num_ranks, models, grids",
+    "world_size, models, grids",
     [
         pytest.param(1, "first", ["one"], id="1"),
         pytest.param(1, "rest", ["one"], id="1-rest", marks=pytest.mark.slow),
@@ -33,30 +33,32 @@ def out(tmp_path_factory) -> Path:
         pytest.param(8, "first", ["tp2xpp2xep2xcp2"], id="8"),
     ],
 )
-def test_logits_gradients_and_checkpoints_equal_transformers(oracle, out, num_ranks, models, grids):
-    compare(oracle, out, num_ranks, models, grids)
+def test_logits_gradients_and_checkpoints_equal_transformers(
+    oracle, out, world_size, models, grids
+):
+    compare(oracle, out, world_size, models, grids)
 
 
 @pytest.mark.more
 @pytest.mark.parametrize(
-    "num_ranks, count, grids",
+    "world_size, count, grids",
     [
         pytest.param(1, 1, ["one"], id="9"),
         pytest.param(1, 8, ["one"], id="72", marks=pytest.mark.slow),
         pytest.param(2, 3, ["tp2", "pp2", "ep2"], id="27-on-2", marks=pytest.mark.slow),
     ],
 )
-def test_random_configurations_equal_transformers(tmp_path, out, num_ranks, count, grids):
+def test_random_configurations_equal_transformers(tmp_path, out, world_size, count, grids):
     models = f"drawn-{count}"
     run_script(HERE, ["oracle.py", str(tmp_path), models])
-    compare(tmp_path, out, num_ranks, models, grids)
+    compare(tmp_path, out, world_size, models, grids)
 
 
-def compare(oracle, out, num_ranks, models, grids):
+def compare(oracle, out, world_size, models, grids):
     arguments = (str(oracle), str(out), models, *grids)
-    output = run_ranks(HERE, num_ranks, "against_transformers.py", *arguments)
+    output = run_ranks(HERE, world_size, "against_transformers.py", *arguments)
     for grid in grids:
-        num_models = len(models_on(grid, num_ranks, models))
+        num_models = len(models_on(grid, world_size, models))
         compared = [line for line in output.splitlines() if f" {grid} " in line]
         assert sum("round trip" in line for line in compared) == num_models, output[-3000:]
         assert sum("gradients" in line for line in compared) == num_models, output[-3000:]

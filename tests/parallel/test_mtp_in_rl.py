@@ -18,15 +18,15 @@ TOLERANCE = 5e-5
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "grids"),
+    ("world_size", "grids"),
     [
         (1, ["one"]),
         pytest.param(2, ["tp2", "cp2"], marks=pytest.mark.slow),
         pytest.param(4, ["pp4xapart"], marks=pytest.mark.slow),
     ],
 )
-def test_mtp_layers_learn_apart_from_the_policy(oracle, tmp_path, num_ranks, grids):
-    run_ranks(HERE, num_ranks, "mtp_steps.py", str(oracle / MODEL), str(tmp_path), *grids)
+def test_mtp_layers_learn_apart_from_the_policy(oracle, tmp_path, world_size, grids):
+    run_ranks(HERE, world_size, "mtp_steps.py", str(oracle / MODEL), str(tmp_path), *grids)
     start = load_file(oracle / MODEL / "model.safetensors")
     answers = load_file(oracle / MODEL / "gradients.safetensors")
     layers = 1 + max(int(name.split(".")[2]) for name in start if ".layers." in name)

@@ -30,7 +30,7 @@ MODEL = {
 
 
 @pytest.mark.parametrize(
-    "num_ranks, grids",
+    "world_size, grids",
     [
         (1, ["one_float32", "one_bfloat16", "one_mtp_bfloat16", "ppo_bfloat16"]),
         (
@@ -47,14 +47,14 @@ MODEL = {
         ),
     ],
 )
-def test_persistent_memory_is_within_five_percent_of_the_plan(tmp_path, num_ranks, grids):
+def test_persistent_memory_is_within_five_percent_of_the_plan(tmp_path, world_size, grids):
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     script = "plan_allocation.py"
-    run_ranks(Path(__file__).parent, num_ranks, script, str(tmp_path), str(tmp_path), *grids)
+    run_ranks(Path(__file__).parent, world_size, script, str(tmp_path), str(tmp_path), *grids)
     for grid in grids:
-        job = PlannedJob(MODEL, config(str(tmp_path), grid), num_ranks, HARDWARE["H800"])
+        job = PlannedJob(MODEL, config(str(tmp_path), grid), world_size, HARDWARE["H800"])
         planned = rank_memory(job)
-        for rank in range(num_ranks):
+        for rank in range(world_size):
             measured = json.loads((tmp_path / f"{grid}_{rank}.json").read_text())
             plan = planned[measured["pipeline_rank"]].training
             for kind in (*PERSISTENT, CRITIC) if "ppo" in grid else PERSISTENT:

@@ -17,10 +17,10 @@ HERE = Path(__file__).parent
 TOLERANCE = 1e-4
 
 
-def steps(oracle, out, model, grid, num_ranks, mtp="none", count=1):
+def steps(oracle, out, model, grid, world_size, mtp="none", count=1):
     """Make steps; return the folder that was trained, the export, and what the trainer reports."""
     arguments = str(oracle / model), str(out), mtp, str(count), grid
-    run_ranks(HERE, num_ranks, "reported_steps.py", *arguments)
+    run_ranks(HERE, world_size, "reported_steps.py", *arguments)
     return oracle / model, out / grid, torch.load(out / f"{grid}.pt", weights_only=False)
 
 
@@ -34,15 +34,15 @@ def reread(export, found):
 
 
 @pytest.mark.parametrize(
-    ("grid", "num_ranks"),
+    ("grid", "world_size"),
     [
         pytest.param("one", 1, marks=pytest.mark.more),
         ("pp2", 2),
         pytest.param("pp4", 4, marks=pytest.mark.more),
     ],
 )
-def test_a_tied_embedding_is_one_tensor_on_all_stages(oracle, tmp_path, grid, num_ranks):
-    source, export, found = steps(oracle, tmp_path, "qwen-tied", grid, num_ranks)
+def test_a_tied_embedding_is_one_tensor_on_all_stages(oracle, tmp_path, grid, world_size):
+    source, export, found = steps(oracle, tmp_path, "qwen-tied", grid, world_size)
     assert json.loads((source / "config.json").read_text())["tie_word_embeddings"] is True
     start = load_file(source / "model.safetensors")
     before = load_file(tmp_path / f"{grid}-before.safetensors")
@@ -56,11 +56,11 @@ def test_a_tied_embedding_is_one_tensor_on_all_stages(oracle, tmp_path, grid, nu
 
 
 @pytest.mark.more
-@pytest.mark.parametrize(("grid", "num_ranks"), [("one", 1), ("tp2", 2), ("pp2", 2)])
+@pytest.mark.parametrize(("grid", "world_size"), [("one", 1), ("tp2", 2), ("pp2", 2)])
 def test_gpt_oss_keeps_its_published_names_and_transposed_experts(
-    oracle, tmp_path, grid, num_ranks
+    oracle, tmp_path, grid, world_size
 ):
-    source, export, found = steps(oracle, tmp_path, "gpt-oss", grid, num_ranks)
+    source, export, found = steps(oracle, tmp_path, "gpt-oss", grid, world_size)
     start, after = (load_file(each / "model.safetensors") for each in (source, export))
     shapes = {name: tensor.shape for name, tensor in start.items()}
     assert {name: tensor.shape for name, tensor in after.items()} == shapes

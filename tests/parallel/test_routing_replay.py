@@ -23,15 +23,15 @@ def forced(oracle, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "grids"),
+    ("world_size", "grids"),
     [
         (1, ["one", "one+full", "one+moe"]),
         (2, ["tp2", "pp2", "ep2", "cp2", "pp2+full", "pp2xvp2+moe", "pp2xuneven"]),
         pytest.param(4, ["tp2xep2", "pp2xvp2xcp2"], marks=pytest.mark.slow),
     ],
 )
-def test_logprobs_and_gradients_are_those_of_the_forced_experts(oracle, forced, num_ranks, grids):
-    run_ranks(HERE, num_ranks, "routing_steps.py", str(oracle / MODEL), str(forced), *grids)
+def test_logprobs_and_gradients_are_those_of_the_forced_experts(oracle, forced, world_size, grids):
+    run_ranks(HERE, world_size, "routing_steps.py", str(oracle / MODEL), str(forced), *grids)
     reference = json.loads((forced / "samples.json").read_text())
     expected = load_file(forced / "weights.safetensors")
     start = load_file(oracle / MODEL / "model.safetensors")

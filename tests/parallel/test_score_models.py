@@ -14,7 +14,7 @@ FOUR_RANKS = ["tp2xpp2", "tp2xcp2", "tp2xdp2", "cp2xdp2", "tp2xetp2", "pp2xcp2"]
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "grids"),
+    ("world_size", "grids"),
     [
         pytest.param(1, ["one"], id="1"),
         pytest.param(2, TWO_RANKS, id="2", marks=pytest.mark.slow),
@@ -22,13 +22,13 @@ FOUR_RANKS = ["tp2xpp2", "tp2xcp2", "tp2xdp2", "cp2xdp2", "tp2xetp2", "pp2xcp2"]
     ],
 )
 def test_scores_losses_gradients_and_checkpoints_equal_transformers(
-    scored, oracle, tmp_path, num_ranks, grids
+    scored, oracle, tmp_path, world_size, grids
 ):
     arguments = [str(scored), str(oracle), str(tmp_path), *grids]
-    output = run_ranks(HERE, num_ranks, "score_steps.py", *arguments)
+    output = run_ranks(HERE, world_size, "score_steps.py", *arguments)
     for grid in grids:
         lines = [line for line in output.splitlines() if f" {grid} " in line]
-        num_models = len(models_on(grid, num_ranks))
+        num_models = len(models_on(grid, world_size))
         checks = (" scores: ", "round trip", "pairwise loss", "pointwise loss", "starts from a")
         for what in checks:
             assert sum(what in line for line in lines) == num_models, (what, output[-3000:])

@@ -12,9 +12,9 @@ NAMES = ["qwen-untied", "deepseek-yarn-mtp"]
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "grid"),
+    ("world_size", "grid"),
     [(1, "one"), *(pytest.param(2, g, marks=pytest.mark.slow) for g in ("tp2", "pp2", "dp2"))],
 )
-def test_metrics_and_weights_are_the_same(oracle, num_ranks, grid):
-    output = run_ranks(HERE, num_ranks, "shared_steps.py", str(oracle), grid, *NAMES)
+def test_metrics_and_weights_are_the_same(oracle, world_size, grid):
+    output = run_ranks(HERE, world_size, "shared_steps.py", str(oracle), grid, *NAMES)
     assert all(f"{name} {grid}: " in output for name in NAMES), output[-3000:]

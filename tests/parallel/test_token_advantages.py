@@ -24,11 +24,11 @@ def single(oracle, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "grids"),
+    ("world_size", "grids"),
     [(2, ["dp2", "cp2", "pp2"]), pytest.param(4, ["cp2xdp2"], marks=pytest.mark.slow)],
 )
-def test_every_split_gives_one_process_s_advantages_and_updates(single, oracle, num_ranks, grids):
-    run_ranks(HERE, num_ranks, "algorithm_steps.py", str(oracle / MODEL), str(single), *grids)
+def test_every_split_gives_one_process_s_advantages_and_updates(single, oracle, world_size, grids):
+    run_ranks(HERE, world_size, "algorithm_steps.py", str(oracle / MODEL), str(single), *grids)
     expected = json.loads((single / "one.json").read_text())
     weights = load_file(single / "one.safetensors")
     start = load_file(oracle / MODEL / "model.safetensors")

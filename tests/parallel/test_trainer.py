@@ -25,7 +25,7 @@ MODEL = "deepseek-yarn-mtp"
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "grids"),
+    ("world_size", "grids"),
     [
         (2, ["tp2", "pp2xvp2", "cp2", "dp2", "ep2"]),
         pytest.param(2, ["pp2", "pp2xuneven", "tp2xetp2"], marks=pytest.mark.more),
@@ -33,10 +33,10 @@ MODEL = "deepseek-yarn-mtp"
         pytest.param(4, ["pp2xep2", "tp2xcp2", "cp4"], marks=pytest.mark.slow),
     ],
 )
-def test_every_split_gives_one_process_s_metrics_and_weights(single, oracle, num_ranks, grids):
+def test_every_split_gives_one_process_s_metrics_and_weights(single, oracle, world_size, grids):
     # Each grid also continues from the checkpoint that the grid before it wrote.
     shutil.copytree(single / "checkpoint_one", single / "checkpoint", dirs_exist_ok=True)
-    run_ranks(HERE, num_ranks, "trainer_steps.py", str(oracle / MODEL), str(single), *grids)
+    run_ranks(HERE, world_size, "trainer_steps.py", str(oracle / MODEL), str(single), *grids)
     expected = json.loads((single / "one.json").read_text())
     assert expected["next rollout"]["kl"] > 1e-3, "the reference has to differ from the policy here"
     for grid in grids:

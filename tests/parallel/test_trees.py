@@ -25,7 +25,7 @@ def trees(oracle) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "grids"),
+    ("world_size", "grids"),
     [
         (2, ["cp2"]),
         (1, ["one+shared"]),
@@ -34,8 +34,8 @@ def trees(oracle) -> Path:
         pytest.param(8, ["tp2xcp2xdp2"], marks=pytest.mark.slow),
     ],
 )
-def test_branches_are_trained_as_one_response(trees, tmp_path, num_ranks, grids):
-    run_ranks(HERE, num_ranks, "tree_steps.py", str(trees), str(tmp_path), *grids)
+def test_branches_are_trained_as_one_response(trees, tmp_path, world_size, grids):
+    run_ranks(HERE, world_size, "tree_steps.py", str(trees), str(tmp_path), *grids)
     expected = torch.load(trees / "trees.pt")
     start = load_file(trees / "model.safetensors")
     moved = max((expected["weights"][name] - start[name]).abs().max().item() for name in start)

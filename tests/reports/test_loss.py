@@ -20,7 +20,7 @@ from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.packed import packed_batch
 from megatron_r1.trainer.token_advantages import (
-    ScoredRollout,
+    RolloutBatches,
     discounted_sums,
     gae,
     penalized_rewards,
@@ -66,8 +66,8 @@ def terms_of(name, groups, settings, temperature=1.0, hidden=None, split=False):
         batch.logprobs["ref"] = -1.5 + shift
         batch.values = torch.zeros_like(shift)
     if algorithm.token_advantages is not None:
-        scored = ScoredRollout(batches)
-        scored.store(find_function(algorithm.token_advantages)(scored, config.rl.token_settings))
+        rollout = RolloutBatches(batches)
+        rollout.store(find_function(algorithm.token_advantages)(rollout, config.rl.token_settings))
     loss = find_function(algorithm.loss)
     terms = []
     for batch in batches:
@@ -280,9 +280,9 @@ def test_b14_the_distillation_loss_does_not_depend_on_micro_batches():
         batches = [packed_batch(part, TokenSplit(), torch.device("cpu")) for part in parts]
         for batch in batches:
             batch.logprobs["old"] = -1.0 - 0.1 * batch.targets.float()
-        scored = ScoredRollout(batches)
+        rollout = RolloutBatches(batches)
         settings = TokenSettings(0.0, 0.0, 1.0, "none", advantage_epsilon=0.0)
-        scored.store(find_function(algorithm.token_advantages)(scored, settings))
+        rollout.store(find_function(algorithm.token_advantages)(rollout, settings))
         rl = Config(rl={"algorithm": "on_policy_distillation"}).rl
         g = torch.Generator().manual_seed(1)
         weight = torch.randn(VOCABULARY, HIDDEN, generator=g).double().requires_grad_()

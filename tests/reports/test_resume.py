@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_r1.config import Config
-from megatron_r1.config.training import learning_rate, warmup_note
+from megatron_r1.config.optimizer import learning_rate, warmup_note
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.reporting.trackers import tracker_set
 from megatron_r1.reporting.trackers.services import EVALUATION, STEP, TrackedRun

@@ -66,8 +66,8 @@ def audited(answers, known=None, **options):
 
 FAULTS = {
     "none": lambda response, label: label,
-    "fractions are refused": lambda response, label: label and r"\frac" not in response,
-    "the empty answer is paid": lambda response, label: label or not response,
+    "fractions are rejected": lambda response, label: label and r"\frac" not in response,
+    "the empty answer is accepted": lambda response, label: label or not response,
     "the mark #### is missed": lambda response, label: label and "####" not in response,
 }
 
@@ -89,21 +89,28 @@ def test_intervals_of_our_verdicts_and_of_planted_faults_have_the_labelled_truth
         found = {answer.place for answer, finding in result.judged if finding.outcome == "wrong"}
         assert found <= set(wrong), (name, [rows[int(place)] for place in found - set(wrong)])
         for source, rates in (*result.sources.items(), (None, result.overall)):
-            for is_paid, share in ((False, rates.wrongly_refused), (True, rates.wrongly_paid)):
-                of = [a for a in answers if a.is_paid is is_paid and source in (None, a.source)]
+            for is_accepted, fraction in (
+                (False, rates.wrongly_rejected),
+                (True, rates.wrongly_accepted),
+            ):
+                of = [
+                    a
+                    for a in answers
+                    if a.is_accepted is is_accepted and source in (None, a.source)
+                ]
                 if of:
                     truth = sum(answer.place in wrong for answer in of) / len(of)
-                    assert share.low - 1e-12 <= truth <= share.high + 1e-12, (name, source)
+                    assert fraction.low - 1e-12 <= truth <= fraction.high + 1e-12, (name, source)
         plain = result.sources["plain"]
-        if name == "fractions are refused":
-            assert plain.wrongly_refused.value == pytest.approx(12 / 60)
-        if name == "the empty answer is paid":
-            assert plain.wrongly_paid.value == pytest.approx(24 / 48)
+        if name == "fractions are rejected":
+            assert plain.wrongly_rejected.value == pytest.approx(12 / 60)
+        if name == "the empty answer is accepted":
+            assert plain.wrongly_accepted.value == pytest.approx(24 / 48)
 
 
 @needs_sandbox
 def test_intervals_of_programs_have_the_labelled_truth_and_a_missed_last_test_is_found():
-    """A grader that skips the last test pays a program that fails only there."""
+    """A grader that skips the last test accepts a program that fails only there."""
     answers, wrong = [], set()
     for number, (actual, expected, equal) in enumerate(FLOATS):
         response = fenced(f"input()\nprint({actual!r})")
@@ -112,16 +119,18 @@ def test_intervals_of_programs_have_the_labelled_truth_and_a_missed_last_test_is
     tests = [{"stdin": str(n), "stdout": str(n * n)} for n in (1, 2, 9)]
     for number, program in enumerate(("n * n", "n * n if n < 9 else 0", "n + n - 1", "0")):
         response = fenced(f"n = int(input())\nprint({program})")
-        pays = program.startswith("n * n")  # tests 1 and 2 pass
+        accepts = program.startswith("n * n")  # tests 1 and 2 pass
         answers.append(
-            graded(f"plain {number}", "plain", "code", response, {"tests": tests}, {}, float(pays))
+            graded(
+                f"plain {number}", "plain", "code", response, {"tests": tests}, {}, float(accepts)
+            )
         )
     wrong.add("plain 1")
     result = audited(answers, size=len(answers))
     assert {answer.place for answer, _ in result.concerned} == wrong
     ours, plain = result.sources["B57"], result.sources["plain"]
-    assert (ours.wrongly_refused.high, ours.wrongly_paid.high) == (0.0, 0.0)
-    assert (plain.wrongly_paid.value, plain.wrongly_refused.value) == (0.5, 0.0)
+    assert (ours.wrongly_rejected.high, ours.wrongly_accepted.high) == (0.0, 0.0)
+    assert (plain.wrongly_accepted.value, plain.wrongly_rejected.value) == (0.5, 0.0)
 
 
 @needs_sandbox

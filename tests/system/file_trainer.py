@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
-from megatron_r1.config.rollout import PushConfig
+from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.server.responses import EngineError

@@ -44,7 +44,9 @@ def differences(oracle, folder, scores):
 
 
 async def score_all(fleet):
-    calls = (fleet.score(prompt + response, len(prompt)) for prompt, response in samples())
+    calls = (
+        fleet.compute_logprobs(prompt + response, len(prompt)) for prompt, response in samples()
+    )
     return await asyncio.gather(*calls)
 
 
@@ -102,7 +104,7 @@ def test_a_server_of_others_scores_the_same(models, oracle, tmp_path):
             async with teacher_fleet(settings, tmp_path, print) as fleet:
                 await fleet.start(models / "qwen")
                 prompt, response = samples()[3]
-                return list(await fleet.score(prompt + response, len(prompt)))
+                return list(await fleet.compute_logprobs(prompt + response, len(prompt)))
 
         scores = asyncio.run(scored())
         assert server.is_alive()

@@ -60,7 +60,7 @@ def test_an_engine_of_two_ranks_samples_as_transformers_would(family, layout, or
     assert not any(path.exists() for path in shared)
     assert largest_difference(oracle, model, groups) <= TOLERANCE
     if replays:
-        assert share_of_equal_experts(oracle, model, groups, routing["routing"]) > 0.98
+        assert fraction_of_equal_experts(oracle, model, groups, routing["routing"]) > 0.98
 
 
 @pytest.mark.slow
@@ -78,10 +78,10 @@ def test_the_last_sequence_of_a_data_rank_is_sampled_as_transformers_would(oracl
 
     groups = asyncio.run(start_and_sample())
     assert largest_difference(oracle, model, groups) <= TOLERANCE
-    assert share_of_equal_experts(oracle, model, groups, routing_shape(DEEPSEEK)) > 0.98
+    assert fraction_of_equal_experts(oracle, model, groups, routing_shape(DEEPSEEK)) > 0.98
 
 
-def share_of_equal_experts(oracle, folder, groups, shape):
+def fraction_of_equal_experts(oracle, folder, groups, shape):
     """Of tokens, by transformers; a near tie may fall either way."""
     equal = []
     for prompt, group in zip(PROMPTS, groups, strict=True):

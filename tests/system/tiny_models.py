@@ -198,6 +198,21 @@ def reference_logprobs(folder, prompt, responses, temperature):
     return answers
 
 
+def reference_rows(folder, prompt, responses, temperature):
+    """log softmax(logits / temperature) [tokens, vocabulary] at each response's tokens, by
+    transformers in fp32."""
+    import torch
+
+    model = load_model(folder)
+    with torch.no_grad():
+        return [
+            (model(torch.tensor([prompt + each])).logits[0, len(prompt) - 1 : -1] / temperature)
+            .log_softmax(-1)
+            .tolist()
+            for each in responses
+        ]
+
+
 def greedy_tokens(folder, prompt, responses):
     """Of each response the likeliest tokens after the prompt and the tokens before, by
     transformers."""

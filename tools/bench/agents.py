@@ -135,8 +135,8 @@ async def _measure(
         "prompt tokens": sum(prompts) / total,
         "answer tokens": len(answer),
         "added, ms": {
-            name: round(1e3 * added[min(int(share * len(added)), len(added) - 1)], 2)
-            for name, share in (("median", 0.5), ("99%", 0.99), ("largest", 1.0))
+            name: round(1e3 * added[min(int(fraction * len(added)), len(added) - 1)], 2)
+            for name, fraction in (("median", 0.5), ("99%", 0.99), ("largest", 1.0))
         },
     }
 

@@ -22,17 +22,22 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Return, for each of the two, how many verdicts are right, and which wrong answers it pays."""
+    """Return, for each of the two, how many verdicts are right, and which wrong answers it
+    accepts."""
     lines = chosen.file.read_text(encoding="utf-8").split("\n")
     pairs = [json.loads(line) for line in lines if line.strip()]
     result: dict[str, Any] = {"pairs": len(pairs), "plain": chosen.plain}
     print(f"{len(pairs)} pairs, {sum(pair['reward'] == 0 for pair in pairs)} of them wrong answers")
     for name, verdict in (("math", _ours), ("math-verify", _math_verify(chosen.plain))):
         verdicts = [verdict(str(pair["truth"]), str(pair["answer"])) for pair in pairs]
-        wrong = [pair for pair, paid in zip(pairs, verdicts, strict=True) if paid != pair["reward"]]
-        paid = [pair for pair in wrong if not pair["reward"]]
-        result[name] = {"right": len(pairs) - len(wrong), "paid_although_wrong": len(paid)}
-        print(f"  {name:12} right in {len(pairs) - len(wrong)}, pays {len(paid)} wrong answers")
+        wrong = [
+            pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict != pair["reward"]
+        ]
+        accepted = [pair for pair in wrong if not pair["reward"]]
+        result[name] = {"right": len(pairs) - len(wrong), "accepted_although_wrong": len(accepted)}
+        print(
+            f"  {name:12} right in {len(pairs) - len(wrong)}, accepts {len(accepted)} wrong answers"
+        )
         for pair in wrong if chosen.show and name == "math" else ():
             print(f"    label {pair['reward']}: {pair['answer']!r} for {pair['truth']!r}")
     return result

@@ -34,8 +34,8 @@ def judge(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             why = case["failed"] or (ours and ours["not_run"]) or "no time was measured"
             raise Failed(f"{name}: {why}", **figures)
         else:
-            share = ours["share_of_bound"]
-            of_bound = f", {share:.0%} of the bound" if share else ""
+            fraction = ours["share_of_bound"]
+            of_bound = f", {fraction:.0%} of the bound" if fraction else ""
             figures[name] = f"{1e6 * ours['median_seconds']:.0f} µs{of_bound}"
             _compare(name, ours["errors"], rows.get(EAGER, {}).get("errors", {}), figures)
     if not set(figures.values()) - {"no time"}:

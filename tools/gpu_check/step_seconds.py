@@ -112,10 +112,10 @@ def of_phases(
         if per_tensor > 0:
             values["tensor_load_seconds"] = per_tensor
     if transfer := seconds("push/transfer"):
-        share = planned_rank_bytes(job) / transfer
-        share *= job.assumptions.push_efficiency / push_link(job)[0]
-        if share <= 1:
-            values["push_efficiency"] = share
+        fraction = planned_rank_bytes(job) / transfer
+        fraction *= job.assumptions.push_efficiency / push_link(job)[0]
+        if fraction <= 1:
+            values["push_efficiency"] = fraction
     if blocked := seconds("checkpoint/seconds_blocked"):
         name = "host_link" if job.config.checkpoint.asynchronous else "storage"
         part = getattr(job.hardware if name == "host_link" else job.assumptions, name)

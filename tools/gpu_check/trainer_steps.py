@@ -62,11 +62,11 @@ class Steps:
         self.vocabulary = self.trainer.hf["vocab_size"]
         self.trainer.refresh_reference()
 
-    def score(self, now: Logprobs | None = None, before: Logprobs | None = None) -> None:
+    def compute_logprobs(self, now: Logprobs | None = None, before: Logprobs | None = None) -> None:
         """Compute the log-probabilities of the samples."""
         made = samples(self.vocabulary, now, before)
         lengths, most = [len(sample) for sample in made], self.config.parallel.microbatch_tokens
-        self.plan = pack(lengths, self.position.data_size, most).shares[self.position.data_rank]
+        self.plan = pack(lengths, self.position.data_parallel, most).shares[self.position.data_rank]
         self.trainer.load([[[made[i] for i in members] for members in self.plan]])
         self.trainer.compute_logprobs(1.0, reference=self.config.uses_reference)
 
@@ -117,11 +117,11 @@ class Steps:
 
 def expected(steps: Steps) -> dict[str, Any]:
     """Return what the steps give on one rank."""
-    steps.score()
+    steps.compute_logprobs()
     before = steps.logprobs()
-    steps.score(before)
+    steps.compute_logprobs(before)
     update = steps.update()
-    steps.score()
+    steps.compute_logprobs()
     return {"before": before, "update": update, "after": steps.logprobs()}
 
 
@@ -130,9 +130,9 @@ def compared(steps: Steps, wanted: dict[str, Any]) -> dict[str, Any]:
     from megatron_r1.trainer.implementations import in_use
 
     before, after = wanted["before"], wanted["after"]
-    steps.score(before, before)
+    steps.compute_logprobs(before, before)
     found: dict[str, Any] = {"before": steps.distances(), "update": steps.update()}
-    steps.score(after, before)
+    steps.compute_logprobs(after, before)
     return found | {"after": steps.distances(), "parts": in_use(steps.trainer)}
 
 

@@ -45,9 +45,10 @@ RARE_RUN = re.compile(
 """A run of symbols outside punctuation and mathematics, which are ASCII, Latin-1, general and CJK
 punctuation, arrows and operators."""
 LANGUAGES = {"en": "English", "zh": "Chinese"}
-FREE_WORDS, FREE_SHARE = 8, 1 / 2
-"""Words of inline code, formulae and identifiers that do not count: FREE_WORDS, and FREE_SHARE of
-the words of the prose. An explanation of a program may name an identifier in every third word."""
+FREE_WORDS, FREE_FRACTION = 8, 1 / 2
+"""Words of inline code, formulae and identifiers that do not count: FREE_WORDS, and FREE_FRACTION
+of the words of the prose. An explanation of a program may name an identifier in every third
+word."""
 
 
 @dataclass(frozen=True)
@@ -351,7 +352,7 @@ def judged_words(thought: str) -> WordCount:
     words = count_words(parts.text)
     neutral = count_words(parts.inline).plus(count_words(parts.fenced), FENCED_WEIGHT)
     neutral = neutral.plus(WordCount(0, 0, parts.marks), 1)
-    beyond = neutral.total - FREE_WORDS - FREE_SHARE * words.total
+    beyond = neutral.total - FREE_WORDS - FREE_FRACTION * words.total
     if beyond <= 0 or not words.total:
         return words
     return words.plus(neutral, beyond / neutral.total)

@@ -34,19 +34,19 @@ def start(
         )
 
 
-def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
     """Return the environment variables by which torchrun names a rank of this machine.
 
     Args:
         rank: the process's rank.
-        num_ranks: the number of ranks in all.
+        world_size: the number of ranks in all.
         port: the port of torch.distributed's store, which rank 0 hosts.
     """
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }

@@ -22,7 +22,7 @@ from megatron_r1.commands.check_model import ReferenceResult, Refusal
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.models.by_transformers import load_by_transformers, write_plain
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HFWeights
 
 TEXTS = (
     "What is the capital of France?",
@@ -46,7 +46,7 @@ def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> ReferenceResu
     Raises:
         UserError: for what does not fit."""
     hf = read_hf_config(folder, key="HF_FOLDER")
-    with HfWeights(folder, hf) as weights:
+    with HFWeights(folder, hf) as weights:
         weights.check(with_mtp)
         weights.check_repeated()
         num_tensors = len(weights.tensors)

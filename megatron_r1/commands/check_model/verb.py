@@ -55,7 +55,7 @@ shorter."""
 
 async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path) -> float:
     """Return the largest difference of the trainer's log-probabilities, in the layout of
-    `config.training`. Raises UserError for a layout that cannot be, TrainerError where a rank
+    `config.parallel`. Raises UserError for a layout that cannot be, TrainerError where a rank
     fails."""
     samples = [
         Sample.pack(ids[:1], ids[1:], logprobs)
@@ -100,14 +100,14 @@ async def by_vllm(
         try:
             await fleet.start(folder)
             client = fleet.engines[0].client
-            scored = [await client.score(ids, 1) for ids in reference.sequences]
+            replies = [await client.compute_logprobs(ids, 1) for ids in reference.sequences]
         except EngineError as error:
             log = scratch / f"{ENGINE}.log"
             reason = str(error).replace(f"{scratch}{os.sep}", "")  # which is removed in a moment
             if log.name not in reason and log.is_file():
                 reason += f"; from {log.name}:\n{file_excerpt(log)}"
             return NotCompared(reason)
-    pairs = zip(scored, reference.logprobs, strict=True)
+    pairs = zip(replies, reference.logprobs, strict=True)
     return max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
 
 

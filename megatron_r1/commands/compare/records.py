@@ -121,7 +121,7 @@ def _in_response(
         distance = relative(first.reward, second.reward)
         about = f" by {', '.join(sorted(terms))}" if terms else ""
         yield RunDifference(step, "rewards", f"{name}{about}", values, distance)
-    for field in ("routing", "teacher_logprobs"):
+    for field in ("routing", "sampling_mask", "teacher_logprobs"):
         if getattr(first, field) != getattr(second, field):
             yield _exact(step, "responses", f"{name}, {field}", "one", "another")
 

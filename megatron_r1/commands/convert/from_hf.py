@@ -30,7 +30,7 @@ from megatron_r1.models.weights.stored.dcp import (
     write_chunks,
     write_metadata,
 )
-from megatron_r1.models.weights.stored.hf_folder import SCALES_FILE, HfWeights
+from megatron_r1.models.weights.stored.hf_folder import SCALES_FILE, HFWeights
 from megatron_r1.models.weights.stored.hf_writing import carry_files, write_config
 from megatron_r1.models.weights.stored.megatron_weights import (
     StoredLayout,
@@ -104,7 +104,7 @@ def run(chosen: Namespace) -> int:
         )
     refuse_inside(chosen.out, chosen.hf)
     hf = read_supported_config(chosen.hf)
-    with HfWeights(chosen.hf, hf) as weights:
+    with HFWeights(chosen.hf, hf) as weights:
         # Whether it has the MTP layers that its config.json names.
         first_mtp = f"model.layers.{hf['num_hidden_layers']}."
         with_mtp = any(name.startswith(first_mtp) for name in weights.tensors)
@@ -189,9 +189,9 @@ def _values(job: ImportJob, pieces: list[PlannedChunk]) -> Iterator[tuple[Chunk,
 
 
 @cache
-def _source(folder: Path) -> HfWeights:
+def _source(folder: Path) -> HFWeights:
     """Open the source, once per process."""
-    return HfWeights(folder, read_config(folder))
+    return HFWeights(folder, read_config(folder))
 
 
 def _finish(

@@ -90,11 +90,11 @@ def _by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
         scratch: an empty folder."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from megatron_r1.models.by_transformers import load_by_transformers, write_plain
-    from megatron_r1.models.weights.stored.hf_folder import HfWeights
+    from megatron_r1.models.weights.stored.hf_folder import HFWeights
 
     hf = read_hf_config(str(folder), None)
     if "quantization_config" in hf:
-        with HfWeights(folder, hf) as weights:
+        with HFWeights(folder, hf) as weights:
             write_plain(weights, scratch)
         folder = scratch
     scores = has_score_head(hf)

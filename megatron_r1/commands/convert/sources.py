@@ -14,13 +14,13 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_supported
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
-from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.table import SCORE
 from megatron_r1.trainer.checkpoints import finding
 from megatron_r1.trainer.checkpoints.finding import Verify
 
-Weights = HfWeights | MegatronWeights
+Weights = HFWeights | MegatronWeights
 HF_FILES = "huggingface"
 """Subfolder of a converted checkpoint with config.json, tokenizer and FP8 scales of its source."""
 
@@ -190,7 +190,7 @@ def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
 def open_weights(path: Path, config: Path | None) -> Weights:
     """Open the weights of a Hugging Face folder or a checkpoint; raise UserError if incomplete."""
     if is_hf(path):
-        weights = HfWeights(path, read_config(path))
+        weights = HFWeights(path, read_config(path))
         weights.check(with_mtp=False)
         return weights
     return MegatronWeights(path, read_config(find_hf_files(path, config), path))

@@ -18,7 +18,7 @@ from megatron_r1.commands.convert.sources import (
     open_weights,
 )
 from megatron_r1.models.weights.stored import published, quantized_blocks
-from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.tensor_files import as_bytes
 from megatron_r1.reporting.wording import counted
 
@@ -186,7 +186,7 @@ def _beyond_rounding(
     the scale. NaN counts as beyond."""
     quantized = (s for s in pair if _shape_and_dtype(s, name)[1] == published.FP8_DTYPE)
     one = next(quantized)
-    scales = one.scales(name) if isinstance(one, HfWeights) else None
+    scales = one.scales(name) if isinstance(one, HFWeights) else None
     assert scales is not None, f"{one.path}: {name} is FP8 without scales"
     plain = x if one is pair[1] else y
     rows = slice(first // published.BLOCK, -(-(first + len(x)) // published.BLOCK))
@@ -198,7 +198,7 @@ def _beyond_rounding(
 
 def _scales_differ(a: Weights, b: Weights, name: str) -> bool:
     """Return whether the scales differ; blocks of zeros have equal values with any scale."""
-    if not (isinstance(a, HfWeights) and isinstance(b, HfWeights)):
+    if not (isinstance(a, HFWeights) and isinstance(b, HFWeights)):
         return False
     first, second = a.scales(name), b.scales(name)
     return first is not None and second is not None and not torch.equal(first, second)

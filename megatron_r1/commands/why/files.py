@@ -10,8 +10,8 @@ import numpy as np
 from megatron_r1.commands.why.finding import (
     Finding,
     Place,
+    fraction_finding,
     not_checked,
-    share_finding,
 )
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.config import Config
@@ -68,7 +68,7 @@ def _starts(step: RecordedStep) -> Finding:
         for place in _places(at, group)
     ]
     first = step.groups[concerned[0][0]].prompt_ids[0] if concerned else 0
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         "start of the prompt",
         "the first two tokens of every prompt",
@@ -76,13 +76,13 @@ def _starts(step: RecordedStep) -> Finding:
         len(step.responses),
         reason=f"prompts begin with {_token(step.text, first)} twice",
         remedy="data.template: leave the token out, the tokenizer puts it in front",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
     )
 
 
 def _system(step: RecordedStep) -> Finding:
     """Check that the text of a system's message is in the prompt."""
-    name = "message of the system"
+    name = "system message"
     concerned: list[Place] = []
     total, lost = 0, ""
     for at, group in enumerate(step.groups):
@@ -96,7 +96,7 @@ def _system(step: RecordedStep) -> Finding:
             lost = lost or missing[0]
     if not total:
         return not_checked(FAMILY, name, "no question has one")
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         name,
         f"the prompts of {total:,} responses whose question has one",
@@ -104,7 +104,7 @@ def _system(step: RecordedStep) -> Finding:
         total,
         reason=f"the prompt lacks {lost[:SHOWN]!r}",
         remedy="data.template: give it {system}, or chat with a template that shows it",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
     )
 
 
@@ -126,7 +126,7 @@ def _prompt_tokens(step: RecordedStep) -> Finding:
             reason = reason or _difference(step.text, group.prompt_ids, expected)
     if not total:
         return not_checked(FAMILY, name, "no question is known")
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         name,
         f"the prompts of {total:,} responses with data.template and the tokenizer of {step.model}",
@@ -134,7 +134,7 @@ def _prompt_tokens(step: RecordedStep) -> Finding:
         total,
         reason=reason,
         remedy="data.template, or the tokenizer's files: they are not what the run sampled with",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
     )
 
 
@@ -183,7 +183,7 @@ def _ends(step: RecordedStep) -> Finding:
         asked = next((each.stop_token_ids for each in step.sampling if each), None)
         if asked is not None and token not in asked:
             reason += f"; the engines were told to stop at {', '.join(map(str, asked))} only"
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         "end of the response",
         f"{len(responses):,} responses with {describe_end_tokens(step.text.end_tokens)}",
@@ -191,7 +191,7 @@ def _ends(step: RecordedStep) -> Finding:
         len(responses),
         reason=reason,
         remedy="rollout.stop_token_ids, or eos_token_id in the model's generation_config.json",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
         num_tokens=num_after,
     )
 
@@ -216,7 +216,7 @@ def _unknown_ends(step: RecordedStep) -> Finding:
             inside.setdefault(token, []).append(place)
     worst = max(inside, key=lambda token: len(inside[token]), default=None)
     concerned = [] if worst is None else inside[worst]
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         name,
         f"special tokens inside {len(responses):,} responses",
@@ -226,7 +226,7 @@ def _unknown_ends(step: RecordedStep) -> Finding:
         if worst is None
         else f"{_token(step.text, worst)} is inside responses, or ends them, and is no end token",
         remedy=remedy,
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
         tolerance=COMMON,
         source="a model that ends with a token does so in most responses",
     )
@@ -240,7 +240,7 @@ def _vocabulary(step: RecordedStep) -> Finding:
         largest = max(largest, highest)
         if highest >= min(rows, known):
             concerned.append(sequence.place)
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         "vocabulary",
         f"tokens up to {largest:,} with {known:,} of the tokenizer and {rows:,} rows of the model",
@@ -250,7 +250,7 @@ def _vocabulary(step: RecordedStep) -> Finding:
         f" (vocab_size: {rows:,})",
         remedy="the model's tokenizer files, which lack tokens that the model samples, or "
         "vocab_size in its config.json",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
     )
 
 
@@ -271,7 +271,7 @@ def _texts(step: RecordedStep) -> Finding:
         logged = step.responses[concerned[0]].text[-SHOWN:]
         now = step.text.decode(responses[concerned[0]].tolist())[-SHOWN:]
         example = f"graders read …{logged!r}, the tokens say …{now!r}"
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         name,
         f"{len(responses):,} texts with their tokens",
@@ -279,5 +279,5 @@ def _texts(step: RecordedStep) -> Finding:
         len(responses),
         reason=example,
         remedy="the model's tokenizer files: they are not those of the run",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
     )

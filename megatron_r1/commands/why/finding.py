@@ -38,7 +38,7 @@ class Finding:
         reason: what departs, with names and numbers, or why nothing was checked.
         places: the responses concerned.
         num_tokens: the tokens concerned; 0 where the check is not of tokens.
-        share: the part of the sum of |advantage| that the responses concerned have;
+        loss_fraction: the part of the sum of |advantage| that the responses concerned have;
             NaN where that has no meaning.
         remedy: the setting or file to change."""
 
@@ -52,7 +52,7 @@ class Finding:
     reason: str = ""
     places: Sequence[Place] = ()
     num_tokens: int = 0
-    share: float = math.nan
+    loss_fraction: float = math.nan
     remedy: str = ""
 
     @property
@@ -79,8 +79,8 @@ class Finding:
             what = f"{len(self.places):,} responses"
             if self.num_tokens:
                 what += f", {self.num_tokens:,} tokens"
-            if math.isfinite(self.share):
-                what += f", {percent(self.share)} of the loss by weight of advantages"
+            if math.isfinite(self.loss_fraction):
+                what += f", {percent(self.loss_fraction)} of the loss by weight of advantages"
             parts.append(what)
         if self.remedy:
             parts.append(f"change: {self.remedy}")
@@ -135,7 +135,7 @@ class Report:
         return next((each for each in self.findings if each.departs), None)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of why.json."""
+        """Return the content of the file that --json names."""
         first = self.first
         return {
             "step": self.step,
@@ -150,7 +150,7 @@ def not_checked(family: str, name: str, reason: str, compared: str = "") -> Find
     return Finding(family, name, NOT_CHECKED, compared, reason=reason)
 
 
-def share_finding(
+def fraction_finding(
     family: str,
     name: str,
     compared: str,
@@ -159,12 +159,12 @@ def share_finding(
     *,
     reason: str,
     remedy: str,
-    share_of: Callable[[Sequence[Place]], float],
+    loss_fraction: Callable[[Sequence[Place]], float],
     tolerance: float = 0.0,
     source: str = "exact",
     num_tokens: int = 0,
 ) -> Finding:
-    """Return the finding of a check whose distance is the share of responses that fail it.
+    """Return the finding of a check whose distance is the fraction of responses that fail it.
 
     Args:
         family: as of `Finding`, like the arguments not named here.
@@ -174,8 +174,8 @@ def share_finding(
         total: all responses that were compared.
         reason: what departs, where one does.
         remedy: what to change.
-        share_of: returns the share of the loss of some responses.
-        tolerance: the largest share.
+        loss_fraction: returns the fraction of the loss of some responses.
+        tolerance: the largest fraction.
         source: where the tolerance comes from.
         num_tokens: the tokens concerned."""
     distance = len(concerned) / total if total else 0.0
@@ -192,6 +192,6 @@ def share_finding(
         reason,
         list(concerned),
         num_tokens,
-        share_of(concerned),
+        loss_fraction(concerned),
         remedy,
     )

@@ -24,7 +24,7 @@ def training_reward(
         reward: the response's; None: ungraded.
         num_tokens: its length.
         limit: the longest response.
-        buffer: the share of the limit over which the punishment grows to 1.
+        buffer: the fraction of the limit over which the punishment grows to 1.
         penalty: its weight."""
     if reward is None or not buffer:
         return reward

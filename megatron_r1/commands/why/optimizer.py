@@ -1,5 +1,5 @@
 """The optimizer's step: learning rate, Adam's state, the change of the weights between two
-checkpoints, what is in them that must not be, and the weights that were pushed and exported."""
+checkpoints, and what is in them that must not be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_r1.commands.compare import ROUNDING
 from megatron_r1.commands.why.finding import DEPARTS, EQUAL, Finding, not_checked
 from megatron_r1.commands.why.loss import SOURCE, update_limit
 from megatron_r1.commands.why.recorded import RecordedStep
@@ -16,7 +15,7 @@ from megatron_r1.reporting.wording import number, percent
 if TYPE_CHECKING:
     from megatron_r1.commands.why.recompute import Recomputation
 
-FAMILY, BEFORE, SCHEDULE, PUSH = "optimizer", "checkpoint", "schedule", "push"
+FAMILY, BEFORE, SCHEDULE = "optimizer", "checkpoint", "schedule"
 WHERE = {"before": BEFORE, "after": FAMILY}
 """The families of a checkpoint's findings: what is in the one before a step is its input."""
 RATE = 1e-6
@@ -24,9 +23,8 @@ RATE = 1e-6
 ODD = 0.5
 """Relative distance of the change of one tensor, which may have small gradients alone."""
 LARGEST_STEP = 10.0
-"""Times the learning rate that Adam moves a number by, at most: |m| / √v is at most
-(1 - β1) / √(1 - β2), about 0.45 with the defaults, but where moments are lost or gradients change
-by much."""
+"""Times the learning rate that Adam may move a number by: |m| / √v is at most 1.2 with the default
+β1 and β2, by Cauchy and Schwarz, and more where moments are lost."""
 
 
 def check_rates(step: RecordedStep) -> list[Finding]:
@@ -167,13 +165,13 @@ def _moments(step: RecordedStep, which: str, path: Path) -> Finding:
     empty, total = stored.empty_moments(path)
     if not total:
         return not_checked(WHERE[which], name, f"{path.name} has no moments")
-    share = len(empty) / total
+    fraction = len(empty) / total
     return Finding(
         WHERE[which],
         name,
-        DEPARTS if share > 0.5 else EQUAL,
+        DEPARTS if fraction > 0.5 else EQUAL,
         f"{total - len(empty):,} of {total:,} second moments of {path.name} are not all zero",
-        share,
+        fraction,
         0.5,
         "parameters without a gradient have none",
         f"{len(empty):,} of {total:,} second moments of {path.name} are zero, as {empty[0]}"
@@ -276,52 +274,3 @@ def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Finding]
             "with a run without the fault)",
         )
     ]
-
-
-def check_push(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
-    """Return the findings of the weights that left the trainer: to engines, and to hf/."""
-    return [_probe(step), _export(step, recomputed)]
-
-
-def _probe(step: RecordedStep) -> Finding:
-    name = "probes of the push"
-    value = step.line.get("push/probe_diff")
-    if not isinstance(value, int | float):
-        return not_checked(PUSH, name, "metrics.jsonl has no push/probe_diff")
-    tolerance = 4 * ROUNDING[step.run_config.rollout.dtype]
-    return Finding(
-        PUSH,
-        name,
-        EQUAL if value <= tolerance else DEPARTS,
-        "engines with the trainer, on the probe prompts",
-        float(value),
-        tolerance,
-        "rounding of rollout.dtype, of a few tokens",
-        f"engines are {number(value)} from the trainer after the push",
-        remedy="push.transport, push.fp8 (docs/push.md)",
-    )
-
-
-def _export(step: RecordedStep, recomputed: Recomputation) -> Finding:
-    """Compare hf/ with the checkpoint of the last step."""
-    name = "exported model"
-    if not (step.folder.hf / "config.json").is_file():
-        return not_checked(PUSH, name, "there is no hf/ yet")
-    if step.step != step.run_config.run.steps or step.after is None:
-        return not_checked(PUSH, name, "hf/ is of the run's last step")
-    from megatron_r1.commands.why import replay
-
-    exported = recomputed.model(step.folder.hf)
-    distance = replay.relative_distance(exported, recomputed.model(step.after))
-    tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
-    return Finding(
-        PUSH,
-        name,
-        EQUAL if distance <= tolerance else DEPARTS,
-        f"hf/ with {step.after.name}",
-        distance,
-        tolerance,
-        "rounding of model.dtype",
-        "hf/ has other weights than the last checkpoint",
-        remedy="hf/: megatron-r1 convert to-hf RUN OUT makes it again",
-    )

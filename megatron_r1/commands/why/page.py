@@ -55,7 +55,9 @@ def _row(finding: Finding) -> dict[str, str]:
         "tolerance": "" if math.isnan(finding.tolerance) else number(finding.tolerance),
         "source": finding.source,
         "concerned": f"{len(finding.places):,}" if finding.places else "",
-        "share": "" if math.isnan(finding.share) else percent(finding.share),
+        "loss_fraction": ""
+        if math.isnan(finding.loss_fraction)
+        else percent(finding.loss_fraction),
         "remedy": finding.remedy if finding.departs else "",
     }
 

@@ -1,6 +1,6 @@
 """What transformers computes of a step, once and when it is asked for: log-probabilities under the
 policy before the step, the one before that, and the reference; and the step's updates, as the
-settings say or with one thing exchanged."""
+settings say or with one thing substituted."""
 
 from __future__ import annotations
 
@@ -21,36 +21,15 @@ from megatron_r1.commands.why import formulas, replay
 from megatron_r1.commands.why.finding import CannotRecompute
 from megatron_r1.commands.why.recorded import RecordedStep, TokenSequence, weights_after
 from megatron_r1.commands.why.replay import AdamRules, LossRules, Row, StepReplay, Update
+from megatron_r1.commands.why.substitutions import Substitution
+from megatron_r1.models.sampling_mask import decoded
 
 ROUTER_BIAS = "e_score_correction_bias"
-SCORED, REPLAYED = 1e13, 2e13
+LOGPROB_FLOPS, UPDATE_FLOPS = 1e13, 2e13
 """Floating-point operations of a pass over logged tokens, and of a step's updates: minutes on two
-cores. Of more tokens a part is scored; more updates are not made."""
+cores. Of more tokens a part is computed; more updates are not made."""
 COPIES = 7
 """Copies of the parameters, fp32, that the updates need: model, gradients, moments, and others."""
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One thing exchanged in the updates of a step.
-
-    Attributes:
-        name: what is exchanged, in words.
-        remedy: the setting or file to change where it explains a departure.
-        loss: fields of `LossRules` with other values.
-        adam: fields of `AdamRules`, likewise.
-        advantages: by response, in place of the step's; None: the step's.
-        reference: "" for the checkpoint's, else "policy" (the policy before the step) or "begin"
-            (the model that the run began with).
-        without_moments: begin with moments of zero."""
-
-    name: str
-    remedy: str = ""
-    loss: tuple[tuple[str, Any], ...] = ()
-    adam: tuple[tuple[str, Any], ...] = ()
-    advantages: Sequence[Sequence[float]] | None = None
-    reference: str = ""
-    without_moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +56,8 @@ class Recomputation:
     def __init__(self, step: RecordedStep) -> None:
         self.step = step
         self.sequences = step.sequences
-        self.rows = [_row(sequence) for sequence in self.sequences]
+        is_cut = step.config.rollout.is_cut
+        self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
         self._known: dict[Path, list[np.ndarray]] = {}
 
     @property
@@ -86,10 +66,11 @@ class Recomputation:
         return self.step.config.rollout.temperature
 
     @cached_property
-    def scored(self) -> list[int]:
-        """The sequences that are scored: all, or every n-th where all would take too long."""
+    def with_logprobs(self) -> list[int]:
+        """The sequences whose log-probabilities are computed: all, or every n-th where all would
+        take too long."""
         cost = 2.0 * self.num_parameters * sum(len(row.token_ids) for row in self.rows)
-        stride = max(1, int(np.ceil(cost / SCORED)))
+        stride = max(1, int(np.ceil(cost / LOGPROB_FLOPS)))
         return list(range(0, len(self.rows), stride))
 
     @cached_property
@@ -131,19 +112,19 @@ class Recomputation:
 
     @cached_property
     def old(self) -> list[np.ndarray]:
-        """Log-probabilities under the policy before the step, of `scored`, at the run's
+        """Log-probabilities under the policy before the step, of `with_logprobs`, at the run's
         temperature."""
         return self.under(self.policy)
 
     def under(self, model: Any, temperature: float | None = None) -> list[np.ndarray]:
-        """Return the log-probabilities of the tokens of `scored` under a model."""
-        rows = [self.rows[at] for at in self.scored]
+        """Return the log-probabilities of the tokens of `with_logprobs` under a model."""
+        rows = [self.rows[at] for at in self.with_logprobs]
         (found,) = replay.logprobs(model, rows, [temperature or self.temperature])
         return [each.numpy() for each in found]
 
     def at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
         """Return those under the policy before the step, by temperature."""
-        rows = [self.rows[at] for at in self.scored]
+        rows = [self.rows[at] for at in self.with_logprobs]
         found = replay.logprobs(self.policy, rows, temperatures)
         return [[each.numpy() for each in one] for one in found]
 
@@ -169,9 +150,9 @@ class Recomputation:
         return self.under(other)
 
     def experts(self) -> dict[str, list[np.ndarray]]:
-        """Return the experts that the policy before the step chooses for the tokens of `scored`, by
-        layer: (tokens, experts per token) each."""
-        rows = [self.rows[at] for at in self.scored]
+        """Return the experts that the policy before the step chooses for the tokens of
+        `with_logprobs`, by layer: (tokens, experts per token) each."""
+        rows = [self.rows[at] for at in self.with_logprobs]
         found = replay.chosen_experts(self.policy, rows)
         return {name: [each.numpy() for each in one] for name, one in found.items()}
 
@@ -188,7 +169,7 @@ class Recomputation:
 
     @cached_property
     def _old_of_all(self) -> list[Tensor]:
-        if len(self.scored) == len(self.rows):
+        if len(self.with_logprobs) == len(self.rows):
             return [torch.from_numpy(each) for each in self.old]
         return replay.logprobs(self.policy, self.rows, [self.temperature])[0]
 
@@ -218,7 +199,7 @@ class Recomputation:
         reasons = (
             (
                 algorithm not in formulas.ALGORITHMS,
-                f"rl.algorithm: {algorithm} has advantages per token, which are not recomputed",
+                f"rl.algorithm: {algorithm} is none of {', '.join(sorted(formulas.ALGORITHMS))}",
             ),
             (config.rl.routing_replay, "rl.routing_replay: experts are the engine's"),
             (
@@ -238,10 +219,10 @@ class Recomputation:
             if applies:
                 raise CannotRecompute(reason)
         cost = 8.0 * self.num_parameters * sum(len(row.token_ids) for row in self.rows)
-        if cost > REPLAYED:
+        if cost > UPDATE_FLOPS:
             raise CannotRecompute(
-                f"the updates take {cost / 1e12:,.0f} teraflops here, at most {REPLAYED / 1e12:.0f}"
-                " are spent"
+                f"the updates take {cost / 1e12:,.0f} teraflops here, at most "
+                f"{UPDATE_FLOPS / 1e12:.0f} are spent"
             )
         needed = 4 * COPIES * self.num_parameters
         free = psutil.virtual_memory().available
@@ -301,40 +282,40 @@ class Recomputation:
             settings.clip_grad,
         )
 
-    def run(self, exchange: Exchange | None = None) -> Replayed:
-        """Make the step's updates, with one thing exchanged.
+    def run(self, substitution: Substitution | None = None) -> Replayed:
+        """Make the step's updates, with one thing substituted.
 
         Raises:
             CannotRecompute: as `check_updates`."""
         self.check_updates()
-        exchange = exchange or Exchange("")
+        substitution = substitution or Substitution("")
         rows = self.rows
-        if exchange.advantages is not None:
+        if substitution.advantages is not None:
             rows = [
-                replace(row, advantage=exchange.advantages[place.place[0]][place.place[1]])
+                replace(row, advantage=substitution.advantages[place.place[0]][place.place[1]])
                 for row, place in zip(rows, self.sequences, strict=True)
             ]
         reference = self.reference
-        if exchange.reference == "policy":
+        if substitution.reference == "policy":
             reference = self._old_of_all
-        elif exchange.reference == "begin":
+        elif substitution.reference == "begin":
             begin = weights_after(self.step.folder, self.step.run_config, 0)
-            assert begin is not None, "the exchange is offered where the model is there"
+            assert begin is not None, "the substitution is offered where the model is there"
             reference = replay.logprobs(self.model(begin), rows, [self.temperature])[0]
-        loss = replace(self.loss_rules(), **dict(exchange.loss))
+        loss = replace(self.loss_rules(), **dict(substitution.loss))
         old = self._old_of_all
         if loss.temperature != self.temperature:
             old = replay.logprobs(self.policy, rows, [loss.temperature])[0]
         model = copy.deepcopy(self._trained)
         made = StepReplay(
             model,
-            None if exchange.without_moments else self._moments,
-            0 if exchange.without_moments else self.num_updates,
+            None if substitution.without_moments else self._moments,
+            0 if substitution.without_moments else self.num_updates,
             rows,
             old,
             reference,
         )
-        adam = replace(self.adam_rules(), **dict(exchange.adam))
+        adam = replace(self.adam_rules(), **dict(substitution.adam))
         updates = made.run(self.minibatches(), loss, adam)
         metrics, terms = _means(updates)
         change, by_parameter = self._compare(model)
@@ -391,7 +372,10 @@ def _means(updates: Sequence[Update]) -> tuple[dict[str, float], dict[str, float
     return metrics, terms
 
 
-def _row(sequence: TokenSequence) -> Row:
+def _row(sequence: TokenSequence, is_cut: bool) -> Row:
+    kept = sequence.kept
+    if kept is None and is_cut:  # no ids for any token, which `replay` refuses
+        kept = decoded(b"", int(sequence.is_sampled.sum()))
     return Row(
         torch.from_numpy(sequence.token_ids.astype(np.int64)),
         torch.from_numpy(sequence.is_sampled.copy()),
@@ -399,4 +383,5 @@ def _row(sequence: TokenSequence) -> Row:
         sequence.place[0] * 1_000_000 + sequence.place[1],
         sequence.advantage,
         sequence.num_sampled,
+        kept and (torch.tensor(kept.counts), torch.from_numpy(kept.ids.astype(np.int64))),
     )

@@ -30,6 +30,7 @@ from megatron_r1.controller.rollouts.sample_log import (
 from megatron_r1.data.prompts import Prompt, load_prompts
 from megatron_r1.data.text import PromptText
 from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.sampling_mask import KeptIds, decoded
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import finding as checkpoints
 
@@ -57,7 +58,8 @@ class TokenSequence(NamedTuple):
         logprobs: float32, of the sampled tokens.
         versions: int32, likewise.
         advantage: NaN: not trained on.
-        num_sampled: the sampled tokens of the response."""
+        num_sampled: the sampled tokens of the response.
+        kept: the ids that the engine drew each sampled token from; None: the whole vocabulary."""
 
     place: Place
     token_ids: np.ndarray
@@ -66,6 +68,7 @@ class TokenSequence(NamedTuple):
     versions: np.ndarray
     advantage: float
     num_sampled: int
+    kept: KeptIds | None
 
 
 @dataclass(frozen=True)
@@ -225,8 +228,8 @@ class RecordedStep:
                 made += _sequences((at, index), group, graded, self.advantages[at][index])
         return made
 
-    def share_of(self, places: Sequence[Place]) -> float:
-        """Return the share that some responses have of the loss: of the sum of |advantage| times
+    def loss_fraction(self, places: Sequence[Place]) -> float:
+        """Return the fraction of the loss that some responses have: of the sum of |advantage| times
         weight, where the weight is that of `rl.loss_average`. NaN where no response has an
         advantage."""
 
@@ -370,7 +373,8 @@ def _sequences(
         logprobs = np.asarray(response.logprobs, np.float32)
         versions, count = np.asarray(response.policy_versions), len(response.token_ids)
         own = advantage if count else math.nan
-        yield TokenSequence(place, ids, sampled, logprobs, versions, own, count)
+        kept = _kept(response.sampling_mask, np.ones(count, bool))
+        yield TokenSequence(place, ids, sampled, logprobs, versions, own, count, kept)
         return
     total = sum(branch.num_sampled for branch in branches)
     for branch in branches:
@@ -384,7 +388,20 @@ def _sequences(
             np.asarray(branch.policy_versions)[sampled],
             advantage,
             total,
+            _kept(branch.sampling_mask, np.frombuffer(branch.is_sampled, bool)),
         )
+
+
+def _kept(mask: bytes, is_sampled: np.ndarray) -> KeptIds | None:
+    """Return the kept ids of the sampled tokens.
+
+    Args:
+        mask: the ids of all tokens (`models.sampling_mask`); empty: there was no cut.
+        is_sampled: (tokens,) bool; the others have no ids."""
+    if not mask:
+        return None
+    counts, ids = decoded(mask, len(is_sampled))
+    return KeptIds(counts[is_sampled], ids)
 
 
 def _model_folder(folder: RunFolder, config: Config) -> Path:

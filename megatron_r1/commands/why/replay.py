@@ -1,10 +1,10 @@
 """A step in transformers: log-probabilities of logged tokens under the weights of a checkpoint, and
 the step's updates once more, by autograd over fp64 formulas and an AdamW of its own.
 
-None of it is the trainer's code: the model is transformers' class in fp32 on the tensors of the
-checkpoint, the loss is written out here from the papers, and the optimizer is its formula
-(Loshchilov and Hutter, arXiv 1711.05101, with Adam's bias correction). Everything is on the CPU, a
-few responses at a time, padded on the right, which a causal model does not see."""
+Nothing of it runs in the trainer but the reading of tensors by the table of weights: the model is
+transformers' class in fp32, the loss is written out here from the papers, and the optimizer is its
+formula (Loshchilov and Hutter, arXiv 1711.05101, with Adam's bias correction). Everything is on the
+CPU, a few responses at a time, padded on the right, which a causal model does not see."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_r1.commands.why.finding import CannotRecompute
 from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.stored.dcp import Box, DistributedCheckpoint
-from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.hf_writing import carry_files
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.stored.published import stacked_part
@@ -94,7 +95,7 @@ def _trainable(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def _tensors(weights: MegatronWeights | HfWeights, hf: dict) -> Iterator[tuple[str, Tensor]]:
+def _tensors(weights: MegatronWeights | HFWeights, hf: dict) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of the weights, fp32, under its published name."""
     stacked: dict[str, Tensor] = {}
     for name, (shape, _) in weights.tensors.items():
@@ -128,7 +129,9 @@ class Row:
         logprobs: float32, (sampled tokens,): the engine's.
         response: the number of the response in the step.
         advantage: each token's; NaN: it is not trained on.
-        num_sampled: the sampled tokens of the response with all its branches."""
+        num_sampled: the sampled tokens of the response with all its branches.
+        kept: (sampled tokens,) numbers of ids that the engine drew each token from, and these ids,
+            one token's after the other's, int64; None: it drew from the whole vocabulary."""
 
     token_ids: Tensor
     is_sampled: Tensor
@@ -136,6 +139,7 @@ class Row:
     response: int
     advantage: float
     num_sampled: int
+    kept: tuple[Tensor, Tensor] | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -169,8 +173,22 @@ def _logits(model: Any, rows: Sequence[Row]) -> list[Tensor]:
 
 
 def _of_tokens(logits: Tensor, row: Row, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return log-probability and entropy of each sampled token, float64."""
-    logprobs = torch.log_softmax(logits.double() / temperature, dim=-1)
+    """Return log-probability and entropy of each sampled token, float64: over the ids that the
+    engine kept, where it kept a part.
+
+    Raises:
+        CannotRecompute: a sampled token is not among the ids that were kept for it."""
+    logits = logits.double() / temperature
+    if row.kept is None:
+        logprobs = torch.log_softmax(logits, dim=-1)
+    else:
+        counts, ids = row.kept
+        is_cut = torch.ones(logits.shape, dtype=torch.bool)
+        is_cut[torch.arange(len(counts)).repeat_interleave(counts), ids] = False
+        logprobs = torch.log_softmax(logits.masked_fill(is_cut, -math.inf), dim=-1)
+        if bool(is_cut.gather(1, row.token_ids[row.is_sampled][:, None]).any()):
+            raise CannotRecompute("a sampled token is not among those that its engine kept")
+        logprobs = logprobs.masked_fill(is_cut, 0)  # entropy counts 0 log 0 as 0
     own = logprobs.gather(1, row.token_ids[row.is_sampled][:, None])[:, 0]
     return own, -(logprobs.exp() * logprobs).sum(-1)
 
@@ -229,7 +247,7 @@ def chosen_experts(model: Any, rows: Sequence[Row]) -> dict[str, list[Tensor]]:
 
 @dataclass(frozen=True)
 class LossRules:
-    """The step's loss as its settings say, or with one thing exchanged.
+    """The step's loss as its settings say, or with one thing substituted.
 
     Attributes:
         average: "sequence", "token" or "constant".
@@ -403,7 +421,7 @@ class StepReplay:
             count = sum(int(row.is_sampled.sum()) for row in rows)
         else:
             count = len({row.response for row in rows})
-        return max(1, count)  # An exchange may leave out all responses of a mini-batch.
+        return max(1, count)  # A substitution may leave out all responses of a mini-batch.
 
     def _row(self, at: int, logits: Tensor, loss: LossRules, totals: Totals) -> Tensor:
         """Return a row's part of the loss, differentiable, and add to the sums."""

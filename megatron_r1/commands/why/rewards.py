@@ -16,8 +16,8 @@ from megatron_r1.commands.why.finding import (
     EQUAL,
     Finding,
     Place,
+    fraction_finding,
     not_checked,
-    share_finding,
 )
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.controller.rollouts.rollout import all_responses
@@ -62,7 +62,7 @@ def _sums(step: RecordedStep) -> Finding:
                 reason = f"reward {graded.reward:g}{cut} is not {total:g}, the sum of {terms}"
     if concerned and all(step.responses[place].truncated for place in concerned):
         reason = f"{len(concerned):,} truncated answers are punished: {reason}"
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         "sum of the terms",
         f"{len(step.responses):,} rewards with rewards.weights "
@@ -71,7 +71,7 @@ def _sums(step: RecordedStep) -> Finding:
         len(step.responses),
         reason=reason,
         remedy="rewards.weights, or what changes a reward after the graders",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
     )
 
 
@@ -122,9 +122,9 @@ def _second_reader(step: RecordedStep) -> Finding:
             known[key] = key[0] == key[1] or bool(gold and given and verify(gold, given))
         return known[key]
 
-    refused: dict[str, list[Place]] = {}
-    paid: list[Place] = []
-    total, example, paid_example = 0, "", ""
+    rejected: dict[str, list[Place]] = {}
+    accepted: list[Place] = []
+    total, example, accepted_example = 0, "", ""
     for place, graded in list(step.responses.items())[:MOST_READ]:
         prompt = step.groups[place[0]].prompt
         if prompt.kind not in READ or ACCURACY not in graded.rewards or graded.episode:
@@ -138,36 +138,40 @@ def _second_reader(step: RecordedStep) -> Finding:
         answer, form = found
         says, logged = is_right(answer, str(prompt.truth)), graded.rewards[ACCURACY] >= 0.5
         if says and not logged:
-            refused.setdefault(form, []).append(place)
+            rejected.setdefault(form, []).append(place)
             example = example or f"{answer.strip()[:40]!r} for {str(prompt.truth)[:40]!r}"
         elif logged and not says and prompt.kind == "math":
-            paid.append(place)
-            paid_example = paid_example or f"{answer.strip()[:40]!r} for {str(prompt.truth)[:40]!r}"
+            accepted.append(place)
+            accepted_example = (
+                accepted_example or f"{answer.strip()[:40]!r} for {str(prompt.truth)[:40]!r}"
+            )
     if not total:
         why = step.prompts_missing or "no response to mathematics states an answer"
         return not_checked(FAMILY, name, why)
-    all_refused = [place for places in refused.values() for place in places]
+    all_rejected = [place for places in rejected.values() for place in places]
     parts = []
-    if all_refused:
-        form = max(refused, key=lambda each: len(refused[each]))
+    if all_rejected:
+        form = max(rejected, key=lambda each: len(rejected[each]))
         parts.append(
-            f"{len(all_refused):,} answers are refused that it takes for right, most behind "
+            f"{len(all_rejected):,} answers are rejected that it takes for right, most behind "
             f"{form}, as {example}"
         )
-    if paid:
-        parts.append(f"{len(paid):,} are paid that it takes for wrong, as {paid_example}")
+    if accepted:
+        parts.append(
+            f"{len(accepted):,} are accepted that it takes for wrong, as {accepted_example}"
+        )
     remedy = "the rewards' reader: rewards.answer, or the truths of data.path"
-    if refused.get(HASHES):
+    if rejected.get(HASHES):
         remedy = "rewards.answer: auto, or last: the reader misses ####"
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         name,
         f"the accuracy of {total:,} responses with math-verify's",
-        [*all_refused, *paid],
+        [*all_rejected, *accepted],
         total,
         reason="; ".join(parts),
         remedy=remedy,
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
         tolerance=max(DISPUTED, 1 / total),
         source="readers of mathematics differ about so many",
     )
@@ -201,7 +205,7 @@ def _graded_again(step: RecordedStep) -> Finding:
     if not total:
         why = step.prompts_missing or f"only kinds {', '.join(IN_PROCESS)} are graded here"
         return not_checked(FAMILY, name, why)
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         name,
         f"the accuracy of {total:,} responses with this version's",
@@ -210,7 +214,7 @@ def _graded_again(step: RecordedStep) -> Finding:
         reason=reason,
         remedy="rewards.options, rewards.answer, the truths of the data, or the grader's version: "
         "they are not those that graded",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
     )
 
 

@@ -18,8 +18,8 @@ from megatron_r1.commands.why.finding import (
     Curve,
     Finding,
     Place,
+    fraction_finding,
     not_checked,
-    share_finding,
 )
 from megatron_r1.commands.why.formulas import kl_of_difference
 from megatron_r1.commands.why.recorded import RecordedStep
@@ -35,7 +35,7 @@ TEMPERATURES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 
 EXPLAINED = 0.5
 """A hypothesis explains a departure that it makes smaller by this factor, or more."""
 ONE_SIDED = 0.95
-"""Share of the tokens that a renormalised distribution has more likely than the whole one."""
+"""Share of the tokens that a renormalized distribution has more likely than the whole one."""
 FEW_TOKENS = 20
 """Tokens of an engine or expert that are too few to compare."""
 BINS = 40
@@ -43,7 +43,8 @@ BINS = 40
 
 def check_settings(step: RecordedStep) -> list[Finding]:
     """Return the findings of what was logged of the sampling."""
-    return [_settings(step), _versions(step)]
+    kept = [_kept_tokens(step)] if step.config.rollout.is_cut else []
+    return [_settings(step), _versions(step), *kept]
 
 
 def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
@@ -67,6 +68,8 @@ def _settings(step: RecordedStep) -> Finding:
     wanted = {
         "temperature": rollout.temperature,
         "top_p": rollout.top_p,
+        "top_k": rollout.top_k,
+        "min_p": rollout.min_p,
         "max_tokens": rollout.max_response_tokens,
         "stop_token_ids": tuple(step.text.stop_token_ids),
         "stop": tuple(rollout.stop),
@@ -95,19 +98,19 @@ def _settings(step: RecordedStep) -> Finding:
             concerned += ((at, index) for index in range(len(group.responses)))
     if not logged:
         return not_checked(
-            FAMILY, name, "the log is of a version that did not write them down (before 0.4)"
+            FAMILY, name, "the log is of a version that did not write them down (before 0.3)"
         )
     reason = "; ".join(text for text, _ in different.most_common(3))
     key = reason.partition(" ")[0]
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         name,
-        f"temperature, top_p, limit and stops of {logged:,} groups with the settings",
+        f"temperature, cut, limit and stops of {logged:,} groups with the settings",
         concerned,
         len(step.responses),
         reason=reason,
         remedy=keys.get(key, f"rollout.{key}" if key else ""),
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
     )
 
 
@@ -131,7 +134,7 @@ def _versions(step: RecordedStep) -> Finding:
         (version, _), *_ = seen.most_common(1)
         names = ", ".join(name for name, _ in engines.most_common(4))
         reason = f"{names} sampled with version {version}, the step trains version {newest}"
-    return share_finding(
+    return fraction_finding(
         FAMILY,
         "version of the weights",
         f"the versions of all tokens with {oldest} to {newest}",
@@ -140,7 +143,33 @@ def _versions(step: RecordedStep) -> Finding:
         reason=reason,
         remedy="the engine that is behind: its log in logs/, push/* in metrics.jsonl "
         "(docs/push.md); or rl.staleness",
-        share_of=step.share_of,
+        loss_fraction=step.loss_fraction,
+        num_tokens=num_tokens,
+    )
+
+
+def _kept_tokens(step: RecordedStep) -> Finding:
+    """Check that every token is among those that its engine kept of the vocabulary."""
+    concerned: dict[Place, None] = {}
+    num_tokens = 0
+    for sequence in step.sequences:
+        sampled = sequence.token_ids[sequence.is_sampled]
+        found = np.zeros(len(sampled), bool)
+        if sequence.kept is not None:
+            owner = np.repeat(np.arange(len(sampled)), sequence.kept.counts)
+            found[owner[sequence.kept.ids == sampled[owner]]] = True
+        if not found.all():
+            concerned[sequence.place] = None
+            num_tokens += int((~found).sum())
+    return fraction_finding(
+        FAMILY,
+        "tokens that the engines kept",
+        "every sampled token with the ids that its engine drew it from",
+        list(concerned),
+        len(step.responses),
+        reason=f"{num_tokens:,} tokens are not among the ids that were kept for them",
+        remedy="rollout.top_k and the engine's --return-sampling-mask (docs/engines.md)",
+        loss_fraction=step.loss_fraction,
         num_tokens=num_tokens,
     )
 
@@ -151,7 +180,7 @@ class _Gaps:
     def __init__(self, step: RecordedStep, recomputed: Recomputation) -> None:
         self.step, self.recomputed = step, recomputed
         newest = step.step - 1
-        self.sequences = [recomputed.sequences[at] for at in recomputed.scored]
+        self.sequences = [recomputed.sequences[at] for at in recomputed.with_logprobs]
         self.newest = [each.versions == newest for each in self.sequences]
         self.engines = [step.responses[each.place].response.engine for each in self.sequences]
         self.gaps = self._against(recomputed.old)
@@ -218,7 +247,7 @@ class _Gaps:
         reason, remedy = explained or (
             f"mean |Δ| is {number(distance)}: the engine computes another function of these "
             "weights than transformers",
-            "rollout.dtype, rollout.vllm (quantisation, kernels), or megatron-r1 check-model on "
+            "rollout.dtype, rollout.vllm (quantization, kernels), or megatron-r1 check-model on "
             "the model",
         )
         places = dict.fromkeys(
@@ -237,7 +266,7 @@ class _Gaps:
             int(
                 sum((np.abs(gap) > self.tolerance).sum() for gap in self.gaps)  # NaN is not above
             ),
-            self.step.share_of(list(places)),
+            self.step.loss_fraction(list(places)),
             remedy,
         )
 
@@ -260,7 +289,7 @@ class _Gaps:
             self._stale,
             self._router_bias,
             self._temperature,
-            self._renormalised,
+            self._renormalized,
             self._expert,
         )
         if distance <= self.tolerance / 16 and not self._one_engine():
@@ -331,8 +360,10 @@ class _Gaps:
         best = int(np.argmin(np.nan_to_num(means, nan=np.inf)))
         return scales[best], means[best]
 
-    def _renormalised(self, distance: float) -> tuple[str, str] | None:
+    def _renormalized(self, distance: float) -> tuple[str, str] | None:
         """Look for log-probabilities over a part of the vocabulary: none is below the whole's."""
+        if self.step.config.rollout.is_cut:  # both are over the kept tokens already
+            return None
         whole = np.concatenate(self.gaps)
         large = whole[np.abs(whole) > max(self.tolerance / 4, 1e-5)]
         if len(large) < FEW_TOKENS or (large > 0).mean() < ONE_SIDED:
@@ -341,9 +372,9 @@ class _Gaps:
         return (
             f"{percent(float((large > 0).mean()))} of the tokens that differ are more likely to "
             f"the engine, by up to 1/{kept:.3g}: it sampled from a part of the vocabulary and "
-            "renormalised (top-p, top-k or min-p), the trainer does not",
-            "rollout.top_p: 1, and no top_k or min_p in rollout.vllm or the model's "
-            "generation_config.json",
+            "renormalized (top-p, top-k or min-p), the trainer does not",
+            "the cut of rollout.vllm or the model's generation_config.json: set it as "
+            "rollout.top_p, top_k or min_p, or leave it out",
         )
 
     def _expert(self, distance: float) -> tuple[str, str] | None:

@@ -12,7 +12,7 @@ MOST_EQUAL, MOST_CUT = 0.5, 0.25
 ENDS = 0.1
 """Share of a run's steps whose mean stands for its beginning, and for its end."""
 FALLEN = 0.2
-"""An entropy that has fallen below this share of what it was at first."""
+"""An entropy that has fallen below this fraction of what it was at first."""
 SMALL_KL = 1e-4
 
 
@@ -25,28 +25,28 @@ def suspicions(step: RecordedStep) -> list[str]:
 
 def _equal_groups(step: RecordedStep) -> str:
     groups = step.groups + step.passed_over
-    share = fmean(group.has_equal_rewards for group in groups)
+    fraction = fmean(group.has_equal_rewards for group in groups)
     right = [each.rewards.get("accuracy", 0.0) for each in all_responses(groups)]
-    if share < MOST_EQUAL:
+    if fraction < MOST_EQUAL:
         return ""
     accuracy = fmean(right)
     what = "too hard" if accuracy < 0.5 else "learned already"
     return (
-        f"the task is {what}: {percent(share)} of the groups have one reward for all responses and "
-        f"teach nothing (accuracy {percent(accuracy)}): other questions, a larger rl.group_size, "
-        "or rl.dynamic_sampling"
+        f"the task is {what}: {percent(fraction)} of the groups have one reward for all responses "
+        f"and teach nothing (accuracy {percent(accuracy)}): other questions, a larger "
+        "rl.group_size, or rl.dynamic_sampling"
     )
 
 
 def _cut(step: RecordedStep) -> str:
     cut = [place for place, graded in step.responses.items() if graded.truncated]
-    share = len(cut) / len(step.responses)
-    if share < MOST_CUT:
+    fraction = len(cut) / len(step.responses)
+    if fraction < MOST_CUT:
         return ""
-    weight = step.share_of(cut)
+    weight = step.loss_fraction(cut)
     of_loss = "" if math.isnan(weight) else f", and have {percent(weight)} of the loss"
     return (
-        f"{percent(share)} of the responses are cut off at rollout.max_response_tokens="
+        f"{percent(fraction)} of the responses are cut off at rollout.max_response_tokens="
         f"{step.config.rollout.max_response_tokens}{of_loss}: raise it"
     )
 

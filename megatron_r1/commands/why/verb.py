@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.why import files, loss, optimizer, page, rewards, sampling
+from megatron_r1.commands.why import files, loss, optimizer, page, policies, push, rewards, sampling
 from megatron_r1.commands.why.finding import (
     NOT_CHECKED,
     CannotRecompute,
@@ -83,10 +83,10 @@ OF_RECORDS: tuple[tuple[str, str, Check], ...] = (
 """Checks that need no model: family, what cannot be checked where one fails, and the check."""
 OF_WEIGHTS: tuple[tuple[str, str, WeightCheck], ...] = (
     ("sampling", "engines' log-probabilities", sampling.check_logprobs),
-    ("log-probabilities", "old policy and reference", loss.check_policies),
+    ("log-probabilities", "old policy and reference", policies.check_policies),
     ("loss", "loss", loss.check_loss),
     ("optimizer", "change of the weights", optimizer.check_update),
-    ("push", "probes and export", optimizer.check_push),
+    ("push", "probes and export", push.check_push),
 )
 """Checks that recompute with the model's weights, likewise."""
 

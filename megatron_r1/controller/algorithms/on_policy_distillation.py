@@ -19,7 +19,7 @@ from megatron_r1.config.algorithms import TokenSettings
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
-    from megatron_r1.trainer.token_advantages import ScoredRollout, TokenTargets
+    from megatron_r1.trainer.token_advantages import RolloutBatches, TokenTargets
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
@@ -27,14 +27,14 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return [[0.0] * len(rewards) for rewards in groups]
 
 
-def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
+def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
     """Return A_t = Σ_{s≥t} γ^(s-t) (log π_teacher - log π_old)_s, from batch.logprobs["teacher"]
     and ["old"]; 0 outside responses."""
     from megatron_r1.trainer.token_advantages import TokenTargets, discounted_sums
 
     settings = TokenSettings.of(settings)
     advantages = []
-    for responses in scored.responses:
+    for responses in rollout.responses:
         logprobs = responses.batch.logprobs
         gaps = responses.whole(logprobs["teacher"] - logprobs["old"])
         mask, last = responses.is_response, responses.last

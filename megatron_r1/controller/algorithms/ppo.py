@@ -19,12 +19,12 @@ from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.controller.advantages import response_rewards
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.token_advantages import ScoredRollout, TokenTargets
+    from megatron_r1.trainer.token_advantages import RolloutBatches, TokenTargets
 
 advantages = response_rewards  # what `token_advantages` starts from
 
 
-def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
+def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
     """Return the advantages and targets of `trainer.token_advantages.gae` with the critic's
     batch.values, per micro-batch; with `advantage_std` batch the advantages are normalized over the
     rollout."""
@@ -32,7 +32,7 @@ def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTar
 
     settings = TokenSettings.of(settings)
     advantages, returns = [], []
-    for responses in scored.responses:
+    for responses in rollout.responses:
         own = responses.batch.values
         assert own is not None, "the critic's values come first"
         made, targets = gae(
@@ -46,5 +46,5 @@ def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTar
         advantages.append(made)
         returns.append(targets)
     if settings.advantage_std == "batch":
-        advantages = scored.normalized(advantages, settings.advantage_epsilon)
+        advantages = rollout.normalized(advantages, settings.advantage_epsilon)
     return TokenTargets(advantages, returns)

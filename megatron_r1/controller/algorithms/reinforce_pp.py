@@ -16,18 +16,18 @@ from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.controller.advantages import response_rewards
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.token_advantages import ScoredRollout, TokenTargets
+    from megatron_r1.trainer.token_advantages import RolloutBatches, TokenTargets
 
 
 advantages = response_rewards  # what `token_advantages` starts from
 
 
-def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
+def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
     """Return A_t = Σ_{s≥t} γ^(s-t) (-β log(π_old / π_ref)_s) + γ^(T-t) r, T the last token, then
     shifted and scaled to mean 0 and deviation 1 over the response tokens of the rollout; 0
     elsewhere."""
     from megatron_r1.trainer.token_advantages import TokenTargets, reward_to_go
 
     settings = TokenSettings.of(settings)
-    advantages = reward_to_go(scored, settings)
-    return TokenTargets(scored.normalized(advantages, settings.advantage_epsilon))
+    advantages = reward_to_go(rollout, settings)
+    return TokenTargets(rollout.normalized(advantages, settings.advantage_epsilon))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from megatron_r1.trainer.batch import Head, PackedBatch
     from megatron_r1.trainer.losses import LossTerms
 
-MASKS = {method: f"{__name__}.{method}_mask:kept" for method in ("token", "sequence")}
-"""By `rl.engine_mask`, the "module:function" of a `trainer.token_advantages.KeptTokens`, which
+MASKS = {method: f"{__name__}.{method}_mask:within_bounds" for method in ("token", "sequence")}
+"""By `rl.engine_mask`, the "module:function" of a `trainer.token_advantages.WithinBounds`, which
 compares the engine with π_old."""
 
 

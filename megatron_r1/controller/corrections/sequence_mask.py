@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_r1.config.corrections import EngineMask
-    from megatron_r1.trainer.token_advantages import ScoredRollout
+    from megatron_r1.trainer.token_advantages import RolloutBatches
 
 
-def kept(scored: ScoredRollout, settings: EngineMask) -> list[Tensor]:
+def within_bounds(rollout: RolloutBatches, settings: EngineMask) -> list[Tensor]:
     """Return (T,) bool per micro-batch: whether the response of a token keeps its advantage.
 
     Args:
-        scored: the rollout, with the log-probabilities of π_old.
+        rollout: the rollout, with the log-probabilities of π_old.
         settings: the bounds of the geometric mean."""
     made = []
-    for responses in scored.responses:
+    for responses in rollout.responses:
         means = responses.means(responses.engine_gaps).exp()
         made.append((means >= settings.low) & (means <= settings.high))
     return made

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from megatron_r1.config.rollout import PushConfig
+from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.responses import EngineDied, EngineError

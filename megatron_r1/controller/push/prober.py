@@ -99,11 +99,13 @@ class OffloadedProber(Prober):
     and the engines score them later."""
 
     async def prepare(self) -> None:
-        """Have the trainer score the probe prompts before it lends its memory to the engines."""
+        """Have the trainer compute the probe prompts before it lends its memory to the engines."""
         self.prompts = [prompt for prompt in self.prompts if len(prompt) > 1]
         if self.prompts:
             await self.trainer.prepare_probe(self.prompts)
 
     async def _probe_diff(self, engine: Engine) -> float:
-        scores = await self._answers(engine, lambda prompt: engine.client.score(prompt, 1))
-        return await self.trainer.compare_probe(self.prompts, scores)
+        logprobs = await self._answers(
+            engine, lambda prompt: engine.client.compute_logprobs(prompt, 1)
+        )
+        return await self.trainer.compare_probe(self.prompts, logprobs)

@@ -1,7 +1,7 @@
 """Prompts → graded groups: engines sample while reward workers grade what is finished.
 
-`InFlight` has the groups that are being sampled, graded or scored now, for live view and hang
-reports."""
+`InFlight` has the groups that are being sampled or graded, or wait for a teacher, for live view and
+hang reports."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class InFlightGroup:
     """A group that is not finished, and the phase it is in.
 
     Phase "scoring" is a teacher's, which may begin before the grades are back; the group is in that
-    phase once only scores are missing.
+    phase once only its log-probabilities are missing.
 
     Attributes:
         since: when the phase began, time.monotonic()."""
@@ -59,7 +59,7 @@ class InFlightGroup:
         self._tracker.num_tokens += sum(len(response.token_ids) for response in responses)
 
     def grading_done(self) -> None:
-        """Enter the phase in which the group waits for scores and its end."""
+        """Enter the phase in which the group waits for the teacher and its end."""
         self._enter("scoring")
 
     def _enter(self, phase: Phase) -> None:
@@ -74,12 +74,13 @@ class InFlight:
         num_sampled: groups that were sampled.
         num_responses: the responses of sampled groups.
         num_tokens: the tokens of those responses.
-        num_finished: groups that are graded, and scored where there is a teacher.
-        num_scored: responses that a teacher has scored."""
+        num_finished: groups that are graded, and have the teacher's log-probabilities if there is
+            one.
+        num_with_teacher_logprobs: responses whose log-probabilities a teacher has computed."""
 
     def __init__(self) -> None:
         self.groups: set[InFlightGroup] = set()
-        self.num_started = self.num_finished = self.num_scored = 0
+        self.num_started = self.num_finished = self.num_with_teacher_logprobs = 0
         self.num_sampled = self.num_responses = self.num_tokens = 0
 
     @contextlib.contextmanager
@@ -112,18 +113,18 @@ class RolloutInProgress:
         log: the step's groups on disk, if they are kept.
         sampled: time.perf_counter() when the newest group was sampled.
         graded: the same, when it was graded.
-        scored: the same, when the teacher had scored it."""
+        teacher_done: the same, when the teacher had computed its log-probabilities."""
 
     sampling: RolloutSampling
     log: StepLog | None
     sampled: float
     graded: float
-    scored: float
+    teacher_done: float
 
 
 class RolloutCollector:
     """Samples groups with the engines, grades them with the reward workers, and has a teacher's
-    engines score them, where there is a teacher."""
+    engines compute their log-probabilities, where there is one."""
 
     def __init__(
         self,
@@ -153,7 +154,7 @@ class RolloutCollector:
         self, prompts: list[Prompt], sampling: RolloutSampling, log: StepLog | None = None
     ) -> Rollout:
         """Sample and grade a group for each prompt, all at once; with `sampling.with_teacher` the
-        teacher scores a group as soon as it is sampled.
+        teacher computes a group's log-probabilities as soon as it is sampled.
 
         Groups come back in the order of `prompts`; those that `log` already has are not sampled
         again.
@@ -185,7 +186,7 @@ class RolloutCollector:
             [group.result() for group in groups],
             running.sampled - start,
             max(0.0, running.graded - running.sampled),
-            teacher_seconds=max(0.0, running.scored - running.sampled),
+            teacher_seconds=max(0.0, running.teacher_done - running.sampled),
         )
 
     async def check(self, terms: Collection[str], prompts: list[Prompt]) -> None:
@@ -213,8 +214,8 @@ class RolloutCollector:
         prompt_ids: list[int],
         replayed: Group | None,
     ) -> Group:
-        """Sample a group, or take the one that the log replayed; grade it, while the teacher scores
-        it."""
+        """Sample a group, or take the one that the log replayed; grade it, while the
+        teacher computes its log-probabilities."""
         sampling, log = running.sampling, running.log
         if log and replayed and log.is_final(replayed):
             return replayed
@@ -229,14 +230,14 @@ class RolloutCollector:
                 responses = [each.episode.response() for each in played]
             running.sampled = time.perf_counter()
             tracked.sampling_done(responses)
-            graded, scores = await asyncio.gather(
+            graded, computed = await asyncio.gather(
                 self._grade(running, tracked, responses, played),
-                self._score(running, prompt_ids, responses, played),
+                self._teacher_logprobs(running, prompt_ids, responses, played),
             )
-        if scores:
+        if computed:
             graded = [
                 replace(each, teacher_logprobs=logprobs)
-                for each, logprobs in zip(graded, scores, strict=True)
+                for each, logprobs in zip(graded, computed, strict=True)
             ]
         group = Group(prompt, prompt_ids, graded)
         if log:
@@ -250,6 +251,8 @@ class RolloutCollector:
             sampling.max_response_tokens,
             tuple(self.text.stop_token_ids),
             sampling.stop,
+            sampling.top_k,
+            sampling.min_p,
         )
 
     async def _generate(
@@ -265,6 +268,9 @@ class RolloutCollector:
             max_tokens=sampling.max_response_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            sampling_mask=sampling.sampling_mask,
             stop_token_ids=self.text.stop_token_ids,
             routing=sampling.routing,
             kind=prompt.kind,
@@ -313,39 +319,39 @@ class RolloutCollector:
         running.graded = time.perf_counter()
         return graded
 
-    async def _score(
+    async def _teacher_logprobs(
         self,
         running: RolloutInProgress,
         prompt_ids: list[int],
         responses: list[Response],
         played: list[Played],
     ) -> list[array[float]]:
-        """Return the teacher's log-probabilities of each response; an empty list if unscored."""
+        """Return the teacher's log-probabilities of each response; an empty list without one."""
         sampling = running.sampling
         if not sampling.with_teacher:
             return []
         teacher = self.teacher
         assert teacher is not None, "RolloutSampling.with_teacher needs a teacher"
 
-        async def score(token_ids: Sequence[int], first: int) -> array[float]:
-            logprobs = await teacher.score(token_ids, first, order=sampling.step)
-            self.in_flight.num_scored += 1
+        async def compute(token_ids: Sequence[int], first: int) -> array[float]:
+            logprobs = await teacher.compute_logprobs(token_ids, first, order=sampling.step)
+            self.in_flight.num_with_teacher_logprobs += 1
             return logprobs
 
-        async def score_branches(episode: Episode) -> array[float]:
-            scored: array[float] = array("f")
+        async def branch_logprobs(episode: Episode) -> array[float]:
+            sampled: array[float] = array("f")
             for branch in episode.branches:
                 first = branch.is_sampled.index(1)
-                every = await score(branch.token_ids, first)
-                scored.extend(compress(every, branch.is_sampled[first:]))
-            return scored
+                every = await compute(branch.token_ids, first)
+                sampled.extend(compress(every, branch.is_sampled[first:]))
+            return sampled
 
-        scores = await asyncio.gather(
-            *(score_branches(each.episode) for each in played),
+        computed = await asyncio.gather(
+            *(branch_logprobs(each.episode) for each in played),
             *(
-                score([*prompt_ids, *response.token_ids], len(prompt_ids))
+                compute([*prompt_ids, *response.token_ids], len(prompt_ids))
                 for response in ([] if played else responses)
             ),
         )
-        running.scored = time.perf_counter()
-        return scores
+        running.teacher_done = time.perf_counter()
+        return computed

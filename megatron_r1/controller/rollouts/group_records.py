@@ -36,6 +36,7 @@ class BranchRecord(msgspec.Struct, array_like=True, frozen=True):
     logprobs: memoryview
     policy_versions: memoryview
     routing: memoryview
+    sampling_mask: memoryview = memoryview(b"")
 
 
 class EpisodeRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -73,6 +74,7 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
     teacher_logprobs: memoryview | None = None
     episode: EpisodeRecord | None = None
     engine: str = ""
+    sampling_mask: memoryview = memoryview(b"")
 
 
 class SamplingRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -83,6 +85,8 @@ class SamplingRecord(msgspec.Struct, array_like=True, frozen=True):
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     stop: tuple[str, ...]
+    top_k: int | None = None
+    min_p: float = 0.0
 
 
 class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
@@ -157,6 +161,7 @@ def _pack_response(graded: GradedResponse) -> ResponseRecord:
         teacher_logprobs=None if teacher is None else memoryview(teacher),
         episode=None if graded.episode is None else _pack_episode(graded.episode),
         engine=response.engine,
+        sampling_mask=memoryview(response.sampling_mask),
     )
 
 
@@ -179,7 +184,8 @@ def _unpack_response(record: ResponseRecord) -> GradedResponse:
     logprobs = _array("f", record.logprobs)
     return GradedResponse(
         Response(
-            token_ids, logprobs, versions, record.finish_reason, record.routing, record.engine
+            *(token_ids, logprobs, versions, record.finish_reason, record.routing, record.engine),
+            bytes(record.sampling_mask),
         ),
         _str(record.text),
         record.rewards,
@@ -201,6 +207,7 @@ def _unpack_episode(record: EpisodeRecord) -> Episode:
             _array("f", branch.logprobs),
             _array("i", branch.policy_versions),
             bytes(branch.routing),
+            bytes(branch.sampling_mask),
         )
         for branch in record.branches
     ]

@@ -17,7 +17,7 @@ from megatron_r1.controller.rollouts.rollout import Group, RolloutSampling, all_
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.measures import Estimate, estimate, length_difference, win_rates
-from megatron_r1.evaluation.voting import expects_number, majority_score
+from megatron_r1.evaluation.voting import expects_number, majority_reward
 
 
 class HeldoutEvaluation:
@@ -75,7 +75,7 @@ async def evaluate(
     """Sample `sampling.group_size` = N responses to every prompt; return metrics and groups.
 
     eval/pass@1: mean accuracy over all samples (DeepSeek-R1, arXiv 2501.12948, section 3);
-    eval/cons@N: share of prompts whose majority answer is right (`voting.majority_score`);
+    eval/cons@N: share of prompts whose majority answer is right (`voting.majority_reward`);
     eval/questions: prompts with a graded response;
     eval/TERM: mean of each other reward that is measured, such as format and language;
     eval/win_rate, eval/lc_win_rate: of questions of kind judge, where the judge compares
@@ -134,7 +134,7 @@ async def _estimates(
                 means[term].append(fmean(scores))
             if scores and term == ACCURACY and group.prompt.kind != ENVIRONMENT:
                 texts = [each.text for each in graded]
-                vote = partial(majority_score, collector.pool, group.prompt.kind, texts, scores)
+                vote = partial(majority_reward, collector.pool, group.prompt.kind, texts, scores)
                 votes.append(vote(opened, rewards.answer, numeric=expects_number(group.prompt)))
     accuracies = means.pop(ACCURACY, [])
     estimates: dict[str, Estimate] = {term: estimate(means[term]) for term in sorted(means)}

@@ -27,6 +27,9 @@ class RolloutSampling:
 
     Attributes:
         group_size: G, responses per prompt.
+        top_k: the most tokens of a draw, or None.
+        min_p: the least probability of a token, as a share of the likeliest one's.
+        sampling_mask: whether the engine returns the tokens that these and top_p kept.
         max_response_tokens: the longest response.
         step: the training step, from 1.
         reward_weights: the weight of each term in the reward (`r1_grading.terms`).
@@ -43,6 +46,9 @@ class RolloutSampling:
     routing: RoutingShape | None = None
     with_teacher: bool = False
     stop: tuple[str, ...] = ()
+    top_k: int | None = None
+    min_p: float = 0.0
+    sampling_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,8 @@ def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) ->
     if not branches:  # a single turn, or an episode in which nothing was sampled
         sampled = prompt_ids, response.token_ids, response.logprobs
         advantage = advantage if len(response.token_ids) else math.nan
-        return [Sample.pack(*sampled, advantage, response.routing, scores)]
+        kept = response.sampling_mask
+        return [Sample.pack(*sampled, advantage, response.routing, scores, sampling_mask=kept)]
     counts = [branch.is_sampled.count(1) for branch in branches]
     return [
         Sample.pack_branch(
@@ -174,6 +181,7 @@ def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) ->
             weight=count / sum(counts),
             num_responses=int(number == 0),
             routing=branch.routing,
+            sampling_mask=branch.sampling_mask,
             teacher=None if scores is None else scores[end - count : end],
         )
         for number, (branch, count, end) in enumerate(

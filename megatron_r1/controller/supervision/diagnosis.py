@@ -80,7 +80,7 @@ class RunHandles:
             in_flight, fleet = self.rollouts.in_flight, self.rollouts.fleet
             parts += (
                 (in_flight.num_started, in_flight.num_sampled),
-                (in_flight.num_finished, in_flight.num_scored),
+                (in_flight.num_finished, in_flight.num_with_teacher_logprobs),
                 self.num_engine_tokens,
                 (fleet.policy_version, fleet.num_restarts, tuple(e.is_up for e in fleet.engines)),
                 tuple(self.rollouts.pool.snapshot().items()),

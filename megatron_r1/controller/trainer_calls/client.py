@@ -131,9 +131,9 @@ class TrainerClient:
         return {part: "; ".join(kinds) for part, kinds in found.items()}
 
     @property
-    def data_size(self) -> int:
-        """Model replicas among which the samples are divided."""
-        return self.ranks[0]["data_size"]
+    def data_parallel(self) -> int:
+        """Data-parallel size: the model replicas among which the samples are divided."""
+        return self.ranks[0]["data_parallel"]
 
     def launch(self) -> None:
         """Start `parallel.processes` ranks on this machine."""
@@ -173,11 +173,13 @@ class TrainerClient:
     ) -> tuple[list[Packing], list[list[Buffer]]]:
         """Return the packing of every mini-batch, and each replica's encoded share of all."""
         limit = self.config.parallel.microbatch_tokens
-        shares: list[ReplicaSamples] = [[] for _ in range(self.data_size)]
+        shares: list[ReplicaSamples] = [[] for _ in range(self.data_parallel)]
         packings = [
-            pack_by_prompt(samples, self.data_size, limit, self._cost)
+            pack_by_prompt(samples, self.data_parallel, limit, self._cost)
             if self.config.parallel.share_prompts and unit == 1
-            else pack([len(s) for s in samples], self.data_size, limit, cost=self._cost, unit=unit)
+            else pack(
+                [len(s) for s in samples], self.data_parallel, limit, cost=self._cost, unit=unit
+            )
             for samples in minibatches
         ]
         for samples, packing in zip(minibatches, packings, strict=True):
@@ -284,8 +286,8 @@ class TrainerClient:
     ) -> float:
         """Return the mean absolute difference between an engine's log-probabilities and those of
         `prepare_probe`, which had the same texts. The trainer needs no weights for it."""
-        scored = zip(texts, logprobs, strict=True)
-        samples = [Sample.pack(text[:1], text[1:], scores) for text, scores in scored]
+        pairs = zip(texts, logprobs, strict=True)
+        samples = [Sample.pack(text[:1], text[1:], values) for text, values in pairs]
         return (await self.call(ProbingOperations.compare_probe, samples=samples))["probe/mean"]
 
     async def restart(self) -> None:

@@ -73,14 +73,14 @@ class RankProcesses:
             config: the recipe.
             address: the controller's address, which they connect to.
             token: the secret of the ZeroMQ connection."""
-        num_ranks = config.parallel.processes
+        world_size = config.parallel.processes
         port = children.free_port("127.0.0.1")
         settings = config.model_dump_json()
         self._kills_before = diagnosis.num_oom_kills()
         self._wait_seconds = config.parallel.wait_seconds
-        for rank in range(num_ranks):
+        for rank in range(world_size):
             environment = {
-                **children.rank_variables(rank, num_ranks, port),
+                **children.rank_variables(rank, world_size, port),
                 RANKS_ENVIRONMENT: token,
                 **import_environment(),
                 **(memory.trainer_allocator(os.environ) if gpu.is_usable() else {}),

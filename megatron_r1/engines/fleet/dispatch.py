@@ -86,7 +86,7 @@ def _length_key(kind: str, prompt_tokens: int) -> tuple[str, int]:
 SLACK = 0.25
 """Sequences beyond what an engine decodes at once, as a share of it: they wait in the engine, so
 that it is never idle between two groups."""
-UNKNOWN_SHARE = 0.5
+UNKNOWN_FRACTION = 0.5
 """Share of a group's sequences that run on average, before any length is known (`Work.occupied`).
 For geometric lengths and groups of 16 it is about 0.3 (docs/learned.md): counting a group as all of
 its sequences would leave an engine mostly idle."""
@@ -145,7 +145,7 @@ class Work:
         """Return the mean number of sequences this group keeps in an engine until its last response
         ends."""
         if not self.expected.num_groups:
-            return self.num_sequences * UNKNOWN_SHARE
+            return self.num_sequences * UNKNOWN_FRACTION
         fraction = self.expected.mean / max(self.expected.longest, 1.0)
         return max(1.0, self.num_sequences * fraction)
 

@@ -29,7 +29,7 @@ RECENT_REPLIES = 100
 MANY_FAULTS = 3
 """Unusable replies among the last RECENT_REPLIES that count as a defect: one may be a dropped
 connection, two an accident."""
-SLOW_SHARE = 0.25
+SLOW_FRACTION = 0.25
 """The share of the other engines' median rate below which an engine is slow. Equal engines differ
 by less than a factor of two, also while one has long responses left and another short ones."""
 ENOUGH_GROUPS = 8
@@ -109,7 +109,7 @@ def find_slow(paces: Mapping[Key, Pace], now: float) -> dict[Key, str]:
         usual_speed = median(other.sequence_speed() for other in others)
         rate = pace.tokens_per_second(now, pace.window)
         usual_rate = median(other.tokens_per_second(now, other.window) for other in others)
-        if speed < SLOW_SHARE * usual_speed and rate < SLOW_SHARE * usual_rate:
+        if speed < SLOW_FRACTION * usual_speed and rate < SLOW_FRACTION * usual_rate:
             slow[key] = (
                 f"made {speed:.3g} tokens a second and sequence, the others {usual_speed:.3g}, for "
                 f"{pace.window:g} seconds"
@@ -143,7 +143,6 @@ class Engine:
         tokens_expected: tokens that it expects of them.
         is_up: it answers and holds the current weights, so it gets every push.
         is_open: it gets new groups; a draining engine gets none.
-        is_leaving: it must not be replaced.
         is_asleep: it is up, and waits for weights in the next push while others serve.
         died: set when its death has been noticed."""
 
@@ -155,7 +154,6 @@ class Engine:
     tokens_expected: float = 0.0
     is_up: bool = True
     is_open: bool = True
-    is_leaving: bool = False
     is_asleep: bool = False
     role: str = "engine"
     died: asyncio.Event = field(default_factory=asyncio.Event)

@@ -156,9 +156,6 @@ class Replacement:
         joins, `placement.accepting_hosts` adds an engine, which costs no restart."""
         if not engine.is_up:
             return
-        if engine.is_leaving:  # `remove_engine` ends it; nothing takes its place
-            self.members.remove(engine)
-            return
         if engine.server.is_lost and any(other is not engine for other in self.members.up):
             self.members.notify(f"{death}; the other engines go on without it")
             self.members.remove(engine)
@@ -189,14 +186,14 @@ class Replacement:
         if self.num_restarts < self.max_restarts:
             self.replace(engine, reason)
         else:  # others have used up the last restart, so it serves on
-            self.members.set_open(engine, not engine.is_leaving)
+            self.members.set_open(engine, True)
 
     async def _revive(self, dead: Engine, reason: EngineError) -> None:
         """Start a replacement; if it does not start, try again while restarts are left, and then
         fail the fleet."""
         try:
             await dead.end()
-            while self.num_restarts < self.max_restarts and not dead.is_leaving:
+            while self.num_restarts < self.max_restarts:
                 self.num_restarts += 1
                 count = f"restart {self.num_restarts} of at most {self.max_restarts}"
                 self.members.notify(f"{reason}\n{count}; its requests go to the others or wait")
@@ -209,8 +206,7 @@ class Replacement:
                     reason = error
                 except EngineError as error:
                     reason = error
-            if not dead.is_leaving:
-                self.members.fail(reason)
+            self.members.fail(reason)
         except Exception as error:  # the task's own exception is not awaited before `close`
             self.members.fail(error)
             raise

@@ -25,7 +25,7 @@ from megatron_r1.engines.fleet.dispatch import (
     Work,
 )
 from megatron_r1.engines.fleet.engine import Engine, MakeServer
-from megatron_r1.engines.fleet.recovery import DRAIN_SECONDS, Replacement, RequestRetries
+from megatron_r1.engines.fleet.recovery import Replacement, RequestRetries
 from megatron_r1.engines.server.client import EngineClient, UpdateInfo
 from megatron_r1.engines.server.from_recipe import vocab_size
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
@@ -222,19 +222,21 @@ class RolloutFleet:
         self.lengths.add(kind, num_prompt_tokens, _lengths(responses))
         return responses
 
-    async def score(self, token_ids: Sequence[int], first: int, *, order: int = 0) -> array[float]:
+    async def compute_logprobs(
+        self, token_ids: Sequence[int], first: int, *, order: int = 0
+    ) -> array[float]:
         """Return the log-probabilities of token_ids[first:] at temperature 1, float32, from one
         engine; if that engine dies or fails, from another. Raises as `generate`.
 
         Args:
             token_ids: the tokens of prompt and response.
-            first: the index of the first token to score.
+            first: the index of the first of those tokens.
             order: calls with a smaller number are sent first.
         """
         return await self.retries.run(
             Work(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),
-            lambda client: client.score(token_ids, first),
-            lambda scores: [len(scores)],
+            lambda client: client.compute_logprobs(token_ids, first),
+            lambda logprobs: [len(logprobs)],
         )
 
     @contextlib.contextmanager
@@ -319,23 +321,6 @@ class RolloutFleet:
         self.members.notify(f"{engine.name} has joined: {len(self.engines)} engines")
         return engine
 
-    async def remove_engine(self, index: int) -> None:
-        """Let an engine finish its requests for at most two minutes, then end it; other engines
-        repeat the requests that are left. Raises ValueError if the fleet has no such engine, or no
-        other one."""
-        engine = next((engine for engine in self.engines if engine.index == index), None)
-        if engine is None:
-            raise ValueError(f"no engine {index}; there are {[e.index for e in self.engines]}")
-        if len(self.engines) == 1:
-            raise ValueError(f"engine {index} is the only one; close the fleet instead")
-        engine.is_leaving = True
-        self.members.set_open(engine, False)
-        await engine.drain(DRAIN_SECONDS)
-        async with self._pushing:
-            self.members.remove(engine)  # a replacement that is under way for it gives up then
-        await engine.end()
-        self.members.notify(f"{engine.name} has left: {len(self.engines)} engines")
-
     def metrics(self) -> dict[str, float]:
         """Return the fleet's entries of a step's line in metrics.jsonl."""
         return {
@@ -382,8 +367,7 @@ class RolloutFleet:
     async def _start_one(self, index: int, instead_of: Engine | None = None) -> Engine:
         """Start an engine, give it the current weights, and let it serve. If the fleet is put to
         sleep before the engine serves, start the engine again when the fleet is awake. Raises
-        EngineError if the engine does not start or refuses the weights, or if `instead_of` has left
-        meanwhile."""
+        EngineError if the engine does not start or refuses the weights."""
         while True:
             await self.awake.wait()
             try:
@@ -398,8 +382,6 @@ class RolloutFleet:
                 await engine.prepare(self.policy_version, self.start_timeout_seconds)
                 async with self.send_weights(engine) as has_weights:
                     place = instead_of or engine
-                    if place not in self.engines:
-                        raise EngineError(f"{engine.name} is not needed any more: it has left")
                     self.members.put_up(engine, place, is_asleep=has_weights is False)
                 return engine
             except BaseException as error:

@@ -33,7 +33,12 @@ def register() -> None:
 def _patch() -> None:
     from vllm.platforms import current_platform
 
-    from megatron_r1.engines.plugin import output_batching, patches, pushed_adapter
+    from megatron_r1.engines.plugin import (
+        output_batching,
+        patches,
+        pushed_adapter,
+        sampling_masks,
+    )
 
     patches.correct_deepseek_classes()
     patches.push_to_drafters()
@@ -41,12 +46,17 @@ def _patch() -> None:
     patches.keep_ranks_in_step()
     output_batching.apply()
     pushed_adapter.apply()
+    sampling_masks.take_requests_without_a_top_k()
     if current_platform.is_cpu():
         from megatron_r1.engines.plugin import cpu_parallel, cpu_patches
 
         cpu_patches.apply()
         cpu_parallel.apply()
         cpu_patches.return_routed_experts()
+        sampling_masks.return_masks_on_cpu()
+        sampling_masks.cut_passes_without_drafts()
+    else:
+        sampling_masks.leave_out_whole_vocabularies()
     patches.record_spans()
 
 

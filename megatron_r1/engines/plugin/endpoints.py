@@ -19,6 +19,7 @@ import inspect
 import os
 import secrets
 from collections.abc import AsyncIterator
+from itertools import chain
 from typing import Annotated, Any
 
 import msgspec
@@ -150,7 +151,7 @@ _generate_json = inspect.unwrap(upstream.generate)
 @load_aware_call
 async def generate(request: GenerateRequest, raw_request: Request) -> Response:
     """Answer as vLLM's endpoint does, in bytes if the client accepts these and asks for nothing
-    but tokens, log-probabilities and routed experts."""
+    but tokens, log-probabilities, routed experts and sampling masks."""
     handler = upstream.generate_tokens(raw_request)
     accepts = raw_request.headers.get("accept", "").startswith(MEDIA_TYPE)
     if not accepts or handler is None or request.stream or request.sampling_params.logprobs != 0:
@@ -163,7 +164,8 @@ async def generate(request: GenerateRequest, raw_request: Request) -> Response:
         return upstream.JSONResponse(output.model_dump(), status_code=output.error.code)
     for choice in output.outputs:
         handler._raise_if_error(choice.finish_reason, output.request_id)
-    return StreamingResponse(_chunks(output.outputs), media_type=MEDIA_TYPE)
+    is_cut = request.sampling_params.top_k > 0
+    return StreamingResponse(_chunks(output.outputs, is_cut), media_type=MEDIA_TYPE)
 
 
 async def _last_output(request: object, outputs: AsyncIterator[Any], *_: object) -> Any:
@@ -175,25 +177,37 @@ async def _last_output(request: object, outputs: AsyncIterator[Any], *_: object)
     return last
 
 
-async def _chunks(choices: list[CompletionOutput]) -> AsyncIterator[bytes]:
+async def _chunks(choices: list[CompletionOutput], is_cut: bool) -> AsyncIterator[bytes]:
     routed = [choice.routed_experts for choice in choices]
+    masks = [_mask(choice) if is_cut else None for choice in choices]
     described = [
         {
             "finish_reason": choice.finish_reason or "stop",
             "num_tokens": len(choice.token_ids),
             "weight_versions": choice.weight_versions or [],
             "routed_experts": None if rows is None else _described(rows),
+            "sampling_mask": None if mask is None else len(mask),
         }
-        for choice, rows in zip(choices, routed, strict=True)
+        for choice, rows, mask in zip(choices, routed, masks, strict=True)
     ]
     header = msgspec.json.encode({"choices": described})
     yield len(header).to_bytes(4, "little") + header
-    for choice in choices:
+    for choice, mask in zip(choices, masks, strict=True):
         ids = np.array(choice.token_ids, "<i4")
-        yield ids.tobytes() + _logprobs(choice, ids).tobytes()
+        yield ids.tobytes() + _logprobs(choice, ids).tobytes() + (mask or b"")
     for rows in routed:
         if rows is not None:
             yield np.ascontiguousarray(rows).tobytes()
+
+
+def _mask(choice: CompletionOutput) -> bytes | None:
+    """Return the kept ids of every token in the form of `models.sampling_mask`: counts, then ids,
+    int32; None where the engine returns none."""
+    if choice.sampling_mask is None:
+        return None
+    kept = choice.sampling_mask.token_ids
+    counts = np.array([len(ids) for ids in kept], "<i4")
+    return counts.tobytes() + np.fromiter(chain.from_iterable(kept), "<i4").tobytes()
 
 
 def _described(rows: np.ndarray) -> dict[str, Any]:

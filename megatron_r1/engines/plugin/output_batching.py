@@ -14,7 +14,7 @@ MOST_TOKENS = 64
 """Tokens of a sequence after which they are sent all the same."""
 OTHER_FIELDS = (
     *("finish_reason", "new_prompt_logprobs_tensors", "pooling_output", "events"),
-    *("kv_transfer_params", "ec_transfer_params", "routed_experts", "new_sampling_mask"),
+    *("kv_transfer_params", "ec_transfer_params", "routed_experts"),
 )
 """Fields of an output that is sent at once where one is set."""
 
@@ -40,8 +40,21 @@ class _Held:
         if parts:
             joined = zip(*(part[:3] for part in parts), strict=True)
             last.new_logprobs = type(parts[0])(*map(np.concatenate, joined), None)
+        masks = [each.new_sampling_mask for each in self.outputs if each.new_sampling_mask]
+        if masks:
+            last.new_sampling_mask = _joined_masks(masks)
         last.prefill_stats = first.prefill_stats
         return last
+
+
+def _joined_masks(masks: list[Any]) -> Any:
+    """Return the kept ids of consecutive tokens as one of vLLM's `SamplingMaskLists`."""
+    ids = np.concatenate([mask.token_ids for mask in masks])
+    # One without offsets is of one token.
+    counts = [
+        [len(mask.token_ids)] if mask.offsets is None else np.diff(mask.offsets) for mask in masks
+    ]
+    return type(masks[0])(ids, np.cumsum([0, *np.concatenate(counts)]))
 
 
 class HeldOutputs:

@@ -13,8 +13,8 @@ import msgspec
 
 from megatron_r1.engines.server.replies import (
     MEDIA_TYPE,
+    parse_prompt_logprobs,
     parse_responses,
-    parse_scores,
     read_responses,
 )
 from megatron_r1.engines.server.responses import (
@@ -96,6 +96,9 @@ class EngineClient:
         max_tokens: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        top_k: int | None = None,
+        min_p: float = 0.0,
+        sampling_mask: bool = False,
         stop_token_ids: Sequence[int] = (),
         seed: int | None = None,
         routing: RoutingShape | None = None,
@@ -108,6 +111,10 @@ class EngineClient:
             max_tokens: the longest response.
             temperature: 0 is greedy; the log-probabilities are then reported at temperature 1.
             top_p: the probability mass of nucleus sampling; 1 for all tokens.
+            top_k: the most tokens of a draw; None for all.
+            min_p: the least probability of a token, as a share of the likeliest one's.
+            sampling_mask: whether to return the tokens that these three kept, from an engine that
+                was started with `return_sampling_mask`; needs a top_k, which bounds their number.
             stop_token_ids: the only tokens that end a response.
             seed: makes the n responses reproducible for the same weights and the same batch
                 composition. The engine then draws sequence by sequence, which is slower. None: the
@@ -122,13 +129,16 @@ class EngineClient:
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": top_p,
+            "top_k": top_k or 0,  # vLLM's word for no limit
+            "min_p": min_p,
             "stop_token_ids": list(stop_token_ids),
             "ignore_eos": True,  # config.json's eos_token_id stops nothing unless it is named
             "logprobs": 0,  # the sampled token's only
             "detokenize": False,
             "seed": seed,
         }
-        expected = len(prompt_token_ids), routing, self.vocab_size
+        assert top_k or not sampling_mask, "vLLM returns the kept tokens where top_k bounds them"
+        expected = len(prompt_token_ids), routing, self.vocab_size, sampling_mask
 
         async def read(reply: aiohttp.ClientResponse) -> list[Response]:
             if reply.content_type == MEDIA_TYPE:
@@ -150,14 +160,14 @@ class EngineClient:
             raise EngineFault(f"{self.url}: asked for {n} responses, got {len(responses)}")
         return [replace(response, engine=self.name) for response in responses]
 
-    async def score(self, token_ids: Sequence[int], first: int) -> array[float]:
+    async def compute_logprobs(self, token_ids: Sequence[int], first: int) -> array[float]:
         """Return the log-probability, float32, of each of token_ids[first:] after all tokens before
         it, at temperature 1.
 
         Args:
             token_ids: the tokens, at most one less than the engine's max_model_len: vLLM always
                 samples one more, which is dropped.
-            first: the index of the first token to score, at least 1.
+            first: the index of the first of those tokens, at least 1.
 
         Raises:
             EngineFault: the reply is not one finite number for each of these tokens."""
@@ -170,7 +180,7 @@ class EngineClient:
         call = {"token_ids": list(token_ids), "sampling_params": sampling}
         body = await self.request("POST", GENERATE, call)
         try:
-            return parse_scores(body, token_ids, first)
+            return parse_prompt_logprobs(body, token_ids, first)
         except ValueError as error:
             raise self._unusable(body, error) from error
 

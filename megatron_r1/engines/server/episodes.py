@@ -15,14 +15,14 @@ import numpy as np
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.server.responses import Response
 
-Scored = Literal["done", "max_turns", "max_tokens", "agent_timeout"]
+Rewarded = Literal["done", "max_turns", "max_tokens", "agent_timeout"]
 """The ends of an episode that the policy has caused: its reward counts."""
 Ungraded = Literal["engine_error", "environment_error", "harness_error", "protocol_error"]
 """The ends that the policy has not caused: such an episode has no reward, and no part in a group's
 mean."""
-Status = Literal[Scored, Ungraded]
-SCORED: tuple[str, ...] = get_args(Scored)
-STATUSES: tuple[str, ...] = get_args(Scored) + get_args(Ungraded)
+Status = Literal[Rewarded, Ungraded]
+REWARDED: tuple[str, ...] = get_args(Rewarded)
+STATUSES: tuple[str, ...] = get_args(Rewarded) + get_args(Ungraded)
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,16 @@ class Branch:
         is_sampled: one byte a token, 1 where the token was sampled and is trained in this branch.
         logprobs: the engine's log-probabilities, float32; 0 where is_sampled is 0.
         policy_versions: the version that sampled each token; -1 where is_sampled is 0.
-        routing: the routed experts of all tokens but the last, or empty."""
+        routing: the routed experts of all tokens but the last, or empty.
+        sampling_mask: the tokens that the sampler kept where is_sampled is 1, or empty
+            (`models.sampling_mask`)."""
 
     token_ids: array[int]
     is_sampled: bytes
     logprobs: array[float]
     policy_versions: array[int]
     routing: bytes = b""
+    sampling_mask: bytes = b""
 
     @property
     def num_sampled(self) -> int:
@@ -87,7 +90,7 @@ class Episode:
     @property
     def has_reward(self) -> bool:
         """Whether the policy caused the end, so that the episode's reward counts."""
-        return self.status in SCORED
+        return self.status in REWARDED
 
     @property
     def num_tokens(self) -> int:

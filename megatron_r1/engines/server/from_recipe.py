@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, RolloutConfig, TeacherConfig
-from megatron_r1.config.rollout import LAYOUT, SpeculativeConfig
+from megatron_r1.config.engine import LAYOUT
+from megatron_r1.config.rollout import SpeculativeConfig
 from megatron_r1.models.hf_config import language_settings, load_config
 
 MEMORY_KEYS = {"kv_cache_gib", "kv_block_tokens", "gpu_memory", "plain_matrices"}

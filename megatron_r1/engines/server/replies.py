@@ -4,7 +4,8 @@ Replies are JSON, with responses, scores and routed experts. Engines with our pl
 (`engines/plugin/endpoints.py`) send samples as bytes instead: a tenth of JSON's bytes, and no
 number is parsed. Such a reply, of media type `MEDIA_TYPE`, is the length of the header (uint32),
 the header (JSON, `ReplyHeader`), then for each choice its token ids (int32) and log-probabilities
-(float32), and last the routed experts of each choice that has some. All numbers are little-endian.
+(float32), with a sampling mask its bytes (`models.sampling_mask`), and last the routed experts of
+each choice that has some. All numbers are little-endian.
 A group's routed experts, 223 MB for 16 x 30,000 tokens of DeepSeek-V3, go to a file without a name
 in the folder for temporary files (`TMPDIR`), which exists as long as a response that refers to it.
 """
@@ -27,6 +28,7 @@ from aiohttp import StreamReader
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.engines.server.responses import Response
+from megatron_r1.models import sampling_mask
 from megatron_r1.models.experts import RoutingShape
 
 # What vLLM sends for NaN and -inf (scale_out/token_in_token_out/serving.py, _clamp_logprob).
@@ -65,6 +67,7 @@ class GenerateChoice(msgspec.Struct):
     logprobs: Logprobs | None = None
     weight_versions: list[VersionSpan] | None = None
     routed_experts: str | None = None
+    sampling_mask: list[list[int]] | None = None
 
 
 class GenerateReply(msgspec.Struct):
@@ -73,19 +76,23 @@ class GenerateReply(msgspec.Struct):
     choices: list[GenerateChoice]
 
 
-class ScoreReply(msgspec.Struct):
-    """The body of a reply to a request that scores its prompt."""
+class PromptLogprobsReply(msgspec.Struct):
+    """The body of a reply to a request for the log-probabilities of its prompt."""
 
     prompt_logprobs: list[dict[str, TokenLogprob] | None]
     """The log-probability of each prompt token, by the token's id; None for the first token."""
 
 
 _decode_generate = msgspec.json.Decoder(GenerateReply).decode
-_decode_score = msgspec.json.Decoder(ScoreReply).decode
+_decode_prompt_logprobs = msgspec.json.Decoder(PromptLogprobsReply).decode
 
 
 def parse_responses(
-    body: bytes, num_prompt_tokens: int, routing: RoutingShape | None, vocab_size: int | None
+    body: bytes,
+    num_prompt_tokens: int,
+    routing: RoutingShape | None,
+    vocab_size: int | None,
+    is_cut: bool = False,
 ) -> list[Response]:
     """Return the responses in vLLM's reply to a generate call.
 
@@ -94,30 +101,32 @@ def parse_responses(
         num_prompt_tokens: tokens of the prompt.
         routing: the shape of the routed experts; None: they were not asked for.
         vocab_size: token ids are below it; None: they are not checked.
+        is_cut: whether each response needs a sampling mask.
 
     Raises:
-        ValueError: it is malformed, a token is outside the vocabulary, a log-probability is not
-            finite, or the policy versions or routed experts do not cover exactly the tokens."""
+        ValueError: it is malformed, a token is outside the vocabulary or, with `is_cut`, not among
+            those that were kept, a log-probability is not finite, or the policy versions or routed
+            experts do not cover exactly the tokens."""
     return [
-        _response(choice, num_prompt_tokens, routing, vocab_size)
+        _response(choice, num_prompt_tokens, routing, vocab_size, is_cut)
         for choice in _decode_generate(body).choices
     ]
 
 
-def parse_scores(body: bytes, token_ids: Sequence[int], first: int) -> array[float]:
+def parse_prompt_logprobs(body: bytes, token_ids: Sequence[int], first: int) -> array[float]:
     """Return the log-probabilities of token_ids[first:], float32, from vLLM's reply. Raises
-    ValueError if it is malformed, scores other tokens, or has a value that is not finite."""
-    entries = _decode_score(body).prompt_logprobs
+    ValueError if it is malformed, has other tokens, or has a value that is not finite."""
+    entries = _decode_prompt_logprobs(body).prompt_logprobs
     if len(entries) != len(token_ids):
-        raise ValueError(f"{len(token_ids)} tokens but scores of {len(entries)}")
-    scores = array("f")
+        raise ValueError(f"{len(token_ids)} tokens but log-probabilities of {len(entries)}")
+    logprobs = array("f")
     for entry, token in zip(entries[first:], token_ids[first:], strict=True):
-        scored = (entry or {}).get(str(token))
-        if scored is None:
-            raise ValueError(f"token {token} has no score")
-        scores.append(scored.logprob)
-    _check_logprobs(token_ids[first:], scores)
-    return scores
+        found = (entry or {}).get(str(token))
+        if found is None:
+            raise ValueError(f"token {token} has no log-probability")
+        logprobs.append(found.logprob)
+    _check_logprobs(token_ids[first:], logprobs)
+    return logprobs
 
 
 def _response(
@@ -125,6 +134,7 @@ def _response(
     num_prompt_tokens: int,
     routing: RoutingShape | None,
     vocab_size: int | None,
+    is_cut: bool,
 ) -> Response:
     token_ids = choice.token_ids or []
     content = (choice.logprobs.content if choice.logprobs else None) or []
@@ -137,6 +147,7 @@ def _response(
         choice.weight_versions or [],
         choice.finish_reason,
         decode_routing(choice.routed_experts, routing, num_tokens) if routing else b"",
+        sampling_mask.from_lists(choice.sampling_mask or []) if is_cut else None,
         vocab_size,
     )
 
@@ -147,17 +158,20 @@ def _checked(
     spans: Iterable[VersionSpan],
     finish_reason: str | None,
     routing: bytes | memoryview,
+    mask: bytes | None,
     vocab_size: int | None,
 ) -> Response:
     """Return a response after the checks of `parse_responses`, and raise ValueError as it does. A
-    `vocab_size` of None is unknown."""
+    `vocab_size` of None is unknown; a `mask` of None, that no cut was asked for."""
     _check_logprobs(token_ids, logprobs)
+    if mask is not None:
+        sampling_mask.check(mask, token_ids, vocab_size)
     ids = np.frombuffer(token_ids, np.int32)
     if vocab_size and len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(f"tokens {ids.min()} to {ids.max()} of {vocab_size}")
     versions = _version_per_token(spans, len(ids))
     reason = finish_reason or "abort"
-    return Response(token_ids, logprobs, versions, finish_reason=reason, routing=routing)
+    return Response(token_ids, logprobs, versions, reason, routing, sampling_mask=mask or b"")
 
 
 def _check_logprobs(token_ids: Sequence[int], logprobs: array[float]) -> None:
@@ -245,6 +259,8 @@ class ChoiceHeader(msgspec.Struct):
     num_tokens: int
     weight_versions: list[VersionSpan]
     routed_experts: Routing | None = None
+    sampling_mask: int | None = None
+    """The bytes of the mask."""
 
 
 class ReplyHeader(msgspec.Struct):
@@ -261,6 +277,7 @@ async def read_responses(
     num_prompt_tokens: int,
     routing: RoutingShape | None,
     vocab_size: int | None,
+    is_cut: bool,
     spilling: asyncio.Semaphore,
 ) -> list[Response]:
     """Read a reply's body.
@@ -270,6 +287,7 @@ async def read_responses(
         num_prompt_tokens: the tokens of the prompt.
         routing: the shape of the model's routing, if routed experts are in the reply.
         vocab_size: the size of the vocabulary.
+        is_cut: whether each response needs a sampling mask.
         spilling: bounds the choices whose routed experts are in memory.
 
     Raises:
@@ -278,7 +296,7 @@ async def read_responses(
     try:
         length = int.from_bytes(await content.readexactly(4), "little")
         choices = _decode(await content.readexactly(length)).choices
-        tokens = [await _tokens(content, choice.num_tokens) for choice in choices]
+        tokens = [await _tokens(content, choice) for choice in choices]
         spilled = [memoryview(b"")] * len(choices)
         if routing is not None:
             lengths = [num_prompt_tokens + choice.num_tokens for choice in choices]
@@ -287,16 +305,22 @@ async def read_responses(
         missing = (error.expected or 0) - len(error.partial)
         raise ValueError(f"the reply ends {missing} bytes too early") from None
     return [
-        _checked(*arrays, choice.weight_versions, choice.finish_reason, rows, vocab_size)
-        for choice, arrays, rows in zip(choices, tokens, spilled, strict=True)
+        _checked(
+            *(ids, logprobs, choice.weight_versions, choice.finish_reason, rows),
+            mask if is_cut else None,
+            vocab_size,
+        )
+        for choice, (ids, logprobs, mask), rows in zip(choices, tokens, spilled, strict=True)
     ]
 
 
-async def _tokens(content: StreamReader, count: int) -> tuple[array[int], array[float]]:
+async def _tokens(
+    content: StreamReader, choice: ChoiceHeader
+) -> tuple[array[int], array[float], bytes]:
     ids, logprobs = array("i"), array("f")
-    ids.frombytes(await content.readexactly(4 * count))
-    logprobs.frombytes(await content.readexactly(4 * count))
-    return ids, logprobs
+    ids.frombytes(await content.readexactly(4 * choice.num_tokens))
+    logprobs.frombytes(await content.readexactly(4 * choice.num_tokens))
+    return ids, logprobs, await content.readexactly(choice.sampling_mask or 0)
 
 
 async def _spilled(

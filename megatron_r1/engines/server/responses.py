@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_r1.base.errors import RunError
+from megatron_r1.models import sampling_mask
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Response:
     token; see `replies.decode_routing`. A view of a file where they came as bytes."""
     engine: str = ""
     """The name of the engine that sampled it; "" where that is not known, as of several turns."""
+    sampling_mask: bytes = b""
+    """If requested: the tokens that the sampler kept at each position (`models.sampling_mask`)."""
 
 
 Decode = Callable[[Sequence[int]], str]
@@ -90,6 +93,9 @@ def first_tokens(
         policy_versions=response.policy_versions[:count],
         finish_reason=finish_reason,
         routing=routing,
+        sampling_mask=sampling_mask.of_tokens(
+            response.sampling_mask, len(response.token_ids), 0, count
+        ),
     )
 
 

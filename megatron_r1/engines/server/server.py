@@ -120,9 +120,10 @@ class EngineServer(Server):
     it from one that lives as long as the engine should (the main thread).
 
     Log-probabilities are `processed_logprobs`: log softmax(logits / temperature) of the sampled
-    token, in fp32, after the top-p cut if there is one. So a trainer equals them by dividing its
-    logits by the same temperature, and only with top_p = 1: a cut renormalizes over the tokens that
-    are left. Greedy sampling (temperature 0) reports the distribution at temperature 1.
+    token, in fp32, after the cut if there is one. So a trainer equals them by dividing its logits
+    by the same temperature, and where there was a cut, over the tokens that it left
+    (`return_sampling_mask`). Greedy sampling (temperature 0) reports the distribution at
+    temperature 1.
 
     Args:
         model: a folder in Hugging Face format with `config.json` and the first weights.

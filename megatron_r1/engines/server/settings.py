@@ -81,6 +81,9 @@ class EngineSettings:
         return_routing: add the experts of every token to each response (a model with experts only).
             On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
             `engines.plugin.cpu_patches` adds it, without.
+        return_sampling_mask: add the tokens that the sampler kept to responses with a top_k. On a
+            GPU vLLM has this in its second model runner; on a CPU `engines.plugin.sampling_masks`
+            adds it.
         tensor: ranks that share every layer's matrices.
         pipeline: stages of layers, each on ranks of its own.
         data: copies of the model, as `RolloutConfig.data`.
@@ -113,6 +116,7 @@ class EngineSettings:
     prefix_caching: bool = True
     weight_transfer_backend: str = BACKEND_PREFIX + "shm"
     return_routing: bool = False
+    return_sampling_mask: bool = False
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
@@ -156,6 +160,7 @@ class EngineSettings:
             # host; scheduled ahead, those would count drafts that are rejected later.
             *(["--no-async-scheduling"] if is_cpu and self.speculative else []),
             *(["--enable-return-routed-experts"] if self.return_routing else []),
+            *(["--return-sampling-mask"] if self.return_sampling_mask else []),
             *(["--enable-sleep-mode"] if self.sleeps and not is_cpu else []),
             *(["--gpu-memory-utilization", f"{fraction}"] if fraction else []),
             *(("--additional-config", '{"plain_matrices": true}') if self.plain_matrices else ()),
@@ -184,7 +189,7 @@ class EngineSettings:
         ranks = self.tensor * self.pipeline * copies
         threads = max(1, self.num_threads // ranks)
         environment = engine_environment(self.device, threads, self.kv_cache_gib)
-        if self.return_routing and self.device != "cpu":
+        if (self.return_routing or self.return_sampling_mask) and self.device != "cpu":
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         transport = TRANSPORTS[self.weight_transfer_backend.removeprefix(BACKEND_PREFIX)]
         if self.device != "cpu" and transport.exports_gpu_memory:

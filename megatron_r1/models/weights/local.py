@@ -17,7 +17,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.build import process_groups
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights.layout import LayoutEntry, Shard, hf_tensors, layout
-from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.table import SCORE, Piece, Shape
 
@@ -131,7 +131,7 @@ def load_hf(model_chunks: Sequence, hf: dict, path: str | Path, stored: dict | N
 
     Raises:
         UserError: naming every missing, unexpected or mis-shaped tensor."""
-    _load(model_chunks, hf, HfWeights(path, stored or hf))
+    _load(model_chunks, hf, HFWeights(path, stored or hf))
 
 
 def load_megatron(
@@ -167,7 +167,7 @@ def initialize_score(model_chunks: Sequence, hf: dict, *, std: float, seed: int)
                 parameter.copy_(_drawn(SCORE, tuple(parameter.shape), std, seed))
 
 
-def _load(model_chunks: Sequence, hf: dict, weights: HfWeights | MegatronWeights) -> None:
+def _load(model_chunks: Sequence, hf: dict, weights: HFWeights | MegatronWeights) -> None:
     headless = has_score_head(hf) and not has_score_head(weights.hf)
     with weights, torch.no_grad():
         weights.check(has_mtp(model_chunks))

@@ -23,12 +23,12 @@ from megatron_r1.push.plan.tensors import CountBytes, HFTensor, Region
 SET_ENGINES = 16
 """Most engines of a set. A larger one saves bytes out of the trainer, which has some to spare, and
 costs time to create its groups, latency of their rings, and more engines that a death delays."""
-LARGEST_SHARE = 0.5
+LARGEST_FRACTION = 0.5
 """Most of what enters an engine rank in one share. With a half the busiest trainer rank of the
 recipe for 2,048 GPUs sends 1.17 times the mean in FP8, without a limit 1.25 times (no drafter)."""
-SHARED_MEMORY_LARGEST_SHARE = 1 / 16
-"""`LARGEST_SHARE` in shared memory, where links cost nothing and each core that copies helps."""
-SMALL_SHARE = 0.2
+SHARED_MEMORY_LARGEST_FRACTION = 1 / 16
+"""`LARGEST_FRACTION` in shared memory, where links cost nothing and each core that copies helps."""
+SMALL_FRACTION = 0.2
 """A share of less than this fraction of the largest one's bytes is small: it goes to a sender that
 is already chosen."""
 UNEVEN = 1 / 1024
@@ -90,7 +90,7 @@ def engine_sets(num_engines: int, max_engines: int = SET_ENGINES) -> list[range]
 
 
 def ranks_in_order(
-    sets: Sequence[range], ranks_per_engine: int, world: int
+    sets: Sequence[range], ranks_per_engine: int, world_size: int
 ) -> dict[EngineRank, int]:
     """Return the trainer rank on each engine rank's GPU, where engine ranks are on the trainer
     ranks' GPUs in order."""
@@ -100,12 +100,12 @@ def ranks_in_order(
         for member, engine in enumerate(engines)
         for position in range(ranks_per_engine)
     }
-    return {place: rank for place, rank in placed.items() if rank < world}
+    return {place: rank for place, rank in placed.items() if rank < world_size}
 
 
-def largest_share(transport: str) -> float:
-    """Return `LARGEST_SHARE` over a transport."""
-    return SHARED_MEMORY_LARGEST_SHARE if TRANSPORTS[transport].one_host else LARGEST_SHARE
+def largest_fraction(transport: str) -> float:
+    """Return `LARGEST_FRACTION` over a transport."""
+    return SHARED_MEMORY_LARGEST_FRACTION if TRANSPORTS[transport].one_host else LARGEST_FRACTION
 
 
 def plan_sets(
@@ -113,7 +113,7 @@ def plan_sets(
     count_bytes: CountBytes,
     sets: Sequence[range],
     sent: Sequence[float] = (),
-    largest: float = LARGEST_SHARE,
+    largest: float = LARGEST_FRACTION,
 ) -> list[Plan]:
     """Return the plan of each set; every rank computes the same.
 
@@ -125,7 +125,7 @@ def plan_sets(
         count_bytes: counts the bytes of a region on the wire.
         sets: engines of each set; their number in `planner` is not used.
         sent: the bytes that each trainer rank sends to other sets.
-        largest: the most of an engine rank's bytes in a share (`LARGEST_SHARE`).
+        largest: the most of an engine rank's bytes in a share (`LARGEST_FRACTION`).
     """
     needed = needed_regions(planner, count_bytes)
     shares = [
@@ -135,7 +135,7 @@ def plan_sets(
         for share in _shares(held, count_bytes, position, num_engines, largest)
     ]
     shares.sort(key=lambda s: (-s.num_bytes, s.member, s.position, s.replicas.start, s.num_engines))
-    loads = list(sent) or [0.0] * planner.grid.world
+    loads = list(sent) or [0.0] * planner.grid.world_size
     chosen: dict[EngineRank, dict[int, list[TensorRegion]]] = defaultdict(dict)
     for share in shares:
         for index, engines in enumerate(sets):
@@ -163,22 +163,22 @@ def plan_sets(
     ]
 
 
-def sent_bytes(plan: Plan, world: int) -> list[float]:
+def sent_bytes(plan: Plan, world_size: int) -> list[float]:
     """Return the bytes that each trainer rank sends to a set."""
-    sent = [0.0] * world
+    sent = [0.0] * world_size
     for link in chain.from_iterable(plan):
         sent[link.sender] += link.num_bytes
     return sent
 
 
-def num_links(plans: Iterable[Plan], world: int) -> list[int]:
+def num_links(plans: Iterable[Plan], world_size: int) -> list[int]:
     """Return the number of engine ranks that each trainer rank sends to, in all sets.
 
     Args:
         plans: the plans of all sets.
-        world: the trainer ranks.
+        world_size: the trainer ranks.
     """
-    links = [0] * world
+    links = [0] * world_size
     for link in (link for plan in plans for link in chain.from_iterable(plan)):
         links[link.sender] += 1
     return links
@@ -213,7 +213,7 @@ def _shares(
         for replicas, regions in entering.items():
             for run in _runs(regions, per_engine * largest):
                 size = sum_bytes(run)
-                is_small = size < SMALL_SHARE * largest * per_engine
+                is_small = size < SMALL_FRACTION * largest * per_engine
                 yield _Share(size, member, position, replicas, num_engines, is_small, run)
 
 

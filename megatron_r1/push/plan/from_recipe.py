@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
-from megatron_r1.config.rollout import LAYOUT, PushConfig
+from megatron_r1.config.engine import LAYOUT
+from megatron_r1.config.push import PushConfig
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.stored.published import BLOCK, is_quantized
@@ -20,7 +21,7 @@ from megatron_r1.push.plan.engine_sets import (
     SET_ENGINES,
     Plan,
     engine_sets,
-    largest_share,
+    largest_fraction,
     plan_sets,
 )
 from megatron_r1.push.plan.planner import EngineLayout, Planner, PredictedLayout, TrainerGrid
@@ -81,7 +82,7 @@ def planned_push(config: Config, hf: dict) -> list[Plan]:
         planner,
         fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
         engine_sets(layout.engines, max_engines(push)),
-        largest=largest_share(push.transport),
+        largest=largest_fraction(push.transport),
     )
 
 
@@ -96,13 +97,13 @@ def engine_layout(config: Config) -> EngineLayout:
     return EngineLayout(**config.rollout.model_dump(include=keys))
 
 
-def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
+def check_pushes(config: Config, hf: dict, world_size: int) -> None:
     """Refuse layouts over which the trainer's weights, or their FP8 blocks, cannot be divided.
 
     Args:
         config: the recipe.
         hf: the model's `config.json`.
-        num_ranks: the trainer ranks; under torchrun not `parallel.processes`.
+        world_size: the trainer ranks; under torchrun not `parallel.processes`.
 
     Raises:
         UserError: names the tensor's size, and the divisors to choose from, or the setting.
@@ -111,7 +112,7 @@ def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
     check_adapter_push(config, hf)
     layout = engine_layout(config)
     predicted = predicted_needs(config, hf, layout)
-    grid = TrainerGrid.from_recipe(config.parallel, num_ranks)
+    grid = TrainerGrid.from_recipe(config.parallel, world_size)
     _planner(config, hf, grid, layout)  # as every trainer rank does
     for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
         for _ in predicted.needed(layout.coordinate(rank)):

@@ -41,14 +41,14 @@ from megatron_r1.models.weights.table import (
 from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
 
 if TYPE_CHECKING:
-    from megatron_r1.config.training import ParallelConfig
+    from megatron_r1.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
 class TrainerGrid:
-    """Sizes of the trainer's parallel axes over `world` ranks."""
+    """Sizes of the trainer's parallel axes over `world_size` ranks."""
 
-    world: int
+    world_size: int
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
@@ -56,12 +56,12 @@ class TrainerGrid:
     expert_tensor: int = 1
 
     @classmethod
-    def from_recipe(cls, parallel: ParallelConfig, world: int) -> TrainerGrid:
-        """Return the grid of `world` ranks under a recipe's `parallel` section. Raises UserError
-        where they cannot be divided so."""
-        parallel.check_sizes(world)
+    def from_recipe(cls, parallel: ParallelConfig, world_size: int) -> TrainerGrid:
+        """Return the grid of `world_size` ranks under a recipe's `parallel` section. Raises
+        UserError where they cannot be divided so."""
+        parallel.check_sizes(world_size)
         axes = {"tensor", "pipeline", "context", "expert", "expert_tensor"}
-        return cls(world, **parallel.model_dump(include=axes))
+        return cls(world_size, **parallel.model_dump(include=axes))
 
     @property
     def expert_model(self) -> int:
@@ -71,7 +71,7 @@ class TrainerGrid:
     @property
     def stage_ranks(self) -> int:
         """Ranks of one pipeline stage."""
-        return self.world // self.pipeline
+        return self.world_size // self.pipeline
 
     def dense_replicas(self, stage: int, tensor: int) -> range:
         """Return the ranks that hold the same part of a tensor-parallel parameter, in order.

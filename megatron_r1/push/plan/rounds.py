@@ -223,7 +223,7 @@ def planned_order(
     plans: Sequence[Plan],
     sets: Sequence[range],
     ranks_per_engine: int,
-    world: int,
+    world_size: int,
     *,
     colocated: bool,
 ) -> PushOrder:
@@ -233,17 +233,17 @@ def planned_order(
         plans: the plans of `sets`.
         sets: engines of each set, by number.
         ranks_per_engine: the positions.
-        world: the trainer ranks.
+        world_size: the trainer ranks.
         colocated: the engines' ranks are on the trainer ranks' GPUs, in order.
     """
-    shared = ranks_in_order(sets, ranks_per_engine, world) if colocated else {}
-    return push_order(plans, receiving_processes(sets, ranks_per_engine, world, shared))
+    shared = ranks_in_order(sets, ranks_per_engine, world_size) if colocated else {}
+    return push_order(plans, receiving_processes(sets, ranks_per_engine, world_size, shared))
 
 
 def receiving_processes(
     sets: Sequence[range],
     ranks_per_engine: int,
-    world: int,
+    world_size: int,
     shared: Mapping[EngineRank, int],
 ) -> Receivers:
     """Return the process that receives for each engine rank: the trainer rank that shares its GPU,
@@ -252,12 +252,14 @@ def receiving_processes(
     Args:
         sets: engines of each set, by number.
         ranks_per_engine: positions of an engine.
-        world: trainer ranks.
+        world_size: trainer ranks.
         shared: the trainer rank on the GPU of each engine rank that shares one."""
     return [
         [
             [
-                shared.get((index, member, position), world + engine * ranks_per_engine + position)
+                shared.get(
+                    (index, member, position), world_size + engine * ranks_per_engine + position
+                )
                 for member, engine in enumerate(engines)
             ]
             for position in range(ranks_per_engine)

@@ -18,7 +18,7 @@ from megatron_r1.push.transports.base import Sender, gpu_uuid
 from megatron_r1.push.transports.nccl_rounds import (
     LONGEST_PAUSE,
     Communicator,
-    NcclError,
+    NCCLError,
     PushStreams,
     Round,
     RoundRunner,
@@ -34,7 +34,7 @@ CHECK_SECONDS = 0.5
 rank's GPU writes it."""
 
 
-class NcclReceiver(PayloadReceiver):
+class NCCLReceiver(PayloadReceiver):
     """An engine rank's end. Borrowed memory is allocated when a push begins and freed once it is
     loaded. Between pushes the engine's KV cache has it; the cache sleeps during a push.
 
@@ -96,8 +96,8 @@ class NcclReceiver(PayloadReceiver):
         try:
             streams = PushStreams(self._gpu)
             if rounds is not None:
-                rank, size = rounds.rank, rounds.size
-                communicator = Communicator(self.rendezvous, rank, size, self._check_set)
+                rank, num_ranks = rounds.rank, rounds.num_ranks
+                communicator = Communicator(self.rendezvous, rank, num_ranks, self._check_set)
                 communicator.begin()
                 communicator.wait_settled()
                 self._raise_error(communicator)
@@ -127,7 +127,7 @@ class NcclReceiver(PayloadReceiver):
                 communicator.abort(error)
             if not self.is_closing:
                 names = rounds.names if rounds is not None else ()
-                is_lost = isinstance(error, (NcclError, TimeoutError))
+                is_lost = isinstance(error, (NCCLError, TimeoutError))
                 self.give_up(error, names if is_lost else None, self._number)
         finally:
             if communicator is not None:
@@ -229,5 +229,5 @@ def _source(call: RankCall) -> int | Relay:
     return call.payload if call.payload >= 0 else Relay(-1 - call.payload)
 
 
-class NcclSender(Sender):
+class NCCLSender(Sender):
     """The sending end of a link: its deliveries."""

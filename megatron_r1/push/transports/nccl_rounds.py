@@ -33,7 +33,7 @@ MAGIC, CONFIG_VERSION = 0xCAFEBEEF, 21400
 """Of `ncclConfig_t`: of its fields NCCL reads those that this version had."""
 
 
-class NcclError(RuntimeError):
+class NCCLError(RuntimeError):
     """A call of NCCL failed, or a rank of its communicator is gone."""
 
 
@@ -43,7 +43,7 @@ class UniqueId(ctypes.Structure):
     _fields_ = [("internal", ctypes.c_byte * 128)]
 
 
-class NcclConfig(ctypes.Structure):
+class NCCLConfig(ctypes.Structure):
     """The first fields of `ncclConfig_t`."""
 
     _fields_ = [
@@ -75,21 +75,25 @@ def _new_communicator_id() -> bytes:
     return bytes(made)
 
 
-def _begin_communicator(identifier: bytes, rank: int, size: int) -> ctypes.c_void_p:
+def _begin_communicator(identifier: bytes, rank: int, num_ranks: int) -> ctypes.c_void_p:
     """Begin to create this rank's communicator on the current GPU; `error_of` says when it is
     there."""
     handle = ctypes.c_void_p()
-    config = NcclConfig(ctypes.sizeof(NcclConfig), MAGIC, CONFIG_VERSION, 0)
+    config = NCCLConfig(ctypes.sizeof(NCCLConfig), MAGIC, CONFIG_VERSION, 0)
     given = UniqueId.from_buffer_copy(identifier)
     code = _nccl_library().ncclCommInitRankConfig(
-        ctypes.byref(handle), ctypes.c_int(size), given, ctypes.c_int(rank), ctypes.byref(config)
+        ctypes.byref(handle),
+        ctypes.c_int(num_ranks),
+        given,
+        ctypes.c_int(rank),
+        ctypes.byref(config),
     )
     _succeed("ncclCommInitRankConfig", code)
     return handle
 
 
 def _is_communicator_settled(handle: ctypes.c_void_p) -> bool:
-    """Return whether no call of the communicator is being prepared. Raises NcclError for its
+    """Return whether no call of the communicator is being prepared. Raises NCCLError for its
     error."""
     error = ctypes.c_int()
     _succeed(
@@ -132,7 +136,7 @@ def _succeed(name: str, code: int) -> None:
     if code not in (SUCCESS, IN_PROGRESS):
         describe = _nccl_library().ncclGetErrorString
         describe.restype = ctypes.c_char_p
-        raise NcclError(f"{name}: {describe(ctypes.c_int(code)).decode()} ({code})")
+        raise NCCLError(f"{name}: {describe(ctypes.c_int(code)).decode()} ({code})")
 
 
 FIRST_PAUSE, LONGEST_PAUSE = 2e-5, 1e-3
@@ -144,7 +148,7 @@ ABORT_SECONDS = 30.0
 
 
 class Communicator:
-    """Rank `rank` of a communicator of `size` ranks, on the current GPU. First `begin`, then
+    """Rank `rank` of a communicator of `num_ranks` ranks, on the current GPU. First `begin`, then
     `wait_settled`, then `send_recv`. One thread calls all of it.
 
     Args:
@@ -155,9 +159,13 @@ class Communicator:
         error: why it was aborted, or None."""
 
     def __init__(
-        self, rendezvous: Rendezvous, rank: int, size: int, check: Callable[[], None] | None = None
+        self,
+        rendezvous: Rendezvous,
+        rank: int,
+        num_ranks: int,
+        check: Callable[[], None] | None = None,
     ):
-        self.rendezvous, self.rank, self.size = rendezvous, rank, size
+        self.rendezvous, self.rank, self.num_ranks = rendezvous, rank, num_ranks
         self._check_others = check or rendezvous.raise_failure
         self.error: Exception | None = None
         self._handle: ctypes.c_void_p | None = None
@@ -180,8 +188,8 @@ class Communicator:
 
         if self.wait(is_there):
             try:
-                self._handle = _begin_communicator(found[0], self.rank, self.size)
-            except NcclError as error:
+                self._handle = _begin_communicator(found[0], self.rank, self.num_ranks)
+            except NCCLError as error:
                 self.abort(error)
 
     def send_recv(
@@ -194,7 +202,7 @@ class Communicator:
         if self._handle is not None:
             try:
                 enqueue_send_recv(self._handle, sent, received, stream)
-            except NcclError as error:
+            except NCCLError as error:
                 self.abort(error)
         return self.wait_settled()
 
@@ -213,7 +221,7 @@ class Communicator:
                 if is_done():
                     return self.error is None
                 self._check()
-            except (NcclError, SetFailed, TimeoutError, DistStoreError) as error:
+            except (NCCLError, SetFailed, TimeoutError, DistStoreError) as error:
                 self.abort(error)
             if self.error is not None and time.monotonic() > self._aborted_at + ABORT_SECONDS:
                 raise RuntimeError("calls of NCCL do not end although they were aborted")

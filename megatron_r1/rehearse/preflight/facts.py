@@ -14,26 +14,26 @@ class Place:
     rank: int
     world_size: int
     local_rank: int
-    local_size: int
+    local_world_size: int
     host: str
 
     @classmethod
     def here(cls) -> "Place":
         """Return this process's place, from torchrun's environment variables."""
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_RANK", rank))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        return cls(rank, size, local, local_size, socket.gethostname())
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        return cls(rank, world_size, local, local_world_size, socket.gethostname())
 
     @property
     def node(self) -> int:
         """The number of this rank's node."""
-        return self.rank // self.local_size
+        return self.rank // self.local_world_size
 
     @property
     def num_nodes(self) -> int:
         """Nodes of the job."""
-        return -(-self.world_size // self.local_size)
+        return -(-self.world_size // self.local_world_size)
 
     @property
     def leads(self) -> bool:

@@ -16,7 +16,7 @@ MAY_DIFFER = ("kernel",)
 """Versions whose difference does not block."""
 OTHERS_BYTES = 3 * GIB
 """GPU memory that may be in use: a CUDA context, a display, a monitoring agent."""
-HOST_SHARE = 0.8
+HOST_FRACTION = 0.8
 """The share of a host's memory below which what is available is shown: a choice. It blocks nothing;
 how much a run takes of a host is for `megatron-r1 plan` to say."""
 CLOCK_SECONDS = 1.0
@@ -133,12 +133,12 @@ def _memory(
             problem=problem,
             hosts=_hosts(each for each, _ in full),
         )
-    low = [(e, n.memory) for e, n in nodes if n.memory.free < HOST_SHARE * n.memory.total]
+    low = [(e, n.memory) for e, n in nodes if n.memory.free < HOST_FRACTION * n.memory.total]
     least = min((node.memory for _, node in nodes), key=lambda memory: memory.free / memory.total)
     yield CheckFinding(
         check="host memory",
         measured=f"at least {least.free / GIB:.0f} of {least.total / GIB:.0f} GiB available",
-        expected=f"{HOST_SHARE:.0%}",
+        expected=f"{HOST_FRACTION:.0%}",
         level="note" if low else "ok",
         problem="; ".join(
             f"{each.host}{_by_whom(memory.holders)}" for each, memory in low[:MAX_LISTED]

@@ -67,7 +67,7 @@ def pair_rates(place: Place) -> list[float]:
     rates = []
     for node in neighbors(place.node, place.num_nodes):
         if node is not None:
-            partner = node * place.local_size + place.local_rank
+            partner = node * place.local_world_size + place.local_rank
             buffer = _buffer()
             exchange = partial(
                 _send_and_receive, buffer, partner, torch.empty_like(buffer), partner
@@ -90,7 +90,7 @@ def gloo_rates(place: Place, progress: RankProgress) -> list[float]:
     for number, other in enumerate(neighbors(own, count)):
         exchange = None
         if other is not None:
-            partner = other if is_single else other * place.local_size + place.local_rank
+            partner = other if is_single else other * place.local_world_size + place.local_rank
             exchange = _gloo_exchange(place.rank, partner, progress.store)
         progress.meet(f"gloo, round {number}")
         if exchange is not None:

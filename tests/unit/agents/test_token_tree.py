@@ -4,12 +4,13 @@ import math
 from array import array
 
 import pytest
-from fakes.agent_sessions import ROW, TOOLS, Session, play
+from fakes.agent_sessions import MARK, ROW, TOOLS, Session, play
 
 from megatron_r1.agents.continuation import Continuation, Unrenderable
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engines.server.episodes import Episode
 from megatron_r1.engines.server.responses import Response
+from megatron_r1.models.sampling_mask import decoded
 from tests.chat_tokenizer import CHATML, LAST_THOUGHT, QWEN3, chat_tokenizer
 
 TEMPLATES = {"chatml": CHATML, "qwen3": QWEN3, "last_thought": LAST_THOUGHT}
@@ -47,6 +48,9 @@ def check(session):
             == len(ids)
         )
         assert len(branch.routing) == ROW * (len(ids) - 1)
+        counts, kept = decoded(branch.sampling_mask, len(ids))
+        assert [*branch.is_sampled] == (counts > 0).tolist() and set(counts) <= {0, 2}
+        sets = iter(kept.reshape(-1, 2).tolist())
         for at, flag in enumerate(branch.is_sampled):
             assert math.isfinite(branch.logprobs[at])
             if not flag:
@@ -54,6 +58,7 @@ def check(session):
                 continue
             token, logprob, version, call, position = left.pop(branch.logprobs[at])
             assert (token, version, position) == (ids[at], branch.policy_versions[at], at)
+            assert next(sets) == [token, MARK - round(4096 * logprob)]
             row = branch.routing[
                 ROW * (at - 1) : ROW * at
             ]  # of the token that it was sampled after

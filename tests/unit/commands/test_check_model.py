@@ -22,7 +22,7 @@ from megatron_r1.models import by_transformers
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_supported
 from megatron_r1.models.weights.stored import published
-from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.rehearse.model import write_folder
 
 
@@ -68,7 +68,7 @@ def test_missing_and_extra_tensors_are_named(folder):
 def read_all(folder):
     hf = read_hf_config(folder, key="HF_FOLDER")
     check_supported(hf)
-    with HfWeights(folder, hf):
+    with HFWeights(folder, hf):
         load_tokenizer(str(folder), "HF_FOLDER")
 
 
@@ -110,7 +110,7 @@ def rewritten_weights(folder, change):
 def test_tensors_of_other_names_are_refused(folder, change, shown):
     rewritten_weights(folder, change)
     hf = read_hf_config(folder)
-    with HfWeights(folder, hf) as weights, refused("weights", Cause.CONFLICT, shown):
+    with HFWeights(folder, hf) as weights, refused("weights", Cause.CONFLICT, shown):
         weights.check(with_mtp=True)
 
 
@@ -120,14 +120,14 @@ def test_a_dtype_that_is_not_read_is_refused_with_what_to_do(folder):
         tensors | {"model.norm.weight": tensors["model.norm.weight"].double()}, folder / WEIGHTS
     )
     shown = "weights", Cause.CONFLICT, "model.norm.weight", "F64", "bfloat16"
-    with HfWeights(folder, read_hf_config(folder)) as weights, refused(*shown):
+    with HFWeights(folder, read_hf_config(folder)) as weights, refused(*shown):
         weights.check(with_mtp=True)
 
 
 def test_tensors_without_elements_are_no_part_of_a_model(folder):
     tensors = load_file(folder / WEIGHTS)
     save_file(tensors | {"model.layers.0.mlp.shared": torch.zeros(0, 48)}, folder / WEIGHTS)
-    with HfWeights(folder, read_hf_config(folder)) as weights:
+    with HFWeights(folder, read_hf_config(folder)) as weights:
         weights.check(with_mtp=True)
         assert weights.tensors.keys() == tensors.keys()
 
@@ -208,7 +208,7 @@ def test_quantized_weights_are_compared_as_plain_ones(folder, tmp_path):
     save_file(tensors | {name: codes, f"{name}_scale_inv": scales}, folder / WEIGHTS)
     rewritten(folder / "config.json", quantization_config=published.FP8_CONFIG)
     plain = tmp_path / "plain"
-    with HfWeights(folder, read_hf_config(folder)) as weights:
+    with HFWeights(folder, read_hf_config(folder)) as weights:
         weights.check(with_mtp=True)
         by_transformers.write_plain(weights, plain)
     every = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[:rows, :columns]

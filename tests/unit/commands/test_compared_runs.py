@@ -101,6 +101,15 @@ PLANTS = {
         ),
         ("responses", "group 1, response 1, routing", False),
     ),
+    "sampling mask": (
+        lambda made, line: of_response(
+            made,
+            lambda graded: replace(
+                graded, response=replace(graded.response, sampling_mask=b"\1\0\0\0")
+            ),
+        ),
+        ("responses", "group 1, response 1, sampling_mask", False),
+    ),
     "prompt": (
         lambda made, line: [made[0], replace(made[1], prompt_ids=[7, 9, 1])],
         ("questions", "group 1, token 1 of the prompt", False),

@@ -300,18 +300,18 @@ def test_an_audit_of_a_file_finds_the_wrong_verdicts_by_data_source(folder, caps
     lines = [
         line("13", "13", 1.0, "sums", "a"),
         line("13", "14", 0.0, "sums", "a"),
-        line("1/2", r"\frac{1}{2}", 0.0, "halves", "b"),  # wrongly refused
+        line("1/2", r"\frac{1}{2}", 0.0, "halves", "b"),  # wrongly rejected
         line("1/2", "0.5", 1.0, "halves", "b"),
-        line("1/2", "3", 1.0, "halves", "b"),  # wrongly paid
+        line("1/2", "3", 1.0, "halves", "b"),  # wrongly accepted
         {"kind": "judge", "response": "", "reward": 1.0},
         {"line": "}", "reward": 0.0, "reason": "cannot be graded: line 7 is not JSON"},
     ]
     result = audited(folder, lines)
     assert (result["answers"], result["ungraded"]) == (5, 1)
     assert result["without_second_method"] == {"judge": 1}
-    assert result["sources"]["halves"]["wrongly_refused"]["value"] == 1.0
-    assert result["sources"]["halves"]["wrongly_paid"]["value"] == 0.5
-    assert result["sources"]["sums"]["wrongly_refused"]["high"] == 0.0
+    assert result["sources"]["halves"]["wrongly_rejected"]["value"] == 1.0
+    assert result["sources"]["halves"]["wrongly_accepted"]["value"] == 0.5
+    assert result["sources"]["sums"]["wrongly_rejected"]["high"] == 0.0
     places = [(each["place"], each["outcome"]) for each in result["concerned"]]
     assert sorted(places) == [("graded.jsonl:3", "wrong"), ("graded.jsonl:5", "wrong")]
     # Corrected, group b has rewards 1, 1, 0 in place of 0, 1, 1.

@@ -7,6 +7,7 @@ import statistics
 from array import array
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chat_tokenizer import chat_tokenizer
@@ -15,8 +16,10 @@ from small_qwen2 import MODEL
 
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.files.framed_records import append_frame
-from megatron_r1.commands.why import files, formulas, optimizer, rewards, sampling
+from megatron_r1.commands import score_audit
+from megatron_r1.commands.why import files, formulas, loss, optimizer, rewards, sampling
 from megatron_r1.commands.why.finding import Finding
+from megatron_r1.commands.why.recompute import Replayed
 from megatron_r1.commands.why.recorded import (
     RecordedStep,
     choose,
@@ -31,6 +34,7 @@ from megatron_r1.controller.rollouts.sample_log import SamplingRecord, encode, p
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.server.responses import Response
+from megatron_r1.models.sampling_mask import from_lists
 from megatron_r1.reporting.run_folder import RunFolder
 
 STEP = 2
@@ -170,6 +174,13 @@ def test_responses_that_are_cut_off_have_no_advantage_where_the_run_masks_them(p
     assert masked[0][::2] == trained[0][::2] and masked[1] == trained[1]
 
 
+def test_nothing_departs_in_a_run_with_a_cut(planted):
+    cut(planted, lambda token: [token, token + 1])
+    found = checks(planted.read())
+    assert [str(each) for each in found if each.departs] == []
+    assert "tokens that the engines kept" in [each.name for each in found]
+
+
 def doubled_start(planted):
     planted.groups[0].prompt_ids.insert(0, planted.groups[0].prompt_ids[0])
 
@@ -226,6 +237,28 @@ def top_p(planted):
     planted.sampling = replace_record(planted.sampling, top_p=0.9)
 
 
+def other_top_k(planted):
+    planted.sampling = replace_record(planted.sampling, top_k=40, min_p=0.1)
+
+
+def cut(planted, kept):
+    """Have the run draw from a part of the vocabulary, and every token keep `kept(token)`."""
+    planted.settings["rollout"] |= {"top_p": 0.9, "top_k": 8}
+    planted.sampling = replace_record(planted.sampling, top_p=0.9, top_k=8)
+
+    def with_mask(graded):
+        mask = from_lists([kept(token) for token in graded.response.token_ids])
+        return replace(graded, response=replace(graded.response, sampling_mask=mask))
+
+    planted.change(with_mask)
+
+
+def without_the_token(planted):
+    cut(planted, lambda token: [token, token + 1])
+    with_one_less = replace(planted.groups[1].responses[2].response, sampling_mask=b"")
+    planted.groups[1].responses[2] = replace(planted.groups[1].responses[2], response=with_one_less)
+
+
 def stale(planted):
     def older(graded):
         versions = array("i", [STEP - 2] * len(graded.response.token_ids))
@@ -250,7 +283,7 @@ def missed_hashes(planted):
     ]
 
 
-def paid_for_nothing(planted):
+def accepted_though_wrong(planted):
     terms = {"accuracy": 1.0, "format": 1.0}
     planted.change(lambda graded: replace(graded, rewards=terms, reward=1.1), group=1)
 
@@ -261,16 +294,18 @@ def other_metrics(planted):
 
 PLANTS = {
     doubled_start: ("start of the prompt", "<|im_start|>", "data.template"),
-    without_system: ("message of the system", SYSTEM, "data.template"),
+    without_system: ("system message", SYSTEM, "data.template"),
     past_the_end: ("end of the response", "stop at 0 only", "rollout.stop_token_ids"),
     beyond_the_vocabulary: ("vocabulary", "vocab_size: 300", "vocab_size"),
     other_text: ("text that was graded", "…", "tokenizer"),
     other_temperature: ("settings of the engines", "temperature 0.6", "rollout.temperature"),
     top_p: ("settings of the engines", "top_p 0.9", "rollout.top_p"),
+    other_top_k: ("settings of the engines", "top_k 40", "rollout.top_k"),
+    without_the_token: ("tokens that the engines kept", "kept", "rollout.top_k"),
     stale: ("version of the weights", "engine-0 sampled with version 0", "rl.staleness"),
     punished: ("sum of the terms", "4 truncated answers are punished", "rewards.weights"),
     missed_hashes: ("math-verify's verdict", "behind ####", "rewards.answer: auto"),
-    paid_for_nothing: ("math-verify's verdict", "2 are paid", "rewards.answer"),
+    accepted_though_wrong: ("math-verify's verdict", "2 are accepted", "rewards.answer"),
     other_metrics: ("metrics of the rollout", "accuracy is 0.900", "metrics.jsonl"),
 }
 
@@ -290,7 +325,7 @@ def test_the_responses_concerned_and_their_share_of_the_loss_are_counted(planted
     finding = named(planted.read())
     assert finding.places == [(1, 0), (1, 1), (1, 2), (1, 3)]
     # Both groups have the same rewards, so each has half of the advantages.
-    assert finding.share == pytest.approx(0.5)
+    assert finding.loss_fraction == pytest.approx(0.5)
     assert finding.num_tokens == sum(len(g.response.token_ids) for g in planted.groups[1].responses)
 
 
@@ -336,6 +371,18 @@ def test_a_run_whose_groups_have_one_reward_is_suspected_to_be_too_hard(planted)
     report = examine(planted.read())
     assert report.first is None
     assert any("too hard: 100.0% of the groups" in each for each in report.suspicions)
+
+
+@pytest.mark.parametrize(("logged", "departs"), [(5.75129e-4, False), (5.765e-4, True)])
+def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
+    """Of groups with one reward the loss is rl.kl_beta x kl, and no advantage sets its size."""
+    planted.change(lambda graded: planted.response("<think></think><answer>-1</answer>", 1))
+    planted.settings["rl"]["kl_beta"] = 0.01
+    planted.line |= {"loss": logged, "kl": 0.0575}
+    made = Replayed({"loss": 5.75139e-4, "kl": 0.0575139, "entropy": 2.0}, {}, None, [])
+    recomputed = SimpleNamespace(base=made, run=lambda substitution: made)
+    of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
+    assert of_loss.departs is departs and not of_kl.departs
 
 
 def test_the_command_fails_where_something_departs(planted, capsys):
@@ -387,3 +434,17 @@ def test_the_punishment_of_a_long_response_by_hand():
     # Over the last 20 of 100 tokens it grows from 0 to 1.
     made = [formulas.training_reward(1.0, n, 100, 0.2, 1.0) for n in (80, 90, 100)]
     assert made == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_an_audit_of_the_run_finds_a_wrong_grade(planted, capsys):
+    second = planted.groups[1].responses
+    terms = {"accuracy": 1.0, "format": 1.0}
+    second[3] = replace(second[3], rewards=terms, reward=1.1)
+    planted.read()
+    score_audit.run(Config(), str(planted.folder / "run"))
+    printed = capsys.readouterr().out
+    assert "8 verdicts, 8 read a second time" in printed
+    (line,) = (each for each in printed.splitlines() if each.startswith("  wrong"))
+    assert "step 2, group 1" in line and "response 3" in line
+    (signs,) = (each for each in printed.splitlines() if "signs" in each)
+    assert "corrected in 2 of 2 groups" in signs and "50.0%" in signs

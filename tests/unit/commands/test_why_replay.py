@@ -9,6 +9,7 @@ import torch
 from r1_kernels.policy_terms import PolicySettings, TokenTensors
 from r1_kernels.primitives.policy_torch import policy_terms
 
+from megatron_r1.commands.why.finding import CannotRecompute
 from megatron_r1.commands.why.replay import AdamRules, LossRules, Row, StepReplay, logprobs
 
 VOCABULARY, WIDTH = 11, 6
@@ -126,6 +127,60 @@ def test_the_loss_is_the_trainers(name):
     assert clipped > 0 and update.metrics["clip_fraction"] == pytest.approx(clipped)
     largest = max(float(each.ratio.max()) for each in terms)
     assert update.metrics["ratio/max"] == pytest.approx(largest, rel=1e-9)
+
+
+def test_a_cut_is_a_softmax_over_the_kept_ids():
+    """Log-probabilities, entropy and gradient by torch's Categorical over the kept logits alone."""
+    loss = replace(RULES, kl_beta=0.0, entropy_coef=0.1, clip_low=10.0, clip_high=10.0)
+    draw = torch.Generator().manual_seed(5)
+    given, kept = [], []
+    for row in rows():
+        own = [
+            {int(token), *torch.randperm(VOCABULARY, generator=draw)[: 1 + at % 4].tolist()}
+            for at, token in enumerate(row.token_ids[row.is_sampled])
+        ]
+        kept.append([torch.tensor(sorted(ids)) for ids in own])
+        counts = torch.tensor([len(ids) for ids in own])
+        given.append(replace(row, kept=(counts, torch.cat(kept[-1]))))
+    torch.manual_seed(1)
+    model = Model()
+    twin = Model()
+    twin.load_state_dict(model.state_dict())
+    old = logprobs(apart(model, 0.1), given, [loss.temperature])[0]
+    total, entropies = torch.zeros((), dtype=torch.float64), []
+    found = logprobs(model, given, [loss.temperature])[0]
+    for at, row in enumerate(given):
+        logits = twin(row.token_ids[None], use_cache=False).logits[0, :-1][row.is_sampled[1:]]
+        tokens = row.token_ids[row.is_sampled]
+        policies = [
+            torch.distributions.Categorical(logits=each[ids].double() / loss.temperature)
+            for each, ids in zip(logits, kept[at], strict=True)
+        ]
+        own = torch.stack(
+            [
+                policy.log_prob((ids == token).nonzero()[0, 0])
+                for policy, ids, token in zip(policies, kept[at], tokens, strict=True)
+            ]
+        )
+        torch.testing.assert_close(found[at], own.detach())
+        entropies += [policy.entropy().detach() for policy in policies]
+        entropy = torch.stack([policy.entropy() for policy in policies])
+        gain = row.advantage * (own - old[at]).exp() + loss.entropy_coef * entropy
+        total = total - gain.mean() / len(given)
+    total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+    made = StepReplay(model, None, 0, given, old, None)
+    (update,) = made.run([range(len(given))], loss, replace(ADAM, learning_rates=(0.0,)))
+    assert update.metrics["loss"] == pytest.approx(float(total.detach()), abs=1e-7)
+    assert update.metrics["entropy"] == pytest.approx(float(torch.stack(entropies).mean()))
+    assert update.metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_a_token_that_was_not_kept_is_not_scored():
+    row = rows()[0]
+    nothing = torch.zeros(int(row.is_sampled.sum()), dtype=torch.int64)
+    with pytest.raises(CannotRecompute, match="kept"):
+        logprobs(Model(), [replace(row, kept=(nothing, nothing[:0]))], [1.0])
 
 
 def test_the_optimizer_is_torchs_adamw():

@@ -12,8 +12,8 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands.cli import main
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.config.key_listing import describe
+from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.config.overrides import parse_overrides
-from megatron_r1.config.training import learning_rate
 from megatron_r1.pipeline.pipeline_recipe import load as load_pipeline
 
 ROOT = Path(__file__).parents[3]
@@ -266,3 +266,9 @@ def test_a_pipeline_is_named_as_one_whatever_its_references(tmp_path, text, key,
     (tmp_path / "recipe.yaml").write_text(text)
     with refused(key, cause):
         configuration.load(tmp_path / "recipe.yaml")
+
+
+def test_a_section_s_settings_are_the_file_of_its_name():
+    fields = configuration.Config.model_fields
+    homes = {name: field.annotation.__module__ for name, field in fields.items()}
+    assert homes == {name: f"megatron_r1.config.{name}" for name in homes}

@@ -158,7 +158,7 @@ def ask(peer, call):
 
 
 def test_scores_are_those_of_the_tokens_from_the_first_asked_for():
-    scores = ask(Peer(), lambda client: client.score([3, 4, 5, 6], 2))
+    scores = ask(Peer(), lambda client: client.compute_logprobs([3, 4, 5, 6], 2))
     assert scores.typecode == "f" and list(scores) == pytest.approx([-2.05, -3.06])
 
 
@@ -174,7 +174,7 @@ def test_scores_are_those_of_the_tokens_from_the_first_asked_for():
 )
 def test_scores_that_do_not_add_up_are_an_error(said, says):
     with pytest.raises(EngineError, match=says):
-        ask(Peer(lambda k, ids: said), lambda client: client.score([3, 4, 5], 1))
+        ask(Peer(lambda k, ids: said), lambda client: client.compute_logprobs([3, 4, 5], 1))
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +207,7 @@ def test_servers_of_others_share_the_work_and_are_left_as_they_were(tmp_path):
     peers = [Peer(), Peer()]
 
     async def story(fleet):
-        calls = [fleet.score([7, n, 9], 1) for n in range(40)]
+        calls = [fleet.compute_logprobs([7, n, 9], 1) for n in range(40)]
         return [list(scores) for scores in await asyncio.gather(*calls)]
 
     scores = with_fleet(tmp_path, peers, story)
@@ -222,7 +222,7 @@ def test_a_server_that_drops_calls_is_waited_for_and_the_calls_are_repeated(tmp_
     peer = Peer(lambda k, ids: None if k < 4 else entries(ids))
 
     async def story(fleet):
-        return list(await fleet.score([7, 8], 1)), fleet.num_restarts
+        return list(await fleet.compute_logprobs([7, 8], 1)), fleet.num_restarts
 
     scores, restarts = with_fleet(tmp_path, [peer], story, max_restarts=2)
     assert scores == pytest.approx([-1.08]) and restarts >= 1
@@ -283,7 +283,7 @@ class SlowGrader:
     async def grade(self, kind, text, truth, **_):
         from r1_grading import Grade
 
-        while self.teacher.num_scored < 6:
+        while self.teacher.num_computed < 6:
             await asyncio.sleep(0.001)
         return Grade(1.0, "fine")
 
@@ -293,10 +293,10 @@ class SlowGrader:
 
 class CountingTeacher:
     def __init__(self):
-        self.num_scored = 0
+        self.num_computed = 0
 
-    async def score(self, token_ids, first, *, order):
-        self.num_scored += 1
+    async def compute_logprobs(self, token_ids, first, *, order):
+        self.num_computed += 1
         return array("f", [-(i + order / 8) for i in range(first, len(token_ids))])
 
 
@@ -310,14 +310,14 @@ def collected(with_teacher):
         rollout = await collector.collect(prompts, sampling)
         if not with_teacher:
             await pool.close()
-        return rollout, teacher.num_scored, collector.in_flight
+        return rollout, teacher.num_computed, collector.in_flight
 
     return asyncio.run(run())
 
 
 def test_every_response_is_scored_after_its_own_prompt_while_others_are_graded():
-    rollout, num_scored, in_flight = collected(with_teacher=True)
-    assert num_scored == in_flight.num_scored == 6
+    rollout, num_computed, in_flight = collected(with_teacher=True)
+    assert num_computed == in_flight.num_with_teacher_logprobs == 6
     scores = [[list(o.teacher_logprobs) for o in group.responses] for group in rollout.groups]
     # The prompts have 2 and 1 tokens, the responses 4, 5, 6 and 2, 3, 4.
     assert scores == [
@@ -351,8 +351,8 @@ def test_an_episode_is_scored_branch_by_branch_where_it_was_sampled():
 
 
 def test_what_is_sampled_for_an_evaluation_is_not_scored():
-    rollout, num_scored, _ = collected(with_teacher=False)
-    assert num_scored == 0 and rollout.teacher_seconds == 0
+    rollout, num_computed, _ = collected(with_teacher=False)
+    assert num_computed == 0 and rollout.teacher_seconds == 0
     assert {o.teacher_logprobs for g in rollout.groups for o in g.responses} == {None}
 
 

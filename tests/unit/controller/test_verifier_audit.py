@@ -59,8 +59,8 @@ def judge_with(wrong, undecided=()):
     return judge
 
 
-def true_share(answers, wrong, is_paid, source=None):
-    of = [a for a in answers if a.is_paid is is_paid and source in (None, a.source)]
+def true_fraction(answers, wrong, is_accepted, source=None):
+    of = [a for a in answers if a.is_accepted is is_accepted and source in (None, a.source)]
     return sum(answer.place in wrong for answer in of) / len(of)
 
 
@@ -76,8 +76,8 @@ def least_covered(trials, rate=0.95, alpha=1e-3):
 PLANTED = {
     "none": lambda number, label: False,
     "one in fifty refusals": lambda number, label: label and number % 50 == 0,
-    "all fractions refused": lambda number, label: label and number % 4 == 0,
-    "the empty answer paid": lambda number, label: not label and number % 9 == 0,
+    "all fractions rejected": lambda number, label: label and number % 4 == 0,
+    "the empty answer accepted": lambda number, label: not label and number % 9 == 0,
     "both": lambda number, label: number % 7 == 0,
     "one source only": lambda number, label: number % 3 == 0 and number % 2 == 0,
 }
@@ -91,33 +91,38 @@ def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors, num_se
     undecided = {answer.place for answer in answers[::29]}
     judge = judge_with(wrong, undecided)
     truths = {
-        (source, is_paid): true_share(answers, wrong, is_paid, source)
+        (source, is_accepted): true_fraction(answers, wrong, is_accepted, source)
         for source in ("a", "b", None)
-        for is_paid in (False, True)
+        for is_accepted in (False, True)
     }
     covered = dict.fromkeys(truths, 0)
     for seed in range(num_seeds):
         result = asyncio.run(audit(answers, judge, size=120, seed=seed, num_groups=0))
         for source, rates in (*result.sources.items(), (None, result.overall)):
-            for is_paid, share in ((False, rates.wrongly_refused), (True, rates.wrongly_paid)):
-                covered[source, is_paid] += share.low <= truths[source, is_paid] <= share.high
-                assert share.high - share.low < 0.6
-                assert share.sampled in (30, 60)
+            for is_accepted, fraction in (
+                (False, rates.wrongly_rejected),
+                (True, rates.wrongly_accepted),
+            ):
+                covered[source, is_accepted] += (
+                    fraction.low <= truths[source, is_accepted] <= fraction.high
+                )
+                assert fraction.high - fraction.low < 0.6
+                assert fraction.sampled in (30, 60)
     for key, count in covered.items():
         assert count >= least_covered(num_seeds), (key, count)
 
 
 def test_a_planted_fault_is_told_from_none():
-    """A quarter of right answers refused: the lower end is above 0 for every seed."""
-    answers, wrong = answers_with(PLANTED["all fractions refused"])
+    """A quarter of right answers rejected: the lower end is above 0 for every seed."""
+    answers, wrong = answers_with(PLANTED["all fractions rejected"])
     for seed in range(50):
         result = asyncio.run(audit(answers, judge_with(wrong), size=100, seed=seed, num_groups=0))
-        assert result.overall.wrongly_refused.low > 0, seed
-        assert result.overall.wrongly_paid.low == 0, seed
+        assert result.overall.wrongly_rejected.low > 0, seed
+        assert result.overall.wrongly_accepted.low == 0, seed
 
 
 @pytest.mark.parametrize(
-    ("is_paid", "upstream", "points", "outcome"),
+    ("is_accepted", "upstream", "points", "outcome"),
     [
         (True, "right", "right", "confirmed"),
         (True, "right", "unsure", "confirmed"),
@@ -134,9 +139,9 @@ def test_a_planted_fault_is_told_from_none():
     ],
 )
 def test_a_verdict_is_wrong_only_where_both_readings_contradict_it(
-    is_paid, upstream, points, outcome
+    is_accepted, upstream, points, outcome
 ):
-    assert outcome_of(is_paid, upstream, points) == outcome
+    assert outcome_of(is_accepted, upstream, points) == outcome
 
 
 def test_a_draw_takes_as_many_of_each_stratum_and_small_ones_whole():
@@ -166,7 +171,7 @@ def logged(reward, text="<answer>1/2</answer>", *, weight=1.0, is_graded=True, f
 
 def test_advantages_of_a_logged_group_are_those_of_the_corrected_rewards():
     prompt = make_prompt("half?", "math", "1/2", {"data_source": "halves"})
-    # The second is wrongly refused, and the fourth could not be graded.
+    # The second is wrongly rejected, and the fourth could not be graded.
     group = Group(
         prompt,
         [],
@@ -192,7 +197,7 @@ def test_advantages_of_a_logged_group_are_those_of_the_corrected_rewards():
     assert result.effect.sign_changes.value == 1.0
     assert result.num_ungraded == 1
     assert [answer.place for answer, _ in result.concerned] == sorted(wrong)
-    assert result.overall.wrongly_refused.value == 0.5
+    assert result.overall.wrongly_rejected.value == 0.5
     assert result.as_json()["concerned"][0]["response"] == "<answer>1/2</answer>"
 
 
@@ -202,13 +207,13 @@ def test_undecided_verdicts_widen_the_effect_to_both_sides():
     answers = list(logged_answers(groups, "step 1", {"accuracy": 1.0}))
     undecided = {answers[0].place, answers[2].place}
     result = asyncio.run(audit(answers, judge_with((), undecided), size=8))
-    # Reversed, both of two groups' responses are refused: advantages of 1 and -1 become 0.
+    # Reversed, both of two groups' responses are rejected: advantages of 1 and -1 become 0.
     assert result.effect.mean_change.low == 0.0
     assert result.effect.mean_change.high >= 0.5
     signs = result.effect.sign_changes
     assert (signs.low, signs.high) == (0.0, 0.5)
-    assert result.overall.wrongly_paid.low == 0.0
-    assert result.overall.wrongly_paid.high == 0.5
+    assert result.overall.wrongly_accepted.low == 0.0
+    assert result.overall.wrongly_accepted.high == 0.5
 
 
 def test_kinds_without_a_second_method_are_counted_and_not_drawn():

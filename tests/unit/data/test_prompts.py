@@ -22,7 +22,7 @@ from megatron_r1.data.prompts import (
     normalize,
 )
 from megatron_r1.data.sampler import PromptSampler, drawn_fractions
-from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
+from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
 from megatron_r1.data.text import PromptText, find_template, is_opened, render_template
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
@@ -307,7 +307,7 @@ def test_examples_load_and_a_bad_line_is_named(tmp_path):
     rows = [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(5)]
     path = write_lines(tmp_path / "s.jsonl", rows)
     examples = load_examples(path)
-    assert examples == [SftExample(f"p{i}", f"r{i}") for i in range(5)]
+    assert examples == [SFTExample(f"p{i}", f"r{i}") for i in range(5)]
     sampler, resumed = ExampleSampler(examples, seed=0), ExampleSampler(examples, seed=0)
     assert sorted(example.prompt for example in sampler.next(5)) == [f"p{i}" for i in range(5)]
     resumed.load_state_dict(sampler.state_dict())
@@ -326,7 +326,7 @@ def test_prompts_are_immutable():
 
 
 def test_file_order_is_kept_epoch_after_epoch():
-    examples = [SftExample(str(i), "") for i in range(5)]
+    examples = [SFTExample(str(i), "") for i in range(5)]
     sampler = ExampleSampler(examples, seed=3, shuffled=False)
     assert [e.prompt for e in sampler.next(12)] == list("012340123401")
 

@@ -13,7 +13,7 @@ from megatron_r1.evaluation.measures import estimate, pass_at_k, powers_up_to, s
 from megatron_r1.evaluation.voting import (
     group_answers,
     majority_index,
-    majority_score,
+    majority_reward,
     read_vote,
 )
 
@@ -110,7 +110,7 @@ def graded():
                 votes = [read_vote(text) for text in answers]
                 kind = "logic" if name == "logic" else "math"
                 groups[name] = await group_answers(pool, kind, votes, [0.0] * len(answers))
-            return groups, await majority_score(pool, "math", OUTVOTED, [1.0, 0.0, 0.0])
+            return groups, await majority_reward(pool, "math", OUTVOTED, [1.0, 0.0, 0.0])
 
     return asyncio.run(run())
 
@@ -164,7 +164,7 @@ class NoPool:
 def test_training_compares_by_meaning_only_where_it_can_matter(answers, truth, score):
     texts = [rf"\boxed{{{answer}}}" for answer in answers]
     scores = [float(answer == truth) for answer in answers]
-    assert asyncio.run(majority_score(NoPool(), "math", texts, scores)) == score
+    assert asyncio.run(majority_reward(NoPool(), "math", texts, scores)) == score
 
 
 def test_wrong_answers_that_mean_the_same_outvote_a_right_one(graded):

@@ -59,7 +59,7 @@ class HostStreams:
         return lambda: True
 
 
-class HostReceiver(nccl.NcclReceiver):
+class HostReceiver(nccl.NCCLReceiver):
     def prepare(self):
         super().prepare()
         self.device = torch.device("cpu")
@@ -84,11 +84,11 @@ def main(case: str, engines: int, *, is_colocated: bool) -> None:
 
     hf, grid, layout = CASES[case]
     rounds.ENTRY_BYTES, rounds.RELAYED_BYTES = ENTRY_BYTES, RELAYED_BYTES
-    first = 0 if is_colocated else grid.world
+    first = 0 if is_colocated else grid.world_size
 
     class ThreadSender(WeightSender):
         def __init__(self, *arguments, **options):
-            gpus = [gpu_name(number) for number in range(grid.world)]
+            gpus = [gpu_name(number) for number in range(grid.world_size)]
             super().__init__(*arguments, gpus=gpus, **options)
 
         def connect(self, *arguments):

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.config.rollout import PushConfig
+from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
@@ -97,7 +97,7 @@ class Rank:
 
                 compute_everywhere()
             self.use_gpu, self.gpu_name = torch.cuda.set_device, nccl.gpu_uuid
-            self.receiver_class = nccl.NcclReceiver
+            self.receiver_class = nccl.NCCLReceiver
         self.use_gpu(gpu)
 
     @property
@@ -121,7 +121,7 @@ class TrainerRank(Rank):
             name: [(tensor.to(self.device), piece) for tensor, piece in pieces]
             for name, pieces in self.held.items()
         }
-        gpus = [self.gpu_name(number) for number in range(self.grid.world)]
+        gpus = [self.gpu_name(number) for number in range(self.grid.world_size)]
         client = TCPStore("127.0.0.1", port, is_master=False)
         arguments = self.hf, self.grid, self.held, client, self.share
         self.sender = WeightSender(*arguments, rank=rank, gpus=gpus)
@@ -240,7 +240,7 @@ class Process:
 class Trainer:
     def __init__(self, case, *, on_host):
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        world = range(CASES[case][1].world)
+        world = range(CASES[case][1].world_size)
         self.ranks = [
             Process(TrainerRank, case, rank, self.store.port, on_host=on_host) for rank in world
         ]
@@ -311,7 +311,7 @@ async def watch(engine):
 
 async def story(case, engines, *, is_colocated, on_host, killed_at):
     _, grid, layout = CASES[case]
-    first = 0 if is_colocated else grid.world
+    first = 0 if is_colocated else grid.world_size
     trainer = Trainer(case, on_host=on_host)
     watchers, seconds = [], []
 
@@ -373,7 +373,7 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
     for _ in range(1 if killed_at else 2):
         version += 1
         await push(version)
-    seen["trainer"] = trainer.pids == pids and len(pids) == grid.world
+    seen["trainer"] = trainer.pids == pids and len(pids) == grid.world_size
     seen["seconds"] = seconds
     seen["current"] = [engine.client.version == version for engine in fleet.engines]
     seen["sets"] = [len(one.engines) for one in pusher.links.sets]

@@ -7,7 +7,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.timing import groups
+from megatron_r1.plan.traffic import groups
 
 
 def test_what_a_rank_sends_by_hand():

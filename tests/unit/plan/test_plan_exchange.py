@@ -9,7 +9,7 @@ from megatron_r1.config.hardware import HARDWARE, Assumptions
 from megatron_r1.plan.engine_memory import Engines
 from megatron_r1.plan.exchange import ExpertExchange, Links, distinct
 from megatron_r1.plan.rollout import RolloutTime, exchange_section
-from megatron_r1.plan.timing import groups
+from megatron_r1.plan.traffic import groups
 
 H800 = HARDWARE["H800"]
 WHOLE = replace(Assumptions(), link_efficiency=1.0)

@@ -11,7 +11,7 @@ from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.arguments import config_of, job_of, parse
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.published import published_runs, run_hours, within
+from megatron_r1.plan.published import PublishedRun, published_runs, within
 from megatron_r1.plan.timing import time_section
 
 ROOT = Path(__file__).parents[3]
@@ -136,7 +136,8 @@ def test_a_run_s_hours_are_its_phases():
         JobEstimate(job_of(RECIPE, chosen, overrides, n)).step.number for n in (512, 650)
     )
     hours = (512 * first + 138 * second) / 3600
-    assert run_hours(RECIPE, chosen, overrides) == pytest.approx(hours)
+    run = PublishedRun("r1-zero", "paper", True, str(RECIPE), "run", hours)
+    assert run.predicted() == pytest.approx(hours)
 
 
 def in_pools(*options):

@@ -89,10 +89,10 @@ class World:
     ):
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.name = f"set.{self.store.port}"
-        shared = Shared(grid.world)
+        shared = Shared(grid.world_size)
         self.held = [
             held_by(hf, grid, rank, tensors, with_mtp=drafts, rules=adapters)
-            for rank in range(grid.world)
+            for rank in range(grid.world_size)
         ]
         mtp = {"stages": stage_shards(hf, grid.pipeline, with_mtp=drafts), "drafts": drafts}
         mtp["adapters"] = adapters

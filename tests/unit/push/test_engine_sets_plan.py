@@ -23,7 +23,7 @@ BYTES = plain_bytes("bfloat16")
 def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf, grid, layout, engines):
     planner = Planner(hf, grid, layout)
     (plan,) = plan_sets(planner, BYTES, [range(engines)])
-    holdings = [held(hf, grid, rank) for rank in range(grid.world)]
+    holdings = [held(hf, grid, rank) for rank in range(grid.world_size)]
     assert len(plan) == layout.ranks_per_engine
     for position, of_position in enumerate(plan):
         found = Counter()

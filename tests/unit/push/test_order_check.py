@@ -58,8 +58,8 @@ def pushes(
     sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
     plans = plan_sets(planner, fp8_bytes if form == "FP8" else plain_bytes(form), sets)
     orders = [
-        push_order(plans, receiving_processes(sets, ranks, grid.world, shared))
-        for shared in ({}, ranks_in_order(sets, ranks, grid.world))
+        push_order(plans, receiving_processes(sets, ranks, grid.world_size, shared))
+        for shared in ({}, ranks_in_order(sets, ranks, grid.world_size))
     ]
     return [(order, find_fault(operations_of_rounds(order), order)) for order in orders]
 
@@ -75,7 +75,7 @@ def test_the_rounds_of_a_shipped_recipe_are_free_of_circles_and_near_their_floor
     for order, refusal in pushes(model, grid, engine_layout(config), stages, form, drafts=drafts):
         assert refusal is None
         assert order.num_entry_rounds <= 1.1 * order.entry_floor
-        assert order.num_processes in (grid.world, 2 * grid.world)
+        assert order.num_processes in (grid.world_size, 2 * grid.world_size)
 
 
 @pytest.mark.parametrize("colocated", [True, False])

@@ -17,11 +17,11 @@ def some_bytes(rng: np.random.Generator) -> TensorRegion:
     return TensorRegion(None, None, int(rng.integers(1, 99)))
 
 
-def random_sets(seed: int, share: float) -> tuple[OrderedSets, int, int]:
-    """Return sets of engines, a part `share` of whose ranks are on trainer ranks' GPUs, with the
+def random_sets(seed: int, fraction: float) -> tuple[OrderedSets, int, int]:
+    """Return sets of engines, a part `fraction` of whose ranks are on trainer ranks' GPUs, with the
     number of trainer ranks and of ranks of an engine."""
     rng = np.random.default_rng(seed)
-    world, engines, ranks = (int(n) for n in rng.integers(1, [6, 6, 3]))
+    world_size, engines, ranks = (int(n) for n in rng.integers(1, [6, 6, 3]))
     sets = [range(engines // 2), range(engines // 2, engines)] if engines > 2 else [range(engines)]
     places = [
         (index, member, position)
@@ -29,31 +29,33 @@ def random_sets(seed: int, share: float) -> tuple[OrderedSets, int, int]:
         for member in range(len(of_set))
         for position in range(ranks)
     ]
-    chosen = [place for place in places if rng.random() < share][:world]
-    shared = dict(zip(chosen, rng.permutation(world).tolist(), strict=False))
+    chosen = [place for place in places if rng.random() < fraction][:world_size]
+    shared = dict(zip(chosen, rng.permutation(world_size).tolist(), strict=False))
     plans = [
         [
             [
                 PlannedLink(int(sender), member, position, (some_bytes(rng),))
                 for member in range(len(of_set))
-                for sender in rng.choice(world, int(rng.integers(0, world + 1)), replace=False)
+                for sender in rng.choice(
+                    world_size, int(rng.integers(0, world_size + 1)), replace=False
+                )
             ]
             for position in range(ranks)
         ]
         for of_set in sets
     ]
-    return OrderedSets(plans, sets, ranks, world, shared, 1), world, ranks
+    return OrderedSets(plans, sets, ranks, world_size, shared, 1), world_size, ranks
 
 
-def groups_of(ordered: OrderedSets, world: int, ranks: int) -> dict:
+def groups_of(ordered: OrderedSets, world_size: int, ranks: int) -> dict:
     """Return the groups of calls of every process, in order, each with its communicator, the rank
     in it and calls (is send, peer, payload, number, count)."""
     found = {}
-    for rank in range(world):
+    for rank in range(world_size):
         calls = []
         for call in ordered.calls(rank):
             index = call.payload.set_index
-            communicator = index if ordered.size(index) else OWN
+            communicator = index if ordered.num_ranks(index) else OWN
             key = (call.is_relayed, call.round, communicator)
             data = (call.is_send, call.peer, call.payload, call.number, call.count)
             calls.append((key, data))
@@ -65,10 +67,13 @@ def groups_of(ordered: OrderedSets, world: int, ranks: int) -> dict:
     for index, positions in enumerate(ordered.receivers):
         for position in range(ranks):
             for member, part in enumerate(ordered.rank_rounds(index, position)):
-                assert (part is None) == (positions[position][member] < world)
+                assert (part is None) == (positions[position][member] < world_size)
                 if part is None:
                     continue
-                assert part.size == ordered.size(index) and world <= part.rank < part.size
+                assert (
+                    part.num_ranks == ordered.num_ranks(index)
+                    and world_size <= part.rank < part.num_ranks
+                )
                 groups = []
                 for pair in [*part.entering, *part.relayed]:
                     calls = [
@@ -89,7 +94,7 @@ def block_at(index, position, member, call, is_send):
     return PayloadId(index, -1 - call.payload, position, None)
 
 
-@pytest.fixture(params=[(seed, share) for seed in range(8) for share in (0.0, 0.5, 1.0)])
+@pytest.fixture(params=[(seed, fraction) for seed in range(8) for fraction in (0.0, 0.5, 1.0)])
 def sets(request, monkeypatch):
     monkeypatch.setattr(rounds, "ENTRY_BYTES", 10)
     monkeypatch.setattr(rounds, "RELAYED_BYTES", 15)
@@ -134,7 +139,7 @@ def test_all_groups_end_and_every_call_meets_the_one_that_it_is_for(sets):
 
 
 def test_every_block_arrives_whole_where_it_is_for(sets):
-    ordered, world, _ = sets
+    ordered, world_size, _ = sets
     arrived: dict = {}
     for process, of_process in groups_of(*sets).items():
         for _, _, calls in of_process:
@@ -143,12 +148,14 @@ def test_every_block_arrives_whole_where_it_is_for(sets):
                     arrived.setdefault((process, payload), []).append((number, count))
     for portions in arrived.values():
         assert sorted(portions) == [(n, portions[0][1]) for n in range(portions[0][1])]
-    copied = {payload for rank in range(world) for payload in ordered.copies(rank)}
+    copied = {payload for rank in range(world_size) for payload in ordered.copies(rank)}
     entering = {payload for _, payload in arrived if payload.sender is not None}
     links = {payload for payload in ordered.payloads if payload.sender is not None}
     assert entering | copied == links and not entering & copied
     for index, positions in enumerate(ordered.receivers):
-        served = {place for rank in range(world) if (place := ordered.received_by(index, rank))}
+        served = {
+            place for rank in range(world_size) if (place := ordered.received_by(index, rank))
+        }
         assert {
-            (m, p) for p, ms in enumerate(positions) for m, at in enumerate(ms) if at < world
+            (m, p) for p, ms in enumerate(positions) for m, at in enumerate(ms) if at < world_size
         } == served

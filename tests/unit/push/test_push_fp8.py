@@ -232,7 +232,7 @@ def test_deepseek_v3_can_be_pushed_in_fp8_as_it_is_laid_out_in_the_example():
 def test_a_recipe_is_refused_before_anything_starts():
     config = {"push": {"fp8": True}, "rollout": {"tensor": 4, "dtype": "bfloat16"}}
     with refused("push.fp8", Cause.INDIVISIBLE, "rollout.tensor=4"):
-        check_pushes(Config.model_validate(config), DEEPSEEK, num_ranks=8)
+        check_pushes(Config.model_validate(config), DEEPSEEK, world_size=8)
     config["rollout"] = {"dtype": "float32"}
     with raised(ValueError, "push.fp8", "rollout.dtype: bfloat16"):
         Config.model_validate(config)

@@ -8,7 +8,7 @@ import pytest
 from refusals import raised, refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config.training import ParallelConfig
+from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.engine_sets import engine_sets, plan_sets

@@ -15,15 +15,15 @@ SIZES = {"entry_bytes": 10, "relayed_bytes": 15}
 def random_order(seed: int, *, colocated: bool) -> PushOrder:
     """Return the order of a push from random trainer ranks to sets of engines, not all equal."""
     rng = np.random.default_rng(seed)
-    world, engines, ranks = (int(n) for n in rng.integers(1, [9, 6, 4]))
+    world_size, engines, ranks = (int(n) for n in rng.integers(1, [9, 6, 4]))
     sets = [range(engines // 2), range(engines // 2, engines)] if engines > 3 else [range(engines)]
-    shared = ranks_in_order(sets, ranks, world) if colocated else {}
-    receivers = receiving_processes(sets, ranks, world, shared)
+    shared = ranks_in_order(sets, ranks, world_size) if colocated else {}
+    receivers = receiving_processes(sets, ranks, world_size, shared)
     into = [process for of_set in receivers for members in of_set for process in members]
     links = [
         Link(int(sender), process, int(rng.integers(1, 200)))
         for process in into
-        for sender in rng.choice(world, int(rng.integers(1, world + 1)), replace=False)
+        for sender in rng.choice(world_size, int(rng.integers(1, world_size + 1)), replace=False)
     ]
     positions = [members for of_set in receivers for members in of_set if len(members) > 1]
     return PushOrder(links, positions, **SIZES)

@@ -17,7 +17,7 @@ RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 
 def plant_all_pairs(monkeypatch):
     """Each part of what an engine rank receives comes from the least busy of its holders."""
-    monkeypatch.setattr(from_recipe, "largest_share", lambda transport: 1e-9)
+    monkeypatch.setattr(from_recipe, "largest_fraction", lambda transport: 1e-9)
 
 
 @pytest.mark.more

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.rehearse import load_export, model
 
 ROOT = Path(__file__).parents[3]
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_miniature_is_a_checkpoint_that_training_accepts(folder):
-    with HfWeights(folder, read_hf_config(folder, None)) as weights:
+    with HFWeights(folder, read_hf_config(folder, None)) as weights:
         weights.check(with_mtp=True)
         weights.check_repeated()
 

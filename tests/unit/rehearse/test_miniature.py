@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.config import Config, load
-from megatron_r1.config.training import ParallelConfig
+from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.plan.push_links import set_links
@@ -80,7 +80,7 @@ def test_every_axis_that_is_divided_stays_divided(path):
             before = getattr(getattr(config, section), axis)
             after = getattr(getattr(small.config, section), axis)
             assert after == min(before, 2), (section, axis, before, after)
-    replicas = [p.num_replicas(p.processes) for p in (config.parallel, small.config.parallel)]
+    replicas = [p.data_parallel(p.processes) for p in (config.parallel, small.config.parallel)]
     if replicas[0] > 1:
         assert replicas[1] > 1
     assert small.config.parallel.processes <= 16

@@ -8,7 +8,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import load
-from megatron_r1.config.training import ParallelConfig
+from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.pipeline_stages import pipeline_stages

@@ -290,8 +290,8 @@ def test_a_served_judge_labels_by_its_votes(tmp_path):
         seen.append(texts)
         return next(verdicts)
 
-    share, num_asked = served("labels", decide, lambda j: j.safety("Q?", "R."), tmp_path)
-    assert share == pytest.approx(1 / 3) and num_asked == 3
+    fraction, num_asked = served("labels", decide, lambda j: j.safety("Q?", "R."), tmp_path)
+    assert fraction == pytest.approx(1 / 3) and num_asked == 3
     assert seen[0] == {"question": "Q?", "response": "R."}
 
 

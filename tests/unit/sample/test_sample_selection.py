@@ -14,14 +14,14 @@ from megatron_r1.config import parse
 from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.evaluation.sampling import TextResponseGrader
-from megatron_r1.sample.sft_examples import Rendering, SftExamples
+from megatron_r1.sample.sft_examples import Rendering, SFTExamples
 
 ROOT = Path(__file__).parents[3]
 PLAIN = Rendering(RenderConfig(), "Q: {problem}\nA:", "")
 
 
 def kept(responses, keep, filters=None, output="answers", seed=0, prompt=PROMPT):
-    decide = SftExamples(selection(keep, output, filters, seed), PLAIN)
+    decide = SFTExamples(selection(keep, output, filters, seed), PLAIN)
     return run_decide(decide, responses, prompt)
 
 

@@ -82,7 +82,7 @@ def test_inputs_are_what_every_implementation_can_take():
 
 @pytest.mark.parametrize("megabytes", [64, 8])
 def test_memory_is_what_the_call_needed_whatever_was_freed_before(megabytes):
-    meter = measure.CpuMeter()
+    meter = measure.CPUMeter()
     torch.ones(megabytes * 2**18).sum()  # the first call keeps memory: threads, tables of kernels
     if meter(lambda: None).extra_bytes is None:
         pytest.skip("/proc/self/clear_refs cannot be written here")

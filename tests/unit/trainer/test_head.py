@@ -9,6 +9,7 @@ import torch
 
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
+from megatron_r1.models.sampling_mask import from_lists
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.losses import supervised
 from megatron_r1.trainer.packed import packed_batch
@@ -24,9 +25,13 @@ SAMPLES = [
 GRPO = LossSettings(loss_average="sequence", clip_low=0.2, clip_high=0.3, kl_beta=0.1)
 
 
-def micro_batch(samples=SAMPLES, seed=0):
+def micro_batch(samples=SAMPLES, seed=0, kept=None):
     g = torch.Generator().manual_seed(seed)
-    made = [Sample.pack(p, r, [-2.0] * len(r), advantage=a) for p, r, a in samples]
+    masks = kept or [b""] * len(samples)
+    made = [
+        Sample.pack(p, r, [-2.0] * len(r), advantage=a, sampling_mask=mask)
+        for (p, r, a), mask in zip(samples, masks, strict=True)
+    ]
     batch = packed_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
     tokens = batch.input_ids.shape[1]
     hidden = torch.randn(tokens, HIDDEN, generator=g, requires_grad=True)
@@ -59,6 +64,31 @@ def test_logprobs_are_those_of_each_response_and_0_elsewhere():
     # fp32 sums of 13 terms of order 1
     torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
     assert (entropy[~batch.is_response] == 0).all() and (entropy[batch.is_response] > 0).all()
+
+
+def test_log_probabilities_and_loss_are_of_the_tokens_that_the_sampler_kept():
+    sets = [[[2, 10], [11]], [[0, 6, 9], [1, 2, 3, 4], [2, 12]], [[0, 3, 5, 12]]]
+    batch, head = micro_batch(kept=[from_lists(each) for each in sets])
+    got, entropy = head.logprobs()
+    no_clip = {"clip_low": 1e6, "clip_high": 1e6, "kl_beta": 0.0}
+    loss = head.policy_loss(batch.is_response, average="token", **no_clip)
+    expected = torch.zeros(len(got), dtype=torch.float64)
+    of_entropy = torch.zeros_like(expected)
+    logits = head.hidden.double() @ head.weight[:VOCABULARY].double().t() / 0.8
+    for (rows, tokens, _), own in zip(responses(), sets, strict=True):
+        for row, token, ids in zip(range(rows.start, rows.stop), tokens, own, strict=True):
+            log_p = logits[row, ids].log_softmax(0)
+            expected[row] = log_p[ids.index(int(token))]
+            of_entropy[row] = -(log_p.exp() * log_p).sum()
+    torch.testing.assert_close(got.double(), expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), of_entropy.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss.logprobs, got.detach())
+    ratio = (expected - batch.logprobs["old"].double())[batch.is_response].exp()
+    surrogate = ratio * batch.advantages[batch.is_response].double()
+    torch.testing.assert_close(loss.loss.double(), -surrogate.mean(), atol=1e-5, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(loss.loss, head.hidden)
+    (wanted,) = torch.autograd.grad(-surrogate.mean(), head.hidden)
+    torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_an_update_that_asks_for_log_probabilities_alone_leaves_those_of_the_old_policy():

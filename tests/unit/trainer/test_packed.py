@@ -11,6 +11,7 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
 from megatron_r1.models.prefixes import continued_by
+from megatron_r1.models.sampling_mask import from_lists
 from megatron_r1.trainer.losses import denominator, supervised
 from megatron_r1.trainer.packed import check_token_ids, packed_batch
 from megatron_r1.trainer.shared_prompts import LEAST_SHARED, check_shared_prompts
@@ -74,6 +75,57 @@ def test_given_tokens_between_sampled_ones_count_nothing():
     # The first is not the first branch of its episode.
     assert denominator(b, "token") == 3 and denominator(b, "sequence") == 1
     assert packed_batch([second], TokenSplit(), CPU).sequence_weights is None
+
+
+def kept_at(mask, position):
+    return mask.token_ids[mask.offsets[position] : mask.offsets[position + 1]].tolist()
+
+
+def test_kept_tokens_lie_where_their_token_is_predicted():
+    tokens, mask = [3, 4, 5, 6, 7, 8], bytes([0, 0, 1, 0, 0, 1])
+    scores = {"weight": 0.25, "num_responses": 1}
+    kept = from_lists([[], [], [1, 5], [], [], [8]])
+    first = Sample.pack_branch(tokens, mask, [0.0] * 6, 0.5, sampling_mask=kept, **scores)
+    second = Sample.pack([1], [2], [-3.0], 1.5, sampling_mask=from_lists([[0, 2, 9]]))
+    untrained = Sample.pack([1], [], [], float("nan"))
+    b = packed_batch([first, untrained, second], TokenSplit(), CPU)
+    assert b.sampling_mask.token_ids.tolist() == [1, 5, 8, 0, 2, 9]
+    assert b.sampling_mask.offsets.tolist() == [0, 0, 2, 2, 2, 3, 3, 3, 6, 6]
+    assert b.targets[b.is_response].tolist() == [5, 8, 2]
+    without = Sample.pack([1], [2], [-3.0], 1.5)
+    assert packed_batch([without], TokenSplit(), CPU).sampling_mask is None
+    with raised(ValueError, "sampling masks"):
+        packed_batch([second, without], TokenSplit(), CPU)
+    with raised(ValueError, "sampling mask", "2 tokens"):
+        packed_batch([Sample.pack([1], [2, 3], sampling_mask=kept)], TokenSplit(), CPU)
+
+
+def test_context_ranks_hold_the_kept_tokens_of_their_positions():
+    draw = random.Random(0)
+    samples = []
+    for length in (1, 9, 30):
+        response = [draw.randrange(50) for _ in range(length)]
+        kept = [sorted({token, *draw.sample(range(50), draw.randrange(6))}) for token in response]
+        prompt = [60] * draw.randrange(1, 7)
+        samples.append(
+            Sample.pack(prompt, response, [0.0] * length, sampling_mask=from_lists(kept))
+        )
+    whole = packed_batch(samples, TokenSplit(context_size=2), CPU)
+    assert whole.sampling_mask is not None
+    found = []
+    for rank in range(2):
+        part = packed_batch(samples, TokenSplit(context_size=2, context_rank=rank), CPU)
+        assert part.sampling_mask.offsets[-1] == len(part.sampling_mask.token_ids)
+        for row in range(len(part.targets)):
+            own = kept_at(part.sampling_mask, row)
+            assert bool(own) == bool(part.is_response[row])
+            if own:
+                assert int(part.targets[row]) in own
+                found.append((int(part.targets[row]), own))
+    every = packed_batch(samples, TokenSplit(), CPU)
+    rows = every.response_rows.tolist()
+    expected = [(int(every.targets[row]), kept_at(every.sampling_mask, row)) for row in rows]
+    assert sorted(found) == sorted(expected) and len(expected) == 40
 
 
 def test_a_prompt_of_several_samples_lies_there_once():

@@ -100,14 +100,14 @@ CONNECT_SECONDS = 300
 
 
 def measure(
-    groups: int, tokens: int, world: int, replicas: int, routed: bool, sampling: float
+    groups: int, tokens: int, world_size: int, data_parallel: int, routed: bool, sampling: float
 ) -> dict[str, Any]:
     """Return what one rollout of `groups` x 16 x `tokens` costs whose groups the engines finish one
     after another, evenly over `sampling` seconds."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = _config(write_model(folder / "model"), groups, tokens, world, routed)
+        config = _config(write_model(folder / "model"), groups, tokens, world_size, routed)
         text = PromptText(config.model.path, config.data.template)
         reply = make_reply(folder / "model", tokens, len(text.encode("0" * PROMPT_CHARS)), routed)
         bodies = {synthetic.JSON: folder / "reply.json", MEDIA_TYPE: folder / "reply.bytes"}
@@ -118,7 +118,9 @@ def measure(
         server = context.Process(target=synthetic.serve_engines, args=args, daemon=True)
         server.start()
         try:
-            result = asyncio.run(_train(config, text, own.recv(), world, replicas, folder))
+            result = asyncio.run(
+                _train(config, text, own.recv(), world_size, data_parallel, folder)
+            )
         finally:
             for process in multiprocessing.active_children():
                 process.kill()
@@ -135,16 +137,21 @@ def measure(
 
 
 async def _train(
-    config: Config, text: PromptText, urls: list[str], world: int, replicas: int, folder: Path
+    config: Config,
+    text: PromptText,
+    urls: list[str],
+    world_size: int,
+    data_parallel: int,
+    folder: Path,
 ) -> dict[str, Any]:
     """Train on one synthetic rollout; return seconds, blocks of the event loop and memory."""
     num_groups = config.rl.questions_per_rollout
-    trainer = TrainerClient(config, folder, world_size=world)
+    trainer = TrainerClient(config, folder, world_size=world_size)
     began = time.perf_counter()
-    context, per_process = multiprocessing.get_context("fork"), world // RANK_PROCESSES
+    context, per_process = multiprocessing.get_context("fork"), world_size // RANK_PROCESSES
     for index in range(RANK_PROCESSES):
         own = range(index * per_process, (index + 1) * per_process)
-        args = own, trainer.socket.address, trainer._token, world, replicas
+        args = own, trainer.socket.address, trainer._token, world_size, data_parallel
         context.Process(target=synthetic.serve_ranks, args=args, daemon=True).start()
     await asyncio.wait_for(trainer.connect(), CONNECT_SECONDS)
     connected = time.perf_counter() - began
@@ -269,7 +276,7 @@ async def _call_all(trainer: TrainerClient) -> list[float]:
     return seconds
 
 
-def _config(model: Path, groups: int, tokens: int, world: int, routed: bool) -> Config:
+def _config(model: Path, groups: int, tokens: int, world_size: int, routed: bool) -> Config:
     return parse(
         {
             "model": {"path": str(model)},

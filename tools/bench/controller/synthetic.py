@@ -196,8 +196,10 @@ class SyntheticServer(RunningServer):
         super().__init__(urls.pop())
 
 
-def serve_ranks(ranks: range, address: str, token: str, world: int, replicas: int) -> None:
-    """Be `ranks` of `world` until killed; the first rank of each replica gets its samples."""
+def serve_ranks(
+    ranks: range, address: str, token: str, world_size: int, data_parallel: int
+) -> None:
+    """Be `ranks` of `world_size` until killed; the first rank of each replica gets its samples."""
     context = zmq.Context(io_threads=1)
     context.max_sockets = len(ranks) + 1
     poller, own = zmq.Poller(), {}
@@ -206,7 +208,7 @@ def serve_ranks(ranks: range, address: str, token: str, world: int, replicas: in
         socket.setsockopt(zmq.IDENTITY, identity(rank))
         protect_client(socket, token)
         socket.connect(address)
-        socket.send(msgspec.msgpack.encode(Reply(rank, describe(rank, world, replicas))))
+        socket.send(msgspec.msgpack.encode(Reply(rank, describe(rank, world_size, data_parallel))))
         poller.register(socket, zmq.POLLIN)
         own[socket] = rank
     while True:
@@ -215,14 +217,14 @@ def serve_ranks(ranks: range, address: str, token: str, world: int, replicas: in
             socket.send(msgspec.msgpack.encode(Reply(own[socket], METRICS | result)))
 
 
-def describe(rank: int, world: int, replicas: int) -> dict[str, Any]:
-    """Return `worker.Operations.describe` of a rank: `replicas` equal blocks of ranks."""
-    size = world // replicas
+def describe(rank: int, world_size: int, data_parallel: int) -> dict[str, Any]:
+    """Return `worker.Operations.describe` of a rank: `data_parallel` equal blocks of ranks."""
+    size = world_size // data_parallel
     return {
         "rank": rank,
         "data_rank": rank // size,
-        "data_size": replicas,
-        "last_stage": rank == world - 1,
+        "data_parallel": data_parallel,
+        "last_stage": rank == world_size - 1,
         "leads_replica": rank % size == 0,
         "num_parameters": 0,
         "score_is_new": False,

@@ -55,7 +55,7 @@ def control_path() -> dict[str, Any]:
         print(f"{fault}: {json.dumps(found[fault], indent=1)}", flush=True)
     broken = [fault for fault, result in found.items() if not result["right"]]
     return {
-        "trainer ranks": GRID.world,
+        "trainer ranks": GRID.world_size,
         "engine ranks": ENGINES * ENGINE.num_ranks,
         "push.timeout_seconds": PUSH_SECONDS,
         "faults": found,
@@ -71,7 +71,7 @@ def _run(fault: str, folder: Path) -> dict[str, Any]:
         for name, (shape, _) in hf_tensors(HF, with_mtp=False).items()
     }
     port = free_port("127.0.0.1")
-    places = [("trainer", rank, 0) for rank in range(GRID.world)]
+    places = [("trainer", rank, 0) for rank in range(GRID.world_size)]
     places += [
         ("engine", member, rank) for member in range(ENGINES) for rank in range(ENGINE.num_ranks)
     ]
@@ -245,7 +245,7 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
 def _stay(store: TCPStore, fault: str) -> None:
     """Wait until the others are done: this rank's end is not to be their error."""
     if fault == "none":
-        store.wait([f"trainer{rank}" for rank in range(GRID.world)])
+        store.wait([f"trainer{rank}" for rank in range(GRID.world_size)])
     else:
         time.sleep(PUSH_SECONDS + 10)
 

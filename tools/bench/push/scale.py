@@ -233,8 +233,8 @@ def _order(case: ScaleCase) -> PushOrder:
     planner, engines = case.planner, case.planner.engines
     sets = engine_sets(engines.engines, SET_ENGINES)
     plans = plan_sets(planner, FORMS[case.form], sets)
-    ranks, world = engines.ranks_per_engine, planner.grid.world
-    return planned_order(plans, sets, ranks, world, colocated=case.colocated)
+    ranks, world_size = engines.ranks_per_engine, planner.grid.world_size
+    return planned_order(plans, sets, ranks, world_size, colocated=case.colocated)
 
 
 def _held_on_own_gpu(case: ScaleCase) -> float:

@@ -45,7 +45,7 @@ def kill(response: str, truth: object, **entry: object) -> Grade:
 FAULTS = ("hang", "leave", "eat", "kill")
 
 
-HOSTILE_SHARE, FAULT_SHARE, CODE_SHARE = 0.1, 0.001, 0.01
+HOSTILE_FRACTION, FAULT_FRACTION, CODE_FRACTION = 0.1, 0.001, 0.01
 TRUTHS = ("13", "x^2 + 1", r"\{1, 2\}", "x > 2", "(1, 2)", "north", "C")
 IN_FLIGHT = 256
 PATIENCE_SECONDS = 300.0
@@ -146,11 +146,11 @@ def soak_samples(num: int, seed: int = 0) -> list[LabelledResponse]:
     A tenth is hostile, each trick equally often; a thousandth hangs, crashes or exhausts memory; a
     hundredth is sandboxed programs, if a sandbox is available."""
     rng = random.Random(seed)
-    num_hostile, num_faults = int(num * HOSTILE_SHARE), int(num * FAULT_SHARE)
+    num_hostile, num_faults = int(num * HOSTILE_FRACTION), int(num * FAULT_FRACTION)
     batch = [_hostile(index, rng) for index in range(num_hostile)]
     batch += [_fault(FAULTS[index % len(FAULTS)]) for index in range(num_faults)]
     if "code" in REGISTRY:
-        batch += samples.code_samples(int(num * CODE_SHARE))
+        batch += samples.code_samples(int(num * CODE_FRACTION))
     batch += samples.format_samples(num // 20) + samples.language_samples(num // 20)
     missing = num - len(batch)
     batch += samples.math_groups(missing // samples.GROUP + 1, seed)[:missing]

@@ -43,9 +43,9 @@ def math_groups(num_groups: int, seed: int = 0) -> list[LabelledResponse]:
     samples = []
     for number in range(num_groups):
         truth, right, wrong = makers[number % len(makers)](rng)
-        share = rng.uniform(0.1, 0.9)
+        fraction = rng.uniform(0.1, 0.9)
         for _ in range(GROUP):
-            is_right = rng.random() < share
+            is_right = rng.random() < fraction
             answer = rng.choice(right if is_right else wrong)
             samples.append(
                 LabelledResponse("math", answered(answer), truth, float(is_right), answer)

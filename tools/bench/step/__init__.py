@@ -243,8 +243,8 @@ def _phases(chosen: argparse.Namespace) -> dict[str, Any]:
     medians = {name: median(line[name] for line in lines) for name in (*PHASES, *SHOWN)}
     print(f"median of {len(lines)} steps of {chosen.recipe} on {host.num_cores()} cores")
     for name, value in medians.items():
-        share = f"{value / medians['time/step']:6.1%}" if name in PHASES else ""
-        print(f"  {name:24} {value:12.4g}  {share}")
+        fraction = f"{value / medians['time/step']:6.1%}" if name in PHASES else ""
+        print(f"  {name:24} {value:12.4g}  {fraction}")
     return {"steps": len(lines), "recipe": Path(chosen.recipe).name, "medians": medians}
 
 

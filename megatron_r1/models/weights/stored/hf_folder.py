@@ -36,7 +36,7 @@ SCALES_FILE = "fp8_scales.safetensors"
 """The file of a converted checkpoint with the FP8 scales that its weights were dequantized with."""
 
 
-class HfWeights:
+class HFWeights:
     """The tensors of the safetensors checkpoint in `folder`, which has the configuration `hf`.
 
     Reads `model.safetensors.index.json` and its files, or one `model.safetensors`. Raises UserError

@@ -26,7 +26,7 @@ def rank(address, protect):
     socket.setsockopt(zmq.IDENTITY, identity(0))
     protect(socket)
     socket.connect(address)
-    socket.send(msgspec.msgpack.encode(Reply(0, {"data_size": 1})))
+    socket.send(msgspec.msgpack.encode(Reply(0, {"data_parallel": 1})))
     return socket
 
 
@@ -39,7 +39,7 @@ def test_a_rank_with_the_token_is_heard_and_others_are_not():
         ]
         assert await server.reply(1.0) is None
         friend = rank(server.address, lambda socket: protect_client(socket, "right"))
-        assert await server.reply(1e5) == Reply(0, {"data_size": 1})
+        assert await server.reply(1e5) == Reply(0, {"data_parallel": 1})
         await server.send(0, msgspec.msgpack.encode(Call("compute_logprobs")))
         assert await asyncio.to_thread(friend.poll)
         assert msgspec.msgpack.decode(friend.recv(), type=Call) == Call("compute_logprobs")

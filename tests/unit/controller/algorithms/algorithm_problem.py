@@ -12,7 +12,7 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, chained
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.packed import packed_batch
-from megatron_r1.trainer.token_advantages import ScoredRollout
+from megatron_r1.trainer.token_advantages import RolloutBatches
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -133,11 +133,11 @@ def ours(problem, name, settings, form=unchanged, corrected=unchanged, metrics=N
     every = [batch for step in steps for batch, _ in step]
     if algorithm.token_advantages is not None:
         function = find_function(algorithm.token_advantages)
-        scored = ScoredRollout(every)
-        scored.store(function(scored, form(config.rl.token_settings)))
+        rollout = RolloutBatches(every)
+        rollout.store(function(rollout, form(config.rl.token_settings)))
     if mask is not None:
-        scored = ScoredRollout(every)
-        masked = scored.mask(find_function(mask)(scored, config.rl.engine_mask_settings))
+        rollout = RolloutBatches(every)
+        masked = rollout.mask(find_function(mask)(rollout, config.rl.engine_mask_settings))
         (metrics if metrics is not None else {}).update(masked)
     loss, settings = chained(algorithm.loss, config.rl.loss_settings(LIMIT))
     settings = form(settings)

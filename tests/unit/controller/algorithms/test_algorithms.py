@@ -15,7 +15,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import NAMES, TokenSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.trainer.packed import packed_batch
-from megatron_r1.trainer.token_advantages import ScoredRollout, WholeResponses, discounted_sums
+from megatron_r1.trainer.token_advantages import RolloutBatches, WholeResponses, discounted_sums
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -162,8 +162,10 @@ def test_rewards_that_are_all_equal_are_normalized_to_0():
         [Sample.pack([1], [2] * n, None, 0.7) for n in (1, 4, 9)], TokenSplit(), torch.device("cpu")
     )
     settings = TokenSettings(0.0, 1.0, 1.0, "batch", advantage_epsilon=0.0)
-    scored = ScoredRollout([batch])
-    scored.store(find_function(algorithms.find("reinforce_pp").token_advantages)(scored, settings))
+    rollout = RolloutBatches([batch])
+    rollout.store(
+        find_function(algorithms.find("reinforce_pp").token_advantages)(rollout, settings)
+    )
     assert batch.advantages.abs().max() < 1e-6
 
 
@@ -197,9 +199,11 @@ def test_discounted_sums_are_the_loop_s_of_any_length(discount):
 def test_a_micro_batch_without_samples_is_left_as_it_is():
     batch = packed_batch([], TokenSplit(tensor_size=2), torch.device("cpu"))
     batch.logprobs["old"] = batch.logprobs["ref"] = torch.zeros(2)
-    scored = ScoredRollout([batch])
+    rollout = RolloutBatches([batch])
     settings = TokenSettings(0.1, 1.0, 1.0, "batch", advantage_epsilon=1e-6)
-    scored.store(find_function(algorithms.find("reinforce_pp").token_advantages)(scored, settings))
+    rollout.store(
+        find_function(algorithms.find("reinforce_pp").token_advantages)(rollout, settings)
+    )
     assert batch.advantages.tolist() == [0.0, 0.0]
 
 

@@ -82,7 +82,7 @@ def test_losses_and_token_advantages_reach_the_trainer_as_names(folder):
         "from megatron_r1.config.algorithms import AlgorithmRules\n"
         "PLAIN, CRITIC = AlgorithmRules(), AlgorithmRules(critic=True)\n"
         "def loss(batch, head, settings): ...\n"
-        "def token_advantages(scored, settings): ...\n"
+        "def token_advantages(rollout, settings): ...\n"
     )
     plain, critic = algorithms.find("several:PLAIN"), algorithms.find("several:CRITIC")
     assert plain.loss == critic.loss == "several:loss"

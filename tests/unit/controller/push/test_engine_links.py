@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1.config.rollout import PushConfig
+from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks, EngineSet
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.responses import EngineFault

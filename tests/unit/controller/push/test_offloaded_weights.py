@@ -10,7 +10,7 @@ from small_fleet import SmallFleet
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
-from megatron_r1.config.rollout import PushConfig
+from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.prober import OffloadedProber
@@ -72,7 +72,7 @@ class Client:
     async def resume(self):
         self.done.append("resume")
 
-    async def score(self, token_ids, first):
+    async def compute_logprobs(self, token_ids, first):
         self.done.append("score")
         return array("f", [-1.0] * (len(token_ids) - first))
 

@@ -10,7 +10,7 @@ from small_fleet import SmallFleet
 from torch.distributed import TCPStore
 
 from megatron_r1.base.errors import TrainerLost
-from megatron_r1.config.rollout import PushConfig
+from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.prober import Prober
 from megatron_r1.controller.push.pusher import WeightPusher

@@ -11,7 +11,7 @@ from small_fleet import SmallFleet
 from torch.distributed import TCPStore
 from waiting import PATIENT
 
-from megatron_r1.config.rollout import PushConfig
+from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
@@ -36,8 +36,8 @@ class Trainer:
 
     def __init__(self, tensors):
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        shared, self.senders = Shared(GRID.world), []
-        for rank in range(GRID.world):
+        shared, self.senders = Shared(GRID.world_size), []
+        for rank in range(GRID.world_size):
             held = held_by(DEEPSEEK, GRID, rank, tensors)
             client = TCPStore("127.0.0.1", self.store.port, is_master=False)
             sender = WeightSender(DEEPSEEK, GRID, held, client, shared.of(rank), rank=rank)

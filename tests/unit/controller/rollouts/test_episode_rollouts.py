@@ -2,14 +2,19 @@
 
 import asyncio
 from array import array
+from dataclasses import replace
+from itertools import chain
 from types import SimpleNamespace
 
+from megatron_r1.agents.tree import TokenTree
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import RolloutSampling
+from megatron_r1.controller.rollouts.rollout import RolloutSampling, training_samples
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.episodes import Branch, Episode, Played, Turn
+from megatron_r1.engines.server.responses import Response
+from megatron_r1.models.sampling_mask import from_lists
 
 PROMPTS = [make_prompt(f"row {i}", "environment", None, {}) for i in range(3)]
 SAMPLING = RolloutSampling(2, 1.0, 1.0, 64, reward_weights={"accuracy": 1.0})
@@ -79,3 +84,47 @@ def test_a_group_with_an_episode_that_failed_is_played_again(tmp_path):
     assert again.played == ["row 1"] * 2 and num_replayed == 2
     assert all(graded.is_graded for group in repaired for graded in group.responses)
     assert repaired[0] == groups[0]
+
+
+class TwoTurns:
+    """Plays episodes of two sampled turns with a given token between them."""
+
+    async def play(self, prompt, generate, max_tokens):
+        tree, node = TokenTree(), None
+        for given in ([1, 2], [3]):
+            node = tree.add_given(node, given, [{"role": "user", "content": "go"}])
+            answer = await generate(tree.token_ids(node), max_tokens)
+            node = tree.add_sampled(node, answer, {"role": "assistant", "content": "yes"})
+        turns = [Turn("assistant", "yes", 2, True, 4)]
+        return Played(Episode("done", turns, tree.branches(), 1, 0, 0.1, 0.2), "yes", 1.0)
+
+
+def test_turns_drawn_from_a_part_of_the_vocabulary_are_samples_with_what_was_kept(tmp_path):
+    asked = []
+
+    async def generate(token_ids, *, n, top_p, top_k, min_p, sampling_mask, **_):
+        asked.append((n, top_p, top_k, min_p, sampling_mask))
+        ids = [10 + len(token_ids), 20]
+        kept = from_lists([[0, ids[0]], [20, 30, 31]])
+        numbers = array("f", [-1, -2]), array("i", [4, 4])
+        return [Response(array("i", ids), *numbers, "stop", sampling_mask=kept)]
+
+    fleet = SimpleNamespace(generate=generate, members=FLEET.members)
+    cut = replace(SAMPLING, top_p=0.9, top_k=8, min_p=0.1, sampling_mask=True)
+
+    async def run():
+        log = SampleLog(tmp_path)
+        collector = RolloutCollector(fleet, None, TEXT, RewardsConfig(), player=TwoTurns())
+        try:
+            return (await collector.collect(PROMPTS[:1], cut, await log.step(1))).groups
+        finally:
+            await log.close()
+
+    made, recalled = asyncio.run(run()), asyncio.run(run())
+    assert set(asked) == {(1, 0.9, 8, 0.1, True)} and len(asked) == 4
+    for groups in (made, recalled):
+        for sample in chain.from_iterable(training_samples(groups, [[0.5, 0.5]])):
+            assert array("i", bytes(sample.token_ids)).tolist() == [1, 2, 12, 20, 3, 15, 20]
+            assert sample.sampling_mask == from_lists(
+                [[0, 12], [20, 30, 31], [], [0, 15], [20, 30, 31]]
+            )

@@ -23,6 +23,7 @@ from megatron_r1.controller.rollouts.sample_log import (
 from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
+from megatron_r1.models.sampling_mask import from_lists
 
 PROMPTS = [make_prompt(f"question {i}", "math", str(i), {}) for i in range(8)]
 PAYLOADS = [b"first", b"", b"third, \xf5mr1 within", bytes(range(256))]
@@ -77,6 +78,7 @@ def graded_response(draw: random.Random, reward: float, *ungraded: str) -> Grade
         draw.choice(["stop", "length"]),
         draw.randbytes(3 * length),
         draw.choice(["", "engine-1"]),
+        draw.choice([b"", from_lists([[1, 2 + at] for at in range(length)])]),
     )
     text = draw.choice(["", "half an emoji: \ud83d", "x² = 9"])
     rewards = {"accuracy": reward, "format": draw.random()}
@@ -90,12 +92,12 @@ def group(index: int, *rewards: float, ungraded: tuple[str, ...] = ()) -> Group:
 
 
 def test_a_record_of_an_earlier_version_is_read_without_engine_and_sampling():
-    sampling = SamplingRecord(0.7, 0.9, 64, (1, 2), ("</answer>",))
+    sampling = SamplingRecord(0.7, 0.9, 64, (1, 2), ("</answer>",), 40, 0.1)
     whole = msgspec.msgpack.decode(encode(pack(3, group(3, 1.0), "", sampling)))
     assert decode(msgspec.msgpack.encode(whole)).sampling == sampling
     # Records are arrays: those of before end earlier.
     before = whole[:-1]
-    before[4] = [response[:-1] for response in before[4]]
+    before[4] = [response[:-2] for response in before[4]]
     read = decode(msgspec.msgpack.encode(before))
     assert read.sampling is None
     kept, expected = unpack(read, PROMPTS[3]), group(3, 1.0)

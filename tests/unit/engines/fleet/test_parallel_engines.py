@@ -109,9 +109,9 @@ def test_what_engines_can_serve_is_not(hf, settings):
 
 
 def test_what_cannot_be_pushed_to_is_refused_too():
-    check_pushes(config(tensor=4), DENSE, num_ranks=1)
+    check_pushes(config(tensor=4), DENSE, world_size=1)
     with refused("rollout.tensor", Cause.INDIVISIBLE, 90):
-        check_pushes(config(tensor=4), DENSE | {"intermediate_size": 90}, num_ranks=1)
+        check_pushes(config(tensor=4), DENSE | {"intermediate_size": 90}, world_size=1)
 
 
 def test_the_layout_is_the_recipes():
@@ -197,8 +197,8 @@ def test_the_large_recipes_push_from_stages_with_mtp_layers(name):
     changed = {"model.mtp": "none"}
     without = load(ROOT / f"examples/deepseek_r1/{name}.yaml", changed)
     with refused("rollout.speculative.method", Cause.CONFLICT):
-        check_pushes(without, hf, num_ranks=2048)
+        check_pushes(without, hf, world_size=2048)
     changed["rollout.speculative.method"] = "none"
     without = load(ROOT / f"examples/deepseek_r1/{name}.yaml", changed)
     with refused("parallel.pipeline_layout", Cause.CONFLICT):
-        check_pushes(without, hf, num_ranks=2048)
+        check_pushes(without, hf, world_size=2048)

@@ -14,9 +14,7 @@ class OneEngine:
 
     def __init__(self):
         server = SimpleNamespace(is_lost=False)
-        self.engine = SimpleNamespace(
-            name="engine-0", is_up=True, is_leaving=False, server=server, end=self.end
-        )
+        self.engine = SimpleNamespace(name="engine-0", is_up=True, server=server, end=self.end)
         self.up, self.failure, self.starts = [self.engine], None, 0
 
     async def end(self):

@@ -17,12 +17,17 @@ class Logprobs(NamedTuple):
     cu_num_generated_tokens: list[int] | None = None
 
 
+class SamplingMasks(NamedTuple):
+    token_ids: np.ndarray
+    offsets: np.ndarray | None = None
+
+
 def output(request: str, token: int, **fields: Any) -> SimpleNamespace:
     logprobs = Logprobs(np.array([[token]]), np.array([[-token / 2]]), np.array([0]))
     others = dict.fromkeys(OTHER_FIELDS)
     return SimpleNamespace(
         **{"request_id": request, "new_token_ids": [token], "new_logprobs": logprobs}
-        | {"prefill_stats": None}
+        | {"prefill_stats": None, "new_sampling_mask": None}
         | others
         | fields
     )
@@ -48,6 +53,19 @@ def test_a_response_is_sent_whole_when_it_ends():
     assert sent.new_logprobs.sampled_token_ranks.tolist() == [0, 0, 0]
     assert held.release()[0][0].new_token_ids == [5, 6, 7]  # b's
     assert held.release() == {}
+
+
+def test_sampling_masks_are_joined_token_by_token():
+    held = HeldOutputs()
+    one = SamplingMasks(np.array([4, 9], np.int32))
+    drafted = SamplingMasks(np.array([1, 2, 3], np.int32), np.array([0, 1, 3]))
+    assert step(held, output("a", 9, new_sampling_mask=one)) == []
+    assert step(held, output("a", 3, new_token_ids=[1, 3], new_sampling_mask=drafted)) == []
+    none = SamplingMasks(np.array([], np.int32))
+    (sent,) = step(held, output("a", 7, new_sampling_mask=none, finish_reason="stop"))
+    assert sent.new_token_ids == [9, 1, 3, 7]
+    assert sent.new_sampling_mask.token_ids.tolist() == [4, 9, 1, 2, 3]
+    assert sent.new_sampling_mask.offsets.tolist() == [0, 2, 3, 5, 5]
 
 
 def test_clients_that_read_every_token_get_it_at_once():

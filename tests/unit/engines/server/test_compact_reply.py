@@ -18,7 +18,7 @@ from fakes.loopback import serving
 from megatron_r1.base.errors import RunError
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.replies import MEDIA_TYPE
-from megatron_r1.engines.server.responses import EngineFault
+from megatron_r1.engines.server.responses import EngineFault, first_tokens
 from megatron_r1.models.experts import RoutingShape
 
 SHAPE = RoutingShape(num_layers=4, moe_layers=(1, 3), topk=2, num_experts=8)
@@ -83,7 +83,7 @@ def as_bytes(choices) -> bytes:
     return struct.pack("<I", len(encoded)) + encoded + tokens + experts
 
 
-def responses_to(body: bytes, media_type: str, *, n: int, routing=SHAPE):
+def responses_to(body: bytes, media_type: str, *, n: int, routing=SHAPE, **asked):
     async def run():
         async def handle(request):
             assert request.path == "/inference/v1/generate"
@@ -91,9 +91,76 @@ def responses_to(body: bytes, media_type: str, *, n: int, routing=SHAPE):
             return web.Response(body=body, content_type=media_type)
 
         async with serving(handle) as url, EngineClient(url, vocab_size=50) as client:
-            return await client.generate(PROMPT, n=n, max_tokens=9, routing=routing)
+            return await client.generate(PROMPT, n=n, max_tokens=9, routing=routing, **asked)
 
     return asyncio.run(run())
+
+
+def with_masks(choices, masks) -> tuple[bytes, bytes]:
+    """A reply as JSON and as bytes, its choices without experts and with kept tokens."""
+    body = json.loads(as_json(choices))
+    header = {"choices": []}
+    tokens = b""
+    for (ids, logprobs, spans, finish_reason, _), kept, each in zip(
+        choices, masks, body["choices"], strict=True
+    ):
+        each["sampling_mask"] = kept
+        numbers = [len(row) for row in kept] + [token for row in kept for token in row]
+        header["choices"].append(
+            {
+                "num_tokens": len(ids),
+                "finish_reason": finish_reason,
+                "weight_versions": named(spans),
+                "sampling_mask": 4 * len(numbers),
+            }
+        )
+        tokens += struct.pack(f"<{len(ids)}i{len(ids)}f", *ids, *logprobs)
+        tokens += struct.pack(f"<{len(numbers)}i", *numbers)
+    encoded = json.dumps(header).encode()
+    return json.dumps(body).encode(), struct.pack("<I", len(encoded)) + encoded + tokens
+
+
+CUT = {"routing": None, "top_k": 4, "sampling_mask": True}
+
+
+def test_kept_tokens_come_as_bytes_and_in_json():
+    choices = [
+        choice([-0.5, -0.25, 0.0], [("3", 0, 3)], routed=False),
+        choice([], [], "abort", routed=False),
+        choice([-0.25], [("4", 0, 1)], "length", routed=False),
+    ]
+    as_text, as_numbers = with_masks(choices, [[[0, 9], [3, 7, 8], [14]], [], [[0, 49]]])
+    found = responses_to(as_numbers, MEDIA_TYPE, n=3, **CUT)
+    assert found == responses_to(as_text, "application/json", n=3, **CUT)
+    counts_and_ids = [2, 3, 1, 0, 9, 3, 7, 8, 14], [], [2, 0, 49]
+    assert [list(array("i", each.sampling_mask)) for each in found] == [*counts_and_ids]
+    assert (
+        first_tokens(found[0], 3, 2, "stop").sampling_mask
+        == array("i", [2, 3, 0, 9, 3, 7, 8]).tobytes()
+    )
+    # Without the request for them they are read and dropped.
+    uncut = responses_to(as_numbers, MEDIA_TYPE, n=3, routing=None)
+    assert [each.sampling_mask for each in uncut] == [b""] * 3
+
+
+@pytest.mark.parametrize(
+    ("kept", "shows"),
+    [
+        ([], ["0 numbers", "2 tokens"]),
+        ([[0, 1], [6, 8]], ["token 7", "2"]),
+        ([[0], []], ["token 7", "return-sampling-mask"]),
+        ([[0], [7, 50]], ["50"]),
+        ([[0], [7, 7]], ["rise"]),
+        ([[0], [7], [8]], ["numbers"]),
+    ],
+)
+def test_kept_tokens_that_do_not_fit_are_refused(kept, shows):
+    choices = [choice([-0.5, -0.25], [("3", 0, 2)], routed=False)]
+    as_text, as_numbers = with_masks(choices, [kept])
+    for body, kind in ((as_text, "application/json"), (as_numbers, MEDIA_TYPE)):
+        with pytest.raises(EngineFault) as caught:
+            responses_to(body, kind, n=1, **CUT)
+        assert all(word in str(caught.value) for word in shows) or not kept, str(caught.value)
 
 
 @pytest.mark.parametrize("routing", [SHAPE, None])

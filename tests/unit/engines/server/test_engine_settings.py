@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
@@ -21,3 +22,12 @@ def test_the_blocks_of_the_cache_are_vllms_unless_set():
     assert made[made.index("--block-size") + 1] == "64"
     with refused("rollout.kv_block_tokens", Cause.MALFORMED, 32):
         arguments(kv_block_tokens=48)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_engines_that_return_kept_tokens_run_vllms_second_runner_on_a_gpu(device):
+    settings = EngineSettings(device=device, return_sampling_mask=True)
+    assert "--return-sampling-mask" in settings.arguments(Path("model"))
+    runner = settings.environment().get("VLLM_USE_V2_MODEL_RUNNER")
+    assert runner == ("1" if device == "cuda" else None)
+    assert "--return-sampling-mask" not in arguments()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.models.weights import hf_tensors
-from megatron_r1.models.weights.stored.hf_folder import HfWeights, KnownScales
+from megatron_r1.models.weights.stored.hf_folder import HFWeights, KnownScales
 from megatron_r1.models.weights.stored.quantized_blocks import quantize_fp8
 
 HF = {
@@ -33,7 +33,7 @@ def write_weights(folder, scales):
 def test_scales_of_any_float_type_are_read_as_their_values(tmp_path, dtype):
     scales = torch.tensor([[0.0123], [3.21]]).to(dtype)
     codes = write_weights(tmp_path, scales)
-    with HfWeights(tmp_path, HF) as weights:
+    with HFWeights(tmp_path, HF) as weights:
         weights.check(with_mtp=False)
         values = weights.read(NAME, 0, 0, 192)
         assert torch.equal(weights.scales(NAME), scales.float())
@@ -49,7 +49,7 @@ def test_exponents_alone_are_powers_of_two(tmp_path, exponents, is_named):
     codes = write_weights(tmp_path, stored.view(torch.float8_e8m0fnu) if is_named else stored)
     expected = torch.tensor([[2.0 ** (exponent - 127)] for exponent in exponents])
     assert torch.equal(expected, stored.view(torch.float8_e8m0fnu).float())  # torch's own reading
-    with HfWeights(tmp_path, HF) as weights:
+    with HFWeights(tmp_path, HF) as weights:
         weights.check(with_mtp=False)
         assert torch.equal(weights.scales(NAME), expected)
         values = weights.read(NAME, 0, 0, 192)
@@ -60,7 +60,7 @@ def test_exponents_alone_are_powers_of_two(tmp_path, exponents, is_named):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e5m2])
 def test_scales_of_another_kind_are_refused_by_name(tmp_path, dtype):
     write_weights(tmp_path, torch.ones(2, 1).to(dtype))
-    with HfWeights(tmp_path, HF) as weights, refused("weights", Cause.CONFLICT, NAME, "F8_E8M0"):
+    with HFWeights(tmp_path, HF) as weights, refused("weights", Cause.CONFLICT, NAME, "F8_E8M0"):
         weights.check(with_mtp=False)
 
 

@@ -7,7 +7,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.weights.adapter_table import adapter_shapes, adapter_table
-from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.published import published_tensors, stacked_part
 from megatron_r1.push.plan.from_recipe import check_blocks
 from megatron_r1.push.plan.planner import EngineLayout
@@ -39,7 +39,7 @@ def packed_tensors():
 def test_experts_are_what_transformers_dequantizes(tmp_path):
     tensors = packed_tensors()
     save_file(tensors, tmp_path / "model.safetensors")
-    with HfWeights(tmp_path, HF) as weights:
+    with HFWeights(tmp_path, HF) as weights:
         weights.check(with_mtp=False)
         assert weights.tensors.keys() >= {
             EXPERTS + "2.up_proj.weight",
@@ -86,7 +86,7 @@ def test_a_folder_with_other_tensors_is_refused(tmp_path, change, shows):
     tensors = packed_tensors()
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    with HfWeights(tmp_path, HF) as weights, refused("weights", Cause.CONFLICT, *shows):
+    with HFWeights(tmp_path, HF) as weights, refused("weights", Cause.CONFLICT, *shows):
         weights.check(with_mtp=False)
 
 

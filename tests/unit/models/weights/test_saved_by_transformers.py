@@ -13,7 +13,7 @@ from megatron_r1.config import Config
 from megatron_r1.engines.server.settings import config_arguments
 from megatron_r1.models.hf_config import as_read, load_config, num_mtp_layers, read_hf_config
 from megatron_r1.models.supported import check_supported
-from megatron_r1.models.weights.stored.hf_folder import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.hf_writing import write_config
 
 SIZES = {
@@ -50,7 +50,7 @@ def test_a_model_without_tensors_of_mtp_layers_is_read_without_them(name, tmp_pa
     hf = read_hf_config(tmp_path)
     assert num_mtp_layers(hf) == 0
     check_supported(hf)
-    with HfWeights(tmp_path, hf) as weights:
+    with HFWeights(tmp_path, hf) as weights:
         weights.check(with_mtp=True)
     assert any("MTP" in sentence for sentence in as_read(tmp_path))
     recipe = Config(model={"path": str(tmp_path), "mtp": "train"})

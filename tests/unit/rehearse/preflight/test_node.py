@@ -13,7 +13,7 @@ from megatron_r1.rehearse.preflight.facts import Place
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.reporting.run_folder import RunFolder
 
-ALONE = Place(rank=0, world_size=1, local_rank=0, local_size=1, host="here")
+ALONE = Place(rank=0, world_size=1, local_rank=0, local_world_size=1, host="here")
 
 
 @pytest.fixture

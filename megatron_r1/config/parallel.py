@@ -1,10 +1,8 @@
-"""Settings of the trainer: its parallel layout, its optimizer with the learning rate of each step,
-and FP8 products."""
+"""Section `parallel`: how the model is divided over trainer ranks."""
 
-import math
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.section import Section
@@ -62,8 +60,9 @@ class ParallelConfig(Section):
     so that activations take 1.5 GiB, or less where memory is short"""
     share_prompts: bool = False
     """compute a prompt once for all its responses in a micro-batch, and a turn once for all
-    branches that continue it; on a CPU, without context parallelism, routing replay and MTP
-    training. Gradients are the same"""
+    branches that continue it; on a CPU, without context parallelism, attention windows or
+    softmax offsets, routing replay, a router's bias that is updated and MTP training. Gradients are
+    the same"""
     threads: int | None = None
     """CPU threads per rank; default: cores / ranks"""
     wait_seconds: float = Field(7200.0, gt=0)
@@ -75,7 +74,7 @@ class ParallelConfig(Section):
         """The setting `tokens_per_microbatch`, or its default on GPUs."""
         return self.tokens_per_microbatch or DEFAULT_TOKENS
 
-    def num_replicas(self, world_size: int) -> int:
+    def data_parallel(self, world_size: int) -> int:
         """Return the data-parallel size: the number of model replicas with different samples."""
         return world_size // (self.tensor * self.pipeline * self.context)
 
@@ -111,95 +110,3 @@ class ParallelConfig(Section):
                     key="parallel",
                     cause=Cause.INDIVISIBLE,
                 )
-
-
-class OptimizerConfig(Section):
-    """Adam, its learning rate over the run, and the memory of its state."""
-
-    learning_rate: float = Field(3e-6, gt=0)
-    """after warm-up (the paper: 3e-6)"""
-    min_learning_rate: float = Field(0.0, ge=0)
-    """learning rate at the end of the decay"""
-    warmup: int = Field(0, ge=0)
-    """linear warm-up, in updates (optimizer steps)"""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """how the learning rate falls after warm-up, to min_learning_rate at the end of the run"""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """Adam's decay of the gradient's mean"""
-    beta2: float = Field(0.95, ge=0, lt=1)
-    """Adam's decay of the gradient's square"""
-    epsilon: float = Field(1e-8, gt=0)
-    """Adam's, added to the root of the square"""
-    weight_decay: float = Field(0.1, ge=0)
-    """AdamW's: a step takes learning rate x this of a weight, norms and biases apart; 0: none"""
-    clip_grad: float = Field(1.0, gt=0)
-    """largest global norm of the gradient"""
-    moments: Literal["float32", "bfloat16"] = "float32"
-    """dtype of Adam's moments; bfloat16: DeepSeek-V3's, 4 bytes a parameter less"""
-
-
-class FP8Config(Section):
-    """FP8 products of the linear layers: kind of scales and number formats."""
-
-    recipe: Literal["none", "blockwise", "tensorwise", "mxfp8"] = "none"
-    """how the linear layers' products are scaled; blockwise: DeepSeek-V3's. See docs/fp8.md"""
-    format: Literal["e4m3", "hybrid"] | None = None
-    """hybrid: output gradients in e5m2; default: e4m3, for tensorwise hybrid"""
-    scales: Literal["power_of_two", "float32"] | None = None
-    """values of a tile's scale; default: power_of_two, for tensorwise float32"""
-
-    @property
-    def gradient_format(self) -> str:
-        """The format that output gradients are rounded to: e4m3 or e5m2."""
-        chosen = self.format or ("hybrid" if self.recipe == "tensorwise" else "e4m3")
-        return "e5m2" if chosen == "hybrid" else "e4m3"
-
-    @property
-    def scale_kind(self) -> str:
-        """The values that a tile's scale may have: power_of_two or float32."""
-        return self.scales or ("float32" if self.recipe == "tensorwise" else "power_of_two")
-
-    @model_validator(mode="after")
-    def _scales_of_recipe(self) -> Self:
-        if self.recipe == "mxfp8" and self.scales == "float32":
-            raise UserError(
-                "fp8.scales: float32 is not possible with fp8.recipe mxfp8, whose scales are "
-                "powers of two by definition; use power_of_two, or fp8.recipe blockwise",
-                key="fp8.scales",
-                cause=Cause.CONFLICT,
-            )
-        return self
-
-
-def learning_rate(settings: OptimizerConfig, step: int, total: int) -> float:
-    """Return the rate of optimizer step `step` (from 1) of `total`: linear warm-up, then a constant
-    rate or the linear or cosine decay to the minimum.
-
-    Args:
-        settings: the recipe's section.
-        step: from 1.
-        total: optimizer steps of the run.
-    """
-    if step <= settings.warmup:
-        return settings.learning_rate * step / settings.warmup
-    if settings.decay == "constant":
-        return settings.learning_rate
-    progress = min(1.0, (step - settings.warmup) / max(1, total - settings.warmup))
-    left = (
-        1.0 - progress if settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    )
-    low = settings.min_learning_rate
-    return low + (settings.learning_rate - low) * left
-
-
-def warmup_note(settings: OptimizerConfig, total: int) -> str:
-    """Return a sentence where the warm-up takes all of `total` optimizer steps, "" where it does
-    not: the rate would reach its value in the last of them, or never."""
-    if settings.warmup < max(1, total):
-        return ""
-    highest = learning_rate(settings, total, total)
-    return (
-        f"optimizer.warmup: {settings.warmup:,} takes all {total:,} optimizer steps of the run, "
-        f"whose learning rate rises to {highest:.3g} of {settings.learning_rate:.3g}: lower it, or "
-        "raise run.steps"
-    )

@@ -1,0 +1,158 @@
+"""Softmax statistics of the tokens that a sampler kept, and their gradient, in PyTorch.
+
+Formulae: `softmax_triton`, with the sums over the kept ids alone. Only their logits are read: a few
+dozen of a vocabulary, so that there is less to compute than without a cut."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from r1_kernels.precision import wide
+from r1_kernels.sampling_mask import KeptRows
+from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
+
+
+class _Own(NamedTuple):
+    """The kept ids among a shard's columns, each (n,) int64, row by row.
+
+    Attributes:
+        places: where in `KeptRows.token_ids` they are; a slice where they follow each other.
+        rows: the row of each.
+        columns: the shard's column of each.
+        lengths: (T,) how many each row has."""
+
+    places: slice | Tensor
+    rows: Tensor
+    columns: Tensor
+    lengths: Tensor
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Return sums of (n, …) values over each row, (T, …)."""
+        # In fp64: it adds one value after the other, so that fp32 would lose digits of long rows.
+        sums = torch.segment_reduce(values.double(), "sum", lengths=self.lengths, initial=0)
+        return sums.to(values.dtype)
+
+
+def kept_statistics(
+    logits: Tensor, targets: Tensor, shard: VocabShard, scale: float, kept: KeptRows
+) -> Tensor:
+    """Compute this shard's part of each row's softmax over its kept tokens.
+
+    Args:
+        logits: (T, V_local).
+        targets: (T,) ids of the whole vocabulary.
+        shard: the part of the vocabulary that the columns are.
+        scale: 1 / temperature.
+        kept: the kept ids of the T rows.
+
+    Returns:
+        (4, T) `vocabulary.STATISTICS` in fp32, or in fp64 for fp64 logits; the logit of a target
+        that was not kept is NaN."""
+    own = _own(kept, shard)
+    z = _gathered(logits, own.rows, own.columns).to(wide(logits.dtype))
+    peak = torch.segment_reduce(z, "max", lengths=own.lengths, initial=float("-inf"))
+    x = _below_peak(z, peak, own.rows, scale)
+    e = x.exp()
+    # -inf · 0 counts as 0, its limit; e is 0 long before x reaches -1000.
+    total, moment = own.sums(torch.stack([e, x.clamp(min=-1000.0) * e], 1)).unbind(1)
+    local = targets - shard.first
+    here = (local >= 0) & (local < shard.num_real)
+    chosen = torch.where(here, torch.full_like(peak, torch.nan), 0.0)  # unless it was kept
+    at = (own.columns == local[own.rows]).nonzero()[:, 0]
+    chosen[own.rows[at]] = z[at]
+    out = (peak, total, moment, chosen)
+    assert len(out) == len(STATISTICS)
+    return torch.stack(out)
+
+
+def kept_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    scale: float,
+    upstream: RowUpstream,
+    kept: KeptRows,
+) -> Tensor:
+    """Compute the gradient of the logits of the kept tokens.
+
+    Rows whose two upstream gradients are 0 get 0.
+
+    Args:
+        logits: (T, V_local).
+        targets: (T,) ids of the whole vocabulary.
+        shard: the part of the vocabulary that the columns are.
+        scale: 1 / temperature.
+        upstream: parts of the softmax and the upstream gradients, each (T,).
+        kept: the kept ids of the T rows.
+
+    Returns:
+        (N,) fp32, or fp64 for fp64 logits, one for each of `kept.token_ids` that is in these rows
+        and in this shard; the others are not defined."""
+    entropy, peak, log_total, grad_logprobs, grad_entropy = upstream
+    own = _own(kept, shard)
+    z = _gathered(logits, own.rows, own.columns).to(peak.dtype)
+    log_p = _below_peak(z, peak, own.rows, scale) - log_total[own.rows]
+    grad = grad_logprobs * scale
+    needed = grad != 0
+    factor = -grad[own.rows]
+    if grad_entropy is not None:
+        # d H / d z = -c p (log p + H)
+        slope = grad_entropy * scale
+        needed = needed | (slope != 0)
+        factor = factor - slope[own.rows] * (log_p.clamp(min=-1000.0) + entropy[own.rows])
+    d = log_p.exp_().mul_(factor)
+    at = (own.columns == (targets - shard.first)[own.rows]).nonzero()[:, 0]
+    d[at] += grad[own.rows[at]]
+    if not needed.all():
+        d[~needed[own.rows]] = 0.0
+    values = d.new_empty(len(kept.token_ids))
+    values[own.places] = d
+    return values
+
+
+def kept_scatter(values: Tensor, shard: VocabShard, kept: KeptRows, out: Tensor) -> Tensor:
+    """Write the kept tokens' values, and 0 to all other columns, to `out`; return `out`.
+
+    Args:
+        values: (N,), one for each of `kept.token_ids`; those outside these rows or this shard are
+            not read.
+        shard: the part of the vocabulary that the columns are.
+        kept: the kept ids of the T rows.
+        out: (T, V_local) of any float."""
+    own = _own(kept, shard)
+    out.zero_()
+    out[own.rows, own.columns] = values[own.places].to(out.dtype)
+    return out
+
+
+def _own(kept: KeptRows, shard: VocabShard) -> _Own:
+    """Return the kept ids of the shard."""
+    lengths = kept.ends - kept.starts
+    rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    places: slice | Tensor = slice(0, 0)
+    if len(rows):
+        first = int(kept.starts[0])
+        places = slice(first, first + len(rows))
+        if int(kept.ends[-1]) != places.stop:  # rows in between are left out
+            before = lengths.cumsum(0) - lengths
+            places = torch.arange(len(rows), device=lengths.device) + (kept.starts - before)[rows]
+    columns = kept.token_ids[places].to(torch.int64) - shard.first
+    if shard.group is not None or shard.num_real < shard.vocab_size:
+        here = ((columns >= 0) & (columns < shard.num_real)).nonzero()[:, 0]
+        places = here + places.start if isinstance(places, slice) else places[here]
+        rows, columns = rows[here], columns[here]
+        lengths = rows.bincount(minlength=len(lengths))
+    return _Own(places, rows, columns, lengths)
+
+
+def _gathered(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return logits[rows, columns], (n,)."""
+    if not logits.is_contiguous():
+        return logits[rows, columns]
+    return logits.view(-1).index_select(0, rows * logits.shape[1] + columns)
+
+
+def _below_peak(z: Tensor, peak: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """Return (z - peak) · scale; in a row of only -inf, subtract 0."""
+    return (z - torch.where(torch.isneginf(peak), 0.0, peak)[rows]) * scale

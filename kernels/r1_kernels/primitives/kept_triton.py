@@ -1,0 +1,319 @@
+"""Softmax statistics of the tokens that a sampler kept, and their gradient.
+
+Formulae: `softmax_triton`, with the sums over the kept ids alone. One program computes one row, for
+the reason given there. Per kept id, kept_statistics reads the id and its logit, 4 + b bytes;
+kept_gradient reads the same and writes 4; kept_scatter reads 8 and writes the whole row, 2 or 4
+bytes per logit, once. A gathered logit moves 32 bytes of memory, but a row keeps a few dozen ids,
+and its other logits are not read.
+
+The gradient takes two kernels, because it may be written over the logits: a row's zeros must come
+after every program's last read of it, and the launch between them is that order. With a vocabulary
+spread over ranks, an all-gather of the statistics falls between the first kernel and the second
+(`r1_kernels.vocabulary`); ids of other ranks' columns are read and left out.
+
+A row may keep none of a shard's ids: peak -inf and sums 0, which add nothing to the other ranks'.
+A target that is a column of this shard and was not kept makes its statistics NaN, which shows in
+the loss."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r1_kernels.primitives.softmax_triton import (
+    LN2,
+    LOG2E,
+    _alignment,
+    _check_rows,
+    _fold,
+    _gradient,
+)
+from r1_kernels.sampling_mask import KeptRows
+from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
+
+# A row keeps a few dozen ids, so a program is one warp, with a turn of its loop for 128 of them.
+LANES = 32
+LOADS = 4
+# Ids per turn of kept_gradient: one warp, two loads in flight per thread.
+GRADIENT_IDS = 64
+# Columns and ids per turn of kept_scatter. Its zeros are 16-byte stores of all threads.
+SCATTER_BLOCK = 4096
+SCATTER_IDS = 128
+SCATTER_WARPS = 4
+
+
+@triton.jit
+def _gather(token_ids, line, start, count, place, first, real):
+    """Return columns of the ids at start + place, which of them are this shard's, and their logits,
+    -inf where they are not."""
+    inside = place < count
+    column = tl.load(token_ids + start + place, mask=inside, other=0) - first
+    here = inside & (column >= 0) & (column < real)
+    z = tl.load(line + column, mask=here, other=float("-inf")).to(tl.float32)
+    return column, here, z
+
+
+@triton.jit
+def kept_statistics_kernel(
+    logits,  # in: (T, V_local) any float, rows `row_stride` elements apart
+    targets,  # in: (T,) integers, ids of the whole vocabulary
+    token_ids,  # in: (N,) int32, ids of the whole vocabulary
+    starts,  # in: (T,) int64, of each row in token_ids
+    ends,  # in: (T,) int64
+    statistics,  # out: (4, T) fp32, `vocabulary.STATISTICS`
+    row_stride,
+    num_rows,  # T
+    first,  # id of the shard's first column
+    real,  # columns before the padding
+    scale,  # c
+    LANES: tl.constexpr,  # threads of the program
+    LOADS: tl.constexpr,  # ids in flight per thread
+):
+    """Compute the statistics of one row's kept tokens; grid (T,)."""
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * row_stride
+    local = tl.load(targets + row).to(tl.int64) - first
+    target_here = (local >= 0) & (local < real)
+    start = tl.load(starts + row)
+    count = (tl.load(ends + row) - start).to(tl.int32)
+    lane = tl.arange(0, LANES)
+    to_base2 = scale * LOG2E
+    peak = tl.full((LANES,), float("-inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    moment = tl.zeros((LANES,), tl.float32)  # in base 2
+    chosen = tl.zeros((LANES,), tl.float32)
+    hits = tl.zeros((LANES,), tl.int32)
+    for turn in range(0, count, LOADS * LANES):
+        loaded = ()  # a tuple that grows in the loop, which Triton unrolls
+        for i in tl.static_range(LOADS):
+            place = turn + i * LANES + lane
+            column, here, z = _gather(token_ids, line, start, count, place, first, real)
+            is_target = here & (column == local)
+            chosen = tl.where(is_target, z, chosen)
+            hits = tl.where(is_target, 1, hits)
+            loaded = loaded + (z[:, None],)  # type: ignore[assignment]  # see above
+        peak, total, moment = _fold(loaded, peak, total, moment, to_base2)
+    row_peak = tl.max(peak, 0)
+    base = tl.where(row_peak == float("-inf"), 0.0, row_peak)
+    shift = tl.where(peak == float("-inf"), 0.0, (peak - base) * to_base2)
+    fade = tl.exp2(shift)
+    row_moment = tl.sum(fade * (moment + tl.maximum(shift, -1000.0) * total), 0) * LN2
+    row_total = tl.sum(fade * total, 0)
+    row_chosen = tl.sum(chosen, 0)
+    lost = target_here & (tl.sum(hits, 0) == 0)
+    tl.store(statistics + row, row_peak)
+    tl.store(statistics + num_rows + row, row_total)
+    tl.store(statistics + 2 * num_rows + row, row_moment)
+    tl.store(statistics + 3 * num_rows + row, tl.where(lost, float("nan"), row_chosen))
+
+
+@triton.jit
+def kept_gradient_kernel(
+    # Tensors: what `kept_statistics_kernel` read, `RowUpstream`, and the result.
+    logits,  # in: (T, V_local) any float, rows `row_stride` elements apart
+    targets,  # in: (T,) integers, ids of the whole vocabulary
+    token_ids,  # in: (N,) int32
+    starts,  # in: (T,) int64
+    ends,  # in: (T,) int64
+    peak,  # in: (T,) fp32, m over the kept tokens of all ranks
+    log_total,  # in: (T,) fp32, log S
+    entropy,  # in: (T,) fp32, read only with HAS_ENTROPY
+    grad_logprobs,  # in: (T,) fp32, g
+    grad_entropy,  # in: (T,) fp32, h, read only with HAS_ENTROPY
+    values,  # out: (N,) fp32, of the ids in this shard
+    # Numbers: of the logits, of the `VocabShard`, and of the temperature.
+    row_stride,
+    first,
+    real,
+    scale,  # c
+    # Constants of the compiled kernel.
+    HAS_ENTROPY: tl.constexpr,
+    IDS: tl.constexpr,  # per turn
+):
+    """Write the gradient of one row's kept logits; grid (T,)."""
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * row_stride
+    local = tl.load(targets + row).to(tl.int64) - first
+    start = tl.load(starts + row)
+    count = (tl.load(ends + row) - start).to(tl.int32)
+    to_base2 = scale * LOG2E
+    row_peak = tl.load(peak + row)
+    log2_total = tl.load(log_total + row) * LOG2E
+    upstream = tl.load(grad_logprobs + row) * scale
+    flat = -upstream
+    slope = 0.0
+    if HAS_ENTROPY:
+        # d H / d z = -c p (log p + H)
+        slope = -tl.load(grad_entropy + row) * scale
+        flat += slope * tl.load(entropy + row)
+        slope = slope * LN2
+    needed = (flat != 0.0) | (slope != 0.0) | (upstream != 0.0)
+    for turn in range(0, count, IDS):
+        place = turn + tl.arange(0, IDS)
+        column, here, z = _gather(token_ids, line, start, count, place, first, real)
+        d = _gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
+        d = tl.where(column == local, d + upstream, d)
+        # A row without upstream gradients may hold anything, NaN included.
+        d = tl.where(needed, d, 0.0)
+        tl.store(values + start + place, d, mask=here)
+
+
+@triton.jit
+def kept_scatter_kernel(
+    values,  # in: (N,) any float
+    token_ids,  # in: (N,) int32
+    starts,  # in: (T,) int64
+    ends,  # in: (T,) int64
+    out,  # out: (T, V_local) any float, rows `row_stride` elements apart
+    row_stride,
+    first,
+    num_columns,  # V_local, padding included
+    real,
+    BLOCK: tl.constexpr,  # columns per turn of the zeros
+    IDS: tl.constexpr,  # ids per turn
+    ALIGNMENT: tl.constexpr,  # of rows, in elements
+):
+    """Write one row: its values at the kept ids, 0 elsewhere; grid (T,)."""
+    row = tl.program_id(0).to(tl.int64)
+    line = out + tl.multiple_of(row * row_stride, ALIGNMENT)
+    dtype = out.dtype.element_ty
+    start = tl.load(starts + row)
+    count = (tl.load(ends + row) - start).to(tl.int32)
+    columns = tl.arange(0, BLOCK)
+    whole = num_columns // BLOCK * BLOCK
+    for turn in range(0, whole, BLOCK):
+        tl.store(line + (turn + columns), tl.zeros((BLOCK,), dtype))
+    if whole < num_columns:
+        column = whole + columns
+        tl.store(line + column, tl.zeros((BLOCK,), dtype), mask=column < num_columns)
+    tl.debug_barrier()  # the zeros of other threads come first
+    for turn in range(0, count, IDS):
+        place = turn + tl.arange(0, IDS)
+        inside = place < count
+        column = tl.load(token_ids + start + place, mask=inside, other=0) - first
+        here = inside & (column >= 0) & (column < real)
+        value = tl.load(values + start + place, mask=here, other=0.0)
+        tl.store(line + column, value.to(dtype), mask=here)
+
+
+def kept_statistics(
+    logits: Tensor, targets: Tensor, shard: VocabShard, scale: float, kept: KeptRows
+) -> Tensor:
+    """Compute this shard's part of each row's softmax over its kept tokens.
+
+    Args:
+        logits: (T, V_local), columns adjacent in memory.
+        targets: (T,) ids of the whole vocabulary.
+        shard: the part of the vocabulary that the columns are.
+        scale: 1 / temperature.
+        kept: the kept ids of the T rows.
+
+    Returns:
+        (4, T) fp32, `vocabulary.STATISTICS`; the logit of a target that was not kept is NaN."""
+    _check_rows(logits, targets, shard)
+    rows = len(logits)
+    out = torch.empty(len(STATISTICS), rows, dtype=torch.float32, device=logits.device)
+    if rows:
+        with torch.cuda.device_of(logits):
+            kept_statistics_kernel[(rows,)](
+                logits,
+                targets.contiguous(),
+                *_listed(kept),
+                out,
+                logits.stride(0),
+                rows,
+                shard.first,
+                shard.num_real,
+                scale,
+                LANES=LANES,
+                LOADS=LOADS,
+                num_warps=1,
+                enable_fp_fusion=True,
+            )
+    return out
+
+
+def kept_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    scale: float,
+    upstream: RowUpstream,
+    kept: KeptRows,
+) -> Tensor:
+    """Compute the gradient of the logits of the kept tokens.
+
+    Rows whose two upstream gradients are 0 get 0.
+
+    Args:
+        logits: (T, V_local), columns adjacent in memory.
+        targets: (T,) ids of the whole vocabulary.
+        shard: the part of the vocabulary that the columns are.
+        scale: 1 / temperature.
+        upstream: parts of the softmax and the upstream gradients, each (T,).
+        kept: the kept ids of the T rows.
+
+    Returns:
+        (N,) fp32, one for each of `kept.token_ids` that is in these rows and in this shard; the
+        others are not defined."""
+    _check_rows(logits, targets, shard)
+    # The upstream gradient of a sum is expanded from one number, with stride 0.
+    entropy, peak, log_total, grad_logprobs = (part.contiguous() for part in upstream[:4])
+    grad_entropy = upstream.grad_entropy
+    values = torch.empty(len(kept.token_ids), dtype=torch.float32, device=logits.device)
+    if len(logits):
+        with torch.cuda.device_of(logits):
+            kept_gradient_kernel[(len(logits),)](
+                logits,
+                targets.contiguous(),
+                *_listed(kept),
+                peak,
+                log_total,
+                entropy,
+                grad_logprobs,
+                grad_logprobs if grad_entropy is None else grad_entropy.contiguous(),
+                values,
+                logits.stride(0),
+                shard.first,
+                shard.num_real,
+                scale,
+                HAS_ENTROPY=grad_entropy is not None,
+                IDS=GRADIENT_IDS,
+                num_warps=1,
+                enable_fp_fusion=True,
+            )
+    return values
+
+
+def kept_scatter(values: Tensor, shard: VocabShard, kept: KeptRows, out: Tensor) -> Tensor:
+    """Write the kept tokens' values, and 0 to all other columns, to `out`; return `out`.
+
+    Args:
+        values: (N,), one for each of `kept.token_ids`; those outside these rows or this shard are
+            not read.
+        shard: the part of the vocabulary that the columns are.
+        kept: the kept ids of the T rows.
+        out: (T, V_local), columns adjacent in memory."""
+    rows, columns = out.shape
+    if rows:
+        block = min(SCATTER_BLOCK, max(16, triton.next_power_of_2(columns)))
+        with torch.cuda.device_of(out):
+            kept_scatter_kernel[(rows,)](
+                values.contiguous(),
+                *_listed(kept),
+                out,
+                out.stride(0),
+                shard.first,
+                columns,
+                shard.num_real,
+                BLOCK=block,
+                IDS=SCATTER_IDS,
+                ALIGNMENT=_alignment(out),
+                num_warps=max(1, min(SCATTER_WARPS, block // 256)),
+            )
+    return out
+
+
+def _listed(kept: KeptRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the three tensors of the kept ids, each with adjacent elements."""
+    return kept.token_ids.contiguous(), kept.starts.contiguous(), kept.ends.contiguous()

@@ -1,0 +1,115 @@
+"""The tokens that an engine's sampler kept at each position of a response, as bytes on their way to
+the trainer. No torch or Megatron.
+
+With `rollout.top_p`, `top_k` or `min_p` an engine draws from a part of the vocabulary, and the
+trainer's softmax has to be over the same part (`r1_kernels.sampling_mask`, which says why the ids
+are listed). The bytes are a count for each token, then the ids of all tokens one after the other,
+rising within a token; each an int32. A token that the policy did not sample has none. No bytes at
+all: every token was drawn from the whole vocabulary.
+
+Size: 4 (1 + k) bytes a token that keeps k ids; `rollout.top_k` bounds k, but for ties."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+
+Buffer = bytes | memoryview
+INT = np.dtype("<i4")
+
+
+class KeptIds(NamedTuple):
+    """The kept ids of a run of tokens.
+
+    Attributes:
+        counts: (T,) int32, ids of each token.
+        ids: (sum of counts,) int32."""
+
+    counts: np.ndarray
+    ids: np.ndarray
+
+    def encoded(self) -> bytes:
+        """Return the bytes of these ids."""
+        return np.ascontiguousarray(self.counts, INT).tobytes() + (
+            np.ascontiguousarray(self.ids, INT).tobytes()
+        )
+
+    def between(self, first: int, end: int) -> KeptIds:
+        """Return the kept ids of the tokens from `first` until `end`."""
+        before, within = int(self.counts[:first].sum()), int(self.counts[first:end].sum())
+        return KeptIds(self.counts[first:end], self.ids[before : before + within])
+
+
+def decoded(mask: Buffer, num_tokens: int) -> KeptIds:
+    """Return what the bytes hold, as views of them.
+
+    Args:
+        mask: the bytes; none: no ids for any token.
+        num_tokens: the tokens that they are of.
+
+    Raises:
+        ValueError: for bytes of other than `num_tokens` tokens."""
+    if not mask:
+        return KeptIds(np.zeros(num_tokens, INT), np.zeros(0, INT))
+    numbers = np.frombuffer(mask, INT)
+    counts, ids = numbers[:num_tokens], numbers[num_tokens:]
+    if len(counts) < num_tokens or (counts < 0).any() or int(counts.sum()) != len(ids):
+        raise ValueError(
+            f"a sampling mask of {len(numbers)} numbers does not fit {num_tokens} tokens, whose "
+            f"counts name {int(counts.sum())} ids"
+        )
+    return KeptIds(counts, ids)
+
+
+def of_tokens(mask: Buffer, num_tokens: int, first: int, end: int) -> bytes:
+    """Return the bytes of the tokens from `first` until `end`, of a mask of `num_tokens`."""
+    return decoded(mask, num_tokens).between(first, end).encoded() if mask else b""
+
+
+def joined(parts: Iterable[tuple[Buffer, int]]) -> bytes:
+    """Return the mask of tokens one after the other; no bytes if no part has any.
+
+    Args:
+        parts: a mask and its number of tokens, for each run of tokens."""
+    parts = list(parts)
+    if not any(mask for mask, _ in parts):
+        return b""
+    kept = [decoded(mask, num_tokens) for mask, num_tokens in parts]
+    counts, ids = zip(*kept, strict=True)
+    return KeptIds(np.concatenate(counts), np.concatenate(ids)).encoded()
+
+
+def check(mask: Buffer, token_ids: Sequence[int], vocab_size: int | None) -> None:
+    """Raise ValueError unless every token is among the ids that were kept for it, and these rise
+    and are in the vocabulary.
+
+    Args:
+        mask: the bytes.
+        token_ids: the sampled tokens.
+        vocab_size: the size of the vocabulary; None: unknown."""
+    counts, ids = decoded(mask, len(token_ids))
+    owner = np.repeat(np.arange(len(counts)), counts)
+    if len(ids):
+        if ids.min() < 0 or (vocab_size and ids.max() >= vocab_size):
+            raise ValueError(f"kept tokens {ids.min()} to {ids.max()} of {vocab_size}")
+        if ((np.diff(ids) <= 0) & (np.diff(owner) == 0)).any():
+            raise ValueError("the kept tokens of a position do not rise")
+    found = np.zeros(len(counts), bool)
+    found[owner[ids == np.asarray(token_ids, INT)[owner]]] = True
+    if not found.all():
+        first = int((~found).argmax())
+        raise ValueError(
+            f"token {token_ids[first]} is not among the {counts[first]} that its sampler kept: the "
+            "engine returns no sampling mask, or another token's; start it with "
+            "--return-sampling-mask"
+        )
+
+
+def from_lists(kept: Sequence[Sequence[int]]) -> bytes:
+    """Return the bytes of one list of ids per token, as vLLM's JSON has them."""
+    counts = np.array([len(ids) for ids in kept], INT)
+    ids = np.fromiter(chain.from_iterable(kept), INT, int(counts.sum()))
+    return KeptIds(counts, ids).encoded()
