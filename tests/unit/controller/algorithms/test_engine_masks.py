@@ -10,10 +10,21 @@ import algorithm_formulae as formulae
 import msgspec
 import pytest
 import torch
-from algorithm_problem import LIMIT, Problem, check, ours, plain, weighted_by_the_ratio, with_kl
+from algorithm_problem import (
+    HIDDEN,
+    LIMIT,
+    VOCABULARY,
+    Problem,
+    check,
+    ours,
+    plain,
+    weighted_by_the_ratio,
+    with_kl,
+)
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
+from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config, parse
 from megatron_r1.config.algorithms import NAMES, LossSettings
 from megatron_r1.config.corrections import EngineMask
@@ -21,7 +32,11 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, chained
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_passes import TrainerPasses
+from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.operations import ModelOperations
+from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.token_advantages import RolloutBatches
+from megatron_r1.trainer.token_split import TokenSplit
 
 
 class Mismatched(Problem):
@@ -165,6 +180,27 @@ def test_without_a_mask_no_bit_changes(name):
     made = zip(ours(Mismatched(), name, {}), ours(Mismatched(), name, wide), strict=True)
     for (loss, gradient, *_), (same_loss, same_gradient, *_) in made:
         assert torch.equal(loss, same_loss) and torch.equal(gradient, same_gradient)
+
+
+@pytest.mark.parametrize("method", ["token", "sequence", "divergence"])
+def test_a_micro_batch_without_responses_has_nothing_to_mask(method):
+    empty = packed_batch([], TokenSplit(tensor_size=2), torch.device("cpu"))
+    empty.logprobs |= {"old": torch.zeros(2), "ref": torch.zeros(2)}
+    rl = {"engine_mask": method, "kl_estimator": "unbiased", "kl_beta": 0.1}
+    settings = parse({"rl": rl}).rl
+    if method in MASKS:
+        rollout = RolloutBatches([empty])
+        bounds = settings.engine_mask_settings
+        metrics = rollout.mask(find_function(MASKS[method])(rollout, bounds))
+        assert [float(each.count) for each in metrics.values()] == [0.0, 0.0]
+    hidden = torch.ones(2, HIDDEN, requires_grad=True)
+    weight = torch.ones(VOCABULARY, HIDDEN, requires_grad=True)
+    head = Head(empty, hidden, weight, 1.0, None, VOCABULARY)
+    name, settings = chained(algorithms.find("grpo").loss, settings.loss_settings(LIMIT))
+    terms = find_function(name)(empty, head, settings)
+    terms.loss.backward()
+    assert float(terms.loss) == 0.0 and int(terms.denominator) == 0
+    assert not hidden.grad.any() and not weight.grad.any()
 
 
 def test_settings_reach_a_rank_as_they_are():
