@@ -199,7 +199,7 @@ def test_a_micro_batch_without_responses_has_nothing_to_mask(method):
     name, settings = chained(algorithms.find("grpo").loss, settings.loss_settings(LIMIT))
     terms = find_function(name)(empty, head, settings)
     terms.loss.backward()
-    assert float(terms.loss) == 0.0 and int(terms.denominator) == 0
+    assert terms.loss.item() == 0.0 and int(terms.denominator) == 0
     assert not hidden.grad.any() and not weight.grad.any()
 
 
