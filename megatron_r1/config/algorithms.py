@@ -15,6 +15,7 @@ from r1_grading.base.values import read_scalar
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.user_code import find
+from megatron_r1.config.corrections import EngineMask
 
 Option = bool | int | float | str
 
@@ -142,7 +143,7 @@ def find_rules(name: str) -> AlgorithmRules:
 
 
 AdvantageStd = Literal["group", "batch", "none"]
-KLEstimator = Literal["k1", "k2", "k3"]
+KLEstimator = Literal["k1", "k2", "k3", "unbiased"]
 LossAverage = Literal["sequence", "token", "constant"]
 RatioLevel = Literal["token", "sequence"]
 
@@ -198,6 +199,10 @@ class LossSettings(_Readable):
     """weight of the entropy bonus"""
     options: dict[str, Option] = field(default_factory=dict)
     """`rl.options`"""
+    engine_mask: EngineMask = EngineMask()
+    """the mask, of which the method "divergence" is a part of the loss"""
+    inner: tuple[str, ...] = ()
+    """"module:function" of the losses within that of a correction, the algorithm's last"""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import ValidationError, model_validator
+from r1_grading.terms import ScheduledWeight
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.agents import AgentsConfig
@@ -74,6 +75,7 @@ class Config(Section):
                 key="rl.importance_cap",
                 cause=Cause.MISSING,
             )
+        self._check_reward_normalization()
         if self.push.fp8 and self.rollout.dtype == "float32":
             raise UserError(
                 "push.fp8: vLLM computes with FP8 weights in 16 bits only; set rollout.dtype: "
@@ -90,6 +92,18 @@ class Config(Section):
             )
         self._check_offload()
         return self
+
+    def _check_reward_normalization(self) -> None:
+        weights = self.rewards.weights
+        numbers = (w.weight if isinstance(w, ScheduledWeight) else w for w in weights.values())
+        penalty = self.rl.overlong_buffer and self.rl.overlong_penalty
+        if self.rl.reward_normalization == "each" and sum(map(bool, (*numbers, penalty))) < 2:
+            raise UserError(
+                "rl.reward_normalization: each with one reward in rewards.weights "
+                f"({', '.join(weights)}): there is no other to normalize apart; set sum",
+                key="rl.reward_normalization",
+                cause=Cause.CONFLICT,
+            )
 
     def _check_offload(self) -> None:
         key, parallel = "parallel.offload_between_phases", self.parallel

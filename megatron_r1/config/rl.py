@@ -30,6 +30,7 @@ from megatron_r1.config.algorithms import (
     RatioLevel,
     TokenSettings,
 )
+from megatron_r1.config.corrections import EngineMask, EngineMaskMethod, engine_mask
 from megatron_r1.config.section import Resumable, Section
 from megatron_r1.config.yaml_text import as_sections
 
@@ -37,8 +38,10 @@ SCHEDULED = {
     "rollout": ("temperature", "top_p", "top_k", "min_p", "max_response_tokens"),
     "rl": (
         *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "entropy_coef"),
+        *("engine_mask", "engine_mask_low", "engine_mask_high"),
         *("reference_refresh", "advantage_epsilon", "discount", "gae_lambda"),
-        *("overlong_buffer", "overlong_penalty", "dynamic_sampling_rounds"),
+        *("reward_normalization",),
+        *("overlong_buffer", "overlong_penalty", "truncated", "dynamic_sampling_rounds"),
         *("group_size", "questions_per_rollout", "minibatches", "kind_weights", "options"),
     ),
     "rewards": ("weights",),
@@ -179,12 +182,24 @@ class RLConfig(Section):
     """sequence: one ratio per response, the mean of its logarithm (GSPO)"""
     importance_cap: float | None = Field(None, gt=0)
     """upper limit of each token's importance weight π_old / π_engine; null: no such weights"""
+    engine_mask: EngineMaskMethod = "none"
+    """tokens without a policy gradient, because engine and trainer disagree: token: those with a
+    ratio π_old / π_engine out of bounds (IcePop); sequence: all of a response whose geometric mean
+    of it is; divergence: those whose probability has moved too far from the engine's (DPPO). See
+    docs/algorithms.md"""
+    engine_mask_low: float | None = Field(None, ge=0)
+    """smallest ratio that is kept, of divergence the largest fall of a probability; null: 0.5 of
+    token, 0.999 of sequence, 0.15 of divergence"""
+    engine_mask_high: float | None = Field(None, gt=0)
+    """largest ratio that is kept, of divergence the largest rise of a probability; null: 5, 1.001,
+    0.15"""
     kl_beta: float = Field(0.001, ge=0)
     """weight of the estimate of KL to the reference, in the loss; of rloo, reinforce_pp and ppo in
     the reward"""
     kl_estimator: KLEstimator = "k3"
-    """estimate of KL in loss and metrics (in a reward it is k1); k3: the paper's. k1 is a metric
-    only: in a loss its expected gradient is 0"""
+    """estimate of KL in loss and metrics (in a reward it is k1); k3: the paper's; unbiased:
+    DeepSeek-V3.2's, k3 times the ratio of the policies. k1 is a metric only: in a loss its
+    expected gradient is 0"""
     entropy_coef: float = Field(0.0, ge=0)
     """weight of an entropy bonus"""
     reference_refresh: int = Field(400, ge=0)
@@ -198,6 +213,9 @@ class RLConfig(Section):
     """how often prompts are drawn for one rollout, before it is filled up"""
     advantage_std: AdvantageStd = "group"
     """divide by the standard deviation of the group, of the rollout, or not"""
+    reward_normalization: Literal["sum", "each"] = "sum"
+    """what an advantage is made of: the sum of the rewards; each: every reward of rewards.weights
+    is normalized alone, then they are weighed, added and normalized over the rollout (GDPO)"""
     advantage_epsilon: float = Field(1e-6, ge=0)
     """added to the standard deviation"""
     loss_average: LossAverage = "sequence"
@@ -213,6 +231,10 @@ class RLConfig(Section):
     reward (DAPO: 0.2); 0: none"""
     overlong_penalty: float = Field(1.0, ge=0)
     """how large that penalty is at max_response_tokens (DAPO, eq. 13: 1)"""
+    truncated: Literal["train", "mask"] = "train"
+    """responses that are cut off at max_response_tokens: train: they are trained on with their
+    reward; mask: they are left out of loss and denominators, and count in baselines (DAPO's
+    overlong filtering)"""
     routing_replay: bool = False
     """train every token through the experts the engine chose for it; a mixture of experts only. See
     docs/routing_replay.md"""
@@ -272,6 +294,13 @@ class RLConfig(Section):
                 key="rl.kl_estimator",
                 cause=Cause.CONFLICT,
             )
+        if self.kl_estimator == "unbiased" and algorithm.kl_in_reward:
+            raise UserError(
+                f"rl.kl_estimator: unbiased is of KL in the loss, and {self.algorithm} has it in "
+                "the reward, whose gradient has no bias already; leave it out",
+                key="rl.kl_estimator",
+                cause=Cause.CONFLICT,
+            )
         if self.dual_clip is not None and not algorithm.dual_clip:
             raise UserError(
                 f"rl.dual_clip: {self.dual_clip:g}: {self.algorithm} clips its weight on either "
@@ -309,6 +338,33 @@ class RLConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _corrections_fit(self) -> Self:
+        self.engine_mask_settings  # noqa: B018, raises
+        if self.reward_normalization == "each" and self.advantage_std != "group":
+            raise UserError(
+                f"rl.reward_normalization: each with rl.advantage_std: {self.advantage_std}: "
+                "without the deviation of the group in each, the sum of advantages is the "
+                "advantage of the sum; use an algorithm with advantage_std: group, or sum",
+                key="rl.reward_normalization",
+                cause=Cause.CONFLICT,
+            )
+        if self.reward_normalization == "each" and self.dynamic_sampling:
+            raise UserError(
+                "rl.reward_normalization: each with rl.dynamic_sampling, which passes over groups "
+                "whose sums of rewards are equal, though their rewards may differ; set "
+                "rl.dynamic_sampling: false",
+                key="rl.reward_normalization",
+                cause=Cause.CONFLICT,
+            )
+        return self
+
+    @property
+    def engine_mask_settings(self) -> EngineMask:
+        """The mask by engine and trainer, with its bounds."""
+        low, high = self.engine_mask_low, self.engine_mask_high
+        return engine_mask(self.engine_mask, low, high, self.ratio_level)
+
     def loss_settings(self, max_response_tokens: int) -> LossSettings:
         """Return the settings of the algorithm's loss.
 
@@ -327,6 +383,7 @@ class RLConfig(Section):
             kl_estimator=self.kl_estimator,
             entropy_coef=self.entropy_coef,
             options=self.options,
+            engine_mask=self.engine_mask_settings,
         )
 
     @property

@@ -110,7 +110,8 @@ WORDS = (
     ),
     _words("KL-free, no KL, without KL, no reference model, kl_coef 0", "rl.kl_beta",
            "0: no penalty, and no reference is kept", "algorithms.md"),
-    _words("kl_loss_type, kl_estimator, low_var_kl, k1, k2, k3", "rl.kl_estimator"),
+    _words("kl_loss_type, kl_estimator, low_var_kl, k1, k2, k3, unbiased KL, "
+           "use_bias_correction_kl", "rl.kl_estimator"),
     _words("sync_ref_model, ref_model_sync_steps, ref_update_steps, reference model update",
            "rl.reference_refresh"),
     _words(
@@ -136,15 +137,16 @@ WORDS = (
         "rl.algorithm",
         page="algorithms.md",
     ),
+    _words("GDPO, multi-reward normalization, multi_objective_aggregation, normalize_then_sum",
+           "rl.reward_normalization", page="algorithms.md"),
     _words("importance_sampling_level, sequence-level ratio", "rl.ratio_level"),
     _words("lambd, lam, gae lambda, gamma, discount", "rl.gae_lambda rl.discount"),
     _words("filter_groups, dynamic_filtering, dynamic_sampling_filter_path, dynamic sampling, "
            "zero variance groups, zero_std", "rl.dynamic_sampling rl.dynamic_sampling_rounds"),
     _words(
         "overlong filtering, mask_truncated_completions, mask truncated, truncated responses",
-        "rl.overlong_buffer rl.overlong_penalty",
-        "responses that are cut off are trained on with their reward, and are not masked; "
-        "overlong_buffer penalizes them softly",
+        "rl.truncated",
+        "mask: they are left out of the loss; rl.overlong_buffer penalizes them softly",
         "algorithms.md",
     ),
     _words("overlong_buffer, soft overlong punishment, length penalty", "rl.overlong_buffer",
@@ -152,15 +154,21 @@ WORDS = (
     _words(
         "TIS, truncated importance sampling, tis_imp_ratio_cap, use_tis, tis_clip, rollout_is, "
         "vllm_importance_sampling_correction, vllm_importance_sampling_cap, "
-        "enable_vllm_is_correction, icepop",
+        "enable_vllm_is_correction",
         "rl.importance_cap",
         "each token's weight is π_old / π_engine, at most the cap",
         "push.md",
     ),
     _words(
+        "MIS, masked importance sampling, rollout_rs, icepop, seq-mask-tis, geometric mask, DPPO, "
+        "dppo_tv, rejection of tokens",
+        "rl.engine_mask rl.engine_mask_low rl.engine_mask_high",
+        page="algorithms.md",
+    ),
+    _words(
         "mismatch, training-inference mismatch, logprob diff, rollout_probs_diff, off-policy "
         "correction",
-        "rl.importance_cap rl.routing_replay push.probe_tolerance",
+        "rl.importance_cap rl.engine_mask rl.routing_replay push.probe_tolerance",
         "logprob_diff of metrics.jsonl measures it on every step",
         "push.md",
     ),

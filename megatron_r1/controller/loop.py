@@ -48,16 +48,22 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
         engines/plugin/backend.py               PushTransferEngine.receive_weights
 
 Algorithms that have them add a critic's values before 3 (`trainer/critic.py`), and an advantage per
-token after it (`trainer/token_advantages.py`)."""
+token after it (`trainer/token_advantages.py`). Settings that correct any of them are in
+`controller/corrections`."""
 
 import asyncio
 import random
 from itertools import chain, islice
 
+from r1_grading.terms import weights_at
+
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import Config
 from megatron_r1.controller.advantages import overlong_penalty
-from megatron_r1.controller.rollouts.rollout import GradedResponse, training_samples
+from megatron_r1.controller.algorithms import Algorithm
+from megatron_r1.controller.corrections import each_reward
+from megatron_r1.controller.corrections.truncated import without_truncated
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
 from megatron_r1.controller.session import Session
 from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.training_sample import Sample
@@ -69,12 +75,10 @@ async def train(session: Session) -> None:
     while (config := session.next_step()) is not None:
         with session.phase("rollout"):
             rollout = await engines.rollout(session.step)
-        rewards = [
-            [training_reward(each, config) for each in group.responses] for group in rollout.groups
-        ]
-        advantages = passes.algorithm.advantages(rewards, config.rl)
+        groups, algorithm = rollout.groups, passes.algorithm
+        advantages = response_advantages(groups, algorithm, config, session.step)
         # Not in the event loop: a rollout of 8,192 x 30,000 tokens is copied here.
-        samples_by_response = await asyncio.to_thread(training_samples, rollout.groups, advantages)
+        samples_by_response = await asyncio.to_thread(training_samples, groups, advantages)
         # By seed and step alone, so that a step that is repeated has the same mini-batches.
         random.Random(f"{config.run.seed}:{session.step}").shuffle(samples_by_response)
 
@@ -84,6 +88,7 @@ async def train(session: Session) -> None:
             # Under π_ref, and under π_old where the first update does not compute them anyway.
             metrics |= await passes.compute_logprobs(config)
             await passes.compute_token_advantages(config)
+            metrics |= await passes.mask_advantages(config)
         async with engines.updating():  # no engine joins between two versions of the weights
             with session.phase("train"):
                 updates = [
@@ -117,6 +122,30 @@ async def update(passes: TrainerPasses, config: Config, index: int, step: int) -
     return metrics
 
 
+def response_advantages(
+    groups: list[Group], algorithm: Algorithm, config: Config, step: int
+) -> list[list[float]]:
+    """Return the advantages of a rollout's responses, or what the trainer computes them from.
+
+    Args:
+        groups: the graded responses.
+        algorithm: maps their rewards to advantages.
+        config: the settings of the step.
+        step: its number, from 1.
+
+    Returns:
+        A number per response, a list per group; NaN: not trained on."""
+    if config.rl.reward_normalization == "each":
+        weights = weights_at(config.rewards.weights, step)
+        advantages = each_reward.advantages(groups, algorithm.advantages, config, weights)
+    else:
+        rewards = [[training_reward(each, config) for each in group.responses] for group in groups]
+        advantages = algorithm.advantages(rewards, config.rl)
+    if config.rl.truncated == "mask":
+        advantages = without_truncated(advantages, groups)
+    return advantages
+
+
 def training_reward(graded: GradedResponse, config: Config) -> float | None:
     """Return the reward that a response is trained on, with the penalty of its length if
     `rl.overlong_buffer` sets one; None where it could not be graded."""
@@ -140,9 +169,10 @@ def minibatches(samples_by_response: list[list[Sample]], count: int) -> list[lis
     others = iter([samples for samples in samples_by_response if not samples[0].is_trained])
     if len(trained) < count:
         raise RunError(
-            f"{len(trained)} of {len(samples_by_response)} responses are graded, too few for "
-            f"rl.minibatches: {count}. Repair the reward or environment, whose reasons are in "
-            "samples.jsonl; the same command continues"
+            f"{len(trained)} of {len(samples_by_response)} responses are trained on, too few for "
+            f"rl.minibatches: {count}; the others are ungraded, or cut off with rl.truncated: "
+            "mask. Repair the reward or environment, whose reasons are in samples.jsonl, or raise "
+            "rollout.max_response_tokens; the same command continues"
         )
     size, made = len(samples_by_response) // count, []
     for i in range(count):

@@ -6,6 +6,7 @@ from functools import cached_property
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.controller import algorithms
+from megatron_r1.controller.corrections import MASKS, chained
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.trainer.operations import ModelOperations
@@ -35,13 +36,14 @@ class TrainerPasses:
         """Compute every token's log-probability under π_old and π_ref.
 
         The first mini-batch's under π_old come with its update, which starts from π_old, unless
-        token advantages need them earlier or replayed routing is measured before."""
-        has_token_advantages = self.algorithm.token_advantages is not None
+        token advantages or a mask need them earlier or replayed routing is measured before."""
+        rl = config.rl
+        is_read = self.algorithm.token_advantages is not None or rl.engine_mask in MASKS
         return await self.trainer.call(
             ModelOperations.compute_logprobs,
             temperature=config.rollout.temperature,
-            reference=config.rl.kl_beta > 0,
-            first_minibatch=has_token_advantages or config.rl.routing_replay,
+            reference=rl.kl_beta > 0,
+            first_minibatch=is_read or rl.routing_replay,
         )
 
     async def compute_values(self) -> None:
@@ -58,6 +60,17 @@ class TrainerPasses:
                 settings=config.rl.token_settings,
             )
 
+    async def mask_advantages(self, config: Config) -> dict[str, float]:
+        """Leave out the policy gradient of tokens about which engine and trainer disagree, if
+        `rl.engine_mask` says so; the method divergence is a part of the loss."""
+        if (function := MASKS.get(config.rl.engine_mask)) is None:
+            return {}
+        return await self.trainer.call(
+            ModelOperations.mask_advantages,
+            function=function,
+            settings=config.rl.engine_mask_settings,
+        )
+
     async def measure_logprob_diff(self) -> dict[str, float]:
         """Compare the engines' log-probabilities with those under π_old."""
         return await self.trainer.call(ModelOperations.measure_logprob_diff)
@@ -67,9 +80,9 @@ class TrainerPasses:
         self.state.optimizer_step += 1
         rate = learning_rate(config.optimizer, self.state.optimizer_step, self.num_policy_updates)
         settings = config.rl.loss_settings(config.rollout.max_response_tokens)
-        metrics = await self.trainer.update(
-            index, self.algorithm.loss, settings, rate, config.rollout.temperature
-        )
+        loss, settings = chained(self.algorithm.loss, settings)
+        temperature = config.rollout.temperature
+        metrics = await self.trainer.update(index, loss, settings, rate, temperature)
         return {**metrics, "learning_rate": rate}
 
     async def update_critic(self, config: Config, index: int, step: int) -> dict[str, float]:

@@ -116,7 +116,7 @@ class Head:
         """Compute log-probabilities and entropy of the response tokens, over what was kept.
 
         Returns:
-            Each (T,) fp32, nats, 0 at other positions."""
+            Each (T,) fp32 (fp64 for fp64), nats, 0 at other positions."""
         rows = self.batch.response_rows
         with trusted_values():  # `packed.check_token_ids` has seen the targets
             logprobs, entropy = linear_token_logprobs(
@@ -124,7 +124,7 @@ class Head:
                 sampling_mask=self._kept_at(rows),
                 **self._options(),
             )
-        zeros = torch.zeros(len(self.hidden), device=self.hidden.device)
+        zeros = logprobs.new_zeros(len(self.hidden))
         logprobs, entropy = (zeros.index_copy(0, rows, values) for values in (logprobs, entropy))
         if self.records_old:
             self.batch.logprobs.setdefault("old", logprobs.detach())

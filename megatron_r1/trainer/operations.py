@@ -14,6 +14,7 @@ import msgspec
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.algorithms import LossSettings, TokenSettings
+from megatron_r1.config.corrections import EngineMask
 from megatron_r1.push.results import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.trainer.training_sample import Sample
 
@@ -196,6 +197,18 @@ class ModelOperations(Protocol):
         Args:
             function: "module:function" of a `TokenAdvantages`.
             settings: the settings that it reads."""
+
+    def mask_advantages(self, *, function: str, settings: EngineMask) -> MetricValues:
+        """Set advantages of the loaded samples to 0; `compute_logprobs` comes first, of all
+        mini-batches, and `compute_token_advantages` where the algorithm has it.
+
+        Args:
+            function: "module:function" of a `WithinBounds`.
+            settings: the method and its bounds.
+
+        Returns:
+            engine_mask/tokens and engine_mask/responses, the shares (0 to 1) of masked response
+            tokens and of samples that have one; empty on ranks before the last stage."""
 
     def update(
         self,
@@ -399,7 +412,7 @@ WITH_OPTIMIZER = {"update", "update_critic", "save_checkpoint", "load_checkpoint
 """Operations that use the optimizer's state."""
 WITHOUT_PARAMETERS = {
     *(LOAD, STOP, "free_memory", "measure_logprob_diff", "compute_token_advantages"),
-    *("compare_probe", "checkpoint_progress", "verify_checkpoint"),
+    *("mask_advantages", "compare_probe", "checkpoint_progress", "verify_checkpoint"),
 }
 """Operations that use no weights: they may be called while the weights are offloaded
 (`parallel.offload_between_phases`)."""

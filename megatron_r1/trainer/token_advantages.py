@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.config.algorithms import TokenSettings
+from megatron_r1.config.corrections import EngineMask
 from megatron_r1.models.context_parallel import held_positions, sample_order
 from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.metrics import Mean, Metrics, merge
 
 
 def penalized_rewards(
@@ -155,24 +157,53 @@ class WholeResponses:
     Attributes:
         is_response: (T,) bool, the tokens that are trained on.
         rewards: (T,), the response's on each of its tokens.
-        last: (T,) int64, the position of the last response token of each token's sample, or -1."""
+        last: (T,) int64, the position of the last response token of each token's sample, or -1.
+        reports: whether this rank is the one of the group that counts whole responses."""
 
     def __init__(self, batch: PackedBatch, context_group: ProcessGroup | None = None):
         self.batch, self._group = batch, context_group
         self._ranks = 1 if context_group is None else dist.get_world_size(context_group)
         self._rank = 0 if context_group is None else dist.get_rank(context_group)
+        self.reports = self._rank == 0
         self._cu_seqlens = batch.cu_seqlens.long() * self._ranks
         self.is_response = self.whole(batch.is_response.to(torch.uint8)).bool()
         self.rewards = self.whole(batch.advantages)
+        lengths = self._cu_seqlens.diff()
+        self._sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         self.last = self._last_of_each()
 
     def _last_of_each(self) -> Tensor:
-        lengths = self._cu_seqlens.diff()
-        sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-        ends = torch.full_like(lengths, -1)
-        position = torch.arange(len(sample), device=lengths.device)
+        ends = torch.full_like(self._cu_seqlens[1:], -1)
+        position = torch.arange(len(self._sample), device=ends.device)
         seen = torch.where(self.is_response, position, -1)
-        return ends.scatter_reduce(0, sample, seen, "amax")[sample]
+        return ends.scatter_reduce(0, self._sample, seen, "amax")[self._sample]
+
+    @property
+    def engine_gaps(self) -> Tensor:
+        """(T,) fp64, nats: log(π_old / π_engine) of response tokens, 0 elsewhere."""
+        batch = self.batch
+        gaps = self.whole(batch.logprobs["old"]).double() - self.whole(batch.rollout_logprobs)
+        return torch.where(self.is_response, gaps, 0.0)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Return (S,) fp64, the sum of `values` (T,) over the response tokens of each sample."""
+        counted = torch.where(self.is_response, values.double(), 0.0)
+        # No scatter: of equal tensors every tensor-parallel rank has to get the same bits.
+        return torch.segment_reduce(counted, "sum", offsets=self._cu_seqlens, initial=0)
+
+    @property
+    def counts(self) -> Tensor:
+        """(T,) fp64: the number of response tokens of each token's sample."""
+        return self.sums(torch.ones_like(self.is_response))[self._sample]
+
+    def means(self, values: Tensor) -> Tensor:
+        """Return (T,) fp64, at each token the mean of `values` over its sample's response tokens.
+
+        In a sample without any it is 0.
+
+        Args:
+            values: (T,)."""
+        return self.sums(values)[self._sample] / self.counts.clamp(min=1)
 
     def whole(self, part: Tensor) -> Tensor:
         """Return (T,) from this rank's part of a value per token."""
@@ -237,6 +268,28 @@ class RolloutBatches:
             dist.all_reduce(total, group=self._data_group)
         return [torch.where(r.is_response, standardized(a, total, epsilon), 0.0) for r, a in pairs]
 
+    def mask(self, within_bounds: list[Tensor]) -> Metrics:
+        """Set the advantages of response tokens that are not within bounds to 0.
+
+        Args:
+            within_bounds: (T,) bool per micro-batch.
+
+        Returns:
+            engine_mask/tokens, the share of response tokens that are masked, and
+            engine_mask/responses, the share of samples with one that is."""
+        tokens, samples = "engine_mask/tokens", "engine_mask/responses"
+        reports: list[Metrics] = [{tokens: Mean(0.0, 0), samples: Mean(0.0, 0)}]
+        for responses, own in zip(self.responses, within_bounds, strict=True):
+            batch, masked = responses.batch, responses.is_response & ~own
+            here = responses.own(masked)
+            batch.advantages = torch.where(here, 0.0, batch.advantages)
+            reports.append({tokens: Mean(here.sum(), batch.is_response.sum())})
+            if responses.reports:
+                concerned = responses.sums(masked) > 0
+                trained = responses.sums(torch.ones_like(masked)) > 0
+                reports.append({samples: Mean(concerned.sum(), trained.sum())})
+        return merge(reports)
+
     def store(self, targets: TokenTargets) -> None:
         """Replace the advantages, and the returns if any, in the micro-batches."""
         for number, responses in enumerate(self.responses):
@@ -258,6 +311,8 @@ class TokenTargets(NamedTuple):
 
 TokenAdvantages = Callable[[RolloutBatches, TokenSettings], TokenTargets]
 """(rollout, settings) → advantages per token."""
+WithinBounds = Callable[[RolloutBatches, EngineMask], list[Tensor]]
+"""(rollout, settings) → per micro-batch (T,) bool, whether a token keeps its advantage."""
 
 
 def reward_to_go(rollout: RolloutBatches, settings: TokenSettings) -> list[Tensor]:

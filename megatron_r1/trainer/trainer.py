@@ -1,10 +1,10 @@
 """One trainer rank: Megatron's model, optimizer and schedule behind the operations of a step.
 
 An RL step calls load() (receive the rollout's micro-batches), compute_values() with a critic,
-compute_logprobs() (old and reference policy), compute_token_advantages() for some algorithms,
-update() and update_critic() once per mini-batch, and measure_logprob_diff() (differences of
-log-probabilities). SFT and reward models call load() and update(). `probing` has what compares a
-few tokens with an engine, and evaluates a reward model.
+compute_logprobs() (old and reference policy), compute_token_advantages() for some algorithms and
+mask_advantages() for some settings, update() and update_critic() once per mini-batch, and
+measure_logprob_diff() (differences of log-probabilities). SFT and reward models call load() and
+update(). `probing` has what compares a few tokens with an engine, and evaluates a reward model.
 
 Every operation is called on all ranks at the same time. A rank handles samples and losses, not
 prompts or graders."""
@@ -20,6 +20,7 @@ from megatron_r1 import models
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings, TokenSettings
+from megatron_r1.config.corrections import EngineMask
 from megatron_r1.models import fp8, platform, weights
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.gradients import gradient_sum
@@ -210,6 +211,17 @@ class Trainer:
         if self.position.last_stage:
             rollout = RolloutBatches(self._batches(), self.groups.cp, self.groups.dp_cp)
             rollout.store(find_function(function)(rollout, settings))
+
+    def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
+        """Set the advantages of the tokens outside the bounds of the `WithinBounds` at
+        "module:function" to 0; compute_logprobs() comes first.
+
+        Returns:
+            The metrics of `RolloutBatches.mask`; none on ranks before the last stage."""
+        if not self.position.last_stage:
+            return {}
+        rollout = RolloutBatches(self._batches(), self.groups.cp, self.groups.dp_cp)
+        return self.reduced(rollout.mask(find_function(function)(rollout, settings)))
 
     def measure_logprob_diff(self) -> dict[str, float]:
         """Return the mean and the largest absolute difference, over response tokens, of the

@@ -227,6 +227,7 @@ def methods(
         trainer.measure_logprob_diff,
         trainer.compute_values,
         trainer.compute_token_advantages,
+        trainer.mask_advantages,
         trainer.update,
         trainer.update_critic,
         trainer.free_memory,

@@ -1,5 +1,5 @@
-"""Algorithms that give every token its own advantage, on these ranks: `algorithm_steps.py MODEL OUT
-GRID…`.
+"""Algorithms that give every token its own advantage, and masks of tokens, on these ranks:
+`algorithm_steps.py MODEL OUT GRID…`.
 
 Every grid sees the same rollouts, one for each algorithm, spread as the controller spreads them, of
 a policy that has moved away from its reference. OUT/GRID.json: of each algorithm every token's
@@ -19,16 +19,26 @@ from trainer_steps import config
 
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
+from megatron_r1.controller.corrections import MASKS, chained
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
 
+
+def mask(method: str, low: float, high: float) -> dict[str, float | str]:
+    return {"engine_mask": method, "engine_mask_low": low, "engine_mask_high": high}
+
+
 SETTINGS = {
-    "rloo": {"kl_beta": 0.5},
-    "reinforce_pp": {"kl_beta": 0.5, "discount": 0.9},
+    "rloo": {"kl_beta": 0.5} | mask("token", 0.6, 2.0),
+    "reinforce_pp": {"kl_beta": 0.5, "discount": 0.9} | mask("divergence", 0.01, 0.01),
     "ppo": {"kl_beta": 0.5, "discount": 0.97, "gae_lambda": 0.9},
-    "on_policy_distillation": {"discount": 0.5},
+    "on_policy_distillation": {
+        **{"discount": 0.5, "kl_beta": 0.5, "kl_estimator": "unbiased"},
+        "loss_average": "sequence",
+        **mask("sequence", 0.9, 1.7),
+    },
 }
 TEMPERATURE, RATE, LIMIT = 0.8, 0.05, 40
 
@@ -80,43 +90,45 @@ def by_position(batch, names: list[str]) -> dict[str, list[float]]:
     return found
 
 
-def advantages_of(trainer, position, name: str, rl, names) -> dict[str, list[float]]:
+def advantages_of(trainer, position, name: str, rl, names):
+    """Those of every token, and the metrics of the mask."""
     batches = [batch for step in trainer.minibatches for batch in step]
     for batch in batches:
         guess = (0.3 * batch.targets + 0.11 * batch.position_ids[0]).sin()
         batch.values = torch.where(batch.is_response, guess, 0.0)
     trainer.compute_token_advantages(algorithms.find(name).token_advantages, rl.token_settings)
+    metrics = {}
+    if function := MASKS.get(rl.engine_mask):
+        metrics = trainer.mask_advantages(function, rl.engine_mask_settings)
     found: dict[str, list[float]] = {}
     if position.last_stage:
         for batch, own in zip(batches, [own for step in names for own in step], strict=False):
             found |= by_position(batch, own)
     everybody = [{} for _ in range(position.world_size)]
     dist.all_gather_object(everybody, found)
-    return {key: numbers for part in everybody for key, numbers in part.items()}
+    return {key: numbers for part in everybody for key, numbers in part.items()}, metrics
 
 
 def main() -> None:
     model, out, *grids = sys.argv[1:]
     out = Path(out)
     for grid in grids:
-        settings = config(model, grid)
-        position = distributed.initialize(settings.parallel, seed=0)
+        recipe = config(model, grid)
+        position = distributed.initialize(recipe.parallel, seed=0)
         from megatron.core import parallel_state
 
         from megatron_r1.trainer.trainer import Trainer
 
-        trainer, report = Trainer(settings, position), {}
+        trainer, report = Trainer(recipe, position), {}
         trainer.refresh_reference()
         for turn, (name, chosen) in enumerate(SETTINGS.items()):
             rl = Config(rl={"algorithm": name, **chosen}).rl
             names = load(trainer, position, (10 * turn + 1, 10 * turn + 2))
             trainer.compute_logprobs(TEMPERATURE, reference=True)
-            settings_of_loss = rl.loss_settings(LIMIT)
-            report[name] = {"advantages": advantages_of(trainer, position, name, rl, names)}
-            loss = algorithms.find(name).loss
-            report[name]["updates"] = [
-                trainer.update(i, loss, settings_of_loss, RATE, TEMPERATURE) for i in (0, 1)
-            ]
+            advantages, masked = advantages_of(trainer, position, name, rl, names)
+            loss, settings = chained(algorithms.find(name).loss, rl.loss_settings(LIMIT))
+            updates = [trainer.update(i, loss, settings, RATE, TEMPERATURE) for i in (0, 1)]
+            report[name] = {"advantages": advantages, "updates": [masked, *updates]}
         weights.write_hf(
             trainer.model_chunks, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32
         )

@@ -60,7 +60,13 @@ def test_the_advantages_are_those_of_the_algorithm(single):
     wanted = {f"{seed}.{i}" for seed in (11, 12) for i in range(12) if i != 5}
     assert trained == wanted
     assert all(len(numbers) == 2 for numbers in found["ppo"]["advantages"].values())
-    first, second = (update["kl"] for update in found["rloo"]["updates"])
+    _, first, second = (update.get("kl") for update in found["rloo"]["updates"])
     assert first == pytest.approx(0, abs=1e-9) and second > 1e-9, (
         "the reference is the policy before the first update"
     )
+    shares = [
+        found["rloo"]["updates"][0]["engine_mask/tokens"],
+        found["on_policy_distillation"]["updates"][0]["engine_mask/responses"],
+        found["reinforce_pp"]["updates"][2]["engine_mask/tokens"],
+    ]
+    assert all(0.05 < share < 0.95 for share in shares), shares

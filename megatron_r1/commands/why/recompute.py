@@ -195,7 +195,7 @@ class Recomputation:
     def check_updates(self) -> None:
         """Raise CannotRecompute where the step's updates cannot be made here."""
         config = self.step.config
-        before = self._before
+        before, mask = self._before, config.rl.engine_mask
         algorithm, bias_rate = config.rl.algorithm, config.model.expert_bias_update_rate
         reasons = (
             (
@@ -203,6 +203,15 @@ class Recomputation:
                 f"rl.algorithm: {algorithm} is none of {', '.join(sorted(formulas.ALGORITHMS))}",
             ),
             (config.rl.routing_replay, "rl.routing_replay: experts are the engine's"),
+            (
+                config.rl.reward_normalization != "sum",
+                "rl.reward_normalization: each makes advantages of each reward",
+            ),
+            (
+                bool(config.rl.kl_beta) and config.rl.kl_estimator == "unbiased",
+                "rl.kl_estimator: unbiased, which is not recomputed",
+            ),
+            (mask != "none", f"rl.engine_mask: {mask} leaves out some tokens"),
             (config.model.mtp == "train", "model.mtp: train adds a loss of its own"),
             (bias_rate > 0, "model.expert_bias_update_rate changes the router between updates"),
             (config.fp8.recipe != "none", f"fp8.recipe: {config.fp8.recipe}"),

@@ -202,14 +202,22 @@ class RecordedStep:
 
     @cached_property
     def advantages(self) -> list[list[float]]:
-        """Advantages by this command's own formulas; NaN: not trained on. Zeros for an algorithm
-        that `formulas` does not have."""
+        """Advantages by this command's own formulas; NaN: not trained on. Zeros for settings that
+        `formulas` does not have."""
         rl = self.config.rl
-        if rl.algorithm not in formulas.ALGORITHMS:
-            return [[0.0] * len(rewards) for rewards in self.training_rewards]
-        return formulas.advantages(
-            self.training_rewards, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
-        )
+        if rl.algorithm not in formulas.ALGORITHMS or rl.reward_normalization != "sum":
+            made = [[0.0] * len(rewards) for rewards in self.training_rewards]
+        else:
+            made = formulas.advantages(
+                self.training_rewards, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
+            )
+        if rl.truncated == "mask":
+            for own, group in zip(made, self.groups, strict=True):
+                own[:] = [
+                    math.nan if graded.truncated else a
+                    for a, graded in zip(own, group.responses, strict=True)
+                ]
+        return made
 
     @cached_property
     def sequences(self) -> list[TokenSequence]:

@@ -2,6 +2,7 @@
 What needs weights: tests/system/test_why_runs.py."""
 
 import json
+import math
 import statistics
 from array import array
 from dataclasses import replace
@@ -158,6 +159,19 @@ def test_nothing_departs_in_a_run_without_a_fault(planted):
     found = checks(planted.read())
     assert [str(each) for each in found if each.departs] == []
     assert [each.name for each in found if each.status == "not checked"] == []
+
+
+def test_responses_that_are_cut_off_have_no_advantage_where_the_run_masks_them(planted):
+    response = planted.groups[0].responses[1].response
+    planted.groups[0].responses[1] = replace(
+        planted.groups[0].responses[1], response=replace(response, finish_reason="length")
+    )
+    trained = planted.read().advantages
+    (planted.folder / "run/config.yaml").unlink()
+    planted.settings["rl"]["truncated"] = "mask"
+    masked = planted.read().advantages
+    assert not math.isnan(trained[0][1]) and math.isnan(masked[0][1])
+    assert masked[0][::2] == trained[0][::2] and masked[1] == trained[1]
 
 
 def test_nothing_departs_in_a_run_with_a_cut(planted):

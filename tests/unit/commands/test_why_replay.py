@@ -10,7 +10,9 @@ from r1_kernels.policy_terms import PolicySettings, TokenTensors
 from r1_kernels.primitives.policy_torch import policy_terms
 
 from megatron_r1.commands.why.finding import CannotRecompute
+from megatron_r1.commands.why.recompute import Recomputation
 from megatron_r1.commands.why.replay import AdamRules, LossRules, Row, StepReplay, logprobs
+from megatron_r1.config import parse
 
 VOCABULARY, WIDTH = 11, 6
 RULES = LossRules(
@@ -232,3 +234,21 @@ def test_a_response_is_scored_alike_alone_and_in_a_batch():
     for row, own in zip(given, together, strict=True):
         torch.testing.assert_close(logprobs(model, [row], [1.0])[0][0], own)
         assert len(own) == int(row.is_sampled.sum())
+
+
+@pytest.mark.parametrize(
+    "rl",
+    [
+        {"engine_mask": "token"},
+        {"engine_mask": "sequence"},
+        {"engine_mask": "divergence"},
+        {"reward_normalization": "each"},
+        {"kl_estimator": "unbiased"},
+    ],
+)
+def test_updates_with_a_correction_are_not_made_again(rl):
+    config = parse({"rl": rl})
+    step = SimpleNamespace(config=config, run_config=config, sequences=[], before="a checkpoint")
+    (key, value), *_ = rl.items()
+    with pytest.raises(CannotRecompute, match=f"rl.{key}: {value}"):
+        Recomputation(step).check_updates()

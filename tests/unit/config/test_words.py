@@ -14,7 +14,7 @@ from megatron_r1.config.words import WORDS, find, table
 
 DOCS = Path(__file__).parents[3] / "docs"
 SEARCHED = {
-    "overlong filtering": "rl.overlong_buffer",
+    "overlong filtering": "rl.truncated",
     "TIS": "rl.importance_cap",
     "mismatch": "rl.importance_cap",
     "kl_coef": "rl.kl_beta",

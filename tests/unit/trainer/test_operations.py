@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from megatron_r1.config.algorithms import TokenSettings
+from megatron_r1.config.corrections import EngineMask
 from megatron_r1.trainer.operations import (
     Call,
     FolderOperations,
@@ -25,6 +26,9 @@ class Rank(*PROTOCOLS):
         return arguments
 
     def compute_token_advantages(self, **arguments):
+        return arguments
+
+    def mask_advantages(self, **arguments):
         return arguments
 
     def connect_sets(self, **arguments):
@@ -55,6 +59,10 @@ def test_a_rank_runs_every_operation_of_the_protocols():
                 "function": "module:function",
                 "settings": TokenSettings(0.1, 1.0, 0.95, "group", 1e-6),
             },
+        ),
+        (
+            ModelOperations.mask_advantages,
+            {"function": "module:function", "settings": EngineMask("sequence", 0.999, 1.001)},
         ),
         (PushOperations.connect_sets, {"sets": [("one", 2)], "gone": ["two"]}),
     ],

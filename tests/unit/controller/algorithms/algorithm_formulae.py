@@ -12,7 +12,8 @@ import torch
 @dataclass
 class Response:
     """One response: its group, its reward (None: nobody could grade it), and per response token new
-    (differentiable), old, ref, teacher: log-probabilities; values: the critic's."""
+    (differentiable), old, ref, teacher: log-probabilities; values: the critic's; engine: what the
+    engine that sampled it says, in tests of masks."""
 
     group: int
     reward: float | None
@@ -21,6 +22,7 @@ class Response:
     ref: torch.Tensor
     teacher: torch.Tensor
     values: torch.Tensor
+    engine: torch.Tensor | None = None
 
     def __len__(self):
         return len(self.new)

@@ -9,6 +9,7 @@ import torch
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
+from megatron_r1.controller.corrections import MASKS, chained
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.packed import packed_batch
 from megatron_r1.trainer.token_advantages import RolloutBatches
@@ -110,40 +111,64 @@ class Problem:
         return torch.cat([g.flatten() for g in found])
 
 
-def ours(problem, name, settings, form=lambda settings: settings):
+def unchanged(given):
+    return given
+
+
+def ours(problem, name, settings, form=unchanged, corrected=unchanged, metrics=None):
     """Of each mini-batch: its loss, gradients, metrics and batches, as controller and trainer make
-    them. form: makes what the trainer's functions get of their settings."""
+    them. form: makes what the trainer's functions get of their settings. corrected: what a
+    correction makes of the algorithm's advantages. metrics: gets those of a mask."""
     rl = {"group_size": 4, "questions_per_rollout": 4, "minibatches": 2, **settings}
     config = Config(rl={"algorithm": name, **rl}, rollout={"max_response_tokens": LIMIT})
     algorithm = algorithms.find(name)
-    by_group = algorithm.advantages(REWARDS, config.rl)
+    by_group = corrected(algorithm.advantages(REWARDS, config.rl))
     numbers = [number for group in by_group for number in group]
-    first_old = algorithm.token_advantages is not None
+    mask = MASKS.get(config.rl.engine_mask)
+    first_old = algorithm.token_advantages is not None or mask is not None
     steps = [
         [problem.batch(members[a : a + 4], numbers, first_old) for a in (0, 4)]
         for members in problem.minibatches
     ]
-    if first_old:
-        every = [batch for step in steps for batch, _ in step]
+    every = [batch for step in steps for batch, _ in step]
+    if algorithm.token_advantages is not None:
         function = find_function(algorithm.token_advantages)
         rollout = RolloutBatches(every)
         rollout.store(function(rollout, form(config.rl.token_settings)))
-    settings = form(config.rl.loss_settings(LIMIT))
+    if mask is not None:
+        rollout = RolloutBatches(every)
+        masked = rollout.mask(find_function(mask)(rollout, config.rl.engine_mask_settings))
+        (metrics if metrics is not None else {}).update(masked)
+    loss, settings = chained(algorithm.loss, config.rl.loss_settings(LIMIT))
+    settings = form(settings)
     for step in steps:
         terms = []
         for batch, hidden in step:
             head = Head(batch, hidden, problem.weight, TEMPERATURE, None, VOCABULARY)
-            terms.append(find_function(algorithm.loss)(batch, head, settings))
+            terms.append(find_function(loss)(batch, head, settings))
         total = sum(t.loss for t in terms) / sum(t.denominator for t in terms)
         total.backward()
         yield total.detach(), problem.gradients(), terms, [batch for batch, _ in step]
 
 
-def check(name, settings, make_advantages, term, average, clips=None, problem=None, near=EXACT):
+def check(
+    name,
+    settings,
+    make_advantages,
+    term,
+    average,
+    clips=None,
+    problem=None,
+    near=EXACT,
+    corrected=unchanged,
+    left_out=(),
+):
+    """left_out: responses, by number, that no sum and no denominator has."""
     problem = problem or Problem()
     advantages = make_advantages(problem.responses)
-    for step, (loss, gradient, terms, _) in enumerate(ours(problem, name, settings)):
-        members = problem.minibatches[step]
+    made = ours(problem, name, settings, corrected=corrected)
+    for step, (loss, gradient, terms, _) in enumerate(made):
+        members = [i for i in problem.minibatches[step] if i not in left_out]
         if not algorithms.find(name).rules.teacher:  # else ungraded responses are left out
             members = [i for i in members if problem.rewards[i] is not None]
         responses = [problem.responses[i] for i in members]

@@ -1,0 +1,57 @@
+"""Settings of `rl` that correct the training of any algorithm: one module each, whose docstring is
+its definition, with its source.
+
+They change what an algorithm is given, not the algorithm: which responses and tokens have a policy
+gradient, an estimate in the loss. Each has a default that changes no bit.
+
+Trainer ranks get their functions as "module:function", as they get an algorithm's. One that needs
+the present policy's log-probabilities is a loss around the algorithm's (`chained`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from megatron_r1.config.algorithms import LossSettings
+
+if TYPE_CHECKING:
+    from megatron_r1.trainer.batch import Head, PackedBatch
+    from megatron_r1.trainer.losses import LossTerms
+
+MASKS = {method: f"{__name__}.{method}_mask:within_bounds" for method in ("token", "sequence")}
+"""By `rl.engine_mask`, the "module:function" of a `trainer.token_advantages.WithinBounds`, which
+compares the engine with π_old."""
+
+
+def chained(loss: str, settings: LossSettings) -> tuple[str, LossSettings]:
+    """Return the loss that a trainer rank calls, and its settings; both as they are where no
+    correction is a loss.
+
+    Args:
+        loss: "module:function" of the algorithm's loss.
+        settings: the settings of that loss."""
+    names = []
+    if settings.engine_mask.method == "divergence":
+        names.append(f"{__name__}.divergence_mask:loss")
+    if settings.kl_estimator == "unbiased":
+        if settings.kl_beta > 0:
+            names.append(f"{__name__}.unbiased_kl:loss")
+        else:  # nothing is estimated, and r1_kernels does not know the name
+            settings = replace(settings, kl_estimator="k3")
+    if not names:
+        return loss, settings
+    return names[0], replace(settings, inner=(*names[1:], loss))
+
+
+def inner_loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
+    """Return the terms of the first loss of `settings.inner`.
+
+    Args:
+        batch: the packed samples.
+        head: the model's output layer.
+        settings: the settings of the loss that calls it."""
+    from megatron_r1.base.user_code import find_function
+
+    name, *rest = settings.inner
+    terms: LossTerms = find_function(name)(batch, head, replace(settings, inner=tuple(rest)))
+    return terms

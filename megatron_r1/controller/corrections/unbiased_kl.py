@@ -1,0 +1,74 @@
+"""`rl.kl_estimator: unbiased`: the estimate of KL times the ratio of the policies (DeepSeek-V3.2,
+arXiv 2512.02556, section 3.1, eq. 7).
+
+    KL_t = ρ_t (e^g - g - 1),  g = log(π_ref / π_θ), ρ_t = π_θ / π_old of token t
+
+Its gradient is -ρ_t g ∇ log π_θ, whose expectation over tokens that π_old has sampled is the
+gradient of KL(π_θ ‖ π_ref), in every mini-batch of a rollout. k3 alone has the factor 1 - e^g,
+without a bound where the reference finds a token far more probable than the policy. At ρ = 1 the
+gradient is k2's.
+
+ρ is the token's also where `rl.ratio_level` is sequence, it is not clipped, and the engine's
+probability does not enter. The policy loss knows k1 to k3 only, so that the term is added to it
+from log-probabilities of their own: four products of the head more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.controller.corrections import inner_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_r1.trainer.batch import Head, PackedBatch
+    from megatron_r1.trainer.losses import LossTerms
+
+
+def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
+    """Return the algorithm's loss with this KL term in place of its own.
+
+    The term is averaged as `loss_average` says, which an algorithm's own loss has to do as well.
+
+    Args:
+        batch: the packed samples, with logprobs["ref"].
+        head: the model's output layer.
+        settings: the settings of the algorithm's loss, with the weight of the term."""
+    from r1_kernels.policy_terms import MAX_LOG_RATIO
+
+    from megatron_r1.trainer.metrics import Mean
+
+    settings = LossSettings.of(settings)
+    without = replace(settings, kl_beta=0.0, kl_estimator="k3")
+    terms = inner_loss(batch, head, without)
+    logprobs, _ = head.logprobs()
+    rows = batch.response_rows
+    every = logprobs, batch.logprobs["old"], batch.logprobs["ref"]
+    new, old, ref = (values[rows].double() for values in every)
+    ratio = (new - old).clamp(max=MAX_LOG_RATIO).exp()
+    g = (ref - new).clamp(max=MAX_LOG_RATIO)
+    kl = ratio * (g.expm1() - g)
+    weights = _weights(batch, head, settings)[rows]
+    total = terms.loss + (settings.kl_beta * (weights * kl).sum()).to(terms.loss.dtype)
+    metrics = {
+        "loss": Mean(total.detach(), terms.denominator),
+        "kl": Mean(kl.detach().sum(), batch.is_response.sum()),
+    }
+    return terms._replace(loss=total, metrics={**terms.metrics, **metrics})
+
+
+def _weights(batch: PackedBatch, head: Head, settings: LossSettings) -> Tensor:
+    """Return (T,), what a response token weighs in the sum, as `trainer.losses.token_weights` has
+    it."""
+    from megatron_r1.trainer.token_advantages import WholeResponses
+
+    if settings.loss_average != "sequence":
+        length = settings.max_response_tokens if settings.loss_average == "constant" else 1
+        assert length, "a constant average is over max_response_tokens"
+        return batch.is_response.double() / length
+    if batch.sequence_weights is not None:
+        return batch.sequence_weights.double()
+    responses = WholeResponses(batch, head.context_group)
+    return responses.own(1 / responses.counts.clamp(min=1))
