@@ -95,7 +95,7 @@ def call_arguments(
     return bound.args, bound.kwargs
 
 
-def converted_arguments(method: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def convert_arguments(method: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return JSON values converted to the types of a tool's arguments, such as members of an Enum.
 
     Raises:

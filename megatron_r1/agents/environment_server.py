@@ -28,7 +28,7 @@ from r1_grading.base.workers import LENGTH, framed
 
 from megatron_r1.agents.environment import (
     call_arguments,
-    converted_arguments,
+    convert_arguments,
     describe,
     find_environment,
     missing_arguments,
@@ -51,7 +51,7 @@ class CallTimeout(BaseException):
     """Raised in a method whose time is over; no `except Exception` catches it."""
 
 
-class WrongUse(Exception):
+class InvalidMethod(Exception):
     """A method's signature or result is not what an environment's must be.
 
     Args:
@@ -153,7 +153,7 @@ class _Episode:
         except CallTimeout:
             answer |= {"error": f"no result within {seconds:g} s", "timeout": True}
             answer["fault"] = f"{self._running}: {answer['error']} (agents.call_seconds)"
-        except WrongUse as error:
+        except InvalidMethod as error:
             answer["error"] = str(error)
             answer |= {"fault": f"{self._running}() {error}", "fix": error.fix}
         except BaseException as error:  # noqa: BLE001 - a user's code may raise anything
@@ -179,14 +179,14 @@ class _Episode:
         arguments = row_arguments(reset, row)
         if missing := missing_arguments(reset, arguments):
             columns = [name for name in row if name != "truth" or row[name] is not None]
-            raise WrongUse(
+            raise InvalidMethod(
                 f"needs {', '.join(missing)}",
                 f"the row has {', '.join(columns)}; add the column, or give {missing[0]} a default",
             )
         positional, named = call_arguments(reset, arguments)
         question = self._result(reset(*positional, **named))
         if not isinstance(question, str | None):
-            raise WrongUse(
+            raise InvalidMethod(
                 f"returned {reprlib.repr(question)}",
                 "return the question's text, or None for the row's",
             )
@@ -210,7 +210,7 @@ class _Episode:
         if not isinstance(arguments, dict):
             raise TypeError(f"the arguments of {name} must be a JSON object")
         method = getattr(self._environment, name)
-        positional, named = call_arguments(method, converted_arguments(method, arguments))
+        positional, named = call_arguments(method, convert_arguments(method, arguments))
         return _text(self._result(method(*positional, **named)))
 
     def reward(self, answer: str) -> float:
@@ -225,9 +225,9 @@ class _Episode:
         except (TypeError, ValueError, OverflowError):
             number = None
         if number is None:
-            raise WrongUse(fault, "return a number")
+            raise InvalidMethod(fault, "return a number")
         if not math.isfinite(number):
-            raise WrongUse(fault, "return a finite number")
+            raise InvalidMethod(fault, "return a finite number")
         return number
 
     def _result(self, value: Any) -> Any:

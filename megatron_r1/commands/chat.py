@@ -23,7 +23,7 @@ from megatron_r1.commands.trained_model import (
 )
 from megatron_r1.config import Config, infer_verb
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import positions
+from megatron_r1.engines.server.from_recipe import max_positions
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.evaluation.engine_policy import EnginePolicy
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
@@ -77,7 +77,7 @@ def _settings(config: Config, model: Path) -> Config:
     if trained is not None and infer_verb(trained) == "rl":
         rollout = trained.rollout.model_dump()
     else:
-        most = min(SEQUENCE_TOKENS, positions(model, ARGUMENTS[0]))
+        most = min(SEQUENCE_TOKENS, max_positions(model, ARGUMENTS[0]))
         rollout = {
             "dtype": "float32" if gpu.device() == "cpu" else "bfloat16",
             "max_model_len": most,

@@ -256,6 +256,6 @@ def _memory(config: Config) -> str:
             f"(push.transport: {config.push.transport})"
         )
     memory = cpu_memory(config, torchrun.world_size(config), has_engines=True)
-    described = memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))
+    described = memory.describe(memory.microbatch_tokens(config.parallel.tokens_per_microbatch))
     mib = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**20
     return f"{size}{described}; a push brings {mib:,.2f} MiB to an engine's fullest rank"

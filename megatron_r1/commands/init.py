@@ -47,7 +47,7 @@ from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
 from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens, load_tokenizer
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import positions
+from megatron_r1.engines.server.from_recipe import max_positions
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.supported import check_supported
@@ -291,7 +291,7 @@ def _try(path: Path, columns: Columns) -> None:
             asyncio.run(_check_own(prompts.train))
     if not gpu.is_usable():
         memory = cpu_memory(recipe, 1, has_engines=True)
-        print(memory.describe(memory.microbatch(None)))
+        print(memory.describe(memory.microbatch_tokens(None)))
 
 
 def _data(
@@ -393,7 +393,7 @@ def _sizes(source: QuestionSource, questions: Sequence[Asked], text: PromptText)
     machine = source.machine
     limits = first_recipe.lengths(
         max(len(text.encode(question, before)) for before, question in questions),
-        positions(source.folder),
+        max_positions(source.folder),
         machine,
     )
     num_heldout, heldout = _heldout([question for _, question in questions], machine)

@@ -38,7 +38,7 @@ from megatron_r1.engines.server.from_recipe import max_model_len
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
-    check_experts_here,
+    check_local_experts,
 )
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models import read_hf_config
@@ -133,9 +133,9 @@ def _load_prompts(config: Config, text: PromptText) -> PromptSplit:
     """
     rows = config.data.model_dump(exclude={"template"})
     if config.agents.players:
-        from megatron_r1.agents.rows import rows_of
+        from megatron_r1.agents.rows import load_run_prompts
 
-        prompts = rows_of(config.agents, **rows)
+        prompts = load_run_prompts(config.agents, **rows)
     else:
         prompts = load_prompts(**rows)
     if prompts.contradictions and config.data.task is None:
@@ -344,7 +344,7 @@ def check_settings(config: Config) -> None:
     # Layers without Transformer Engine need more; whether ranks have it only they know.
     check_divisions(hf, config.parallel, transformer_engine=True)
     check_engines(config, hf)
-    check_experts_here(config.rollout)
+    check_local_experts(config.rollout)
     check_cpu_kernels(config.rollout, hf)
     check_arguments(config.rollout, "rollout")
     check_room(config.rollout)

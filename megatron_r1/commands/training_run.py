@@ -272,7 +272,7 @@ def _with_microbatch(
     if gpu.is_usable() or SPANS_HOSTS in os.environ:
         return config
     memory = cpu_memory(config, world_size, has_engines=has_engines)
-    tokens = memory.microbatch(config.parallel.tokens_per_microbatch)
+    tokens = memory.microbatch_tokens(config.parallel.tokens_per_microbatch)
     notify(memory.describe(tokens))
     return config.with_changes(parallel={"tokens_per_microbatch": tokens})
 

@@ -59,7 +59,7 @@ def group_advantages(
     return [0.0 if r is None else (r - mean) / scale for r in rewards]
 
 
-def over_batch_std(
+def divide_by_batch_std(
     advantages: list[list[float]], rewards: list[list[float | None]], epsilon: float
 ) -> list[list[float]]:
     """Return A_i / (std(A) + epsilon), with the population's standard deviation over all graded

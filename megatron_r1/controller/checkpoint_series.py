@@ -17,7 +17,7 @@ from megatron_r1.trainer.operations import FolderOperations
 
 
 @dataclass
-class _Saving:
+class _PendingSave:
     """A checkpoint being written. seconds_blocked: how long the run has waited for it so far."""
 
     folder: Path
@@ -40,9 +40,9 @@ class CheckpointSeries:
         """
         self._folder, self._settings, self.notify = folder, settings, notify
         self.latest: Path | None = None
-        self.start_again()
+        self.reset()
 
-    def start_again(self) -> None:
+    def reset(self) -> None:
         """Choose the newest good checkpoint again, after the ranks were lost. A checkpoint that
         they were writing counts only if it became whole.
 
@@ -52,7 +52,7 @@ class CheckpointSeries:
         for name in finding.remove_partial(self._folder):
             self.notify(f"{name} was still being written when the run ended; removed")
         self._choose(*self._newest())
-        self._saving: _Saving | None = None
+        self._saving: _PendingSave | None = None
         self._completed: dict[str, float] = {}
 
     def state(self) -> dict[str, Any] | None:
@@ -98,11 +98,11 @@ class CheckpointSeries:
         await self._poll(trainer, wait=True)
         folder = finding.path_of(self._folder, step)
         await trainer.call(FolderOperations.save_checkpoint, folder=str(folder), state=state)
-        self._saving = _Saving(folder, step, time.perf_counter() - began)
+        self._saving = _PendingSave(folder, step, time.perf_counter() - began)
         if not self._settings.asynchronous:
             await self._poll(trainer, wait=True)
 
-    async def completed(self, trainer: TrainerClient) -> dict[str, float]:
+    async def completed_metrics(self, trainer: TrainerClient) -> dict[str, float]:
         """Return the metrics of a checkpoint that became whole since the last call, else {}:
         checkpoint/step, checkpoint/seconds (until whole) and checkpoint/seconds_blocked (that the
         run waited).

@@ -71,17 +71,17 @@ class CPUMemory:
         """Tokens of a micro-batch that fit next to the fixed part."""
         return max(0, int(USED * self.free) - self.fixed) // self.per_token
 
-    def microbatch(self, wanted: int | None) -> int:
+    def microbatch_tokens(self, requested: int | None) -> int:
         """Return the limit of a micro-batch in tokens.
 
         Args:
-            wanted: the recipe's limit, None by default.
+            requested: the recipe's limit, None by default.
 
         Raises:
             UserError: the weights and a micro-batch alone need more than is free; `others` do not
                 count for that, because processes share parts of them."""
         most = min(DEFAULT_TOKENS, MOST_BYTES // self.per_token)
-        tokens = wanted or max(FEWEST_TOKENS, min(most, self.largest_microbatch))
+        tokens = requested or max(FEWEST_TOKENS, min(most, self.largest_microbatch))
         if self.weights + self.engine_weights + tokens * self.per_token <= self.free:
             return tokens
         key = "parallel.processes"
@@ -89,7 +89,7 @@ class CPUMemory:
             "lower parallel.processes or rollout.engines, set checkpoint.asynchronous: false or "
             "parallel.recompute: full, or take a machine with more memory"
         )
-        if wanted and self.largest_microbatch >= FEWEST_TOKENS:
+        if requested and self.largest_microbatch >= FEWEST_TOKENS:
             key = "parallel.tokens_per_microbatch"
             most = self.largest_microbatch
             remedy = f"leave parallel.tokens_per_microbatch out, or lower it to {most:,}"

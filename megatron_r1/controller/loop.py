@@ -62,7 +62,7 @@ from megatron_r1.config import Config
 from megatron_r1.controller.advantages import overlong_penalty
 from megatron_r1.controller.algorithms import Algorithm
 from megatron_r1.controller.corrections import each_reward
-from megatron_r1.controller.corrections.truncated import without_truncated
+from megatron_r1.controller.corrections.truncated import mask_truncated
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
 from megatron_r1.controller.session import Session
 from megatron_r1.controller.trainer_passes import TrainerPasses
@@ -142,7 +142,7 @@ def response_advantages(
         rewards = [[training_reward(each, config) for each in group.responses] for group in groups]
         advantages = algorithm.advantages(rewards, config.rl)
     if config.rl.truncated == "mask":
-        advantages = without_truncated(advantages, groups)
+        advantages = mask_truncated(advantages, groups)
     return advantages
 
 

@@ -27,7 +27,7 @@ class PolicyEngines:
         self.trainer, self.pusher, self.sampler = trainer, pusher, sampler
         self._rollout_config = sampler.config.rollout
         self._step_rollout: StepRollout | None = None
-        self._have_no_weights = False
+        self._need_weights = False
         self._acceptance = AcceptanceMeter()
         self._push_metrics: dict[str, float] = {}
         self._probe_metrics: dict[str, float] = {}
@@ -47,7 +47,7 @@ class PolicyEngines:
 
     async def rollout(self, step: int) -> Rollout:
         """Return the rollout of `step`, which may have begun before."""
-        if self._have_no_weights:
+        if self._need_weights:
             async with self.updating():
                 await self.push(step - 1)
         self.sampler.begin(step)
@@ -63,15 +63,15 @@ class PolicyEngines:
         if self._rollout_config.colocated:
             await self.trainer.call(ModelOperations.free_memory, parameters=False)
         self._push_metrics = await self.pusher.push(policy_version)
-        self._have_no_weights = False
+        self._need_weights = False
         self.sampler.start_ahead(policy_version)
 
     @contextlib.asynccontextmanager
-    async def with_trainer(self) -> AsyncIterator[None]:
+    async def free_for_trainer(self) -> AsyncIterator[None]:
         """Let the trainer use its weights in the block, between two rollouts. Engines that have
         their memory sleep from then on, and get the weights again before the next rollout."""
         if self.pusher.offloads:
-            self._have_no_weights = True
+            self._need_weights = True
             await self.sampler.collector.fleet.sleep()
         yield
 

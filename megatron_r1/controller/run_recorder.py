@@ -80,7 +80,7 @@ class RunRecorder:
         notes = [note] if note else []
         self.checkpoints = CheckpointSeries(folder.checkpoints, config.checkpoint, notes.append)
         recorded = folder.last_step()
-        self._go_back()
+        self._restore_state()
         if recorded or self.resumed:
             notes.append(_continuation(config, self.state.step, recorded, steps_before))
         history = map(self._shown, folder.read_metrics())
@@ -111,13 +111,13 @@ class RunRecorder:
         newest = self.checkpoints.latest
         await self.checkpoints.verify(trainer)
         if self.checkpoints.latest != newest:
-            self._rewind()
+            self._rewind_view()
         await self.checkpoints.load(trainer, reference)
 
-    def go_back(self) -> None:
+    def rewind(self) -> None:
         """Return to the newest checkpoint, after the ranks were lost with the steps after it."""
-        self.checkpoints.start_again()
-        self._rewind()
+        self.checkpoints.reset()
+        self._rewind_view()
 
     @timeline.timed("controller/write files")
     def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
@@ -162,14 +162,14 @@ class RunRecorder:
         self._trackers.close(self.state.step >= self._last_step)
         self.view.close(outcome)
 
-    def _rewind(self) -> None:
+    def _rewind_view(self) -> None:
         if self._tensorboard:
             self._tensorboard.close()
-        self._go_back()
+        self._restore_state()
         lines = self.folder.read_metrics(), self.folder.read_evaluations()
         self.view.rewind(*(map(self._shown, each) for each in lines))
 
-    def _go_back(self) -> None:
+    def _restore_state(self) -> None:
         """Take the state of the newest checkpoint and cut every file back to its step."""
         saved = self.checkpoints.state()
         vars(self.state).update(vars(RunState(**saved or {})))

@@ -170,8 +170,8 @@ class Session:
         line |= self._meter.metrics() | metrics | mean_of_updates(updates)
         line |= self._meter.times(rollout)
         line["tokens_per_second"] = line.pop("response_tokens") / line["time/step"]
-        line["groups/replayed"] = self.engines.step_rollout.num_replayed
-        line |= await self.recorder.checkpoints.completed(self.passes.trainer)
+        line["groups/replayed"] = self.engines.step_rollout.num_restored
+        line |= await self.recorder.checkpoints.completed_metrics(self.passes.trainer)
         if not self.config.rl.keep_sample_log:
             await self.checkpointing.prune_samples(self.config.checkpoint.keep)
         records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
@@ -191,8 +191,8 @@ class Session:
         """Start a checkpoint of the newest step, once the engines' probes of its weights have
         passed."""
         await self.engines.await_probes()
-        async with self.engines.with_trainer():
-            await self.checkpointing.save(self.step, self.engines.step_rollout.prompts_after)
+        async with self.engines.free_for_trainer():
+            await self.checkpointing.save(self.step, self.engines.step_rollout.sampler_state)
 
 
 class StepMeter:

@@ -159,7 +159,10 @@ def check_teacher(config: Config) -> None:
 def _check_positions(config: Config) -> None:
     """Raise UserError where the student's context is longer than the teacher's."""
     path = config.teacher.path
-    limit, needed = from_recipe.positions(path, "teacher.path"), from_recipe.max_model_len(config)
+    limit, needed = (
+        from_recipe.max_positions(path, "teacher.path"),
+        from_recipe.max_model_len(config),
+    )
     if limit < needed:
         raise UserError(
             f"teacher.path {path} has {limit} positions (max_position_embeddings), and the student "

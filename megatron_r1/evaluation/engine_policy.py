@@ -24,9 +24,9 @@ from megatron_r1.engines.server.from_recipe import engine_settings, fleet_settin
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
-    check_experts_here,
+    check_local_experts,
 )
-from megatron_r1.engines.server.responses import Response, cut_at_stop
+from megatron_r1.engines.server.responses import Response, truncate_at_stop
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
@@ -71,7 +71,7 @@ class EnginePolicy:
         check_room(rollout)
         hf = load_config(model)
         check_engines(config, hf)
-        check_experts_here(rollout)
+        check_local_experts(rollout)
         check_cpu_kernels(rollout, hf)
         check_arguments(rollout, "rollout")
         self._fleet: RolloutFleet | None = None
@@ -162,7 +162,7 @@ class EnginePolicy:
         for _ in range(ATTEMPTS):
             played = await self._player(agents).play(prompt, answer, self._decoding.max_tokens)
             # Without an engine every further episode would fail: the fleet's error has the cause.
-            fleet.members.require_usable()
+            fleet.state.require_usable()
             episode = played.episode
             if episode.has_reward:
                 break
@@ -198,7 +198,9 @@ class EnginePolicy:
         )
         stop = self._decoding.stop
         return (
-            cut_at_stop(response, len(token_ids), stop, self._text.decode)[0] if stop else response
+            truncate_at_stop(response, len(token_ids), stop, self._text.decode)[0]
+            if stop
+            else response
         )
 
     def _player(self, agents: AgentsConfig) -> EpisodePlayer:

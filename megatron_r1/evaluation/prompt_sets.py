@@ -10,7 +10,7 @@ from r1_grading.rewards import ENVIRONMENT
 
 from megatron_r1.agents.environment import check_parameters
 from megatron_r1.agents.environment_pool import describe
-from megatron_r1.agents.rows import load_rows
+from megatron_r1.agents.rows import load_environment_prompts
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.config.eval import BenchmarkConfig, EvalConfig
@@ -106,10 +106,12 @@ def _load_own(entry: BenchmarkConfig, config: Config) -> PromptSet:
 def _own_prompts(environment: str, entry: BenchmarkConfig, config: Config) -> list[Prompt]:
     data = config.data.model_dump(exclude={"template"})
     if entry.path is None:
-        prompts = load_rows(environment, **data).heldout
+        prompts = load_environment_prompts(environment, **data).heldout
     else:
         given = {name: data[name] for name in ("columns", "kind")}
-        prompts = load_rows(environment, path=entry.path, heldout_fraction=0.0, **given).train
+        prompts = load_environment_prompts(
+            environment, path=entry.path, heldout_fraction=0.0, **given
+        ).train
     return prompts[: entry.limit or config.eval.limit]
 
 

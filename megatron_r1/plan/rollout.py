@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.config import Config
-from megatron_r1.engines.server.from_recipe import positions
+from megatron_r1.engines.server.from_recipe import max_positions
 from megatron_r1.engines.server.recipe_checks import check_ranks
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import load_config, read_hf_config
@@ -254,7 +254,7 @@ def samples_section(job: PlannedJob) -> Section:
 
 def check_teacher(config: Config) -> None:
     """Raise UserError for a teacher that does not exist, or that its ranks cannot share."""
-    positions(config.teacher.path, "teacher.path")
+    max_positions(config.teacher.path, "teacher.path")
     if not config.teacher.url:
         check_ranks(config.teacher, load_config(config.teacher.path, "teacher.path"), "teacher")
 

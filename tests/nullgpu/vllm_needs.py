@@ -25,7 +25,7 @@ from megatron_r1.base.processes import children
 from megatron_r1.engines.plugin import register, swap
 from megatron_r1.engines.plugin.loader_copies import record
 from megatron_r1.engines.plugin.memory_layout import lay_out
-from megatron_r1.engines.plugin.swap import KeptState
+from megatron_r1.engines.plugin.swap import SavedKernelState
 from megatron_r1.models.hf_config import implied, resolve_aliases
 from megatron_r1.models.weights.stored import published as fp8
 from megatron_r1.push.plan import EngineLayout
@@ -151,7 +151,7 @@ def main() -> None:
     folder, *names = sys.argv[1:]
     if "planted" in names:
         names.remove("planted")
-        KeptState.restore = lambda state, in_use: None
+        SavedKernelState.restore = lambda state, in_use: None
     register()
     torch.cuda.set_device(0)
     groups_exist = False

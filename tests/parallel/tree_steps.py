@@ -54,7 +54,7 @@ def samples(seed: int):
                 response = Response(array("i", turn.tokens), floats, versions, "stop")
                 numbers.append(tree.add_sampled(parent, response, {"role": "assistant"}))
             else:
-                numbers.append(tree.add_given(parent, turn.tokens, [{"role": str(len(numbers))}]))
+                numbers.append(tree.add_prompt(parent, turn.tokens, [{"role": str(len(numbers))}]))
         episode = Episode("done", [], tree.branches())
         responses.append(GradedResponse(episode.response(), "", {}, 0.0, "", episode=episode))
         advantages.append(advantage)

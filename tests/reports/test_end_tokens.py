@@ -24,7 +24,7 @@ from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
-from megatron_r1.engines.server.responses import Response, cut_at_stop
+from megatron_r1.engines.server.responses import Response, truncate_at_stop
 from megatron_r1.evaluation.response import SamplingSettings
 from megatron_r1.models.weights.stored.hf_writing import carry_files
 
@@ -232,7 +232,7 @@ def test_b21_what_an_answer_ended_with_is_not_written_again(family, end, role, t
     new = {"role": role, "content": "is 4"}
     tree = TokenTree()
     first = continuation.next_prompt(tree, [asked])
-    node = tree.add_given(None, first.token_ids, first.messages, ())
+    node = tree.add_prompt(None, first.token_ids, first.messages, ())
     sampled = tokenizer.encode("stop here" + end, add_special_tokens=False)
     response = response_of(sampled, "stop")
     tree.add_sampled(node, response, answer)
@@ -298,6 +298,6 @@ def test_b19_a_gateway_s_stop_string_is_not_in_the_text(tokens, stop, text, kept
     tokenizer = folder_of("Qwen3-0.6B", tmp_path)
     ids = tokenizer.convert_tokens_to_ids(tokens)
     response = response_of(ids, "length")
-    got, before, found = cut_at_stop(response, 1, [stop], tokenizer.decode)
+    got, before, found = truncate_at_stop(response, 1, [stop], tokenizer.decode)
     assert (list(got.token_ids), before, found) == (ids[:kept], text, stop)
     assert got.finish_reason == "stop"

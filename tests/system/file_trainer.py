@@ -70,9 +70,9 @@ class FileTrainer:
         }
         return await asyncio.to_thread(operations[operation.__name__], **arguments)
 
-    async def call_all(self, operation, begun=None, **arguments):
-        if begun is not None:
-            begun()
+    async def call_all(self, operation, on_start=None, **arguments):
+        if on_start is not None:
+            on_start()
         return [await self.call(operation, **arguments)]
 
 

@@ -106,7 +106,7 @@ def test_bytes_equal_vllms_json(loop, fleet):
     sampling = {"n": 2, "max_tokens": 12, "logprobs": 0, "ignore_eos": True, "detokenize": False}
     call = {"token_ids": prompt, "sampling_params": sampling | cut}
     as_json = loop(client.request("POST", GENERATE, call))
-    expected = parse_responses(as_json, len(prompt), None, client.vocab_size, is_cut=True)
+    expected = parse_responses(as_json, len(prompt), None, client.vocab_size, has_mask=True)
     found = loop(client.generate(prompt, n=2, max_tokens=12, sampling_mask=True, **cut))
     for one, other in zip(found, expected, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)

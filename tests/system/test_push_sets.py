@@ -79,7 +79,7 @@ def test_each_slice_enters_one_engine_and_both_have_all(loop, models, fleet, pus
 
 
 async def until_replaced(fleet):
-    await until(lambda: not fleet.replacement.tasks and len(fleet.members.up) == 2)
+    await until(lambda: not fleet.replacement.tasks and len(fleet.state.up) == 2)
 
 
 def kill(engine):
@@ -108,7 +108,7 @@ def test_an_engine_that_dies_does_not_take_the_other_with_it(
         kill(dies)
 
     loop(pusher.push(models / "a"))
-    assert fleet.members.up[0] is left and left.server.is_alive()
+    assert fleet.state.up[0] is left and left.server.is_alive()
     assert loop(checksums(fleet, fleet.engines.index(left))) == expected
     loop(until_replaced(fleet))
     assert both(loop, fleet) == [expected] * 2

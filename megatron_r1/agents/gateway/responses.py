@@ -9,7 +9,7 @@ from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.request import (
     Body,
     Message,
-    Refused,
+    RequestError,
     TurnReply,
     TurnRequest,
     content_text,
@@ -20,7 +20,7 @@ from megatron_r1.agents.parsing import tool_call
 PARTS = ("input_text", "output_text", "text")
 NEUTRAL = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}
 # max_tool_calls limits OpenAI's built-in tools, which this gateway does not have.
-WITHOUT_EFFECT = (*chat.WITHOUT_EFFECT, "include", "stream_options", "max_tool_calls")
+IGNORED = (*chat.IGNORED, "include", "stream_options", "max_tool_calls")
 
 
 def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
@@ -31,14 +31,16 @@ def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
         stored: conversations by the id of their last reply.
 
     Raises:
-        Refused: for a body that cannot be served."""
-    body.ignore(*WITHOUT_EFFECT)
+        RequestError: for a body that cannot be served."""
+    body.ignore(*IGNORED)
     model = body.take("model", str, "")
     history: list[Message] = []
     previous = body.take("previous_response_id", str, None)
     if previous is not None:
         if previous not in stored:
-            raise Refused(f"there is no response {previous}", "previous_response_id", status=404)
+            raise RequestError(
+                f"there is no response {previous}", "previous_response_id", status=404
+            )
         history = stored[previous]
     sent = history + _messages(body.take("input", (str, list), []))
     chat.require_turn(sent, "input")
@@ -89,7 +91,7 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
 error, KEEP_ALIVE = chat.error, chat.KEEP_ALIVE
 
 
-def error_event(refused: Refused) -> bytes:
+def error_event(refused: RequestError) -> bytes:
     """Return an error that ends a stream which has begun."""
     entry = {"type": "error", "code": refused.code or refused.kind, "message": str(refused)}
     # 0: a turn is sampled whole before its first event, so no event has been sent.

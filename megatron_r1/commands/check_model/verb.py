@@ -31,11 +31,11 @@ from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.from_recipe import engine_settings, positions
+from megatron_r1.engines.server.from_recipe import engine_settings, max_positions
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
-    check_experts_here,
+    check_local_experts,
 )
 from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.vllm_arguments import check_arguments
@@ -92,12 +92,12 @@ async def by_vllm(
         return NotCompared("vllm is not installed in this environment", is_failure=False)
     try:
         check_engines(config, load_config(folder))
-        check_experts_here(config.rollout)
+        check_local_experts(config.rollout)
         check_cpu_kernels(config.rollout, load_config(folder))
         check_arguments(config.rollout, "rollout")
     except UserError as error:
         return NotCompared(str(error))
-    length = min(MAX_LENGTH, positions(folder))
+    length = min(MAX_LENGTH, max_positions(folder))
     settings = engine_settings(config.rollout) | {"max_model_len": length, "max_num_seqs": 16}
     async with contextlib.AsyncExitStack() as stack:
         fleet = await stack.enter_async_context(RolloutFleet(1, scratch, **settings))

@@ -20,7 +20,7 @@ from megatron_r1.commands.compare.records import compare_groups, compare_metrics
 from megatron_r1.commands.compare.tensors import compare_checkpoints
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
-from megatron_r1.controller.rollouts.sample_log import path_of as path_of_log
+from megatron_r1.controller.rollouts.sample_log import step_log_path
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
 from megatron_r1.trainer.checkpoints.finding import complete_checkpoints, path_of, step_of
@@ -113,7 +113,7 @@ def compare(first: Path, second: Path) -> Comparison:
     num_logs = 0
     # All steps: where engines' log-probabilities alone differ, weights never need to.
     for step in shared:
-        groups = [read_groups(path_of_log(folder.sample_log, step)) for folder in folders]
+        groups = [read_groups(step_log_path(folder.sample_log, step)) for folder in folders]
         if groups[0] is not None and groups[1] is not None:
             differences += compare_groups(step, groups[0], groups[1], dtype)
             num_logs += 1

@@ -24,7 +24,7 @@ from megatron_r1.controller.rollouts.sample_log import (
     GroupRecord,
     SamplingRecord,
     decode,
-    path_of,
+    step_log_path,
     unpack,
 )
 from megatron_r1.data.prompts import Prompt, load_prompts
@@ -276,7 +276,7 @@ def examinable(folder: RunFolder, config: Config) -> list[Examinable]:
             weights_after(folder, config, step) is not None,
         )
         for step in finished
-        if path_of(folder.sample_log, step).is_file()
+        if step_log_path(folder.sample_log, step).is_file()
     ]
 
 
@@ -347,7 +347,7 @@ def _read_step(
     missing: str,
 ) -> RecordedStep:
     step = line["step"]
-    path = path_of(folder.sample_log, step)
+    path = step_log_path(folder.sample_log, step)
     schedule = digest_until(config.rl.schedule, step)
     records: dict[int, GroupRecord] = {}
     for payload in FramedFile.read(path, repair=False):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_r1.controller.rollouts.rollout import Group
 
 
-def without_truncated(advantages: list[list[float]], groups: list[Group]) -> list[list[float]]:
+def mask_truncated(advantages: list[list[float]], groups: list[Group]) -> list[list[float]]:
     """Return `advantages` with NaN, which means not trained on, for each response that was cut off.
 
     Args:

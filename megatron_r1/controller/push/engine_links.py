@@ -22,7 +22,7 @@ CONNECT_SECONDS = 120.0
 """Limit for the ranks of a set and of the trainer to find each other."""
 ANSWER_SECONDS = 20.0
 """Once the trainer has failed to connect, an engine has this long to report its own problem. Longer
-than `LAST_WORDS_SECONDS`, the client's wait for a dying engine."""
+than `DEATH_WAIT_SECONDS`, the client's wait for a dying engine."""
 MAX_UNEXPLAINED = 2
 """Failures of sets without a known cause, after which every engine is a set of its own: the engines
 may not reach each other."""

@@ -54,7 +54,7 @@ def create_pusher(
         store_host=hosts_address(config.rollout) if elsewhere else None,
         colocated=config.rollout.colocated,
         adapter=served_adapter(config, hf),
-        notify=lambda line: fleet.members.notify(line),
+        notify=lambda line: fleet.state.notify(line),
     )
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)
     offloads = config.parallel.offload_between_phases != "none"

@@ -14,7 +14,7 @@ from msgspec.structs import asdict
 
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engines.server.episodes import Branch, Episode, Status, Turn
+from megatron_r1.engines.server.episodes import Branch, Episode, EpisodeStatus, Turn
 from megatron_r1.engines.server.responses import Response
 
 
@@ -42,7 +42,7 @@ class BranchRecord(msgspec.Struct, array_like=True, frozen=True):
 class EpisodeRecord(msgspec.Struct, array_like=True, frozen=True):
     """An `Episode` of the sample log, its texts and arrays as bytes."""
 
-    status: Status
+    status: EpisodeStatus
     turns: tuple[TurnRecord, ...]
     branches: tuple[BranchRecord, ...]
     num_tool_calls: int
@@ -86,7 +86,8 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class SamplingRecord(msgspec.Struct, array_like=True, frozen=True):
-    """What the engines were asked for, as `EngineClient.generate` and `cut_at_stop` take it."""
+    """What the engines were asked for, as `EngineClient.generate` and `truncate_at_stop` take
+    it."""
 
     temperature: float
     top_p: float
@@ -117,7 +118,7 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
     sampling: SamplingRecord | None = None
 
 
-class Accepted(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
+class CommitRecord(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
     """The step's batch was complete and its grades were checked: it may have been trained on.
 
     Attributes:
@@ -127,7 +128,7 @@ class Accepted(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(GroupRecord | Accepted).decode
+decode = msgspec.msgpack.Decoder(GroupRecord | CommitRecord).decode
 
 
 def pack(

@@ -10,7 +10,7 @@ from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment import check_parameters
 from megatron_r1.agents.environment_pool import Environments, describe
 from megatron_r1.agents.gateway import Gateway
-from megatron_r1.agents.harness import HarnessPlayer, Run, find_harness
+from megatron_r1.agents.harness import AgentFunction, HarnessPlayer, find_harness
 from megatron_r1.agents.parsing import find_parser
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.verifiers import VerifiersHarness
@@ -102,7 +102,7 @@ def make_player(config: Config, text: PromptText) -> Player:
     if agents.environment:
         environments = Environments(agents, describe(agents.environment))
         return EpisodePlayer(text, environments, agents, longest)
-    run: Run = VerifiersHarness(agents.verifiers, tokenizer)
+    run: AgentFunction = VerifiersHarness(agents.verifiers, tokenizer)
     if agents.harness:
         run = find_harness(agents)
     parsers = find_parser(agents, tokenizer)

@@ -14,7 +14,7 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.controller.rollouts.rollout import GradedResponse
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.engines.server.episodes import Episode, Played
+from megatron_r1.engines.server.episodes import Episode, EpisodeResult
 from megatron_r1.engines.server.responses import Response
 
 
@@ -43,14 +43,14 @@ class ResponseGrader:
         return await asyncio.gather(*(self._grade(prompt, *pair, weights) for pair in pairs))
 
     async def grade_episodes(
-        self, prompt: Prompt, played: Sequence[Played], weights: Mapping[str, float]
+        self, prompt: Prompt, played: Sequence[EpisodeResult], weights: Mapping[str, float]
     ) -> list[GradedResponse]:
         """Grade episodes. The environment's reward is the accuracy where it gives one; the other
         terms grade the last answer. An episode that is not scored is ungraded."""
         return await asyncio.gather(*(self._grade_episode(prompt, p, weights) for p in played))
 
     async def _grade_episode(
-        self, prompt: Prompt, played: Played, weights: Mapping[str, float]
+        self, prompt: Prompt, played: EpisodeResult, weights: Mapping[str, float]
     ) -> GradedResponse:
         episode, response = played.episode, played.episode.response()
         if not episode.has_reward:

@@ -62,7 +62,7 @@ class RunHandles:
         """Whether the run waits for ranks or engines to start. During a call to the trainer it does
         not wait for an engine that starts."""
         engines = self.rollouts.fleet.engines if self.rollouts else []
-        is_down = self.trainer.waiting is None and any(not engine.is_up for engine in engines)
+        is_down = self.trainer.pending_call is None and any(not engine.is_up for engine in engines)
         return is_down or "starting" in self.recorder.view.doing[0]
 
     def progress(self) -> Hashable:
@@ -71,7 +71,7 @@ class RunHandles:
         It has the beginning of an open call, the groups and tokens of the engines, the grades of
         the reward workers."""
         trainer, view = self.trainer, self.recorder.view
-        waiting = trainer.waiting
+        waiting = trainer.pending_call
         parts: tuple[Hashable, ...] = (
             (view.doing, self.recorder.latest.get("step")),
             (trainer.num_replies, trainer.num_restarts, waiting.since if waiting else None),
@@ -104,7 +104,7 @@ STATES = {
 
 
 @dataclass(frozen=True)
-class RoleFinding:
+class RoleDiagnosis:
     """The result of inspecting one role of a run that hangs.
 
     Attributes:
@@ -124,22 +124,22 @@ def _indented(lines: list[str], by: int = 4) -> list[str]:
     return [" " * by + line for text in lines for line in text.splitlines()]
 
 
-def rounded(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Format a duration as "12 s", "3 min" or "2.5 h"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7_200 else f"{seconds / 3600:.1f} h"
 
 
-async def inspect_trainer(trainer: TrainerClient) -> RoleFinding:
+async def inspect_trainer(trainer: TrainerClient) -> RoleDiagnosis:
     """Inspect all ranks. The headline has the open call, the ranks without a reply, and where they
     are."""
-    waiting = trainer.waiting
+    waiting = trainer.pending_call
     statuses = await trainer.socket.statuses(range(trainer.world_size), ANSWER_SECONDS)
     if waiting is None:
         headline = "trainer: every rank waits for the controller"
     else:
-        since = rounded(time.monotonic() - waiting.since)
+        since = format_seconds(time.monotonic() - waiting.since)
         missing = _ranks(sorted(waiting.missing))
         where = _locations(trainer, waiting.missing, statuses)
         headline = f"trainer: {waiting.operation!r} since {since}, no reply from {missing}; {where}"
@@ -151,7 +151,7 @@ async def inspect_trainer(trainer: TrainerClient) -> RoleFinding:
         await asyncio.to_thread(trainer.kill)
 
     can_recover = waiting is not None and trainer.can_restart
-    return RoleFinding("trainer", headline, details, kill if can_recover else None)
+    return RoleDiagnosis("trainer", headline, details, kill if can_recover else None)
 
 
 def _locations(trainer: TrainerClient, missing: set[int], statuses: dict[int, RankStatus]) -> str:
@@ -172,7 +172,7 @@ def _rank_lines(trainer: TrainerClient, rank: int, status: RankStatus | None) ->
     name = f"rank {rank}{coordinates(trainer, rank)}"
     if status is None:
         return [f"{name} {_describe_silence(trainer, rank)}"]
-    lines = [f"{name}: {status.operation}, for {rounded(status.seconds)}"]
+    lines = [f"{name}: {status.operation}, for {format_seconds(status.seconds)}"]
     for index, thread in enumerate(status.threads):
         # Helper threads only if they wait for other ranks too, such as a checkpoint's.
         if index == 0 or thread.collective:
@@ -210,7 +210,7 @@ def _ranks(ranks: list[int], most: int = 16) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
 
 
-async def _inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> RoleFinding:
+async def _inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> RoleDiagnosis:
     """Inspect the engines that sample. The headline has the open groups, since when, and the stuck
     engines.
 
@@ -224,7 +224,7 @@ async def _inspect_engines(rollouts: RolloutCollector, pushing: bool = False) ->
     return await _inspect(fleet, "engines", headline, in_flight.oldest("sampling"))
 
 
-async def _inspect_teacher(rollouts: RolloutCollector) -> RoleFinding:
+async def _inspect_teacher(rollouts: RolloutCollector) -> RoleDiagnosis:
     """Inspect the teacher's engines as `_inspect_engines` does."""
     assert rollouts.teacher is not None, "called for runs with a teacher only"
     in_flight = rollouts.in_flight
@@ -232,7 +232,7 @@ async def _inspect_teacher(rollouts: RolloutCollector) -> RoleFinding:
     return await _inspect(rollouts.teacher, "teacher", headline, in_flight.oldest("scoring"))
 
 
-def _inspect_rewards(rollouts: RolloutCollector) -> RoleFinding:
+def _inspect_rewards(rollouts: RolloutCollector) -> RoleDiagnosis:
     """Inspect the reward workers. The headline has the groups being graded and the job that has
     taken longest."""
     oldest = rollouts.in_flight.oldest("grading")
@@ -245,7 +245,7 @@ def _inspect_rewards(rollouts: RolloutCollector) -> RoleFinding:
         headline += f"; {_describe_job(jobs[0])}"
     elif oldest:
         headline += f"; no worker has one of them, so a served model has: {_describe_group(oldest)}"
-    return RoleFinding("rewards", headline, details)
+    return RoleDiagnosis("rewards", headline, details)
 
 
 async def count_tokens(rollouts: RolloutCollector) -> int:
@@ -286,13 +286,13 @@ async def _stacks(engine: Engine) -> str:
 
 def _open_groups(in_flight: InFlight, phase: Phase) -> str:
     oldest = in_flight.oldest(phase)
-    since = f", the oldest for {rounded(time.monotonic() - oldest.since)}" if oldest else ""
+    since = f", the oldest for {format_seconds(time.monotonic() - oldest.since)}" if oldest else ""
     return f"{in_flight.count(phase)} groups are not back{since}"
 
 
 async def _inspect(
     fleet: RolloutFleet, role: str, headline: str, oldest: InFlightGroup | None
-) -> RoleFinding:
+) -> RoleDiagnosis:
     """Inspect all engines. Those that do not respond are stuck; if all do, those with requests."""
     engines = list(fleet.engines)
     states = dict(zip(engines, await asyncio.gather(*map(_state, engines)), strict=True))
@@ -308,20 +308,20 @@ async def _inspect(
     async def kill() -> None:
         await asyncio.gather(*(asyncio.to_thread(engine.server.stop) for engine in stuck))
 
-    return RoleFinding(role, "; ".join(headlines), details, kill if stuck else None)
+    return RoleDiagnosis(role, "; ".join(headlines), details, kill if stuck else None)
 
 
 async def _state(engine: Engine) -> tuple[str, bool]:
     """Return an engine's state, and whether its core responds."""
     if not engine.is_up:
         return "being replaced", False
-    responds = await engine.answers(ANSWER_SECONDS)
+    responds = await engine.is_responsive(ANSWER_SECONDS)
     core = "answers" if responds else f"does not answer within {ANSWER_SECONDS:g} s"
     return f"{engine.num_running} sequences asked for, its core {core}", responds
 
 
 def _describe_group(group: InFlightGroup) -> str:
-    since = rounded(time.monotonic() - group.since)
+    since = format_seconds(time.monotonic() - group.since)
     prompt = group.prompt
     return (
         f"{prompt.kind} question {prompt.id} ({_shorten_question(prompt.question)!r}), "
@@ -332,7 +332,7 @@ def _describe_group(group: InFlightGroup) -> str:
 def _describe_job(pending: OutstandingJob) -> str:
     where = f"worker {pending.worker_pid}" if pending.worker_pid else "queued"
     question = _shorten_question(pending.job.fields.get("question") or "")
-    since = rounded(time.monotonic() - pending.since)
+    since = format_seconds(time.monotonic() - pending.since)
     return f"{where}: {pending.job.target}, question {question!r}, since {since}"
 
 
@@ -340,40 +340,40 @@ def _shorten_question(question: str) -> str:
     return question.replace("\n", " ")[:80]
 
 
-async def diagnose(run: RunHandles) -> list[RoleFinding]:
-    """Return a finding per role; the first is what everything waits for."""
+async def diagnose(run: RunHandles) -> list[RoleDiagnosis]:
+    """Return a diagnosis per role; the first is what everything waits for."""
     rollouts = run.rollouts
     inspections = [inspect_trainer(run.trainer)]
     if rollouts is not None:
         inspections.append(_inspect_engines(rollouts, pushing=_is_pushing(run)))
         if rollouts.teacher is not None:
             inspections.append(_inspect_teacher(rollouts))
-    findings = {finding.role: finding for finding in await asyncio.gather(*inspections)}
+    diagnoses = {diagnosis.role: diagnosis for diagnosis in await asyncio.gather(*inspections)}
     if rollouts is not None:
-        findings["rewards"] = _inspect_rewards(rollouts)
-    findings["controller"] = _inspect_controller(run)
+        diagnoses["rewards"] = _inspect_rewards(rollouts)
+    diagnoses["controller"] = _inspect_controller(run)
     awaited = _awaited_role(run)
-    return [findings.pop(awaited), *findings.values()]
+    return [diagnoses.pop(awaited), *diagnoses.values()]
 
 
-def report(run: RunHandles, findings: list[RoleFinding], quiet_seconds: float) -> str:
+def report(run: RunHandles, diagnoses: list[RoleDiagnosis], quiet_seconds: float) -> str:
     """Return the text of a hang's report.
 
     Args:
         run: the roles of the run.
-        findings: what each role waits for.
+        diagnoses: what each role waits for.
         quiet_seconds: the time since the last progress."""
     step = run.recorder.latest.get("step", run.recorder.state.step)
     lines = [
-        f"Nothing has moved for {rounded(quiet_seconds)}.",
+        f"Nothing has moved for {format_seconds(quiet_seconds)}.",
         f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}, controller on {socket.gethostname()}, "
         f"last finished step {step}",
         "",
-        f"Everything waits for: {findings[0].headline}",
+        f"Everything waits for: {diagnoses[0].headline}",
     ]
-    for finding in findings:
-        title = finding.headline
-        lines += ["", title, "-" * min(len(title), 100), *_indented(finding.details, 0)]
+    for diagnosis in diagnoses:
+        title = diagnosis.headline
+        lines += ["", title, "-" * min(len(title), 100), *_indented(diagnosis.details, 0)]
     return "\n".join(lines) + "\n"
 
 
@@ -382,7 +382,7 @@ def _awaited_role(run: RunHandles) -> str:
 
     An open call to the trainer comes first, since engines may generate for a later step meanwhile.
     Groups are sampled, then graded, then scored: the earliest of these phases comes next."""
-    if run.trainer.waiting is not None:
+    if run.trainer.pending_call is not None:
         return "trainer"
     rollouts = run.rollouts
     if rollouts is None:
@@ -398,14 +398,14 @@ def _is_pushing(run: RunHandles) -> bool:
     return run.recorder.view.doing[0] == "push"
 
 
-def _inspect_controller(run: RunHandles) -> RoleFinding:
+def _inspect_controller(run: RunHandles) -> RoleDiagnosis:
     phase, detail = run.recorder.view.doing
     doing = f"{phase} ({detail})" if detail else phase or "nothing"
     details = []
     for task in asyncio.all_tasks():
         if task is not asyncio.current_task():
             details += [f"task {task.get_name()}", *_indented(_suspended_frames(task))]
-    return RoleFinding("controller", f"controller: in phase {doing}", details)
+    return RoleDiagnosis("controller", f"controller: in phase {doing}", details)
 
 
 def _suspended_frames(task: asyncio.Task[Any]) -> list[str]:

@@ -35,7 +35,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
     run = watchdog.run
     trainer, rollouts = run.trainer, run.rollouts
     phase, detail = run.recorder.view.doing
-    waiting = trainer.waiting
+    waiting = trainer.pending_call
     facts: dict[str, Any] = {
         "status": "ok",
         "step": run.recorder.latest.get("step", run.recorder.state.step),

@@ -85,7 +85,7 @@ class Supervisor:
             recorder.view.message(f"{loss}\nstarting the trainer ranks again, {count}")
             await asyncio.to_thread(trainer.kill)
             await self._free_gpus()
-            recorder.go_back()
+            recorder.rewind()
             recorder.view.phase("restarting trainer", f"to go on after step {recorder.state.step}")
             try:
                 return await trainer.restart()

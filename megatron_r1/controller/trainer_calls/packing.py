@@ -144,7 +144,11 @@ def pack_by_prompt(
         data_parallel: the number of data-parallel ranks.
         limit: the most tokens of a micro-batch.
         cost: the argument of `pack`."""
-    found = [unit for group in by_first_prompt(samples) for unit in _within(samples, group, limit)]
+    found = [
+        unit
+        for group in by_first_prompt(samples)
+        for unit in _split_to_limit(samples, group, limit)
+    ]
     if len(found) < data_parallel:
         found = [([i], len(sample)) for i, sample in enumerate(samples)]
     units, lengths = [unit for unit, _ in found], [length for _, length in found]
@@ -153,7 +157,7 @@ def pack_by_prompt(
     return packing._replace(shares=shares)
 
 
-def _within(
+def _split_to_limit(
     samples: list[Sample], members: Iterable[int], limit: int
 ) -> list[tuple[list[int], int]]:
     """Cut samples of one prompt, in order, into units of at most `limit` tokens, or one sample.

@@ -30,7 +30,7 @@ REMEDY = (
 )
 
 
-ENDING_SECONDS = 5.0
+EXIT_SECONDS = 5.0
 """How long a rank may take to end after its connection has closed, on a busy machine."""
 MODULE = "megatron_r1.trainer.rank"
 """What a rank's process runs."""
@@ -57,7 +57,7 @@ class RankProcesses:
         self._wait_seconds = 0.0
 
     @property
-    def are_ours(self) -> bool:
+    def started_here(self) -> bool:
         """Whether this controller started the ranks; torchrun or Slurm may have."""
         return bool(self._processes)
 
@@ -124,7 +124,7 @@ class RankProcesses:
             return f"trainer rank {rank} is gone"
         code, log = None, self._log(rank)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._processes[rank].wait(timeout=ENDING_SECONDS)
+            code = self._processes[rank].wait(timeout=EXIT_SECONDS)
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
         if code == -signal.SIGKILL:
             how += diagnosis.oom_explanation(self._kills_before, REMEDY)
@@ -150,7 +150,7 @@ def _start(
     return preloaded.start(MODULE, arguments, log, environment)
 
 
-CONNECTING = 4096
+BACKLOG = 4096
 """Connections that may wait to be accepted: two of each rank, which start together."""
 
 
@@ -165,7 +165,7 @@ class RankSocket:
             token: authenticates the ranks."""
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.BACKLOG, CONNECTING)
+        self._socket.setsockopt(zmq.BACKLOG, BACKLOG)
         protect_server(self._socket, token)
         self._socket.bind(bind)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)

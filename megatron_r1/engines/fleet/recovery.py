@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from megatron_r1.engines.fleet.dispatch import Members, Work
+from megatron_r1.engines.fleet.dispatch import FleetState, Work
 from megatron_r1.engines.fleet.engine import Engine, ServedGroup, find_slow
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineFault, NoWeights
@@ -24,15 +24,15 @@ class RequestRetries:
     """Repeats failed requests.
 
     Args:
-        members: the engines.
+        state: the engines.
         on_failure: called with an engine that died or gave an unusable reply, and with the error;
             it may raise EngineDied if the fleet has failed.
 
     Attributes:
         num_requeued: the number of sequences that were sent again."""
 
-    def __init__(self, members: Members, on_failure: OnFailure) -> None:
-        self.members, self.on_failure = members, on_failure
+    def __init__(self, state: FleetState, on_failure: OnFailure) -> None:
+        self.state, self.on_failure = state, on_failure
         self.num_requeued = 0
         self._starting = asyncio.Lock()
 
@@ -55,10 +55,10 @@ class RequestRetries:
         Raises:
             EngineError: if an engine refuses the call, if MAX_ATTEMPTS replies are unusable, or if
                 no engine is left."""
-        dispatcher = self.members.dispatcher
+        dispatcher = self.state.dispatcher
         faults: list[EngineFault] = []
         while len(faults) < MAX_ATTEMPTS:
-            self.members.require_usable()
+            self.state.require_usable()
             engine = await dispatcher.acquire(work)
             began = time.monotonic()
             try:
@@ -79,7 +79,7 @@ class RequestRetries:
             finally:
                 dispatcher.release(engine, work)
             now, tokens = time.monotonic(), lengths(result)
-            engine.pace.add(ServedGroup(now, now - began, sum(tokens), max(tokens)))
+            engine.stats.add(ServedGroup(now, now - began, sum(tokens), max(tokens)))
             return result
         raise EngineError(f"{MAX_ATTEMPTS} times in a row no answer could be used: {faults[-1]}")
 
@@ -93,7 +93,7 @@ OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "can't allocate memory", "Canno
 will do so again."""
 
 
-class Replacement:
+class EngineReplacer:
     """Replaces engines until `max_restarts` are used up. After that the death of an engine fails
     the fleet, and an engine that is only slow or faulty stays.
 
@@ -103,7 +103,7 @@ class Replacement:
 
     def __init__(
         self,
-        members: Members,
+        state: FleetState,
         start_replacement: Callable[[Engine], Awaitable[object]],
         max_restarts: int,
         unresponsive_seconds: float,
@@ -111,12 +111,12 @@ class Replacement:
         """Prepare to replace the engines of a fleet.
 
         Args:
-            members: the fleet's engines.
+            state: the fleet's engines.
             start_replacement: starts an engine in the place of a dead one and gives it the current
                 weights, or raises EngineError.
             max_restarts: how many engines may be replaced.
             unresponsive_seconds: an engine that has not answered for this time counts as dead."""
-        self.members, self.start_replacement = members, start_replacement
+        self.state, self.start_replacement = state, start_replacement
         self.max_restarts, self.unresponsive_seconds = max_restarts, unresponsive_seconds
         self.silence_seconds = 0.0
         self.num_restarts = 0
@@ -137,7 +137,7 @@ class Replacement:
             with contextlib.suppress(asyncio.CancelledError, EngineError):
                 await task
 
-    def handle(self, engine: Engine, failure: EngineDied | EngineFault) -> None:
+    def handle_failure(self, engine: Engine, failure: EngineDied | EngineFault) -> None:
         """Replace an engine after a failed request: at once if it died; after its other requests if
         it ran out of memory, or if too many of its last replies were unusable.
 
@@ -148,7 +148,7 @@ class Replacement:
             self.replace(engine, failure)
             return
         ran_out = any(words in str(failure) for words in OUT_OF_MEMORY)
-        if engine.pace.add_fault() or ran_out:
+        if engine.stats.add_fault() or ran_out:
             self.retire(engine, EngineError(f"{engine.name} cannot go on: {failure}"))
 
     def replace(self, engine: Engine, death: EngineError) -> None:
@@ -162,14 +162,14 @@ class Replacement:
         """
         if not engine.is_up:
             return
-        if engine.server.is_lost and any(other is not engine for other in self.members.up):
-            self.members.notify(f"{death}; the other engines go on without it")
-            self.members.remove(engine)
-            self._start(engine.end())
+        if engine.server.is_lost and any(other is not engine for other in self.state.up):
+            self.state.notify(f"{death}; the other engines go on without it")
+            self.state.remove(engine)
+            self._start(engine.stop())
             return
-        self.members.take_down(engine)
+        self.state.mark_down(engine)
         if self.num_restarts >= self.max_restarts:
-            self.members.fail(death)
+            self.state.fail(death)
             raise death
         self._start(self._revive(engine, death))
 
@@ -177,7 +177,7 @@ class Replacement:
         """Begin to replace an engine that still works, if restarts are left. The engine gets no new
         groups, and is replaced once those in flight are back, or after DRAIN_SECONDS."""
         if engine.is_open and self.num_restarts < self.max_restarts:
-            self.members.set_open(engine, False)
+            self.state.set_open(engine, False)
             self._start(self._drain_and_replace(engine, reason))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -192,39 +192,39 @@ class Replacement:
         if self.num_restarts < self.max_restarts:
             self.replace(engine, reason)
         else:  # others have used up the last restart, so it serves on
-            self.members.set_open(engine, True)
+            self.state.set_open(engine, True)
 
     async def _revive(self, dead: Engine, reason: EngineError) -> None:
         """Start a replacement; if it does not start, try again while restarts are left, and then
         fail the fleet."""
         try:
-            await dead.end()
+            await dead.stop()
             while self.num_restarts < self.max_restarts:
                 self.num_restarts += 1
                 count = f"restart {self.num_restarts} of at most {self.max_restarts}"
-                self.members.notify(f"{reason}\n{count}; its requests go to the others or wait")
+                self.state.notify(f"{reason}\n{count}; its requests go to the others or wait")
                 try:
                     await self.start_replacement(dead)
-                    self.members.notify(f"{dead.name} is back, with the current weights")
+                    self.state.notify(f"{dead.name} is back, with the current weights")
                     return
                 except NoWeights as error:
                     self.num_restarts -= 1  # a trainer that starts takes longer than many engines
                     reason = error
                 except EngineError as error:
                     reason = error
-            self.members.fail(reason)
+            self.state.fail(reason)
         except Exception as error:  # the task's own exception is not awaited before `close`
-            self.members.fail(error)
+            self.state.fail(error)
             raise
 
     async def _watch(self) -> None:
         """Find ended engines, so that calls waiting for them fail at once."""
         while True:
-            for engine in list(self.members.engines):
+            for engine in list(self.state.engines):
                 if not engine.server.is_alive() and not engine.died.is_set():
                     engine.died.set()
                     with contextlib.suppress(EngineDied):  # the next call raises it
-                        self.replace(engine, engine.ended_error())
+                        self.replace(engine, engine.death_error())
             await asyncio.sleep(WATCH_SECONDS)
 
     async def _probe(self) -> None:
@@ -232,8 +232,8 @@ class Replacement:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             seconds = max(self.unresponsive_seconds, self.silence_seconds)
-            up = self.members.up
-            answers = await asyncio.gather(*(engine.answers(seconds) for engine in up))
+            up = self.state.up
+            answers = await asyncio.gather(*(engine.is_responsive(seconds) for engine in up))
             for engine, is_alive in zip(up, answers, strict=True):
                 # A push may have begun since `seconds` was computed.
                 if not is_alive and engine.is_up and seconds >= self.silence_seconds:
@@ -241,6 +241,8 @@ class Replacement:
                     with contextlib.suppress(EngineDied):
                         self.replace(engine, reason)
                     engine.died.set()  # its calls fail now: a process that hangs ends none of them
-            paces = {engine: engine.pace for engine in self.members.engines if engine.is_open}
-            for engine, how in find_slow(paces, time.monotonic()).items():
+            stats_by_engine = {
+                engine: engine.stats for engine in self.state.engines if engine.is_open
+            }
+            for engine, how in find_slow(stats_by_engine, time.monotonic()).items():
                 self.retire(engine, EngineError(f"{engine.name} {how}"))

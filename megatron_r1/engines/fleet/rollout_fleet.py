@@ -20,12 +20,12 @@ from megatron_r1.engines.fleet.dispatch import (
     Dispatcher,
     ExpectedLength,
     ExpectedLengths,
-    Members,
+    FleetState,
     Notify,
     Work,
 )
 from megatron_r1.engines.fleet.engine import Engine, MakeServer
-from megatron_r1.engines.fleet.recovery import Replacement, RequestRetries
+from megatron_r1.engines.fleet.recovery import EngineReplacer, RequestRetries
 from megatron_r1.engines.server.client import EngineClient, UpdateInfo
 from megatron_r1.engines.server.from_recipe import vocab_size
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
@@ -113,16 +113,16 @@ class RolloutFleet:
         self.awake = asyncio.Event()
         """Cleared while the trainer uses the engines' memory."""
         self.awake.set()
-        self._most_responses = server_settings.get("max_num_seqs", 256)
-        capacity = self._most_responses * server_settings.get("data", 1)
-        self.members = Members(Dispatcher(capacity), notify)
-        self.replacement = Replacement(
-            self.members,
+        self._max_request_responses = server_settings.get("max_num_seqs", 256)
+        capacity = self._max_request_responses * server_settings.get("data", 1)
+        self.state = FleetState(Dispatcher(capacity), notify)
+        self.replacement = EngineReplacer(
+            self.state,
             lambda dead: self._start_one(dead.index, instead_of=dead),
             max_restarts,
             unresponsive_seconds,
         )
-        self.retries = RequestRetries(self.members, self.replacement.handle)
+        self.retries = RequestRetries(self.state, self.replacement.handle_failure)
         self.lengths = ExpectedLengths()
         self._model: Path | None = None
         self._pushing = asyncio.Lock()
@@ -138,12 +138,12 @@ class RolloutFleet:
     @property
     def engines(self) -> list[Engine]:
         """The engines that are in use now."""
-        return self.members.engines
+        return self.state.engines
 
     @property
     def engines_use_memory(self) -> bool:
         """Whether an engine has the memory that `sleep` frees."""
-        return self.awake.is_set() and any(not engine.is_asleep for engine in self.members.up)
+        return self.awake.is_set() and any(not engine.is_asleep for engine in self.state.up)
 
     @property
     def num_restarts(self) -> int:
@@ -167,7 +167,7 @@ class RolloutFleet:
             await self.close()
             raise
         self.policy_version = policy_version
-        self.members.begin()
+        self.state.begin()
         self.replacement.begin()
 
     async def generate(
@@ -211,7 +211,7 @@ class RolloutFleet:
                 _lengths,
             )
 
-        most = self._most_responses
+        most = self._max_request_responses
         assert n <= most or sampling.get("seed") is None, "requests of one seed sample the same"
         requests = [asyncio.ensure_future(sample(min(most, n - at))) for at in range(0, n, most)]
         try:
@@ -269,7 +269,7 @@ class RolloutFleet:
             EngineError: if an engine refuses the weights, or dies and no restart is left; the fleet
                 is unusable from then on.
         """
-        self.members.require_usable()
+        self.state.require_usable()
         if policy_version < self.policy_version or (
             policy_version == self.policy_version and self.awake.is_set()
         ):
@@ -278,12 +278,12 @@ class RolloutFleet:
                 f"{self.policy_version}"
             )
         async with self._pushing:
-            engines = self.members.up
+            engines = self.state.up
             try:
                 for call in swap_calls(update_info, policy_version, asleep=not self.awake.is_set()):
                     engines = await self._call_engines(engines, call)
             except Exception as error:
-                self.members.fail(
+                self.state.fail(
                     EngineError(f"the push of version {policy_version} failed: {error}")
                 )
                 raise
@@ -291,7 +291,7 @@ class RolloutFleet:
             self.awake.set()
             for engine in engines:
                 if engine.is_asleep:
-                    self.members.wake(engine)
+                    self.state.wake(engine)
 
     async def sleep(self) -> None:
         """Free the engines' memory for the trainer: the engines drop weights and caches until the
@@ -303,12 +303,12 @@ class RolloutFleet:
         async with self._pushing:
             if not self.awake.is_set():
                 return
-            self.members.require_usable()
+            self.state.require_usable()
             self.awake.clear()
             # A starting engine has no weights yet: it is started again once the fleet is awake.
             starting = [engine for engine in self._starting if not engine.is_up]
-            await asyncio.gather(*(engine.end() for engine in starting))
-            awake = [engine for engine in self.members.up if not engine.is_asleep]
+            await asyncio.gather(*(engine.stop() for engine in starting))
+            awake = [engine for engine in self.state.up if not engine.is_asleep]
             await self._call_engines(awake, lambda client: client.sleep())
 
     async def add_engine(self) -> Engine:
@@ -317,7 +317,7 @@ class RolloutFleet:
         Raises:
             EngineError: the engine does not start.
         """
-        self.members.require_usable()
+        self.state.require_usable()
         # Reserved from now on: others may be joining, and none is in `engines` yet while the fleet
         # sleeps. Of two engines with one number every push would reach one only.
         taken = self._joining.union(engine.index for engine in self.engines)
@@ -327,7 +327,7 @@ class RolloutFleet:
             engine = await self._start_one(index)
         finally:
             self._joining.discard(index)
-        self.members.notify(f"{engine.name} has joined: {len(self.engines)} engines")
+        self.state.notify(f"{engine.name} has joined: {len(self.engines)} engines")
         return engine
 
     def metrics(self) -> dict[str, float]:
@@ -341,10 +341,10 @@ class RolloutFleet:
     async def close(self) -> None:
         """End all engines. Safe to call more than once."""
         await self.replacement.close()
-        self.members.dispatcher.fail(EngineError("the fleet was closed"))
+        self.state.dispatcher.fail(EngineError("the fleet was closed"))
         engines = list(self.engines)
         self.engines.clear()  # an inspection of one that ends would open its client again
-        await asyncio.gather(*(engine.end() for engine in engines))
+        await asyncio.gather(*(engine.stop() for engine in engines))
 
     def launch(self, index: int) -> Engine:
         """Start an engine's processes and return at once; they end with the calling thread. Every
@@ -353,7 +353,7 @@ class RolloutFleet:
         settings = self.server_settings
         if self.make_server is EngineServer:  # hosts of a pool divide their GPUs themselves
             key = "teacher.engines" if self.role == "teacher" else "rollout.engines"
-            settings = share_of_gpus(settings, index, self.num_engines, key)
+            settings = with_gpu_share(settings, index, self.num_engines, key)
         seed = (settings.get("seed", 0) + index) % 2**32  # vLLM hands it to numpy, too
         own = {"seed": seed, "secret": secrets.token_hex(32)}
         log = self.log_folder / f"{self.role}-{index}.log"
@@ -397,12 +397,12 @@ class RolloutFleet:
                 await engine.prepare(self.policy_version, self.start_timeout_seconds)
                 async with self.send_weights(engine) as has_weights:
                     place = instead_of or engine
-                    self.members.put_up(engine, place, is_asleep=has_weights is False)
+                    self.state.mark_up(engine, place, is_asleep=has_weights is False)
                 return engine
             except BaseException as error:
                 if engine in self.engines:
                     self.engines.remove(engine)
-                await engine.end()
+                await engine.stop()
                 if self.awake.is_set() or not isinstance(error, EngineError):
                     raise
             finally:
@@ -423,7 +423,7 @@ class RolloutFleet:
         return [engine for engine in engines if engine.is_up]
 
 
-def share_of_gpus(
+def with_gpu_share(
     settings: dict[str, Any], index: int, num_engines: int, key: str = "rollout.engines"
 ) -> dict[str, Any]:
     """Return the settings of one of several engines that share this host's GPUs equally.

@@ -27,7 +27,7 @@ Since the engine started, the balancer (`rollout.redundant_experts`) has moved e
 copies to others, and the router follows its maps. So after a load
 
 - `keep_placement` moves the new weights to where the maps say, by vLLM's own exchange;
-- `begin_anew` puts the maps back to the first placement, for an engine that has slept: a sleep
+- `reset_placement` puts the maps back to the first placement, for an engine that has slept: a sleep
   frees the memory of the maps, which is in vLLM's pool of weights, and the placement is lost.
 
 Each of them is called on all ranks of an engine. The experts that a rank returns for routing replay
@@ -282,7 +282,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             receiver.free_memory()
             return
         if self.balancer is not None:
-            stop_moving(self.balancer)
+            stop_rebalancing(self.balancer)
         buffer = receiver.table.buffer(receiver.memory, push)
         self._load_check.begin(receiver.arrivals.take_changed())
         swap.load(self._models, self._placed, buffer, in_place=receiver.table.num_buffers > 1)
@@ -290,7 +290,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         swap.finish(self._models, self.model_config)
         if self.balancer is not None:
             if self.vllm_config.model_config.enable_sleep_mode:
-                begin_anew(self.balancer)
+                reset_placement(self.balancer)
             else:
                 group = get_ep_group().device_group
                 keep_placement(self.balancer, group)
@@ -332,7 +332,7 @@ def first_placement(state: EplbModelState) -> torch.Tensor:
     return torch.tensor([placed] * model.num_moe_layers)
 
 
-def stop_moving(state: EplbState) -> None:
+def stop_rebalancing(state: EplbState) -> None:
     """Wait until the balancer moves nothing; what it had not applied is not applied."""
     state.drain_async()
 
@@ -358,7 +358,7 @@ def keep_placement(state: EplbState, group: Any) -> None:
         )
 
 
-def begin_anew(state: EplbState) -> None:
+def reset_placement(state: EplbState) -> None:
     """Set the balancer's maps to the slots of a load, and forget what it has counted."""
     for model_state in state.model_states.values():
         eplb_state._commit_eplb_maps(model_state, first_placement(model_state))

@@ -1,8 +1,9 @@
 """What an engine's HTTP server has beyond vLLM's own: a secret for every request, all of a swap of
 weights in one call, and samples in bytes.
 
-`Admission`: requests to an engine must carry its secret. vLLM's own check (VLLM_API_KEY) does not
-cover the calls that pause an engine, replace its weights or run a method by name in its workers.
+`SecretMiddleware`: requests to an engine must carry its secret. vLLM's own check (VLLM_API_KEY)
+does not cover the calls that pause an engine, replace its weights or run a method by name in its
+workers.
 
 `POST /swap_weights`: vLLM's own calls for a swap are six, made while nothing generates, and /pause
 sleeps for 20 ms once the engine has stopped (v1/engine/async_llm.py: `AsyncLLM.pause_generation`):
@@ -42,12 +43,12 @@ from megatron_r1.push.results import IncompletePush, UndeliveredPush
 
 SECRET = "VLLM_API_KEY"
 """Environment variable. vLLM's own, so that both checks use one secret."""
-OPEN = ("/health",)
+OPEN_PATHS = ("/health",)
 
 
-class Admission:
-    """ASGI middleware: 401 for requests, except to `OPEN`, without `Authorization: Bearer SECRET`;
-    websockets are closed."""
+class SecretMiddleware:
+    """ASGI middleware: 401 for requests, except to `OPEN_PATHS`, without `Authorization: Bearer
+    SECRET`; websockets are closed."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -55,7 +56,7 @@ class Admission:
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Pass an authorized request on; answer 401 to others, 1008 to a websocket."""
-        if scope["type"] == "lifespan" or scope["path"] in OPEN or self._is_authorized(scope):
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._is_authorized(scope):
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})

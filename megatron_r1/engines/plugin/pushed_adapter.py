@@ -200,7 +200,7 @@ def _keep_the_experts_kernel() -> None:
     FusedMoEConfig.__post_init__ = finish
 
 
-def serve_the_adapter() -> None:
+def serve_pushed_adapter() -> None:
     """Let the server that this process will start compute all requests with the pushed adapter,
     where its engine has LoRA.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.v1.outputs import SamplingMaskLists
 
 
-class KeptCollector:
+class SamplingMaskCollector:
     """What the sampler kept in the step under way.
 
     Attributes:
@@ -50,7 +50,7 @@ class KeptCollector:
         return SamplingMaskLists(token_ids, np.cumsum([0, *counts]), boundaries)
 
 
-def cut_passes_without_drafts() -> None:
+def fix_top_k_without_drafts() -> None:
     """Have a pass in which no sequence has a draft take a top_k without a top_p. On CPU, once.
 
     Upstream: v1/sample/ops/topk_topp_sampler.py: `apply_top_k_only` takes the maximum of no
@@ -65,7 +65,7 @@ def cut_passes_without_drafts() -> None:
     topk_topp_sampler.apply_top_k_only = apply_top_k_only
 
 
-def take_requests_without_a_top_k() -> None:
+def accept_requests_without_top_k() -> None:
     """Have requests without a top_k, which scores, probes and evaluations are, go without a mask on
     an engine that returns masks. Once.
 
@@ -89,7 +89,7 @@ def take_requests_without_a_top_k() -> None:
     InputProcessor._validate_params = validate
 
 
-def leave_out_whole_vocabularies() -> None:
+def omit_masks_of_whole_vocabulary() -> None:
     """Have a token that was drawn from the whole vocabulary come without ids. On a GPU, once.
 
     Upstream: v1/worker/gpu/sample/output.py: `SamplingMaskTensors.tolists`. Without it: 4 bytes for
@@ -119,8 +119,8 @@ def return_masks_on_cpu() -> None:
 
     verify_config, gather = VllmConfig._verify_sampling_replay_config, Sampler.gather_logprobs
     sample, sample_tokens = CPUModelRunner._sample, CPUModelRunner.sample_tokens
-    collector = KeptCollector()
-    active: list[KeptCollector] = []
+    collector = SamplingMaskCollector()
+    active: list[SamplingMaskCollector] = []
 
     def verify(config: Any) -> None:
         parts = {"model_config": config.model_config, "use_v2_model_runner": True}

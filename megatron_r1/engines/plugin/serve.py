@@ -108,7 +108,7 @@ def main() -> None:
 
     endpoints.add_swap()
     endpoints.add_samples()
-    pushed_adapter.serve_the_adapter()
+    pushed_adapter.serve_pushed_adapter()
     if current_platform.is_cpu():
         _fork_on_cpu()
         keep_freed_memory(also_large=True)

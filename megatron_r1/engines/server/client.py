@@ -31,7 +31,7 @@ from megatron_r1.models.experts import RoutingShape
 BODY_EXCERPT_CHARS = 500
 HEALTH_SECONDS = 5.0
 GENERATE = "/inference/v1/generate"
-SPILLING = 2
+ROUTING_SLOTS = 2
 """Choices per engine whose routed experts are in memory at once: 14 MB each, of 30,000 tokens."""
 T = TypeVar("T")
 UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -74,7 +74,7 @@ class EngineClient:
         self.headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self.timeout_seconds, self.vocab_size = timeout_seconds, vocab_size
         self._session: aiohttp.ClientSession | None = None
-        self._spilling = asyncio.Semaphore(SPILLING)
+        self._routing_slots = asyncio.Semaphore(ROUTING_SLOTS)
 
     async def __aenter__(self) -> Self:
         return self
@@ -143,7 +143,7 @@ class EngineClient:
         async def read(reply: aiohttp.ClientResponse) -> list[Response]:
             if reply.content_type == MEDIA_TYPE:
                 try:
-                    return await read_responses(reply.content, *expected, self._spilling)
+                    return await read_responses(reply.content, *expected, self._routing_slots)
                 except ValueError as error:
                     raise EngineFault(f"{self.url}{GENERATE}: {error}") from error
             body = await reply.read()

@@ -54,7 +54,7 @@ def max_model_len(config: Config) -> int:
     Raises:
         UserError: the model has fewer positions, or responses would leave no room for a prompt.
     """
-    limit = positions(config.model.path)
+    limit = max_positions(config.model.path)
     length = config.rollout.max_model_len or limit
     if length > limit:
         raise UserError(
@@ -76,7 +76,7 @@ def max_model_len(config: Config) -> int:
     return length
 
 
-def positions(folder: str | Path, key: str = "model.path") -> int:
+def max_positions(folder: str | Path, key: str = "model.path") -> int:
     """Return max_position_embeddings of a model, its longest context in tokens.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, RolloutConfig, TeacherConfig
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.vllm_arguments import check_owned
+from megatron_r1.engines.server.vllm_arguments import check_reserved
 from megatron_r1.models.families import FAMILIES
 from megatron_r1.models.hf_config import (
     ARCHITECTURES,
@@ -68,7 +68,7 @@ def _check_redundant_experts(rollout: RolloutConfig, hf: dict) -> None:
         )
 
 
-def check_experts_here(rollout: RolloutConfig) -> None:
+def check_local_experts(rollout: RolloutConfig) -> None:
     """Refuse copies and exchanges of experts for which engines on this host lack something.
 
     Not part of `check_engines`: a plan and a rehearsal of a recipe for GPUs need nothing.
@@ -159,7 +159,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
         hf: the model's `config.json`.
         section: the section of the recipe that has the settings.
     """
-    check_owned(engines, section)
+    check_reserved(engines, section)
     language = language_settings(hf)
     heads = language.get("num_attention_heads", engines.tensor)
     kv_heads = language.get("num_key_value_heads") or heads

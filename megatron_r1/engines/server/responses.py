@@ -42,7 +42,7 @@ class Response:
 Decode = Callable[[Sequence[int]], str]
 
 
-def cut_at_stop(
+def truncate_at_stop(
     response: Response, num_prompt_tokens: int, stop: Sequence[str], decode: Decode
 ) -> tuple[Response, str, str | None]:
     """Return the response up to the token that first completes one of `stop`, its text before that,
@@ -68,10 +68,10 @@ def cut_at_stop(
             high = middle
         else:
             low = middle
-    return first_tokens(response, num_prompt_tokens, high, "stop"), text[:at], string
+    return truncate_response(response, num_prompt_tokens, high, "stop"), text[:at], string
 
 
-def first_tokens(
+def truncate_response(
     response: Response, num_prompt_tokens: int, count: int, finish_reason: Literal["stop", "length"]
 ) -> Response:
     """Return the first `count` tokens of a response.

@@ -18,9 +18,9 @@ from megatron_r1.models.hf_config import implied
 
 MODULE = "megatron_r1.engines.plugin.serve"
 """What an engine's process runs."""
-MIDDLEWARE = "megatron_r1.engines.plugin.endpoints.Admission"
+MIDDLEWARE = "megatron_r1.engines.plugin.endpoints.SecretMiddleware"
 SECRET = "VLLM_API_KEY"
-"""Environment variable from which vLLM, and `Admission`, read an engine's secret."""
+"""Environment variable from which vLLM, and `SecretMiddleware`, read an engine's secret."""
 
 
 class EnginePart(msgspec.Struct, frozen=True):
@@ -173,11 +173,11 @@ class EngineSettings:
             *(["--enable-expert-parallel"] if self.expert_parallel else []),
             *(["--middleware", MIDDLEWARE] if self.secret else []),
             *argument_list(self.lora or {}),
-            *argument_list(self._given()),
+            *argument_list(self._vllm_arguments()),
             *self.extra_args,
         ]
 
-    def _given(self) -> dict[str, Any]:
+    def _vllm_arguments(self) -> dict[str, Any]:
         """Return `vllm`, with the balancer of redundant experts."""
         if not self.redundant_experts:
             return dict(self.vllm)

@@ -187,7 +187,7 @@ def leave_out_the_drafter(module):
 
         Worker.init_weight_transfer_engine = init_weight_transfer_engine
 
-    module.name_the_drafter = name_no_drafter
+    module.expose_drafter = name_no_drafter
 
 
 def keep_the_drafter(module):

@@ -80,7 +80,7 @@ def test_a_class_without_get_reward_is_what_a_missing_truth_names(tmp_path, monk
     path.write_text(json.dumps({"question": "kv 3", "seed": 1}))
     shown = ("Misspelt", "get_rewards", "math", "kv.jsonl:1", "'truth'", "question, seed")
     with refused("agents.environment", Cause.MISSING, *shown):
-        rows.load_rows("mistaken:Misspelt", path=path)
+        rows.load_environment_prompts("mistaken:Misspelt", path=path)
 
 
 @pytest.mark.parametrize("name", ["kv.Store", "kv.py:Store"])

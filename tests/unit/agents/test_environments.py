@@ -324,7 +324,7 @@ def test_the_types_of_a_tool_are_read_once(monkeypatch):
     for name in ("add", "sum"):
         for _ in range(3):
             tool = getattr(Fresh(), name)
-            assert environment.converted_arguments(tool, {"number": "3"}) == {"number": 3}
+            assert environment.convert_arguments(tool, {"number": "3"}) == {"number": 3}
     assert built == [int, int | None]
 
 

@@ -13,7 +13,7 @@ from megatron_r1.agents.environment import describe, environment_target, find_en
 from megatron_r1.agents.environment_pool import Environments
 from megatron_r1.agents.parsing import parse_hermes
 from megatron_r1.agents.player import EpisodePlayer
-from megatron_r1.agents.rows import load_rows
+from megatron_r1.agents.rows import load_environment_prompts
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
@@ -165,12 +165,12 @@ def test_rows_that_differ_in_their_fields_only_are_different_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"question": "Solve the maze.", "seed": seed} for seed in range(100)]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
-    split = load_rows(COUNTER, path=path, heldout_fraction=0.3)
+    split = load_environment_prompts(COUNTER, path=path, heldout_fraction=0.3)
     assert len({p.id for p in split.train + split.heldout}) == 100
     assert 10 < len(split.heldout) < 55
     other = tmp_path / "heldout.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in rows[:60]))
-    again = load_rows(COUNTER, path=path, heldout_path=other)
+    again = load_environment_prompts(COUNTER, path=path, heldout_path=other)
     assert (len(again.train), len(again.heldout)) == (40, 60)
 
 

@@ -82,10 +82,10 @@ def test_activations_are_the_plan_s_and_what_local_layers_keep_beside_them(tmp_p
 
 def test_a_micro_batch_is_what_the_free_memory_has_room_for():
     def tokens(free: float, wanted: int | None = None) -> int:
-        return CPUMemory(3 * GIB, 2 * GIB, GIB, 1 << 20, int(free * GIB)).microbatch(wanted)
+        return CPUMemory(3 * GIB, 2 * GIB, GIB, 1 << 20, int(free * GIB)).microbatch_tokens(wanted)
 
     assert tokens(64) == 3 * 512  # 1.5 GiB of activations
-    assert CPUMemory(GIB, GIB, GIB, 1 << 10, 64 * GIB).microbatch(None) == 16_384
+    assert CPUMemory(GIB, GIB, GIB, 1 << 10, 64 * GIB).microbatch_tokens(None) == 16_384
     assert tokens(8) == int((0.9 * 8 - 6) * 1024)
     assert tokens(64, 20_000) == 20_000
     assert tokens(6.4) == tokens(5.5) == memory.FEWEST_TOKENS  # where the rest may be shared pages

@@ -23,7 +23,7 @@ from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.teacher import ExternalFleet, check_teacher, differing_tokens
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.episodes import Branch, Episode, Played
+from megatron_r1.engines.server.episodes import Branch, Episode, EpisodeResult
 from megatron_r1.engines.server.responses import EngineError, Response
 from megatron_r1.trainer.packed import packed_batch
 from megatron_r1.trainer.token_split import TokenSplit
@@ -179,7 +179,7 @@ def test_scores_that_do_not_add_up_are_an_error(said, says):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("megatron_r1.engines.fleet.engine.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_r1.engines.fleet.engine.DEATH_WAIT_SECONDS", 0.0)
     monkeypatch.setattr("megatron_r1.controller.teacher.ExternalServer.poll_seconds", 0.01)
 
 
@@ -334,11 +334,11 @@ def test_an_episode_is_scored_branch_by_branch_where_it_was_sampled():
     episode, teacher = Episode("done", [], branches), CountingTeacher()
 
     async def play(*_):
-        return Played(episode, "", 1.0)
+        return EpisodeResult(episode, "", 1.0)
 
     async def run():
-        members = SimpleNamespace(require_usable=lambda: None)
-        peers = SimpleNamespace(members=members), RewardPool(1), Text(), RewardsConfig()
+        state = SimpleNamespace(require_usable=lambda: None)
+        peers = SimpleNamespace(state=state), RewardPool(1), Text(), RewardsConfig()
         collector = RolloutCollector(*peers, teacher, SimpleNamespace(play=play))
         sampling = RolloutSampling(1, 1.0, 1.0, 32, step=2, with_teacher=True)
         prompts = [make_prompt("2", "environment", "9", {})]

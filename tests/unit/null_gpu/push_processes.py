@@ -245,9 +245,9 @@ class Trainer:
             Process(TrainerRank, case, rank, self.store.port, on_host=on_host) for rank in world
         ]
 
-    async def call_all(self, operation, begun=None, **arguments):
-        if begun:
-            begun()
+    async def call_all(self, operation, on_start=None, **arguments):
+        if on_start:
+            on_start()
         return await self.run(operation.__name__, **arguments)
 
     async def run(self, method, **arguments):

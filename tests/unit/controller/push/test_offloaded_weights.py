@@ -35,10 +35,10 @@ class OffloadedTrainer:
     async def call(self, operation, **arguments):
         self.did(operation.__name__, **arguments)
 
-    async def call_all(self, operation, begun=None, **arguments):
+    async def call_all(self, operation, on_start=None, **arguments):
         self.did(operation.__name__)
-        if begun:
-            begun()
+        if on_start:
+            on_start()
         answer = {"problems": {}, "num_links": {}, "num_bytes": {}}
         return [{"store": ["127.0.0.1", 1], **answer}]
 
@@ -185,7 +185,7 @@ def test_a_checkpoint_has_the_memory_and_engines_their_weights_before_the_next_r
         engines = PolicyEngines(trainer, pusher, sampler)
         await pushed(pusher, fleet)
         del trainer.done[:]
-        async with engines.with_trainer():
+        async with engines.free_for_trainer():
             trainer.did("save_checkpoint")
         await engines.rollout(2)
         await engines.rollout(3)

@@ -38,7 +38,7 @@ class TrainerThatIsLost:
     def __init__(self):
         self.is_connecting, self.goes = asyncio.Event(), asyncio.Event()
 
-    async def call_all(self, operation, begun=None, **arguments):
+    async def call_all(self, operation, on_start=None, **arguments):
         if operation == PushOperations.connect_sets:
             self.is_connecting.set()
             await self.goes.wait()
@@ -111,10 +111,10 @@ class SmallTrainer:
     def __init__(self, failures=(), store=1):
         self.failures, self.calls, self.port = list(failures), [], store
 
-    async def call_all(self, operation, begun=None, **arguments):
+    async def call_all(self, operation, on_start=None, **arguments):
         self.calls.append((operation, arguments))
-        if begun:
-            begun()
+        if on_start:
+            on_start()
         problems = {}
         if operation == PushOperations.send_weights and self.failures:
             members = self.failures.pop(0)
@@ -168,7 +168,7 @@ def feed(trainer, client, probes=()):
 
 
 def test_an_engine_that_fails_the_probes_does_not_join(monkeypatch):
-    monkeypatch.setattr("megatron_r1.engines.fleet.engine.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_r1.engines.fleet.engine.DEATH_WAIT_SECONDS", 0.0)
     feed(SmallTrainer(), SmallClient())
     broken = SmallClient(ConnectionBroken("cut"))
     with raised(EngineDied, "engine-3", "cut"):
@@ -289,8 +289,8 @@ def test_engines_that_join_or_leave_come_into_new_sets():
 class TrainerThatConnectsNone(SmallTrainer):
     """Its ranks find one problem with a set of several engines, and another with each alone."""
 
-    async def call_all(self, operation, begun=None, **arguments):
-        (answer,) = await super().call_all(operation, begun, **arguments)
+    async def call_all(self, operation, on_start=None, **arguments):
+        (answer,) = await super().call_all(operation, on_start, **arguments)
         if operation == PushOperations.connect_sets:
             problem = "the engine takes no pushes", "receiver/3 is not there"
             for name, size in arguments["sets"]:
@@ -375,7 +375,7 @@ def test_engines_of_other_sets_are_taken_from_them_as_well():
 
 
 def test_an_engine_that_dies_while_a_set_connects_is_lost_and_the_others_are_not(monkeypatch):
-    monkeypatch.setattr("megatron_r1.engines.fleet.engine.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_r1.engines.fleet.engine.DEATH_WAIT_SECONDS", 0.0)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     class Dies(SmallClient):
@@ -412,7 +412,7 @@ class ProbingTrainer(SmallTrainer):
     ids=["once", "again"],
 )
 def test_a_failed_probe_is_retried_once_and_then_its_engine_is_replaced(faults, lost, monkeypatch):
-    monkeypatch.setattr("megatron_r1.engines.fleet.engine.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_r1.engines.fleet.engine.DEATH_WAIT_SECONDS", 0.0)
 
     async def story():
         fleet = SmallFleet([Engine(0, SimpleNamespace(), SmallClient(*faults))])
@@ -477,11 +477,11 @@ def test_the_timeout_of_an_engine_begins_with_the_trainer_s_turn():
     """Its timeout for finding the trainer's ranks begins with the call in which they connect."""
 
     class BusyTrainer(SmallTrainer):
-        async def call_all(self, operation, begun=None, **arguments):
+        async def call_all(self, operation, on_start=None, **arguments):
             if operation == PushOperations.connect_sets:
                 await asyncio.sleep(0.05)
                 happened.append("turn")
-            return await super().call_all(operation, begun, **arguments)
+            return await super().call_all(operation, on_start, **arguments)
 
     class Joining(SmallClient):
         async def init_weight_transfer(self, init, resume):

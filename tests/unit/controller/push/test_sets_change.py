@@ -43,11 +43,11 @@ class Trainer:
             sender = WeightSender(DEEPSEEK, GRID, held, client, shared.of(rank), rank=rank)
             self.senders.append(sender)
 
-    async def call_all(self, operation, begun=None, **arguments):
+    async def call_all(self, operation, on_start=None, **arguments):
         if operation == PushOperations.open_push:
             return [{"store": ["127.0.0.1", self.store.port]}]
-        if begun:
-            begun()
+        if on_start:
+            on_start()
         name = {"connect_sets": "connect", "send_weights": "send"}[operation.__name__]
         calls = [partial(getattr(sender, name), **arguments) for sender in self.senders]
         return await asyncio.to_thread(run_all, calls)
@@ -135,7 +135,7 @@ class Fleet(SmallFleet):
 
 @pytest.fixture
 def make(monkeypatch):
-    monkeypatch.setattr("megatron_r1.engines.fleet.engine.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_r1.engines.fleet.engine.DEATH_WAIT_SECONDS", 0.0)
     monkeypatch.setattr(gloo, "BUCKET_BYTES", 3000)
     tensors, clients, trainers = draw(DEEPSEEK, 1), [], []
 
