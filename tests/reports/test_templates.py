@@ -12,7 +12,7 @@ from tokenizers import processors
 
 from megatron_r1.config import RewardsConfig
 from megatron_r1.config.eval import ServerConfig
-from megatron_r1.controller.rollouts.response_grader import ResponseGrader
+from megatron_r1.controller.rollouts.rollout import ResponseGrader
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText

@@ -5,7 +5,7 @@
 
 A response that is cut off at its limit of tokens may have been on a good way: its reward says
 little about the text that is there. Left out, it is excluded from the sums and the denominators of
-policy, KL, entropy and critic, as an ungraded one is (`algorithms.nan_where_ungraded`). Its reward
+policy, KL, entropy and critic, as an ungraded one is (`advantages.nan_where_ungraded`). Its reward
 still counts in the baseline of its group and of the rollout: the source masks the loss, and the
 other responses are compared with all that were sampled. `rl.overlong_buffer` still penalizes
 lengths near the limit."""

@@ -171,25 +171,25 @@ class TrainerClient:
             **loaded,
         }
 
-    @timeline.timed("controller/pack")
     def _shares(
         self, minibatches: list[list[Sample]], unit: int
     ) -> tuple[list[Packing], list[list[Buffer]]]:
         """Return the packing of every mini-batch, and each replica's encoded share of all."""
-        limit = self.config.parallel.microbatch_tokens
-        shares: list[ReplicaSamples] = [[] for _ in range(self.data_parallel)]
-        packings = [
-            pack_by_prompt(samples, self.data_parallel, limit, self._cost)
-            if self.config.parallel.share_prompts and unit == 1
-            else pack(
-                [len(s) for s in samples], self.data_parallel, limit, cost=self._cost, unit=unit
-            )
-            for samples in minibatches
-        ]
-        for samples, packing in zip(minibatches, packings, strict=True):
-            for rank, share in enumerate(packing.shares):
-                shares[rank].append([[samples[i] for i in m] for m in share])
-        return packings, [encode_samples(share) for share in shares]
+        with timeline.span("controller/pack"):
+            limit = self.config.parallel.microbatch_tokens
+            shares: list[ReplicaSamples] = [[] for _ in range(self.data_parallel)]
+            packings = [
+                pack_by_prompt(samples, self.data_parallel, limit, self._cost)
+                if self.config.parallel.share_prompts and unit == 1
+                else pack(
+                    [len(s) for s in samples], self.data_parallel, limit, cost=self._cost, unit=unit
+                )
+                for samples in minibatches
+            ]
+            for samples, packing in zip(minibatches, packings, strict=True):
+                for rank, share in enumerate(packing.shares):
+                    shares[rank].append([[samples[i] for i in m] for m in share])
+            return packings, [encode_samples(share) for share in shares]
 
     async def update(
         self,

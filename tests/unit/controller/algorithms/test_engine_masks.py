@@ -30,8 +30,8 @@ from megatron_r1.config.algorithms import NAMES, LossSettings
 from megatron_r1.config.corrections import EngineMask
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, chained
+from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.run_recorder import RunState
-from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.operations import ModelOperations
 from megatron_r1.trainer.packed import packed_batch
@@ -209,7 +209,7 @@ def test_settings_reach_a_rank_as_they_are():
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode(settings), type=LossSettings)
     assert carried == settings and carried.inner == ("a:loss",)
     assert carried.engine_mask == EngineMask("divergence", 0.15, 0.15)
-    assert name.endswith("divergence_mask:loss")
+    assert name.endswith("engine_mask:divergence_loss")
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_it_goes_together_with_a_mask_in_the_loss():
     settings = parse({"rl": SETTINGS | {"engine_mask": "divergence"}}).rl.loss_settings(LIMIT)
     name, settings = chained("a:loss", settings)
     assert [name.split(":")[0].split(".")[-1], *settings.inner] == [
-        "divergence_mask",
+        "engine_mask",
         "megatron_r1.controller.corrections.unbiased_kl:loss",
         "a:loss",
     ]
