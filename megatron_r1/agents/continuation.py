@@ -42,8 +42,12 @@ class RenderError(ValueError):
 
 @dataclass(frozen=True)
 class NextPrompt:
-    """The given part before the next answer: `messages`, as `token_ids`, to be appended to a tree
-    below node `parent`; None starts a new branch."""
+    """What to append to a tree before the next answer.
+
+    Attributes:
+        parent: the node that the tokens follow; None starts a new branch.
+        token_ids: the tokens to append.
+        messages: the messages that they stand for, in OpenAI's form."""
 
     parent: int | None
     token_ids: list[int]
@@ -72,6 +76,11 @@ class Continuation:
         self, tree: TokenTree, messages: Sequence[Message], tools: Sequence[Message] = ()
     ) -> NextPrompt:
         """Return what to append to `tree` for a request.
+
+        Args:
+            tree: the tokens of the episode so far.
+            messages: the request's conversation, in OpenAI's form.
+            tools: the descriptions of its tools, in OpenAI's form.
 
         Raises:
             RenderError: the chat template refuses the messages.

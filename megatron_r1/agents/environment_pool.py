@@ -51,6 +51,7 @@ class CallResult:
     """The result of a tool.
 
     Attributes:
+        text: the result as the model reads it.
         is_error: the tool raised, and text is the error's.
         done: whether the environment has ended the episode.
         seconds: the time that the call took."""
@@ -241,6 +242,11 @@ class EnvironmentProcess:
 
     async def call(self, name: str, arguments: object, seconds: float) -> CallResult:
         """Call a tool, for at most `seconds` and at most `call_seconds`.
+
+        Args:
+            name: the tool.
+            arguments: its arguments by name, as JSON values.
+            seconds: the limit of this call.
 
         Raises:
             EnvironmentFault: the process ends, or the tool raises RunError.

@@ -72,7 +72,12 @@ def serve(target: str, path: str, options: Mapping[str, Any]) -> None:
     """Fork a process with an environment of class `target` for every connection to `path`.
 
     Before the first, a classmethod `_before_episodes` of the class is called with `options`; it may
-    take longer than the calls of an episode."""
+    take longer than the calls of an episode.
+
+    Args:
+        target: "module:Class".
+        path: the Unix socket to listen at.
+        options: keyword arguments of the class (`agents.parameters`)."""
     environment = find_environment(target)
     if hasattr(environment, "_before_episodes"):
         print("\npreparing", flush=True)  # the import may have printed half a line

@@ -119,6 +119,7 @@ class ParserOptions(msgspec.Struct):
     """The parsers of a worker.
 
     Attributes:
+        tokenizer: the folder of the model's tokenizer.
         tool_parser: vLLM's name of the parser of calls, "" for none.
         reasoning_parser: vLLM's name of the parser of reasoning, "" for none."""
 
@@ -132,6 +133,7 @@ class ParseJob(msgspec.Struct):
 
     Attributes:
         text: decoded from token_ids, without the closing token.
+        token_ids: the sampled tokens.
         prompt_token_ids: all tokens before it; a template may have opened a thought there.
         tools: the tools, in OpenAI's form."""
 

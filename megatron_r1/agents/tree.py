@@ -27,6 +27,7 @@ class TreeNode:
 
     Attributes:
         parent: the number of the node before this one; None for a root.
+        token_ids: int32, the tokens of this node alone.
         messages: the chat messages that the tokens stand for.
         tools: the tools that a root's prompt describes; empty for other nodes.
         logprobs: nats of each sampled token; None if the tokens were given.

@@ -64,7 +64,12 @@ def divide_by_batch_std(
     advantages: list[list[float]], rewards: list[list[float | None]], epsilon: float
 ) -> list[list[float]]:
     """Return A_i / (std(A) + epsilon), with the population's standard deviation over all graded
-    responses of the rollout; where those are all equal, `advantages` as they are."""
+    responses of the rollout; where those are all equal, `advantages` as they are.
+
+    Args:
+        advantages: A_i, a list per group.
+        rewards: the rewards in the same order; None: ungraded.
+        epsilon: added to the deviation."""
     pairs = zip(chain(*advantages), chain(*rewards), strict=True)
     known = [advantage for advantage, reward in pairs if reward is not None]
     if are_equal(known):
@@ -100,7 +105,12 @@ def nan_where_ungraded(
     sample with advantage NaN for a response token, and counts no response for it. Ungraded are a
     response whose reward failed, and an episode that ended for a reason that is not the policy's
     (`engines.server.episodes`). A response that is cut off at its limit of tokens is the policy's
-    own: it is graded and trained on."""
+    own: it is graded and trained on.
+
+    Args:
+        advantages: the `advantages` of an algorithm.
+        groups: the rewards of each group; None: ungraded.
+        rl: the settings of `rl`."""
     numbers = advantages(groups, rl)
     return [
         [math.nan if r is None else a for a, r in zip(*pair, strict=True)]

@@ -122,6 +122,10 @@ class TrainerPasses:
 
     The samples stay with the trainer, from `load` to the next `load`.
 
+    Args:
+        config: the run's settings.
+        trainer: the ranks.
+
     Attributes:
         state: counts the policy's updates.
         run_config: the run's settings, the same in every step."""
@@ -190,7 +194,12 @@ class TrainerPasses:
 
     async def update_critic(self, config: Config, index: int, step: int) -> dict[str, float]:
         """Take one optimizer step of the critic on mini-batch `index` of training step `step`. Its
-        learning rate decays as the policy's does, over all steps of the run."""
+        learning rate decays as the policy's does, over all steps of the run.
+
+        Args:
+            config: the settings of this step.
+            index: number of the loaded mini-batch, from 0.
+            step: the training step, from 1."""
         settings = config.optimizer.model_copy(
             update={"learning_rate": config.critic.learning_rate}
         )

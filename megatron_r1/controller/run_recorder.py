@@ -62,6 +62,11 @@ class CheckpointSeries:
     def __init__(self, folder: Path, settings: CheckpointConfig, notify: Callable[[str], None]):
         """Choose the newest checkpoint whose manifest, files and sizes are right.
 
+        Args:
+            folder: the folder of the checkpoints.
+            settings: the recipe's section.
+            notify: called with lines for the user.
+
         Raises:
             UserError: all checkpoints are damaged.
         """
@@ -117,6 +122,11 @@ class CheckpointSeries:
         """Start the checkpoint of `step`; unless `checkpoint.asynchronous`, wait until it is whole.
 
         Waits for the previous one first.
+
+        Args:
+            trainer: the ranks.
+            step: the finished steps.
+            state: the controller's state, JSON values.
 
         Raises:
             TrainerError: the previous checkpoint, or this one, failed.

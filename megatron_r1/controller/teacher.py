@@ -108,7 +108,12 @@ NUM_SHOWN = 5
 
 
 def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> RolloutFleet:
-    """Return the engines of section `teacher`, to be started with the model `teacher.path`."""
+    """Return the engines of section `teacher`, to be started with the model `teacher.path`.
+
+    Args:
+        config: the recipe.
+        logs: the folder of the engines' logs.
+        notify: called with a line when an engine is replaced."""
     teacher = config.teacher
     supervision = {**from_recipe.fleet_settings(teacher), "role": "teacher", "notify": notify}
     # vLLM samples one token after those it scores. If that is beyond the model's positions it must

@@ -154,6 +154,11 @@ class Body:
     def take(self, name: str, kinds: type | tuple[type, ...], default: Any = REQUIRED) -> Any:
         """Return a field of one of `kinds`.
 
+        Args:
+            name: the field.
+            kinds: the Python types that its JSON value may have.
+            default: returned where the field is absent; by default it must be there.
+
         Raises:
             RequestError: the field has another type, or is absent and there is no default.
         """
@@ -191,6 +196,11 @@ class Body:
 
     def take_choice(self, name: str, values: tuple[Any, ...], default: Any) -> Any:
         """Return a field that must be one of `values`.
+
+        Args:
+            name: the field.
+            values: the values that are supported.
+            default: the value of an absent field; None where it must be there.
 
         Raises:
             RequestError: any other value.
@@ -231,6 +241,11 @@ class Body:
 
 def content_text(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:
     """Return a message's content, a text or a list of text parts, as one text.
+
+    Args:
+        value: the content in the request.
+        where: its path in the request, for errors.
+        kinds: the types of parts that are text.
 
     Raises:
         RequestError: it is neither, or has a part of another kind.

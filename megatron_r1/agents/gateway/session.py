@@ -19,7 +19,12 @@ from megatron_r1.engines.server.responses import EngineError
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """Limits of one episode: sampled turns and tokens, and turns that are sampled at once."""
+    """Limits of one episode.
+
+    Attributes:
+        max_turns: sampled turns.
+        max_tokens: sampled tokens of all turns.
+        max_parallel: turns that are sampled at once."""
 
     max_turns: int
     max_tokens: int
@@ -47,6 +52,9 @@ class SampledTurn:
     """A sampled turn and its request.
 
     Attributes:
+        prompt: what its tokens follow in the tree.
+        request: what the client asked for.
+        reply: what the client gets.
         is_added: whether it is in the session's tree."""
 
     prompt: NextPrompt
@@ -60,9 +68,16 @@ class GatewaySession:
     """One episode behind the gateway.
 
     Attributes:
+        limits: the most turns and tokens of the episode.
+        sampling: how its turns are sampled.
+        secret: the key that the client sends.
+        tree: the tokens of the turns that were delivered.
         status: how the episode has ended, by a limit or a failure that the policy did not cause;
             None until then.
+        reason: why the episode has ended.
         notes: how often each sampling option was replaced, and each request refused.
+        num_turns: turns in the tree.
+        num_tokens: sampled tokens in the tree.
         num_claimed: tokens that engines have sampled, including those of turns that are not in the
             tree yet.
         stored: conversations by the id of their last reply, for `previous_response_id`.
@@ -70,6 +85,7 @@ class GatewaySession:
             the client repeats the request, it gets the same turn, and no second one is sampled.
         failures: failures of the engines to sample a turn, by a hash of its request. A repetition
             that succeeds removes its failure.
+        running: the tasks that sample a turn now.
         last_text: the text of the newest answer."""
 
     limits: SessionLimits

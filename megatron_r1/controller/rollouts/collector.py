@@ -161,6 +161,11 @@ class RolloutCollector:
         Groups come back in the order of `prompts`; those that `log` already has are not sampled
         again.
 
+        Args:
+            prompts: a prompt for each group.
+            sampling: how each group is sampled.
+            log: keeps finished groups, and has those of an interrupted step; None: none are kept.
+
         Raises:
             EngineError: an engine fails.
         """

@@ -96,7 +96,12 @@ class GradedResponse:
 
 @dataclass(frozen=True)
 class Group:
-    """All responses to one prompt."""
+    """All responses to one prompt.
+
+    Attributes:
+        prompt: the row of the data.
+        prompt_ids: its question in the template, as tokens.
+        responses: one per sample, graded."""
 
     prompt: Prompt
     prompt_ids: list[int]
@@ -185,7 +190,12 @@ class ResponseGrader:
     async def grade(
         self, prompt: Prompt, responses: Sequence[Response], weights: Mapping[str, float]
     ) -> list[GradedResponse]:
-        """Grade accuracy and format, which the metrics always have, and the terms of `weights`."""
+        """Grade accuracy and format, which the metrics always have, and the terms of `weights`.
+
+        Args:
+            prompt: the row, whose kind names the reward.
+            responses: sampled for it.
+            weights: term → its weight in the reward."""
         # In a thread, and one group after the other: 16 x 64K tokens take 40 ms, and of a batch
         # many groups may arrive at once.
         loop = asyncio.get_running_loop()
@@ -194,33 +204,38 @@ class ResponseGrader:
         return await asyncio.gather(*(self._grade(prompt, *pair, weights) for pair in pairs))
 
     async def grade_episodes(
-        self, prompt: Prompt, played: Sequence[EpisodeResult], weights: Mapping[str, float]
+        self, prompt: Prompt, results: Sequence[EpisodeResult], weights: Mapping[str, float]
     ) -> list[GradedResponse]:
         """Grade episodes. The environment's reward is the accuracy where it gives one; the other
-        terms grade the last answer. An episode that is not scored is ungraded."""
-        return await asyncio.gather(*(self._grade_episode(prompt, p, weights) for p in played))
+        terms grade the last answer. An episode that is not scored is ungraded.
+
+        Args:
+            prompt: the row, whose kind names the reward.
+            results: the played episodes.
+            weights: term → its weight in the reward."""
+        return await asyncio.gather(*(self._grade_episode(prompt, r, weights) for r in results))
 
     async def _grade_episode(
-        self, prompt: Prompt, played: EpisodeResult, weights: Mapping[str, float]
+        self, prompt: Prompt, result: EpisodeResult, weights: Mapping[str, float]
     ) -> GradedResponse:
-        episode, response = played.episode, played.episode.response()
+        episode, response = result.episode, result.episode.response()
         if not episode.has_reward:
             grade = Grade.ungraded(f"{episode.status}: {episode.reason}")
             grades = dict.fromkeys((ACCURACY, *weights), grade)
         else:
-            own = () if played.reward is None else (ACCURACY,)
+            own = () if result.reward is None else (ACCURACY,)
             terms = [term for term in dict.fromkeys((ACCURACY, *weights)) if term not in own]
             grades = await self._terms.grade(
                 terms,
                 prompt,
-                self._text.closed_thought + played.text,
+                self._text.closed_thought + result.text,
                 len(response.token_ids),
                 self._text.opens_thought,
             )
-            if played.reward is not None:
+            if result.reward is not None:
                 reason = f"{episode.status}: the environment's reward"
-                grades = {ACCURACY: FiniteGrade(played.reward, reason), **grades}
-        return _graded(response, played.text, combine(grades, weights), episode)
+                grades = {ACCURACY: FiniteGrade(result.reward, reason), **grades}
+        return _graded(response, result.text, combine(grades, weights), episode)
 
     @timeline.timed("controller/text of tokens")
     def _decode(self, responses: Sequence[Response]) -> list[str]:

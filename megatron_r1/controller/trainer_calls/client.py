@@ -249,7 +249,11 @@ class TrainerClient:
         self, operation: Callable[Concatenate[Any, P], R], *_: P.args, **arguments: P.kwargs
     ) -> R:
         """Run `operation`, a method of a protocol in `trainer.operations`, on every rank; return
-        the result of the last pipeline stage."""
+        the result of the last pipeline stage.
+
+        Args:
+            operation: the method of the ranks' operations.
+            **arguments: the operation's arguments."""
         results = await self._call_ranks(operation.__name__, arguments)
         return cast(R, self._last_stage_reply(results))
 

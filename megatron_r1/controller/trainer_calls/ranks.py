@@ -179,6 +179,11 @@ class RankSocket:
         """Send an encoded `Call` and the parts of an encoded share, which are not copied and stay
         in use until the rank has them.
 
+        Args:
+            rank: its number among all trainer ranks.
+            call: the encoded call.
+            share: the parts of the replica's samples (`encode_samples`); none for other operations.
+
         Raises:
             zmq.ZMQError: the rank has never connected, or is gone.
         """

@@ -63,7 +63,12 @@ class ExpectedLengths:
 
     def estimate(self, kind: str, prompt_tokens: int, max_tokens: int) -> ExpectedLength:
         """Return the expected length of a group's responses; before any group is known, a mean of
-        half of max_tokens and a longest of max_tokens."""
+        half of max_tokens and a longest of max_tokens.
+
+        Args:
+            kind: the prompt's kind.
+            prompt_tokens: tokens of the prompt.
+            max_tokens: the longest response that may be sampled."""
         for key in (_length_key(kind, prompt_tokens), None):
             average = self._averages.get(key)
             if average is not None and (key is None or average.num_groups >= ENOUGH_GROUPS):
@@ -72,7 +77,12 @@ class ExpectedLengths:
         return ExpectedLength(max_tokens / 2, max_tokens)
 
     def add(self, kind: str, prompt_tokens: int, lengths: Sequence[int]) -> None:
-        """Add the response lengths (tokens) of one complete group."""
+        """Add the response lengths (tokens) of one complete group.
+
+        Args:
+            kind: the prompt's kind.
+            prompt_tokens: tokens of the prompt.
+            lengths: tokens of each response."""
         for key in (_length_key(kind, prompt_tokens), None):
             average = self._averages.setdefault(key, ExpectedLength(0.0, 0.0))
             average.update(sum(lengths) / len(lengths), max(lengths))
@@ -297,7 +307,12 @@ class FleetState:
 
     def mark_up(self, engine: Engine, replaced: Engine, *, is_asleep: bool = False) -> None:
         """Let an engine with the current weights serve in the place of a member, or of itself. One
-        that sleeps has no weights, and serves after the next push (`wake`)."""
+        that sleeps has no weights, and serves after the next push (`wake`).
+
+        Args:
+            engine: the engine that serves from now on.
+            replaced: the engine of the fleet that it replaces, or itself.
+            is_asleep: whether it has no weights yet."""
         engine.is_up, engine.is_open, engine.is_asleep = True, not is_asleep, is_asleep
         self.engines[self.engines.index(replaced)] = engine
         self._update()

@@ -32,6 +32,7 @@ class HostRecord:
     """The controller's record of one engine host.
 
     Attributes:
+        report: the host's last report.
         heard: when its last report arrived (time.monotonic).
         reached: when the socket last accepted a message to it (time.monotonic).
         assigned: the parts of engines that it runs, by the engine's name.
@@ -60,6 +61,8 @@ class RemotePart:
     """The part of `engine` that one host runs: the whole engine, or an equal share.
 
     Attributes:
+        engine: the engine that it is of.
+        index: its number in the engine, from 0.
         host: None while the part waits for a host.
         report: the host's last report of the part.
         ended: when the host first reported that the part has ended (time.monotonic)."""

@@ -111,6 +111,11 @@ class LoadCheck:
     def end(self, push: int, loaded: Sequence[PlacedParameter], memory: torch.Tensor) -> None:
         """Compare after a load of the parameters `loaded` from `memory`.
 
+        Args:
+            push: the number of the push.
+            loaded: the parameters of the load.
+            memory: uint8, the receive buffer that they were loaded from.
+
         Raises:
             UndeliveredPush: the engine does not compute with what arrived; it names the tensors.
         """

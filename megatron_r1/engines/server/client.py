@@ -221,6 +221,11 @@ class EngineClient:
         After an error the engine is still paused, and must not resume unless none of its weights
         has changed yet.
 
+        Args:
+            update_info: the description of the received push.
+            policy_version: the version of the new weights.
+            resume: whether the engine samples on after the swap.
+
         Raises:
             PushIncomplete: the engine did not get all of the push.
             EngineError: the push arrived damaged or could not be loaded.
@@ -251,7 +256,12 @@ class EngineClient:
         return bool(msgspec.json.decode(body)["is_sleeping"])
 
     async def request(self, method: str, path: str, json: Any = None) -> bytes:
-        """Send one request and return the body of its reply."""
+        """Send one request and return the body of its reply.
+
+        Args:
+            method: the HTTP method.
+            path: the path with its query.
+            json: the body, encoded as JSON; None: no body."""
         return await self._exchange(method, path, json, aiohttp.ClientResponse.read)
 
     async def _exchange(

@@ -133,8 +133,13 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """An episode, the text of its last answer, and the environment's reward. The reward is None if
-    the environment has no `get_reward`, or the episode is not scored."""
+    """A played episode with what its reward is computed of.
+
+    Attributes:
+        episode: its turns and branches.
+        text: the text of its last answer.
+        reward: the environment's; None if the environment has no `get_reward`, or the episode is
+            not scored."""
 
     episode: Episode
     text: str

@@ -52,7 +52,12 @@ class Logprobs(msgspec.Struct):
 
 
 class VersionSpan(msgspec.Struct):
-    """Tokens [start, end) were sampled by weights `version`."""
+    """Tokens [start, end) were sampled by weights `version`.
+
+    Attributes:
+        version: a number as text.
+        start: the first token, from 0 in the response.
+        end: the token after the last."""
 
     version: str
     start: int
@@ -60,7 +65,15 @@ class VersionSpan(msgspec.Struct):
 
 
 class GenerateChoice(msgspec.Struct):
-    """One sampled response in vLLM's form; `parse_responses` checks it."""
+    """One sampled response in vLLM's form; `parse_responses` checks it.
+
+    Attributes:
+        finish_reason: "stop", "length" or "abort".
+        token_ids: the sampled tokens.
+        logprobs: one entry per token.
+        weight_versions: the spans of all tokens, in order.
+        routed_experts: an .npy array in base64.
+        sampling_mask: the kept ids of each token."""
 
     finish_reason: str | None = None
     token_ids: list[int] | None = None
@@ -115,6 +128,11 @@ def parse_responses(
 
 def parse_prompt_logprobs(body: bytes, token_ids: Sequence[int], first: int) -> array[float]:
     """Return the log-probabilities of token_ids[first:], float32, from vLLM's reply.
+
+    Args:
+        body: the reply's JSON.
+        token_ids: the tokens of the request.
+        first: the index of the first token whose log-probability is returned.
 
     Raises:
         ValueError: the reply is malformed, has other tokens, or has a value that is not finite.
@@ -203,6 +221,11 @@ def _version_per_token(spans: Iterable[VersionSpan], num_tokens: int) -> array[i
 def decode_routing(text: str | None, shape: RoutingShape, num_tokens: int) -> bytes:
     """Return the bytes of `_moe_routing` for vLLM's routed experts: an .npy array in base64.
 
+    Args:
+        text: vLLM's field.
+        shape: the sizes of the model's routing.
+        num_tokens: tokens of prompt and response.
+
     Raises:
         ValueError: as `_moe_routing`, or `text` is None or malformed.
     """
@@ -263,14 +286,20 @@ class Routing(msgspec.Struct):
 
 
 class ChoiceHeader(msgspec.Struct):
-    """One response of a reply, except its arrays, which follow the header as bytes."""
+    """One response of a reply, except its arrays, which follow the header as bytes.
+
+    Attributes:
+        finish_reason: "stop", "length" or "abort".
+        num_tokens: tokens of the response.
+        weight_versions: the spans of all tokens, in order.
+        routed_experts: the array of the routed experts; None: none follows.
+        sampling_mask: the bytes of the mask; None: none follows."""
 
     finish_reason: str
     num_tokens: int
     weight_versions: list[VersionSpan]
     routed_experts: Routing | None = None
     sampling_mask: int | None = None
-    """The bytes of the mask."""
 
 
 class ReplyHeader(msgspec.Struct):
