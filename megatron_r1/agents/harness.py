@@ -327,7 +327,7 @@ class HarnessPlayer:
     def _played(
         self, session: GatewaySession, reward: float | None, is_finished: bool, seconds: float
     ) -> EpisodeResult:
-        status: Any = session.status or ("max_tokens" if session.is_cut else "done")
+        status: Any = session.status or ("max_tokens" if session.is_out_of_tokens else "done")
         if status not in REWARDED_STATUSES:
             reward = None
         elif reward is None and not is_finished:

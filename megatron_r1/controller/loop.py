@@ -61,7 +61,7 @@ from megatron_r1.base.errors import RunError
 from megatron_r1.config import Config
 from megatron_r1.controller.advantages import overlong_penalty
 from megatron_r1.controller.algorithms import Algorithm
-from megatron_r1.controller.corrections import each_reward
+from megatron_r1.controller.corrections import reward_normalization
 from megatron_r1.controller.corrections.truncated import mask_truncated
 from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
@@ -137,7 +137,7 @@ def response_advantages(
         A number per response, a list per group; NaN: not trained on."""
     if config.rl.reward_normalization == "each":
         weights = weights_at(config.rewards.weights, step)
-        advantages = each_reward.advantages(groups, algorithm.advantages, config, weights)
+        advantages = reward_normalization.advantages(groups, algorithm.advantages, config, weights)
     else:
         rewards = [[training_reward(each, config) for each in group.responses] for group in groups]
         advantages = algorithm.advantages(rewards, config.rl)

@@ -148,7 +148,7 @@ async def audit(
 
 def logged_answers(
     groups: Iterable[Group],
-    place: str,
+    prefix: str,
     weights: Mapping[str, float],
     reward_of: Callable[[GradedResponse], float | None] | None = None,
     opened: bool = False,
@@ -160,7 +160,7 @@ def logged_answers(
 
     Args:
         groups: the finished groups of one step.
-        place: what the places begin with, such as "step 7".
+        prefix: what the places begin with, such as "step 7".
         weights: the weights of the terms at that step.
         reward_of: what advantages are computed of (`loop.training_reward`); default the total.
         opened: whether the prompts end with `<think>`."""
@@ -173,10 +173,10 @@ def logged_answers(
             is_graded = graded.is_graded and ACCURACY not in graded.ungraded_terms
             total = graded.reward if reward_of is None else reward_of(graded)
             yield GradedAnswer(
-                place=f"{place}, group {number} ({prompt.id}), response {index}",
+                place=f"{prefix}, group {number} ({prompt.id}), response {index}",
                 source=source_of(prompt.fields),
                 kind=prompt.kind,
-                group=f"{place}, group {number}",
+                group=f"{prefix}, group {number}",
                 reward=graded.rewards[ACCURACY],
                 total=total if is_graded else None,
                 weight=weights.get(ACCURACY, 0.0),

@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader import get_model
 
 from megatron_r1.base.processes import children
 from megatron_r1.engines.plugin import register, swap
-from megatron_r1.engines.plugin.loader_copies import record
+from megatron_r1.engines.plugin.loader_copies import record_copies
 from megatron_r1.engines.plugin.memory_layout import lay_out
 from megatron_r1.engines.plugin.swap import SavedKernelState
 from megatron_r1.models.hf_config import implied, resolve_aliases
@@ -92,7 +92,7 @@ def engine_config(folder: Path, hf: dict, is_fp8: bool):
 
 def compare(hf: dict, is_fp8: bool, config, model) -> dict:
     """Return what the recorder and the prediction differ in, and what a swap leaves changed."""
-    placed, table = lay_out(record([model], pushed_tensors(hf, fp8=is_fp8)))
+    placed, table = lay_out(record_copies([model], pushed_tensors(hf, fp8=is_fp8)))
     recorded: dict[str, int] = {}
     for slot in table.slots:
         elements = slot.height * slot.width

@@ -216,7 +216,7 @@ def function_tool(body: Body, schema: str) -> dict[str, Any]:
 
 
 def _finish_reason(turn: TurnReply) -> str:
-    if turn.is_cut:
+    if turn.is_truncated:
         return "length"
     return "tool_calls" if turn.tool_calls else "stop"
 

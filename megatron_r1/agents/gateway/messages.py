@@ -208,7 +208,7 @@ def _block_events(index: int, block: dict[str, Any]) -> Iterator[dict[str, Any]]
 
 
 def _stop(turn: TurnReply) -> dict[str, Any]:
-    if turn.is_cut:
+    if turn.is_truncated:
         reason = "max_tokens"
     elif turn.stop_string is not None:
         reason = "stop_sequence"

@@ -101,7 +101,7 @@ class TurnReply:
         return len(self.response.token_ids)
 
     @property
-    def is_cut(self) -> bool:
+    def is_truncated(self) -> bool:
         """Whether the answer ended at the limit of tokens."""
         return self.response.finish_reason == "length"
 

@@ -76,7 +76,7 @@ def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return a turn as the body of OpenAI's response, its reasoning and calls as output items."""
     return _head(turn, request) | {
         "status": _status(turn),
-        "incomplete_details": {"reason": "max_output_tokens"} if turn.is_cut else None,
+        "incomplete_details": {"reason": "max_output_tokens"} if turn.is_truncated else None,
         "output": _output(turn),
         "usage": _usage(turn),
     }
@@ -163,7 +163,7 @@ def _tool(body: Body) -> dict[str, Any]:
 
 
 def _status(turn: TurnReply) -> str:
-    return "incomplete" if turn.is_cut else "completed"
+    return "incomplete" if turn.is_truncated else "completed"
 
 
 def _output(turn: TurnReply) -> list[dict[str, Any]]:

@@ -127,7 +127,7 @@ class GatewaySession:
                 self._engine_seconds += time.monotonic() - self._waiting_since
 
     @property
-    def is_cut(self) -> bool:
+    def is_out_of_tokens(self) -> bool:
         """Whether the episode's tokens are all used up."""
         return self.num_tokens >= self.limits.max_tokens
 

@@ -55,7 +55,7 @@ from vllm.platforms import current_platform
 from megatron_r1.base.processes import timeline
 from megatron_r1.engines.plugin import BACKEND_PREFIX, swap
 from megatron_r1.engines.plugin.cpu_patches import is_packed
-from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record
+from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record_copies
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
 from megatron_r1.engines.plugin.pushed_adapter import PushedAdapter
 from megatron_r1.push.checksum import checksum
@@ -246,7 +246,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         if self._recorded is None or self._recorded[0] != init_info.tensors:
             models = [self.model] if self.drafter is None else [self.model, self.drafter]
             self._models = torch.nn.ModuleList(models)
-            copies: Mapping[CheckpointParameter, Sequence[LoaderCopy]] = record(
+            copies: Mapping[CheckpointParameter, Sequence[LoaderCopy]] = record_copies(
                 models, init_info.tensors
             )
             copies = with_gaps(copies, lambda parameter: is_packed(parameter, self._models))

@@ -158,7 +158,7 @@ class LoaderCopy:
         return self.height * (right - left)
 
 
-def record(
+def record_copies(
     models: Sequence[torch.nn.Module], tensors: Sequence[tuple[str, Sequence[int]]]
 ) -> dict[CheckpointParameter, list[LoaderCopy]]:
     """Run the loaders on (name, shape) of a checkpoint's tensors; return the copies into each

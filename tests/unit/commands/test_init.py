@@ -90,7 +90,7 @@ def test_judged_responses_get_a_recipe_for_a_reward_model(here, capsys, kind):
     settings = recipe.reward_model
     assert (settings.data, settings.kind) == ("judged.jsonl", kind)
     text = ScoredText("model", settings.template, settings.shown, settings.max_chars)
-    rows = reward_model.load_environment_prompts(recipe, text, read_hf_config("model", "score"))
+    rows = reward_model.load_rows(recipe, text, read_hf_config("model", "score"))
     assert len(rows.train) + len(rows.heldout) == 3
     output = capsys.readouterr().out
     assert "megatron-r1 reward-model judged.yaml" in output and "--dry-run" not in output
