@@ -36,8 +36,8 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.episodes import Episode
-from megatron_r1.engines.server.from_recipe import engine_settings, fleet_settings, max_model_len
 from megatron_r1.engines.server.server import temporary_logs
+from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.memory import Counts, checkpoint_bytes, parameter_bytes
 from megatron_r1.models.weights import num_parameters

@@ -34,12 +34,12 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import max_model_len
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
     check_local_experts,
 )
+from megatron_r1.engines.server.settings import max_model_len
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.experts import routing_shape

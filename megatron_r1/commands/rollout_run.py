@@ -23,7 +23,7 @@ from megatron_r1.engines.fleet.placement import open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.episodes import Player
-from megatron_r1.engines.server.from_recipe import engine_settings, fleet_settings, max_model_len
+from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.stored import published
 from megatron_r1.push.plan.adapters import lora_arguments

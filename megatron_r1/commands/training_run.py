@@ -30,9 +30,8 @@ from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.controller.trainer_calls.ranks import MODULE as RANK
 from megatron_r1.controller.trainer_calls.ranks import import_environment
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import engine_settings
 from megatron_r1.engines.server.settings import MODULE as ENGINE
-from megatron_r1.engines.server.settings import EngineSettings
+from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.models.hf_config import as_read, num_mtp_layers, read_hf_config
 from megatron_r1.models.supported import check_exchange_overlap

@@ -14,7 +14,7 @@ from megatron_r1.config.algorithms import find_rules
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server import from_recipe, gpu, recipe_checks
+from megatron_r1.engines.server import gpu, recipe_checks, settings
 from megatron_r1.engines.server.client import GENERATE, EngineClient
 from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.server import RunningServer
@@ -115,10 +115,10 @@ def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> 
         logs: the folder of the engines' logs.
         notify: called with a line when an engine is replaced."""
     teacher = config.teacher
-    supervision = {**from_recipe.fleet_settings(teacher), "role": "teacher", "notify": notify}
+    supervision = {**settings.fleet_settings(teacher), "role": "teacher", "notify": notify}
     # vLLM samples one token after those it scores. If that is beyond the model's positions it must
     # be allowed; nothing is computed there, as the token is not an input.
-    max_model_len = from_recipe.max_model_len(config) + 1
+    max_model_len = settings.max_model_len(config) + 1
     if teacher.url:
         return ExternalFleet(teacher.url, logs, max_model_len=max_model_len, **supervision)
     return RolloutFleet(
@@ -130,7 +130,7 @@ def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> 
         extra_args=["--max-num-batched-tokens", str(teacher.tokens_at_once)],
         extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
         **supervision,
-        **from_recipe.engine_settings(teacher),
+        **settings.engine_settings(teacher),
     )
 
 
@@ -165,8 +165,8 @@ def _check_positions(config: Config) -> None:
     """Raise UserError where the student's context is longer than the teacher's."""
     path = config.teacher.path
     limit, needed = (
-        from_recipe.max_positions(path, "teacher.path"),
-        from_recipe.max_model_len(config),
+        settings.max_positions(path, "teacher.path"),
+        settings.max_model_len(config),
     )
     if limit < needed:
         raise UserError(

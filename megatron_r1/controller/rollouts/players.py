@@ -18,7 +18,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.server.episodes import Player
-from megatron_r1.engines.server.from_recipe import max_model_len
+from megatron_r1.engines.server.settings import max_model_len
 
 ANY_TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"type": "object"}}}
 """Stands for the tools of an agent, which are known only when it runs."""

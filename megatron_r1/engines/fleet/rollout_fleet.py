@@ -29,7 +29,6 @@ from megatron_r1.engines.fleet.dispatch import (
 from megatron_r1.engines.fleet.engine import Engine, MakeServer, ServedGroup
 from megatron_r1.engines.fleet.recovery import EngineReplacer
 from megatron_r1.engines.server.client import EngineClient, UpdateInfo
-from megatron_r1.engines.server.from_recipe import vocab_size
 from megatron_r1.engines.server.gpu import with_gpu_share
 from megatron_r1.engines.server.responses import (
     EngineDied,
@@ -39,6 +38,7 @@ from megatron_r1.engines.server.responses import (
     Response,
 )
 from megatron_r1.engines.server.server import EngineServer
+from megatron_r1.engines.server.settings import vocab_size
 
 EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
 

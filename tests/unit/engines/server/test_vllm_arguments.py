@@ -10,9 +10,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
 from megatron_r1.engines.server import vllm_arguments
-from megatron_r1.engines.server.from_recipe import engine_settings
 from megatron_r1.engines.server.recipe_checks import check_engines
-from megatron_r1.engines.server.settings import EngineSettings
+from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 from megatron_r1.engines.server.vllm_arguments import (
     FIXED,
     RESERVED,
