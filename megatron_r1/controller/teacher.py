@@ -139,7 +139,8 @@ def check_teacher(config: Config) -> None:
     does not use, or that it needs and that is not set.
 
     A teacher needs a model folder, at least the student's context length, and the student's ids for
-    all of the student's tokens. The student must sample at temperature 1 without a cut."""
+    all of the student's tokens. The student must sample at temperature 1 from the whole
+    vocabulary."""
     path, algorithm = config.teacher.path, config.rl.algorithm
     if bool(path) != find_rules(algorithm).teacher:
         raise UserError(
@@ -185,8 +186,8 @@ def _check_sampling(config: Config) -> None:
         if rollout.temperature == 1.0 and not rollout.is_cut:
             continue
         when = f"rl.schedule, from_step {step}: " if step > 1 else ""
-        cut = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
-        name = "temperature" if rollout.temperature != 1.0 else cut
+        limit = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
+        name = "temperature" if rollout.temperature != 1.0 else limit
         raise UserError(
             f"{when}rollout.{name}: {getattr(rollout, name)}: the teacher scores at temperature 1 "
             "over the whole vocabulary, which has to be the student's distribution too; set "

@@ -238,7 +238,7 @@ class StepLog:
         return group
 
     def is_final(self, group: Group) -> bool:
-        """Whether a replayed group's grades stand. Ungraded responses are graded again, as the
+        """Whether a restored group's grades stand. Ungraded responses are graded again, as the
         reward may have been repaired, unless the batch was trained on with these grades."""
         return self.is_committed or not any(graded.ungraded_terms for graded in group.responses)
 

@@ -165,8 +165,8 @@ async def generate(request: GenerateRequest, raw_request: Request) -> Response:
         return upstream.JSONResponse(output.model_dump(), status_code=output.error.code)
     for choice in output.outputs:
         handler._raise_if_error(choice.finish_reason, output.request_id)
-    is_cut = request.sampling_params.top_k > 0
-    return StreamingResponse(_chunks(output.outputs, is_cut), media_type=MEDIA_TYPE)
+    has_top_k = request.sampling_params.top_k > 0
+    return StreamingResponse(_chunks(output.outputs, has_top_k), media_type=MEDIA_TYPE)
 
 
 async def _last_output(request: object, outputs: AsyncIterator[Any], *_: object) -> Any:
@@ -178,9 +178,9 @@ async def _last_output(request: object, outputs: AsyncIterator[Any], *_: object)
     return last
 
 
-async def _chunks(choices: list[CompletionOutput], is_cut: bool) -> AsyncIterator[bytes]:
+async def _chunks(choices: list[CompletionOutput], has_top_k: bool) -> AsyncIterator[bytes]:
     routed = [choice.routed_experts for choice in choices]
-    masks = [_mask(choice) if is_cut else None for choice in choices]
+    masks = [_mask(choice) if has_top_k else None for choice in choices]
     described = [
         {
             "finish_reason": choice.finish_reason or "stop",

@@ -183,7 +183,7 @@ def _checked_response(
     vocab_size: int | None,
 ) -> Response:
     """Return a response after the checks of `parse_responses`. A `vocab_size` of None is unknown; a
-    `mask` of None, that no cut was asked for.
+    `mask` of None, that no mask was asked for.
 
     Raises:
         ValueError: as `parse_responses`.

@@ -1,10 +1,10 @@
-"""What a request to an engine ends in: a sampled response in compact form, whole or cut at a stop
+"""What a request to an engine ends in: a sampled response in compact form, whole or up to a stop
 string, or an error.
 
-Stop strings cut a response at the token that completes one. An engine has no tokenizer and cannot
-look for strings: it samples on to its end token or limit, and the controller, which decodes the
-response, cuts it. What remains has the distribution that stopping there would have given; what was
-sampled beyond costs the engine's time."""
+Stop strings truncate a response at the token that completes one. An engine has no tokenizer and
+cannot look for strings: it samples on to its end token or limit, and the controller, which decodes
+the response, truncates it. What remains has the distribution that stopping there would have given;
+what was sampled beyond costs the engine's time."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Response:
     token_ids: array[int]
     """int32, including the stop token, if one ended it."""
     logprobs: array[float]
-    """float32: log softmax(logits / temperature) of each token, after the top-p cut if any."""
+    """float32: log softmax(logits / temperature) of each token, after top-k, top-p and min-p."""
     policy_versions: array[int]
     """int32: the version of the weights that sampled each token."""
     finish_reason: str
-    """`stop`: a stop token. `length`: max_tokens or max_model_len. `abort`: cut by a pause."""
+    """`stop`: a stop token. `length`: max_tokens or max_model_len. `abort`: ended by a pause."""
     routing: bytes | memoryview = b""
     """If requested: indices of the experts that processed prompt and response, without the last
     token; see `replies.decode_routing`. A view of a file where they came as bytes."""

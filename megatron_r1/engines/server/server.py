@@ -132,8 +132,8 @@ class EngineServer(Server):
     it from one that lives as long as the engine should (the main thread).
 
     Log-probabilities are `processed_logprobs`: log softmax(logits / temperature) of the sampled
-    token, in fp32, after the cut if there is one. So a trainer equals them by dividing its logits
-    by the same temperature, and where there was a cut, over the tokens that it left
+    token, in fp32, after top-k, top-p and min-p. So a trainer equals them by dividing its logits
+    by the same temperature, and with any of these over the tokens that were kept
     (`return_sampling_mask`). Greedy sampling (temperature 0) reports the distribution at
     temperature 1.
 
