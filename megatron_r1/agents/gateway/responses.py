@@ -188,7 +188,7 @@ def _events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
     yield {"type": "response.created", "response": begun}
     yield {"type": "response.in_progress", "response": begun}
     for index, item in enumerate(_output(turn)):
-        place = {"output_index": index, "item_id": item["id"]}
+        location = {"output_index": index, "item_id": item["id"]}
         empty: dict[str, Any] = (
             {"arguments": ""} if item["type"] == "function_call" else {"content": []}
         )
@@ -196,23 +196,23 @@ def _events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
         yield {"type": "response.output_item.added", "output_index": index, "item": opened}
         if item["type"] == "function_call":
             text = item["arguments"]
-            named = place | {"name": item["name"]}
-            yield place | {"type": "response.function_call_arguments.delta", "delta": text}
+            named = location | {"name": item["name"]}
+            yield location | {"type": "response.function_call_arguments.delta", "delta": text}
             yield named | {"type": "response.function_call_arguments.done", "arguments": text}
         else:
-            yield from _part_events(place | {"content_index": 0}, item["content"][0])
+            yield from _part_events(location | {"content_index": 0}, item["content"][0])
         yield {"type": "response.output_item.done", "output_index": index, "item": item}
     whole = reply(turn, request)
     yield {"type": f"response.{whole['status']}", "response": whole}
 
 
-def _part_events(place: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _part_events(location: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     kind, text = part["type"], part["text"]
     scored: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
-    yield place | {"type": "response.content_part.added", "part": part | {"text": ""}}
-    yield place | scored | {"type": f"response.{kind}.delta", "delta": text}
-    yield place | scored | {"type": f"response.{kind}.done", "text": text}
-    yield place | {"type": "response.content_part.done", "part": part}
+    yield location | {"type": "response.content_part.added", "part": part | {"text": ""}}
+    yield location | scored | {"type": f"response.{kind}.delta", "delta": text}
+    yield location | scored | {"type": f"response.{kind}.done", "text": text}
+    yield location | {"type": "response.content_part.done", "part": part}
 
 
 def _head(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:

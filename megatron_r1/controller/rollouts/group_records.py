@@ -143,7 +143,7 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
     """One finished group of the sample log.
 
     Attributes:
-        position: the place of the group's prompt among all that the step drew.
+        position: the index of the group's prompt among all that the step drew.
         prompt_id: the id of that prompt.
         prompt_ids: int32, the prompt's tokens.
         responses: all of the group.
@@ -178,7 +178,7 @@ def pack(
     """Return the record of `group`.
 
     Args:
-        position: the place of the group's prompt among all that the step drew.
+        position: the index of the group's prompt among all that the step drew.
         group: the finished group.
         schedule: as in `GroupRecord`.
         sampling: how it was sampled."""

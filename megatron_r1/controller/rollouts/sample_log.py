@@ -225,7 +225,7 @@ class StepLog:
         """Return the finished group of `prompt` at `position`, or None.
 
         Args:
-            position: the place of the prompt among all that the step drew.
+            position: its index among all prompts that the step drew.
             prompt: what the step has drawn there now; a record of another prompt is discarded.
             only_final: return the group only if it `is_final`."""
         record = self._records.pop(position, None)
@@ -247,7 +247,7 @@ class StepLog:
         caller.
 
         Args:
-            position: the place of the group's prompt among all that the step drew.
+            position: the index of the group's prompt among all that the step drew.
             group: the finished group.
             sampling: how it was sampled."""
         self._log.append(self._path, lambda: pack(position, group, self._schedule, sampling))

@@ -50,7 +50,7 @@ class StepSampler:
     Args:
         config: the run's settings; each step has its own by `Config.at`.
         collector: has the engines sample and the rewards grade.
-        prompts: the order of the training prompts, and the place in it.
+        prompts: the order of the training prompts, and the position in it.
         log: keeps finished groups for a restart; None: they are sampled again."""
 
     def __init__(

@@ -306,7 +306,7 @@ class FleetState:
         self._update()
 
     def mark_up(self, engine: Engine, replaced: Engine, *, is_asleep: bool = False) -> None:
-        """Let an engine with the current weights serve in the place of a member, or of itself. One
+        """Let an engine with the current weights serve instead of another engine, or again. One
         that sleeps has no weights, and serves after the next push (`wake`).
 
         Args:
@@ -323,7 +323,8 @@ class FleetState:
         self.set_open(engine, True)
 
     def mark_down(self, engine: Engine) -> None:
-        """Exclude a dead engine from calls and pushes; it keeps its place for a replacement."""
+        """Exclude a dead engine from calls and pushes; `engines` keeps it until a replacement is
+        up."""
         engine.is_up = engine.is_open = False
         self._update()
 

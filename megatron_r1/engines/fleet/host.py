@@ -143,7 +143,7 @@ class LocalEngine:
 
     Attributes:
         order: what the controller asked for: name, model and settings.
-        slot: the place on this host.
+        slot: its number on this host, below `num_engines`.
         server: the server; None where it could not be started.
         end: how the engine ended; the reason where it could not be started.
         stopping: the thread that stops it, if one does."""

@@ -475,8 +475,8 @@ class RolloutFleet:
             try:
                 await engine.prepare(self.policy_version, self.start_timeout_seconds)
                 async with self.send_weights(engine) as has_weights:
-                    place = instead_of or engine
-                    self.state.mark_up(engine, place, is_asleep=has_weights is False)
+                    replaced = instead_of or engine
+                    self.state.mark_up(engine, replaced, is_asleep=has_weights is False)
                 return engine
             except BaseException as error:
                 if engine in self.engines:

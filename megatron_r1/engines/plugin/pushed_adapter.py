@@ -1,5 +1,5 @@
 """The adapter that an engine rank serves where adapters alone are pushed (`push.adapter_only`): its
-place in the receive buffer, its way into vLLM's LoRA layers, and the check that these compute with
+slots in the receive buffer, its way into vLLM's LoRA layers, and the check that these compute with
 it; and patches of vLLM 0.32 for it. Paths are below vllm/.
 
 Pushed factors have no file. So `LoRARequest` names one adapter, whose number never changes, and

@@ -42,8 +42,8 @@ class SamplingMaskCollector:
         # One row a request, sampled from or not; with drafts those of the tokens that were taken.
         lengths = np.ones(len(sampled), int) if width == 1 else np.array([*map(len, sampled)])
         request = np.repeat(np.arange(len(sampled)), lengths)
-        places = np.arange(len(request)) - np.repeat(lengths.cumsum() - lengths, lengths)
-        rows = torch.from_numpy((request * width + places)[is_filtered[request]])
+        offsets = np.arange(len(request)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        rows = torch.from_numpy((request * width + offsets)[is_filtered[request]])
         kept = logprobs[rows] > -torch.inf
         counts = np.zeros(len(request), np.int64)
         counts[is_filtered[request]] = kept.sum(1).numpy()

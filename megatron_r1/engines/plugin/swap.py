@@ -167,7 +167,7 @@ def load(
 
     Args:
         model: vLLM's model on this rank, which has these layers.
-        placed: the parameters, with their places.
+        placed: the parameters, with their offsets in the memory.
         memory: uint8, the memory that has their values.
         in_place: the memory may not be overwritten, because the engine computes there with
             parameters that post-processing leaves unchanged. For engines that captured no
