@@ -38,7 +38,7 @@ from megatron_r1.models.hf_config import as_read, num_mtp_layers, read_hf_config
 from megatron_r1.models.supported import check_exchange_overlap
 from megatron_r1.models.weights.adapter_table import check_adapters
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.trainer.operations import FolderOperations
+from megatron_r1.trainer.operations import CheckpointOperations
 
 
 def begin_engines(config: Config) -> None:
@@ -238,9 +238,9 @@ async def _export(config: Config, recorder: RunRecorder, trainer: TrainerClient)
     folder = recorder.folder
     recorder.view.phase("exporting", str(folder.hf))
     if config.model.lora is not None:
-        await trainer.call(FolderOperations.export_adapter, folder=str(folder.adapter))
+        await trainer.call(CheckpointOperations.export_adapter, folder=str(folder.adapter))
     timeline.reached("controller/steps done")
-    await trainer.call(FolderOperations.export, folder=str(folder.hf))
+    await trainer.call(CheckpointOperations.export, folder=str(folder.hf))
     timeline.reached("controller/exported")
 
 

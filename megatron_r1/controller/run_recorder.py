@@ -16,7 +16,7 @@ from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.trackers.services import TensorBoardLog, TrackedRun
 from megatron_r1.reporting.trackers.tracker_set import TrackerSet, check_trackers
 from megatron_r1.reporting.wording import shown_metrics
-from megatron_r1.trainer.checkpoints import finding
+from megatron_r1.trainer.checkpoints import checkpoint_folders
 
 
 @dataclass
@@ -64,7 +64,7 @@ class RunRecorder:
             UserError: other settings than the run's, or no undamaged checkpoint."""
         # First, so that a mistake is not recorded as the run's settings.
         start = config.model.checkpoint
-        note = finding.check_start(Path(start)) if start else None
+        note = checkpoint_folders.check_initial_checkpoint(Path(start)) if start else None
         _keep_finished_steps(folder, config)
         steps_before = folder.read_config().get("run", {}).get("steps")
         folder.write_config(config.model_dump(), may_change, Config().model_dump())
@@ -183,8 +183,8 @@ class RunRecorder:
 def _keep_finished_steps(folder: RunFolder, config: Config) -> None:
     """Raise UserError where `run.steps` is less than the steps that a run has finished, and those
     beyond it would be lost: they are newer than the newest checkpoint, and not done again."""
-    newest, _ = finding.newest(folder.checkpoints, "none")
-    kept = finding.step_of(newest) if newest else 0
+    newest, _ = checkpoint_folders.newest_usable(folder.checkpoints, "none")
+    kept = checkpoint_folders.checkpoint_step(newest) if newest else 0
     recorded, steps = folder.last_step(), config.run.steps
     if recorded > max(kept, steps):
         raise UserError(

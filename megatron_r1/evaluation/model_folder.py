@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import spread_blocks
 from megatron_r1.base.files.weight_files import INDEX, SINGLE, require_complete, weight_files
-from megatron_r1.trainer.checkpoints.finding import STATE_FILE, complete_checkpoints
+from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, complete_checkpoints
 
 NUM_BLOCKS = 16
 """Blocks of each of a model's files that count in its fingerprint."""

@@ -8,7 +8,7 @@ from megatron_r1.models import platform
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.metrics import logprob_diff
 from megatron_r1.trainer.operations import SampleScores
-from megatron_r1.trainer.packed import check_token_ids, packed_batch
+from megatron_r1.trainer.packed import check_token_ids, pack_batch
 from megatron_r1.trainer.trainer import Trainer
 from megatron_r1.trainer.training_sample import Sample
 
@@ -54,7 +54,7 @@ class Probing:
     def _pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
         check_token_ids(samples, self.trainer.hf["vocab_size"])
         rounds, split = self.trainer.padded_to_schedule([samples]), self.trainer.split
-        return [packed_batch(s, split, platform.device()) for s in rounds]
+        return [pack_batch(s, split, platform.device()) for s in rounds]
 
     def sample_scores(self) -> SampleScores:
         """Return {"scores": s}, s[i][m] a score model's scores of the samples of micro-batch m of

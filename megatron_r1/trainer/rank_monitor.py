@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
-from megatron_r1.trainer.operations import RankStatus, ThreadAt
+from megatron_r1.trainer.operations import RankStatus, ThreadStack
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -53,7 +53,9 @@ AXES = {
 """Name of a parallel axis → the field of Megatron's ProcessGroupCollection."""
 
 
-def collective(innermost: FrameType, groups: ProcessGroupCollection | None = None) -> str | None:
+def describe_collective(
+    innermost: FrameType, groups: ProcessGroupCollection | None = None
+) -> str | None:
     """Return a description of the collective that `innermost` waits in, or None.
 
     Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)", or "a
@@ -194,7 +196,9 @@ class RankMonitor:
         frames = sys._current_frames()
         others = sorted(frames.keys() - {self._main, threading.get_ident()})
         threads = [
-            ThreadAt(names.get(i, str(i)), _lines(frames[i]), collective(frames[i], self.groups))
+            ThreadStack(
+                names.get(i, str(i)), _lines(frames[i]), describe_collective(frames[i], self.groups)
+            )
             for i in (self._main, *others)
             if i in frames
         ]

@@ -31,6 +31,6 @@ def within_bounds(rollout: RolloutBatches, settings: EngineMask) -> list[Tensor]
         settings: the bounds of the geometric mean."""
     made = []
     for responses in rollout.responses:
-        means = responses.means(responses.engine_gaps).exp()
+        means = responses.sample_means(responses.engine_log_ratios).exp()
         made.append((means >= settings.low) & (means <= settings.high))
     return made

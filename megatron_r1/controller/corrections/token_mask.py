@@ -29,6 +29,6 @@ def within_bounds(rollout: RolloutBatches, settings: EngineMask) -> list[Tensor]
         settings: the bounds of k."""
     made = []
     for responses in rollout.responses:
-        ratios = responses.engine_gaps.exp()
+        ratios = responses.engine_log_ratios.exp()
         made.append((ratios >= settings.low) & (ratios <= settings.high))
     return made

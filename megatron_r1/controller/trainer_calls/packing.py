@@ -23,7 +23,7 @@ from megatron_r1.config import Config
 from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.reporting.wording import counted
-from megatron_r1.trainer.shared_prompts import SharedTokens, by_first_prompt
+from megatron_r1.trainer.shared_prompts import SharedTokens, group_by_first_prompt
 from megatron_r1.trainer.training_sample import Sample
 
 Bins = list[list[int]]
@@ -144,7 +144,9 @@ def pack_by_prompt(
         data_parallel: the number of data-parallel ranks.
         limit: the most tokens of a micro-batch.
         cost: the argument of `pack`."""
-    found = [unit for group in by_first_prompt(samples) for unit in _within(samples, group, limit)]
+    found = [
+        unit for group in group_by_first_prompt(samples) for unit in _within(samples, group, limit)
+    ]
     if len(found) < data_parallel:
         found = [([i], len(sample)) for i, sample in enumerate(samples)]
     units, lengths = [unit for unit, _ in found], [length for _, length in found]
@@ -162,7 +164,7 @@ def _within(
     shared = SharedTokens()
     for member in members:
         sample = samples[member]
-        _, skipped = shared.of(sample)
+        _, skipped = shared.shared_prefix(sample)
         if units and units[-1][1] + len(sample) - skipped <= limit:
             unit, length = units.pop()
         else:

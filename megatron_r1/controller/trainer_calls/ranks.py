@@ -21,7 +21,13 @@ from megatron_r1.base.processes.diagnosis import last_lines, log_end
 from megatron_r1.base.processes.preloaded import ForkedProcess
 from megatron_r1.config import Config
 from megatron_r1.engines.server import gpu
-from megatron_r1.trainer.operations import MONITOR, RankStatus, Reply, identity, monitor_identity
+from megatron_r1.trainer.operations import (
+    MONITOR,
+    RankStatus,
+    Reply,
+    monitor_identity,
+    rank_identity,
+)
 from megatron_r1.trainer.training_sample import Buffer
 
 REMEDY = (
@@ -182,7 +188,7 @@ class RankSocket:
         Raises:
             zmq.ZMQError: the rank has never connected, or is gone.
         """
-        await self._socket.send_multipart([identity(rank), call, *share], copy=not share)
+        await self._socket.send_multipart([rank_identity(rank), call, *share], copy=not share)
 
     async def reply(self, within_seconds: float) -> Reply | None:
         """Return the next reply of any rank; None when there is none in time."""
