@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from r1_kernels.precision import accumulate, matmul_into, wide
+from r1_kernels.precision import accumulate, accumulation_dtype, matmul_into
 from r1_kernels.registry import Primitives
 from r1_kernels.sampling_mask import KeptRows
 from r1_kernels.vocabulary import PendingStatistics, RowSoftmax, RowUpstream, VocabShard
@@ -42,8 +42,8 @@ class LinearHead:
         chunk_tokens: tokens with logits at once.
         primitives: the kernels that compute log-probabilities from logits, Triton's or plain
             PyTorch's.
-        main_grad: (V_local, H) of `wide(weight.dtype)`, to which backward passes add the weight's
-            gradient, which is then 0 for autograd; None: autograd gets it.
+        main_grad: (V_local, H) of `accumulation_dtype(weight.dtype)`, to which backward passes add
+            the weight's gradient, which is then 0 for autograd; None: autograd gets it.
     """
 
     weight: Tensor
@@ -194,9 +194,12 @@ def head_softmax(
         targets: (T,) ids.
         kept: the ids that each token keeps; None: all."""
     out = RowSoftmax(
-        *(hidden.new_empty(len(hidden), dtype=wide(hidden.dtype)) for _ in RowSoftmax._fields)
+        *(
+            hidden.new_empty(len(hidden), dtype=accumulation_dtype(hidden.dtype))
+            for _ in RowSoftmax._fields
+        )
     )
-    buffer = head.buffer(len(hidden), wide(hidden.dtype))
+    buffer = head.buffer(len(hidden), accumulation_dtype(hidden.dtype))
     pending: tuple[Rows, PendingStatistics] | None = None
     for rows in head.chunks(slice(0, len(hidden))):
         own = None if kept is None else kept.at(rows)
@@ -241,7 +244,7 @@ class HeadGradients:
         self.hidden = torch.zeros_like(hidden) if needs[0] else None
         self.weight = None
         if needs[1]:
-            zeros = partial(torch.zeros_like, head.weight, dtype=wide(hidden.dtype))
+            zeros = partial(torch.zeros_like, head.weight, dtype=accumulation_dtype(hidden.dtype))
             self.weight = zeros() if total is None else total
         self.group = head.shard.group if reduce_hidden else None
         self.reducing: tuple[Rows, Tensor, dist.Work] | None = None
@@ -267,7 +270,7 @@ class HeadGradients:
             self.hidden[rows] = d_logits @ weight
             return
         part = d_logits.new_empty(
-            len(d_logits), self.hidden.shape[1], dtype=wide(self.hidden.dtype)
+            len(d_logits), self.hidden.shape[1], dtype=accumulation_dtype(self.hidden.dtype)
         )
         matmul_into(part, d_logits, weight)
         self._finish_reducing()

@@ -37,7 +37,7 @@ from r1_kernels.arguments import check_finite, check_targets, check_tensors, che
 from r1_kernels.linear_head import HeadGradients, LinearHead, Rows, num_rows
 from r1_kernels.policy_loss import Averaging, Sequences, prepare_tokens, tokens_loss
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
-from r1_kernels.precision import wide, without_autocast
+from r1_kernels.precision import accumulation_dtype, without_autocast
 from r1_kernels.sampling_mask import KeptRows, SamplingMask, kept_rows
 from r1_kernels.token_logprobs import LinearTokenLogprobs, make_head
 from r1_kernels.vocabulary import RowSoftmax, RowUpstream
@@ -168,14 +168,14 @@ def linear_policy_loss(
         advantages=advantages,
         weights=mask,
     )
-    run = _checked_run(
-        *(head, hidden, targets, sampling_mask, given, rows, settings, averaging, entropy_coef)
+    run = _check_arguments(
+        head, hidden, targets, sampling_mask, given, rows, settings, averaging, entropy_coef
     )
-    with_ratios = _with_sequence_ratios if ratio_level == "sequence" else _with_token_ratios
-    return with_ratios(hidden, weight, run, reduce_hidden_grad)
+    compute = _with_sequence_ratios if ratio_level == "sequence" else _with_token_ratios
+    return compute(hidden, weight, run, reduce_hidden_grad)
 
 
-class _Run(NamedTuple):
+class _LossArguments(NamedTuple):
     """The arguments of one call besides hidden and weight, checked."""
 
     head: LinearHead
@@ -224,7 +224,7 @@ class _Run(NamedTuple):
         return self.head.gradient(logits, self.targets[rows], upstream, self.kept_at(rows), out)
 
 
-def _checked_run(
+def _check_arguments(
     head: LinearHead,
     hidden: Tensor,
     targets: Tensor,
@@ -234,8 +234,8 @@ def _checked_run(
     settings: PolicySettings,
     averaging: Averaging,
     entropy_coef: float,
-) -> _Run:
-    """Check the arguments of one call and return them as a run.
+) -> _LossArguments:
+    """Check the arguments of one call and return them.
 
     `given` has the caller's tensors, with the mask as `weights`; `rows` the indices of the tokens
     whose mask is not 0, or None to find them."""
@@ -244,13 +244,18 @@ def _checked_run(
         raise ValueError(f"rows must be (tokens,) int64, got {tuple(rows.shape)} {rows.dtype}")
     on_one_device = {"hidden": hidden, "weight": head.weight, "targets": targets}
     tokens, sequences = prepare_tokens(
-        given, settings, averaging, head.primitives, wide(hidden.dtype), **on_one_device
+        given,
+        settings,
+        averaging,
+        head.primitives,
+        accumulation_dtype(hidden.dtype),
+        **on_one_device,
     )
     rows = tokens.weights.nonzero()[:, 0] if rows is None else rows
     all_count = len(rows) == len(hidden)
     counting = None if all_count else rows
     check_targets(targets, len(hidden), head.shard.vocab_size, counting)
-    return _Run(
+    return _LossArguments(
         head,
         targets,
         kept_rows(sampling_mask, targets, head.shard.vocab_size, counting),
@@ -274,7 +279,7 @@ def _gradient_scale(weights: Tensor) -> Tensor:
 
 
 def _with_token_ratios(
-    hidden: Tensor, weight: Tensor, run: _Run, reduce_hidden_grad: bool
+    hidden: Tensor, weight: Tensor, run: _LossArguments, reduce_hidden_grad: bool
 ) -> LinearPolicyLoss:
     """Compute the loss and its gradients in one pass over the head."""
     # Inside the Function the grad mode is always off, so it is read here.
@@ -284,12 +289,12 @@ def _with_token_ratios(
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
-    """The loss of one `_Run`, whose gradients the forward pass computes and saves."""
+    """The loss of one `_LossArguments`, whose gradients the forward pass computes and saves."""
 
     @staticmethod
     def forward(ctx, hidden, weight, run, gradients):
         head = run.head
-        dtype = wide(hidden.dtype)
+        dtype = accumulation_dtype(hidden.dtype)
         num_tokens = num_rows(run.rows)
         buffer = head.buffer(num_tokens, dtype)
         alone = head.shard.group is None
@@ -341,7 +346,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 
 def _with_sequence_ratios(
-    hidden: Tensor, weight: Tensor, run: _Run, reduce_hidden_grad: bool
+    hidden: Tensor, weight: Tensor, run: _LossArguments, reduce_hidden_grad: bool
 ) -> LinearPolicyLoss:
     """Compute the loss whose ratios need all log-probabilities first: two passes over the head."""
     rows, tokens, head = run.rows, run.tokens, run.head

@@ -23,8 +23,8 @@ from r1_kernels.arguments import (
     check_tokens,
 )
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
-from r1_kernels.precision import wide
-from r1_kernels.registry import Primitives, choose
+from r1_kernels.precision import accumulation_dtype
+from r1_kernels.registry import Primitives, choose_primitives
 
 LEVELS = ("token", "sequence")
 
@@ -230,13 +230,7 @@ def policy_loss(
     Raises:
         ValueError: shapes, dtypes, devices and settings that do not fit, by name."""
     check_tensors(logprobs=logprobs, advantages=advantages, mask=mask)
-    if logprobs.dim() != 1:
-        raise ValueError(f"logprobs must be (T,), got {tuple(logprobs.shape)}: flatten the batch")
-    check_tokens(len(logprobs), entropy=entropy)
-    check_floats(logprobs=logprobs, entropy=entropy)
-    check_finite("entropy_coef", entropy_coef)
-    if entropy_coef and entropy is None:
-        raise ValueError(f"entropy_coef is {entropy_coef}, but there is no entropy")
+    _check_logprobs(logprobs, entropy, entropy_coef)
     settings = PolicySettings(
         clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
     )
@@ -249,12 +243,23 @@ def policy_loss(
         advantages=advantages,
         weights=mask,
     )
-    primitives = choose(logprobs, backend)
+    primitives = choose_primitives(logprobs, backend)
     tokens, sequences = prepare_tokens(
-        given, settings, averaging, primitives, wide(logprobs.dtype), entropy=entropy
+        given, settings, averaging, primitives, accumulation_dtype(logprobs.dtype), entropy=entropy
     )
     level = sequences if ratio_level == "sequence" else None
     return tokens_loss(logprobs, entropy, tokens, settings, level, entropy_coef, primitives)
+
+
+def _check_logprobs(logprobs: Tensor, entropy: Tensor | None, entropy_coef: float) -> None:
+    """Require logprobs (T,), and an entropy (T,) where it has a coefficient."""
+    if logprobs.dim() != 1:
+        raise ValueError(f"logprobs must be (T,), got {tuple(logprobs.shape)}: flatten the batch")
+    check_tokens(len(logprobs), entropy=entropy)
+    check_floats(logprobs=logprobs, entropy=entropy)
+    check_finite("entropy_coef", entropy_coef)
+    if entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef is {entropy_coef}, but there is no entropy")
 
 
 def prepare_tokens(
@@ -328,7 +333,7 @@ def _with_sequence_ratios(
     """Return the terms, and the derivative (T,) of the loss by the log-probabilities."""
     unmasked = ~(tokens.weights <= 0)
     logprobs, old_logprobs = tokens.both_logprobs()
-    dtype = wide(logprobs.dtype)
+    dtype = accumulation_dtype(logprobs.dtype)
     gap = logprobs.to(dtype) - old_logprobs.to(dtype)
     terms = primitives.policy_terms(
         tokens._replace(log_ratio=sequences.means(gap, unmasked)), settings

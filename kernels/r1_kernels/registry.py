@@ -109,7 +109,7 @@ class Primitives(NamedTuple):
     dequantize_blocks: Callable[[Tensor, Tensor, Block, torch.dtype], Tensor]
 
 
-def choose(tensor: Tensor, backend: str | None = None) -> Primitives:
+def choose_primitives(tensor: Tensor, backend: str | None = None) -> Primitives:
     """Return the primitives for `tensor`; None: Triton for CUDA tensors (not fp64), else plain.
 
     Raises:
@@ -130,11 +130,11 @@ def choose(tensor: Tensor, backend: str | None = None) -> Primitives:
             )
         if importlib.util.find_spec("triton") is None:
             raise ValueError('triton is not installed: pip install triton, or use backend="torch"')
-    return primitives(backend)
+    return load_primitives(backend)
 
 
 @cache
-def primitives(backend: str) -> Primitives:
+def load_primitives(backend: str) -> Primitives:
     """Return the primitives of backend "triton" or "torch"."""
     # Imported here: the Triton files need triton, which a machine without a GPU may lack.
     files = {k.name: f"r1_kernels.primitives.{k.stem}_{backend}" for k in KERNELS}

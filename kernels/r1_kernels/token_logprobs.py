@@ -37,8 +37,8 @@ from r1_kernels.linear_head import (
     shard_gradient,
     shard_statistics,
 )
-from r1_kernels.precision import wide, without_autocast
-from r1_kernels.registry import choose
+from r1_kernels.precision import accumulation_dtype, without_autocast
+from r1_kernels.registry import choose_primitives
 from r1_kernels.sampling_mask import SamplingMask, kept_rows
 from r1_kernels.vocabulary import PendingStatistics, RowUpstream, VocabShard
 
@@ -92,7 +92,13 @@ def token_logprobs(
             "values"
         )
     return _TokenLogprobs.apply(
-        logits, targets, shard, 1.0 / temperature, kept, inplace_backward, choose(logits, backend)
+        logits,
+        targets,
+        shard,
+        1.0 / temperature,
+        kept,
+        inplace_backward,
+        choose_primitives(logits, backend),
     )
 
 
@@ -162,11 +168,10 @@ def linear_token_logprobs(
         weight: (V_local, H) of the same dtype, this rank's equal contiguous share of the vocabulary
             over `group`.
         targets: (T,) int64 or int32 global ids, valid for every token.
-        temperature: the logits are divided by it; positive.
-        group: the ranks that share the vocabulary; None: this rank has all of it.
-        vocab_size: ids from here on are padding; None: there is none.
-        sampling_mask: the ids that the sampler kept at each of the T tokens; the softmax is over
-            these. None: over the whole vocabulary.
+        temperature: this and the next three as in `token_logprobs`.
+        group: the ranks that share the vocabulary, or None.
+        vocab_size: ids from here on are padding, or None.
+        sampling_mask: the ids that the sampler kept at each token, or None.
         chunk_tokens: tokens whose logits exist at once; None: chosen by device and vocabulary.
         reduce_hidden_grad: whether the gradient of `hidden` is summed over the group; False leaves
             this rank's part, for callers that sum it themselves, as Megatron's tensor-parallel
@@ -177,7 +182,7 @@ def linear_token_logprobs(
         backend: "triton" or "torch"; None: Triton for CUDA tensors (not fp64), PyTorch elsewhere.
 
     Returns:
-        logprobs and entropy, (T,) each, fp32 (fp64 for fp64), the same bits on every rank.
+        logprobs and entropy, (T,) each, as of `token_logprobs`.
 
     Raises:
         ValueError: shapes, dtypes, devices, targets, a sampling mask and a temperature that do not
@@ -225,7 +230,7 @@ def make_head(
         VocabShard.of(weight, len(weight), group, vocab_size),
         1.0 / temperature,
         chunk_tokens or default_chunk_tokens(weight),
-        choose(hidden, backend),
+        choose_primitives(hidden, backend),
         main_grad,
     )
 
@@ -270,7 +275,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
         gradients = HeadGradients(
             head, hidden, ctx.needs_input_grad, reduce_hidden_grad, head.main_grad
         )
-        buffer = head.buffer(len(hidden), wide(hidden.dtype))
+        buffer = head.buffer(len(hidden), accumulation_dtype(hidden.dtype))
         d_buffer = buffer
         if hidden.dtype != buffer.dtype:
             d_buffer = head.buffer(len(hidden), hidden.dtype)

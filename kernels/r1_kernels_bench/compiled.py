@@ -22,7 +22,7 @@ from unittest import mock
 import triton
 from r1_kernels.examples import ExampleLaunch
 from r1_kernels.primitives import blockwise_triton
-from r1_kernels.registry import KERNELS, Kernel, primitives
+from r1_kernels.registry import KERNELS, Kernel, load_primitives
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -60,7 +60,7 @@ def compile_launches(kernel: Kernel, example: ExampleLaunch, arch: int) -> list[
         mock.patch.object(blockwise_triton, "_has_e4m3", return_value=arch >= 89),
         mock.patch.object(triton.runtime.driver, "_active", absent_gpu),
     ):
-        getattr(primitives("triton"), kernel.name)(*example.arguments)
+        getattr(load_primitives("triton"), kernel.name)(*example.arguments)
     return launches
 
 

@@ -337,7 +337,7 @@ class ExampleInputs(Inputs):
         self.arguments = example.arguments
         self.num_bytes = int(example.least_bytes * example.num_elements)
         self.device = device
-        exact = getattr(registry.primitives("torch"), kernel.name)(*_to_fp64(self.arguments))
+        exact = getattr(registry.load_primitives("torch"), kernel.name)(*_to_fp64(self.arguments))
         self.checks = {
             name: (name, partial(reference.relative_error, exact=value))
             for name, value in self.results(exact).items()

@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 from r1_kernels.examples import ExampleLaunch, ExampleSizes, launches
-from r1_kernels.registry import KERNELS, primitives
+from r1_kernels.registry import KERNELS, load_primitives
 
 from r1_kernels_bench.measure import CUDAMeter
 
@@ -239,7 +239,7 @@ def measured(
 
 def _timed(choices: Choices, example: ExampleLaunch, meter: Any, repeats: int) -> list[float]:
     """Return each candidate's median seconds; a round times each once, after one of warm-up."""
-    call = getattr(primitives("triton"), choices.kernel)
+    call = getattr(load_primitives("triton"), choices.kernel)
     times: list[list[float]] = [[] for _ in choices.candidates]
     for turn in range(repeats + 1):
         for values, own in zip(choices.candidates, times, strict=True):
