@@ -306,7 +306,13 @@ class Grader(Protocol):
     """The part of a `RewardPool` that the terms call."""
 
     async def grade(self, kind: str, response: str, truth: object, /, **fields: object) -> Grade:
-        """Grade one response with the reward `kind`; see `RewardPool.grade`."""
+        """Grade one response with the reward `kind`; see `RewardPool.grade`.
+
+        Args:
+            kind: a reward's name, or "module:function".
+            response: the text that the policy sampled.
+            truth: the right answer.
+            **fields: the keywords of the reward."""
 
 
 class RewardTerms:

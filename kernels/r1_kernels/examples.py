@@ -28,8 +28,14 @@ POLICIES = (
 
 
 class ExampleSizes(NamedTuple):
-    """The sizes of the launches: tokens in packed sequences of equal length, ids of the vocabulary,
-    (rows, columns) of a weight, ids that a sampler keeps at each token."""
+    """The sizes of the launches.
+
+    Attributes:
+        num_tokens: tokens, in packed sequences of equal length.
+        vocab_size: ids of the vocabulary.
+        weight: rows and columns of a weight.
+        num_sequences: the packed sequences.
+        num_kept: ids that a sampler keeps at each token."""
 
     num_tokens: int = 65_536
     vocab_size: int = 129_280
@@ -43,7 +49,9 @@ class ExampleLaunch(NamedTuple):
     least."""
 
     name: str
+    """The kernel and its specialization."""
     arguments: tuple[Any, ...]
+    """The primitive's arguments."""
     least_bytes: float
     """Bytes per element that any implementation must move."""
     num_elements: int
@@ -51,7 +59,12 @@ class ExampleLaunch(NamedTuple):
 
 
 def launches(kernel: Kernel, sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
-    """Yield the launches of a kernel: those of the function of its name in this file."""
+    """Yield the launches of a kernel: those of the function of its name in this file.
+
+    Args:
+        kernel: the kernel.
+        sizes: the sizes of its arguments.
+        device: where these are made."""
     return globals()[kernel.name](sizes, device)
 
 

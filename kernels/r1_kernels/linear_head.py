@@ -75,7 +75,12 @@ class LinearHead:
     def statistics(
         self, logits: Tensor, targets: Tensor, kept: KeptRows | None
     ) -> PendingStatistics:
-        """Start the softmax of a chunk: this rank's statistics, and their all-gather."""
+        """Start the softmax of a chunk: this rank's statistics, and their all-gather.
+
+        Args:
+            logits: (rows, V_local), unscaled.
+            targets: (rows,) ids of the whole vocabulary.
+            kept: the kept ids of these rows; None: all."""
         local = shard_statistics(self.primitives, logits, targets, self.shard, self.scale, kept)
         return PendingStatistics(local, self.scale, self.shard.group)
 

@@ -76,7 +76,14 @@ class Sequences:
 
 
 class Averaging(NamedTuple):
-    """The average over the tokens' losses, as in the arguments of `policy_loss`."""
+    """The average over the tokens' losses, as in the arguments of `policy_loss`.
+
+    Attributes:
+        ratio_level: "token" or "sequence".
+        average: "token" or "sequence".
+        denominator: what the sum is divided by; None: counted.
+        cu_seqlens: (S + 1,) borders of the sequences; None: they are not needed.
+        sequence_group: the ranks that share the sequences; None: this one alone."""
 
     ratio_level: str
     average: str
@@ -119,10 +126,14 @@ class Averaging(NamedTuple):
         sequence add up to 1 / denominator, by default the number of sequences with an unmasked
         token (GRPO). Without any unmasked token all weights are 0.
 
+        Args:
+            mask: (T,) bool, integers or weights.
+            sequences: those of the batch; None with average "token".
+            dtype: the dtype of the weights.
+
         Raises:
             ValueError: the denominator is not one positive number; the value of a tensor is not
-                checked.
-        """
+                checked."""
         denominator = self.denominator
         if isinstance(denominator, Tensor):
             if denominator.numel() != 1:

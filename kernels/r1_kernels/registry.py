@@ -26,6 +26,7 @@ class Kernel(NamedTuple):
     stem: str
     """Its files are primitives/<stem>_triton.py and primitives/<stem>_torch.py."""
     computes: str
+    """What it computes, for the table of README."""
     num_bytes: str
     """Bytes read → written by one launch, b being those of an input element."""
     measured_in: str = ""

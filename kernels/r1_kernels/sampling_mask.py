@@ -34,8 +34,13 @@ class SamplingMask(NamedTuple):
 
 
 class KeptRows(NamedTuple):
-    """The kept ids of some of the tokens of a `SamplingMask`: those of row r are
-    token_ids[starts[r] : ends[r]]."""
+    """The kept ids of R of the tokens of a `SamplingMask`: those of row r are
+    token_ids[starts[r] : ends[r]].
+
+    Attributes:
+        token_ids: (N,) int32 ids of the whole vocabulary.
+        starts: (R,) int64, where each row's ids begin.
+        ends: (R,) int64, where they end."""
 
     token_ids: Tensor
     starts: Tensor

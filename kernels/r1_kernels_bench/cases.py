@@ -34,6 +34,10 @@ class KernelCase:
     """One computation that is measured in several implementations.
 
     Attributes:
+        name: the case.
+        about: what it computes.
+        inputs: makes its inputs.
+        implementations: the rows of its table.
         gradients: whether the bound counts the gradients.
         masked: whether the bound leaves masked tokens out.
         weight: about its share of the run's time."""

@@ -31,6 +31,7 @@ class Launch(NamedTuple):
     """A kernel as it was compiled and launched.
 
     Attributes:
+        name: the kernel.
         programs: the number of programs in the grid.
         kernel: Triton's compiled one, with `asm` and `metadata`."""
 
@@ -82,7 +83,12 @@ ACCESS = re.compile(r"tt\.(load|store) .*tensor<([\dx]+)x!tt\.ptr<(\w+)>>")
 
 class Traffic(NamedTuple):
     """Elements handled, bytes loaded and stored in one iteration of the source's main loop; in the
-    whole program without a loop, where `elements` is None."""
+    whole program without a loop, where `elements` is None.
+
+    Attributes:
+        elements: elements handled.
+        loaded: bytes loaded.
+        stored: bytes stored."""
 
     elements: int | None
     loaded: int

@@ -35,6 +35,9 @@ class Implementation:
     """One row of a table: call(function, inputs) is timed, for the function that `load` returns.
 
     Attributes:
+        name: its row of the table.
+        call: the call that is timed.
+        gpu_only: whether it needs a GPU.
         load: imports what it needs and does what is not timed.
         computes: what it does more or less than ours, in words.
         overwrites: its inputs are restored after each call."""

@@ -23,7 +23,14 @@ LONGEST_SEQUENCE = 4_096
 
 @dataclass(frozen=True)
 class ProblemSizes:
-    """tokens (T), vocab (V, before the division by tp), hidden (H), dtype by name, tp ranks."""
+    """tokens (T), vocab (V, before the division by tp), hidden (H), dtype by name, tp ranks.
+
+    Attributes:
+        tokens: T.
+        vocab: V, before the division by tp.
+        hidden: H.
+        dtype: by name.
+        tp: tensor-parallel ranks."""
 
     tokens: int
     vocab: int
@@ -139,6 +146,8 @@ class Inputs:
     """The tensors that every implementation of a case is called with.
 
     Attributes:
+        tokens: the inputs per token.
+        logprobs: (T,) fp64, the exact ones.
         checks: the error of each result that a call may return, with the error's name."""
 
     tokens: Tokens

@@ -27,7 +27,7 @@ MARK = "\ue000\ue001"
 """Text that no conversation has, in place of a message to see where that is rendered."""
 
 
-class ExampleText:
+class ExampleTokenizer:
     """The tokenizer of a Hugging Face folder, and the template of conversations.
 
     Args:
@@ -63,7 +63,7 @@ class ExampleText:
         """
         if example.messages and self._chat is not None:
             messages = [self._with_thought(message) for message in example.messages]
-            return self._conversation(example, self._chat.seated(messages))
+            return self._conversation(example, self._chat.merge_system_message(messages))
         prompt, response = example.prompt, example.response
         if example.messages:
             prompt, response = self._exchange(example)

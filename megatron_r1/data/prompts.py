@@ -25,12 +25,12 @@ from r1_grading.truths import NO_TRUTH
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.prompt_rows import (
     Prompt,
-    RowReading,
-    asked,
-    identity,
+    RowReader,
+    conversation_text,
     is_heldout,
     make_prompt,
-    normalize,
+    normalize_question,
+    prompt_identity,
 )
 from megatron_r1.data.renamed_rows import DataReport
 from megatron_r1.data.row_filter import Conditions
@@ -168,9 +168,9 @@ def load_prompts(
     Args:
         path: a file, pattern, folder or data set as in `read_renamed_rows`, of rows with
             `question`, `truth` and optionally `kind` (default: `kind`, else what the truth shows:
-            `r1_grading.truths.reward_kind`); other columns go to the reward. A question or truth
-            that no row has by that name is found by its usual names (`columns`). A question may be
-            a chat that ends with the user's message.
+            `truths.guess_reward_kind`); other columns go to the reward. A question or truth that no
+            row has by that name is found by its usual names (`columns`). A question may be a chat
+            that ends with the user's message.
         heldout_path: a file that is held out whole, its questions dropped from train; without it,
             the share `heldout_fraction` of all possible questions is held out.
         task: a reasoning-gym dataset, generated with `parameters` and `seed`. Without `kind` (or
@@ -192,7 +192,7 @@ def load_prompts(
     _check_arguments(path, heldout_path, task, num_train, num_heldout, heldout_fraction)
     if kind is not None:
         resolve(kind)
-    reading = RowReading(kind, columns or {}, where or {}, no_truth, bad_rows)
+    reading = RowReader(kind, columns or {}, where or {}, no_truth, bad_rows)
     reports = []
     heldout = []
     if heldout_path is not None:
@@ -289,12 +289,12 @@ def _split(
             known = sides[False].get(prompt.id) or sides[True].get(prompt.id)
         if known is not None and known.truth != prompt.truth:
             contradictions.append((known, prompt))
-            report.leave_out("the question has another truth before", prompt.location, "truth")
+            report.skip_row("the question has another truth before", prompt.location, "truth")
         elif known is not None:
             report.num_duplicates += 1
         if known is not None:
             continue
-        side = is_heldout(identity(prompt, kind), fraction)
+        side = is_heldout(prompt_identity(prompt, kind), fraction)
         if not is_full(side):
             sides[side][prompt.id] = prompt
         elif prompt.id in unused:
@@ -317,7 +317,7 @@ def _differ_in_case(one: Prompt, other: Prompt) -> bool:
 
 
 def _normalized_question(prompt: Prompt) -> str:
-    return normalize(asked(prompt), fold_case=False)
+    return normalize_question(conversation_text(prompt), fold_case=False)
 
 
 def _require_any(split: PromptSplit, heldout: list[Prompt]) -> None:

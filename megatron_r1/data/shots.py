@@ -10,7 +10,7 @@ from r1_grading.reading import THINK
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message
-from megatron_r1.data.prompts import normalize
+from megatron_r1.data.prompts import normalize_question
 from megatron_r1.data.renamed_rows import read_renamed_rows, require_text
 from megatron_r1.data.text import PromptText, is_opened, render_template, system_text
 
@@ -25,7 +25,7 @@ class Shot:
     response: str
 
 
-class Shots:
+class FewShotExamples:
     """The worked examples of a file, some of which precede each question. The choice depends on
     (seed, question) alone, and never includes the question itself.
 
@@ -63,23 +63,25 @@ class Shots:
         content = repr([self.shots, self._num_shots, self._seed])
         return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()[:16]
 
-    def before(self, question: str) -> list[Shot]:
+    def choose(self, question: str) -> list[Shot]:
         """Return the examples before `question`: all in the file's order, or some as drawn."""
-        shots = [s for s in self.shots if normalize(s.question) != normalize(question)]
+        shots = [
+            s for s in self.shots if normalize_question(s.question) != normalize_question(question)
+        ]
         if self._num_shots is None:
             return shots
-        draw = random.Random(f"{self._seed}/{normalize(question)}")
+        draw = random.Random(f"{self._seed}/{normalize_question(question)}")
         return draw.sample(shots, min(self._num_shots, len(shots)))
 
-    def turns(self, question: str) -> list[Message]:
+    def chat_messages(self, question: str) -> list[Message]:
         """Return the messages of a chat that ends with `question`."""
         turns: list[Message] = []
-        for shot in self.before(question):
+        for shot in self.choose(question):
             turns.append({"role": "user", "content": shot.question})
             turns.append({"role": "assistant", "content": shot.response})
         return [*turns, {"role": "user", "content": question}]
 
-    def text(self, template: str, question: str, before: Sequence[Message] = ()) -> str:
+    def prompt_text(self, template: str, question: str, before: Sequence[Message] = ()) -> str:
         """Return every example as if asked and answered in `template`, then the question.
 
         Args:
@@ -94,7 +96,7 @@ class Shots:
         shown = [
             render_template(template, shot.question)
             + (shot.response.removeprefix(THINK) if opened else shot.response)
-            for shot in self.before(question)
+            for shot in self.choose(question)
         ]
         system = system_text(before, "data.template")
         return BETWEEN.join([*shown, render_template(template, question, system)])
@@ -104,7 +106,11 @@ class FewShotText(PromptText):
     """A `PromptText` whose encoded prompts begin with worked examples; `render` leaves them out."""
 
     def __init__(
-        self, model_path: str, template: str, shots: Shots, stop_token_ids: Sequence[int] = ()
+        self,
+        model_path: str,
+        template: str,
+        shots: FewShotExamples,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
         """Load the tokenizer.
 
@@ -121,8 +127,8 @@ class FewShotText(PromptText):
         super().__init__(model_path, template, stop_token_ids=stop_token_ids)
         self._shots = shots
         if self._chat:
-            shown = self._apply_chat_template(shots.turns(""), tokenize=False)
-            for shot in shots.before(""):
+            shown = self._apply_chat_template(shots.chat_messages(""), tokenize=False)
+            for shot in shots.choose(""):
                 if shot.response.strip() not in shown:
                     raise UserError(
                         f"sample.shots: the chat template of {model_path} does not show an earlier "
@@ -134,6 +140,6 @@ class FewShotText(PromptText):
     def encode(self, question: str, before: Sequence[Message] = ()) -> list[int]:
         """Return the tokens of the question behind its examples and the messages `before`."""
         if self._chat:
-            turns = [*before, *self._shots.turns(question)]
+            turns = [*before, *self._shots.chat_messages(question)]
             return list(self._apply_chat_template(turns)["input_ids"])
-        return self._encode_text(self._shots.text(self._template, question, before))
+        return self._encode_text(self._shots.prompt_text(self._template, question, before))

@@ -257,7 +257,12 @@ class PromptText:
         return "".join(self.tokenizer.convert_ids_to_tokens(ids[: counts[0]])) if counts else ""
 
     def fits(self, question: str, limit: int, before: Sequence[Message] = ()) -> bool:
-        """Whether the prompt leaves at least one of `limit` tokens for a response."""
+        """Whether the prompt leaves at least one of `limit` tokens for a response.
+
+        Args:
+            question: the question.
+            limit: the most tokens of prompt and response.
+            before: the messages before the question."""
         # A token is a byte at least, so most need not be encoded; normalization may double some.
         texts = [question, *(str(value) for message in before for value in message.values())]
         num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
@@ -279,9 +284,9 @@ class PromptText:
         return PROBE in text
 
     def _turns(self, question: str, before: Sequence[Message]) -> list[Message]:
-        return self.seated([*before, *_turns(question)])
+        return self.merge_system_message([*before, *_turns(question)])
 
-    def seated(self, turns: Sequence[Message]) -> list[Message]:
+    def merge_system_message(self, turns: Sequence[Message]) -> list[Message]:
         """Return a conversation with the system's message in front of the first of the user, where
         the template has no place for a system."""
         turns = list(turns)

@@ -15,7 +15,7 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.shots import FewShotText, Shots
+from megatron_r1.data.shots import FewShotExamples, FewShotText
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
@@ -56,7 +56,7 @@ class EnginePolicy:
         model: Path,
         decoding: SamplingSettings,
         folder: Path,
-        shots: Shots | None,
+        shots: FewShotExamples | None,
     ) -> None:
         require_weights(model)
         config = config.with_changes(model={"path": str(model)})

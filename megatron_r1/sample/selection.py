@@ -16,7 +16,7 @@ from typing import Any
 from r1_grading.terms import ACCURACY, order
 
 from megatron_r1.config.sample import KeepConfig
-from megatron_r1.data.prompts import Prompt, normalize
+from megatron_r1.data.prompts import Prompt, normalize_question
 from megatron_r1.evaluation.response import TextResponse
 
 KEPT, NOT_CHOSEN = "kept", "not_chosen"
@@ -126,7 +126,7 @@ class Selection:
         first: dict[str, int] = {}
         for response, reason in zip(responses, reasons, strict=True):
             if reason is None and self._drops_duplicates:
-                same = first.setdefault(normalize(response.text), response.index)
+                same = first.setdefault(normalize_question(response.text), response.index)
                 if same != response.index:
                     reason = Decision(DUPLICATE, f"the same as response {same}")
             if reason is not None:

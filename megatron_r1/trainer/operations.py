@@ -66,7 +66,22 @@ class Reply(msgspec.Struct, frozen=True):
 
 class RankDescription(TypedDict):
     """The result of a rank's start (`worker.Operations.describe`): what the controller distributes
-    batches by, the rank's place on the grid, and facts of its model."""
+    batches by, the rank's place on the grid, and facts of its model.
+
+    Attributes:
+        rank: this and the next eight as in `distributed.GridPosition`.
+        tensor_rank: the index in its tensor-parallel group.
+        pipeline_rank: its pipeline stage.
+        context_rank: the index in its context-parallel group.
+        expert_rank: the index in its expert-parallel group.
+        data_rank: the index of its model replica.
+        data_parallel: the number of replicas.
+        last_stage: whether it computes the loss.
+        leads_replica: whether it receives the replica's samples.
+        num_parameters: the parameters of the whole model.
+        score_is_new: whether a score head is randomly initialized.
+        implementations: the implementation of each part of a step.
+        process: the process id."""
 
     rank: int
     tensor_rank: int

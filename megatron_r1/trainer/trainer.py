@@ -313,7 +313,12 @@ class Trainer:
         return Networks(Network(self.model_chunks, self.optimizer), self.reference, critic)
 
     def fill_logprobs(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
-        """Compute the log-probabilities of the tokens, into `PackedBatch.logprobs[name]`."""
+        """Compute the log-probabilities of the tokens, into `PackedBatch.logprobs[name]`.
+
+        Args:
+            batches: the micro-batches.
+            name: the key in `PackedBatch.logprobs`.
+            temperature: the logits are divided by it."""
         if batches:
             self.run_batches(
                 batches, partial(self._logprobs_only, name, temperature), forward_only=True
@@ -323,7 +328,12 @@ class Trainer:
         self, batches: list[PackedBatch], compute: OutputFunction, forward_only: bool
     ) -> list[Any]:
         """Run Megatron's schedule over `batches`, with routing replay and MTP labels; returns the
-        reports of `compute` on the last stage."""
+        reports of `compute` on the last stage.
+
+        Args:
+            batches: the micro-batches.
+            compute: computes loss or report from the last stage's output.
+            forward_only: whether gradients are left out."""
         train_mtp = self.config.model.mtp == "train" and not forward_only
 
         def inputs(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:

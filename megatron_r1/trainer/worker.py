@@ -65,7 +65,12 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
 
     An operation that fails is answered with the message of a UserError, or else a traceback, and
     ends the process: its peers may already wait in a collective, and only a restart brings all
-    ranks back to the same state."""
+    ranks back to the same state.
+
+    Args:
+        config: the recipe.
+        address: tcp://host:port of the controller.
+        position: the rank's, where the groups exist; None: they are made here."""
     rank = int(os.environ["RANK"])
     socket = _dealer(rank_identity(rank))
     monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
@@ -81,7 +86,7 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
         position = position or distributed.initialize(config.parallel, config.run.seed)
         rank_monitor.groups = position.groups
         operations = Operations(config, position)
-        timeline.reached("trainer/model built")
+        timeline.mark("trainer/model built")
         reply({**operations.describe()})
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
@@ -219,10 +224,16 @@ class Operations:
 def methods(
     trainer: ModelOperations,
     probing: ProbingOperations,
-    folders: CheckpointOperations,
+    checkpoints: CheckpointOperations,
     push: PushOperations,
 ) -> dict[str, Callable[..., Any]]:
-    """Return the methods that the controller may call, by their names."""
+    """Return the methods that the controller may call, by their names.
+
+    Args:
+        trainer: has the passes.
+        probing: has those that train nothing.
+        checkpoints: has checkpoints and exports.
+        push: has the rank's part of a push."""
     operations: list[Callable[..., Any]] = [
         trainer.refresh_reference,
         trainer.compute_logprobs,
@@ -237,12 +248,12 @@ def methods(
         probing.probe,
         probing.prepare_probe,
         probing.compare_probe,
-        folders.export,
-        folders.export_adapter,
-        folders.save_checkpoint,
-        folders.checkpoint_progress,
-        folders.verify_checkpoint,
-        folders.load_checkpoint,
+        checkpoints.export,
+        checkpoints.export_adapter,
+        checkpoints.save_checkpoint,
+        checkpoints.checkpoint_progress,
+        checkpoints.verify_checkpoint,
+        checkpoints.load_checkpoint,
         push.open_push,
         push.connect_sets,
         push.send_weights,

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 from r1_grading.second_readers.answer_texts import parse_answer, same_answer
-from r1_grading.second_readers.mathematics import read
-from r1_grading.second_readers.places import Unsure
+from r1_grading.second_readers.mathematics import Unsure, read
 
 from megatron_r1.base.files.json_lines import read_lines
 

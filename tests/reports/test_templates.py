@@ -14,7 +14,7 @@ from megatron_r1.config import RewardsConfig
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.data.shots import FewShotText, Shots
+from megatron_r1.data.shots import FewShotExamples, FewShotText
 from megatron_r1.data.text import PromptText
 from megatron_r1.evaluation.response import SamplingSettings
 from megatron_r1.evaluation.server_policy import ServerPolicy
@@ -61,7 +61,7 @@ def test_b23_so_do_prompts_with_worked_examples(tmp_path):
     shots = tmp_path / "shots.jsonl"
     shots.write_text(json.dumps({"question": "the ?", "response": "answer"}) + "\n")
     for template in (BEGIN + "{problem}", "{problem}"):
-        text = FewShotText(str(tmp_path), template, Shots(shots, None, 0))
+        text = FewShotText(str(tmp_path), template, FewShotExamples(shots, None, 0))
         ids = text.encode("find a")
         assert ids[0] == number and ids[1] != number
 

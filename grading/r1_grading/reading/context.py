@@ -12,7 +12,7 @@ import re
 from fractions import Fraction
 
 from r1_grading.base.errors import shorten
-from r1_grading.reading.answer import Extraction, box_span, present
+from r1_grading.reading.answer import Extraction, box_span, make_extraction
 
 # Subjects and verbs of another value: `the lower bound is`, `it could be`, `suppose x is`.
 DENYING = """
@@ -283,7 +283,7 @@ def last_number(text: str) -> Extraction | None:
         return Extraction(None, f"no answer found: two numbers end the last line: {pair}")
     if _is_term(before, last[0], text[last.end() :]):
         return Extraction(None, f"no answer found: {last[0]} is part of an expression")
-    return present(re.sub("[$,]", "", last[0]), "in the last line")
+    return make_extraction(re.sub("[$,]", "", last[0]), "in the last line")
 
 
 def _without_spaces(spaced: re.Match[str]) -> str:

@@ -84,7 +84,12 @@ def python_call(source: str, function: str) -> Program:
 
 
 def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
-    """Return the compiled program, or the compiler's error in one line."""
+    """Return the compiled program, or the compiler's error in one line.
+
+    Args:
+        source: the program.
+        standard: a key of `STANDARDS`.
+        budget: the compiler's limits."""
     command = f"{shlex.quote(host.compiler())} -std={standard.replace('c++', 'gnu++')}"
     command += f" {COMPILER_OPTIONS} -o main main.cpp >&2 && exec cat main"
     files = {"main.cpp": source.encode("utf-8", "replace")}

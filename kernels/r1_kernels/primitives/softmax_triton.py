@@ -85,7 +85,14 @@ def _terms(z, base, to_base2):
 
 @triton.jit
 def fold_logits(loaded, peak, total, moment, to_base2):
-    """Update the running (LANES,) statistics with a tuple of (LANES, VECTOR) logits."""
+    """Update the running (LANES,) statistics with a tuple of (LANES, VECTOR) logits.
+
+    Args:
+        loaded: a tuple of (LANES, VECTOR) logits.
+        peak: (LANES,) running largest logits.
+        total: (LANES,) running sums of exponentials.
+        moment: (LANES,) running sums of exponentials times exponents, in base 2.
+        to_base2: c · log2 e."""
     highest = loaded[0]
     for i in tl.static_range(1, len(loaded)):
         highest = tl.maximum(highest, loaded[i])
@@ -107,7 +114,13 @@ def fold_logits(loaded, peak, total, moment, to_base2):
 
 @triton.jit
 def combine_lanes(peak, total, moment, to_base2):
-    """Return a row's peak, total and moment from the (LANES,) statistics of its lanes."""
+    """Return a row's peak, total and moment from the (LANES,) statistics of its lanes.
+
+    Args:
+        peak: (LANES,), as of `fold_logits`.
+        total: (LANES,).
+        moment: (LANES,).
+        to_base2: c · log2 e."""
     row_peak = tl.max(peak, 0)
     base = tl.where(row_peak == float("-inf"), 0.0, row_peak)
     shift = tl.where(peak == float("-inf"), 0.0, (peak - base) * to_base2)
@@ -170,7 +183,17 @@ def load_row_upstream(
     row, peak, log_total, entropy, grad_logprobs, grad_entropy, scale, HAS_ENTROPY: tl.constexpr
 ):
     """Load what a row's gradient needs of `RowUpstream`: the peak, log2 of the total, c g, the two
-    factors of `softmax_gradient`, and whether the row has an upstream gradient."""
+    factors of `softmax_gradient`, and whether the row has an upstream gradient.
+
+    Args:
+        row: the row.
+        peak: (T,) pointers: this and the next four are `RowUpstream`.
+        log_total: (T,).
+        entropy: (T,), read only with HAS_ENTROPY.
+        grad_logprobs: (T,).
+        grad_entropy: (T,), read only with HAS_ENTROPY.
+        scale: c.
+        HAS_ENTROPY: whether the entropy has a gradient."""
     row_peak = tl.load(peak + row)
     log2_total = tl.load(log_total + row) * LOG2E
     upstream = tl.load(grad_logprobs + row) * scale
@@ -187,7 +210,16 @@ def load_row_upstream(
 
 @triton.jit
 def softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY: tl.constexpr):
-    """Return p · (flat + slope · log2 p) at logits z, p being their probabilities."""
+    """Return p · (flat + slope · log2 p) at logits z, p being their probabilities.
+
+    Args:
+        z: logits.
+        row_peak: the row's largest logit.
+        to_base2: c · log2 e.
+        log2_total: log2 of the row's total.
+        flat: the factor of p.
+        slope: the factor of p · log2 p.
+        HAS_ENTROPY: whether slope counts."""
     log2_p = (z - row_peak) * to_base2 - log2_total
     p = tl.exp2(log2_p)
     return p * (flat + slope * tl.maximum(log2_p, -1000.0)) if HAS_ENTROPY else p * flat
@@ -345,7 +377,12 @@ def upstream_arguments(upstream: RowUpstream) -> tuple[Tensor, ...]:
 
 
 def check_rows(matrix: Tensor, targets: Tensor, shard: VocabShard) -> None:
-    """Assert (T, V_local) floats with adjacent columns: the kernels get a stride for rows only."""
+    """Assert (T, V_local) floats with adjacent columns: the kernels get a stride for rows only.
+
+    Args:
+        matrix: logits, or their gradient.
+        targets: (T,) ids.
+        shard: the columns."""
     about = f"{matrix.dtype} {tuple(matrix.shape)}, strides {matrix.stride()}, {shard}"
     assert matrix.is_floating_point() and matrix.dtype != torch.float64, about
     assert matrix.shape == (len(targets), shard.num_columns), about

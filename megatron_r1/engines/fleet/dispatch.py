@@ -295,11 +295,11 @@ class Members:
         engine.is_open = is_open
         self._update()
 
-    def put_up(self, engine: Engine, place_of: Engine, *, is_asleep: bool = False) -> None:
+    def put_up(self, engine: Engine, location_of: Engine, *, is_asleep: bool = False) -> None:
         """Let an engine with the current weights serve in the place of a member, or of itself. One
         that sleeps has no weights, and serves after the next push (`wake`)."""
         engine.is_up, engine.is_open, engine.is_asleep = True, not is_asleep, is_asleep
-        self.engines[self.engines.index(place_of)] = engine
+        self.engines[self.engines.index(location_of)] = engine
         self._update()
 
     def wake(self, engine: Engine) -> None:

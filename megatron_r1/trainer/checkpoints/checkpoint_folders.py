@@ -112,7 +112,12 @@ def manifest_faults(
 
 
 def files_to_verify(entries: Mapping[str, FileEntry], index: int, count: int) -> list[str]:
-    """Return the files that worker `index` of `count` verifies, about equal bytes for each."""
+    """Return the files that worker `index` of `count` verifies, about equal bytes for each.
+
+    Args:
+        entries: the manifest's.
+        index: the worker.
+        count: the workers."""
     heap = [(0, worker) for worker in range(count)]
     own = []
     for name, entry in sorted(entries.items(), key=lambda item: (-item[1].num_bytes, item[0])):

@@ -59,7 +59,12 @@ class Network(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """Everything on this rank that has weights."""
+    """Everything on this rank that has weights.
+
+    Attributes:
+        policy: the policy.
+        reference: its reference; None: there is none.
+        critic: PPO's critic; None: there is none."""
 
     policy: Network
     reference: ReferencePolicy | None = None

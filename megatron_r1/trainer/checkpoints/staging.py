@@ -197,7 +197,12 @@ def gather_on_host(part: Any, index: int, memory: HostMemory | None) -> Iterator
     """Let part `index` of the optimizer plan to gather into `memory` inside the block; without
     memory, only buffers of the right size are made.
 
-    Every data-parallel rank has entries for everything, so that they can share the writing."""
+    Every data-parallel rank has entries for everything, so that they can share the writing.
+
+    Args:
+        part: an optimizer of the chain.
+        index: its place among all that are gathered in `memory`.
+        memory: the host buffers; None: for loading."""
     part.get_parameter_state_dp_zero = partial(_gather, part, index, memory)
     try:
         yield

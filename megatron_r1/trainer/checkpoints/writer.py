@@ -47,7 +47,13 @@ from megatron_r1.trainer.operations import CheckpointProgress
 
 @dataclass
 class WrittenFiles:
-    """The result of one rank: its files' checksums and Megatron's results, or the error."""
+    """The result of one rank: its files' checksums and Megatron's results, or the error.
+
+    Attributes:
+        rank: the rank.
+        entries: name → size and checksum of each file.
+        results: Megatron's results.
+        error: why the rank could not write; None: it has written."""
 
     rank: int
     entries: dict[str, FileEntry] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from megatron_r1.data.prompts import (
     is_heldout,
     load_prompts,
     make_prompt,
-    normalize,
+    normalize_question,
 )
 from megatron_r1.data.sampler import PromptSampler, drawn_fractions
 from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
@@ -121,9 +121,11 @@ def test_train_and_heldout_are_disjoint_whatever_the_seed_and_size():
     first, neighbor, large = load(seed=1), load(seed=2), load(seed=9, num_train=2000)
     assert load(seed=1) == first
     assert questions(neighbor.train) != questions(first.train)
-    heldout = {normalize(q) for split in (first, neighbor) for q in questions(split.heldout)}
+    heldout = {
+        normalize_question(q) for split in (first, neighbor) for q in questions(split.heldout)
+    }
     for split in (first, neighbor, large):
-        train = [normalize(q) for q in questions(split.train)]
+        train = [normalize_question(q) for q in questions(split.train)]
         assert len(set(train)) == len(train)
         assert heldout.isdisjoint(train)
     assert (len(large.train), len(large.heldout)) == (2000, 60)
@@ -148,7 +150,9 @@ def test_superscripts_and_subscripts_make_another_question(tmp_path):
     rows = [{"question": q, "truth": i} for i, q in enumerate(texts)]
     split = load_prompts(path=write_lines(tmp_path / "p.jsonl", rows), heldout_fraction=0.0)
     assert questions(split.train) == texts and not split.contradictions
-    assert normalize("What  is 2³?") == normalize("what is ２³?") == "what is 2^3?"
+    assert (
+        normalize_question("What  is 2³?") == normalize_question("what is ２³?") == "what is 2^3?"
+    )
 
 
 def test_the_id_of_a_question_stays_the_same_between_versions():

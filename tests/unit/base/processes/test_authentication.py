@@ -107,5 +107,5 @@ def test_a_file_stops_a_run_until_the_request_is_fulfilled(tmp_path):
     assert not stop.requested
     (tmp_path / "stop").touch()
     assert stop.requested and not stop.is_signalled
-    stop.done()
+    stop.clear()
     assert not stop.requested and not (tmp_path / "stop").exists()
