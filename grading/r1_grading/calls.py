@@ -140,15 +140,19 @@ class AdaptedFunction:
         self._names = [name for name, kind in kinds.items() if kind not in VARIADIC]
         self._needed = [name for name in self._names if parameters[name].default is Parameter.empty]
 
-    def call(self, given: Mapping[str, Any]) -> Any:
-        """Call the function with those of `given` that it takes.
+    def call(self, arguments: Mapping[str, Any]) -> Any:
+        """Call the function with those of `arguments` that it takes.
 
         Raises:
-            MissingArguments: `given` lacks an argument without a default.
+            MissingArguments: `arguments` lacks an argument without a default.
         """
-        if missing := tuple(name for name in self._needed if name not in given):
+        if missing := tuple(name for name in self._needed if name not in arguments):
             raise MissingArguments(missing)
-        taken = given if self._takes_all else {n: v for n, v in given.items() if n in self._names}
+        taken = (
+            arguments
+            if self._takes_all
+            else {n: v for n, v in arguments.items() if n in self._names}
+        )
         return self._call(**taken)
 
 

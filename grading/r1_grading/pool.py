@@ -197,11 +197,11 @@ class RewardPool:
         counts |= {"queued": len(self._queue), "running": len(self._running)}
         return counts | self._remote.snapshot()
 
-    def jobs(self, most: int = 20) -> list[OutstandingJob]:
-        """Return running and then queued jobs, each the oldest first, at most `most`."""
+    def jobs(self, limit: int = 20) -> list[OutstandingJob]:
+        """Return running and then queued jobs, each the oldest first, at most `limit`."""
         outstanding = [*self._running.values(), *self._queue]
         outstanding.sort(key=lambda pending: (pending.worker_pid is None, pending.since))
-        return outstanding[:most]
+        return outstanding[:limit]
 
     async def close(self) -> None:
         """Kill the workers; a `grade` still waiting raises RunError. Safe to call again."""

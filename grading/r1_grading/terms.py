@@ -485,6 +485,6 @@ def are_equal(rewards: Sequence[float]) -> bool:
     return math.isclose(min(rewards), max(rewards), rel_tol=RELATIVE, abs_tol=ABSOLUTE)
 
 
-def order(one: float, other: float) -> int:
+def compare(one: float, other: float) -> int:
     """Return -1 if `one` is smaller, 1 if it is larger, 0 if the two are equal but for rounding."""
     return 0 if are_equal((one, other)) else -1 if one < other else 1

@@ -246,7 +246,7 @@ def policy_loss(
         clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
     )
     averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
-    given = TokenTensors(
+    inputs = TokenTensors(
         logprobs=logprobs,
         old_logprobs=logprobs if old_logprobs is None else old_logprobs,
         ref_logprobs=ref_logprobs,
@@ -256,7 +256,7 @@ def policy_loss(
     )
     primitives = choose_primitives(logprobs, backend)
     tokens, sequences = prepare_tokens(
-        given, settings, averaging, primitives, accumulation_dtype(logprobs.dtype), entropy=entropy
+        inputs, settings, averaging, primitives, accumulation_dtype(logprobs.dtype), entropy=entropy
     )
     level = sequences if ratio_level == "sequence" else None
     return tokens_loss(logprobs, entropy, tokens, settings, level, entropy_coef, primitives)
@@ -274,7 +274,7 @@ def _check_logprobs(logprobs: Tensor, entropy: Tensor | None, entropy_coef: floa
 
 
 def prepare_tokens(
-    given: TokenTensors,
+    inputs: TokenTensors,
     settings: PolicySettings,
     averaging: Averaging,
     primitives: Primitives,
@@ -284,7 +284,7 @@ def prepare_tokens(
     """Check the tensors of one batch. Return them detached, with weights of `dtype` for the mask.
 
     Args:
-        given: the caller's tensors, with the mask as `weights`.
+        inputs: the caller's tensors, with the mask as `weights`.
         settings: those of the loss.
         averaging: how the loss is averaged.
         primitives: the implementation that will compute the loss.
@@ -293,16 +293,16 @@ def prepare_tokens(
 
     Raises:
         ValueError: tensors and settings that do not fit, by name."""
-    tensors = given._asdict()
+    tensors = inputs._asdict()
     mask = tensors.pop("weights")
-    num_tokens = len(given.advantages if given.logprobs is None else given.logprobs)
+    num_tokens = len(inputs.advantages if inputs.logprobs is None else inputs.logprobs)
     check_tokens(num_tokens, **tensors, mask=mask)
     check_same_device(**others, **tensors, mask=mask, cu_seqlens=averaging.cu_seqlens)
     check_floats(**tensors)
-    settings.check(given.ref_logprobs, given.rollout_logprobs)
+    settings.check(inputs.ref_logprobs, inputs.rollout_logprobs)
     sequences = averaging.sequences(num_tokens, primitives)
     weights = averaging.weights(mask, sequences, dtype)
-    detached = [None if tensor is None else tensor.detach() for tensor in given]
+    detached = [None if tensor is None else tensor.detach() for tensor in inputs]
     return TokenTensors._make(detached)._replace(weights=weights), sequences
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
-from r1_kernels.sampling_mask import KeptRows
+from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import RowUpstream, VocabShard
 
 Block = tuple[int, int]
@@ -101,9 +101,9 @@ class Primitives(NamedTuple):
 
     row_statistics: Callable[[Tensor, Tensor, VocabShard, float], Tensor]
     logits_gradient: Callable[[Tensor, Tensor, VocabShard, float, RowUpstream, Tensor], Tensor]
-    kept_statistics: Callable[[Tensor, Tensor, VocabShard, float, KeptRows], Tensor]
-    kept_gradient: Callable[[Tensor, Tensor, VocabShard, float, RowUpstream, KeptRows], Tensor]
-    kept_scatter: Callable[[Tensor, VocabShard, KeptRows, Tensor], Tensor]
+    kept_statistics: Callable[[Tensor, Tensor, VocabShard, float, KeptIds], Tensor]
+    kept_gradient: Callable[[Tensor, Tensor, VocabShard, float, RowUpstream, KeptIds], Tensor]
+    kept_scatter: Callable[[Tensor, VocabShard, KeptIds, Tensor], Tensor]
     policy_terms: Callable[[TokenTensors, PolicySettings], PolicyTerms]
     segment_sums: Callable[[Tensor, Tensor], Tensor]
     quantize_blocks: Callable[[Tensor, Block], tuple[Tensor, Tensor]]

@@ -39,7 +39,7 @@ from r1_kernels.linear_head import (
 )
 from r1_kernels.precision import accumulation_dtype, without_autocast
 from r1_kernels.registry import choose_primitives
-from r1_kernels.sampling_mask import SamplingMask, kept_rows
+from r1_kernels.sampling_mask import SamplingMask, check_sampling_mask
 from r1_kernels.vocabulary import PendingStatistics, RowUpstream, VocabShard
 
 
@@ -84,7 +84,7 @@ def token_logprobs(
     check_count(vocab_size=vocab_size)
     shard = VocabShard.of(logits, logits.shape[1], group, vocab_size)
     check_targets(targets, len(logits), shard.vocab_size)
-    kept = kept_rows(sampling_mask, targets, shard.vocab_size)
+    kept_ids = check_sampling_mask(sampling_mask, targets, shard.vocab_size)
     owner = logits if logits._base is None else logits._base
     if inplace_backward and owner.is_leaf and owner.requires_grad:
         raise ValueError(
@@ -96,7 +96,7 @@ def token_logprobs(
         targets,
         shard,
         1.0 / temperature,
-        kept,
+        kept_ids,
         inplace_backward,
         choose_primitives(logits, backend),
     )
@@ -109,21 +109,21 @@ class _TokenLogprobs(torch.autograd.Function):
     log of the sum."""
 
     @staticmethod
-    def forward(ctx, logits, targets, shard, scale, kept, inplace, primitives):
+    def forward(ctx, logits, targets, shard, scale, kept_ids, inplace, primitives):
         ctx.set_materialize_grads(False)
-        local = shard_statistics(primitives, _logits_rows(logits), targets, shard, scale, kept)
+        local = shard_statistics(primitives, _logits_rows(logits), targets, shard, scale, kept_ids)
         softmax = PendingStatistics(local, scale, shard.group).wait()
         # The version counter would refuse a backward pass that writes over its own input.
         ctx.logits = logits if inplace else None
         ctx.save_for_backward(None if inplace else logits, targets, *softmax[1:])
-        ctx.settings = shard, scale, kept, inplace, primitives
+        ctx.settings = shard, scale, kept_ids, inplace, primitives
         return softmax.logprobs, softmax.entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         logits, targets, entropy, peak, log_total = ctx.saved_tensors
-        shard, scale, kept, inplace, primitives = ctx.settings
+        shard, scale, kept_ids, inplace, primitives = ctx.settings
         if inplace:
             logits, ctx.logits = ctx.logits, None
             if logits is None:
@@ -133,7 +133,7 @@ class _TokenLogprobs(torch.autograd.Function):
         rows = _logits_rows(logits)
         out = rows if inplace else torch.empty_like(rows)
         upstream = RowUpstream(entropy, peak, log_total, grad_logprobs, grad_entropy)
-        shard_gradient(primitives, rows, targets, shard, scale, upstream, kept, out)
+        shard_gradient(primitives, rows, targets, shard, scale, upstream, kept_ids, out)
         return out, *(None,) * 6
 
 
@@ -192,8 +192,8 @@ def linear_token_logprobs(
         hidden, weight, temperature, group, vocab_size, chunk_tokens, backend, main_grad
     )
     check_targets(targets, len(hidden), head.shard.vocab_size)
-    kept = kept_rows(sampling_mask, targets, head.shard.vocab_size)
-    return LinearTokenLogprobs.apply(hidden, weight, targets, head, kept, reduce_hidden_grad)
+    kept_ids = check_sampling_mask(sampling_mask, targets, head.shard.vocab_size)
+    return LinearTokenLogprobs.apply(hidden, weight, targets, head, kept_ids, reduce_hidden_grad)
 
 
 def make_head(
@@ -242,7 +242,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
     log of the sum."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, head, kept, reduce_hidden_grad):
+    def forward(ctx, hidden, weight, targets, head, kept_ids, reduce_hidden_grad):
         """Compute log-probabilities and entropy; keep the softmax of each row.
 
         Args:
@@ -251,16 +251,16 @@ class LinearTokenLogprobs(torch.autograd.Function):
             weight: (V_local, H), which gets the gradient.
             targets: (T,) integers, ids of the whole vocabulary.
             head: the checked `LinearHead`.
-            kept: the tokens that each row's softmax is over; None: all.
+            kept_ids: the tokens that each row's softmax is over; None: all.
             reduce_hidden_grad: whether the gradient of hidden is summed over the group.
 
         Returns:
             Log-probabilities and entropy, each (T,) fp32."""
         ctx.set_materialize_grads(False)
-        softmax = head_softmax(head, hidden, targets, kept)
+        softmax = head_softmax(head, hidden, targets, kept_ids)
         # The weight is saved for its version counter: an update in between is an error.
         ctx.save_for_backward(hidden, weight, targets, *softmax[1:])
-        ctx.settings = head, kept, reduce_hidden_grad
+        ctx.settings = head, kept_ids, reduce_hidden_grad
         return softmax.logprobs, softmax.entropy
 
     @staticmethod
@@ -269,7 +269,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropy):
         """Return the gradients of `hidden` and `weight`, computed chunk by chunk."""
         hidden, _, targets, *softmax = ctx.saved_tensors
-        head, kept, reduce_hidden_grad = ctx.settings
+        head, kept_ids, reduce_hidden_grad = ctx.settings
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(softmax[0])
         gradients = HeadGradients(
@@ -284,7 +284,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
             parts = (*softmax, grad_logprobs, grad_entropy)
             upstream = RowUpstream._make(None if part is None else part[rows] for part in parts)
             logits = head.logits(states, buffer)
-            own = None if kept is None else kept.at(rows)
+            own = None if kept_ids is None else kept_ids.select(rows)
             d_logits = head.gradient(logits, targets[rows], upstream, own, d_buffer)
             gradients.add(rows, states, d_logits)
         grad_hidden, grad_weight = gradients.finish()

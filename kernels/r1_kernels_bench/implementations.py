@@ -119,7 +119,7 @@ def primitive(function: Callable, inputs: Any) -> Results:
     return inputs.results(function(*inputs.arguments))
 
 
-def why(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the reason of a failure, in one line of the table."""
     text = " ".join(str(error).split())
     signs = ("ALLOC_FAILED", "out of memory", "can't allocate memory")

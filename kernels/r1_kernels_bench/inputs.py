@@ -88,7 +88,7 @@ LARGEST_LIFT = 20.0
 POLICY_DRIFT = 0.1  # standard deviation of the old and reference log-probabilities around the new
 
 
-def seeded(device: torch.device) -> dict[str, Any]:
+def seeded_generator(device: torch.device) -> dict[str, Any]:
     """Return the options of PyTorch's random functions."""
     return {"generator": torch.Generator(device).manual_seed(0), "device": device}
 
@@ -167,7 +167,7 @@ class HiddenInputs(Inputs):
     """hidden (T, H) and weight (V, H), both leaves; upstream (T,): the policy loss's gradient."""
 
     def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
-        random = seeded(device)
+        random = seeded_generator(device)
         targets = torch.randint(sizes.shard, (sizes.tokens,), **random)
         weight = torch.randn(sizes.shard, sizes.hidden, **random) * (SPREAD / sizes.hidden**0.5)
         hidden = torch.randn(sizes.tokens, sizes.hidden, **random)
@@ -232,7 +232,7 @@ class LogitsInputs(Inputs):
     """logits (T, V), a leaf; upstream (T,): the policy loss's gradient."""
 
     def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
-        random = seeded(device)
+        random = seeded_generator(device)
         targets = torch.randint(sizes.shard, (sizes.tokens,), **random)
         self.logits = torch.empty(sizes.tokens, sizes.shard, dtype=sizes.torch_dtype, device=device)
         for part in reference.row_chunks(sizes.tokens, sizes.shard, device):
@@ -271,7 +271,7 @@ class PolicyInputs(Inputs):
     """logprobs (T,) fp32, a leaf, and the tokens' other inputs."""
 
     def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
-        random = seeded(device)
+        random = seeded_generator(device)
         targets = torch.zeros(sizes.tokens, dtype=torch.long, device=device)
         logprobs = -LARGEST_LIFT * torch.rand(sizes.tokens, **random)
         self.logprobs = logprobs.requires_grad_()
@@ -291,7 +291,7 @@ class MatrixInputs(Inputs):
     """x (V, H): a weight, its fp8 values and block scales; exact ones of a sample of its rows."""
 
     def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
-        x = torch.randn(sizes.shard, sizes.hidden, **seeded(device))
+        x = torch.randn(sizes.shard, sizes.hidden, **seeded_generator(device))
         self.x = x.mul_(sizes.hidden**-0.5).to(sizes.torch_dtype)
         del x
         self.quantized, self.scale = eager.eager_quantize(self.x)

@@ -11,7 +11,7 @@ ROW_INCHES, FRAME_INCHES, WIDTH_INCHES = 0.27, 0.95, 12.0
 SMALLEST_BYTES = 1e3  # drawn for zero bytes, as the axis is logarithmic
 
 
-def summarized(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
+def summarize(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
     """Return one case of the JSON file, with medians, ratios to ours and shares of the bound."""
     rows, bound = result.get("rows", []), result.get("bound")
     for row in rows:
@@ -44,7 +44,7 @@ def lines(case: dict[str, Any]) -> list[str]:
     columns += [f"err {name}" for name in errors] + ["computes"]
     cells = [_cells(row, errors) for row in ran]
     reasons = [f"  {r['name']:{width}}  not run: {r['not_run']}" for r in rows if r["not_run"]]
-    return [*head, *(aligned([columns, *cells]) if cells else []), *reasons]
+    return [*head, *(align([columns, *cells]) if cells else []), *reasons]
 
 
 def _cells(row: dict[str, Any], errors: list[str]) -> list[str]:
@@ -61,7 +61,7 @@ def _cells(row: dict[str, Any], errors: list[str]) -> list[str]:
     ]
 
 
-def aligned(rows: list[list[str]]) -> list[str]:
+def align(rows: list[list[str]]) -> list[str]:
     """Align numbers to the right under their headings, the first and last columns to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from r1_kernels_bench.cases import BY_NAME, KernelCase
-from r1_kernels_bench.implementations import TOO_LATE, Implementation, why
+from r1_kernels_bench.implementations import TOO_LATE, Implementation, describe_error
 from r1_kernels_bench.inputs import ProblemSizes
 from r1_kernels_bench.measure import CPUMeter, CUDAMeter
 
@@ -92,7 +92,7 @@ class Calls:
         except Exception as error:
             self.working.pop(each.name, None)
             if not row["seconds"]:
-                row["not_run"] = why(error)
+                row["not_run"] = describe_error(error)
 
     def _restore(self, each: Implementation, row: dict[str, Any], settle: bool) -> None:
         """Restore what the call overwrote, and free its memory if `settle`. This is not done in the
@@ -103,7 +103,7 @@ class Calls:
             if settle:
                 self.measure.settle()
         except RuntimeError as error:
-            raise Broken(row["not_run"] or why(error)) from error
+            raise Broken(row["not_run"] or describe_error(error)) from error
 
 
 def run_case(
@@ -169,7 +169,7 @@ def main() -> None:
             report(broken=str(broken))
             sys.exit(1)
         except Exception as error:  # the inputs did not fit: the other cases may
-            result = {"failed": why(error)}
+            result = {"failed": describe_error(error)}
         report(result=result)
     lines.write(json.dumps({"done": True}) + "\n")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cmp_to_key
 from typing import Any
 
-from r1_grading.terms import ACCURACY, order
+from r1_grading.terms import ACCURACY, compare
 
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import Prompt, normalize_question
@@ -154,7 +154,7 @@ class Selection:
         if keep.min_accuracy is not None:
             if response.rewards[ACCURACY] < keep.min_accuracy:
                 return Decision("wrong", response.reason)
-            if keep.min_reward is not None and order(_reward(response), keep.min_reward) < 0:
+            if keep.min_reward is not None and compare(_reward(response), keep.min_reward) < 0:
                 return Decision("low_reward", f"reward {response.reward:.3g}: {response.reason}")
         return await self._filters(prompt, response)
 
@@ -168,7 +168,7 @@ class Selection:
             case "shortest":
                 ordered.sort(key=lambda response: response.length)
             case "best":
-                ordered.sort(key=cmp_to_key(lambda a, b: order(_reward(b), _reward(a))))
+                ordered.sort(key=cmp_to_key(lambda a, b: compare(_reward(b), _reward(a))))
         return ordered
 
     def _question_drop(self, responses: Sequence[TextResponse]) -> Decision | None:

@@ -49,11 +49,11 @@ class Probing:
             assert torch.equal(batch.targets, probed.targets), "these are other tokens"
             batch.logprobs["old"] = probed.logprobs["old"]
         mean, largest = logprob_diff(batches, "old")
-        return self.trainer.reduced({"probe/max": largest, "probe/mean": mean})
+        return self.trainer.reduce_metrics({"probe/max": largest, "probe/mean": mean})
 
     def _pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
         check_token_ids(samples, self.trainer.hf["vocab_size"])
-        rounds, split = self.trainer.padded_to_schedule([samples]), self.trainer.split
+        rounds, split = self.trainer.pad_to_schedule([samples]), self.trainer.split
         return [pack_batch(s, split, platform.device()) for s in rounds]
 
     def sample_scores(self) -> SampleScores:

@@ -205,20 +205,20 @@ class WholeResponses:
             values: (T,)."""
         return self.sample_sums(values)[self._sample] / self.response_lengths.clamp(min=1)
 
-    def gather(self, part: Tensor) -> Tensor:
+    def gather(self, local: Tensor) -> Tensor:
         """Return (T,) from this rank's part of a value per token."""
         if self._ranks == 1:
-            return part
-        parts = [torch.empty_like(part) for _ in range(self._ranks)]
+            return local
+        parts = [torch.empty_like(local) for _ in range(self._ranks)]
         # Over context parallelism, whose ranks hold the parts.
-        dist.all_gather(parts, part.contiguous(), group=self._group)
+        dist.all_gather(parts, local.contiguous(), group=self._group)
         return torch.cat(parts)[sample_order(self._cu_seqlens, self._ranks)]
 
-    def local_part(self, whole: Tensor) -> Tensor:
-        """Return this rank's part of `whole` (T,)."""
+    def local_part(self, values: Tensor) -> Tensor:
+        """Return this rank's part of `values` (T,)."""
         if self._ranks == 1:
-            return whole
-        return whole[held_positions(self._cu_seqlens, self._rank, self._ranks)]
+            return values
+        return values[held_positions(self._cu_seqlens, self._rank, self._ranks)]
 
     def token_rewards(self, kl_beta: float) -> Tensor:
         """Return `kl_penalized_rewards`, (T,).

@@ -125,7 +125,7 @@ class Trainer:
             share_prompts=shares_prompts,
             num_predicted=self.num_predicted,
         )
-        rounds = [self.padded_to_schedule(minibatch) for minibatch in minibatches]
+        rounds = [self.pad_to_schedule(minibatch) for minibatch in minibatches]
         every = [microbatch for minibatch in rounds for microbatch in minibatch]
         recorded = scatter.scatter(every) if scatter else [self.routing] * len(every)
         packed = (pack(one, routing=own) for one, own in zip(every, recorded, strict=True))
@@ -143,9 +143,9 @@ class Trainer:
         metrics = {"packing/padding": Mean(slots - own, slots)}
         if shares_prompts:
             metrics["packing/shared"] = Mean(num_shared, num_tokens)
-        return self.reduced(metrics)
+        return self.reduce_metrics(metrics)
 
-    def padded_to_schedule(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
+    def pad_to_schedule(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
         """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of
         as many micro-batches as there are pipeline ranks."""
         missing = (
@@ -153,7 +153,7 @@ class Trainer:
         )
         return microbatches + [[]] * missing
 
-    def reduced(self, metrics: Metrics) -> dict[str, float]:
+    def reduce_metrics(self, metrics: Metrics) -> dict[str, float]:
         """Return the metrics of all replicas and context ranks together."""
         return reduce_over_data(self.position, metrics)
 
@@ -193,13 +193,13 @@ class Trainer:
                 assert self.reference is not None, "refresh_reference() comes first"
                 with self.reference.swapped_in():
                     self.fill_logprobs(batches, "ref", temperature)
-            first = batches[: len(self.padded_to_schedule([[]]))] if self.replay.is_on else []
+            first = batches[: len(self.pad_to_schedule([[]]))] if self.replay.is_on else []
             if first:
                 self.fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
         if first and self.position.last_stage:
             mean, _ = logprob_diff(first, "own_routing")
-            metrics |= self.reduced({"logprob_diff/without_replay": mean})
+            metrics |= self.reduce_metrics({"logprob_diff/without_replay": mean})
         return metrics
 
     def _batches(self) -> list[PackedBatch]:
@@ -221,7 +221,9 @@ class Trainer:
         if not self.position.last_stage:
             return {}
         rollout = RolloutBatches(self._batches(), self.groups.cp, self.groups.dp_cp)
-        return self.reduced(rollout.mask_advantages(find_function(function)(rollout, settings)))
+        return self.reduce_metrics(
+            rollout.mask_advantages(find_function(function)(rollout, settings))
+        )
 
     def measure_logprob_diff(self) -> dict[str, float]:
         """Return the mean and the largest absolute difference, over response tokens, of the
@@ -237,7 +239,7 @@ class Trainer:
         metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
         if self.config.teacher.path:
             metrics["teacher/kl"] = teacher_kl(batches)
-        return self.reduced(metrics)
+        return self.reduce_metrics(metrics)
 
     def update(
         self,
@@ -270,7 +272,7 @@ class Trainer:
         reports, stepped = optimizer_step(
             self.ddp_chunks, self.optimizer, learning_rate, run, is_last=self._is_last(index)
         )
-        return self.reduced(merge(reports)) | stepped
+        return self.reduce_metrics(merge(reports)) | stepped
 
     def _is_last(self, index: int) -> bool:
         return index == len(self.minibatches) - 1

@@ -69,7 +69,7 @@ def test_every_candidate_gives_what_plain_pytorch_gives(choices):
             continue
         plain = tensors(getattr(load_primitives("torch"), kernel.name)(*cloned(example.arguments)))
         for values in choices.candidates:
-            with choices.applied(values):
+            with choices.apply(values):
                 assert choices.in_use == values
                 results = getattr(load_primitives("triton"), kernel.name)(
                     *cloned(example.arguments)
@@ -93,7 +93,7 @@ def test_the_best_is_the_least_geometric_mean_over_launches():
 
 def test_an_entry_has_the_seconds_of_every_candidate_and_its_table_where_to_change_them():
     (choices,) = (choices for choices in sweep.PLAN if choices.kernel == "segment_sums")
-    entry = sweep.measured(choices, SMALL, CPUMeter(), repeats=1, device="cpu")
+    entry = sweep.measure(choices, SMALL, CPUMeter(), repeats=1, device="cpu")
     assert [row["values"] for row in entry["rows"]] == choices.candidates
     assert all(row["seconds"]["segment_sums"] > 0 for row in entry["rows"])
     shown = "\n".join(sweep.lines(entry))

@@ -116,7 +116,7 @@ CENTS = re.compile(
 )
 
 
-def scaled(number: str, scale: str) -> int | None:
+def apply_scale(number: str, scale: str) -> int | None:
     """Return a number times the power of ten that a word names; None for one that is not whole."""
     value = Fraction(number.replace(",", "")) * 10 ** SCALES[scale.lower()]
     return value.numerator if value.denominator == 1 else None
@@ -129,7 +129,7 @@ def with_scales(text: str) -> str:
 
 
 def _digits(match: re.Match[str]) -> str:
-    value = scaled(match["number"], match["scale"])
+    value = apply_scale(match["number"], match["scale"])
     return match[0] if value is None else f"{value} " if match["scale"] in "万亿" else str(value)
 
 

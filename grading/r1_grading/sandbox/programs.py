@@ -27,7 +27,7 @@ IDENTIFIER = re.compile(r"[^\W\d]\w*")
 
 
 @functools.cache
-def exported() -> dict[str, str]:
+def standard_names() -> dict[str, str]:
     """Return name → the module that provides it."""
     found: dict[str, str] = {}
     for module in map(importlib.import_module, MODULES):
@@ -39,7 +39,7 @@ def exported() -> dict[str, str]:
 
 def names_in(source: str) -> dict[str, str]:
     """Return name → module for those names that may be used in `source`."""
-    provided = exported()
+    provided = standard_names()
     return {name: provided[name] for name in IDENTIFIER.findall(source) if name in provided}
 
 

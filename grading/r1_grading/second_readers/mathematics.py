@@ -1,6 +1,6 @@
 r"""The second reader of mathematics: math-verify, and values at random points (`formulas`).
 
-Each says right, wrong, or that it is not sure; `read` returns both. math-verify compares
+Each says right, wrong, or that it is not sure; `grade` returns both. math-verify compares
 in its own way, but its parser is also the last resort of the reward, so it does not decide alone
 where the two differ (docs/rewards.md).
 
@@ -45,7 +45,7 @@ RIGHT, WRONG, UNSURE = "right", "wrong", "unsure"
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
 
-def read(
+def grade(
     response: str,
     truth: object,
     *,

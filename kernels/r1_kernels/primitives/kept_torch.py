@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from r1_kernels.precision import accumulation_dtype
-from r1_kernels.sampling_mask import KeptRows
+from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 
 
@@ -17,7 +17,7 @@ class _ShardIds(NamedTuple):
     """The kept ids among a shard's columns, each (n,) int64, row by row.
 
     Attributes:
-        places: where in `KeptRows.token_ids` they are; a slice where they follow each other.
+        places: where in `KeptIds.token_ids` they are; a slice where they follow each other.
         rows: the row of each.
         columns: the shard's column of each.
         lengths: (T,) how many each row has."""
@@ -35,11 +35,11 @@ class _ShardIds(NamedTuple):
 
 
 def kept_statistics(
-    logits: Tensor, targets: Tensor, shard: VocabShard, scale: float, kept: KeptRows
+    logits: Tensor, targets: Tensor, shard: VocabShard, scale: float, kept_ids: KeptIds
 ) -> Tensor:
     """Compute `kept_triton.kept_statistics`, whose docstring has the arguments; in fp64 for
     fp64 logits."""
-    ids = _shard_ids(kept, shard)
+    ids = _shard_ids(kept_ids, shard)
     z = _gathered(logits, ids.rows, ids.columns).to(accumulation_dtype(logits.dtype))
     peak = torch.segment_reduce(z, "max", lengths=ids.lengths, initial=float("-inf"))
     x = _below_peak(z, peak, ids.rows, scale)
@@ -62,12 +62,12 @@ def kept_gradient(
     shard: VocabShard,
     scale: float,
     upstream: RowUpstream,
-    kept: KeptRows,
+    kept_ids: KeptIds,
 ) -> Tensor:
     """Compute `kept_triton.kept_gradient`, whose docstring has the arguments; in fp64 for fp64
     logits."""
     entropy, peak, log_total, grad_logprobs, grad_entropy = upstream
-    ids = _shard_ids(kept, shard)
+    ids = _shard_ids(kept_ids, shard)
     z = _gathered(logits, ids.rows, ids.columns).to(peak.dtype)
     log_p = _below_peak(z, peak, ids.rows, scale) - log_total[ids.rows]
     grad = grad_logprobs * scale
@@ -83,31 +83,33 @@ def kept_gradient(
     d[at] += grad[ids.rows[at]]
     if not needed.all():
         d[~needed[ids.rows]] = 0.0
-    values = d.new_empty(len(kept.token_ids))
+    values = d.new_empty(len(kept_ids.token_ids))
     values[ids.places] = d
     return values
 
 
-def kept_scatter(values: Tensor, shard: VocabShard, kept: KeptRows, out: Tensor) -> Tensor:
-    """Write what `kept_triton.kept_scatter` does, whose docstring has the arguments."""
-    ids = _shard_ids(kept, shard)
+def kept_scatter(values: Tensor, shard: VocabShard, kept_ids: KeptIds, out: Tensor) -> Tensor:
+    """Compute `kept_triton.kept_scatter`, whose docstring has the arguments."""
+    ids = _shard_ids(kept_ids, shard)
     out.zero_()
     out[ids.rows, ids.columns] = values[ids.places].to(out.dtype)
     return out
 
 
-def _shard_ids(kept: KeptRows, shard: VocabShard) -> _ShardIds:
+def _shard_ids(kept_ids: KeptIds, shard: VocabShard) -> _ShardIds:
     """Return the kept ids of the shard."""
-    lengths = kept.ends - kept.starts
+    lengths = kept_ids.ends - kept_ids.starts
     rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
     places: slice | Tensor = slice(0, 0)
     if len(rows):
-        first = int(kept.starts[0])
+        first = int(kept_ids.starts[0])
         places = slice(first, first + len(rows))
-        if int(kept.ends[-1]) != places.stop:  # rows in between are left out
+        if int(kept_ids.ends[-1]) != places.stop:  # rows in between are left out
             before = lengths.cumsum(0) - lengths
-            places = torch.arange(len(rows), device=lengths.device) + (kept.starts - before)[rows]
-    columns = kept.token_ids[places].to(torch.int64) - shard.first
+            places = (
+                torch.arange(len(rows), device=lengths.device) + (kept_ids.starts - before)[rows]
+            )
+    columns = kept_ids.token_ids[places].to(torch.int64) - shard.first
     if shard.group is not None or shard.num_real < shard.vocab_size:
         here = ((columns >= 0) & (columns < shard.num_real)).nonzero()[:, 0]
         places = here + places.start if isinstance(places, slice) else places[here]

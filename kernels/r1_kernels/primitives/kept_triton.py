@@ -30,7 +30,7 @@ from r1_kernels.primitives.softmax_triton import (
     softmax_gradient,
     upstream_arguments,
 )
-from r1_kernels.sampling_mask import KeptRows
+from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 
 # A row keeps a few dozen ids, so a program is one warp, with a turn of its loop for 128 of them.
@@ -186,7 +186,7 @@ def kept_scatter_kernel(
 
 
 def kept_statistics(
-    logits: Tensor, targets: Tensor, shard: VocabShard, scale: float, kept: KeptRows
+    logits: Tensor, targets: Tensor, shard: VocabShard, scale: float, kept_ids: KeptIds
 ) -> Tensor:
     """Compute this shard's part of each row's softmax over its kept tokens.
 
@@ -195,7 +195,7 @@ def kept_statistics(
         targets: (T,) ids of the whole vocabulary.
         shard: the part of the vocabulary that the columns are.
         scale: 1 / temperature.
-        kept: the kept ids of the T rows.
+        kept_ids: the kept ids of the T rows.
 
     Returns:
         (4, T) fp32, `vocabulary.STATISTICS`; the logit of a target that was not kept is NaN."""
@@ -207,7 +207,7 @@ def kept_statistics(
             kept_statistics_kernel[(rows,)](
                 logits,
                 targets.contiguous(),
-                *_listed(kept),
+                *_listed(kept_ids),
                 out,
                 logits.stride(0),
                 rows,
@@ -228,7 +228,7 @@ def kept_gradient(
     shard: VocabShard,
     scale: float,
     upstream: RowUpstream,
-    kept: KeptRows,
+    kept_ids: KeptIds,
 ) -> Tensor:
     """Compute the gradient of the logits of the kept tokens.
 
@@ -240,19 +240,19 @@ def kept_gradient(
         shard: the part of the vocabulary that the columns are.
         scale: 1 / temperature.
         upstream: parts of the softmax and the upstream gradients, each (T,).
-        kept: the kept ids of the T rows.
+        kept_ids: the kept ids of the T rows.
 
     Returns:
-        (N,) fp32, one for each of `kept.token_ids` that is in these rows and in this shard; the
+        (N,) fp32, one for each of `kept_ids.token_ids` that is in these rows and in this shard; the
         others are not defined."""
     check_rows(logits, targets, shard)
-    values = torch.empty(len(kept.token_ids), dtype=torch.float32, device=logits.device)
+    values = torch.empty(len(kept_ids.token_ids), dtype=torch.float32, device=logits.device)
     if len(logits):
         with torch.cuda.device_of(logits):
             kept_gradient_kernel[(len(logits),)](
                 logits,
                 targets.contiguous(),
-                *_listed(kept),
+                *_listed(kept_ids),
                 *upstream_arguments(upstream),
                 values,
                 logits.stride(0),
@@ -267,14 +267,14 @@ def kept_gradient(
     return values
 
 
-def kept_scatter(values: Tensor, shard: VocabShard, kept: KeptRows, out: Tensor) -> Tensor:
+def kept_scatter(values: Tensor, shard: VocabShard, kept_ids: KeptIds, out: Tensor) -> Tensor:
     """Write the kept tokens' values, and 0 to all other columns, to `out`; return `out`.
 
     Args:
-        values: (N,), one for each of `kept.token_ids`; those outside these rows or this shard are
-            not read.
+        values: (N,), one for each of `kept_ids.token_ids`; those outside these rows or this shard
+            are not read.
         shard: the part of the vocabulary that the columns are.
-        kept: the kept ids of the T rows.
+        kept_ids: the kept ids of the T rows.
         out: (T, V_local), columns adjacent in memory."""
     rows, columns = out.shape
     if rows:
@@ -282,7 +282,7 @@ def kept_scatter(values: Tensor, shard: VocabShard, kept: KeptRows, out: Tensor)
         with torch.cuda.device_of(out):
             kept_scatter_kernel[(rows,)](
                 values.contiguous(),
-                *_listed(kept),
+                *_listed(kept_ids),
                 out,
                 out.stride(0),
                 shard.first,
@@ -296,6 +296,6 @@ def kept_scatter(values: Tensor, shard: VocabShard, kept: KeptRows, out: Tensor)
     return out
 
 
-def _listed(kept: KeptRows) -> tuple[Tensor, Tensor, Tensor]:
+def _listed(kept_ids: KeptIds) -> tuple[Tensor, Tensor, Tensor]:
     """Return the three tensors of the kept ids, each with adjacent elements."""
-    return kept.token_ids.contiguous(), kept.starts.contiguous(), kept.ends.contiguous()
+    return kept_ids.token_ids.contiguous(), kept_ids.starts.contiguous(), kept_ids.ends.contiguous()

@@ -44,21 +44,22 @@ class BadManifest(Exception):
     """The manifest is missing, unreadable or changed; the message names the fault."""
 
 
-def write_manifest(folder: Path, known: Mapping[str, FileEntry] | None = None) -> None:
+def write_manifest(folder: Path, known_entries: Mapping[str, FileEntry] | None = None) -> None:
     """Write the manifest of every file in `folder`, atomically; call when all are written.
 
     Args:
         folder: the checkpoint's folder.
-        known: entries of files that were hashed as they were written; the other files are read."""
-    known = known or {}
+        known_entries: those of files that were hashed as they were written; the others are
+            read."""
+    known_entries = known_entries or {}
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]
-    rest = [name for name in names if name not in known and name != MANIFEST]
+    rest = [name for name in names if name not in known_entries and name != MANIFEST]
     with ThreadPoolExecutor(THREADS) as pool:
         read = dict(zip(rest, pool.map(lambda name: file_entry(folder / name), rest), strict=True))
     files = {
         name: {"bytes": entry.num_bytes, "blake3": entry.checksum}
-        for name, entry in sorted({**known, **read}.items())
+        for name, entry in sorted({**known_entries, **read}.items())
     }
     content = {"format": MANIFEST_FORMAT, "files": files, "digest": _digest(files)}
     atomic_write(folder / MANIFEST, json.dumps(content, indent=1))
