@@ -160,14 +160,7 @@ def linear_policy_loss(
     head = make_head(
         hidden, weight, temperature, group, vocab_size, chunk_tokens, backend, main_grad
     )
-    inputs = TokenTensors(
-        logprobs=None,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        advantages=advantages,
-        weights=mask,
-    )
+    inputs = TokenTensors(None, old_logprobs, ref_logprobs, rollout_logprobs, advantages, mask)
     call = _check_arguments(
         head, hidden, targets, sampling_mask, inputs, rows, settings, averaging, entropy_coef
     )

@@ -246,14 +246,8 @@ def policy_loss(
         clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
     )
     averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
-    inputs = TokenTensors(
-        logprobs=logprobs,
-        old_logprobs=logprobs if old_logprobs is None else old_logprobs,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        advantages=advantages,
-        weights=mask,
-    )
+    old_logprobs = logprobs if old_logprobs is None else old_logprobs
+    inputs = TokenTensors(logprobs, old_logprobs, ref_logprobs, rollout_logprobs, advantages, mask)
     primitives = choose_primitives(logprobs, backend)
     tokens, sequences = prepare_tokens(
         inputs, settings, averaging, primitives, accumulation_dtype(logprobs.dtype), entropy=entropy
