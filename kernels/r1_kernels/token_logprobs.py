@@ -82,7 +82,7 @@ def token_logprobs(
         raise ValueError(f"logits must be (T, V), got {tuple(logits.shape)}: flatten the batch")
     check_temperature(temperature)
     check_count(vocab_size=vocab_size)
-    shard = VocabShard.of(logits, logits.shape[1], group, vocab_size)
+    shard = VocabShard.from_columns(logits, logits.shape[1], group, vocab_size)
     check_targets(targets, len(logits), shard.vocab_size)
     kept_ids = check_sampling_mask(sampling_mask, targets, shard.vocab_size)
     owner = logits if logits._base is None else logits._base
@@ -227,7 +227,7 @@ def make_head(
     check_count(chunk_tokens=chunk_tokens, vocab_size=vocab_size)
     return LinearHead(
         weight.detach(),
-        VocabShard.of(weight, len(weight), group, vocab_size),
+        VocabShard.from_columns(weight, len(weight), group, vocab_size),
         1.0 / temperature,
         chunk_tokens or default_chunk_tokens(weight),
         choose_primitives(hidden, backend),

@@ -44,7 +44,7 @@ class VocabShard(NamedTuple):
     """The ranks that share the vocabulary, or None where one rank has all of it."""
 
     @classmethod
-    def of(
+    def from_columns(
         cls, local: Tensor, num_columns: int, group: ProcessGroup | None, vocab_size: int | None
     ) -> VocabShard:
         """Return this rank's shard of the vocabulary.

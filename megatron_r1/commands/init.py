@@ -44,7 +44,7 @@ from megatron_r1.data.prompt_rows import parse_question
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize_question
 from megatron_r1.data.renamed_rows import ABSENT, lookup, read_renamed_rows
 from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens, load_tokenizer
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.from_recipe import positions
@@ -215,7 +215,7 @@ def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> Draft:
         *_guess_answers(source.folder, source.parameters),
     ]
     template = next(guess.value for guess in guesses if guess.key == "data.template")
-    text = PromptText(str(source.folder), template, (MODEL, template))
+    text = PromptTokenizer(str(source.folder), template, (MODEL, template))
 
     def try_out(path: Path) -> None:
         print(f"a response ends with: {describe_end_tokens(text.end_tokens)}")
@@ -390,7 +390,9 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
     ]
 
 
-def _sizes(source: QuestionSource, questions: Sequence[Asked], text: PromptText) -> list[Guess]:
+def _sizes(
+    source: QuestionSource, questions: Sequence[Asked], text: PromptTokenizer
+) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
     machine = source.machine
     limits = first_recipe.lengths(

@@ -39,7 +39,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.placement import accepting_hosts
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.from_recipe import max_model_len
@@ -65,7 +65,7 @@ def run(config: Config) -> None:
     run_until_stopped(_train(config, text, prompts))
 
 
-async def _train(config: Config, text: PromptText, prompts: PromptSplit) -> None:
+async def _train(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> None:
     """Start the engines next to the trainer, and train; after the loss of trainer ranks again,
     from the newest checkpoint, with the same engines."""
     facts = run_facts(config, text, prompts)

@@ -12,7 +12,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import normalize_question
 from megatron_r1.data.renamed_rows import read_renamed_rows, require_text
-from megatron_r1.data.text import PromptText, is_opened, render_template, system_text
+from megatron_r1.data.text import PromptTokenizer, is_opened, render_template, system_text
 
 BETWEEN = "\n\n"
 
@@ -102,8 +102,8 @@ class FewShotExamples:
         return BETWEEN.join([*shown, render_template(template, question, system)])
 
 
-class FewShotText(PromptText):
-    """A `PromptText` whose encoded prompts begin with worked examples; `render` leaves them out."""
+class FewShotTokenizer(PromptTokenizer):
+    """A `PromptTokenizer` whose prompts begin with worked examples; `render` leaves them out."""
 
     def __init__(
         self,
@@ -116,12 +116,12 @@ class FewShotText(PromptText):
 
         Args:
             model_path: the Hugging Face folder.
-            template: as for `PromptText`.
+            template: as for `PromptTokenizer`.
             shots: the worked examples.
-            stop_token_ids: as for `PromptText`.
+            stop_token_ids: as for `PromptTokenizer`.
 
         Raises:
-            UserError: as `PromptText`, and if the chat template drops the thoughts of earlier
+            UserError: as `PromptTokenizer`, and if the chat template drops the thoughts of earlier
                 turns, as templates of reasoning models do: the worked examples would lack their
                 thoughts."""
         super().__init__(model_path, template, stop_token_ids=stop_token_ids)

@@ -33,7 +33,7 @@ class ByteDecoder:
         self._content = np.frombuffer(b"".join(table), np.uint8)
 
     @classmethod
-    def of(cls, tokenizer: Any) -> ByteDecoder | None:
+    def from_tokenizer(cls, tokenizer: Any) -> ByteDecoder | None:
         """Return the decoder of a transformers tokenizer, or None for one that is not byte-level,
         or decodes otherwise, as one that cleans up spaces does."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -84,7 +84,7 @@ PLACES = re.compile(r"\{problem\}|\{system\}")
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 
 CHAT = "chat"
-"""Stands for the tokenizer's own chat template (`text.PromptText`)."""
+"""Stands for the tokenizer's own chat template (`text.PromptTokenizer`)."""
 
 TEMPLATES: dict[str, str] = {
     # DeepSeek-R1 (arXiv 2501.12948), the template of R1-Zero.
@@ -156,7 +156,7 @@ PROBE = "a message of the system"
 """A text by which it is seen whether a template shows a system's message."""
 
 
-class PromptText:
+class PromptTokenizer:
     """The tokenizer of a Hugging Face folder with one prompt template.
 
     Attributes:
@@ -215,7 +215,7 @@ class PromptText:
         self.stop_token_ids = [*dict.fromkeys([*ends, *stop_token_ids])]
         special = self.tokenizer.all_special_ids
         self._silent = {*ends, *(token for token in stop_token_ids if token in special)}
-        self._byte_decoder = ByteDecoder.of(self.tokenizer)
+        self._byte_decoder = ByteDecoder.from_tokenizer(self.tokenizer)
         self._start = self._text_in_front()
         rendered = self.render("?")
         self.opens_thought, self.closed_thought = is_opened(rendered), _closed_thought(rendered)

@@ -28,7 +28,7 @@ from megatron_r1.controller.rollouts.sample_log import (
     unpack,
 )
 from megatron_r1.data.prompts import Prompt, load_prompts
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.sampling_mask import KeptIds, decoded
 from megatron_r1.reporting.run_folder import RunFolder
@@ -111,9 +111,9 @@ class RecordedStep:
         return read_hf_config(str(self.model))
 
     @cached_property
-    def text(self) -> PromptText:
+    def text(self) -> PromptTokenizer:
         """The tokenizer and template that the settings name."""
-        return PromptText(
+        return PromptTokenizer(
             str(self.model),
             self.run_config.data.template,
             stop_token_ids=self.run_config.rollout.stop_token_ids,

@@ -13,7 +13,7 @@ from r1_grading.terms import ACCURACY, Options, Reward, combine
 from megatron_r1.base.processes import timeline
 from megatron_r1.controller.rollouts.rollout import GradedResponse
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.episodes import Episode, Played
 from megatron_r1.engines.server.responses import Response
 
@@ -21,7 +21,7 @@ from megatron_r1.engines.server.responses import Response
 class ResponseGrader:
     """Turns a `Response` into a `GradedResponse`."""
 
-    def __init__(self, pool: RewardPool, text: PromptText, options: Options) -> None:
+    def __init__(self, pool: RewardPool, text: PromptTokenizer, options: Options) -> None:
         """Prepare to grade.
 
         Args:

@@ -23,7 +23,7 @@ from megatron_r1.data.prompts import (
 )
 from megatron_r1.data.sampler import PromptSampler, drawn_fractions
 from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
-from megatron_r1.data.text import PromptText, find_template, is_opened, render_template
+from megatron_r1.data.text import PromptTokenizer, find_template, is_opened, render_template
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 
@@ -337,7 +337,7 @@ def test_file_order_is_kept_epoch_after_epoch():
 
 def test_questions_longer_than_the_engines_room_are_left_out_and_told_of(capsys):
     """vLLM refuses a prompt as long as its context, which would end the run for good."""
-    text = PromptText(str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}")
+    text = PromptTokenizer(str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}")
     short, long = (make_prompt("1 + 1 " * n, "math", "2", {}) for n in (2, 40))
     limit = len(text.encode(long.question))
     split = prompts_that_fit(PromptSplit([short, long], [long]), text, limit)
