@@ -157,7 +157,7 @@ def build_network(
         score_std: standard deviation of a new score head; None: 1 / sqrt(hidden_size + 1).
 
     Returns:
-        `model_chunks`, the same chunks in Megatron's DistributedDataParallel, and their optimizer.
+        `build_chunks`, the same chunks in Megatron's DistributedDataParallel, and their optimizer.
     """
     chunks = build_chunks(config, hf, transformer, groups, score_std)
     overlap = config.parallel.overlap_param_gather

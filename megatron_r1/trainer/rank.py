@@ -16,7 +16,7 @@ from megatron_r1.base.processes.memory import without_garbage_collection
 READ_LATE = frozenset({*children.rank_variables(0, 1, 0), RANKS_ENVIRONMENT})
 """Environment variables that no import reads (`base.processes.fork_server`)."""
 LATER_IMPORTS = (
-    *("trainer.folders", "trainer.implementations", "trainer.trainer"),
+    *("trainer.checkpoint_manager", "trainer.implementations", "trainer.trainer"),
     "push.sender",
 )
 """Modules that `worker.Operations` imports, as they need a process that is prepared."""
