@@ -172,16 +172,21 @@ class _LossArguments(NamedTuple):
     """The arguments of one call besides hidden and weight, checked."""
 
     head: LinearHead
+    """The output layer."""
     targets: Tensor
+    """(T,) global ids."""
     kept_ids: KeptIds | None
     """The ids that each of the T tokens keeps, or None for all."""
     tokens: TokenTensors
+    """The tensors per token, detached."""
     rows: Rows
     """The tokens whose mask is not 0: slice(0, T) if these are all, else their indices."""
     sequences: Sequences | None
     """What `average` and `ratio_level` need of the sequences, or None if they need nothing."""
     settings: PolicySettings
+    """The settings of a token's loss."""
     entropy_coef: float
+    """The weight of the entropy bonus."""
     gradient_scale: Tensor | None
     """A scalar by which gradients are multiplied until the backward pass, or None."""
 

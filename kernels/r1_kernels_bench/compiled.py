@@ -41,7 +41,12 @@ class Launch(NamedTuple):
 
 
 def compile_launches(kernel: Kernel, example: ExampleLaunch, arch: int) -> list[Launch]:
-    """Call the primitive without a GPU; return what it would launch on capability `arch`."""
+    """Call the primitive without a GPU; return what it would launch on capability `arch`.
+
+    Args:
+        kernel: the primitive.
+        example: its arguments, on meta tensors.
+        arch: compute capability, 90 for sm_90."""
     launches: list[Launch] = []
     compile_and_run = JITFunction.run
 

@@ -83,7 +83,12 @@ def on_hidden(
 
 
 def on_logits(logprobs_of: Callable, inputs: LogitsInputs, gradients: bool = False) -> Results:
-    """Log-probabilities from logits, and the gradient in the logits."""
+    """Log-probabilities from logits, and the gradient in the logits.
+
+    Args:
+        logprobs_of: computes log-probabilities from logits and targets.
+        inputs: the tensors.
+        gradients: whether the gradient is computed too."""
     logits = inputs.logits if gradients else inputs.logits.detach()
     with torch.set_grad_enabled(gradients):
         logprobs, *_ = logprobs_of(logits, inputs.tokens.targets)

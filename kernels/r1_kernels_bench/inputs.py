@@ -95,7 +95,15 @@ def seeded_generator(device: torch.device) -> dict[str, Any]:
 
 @dataclass
 class Tokens:
-    """Per-token inputs besides the logits: (T,) fp32, targets int64; T = sequences x length."""
+    """Per-token inputs besides the logits: (T,) fp32, targets int64; T = sequences x length.
+
+    Attributes:
+        targets: (T,) int64 ids.
+        mask: (T,), 0 for tokens that are left out.
+        advantages: (T,).
+        old: (T,), log-probabilities of the old policy.
+        ref: (T,), those of the reference.
+        sequences: how many the T tokens are."""
 
     targets: Tensor
     mask: Tensor

@@ -12,7 +12,12 @@ SMALLEST_BYTES = 1e3  # drawn for zero bytes, as the axis is logarithmic
 
 
 def summarize(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Return one case of the JSON file, with medians, ratios to ours and shares of the bound."""
+    """Return one case of the JSON file, with medians, ratios to ours and shares of the bound.
+
+    Args:
+        name: the case.
+        about: what it computes.
+        result: the rows and the bound, as the worker reports them."""
     rows, bound = result.get("rows", []), result.get("bound")
     for row in rows:
         row["median_seconds"] = median(row["seconds"]) if row["seconds"] else None
@@ -93,7 +98,12 @@ def quantity(value: float, unit: str) -> str:
 
 def draw(cases: list[dict[str, Any]], title: str, path: Path) -> None:
     """Draw time and peak extra memory of every implementation that ran: one row of two panels per
-    case, bars on logarithmic axes, each with its number."""
+    case, bars on logarithmic axes, each with its number.
+
+    Args:
+        cases: cases of the JSON file.
+        title: the title of the figure.
+        path: the file."""
     from matplotlib import use
 
     use("Agg")

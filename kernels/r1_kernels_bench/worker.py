@@ -34,13 +34,23 @@ class Broken(Exception):
 
 @lru_cache(maxsize=1)
 def make_inputs(kind: Callable[..., Any], sizes: ProblemSizes, device: torch.device) -> Any:
-    """Cached for the next case, which often has the same inputs."""
+    """Cached for the next case, which often has the same inputs.
+
+    Args:
+        kind: the class of the inputs.
+        sizes: the sizes of the problem.
+        device: the device of the tensors."""
     return kind(sizes, device)
 
 
 def new_row(each: Implementation, device: torch.device, reason: str) -> dict[str, Any]:
     """Return a row without numbers. not_run: why it will get none; extra_bytes: the largest of all
-    timed calls."""
+    timed calls.
+
+    Args:
+        each: the implementation.
+        device: where it would run.
+        reason: why it is not run; "" where it is."""
     row = {"name": each.name, "computes": each.computes, "not_run": reason}
     if each.gpu_only and device.type != "cuda":
         row["not_run"] = "runs on a GPU only"

@@ -202,7 +202,14 @@ class MissingTruth(UserError):
 
 @dataclass(frozen=True)
 class RowReader:
-    """How rows become prompts; the fields are arguments of `load_prompts`."""
+    """How rows become prompts; the fields are arguments of `load_prompts`.
+
+    Attributes:
+        kind: the default reward.
+        columns: our name → the file's.
+        where: the conditions that rows must meet.
+        no_truth: truths that are none.
+        bad_rows: what becomes of rows whose question or truth cannot be used."""
 
     kind: str | None
     columns: Mapping[str, str]

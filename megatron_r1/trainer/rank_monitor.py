@@ -86,7 +86,7 @@ def _request(frame: FrameType, groups: ProcessGroupCollection | None) -> str | N
         return None
     among = {value for value in values if isinstance(value, dist.ProcessGroup)}
     shown = _describe_ranks(among.pop(), groups) if len(among) == 1 else ""
-    return f"a request{shown}, waited for by {_place(frame)}"
+    return f"a request{shown}, waited for by {_location(frame)}"
 
 
 def _is_in(frame: FrameType, files: tuple[str, ...]) -> bool:
@@ -111,10 +111,10 @@ def _describe(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
     words = f"{frame.f_code.co_name}{_describe_group(frame, groups)}"
     if caller is None:
         return words
-    return f"{words}, asked for by {_place(caller)}"
+    return f"{words}, asked for by {_location(caller)}"
 
 
-def _place(frame: FrameType) -> str:
+def _location(frame: FrameType) -> str:
     """Return the function, file and line, such as "_reduce (mappings.py:32)"."""
     file = frame.f_code.co_filename.rpartition("/")[2]
     return f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
