@@ -192,19 +192,16 @@ def load_prompts(
     _check_arguments(path, heldout_path, task, num_train, num_heldout, heldout_fraction)
     if kind is not None:
         resolve(kind)
-    reading = RowReader(kind, columns or {}, where or {}, no_truth, bad_rows)
-    reports = []
+    reader = RowReader(kind, columns or {}, where or {}, no_truth, bad_rows)
+    reports: list[DataReport] = []
     heldout = []
     if heldout_path is not None:
-        reports.append(DataReport(str(heldout_path)))
-        heldout = list(reading.prompts(heldout_path, "data.heldout_path", reports[-1]))
+        heldout = list(_from_file(reader, heldout_path, "data.heldout_path", reports))
     if path is not None:
-        reports.append(DataReport(str(path)))
-        prompts = reading.prompts(path, "data.path", reports[-1])
+        prompts = _from_file(reader, path, "data.path", reports)
     else:
         assert task is not None and num_train is not None
-        # After this many items without enough new questions, the task is considered exhausted.
-        num_attempts = 1_000 + 50 * (num_train + (num_heldout or 0))
+        num_attempts = _num_attempts(num_train, num_heldout)
         prompts = _from_task(task, dict(parameters or {}), seed, num_attempts, kind)
     fraction = heldout_fraction if heldout_path is None else 0.0
     split = _split(prompts, heldout, fraction, num_train, num_heldout, kind, reports)
@@ -353,6 +350,19 @@ def _require(side: str, prompts: list[Prompt], count: int | None, key: str, sour
             key=f"data.{key}",
             cause=Cause.TOO_LARGE,
         )
+
+
+def _from_file(
+    reader: RowReader, path: str | Path, role: str, reports: list[DataReport]
+) -> Iterator[Prompt]:
+    """Return the prompts of a file or data set, whose report is added to `reports`."""
+    reports.append(DataReport(str(path)))
+    return reader.prompts(path, role, reports[-1])
+
+
+def _num_attempts(num_train: int, num_heldout: int | None) -> int:
+    """Return the items after which a task without enough new questions is exhausted."""
+    return 1_000 + 50 * (num_train + (num_heldout or 0))
 
 
 def _from_task(
