@@ -16,7 +16,7 @@ from typing import Any
 from r1_grading.base.workers import LENGTH, last_line
 
 from megatron_r1.agents.environment import Description, environment_target
-from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, frame
+from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, encode_frame
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import allow_open_files
 from megatron_r1.base.processes.children import kill_group, popen_options
@@ -270,7 +270,7 @@ class EnvironmentProcess:
         began = asyncio.get_running_loop().time()
         try:
             message = {"method": method, "arguments": arguments, "seconds": seconds}
-            self._writer.write(frame(message))
+            self._writer.write(encode_frame(message))
             async with asyncio.timeout(seconds + GRACE_SECONDS + LATE_SECONDS):
                 (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
                 reply = json.loads(await self._reader.readexactly(size))

@@ -24,7 +24,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pydantic_core import to_jsonable_python
-from r1_grading.base.workers import LENGTH, framed
+from r1_grading.base.workers import LENGTH, frame_payload
 
 from megatron_r1.agents.environment import (
     call_arguments,
@@ -36,7 +36,7 @@ from megatron_r1.agents.environment import (
 )
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.processes.children import die_with_parent, end_without_parent
-from megatron_r1.base.user_code import user_place_of
+from megatron_r1.base.user_code import user_location_of
 
 GRACE_SECONDS = 1.0
 """The time between the interruption of a call whose limit is over and the end of its process; C
@@ -63,9 +63,9 @@ class InvalidMethod(Exception):
         self.fix = fix
 
 
-def frame(message: Mapping[str, Any]) -> bytes:
+def encode_frame(message: Mapping[str, Any]) -> bytes:
     """Return the frame of a message's JSON, by `json`: msgspec would write NaN as null."""
-    return framed(json.dumps(message).encode())
+    return frame_payload(json.dumps(message).encode())
 
 
 def serve(target: str, path: str, options: Mapping[str, Any]) -> None:
@@ -139,7 +139,7 @@ class _Episode:
         try:
             while header := self._stream.read(LENGTH.size):
                 request = json.loads(self._stream.read(LENGTH.unpack(header)[0]))
-                self._stream.write(frame(self._answer(request)))
+                self._stream.write(encode_frame(self._answer(request)))
                 self._stream.flush()
         finally:
             self._answer({"method": "close", "arguments": [], "seconds": CLOSE_SECONDS})
@@ -163,7 +163,7 @@ class _Episode:
             answer |= {"fault": f"{self._running}() {error}", "fix": error.fix}
         except BaseException as error:  # noqa: BLE001 - a user's code may raise anything
             answer["error"] = _describe_error(error)[:MAX_TEXT]
-            answer["fault"] = f"{self._running}: {answer['error']}{user_place_of(error)}"
+            answer["fault"] = f"{self._running}: {answer['error']}{user_location_of(error)}"
             answer["is_fault"] = isinstance(error, RunError)
         if "error" in answer:
             with contextlib.suppress(Exception):  # the error may be that of `done`
@@ -278,7 +278,7 @@ def _print_description(target: str) -> None:
         answer = {"error": key + str(error).removeprefix(key), "cause": error.cause}
     except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
         text = error.msg if isinstance(error, SyntaxError) else str(error)
-        fault = f"{type(error).__name__}: {text}{user_place_of(error)}"
+        fault = f"{type(error).__name__}: {text}{user_location_of(error)}"
         text = f"agents.environment: {target}: {fault}"
         answer = {"error": text, "cause": Cause.FAILED}
     print(f"\n{json.dumps(answer)}")

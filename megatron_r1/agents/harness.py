@@ -38,7 +38,7 @@ from megatron_r1.base.processes.children import kill_group, popen_options
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.episodes import REWARDED_STATUSES, Episode, EpisodeResult, Generate
 
 AgentFunction = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
@@ -205,7 +205,7 @@ class HarnessPlayer:
 
     def __init__(
         self,
-        text: PromptText,
+        text: PromptTokenizer,
         gateway: Gateway,
         parsers: Parser,
         run: AgentFunction,

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
-from r1_grading.base.workers import LENGTH, frame, private_streams
+from r1_grading.base.workers import LENGTH, encode_frame, private_streams
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.processes.children import end_without_parent
@@ -184,7 +184,7 @@ def main(options: ParserOptions) -> None:
     jobs, replies = private_streams()
 
     def send(reply: ParseReply) -> None:
-        replies.write(frame(reply))
+        replies.write(encode_frame(reply))
         replies.flush()
 
     try:

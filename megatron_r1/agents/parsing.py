@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import msgspec
-from r1_grading.base.workers import FramedProcess, WorkerLost, frame
+from r1_grading.base.workers import FramedProcess, WorkerLost, encode_frame
 
 from megatron_r1.agents.continuation import Continuation, read_arguments
 from megatron_r1.agents.parser_worker import ParseJob, ParseReply, ParserOptions, tool_call
@@ -113,7 +113,7 @@ class ParserPool:
         """
         if not self._has_parsers:
             return ParsedAnswer(None, job.text)
-        message = frame(job)
+        message = encode_frame(job)
         async with self._slots:
             worker = self._idle.pop() if self._idle else await self._start()
             try:

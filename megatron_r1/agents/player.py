@@ -22,7 +22,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.chats import without_nulls
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.episodes import (
     REWARDED_STATUSES,
     Episode,
@@ -45,7 +45,7 @@ class EpisodePlayer:
 
     def __init__(
         self,
-        text: PromptText,
+        text: PromptTokenizer,
         environments: Environments,
         settings: AgentsConfig,
         max_model_len: int,

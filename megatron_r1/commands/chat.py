@@ -27,7 +27,7 @@ from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.engines.server.settings import max_positions
 from megatron_r1.evaluation.engine_policy import EnginePolicy
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
-from megatron_r1.trainer.checkpoints.finding import complete_checkpoints
+from megatron_r1.trainer.checkpoints.checkpoint_folders import complete_checkpoints
 
 ARGUMENTS = ("RUN_OR_FOLDER",)
 OPTIONS = {"question": "TEXT"}

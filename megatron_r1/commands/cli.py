@@ -158,10 +158,10 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]) -> int:
-    timeline.reached("controller/command line read")
+    timeline.mark("controller/command line read")
     with without_garbage_collection():
         module = load_verb(verb, RECIPE_VERBS[verb])
-    timeline.reached("controller/verb imported")
+    timeline.mark("controller/verb imported")
     is_dry = DRY_RUN in options
     if is_dry and module.dry_run is None:
         raise UserError(f"{DRY_RUN}: {verb} has none; rl has", key=DRY_RUN, cause=Cause.UNSUPPORTED)

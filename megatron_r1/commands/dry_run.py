@@ -32,7 +32,7 @@ from megatron_r1.controller.rollouts.rollout import (
 from megatron_r1.controller.rollouts.sample_log import encode, pack
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.episodes import Episode
@@ -53,7 +53,7 @@ MAX_SHOWN_CHARS = 600
 MAX_TRUTH_CHARS = 80
 
 
-def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
+def show_batch(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> None:
     """Sample and grade the first questions of the first rollout, at most `MAX_RESPONSES` responses
     on an engine of this host, and print responses, figures and advice. Writes nothing.
 
@@ -84,7 +84,7 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
 
 
 async def _sample(
-    config: Config, text: PromptText, prompts: list[Prompt], group_size: int, logs: Path
+    config: Config, text: PromptTokenizer, prompts: list[Prompt], group_size: int, logs: Path
 ) -> tuple[Rollout, float]:
     """Return the rollout, and the seconds from its start to the last grade."""
     rewards, rollout = config.rewards, config.rollout

@@ -18,7 +18,7 @@ from pydantic_core import to_jsonable_python
 from r1_grading import Grade, RewardPool, RewardTerms
 from r1_grading.rewards import ENVIRONMENT
 from r1_grading.terms import DEFAULT_WEIGHTS
-from r1_grading.truths import alternatives, is_none, math_truth
+from r1_grading.truths import accepted_answers, is_missing, math_truth
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
@@ -39,12 +39,12 @@ from megatron_r1.config import Config, infer_verb
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
-from megatron_r1.data.preferences import Kind, ScoredText, kind_of_rows, read_preferences
+from megatron_r1.data.preferences import Kind, PreferenceTokenizer, kind_of_rows, read_preferences
 from megatron_r1.data.prompt_rows import parse_question
-from megatron_r1.data.prompts import Prompt, is_heldout, normalize
-from megatron_r1.data.renamed_rows import ABSENT, entry, read_renamed_rows
+from megatron_r1.data.prompts import Prompt, is_heldout, normalize_question
+from megatron_r1.data.renamed_rows import ABSENT, lookup, read_renamed_rows
 from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens, load_tokenizer
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.settings import max_positions
@@ -76,8 +76,8 @@ def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
     if form is None or form in ALWAYS_LEARNED:
         return form is not None
     truth = columns_by_name(rows, needs_truth=True).get("truth", "truth")
-    values = [entry({**row}, truth) for row in rows]
-    has_truth = any(value is not ABSENT and not is_none(value) for value in values)
+    values = [lookup({**row}, truth) for row in rows]
+    has_truth = any(value is not ABSENT and not is_missing(value) for value in values)
     return not has_truth and not any("kind" in row for row in rows)
 
 
@@ -113,7 +113,9 @@ def _of_judged(source: QuestionSource, kind: Kind) -> Draft:
     def try_out(path: Path) -> None:
         required, implied = reward_model.REQUIRED, reward_model.IMPLIED
         settings = configuration.load(path, implied, required=required).reward_model
-        text = ScoredText(str(source.folder), settings.template, settings.shown, settings.max_chars)
+        text = PreferenceTokenizer(
+            str(source.folder), settings.template, settings.shown, settings.max_chars
+        )
         print(f"\n{len(rows):,} rows read; the first, as the reward model reads it:")
         for response, label in zip(rows[0].responses, rows[0].labels, strict=True):
             ids = text.encode(rows[0].question, response, rows[0].opened)
@@ -213,7 +215,7 @@ def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> Draft:
         *_guess_answers(source.folder, source.parameters),
     ]
     template = next(guess.value for guess in guesses if guess.key == "data.template")
-    text = PromptText(str(source.folder), template, (MODEL, template))
+    text = PromptTokenizer(str(source.folder), template, (MODEL, template))
 
     def try_out(path: Path) -> None:
         print(f"a response ends with: {describe_end_tokens(text.end_tokens)}")
@@ -349,7 +351,7 @@ def _read_questions(data: str, columns: Columns) -> list[Asked]:
     found: dict[str, Asked] = {}
     for location, row in itertools.islice(read_renamed_rows(data, renamed), MAX_ROWS):
         before, question = parse_question(location, row)
-        found.setdefault(normalize(question, fold_case=False), (before, question))
+        found.setdefault(normalize_question(question, fold_case=False), (before, question))
     return list(found.values())
 
 
@@ -388,7 +390,9 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
     ]
 
 
-def _sizes(source: QuestionSource, questions: Sequence[Asked], text: PromptText) -> list[Guess]:
+def _sizes(
+    source: QuestionSource, questions: Sequence[Asked], text: PromptTokenizer
+) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
     machine = source.machine
     limits = first_recipe.lengths(
@@ -430,7 +434,7 @@ def _check_truths(data: str, columns: Columns) -> None:
     if columns.kind != "math" or columns.truth is None:
         return
     rows = itertools.islice(read_renamed_rows(data, {"truth": columns.truth}), TRIED_TRUTHS)
-    truths = [alternatives(row["truth"])[0] for _, row in rows if not is_none(row["truth"])]
+    truths = [accepted_answers(row["truth"])[0] for _, row in rows if not is_missing(row["truth"])]
     grades = asyncio.run(_grade(truths))
     bad = [pair for pair in zip(truths, grades, strict=True) if pair[1].reward < 1]
     num_good = len(truths) - len(bad)

@@ -19,8 +19,8 @@ from megatron_r1.config import Config
 from megatron_r1.config.yaml_text import as_text
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.data.preferences import Preference, ScoredText, read_preferences
-from megatron_r1.data.prompts import is_heldout, normalize
+from megatron_r1.data.preferences import Preference, PreferenceTokenizer, read_preferences
+from megatron_r1.data.prompts import is_heldout, normalize_question
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.evaluation.measures import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
@@ -82,7 +82,9 @@ def run(config: Config) -> None:
     check_trainer(config, "reward-model")
     begin_trainer()
     hf = read_hf_config(config.model.path, "score")
-    text = ScoredText(config.model.path, settings.template, settings.shown, settings.max_chars)
+    text = PreferenceTokenizer(
+        config.model.path, settings.template, settings.shown, settings.max_chars
+    )
     rows = load_rows(config, text, hf)
     config = with_steps(config, "reward_model", len(rows.train))
 
@@ -106,7 +108,7 @@ def run(config: Config) -> None:
     run_until_stopped(supervised.train(task, "reward model", facts, _next_commands(config)))
 
 
-def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
+def load_rows(config: Config, text: PreferenceTokenizer, hf: dict[str, Any]) -> Rows:
     """Read the rows of `reward_model.data`, tokenize them and split them by their questions.
 
     Raises:
@@ -127,7 +129,7 @@ def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
             dropped[f"both responses have the same {settings.shown}"] += 1
         else:
             heldout = is_heldout(row.question, settings.heldout_fraction, SPLIT_SALT)
-            sides[heldout].append(RewardModelRow(normalize(row.question), samples))
+            sides[heldout].append(RewardModelRow(normalize_question(row.question), samples))
     if not sides[False] or (settings.heldout_fraction and not sides[True]):
         side = "held-out" if sides[False] else "training"
         why = "".join(f"; {count:,} left out: {reason}" for reason, count in dropped.items())
@@ -140,7 +142,7 @@ def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
     return Rows(sides[False], sides[True], dropped)
 
 
-def _tokenize(row: Preference, text: ScoredText, hf: dict[str, Any]) -> tuple[Sample, ...]:
+def _tokenize(row: Preference, text: PreferenceTokenizer, hf: dict[str, Any]) -> tuple[Sample, ...]:
     """Return a sample for each response of `row` that has a part to score."""
     samples = []
     for response, label in zip(row.responses, row.labels, strict=True):

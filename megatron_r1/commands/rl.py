@@ -38,7 +38,7 @@ from megatron_r1.controller.session import Session
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.placement import accepting_hosts
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.settings import max_model_len
@@ -55,16 +55,16 @@ def run(config: Config) -> None:
         UserError: a mistake in the recipe or its data, before any long work starts.
     """
     check_settings(config)
-    timeline.reached("controller/settings checked")
+    timeline.mark("controller/settings checked")
     begin_trainer()
     begin_engines(config)
     with without_garbage_collection():  # it imports transformers, and sympy for many tasks
         text, prompts = read_prompts(config)
-    timeline.reached("controller/questions read")
+    timeline.mark("controller/questions read")
     run_until_stopped(_train(config, text, prompts))
 
 
-async def _train(config: Config, text: PromptText, prompts: PromptSplit) -> None:
+async def _train(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> None:
     """Start the engines next to the trainer, and train; after the loss of trainer ranks again,
     from the newest checkpoint, with the same engines."""
     facts = run_facts(config, text, prompts)
@@ -74,11 +74,11 @@ async def _train(config: Config, text: PromptText, prompts: PromptSplit) -> None
         async with open_rollouts(config, running.recorder, text) as rollouts:
             running.supervisor.watch_rollouts(rollouts.collector)
             await rollouts.check(config, prompts)
-            timeline.reached("controller/rewards checked")
+            timeline.mark("controller/rewards checked")
             starting = f"trainer and {config.rollout.engines} x vLLM"
             running.recorder.view.phase("starting", starting)
             start = _start_roles(config, running.trainer, rollouts.collector)
-            if not await running.stop.before(start):
+            if not await running.stop.completes(start):
                 return
             show_trainer(running.recorder, running.trainer)
             while True:
@@ -115,13 +115,13 @@ async def _start_in_turn(config: Config, trainer: TrainerClient, fleet: RolloutF
 async def _start_trainer(trainer: TrainerClient) -> None:
     if not trainer.ranks:  # connected before, where only the export was left
         await trainer.connect()
-    timeline.reached("controller/trainer ready")
+    timeline.mark("controller/trainer ready")
 
 
 async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
     # version: every engine gets the trainer's weights before it samples.
     await fleet.start(config.model.path, policy_version=-1)
-    timeline.reached("controller/engines ready")
+    timeline.mark("controller/engines ready")
 
 
 def _session(

@@ -30,7 +30,7 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.teacher import check_teacher
 from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
 from megatron_r1.data.sampler import drawn_fractions
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
@@ -124,7 +124,7 @@ MAX_SHOWN_IDS = 8
 """Token ids that are shown of either end of a prompt."""
 
 
-def _load_prompts(config: Config, text: PromptText) -> PromptSplit:
+def _load_prompts(config: Config, text: PromptTokenizer) -> PromptSplit:
     """Return the prompts of the recipe that an engine has room for, and print what is unusual about
     the data.
 
@@ -166,7 +166,7 @@ def _load_prompts(config: Config, text: PromptText) -> PromptSplit:
     return prompts
 
 
-def _describe_rows(prompts: PromptSplit, text: PromptText) -> list[str]:
+def _describe_rows(prompts: PromptSplit, text: PromptTokenizer) -> list[str]:
     """Return what became of the rows of files, and one question as the policy gets it."""
     if not prompts.reports:
         return []
@@ -220,7 +220,7 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
         )
 
 
-def prompts_that_fit(prompts: PromptSplit, text: PromptText, limit: int) -> PromptSplit:
+def prompts_that_fit(prompts: PromptSplit, text: PromptTokenizer, limit: int) -> PromptSplit:
     """Return the prompts that are shorter than `limit`, rollout.max_model_len, and print how many
     are left out.
 
@@ -270,7 +270,7 @@ def kinds_drawn(config: Config, prompts: list[Prompt]) -> list[str]:
     return lines if by_weight else []
 
 
-def run_facts(config: Config, text: PromptText, prompts: PromptSplit) -> list[str]:
+def run_facts(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> list[str]:
     """Return lines about the run for its title.
 
     Raises:
@@ -285,7 +285,7 @@ def run_facts(config: Config, text: PromptText, prompts: PromptSplit) -> list[st
     ]
 
 
-def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
+def prepare(config: Config) -> tuple[PromptTokenizer, PromptSplit]:
     """Check all that can be checked before anything starts; return the tokenizer with its template,
     and the prompts.
 
@@ -299,14 +299,14 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
     return read_prompts(config)
 
 
-def read_prompts(config: Config) -> tuple[PromptText, PromptSplit]:
+def read_prompts(config: Config) -> tuple[PromptTokenizer, PromptSplit]:
     """Return the recipe's prompts and how they become tokens, of settings that have been checked.
 
     Raises:
         UserError: unreadable data, no prompt that fits, or an environment that cannot be used.
     """
     ids = config.rollout.stop_token_ids
-    text = PromptText(config.model.path, config.data.template, stop_token_ids=ids)
+    text = PromptTokenizer(config.model.path, config.data.template, stop_token_ids=ids)
     if config.agents.players:
         from megatron_r1.controller.rollouts.players import check_player
 
@@ -314,7 +314,7 @@ def read_prompts(config: Config) -> tuple[PromptText, PromptSplit]:
     return text, _load_prompts(config, text)
 
 
-def ends_with(config: Config, text: PromptText) -> str:
+def ends_with(config: Config, text: PromptTokenizer) -> str:
     """Return a line on what ends a response: the model's tokens, and the recipe's."""
     rollout, own = config.rollout, {end.id for end in text.end_tokens}
     more = [f"token {token}" for token in rollout.stop_token_ids if token not in own]

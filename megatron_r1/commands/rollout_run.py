@@ -17,7 +17,7 @@ from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.teacher import teacher_fleet
 from megatron_r1.data.prompts import PromptSplit
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
@@ -51,7 +51,7 @@ class Rollouts:
 
 @contextlib.asynccontextmanager
 async def open_rollouts(
-    config: Config, recorder: RunRecorder, text: PromptText
+    config: Config, recorder: RunRecorder, text: PromptTokenizer
 ) -> AsyncIterator[Rollouts]:
     """Yield what samples and grades; close it, and all that it uses, at the end of the block."""
     rewards, notify, folder = config.rewards, recorder.view.message, recorder.folder
@@ -73,7 +73,7 @@ async def open_rollouts(
             await asyncio.gather(*(each.close() for each in fleets), *closing)
 
 
-def open_player(config: Config, text: PromptText) -> Player | None:
+def open_player(config: Config, text: PromptTokenizer) -> Player | None:
     """Return the player of the run's episodes; None if responses are single turns, which need
     nothing of `megatron_r1.agents`."""
     if not config.agents.players:

@@ -22,7 +22,7 @@ from megatron_r1.commands.sampling_run import make_policy, require_same_settings
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.shots import Shots
+from megatron_r1.data.shots import FewShotExamples
 from megatron_r1.data.text import TEMPLATES
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
@@ -94,7 +94,7 @@ class SampleInputs:
 
     prompt_set: PromptSet
     avoided: dict[str, str]
-    shots: Shots | None
+    shots: FewShotExamples | None
     rendering: Rendering | None
     rewrite: UserFunction | None
 
@@ -150,7 +150,9 @@ def _inputs(config: Config) -> SampleInputs:
             key="sample.avoid",
             cause=Cause.EMPTY,
         )
-    shots = Shots(sample.shots, sample.num_shots, config.run.seed) if sample.shots else None
+    shots = (
+        FewShotExamples(sample.shots, sample.num_shots, config.run.seed) if sample.shots else None
+    )
     rewrite, rendering = None, None
     if sample.rewrite:
         rewrite = load_function(sample.rewrite, "sample.rewrite", "question, response")
@@ -205,7 +207,9 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
         await _decide(config, folder.path, inputs, log, pool, grader, judge, settings)
 
 
-def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -> dict[str, Any]:
+def _settings_that_matter(
+    config: Config, policy: Policy, shots: FewShotExamples | None
+) -> dict[str, Any]:
     """Return all that changes responses and grades, but not how many there are or are kept."""
     rollout, rewards = config.rollout, config.rewards
     settings = {

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from r1_grading.base.values import read_scalar
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.base.user_code import find
+from megatron_r1.base.user_code import find_value
 from megatron_r1.config.corrections import EngineMask
 
 Option = bool | int | float | str
@@ -130,7 +130,9 @@ def find_rules(name: str) -> AlgorithmRules:
         return ALGORITHMS[name]
     if ":" in name:
         try:
-            return find(name, "AlgorithmRules", lambda value: isinstance(value, AlgorithmRules))
+            return find_value(
+                name, "AlgorithmRules", lambda value: isinstance(value, AlgorithmRules)
+            )
         except UserError as error:
             raise UserError(
                 f"rl.algorithm: {name}: {error}", key="rl.algorithm", cause=error.cause

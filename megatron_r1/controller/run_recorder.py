@@ -21,9 +21,9 @@ from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.trackers.services import TensorBoardLog, TrackedRun
 from megatron_r1.reporting.trackers.tracker_set import TrackerSet, check_trackers
 from megatron_r1.reporting.wording import shown_metrics
-from megatron_r1.trainer.checkpoints import finding
-from megatron_r1.trainer.checkpoints.finding import STATE_FILE, DamagedCheckpoint
-from megatron_r1.trainer.operations import FolderOperations
+from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, DamagedCheckpoint
+from megatron_r1.trainer.operations import CheckpointOperations
 
 
 @dataclass
@@ -81,7 +81,7 @@ class CheckpointSeries:
         Raises:
             UserError: all checkpoints are damaged.
         """
-        for name in finding.remove_partial(self._folder):
+        for name in checkpoint_folders.remove_partial(self._folder):
             self.notify(f"{name} was still being written when the run ended; removed")
         self._choose(*self._newest())
         self._saving: _PendingSave | None = None
@@ -102,10 +102,12 @@ class CheckpointSeries:
         damaged: list[DamagedCheckpoint] = []
         candidate = self.latest
         while candidate is not None:
-            answer = await trainer.call(FolderOperations.verify_checkpoint, folder=str(candidate))
-            if not answer["damage"]:
+            answer = await trainer.call(
+                CheckpointOperations.verify_checkpoint, folder=str(candidate)
+            )
+            if not answer["faults"]:
                 break
-            damaged.append(DamagedCheckpoint(candidate, tuple(answer["damage"])))
+            damaged.append(DamagedCheckpoint(candidate, tuple(answer["faults"])))
             candidate, between = self._newest(below=candidate)
             damaged += between
         self._choose(candidate, damaged)
@@ -113,7 +115,7 @@ class CheckpointSeries:
     async def load(self, trainer: TrainerClient, reference: bool) -> None:
         """Have the ranks load `latest`, after `verify`."""
         answer = await trainer.call(
-            FolderOperations.load_checkpoint, folder=str(self.latest), reference=reference
+            CheckpointOperations.load_checkpoint, folder=str(self.latest), reference=reference
         )
         if not answer["is_same_layout"]:
             self.notify("another parallel layout than before: random streams are seeded anew")
@@ -133,8 +135,8 @@ class CheckpointSeries:
         """
         began = time.perf_counter()
         await self._poll(trainer, wait=True)
-        folder = finding.path_of(self._folder, step)
-        await trainer.call(FolderOperations.save_checkpoint, folder=str(folder), state=state)
+        folder = checkpoint_folders.checkpoint_path(self._folder, step)
+        await trainer.call(CheckpointOperations.save_checkpoint, folder=str(folder), state=state)
         self._saving = _PendingSave(folder, step, time.perf_counter() - began)
         if not self._settings.asynchronous:
             await self._poll(trainer, wait=True)
@@ -163,7 +165,7 @@ class CheckpointSeries:
         if self._saving is None:
             return
         began = time.perf_counter()
-        progress = await trainer.call(FolderOperations.checkpoint_progress, wait=wait)
+        progress = await trainer.call(CheckpointOperations.checkpoint_progress, wait=wait)
         if not progress["is_done"]:
             return
         saving, self._saving = self._saving, None
@@ -179,10 +181,12 @@ class CheckpointSeries:
         self.latest = saving.folder
         # In a thread: deleting a large folder must not hold up the sampling.
         settings = self._settings
-        await asyncio.to_thread(finding.prune, self._folder, settings.keep, settings.keep_every)
+        await asyncio.to_thread(
+            checkpoint_folders.prune, self._folder, settings.keep, settings.keep_every
+        )
 
     def _newest(self, below: Path | None = None) -> tuple[Path | None, list[DamagedCheckpoint]]:
-        return finding.newest(self._folder, self._settings.verify, below)
+        return checkpoint_folders.newest_usable(self._folder, self._settings.verify, below)
 
     def _choose(self, good: Path | None, damaged: list[DamagedCheckpoint]) -> None:
         """Continue from `good` and set the newer, `damaged` ones aside.
@@ -191,10 +195,10 @@ class CheckpointSeries:
             UserError: `good` is None and there are damaged ones.
         """
         if good is None:
-            finding.refuse_without_good(self._folder, damaged)
+            checkpoint_folders.require_usable(self._folder, damaged)
         self.latest = good
         for one in damaged:
-            target = finding.set_aside(one)
+            target = checkpoint_folders.set_aside(one)
             self.notify(f"DAMAGED checkpoint, not used: {one}. It is now {target.name}")
         if good is not None and damaged:
             self.notify(f"continuing from {good.name} instead")
@@ -228,7 +232,7 @@ class RunRecorder:
             UserError: other settings than the run's, or no undamaged checkpoint."""
         # First, so that a mistake is not recorded as the run's settings.
         start = config.model.checkpoint
-        note = finding.check_start(Path(start)) if start else None
+        note = checkpoint_folders.check_initial_checkpoint(Path(start)) if start else None
         _keep_finished_steps(folder, config)
         steps_before = folder.read_config().get("run", {}).get("steps")
         folder.write_config(config.model_dump(), may_change, Config().model_dump())
@@ -347,8 +351,8 @@ class RunRecorder:
 def _keep_finished_steps(folder: RunFolder, config: Config) -> None:
     """Raise UserError where `run.steps` is less than the steps that a run has finished, and those
     beyond it would be lost: they are newer than the newest checkpoint, and not done again."""
-    newest, _ = finding.newest(folder.checkpoints, "none")
-    kept = finding.step_of(newest) if newest else 0
+    newest, _ = checkpoint_folders.newest_usable(folder.checkpoints, "none")
+    kept = checkpoint_folders.checkpoint_step(newest) if newest else 0
     recorded, steps = folder.last_step(), config.run.steps
     if recorded > max(kept, steps):
         raise UserError(

@@ -24,7 +24,7 @@ from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.trainer.checkpoints.finding import complete_checkpoints, step_of
+from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_step, complete_checkpoints
 from megatron_r1.trainer.operations import ModelOperations
 
 
@@ -77,7 +77,7 @@ class Checkpointing:
             keep: how many of the newest checkpoints count."""
         newest = complete_checkpoints(self.recorder.folder.checkpoints)[-keep:]
         if self.sampler.log and newest:
-            await self.sampler.log.prune(step_of(newest[0]))
+            await self.sampler.log.prune(checkpoint_step(newest[0]))
 
     def _num_rewards(self) -> dict[str, int]:
         snapshot = self.sampler.collector.pool.snapshot()

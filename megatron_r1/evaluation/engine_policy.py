@@ -15,8 +15,8 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.shots import FewShotText, Shots
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.shots import FewShotExamples, FewShotTokenizer
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
@@ -56,7 +56,7 @@ class EnginePolicy:
         model: Path,
         decoding: SamplingSettings,
         folder: Path,
-        shots: Shots | None,
+        shots: FewShotExamples | None,
     ) -> None:
         require_weights(model)
         config = config.with_changes(model={"path": str(model)})
@@ -65,7 +65,9 @@ class EnginePolicy:
         self._folder = folder
         ids = rollout.stop_token_ids
         self._text = (
-            FewShotText(*source, shots, ids) if shots else PromptText(*source, stop_token_ids=ids)
+            FewShotTokenizer(*source, shots, ids)
+            if shots
+            else PromptTokenizer(*source, stop_token_ids=ids)
         )
         self._max_model_len = max_model_len(config)
         check_room(rollout)

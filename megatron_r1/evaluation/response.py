@@ -17,7 +17,7 @@ from r1_grading.reading import THINK, Part, chain_of_thought, response_part
 from r1_grading.rewards import UNGRADED
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.json_lines import LineWriter, read_lines, whole_lines
+from megatron_r1.base.files.json_lines import LineWriter, complete_lines, read_lines
 from megatron_r1.config import AgentsConfig, RolloutConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
@@ -241,7 +241,7 @@ class ResponseLog:
             return
         offsets: dict[PromptKey, array[int]] = {}
         with self.path.open("rb") as file:
-            for offset, raw in whole_lines(file):
+            for offset, raw in complete_lines(file):
                 offsets.setdefault(_read_key(raw), array("q")).append(offset)
             for prompt in prompts:
                 lines: dict[int, dict[str, Any]] = {}

@@ -26,7 +26,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.evaluation.intervals import FractionEstimate, combined_fraction, sampled_fraction
 
 Outcome = Literal["confirmed", "wrong", "undecided"]
-READER = "r1_grading.second_readers.mathematics:read"
+READER = "r1_grading.second_readers.mathematics:grade"
 REPEATS = 3
 """Runs of a program's tests: one verdict may be chance."""
 AUDITED = ("math", "code")

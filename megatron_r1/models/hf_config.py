@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.untrusted import read_json, require_own_files
+from megatron_r1.base.files.untrusted import read_json, require_files_inside
 from megatron_r1.base.files.weight_files import tensor_names
 from megatron_r1.models.families import FAMILIES, Family
 
@@ -90,7 +90,7 @@ def load_config(path: str | Path, key: str = "model.path") -> dict:
             key=key,
             cause=Cause.NOT_FOUND,
         )
-    require_own_files(Path(path), key)
+    require_files_inside(Path(path), key)
     if _has_mark(file):
         raise UserError(
             f"{file} begins with a byte order mark; save it as UTF-8 without BOM",

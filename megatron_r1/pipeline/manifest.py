@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import atomic_write, fsync, spread_blocks
+from megatron_r1.base.files import atomic_write, fsync, sample_blocks
 from megatron_r1.base.user_code import module_syntax
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
@@ -29,7 +29,7 @@ WHOLE_BYTES = 256 * 1024**2
 """Larger files count by their size and some blocks, so that the status of a pipeline with a
 terabyte's model takes seconds."""
 NUM_BLOCKS = 64
-"""Blocks of a larger file that count (`spread_blocks`)."""
+"""Blocks of a larger file that count (`sample_blocks`)."""
 MISSING = "missing"
 LENGTH = 16
 """Hexadecimal digits of a SHA-256 that are kept: 64 bits."""
@@ -151,7 +151,7 @@ def digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:LENGTH]
     content = hashlib.sha256(str(size).encode())
-    for block in spread_blocks(path, NUM_BLOCKS):
+    for block in sample_blocks(path, NUM_BLOCKS):
         content.update(block)
     return content.hexdigest()[:LENGTH]
 

@@ -20,7 +20,7 @@ from megatron_r1.push.plan.from_recipe import planned_push
 from megatron_r1.rehearse import launch, layout
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.sample.outputs import FILES
-from megatron_r1.trainer.checkpoints.finding import complete_checkpoints
+from megatron_r1.trainer.checkpoints.checkpoint_folders import complete_checkpoints
 
 POLL_SECONDS = 0.05
 """Short: three steps of a small model take two seconds, and the kill should follow the first."""

@@ -15,7 +15,7 @@ from pydantic_core import to_jsonable_python
 from megatron_r1.base import files as access
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import READ_ONLY, atomic_write
-from megatron_r1.base.files.json_lines import append_lines, keep_lines, read_lines
+from megatron_r1.base.files.json_lines import append_lines, filter_lines, read_lines
 from megatron_r1.config.mistakes import REMOVED
 from megatron_r1.config.rl import SCHEDULED_KEYS
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
@@ -216,7 +216,7 @@ class RunFolder:
         self._last_step = None
         steps = (self.metrics_path, self.samples_path, self.evaluations_path)
         paths = (*steps, self.advice_path)
-        return sum(keep_lines(path, lambda line: line["step"] <= step) for path in paths)
+        return sum(filter_lines(path, lambda line: line["step"] <= step) for path in paths)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return every step's line in order, without a torn last one."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from r1_grading.reading import HAN
 
-from megatron_r1.data.prompts import Prompt, normalize
+from megatron_r1.data.prompts import Prompt, normalize_question
 from megatron_r1.data.renamed_rows import read_renamed_rows, require_text
 
 NUM_BOILERPLATE = 10
@@ -44,14 +44,14 @@ def contaminated(prompts: Sequence[Prompt], avoided: Sequence[str], n: int) -> d
         prompts: the prompts to check.
         avoided: the questions of benchmarks.
         n: the number of words in a row that make a question too near; 0: equality only."""
-    texts = {normalize(question) for question in avoided}
+    texts = {normalize_question(question) for question in avoided}
     grams = {gram for text in texts for gram in ngrams(text, n)}
     shared = {prompt.id: grams & ngrams(prompt.question, n) for prompt in prompts}
     num_prompts = Counter(itertools.chain.from_iterable(shared.values()))
     reasons = {}
     for prompt in prompts:
         rare = sorted(g for g in shared[prompt.id] if num_prompts[g] <= NUM_BOILERPLATE)
-        if normalize(prompt.question) in texts:
+        if normalize_question(prompt.question) in texts:
             reasons[prompt.id] = "the same question is to be avoided"
         elif rare:
             reasons[prompt.id] = f"{n} words of a question to be avoided: {' '.join(rare[0])}"
@@ -60,5 +60,5 @@ def contaminated(prompts: Sequence[Prompt], avoided: Sequence[str], n: int) -> d
 
 def ngrams(question: str, n: int) -> set[Ngram]:
     """Return the n-grams of words; no n-grams for n = 0."""
-    words = WORD.findall(normalize(question))
+    words = WORD.findall(normalize_question(question))
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)} if n else set()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.files import atomic_writer
-from megatron_r1.base.files.json_lines import strict
+from megatron_r1.base.files.json_lines import to_strict_json
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import ResponseLog, TextResponse
@@ -97,5 +97,5 @@ async def write_outputs(
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(strict(record), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(to_strict_json(record), ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8", errors="replace")

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cmp_to_key
 from typing import Any
 
-from r1_grading.terms import ACCURACY, order
+from r1_grading.terms import ACCURACY, compare
 
 from megatron_r1.config.sample import KeepConfig
-from megatron_r1.data.prompts import Prompt, normalize
+from megatron_r1.data.prompts import Prompt, normalize_question
 from megatron_r1.evaluation.response import TextResponse
 
 KEPT, NOT_CHOSEN = "kept", "not_chosen"
@@ -126,7 +126,7 @@ class Selection:
         first: dict[str, int] = {}
         for response, reason in zip(responses, reasons, strict=True):
             if reason is None and self._drops_duplicates:
-                same = first.setdefault(normalize(response.text), response.index)
+                same = first.setdefault(normalize_question(response.text), response.index)
                 if same != response.index:
                     reason = Decision(DUPLICATE, f"the same as response {same}")
             if reason is not None:
@@ -154,7 +154,7 @@ class Selection:
         if keep.min_accuracy is not None:
             if response.rewards[ACCURACY] < keep.min_accuracy:
                 return Decision("wrong", response.reason)
-            if keep.min_reward is not None and order(_reward(response), keep.min_reward) < 0:
+            if keep.min_reward is not None and compare(_reward(response), keep.min_reward) < 0:
                 return Decision("low_reward", f"reward {response.reward:.3g}: {response.reason}")
         return await self._filters(prompt, response)
 
@@ -168,7 +168,7 @@ class Selection:
             case "shortest":
                 ordered.sort(key=lambda response: response.length)
             case "best":
-                ordered.sort(key=cmp_to_key(lambda a, b: order(_reward(b), _reward(a))))
+                ordered.sort(key=cmp_to_key(lambda a, b: compare(_reward(b), _reward(a))))
         return ordered
 
     def _question_drop(self, responses: Sequence[TextResponse]) -> Decision | None:

@@ -18,7 +18,7 @@ from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import (
     CHAT,
-    PromptText,
+    PromptTokenizer,
     find_template,
     is_opened,
     render_template,
@@ -102,10 +102,10 @@ class Rendering:
         return text.lstrip().removeprefix(THINK) if END_THINK in text else None
 
     @cached_property
-    def _chat_text(self) -> tuple[PromptText, PromptText]:
+    def _chat_text(self) -> tuple[PromptTokenizer, PromptTokenizer]:
         path = self._tokenizer_path
         keys = ("sample.render.tokenizer", "sample.render.template")
-        return PromptText(path, CHAT, keys), PromptText(path, "{problem}", keys)
+        return PromptTokenizer(path, CHAT, keys), PromptTokenizer(path, "{problem}", keys)
 
 
 Rewriter = Callable[[str, str], Awaitable[str | None]]

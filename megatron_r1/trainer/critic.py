@@ -55,14 +55,14 @@ class Critic:
         self.position = position
         self.value_clip = config.critic.value_clip
         transformer = transformer_config(hf, own)
-        self.model_chunks, self.ddp_chunks, self.optimizer = construction.network(
+        self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
             own, hf, transformer, position.groups, score_std=0.0
         )
         Replay(self.model_chunks, None)  # recomputed layers choose the experts of their first pass
 
-    def values(self, batches: list[PackedBatch]) -> None:
+    def compute_values(self, batches: list[PackedBatch]) -> None:
         """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""
-        run_passes(self.ddp_chunks, batches, _keep_values, forward_only=True)
+        run_passes(self.ddp_chunks, batches, _store_values, forward_only=True)
 
     def update(
         self, batches: list[PackedBatch], learning_rate: float, is_last: bool = True
@@ -90,7 +90,7 @@ class Critic:
         return metrics | {f"value/{name}": value for name, value in stepped.items()}
 
 
-def _keep_values(batch: PackedBatch, scores: Tensor) -> None:
+def _store_values(batch: PackedBatch, scores: Tensor) -> None:
     batch.values = torch.where(batch.is_response, scores.view(-1), 0.0)
 
 

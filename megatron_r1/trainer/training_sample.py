@@ -209,7 +209,7 @@ def _joined(buffers: list[Buffer]) -> list[Buffer]:
     return parts
 
 
-def without_routing(parts: Sequence[Buffer]) -> tuple[Sequence[Buffer], Sequence[Buffer]]:
+def split_off_routing(parts: Sequence[Buffer]) -> tuple[Sequence[Buffer], Sequence[Buffer]]:
     """Return the parts of a message of `encode_samples` behind its headers: the samples' buffers,
     and their routing. Of no parts, none of either."""
     if not parts:
@@ -243,7 +243,7 @@ def decode_samples(
 
     Args:
         headers: the first part of its message.
-        buffers: the samples' buffers, joined, as of `without_routing`.
+        buffers: the samples' buffers, joined, as of `split_off_routing`.
         routing: the parts behind them; none: the samples have no routing; None: it follows in
             `buffers`."""
     own = _Reader([buffers])

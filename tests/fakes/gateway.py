@@ -57,7 +57,7 @@ class WrittenParsers:
 
 
 class ChatText:
-    """What is used of `data.text.PromptText`, without a folder."""
+    """What is used of `data.text.PromptTokenizer`, without a folder."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id

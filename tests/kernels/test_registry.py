@@ -9,7 +9,7 @@ import torch
 from formulae import near
 from r1_kernels import reference
 from r1_kernels.examples import ExampleSizes, launches
-from r1_kernels.registry import KERNELS, primitives
+from r1_kernels.registry import KERNELS, load_primitives
 
 from tools import kernel_table
 
@@ -35,7 +35,7 @@ def test_every_example_gives_the_same_in_triton_and_in_plain_pytorch(kernel):
     torch.manual_seed(0)
     for example in launches(kernel, SMALL, "cpu"):
         ours, plain = (
-            tensors(getattr(primitives(backend), kernel.name)(*cloned(example.arguments)))
+            tensors(getattr(load_primitives(backend), kernel.name)(*cloned(example.arguments)))
             for backend in ("triton", "torch")
         )
         assert ours.keys() == plain.keys(), example.name
@@ -47,7 +47,7 @@ def test_every_example_gives_the_same_in_triton_and_in_plain_pytorch(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_both_backends_have_one_signature(kernel):
-    ours, plain = (getattr(primitives(b), kernel.name) for b in ("triton", "torch"))
+    ours, plain = (getattr(load_primitives(b), kernel.name) for b in ("triton", "torch"))
     assert inspect.signature(ours) == inspect.signature(plain), kernel.name
     for function, backend in ((ours, "triton"), (plain, "torch")):
         module = importlib.import_module(f"r1_kernels.primitives.{kernel.stem}_{backend}")

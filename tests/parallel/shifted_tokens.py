@@ -10,7 +10,7 @@ from megatron.core.transformer import multi_token_prediction
 
 from megatron_r1.models import patches, platform
 from megatron_r1.models.context_parallel import held_positions
-from megatron_r1.trainer.packed import TokenSplit, packed_batch
+from megatron_r1.trainer.packed import TokenSplit, pack_batch
 from megatron_r1.trainer.training_sample import Sample
 
 MEGATRON = multi_token_prediction._roll_tensor_packed_seq
@@ -26,7 +26,7 @@ def main() -> None:
         for length in (1, 9, 2, 14, 5)
     ]
     split = TokenSplit(context_size=size, context_rank=rank, token_multiple=8)
-    batch = packed_batch(made, split, torch.device("cpu"), num_predicted=2)
+    batch = pack_batch(made, split, torch.device("cpu"), num_predicted=2)
     params = batch.packed_seq_params
     mask = batch.is_response[None].float()
     for depth in range(2):

@@ -37,7 +37,7 @@ from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed, shared_prompts
 
-shared_prompts.LEAST_SHARED = 1  # the turns of these trees are short
+shared_prompts.MIN_SHARED_TOKENS = 1  # the turns of these trees are short
 LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 
 

@@ -22,7 +22,7 @@ import psutil
 
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import ParserPool
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.responses import Response
 from tools.bench import host
 from tools.bench.host import in_own_process
@@ -91,7 +91,7 @@ async def _measure(
     num_sessions: int, num_turns: int, engine_seconds: float, parser: str
 ) -> dict[str, Any]:
     """Play all sessions at once; return turns/s, processor time and every turn's added seconds."""
-    text = PromptText(str(TOKENIZER), "plain")
+    text = PromptTokenizer(str(TOKENIZER), "plain")
     text.tokenizer.chat_template = CHATML
     answer = array("i", [*text.tokenizer.encode(ANSWER, add_special_tokens=False), text.end])
     response = Response(

@@ -127,13 +127,13 @@ def expected(steps: Steps) -> dict[str, Any]:
 
 def compared(steps: Steps, wanted: dict[str, Any]) -> dict[str, Any]:
     """Return how they differ from it."""
-    from megatron_r1.trainer.implementations import in_use
+    from megatron_r1.trainer.implementations import describe_implementations
 
     before, after = wanted["before"], wanted["after"]
     steps.compute_logprobs(before, before)
     found: dict[str, Any] = {"before": steps.distances(), "update": steps.update()}
     steps.compute_logprobs(after, before)
-    return found | {"after": steps.distances(), "parts": in_use(steps.trainer)}
+    return found | {"after": steps.distances(), "parts": describe_implementations(steps.trainer)}
 
 
 def main(recipe: Path, folder: Path) -> None:

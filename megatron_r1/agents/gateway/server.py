@@ -33,7 +33,7 @@ from megatron_r1.agents.gateway.session import (
     TurnSampling,
 )
 from megatron_r1.agents.parsing import AnswerReader, Parser, require_finished
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.responses import EngineError, truncate_at_stop, truncate_response
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -95,7 +95,7 @@ class Gateway:
 
     def __init__(
         self,
-        text: PromptText,
+        text: PromptTokenizer,
         parser: Parser,
         *,
         host: str = "127.0.0.1",

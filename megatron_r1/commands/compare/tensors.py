@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_r1.commands.compare import RunDifference, is_rounding
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
-from megatron_r1.trainer.checkpoints.finding import BadManifest, read_manifest
+from megatron_r1.trainer.checkpoints.checkpoint_folders import BadManifest, read_manifest
 
 VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 """Ends of the names of tensors with a row for each token."""

@@ -23,7 +23,11 @@ from megatron_r1.config.section import changed_keys, flatten, is_within, value_t
 from megatron_r1.controller.rollouts.sample_log import step_log_path
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
-from megatron_r1.trainer.checkpoints.finding import complete_checkpoints, path_of, step_of
+from megatron_r1.trainer.checkpoints.checkpoint_folders import (
+    checkpoint_path,
+    checkpoint_step,
+    complete_checkpoints,
+)
 
 ARGUMENTS = ("RUN", "OTHER_RUN")
 SETTINGS = ()
@@ -155,9 +159,10 @@ Pair = tuple[int, Path, Path]
 
 
 def _pairs(first: Path, second: Path) -> list[Pair]:
-    steps = [set(map(step_of, complete_checkpoints(folder))) for folder in (first, second)]
+    steps = [set(map(checkpoint_step, complete_checkpoints(folder))) for folder in (first, second)]
     return [
-        (step, path_of(first, step), path_of(second, step)) for step in sorted(steps[0] & steps[1])
+        (step, checkpoint_path(first, step), checkpoint_path(second, step))
+        for step in sorted(steps[0] & steps[1])
     ]
 
 

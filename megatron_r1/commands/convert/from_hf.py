@@ -39,7 +39,7 @@ from megatron_r1.models.weights.stored.megatron_weights import (
 )
 from megatron_r1.models.weights.stored.tensor_files import plan_file, write_at
 from megatron_r1.reporting.wording import counted
-from megatron_r1.trainer.checkpoints import finding
+from megatron_r1.trainer.checkpoints import checkpoint_folders
 
 CHUNK_BYTES = 32 << 20
 """Largest chunk. A worker holds a few of them; Megatron loads chunks of any size."""
@@ -84,7 +84,7 @@ class Done:
     """A finished file: its chunks and its manifest entry."""
 
     chunks: list[WrittenChunk]
-    entry: finding.FileEntry
+    entry: checkpoint_folders.FileEntry
 
 
 DONE = TypeAdapter(Done)
@@ -172,7 +172,7 @@ def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Done:
     unnamed = path.with_name(f".{path.name}.tmp")
     chunks = write_chunks(unnamed, _values(job, pieces))
     chunks = [WrittenChunk(w.chunk, path.name, w.offset, w.length) for w in chunks]
-    done = Done(chunks, finding.file_entry(unnamed))
+    done = Done(chunks, checkpoint_folders.file_entry(unnamed))
     atomic_write(contents, DONE.dump_json(done).decode())
     unnamed.rename(path)
     return done
@@ -205,7 +205,7 @@ def _finish(
     def last(folder: Path) -> None:
         for number in range(len(done)):
             _contents(folder, number).unlink(missing_ok=True)
-        finding.write_manifest(folder, hashed)
+        checkpoint_folders.write_manifest(folder, hashed)
 
     work.finish(last)
 

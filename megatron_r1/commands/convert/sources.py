@@ -17,8 +17,8 @@ from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.table import SCORE
-from megatron_r1.trainer.checkpoints import finding
-from megatron_r1.trainer.checkpoints.finding import Verify
+from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.checkpoints.checkpoint_folders import Verify
 
 Weights = HFWeights | MegatronWeights
 HF_FILES = "huggingface"
@@ -63,7 +63,7 @@ def find_checkpoint(path: Path) -> Found:
             key="checkpoint",
             cause=Cause.NOT_FOUND,
         )
-    folders = finding.complete_checkpoints(checkpoints)
+    folders = checkpoint_folders.complete_checkpoints(checkpoints)
     damaged = sorted(checkpoints.glob("step_*.damaged*"))
     if not folders:
         aside = ", ".join(folder.name for folder in damaged)
@@ -74,7 +74,10 @@ def find_checkpoint(path: Path) -> Found:
             cause=Cause.EMPTY,
         )
     newest = folders[-1]
-    print(f"{path}: step {finding.step_of(newest)}, its newest ({newest})", flush=True)
+    print(
+        f"{path}: step {checkpoint_folders.checkpoint_step(newest)}, its newest ({newest})",
+        flush=True,
+    )
     for folder in damaged:
         if folder.name.split(".")[0] > newest.name:
             print(f"  newer, but set aside as damaged: {folder.name}", flush=True)
@@ -94,9 +97,9 @@ def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
 
     Raises:
         UserError: with the damaged files and the remedy."""
-    if found.run is None and not (found.folder / finding.MANIFEST).is_file():
+    if found.run is None and not (found.folder / checkpoint_folders.MANIFEST).is_file():
         return
-    faults = finding.manifest_damage(found.folder, how)
+    faults = checkpoint_folders.manifest_faults(found.folder, how)
     if not faults:
         return
     damaged = f"{found.folder} is damaged: {'; '.join(faults[:5])}"
@@ -106,9 +109,16 @@ def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
             key="checkpoint",
             cause=Cause.MALFORMED,
         )
-    limit, every = finding.step_of(found.folder), finding.complete_checkpoints(found.folder.parent)
-    before = (folder for folder in every[::-1] if finding.step_of(folder) < limit)
-    older = next((folder for folder in before if not finding.manifest_damage(folder, how)), None)
+    limit, every = (
+        checkpoint_folders.checkpoint_step(found.folder),
+        checkpoint_folders.complete_checkpoints(found.folder.parent),
+    )
+    before = (
+        folder for folder in every[::-1] if checkpoint_folders.checkpoint_step(folder) < limit
+    )
+    older = next(
+        (folder for folder in before if not checkpoint_folders.manifest_faults(folder, how)), None
+    )
     if older is None:
         raise UserError(
             f"{damaged}; {found.run} has no older one that is undamaged",
@@ -117,7 +127,8 @@ def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
         )
     words = [str(older) if Path(word) == found.run else word for word in chosen.arguments]
     raise UserError(
-        f"{damaged}\nThe newest undamaged one is older, of step {finding.step_of(older)}. "
+        f"{damaged}\nThe newest undamaged one is older, of step "
+        f"{checkpoint_folders.checkpoint_step(older)}. "
         f"To take that one:\n  {shlex.join(['megatron-r1', 'convert', *words])}",
         key="checkpoint",
         cause=Cause.MALFORMED,

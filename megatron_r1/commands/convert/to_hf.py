@@ -52,7 +52,7 @@ from megatron_r1.models.weights.stored.tensor_files import (
     write_at,
 )
 from megatron_r1.reporting.wording import counted
-from megatron_r1.trainer.checkpoints import finding
+from megatron_r1.trainer.checkpoints import checkpoint_folders
 
 ROOT = Path(__file__).resolve().parents[3]
 TOLERANCE = 1e-3
@@ -215,8 +215,8 @@ def run(chosen: Namespace) -> int:
     if not chosen.no_check:
         check_reload(checkpoint, hf_files, work.path, dtype, chosen.workers)
     work.finish()
-    if not (checkpoint / finding.MANIFEST).is_file():
-        print(f"{checkpoint} has no {finding.MANIFEST}: no checksum of it was verified")
+    if not (checkpoint / checkpoint_folders.MANIFEST).is_file():
+        print(f"{checkpoint} has no {checkpoint_folders.MANIFEST}: no checksum of it was verified")
     tensors = counted(sum(map(len, files.values())), "Hugging Face tensor")
     print(f"{chosen.out}: {tensors} in {counted(len(files), 'file')}")
     return 0

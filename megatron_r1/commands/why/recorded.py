@@ -28,11 +28,11 @@ from megatron_r1.controller.rollouts.sample_log import (
     unpack,
 )
 from megatron_r1.data.prompts import Prompt, load_prompts
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.sampling_mask import KeptIds, decoded
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.trainer.checkpoints import finding as checkpoints
+from megatron_r1.trainer.checkpoints import checkpoint_folders as checkpoints
 
 MOST_LONGER = 16
 """How many times longer or shorter a run may have been planned than it is now."""
@@ -111,9 +111,9 @@ class RecordedStep:
         return read_hf_config(str(self.model))
 
     @cached_property
-    def text(self) -> PromptText:
+    def text(self) -> PromptTokenizer:
         """The tokenizer and template that the settings name."""
-        return PromptText(
+        return PromptTokenizer(
             str(self.model),
             self.run_config.data.template,
             stop_token_ids=self.run_config.rollout.stop_token_ids,
@@ -284,7 +284,7 @@ def weights_after(folder: RunFolder, config: Config, step: int) -> Path | None:
     """Return what holds the weights after a step: its checkpoint, for step 0 the model or
     checkpoint that the run began with; None where it is not there."""
     if step > 0:
-        path = checkpoints.path_of(folder.checkpoints, step)
+        path = checkpoints.checkpoint_path(folder.checkpoints, step)
         return path if path.is_dir() else None
     begin = Path(config.model.checkpoint or config.model.path)
     return begin if step == 0 and begin.is_dir() else None

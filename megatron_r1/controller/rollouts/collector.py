@@ -28,7 +28,7 @@ from megatron_r1.controller.rollouts.rollout import (
 )
 from megatron_r1.controller.rollouts.sample_log import StepLog
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.dispatch import Affinity
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.episodes import Episode, EpisodeResult, Generate, Player
@@ -132,7 +132,7 @@ class RolloutCollector:
         self,
         fleet: RolloutFleet,
         pool: RewardPool,
-        text: PromptText,
+        text: PromptTokenizer,
         rewards: RewardsConfig,
         teacher: RolloutFleet | None = None,
         player: Player | None = None,

@@ -16,7 +16,7 @@ from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.verifiers import VerifiersHarness
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.episodes import Player
 from megatron_r1.engines.server.settings import max_model_len
 
@@ -58,7 +58,7 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
     return key, player
 
 
-def check_player(config: Config, text: PromptText) -> None:
+def check_player(config: Config, text: PromptTokenizer) -> None:
     """Check section `agents`; print the environment's tools and how the chat template continues a
     conversation.
 
@@ -95,7 +95,7 @@ def check_player(config: Config, text: PromptText) -> None:
         )
 
 
-def make_player(config: Config, text: PromptText) -> Player:
+def make_player(config: Config, text: PromptTokenizer) -> Player:
     """Return the player of the run's episodes; the recipe names one."""
     agents, rollout, longest = config.agents, config.rollout, max_model_len(config)
     tokenizer = text.tokenizer.name_or_path

@@ -21,7 +21,7 @@ from r1_grading.terms import ACCURACY, DEFAULT_WEIGHTS, Options, Reward, are_equ
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.processes import timeline
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.episodes import Episode, EpisodeResult
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape
@@ -177,7 +177,7 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
 class ResponseGrader:
     """Turns a `Response` into a `GradedResponse`."""
 
-    def __init__(self, pool: RewardPool, text: PromptText, options: Options) -> None:
+    def __init__(self, pool: RewardPool, text: PromptTokenizer, options: Options) -> None:
         """Prepare to grade.
 
         Args:

@@ -202,7 +202,7 @@ def _describe_silence(trainer: TrainerClient, rank: int) -> str:
 
 def _process_state(process: int) -> str:
     """Return whether a process of this host runs, is stopped, or has ended."""
-    state = process_table.state(process)
+    state = process_table.process_state(process)
     if state is None:
         return f"process {process} has ended"
     return f"process {process} is {STATES.get(state, state)}"

@@ -15,7 +15,7 @@ from megatron_r1.controller.supervision.diagnosis import (
     format_seconds,
     report,
 )
-from megatron_r1.trainer.operations import FolderOperations, operation_names
+from megatron_r1.trainer.operations import CheckpointOperations, operation_names
 
 MAX_TICK_SECONDS = 5.0
 MIN_BLOCKED_SECONDS = 60.0
@@ -57,7 +57,7 @@ class Watchdog:
         if self.run.is_starting:  # starting engines show no progress
             limit = max(limit, self.run.config.rollout.start_timeout_seconds)
         waiting = self.run.trainer.pending_call
-        if waiting is not None and waiting.operation in operation_names(FolderOperations):
+        if waiting is not None and waiting.operation in operation_names(CheckpointOperations):
             # Writing a model of a terabyte shows no progress before it is done.
             limit = max(limit, self.run.config.parallel.wait_seconds)
         return self.quiet_seconds >= limit

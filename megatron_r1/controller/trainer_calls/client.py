@@ -414,7 +414,7 @@ class TrainerClient:
         """Raise the error of `reply` to a call of `operation`, or, if another rank was killed, that
         cause of the error."""
         assert reply.error is not None
-        if reply.is_mistake:
+        if reply.is_user_error:
             raise UserError(reply.error, key=reply.key, cause=reply.cause)
         await asyncio.sleep(POLL_SECONDS)
         killed = self.processes.first_killed()

@@ -23,7 +23,7 @@ from megatron_r1.config import Config
 from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.reporting.wording import counted
-from megatron_r1.trainer.shared_prompts import SharedTokens, by_first_prompt
+from megatron_r1.trainer.shared_prompts import SharedTokens, group_by_first_prompt
 from megatron_r1.trainer.training_sample import Sample
 
 Bins = list[list[int]]
@@ -146,7 +146,7 @@ def pack_by_prompt(
         cost: the argument of `pack`."""
     found = [
         unit
-        for group in by_first_prompt(samples)
+        for group in group_by_first_prompt(samples)
         for unit in _split_to_limit(samples, group, limit)
     ]
     if len(found) < data_parallel:
@@ -166,7 +166,7 @@ def _split_to_limit(
     shared = SharedTokens()
     for member in members:
         sample = samples[member]
-        _, skipped = shared.of(sample)
+        _, skipped = shared.shared_prefix(sample)
         if units and units[-1][1] + len(sample) - skipped <= limit:
             unit, length = units.pop()
         else:

@@ -15,13 +15,19 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from megatron_r1.base.processes import children, diagnosis, memory, preloaded
+from megatron_r1.base.processes import children, diagnosis, fork_client, memory
 from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT, protect_server
 from megatron_r1.base.processes.diagnosis import last_lines, log_end
-from megatron_r1.base.processes.preloaded import ForkedProcess
+from megatron_r1.base.processes.fork_client import ForkedProcess
 from megatron_r1.config import Config
 from megatron_r1.engines.server import gpu
-from megatron_r1.trainer.operations import MONITOR, RankStatus, Reply, identity, monitor_identity
+from megatron_r1.trainer.operations import (
+    MONITOR,
+    RankStatus,
+    Reply,
+    monitor_identity,
+    rank_identity,
+)
 from megatron_r1.trainer.training_sample import Buffer
 
 REMEDY = (
@@ -147,7 +153,7 @@ def _start(
 ) -> ForkedProcess | subprocess.Popen[bytes]:
     if gpu.is_usable():  # the import of Megatron-Core initializes CUDA: no process can be forked
         return children.start([sys.executable, "-m", MODULE, *arguments], log, environment)
-    return preloaded.start(MODULE, arguments, log, environment)
+    return fork_client.start(MODULE, arguments, log, environment)
 
 
 BACKLOG = 4096
@@ -187,7 +193,7 @@ class RankSocket:
         Raises:
             zmq.ZMQError: the rank has never connected, or is gone.
         """
-        await self._socket.send_multipart([identity(rank), call, *share], copy=not share)
+        await self._socket.send_multipart([rank_identity(rank), call, *share], copy=not share)
 
     async def reply(self, within_seconds: float) -> Reply | None:
         """Return the next reply of any rank; None when there is none in time."""

@@ -16,7 +16,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.controller.rollouts import players as of_run
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from tests.chat_tokenizer import CHATML, chat_tokenizer
 from tests.unit.agents import mistaken_environments as own
 
@@ -30,7 +30,7 @@ def line_of(text):
 
 def model(folder, template=CHATML):
     chat_tokenizer(template).save_pretrained(folder)
-    return PromptText(str(folder), "chat")
+    return PromptTokenizer(str(folder), "chat")
 
 
 def test_a_method_that_fails_is_named_with_its_line_the_row_and_the_remedy(tmp_path, monkeypatch):

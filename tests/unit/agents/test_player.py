@@ -20,7 +20,7 @@ from megatron_r1.controller.rollouts.group_records import decode, encode, pack, 
 from megatron_r1.controller.rollouts.metrics import rollout_metrics, sample_records
 from megatron_r1.controller.rollouts.rollout import Group, ResponseGrader, Rollout, check_grades
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.responses import EngineError, Response
 from tests.chat_tokenizer import chat_tokenizer
 
@@ -33,7 +33,7 @@ ROW = make_prompt("?", "environment", 3, {})
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     chat_tokenizer().save_pretrained(folder)
-    return PromptText(str(folder), "chat")
+    return PromptTokenizer(str(folder), "chat")
 
 
 def call(name, **arguments):

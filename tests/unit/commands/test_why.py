@@ -32,7 +32,7 @@ from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import SamplingRecord, encode, pack
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import from_lists
 from megatron_r1.reporting.run_folder import RunFolder
@@ -77,7 +77,7 @@ class Planted:
             "rl": {"questions_per_rollout": 2, "group_size": 4, "minibatches": 2},
             "optimizer": {"warmup": 2},
         }
-        self.text = PromptText(str(self.model), "chat")
+        self.text = PromptTokenizer(str(self.model), "chat")
         self.sampling = SamplingRecord(1.0, 1.0, LIMIT, tuple(self.text.stop_token_ids), ())
         prompts = load_prompts(path=data, num_heldout=0).train[:2]
         self.groups = [

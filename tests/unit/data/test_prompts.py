@@ -19,11 +19,11 @@ from megatron_r1.data.prompts import (
     is_heldout,
     load_prompts,
     make_prompt,
-    normalize,
+    normalize_question,
 )
 from megatron_r1.data.sampler import PromptSampler, drawn_fractions
 from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
-from megatron_r1.data.text import PromptText, find_template, is_opened, render_template
+from megatron_r1.data.text import PromptTokenizer, find_template, is_opened, render_template
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 
@@ -121,9 +121,11 @@ def test_train_and_heldout_are_disjoint_whatever_the_seed_and_size():
     first, neighbor, large = load(seed=1), load(seed=2), load(seed=9, num_train=2000)
     assert load(seed=1) == first
     assert questions(neighbor.train) != questions(first.train)
-    heldout = {normalize(q) for split in (first, neighbor) for q in questions(split.heldout)}
+    heldout = {
+        normalize_question(q) for split in (first, neighbor) for q in questions(split.heldout)
+    }
     for split in (first, neighbor, large):
-        train = [normalize(q) for q in questions(split.train)]
+        train = [normalize_question(q) for q in questions(split.train)]
         assert len(set(train)) == len(train)
         assert heldout.isdisjoint(train)
     assert (len(large.train), len(large.heldout)) == (2000, 60)
@@ -148,7 +150,9 @@ def test_superscripts_and_subscripts_make_another_question(tmp_path):
     rows = [{"question": q, "truth": i} for i, q in enumerate(texts)]
     split = load_prompts(path=write_lines(tmp_path / "p.jsonl", rows), heldout_fraction=0.0)
     assert questions(split.train) == texts and not split.contradictions
-    assert normalize("What  is 2³?") == normalize("what is ２³?") == "what is 2^3?"
+    assert (
+        normalize_question("What  is 2³?") == normalize_question("what is ２³?") == "what is 2^3?"
+    )
 
 
 def test_the_id_of_a_question_stays_the_same_between_versions():
@@ -333,7 +337,7 @@ def test_file_order_is_kept_epoch_after_epoch():
 
 def test_questions_longer_than_the_engines_room_are_left_out_and_told_of(capsys):
     """vLLM refuses a prompt as long as its context, which would end the run for good."""
-    text = PromptText(str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}")
+    text = PromptTokenizer(str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}")
     short, long = (make_prompt("1 + 1 " * n, "math", "2", {}) for n in (2, 40))
     limit = len(text.encode(long.question))
     split = prompts_that_fit(PromptSplit([short, long], [long]), text, limit)

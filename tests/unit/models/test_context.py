@@ -5,7 +5,7 @@ import torch
 from refusals import raised
 
 from megatron_r1.models.context_parallel import held_positions, sample_order, spans
-from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -44,7 +44,7 @@ def test_the_shares_of_a_batch_are_the_batch_padded_sample_by_sample(ranks):
         Sample.pack([5], [6, 1, 2, 4, 3, 2, 1, 9], [-1.0] * 8, advantage=-1.0),
     ]
     shares = [
-        packed_batch(samples, TokenSplit(tensor_size=2, context_size=ranks, context_rank=rank), cpu)
+        pack_batch(samples, TokenSplit(tensor_size=2, context_size=ranks, context_rank=rank), cpu)
         for rank in range(ranks)
     ]
     cu_seqlens = shares[0].packed_seq_params.cu_seqlens_q.long()

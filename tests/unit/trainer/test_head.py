@@ -12,7 +12,7 @@ from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
 from megatron_r1.models.sampling_mask import from_lists
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.losses import supervised
-from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -32,7 +32,7 @@ def micro_batch(samples=SAMPLES, seed=0, kept=None):
         Sample.pack(p, r, [-2.0] * len(r), advantage=a, sampling_mask=mask)
         for (p, r, a), mask in zip(samples, masks, strict=True)
     ]
-    batch = packed_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
+    batch = pack_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
     tokens = batch.input_ids.shape[1]
     hidden = torch.randn(tokens, HIDDEN, generator=g, requires_grad=True)
     weight = torch.randn(PADDED, HIDDEN, generator=g)
@@ -146,7 +146,7 @@ def test_the_branches_of_an_episode_share_one_mean():
         branch([5, 6], 1, of=3, num_responses=0),
     )
     whole = Sample.pack([3, 4], [12, 11], [-2.0, -2.0], advantage=-1.0)
-    batch = packed_batch([first, second, whole], TokenSplit(), torch.device("cpu"))
+    batch = pack_batch([first, second, whole], TokenSplit(), torch.device("cpu"))
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(len(batch.targets), HIDDEN, generator=g)
     weight = torch.randn(PADDED, HIDDEN, generator=g)

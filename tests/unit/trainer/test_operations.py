@@ -7,7 +7,7 @@ from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.config.corrections import EngineMask
 from megatron_r1.trainer.operations import (
     Call,
-    FolderOperations,
+    CheckpointOperations,
     ModelOperations,
     ProbingOperations,
     PushOperations,
@@ -16,7 +16,7 @@ from megatron_r1.trainer.operations import (
 from megatron_r1.trainer.training_sample import Sample
 from megatron_r1.trainer.worker import Operations, argument_types, methods
 
-PROTOCOLS = (ModelOperations, ProbingOperations, FolderOperations, PushOperations)
+PROTOCOLS = (ModelOperations, ProbingOperations, CheckpointOperations, PushOperations)
 
 
 class Rank(*PROTOCOLS):

@@ -29,7 +29,7 @@ from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.replies import MEDIA_TYPE
 from megatron_r1.trainer.operations import ModelOperations
@@ -108,7 +108,7 @@ def measure(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = _config(write_model(folder / "model"), groups, tokens, world_size, routed)
-        text = PromptText(config.model.path, config.data.template)
+        text = PromptTokenizer(config.model.path, config.data.template)
         reply = make_reply(folder / "model", tokens, len(text.encode("0" * PROMPT_CHARS)), routed)
         bodies = {synthetic.JSON: folder / "reply.json", MEDIA_TYPE: folder / "reply.bytes"}
         bodies[synthetic.JSON].write_bytes(as_json(reply))
@@ -138,7 +138,7 @@ def measure(
 
 async def _train(
     config: Config,
-    text: PromptText,
+    text: PromptTokenizer,
     urls: list[str],
     world_size: int,
     data_parallel: int,

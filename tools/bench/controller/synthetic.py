@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from megatron_r1.base.processes.authentication import protect_client
 from megatron_r1.engines.server.client import GENERATE
 from megatron_r1.engines.server.server import RunningServer
-from megatron_r1.trainer.operations import Call, Reply, identity
+from megatron_r1.trainer.operations import Call, Reply, rank_identity
 from megatron_r1.trainer.training_sample import decode_samples
 from tools.bench.host import ROOT
 
@@ -205,7 +205,7 @@ def serve_ranks(
     poller, own = zmq.Poller(), {}
     for rank in ranks:
         socket = context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IDENTITY, identity(rank))
+        socket.setsockopt(zmq.IDENTITY, rank_identity(rank))
         protect_client(socket, token)
         socket.connect(address)
         socket.send(msgspec.msgpack.encode(Reply(rank, describe(rank, world_size, data_parallel))))

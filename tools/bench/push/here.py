@@ -30,7 +30,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push.transports import RELAYED_BYTES
-from megatron_r1.trainer.operations import FolderOperations
+from megatron_r1.trainer.operations import CheckpointOperations
 from tools.bench import host
 from tools.bench.small_models import qwen2
 
@@ -67,7 +67,7 @@ async def measure(
     settings["plain_matrices"] = plain_matrices
     try:
         await trainer.connect()
-        await trainer.call(FolderOperations.export, folder=str(folder / "export"))
+        await trainer.call(CheckpointOperations.export, folder=str(folder / "export"))
         async with RolloutFleet(1, folder / "logs", dtype=dtype, **settings) as fleet:
             await fleet.start(folder / "export", policy_version=-1)
             return await _measure(trainer, fleet, config, shape, folder, repeats, num_reloads)
@@ -141,7 +141,7 @@ def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
 async def _export_and_reload(trainer: Any, fleet: Any, folder: Path) -> dict[str, float]:
     """Export a folder to disk, synced, and let vLLM's own reload_weights read it."""
     start = time.perf_counter()
-    await trainer.call(FolderOperations.export, folder=str(folder))
+    await trainer.call(CheckpointOperations.export, folder=str(folder))
     exported = time.perf_counter()
     client = fleet.engines[0].client
     await client.pause()

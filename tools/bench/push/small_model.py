@@ -39,7 +39,7 @@ class Place(NamedTuple):
     expert_tensor: int
 
 
-def place_of(grid: TrainerGrid, rank: int) -> Place:
+def location_of(grid: TrainerGrid, rank: int) -> Place:
     """Return where a rank is, in Megatron-Core's default order."""
     expert, expert_tensor = divmod(rank % grid.expert_model, grid.expert_tensor)
     return Place(rank // grid.stage_ranks, rank % grid.tensor, expert, expert_tensor)
@@ -56,7 +56,7 @@ def held_by(
 ) -> dict:
     """Return a trainer rank's parameters, in bfloat16, and their pieces, by HF name; those that
     `rules` list, default the model's."""
-    at = place_of(grid, rank)
+    at = location_of(grid, rank)
     (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=with_mtp)[at.stage]
     axes = {
         "tp": (at.tensor, grid.tensor),
