@@ -34,7 +34,7 @@ from megatron_r1.models.packed_params import PackedParams, with_positions
 from megatron_r1.models.platform import to_device
 from megatron_r1.models.prefixes import with_prefixes
 from megatron_r1.models.routing_replay import RecordedRouting
-from megatron_r1.models.sampling_mask import decoded
+from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.routing import RoutingPart, recorded_routing
 from megatron_r1.trainer.token_split import Placement, TokenSplit, placed
@@ -185,7 +185,7 @@ def _sampling_mask(
         if not sample.sampling_mask:
             raise ValueError("a micro-batch has responses with sampling masks and others without")
         length = len(sample) - sample.prompt_length
-        own = [np.array(part) for part in decoded(sample.sampling_mask, length)]
+        own = [np.array(part) for part in decode_mask(sample.sampling_mask, length)]
         if sample.mask:
             is_sampled = np.frombuffer(sample.mask, np.uint8) > 0
             own = [np.where(is_sampled, own[0], 0), own[1][np.repeat(is_sampled, own[0])]]

@@ -11,7 +11,7 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
 from megatron_r1.models.prefixes import continued_by
-from megatron_r1.models.sampling_mask import from_lists
+from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.trainer.losses import denominator, supervised
 from megatron_r1.trainer.packed import check_token_ids, packed_batch
 from megatron_r1.trainer.shared_prompts import LEAST_SHARED, check_shared_prompts
@@ -84,9 +84,9 @@ def kept_at(mask, position):
 def test_kept_tokens_lie_where_their_token_is_predicted():
     tokens, mask = [3, 4, 5, 6, 7, 8], bytes([0, 0, 1, 0, 0, 1])
     scores = {"weight": 0.25, "num_responses": 1}
-    kept = from_lists([[], [], [1, 5], [], [], [8]])
+    kept = encode_mask([[], [], [1, 5], [], [], [8]])
     first = Sample.pack_branch(tokens, mask, [0.0] * 6, 0.5, sampling_mask=kept, **scores)
-    second = Sample.pack([1], [2], [-3.0], 1.5, sampling_mask=from_lists([[0, 2, 9]]))
+    second = Sample.pack([1], [2], [-3.0], 1.5, sampling_mask=encode_mask([[0, 2, 9]]))
     untrained = Sample.pack([1], [], [], float("nan"))
     b = packed_batch([first, untrained, second], TokenSplit(), CPU)
     assert b.sampling_mask.token_ids.tolist() == [1, 5, 8, 0, 2, 9]
@@ -108,7 +108,7 @@ def test_context_ranks_hold_the_kept_tokens_of_their_positions():
         kept = [sorted({token, *draw.sample(range(50), draw.randrange(6))}) for token in response]
         prompt = [60] * draw.randrange(1, 7)
         samples.append(
-            Sample.pack(prompt, response, [0.0] * length, sampling_mask=from_lists(kept))
+            Sample.pack(prompt, response, [0.0] * length, sampling_mask=encode_mask(kept))
         )
     whole = packed_batch(samples, TokenSplit(context_size=2), CPU)
     assert whole.sampling_mask is not None
