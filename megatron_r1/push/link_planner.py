@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import msgspec
 from torch import Tensor
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.stored.published import FP8_DTYPE
-from megatron_r1.models.weights.table import Piece, Table
-from megatron_r1.push.ordered_sets import OrderedSets
+from megatron_r1.models.weights.stored.published import BLOCK, FP8_DTYPE, scale_name
+from megatron_r1.models.weights.table import Piece, Shape, Table
 from megatron_r1.push.plan.engine_sets import (
     Plan,
     PlannedLink,
@@ -24,19 +24,159 @@ from megatron_r1.push.plan.engine_sets import (
     sent_bytes,
 )
 from megatron_r1.push.plan.planner import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.tensors import CountBytes, Region, fp8_bytes, plain_bytes
-from megatron_r1.push.published_plan import PositionPlan, ReceiverInfo
-from megatron_r1.push.receiver_layout import Encoding, ReceiverLayout
-from megatron_r1.push.receivers import SetReceivers
+from megatron_r1.push.plan.tensors import (
+    CountBytes,
+    Region,
+    first_cut,
+    fp8_bytes,
+    plain_bytes,
+    scale_region,
+)
+from megatron_r1.push.protocol import Delivery, PositionPlan, ReceiverInfo, SlotTable, dtype_of
+from megatron_r1.push.push_schedule import OrderedSets
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, TrainerRendezvous
 from megatron_r1.push.round_sender import SetRounds
-from megatron_r1.push.slices import ParameterSlice
-from megatron_r1.push.table import SlotTable
+from megatron_r1.push.slices import Encoding, ParameterSlice
 from megatron_r1.push.transports import sender_class
 from megatron_r1.push.transports.base import Sender
 
 HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
 """HF name -> the parameters that hold pieces of that tensor."""
+
+
+class SetReceivers(msgspec.Struct):
+    """What rank 0 has read, in the form in which it is passed on to the other trainer ranks."""
+
+    sent: list[float]
+    """Bytes per push that each trainer rank sends to the sets already connected."""
+    tables: list[list[SlotTable]] = []
+    """Tables of one engine, by engine rank; one list for all sets with the same tables."""
+    sets: dict[str, tuple[int, list[list[str]]]] = {}
+    """Set -> (index into `tables`, addresses by engine and rank)."""
+    problems: dict[str, str] = {}
+    """Set -> why it cannot connect."""
+
+
+def read_receivers(
+    sets: Mapping[str, Sequence[TrainerRendezvous]],
+    ranks_per_engine: int,
+    pushed: Sequence[str],
+    sent: list[float],
+) -> SetReceivers:
+    """Return what the ranks of these sets' engines receive; problems are also reported to the set.
+
+    Args:
+        sets: the rendezvous of each engine of a set.
+        ranks_per_engine: the ranks of each engine.
+        pushed: names of the tensors of a push.
+        sent: the bytes that each trainer rank sends (`SetReceivers`)."""
+    found = SetReceivers(sent)
+    for name, engines in sets.items():
+        try:
+            receivers = [engine.read_receivers(ranks_per_engine) for engine in engines]
+            tables = _common_tables(receivers)
+            _check_all_taken(tables, pushed)
+        except EXPECTED_ERRORS as error:
+            found.problems[name] = f"{type(error).__name__}: {error}"
+            engines[0].report_error(found.problems[name])
+            continue
+        # Equal tables are one entry, so that ranks get them and plan for them only once.
+        if tables not in found.tables:
+            found.tables.append(tables)
+        addresses = [[receiver.address for receiver in ranks] for ranks in receivers]
+        found.sets[name] = found.tables.index(tables), addresses
+    return found
+
+
+def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]:
+    """Return the slot tables of an engine, by rank, which all engines of the set have in common.
+
+    Raises:
+        ValueError: the same rank of two engines has different tables.
+    """
+    tables = [receiver.table for receiver in engines[0]]
+    for engine, receivers in enumerate(engines):
+        for rank, receiver in enumerate(receivers):
+            if receiver.table != tables[rank]:
+                raise ValueError(
+                    f"rank {rank} of engine {engine} needs other tensors than the same rank of "
+                    "engine 0"
+                )
+    return tables
+
+
+def _check_all_taken(tables: Sequence[SlotTable], pushed: Sequence[str]) -> None:
+    """Raise ValueError where no rank of an engine takes one of the pushed tensors: the engine would
+    go on with the values it started with."""
+    taken = {slot.name for table in tables for slot in table.slots}
+    left = [name for name in pushed if name not in taken]
+    if left:
+        names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        raise ValueError(f"the engine takes no pushes of {len(left)} tensors: {names}")
+
+
+class ReceiverLayout:
+    """The regions that the ranks of one engine need, from their tables (`PredictedLayout` has the
+    same without an engine).
+
+    Args:
+        tables: the slot tables, one per rank of the engine.
+
+    Raises:
+        ValueError: for a table that has a tensor twice, which no model here needs."""
+
+    def __init__(self, tables: Sequence[SlotTable]):
+        self._tables = tables
+        self.regions: dict[str, dict[Region, list[int]]] = {}
+        """HF name -> region -> the ranks that need it."""
+        self._slots: dict[tuple[int, str], int] = {}
+        for rank, table in enumerate(tables):
+            for index, slot in enumerate(table.slots):
+                if (rank, slot.name) in self._slots:
+                    raise ValueError(f"engine rank {rank} has two slots for {slot.name}")
+                region = Region(slot.top, slot.bottom, slot.left, slot.right)
+                self.regions.setdefault(slot.name, {}).setdefault(region, []).append(rank)
+                self._slots[rank, slot.name] = index
+
+    def deliveries(
+        self, rank: int, name: str, shape: Shape, region: Region
+    ) -> list[tuple[Delivery, Encoding]]:
+        """Return a region of a tensor as a part of an engine rank's slot for it; where the slot
+        holds FP8 blocks, with the delivery of their scales.
+
+        Args:
+            rank: the engine rank.
+            name: HF name of the tensor.
+            shape: the whole tensor's.
+            region: rows and columns of the tensor.
+
+        Raises:
+            ValueError: FP8 of another kind, or a part of a block."""
+        slot = self._tables[rank].slots[self._slots[rank, name]]
+        if dtype_of(slot).itemsize > 1:
+            return [(self._delivery(rank, name, region), "plain")]
+        scales = scale_name(name)
+        if slot.dtype != FP8_DTYPE or (rank, scales) not in self._slots:
+            raise ValueError(
+                f"engine rank {rank} needs {name} as {slot.dtype} without {scales}: weights can be "
+                f"quantized during a push to FP8 in blocks of {BLOCK} x {BLOCK} only"
+            )
+        cut = first_cut(region, shape)
+        if cut is not None:
+            raise ValueError(
+                f"{name} {shape} is cut at {cut}, within a block of {BLOCK} x {BLOCK}, "
+                "which has one scale; set push.fp8: false, or fewer tensor parallel ranks"
+            )
+        return [
+            (self._delivery(rank, name, region), "codes"),
+            (self._delivery(rank, scales, scale_region(region)), "scales"),
+        ]
+
+    def _delivery(self, rank: int, name: str, region: Region) -> Delivery:
+        index = self._slots[rank, name]
+        slot = self._tables[rank].slots[index]
+        rows = region.top - slot.top, region.bottom - slot.top
+        return Delivery(index, *rows, region.left - slot.left, region.right - slot.left)
 
 
 class PushLink(NamedTuple):

@@ -16,16 +16,17 @@ import msgspec
 import xxhash
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
-from megatron_r1.push.published_plan import (
+from megatron_r1.push.protocol import (
+    Delivery,
     PositionPlan,
     PublishedPlan,
     RankRounds,
     ReceiverInfo,
     Relay,
+    SlotTable,
     deliveries_to,
 )
 from megatron_r1.push.results import Failure
-from megatron_r1.push.table import Delivery, SlotTable
 
 EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors that fail a set and not this rank; torch.distributed raises the second."""

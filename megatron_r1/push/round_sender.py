@@ -16,17 +16,18 @@ import msgspec
 import torch
 from torch.distributed import PrefixStore, Store
 
-from megatron_r1.push.ordered_sets import OrderedSets, PayloadId
 from megatron_r1.push.plan.rounds import ENTRY_BYTES
-from megatron_r1.push.published_plan import (
+from megatron_r1.push.protocol import (
+    Delivery,
     PositionPlan,
     ReceiverInfo,
     Relay,
+    SlotTable,
     deliveries_to,
 )
+from megatron_r1.push.push_schedule import OrderedSets, PayloadId
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TrainerRendezvous, wait_for_keys
 from megatron_r1.push.results import Failure
-from megatron_r1.push.table import Delivery, SlotTable
 from megatron_r1.push.transports.nccl_rounds import (
     Communicator,
     NCCLError,

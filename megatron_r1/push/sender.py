@@ -27,11 +27,17 @@ from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.local import local_entries
 from megatron_r1.models.weights.stored.published import has_power_of_two_scales
 from megatron_r1.models.weights.table import Piece, Table
-from megatron_r1.push.link_planner import HeldPieces, LinkedSet, LinkPlanner, PushLink
+from megatron_r1.push.link_planner import (
+    HeldPieces,
+    LinkedSet,
+    LinkPlanner,
+    PushLink,
+    SetReceivers,
+    read_receivers,
+)
 from megatron_r1.push.plan.adapters import pushed_adapters
 from megatron_r1.push.plan.planner import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
-from megatron_r1.push.receivers import SetReceivers, read_receivers
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TableStore, TrainerRendezvous
 from megatron_r1.push.results import ConnectedSets, Failure, OpenedPush, SentWeights
 from megatron_r1.push.round_sender import RoundSender

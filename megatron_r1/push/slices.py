@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -12,7 +12,9 @@ from megatron_r1.models.weights.local import merged
 from megatron_r1.models.weights.stored.quantized_blocks import quantize_fp8
 from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.plan.tensors import Region
-from megatron_r1.push.receiver_layout import Encoding
+
+Encoding = Literal["plain", "codes", "scales"]
+"""The form of a delivery's slice: its values, or the FP8 codes or scales of its blocks."""
 
 
 class ParameterSlice(NamedTuple):

@@ -26,17 +26,16 @@ from tiny_models import (
 
 from megatron_r1.config import Config
 from megatron_r1.controller.push.engine_links import EngineLinks
-from megatron_r1.controller.push.prober import Prober
-from megatron_r1.controller.push.pusher import WeightPusher
+from megatron_r1.controller.push.pusher import Prober, WeightPusher
 from megatron_r1.controller.supervision.diagnosis import inspect_trainer
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.hf_config import resolve_aliases
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push import link_planner
+from megatron_r1.push.link_planner import ReceiverLayout
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.push.receiver_layout import ReceiverLayout
 
 MODELS = {
     **{"deepseek": DEEPSEEK, "qwen": QWEN, "qwen3-moe": QWEN3_MOE, "glm": GLM},

@@ -59,9 +59,9 @@ from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, Loader
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
 from megatron_r1.engines.plugin.pushed_adapter import PushedAdapter
 from megatron_r1.push.checksum import checksum
+from megatron_r1.push.protocol import SlotTable
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import StoreUnreachable, UndeliveredPush
-from megatron_r1.push.table import SlotTable
 from megatron_r1.push.transports import receiver_class
 from megatron_r1.push.transports.base import Receiver
 

@@ -12,10 +12,9 @@ from typing import Protocol
 
 import torch
 
-from megatron_r1.push.published_plan import ReceiverInfo, Relay
+from megatron_r1.push.protocol import Delivery, ReceiverInfo, Relay, SlotTable
 from megatron_r1.push.rendezvous import EngineRendezvous, TrainerRendezvous
-from megatron_r1.push.table import Delivery, SlotTable
-from megatron_r1.push.transports.arrivals import Arrivals
+from megatron_r1.push.transports.received_chunks import Arrivals
 
 
 class Receiver(ABC):

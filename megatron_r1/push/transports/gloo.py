@@ -19,7 +19,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from megatron_r1.push.published_plan import Relay
+from megatron_r1.push.protocol import Relay
 from megatron_r1.push.rendezvous import IDLE_SECONDS, Rendezvous
 from megatron_r1.push.transports import RELAYED_BYTES
 from megatron_r1.push.transports.base import Sender, Slices

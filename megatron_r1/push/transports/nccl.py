@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_r1.push.published_plan import RankCall, RankRounds, Relay
+from megatron_r1.push.protocol import RankCall, RankRounds, Relay
 from megatron_r1.push.transports.base import Sender, gpu_uuid
 from megatron_r1.push.transports.nccl_rounds import (
     LONGEST_PAUSE,

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_r1.push.checksum import INTEGERS, RowsChecksum, RowsWeightedSum
-from megatron_r1.push.published_plan import Relay
+from megatron_r1.push.protocol import Delivery, Relay, SlotTable, dtype_of, slot_view
 from megatron_r1.push.rendezvous import SetFailed
 from megatron_r1.push.results import IncompletePush
-from megatron_r1.push.table import Delivery, SlotTable, dtype_of, slot_view
 from megatron_r1.push.transports.base import Receiver, Slices
 
 SUM_BYTES = 8

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from megatron_r1.push.checksum import copy_with_checksum, memory_fence
-from megatron_r1.push.table import Delivery, slot_view
-from megatron_r1.push.transports.arrivals import Arrivals
+from megatron_r1.push.protocol import Delivery, slot_view
 from megatron_r1.push.transports.base import Receiver, Sender, Slices, gpu_uuid
+from megatron_r1.push.transports.received_chunks import Arrivals
 
 FOLDER = Path("/dev/shm")
 PREFIX = "megatron_r1_"

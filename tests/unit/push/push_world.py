@@ -13,9 +13,9 @@ from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.models.weights.stored.published import is_quantized, scale_name
 from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.push.plan.tensors import scale_region
+from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender, run_all
-from megatron_r1.push.table import Slot, SlotTable, slot_view
 from megatron_r1.push.transports import receiver_class
 from tools.bench.push.small_model import held_by
 

@@ -29,12 +29,11 @@ from megatron_r1.push.checksum import (
     copy_with_checksum,
     weighted_sum,
 )
-from megatron_r1.push.published_plan import ReceiverInfo
+from megatron_r1.push.protocol import Delivery, ReceiverInfo, SlotTable, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous, TableStore, TrainerRendezvous
 from megatron_r1.push.results import IncompletePush
-from megatron_r1.push.table import Delivery, SlotTable, slot_view
 from megatron_r1.push.transports import gloo, shared_memory
-from megatron_r1.push.transports.arrivals import check_coverage
+from megatron_r1.push.transports.received_chunks import check_coverage
 from megatron_r1.push.transports.shared_memory import NamedMemory, sweep
 
 CHECKSUMS = sys.modules[weighted_sum.__module__]

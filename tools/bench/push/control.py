@@ -27,9 +27,9 @@ from megatron_r1.base.processes.children import free_port
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.planner import PredictedLayout
+from megatron_r1.push.protocol import slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender
-from megatron_r1.push.table import slot_view
 from megatron_r1.push.transports import gloo
 from megatron_r1.push.transports.payloads import SlicesPayload
 from tools.bench.push.small_model import SHAPE, held_by, slot_table

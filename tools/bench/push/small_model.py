@@ -8,7 +8,7 @@ from megatron_r1.models.weights.layout import Shard, layout_of, stage_shards
 from megatron_r1.models.weights.table import Table, table
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.planner import Coordinate, PredictedLayout
-from megatron_r1.push.table import Slot, SlotTable
+from megatron_r1.push.protocol import Slot, SlotTable
 
 SHAPE = {
     "architectures": ["DeepseekV3ForCausalLM"],

@@ -5,9 +5,9 @@ from itertools import groupby
 import numpy as np
 import pytest
 
-from megatron_r1.push.ordered_sets import OrderedSets, PayloadId
 from megatron_r1.push.plan import rounds
 from megatron_r1.push.plan.engine_sets import PlannedLink, TensorRegion
+from megatron_r1.push.push_schedule import OrderedSets, PayloadId
 
 OWN = -1
 """The trainer ranks' own communicator, where the others are those of sets."""

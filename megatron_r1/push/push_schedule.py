@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from megatron_r1.push.plan.engine_sets import EngineRank, Plan
 from megatron_r1.push.plan.rounds import NONE, push_order, receiving_processes
-from megatron_r1.push.published_plan import (
+from megatron_r1.push.protocol import (
     RankCall,
     RankRounds,
 )

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megatron_r1.push.checksum import RunningChecksum
+from megatron_r1.push.protocol import Delivery, SlotTable, slot_view
 from megatron_r1.push.results import IncompletePush
-from megatron_r1.push.table import Delivery, SlotTable, slot_view
 
 
 class Arrivals:
