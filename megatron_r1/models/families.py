@@ -41,8 +41,9 @@ class Family:
         stacked: a tensor of the checkpoint has all experts of a layer (`weights.stored.published`).
         normalizes: whether a token's expert weights sum to 1, unless `norm_topk_prob` is given.
         layer_types: whether transformers reads mlp_layer_types instead of first_k_dense_replace.
-        whole_shared: whether vLLM keeps shared experts whole on every rank of engines with tensor,
-            data and expert parallelism (it splits tokens there, `use_sequence_parallel_moe`).
+        replicates_shared_experts: whether vLLM keeps shared experts whole on every rank of engines
+            with tensor, data and expert parallelism (it splits tokens there,
+            `use_sequence_parallel_moe`).
         needs: keys that must be given, because transformers has a default of its own.
         fixed: keys that may have one value only.
         inert: keys without an effect, given those values.
@@ -65,7 +66,7 @@ class Family:
     stacked: bool = False
     normalizes: bool = False
     layer_types: bool = False
-    whole_shared: bool = False
+    replicates_shared_experts: bool = False
     needs: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     inert: tuple[str, ...] = ()
@@ -136,7 +137,7 @@ FAMILIES = {
         latent=True,
         rope=("default", "yarn"),
         router_score="softmax",
-        whole_shared=True,
+        replicates_shared_experts=True,
         needs=("first_k_dense_replace", "n_shared_experts", "routed_scaling_factor"),
         # The released code either normalizes or scales, transformers does not normalize.
         fixed={**_LATENT, **_ROUTED, **_NO_MTP, "scoring_func": "softmax", "norm_topk_prob": False},
@@ -146,7 +147,7 @@ FAMILIES = {
         rope=("default", "yarn"),
         router_score="sigmoid",
         normalizes=True,
-        whole_shared=True,
+        replicates_shared_experts=True,
         needs=_SIGMOID_NEEDS,
         fixed=_LATENT | _SIGMOID,
         implied=_NOAUX,

@@ -16,7 +16,7 @@ from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import drafts, planned_engine_layout, planned_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.planner import PredictedLayout
+from megatron_r1.push.plan.planner import PredictedSharding
 
 OFFLOADED = "offloaded while engines sample"
 """The kind of host memory."""
@@ -110,8 +110,8 @@ def load(job: PlannedJob) -> Quantity:
 @lru_cache
 def _num_tensors(hf: str, layout: EngineLayout, drafting: bool) -> int:
     """Return the tensors of an engine's first GPU."""
-    needs = PredictedLayout(json.loads(hf), layout, drafts=drafting)
-    return sum(1 for _ in needs.needed(layout.coordinate(0)))
+    sharding = PredictedSharding(json.loads(hf), layout, drafts=drafting)
+    return sum(1 for _ in sharding.regions_of(layout.coordinate(0)))
 
 
 def sleep_and_wake(job: PlannedJob) -> Quantity:

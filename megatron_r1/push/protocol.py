@@ -66,7 +66,7 @@ class SlotTable(msgspec.Struct, frozen=True):
         return memory[start : start + self.num_bytes]
 
 
-class Delivery(msgspec.Struct, frozen=True, array_like=True):
+class TensorChunk(msgspec.Struct, frozen=True, array_like=True):
     """Rows [top, bottom) and columns [left, right), counted from the slot's own corner, of
     `table.slots[slot]`."""
 
@@ -78,12 +78,12 @@ class Delivery(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def height(self) -> int:
-        """Rows of the delivery."""
+        """Rows of the chunk."""
         return self.bottom - self.top
 
     @property
     def num_elements(self) -> int:
-        """Elements of the delivery."""
+        """Elements of the chunk."""
         return self.height * (self.right - self.left)
 
     def row_bytes(self, table: SlotTable) -> int:
@@ -100,13 +100,13 @@ def dtype_of(slot: Slot) -> torch.dtype:
     return getattr(torch, slot.dtype)
 
 
-def slot_view(memory: torch.Tensor, slot: Slot, delivery: Delivery | None = None) -> torch.Tensor:
-    """Return the view (height, width) of a slot, or of a delivery into it, in a vector of bytes."""
+def slot_view(memory: torch.Tensor, slot: Slot, chunk: TensorChunk | None = None) -> torch.Tensor:
+    """Return the view (height, width) of a slot, or of a chunk into it, in a vector of bytes."""
     dtype = dtype_of(slot)
     size = dtype.itemsize
     top, bottom, left, right = (
-        (delivery.top, delivery.bottom, delivery.left, delivery.right)
-        if delivery
+        (chunk.top, chunk.bottom, chunk.left, chunk.right)
+        if chunk
         else (0, slot.height, 0, slot.width)
     )
     start = (slot.offset + top * slot.pitch) // size + left
@@ -116,15 +116,19 @@ def slot_view(memory: torch.Tensor, slot: Slot, delivery: Delivery | None = None
 
 
 class ReceiverInfo(NamedTuple):
-    """An engine rank's table, and the address at which its transport receives."""
+    """What an engine rank publishes of its receiver.
+
+    Attributes:
+        table: the tensors that it needs.
+        address: where its transport receives."""
 
     table: SlotTable
     address: str = ""
 
 
 class Relay(NamedTuple):
-    """Another engine of the set as the source of deliveries: its rank at the same position got them
-    from trainer ranks and relays them."""
+    """Another engine of the set as the source of chunks: its equal rank got them from trainer ranks
+    and relays them."""
 
     member: int
 
@@ -132,11 +136,12 @@ class Relay(NamedTuple):
         return f"- (through engine {self.member} of the set)"
 
 
-PositionPlan = list[list[tuple[int, list[Delivery]]]]
-"""plan[member]: the pairs (sender, deliveries) that enter that engine's rank at one position."""
+EngineRankPlan = list[list[tuple[int, list[TensorChunk]]]]
+"""plan[member]: the pairs (trainer rank, chunks) of what one rank of that engine gets from trainer
+ranks."""
 
 
-class RankCall(msgspec.Struct, frozen=True, array_like=True):
+class RankBucketOp(msgspec.Struct, frozen=True, array_like=True):
     """A send or a receive of a round: bucket `number` of the `count` of a payload.
 
     Attributes:
@@ -154,42 +159,41 @@ class RankCall(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankRounds(msgspec.Struct, frozen=True):
-    """The part of an engine rank in a push over NCCL: (send, receive) of each of its rounds, at
-    first those in which weights enter it, then those in which they are relayed.
+    """The part of an engine rank in a push over NCCL: (send, receive) of each of its rounds.
 
     Attributes:
         rank: the rank in the set's communicator.
         num_ranks: the number of that communicator's ranks.
-        names: the ranks of its position that are in it, each "member/rank".
-        entering: the rounds in which weights enter this rank.
-        relayed: the rounds in which they are relayed."""
+        names: the equal ranks of all engines that are in it, each "member/engine rank".
+        scatter: the rounds in which trainer ranks send.
+        relay: the rounds in which engine ranks relay."""
 
     rank: int
     num_ranks: int
     names: list[str]
-    entering: list[tuple[RankCall | None, RankCall | None]]
-    relayed: list[tuple[RankCall | None, RankCall | None]]
+    scatter: list[tuple[RankBucketOp | None, RankBucketOp | None]]
+    relay: list[tuple[RankBucketOp | None, RankBucketOp | None]]
 
 
 class PublishedPlan(msgspec.Struct, frozen=True):
-    """What the ranks at a position do in a push.
+    """What equal ranks of a set's engines do in a push.
 
     Attributes:
-        entering: the deliveries from trainer ranks.
+        from_trainers: the chunks that each gets from trainer ranks.
         rounds: over NCCL, the rounds by member; None for a rank for which the trainer rank on its
             GPU receives."""
 
-    entering: PositionPlan
+    from_trainers: EngineRankPlan
     rounds: list[RankRounds | None] | None = None
 
 
-def deliveries_to(plan: PositionPlan, own: int) -> dict[int | Relay, list[Delivery]]:
-    """Return the deliveries to one member of a position: those that enter it, by sender, then those
-    that others relay to it."""
-    deliveries: dict[int | Relay, list[Delivery]] = dict(plan[own])
-    for member, senders in enumerate(plan):
-        entered = [delivery for _, sent in senders for delivery in sent]
-        if member != own and entered:
-            # By slot: all members list what enters one in the same order.
-            deliveries[Relay(member)] = sorted(entered, key=lambda delivery: delivery.slot)
-    return deliveries
+def chunks_to(plan: EngineRankPlan, member: int) -> dict[int | Relay, list[TensorChunk]]:
+    """Return the chunks to one member's rank by source: from trainer ranks, then those that other
+    members relay."""
+    chunks: dict[int | Relay, list[TensorChunk]] = dict(plan[member])
+    for other, senders in enumerate(plan):
+        relayed = [chunk for _, sent in senders for chunk in sent]
+        if other != member and relayed:
+            # By slot: all members list what one relays in the same order.
+            chunks[Relay(other)] = sorted(relayed, key=lambda chunk: chunk.slot)
+    return chunks

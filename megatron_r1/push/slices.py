@@ -14,7 +14,7 @@ from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.plan.tensors import Region
 
 Encoding = Literal["plain", "codes", "scales"]
-"""The form of a delivery's slice: its values, or the FP8 codes or scales of its blocks."""
+"""The form of a chunk's slice: its values, or the FP8 codes or scales of its blocks."""
 
 
 class ParameterSlice(NamedTuple):
@@ -58,7 +58,7 @@ class EncodedSlices:
     until they are read.
 
     Args:
-        slices: each delivery's values and their form.
+        slices: each chunk's values and their form.
         power_of_two: whether scales are rounded up to powers of two."""
 
     def __init__(
@@ -71,11 +71,11 @@ class EncodedSlices:
         """By the identity of a slice, which its codes and scales share."""
 
     def __getitem__(self, index: int) -> Tensor:
-        """Return the values (height, width) of one delivery, in the trainer's dtype if plain."""
+        """Return the values (height, width) of one chunk, in the trainer's dtype if plain."""
         source, encoding = self._slices[index]
         if encoding == "plain" and not source.is_merged:
             return source.values()
-        if self._last and self._last[0] == index:  # the next rows of the same delivery
+        if self._last and self._last[0] == index:  # the next rows of the same chunk
             return self._last[1]
         if encoding == "scales":
             scales = self._scales.pop(id(source), None)

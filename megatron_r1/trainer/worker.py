@@ -150,7 +150,7 @@ class Operations:
 
     def __init__(self, config: Config, position: GridPosition):
         # These import Megatron, which is possible only after platform.prepare().
-        from megatron_r1.push.sender import WeightPush
+        from megatron_r1.push.sender import PushWorker
         from megatron_r1.trainer import implementations
         from megatron_r1.trainer.folders import Folders
         from megatron_r1.trainer.probing import Probing
@@ -164,7 +164,7 @@ class Operations:
         if (routing := self.trainer.routing) is not None:
             self._scatter = RoutingScatter(self.replica, self.trainer.split, routing)
         self.implementations = implementations.in_use(self.trainer)
-        push = WeightPush(self.trainer.model_chunks, self.trainer.hf, config)
+        push = PushWorker(self.trainer.model_chunks, self.trainer.hf, config)
         self._methods = methods(self.trainer, Probing(self.trainer), Folders(self.trainer), push)
         self._types = argument_types()
 

@@ -29,7 +29,7 @@ from megatron_r1.engines.plugin.swap import KeptState
 from megatron_r1.models.hf_config import implied, resolve_aliases
 from megatron_r1.models.weights.stored import published as fp8
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.planner import Coordinate, PredictedLayout
+from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
 from megatron_r1.push.plan.tensors import pushed_tensors
 
 SIZES = {
@@ -100,7 +100,7 @@ def compare(hf: dict, is_fp8: bool, config, model) -> dict:
     scales = {name for name in recorded if fp8.is_scale(name)}
     predicted = {
         tensor.name: region.num_elements
-        for tensor, region in PredictedLayout(hf, EngineLayout()).needed(Coordinate(0, 0, 0))
+        for tensor, region in PredictedSharding(hf, EngineLayout()).regions_of(Coordinate(0, 0, 0))
     }
     wrong = [
         f"{name}: recorded {recorded.get(name)}, predicted {predicted.get(name)}"

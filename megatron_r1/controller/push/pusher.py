@@ -23,7 +23,7 @@ from megatron_r1.engines.fleet.placement import hosts_address
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, swap_calls
 from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineFault, NoWeights
 from megatron_r1.models import read_hf_config
-from megatron_r1.push.plan.adapters import pushed_adapters, served_adapter
+from megatron_r1.push.plan.adapters import engine_adapter, pushed_adapter_table
 from megatron_r1.push.plan.from_recipe import engine_layout
 from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.trainer.operations import ModelOperations
@@ -50,7 +50,7 @@ def create_pusher(
     elsewhere = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
     hf = read_hf_config(config.model.path)
-    adapters = pushed_adapters(config, hf)
+    adapters = pushed_adapter_table(config, hf)
     links = EngineLinks(
         trainer,
         push,
@@ -59,7 +59,7 @@ def create_pusher(
         # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
         store_host=hosts_address(config.rollout) if elsewhere else None,
         colocated=config.rollout.colocated,
-        adapter=served_adapter(config, hf),
+        adapter=engine_adapter(config, hf),
         notify=lambda line: fleet.members.notify(line),
     )
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)
@@ -71,8 +71,8 @@ def create_pusher(
 
 
 class WeightPusher:
-    """Call `open` and the first `push` in a block of `updating`; then each change of the trainer's
-    weights in another, with the `push` of the new ones at its end.
+    """Call `open` and the first `push` in a block of `weight_update`; then each change of the
+    trainer's weights in another, with the `push` of the new ones at its end.
 
     The fleet's `send_weights` is set to this pusher's: an engine that is replaced, or joins,
     receives the trainer's weights while those are the version that the other engines have.
@@ -96,7 +96,7 @@ class WeightPusher:
         if offloads:
             links.trainer.is_offloaded = lambda: fleet.engines_use_memory
         self._timeout_seconds = links.settings.timeout_seconds
-        self._settled = asyncio.Lock()
+        self._weights_lock = asyncio.Lock()
         """Held while the weights change, and while an engine joins."""
         self._push_number = 0
         self._policy_version: int | None = None
@@ -104,10 +104,10 @@ class WeightPusher:
         self._is_closed = False
 
     @contextlib.asynccontextmanager
-    async def updating(self) -> AsyncIterator[None]:
+    async def weight_update(self) -> AsyncIterator[None]:
         """Keep engines from joining while the block changes the trainer's weights and pushes them.
         After an error in the block the engines that wait for weights get none, as after `close`."""
-        async with self._settled:
+        async with self._weights_lock:
             self._policy_version = None
             try:
                 yield
@@ -121,7 +121,7 @@ class WeightPusher:
         Raises:
             EngineError: an engine that has not died cannot connect; its settings are wrong.
         """
-        assert self._settled.locked(), "it is called in a block of updating()"
+        assert self._weights_lock.locked(), "it is called in a block of weight_update()"
         await self.links.open()
         self.fleet.send_weights = self.send_weights
         with self.fleet.allow_silence(self.links.connect_seconds):
@@ -135,7 +135,7 @@ class WeightPusher:
         Raises:
             EngineError: the weights arrived damaged.
         """
-        assert self._settled.locked(), "it is called in a block of updating()"
+        assert self._weights_lock.locked(), "it is called in a block of weight_update()"
         start = time.perf_counter()
         self._push_number += 1
         with self.fleet.allow_silence(self.links.connect_seconds):
@@ -179,7 +179,7 @@ class WeightPusher:
             EngineError: the push to the engine fails.
             NoWeights: the trainer's ranks are gone.
         """
-        async with self._settled:
+        async with self._weights_lock:
             if self._is_closed:
                 raise NoWeights(f"{engine.name}: the trainer that had weights for it is gone")
             if self.offloads:
@@ -207,7 +207,7 @@ class WeightPusher:
         """Send to all engines, and again to those whose set fails for no fault of theirs."""
         waiting = self._engines_up
         while waiting:
-            with self.links.reporting_deaths():
+            with self.links.report_deaths():
                 waiting = await self.links.send(self._push_number, waiting, self._lose)
             waiting = [engine for engine in waiting if engine.is_up]
             await self._form_sets(waiting, self._lose)
@@ -245,7 +245,7 @@ class WeightPusher:
             async with raise_dead_after(engine, self._timeout_seconds):
                 await engine.client.sleep()
         # The others' last number: the pushes to an engine are numbered without gaps.
-        with self.links.reporting_deaths():
+        with self.links.report_deaths():
             await self.links.send(self._push_number, [engine], _raise_error)
         await self._offload_trainer()
         await self._swap_new(engine)

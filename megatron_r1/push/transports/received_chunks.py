@@ -1,4 +1,4 @@
-"""Which deliveries of a push are in an engine rank's memory, and whether they are correct."""
+"""Which chunks of a push an engine rank has received, and whether they are correct."""
 
 import threading
 import time
@@ -10,78 +10,78 @@ from typing import Any
 import torch
 
 from megatron_r1.push.checksum import RunningChecksum
-from megatron_r1.push.protocol import Delivery, SlotTable, slot_view
+from megatron_r1.push.protocol import SlotTable, TensorChunk, slot_view
 from megatron_r1.push.results import IncompletePush
 
 
-class Arrivals:
-    """Which deliveries of the current push are in the memory of one engine rank.
+class ReceivedChunks:
+    """Which chunks of the current push are in the memory of one engine rank.
 
-    Pushes are numbered from 1. A transport writes into `memory` and reports each delivery to
-    `delivery_arrived`, from any thread; the engine waits in `wait`.
+    Pushes are numbered from 1. A transport writes into `memory` and reports each chunk to
+    `chunk_received`, from any thread; the engine waits in `wait`.
 
     Args:
         table: the slots of this rank.
         memory: uint8, all receive buffers.
-        deliveries: the deliveries of each trainer rank or `Relay`, in its order, the same in every
+        chunks: the chunks of each trainer rank or `Relay`, in its order, the same in every
             push.
-        is_weighted: whether checksums are weighted sums (`RunningChecksum`).
+        uses_weighted_sum: whether checksums are weighted sums (`RunningChecksum`).
 
     Raises:
-        ValueError: where the deliveries do not cover the table
+        ValueError: where the chunks do not cover the table
     """
 
     def __init__(
         self,
         table: SlotTable,
         memory: torch.Tensor,
-        deliveries: Mapping[Any, Sequence[Delivery]],
-        is_weighted: bool = False,
+        chunks: Mapping[Any, Sequence[TensorChunk]],
+        uses_weighted_sum: bool = False,
     ):
-        self._is_weighted = is_weighted
-        check_coverage(table, chain.from_iterable(deliveries.values()))
-        self.table, self.memory, self.deliveries = table, memory, deliveries
+        self._uses_weighted_sum = uses_weighted_sum
+        check_coverage(table, chain.from_iterable(chunks.values()))
+        self.table, self.memory, self.chunks = table, memory, chunks
         self._arriving: dict[int, tuple[int, int, RunningChecksum]] = {}
-        """Push, index and checksum so far of the current delivery of each sender."""
-        self._push = dict.fromkeys(deliveries, 0)
-        self._num_arrived = dict.fromkeys(deliveries, 0)
-        """The push of each sender's last delivery, and how many of its deliveries of that push have
+        """Push, index and checksum so far of the current chunk of each source."""
+        self._push = dict.fromkeys(chunks, 0)
+        self._num_arrived = dict.fromkeys(chunks, 0)
+        """The push of each source's last chunk, and how many of its chunks of that push have
         arrived."""
         self.checksums: dict[tuple[Any, int], int] = {}
-        """The sender's checksum of the delivery that arrived last, by sender and index."""
+        """The source's checksum of the chunk that arrived last, by source and index."""
         self._loaded_checksums: dict[tuple[Any, int], int] = {}
-        """The checksums of the push that was taken for loading last, by sender and index."""
+        """The checksums of the push that was taken for loading last, by source and index."""
         self._damaged: dict[int, dict[str, None]] = {}
         """The damaged tensors of each push, as an ordered set."""
         self._failure: Exception | None = None
         self._changed = threading.Condition()
 
-    def rows_arrived(self, sender: Any, push: int, index: int, row: int) -> None:
-        """Report that the first rows of a delivery are in the memory.
+    def rows_received(self, source: Any, push: int, index: int, row: int) -> None:
+        """Report that the first rows of a chunk are in the memory.
 
         Args:
-            sender: the key of the sender in `deliveries`.
+            source: a key of `chunks`.
             push: the number of the push.
-            index: which of the sender's deliveries, from 0.
-            row: the number of rows, counted from the delivery's first."""
-        self._running_checksum(sender, push, index).update_to(row)
+            index: which of the source's chunks, from 0.
+            row: the number of rows, counted from the chunk's first."""
+        self._running_checksum(source, push, index).update_to(row)
 
-    def delivery_arrived(self, sender: Any, push: int, index: int, sent: int) -> None:
-        """Report that a delivery is in the memory.
+    def chunk_received(self, source: Any, push: int, index: int, sent: int) -> None:
+        """Report that a chunk is in the memory.
 
         Args:
-            sender: the trainer rank or `Relay` that has sent it.
+            source: the trainer rank or `Relay` that has sent it.
             push: the number of the push.
-            index: the delivery among the sender's.
-            sent: the sender's checksum."""
-        slot = self.deliveries[sender][index].slot
-        is_right = self._running_checksum(sender, push, index).digest() == sent
+            index: which of the source's chunks, from 0.
+            sent: the source's checksum."""
+        slot = self.chunks[source][index].slot
+        is_correct = self._running_checksum(source, push, index).digest() == sent
         with self._changed:
-            if not is_right:
-                name = f"{self.table.slots[slot].name} (from rank {sender})"
+            if not is_correct:
+                name = f"{self.table.slots[slot].name} (from rank {source})"
                 self._damaged.setdefault(push, {})[name] = None
-            self.checksums[sender, index] = sent
-            self._push[sender], self._num_arrived[sender] = push, index + 1
+            self.checksums[source, index] = sent
+            self._push[source], self._num_arrived[source] = push, index + 1
             self._changed.notify_all()
 
     def fail(self, error: Exception) -> None:
@@ -95,17 +95,17 @@ class Arrivals:
         """Whether a push failed; no later one is accepted."""
         return self._failure is not None
 
-    def wait(self, push: int, timeout_seconds: float, senders: Sequence[Any] | None = None) -> None:
-        """Wait until all of `push` has arrived, or all that `senders` send of it.
+    def wait(self, push: int, timeout_seconds: float, sources: Sequence[Any] | None = None) -> None:
+        """Wait until all of `push` has arrived, or all that `sources` send of it.
 
         Raises:
-            IncompletePush: the push broke off, or deliveries are late; it names their trainer
+            IncompletePush: the push broke off, or chunks are late; it names their trainer
                 ranks.
             ValueError: checksums differ; it names the tensors.
         """
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
-            while late := self._late_senders(push, senders):
+            while late := self._late_sources(push, sources):
                 left = deadline - time.monotonic()
                 if self._failure is not None:
                     raise IncompletePush(f"push {push} broke off: {self._failure}")
@@ -121,44 +121,44 @@ class Arrivals:
                 f"{_first_few(damaged)}"
             )
 
-    def take_changed(self) -> set[int]:
+    def pop_changed_slots(self) -> set[int]:
         """Return the slots whose values differ from those of the last push that was loaded; pushes
         that were refused do not count."""
         with self._changed:
             changed = {
-                self.deliveries[sender][index].slot
-                for (sender, index), checksum in self.checksums.items()
-                if self._loaded_checksums.get((sender, index), checksum) != checksum
+                self.chunks[source][index].slot
+                for (source, index), checksum in self.checksums.items()
+                if self._loaded_checksums.get((source, index), checksum) != checksum
             }
             self._loaded_checksums = dict(self.checksums)
         return changed
 
-    def _running_checksum(self, sender: Any, push: int, index: int) -> RunningChecksum:
-        arriving = self._arriving.get(sender)
+    def _running_checksum(self, source: Any, push: int, index: int) -> RunningChecksum:
+        arriving = self._arriving.get(source)
         if arriving is None or arriving[:2] != (push, index):
-            delivery = self.deliveries[sender][index]
+            chunk = self.chunks[source][index]
             buffer = self.table.buffer(self.memory, push)
-            values = slot_view(buffer, self.table.slots[delivery.slot], delivery)
-            arriving = (push, index, RunningChecksum(values, self._is_weighted))
-            self._arriving[sender] = arriving
+            values = slot_view(buffer, self.table.slots[chunk.slot], chunk)
+            arriving = (push, index, RunningChecksum(values, self._uses_weighted_sum))
+            self._arriving[source] = arriving
         return arriving[2]
 
-    def _late_senders(self, push: int, senders: Sequence[Any] | None) -> list[Any]:
+    def _late_sources(self, push: int, sources: Sequence[Any] | None) -> list[Any]:
         """Return those of the senders whose part of the push has not arrived."""
         return [
-            sender
-            for sender, deliveries in self.deliveries.items()
-            if (senders is None or sender in senders)
-            and (self._push[sender], self._num_arrived[sender]) < (push, len(deliveries))
+            source
+            for source, chunks in self.chunks.items()
+            if (sources is None or source in sources)
+            and (self._push[source], self._num_arrived[source]) < (push, len(chunks))
         ]
 
 
-def check_coverage(table: SlotTable, deliveries: Iterable[Delivery]) -> None:
-    """Raise ValueError, naming tensors, where the deliveries leave out elements of a slot or hold
+def check_coverage(table: SlotTable, chunks: Iterable[TensorChunk]) -> None:
+    """Raise ValueError, naming tensors, where the chunks leave out elements of a slot or hold
     some twice."""
     parts = defaultdict(list)
-    for delivery in deliveries:
-        parts[delivery.slot].append(delivery)
+    for chunk in chunks:
+        parts[chunk.slot].append(chunk)
     problems = []
     for index, slot in enumerate(table.slots):
         slot_parts = parts.get(index, [])
@@ -175,7 +175,7 @@ def _first_few(tensors: Sequence[str], count: int = 5) -> str:
     return ", ".join(tensors[:count]) + (", ..." if len(tensors) > count else "")
 
 
-def _overlap(parts: list[Delivery]) -> bool:
+def _overlap(parts: list[TensorChunk]) -> bool:
     return any(
         max(a.top, b.top) < min(a.bottom, b.bottom) and max(a.left, b.left) < min(a.right, b.right)
         for i, a in enumerate(parts)

@@ -125,7 +125,7 @@ def assert_received(world, expected):
 def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
     hf, grid, engine, transport, monkeypatch
 ):
-    monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)  # deliveries are cut
+    monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)  # chunks are cut
     check_blocks(hf, engine, tensor=grid.tensor, expert_tensor=grid.expert_tensor)
     first, second = draw(hf, 1), draw(hf, 2)
     world = World(hf, grid, engine, first, transport=transport)

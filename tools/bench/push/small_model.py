@@ -7,7 +7,7 @@ import torch
 from megatron_r1.models.weights.layout import Shard, layout_of, stage_shards
 from megatron_r1.models.weights.table import Table, table
 from megatron_r1.push.plan import TrainerGrid
-from megatron_r1.push.plan.planner import Coordinate, PredictedLayout
+from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
 from megatron_r1.push.protocol import Slot, SlotTable
 
 SHAPE = {
@@ -73,10 +73,10 @@ def held_by(
     return held
 
 
-def slot_table(needs: PredictedLayout, coordinate: Coordinate) -> SlotTable:
+def slot_table(needs: PredictedSharding, coordinate: Coordinate) -> SlotTable:
     """Return the table of an engine rank's tensors in bfloat16, one after another."""
     slots, end = [], 0
-    for tensor, at in needs.needed(coordinate):
+    for tensor, at in needs.regions_of(coordinate):
         pitch = 2 * (at.right - at.left)
         corners = at.top, at.bottom, at.left, at.right
         slots.append(Slot(tensor.name, *corners, end, pitch, "bfloat16"))

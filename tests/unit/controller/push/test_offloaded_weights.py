@@ -101,7 +101,7 @@ def offloading(trainer, fleet):
 
 async def pushed(pusher, fleet):
     await fleet.sleep()
-    async with pusher.updating():
+    async with pusher.weight_update():
         await pusher.open()
         del fleet.done[:]
         await pusher.push(1)
