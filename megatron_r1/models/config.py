@@ -21,7 +21,7 @@ from megatron_r1.config.model import Fusion
 from megatron_r1.models import fp8_transformer_engine, platform
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.pipeline_stages import pipeline_stages, uneven_layout
-from megatron_r1.models.supported import check_divisions, check_exchange_overlap, own_fields
+from megatron_r1.models.supported import check_divisions, check_exchange_overlap, model_fields
 
 FIELDS = {
     "gradient_accumulation": "gradient_accumulation_fusion",
@@ -149,7 +149,7 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
         UserError: for a configuration this stack would compute wrongly, for sizes that do not
             divide, and for FP8, fusions and kernels that this machine cannot run.
     """
-    fields, parallel = own_fields(hf), config.parallel
+    fields, parallel = model_fields(hf), config.parallel
     if config.model.mtp == "none":
         fields["mtp_num_layers"] = None
     has_experts = bool(fields.get("num_moe_experts"))

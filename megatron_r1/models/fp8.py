@@ -135,7 +135,12 @@ _EXPONENT_BITS = 0x7F800000
 def fp8_linear(x: Tensor, weight: Tensor, recipe: FP8Recipe) -> Tensor:
     """Return x (..., in) · weight (out, in) transposed, (..., out) in x's dtype, by FP8 products.
 
-    The gradients have x's and weight's dtypes; sums are fp32, rounded once."""
+    The gradients have x's and weight's dtypes; sums are fp32, rounded once.
+
+    Args:
+        x: (..., in), any float dtype.
+        weight: (out, in), any float dtype.
+        recipe: tiles and formats."""
     return _Product.apply(x, weight, recipe)
 
 

@@ -41,7 +41,12 @@ def transformer_engine_fields(fp8: FP8Config) -> dict[str, Any]:
 
 def check_device(fp8: FP8Config, capability: tuple[int, int], cuda: tuple[int, ...]) -> None:
     """Raise UserError for a GPU or CUDA that Transformer Engine would refuse at the first product
-    (transformer_engine/pytorch/quantization.py), and for scales that it lacks there."""
+    (transformer_engine/pytorch/quantization.py), and for scales that it lacks there.
+
+    Args:
+        fp8: the recipe's section.
+        capability: (major, minor) compute capability of the GPU.
+        cuda: the version of CUDA that torch was built with."""
     device = f"this GPU has compute capability {capability[0]}.{capability[1]}"
     if fp8.recipe == "blockwise" and (capability < (9, 0) or cuda < (12, 9)):
         raise UserError(

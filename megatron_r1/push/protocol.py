@@ -67,8 +67,15 @@ class SlotTable(msgspec.Struct, frozen=True):
 
 
 class TensorChunk(msgspec.Struct, frozen=True, array_like=True):
-    """Rows [top, bottom) and columns [left, right), counted from the slot's own corner, of
-    `table.slots[slot]`."""
+    """The part of a slot that one trainer rank sends: rows [top, bottom) and columns [left, right),
+    counted from the slot's own corner.
+
+    Attributes:
+        slot: index into `SlotTable.slots`.
+        top: the first row.
+        bottom: the row after the last one.
+        left: the first column.
+        right: the column after the last one."""
 
     slot: int
     top: int
@@ -101,7 +108,12 @@ def dtype_of(slot: Slot) -> torch.dtype:
 
 
 def slot_view(memory: torch.Tensor, slot: Slot, chunk: TensorChunk | None = None) -> torch.Tensor:
-    """Return the view (height, width) of a slot, or of a chunk into it, in a vector of bytes."""
+    """Return the view (height, width) of a slot, or of a chunk of it, in the slot's dtype.
+
+    Args:
+        memory: uint8, a receive buffer.
+        slot: the slot.
+        chunk: which part of it; None: all."""
     dtype = dtype_of(slot)
     size = dtype.itemsize
     top, bottom, left, right = (
@@ -128,7 +140,10 @@ class ReceiverInfo(NamedTuple):
 
 class Relay(NamedTuple):
     """Another engine of the set as the source of chunks: its equal rank got them from trainer ranks
-    and relays them."""
+    and relays them.
+
+    Attributes:
+        member: that engine, by its number in the set."""
 
     member: int
 

@@ -233,7 +233,12 @@ class EngineRendezvous(Rendezvous):
         self.set_store.set(f"begun/{number}", "0")
 
     def publish_memory(self, rank: int, number: int, addresses: list[str]) -> None:
-        """Publish where the trainer rank on this rank's GPU is to write a push."""
+        """Publish where the trainer rank on this rank's GPU is to write a push.
+
+        Args:
+            rank: this rank within the engine.
+            number: the push, by its number in the set.
+            addresses: handles of the receive buffer and of the checksums (`export_ipc_handle`)."""
         _write(self.engine_store, f"memory/{rank}/{number}", addresses)
 
     def publish_complete(self, push: int) -> None:

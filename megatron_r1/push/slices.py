@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from megatron_r1.models.weights.local import merged
+from megatron_r1.models.weights.local import merge_adapter
 from megatron_r1.models.weights.stored.quantized_blocks import quantize_fp8
 from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.plan.tensors import Region
@@ -18,7 +18,12 @@ Encoding = Literal["plain", "codes", "scales"]
 
 
 class ParameterSlice(NamedTuple):
-    """The `region` of an HF tensor inside a parameter that holds `piece` of that tensor."""
+    """A region of an HF tensor inside a parameter of this rank.
+
+    Attributes:
+        parameter: the Megatron parameter.
+        piece: what the parameter holds of the HF tensor.
+        region: rows and columns of the HF tensor."""
 
     parameter: Tensor
     piece: Piece
@@ -44,7 +49,7 @@ class ParameterSlice(NamedTuple):
         rows = slice(region.top + down, region.bottom + down)
         columns = slice(region.left + right, region.right + right)
         if self.is_merged:
-            return merged(self.parameter, rows, columns)
+            return merge_adapter(self.parameter, rows, columns)
         matrix = self.parameter.detach()
         return (matrix if matrix.dim() > 1 else matrix[:, None])[rows, columns]
 

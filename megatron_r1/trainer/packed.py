@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.context_parallel import held_positions, sample_order
-from megatron_r1.models.packed_params import PackedParams, with_positions
+from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
+from megatron_r1.models.packed_params import PackedParams, mark_positions
 from megatron_r1.models.platform import to_device
-from megatron_r1.models.prefixes import with_prefixes
+from megatron_r1.models.prefixes import mark_prefixes
 from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.trainer.batch import PackedBatch
@@ -71,16 +71,16 @@ def packed_batch(
     attention_cu_seqlens = on_device(cu_seqlens.int())
     position = torch.arange(total) - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     if placement.continued is not None:
-        with_prefixes(attention_cu_seqlens, placement.continued)
-        position += placement.continued.first.repeat_interleave(cu_seqlens.diff())
-    held = held_positions(cu_seqlens, *split.of_context)
+        mark_prefixes(attention_cu_seqlens, placement.continued)
+        position += placement.continued.start.repeat_interleave(cu_seqlens.diff())
+    held = positions_of_rank(cu_seqlens, *split.of_context)
     # The inverse of `held`, -1 for positions on other context ranks.
     here = torch.full((total,), -1).index_copy(0, held, torch.arange(len(held)))
     ends = [at + len(sample) - 1 for at, sample in zip(placement.starts, samples, strict=True)]
     values = _response_values(samples, placement)
     is_response, advantages, rollout_logprobs, teacher, weights = (whole[held] for whole in values)
     positions = on_device(position[held])
-    with_positions(attention_cu_seqlens, positions)
+    mark_positions(attention_cu_seqlens, positions)
     params = _packed_seq_params(attention_cu_seqlens, split, int(position.max()) + 1)
     if num_predicted:
         following, rows = _predicted(cu_seqlens, values[0], held, split, num_predicted)
@@ -126,7 +126,7 @@ def _predicted(
         ahead = ahead[following] & (following >= 0)
         rows.append(ahead[held].nonzero()[:, 0])
     # Where each position is when the context ranks' parts are gathered rank after rank.
-    gathered = sample_order(cu_seqlens, split.context_size)
+    gathered = gathered_order(cu_seqlens, split.context_size)
     here = following[held]
     return torch.where(here >= 0, gathered[here], -1), rows
 

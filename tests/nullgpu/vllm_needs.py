@@ -26,7 +26,7 @@ from megatron_r1.engines.plugin import register, swap
 from megatron_r1.engines.plugin.loader_copies import record
 from megatron_r1.engines.plugin.memory_layout import lay_out
 from megatron_r1.engines.plugin.swap import KeptState
-from megatron_r1.models.hf_config import implied, resolve_aliases
+from megatron_r1.models.hf_config import implied_settings, resolve_aliases
 from megatron_r1.models.weights.stored import published as fp8
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
@@ -80,7 +80,7 @@ def engine_config(folder: Path, hf: dict, is_fp8: bool):
     (folder / "config.json").write_text(json.dumps(hf | quantized))
     # What an engine is given where config.json leaves it to the architecture.
     arguments = {
-        "hf_overrides": implied(hf),
+        "hf_overrides": implied_settings(hf),
         "skip_tokenizer_init": True,
         "load_format": "dummy",
         "enforce_eager": True,

@@ -68,7 +68,9 @@ def test_each_slice_enters_one_engine_and_both_have_all(loop, models, fleet, pus
     assert sizes(pusher) == [2]
     (one,) = pusher.trainer.sender._sets.values()
     need = {
-        link.sender.rank: sum(slot.height * slot.width * 4 for slot in link.sender.table.slots)
+        link.sender.engine_rank: sum(
+            slot.height * slot.width * 4 for slot in link.sender.table.slots
+        )
         for link in one.links
     }
     assert one.num_bytes == sum(need.values())

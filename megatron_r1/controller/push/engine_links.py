@@ -162,10 +162,15 @@ class EngineLinks:
                     on_lost(left[0], EngineError(f"{left[0].name}: {problem}"))
 
     async def send(self, push: int, engines: Sequence[Engine], on_lost: OnLost) -> list[Engine]:
-        """Send push number `push` to the sets of these engines.
+        """Send a push to the sets of these engines.
 
         Engines at fault are lost. Returns the other engines of the sets that failed: they have not
         got all of the push, and are in no set any more.
+
+        Args:
+            push: the number of the push.
+            engines: the engines, with which all others of their sets get it.
+            on_lost: called with each engine at fault and the error.
 
         Raises:
             EngineError: a push arrived damaged.

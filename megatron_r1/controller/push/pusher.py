@@ -294,6 +294,11 @@ class Prober:
     ) -> dict[str, float]:
         """Sample from each engine and return the largest mean difference, "push/probe_diff".
 
+        Args:
+            push: the number of the push.
+            engines: the engines that have loaded it.
+            on_lost: called with an engine that does not answer, and the error.
+
         Raises:
             EngineError: the difference exceeds the tolerance.
         """

@@ -14,7 +14,7 @@ import psutil
 from megatron_r1.base.processes import memory
 from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 from megatron_r1.engines.server.vllm_arguments import argument_list
-from megatron_r1.models.hf_config import implied
+from megatron_r1.models.hf_config import implied_settings
 
 MODULE = "megatron_r1.engines.plugin.serve"
 """What an engine's process runs."""
@@ -215,7 +215,7 @@ def config_arguments(hf: dict, overrides: Mapping[str, Any] | None) -> list[str]
         hf: the model's `config.json`.
         overrides: keys in place of those of `hf`.
     """
-    if not (changes := {**implied(hf), **(overrides or {})}):
+    if not (changes := {**implied_settings(hf), **(overrides or {})}):
         return []
     return ["--hf-overrides", json.dumps(changes)]
 

@@ -23,7 +23,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of a Hugging Face checkpoint: its name (relative to its layer) and full shape."""
+    """One tensor of a Hugging Face checkpoint.
+
+    Attributes:
+        name: its name, relative to its layer.
+        shape: its full shape."""
 
     name: str
     shape: Shape
@@ -34,7 +38,14 @@ class Piece:
     """A piece of an HF tensor: `length` rows (dim 0) or columns (dim 1), and their offset on a
     rank.
 
-    hf[name].narrow(dim, hf_start, length) equals parameter.narrow(dim, local_start, length)."""
+    hf[name].narrow(dim, hf_start, length) equals parameter.narrow(dim, local_start, length).
+
+    Attributes:
+        hf_name: name of the HF tensor.
+        dim: 0 for rows, 1 for columns.
+        hf_start: the first row or column in the HF tensor.
+        local_start: the first one in this rank's parameter.
+        length: the number of rows or columns."""
 
     hf_name: str
     dim: int
@@ -137,14 +148,26 @@ def _gated(
     ]
 
 
-def whole(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
-    """Return shape and pieces of a replicated tensor: every rank holds it whole."""
+def replicated(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
+    """Return shape and pieces of a replicated tensor: every rank holds it whole.
+
+    Args:
+        sources: the Hugging Face tensor, one.
+        rank: not used; an argument of every `Split`.
+        num_ranks: not used, likewise."""
     (source,) = sources
     return source.shape, [Piece(source.name, 0, 0, 0, source.shape[0])]
 
 
-def stacked(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
-    """Return shape and pieces of replicated tensors, one below the other."""
+def replicated_stack(
+    sources: tuple[Source, ...], rank: int, num_ranks: int
+) -> tuple[Shape, list[Piece]]:
+    """Return shape and pieces of replicated tensors, one below the other.
+
+    Args:
+        sources: the Hugging Face tensors, concatenated in this order.
+        rank: not used; an argument of every `Split`.
+        num_ranks: not used, likewise."""
     return column_parallel(sources, 0, 1)
 
 
@@ -204,7 +227,10 @@ def vocab_parallel(
 class QueryGroups:
     """Grouped-query attention: [queries; key; value] of each group. Ranks hold whole groups or,
     where there are more ranks than groups, equal runs of rows, whose products Megatron gathers
-    (attention.py:1398, Megatron-Core 0.16.1)."""
+    (attention.py:1398, Megatron-Core 0.16.1).
+
+    Attributes:
+        num_groups: the number of key and value heads."""
 
     num_groups: int
 
@@ -238,10 +264,10 @@ class QueryGroups:
                 cause=Cause.INDIVISIBLE,
             )
         num_rows = height // num_ranks
-        return (num_rows, *width), list(rows_of(pieces, rank * num_rows, num_rows))
+        return (num_rows, *width), list(pieces_of_rows(pieces, rank * num_rows, num_rows))
 
 
-def rows_of(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]:
+def pieces_of_rows(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]:
     """Yield the parts of `pieces` (dim 0) within rows [start, start + length) of their parameter,
     placed in a parameter that has these rows only.
 
@@ -306,11 +332,11 @@ def table(hf: dict) -> Table:
     embedding = "embedding.word_embeddings"
     last = weight("output_layer", head, (vocab, hidden), vocab_parallel)
     if has_score_head(hf):
-        last = weight("score", "score", (1, hidden), whole)
+        last = weight("score", "score", (1, hidden), replicated)
     return Table(
         embedding=[weight(embedding, "model.embed_tokens", (vocab, hidden), vocab_parallel)],
         layers=layers,
-        final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
+        final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), replicated)],
         head=[last],
         # An MTP layer has the structure of the last decoder layer.
         mtp=[_mtp(hf, layers[-1])] * num_mtp,
@@ -335,10 +361,12 @@ def _grouped_query(hf: dict) -> list[Rule]:
     norms = ("q", "k") if has_qk_norm(hf) else ()
     family, sinks = model_family(hf), (Source("self_attn.sinks", (heads,)),)
     return [
-        weight("input_layernorm", "input_layernorm", (hidden,), whole, f"{qkv}.layer_norm_weight"),
+        weight(
+            "input_layernorm", "input_layernorm", (hidden,), replicated, f"{qkv}.layer_norm_weight"
+        ),
         Rule(f"{qkv}.weight", weights, split),
         *([Rule(f"{qkv}.bias", biases, split)] if has_qkv_bias(hf) else []),
-        *(weight(f"{m}{x}_layernorm", f"self_attn.{x}_norm", (size,), whole) for x in norms),
+        *(weight(f"{m}{x}_layernorm", f"self_attn.{x}_norm", (size,), replicated) for x in norms),
         weight(f"{m}linear_proj", "self_attn.o_proj", (hidden, heads * size), row_parallel),
         *([_bias(f"{m}linear_proj", "self_attn.o_proj", hidden)] if family.biases else []),
         *(
@@ -351,7 +379,7 @@ def _grouped_query(hf: dict) -> list[Rule]:
 
 def _bias(megatron: str, name: str, size: int, te: str | None = None) -> Rule:
     """Return the rule of a bias that every rank holds whole; names as for `weight`."""
-    return Rule(f"{megatron}.bias", (Source(f"{name}.bias", (size,)),), whole, te)
+    return Rule(f"{megatron}.bias", (Source(f"{name}.bias", (size,)),), replicated, te)
 
 
 def _latent(hf: dict) -> list[Rule]:
@@ -364,18 +392,18 @@ def _latent(hf: dict) -> list[Rule]:
     q_norm, kv_norm = (f"{m}linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv"))
     if rank := hf.get("q_lora_rank"):
         query = [
-            weight(m + "linear_q_down_proj", h + "q_a_proj", (rank, hidden), whole),
-            weight(m + "q_layernorm", h + "q_a_layernorm", (rank,), whole, q_norm),
+            weight(m + "linear_q_down_proj", h + "q_a_proj", (rank, hidden), replicated),
+            weight(m + "q_layernorm", h + "q_a_layernorm", (rank,), replicated, q_norm),
             weight(m + "linear_q_up_proj", h + "q_b_proj", (query_height, rank), column_parallel),
         ]
     else:
         query = [weight(m + "linear_q_proj", h + "q_proj", (query_height, hidden), column_parallel)]
     down = (latent + rope, hidden)
     return [
-        weight("input_layernorm", "input_layernorm", (hidden,), whole),
+        weight("input_layernorm", "input_layernorm", (hidden,), replicated),
         *query,
-        weight(m + "linear_kv_down_proj", h + "kv_a_proj_with_mqa", down, whole),
-        weight(m + "kv_layernorm", h + "kv_a_layernorm", (latent,), whole, kv_norm),
+        weight(m + "linear_kv_down_proj", h + "kv_a_proj_with_mqa", down, replicated),
+        weight(m + "kv_layernorm", h + "kv_a_layernorm", (latent,), replicated, kv_norm),
         weight(m + "linear_kv_up_proj", h + "kv_b_proj", (kv_height, latent), column_parallel),
         weight(m + "linear_proj", h + "o_proj", (hidden, heads * value), row_parallel),
     ]
@@ -385,7 +413,7 @@ def _dense_mlp(hf: dict) -> list[Rule]:
     """Return the rules of a SwiGLU and the norm before it."""
     hidden, norm = hf["hidden_size"], "mlp.linear_fc1.layer_norm_weight"
     return [
-        weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole, norm),
+        weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), replicated, norm),
         *_gated("mlp", "mlp", hidden, hf["intermediate_size"]),
     ]
 
@@ -401,9 +429,9 @@ def _experts(hf: dict) -> list[Rule]:
         "mlp.router" if family.stacked else "mlp.gate",
     )
     return [
-        weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole),
-        weight("mlp.router", router, (experts, hidden), whole),
-        *([Rule("mlp.router.expert_bias", bias, whole, dtype="float32")] if has_bias else []),
+        weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), replicated),
+        weight("mlp.router", router, (experts, hidden), replicated),
+        *([Rule("mlp.router.expert_bias", bias, replicated, dtype="float32")] if has_bias else []),
         *_gated(local, "mlp.experts.{e}", hidden, inner, grouped),
         *(_expert_biases(hf, local, router) if family.biases else []),
         *(_gated(shared, shared, hidden, inner * num_shared) if num_shared else []),
@@ -424,9 +452,9 @@ def _expert_biases(hf: dict, local: str, router: str) -> list[Rule]:
 def _mtp(hf: dict, decoder_layer: list[Rule]) -> list[Rule]:
     hidden, inner = hf["hidden_size"], "transformer_layer."
     return [
-        weight("enorm", "enorm", (hidden,), whole),
-        weight("hnorm", "hnorm", (hidden,), whole),
+        weight("enorm", "enorm", (hidden,), replicated),
+        weight("hnorm", "hnorm", (hidden,), replicated),
         weight("eh_proj", "eh_proj", (hidden, 2 * hidden), column_parallel),
         *(replace(r, megatron=inner + r.megatron, te=r.te and inner + r.te) for r in decoder_layer),
-        weight("final_layernorm", "shared_head.norm", (hidden,), whole),
+        weight("final_layernorm", "shared_head.norm", (hidden,), replicated),
     ]

@@ -82,7 +82,16 @@ RegionsByReplicas = dict[range, list[TensorRegion]]
 
 class _RegionGroup(NamedTuple):
     """Regions that come from one trainer rank: any of `replicas`, which all hold them. They go to
-    rank `engine_rank` of engine number `member` of every set of `num_engines` engines."""
+    rank `engine_rank` of engine number `member` of every set of `num_engines` engines.
+
+    Attributes:
+        num_bytes: bytes of the regions on the wire.
+        member: the engine, by its number in a set.
+        engine_rank: the rank within the engine.
+        replicas: trainer ranks, each of which holds all regions.
+        num_engines: the size of the sets that the group is planned for.
+        is_small: whether it should come from a trainer rank that sends to the engine rank anyway.
+        regions: the regions."""
 
     num_bytes: int
     member: int
@@ -104,7 +113,12 @@ def colocated_trainer_ranks(
     sets: Sequence[range], ranks_per_engine: int, world_size: int
 ) -> dict[EngineRankId, int]:
     """Return the trainer rank on each engine rank's GPU, where engine ranks are on the trainer
-    ranks' GPUs in order."""
+    ranks' GPUs in order.
+
+    Args:
+        sets: engines of each set, by number.
+        ranks_per_engine: the ranks of an engine.
+        world_size: the trainer ranks."""
     trainer_rank_of = {
         (index, member, engine_rank): engine * ranks_per_engine + engine_rank
         for index, engines in enumerate(sets)

@@ -11,7 +11,7 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.stored.published import BLOCK, is_quantized
-from megatron_r1.models.weights.table import table, whole
+from megatron_r1.models.weights.table import replicated, table
 from megatron_r1.push.plan.adapters import (
     PredictedAdapterSharding,
     check_adapter_push,
@@ -220,7 +220,7 @@ def _trainer_regions(
     """Yield every region of a quantized tensor that a trainer rank holds, of one expert only."""
     rules = table(hf)
     for item in checkpoint_tensors(rules, {"layers"}, range(len(rules.layers)), (0,)):
-        if not is_quantized(item.name) or item.rule.split is whole:
+        if not is_quantized(item.name) or item.rule.split is replicated:
             continue
         source = item.rule.sources[item.source]
         ranks = tensor if item.expert is None else expert_tensor

@@ -32,11 +32,11 @@ from megatron_r1.models.weights.table import (
     Shape,
     Table,
     column_parallel,
+    replicated,
+    replicated_stack,
     row_parallel,
-    stacked,
     table,
     vocab_parallel,
-    whole,
 )
 from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
 
@@ -46,7 +46,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainerGrid:
-    """Sizes of the trainer's parallel axes over `world_size` ranks."""
+    """Sizes of the trainer's parallel axes, named as in the recipe's section `parallel`.
+
+    Attributes:
+        world_size: all trainer ranks.
+        tensor: tensor-parallel ranks of dense parameters.
+        pipeline: pipeline ranks.
+        context: context-parallel ranks.
+        expert: expert-parallel ranks.
+        expert_tensor: tensor-parallel ranks of an expert."""
 
     world_size: int
     tensor: int = 1
@@ -104,7 +112,12 @@ class TrainerGrid:
 
 
 class Coordinate(NamedTuple):
-    """The indices of a rank on the parallel axes of its engine."""
+    """The indices of a rank on the parallel axes of its engine.
+
+    Attributes:
+        pipeline: the pipeline stage.
+        data: the data-parallel rank.
+        tensor: the tensor-parallel rank."""
 
     pipeline: int
     data: int
@@ -233,10 +246,14 @@ class PredictedSharding:
         """Return the region of `tensor` that the rank at `coordinate` needs, or None."""
         rule, shape = tensor.rule, tensor.shape
         rank, num_ranks = coordinate.tensor, self.layout.tensor
-        if rule.split is whole and tensor.expert is not None and not self.layout.expert_parallel:
+        if (
+            rule.split is replicated
+            and tensor.expert is not None
+            and not self.layout.expert_parallel
+        ):
             # The bias behind an expert's sum over ranks: the first of them adds it.
             return None if coordinate.data or coordinate.tensor else Region.full(shape)
-        if rule.split is whole or tensor.name.endswith(DRAFTER_REPLICATED):
+        if rule.split is replicated or tensor.name.endswith(DRAFTER_REPLICATED):
             return Region.full(shape)
         if self.replicates_shared_experts and SHARED_EXPERTS in tensor.name:
             return Region.full(shape)
@@ -378,7 +395,7 @@ class Planner:
     def _held_regions(self, item: HFTensor, stage: int) -> Iterator[tuple[Region, range]]:
         """Yield the parts of a tensor, each with the trainer ranks that hold it."""
         grid, rule = self.grid, item.rule
-        if rule.split in (whole, stacked) and item.expert is None:
+        if rule.split in (replicated, replicated_stack) and item.expert is None:
             yield Region.full(item.shape), grid.unsplit_replicas(stage)
             return
         ranks = grid.tensor if item.expert is None else grid.expert_tensor

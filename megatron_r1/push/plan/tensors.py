@@ -42,7 +42,13 @@ class HFTensor:
 
 @dataclass(frozen=True, order=True)
 class Region:
-    """Rows [top, bottom) and columns [left, right) of one HF tensor; a vector is one column."""
+    """Rows [top, bottom) and columns [left, right) of one HF tensor; a vector is one column.
+
+    Attributes:
+        top: the first row.
+        bottom: the row after the last one.
+        left: the first column.
+        right: the column after the last one."""
 
     top: int
     bottom: int
@@ -138,7 +144,12 @@ def plain_bytes(dtype: str) -> CountBytes:
 
 
 def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> int:
-    """Count projections as float8 with an fp32 scale per 128 x 128 block, the rest in bf16."""
+    """Count projections as float8 with an fp32 scale per 128 x 128 block, the rest in bf16.
+
+    Args:
+        name: the HF tensor's name.
+        own_dtype: its own dtype; None: the model's.
+        region: the rows and columns that are counted."""
     if not is_quantized(name):
         return region.num_elements * _WIDTH[own_dtype or "bfloat16"]
     height, width = region.bottom - region.top, region.right - region.left

@@ -55,7 +55,11 @@ class NCCLConfig(ctypes.Structure):
 
 
 class DeviceMemory(NamedTuple):
-    """`num_bytes` bytes of device memory at `address`."""
+    """Bytes of device memory.
+
+    Attributes:
+        address: the address of the first byte.
+        num_bytes: the number of bytes."""
 
     address: int
     num_bytes: int

@@ -112,8 +112,12 @@ class SlicesPayload(Payload):
         self._sums: list[torch.Tensor] = []
 
     def pack(self, start: int, end: int, target: torch.Tensor) -> None:
-        """Write bytes `start` to `end` of the payload to `target`, and add them to the
-        checksums."""
+        """Write bytes of the payload to a tensor, and add them to the checksums.
+
+        Args:
+            start: the first byte.
+            end: the byte after the last.
+            target: (end - start,) uint8."""
         packed = []
         for run in self.runs(start, end):
             dtype = dtype_of(self.table.slots[self.chunks[run.number].slot])
@@ -166,14 +170,24 @@ class BufferPayload(Payload):
         return self._sums[0] if len(self._sums) == 1 else torch.cat(list(self._sums))
 
     def pack(self, start: int, end: int, target: torch.Tensor) -> None:
-        """Copy bytes `start` to `end` of the payload to `target`."""
+        """Copy bytes of the payload to a tensor.
+
+        Args:
+            start: the first byte.
+            end: the byte after the last.
+            target: (end - start,) uint8."""
         done = 0
         for view in self._views(start, end):
             _copy(target[done : done + view.numel()].view(view.shape), view)
             done += view.numel()
 
     def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
-        """Copy `source` to bytes `start` to `end` of the payload."""
+        """Copy a tensor to bytes of the payload.
+
+        Args:
+            start: the first byte.
+            end: the byte after the last.
+            source: (end - start,) uint8."""
         done = 0
         for view in self._views(start, end):
             _copy(view, source[done : done + view.numel()].view(view.shape))

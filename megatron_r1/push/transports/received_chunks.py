@@ -96,7 +96,12 @@ class ReceivedChunks:
         return self._failure is not None
 
     def wait(self, push: int, timeout_seconds: float, sources: Sequence[Any] | None = None) -> None:
-        """Wait until all of `push` has arrived, or all that `sources` send of it.
+        """Wait until all of a push has arrived.
+
+        Args:
+            push: the number of the push.
+            timeout_seconds: the time limit.
+            sources: the sources whose chunks are waited for, default all.
 
         Raises:
             IncompletePush: the push broke off, or chunks are late; it names their trainer

@@ -30,7 +30,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync
 from megatron_r1.base.processes import diagnosis
 from megatron_r1.models.platform import from_rank_zero
-from megatron_r1.models.weights.writing import on_first_rank
+from megatron_r1.models.weights.writing import run_on_rank_zero
 from megatron_r1.trainer.checkpoints import finding
 from megatron_r1.trainer.checkpoints.finding import STATE_FILE, FileEntry, unfinished_path
 from megatron_r1.trainer.checkpoints.staging import (
@@ -110,7 +110,7 @@ class CheckpointWriter:
             # All ranks, over gloo: a group of its own, because the training threads use the others.
             self._group = dist.new_group(backend="gloo", timeout=self._slowest)
         partial = unfinished_path(folder)
-        on_first_rank(lambda: _make_empty(partial, folder), self._group)
+        run_on_rank_zero(lambda: _make_empty(partial, folder), self._group)
         try:
             staged = stage(make_tree(self._memory), partial, self._memory, self._data_group)
         except OSError as error:

@@ -112,7 +112,7 @@ def test_equal_engines_share_one_table():
 def test_a_trainer_rank_that_sends_nothing_is_named(make_world, transport):
     world = make_world(transport, SLOTS, BY_TWO)
     world.send(1, senders=[0])[0].join()
-    world.receiver.received_chunks.wait(1, PATIENT, senders=[0])
+    world.receiver.received_chunks.wait(1, PATIENT, sources=[0])
     with raised(IncompletePush, PushIncomplete.KIND, "trainer ranks 1 "):
         world.receiver.received_chunks.wait(1, 0.1)
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_r1.models.weights.layout import Shard, layout_of, stage_shards
+from megatron_r1.models.weights.layout import Shard, layout_from_rules, stage_shards
 from megatron_r1.models.weights.table import Table, table
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
@@ -64,7 +64,7 @@ def held_by(
         "etp": (at.expert_tensor, grid.expert_tensor),
     }
     held: dict[str, list] = {}
-    for entry in layout_of(rules or table(hf), Shard(**{**vars(chunk), **axes})).values():
+    for entry in layout_from_rules(rules or table(hf), Shard(**{**vars(chunk), **axes})).values():
         parameter = torch.zeros(entry.shape, dtype=torch.bfloat16)
         for piece in entry.pieces:
             part = tensors[piece.hf_name].narrow(piece.dim, piece.hf_start, piece.length)

@@ -102,7 +102,7 @@ class StackedPart:
     first: int
     step: int
 
-    def of(self, stored: Any) -> Any:
+    def select(self, stored: Any) -> Any:
         """Return the expert's torch tensor, or some of its rows, as a view of `stored`.
 
         Args:
@@ -110,7 +110,7 @@ class StackedPart:
         own = stored[..., self.first :: self.step]
         return own.T if own.dim() == 2 else own
 
-    def box(self, shape: Shape, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
+    def stored_box(self, shape: Shape, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
         """Return (starts, sizes) of the rectangle of stored[expert] that holds `length` rows (dim
         0) or columns (dim 1) of the expert's tensor, from `start`.
 
@@ -126,7 +126,7 @@ class StackedPart:
             starts[0], sizes[0] = start, length
         return tuple(starts), tuple(sizes)
 
-    def whole(self, shape: Shape, num_experts: int) -> Shape:
+    def stored_shape(self, shape: Shape, num_experts: int) -> Shape:
         """Return the shape of the stored tensor.
 
         Args:
@@ -152,6 +152,6 @@ def published_tensors(hf: dict, with_mtp: bool = True) -> dict[str, tuple[Shape,
     tensors = {}
     for name, (shape, dtype) in hf_tensors(hf, with_mtp=with_mtp).items():
         if part := stacked_part(hf, name):
-            name, shape = part.name, part.whole(shape, hf["n_routed_experts"])
+            name, shape = part.name, part.stored_shape(shape, hf["n_routed_experts"])
         tensors[name] = (shape, dtype)
     return tensors

@@ -241,7 +241,7 @@ def test_the_trainer_forgets_engines_that_are_gone():
             async with pusher.weight_update():
                 await pusher.push(version)
         return [
-            (arguments["sets"], arguments["gone"])
+            (arguments["sets"], arguments["closed_sets"])
             for operation, arguments in trainer.calls
             if operation == PushOperations.send_weights
         ]
