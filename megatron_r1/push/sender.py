@@ -125,16 +125,18 @@ class WeightSender:
         for name in closed_sets:
             self.disconnect(name)
         engine_layout = EngineLayout(**{**layout, "engines": 1})
-        meet = partial(
-            TrainerRendezvous,
-            self.store,
-            timeout_seconds=timeout_seconds,
-            push_timeout_seconds=push_timeout_seconds,
-            tables=self._tables,
-        )
         rendezvous = {
             name: [
-                meet(name, member=member, num_members=num_engines) for member in range(num_engines)
+                TrainerRendezvous(
+                    self.store,
+                    name,
+                    timeout_seconds,
+                    push_timeout_seconds,
+                    self._tables,
+                    member=member,
+                    num_members=num_engines,
+                )
+                for member in range(num_engines)
             ]
             for name, num_engines in sets
         }
@@ -150,17 +152,7 @@ class WeightSender:
         for linked in present.values():
             num_ranks = len(linked.rendezvous) * engine_layout.num_ranks
             linked.rendezvous[0].publish_prepared(self.grid.world_size, num_ranks)
-        outcomes = run_in_threads(
-            [partial(self._connect_set, linked) for linked in present.values()]
-        )
-        failed |= {name: text for name, text in zip(present, outcomes, strict=True) if text}
-        in_rounds = {
-            name: linked.rounds
-            for name, linked in present.items()
-            if linked.rounds is not None and name not in failed
-        }
-        for name, error in self._rounds.connect(in_rounds).items():
-            failed[name] = self._report(present[name], error)
+        failed |= self._connect_links(present)
         for name in failed:
             self.disconnect(name)
         connected = {name: present[name] for name in present.keys() - failed.keys()}
@@ -169,6 +161,19 @@ class WeightSender:
             "num_links": {name: len(linked.links) for name, linked in connected.items()},
             "num_bytes": {name: linked.num_bytes for name, linked in connected.items()},
         }
+
+    def _connect_links(self, sets: Mapping[str, SetLinks]) -> dict[str, str]:
+        """Connect to all sets at once, and return the problems by set."""
+        outcomes = run_in_threads([partial(self._connect_set, linked) for linked in sets.values()])
+        failed = {name: text for name, text in zip(sets, outcomes, strict=True) if text}
+        in_rounds = {
+            name: linked.rounds
+            for name, linked in sets.items()
+            if linked.rounds is not None and name not in failed
+        }
+        for name, error in self._rounds.connect(in_rounds).items():
+            failed[name] = self._report(sets[name], error)
+        return failed
 
     def disconnect(self, name: str) -> None:
         """Close the links to a set of engines; an unknown name is ignored."""
