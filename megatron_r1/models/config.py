@@ -283,7 +283,7 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     if has_experts:
         fields["moe_router_bias_update_rate"] = config.model.expert_bias_update_rate
         fields["moe_grouped_gemm"] = transformer_engine
-    kind = MLATransformerConfig if model_family(hf).latent else TransformerConfig
+    kind = MLATransformerConfig if model_family(hf).latent_attention else TransformerConfig
     try:
         return kind(**fields)
     except ValueError as error:
@@ -308,7 +308,7 @@ def _shared_fields(hf: dict, dtype: torch.dtype, transformer_engine: bool) -> di
         "normalization": "RMSNorm",
         "activation_func": quick_gelu if family.open_swiglu else torch.nn.functional.silu,
         "gated_linear_unit": True,
-        "add_bias_linear": family.biases,
+        "add_bias_linear": family.linear_biases,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "params_dtype": dtype,

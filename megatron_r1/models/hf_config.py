@@ -215,7 +215,7 @@ def implied_settings(hf: dict) -> dict[str, Any]:
     """Return the keys that `hf`, of any architecture, lacks and vLLM needs, with the values that
     all models of its class have."""
     names = [ARCHITECTURES[name] for name in hf.get("architectures") or () if name in ARCHITECTURES]
-    values = FAMILIES[names[0]].implied if names else {}
+    values = FAMILIES[names[0]].implied_values if names else {}
     return {key: value for key, value in values.items() if hf.get(key) is None}
 
 
@@ -273,7 +273,7 @@ def resolve_aliases(hf: dict) -> dict:
 def published_names(hf: dict) -> dict:
     """Return `hf` with the names that transformers' and vLLM's classes of its architecture read."""
     name, family = "n_routed_experts", model_family(hf)
-    if name not in hf or family.router_score != "softmax" or family.latent:
+    if name not in hf or family.router_score != "softmax" or family.latent_attention:
         return hf
     hf = {("num_experts" if key == name else key): value for key, value in hf.items()}
     if family.expert_size != EXPERT_SIZE:

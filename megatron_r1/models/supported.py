@@ -118,7 +118,7 @@ def _check_quantization(hf: dict) -> None:
     found = hf.get("quantization_config")
     if not found:
         return
-    if model_family(hf).stacked:
+    if model_family(hf).stacked_experts:
         needed: dict[str, object] = {"quant_method": "mxfp4"}
     else:
         needed = {key: FP8_BLOCKS[key] for key in ("quant_method", "weight_block_size")}
@@ -165,8 +165,8 @@ def model_fields(hf: dict) -> dict[str, Any]:
     _check_sizes(hf)
     hf, family = KeyRecorder(hf), model_family(hf)
     need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    need(hf, "vocab_size", "rms_norm_eps", "max_position_embeddings", *family.needs)
-    require(hf, hidden_act="silu", attention_dropout=0.0, **family.fixed)
+    need(hf, "vocab_size", "rms_norm_eps", "max_position_embeddings", *family.required_keys)
+    require(hf, hidden_act="silu", attention_dropout=0.0, **family.fixed_values)
     _check_quantization(hf)
     fields = {
         **attention_fields(hf),
@@ -175,7 +175,7 @@ def model_fields(hf: dict) -> dict[str, Any]:
     }
     # For their errors, and so that what they read counts as read.
     model_arguments(hf), rope_scaling(hf), yarn_scaling(hf)
-    for key in ("tie_word_embeddings", *family.inert):
+    for key in ("tie_word_embeddings", *family.ignored_keys):
         hf.get(key)
     _refuse_unread(hf)
     return fields
@@ -183,7 +183,7 @@ def model_fields(hf: dict) -> dict[str, Any]:
 
 def _check_sizes(hf: dict) -> None:
     """Raise UserError for a size that is no whole number, or zero, or a value of another type."""
-    windows = ("sliding_window",) if model_family(hf).windows else ()
+    windows = ("sliding_window",) if model_family(hf).sliding_windows else ()
     for key in (*_SIZES, *windows):
         size = hf.get(key)
         if size is not None and (type(size) is not int or size < 1):
@@ -240,7 +240,10 @@ def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool
                 cause=Cause.CONFLICT,
             )
     family = model_family(hf)
-    refused = {"context": family.sinks or family.windows, "expert_tensor": family.biases}
+    refused = {
+        "context": family.attention_sinks or family.sliding_windows,
+        "expert_tensor": family.linear_biases,
+    }
     for key, is_refused in refused.items():
         if is_refused and (ranks := getattr(parallel, key)) > 1:
             raise UserError(

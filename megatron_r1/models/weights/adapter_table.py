@@ -35,7 +35,7 @@ def adapter_table(hf: dict, lora: LoraConfig) -> Table:
             those of experts that files have as one tensor.
     """
     base = table(hf)
-    if model_family(hf).stacked:
+    if model_family(hf).stacked_experts:
         kept = [[rule for rule in layer if not rule.expert] for layer in base.layers]
         base = replace(base, layers=kept)
     modules = {

@@ -346,7 +346,7 @@ def table(hf: dict) -> Table:
 
 
 def _attention(hf: dict) -> list[Rule]:
-    return _latent(hf) if model_family(hf).latent else _grouped_query(hf)
+    return _latent(hf) if model_family(hf).latent_attention else _grouped_query(hf)
 
 
 def _grouped_query(hf: dict) -> list[Rule]:
@@ -368,10 +368,10 @@ def _grouped_query(hf: dict) -> list[Rule]:
         *([Rule(f"{qkv}.bias", biases, split)] if has_qkv_bias(hf) else []),
         *(weight(f"{m}{x}_layernorm", f"self_attn.{x}_norm", (size,), replicated) for x in norms),
         weight(f"{m}linear_proj", "self_attn.o_proj", (hidden, heads * size), row_parallel),
-        *([_bias(f"{m}linear_proj", "self_attn.o_proj", hidden)] if family.biases else []),
+        *([_bias(f"{m}linear_proj", "self_attn.o_proj", hidden)] if family.linear_biases else []),
         *(
             [Rule(f"{m}core_attention.softmax_offset", sinks, column_parallel)]
-            if family.sinks
+            if family.attention_sinks
             else []
         ),
     ]
@@ -426,14 +426,14 @@ def _experts(hf: dict) -> list[Rule]:
     family, num_shared = model_family(hf), hf.get("n_shared_experts") or 0
     has_bias, router = (
         family.router_score == "sigmoid",
-        "mlp.router" if family.stacked else "mlp.gate",
+        "mlp.router" if family.stacked_experts else "mlp.gate",
     )
     return [
         weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), replicated),
         weight("mlp.router", router, (experts, hidden), replicated),
         *([Rule("mlp.router.expert_bias", bias, replicated, dtype="float32")] if has_bias else []),
         *_gated(local, "mlp.experts.{e}", hidden, inner, grouped),
-        *(_expert_biases(hf, local, router) if family.biases else []),
+        *(_expert_biases(hf, local, router) if family.linear_biases else []),
         *(_gated(shared, shared, hidden, inner * num_shared) if num_shared else []),
     ]
 

@@ -188,5 +188,5 @@ def _module(name: str) -> str:
 
 
 def _is_unserved(module: str, hf: dict) -> bool:
-    is_latent = model_family(hf).latent and module.rpartition(".")[2] in LATENT_CACHE
+    is_latent = model_family(hf).latent_attention and module.rpartition(".")[2] in LATENT_CACHE
     return is_latent or ".experts." in module

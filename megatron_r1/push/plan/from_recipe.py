@@ -165,7 +165,7 @@ def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor:
 
     Raises:
         UserError: names the tensor, its size and the setting."""
-    if model_family(hf).stacked:
+    if model_family(hf).stacked_experts:
         raise UserError(
             f"push.fp8: {hf['architectures'][0]} has no FP8 layout; set push.fp8: false",
             key="push.fp8",

@@ -205,7 +205,7 @@ class PredictedSharding:
         self._embedding_stages = sorted({0, layout.pipeline - 1} if on_last_stage else {0})
         self._end_stages = [layout.pipeline - 1]
         family = model_family(hf)
-        if family.stacked:  # vLLM's class of gpt-oss has both ends on every stage
+        if family.stacked_experts:  # vLLM's class of gpt-oss has both ends on every stage
             self._embedding_stages = self._end_stages = list(range(layout.pipeline))
         # vllm/config/parallel.py, use_sequence_parallel_moe: each rank's tokens are its own there.
         splits_tokens = layout.expert_parallel and layout.tensor > 1 and layout.data > 1

@@ -9,8 +9,8 @@ of MTP too; embedding, head, norms, the router and MTP's eh_proj are not (deepse
 inference/model.py; in vLLM's deepseek_mtp.py eh_proj is a plain Linear).
 
 Stacked experts: the weight table names the tensors of every expert one by one, as other
-checkpoints have them. Where `Family.stacked` is set, files have instead, transposed, with gate and
-up in alternate columns:
+checkpoints have them. Where `Family.stacked_experts` is set, files have instead, transposed, with
+gate and up in alternate columns:
 
     experts.gate_up_proj (experts, hidden, 2 inner), gate_up_proj_bias (experts, 2 inner)
     experts.down_proj (experts, inner, hidden), down_proj_bias (experts, hidden)"""
@@ -75,7 +75,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def check_fp8_layout(hf: dict) -> None:
     """Raise UserError for a model without this layout."""
-    if model_family(hf).stacked:
+    if model_family(hf).stacked_experts:
         raise UserError(
             f"{hf['architectures'][0]} has no FP8 layout: its experts are stored as bf16 or MXFP4",
             key="fp8",
@@ -139,7 +139,7 @@ class StackedPart:
 def stacked_part(hf: dict, name: str) -> StackedPart | None:
     """Return the part of a stored tensor that is the tensor `name` of the weight table, or None if
     files have that tensor under its own name."""
-    if not model_family(hf).stacked or not (found := _EXPERT.fullmatch(name)):
+    if not model_family(hf).stacked_experts or not (found := _EXPERT.fullmatch(name)):
         return None
     prefix, expert, kind, ending = found.groups()
     stored, step = ("down", 1) if kind == "down" else ("gate_up", 2)
