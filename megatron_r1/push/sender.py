@@ -21,7 +21,7 @@ from torch.distributed import Store
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.models import platform
-from megatron_r1.models.platform import LOOPBACK, host_store, ranks_share_host
+from megatron_r1.models.platform import LOOPBACK, create_store, ranks_share_host
 from megatron_r1.models.weights.adapters import adapter_pieces
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.local import local_entries
@@ -60,7 +60,7 @@ def run_in_threads(calls: Sequence[Callable[[], T]]) -> list[T]:
     return [call.result() for call in running]
 
 
-FromRankZero = Callable[[bytes | None], bytes]
+BroadcastFromRankZero = Callable[[bytes | None], bytes]
 """Broadcasts rank 0's bytes to all trainer ranks, which pass None, and returns them."""
 
 
@@ -72,7 +72,7 @@ class WeightSender:
         grid: the layout of the trainer.
         pieces: this rank's parameters, by the HF tensor of which they hold a piece.
         store: the store in which trainer and engine ranks meet.
-        broadcast: broadcasts rank 0's bytes (`FromRankZero`); a single rank needs none.
+        broadcast: broadcasts rank 0's bytes (`BroadcastFromRankZero`); a single rank needs none.
         rank: the trainer rank.
         stages: the shards of the pipeline's virtual stages, default an even spread.
         drafts: whether engines draft with the MTP layers.
@@ -85,7 +85,7 @@ class WeightSender:
         grid: TrainerGrid,
         pieces: HeldPieces,
         store: Store,
-        broadcast: FromRankZero = lambda value: value or b"",
+        broadcast: BroadcastFromRankZero = lambda value: value or b"",
         *,
         rank: int = 0,
         stages: list[list[Shard]] | None = None,
@@ -311,7 +311,7 @@ class PushWorker:
             grid,
             by_tensor,
             store,
-            platform.from_rank_zero,
+            platform.broadcast_from_rank_zero,
             rank=rank,
             stages=stages,
             drafts=self._config.rollout.drafts_by_mtp,
@@ -374,9 +374,9 @@ def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, list]:
             engines = rollout.hosts_address or socket.gethostname()
             everywhere = not ranks_share_host() and _resolved(host) != _resolved(engines)
             host = host if everywhere else engines
-        store = host_store(host, everywhere=everywhere)
+        store = create_store(host, everywhere=everywhere)
     # Only rank 0 has chosen a port, and knows its host's own name.
-    host, port = platform.from_rank_zero(store and [host, store.port])
+    host, port = platform.broadcast_from_rank_zero(store and [host, store.port])
     return store or dist.TCPStore(host, port, is_master=False), [host, port]
 
 

@@ -51,10 +51,10 @@ def serve_under_torchrun(config: Config, find_controller: Callable[[], str | Non
             address, or None if it has ended: every rank then returns, as none would detect the end
             of a process that it was never connected to."""
     position = distributed.initialize(config.parallel, config.run.seed)
-    token = platform.from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
+    token = platform.broadcast_from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
     assert token is not None, "rank 0 sets it when it starts the controller"
     os.environ[RANKS_ENVIRONMENT] = token
-    address = platform.from_rank_zero(find_controller() if position.rank == 0 else None)
+    address = platform.broadcast_from_rank_zero(find_controller() if position.rank == 0 else None)
     if address is not None:
         serve(config, address, position)
     distributed.leave_process_groups()

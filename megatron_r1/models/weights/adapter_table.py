@@ -174,7 +174,7 @@ def _adapter(rule: Rule, lora: LoraConfig) -> Iterator[Rule]:
         return
     by_rows = rule.split is row_parallel
     # Transformer Engine has the experts of a layer in one module, with weight0, weight1, …
-    te = rule.te and rule.te.replace(".weight{e}", ".lora.{e}")
+    te_name = rule.te_name and rule.te_name.replace(".weight{e}", ".lora.{e}")
     megatron = rule.megatron.replace(".weight", ".lora")
     factors_a = tuple(_factor(source, A, (lora.rank, source.shape[1])) for source in chosen)
     factors_b = tuple(_factor(source, B, (source.shape[0], lora.rank)) for source in rule.sources)
@@ -186,7 +186,7 @@ def _adapter(rule: Rule, lora: LoraConfig) -> Iterator[Rule]:
         "b": (factors_b, split_b),
     }
     for name, (sources, split) in by_name.items():
-        yield Rule(f"{megatron}.{name}", sources, split, te and f"{te}.{name}")
+        yield Rule(f"{megatron}.{name}", sources, split, te_name and f"{te_name}.{name}")
 
 
 def _factor(source: Source, ending: str, shape: Shape) -> Source:

@@ -182,7 +182,7 @@ def _entries(
     rule: Rule, prefix: str, shard: Shard, num_experts: int
 ) -> Iterator[tuple[str, LayoutEntry]]:
     """Yield (Megatron parameter, entry) of a rule, once per expert that the rank has."""
-    name = (shard.transformer_engine and rule.te) or rule.megatron
+    name = (shard.transformer_engine and rule.te_name) or rule.megatron
     rank, num_ranks = shard.etp if rule.expert else shard.tp
     shape, pieces = rule.split(rule.sources, rank, num_ranks)
     is_replicated = rule.split in (replicated, replicated_stack)
