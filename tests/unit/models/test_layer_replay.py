@@ -24,7 +24,7 @@ def chosen(replay):
 
 
 def test_known_tokens_have_the_engines_experts_and_the_trainers_scores():
-    replay = LayerReplay(SimpleNamespace(training=True), slot=0)
+    replay = LayerReplay(SimpleNamespace(training=True), moe_index=0)
     assert chosen(replay)[1].tolist() == [[3, 1], [0, 2], [1, 0]]
     replay.current, replay.is_measured = RecordedRouting(RECORDED, KNOWN), True
     scores, experts = chosen(replay)
@@ -34,7 +34,7 @@ def test_known_tokens_have_the_engines_experts_and_the_trainers_scores():
 
 
 def test_a_recomputed_layer_uses_the_choices_of_its_first_pass():
-    replay = LayerReplay(SimpleNamespace(training=True), slot=0)
+    replay = LayerReplay(SimpleNamespace(training=True), moe_index=0)
     first, second = (RecordedRouting(RECORDED.roll(n, 0), KNOWN.roll(n)) for n in (0, 1))
     found = []
     for recorded in (first, second):
