@@ -187,7 +187,7 @@ class TokenTree:
             logprobs=logprobs,
             policy_versions=versions,
             routing=b"".join(bytes(node.routing) for node in nodes),
-            sampling_mask=sampling_mask.joined(
+            sampling_mask=sampling_mask.concat_masks(
                 (b"" if number in trained else node.sampling_mask, len(node.token_ids))
                 for number, node in zip(numbers, nodes, strict=True)
             ),

@@ -39,7 +39,7 @@ from megatron_r1.engines.server.episodes import Episode
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.memory import Counts, checkpoint_bytes, parameter_bytes
+from megatron_r1.models.memory import ParameterCounts, checkpoint_bytes, parameter_bytes
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.from_recipe import engine_rank_bytes, engine_weight_bytes
 from megatron_r1.reporting import wording
@@ -226,7 +226,7 @@ def _kept_on_disk(config: Config, rollout: Rollout, fraction: float) -> list[str
         )
     every = config.checkpoint.keep_every
     if every and config.model.lora is None:
-        whole = Counts(dense=num_parameters(read_hf_config(config.model.path)))
+        whole = ParameterCounts(dense=num_parameters(read_hf_config(config.model.path)))
         size = checkpoint_bytes(config, whole, (1, 1), with_reference=config.uses_reference)
         lines.append(
             f"checkpoint.keep_every: {every}: {counted(steps // every, 'checkpoint')} of "
@@ -249,7 +249,7 @@ def _memory(config: Config) -> str:
         place = "there too" if TRANSPORTS[config.push.transport].needs_gpu else "on its host"
         each = parameter_bytes(config.model.dtype, config.optimizer.moments)
         return (
-            f"{size}{parameters * each.whole / 2**30:,.2f} GiB for weights, gradients and "
+            f"{size}{parameters * each.total / 2**30:,.2f} GiB for weights, gradients and "
             "optimizer, over all tensor, pipeline and expert ranks; activations come "
             f"on top (megatron-r1 plan); {weights / 2**30:,.2f} GiB of weights on an engine's "
             f"fullest GPU, and {pushed / 2**30:,.2f} GiB for those of the next push, {place} "

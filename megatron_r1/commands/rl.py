@@ -28,8 +28,7 @@ from megatron_r1.commands.training_run import (
 )
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train
-from megatron_r1.controller.push.prober import PROBE_TOKENS
-from megatron_r1.controller.push.pusher import create_pusher
+from megatron_r1.controller.push.pusher import PROBE_TOKENS, create_pusher
 from megatron_r1.controller.roles import PolicyEngines, TrainerPasses
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation

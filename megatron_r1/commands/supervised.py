@@ -129,7 +129,7 @@ async def _step(task: SupervisedTask, recorder: RunRecorder, trainer: TrainerCli
     metrics |= await trainer.update(0, task.loss, None, rate)
     seconds = time.perf_counter() - start
     metrics["trainer/restarts"] = trainer.num_restarts
-    metrics |= await recorder.checkpoints.completed(trainer)
+    metrics |= await recorder.checkpoints.completed_metrics(trainer)
     metrics |= {
         "learning_rate": rate,
         "time/train": seconds,

@@ -33,7 +33,7 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.settings import MODULE as ENGINE
 from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 from megatron_r1.evaluation.model_folder import has_newest_export
-from megatron_r1.models.hf_config import as_read, num_mtp_layers, read_hf_config
+from megatron_r1.models.hf_config import describe_config_changes, num_mtp_layers, read_hf_config
 from megatron_r1.models.supported import check_exchange_overlap
 from megatron_r1.models.weights.adapter_table import check_adapters
 from megatron_r1.reporting.run_folder import RunFolder
@@ -224,7 +224,7 @@ def _trainer(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
     num_updates = config.num_policy_updates if name == "rl" else config.run.steps
     if note := warmup_note(config.optimizer, num_updates):
         notify(note)
-    for sentence in as_read(config.model.path):
+    for sentence in describe_config_changes(config.model.path):
         notify(sentence)
     port = os.environ.get(PORT)
     bind = f"tcp://*:{port}" if port else "tcp://127.0.0.1:*"

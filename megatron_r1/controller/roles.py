@@ -54,7 +54,7 @@ class PolicyEngines:
     def updating(self) -> AbstractAsyncContextManager[None]:
         """Keep engines from joining while the block changes the trainer's weights and pushes them:
         an engine that joined would get weights between two versions."""
-        return self.pusher.updating()
+        return self.pusher.weight_update()
 
     async def rollout(self, step: int) -> Rollout:
         """Return the rollout of `step`, which may have begun before."""

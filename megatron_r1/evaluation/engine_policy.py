@@ -30,7 +30,7 @@ from megatron_r1.engines.server.settings import engine_settings, fleet_settings,
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
-from megatron_r1.models.hf_config import as_read, load_config
+from megatron_r1.models.hf_config import describe_config_changes, load_config
 
 ATTEMPTS = 3
 """Episodes that are tried for one sample: one that fails by no fault of the policy is repeated."""
@@ -97,7 +97,7 @@ class EnginePolicy:
             UserError: as `placement.open_pool`.
         """
         log = partial(print, flush=True)
-        for sentence in as_read(self._model):
+        for sentence in describe_config_changes(self._model):
             log(sentence)
         rollout = self._config.rollout
         # False: no trainer shares memory with the engines, which load the model's folder.

@@ -10,13 +10,13 @@ import json
 from functools import lru_cache
 
 from megatron_r1.base.transports import TRANSPORTS
-from megatron_r1.models.memory import Counts, checkpoint_bytes, persistent_bytes
+from megatron_r1.models.memory import ParameterCounts, checkpoint_bytes, persistent_bytes
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import drafts, planned_engine_layout, planned_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.planner import PredictedLayout
+from megatron_r1.push.plan.planner import PredictedSharding
 
 OFFLOADED = "offloaded while engines sample"
 """The kind of host memory."""
@@ -30,7 +30,7 @@ def offloads(job: PlannedJob) -> bool:
     return job.verb == "rl" and job.config.parallel.offload_between_phases != "none"
 
 
-def offloaded_bytes(job: PlannedJob, counts: Counts) -> int:
+def offloaded_bytes(job: PlannedJob, counts: ParameterCounts) -> int:
     """Return the bytes of a rank of one network that leave its GPU: 0 without the setting. Copies
     that the layers keep in FP8, and a reference on the device, stay."""
     if not offloads(job):
@@ -42,7 +42,7 @@ def offloaded_bytes(job: PlannedJob, counts: Counts) -> int:
     return sum(parts[kind] for kind in KINDS) - 4 * counts.buffers
 
 
-def offloaded_host_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
+def offloaded_host_bytes(job: PlannedJob, counts: ParameterCounts) -> dict[str, int]:
     """Return what of it a rank's host holds."""
     on_host = job.config.parallel.offload_between_phases == "host"
     return {OFFLOADED: offloaded_bytes(job, counts)} if offloads(job) and on_host else {}
@@ -110,8 +110,8 @@ def load(job: PlannedJob) -> Quantity:
 @lru_cache
 def _num_tensors(hf: str, layout: EngineLayout, drafting: bool) -> int:
     """Return the tensors of an engine's first GPU."""
-    needs = PredictedLayout(json.loads(hf), layout, drafts=drafting)
-    return sum(1 for _ in needs.needed(layout.coordinate(0)))
+    sharding = PredictedSharding(json.loads(hf), layout, drafts=drafting)
+    return sum(1 for _ in sharding.regions_of(layout.coordinate(0)))
 
 
 def sleep_and_wake(job: PlannedJob) -> Quantity:

@@ -14,8 +14,8 @@ from dataclasses import replace
 from math import prod
 
 from megatron_r1.models.hf_config import head_sizes
-from megatron_r1.models.memory import Counts, counts_of
-from megatron_r1.models.weights.layout import Shard, layout, layout_of
+from megatron_r1.models.memory import ParameterCounts, count_parameters
+from megatron_r1.models.weights.layout import Shard, layout, layout_from_rules
 from megatron_r1.models.weights.table import Rule, table
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section
@@ -37,11 +37,11 @@ class RankCounts:
         sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
         self._known: dict = job.shared.setdefault(("counts", *sizes), {})
 
-    def of_rank(self, pipeline_rank: int) -> Counts:
+    def of_rank(self, pipeline_rank: int) -> ParameterCounts:
         """Return the counts of one rank of this pipeline rank: the sum over its virtual stages."""
-        return sum(map(self.of_chunk, self.job.stages[pipeline_rank]), Counts())
+        return sum(map(self.of_chunk, self.job.stages[pipeline_rank]), ParameterCounts())
 
-    def of_chunk(self, chunk: Shard) -> Counts:
+    def of_chunk(self, chunk: Shard) -> ParameterCounts:
         """Return the counts of one virtual stage on one rank. Layers of one kind, and equal chunks,
         are counted once."""
         ends = {name: getattr(chunk, name) for name in ("embedding", "final_norm", "head", "mtp")}
@@ -52,14 +52,14 @@ class RankCounts:
             at = {kind: replace(self._at, layers=(first[kind],)) for kind in kinds}
             layers = (self._counted(kind, at[kind]) * n for kind, n in kinds.items())
             own = self._counted((*ends.values(),), replace(self._at, **ends))
-            self._known[key] = own + sum(layers, Counts())
+            self._known[key] = own + sum(layers, ParameterCounts())
         return self._known[key]
 
-    def _counted(self, key: Hashable, at: Shard) -> Counts:
+    def _counted(self, key: Hashable, at: Shard) -> ParameterCounts:
         if key not in self._known:
             job, adapters = self.job, self.job.adapters
-            trained = None if adapters is None else layout_of(adapters, at)
-            self._known[key] = counts_of(layout(job.hf, at), job.config.model.mtp, trained)
+            trained = None if adapters is None else layout_from_rules(adapters, at)
+            self._known[key] = count_parameters(layout(job.hf, at), job.config.model.mtp, trained)
         return self._known[key]
 
 

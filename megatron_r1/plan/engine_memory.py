@@ -15,7 +15,7 @@ from megatron_r1.plan.push import (
     receive_buffer_bytes,
 )
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes, rounded
-from megatron_r1.push.plan.planner import PredictedLayout
+from megatron_r1.push.plan.planner import PredictedSharding
 from megatron_r1.reporting.wording import counted
 
 
@@ -52,9 +52,11 @@ class Engines:
         return self.job.config.rollout.speculative.tokens if self.mtp_layers else 0
 
     @cached_property
-    def whole_shared(self) -> bool:
+    def replicates_shared_experts(self) -> bool:
         """Whether each GPU has the shared experts whole."""
-        return PredictedLayout(self.job.hf, planned_engine_layout(self.job)).whole_shared
+        return PredictedSharding(
+            self.job.hf, planned_engine_layout(self.job)
+        ).replicates_shared_experts
 
     @property
     def weights(self) -> int:
@@ -158,7 +160,7 @@ def rollout_section(engines: Engines) -> Section:
             f"its part of every tensor: attention over {counted(engines.tensor, 'GPU')}, routed "
             f"experts{f' and {copies} copies of a layer' * bool(copies)} over {job.engine_gpus}; "
             "norms, routers, latent down-projections whole"
-            + (", shared experts too" if engines.whole_shared else "")
+            + (", shared experts too" if engines.replicates_shared_experts else "")
             + ("; the drafter's among them" if engines.mtp_layers else "")
             + ("; projections in FP8 (push.fp8)" if in_fp8(job) else ""),
         ),

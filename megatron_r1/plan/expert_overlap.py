@@ -16,8 +16,8 @@ from itertools import islice
 from math import prod
 
 from megatron_r1.config import ParallelConfig
-from megatron_r1.models.memory import Layer
-from megatron_r1.models.supported import obstacles
+from megatron_r1.models.memory import LayerActivations
+from megatron_r1.models.supported import overlap_conflicts
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 
@@ -54,11 +54,13 @@ def fraction_alone(job: PlannedJob, pipeline_rank: int) -> float:
     return min(1.0, alone / (virtual * job.slots))
 
 
-def working_bytes(layer: Layer, parallel: ParallelConfig) -> int:
+def working_bytes(layer: LayerActivations, parallel: ParallelConfig) -> int:
     """Return the bytes that the layers in work add: one in its backward pass and, in a combined
     pass, one of the other micro-batch in its forward pass, before anything of the first is freed.
     """
-    forward = layer.kept(parallel) + layer.dispatch if parallel.overlap_expert_exchange else 0
+    forward = (
+        layer.saved_bytes(parallel) + layer.dispatch if parallel.overlap_expert_exchange else 0
+    )
     return layer.backward_bytes(parallel) + forward
 
 
@@ -92,8 +94,8 @@ def exchange_choice(
         return {}
     whole = job.with_parallel(overlap_expert_exchange=False, recompute="full")
     jobs = {HIDDEN: _hidden(job), WHOLE: whole}
-    if blocked := list(islice(obstacles(jobs[HIDDEN].config, job.hf), 1)):
-        why = f"not possible with {blocked[0].setting}: {blocked[0].why}"
+    if blocked := list(islice(overlap_conflicts(jobs[HIDDEN].config, job.hf), 1)):
+        why = f"not possible with {blocked[0].setting}: {blocked[0].reason}"
         return {HIDDEN: Quantity(None, "s", why), WHOLE: _row(whole, estimate_step(whole))}
     estimates = {name: estimate_step(each) for name, each in jobs.items()}
     section = {name: _row(jobs[name], each) for name, each in estimates.items()}

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from megatron_r1.models.memory import (
-    Counts,
-    Layer,
+    LayerActivations,
+    ParameterCounts,
     checkpoint_bytes,
     head_bytes,
     layer_activations,
@@ -26,7 +26,7 @@ class RankMemory:
     """Bytes of one pipeline rank on its GPU and on its host, by kind."""
 
     rank: int
-    counts: Counts
+    counts: ParameterCounts
     training: dict[str, int]
     scoring: dict[str, int]
     host: dict[str, int]
@@ -70,20 +70,20 @@ def rank_memory(job: PlannedJob) -> list[RankMemory]:
     return ranks
 
 
-def _persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
+def _persistent_bytes(job: PlannedJob, counts: ParameterCounts) -> dict[str, int]:
     return persistent_bytes(
         job.config, counts, job.data_parallel_sizes, job.config.optimizer.moments
     )
 
 
 def _of_rank(
-    job: PlannedJob, ranks: RankCounts, layers: dict[bool, Layer], rank: int
+    job: PlannedJob, ranks: RankCounts, layers: dict[bool, LayerActivations], rank: int
 ) -> RankMemory:
     parallel, counts = job.parallel, ranks.of_rank(rank)
     persistent = _persistent_bytes(job, counts)
     kept, working = _activations(job, rank, layers)
     # Without a graph nothing is kept: one layer's tensors at most.
-    forward_only = max(x.everything + x.dispatch for x in _held(job, rank, layers))
+    forward_only = max(x.total + x.dispatch for x in _held(job, rank, layers))
     last = any(chunk.head for chunk in job.stages[rank])
     head = _head_bytes(job)[0] if last else 0
     reference = reference_bytes(job.config, counts)
@@ -113,7 +113,7 @@ def _of_rank(
     return RankMemory(rank, counts, training, scoring, host, freed + offloaded_bytes(job, counts))
 
 
-def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> RankMemory:
+def _with_critic(critic: PlannedJob, memory: RankMemory, counts: ParameterCounts) -> RankMemory:
     """Add the critic's persistent state. The two models compute in turn, and a score head needs
     less than a language head, so the other kinds are unchanged."""
     persistent = _persistent_bytes(critic, counts)
@@ -133,11 +133,13 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> Rank
     return replace(memory, training=training, scoring=scoring, host=host, freed=freed)
 
 
-def _activations(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> tuple[int, int]:
+def _activations(
+    job: PlannedJob, rank: int, layers: dict[bool, LayerActivations]
+) -> tuple[int, int]:
     """Return (bytes kept for the micro-batches in flight, bytes the layer in work adds)."""
     parallel, stages = job.parallel, job.stages[rank]
     flights = _microbatches_held(job, rank)
-    kept_by = {sparse: layer.kept(parallel) for sparse, layer in layers.items()}
+    kept_by = {sparse: layer.saved_bytes(parallel) for sparse, layer in layers.items()}
     # A chunk's output stays after it was sent (deallocate_pipeline_outputs is off).
     kept = sum(
         count * (layers[False].input + sum(kept_by[job.sparse[n]] for n in chunk.layers))
@@ -152,13 +154,15 @@ def _microbatches_held(job: PlannedJob, rank: int) -> list[int]:
     return [min(count, job.num_microbatches) for count in held]
 
 
-def _held(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> list[Layer]:
+def _held(
+    job: PlannedJob, rank: int, layers: dict[bool, LayerActivations]
+) -> list[LayerActivations]:
     """Return one of each kind of layer on a pipeline rank."""
     held = [layers[bool(sparse)] for sparse, count in enumerate(job.layers(rank)) if count]
-    return held or [Layer(0, 0, {}, 0)]
+    return held or [LayerActivations(0, 0, {}, 0)]
 
 
-def _fp8_copies(job: PlannedJob, counts: Counts) -> int:
+def _fp8_copies(job: PlannedJob, counts: ParameterCounts) -> int:
     """Return bytes of the linear layers' fp8 weights: plain and transposed, one byte each."""
     linear = counts.trained if job.adapters is None else counts.frozen
     return 0 if job.config.fp8.recipe == "none" else 2 * linear

@@ -19,11 +19,11 @@ from megatron_r1.plan.push_links import (
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.adapters import check_adapter_push, max_lora_rank
-from megatron_r1.push.plan.engine_sets import SET_ENGINES, engine_sets
+from megatron_r1.push.plan.engine_sets import MAX_SET_ENGINES, engine_sets
 from megatron_r1.push.plan.from_recipe import check_drafter, engine_layout, shares_gpus_over_nccl
-from megatron_r1.push.plan.rounds import ENTRY_BYTES, planned_order
+from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES, planned_schedule
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
-from megatron_r1.push.transports import RELAYED_BYTES, ROUNDS_AHEAD
+from megatron_r1.push.transports import RELAY_BUCKET_BYTES, ROUNDS_AHEAD
 from megatron_r1.reporting.wording import counted
 
 ADAPTERS = "both factors of every adapter of its stage, whole (push.adapter_only)"
@@ -117,11 +117,11 @@ def _byte_count(form: str) -> CountBytes:
 @lru_cache
 def _rank_bytes(what: PushedWeights, layout: EngineLayout, form: str, ranks: int) -> list[int]:
     """Return the bytes that each of an engine's first `ranks` ranks needs of a push."""
-    needs, num_bytes = what.needs(layout), _byte_count(form)
+    sharding, num_bytes = what.sharding(layout), _byte_count(form)
     return [
         sum(
             num_bytes(t.name, t.rule.dtype, part)
-            for t, part in needs.needed(layout.coordinate(rank))
+            for t, part in sharding.regions_of(layout.coordinate(rank))
         )
         for rank in range(ranks)
     ]
@@ -143,13 +143,13 @@ def receive_buffer_bytes(job: PlannedJob, on: Literal["host", "GPU"] | None = No
         on: the memory to count: 0 is returned if the transport's buffer is not there, or not
             between pushes. None counts it wherever it is.
     """
-    elsewhere = on is not None and (on != _receive_buffer_place(job) or borrows_memory(job))
+    elsewhere = on is not None and (on != _receive_buffer_place(job) or allocates_per_push(job))
     if elsewhere or not pushes(job):
         return 0
     return pushed_rank_bytes(job)
 
 
-def borrows_memory(job: PlannedJob) -> bool:
+def allocates_per_push(job: PlannedJob) -> bool:
     """Return whether the receive buffer is in the place of the KV cache, which sleeps meanwhile."""
     return shares_gpus_over_nccl(job.config)
 
@@ -157,9 +157,9 @@ def borrows_memory(job: PlannedJob) -> bool:
 def borrowed_bytes(job: PlannedJob) -> int:
     """Return the bytes that a push takes of a GPU next to the weights of trainer and engine: the
     receive buffer, and the buckets of the rounds under way."""
-    if not (pushes(job) and borrows_memory(job)):
+    if not (pushes(job) and allocates_per_push(job)):
         return 0
-    bucket = RELAYED_BYTES if planned_engine_layout(job).engines > 1 else ENTRY_BYTES
+    bucket = RELAY_BUCKET_BYTES if planned_engine_layout(job).engines > 1 else SCATTER_BUCKET_BYTES
     return receive_buffer_bytes(job) + 2 * ROUNDS_AHEAD * bucket
 
 
@@ -186,7 +186,7 @@ def push_section(job: PlannedJob) -> Section:
     parallel, engines, form = job.parallel, planned_engine_layout(job), _form(job)
     grid = TrainerGrid.from_recipe(parallel, job.world_size)
     # What is for one host has to be set to gloo or nccl for more.
-    most = 1 if job.config.push.on_one_host and _is_one_node(job) else SET_ENGINES
+    most = 1 if job.config.push.on_one_host and _is_one_node(job) else MAX_SET_ENGINES
     count = _byte_count(form)
     lora, of_mtp = pushed_lora(job), drafts(job)
     links = set_links(job.hf, grid, engines, job.stages, count, most, drafts=of_mtp, lora=lora)
@@ -232,11 +232,11 @@ def _connections(
     job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, links: SetTraffic
 ) -> Section:
     """Return what connects the ranks, and how long that and a push take."""
-    given, needs = job.assumptions, _pushed(job).needs(engines)
+    given, sharding = job.assumptions, _pushed(job).sharding(engines)
     num_slots = sum(
         1
         for rank in range(engines.ranks_per_engine)
-        for _ in needs.needed(engines.coordinate(rank))
+        for _ in sharding.regions_of(engines.coordinate(rank))
     )
     rate, link = push_link(job)
     over_nccl = TRANSPORTS[job.config.push.transport].in_rounds
@@ -286,14 +286,14 @@ def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Q
     rate, link = push_link(job)
     layout = job.hf, grid, engines, job.stages
     count, lora = _byte_count(_form(job)), pushed_lora(job)
-    plans = set_plans(*layout, count, SET_ENGINES, drafts=drafts(job), lora=lora)
-    sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
+    plans = set_plans(*layout, count, MAX_SET_ENGINES, drafts=drafts(job), lora=lora)
+    sets, ranks = engine_sets(engines.engines, MAX_SET_ENGINES), engines.ranks_per_engine
     colocated = shares_gpus_over_nccl(job.config)
-    order = planned_order(plans, sets, ranks, grid.world_size, colocated=colocated)
+    order = planned_schedule(plans, sets, ranks, grid.world_size, colocated=colocated)
     return Quantity(
         round_seconds(order, rate, job.assumptions),
         "s",
-        f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
+        f"{counted(order.num_scatter_rounds, 'round')} in which weights enter engines, and "
         f"{order.num_relay_rounds:,} in which these pass them on: of a bucket each way "
         f"through every {link}",
     )
@@ -301,7 +301,7 @@ def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Q
 
 def _receive_buffer_formula(job: PlannedJob) -> str:
     push = job.config.push
-    borrowed = ", in the place of its KV cache" if borrows_memory(job) else ""
+    borrowed = ", in the place of its KV cache" if allocates_per_push(job) else ""
     place = f"{_receive_buffer_place(job)}{borrowed}"
     what = "all its weights" if pushed_lora(job) is None else ADAPTERS
     text = f"of an engine rank, on its {place} ({push.transport}); {what}"

@@ -17,12 +17,12 @@ from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import Table
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.adapters import PredictedAdapters
+from megatron_r1.push.plan.adapters import PredictedAdapterSharding
 from megatron_r1.push.plan.engine_sets import Plan, engine_sets, plan_sets
-from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.push.plan.rounds import PushOrder
+from megatron_r1.push.plan.planner import PredictedSharding
+from megatron_r1.push.plan.rounds import RoundSchedule
 from megatron_r1.push.plan.tensors import CountBytes
-from megatron_r1.push.transports import RELAYED_BYTES
+from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 
 PAIR_REQUESTS = 4
 """Requests to the store for a group of two: each rank sets its address and gets the other's."""
@@ -62,7 +62,7 @@ class SetTraffic:
         """Return the time of a push through adapters of `rate`: what enters, from the busiest
         trainer rank, then rounds of what is passed on, in rings."""
         passed_on = max(self.received) - self.entering
-        rounds = -(-passed_on // (RELAYED_BYTES * self.num_engines))
+        rounds = -(-passed_on // (RELAY_BUCKET_BYTES * self.num_engines))
         hops = (self.num_engines - 1) * given.hop_seconds
         return (
             max(max(self.sent), self.entering) / rate
@@ -111,7 +111,7 @@ class SetTraffic:
         )
 
 
-def round_seconds(order: PushOrder, rate: float, given: Assumptions) -> float:
+def round_seconds(order: RoundSchedule, rate: float, given: Assumptions) -> float:
     """Return the time of a push in rounds through adapters of `rate`, where each round takes as
     long as its largest bucket."""
     largest = order.largest_buckets()
@@ -148,12 +148,12 @@ def set_links(
     sent, received = [0.0] * grid.world_size, [0.0] * engines.ranks_per_engine
     for index, plan in enumerate(plans):
         for link in chain.from_iterable(plan):
-            engine_rank = index, link.member, link.position
-            out[link.sender] += 1
-            sent[link.sender] += link.num_bytes
+            engine_rank = index, link.member, link.engine_rank
+            out[link.trainer_rank] += 1
+            sent[link.trainer_rank] += link.num_bytes
             into[engine_rank] += 1
             entering[engine_rank] += link.num_bytes
-            received[link.position] += link.num_bytes / len(sets)
+            received[link.engine_rank] += link.num_bytes / len(sets)
     return SetTraffic(
         sent=sent,
         out=max(out.values()),
@@ -213,11 +213,11 @@ class PushedWeights(NamedTuple):
             return None
         return adapter_table(json.loads(self.hf), LoraConfig.model_validate_json(self.lora))
 
-    def needs(self, layout: EngineLayout) -> PredictedLayout:
+    def sharding(self, layout: EngineLayout) -> PredictedSharding:
         """Return what the ranks of engines in this layout receive."""
         if (rules := self.rules) is not None:
-            return PredictedAdapters(json.loads(self.hf), layout, rules)
-        return PredictedLayout(json.loads(self.hf), layout, drafts=self.drafts)
+            return PredictedAdapterSharding(json.loads(self.hf), layout, rules)
+        return PredictedSharding(json.loads(self.hf), layout, drafts=self.drafts)
 
 
 @lru_cache(maxsize=8)
@@ -229,6 +229,6 @@ def _set_plans(
     count: CountBytes,
     max_engines: int,
 ) -> list[Plan]:
-    needs = what.needs(engines)
-    planner = Planner(json.loads(what.hf), grid, engines, stages, needs, what.rules)
+    sharding = what.sharding(engines)
+    planner = Planner(json.loads(what.hf), grid, engines, stages, sharding, what.rules)
     return plan_sets(planner, count, engine_sets(engines.engines, max_engines))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_r1.config.hardware import link_rate
 from megatron_r1.models.hf_config import head_sizes, key_value_heads
-from megatron_r1.models.memory import BYTES, Counts
+from megatron_r1.models.memory import BYTES, ParameterCounts
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.exchange import copies_of_token
 from megatron_r1.plan.job import PlannedJob
@@ -124,7 +124,7 @@ def _pipeline(job: PlannedJob) -> AxisTraffic:
     return AxisTraffic(job.parallel.pipeline, job.world_size, formula, 2 * once, once)
 
 
-def _data(job: PlannedJob, counts: Counts) -> AxisTraffic:
+def _data(job: PlannedJob, counts: ParameterCounts) -> AxisTraffic:
     value = job.parameter_bytes
     dense, expert = job.data_context_parallel, job.expert_data_parallel
     moved = counts.dense * (dense - 1) / dense + counts.expert * (expert - 1) / expert

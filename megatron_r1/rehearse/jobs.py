@@ -17,7 +17,7 @@ from megatron_r1.pipeline import pipeline_recipe
 from megatron_r1.pipeline.graph import check_plan
 from megatron_r1.pipeline.pipeline_recipe import REFERENCE
 from megatron_r1.pipeline.stages import PipelinePlan
-from megatron_r1.push.plan.engine_sets import num_links
+from megatron_r1.push.plan.engine_sets import links_per_rank
 from megatron_r1.push.plan.from_recipe import engine_layout, planned_push
 
 MAX_LINKS = 100
@@ -32,7 +32,7 @@ MAX_REQUESTS = 1_000_000
 def check_connections(config: Config, hf: dict) -> None:
     """Refuse a push whose full size connects too many ranks, with UserError."""
     if not config.push.on_one_host:  # in shared memory a link costs nothing
-        links = num_links(planned_push(config, hf), config.parallel.processes)
+        links = links_per_rank(planned_push(config, hf), config.parallel.processes)
         check_links(links, engine_layout(config).num_ranks)
 
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_r1.config import Config
 from megatron_r1.data.text import TEMPLATES
-from megatron_r1.models.hf_config import as_score_model, has_score_head, published_names
+from megatron_r1.models.hf_config import has_score_head, published_names, score_model_config
 from megatron_r1.models.weights.stored.published import published_tensors
 from megatron_r1.models.weights.table import table
 from megatron_r1.pipeline.pipeline_recipe import ServeConfig
@@ -167,7 +167,7 @@ def served_reward_models(config: Config, hf: dict, folder: Path, verb: str) -> I
     if verb != "rl" or not names:
         yield []
         return
-    write_folder(folder / SERVED_NAME, as_score_model(hf), seed=2)
+    write_folder(folder / SERVED_NAME, score_model_config(hf), seed=2)
     tokens = min(MOST_TOKENS, hf.get("max_position_embeddings", MOST_TOKENS))
     arguments = ["--dtype", "float32", "--max-model-len", str(tokens), "--served-model-name"]
     server = ServeConfig(

@@ -15,7 +15,7 @@ from megatron_r1.base.errors import RunError
 from megatron_r1.base.processes.diagnosis import last_lines
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.push.plan.engine_sets import num_links
+from megatron_r1.push.plan.engine_sets import links_per_rank
 from megatron_r1.push.plan.from_recipe import planned_push
 from megatron_r1.rehearse import launch, layout
 from megatron_r1.reporting.run_folder import RunFolder
@@ -129,7 +129,7 @@ class Phases:
                 f"which megatron-r1 plan counts, has {planned_bytes:,.0f}: engines need other "
                 "parts of tensors than push/plan/planner.py says, or were replaced"
             )
-        planned = max(num_links(plan, self.config.parallel.processes))
+        planned = max(links_per_rank(plan, self.config.parallel.processes))
         if links > planned:
             raise RunError(
                 f"rehearse: push: a trainer rank has {links} links to engine ranks, where its "

@@ -26,7 +26,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models import fp8, platform, weights
 from megatron_r1.models.build import PolicyModel, ScoreModel, process_groups
-from megatron_r1.models.gradients import gradient_sum, leave_out_zeros
+from megatron_r1.models.gradients import fp32_main_grad, skip_zero_gradients
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights.adapters import attach_adapters
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
@@ -204,7 +204,7 @@ def build_chunks(
         weights.load_hf(chunks, hf, config.model.path, body)
     if body is not None:
         std = (hf["hidden_size"] + 1) ** -0.5 if score_std is None else score_std
-        weights.initialize_score(chunks, hf, std=std, seed=config.run.seed)
+        weights.initialize_score_head(chunks, hf, std=std, seed=config.run.seed)
     if config.model.lora is not None:
         attach_adapters(chunks, hf, config.model.lora, config.run.seed)
     return chunks
@@ -256,8 +256,8 @@ def _with_gradients(
         model = unwrap_model(chunk)
         if isinstance(model, PolicyModel) and model.post_process:
             weight = models.lm_head_weight(model)
-            if gradient_sum(weight) is not None:
-                leave_out_zeros(weight)
+            if fp32_main_grad(weight) is not None:
+                skip_zero_gradients(weight)
         chunk.broadcast_params()  # over data parallelism: replicas start from the same bits
     no_sync = [chunk.no_sync for chunk in wrapped]
     transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]

@@ -14,7 +14,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.models.config import transformer_config
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.routing_replay import Replay
+from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.distributed import GridPosition
@@ -58,7 +58,9 @@ class Critic:
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
             own, hf, transformer, position.groups, score_std=0.0
         )
-        Replay(self.model_chunks, None)  # recomputed layers choose the experts of their first pass
+        RoutingReplay(
+            self.model_chunks, None
+        )  # recomputed layers choose the experts of their first pass
 
     def compute_values(self, batches: list[PackedBatch]) -> None:
         """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""

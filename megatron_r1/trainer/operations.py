@@ -380,7 +380,7 @@ class CheckpointOperations(Protocol):
 
 
 class PushOperations(Protocol):
-    """A rank's part of a push: methods of `push.sender.WeightPush`."""
+    """A rank's part of a push: methods of `push.sender.PushWorker`."""
 
     def open_push(self) -> OpenedPush:
         """Create this rank's sender, before the first engine is connected.
@@ -395,8 +395,8 @@ class PushOperations(Protocol):
         layout: dict[str, Any],
         transport: str,
         timeout_seconds: float,
-        push_seconds: float,
-        gone: list[str],
+        push_timeout_seconds: float,
+        closed_sets: list[str],
     ) -> ConnectedSets:
         """Agree with all ranks of these sets of engines on what this rank sends them, and connect.
 
@@ -405,19 +405,19 @@ class PushOperations(Protocol):
             layout: the fields of `EngineLayout`, of one engine.
             transport: a name in `TRANSPORTS`.
             timeout_seconds: limit for connecting.
-            push_seconds: limit for a push.
-            gone: names of the sets to disconnect first.
+            push_timeout_seconds: limit for a push.
+            closed_sets: names of the sets to disconnect first.
 
         Returns:
             Why sets cannot be connected, and the links and bytes per push to the others."""
 
-    def send_weights(self, *, push: int, sets: list[str], gone: list[str]) -> SentWeights:
+    def send_weights(self, *, push: int, sets: list[str], closed_sets: list[str]) -> SentWeights:
         """Send the present weights to connected sets; a set that fails does not stop the others.
 
         Args:
             push: the number of the push.
             sets: names of the sets to send to.
-            gone: names of the sets to disconnect first.
+            closed_sets: names of the sets to disconnect first.
 
         Returns:
             The failures, by the name of the set."""

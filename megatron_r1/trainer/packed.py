@@ -29,12 +29,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.context_parallel import held_positions, sample_order
-from megatron_r1.models.packed_params import PackedParams, with_positions
+from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
+from megatron_r1.models.packed_params import PackedParams
 from megatron_r1.models.platform import to_device
-from megatron_r1.models.prefixes import with_prefixes
 from megatron_r1.models.routing_replay import RecordedRouting
-from megatron_r1.models.sampling_mask import decoded
+from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.routing import RoutingShard, pack_routing
 from megatron_r1.trainer.token_split import PackedLayout, TokenSplit, packed_layout
@@ -68,7 +67,7 @@ def pack_batch(
     cu_seqlens = layout.cu_seqlens
     tokens = _tokens(samples, layout)
     on_device = partial(to_device, device=device)
-    held = held_positions(cu_seqlens, *split.context_rank_and_size)
+    held = positions_of_rank(cu_seqlens, *split.context_rank_and_size)
     values = _response_values(samples, layout)
     is_response, advantages, rollout_logprobs, teacher, weights = (whole[held] for whole in values)
     positions, params = _positions(layout, held, split, on_device)
@@ -115,10 +114,10 @@ def _positions(
     position = torch.arange(int(cu_seqlens[-1]))
     position -= cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     if layout.continued is not None:
-        with_prefixes(attention_cu_seqlens, layout.continued)
-        position += layout.continued.first.repeat_interleave(cu_seqlens.diff())
+        mark_prefixes(attention_cu_seqlens, layout.continued)
+        position += layout.continued.start.repeat_interleave(cu_seqlens.diff())
     positions = on_device(position[held])
-    with_positions(attention_cu_seqlens, positions)
+    mark_positions(attention_cu_seqlens, positions)
     return positions, _packed_seq_params(attention_cu_seqlens, split, int(position.max()) + 1)
 
 
@@ -144,7 +143,7 @@ def _predicted(
         ahead = ahead[following] & (following >= 0)
         rows.append(ahead[held].nonzero()[:, 0])
     # Where each position is when the context ranks' parts are gathered rank after rank.
-    gathered = sample_order(cu_seqlens, split.context_size)
+    gathered = gathered_order(cu_seqlens, split.context_size)
     here = following[held]
     return torch.where(here >= 0, gathered[here], -1), rows
 
@@ -203,7 +202,7 @@ def _sampling_mask(
         if not sample.sampling_mask:
             raise ValueError("a micro-batch has responses with sampling masks and others without")
         length = len(sample) - sample.prompt_length
-        own = [np.array(part) for part in decoded(sample.sampling_mask, length)]
+        own = [np.array(part) for part in decode_mask(sample.sampling_mask, length)]
         if sample.mask:
             is_sampled = np.frombuffer(sample.mask, np.uint8) > 0
             own = [np.where(is_sampled, own[0], 0), own[1][np.repeat(is_sampled, own[0])]]

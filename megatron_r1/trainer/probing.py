@@ -36,7 +36,7 @@ class Probing:
         has not scored yet."""
         self._probed = self._pack_probe(samples)
         # An engine's answer to a probe comes without its routing.
-        with self.trainer.replay.paused():
+        with self.trainer.replay.pause():
             self.trainer.fill_logprobs(self._probed, "old", 1.0)
 
     def compare_probe(self, samples: list[Sample]) -> dict[str, float]:

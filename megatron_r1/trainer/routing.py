@@ -85,7 +85,7 @@ def _fill_unread_tokens(
     held: Tensor,
     shape: RoutingShape,
 ) -> RecordedRouting:
-    """Return the choices with `own_counts` if the engine has chosen for every token of the rank
+    """Return the choices with `local_counts` if the engine has chosen for every token of the rank
     that it was fed. The last token of each sample and padding, whose outputs nothing reads, then
     get all experts in turn, in place."""
     fed = torch.zeros(int(layout.cu_seqlens[-1]), dtype=torch.bool)
@@ -99,7 +99,7 @@ def _fill_unread_tokens(
     counts = torch.zeros(experts.shape[1], shape.num_experts, dtype=torch.int64)
     chosen = experts.transpose(0, 1).flatten(1).long()
     counts.scatter_add_(1, chosen, torch.ones_like(chosen))
-    return recorded._replace(own_counts=counts.numpy())
+    return recorded._replace(local_counts=counts.numpy())
 
 
 def _concatenate(

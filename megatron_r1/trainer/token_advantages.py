@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.config.corrections import EngineMask
-from megatron_r1.models.context_parallel import held_positions, sample_order
+from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.metrics import Mean, Metrics, merge
 
@@ -212,13 +212,13 @@ class WholeResponses:
         parts = [torch.empty_like(local) for _ in range(self._ranks)]
         # Over context parallelism, whose ranks hold the parts.
         dist.all_gather(parts, local.contiguous(), group=self._group)
-        return torch.cat(parts)[sample_order(self._cu_seqlens, self._ranks)]
+        return torch.cat(parts)[gathered_order(self._cu_seqlens, self._ranks)]
 
     def local_part(self, values: Tensor) -> Tensor:
         """Return this rank's part of `values` (T,)."""
         if self._ranks == 1:
             return values
-        return values[held_positions(self._cu_seqlens, self._rank, self._ranks)]
+        return values[positions_of_rank(self._cu_seqlens, self._rank, self._ranks)]
 
     def token_rewards(self, kl_beta: float) -> Tensor:
         """Return `kl_penalized_rewards`, (T,).

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_r1.models.context_parallel import held_positions
-from megatron_r1.models.prefixes import Continued
+from megatron_r1.models.context_parallel import positions_of_rank
+from megatron_r1.models.prefixes import SharedPrefixes
 from megatron_r1.trainer.shared_prompts import SharedTokens
 from megatron_r1.trainer.training_sample import Sample
 
@@ -64,7 +64,7 @@ class PackedLayout(NamedTuple):
     cu_seqlens: Tensor
     starts: list[int]
     skipped: list[int]
-    continued: Continued | None
+    continued: SharedPrefixes | None
 
 
 def packed_layout(
@@ -90,7 +90,7 @@ def packed_layout(
     continued = None
     if any(skipped):
         hosts, firsts = [*shared.hosts, *[-1] * bool(filler)], [*skipped, *[0] * bool(filler)]
-        continued = Continued(torch.tensor(hosts), torch.tensor(firsts))
+        continued = SharedPrefixes(torch.tensor(hosts), torch.tensor(firsts))
     return PackedLayout(cu_seqlens, starts, skipped, continued)
 
 
@@ -101,5 +101,5 @@ def routed_positions(cu_seqlens: Tensor, split: TokenSplit) -> Tensor:
     Args:
         cu_seqlens: (segments + 1,), the micro-batch's, as in its `PackedLayout`.
         split: the rank's."""
-    held = held_positions(cu_seqlens, *split.context_rank_and_size)
+    held = positions_of_rank(cu_seqlens, *split.context_rank_and_size)
     return held.view(split.tensor_size, -1)[split.tensor_rank]

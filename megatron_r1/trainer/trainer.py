@@ -23,9 +23,8 @@ from megatron_r1.config.algorithms import LossSettings, TokenSettings
 from megatron_r1.config.corrections import EngineMask
 from megatron_r1.models import fp8, platform, weights
 from megatron_r1.models.experts import routing_shape
-from megatron_r1.models.gradients import gradient_sum
+from megatron_r1.models.gradients import fp32_main_grad
 from megatron_r1.models.hf_config import has_score_head
-from megatron_r1.models.routing_replay import Replay
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import Head, PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
@@ -82,7 +81,7 @@ class Trainer:
         plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
         check_shared_prompts(config, platform.has_gpu(), plain)
         shape = routing_shape(self.hf) if config.rl.routing_replay else None
-        self.replay = Replay(self.model_chunks, shape)
+        self.replay = RoutingReplay(self.model_chunks, shape)
         self.routing = RoutingShard(shape, self.replay.layers) if shape else None
         self.critic = Critic(config, position) if needs_critic(config) else None
         self.offload = make_offload(config, self._trained_networks)
@@ -186,9 +185,9 @@ class Trainer:
             from the engine's log-probabilities without replay."""
         batches = self._batches()
         later = batches if first_minibatch else batches[len(self.minibatches[0]) :]
-        with self.replay.measured():
+        with self.replay.measure_agreement():
             self.fill_logprobs(later, "old", temperature)
-        with self.replay.paused():
+        with self.replay.pause():
             if reference:
                 assert self.reference is not None, "refresh_reference() comes first"
                 with self.reference.swapped_in():
@@ -371,7 +370,7 @@ class Trainer:
             group=self.groups.tp,
             vocab_size=self.hf["vocab_size"],
             context_group=self.groups.cp,
-            main_grad=gradient_sum(weight),
+            main_grad=fp32_main_grad(weight),
             records_old=records_old,
         )
 

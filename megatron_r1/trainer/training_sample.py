@@ -13,7 +13,7 @@ from typing import cast
 
 import msgspec
 
-from megatron_r1.models.sampling_mask import of_tokens
+from megatron_r1.models.sampling_mask import slice_mask
 
 Buffer = bytes | memoryview
 
@@ -137,7 +137,7 @@ class Sample(msgspec.Struct, frozen=True):
             scores = iter(teacher)
             teacher = array("f", [next(scores) if sampled else 0.0 for sampled in mask])
         prompt, response = token_ids[:first], token_ids[first:end]
-        kept = of_tokens(sampling_mask, count, first, end)
+        kept = slice_mask(sampling_mask, count, first, end)
         sample = cls.pack(
             *(prompt, response, logprobs[first:end], advantage, routing, teacher),
             sampling_mask=kept,

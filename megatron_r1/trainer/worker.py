@@ -51,10 +51,10 @@ def serve_under_torchrun(config: Config, find_controller: Callable[[], str | Non
             address, or None if it has ended: every rank then returns, as none would detect the end
             of a process that it was never connected to."""
     position = distributed.initialize(config.parallel, config.run.seed)
-    token = platform.from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
+    token = platform.broadcast_from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
     assert token is not None, "rank 0 sets it when it starts the controller"
     os.environ[RANKS_ENVIRONMENT] = token
-    address = platform.from_rank_zero(find_controller() if position.rank == 0 else None)
+    address = platform.broadcast_from_rank_zero(find_controller() if position.rank == 0 else None)
     if address is not None:
         serve(config, address, position)
     distributed.leave_process_groups()
@@ -155,7 +155,7 @@ class Operations:
 
     def __init__(self, config: Config, position: GridPosition):
         # These import Megatron, which is possible only after platform.prepare().
-        from megatron_r1.push.sender import WeightPush
+        from megatron_r1.push.sender import PushWorker
         from megatron_r1.trainer import implementations
         from megatron_r1.trainer.checkpoint_manager import CheckpointManager
         from megatron_r1.trainer.probing import Probing
@@ -169,7 +169,7 @@ class Operations:
         if (routing := self.trainer.routing) is not None:
             self._scatter = RoutingScatter(self.replica, self.trainer.split, routing)
         self.implementations = implementations.describe_implementations(self.trainer)
-        push = WeightPush(self.trainer.model_chunks, self.trainer.hf, config)
+        push = PushWorker(self.trainer.model_chunks, self.trainer.hf, config)
         self._methods = methods(
             self.trainer, Probing(self.trainer), CheckpointManager(self.trainer), push
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.sampling_mask import from_lists
+from megatron_r1.models.sampling_mask import encode_mask
 
 TOOLS = [
     {
@@ -106,7 +106,7 @@ class Session:
         return Response(
             *(array("i", token_ids), logprobs, array("i", versions)),
             *("length" if cut else "stop", rows),
-            sampling_mask=from_lists(kept),
+            sampling_mask=encode_mask(kept),
         )
 
 

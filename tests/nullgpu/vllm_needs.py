@@ -26,10 +26,10 @@ from megatron_r1.engines.plugin import register, swap
 from megatron_r1.engines.plugin.loader_copies import record_copies
 from megatron_r1.engines.plugin.memory_layout import lay_out
 from megatron_r1.engines.plugin.swap import SavedKernelState
-from megatron_r1.models.hf_config import implied, resolve_aliases
+from megatron_r1.models.hf_config import implied_settings, resolve_aliases
 from megatron_r1.models.weights.stored import published as fp8
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.planner import Coordinate, PredictedLayout
+from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
 from megatron_r1.push.plan.tensors import pushed_tensors
 
 SIZES = {
@@ -80,7 +80,7 @@ def engine_config(folder: Path, hf: dict, is_fp8: bool):
     (folder / "config.json").write_text(json.dumps(hf | quantized))
     # What an engine is given where config.json leaves it to the architecture.
     arguments = {
-        "hf_overrides": implied(hf),
+        "hf_overrides": implied_settings(hf),
         "skip_tokenizer_init": True,
         "load_format": "dummy",
         "enforce_eager": True,
@@ -100,7 +100,7 @@ def compare(hf: dict, is_fp8: bool, config, model) -> dict:
     scales = {name for name in recorded if fp8.is_scale(name)}
     predicted = {
         tensor.name: region.num_elements
-        for tensor, region in PredictedLayout(hf, EngineLayout()).needed(Coordinate(0, 0, 0))
+        for tensor, region in PredictedSharding(hf, EngineLayout()).regions_of(Coordinate(0, 0, 0))
     }
     wrong = [
         f"{name}: recorded {recorded.get(name)}, predicted {predicted.get(name)}"

@@ -97,7 +97,7 @@ def started(name, grid, sizes, models_folder, out):
     hf = models.read_hf_config(folder, "score")
     chunks = build(hf, sizes)
     weights.load_hf(chunks, hf, folder, own)
-    weights.initialize_score(chunks, hf, std=0.5, seed=3)
+    weights.initialize_score_head(chunks, hf, std=0.5, seed=3)
     weights.save_hf(chunks, hf, folder, out / "started", torch.float32)
     if dist.get_rank() == 0:
         got = load_file(out / "started/model.safetensors")

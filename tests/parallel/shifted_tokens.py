@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.transformer import multi_token_prediction
 
 from megatron_r1.models import patches, platform
-from megatron_r1.models.context_parallel import held_positions
+from megatron_r1.models.context_parallel import positions_of_rank
 from megatron_r1.trainer.packed import TokenSplit, pack_batch
 from megatron_r1.trainer.training_sample import Sample
 
@@ -38,7 +38,7 @@ def main() -> None:
         mask, _ = MEGATRON(mask, -1, -1, params, group)
         rows = params.predicted_rows[depth]
         assert torch.equal(rows, mask[0].nonzero()[:, 0]), f"MTP layer {depth} on rank {rank}"
-    held = held_positions(params.cu_seqlens_q, rank, size)
+    held = positions_of_rank(params.cu_seqlens_q, rank, size)
     assert len(held) == batch.input_ids.numel()
     dist.destroy_process_group()
 

@@ -26,7 +26,7 @@ from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.server.responses import Response, truncate_at_stop
 from megatron_r1.evaluation.response import SamplingSettings
-from megatron_r1.models.weights.stored.hf_writing import carry_files
+from megatron_r1.models.weights.stored.hf_writing import copy_model_files
 
 MODELS = yaml.safe_load((Path(__file__).parent / "end_tokens.yaml").read_text(encoding="utf-8"))
 WORDS = ["the", "answer", "is", "4", ".", "..", "...", "stop", "here", "?", "find", "a", "A"]
@@ -139,7 +139,7 @@ def test_b20_every_listed_token_ends_a_response_and_counts_as_its_end(name, gene
         got = collected(text, [*answer, other, *rubbish])
         assert got.truncated and len(got.response.token_ids) == len(answer) + 1 + len(rubbish)
     (export := tmp_path / "export").mkdir()
-    carry_files(folder, export)
+    copy_model_files(folder, export)
     assert [end.id for end in end_tokens(export)] == [end.id for end in end_tokens(folder)]
     written = json.loads((export / "generation_config.json").read_text())
     ids = written["eos_token_id"]

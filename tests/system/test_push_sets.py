@@ -68,13 +68,15 @@ def test_each_slice_enters_one_engine_and_both_have_all(loop, models, fleet, pus
     assert sizes(pusher) == [2]
     (one,) = pusher.trainer.sender._sets.values()
     need = {
-        link.end.rank: sum(slot.height * slot.width * 4 for slot in link.end.table.slots)
+        link.sender.engine_rank: sum(
+            slot.height * slot.width * 4 for slot in link.sender.table.slots
+        )
         for link in one.links
     }
     assert one.num_bytes == sum(need.values())
     for engine in (0, 1):
-        ends = [link.end for link in one.links if link.member == engine]
-        entered = sum(each.num_bytes(end.table) for end in ends for each in end.deliveries)
+        ends = [link.sender for link in one.links if link.member == engine]
+        entered = sum(each.num_bytes(end.table) for end in ends for each in end.chunks)
         assert 0.4 < entered / sum(need.values()) < 0.6
 
 

@@ -68,13 +68,13 @@ def check_fp8() -> None:
 
     from megatron_r1.base.errors import UserError
     from megatron_r1.config import FP8Config
-    from megatron_r1.models.fp8_transformer_engine import check_device
+    from megatron_r1.models.config import check_fp8_device
 
     if place() == "cpu":
         return
     cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
     try:
-        check_device(FP8Config(recipe="blockwise"), torch.cuda.get_device_capability(), cuda)
+        check_fp8_device(FP8Config(recipe="blockwise"), torch.cuda.get_device_capability(), cuda)
     except UserError as error:
         raise Impossible(str(error)) from error
 

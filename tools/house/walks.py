@@ -72,7 +72,7 @@ WALKS = [
         "Session.finish_step",
         [
             "PolicyEngines.push",
-            "WeightPush.send_weights",
+            "PushWorker.send_weights",
             "_Follower.follow",
             "plugin/endpoints.py swap_weights",
             "PushTransferEngine.start_weight_update",

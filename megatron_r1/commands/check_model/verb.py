@@ -40,7 +40,7 @@ from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.settings import engine_settings, max_positions
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import require_weights
-from megatron_r1.models.hf_config import as_read, load_config, read_hf_config
+from megatron_r1.models.hf_config import describe_config_changes, load_config, read_hf_config
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 from megatron_r1.models.supported import check_divisions, check_supported
 from megatron_r1.models.weights.layout import num_parameters, recipe_stages
@@ -125,14 +125,14 @@ def _training_bytes(dtype: str = "float32") -> int:
     """Return bytes of RL per parameter: weights, gradients, optimizer, reference and engine, but no
     activations, KV caches and processes (`controller.cpu_memory` counts them)."""
     each = parameter_bytes(dtype)
-    return each.whole + each.value + round(engine_bytes(1, dtype))
+    return each.total + each.value + round(engine_bytes(1, dtype))
 
 
 def _check_bytes(dtype: str) -> int:
     """Return bytes of this check per parameter at its peak: the trainer, with its optimizer, and
     the weights that it reads."""
     each = parameter_bytes(dtype)
-    return each.whole + each.value
+    return each.total + each.value
 
 
 def run(config: Config, folder: str, json: str | None = None) -> None:
@@ -192,7 +192,7 @@ def _check(config: Config, folder: str) -> Findings:
         folder=folder,
         architecture=hf["architectures"][0],
         dtype=config.model.dtype,
-        as_read=as_read(folder, "HF_FOLDER"),
+        config_changes=describe_config_changes(folder, "HF_FOLDER"),
         parameters=parameters,
         memory_bytes=parameters * _training_bytes(),
         free_bytes=free,
@@ -277,7 +277,7 @@ def _text(found: Findings, parallel: ParallelConfig) -> str:
     memory, free = found.memory_bytes / 1e9, found.free_bytes / 1e9
     rows = {
         "model": f"{found.architecture}: supported; {found.parameters:,} parameters",
-        **({"config": "; ".join(found.as_read)} if found.as_read else {}),
+        **({"config": "; ".join(found.config_changes)} if found.config_changes else {}),
         "weights": f"{found.tensors:,} tensors, each read once",
         "memory": f"RL in float32 takes about {memory:,.1f} GB for weights; {free:,.1f} free here",
         "tokenizer": tokens,

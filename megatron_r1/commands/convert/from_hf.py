@@ -31,7 +31,7 @@ from megatron_r1.models.weights.stored.dcp import (
     write_metadata,
 )
 from megatron_r1.models.weights.stored.hf_folder import SCALES_FILE, HFWeights
-from megatron_r1.models.weights.stored.hf_writing import carry_files, write_config
+from megatron_r1.models.weights.stored.hf_writing import copy_model_files, write_config
 from megatron_r1.models.weights.stored.megatron_weights import (
     StoredLayout,
     StoredParameter,
@@ -143,7 +143,7 @@ def cut(slot: StoredParameter, itemsize: int) -> Iterator[PlannedChunk]:
         count = min(step, slot.shape[0] - first)
         shape = (count, *slot.shape[1:])
         chunk = Chunk(slot.key, (*slot.index, first, *zeros), (*ones, *shape))
-        runs = tuple(table.rows_of(slot.runs, first, count))
+        runs = tuple(table.pieces_of_rows(slot.runs, first, count))
         yield PlannedChunk(chunk, shape, runs, count * row)
 
 
@@ -214,7 +214,7 @@ def _write_hf_files(job: ImportJob, with_mtp: bool) -> None:
     """Write configuration, tokenizer and FP8 scales, which to-hf reads."""
     folder = job.folder / HF_FILES
     folder.mkdir(exist_ok=True)
-    carry_files(job.hf, folder)
+    copy_model_files(job.hf, folder)
     weights = _source(job.hf)
     quantized = [
         name for name, (_, dtype) in weights.tensors.items() if dtype == published.FP8_DTYPE

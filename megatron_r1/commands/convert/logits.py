@@ -83,19 +83,19 @@ def _load_checkpoint(model: Any, hf: dict, checkpoint: Path) -> None:
 
 def _by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
     """Load the folder by transformers and return the logits. FP8 weights are passed as fp32
-    (`write_plain`).
+    (`write_dequantized`).
 
     Args:
         folder: the Hugging Face folder.
         scratch: an empty folder."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from megatron_r1.models.by_transformers import load_by_transformers, write_plain
+    from megatron_r1.models.by_transformers import load_by_transformers, write_dequantized
     from megatron_r1.models.weights.stored.hf_folder import HFWeights
 
     hf = read_hf_config(str(folder), None)
     if "quantization_config" in hf:
         with HFWeights(folder, hf) as weights:
-            write_plain(weights, scratch)
+            write_dequantized(weights, scratch)
         folder = scratch
     scores = has_score_head(hf)
     model = load_by_transformers(folder, hf, torch.float32).float().eval()

@@ -38,7 +38,7 @@ from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.stored import published, quantized_blocks
 from megatron_r1.models.weights.stored.hf_folder import KnownScales
 from megatron_r1.models.weights.stored.hf_writing import (
-    carry_files,
+    copy_model_files,
     split_into_files,
     write_config,
     write_index,
@@ -209,7 +209,7 @@ def run(chosen: Namespace) -> int:
             raise
     job = ExportJob(checkpoint, hf_files, work.path, dtype)
     work_folder.run_parts(partial(_write_file, job), list(files.items()), chosen.workers)
-    carry_files(hf_files, work.path)
+    copy_model_files(hf_files, work.path)
     write_config(hf_files, work.path, dtype, with_mtp, has_score_head(hf))
     write_index(work.path, files)
     if not chosen.no_check:
@@ -265,7 +265,7 @@ def _write_tensor(
     for expert, parts_of_expert in enumerate(stacked.get(name, ())):
         values = torch.empty(placed.shape[1:], dtype=placed.dtype)
         for tensor, part in parts_of_expert:
-            own = part.of(values)
+            own = part.select(values)
             own.copy_(weights.read(tensor, 0, 0, len(own)))
         write_at(file, placed.offset + expert * row, values)
     if name in stacked:

@@ -30,7 +30,7 @@ from megatron_r1.controller.rollouts.sample_log import (
 from megatron_r1.data.prompts import Prompt, load_prompts
 from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.sampling_mask import KeptIds, decoded
+from megatron_r1.models.sampling_mask import KeptIds, decode_mask
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import checkpoint_folders as checkpoints
 
@@ -429,7 +429,7 @@ def _kept(mask: bytes, is_sampled: np.ndarray) -> KeptIds | None:
         is_sampled: (tokens,) bool; the others have no ids."""
     if not mask:
         return None
-    counts, ids = decoded(mask, len(is_sampled))
+    counts, ids = decode_mask(mask, len(is_sampled))
     return KeptIds(counts[is_sampled], ids)
 
 

@@ -156,8 +156,7 @@ def _kept_tokens(step: RecordedStep) -> Finding:
         sampled = sequence.token_ids[sequence.is_sampled]
         found = np.zeros(len(sampled), bool)
         if sequence.kept is not None:
-            owner = np.repeat(np.arange(len(sampled)), sequence.kept.counts)
-            found[owner[sequence.kept.ids == sampled[owner]]] = True
+            found = sequence.kept.contains(sampled)
         if not found.all():
             concerned[sequence.place] = None
             num_tokens += int((~found).sum())

@@ -1,6 +1,6 @@
 """vLLM's weight-transfer backend of this project, for every transport.
 
-Weights arrive while the engine generates (`Arrivals`). An update, for which the engine is
+Weights arrive while the engine generates (`ReceivedChunks`). An update, for which the engine is
 paused, waits until a push is complete and correct, and loads it layer by layer. An engine whose
 update fails before that keeps all its old weights; a later failure leaves it unusable, with an
 error.
@@ -59,9 +59,9 @@ from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, Loader
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
 from megatron_r1.engines.plugin.pushed_adapter import PushedAdapter
 from megatron_r1.push.checksum import checksum
+from megatron_r1.push.protocol import SlotTable
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import StoreUnreachable, UndeliveredPush
-from megatron_r1.push.table import SlotTable
 from megatron_r1.push.transports import receiver_class
 from megatron_r1.push.transports.base import Receiver
 
@@ -171,9 +171,9 @@ class PushInitInfo(WeightTransferInitInfo):
     """Engines of the set."""
     timeout_seconds: float = 600.0
     """Time limit for the trainer to connect."""
-    push_seconds: float = 600.0
+    push_timeout_seconds: float = 600.0
     """Time limit of a push."""
-    borrows_memory: bool = False
+    allocates_per_push: bool = False
     """Whether the memory of weights in transit has another use between pushes."""
     adapter: dict | None = None
     """Where the tensors are an adapter's: its settings (`pushed_adapter.PushedAdapter`)."""
@@ -214,7 +214,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             _connect_to_store(host, port, init_info.timeout_seconds),
             init_info.name,
             init_info.timeout_seconds,
-            init_info.push_seconds,
+            init_info.push_timeout_seconds,
             member=init_info.member,
             num_members=init_info.members,
         )
@@ -232,10 +232,10 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             self._store = init_info.store
             transport = self.config.backend.removeprefix(BACKEND_PREFIX)
             self._receiver = receiver_class(transport)(
-                rendezvous, self._rank, table, memory, init_info.borrows_memory
+                rendezvous, self._rank, table, memory, init_info.allocates_per_push
             )
         except Exception as error:  # vLLM's loaders may raise anything
-            rendezvous.report_own(self._rank, f"{type(error).__name__}: {error}")
+            rendezvous.publish_rank_failure(self._rank, f"{type(error).__name__}: {error}")
             raise
 
     def _table(self, init_info: PushInitInfo) -> SlotTable:
@@ -280,7 +280,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         """
         receiver, push = self._receiver, update_info.push
         assert receiver is not None, "start_weight_update comes first"
-        receiver.arrivals.wait(push, update_info.timeout_seconds)
+        receiver.received_chunks.wait(push, update_info.timeout_seconds)
         if self._adapter is not None:
             self._adapter.load(receiver.table.buffer(receiver.memory, push))
             self._adapter.check(push)
@@ -289,7 +289,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         if self.balancer is not None:
             stop_rebalancing(self.balancer)
         buffer = receiver.table.buffer(receiver.memory, push)
-        self._load_check.begin(receiver.arrivals.take_changed())
+        self._load_check.begin(receiver.received_chunks.pop_changed_slots())
         swap.load(self._models, self._placed, buffer, in_place=receiver.table.num_buffers > 1)
         self._load_check.end(push, self._placed, buffer)
         swap.finish(self._models, self.model_config)

@@ -17,8 +17,8 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from megatron_r1.engines.plugin.memory_layout import ALIGNMENT
+from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 from megatron_r1.push.results import UndeliveredPush
-from megatron_r1.push.table import Slot, SlotTable, slot_view
 
 REQUEST = LoRARequest(lora_name="pushed", lora_int_id=1, lora_path="pushed")
 """What every request is computed with."""

@@ -190,7 +190,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
         _check_gpt_oss(engines, language, section)
     if "DeepseekV3ForCausalLM" in (language.get("architectures") or ()):
         # Where they are absent, the engine gets them (`EngineServer`).
-        require(language, **FAMILIES["DeepseekV3"].implied)
+        require(language, **FAMILIES["DeepseekV3"].implied_values)
     _check_sparse(hf)
     layers = language.get("num_hidden_layers", engines.pipeline)
     if engines.pipeline > layers:
@@ -287,7 +287,7 @@ def check_cpu_kernels(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
     family, hidden, heads = model_family(hf), hf.get("hidden_size"), hf.get("num_attention_heads")
     if not (hidden and heads and hf.get("num_hidden_layers")):
         return  # the engine's own error is more precise
-    if family.latent:
+    if family.latent_attention:
         # vLLM's own variable, which its engines inherit: with it they compute keys and values.
         is_disabled = os.environ.get("VLLM_MLA_DISABLE", "0") != "0"
         for key, size in LATENT_SIZES.items():
@@ -316,7 +316,7 @@ def _check_experts(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
             key="hidden_size",
             cause=Cause.INDIVISIBLE,
         )
-    if "n_shared_experts" in family.needs and hf.get("n_shared_experts") == 0:
+    if "n_shared_experts" in family.required_keys and hf.get("n_shared_experts") == 0:
         raise UserError(
             "config.json: n_shared_experts=0: on a CPU, vLLM's engine ends without a message at "
             f"matrices of no width; {REMEDY}",

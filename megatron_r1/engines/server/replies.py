@@ -168,7 +168,7 @@ def _response(
         choice.weight_versions or [],
         choice.finish_reason,
         decode_routing(choice.routed_experts, routing, num_tokens) if routing else b"",
-        sampling_mask.from_lists(choice.sampling_mask or []) if has_mask else None,
+        sampling_mask.encode_mask(choice.sampling_mask or []) if has_mask else None,
         vocab_size,
     )
 
@@ -190,7 +190,7 @@ def _checked_response(
     """
     _check_logprobs(token_ids, logprobs)
     if mask is not None:
-        sampling_mask.check(mask, token_ids, vocab_size)
+        sampling_mask.check_mask(mask, token_ids, vocab_size)
     ids = np.frombuffer(token_ids, np.int32)
     if vocab_size and len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(f"tokens {ids.min()} to {ids.max()} of {vocab_size}")

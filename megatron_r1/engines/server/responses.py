@@ -93,7 +93,7 @@ def truncate_response(
         policy_versions=response.policy_versions[:count],
         finish_reason=finish_reason,
         routing=routing,
-        sampling_mask=sampling_mask.of_tokens(
+        sampling_mask=sampling_mask.slice_mask(
             response.sampling_mask, len(response.token_ids), 0, count
         ),
     )

@@ -20,7 +20,7 @@ from megatron_r1.config import Config, RolloutConfig, TeacherConfig
 from megatron_r1.config.engine import LAYOUT
 from megatron_r1.config.rollout import SpeculativeConfig
 from megatron_r1.engines.server.vllm_arguments import argument_list
-from megatron_r1.models.hf_config import implied, language_settings, load_config
+from megatron_r1.models.hf_config import implied_settings, language_settings, load_config
 
 MODULE = "megatron_r1.engines.plugin.serve"
 """What an engine's process runs."""
@@ -221,7 +221,7 @@ def config_arguments(hf: dict, overrides: Mapping[str, Any] | None) -> list[str]
         hf: the model's `config.json`.
         overrides: keys in place of those of `hf`.
     """
-    if not (changes := {**implied(hf), **(overrides or {})}):
+    if not (changes := {**implied_settings(hf), **(overrides or {})}):
         return []
     return ["--hf-overrides", json.dumps(changes)]
 

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync
 from megatron_r1.base.processes import diagnosis
-from megatron_r1.models.platform import from_rank_zero
-from megatron_r1.models.weights.writing import on_first_rank
+from megatron_r1.models.platform import broadcast_from_rank_zero
+from megatron_r1.models.weights.writing import run_on_rank_zero
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, FileEntry, partial_path
 from megatron_r1.trainer.checkpoints.staging import (
@@ -102,7 +102,7 @@ class CheckpointWriter:
             # All ranks, over gloo: a group of its own, because the training threads use the others.
             self._group = dist.new_group(backend="gloo", timeout=self._slowest)
         partial = partial_path(folder)
-        on_first_rank(lambda: _make_empty(partial, folder), self._group)
+        run_on_rank_zero(lambda: _make_empty(partial, folder), self._group)
         try:
             staged = stage(make_tree(self._memory), partial, self._memory, self._data_group)
         except OSError as error:
@@ -145,7 +145,7 @@ class CheckpointWriter:
             # Over all ranks: the first one finishes with the results of all, and all learn the end.
             dist.gather_object(written, from_all, dst=0, group=self._group)
             outcome = _finish(staged, folder, state, from_all) if from_all is not None else None
-            failure = from_rank_zero(outcome, self._group)
+            failure = broadcast_from_rank_zero(outcome, self._group)
         except RuntimeError as lost:  # gloo's: a rank has ended, or is late
             cause = f"the ranks lost each other while they wrote: {lost}"
             remedy = "see the logs of the others"

@@ -10,7 +10,7 @@ from megatron_r1.agents.continuation import Continuation, RenderError
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engines.server.episodes import Episode
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.sampling_mask import decoded
+from megatron_r1.models.sampling_mask import decode_mask
 from tests.chat_tokenizer import CHATML, LAST_THOUGHT, QWEN3, chat_tokenizer
 
 TEMPLATES = {"chatml": CHATML, "qwen3": QWEN3, "last_thought": LAST_THOUGHT}
@@ -48,7 +48,7 @@ def check(session):
             == len(ids)
         )
         assert len(branch.routing) == ROW * (len(ids) - 1)
-        counts, kept = decoded(branch.sampling_mask, len(ids))
+        counts, kept = decode_mask(branch.sampling_mask, len(ids))
         assert [*branch.is_sampled] == (counts > 0).tolist() and set(counts) <= {0, 2}
         sets = iter(kept.reshape(-1, 2).tolist())
         for at, flag in enumerate(branch.is_sampled):

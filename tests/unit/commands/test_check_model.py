@@ -210,7 +210,7 @@ def test_quantized_weights_are_compared_as_plain_ones(folder, tmp_path):
     plain = tmp_path / "plain"
     with HFWeights(folder, read_hf_config(folder)) as weights:
         weights.check(with_mtp=True)
-        by_transformers.write_plain(weights, plain)
+        by_transformers.write_dequantized(weights, plain)
     every = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[:rows, :columns]
     copied = load_file(plain / WEIGHTS)
     assert copied.keys() == tensors.keys()

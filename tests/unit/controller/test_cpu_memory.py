@@ -68,14 +68,14 @@ def test_activations_are_the_plan_s_and_what_local_layers_keep_beside_them(tmp_p
     config = recipe(tmp_path)
     fused, local = (layer_activations(DENSE, config, 1, sparse=False, local=x) for x in (0, 1))
     # 9 heads and 3 groups of 64 thrice more, and the MLP's output of 1,536 before its product.
-    assert local.everything - fused.everything == (3 * 12 * 64 + 1536) * 4
+    assert local.total - fused.total == (3 * 12 * 64 + 1536) * 4
     plain, again = (
         cpu_memory(recipe(tmp_path, parallel={"recompute": x}), 1, has_engines=False)
         for x in ("none", "full")
     )
     states = 2 * 576 * 4
-    assert plain.per_token == 30 * local.everything + states
-    assert again.per_token == 29 * local.input + local.everything + states
+    assert plain.per_token == 30 * local.total + states
+    assert again.per_token == 29 * local.input + local.total + states
     # Measured: 15.4 GB in all with one micro-batch of 8,064 tokens, where the kernel ended it.
     assert plain.weights + 8064 * plain.per_token == pytest.approx(15.4e9, rel=0.1)
 

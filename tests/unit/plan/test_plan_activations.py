@@ -39,7 +39,7 @@ def test_recomputing_a_module_frees_its_tensors_and_full_leaves_the_input():
 
     def kept(recompute, *modules):
         changed = job.with_parallel(recompute=recompute, recompute_modules=list(modules))
-        return layer.kept(changed.parallel)
+        return layer.saved_bytes(changed.parallel)
 
     assert kept("full") == tokens * 7168 * 2
     # Queries and keys of 192 and values of 128, 32 heads of each on a rank, of all its tokens.

@@ -172,7 +172,7 @@ def test_a_push_is_priced_as_sets_of_engines_execute_it(monkeypatch):
     of 32 and 64 MiB."""
     push = push_section(planned(push__transport="nccl"))
     with monkeypatch.context() as engines_by_themselves:
-        engines_by_themselves.setattr("megatron_r1.plan.push.SET_ENGINES", 1)
+        engines_by_themselves.setattr("megatron_r1.plan.push.MAX_SET_ENGINES", 1)
         alone = push_section(planned(push__transport="nccl"))
     whole = push["into an engine GPU"].value
     assert whole / 16 < push["out of a trainer rank"].value < 1.4 * whole / 16

@@ -19,10 +19,9 @@ from megatron_r1.push import slices
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.from_recipe import check_blocks, check_pushes
 from megatron_r1.push.plan.tensors import Region, pushed_tensors, scale_region
-from megatron_r1.push.published_plan import ReceiverInfo
+from megatron_r1.push.protocol import ReceiverInfo, SlotTable, dtype_of, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender
-from megatron_r1.push.table import SlotTable, dtype_of, slot_view
 from megatron_r1.push.transports import gloo
 from tools.bench.push.small_model import held_by
 
@@ -126,7 +125,7 @@ def assert_received(world, expected):
 def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
     hf, grid, engine, transport, monkeypatch
 ):
-    monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)  # deliveries are cut
+    monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)  # chunks are cut
     check_blocks(hf, engine, tensor=grid.tensor, expert_tensor=grid.expert_tensor)
     first, second = draw(hf, 1), draw(hf, 2)
     world = World(hf, grid, engine, first, transport=transport)

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.rounds import Link, PushOrder
+from megatron_r1.push.plan.rounds import Link, RoundSchedule
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
 from tools.bench.push.order_check import (
     Call,
@@ -27,7 +27,7 @@ FREE = PushAssumptions(
 )
 
 
-def seconds_of(order: PushOrder, rates: PushAssumptions = FREE) -> float:
+def seconds_of(order: RoundSchedule, rates: PushAssumptions = FREE) -> float:
     operations = operations_of_rounds(order)
     ended = StreamQueues(operations, transfer_seconds(order, operations, rates)).run()
     assert ended.num_stuck == 0
@@ -40,21 +40,21 @@ def test_what_enters_is_passed_on_in_as_many_rounds_as_there_are_others(engines)
     seconds, as if the trainer had sent everything to every engine."""
     links = [Link(rank, engines + rank, 6) for rank in range(engines)]
     positions = [range(engines, 2 * engines)]
-    assert seconds_of(PushOrder(links, positions, 3, 2)) == pytest.approx(6 * engines)
+    assert seconds_of(RoundSchedule(links, positions, 3, 2)) == pytest.approx(6 * engines)
 
 
 def test_a_process_sends_one_bucket_at_a_time():
-    assert seconds_of(PushOrder([Link(0, 1, 4), Link(0, 2, 4)], entry_bytes=2)) == 8
+    assert seconds_of(RoundSchedule([Link(0, 1, 4), Link(0, 2, 4)], scatter_bucket_bytes=2)) == 8
 
 
 def test_a_process_sends_and_receives_at_once():
-    assert seconds_of(PushOrder([Link(0, 1, 4), Link(1, 0, 4)], entry_bytes=2)) == 4
+    assert seconds_of(RoundSchedule([Link(0, 1, 4), Link(1, 0, 4)], scatter_bucket_bytes=2)) == 4
 
 
 def test_within_a_node_bytes_pass_nvlink_and_each_message_has_its_latency():
     rates = PushAssumptions(**EXACT, device_pack=100.0, message_seconds=0.5, gpus_per_node=2)
     for receiver, seconds in ((1, 2 * (0.5 + 0.1)), (2, 2 * (0.5 + 1.0))):
-        order = PushOrder([Link(0, receiver, 2)], entry_bytes=1)
+        order = RoundSchedule([Link(0, receiver, 2)], scatter_bucket_bytes=1)
         assert seconds_of(order, rates) == pytest.approx(seconds)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
-from megatron_r1.models.sampling_mask import from_lists
+from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.losses import supervised
 from megatron_r1.trainer.packed import pack_batch
@@ -68,7 +68,7 @@ def test_logprobs_are_those_of_each_response_and_0_elsewhere():
 
 def test_log_probabilities_and_loss_are_of_the_tokens_that_the_sampler_kept():
     sets = [[[2, 10], [11]], [[0, 6, 9], [1, 2, 3, 4], [2, 12]], [[0, 3, 5, 12]]]
-    batch, head = micro_batch(kept=[from_lists(each) for each in sets])
+    batch, head = micro_batch(kept=[encode_mask(each) for each in sets])
     got, entropy = head.logprobs()
     no_clip = {"clip_low": 1e6, "clip_high": 1e6, "kl_beta": 0.0}
     loss = head.policy_loss(batch.is_response, average="token", **no_clip)

@@ -64,7 +64,7 @@ def test_a_rank_runs_every_operation_of_the_protocols():
             ModelOperations.mask_advantages,
             {"function": "module:function", "settings": EngineMask("sequence", 0.999, 1.001)},
         ),
-        (PushOperations.connect_sets, {"sets": [("one", 2)], "gone": ["two"]}),
+        (PushOperations.connect_sets, {"sets": [("one", 2)], "closed_sets": ["two"]}),
     ],
 )
 def test_arguments_arrive_with_their_types(operation, arguments):

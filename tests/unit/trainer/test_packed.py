@@ -10,8 +10,8 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
-from megatron_r1.models.prefixes import continued_by
-from megatron_r1.models.sampling_mask import from_lists
+from megatron_r1.models.prefixes import marked_prefixes
+from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.trainer.losses import denominator, supervised
 from megatron_r1.trainer.packed import check_token_ids, pack_batch
 from megatron_r1.trainer.shared_prompts import MIN_SHARED_TOKENS, check_shared_prompts
@@ -84,9 +84,9 @@ def kept_at(mask, position):
 def test_kept_tokens_lie_where_their_token_is_predicted():
     tokens, mask = [3, 4, 5, 6, 7, 8], bytes([0, 0, 1, 0, 0, 1])
     scores = {"weight": 0.25, "num_responses": 1}
-    kept = from_lists([[], [], [1, 5], [], [], [8]])
+    kept = encode_mask([[], [], [1, 5], [], [], [8]])
     first = Sample.pack_branch(tokens, mask, [0.0] * 6, 0.5, sampling_mask=kept, **scores)
-    second = Sample.pack([1], [2], [-3.0], 1.5, sampling_mask=from_lists([[0, 2, 9]]))
+    second = Sample.pack([1], [2], [-3.0], 1.5, sampling_mask=encode_mask([[0, 2, 9]]))
     untrained = Sample.pack([1], [], [], float("nan"))
     b = pack_batch([first, untrained, second], TokenSplit(), CPU)
     assert b.sampling_mask.token_ids.tolist() == [1, 5, 8, 0, 2, 9]
@@ -108,7 +108,7 @@ def test_context_ranks_hold_the_kept_tokens_of_their_positions():
         kept = [sorted({token, *draw.sample(range(50), draw.randrange(6))}) for token in response]
         prompt = [60] * draw.randrange(1, 7)
         samples.append(
-            Sample.pack(prompt, response, [0.0] * length, sampling_mask=from_lists(kept))
+            Sample.pack(prompt, response, [0.0] * length, sampling_mask=encode_mask(kept))
         )
     whole = pack_batch(samples, TokenSplit(context_size=2), CPU)
     assert whole.sampling_mask is not None
@@ -143,12 +143,12 @@ def test_a_prompt_of_several_samples_lies_there_once():
     assert b.advantages[b.is_response].tolist() == [0.5, 0.5, 1.5, 2.5]
     assert b.last_tokens.tolist() == [4, 6, 8, 9] and b.num_responses == 4
     assert b.cu_seqlens.tolist() == [0, 5, 7, 9, 10, 12] and b.num_shared == 5
-    continued = continued_by(b.packed_seq_params.cu_seqlens_q)
-    assert continued.host.tolist() == [-1, 0, 0, 0, -1]
-    assert continued.first.tolist() == [0, 1, 2, 2, 0]
+    continued = marked_prefixes(b.packed_seq_params.cu_seqlens_q)
+    assert continued.parent.tolist() == [-1, 0, 0, 0, -1]
+    assert continued.start.tolist() == [0, 1, 2, 2, 0]
     assert b.packed_seq_params.max_seqlen_q == 5
     alone = pack_batch(made[:1], TokenSplit(), CPU, share_prompts=True)
-    assert alone.num_shared == 0 and continued_by(alone.packed_seq_params.cu_seqlens_q) is None
+    assert alone.num_shared == 0 and marked_prefixes(alone.packed_seq_params.cu_seqlens_q) is None
 
 
 def branch(tokens, sampled, advantage, **scores):
@@ -168,8 +168,8 @@ def test_turns_of_a_tree_lie_there_once_each_trained_in_its_own_branch():
     b = pack_batch([first, second, third], TokenSplit(), CPU, share_prompts=True)
     assert b.input_ids.tolist() == [[*prompt, 1, 2, 50, 3, 51, 4, 5, 52, 6]]
     assert b.position_ids.tolist() == [[*range(24), 22, 23, 24, 24, 25]]
-    continued = continued_by(b.packed_seq_params.cu_seqlens_q)
-    assert continued.host.tolist() == [-1, 0, 1] and continued.first.tolist() == [0, 22, 24]
+    continued = marked_prefixes(b.packed_seq_params.cu_seqlens_q)
+    assert continued.parent.tolist() == [-1, 0, 1] and continued.start.tolist() == [0, 22, 24]
     assert b.cu_seqlens.tolist() == [0, 24, 27, 29] and b.num_shared == 46
     assert b.response_rows.tolist() == [19, 20, 22, 24, 25, 27]
     assert b.targets[b.is_response].tolist() == [1, 2, 3, 4, 5, 6]

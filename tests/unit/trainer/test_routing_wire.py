@@ -72,7 +72,7 @@ def test_experts_survive_the_way_from_the_engine_to_the_packed_batch(shape):
     samples = msgspec.msgpack.decode(msgspec.msgpack.encode(samples), type=list[Sample])
     batch = pack_batch(samples, TokenSplit(token_multiple=4), CPU, RoutingShard(shape, [0, 2]))
     experts, known = batch.routing.experts, batch.routing.known
-    assert batch.routing.own_counts is None, "the trainer routes two tokens that are read"
+    assert batch.routing.local_counts is None, "the trainer routes two tokens that are read"
     assert known.tolist() == [*[True] * 4, False, False, False, True, True, False, False, False]
     assert experts[known].tolist() == [*whole[:, [1, 3]].tolist(), *part[:, [1, 3]].tolist()]
     assert experts.element_size() == shape.index_bytes

@@ -29,7 +29,7 @@ from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.weights import hf_tensors
-from megatron_r1.push.transports import RELAYED_BYTES
+from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 from megatron_r1.trainer.operations import CheckpointOperations
 from tools.bench import host
 from tools.bench.small_models import qwen2
@@ -89,7 +89,7 @@ async def _measure(
     worth = [host.cores_worth()]
     for version in range(WARM_UP + repeats):
         before = _copy_seconds(*both)
-        async with pusher.updating():
+        async with pusher.weight_update():
             if not version:
                 await pusher.open()
             start = time.perf_counter()
@@ -161,7 +161,7 @@ def gloo_rates(num_processes: int = 2) -> dict[str, Any]:
     context = torch.multiprocessing.get_context("spawn")
     found = context.SimpleQueue()
     torch.multiprocessing.spawn(_gloo_rank, (num_processes, port, found), num_processes)
-    return {"processes": num_processes, "bytes of a message": RELAYED_BYTES, **found.get()}
+    return {"processes": num_processes, "bytes of a message": RELAY_BUCKET_BYTES, **found.get()}
 
 
 def _gloo_rank(rank: int, size: int, port: int, found: Any) -> None:
@@ -170,8 +170,8 @@ def _gloo_rank(rank: int, size: int, port: int, found: Any) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=size)
     group = dist.group.WORLD
     assert group is not None
-    own, other = (torch.zeros(RELAYED_BYTES, dtype=torch.uint8) for _ in range(2))
-    whole = torch.zeros(size * RELAYED_BYTES, dtype=torch.uint8)
+    own, other = (torch.zeros(RELAY_BUCKET_BYTES, dtype=torch.uint8) for _ in range(2))
+    whole = torch.zeros(size * RELAY_BUCKET_BYTES, dtype=torch.uint8)
 
     def one_way() -> None:
         if rank == 0:
@@ -188,9 +188,9 @@ def _gloo_rank(rank: int, size: int, port: int, found: Any) -> None:
         group._allgather_base(whole, own).wait()
 
     result = {
-        "one way, GB/s": _gloo_rate(one_way, RELAYED_BYTES),
-        "ring, GB/s": _gloo_rate(ring, RELAYED_BYTES),
-        "all-gather, GB/s": _gloo_rate(all_gather, (size - 1) * RELAYED_BYTES),
+        "one way, GB/s": _gloo_rate(one_way, RELAY_BUCKET_BYTES),
+        "ring, GB/s": _gloo_rate(ring, RELAY_BUCKET_BYTES),
+        "all-gather, GB/s": _gloo_rate(all_gather, (size - 1) * RELAY_BUCKET_BYTES),
     }
     if rank == 1:
         found.put(result)

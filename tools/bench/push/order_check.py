@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_r1.push.plan.rounds import NONE, PushOrder
+from megatron_r1.push.plan.rounds import NONE, RoundSchedule
 
 OPERATION = np.dtype(
     [(name, np.int32) for name in ("process", "start", "end", "peer", "bucket")]
@@ -76,11 +76,11 @@ class Refusal(NamedTuple):
         return f"{self.fault.value}: {links}"
 
 
-def operations_of_rounds(order: PushOrder) -> np.ndarray:
+def operations_of_rounds(order: RoundSchedule) -> np.ndarray:
     """Return the operations of all processes, each of which runs its schedule."""
     found = []
     for process in range(order.num_processes):
-        schedule = order.schedule(process)
+        schedule = order.rounds_of(process)
         rows = np.zeros((len(schedule), 2), OPERATION)
         rows["process"], rows["start"] = process, np.arange(len(schedule))[:, None]
         rows["end"], rows["sends"] = rows["start"], (True, False)
@@ -105,7 +105,7 @@ def operations_of_steps(steps: Mapping[int, Sequence[Step]]) -> np.ndarray:
     return np.array([tuple(row) for row in rows], OPERATION)
 
 
-def find_fault(operations: np.ndarray, order: PushOrder) -> Refusal | None:
+def find_fault(operations: np.ndarray, order: RoundSchedule) -> Refusal | None:
     """Return why an order is refused, or None if it is free of circular waits.
 
     Args:
@@ -161,16 +161,16 @@ def _find_mismatch(
     return Refusal(Fault.MISMATCHED, tuple(waits))
 
 
-def _find_early(operations: np.ndarray, order: PushOrder) -> Refusal | None:
+def _find_early(operations: np.ndarray, order: RoundSchedule) -> Refusal | None:
     """Find a send of a bucket that its process does not have, or has not yet: it passes on what has
     entered it once all of that has ended, earlier in the same stream."""
     process, bucket = operations["process"], operations["bucket"]
-    enters = bucket < order.num_entering
+    enters = bucket < order.num_scatter_buckets
     entering = np.flatnonzero(~operations["sends"] & enters)
     last = np.full(int(process.max(initial=0)) + 1, NONE)  # the end of each process's last arrival
     np.maximum.at(last, process[entering], operations["end"][entering])
     in_time = last[process] < operations["start"]
-    has_it = (order.origins[bucket] == process) & (enters | in_time)
+    has_it = (order.bucket_senders[bucket] == process) & (enters | in_time)
     found = np.flatnonzero(operations["sends"] & ~has_it)
     return Refusal(Fault.EARLY, (_wait(operations[found[0]]),)) if len(found) else None
 

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_r1.models.weights.layout import Shard, layout_of, stage_shards
+from megatron_r1.models.weights.layout import Shard, layout_from_rules, stage_shards
 from megatron_r1.models.weights.table import Table, table
 from megatron_r1.push.plan import TrainerGrid
-from megatron_r1.push.plan.planner import Coordinate, PredictedLayout
-from megatron_r1.push.table import Slot, SlotTable
+from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
+from megatron_r1.push.protocol import Slot, SlotTable
 
 SHAPE = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -64,7 +64,7 @@ def held_by(
         "etp": (at.expert_tensor, grid.expert_tensor),
     }
     held: dict[str, list] = {}
-    for entry in layout_of(rules or table(hf), Shard(**{**vars(chunk), **axes})).values():
+    for entry in layout_from_rules(rules or table(hf), Shard(**{**vars(chunk), **axes})).values():
         parameter = torch.zeros(entry.shape, dtype=torch.bfloat16)
         for piece in entry.pieces:
             part = tensors[piece.hf_name].narrow(piece.dim, piece.hf_start, piece.length)
@@ -73,10 +73,10 @@ def held_by(
     return held
 
 
-def slot_table(needs: PredictedLayout, coordinate: Coordinate) -> SlotTable:
+def slot_table(needs: PredictedSharding, coordinate: Coordinate) -> SlotTable:
     """Return the table of an engine rank's tensors in bfloat16, one after another."""
     slots, end = [], 0
-    for tensor, at in needs.needed(coordinate):
+    for tensor, at in needs.regions_of(coordinate):
         pitch = 2 * (at.right - at.left)
         corners = at.top, at.bottom, at.left, at.right
         slots.append(Slot(tensor.name, *corners, end, pitch, "bfloat16"))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_r1.push.plan.rounds import PushOrder
+from megatron_r1.push.plan.rounds import RoundSchedule
 from tools.bench.push.order_check import Call, Step
 
 
@@ -110,7 +110,7 @@ class _ByPlace:
         return self._order[first[owner] + within], owner
 
 
-def link_threads(order: PushOrder, seed: int, interleaved: int = 0) -> dict[int, list[Step]]:
+def link_threads(order: RoundSchedule, seed: int, interleaved: int = 0) -> dict[int, list[Step]]:
     """Return the steps of what enters without a common order: a thread for each link of a process,
     which all enqueue on its one stream. A sender packs a bucket while the one before travels, a
     receiver unpacks it.

@@ -12,8 +12,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
 from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
-from megatron_r1.controller.push.prober import OffloadedProber
-from megatron_r1.controller.push.pusher import WeightPusher
+from megatron_r1.controller.push.pusher import OffloadedProber, WeightPusher
 from megatron_r1.controller.roles import PolicyEngines
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.responses import EngineError
@@ -102,7 +101,7 @@ def offloading(trainer, fleet):
 
 async def pushed(pusher, fleet):
     await fleet.sleep()
-    async with pusher.updating():
+    async with pusher.weight_update():
         await pusher.open()
         del fleet.done[:]
         await pusher.push(1)

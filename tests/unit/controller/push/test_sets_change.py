@@ -19,7 +19,7 @@ from megatron_r1.engines.server.responses import ConnectionBroken, EngineDied, P
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import IncompletePush
-from megatron_r1.push.sender import WeightSender, run_all
+from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.transports import gloo, receiver_class
 from megatron_r1.push.transports.payloads import SlicesPayload
 from megatron_r1.trainer.operations import PushOperations
@@ -50,7 +50,7 @@ class Trainer:
             on_start()
         name = {"connect_sets": "connect", "send_weights": "send"}[operation.__name__]
         calls = [partial(getattr(sender, name), **arguments) for sender in self.senders]
-        return await asyncio.to_thread(run_all, calls)
+        return await asyncio.to_thread(run_in_threads, calls)
 
     def close(self):
         for sender in self.senders:
@@ -85,7 +85,7 @@ class Client:
             met = EngineRendezvous(store, info["name"], *seconds, **place)
             return receiver_class("gloo")(met, rank, table, memory)
 
-        self.receivers = run_all([partial(receiver, rank) for rank in range(2)])
+        self.receivers = run_in_threads([partial(receiver, rank) for rank in range(2)])
         self.num_connections += 1
 
     async def swap_weights(self, update, version, resume=True):
@@ -94,12 +94,12 @@ class Client:
     def _swap(self, push):
         def load(rank, receiver):
             self._refuse_if_dead()
-            receiver.arrivals.wait(push, PATIENT)
+            receiver.received_chunks.wait(push, PATIENT)
             wrong = wrong_slots(self._only(rank), self.tensors, push)
             assert wrong == [], wrong
 
         try:
-            run_all([partial(load, *item) for item in enumerate(self.receivers)])
+            run_in_threads([partial(load, *item) for item in enumerate(self.receivers)])
         except IncompletePush as error:
             self._refuse_if_dead()
             raise PushIncomplete(str(error), 500) from error
@@ -114,7 +114,9 @@ class Client:
     def die(self):
         self.is_dead = True
         for receiver in self.receivers:
-            receiver.arrivals.fail(ConnectionBroken("cut"))  # the death ends the engine's own waits
+            receiver.received_chunks.fail(
+                ConnectionBroken("cut")
+            )  # the death ends the engine's own waits
             receiver.close()
 
 
@@ -165,7 +167,7 @@ def run(story):
 
 
 async def push(pusher, version):
-    async with pusher.updating():
+    async with pusher.weight_update():
         if version == 1:
             await pusher.open()
         await pusher.push(version)

@@ -14,7 +14,7 @@ from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.episodes import Branch, Episode, EpisodeResult, Turn
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.sampling_mask import from_lists
+from megatron_r1.models.sampling_mask import encode_mask
 
 PROMPTS = [make_prompt(f"row {i}", "environment", None, {}) for i in range(3)]
 SAMPLING = RolloutSampling(2, 1.0, 1.0, 64, reward_weights={"accuracy": 1.0})
@@ -105,7 +105,7 @@ def test_turns_drawn_from_a_part_of_the_vocabulary_are_samples_with_what_was_kep
     async def generate(token_ids, *, n, top_p, top_k, min_p, sampling_mask, **_):
         asked.append((n, top_p, top_k, min_p, sampling_mask))
         ids = [10 + len(token_ids), 20]
-        kept = from_lists([[0, ids[0]], [20, 30, 31]])
+        kept = encode_mask([[0, ids[0]], [20, 30, 31]])
         numbers = array("f", [-1, -2]), array("i", [4, 4])
         return [Response(array("i", ids), *numbers, "stop", sampling_mask=kept)]
 
@@ -125,6 +125,6 @@ def test_turns_drawn_from_a_part_of_the_vocabulary_are_samples_with_what_was_kep
     for groups in (made, recalled):
         for sample in chain.from_iterable(training_samples(groups, [[0.5, 0.5]])):
             assert array("i", bytes(sample.token_ids)).tolist() == [1, 2, 12, 20, 3, 15, 20]
-            assert sample.sampling_mask == from_lists(
+            assert sample.sampling_mask == encode_mask(
                 [[0, 12], [20, 30, 31], [], [0, 15], [20, 30, 31]]
             )

@@ -23,7 +23,7 @@ from megatron_r1.controller.rollouts.sample_log import (
 from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.sampling_mask import from_lists
+from megatron_r1.models.sampling_mask import encode_mask
 
 PROMPTS = [make_prompt(f"question {i}", "math", str(i), {}) for i in range(8)]
 PAYLOADS = [b"first", b"", b"third, \xf5mr1 within", bytes(range(256))]
@@ -78,7 +78,7 @@ def graded_response(draw: random.Random, reward: float, *ungraded: str) -> Grade
         draw.choice(["stop", "length"]),
         draw.randbytes(3 * length),
         draw.choice(["", "engine-1"]),
-        draw.choice([b"", from_lists([[1, 2 + at] for at in range(length)])]),
+        draw.choice([b"", encode_mask([[1, 2 + at] for at in range(length)])]),
     )
     text = draw.choice(["", "half an emoji: \ud83d", "x² = 9"])
     rewards = {"accuracy": reward, "format": draw.random()}
