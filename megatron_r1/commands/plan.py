@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import infer_verb
 from megatron_r1.config.hardware import GIB
-from megatron_r1.plan.arguments import config_of, job_of, parse
+from megatron_r1.plan.arguments import load_recipe, parse, planned_job
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.job_checks import check_trainer
@@ -24,7 +24,7 @@ from megatron_r1.plan.published import published_table
 from megatron_r1.plan.push import check_engines_and_push
 from megatron_r1.plan.report import as_json, as_text, layouts_text, sizes_text
 from megatron_r1.plan.search import FittingLayout, fastest, nearest, nearest_sizes
-from megatron_r1.plan.timing import in_hours, in_total
+from megatron_r1.plan.timing import sum_quantities, total_hours
 
 FITS, UNFIT, REFUSED = range(3)
 VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}
@@ -34,31 +34,31 @@ VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}
 def main(arguments: list[str] | None = None) -> int:
     """Return 0 if it fits, 1 if not, 2 if the recipe or the options are wrong."""
     try:
-        chosen, overrides = parse(sys.argv[1:] if arguments is None else arguments, __doc__)
-        if chosen.published:
+        args, overrides = parse(sys.argv[1:] if arguments is None else arguments, __doc__)
+        if args.published:
             print(published_table())
             return FITS
-        if chosen.calibrate_from:
-            folder, file = chosen.calibrate_from
-            print(calibrate_from(folder, file, chosen, overrides))
+        if args.calibrate_from:
+            folder, file = args.calibrate_from
+            print(calibrate_from(folder, file, args, overrides))
             return FITS
     except ValueError as error:
         return _refused(error)
-    if len(chosen.recipes) == 1:
-        return _plan(chosen.recipes[0], chosen, overrides)
+    if len(args.recipes) == 1:
+        return _plan(args.recipes[0], args, overrides)
     statuses = {}
-    for recipe in chosen.recipes:
+    for recipe in args.recipes:
         print(f"== {recipe} ==", flush=True)
-        statuses[recipe] = _plan(recipe, chosen, overrides)
+        statuses[recipe] = _plan(recipe, args, overrides)
         print()
     print("\n".join(f"{VERDICTS[status]:12}  {recipe}" for recipe, status in statuses.items()))
     return max(statuses.values())
 
 
-def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
+def _plan(recipe: Path, args: argparse.Namespace, overrides: dict) -> int:
     """Print the estimate of one recipe; return its exit status."""
     try:
-        job = job_of(recipe, chosen, overrides)
+        job = planned_job(recipe, args, overrides)
     except ValueError as error:
         return _refused(error)
     if not _can_work(job):
@@ -72,40 +72,38 @@ def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
         print("\n" + "\n".join(f"does not fit: {problem}" for problem in problems))
         if job.trains:
             layouts = _print_nearest(job)
-    elif chosen.search:
+    elif args.search:
         layouts = fastest(job)
         print("\n" + layouts_text(job, layouts, "fastest"))
-    if chosen.build:
+    if args.build:
         from megatron_r1.plan.build import build_ranks
 
         print("\n" + build_ranks(job))
-    if chosen.json:
+    if args.json:
         plan = as_json(estimate, problems, layouts)
         try:
-            atomic_write(
-                chosen.json, json.dumps(plan, indent=1, default=str, allow_nan=False) + "\n"
-            )
+            atomic_write(args.json, json.dumps(plan, indent=1, default=str, allow_nan=False) + "\n")
         except OSError as error:
-            return _refused(f"--json: {chosen.json} cannot be written: {error.strerror}")
+            return _refused(f"--json: {args.json} cannot be written: {error.strerror}")
     try:
-        return UNFIT if problems else _later_phases(recipe, chosen, overrides)
+        return UNFIT if problems else _later_phases(recipe, args, overrides)
     except ValueError as error:
         return _refused(error)
 
 
-def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
+def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict) -> int:
     """Print a line for each later change of `rl.schedule`, which only rl follows, unless --step
     chose one; return the exit status."""
     status = FITS
-    config = config_of(recipe, overrides)
+    config = load_recipe(recipe, overrides)
     # The estimate above is of step 1.
     later = [entry for entry in config.rl.schedule if entry.from_step > 1]
-    if chosen.step or not later or infer_verb(config) != "rl":
+    if args.step or not later or infer_verb(config) != "rl":
         return status
     steps = [1, *(entry.from_step for entry in later)]
-    each_step = [JobEstimate(job_of(recipe, chosen, overrides, 1)).step]
+    each_step = [JobEstimate(planned_job(recipe, args, overrides, 1)).step]
     for entry in later:
-        job = job_of(recipe, chosen, overrides, entry.from_step)
+        job = planned_job(recipe, args, overrides, entry.from_step)
         changes = ", ".join(f"{key}={value}" for key, value in entry.changes.items())
         print(f"\nfrom step {entry.from_step} ({changes}; --step {entry.from_step} shows all):")
         if not _can_work(job):
@@ -123,10 +121,10 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
     ends = [*steps[1:], config.run.steps + 1]
     if len(each_step) == len(steps) and all(each.value is not None for each in each_step):
         parts = [
-            in_hours(each, end - first, "")
+            total_hours(each, end - first, "")
             for first, end, each in zip(steps, ends, each_step, strict=True)
         ]
-        total = in_total(parts, "")
+        total = sum_quantities(parts, "")
         limits = f" ({total.limits})" if total.limits else ""
         print(f"\nthe run of {config.run.steps} steps: {total}{limits}")
     return status

@@ -13,8 +13,8 @@ from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.memory import Counts, checkpoint_bytes, persistent_bytes
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import drafts, planned_engine_layout, planned_rank_bytes
-from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+from megatron_r1.plan.push import drafts_with_mtp, planned_engine_layout, planned_rank_bytes
+from megatron_r1.plan.quantity import Quantity, Section, byte_quantity
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.planner import PredictedLayout
 
@@ -25,7 +25,7 @@ OFFLOAD = "offload"
 KINDS = ("parameters", "optimizer")
 
 
-def offloads(job: PlannedJob) -> bool:
+def offloads_state(job: PlannedJob) -> bool:
     """Return whether the job's parameters and optimizer state leave the GPU."""
     return job.verb == "rl" and job.config.parallel.offload_between_phases != "none"
 
@@ -33,7 +33,7 @@ def offloads(job: PlannedJob) -> bool:
 def offloaded_bytes(job: PlannedJob, counts: Counts) -> int:
     """Return the bytes of a rank of one network that leave its GPU: 0 without the setting. Copies
     that the layers keep in FP8, and a reference on the device, stay."""
-    if not offloads(job):
+    if not offloads_state(job):
         return 0
     parts = persistent_bytes(
         job.config, counts, job.data_parallel_sizes, job.config.optimizer.moments
@@ -45,27 +45,27 @@ def offloaded_bytes(job: PlannedJob, counts: Counts) -> int:
 def offloaded_host_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
     """Return what of it a rank's host holds."""
     on_host = job.config.parallel.offload_between_phases == "host"
-    return {OFFLOADED: offloaded_bytes(job, counts)} if offloads(job) and on_host else {}
+    return {OFFLOADED: offloaded_bytes(job, counts)} if offloads_state(job) and on_host else {}
 
 
-def _of_fullest(job: PlannedJob) -> int:
+def _most_offloaded_bytes(job: PlannedJob) -> int:
     """Return `offloaded_bytes` of policy and critic on the pipeline rank that has most."""
     networks = [job, job.critic] if job.critic else [job]
     counts = [RankCounts(network) for network in networks]
     return max(
-        sum(offloaded_bytes(n, c.of_rank(rank)) for n, c in zip(networks, counts, strict=True))
+        sum(offloaded_bytes(n, c.rank_counts(rank)) for n, c in zip(networks, counts, strict=True))
         for rank in range(job.parallel.pipeline)
     )
 
 
 def offload_disk(job: PlannedJob) -> Section:
     """Return the room that a node's local disk needs; {} where nothing waits there."""
-    if not offloads(job) or job.config.parallel.offload_between_phases != "disk":
+    if not offloads_state(job) or job.config.parallel.offload_between_phases != "disk":
         return {}
     ranks = min(job.hardware.gpus_per_node, job.world_size)
-    num_bytes = _of_fullest(job)
-    formula = f"parallel.offload_folder: {ranks} ranks x {in_bytes(num_bytes)}"
-    return {OFFLOADED: in_bytes(ranks * num_bytes, formula)}
+    num_bytes = _most_offloaded_bytes(job)
+    formula = f"parallel.offload_folder: {ranks} ranks x {byte_quantity(num_bytes)}"
+    return {OFFLOADED: byte_quantity(ranks * num_bytes, formula)}
 
 
 def offload_time(job: PlannedJob, push_seconds: float) -> Section:
@@ -74,9 +74,9 @@ def offload_time(job: PlannedJob, push_seconds: float) -> Section:
     Args:
         job: the job.
         push_seconds: those of a push, which a checkpoint repeats."""
-    if not offloads(job):
+    if not offloads_state(job):
         return {}
-    num_bytes, hardware = _of_fullest(job), job.hardware
+    num_bytes, hardware = _most_offloaded_bytes(job), job.hardware
     rate, link = hardware.host_link * job.assumptions.link_efficiency, "host_link"
     if job.config.parallel.offload_between_phases == "disk":
         own = hardware.local_disk / min(hardware.gpus_per_node, job.world_size)
@@ -85,25 +85,26 @@ def offload_time(job: PlannedJob, push_seconds: float) -> Section:
     once = 2 * num_bytes / rate
     seconds = once + (once + push_seconds) / every
     formula = (
-        f"{in_bytes(num_bytes)} away and back / {link}, and once more with a push each "
+        f"{byte_quantity(num_bytes)} away and back / {link}, and once more with a push each "
         f"checkpoint.every={every} steps"
     )
     return {OFFLOAD: Quantity(seconds, "s", formula)}
 
 
-def load(job: PlannedJob) -> Quantity:
+def weight_load_time(job: PlannedJob) -> Quantity:
     """Return the seconds in which an engine GPU takes pushed weights out of its receive buffer."""
-    given, weights = job.assumptions, planned_rank_bytes(job)
+    assumptions, weights = job.assumptions, planned_rank_bytes(job)
     layout = planned_engine_layout(job)
-    tensors = _num_tensors(json.dumps(job.hf), layout, drafts(job))
-    rate = job.hardware.memory_bandwidth * given.bandwidth_efficiency / 2  # read and written
+    tensors = _num_tensors(json.dumps(job.hf), layout, drafts_with_mtp(job))
+    rate = job.hardware.memory_bandwidth * assumptions.bandwidth_efficiency / 2  # read and written
     how = "read and written in the GPU's memory"
     if TRANSPORTS[job.config.push.transport].memory == "host":
-        rate, how = job.hardware.host_link * given.link_efficiency, "through the host's link"
+        rate, how = job.hardware.host_link * assumptions.link_efficiency, "through the host's link"
     return Quantity(
-        weights / rate + tensors * given.tensor_load_seconds,
+        weights / rate + tensors * assumptions.tensor_load_seconds,
         "s",
-        f"{in_bytes(weights)} {how}, and {tensors:,} tensors x {given.tensor_load_seconds:g} s",
+        f"{byte_quantity(weights)} {how}, and {tensors:,} tensors x "
+        f"{assumptions.tensor_load_seconds:g} s",
     )
 
 
@@ -114,31 +115,33 @@ def _num_tensors(hf: str, layout: EngineLayout, drafting: bool) -> int:
     return sum(1 for _ in needs.needed(layout.coordinate(0)))
 
 
-def sleep_and_wake(job: PlannedJob) -> Quantity:
+def sleep_wake_time(job: PlannedJob) -> Quantity:
     """Return the seconds of one sleep and one wake of all engines, which do so together."""
-    given = job.assumptions
-    seconds = given.sleep_seconds + given.wake_seconds
+    assumptions = job.assumptions
+    seconds = assumptions.sleep_seconds + assumptions.wake_seconds
     return Quantity(
-        seconds, "s", f"{given.sleep_seconds:g} s sleep_seconds + {given.wake_seconds:g} s wake"
+        seconds,
+        "s",
+        f"{assumptions.sleep_seconds:g} s sleep_seconds + {assumptions.wake_seconds:g} s wake",
     )
 
 
-def saves(job: PlannedJob) -> Quantity:
+def checkpoint_time(job: PlannedJob) -> Quantity:
     """Return a step's share of the seconds in which a checkpoint stops the trainer: its copy to
     the host, and the writing that steps until the next do not hide (`asynchronous`), or all."""
-    settings, given = job.config.checkpoint, job.assumptions
+    settings, assumptions = job.config.checkpoint, job.assumptions
     counts = RankCounts(job)
     reference = job.computes_ref_logprobs or job.keeps_reference
     copied = max(
         checkpoint_bytes(
-            job.config, counts.of_rank(rank), job.data_parallel_sizes, with_reference=reference
+            job.config, counts.rank_counts(rank), job.data_parallel_sizes, with_reference=reference
         )
         for rank in range(job.parallel.pipeline)
     )
-    seconds = copied / (job.hardware.host_link * given.link_efficiency)
-    formula = f"{in_bytes(copied)} of a rank to its host"
+    seconds = copied / (job.hardware.host_link * assumptions.link_efficiency)
+    formula = f"{byte_quantity(copied)} of a rank to its host"
     if not settings.asynchronous:
-        seconds += copied / given.storage
+        seconds += copied / assumptions.storage
         formula += " and to storage"
     return Quantity(
         seconds / settings.every, "s", f"({formula}) / checkpoint.every={settings.every}"

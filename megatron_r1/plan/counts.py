@@ -37,18 +37,18 @@ class RankCounts:
         sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
         self._known: dict = job.shared.setdefault(("counts", *sizes), {})
 
-    def of_rank(self, pipeline_rank: int) -> Counts:
+    def rank_counts(self, pipeline_rank: int) -> Counts:
         """Return the counts of one rank of this pipeline rank: the sum over its virtual stages."""
-        return sum(map(self.of_chunk, self.job.stages[pipeline_rank]), Counts())
+        return sum(map(self.chunk_counts, self.job.stages[pipeline_rank]), Counts())
 
-    def of_chunk(self, chunk: Shard) -> Counts:
+    def chunk_counts(self, chunk: Shard) -> Counts:
         """Return the counts of one virtual stage on one rank. Layers of one kind, and equal chunks,
         are counted once."""
         ends = {name: getattr(chunk, name) for name in ("embedding", "final_norm", "head", "mtp")}
-        kinds = Counter(self.job.sparse[layer] for layer in chunk.layers)
+        kinds = Counter(self.job.is_sparse_layer[layer] for layer in chunk.layers)
         key = (*ends.values(), *sorted(kinds.items()))
         if key not in self._known:
-            first = {self.job.sparse[layer]: layer for layer in chunk.layers}
+            first = {self.job.is_sparse_layer[layer]: layer for layer in chunk.layers}
             at = {kind: replace(self._at, layers=(first[kind],)) for kind in kinds}
             layers = (self._counted(kind, at[kind]) * n for kind, n in kinds.items())
             own = self._counted((*ends.values(),), replace(self._at, **ends))
@@ -119,7 +119,7 @@ def parameter_section(job: PlannedJob) -> Section:
     }
     if job.trains:
         ranks = RankCounts(job)
-        by_rank = [ranks.of_rank(rank).parameters for rank in range(job.parallel.pipeline)]
+        by_rank = [ranks.rank_counts(rank).parameters for rank in range(job.parallel.pipeline)]
         fullest = by_rank.index(max(by_rank))
         least = Quantity(min(by_rank), "parameters")
         formula = f"pipeline rank {fullest}, the fullest; least: {least}"

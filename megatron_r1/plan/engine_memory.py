@@ -8,30 +8,30 @@ from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.models.memory import BYTES, cache_bytes_per_token
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import (
-    drafts,
-    in_fp8,
+    drafts_with_mtp,
     planned_engine_layout,
     planned_rank_bytes,
+    pushes_fp8,
     receive_buffer_bytes,
 )
-from megatron_r1.plan.quantity import Quantity, Section, in_bytes, rounded
+from megatron_r1.plan.quantity import Quantity, Section, byte_quantity, round_number
 from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.reporting.wording import counted
 
 
 @dataclass(frozen=True)
-class Engines:
+class EngineMemory:
     """All engines of a job.
 
     Attributes:
         job: the recipe, the sizes of its model, and the GPUs.
-        resident: bytes of the trainer that stay on the same GPU."""
+        trainer_bytes: bytes of the trainer that stay on the same GPU."""
 
     job: PlannedJob
-    resident: int = 0
+    trainer_bytes: int = 0
 
     @property
-    def value(self) -> int:
+    def parameter_bytes(self) -> int:
         """Bytes of one of the engines' parameters."""
         return BYTES[self.job.config.rollout.dtype]
 
@@ -43,10 +43,10 @@ class Engines:
     @property
     def mtp_layers(self) -> int:
         """Number of layers that draft."""
-        return len(self.job.weight_table.mtp) if drafts(self.job) else 0
+        return len(self.job.weight_table.mtp) if drafts_with_mtp(self.job) else 0
 
     @property
-    def drafted(self) -> int:
+    def num_draft_tokens(self) -> int:
         """Tokens that a pass verifies next to the one that follows anyway. 0 for drafts from text:
         their acceptance is not known before a run."""
         return self.job.config.rollout.speculative.tokens if self.mtp_layers else 0
@@ -57,7 +57,7 @@ class Engines:
         return PredictedLayout(self.job.hf, planned_engine_layout(self.job)).whole_shared
 
     @property
-    def weights(self) -> int:
+    def weight_bytes(self) -> int:
         """Bytes of an engine's weights on one of its GPUs."""
         return planned_rank_bytes(self.job)
 
@@ -69,27 +69,29 @@ class Engines:
     @property
     def reserved(self) -> float:
         """Bytes of `Assumptions.reserved` that are the engine's: half of it next to a trainer."""
-        return self.job.assumptions.reserved / (2 if self.resident else 1)
+        return self.job.assumptions.reserved / (2 if self.trainer_bytes else 1)
 
     @property
-    def free(self) -> float:
+    def free_bytes(self) -> float:
         """Bytes of a GPU that are not the trainer's, nor the receive buffer's."""
-        others = self.job.assumptions.reserved - self.reserved + self.resident
+        others = self.job.assumptions.reserved - self.reserved + self.trainer_bytes
         return self.job.hardware.memory - others - self.receive_buffer
 
     @property
-    def cache(self) -> int:
+    def cache_bytes(self) -> int:
         """Bytes left for KV cache on one GPU; negative if even the weights do not fit."""
         fraction = self.job.config.rollout.gpu_memory
         taken = (
-            self.free if fraction is None else min(self.free, fraction * self.job.hardware.memory)
+            self.free_bytes
+            if fraction is None
+            else min(self.free_bytes, fraction * self.job.hardware.memory)
         )
-        return round(taken - self.reserved - self.weights)
+        return round(taken - self.reserved - self.weight_bytes)
 
     @property
     def token_bytes(self) -> float:
         """Cache bytes of a token on each GPU that attends to it: latents whole, heads shared."""
-        whole = cache_bytes_per_token(self.job.hf, self.value, self.mtp_layers)
+        whole = cache_bytes_per_token(self.job.hf, self.parameter_bytes, self.mtp_layers)
         if self.job.latent_attention:
             return whole
         return whole / min(self.tensor, key_value_heads(self.job.hf))
@@ -102,18 +104,18 @@ class Engines:
     @property
     def max_concurrency(self) -> float:
         """Sequences whose cache such a group can hold; less than one counts as 0."""
-        sequences = self.cache / (self.token_bytes * self.cached_tokens)
+        sequences = self.cache_bytes / (self.token_bytes * self.cached_tokens)
         return sequences if sequences >= 1 else 0.0
 
     @property
-    def at_once(self) -> float:
+    def mean_concurrency(self) -> float:
         """Mean number of sequences that such a group decodes together, limited by cache and
-        settings. Of several rollouts (`in_flight`) most are in a part where only long responses
-        are left."""
+        settings. Of several rollouts (`rollouts_in_flight`) most are in a part where only long
+        responses are left."""
         wanted = self.sequences
-        if self.in_flight > 1:
+        if self.rollouts_in_flight > 1:
             fraction = self.job.response_tokens / self.job.longest_response
-            wanted = max(min(1.0, wanted), wanted * self.in_flight * fraction)
+            wanted = max(min(1.0, wanted), wanted * self.rollouts_in_flight * fraction)
         return min(wanted, self.max_concurrency, self.job.config.rollout.max_num_seqs)
 
     @property
@@ -122,7 +124,7 @@ class Engines:
         return self.job.assumptions.prompt_tokens + self.job.response_tokens / 2
 
     @property
-    def in_flight(self) -> int:
+    def rollouts_in_flight(self) -> int:
         """Rollouts that are sampled at once: with `rl.staleness` k, on GPUs of their own, the one
         that the trainer waits for and k later ones, which fill the engines meanwhile
         (controller/rollouts/step_sampler.py)."""
@@ -130,51 +132,59 @@ class Engines:
         return 1 + rl.staleness if self.job.rollout_gpus and self.job.verb == "rl" else 1
 
 
-def rollout_section(engines: Engines) -> Section:
+def rollout_section(engines: EngineMemory) -> Section:
     """Return the memory of one engine GPU."""
     job = engines.job
-    short = f"no room, {in_bytes(-engines.cache)} short: " if engines.cache < 0 else ""
+    short = (
+        f"no room, {byte_quantity(-engines.cache_bytes)} short: " if engines.cache_bytes < 0 else ""
+    )
     fraction = job.config.rollout.gpu_memory
     if fraction is not None:
-        half = "half of " if engines.resident else ""
+        half = "half of " if engines.trainer_bytes else ""
         left = f"rollout.gpu_memory={fraction:g} x memory - {half}reserved - weights"
     else:
         left = "memory - reserved - weights"
         if engines.receive_buffer:
-            left += f" - receive buffer {in_bytes(engines.receive_buffer)}"
-        left += f" - trainer's {in_bytes(engines.resident)}" if engines.resident else ""
+            left += f" - receive buffer {byte_quantity(engines.receive_buffer)}"
+        left += (
+            f" - trainer's {byte_quantity(engines.trainer_bytes)}" if engines.trainer_bytes else ""
+        )
     copies = planned_engine_layout(job).redundant_experts
     most = {}
-    if engines.resident:
+    if engines.trainer_bytes:
         most["share, at most"] = Quantity(
-            math.floor(100 * engines.free / job.hardware.memory) / 100,
+            math.floor(100 * engines.free_bytes / job.hardware.memory) / 100,
             "share",
-            f"rollout.gpu_memory: memory - trainer's {in_bytes(engines.resident)} - half of "
+            f"rollout.gpu_memory: memory - trainer's {byte_quantity(engines.trainer_bytes)} - "
+            "half of "
             "reserved; an engine's weights, cache and activations",
         )
     return most | {
-        "weights": in_bytes(
-            engines.weights,
+        "weights": byte_quantity(
+            engines.weight_bytes,
             f"its part of every tensor: attention over {counted(engines.tensor, 'GPU')}, routed "
             f"experts{f' and {copies} copies of a layer' * bool(copies)} over {job.engine_gpus}; "
             "norms, routers, latent down-projections whole"
             + (", shared experts too" if engines.whole_shared else "")
             + ("; the drafter's among them" if engines.mtp_layers else "")
-            + ("; projections in FP8 (push.fp8)" if in_fp8(job) else ""),
+            + ("; projections in FP8 (push.fp8)" if pushes_fp8(job) else ""),
         ),
-        "KV cache of a token": in_bytes(
-            cache_bytes_per_token(job.hf, engines.value, engines.mtp_layers),
+        "KV cache of a token": byte_quantity(
+            cache_bytes_per_token(job.hf, engines.parameter_bytes, engines.mtp_layers),
             f"{job.hf['num_hidden_layers'] + engines.mtp_layers} layers x values a layer x "
-            f"{engines.value} B" + ("; the MTP layers' among them" if engines.mtp_layers else ""),
+            f"{engines.parameter_bytes} B"
+            + ("; the MTP layers' among them" if engines.mtp_layers else ""),
         ),
-        "KV cache": in_bytes(max(0, engines.cache), f"{short}{left}"),
+        "KV cache": byte_quantity(max(0, engines.cache_bytes), f"{short}{left}"),
         "tokens cached": Quantity(
-            max(0, int(engines.cache / engines.token_bytes)), "tokens", "KV cache / a token's bytes"
+            max(0, int(engines.cache_bytes / engines.token_bytes)),
+            "tokens",
+            "KV cache / a token's bytes",
         ),
         "sequences at once": Quantity(
-            round(engines.at_once, 2),
+            round(engines.mean_concurrency, 2),
             "",
             f"on {counted(engines.tensor, 'GPU')}; least of cache, rollout.max_num_seqs and its "
-            f"{rounded(engines.sequences)} of the rollout",
+            f"{round_number(engines.sequences)} of the rollout",
         ),
     }

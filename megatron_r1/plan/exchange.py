@@ -64,10 +64,10 @@ class Links:
 
     Attributes:
         hardware: a GPU and its links.
-        assumed: with the share of the links' rates, and the host's waiting."""
+        assumptions: with the share of the links' rates, and the host's waiting."""
 
     hardware: Hardware
-    assumed: Assumptions
+    assumptions: Assumptions
 
     def nodes(self, ranks: int) -> int:
         """Return the nodes that hold so many ranks."""
@@ -78,7 +78,7 @@ class Links:
         hardware = self.hardware
         inside = self.nodes(ranks) == 1
         rate = hardware.nvlink if inside else hardware.network * hardware.gpus_per_node
-        return min(rate, hardware.nvlink) * self.assumed.link_efficiency
+        return min(rate, hardware.nvlink) * self.assumptions.link_efficiency
 
     def all_reduce(self, ranks: int, num_bytes: float) -> float:
         """Return seconds of a sum of `num_bytes` over `ranks` GPUs, along NCCL's tree."""
@@ -117,15 +117,15 @@ class ExpertExchange:
         links: the links between the ranks.
         ranks: GPUs that the experts are spread over.
         hidden: values of a token.
-        chosen: experts of a token.
+        topk: experts of a token.
         most_nodes: the most nodes that a token is sent to (the router's groups).
         value: bytes of a value on its way to the experts; 2 on its way back."""
 
     links: Links
     ranks: int
     hidden: int
-    chosen: int
-    most_nodes: float
+    topk: int
+    max_nodes: float
     value: int = 2
 
     def seconds(self, backend: str, tokens: float) -> float:
@@ -144,7 +144,7 @@ class ExpertExchange:
         """Return DeepEP's measured times, the part beyond a start in proportion to the bytes."""
         dispatch, combine = _between(LOW_LATENCY_SECONDS, self.ranks)
         start = RING[0].start + RING[0].network_hop
-        part = tokens * self.chosen * self.hidden / LOW_LATENCY_VALUES
+        part = tokens * self.topk * self.hidden / LOW_LATENCY_VALUES
         slower = MEASURED_NETWORK / self.links.hardware.network
         moved = (dispatch - start) * self.value + (combine - start)
         return 2 * start + part * slower * moved
@@ -157,27 +157,31 @@ class ExpertExchange:
         rate *= (
             hardware.nvlink / MEASURED_NVLINK if nodes == 1 else hardware.network / MEASURED_NETWORK
         )
-        copies = copies_of_token(self.ranks, nodes, self.chosen, self.most_nodes)
+        copies = copies_of_token(self.ranks, nodes, self.topk, self.max_nodes)
         moved = tokens * copies * self.hidden * (self.value + 2)
-        return moved / rate + self.links.assumed.host_stall_seconds
+        return moved / rate + self.links.assumptions.host_stall_seconds
 
 
-def copies_of_token(ranks: int, nodes: int, chosen: int, most_nodes: float) -> float:
+def copies_of_token(ranks: int, nodes: int, topk: int, max_nodes: float) -> float:
     """Return how often DeepEP sends a token: once to each node, or within one to each rank.
 
     Args:
         ranks: the expert-parallel ranks.
         nodes: the nodes that have them.
-        chosen: experts that a token is routed to.
-        most_nodes: the most nodes that a token is sent to (the router's groups)."""
+        topk: experts that a token is routed to.
+        max_nodes: the most nodes that a token is sent to (the router's groups)."""
     if nodes == 1:
-        return distinct(ranks, chosen)
-    return min(most_nodes, distinct(nodes, chosen))
+        return expected_distinct(ranks, topk)
+    return min(max_nodes, expected_distinct(nodes, topk))
 
 
-def distinct(places: int, chosen: int) -> float:
-    """Return the mean number of different places among `chosen` even draws: p (1 - (1 - 1/p)^k)."""
-    return places * (1 - (1 - 1 / places) ** chosen)
+def expected_distinct(size: int, draws: int) -> float:
+    """Return the mean number of distinct values among even draws: n (1 - (1 - 1/n)^k).
+
+    Args:
+        size: the number of values, n.
+        draws: how many are drawn with replacement, k."""
+    return size * (1 - (1 - 1 / size) ** draws)
 
 
 def _between(table: Mapping[int, tuple[float, ...]], ranks: int) -> tuple[float, ...]:

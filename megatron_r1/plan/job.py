@@ -87,13 +87,15 @@ class PlannedJob:
         return self.shared["adapters"]
 
     @cached_property
-    def sparse(self) -> list[bool]:
+    def is_sparse_layer(self) -> list[bool]:
         """Whether each decoder layer has routed experts."""
         return sparse_layers(self.hf)
 
     def layers(self, pipeline_rank: int) -> tuple[int, int]:
         """Return the numbers of (dense, sparse) decoder layers on a pipeline rank."""
-        held = [self.sparse[n] for chunk in self.stages[pipeline_rank] for n in chunk.layers]
+        held = [
+            self.is_sparse_layer[n] for chunk in self.stages[pipeline_rank] for n in chunk.layers
+        ]
         return len(held) - sum(held), sum(held)
 
     @cached_property
@@ -106,7 +108,7 @@ class PlannedJob:
         return recipe_stages(self.config, self.hf)
 
     @property
-    def virtual(self) -> int:
+    def num_model_chunks(self) -> int:
         """Number of model chunks of a pipeline rank."""
         return len(self.stages[0])
 
@@ -257,10 +259,10 @@ class PlannedJob:
         return max(1, -(-int(tokens) // (self.data_parallel * limit)))
 
     @property
-    def slots(self) -> int:
+    def schedule_slots(self) -> int:
         """Micro-batch slots of the schedule: virtual stages work in rounds of one micro-batch per
         pipeline rank, and the last round is filled with empty ones."""
-        if self.virtual == 1:
+        if self.num_model_chunks == 1:
             return self.num_microbatches
         return -(-self.num_microbatches // self.parallel.pipeline) * self.parallel.pipeline
 

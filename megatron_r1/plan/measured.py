@@ -17,10 +17,10 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.config.hardware import fields_of
-from megatron_r1.plan.arguments import job_of
+from megatron_r1.plan.arguments import planned_job
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import pushes
+from megatron_r1.plan.push import has_push
 from megatron_r1.plan.quantity import RELATIVE_TO
 from megatron_r1.plan.timing import time_section
 from megatron_r1.reporting.wording import counted, finite
@@ -30,18 +30,18 @@ LIMITS = (1e-12, 1.0)
 """The limits between which a value is sought: a share, or seconds of a layer."""
 
 
-def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrides: dict) -> str:
+def calibrate_from(folder: Path, file: Path, args: argparse.Namespace, overrides: dict) -> str:
     """Write the values that a run determines; return what was derived and what not.
 
     Args:
         folder: the run's folder.
         file: the YAML file to write, for --calibrate.
-        chosen: the options of the command line.
+        args: the options of the command line.
         overrides: dotted settings in place of the run's.
 
     Raises:
         UserError: the run determines no value, or `file` cannot be written."""
-    measured = Measured(folder, job_of(folder / "config.yaml", chosen, overrides, 1))
+    measured = RunCalibration(folder, planned_job(folder / "config.yaml", args, overrides, 1))
     values, reasons = measured.values, measured.reasons
     if not values:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -71,7 +71,7 @@ def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrid
     return "\n".join([*rows, "  rates of the hardware     measure each link alone"])
 
 
-class Measured:
+class RunCalibration:
     """The values that a run determines.
 
     Attributes:
@@ -98,7 +98,7 @@ class Measured:
         self.reasons["link_efficiency"] = "time/train is computation and communication together"
         if job.generates:
             self._rollout()
-        if pushes(job):
+        if has_push(job):
             self._solve("push_efficiency", "time/push", "push")
 
     def _median(self, key: str) -> float | None:

@@ -17,8 +17,8 @@ from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.expert_overlap import working_bytes
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import receive_buffer_bytes
-from megatron_r1.plan.quantity import Section, in_bytes
-from megatron_r1.plan.routing_replay import replay_host_bytes
+from megatron_r1.plan.quantity import Section, byte_quantity
+from megatron_r1.plan.routing_replay import routing_replay_host_bytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def rank_memory(job: PlannedJob) -> list[RankMemory]:
     ranks = [_of_rank(job, counts, layers, rank) for rank in range(job.parallel.pipeline)]
     if job.critic:
         critics = RankCounts(job.critic)
-        ranks = [_with_critic(job.critic, rank, critics.of_rank(rank.rank)) for rank in ranks]
+        ranks = [_with_critic(job.critic, rank, critics.rank_counts(rank.rank)) for rank in ranks]
     return ranks
 
 
@@ -79,7 +79,7 @@ def _persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
 def _of_rank(
     job: PlannedJob, ranks: RankCounts, layers: dict[bool, Layer], rank: int
 ) -> RankMemory:
-    parallel, counts = job.parallel, ranks.of_rank(rank)
+    parallel, counts = job.parallel, ranks.rank_counts(rank)
     persistent = _persistent_bytes(job, counts)
     kept, working = _activations(job, rank, layers)
     # Without a graph nothing is kept: one layer's tensors at most.
@@ -91,7 +91,7 @@ def _of_rank(
     persistent["optimizer"] -= on_host
     is_kept = job.computes_ref_logprobs or job.keeps_reference
     host = {"reference": reference if is_kept else 0, "optimizer": on_host}
-    host |= replay_host_bytes(job, rank) | offloaded_host_bytes(job, counts)
+    host |= routing_replay_host_bytes(job, rank) | offloaded_host_bytes(job, counts)
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = checkpoint_bytes(
             job.config, counts, job.data_parallel_sizes, with_reference=is_kept
@@ -140,15 +140,17 @@ def _activations(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> tuple
     kept_by = {sparse: layer.kept(parallel) for sparse, layer in layers.items()}
     # A chunk's output stays after it was sent (deallocate_pipeline_outputs is off).
     kept = sum(
-        count * (layers[False].input + sum(kept_by[job.sparse[n]] for n in chunk.layers))
+        count * (layers[False].input + sum(kept_by[job.is_sparse_layer[n]] for n in chunk.layers))
         for chunk, count in zip(stages, flights, strict=True)
     )
     return kept, max(working_bytes(layer, parallel) for layer in _held(job, rank, layers))
 
 
 def _microbatches_held(job: PlannedJob, rank: int) -> list[int]:
-    """Return `in_flight` of a pipeline rank, without the empty micro-batches."""
-    held = in_flight(rank, job.parallel.pipeline, job.virtual, job.slots)
+    """Return `microbatches_in_flight` of a pipeline rank, without the empty micro-batches."""
+    held = microbatches_in_flight(
+        rank, job.parallel.pipeline, job.num_model_chunks, job.schedule_slots
+    )
     return [min(count, job.num_microbatches) for count in held]
 
 
@@ -170,7 +172,7 @@ def _head_bytes(job: PlannedJob) -> tuple[int, str]:
     return head_bytes(shape, job.config, tokens, on_gpu=True, has_experts=job.has_experts)
 
 
-def in_flight(rank: int, pipeline: int, virtual: int, microbatches: int) -> list[int]:
+def microbatches_in_flight(rank: int, pipeline: int, virtual: int, microbatches: int) -> list[int]:
     """Return how many micro-batches' activations each chunk of a pipeline rank holds at the peak.
 
     In the 1F1B schedule these are the forward passes of the warm-up and one more (schedules.py,
@@ -220,11 +222,11 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
         CRITIC: "parameters, gradients and optimizer of a score model, as above",
     }
     section = {
-        kind: in_bytes(num_bytes, formulas[kind]) for kind, num_bytes in rank.training.items()
+        kind: byte_quantity(num_bytes, formulas[kind]) for kind, num_bytes in rank.training.items()
     }
-    section["peak, training"] = in_bytes(sum(rank.training.values()), "sum of the above")
+    section["peak, training"] = byte_quantity(sum(rank.training.values()), "sum of the above")
     if rank.scoring:
-        section["peak, scoring"] = in_bytes(
+        section["peak, scoring"] = byte_quantity(
             sum(rank.scoring.values()),
             f"persistent state{', without gradients' if rank.freed else ''}, the reference beside "
             "the policy, one layer's forward pass",

@@ -13,10 +13,10 @@ from megatron_r1.plan.push_links import (
     PushedWeights,
     SetTraffic,
     round_seconds,
-    set_links,
     set_plans,
+    traffic_of_sets,
 )
-from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+from megatron_r1.plan.quantity import Quantity, Section, byte_quantity
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.adapters import check_adapter_push, max_lora_rank
 from megatron_r1.push.plan.engine_sets import SET_ENGINES, engine_sets
@@ -36,21 +36,21 @@ def planned_engine_layout(job: PlannedJob) -> EngineLayout:
     tensor-parallel as far as heads and node allow and data-parallel beyond, and routed experts are
     spread over all GPUs of an engine.
     """
-    given = engine_layout(job.config)
-    if given.ranks_per_engine > 1:
-        return given
+    configured = engine_layout(job.config)
+    if configured.ranks_per_engine > 1:
+        return configured
     largest = min(job.engine_gpus, job.hardware.gpus_per_node)
-    tensor = max(size for size in range(1, largest + 1) if _shares(job, size))
+    tensor = max(size for size in range(1, largest + 1) if _divides_attention(job, size))
     return EngineLayout(
         engines=job.config.rollout.engines,
         tensor=tensor,
         data=job.engine_gpus // tensor,
         expert_parallel=job.has_experts and job.engine_gpus > 1,
-        redundant_experts=given.redundant_experts,
+        redundant_experts=configured.redundant_experts,
     )
 
 
-def _shares(job: PlannedJob, tensor: int) -> bool:
+def _divides_attention(job: PlannedJob, tensor: int) -> bool:
     """Return whether `tensor` GPUs can share the attention, and divide the engine's GPUs."""
     heads, groups = job.hf["num_attention_heads"], key_value_heads(job.hf)
     whole = groups % tensor == 0 or tensor % groups == 0
@@ -60,36 +60,36 @@ def _shares(job: PlannedJob, tensor: int) -> bool:
 def check_engines_and_push(job: PlannedJob) -> None:
     """Raise UserError for engines that are impossible on these GPUs or for this model."""
     check_engine_gpus(job)
-    if pushes(job):
+    if has_push(job):
         check_drafter(job.config)
         check_adapter_push(job.config, job.hf)
 
 
-def pushes(job: PlannedJob) -> bool:
+def has_push(job: PlannedJob) -> bool:
     """Return whether the job pushes weights to engines."""
     return job.trains and job.generates
 
 
-def in_fp8(job: PlannedJob) -> bool:
+def pushes_fp8(job: PlannedJob) -> bool:
     """Return whether engines receive and hold FP8 weights."""
-    return pushes(job) and job.config.push.fp8
+    return has_push(job) and job.config.push.fp8
 
 
-def drafts(job: PlannedJob) -> bool:
+def drafts_with_mtp(job: PlannedJob) -> bool:
     """Return whether engines hold the MTP layers, to draft with."""
     return job.config.rollout.drafts_by_mtp
 
 
 def pushed_lora(job: PlannedJob) -> LoraConfig | None:
     """Return the adapters, where these alone are pushed."""
-    return job.config.model.lora if pushes(job) and job.config.push.adapter_only else None
+    return job.config.model.lora if has_push(job) and job.config.push.adapter_only else None
 
 
 def planned_rank_bytes(job: PlannedJob) -> int:
     """Return the bytes of weights on an engine's first GPU, which has the most. A pushed adapter is
     there three times: as it has come, as vLLM has loaded it, and in its LoRA layers."""
-    whole = PushedWeights.of(job.hf, None, drafts=drafts(job))
-    weights = _rank_bytes(whole, planned_engine_layout(job), _form(job), 1)[0]
+    whole = PushedWeights.of(job.hf, None, drafts=drafts_with_mtp(job))
+    weights = _rank_bytes(whole, planned_engine_layout(job), _pushed_dtype(job), 1)[0]
     if (lora := pushed_lora(job)) is None:
         return weights
     return weights + round(pushed_rank_bytes(job) * (2 + max_lora_rank(lora.rank) / lora.rank))
@@ -97,19 +97,19 @@ def planned_rank_bytes(job: PlannedJob) -> int:
 
 def pushed_rank_bytes(job: PlannedJob) -> int:
     """Return the pushed bytes of an engine's first GPU, which has the most."""
-    return _rank_bytes(_pushed(job), planned_engine_layout(job), _form(job), 1)[0]
+    return _rank_bytes(_pushed_weights(job), planned_engine_layout(job), _pushed_dtype(job), 1)[0]
 
 
-def _pushed(job: PlannedJob) -> PushedWeights:
-    return PushedWeights.of(job.hf, pushed_lora(job), drafts=drafts(job))
+def _pushed_weights(job: PlannedJob) -> PushedWeights:
+    return PushedWeights.of(job.hf, pushed_lora(job), drafts=drafts_with_mtp(job))
 
 
-def _form(job: PlannedJob) -> str:
+def _pushed_dtype(job: PlannedJob) -> str:
     """Return the form of pushed weights: a dtype, or "FP8"."""
-    return "FP8" if in_fp8(job) else job.config.rollout.dtype
+    return "FP8" if pushes_fp8(job) else job.config.rollout.dtype
 
 
-@cache  # the same function for the same form: it is a key of `set_links`' results
+@cache  # the same function for the same form: it is a key of `traffic_of_sets`' results
 def _byte_count(form: str) -> CountBytes:
     return fp8_bytes if form == "FP8" else plain_bytes(form)
 
@@ -131,7 +131,7 @@ def _needed_bytes(job: PlannedJob) -> int:
     """Return the bytes for all engines, each element once per GPU that computes with it."""
     layout = planned_engine_layout(job)
     ranks = layout.ranks_per_engine
-    one_engine = _rank_bytes(_pushed(job), layout, _form(job), ranks)
+    one_engine = _rank_bytes(_pushed_weights(job), layout, _pushed_dtype(job), ranks)
     return layout.engines * sum(one_engine)
 
 
@@ -143,21 +143,21 @@ def receive_buffer_bytes(job: PlannedJob, on: Literal["host", "GPU"] | None = No
         on: the memory to count: 0 is returned if the transport's buffer is not there, or not
             between pushes. None counts it wherever it is.
     """
-    elsewhere = on is not None and (on != _receive_buffer_place(job) or borrows_memory(job))
-    if elsewhere or not pushes(job):
+    elsewhere = on is not None and (on != _receive_buffer_place(job) or reuses_kv_cache(job))
+    if elsewhere or not has_push(job):
         return 0
     return pushed_rank_bytes(job)
 
 
-def borrows_memory(job: PlannedJob) -> bool:
+def reuses_kv_cache(job: PlannedJob) -> bool:
     """Return whether the receive buffer is in the place of the KV cache, which sleeps meanwhile."""
     return shares_gpus_over_nccl(job.config)
 
 
-def borrowed_bytes(job: PlannedJob) -> int:
+def reused_kv_cache_bytes(job: PlannedJob) -> int:
     """Return the bytes that a push takes of a GPU next to the weights of trainer and engine: the
     receive buffer, and the buckets of the rounds under way."""
-    if not (pushes(job) and borrows_memory(job)):
+    if not (has_push(job) and reuses_kv_cache(job)):
         return 0
     bucket = RELAYED_BYTES if planned_engine_layout(job).engines > 1 else ENTRY_BYTES
     return receive_buffer_bytes(job) + 2 * ROUNDS_AHEAD * bucket
@@ -183,13 +183,15 @@ def _is_one_node(job: PlannedJob) -> bool:
 
 def push_section(job: PlannedJob) -> Section:
     """Return the bytes that a push moves, their balance, and the memory that it keeps."""
-    parallel, engines, form = job.parallel, planned_engine_layout(job), _form(job)
+    parallel, engines, form = job.parallel, planned_engine_layout(job), _pushed_dtype(job)
     grid = TrainerGrid.from_recipe(parallel, job.world_size)
     # What is for one host has to be set to gloo or nccl for more.
     most = 1 if job.config.push.on_one_host and _is_one_node(job) else SET_ENGINES
     count = _byte_count(form)
-    lora, of_mtp = pushed_lora(job), drafts(job)
-    links = set_links(job.hf, grid, engines, job.stages, count, most, drafts=of_mtp, lora=lora)
+    lora, of_mtp = pushed_lora(job), drafts_with_mtp(job)
+    links = traffic_of_sets(
+        job.hf, grid, engines, job.stages, count, most, drafts=of_mtp, lora=lora
+    )
     received = links.received
     link, link_name = push_link(job)
     written = form
@@ -198,12 +200,12 @@ def push_section(job: PlannedJob) -> Section:
     into, out, gpus = max(received), max(links.sent), counted(engines.num_ranks, "GPU")
     total, busiest = sum(received) * engines.engines, into * len(received) / sum(received)
     section = {
-        "into an engine GPU": in_bytes(
+        "into an engine GPU": byte_quantity(
             into,
             f"{'its part of every tensor' if lora is None else ADAPTERS}, once, in {written}; "
             f"{into / link:.2g} s through its {link_name}",
         ),
-        "into all engines": in_bytes(total, f"{gpus}, each what it needs and no more"),
+        "into all engines": byte_quantity(total, f"{gpus}, each what it needs and no more"),
         "over what is needed": Quantity(
             total / _needed_bytes(job),
             "x",
@@ -211,7 +213,7 @@ def push_section(job: PlannedJob) -> Section:
             "least",
         ),
         "busiest engine GPU": Quantity(busiest, "x", f"its bytes / the average of {gpus}"),
-        "out of a trainer rank": in_bytes(
+        "out of a trainer rank": byte_quantity(
             out,
             f"the busiest, {links.busiest_sender:.2f} x the average of {grid.world_size}; once per "
             f"set of {counted(links.num_engines, 'engine')}, which pass it on",
@@ -220,11 +222,13 @@ def push_section(job: PlannedJob) -> Section:
     if not _is_one_node(job):
         section |= _connections(job, engines, grid, links)
     if form != "FP8" and lora is None:
-        section["in FP8"] = in_bytes(
-            _rank_bytes(_pushed(job), engines, "FP8", 1)[0],
+        section["in FP8"] = byte_quantity(
+            _rank_bytes(_pushed_weights(job), engines, "FP8", 1)[0],
             "into an engine GPU with projections quantized on the way, 1 B + 4 B / 128 x 128",
         )
-    section["receive buffer"] = in_bytes(receive_buffer_bytes(job), _receive_buffer_formula(job))
+    section["receive buffer"] = byte_quantity(
+        receive_buffer_bytes(job), _receive_buffer_formula(job)
+    )
     return section
 
 
@@ -232,7 +236,7 @@ def _connections(
     job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, links: SetTraffic
 ) -> Section:
     """Return what connects the ranks, and how long that and a push take."""
-    given, needs = job.assumptions, _pushed(job).needs(engines)
+    assumptions, needs = job.assumptions, _pushed_weights(job).needs(engines)
     num_slots = sum(
         1
         for rank in range(engines.ranks_per_engine)
@@ -260,10 +264,11 @@ def _connections(
         "store requests": Quantity(
             links.requests(engines, grid.world_size, over_nccl=over_nccl),
             "",
-            f"when all engines connect, to one TCPStore: {given.store_requests:,.0f} per second",
+            f"when all engines connect, to one TCPStore: {assumptions.store_requests:,.0f} per "
+            "second",
         ),
         "set-up": Quantity(
-            links.setup_seconds(engines, grid.world_size, num_slots, given, communicator),
+            links.setup_seconds(engines, grid.world_size, num_slots, assumptions, communicator),
             "s",
             f"store requests, tables read and broadcast, the plan{creation}",
         ),
@@ -272,7 +277,7 @@ def _connections(
         _rounds_time(job, engines, grid)
         if over_nccl
         else Quantity(
-            links.seconds(rate, given),
+            links.seconds(rate, assumptions),
             "s",
             f"out of the busiest trainer rank, then what engines pass on, through their {link}s, "
             "in rounds",
@@ -285,8 +290,8 @@ def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Q
     """Return the seconds of a push in rounds through one communicator."""
     rate, link = push_link(job)
     layout = job.hf, grid, engines, job.stages
-    count, lora = _byte_count(_form(job)), pushed_lora(job)
-    plans = set_plans(*layout, count, SET_ENGINES, drafts=drafts(job), lora=lora)
+    count, lora = _byte_count(_pushed_dtype(job)), pushed_lora(job)
+    plans = set_plans(*layout, count, SET_ENGINES, drafts=drafts_with_mtp(job), lora=lora)
     sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
     colocated = shares_gpus_over_nccl(job.config)
     order = planned_order(plans, sets, ranks, grid.world_size, colocated=colocated)
@@ -301,7 +306,7 @@ def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Q
 
 def _receive_buffer_formula(job: PlannedJob) -> str:
     push = job.config.push
-    borrowed = ", in the place of its KV cache" if borrows_memory(job) else ""
+    borrowed = ", in the place of its KV cache" if reuses_kv_cache(job) else ""
     place = f"{_receive_buffer_place(job)}{borrowed}"
     what = "all its weights" if pushed_lora(job) is None else ADAPTERS
     text = f"of an engine rank, on its {place} ({push.transport}); {what}"

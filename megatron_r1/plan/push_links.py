@@ -58,16 +58,16 @@ class SetTraffic:
         """The busiest trainer rank's bytes over the average of all trainer ranks."""
         return max(self.sent) / (sum(self.sent) / len(self.sent))
 
-    def seconds(self, rate: float, given: Assumptions) -> float:
+    def seconds(self, rate: float, assumptions: Assumptions) -> float:
         """Return the time of a push through adapters of `rate`: what enters, from the busiest
         trainer rank, then rounds of what is passed on, in rings."""
         passed_on = max(self.received) - self.entering
         rounds = -(-passed_on // (RELAYED_BYTES * self.num_engines))
-        hops = (self.num_engines - 1) * given.hop_seconds
+        hops = (self.num_engines - 1) * assumptions.hop_seconds
         return (
             max(max(self.sent), self.entering) / rate
             + passed_on / rate
-            + rounds * (given.round_seconds + hops)
+            + rounds * (assumptions.round_seconds + hops)
         )
 
     def requests(self, engines: EngineLayout, world_size: int, *, over_nccl: bool) -> int:
@@ -89,7 +89,7 @@ class SetTraffic:
         engines: EngineLayout,
         world_size: int,
         num_slots: int,
-        given: Assumptions,
+        assumptions: Assumptions,
         communicator: int = 0,
     ) -> float:
         """Return the time in which all ranks meet.
@@ -99,26 +99,27 @@ class SetTraffic:
             world_size: trainer ranks.
             num_slots: tensors in the tables of an engine's ranks, which rank 0 reads and
                 broadcasts.
-            given: the rates assumed.
+            assumptions: the rates assumed.
             communicator: the ranks of NCCL's largest communicator, or 0 over another transport."""
         tables = num_slots * SLOT_BYTES
-        creating = given.group_seconds + communicator * given.group_rank_seconds
+        creating = assumptions.group_seconds + communicator * assumptions.group_rank_seconds
         return (
-            self.requests(engines, world_size, over_nccl=bool(communicator)) / given.store_requests
-            + 2 * tables / given.store_bytes
-            + given.set_plan_seconds
+            self.requests(engines, world_size, over_nccl=bool(communicator))
+            / assumptions.store_requests
+            + 2 * tables / assumptions.store_bytes
+            + assumptions.set_plan_seconds
             + (creating if communicator else 0)
         )
 
 
-def round_seconds(order: PushOrder, rate: float, given: Assumptions) -> float:
+def round_seconds(order: PushOrder, rate: float, assumptions: Assumptions) -> float:
     """Return the time of a push in rounds through adapters of `rate`, where each round takes as
     long as its largest bucket."""
     largest = order.largest_buckets()
-    return float(np.sum(largest / rate + given.round_seconds))
+    return float(np.sum(largest / rate + assumptions.round_seconds))
 
 
-def set_links(
+def traffic_of_sets(
     hf: dict,
     grid: TrainerGrid,
     engines: EngineLayout,

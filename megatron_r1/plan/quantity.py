@@ -70,7 +70,7 @@ class Quantity:
         return f"{self.value:,.0f} {unit}".rstrip()
 
 
-def in_bytes(value: float | None, formula: str = "") -> Quantity:
+def byte_quantity(value: float | None, formula: str = "") -> Quantity:
     """Return a number of bytes as a quantity."""
     return Quantity(value, "B", formula)
 
@@ -95,7 +95,7 @@ RELATIVE_TO = "hardware"
 """The key of a file that names the hardware whose rates its shares refer to."""
 
 
-def calibrated(
+def apply_calibration(
     hardware: Hardware, assumptions: Assumptions, file: Path
 ) -> tuple[Hardware, Assumptions, dict[str, str]]:
     """Return both with the values of `file`, {name: value} in YAML or JSON, and the file by name.
@@ -158,6 +158,6 @@ def assumed_section(job: PlannedJob) -> Section:
     return section
 
 
-def rounded(value: float) -> str:
+def round_number(value: float) -> str:
     """Return a number as text: whole from 10 on, two digits below."""
     return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"

@@ -25,7 +25,7 @@ UNMEASURED = ("local_disk",)
 """Numbers that no check measures."""
 
 
-def closed_by(job: PlannedJob, name: str) -> str | None:
+def narrowing_number(job: PlannedJob, name: str) -> str | None:
     """Return the number that, measured on the hardware that is planned, closes the range of a part
     (it is solved for so that the plan takes the measured seconds); None for what has no range."""
     if name == OFFLOAD:
@@ -50,7 +50,7 @@ WIDE = 2.0
 
 def with_range(job: PlannedJob, name: str, quantity: Quantity) -> Quantity:
     """Return an estimate of time with its range; others, and those without a value, as they are."""
-    number = closed_by(job, name)
+    number = narrowing_number(job, name)
     if number is None or quantity.value is None or number in job.measured:
         return quantity
     spread = job.assumptions.time_spread
@@ -62,7 +62,7 @@ def narrowing_section(job: PlannedJob, time: Section) -> Section:
     section: Section = {}
     for name, check in MEASUREMENTS.items():
         part = time.get(name)
-        if closed_by(job, name) in UNMEASURED:
+        if narrowing_number(job, name) in UNMEASURED:
             continue
         if part is None or part.low is None or not part.low or part.high is None:
             continue
@@ -71,6 +71,6 @@ def narrowing_section(job: PlannedJob, time: Section) -> Section:
                 width,
                 "x",
                 f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes: "
-                f"{closed_by(job, name)}",
+                f"{narrowing_number(job, name)}",
             )
     return section

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_r1.config.yaml_text import as_text as as_yaml
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.quantity import Quantity, in_bytes
+from megatron_r1.plan.quantity import Quantity, byte_quantity
 from megatron_r1.plan.search import FittingLayout
 from megatron_r1.reporting.wording import counted
 
@@ -95,7 +95,7 @@ def layouts_text(
             f"--parallel.{key} {shlex.quote(as_yaml(value))}"
             for key, value in found.changes.items()
         )
-        peak, seconds = in_bytes(found.peak), Quantity(found.seconds, "s")
+        peak, seconds = byte_quantity(found.peak), Quantity(found.seconds, "s")
         lines.append(f"  {peak!s:>10}, {seconds!s:>8} a step   {changes or '(the recipe)'}")
     return "\n".join(lines)
 
@@ -119,7 +119,8 @@ def _title(estimate: JobEstimate) -> str:
     ]
     if job.trains:
         lines.append(
-            f"trainer: tensor {parallel.tensor}, pipeline {parallel.pipeline} x {job.virtual}, "
+            f"trainer: tensor {parallel.tensor}, pipeline {parallel.pipeline} x "
+            f"{job.num_model_chunks}, "
             f"context {parallel.context}, expert {parallel.expert} x {parallel.expert_tensor}, "
             f"data {job.data_parallel}; "
             f"{counted(job.num_microbatches, 'micro-batch')} an optimizer step"

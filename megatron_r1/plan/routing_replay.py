@@ -16,23 +16,23 @@ from functools import cached_property
 
 from megatron_r1.models.experts import RoutingShape, routing_shape
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+from megatron_r1.plan.quantity import Quantity, Section, byte_quantity
 from megatron_r1.reporting.wording import counted
 
 
-def replays(job: PlannedJob) -> bool:
+def uses_routing_replay(job: PlannedJob) -> bool:
     """Return whether the job trains every token through the experts that an engine chose."""
     return job.verb == "rl" and job.config.rl.routing_replay and job.has_experts
 
 
-CUT_RATE = 0.87e9
+SLICE_RATE = 0.87e9
 """Bytes a second in which a replica's first rank cuts the others' parts, while earlier ones are
 sent: 66 MB of DeepSeek-V3's layers for 127 others, on one core of a CPU (`RoutingScatter`)."""
 
 
 @dataclass(frozen=True)
-class ReplayTraffic:
-    """Bytes and seconds of one rollout's routed experts, of a job that `replays`."""
+class RoutingReplayTraffic:
+    """Bytes and seconds of one rollout's routed experts, of a job that `uses_routing_replay`."""
 
     job: PlannedJob
 
@@ -41,61 +41,63 @@ class ReplayTraffic:
         """The layers and experts of the replayed routing."""
         return routing_shape(self.job.hf)
 
-    def kept(self, tokens: int) -> int:
+    def stored_bytes(self, tokens: int) -> int:
         """Return the bytes of all samples, of `tokens` each, as the controller keeps them."""
         return self.job.num_responses * tokens * self.shape.token_bytes
 
     @property
-    def sent(self) -> int:
+    def sent_bytes(self) -> int:
         """Bytes of samples of mean length out of the controller."""
-        return self.kept(self.job.sample_tokens)
+        return self.stored_bytes(self.job.sample_tokens)
 
     @property
-    def received(self) -> int:
+    def received_bytes(self) -> int:
         """Bytes of samples of mean length into the controller: of every layer, dense ones too."""
-        return self.sent * self.shape.num_layers // len(self.shape.moe_layers)
+        return self.sent_bytes * self.shape.num_layers // len(self.shape.moe_layers)
 
-    def of_replica(self, tokens: int) -> int:
+    def replica_bytes(self, tokens: int) -> int:
         """Return the bytes of a replica's samples of `tokens` each, which its first rank gets."""
-        return self.kept(tokens) // self.job.data_parallel
+        return self.stored_bytes(tokens) // self.job.data_parallel
 
     @property
-    def members(self) -> int:
+    def ranks_per_replica(self) -> int:
         """Ranks of a replica."""
         return self.job.world_size // self.job.data_parallel
 
     @property
-    def passed_on(self) -> int:
+    def forwarded_bytes(self) -> int:
         """Bytes out of a replica's first rank: all but its own part, and a byte for each token of a
         rank (`RecordedRouting.known`)."""
-        own = self.of_replica(self.job.sample_tokens) // self.members
+        own = self.replica_bytes(self.job.sample_tokens) // self.ranks_per_replica
         marks = self.job.num_responses * self.job.sample_tokens // self.job.data_parallel
         marks //= self.job.parallel.tensor * self.job.parallel.context
-        return (own + marks) * (self.members - 1)
+        return (own + marks) * (self.ranks_per_replica - 1)
 
     @property
     def seconds(self) -> float:
         """Seconds between rollout and training. What the engines send arrives while others
         sample."""
         rate = self.job.hardware.host_network
-        return self.sent / rate + self.passed_on / min(rate, CUT_RATE)
+        return self.sent_bytes / rate + self.forwarded_bytes / min(rate, SLICE_RATE)
 
     @property
     def formula(self) -> str:
         """How the time follows from bytes and bandwidths, in words."""
         return (
-            f"rl.routing_replay: {in_bytes(self.sent)} out of the controller / host_network + "
-            f"{in_bytes(self.passed_on)} from a replica's first rank to "
-            f"{counted(self.members - 1, 'other')}, which it cuts at {CUT_RATE / 1e9:g} GB/s"
+            f"rl.routing_replay: {byte_quantity(self.sent_bytes)} out of the controller / "
+            "host_network + "
+            f"{byte_quantity(self.forwarded_bytes)} from a replica's first rank to "
+            f"{counted(self.ranks_per_replica - 1, 'other')}, which it cuts at "
+            f"{SLICE_RATE / 1e9:g} GB/s"
         )
 
-    def on_host(self, rank: int) -> int:
+    def host_bytes(self, rank: int) -> int:
         """Return the most bytes on the host of a rank, the mean over the ranks of its node: the
         first of a replica's are in the first pipeline stage, one of tensor x context ranks."""
-        longest = self.of_replica(self.job.longest_sample)
+        longest = self.replica_bytes(self.job.longest_sample)
         beside = self.job.parallel.tensor * self.job.parallel.context
         beside = min(beside, self.job.hardware.gpus_per_node)
-        return longest // self.members + (longest // beside if rank == 0 else 0)
+        return longest // self.ranks_per_replica + (longest // beside if rank == 0 else 0)
 
     def section(self) -> Section:
         """Return where these bytes are, and how many."""
@@ -106,47 +108,51 @@ class ReplayTraffic:
         steps = checkpoint.every * checkpoint.keep
         if job.config.rl.keep_sample_log:
             steps, kept = job.config.run.steps, "rl.keep_sample_log"
-        held = max(sum(job.sparse[n] for c in stage for n in c.layers) for stage in job.stages)
-        own = job.split(self.of_replica(mean) / job.parallel.context) * held / layers
+        held = max(
+            sum(job.is_sparse_layer[n] for c in stage for n in c.layers) for stage in job.stages
+        )
+        own = job.split(self.replica_bytes(mean) / job.parallel.context) * held / layers
         section = {
-            "routed experts": in_bytes(
-                self.sent,
+            "routed experts": byte_quantity(
+                self.sent_bytes,
                 f"rl.routing_replay: {job.num_responses:,} samples x {mean:,} tokens x "
                 f"{counted(layers, 'layer')} x {chosen}, in files of the controller's TMPDIR",
             ),
-            "at most": in_bytes(
-                self.kept(longest), f"the same with {longest:,} tokens each: room that TMPDIR needs"
+            "at most": byte_quantity(
+                self.stored_bytes(longest),
+                f"the same with {longest:,} tokens each: room that TMPDIR needs",
             ),
-            "into the controller": in_bytes(
-                self.received,
-                f"from the engines, of all {shape.num_layers} layers: {self.received / rate:.3g} s "
+            "into the controller": byte_quantity(
+                self.received_bytes,
+                f"from the engines, of all {shape.num_layers} layers: "
+                f"{self.received_bytes / rate:.3g} s "
                 "at host_network, while others sample",
             ),
-            "into a replica": in_bytes(
-                self.of_replica(mean),
+            "into a replica": byte_quantity(
+                self.replica_bytes(mean),
                 f"those of its samples, 1 of {job.data_parallel}, to its first rank's host",
             ),
-            "into another rank's host": in_bytes(
-                self.passed_on // max(1, self.members - 1),
-                f"from there its part, 1 of {self.members}, and a byte a token",
+            "into another rank's host": byte_quantity(
+                self.forwarded_bytes // max(1, self.ranks_per_replica - 1),
+                f"from there its part, 1 of {self.ranks_per_replica}, and a byte a token",
             ),
-            "on a trainer's GPU": in_bytes(
+            "on a trainer's GPU": byte_quantity(
                 round(own), f"its {counted(held, 'layer')} of the tokens that it routes, all step"
             ),
         }
         if job.config.rl.sample_log:
-            section["in the sample log"] = in_bytes(
-                self.sent * steps,
+            section["in the sample log"] = byte_quantity(
+                self.sent_bytes * steps,
                 f"of {counted(steps, 'step')}, {kept}, on the run's disk",
             )
         return section
 
 
-def replay_time(job: PlannedJob) -> Section:
+def routing_replay_time(job: PlannedJob) -> Section:
     """Return the seconds that a step waits for routed experts; {} without replay."""
-    if not replays(job):
+    if not uses_routing_replay(job):
         return {}
-    traffic = ReplayTraffic(job)
+    traffic = RoutingReplayTraffic(job)
     return {ROUTED: Quantity(traffic.seconds, "s", traffic.formula)}
 
 
@@ -154,6 +160,6 @@ ROUTED = "routed experts"
 """The part of a step, and the kind of host memory."""
 
 
-def replay_host_bytes(job: PlannedJob, rank: int) -> dict[str, int]:
+def routing_replay_host_bytes(job: PlannedJob, rank: int) -> dict[str, int]:
     """Return the bytes of a pipeline rank's host while samples are loaded, all of the longest."""
-    return {ROUTED: ReplayTraffic(job).on_host(rank)} if replays(job) else {}
+    return {ROUTED: RoutingReplayTraffic(job).host_bytes(rank)} if uses_routing_replay(job) else {}

@@ -14,7 +14,7 @@ from megatron_r1.models.memory import BYTES, Counts
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.exchange import copies_of_token
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.quantity import Section, in_bytes
+from megatron_r1.plan.quantity import Section, byte_quantity
 from megatron_r1.reporting.wording import counted
 
 VALUE = BYTES["bfloat16"]
@@ -47,7 +47,7 @@ class AxisTraffic:
         return num_bytes / link_rate(job.hardware, job.assumptions, self.span)
 
 
-def groups(job: PlannedJob, rank: int) -> dict[str, AxisTraffic]:
+def traffic_by_axis(job: PlannedJob, rank: int) -> dict[str, AxisTraffic]:
     """Return every axis with more than one rank, on pipeline rank `rank`."""
     dense, sparse = job.layers(rank)
     axes = {
@@ -55,7 +55,7 @@ def groups(job: PlannedJob, rank: int) -> dict[str, AxisTraffic]:
         "context": _context(job, dense + sparse),
         "expert": _expert(job, sparse),
         "pipeline": _pipeline(job),
-        "data": _data(job, RankCounts(job).of_rank(rank)),
+        "data": _data(job, RankCounts(job).rank_counts(rank)),
     }
     return {name: group for name, group in axes.items() if group and group.size > 1}
 
@@ -116,10 +116,10 @@ def _expert(job: PlannedJob, sparse: int) -> AxisTraffic | None:
 
 def _pipeline(job: PlannedJob) -> AxisTraffic:
     split = job.split(job.rank_tokens)
-    once = split * job.hf["hidden_size"] * VALUE * job.virtual
+    once = split * job.hf["hidden_size"] * VALUE * job.num_model_chunks
     formula = (
         f"{split:,.0f} tokens x {job.hf['hidden_size']} x {VALUE} B x "
-        f"{counted(job.virtual, 'chunk')}, states forward and gradients backward"
+        f"{counted(job.num_model_chunks, 'chunk')}, states forward and gradients backward"
     )
     return AxisTraffic(job.parallel.pipeline, job.world_size, formula, 2 * once, once)
 
@@ -139,10 +139,10 @@ def _data(job: PlannedJob, counts: Counts) -> AxisTraffic:
 def communication_section(job: PlannedJob, rank: int) -> Section:
     """Return the bytes that one rank of pipeline rank `rank` sends per optimizer step, by group."""
     return {
-        f"{name} ({group.size} ranks)": in_bytes(
+        f"{name} ({group.size} ranks)": byte_quantity(
             group.microbatch * job.num_microbatches + group.step,
             (f"{counted(job.num_microbatches, 'micro-batch')} x " if group.microbatch else "")
             + group.formula,
         )
-        for name, group in groups(job, rank).items()
+        for name, group in traffic_by_axis(job, rank).items()
     }

@@ -17,11 +17,10 @@ from typing import Any
 
 from megatron_r1.config import load
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.plan.arguments import job_of, parse
-from megatron_r1.plan.between_phases import load as load_time
-from megatron_r1.plan.between_phases import saves
+from megatron_r1.plan.arguments import parse, planned_job
+from megatron_r1.plan.between_phases import checkpoint_time, weight_load_time
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.measured import Measured
+from megatron_r1.plan.measured import RunCalibration
 from megatron_r1.plan.push import planned_rank_bytes, push_link
 from megatron_r1.rehearse import miniature
 from megatron_r1.rehearse.questions import write_examples
@@ -72,8 +71,8 @@ def _transport() -> str:
 
 def planned(folder: Path, hardware: str) -> PlannedJob:
     """Return the job that the planner sees in a run's folder."""
-    chosen, overrides = parse([str(folder / "config.yaml"), "--hardware", hardware])
-    return job_of(folder / "config.yaml", chosen, overrides, 1)
+    args, overrides = parse([str(folder / "config.yaml"), "--hardware", hardware])
+    return planned_job(folder / "config.yaml", args, overrides, 1)
 
 
 def of_micro_batch(folder: Path, job: PlannedJob) -> dict[str, float]:
@@ -82,7 +81,7 @@ def of_micro_batch(folder: Path, job: PlannedJob) -> dict[str, float]:
     Raises:
         Failed: no efficiency explains the run's seconds.
     """
-    measured = Measured(folder, job)
+    measured = RunCalibration(folder, job)
     if "compute_efficiency" not in measured.values:
         raise Failed(measured.reasons["compute_efficiency"])
     return {"compute_efficiency": measured.values["compute_efficiency"]}
@@ -123,7 +122,7 @@ def of_phases(
     if blocked := seconds("checkpoint/seconds_blocked"):
         name = "host_link" if job.config.checkpoint.asynchronous else "storage"
         part = getattr(job.hardware if name == "host_link" else job.assumptions, name)
-        planned_seconds = saves(job).number * job.config.checkpoint.every
+        planned_seconds = checkpoint_time(job).number * job.config.checkpoint.every
         values[name] = part * planned_seconds / blocked
     return values
 
@@ -131,7 +130,7 @@ def of_phases(
 def _load(job: PlannedJob, seconds: float) -> float:
     """Return the planned seconds of a load where each tensor takes so long."""
     assumed = replace(job.assumptions, tensor_load_seconds=seconds)
-    return load_time(replace(job, assumptions=assumed)).number
+    return weight_load_time(replace(job, assumptions=assumed)).number
 
 
 def check(case: str, out: Path) -> dict[str, Any]:

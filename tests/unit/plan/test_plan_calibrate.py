@@ -12,7 +12,7 @@ from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import HARDWARE, Assumptions, fields_of
 from megatron_r1.plan.arguments import parse
 from megatron_r1.plan.measured import calibrate_from
-from megatron_r1.plan.quantity import calibrated
+from megatron_r1.plan.quantity import apply_calibration
 
 ROOT = Path(__file__).parents[3]
 LAPTOP = ROOT / "examples/laptop/r1_zero.yaml"
@@ -74,7 +74,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path, text, cause, shows):
     file = tmp_path / "measured.yaml"
     file.write_text(text)
     with refused("--calibrate", cause, file, *shows):
-        calibrated(HARDWARE["H800"], Assumptions(), file)
+        apply_calibration(HARDWARE["H800"], Assumptions(), file)
 
 
 @pytest.mark.parametrize("text", ["- 0.3", None])

@@ -27,7 +27,7 @@ def test_gradients_are_the_engines_memory_while_these_compute(colocated):
     estimate = JobEstimate(planned(rollout__colocated=colocated, rl__importance_cap=2.0))
     rank = max(estimate.ranks, key=lambda rank: rank.resident)
     kinds = ["parameters", "optimizer"] + ["gradients"] * (not colocated)
-    assert estimate.engines.resident == sum(rank.training[kind] for kind in kinds)
+    assert estimate.engines.trainer_bytes == sum(rank.training[kind] for kind in kinds)
     assert ("gradients" in rank.scoring) != colocated and "gradients" in rank.training
 
 
@@ -44,7 +44,7 @@ def test_all_that_the_trainer_keeps_on_a_gpu_is_not_the_engines(kind, changed):
         JobEstimate(planned()),
     )
     more = max(rank.training.get(kind, 0) for rank in estimate.ranks)
-    assert estimate.engines.resident > plain.engines.resident + more / 2 > 0
+    assert estimate.engines.trainer_bytes > plain.engines.trainer_bytes + more / 2 > 0
 
 
 def test_constants_taken_from_the_kernels_are_theirs():

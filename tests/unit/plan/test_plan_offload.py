@@ -28,10 +28,10 @@ def value(of: JobEstimate, section: str, name: str) -> float:
 
 def test_the_engines_may_take_what_is_away():
     here, away = estimate("none"), estimate("host")
-    assert here.engines.resident == pytest.approx(OFFLOADED, rel=5e-3)
+    assert here.engines.trainer_bytes == pytest.approx(OFFLOADED, rel=5e-3)
     # The routers' bias of a rank, which is no parameter.
-    assert 0 < away.engines.resident < 1e-6 * OFFLOADED
-    assert away.engines.free - here.engines.free == pytest.approx(OFFLOADED, rel=5e-3)
+    assert 0 < away.engines.trainer_bytes < 1e-6 * OFFLOADED
+    assert away.engines.free_bytes - here.engines.free_bytes == pytest.approx(OFFLOADED, rel=5e-3)
     more = {"rollout__gpu_memory": 0.9}
     assert "rollout.gpu_memory" in estimate("none", **more).problems()[0]
     assert estimate("host", **more).problems() == estimate("disk", **more).problems() == []

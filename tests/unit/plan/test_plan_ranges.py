@@ -11,7 +11,7 @@ from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.between_phases import OFFLOAD
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.ranges import MEASUREMENTS, closed_by, narrowing_section
+from megatron_r1.plan.ranges import MEASUREMENTS, narrowing_number, narrowing_section
 from megatron_r1.plan.routing_replay import ROUTED
 from megatron_r1.plan.timing import PARTS, time_section
 from tools.gpu_check import calibration
@@ -50,7 +50,7 @@ def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
     assert known["step"].high == pytest.approx(exact + rest * 1.96)
     named = [set(narrowing_section(each, times(each))) for each in (job, measured)]
     assert named[0] - named[1] == {"rollout"}
-    names = {closed_by(job, name) for name in MEASUREMENTS}
+    names = {narrowing_number(job, name) for name in MEASUREMENTS}
     everything = replace(job, measured=dict.fromkeys(names, "measured.yaml"))
     assert narrowing_section(everything, times(everything)) == {}
     assert times(everything)["step"].limits == ""
@@ -107,12 +107,15 @@ def test_the_plan_names_checks_that_exist():
 
 def test_engines_of_one_gpu_need_the_bandwidth_and_saves_that_block_the_storage():
     small = replace(planned(rollout__engines=2048, rollout__tensor=1, rollout__data=1))
-    assert [closed_by(job, "rollout") for job in (planned(), small)] == [
+    assert [narrowing_number(job, "rollout") for job in (planned(), small)] == [
         "decode_latency_per_layer",
         "bandwidth_efficiency",
     ]
     blocking = planned(checkpoint__asynchronous=False)
-    assert [closed_by(job, "saves") for job in (planned(), blocking)] == ["host_link", "storage"]
+    assert [narrowing_number(job, "saves") for job in (planned(), blocking)] == [
+        "host_link",
+        "storage",
+    ]
 
 
 def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):

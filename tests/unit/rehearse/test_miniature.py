@@ -16,7 +16,7 @@ from megatron_r1.config import Config, load
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
-from megatron_r1.plan.push_links import set_links
+from megatron_r1.plan.push_links import traffic_of_sets
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.from_recipe import check_pushes, engine_layout
 from megatron_r1.push.plan.tensors import plain_bytes
@@ -59,7 +59,7 @@ def test_a_push_with_more_links_or_other_bytes_than_its_plan_is_refused(tmp_path
     stages = recipe_stages(config, small.hf)
     grid = TrainerGrid.from_recipe(config.parallel, 16)
     arguments = small.hf, grid, engine_layout(config), stages, plain_bytes("bfloat16"), 16
-    planned = set_links(*arguments, drafts=True)  # as megatron-r1 plan counts
+    planned = traffic_of_sets(*arguments, drafts=True)  # as megatron-r1 plan counts
     most, sent = planned.out, sum(planned.sent)
     phases = Phases("rl", tmp_path / "recipe.yaml", config, [], 1.0, lambda line: None)
     phases._compare_with_plan(most, sent)
