@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 MOST = 72
-MOST_FILES = 20
+MAX_FILES = 20
 """Of a commit without a body."""
 MADE_BY_GIT = ("Merge ", "Revert ", "Reapply ", "fixup! ", "squash! ", "amend! ")
 SCISSORS = "# ------------------------ >8"
@@ -42,7 +42,7 @@ def faults(message: str, num_files: int = 0) -> list[str]:
     if not subject or subject.startswith(MADE_BY_GIT):
         return []
     found = []
-    if num_files > MOST_FILES and not body.strip():
+    if num_files > MAX_FILES and not body.strip():
         found.append(f"it stands alone for {num_files} files: a body says why, and how it was done")
     if len(subject) > MOST:
         found.append(f"it has {len(subject)} characters, at most {MOST}; its body says why")

@@ -94,7 +94,7 @@ def _settings(config: Config, model: Path) -> Config:
 async def _answer(config: Config, model: Path, questions: list[str] | None) -> None:
     """Answer the questions on one engine; questions None: those typed at the terminal."""
     rollout = config.rollout
-    decoding = SamplingSettings.of_rollout(rollout)
+    decoding = SamplingSettings.from_rollout(rollout)
     with temporary_logs() as scratch:
         policy = EnginePolicy(config, model, decoding, scratch, None)
         try:
@@ -145,7 +145,7 @@ def _show_response(response: TextResponse) -> str:
     if response.refusal:
         return f"[{response.refusal}]"
     cut = " [cut off: raise --rollout.max_response_tokens]" if response.truncated else ""
-    return response.whole.strip() + cut
+    return response.full_text.strip() + cut
 
 
 def _note(line: str) -> None:

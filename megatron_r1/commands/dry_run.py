@@ -14,7 +14,7 @@ from r1_grading.terms import ACCURACY, weights_at
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
-from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
+from megatron_r1.commands.rl_checks import describe_stop_tokens, explain_renamed_columns
 from megatron_r1.commands.rollout_run import open_player
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import warmup_note
@@ -47,7 +47,7 @@ from megatron_r1.reporting.wording import counted, duration, percent, printable
 
 MAX_RESPONSES = 64
 """The most responses that are sampled and graded: a choice."""
-NUM_SHOWN = 10
+NUM_SHOWN_SAMPLES = 10
 """Responses that are printed."""
 MAX_SHOWN_CHARS = 600
 MAX_TRUTH_CHARS = 80
@@ -77,7 +77,7 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
         rollout, seconds = asyncio.run(_sample(first, text, drawn, group_size, logs))
     groups = rollout.groups
     pairs = [(group, index) for index in range(len(groups[0].responses)) for group in groups]
-    for group, index in pairs[:NUM_SHOWN]:
+    for group, index in pairs[:NUM_SHOWN_SAMPLES]:
         print(_sample_text(group, index, weights_at(first.rewards.weights, 1)))
     check_grades(groups, config.rewards.max_ungraded)
     print(_summary(config, first, rollout, seconds, memory))
@@ -111,9 +111,9 @@ async def _sample(
         min_p=rollout.min_p,
     )
     try:
-        with naming_renamed_columns(config.data.columns):
+        with explain_renamed_columns(config.data.columns):
             await collector.check(weights, prompts)
-        print(ends_with(config, text), flush=True)
+        print(describe_stop_tokens(config, text), flush=True)
         print(f"starting {counted(rollout.engines, 'engine')} on {config.model.path}", flush=True)
         await fleet.start(config.model.path)
         print(

@@ -22,7 +22,7 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan.from_recipe import check_pushes
 from megatron_r1.rehearse import coverage, launch, miniature, model
 from megatron_r1.rehearse.jobs import RehearsalJob, check_connections, jobs
-from megatron_r1.rehearse.phases import Phases
+from megatron_r1.rehearse.phases import PhaseRunner
 from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings
 from megatron_r1.reporting.run_folder import RunFolder
 
@@ -96,7 +96,7 @@ def _identity(job: RehearsalJob, settings: RehearsalConfig) -> str:
 
 def _shrink(job: RehearsalJob, settings: RehearsalConfig, folder: Path) -> miniature.Miniature:
     hf = read_hf_config(job.config.model.path, None)
-    return miniature.shrink(job.config, hf, folder, settings.max_ranks, on=settings.on)
+    return miniature.make_miniature(job.config, hf, folder, settings.max_ranks, on=settings.on)
 
 
 def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
@@ -115,10 +115,10 @@ def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
         written = miniature.write(small, job.verb)
         ranks = "no" if job.verb == "sample" else small.config.parallel.processes
         print(f"{job.name}: {job.verb} with {ranks} trainer ranks in {folder}", flush=True)
-        rows = coverage.structure(config, hf, small.config, job.verb, on=settings.on)
-        with model.served_reward_models(small.config, small.hf, folder, job.verb) as addresses:
+        rows = coverage.structure_rows(config, hf, small.config, job.verb, on=settings.on)
+        with model.serve_reward_models(small.config, small.hf, folder, job.verb) as addresses:
             run = (job.verb, written, small.config, addresses)
-            shown = Phases(*run, settings.timeout_seconds, _announce).run()
+            shown = PhaseRunner(*run, settings.timeout_seconds, _announce).run()
         coverage.write(folder, job.name, rows, shown, small.changes)
 
 

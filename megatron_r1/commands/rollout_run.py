@@ -10,7 +10,7 @@ from typing import Any
 from r1_grading import RewardPool
 
 from megatron_r1.base.transports import BACKEND_PREFIX
-from megatron_r1.commands.rl_checks import naming_renamed_columns
+from megatron_r1.commands.rl_checks import explain_renamed_columns
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.sample_log import SampleLog
@@ -45,7 +45,7 @@ class Rollouts:
         """Raise UserError for questions that a reward of the run, or of a later phase of it, cannot
         grade."""
         terms = {term: None for _, phase in config.phases() for term in phase.rewards.weights}
-        with naming_renamed_columns(config.data.columns):
+        with explain_renamed_columns(config.data.columns):
             await self.collector.check(terms, prompts.train + prompts.heldout)
 
 
@@ -76,7 +76,7 @@ async def open_rollouts(
 def open_player(config: Config, text: PromptText) -> Player | None:
     """Return the player of the run's episodes; None if responses are single turns, which need
     nothing of `megatron_r1.agents`."""
-    if not config.agents.players:
+    if not config.agents.player_settings:
         return None
     from megatron_r1.controller.rollouts.players import make_player
 
@@ -97,7 +97,7 @@ def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> Rol
         # A run that continues must not draw the numbers of its beginning again.
         seed=config.run.seed * 1_000_003 + recorder.state.step,
         return_routing=config.rl.routing_replay,
-        return_sampling_mask=config.rollout.is_cut,
+        return_sampling_mask=config.rollout.truncates_sampling,
         **_model_as_pushed(config),
         **fleet_settings(rollout),
         **engine_settings(rollout),

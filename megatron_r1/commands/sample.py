@@ -182,11 +182,11 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
                 pool, weights_at(rewards.weights, step=1), rewards.call_options
             )
         rollout, server = config.rollout, config.sample.server
-        decoding = SamplingSettings.of_rollout(rollout)
+        decoding = SamplingSettings.from_rollout(rollout)
         key = "sample.server"
         policy = await make_policy(config, folder.path, server, key, decoding, inputs.shots)
         stack.push_async_callback(policy.close)
-        settings = _settings_that_matter(config, policy, inputs.shots)
+        settings = _identity_settings(config, policy, inputs.shots)
         require_same_settings(folder, config, settings, log)
         if grader is not None:
             await grader.check(inputs.prompt_set.prompts)
@@ -205,7 +205,7 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
         await _decide(config, folder.path, inputs, log, pool, grader, judge, settings)
 
 
-def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -> dict[str, Any]:
+def _identity_settings(config: Config, policy: Policy, shots: Shots | None) -> dict[str, Any]:
     """Return all that changes responses and grades, but not how many there are or are kept."""
     rollout, rewards = config.rollout, config.rewards
     settings = {

@@ -42,7 +42,9 @@ class SupervisedTask(Generic[Item]):
     evaluate: Callable[[RunRecorder, TrainerClient], Awaitable[None]] | None = None
 
 
-def with_steps(config: Config, section: Literal["sft", "reward_model"], epoch_size: int) -> Config:
+def resolve_steps(
+    config: Config, section: Literal["sft", "reward_model"], epoch_size: int
+) -> Config:
     """Return the configuration with the `run.steps` that the section's `epochs` amounts to; the
     last batch may begin another epoch.
 

@@ -29,13 +29,13 @@ BOUNDS = {"token": (0.5, 5.0), "sequence": (0.999, 1.001), "divergence": (0.15, 
 """low and high of each method where a recipe leaves them out: those of its source."""
 
 
-def engine_mask(
+def make_engine_mask(
     method: EngineMaskMethod, low: float | None, high: float | None, ratio_level: str
 ) -> EngineMask:
     """Return the mask that a recipe's settings describe.
 
     Args:
-        method: `rl.engine_mask`.
+        method: `rl.make_engine_mask`.
         low: `rl.engine_mask_low`; None: the method's own.
         high: `rl.engine_mask_high`, likewise.
         ratio_level: `rl.ratio_level`.

@@ -150,7 +150,7 @@ class Assumptions:
     """Questions of a `sample` run without data.num_train; a guess."""
 
 
-def fields_of(part: object) -> dict[str, FieldInfo]:
+def described_fields(part: object) -> dict[str, FieldInfo]:
     """Return the named numbers of a part; a field's description is its docstring."""
     fields: dict[str, Any] = type(part).__pydantic_fields__  # type: ignore[attr-defined]
     return {name: info for name, info in fields.items() if name != "name"}
@@ -167,12 +167,12 @@ def link_rate(hardware: Hardware, assumptions: Assumptions, span: int) -> float:
         assumptions: with the efficiency of links.
         span: ranks from the first to the last of the group.
     """
-    inside = fraction_inside(hardware.gpus_per_node, span)
+    inside = intra_node_fraction(hardware.gpus_per_node, span)
     slowest = max(inside / hardware.nvlink, (1 - inside) / hardware.network)
     return assumptions.link_efficiency / slowest
 
 
-def fraction_inside(gpus_per_node: int, span: int) -> float:
+def intra_node_fraction(gpus_per_node: int, span: int) -> float:
     """Return the share of a group's bytes that stay within a node."""
     return min(1.0, gpus_per_node / span)
 

@@ -13,8 +13,8 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config.section import is_within
-from megatron_r1.config.words import Word, describe_words, find
-from megatron_r1.config.yaml_text import as_text
+from megatron_r1.config.words import KeyAlias, describe_aliases, find_aliases
+from megatron_r1.config.yaml_text import format_value
 
 ENTRY = {list: "[]", dict: ".NAME"}
 """The part of a dotted key that stands for any entry of a list or mapping."""
@@ -25,14 +25,14 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
     An entry of a list is `key[].name`, one of a mapping `key.NAME.name`."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        within = list(models_within(field.annotation))
+        within = list(nested_models(field.annotation))
         if not within or not isinstance(field.get_default(call_default_factory=True), BaseModel):
             yield key, model
         for part, entry in within:
             yield from dotted_keys(part, f"{key}{entry}.")
 
 
-def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> str:
+def describe_keys(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> str:
     """Return a line such as `rl.group_size: 16   # responses per prompt` per key.
 
     Args:
@@ -53,14 +53,14 @@ def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> s
     if not chosen:
         return "\n".join(lines.values())
     phrase = " ".join(chosen)
-    if len(chosen) > 1 and find(phrase):
+    if len(chosen) > 1 and find_aliases(phrase):
         chosen = [phrase]
-    rows: list[Word] = []
+    rows: list[KeyAlias] = []
     shown: set[str] = set()
     for name in chosen:
         matching = [key for key in lines if is_within(key, [name])]
         if not matching:
-            found = find(name)
+            found = find_aliases(name)
             rows += [row for row in found if row not in rows]
             matching = [key for row in found for key in lines if key in row.keys]
         shown.update(matching or _search(name, lines))
@@ -74,7 +74,9 @@ def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> s
                 key=name,
                 cause=Cause.UNKNOWN,
             )
-    return "\n".join(filter(None, [describe_words(rows), *(lines[k] for k in lines if k in shown)]))
+    return "\n".join(
+        filter(None, [describe_aliases(rows), *(lines[k] for k in lines if k in shown)])
+    )
 
 
 def _search(name: str, lines: Mapping[str, str]) -> list[str]:
@@ -87,7 +89,7 @@ def _search(name: str, lines: Mapping[str, str]) -> list[str]:
     ]
 
 
-def switches(model: type[BaseModel]) -> set[str]:
+def boolean_keys(model: type[BaseModel]) -> set[str]:
     """Return the keys that are true or false."""
     return {
         key
@@ -116,18 +118,20 @@ def _docstrings(model: type[BaseModel]) -> dict[str, str]:
     return below
 
 
-def models_within(annotation: Any, entry: str = "") -> Iterator[tuple[type[BaseModel], str]]:
+def nested_models(annotation: Any, entry: str = "") -> Iterator[tuple[type[BaseModel], str]]:
     """Yield the models in a type such as `list[Model] | None`, each with the suffix of its keys
     (`ENTRY`)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, entry
     else:
         for part in get_args(annotation):
-            yield from models_within(part, entry + ENTRY.get(get_origin(annotation), ""))
+            yield from nested_models(part, entry + ENTRY.get(get_origin(annotation), ""))
 
 
 def _line(key: str, field: FieldInfo, docstring: str) -> str:
     default = field.get_default(call_default_factory=True)
-    text = "(required)" if default is PydanticUndefined else as_text(to_jsonable_python(default))
+    text = (
+        "(required)" if default is PydanticUndefined else format_value(to_jsonable_python(default))
+    )
     meaning = " ".join((field.description or docstring).split())
     return f"{key}: {text}" + (f"   # {meaning}" if meaning else "")

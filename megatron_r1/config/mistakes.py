@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config.key_listing import models_within
-from megatron_r1.config.words import find
+from megatron_r1.config.key_listing import nested_models
+from megatron_r1.config.words import find_aliases
 
 
 class RemovedKey(NamedTuple):
@@ -36,7 +36,7 @@ REMOVED = {
 """Removed keys by dotted name."""
 
 
-def without_removed(tree: Mapping[str, Any]) -> dict[str, Any]:
+def drop_removed_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections of a recipe without removed keys that have their former default."""
     return {
         section: {key: value for key, value in keys.items() if not _is_void(section, key, value)}
@@ -68,8 +68,8 @@ CAUSES = {
 """What pydantic's types of errors are to a user; any other is a malformed value."""
 
 
-def refusal(
-    failure: ValidationError, root: type[BaseModel], known: Iterable[str] = (), place: str = ""
+def recipe_error(
+    failure: ValidationError, root: type[BaseModel], known: Iterable[str] = (), origin: str = ""
 ) -> UserError:
     """Return the error that names all mistakes of validating a `root`; key and cause are those of
     the first.
@@ -78,7 +78,7 @@ def refusal(
         failure: pydantic's.
         root: the model that was validated.
         known: as in `_explain`.
-        place: where the settings are from, in front of the message.
+        origin: where the settings are from, in front of the message.
     """
     first = failure.errors()[0]
     key, cause = ".".join(map(str, first["loc"])), CAUSES.get(first["type"], Cause.MALFORMED)
@@ -89,7 +89,7 @@ def refusal(
         elif error.key != str(first["loc"][-1]):
             key = f"{key}.{error.key}".removesuffix(".")
         cause = error.cause
-    message = f"{place}: " if place else ""
+    message = f"{origin}: " if origin else ""
     return UserError(message + _explain(failure, root, known), key=key, cause=cause)
 
 
@@ -136,7 +136,7 @@ def _hint(location: tuple[str | int, ...], root: type[BaseModel], known: Iterabl
         return near
     if elsewhere := [key for key in known if key.rpartition(".")[2] == leaf]:
         return f"; did you mean {elsewhere[0]}?"
-    if other_words := find(leaf, exact=True):
+    if other_words := find_aliases(leaf, exact=True):
         return f"; elsewhere {leaf} is what is {' and '.join(other_words[0].keys)} here"
     words = {word for word in leaf.split("_") if len(word) >= LEAST_WORD}
     similar = [key for key in here if words & set(key.split("_"))]
@@ -149,7 +149,7 @@ def _keys_at(location: tuple[str | int, ...], root: type[BaseModel]) -> list[str
     """Return the keys of the model at `location`, such as ("eval", "benchmarks", 1)."""
     annotation: Any = root
     for part in location:
-        model = next(models_within(annotation))[0]
+        model = next(nested_models(annotation))[0]
         is_entry = get_origin(annotation) in (list, dict)
         annotation = model if is_entry else model.model_fields[str(part)].annotation
-    return list(next(models_within(annotation))[0].model_fields)
+    return list(next(nested_models(annotation))[0].model_fields)

@@ -18,7 +18,7 @@ from megatron_r1.config.critic import CriticConfig
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.eval import EvalConfig
 from megatron_r1.config.fp8 import FP8Config
-from megatron_r1.config.mistakes import refusal, without_removed
+from megatron_r1.config.mistakes import drop_removed_keys, recipe_error
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.optimizer import OptimizerConfig
 from megatron_r1.config.parallel import ParallelConfig
@@ -32,7 +32,7 @@ from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.section import Resumable, Section, is_within, resumable_keys
 from megatron_r1.config.sft import SFTConfig
 from megatron_r1.config.teacher import TeacherConfig
-from megatron_r1.config.yaml_text import as_yaml, put, read_sections
+from megatron_r1.config.yaml_text import dump_yaml, read_sections, set_nested
 
 
 class Config(Section):
@@ -146,7 +146,7 @@ class Config(Section):
                 type(self).model_validate(tree)
             except ValidationError as failure:
                 place = f"rl.schedule, from_step: {entry.from_step}"
-                error = refusal(failure, type(self), known_keys(), place)
+                error = recipe_error(failure, type(self), known_keys(), place)
                 error.key = "rl.schedule"
                 raise error from None
         return self
@@ -311,20 +311,20 @@ def parse(tree: dict[str, Any], origin: str = "config", given: Collection[str] =
         UserError: naming each wrong key, its value and the remedy.
     """
     try:
-        return Config.model_validate(without_removed(tree))
+        return Config.model_validate(drop_removed_keys(tree))
     except ValidationError as failure:
         wrong = [".".join(map(str, error["loc"])) for error in failure.errors()]
         if all(key and is_within(key, given) for key in wrong):
             origin = "command line"
-        raise refusal(failure, Config, known_keys(), origin) from None
+        raise recipe_error(failure, Config, known_keys(), origin) from None
 
 
 def dump(config: Config) -> str:
     """Return the resolved configuration as YAML with every key."""
-    return as_yaml(config.model_dump())
+    return dump_yaml(config.model_dump())
 
 
 def _with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     for dotted, value in overrides.items():
-        put(tree, dotted.split("."), value, dotted)
+        set_nested(tree, dotted.split("."), value, dotted)
     return tree

@@ -30,9 +30,9 @@ from megatron_r1.config.algorithms import (
     RatioLevel,
     TokenSettings,
 )
-from megatron_r1.config.corrections import EngineMask, EngineMaskMethod, engine_mask
+from megatron_r1.config.corrections import EngineMask, EngineMaskMethod, make_engine_mask
 from megatron_r1.config.section import Resumable, Section
-from megatron_r1.config.yaml_text import as_sections
+from megatron_r1.config.yaml_text import nest_keys
 
 SCHEDULED = {
     "rollout": ("temperature", "top_p", "top_k", "min_p", "max_response_tokens"),
@@ -98,7 +98,7 @@ def changes_at(schedule: list[ScheduleEntry], step: int) -> dict[str, dict[str, 
     for entry in schedule:
         if entry.from_step <= step:
             changes |= entry.changes
-    return as_sections(changes)
+    return nest_keys(changes)
 
 
 def digest_until(schedule: list[ScheduleEntry], step: int) -> str:
@@ -182,7 +182,7 @@ class RLConfig(Section):
     """sequence: one ratio per response, the mean of its logarithm (GSPO)"""
     importance_cap: float | None = Field(None, gt=0)
     """upper limit of each token's importance weight π_old / π_engine; null: no such weights"""
-    engine_mask: EngineMaskMethod = "none"
+    make_engine_mask: EngineMaskMethod = "none"
     """tokens without a policy gradient, because engine and trainer disagree: token: those with a
     ratio π_old / π_engine out of bounds (IcePop); sequence: all of a response whose geometric mean
     of it is; divergence: those whose probability has moved too far from the engine's (DPPO). See
@@ -363,7 +363,7 @@ class RLConfig(Section):
     def engine_mask_settings(self) -> EngineMask:
         """The mask by engine and trainer, with its bounds."""
         low, high = self.engine_mask_low, self.engine_mask_high
-        return engine_mask(self.engine_mask, low, high, self.ratio_level)
+        return make_engine_mask(self.engine_mask, low, high, self.ratio_level)
 
     def loss_settings(self, max_response_tokens: int) -> LossSettings:
         """Return the settings of the algorithm's loss.

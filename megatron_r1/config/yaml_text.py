@@ -56,7 +56,7 @@ def read_sections(
     return {section: keys for section, keys in tree.items() if keys is not None}
 
 
-def as_sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def nest_keys(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return `{"section.key": value}` as sections."""
     tree: dict[str, dict[str, Any]] = {}
     for dotted, value in settings.items():
@@ -65,7 +65,7 @@ def as_sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return tree
 
 
-def put(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
+def set_nested(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
     """Set the value at nested `keys` of `tree`; a parent that is missing or null becomes a section.
 
     Args:
@@ -89,13 +89,13 @@ def put(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
     tree[leaf] = value
 
 
-def as_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a setting as YAML on one line, as `parse_overrides` reads it."""
-    text = as_yaml(value, default_flow_style=True, width=10**6, sort_keys=True)
+    text = dump_yaml(value, default_flow_style=True, width=10**6, sort_keys=True)
     return text.removesuffix("...\n").strip()
 
 
-def parse_text(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """Return the value of a setting written as YAML.
 
     Raises:
@@ -119,8 +119,8 @@ def _parse(text: str, name: str) -> Any:
         raise
 
 
-def as_yaml(value: Any, **layout: Any) -> str:
-    """Return YAML that `read_sections` and `parse_text` read as `value`.
+def dump_yaml(value: Any, **layout: Any) -> str:
+    """Return YAML that `read_sections` and `parse_value` read as `value`.
 
     Args:
         value: plain values in mappings and lists.

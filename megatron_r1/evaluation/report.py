@@ -97,8 +97,11 @@ def print_table(summaries: Sequence[Summary]) -> None:
         table.add_row(
             summary.title,
             f"{counts['questions']:,} x {k}",
-            *(worded(n, metrics[n], name=n != "pass@1") if n in metrics else "–" for n in names),
-            worded("length", metrics["length"]) if "length" in metrics else "–",
+            *(
+                format_estimate(n, metrics[n], name=n != "pass@1") if n in metrics else "–"
+                for n in names
+            ),
+            format_estimate("length", metrics["length"]) if "length" in metrics else "–",
             percent(metrics["truncated"].value),
             f"{counts['ungraded']:,}",
         )
@@ -108,7 +111,7 @@ def print_table(summaries: Sequence[Summary]) -> None:
     console.print(table)
 
 
-def worded(metric: str, estimate: Estimate, name: bool = False) -> str:
+def format_estimate(metric: str, estimate: Estimate, name: bool = False) -> str:
     """Return an estimate as "71.0% (66.2–75.8)".
 
     Args:
@@ -153,7 +156,7 @@ def write_report(
         title=printable(title),
         settings=settings,
         summaries=summaries,
-        worded=worded,
+        worded=format_estimate,
         image=base64.b64encode(figure.read_bytes()).decode(),
         num_examples=NUM_EXAMPLES,
         examples=_examples(questions, samples),

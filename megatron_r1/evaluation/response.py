@@ -61,7 +61,7 @@ class TextResponse:
         return len(self.text) if self.num_tokens is None else self.num_tokens
 
     @property
-    def whole(self) -> str:
+    def full_text(self) -> str:
         """The text with the `<think>` that its prompt may have opened."""
         return THINK + self.text if self.opened else self.text
 
@@ -113,13 +113,15 @@ class SamplingSettings:
     min_p: float = 0.0
 
     @classmethod
-    def of_rollout(cls, rollout: RolloutConfig) -> Self:
+    def from_rollout(cls, rollout: RolloutConfig) -> Self:
         """Return those of a recipe's `rollout`, as it samples for training."""
         limits = rollout.temperature, rollout.top_p, rollout.max_response_tokens
         return replace(cls.of(rollout, *limits), top_k=rollout.top_k, min_p=rollout.min_p)
 
     @classmethod
-    def of(cls, rollout: RolloutConfig, temperature: float, top_p: float, max_tokens: int) -> Self:
+    def from_options(
+        cls, rollout: RolloutConfig, temperature: float, top_p: float, max_tokens: int
+    ) -> Self:
         """Return those of a recipe's `rollout` with this temperature, cut and limit.
 
         Args:

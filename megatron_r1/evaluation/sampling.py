@@ -15,7 +15,7 @@ from r1_grading.terms import ACCURACY, Options, combine
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.prompt_sets import PromptSet, digest
+from megatron_r1.evaluation.prompt_sets import PromptSet, prompt_digest
 from megatron_r1.evaluation.response import Policy, PromptKey, ResponseLog, TextResponse
 from megatron_r1.reporting.wording import duration
 
@@ -218,7 +218,7 @@ class Sampler:
         finally:
             self._grading_slots.release()
         line: dict[str, Any] = {"benchmark": prompt_set.title} if prompt_set.title else {}
-        line |= {"id": prompt.id, "digest": digest(prompt), "seed": seed}
+        line |= {"id": prompt.id, "digest": prompt_digest(prompt), "seed": seed}
         self._log.add(line | response.to_line() | self._details(prompt_set, prompt, response))
         if new:
             self.num_done += 1
@@ -247,7 +247,7 @@ class Sampler:
         for prompt_set in self._sets:
             for prompt in prompt_set.prompts:
                 logged = self._log.digests.get(prompt_set.key(prompt))
-                if logged is not None and logged != digest(prompt):
+                if logged is not None and logged != prompt_digest(prompt):
                     label = "give the benchmark another label, " if prompt_set.title else ""
                     where = f"benchmark {prompt_set.title}, " if prompt_set.title else ""
                     raise UserError(

@@ -2,7 +2,7 @@
 
 Responses are *accepted* where their reward is 1, else *rejected*. A stratum has the responses of
 one data source, one kind and one of these verdicts; the sample takes about as many of each
-(`draw`). A second method reads the drawn ones (`SecondMethods`), and a verdict is
+(`draw_sample`). A second method reads the drawn ones (`SecondMethodJudge`), and a verdict is
 
 - wrong, where everything that the second method is sure of contradicts it,
 - confirmed, where at least a part of it confirms and none that decides more contradicts it,
@@ -53,7 +53,7 @@ class GradedAnswer:
     """A response with the verdict that is audited.
 
     Attributes:
-        place: where it was logged, for the reader of the report.
+        id: where it was logged, for the reader of the report.
         source: its data source.
         kind: the reward that graded it.
         group: what the responses to one question share; None for one without.
@@ -62,7 +62,7 @@ class GradedAnswer:
         weight: by how much `total` changes where `reward` changes by 1.
         load: returns the content, which may be on disk."""
 
-    place: str
+    id: str
     source: str
     kind: str
     group: str | None
@@ -92,14 +92,14 @@ Stratum = tuple[str, str, bool]
 
 
 @dataclass(frozen=True)
-class Finding:
+class SecondVerdict:
     """What the second method says of a verdict, with the reason."""
 
     outcome: Outcome
     reason: str
 
 
-Judge = Callable[[GradedAnswer], Awaitable[Finding]]
+Judge = Callable[[GradedAnswer], Awaitable[SecondVerdict]]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class ErrorRates:
     wrongly_accepted: FractionEstimate | None
 
 
-class SecondMethods:
+class SecondMethodJudge:
     """Judges verdicts in the workers of a pool: mathematics by a second reader, programs by running
     their tests again.
 
@@ -133,7 +133,7 @@ class SecondMethods:
     ) -> None:
         self._pool, self._options, self._repeats = pool, options, repeats
 
-    async def judge(self, answer: GradedAnswer) -> Finding:
+    async def judge(self, answer: GradedAnswer) -> SecondVerdict:
         """Return the finding of one verdict. A response that the second method cannot read within
         its limits is undecided."""
         content = answer.load()
@@ -145,27 +145,27 @@ class SecondMethods:
         known = {name: arguments[name] for name in ("opened", "reading") if name in arguments}
         grade = await self._pool.grade(READER, content.response, content.truth, **known)
         if not grade.verdict:  # out of time or memory, or a malformed truth
-            return Finding("undecided", grade.reason)
+            return SecondVerdict("undecided", grade.reason)
         upstream, points = grade.verdict.split(",")
-        return Finding(outcome_of(answer.is_accepted, upstream, points), grade.reason)
+        return SecondVerdict(classify_verdict(answer.is_accepted, upstream, points), grade.reason)
 
     async def _run_again(
         self, is_accepted: bool, content: AnswerContent, arguments: Mapping[str, Any]
-    ) -> Finding:
+    ) -> SecondVerdict:
         passed: list[bool] = []
         for _ in range(self._repeats):
             grade = await self._pool.grade("code", content.response, content.truth, **arguments)
             if not grade.is_graded:
-                return Finding("undecided", grade.reason)
+                return SecondVerdict("undecided", grade.reason)
             passed.append(grade.reward >= ACCEPTED)
             if passed[-1] != passed[0]:
                 reason = f"passes in {sum(passed)} of {len(passed)} runs; {grade.reason}"
-                return Finding("undecided", f"flaky: {reason}")
+                return SecondVerdict("undecided", f"flaky: {reason}")
         reason = f"{self._repeats} runs of its tests: {grade.reason}"
-        return Finding("confirmed" if passed[0] == is_accepted else "wrong", reason)
+        return SecondVerdict("confirmed" if passed[0] == is_accepted else "wrong", reason)
 
 
-def outcome_of(is_accepted: bool, upstream: str, points: str) -> Outcome:
+def classify_verdict(is_accepted: bool, upstream: str, points: str) -> Outcome:
     """Return what two readings say of a verdict; each is "right", "wrong" or "unsure".
 
     | math-verify | values at points | outcome |
@@ -185,7 +185,7 @@ def outcome_of(is_accepted: bool, upstream: str, points: str) -> Outcome:
     return "wrong" if points == upstream == contrary else "undecided"
 
 
-def strata_of(answers: Iterable[GradedAnswer]) -> dict[Stratum, list[GradedAnswer]]:
+def group_by_stratum(answers: Iterable[GradedAnswer]) -> dict[Stratum, list[GradedAnswer]]:
     """Return the answers that can be audited by stratum, in the order of the strata."""
     strata: dict[Stratum, list[GradedAnswer]] = defaultdict(list)
     for answer in answers:
@@ -194,13 +194,13 @@ def strata_of(answers: Iterable[GradedAnswer]) -> dict[Stratum, list[GradedAnswe
     return dict(sorted(strata.items()))
 
 
-def draw(
+def draw_sample(
     strata: Mapping[Stratum, Sequence[GradedAnswer]], size: int, seed: int
 ) -> dict[Stratum, list[GradedAnswer]]:
     """Draw about as many answers of each stratum, without replacement; a small one is taken whole.
 
     Args:
-        strata: as `strata_of` returns them.
+        strata: as `group_by_stratum` returns them.
         size: how many to draw of all together.
         seed: the same seed draws the same answers.
 
@@ -216,8 +216,8 @@ def draw(
     drawn = {}
     left = size
     by_size = sorted(strata, key=lambda stratum: len(strata[stratum]))
-    for place, stratum in enumerate(by_size):
-        count = min(len(strata[stratum]), left // (len(by_size) - place))
+    for index, stratum in enumerate(by_size):
+        count = min(len(strata[stratum]), left // (len(by_size) - index))
         left -= count
         rng = random.Random(f"{seed}:{stratum}")
         drawn[stratum] = rng.sample(list(strata[stratum]), count)
@@ -227,7 +227,7 @@ def draw(
 def error_rates(
     strata: Mapping[Stratum, Sequence[GradedAnswer]],
     drawn: Mapping[Stratum, Sequence[GradedAnswer]],
-    findings: Mapping[str, Finding],
+    findings: Mapping[str, SecondVerdict],
     source: str | None = None,
 ) -> ErrorRates:
     """Return the estimated errors.
@@ -235,12 +235,12 @@ def error_rates(
     Args:
         strata: all answers.
         drawn: those that were judged.
-        findings: place → finding, of each drawn one.
+        findings: id → finding, of each drawn one.
         source: the data source; None: all."""
     fractions: dict[bool, list[FractionEstimate]] = {False: [], True: []}
     for stratum, answers in drawn.items():
         if source in (None, stratum[0]):
-            outcomes = [findings[answer.place].outcome for answer in answers]
+            outcomes = [findings[answer.id].outcome for answer in answers]
             counts = (outcomes.count(outcome) for outcome in ("wrong", "undecided"))
             fractions[stratum[2]].append(
                 sampled_fraction(len(strata[stratum]), len(answers), *counts)
@@ -249,8 +249,8 @@ def error_rates(
     return ErrorRates(rejected, accepted)
 
 
-async def judge_all(answers: Iterable[GradedAnswer], judge: Judge) -> dict[str, Finding]:
-    """Return place → finding of each answer; the pool limits how many are read at a time."""
+async def judge_all(answers: Iterable[GradedAnswer], judge: Judge) -> dict[str, SecondVerdict]:
+    """Return id → finding of each answer; the pool limits how many are read at a time."""
     answers = list(answers)
     found = await asyncio.gather(*(judge(answer) for answer in answers))
-    return {answer.place: finding for answer, finding in zip(answers, found, strict=True)}
+    return {answer.id: finding for answer, finding in zip(answers, found, strict=True)}

@@ -77,7 +77,7 @@ class Spread:
     values: list[float]
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Self:
+    def from_values(cls, values: Sequence[float]) -> Self:
         """Return mean and standard deviation of values; one value has no deviation."""
         deviation = stdev(values) if len(values) > 1 else None
         return cls(fmean(values), deviation, list(values))

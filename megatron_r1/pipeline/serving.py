@@ -40,7 +40,7 @@ class StageServer:
             port: the port on which it listens.
             log: the file of its output."""
         self.name, self.config, self.log = name, config, log
-        self.url = url(config, port)
+        self.url = server_url(config, port)
         self._scratch = Scratch() if config.model else None
         environment: dict[str, str] = {}
         if self._scratch is not None:
@@ -87,7 +87,7 @@ class StageServer:
 
 
 @contextlib.contextmanager
-def served(
+def serve_models(
     configs: Mapping[str, ServeConfig],
     ports: Mapping[str, int],
     logs: Mapping[str, Path],
@@ -156,7 +156,7 @@ def choose_ports(configs: Mapping[str, ServeConfig], before: Mapping[str, int]) 
     return ports
 
 
-def url(config: ServeConfig, port: int) -> str:
+def server_url(config: ServeConfig, port: int) -> str:
     """Return the address of a served model, without a path."""
     return f"http://{config.host}:{port}"
 

@@ -58,7 +58,7 @@ class Status:
         return [printable(line) for reason in self.reasons for line in reason.splitlines()]
 
 
-def examine_all(plan: PipelinePlan, graph: Graph, is_running: bool = False) -> dict[str, Status]:
+def all_statuses(plan: PipelinePlan, graph: Graph, is_running: bool = False) -> dict[str, Status]:
     """Return the status of every stage.
 
     Args:
@@ -71,11 +71,11 @@ def examine_all(plan: PipelinePlan, graph: Graph, is_running: bool = False) -> d
     statuses: dict[str, Status] = {}
     for name in graph.order:
         upstream = {upper: statuses[upper] for upper in graph.upstream[name]}
-        statuses[name] = examine(plan, plan.stages[name], upstream, is_running)
+        statuses[name] = stage_status(plan, plan.stages[name], upstream, is_running)
     return statuses
 
 
-def examine(
+def stage_status(
     plan: PipelinePlan,
     stage: PipelineStage,
     upstream: Mapping[str, Status],

@@ -16,7 +16,7 @@ import yaml
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.config.hardware import fields_of
+from megatron_r1.config.hardware import described_fields
 from megatron_r1.plan.arguments import planned_job
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
@@ -66,7 +66,7 @@ def calibrate_from(folder: Path, file: Path, args: argparse.Namespace, overrides
     rows = [f"{file}: from {steps}, for {hardware}"]
     rows += [f"  {name:24}  {value:.4g}" for name, value in values.items()]
     rows += ["not derived:"]
-    names = [name for name in fields_of(measured.job.assumptions) if name not in values]
+    names = [name for name in described_fields(measured.job.assumptions) if name not in values]
     rows += [f"  {name:24}  {reasons.get(name, other)}" for name in names]
     return "\n".join([*rows, "  rates of the hardware     measure each link alone"])
 

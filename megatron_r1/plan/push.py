@@ -88,7 +88,7 @@ def pushed_lora(job: PlannedJob) -> LoraConfig | None:
 def planned_rank_bytes(job: PlannedJob) -> int:
     """Return the bytes of weights on an engine's first GPU, which has the most. A pushed adapter is
     there three times: as it has come, as vLLM has loaded it, and in its LoRA layers."""
-    whole = PushedWeights.of(job.hf, None, drafts=drafts_with_mtp(job))
+    whole = PushedWeights.from_config(job.hf, None, drafts=drafts_with_mtp(job))
     weights = _rank_bytes(whole, planned_engine_layout(job), _pushed_dtype(job), 1)[0]
     if (lora := pushed_lora(job)) is None:
         return weights
@@ -101,7 +101,7 @@ def pushed_rank_bytes(job: PlannedJob) -> int:
 
 
 def _pushed_weights(job: PlannedJob) -> PushedWeights:
-    return PushedWeights.of(job.hf, pushed_lora(job), drafts=drafts_with_mtp(job))
+    return PushedWeights.from_config(job.hf, pushed_lora(job), drafts=drafts_with_mtp(job))
 
 
 def _pushed_dtype(job: PlannedJob) -> str:

@@ -190,7 +190,7 @@ def set_plans(
         drafts: whether engines draft with the MTP layers.
         lora: the section `model.lora`, where adapters alone are pushed."""
     chunks = tuple(map(tuple, stages))
-    what = PushedWeights.of(hf, lora, drafts=drafts)
+    what = PushedWeights.from_config(hf, lora, drafts=drafts)
     return _set_plans(what, grid, engines, chunks, count, max_engines)
 
 
@@ -203,7 +203,7 @@ class PushedWeights(NamedTuple):
     lora: str | None
 
     @classmethod
-    def of(cls, hf: dict, lora: LoraConfig | None, *, drafts: bool) -> Self:
+    def from_config(cls, hf: dict, lora: LoraConfig | None, *, drafts: bool) -> Self:
         """Return the key of these settings, which are kept as JSON to be hashable."""
         return cls(json.dumps(hf), drafts, None if lora is None else lora.model_dump_json())
 

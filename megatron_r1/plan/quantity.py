@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config.hardware import Assumptions, Hardware, fields_of, unit_of
+from megatron_r1.config.hardware import Assumptions, Hardware, described_fields, unit_of
 from megatron_r1.config.yaml_text import read_sections
 from megatron_r1.plan.job import PlannedJob
 
@@ -105,7 +105,7 @@ def apply_calibration(
             measured on other hardware.
     """
     values = read_sections(file, "--calibrate")
-    known = [*fields_of(assumptions), *fields_of(hardware)]
+    known = [*described_fields(assumptions), *described_fields(hardware)]
     measured_on = values.pop(RELATIVE_TO, hardware.name)
     if measured_on != hardware.name:
         raise UserError(
@@ -125,7 +125,7 @@ def apply_calibration(
     values = {name: _number(value) for name, value in values.items()}
     try:
         of_hardware, others = (
-            {name: values[name] for name in fields_of(part) if name in values}
+            {name: values[name] for name in described_fields(part) if name in values}
             for part in (hardware, assumptions)
         )
         hardware, assumptions = replace(hardware, **of_hardware), replace(assumptions, **others)
@@ -150,7 +150,7 @@ def assumed_section(job: PlannedJob) -> Section:
     """Return every assumed number with its source: the docstring of its field, or the file."""
     section = {}
     for part in (job.assumptions, job.hardware):
-        for name, info in fields_of(part).items():
+        for name, info in described_fields(part).items():
             source = " ".join((info.description or "").split())
             if name in job.measured:
                 source = f"measured: {job.measured[name]}"

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_r1.config.yaml_text import as_text as as_yaml
+from megatron_r1.config.yaml_text import format_value as as_yaml
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, byte_quantity

@@ -15,7 +15,7 @@ from megatron_r1.rehearse import launch
 from megatron_r1.rehearse.miniature import Change
 from megatron_r1.rehearse.model import reward_models
 from megatron_r1.rehearse.phases import PhaseResult
-from megatron_r1.rehearse.settings import Place
+from megatron_r1.rehearse.settings import RehearsalDevice
 
 
 class StructureRow(NamedTuple):
@@ -70,8 +70,8 @@ ON_GPU = {key: NOT_HERE[key] for key in ("rollout.max_response_tokens", "paralle
 ON_NULL_GPU = ON_GPU | {"fp8.recipe": "yes, by operators of the host"}
 
 
-def structure(
-    recipe: Config, hf: dict, small: Config, verb: str, *, on: Place = "cpu"
+def structure_rows(
+    recipe: Config, hf: dict, small: Config, verb: str, *, on: RehearsalDevice = "cpu"
 ) -> list[StructureRow]:
     """Return a row for each part of the recipe's structure that its verb uses.
 
@@ -94,7 +94,7 @@ def structure(
         rows += _engine_rows(recipe, small)
     if verb != "sample":
         rows += _trainer_rows(recipe, hf, small, verb, on)
-    return rows + _left_out(recipe, small, verb)
+    return rows + _omitted_rows(recipe, small, verb)
 
 
 def _engine_rows(recipe: Config, small: Config) -> list[StructureRow]:
@@ -111,7 +111,7 @@ def _engine_rows(recipe: Config, small: Config) -> list[StructureRow]:
 
 
 def _trainer_rows(
-    recipe: Config, hf: dict, small: Config, verb: str, on: Place
+    recipe: Config, hf: dict, small: Config, verb: str, on: RehearsalDevice
 ) -> list[StructureRow]:
     """Return rows for the trainer: replicas, what is trained, its offloading, layers, memory.
 
@@ -154,7 +154,7 @@ def _trainer_rows(
     return rows
 
 
-def _left_out(recipe: Config, small: Config, verb: str) -> list[StructureRow]:
+def _omitted_rows(recipe: Config, small: Config, verb: str) -> list[StructureRow]:
     """Return rows for the served models and the functions that a recipe names."""
     rows = []
     if verb in ("rl", "sample"):

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Config, infer_verb
-from megatron_r1.config.yaml_text import as_sections
+from megatron_r1.config.yaml_text import nest_keys
 from megatron_r1.pipeline import pipeline_recipe
 from megatron_r1.pipeline.graph import check_plan
 from megatron_r1.pipeline.pipeline_recipe import REFERENCE
@@ -106,8 +106,10 @@ def jobs(
         config = configuration.load(path, {**added, **overrides}, required)
         return [RehearsalJob(Path(path).stem, verb, config)]
     recipe = pipeline_recipe.load(path, dict(overrides))
-    added = {verb: as_sections(settings) for verb, settings in implied.items()}
-    plan = PipelinePlan.of(recipe, path, Path(recipe.pipeline.folder), recipe.pipeline.seed, added)
+    added = {verb: nest_keys(settings) for verb, settings in implied.items()}
+    plan = PipelinePlan.from_recipe(
+        recipe, path, Path(recipe.pipeline.folder), recipe.pipeline.seed, added
+    )
     check_plan(plan, verbs, files=False)
     names = [name for name, stage in plan.stages.items() if stage.config.verb in VERBS]
     for name in only:

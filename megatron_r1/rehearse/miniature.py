@@ -10,7 +10,7 @@ from megatron_r1.config import Config, dump, parse
 from megatron_r1.data.text import TEMPLATES
 from megatron_r1.engines.server.recipe_checks import num_experts
 from megatron_r1.rehearse import layout, model, questions
-from megatron_r1.rehearse.settings import Place
+from megatron_r1.rehearse.settings import RehearsalDevice
 from megatron_r1.sample.filters import NAMES
 
 RESPONSE = 24
@@ -71,8 +71,8 @@ class Miniature:
     changes: list[Change]
 
 
-def shrink(
-    config: Config, hf: dict, folder: Path, max_ranks: int, *, on: Place = "cpu"
+def make_miniature(
+    config: Config, hf: dict, folder: Path, max_ranks: int, *, on: RehearsalDevice = "cpu"
 ) -> Miniature:
     """Return the miniature of a recipe.
 
@@ -84,9 +84,9 @@ def shrink(
         on: on GPUs axes are left out for `max_ranks`, as a machine has few, and memory for few null
             GPUs."""
     on_gpu = on != "cpu"
-    parallel = layout.shrink(config.parallel, max_ranks, leaves_out=on_gpu)
+    parallel = layout.shrink_layout(config.parallel, max_ranks, leaves_out=on_gpu)
     replicas = parallel.data_parallel(parallel.processes)
-    small_hf = model.shrink(hf, layout.num_layers(parallel), config.push.fp8)
+    small_hf = model.shrink_config(hf, layout.num_layers(parallel), config.push.fp8)
     changed: dict[str, Any] = {
         "run": _run(config, folder),
         "model": _model(folder, on),
@@ -161,7 +161,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     }
 
 
-def _model(folder: Path, on: Place) -> dict[str, Any]:
+def _model(folder: Path, on: RehearsalDevice) -> dict[str, Any]:
     return {
         "path": str(folder / "model"),
         "checkpoint": None,
@@ -254,7 +254,7 @@ def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]
     return {kind: weight for kind, weight in weights.items() if kind in kept} | stands_for_them
 
 
-def _on_gpu(config: Config, num_gpus: int, experts: int, on: Place) -> dict[str, Any]:
+def _on_gpu(config: Config, num_gpus: int, experts: int, on: RehearsalDevice) -> dict[str, Any]:
     """Return what differs for engines on GPUs: the recipe's share of them, its arguments of vLLM,
     and no more ranks than trainer ranks have GPUs.
 
@@ -281,7 +281,7 @@ def _on_gpu(config: Config, num_gpus: int, experts: int, on: Place) -> dict[str,
     }
 
 
-def _vllm(config: Config, copies: int, on: Place) -> dict[str, Any]:
+def _vllm(config: Config, copies: int, on: RehearsalDevice) -> dict[str, Any]:
     """Return the recipe's arguments of vLLM: on a null GPU without kernels that it does not
     imitate, prompts in two parts where the recipe divides them, and experts that are moved."""
     kept = dict(config.rollout.vllm)

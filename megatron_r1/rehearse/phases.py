@@ -46,7 +46,7 @@ class PhaseResult:
     cpu_seconds: float | None = None
 
 
-class Phases:
+class PhaseRunner:
     """Runs the phases of one miniature.
 
     Attributes:
@@ -222,7 +222,9 @@ class Phases:
         settings = [*self.settings, *settings]
         blocked = self.run_folder.path / "logs" / "controller-blocked.txt"
         since, cpu_since = time.monotonic(), launch.cpu_seconds()
-        started = launch.started(self.verb, self.recipe, config or self.config, settings, log)
+        started = launch.running_command(
+            self.verb, self.recipe, config or self.config, settings, log
+        )
         with started as process:
             phase = _Phase(what, process, log, blocked, self.timeout_seconds, since)
             yield phase
@@ -270,11 +272,11 @@ class _Phase:
             self._fail(f"the controller does not answer; its stacks: {self.blocked}")
 
     def _fail(self, reason: str) -> None:
-        cause = "\n".join(errors_in(self.log)) or f"{self.log} ends:\n{last_lines(self.log)}"
+        cause = "\n".join(find_errors(self.log)) or f"{self.log} ends:\n{last_lines(self.log)}"
         raise RunError(f"rehearse: {self.what}: {reason}\n{cause}")
 
 
-def errors_in(log: Path) -> list[str]:
+def find_errors(log: Path) -> list[str]:
     """Return the command's own errors in its log, each with its cause. torchrun's report, which
     comes last, does not have them."""
     text = log.read_text(errors="replace") if log.exists() else ""

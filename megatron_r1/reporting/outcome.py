@@ -94,7 +94,7 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
             steps = f"By step {scored[-1].step:,} of {num_steps(metrics):,}"
         first, last = scored[0], scored[-1]
         assert first.passed and last.passed
-        verdict, why = verdict_of(first.passed, last.passed, last.num_questions)
+        verdict, why = score_verdict(first.passed, last.passed, last.num_questions)
         return f"{verdict}: {_lower(steps)}, {_describe_change(first, last)}. {why}"
     if scored:
         last = scored[0]
@@ -106,7 +106,7 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
     judged = [evaluation.accuracy for evaluation in heldout if evaluation.accuracy]
     if len(judged) > 1:
         change = _from_to(judged[0], judged[-1], percent)
-        verdict, why = verdict_of(judged[0], judged[-1], None)
+        verdict, why = score_verdict(judged[0], judged[-1], None)
         return f"{verdict}: {_lower(steps)}, the accuracy of held-out scores {change}. {why}"
     for key, name, form in (
         ("accuracy", "accuracy on the training samples", percent),
@@ -120,14 +120,14 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
 
 def first_and_last(metrics: MetricLines, key: str) -> tuple[float, float] | None:
     """Return the means of the first and the last tenth of a curve: single steps are noisy."""
-    values = recorded(metrics, key)
+    values = finite_values(metrics, key)
     if not values:
         return None
     tenth = max(1, len(values) // 10)
     return float(np.mean(values[:tenth])), float(np.mean(values[-tenth:]))
 
 
-def recorded(metrics: MetricLines, key: str) -> list[float]:
+def finite_values(metrics: MetricLines, key: str) -> list[float]:
     """Return the values of a metric, without those that are missing or not finite."""
     return [value for line in metrics if (value := finite(line, key)) is not None]
 
@@ -145,7 +145,7 @@ def _score(line: Mapping[str, Any], key: str) -> Score | None:
     return Score(value, finite(line, f"{ends}/low"), finite(line, f"{ends}/high"))
 
 
-def verdict_of(first: Score, last: Score, num_questions: int | None) -> tuple[str, str]:
+def score_verdict(first: Score, last: Score, num_questions: int | None) -> tuple[str, str]:
     """Return the verdict of a change of a score, and the sentence that gives its interval.
 
     The change is `last - first`, and its 95% interval that of a difference of two means that are

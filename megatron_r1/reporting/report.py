@@ -14,14 +14,14 @@ from megatron_r1.reporting.outcome import (
     MetricLines,
     Score,
     evaluations,
+    finite_values,
     first_and_last,
     num_steps,
     outcome_sentence,
-    recorded,
 )
 from megatron_r1.reporting.plots import Curve, curve_plot, render_page, stacked_plot
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.samples import chosen_samples
+from megatron_r1.reporting.samples import choose_samples
 from megatron_r1.reporting.wording import (
     METRICS,
     PHASES,
@@ -99,7 +99,7 @@ def write_report(
         temperatures=_temperatures(settings) if heldout else None,
         small=_small_plots([shown_metrics(line, weights) for line in metrics]),
         time_split=_time_split(metrics),
-        samples=chosen_samples(folder.read_samples) if metrics else None,
+        samples=choose_samples(folder.read_samples) if metrics else None,
         settings=_settings(settings),
         next_commands=next_commands,
     )
@@ -157,14 +157,14 @@ def _tiles(metrics: MetricLines, heldout: Sequence[Evaluation]) -> list[tuple[st
         tiles.append(("response length", _arrow(*map(number, ends)), f"tokens, {where}"))
     elif losses := first_and_last(metrics, "loss"):
         tiles.append(("loss", _arrow(*map(number, losses)), "first and last tenth"))
-    if gaps := recorded(metrics, "logprob_diff/mean"):
-        largest = recorded(metrics, "logprob_diff/max")
+    if gaps := finite_values(metrics, "logprob_diff/mean"):
+        largest = finite_values(metrics, "logprob_diff/max")
         note = f"largest {number(max(largest))}" if largest else ""
-        if own := recorded(metrics, "logprob_diff/without_replay"):
+        if own := finite_values(metrics, "logprob_diff/without_replay"):
             note += f"; without routing replay {number(float(np.mean(own)))}"
         tiles.append(("logprob diff to the engine", number(float(np.mean(gaps))), note))
-    if speeds := recorded(metrics, "tokens_per_second"):
-        seconds = recorded(metrics, "time/step")
+    if speeds := finite_values(metrics, "tokens_per_second"):
+        seconds = finite_values(metrics, "time/step")
         note = f"{number(float(np.median(seconds)))} s a step" if seconds else ""
         tiles.append(("tokens per second", number(float(np.median(speeds))), note))
     return tiles

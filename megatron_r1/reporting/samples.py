@@ -70,7 +70,7 @@ class Samples:
     by_moment: list[tuple[str, list[Card]]] = field(default_factory=list)
 
 
-def chosen_samples(read: Callable[[], Iterator[SampleLine]]) -> Samples | None:
+def choose_samples(read: Callable[[], Iterator[SampleLine]]) -> Samples | None:
     """Return the samples to show, or None without any.
 
     Held-out questions that were asked at several steps are shown side by side; without them, the
@@ -187,7 +187,7 @@ def conversation(sample: Mapping[str, Any]) -> list[ShownTurn]:
     turns = sample.get("turns")
     if not isinstance(turns, list):
         return []
-    shown = [_shown(turn) for turn in turns if isinstance(turn, Mapping)]
+    shown = [_shown_turn(turn) for turn in turns if isinstance(turn, Mapping)]
     if len(shown) <= MAX_TURNS:
         return shown
     half = MAX_TURNS // 2
@@ -195,7 +195,7 @@ def conversation(sample: Mapping[str, Any]) -> list[ShownTurn]:
     return [*shown[:half], gap, *shown[-half:]]
 
 
-def _shown(turn: Mapping[str, Any]) -> ShownTurn:
+def _shown_turn(turn: Mapping[str, Any]) -> ShownTurn:
     is_trained, tokens = bool(turn.get("trained")), finite(turn, "tokens")
     version = finite(turn, "policy_version")
     details = [

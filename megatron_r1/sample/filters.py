@@ -56,7 +56,7 @@ def _broken_format(response: TextResponse, prompt: Prompt, *, form: str = "eithe
         ValueError: another form."""
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    text = response.whole.strip()
+    text = response.full_text.strip()
     for tag in (THINK, END_THINK):
         if (num_found := text.count(tag)) != 1:
             return f"{tag} occurs {num_found} times"

@@ -71,7 +71,7 @@ class PreferencePairs:
             else:
                 shown[index] = text
                 decisions[index] = Decision("unpaired", "another pair was nearer in length")
-        pairs = pair_up({i: len(text) for i, text in shown.items()}, self._settings.per_prompt)
+        pairs = make_pairs({i: len(text) for i, text in shown.items()}, self._settings.per_prompt)
         outcomes = await asyncio.gather(
             *(self._compare(prompt.question, shown[i], shown[j]) for i, j in pairs)
         )
@@ -130,15 +130,15 @@ class PreferencePairs:
         lost, won = sorted((outcome.wins, outcome.losses))
         row = {
             "question": prompt.question,
-            "chosen": chosen.whole,
-            "rejected": rejected.whole,
+            "chosen": chosen.full_text,
+            "rejected": rejected.full_text,
             "votes": {"chosen": won, "rejected": lost, "ties": outcome.ties},
             "id": prompt.id,
         }
         return {chosen.index: Decision(CHOSEN, why), rejected.index: Decision(REJECTED, why)}, [row]
 
 
-def pair_up(lengths: dict[int, int], num_pairs: int) -> list[tuple[int, int]]:
+def make_pairs(lengths: dict[int, int], num_pairs: int) -> list[tuple[int, int]]:
     """Return at most `num_pairs` disjoint pairs of responses.
 
     Each pair in turn is the one with the smallest ratio of lengths among the responses that are
@@ -198,7 +198,7 @@ class SafetyLabels:
         rows = [
             {
                 "question": prompt.question,
-                "response": response.whole,
+                "response": response.full_text,
                 "label": int(fraction > 0.5),
                 "votes": {"safe": fraction, "unsafe": 1 - fraction},
                 "id": prompt.id,
@@ -215,7 +215,7 @@ class SafetyLabels:
         if dropped is not None:
             return dropped, 0.5
         try:
-            fraction = await self._judge.safety(question, response.whole)
+            fraction = await self._judge.safety(question, response.full_text)
         except Ungradable as error:
             return Decision(UNGRADED, str(error)), 0.5
         if fraction == 0.5:

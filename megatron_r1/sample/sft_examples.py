@@ -41,7 +41,7 @@ PARTS: dict[str, Callable[[TextResponse], str | None]] = {
     "thought": lambda response: response.thought,
     "summary": _summary,
     "answer": lambda r: extract(r.text, opened=r.opened, plain_line=True).text,
-    "response": lambda response: response.whole,
+    "response": lambda response: response.full_text,
 }
 PLACEHOLDERS = re.compile(r"\{(" + "|".join(PARTS) + r")\}")
 
@@ -171,7 +171,7 @@ class SFTExamples:
         self, prompt: Prompt, response: TextResponse
     ) -> tuple[Decision, list[dict[str, Any]]]:
         if self._rewriter is not None:
-            text = await self._rewriter(prompt.question, response.whole)
+            text = await self._rewriter(prompt.question, response.full_text)
             if text is None:
                 return Decision("not_rewritten", "sample.rewrite gave None"), []
             response = replace(response, text=text, opened=False)

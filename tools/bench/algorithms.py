@@ -221,7 +221,7 @@ def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the table's cells of one algorithm from its runs, one per seed."""
     return {
         "steps": _steps([run["steps_until_target"] for run in runs]),
-        "held-out": Spread.of([run["heldout"] for run in runs]).format("accuracy"),
+        "held-out": Spread.from_values([run["heldout"] for run in runs]).format("accuracy"),
         "answers": f"{fmean(run['answers_per_step'] for run in runs):,.0f}",
     }
 
@@ -235,7 +235,7 @@ def _steps(counts: Sequence[int | None]) -> str:
         return str(reached[0])
     if len(reached) < len(counts):
         return f"{fmean(reached):.1f} in {len(reached)} of {len(counts)} seeds"
-    spread = Spread.of(reached)
+    spread = Spread.from_values(reached)
     return f"{spread.mean:.1f} ± {spread.deviation:.1f}"
 
 

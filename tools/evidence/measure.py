@@ -36,7 +36,7 @@ from tools.evidence.records import (
 
 LOGS = "build/evidence"
 TAIL_LINES = 15
-MOST_BUSY = 0.3
+MAX_BUSY = 0.3
 """Cores that may be at other work where a speed is measured without being asked for."""
 END_SECONDS = 10.0
 """What a command that is over its limit has to end by itself."""
@@ -67,7 +67,7 @@ def measure_all(
             num_failed += 1
             continue
         busy = busy_cores()
-        if claim.topic == "speed" and busy > MOST_BUSY and not ids:
+        if claim.topic == "speed" and busy > MAX_BUSY and not ids:
             print(
                 f"  not measured: {busy:.1f} cores have other work; CLAIM={claim.id} does it anyway"
             )

@@ -52,7 +52,7 @@ class Limits(NamedTuple):
 
 LIMITS = {"fp8": Limits(0.15, 0.7)}
 BF16 = Limits(0.05, 0.85)
-MOST_NORM = 0.05
+MAX_NORM = 0.05
 """The largest difference of the gradients' norms, as a share."""
 UNFUSED = "UnfusedDotProductAttention"
 """Transformer Engine's attention that holds a matrix of all pairs of tokens."""
@@ -137,7 +137,7 @@ def judge(
     if not found["before"]["gap"] <= limits.gap:
         gap = found["before"]["gap"]
         raise Failed(f"log-probabilities differ by {gap:.3g} nats, at most {limits.gap}", **figures)
-    if not abs(norm / exact - 1) <= MOST_NORM:
+    if not abs(norm / exact - 1) <= MAX_NORM:
         raise Failed(f"the gradients' norm is {norm:.4g}, on a CPU {exact:.4g}", **figures)
     if not found["after"]["cosine"] >= limits.cosine:
         cosine = found["after"]["cosine"]

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_r1.config import Config, load
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearse import miniature
-from megatron_r1.rehearse.settings import Place
+from megatron_r1.rehearse.settings import RehearsalDevice
 from tools.bench.host import ROOT
 from tools.gpu_check.verdict import Impossible
 
@@ -23,7 +23,7 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def place() -> Place:
+def place() -> RehearsalDevice:
     """Return where a miniature runs here."""
     if not num_gpus():
         return "cpu"
@@ -44,7 +44,7 @@ def shrunk(folder: Path, max_ranks: int, **sections: dict[str, Any]) -> miniatur
     config = load(RECIPE, changed)
     hf = read_hf_config(config.model.path, None)
     on = "gpu" if place() == "cpu" else place()
-    return miniature.shrink(config, hf, folder, max_ranks, on=on)
+    return miniature.make_miniature(config, hf, folder, max_ranks, on=on)
 
 
 def full_width(hf: dict, small: dict, **sizes: int) -> dict:

@@ -18,7 +18,7 @@ from megatron_r1.base.processes.diagnosis import last_lines
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
 from megatron_r1.rehearse import launch, miniature
-from megatron_r1.rehearse.phases import errors_in
+from megatron_r1.rehearse.phases import find_errors
 from megatron_r1.reporting.run_folder import RunFolder
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings
@@ -32,10 +32,10 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 """Settings that differ from the recipe's."""
 ALONE = ("cuda_ipc", "fp8")
 """Cases of one trainer rank."""
-MOST_DIFF = {"fp8": 0.2}
+MAX_DIFF = {"fp8": 0.2}
 """The largest mean difference of engine's and trainer's log-probabilities: bf16 gives 0.01, FP8
 weights in the engine alone 0.06; other weights 0.8."""
-MOST_DIFF_BF16 = 0.05
+MAX_DIFF_BF16 = 0.05
 ASLEEP, AWAKE = 0.5, 0.8
 """Shares of the most memory that was in use on GPU 0: less than the first while the trainer
 computes, more than the second while engines do."""
@@ -105,11 +105,11 @@ def run(recipe: Path, config: Config, verb: str = "rl") -> UsedMemory:
         Failed: the run fails; the message has its own error.
     """
     log = recipe.with_name("log.txt")
-    with UsedMemory() as used, launch.started(verb, recipe, config, [], log) as process:
+    with UsedMemory() as used, launch.running_command(verb, recipe, config, [], log) as process:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
     if process.returncode:
-        errors = errors_in(log) or [f"{log} ends: {last_lines(log, 1)}"]
+        errors = find_errors(log) or [f"{log} ends: {last_lines(log, 1)}"]
         why = " ".join(line.strip() for line in errors[0].splitlines()[:2])  # with its cause
         print(last_lines(log), *_engine_errors(RunFolder(config.run.folder).path), sep="\n")
         raise Failed(f"the run ended with status {process.returncode}: {why}")
@@ -174,7 +174,7 @@ def check(case: str, folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     used = run(miniature.write(small, "rl"), small.config)
     lines = list(RunFolder(small.config.run.folder).read_metrics())
-    figures = judge(lines, small.config.run.steps, used, MOST_DIFF.get(case, MOST_DIFF_BF16))
+    figures = judge(lines, small.config.run.steps, used, MAX_DIFF.get(case, MAX_DIFF_BF16))
     at, rollout = small.config.parallel, small.config.rollout
     return figures | {
         "trainer": f"tensor {at.tensor}, context {at.context}, expert {at.expert}, "

@@ -48,7 +48,9 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     config = load(recipe, off | {"run.steps": STEPS, "push.transport": _transport()})
     path = ROOT / config.model.path
     hf = read_hf_config(str(path)) | {"num_nextn_predict_layers": 0}
-    small = miniature.shrink(config, hf, folder, 1, on="gpu" if place() == "cpu" else place())
+    small = miniature.make_miniature(
+        config, hf, folder, 1, on="gpu" if place() == "cpu" else place()
+    )
     one_stage = {"pipeline": 1, "virtual_pipeline": 1, "pipeline_layout": None}
     changed: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}, "parallel": one_stage}
     model = small.hf

@@ -78,7 +78,7 @@ class RunDifference:
         return "; ".join(parts)
 
 
-def relative(first: float, second: float) -> float:
+def relative_difference(first: float, second: float) -> float:
     """Return |a - b| / max(|a|, |b|); infinite where only one of them is finite."""
     if first == second or (math.isnan(first) and math.isnan(second)):
         return 0.0

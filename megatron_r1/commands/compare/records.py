@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.framed_records import FramedFile
-from megatron_r1.commands.compare import RunDifference, is_rounding, relative
+from megatron_r1.commands.compare import RunDifference, is_rounding, relative_difference
 from megatron_r1.controller.rollouts.group_records import GroupRecord, ResponseRecord, decode
 
 NOT_COMPARED = (
@@ -121,7 +121,7 @@ def _in_response(
             if first.rewards.get(term) != second.rewards.get(term)
         ]
         values = (f"{first.reward:g}", f"{second.reward:g}")
-        distance = relative(first.reward, second.reward)
+        distance = relative_difference(first.reward, second.reward)
         about = f" by {', '.join(sorted(terms))}" if terms else ""
         yield RunDifference(step, "rewards", f"{name}{about}", values, distance)
     for field in ("routing", "sampling_mask", "teacher_logprobs"):
@@ -165,7 +165,7 @@ def compare_metrics(
             continue
         a, b = first.get(name), second.get(name)
         if isinstance(a, int | float) and isinstance(b, int | float):
-            distance, values = relative(a, b), (f"{a:.9g}", f"{b:.9g}")
+            distance, values = relative_difference(a, b), (f"{a:.9g}", f"{b:.9g}")
         else:
             distance, values = math.inf, (str(a), str(b))
         phase = next((PHASE_OF[start] for start in PHASE_OF if name.startswith(start)), "training")

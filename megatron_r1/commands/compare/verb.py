@@ -29,9 +29,9 @@ ARGUMENTS = ("RUN", "OTHER_RUN")
 SETTINGS = ()
 OPTIONS = {"json": "FILE"}
 
-SHOWN = 5
+MAX_SHOWN = 5
 """As many differences of one step are printed; --json has all."""
-OF_NO_EFFECT = (
+IGNORED_SETTINGS = (
     *(key for key in RESUMABLE if key.startswith("run.")),
     *("checkpoint", "rl.sample_log", "rl.keep_sample_log", "eval"),
 )
@@ -119,7 +119,7 @@ def compare(first: Path, second: Path) -> Comparison:
             num_logs += 1
         differences += compare_metrics(step, lines[0][step], lines[1][step], dtype)
     pairs = _pairs(*(folder.checkpoints for folder in folders))
-    changed = [key for key in changed_keys(*settings) if not is_within(key, OF_NO_EFFECT)]
+    changed = [key for key in changed_keys(*settings) if not is_within(key, IGNORED_SETTINGS)]
     same_layout = not any(is_within(key, ("parallel",)) for key in changed)
     differences += _differences_of_checkpoints(pairs, dtype, same_layout)
     return Comparison(
@@ -215,9 +215,9 @@ def _step(found: Comparison, first: RunDifference, what: str) -> Iterable[str]:
         for each in found.differences
         if each.step == first.step and each is not first and each.order > first.order
     ]
-    yield from (f"  {each}" for each in others[:SHOWN])
-    if len(others) > SHOWN:
-        yield f"  and {len(others) - SHOWN} more"
+    yield from (f"  {each}" for each in others[:MAX_SHOWN])
+    if len(others) > MAX_SHOWN:
+        yield f"  and {len(others) - MAX_SHOWN} more"
     if first.step not in found.checkpoints:
         later = [step for step in found.checkpoints if step > first.step]
         until = f"that of step {later[0]} is the next" if later else "none is later"

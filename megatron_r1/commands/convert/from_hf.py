@@ -19,7 +19,7 @@ from megatron_r1.commands.convert.sources import (
     is_hf,
     read_config,
     read_supported_config,
-    refuse_inside,
+    require_outside,
 )
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.weights import table
@@ -72,22 +72,22 @@ class ImportJob:
     hf: Path
     folder: Path
     dtype: torch.dtype
-    own_dtypes: dict[str, str]
+    stored_dtypes: dict[str, str]
 
     def dtype_of(self, key: str) -> torch.dtype:
         """Return the dtype in which the tensor `key` is stored: its own, or the job's."""
-        return getattr(torch, self.own_dtypes[key]) if key in self.own_dtypes else self.dtype
+        return getattr(torch, self.stored_dtypes[key]) if key in self.stored_dtypes else self.dtype
 
 
 @dataclass(frozen=True)
-class Done:
+class WrittenFile:
     """A finished file: its chunks and its manifest entry."""
 
     chunks: list[WrittenChunk]
     entry: finding.FileEntry
 
 
-DONE = TypeAdapter(Done)
+DONE = TypeAdapter(WrittenFile)
 
 
 def run(chosen: Namespace) -> int:
@@ -102,7 +102,7 @@ def run(chosen: Namespace) -> int:
             key="hf",
             cause=Cause.NOT_FOUND,
         )
-    refuse_inside(chosen.out, chosen.hf)
+    require_outside(chosen.out, chosen.hf)
     hf = read_supported_config(chosen.hf)
     with HFWeights(chosen.hf, hf) as weights:
         # Whether it has the MTP layers that its config.json names.
@@ -125,7 +125,9 @@ def run(chosen: Namespace) -> int:
     # torch.save adds up to 2 KiB to every chunk.
     sizes = (prod(s) * job.dtype_of(key).itemsize for key, s in layout.shapes.items())
     work.check_space(sum(sizes) + 2048 * len(layout.slots) + (16 << 20))
-    files = group(p for slot in layout.slots for p in cut(slot, job.dtype_of(slot.key).itemsize))
+    files = group_into_files(
+        p for slot in layout.slots for p in split_rows(slot, job.dtype_of(slot.key).itemsize)
+    )
     done = work_folder.run_parts(partial(_write_file, job), list(enumerate(files)), chosen.workers)
     _finish(work, job, layout, done, with_mtp)
     tensors = counted(len(layout.shapes), "Megatron tensor")
@@ -133,7 +135,7 @@ def run(chosen: Namespace) -> int:
     return 0
 
 
-def cut(slot: StoredParameter, itemsize: int) -> Iterator[PlannedChunk]:
+def split_rows(slot: StoredParameter, itemsize: int) -> Iterator[PlannedChunk]:
     """Yield the parameter in pieces of whole rows, of at most CHUNK_BYTES."""
     row = prod(slot.shape[1:]) * itemsize
     step = max(1, CHUNK_BYTES // row)
@@ -147,7 +149,7 @@ def cut(slot: StoredParameter, itemsize: int) -> Iterator[PlannedChunk]:
         yield PlannedChunk(chunk, shape, runs, count * row)
 
 
-def group(pieces: Iterable[PlannedChunk]) -> list[list[PlannedChunk]]:
+def group_into_files(pieces: Iterable[PlannedChunk]) -> list[list[PlannedChunk]]:
     """Group consecutive pieces into files of about FILE_BYTES."""
     files: list[list[PlannedChunk]] = []
     size = FILE_BYTES
@@ -160,7 +162,7 @@ def group(pieces: Iterable[PlannedChunk]) -> list[list[PlannedChunk]]:
     return files
 
 
-def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Done:
+def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> WrittenFile:
     """Write one `.distcp` file atomically, unless it exists; return its contents.
 
     The list of its contents is written before the file gets its name."""
@@ -172,7 +174,7 @@ def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Done:
     unnamed = path.with_name(f".{path.name}.tmp")
     chunks = write_chunks(unnamed, _values(job, pieces))
     chunks = [WrittenChunk(w.chunk, path.name, w.offset, w.length) for w in chunks]
-    done = Done(chunks, finding.file_entry(unnamed))
+    done = WrittenFile(chunks, finding.file_entry(unnamed))
     atomic_write(contents, DONE.dump_json(done).decode())
     unnamed.rename(path)
     return done
@@ -195,7 +197,7 @@ def _source(folder: Path) -> HFWeights:
 
 
 def _finish(
-    work: WorkFolder, job: ImportJob, layout: StoredLayout, done: list[Done], with_mtp: bool
+    work: WorkFolder, job: ImportJob, layout: StoredLayout, done: list[WrittenFile], with_mtp: bool
 ) -> None:
     dtypes = {key: job.dtype_of(key) for key in layout.shapes}
     write_metadata(work.path, layout.shapes, dtypes, [w for d in done for w in d.chunks])

@@ -26,7 +26,7 @@ HF_FILES = "huggingface"
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A checkpoint's folder.
 
     Attributes:
@@ -41,14 +41,14 @@ def is_hf(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def find_checkpoint(path: Path) -> Found:
+def find_checkpoint(path: Path) -> FoundCheckpoint:
     """Return the checkpoint `path`, or the newest one of the run `path`, whose step is printed.
 
     Raises:
         UserError: the path is neither.
     """
     if (path / "metadata.json").is_file():
-        return Found(path, None)
+        return FoundCheckpoint(path, None)
     if is_hf(path):
         raise UserError(
             f"{path} is a Hugging Face folder; give a Megatron checkpoint",
@@ -78,10 +78,10 @@ def find_checkpoint(path: Path) -> Found:
     for folder in damaged:
         if folder.name.split(".")[0] > newest.name:
             print(f"  newer, but set aside as damaged: {folder.name}", flush=True)
-    return Found(newest, path)
+    return FoundCheckpoint(newest, path)
 
 
-def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
+def check_manifest(found: FoundCheckpoint, how: Verify, chosen: Namespace) -> None:
     """Check the files of a checkpoint against its manifest.
 
     A run's newest checkpoint must have its manifest; a checkpoint that the command names itself may
@@ -150,7 +150,7 @@ def read_config(folder: Path, checkpoint: Path | None = None) -> dict:
     return read_hf_config(folder, "score" if scores else None)
 
 
-def refuse_inside(out: Path, source: Path) -> None:
+def require_outside(out: Path, source: Path) -> None:
     """Raise UserError if `out` is inside the folder that is read."""
     if source.resolve() in (out.resolve(), *out.resolve().parents) and not out.exists():
         raise UserError(

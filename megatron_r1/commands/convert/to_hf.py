@@ -29,9 +29,9 @@ from megatron_r1.commands.convert.sources import (
     open_weights,
     read_config,
     read_supported_config,
-    refuse_inside,
+    require_outside,
 )
-from megatron_r1.commands.convert.verify import Sides, compare
+from megatron_r1.commands.convert.verify import ModelPair, compare
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights import num_parameters
@@ -94,7 +94,7 @@ def check_reload(
 def _same_tensors(checkpoint: Path, hf_files: Path, folder: Path, workers: int) -> None:
     with open_weights(folder, None) as written:
         names = list(written.tensors)
-    differing = compare(Sides(checkpoint, folder, hf_files), names, workers)
+    differing = compare(ModelPair(checkpoint, folder, hf_files), names, workers)
     if differing:
         worst = max(differing, key=lambda d: d.largest)
         raise UserError(
@@ -179,7 +179,7 @@ def run(chosen: Namespace) -> int:
     """Convert; then compare the result with the checkpoint, unless --no-check."""
     found = find_checkpoint(chosen.checkpoint)
     checkpoint = found.folder
-    refuse_inside(chosen.out, checkpoint)
+    require_outside(chosen.out, checkpoint)
     # First, as files that are missing could not be read.
     check_manifest(found, "size" if chosen.checksums == "full" else chosen.checksums, chosen)
     hf_files = find_hf_files(checkpoint, chosen.config)

@@ -43,7 +43,7 @@ BINS = 40
 
 def check_settings(step: RecordedStep) -> list[Finding]:
     """Return the findings of what was logged of the sampling."""
-    kept = [_kept_tokens(step)] if step.config.rollout.is_cut else []
+    kept = [_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
     return [_settings(step), _versions(step), *kept]
 
 
@@ -88,7 +88,7 @@ def _settings(step: RecordedStep) -> Finding:
             continue
         logged += 1
         names = [key for key, value in wanted.items() if getattr(record, key) != value]
-        if step.run_config.agents.players:
+        if step.run_config.agents.player_settings:
             names = [key for key in names if key != "max_tokens"]
         different.update(
             f"{key} {getattr(record, key)} was asked for, the settings say {wanted[key]}"
@@ -362,7 +362,7 @@ class _Gaps:
 
     def _renormalized(self, distance: float) -> tuple[str, str] | None:
         """Look for log-probabilities over a part of the vocabulary: none is below the whole's."""
-        if self.step.config.rollout.is_cut:  # both are over the kept tokens already
+        if self.step.config.rollout.truncates_sampling:  # both are over the kept tokens already
             return None
         whole = np.concatenate(self.gaps)
         large = whole[np.abs(whole) > max(self.tolerance / 4, 1e-5)]

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.config.hardware import Assumptions, Hardware, fraction_inside
-from megatron_r1.rehearse.preflight.facts import Facts
+from megatron_r1.config.hardware import Assumptions, Hardware, intra_node_fraction
+from megatron_r1.rehearse.preflight.facts import RankFacts
 from megatron_r1.rehearse.preflight.findings import (
-    CheckFinding,
+    CheckResult,
     group_rates,
     hardware_of,
     node_rates,
@@ -27,7 +27,7 @@ from megatron_r1.rehearse.settings import PreflightConfig
 WORDS = {"ok": "", "note": "out of line", "block": "blocks"}
 
 
-def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, object]:
+def measured_rates(hardware: Hardware, facts: Sequence[RankFacts]) -> dict[str, object]:
     """Return {name: value} for `megatron-r1 plan --calibrate`: link rates within a node (`nvlink`)
     and between nodes (`network`), such that rate x the planner's `link_efficiency` is the rate
     measured on the slowest axis; and the slowest node's rate over gloo (`host_network`), as
@@ -38,7 +38,7 @@ def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, obje
     for axis in AXES:
         if groups := group_rates(facts, axis):
             span = max(max(ranks) - min(ranks) + 1 for ranks in groups)
-            fraction = fraction_inside(gpus, span)
+            fraction = intra_node_fraction(gpus, span)
             rate = median_high(groups.values()) / efficiency
             (inside if fraction == 1 else across).append(rate * (1 - fraction) or rate)
     across += [rate / efficiency for rate in node_rates(facts, "pairs").values()]
@@ -53,7 +53,10 @@ def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, obje
 
 
 def write_report(
-    title: str, settings: PreflightConfig, facts: Sequence[Facts], findings: Sequence[CheckFinding]
+    title: str,
+    settings: PreflightConfig,
+    facts: Sequence[RankFacts],
+    findings: Sequence[CheckResult],
 ) -> None:
     """Print the table and write the files that the settings name.
 

@@ -9,7 +9,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.plan import main
-from megatron_r1.config.hardware import HARDWARE, Assumptions, fields_of
+from megatron_r1.config.hardware import HARDWARE, Assumptions, described_fields
 from megatron_r1.plan.arguments import parse
 from megatron_r1.plan.measured import calibrate_from
 from megatron_r1.plan.quantity import apply_calibration
@@ -29,7 +29,7 @@ def estimate(tmp_path: Path, *options: str) -> dict:
 
 def test_every_number_says_where_it_is_from():
     for part in (HARDWARE["H800"], Assumptions()):
-        for name, info in fields_of(part).items():
+        for name, info in described_fields(part).items():
             assert info.description and len(info.description) > 10, name
 
 

@@ -106,7 +106,9 @@ def plan(tmp_path, monkeypatch) -> PipelinePlan:
     file.write_text(yaml.safe_dump(recipe(7)))
     options = ["pipeline", str(file), "--pipeline.folder", str(tmp_path / "out")]
     assert cli.main([*options, "--pipeline.status", "true"]) == 0
-    return PipelinePlan.of(load(file, {"pipeline.folder": "out"}), file, tmp_path / "out", 0)
+    return PipelinePlan.from_recipe(
+        load(file, {"pipeline.folder": "out"}), file, tmp_path / "out", 0
+    )
 
 
 def test_every_algorithm_runs_from_one_base_model_on_as_many_answers_and_updates(plan):

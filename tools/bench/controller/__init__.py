@@ -14,7 +14,7 @@ from tools.bench.controller.synthetic import GROUP
 from tools.bench.host import in_own_process
 
 GIB = 2**30
-MOST_ADDED, MOST_BLOCK, MOST_BYTES = 20.0, 100.0, 8e9
+MAX_ADDED, MAX_BLOCK, MAX_BYTES = 20.0, 100.0, 8e9
 """Aims for a full rollout: seconds beyond sampling, milliseconds in which the event loop does
 nothing else, bytes of memory."""
 
@@ -43,14 +43,14 @@ def beyond(size: dict[str, Any]) -> list[str]:
     """Return a sentence for each figure of a rollout that is beyond its aim."""
     added, memory = size["seconds"]["added"], size["peak bytes"]["RssAnon"]
     blocked = [
-        f"the event loop did nothing else for {ms:.0f} ms in {phase}, at most {MOST_BLOCK:.0f} "
+        f"the event loop did nothing else for {ms:.0f} ms in {phase}, at most {MAX_BLOCK:.0f} "
         "wanted"
         for phase, ms in size["longest block, ms"].items()
-        if ms > MOST_BLOCK
+        if ms > MAX_BLOCK
     ]
-    late = [f"{added:.1f} s added beyond sampling, at most {MOST_ADDED:.0f} wanted"]
-    large = [f"{memory / 1e9:.1f} GB held, at most {MOST_BYTES / 1e9:.0f} wanted"]
-    return blocked + late * (added > MOST_ADDED) + large * (memory > MOST_BYTES)
+    late = [f"{added:.1f} s added beyond sampling, at most {MAX_ADDED:.0f} wanted"]
+    large = [f"{memory / 1e9:.1f} GB held, at most {MAX_BYTES / 1e9:.0f} wanted"]
+    return blocked + late * (added > MAX_ADDED) + large * (memory > MAX_BYTES)
 
 
 def _line(size: dict[str, Any]) -> str:

@@ -76,7 +76,7 @@ def as_table(assumptions: PushAssumptions) -> list[dict[str, object]]:
             "unit": hardware.unit_of(info),
             "reason": info.description or "",
         }
-        for name, info in hardware.fields_of(assumptions).items()
+        for name, info in hardware.described_fields(assumptions).items()
     ]
 
 
