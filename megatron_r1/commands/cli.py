@@ -18,7 +18,7 @@ from megatron_r1.base.processes import memory, timeline
 from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import load_verb, read_verb
-from megatron_r1.config.key_listing import boolean_keys, describe_keys
+from megatron_r1.config.keys import boolean_keys, describe_keys
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.engines.server import gpu
 
@@ -34,7 +34,7 @@ PLAIN_VERBS = {
     "init": "megatron_r1.commands.init",
     "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
-    "compare": "megatron_r1.commands.compare.verb",
+    "compare": "megatron_r1.commands.compare",
     "why": "megatron_r1.commands.why.verb",
     "check-model": "megatron_r1.commands.check_model.verb",
 }
@@ -49,7 +49,7 @@ RUNNING_VERBS = {
 MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
 OWN_VERBS = {
     "plan": "megatron_r1.commands.plan",
-    "convert": "megatron_r1.commands.convert.verb",
+    "convert": "megatron_r1.commands.convert",
 }
 """Verbs with a command line of their own: modules with `main(arguments)`, which returns the exit
 status."""

@@ -21,10 +21,15 @@ from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.identity import identity_settings, versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, load_prompt_sets, prompt_digest
-from megatron_r1.evaluation.report import print_table, write_figure, write_report
+from megatron_r1.evaluation.report import (
+    Summary,
+    print_table,
+    summarize,
+    write_figure,
+    write_report,
+)
 from megatron_r1.evaluation.response import ResponseLog, SamplingSettings, TextResponse
 from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
-from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.reporting.run_folder import RunFolder
 
 REQUIRED = ("run.folder", "eval.benchmarks")

@@ -16,10 +16,9 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.config import infer_verb
 from megatron_r1.config.hardware import GIB
 from megatron_r1.plan.arguments import load_recipe, parse, planned_job
+from megatron_r1.plan.calibration import calibrate_from
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.job_checks import check_trainer
-from megatron_r1.plan.measured import calibrate_from
+from megatron_r1.plan.job import PlannedJob, check_trainer
 from megatron_r1.plan.published import published_table
 from megatron_r1.plan.push import check_engines_and_push
 from megatron_r1.plan.report import as_json, as_text, layouts_text, sizes_text

@@ -9,10 +9,10 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config.key_listing import dotted_keys
-from megatron_r1.config.mistakes import recipe_error
+from megatron_r1.config.keys import dotted_keys
 from megatron_r1.config.recipe import known_keys
 from megatron_r1.config.section import Section
+from megatron_r1.config.validation_errors import recipe_error
 from megatron_r1.config.yaml_text import parse_value, set_nested
 
 T = TypeVar("T", bound=Section)

@@ -18,7 +18,6 @@ from megatron_r1.config.critic import CriticConfig
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.eval import EvalConfig
 from megatron_r1.config.fp8 import FP8Config
-from megatron_r1.config.mistakes import drop_removed_keys, recipe_error
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.optimizer import OptimizerConfig
 from megatron_r1.config.parallel import ParallelConfig
@@ -32,6 +31,7 @@ from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.section import Resumable, Section, is_within, resumable_keys
 from megatron_r1.config.sft import SFTConfig
 from megatron_r1.config.teacher import TeacherConfig
+from megatron_r1.config.validation_errors import drop_removed_keys, recipe_error
 from megatron_r1.config.yaml_text import dump_yaml, read_sections, set_nested
 
 

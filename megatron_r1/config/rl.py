@@ -24,13 +24,15 @@ from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import algorithms
 from megatron_r1.config.algorithms import (
     AdvantageStd,
+    EngineMask,
+    EngineMaskMethod,
     KLEstimator,
     LossAverage,
     LossSettings,
     RatioLevel,
     TokenSettings,
+    make_engine_mask,
 )
-from megatron_r1.config.corrections import EngineMask, EngineMaskMethod, make_engine_mask
 from megatron_r1.config.section import Resumable, Section
 from megatron_r1.config.yaml_text import nest_keys
 

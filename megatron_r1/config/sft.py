@@ -5,8 +5,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.config.mistakes import recipe_error
 from megatron_r1.config.section import Section
+from megatron_r1.config.validation_errors import recipe_error
 
 
 class MixturePart(Section):

@@ -13,8 +13,8 @@ from megatron_r1.controller.checkpoint_series import CheckpointSeries
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.reporting.trackers import TrackerSet, check_trackers
 from megatron_r1.reporting.trackers.services import TensorBoardLog, TrackedRun
-from megatron_r1.reporting.trackers.tracker_set import TrackerSet, check_trackers
 from megatron_r1.reporting.wording import shown_metrics
 from megatron_r1.trainer.checkpoints import finding
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from r1_grading.terms import ACCURACY
 
 from megatron_r1.controller.advantages import group_advantages
-from megatron_r1.evaluation.intervals import FractionEstimate, sampled_fraction
 from megatron_r1.evaluation.measures import Estimate, estimate
 from megatron_r1.evaluation.verifier_errors import (
     SOURCE_FIELDS,
     AnswerContent,
     ErrorRates,
+    FractionEstimate,
     GradedAnswer,
     Judge,
     SecondVerdict,
@@ -30,6 +30,7 @@ from megatron_r1.evaluation.verifier_errors import (
     error_rates,
     group_by_stratum,
     judge_all,
+    sampled_fraction,
 )
 
 if TYPE_CHECKING:

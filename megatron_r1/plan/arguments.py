@@ -10,7 +10,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Verb, infer_verb
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
-from megatron_r1.config.key_listing import boolean_keys
+from megatron_r1.config.keys import boolean_keys
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.engines.server.from_recipe import max_model_len
 from megatron_r1.models.hf_config import read_hf_config

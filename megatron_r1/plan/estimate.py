@@ -5,18 +5,23 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.plan.between_phases import OFFLOADED, offload_disk
+from megatron_r1.plan.communication import communication_section
 from megatron_r1.plan.counts import flops_section, parameter_section
-from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, unpaired_fraction
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
+from megatron_r1.plan.memory import (
+    RECEIVE_BUFFER,
+    EngineMemory,
+    RankMemory,
+    memory_section,
+    rank_memory,
+    rollout_section,
+)
 from megatron_r1.plan.push import push_section, receive_buffer_bytes, reused_kv_cache_bytes
 from megatron_r1.plan.quantity import Quantity, Section, assumed_section, byte_quantity
-from megatron_r1.plan.ranges import narrowing_section, with_range
 from megatron_r1.plan.rollout import exchange_section, samples_section, teacher_section
 from megatron_r1.plan.routing_replay import ROUTED
-from megatron_r1.plan.timing import StepTime, time_section
-from megatron_r1.plan.traffic import communication_section
+from megatron_r1.plan.timing import StepTime, narrowing_section, time_section, with_range
 from megatron_r1.reporting.wording import counted
 
 WHAT = {
@@ -40,7 +45,7 @@ def estimate_step(job: PlannedJob) -> StepEstimate:
 
 @dataclass(frozen=True)
 class JobEstimate:
-    """The estimate of a job that passes the checks of `job_checks`."""
+    """The estimate of a job that passes `check_trainer` and `check_engines_and_push`."""
 
     job: PlannedJob
 

@@ -7,8 +7,7 @@ from typing import Literal
 from megatron_r1.base.transports import ACROSS_HOSTS, TRANSPORTS
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.hf_config import key_value_heads
-from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.job_checks import check_engine_gpus
+from megatron_r1.plan.job import PlannedJob, check_engine_gpus
 from megatron_r1.plan.push_links import (
     PushedWeights,
     SetTraffic,

@@ -7,8 +7,7 @@ from itertools import groupby, islice, product
 from operator import attrgetter, itemgetter
 
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.job_checks import check_trainer
+from megatron_r1.plan.job import PlannedJob, check_trainer
 from megatron_r1.plan.push import check_engines_and_push
 
 

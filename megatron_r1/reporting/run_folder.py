@@ -16,9 +16,9 @@ from megatron_r1.base import files as access
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import READ_ONLY, atomic_write
 from megatron_r1.base.files.json_lines import append_lines, keep_lines, read_lines
-from megatron_r1.config.mistakes import REMOVED
 from megatron_r1.config.rl import SCHEDULED_KEYS
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
+from megatron_r1.config.validation_errors import REMOVED
 from megatron_r1.config.yaml_text import dump_yaml, format_value, parse_value
 
 LOCK = ".lock"

@@ -27,8 +27,7 @@ from megatron_r1.data.text import (
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.sampling import TextResponseGrader
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction
-from megatron_r1.sample.outputs import PromptResult
-from megatron_r1.sample.selection import KEPT, NOT_CHOSEN, Decision, Selection
+from megatron_r1.sample.selection import KEPT, NOT_CHOSEN, Decision, PromptResult, Selection
 
 
 def _summary(response: TextResponse) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.commands.compare import RunDifference, is_rounding
+from megatron_r1.commands.compare.records import RunDifference, is_rounding
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 from megatron_r1.trainer.checkpoints.finding import BadManifest, read_manifest
 

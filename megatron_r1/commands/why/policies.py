@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_r1.commands.compare import ROUNDING
+from megatron_r1.commands.compare.records import ROUNDING
 from megatron_r1.commands.why.finding import DEPARTS, EQUAL, Finding, not_checked
 from megatron_r1.commands.why.recorded import RecordedStep, weights_after
 from megatron_r1.reporting.wording import number

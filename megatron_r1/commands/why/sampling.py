@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_r1.commands.compare import ROUNDING
+from megatron_r1.commands.compare.records import ROUNDING
 from megatron_r1.commands.why.finding import (
     DEPARTS,
     EQUAL,

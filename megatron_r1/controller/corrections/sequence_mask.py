@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_r1.config.corrections import EngineMask
+    from megatron_r1.config.algorithms import EngineMask
     from megatron_r1.trainer.token_advantages import RolloutBatches
 
 

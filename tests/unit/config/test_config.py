@@ -11,7 +11,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.cli import main
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.config.key_listing import describe_keys
+from megatron_r1.config.keys import describe_keys
 from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.pipeline.pipeline_recipe import load as load_pipeline

@@ -6,10 +6,9 @@ import pytest
 from planned_jobs import planned, real_job
 
 from megatron_r1.config.hardware import HARDWARE, Assumptions
-from megatron_r1.plan.engine_memory import EngineMemory
-from megatron_r1.plan.exchange import ExpertExchange, Links, expected_distinct
+from megatron_r1.plan.communication import ExpertExchange, Links, expected_distinct, traffic_by_axis
+from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.rollout import RolloutTime, exchange_section
-from megatron_r1.plan.traffic import traffic_by_axis
 
 H800 = HARDWARE["H800"]
 WHOLE = replace(Assumptions(), link_efficiency=1.0)

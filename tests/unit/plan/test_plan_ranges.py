@@ -11,9 +11,14 @@ from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.between_phases import OFFLOAD
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.ranges import MEASUREMENTS, narrowing_number, narrowing_section
 from megatron_r1.plan.routing_replay import ROUTED
-from megatron_r1.plan.timing import PARTS, time_section
+from megatron_r1.plan.timing import (
+    MEASUREMENTS,
+    PARTS,
+    narrowing_number,
+    narrowing_section,
+    time_section,
+)
 from tools.gpu_check import calibration
 from tools.gpu_check.checks import CHECKS
 

@@ -15,7 +15,7 @@ from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
-from megatron_r1.sample.decontamination import contaminated, load_avoided, ngrams
+from megatron_r1.sample.selection import contaminated, load_avoided, ngrams
 from megatron_r1.sample.sft_examples import Rendering
 
 CHAT = (

@@ -12,8 +12,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.config.key_aliases import KeyAlias, describe_aliases, find_aliases
 from megatron_r1.config.section import is_within
-from megatron_r1.config.words import KeyAlias, describe_aliases, find_aliases
 from megatron_r1.config.yaml_text import format_value
 
 ENTRY = {list: "[]", dict: ".NAME"}
@@ -38,8 +38,8 @@ def describe_keys(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ())
     Args:
         models: their sections have different names.
         chosen: what to show; default: all. Sections or keys (`rl`, `sample.keep`), words of other
-            libraries (`words.WORDS`, each with a line of its own), or words that stand in a key's
-            name or meaning.
+            libraries (`key_aliases.ALIASES`, each with a line of its own), or words that stand in a
+            key's name or meaning.
 
     Raises:
         UserError: any other name."""
