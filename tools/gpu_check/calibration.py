@@ -9,7 +9,7 @@ import yaml
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.plan.quantity import RELATIVE_TO
-from tools.gpu_check.miniatures import place
+from tools.gpu_check.miniatures import device_kind
 from tools.gpu_check.verdict import Impossible
 
 FILE = "calibration.yaml"
@@ -17,7 +17,7 @@ STANDS_FOR = "H800"
 """The hardware whose rates stand in the formulas where there is no GPU; nothing is written then."""
 
 
-def hardware() -> str:
+def hardware_name() -> str:
     """Return the planner's name of GPU 0.
 
     Raises:
@@ -25,7 +25,7 @@ def hardware() -> str:
     """
     import torch
 
-    if place() != "gpu":
+    if device_kind() != "gpu":
         return STANDS_FOR
     device = torch.cuda.get_device_name(0)
     found = [name for name in HARDWARE if name in device.replace("-", " ").split()]
@@ -35,7 +35,7 @@ def hardware() -> str:
     return found[0]
 
 
-def add(folder: Path, name: str, values: Mapping[str, float]) -> Path:
+def add_values(folder: Path, name: str, values: Mapping[str, float]) -> Path:
     """Write values next to those that other checks have written for the same hardware.
 
     Args:

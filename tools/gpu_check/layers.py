@@ -19,7 +19,13 @@ from megatron_r1.base.processes.children import free_port, rank_variables
 from megatron_r1.config import Config, dump
 from megatron_r1.rehearse import model
 from tools.gpu_check import verdict
-from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings
+from tools.gpu_check.miniatures import (
+    check_fp8,
+    device_kind,
+    num_gpus,
+    recipe_miniature,
+    with_settings,
+)
 from tools.gpu_check.verdict import Failed, Impossible, output_of
 
 ONE = {"tensor": 1, "context": 1, "expert": 1, "pipeline": 1, "virtual_pipeline": 1}
@@ -60,12 +66,12 @@ UNFUSED = "UnfusedDotProductAttention"
 
 def settings(case: str, folder: Path) -> tuple[Config, Config]:
     """Write the miniature's model, and return the configurations of the ranks and of the CPU."""
-    small = shrunk(folder, max_ranks=8)
+    small = recipe_miniature(folder, max_ranks=8)
     _write_model(Path(small.config.model.path), small.hf)
     axes = ONE | CASES[case]
     layout = small.config.parallel.pipeline_layout if axes["pipeline"] > 1 else None
     ranks = axes["tensor"] * axes["context"] * axes["pipeline"]
-    on_cpu = place() == "cpu"
+    on_cpu = device_kind() == "cpu"
     parallel = axes | {"processes": ranks, "pipeline_layout": layout, "threads": 1}
     parallel["tokens_per_microbatch"] = TOKENS
     # Smooth in the gradient: with a small epsilon Adam's first step is its sign.
@@ -106,7 +112,7 @@ def run_ranks(recipe: Path, folder: Path, ranks: int, **variables: str) -> str:
     return output_of(arguments, f"{recipe.stem}: a rank", **variables)
 
 
-def judge(
+def evaluate(
     found: Mapping[str, Any],
     wanted: Mapping[str, Any],
     backend: str,
@@ -164,7 +170,7 @@ def check(case: str, folder: Path) -> dict[str, Any]:
     """Run a case on GPUs, or where there are none on CPU ranks, and compare."""
     mine_ranks = ONE | CASES[case]
     ranks = mine_ranks["tensor"] * mine_ranks["context"] * mine_ranks["pipeline"]
-    if place() != "cpu" and num_gpus() < ranks:
+    if device_kind() != "cpu" and num_gpus() < ranks:
         raise Impossible(f"it needs {ranks} GPUs, and {num_gpus()} are here")
     if case == "fp8":
         check_fp8()
@@ -181,7 +187,7 @@ def check(case: str, folder: Path) -> dict[str, Any]:
         json.loads((folder / name).read_text()) for name in ("here.json", "expected.json")
     )
     limits = LIMITS.get(case, BF16)
-    return judge(found, wanted, _backend(output), limits, _why_not_fused(output))
+    return evaluate(found, wanted, _backend(output), limits, _why_not_fused(output))
 
 
 if __name__ == "__main__":

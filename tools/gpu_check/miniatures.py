@@ -23,14 +23,16 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def place() -> RehearsalDevice:
+def device_kind() -> RehearsalDevice:
     """Return where a miniature runs here."""
     if not num_gpus():
         return "cpu"
     return "null-gpu" if NULL_GPUS in os.environ else "gpu"
 
 
-def shrunk(folder: Path, max_ranks: int, **sections: dict[str, Any]) -> miniature.Miniature:
+def recipe_miniature(
+    folder: Path, max_ranks: int, **sections: dict[str, Any]
+) -> miniature.Miniature:
     """Return the recipe in miniature with `max_ranks` trainer ranks at most.
 
     Args:
@@ -43,11 +45,11 @@ def shrunk(folder: Path, max_ranks: int, **sections: dict[str, Any]) -> miniatur
     }
     config = load(RECIPE, changed)
     hf = read_hf_config(config.model.path, None)
-    on = "gpu" if place() == "cpu" else place()
+    on = "gpu" if device_kind() == "cpu" else device_kind()
     return miniature.make_miniature(config, hf, folder, max_ranks, on=on)
 
 
-def full_width(hf: dict, small: dict, **sizes: int) -> dict:
+def widen_config(hf: dict, small: dict, **sizes: int) -> dict:
     """Return a model of few layers and experts with the widths of a large one.
 
     Args:
@@ -70,7 +72,7 @@ def check_fp8() -> None:
     from megatron_r1.config import FP8Config
     from megatron_r1.models.fp8_transformer_engine import check_device
 
-    if place() == "cpu":
+    if device_kind() == "cpu":
         return
     cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tools.bench.host import ROOT
 from tools.gpu_check import verdict
-from tools.gpu_check.miniatures import num_gpus, place
+from tools.gpu_check.miniatures import device_kind, num_gpus
 from tools.gpu_check.verdict import Failed, output_of
 
 PROGRAM = ROOT / "tests" / "unit" / "null_gpu" / "push_processes.py"
@@ -21,7 +21,7 @@ ENGINES = 2
 ROUNDS = ("first", "middle", "last")
 
 
-def judge(seen: Mapping[str, Any]) -> dict[str, Any]:
+def evaluate(seen: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures of what the program saw.
 
     Raises:
@@ -45,7 +45,7 @@ def judge(seen: Mapping[str, Any]) -> dict[str, Any]:
 
 def check() -> dict[str, Any]:
     """Run the program and judge it."""
-    where = ["host"] if place() == "cpu" else []
+    where = ["host"] if device_kind() == "cpu" else []
     together = ["colocated"] if not where and num_gpus() < 2 + ENGINES else []
     paths: list[object] = [ROOT, ROOT / "kernels", ROOT / "grading", ROOT / "tests", PROGRAM.parent]
     paths.append(os.environ.get("PYTHONPATH", ""))
@@ -54,7 +54,7 @@ def check() -> dict[str, Any]:
     said = [line for line in output.splitlines() if line.startswith("{")]
     if not said:
         raise Failed(f"it says nothing of the engines: {verdict.error_in(output)}")
-    return judge(json.loads(said[-1])) | {
+    return evaluate(json.loads(said[-1])) | {
         "engines": "on the trainer's GPUs" if together else "apart"
     }
 

@@ -21,7 +21,13 @@ from megatron_r1.rehearse import launch, miniature
 from megatron_r1.rehearse.phases import find_errors
 from megatron_r1.reporting.run_folder import RunFolder
 from tools.gpu_check import verdict
-from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings
+from tools.gpu_check.miniatures import (
+    check_fp8,
+    device_kind,
+    num_gpus,
+    recipe_miniature,
+    with_settings,
+)
 from tools.gpu_check.verdict import Failed
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -46,9 +52,9 @@ ENGINE_LINES = 12
 
 def settings(case: str, folder: Path) -> miniature.Miniature:
     """Return the recipe's miniature. Where there is no GPU it pushes as a CPU can."""
-    small = shrunk(folder, 1 if case in ALONE else max(1, num_gpus()), **CASES[case])
+    small = recipe_miniature(folder, 1 if case in ALONE else max(1, num_gpus()), **CASES[case])
     changed: dict[str, dict[str, Any]] = {}
-    if place() == "cpu":
+    if device_kind() == "cpu":
         named = small.config.push.transport
         changed = {
             "push": {"transport": TRANSPORTS[named].without_gpu or named},
@@ -67,7 +73,7 @@ class UsedMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
-        if place() != "cpu":
+        if device_kind() != "cpu":
             self._thread.start()
         return self
 
@@ -126,7 +132,7 @@ def _engine_errors(folder: Path) -> list[str]:
     return found
 
 
-def judge(
+def evaluate(
     lines: Sequence[Mapping[str, Any]], steps: int, used: UsedMemory, most_diff: float
 ) -> dict[str, Any]:
     """Return the figures of a run.
@@ -174,7 +180,7 @@ def check(case: str, folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     used = run(miniature.write(small, "rl"), small.config)
     lines = list(RunFolder(small.config.run.folder).read_metrics())
-    figures = judge(lines, small.config.run.steps, used, MAX_DIFF.get(case, MAX_DIFF_BF16))
+    figures = evaluate(lines, small.config.run.steps, used, MAX_DIFF.get(case, MAX_DIFF_BF16))
     at, rollout = small.config.parallel, small.config.rollout
     return figures | {
         "trainer": f"tensor {at.tensor}, context {at.context}, expert {at.expert}, "

@@ -27,7 +27,7 @@ from megatron_r1.rehearse.questions import write_examples
 from megatron_r1.reporting.run_folder import RunFolder
 from tools.bench.host import ROOT
 from tools.gpu_check import calibration, verdict
-from tools.gpu_check.miniatures import full_width, place, with_settings
+from tools.gpu_check.miniatures import device_kind, widen_config, with_settings
 from tools.gpu_check.recipe import run
 from tools.gpu_check.verdict import Failed
 
@@ -49,35 +49,35 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     path = ROOT / config.model.path
     hf = read_hf_config(str(path)) | {"num_nextn_predict_layers": 0}
     small = miniature.make_miniature(
-        config, hf, folder, 1, on="gpu" if place() == "cpu" else place()
+        config, hf, folder, 1, on="gpu" if device_kind() == "cpu" else device_kind()
     )
     one_stage = {"pipeline": 1, "virtual_pipeline": 1, "pipeline_layout": None}
     changed: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}, "parallel": one_stage}
     model = small.hf
-    if place() == "gpu":
+    if device_kind() == "gpu":
         sizes = {"num_hidden_layers": LAYERS, "n_routed_experts": EXPERTS}
-        model = full_width(hf, small.hf, **sizes)
+        model = widen_config(hf, small.hf, **sizes)
         changed["rollout"] = {"gpu_memory": 0.3}
-    if place() == "cpu":
+    if device_kind() == "cpu":
         changed |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
     if case == "micro-batch":
         changed["parallel"] = one_stage | {"tokens_per_microbatch": TOKENS}
-        changed["sft"] = {"batch_size": EXAMPLES if place() == "gpu" else 16}
+        changed["sft"] = {"batch_size": EXAMPLES if device_kind() == "gpu" else 16}
     return replace(small, config=with_settings(small.config, **changed), hf=model)
 
 
 def _transport() -> str:
     """Return the transport of pushes: within a GPU, or where there is none in the host."""
-    return "cuda_ipc" if place() == "gpu" else "shm"
+    return "cuda_ipc" if device_kind() == "gpu" else "shm"
 
 
-def planned(folder: Path, hardware: str) -> PlannedJob:
+def job_of_run(folder: Path, hardware: str) -> PlannedJob:
     """Return the job that the planner sees in a run's folder."""
     args, overrides = parse([str(folder / "config.yaml"), "--hardware", hardware])
     return planned_job(folder / "config.yaml", args, overrides, 1)
 
 
-def of_micro_batch(folder: Path, job: PlannedJob) -> dict[str, float]:
+def fit_micro_batch(folder: Path, job: PlannedJob) -> dict[str, float]:
     """Return `compute_efficiency` of a run.
 
     Raises:
@@ -89,7 +89,7 @@ def of_micro_batch(folder: Path, job: PlannedJob) -> dict[str, float]:
     return {"compute_efficiency": measured.values["compute_efficiency"]}
 
 
-def of_phases(
+def fit_phases(
     lines: Sequence[Mapping[str, Any]], engine_log: str, job: PlannedJob
 ) -> dict[str, float]:
     """Return the numbers of what is between the phases, each where its seconds were measured.
@@ -137,27 +137,27 @@ def _load(job: PlannedJob, seconds: float) -> float:
 
 def check(case: str, out: Path) -> dict[str, Any]:
     """Run a case, and write the numbers that follow."""
-    name = calibration.hardware()
+    name = calibration.hardware_name()
     folder = out / f"seconds-{case}"
     small = settings(case, folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     verb = CASES[case][0]
     recipe = miniature.write(small, verb)
-    if case == "micro-batch" and place() == "gpu":
+    if case == "micro-batch" and device_kind() == "gpu":
         write_examples(folder / "examples.jsonl", 2 * EXAMPLES, WORDS)
     run(recipe, small.config, verb)
     ran = Path(small.config.run.folder)
-    job = planned(ran, name)
+    job = job_of_run(ran, name)
     if case == "micro-batch":
-        values = of_micro_batch(ran, job)
+        values = fit_micro_batch(ran, job)
     else:
         logs = sorted((ran / "logs").glob("engine-*.log"))
         text = "".join(log.read_text(errors="replace") for log in logs)
-        values = of_phases(list(RunFolder(str(ran)).read_metrics())[1:], text, job)
-    if place() != "gpu":
+        values = fit_phases(list(RunFolder(str(ran)).read_metrics())[1:], text, job)
+    if device_kind() != "gpu":
         return values
-    return values | {"written": str(calibration.add(out, name, values))}
+    return values | {"written": str(calibration.add_values(out, name, values))}
 
 
 if __name__ == "__main__":

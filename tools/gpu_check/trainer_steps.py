@@ -115,7 +115,7 @@ class Steps:
         return at.last_stage and at.data_rank == at.tensor_rank == 0 and is_first_context
 
 
-def expected(steps: Steps) -> dict[str, Any]:
+def reference_steps(steps: Steps) -> dict[str, Any]:
     """Return what the steps give on one rank."""
     steps.compute_logprobs()
     before = steps.logprobs()
@@ -125,7 +125,7 @@ def expected(steps: Steps) -> dict[str, Any]:
     return {"before": before, "update": update, "after": steps.logprobs()}
 
 
-def compared(steps: Steps, wanted: dict[str, Any]) -> dict[str, Any]:
+def compare_steps(steps: Steps, wanted: dict[str, Any]) -> dict[str, Any]:
     """Return how they differ from it."""
     from megatron_r1.trainer.implementations import in_use
 
@@ -140,9 +140,9 @@ def main(recipe: Path, folder: Path) -> None:
     """Run the steps, and write what they give."""
     steps, file = Steps(load(recipe)), folder / "expected.json"
     if not file.exists():
-        file.write_text(json.dumps(expected(steps)))
+        file.write_text(json.dumps(reference_steps(steps)))
     else:
-        found = compared(steps, json.loads(file.read_text()))
+        found = compare_steps(steps, json.loads(file.read_text()))
         if steps.reports:
             recipe.with_suffix(".json").write_text(json.dumps(found))
     distributed.leave_process_groups()

@@ -66,7 +66,7 @@ def closure(known: dict[str, Path], starts: tuple[str, ...]) -> set[str]:
     return found
 
 
-def arrows(known: dict[str, Path]) -> Counter[tuple[str, str]]:
+def package_imports(known: dict[str, Path]) -> Counter[tuple[str, str]]:
     """Return the number of imports from one package of `megatron_r1` to another."""
     found: Counter[tuple[str, str]] = Counter()
     for name, path in known.items():
@@ -106,7 +106,7 @@ def table(root: Path) -> str:
     known = modules(root)
     ours = {name: path for name, path in known.items() if name.startswith("megatron_r1.")}
     packages = {name.split(".")[1] for name in ours if name.count(".") > 1}
-    between = arrows(known)
+    between = package_imports(known)
     rows = {
         "packages of megatron_r1": len(packages),
         "layers": num_layers(root),

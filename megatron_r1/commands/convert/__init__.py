@@ -78,22 +78,22 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: a number that is out of range, or as the verb.
     """
-    chosen = _parser().parse_args(arguments)
-    chosen.arguments = arguments
-    if chosen.workers < 1:
+    args = _parser().parse_args(arguments)
+    args.arguments = arguments
+    if args.workers < 1:
         raise UserError(
-            f"--workers {chosen.workers} must be at least 1",
+            f"--workers {args.workers} must be at least 1",
             key="--workers",
             cause=Cause.OUT_OF_RANGE,
         )
-    if chosen.verb == "to-hf" and chosen.max_file_bytes < 1:
+    if args.verb == "to-hf" and args.max_file_bytes < 1:
         raise UserError(
-            f"--max-file-bytes {chosen.max_file_bytes} must be at least 1",
+            f"--max-file-bytes {args.max_file_bytes} must be at least 1",
             key="--max-file-bytes",
             cause=Cause.OUT_OF_RANGE,
         )
-    verb = {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[chosen.verb]
-    return verb.run(chosen)
+    verb = {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[args.verb]
+    return verb.run(args)
 
 
 def main(arguments: list[str] | None = None) -> int:

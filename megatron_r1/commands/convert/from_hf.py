@@ -90,48 +90,48 @@ class WrittenFile:
 DONE = TypeAdapter(WrittenFile)
 
 
-def run(chosen: Namespace) -> int:
+def run(args: Namespace) -> int:
     """Convert; OUT appears when it is complete.
 
     Raises:
         UserError: the folder is no supported model, or the disk has too little room.
     """
-    if not is_hf(chosen.hf):
+    if not is_hf(args.hf):
         raise UserError(
-            f"{chosen.hf} has no config.json: give a Hugging Face model folder",
+            f"{args.hf} has no config.json: give a Hugging Face model folder",
             key="hf",
             cause=Cause.NOT_FOUND,
         )
-    require_outside(chosen.out, chosen.hf)
-    hf = read_supported_config(chosen.hf)
-    with HFWeights(chosen.hf, hf) as weights:
+    require_outside(args.out, args.hf)
+    hf = read_supported_config(args.hf)
+    with HFWeights(args.hf, hf) as weights:
         # Whether it has the MTP layers that its config.json names.
         first_mtp = f"model.layers.{hf['num_hidden_layers']}."
         with_mtp = any(name.startswith(first_mtp) for name in weights.tensors)
         weights.check(with_mtp)
         weights.check_repeated()
         stored = weights.tensors["model.embed_tokens.weight"][1]
-    dtype = getattr(torch, chosen.dtype or stored)
-    engine = chosen.names == "transformer_engine"
+    dtype = getattr(torch, args.dtype or stored)
+    engine = args.names == "transformer_engine"
     layout = stored_layout(hf, with_mtp=with_mtp, transformer_engine=engine)
     plan = {
-        "source": str(chosen.hf.resolve()),
-        "source's files": fingerprint(chosen.hf),
+        "source": str(args.hf.resolve()),
+        "source's files": fingerprint(args.hf),
         "dtype": str(dtype).removeprefix("torch."),
-        "names": chosen.names,
+        "names": args.names,
     }
-    work = WorkFolder(chosen.out, plan)
-    job = ImportJob(chosen.hf, work.path, dtype, layout.dtypes)
+    work = WorkFolder(args.out, plan)
+    job = ImportJob(args.hf, work.path, dtype, layout.dtypes)
     # torch.save adds up to 2 KiB to every chunk.
     sizes = (prod(s) * job.dtype_of(key).itemsize for key, s in layout.shapes.items())
     work.check_space(sum(sizes) + 2048 * len(layout.slots) + (16 << 20))
     files = group_into_files(
         p for slot in layout.slots for p in split_rows(slot, job.dtype_of(slot.key).itemsize)
     )
-    done = work_folder.run_parts(partial(_write_file, job), list(enumerate(files)), chosen.workers)
+    done = work_folder.run_parts(partial(_write_file, job), list(enumerate(files)), args.workers)
     _finish(work, job, layout, done, with_mtp)
     tensors = counted(len(layout.shapes), "Megatron tensor")
-    print(f"{chosen.out}: {tensors}, {plan['dtype']}, in {counted(len(files), 'file')}")
+    print(f"{args.out}: {tensors}, {plan['dtype']}, in {counted(len(files), 'file')}")
     return 0
 
 

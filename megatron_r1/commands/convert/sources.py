@@ -81,7 +81,7 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
     return FoundCheckpoint(newest, path)
 
 
-def check_manifest(found: FoundCheckpoint, how: Verify, chosen: Namespace) -> None:
+def check_manifest(found: FoundCheckpoint, how: Verify, args: Namespace) -> None:
     """Check the files of a checkpoint against its manifest.
 
     A run's newest checkpoint must have its manifest; a checkpoint that the command names itself may
@@ -90,7 +90,7 @@ def check_manifest(found: FoundCheckpoint, how: Verify, chosen: Namespace) -> No
     Args:
         found: the checkpoint.
         how: what is compared.
-        chosen: the command line.
+        args: the command line.
 
     Raises:
         UserError: with the damaged files and the remedy."""
@@ -115,7 +115,7 @@ def check_manifest(found: FoundCheckpoint, how: Verify, chosen: Namespace) -> No
             key="checkpoint",
             cause=Cause.MALFORMED,
         )
-    words = [str(older) if Path(word) == found.run else word for word in chosen.arguments]
+    words = [str(older) if Path(word) == found.run else word for word in args.arguments]
     raise UserError(
         f"{damaged}\nThe newest undamaged one is older, of step {finding.step_of(older)}. "
         f"To take that one:\n  {shlex.join(['megatron-r1', 'convert', *words])}",

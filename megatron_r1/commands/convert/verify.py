@@ -49,14 +49,14 @@ class TensorDifference:
     where: tuple[int, ...]
 
 
-def run(chosen: Namespace) -> int:
+def run(args: Namespace) -> int:
     """Print the differences; return 0 if there are none, else 1."""
-    config = chosen.config or next((side for side in (chosen.a, chosen.b) if is_hf(side)), None)
-    sides = ModelPair(_model(chosen.a, chosen), _model(chosen.b, chosen), config)
+    config = args.config or next((side for side in (args.a, args.b) if is_hf(side)), None)
+    sides = ModelPair(_model(args.a, args), _model(args.b, args), config)
     with open_weights(sides.a, config) as a, open_weights(sides.b, config) as b:
         names, alone, reshaped = _sort_names(a, b)
         explained = _explain(a, b, names)
-    differing = compare(sides, names, chosen.workers)
+    differing = compare(sides, names, args.workers)
     for text in (*alone, *reshaped):
         print(text)
     for one in sorted(differing, key=lambda d: -d.largest)[:MAX_SHOWN]:
@@ -72,7 +72,7 @@ def run(chosen: Namespace) -> int:
     return 0 if not (alone or reshaped or differing) else 1
 
 
-def _model(path: Path, chosen: Namespace) -> Path:
+def _model(path: Path, args: Namespace) -> Path:
     """Return the folder of the model at `path`: for a run its newest checkpoint, undamaged.
 
     A checkpoint that the command names itself is compared as it is."""
@@ -80,7 +80,7 @@ def _model(path: Path, chosen: Namespace) -> Path:
         return path
     found = find_checkpoint(path)
     if found.run is not None:
-        check_manifest(found, "full", chosen)
+        check_manifest(found, "full", args)
     return found.folder
 
 

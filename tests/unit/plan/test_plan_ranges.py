@@ -126,16 +126,18 @@ def test_engines_of_one_gpu_need_the_bandwidth_and_saves_that_block_the_storage(
 def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
     """The file that all three checks of seconds have written, as they write it."""
     values = {"decode_latency_per_layer": 1e-4, "bandwidth_efficiency": 0.6}
-    calibration.add(tmp_path, "H800", values)
-    calibration.add(tmp_path, "H800", {"compute_efficiency": 0.4})
-    file = calibration.add(tmp_path, "H800", {"wake_seconds": 1.5, "tensor_load_seconds": 2e-4})
+    calibration.add_values(tmp_path, "H800", values)
+    calibration.add_values(tmp_path, "H800", {"compute_efficiency": 0.4})
+    file = calibration.add_values(
+        tmp_path, "H800", {"wake_seconds": 1.5, "tensor_load_seconds": 2e-4}
+    )
     assert main([str(RECIPE)]) == main([str(RECIPE), "--calibrate", str(file)]) == 0
     before, after = re.findall(
         r"run of 650 steps: \d+ hours \((\d+) to (\d+) hours\)", capsys.readouterr().out
     )
     wide, narrow = (int(high) / int(low) for low, high in (before, after))
     assert wide > 3.5 and narrow < 1.1
-    calibration.add(tmp_path, "H100", {"compute_efficiency": 0.4})
+    calibration.add_values(tmp_path, "H100", {"compute_efficiency": 0.4})
     assert main([str(RECIPE), "--calibrate", str(file)]) == 2
     assert "H100" in capsys.readouterr().err
 

@@ -39,7 +39,7 @@ def test_opened_files_are_counted_by_role(tmp_path):
     ]
     (tmp_path / "trace.1").write_text("\n".join(ranks))
     (tmp_path / "trace.2").write_text(f'openat(AT_FDCWD, "{data}", O_RDONLY) = 4\n')
-    assert start.opened(tmp_path.glob("trace.*")) == {
+    assert start.opened_files(tmp_path.glob("trace.*")) == {
         "trainer": "2 opens of 1 files of 2 MiB, 1 not found",
         "controller": "1 opens of 1 files of 2 MiB, 0 not found",
     }
@@ -47,4 +47,4 @@ def test_opened_files_are_counted_by_role(tmp_path):
 
 def test_lines_on_the_screen_are_the_commands_own_or_not():
     lines = ["megatron-r1: stopped", "", "UserWarning: Apex is not installed"]
-    assert start.foreign(lines) == lines[2:]
+    assert start.foreign_lines(lines) == lines[2:]

@@ -2,7 +2,7 @@ import subprocess
 
 import pytest
 
-from tools.house.structure import arrows, closure, modules, num_modules, num_words
+from tools.house.structure import closure, modules, num_modules, num_words, package_imports
 from tools.house.walks import Walk, stops, traced
 
 FILES = {
@@ -40,7 +40,7 @@ def test_what_a_module_can_import_has_its_packages_and_functions_not_annotations
         "megatron_r1.low",
         "megatron_r1.low.base",
     }
-    assert arrows(known) == {("high", "low"): 1}
+    assert package_imports(known) == {("high", "low"): 1}
     assert num_words(root) == 3
 
 

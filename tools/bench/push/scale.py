@@ -35,11 +35,12 @@ from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.push.transports import RELAYED_BYTES
 from tools.bench.host import ROOT
 from tools.bench.push.order_check import (
+    StreamQueues,
     find_fault,
+    link_threads,
     operations_of_rounds,
     operations_of_steps,
 )
-from tools.bench.push.stream_queues import StreamQueues, link_threads
 
 PLAN = hardware.Assumptions()
 """The assumptions of `megatron-r1 plan`."""
@@ -112,7 +113,7 @@ def simulate() -> dict[str, Any]:
     start = time.process_time()
     rows = []
     for case in _cases():
-        row = simulated(case, PushAssumptions())
+        row = simulate_case(case, PushAssumptions())
         rows.append(row)
         print(
             f"{row['case']}, {row['weights']}: {row['processes']:,} processes, "
@@ -123,7 +124,7 @@ def simulate() -> dict[str, Any]:
             f"{row['runs']} runs",
             flush=True,
         )
-        print("".join(f"    {sentence}\n" for sentence in beyond(row)), end="", flush=True)
+        print("".join(f"    {sentence}\n" for sentence in missed_aims(row)), end="", flush=True)
     flagship = ScaleCase("", _planner("examples/deepseek_r1/r1_zero.yaml"), colocated=False)
     planted = without_order(flagship)
     print("r1_zero in pools, a thread for each link instead of rounds:", planted)
@@ -135,7 +136,7 @@ def simulate() -> dict[str, Any]:
     }
 
 
-def beyond(row: dict[str, Any]) -> list[str]:
+def missed_aims(row: dict[str, Any]) -> list[str]:
     """Return a sentence for each figure of a simulated push that is beyond its aim."""
     return [
         f"{text.format(row[name])}, at most {most:g} wanted"
@@ -144,7 +145,7 @@ def beyond(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def simulated(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
+def simulate_case(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
     """Return the figures of a case."""
     began = time.process_time()
     order = _order(case)

@@ -79,7 +79,7 @@ def steps(processes: Iterable[Process]) -> list[tuple[float, float]]:
     return list(pairwise(marks[1:]))
 
 
-def divided(processes: list[Process], begin: float, end: float) -> dict[tuple[str, str], float]:
+def divide_time(processes: list[Process], begin: float, end: float) -> dict[tuple[str, str], float]:
     """Return the seconds of [begin, end] by (phase of the loop, who was busy with what). The values
     sum to end - begin: where several were busy, the first of `WORKERS` has the time, or of `FIRST`
     in that phase."""
@@ -167,7 +167,7 @@ def profile(folder: Path) -> dict[str, Any]:
     total: dict[tuple[str, str], float] = defaultdict(float)
     roles: dict[str, dict[str, float]] = defaultdict(lambda: {"busy": 0.0, "cpu": 0.0, "number": 0})
     for begin, end in measured:
-        for part, value in divided(processes, begin, end).items():
+        for part, value in divide_time(processes, begin, end).items():
             total[part] += value / count
     for process in (each for each in processes if each.role in WORKERS):
         of = roles[process.role]
