@@ -46,7 +46,7 @@ def make_engine_mask(
     """Return the mask that a recipe's settings describe.
 
     Args:
-        method: `rl.make_engine_mask`.
+        method: `rl.engine_mask`.
         low: `rl.engine_mask_low`; None: the method's own.
         high: `rl.engine_mask_high`, likewise.
         ratio_level: `rl.ratio_level`.

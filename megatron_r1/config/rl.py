@@ -184,7 +184,7 @@ class RLConfig(Section):
     """sequence: one ratio per response, the mean of its logarithm (GSPO)"""
     importance_cap: float | None = Field(None, gt=0)
     """upper limit of each token's importance weight π_old / π_engine; null: no such weights"""
-    make_engine_mask: EngineMaskMethod = "none"
+    engine_mask: EngineMaskMethod = "none"
     """tokens without a policy gradient, because engine and trainer disagree: token: those with a
     ratio π_old / π_engine out of bounds (IcePop); sequence: all of a response whose geometric mean
     of it is; divergence: those whose probability has moved too far from the engine's (DPPO). See

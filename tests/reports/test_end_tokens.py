@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.check_model import CheckResult
+from megatron_r1.commands.check_model import ModelCheckResult
 from megatron_r1.commands.check_model import verb as check_model
 from megatron_r1.config import ParallelConfig, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
@@ -152,8 +152,8 @@ def shown_by_check_model(folder):
     numbers = dict.fromkeys(["parameters", "memory_bytes", "free_bytes", "tensors", "compared"], 1)
     numbers |= dict.fromkeys(["tolerance", "megatron", "vllm"], 0.0)
     ends = describe_end_tokens(end_tokens(folder))
-    found = CheckResult(folder=str(folder), architecture="A", dtype="float32", tokens=1, agree=True,
-                     template=False, end_tokens=ends, **numbers)  # fmt: skip
+    found = ModelCheckResult(folder=str(folder), architecture="A", dtype="float32", tokens=1,
+                             agree=True, template=False, end_tokens=ends, **numbers)  # fmt: skip
     return check_model._text(found, ParallelConfig())
 
 

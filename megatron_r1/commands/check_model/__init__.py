@@ -61,7 +61,7 @@ class NotCompared(msgspec.Struct, frozen=True):
         return f"{'FAILED' if self.is_failure else 'NOT RUN'}: {self.reason}"
 
 
-class CheckResult(msgspec.Struct, omit_defaults=True):
+class ModelCheckResult(msgspec.Struct, omit_defaults=True):
     """The result of a check, as `--json` writes it.
 
     Attributes:

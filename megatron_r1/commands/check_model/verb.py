@@ -26,7 +26,7 @@ from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.base.processes.diagnosis import file_excerpt
-from megatron_r1.commands.check_model import CheckResult, NotCompared, ReferenceResult, Refusal
+from megatron_r1.commands.check_model import ModelCheckResult, NotCompared, ReferenceResult, Refusal
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
@@ -153,13 +153,13 @@ def run(config: Config, folder: str, json: str | None = None) -> None:
         raise RunError(f"{folder}: {found.problem}")
 
 
-def _write(path: str | None, found: CheckResult | dict) -> None:
+def _write(path: str | None, found: ModelCheckResult | dict) -> None:
     """Write what was found as JSON, if asked to: also a failure, so that no older file stays."""
     if path is not None:
         atomic_write(path, msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
 
 
-def _check(config: Config, folder: str) -> CheckResult:
+def _check(config: Config, folder: str) -> ModelCheckResult:
     """Compare the folder's model in transformers, Megatron and vLLM, and return the findings.
 
     Raises:
@@ -188,7 +188,7 @@ def _check(config: Config, folder: str) -> CheckResult:
         source = plain if plain.exists() else Path(folder)
         vllm = asyncio.run(compare_with_vllm(source, config, reference, Path(scratch)))
     problem = _problem(megatron, vllm, reference.tolerance)
-    return CheckResult(
+    return ModelCheckResult(
         folder=folder,
         architecture=hf["architectures"][0],
         dtype=config.model.dtype,
@@ -256,7 +256,7 @@ def _problem(megatron: float, vllm: float | NotCompared, tolerance: float) -> st
     return None
 
 
-def _text(found: CheckResult, parallel: ParallelConfig) -> str:
+def _text(found: ModelCheckResult, parallel: ParallelConfig) -> str:
     """Return the findings as lines."""
 
     def difference(value: float | str) -> str:
