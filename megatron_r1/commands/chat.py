@@ -43,9 +43,13 @@ PROMPT = "> "
 def run(config: Config, folder: str, question: list[str] | None = None) -> None:
     """Print the model's response to each question on stdout, and all else on stderr.
 
+    Args:
+        config: the settings given on the command line.
+        folder: a run's folder, or a model's.
+        question: the questions; None: those typed at the terminal, or the lines of stdin.
+
     Raises:
-        UserError: a run without an export.
-    """
+        UserError: a run without an export."""
     model = find_exported(folder, ARGUMENTS[0])
     config = _settings(config, model)
     _note(

@@ -57,9 +57,13 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     """Sample and grade the first questions of the first rollout, at most `MAX_RESPONSES` responses
     on an engine of this host, and print responses, figures and advice. Writes nothing.
 
+    Args:
+        config: the recipe.
+        text: how questions become tokens.
+        prompts: the prompts to train on and held out.
+
     Raises:
-        UserError: the recipe's engines are on other hosts, or the run would not fit into memory.
-    """
+        UserError: the recipe's engines are on other hosts, or the run would not fit into memory."""
     if config.rollout.placement != "local":
         raise UserError(
             f"--dry-run: rollout.placement: {config.rollout.placement} has its engines on other "

@@ -117,7 +117,12 @@ def _engine_fraction(parameters: int, tensor: int, machine: Machine) -> float:
 
 def tensor_parallel_size(hf: dict[str, Any], parameters: int, machine: Machine) -> int:
     """Return the least tensor-parallel size at which the trainer's state fits, or the largest that
-    divides heads and GPUs."""
+    divides heads and GPUs.
+
+    Args:
+        hf: the model's config.json.
+        parameters: the number of its parameters.
+        machine: the GPUs and their memory."""
     heads, kv_heads = hf["num_attention_heads"], key_value_heads(hf)
     sizes = [n for n in (1, 2, 4, 8) if not (machine.gpus % n or heads % n or kv_heads % n)]
     each = parameter_bytes(DTYPE)
@@ -129,7 +134,12 @@ def tensor_parallel_size(hf: dict[str, Any], parameters: int, machine: Machine) 
 
 
 def guess_batches(parameters: int, num_questions: int, machine: Machine) -> list[Guess]:
-    """Return the sizes of rollouts and updates, the learning rate and the number of steps."""
+    """Return the sizes of rollouts and updates, the learning rate and the number of steps.
+
+    Args:
+        parameters: the number of the model's parameters.
+        num_questions: questions to train on.
+        machine: the machine of the run."""
     per_rollout, group, minibatches = (8, 8, 2) if machine.is_cpu else (64, 16, 8)
     rate = next(rate for limit, rate in LEARNING_RATES if parameters < limit)
     responses = per_rollout * group
@@ -190,8 +200,12 @@ class QuestionSource:
     """A model's folder and the first rows of a data file.
 
     Attributes:
+        folder: the model's folder.
         hf: the model's `config.json`.
-        parameters: the number of the model's parameters."""
+        parameters: the number of the model's parameters.
+        data: the file or data set, as it was given.
+        rows: its first rows.
+        machine: the machine of the run."""
 
     folder: Path
     hf: dict[str, Any]
@@ -206,6 +220,8 @@ class RecipeDraft:
     """A recipe for `verb`: its settings but for run and model.
 
     Attributes:
+        verb: the verb that reads the recipe.
+        guesses: the settings, in order.
         try_out: reads the written file as the verb would and prints what it finds; raises
             UserError.
         has_dry_run: whether the verb has --dry-run."""

@@ -48,6 +48,8 @@ class Rows:
     """The training and held-out rows of a reward model.
 
     Attributes:
+        train: the rows to train on.
+        heldout: the rows of held-out questions.
         dropped: how many rows were left out, by reason."""
 
     train: list[RewardModelRow]
@@ -111,10 +113,14 @@ def run(config: Config) -> None:
 def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
     """Read the rows of `reward_model.data`, tokenize them and split them by their questions.
 
+    Args:
+        config: the recipe.
+        text: renders what is scored of a response, and tokenizes it.
+        hf: the model's config.json, whose positions limit a text.
+
     Raises:
         UserError: a bad row, with file and line; texts that end with the padding token; or a side
-            has no rows.
-    """
+            has no rows."""
     settings = config.reward_model
     limit = settings.max_tokens or hf["max_position_embeddings"]
     sides: dict[bool, list[RewardModelRow]] = {False: [], True: []}

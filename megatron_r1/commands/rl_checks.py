@@ -224,9 +224,13 @@ def drop_long_prompts(prompts: PromptSplit, text: PromptText, limit: int) -> Pro
     """Return the prompts that are shorter than `limit`, rollout.max_model_len, and print how many
     are left out.
 
+    Args:
+        prompts: the prompts to train on and held out.
+        text: how questions become tokens.
+        limit: tokens of a prompt with its response.
+
     Raises:
-        UserError: no prompt is left to train on.
-    """
+        UserError: no prompt is left to train on."""
     train, heldout = (
         [prompt for prompt in side if text.fits(prompt.question, limit, prompt.before)]
         for side in (prompts.train, prompts.heldout)
@@ -273,9 +277,13 @@ def describe_kind_weights(config: Config, prompts: list[Prompt]) -> list[str]:
 def run_facts(config: Config, text: PromptText, prompts: PromptSplit) -> list[str]:
     """Return lines about the run for its title.
 
+    Args:
+        config: the recipe.
+        text: how questions become tokens.
+        prompts: the prompts to train on and held out.
+
     Raises:
-        UserError: as `describe_kind_weights`.
-    """
+        UserError: as `describe_kind_weights`."""
     return [
         config.model.path,
         config.data.task or str(config.data.path),

@@ -34,6 +34,7 @@ class Rollouts:
     """What samples and grades in a run: `collector`, with engines that are still to be started.
 
     Attributes:
+        collector: samples and grades the groups of a step.
         log: the log of finished groups; None without `rl.sample_log`.
         hosts: the hosts of engines that may join."""
 
@@ -53,7 +54,12 @@ class Rollouts:
 async def open_rollouts(
     config: Config, recorder: RunRecorder, text: PromptText
 ) -> AsyncIterator[Rollouts]:
-    """Yield what samples and grades; close it, and all that it uses, at the end of the block."""
+    """Yield what samples and grades; close it, and all that it uses, at the end of the block.
+
+    Args:
+        config: the recipe.
+        recorder: the run's folder and view.
+        text: how questions become tokens."""
     rewards, notify, folder = config.rewards, recorder.view.message, recorder.folder
     on_one_host, logs = config.push.on_one_host, folder.path / "logs"
     async with open_pool(config.rollout, folder.path, on_one_host, notify) as hosts:

@@ -97,7 +97,11 @@ class SampleInputs:
     """The inputs of a recipe, read and checked.
 
     Attributes:
-        avoided: prompt id → why it is not sampled."""
+        prompt_set: the questions, and the number of samples of each.
+        avoided: prompt id → why it is not sampled.
+        shots: worked examples that stand before each question, if any.
+        rendering: how sft.jsonl is written; None for other outputs.
+        rewrite: the user's function that rewrites responses, if any."""
 
     prompt_set: PromptSet
     avoided: dict[str, str]

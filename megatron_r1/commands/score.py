@@ -70,12 +70,18 @@ def run(
     Uses every core unless `rewards.workers` is given. `target` appears when all lines are graded.
     `score_audit.run` has the errors of an audit.
 
+    Args:
+        config: the settings given on the command line.
+        source: the JSONL file to grade.
+        target: the file to write.
+        audit: a graded file, or a run's folder, whose rewards are audited instead.
+        **options: those of an audit, by name.
+
     Raises:
         UserError: the source cannot be read, or the target cannot be written.
         RunError: no worker can be started, or the reader of the output has ended. After all lines
             are written: a served model failed, or no line could be graded, as such zeros should not
-            be trained on.
-    """
+            be trained on."""
     if audit is not None:
         score_audit.run(config, audit, **options)
         return

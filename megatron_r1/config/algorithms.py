@@ -261,6 +261,7 @@ class LossSettings(_Readable):
     max_response_tokens: int | None = None
     """L, the tokens that loss_average "constant" divides by; None: for the other averages"""
     objective: Literal["ppo", "cispo"] = "ppo"
+    """the objective per token, of `OBJECTIVES` in r1_kernels' `policy_terms`"""
     dual_clip: float | None = None
     """largest ρ of a negative advantage"""
     ratio_level: RatioLevel = "token"
@@ -270,6 +271,7 @@ class LossSettings(_Readable):
     kl_beta: float = 0.0
     """β, the weight of the KL estimate in the loss; 0 where the penalty is in the reward"""
     kl_estimator: KLEstimator = "k3"
+    """the estimator of the KL to the reference, as `rl.kl_estimator`"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
     options: dict[str, Option] = field(default_factory=dict)
@@ -291,5 +293,8 @@ class TokenSettings(_Readable):
     gae_lambda: float
     """λ"""
     advantage_std: AdvantageStd
+    """what advantages are divided by, as `rl.advantage_std`"""
     advantage_epsilon: float
+    """added to that divisor"""
     options: dict[str, Option] = field(default_factory=dict)
+    """`rl.options`"""

@@ -34,6 +34,7 @@ class Hardware:
     """One GPU and its share of a node; links in one direction."""
 
     name: str
+    """Its name in `HARDWARE`, as --hardware takes it"""
     memory: Bytes
     """Memory of a GPU as CUDA reports it to programs, in whole GiB; nvidia-smi shows 81,559 MiB of
     an H100, 143,771 of an H200 and 183,359 of a B200."""

@@ -59,7 +59,12 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
     pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n-c+1 .. n} (1 - k/i)
     for n samples of which c are right (Chen et al. 2021, arXiv 2107.03374, eq. 1 and figure 3). The
-    product has no binomial coefficients that could overflow. k = 1 gives c/n."""
+    product has no binomial coefficients that could overflow. k = 1 gives c/n.
+
+    Args:
+        num_samples: n.
+        num_right: c.
+        k: how many of the samples count."""
     if not 0 <= num_right <= num_samples:
         raise ValueError(f"num_right must be within 0…{num_samples}, got {num_right}")
     if not 1 <= k <= num_samples:

@@ -29,10 +29,10 @@ class PromptSet:
 
     Attributes:
         title: the benchmark's; "" for the prompts of `sample`.
+        prompts: the prompts.
         num_samples: responses to each prompt.
         compares: responses are compared with others (`benchmarks.base`).
-        agents: where episodes are played, their environment and limits.
-    """
+        agents: where episodes are played, their environment and limits."""
 
     title: str
     prompts: list[Prompt]

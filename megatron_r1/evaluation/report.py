@@ -52,6 +52,8 @@ class Summary:
     """The results of one benchmark.
 
     Attributes:
+        title: the benchmark's name in results.
+        num_samples: responses to each question.
         metrics: name → estimate over questions; "length" is in tokens, the others are fractions.
         counts: the numbers of questions and samples.
         passes: k → pass@k; empty if the metrics are win rates.

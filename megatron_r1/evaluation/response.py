@@ -98,6 +98,8 @@ class SamplingSettings:
     """Sampling parameters.
 
     Attributes:
+        temperature: 0 is greedy.
+        top_p: the share of the distribution that is drawn from.
         max_tokens: the most tokens of a response.
         stop: strings that end a response, besides the model's end tokens.
         stop_token_ids: tokens that end one, likewise.
@@ -116,7 +118,7 @@ class SamplingSettings:
     def from_rollout(cls, rollout: RolloutConfig) -> Self:
         """Return those of a recipe's `rollout`, as it samples for training."""
         limits = rollout.temperature, rollout.top_p, rollout.max_response_tokens
-        return replace(cls.of(rollout, *limits), top_k=rollout.top_k, min_p=rollout.min_p)
+        return replace(cls.from_options(rollout, *limits), top_k=rollout.top_k, min_p=rollout.min_p)
 
     @classmethod
     def from_options(
@@ -168,9 +170,13 @@ class Policy(Protocol):
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
         """Play one episode in the environment of `agents`, which may grade the episode.
 
+        Args:
+            agents: the environment and its limits.
+            prompt: the prompt that the episode begins with.
+            seed: the seed of the first turn.
+
         Raises:
-            RunError: episodes fail again and again by no fault of the policy.
-        """
+            RunError: episodes fail again and again by no fault of the policy."""
 
     async def close(self) -> None:
         """Release everything. May be called twice, and without `start`."""

@@ -260,6 +260,11 @@ class Sampler:
 
 
 def sample_seed(seed: int, prompt: PromptKey, index: int) -> int:
-    """Return 31 bits that depend on the sample alone, not on what was sampled before it."""
+    """Return 31 bits that depend on the sample alone, not on what was sampled before it.
+
+    Args:
+        seed: `run.seed`.
+        prompt: what names the prompt.
+        index: the number of the sample of this prompt."""
     text = "/".join(part for part in (str(seed), *prompt, str(index)) if part)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

@@ -179,6 +179,8 @@ class AnswerContent:
     """What a second method reads.
 
     Attributes:
+        response: the response's text.
+        truth: what it was graded against.
         fields: the prompt's other fields, and the facts about the response."""
 
     response: str

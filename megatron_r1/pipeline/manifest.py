@@ -87,7 +87,12 @@ def default_settings() -> dict[str, Any]:
 def input_digests(
     plan: PipelinePlan, stage: PipelineStage, upstream: tuple[str, ...]
 ) -> dict[str, str]:
-    """Return the digest of each input: references, files named in settings, functions."""
+    """Return the digest of each input: references, files named in settings, functions.
+
+    Args:
+        plan: the stages of one seed.
+        stage: the stage whose inputs they are.
+        upstream: the stages that it needs."""
     digests: dict[str, str] = {}
     for _, text in iter_texts(stage.all_settings):
         if (file := FILE_OF_STAGE.fullmatch(text)) and file[1] in upstream:

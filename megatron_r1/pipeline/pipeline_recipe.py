@@ -195,7 +195,10 @@ class StageConfig(Section):
 
 
 class PipelineRecipe(Section):
-    """A whole pipeline as written: its settings, and its stages by name."""
+    """A whole pipeline as written: its settings, and its stages by name.
+
+    Attributes:
+        pipeline: folder, seeds and order."""
 
     pipeline: PipelineConfig = PipelineConfig()
     defaults: dict[str, Any] = Field({}, description="sections that every stage overrides")

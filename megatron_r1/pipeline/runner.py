@@ -78,6 +78,8 @@ class Runner:
     """Runs stages of one plan.
 
     Attributes:
+        plan: the stages of one seed.
+        signals: whether a stop was asked for.
         show: prints a line.
         prefix: put before every line of a command's output, where other commands run at the same
             time; then no command gets the terminal for its live view."""
@@ -195,7 +197,12 @@ class Runner:
 
 
 def write_recipe(plan: PipelinePlan, stage: PipelineStage, urls: dict[str, str]) -> list[str]:
-    """Write the recipe of the stage's command, and return the command."""
+    """Write the recipe of the stage's command, and return the command.
+
+    Args:
+        plan: the stages of one seed.
+        stage: the stage to run.
+        urls: the address of each served model, by name."""
     path = plan.folder / "recipes" / f"{stage.name}.yaml"
     settings = plan.resolve(stage.settings, urls)
     module, verb = "megatron_r1", [stage.config.verb]

@@ -113,7 +113,12 @@ def serve_models(
 
 
 def server_command(name: str, config: ServeConfig, port: int) -> list[str]:
-    """Return the command line of a server, without its launcher."""
+    """Return the command line of a server, without its launcher.
+
+    Args:
+        name: the name that requests give for the model.
+        config: the model and its arguments.
+        port: the port to listen at."""
     if config.command:
         return [
             word.replace("{port}", str(port)).replace("{host}", config.host)

@@ -73,6 +73,8 @@ class PipelinePlan:
     Attributes:
         path: the recipe's file.
         folder: the folder with this seed's stages.
+        seed: `run.seed` of every stage that sets none.
+        stages: the stages by name, in the recipe's order.
         broken: stage → why its settings cannot be read; checking the plan raises an error with all
             of them."""
 

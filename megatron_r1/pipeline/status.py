@@ -34,6 +34,7 @@ class Status:
     """The state of one stage, with the reasons for it.
 
     Attributes:
+        state: what is left to do.
         reasons: why the stage is stale, or how it failed.
         manifest: the stage's stage.json or begun.json."""
 
@@ -131,7 +132,12 @@ def status_lines(
     plan: PipelinePlan, chosen: Sequence[str], statuses: Mapping[str, Status]
 ) -> list[str]:
     """Return a line per chosen stage (state, name, verb, time, first result), each followed by the
-    reasons why it is stale or has failed."""
+    reasons why it is stale or has failed.
+
+    Args:
+        plan: the stages of one seed.
+        chosen: the names of the stages, in the order of the lines.
+        statuses: the status of each stage, by name."""
     rows = []
     for name in chosen:
         stage, status = plan.stages[name], statuses[name]

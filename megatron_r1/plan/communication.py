@@ -260,7 +260,7 @@ class ExpertExchange:
         ranks: GPUs that the experts are spread over.
         hidden: values of a token.
         topk: experts of a token.
-        most_nodes: the most nodes that a token is sent to (the router's groups).
+        max_nodes: the most nodes that a token is sent to (the router's groups).
         value: bytes of a value on its way to the experts; 2 on its way back."""
 
     links: Links

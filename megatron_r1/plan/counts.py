@@ -138,7 +138,12 @@ def attention_flops(hf: dict, length: float) -> float:
 
 def forward_flops(hf: dict, length: float, speedup: float = 1.0) -> float:
     """Return forward FLOP of one token through the main model; products with weights count
-    1 / `speedup`, for a time at the rate of the others."""
+    1 / `speedup`, for a time at the rate of the others.
+
+    Args:
+        hf: the model's config.json.
+        length: tokens of the sequence.
+        speedup: rate of the products with weights over that of the others."""
     layers = hf["num_hidden_layers"]
     return 2 * ModelCounts(hf).multiplied / speedup + layers * attention_flops(hf, length)
 
@@ -147,7 +152,12 @@ def decode_flops(hf: dict, length: float, speedup: float = 1.0) -> float:
     """Return FLOP of one new token that attends to `length` cached ones; `speedup` as in
     `forward_flops`.
 
-    Latent attention, in its absorbed form, works on the latents themselves."""
+    Latent attention, in its absorbed form, works on the latents themselves.
+
+    Args:
+        hf: the model's config.json.
+        length: cached tokens.
+        speedup: rate of the products with weights over that of the others."""
     if hf.get("kv_lora_rank"):
         sizes = 2 * hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
     else:

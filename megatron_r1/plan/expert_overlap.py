@@ -69,7 +69,7 @@ class StepEstimate:
     Attributes:
         step: seconds of an optimizer step.
         exposed: seconds of the exchange of a micro-batch that nothing hides.
-        alone: share of passes that are combined with no other.
+        unpaired: share of passes that are combined with no other.
         peak: bytes of the fullest rank."""
 
     step: float

@@ -40,10 +40,15 @@ class RankMemory:
     """Bytes of one pipeline rank on its GPU and on its host, by kind."""
 
     rank: int
+    """Its pipeline rank"""
     counts: Counts
+    """Its parameters by kind"""
     training: dict[str, int]
+    """Bytes on the GPU by kind while it trains"""
     scoring: dict[str, int]
+    """Bytes on the GPU by kind while it computes log-probabilities alone"""
     host: dict[str, int]
+    """Bytes on its host by kind"""
     freed: int
     """Bytes of gradients, if they are freed while engines compute on the same GPU, and of what
     `parallel.offload_between_phases` moves elsewhere meanwhile."""

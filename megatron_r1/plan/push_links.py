@@ -76,7 +76,12 @@ class SetTraffic:
         An engine rank looks for its table, offers it, waits until all is ready, and reads its
         position's plan; over NCCL it reads its rounds, too, and otherwise creates its group.
         Trainer rank 0 reads every offer, and each table once; a trainer rank reports that it is
-        prepared, and waits. Each position's table, and plan of a set, is written once."""
+        prepared, and waits. Each position's table, and plan of a set, is written once.
+
+        Args:
+            engines: the layout of the engines.
+            world_size: trainer ranks.
+            over_nccl: whether one communicator has all ranks."""
         ranks, positions = engines.num_ranks, engines.ranks_per_engine
         of_engines = ranks * (5 if over_nccl else 4 + 2 * (self.num_engines > 1)) + positions
         of_trainer = engines.engines + ranks + positions + 2 * world_size * self.num_sets
@@ -114,7 +119,12 @@ class SetTraffic:
 
 def round_seconds(order: PushOrder, rate: float, assumptions: Assumptions) -> float:
     """Return the time of a push in rounds through adapters of `rate`, where each round takes as
-    long as its largest bucket."""
+    long as its largest bucket.
+
+    Args:
+        order: the rounds and their buckets.
+        rate: bytes per second through an adapter.
+        assumptions: the seconds that a round takes besides."""
     largest = order.largest_buckets()
     return float(np.sum(largest / rate + assumptions.round_seconds))
 
@@ -204,7 +214,12 @@ class PushedWeights(NamedTuple):
 
     @classmethod
     def from_config(cls, hf: dict, lora: LoraConfig | None, *, drafts: bool) -> Self:
-        """Return the key of these settings, which are kept as JSON to be hashable."""
+        """Return the key of these settings, which are kept as JSON to be hashable.
+
+        Args:
+            hf: the model's config.json.
+            lora: the section `model.lora`, where adapters alone are pushed.
+            drafts: whether engines draft with the MTP layers."""
         return cls(json.dumps(hf), drafts, None if lora is None else lora.model_dump_json())
 
     @property

@@ -100,10 +100,14 @@ def apply_calibration(
 ) -> tuple[Hardware, Assumptions, dict[str, str]]:
     """Return both with the values of `file`, {name: value} in YAML or JSON, and the file by name.
 
+    Args:
+        hardware: the rates of the planned hardware.
+        assumptions: the assumed numbers.
+        file: what --calibrate names.
+
     Raises:
         UserError: a name that neither has, a value of the wrong type or range, or a file that was
-            measured on other hardware.
-    """
+            measured on other hardware."""
     values = read_sections(file, "--calibrate")
     known = [*described_fields(assumptions), *described_fields(hardware)]
     measured_on = values.pop(RELATIVE_TO, hardware.name)

@@ -40,7 +40,12 @@ def as_json(
     estimate: JobEstimate, problems: list[str], others: list[FittingLayout]
 ) -> dict[str, Any]:
     """Return {section: {name: {value, unit, formula}}}, every pipeline rank's memory in bytes, the
-    assumptions, and what does not fit."""
+    assumptions, and what does not fit.
+
+    Args:
+        estimate: the estimate of the job.
+        problems: a sentence for each limit that is exceeded.
+        others: layouts that fit."""
     job = estimate.job
     return {
         "verb": job.verb,

@@ -84,7 +84,12 @@ def _fitting_estimate(job: PlannedJob) -> JobEstimate | None:
 
 
 def even_layout(num_layers: int, num_mtp: int, chunks: int) -> str | None:
-    """Return a pipeline layout that counts the head as one layer; None if the default is even."""
+    """Return a pipeline layout that counts the head as one layer; None if the default is even.
+
+    Args:
+        num_layers: decoder layers.
+        num_mtp: MTP layers, which the last stage has.
+        chunks: stages, virtual ones counted."""
     if chunks == 1 or num_layers % chunks == 0:
         return None
     last = max(1, (num_layers + 1) // chunks - 1)

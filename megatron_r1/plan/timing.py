@@ -66,7 +66,12 @@ WIDE = 2.0
 
 
 def with_range(job: PlannedJob, name: str, quantity: Quantity) -> Quantity:
-    """Return an estimate of time with its range; others, and those without a value, as they are."""
+    """Return an estimate of time with its range; others, and those without a value, as they are.
+
+    Args:
+        job: the planned job.
+        name: the part of a step.
+        quantity: its estimated seconds."""
     number = narrowing_number(job, name)
     if number is None or quantity.value is None or number in job.measured:
         return quantity
@@ -294,7 +299,12 @@ PUSH_PARTS = (OFFLOAD, "push", "load", "sleep and wake")
 
 
 def total_hours(step: Quantity, steps: float, formula: str) -> Quantity:
-    """Return the hours of so many steps, with their range."""
+    """Return the hours of so many steps, with their range.
+
+    Args:
+        step: seconds of a step.
+        steps: how many.
+        formula: how the hours were computed, as the report shows it."""
     value, low, high = (end * steps / 3600 for end in _ends(step))
     return Quantity(value, "hours", formula, low, high)
 

@@ -22,6 +22,9 @@ class StructureRow(NamedTuple):
     """A part of a recipe's structure.
 
     Attributes:
+        what: the setting, or a part of the structure in words.
+        recipe: its value in the recipe.
+        miniature: its value in the miniature.
         exercised: `YES`, or why not."""
 
     what: str

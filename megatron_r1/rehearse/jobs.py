@@ -67,6 +67,8 @@ class RehearsalJob:
     """One run.
 
     Attributes:
+        name: the recipe's name, or the stage's.
+        verb: the subcommand of megatron-r1.
         config: the recipe as its verb would read it, with a model.path that exists."""
 
     name: str

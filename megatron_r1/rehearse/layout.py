@@ -28,9 +28,13 @@ def shrink_layout(
     would be more than `max_ranks` ranks otherwise. If that is not enough, axes are left out with
     `leaves_out`.
 
+    Args:
+        parallel: the recipe's layout.
+        max_ranks: the most trainer ranks.
+        leaves_out: whether axes may be left out.
+
     Raises:
-        UserError: there are still more ranks.
-    """
+        UserError: there are still more ranks."""
     for number in range(len(OMITTED_AXES) + 1):
         try:
             return _shrink(parallel, max_ranks, OMITTED_AXES[:number])

@@ -88,7 +88,12 @@ def shrink_config(hf: dict, num_layers: int, fp8: bool) -> dict:
 
 
 def write_folder(folder: Path, hf: dict, seed: int) -> None:
-    """Write a Hugging Face model folder: config.json, tokenizer and random weights in fp32."""
+    """Write a Hugging Face model folder: config.json, tokenizer and random weights in fp32.
+
+    Args:
+        folder: the folder to make.
+        hf: the model's config.json.
+        seed: the seed of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(published_names(hf), indent=2))
     _tokenizer().save(str(folder / "tokenizer.json"))

@@ -37,7 +37,9 @@ class PhaseResult:
     """The result of a phase.
 
     Attributes:
+        phase: what was exercised.
         evidence: the figures or files that show the result.
+        seconds: how long it took.
         cpu_seconds: CPU time of all processes of the phase; None for a part of another phase."""
 
     phase: str
@@ -62,6 +64,15 @@ class PhaseRunner:
         timeout_seconds: float,
         notify: Callable[[str], None],
     ):
+        """Prepare to run the phases.
+
+        Args:
+            verb: the subcommand of megatron-r1.
+            recipe: the file of the miniature's recipe.
+            config: the miniature's settings.
+            settings: added to every command line, as --key=value.
+            timeout_seconds: the limit for one phase.
+            notify: called with a line at the start of each phase."""
         self.verb, self.recipe, self.config, self.settings = verb, recipe, config, settings
         self.timeout_seconds, self.notify = timeout_seconds, notify
         self.run_folder = RunFolder(config.run.folder)

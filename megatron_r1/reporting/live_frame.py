@@ -130,7 +130,11 @@ def frame(state: LiveState, console: Console, now: float) -> Group:
     """Return the whole view, as wide as the terminal and at most one line less high.
 
     The height does not change while the run goes on, so every refresh covers the one before.
-    """
+
+    Args:
+        state: what is shown.
+        console: the terminal, whose size counts.
+        now: the time, on the clock of `LiveState`."""
     width = min(console.size.width - 1, MAX_WIDTH)
     height = min(console.size.height - 1, MAX_HEIGHT)
     roomy = height >= 32

@@ -56,11 +56,13 @@ class Curve:
     """One quantity over steps; `values` may hold NaN where nothing was measured.
 
     Attributes:
+        label: its name in the legend.
         steps: [points] float64, the steps of the points.
         values: [points] float64, their heights.
+        ink: its color, of `INK_NAMES`.
+        marker: draw points (held-out evaluations) instead of a smoothed line over the raw one.
         low: [points] lower ends of the error bars, NaN for none.
         high: [points] upper ends, likewise.
-        marker: draw points (held-out evaluations) instead of a smoothed line over the raw one.
         noisy: False for exact values, such as a schedule, which are drawn without smoothing."""
 
     label: str

@@ -47,6 +47,8 @@ class Plot(NamedTuple):
     """A plot with its caption.
 
     Attributes:
+        label: the caption.
+        meaning: what the quantity says, below the caption.
         svg: inline SVG.
         value: the number next to the caption."""
 

@@ -33,9 +33,10 @@ class ShownTurn:
     """One message.
 
     Attributes:
-        text: (tag, text) segments; tag: "", i (faint) or b (a tool call).
+        role: who says it.
+        is_trained: whether the policy sampled it and is trained on it.
         details: its tokens, whether they were trained or given, and the policy that sampled them.
-    """
+        text: (tag, text) segments; tag: "", i (faint) or b (a tool call)."""
 
     role: str
     is_trained: bool
@@ -48,7 +49,12 @@ class Card:
     """One sample as the page shows it.
 
     Attributes:
+        question: its last line, or all of it where it is short.
+        truth: what it was graded against.
+        is_right: whether it is right.
+        details: its reward, length and the like, as text.
         response: (tag, text) segments; tag: "", i (faint) or b.
+        reason: why the grade is as it is.
         turns: the turns of an episode, shown instead of the response."""
 
     question: str

@@ -13,7 +13,11 @@ class Metric:
     """The label and form of one key of metrics.jsonl.
 
     Attributes:
-        unit: "%" shows a fraction as a percentage, "s" seconds, "" a plain number."""
+        key: its key in metrics.jsonl.
+        label: its name for people.
+        meaning: what it says, in a sentence.
+        unit: "%" shows a fraction as a percentage, "s" seconds, "" a plain number.
+        log_scale: whether plots have a logarithmic axis."""
 
     key: str
     label: str

@@ -292,7 +292,12 @@ def active_filters(output: str, given: Mapping[str, Mapping[str, Any] | bool]) -
 
 
 def first_objection(response: TextResponse, prompt: Prompt, filters: Filters) -> tuple[str, str]:
-    """Return (filter, reason) of the first that drops the response; ("", "") if none does."""
+    """Return (filter, reason) of the first that drops the response; ("", "") if none does.
+
+    Args:
+        response: the response.
+        prompt: the prompt that it responds to.
+        filters: the filters with their options, in order."""
     for name, options in filters.items():
         if name in REGISTRY and (reason := REGISTRY[name](response, prompt, **options)):
             return name, reason

@@ -63,9 +63,13 @@ class ResponseJudge(ABC):
     async def compare(self, question: str, first: str, second: str) -> Comparison:
         """Return the votes on two responses; half of them see `second` first.
 
+        Args:
+            question: the question.
+            first: the text of a response.
+            second: that of the other.
+
         Raises:
-            Ungradable: the judge cannot decide on these responses.
-        """
+            Ungradable: the judge cannot decide on these responses."""
         key = ("compare", self._identity, question, first, second)
         return Comparison(*await self._cache.get(key, lambda: self._compare(*key[2:])))
 
@@ -203,6 +207,12 @@ class PreferencePairs:
         dropped: the pairs that `balance`, called when all pairs are known, leaves out."""
 
     def __init__(self, selection: Selection, settings: PairsConfig, judge: ResponseJudge) -> None:
+        """Begin without a pair.
+
+        Args:
+            selection: drops responses before they are paired.
+            settings: the section `sample.pairs`.
+            judge: compares two responses."""
         self._selection, self._settings, self._judge = selection, settings, judge
         self.log_ratios: dict[PairId, float] = {}
         self.dropped: set[PairId] = set()

@@ -241,7 +241,12 @@ Decide = Callable[[Prompt, Sequence[TextResponse]], Awaitable[PromptResult]]
 async def decide_all(
     log: ResponseLog, prompt_set: PromptSet, decide: Decide
 ) -> AsyncGenerator[tuple[list[dict[str, Any]], PromptResult], None]:
-    """Yield (lines of samples.jsonl, result) of every prompt in order, WINDOW in progress."""
+    """Yield (lines of samples.jsonl, result) of every prompt in order, WINDOW in progress.
+
+    Args:
+        log: the logged responses.
+        prompt_set: the prompts and the number of their samples.
+        decide: decides about the responses of one prompt."""
     pending: deque[tuple[list[dict[str, Any]], asyncio.Future[PromptResult]]] = deque()
     lines_of = log.read(map(prompt_set.key, prompt_set.prompts), prompt_set.num_samples)
     try:

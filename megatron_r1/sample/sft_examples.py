@@ -87,7 +87,12 @@ class Rendering:
         self, response: TextResponse, question: str, before: Sequence[Message] = ()
     ) -> str | None:
         """Return the response in its new form; a thought that the prompt opens is not opened again.
-        None if a part that the form has is missing, or the thought that the prompt opens."""
+        None if a part that the form has is missing, or the thought that the prompt opens.
+
+        Args:
+            response: the response as it was sampled, or rewritten.
+            question: the user's last message.
+            before: the messages before the question."""
         parts: dict[str, str] = {}
         for name in PLACEHOLDERS.findall(self._response):
             part = PARTS[name](response)

@@ -45,6 +45,8 @@ class Point(NamedTuple):
 
     Attributes:
         seconds: since the command.
+        role: the role of the process.
+        name: what it has come to.
         cpu: the processor time of the process."""
 
     seconds: float
@@ -166,7 +168,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def follow(lines: Iterable[str], root: int, replace: bool) -> float:
     """Read a run's output to its end; kill an engine at its first step, if asked to. Returns the
-    seconds until another one was back, 0 without."""
+    seconds until another one was back, 0 without.
+
+    Args:
+        lines: the run's output.
+        root: the process of the command.
+        replace: whether an engine is killed at its first step."""
     died = back = 0.0
     for line in lines:
         if replace and not died and "step 1/" in line:

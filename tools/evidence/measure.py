@@ -134,7 +134,12 @@ def measure_claim(root: Path, claim: Claim, limit: float, where: str) -> Claim:
 
 def run(root: Path, claim: Claim, limit: float) -> tuple[int | None, str]:
     """Run the command and wait for it; return its exit status, None for one that was ended after
-    `limit` seconds, and its output."""
+    `limit` seconds, and its output.
+
+    Args:
+        root: the repository.
+        claim: the claim, whose command runs.
+        limit: seconds."""
     log = root / LOGS / f"{claim.id}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -100,9 +100,14 @@ def _write_model(folder: Path, hf: dict) -> None:
 def run_ranks(recipe: Path, folder: Path, ranks: int, **variables: str) -> str:
     """Run the steps on so many ranks; return their output.
 
+    Args:
+        recipe: the recipe's file.
+        folder: the folder of the run.
+        ranks: how many.
+        **variables: further environment variables.
+
     Raises:
-        Failed: a rank fails; the message has the end of its output.
-    """
+        Failed: a rank fails; the message has the end of its output."""
     arguments = ["-m", "tools.gpu_check.trainer_steps", str(recipe), str(folder)]
     if ranks == 1:
         variables |= rank_variables(0, 1, free_port("127.0.0.1"))

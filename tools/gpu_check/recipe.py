@@ -107,9 +107,13 @@ class UsedMemory:
 def run(recipe: Path, config: Config, verb: str = "rl") -> UsedMemory:
     """Run a verb with the recipe to its end.
 
+    Args:
+        recipe: the recipe's file.
+        config: the recipe as read.
+        verb: the subcommand of megatron-r1.
+
     Raises:
-        Failed: the run fails; the message has its own error.
-    """
+        Failed: the run fails; the message has its own error."""
     log = recipe.with_name("log.txt")
     with UsedMemory() as used, launch.running_command(verb, recipe, config, [], log) as process:
         while process.poll() is None:

@@ -25,6 +25,7 @@ class Walk:
     """One thing's way; functions are named by the end of "file qualified.name".
 
     Attributes:
+        name: how the table names it.
         begin: its first function; the walk is what is entered from there to `end`.
         end: its last function.
         within: calls all of whose inner calls count.
@@ -104,7 +105,14 @@ def walks(root: Path, settings: list[str]) -> str:
 def traced(
     root: Path, folder: Path, arguments: list[str], walks: list[Walk], after: str
 ) -> list[Entry]:
-    """Run Python with `arguments`; return what its processes noted, by time."""
+    """Run Python with `arguments`; return what its processes noted, by time.
+
+    Args:
+        root: the repository.
+        folder: the folder for what is noted.
+        arguments: Python's.
+        walks: the walks to note.
+        after: the call after which they begin."""
     notes = folder / "notes"
     notes.mkdir()
     above = dict.fromkeys(str((root / package).parent) for package in PACKAGES)
@@ -128,7 +136,12 @@ def traced(
 
 def stops(entered: list[Entry], walk: Walk, after: str) -> list[str]:
     """Return the distinct files of a walk from its first `begin` after the call of `after` to the
-    next `end`, in the order in which they are entered."""
+    next `end`, in the order in which they are entered.
+
+    Args:
+        entered: what the processes noted, by time.
+        walk: the walk to list.
+        after: the call after which it begins."""
 
     def first(name: str, since: int) -> int:
         for time, kind, file, function in entered:

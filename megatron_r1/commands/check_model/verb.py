@@ -57,10 +57,14 @@ async def compare_with_megatron(config: Config, reference: ReferenceResult, scra
     """Return the largest difference of the trainer's log-probabilities, in the layout of
     `config.parallel`.
 
+    Args:
+        config: the recipe of the check.
+        reference: what transformers has computed.
+        scratch: a folder for the run's files.
+
     Raises:
         UserError: an impossible layout.
-        TrainerError: a rank fails.
-    """
+        TrainerError: a rank fails."""
     samples = [
         Sample.pack(ids[:1], ids[1:], logprobs)
         for ids, logprobs in zip(reference.sequences, reference.logprobs, strict=True)
@@ -138,10 +142,14 @@ def _check_bytes(dtype: str) -> int:
 def run(config: Config, folder: str, json: str | None = None) -> None:
     """Check the folder and print the findings.
 
+    Args:
+        config: the settings given on the command line.
+        folder: the Hugging Face folder.
+        json: the file to write the result to, if any.
+
     Raises:
         UserError: the model is not supported.
-        RunError: the implementations disagree, or too little memory is free to compare them.
-    """
+        RunError: the implementations disagree, or too little memory is free to compare them."""
     try:
         found = _check(config, folder)
     except (UserError, RunError) as error:

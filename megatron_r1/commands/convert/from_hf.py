@@ -53,8 +53,10 @@ class PlannedChunk:
     """A chunk to write and the rows of Hugging Face tensors in it.
 
     Attributes:
+        chunk: where the rows are in the parameter.
         shape: the chunk's, without prepended axes.
-        runs: their `local_start` is the chunk's row."""
+        runs: their `local_start` is the chunk's row.
+        num_bytes: its bytes in the dtype that is written."""
 
     chunk: Chunk
     shape: tuple[int, ...]
@@ -67,7 +69,10 @@ class ImportJob:
     """The task of every worker.
 
     Attributes:
-        own_dtypes: dtypes of the tensors that keep theirs, by key."""
+        hf: the Hugging Face folder.
+        folder: the unfinished checkpoint.
+        dtype: the dtype of the other tensors.
+        stored_dtypes: dtypes of the tensors that keep theirs, by key."""
 
     hf: Path
     folder: Path

@@ -25,7 +25,12 @@ def _fixed_tokens(vocabulary: int) -> torch.Tensor:
 def megatron_logits(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
     """Load the checkpoint by Megatron's own code, round its weights to `dtype`, return the logits.
 
-    For FP8, the weights of the Hugging Face folder are read instead."""
+    For FP8, the weights of the Hugging Face folder are read instead.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        folder: the Hugging Face folder that was made of it.
+        dtype: the dtype of the weights in `folder`, or "fp8"."""
     from megatron_r1.models import platform
 
     platform.prepare()

@@ -30,6 +30,7 @@ class FoundCheckpoint:
     """A checkpoint's folder.
 
     Attributes:
+        folder: the folder of the step.
         run: the run's folder if the command named that, else None."""
 
     folder: Path

@@ -167,7 +167,10 @@ class ExportJob:
     """The task of every worker.
 
     Attributes:
-        hf_files: the folder of the model's config.json."""
+        checkpoint: the checkpoint's folder.
+        hf_files: the folder of the model's config.json.
+        folder: the unfinished Hugging Face folder.
+        dtype: the dtype to write, or FP8."""
 
     checkpoint: Path
     hf_files: Path

@@ -32,6 +32,8 @@ class ModelPair:
     """The two models to compare.
 
     Attributes:
+        a: the first model's folder.
+        b: the second model's folder.
         config: the folder with a checkpoint's config.json."""
 
     a: Path
@@ -116,7 +118,12 @@ def _explain(a: Weights, b: Weights, names: list[str]) -> list[str]:
 
 
 def compare(sides: ModelPair, names: list[str], workers: int) -> list[TensorDifference]:
-    """Return the tensors of `names` whose values differ."""
+    """Return the tensors of `names` whose values differ.
+
+    Args:
+        sides: the two models.
+        names: the tensors that both have, in equal shapes.
+        workers: processes that compare."""
     step = max(1, len(names) // (workers * 64))
     batches = [names[first : first + step] for first in range(0, len(names), step)]
     found = work_folder.run_parts(partial(_compare_batch, sides), batches, workers, "batch")

@@ -37,7 +37,11 @@ class CheckResult:
     """One row of the table.
 
     Attributes:
+        check: what was measured, and where.
+        measured: the figure, as the table shows it.
+        expected: the figure that it is compared with.
         level: "note" is out of line and does not block the run.
+        problem: what is wrong and what to do; "" where nothing is.
         hosts: those to replace or repair."""
 
     check: str

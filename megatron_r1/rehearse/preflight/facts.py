@@ -46,6 +46,8 @@ class Memory(msgspec.Struct):
     """Bytes of a device or a host before the run.
 
     Attributes:
+        total: all bytes.
+        free: bytes that nothing holds.
         holders: the largest other processes."""
 
     total: int
@@ -86,6 +88,8 @@ class NodeFacts(msgspec.Struct):
     """The measurements of a node's first rank.
 
     Attributes:
+        versions: what must be equal on all nodes, by name.
+        memory: the host's.
         ports: setting → why its port cannot be bound.
         unreachable: why rank 0's node cannot be connected to, or "".
         clock_offset: seconds that this node's clock is ahead of rank 0's.
@@ -105,6 +109,10 @@ class RankFacts(msgspec.Struct):
     """The measurements of a rank.
 
     Attributes:
+        rank: the rank.
+        node_index: the number of its node.
+        host: the name of its host.
+        device: the name of its GPU, or "cpu".
         memory: the memory of the rank's GPU; None without a GPU.
         products: FLOP/s of matrix products.
         links: parallel axis → the rate of the rank's group on that axis.

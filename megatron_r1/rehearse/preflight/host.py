@@ -202,7 +202,12 @@ def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress)
     lock.
 
     Node 0 makes a folder within `folder` and holds the lock of that folder. Each node writes a
-    file, then reads the file of the next node, which is not in its own cache."""
+    file, then reads the file of the next node, which is not in its own cache.
+
+    Args:
+        folder: the run's folder.
+        placement: this rank and its node.
+        progress: the steps of all ranks."""
     work, found = folder / NAME, Folder()
     existed, lock = folder.exists(), None
     with _faults(found):

@@ -112,7 +112,15 @@ def measure(
     groups: int, tokens: int, world_size: int, data_parallel: int, routed: bool, sampling: float
 ) -> dict[str, Any]:
     """Return what one rollout of `groups` x 16 x `tokens` costs whose groups the engines finish one
-    after another, evenly over `sampling` seconds."""
+    after another, evenly over `sampling` seconds.
+
+    Args:
+        groups: the groups of the rollout.
+        tokens: tokens of each response.
+        world_size: trainer ranks.
+        data_parallel: replicas, each of which gets samples of its own.
+        routed: whether responses have the experts of every token.
+        sampling: seconds that the whole rollout is sampled for."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -73,7 +73,13 @@ WARMUP_STEPS = 10
 
 
 def variant_settings(variant: str, model_folder: str, seed: int, threads: int) -> dict[str, Any]:
-    """Return the recipe of `variant` for megatron_r1.config.parse."""
+    """Return the recipe of `variant` for megatron_r1.config.parse.
+
+    Args:
+        variant: one of `VARIANTS`.
+        model_folder: the folder with config.json.
+        seed: `run.seed`.
+        threads: `parallel.threads`."""
     tree = {section: dict(values) for section, values in SHARED.items()}
     for section, values in VARIANTS[variant].items():
         tree.setdefault(section, {}).update(values)

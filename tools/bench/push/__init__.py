@@ -47,7 +47,12 @@ WARM_UP = 2
 
 
 def model(hidden: int, layers: int, dtype: str) -> dict[str, Any]:
-    """Return the config.json of a Qwen2 with heads of 64 and a quarter as many key-value heads."""
+    """Return the config.json of a Qwen2 with heads of 64 and a quarter as many key-value heads.
+
+    Args:
+        hidden: the hidden size.
+        layers: the number of layers.
+        dtype: the dtype of the weights."""
     return qwen2(
         hidden,
         layers,
@@ -62,7 +67,14 @@ def model(hidden: int, layers: int, dtype: str) -> dict[str, Any]:
 async def measure(
     folder: Path, shape: dict[str, Any], plain_matrices: bool, repeats: int, num_reloads: int
 ) -> dict[str, Any]:
-    """Return medians of seconds, and their ratios."""
+    """Return medians of seconds, and their ratios.
+
+    Args:
+        folder: an empty folder for the run.
+        shape: the model's config.json.
+        plain_matrices: whether the engine keeps matrices unpacked.
+        repeats: pushes to measure.
+        num_reloads: exports and reloads to measure."""
     os.environ["OMP_WAIT_POLICY"] = "passive"
     dtype = shape["torch_dtype"]
     (folder / "model").mkdir()

@@ -98,7 +98,10 @@ class ScaleCase:
     """A push from the ranks of `planner` to its engines.
 
     Attributes:
+        name: how the table names it.
+        planner: plans what each trainer rank sends to which engine rank.
         colocated: on the trainer ranks' GPUs.
+        form: a dtype, or "FP8".
         seeds: runs of the model."""
 
     name: str
@@ -255,7 +258,12 @@ def transfer_seconds(
     order: PushOrder, operations: np.ndarray, rates: PushAssumptions
 ) -> np.ndarray:
     """Return how long each send or receive takes once both sides have come to it. Processes are
-    numbered by GPU."""
+    numbered by GPU.
+
+    Args:
+        order: the planned rounds.
+        operations: the sends and receives, as `OPERATION`.
+        rates: the assumed rates of the links."""
     sides = operations["process"], operations["peer"]
     is_near = np.equal(*(side // rates.gpus_per_node for side in sides))
     within = min(rates.nvlink * rates.nvlink_efficiency, rates.device_pack)

@@ -55,7 +55,15 @@ def rank_tensors(
     rules: Table | None = None,
 ) -> dict:
     """Return a trainer rank's parameters, in bfloat16, and their pieces, by HF name; those that
-    `rules` list, default the model's."""
+    `rules` list, default the model's.
+
+    Args:
+        hf: the model's config.json.
+        grid: the trainer's layout.
+        rank: the trainer rank.
+        tensors: the whole tensors by name.
+        with_mtp: whether the MTP layers are among them.
+        rules: the table of the weights, in place of the model's."""
     at = rank_coordinate(grid, rank)
     (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=with_mtp)[at.stage]
     axes = {

@@ -17,8 +17,12 @@ class LabelledResponse:
     """A response whose correct reward is known.
 
     Attributes:
+        kind: the reward that grades it.
+        response: its text.
+        truth: what it is graded against.
         reward: the correct one.
-        name: for the report of a wrong one."""
+        name: for the report of a wrong one.
+        fields: other fields that the reward reads."""
 
     kind: str
     response: str

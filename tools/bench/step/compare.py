@@ -249,11 +249,14 @@ class Case:
     """What all systems of a case are given.
 
     Attributes:
-        settings: ours, by the name of the system.
-        peers: the number of TRL's processes, likewise.
+        work: the sizes of a step.
+        model: the model's folder.
+        questions: the file of questions.
         steps: those measured in a run of megatron-r1.
+        settings: ours, by the name of the system.
         peer_steps: those measured in a run of TRL, one of which takes as long as several of
-            megatron-r1 where responses are long."""
+            megatron-r1 where responses are long.
+        peers: the number of TRL's processes, likewise."""
 
     work: StepWork
     model: Path
@@ -268,7 +271,12 @@ class Case:
         return (*self.settings, *self.peers)
 
     def run(self, system: str, folder: Path, python: str) -> Steps:
-        """Run a system, ours in a new `folder`; return its steps but the first."""
+        """Run a system, ours in a new `folder`; return its steps but the first.
+
+        Args:
+            system: the name of the system.
+            folder: the folder of the run.
+            python: TRL's interpreter."""
         inputs = self.work, self.model, self.questions
         if system in self.settings:
             return run_ours(*inputs, folder, self.steps, self.settings[system])

@@ -24,6 +24,7 @@ class Span(NamedTuple):
     """A span of one process.
 
     Attributes:
+        name: "role/what".
         start: seconds on CLOCK_MONOTONIC.
         end: seconds on CLOCK_MONOTONIC."""
 
@@ -82,7 +83,12 @@ def steps(processes: Iterable[Process]) -> list[tuple[float, float]]:
 def divide_time(processes: list[Process], begin: float, end: float) -> dict[tuple[str, str], float]:
     """Return the seconds of [begin, end] by (phase of the loop, who was busy with what). The values
     sum to end - begin: where several were busy, the first of `WORKERS` has the time, or of `FIRST`
-    in that phase."""
+    in that phase.
+
+    Args:
+        processes: all processes of the run.
+        begin: seconds on CLOCK_MONOTONIC.
+        end: seconds on CLOCK_MONOTONIC."""
     lines = [_Line(process, begin, end) for process in processes]
     cuts = sorted({begin, end, *(time for line in lines for time in line.times)})
     found: dict[tuple[str, str], float] = defaultdict(float)
@@ -101,7 +107,12 @@ def divide_time(processes: list[Process], begin: float, end: float) -> dict[tupl
 
 
 def busy_seconds(process: Process, begin: float, end: float) -> float:
-    """Return the seconds of [begin, end] in which the process was in a span of work."""
+    """Return the seconds of [begin, end] in which the process was in a span of work.
+
+    Args:
+        process: the records of the process.
+        begin: seconds on CLOCK_MONOTONIC.
+        end: seconds on CLOCK_MONOTONIC."""
     line = _Line(process, begin, end)
     cuts = sorted({begin, end, *line.times})
     parts = pairwise(cuts)
@@ -109,7 +120,12 @@ def busy_seconds(process: Process, begin: float, end: float) -> float:
 
 
 def cpu_seconds(process: Process, begin: float, end: float) -> float:
-    """Return the process's processor time in [begin, end], between its nearest records."""
+    """Return the process's processor time in [begin, end], between its nearest records.
+
+    Args:
+        process: the records of the process.
+        begin: seconds on CLOCK_MONOTONIC.
+        end: seconds on CLOCK_MONOTONIC."""
     times = [time for time, _ in process.cpu]
 
     def at(time: float) -> float:
