@@ -310,6 +310,11 @@ class RLConfig(Section):
                 key="rl.dual_clip",
                 cause=Cause.CONFLICT,
             )
+        return self
+
+    @model_validator(mode="after")
+    def _advantages_fit_the_algorithm(self) -> Self:
+        algorithm = algorithms.find_rules(self.algorithm)
         if self.gae_lambda != 1 and not algorithm.critic:
             raise UserError(
                 f"rl.gae_lambda: {self.gae_lambda:g}: {self.algorithm} has no critic, whose values "

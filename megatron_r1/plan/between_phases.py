@@ -1,15 +1,30 @@
 """What happens between the phases of a step, in bytes and seconds: engines load pushed weights,
-sleep and wake, the trainer saves checkpoints, and `parallel.offload_between_phases` frees a
-trainer's GPU while engines sample on it.
+sleep and wake, the trainer saves checkpoints, `parallel.offload_between_phases` frees a trainer's
+GPU while engines sample on it, and routing replay (`rl.routing_replay`) brings the trainer the
+experts that the engines chose for every token.
 
-Parameters and optimizer state leave once a step and come back once, over the GPU's link to its
-host and, for a disk, through the drives that a node's GPUs share. After a checkpoint, which needs
-them as well, the engines get their weights a second time."""
+**Offloading.** Parameters and optimizer state leave once a step and come back once, over the GPU's
+link to its host and, for a disk, through the drives that a node's GPUs share. After a checkpoint,
+which needs them as well, the engines get their weights a second time.
+
+**Routing replay.**
+
+    engines -> controller    HTTP, with zeros for dense layers (engines/server/replies.py)
+    controller               files of TMPDIR, and the sample log (`rl.sample_log`)
+    controller -> replicas   each sample once, to the first rank of its replica
+    within a replica         to each other rank's host its layers of its tokens, by its first rank
+                             over gloo (trainer/routing.py)
+    a rank's GPU             the same
+
+The controller and each rank are taken to send and receive at `Hardware.host_network`, the rate of
+one process over TCP."""
 
 import json
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from megatron_r1.base.transports import TRANSPORTS
+from megatron_r1.models.experts import RoutingShape, routing_shape
 from megatron_r1.models.memory import Counts, checkpoint_bytes, persistent_bytes
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.job import PlannedJob
@@ -17,6 +32,7 @@ from megatron_r1.plan.push import drafts_with_mtp, planned_engine_layout, planne
 from megatron_r1.plan.quantity import Quantity, Section, byte_quantity
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.planner import PredictedLayout
+from megatron_r1.reporting.wording import counted
 
 OFFLOADED = "offloaded while engines sample"
 """The kind of host memory."""
@@ -146,3 +162,148 @@ def checkpoint_time(job: PlannedJob) -> Quantity:
     return Quantity(
         seconds / settings.every, "s", f"({formula}) / checkpoint.every={settings.every}"
     )
+
+
+def uses_routing_replay(job: PlannedJob) -> bool:
+    """Return whether the job trains every token through the experts that an engine chose."""
+    return job.verb == "rl" and job.config.rl.routing_replay and job.has_experts
+
+
+SLICE_RATE = 0.87e9
+"""Bytes a second in which a replica's first rank cuts the others' parts, while earlier ones are
+sent: 66 MB of DeepSeek-V3's layers for 127 others, on one core of a CPU (`RoutingScatter`)."""
+
+
+@dataclass(frozen=True)
+class RoutingReplayTraffic:
+    """Bytes and seconds of one rollout's routed experts, of a job that `uses_routing_replay`."""
+
+    job: PlannedJob
+
+    @cached_property
+    def shape(self) -> RoutingShape:
+        """The layers and experts of the replayed routing."""
+        return routing_shape(self.job.hf)
+
+    def stored_bytes(self, tokens: int) -> int:
+        """Return the bytes of all samples, of `tokens` each, as the controller keeps them."""
+        return self.job.num_responses * tokens * self.shape.token_bytes
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of samples of mean length out of the controller."""
+        return self.stored_bytes(self.job.sample_tokens)
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of samples of mean length into the controller: of every layer, dense ones too."""
+        return self.sent_bytes * self.shape.num_layers // len(self.shape.moe_layers)
+
+    def replica_bytes(self, tokens: int) -> int:
+        """Return the bytes of a replica's samples of `tokens` each, which its first rank gets."""
+        return self.stored_bytes(tokens) // self.job.data_parallel
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks of a replica."""
+        return self.job.world_size // self.job.data_parallel
+
+    @property
+    def forwarded_bytes(self) -> int:
+        """Bytes out of a replica's first rank: all but its own part, and a byte for each token of a
+        rank (`RecordedRouting.known`)."""
+        own = self.replica_bytes(self.job.sample_tokens) // self.ranks_per_replica
+        marks = self.job.num_responses * self.job.sample_tokens // self.job.data_parallel
+        marks //= self.job.parallel.tensor * self.job.parallel.context
+        return (own + marks) * (self.ranks_per_replica - 1)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds between rollout and training. What the engines send arrives while others
+        sample."""
+        rate = self.job.hardware.host_network
+        return self.sent_bytes / rate + self.forwarded_bytes / min(rate, SLICE_RATE)
+
+    @property
+    def formula(self) -> str:
+        """How the time follows from bytes and bandwidths, in words."""
+        return (
+            f"rl.routing_replay: {byte_quantity(self.sent_bytes)} out of the controller / "
+            "host_network + "
+            f"{byte_quantity(self.forwarded_bytes)} from a replica's first rank to "
+            f"{counted(self.ranks_per_replica - 1, 'other')}, which it cuts at "
+            f"{SLICE_RATE / 1e9:g} GB/s"
+        )
+
+    def host_bytes(self, rank: int) -> int:
+        """Return the most bytes on the host of a rank, the mean over the ranks of its node: the
+        first of a replica's are in the first pipeline stage, one of tensor x context ranks."""
+        longest = self.replica_bytes(self.job.longest_sample)
+        beside = self.job.parallel.tensor * self.job.parallel.context
+        beside = min(beside, self.job.hardware.gpus_per_node)
+        return longest // self.ranks_per_replica + (longest // beside if rank == 0 else 0)
+
+    def section(self) -> Section:
+        """Return where these bytes are, and how many."""
+        job, shape, rate = self.job, self.shape, self.job.hardware.host_network
+        layers, chosen = len(shape.moe_layers), f"{shape.topk} experts x {shape.index_bytes} B"
+        mean, longest = job.sample_tokens, job.longest_sample
+        checkpoint, kept = job.config.checkpoint, "checkpoint.every x checkpoint.keep"
+        steps = checkpoint.every * checkpoint.keep
+        if job.config.rl.keep_sample_log:
+            steps, kept = job.config.run.steps, "rl.keep_sample_log"
+        held = max(
+            sum(job.is_sparse_layer[n] for c in stage for n in c.layers) for stage in job.stages
+        )
+        own = job.split(self.replica_bytes(mean) / job.parallel.context) * held / layers
+        section = {
+            "routed experts": byte_quantity(
+                self.sent_bytes,
+                f"rl.routing_replay: {job.num_responses:,} samples x {mean:,} tokens x "
+                f"{counted(layers, 'layer')} x {chosen}, in files of the controller's TMPDIR",
+            ),
+            "at most": byte_quantity(
+                self.stored_bytes(longest),
+                f"the same with {longest:,} tokens each: room that TMPDIR needs",
+            ),
+            "into the controller": byte_quantity(
+                self.received_bytes,
+                f"from the engines, of all {shape.num_layers} layers: "
+                f"{self.received_bytes / rate:.3g} s "
+                "at host_network, while others sample",
+            ),
+            "into a replica": byte_quantity(
+                self.replica_bytes(mean),
+                f"those of its samples, 1 of {job.data_parallel}, to its first rank's host",
+            ),
+            "into another rank's host": byte_quantity(
+                self.forwarded_bytes // max(1, self.ranks_per_replica - 1),
+                f"from there its part, 1 of {self.ranks_per_replica}, and a byte a token",
+            ),
+            "on a trainer's GPU": byte_quantity(
+                round(own), f"its {counted(held, 'layer')} of the tokens that it routes, all step"
+            ),
+        }
+        if job.config.rl.sample_log:
+            section["in the sample log"] = byte_quantity(
+                self.sent_bytes * steps,
+                f"of {counted(steps, 'step')}, {kept}, on the run's disk",
+            )
+        return section
+
+
+def routing_replay_time(job: PlannedJob) -> Section:
+    """Return the seconds that a step waits for routed experts; {} without replay."""
+    if not uses_routing_replay(job):
+        return {}
+    traffic = RoutingReplayTraffic(job)
+    return {ROUTED: Quantity(traffic.seconds, "s", traffic.formula)}
+
+
+ROUTED = "routed experts"
+"""The part of a step, and the kind of host memory."""
+
+
+def routing_replay_host_bytes(job: PlannedJob, rank: int) -> dict[str, int]:
+    """Return the bytes of a pipeline rank's host while samples are loaded, all of the longest."""
+    return {ROUTED: RoutingReplayTraffic(job).host_bytes(rank)} if uses_routing_replay(job) else {}

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_r1.plan.between_phases import OFFLOADED, offload_disk
+from megatron_r1.plan.between_phases import OFFLOADED, ROUTED, offload_disk
 from megatron_r1.plan.communication import communication_section
 from megatron_r1.plan.counts import flops_section, parameter_section
 from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, unpaired_fraction
@@ -20,7 +20,6 @@ from megatron_r1.plan.memory import (
 from megatron_r1.plan.push import push_section, receive_buffer_bytes, reused_kv_cache_bytes
 from megatron_r1.plan.quantity import Quantity, Section, assumed_section, byte_quantity
 from megatron_r1.plan.rollout import exchange_section, samples_section, teacher_section
-from megatron_r1.plan.routing_replay import ROUTED
 from megatron_r1.plan.timing import StepTime, narrowing_section, time_section, with_range
 from megatron_r1.reporting.wording import counted
 

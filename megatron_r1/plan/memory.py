@@ -18,7 +18,11 @@ from megatron_r1.models.memory import (
     persistent_bytes,
     reference_bytes,
 )
-from megatron_r1.plan.between_phases import offloaded_bytes, offloaded_host_bytes
+from megatron_r1.plan.between_phases import (
+    offloaded_bytes,
+    offloaded_host_bytes,
+    routing_replay_host_bytes,
+)
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.expert_overlap import working_bytes
 from megatron_r1.plan.job import PlannedJob
@@ -30,7 +34,6 @@ from megatron_r1.plan.push import (
     receive_buffer_bytes,
 )
 from megatron_r1.plan.quantity import Quantity, Section, byte_quantity, round_number
-from megatron_r1.plan.routing_replay import routing_replay_host_bytes
 from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.reporting.wording import counted
 

@@ -11,13 +11,13 @@ from megatron_r1.engines.server.recipe_checks import check_ranks
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import load_config, read_hf_config
 from megatron_r1.models.memory import BYTES
+from megatron_r1.plan.between_phases import RoutingReplayTraffic, uses_routing_replay
 from megatron_r1.plan.communication import BACKENDS, NCCL, ExpertExchange, Links
 from megatron_r1.plan.counts import ModelCounts, decode_flops, forward_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.push import planned_engine_layout, pushes_fp8
 from megatron_r1.plan.quantity import Quantity, Section, byte_quantity, round_number
-from megatron_r1.plan.routing_replay import RoutingReplayTraffic, uses_routing_replay
 from megatron_r1.reporting.wording import counted
 
 ID = LOGPROB = 4

@@ -10,8 +10,10 @@ from functools import cache, cached_property, partial
 
 from megatron_r1.plan.between_phases import (
     OFFLOAD,
+    ROUTED,
     checkpoint_time,
     offload_time,
+    routing_replay_time,
     sleep_wake_time,
     weight_load_time,
 )
@@ -23,7 +25,6 @@ from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section
 from megatron_r1.plan.rollout import RolloutTime
-from megatron_r1.plan.routing_replay import ROUTED, routing_replay_time
 from megatron_r1.reporting.wording import counted
 
 MEASUREMENTS = {

@@ -22,7 +22,7 @@ from megatron_r1.models.hf_config import published_names, read_hf_config
 from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.counts import ModelCounts
 from tools.bench.host import ROOT
-from tools.gpu_check import calibration, verdict
+from tools.gpu_check import miniatures, verdict
 from tools.gpu_check.miniatures import device_kind, recipe_miniature, widen_config
 from tools.gpu_check.verdict import Failed, output_of
 
@@ -129,7 +129,7 @@ def evaluate(
 
 def check(out: Path) -> dict[str, Any]:
     """Time every engine, and write what follows."""
-    name = calibration.hardware_name()
+    name = miniatures.hardware_name()
     small = recipe_miniature(out / "decode", max_ranks=1).hf
     seconds: dict[Variant, float] = {}
     num_bytes: dict[Variant, int] = {}
@@ -143,7 +143,7 @@ def check(out: Path) -> dict[str, Any]:
     if device_kind() != "gpu":
         return figures
     values = evaluate(seconds, num_bytes, HARDWARE[name])
-    return figures | values | {"written": str(calibration.add_values(out, name, values))}
+    return figures | values | {"written": str(miniatures.add_values(out, name, values))}
 
 
 def _timed_apart(folder: Path) -> float:

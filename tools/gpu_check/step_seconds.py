@@ -26,7 +26,7 @@ from megatron_r1.rehearse import miniature
 from megatron_r1.rehearse.questions import write_examples
 from megatron_r1.reporting.run_folder import RunFolder
 from tools.bench.host import ROOT
-from tools.gpu_check import calibration, verdict
+from tools.gpu_check import miniatures, verdict
 from tools.gpu_check.miniatures import device_kind, widen_config, with_settings
 from tools.gpu_check.recipe import run
 from tools.gpu_check.verdict import Failed
@@ -137,7 +137,7 @@ def _load(job: PlannedJob, seconds: float) -> float:
 
 def check(case: str, out: Path) -> dict[str, Any]:
     """Run a case, and write the numbers that follow."""
-    name = calibration.hardware_name()
+    name = miniatures.hardware_name()
     folder = out / f"seconds-{case}"
     small = settings(case, folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -157,7 +157,7 @@ def check(case: str, out: Path) -> dict[str, Any]:
         values = fit_phases(list(RunFolder(str(ran)).read_metrics())[1:], text, job)
     if device_kind() != "gpu":
         return values
-    return values | {"written": str(calibration.add_values(out, name, values))}
+    return values | {"written": str(miniatures.add_values(out, name, values))}
 
 
 if __name__ == "__main__":

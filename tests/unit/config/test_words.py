@@ -8,8 +8,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.config import Config
-from megatron_r1.config.key_aliases import ALIASES, alias_table, find_aliases
-from megatron_r1.config.keys import dotted_keys
+from megatron_r1.config.keys import ALIASES, alias_table, dotted_keys, find_aliases
 from megatron_r1.config.recipe import parse
 
 DOCS = Path(__file__).parents[3] / "docs"

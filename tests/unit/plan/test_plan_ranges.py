@@ -8,10 +8,9 @@ from planned_jobs import RECIPE, ROOT, planned
 
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
-from megatron_r1.plan.between_phases import OFFLOAD
+from megatron_r1.plan.between_phases import OFFLOAD, ROUTED
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.routing_replay import ROUTED
 from megatron_r1.plan.timing import (
     MEASUREMENTS,
     PARTS,
@@ -19,7 +18,7 @@ from megatron_r1.plan.timing import (
     narrowing_section,
     time_section,
 )
-from tools.gpu_check import calibration
+from tools.gpu_check import miniatures
 from tools.gpu_check.checks import CHECKS
 
 
@@ -126,9 +125,9 @@ def test_engines_of_one_gpu_need_the_bandwidth_and_saves_that_block_the_storage(
 def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
     """The file that all three checks of seconds have written, as they write it."""
     values = {"decode_latency_per_layer": 1e-4, "bandwidth_efficiency": 0.6}
-    calibration.add_values(tmp_path, "H800", values)
-    calibration.add_values(tmp_path, "H800", {"compute_efficiency": 0.4})
-    file = calibration.add_values(
+    miniatures.add_values(tmp_path, "H800", values)
+    miniatures.add_values(tmp_path, "H800", {"compute_efficiency": 0.4})
+    file = miniatures.add_values(
         tmp_path, "H800", {"wake_seconds": 1.5, "tensor_load_seconds": 2e-4}
     )
     assert main([str(RECIPE)]) == main([str(RECIPE), "--calibrate", str(file)]) == 0
@@ -137,7 +136,7 @@ def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
     )
     wide, narrow = (int(high) / int(low) for low, high in (before, after))
     assert wide > 3.5 and narrow < 1.1
-    calibration.add_values(tmp_path, "H100", {"compute_efficiency": 0.4})
+    miniatures.add_values(tmp_path, "H100", {"compute_efficiency": 0.4})
     assert main([str(RECIPE), "--calibrate", str(file)]) == 2
     assert "H100" in capsys.readouterr().err
 

@@ -7,8 +7,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.cli import RECIPE_VERBS
-from megatron_r1.commands.rehearse import IMPLIED_SETTINGS, _check, _identity
-from megatron_r1.rehearse.jobs import jobs
+from megatron_r1.commands.rehearse import IMPLIED_SETTINGS, _check, _identity, jobs
 from megatron_r1.rehearse.settings import RehearsalConfig
 
 R1 = Path("examples/deepseek_r1")
