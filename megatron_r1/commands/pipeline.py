@@ -108,7 +108,7 @@ def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
 
 
 def _check_states(
-    config: PipelineConfig, plan: PipelinePlan, graph: Graph, chosen: list[str]
+    config: PipelineConfig, plan: PipelinePlan, graph: Graph, stage_names: list[str]
 ) -> None:
     """Raise UserError for stale stages without `pipeline.rerun`, and for `pipeline.only` with a
     stage that needs others first."""
@@ -126,16 +126,18 @@ def _check_states(
                 key="pipeline.only",
                 cause=Cause.MISSING,
             )
-    stale = {name: statuses[name] for name in chosen if statuses[name].state is StageState.STALE}
+    stale = {
+        name: statuses[name] for name in stage_names if statuses[name].state is StageState.STALE
+    }
     if stale and not config.rerun:
         raise UserError(stale_text(plan, stale), key="pipeline.rerun", cause=Cause.CHANGED)
 
 
-def _print_commands(plans: list[PipelinePlan], graph: Graph, chosen: list[str]) -> None:
+def _print_commands(plans: list[PipelinePlan], graph: Graph, stage_names: list[str]) -> None:
     """Print what would run, as shell commands, and write the recipes that they name. A stage that
     has begun keeps the ports of its served models."""
     for plan in plans:
-        for name in chosen:
+        for name in stage_names:
             stage = plan.stages[name]
             configs = {n: plan.server(server) for n, server in stage.config.serve.items()}
             begun = (manifest.read(plan.folder_of(name), manifest.BEGUN) or {}).get("ports", {})

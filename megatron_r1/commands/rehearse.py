@@ -106,7 +106,7 @@ def _identity(job: RehearsalJob, settings: RehearsalConfig) -> str:
 
 def _shrink(job: RehearsalJob, settings: RehearsalConfig, folder: Path) -> miniature.Miniature:
     hf = read_hf_config(job.config.model.path, None)
-    return miniature.make_miniature(job.config, hf, folder, settings.max_ranks, on=settings.on)
+    return miniature.make_miniature(job.config, hf, folder, settings.max_ranks, device=settings.on)
 
 
 def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
@@ -125,7 +125,7 @@ def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
         written = miniature.write(small, job.verb)
         ranks = "no" if job.verb == "sample" else small.config.parallel.processes
         print(f"{job.name}: {job.verb} with {ranks} trainer ranks in {folder}", flush=True)
-        rows = coverage.structure_rows(config, hf, small.config, job.verb, on=settings.on)
+        rows = coverage.structure_rows(config, hf, small.config, job.verb, device=settings.on)
         with model.serve_reward_models(small.config, small.hf, folder, job.verb) as addresses:
             run = (job.verb, written, small.config, addresses)
             shown = PhaseRunner(*run, settings.timeout_seconds, _announce).run()

@@ -151,9 +151,9 @@ class Assumptions:
     """Questions of a `sample` run without data.num_train; a guess."""
 
 
-def described_fields(part: object) -> dict[str, FieldInfo]:
+def described_fields(model: object) -> dict[str, FieldInfo]:
     """Return the named numbers of a part; a field's description is its docstring."""
-    fields: dict[str, Any] = type(part).__pydantic_fields__  # type: ignore[attr-defined]
+    fields: dict[str, Any] = type(model).__pydantic_fields__  # type: ignore[attr-defined]
     return {name: info for name, info in fields.items() if name != "name"}
 
 

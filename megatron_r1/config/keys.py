@@ -313,12 +313,12 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
             yield from dotted_keys(part, f"{key}{entry}.")
 
 
-def describe_keys(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> str:
+def describe_keys(models: Sequence[type[BaseModel]], names: Sequence[str] = ()) -> str:
     """Return a line such as `rl.group_size: 16   # responses per prompt` per key.
 
     Args:
         models: their sections have different names.
-        chosen: what to show; default: all. Sections or keys (`rl`, `sample.keep`), words of other
+        names: what to show; default: all. Sections or keys (`rl`, `sample.keep`), words of other
             libraries (`ALIASES`, each with a line of its own), or words that stand in a
             key's name or meaning.
 
@@ -331,14 +331,14 @@ def describe_keys(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ())
         for key, home in fields.items()
         for leaf in [key.rpartition(".")[2]]
     }
-    if not chosen:
+    if not names:
         return "\n".join(lines.values())
-    phrase = " ".join(chosen)
-    if len(chosen) > 1 and find_aliases(phrase):
-        chosen = [phrase]
+    phrase = " ".join(names)
+    if len(names) > 1 and find_aliases(phrase):
+        names = [phrase]
     rows: list[KeyAlias] = []
     shown: set[str] = set()
-    for name in chosen:
+    for name in names:
         matching = [key for key in lines if is_within(key, [name])]
         if not matching:
             found = find_aliases(name)

@@ -265,7 +265,7 @@ def from_tree(
     tree: dict[str, Any],
     origin: str,
     required: tuple[str, ...] = (),
-    given: Collection[str] = (),
+    overrides: Collection[str] = (),
 ) -> Config:
     """Build the configuration from a recipe's sections.
 
@@ -273,11 +273,11 @@ def from_tree(
         tree: sections and their values, as the recipe has them.
         origin: name of the recipe in errors.
         required: keys that must be set.
-        given: keys that the command line sets.
+        overrides: keys that the command line sets.
 
     Raises:
         UserError: the tree has mistakes; every one is named."""
-    config = parse(tree, origin, given)
+    config = parse(tree, origin, overrides)
     missing = [key for key in required if not attrgetter(key)(config)]
     if missing:
         remedy = "".join(REMEDIES.get(key, "") for key in missing)
@@ -299,13 +299,13 @@ def from_overrides(overrides: dict[str, Any]) -> Config:
     return parse(_with_overrides({}, overrides), "command line")
 
 
-def parse(tree: dict[str, Any], origin: str = "config", given: Collection[str] = ()) -> Config:
+def parse(tree: dict[str, Any], origin: str = "config", overrides: Collection[str] = ()) -> Config:
     """Build the typed configuration from nested sections.
 
     Args:
         tree: section → key → value.
         origin: where the settings are from, in front of messages.
-        given: keys that the command line sets.
+        overrides: keys that the command line sets.
 
     Raises:
         UserError: naming each wrong key, its value and the remedy.
@@ -314,7 +314,7 @@ def parse(tree: dict[str, Any], origin: str = "config", given: Collection[str] =
         return Config.model_validate(drop_removed_keys(tree))
     except ValidationError as failure:
         wrong = [".".join(map(str, error["loc"])) for error in failure.errors()]
-        if all(key and is_within(key, given) for key in wrong):
+        if all(key and is_within(key, overrides) for key in wrong):
             origin = "command line"
         raise recipe_error(failure, Config, known_keys(), origin) from None
 

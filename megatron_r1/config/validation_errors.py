@@ -68,7 +68,10 @@ CAUSES = {
 
 
 def recipe_error(
-    failure: ValidationError, root: type[BaseModel], known: Iterable[str] = (), origin: str = ""
+    failure: ValidationError,
+    root: type[BaseModel],
+    known_keys: Iterable[str] = (),
+    origin: str = "",
 ) -> UserError:
     """Return the error that names all mistakes of validating a `root`; key and cause are those of
     the first.
@@ -76,7 +79,7 @@ def recipe_error(
     Args:
         failure: pydantic's.
         root: the model that was validated.
-        known: as in `_explain`.
+        known_keys: as in `_explain`.
         origin: where the settings are from, in front of the message.
     """
     first = failure.errors()[0]
@@ -89,26 +92,30 @@ def recipe_error(
             key = f"{key}.{error.key}".removesuffix(".")
         cause = error.cause
     message = f"{origin}: " if origin else ""
-    return UserError(message + _explain(failure, root, known), key=key, cause=cause)
+    return UserError(message + _explain(failure, root, known_keys), key=key, cause=cause)
 
 
-def _explain(failure: ValidationError, root: type[BaseModel], known: Iterable[str] = ()) -> str:
+def _explain(
+    failure: ValidationError, root: type[BaseModel], known_keys: Iterable[str] = ()
+) -> str:
     """Return all errors of a validation.
 
     Args:
         failure: the validation's error.
         root: the model that was validated.
-        known: dotted keys to suggest for a key that stands in the wrong section."""
-    return "; ".join(_describe_mistake(error, root, known) for error in failure.errors())
+        known_keys: dotted keys to suggest for a key that stands in the wrong section."""
+    return "; ".join(_describe_mistake(error, root, known_keys) for error in failure.errors())
 
 
-def _describe_mistake(error: Mapping[str, Any], root: type[BaseModel], known: Iterable[str]) -> str:
+def _describe_mistake(
+    error: Mapping[str, Any], root: type[BaseModel], known_keys: Iterable[str]
+) -> str:
     location = error["loc"]
     key = ".".join(map(str, location))
     if error["type"] == "extra_forbidden" and key in REMOVED:
         return f"{key} was removed (it is {error.get('input')!r}): {REMOVED[key].remedy}"
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key}{_hint(location, root, known)}"
+        return f"unknown key {key}{_hint(location, root, known_keys)}"
     if error["type"] == "missing":
         return f"{key} must be set"
     if error["type"] == "value_error":
@@ -126,14 +133,14 @@ def _describe_mistake(error: Mapping[str, Any], root: type[BaseModel], known: It
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}{quote}"
 
 
-def _hint(location: tuple[str | int, ...], root: type[BaseModel], known: Iterable[str]) -> str:
+def _hint(location: tuple[str | int, ...], root: type[BaseModel], known_keys: Iterable[str]) -> str:
     """Return what an unknown key may mean: it is misspelt, or stands in the wrong section."""
     *parents, leaf = map(str, location)
     here = _keys_at(location[:-1], root)
     prefix = "".join(f"{parent}." for parent in parents).replace("{", "{{").replace("}", "}}")
     if near := did_you_mean(leaf, here, prefix + "{}"):
         return near
-    if elsewhere := [key for key in known if key.rpartition(".")[2] == leaf]:
+    if elsewhere := [key for key in known_keys if key.rpartition(".")[2] == leaf]:
         return f"; did you mean {elsewhere[0]}?"
     if other_words := find_aliases(leaf, exact=True):
         return f"; elsewhere {leaf} is what is {' and '.join(other_words[0].keys)} here"

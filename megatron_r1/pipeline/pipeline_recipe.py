@@ -242,14 +242,14 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineR
     return recipe
 
 
-def read_tree(path: Path, what: str = "recipe") -> dict[str, Any]:
+def read_tree(path: Path, source: str = "recipe") -> dict[str, Any]:
     """Read the sections of a YAML file in which references may stand; see `read_sections`.
 
     Raises:
         UserError: the file cannot be read, or is no mapping of sections.
     """
     try:
-        return unescape_references(read_sections(path, what, escape_references))
+        return unescape_references(read_sections(path, source, escape_references))
     except UserError as error:
         raise UserError(unescape_references(str(error)), key=error.key, cause=error.cause) from None
 

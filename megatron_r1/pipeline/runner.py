@@ -265,7 +265,7 @@ class Executor:
         self._plans = {plan.seed: plan for plan in plans}
         self._statuses = {plan.seed: all_statuses(plan, graph) for plan in plans}
 
-    def run(self, chosen: Sequence[str]) -> None:
+    def run(self, stage_names: Sequence[str]) -> None:
         """Run the chosen stages of every seed that are not done.
 
         Raises:
@@ -274,9 +274,9 @@ class Executor:
             KeyboardInterrupt: a signal asked to stop.
         """
         for seed, plan in self._plans.items():
-            print(f"{plan.folder} · {len(chosen)} stages · seed {seed}")
-            print("\n".join(status_lines(plan, chosen, self._statuses[seed])), flush=True)
-        tasks = [SeedStage(seed, name) for seed in self._plans for name in chosen]
+            print(f"{plan.folder} · {len(stage_names)} stages · seed {seed}")
+            print("\n".join(status_lines(plan, stage_names, self._statuses[seed])), flush=True)
+        tasks = [SeedStage(seed, name) for seed in self._plans for name in stage_names]
         upstream = self._graph.upstream
         needs = {
             task: [task._replace(stage=name) for name in upstream[task.stage]] for task in tasks

@@ -139,7 +139,9 @@ def _config_arguments(model: Path) -> list[str]:
     return config_arguments(load_config(model), None) if (model / "config.json").is_file() else []
 
 
-def choose_ports(configs: Mapping[str, ServeConfig], before: Mapping[str, int]) -> dict[str, int]:
+def choose_ports(
+    configs: Mapping[str, ServeConfig], previous_ports: Mapping[str, int]
+) -> dict[str, int]:
     """Return a port for each server: the one it had before, as a run that continues expects it.
 
     Raises:
@@ -147,7 +149,7 @@ def choose_ports(configs: Mapping[str, ServeConfig], before: Mapping[str, int]) 
     """
     ports: dict[str, int] = {}
     for name, config in configs.items():
-        port = before.get(name)
+        port = previous_ports.get(name)
         if port is None:
             port = free_port(config.host)
             while port in ports.values():

@@ -212,10 +212,10 @@ def names_a_file(key_path: str) -> bool:
     return is_named and section != "eval"
 
 
-def merge_settings(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested mappings key by key; `over` has precedence."""
-    joined = dict(under)
-    for key, value in over.items():
+def merge_settings(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings key by key; `override` has precedence."""
+    joined = dict(base)
+    for key, value in override.items():
         below = joined.get(key)
         is_section = isinstance(value, Mapping) and isinstance(below, Mapping)
         joined[key] = merge_settings(below or {}, value) if is_section else value

@@ -129,17 +129,17 @@ def stage_status(
 
 
 def status_lines(
-    plan: PipelinePlan, chosen: Sequence[str], statuses: Mapping[str, Status]
+    plan: PipelinePlan, stage_names: Sequence[str], statuses: Mapping[str, Status]
 ) -> list[str]:
     """Return a line per chosen stage (state, name, verb, time, first result), each followed by the
     reasons why it is stale or has failed.
 
     Args:
         plan: the stages of one seed.
-        chosen: the names of the stages, in the order of the lines.
+        stage_names: the names of the stages, in the order of the lines.
         statuses: the status of each stage, by name."""
     rows = []
-    for name in chosen:
+    for name in stage_names:
         stage, status = plan.stages[name], statuses[name]
         seconds = duration(status.seconds) if status.seconds is not None else ""
         failed = status.state is StageState.FAILED
@@ -151,7 +151,7 @@ def status_lines(
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
         lines += [f"  {reason}" for reason in statuses[row[1]].reason_lines]
-    if others := len(plan.stages) - len(chosen):
+    if others := len(plan.stages) - len(stage_names):
         lines.append(f"not asked for: {others} more")
     return lines
 

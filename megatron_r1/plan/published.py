@@ -102,7 +102,7 @@ class PublishedRun:
     def phases(self) -> list[Phase]:
         """Return the phases of the recipe with the run's options."""
         args, overrides = parse(shlex.split(self.options))
-        return schedule_phases(self.recipe, args, overrides, whole=self.number == "run")
+        return schedule_phases(self.recipe, args, overrides, all_phases=self.number == "run")
 
     def predicted(self, **values: float) -> float:
         """Return the plan's figure, with `values` in place of assumed numbers."""
@@ -128,7 +128,7 @@ def _mfu(times: StepTime) -> float:
 
 
 def schedule_phases(
-    recipe: Path, args: argparse.Namespace, overrides: dict, *, whole: bool = True
+    recipe: Path, args: argparse.Namespace, overrides: dict, *, all_phases: bool = True
 ) -> list[Phase]:
     """Return the phases of `rl.schedule`, or the first alone.
 
@@ -136,9 +136,9 @@ def schedule_phases(
         recipe: the recipe's file.
         args: the options of the command line.
         overrides: dotted settings in place of the recipe's.
-        whole: whether all phases are returned."""
+        all_phases: whether all phases are returned."""
     config = load_recipe(recipe, overrides)
-    starts = [step for step, _ in config.phases()] if whole else [1]
+    starts = [step for step, _ in config.phases()] if all_phases else [1]
     ends = [*starts[1:], config.run.steps + 1]
     phases = []
     for start, end in zip(starts, ends, strict=True):

@@ -134,15 +134,17 @@ def _needed_bytes(job: PlannedJob) -> int:
     return layout.engines * sum(one_engine)
 
 
-def receive_buffer_bytes(job: PlannedJob, on: Literal["host", "GPU"] | None = None) -> int:
+def receive_buffer_bytes(job: PlannedJob, memory: Literal["host", "GPU"] | None = None) -> int:
     """Return bytes of an engine rank's receive buffer.
 
     Args:
         job: the planned job.
-        on: the memory to count: 0 is returned if the transport's buffer is not there, or not
+        memory: the memory to count: 0 is returned if the transport's buffer is not there, or not
             between pushes. None counts it wherever it is.
     """
-    elsewhere = on is not None and (on != _receive_buffer_place(job) or reuses_kv_cache(job))
+    elsewhere = memory is not None and (
+        memory != _receive_buffer_place(job) or reuses_kv_cache(job)
+    )
     if elsewhere or not has_push(job):
         return 0
     return pushed_rank_bytes(job)

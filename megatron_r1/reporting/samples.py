@@ -76,16 +76,16 @@ class Samples:
     by_moment: list[tuple[str, list[Card]]] = field(default_factory=list)
 
 
-def choose_samples(read: Callable[[], Iterator[SampleLine]]) -> Samples | None:
+def choose_samples(read_samples: Callable[[], Iterator[SampleLine]]) -> Samples | None:
     """Return the samples to show, or None without any.
 
     Held-out questions that were asked at several steps are shown side by side; without them, the
     first samples of three training steps.
 
     Args:
-        read: returns a fresh pass over the samples; called twice."""
+        read_samples: returns a fresh pass over the samples; called twice."""
     steps: dict[str, set[int]] = {"eval": set(), "train": set()}
-    for sample in read():
+    for sample in read_samples():
         steps.setdefault(str(sample.get("split", "train")), set()).add(int(sample["step"]))
     split = "eval" if len(steps["eval"]) > 1 or not steps["train"] else "train"
     moments = sorted(steps[split])
@@ -94,7 +94,7 @@ def choose_samples(read: Callable[[], Iterator[SampleLine]]) -> Samples | None:
     if len(moments) > 3:
         moments = [moments[0], moments[len(moments) // 2], moments[-1]]
     by_step: dict[int, list[SampleLine]] = {step: [] for step in moments}
-    for sample in read():
+    for sample in read_samples():
         if sample.get("split", "train") == split and sample["step"] in by_step:
             by_step[sample["step"]].append(sample)
     if split == "eval" and len(moments) > 1:

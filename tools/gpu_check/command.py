@@ -165,16 +165,16 @@ def _nvidia_smi() -> list[str]:
     return (done.stdout or done.stderr).strip().splitlines()
 
 
-def page(about: dict[str, Any], outcomes: Sequence[runner.CheckOutcome]) -> str:
+def page(machine: dict[str, Any], outcomes: Sequence[runner.CheckOutcome]) -> str:
     """Return the page in Markdown: the machine, a row per check, and the output of what failed."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    is_null = any(NULL_GPU in gpu for gpu in about["gpus"])
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    is_null = any(NULL_GPU in gpu for gpu in machine["gpus"])
     lines = [
-        f"# GPU check, {about['date']}",
+        f"# GPU check, {machine['date']}",
         "",
-        f"`{about['command']}`; {'; '.join(about['gpus']) or 'no GPU'}; driver and clocks: "
-        f"{'; '.join(about['nvidia-smi'])}; CUDA {about['cuda']}; Python {about['python']}; "
-        f"{about['processor']}.",
+        f"`{machine['command']}`; {'; '.join(machine['gpus']) or 'no GPU'}; driver and clocks: "
+        f"{'; '.join(machine['nvidia-smi'])}; CUDA {machine['cuda']}; Python {machine['python']}; "
+        f"{machine['processor']}.",
         "",
         versions + ".",
         "",

@@ -118,8 +118,8 @@ def run_ranks(recipe: Path, folder: Path, ranks: int, **variables: str) -> str:
 
 
 def evaluate(
-    found: Mapping[str, Any],
-    wanted: Mapping[str, Any],
+    measured: Mapping[str, Any],
+    expected: Mapping[str, Any],
     backend: str,
     limits: Limits = BF16,
     why: str = "",
@@ -127,31 +127,31 @@ def evaluate(
     """Return the figures of a comparison.
 
     Args:
-        found: the results of `trainer_steps`.
-        wanted: the results of `trainer_steps`.
+        measured: the results of `trainer_steps`.
+        expected: the results of `trainer_steps`.
         backend: Transformer Engine's name of its attention.
         why: its reason not to take cuDNN's.
 
     Raises:
         Failed: a difference exceeds its limit, or attention was not a fused one.
     """
-    norm, exact = found["update"]["grad_norm"], wanted["update"]["grad_norm"]
+    norm, exact = measured["update"]["grad_norm"], expected["update"]["grad_norm"]
     figures = {
-        "logprob_diff": found["before"]["gap"],
-        "after an update": found["after"]["gap"],
-        "moved by it": found["after"]["moved"],
-        "cosine with the CPU's move": found["after"]["cosine"],
+        "logprob_diff": measured["before"]["gap"],
+        "after an update": measured["after"]["gap"],
+        "moved by it": measured["after"]["moved"],
+        "cosine with the CPU's move": measured["after"]["cosine"],
         "gradient norm, of the CPU's": norm / exact,
-        "attention": f"{found['parts']['attention']} {backend}".strip(),
+        "attention": f"{measured['parts']['attention']} {backend}".strip(),
     }
-    assert found["after"]["moved"] > 0.2, "the update moves nothing: there is nothing to compare"
-    if not found["before"]["gap"] <= limits.gap:
-        gap = found["before"]["gap"]
+    assert measured["after"]["moved"] > 0.2, "the update moves nothing: there is nothing to compare"
+    if not measured["before"]["gap"] <= limits.gap:
+        gap = measured["before"]["gap"]
         raise Failed(f"log-probabilities differ by {gap:.3g} nats, at most {limits.gap}", **figures)
     if not abs(norm / exact - 1) <= MAX_NORM:
         raise Failed(f"the gradients' norm is {norm:.4g}, on a CPU {exact:.4g}", **figures)
-    if not found["after"]["cosine"] >= limits.cosine:
-        cosine = found["after"]["cosine"]
+    if not measured["after"]["cosine"] >= limits.cosine:
+        cosine = measured["after"]["cosine"]
         raise Failed(f"an update goes elsewhere than on a CPU: cosine {cosine:.3g}", **figures)
     if UNFUSED in backend:
         because = f": {why}" if why else ""

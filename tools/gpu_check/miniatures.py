@@ -54,7 +54,7 @@ def recipe_miniature(
     config = load(RECIPE, changed)
     hf = read_hf_config(config.model.path, None)
     on = "gpu" if device_kind() == "cpu" else device_kind()
-    return miniature.make_miniature(config, hf, folder, max_ranks, on=on)
+    return miniature.make_miniature(config, hf, folder, max_ranks, device=on)
 
 
 def widen_config(hf: dict, small: dict, **sizes: int) -> dict:

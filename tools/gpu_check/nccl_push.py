@@ -21,24 +21,24 @@ ENGINES = 2
 ROUNDS = ("first", "middle", "last")
 
 
-def evaluate(seen: Mapping[str, Any]) -> dict[str, Any]:
+def evaluate(output: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures of what the program saw.
 
     Raises:
         Failed: an engine or a rank was lost, or an engine lacks the newest weights.
     """
-    figures = {"rounds of a push": seen["rounds"], "seconds of the pushes": seen.get("seconds")}
-    if seen["lost"] != [0] * len(ROUNDS):
+    figures = {"rounds of a push": output["rounds"], "seconds of the pushes": output.get("seconds")}
+    if output["lost"] != [0] * len(ROUNDS):
         raise Failed(
-            f"engines {seen['lost']} were lost, and {len(ROUNDS)} times engine 0 was killed"
+            f"engines {output['lost']} were lost, and {len(ROUNDS)} times engine 0 was killed"
         )
-    if seen["others"] != [True] * len(ROUNDS) * (ENGINES - 1):
+    if output["others"] != [True] * len(ROUNDS) * (ENGINES - 1):
         raise Failed(
             "another engine was restarted, or loaded weights of a push that broke", **figures
         )
-    if not seen["trainer"]:
+    if not output["trainer"]:
         raise Failed("a trainer rank did not survive the death of an engine", **figures)
-    if seen["current"] != [True] * ENGINES or seen["sets"] != [ENGINES]:
+    if output["current"] != [True] * ENGINES or output["sets"] != [ENGINES]:
         raise Failed("after the engine was replaced not all have the newest weights", **figures)
     return figures
 

@@ -137,14 +137,14 @@ def _engine_errors(folder: Path) -> list[str]:
 
 
 def evaluate(
-    lines: Sequence[Mapping[str, Any]], steps: int, used: UsedMemory, most_diff: float
+    lines: Sequence[Mapping[str, Any]], steps: int, used_memory: UsedMemory, most_diff: float
 ) -> dict[str, Any]:
     """Return the figures of a run.
 
     Args:
         lines: the lines of metrics.jsonl.
         steps: as many as there must be.
-        used: how much of a GPU's memory was in use.
+        used_memory: how much of a GPU's memory was in use.
 
     Raises:
         Failed: a step is missing, a metric exceeds its limits, or engines did not sleep.
@@ -154,8 +154,8 @@ def evaluate(
         "logprob_diff": last.get("logprob_diff/mean"),
         "push/probe_diff": last.get("push/probe_diff"),
         **{f"{part} seconds": last.get(f"time/{part}") for part in ("rollout", "train", "push")},
-        "GiB in use": round(used.most / 2**30, 2),
-        "engines woke": used.wakes - 1 if used.seen else None,
+        "GiB in use": round(used_memory.most / 2**30, 2),
+        "engines woke": used_memory.wakes - 1 if used_memory.seen else None,
     }
     if [line["step"] for line in lines] != list(range(1, steps + 1)):
         numbers = [line["step"] for line in lines]
@@ -170,7 +170,7 @@ def evaluate(
             raise Failed(f"{where}: {text} {diff:.3g} nats, at most {most_diff}", **figures)
         if line.get("push/probe_diff") is None:
             raise Failed(f"{where}: the push was not proven: no probe", **figures)
-    if used.seen and used.wakes < 2:
+    if used_memory.seen and used_memory.wakes < 2:
         raise Failed("engines keep their memory while they sleep", **figures)
     return figures
 

@@ -49,7 +49,7 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     path = ROOT / config.model.path
     hf = read_hf_config(str(path)) | {"num_nextn_predict_layers": 0}
     small = miniature.make_miniature(
-        config, hf, folder, 1, on="gpu" if device_kind() == "cpu" else device_kind()
+        config, hf, folder, 1, device="gpu" if device_kind() == "cpu" else device_kind()
     )
     one_stage = {"pipeline": 1, "virtual_pipeline": 1, "pipeline_layout": None}
     changed: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}, "parallel": one_stage}

@@ -125,11 +125,11 @@ def reference_steps(steps: Steps) -> dict[str, Any]:
     return {"before": before, "update": update, "after": steps.logprobs()}
 
 
-def compare_steps(steps: Steps, wanted: dict[str, Any]) -> dict[str, Any]:
+def compare_steps(steps: Steps, expected: dict[str, Any]) -> dict[str, Any]:
     """Return how they differ from it."""
     from megatron_r1.trainer.implementations import in_use
 
-    before, after = wanted["before"], wanted["after"]
+    before, after = expected["before"], expected["after"]
     steps.compute_logprobs(before, before)
     found: dict[str, Any] = {"before": steps.distances(), "update": steps.update()}
     steps.compute_logprobs(after, before)

@@ -82,41 +82,44 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
     return FoundCheckpoint(newest, path)
 
 
-def check_manifest(found: FoundCheckpoint, how: Verify, args: Namespace) -> None:
+def check_manifest(checkpoint: FoundCheckpoint, verify: Verify, args: Namespace) -> None:
     """Check the files of a checkpoint against its manifest.
 
     A run's newest checkpoint must have its manifest; a checkpoint that the command names itself may
     come from elsewhere, without one.
 
     Args:
-        found: the checkpoint.
-        how: what is compared.
+        checkpoint: the checkpoint.
+        verify: what is compared.
         args: the command line.
 
     Raises:
         UserError: with the damaged files and the remedy."""
-    if found.run is None and not (found.folder / finding.MANIFEST).is_file():
+    if checkpoint.run is None and not (checkpoint.folder / finding.MANIFEST).is_file():
         return
-    faults = finding.manifest_damage(found.folder, how)
+    faults = finding.manifest_damage(checkpoint.folder, verify)
     if not faults:
         return
-    damaged = f"{found.folder} is damaged: {'; '.join(faults[:5])}"
-    if found.run is None:
+    damaged = f"{checkpoint.folder} is damaged: {'; '.join(faults[:5])}"
+    if checkpoint.run is None:
         raise UserError(
             f"{damaged}; convert another checkpoint, or this one as it is with --checksums none",
             key="checkpoint",
             cause=Cause.MALFORMED,
         )
-    limit, every = finding.step_of(found.folder), finding.complete_checkpoints(found.folder.parent)
+    limit, every = (
+        finding.step_of(checkpoint.folder),
+        finding.complete_checkpoints(checkpoint.folder.parent),
+    )
     before = (folder for folder in every[::-1] if finding.step_of(folder) < limit)
-    older = next((folder for folder in before if not finding.manifest_damage(folder, how)), None)
+    older = next((folder for folder in before if not finding.manifest_damage(folder, verify)), None)
     if older is None:
         raise UserError(
-            f"{damaged}; {found.run} has no older one that is undamaged",
+            f"{damaged}; {checkpoint.run} has no older one that is undamaged",
             key="checkpoint",
             cause=Cause.MALFORMED,
         )
-    words = [str(older) if Path(word) == found.run else word for word in args.arguments]
+    words = [str(older) if Path(word) == checkpoint.run else word for word in args.arguments]
     raise UserError(
         f"{damaged}\nThe newest undamaged one is older, of step {finding.step_of(older)}. "
         f"To take that one:\n  {shlex.join(['megatron-r1', 'convert', *words])}",
@@ -161,16 +164,17 @@ def require_outside(out: Path, source: Path) -> None:
         )
 
 
-def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
+def find_hf_files(checkpoint: Path, hf_folder: Path | None) -> Path:
     """Return the folder with the config.json and tokenizer of a checkpoint's model.
 
-    It is `given`, or what from-hf left in the checkpoint, or model.path of the checkpoint's run.
+    It is `hf_folder`, or what from-hf left in the checkpoint, or model.path of the checkpoint's
+    run.
 
     Raises:
         UserError: none of them has a config.json.
     """
-    if given is not None:
-        return given
+    if hf_folder is not None:
+        return hf_folder
     if is_hf(checkpoint / HF_FILES):
         return checkpoint / HF_FILES
     resolved = checkpoint.resolve()

@@ -172,13 +172,13 @@ class Benchmark:
     options: Options = field(default_factory=dict)
     compares: bool = False
 
-    def with_defaults(self, name: str, given: Options) -> dict[str, Any]:
+    def with_defaults(self, name: str, options: Options) -> dict[str, Any]:
         """Return the value of each option of the benchmark: that of `options`, else its default.
 
         Raises:
             UserError: an unknown option.
         """
-        for option in given.keys() - self.options.keys():
+        for option in options.keys() - self.options.keys():
             known = f"it takes {', '.join(sorted(self.options))}" if self.options else "it has none"
             hint = did_you_mean(option, self.options) or f"; {known}"
             raise UserError(
@@ -186,7 +186,7 @@ class Benchmark:
                 key=f"options.{option}",
                 cause=Cause.UNKNOWN,
             )
-        return {**self.options, **given}
+        return {**self.options, **options}
 
 
 def to_prompts(questions: Iterable[Question], instruction: str) -> Iterator[Prompt]:

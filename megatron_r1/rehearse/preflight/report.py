@@ -56,7 +56,7 @@ def write_report(
     title: str,
     settings: PreflightConfig,
     facts: Sequence[RankFacts],
-    findings: Sequence[CheckResult],
+    results: Sequence[CheckResult],
 ) -> None:
     """Print the table and write the files that the settings name.
 
@@ -64,25 +64,25 @@ def write_report(
         title: the recipe's name.
         settings: the section `preflight`.
         facts: what each rank has measured, by rank.
-        findings: the results of the checks.
+        results: the results of the checks.
 
     Raises:
         UserError: the parent of a file to write is not a folder.
         RunError: a finding blocks the run."""
     table = Table("check", "measured", "expected", "", title=f"preflight of {title}")
-    for finding in findings:
-        table.add_row(finding.check, finding.measured, finding.expected, WORDS[finding.level])
+    for result in results:
+        table.add_row(result.check, result.measured, result.expected, WORDS[result.level])
     console = Console(width=140, highlight=False)
     console.print(table)
-    for finding in findings:
-        if finding.problem:
-            console.print(f"{finding.check}: {finding.problem}", soft_wrap=True, markup=False)
+    for result in results:
+        if result.problem:
+            console.print(f"{result.check}: {result.problem}", soft_wrap=True, markup=False)
     seconds = facts[0].seconds
     print(f"{sum(seconds.values()):.0f} s, the longest: {max(seconds, key=lambda s: seconds[s])}")
     if settings.output:
         content = {
             "recipe": title,
-            "findings": [asdict(finding) for finding in findings],
+            "findings": [asdict(result) for result in results],
             "ranks": [msgspec.to_builtins(each) for each in facts],
         }
         atomic_write(settings.output, json.dumps(content, indent=1) + "\n")
@@ -94,8 +94,8 @@ def write_report(
         rates = yaml.safe_dump(measured_rates(hardware_of(settings, facts), facts), sort_keys=False)
         path = atomic_write(settings.calibration, header + rates)
         print(f"{path}: for megatron-r1 plan --calibrate")
-    if blocking := [finding for finding in findings if finding.level == "block"]:
-        hosts = list(dict.fromkeys(host for finding in blocking for host in finding.hosts))
+    if blocking := [result for result in results if result.level == "block"]:
+        hosts = list(dict.fromkeys(host for result in blocking for host in result.hosts))
         raise RunError(
             f"preflight: {', '.join(dict.fromkeys(f.check for f in blocking))} would spoil the run"
             + (f"; replace or repair {', '.join(hosts)}" if hosts else "")

@@ -36,7 +36,7 @@ SUMS = [(f"{a} + {b}", a + b) for a in range(2, 8) for b in range(3, 8)]
 def here(tmp_path, monkeypatch):
     """A folder with a model, a CSV of sums with odd columns, and a machine without GPUs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(init, "this_machine", lambda: Machine(0, 16 * 2**30))
+    monkeypatch.setattr(init, "detect_machine", lambda: Machine(0, 16 * 2**30))
     model = tmp_path / "model"
     shutil.copytree(LAPTOP, model)
     vocabulary = len(json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]) + 8

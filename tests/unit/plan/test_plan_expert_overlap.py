@@ -55,7 +55,9 @@ def test_the_passes_that_run_alone_are_those_of_megatron_s_warm_up(
             p2p_communicator=communicator,
         )
     job = SimpleNamespace(
-        parallel=SimpleNamespace(pipeline=pipeline), virtual=virtual, slots=microbatches
+        parallel=SimpleNamespace(pipeline=pipeline),
+        num_model_chunks=virtual,
+        schedule_slots=microbatches,
     )
     assert unpaired_fraction(job, rank) == warmup / (virtual * microbatches)
 

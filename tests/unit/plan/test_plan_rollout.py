@@ -29,9 +29,9 @@ def test_each_gpu_holds_its_copies_of_experts_and_reads_those_that_have_tokens()
     layer, in 58 layers and the drafting MTP layer. A token goes to 8 of 384."""
     expert = 59 * 3 * 7168 * 2048 * 2
     plain, copied = (EngineMemory(planned(rollout__redundant_experts=n)) for n in (0, 128))
-    assert copied.weights == plain.weights + expert
+    assert copied.weight_bytes == plain.weight_bytes + expert
     assert str(rollout_section(copied)["weights"]) == "24.69 GiB"
-    assert plain.cache - copied.cache == expert
+    assert plain.cache_bytes - copied.cache_bytes == expert
     for engines, held in ((plain, 2), (copied, 3)):  # one sequence and its draft on 16 groups
         idle = held * expert * (1 - 8 / (128 * held)) ** 32
         assert RolloutTime(engines)._weights_read(1) == pytest.approx(engines.weight_bytes - idle)
@@ -62,7 +62,9 @@ def test_sampling_without_a_trainer_has_no_fp8_push():
     changed = {"push.fp8": True, "push.transport": "cuda_ipc"}
     config = configuration.load(RECIPE, BY_HAND | changed)
     engines = EngineMemory(PlannedJob(V3, config, 2048, HARDWARE["H800"], verb="sample"))
-    assert engines.weight_bytes == EngineMemory(planned()).weights and not engines.receive_buffer
+    assert (
+        engines.weight_bytes == EngineMemory(planned()).weight_bytes and not engines.receive_buffer
+    )
 
 
 def test_an_engine_that_takes_more_of_a_gpu_than_the_trainer_leaves_is_named():
@@ -71,7 +73,7 @@ def test_an_engine_that_takes_more_of_a_gpu_than_the_trainer_leaves_is_named():
     (problem,) = JobEstimate(planned(rollout__gpu_memory=0.9)).problems()
     assert problem.startswith("rollout.gpu_memory=0.9: ") and "0.77" in problem
     less = JobEstimate(planned(rollout__gpu_memory=0.5)).engines
-    assert less.cache == round(0.5 * HARDWARE["H800"].memory - 3 * GIB - less.weights)
+    assert less.cache_bytes == round(0.5 * HARDWARE["H800"].memory - 3 * GIB - less.weight_bytes)
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_the_seconds_of_a_layer_are_split_into_its_weights_and_the_rest():
 
 def test_engines_of_a_rank_s_share_have_v3_s_widths_and_a_layer_its_bytes(monkeypatch):
     """By hand: MLA of 16 heads, a shared expert, the router and 8 or 40 experts, in bf16."""
-    monkeypatch.setattr(decode_seconds, "place", lambda: "gpu")
+    monkeypatch.setattr(decode_seconds, "device_kind", lambda: "gpu")
     attention = 7168 * (1536 + 576) + 16 * (1536 * 192 + 512 * 256 + 128 * 7168)
     for variant in decode_seconds.VARIANTS:
         hf = decode_seconds.model(variant, {"vocab_size": 300})

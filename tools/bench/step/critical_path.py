@@ -207,32 +207,32 @@ def profile(folder: Path) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any], least: float = 0.002) -> str:
+def table(profile: dict[str, Any], min_seconds: float = 0.002) -> str:
     """Return a profile as text.
 
     Args:
-        found: the profile.
-        least: the share of a step below which shares are summed up by phase."""
-    seconds = found["seconds"]
+        profile: the profile.
+        min_seconds: the share of a step below which shares are summed up by phase."""
+    seconds = profile["seconds"]
     lines = [
-        f"mean of {found['steps']} steps, {1000 * seconds:.0f} ms each: "
+        f"mean of {profile['steps']} steps, {1000 * seconds:.0f} ms each: "
         "who is busy, and so what the others wait for (sums to the step)"
     ]
     phases: dict[str, list[dict]] = defaultdict(list)
-    for part in found["path"]:
+    for part in profile["path"]:
         phases[part["phase"]].append(part)
     sums = {phase: sum(part["seconds"] for part in parts) for phase, parts in phases.items()}
     for phase in sorted(sums, key=lambda phase: -sums[phase]):
         lines.append(_row(phase, sums[phase], seconds))
         small = 0.0
         for part in phases[phase]:
-            if part["seconds"] < least * seconds:
+            if part["seconds"] < min_seconds * seconds:
                 small += part["seconds"]
             else:
                 lines.append(_row("  " + part["busy"], part["seconds"], seconds))
         lines.append(_row("  all else", small, seconds))
     lines.append(f"{'':48}{'busy':>9}{'waiting':>9}{'CPU':>9}   ms a step")
-    for role, of in found["roles"].items():
+    for role, of in profile["roles"].items():
         name = role if of["number"] == 1 else f"{role}, {of['number']:.0f} processes"
         cells = (1000 * of[key] for key in ("busy", "waiting", "cpu"))
         lines.append(f"{name:48}" + "".join(f"{cell:9.1f}" for cell in cells))
