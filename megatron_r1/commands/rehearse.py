@@ -253,7 +253,7 @@ def jobs(
 
 def _model_path(plan: PipelinePlan, name: str, config: Config) -> str:
     """Return the model that the stage, or the stages before it, start from."""
-    path = plan.located(config.model.path)
+    path = plan.resolve_here(config.model.path)
     if match := REFERENCE.match(path):  # a stage, or a file of its folder
         name_of_earlier = match[1].partition(".")[0]
         earlier = plan.stages.get(name_of_earlier)
