@@ -29,7 +29,7 @@ from megatron_r1.plan.push import check_engines_and_push
 from megatron_r1.plan.quantity import Quantity, byte_quantity
 from megatron_r1.plan.search import FittingLayout, fastest, nearest, nearest_sizes
 from megatron_r1.plan.timing import sum_quantities, total_hours
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 
 FITS, UNFIT, REFUSED = range(3)
 VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}
@@ -282,18 +282,19 @@ def _title(estimate: JobEstimate) -> str:
             f"{job.num_model_chunks}, "
             f"context {parallel.context}, expert {parallel.expert} x {parallel.expert_tensor}, "
             f"data {job.data_parallel}; "
-            f"{counted(job.num_microbatches, 'micro-batch')} an optimizer step"
+            f"{format_count(job.num_microbatches, 'micro-batch')} an optimizer step"
         )
     if job.generates:
         where = "the same GPUs, in turn"
         if job.rollout_gpus or not job.trains:
             where = "GPUs of their own"
-        engines = counted(job.config.rollout.engines, "engine")
-        lines.append(f"{engines} of {counted(job.engine_gpus, 'GPU')}, on {where}")
+        engines = format_count(job.config.rollout.engines, "engine")
+        lines.append(f"{engines} of {format_count(job.engine_gpus, 'GPU')}, on {where}")
         if job.trains and not job.rollout_gpus and not job.config.rollout.colocated:
             lines.append(_not_colocated(job))
     lines.append(
-        f"assumed: responses of {counted(job.response_tokens, 'token')} on average, prompts of "
+        f"assumed: responses of {format_count(job.response_tokens, 'token')} on average, prompts "
+        "of "
         f"{job.assumptions.prompt_tokens:,}; rates and efficiencies: last section"
     )
     return "\n".join(lines)

@@ -46,7 +46,7 @@ from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.supported import check_divisions
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.from_recipe import check_pushes
-from megatron_r1.reporting.wording import counted, percent, printable, shorten_middle
+from megatron_r1.reporting.wording import format_count, format_percent, printable, shorten_middle
 
 VLLM_FRACTION = 0.92
 """vLLM's default of --gpu-memory-utilization (config/cache.py)."""
@@ -141,7 +141,8 @@ def _load_prompts(config: Config, text: PromptText) -> PromptSplit:
     if prompts.contradictions and config.data.task is None:
         kept, other = prompts.contradictions[0]
         print(
-            f"{config.data.path}: {counted(len(prompts.contradictions), 'row')} left out, whose "
+            f"{config.data.path}: {format_count(len(prompts.contradictions), 'row')} left out, "
+            "whose "
             f"question has another truth before: {shorten(kept.question)!r} has "
             f"{shorten(repr(kept.truth))}, which counts, and {shorten(repr(other.truth))}",
             file=sys.stderr,
@@ -176,7 +177,7 @@ def _describe_rows(prompts: PromptSplit, text: PromptText) -> list[str]:
     ids = text.encode(example.question, example.before)
     shown = printable(shorten_middle(text.render(example.question, example.before), 600), True)
     lines += [
-        f"  {counted(sum(kept), 'question')}: {kept[0]:,} to train on, {kept[1]:,} held out",
+        f"  {format_count(sum(kept), 'question')}: {kept[0]:,} to train on, {kept[1]:,} held out",
         f"  the first, {example.location}, as its {len(ids):,} tokens ({_ids(ids)}):",
         *(f"  | {line}" for line in shown.split("\n")),
         f"  truth: {printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
@@ -213,7 +214,7 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
         first = padded[0]
         verb = "begins or ends" if len(padded) == 1 else "begin or end"
         print(
-            f"{source}: {counted(len(padded), 'truth')} {verb} with a space, which "
+            f"{source}: {format_count(len(padded), 'truth')} {verb} with a space, which "
             f"{first.kind} gets with it: {shorten(first.question)!r} has "
             f"{shorten(repr(first.truth))}",
             file=sys.stderr,
@@ -268,7 +269,9 @@ def describe_kind_weights(config: Config, prompts: list[Prompt]) -> list[str]:
                 f"{error}, from step {step}", key=error.key, cause=error.cause
             ) from None
         sizes = {kind: fractions[kind] * count for kind, count in counts.most_common()}
-        parts = (f"{percent(size / sum(sizes.values()))} {kind}" for kind, size in sizes.items())
+        parts = (
+            f"{format_percent(size / sum(sizes.values()))} {kind}" for kind, size in sizes.items()
+        )
         lines.append(f"from step {step}: {', '.join(parts)}")
     by_weight = any(phase.rl.kind_weights for _, phase in config.phases())
     return lines if by_weight else []

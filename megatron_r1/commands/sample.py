@@ -29,7 +29,7 @@ from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
 from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
 from megatron_r1.sample.filters import NAMES, PooledFilters, active_filters, check_filters
 from megatron_r1.sample.judge import PreferencePairs, ResponseJudge, SafetyLabels, make_judge
@@ -292,7 +292,7 @@ def _filtered(counts: DecisionCounts) -> str:
     if name is None:
         return ""
     return (
-        f"The filter {name} drops {counted(counts.decisions[name], 'response')} that would be "
+        f"The filter {name} drops {format_count(counts.decisions[name], 'response')} that would be "
         f"kept: sample.filters.{name}: false keeps them. "
     )
 

@@ -36,7 +36,7 @@ from megatron_r1.base.processes.stopping import read_when_ready
 from megatron_r1.commands import score_audit
 from megatron_r1.config import Config
 from megatron_r1.data.table_files import describe_json_error
-from megatron_r1.reporting.wording import duration
+from megatron_r1.reporting.wording import format_duration
 
 ARGUMENTS = ("IN.jsonl", "OUT.jsonl")
 SETTINGS = ("rewards", "data.kind")
@@ -191,7 +191,7 @@ class _Scoring:
             f"{kind} {total / count:.3f} ({count:,})"
             for kind, (total, count) in sorted(self._rewards.items())
         ]
-        seconds = duration(time.perf_counter() - self._start)
+        seconds = format_duration(time.perf_counter() - self._start)
         line = f"score: {', '.join(parts)}; mean reward {', '.join(means) or '-'}; {seconds}"
         if self.num_ungraded:
             line += f"\nscore: the first that could not: {self.first_ungraded}"

@@ -44,7 +44,7 @@ from megatron_r1.evaluation.voting import (
 )
 from megatron_r1.reporting.plots import render_page
 from megatron_r1.reporting.samples import conversation
-from megatron_r1.reporting.wording import number, percent, printable, shorten_middle
+from megatron_r1.reporting.wording import format_number, format_percent, printable, shorten_middle
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def print_table(summaries: Sequence[Summary]) -> None:
                 for n in names
             ),
             format_estimate("length", metrics["length"]) if "length" in metrics else "–",
-            percent(metrics["truncated"].value),
+            format_percent(metrics["truncated"].value),
             f"{counts['ungraded']:,}",
         )
     console = Console()
@@ -303,7 +303,7 @@ def format_estimate(metric: str, estimate: Estimate, name: bool = False) -> str:
         estimate: its value.
         name: whether "@k: " of "pass@k" stands in front, or "wins: " and "at equal length: "."""
     is_length = metric == "length"
-    value = number(estimate.value) if is_length else percent(estimate.value)
+    value = format_number(estimate.value) if is_length else format_percent(estimate.value)
     prefix = WIN_RATES.get(metric) or f"@{metric.partition('@')[2]}: " if name else ""
     if estimate.low is None or estimate.high is None:
         return prefix + value

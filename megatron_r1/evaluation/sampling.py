@@ -17,7 +17,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet, prompt_digest
 from megatron_r1.evaluation.response import Policy, PromptKey, ResponseLog, TextResponse
-from megatron_r1.reporting.wording import duration
+from megatron_r1.reporting.wording import format_duration
 
 NUM_PROGRESS_LINES = 4
 REFRESH_SECONDS = 0.2
@@ -42,7 +42,9 @@ class SamplingProgress:
         self._next = reached + (REFRESH_SECONDS if self._is_terminal else 1)
         line = f"{done:,} of {total:,} samples graded"
         if first < done < total:
-            line += f", about {duration((now - began) / (done - first) * (total - done))} to go"
+            line += (
+                f", about {format_duration((now - began) / (done - first) * (total - done))} to go"
+            )
         if self._is_terminal:
             print(f"\r\x1b[2K{line}", end="\n" if done == total else "", flush=True)
         else:

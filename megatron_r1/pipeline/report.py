@@ -20,7 +20,7 @@ from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.status import StageState, Status, all_statuses
 from megatron_r1.reporting.plots import Curve, curve_plot, render_page
 from megatron_r1.reporting.report import Plot
-from megatron_r1.reporting.wording import duration, finite, printable
+from megatron_r1.reporting.wording import finite_metric, format_duration, printable
 
 # A stage of several seeds is shown in the first of these states that one of them has.
 BY_PROGRESS = [
@@ -78,7 +78,7 @@ def write_report(
     atomic_write(root / "report.json", text + "\n")
     runs = [run for stage in report["stages"].values() for run in stage["by_seed"].values()]
     stages_done = f"{sum(run['state'] == StageState.DONE for run in runs)} of {len(runs)}"
-    time_spent = duration(sum(run["seconds"] or 0.0 for run in runs))
+    time_spent = format_duration(sum(run["seconds"] or 0.0 for run in runs))
     shared = {"title": printable(report["title"]), "table": _table(report)}
     markdown = render_page(
         "pipeline/templates/report.md.jinja",
@@ -193,7 +193,7 @@ def _drawing(report: Mapping[str, Any], graph: Graph) -> str:
         states = {run["state"] for run in runs}
         state = next((str(s) for s in BY_PROGRESS if str(s) in states), str(StageState.DONE))
         seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
-        mean = duration(sum(seconds) / len(seconds)) if seconds else ""
+        mean = format_duration(sum(seconds) / len(seconds)) if seconds else ""
         second = " · ".join(filter(None, [stage["verb"], state, mean]))
         boxes[name] = Box(state, stage["title"], second)
     return graph_svg(boxes, graph.upstream, graph.depths())
@@ -265,7 +265,9 @@ def heldout_points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
     if len(runs) == 1:
         lines, name = {line["step"]: line for line in runs[0]}, key.removeprefix("eval/")
         low, high = (
-            np.array([finite(lines[step], f"interval/{name}/{end}") for step in by_step], float)
+            np.array(
+                [finite_metric(lines[step], f"interval/{name}/{end}") for step in by_step], float
+            )
             for end in ("low", "high")
         )  # None becomes NaN
     else:
@@ -286,7 +288,7 @@ def _by_step(runs: Sequence[Lines], key: str) -> dict[int, list[float]]:
     by_step: dict[int, list[float]] = {}
     for run in runs:
         for line in run:
-            if (value := finite(line, key)) is not None:
+            if (value := finite_metric(line, key)) is not None:
                 by_step.setdefault(int(line["step"]), []).append(value)
     return dict(sorted(by_step.items()))
 

@@ -32,7 +32,7 @@ from megatron_r1.pipeline.status import (
     status_lines,
 )
 from megatron_r1.reporting.run_folder import is_locked
-from megatron_r1.reporting.wording import duration
+from megatron_r1.reporting.wording import format_duration
 
 POLL_SECONDS = 0.1
 LOCK_SECONDS = 30.0
@@ -322,7 +322,7 @@ class Executor:
             ) from None
         statuses[name] = stage_status(plan, stage, above)
         result = headline(read_results(plan.folder_of(name)))
-        took = duration(statuses[name].seconds or 0.0)
+        took = format_duration(statuses[name].seconds or 0.0)
         _print(f"{title} is {statuses[name].state} after {took}{f': {result}' if result else ''}")
 
     def _name(self, task: SeedStage) -> str:

@@ -12,7 +12,7 @@ from megatron_r1.pipeline import manifest as fingerprint
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.results import headline, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
-from megatron_r1.reporting.wording import duration, printable
+from megatron_r1.reporting.wording import format_duration, printable
 
 
 class StageState(enum.StrEnum):
@@ -141,7 +141,7 @@ def status_lines(
     rows = []
     for name in stage_names:
         stage, status = plan.stages[name], statuses[name]
-        seconds = duration(status.seconds) if status.seconds is not None else ""
+        seconds = format_duration(status.seconds) if status.seconds is not None else ""
         failed = status.state is StageState.FAILED
         result = "" if failed else headline(read_results(plan.folder_of(name)))
         rows.append([str(status.state), name, stage.config.verb, seconds, result])

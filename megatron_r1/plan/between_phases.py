@@ -32,7 +32,7 @@ from megatron_r1.plan.push import drafts_with_mtp, planned_engine_layout, planne
 from megatron_r1.plan.quantity import Quantity, Section, byte_quantity
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 
 OFFLOADED = "offloaded while engines sample"
 """The kind of host memory."""
@@ -231,7 +231,7 @@ class RoutingReplayTraffic:
             f"rl.routing_replay: {byte_quantity(self.sent_bytes)} out of the controller / "
             "host_network + "
             f"{byte_quantity(self.forwarded_bytes)} from a replica's first rank to "
-            f"{counted(self.ranks_per_replica - 1, 'other')}, which it cuts at "
+            f"{format_count(self.ranks_per_replica - 1, 'other')}, which it cuts at "
             f"{SLICE_RATE / 1e9:g} GB/s"
         )
 
@@ -260,7 +260,7 @@ class RoutingReplayTraffic:
             "routed experts": byte_quantity(
                 self.sent_bytes,
                 f"rl.routing_replay: {job.num_responses:,} samples x {mean:,} tokens x "
-                f"{counted(layers, 'layer')} x {chosen}, in files of the controller's TMPDIR",
+                f"{format_count(layers, 'layer')} x {chosen}, in files of the controller's TMPDIR",
             ),
             "at most": byte_quantity(
                 self.stored_bytes(longest),
@@ -281,13 +281,14 @@ class RoutingReplayTraffic:
                 f"from there its part, 1 of {self.ranks_per_replica}, and a byte a token",
             ),
             "on a trainer's GPU": byte_quantity(
-                round(own), f"its {counted(held, 'layer')} of the tokens that it routes, all step"
+                round(own),
+                f"its {format_count(held, 'layer')} of the tokens that it routes, all step",
             ),
         }
         if job.config.rl.sample_log:
             section["in the sample log"] = byte_quantity(
                 self.sent_bytes * steps,
-                f"of {counted(steps, 'step')}, {kept}, on the run's disk",
+                f"of {format_count(steps, 'step')}, {kept}, on the run's disk",
             )
         return section
 

@@ -23,7 +23,7 @@ from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import has_push
 from megatron_r1.plan.quantity import RELATIVE_TO
 from megatron_r1.plan.timing import time_section
-from megatron_r1.reporting.wording import counted, finite
+from megatron_r1.reporting.wording import finite_metric, format_count
 
 BISECTIONS = 60
 LIMITS = (1e-12, 1.0)
@@ -51,7 +51,7 @@ def calibrate_from(folder: Path, file: Path, args: argparse.Namespace, overrides
             cause=Cause.EMPTY,
         )
     hardware = measured.job.hardware.name
-    steps = f"{counted(len(measured.lines), 'step')} of {folder}"
+    steps = f"{format_count(len(measured.lines), 'step')} of {folder}"
     title = f"# From {steps}. Shares are of the rates of {hardware}.\n"
     text = yaml.safe_dump({RELATIVE_TO: hardware, **values}, sort_keys=False)
     try:
@@ -102,7 +102,7 @@ class RunCalibration:
             self._solve("push_efficiency", "time/push", "push")
 
     def _median(self, key: str) -> float | None:
-        found = [value for line in self.lines if (value := finite(line, key)) is not None]
+        found = [value for line in self.lines if (value := finite_metric(line, key)) is not None]
         return median(found) if found else None
 
     def _lengths(self) -> None:

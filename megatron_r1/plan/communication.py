@@ -20,7 +20,7 @@ from megatron_r1.models.memory import BYTES, Counts
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Section, byte_quantity
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 
 VALUE = BYTES["bfloat16"]
 """Bytes of an activation that is sent."""
@@ -75,7 +75,7 @@ def _tensor(job: PlannedJob, layers: int) -> AxisTraffic:
     backward = layers * (2 * gathered + scattered) * whole * VALUE * fraction
     again = forward if job.parallel.recompute == "full" else 0
     formula = (
-        f"{counted(layers, 'layer')} x (gather {gathered} + scatter {scattered} values) x "
+        f"{format_count(layers, 'layer')} x (gather {gathered} + scatter {scattered} values) x "
         f"{whole:,.0f} tokens x {VALUE} B x {fraction:.2f}, backward with the gathers once more"
     )
     return AxisTraffic(size, size, formula, forward + backward + again, forward)
@@ -89,8 +89,8 @@ def _context(job: PlannedJob, layers: int) -> AxisTraffic:
     forward = layers * values * whole * (size - 1) * VALUE
     again = job.parallel.recompute == "full"
     formula = (
-        f"{counted(layers, 'layer')} x {values:,.0f} key and value features x {whole:,.0f} "
-        f"tokens x {counted(size - 1, 'other rank')} x {VALUE} B; backward: again, and their "
+        f"{format_count(layers, 'layer')} x {values:,.0f} key and value features x {whole:,.0f} "
+        f"tokens x {format_count(size - 1, 'other rank')} x {VALUE} B; backward: again, and their "
         "gradients"
     )
     return AxisTraffic(size, size * job.parallel.tensor, formula, (3 + again) * forward, forward)
@@ -112,7 +112,7 @@ def _expert(job: PlannedJob, sparse: int) -> AxisTraffic | None:
     recomputed = parallel.recompute == "selective" and "moe" in parallel.recompute_modules
     times = 6 if parallel.recompute == "full" or recomputed else 4
     formula = (
-        f"{counted(sparse, 'layer')} x {copies:.3g} {what} x {split:,.0f} tokens x "
+        f"{format_count(sparse, 'layer')} x {copies:.3g} {what} x {split:,.0f} tokens x "
         f"{job.hf['hidden_size']} x {VALUE} B x {(size - 1) / size:.2f} x imbalance "
         f"{job.assumptions.expert_imbalance}, out and back, {times} times"
     )
@@ -124,7 +124,7 @@ def _pipeline(job: PlannedJob) -> AxisTraffic:
     once = split * job.hf["hidden_size"] * VALUE * job.num_model_chunks
     formula = (
         f"{split:,.0f} tokens x {job.hf['hidden_size']} x {VALUE} B x "
-        f"{counted(job.num_model_chunks, 'chunk')}, states forward and gradients backward"
+        f"{format_count(job.num_model_chunks, 'chunk')}, states forward and gradients backward"
     )
     return AxisTraffic(job.parallel.pipeline, job.world_size, formula, 2 * once, once)
 
@@ -146,7 +146,7 @@ def communication_section(job: PlannedJob, rank: int) -> Section:
     return {
         f"{name} ({group.size} ranks)": byte_quantity(
             group.microbatch * job.num_microbatches + group.step,
-            (f"{counted(job.num_microbatches, 'micro-batch')} x " if group.microbatch else "")
+            (f"{format_count(job.num_microbatches, 'micro-batch')} x " if group.microbatch else "")
             + group.formula,
         )
         for name, group in traffic_by_axis(job, rank).items()

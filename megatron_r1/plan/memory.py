@@ -35,7 +35,7 @@ from megatron_r1.plan.push import (
 )
 from megatron_r1.plan.quantity import Quantity, Section, byte_quantity, round_number
 from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 
 
 @dataclass(frozen=True)
@@ -399,7 +399,8 @@ def rollout_section(engines: EngineMemory) -> Section:
     return most | {
         "weights": byte_quantity(
             engines.weight_bytes,
-            f"its part of every tensor: attention over {counted(engines.tensor, 'GPU')}, routed "
+            f"its part of every tensor: attention over {format_count(engines.tensor, 'GPU')}, "
+            "routed "
             f"experts{f' and {copies} copies of a layer' * bool(copies)} over {job.engine_gpus}; "
             "norms, routers, latent down-projections whole"
             + (", shared experts too" if engines.whole_shared else "")
@@ -421,7 +422,8 @@ def rollout_section(engines: EngineMemory) -> Section:
         "sequences at once": Quantity(
             round(engines.mean_concurrency, 2),
             "",
-            f"on {counted(engines.tensor, 'GPU')}; least of cache, rollout.max_num_seqs and its "
+            f"on {format_count(engines.tensor, 'GPU')}; least of cache, rollout.max_num_seqs and "
+            "its "
             f"{round_number(engines.sequences)} of the rollout",
         ),
     }

@@ -23,7 +23,7 @@ from megatron_r1.push.plan.from_recipe import check_drafter, engine_layout, shar
 from megatron_r1.push.plan.rounds import ENTRY_BYTES, planned_order
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.push.transports import RELAYED_BYTES, ROUNDS_AHEAD
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 
 ADAPTERS = "both factors of every adapter of its stage, whole (push.adapter_only)"
 
@@ -198,7 +198,7 @@ def push_section(job: PlannedJob) -> Section:
     written = form
     if form == "FP8":
         written = f"FP8, 1 B + 4 B / 128 x 128, what is no projection in {job.config.rollout.dtype}"
-    into, out, gpus = max(received), max(links.sent), counted(engines.num_ranks, "GPU")
+    into, out, gpus = max(received), max(links.sent), format_count(engines.num_ranks, "GPU")
     total, busiest = sum(received) * engines.engines, into * len(received) / sum(received)
     section = {
         "into an engine GPU": byte_quantity(
@@ -217,7 +217,7 @@ def push_section(job: PlannedJob) -> Section:
         "out of a trainer rank": byte_quantity(
             out,
             f"the busiest, {links.busiest_sender:.2f} x the average of {grid.world_size}; once per "
-            f"set of {counted(links.num_engines, 'engine')}, which pass it on",
+            f"set of {format_count(links.num_engines, 'engine')}, which pass it on",
         ),
     }
     if not _is_one_node(job):
@@ -299,7 +299,7 @@ def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Q
     return Quantity(
         round_seconds(order, rate, job.assumptions),
         "s",
-        f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
+        f"{format_count(order.num_entry_rounds, 'round')} in which weights enter engines, and "
         f"{order.num_relay_rounds:,} in which these pass them on: of a bucket each way "
         f"through every {link}",
     )

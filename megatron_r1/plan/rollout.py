@@ -18,7 +18,7 @@ from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.push import planned_engine_layout, pushes_fp8
 from megatron_r1.plan.quantity import Quantity, Section, byte_quantity, round_number
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 
 ID = LOGPROB = 4
 """Bytes of a token's id and of its log-probability in trainer/training_sample.py."""
@@ -189,7 +189,7 @@ class RolloutTime:
             several = f" ({engines.rollouts_in_flight} rollouts in flight)"
         text = (
             f"prefill {first:.2g} s + the longer of: {round_number(engines.sequences)} x "
-            f"{counted(mean, 'token')} on {counted(engines.tensor, 'GPU')}, "
+            f"{format_count(mean, 'token')} on {format_count(engines.tensor, 'GPU')}, "
             f"{round_number(together)} at once{several}, "
             f"{round_number(self.step_seconds(together) * 1e3)} "
             f"ms a token: {round_number(throughput - first)} s; one response of {longest:,}, the "
@@ -227,7 +227,8 @@ def exchange_section(rollout: RolloutTime) -> Section:
             "s",
             f"{round_number(together * (1 + engines.num_draft_tokens) / engines.tensor)} tokens a "
             "GPU to "
-            f"{rollout.experts.topk} experts on {counted(rollout.experts.ranks, 'GPU')} and back"
+            f"{rollout.experts.topk} experts on {format_count(rollout.experts.ranks, 'GPU')} and "
+            "back"
             f"{used}; {EXCHANGE_SOURCES[backend]}",
         )
     section["sums over tensor ranks"] = Quantity(
@@ -235,7 +236,7 @@ def exchange_section(rollout: RolloutTime) -> Section:
         - (sum(job.is_sparse_layer) + engines.num_draft_tokens * (engines.mtp_layers > 0))
         * rollout.layer_exchange(together, rollout.backend),
         "s",
-        f"of a pass: 2 a layer over {counted(engines.tensor, 'GPU')}, NCCL's own model",
+        f"of a pass: 2 a layer over {format_count(engines.tensor, 'GPU')}, NCCL's own model",
     )
     return section
 
@@ -265,7 +266,7 @@ def samples_section(job: PlannedJob) -> Section:
         section["routed experts"] = byte_quantity(
             job.num_responses * (prompt + response) * shape.token_bytes,
             f"with rl.routing_replay: {job.num_responses:,} samples x {prompt + response:,} tokens "
-            f"x {counted(len(shape.moe_layers), 'layer')} x {shape.topk} experts x "
+            f"x {format_count(len(shape.moe_layers), 'layer')} x {shape.topk} experts x "
             f"{shape.index_bytes} B",
         )
     return section
@@ -292,12 +293,13 @@ def teacher_section(job: PlannedJob) -> Section:
     flops = forward_flops(hf, job.sample_tokens)
     seconds = tokens * flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)
     scoring = (
-        f"{tokens:,} tokens x {flops:.2e} FLOP on {counted(gpus, 'GPU')}; while the students' "
+        f"{tokens:,} tokens x {flops:.2e} FLOP on {format_count(gpus, 'GPU')}; while the students' "
         "other answers are sampled"
     )
     return {
         "weights": byte_quantity(
-            total * value / split, f"{total:,} x {value} B / {counted(split, 'GPU')} of an engine"
+            total * value / split,
+            f"{total:,} x {value} B / {format_count(split, 'GPU')} of an engine",
         ),
         "logits": byte_quantity(
             2 * teacher.tokens_at_once * hf["vocab_size"] * LOGITS,

@@ -25,7 +25,7 @@ from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section
 from megatron_r1.plan.rollout import RolloutTime
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 
 MEASUREMENTS = {
     "rollout": "seconds of a decoding pass",
@@ -357,17 +357,17 @@ def _training(times: StepTime) -> Section:
     job, count, rank = times.job, times.job.num_microbatches, times.busiest
     update = times.optimizer_step()
     step = (
-        f"{counted(count, 'micro-batch')} x ({times.compute(rank, True):.2g} s compute + "
+        f"{format_count(count, 'micro-batch')} x ({times.compute(rank, True):.2g} s compute + "
         f"{times.exposed(rank, True):.2g} s communication + {times.pipeline_stall(True):.2g} s "
         "hops) / "
         "(1 - bubble)"
     )
     bubble = (
-        f"1 - V x {count} / (V x {counted(job.schedule_slots, 'slot')} + P - 1), "
-        f"V = {counted(job.num_model_chunks, 'chunk')}, P = "
-        f"{counted(job.parallel.pipeline, 'stage')}"
+        f"1 - V x {count} / (V x {format_count(job.schedule_slots, 'slot')} + P - 1), "
+        f"V = {format_count(job.num_model_chunks, 'chunk')}, P = "
+        f"{format_count(job.parallel.pipeline, 'stage')}"
     )
-    steps = counted(job.minibatches, "optimizer step")
+    steps = format_count(job.minibatches, "optimizer step")
     return {
         "optimizer step": Quantity(update, "s", step),
         "bubble": Quantity(times.bubble(count, job.schedule_slots), "share", bubble),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.reporting.wording import finite, number, percent
+from megatron_r1.reporting.wording import finite_metric, format_number, format_percent
 
 SCORES, INTERVALS = "eval/", "interval/"
 FEW_QUESTIONS = 100
@@ -40,7 +40,7 @@ class Score:
 
     def __str__(self) -> str:
         interval = f" (95% interval {self.interval})" if self.interval else ""
-        return percent(self.value) + interval
+        return format_percent(self.value) + interval
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
     by_step: dict[int, dict[str, Any]] = defaultdict(dict)
     for line in lines:
         if any(key.startswith(SCORES) for key in line):
-            by_step[int(finite(line, "step") or 0)].update(line)
+            by_step[int(finite_metric(line, "step") or 0)].update(line)
     results = []
     for step, line in sorted(by_step.items()):
         # The majority of one answer is that answer: pass@1 again.
@@ -75,9 +75,9 @@ def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
                 _score(line, "eval/pass@1"),
                 _score(line, votes),
                 int(votes.split("@")[1]) if votes else None,
-                finite(line, "eval/response_length"),
+                finite_metric(line, "eval/response_length"),
                 _score(line, "eval/accuracy"),
-                int(count) if (count := finite(line, "eval/questions")) else None,
+                int(count) if (count := finite_metric(line, "eval/questions")) else None,
             )
         )
     return results
@@ -105,12 +105,12 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
         return f"{text}."
     judged = [evaluation.accuracy for evaluation in heldout if evaluation.accuracy]
     if len(judged) > 1:
-        change = _from_to(judged[0], judged[-1], percent)
+        change = _from_to(judged[0], judged[-1], format_percent)
         verdict, why = score_verdict(judged[0], judged[-1], None)
         return f"{verdict}: {_lower(steps)}, the accuracy of held-out scores {change}. {why}"
     for key, name, form in (
-        ("accuracy", "accuracy on the training samples", percent),
-        ("loss", "the loss", number),
+        ("accuracy", "accuracy on the training samples", format_percent),
+        ("loss", "the loss", format_number),
     ):
         if ends := first_and_last(metrics, key):
             verdict = f"{NOT_SHOWN}: {_lower(steps)}" if key == "accuracy" else steps
@@ -129,20 +129,20 @@ def first_and_last(metrics: MetricLines, key: str) -> tuple[float, float] | None
 
 def finite_values(metrics: MetricLines, key: str) -> list[float]:
     """Return the values of a metric, without those that are missing or not finite."""
-    return [value for line in metrics if (value := finite(line, key)) is not None]
+    return [value for line in metrics if (value := finite_metric(line, key)) is not None]
 
 
 def num_steps(metrics: MetricLines) -> int:
     """Return the last step that any line names, 0 where none does."""
-    return int(max((finite(line, "step") or 0.0 for line in metrics), default=0.0))
+    return int(max((finite_metric(line, "step") or 0.0 for line in metrics), default=0.0))
 
 
 def _score(line: Mapping[str, Any], key: str) -> Score | None:
-    value = finite(line, key)
+    value = finite_metric(line, key)
     if value is None:
         return None
     ends = f"{INTERVALS}{key.removeprefix(SCORES)}"
-    return Score(value, finite(line, f"{ends}/low"), finite(line, f"{ends}/high"))
+    return Score(value, finite_metric(line, f"{ends}/low"), finite_metric(line, f"{ends}/high"))
 
 
 def score_verdict(first: Score, last: Score, num_questions: int | None) -> tuple[str, str]:
@@ -192,16 +192,16 @@ def _lower(text: str) -> str:
 def _describe_change(first: Evaluation, last: Evaluation) -> str:
     assert first.passed and last.passed, "called with scored evaluations only"
     few = bool(_of_questions(last))
-    passed = _from_to(first.passed, last.passed, str if few else percent)
+    passed = _from_to(first.passed, last.passed, str if few else format_percent)
     text = f"held-out pass@1{_of_questions(last)} {passed}"
     if first.step > 0:
         text += f" since step {first.step}"
     if first.majority and last.majority:
-        voted = _from_to(first.majority, last.majority, str if few else percent)
+        voted = _from_to(first.majority, last.majority, str if few else format_percent)
         verb = passed.split()[0]
         text += f" and the majority vote of {last.num_votes} {voted.removeprefix(f'{verb} ')}"
     if first.length is not None and last.length is not None:
-        length = _from_to(first.length, last.length, number, "grew", "shrank")
+        length = _from_to(first.length, last.length, format_number, "grew", "shrank")
         text += f", while the mean response {length} tokens"
     return text
 
@@ -211,7 +211,7 @@ def _from_to(
 ) -> str:
     first, last = (each.value if isinstance(each, Score) else each for each in (before, after))
     shown = [
-        form(each.value if isinstance(each, Score) and form is percent else each)
+        form(each.value if isinstance(each, Score) and form is format_percent else each)
         for each in (before, after)
     ]
     if shown[0] == shown[1]:

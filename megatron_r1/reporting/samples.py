@@ -10,8 +10,8 @@ from typing import Any
 from r1_grading.truths import stated_answer
 
 from megatron_r1.reporting.wording import (
-    counted,
-    finite,
+    finite_metric,
+    format_count,
     is_right,
     last_line,
     printable,
@@ -148,7 +148,11 @@ def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[SampleLine]
 
 
 def _card(sample: SampleLine) -> Card:
-    truth, reward, length = sample.get("truth"), finite(sample, "reward"), finite(sample, "length")
+    truth, reward, length = (
+        sample.get("truth"),
+        finite_metric(sample, "reward"),
+        finite_metric(sample, "length"),
+    )
     details = [
         "" if reward is None else f"reward {reward:.3g}",
         "" if length is None else f"{length:.0f} tokens",
@@ -202,10 +206,10 @@ def conversation(sample: Mapping[str, Any]) -> list[ShownTurn]:
 
 
 def _shown_turn(turn: Mapping[str, Any]) -> ShownTurn:
-    is_trained, tokens = bool(turn.get("trained")), finite(turn, "tokens")
-    version = finite(turn, "policy_version")
+    is_trained, tokens = bool(turn.get("trained")), finite_metric(turn, "tokens")
+    version = finite_metric(turn, "policy_version")
     details = [
-        "" if tokens is None else counted(int(tokens), "token"),
+        "" if tokens is None else format_count(int(tokens), "token"),
         "trained" if is_trained else "given",
         "" if version is None else f"policy {version:.0f}",
     ]

@@ -24,7 +24,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.commands import cli
 from megatron_r1.pipeline.results import Spread
-from megatron_r1.reporting.wording import percent
+from megatron_r1.reporting.wording import format_percent
 from tools.bench import host
 from tools.bench.host import ROOT
 
@@ -258,7 +258,7 @@ def as_page(result: dict[str, Any], cores: int) -> str:
         cores: number of CPU cores."""
     runs = result["runs"]
     every = [run for by_seed in runs.values() for run in by_seed.values()]
-    before = percent(fmean(run["heldout_before"] for run in every))
+    before = format_percent(fmean(run["heldout_before"] for run in every))
     choices = [f"- `{name}`: {c.why}." for name, c in CHOICES.items() if name in runs and c.why]
     return PAGE.read_text(encoding="utf-8").format(
         date=datetime.date.today().isoformat(),

@@ -27,7 +27,7 @@ from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
 from megatron_r1.controller.rollouts.sample_log import path_of as path_of_log
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 from megatron_r1.trainer.checkpoints.finding import complete_checkpoints, path_of, step_of
 
 ARGUMENTS = ("RUN", "OTHER_RUN")
@@ -198,7 +198,7 @@ def _differences_of_checkpoints(
 def _lines(found: Comparison) -> Iterable[str]:
     yield from (f"setting {line}" for line in found.settings)
     yield (
-        f"compared: metrics of {counted(found.steps, 'step')}, sample logs of {found.logs}, "
+        f"compared: metrics of {format_count(found.steps, 'step')}, sample logs of {found.logs}, "
         f"checkpoints of {len(found.checkpoints)}"
     )
     first, apart = found.first, found.first_beyond_rounding

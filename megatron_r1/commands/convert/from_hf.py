@@ -38,7 +38,7 @@ from megatron_r1.models.weights.stored.megatron_weights import (
     stored_layout,
 )
 from megatron_r1.models.weights.stored.tensor_files import plan_file, write_at
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 from megatron_r1.trainer.checkpoints import finding
 
 CHUNK_BYTES = 32 << 20
@@ -135,8 +135,8 @@ def run(args: Namespace) -> int:
     )
     done = work_folder.run_parts(partial(_write_file, job), list(enumerate(files)), args.workers)
     _finish(work, job, layout, done, with_mtp)
-    tensors = counted(len(layout.shapes), "Megatron tensor")
-    print(f"{args.out}: {tensors}, {plan['dtype']}, in {counted(len(files), 'file')}")
+    tensors = format_count(len(layout.shapes), "Megatron tensor")
+    print(f"{args.out}: {tensors}, {plan['dtype']}, in {format_count(len(files), 'file')}")
     return 0
 
 

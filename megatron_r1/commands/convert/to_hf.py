@@ -51,7 +51,7 @@ from megatron_r1.models.weights.stored.tensor_files import (
     stored_tensors,
     write_at,
 )
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 from megatron_r1.trainer.checkpoints import finding
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -220,8 +220,8 @@ def run(args: Namespace) -> int:
     work.finish()
     if not (checkpoint / finding.MANIFEST).is_file():
         print(f"{checkpoint} has no {finding.MANIFEST}: no checksum of it was verified")
-    tensors = counted(sum(map(len, files.values())), "Hugging Face tensor")
-    print(f"{args.out}: {tensors} in {counted(len(files), 'file')}")
+    tensors = format_count(sum(map(len, files.values())), "Hugging Face tensor")
+    print(f"{args.out}: {tensors} in {format_count(len(files), 'file')}")
     return 0
 
 

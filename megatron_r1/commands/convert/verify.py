@@ -20,7 +20,7 @@ from megatron_r1.commands.convert.sources import (
 from megatron_r1.models.weights.stored import published, quantized_blocks
 from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.tensor_files import as_bytes
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 
 MAX_SHOWN = 20
 # From exact to coarse: two dtypes are compared in the later one.
@@ -63,7 +63,7 @@ def run(args: Namespace) -> int:
         print(text)
     for one in sorted(differing, key=lambda d: -d.largest)[:MAX_SHOWN]:
         at = f" at {list(one.where)}" if one.where else ""
-        differ = f"{counted(one.count, 'element')} differ{'s' if one.count == 1 else ''}"
+        differ = f"{format_count(one.count, 'element')} differ{'s' if one.count == 1 else ''}"
         print(f"{one.name}: {differ}, max |Δ| {one.largest:.6g}{at}")
     if len(differing) > MAX_SHOWN:
         print(f"… and {len(differing) - MAX_SHOWN} more tensors that differ less")

@@ -23,7 +23,8 @@ from megatron_r1.commands.why.finding import (
 )
 from megatron_r1.commands.why.formulas import kl_of_difference
 from megatron_r1.commands.why.recorded import RecordedStep
-from megatron_r1.reporting.wording import number, percent
+from megatron_r1.reporting.wording import format_number as number
+from megatron_r1.reporting.wording import format_percent as percent
 
 if TYPE_CHECKING:
     from megatron_r1.commands.why.recompute import Recomputation

@@ -26,7 +26,7 @@ from megatron_r1.reporting.trackers.services import (
     WandbTracker,
     check_wandb,
 )
-from megatron_r1.reporting.wording import finite
+from megatron_r1.reporting.wording import finite_metric
 
 OPENERS: dict[str, Callable[[TrackedRun], Tracker]] = {
     WANDB: WandbTracker,
@@ -190,7 +190,7 @@ class BackgroundTracker:
 
 def _numbers(key: str, line: Mapping[str, Any]) -> dict[str, float]:
     """Return the finite numbers of a line of metrics or of an evaluation, its step as `key`."""
-    values = {name: float(line[name]) for name in line if finite(line, name) is not None}
+    values = {name: float(line[name]) for name in line if finite_metric(line, name) is not None}
     return {name: value for name, value in values.items() if name != "step"} | {
         key: float(line["step"])
     }

@@ -21,7 +21,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config.section import flatten
-from megatron_r1.reporting.wording import finite
+from megatron_r1.reporting.wording import finite_metric
 
 STEP, EVALUATION = "step", "eval/step"
 """Metrics with the number of a line's step; a tracked run has the newest of each."""
@@ -247,7 +247,7 @@ class TensorBoardLog:
         values = [
             Summary.Value(tag=key, simple_value=float(value))
             for key, value in metrics.items()
-            if key != "step" and finite(metrics, key) is not None
+            if key != "step" and finite_metric(metrics, key) is not None
         ]
         self._add(Event(step=int(metrics["step"]), summary=Summary(value=values)))
         self._writer.flush()
