@@ -27,7 +27,7 @@ from megatron_r1.plan.job import PlannedJob, check_trainer
 from megatron_r1.plan.published import published_table
 from megatron_r1.plan.push import check_engines_and_push
 from megatron_r1.plan.quantity import Quantity, byte_quantity
-from megatron_r1.plan.search import FittingLayout, fastest, nearest, nearest_sizes
+from megatron_r1.plan.search import FittingLayout, fastest_layouts, nearest_layouts, nearest_sizes
 from megatron_r1.plan.timing import sum_quantities, total_hours
 from megatron_r1.reporting.wording import format_count
 
@@ -78,7 +78,7 @@ def _plan(recipe: Path, args: argparse.Namespace, overrides: dict) -> int:
         if job.trains:
             layouts = _print_nearest(job)
     elif args.search:
-        layouts = fastest(job)
+        layouts = fastest_layouts(job)
         print("\n" + layouts_text(job, layouts, "fastest"))
     if args.build:
         from megatron_r1.plan.build import build_ranks
@@ -118,7 +118,7 @@ def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict) -> in
         each_step.append(estimate.step)
         problems = estimate.problems()
         limits = f" ({estimate.step.limits})" if estimate.step.limits else ""
-        peak = estimate.worst.peak / GIB
+        peak = estimate.peak_rank.peak / GIB
         print(f"  {peak:.0f} GiB on the fullest GPU, {estimate.step} a step{limits}")
         print("\n".join(f"  does not fit: {problem}" for problem in problems) or "  fits")
         print("".join(f"  note: {note}\n" for note in estimate.notes()), end="")
@@ -141,7 +141,7 @@ def _refused(error: object) -> int:
 
 
 def _print_nearest(job: PlannedJob) -> list[FittingLayout]:
-    layouts = nearest(job)
+    layouts = nearest_layouts(job)
     print(layouts_text(job, layouts, "nearest", () if layouts else nearest_sizes(job)))
     return layouts
 

@@ -55,7 +55,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are stopped
     own, others = take_section(overrides, RehearsalSettings)
     settings = own.rehearsal
-    found = jobs(path, others, verbs, IMPLIED_SETTINGS, settings.stages)
+    found = rehearsal_jobs(path, others, verbs, IMPLIED_SETTINGS, settings.stages)
     for job in found:
         _check(job.config, job.verb)
     if settings.on == "gpu" and not gpu.is_usable():
@@ -192,7 +192,7 @@ class RehearsalJob:
     config: Config
 
 
-def jobs(
+def rehearsal_jobs(
     path: str,
     overrides: Mapping[str, Any],
     verbs: Mapping[str, str],

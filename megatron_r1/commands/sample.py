@@ -39,8 +39,8 @@ from megatron_r1.sample.selection import (
     Decide,
     DecisionCounts,
     Selection,
-    contaminated,
     decide_all,
+    find_contaminated,
     load_avoided,
     write_outputs,
 )
@@ -151,7 +151,7 @@ def _inputs(config: Config) -> SampleInputs:
     avoid = load_avoided(sample.avoid)
     if config.data.heldout_path:  # data.heldout_fraction makes a disjoint set by itself
         avoid += [prompt.question for prompt in split.heldout]
-    avoided = contaminated(split.train, avoid, sample.avoid_ngram) if avoid else {}
+    avoided = find_contaminated(split.train, avoid, sample.avoid_ngram) if avoid else {}
     prompts = [prompt for prompt in split.train if prompt.id not in avoided]
     if not prompts:
         raise UserError(

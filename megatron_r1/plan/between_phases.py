@@ -255,7 +255,11 @@ class RoutingReplayTraffic:
         held = max(
             sum(job.is_sparse_layer[n] for c in stage for n in c.layers) for stage in job.stages
         )
-        own = job.split(self.replica_bytes(mean) / job.parallel.context) * held / layers
+        own = (
+            job.tokens_per_tensor_rank(self.replica_bytes(mean) / job.parallel.context)
+            * held
+            / layers
+        )
         section = {
             "routed experts": byte_quantity(
                 self.sent_bytes,

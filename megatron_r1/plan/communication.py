@@ -99,7 +99,11 @@ def _context(job: PlannedJob, layers: int) -> AxisTraffic:
 def _expert(job: PlannedJob, sparse: int) -> AxisTraffic | None:
     if not sparse:
         return None
-    parallel, size, split = job.parallel, job.parallel.expert, job.split(job.rank_tokens)
+    parallel, size, split = (
+        job.parallel,
+        job.parallel.expert,
+        job.tokens_per_tensor_rank(job.rank_tokens),
+    )
     chosen = job.hf["num_experts_per_tok"]
     span, nodes = size * parallel.expert_tensor, job.hf.get("topk_group") or math.inf
     copies, what = chosen, "experts"
@@ -120,7 +124,7 @@ def _expert(job: PlannedJob, sparse: int) -> AxisTraffic | None:
 
 
 def _pipeline(job: PlannedJob) -> AxisTraffic:
-    split = job.split(job.rank_tokens)
+    split = job.tokens_per_tensor_rank(job.rank_tokens)
     once = split * job.hf["hidden_size"] * VALUE * job.num_model_chunks
     formula = (
         f"{split:,.0f} tokens x {job.hf['hidden_size']} x {VALUE} B x "

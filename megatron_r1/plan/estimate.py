@@ -54,7 +54,7 @@ class JobEstimate:
         return rank_memory(self.job) if self.job.trains else []
 
     @cached_property
-    def worst(self) -> RankMemory:
+    def peak_rank(self) -> RankMemory:
         """The memory of the rank with the highest peak."""
         return max(self.ranks, key=lambda rank: rank.peak)
 
@@ -63,7 +63,7 @@ class JobEstimate:
         """The engines, with what ranks on the same GPUs leave them."""
         shared = self.job.trains and not self.job.rollout_gpus
         # At least a byte where they share: 0 says that the GPUs are the engines' alone.
-        resident = max(1, *(rank.resident for rank in self.ranks)) if shared else 0
+        resident = max(1, *(rank.resident_bytes for rank in self.ranks)) if shared else 0
         return EngineMemory(self.job, resident)
 
     @cached_property
@@ -81,8 +81,8 @@ class JobEstimate:
         job = self.job
         sections = {"parameters": parameter_section(job)}
         if job.trains:
-            title = f"memory of pipeline rank {self.worst.rank}, the fullest"
-            sections[title] = memory_section(job, self.worst)
+            title = f"memory of pipeline rank {self.peak_rank.rank}, the fullest"
+            sections[title] = memory_section(job, self.peak_rank)
             sections["host memory of a node"] = self._host()
             if disk := offload_disk(job):
                 sections["local disk of a node"] = disk
@@ -96,7 +96,7 @@ class JobEstimate:
             sections["samples of a rollout"] = samples_section(job)
             sections["push"] = push_section(job)
         if job.trains:
-            sent = communication_section(job, self.worst.rank)
+            sent = communication_section(job, self.peak_rank.rank)
             sections["sent by a rank per optimizer step"] = sent
             if choice := exchange_choice(job, estimate_step):
                 sections["exchange with experts, hidden or not"] = choice
@@ -134,7 +134,7 @@ class JobEstimate:
         ]
 
     def _gpu(self) -> str | None:
-        worst, memory = self.worst, self.job.hardware.memory
+        worst, memory = self.peak_rank, self.job.hardware.memory
         if worst.peak <= memory:
             return None
         training = sum(worst.training.values()) == worst.peak

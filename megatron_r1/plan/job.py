@@ -153,7 +153,7 @@ class PlannedJob:
         """Whether tensor ranks share the tokens between matrices."""
         return self.parallel.splits_sequences(self.has_experts)
 
-    def split(self, tokens: float) -> float:
+    def tokens_per_tensor_rank(self, tokens: float) -> float:
         """Return the tokens of a rank where tensor ranks share the sequence between matrices."""
         return tokens / self.parallel.tensor if self.splits_sequences else tokens
 

@@ -57,7 +57,7 @@ class RankMemory:
     `parallel.offload_between_phases` moves elsewhere meanwhile."""
 
     @property
-    def resident(self) -> int:
+    def resident_bytes(self) -> int:
         """Bytes of models and optimizers that stay while engines compute."""
         return sum(self.training.get(kind, 0) for kind in RESIDENT) - self.freed
 

@@ -116,7 +116,7 @@ def _byte_count(form: str) -> CountBytes:
 @lru_cache
 def _rank_bytes(what: PushedWeights, layout: EngineLayout, form: str, ranks: int) -> list[int]:
     """Return the bytes that each of an engine's first `ranks` ranks needs of a push."""
-    needs, num_bytes = what.needs(layout), _byte_count(form)
+    needs, num_bytes = what.predicted_layout(layout), _byte_count(form)
     return [
         sum(
             num_bytes(t.name, t.rule.dtype, part)
@@ -190,15 +190,15 @@ def push_section(job: PlannedJob) -> Section:
     most = 1 if job.config.push.on_one_host and _is_one_node(job) else SET_ENGINES
     count = _byte_count(form)
     lora, of_mtp = pushed_lora(job), drafts_with_mtp(job)
-    links = traffic_of_sets(
+    traffic = traffic_of_sets(
         job.hf, grid, engines, job.stages, count, most, drafts=of_mtp, lora=lora
     )
-    received = links.received
+    received = traffic.received_bytes
     link, link_name = push_link(job)
     written = form
     if form == "FP8":
         written = f"FP8, 1 B + 4 B / 128 x 128, what is no projection in {job.config.rollout.dtype}"
-    into, out, gpus = max(received), max(links.sent), format_count(engines.num_ranks, "GPU")
+    into, out, gpus = max(received), max(traffic.sent_bytes), format_count(engines.num_ranks, "GPU")
     total, busiest = sum(received) * engines.engines, into * len(received) / sum(received)
     section = {
         "into an engine GPU": byte_quantity(
@@ -216,12 +216,13 @@ def push_section(job: PlannedJob) -> Section:
         "busiest engine GPU": Quantity(busiest, "x", f"its bytes / the average of {gpus}"),
         "out of a trainer rank": byte_quantity(
             out,
-            f"the busiest, {links.busiest_sender:.2f} x the average of {grid.world_size}; once per "
-            f"set of {format_count(links.num_engines, 'engine')}, which pass it on",
+            f"the busiest, {traffic.busiest_sender:.2f} x the average of {grid.world_size}; once "
+            "per "
+            f"set of {format_count(traffic.num_engines, 'engine')}, which pass it on",
         ),
     }
     if not _is_one_node(job):
-        section |= _connections(job, engines, grid, links)
+        section |= _connections(job, engines, grid, traffic)
     if form != "FP8" and lora is None:
         section["in FP8"] = byte_quantity(
             _rank_bytes(_pushed_weights(job), engines, "FP8", 1)[0],
@@ -234,10 +235,10 @@ def push_section(job: PlannedJob) -> Section:
 
 
 def _connections(
-    job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, links: SetTraffic
+    job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, traffic: SetTraffic
 ) -> Section:
     """Return what connects the ranks, and how long that and a push take."""
-    assumptions, needs = job.assumptions, _pushed_weights(job).needs(engines)
+    assumptions, needs = job.assumptions, _pushed_weights(job).predicted_layout(engines)
     num_slots = sum(
         1
         for rank in range(engines.ranks_per_engine)
@@ -246,30 +247,31 @@ def _connections(
     rate, link = push_link(job)
     over_nccl = TRANSPORTS[job.config.push.transport].in_rounds
     colocated = shares_gpus_over_nccl(job.config)
-    of_set = 0 if colocated else links.num_engines * engines.ranks_per_engine
+    of_set = 0 if colocated else traffic.num_engines * engines.ranks_per_engine
     communicator = grid.world_size + of_set if over_nccl else 0
     creation, each = (
         "",
-        f"a process group of two, and an engine rank has one of {links.num_engines}",
+        f"a process group of two, and an engine rank has one of {traffic.num_engines}",
     )
     if over_nccl:
         creation = f", and the creation of an NCCL communicator of {communicator:,} ranks"
         each = "sent in rounds through one communicator"
     section = {
         "links of a rank": Quantity(
-            links.out,
+            traffic.links_per_trainer_rank,
             "",
-            f"of the busiest trainer rank to engine ranks, of an engine rank {links.into:,}; each "
+            "of the busiest trainer rank to engine ranks, of an engine rank "
+            f"{traffic.links_per_engine_rank:,}; each "
             f"is {each}",
         ),
         "store requests": Quantity(
-            links.requests(engines, grid.world_size, over_nccl=over_nccl),
+            traffic.requests(engines, grid.world_size, over_nccl=over_nccl),
             "",
             f"when all engines connect, to one TCPStore: {assumptions.store_requests:,.0f} per "
             "second",
         ),
         "set-up": Quantity(
-            links.setup_seconds(engines, grid.world_size, num_slots, assumptions, communicator),
+            traffic.setup_seconds(engines, grid.world_size, num_slots, assumptions, communicator),
             "s",
             f"store requests, tables read and broadcast, the plan{creation}",
         ),
@@ -278,7 +280,7 @@ def _connections(
         _rounds_time(job, engines, grid)
         if over_nccl
         else Quantity(
-            links.seconds(rate, assumptions),
+            traffic.seconds(rate, assumptions),
             "s",
             f"out of the busiest trainer rank, then what engines pass on, through their {link}s, "
             "in rounds",

@@ -35,37 +35,37 @@ class SetTraffic:
     """The links of a push in sets, and the bytes on them.
 
     Attributes:
-        sent: bytes out of each trainer rank.
-        out: the most links of a trainer rank.
-        into: the most links of an engine rank.
+        sent_bytes: bytes out of each trainer rank.
+        links_per_trainer_rank: the most links of a trainer rank.
+        links_per_engine_rank: the most links of an engine rank.
         num_links: the number of all links.
         num_sets: the number of sets.
         num_engines: the engines of the largest set.
-        entering: most bytes that enter an engine rank from trainer ranks.
-        received: bytes of each rank of an engine, with those that other engines pass on."""
+        entering_bytes: most bytes that enter an engine rank from trainer ranks.
+        received_bytes: bytes of each rank of an engine, with those that other engines pass on."""
 
-    sent: list[float]
-    out: int
-    into: int
+    sent_bytes: list[float]
+    links_per_trainer_rank: int
+    links_per_engine_rank: int
     num_links: int
     num_sets: int
     num_engines: int
-    entering: float
-    received: list[float]
+    entering_bytes: float
+    received_bytes: list[float]
 
     @property
     def busiest_sender(self) -> float:
         """The busiest trainer rank's bytes over the average of all trainer ranks."""
-        return max(self.sent) / (sum(self.sent) / len(self.sent))
+        return max(self.sent_bytes) / (sum(self.sent_bytes) / len(self.sent_bytes))
 
     def seconds(self, rate: float, assumptions: Assumptions) -> float:
         """Return the time of a push through adapters of `rate`: what enters, from the busiest
         trainer rank, then rounds of what is passed on, in rings."""
-        passed_on = max(self.received) - self.entering
+        passed_on = max(self.received_bytes) - self.entering_bytes
         rounds = -(-passed_on // (RELAYED_BYTES * self.num_engines))
         hops = (self.num_engines - 1) * assumptions.hop_seconds
         return (
-            max(max(self.sent), self.entering) / rate
+            max(max(self.sent_bytes), self.entering_bytes) / rate
             + passed_on / rate
             + rounds * (assumptions.round_seconds + hops)
         )
@@ -166,14 +166,14 @@ def traffic_of_sets(
             entering[engine_rank] += link.num_bytes
             received[link.position] += link.num_bytes / len(sets)
     return SetTraffic(
-        sent=sent,
-        out=max(out.values()),
-        into=max(into.values()),
+        sent_bytes=sent,
+        links_per_trainer_rank=max(out.values()),
+        links_per_engine_rank=max(into.values()),
         num_links=out.total(),
         num_sets=len(sets),
         num_engines=max(map(len, sets)),
-        entering=max(entering.values()),
-        received=received,
+        entering_bytes=max(entering.values()),
+        received_bytes=received,
     )
 
 
@@ -223,15 +223,15 @@ class PushedWeights(NamedTuple):
         return cls(json.dumps(hf), drafts, None if lora is None else lora.model_dump_json())
 
     @property
-    def rules(self) -> Table | None:
+    def adapter_rules(self) -> Table | None:
         """The table of the adapters' weights; None where the whole model is pushed."""
         if self.lora is None:
             return None
         return adapter_table(json.loads(self.hf), LoraConfig.model_validate_json(self.lora))
 
-    def needs(self, layout: EngineLayout) -> PredictedLayout:
+    def predicted_layout(self, layout: EngineLayout) -> PredictedLayout:
         """Return what the ranks of engines in this layout receive."""
-        if (rules := self.rules) is not None:
+        if (rules := self.adapter_rules) is not None:
             return PredictedAdapters(json.loads(self.hf), layout, rules)
         return PredictedLayout(json.loads(self.hf), layout, drafts=self.drafts)
 
@@ -245,6 +245,6 @@ def _set_plans(
     count: CountBytes,
     max_engines: int,
 ) -> list[Plan]:
-    needs = what.needs(engines)
-    planner = Planner(json.loads(what.hf), grid, engines, stages, needs, what.rules)
+    needs = what.predicted_layout(engines)
+    planner = Planner(json.loads(what.hf), grid, engines, stages, needs, what.adapter_rules)
     return plan_sets(planner, count, engine_sets(engines.engines, max_engines))

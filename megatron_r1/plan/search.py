@@ -27,14 +27,14 @@ class FittingLayout:
     seconds: float
 
 
-def nearest(job: PlannedJob, count: int = 5) -> list[FittingLayout]:
+def nearest_layouts(job: PlannedJob, count: int = 5) -> list[FittingLayout]:
     """Return layouts that fit, fewest and smallest changes first."""
     candidates = sorted(_candidates(job), key=itemgetter(0))
     fitting = filter(None, (_fitting(job, *candidate) for candidate in candidates))
     return sorted(islice(fitting, count), key=attrgetter("distance", "seconds"))
 
 
-def fastest(job: PlannedJob, count: int = 10) -> list[FittingLayout]:
+def fastest_layouts(job: PlannedJob, count: int = 10) -> list[FittingLayout]:
     """Return layouts that fit, shortest estimated step first."""
     fitting = filter(None, (_fitting(job, *candidate) for candidate in _candidates(job)))
     return sorted(fitting, key=attrgetter("seconds"))[:count]
@@ -157,4 +157,4 @@ def _fitting(job: PlannedJob, distance: float, changes: dict) -> FittingLayout |
     if estimate is None or estimate.step.value is None:
         return None
     differing = {k: v for k, v in changes.items() if getattr(job.parallel, k) != v}
-    return FittingLayout(differing, distance, estimate.worst.peak, estimate.step.number)
+    return FittingLayout(differing, distance, estimate.peak_rank.peak, estimate.step.number)

@@ -88,7 +88,7 @@ class LiveView:
             self._print(f"{name}: {detail}" if detail else name)
 
     @property
-    def doing(self) -> tuple[str, str]:
+    def current_phase(self) -> tuple[str, str]:
         """The current phase and its detail."""
         return self._state.phase, self._state.detail
 

@@ -57,7 +57,7 @@ class Evaluation:
     num_questions: int | None = None
 
 
-def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
+def merge_evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
     """Return the evaluations among `lines` (those with "eval/…" numbers), in order of steps.
 
     Lines of one step are merged, so both files of a run may be passed one after the other."""

@@ -13,9 +13,9 @@ from megatron_r1.reporting.outcome import (
     Evaluation,
     MetricLines,
     Score,
-    evaluations,
     finite_values,
     first_and_last,
+    merge_evaluations,
     num_steps,
     outcome_sentence,
 )
@@ -87,7 +87,7 @@ def write_report(
             cause=Cause.NOT_FOUND,
         )
     metrics = folder.read_metrics()
-    heldout = evaluations([*metrics, *folder.read_evaluations()])
+    heldout = merge_evaluations([*metrics, *folder.read_evaluations()])
     settings = folder.read_config()
     weights = (settings.get("rewards") or {}).get("weights")
     html = render_page(
@@ -111,7 +111,7 @@ def write_report(
 def headline(folder: RunFolder) -> str:
     """Return the result of a run as a sentence, with its verdict (`outcome.verdict_of`)."""
     metrics = folder.read_metrics()
-    sentence = outcome_sentence(metrics, evaluations([*metrics, *folder.read_evaluations()]))
+    sentence = outcome_sentence(metrics, merge_evaluations([*metrics, *folder.read_evaluations()]))
     kind = str((folder.read_config().get("data") or {}).get("kind") or "")
     if ":" in kind and "pass@1" in sentence:
         sentence += f" pass@1 is the mean of {kind}, a reward of your own."

@@ -222,7 +222,7 @@ class PreferencePairs:
 
     async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
         """Return the pairs of preferred and refused responses to one prompt."""
-        decisions = await self._selection.drops(prompt, responses)
+        decisions = await self._selection.drop_reasons(prompt, responses)
         by_index = {r.index: r for r in responses if r.index not in decisions}
         shown: dict[int, str] = {}
         for index, response in by_index.items():
@@ -352,7 +352,7 @@ class SafetyLabels:
 
     async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
         """Return a row with a label for each response of one prompt."""
-        drops = await self._selection.drops(prompt, responses)
+        drops = await self._selection.drop_reasons(prompt, responses)
         judged = await asyncio.gather(
             *(self._label(prompt.question, r, drops.get(r.index)) for r in responses)
         )

@@ -136,10 +136,14 @@ class Selection:
         self.keep, self._filters = keep, filters
         self._drops_duplicates, self._seed = drops_duplicates, seed
 
-    async def drops(self, prompt: Prompt, responses: Sequence[TextResponse]) -> dict[int, Decision]:
+    async def drop_reasons(
+        self, prompt: Prompt, responses: Sequence[TextResponse]
+    ) -> dict[int, Decision]:
         """Return index → reason of each response that is dropped."""
         question_drop = self._question_drop(responses)
-        reasons = await asyncio.gather(*(self.drop(prompt, r, question_drop) for r in responses))
+        reasons = await asyncio.gather(
+            *(self.drop_reason(prompt, r, question_drop) for r in responses)
+        )
         drops: dict[int, Decision] = {}
         first: dict[str, int] = {}
         for response, reason in zip(responses, reasons, strict=True):
@@ -151,7 +155,7 @@ class Selection:
                 drops[response.index] = reason
         return drops
 
-    async def drop(
+    async def drop_reason(
         self, prompt: Prompt, response: TextResponse, question_drop: Decision | None = None
     ) -> Decision | None:
         """Return why a response by itself is dropped, None to keep it.
@@ -323,7 +327,7 @@ def load_avoided(paths: Iterable[str | Path]) -> list[str]:
     ]
 
 
-def contaminated(prompts: Sequence[Prompt], avoided: Sequence[str], n: int) -> dict[str, str]:
+def find_contaminated(prompts: Sequence[Prompt], avoided: Sequence[str], n: int) -> dict[str, str]:
     """Return id → reason of the prompts that must not be used.
 
     Args:

@@ -156,7 +156,7 @@ class SFTExamples:
 
     async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
         """Return the responses to one prompt that become examples, and why others do not."""
-        decisions = await self._selection.drops(prompt, responses)
+        decisions = await self._selection.drop_reasons(prompt, responses)
         passed = [response for response in responses if response.index not in decisions]
         limit = self._selection.keep.per_prompt or len(responses)
         rows: list[dict[str, Any]] = []
@@ -181,7 +181,7 @@ class SFTExamples:
             response = replace(response, text=text, opened=False)
             if self._grader is not None:
                 response = await self._grader.grade(prompt, response)
-            if dropped := await self._selection.drop(prompt, response):
+            if dropped := await self._selection.drop_reason(prompt, response):
                 return Decision(f"rewritten_{dropped.code}", dropped.why), []
         if self._rendering is None:
             return Decision(KEPT), []

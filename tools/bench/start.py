@@ -154,7 +154,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if code:
         sys.exit(f"{' '.join(command)} ended with {code}:\n" + "\n".join(errors[-40:]))
     found: dict[str, Any] = {
-        "points": points(folder / "timeline", start),
+        "points": timeline_points(folder / "timeline", start),
         "seconds": end - start,
         "cpu_seconds": processes.by_role(),
         "stderr": foreign_lines(errors),
@@ -194,7 +194,7 @@ def kill_engine(root: int) -> None:
     sys.exit("no engine of this host was found")
 
 
-def points(folder: Path, start: float) -> list[Point]:
+def timeline_points(folder: Path, start: float) -> list[Point]:
     """Return the points that the processes of a run have come to, in order of time; the first
     sampled token among them.
 

@@ -94,15 +94,15 @@ def walks(root: Path, settings: list[str]) -> str:
     walk, and the files in the order in which they are entered."""
     with tempfile.TemporaryDirectory() as folder:
         run = ["-m", "megatron_r1", *RUN, "--run.folder", f"{folder}/run", *settings]
-        entered = traced(root, Path(folder), run, WALKS, AFTER)
+        entered = trace_run(root, Path(folder), run, WALKS, AFTER)
     lines = []
     for walk in WALKS:
-        files = stops(entered, walk, AFTER)
+        files = walk_files(entered, walk, AFTER)
         lines += ["", f"{walk.name}: {len(files)} files", *(f"  {file}" for file in files)]
     return "\n".join(lines)
 
 
-def traced(
+def trace_run(
     root: Path, folder: Path, arguments: list[str], walks: list[Walk], after: str
 ) -> list[Entry]:
     """Run Python with `arguments`; return what its processes noted, by time.
@@ -134,7 +134,7 @@ def traced(
     return sorted(entered)
 
 
-def stops(entered: list[Entry], walk: Walk, after: str) -> list[str]:
+def walk_files(entered: list[Entry], walk: Walk, after: str) -> list[str]:
     """Return the distinct files of a walk from its first `begin` after the call of `after` to the
     next `end`, in the order in which they are entered.
 

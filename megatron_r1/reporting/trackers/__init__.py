@@ -166,7 +166,7 @@ class BackgroundTracker:
     def _send(self, pending: deque[tuple[str, Mapping[str, Any]]]) -> None:
         if self._tracker is None:
             self._tracker = self._open()
-            self._newest = dict(self._tracker.newest)
+            self._newest = dict(self._tracker.last_tracked)
             for note in self._tracker.notes:
                 self._notes.put(note)
         while pending:

@@ -146,7 +146,7 @@ def test_a_layout_of_sft_that_does_not_fit_names_those_that_do(capsys):
 
 
 def test_a_batch_smaller_than_its_replicas_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr("megatron_r1.commands.plan.nearest", lambda job: [])
+    monkeypatch.setattr("megatron_r1.commands.plan.nearest_layouts", lambda job: [])
     recipe = str(DISTILL / "qwen2.5-math-1.5b.yaml")
     assert main([recipe, "--gpus", "128"]) == 1
     assert {"64", "128"} <= set(capsys.readouterr().out.split())

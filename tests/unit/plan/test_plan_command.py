@@ -39,7 +39,7 @@ ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1", "--rollout.redundant_
     ],
 )
 def test_what_does_not_work_is_named_in_the_bill(capsys, monkeypatch, options, key, shows):
-    monkeypatch.setattr("megatron_r1.commands.plan.nearest", lambda job: [])
+    monkeypatch.setattr("megatron_r1.commands.plan.nearest_layouts", lambda job: [])
     assert main([str(RECIPE), "--gpus", "2048", *options]) == 1
     output = " ".join(capsys.readouterr().out.split())
     assert [part for part in (key, *shows) if part not in output] == []

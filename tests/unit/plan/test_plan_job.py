@@ -64,7 +64,7 @@ def test_engine_hosts_that_are_not_colocated_are_gpus_of_their_own():
 def test_engines_that_do_not_make_up_the_gpus_are_told_how_many_would(
     capsys, monkeypatch, recipe, options
 ):
-    monkeypatch.setattr("megatron_r1.commands.plan.nearest", lambda job: [])
+    monkeypatch.setattr("megatron_r1.commands.plan.nearest_layouts", lambda job: [])
     path = str(RECIPE.parent / f"{recipe}.yaml")
     assert main([path, *options]) == 1
     advice = capsys.readouterr().out.rpartition("; set ")[2].strip()

@@ -83,12 +83,12 @@ def test_the_receive_buffer_is_where_the_transport_writes(transport):
     assert ("is for one host" in formula) == (transport in ("shm", "cuda_ipc"))
     default = JobEstimate(planned(push__transport="gloo", **any_share))
     before = default.engines.cache_bytes
-    trainer = sections[f"memory of pipeline rank {estimate.worst.rank}, the fullest"]
+    trainer = sections[f"memory of pipeline rank {estimate.peak_rank.rank}, the fullest"]
     host = sections["host memory of a node"]
     if transport == "cuda_ipc":
         assert "receive buffer" not in host and "on its GPU" in formula
         assert before - estimate.engines.cache_bytes == trainer["receive buffer"].value == buffer
-        assert estimate.worst.peak == default.worst.peak + buffer
+        assert estimate.peak_rank.peak == default.peak_rank.peak + buffer
     else:
         assert host["receive buffer"].value == 8 * buffer and "on its host" in formula
         assert estimate.engines.cache_bytes == before and "receive buffer" not in trainer
@@ -119,7 +119,7 @@ def test_receive_buffers_of_engines_on_their_own_gpus_are_not_the_trainers():
     engines = host["host memory of an engines' node"]["receive buffer"]
     assert engines.value == 8 * host["push"]["receive buffer"].value
     estimate = JobEstimate(planned(**alone, push__transport="cuda_ipc"))
-    assert estimate.worst.peak == JobEstimate(planned(**alone)).worst.peak
+    assert estimate.peak_rank.peak == JobEstimate(planned(**alone)).peak_rank.peak
     assert estimate.engines.receive_buffer == estimate.engines.weight_bytes
     assert "host memory of an engines' node" not in estimate.sections()
 
@@ -159,7 +159,9 @@ def test_what_a_push_moves_beyond_need_and_how_evenly_is_counted(monkeypatch):
     each = push["into an engine GPU"].value
 
     def uneven(*arguments, **named):
-        return replace(traffic_of_sets(*arguments, **named), received=[1.5 * each] + 127 * [each])
+        return replace(
+            traffic_of_sets(*arguments, **named), received_bytes=[1.5 * each] + 127 * [each]
+        )
 
     monkeypatch.setattr("megatron_r1.plan.push.traffic_of_sets", uneven)
     push = push_section(planned())

@@ -21,7 +21,7 @@ def test_points_are_in_order_with_their_processes_cpu_and_the_first_token(tmp_pa
     for name, lines in records.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(text)
-    assert start.points(tmp_path, 10.0) == [
+    assert start.timeline_points(tmp_path, 10.0) == [
         (1.0, "engine", "imports made", 4.0),
         (2.0, "controller", "ready", 2.5),
         (3.5, "engine", "first sampled token", pytest.approx(4.0 + 1.0 * 2.5 / 3 - 4.0)),

@@ -183,7 +183,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def smoothed(losses: list[float]) -> list[float]:
+def exponential_average(losses: list[float]) -> list[float]:
     """Return the exponential moving average, started at the first loss."""
     out, average = [], losses[0]
     for loss in losses:
@@ -194,7 +194,7 @@ def smoothed(losses: list[float]) -> list[float]:
 
 def relative_errors(losses: list[float], baseline: list[float]) -> list[float]:
     """Return (smoothed loss - smoothed baseline) / smoothed baseline of every step."""
-    pairs = zip(smoothed(losses), smoothed(baseline), strict=True)
+    pairs = zip(exponential_average(losses), exponential_average(baseline), strict=True)
     return [(ours - theirs) / theirs for ours, theirs in pairs]
 
 
