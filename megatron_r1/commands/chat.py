@@ -43,9 +43,13 @@ PROMPT = "> "
 def run(config: Config, folder: str, question: list[str] | None = None) -> None:
     """Print the model's response to each question on stdout, and all else on stderr.
 
+    Args:
+        config: the settings given on the command line.
+        folder: a run's folder, or a model's.
+        question: the questions; None: those typed at the terminal, or the lines of stdin.
+
     Raises:
-        UserError: a run without an export.
-    """
+        UserError: a run without an export."""
     model = find_exported(folder, ARGUMENTS[0])
     config = _settings(config, model)
     _note(
@@ -94,7 +98,7 @@ def _settings(config: Config, model: Path) -> Config:
 async def _answer(config: Config, model: Path, questions: list[str] | None) -> None:
     """Answer the questions on one engine; questions None: those typed at the terminal."""
     rollout = config.rollout
-    decoding = SamplingSettings.of_rollout(rollout)
+    decoding = SamplingSettings.from_rollout(rollout)
     with temporary_logs() as scratch:
         policy = EnginePolicy(config, model, decoding, scratch, None)
         try:
@@ -145,7 +149,7 @@ def _show_response(response: TextResponse) -> str:
     if response.refusal:
         return f"[{response.refusal}]"
     cut = " [cut off: raise --rollout.max_response_tokens]" if response.truncated else ""
-    return response.whole.strip() + cut
+    return response.full_text.strip() + cut
 
 
 def _note(line: str) -> None:

@@ -26,14 +26,14 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.commands import first_recipe, reward_model, rl, sft
 from megatron_r1.commands import first_recipe as sizes
 from megatron_r1.commands.first_recipe import (
-    Draft,
     Guess,
     Machine,
     QuestionSource,
+    RecipeDraft,
     recipe_text,
     value_text,
 )
-from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare, this_machine
+from megatron_r1.commands.rl_checks import detect_machine, explain_renamed_columns, prepare
 from megatron_r1.commands.trained_model import find_exported, template_of_model, trained_recipe
 from megatron_r1.config import Config, infer_verb
 from megatron_r1.controller.cpu_memory import cpu_memory
@@ -62,12 +62,12 @@ MAX_JUDGED_ROWS = 20_000
 """The most rows of a reward model's data that are read."""
 
 
-def _draft_of_rows(source: QuestionSource) -> Draft | None:
+def _supervised_recipe(source: QuestionSource) -> RecipeDraft | None:
     """Return a recipe for rows that are responses with judgements, or examples to learn from; None
     for questions with truths."""
     if (kind := kind_of_rows(source.rows)) is not None:
-        return _of_judged(source, kind)
-    return _of_examples(source) if are_examples(source.rows) else None
+        return _reward_model_recipe(source, kind)
+    return _sft_recipe(source) if are_examples(source.rows) else None
 
 
 def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
@@ -81,7 +81,7 @@ def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
     return not has_truth and not any("kind" in row for row in rows)
 
 
-def _of_examples(source: QuestionSource) -> Draft:
+def _sft_recipe(source: QuestionSource) -> RecipeDraft:
     def try_out(path: Path) -> None:
         recipe = configuration.load(path, required=sft.REQUIRED)
         sft.check_settings(recipe)
@@ -96,10 +96,10 @@ def _of_examples(source: QuestionSource) -> Draft:
     ]
     if not _has_chat(source):
         guesses.append(Guess("sft.template", "plain", NO_CHAT))
-    return Draft("sft", guesses, try_out)
+    return RecipeDraft("sft", guesses, try_out)
 
 
-def _of_judged(source: QuestionSource, kind: Kind) -> Draft:
+def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
     """Return a recipe for `reward-model`.
 
     Raises:
@@ -114,7 +114,7 @@ def _of_judged(source: QuestionSource, kind: Kind) -> Draft:
         required, implied = reward_model.REQUIRED, reward_model.IMPLIED
         settings = configuration.load(path, implied, required=required).reward_model
         text = PreferenceTokenizer(
-            str(source.folder), settings.template, settings.shown, settings.max_chars
+            str(source.folder), settings.template, settings.scored_part, settings.max_chars
         )
         print(f"\n{len(rows):,} rows read; the first, as the reward model reads it:")
         for response, label in zip(rows[0].responses, rows[0].labels, strict=True):
@@ -134,12 +134,12 @@ def _of_judged(source: QuestionSource, kind: Kind) -> Draft:
         guesses.append(Guess("reward_model.heldout_fraction", 0.0, why))
     if not _has_chat(source):
         guesses.append(Guess("reward_model.template", SCORED_TEMPLATE, NO_CHAT))
-    return Draft("reward-model", guesses, try_out, has_dry_run=False)
+    return RecipeDraft("reward-model", guesses, try_out, has_dry_run=False)
 
 
 def _supervised_sizes(source: QuestionSource) -> list[Guess]:
-    layout = sizes.layout(source.hf, source.parameters, source.machine)
-    batches = sizes.batches(source.parameters, 1, source.machine)
+    layout = sizes.guess_layout(source.hf, source.parameters, source.machine)
+    batches = sizes.guess_batches(source.parameters, 1, source.machine)
     return [
         *(guess for guess in layout if not guess.key.startswith(("rollout.", "push."))),
         *(guess for guess in batches if guess.key in SUPERVISED_SIZES),
@@ -194,13 +194,13 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     rows = [row for _, row in itertools.islice(read_renamed_rows(data), MAX_ROWS)]
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
-    source = QuestionSource(folder, hf, num_parameters(hf), data, rows, this_machine())
-    other = None if given else _draft_of_rows(source)
+    source = QuestionSource(folder, hf, num_parameters(hf), data, rows, detect_machine())
+    other = None if given else _supervised_recipe(source)
     options = [text for key, value in given.items() for text in (f"--{key}", value)]
     _write(path, source, other or _rl_recipe(source, given), [model, data, *options])
 
 
-def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> Draft:
+def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> RecipeDraft:
     """Return a recipe for `rl`.
 
     Raises:
@@ -220,12 +220,14 @@ def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> Draft:
     def try_out(path: Path) -> None:
         print(f"a response ends with: {describe_end_tokens(text.end_tokens)}")
         _check_truths(source.data, columns)
-        _try(path, columns)
+        _check_recipe(path, columns)
 
-    return Draft("rl", [*guesses, *_sizes(source, questions, text)], try_out)
+    return RecipeDraft("rl", [*guesses, *_sizes(source, questions, text)], try_out)
 
 
-def _write(path: Path, source: QuestionSource, draft: Draft, arguments: Sequence[str]) -> None:
+def _write(
+    path: Path, source: QuestionSource, draft: RecipeDraft, arguments: Sequence[str]
+) -> None:
     """Write a recipe and print it, then try it out and print what comes next.
 
     Args:
@@ -280,7 +282,7 @@ def _check_arguments(model: str, path: Path) -> None:
         )
 
 
-def _try(path: Path, columns: Columns) -> None:
+def _check_recipe(path: Path, columns: Columns) -> None:
     """Check the recipe as `rl` does, and print the memory that it takes without a GPU.
 
     Raises:
@@ -289,8 +291,8 @@ def _try(path: Path, columns: Columns) -> None:
     recipe = configuration.load(path, required=rl.REQUIRED)
     _, prompts = prepare(recipe)
     if OWN in (columns.kind or ""):
-        with naming_renamed_columns(recipe.data.columns):
-            asyncio.run(_check_own(prompts.train))
+        with explain_renamed_columns(recipe.data.columns):
+            asyncio.run(_check_user_reward(prompts.train))
     if not gpu.is_usable():
         memory = cpu_memory(recipe, 1, has_engines=True)
         print(memory.describe(memory.microbatch_tokens(None)))
@@ -395,16 +397,16 @@ def _sizes(
 ) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
     machine = source.machine
-    limits = first_recipe.lengths(
+    limits = first_recipe.guess_lengths(
         max(len(text.encode(question, before)) for before, question in questions),
         max_positions(source.folder),
         machine,
     )
     num_heldout, heldout = _heldout([question for _, question in questions], machine)
     return [
-        *first_recipe.layout(source.hf, source.parameters, machine),
+        *first_recipe.guess_layout(source.hf, source.parameters, machine),
         *limits,
-        *first_recipe.batches(source.parameters, len(questions) - num_heldout, machine),
+        *first_recipe.guess_batches(source.parameters, len(questions) - num_heldout, machine),
         *heldout,
     ]
 
@@ -447,7 +449,7 @@ def _check_truths(data: str, columns: Columns) -> None:
         )
 
 
-async def _check_own(prompts: Sequence[Prompt]) -> None:
+async def _check_user_reward(prompts: Sequence[Prompt]) -> None:
     """Raise UserError for a reward function that cannot be imported or called."""
     async with RewardPool(1) as pool:
         await RewardTerms(pool, {}).check((), prompts)

@@ -21,8 +21,8 @@ from megatron_r1.commands.rollout_run import Rollouts, open_rollouts
 from megatron_r1.commands.trained_model import next_commands
 from megatron_r1.commands.training_run import (
     TrainingRun,
-    begin_engines,
-    begin_trainer,
+    preload_megatron,
+    preload_vllm,
     show_trainer,
     training_run,
 )
@@ -55,8 +55,8 @@ def run(config: Config) -> None:
     """
     check_settings(config)
     timeline.mark("controller/settings checked")
-    begin_trainer()
-    begin_engines(config)
+    preload_megatron()
+    preload_vllm(config)
     with without_garbage_collection():  # it imports transformers, and sympy for many tasks
         text, prompts = read_prompts(config)
     timeline.mark("controller/questions read")
@@ -149,7 +149,7 @@ def dry_run(config: Config) -> None:
 
     check_settings(config)
     require_weights(Path(config.model.path))
-    begin_engines(config)
+    preload_vllm(config)
     with without_garbage_collection():
         text, prompts = read_prompts(config)
     show_batch(config, text, prompts)

@@ -40,7 +40,7 @@ from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.operations import CheckpointOperations
 
 
-def begin_engines(config: Config) -> None:
+def preload_vllm(config: Config) -> None:
     """Begin the import of vLLM for engines on this host: four seconds of CPU. The process ends with
     this one, also if no engine is started. Call it once the settings are checked."""
     if config.rollout.placement == "local":
@@ -50,7 +50,7 @@ def begin_engines(config: Config) -> None:
         fork_client.preload(ENGINE, settings.environment())
 
 
-def begin_trainer() -> None:
+def preload_megatron() -> None:
     """Begin the import of Megatron-Core, likewise, for ranks that the controller starts on a host
     without GPUs: two seconds of CPU."""
     if torchrun.starts_ranks() and not gpu.is_usable():

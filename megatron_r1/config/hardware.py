@@ -34,6 +34,7 @@ class Hardware:
     """One GPU and its share of a node; links in one direction."""
 
     name: str
+    """Its name in `HARDWARE`, as --hardware takes it"""
     memory: Bytes
     """Memory of a GPU as CUDA reports it to programs, in whole GiB; nvidia-smi shows 81,559 MiB of
     an H100, 143,771 of an H200 and 183,359 of a B200."""
@@ -150,9 +151,9 @@ class Assumptions:
     """Questions of a `sample` run without data.num_train; a guess."""
 
 
-def fields_of(part: object) -> dict[str, FieldInfo]:
+def described_fields(model: object) -> dict[str, FieldInfo]:
     """Return the named numbers of a part; a field's description is its docstring."""
-    fields: dict[str, Any] = type(part).__pydantic_fields__  # type: ignore[attr-defined]
+    fields: dict[str, Any] = type(model).__pydantic_fields__  # type: ignore[attr-defined]
     return {name: info for name, info in fields.items() if name != "name"}
 
 
@@ -167,12 +168,12 @@ def link_rate(hardware: Hardware, assumptions: Assumptions, span: int) -> float:
         assumptions: with the efficiency of links.
         span: ranks from the first to the last of the group.
     """
-    inside = fraction_inside(hardware.gpus_per_node, span)
+    inside = intra_node_fraction(hardware.gpus_per_node, span)
     slowest = max(inside / hardware.nvlink, (1 - inside) / hardware.network)
     return assumptions.link_efficiency / slowest
 
 
-def fraction_inside(gpus_per_node: int, span: int) -> float:
+def intra_node_fraction(gpus_per_node: int, span: int) -> float:
     """Return the share of a group's bytes that stay within a node."""
     return min(1.0, gpus_per_node / span)
 

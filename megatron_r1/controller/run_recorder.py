@@ -18,8 +18,8 @@ from megatron_r1.config import CheckpointConfig, Config
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.reporting.trackers import TrackerSet, check_trackers
 from megatron_r1.reporting.trackers.services import TensorBoardLog, TrackedRun
-from megatron_r1.reporting.trackers.tracker_set import TrackerSet, check_trackers
 from megatron_r1.reporting.wording import shown_metrics
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, DamagedCheckpoint

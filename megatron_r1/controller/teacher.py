@@ -183,7 +183,7 @@ def _check_sampling(config: Config) -> None:
     that the teacher scores."""
     for step, phase in config.phases():
         rollout = phase.rollout
-        if rollout.temperature == 1.0 and not rollout.is_cut:
+        if rollout.temperature == 1.0 and not rollout.truncates_sampling:
             continue
         when = f"rl.schedule, from_step {step}: " if step > 1 else ""
         limit = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"

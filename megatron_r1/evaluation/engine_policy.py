@@ -121,7 +121,12 @@ class EnginePolicy:
     async def respond(
         self, question: str, seed: int, before: Sequence[Message] = ()
     ) -> TextResponse:
-        """Sample one response. A prompt that leaves no room for a response is refused."""
+        """Sample one response. A prompt that leaves no room for a response is refused.
+
+        Args:
+            question: the user's last message.
+            seed: the seed of the sampling.
+            before: the messages before the question."""
         opened = self._text.opens_thought
         prompt_ids = self._text.encode(question, before)
         if len(prompt_ids) >= self._max_model_len:
@@ -151,9 +156,13 @@ class EnginePolicy:
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
         """Play one episode; its turns are sampled with the seeds from `seed` on.
 
+        Args:
+            agents: the environment and its limits.
+            prompt: the prompt that the episode begins with.
+            seed: the seed of the first turn.
+
         Raises:
-            RunError: ATTEMPTS episodes failed by no fault of the policy, or no engine is left.
-        """
+            RunError: ATTEMPTS episodes failed by no fault of the policy, or no engine is left."""
         fleet = self._fleet
         assert fleet is not None, "start() was not called"
         seeds = itertools.count(seed)

@@ -109,9 +109,13 @@ class ServerPolicy:
     ) -> TextResponse:
         """Sample one response. A question that the server refuses gets no response.
 
+        Args:
+            question: the user's last message.
+            seed: the seed of the sampling, which the server may ignore.
+            before: the messages before the question.
+
         Raises:
-            ServiceError: the server refuses every question, or is down.
-        """
+            ServiceError: the server refuses every question, or is down."""
         try:
             reply = await self._service.request(self._body(question, seed, before))
         except Ungradable as error:
@@ -134,7 +138,12 @@ class ServerPolicy:
         )
 
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
-        """Raise AssertionError: `check` refuses episodes."""
+        """Raise AssertionError: `check` refuses episodes.
+
+        Args:
+            agents: the environment.
+            prompt: the prompt.
+            seed: the seed."""
         raise AssertionError("refused by check()")
 
     async def close(self) -> None:

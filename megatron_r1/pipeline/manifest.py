@@ -22,7 +22,7 @@ from megatron_r1.base.user_code import module_syntax
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
 from megatron_r1.evaluation.identity import versions
-from megatron_r1.pipeline.pipeline_recipe import references, substitute, texts
+from megatron_r1.pipeline.pipeline_recipe import iter_references, iter_texts, substitute
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 
 WHOLE_BYTES = 256 * 1024**2
@@ -87,13 +87,18 @@ def default_settings() -> dict[str, Any]:
 def input_digests(
     plan: PipelinePlan, stage: PipelineStage, upstream: tuple[str, ...]
 ) -> dict[str, str]:
-    """Return the digest of each input: references, files named in settings, functions."""
+    """Return the digest of each input: references, files named in settings, functions.
+
+    Args:
+        plan: the stages of one seed.
+        stage: the stage whose inputs they are.
+        upstream: the stages that it needs."""
     digests: dict[str, str] = {}
-    for _, text in texts(stage.all_settings):
+    for _, text in iter_texts(stage.all_settings):
         if (file := FILE_OF_STAGE.fullmatch(text)) and file[1] in upstream:
             digests[text] = digest(plan.folder_of(file[1]) / file[2])
             continue
-        for _, reference in references(text):
+        for _, reference in iter_references(text):
             head = reference.partition(".")[0]
             if head in upstream:
                 digests[f"${{{reference}}}"] = (
@@ -104,7 +109,7 @@ def input_digests(
     for name in stage.config.after:
         digests[f"after {name}"] = digest_of_outputs(output_digests(plan.folder_of(name)))
     for place, text in plan.named_files(stage):
-        digests[f"{place} {text}"] = digest(Path(plan.located(text)))
+        digests[f"{place} {text}"] = digest(Path(plan.resolve_here(text)))
     for function, syntax in _functions(stage).items():
         digests[f"function {function}"] = _digest_of_value(syntax)
     return digests

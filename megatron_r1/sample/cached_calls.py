@@ -22,6 +22,7 @@ class UserFunction:
     Attributes:
         path: "module:function".
         key: the recipe's key that names it.
+        function: the function itself.
         identity: the path and a digest of its module; results of another version of the module have
             another identity."""
 

@@ -13,8 +13,7 @@ from typing import Any, Protocol, TypedDict
 import msgspec
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config.algorithms import LossSettings, TokenSettings
-from megatron_r1.config.corrections import EngineMask
+from megatron_r1.config.algorithms import EngineMask, LossSettings, TokenSettings
 from megatron_r1.push.results import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.trainer.training_sample import Sample
 

@@ -30,8 +30,9 @@ from torch.distributed import ProcessGroup
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
-from megatron_r1.models.packed_params import PackedParams
+from megatron_r1.models.packed_params import PackedParams, mark_positions
 from megatron_r1.models.platform import to_device
+from megatron_r1.models.prefixes import mark_prefixes
 from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.trainer.batch import PackedBatch

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from megatron_r1 import models
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import LossSettings, TokenSettings
-from megatron_r1.config.corrections import EngineMask
+from megatron_r1.config.algorithms import EngineMask, LossSettings, TokenSettings
 from megatron_r1.models import fp8, platform, weights
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.gradients import fp32_main_grad
 from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import Head, PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.check_model import Findings
+from megatron_r1.commands.check_model import ModelCheckResult
 from megatron_r1.commands.check_model import verb as check_model
 from megatron_r1.config import ParallelConfig, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
@@ -152,8 +152,8 @@ def shown_by_check_model(folder):
     numbers = dict.fromkeys(["parameters", "memory_bytes", "free_bytes", "tensors", "compared"], 1)
     numbers |= dict.fromkeys(["tolerance", "megatron", "vllm"], 0.0)
     ends = describe_end_tokens(end_tokens(folder))
-    found = Findings(folder=str(folder), architecture="A", dtype="float32", tokens=1, agree=True,
-                     template=False, end_tokens=ends, **numbers)  # fmt: skip
+    found = ModelCheckResult(folder=str(folder), architecture="A", dtype="float32", tokens=1,
+                             agree=True, template=False, end_tokens=ends, **numbers)  # fmt: skip
     return check_model._text(found, ParallelConfig())
 
 
@@ -286,7 +286,7 @@ def test_b18_evaluations_and_servers_get_the_same_ends():
     from megatron_r1.config import Config
 
     rollout = Config(rollout={"stop": ["</answer>"], "stop_token_ids": [5]}).rollout
-    settings = SamplingSettings.of(rollout, 0.6, 0.95, 100)
+    settings = SamplingSettings.from_options(rollout, 0.6, 0.95, 100)
     assert settings == SamplingSettings(0.6, 0.95, 100, ("</answer>",), (5,))
 
 

@@ -61,12 +61,12 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--parser", default="hermes", help="vLLM's tool parser, or none")
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return a dictionary per size, each measured in a process of its own."""
     found = []
-    for seconds in chosen.engine_seconds:
-        for sessions in chosen.sessions:
-            size = in_own_process(measure, sessions, chosen.turns, seconds, chosen.parser)
+    for seconds in args.engine_seconds:
+        for sessions in args.sessions:
+            size = in_own_process(measure, sessions, args.turns, seconds, args.parser)
             found.append(size)
             print(_line(size), flush=True)
     return {"cores are worth": host.cores_worth(), "goal, ms a turn": GOAL_MS, "sizes": found}

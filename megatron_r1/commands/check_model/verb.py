@@ -26,7 +26,7 @@ from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.base.processes.diagnosis import file_excerpt
-from megatron_r1.commands.check_model import Findings, NotCompared, ReferenceResult, Refusal
+from megatron_r1.commands.check_model import ModelCheckResult, NotCompared, ReferenceResult, Refusal
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
@@ -53,14 +53,18 @@ MAX_LENGTH = 256
 shorter."""
 
 
-async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path) -> float:
+async def compare_with_megatron(config: Config, reference: ReferenceResult, scratch: Path) -> float:
     """Return the largest difference of the trainer's log-probabilities, in the layout of
     `config.parallel`.
 
+    Args:
+        config: the recipe of the check.
+        reference: what transformers has computed.
+        scratch: a folder for the run's files.
+
     Raises:
         UserError: an impossible layout.
-        TrainerError: a rank fails.
-    """
+        TrainerError: a rank fails."""
     samples = [
         Sample.pack(ids[:1], ids[1:], logprobs)
         for ids, logprobs in zip(reference.sequences, reference.logprobs, strict=True)
@@ -74,7 +78,7 @@ async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path)
         await trainer.close()
 
 
-async def by_vllm(
+async def compare_with_vllm(
     folder: Path, config: Config, reference: ReferenceResult, scratch: Path
 ) -> float | NotCompared:
     """Compare an engine's log-probabilities, started on the weights in `folder`, with the
@@ -138,10 +142,14 @@ def _check_bytes(dtype: str) -> int:
 def run(config: Config, folder: str, json: str | None = None) -> None:
     """Check the folder and print the findings.
 
+    Args:
+        config: the settings given on the command line.
+        folder: the Hugging Face folder.
+        json: the file to write the result to, if any.
+
     Raises:
         UserError: the model is not supported.
-        RunError: the implementations disagree, or too little memory is free to compare them.
-    """
+        RunError: the implementations disagree, or too little memory is free to compare them."""
     try:
         found = _check(config, folder)
     except (UserError, RunError) as error:
@@ -153,13 +161,13 @@ def run(config: Config, folder: str, json: str | None = None) -> None:
         raise RunError(f"{folder}: {found.problem}")
 
 
-def _write(path: str | None, found: Findings | dict) -> None:
+def _write(path: str | None, found: ModelCheckResult | dict) -> None:
     """Write what was found as JSON, if asked to: also a failure, so that no older file stays."""
     if path is not None:
         atomic_write(path, msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
 
 
-def _check(config: Config, folder: str) -> Findings:
+def _check(config: Config, folder: str) -> ModelCheckResult:
     """Compare the folder's model in transformers, Megatron and vLLM, and return the findings.
 
     Raises:
@@ -184,11 +192,11 @@ def _check(config: Config, folder: str) -> Findings:
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "plain"
         reference = _reference(config, plain, Path(scratch))
-        megatron = asyncio.run(by_megatron(config, reference, Path(scratch)))
+        megatron = asyncio.run(compare_with_megatron(config, reference, Path(scratch)))
         source = plain if plain.exists() else Path(folder)
-        vllm = asyncio.run(by_vllm(source, config, reference, Path(scratch)))
+        vllm = asyncio.run(compare_with_vllm(source, config, reference, Path(scratch)))
     problem = _problem(megatron, vllm, reference.tolerance)
-    return Findings(
+    return ModelCheckResult(
         folder=folder,
         architecture=hf["architectures"][0],
         dtype=config.model.dtype,
@@ -256,7 +264,7 @@ def _problem(megatron: float, vllm: float | NotCompared, tolerance: float) -> st
     return None
 
 
-def _text(found: Findings, parallel: ParallelConfig) -> str:
+def _text(found: ModelCheckResult, parallel: ParallelConfig) -> str:
     """Return the findings as lines."""
 
     def difference(value: float | str) -> str:

@@ -53,7 +53,7 @@ def _places(at: int, group: Group) -> Iterator[Place]:
 
 def _has_own_prompts(config: Config) -> bool:
     """Whether a question's tokens are an environment's or an agent's affair."""
-    return bool(config.agents.players)
+    return bool(config.agents.player_settings)
 
 
 def _starts(step: RecordedStep) -> Finding:

@@ -57,7 +57,7 @@ class Recomputation:
     def __init__(self, step: RecordedStep) -> None:
         self.step = step
         self.sequences = step.sequences
-        is_cut = step.config.rollout.is_cut
+        is_cut = step.config.rollout.truncates_sampling
         self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
         self._known: dict[Path, list[np.ndarray]] = {}
 

@@ -34,7 +34,7 @@ from megatron_r1.models.sampling_mask import KeptIds, decode_mask
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import checkpoint_folders as checkpoints
 
-MOST_LONGER = 16
+MAX_LONGER = 16
 """How many times longer or shorter a run may have been planned than it is now."""
 SAME_RATE = 1e-9
 """Relative: a product of a few float64."""
@@ -148,7 +148,7 @@ class RecordedStep:
         steps, logged = self.run_config.run.steps, self.line.get("learning_rate")
         if self.config.optimizer.decay == "constant" or not isinstance(logged, int | float):
             return steps
-        for tried in (steps, *range(self.step, MOST_LONGER * steps + 1)):
+        for tried in (steps, *range(self.step, MAX_LONGER * steps + 1)):
             rates = self._rates(tried)
             if math.isclose(sum(rates) / len(rates), logged, rel_tol=SAME_RATE):
                 return tried

@@ -44,7 +44,7 @@ from megatron_r1.controller.corrections import inner_loss
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_r1.config.corrections import EngineMask
+    from megatron_r1.config.algorithms import EngineMask
     from megatron_r1.trainer.batch import Head, PackedBatch
     from megatron_r1.trainer.losses import LossTerms
     from megatron_r1.trainer.token_advantages import RolloutBatches

@@ -32,7 +32,7 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
         UserError: two of them, another template, or code that cannot be imported.
     """
     agents = config.agents
-    named = agents.players
+    named = agents.player_settings
     if not named:
         return None
     if len(named) > 1:

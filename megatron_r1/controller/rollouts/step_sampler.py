@@ -123,7 +123,7 @@ class StepSampler:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             min_p=rollout.min_p,
-            sampling_mask=rollout.is_cut,
+            sampling_mask=rollout.truncates_sampling,
             max_response_tokens=rollout.max_response_tokens,
             step=step,
             reward_weights=weights_at(config.rewards.weights, step),

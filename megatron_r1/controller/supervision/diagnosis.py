@@ -66,7 +66,7 @@ class RunHandles:
         not wait for an engine that starts."""
         engines = self.rollouts.fleet.engines if self.rollouts else []
         is_down = self.trainer.pending_call is None and any(not engine.is_up for engine in engines)
-        return is_down or "starting" in self.recorder.view.doing[0]
+        return is_down or "starting" in self.recorder.view.current_phase[0]
 
     def progress(self) -> Hashable:
         """Return a value that changes whenever any role makes progress.
@@ -76,7 +76,7 @@ class RunHandles:
         trainer, view = self.trainer, self.recorder.view
         waiting = trainer.pending_call
         parts: tuple[Hashable, ...] = (
-            (view.doing, self.recorder.latest.get("step")),
+            (view.current_phase, self.recorder.latest.get("step")),
             (trainer.num_replies, trainer.num_restarts, waiting.since if waiting else None),
         )
         if self.rollouts is not None:
@@ -399,11 +399,11 @@ def _awaited_role(run: RunHandles) -> str:
 
 
 def _is_pushing(run: RunHandles) -> bool:
-    return run.recorder.view.doing[0] == "push"
+    return run.recorder.view.current_phase[0] == "push"
 
 
 def _inspect_controller(run: RunHandles) -> RoleDiagnosis:
-    phase, detail = run.recorder.view.doing
+    phase, detail = run.recorder.view.current_phase
     doing = f"{phase} ({detail})" if detail else phase or "nothing"
     details = []
     for task in asyncio.all_tasks():

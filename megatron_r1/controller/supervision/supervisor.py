@@ -42,7 +42,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
     - stalled: no progress for `run.hang_seconds`."""
     run = watchdog.run
     trainer, rollouts = run.trainer, run.rollouts
-    phase, detail = run.recorder.view.doing
+    phase, detail = run.recorder.view.current_phase
     waiting = trainer.pending_call
     facts: dict[str, Any] = {
         "status": "ok",

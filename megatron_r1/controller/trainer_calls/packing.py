@@ -22,7 +22,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.models.weights import hf_tensors
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 from megatron_r1.trainer.shared_prompts import SharedTokens, group_by_first_prompt
 from megatron_r1.trainer.training_sample import Sample
 
@@ -201,9 +201,9 @@ def check_batches(config: Config, verb: str, world_size: int, rank: str = "train
     if num_samples < data_parallel:
         most = num_samples * (world_size // data_parallel)
         raise UserError(
-            f"{counted(num_samples, item)} of an optimizer step cannot be spread over "
+            f"{format_count(num_samples, item)} of an optimizer step cannot be spread over "
             f"{data_parallel:,} data-parallel ranks; {more}, raise parallel.context, .tensor or "
-            f".pipeline, or use at most {counted(most, rank)}",
+            f".pipeline, or use at most {format_count(most, rank)}",
             key=key,
             cause=Cause.OUT_OF_RANGE,
         )

@@ -58,7 +58,7 @@ def test_weights_are_those_of_the_plan(tmp_path, dtype, ranks, tensor, kl_beta, 
     config = recipe(tmp_path, ranks, **settings, rl={"kl_beta": kl_beta})
     job = PlannedJob(memory.read_hf_config(str(tmp_path)), config, ranks, HARDWARE["H800"])
     (of_rank,) = rank_memory(job)  # ranks of one pipeline stage are equal
-    planned = of_rank.resident + of_rank.host["reference"]
+    planned = of_rank.resident_bytes + of_rank.host["reference"]
     copies = of_rank.host["checkpoint being written"]
     found = cpu_memory(config, ranks, has_engines=True)
     assert found.weights == pytest.approx(ranks * (planned + copies), rel=0.01)

@@ -11,7 +11,7 @@ from r1_grading import logic
 from refusals import raised, refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.rl_checks import kinds_drawn, prompts_that_fit
+from megatron_r1.commands.rl_checks import describe_kind_weights, drop_long_prompts
 from megatron_r1.config import parse
 from megatron_r1.data.prompts import (
     Prompt,
@@ -283,12 +283,12 @@ def test_weights_of_kinds_that_are_not_there_or_draw_nothing_are_refused():
     schedule = [{"from_step": 7, "rl.kind_weights": {"code": 1.0}}]
     recipe = {"schedule": schedule, "kind_weights": {"helpful": 0}}
     with refused("rl.kind_weights.code", Cause.UNKNOWN, 7):
-        kinds_drawn(parse({"rl": recipe}), prompts)
+        describe_kind_weights(parse({"rl": recipe}), prompts)
     schedule[0]["rl.kind_weights"] = {"helpful": 0.5}
-    lines = kinds_drawn(parse({"rl": recipe}), prompts)
+    lines = describe_kind_weights(parse({"rl": recipe}), prompts)
     shares = [re.findall(r"\d+\.\d%|math|helpful", line) for line in lines]
     assert shares == [["100.0%", "math", "0.0%", "helpful"], ["66.7%", "math", "33.3%", "helpful"]]
-    assert kinds_drawn(parse({}), prompts) == []
+    assert describe_kind_weights(parse({}), prompts) == []
 
 
 def test_templates_place_the_question_and_nothing_else():
@@ -340,10 +340,10 @@ def test_questions_longer_than_the_engines_room_are_left_out_and_told_of(capsys)
     text = PromptTokenizer(str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}")
     short, long = (make_prompt("1 + 1 " * n, "math", "2", {}) for n in (2, 40))
     limit = len(text.encode(long.question))
-    split = prompts_that_fit(PromptSplit([short, long], [long]), text, limit)
+    split = drop_long_prompts(PromptSplit([short, long], [long]), text, limit)
     assert (split.train, split.heldout) == ([short], [])
     assert str(limit) in capsys.readouterr().err
-    assert prompts_that_fit(PromptSplit([long], []), text, limit + 1).train == [long]
+    assert drop_long_prompts(PromptSplit([long], []), text, limit + 1).train == [long]
     assert capsys.readouterr().err == ""
     with refused("data.path", Cause.TOO_LARGE, limit):
-        prompts_that_fit(PromptSplit([long], []), text, limit)
+        drop_long_prompts(PromptSplit([long], []), text, limit)

@@ -107,7 +107,7 @@ def test_examples_are_one_pass_of_the_template(model, name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_init_writes_a_recipe_that_its_verb_accepts(model, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(init, "this_machine", lambda: Machine(0, 16 * 2**30))
+    monkeypatch.setattr(init, "detect_machine", lambda: Machine(0, 16 * 2**30))
 
     async def graded(truths):  # by a worker with sympy, which takes seconds
         return [Grade(1.0, "")] * len(truths)

@@ -36,7 +36,7 @@ from megatron_r1.push.transports import nccl, nccl_rounds
 from tests.unit.controller.push.small_fleet import SmallFleet
 from tests.unit.push.push_models import DEEPSEEK, QWEN
 from tests.unit.push.push_world import draw, plain_table, wrong_slots
-from tools.bench.push.small_model import held_by
+from tools.bench.push.small_model import rank_tensors
 
 CASES = {
     "qwen": (QWEN, TrainerGrid(2, tensor=2), EngineLayout()),
@@ -119,7 +119,7 @@ class TrainerRank(Rank):
         super().__init__(case, rank, **place)
         self.rank, self.port, self.num_shared = rank, port, 0
         self.store = TCPStore("127.0.0.1", port, is_master=False)
-        self.held = held_by(self.hf, self.grid, rank, tensors_of(self.hf, 0))
+        self.held = rank_tensors(self.hf, self.grid, rank, tensors_of(self.hf, 0))
         self.held = {
             name: [(tensor.to(self.device), piece) for tensor, piece in pieces]
             for name, pieces in self.held.items()
@@ -137,7 +137,7 @@ class TrainerRank(Rank):
         return self.store.get(key)
 
     def train(self, version):
-        new = held_by(self.hf, self.grid, self.rank, tensors_of(self.hf, version))
+        new = rank_tensors(self.hf, self.grid, self.rank, tensors_of(self.hf, version))
         for name, pieces in self.held.items():
             for (parameter, _), (value, _) in zip(pieces, new[name], strict=True):
                 parameter.copy_(value)

@@ -9,9 +9,9 @@ import yaml
 
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
-from megatron_r1.plan.arguments import config_of, job_of, parse
+from megatron_r1.plan.arguments import load_recipe, parse, planned_job
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.published import PublishedRun, published_runs, within
+from megatron_r1.plan.published import PublishedRun, is_in_range, published_runs
 from megatron_r1.plan.timing import time_section
 
 ROOT = Path(__file__).parents[3]
@@ -67,7 +67,7 @@ def test_each_published_run_lies_in_its_range_or_is_named_as_a_miss(runs):
             assert part.high / part.low <= 4
         else:  # hours of all phases, and the MFU, whose inverse is a time
             inside = 1 / 1.96 <= run.predicted() / run.published <= 1.96
-        assert inside == within(run.ratio()), run.name
+        assert inside == is_in_range(run.ratio()), run.name
         outside |= set() if inside else {run.name}
     assert outside == MISSES
     assert all(name in page for name in MISSES)
@@ -131,9 +131,9 @@ def test_outside_a_checkout_it_says_where_to_start(tmp_path, monkeypatch, capsys
 
 def test_a_run_s_hours_are_its_phases():
     chosen, overrides = parse([str(RECIPE)])
-    assert [step for step, _ in config_of(RECIPE, overrides).phases()] == [1, 513]
+    assert [step for step, _ in load_recipe(RECIPE, overrides).phases()] == [1, 513]
     first, second = (
-        JobEstimate(job_of(RECIPE, chosen, overrides, n)).step.number for n in (512, 650)
+        JobEstimate(planned_job(RECIPE, chosen, overrides, n)).step.number for n in (512, 650)
     )
     hours = (512 * first + 138 * second) / 3600
     run = PublishedRun("r1-zero", "paper", True, str(RECIPE), "run", hours)
@@ -145,7 +145,7 @@ def in_pools(*options):
     alone = ["--rollout-gpus", "2048", "--rollout.colocated", "false", "--rl.importance_cap", "2"]
     alone += ["--rollout.redundant_experts", "0"]
     chosen, overrides = parse([str(RECIPE), *alone, *options])
-    estimate = JobEstimate(job_of(RECIPE, chosen, overrides))
+    estimate = JobEstimate(planned_job(RECIPE, chosen, overrides))
     return estimate, {name: part.value for name, part in time_section(estimate.times).items()}
 
 

@@ -17,7 +17,7 @@ from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.transports import receiver_class
-from tools.bench.push.small_model import held_by
+from tools.bench.push.small_model import rank_tensors
 
 
 def draw(hf, seed, *, with_mtp=False):
@@ -91,7 +91,7 @@ class World:
         self.name = f"set.{self.store.port}"
         shared = Shared(grid.world_size)
         self.held = [
-            held_by(hf, grid, rank, tensors, with_mtp=drafts, rules=adapters)
+            rank_tensors(hf, grid, rank, tensors, with_mtp=drafts, rules=adapters)
             for rank in range(grid.world_size)
         ]
         mtp = {"stages": stage_shards(hf, grid.pipeline, with_mtp=drafts), "drafts": drafts}

@@ -24,11 +24,12 @@ from tools.bench.push.order_check import (
     Call,
     Fault,
     Step,
+    StreamQueues,
     find_fault,
+    link_threads,
     operations_of_rounds,
     operations_of_steps,
 )
-from tools.bench.push.stream_queues import StreamQueues, link_threads
 
 ROOT = Path(__file__).parents[3]
 OVER_NCCL = [

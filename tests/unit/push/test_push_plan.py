@@ -16,7 +16,7 @@ from megatron_r1.push.plan.planner import PredictedSharding
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from tests.unit.push.plan_worlds import DEEPSEEK_V3, WORLDS
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
-from tools.bench.push.small_model import location_of
+from tools.bench.push.small_model import rank_coordinate
 
 
 @pytest.mark.parametrize("drafts", [False, True])
@@ -61,7 +61,7 @@ def test_ranks_are_where_megatron_puts_them():
     stages = {tuple(grid.unsplit_replicas(s)) for s in range(2)}
     assert stages == {tuple(sorted(ranks)) for ranks in dense.get_ranks("tp-cp-dp")}
     for rank in range(32):
-        at = location_of(grid, rank)
+        at = rank_coordinate(grid, rank)
         assert rank in grid.dense_replicas(at.stage, at.tensor)
         assert rank in grid.expert_replicas(at.stage, at.expert_tensor, at.expert)
 

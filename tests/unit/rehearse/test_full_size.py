@@ -7,10 +7,9 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.rehearse import _check
+from megatron_r1.commands.rehearse import MAX_LINKS, _check, check_links
 from megatron_r1.config import load
 from megatron_r1.push.plan import from_recipe
-from megatron_r1.rehearse.jobs import MAX_LINKS, check_links
 
 RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 

@@ -15,7 +15,7 @@ from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.shots import FewShotExamples, FewShotTokenizer
 from megatron_r1.data.text import PromptTokenizer
-from megatron_r1.sample.decontamination import contaminated, load_avoided, ngrams
+from megatron_r1.sample.selection import find_contaminated, load_avoided, ngrams
 from megatron_r1.sample.sft_examples import Rendering
 
 CHAT = (
@@ -129,7 +129,7 @@ def prompts(*questions):
 
 def avoided(questions, avoid, n=13):
     asked = prompts(*questions)
-    found = contaminated(asked, avoid, n)
+    found = find_contaminated(asked, avoid, n)
     return [prompt.question for prompt in asked if prompt.id in found]
 
 

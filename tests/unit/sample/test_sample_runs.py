@@ -21,8 +21,7 @@ from megatron_r1.data.prompts import make_prompt, normalize_question
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import ResponseLog, TextResponse
 from megatron_r1.sample.cached_calls import ResultCache
-from megatron_r1.sample.outputs import WINDOW, PromptResult, decide_all
-from megatron_r1.sample.selection import Decision
+from megatron_r1.sample.selection import WINDOW, Decision, PromptResult, decide_all
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused_runs.yaml").read_text())
 # A reward that loads in no time, where `math` brings sympy into every worker.

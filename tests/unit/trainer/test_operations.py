@@ -3,8 +3,7 @@
 import msgspec
 import pytest
 
-from megatron_r1.config.algorithms import TokenSettings
-from megatron_r1.config.corrections import EngineMask
+from megatron_r1.config.algorithms import EngineMask, TokenSettings
 from megatron_r1.trainer.operations import (
     Call,
     CheckpointOperations,

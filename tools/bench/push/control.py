@@ -32,7 +32,7 @@ from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender
 from megatron_r1.push.transports import gloo
 from megatron_r1.push.transports.payloads import SlicesPayload
-from tools.bench.push.small_model import SHAPE, held_by, slot_table
+from tools.bench.push.small_model import SHAPE, rank_tensors, slot_table
 
 HF = SHAPE | {"num_hidden_layers": 8, "n_routed_experts": 32}
 GRID = TrainerGrid(128, tensor=2, pipeline=4, expert=8)
@@ -193,7 +193,7 @@ def _trainer(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> N
             store.set("tables", value)  # type: ignore[arg-type]
         return store.get("tables")
 
-    held = held_by(HF, GRID, rank, tensors)
+    held = rank_tensors(HF, GRID, rank, tensors)
     ends = WeightSender(HF, GRID, held, store, share, rank=rank)
     store.add("ready", 1)
     store.get("connect")

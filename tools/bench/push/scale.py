@@ -35,11 +35,12 @@ from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 from tools.bench.host import ROOT
 from tools.bench.push.order_check import (
+    StreamQueues,
     find_fault,
+    link_threads,
     operations_of_rounds,
     operations_of_steps,
 )
-from tools.bench.push.stream_queues import StreamQueues, link_threads
 
 PLAN = hardware.Assumptions()
 """The assumptions of `megatron-r1 plan`."""
@@ -76,7 +77,7 @@ def as_table(assumptions: PushAssumptions) -> list[dict[str, object]]:
             "unit": hardware.unit_of(info),
             "reason": info.description or "",
         }
-        for name, info in hardware.fields_of(assumptions).items()
+        for name, info in hardware.described_fields(assumptions).items()
     ]
 
 
@@ -97,7 +98,10 @@ class ScaleCase:
     """A push from the ranks of `planner` to its engines.
 
     Attributes:
+        name: how the table names it.
+        planner: plans what each trainer rank sends to which engine rank.
         colocated: on the trainer ranks' GPUs.
+        form: a dtype, or "FP8".
         seeds: runs of the model."""
 
     name: str
@@ -112,7 +116,7 @@ def simulate() -> dict[str, Any]:
     start = time.process_time()
     rows = []
     for case in _cases():
-        row = simulated(case, PushAssumptions())
+        row = simulate_case(case, PushAssumptions())
         rows.append(row)
         print(
             f"{row['case']}, {row['weights']}: {row['processes']:,} processes, "
@@ -123,7 +127,7 @@ def simulate() -> dict[str, Any]:
             f"{row['runs']} runs",
             flush=True,
         )
-        print("".join(f"    {sentence}\n" for sentence in beyond(row)), end="", flush=True)
+        print("".join(f"    {sentence}\n" for sentence in missed_aims(row)), end="", flush=True)
     flagship = ScaleCase("", _planner("examples/deepseek_r1/r1_zero.yaml"), colocated=False)
     planted = without_order(flagship)
     print("r1_zero in pools, a thread for each link instead of rounds:", planted)
@@ -135,7 +139,7 @@ def simulate() -> dict[str, Any]:
     }
 
 
-def beyond(row: dict[str, Any]) -> list[str]:
+def missed_aims(row: dict[str, Any]) -> list[str]:
     """Return a sentence for each figure of a simulated push that is beyond its aim."""
     return [
         f"{text.format(row[name])}, at most {most:g} wanted"
@@ -144,7 +148,7 @@ def beyond(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def simulated(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
+def simulate_case(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
     """Return the figures of a case."""
     began = time.process_time()
     order = _order(case)
@@ -254,7 +258,12 @@ def transfer_seconds(
     order: RoundSchedule, operations: np.ndarray, rates: PushAssumptions
 ) -> np.ndarray:
     """Return how long each send or receive takes once both sides have come to it. Processes are
-    numbered by GPU."""
+    numbered by GPU.
+
+    Args:
+        order: the planned rounds.
+        operations: the sends and receives, as `OPERATION`.
+        rates: the assumed rates of the links."""
     sides = operations["process"], operations["peer"]
     is_near = np.equal(*(side // rates.gpus_per_node for side in sides))
     within = min(rates.nvlink * rates.nvlink_efficiency, rates.device_pack)

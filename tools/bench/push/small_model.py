@@ -30,7 +30,7 @@ SHAPE = {
 }
 
 
-class Place(NamedTuple):
+class RankCoordinate(NamedTuple):
     """A trainer rank's number along the axes of its grid."""
 
     stage: int
@@ -39,13 +39,13 @@ class Place(NamedTuple):
     expert_tensor: int
 
 
-def location_of(grid: TrainerGrid, rank: int) -> Place:
+def rank_coordinate(grid: TrainerGrid, rank: int) -> RankCoordinate:
     """Return where a rank is, in Megatron-Core's default order."""
     expert, expert_tensor = divmod(rank % grid.expert_model, grid.expert_tensor)
-    return Place(rank // grid.stage_ranks, rank % grid.tensor, expert, expert_tensor)
+    return RankCoordinate(rank // grid.stage_ranks, rank % grid.tensor, expert, expert_tensor)
 
 
-def held_by(
+def rank_tensors(
     hf: dict,
     grid: TrainerGrid,
     rank: int,
@@ -55,8 +55,16 @@ def held_by(
     rules: Table | None = None,
 ) -> dict:
     """Return a trainer rank's parameters, in bfloat16, and their pieces, by HF name; those that
-    `rules` list, default the model's."""
-    at = location_of(grid, rank)
+    `rules` list, default the model's.
+
+    Args:
+        hf: the model's config.json.
+        grid: the trainer's layout.
+        rank: the trainer rank.
+        tensors: the whole tensors by name.
+        with_mtp: whether the MTP layers are among them.
+        rules: the table of the weights, in place of the model's."""
+    at = rank_coordinate(grid, rank)
     (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=with_mtp)[at.stage]
     axes = {
         "tp": (at.tensor, grid.tensor),

@@ -26,8 +26,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config, parse
-from megatron_r1.config.algorithms import NAMES, LossSettings
-from megatron_r1.config.corrections import EngineMask
+from megatron_r1.config.algorithms import NAMES, EngineMask, LossSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, chained
 from megatron_r1.controller.roles import TrainerPasses

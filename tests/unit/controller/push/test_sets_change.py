@@ -25,7 +25,7 @@ from megatron_r1.push.transports.payloads import SlicesPayload
 from megatron_r1.trainer.operations import PushOperations
 from tests.unit.push.push_models import DEEPSEEK
 from tests.unit.push.push_world import Shared, draw, plain_table, wrong_slots
-from tools.bench.push.small_model import held_by
+from tools.bench.push.small_model import rank_tensors
 
 GRID, LAYOUT = TrainerGrid(4, pipeline=2, expert=2), EngineLayout(tensor=2)
 SHAPE = {"tensor": 2, "data": 1, "pipeline": 1, "expert_parallel": False}
@@ -38,7 +38,7 @@ class Trainer:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared, self.senders = Shared(GRID.world_size), []
         for rank in range(GRID.world_size):
-            held = held_by(DEEPSEEK, GRID, rank, tensors)
+            held = rank_tensors(DEEPSEEK, GRID, rank, tensors)
             client = TCPStore("127.0.0.1", self.store.port, is_master=False)
             sender = WeightSender(DEEPSEEK, GRID, held, client, shared.of(rank), rank=rank)
             self.senders.append(sender)
