@@ -89,7 +89,7 @@ def test_judged_responses_get_a_recipe_for_a_reward_model(here, capsys, kind):
     recipe = configuration.load("judged.yaml", reward_model.IMPLIED)
     settings = recipe.reward_model
     assert (settings.data, settings.kind) == ("judged.jsonl", kind)
-    text = PreferenceTokenizer("model", settings.template, settings.shown, settings.max_chars)
+    text = PreferenceTokenizer("model", settings.template, settings.scored_part, settings.max_chars)
     rows = reward_model.load_rows(recipe, text, read_hf_config("model", "score"))
     assert len(rows.train) + len(rows.heldout) == 3
     output = capsys.readouterr().out

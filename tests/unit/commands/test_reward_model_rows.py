@@ -100,7 +100,7 @@ def test_a_changed_label_is_not_the_data_a_checkpoint_was_made_of(tmp_path):
         row = {"question": "Q", "response": "a", "label": label}
         (tmp_path / "labels.jsonl").write_text(json.dumps(row))
         settings = config(tmp_path / "labels.jsonl", kind="pointwise", heldout_fraction=0)
-        assert settings.reward_model.shown == "response"
+        assert settings.reward_model.scored_part == "response"
         return RowSampler(load_rows(settings, Characters("response"), HF).train, seed=0)
 
     state = sampler(1).state_dict()

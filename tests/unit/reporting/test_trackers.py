@@ -111,7 +111,7 @@ def test_mlflow_has_every_step_once_in_one_run(tmp_path, monkeypatch):
 class Server:
     """A tracker whose server fails for the first calls."""
 
-    newest = {STEP: 1.0}
+    last_tracked = {STEP: 1.0}
     notes = []
 
     def __init__(self, failures):
