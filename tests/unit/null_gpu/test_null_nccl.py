@@ -84,7 +84,7 @@ def in_rounds() -> dict[int, list[Step]]:
     found = {}
     for process in range(PUSH.num_processes):
         found[process] = []
-        for _, to, sent, source, received in PUSH.schedule(process).tolist():
+        for _, to, sent, source, received in PUSH.rounds_of(process).tolist():
             calls = [Call(True, to, sent), Call(False, source, received)]
             calls = [each for each in calls if each.bucket != NONE]
             found[process].append(Step(starts=calls, waits=calls))
