@@ -53,8 +53,9 @@ class RolloutTime:
 
     def step_seconds(self, sequences: float) -> float:
         """Return seconds of one token for each of `sequences` in a group: the longer of reading
-        weights and caches, and computing; and each layer's small kernels and exchanges. With drafts
-        a pass computes all of them, and an MTP layer runs once for each."""
+        weights and caches, and computing; each layer's small kernels and exchanges; and what the
+        host does between passes. With drafts a pass computes all of them, and an MTP layer runs
+        once for each."""
         job, hardware, assumptions = self.job, self.job.hardware, self.job.assumptions
         engines = self.engines
         layers = job.hf["num_hidden_layers"]
@@ -63,7 +64,7 @@ class RolloutTime:
         read = self._weights_read(sequences) + sequences * cached * engines.token_bytes
         flops = sequences * decode_flops(job.hf, cached, self._speedup) / engines.tensor
         flops *= (1 + engines.num_draft_tokens) * passes / layers
-        latency = self.exchange_seconds(sequences)
+        latency = assumptions.pass_seconds + self.exchange_seconds(sequences)
         if job.engine_gpus > 1:
             latency += assumptions.decode_latency_per_layer * passes
         if job.config.rollout.vllm.get("enforce_eager"):

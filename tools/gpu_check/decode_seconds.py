@@ -2,10 +2,11 @@
 
 vLLM decodes with a rank's share of DeepSeek-V3: its widths, the heads of one of 8 tensor ranks, and
 so many experts that all are read. Random weights, CUDA graphs. The number of layers and that of
-experts differ between engines, so that what a pass takes besides its layers (scheduling, sampling,
-head) falls out, and the time of a layer is split into the reading of its weights and the rest:
+experts differ between engines, so that the time of a pass is split into that of its layers (the
+reading of weights, and the rest) and what it takes besides them (scheduling, sampling, outputs):
 
-    seconds of a layer = decode_latency_per_layer + bytes / (bandwidth x bandwidth_efficiency)
+    seconds = pass_seconds + layers x decode_latency_per_layer
+              + bytes / (bandwidth x bandwidth_efficiency)
 
 A process for each engine; where there is no GPU sizes are a miniature's, and times mean nothing."""
 
@@ -65,6 +66,13 @@ def layer_bytes(hf: dict) -> int:
     return (ModelCounts(deeper).total - ModelCounts(hf).total) * BYTES["bfloat16"]
 
 
+def pass_bytes(hf: dict) -> int:
+    """Return the bytes of the weights that a pass reads: all but the embedding, of which it reads
+    a row for each sequence."""
+    embedding = hf["vocab_size"] * hf["hidden_size"]
+    return (ModelCounts(hf).total - embedding) * BYTES["bfloat16"]
+
+
 def time_engine(folder: Path, tokens: int) -> float:
     """Return seconds of a decoding pass of `SEQUENCES` by an engine with random weights."""
     from vllm import LLM, SamplingParams
@@ -99,18 +107,22 @@ def time_engine(folder: Path, tokens: int) -> float:
 
 
 def evaluate(
-    seconds: Mapping[Variant, float], num_bytes: Mapping[Variant, int], hardware: Hardware
+    seconds: Mapping[Variant, float],
+    num_bytes: Mapping[Variant, int],
+    few_bytes: int,
+    hardware: Hardware,
 ) -> dict[str, float]:
-    """Return the values of both numbers.
+    """Return the values of the three numbers.
 
     Args:
         seconds: the seconds of a pass, by engine.
         num_bytes: the bytes of a layer with experts, by engine.
+        few_bytes: those that a pass of the engine `FEW` reads.
         hardware: with the peak of the bandwidth.
 
     Raises:
-        Failed: times do not grow with layers and experts, or need more than the peak of the
-            bandwidth.
+        Failed: times do not grow with layers and experts, need more than the peak of the
+            bandwidth, or leave nothing besides the layers.
     """
     figures = {f"ms, {v.layers} layers, {v.experts} experts": 1e3 * s for v, s in seconds.items()}
     layer = (seconds[DEEP] - seconds[FEW]) / (DEEP.layers - FEW.layers)
@@ -124,7 +136,14 @@ def evaluate(
         raise Failed(f"weights are read at {efficiency:.2f} of the bandwidth's peak", **figures)
     if not latency > 0:
         raise Failed(f"a layer takes {latency:.3g} s besides its weights", **figures)
-    return {"decode_latency_per_layer": latency, "bandwidth_efficiency": efficiency}
+    rest = seconds[FEW] - FEW.layers * latency - few_bytes / rate
+    if not rest > 0:
+        raise Failed(f"a pass takes {rest:.3g} s besides its layers", **figures)
+    return {
+        "decode_latency_per_layer": latency,
+        "bandwidth_efficiency": efficiency,
+        "pass_seconds": rest,
+    }
 
 
 def check(out: Path) -> dict[str, Any]:
@@ -142,7 +161,8 @@ def check(out: Path) -> dict[str, Any]:
     figures = {f"ms of a pass, {v.layers} x {v.experts}": 1e3 * s for v, s in seconds.items()}
     if device_kind() != "gpu":
         return figures
-    values = evaluate(seconds, num_bytes, HARDWARE[name])
+    few_bytes = pass_bytes(model(FEW, small))
+    values = evaluate(seconds, num_bytes, few_bytes, HARDWARE[name])
     return figures | values | {"written": str(miniatures.add_values(out, name, values))}
 
 

@@ -14,7 +14,11 @@ above what an optimizer step changes. So tensors are compared around a load:
   arrived;
 - of the others vLLM's kernels have forms of their own, in which a small change of a scale may be
   rounded away. Where other values arrived for a layer than in the push before, one of its tensors
-  must change.
+  must change;
+- an FP8 scale that stays old hides behind its weights, which change, and from probes: an update
+  changes both by as little. One that a kernel has kept as it arrived must equal what arrives ever
+  after. Of another form, powers of two (`ue8m0`, which nothing rounds) that have changed must
+  change it.
 
 A pass over all weights would be a large part of the pause, so large layers take turns: an engine
 that loads nothing shows at once, and a single large layer that stays old when it is its turn. One
@@ -65,6 +69,9 @@ from megatron_r1.push.results import StoreUnreachable, UndeliveredPush
 from megatron_r1.push.transports import receiver_class
 from megatron_r1.push.transports.base import Receiver
 
+SCALE = "scale"
+"""In the name of a parameter with the scales of FP8 blocks, by vLLM's names (`weight_scale_inv`).
+They are a 16,384th of the weights, so all are compared in every push."""
 SMALL_BYTES = 1 << 16
 """Layers of at most so many bytes are compared in every push."""
 CPU_BYTES, GPU_BYTES = 1 << 24, 1 << 31
@@ -87,6 +94,13 @@ class LoadCheck:
         """The parameters of each layer; layers that were compared longest ago first."""
         self._before: list[tuple[list[PlacedParameter], PlacedParameter, list[int]]] = []
         """Each layer compared in this load: its parameters, a new one of them, and checksums."""
+        self._scales = [
+            placed for layer in self._turns for placed in layer if SCALE in placed.parameter.name
+        ]
+        self._kept: set[PlacedParameter] = set()
+        """Scales that the kernels keep as they arrive."""
+        self._scales_before: dict[PlacedParameter, list[int]] = {}
+        """Checksums of the scales in use for which others have arrived."""
 
     def begin(self, changed: set[int]) -> None:
         """Note the tensors in use before a load.
@@ -95,6 +109,9 @@ class LoadCheck:
             changed: the slots for which other values arrived than in the push before."""
         arrived = {self._owners[slot] for slot in changed}
         left = CPU_BYTES if current_platform.is_cpu() else GPU_BYTES
+        self._scales_before = {
+            placed: _checksums(_in_use([placed])) for placed in self._scales if placed in arrived
+        }
         self._before = []
         for layer in list(self._turns):
             new = [placed for placed in layer if placed in arrived and not placed.parameter.is_live]
@@ -125,12 +142,31 @@ class LoadCheck:
         wrong += [
             placed for layer, placed, before in self._before if _checksums(_in_use(layer)) == before
         ]
+        wrong += [placed for placed in self._scales if self._is_old(placed, memory)]
         if wrong:
             names = ", ".join(placed.parameter.title for placed in wrong[:5])
             raise UndeliveredPush(
                 f"push {push}: {len(wrong)} tensors arrived and are not what the engine computes "
                 f"with: {names}{', ...' if len(wrong) > 5 else ''}"
             )
+
+    def _is_old(self, placed: PlacedParameter, memory: torch.Tensor) -> bool:
+        """Return whether scales in use are not those that have arrived."""
+        in_use = _in_use([placed])
+        if not in_use:
+            return False
+        if in_use[0].shape == placed.parameter.shape and _equals(placed, memory):
+            self._kept.add(placed)
+            return False
+        if placed in self._kept:
+            return True
+        return self._scales_before.get(placed) == _checksums(in_use) and _has_powers_of_two(
+            placed.value(memory)
+        )
+
+
+def _has_powers_of_two(scales: torch.Tensor) -> bool:
+    return bool((torch.frexp(scales.float()).mantissa.abs() == 0.5).all())
 
 
 def _in_use(layer: Sequence[PlacedParameter]) -> list[torch.Tensor]:

@@ -230,27 +230,38 @@ def test_a_subject_that_is_broken_is_judged_so(judge, wrong, words):
 
 
 SIZES = dict(zip(decode_seconds.VARIANTS, (8e8, 8e8, 3.6e9), strict=True))
+DENSE_AND_HEAD = 2e9
+FEW_BYTES = DENSE_AND_HEAD + SIZES[decode_seconds.FEW]
 
 
 def decoded(latency, efficiency, rest=3e-3):
     """The judge's values of engines whose layers take so long, by hand."""
     read = 3.35e12 * efficiency
     seconds = {
-        variant: rest + 0.2e-3 + (variant.layers - 1) * (latency + SIZES[variant] / read)
+        variant: rest
+        + DENSE_AND_HEAD / read
+        + variant.layers * latency
+        + (variant.layers - 1) * SIZES[variant] / read
         for variant in decode_seconds.VARIANTS
     }
-    return decode_seconds.evaluate(seconds, SIZES, HARDWARE["H100"])
+    return decode_seconds.evaluate(seconds, SIZES, FEW_BYTES, HARDWARE["H100"])
 
 
-def test_the_seconds_of_a_layer_are_split_into_its_weights_and_the_rest():
+def test_the_seconds_of_a_pass_are_split_into_weights_layers_and_the_rest():
     found = decoded(90e-6, 0.7)
-    assert found == pytest.approx({"decode_latency_per_layer": 90e-6, "bandwidth_efficiency": 0.7})
-    for latency, efficiency, words in ((90e-6, 1.2, "1.20"), (-1e-4, 0.7, "besides")):
+    assert found == pytest.approx(
+        {"decode_latency_per_layer": 90e-6, "bandwidth_efficiency": 0.7, "pass_seconds": 3e-3}
+    )
+    for latency, efficiency, rest, words in (
+        (90e-6, 1.2, 3e-3, "1.20"),
+        (-1e-4, 0.7, 3e-3, "besides its weights"),
+        (90e-6, 0.7, -1e-4, "besides its layers"),
+    ):
         with pytest.raises(verdict.Failed, match=words):
-            decoded(latency, efficiency)
+            decoded(latency, efficiency, rest)
     same = dict.fromkeys(decode_seconds.VARIANTS, 0.01)
     with pytest.raises(verdict.Failed, match="more layers"):
-        decode_seconds.evaluate(same, SIZES, HARDWARE["H100"])
+        decode_seconds.evaluate(same, SIZES, FEW_BYTES, HARDWARE["H100"])
 
 
 def test_engines_of_a_rank_s_share_have_v3_s_widths_and_a_layer_its_bytes(monkeypatch):
@@ -263,6 +274,9 @@ def test_engines_of_a_rank_s_share_have_v3_s_widths_and_a_layer_its_bytes(monkey
         assert sparse_layers(hf) == [False] + [True] * (variant.layers - 1)
         weights = attention + (1 + variant.experts) * 3 * 7168 * 2048 + variant.experts * 7168
         assert decode_seconds.layer_bytes(hf) == pytest.approx(2 * weights, rel=1e-3)
+        dense = attention + 3 * 7168 * 18432 + 300 * 7168  # and the head
+        whole = 2 * (dense + (variant.layers - 1) * weights)
+        assert decode_seconds.pass_bytes(hf) == pytest.approx(whole, rel=1e-3)
 
 
 def test_the_numbers_of_the_phases_are_those_with_which_the_plan_takes_their_seconds():
