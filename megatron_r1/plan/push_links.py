@@ -38,7 +38,7 @@ class SetTraffic:
         sent_bytes: bytes out of each trainer rank.
         links_per_trainer_rank: the most links of a trainer rank.
         links_per_engine_rank: the most links of an engine rank.
-        links_per_rank: the number of all links.
+        num_links: the number of all links.
         num_sets: the number of sets.
         num_engines: the engines of the largest set.
         entering_bytes: most bytes that enter an engine rank from trainer ranks.
@@ -47,7 +47,7 @@ class SetTraffic:
     sent_bytes: list[float]
     links_per_trainer_rank: int
     links_per_engine_rank: int
-    links_per_rank: int
+    num_links: int
     num_sets: int
     num_engines: int
     entering_bytes: float
@@ -86,7 +86,7 @@ class SetTraffic:
         of_engines = ranks * (5 if over_nccl else 4 + 2 * (self.num_engines > 1)) + positions
         of_trainer = engines.engines + ranks + positions + 2 * world_size * self.num_sets
         plans = self.num_sets * (positions + 1)
-        pairs = 0 if over_nccl else PAIR_REQUESTS * self.links_per_rank
+        pairs = 0 if over_nccl else PAIR_REQUESTS * self.num_links
         return of_engines + of_trainer + plans + pairs
 
     def setup_seconds(
@@ -169,7 +169,7 @@ def traffic_of_sets(
         sent_bytes=sent,
         links_per_trainer_rank=max(out.values()),
         links_per_engine_rank=max(into.values()),
-        links_per_rank=out.total(),
+        num_links=out.total(),
         num_sets=len(sets),
         num_engines=max(map(len, sets)),
         entering_bytes=max(entering.values()),

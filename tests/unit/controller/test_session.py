@@ -36,7 +36,7 @@ class Engines:
         self.collector = SimpleNamespace(pool=Pool(), fleet=None, teacher=None)
 
     @contextlib.asynccontextmanager
-    async def updating(self):
+    async def weight_update(self):
         yield
 
     async def open(self): ...

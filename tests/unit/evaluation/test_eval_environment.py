@@ -57,8 +57,8 @@ def recipe(tmp_path, monkeypatch):
         return [Response(ids, logprobs, versions, "stop")]
 
     async def start(self):
-        members = SimpleNamespace(require_usable=lambda: None)
-        self._fleet = SimpleNamespace(generate=generate, members=members)
+        state = SimpleNamespace(require_usable=lambda: None)
+        self._fleet = SimpleNamespace(generate=generate, state=state)
 
     monkeypatch.setattr(EnginePolicy, "start", start)
     path = tmp_path / "run.yaml"

@@ -60,7 +60,7 @@ def test_a_push_with_more_links_or_other_bytes_than_its_plan_is_refused(tmp_path
     grid = TrainerGrid.from_recipe(config.parallel, 16)
     arguments = small.hf, grid, engine_layout(config), stages, plain_bytes("bfloat16"), 16
     planned = traffic_of_sets(*arguments, drafts=True)  # as megatron-r1 plan counts
-    most, sent = planned.out, sum(planned.sent)
+    most, sent = planned.links_per_trainer_rank, sum(planned.sent_bytes)
     phases = PhaseRunner("rl", tmp_path / "recipe.yaml", config, [], 1.0, lambda line: None)
     phases._compare_with_plan(most, sent)
     with pytest.raises(RunError, match=f"{most + 1} .*{most}"):

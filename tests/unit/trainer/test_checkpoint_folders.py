@@ -248,11 +248,11 @@ def test_old_ones_go_only_when_the_new_one_is_whole(tmp_path):
             assert series.latest == (
                 checkpoint_folders.checkpoint_path(tmp_path, step - 1) if step > 1 else None
             )
-            assert await series.completed(ranks) == {}
-            metrics = await series.completed(ranks)
+            assert await series.completed_metrics(ranks) == {}
+            metrics = await series.completed_metrics(ranks)
             assert metrics["checkpoint/step"] == step and metrics["checkpoint/seconds"] == 2.5
             assert 0 < metrics["checkpoint/seconds_blocked"] <= seconds
-            assert await series.completed(ranks) == {}
+            assert await series.completed_metrics(ranks) == {}
         ranks.error = "checkpoint step 4 could not be written (disk full)"
         await series.save(ranks, 4, {})
         with pytest.raises(TrainerError, match="disk full"):

@@ -47,12 +47,12 @@ def test_samples_of_engines_that_are_not_proven_are_not_written(tmp_path):
         accepting = asyncio.create_task(step.commit())
         await asyncio.sleep(0)
         written = await log.step(1)
-        assert written.restore(0, PROMPT) is None and written.replay(1, PROMPT) is None
+        assert written.restore(0, PROMPT) is None and written.restore(1, PROMPT) is None
         assert not accepting.done()
         log.write_buffered()
         await accepting
         written = await log.step(1)
-        assert written.restore(0, PROMPT) is None and written.replay(1, PROMPT) == group()
+        assert written.restore(0, PROMPT) is None and written.restore(1, PROMPT) == group()
         assert written.is_committed
         await log.close()
 

@@ -465,7 +465,7 @@ def test_a_rank_is_named_with_its_place_on_the_grid():
         last_stage=False,
     )
     operations = object.__new__(Operations)
-    operations.position, operations.replica = position, SimpleNamespace(leads=True)
+    operations.position, operations.replica = position, SimpleNamespace(is_leader=True)
     operations.trainer = SimpleNamespace(num_parameters=5, score_is_new=False)
     operations.implementations = {}
     trainer = SimpleNamespace(ranks=[operations.describe()])
