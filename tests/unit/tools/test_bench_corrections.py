@@ -39,12 +39,12 @@ def test_a_row_by_hand():
     first = {str(seed): a_run(value, 10) for seed, value in enumerate((0.8, 0.8, 0.39, 0.4))}
     cell = {str(seed): a_run(0.9, 12, masked=0.25) for seed in range(4)}
     of_first, of_cell = figures.row(first, first), figures.row(cell, first)
-    assert of_first[0].startswith("59.8 (") and of_first[1] == of_first[3] == of_first[5] == ""
+    assert of_first[0].startswith("59.8 [") and of_first[1] == of_first[3] == of_first[5] == ""
     # Clopper and Pearson of 1 of 4; below 40%, 0.4 is not
-    assert of_first[4] == "1 of 4 (1 to 81 %)"
-    assert of_cell[0] == "90.0 (90.0 to 90.0) %" and of_cell[1].startswith("+30.2 (")
-    assert of_cell[2] == "12.0 (12.0 to 12.0)" and of_cell[3] == "+2.0 (+2.0 to +2.0)"
-    assert of_cell[4] == "0 of 4 (0 to 60 %)" and of_cell[5] == "25.0%"
+    assert of_first[4] == "1 of 4 [1, 81]"
+    assert of_cell[0] == "90.0 [90.0, 90.0]" and of_cell[1].startswith("+30.2 [")
+    assert of_cell[2] == "12.0 [12.0, 12.0]" and of_cell[3] == "+2.0 [+2.0, +2.0]"
+    assert of_cell[4] == "0 of 4 [0, 60]" and of_cell[5] == "25.0%"
 
 
 def test_cells_with_too_few_seeds_are_left_out_and_parts_without_their_first():
@@ -61,7 +61,7 @@ def test_the_page_shows_every_cell_and_what_it_comes_from():
     many = {str(seed): a_run(0.5, 20) for seed in range(10)}
     made = {"stale": dict.fromkeys(PARTS["stale"].cells, many)}
     text = figures.as_page({"packages": {"torch": "1.2.3"}, "runs": made}, cores=3)
-    assert [f"| `{cell}` | 50.0 (50.0 to 50.0) % |" in text for cell in made["stale"]] == [True] * 4
+    assert [f"| `{cell}` | 50.0 [50.0, 50.0] |" in text for cell in made["stale"]] == [True] * 4
     for shown in (
         "abcd0123",
         "2026-01-02",

@@ -17,7 +17,7 @@ from tools.bench.corrections.cells import COMMON, PARTS, TASKS
 PAGE = Path(__file__).with_name("page.md.in")
 COLLAPSED = TARGET / 2
 """A run with a lower held-out accuracy at its end has collapsed, or learned nothing."""
-HEADS = ("held-out", "difference", "steps to 80%", "difference", "collapsed", "masked")
+HEADS = ("held-out, %", "difference", "steps to 80%", "difference", "collapsed", "masked")
 MANY = 1_000_000
 """Stands for infinitely many runs, of which those of the study are a sample."""
 
@@ -55,21 +55,21 @@ def row(cell: Seeds, first: Seeds) -> list[str]:
         return "" if is_first else _interval(differences(cell, first, figure), scale, form)
 
     return [
-        _interval(heldout, 100, ".1f") + " %",
+        _interval(heldout, 100, ".1f"),
         difference(lambda run: run["heldout"], 100, "+.1f"),
         _interval([steps_of(run) for run in runs], 1, ".1f"),
         difference(steps_of, 1, "+.1f"),
-        f"{collapsed} of {len(runs)} ({100 * share.low:.0f} to {100 * share.high:.0f} %)",
+        f"{collapsed} of {len(runs)} [{100 * share.low:.0f}, {100 * share.high:.0f}]",
         percent(fmean(masked)) if masked else "",
     ]
 
 
 def _interval(values: Sequence[float], scale: float, form: str) -> str:
-    """Return mean and interval, as `81.0 (76.2 to 85.8)`."""
+    """Return mean and interval, as `81.0 [76.2, 85.8]`."""
     of = estimate(values)
     ends = [of.value, of.low, of.high]
     value, low, high = (format(scale * (of.value if end is None else end), form) for end in ends)
-    return f"{value} ({low} to {high})"
+    return f"{value} [{low}, {high}]"
 
 
 def table(cells: Mapping[str, Seeds]) -> str:
