@@ -22,7 +22,7 @@ from megatron_r1.commands.why.finding import CannotRecompute
 from megatron_r1.commands.why.recorded import RecordedStep, TokenSequence, weights_after
 from megatron_r1.commands.why.replay import AdamRules, LossRules, Row, StepReplay, Update
 from megatron_r1.commands.why.substitutions import Substitution
-from megatron_r1.models.sampling_mask import decoded
+from megatron_r1.models.sampling_mask import decode_mask
 
 LOGPROB_FLOPS, UPDATE_FLOPS = 1e13, 2e13
 """Floating-point operations of a pass over logged tokens, and of a step's updates: minutes on two
@@ -57,7 +57,7 @@ class Recomputation:
     def __init__(self, step: RecordedStep) -> None:
         self.step = step
         self.sequences = step.sequences
-        is_cut = step.config.rollout.is_cut
+        is_cut = step.config.rollout.truncates_sampling
         self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
         self._known: dict[Path, list[np.ndarray]] = {}
 
@@ -376,7 +376,7 @@ def _means(updates: Sequence[Update]) -> tuple[dict[str, float], dict[str, float
 def _row(sequence: TokenSequence, is_cut: bool) -> Row:
     kept = sequence.kept
     if kept is None and is_cut:  # no ids for any token, which `replay` refuses
-        kept = decoded(b"", int(sequence.is_sampled.sum()))
+        kept = decode_mask(b"", int(sequence.is_sampled.sum()))
     return Row(
         torch.from_numpy(sequence.token_ids.astype(np.int64)),
         torch.from_numpy(sequence.is_sampled.copy()),

@@ -22,10 +22,10 @@ from megatron_r1.commands.why.finding import (
 from megatron_r1.commands.why.formulas import are_equal
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.controller.rollouts.rollout import all_responses
-from megatron_r1.reporting.wording import number
+from megatron_r1.reporting.wording import format_number as number
 
 FAMILY = "rewards"
-MOST_READ = 1024
+MAX_READ = 1024
 """Responses that the second reader and the graders read again."""
 DISPUTED = 0.01
 """Share of the responses about which two readers of mathematics may differ."""
@@ -126,7 +126,7 @@ def _second_reader(step: RecordedStep) -> Finding:
     rejected: dict[str, list[Place]] = {}
     accepted: list[Place] = []
     total, example, accepted_example = 0, "", ""
-    for place, graded in list(step.responses.items())[:MOST_READ]:
+    for place, graded in list(step.responses.items())[:MAX_READ]:
         prompt = step.groups[place[0]].prompt
         if prompt.kind not in READ or ACCURACY not in graded.rewards or graded.episode:
             continue
@@ -187,7 +187,7 @@ def _graded_again(step: RecordedStep) -> Finding:
     name, options = "graded again", step.run_config.rewards.call_options
     concerned: list[Place] = []
     total, reason = 0, ""
-    for place, graded in list(step.responses.items())[:MOST_READ]:
+    for place, graded in list(step.responses.items())[:MAX_READ]:
         prompt = step.groups[place[0]].prompt
         if prompt.kind not in IN_PROCESS or prompt.kind not in REGISTRY or graded.episode:
             continue

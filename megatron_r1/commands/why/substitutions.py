@@ -69,7 +69,7 @@ def substitutions(step: RecordedStep) -> Iterator[Substitution]:
         yield Substitution(
             f"advantages divided by the deviation of: {std}", "rl.advantage_std", advantages=changed
         )
-    without_truncated = [
+    mask_truncated = [
         [
             math.nan if graded.truncated else a
             for a, graded in zip(own, group.responses, strict=True)
@@ -81,7 +81,7 @@ def substitutions(step: RecordedStep) -> Iterator[Substitution]:
             "truncated responses left out",
             "rl.overlong_buffer",
             "rl.overlong_buffer, or the loss",
-            advantages=without_truncated,
+            advantages=mask_truncated,
         )
     if step.step > 1:
         yield Substitution(
