@@ -27,18 +27,18 @@ def a_run(heldout: float, until: int | None = None, **more) -> dict:
 def test_differences_are_of_the_seeds_that_both_have():
     first = {"0": a_run(0.5), "1": a_run(0.9), "2": a_run(0.1)}
     cell = {"1": a_run(0.8), "2": a_run(0.3), "7": a_run(1.0)}
-    found = figures.differences(cell, first, lambda run: run["heldout"])
+    found = figures.paired_differences(cell, first, lambda run: run["heldout"])
     assert found == pytest.approx([-0.1, 0.2])
 
 
 def test_a_run_that_never_reaches_the_target_counts_one_step_more_than_it_has():
-    assert figures.steps_of(a_run(0.9, 7)) == 7 and figures.steps_of(a_run(0.9)) == 25
+    assert figures.steps_to_target(a_run(0.9, 7)) == 7 and figures.steps_to_target(a_run(0.9)) == 25
 
 
 def test_a_row_by_hand():
     first = {str(seed): a_run(value, 10) for seed, value in enumerate((0.8, 0.8, 0.39, 0.4))}
     cell = {str(seed): a_run(0.9, 12, masked=0.25) for seed in range(4)}
-    of_first, of_cell = figures.row(first, first), figures.row(cell, first)
+    of_first, of_cell = figures.table_row(first, first), figures.table_row(cell, first)
     assert of_first[0].startswith("59.8 [") and of_first[1] == of_first[3] == of_first[5] == ""
     # Clopper and Pearson of 1 of 4; below 40%, 0.4 is not
     assert of_first[4] == "1 of 4 [1, 81]"
@@ -94,7 +94,7 @@ def test_a_cell_is_a_recipe_that_differs_from_its_parts_first_in_corrections_alo
     found = []
     for name in (next(iter(PARTS[part].cells)), cell):
         file = tmp_path / "recipe.yaml"
-        file.write_text(yaml.safe_dump(runs.settings_of(part, name)["recipe"]))
+        file.write_text(yaml.safe_dump(runs.cell_settings(part, name)["recipe"]))
         found.append(configuration.load(file))
     first, config = found
     changes = {"rl": {key: getattr(first.rl, key) for key in (*OURS, "routing_replay")}}
@@ -129,7 +129,7 @@ class Recorded(runs.Study):
         self.made.append((part, cell, seed))
         file = self.file(part, cell, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        made = {"settings": runs.settings_of(part, cell), **a_run(0.5)}
+        made = {"settings": runs.cell_settings(part, cell), **a_run(0.5)}
         file.write_text(json.dumps(made))
         return 1.0
 
@@ -176,7 +176,7 @@ def test_the_figures_of_a_run_are_those_of_its_lines(tmp_path):
     for name, written in {"metrics": lines, "evaluations": evaluations}.items():
         text = "".join(json.dumps(line) + "\n" for line in written)
         (tmp_path / f"{name}.jsonl").write_text(text)
-    found = runs.of_run(tmp_path, {"questions_per_rollout": 8, "group_size": 8})
+    found = runs.run_figures(tmp_path, {"questions_per_rollout": 8, "group_size": 8})
     assert (found["heldout_before"], found["heldout"]) == (0.2, 0.6)
     assert found["steps_until_target"] == 3 and found["gap"] == pytest.approx(0.2)
     assert found["truncated"] == 0.5 and "masked" not in found

@@ -18,7 +18,7 @@ from tools.bench import host
 from tools.bench.algorithms import PACKAGES
 from tools.bench.corrections.cells import PARTS
 from tools.bench.corrections.figures import Runs, as_page, tables
-from tools.bench.corrections.runs import Study, made_by
+from tools.bench.corrections.runs import Study, provenance
 
 FEWEST = 10
 """Seeds that a cell needs to be in the tables."""
@@ -37,24 +37,24 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--page", type=Path, help="also write the figures here, for people")
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of every finished run in the folder, those of earlier calls included.
 
     Raises:
         SystemExit: a run fails or is stopped; the same command continues.
     """
-    study = Study(chosen.folder)
-    if not chosen.show:
-        _make_missing(study, chosen)
-    runs = read(study)
-    shown = shown_runs(runs, chosen.fewest)
+    study = Study(args.folder)
+    if not args.show:
+        _make_missing(study, args)
+    runs = read_runs(study)
+    shown = shown_runs(runs, args.fewest)
     print(tables(shown))
     made = [each for cells in runs.values() for of in cells.values() for each in of.values()]
     hours = sum(each["core_seconds"] for each in made) / 3600
     print(f"{len(made)} runs, {hours:.1f} core hours")
-    result = {"packages": host.versions(PACKAGES), **made_by(), "runs": shown}
-    if chosen.page:
-        chosen.page.write_text(as_page(result, host.num_cores()), encoding="utf-8")
+    result = {"packages": host.versions(PACKAGES), **provenance(), "runs": shown}
+    if args.page:
+        args.page.write_text(as_page(result, host.num_cores()), encoding="utf-8")
     return result
 
 
@@ -75,7 +75,7 @@ def parse_seeds(text: str) -> list[int]:
     return found
 
 
-def read(study: Study) -> Runs:
+def read_runs(study: Study) -> Runs:
     """Return the figures of all finished runs of the present cells."""
     runs: Runs = {}
     for part, of in PARTS.items():
@@ -106,25 +106,25 @@ def shown_runs(runs: Runs, fewest: int) -> Runs:
     }
 
 
-def _make_missing(study: Study, chosen: argparse.Namespace) -> None:
+def _make_missing(study: Study, args: argparse.Namespace) -> None:
     """Make the runs that are missing, part by part, and in a part seed by seed: a call that ends
     early leaves pairs."""
-    begun, parts = time.monotonic(), chosen.part or list(PARTS)
+    begun, parts = time.monotonic(), args.part or list(PARTS)
     study.folder.mkdir(parents=True, exist_ok=True)
-    seeds, known = parse_seeds(chosen.seeds), {cell for part in parts for cell in PARTS[part].cells}
-    if unknown := set(chosen.cell or ()) - known:
+    seeds, known = parse_seeds(args.seeds), {cell for part in parts for cell in PARTS[part].cells}
+    if unknown := set(args.cell or ()) - known:
         raise SystemExit(f"--cell {', '.join(unknown)}: there are {', '.join(sorted(known))}")
     todo = [
         (part, cell, seed)
         for part in parts
         for seed in seeds
         for cell in PARTS[part].cells
-        if (chosen.cell is None or cell in chosen.cell) and not study.is_done(part, cell, seed)
+        if (args.cell is None or cell in args.cell) and not study.is_done(part, cell, seed)
     ]
     total = 0.0
     for index, each in enumerate(todo, 1):
         minutes = (time.monotonic() - begun) / 60
-        if chosen.minutes is not None and minutes > chosen.minutes:
+        if args.minutes is not None and minutes > args.minutes:
             print(f"{len(todo) - index + 1} runs are left after {minutes:.0f} minutes")
             break
         total += (seconds := study.make(*each))

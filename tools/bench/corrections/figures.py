@@ -1,16 +1,16 @@
 """The figures of the study over seeds, as tables and as docs/benchmarks/corrections.md.
 
 Intervals of means, and of mean differences by seed, resample seeds (`evaluation.measures`); those
-of a share of runs are Clopper and Pearson's (`evaluation.intervals`)."""
+of a share of runs are Clopper and Pearson's (`evaluation.verifier_errors`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_r1.evaluation.intervals import sampled_fraction
 from megatron_r1.evaluation.measures import estimate
-from megatron_r1.reporting.wording import percent
+from megatron_r1.evaluation.verifier_errors import sampled_fraction
+from megatron_r1.reporting.wording import format_percent
 from tools.bench.algorithms import TARGET, WINDOW
 from tools.bench.corrections.cells import COMMON, PARTS, TASKS
 
@@ -22,18 +22,18 @@ MANY = 1_000_000
 """Stands for infinitely many runs, of which those of the study are a sample."""
 
 Seeds = Mapping[str, Mapping[str, Any]]
-"""The figures of a cell's runs, `runs.of_run`, by seed."""
+"""The figures of a cell's runs, `runs.run_figures`, by seed."""
 Runs = dict[str, dict[str, dict[str, Any]]]
 """`Seeds` by part and cell."""
 
 
-def steps_of(run: Mapping[str, Any]) -> float:
+def steps_to_target(run: Mapping[str, Any]) -> float:
     """Return the steps until 80%; of a run that never had it one more than it has."""
     reached = run["steps_until_target"]
     return float(run["steps"] + 1 if reached is None else reached)
 
 
-def differences(cell: Seeds, first: Seeds, figure: Any) -> list[float]:
+def paired_differences(cell: Seeds, first: Seeds, figure: Any) -> list[float]:
     """Return what a cell's figure is above another's, of each seed that both have.
 
     Args:
@@ -43,7 +43,7 @@ def differences(cell: Seeds, first: Seeds, figure: Any) -> list[float]:
     return [figure(cell[seed]) - figure(first[seed]) for seed in cell if seed in first]
 
 
-def row(cell: Seeds, first: Seeds) -> list[str]:
+def table_row(cell: Seeds, first: Seeds) -> list[str]:
     """Return the columns of `HEADS` of a cell, compared with the part's first."""
     runs, is_first = list(cell.values()), cell is first
     heldout = [run["heldout"] for run in runs]
@@ -52,15 +52,15 @@ def row(cell: Seeds, first: Seeds) -> list[str]:
     masked = [run["masked"] for run in runs if "masked" in run]
 
     def difference(figure: Any, scale: float, form: str) -> str:
-        return "" if is_first else _interval(differences(cell, first, figure), scale, form)
+        return "" if is_first else _interval(paired_differences(cell, first, figure), scale, form)
 
     return [
         _interval(heldout, 100, ".1f"),
         difference(lambda run: run["heldout"], 100, "+.1f"),
-        _interval([steps_of(run) for run in runs], 1, ".1f"),
-        difference(steps_of, 1, "+.1f"),
+        _interval([steps_to_target(run) for run in runs], 1, ".1f"),
+        difference(steps_to_target, 1, "+.1f"),
         f"{collapsed} of {len(runs)} [{100 * share.low:.0f}, {100 * share.high:.0f}]",
-        percent(fmean(masked)) if masked else "",
+        format_percent(fmean(masked)) if masked else "",
     ]
 
 
@@ -77,7 +77,7 @@ def table(cells: Mapping[str, Seeds]) -> str:
     lines = [f"| | {' | '.join(HEADS)} |", "|---|" + "---:|" * len(HEADS)]
     first = next(iter(cells.values()))
     for name, seeds in cells.items():
-        lines.append(f"| `{name}` | {' | '.join(row(seeds, first))} |")
+        lines.append(f"| `{name}` | {' | '.join(table_row(seeds, first))} |")
     return "\n".join(lines)
 
 
@@ -88,10 +88,10 @@ def tables(runs: Runs) -> str:
         every = [run for seeds in cells.values() for run in seeds.values()]
         gap = fmean(run["gap"] for run in every)
         cut = fmean(run["truncated"] for run in every)
+        about, model = PARTS[part].about, PARTS[part].task
         made.append(
-            f"## {part}\n{PARTS[part].about[:1].upper()}{PARTS[part].about[1:]}; model: "
-            f"{PARTS[part].task}. `logprob_diff/mean` {gap:.1g}, {percent(cut)} of the answers cut "
-            f"off.\n\n{table(cells)}\n"
+            f"## {part}\n{about[:1].upper()}{about[1:]}; model: {model}. `logprob_diff/mean` "
+            f"{gap:.1g}, {format_percent(cut)} of the answers cut off.\n\n{table(cells)}\n"
         )
     return "\n".join(made)
 
@@ -123,7 +123,7 @@ def as_page(result: Mapping[str, Any], cores: int) -> str:
         rate=f"{COMMON['optimizer']['learning_rate']:g}",
         questions=COMMON["data"]["num_heldout"],
         samples=COMMON["eval"]["samples"],
-        before=percent(fmean(run["heldout_before"] for run in every)),
+        before=format_percent(fmean(run["heldout_before"] for run in every)),
         window=WINDOW,
         target=TARGET,
         collapsed=COLLAPSED,

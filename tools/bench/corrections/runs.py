@@ -64,7 +64,7 @@ class Study:
         file = self.file(part, cell, seed)
         if not file.exists():
             return False
-        if json.loads(file.read_text(encoding="utf-8"))["settings"] != settings_of(part, cell):
+        if json.loads(file.read_text(encoding="utf-8"))["settings"] != cell_settings(part, cell):
             raise SystemExit(f"{file}: made with other settings; remove it, or give --folder")
         return True
 
@@ -82,7 +82,7 @@ class Study:
 
     def make(self, part: str, cell: str, seed: int) -> float:
         """Make a run and write its figures; return its processor seconds."""
-        settings = settings_of(part, cell)
+        settings = cell_settings(part, cell)
         model, run = self.base(PARTS[part].task), self.folder / "run"
         shutil.rmtree(run, ignore_errors=True)  # of a call that was stopped
         recipe = self.folder / "recipe.yaml"
@@ -92,8 +92,8 @@ class Study:
         with planted(PARTS[part]):
             self._command("rl", recipe, options)
         seconds = _core_seconds() - before
-        figures = of_run(run, settings["recipe"]["rl"])
-        made = {"settings": settings, **made_by(), "core_seconds": seconds, **figures}
+        figures = run_figures(run, settings["recipe"]["rl"])
+        made = {"settings": settings, **provenance(), "core_seconds": seconds, **figures}
         file = self.file(part, cell, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, json.dumps(made, indent=1) + "\n")
@@ -114,7 +114,7 @@ class Study:
             raise SystemExit(f"{verb} ended with {status}; {self.log} ends with the reason")
 
 
-def settings_of(part: str, cell: str) -> dict[str, Any]:
+def cell_settings(part: str, cell: str) -> dict[str, Any]:
     """Return all that a cell's runs have in common, as JSON: the recipe and what is planted.
 
     Args:
@@ -154,8 +154,8 @@ def planted(part: Part) -> Iterator[None]:
         rl.StepSampler = upstream  # type: ignore[misc]
 
 
-def of_run(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the figures of a finished run: those of `algorithms.of_run`, and `MEANS`.
+def run_figures(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of a finished run: those of `algorithms.run_figures`, and `MEANS`.
 
     Args:
         run: its folder.
@@ -164,14 +164,14 @@ def of_run(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         list(read_lines(run / name)) for name in ("metrics.jsonl", "evaluations.jsonl")
     )
     size = settings["questions_per_rollout"], settings["group_size"]
-    figures = algorithms.of_run(metrics, evaluations, *size)
+    figures = algorithms.run_figures(metrics, evaluations, *size)
     for name, metric in MEANS.items():
         if values := [line[metric] for line in metrics if metric in line]:
             figures[name] = fmean(values)
     return figures
 
 
-def made_by() -> dict[str, str]:
+def provenance() -> dict[str, str]:
     """Return the date and, where git can tell, the commit."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short=8", "HEAD"]
     found = subprocess.run(git, capture_output=True, text=True, check=False)
