@@ -57,3 +57,37 @@ def test_a_run(base, tmp_path, algorithm, options):
     if algorithm in ("reinforce_pp", "rloo"):
         # The KL penalty, or what sets tokens apart from their mean, moves the policy in any case.
         assert lines[1]["grad_norm"] > 0
+
+
+@pytest.mark.more
+def test_every_correction_in_one_run(base, tmp_path):
+    """A mask of each kind in turn, the first with bounds that only equal probabilities pass."""
+    unbounded = {"rl.engine_mask_low": None, "rl.engine_mask_high": None}
+    schedule = [
+        {"from_step": 2, "rl.engine_mask": "sequence", **unbounded},
+        {"from_step": 3, "rl.engine_mask": "divergence"},
+    ]
+    settings = {
+        "run.steps": 3,
+        "rl.engine_mask": "token",
+        "rl.engine_mask_low": 1.0,
+        "rl.engine_mask_high": 1.0,
+        "rl.importance_cap": 5.0,
+        "rl.truncated": "mask",
+        "rl.reward_normalization": "each",
+        "rl.kl_estimator": "unbiased",
+        "rl.schedule": json.dumps(schedule),
+        # Rewards that differ, and answers most of which end before the limit.
+        "rewards.weights": json.dumps({"accuracy": 1.0, "format": 0.1, "conciseness": 1.0}),
+        "rollout.stop_token_ids": json.dumps([*range(3, 263, 2)]),
+        "rollout.max_response_tokens": 8,
+    }
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    token, sequence, divergence = metrics_of(base, tmp_path / "run", "grpo", *options)
+    for line in (token, sequence, divergence):
+        assert not [key for key in ALWAYS if not math.isfinite(line[key])]
+        assert line["step_taken"] == 1.0 and line["logprob_diff/max"] < 1e-4
+    # float32 on both sides differs in the last bits of most tokens.
+    assert token["engine_mask/tokens"] > 0.2 and token["engine_mask/responses"] > 0.2
+    assert sequence["engine_mask/tokens"] == sequence["engine_mask/responses"] == 0.0
+    assert 0.0 <= divergence["engine_mask/tokens"] < 0.5

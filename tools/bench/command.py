@@ -11,6 +11,7 @@ controller a full rollout from synthetic engines through the controller to 2,048
 chaos      a run under injected faults: does it end as an undisturbed run does?
 algorithms each module of controller/algorithms on the demo's task: steps to 80%, held-out
 accuracy
+corrections the settings of controller/corrections, where engine and trainer differ: which one when
 kernels    r1_kernels against every public peer: time, memory, error
 speculative tokens per second of an engine with and without drafts
 rewards    grades per second of each reward, and a soak with hostile responses
@@ -32,8 +33,8 @@ ELSEWHERE = {
     "resources": "r1_kernels_bench.resources",
 }
 NAMES = (
-    *("agents", "algorithms", "answers", "chaos", "controller", "fp8", "kernels"),
-    *("prompts", "push", "resources", "rewards", "speculative", "start", "step"),
+    *("agents", "algorithms", "answers", "chaos", "controller", "corrections", "fp8"),
+    *("kernels", "prompts", "push", "resources", "rewards", "speculative", "start", "step"),
 )
 """Modules of this package, or those of ELSEWHERE. Each has `add_options(parser)`, and
 `run(chosen)`, which prints tables and returns the JSON."""

@@ -103,14 +103,19 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return own.submit(function, *arguments).result()
 
 
-def core_seconds(pid: int) -> float:
-    """Return the processor seconds so far of a process and of all below it."""
+def core_seconds(pid: int, *, with_ended: bool = False) -> float:
+    """Return the processor seconds so far of a process and of all below it.
+
+    Args:
+        pid: the process.
+        with_ended: whether children that have ended count, once their parents have noticed."""
     import psutil  # here, as the bench of kernels needs little more than torch and Triton
 
     process, used = psutil.Process(pid), 0.0
     for each in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            used += sum(each.cpu_times()[:2])  # user and system
+            # user and system, then those of ended children
+            used += sum(each.cpu_times()[: 4 if with_ended else 2])
     return used
 
 

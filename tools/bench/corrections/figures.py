@@ -1,0 +1,136 @@
+"""The figures of the study over seeds, as tables and as docs/benchmarks/corrections.md.
+
+Intervals of means, and of mean differences by seed, resample seeds (`evaluation.measures`); those
+of a share of runs are Clopper and Pearson's (`evaluation.verifier_errors`)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_r1.evaluation.measures import estimate
+from megatron_r1.evaluation.verifier_errors import sampled_fraction
+from megatron_r1.reporting.wording import format_percent
+from tools.bench.algorithms import TARGET, WINDOW
+from tools.bench.corrections.cells import COMMON, PARTS, TASKS
+
+PAGE = Path(__file__).with_name("page.md.in")
+COLLAPSED = TARGET / 2
+"""A run with a lower held-out accuracy at its end has collapsed, or learned nothing."""
+HEADS = ("held-out, %", "difference", "steps to 80%", "difference", "collapsed", "masked")
+MANY = 1_000_000
+"""Stands for infinitely many runs, of which those of the study are a sample."""
+
+Seeds = Mapping[str, Mapping[str, Any]]
+"""The figures of a cell's runs, `runs.run_figures`, by seed."""
+Runs = dict[str, dict[str, dict[str, Any]]]
+"""`Seeds` by part and cell."""
+
+
+def steps_to_target(run: Mapping[str, Any]) -> float:
+    """Return the steps until 80%; of a run that never had it one more than it has."""
+    reached = run["steps_until_target"]
+    return float(run["steps"] + 1 if reached is None else reached)
+
+
+def paired_differences(cell: Seeds, first: Seeds, figure: Any) -> list[float]:
+    """Return what a cell's figure is above another's, of each seed that both have.
+
+    Args:
+        cell: the runs of the cell.
+        first: those of the one that it is compared with.
+        figure: function of a run."""
+    return [figure(cell[seed]) - figure(first[seed]) for seed in cell if seed in first]
+
+
+def table_row(cell: Seeds, first: Seeds) -> list[str]:
+    """Return the columns of `HEADS` of a cell, compared with the part's first."""
+    runs, is_first = list(cell.values()), cell is first
+    heldout = [run["heldout"] for run in runs]
+    collapsed = sum(value < COLLAPSED for value in heldout)
+    share = sampled_fraction(MANY, len(runs), collapsed)
+    masked = [run["masked"] for run in runs if "masked" in run]
+
+    def difference(figure: Any, scale: float, form: str) -> str:
+        return "" if is_first else _interval(paired_differences(cell, first, figure), scale, form)
+
+    return [
+        _interval(heldout, 100, ".1f"),
+        difference(lambda run: run["heldout"], 100, "+.1f"),
+        _interval([steps_to_target(run) for run in runs], 1, ".1f"),
+        difference(steps_to_target, 1, "+.1f"),
+        f"{collapsed} of {len(runs)} [{100 * share.low:.0f}, {100 * share.high:.0f}]",
+        format_percent(fmean(masked)) if masked else "",
+    ]
+
+
+def _interval(values: Sequence[float], scale: float, form: str) -> str:
+    """Return mean and interval, as `81.0 [76.2, 85.8]`."""
+    of = estimate(values)
+    ends = [of.value, of.low, of.high]
+    value, low, high = (format(scale * (of.value if end is None else end), form) for end in ends)
+    return f"{value} [{low}, {high}]"
+
+
+def table(cells: Mapping[str, Seeds]) -> str:
+    """Return the cells of a part as a Markdown table."""
+    lines = [f"| | {' | '.join(HEADS)} |", "|---|" + "---:|" * len(HEADS)]
+    first = next(iter(cells.values()))
+    for name, seeds in cells.items():
+        lines.append(f"| `{name}` | {' | '.join(table_row(seeds, first))} |")
+    return "\n".join(lines)
+
+
+def tables(runs: Runs) -> str:
+    """Return the tables of all parts, each under its mismatch."""
+    made = []
+    for part, cells in runs.items():
+        every = [run for seeds in cells.values() for run in seeds.values()]
+        gap = fmean(run["gap"] for run in every)
+        cut = fmean(run["truncated"] for run in every)
+        about, model = PARTS[part].about, PARTS[part].task
+        made.append(
+            f"## {part}\n{about[:1].upper()}{about[1:]}; model: {model}. `logprob_diff/mean` "
+            f"{gap:.1g}, {format_percent(cut)} of the answers cut off.\n\n{table(cells)}\n"
+        )
+    return "\n".join(made)
+
+
+def as_page(result: Mapping[str, Any], cores: int) -> str:
+    """Return the page with the tables of all parts.
+
+    Args:
+        result: as `corrections.run` returns it.
+        cores: number of CPU cores."""
+    runs: Runs = result["runs"]
+    every = [run for cells in runs.values() for of in cells.values() for run in of.values()]
+    counts = sorted({len(of) for cells in runs.values() for of in cells.values()})
+    used = {PARTS[part].task for part in runs}
+    rl = COMMON["rl"]
+    return PAGE.read_text(encoding="utf-8").format(
+        dates=_ends(sorted({run["date"] for run in every})),
+        commits=", ".join(sorted({run["commit"] for run in every})),
+        cores=cores,
+        packages=", ".join(f"{name} {version}" for name, version in result["packages"].items()),
+        num_runs=len(every),
+        seeds=_ends([str(count) for count in counts]),
+        core_hours=f"{sum(run['core_seconds'] for run in every) / 3600:.1f}",
+        core_seconds=f"{fmean(run['core_seconds'] for run in every):.0f}",
+        tasks="\n".join(f"- `{name}`: {TASKS[name].about}." for name in TASKS if name in used),
+        steps=COMMON["run"]["steps"],
+        responses=rl["questions_per_rollout"] * rl["group_size"],
+        minibatches=rl["minibatches"],
+        rate=f"{COMMON['optimizer']['learning_rate']:g}",
+        questions=COMMON["data"]["num_heldout"],
+        samples=COMMON["eval"]["samples"],
+        before=format_percent(fmean(run["heldout_before"] for run in every)),
+        window=WINDOW,
+        target=TARGET,
+        collapsed=COLLAPSED,
+        tables=tables(runs),
+    )
+
+
+def _ends(values: Sequence[str]) -> str:
+    """Return the only value, or `first to last`."""
+    return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"

@@ -1,0 +1,182 @@
+"""The runs of the study: each a whole `megatron-r1 rl`, of which only its figures are kept.
+
+All runs of a call are commands in this one process, by `commands.cli.main`. So the imports of vLLM
+and of Megatron-Core are made once: engines and trainer ranks of every run are forked from the
+processes that have made them (docs/start.md), 25 CPU seconds less for each run but the first."""
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from megatron_r1.base.files import atomic_write
+from megatron_r1.base.files.json_lines import read_lines
+from megatron_r1.commands import cli, rl
+from megatron_r1.config import Config
+from megatron_r1.controller.rollouts.step_sampler import StepSampler
+from tools.bench import algorithms, host
+from tools.bench.algorithms import LAPTOP
+from tools.bench.corrections.cells import COMMON, PARTS, TASKS, Part, Settings
+from tools.bench.host import ROOT
+from tools.bench.small_models import write_folder
+
+MEANS = {
+    "gap": "logprob_diff/mean",
+    "masked": "engine_mask/tokens",
+    "clipped": "clip_fraction",
+    "truncated": "truncated",
+}
+"""Of each figure the metric whose mean over the steps it is; missing where a run has none."""
+
+
+class Study:
+    """The folder of a study: base models, and the figures of every finished run, a file each.
+
+    Args:
+        folder: what it is kept in."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self.log = self.folder / "output.txt"
+
+    def file(self, part: str, cell: str, seed: int) -> Path:
+        """Return the file of a run's figures."""
+        return self.folder / "results" / part / cell / f"{seed}.json"
+
+    def is_done(self, part: str, cell: str, seed: int) -> bool:
+        """Return whether a run has been made.
+
+        Args:
+            part: a name in `PARTS`.
+            cell: one of its cells.
+            seed: the run's seed.
+
+        Raises:
+            SystemExit: it has, with other settings than it has now."""
+        file = self.file(part, cell, seed)
+        if not file.exists():
+            return False
+        if json.loads(file.read_text(encoding="utf-8"))["settings"] != cell_settings(part, cell):
+            raise SystemExit(f"{file}: made with other settings; remove it, or give --folder")
+        return True
+
+    def base(self, task: str) -> Path:
+        """Return the folder of a task's base model, which is trained unless it is there."""
+        run = self.folder / "base" / task
+        if not (run / "hf").exists():
+            if not (corpus := self.folder / "base.jsonl").exists():
+                algorithms.write_corpus(self.folder, seed=0)
+            if not (model := self.folder / "models" / task).exists():
+                write_folder(model, TASKS[task].model)
+            options = {"run.folder": run, "model.path": model, "sft.data": corpus}
+            self._command("sft", LAPTOP / "base.yaml", options)
+        return run / "hf"
+
+    def make(self, part: str, cell: str, seed: int) -> float:
+        """Make a run and write its figures; return its processor seconds."""
+        settings = cell_settings(part, cell)
+        model, run = self.base(PARTS[part].task), self.folder / "run"
+        shutil.rmtree(run, ignore_errors=True)  # of a call that was stopped
+        recipe = self.folder / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(settings["recipe"], sort_keys=False), encoding="utf-8")
+        options = {"run.folder": run, "run.seed": seed, "model.path": model}
+        before = _core_seconds()
+        with planted(PARTS[part]):
+            self._command("rl", recipe, options)
+        seconds = _core_seconds() - before
+        figures = run_figures(run, settings["recipe"]["rl"])
+        made = {"settings": settings, **provenance(), "core_seconds": seconds, **figures}
+        file = self.file(part, cell, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, json.dumps(made, indent=1) + "\n")
+        shutil.rmtree(run)
+        return seconds
+
+    def _command(self, verb: str, recipe: Path, options: Mapping[str, Any]) -> None:
+        """Run a command of megatron-r1; its output is appended to the log.
+
+        Raises:
+            SystemExit: it fails, or is stopped."""
+        words = [f"--{key}={value}" for key, value in options.items()]
+        with self.log.open("a", encoding="utf-8") as log, contextlib.chdir(ROOT):
+            print(verb, recipe, *words, file=log, flush=True)
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                status = cli.main([verb, str(recipe), *words])
+        if status:
+            raise SystemExit(f"{verb} ended with {status}; {self.log} ends with the reason")
+
+
+def cell_settings(part: str, cell: str) -> dict[str, Any]:
+    """Return all that a cell's runs have in common, as JSON: the recipe and what is planted.
+
+    Args:
+        part: a name in `PARTS`.
+        cell: one of its cells."""
+    of = PARTS[part]
+    demo = yaml.safe_load((LAPTOP / "r1_zero.yaml").read_text(encoding="utf-8"))
+    recipe = merged(demo, COMMON, of.settings, of.cells[cell])
+    return {"recipe": recipe, "task": of.task, "engine_temperature": of.engine_temperature}
+
+
+def merged(*recipes: Settings) -> Settings:
+    """Return the sections of all recipes; a later one's key replaces an earlier one's."""
+    made: Settings = {}
+    for recipe in recipes:
+        for section, keys in recipe.items():
+            made[section] = {**made.get(section, {}), **keys}
+    return made
+
+
+@contextlib.contextmanager
+def planted(part: Part) -> Iterator[None]:
+    """Plant a part's fault in the runs of the block: what samples the rollouts is given another
+    temperature than the trainer, as by an engine with settings of its own."""
+    if part.engine_temperature is None:
+        yield
+        return
+    changes = {"temperature": part.engine_temperature}
+
+    def sampler(config: Config, *arguments: Any) -> StepSampler:
+        return StepSampler(config.with_changes(rollout=changes), *arguments)
+
+    upstream, rl.StepSampler = rl.StepSampler, sampler  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        rl.StepSampler = upstream  # type: ignore[misc]
+
+
+def run_figures(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of a finished run: those of `algorithms.run_figures`, and `MEANS`.
+
+    Args:
+        run: its folder.
+        settings: its section rl."""
+    metrics, evaluations = (
+        list(read_lines(run / name)) for name in ("metrics.jsonl", "evaluations.jsonl")
+    )
+    size = settings["questions_per_rollout"], settings["group_size"]
+    figures = algorithms.run_figures(metrics, evaluations, *size)
+    for name, metric in MEANS.items():
+        if values := [line[metric] for line in metrics if metric in line]:
+            figures[name] = fmean(values)
+    return figures
+
+
+def provenance() -> dict[str, str]:
+    """Return the date and, where git can tell, the commit."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short=8", "HEAD"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return {"date": datetime.date.today().isoformat(), "commit": found.stdout.strip()}
+
+
+def _core_seconds() -> float:
+    return host.core_seconds(os.getpid(), with_ended=True)
