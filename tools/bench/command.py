@@ -14,7 +14,8 @@ accuracy
 kernels    r1_kernels against every public peer: time, memory, error
 speculative tokens per second of an engine with and without drafts
 rewards    grades per second of each reward, and a soak with hostile responses
-resources  what r1_kernels' Triton kernels compile to, without a GPU: registers, instructions"""
+resources  what r1_kernels' Triton kernels compile to, without a GPU: registers, instructions
+why        runs with planted faults, and healthy ones: does `megatron-r1 why` name the fault?"""
 
 import argparse
 import datetime
@@ -34,6 +35,7 @@ ELSEWHERE = {
 NAMES = (
     *("agents", "algorithms", "answers", "chaos", "controller", "fp8", "kernels"),
     *("prompts", "push", "resources", "rewards", "speculative", "start", "step"),
+    "why",
 )
 """Modules of this package, or those of ELSEWHERE. Each has `add_options(parser)`, and
 `run(chosen)`, which prints tables and returns the JSON."""
