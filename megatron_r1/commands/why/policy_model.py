@@ -6,6 +6,7 @@ right, which a causal model does not see."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -286,11 +287,12 @@ def logprobs(
     return found
 
 
-@torch.no_grad()
-def chosen_experts(model: Any, rows: Sequence[Row]) -> dict[str, list[Tensor]]:
-    """Return, by the name of each layer of routed experts, the experts that each row's sampled
-    tokens were predicted by, (sampled tokens, experts per token) int64; empty for dense models."""
-    chosen: dict[str, list[Tensor]] = {}
+@contextlib.contextmanager
+def seen_experts(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Note in the block which experts each forward pass chooses.
+
+    Yields the newest pass's by the name of the layer's experts, (tokens of the batch, experts per
+    token) int64; padding is among the tokens."""
     seen: dict[str, Tensor] = {}
     handles = []
     for name, module in model.named_modules():
@@ -299,10 +301,22 @@ def chosen_experts(model: Any, rows: Sequence[Row]) -> dict[str, list[Tensor]]:
             def note(module: Any, given: tuple, options: dict, name: str = name) -> None:
                 for value in (*given, *options.values()):
                     if isinstance(value, Tensor) and value.dtype == torch.int64:
-                        seen[name] = value
+                        seen[name] = value.detach()
 
             handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
     try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def chosen_experts(model: Any, rows: Sequence[Row]) -> dict[str, list[Tensor]]:
+    """Return, by the name of each layer of routed experts, the experts that each row's sampled
+    tokens were predicted by, (sampled tokens, experts per token) int64; empty for dense models."""
+    chosen: dict[str, list[Tensor]] = {}
+    with seen_experts(model) as seen:
         for batch in batches(rows, model.config.vocab_size):
             seen.clear()
             members = [rows[at] for at in batch]
@@ -314,10 +328,48 @@ def chosen_experts(model: Any, rows: Sequence[Row]) -> dict[str, list[Tensor]]:
                 for at, index in enumerate(batch):
                     row = rows[index]
                     of_layer[index] = by_row[at, : len(row.token_ids) - 1][row.is_sampled[1:]]
-    finally:
-        for handle in handles:
-            handle.remove()
     return chosen
+
+
+class RouterBiases:
+    """The correction biases of a model's routers, which a rule of their own balances (arXiv
+    2408.15664): after an update each moves by a rate, up where an expert had fewer of the
+    update's tokens than the mean, prompts included.
+
+    Args:
+        model: the model, whose biases are changed.
+        rate: `model.expert_bias_update_rate`."""
+
+    def __init__(self, model: Any, rate: float) -> None:
+        self._model, self._rate = model, rate
+        self._counts: dict[str, Tensor] = {}
+
+    def count(self, seen: Mapping[str, Tensor], rows: Sequence[Row]) -> None:
+        """Count the tokens of a forward pass.
+
+        Args:
+            seen: what `seen_experts` noted of it.
+            rows: the sequences of the pass, in order."""
+        longest = max(len(row.token_ids) for row in rows)
+        for name, experts in seen.items():
+            by_row = experts.reshape(len(rows), longest, -1)
+            chosen = torch.cat(
+                [own[: len(row.token_ids)].flatten() for own, row in zip(by_row, rows, strict=True)]
+            )
+            size = len(self._bias(name))
+            counts = torch.bincount(chosen, minlength=size)
+            self._counts[name] = self._counts.get(name, torch.zeros_like(counts)) + counts
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the biases, and begin to count anew."""
+        for name, counts in self._counts.items():
+            self._bias(name).add_(self._rate * (counts.double().mean() - counts).sign())
+        self._counts.clear()
+
+    def _bias(self, experts: str) -> Tensor:
+        router = self._model.get_submodule(experts.removesuffix(".experts") + ".gate")
+        return getattr(router, ROUTER_BIAS)
 
 
 @torch.no_grad()

@@ -40,6 +40,10 @@ UPDATE_FLOPS = 2e13
 """Floating-point operations of a step's updates: minutes on two cores. More are not made."""
 KNOWN = (*formulas.ALGORITHMS, *formulas.OF_TOKENS)
 """Algorithms whose updates are made again."""
+CLIPPED = 1.001
+"""Times the largest norm, above which a gradient was clipped by more than rounding."""
+MOST_FITS, FIT = 6, 1e-5
+"""Rounds in which the norms of gradients are fitted, and the relative change that ends them."""
 COPIES = 7
 """Copies of the parameters, fp32, that the updates need: model, gradients, moments, and others."""
 
@@ -117,14 +121,13 @@ class Recomputation(PolicyLogprobs):
         """Raise CannotRecompute where the step's updates cannot be made here."""
         config = self.step.config
         before = self._before
-        algorithm, bias_rate = config.rl.algorithm, config.model.expert_bias_update_rate
+        algorithm = config.rl.algorithm
         reasons = (
             (
                 algorithm not in KNOWN,
                 f"rl.algorithm: {algorithm} is none of {', '.join(sorted(KNOWN))}",
             ),
             (config.rl.routing_replay, "rl.routing_replay: experts are the engine's"),
-            (bias_rate > 0, "model.expert_bias_update_rate changes the router between updates"),
             (config.fp8.recipe != "none", f"fp8.recipe: {config.fp8.recipe}"),
         )
         for applies, reason in reasons:
@@ -261,30 +264,42 @@ class Recomputation(PolicyLogprobs):
             CannotRecompute: there is no checkpoint after the step."""
         if not self.trains_more:
             return None
-        count, clip = self.step.config.rl.minibatches, self.step.config.optimizer.clip_grad
         logged = self.step.line.get("grad_norm")
         if self._first_after is None or not isinstance(logged, int | float):
             raise CannotRecompute("model.mtp: train, and no checkpoint says how gradients were cut")
-        self.__dict__["_norms"] = (float(logged),) * count
-        try:
-            made = self._made(Substitution(" "))[0]
-        finally:
-            del self.__dict__["_norms"]
-        beta = self._plain_adam_rules.beta1
+        norms = (float(logged),) * self.step.config.rl.minibatches
+        for _ in range(MOST_FITS):  # a later gradient depends on how the earlier ones were cut
+            self.__dict__["_norms"] = norms
+            try:
+                made = self._made(Substitution(" "))[0]
+            finally:
+                del self.__dict__["_norms"]
+            before, norms = norms, self._fitted(made)
+            if max(abs(a - b) for a, b in zip(before, norms, strict=True)) <= FIT * max(norms):
+                break
+        return norms
+
+    def _fitted(self, made: StepUpdates) -> tuple[float, ...]:
+        """Return the norm of each update's whole gradient with which clipping gives the run's first
+        moments, by least squares; 0: it was not clipped."""
+        clip, beta = self.step.config.optimizer.clip_grad, self._plain_adam_rules.beta1
+        count, after = len(made.traces), self._first_after
+        assert after is not None, "there is a checkpoint"
         before = self._moments[0] if self._moments else {}
-        columns, target = [], []
-        for index, trace in enumerate(made.traces):
-            weight = (1 - beta) * beta ** (count - 1 - index)
-            columns.append(
-                torch.cat([weight * each.flatten() for each in trace.gradients.values()])
-            )
-        for name in made.traces[0].gradients:
-            old = before.get(name, torch.zeros(()))
-            target.append((self._first_after[name] - beta**count * old).flatten())
-        found = torch.linalg.lstsq(
+        columns = [
+            (1 - beta)
+            * beta ** (count - 1 - index)
+            * torch.cat([each.flatten() for each in trace.gradients.values()])
+            for index, trace in enumerate(made.traces)
+        ]
+        target = [
+            (after[name] - beta**count * before.get(name, torch.zeros(()))).flatten()
+            for name in made.traces[0].gradients
+        ]
+        scales = torch.linalg.lstsq(
             torch.stack(columns, 1).double(), torch.cat(target).double()[:, None]
         ).solution[:, 0]
-        return tuple(clip / float(scale) if 0 < scale < 1 else 0.0 for scale in found)
+        return tuple(clip / float(scale) if 0 < scale < 1 else 0.0 for scale in scales)
 
     def run(self, substitution: Substitution | None = None) -> RecomputedUpdates:
         """Make the step's updates, with one thing substituted.
@@ -312,6 +327,7 @@ class Recomputation(PolicyLogprobs):
             rows,
             old,
             reference,
+            self.step.run_config.model.expert_bias_update_rate,
         )
         adam = replace(self.adam_rules(), **dict(substitution.adam))
         order, lost = self._order(substitution, rows), frozenset(substitution.lost)
@@ -322,8 +338,9 @@ class Recomputation(PolicyLogprobs):
                 for name in measured[0].terms
             }
         metrics, terms = _means(measured)
-        if self.trains_more:
-            del metrics["grad_norm"]
+        norms = self._norms
+        if norms is not None and min(norms) < CLIPPED * adam.clip_grad:
+            del metrics["grad_norm"]  # of a gradient that was not clipped the norm is not known
         change, by_parameter = self._compare(model, made.adam)
         return made, RecomputedUpdates(
             metrics, terms, change, by_parameter, self._moments_apart(made.adam)

@@ -388,7 +388,7 @@ def _of_weights(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution
             continue
         nearest = value * (1 + (logged - own) / term)  # of the same weights after each update
         for found in dict.fromkeys(float(f"{nearest:.{digits}g}") for digits in (1, 2)):
-            if not math.isclose(found, value):
+            if abs(found) > 1e-3 * abs(value) and not math.isclose(found, value):
                 yield Substitution(f"rl.{key} {found:g}", f"rl.{key}", loss=((key, found),))
 
 

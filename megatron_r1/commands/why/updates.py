@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.commands.why.policy_model import Row, batches, of_tokens, token_logits
+from megatron_r1.commands.why.policy_model import (
+    RouterBiases,
+    Row,
+    batches,
+    of_tokens,
+    seen_experts,
+    token_logits,
+)
 
 Moments = dict[str, Tensor]
 """By the parameter's name, fp32."""
@@ -335,7 +342,8 @@ class StepUpdates:
         num_updates: updates that Adam has counted.
         rows: the sequences of the step.
         old: log-probabilities under the policy before the step, by row.
-        reference: those under the reference, by row, or None."""
+        reference: those under the reference, by row, or None.
+        bias_rate: how far a router's bias moves after each update; 0: it stays."""
 
     def __init__(
         self,
@@ -345,8 +353,10 @@ class StepUpdates:
         rows: Sequence[Row],
         old: Sequence[Tensor],
         reference: Sequence[Tensor] | None,
+        bias_rate: float = 0.0,
     ) -> None:
         self.model, self.rows = model, rows
+        self._biases = RouterBiases(model, bias_rate) if bias_rate else None
         self._old, self._reference = old, reference
         self._parameters = dict(model.named_parameters())
         self.adam = Adam(self._parameters, moments, num_updates)
@@ -393,7 +403,11 @@ class StepUpdates:
             members = [trained[at] for at in batch]
             terms = torch.zeros((), dtype=torch.float64)
             rows = [self.rows[at] for at in members]
-            for at, logits in zip(members, token_logits(self.model, rows), strict=True):
+            with seen_experts(self.model) as seen:
+                computed = token_logits(self.model, rows)
+            if self._biases is not None:
+                self._biases.count(seen, rows)
+            for at, logits in zip(members, computed, strict=True):
                 own, entropy = of_tokens(logits, self.rows[at], loss.temperature)
                 trace.tokens[at] = own.detach(), entropy.detach()
                 reference = None if self._reference is None else self._reference[at]
@@ -409,5 +423,7 @@ class StepUpdates:
         }
         self.traces.append(trace)
         made = totals.update(loss)
+        if self._biases is not None:
+            self._biases.update()
         made.metrics["grad_norm"] = self.adam.step(trace.gradients, adam, index)
         return made

@@ -19,7 +19,7 @@ from megatron_r1.base.files import atomic_write
 from tools.bench.host import ROOT
 from tools.bench.why import examination, runs
 from tools.bench.why.cases import Case, read_table
-from tools.bench.why.table import as_page, between_markers, summary, table, verdict
+from tools.bench.why.table import as_lines, as_page, between_markers, summary, verdict
 
 PART_SECONDS = 140 * 60.0
 """After which no further case of a part begins."""
@@ -63,7 +63,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
             results.append({**found, "verdict": verdict(case, found), "healthy": case.is_healthy})
-    print(table(results))
+    print(as_lines(results))
     print(summary(results))
     if chosen.page:
         atomic_write(ROOT / PAGE, as_page(results, seeds))

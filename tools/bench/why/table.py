@@ -53,7 +53,7 @@ def cost_in_steps(result: Result) -> float | None:
     return float(result["why"]["seconds"]) / median(result["step_seconds"])
 
 
-def table(results: Sequence[Result]) -> str:
+def as_lines(results: Sequence[Result]) -> str:
     """Return a line for each case: what became of its seeds, and what `why` says first."""
     rows: dict[str, list[Result]] = {}
     for result in results:
@@ -137,7 +137,7 @@ def as_page(results: Sequence[Result], seeds: Sequence[int]) -> str:
         f"commit {commit}, {datetime.date.today().isoformat()}, {host.processor()}, "
         f"{host.num_cores()} cores, no GPU"
     )
-    return f"{head}\n\n{summary(results)}\n\n{table(results)}\n"
+    return f"{head}\n\n{summary(results)}\n\n{as_lines(results)}\n"
 
 
 def between_markers(text: str, results: Sequence[Result]) -> str:
