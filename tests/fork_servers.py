@@ -1,7 +1,7 @@
 """One import of vLLM and one of Megatron-Core for all workers of a test run.
 
 Engines and trainer ranks of the tests are forked from two servers that the run starts, where it has
-several workers; the product has them for one run (`base.processes.preloaded`)."""
+several workers; the product has them for one run (`base.processes.fork_client`)."""
 
 import contextlib
 import os
@@ -20,8 +20,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Start the servers before the workers, which inherit the environment."""
     if not getattr(session.config.option, "numprocesses", None):
         return
+    from megatron_r1.base.processes.fork_client import shared_server
     from megatron_r1.base.processes.fork_server import SERVERS
-    from megatron_r1.base.processes.preloaded import shared_server
     from megatron_r1.controller.trainer_calls.ranks import MODULE as RANK
     from megatron_r1.controller.trainer_calls.ranks import import_environment
     from megatron_r1.engines.server.server import MODULE as ENGINE

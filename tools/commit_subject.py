@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 MOST = 72
-MOST_FILES = 20
+MAX_FILES = 20
 """Of a commit without a body."""
 MADE_BY_GIT = ("Merge ", "Revert ", "Reapply ", "fixup! ", "squash! ", "amend! ")
 SCISSORS = "# ------------------------ >8"
@@ -25,7 +25,7 @@ IMPERATIVES = (
 """Verbs that end as participles do."""
 
 
-def faults(message: str, num_files: int = 0) -> list[str]:
+def message_faults(message: str, num_files: int = 0) -> list[str]:
     """Return a sentence for each fault of a message.
 
     Args:
@@ -42,7 +42,7 @@ def faults(message: str, num_files: int = 0) -> list[str]:
     if not subject or subject.startswith(MADE_BY_GIT):
         return []
     found = []
-    if num_files > MOST_FILES and not body.strip():
+    if num_files > MAX_FILES and not body.strip():
         found.append(f"it stands alone for {num_files} files: a body says why, and how it was done")
     if len(subject) > MOST:
         found.append(f"it has {len(subject)} characters, at most {MOST}; its body says why")
@@ -58,7 +58,7 @@ def faults(message: str, num_files: int = 0) -> list[str]:
     return found
 
 
-def faults_in_log(commits: str) -> list[str]:
+def log_faults(commits: str) -> list[str]:
     """Return the faults of the commits that `git log` lists for a range, each with its commit."""
     # Merges have no list of files here, and are judged by their own rule.
     command = ["git", "log", "--format=%x01%h%x02%B%x02", "--name-only", commits]
@@ -67,17 +67,17 @@ def faults_in_log(commits: str) -> list[str]:
     for entry in filter(None, log.split("\x01")):
         commit, message, files = entry.split("\x02")
         num_files = sum(bool(line) for line in files.splitlines())
-        found += [f"{commit}: {fault}" for fault in faults(message, num_files)]
+        found += [f"{commit}: {fault}" for fault in message_faults(message, num_files)]
     return found
 
 
 def main() -> int:
     if sys.argv[1] == "--log":
-        found = faults_in_log(sys.argv[2])
+        found = log_faults(sys.argv[2])
     else:
         staged = ["git", "diff", "--cached", "--name-only", "-z"]
         num_files = subprocess.run(staged, capture_output=True).stdout.count(b"\0")
-        found = faults(Path(sys.argv[1]).read_text(encoding="utf-8"), num_files)
+        found = message_faults(Path(sys.argv[1]).read_text(encoding="utf-8"), num_files)
     for fault in found:
         print(f"the commit's subject: {fault}", file=sys.stderr)
     return min(len(found), 1)

@@ -94,7 +94,7 @@ def code_of(text: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def judgement(root: Path = ROOT) -> str:
+def record_state(root: Path = ROOT) -> str:
     """Return a sentence that says whether the record is of the present files."""
     remedy = "run `make test-cuda`"
     try:
@@ -146,7 +146,7 @@ def main() -> int:
         return run(more)
     if more:
         options.error(f"unknown: {' '.join(more)}")
-    print(judgement())
+    print(record_state())
     return 0
 
 

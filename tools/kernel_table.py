@@ -16,7 +16,7 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (HEADER, ("---",) * len(HEADER), *rows))
 
 
-def written(text: str) -> str:
+def updated_readme(text: str) -> str:
     """Return README's text with the present table in place of the one that it has.
 
     Exits with a message where the text has no line with the table's header."""
@@ -31,4 +31,4 @@ def written(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    README.write_text(updated_readme(README.read_text()))

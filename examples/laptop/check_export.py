@@ -18,7 +18,7 @@ from r1_grading import Grade, logic, math
 
 from megatron_r1 import config as configuration
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 
 QUESTIONS = 100
 GRADERS: dict[str, Callable[..., Grade]] = {"math": math.grade, "logic": logic.grade}
@@ -106,7 +106,7 @@ def main() -> None:
     run = Path(sys.argv[1])
     config = configuration.load(run / "config.yaml")
     questions = load_prompts(**config.data.model_dump(exclude={"template"})).heldout[:QUESTIONS]
-    text = PromptText(str(run / "hf"), config.data.template)
+    text = PromptTokenizer(str(run / "hf"), config.data.template)
     prompts = [text.encode(q.question) for q in questions]
     limit, options = config.rollout.max_response_tokens, config.rewards.call_options
     read = {kind: options.get(kind, {}) for kind in GRADERS}

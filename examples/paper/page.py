@@ -29,7 +29,7 @@ from examples.paper.tables import (
 from megatron_r1.base.files import atomic_write
 from megatron_r1.pipeline.results import Spread
 from megatron_r1.reporting.plots import INKS, STYLE, render_page
-from megatron_r1.reporting.wording import duration, number, percent
+from megatron_r1.reporting.wording import format_duration, format_number, format_percent
 
 PAGE_STYLE = render_page("reporting/templates/style.css.jinja")
 COLORS = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", PAGE_STYLE.partition("@media")[0]))
@@ -142,7 +142,9 @@ def write_page(path: Path, published: Published, results: Results) -> list[Path]
 def _facts(results: Results) -> str:
     done, count, seconds = results.progress
     seeds, when = ", ".join(results.seeds), results.report["written"]
-    facts = f"Seeds {seeds}; {done} of {count} stages done, in {duration(seconds)}; {when}.\n"
+    facts = (
+        f"Seeds {seeds}; {done} of {count} stages done, in {format_duration(seconds)}; {when}.\n"
+    )
     if done == count:
         return facts
     missing = "the same command continues, and what is missing here has not been run"
@@ -204,13 +206,15 @@ def _ours(row: PaperRow, name: str, column: Column, results: Results) -> str:
 
 def worded(spread: Spread, column: Column) -> str:
     """Format as `71.0% ± 1.2`, `0.610 ± 0.02` or `2 min 5 s ± 3.1 s`."""
-    word = {"fraction": percent, "number": number, "seconds": duration}[column.unit]
+    word = {"fraction": format_percent, "number": format_number, "seconds": format_duration}[
+        column.unit
+    ]
     if spread.deviation is None:
         return word(spread.mean)
     deviations = {
         "fraction": f"{100 * spread.deviation:.1f}",
         "number": f"{spread.deviation:.2g}",
-        "seconds": duration(spread.deviation),
+        "seconds": format_duration(spread.deviation),
     }
     return f"{word(spread.mean)} ± {deviations[column.unit]}"
 

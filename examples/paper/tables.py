@@ -166,7 +166,7 @@ class Results:
 
     def spread(self, reference: str) -> Spread | None:
         values = self.by_seed(reference)
-        return Spread.of(list(values.values())) if values else None
+        return Spread.from_values(list(values.values())) if values else None
 
     def curve(self, reference: str) -> dict[int, dict[str, float]]:
         """Return {step: {seed: value}} of the figures `FIGURE@STEP` of `stage.FIGURE`."""
@@ -227,7 +227,7 @@ def verdict(table: PaperTable, comparison: PaperComparison, results: Results) ->
         state = Agreement.UNDECIDED
     else:
         state = Agreement.DISAGREES
-    return Verdict(comparison, state, Spread.of(gaps))
+    return Verdict(comparison, state, Spread.from_values(gaps))
 
 
 def summary(verdicts: list[Verdict]) -> str:

@@ -96,9 +96,9 @@ def adapt_signature(function: Callable[..., Any], target: str) -> GradeFunction:
     parameters = _parameters(function)
     names = parameters.keys()
     if names >= VERL_NAMES:
-        return _Verl(function, parameters)
+        return _VerlFunction(function, parameters)
     if TRL_NAME in names:
-        return _Trl(function, parameters)
+        return _TrlFunction(function, parameters)
     for library, theirs in REFUSED.items():
         if names >= theirs:
             raise UserError(
@@ -108,7 +108,7 @@ def adapt_signature(function: Callable[..., Any], target: str) -> GradeFunction:
                 key=target,
                 cause=Cause.UNSUPPORTED,
             )
-    return _Awaited(function)
+    return _AwaitedFunction(function)
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
@@ -118,7 +118,7 @@ def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
         return {}
 
 
-class _Awaited:
+class _AwaitedFunction:
     """Calls a function that may be a coroutine function; has its signature."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -130,29 +130,33 @@ class _Awaited:
         return _runner().run(_await(result)) if inspect.isawaitable(result) else result
 
 
-class Adapted:
+class AdaptedFunction:
     """Calls a function of another library with those of the named arguments that it takes."""
 
     def __init__(self, function: Callable[..., Any], parameters: Mapping[str, Parameter]) -> None:
-        self._call, self._function = _Awaited(function), function
+        self._call, self._function = _AwaitedFunction(function), function
         kinds = {name: parameter.kind for name, parameter in parameters.items()}
         self._takes_all = Parameter.VAR_KEYWORD in kinds.values()
         self._names = [name for name, kind in kinds.items() if kind not in VARIADIC]
         self._needed = [name for name in self._names if parameters[name].default is Parameter.empty]
 
-    def call(self, given: Mapping[str, Any]) -> Any:
-        """Call the function with those of `given` that it takes.
+    def call(self, arguments: Mapping[str, Any]) -> Any:
+        """Call the function with those of `arguments` that it takes.
 
         Raises:
-            MissingArguments: `given` lacks an argument without a default.
+            MissingArguments: `arguments` lacks an argument without a default.
         """
-        if missing := tuple(name for name in self._needed if name not in given):
+        if missing := tuple(name for name in self._needed if name not in arguments):
             raise MissingArguments(missing)
-        taken = given if self._takes_all else {n: v for n, v in given.items() if n in self._names}
+        taken = (
+            arguments
+            if self._takes_all
+            else {n: v for n, v in arguments.items() if n in self._names}
+        )
         return self._call(**taken)
 
 
-class _Verl(Adapted):
+class _VerlFunction(AdaptedFunction):
     def __call__(self, response: str, truth: Any, /, **fields: Any) -> Grade:
         row = {"data_source": None, "extra_info": {}} | fields
         text = without_special_tokens(response)  # verl decodes without them
@@ -167,7 +171,7 @@ class _Verl(Adapted):
         return FiniteGrade(number := _number(result), ", ".join([f"score {number:g}", *said]))
 
 
-class _Trl(Adapted):
+class _TrlFunction(AdaptedFunction):
     def __init__(self, function: Callable[..., Any], parameters: Mapping[str, Parameter]) -> None:
         super().__init__(function, parameters)
         self._reads_messages = _mentions("content", function)
@@ -255,7 +259,7 @@ def explain_failure(
         fields: the keyword arguments of the call."""
     if isinstance(error, MissingArguments):
         return _missing_fields(_describe_kind(target), error.names)
-    if not isinstance(error, TypeError) or isinstance(function, Adapted):
+    if not isinstance(error, TypeError) or isinstance(function, AdaptedFunction):
         return FITS
     try:
         parameters = list(inspect.signature(function).parameters.values())

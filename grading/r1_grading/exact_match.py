@@ -12,7 +12,7 @@ from r1_grading.base.errors import shorten
 from r1_grading.reading import read_answer
 from r1_grading.reading.answer import describe
 from r1_grading.rewards import Grade
-from r1_grading.truths import alternatives, math_truth
+from r1_grading.truths import accepted_answers, math_truth
 
 MAX_ANSWER_CHARS = 2_000
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -36,7 +36,7 @@ def grade(
 
     Args:
         response: the text that ends with the answer.
-        truth: text or a number, or several (`truths.alternatives`).
+        truth: text or a number, or several (`truths.accepted_answers`).
         opened: the prompt ended with `<think>`.
         reading: where the answer is, as in `read_answer`.
         plain_line: whether a last line is read, as in `read_answer`.
@@ -44,7 +44,7 @@ def grade(
 
     Raises:
         ValueError: a truth that is blank, or neither text nor a number."""
-    expected = [math_truth(option) for option in alternatives(truth)]
+    expected = [math_truth(option) for option in accepted_answers(truth)]
     if not expected:
         raise ValueError("the truth is a list without an answer")
     extraction = read_answer(response, reading, opened=opened, plain_line=plain_line)
@@ -52,13 +52,13 @@ def grade(
         return Grade(0.0, extraction.reason)
     if (num_chars := len(extraction.text)) > MAX_ANSWER_CHARS:
         return Grade(0.0, f"answer too long: {num_chars} characters, at most {MAX_ANSWER_CHARS}")
-    answer = normalized(extraction.text)
-    correct = bool(answer) and answer in {normalized(option) for option in expected}
+    answer = normalize_answer(extraction.text)
+    correct = bool(answer) and answer in {normalize_answer(option) for option in expected}
     wanted = " or ".join(map(shorten, expected[:3]))
     return Grade(float(correct), describe(extraction.text, wanted, correct, extraction.source))
 
 
-def normalized(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Return a text in lower case, without punctuation, articles and repeated spaces."""
     plain = INITIALS.sub("", unicodedata.normalize("NFKC", text).casefold()).translate(PUNCTUATION)
     return " ".join(ARTICLES.sub(" ", plain).split())

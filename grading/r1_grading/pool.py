@@ -12,7 +12,7 @@ from typing import Self
 import msgspec
 
 from r1_grading.base.errors import Cause, RunError, UserError
-from r1_grading.base.workers import START_TIMEOUT_SECONDS, WorkerLost, frame
+from r1_grading.base.workers import START_TIMEOUT_SECONDS, WorkerLost, encode_frame
 from r1_grading.rewards import REMOTE, FiniteGrade, Grade, find_non_finite, resolve
 from r1_grading.sandbox.limits import time_limit
 from r1_grading.served.remote_rewards import RemoteRewards
@@ -176,7 +176,7 @@ class RewardPool:
         return await pending.result
 
     def _as_json(self, response: str) -> msgspec.Raw:
-        """Return `response` as JSON, which `frame` copies.
+        """Return `response` as JSON, which `encode_frame` copies.
 
         It is encoded once for all terms of its reward, which are graded one after the other:
         encoding 30,000 tokens takes 0.2 ms."""
@@ -197,11 +197,11 @@ class RewardPool:
         counts |= {"queued": len(self._queue), "running": len(self._running)}
         return counts | self._remote.snapshot()
 
-    def jobs(self, most: int = 20) -> list[OutstandingJob]:
-        """Return running and then queued jobs, each the oldest first, at most `most`."""
+    def jobs(self, limit: int = 20) -> list[OutstandingJob]:
+        """Return running and then queued jobs, each the oldest first, at most `limit`."""
         outstanding = [*self._running.values(), *self._queue]
         outstanding.sort(key=lambda pending: (pending.worker_pid is None, pending.since))
-        return outstanding[:most]
+        return outstanding[:limit]
 
     async def close(self) -> None:
         """Kill the workers; a `grade` still waiting raises RunError. Safe to call again."""
@@ -257,7 +257,7 @@ class RewardPool:
             sent.append(pending)
             pending.worker_pid, pending.since = worker.process.pid, time.monotonic()
             self._running[pending.job.id] = pending
-            worker.send(frame(pending.job))
+            worker.send(encode_frame(pending.job))
 
     async def _finish_first(self, worker: WorkerProcess, sent: deque[OutstandingJob]) -> bool:
         """Wait for the first of the sent jobs. Return False when the worker must be replaced."""

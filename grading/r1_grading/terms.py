@@ -306,7 +306,13 @@ class Grader(Protocol):
     """The part of a `RewardPool` that the terms call."""
 
     async def grade(self, kind: str, response: str, truth: object, /, **fields: object) -> Grade:
-        """Grade one response with the reward `kind`; see `RewardPool.grade`."""
+        """Grade one response with the reward `kind`; see `RewardPool.grade`.
+
+        Args:
+            kind: a reward's name, or "module:function".
+            response: the text that the policy sampled.
+            truth: the right answer.
+            **fields: the keywords of the reward."""
 
 
 class RewardTerms:
@@ -479,6 +485,6 @@ def are_equal(rewards: Sequence[float]) -> bool:
     return math.isclose(min(rewards), max(rewards), rel_tol=RELATIVE, abs_tol=ABSOLUTE)
 
 
-def order(one: float, other: float) -> int:
+def compare(one: float, other: float) -> int:
     """Return -1 if `one` is smaller, 1 if it is larger, 0 if the two are equal but for rounding."""
     return 0 if are_equal((one, other)) else -1 if one < other else 1

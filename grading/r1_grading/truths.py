@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.values import decoded
+from r1_grading.base.values import decode_literal
 from r1_grading.code.problem import is_tests, parse_problem
 from r1_grading.reading.answer import MARKER, last_boxed, unwrap
 from r1_grading.rewards import find_non_finite
@@ -22,7 +22,7 @@ NO_TRUTH = (
 """Words that data sets write where there is no answer: NuminaMath-1.5 has "proof" and "notfound".
 """
 WRAPPING = "[](){}<>\"'`*_ \t\r\n.:!"
-ANY_OF = (
+ANSWER_KEYS = (
     *("target", "golden_answers", "answers", "answer", "ground_truth", "value", "aliases"),
     *("text", "spans"),
 )
@@ -44,49 +44,49 @@ COMPARED = ("exact_match", "math")
 """The rewards that compare an answer with one or any of several truths."""
 
 
-def alternatives(truth: Any) -> list[Any]:
+def accepted_answers(truth: Any) -> list[Any]:
     """Return the truths any of which an answer may equal: the entries of a list, of
     `{"target": …}`, or of either as JSON text; else the truth itself. A list in text counts where
     its entries are text: `["18"]`, while `[1, 2]` is an interval."""
     if isinstance(truth, str):
-        found = _decoded(truth)
-        return [truth] if found is None else alternatives(found)
-    if isinstance(truth, Mapping) and truth and truth.keys() <= set(ANY_OF) | NORMALIZED:
-        found = _flatten_answers([truth[key] for key in ANY_OF if truth.get(key) is not None])
+        found = _decode_answers(truth)
+        return [truth] if found is None else accepted_answers(found)
+    if isinstance(truth, Mapping) and truth and truth.keys() <= set(ANSWER_KEYS) | IGNORED_KEYS:
+        found = _flatten_answers([truth[key] for key in ANSWER_KEYS if truth.get(key) is not None])
         return [entry for at, entry in enumerate(found) if entry not in found[:at]]
     return _flatten_answers(truth) if isinstance(truth, list | tuple) else [truth]
 
 
-NORMALIZED = {
+IGNORED_KEYS = {
     *("normalized_aliases", "normalized_value", "matched_wiki_entity_name", "type"),
     *("normalized_matched_wiki_entity_name", "answer_start", "types"),
 }
 """Keys of TriviaQA's answers that repeat others, and of places in a text (SQuAD, DROP)."""
 
 
-def is_none(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
+def is_missing(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
     """Return whether a truth is none: null, NaN, blank, an empty list, or one of `words`, in any
     case, in brackets or not. Of several all must be."""
     if isinstance(truth, Mapping):
-        found = alternatives(truth)
-        return found != [truth] and is_none(found, words)
+        found = accepted_answers(truth)
+        return found != [truth] and is_missing(found, words)
     if isinstance(truth, list | tuple):
-        return all(is_none(entry, words) for entry in truth)
-    if isinstance(truth, str) and not truth.isdecimal() and is_unanswered(truth):
+        return all(is_missing(entry, words) for entry in truth)
+    if isinstance(truth, str) and not truth.isdecimal() and states_no_answer(truth):
         return True
     if truth is None or (isinstance(truth, float) and math.isnan(truth)):
         return True
     if not isinstance(truth, str) or len(truth) > MAX_NONE_CHARS or truth.isdecimal():
         return False
-    found = alternatives(truth)
+    found = accepted_answers(truth)
     if found != [truth]:
-        return is_none(found, words)
+        return is_missing(found, words)
     bare = unwrap(truth).casefold()
     known = {word.casefold() for word in words}
     return not bare or bare in known or (bare.strip(WRAPPING) in known and bool(words))
 
 
-def is_unanswered(text: str) -> bool:
+def states_no_answer(text: str) -> bool:
     """Return whether a text is a program, a response with its thought, or a whole solution that
     marks no answer by a box or `####`: a proof. No answer can be compared with these."""
     if (PROGRAM.match(text) and not is_tests(text)) or any(mark in text for mark in THOUGHTS):
@@ -95,18 +95,18 @@ def is_unanswered(text: str) -> bool:
     return is_long and MARKER not in text and last_boxed(text) is None and not is_tests(text)
 
 
-def reward_kind(truth: Any) -> str:
+def guess_reward_kind(truth: Any) -> str:
     """Return the reward that compares with a truth: `code` for tests of a program, `exact_match`
     for any of several names or phrases, else `math`."""
     if is_tests(truth):
         return "code"
-    found = alternatives(truth)
+    found = accepted_answers(truth)
     is_several = found != [truth]
     words = [t for t in found if isinstance(t, str) and WORD.search(t) and "\\" not in t]
     return "exact_match" if is_several and words else "math"
 
 
-def marked(truth: str) -> str:
+def answer_after_mark(truth: str) -> str:
     """Return what stands behind the last `####`, as GSM8K marks answers, also where further lines
     follow an answer with a digit. A truth without the mark, with a box, or with nothing behind the
     mark is returned itself."""
@@ -122,7 +122,7 @@ def stated_answer(truth: Any) -> Any:
     people to read; any other truth itself."""
     if not isinstance(truth, str):
         return truth
-    return marked(truth) if (box := last_boxed(truth)) is None else box
+    return answer_after_mark(truth) if (box := last_boxed(truth)) is None else box
 
 
 def math_truth(truth: object) -> str:
@@ -135,7 +135,7 @@ def math_truth(truth: object) -> str:
         return truth
     if not isinstance(truth, str | int | float):
         raise ValueError(f"the truth of a math answer is a string or a number, got {truth!r}")
-    expected = unwrap(marked(str(truth)))
+    expected = unwrap(answer_after_mark(str(truth)))
     if NO_NUMBER.fullmatch(expected):  # of a float, or of a table's empty cell
         raise ValueError(f"the truth of a math answer must be finite, got {truth!r}")
     if not expected.strip("$"):
@@ -167,12 +167,12 @@ def check_truth(kind: str, truth: Any, fields: Mapping[str, Any]) -> None:
 
 
 def _check_alternatives(truth: Any, fields: Mapping[str, Any]) -> None:
-    found = alternatives(truth)
+    found = accepted_answers(truth)
     if not found:
         raise ValueError("the truth is a list without an answer")
     for entry in found:
         math_truth(entry)
-        if isinstance(decoded(entry), Mapping):
+        if isinstance(decode_literal(entry), Mapping):
             raise ValueError(
                 f"the truth is a mapping, {shorten(entry)}, and no answer; name a reward of your "
                 "own that reads it (data.kind: module:function)"
@@ -195,17 +195,21 @@ def _flatten_answers(entries: Any) -> list[Any]:
     flat: list[Any] = []
     for entry in entries:
         is_nested = isinstance(entry, list | tuple | Mapping)
-        found = alternatives(entry) if is_nested else [entry]
+        found = accepted_answers(entry) if is_nested else [entry]
         flat += _flatten_answers(found) if is_nested and found != [entry] else found
     return [entry for entry in flat if entry is not None]
 
 
-def _decoded(text: str) -> Any:
+def _decode_answers(text: str) -> Any:
     """Return a list of text or a mapping that a text is as JSON or a Python value, else None."""
     plain = text.strip()
     if not (plain.startswith(('["', '{"', "['", "{'")) and plain.endswith(("]", "}"))):
         return None
-    value = decoded(plain)
+    value = decode_literal(plain)
     if isinstance(value, list):
         return value if all(isinstance(entry, str) for entry in value) else None
-    return value if isinstance(value, dict) and value.keys() <= set(ANY_OF) | NORMALIZED else None
+    return (
+        value
+        if isinstance(value, dict) and value.keys() <= set(ANSWER_KEYS) | IGNORED_KEYS
+        else None
+    )

@@ -15,8 +15,8 @@ import msgspec
 
 from r1_grading.base.errors import RunError, UserError, shorten
 from r1_grading.base.lifetime import end_without_parent
-from r1_grading.base.user_code import find_function, place_of
-from r1_grading.base.workers import LENGTH, FramedProcess, WorkerLost, frame, private_streams
+from r1_grading.base.user_code import find_function, location_of
+from r1_grading.base.workers import LENGTH, FramedProcess, WorkerLost, encode_frame, private_streams
 from r1_grading.calls import adapt_signature, explain_failure
 from r1_grading.rewards import MAX_REASON_CHARS, FiniteGrade, Grade
 
@@ -51,14 +51,16 @@ class EncodedJob(JobArguments):
 
 
 class JobStatus(msgspec.Struct):
-    """A worker's report on job `id`, or on itself.
+    """A worker's report on a job, or on itself.
 
-    ready: the worker has started.
-    loaded: the function of job `id` is imported, and grading starts.
-    graded: the job's grade.
-    failed: a grade of `Grade.ungraded`, because the function raised.
-    memory: the job exceeded the memory limit, and the worker exits.
-    unloadable: the function cannot be imported."""
+    Attributes:
+        status: "ready": the worker has started; "loaded": the job's function is imported, and
+            grading starts; "graded": the job's grade; "failed": a grade of `Grade.ungraded`,
+            because the function raised; "memory": the job exceeded the memory limit, and the worker
+            exits; "unloadable": the function cannot be imported.
+        id: the job's; -1: the report is on the worker.
+        reward: that of the grade.
+        reason: why the grade is what it is, or what failed."""
 
     status: Literal["ready", "loaded", "graded", "failed", "memory", "unloadable"]
     id: int = -1
@@ -111,7 +113,7 @@ def main(memory_limit_bytes: int) -> None:
     functions: dict[str, Callable[..., Grade]] = {}
 
     def send(status: JobStatus) -> None:
-        replies.write(frame(status))
+        replies.write(encode_frame(status))
         replies.flush()
 
     send(JobStatus("ready"))
@@ -144,7 +146,7 @@ def _grade(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
         return JobStatus("memory", job.id, reason="ran over the memory limit")
     except BaseException as error:  # noqa: BLE001 - SystemExit must not end the worker either
         fault = explain_failure(error, function, job.target, job.fields)
-        place = place_of(error)  # in the user's own files
+        place = location_of(error)  # in the user's own files
         call = f", called with the response {shorten(repr(job.response))}" if place else ""
         grade = Grade.ungraded(fault.text or _describe(error) + place + call, fault.missing)
     status: Literal["graded", "failed"] = "graded" if grade.is_graded else "failed"

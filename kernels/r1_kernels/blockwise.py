@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from r1_kernels.arguments import check_same_device
-from r1_kernels.registry import choose
+from r1_kernels.registry import choose_primitives
 
 BLOCKS = ((128, 128), (1, 128))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +47,7 @@ def quantize_blockwise(
     block = _checked_block(block)
     _check_matrix("x", x)
     _check_dtype("x", x.dtype)
-    return choose(x, backend).quantize_blocks(x, block)
+    return choose_primitives(x, backend).quantize_blocks(x, block)
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def dequantize_blockwise(
             f"{block}, got {tuple(scale_inv.shape)} {scale_inv.dtype}"
         )
     check_same_device(q=q, scale_inv=scale_inv)
-    return choose(q, backend).dequantize_blocks(q, scale_inv, block, dtype)
+    return choose_primitives(q, backend).dequantize_blocks(q, scale_inv, block, dtype)
 
 
 def _checked_block(block: Any) -> tuple[int, int]:

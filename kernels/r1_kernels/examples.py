@@ -14,7 +14,7 @@ from torch import Tensor
 
 from r1_kernels.policy_terms import PolicySettings, TokenTensors
 from r1_kernels.registry import Kernel
-from r1_kernels.sampling_mask import KeptRows
+from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import RowUpstream, VocabShard
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -28,8 +28,14 @@ POLICIES = (
 
 
 class ExampleSizes(NamedTuple):
-    """The sizes of the launches: tokens in packed sequences of equal length, ids of the vocabulary,
-    (rows, columns) of a weight, ids that a sampler keeps at each token."""
+    """The sizes of the launches.
+
+    Attributes:
+        num_tokens: tokens, in packed sequences of equal length.
+        vocab_size: ids of the vocabulary.
+        weight: rows and columns of a weight.
+        num_sequences: the packed sequences.
+        num_kept: ids that a sampler keeps at each token."""
 
     num_tokens: int = 65_536
     vocab_size: int = 129_280
@@ -43,7 +49,9 @@ class ExampleLaunch(NamedTuple):
     least."""
 
     name: str
+    """The kernel and its specialization."""
     arguments: tuple[Any, ...]
+    """The primitive's arguments."""
     least_bytes: float
     """Bytes per element that any implementation must move."""
     num_elements: int
@@ -51,7 +59,12 @@ class ExampleLaunch(NamedTuple):
 
 
 def launches(kernel: Kernel, sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
-    """Yield the launches of a kernel: those of the function of its name in this file."""
+    """Yield the launches of a kernel: those of the function of its name in this file.
+
+    Args:
+        kernel: the kernel.
+        sizes: the sizes of its arguments.
+        device: where these are made."""
     return globals()[kernel.name](sizes, device)
 
 
@@ -89,32 +102,32 @@ def logits_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]
 def kept_statistics(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
     """Yield passes over the kept ids of a whole vocabulary."""
     for name, dtype in (("bf16", BF16), ("fp32", FP32)):
-        logits, targets, shard, kept = _kept(sizes, dtype, device)
-        arguments = logits, targets, shard, 1.0, kept
+        logits, targets, shard, kept_ids = _kept(sizes, dtype, device)
+        arguments = logits, targets, shard, 1.0, kept_ids
         least = 4 + dtype.itemsize
-        yield ExampleLaunch(f"kept_statistics {name}", arguments, least, len(kept.token_ids))
+        yield ExampleLaunch(f"kept_statistics {name}", arguments, least, len(kept_ids.token_ids))
 
 
 def kept_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
     """Yield gradients of the kept logits, with and without entropy."""
     for name, dtype in (("bf16", BF16), ("fp32", FP32)):
         for more in ("", ", entropy"):
-            logits, targets, shard, kept = _kept(sizes, dtype, device)
+            logits, targets, shard, kept_ids = _kept(sizes, dtype, device)
             rows = torch.randn(5, sizes.num_tokens, device=device).unbind()
             upstream = RowUpstream._make([*rows[:4], rows[4] if more else None])
-            arguments = logits, targets, shard, 1.0, upstream, kept
+            arguments = logits, targets, shard, 1.0, upstream, kept_ids
             least = 8 + dtype.itemsize
             yield ExampleLaunch(
-                f"kept_gradient {name}{more}", arguments, least, len(kept.token_ids)
+                f"kept_gradient {name}{more}", arguments, least, len(kept_ids.token_ids)
             )
 
 
 def kept_scatter(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
     """Yield rows of 0 with the kept ids' values; the bytes are those of the values."""
     for name, dtype in (("bf16", BF16), ("fp32", FP32)):
-        logits, _, shard, kept = _kept(sizes, dtype, device)
-        values = torch.randn(len(kept.token_ids), device=device)
-        arguments = values, shard, kept, logits
+        logits, _, shard, kept_ids = _kept(sizes, dtype, device)
+        values = torch.randn(len(kept_ids.token_ids), device=device)
+        arguments = values, shard, kept_ids, logits
         yield ExampleLaunch(f"kept_scatter {name}", arguments, 8 + dtype.itemsize, len(values))
 
 
@@ -162,7 +175,7 @@ def dequantize_blocks(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunc
 
 def _kept(
     sizes: ExampleSizes, dtype: torch.dtype, device: str
-) -> tuple[Tensor, Tensor, VocabShard, KeptRows]:
+) -> tuple[Tensor, Tensor, VocabShard, KeptIds]:
     """Return logits, targets among the kept ids, the whole vocabulary and the kept ids."""
     tokens, vocab = sizes.num_tokens, sizes.vocab_size
     count = min(sizes.num_kept, max(1, vocab // 4))
@@ -171,8 +184,8 @@ def _kept(
     ids = (first + apart * torch.arange(count, device=device)).flatten().int()
     offsets = count * torch.arange(tokens + 1, device=device)
     logits = torch.randn(tokens, vocab, dtype=dtype, device=device)
-    kept = KeptRows(ids, offsets[:-1], offsets[1:])
-    return logits, ids[kept.starts].long(), _shard(vocab, vocab, vocab), kept
+    kept_ids = KeptIds(ids, offsets[:-1], offsets[1:])
+    return logits, ids[kept_ids.starts].long(), _shard(vocab, vocab, vocab), kept_ids
 
 
 def _targets(sizes: ExampleSizes, device: str) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from r1_kernels.precision import accumulate, matmul_into, wide
+from r1_kernels.precision import accumulate, accumulation_dtype, matmul_into
 from r1_kernels.registry import Primitives
-from r1_kernels.sampling_mask import KeptRows
+from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import PendingStatistics, RowSoftmax, RowUpstream, VocabShard
 
 Rows: TypeAlias = slice | Tensor
@@ -42,8 +42,8 @@ class LinearHead:
         chunk_tokens: tokens with logits at once.
         primitives: the kernels that compute log-probabilities from logits, Triton's or plain
             PyTorch's.
-        main_grad: (V_local, H) of `wide(weight.dtype)`, to which backward passes add the weight's
-            gradient, which is then 0 for autograd; None: autograd gets it.
+        main_grad: (V_local, H) of `accumulation_dtype(weight.dtype)`, to which backward passes add
+            the weight's gradient, which is then 0 for autograd; None: autograd gets it.
     """
 
     weight: Tensor
@@ -73,10 +73,15 @@ class LinearHead:
         return matmul_into(buffer[: len(hidden)], hidden, self.weight.t())
 
     def statistics(
-        self, logits: Tensor, targets: Tensor, kept: KeptRows | None
+        self, logits: Tensor, targets: Tensor, kept_ids: KeptIds | None
     ) -> PendingStatistics:
-        """Start the softmax of a chunk: this rank's statistics, and their all-gather."""
-        local = shard_statistics(self.primitives, logits, targets, self.shard, self.scale, kept)
+        """Start the softmax of a chunk: this rank's statistics, and their all-gather.
+
+        Args:
+            logits: (rows, V_local), unscaled.
+            targets: (rows,) ids of the whole vocabulary.
+            kept_ids: the kept ids of these rows; None: all."""
+        local = shard_statistics(self.primitives, logits, targets, self.shard, self.scale, kept_ids)
         return PendingStatistics(local, self.scale, self.shard.group)
 
     def gradient(
@@ -84,7 +89,7 @@ class LinearHead:
         logits: Tensor,
         targets: Tensor,
         upstream: RowUpstream,
-        kept: KeptRows | None,
+        kept_ids: KeptIds | None,
         out: Tensor,
     ) -> Tensor:
         """Compute the gradient of the logits in out[:rows].
@@ -93,13 +98,13 @@ class LinearHead:
             logits: (rows, V_local), unscaled.
             targets: (rows,) ids of the whole vocabulary.
             upstream: parts of the softmax and the upstream gradients, each (rows,).
-            kept: the kept ids of these rows; None: all.
+            kept_ids: the kept ids of these rows; None: all.
             out: at least `rows` rows of V_local columns; it may be the memory of `logits`.
 
         Returns:
             out[:rows]."""
         return shard_gradient(
-            *(self.primitives, logits, targets, self.shard, self.scale, upstream, kept),
+            *(self.primitives, logits, targets, self.shard, self.scale, upstream, kept_ids),
             out[: len(logits)],
         )
 
@@ -124,7 +129,7 @@ def shard_statistics(
     targets: Tensor,
     shard: VocabShard,
     scale: float,
-    kept: KeptRows | None,
+    kept_ids: KeptIds | None,
 ) -> Tensor:
     """Compute this shard's statistics of each row, over all its columns or over the kept ones.
 
@@ -134,13 +139,13 @@ def shard_statistics(
         targets: (rows,) ids of the whole vocabulary.
         shard: the part of the vocabulary that the columns are.
         scale: 1 / temperature.
-        kept: the kept ids of these rows; None: all.
+        kept_ids: the kept ids of these rows; None: all.
 
     Returns:
         (4, rows) `vocabulary.STATISTICS`."""
-    if kept is None:
+    if kept_ids is None:
         return primitives.row_statistics(logits, targets, shard, scale)
-    return primitives.kept_statistics(logits, targets, shard, scale, kept)
+    return primitives.kept_statistics(logits, targets, shard, scale, kept_ids)
 
 
 def shard_gradient(
@@ -150,7 +155,7 @@ def shard_gradient(
     shard: VocabShard,
     scale: float,
     upstream: RowUpstream,
-    kept: KeptRows | None,
+    kept_ids: KeptIds | None,
     out: Tensor,
 ) -> Tensor:
     """Write the gradient of the logits to `out`, which may be `logits` itself, and return it.
@@ -162,12 +167,12 @@ def shard_gradient(
         shard: the columns.
         scale: 1 / temperature.
         upstream: parts of the softmax and the upstream gradients, each (rows,).
-        kept: the kept ids of these rows; None: all.
+        kept_ids: the kept ids of these rows; None: all.
         out: (rows, V_local)."""
-    if kept is None:
+    if kept_ids is None:
         return primitives.logits_gradient(logits, targets, shard, scale, upstream, out)
-    values = primitives.kept_gradient(logits, targets, shard, scale, upstream, kept)
-    return primitives.kept_scatter(values, shard, kept, out)
+    values = primitives.kept_gradient(logits, targets, shard, scale, upstream, kept_ids)
+    return primitives.kept_scatter(values, shard, kept_ids, out)
 
 
 def num_rows(rows: Rows) -> int:
@@ -184,7 +189,7 @@ def default_chunk_tokens(weight: Tensor) -> int:
 
 
 def head_softmax(
-    head: LinearHead, hidden: Tensor, targets: Tensor, kept: KeptRows | None
+    head: LinearHead, hidden: Tensor, targets: Tensor, kept_ids: KeptIds | None
 ) -> RowSoftmax:
     """Compute the softmax of every token, in one product.
 
@@ -192,14 +197,17 @@ def head_softmax(
         head: the output layer.
         hidden: (T, H).
         targets: (T,) ids.
-        kept: the ids that each token keeps; None: all."""
+        kept_ids: the ids that each token keeps; None: all."""
     out = RowSoftmax(
-        *(hidden.new_empty(len(hidden), dtype=wide(hidden.dtype)) for _ in RowSoftmax._fields)
+        *(
+            hidden.new_empty(len(hidden), dtype=accumulation_dtype(hidden.dtype))
+            for _ in RowSoftmax._fields
+        )
     )
-    buffer = head.buffer(len(hidden), wide(hidden.dtype))
+    buffer = head.buffer(len(hidden), accumulation_dtype(hidden.dtype))
     pending: tuple[Rows, PendingStatistics] | None = None
     for rows in head.chunks(slice(0, len(hidden))):
-        own = None if kept is None else kept.at(rows)
+        own = None if kept_ids is None else kept_ids.select(rows)
         statistics = head.statistics(head.logits(hidden[rows], buffer), targets[rows], own)
         if pending:
             _store(out, *pending)
@@ -241,7 +249,7 @@ class HeadGradients:
         self.hidden = torch.zeros_like(hidden) if needs[0] else None
         self.weight = None
         if needs[1]:
-            zeros = partial(torch.zeros_like, head.weight, dtype=wide(hidden.dtype))
+            zeros = partial(torch.zeros_like, head.weight, dtype=accumulation_dtype(hidden.dtype))
             self.weight = zeros() if total is None else total
         self.group = head.shard.group if reduce_hidden else None
         self.reducing: tuple[Rows, Tensor, dist.Work] | None = None
@@ -267,7 +275,7 @@ class HeadGradients:
             self.hidden[rows] = d_logits @ weight
             return
         part = d_logits.new_empty(
-            len(d_logits), self.hidden.shape[1], dtype=wide(self.hidden.dtype)
+            len(d_logits), self.hidden.shape[1], dtype=accumulation_dtype(self.hidden.dtype)
         )
         matmul_into(part, d_logits, weight)
         self._finish_reducing()

@@ -37,8 +37,8 @@ from r1_kernels.arguments import check_finite, check_targets, check_tensors, che
 from r1_kernels.linear_head import HeadGradients, LinearHead, Rows, num_rows
 from r1_kernels.policy_loss import Averaging, Sequences, prepare_tokens, tokens_loss
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
-from r1_kernels.precision import wide, without_autocast
-from r1_kernels.sampling_mask import KeptRows, SamplingMask, kept_rows
+from r1_kernels.precision import accumulation_dtype, without_autocast
+from r1_kernels.sampling_mask import KeptIds, SamplingMask, check_sampling_mask
 from r1_kernels.token_logprobs import LinearTokenLogprobs, make_head
 from r1_kernels.vocabulary import RowSoftmax, RowUpstream
 
@@ -160,41 +160,39 @@ def linear_policy_loss(
     head = make_head(
         hidden, weight, temperature, group, vocab_size, chunk_tokens, backend, main_grad
     )
-    given = TokenTensors(
-        logprobs=None,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        advantages=advantages,
-        weights=mask,
+    inputs = TokenTensors(None, old_logprobs, ref_logprobs, rollout_logprobs, advantages, mask)
+    call = _check_arguments(
+        head, hidden, targets, sampling_mask, inputs, rows, settings, averaging, entropy_coef
     )
-    run = _checked_run(
-        *(head, hidden, targets, sampling_mask, given, rows, settings, averaging, entropy_coef)
-    )
-    with_ratios = _with_sequence_ratios if ratio_level == "sequence" else _with_token_ratios
-    return with_ratios(hidden, weight, run, reduce_hidden_grad)
+    compute = _with_sequence_ratios if ratio_level == "sequence" else _with_token_ratios
+    return compute(hidden, weight, call, reduce_hidden_grad)
 
 
-class _Run(NamedTuple):
+class _LossArguments(NamedTuple):
     """The arguments of one call besides hidden and weight, checked."""
 
     head: LinearHead
+    """The output layer."""
     targets: Tensor
-    kept: KeptRows | None
+    """(T,) global ids."""
+    kept_ids: KeptIds | None
     """The ids that each of the T tokens keeps, or None for all."""
     tokens: TokenTensors
+    """The tensors per token, detached."""
     rows: Rows
     """The tokens whose mask is not 0: slice(0, T) if these are all, else their indices."""
     sequences: Sequences | None
     """What `average` and `ratio_level` need of the sequences, or None if they need nothing."""
     settings: PolicySettings
+    """The settings of a token's loss."""
     entropy_coef: float
+    """The weight of the entropy bonus."""
     gradient_scale: Tensor | None
     """A scalar by which gradients are multiplied until the backward pass, or None."""
 
-    def kept_at(self, rows: Rows) -> KeptRows | None:
+    def kept_ids_of(self, rows: Rows) -> KeptIds | None:
         """Return the kept ids of one chunk, or None for all."""
-        return None if self.kept is None else self.kept.at(rows)
+        return None if self.kept_ids is None else self.kept_ids.select(rows)
 
     def terms(self, rows: Rows, softmax: RowSoftmax) -> PolicyTerms:
         """Compute the loss of one chunk and its derivatives by the log-probabilities."""
@@ -221,39 +219,44 @@ class _Run(NamedTuple):
             if grad_entropy is not None:
                 grad_entropy = grad_entropy * self.gradient_scale
         upstream = RowUpstream(*softmax[1:], grad_logprobs, grad_entropy)
-        return self.head.gradient(logits, self.targets[rows], upstream, self.kept_at(rows), out)
+        return self.head.gradient(logits, self.targets[rows], upstream, self.kept_ids_of(rows), out)
 
 
-def _checked_run(
+def _check_arguments(
     head: LinearHead,
     hidden: Tensor,
     targets: Tensor,
     sampling_mask: SamplingMask | None,
-    given: TokenTensors,
+    inputs: TokenTensors,
     rows: Tensor | None,
     settings: PolicySettings,
     averaging: Averaging,
     entropy_coef: float,
-) -> _Run:
-    """Check the arguments of one call and return them as a run.
+) -> _LossArguments:
+    """Check the arguments of one call and return them.
 
-    `given` has the caller's tensors, with the mask as `weights`; `rows` the indices of the tokens
+    `inputs` has the caller's tensors, with the mask as `weights`; `rows` the indices of the tokens
     whose mask is not 0, or None to find them."""
-    check_tokens(len(hidden), advantages=given.advantages)
+    check_tokens(len(hidden), advantages=inputs.advantages)
     if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
         raise ValueError(f"rows must be (tokens,) int64, got {tuple(rows.shape)} {rows.dtype}")
     on_one_device = {"hidden": hidden, "weight": head.weight, "targets": targets}
     tokens, sequences = prepare_tokens(
-        given, settings, averaging, head.primitives, wide(hidden.dtype), **on_one_device
+        inputs,
+        settings,
+        averaging,
+        head.primitives,
+        accumulation_dtype(hidden.dtype),
+        **on_one_device,
     )
     rows = tokens.weights.nonzero()[:, 0] if rows is None else rows
     all_count = len(rows) == len(hidden)
     counting = None if all_count else rows
     check_targets(targets, len(hidden), head.shard.vocab_size, counting)
-    return _Run(
+    return _LossArguments(
         head,
         targets,
-        kept_rows(sampling_mask, targets, head.shard.vocab_size, counting),
+        check_sampling_mask(sampling_mask, targets, head.shard.vocab_size, counting),
         tokens,
         # A slice gives views of the tensors, where indices would copy them.
         slice(0, len(hidden)) if all_count else rows,
@@ -274,23 +277,23 @@ def _gradient_scale(weights: Tensor) -> Tensor:
 
 
 def _with_token_ratios(
-    hidden: Tensor, weight: Tensor, run: _Run, reduce_hidden_grad: bool
+    hidden: Tensor, weight: Tensor, call: _LossArguments, reduce_hidden_grad: bool
 ) -> LinearPolicyLoss:
     """Compute the loss and its gradients in one pass over the head."""
     # Inside the Function the grad mode is always off, so it is read here.
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
-    gradients = HeadGradients(run.head, hidden, needs, reduce_hidden_grad)
-    return LinearPolicyLoss(*_LinearPolicyLoss.apply(hidden, weight, run, gradients))
+    gradients = HeadGradients(call.head, hidden, needs, reduce_hidden_grad)
+    return LinearPolicyLoss(*_LinearPolicyLoss.apply(hidden, weight, call, gradients))
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
-    """The loss of one `_Run`, whose gradients the forward pass computes and saves."""
+    """The loss of one `_LossArguments`, whose gradients the forward pass computes and saves."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, run, gradients):
-        head = run.head
-        dtype = wide(hidden.dtype)
-        num_tokens = num_rows(run.rows)
+    def forward(ctx, hidden, weight, call, gradients):
+        head = call.head
+        dtype = accumulation_dtype(hidden.dtype)
+        num_tokens = num_rows(call.rows)
         buffer = head.buffer(num_tokens, dtype)
         alone = head.shard.group is None
         d_buffer = buffer
@@ -299,16 +302,16 @@ class _LinearPolicyLoss(torch.autograd.Function):
         metrics = [hidden.new_zeros(len(hidden), dtype=dtype) for _ in LinearPolicyLoss._fields[1:]]
         losses = [hidden.new_zeros(1, dtype=dtype)]
         waiting: tuple[Rows, Tensor, Tensor] | None = None
-        for rows in head.chunks(run.rows):
+        for rows in head.chunks(call.rows):
             states = hidden[rows]
             logits = head.logits(states, buffer)
-            statistics = head.statistics(logits, run.targets[rows], run.kept_at(rows))
+            statistics = head.statistics(logits, call.targets[rows], call.kept_ids_of(rows))
             if waiting:
                 gradients.add(*waiting)  # hides the all-gather of the statistics
             softmax = statistics.wait()
-            terms = run.terms(rows, softmax)
+            terms = call.terms(rows, softmax)
             if gradients.needed:
-                waiting = rows, states, run.d_logits(rows, logits, softmax, terms, d_buffer)
+                waiting = rows, states, call.d_logits(rows, logits, softmax, terms, d_buffer)
                 if alone:
                     gradients.add(*waiting)
                     waiting = None
@@ -318,7 +321,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if waiting:
             gradients.add(*waiting)
         ctx.save_for_backward(*gradients.finish())
-        ctx.head, ctx.gradient_scale = head, run.gradient_scale
+        ctx.head, ctx.gradient_scale = head, call.gradient_scale
         ctx.mark_non_differentiable(*metrics)
         return torch.cat(losses).sum(), *metrics
 
@@ -341,12 +344,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 
 def _with_sequence_ratios(
-    hidden: Tensor, weight: Tensor, run: _Run, reduce_hidden_grad: bool
+    hidden: Tensor, weight: Tensor, call: _LossArguments, reduce_hidden_grad: bool
 ) -> LinearPolicyLoss:
     """Compute the loss whose ratios need all log-probabilities first: two passes over the head."""
-    rows, tokens, head = run.rows, run.tokens, run.head
+    rows, tokens, head = call.rows, call.tokens, call.head
     logprobs, entropy = LinearTokenLogprobs.apply(
-        hidden[rows], weight, run.targets[rows], head, run.kept_at(rows), reduce_hidden_grad
+        hidden[rows], weight, call.targets[rows], head, call.kept_ids_of(rows), reduce_hidden_grad
     )
     if not isinstance(rows, slice):
         # Tokens that do not count keep 0, and their hidden states a gradient of 0.
@@ -356,6 +359,6 @@ def _with_sequence_ratios(
     if tokens.old_logprobs is None:
         tokens = tokens._replace(old_logprobs=tokens.logprobs)
     loss, *metrics = tokens_loss(
-        logprobs, entropy, tokens, run.settings, run.sequences, run.entropy_coef, head.primitives
+        logprobs, entropy, tokens, call.settings, call.sequences, call.entropy_coef, head.primitives
     )
     return LinearPolicyLoss(loss, logprobs.detach(), entropy.detach(), *metrics)

@@ -23,8 +23,8 @@ from r1_kernels.arguments import (
     check_tokens,
 )
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
-from r1_kernels.precision import wide
-from r1_kernels.registry import Primitives, choose
+from r1_kernels.precision import accumulation_dtype
+from r1_kernels.registry import Primitives, choose_primitives
 
 LEVELS = ("token", "sequence")
 
@@ -76,7 +76,14 @@ class Sequences:
 
 
 class Averaging(NamedTuple):
-    """The average over the tokens' losses, as in the arguments of `policy_loss`."""
+    """The average over the tokens' losses, as in the arguments of `policy_loss`.
+
+    Attributes:
+        ratio_level: "token" or "sequence".
+        average: "token" or "sequence".
+        denominator: what the sum is divided by; None: counted.
+        cu_seqlens: (S + 1,) borders of the sequences; None: they are not needed.
+        sequence_group: the ranks that share the sequences; None: this one alone."""
 
     ratio_level: str
     average: str
@@ -119,10 +126,14 @@ class Averaging(NamedTuple):
         sequence add up to 1 / denominator, by default the number of sequences with an unmasked
         token (GRPO). Without any unmasked token all weights are 0.
 
+        Args:
+            mask: (T,) bool, integers or weights.
+            sequences: those of the batch; None with average "token".
+            dtype: the dtype of the weights.
+
         Raises:
             ValueError: the denominator is not one positive number; the value of a tensor is not
-                checked.
-        """
+                checked."""
         denominator = self.denominator
         if isinstance(denominator, Tensor):
             if denominator.numel() != 1:
@@ -230,6 +241,23 @@ def policy_loss(
     Raises:
         ValueError: shapes, dtypes, devices and settings that do not fit, by name."""
     check_tensors(logprobs=logprobs, advantages=advantages, mask=mask)
+    _check_logprobs(logprobs, entropy, entropy_coef)
+    settings = PolicySettings(
+        clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
+    )
+    averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
+    old_logprobs = logprobs if old_logprobs is None else old_logprobs
+    inputs = TokenTensors(logprobs, old_logprobs, ref_logprobs, rollout_logprobs, advantages, mask)
+    primitives = choose_primitives(logprobs, backend)
+    tokens, sequences = prepare_tokens(
+        inputs, settings, averaging, primitives, accumulation_dtype(logprobs.dtype), entropy=entropy
+    )
+    level = sequences if ratio_level == "sequence" else None
+    return tokens_loss(logprobs, entropy, tokens, settings, level, entropy_coef, primitives)
+
+
+def _check_logprobs(logprobs: Tensor, entropy: Tensor | None, entropy_coef: float) -> None:
+    """Require logprobs (T,), and an entropy (T,) where it has a coefficient."""
     if logprobs.dim() != 1:
         raise ValueError(f"logprobs must be (T,), got {tuple(logprobs.shape)}: flatten the batch")
     check_tokens(len(logprobs), entropy=entropy)
@@ -237,28 +265,10 @@ def policy_loss(
     check_finite("entropy_coef", entropy_coef)
     if entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef is {entropy_coef}, but there is no entropy")
-    settings = PolicySettings(
-        clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
-    )
-    averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
-    given = TokenTensors(
-        logprobs=logprobs,
-        old_logprobs=logprobs if old_logprobs is None else old_logprobs,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        advantages=advantages,
-        weights=mask,
-    )
-    primitives = choose(logprobs, backend)
-    tokens, sequences = prepare_tokens(
-        given, settings, averaging, primitives, wide(logprobs.dtype), entropy=entropy
-    )
-    level = sequences if ratio_level == "sequence" else None
-    return tokens_loss(logprobs, entropy, tokens, settings, level, entropy_coef, primitives)
 
 
 def prepare_tokens(
-    given: TokenTensors,
+    inputs: TokenTensors,
     settings: PolicySettings,
     averaging: Averaging,
     primitives: Primitives,
@@ -268,7 +278,7 @@ def prepare_tokens(
     """Check the tensors of one batch. Return them detached, with weights of `dtype` for the mask.
 
     Args:
-        given: the caller's tensors, with the mask as `weights`.
+        inputs: the caller's tensors, with the mask as `weights`.
         settings: those of the loss.
         averaging: how the loss is averaged.
         primitives: the implementation that will compute the loss.
@@ -277,16 +287,16 @@ def prepare_tokens(
 
     Raises:
         ValueError: tensors and settings that do not fit, by name."""
-    tensors = given._asdict()
+    tensors = inputs._asdict()
     mask = tensors.pop("weights")
-    num_tokens = len(given.advantages if given.logprobs is None else given.logprobs)
+    num_tokens = len(inputs.advantages if inputs.logprobs is None else inputs.logprobs)
     check_tokens(num_tokens, **tensors, mask=mask)
     check_same_device(**others, **tensors, mask=mask, cu_seqlens=averaging.cu_seqlens)
     check_floats(**tensors)
-    settings.check(given.ref_logprobs, given.rollout_logprobs)
+    settings.check(inputs.ref_logprobs, inputs.rollout_logprobs)
     sequences = averaging.sequences(num_tokens, primitives)
     weights = averaging.weights(mask, sequences, dtype)
-    detached = [None if tensor is None else tensor.detach() for tensor in given]
+    detached = [None if tensor is None else tensor.detach() for tensor in inputs]
     return TokenTensors._make(detached)._replace(weights=weights), sequences
 
 
@@ -328,7 +338,7 @@ def _with_sequence_ratios(
     """Return the terms, and the derivative (T,) of the loss by the log-probabilities."""
     unmasked = ~(tokens.weights <= 0)
     logprobs, old_logprobs = tokens.both_logprobs()
-    dtype = wide(logprobs.dtype)
+    dtype = accumulation_dtype(logprobs.dtype)
     gap = logprobs.to(dtype) - old_logprobs.to(dtype)
     terms = primitives.policy_terms(
         tokens._replace(log_ratio=sequences.means(gap, unmasked)), settings

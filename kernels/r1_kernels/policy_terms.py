@@ -35,8 +35,16 @@ OBJECTIVES = ("ppo", "cispo")
 
 
 class PolicySettings(NamedTuple):
-    """Settings of the module's formulae; None disables a term. With importance_cap None, v = 1; inf
-    leaves it without a limit."""
+    """Settings of the module's formulae; None disables a term.
+
+    Attributes:
+        clip_low: ε below 1.
+        clip_high: ε above 1.
+        dual_clip: the largest ratio of a negative advantage.
+        kl_beta: the weight of the KL estimate.
+        kl_estimator: "k1", "k2" or "k3".
+        importance_cap: the largest weight v; None: v = 1; inf: no limit.
+        objective: "ppo" or "cispo"."""
 
     clip_low: float
     clip_high: float
@@ -85,9 +93,16 @@ class PolicySettings(NamedTuple):
 class TokenTensors(NamedTuple):
     """Inputs of the policy loss, each (T,) or None.
 
-    logprobs and old_logprobs are None only until a chunk's log-probabilities are computed.
-    log_ratio replaces logprobs - old_logprobs where the ratio is a whole sequence's. weights is the
-    caller's `mask`: what each token weighs in the average, 0 for one that is left out."""
+    Attributes:
+        logprobs: nats, of the policy that is trained; None until a chunk's are computed.
+        old_logprobs: nats, of the policy that the ratio compares with; None until a chunk's are
+            computed.
+        ref_logprobs: nats, of the reference policy.
+        rollout_logprobs: nats, the engine's.
+        advantages: the advantage of each token.
+        weights: the caller's `mask`: what a token weighs in the average, 0 for one that is left
+            out.
+        log_ratio: replaces logprobs - old_logprobs where the ratio is a whole sequence's."""
 
     logprobs: Tensor | None
     old_logprobs: Tensor | None

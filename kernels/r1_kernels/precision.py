@@ -30,16 +30,21 @@ def without_autocast(function: Callable[Parameters, Result]) -> Callable[Paramet
 REDUCED = (torch.bfloat16, torch.float16)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which results in `dtype` are accumulated."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Compute out = a @ b, with `out` of `wide(a.dtype)`.
+    """Compute out = a @ b.
 
     cuBLAS writes the fp32 sums of bf16 products unrounded; a bf16 logit of 20 would be off by up
-    to 0.06. The CPU has no such product and rounds."""
+    to 0.06. The CPU has no such product and rounds.
+
+    Args:
+        out: (M, N) of `accumulation_dtype(a.dtype)`.
+        a: (M, K).
+        b: (K, N), of a's dtype."""
     if a.dtype not in REDUCED:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
@@ -48,9 +53,14 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Compute out += a @ b, with `out` of `wide(a.dtype)`; the product is not rounded to a.dtype.
+    """Compute out += a @ b; the product is not rounded to a's dtype.
 
-    The CPU has no product of bf16 matrices with fp32 sums, and computes with fp32 copies."""
+    The CPU has no product of bf16 matrices with fp32 sums, and computes with fp32 copies.
+
+    Args:
+        out: (M, N) of `accumulation_dtype(a.dtype)`.
+        a: (M, K).
+        b: (K, N), of a's dtype."""
     if a.dtype in REDUCED and a.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:

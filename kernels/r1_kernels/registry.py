@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
-from r1_kernels.sampling_mask import KeptRows
+from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import RowUpstream, VocabShard
 
 Block = tuple[int, int]
@@ -26,6 +26,7 @@ class Kernel(NamedTuple):
     stem: str
     """Its files are primitives/<stem>_triton.py and primitives/<stem>_torch.py."""
     computes: str
+    """What it computes, for the table of README."""
     num_bytes: str
     """Bytes read → written by one launch, b being those of an input element."""
     measured_in: str = ""
@@ -100,16 +101,16 @@ class Primitives(NamedTuple):
 
     row_statistics: Callable[[Tensor, Tensor, VocabShard, float], Tensor]
     logits_gradient: Callable[[Tensor, Tensor, VocabShard, float, RowUpstream, Tensor], Tensor]
-    kept_statistics: Callable[[Tensor, Tensor, VocabShard, float, KeptRows], Tensor]
-    kept_gradient: Callable[[Tensor, Tensor, VocabShard, float, RowUpstream, KeptRows], Tensor]
-    kept_scatter: Callable[[Tensor, VocabShard, KeptRows, Tensor], Tensor]
+    kept_statistics: Callable[[Tensor, Tensor, VocabShard, float, KeptIds], Tensor]
+    kept_gradient: Callable[[Tensor, Tensor, VocabShard, float, RowUpstream, KeptIds], Tensor]
+    kept_scatter: Callable[[Tensor, VocabShard, KeptIds, Tensor], Tensor]
     policy_terms: Callable[[TokenTensors, PolicySettings], PolicyTerms]
     segment_sums: Callable[[Tensor, Tensor], Tensor]
     quantize_blocks: Callable[[Tensor, Block], tuple[Tensor, Tensor]]
     dequantize_blocks: Callable[[Tensor, Tensor, Block, torch.dtype], Tensor]
 
 
-def choose(tensor: Tensor, backend: str | None = None) -> Primitives:
+def choose_primitives(tensor: Tensor, backend: str | None = None) -> Primitives:
     """Return the primitives for `tensor`; None: Triton for CUDA tensors (not fp64), else plain.
 
     Raises:
@@ -130,11 +131,11 @@ def choose(tensor: Tensor, backend: str | None = None) -> Primitives:
             )
         if importlib.util.find_spec("triton") is None:
             raise ValueError('triton is not installed: pip install triton, or use backend="torch"')
-    return primitives(backend)
+    return load_primitives(backend)
 
 
 @cache
-def primitives(backend: str) -> Primitives:
+def load_primitives(backend: str) -> Primitives:
     """Return the primitives of backend "triton" or "torch"."""
     # Imported here: the Triton files need triton, which a machine without a GPU may lack.
     files = {k.name: f"r1_kernels.primitives.{k.stem}_{backend}" for k in KERNELS}

@@ -33,28 +33,33 @@ class SamplingMask(NamedTuple):
     offsets: Tensor
 
 
-class KeptRows(NamedTuple):
-    """The kept ids of some of the tokens of a `SamplingMask`: those of row r are
-    token_ids[starts[r] : ends[r]]."""
+class KeptIds(NamedTuple):
+    """The kept ids of R of the tokens of a `SamplingMask`: those of row r are
+    token_ids[starts[r] : ends[r]].
+
+    Attributes:
+        token_ids: (N,) int32 ids of the whole vocabulary.
+        starts: (R,) int64, where each row's ids begin.
+        ends: (R,) int64, where they end."""
 
     token_ids: Tensor
     starts: Tensor
     ends: Tensor
 
-    def at(self, rows: slice | Tensor) -> KeptRows:
+    def select(self, rows: slice | Tensor) -> KeptIds:
         """Return the kept ids of these rows.
 
         Args:
             rows: a range of rows, or (R,) int64 indices."""
-        return KeptRows(self.token_ids, self.starts[rows], self.ends[rows])
+        return KeptIds(self.token_ids, self.starts[rows], self.ends[rows])
 
 
-def kept_rows(
+def check_sampling_mask(
     mask: SamplingMask | None,
     targets: Tensor,
     vocab_size: int,
     counting: Tensor | None = None,
-) -> KeptRows | None:
+) -> KeptIds | None:
     """Check a mask; return its rows, or None where it leaves out nothing.
 
     Args:
@@ -80,7 +85,7 @@ def kept_rows(
             f"sampling_mask.offsets must be ({len(targets) + 1},) int64, one more than there are "
             f"tokens, got {tuple(offsets.shape)} {offsets.dtype}"
         )
-    rows = KeptRows(token_ids.contiguous(), offsets[:-1], offsets[1:])
+    rows = KeptIds(token_ids.contiguous(), offsets[:-1], offsets[1:])
     if not has_trusted_values():
         _check_values(mask, targets, vocab_size, counting)
     # As many ids as there are at all: nothing was cut, and the dense kernels have the same bits
@@ -117,9 +122,9 @@ def _check_values(
                 f"{int(token_ids[at + 1])} after {int(token_ids[at])}: sort the ids of a token, "
                 "each once"
             )
-    kept = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
-    kept[owner[token_ids == targets[owner]]] = True
-    lost = ~kept if counting is None else ~kept[counting]
+    has_target = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
+    has_target[owner[token_ids == targets[owner]]] = True
+    lost = ~has_target if counting is None else ~has_target[counting]
     if bool(lost.any()):
         at = int(lost.nonzero()[0, 0] if counting is None else counting[lost][0])
         raise ValueError(

@@ -37,9 +37,9 @@ from r1_kernels.linear_head import (
     shard_gradient,
     shard_statistics,
 )
-from r1_kernels.precision import wide, without_autocast
-from r1_kernels.registry import choose
-from r1_kernels.sampling_mask import SamplingMask, kept_rows
+from r1_kernels.precision import accumulation_dtype, without_autocast
+from r1_kernels.registry import choose_primitives
+from r1_kernels.sampling_mask import SamplingMask, check_sampling_mask
 from r1_kernels.vocabulary import PendingStatistics, RowUpstream, VocabShard
 
 
@@ -82,9 +82,9 @@ def token_logprobs(
         raise ValueError(f"logits must be (T, V), got {tuple(logits.shape)}: flatten the batch")
     check_temperature(temperature)
     check_count(vocab_size=vocab_size)
-    shard = VocabShard.of(logits, logits.shape[1], group, vocab_size)
+    shard = VocabShard.from_columns(logits, logits.shape[1], group, vocab_size)
     check_targets(targets, len(logits), shard.vocab_size)
-    kept = kept_rows(sampling_mask, targets, shard.vocab_size)
+    kept_ids = check_sampling_mask(sampling_mask, targets, shard.vocab_size)
     owner = logits if logits._base is None else logits._base
     if inplace_backward and owner.is_leaf and owner.requires_grad:
         raise ValueError(
@@ -92,7 +92,13 @@ def token_logprobs(
             "values"
         )
     return _TokenLogprobs.apply(
-        logits, targets, shard, 1.0 / temperature, kept, inplace_backward, choose(logits, backend)
+        logits,
+        targets,
+        shard,
+        1.0 / temperature,
+        kept_ids,
+        inplace_backward,
+        choose_primitives(logits, backend),
     )
 
 
@@ -103,21 +109,21 @@ class _TokenLogprobs(torch.autograd.Function):
     log of the sum."""
 
     @staticmethod
-    def forward(ctx, logits, targets, shard, scale, kept, inplace, primitives):
+    def forward(ctx, logits, targets, shard, scale, kept_ids, inplace, primitives):
         ctx.set_materialize_grads(False)
-        local = shard_statistics(primitives, _logits_rows(logits), targets, shard, scale, kept)
+        local = shard_statistics(primitives, _logits_rows(logits), targets, shard, scale, kept_ids)
         softmax = PendingStatistics(local, scale, shard.group).wait()
         # The version counter would refuse a backward pass that writes over its own input.
         ctx.logits = logits if inplace else None
         ctx.save_for_backward(None if inplace else logits, targets, *softmax[1:])
-        ctx.settings = shard, scale, kept, inplace, primitives
+        ctx.settings = shard, scale, kept_ids, inplace, primitives
         return softmax.logprobs, softmax.entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         logits, targets, entropy, peak, log_total = ctx.saved_tensors
-        shard, scale, kept, inplace, primitives = ctx.settings
+        shard, scale, kept_ids, inplace, primitives = ctx.settings
         if inplace:
             logits, ctx.logits = ctx.logits, None
             if logits is None:
@@ -127,7 +133,7 @@ class _TokenLogprobs(torch.autograd.Function):
         rows = _logits_rows(logits)
         out = rows if inplace else torch.empty_like(rows)
         upstream = RowUpstream(entropy, peak, log_total, grad_logprobs, grad_entropy)
-        shard_gradient(primitives, rows, targets, shard, scale, upstream, kept, out)
+        shard_gradient(primitives, rows, targets, shard, scale, upstream, kept_ids, out)
         return out, *(None,) * 6
 
 
@@ -162,11 +168,10 @@ def linear_token_logprobs(
         weight: (V_local, H) of the same dtype, this rank's equal contiguous share of the vocabulary
             over `group`.
         targets: (T,) int64 or int32 global ids, valid for every token.
-        temperature: the logits are divided by it; positive.
-        group: the ranks that share the vocabulary; None: this rank has all of it.
-        vocab_size: ids from here on are padding; None: there is none.
-        sampling_mask: the ids that the sampler kept at each of the T tokens; the softmax is over
-            these. None: over the whole vocabulary.
+        temperature: this and the next three as in `token_logprobs`.
+        group: the ranks that share the vocabulary, or None.
+        vocab_size: ids from here on are padding, or None.
+        sampling_mask: the ids that the sampler kept at each token, or None.
         chunk_tokens: tokens whose logits exist at once; None: chosen by device and vocabulary.
         reduce_hidden_grad: whether the gradient of `hidden` is summed over the group; False leaves
             this rank's part, for callers that sum it themselves, as Megatron's tensor-parallel
@@ -177,7 +182,7 @@ def linear_token_logprobs(
         backend: "triton" or "torch"; None: Triton for CUDA tensors (not fp64), PyTorch elsewhere.
 
     Returns:
-        logprobs and entropy, (T,) each, fp32 (fp64 for fp64), the same bits on every rank.
+        logprobs and entropy, (T,) each, as of `token_logprobs`.
 
     Raises:
         ValueError: shapes, dtypes, devices, targets, a sampling mask and a temperature that do not
@@ -187,8 +192,8 @@ def linear_token_logprobs(
         hidden, weight, temperature, group, vocab_size, chunk_tokens, backend, main_grad
     )
     check_targets(targets, len(hidden), head.shard.vocab_size)
-    kept = kept_rows(sampling_mask, targets, head.shard.vocab_size)
-    return LinearTokenLogprobs.apply(hidden, weight, targets, head, kept, reduce_hidden_grad)
+    kept_ids = check_sampling_mask(sampling_mask, targets, head.shard.vocab_size)
+    return LinearTokenLogprobs.apply(hidden, weight, targets, head, kept_ids, reduce_hidden_grad)
 
 
 def make_head(
@@ -222,10 +227,10 @@ def make_head(
     check_count(chunk_tokens=chunk_tokens, vocab_size=vocab_size)
     return LinearHead(
         weight.detach(),
-        VocabShard.of(weight, len(weight), group, vocab_size),
+        VocabShard.from_columns(weight, len(weight), group, vocab_size),
         1.0 / temperature,
         chunk_tokens or default_chunk_tokens(weight),
-        choose(hidden, backend),
+        choose_primitives(hidden, backend),
         main_grad,
     )
 
@@ -237,7 +242,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
     log of the sum."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, head, kept, reduce_hidden_grad):
+    def forward(ctx, hidden, weight, targets, head, kept_ids, reduce_hidden_grad):
         """Compute log-probabilities and entropy; keep the softmax of each row.
 
         Args:
@@ -246,16 +251,16 @@ class LinearTokenLogprobs(torch.autograd.Function):
             weight: (V_local, H), which gets the gradient.
             targets: (T,) integers, ids of the whole vocabulary.
             head: the checked `LinearHead`.
-            kept: the tokens that each row's softmax is over; None: all.
+            kept_ids: the tokens that each row's softmax is over; None: all.
             reduce_hidden_grad: whether the gradient of hidden is summed over the group.
 
         Returns:
             Log-probabilities and entropy, each (T,) fp32."""
         ctx.set_materialize_grads(False)
-        softmax = head_softmax(head, hidden, targets, kept)
+        softmax = head_softmax(head, hidden, targets, kept_ids)
         # The weight is saved for its version counter: an update in between is an error.
         ctx.save_for_backward(hidden, weight, targets, *softmax[1:])
-        ctx.settings = head, kept, reduce_hidden_grad
+        ctx.settings = head, kept_ids, reduce_hidden_grad
         return softmax.logprobs, softmax.entropy
 
     @staticmethod
@@ -264,13 +269,13 @@ class LinearTokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropy):
         """Return the gradients of `hidden` and `weight`, computed chunk by chunk."""
         hidden, _, targets, *softmax = ctx.saved_tensors
-        head, kept, reduce_hidden_grad = ctx.settings
+        head, kept_ids, reduce_hidden_grad = ctx.settings
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(softmax[0])
         gradients = HeadGradients(
             head, hidden, ctx.needs_input_grad, reduce_hidden_grad, head.main_grad
         )
-        buffer = head.buffer(len(hidden), wide(hidden.dtype))
+        buffer = head.buffer(len(hidden), accumulation_dtype(hidden.dtype))
         d_buffer = buffer
         if hidden.dtype != buffer.dtype:
             d_buffer = head.buffer(len(hidden), hidden.dtype)
@@ -279,7 +284,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
             parts = (*softmax, grad_logprobs, grad_entropy)
             upstream = RowUpstream._make(None if part is None else part[rows] for part in parts)
             logits = head.logits(states, buffer)
-            own = None if kept is None else kept.at(rows)
+            own = None if kept_ids is None else kept_ids.select(rows)
             d_logits = head.gradient(logits, targets[rows], upstream, own, d_buffer)
             gradients.add(rows, states, d_logits)
         grad_hidden, grad_weight = gradients.finish()

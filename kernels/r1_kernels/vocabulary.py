@@ -35,6 +35,7 @@ class VocabShard(NamedTuple):
     first: int
     """Id of the first column."""
     num_columns: int
+    """The columns, padding included."""
     num_real: int
     """How many of the columns are vocabulary, not padding."""
     vocab_size: int
@@ -43,7 +44,7 @@ class VocabShard(NamedTuple):
     """The ranks that share the vocabulary, or None where one rank has all of it."""
 
     @classmethod
-    def of(
+    def from_columns(
         cls, local: Tensor, num_columns: int, group: ProcessGroup | None, vocab_size: int | None
     ) -> VocabShard:
         """Return this rank's shard of the vocabulary.
@@ -95,8 +96,13 @@ def _check_equal(
 
 
 class RowSoftmax(NamedTuple):
-    """Per row, over the whole vocabulary, each (T,): log p(target), entropy in nats, the largest
-    logit, and the logarithm of Σ e^((z - peak) / temperature)."""
+    """The softmax of each row over the whole vocabulary, each (T,).
+
+    Attributes:
+        logprobs: log p(target), nats.
+        entropy: nats.
+        peak: the largest logit.
+        log_total: the logarithm of Σ e^((z - peak) / temperature)."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -105,8 +111,14 @@ class RowSoftmax(NamedTuple):
 
 
 class RowUpstream(NamedTuple):
-    """Per row, each (T,) fp32: parts of `RowSoftmax`, and the upstream gradients of log-probability
-    and entropy. From these the gradient of the logits follows."""
+    """What the gradient of each row's logits follows from, each (T,) fp32.
+
+    Attributes:
+        entropy: this and the next two as in `RowSoftmax`.
+        peak: the largest logit.
+        log_total: the logarithm of the sum.
+        grad_logprobs: the upstream gradient of log p(target).
+        grad_entropy: that of the entropy; None: it has none."""
 
     entropy: Tensor
     peak: Tensor

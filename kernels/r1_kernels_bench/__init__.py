@@ -202,7 +202,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     cases = []
     for name, result in worker_results(task, _progress):
         _progress("")
-        cases.append(table.summarized(name, BY_NAME[name].about, result))
+        cases.append(table.summarize(name, BY_NAME[name].about, result))
         print("\n" + "\n".join(table.lines(cases[-1])), flush=True)
     if chosen.plot:
         table.draw(cases, f"{about['device']}, {size}, {about['date']}", chosen.plot)

@@ -11,7 +11,7 @@ from typing import Any
 
 import r1_kernels
 import torch
-from r1_kernels.registry import KERNELS, Kernel, primitives
+from r1_kernels.registry import KERNELS, Kernel, load_primitives
 
 from r1_kernels_bench import eager
 from r1_kernels_bench import implementations as calls
@@ -34,6 +34,10 @@ class KernelCase:
     """One computation that is measured in several implementations.
 
     Attributes:
+        name: the case.
+        about: what it computes.
+        inputs: makes its inputs.
+        implementations: the rows of its table.
         gradients: whether the bound counts the gradients.
         masked: whether the bound leaves masked tokens out.
         weight: about its share of the run's time."""
@@ -183,7 +187,7 @@ _FUNCTIONS = (
 def alone(kernel: Kernel) -> KernelCase:
     """Return the table of a kernel by itself, on its first example."""
     backend = "triton" if torch.cuda.is_available() else "torch"
-    ours, plain = (getattr(primitives(b), kernel.name) for b in (backend, "torch"))
+    ours, plain = (getattr(load_primitives(b), kernel.name) for b in (backend, "torch"))
     inputs = partial(ExampleInputs, kernel)
     return KernelCase(kernel.name, kernel.computes, inputs, _rows(calls.primitive, ours, plain))
 

@@ -22,7 +22,7 @@ from unittest import mock
 import triton
 from r1_kernels.examples import ExampleLaunch
 from r1_kernels.primitives import blockwise_triton
-from r1_kernels.registry import KERNELS, Kernel, primitives
+from r1_kernels.registry import KERNELS, Kernel, load_primitives
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -31,6 +31,7 @@ class Launch(NamedTuple):
     """A kernel as it was compiled and launched.
 
     Attributes:
+        name: the kernel.
         programs: the number of programs in the grid.
         kernel: Triton's compiled one, with `asm` and `metadata`."""
 
@@ -40,7 +41,12 @@ class Launch(NamedTuple):
 
 
 def compile_launches(kernel: Kernel, example: ExampleLaunch, arch: int) -> list[Launch]:
-    """Call the primitive without a GPU; return what it would launch on capability `arch`."""
+    """Call the primitive without a GPU; return what it would launch on capability `arch`.
+
+    Args:
+        kernel: the primitive.
+        example: its arguments, on meta tensors.
+        arch: compute capability, 90 for sm_90."""
     launches: list[Launch] = []
     compile_and_run = JITFunction.run
 
@@ -60,7 +66,7 @@ def compile_launches(kernel: Kernel, example: ExampleLaunch, arch: int) -> list[
         mock.patch.object(blockwise_triton, "_has_e4m3", return_value=arch >= 89),
         mock.patch.object(triton.runtime.driver, "_active", absent_gpu),
     ):
-        getattr(primitives("triton"), kernel.name)(*example.arguments)
+        getattr(load_primitives("triton"), kernel.name)(*example.arguments)
     return launches
 
 
@@ -82,7 +88,12 @@ ACCESS = re.compile(r"tt\.(load|store) .*tensor<([\dx]+)x!tt\.ptr<(\w+)>>")
 
 class Traffic(NamedTuple):
     """Elements handled, bytes loaded and stored in one iteration of the source's main loop; in the
-    whole program without a loop, where `elements` is None."""
+    whole program without a loop, where `elements` is None.
+
+    Attributes:
+        elements: elements handled.
+        loaded: bytes loaded.
+        stored: bytes stored."""
 
     elements: int | None
     loaded: int

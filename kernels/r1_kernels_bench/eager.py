@@ -23,7 +23,12 @@ def eager_token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 def eager_linear_token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return `token_logprobs` of hidden (T, H) and weight (V, H)."""
+    """Return `token_logprobs` of hidden (T, H) and weight (V, H).
+
+    Args:
+        hidden: (T, H).
+        weight: (V, H).
+        targets: (T,) ids."""
     return eager_token_logprobs(hidden @ weight.t(), targets)
 
 

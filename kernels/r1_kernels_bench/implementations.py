@@ -35,6 +35,9 @@ class Implementation:
     """One row of a table: call(function, inputs) is timed, for the function that `load` returns.
 
     Attributes:
+        name: its row of the table.
+        call: the call that is timed.
+        gpu_only: whether it needs a GPU.
         load: imports what it needs and does what is not timed.
         computes: what it does more or less than ours, in words.
         overwrites: its inputs are restored after each call."""
@@ -80,7 +83,12 @@ def on_hidden(
 
 
 def on_logits(logprobs_of: Callable, inputs: LogitsInputs, gradients: bool = False) -> Results:
-    """Log-probabilities from logits, and the gradient in the logits."""
+    """Log-probabilities from logits, and the gradient in the logits.
+
+    Args:
+        logprobs_of: computes log-probabilities from logits and targets.
+        inputs: the tensors.
+        gradients: whether the gradient is computed too."""
     logits = inputs.logits if gradients else inputs.logits.detach()
     with torch.set_grad_enabled(gradients):
         logprobs, *_ = logprobs_of(logits, inputs.tokens.targets)
@@ -116,7 +124,7 @@ def primitive(function: Callable, inputs: Any) -> Results:
     return inputs.results(function(*inputs.arguments))
 
 
-def why(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the reason of a failure, in one line of the table."""
     text = " ".join(str(error).split())
     signs = ("ALLOC_FAILED", "out of memory", "can't allocate memory")

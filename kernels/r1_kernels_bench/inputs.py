@@ -23,7 +23,14 @@ LONGEST_SEQUENCE = 4_096
 
 @dataclass(frozen=True)
 class ProblemSizes:
-    """tokens (T), vocab (V, before the division by tp), hidden (H), dtype by name, tp ranks."""
+    """tokens (T), vocab (V, before the division by tp), hidden (H), dtype by name, tp ranks.
+
+    Attributes:
+        tokens: T.
+        vocab: V, before the division by tp.
+        hidden: H.
+        dtype: by name.
+        tp: tensor-parallel ranks."""
 
     tokens: int
     vocab: int
@@ -81,14 +88,22 @@ LARGEST_LIFT = 20.0
 POLICY_DRIFT = 0.1  # standard deviation of the old and reference log-probabilities around the new
 
 
-def seeded(device: torch.device) -> dict[str, Any]:
+def seeded_generator(device: torch.device) -> dict[str, Any]:
     """Return the options of PyTorch's random functions."""
     return {"generator": torch.Generator(device).manual_seed(0), "device": device}
 
 
 @dataclass
 class Tokens:
-    """Per-token inputs besides the logits: (T,) fp32, targets int64; T = sequences x length."""
+    """Per-token inputs besides the logits: (T,) fp32, targets int64; T = sequences x length.
+
+    Attributes:
+        targets: (T,) int64 ids.
+        mask: (T,), 0 for tokens that are left out.
+        advantages: (T,).
+        old: (T,), log-probabilities of the old policy.
+        ref: (T,), those of the reference.
+        sequences: how many the T tokens are."""
 
     targets: Tensor
     mask: Tensor
@@ -139,6 +154,8 @@ class Inputs:
     """The tensors that every implementation of a case is called with.
 
     Attributes:
+        tokens: the inputs per token.
+        logprobs: (T,) fp64, the exact ones.
         checks: the error of each result that a call may return, with the error's name."""
 
     tokens: Tokens
@@ -158,7 +175,7 @@ class HiddenInputs(Inputs):
     """hidden (T, H) and weight (V, H), both leaves; upstream (T,): the policy loss's gradient."""
 
     def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
-        random = seeded(device)
+        random = seeded_generator(device)
         targets = torch.randint(sizes.shard, (sizes.tokens,), **random)
         weight = torch.randn(sizes.shard, sizes.hidden, **random) * (SPREAD / sizes.hidden**0.5)
         hidden = torch.randn(sizes.tokens, sizes.hidden, **random)
@@ -223,7 +240,7 @@ class LogitsInputs(Inputs):
     """logits (T, V), a leaf; upstream (T,): the policy loss's gradient."""
 
     def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
-        random = seeded(device)
+        random = seeded_generator(device)
         targets = torch.randint(sizes.shard, (sizes.tokens,), **random)
         self.logits = torch.empty(sizes.tokens, sizes.shard, dtype=sizes.torch_dtype, device=device)
         for part in reference.row_chunks(sizes.tokens, sizes.shard, device):
@@ -262,7 +279,7 @@ class PolicyInputs(Inputs):
     """logprobs (T,) fp32, a leaf, and the tokens' other inputs."""
 
     def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
-        random = seeded(device)
+        random = seeded_generator(device)
         targets = torch.zeros(sizes.tokens, dtype=torch.long, device=device)
         logprobs = -LARGEST_LIFT * torch.rand(sizes.tokens, **random)
         self.logprobs = logprobs.requires_grad_()
@@ -282,7 +299,7 @@ class MatrixInputs(Inputs):
     """x (V, H): a weight, its fp8 values and block scales; exact ones of a sample of its rows."""
 
     def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
-        x = torch.randn(sizes.shard, sizes.hidden, **seeded(device))
+        x = torch.randn(sizes.shard, sizes.hidden, **seeded_generator(device))
         self.x = x.mul_(sizes.hidden**-0.5).to(sizes.torch_dtype)
         del x
         self.quantized, self.scale = eager.eager_quantize(self.x)
@@ -337,7 +354,7 @@ class ExampleInputs(Inputs):
         self.arguments = example.arguments
         self.num_bytes = int(example.least_bytes * example.num_elements)
         self.device = device
-        exact = getattr(registry.primitives("torch"), kernel.name)(*_to_fp64(self.arguments))
+        exact = getattr(registry.load_primitives("torch"), kernel.name)(*_to_fp64(self.arguments))
         self.checks = {
             name: (name, partial(reference.relative_error, exact=value))
             for name, value in self.results(exact).items()

@@ -21,6 +21,7 @@ class CallCost(NamedTuple):
     """One measurement of a call.
 
     Attributes:
+        seconds: the time of the call.
         extra_bytes: None if it cannot be measured on this machine."""
 
     seconds: float
@@ -99,7 +100,14 @@ class Bound:
     """The device's own rate, measured in the same rounds as the implementations.
 
     `call` does `done` units of work; the kernel needs at least `needed` units. Kernels on hidden
-    states are bounded by matrix products, the others by memory traffic."""
+    states are bounded by matrix products, the others by memory traffic.
+
+    Attributes:
+        name: the bound.
+        unit: "FLOP" or "B".
+        call: what is timed.
+        done: units of one call.
+        needed: units that the kernel needs."""
 
     name: str
     unit: str  # "FLOP" or "B"

@@ -20,7 +20,12 @@ def sample_rows(size: int, device: torch.device) -> Tensor:
 
 
 def row_chunks(tokens: int, vocab: int, device: torch.device) -> list[slice]:
-    """Return slices of the tokens whose fp64 logits fit CHUNK_BYTES."""
+    """Return slices of the tokens whose fp64 logits fit CHUNK_BYTES.
+
+    Args:
+        tokens: T.
+        vocab: V.
+        device: the device of the logits."""
     step = max(1, CHUNK_BYTES[device.type] // (8 * vocab))
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 

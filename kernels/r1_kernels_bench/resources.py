@@ -132,7 +132,12 @@ def programs_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
 
 def bounds(num_bytes: float, instructions: float, mufu: float) -> dict[str, float]:
     """Return an H200's upper bounds in elements per second, from bytes, instructions and MUFU
-    operations per element."""
+    operations per element.
+
+    Args:
+        num_bytes: bytes moved per element.
+        instructions: instructions per element.
+        mufu: MUFU operations per element."""
     return {
         "memory": BANDWIDTH / num_bytes,
         "issue": SMS * CLOCK * ISSUED / instructions,

@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 from r1_kernels.examples import ExampleLaunch, ExampleSizes, launches
-from r1_kernels.registry import KERNELS, primitives
+from r1_kernels.registry import KERNELS, load_primitives
 
 from r1_kernels_bench.measure import CUDAMeter
 
@@ -83,7 +83,7 @@ class Choices(NamedTuple):
         return held[self.table[1]] if len(self.table) == 2 else held
 
     @contextlib.contextmanager
-    def applied(self, values: Values) -> Iterator[None]:
+    def apply(self, values: Values) -> Iterator[None]:
         """Launch with these values within the block."""
         changed: dict[str, Any] = dict(values)
         held = mock.patch.dict(self._held(), values) if self.table else None
@@ -192,12 +192,12 @@ def run(chosen: argparse.Namespace) -> list[dict[str, Any]]:
         if time.time() > deadline:
             print(f"{choices.kernel}: not begun within --minutes {chosen.minutes:g}")
             continue
-        entries.append(measured(choices, sizes, meter, chosen.repeats or 5))
+        entries.append(measure(choices, sizes, meter, chosen.repeats or 5))
         print("\n".join(lines(entries[-1])), flush=True)
     return entries
 
 
-def measured(
+def measure(
     choices: Choices, sizes: ExampleSizes, meter: Any, repeats: int, device: str = "cuda"
 ) -> dict[str, Any]:
     """Return the entry of one part of the plan; `seconds` of a row by launch are medians.
@@ -239,11 +239,11 @@ def measured(
 
 def _timed(choices: Choices, example: ExampleLaunch, meter: Any, repeats: int) -> list[float]:
     """Return each candidate's median seconds; a round times each once, after one of warm-up."""
-    call = getattr(primitives("triton"), choices.kernel)
+    call = getattr(load_primitives("triton"), choices.kernel)
     times: list[list[float]] = [[] for _ in choices.candidates]
     for turn in range(repeats + 1):
         for values, own in zip(choices.candidates, times, strict=True):
-            with choices.applied(values):
+            with choices.apply(values):
                 seconds = meter(lambda: call(*example.arguments)).seconds
             if turn:
                 own.append(seconds)

@@ -11,8 +11,13 @@ ROW_INCHES, FRAME_INCHES, WIDTH_INCHES = 0.27, 0.95, 12.0
 SMALLEST_BYTES = 1e3  # drawn for zero bytes, as the axis is logarithmic
 
 
-def summarized(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Return one case of the JSON file, with medians, ratios to ours and shares of the bound."""
+def summarize(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Return one case of the JSON file, with medians, ratios to ours and shares of the bound.
+
+    Args:
+        name: the case.
+        about: what it computes.
+        result: the rows and the bound, as the worker reports them."""
     rows, bound = result.get("rows", []), result.get("bound")
     for row in rows:
         row["median_seconds"] = median(row["seconds"]) if row["seconds"] else None
@@ -44,7 +49,7 @@ def lines(case: dict[str, Any]) -> list[str]:
     columns += [f"err {name}" for name in errors] + ["computes"]
     cells = [_cells(row, errors) for row in ran]
     reasons = [f"  {r['name']:{width}}  not run: {r['not_run']}" for r in rows if r["not_run"]]
-    return [*head, *(aligned([columns, *cells]) if cells else []), *reasons]
+    return [*head, *(align([columns, *cells]) if cells else []), *reasons]
 
 
 def _cells(row: dict[str, Any], errors: list[str]) -> list[str]:
@@ -61,7 +66,7 @@ def _cells(row: dict[str, Any], errors: list[str]) -> list[str]:
     ]
 
 
-def aligned(rows: list[list[str]]) -> list[str]:
+def align(rows: list[list[str]]) -> list[str]:
     """Align numbers to the right under their headings, the first and last columns to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -93,7 +98,12 @@ def quantity(value: float, unit: str) -> str:
 
 def draw(cases: list[dict[str, Any]], title: str, path: Path) -> None:
     """Draw time and peak extra memory of every implementation that ran: one row of two panels per
-    case, bars on logarithmic axes, each with its number."""
+    case, bars on logarithmic axes, each with its number.
+
+    Args:
+        cases: cases of the JSON file.
+        title: the title of the figure.
+        path: the file."""
     from matplotlib import use
 
     use("Agg")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from r1_kernels_bench.cases import BY_NAME, KernelCase
-from r1_kernels_bench.implementations import TOO_LATE, Implementation, why
+from r1_kernels_bench.implementations import TOO_LATE, Implementation, describe_error
 from r1_kernels_bench.inputs import ProblemSizes
 from r1_kernels_bench.measure import CPUMeter, CUDAMeter
 
@@ -34,13 +34,23 @@ class Broken(Exception):
 
 @lru_cache(maxsize=1)
 def make_inputs(kind: Callable[..., Any], sizes: ProblemSizes, device: torch.device) -> Any:
-    """Cached for the next case, which often has the same inputs."""
+    """Cached for the next case, which often has the same inputs.
+
+    Args:
+        kind: the class of the inputs.
+        sizes: the sizes of the problem.
+        device: the device of the tensors."""
     return kind(sizes, device)
 
 
 def new_row(each: Implementation, device: torch.device, reason: str) -> dict[str, Any]:
     """Return a row without numbers. not_run: why it will get none; extra_bytes: the largest of all
-    timed calls."""
+    timed calls.
+
+    Args:
+        each: the implementation.
+        device: where it would run.
+        reason: why it is not run; "" where it is."""
     row = {"name": each.name, "computes": each.computes, "not_run": reason}
     if each.gpu_only and device.type != "cuda":
         row["not_run"] = "runs on a GPU only"
@@ -92,7 +102,7 @@ class Calls:
         except Exception as error:
             self.working.pop(each.name, None)
             if not row["seconds"]:
-                row["not_run"] = why(error)
+                row["not_run"] = describe_error(error)
 
     def _restore(self, each: Implementation, row: dict[str, Any], settle: bool) -> None:
         """Restore what the call overwrote, and free its memory if `settle`. This is not done in the
@@ -103,7 +113,7 @@ class Calls:
             if settle:
                 self.measure.settle()
         except RuntimeError as error:
-            raise Broken(row["not_run"] or why(error)) from error
+            raise Broken(row["not_run"] or describe_error(error)) from error
 
 
 def run_case(
@@ -169,7 +179,7 @@ def main() -> None:
             report(broken=str(broken))
             sys.exit(1)
         except Exception as error:  # the inputs did not fit: the other cases may
-            result = {"failed": why(error)}
+            result = {"failed": describe_error(error)}
         report(result=result)
     lines.write(json.dumps({"done": True}) + "\n")
 

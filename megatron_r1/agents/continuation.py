@@ -36,14 +36,18 @@ MARK = "answer-7c1e"
 WORD_JOINER = "\u2060"
 
 
-class Unrenderable(ValueError):
+class RenderError(ValueError):
     """The chat template refuses a request's messages."""
 
 
 @dataclass(frozen=True)
 class NextPrompt:
-    """The given part before the next answer: `messages`, as `token_ids`, to be appended to a tree
-    below node `parent`; None starts a new branch."""
+    """What to append to a tree before the next answer.
+
+    Attributes:
+        parent: the node that the tokens follow; None starts a new branch.
+        token_ids: the tokens to append.
+        messages: the messages that they stand for, in OpenAI's form."""
 
     parent: int | None
     token_ids: list[int]
@@ -73,8 +77,13 @@ class Continuation:
     ) -> NextPrompt:
         """Return what to append to `tree` for a request.
 
+        Args:
+            tree: the tokens of the episode so far.
+            messages: the request's conversation, in OpenAI's form.
+            tools: the descriptions of its tools, in OpenAI's form.
+
         Raises:
-            Unrenderable: the chat template refuses the messages.
+            RenderError: the chat template refuses the messages.
         """
         node, count = _deepest_match(tree, messages, tools)
         if node is not None:
@@ -94,7 +103,7 @@ class Continuation:
             tools: the descriptions of the tools, in OpenAI's form.
 
         Raises:
-            Unrenderable: the chat template refuses the messages.
+            RenderError: the chat template refuses the messages.
         """
         return self._encode(self._text(messages, tools, add_generation_prompt=True))
 
@@ -115,7 +124,7 @@ class Continuation:
         ]
         try:
             self._text([{"role": "user", "content": "u"}, answer, *results], tools)
-        except Unrenderable:
+        except RenderError:
             return False
         return True
 
@@ -124,7 +133,7 @@ class Continuation:
         question: list[Message] = [{"role": "user", "content": "u"}]
         try:
             return self._text(question, tools) != self._text(question)
-        except Unrenderable:
+        except RenderError:
             return False
 
     def probe(self, tools: Sequence[Message]) -> dict[str, str]:
@@ -150,7 +159,7 @@ class Continuation:
             return "exact"
         try:
             self.render([*history, new], tools)
-        except Unrenderable:
+        except RenderError:
             return "refused"
         return "new branch"
 
@@ -189,7 +198,7 @@ class Continuation:
             try:
                 prompt, before = self._text(begin[:-1], tools), self._text(begin, tools)
                 after = self._text([*begin, *new], tools, add_generation_prompt=True)
-            except Unrenderable:
+            except RenderError:
                 return None
             if after.startswith(before) and after.startswith(prompt):
                 return self._behind(before[len(prompt) :]), after[len(before) :]
@@ -209,7 +218,7 @@ class Continuation:
                 add_generation_prompt=add_generation_prompt,
             )
         except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
-            raise Unrenderable(f"the chat template refuses the messages: {error}") from None
+            raise RenderError(f"the chat template refuses the messages: {error}") from None
 
     def _without_control(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return the message; a tool's result with an invisible character within each special

@@ -43,7 +43,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.base.user_code import find
+from megatron_r1.base.user_code import find_value
 
 
 def named_parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -95,7 +95,7 @@ def call_arguments(
     return bound.args, bound.kwargs
 
 
-def converted_arguments(method: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def convert_arguments(method: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return JSON values converted to the types of a tool's arguments, such as members of an Enum.
 
     Raises:
@@ -201,7 +201,7 @@ def find_environment(target: str) -> type:
         UserError: there is no such class.
         Exception: what its module raises when it is imported.
     """
-    return find(target, "environment class", inspect.isclass)
+    return find_value(target, "environment class", inspect.isclass)
 
 
 def describe(environment: type) -> Description:

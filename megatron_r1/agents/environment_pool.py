@@ -16,7 +16,7 @@ from typing import Any
 from r1_grading.base.workers import LENGTH, last_line
 
 from megatron_r1.agents.environment import Description, environment_target
-from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, frame
+from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, encode_frame
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import allow_open_files
 from megatron_r1.base.processes.children import kill_group, popen_options
@@ -51,6 +51,7 @@ class CallResult:
     """The result of a tool.
 
     Attributes:
+        text: the result as the model reads it.
         is_error: the tool raised, and text is the error's.
         done: whether the environment has ended the episode.
         seconds: the time that the call took."""
@@ -242,6 +243,11 @@ class EnvironmentProcess:
     async def call(self, name: str, arguments: object, seconds: float) -> CallResult:
         """Call a tool, for at most `seconds` and at most `call_seconds`.
 
+        Args:
+            name: the tool.
+            arguments: its arguments by name, as JSON values.
+            seconds: the limit of this call.
+
         Raises:
             EnvironmentFault: the process ends, or the tool raises RunError.
             CallTimedOut: the process was ended because the call exceeded its time.
@@ -264,7 +270,7 @@ class EnvironmentProcess:
         began = asyncio.get_running_loop().time()
         try:
             message = {"method": method, "arguments": arguments, "seconds": seconds}
-            self._writer.write(frame(message))
+            self._writer.write(encode_frame(message))
             async with asyncio.timeout(seconds + GRACE_SECONDS + LATE_SECONDS):
                 (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
                 reply = json.loads(await self._reader.readexactly(size))

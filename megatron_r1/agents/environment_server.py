@@ -24,11 +24,11 @@ from dataclasses import asdict
 from typing import Any
 
 from pydantic_core import to_jsonable_python
-from r1_grading.base.workers import LENGTH, framed
+from r1_grading.base.workers import LENGTH, frame_payload
 
 from megatron_r1.agents.environment import (
     call_arguments,
-    converted_arguments,
+    convert_arguments,
     describe,
     find_environment,
     missing_arguments,
@@ -36,7 +36,7 @@ from megatron_r1.agents.environment import (
 )
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.processes.children import die_with_parent, end_without_parent
-from megatron_r1.base.user_code import user_place_of
+from megatron_r1.base.user_code import user_location_of
 
 GRACE_SECONDS = 1.0
 """The time between the interruption of a call whose limit is over and the end of its process; C
@@ -51,7 +51,7 @@ class CallTimeout(BaseException):
     """Raised in a method whose time is over; no `except Exception` catches it."""
 
 
-class WrongUse(Exception):
+class InvalidMethod(Exception):
     """A method's signature or result is not what an environment's must be.
 
     Args:
@@ -63,16 +63,21 @@ class WrongUse(Exception):
         self.fix = fix
 
 
-def frame(message: Mapping[str, Any]) -> bytes:
+def encode_frame(message: Mapping[str, Any]) -> bytes:
     """Return the frame of a message's JSON, by `json`: msgspec would write NaN as null."""
-    return framed(json.dumps(message).encode())
+    return frame_payload(json.dumps(message).encode())
 
 
 def serve(target: str, path: str, options: Mapping[str, Any]) -> None:
     """Fork a process with an environment of class `target` for every connection to `path`.
 
     Before the first, a classmethod `_before_episodes` of the class is called with `options`; it may
-    take longer than the calls of an episode."""
+    take longer than the calls of an episode.
+
+    Args:
+        target: "module:Class".
+        path: the Unix socket to listen at.
+        options: keyword arguments of the class (`agents.parameters`)."""
     environment = find_environment(target)
     if hasattr(environment, "_before_episodes"):
         print("\npreparing", flush=True)  # the import may have printed half a line
@@ -134,7 +139,7 @@ class _Episode:
         try:
             while header := self._stream.read(LENGTH.size):
                 request = json.loads(self._stream.read(LENGTH.unpack(header)[0]))
-                self._stream.write(frame(self._answer(request)))
+                self._stream.write(encode_frame(self._answer(request)))
                 self._stream.flush()
         finally:
             self._answer({"method": "close", "arguments": [], "seconds": CLOSE_SECONDS})
@@ -153,12 +158,12 @@ class _Episode:
         except CallTimeout:
             answer |= {"error": f"no result within {seconds:g} s", "timeout": True}
             answer["fault"] = f"{self._running}: {answer['error']} (agents.call_seconds)"
-        except WrongUse as error:
+        except InvalidMethod as error:
             answer["error"] = str(error)
             answer |= {"fault": f"{self._running}() {error}", "fix": error.fix}
         except BaseException as error:  # noqa: BLE001 - a user's code may raise anything
             answer["error"] = _describe_error(error)[:MAX_TEXT]
-            answer["fault"] = f"{self._running}: {answer['error']}{user_place_of(error)}"
+            answer["fault"] = f"{self._running}: {answer['error']}{user_location_of(error)}"
             answer["is_fault"] = isinstance(error, RunError)
         if "error" in answer:
             with contextlib.suppress(Exception):  # the error may be that of `done`
@@ -179,14 +184,14 @@ class _Episode:
         arguments = row_arguments(reset, row)
         if missing := missing_arguments(reset, arguments):
             columns = [name for name in row if name != "truth" or row[name] is not None]
-            raise WrongUse(
+            raise InvalidMethod(
                 f"needs {', '.join(missing)}",
                 f"the row has {', '.join(columns)}; add the column, or give {missing[0]} a default",
             )
         positional, named = call_arguments(reset, arguments)
         question = self._result(reset(*positional, **named))
         if not isinstance(question, str | None):
-            raise WrongUse(
+            raise InvalidMethod(
                 f"returned {reprlib.repr(question)}",
                 "return the question's text, or None for the row's",
             )
@@ -210,7 +215,7 @@ class _Episode:
         if not isinstance(arguments, dict):
             raise TypeError(f"the arguments of {name} must be a JSON object")
         method = getattr(self._environment, name)
-        positional, named = call_arguments(method, converted_arguments(method, arguments))
+        positional, named = call_arguments(method, convert_arguments(method, arguments))
         return _text(self._result(method(*positional, **named)))
 
     def reward(self, answer: str) -> float:
@@ -225,9 +230,9 @@ class _Episode:
         except (TypeError, ValueError, OverflowError):
             number = None
         if number is None:
-            raise WrongUse(fault, "return a number")
+            raise InvalidMethod(fault, "return a number")
         if not math.isfinite(number):
-            raise WrongUse(fault, "return a finite number")
+            raise InvalidMethod(fault, "return a finite number")
         return number
 
     def _result(self, value: Any) -> Any:
@@ -273,7 +278,7 @@ def _print_description(target: str) -> None:
         answer = {"error": key + str(error).removeprefix(key), "cause": error.cause}
     except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
         text = error.msg if isinstance(error, SyntaxError) else str(error)
-        fault = f"{type(error).__name__}: {text}{user_place_of(error)}"
+        fault = f"{type(error).__name__}: {text}{user_location_of(error)}"
         text = f"agents.environment: {target}: {fault}"
         answer = {"error": text, "cause": Cause.FAILED}
     print(f"\n{json.dumps(answer)}")

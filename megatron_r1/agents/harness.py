@@ -38,10 +38,10 @@ from megatron_r1.base.processes.children import kill_group, popen_options
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptText
-from megatron_r1.engines.server.episodes import REWARDED, Episode, Generate, Played
+from megatron_r1.data.text import PromptTokenizer
+from megatron_r1.engines.server.episodes import REWARDED_STATUSES, Episode, EpisodeResult, Generate
 
-Run = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
+AgentFunction = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
 """Runs an agent: (base_url, api_key, row) → its reward, None where the row's own reward grades the
 episode, or an `AgentOutcome`."""
 
@@ -51,8 +51,8 @@ OUTPUT_BYTES = 2**16
 
 
 @runtime_checkable
-class RunWithServer(Protocol):
-    """A `Run` that needs a server, which is started before the first episode."""
+class AgentServer(Protocol):
+    """A `AgentFunction` that needs a server, which is started before the first episode."""
 
     async def start(self) -> None:
         """Start the server; called once, before the first episode."""
@@ -74,7 +74,7 @@ class AgentOutcome:
     sequences: list[list[int]] | None = None
 
 
-def find_harness(agents: AgentsConfig) -> Run:
+def find_harness(agents: AgentsConfig) -> AgentFunction:
     """Return the function or the command of `agents.harness`.
 
     Raises:
@@ -85,8 +85,8 @@ def find_harness(agents: AgentsConfig) -> Run:
     return CommandHarness(agents.harness, agents.harness_processes)
 
 
-def function_harness(path: str) -> Run:
-    """Return the function "module:function" as a `Run`.
+def function_harness(path: str) -> AgentFunction:
+    """Return the function "module:function" as a `AgentFunction`.
 
     A plain function runs in a thread, which cannot be ended; its key is refused once the episode is
     over.
@@ -205,10 +205,10 @@ class HarnessPlayer:
 
     def __init__(
         self,
-        text: PromptText,
+        text: PromptTokenizer,
         gateway: Gateway,
         parsers: Parser,
-        run: Run,
+        run: AgentFunction,
         *,
         max_turns: int,
         timeout_seconds: float,
@@ -241,7 +241,7 @@ class HarnessPlayer:
         """
         await self.parsers.check()
         try:
-            if isinstance(self.run, RunWithServer):
+            if isinstance(self.run, AgentServer):
                 await self.run.start()
         except EnvironmentFault as fault:
             raise UserError(f"section agents: {fault}", key="agents", cause=Cause.FAILED) from None
@@ -258,10 +258,10 @@ class HarnessPlayer:
         """Close the gateway, the parsers and the agent's server."""
         await self.gateway.close()
         await self.parsers.close()
-        if isinstance(self.run, RunWithServer):
+        if isinstance(self.run, AgentServer):
             await self.run.close()
 
-    async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
+    async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> EpisodeResult:
         """Play one episode of a row.
 
         Args:
@@ -273,7 +273,7 @@ class HarnessPlayer:
         async with getattr(self.run, "slots", contextlib.nullcontext()):
             return await self._play(prompt, generate, max_tokens)
 
-    async def _play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
+    async def _play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> EpisodeResult:
         session = self.gateway.open(
             SessionLimits(self._max_turns, max_tokens),
             TurnSampling(generate, self._max_model_len, *self._sampling),
@@ -304,7 +304,7 @@ class HarnessPlayer:
             await _end(agent)
         if session.failures:
             session.end("engine_error", "")
-        if not session.num_turns and session.status in (None, *REWARDED):
+        if not session.num_turns and session.status in (None, *REWARDED_STATUSES):
             # The policy has done nothing that could be rewarded.
             cause = f": {session.reason}" if session.reason else ""
             session.status = "harness_error"
@@ -326,9 +326,9 @@ class HarnessPlayer:
 
     def _played(
         self, session: GatewaySession, reward: float | None, is_finished: bool, seconds: float
-    ) -> Played:
-        status: Any = session.status or ("max_tokens" if session.is_cut else "done")
-        if status not in REWARDED:
+    ) -> EpisodeResult:
+        status: Any = session.status or ("max_tokens" if session.is_out_of_tokens else "done")
+        if status not in REWARDED_STATUSES:
             reward = None
         elif reward is None and not is_finished:
             reward = 0.0  # the policy's own doing: there is no answer to grade
@@ -347,7 +347,7 @@ class HarnessPlayer:
             engine_seconds=session.engine_seconds,
             reason=shorten(session.reason, 400),
         )
-        return Played(episode, session.last_text, reward)
+        return EpisodeResult(episode, session.last_text, reward)
 
 
 def _compare(outcome: AgentOutcome, session: GatewaySession) -> None:

@@ -1,13 +1,14 @@
-"""A parser worker: `python -m megatron_r1.agents.parser_worker OPTIONS`, OPTIONS a JSON `Options`.
+"""A parser worker: `python -m megatron_r1.agents.parser_worker OPTIONS`, OPTIONS a JSON
+`ParserOptions`.
 
 Loads the tokenizer and vLLM's parsers (seconds), then reads jobs from stdin and writes replies to
 the original stdout, both as frames of JSON (`r1_grading.base.workers`). The controller imports no
 vLLM, and a parser that hangs on what a model wrote can be killed here.
 
-`left_out` finds text of a turn that a parser of vLLM put into neither reasoning, content nor a
-call. Their parsers differ in what they do with malformed calls: some leave them in the content,
-some drop the tag, the call or all that stands behind it. The forms differ too, so words are
-compared: every word of the turn, but those of the markup, stands in one of the parts."""
+`find_dropped_text` finds text of a turn that a parser of vLLM put into neither reasoning, content
+nor a call. Their parsers differ in what they do with malformed calls: some leave them in the
+content, some drop the tag, the call or all that stands behind it. The forms differ too, so words
+are compared: every word of the turn, but those of the markup, stands in one of the parts."""
 
 import json
 import os
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
-from r1_grading.base.workers import LENGTH, frame, private_streams
+from r1_grading.base.workers import LENGTH, encode_frame, private_streams
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.processes.children import end_without_parent
@@ -42,7 +43,7 @@ _MARKUP = {
 """Words, in lower case, that forms of calls have besides the call's own."""
 
 
-def left_out(
+def find_dropped_text(
     text: str, reasoning: str | None, content: str | None, calls: Sequence[dict[str, Any]]
 ) -> str:
     """Return a sentence on what of `text` is in no part, "" where everything is.
@@ -114,10 +115,11 @@ def _is_number(word: str) -> bool:
     return True
 
 
-class Options(msgspec.Struct):
+class ParserOptions(msgspec.Struct):
     """The parsers of a worker.
 
     Attributes:
+        tokenizer: the folder of the model's tokenizer.
         tool_parser: vLLM's name of the parser of calls, "" for none.
         reasoning_parser: vLLM's name of the parser of reasoning, "" for none."""
 
@@ -131,6 +133,7 @@ class ParseJob(msgspec.Struct):
 
     Attributes:
         text: decoded from token_ids, without the closing token.
+        token_ids: the sampled tokens.
         prompt_token_ids: all tokens before it; a template may have opened a thought there.
         tools: the tools, in OpenAI's form."""
 
@@ -175,13 +178,13 @@ def tool_call(name: str, arguments: str, call_id: str | None = None) -> dict[str
     return {"id": call_id, "type": "function", "function": function}
 
 
-def main(options: Options) -> None:
+def main(options: ParserOptions) -> None:
     """Serve jobs until stdin ends."""
     end_without_parent()
     jobs, replies = private_streams()
 
     def send(reply: ParseReply) -> None:
-        replies.write(frame(reply))
+        replies.write(encode_frame(reply))
         replies.flush()
 
     try:
@@ -205,7 +208,7 @@ def main(options: Options) -> None:
 class TurnParser:
     """vLLM's reasoning and tool parsers for one tokenizer."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: ParserOptions) -> None:
         """Raise what vLLM raises where there is no such parser or it refuses the tokenizer."""
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -242,7 +245,7 @@ class TurnParser:
             job.text, request, enable_auto_tools=True, model_output_token_ids=job.token_ids
         )
         found = [tool_call(call.name, call.arguments, call.id) for call in calls or []]
-        if lost := left_out(job.text, reasoning, content, found):
+        if lost := find_dropped_text(job.text, reasoning, content, found):
             return ParseReply("parsed", reason=lost, content=job.text)
         return ParseReply("parsed", reasoning=reasoning, content=content, tool_calls=found)
 
@@ -257,4 +260,4 @@ def _require(kind: str, name: str, known: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(msgspec.json.decode(sys.argv[1], type=Options))
+    main(msgspec.json.decode(sys.argv[1], type=ParserOptions))

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import msgspec
-from r1_grading.base.workers import FramedProcess, WorkerLost, frame
+from r1_grading.base.workers import FramedProcess, WorkerLost, encode_frame
 
 from megatron_r1.agents.continuation import Continuation, read_arguments
-from megatron_r1.agents.parser_worker import Options, ParseJob, ParseReply, tool_call
+from megatron_r1.agents.parser_worker import ParseJob, ParseReply, ParserOptions, tool_call
 from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.engines.server.responses import EngineError, Response
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 MODULE = "megatron_r1.agents.parser_worker"
-FAILURE = "tool_call_error"
+PARSE_ERROR = "tool_call_error"
 """The field of an assistant's message that says why a call stays text."""
 MAX_REPLY_BYTES = 2**28
 """A reply's limit, above any answer's text. The worker runs vLLM's code, not the model's."""
 
 
 @dataclass(frozen=True)
-class Parsed:
+class ParsedAnswer:
     """The parts of one turn.
 
     Attributes:
@@ -56,7 +56,7 @@ class Parsed:
         if self.tool_calls:
             message["tool_calls"] = self.tool_calls
         if self.failure:
-            message[FAILURE] = self.failure
+            message[PARSE_ERROR] = self.failure
         return message
 
 
@@ -82,7 +82,7 @@ class ParserPool:
             num_workers: the number of processes.
             timeout_seconds: the time for one turn; a worker that takes longer is killed."""
         self._has_parsers = bool(tool_parser or reasoning_parser)
-        self._options = Options(tokenizer, tool_parser or "", reasoning_parser or "")
+        self._options = ParserOptions(tokenizer, tool_parser or "", reasoning_parser or "")
         self._timeout_seconds = timeout_seconds
         self._slots = asyncio.Semaphore(num_workers)
         self._idle: list[FramedProcess[ParseReply]] = []
@@ -102,7 +102,7 @@ class ParserPool:
         """
         await self.parse(ParseJob("", [], []))
 
-    async def parse(self, job: ParseJob) -> Parsed:
+    async def parse(self, job: ParseJob) -> ParsedAnswer:
         """Return what a turn contains.
 
         A parser that raises, hangs or ends its process leaves a turn that is all content.
@@ -112,8 +112,8 @@ class ParserPool:
             RunError: no worker can be started.
         """
         if not self._has_parsers:
-            return Parsed(None, job.text)
-        message = frame(job)
+            return ParsedAnswer(None, job.text)
+        message = encode_frame(job)
         async with self._slots:
             worker = self._idle.pop() if self._idle else await self._start()
             try:
@@ -130,8 +130,8 @@ class ParserPool:
             else:
                 self._idle.append(worker)
         if reply.status != "parsed":
-            return Parsed(None, job.text, failure=reply.reason)
-        return Parsed(reply.reasoning, reply.content, reply.tool_calls, reply.reason)
+            return ParsedAnswer(None, job.text, failure=reply.reason)
+        return ParsedAnswer(reply.reasoning, reply.content, reply.tool_calls, reply.reason)
 
     async def close(self) -> None:
         """Kill the workers. Safe to call again."""
@@ -173,7 +173,7 @@ class HermesParser:
     async def check(self) -> None:
         """Do nothing: this parser needs no vLLM."""
 
-    async def parse(self, job: ParseJob) -> Parsed:
+    async def parse(self, job: ParseJob) -> ParsedAnswer:
         """Return thought, content and tool calls of the job's text."""
         return parse_hermes(job.text)
 
@@ -181,11 +181,11 @@ class HermesParser:
         """Do nothing: there is no process to stop."""
 
 
-class Malformed(ValueError):
+class MalformedCall(ValueError):
     """The text behind a tag begins as a call and is none."""
 
 
-def parse_hermes(text: str) -> Parsed:
+def parse_hermes(text: str) -> ParsedAnswer:
     """Return the parts of an answer. Its tool calls are {"name": …, "arguments": {…}} between
     `<tool_call>` tags; the content is all other text.
 
@@ -201,12 +201,12 @@ def parse_hermes(text: str) -> Parsed:
             pieces.append(rest[start:begin])
             calls.append(call)
             start = end
-    except Malformed as error:
-        return Parsed(reasoning, rest, failure=str(error))
+    except MalformedCall as error:
+        return ParsedAnswer(reasoning, rest, failure=str(error))
     pieces.append(rest[start:])
     content = "\n".join(filter(None, map(str.strip, pieces))) if calls else rest
     failure = f"a {OPEN} without a call stays text" if OPEN in content else ""
-    return Parsed(reasoning, content, calls, failure)
+    return ParsedAnswer(reasoning, content, calls, failure)
 
 
 def _split_thought(text: str) -> tuple[str | None, str]:
@@ -226,7 +226,7 @@ def _calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (first character, end, call) of each.
 
     Raises:
-        Malformed: a call is not JSON in a form that is known, or text follows its JSON.
+        MalformedCall: a call is not JSON in a form that is known, or text follows its JSON.
     """
     at = 0
     while (begin := text.find(OPEN, at)) >= 0:
@@ -238,11 +238,11 @@ def _calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
             body, end = _DECODER.raw_decode(text, first)
             call = _call(body)
         except (ValueError, RecursionError) as error:
-            raise Malformed(f"the {OPEN} at character {begin} is malformed: {error}") from None
+            raise MalformedCall(f"the {OPEN} at character {begin} is malformed: {error}") from None
         at = _skip_space(text, end)
         if at < len(text):
             if not text.startswith(CLOSE, at):
-                raise Malformed(f"text follows the JSON of the {OPEN} at character {begin}")
+                raise MalformedCall(f"text follows the JSON of the {OPEN} at character {begin}")
             at += len(CLOSE)
         yield begin, at, call
 
@@ -325,7 +325,7 @@ class Parser(Protocol):
     async def check(self) -> None:
         """Start what the parser needs, so that a wrong name is an error before the run."""
 
-    async def parse(self, job: ParseJob) -> Parsed:
+    async def parse(self, job: ParseJob) -> ParsedAnswer:
         """Return thought, content and tool calls of the job's text."""
 
     async def close(self) -> None:
@@ -346,7 +346,7 @@ def find_parser(agents: AgentsConfig, tokenizer: str) -> Parser:
     return ParserPool(tokenizer, name, agents.reasoning_parser, num_workers=workers)
 
 
-def require_whole(response: Response) -> None:
+def require_finished(response: Response) -> None:
     """Raise EngineError for an answer that neither its end token nor the token limit has ended."""
     if response.finish_reason not in ("stop", "length"):
         raise EngineError(f"an engine ended a turn with {response.finish_reason!r}")
@@ -383,7 +383,7 @@ class AnswerReader:
         calls = message.get("tool_calls", [])
         if max_calls is not None and len(calls) > max_calls:
             message["tool_calls"] = calls[:max_calls]
-            message[FAILURE] = f"calls after the first {max_calls} are left out, as was asked"
+            message[PARSE_ERROR] = f"calls after the first {max_calls} are left out, as was asked"
         if not calls and not message["content"].strip() and "reasoning_content" not in message:
             message["content"] = text  # a parser may have dropped all of it
         functions = [call["function"] for call in message.get("tool_calls", ())]
@@ -394,4 +394,4 @@ class AnswerReader:
             if self._continuation.can_render(message, tools):
                 return message
             why = "the chat template refuses the calls"
-        return {"role": "assistant", "content": text, FAILURE: why}
+        return {"role": "assistant", "content": text, PARSE_ERROR: why}

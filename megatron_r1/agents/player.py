@@ -9,21 +9,27 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 
-from megatron_r1.agents.continuation import Continuation, Unrenderable, read_arguments
+from megatron_r1.agents.continuation import Continuation, RenderError, read_arguments
 from megatron_r1.agents.environment_pool import (
     CallTimedOut,
     EnvironmentFault,
     EnvironmentProcess,
     Environments,
 )
-from megatron_r1.agents.parsing import AnswerReader, find_parser, require_whole
+from megatron_r1.agents.parsing import AnswerReader, find_parser, require_finished
 from megatron_r1.agents.tree import Message, TokenTree, tree_turns
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.chats import without_nulls
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptText
-from megatron_r1.engines.server.episodes import REWARDED, Episode, Generate, Played, Status
+from megatron_r1.data.text import PromptTokenizer
+from megatron_r1.engines.server.episodes import (
+    REWARDED_STATUSES,
+    Episode,
+    EpisodeResult,
+    EpisodeStatus,
+    Generate,
+)
 from megatron_r1.engines.server.responses import EngineError
 
 
@@ -39,7 +45,7 @@ class EpisodePlayer:
 
     def __init__(
         self,
-        text: PromptText,
+        text: PromptTokenizer,
         environments: Environments,
         settings: AgentsConfig,
         max_model_len: int,
@@ -50,7 +56,7 @@ class EpisodePlayer:
         self.parsers = find_parser(settings, text.tokenizer.name_or_path)
         self.reader = AnswerReader(self.parsers, self.continuation)
 
-    async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
+    async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> EpisodeResult:
         """Play one episode of a row.
 
         Args:
@@ -59,7 +65,7 @@ class EpisodePlayer:
             max_tokens: the most tokens after the first prompt.
         """
         running = _RunningEpisode(self, generate, max_tokens)
-        status: Status
+        status: EpisodeStatus
         reward, reason = None, ""
         try:
             async with self.environments.open() as environment:
@@ -71,15 +77,15 @@ class EpisodePlayer:
             status, reason = "environment_error", str(fault)
         except EngineError as error:
             status, reason = "engine_error", str(error)
-        except Unrenderable as error:
+        except RenderError as error:
             status, reason = "protocol_error", str(error)
         except Exception as error:  # noqa: BLE001 - one episode must not end the run
             status, reason = "protocol_error", f"{type(error).__name__}: {error}"
-        if status not in REWARDED:
+        if status not in REWARDED_STATUSES:
             reward = None
         elif running.is_lost:
             reward = 0.0
-        return Played(running.episode(status, shorten(reason, 400)), running.text, reward)
+        return EpisodeResult(running.episode(status, shorten(reason, 400)), running.text, reward)
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
         """Start a parser, and begin an episode for one row of each set of fields.
@@ -135,7 +141,7 @@ class _RunningEpisode:
         self.is_lost = False
         """Whether one of the policy's calls has ended the environment."""
 
-    async def play(self, prompt: Prompt, environment: EnvironmentProcess) -> Status:
+    async def play(self, prompt: Prompt, environment: EnvironmentProcess) -> EpisodeStatus:
         """Play the episode to its end, and return how it ended."""
         question = await environment.reset(reset_arguments(prompt))
         before = prompt.before
@@ -162,7 +168,7 @@ class _RunningEpisode:
         tree, player = self._tree, self._player
         next_prompt = player.continuation.next_prompt(tree, self._messages, self._tools)
         tools = self._tools if next_prompt.parent is None else ()
-        node = tree.add_given(
+        node = tree.add_prompt(
             next_prompt.parent, next_prompt.token_ids, next_prompt.messages, tools
         )
         num_tokens = tree.num_tokens(node)
@@ -180,7 +186,7 @@ class _RunningEpisode:
         began = time.monotonic()
         response = await self._generate(tree.token_ids(node), max_tokens)
         self._totals["engine_seconds"] += time.monotonic() - began
-        require_whole(response)
+        require_finished(response)
         self.text = player.text.decode(response.token_ids)
         message = await player.reader.read(
             self.text, response.token_ids, tree.token_ids(node), self._tools
@@ -189,7 +195,9 @@ class _RunningEpisode:
         self._messages.append(message)
         return None if response.finish_reason != "stop" else message
 
-    async def _call(self, call: dict[str, Any], environment: EnvironmentProcess) -> Status | None:
+    async def _call(
+        self, call: dict[str, Any], environment: EnvironmentProcess
+    ) -> EpisodeStatus | None:
         """Call a tool; return a status if the episode ends with it."""
         function = call["function"]
         self._totals["num_tool_calls"] += 1
@@ -217,7 +225,7 @@ class _RunningEpisode:
             return "agent_timeout"
         return "done" if done else None
 
-    def episode(self, status: Status, reason: str) -> Episode:
+    def episode(self, status: EpisodeStatus, reason: str) -> Episode:
         """Return the episode as it has been played so far."""
         turns, branches = tree_turns(self._tree, self._player.text.decode), self._tree.branches()
         return Episode(status, turns, branches, **self._totals, reason=reason)

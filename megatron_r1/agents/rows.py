@@ -15,7 +15,7 @@ from megatron_r1.data.prompt_rows import MissingTruth
 from megatron_r1.data.prompts import PromptSplit, load_prompts
 
 
-def load_rows(environment: str, **arguments: Any) -> PromptSplit:
+def load_environment_prompts(environment: str, **arguments: Any) -> PromptSplit:
     """Load the prompts of a recipe; where `agents.environment` grades, rows need no truth.
 
     Raises:
@@ -47,16 +47,16 @@ def load_rows(environment: str, **arguments: Any) -> PromptSplit:
     return PromptSplit(train, heldout)
 
 
-def rows_of(agents: AgentsConfig, **arguments: Any) -> PromptSplit:
+def load_run_prompts(agents: AgentsConfig, **arguments: Any) -> PromptSplit:
     """Return the questions of a run: the tasks of `agents.verifiers.taskset`, each whole in the
-    field `task`, or `load_rows`.
+    field `task`, or `load_environment_prompts`.
 
     Raises:
         UserError: data.path or task is set with a taskset, the tasks cannot be listed, or as
-            `load_rows`.
+            `load_environment_prompts`.
     """
     if not agents.verifiers.taskset:
-        return load_rows(agents.environment, **arguments)
+        return load_environment_prompts(agents.environment, **arguments)
     if arguments["path"] or arguments["task"]:
         raise UserError(
             "data.path: the questions are the taskset's; leave out data.path and task",

@@ -151,7 +151,12 @@ class Gym:
     def reset(
         self, task: str, entry: dict[str, Any], parameters: dict[str, Any] | None = None
     ) -> None:
-        """Begin an episode with an entry of the task's data set."""
+        """Begin an episode with an entry of the task's data set.
+
+        Args:
+            task: the name of the reasoning-gym task.
+            entry: the row of its data set.
+            parameters: the settings that the row was made with; None: the task's defaults."""
         self._row: dict[str, Any] = {"task": task, "entry": entry, "parameters": parameters}
         self._wrong, self._reward = 0, 0.0
 

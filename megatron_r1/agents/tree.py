@@ -27,6 +27,7 @@ class TreeNode:
 
     Attributes:
         parent: the number of the node before this one; None for a root.
+        token_ids: int32, the tokens of this node alone.
         messages: the chat messages that the tokens stand for.
         tools: the tools that a root's prompt describes; empty for other nodes.
         logprobs: nats of each sampled token; None if the tokens were given.
@@ -59,7 +60,7 @@ class TokenTree:
         """Tokens from the root to the end of each node."""
         self._children: dict[int | None, list[int]] = {None: []}
 
-    def add_given(
+    def add_prompt(
         self,
         parent: int | None,
         token_ids: Iterable[int],
@@ -115,7 +116,7 @@ class TokenTree:
 
     def token_ids(self, node: int | None) -> array[int]:
         """Return all tokens from the root to the end of `node`; no tokens for None."""
-        return _joined("i", (self.nodes[number].token_ids for number in self.path(node)))
+        return _concatenate("i", (self.nodes[number].token_ids for number in self.path(node)))
 
     def num_tokens(self, node: int) -> int:
         """Return the number of tokens from the root to the end of `node`."""
@@ -181,12 +182,12 @@ class TokenTree:
                 logprobs += node.logprobs
                 versions += node.policy_versions
         return Branch(
-            _joined("i", (node.token_ids for node in nodes)),
+            _concatenate("i", (node.token_ids for node in nodes)),
             is_sampled=bytes(is_sampled),
             logprobs=logprobs,
             policy_versions=versions,
             routing=b"".join(bytes(node.routing) for node in nodes),
-            sampling_mask=sampling_mask.joined(
+            sampling_mask=sampling_mask.concat_masks(
                 (b"" if number in trained else node.sampling_mask, len(node.token_ids))
                 for number, node in zip(numbers, nodes, strict=True)
             ),
@@ -222,7 +223,7 @@ def _text(message: Message) -> str:
     return text.encode("utf-8", "replace").decode()  # a tool may return half a surrogate pair
 
 
-def _joined(typecode: str, arrays: Iterable[array[Any]]) -> array[Any]:
+def _concatenate(typecode: str, arrays: Iterable[array[Any]]) -> array[Any]:
     joined: array[Any] = array(typecode)
     for each in arrays:
         joined += each

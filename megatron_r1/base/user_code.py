@@ -13,22 +13,22 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from r1_grading.base import user_code
-from r1_grading.base.user_code import find, find_function
+from r1_grading.base.user_code import find_function, find_value
 
 from megatron_r1.base.errors import Cause, UserError
 
-__all__ = ["find", "find_function", "user_place_of", "module_source", "module_syntax"]
+__all__ = ["find_function", "find_value", "module_source", "module_syntax", "user_location_of"]
 
 # Stages that run at the same time are threads. Two at a time, `ast.parse` of Python 3.11 can end in
 # "AST constructor recursion depth mismatch", and `find_spec` in the KeyError of an invalid cache.
 _READING = threading.Lock()
 
 
-def user_place_of(error: BaseException) -> str:
+def user_location_of(error: BaseException) -> str:
     """Return ` (my_env.py:60)`, the innermost line of the user's own files that an error comes
     from; "" where it comes from none."""
     (program,) = sys.modules[__name__.partition(".")[0]].__path__
-    return user_code.place_of(error, program)
+    return user_code.location_of(error, program)
 
 
 def module_source(function: str) -> str:

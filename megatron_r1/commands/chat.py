@@ -23,11 +23,11 @@ from megatron_r1.commands.trained_model import (
 )
 from megatron_r1.config import Config, infer_verb
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import positions
 from megatron_r1.engines.server.server import temporary_logs
+from megatron_r1.engines.server.settings import max_positions
 from megatron_r1.evaluation.engine_policy import EnginePolicy
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
-from megatron_r1.trainer.checkpoints.finding import complete_checkpoints
+from megatron_r1.trainer.checkpoints.checkpoint_folders import complete_checkpoints
 
 ARGUMENTS = ("RUN_OR_FOLDER",)
 OPTIONS = {"question": "TEXT"}
@@ -43,9 +43,13 @@ PROMPT = "> "
 def run(config: Config, folder: str, question: list[str] | None = None) -> None:
     """Print the model's response to each question on stdout, and all else on stderr.
 
+    Args:
+        config: the settings given on the command line.
+        folder: a run's folder, or a model's.
+        question: the questions; None: those typed at the terminal, or the lines of stdin.
+
     Raises:
-        UserError: a run without an export.
-    """
+        UserError: a run without an export."""
     model = find_exported(folder, ARGUMENTS[0])
     config = _settings(config, model)
     _note(
@@ -77,7 +81,7 @@ def _settings(config: Config, model: Path) -> Config:
     if trained is not None and infer_verb(trained) == "rl":
         rollout = trained.rollout.model_dump()
     else:
-        most = min(SEQUENCE_TOKENS, positions(model, ARGUMENTS[0]))
+        most = min(SEQUENCE_TOKENS, max_positions(model, ARGUMENTS[0]))
         rollout = {
             "dtype": "float32" if gpu.device() == "cpu" else "bfloat16",
             "max_model_len": most,
@@ -94,7 +98,7 @@ def _settings(config: Config, model: Path) -> Config:
 async def _answer(config: Config, model: Path, questions: list[str] | None) -> None:
     """Answer the questions on one engine; questions None: those typed at the terminal."""
     rollout = config.rollout
-    decoding = SamplingSettings.of_rollout(rollout)
+    decoding = SamplingSettings.from_rollout(rollout)
     with temporary_logs() as scratch:
         policy = EnginePolicy(config, model, decoding, scratch, None)
         try:
@@ -145,7 +149,7 @@ def _show_response(response: TextResponse) -> str:
     if response.refusal:
         return f"[{response.refusal}]"
     cut = " [cut off: raise --rollout.max_response_tokens]" if response.truncated else ""
-    return response.whole.strip() + cut
+    return response.full_text.strip() + cut
 
 
 def _note(line: str) -> None:

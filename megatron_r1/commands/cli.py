@@ -18,7 +18,7 @@ from megatron_r1.base.processes import memory, timeline
 from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import load_verb, read_verb
-from megatron_r1.config.key_listing import describe, switches
+from megatron_r1.config.keys import boolean_keys, describe_keys
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.engines.server import gpu
 
@@ -34,7 +34,7 @@ PLAIN_VERBS = {
     "init": "megatron_r1.commands.init",
     "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
-    "compare": "megatron_r1.commands.compare.verb",
+    "compare": "megatron_r1.commands.compare",
     "why": "megatron_r1.commands.why.verb",
     "check-model": "megatron_r1.commands.check_model.verb",
 }
@@ -49,7 +49,7 @@ RUNNING_VERBS = {
 MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
 OWN_VERBS = {
     "plan": "megatron_r1.commands.plan",
-    "convert": "megatron_r1.commands.convert.verb",
+    "convert": "megatron_r1.commands.convert",
 }
 """Verbs with a command line of their own: modules with `main(arguments)`, which returns the exit
 status."""
@@ -151,17 +151,17 @@ def _dispatch(arguments: list[str]) -> int:
         runner = importlib.import_module(RUNNING_VERBS[verb])
         for name, key in getattr(runner, "SHORT", {}).items():
             options = [re.sub(rf"^--{name}(?=$|=)", f"--{key}", option) for option in options]
-        own = switches(PipelineRecipe if verb == "pipeline" else configuration.Config)
+        own = boolean_keys(PipelineRecipe if verb == "pipeline" else configuration.Config)
         runner.run(recipe, parse_overrides(options, own), RECIPE_VERBS)
         return 0
     return _run_recipe(verb, recipe, options, arguments)
 
 
 def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]) -> int:
-    timeline.reached("controller/command line read")
+    timeline.mark("controller/command line read")
     with without_garbage_collection():
         module = load_verb(verb, RECIPE_VERBS[verb])
-    timeline.reached("controller/verb imported")
+    timeline.mark("controller/verb imported")
     is_dry = DRY_RUN in options
     if is_dry and module.dry_run is None:
         raise UserError(f"{DRY_RUN}: {verb} has none; rl has", key=DRY_RUN, cause=Cause.UNSUPPORTED)
@@ -282,7 +282,7 @@ def _take_options(name: str, options: list[str]) -> list[str]:
 
 
 def _overrides(options: list[str], others: Sequence[str] = ()) -> dict[str, Any]:
-    return parse_overrides(options, switches(configuration.Config), others)
+    return parse_overrides(options, boolean_keys(configuration.Config), others)
 
 
 def _describe_keys(names: Sequence[str]) -> str:
@@ -290,7 +290,7 @@ def _describe_keys(names: Sequence[str]) -> str:
     from megatron_r1.rehearse.settings import PreflightSettings, RehearsalSettings
 
     own = (RehearsalSettings, PreflightSettings)
-    return describe((configuration.Config, PipelineRecipe, *own), names)
+    return describe_keys((configuration.Config, PipelineRecipe, *own), names)
 
 
 def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:

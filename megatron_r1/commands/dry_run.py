@@ -14,7 +14,7 @@ from r1_grading.terms import ACCURACY, weights_at
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
-from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
+from megatron_r1.commands.rl_checks import describe_stop_tokens, explain_renamed_columns
 from megatron_r1.commands.rollout_run import open_player
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import warmup_note
@@ -32,34 +32,38 @@ from megatron_r1.controller.rollouts.rollout import (
 from megatron_r1.controller.rollouts.sample_log import encode, pack
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.episodes import Episode
-from megatron_r1.engines.server.from_recipe import engine_settings, fleet_settings, max_model_len
 from megatron_r1.engines.server.server import temporary_logs
+from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.memory import Counts, checkpoint_bytes, parameter_bytes
+from megatron_r1.models.memory import ParameterCounts, checkpoint_bytes, parameter_bytes
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.from_recipe import engine_rank_bytes, engine_weight_bytes
 from megatron_r1.reporting import wording
-from megatron_r1.reporting.wording import counted, duration, percent, printable
+from megatron_r1.reporting.wording import format_count, format_duration, format_percent, printable
 
 MAX_RESPONSES = 64
 """The most responses that are sampled and graded: a choice."""
-NUM_SHOWN = 10
+NUM_SHOWN_SAMPLES = 10
 """Responses that are printed."""
 MAX_SHOWN_CHARS = 600
 MAX_TRUTH_CHARS = 80
 
 
-def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
+def show_batch(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> None:
     """Sample and grade the first questions of the first rollout, at most `MAX_RESPONSES` responses
     on an engine of this host, and print responses, figures and advice. Writes nothing.
 
+    Args:
+        config: the recipe.
+        text: how questions become tokens.
+        prompts: the prompts to train on and held out.
+
     Raises:
-        UserError: the recipe's engines are on other hosts, or the run would not fit into memory.
-    """
+        UserError: the recipe's engines are on other hosts, or the run would not fit into memory."""
     if config.rollout.placement != "local":
         raise UserError(
             f"--dry-run: rollout.placement: {config.rollout.placement} has its engines on other "
@@ -77,14 +81,14 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
         rollout, seconds = asyncio.run(_sample(first, text, drawn, group_size, logs))
     groups = rollout.groups
     pairs = [(group, index) for index in range(len(groups[0].responses)) for group in groups]
-    for group, index in pairs[:NUM_SHOWN]:
+    for group, index in pairs[:NUM_SHOWN_SAMPLES]:
         print(_sample_text(group, index, weights_at(first.rewards.weights, 1)))
     check_grades(groups, config.rewards.max_ungraded)
     print(_summary(config, first, rollout, seconds, memory))
 
 
 async def _sample(
-    config: Config, text: PromptText, prompts: list[Prompt], group_size: int, logs: Path
+    config: Config, text: PromptTokenizer, prompts: list[Prompt], group_size: int, logs: Path
 ) -> tuple[Rollout, float]:
     """Return the rollout, and the seconds from its start to the last grade."""
     rewards, rollout = config.rewards, config.rollout
@@ -111,13 +115,15 @@ async def _sample(
         min_p=rollout.min_p,
     )
     try:
-        with naming_renamed_columns(config.data.columns):
+        with explain_renamed_columns(config.data.columns):
             await collector.check(weights, prompts)
-        print(ends_with(config, text), flush=True)
-        print(f"starting {counted(rollout.engines, 'engine')} on {config.model.path}", flush=True)
+        print(describe_stop_tokens(config, text), flush=True)
+        print(
+            f"starting {format_count(rollout.engines, 'engine')} on {config.model.path}", flush=True
+        )
         await fleet.start(config.model.path)
         print(
-            f"sampling {counted(group_size * len(prompts), 'response')} of at most "
+            f"sampling {format_count(group_size * len(prompts), 'response')} of at most "
             f"{rollout.max_response_tokens:,} tokens",
             flush=True,
         )
@@ -136,7 +142,7 @@ def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
         question, response = _conversation(graded.episode)
     shown = {ACCURACY, *weights}
     terms = ", ".join(f"{t} {reward:.3g}" for t, reward in graded.rewards.items() if t in shown)
-    tokens = counted(len(graded.response.token_ids), "token")
+    tokens = format_count(len(graded.response.token_ids), "token")
     truth = group.prompt.truth
     # Quoted: spaces at its ends would make a reward of one's own call right answers wrong.
     wanted = "" if truth is None else f"truth {printable(_with_both_ends(repr(truth)))}; "
@@ -166,7 +172,7 @@ def _conversation(episode: Episode) -> tuple[str, str]:
     for turn in turns[begin:]:
         arrow = {"assistant": "", "tool": "-> "}.get(turn.role, f"{turn.role}: ")
         lines.append(arrow + wording.shorten_middle(turn.text.strip(), MAX_SHOWN_CHARS))
-    counts = f"({counted(episode.num_tool_calls, 'call')}, {episode.num_tool_errors} failed)"
+    counts = f"({format_count(episode.num_tool_calls, 'call')}, {episode.num_tool_errors} failed)"
     return " ".join(questions[-1:]), "\n".join([*lines, counts])
 
 
@@ -179,7 +185,7 @@ def _episodes(rollout: Rollout) -> list[str]:
     calls = sum(episode.num_tool_calls for episode in episodes)
     errors = sum(episode.num_tool_errors for episode in episodes)
     counts = ", ".join(f"{count} {status}" for status, count in ends)
-    return [f"episodes: {counts}; {counted(calls, 'call')}, {errors:,} failed"]
+    return [f"episodes: {counts}; {format_count(calls, 'call')}, {errors:,} failed"]
 
 
 def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, memory: str) -> str:
@@ -191,13 +197,17 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, me
     sampling = full * means["response_length/mean"] / rate * config.run.steps
     lines = [
         "---",
-        f"{counted(responses, 'response')} to {counted(len(rollout.groups), 'question')}: accuracy "
-        f"{percent(means['accuracy'])}, reward {means['reward/mean']:.3g}, groups with different "
-        f"rewards {percent(1 - means['groups/zero_variance'])}",
+        f"{format_count(responses, 'response')} to "
+        f"{format_count(len(rollout.groups), 'question')}: accuracy "
+        f"{format_percent(means['accuracy'])}, reward {means['reward/mean']:.3g}, groups with "
+        "different "
+        f"rewards {format_percent(1 - means['groups/zero_variance'])}",
         *_episodes(rollout),
-        f"{means['response_length/mean']:,.0f} tokens on average, {percent(means['truncated'])} "
+        f"{means['response_length/mean']:,.0f} tokens on average, "
+        f"{format_percent(means['truncated'])} "
         f"cut off at {first.rollout.max_response_tokens:,}; {rate:,.0f} tokens/s",
-        f"{counted(config.run.steps, 'step')} of {full:,} responses: {duration(sampling)} of "
+        f"{format_count(config.run.steps, 'step')} of {full:,} responses: "
+        f"{format_duration(sampling)} of "
         "sampling at this rate and length, less where more is sampled at once; no total: updates, "
         "evaluations and checkpoints come on top, and the run shows the time left from its first "
         "step on",
@@ -226,10 +236,10 @@ def _kept_on_disk(config: Config, rollout: Rollout, fraction: float) -> list[str
         )
     every = config.checkpoint.keep_every
     if every and config.model.lora is None:
-        whole = Counts(dense=num_parameters(read_hf_config(config.model.path)))
+        whole = ParameterCounts(dense=num_parameters(read_hf_config(config.model.path)))
         size = checkpoint_bytes(config, whole, (1, 1), with_reference=config.uses_reference)
         lines.append(
-            f"checkpoint.keep_every: {every}: {counted(steps // every, 'checkpoint')} of "
+            f"checkpoint.keep_every: {every}: {format_count(steps // every, 'checkpoint')} of "
             f"{size / 1e9:,.2f} GB"
         )
     return lines
@@ -249,13 +259,13 @@ def _memory(config: Config) -> str:
         place = "there too" if TRANSPORTS[config.push.transport].needs_gpu else "on its host"
         each = parameter_bytes(config.model.dtype, config.optimizer.moments)
         return (
-            f"{size}{parameters * each.whole / 2**30:,.2f} GiB for weights, gradients and "
+            f"{size}{parameters * each.total / 2**30:,.2f} GiB for weights, gradients and "
             "optimizer, over all tensor, pipeline and expert ranks; activations come "
             f"on top (megatron-r1 plan); {weights / 2**30:,.2f} GiB of weights on an engine's "
             f"fullest GPU, and {pushed / 2**30:,.2f} GiB for those of the next push, {place} "
             f"(push.transport: {config.push.transport})"
         )
     memory = cpu_memory(config, torchrun.world_size(config), has_engines=True)
-    described = memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))
+    described = memory.describe(memory.microbatch_tokens(config.parallel.tokens_per_microbatch))
     mib = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**20
     return f"{size}{described}; a push brings {mib:,.2f} MiB to an engine's fullest rank"

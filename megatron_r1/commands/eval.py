@@ -19,12 +19,17 @@ from megatron_r1.base.files.json_lines import read_lines, write_lines
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.identity import settings_that_matter, versions
-from megatron_r1.evaluation.prompt_sets import PromptSet, digest, load_prompt_sets
-from megatron_r1.evaluation.report import print_table, write_figure, write_report
+from megatron_r1.evaluation.identity import identity_settings, versions
+from megatron_r1.evaluation.prompt_sets import PromptSet, load_prompt_sets, prompt_digest
+from megatron_r1.evaluation.report import (
+    Summary,
+    print_table,
+    summarize,
+    write_figure,
+    write_report,
+)
 from megatron_r1.evaluation.response import ResponseLog, SamplingSettings, TextResponse
 from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
-from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.reporting.run_folder import RunFolder
 
 REQUIRED = ("run.folder", "eval.benchmarks")
@@ -68,13 +73,13 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
     began = time.monotonic()
     log = ResponseLog(folder.samples_path, "eval")
     limit = config.rollout.max_response_tokens
-    decoding = SamplingSettings.of(
+    decoding = SamplingSettings.from_options(
         config.rollout, config.eval.temperature, config.eval.top_p, limit
     )
     policy = await make_policy(config, folder.path, config.eval.server, "eval.server", decoding)
     played = {s.title: s.agents.model_dump() for s in sets if s.agents is not None}
     identity = policy.identity | ({"agents": played} if played else {})
-    settings = settings_that_matter(config, identity)
+    settings = identity_settings(config, identity)
     require_same_settings(folder, config, settings, log)
     rewards = config.rewards
     pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
@@ -119,7 +124,7 @@ def _question_lines(sets: Sequence[PromptSet]) -> Iterator[dict[str, Any]]:
             yield {
                 "benchmark": prompt_set.title,
                 "id": prompt.id,
-                "digest": digest(prompt),
+                "digest": prompt_digest(prompt),
                 "kind": prompt.kind,
                 "question": prompt.question,
                 "truth": shorten(stated_answer(prompt.truth), 10 * MAX_TRUTH_CHARS),

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_r1.config.yaml_text import as_text
+from megatron_r1.config.yaml_text import format_value
 from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 
 GIB = 2**30
 CPU_RESPONSE, GPU_RESPONSE = 256, 4096
-LEAST_RESPONSE = 32
+MIN_RESPONSE = 32
 DTYPE = "bfloat16"
 """Of model and engines on GPUs: the default."""
 OVERHEAD = 0.1
@@ -50,7 +50,7 @@ class Machine:
         return self.gpus == 0
 
 
-def lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess]:
+def guess_lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess]:
     """Return the settings that limit a response and a sequence, in tokens.
 
     Args:
@@ -58,7 +58,7 @@ def lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess
         positions: the most tokens that a sequence of the model has.
         machine: what the run has."""
     usual = CPU_RESPONSE if machine.is_cpu else GPU_RESPONSE
-    room = max(positions - longest_prompt, min(LEAST_RESPONSE, positions // 2))
+    room = max(positions - longest_prompt, min(MIN_RESPONSE, positions // 2))
     response = min(usual, room)
     place = "a CPU" if machine.is_cpu else "a GPU"
     reason = f"room to reason, as far as {place} allows; raise it where answers are cut off"
@@ -75,7 +75,7 @@ def lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess
     ]
 
 
-def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]:
+def guess_layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]:
     """Return dtypes and the parallel layout; micro-batches fit themselves to a CPU's memory.
 
     Args:
@@ -85,7 +85,7 @@ def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]
     if machine.is_cpu:
         reason = "this machine has no GPU"
         return [Guess(key, "float32", reason) for key in ("model.dtype", "rollout.dtype")]
-    tensor = tensor_ranks(hf, parameters, machine)
+    tensor = tensor_parallel_size(hf, parameters, machine)
     guesses = [
         Guess("rollout.colocated", True, "trainer and engines take turns on the same GPUs"),
         Guess(
@@ -115,9 +115,14 @@ def _engine_fraction(parameters: int, tensor: int, machine: Machine) -> float:
     return max(5, int(20 * (1 - OVERHEAD - taken / machine.memory)) * 5) / 100
 
 
-def tensor_ranks(hf: dict[str, Any], parameters: int, machine: Machine) -> int:
+def tensor_parallel_size(hf: dict[str, Any], parameters: int, machine: Machine) -> int:
     """Return the least tensor-parallel size at which the trainer's state fits, or the largest that
-    divides heads and GPUs."""
+    divides heads and GPUs.
+
+    Args:
+        hf: the model's config.json.
+        parameters: the number of its parameters.
+        machine: the GPUs and their memory."""
     heads, kv_heads = hf["num_attention_heads"], key_value_heads(hf)
     sizes = [n for n in (1, 2, 4, 8) if not (machine.gpus % n or heads % n or kv_heads % n)]
     each = parameter_bytes(DTYPE)
@@ -128,8 +133,13 @@ def tensor_ranks(hf: dict[str, Any], parameters: int, machine: Machine) -> int:
     return sizes[-1]
 
 
-def batches(parameters: int, num_questions: int, machine: Machine) -> list[Guess]:
-    """Return the sizes of rollouts and updates, the learning rate and the number of steps."""
+def guess_batches(parameters: int, num_questions: int, machine: Machine) -> list[Guess]:
+    """Return the sizes of rollouts and updates, the learning rate and the number of steps.
+
+    Args:
+        parameters: the number of the model's parameters.
+        num_questions: questions to train on.
+        machine: the machine of the run."""
     per_rollout, group, minibatches = (8, 8, 2) if machine.is_cpu else (64, 16, 8)
     rate = next(rate for limit, rate in LEARNING_RATES if parameters < limit)
     responses = per_rollout * group
@@ -182,7 +192,7 @@ def value_text(value: Any) -> str:
     """Return a value as YAML on one line."""
     if isinstance(value, str) and "\n" in value:
         return json.dumps(value, ensure_ascii=False)
-    return as_text(value)
+    return format_value(value)
 
 
 @dataclass(frozen=True)
@@ -190,8 +200,12 @@ class QuestionSource:
     """A model's folder and the first rows of a data file.
 
     Attributes:
+        folder: the model's folder.
         hf: the model's `config.json`.
-        parameters: the number of the model's parameters."""
+        parameters: the number of the model's parameters.
+        data: the file or data set, as it was given.
+        rows: its first rows.
+        machine: the machine of the run."""
 
     folder: Path
     hf: dict[str, Any]
@@ -202,10 +216,12 @@ class QuestionSource:
 
 
 @dataclass(frozen=True)
-class Draft:
+class RecipeDraft:
     """A recipe for `verb`: its settings but for run and model.
 
     Attributes:
+        verb: the verb that reads the recipe.
+        guesses: the settings, in order.
         try_out: reads the written file as the verb would and prints what it finds; raises
             UserError.
         has_dry_run: whether the verb has --dry-run."""

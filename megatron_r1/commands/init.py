@@ -18,7 +18,7 @@ from pydantic_core import to_jsonable_python
 from r1_grading import Grade, RewardPool, RewardTerms
 from r1_grading.rewards import ENVIRONMENT
 from r1_grading.terms import DEFAULT_WEIGHTS
-from r1_grading.truths import alternatives, is_none, math_truth
+from r1_grading.truths import accepted_answers, is_missing, math_truth
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
@@ -26,28 +26,28 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.commands import first_recipe, reward_model, rl, sft
 from megatron_r1.commands import first_recipe as sizes
 from megatron_r1.commands.first_recipe import (
-    Draft,
     Guess,
     Machine,
     QuestionSource,
+    RecipeDraft,
     recipe_text,
     value_text,
 )
-from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare, this_machine
+from megatron_r1.commands.rl_checks import detect_machine, explain_renamed_columns, prepare
 from megatron_r1.commands.trained_model import find_exported, template_of_model, trained_recipe
 from megatron_r1.config import Config, infer_verb
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
-from megatron_r1.data.preferences import Kind, ScoredText, kind_of_rows, read_preferences
+from megatron_r1.data.preferences import Kind, PreferenceTokenizer, kind_of_rows, read_preferences
 from megatron_r1.data.prompt_rows import parse_question
-from megatron_r1.data.prompts import Prompt, is_heldout, normalize
-from megatron_r1.data.renamed_rows import ABSENT, entry, read_renamed_rows
+from megatron_r1.data.prompts import Prompt, is_heldout, normalize_question
+from megatron_r1.data.renamed_rows import ABSENT, lookup, read_renamed_rows
 from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens, load_tokenizer
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import positions
+from megatron_r1.engines.server.settings import max_positions
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.supported import check_supported
@@ -62,12 +62,12 @@ MAX_JUDGED_ROWS = 20_000
 """The most rows of a reward model's data that are read."""
 
 
-def _draft_of_rows(source: QuestionSource) -> Draft | None:
+def _supervised_recipe(source: QuestionSource) -> RecipeDraft | None:
     """Return a recipe for rows that are responses with judgements, or examples to learn from; None
     for questions with truths."""
     if (kind := kind_of_rows(source.rows)) is not None:
-        return _of_judged(source, kind)
-    return _of_examples(source) if are_examples(source.rows) else None
+        return _reward_model_recipe(source, kind)
+    return _sft_recipe(source) if are_examples(source.rows) else None
 
 
 def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
@@ -76,12 +76,12 @@ def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
     if form is None or form in ALWAYS_LEARNED:
         return form is not None
     truth = columns_by_name(rows, needs_truth=True).get("truth", "truth")
-    values = [entry({**row}, truth) for row in rows]
-    has_truth = any(value is not ABSENT and not is_none(value) for value in values)
+    values = [lookup({**row}, truth) for row in rows]
+    has_truth = any(value is not ABSENT and not is_missing(value) for value in values)
     return not has_truth and not any("kind" in row for row in rows)
 
 
-def _of_examples(source: QuestionSource) -> Draft:
+def _sft_recipe(source: QuestionSource) -> RecipeDraft:
     def try_out(path: Path) -> None:
         recipe = configuration.load(path, required=sft.REQUIRED)
         sft.check_settings(recipe)
@@ -96,10 +96,10 @@ def _of_examples(source: QuestionSource) -> Draft:
     ]
     if not _has_chat(source):
         guesses.append(Guess("sft.template", "plain", NO_CHAT))
-    return Draft("sft", guesses, try_out)
+    return RecipeDraft("sft", guesses, try_out)
 
 
-def _of_judged(source: QuestionSource, kind: Kind) -> Draft:
+def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
     """Return a recipe for `reward-model`.
 
     Raises:
@@ -113,7 +113,9 @@ def _of_judged(source: QuestionSource, kind: Kind) -> Draft:
     def try_out(path: Path) -> None:
         required, implied = reward_model.REQUIRED, reward_model.IMPLIED
         settings = configuration.load(path, implied, required=required).reward_model
-        text = ScoredText(str(source.folder), settings.template, settings.shown, settings.max_chars)
+        text = PreferenceTokenizer(
+            str(source.folder), settings.template, settings.scored_part, settings.max_chars
+        )
         print(f"\n{len(rows):,} rows read; the first, as the reward model reads it:")
         for response, label in zip(rows[0].responses, rows[0].labels, strict=True):
             ids = text.encode(rows[0].question, response, rows[0].opened)
@@ -132,12 +134,12 @@ def _of_judged(source: QuestionSource, kind: Kind) -> Draft:
         guesses.append(Guess("reward_model.heldout_fraction", 0.0, why))
     if not _has_chat(source):
         guesses.append(Guess("reward_model.template", SCORED_TEMPLATE, NO_CHAT))
-    return Draft("reward-model", guesses, try_out, has_dry_run=False)
+    return RecipeDraft("reward-model", guesses, try_out, has_dry_run=False)
 
 
 def _supervised_sizes(source: QuestionSource) -> list[Guess]:
-    layout = sizes.layout(source.hf, source.parameters, source.machine)
-    batches = sizes.batches(source.parameters, 1, source.machine)
+    layout = sizes.guess_layout(source.hf, source.parameters, source.machine)
+    batches = sizes.guess_batches(source.parameters, 1, source.machine)
     return [
         *(guess for guess in layout if not guess.key.startswith(("rollout.", "push."))),
         *(guess for guess in batches if guess.key in SUPERVISED_SIZES),
@@ -192,13 +194,13 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     rows = [row for _, row in itertools.islice(read_renamed_rows(data), MAX_ROWS)]
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
-    source = QuestionSource(folder, hf, num_parameters(hf), data, rows, this_machine())
-    other = None if given else _draft_of_rows(source)
+    source = QuestionSource(folder, hf, num_parameters(hf), data, rows, detect_machine())
+    other = None if given else _supervised_recipe(source)
     options = [text for key, value in given.items() for text in (f"--{key}", value)]
     _write(path, source, other or _rl_recipe(source, given), [model, data, *options])
 
 
-def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> Draft:
+def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> RecipeDraft:
     """Return a recipe for `rl`.
 
     Raises:
@@ -213,17 +215,19 @@ def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> Draft:
         *_guess_answers(source.folder, source.parameters),
     ]
     template = next(guess.value for guess in guesses if guess.key == "data.template")
-    text = PromptText(str(source.folder), template, (MODEL, template))
+    text = PromptTokenizer(str(source.folder), template, (MODEL, template))
 
     def try_out(path: Path) -> None:
         print(f"a response ends with: {describe_end_tokens(text.end_tokens)}")
         _check_truths(source.data, columns)
-        _try(path, columns)
+        _check_recipe(path, columns)
 
-    return Draft("rl", [*guesses, *_sizes(source, questions, text)], try_out)
+    return RecipeDraft("rl", [*guesses, *_sizes(source, questions, text)], try_out)
 
 
-def _write(path: Path, source: QuestionSource, draft: Draft, arguments: Sequence[str]) -> None:
+def _write(
+    path: Path, source: QuestionSource, draft: RecipeDraft, arguments: Sequence[str]
+) -> None:
     """Write a recipe and print it, then try it out and print what comes next.
 
     Args:
@@ -278,7 +282,7 @@ def _check_arguments(model: str, path: Path) -> None:
         )
 
 
-def _try(path: Path, columns: Columns) -> None:
+def _check_recipe(path: Path, columns: Columns) -> None:
     """Check the recipe as `rl` does, and print the memory that it takes without a GPU.
 
     Raises:
@@ -287,11 +291,11 @@ def _try(path: Path, columns: Columns) -> None:
     recipe = configuration.load(path, required=rl.REQUIRED)
     _, prompts = prepare(recipe)
     if OWN in (columns.kind or ""):
-        with naming_renamed_columns(recipe.data.columns):
-            asyncio.run(_check_own(prompts.train))
+        with explain_renamed_columns(recipe.data.columns):
+            asyncio.run(_check_user_reward(prompts.train))
     if not gpu.is_usable():
         memory = cpu_memory(recipe, 1, has_engines=True)
-        print(memory.describe(memory.microbatch(None)))
+        print(memory.describe(memory.microbatch_tokens(None)))
 
 
 def _data(
@@ -349,7 +353,7 @@ def _read_questions(data: str, columns: Columns) -> list[Asked]:
     found: dict[str, Asked] = {}
     for location, row in itertools.islice(read_renamed_rows(data, renamed), MAX_ROWS):
         before, question = parse_question(location, row)
-        found.setdefault(normalize(question, fold_case=False), (before, question))
+        found.setdefault(normalize_question(question, fold_case=False), (before, question))
     return list(found.values())
 
 
@@ -388,19 +392,21 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
     ]
 
 
-def _sizes(source: QuestionSource, questions: Sequence[Asked], text: PromptText) -> list[Guess]:
+def _sizes(
+    source: QuestionSource, questions: Sequence[Asked], text: PromptTokenizer
+) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
     machine = source.machine
-    limits = first_recipe.lengths(
+    limits = first_recipe.guess_lengths(
         max(len(text.encode(question, before)) for before, question in questions),
-        positions(source.folder),
+        max_positions(source.folder),
         machine,
     )
     num_heldout, heldout = _heldout([question for _, question in questions], machine)
     return [
-        *first_recipe.layout(source.hf, source.parameters, machine),
+        *first_recipe.guess_layout(source.hf, source.parameters, machine),
         *limits,
-        *first_recipe.batches(source.parameters, len(questions) - num_heldout, machine),
+        *first_recipe.guess_batches(source.parameters, len(questions) - num_heldout, machine),
         *heldout,
     ]
 
@@ -430,7 +436,7 @@ def _check_truths(data: str, columns: Columns) -> None:
     if columns.kind != "math" or columns.truth is None:
         return
     rows = itertools.islice(read_renamed_rows(data, {"truth": columns.truth}), TRIED_TRUTHS)
-    truths = [alternatives(row["truth"])[0] for _, row in rows if not is_none(row["truth"])]
+    truths = [accepted_answers(row["truth"])[0] for _, row in rows if not is_missing(row["truth"])]
     grades = asyncio.run(_grade(truths))
     bad = [pair for pair in zip(truths, grades, strict=True) if pair[1].reward < 1]
     num_good = len(truths) - len(bad)
@@ -443,7 +449,7 @@ def _check_truths(data: str, columns: Columns) -> None:
         )
 
 
-async def _check_own(prompts: Sequence[Prompt]) -> None:
+async def _check_user_reward(prompts: Sequence[Prompt]) -> None:
     """Raise UserError for a reward function that cannot be imported or called."""
     async with RewardPool(1) as pool:
         await RewardTerms(pool, {}).check((), prompts)

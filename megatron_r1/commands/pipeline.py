@@ -11,14 +11,14 @@ from megatron_r1.base import files
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands.torchrun import is_rank
 from megatron_r1.commands.verb_module import load_verb
-from megatron_r1.config.yaml_text import as_sections, as_text
+from megatron_r1.config.yaml_text import format_value, nest_keys
 from megatron_r1.pipeline import manifest, serving
 from megatron_r1.pipeline.graph import Graph, check_plan, missing_files, unknown_stage
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig, load
 from megatron_r1.pipeline.report import write_report
-from megatron_r1.pipeline.runner import Executor, Signals, write_recipe
+from megatron_r1.pipeline.runner import Executor, StopSignals, write_recipe
 from megatron_r1.pipeline.stages import PipelinePlan
-from megatron_r1.pipeline.status import StageState, examine_all, stale_text, status_lines
+from megatron_r1.pipeline.status import StageState, all_statuses, stale_text, status_lines
 from megatron_r1.reporting.run_folder import RunFolder, is_locked
 
 
@@ -48,7 +48,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     folders = [root / f"seed_{seed}" if config.seeds else root for seed in seeds]
     implied = _implied(verbs, {stage.verb for stage in recipe.stages.values()})
     plans = [
-        PipelinePlan.of(recipe, path, folder, seed, implied)
+        PipelinePlan.from_recipe(recipe, path, folder, seed, implied)
         for folder, seed in zip(folders, seeds, strict=True)
     ]
     for plan in plans:
@@ -59,7 +59,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         is_running = is_locked(root)
         for plan in plans:
             print(f"{plan.folder} · seed {plan.seed}")
-            statuses = examine_all(plan, graph, is_running)
+            statuses = all_statuses(plan, graph, is_running)
             print("\n".join(status_lines(plan, chosen, statuses)), flush=True)
         return
     if config.dry:
@@ -72,11 +72,11 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         for plan in plans:
             _check_states(config, plan, graph, chosen)
         try:
-            with Signals() as signals:
+            with StopSignals() as signals:
                 Executor(config, plans, graph, signals).run(chosen)
         finally:
             command = ["megatron-r1", "pipeline", path]
-            command += [f"--{key}={as_text(value)}" for key, value in overrides.items()]
+            command += [f"--{key}={format_value(value)}" for key, value in overrides.items()]
             report = write_report(root, config.title, shlex.join(command), plans, graph)
             print(f"{report}; report.md and report.json beside it", flush=True)
 
@@ -84,7 +84,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
 def _implied(verbs: Mapping[str, str], used: set[str]) -> dict[str, dict[str, Any]]:
     """Return the settings that each verb in use adds to a recipe, as sections."""
     known = used & set(verbs)
-    return {verb: as_sections(load_verb(verb, verbs[verb]).implied) for verb in known}
+    return {verb: nest_keys(load_verb(verb, verbs[verb]).implied) for verb in known}
 
 
 def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
@@ -108,11 +108,11 @@ def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
 
 
 def _check_states(
-    config: PipelineConfig, plan: PipelinePlan, graph: Graph, chosen: list[str]
+    config: PipelineConfig, plan: PipelinePlan, graph: Graph, stage_names: list[str]
 ) -> None:
     """Raise UserError for stale stages without `pipeline.rerun`, and for `pipeline.only` with a
     stage that needs others first."""
-    statuses = examine_all(plan, graph)
+    statuses = all_statuses(plan, graph)
     if config.only:
         not_done = [
             f"{name} is {statuses[name].state}"
@@ -126,22 +126,24 @@ def _check_states(
                 key="pipeline.only",
                 cause=Cause.MISSING,
             )
-    stale = {name: statuses[name] for name in chosen if statuses[name].state is StageState.STALE}
+    stale = {
+        name: statuses[name] for name in stage_names if statuses[name].state is StageState.STALE
+    }
     if stale and not config.rerun:
         raise UserError(stale_text(plan, stale), key="pipeline.rerun", cause=Cause.CHANGED)
 
 
-def _print_commands(plans: list[PipelinePlan], graph: Graph, chosen: list[str]) -> None:
+def _print_commands(plans: list[PipelinePlan], graph: Graph, stage_names: list[str]) -> None:
     """Print what would run, as shell commands, and write the recipes that they name. A stage that
     has begun keeps the ports of its served models."""
     for plan in plans:
-        for name in chosen:
+        for name in stage_names:
             stage = plan.stages[name]
             configs = {n: plan.server(server) for n, server in stage.config.serve.items()}
             begun = (manifest.read(plan.folder_of(name), manifest.BEGUN) or {}).get("ports", {})
             new = {n: server for n, server in configs.items() if n not in begun}
             ports = {**begun, **serving.choose_ports(new, {})}
-            urls = {n: serving.url(server, ports[n]) for n, server in configs.items()}
+            urls = {n: serving.server_url(server, ports[n]) for n, server in configs.items()}
             needed = ", ".join(graph.upstream[name])
             print(f"# {name}{f', after {needed}' if needed else ''}")
             for served, server in configs.items():

@@ -9,22 +9,27 @@ layout on torch's meta device and compares every parameter with the plan."""
 
 import argparse
 import json
+import shlex
 import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import infer_verb
 from megatron_r1.config.hardware import GIB
-from megatron_r1.plan.arguments import config_of, job_of, parse
+from megatron_r1.config.yaml_text import format_value as as_yaml
+from megatron_r1.plan.arguments import load_recipe, parse, planned_job
+from megatron_r1.plan.calibration import calibrate_from
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.job_checks import check_trainer
-from megatron_r1.plan.measured import calibrate_from
+from megatron_r1.plan.job import PlannedJob, check_trainer
 from megatron_r1.plan.published import published_table
 from megatron_r1.plan.push import check_engines_and_push
-from megatron_r1.plan.report import as_json, as_text, layouts_text, sizes_text
-from megatron_r1.plan.search import FittingLayout, fastest, nearest, nearest_sizes
-from megatron_r1.plan.timing import in_hours, in_total
+from megatron_r1.plan.quantity import Quantity, byte_quantity
+from megatron_r1.plan.search import FittingLayout, fastest_layouts, nearest_layouts, nearest_sizes
+from megatron_r1.plan.timing import sum_quantities, total_hours
+from megatron_r1.reporting.wording import format_count
 
 FITS, UNFIT, REFUSED = range(3)
 VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}
@@ -34,31 +39,31 @@ VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}
 def main(arguments: list[str] | None = None) -> int:
     """Return 0 if it fits, 1 if not, 2 if the recipe or the options are wrong."""
     try:
-        chosen, overrides = parse(sys.argv[1:] if arguments is None else arguments, __doc__)
-        if chosen.published:
+        args, overrides = parse(sys.argv[1:] if arguments is None else arguments, __doc__)
+        if args.published:
             print(published_table())
             return FITS
-        if chosen.calibrate_from:
-            folder, file = chosen.calibrate_from
-            print(calibrate_from(folder, file, chosen, overrides))
+        if args.calibrate_from:
+            folder, file = args.calibrate_from
+            print(calibrate_from(folder, file, args, overrides))
             return FITS
     except ValueError as error:
         return _refused(error)
-    if len(chosen.recipes) == 1:
-        return _plan(chosen.recipes[0], chosen, overrides)
+    if len(args.recipes) == 1:
+        return _plan(args.recipes[0], args, overrides)
     statuses = {}
-    for recipe in chosen.recipes:
+    for recipe in args.recipes:
         print(f"== {recipe} ==", flush=True)
-        statuses[recipe] = _plan(recipe, chosen, overrides)
+        statuses[recipe] = _plan(recipe, args, overrides)
         print()
     print("\n".join(f"{VERDICTS[status]:12}  {recipe}" for recipe, status in statuses.items()))
     return max(statuses.values())
 
 
-def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
+def _plan(recipe: Path, args: argparse.Namespace, overrides: dict) -> int:
     """Print the estimate of one recipe; return its exit status."""
     try:
-        job = job_of(recipe, chosen, overrides)
+        job = planned_job(recipe, args, overrides)
     except ValueError as error:
         return _refused(error)
     if not _can_work(job):
@@ -72,40 +77,38 @@ def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
         print("\n" + "\n".join(f"does not fit: {problem}" for problem in problems))
         if job.trains:
             layouts = _print_nearest(job)
-    elif chosen.search:
-        layouts = fastest(job)
+    elif args.search:
+        layouts = fastest_layouts(job)
         print("\n" + layouts_text(job, layouts, "fastest"))
-    if chosen.build:
+    if args.build:
         from megatron_r1.plan.build import build_ranks
 
         print("\n" + build_ranks(job))
-    if chosen.json:
+    if args.json:
         plan = as_json(estimate, problems, layouts)
         try:
-            atomic_write(
-                chosen.json, json.dumps(plan, indent=1, default=str, allow_nan=False) + "\n"
-            )
+            atomic_write(args.json, json.dumps(plan, indent=1, default=str, allow_nan=False) + "\n")
         except OSError as error:
-            return _refused(f"--json: {chosen.json} cannot be written: {error.strerror}")
+            return _refused(f"--json: {args.json} cannot be written: {error.strerror}")
     try:
-        return UNFIT if problems else _later_phases(recipe, chosen, overrides)
+        return UNFIT if problems else _later_phases(recipe, args, overrides)
     except ValueError as error:
         return _refused(error)
 
 
-def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
+def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict) -> int:
     """Print a line for each later change of `rl.schedule`, which only rl follows, unless --step
     chose one; return the exit status."""
     status = FITS
-    config = config_of(recipe, overrides)
+    config = load_recipe(recipe, overrides)
     # The estimate above is of step 1.
     later = [entry for entry in config.rl.schedule if entry.from_step > 1]
-    if chosen.step or not later or infer_verb(config) != "rl":
+    if args.step or not later or infer_verb(config) != "rl":
         return status
     steps = [1, *(entry.from_step for entry in later)]
-    each_step = [JobEstimate(job_of(recipe, chosen, overrides, 1)).step]
+    each_step = [JobEstimate(planned_job(recipe, args, overrides, 1)).step]
     for entry in later:
-        job = job_of(recipe, chosen, overrides, entry.from_step)
+        job = planned_job(recipe, args, overrides, entry.from_step)
         changes = ", ".join(f"{key}={value}" for key, value in entry.changes.items())
         print(f"\nfrom step {entry.from_step} ({changes}; --step {entry.from_step} shows all):")
         if not _can_work(job):
@@ -115,7 +118,7 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
         each_step.append(estimate.step)
         problems = estimate.problems()
         limits = f" ({estimate.step.limits})" if estimate.step.limits else ""
-        peak = estimate.worst.peak / GIB
+        peak = estimate.peak_rank.peak / GIB
         print(f"  {peak:.0f} GiB on the fullest GPU, {estimate.step} a step{limits}")
         print("\n".join(f"  does not fit: {problem}" for problem in problems) or "  fits")
         print("".join(f"  note: {note}\n" for note in estimate.notes()), end="")
@@ -123,10 +126,10 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
     ends = [*steps[1:], config.run.steps + 1]
     if len(each_step) == len(steps) and all(each.value is not None for each in each_step):
         parts = [
-            in_hours(each, end - first, "")
+            total_hours(each, end - first, "")
             for first, end, each in zip(steps, ends, each_step, strict=True)
         ]
-        total = in_total(parts, "")
+        total = sum_quantities(parts, "")
         limits = f" ({total.limits})" if total.limits else ""
         print(f"\nthe run of {config.run.steps} steps: {total}{limits}")
     return status
@@ -138,7 +141,7 @@ def _refused(error: object) -> int:
 
 
 def _print_nearest(job: PlannedJob) -> list[FittingLayout]:
-    layouts = nearest(job)
+    layouts = nearest_layouts(job)
     print(layouts_text(job, layouts, "nearest", () if layouts else nearest_sizes(job)))
     return layouts
 
@@ -161,3 +164,152 @@ def _can_work(job: PlannedJob) -> bool:
         _print_nearest(job)
         return False
     return True
+
+
+WIDTH = 110
+_NAME, _VALUE = 24, 14
+
+
+def as_text(estimate: JobEstimate) -> str:
+    """Return every number with its formula next to it."""
+    lines = [_title(estimate)]
+    for title, section in estimate.sections().items():
+        if not section:
+            continue
+        lines += ["", title]
+        for name, quantity in section.items():
+            head = f"  {name:{_NAME}} {quantity!s:>{_VALUE}}  "
+            limits = f"{quantity.limits}: " if quantity.limits else ""
+            wrapped = textwrap.wrap(
+                limits + quantity.formula,
+                WIDTH,
+                initial_indent=head,
+                subsequent_indent=" " * len(head),
+            )
+            lines += wrapped or [head.rstrip()]
+    return "\n".join(lines)
+
+
+def as_json(
+    estimate: JobEstimate, problems: list[str], others: list[FittingLayout]
+) -> dict[str, Any]:
+    """Return {section: {name: {value, unit, formula}}}, every pipeline rank's memory in bytes, the
+    assumptions, and what does not fit.
+
+    Args:
+        estimate: the estimate of the job.
+        problems: a sentence for each limit that is exceeded.
+        others: layouts that fit."""
+    job = estimate.job
+    return {
+        "verb": job.verb,
+        "gpus": job.world_size,
+        "hardware": vars(job.hardware),
+        "assumptions": vars(job.assumptions) | {"response_tokens": job.response_tokens},
+        "parallel": job.parallel.model_dump() | {"data": job.data_parallel},
+        "sections": {
+            title: {name: _entries(quantity) for name, quantity in section.items()}
+            for title, section in estimate.sections().items()
+        },
+        "ranks": [
+            {
+                "pipeline_rank": rank.rank,
+                "parameters": rank.counts.parameters,
+                "training": rank.training,
+                "scoring": rank.scoring,
+                "host": rank.host,
+            }
+            for rank in estimate.ranks
+        ],
+        "problems": problems,
+        "layouts": [vars(found) for found in others],
+    }
+
+
+def _entries(quantity: Quantity) -> dict[str, Any]:
+    """Return {value, unit, formula}, and of an estimate with a range its ends, low and high."""
+    ends = ("low", "high")
+    return {k: v for k, v in vars(quantity).items() if k not in ends or v is not None}
+
+
+def layouts_text(
+    job: PlannedJob, others: list[FittingLayout], which: str, other_sizes: Sequence[PlannedJob] = ()
+) -> str:
+    """Return a line per layout with its changes and costs.
+
+    Args:
+        job: the planned job.
+        others: the layouts.
+        which: the layouts' name in the text.
+        other_sizes: the same layout on other numbers of GPUs, named if `others` is empty."""
+    title = f"{which} layouts that fit (fullest rank, estimated step)"
+    if not others:
+        remedy = "use more GPUs, or GPUs with more memory"
+        if other_sizes:
+            remedy = f"the recipe's layout fits with {sizes_text(job, other_sizes)}"
+        return f"{title}: none on {job.world_size:,} {job.hardware.name}; {remedy}"
+    lines = [f"{title}:"]
+    for found in others:
+        changes = " ".join(
+            f"--parallel.{key} {shlex.quote(as_yaml(value))}"
+            for key, value in found.changes.items()
+        )
+        peak, seconds = byte_quantity(found.peak), Quantity(found.seconds, "s")
+        lines.append(f"  {peak!s:>10}, {seconds!s:>8} a step   {changes or '(the recipe)'}")
+    return "\n".join(lines)
+
+
+def sizes_text(job: PlannedJob, others: Sequence[PlannedJob]) -> str:
+    """Return the options that change `job` into each of `others`, on other numbers of GPUs."""
+    options = []
+    for other in others:
+        engines = other.config.rollout.engines
+        changed = job.generates and engines != job.config.rollout.engines
+        adapted = f" --rollout.engines {engines}" if changed else ""
+        options.append(f"--gpus {other.world_size}{adapted}")
+    return " or ".join(options)
+
+
+def _title(estimate: JobEstimate) -> str:
+    job, parallel = estimate.job, estimate.job.parallel
+    lines = [
+        f"{job.config.model.path} on {job.world_size:,} {job.hardware.name} "
+        f"({Quantity(job.hardware.memory, 'B', '')} each)"
+    ]
+    if job.trains:
+        lines.append(
+            f"trainer: tensor {parallel.tensor}, pipeline {parallel.pipeline} x "
+            f"{job.num_model_chunks}, "
+            f"context {parallel.context}, expert {parallel.expert} x {parallel.expert_tensor}, "
+            f"data {job.data_parallel}; "
+            f"{format_count(job.num_microbatches, 'micro-batch')} an optimizer step"
+        )
+    if job.generates:
+        where = "the same GPUs, in turn"
+        if job.rollout_gpus or not job.trains:
+            where = "GPUs of their own"
+        engines = format_count(job.config.rollout.engines, "engine")
+        lines.append(f"{engines} of {format_count(job.engine_gpus, 'GPU')}, on {where}")
+        if job.trains and not job.rollout_gpus and not job.config.rollout.colocated:
+            lines.append(_not_colocated(job))
+    lines.append(
+        f"assumed: responses of {format_count(job.response_tokens, 'token')} on average, prompts "
+        "of "
+        f"{job.assumptions.prompt_tokens:,}; rates and efficiencies: last section"
+    )
+    return "\n".join(lines)
+
+
+def _not_colocated(job: PlannedJob) -> str:
+    """Return the hint for a recipe with separate engines but no --rollout-gpus."""
+    rollout = job.config.rollout
+    ranks = rollout.tensor * rollout.data
+    gpus = str(rollout.engines * ranks)
+    if ranks == 1:
+        gpus = "N" if rollout.engines == 1 else f"N, a multiple of rollout.engines={gpus}"
+    return textwrap.fill(
+        "rollout.colocated is false, but without --rollout-gpus the engines are counted on the "
+        f"trainer's GPUs: for GPUs of their own pass --rollout-gpus {gpus}",
+        WIDTH,
+        break_on_hyphens=False,
+    )

@@ -44,12 +44,12 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             sys.exit(status)  # the ranks have said why
         return
     with without_garbage_collection():  # they import torch
-        from megatron_r1.rehearse.preflight import findings, rank, report
+        from megatron_r1.rehearse.preflight import checks, rank, report
 
     facts = rank.run(config, own.preflight)
     if facts:
-        found = findings.check_facts(config, own.preflight, facts)
-        report.write_report(Path(path).stem, own.preflight, facts, found)
+        results = checks.check_facts(config, own.preflight, facts)
+        report.write_report(Path(path).stem, own.preflight, facts, results)
 
 
 def start_ranks(arguments: Sequence[str], world_size: int) -> int:

@@ -13,14 +13,14 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands import supervised
-from megatron_r1.commands.supervised import SupervisedTask, with_steps
-from megatron_r1.commands.training_run import begin_trainer, check_trainer
+from megatron_r1.commands.supervised import SupervisedTask, resolve_steps
+from megatron_r1.commands.training_run import check_trainer, preload_megatron
 from megatron_r1.config import Config
-from megatron_r1.config.yaml_text import as_text
+from megatron_r1.config.yaml_text import format_value
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.data.preferences import Preference, ScoredText, read_preferences
-from megatron_r1.data.prompts import is_heldout, normalize
+from megatron_r1.data.preferences import Preference, PreferenceTokenizer, read_preferences
+from megatron_r1.data.prompts import is_heldout, normalize_question
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.evaluation.measures import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
@@ -48,6 +48,8 @@ class Rows:
     """The training and held-out rows of a reward model.
 
     Attributes:
+        train: the rows to train on.
+        heldout: the rows of held-out questions.
         dropped: how many rows were left out, by reason."""
 
     train: list[RewardModelRow]
@@ -80,11 +82,13 @@ def run(config: Config) -> None:
             cause=Cause.CONFLICT,
         )
     check_trainer(config, "reward-model")
-    begin_trainer()
+    preload_megatron()
     hf = read_hf_config(config.model.path, "score")
-    text = ScoredText(config.model.path, settings.template, settings.shown, settings.max_chars)
+    text = PreferenceTokenizer(
+        config.model.path, settings.template, settings.scored_part, settings.max_chars
+    )
     rows = load_rows(config, text, hf)
-    config = with_steps(config, "reward_model", len(rows.train))
+    config = resolve_steps(config, "reward_model", len(rows.train))
 
     def notes(trainer: TrainerClient, resumed: bool) -> list[str]:
         lines = [f"{count:,} rows left out: {reason}" for reason, count in rows.dropped.items()]
@@ -106,13 +110,17 @@ def run(config: Config) -> None:
     run_until_stopped(supervised.train(task, "reward model", facts, _next_commands(config)))
 
 
-def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
+def load_rows(config: Config, text: PreferenceTokenizer, hf: dict[str, Any]) -> Rows:
     """Read the rows of `reward_model.data`, tokenize them and split them by their questions.
+
+    Args:
+        config: the recipe.
+        text: renders what is scored of a response, and tokenizes it.
+        hf: the model's config.json, whose positions limit a text.
 
     Raises:
         UserError: a bad row, with file and line; texts that end with the padding token; or a side
-            has no rows.
-    """
+            has no rows."""
     settings = config.reward_model
     limit = settings.max_tokens or hf["max_position_embeddings"]
     sides: dict[bool, list[RewardModelRow]] = {False: [], True: []}
@@ -120,14 +128,14 @@ def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
     for row in read_preferences(settings.data, settings.kind):
         samples = _tokenize(row, text, hf)
         if len(samples) < len(row.responses):
-            dropped[f"a response has no {settings.shown} to score"] += 1
+            dropped[f"a response has no {settings.scored_part} to score"] += 1
         elif max(map(len, samples)) > limit:
             dropped[f"a text is longer than {limit:,} tokens"] += 1
         elif len({sample.token_ids for sample in samples}) < len(samples):
-            dropped[f"both responses have the same {settings.shown}"] += 1
+            dropped[f"both responses have the same {settings.scored_part}"] += 1
         else:
             heldout = is_heldout(row.question, settings.heldout_fraction, SPLIT_SALT)
-            sides[heldout].append(RewardModelRow(normalize(row.question), samples))
+            sides[heldout].append(RewardModelRow(normalize_question(row.question), samples))
     if not sides[False] or (settings.heldout_fraction and not sides[True]):
         side = "held-out" if sides[False] else "training"
         why = "".join(f"; {count:,} left out: {reason}" for reason, count in dropped.items())
@@ -140,7 +148,7 @@ def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
     return Rows(sides[False], sides[True], dropped)
 
 
-def _tokenize(row: Preference, text: ScoredText, hf: dict[str, Any]) -> tuple[Sample, ...]:
+def _tokenize(row: Preference, text: PreferenceTokenizer, hf: dict[str, Any]) -> tuple[Sample, ...]:
     """Return a sample for each response of `row` that has a part to score."""
     samples = []
     for response, label in zip(row.responses, row.labels, strict=True):
@@ -185,11 +193,11 @@ async def _evaluate(
 
 def _next_commands(config: Config) -> list[tuple[str, str]]:
     folder, name = config.run.folder, config.reward_model.kind
-    kind = "helpful" if config.reward_model.shown == "summary" else "safety"
+    kind = "helpful" if config.reward_model.scored_part == "summary" else "safety"
     options = {"url": "http://127.0.0.1:8000", "model": f"{name}-rm"}
     if config.reward_model.template is not None:
         options["template"] = config.reward_model.template
-    use = ["megatron-r1", "rl", "RECIPE.yaml", f"--rewards.options.{kind}", as_text(options)]
+    use = ["megatron-r1", "rl", "RECIPE.yaml", f"--rewards.options.{kind}", format_value(options)]
     return [
         (
             "serve it",

@@ -21,28 +21,26 @@ from megatron_r1.commands.rollout_run import Rollouts, open_rollouts
 from megatron_r1.commands.trained_model import next_commands
 from megatron_r1.commands.training_run import (
     TrainingRun,
-    begin_engines,
-    begin_trainer,
+    preload_megatron,
+    preload_vllm,
     show_trainer,
     training_run,
 )
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train
-from megatron_r1.controller.policy_engines import PolicyEngines
-from megatron_r1.controller.push.prober import PROBE_TOKENS
-from megatron_r1.controller.push.pusher import create_pusher
+from megatron_r1.controller.push.pusher import PROBE_TOKENS, create_pusher
+from megatron_r1.controller.roles import PolicyEngines, TrainerPasses
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.session import Session
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.placement import accepting_hosts
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.from_recipe import max_model_len
+from megatron_r1.engines.server.settings import max_model_len
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.trainer.operations import ModelOperations
 
@@ -56,16 +54,16 @@ def run(config: Config) -> None:
         UserError: a mistake in the recipe or its data, before any long work starts.
     """
     check_settings(config)
-    timeline.reached("controller/settings checked")
-    begin_trainer()
-    begin_engines(config)
+    timeline.mark("controller/settings checked")
+    preload_megatron()
+    preload_vllm(config)
     with without_garbage_collection():  # it imports transformers, and sympy for many tasks
         text, prompts = read_prompts(config)
-    timeline.reached("controller/questions read")
+    timeline.mark("controller/questions read")
     run_until_stopped(_train(config, text, prompts))
 
 
-async def _train(config: Config, text: PromptText, prompts: PromptSplit) -> None:
+async def _train(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> None:
     """Start the engines next to the trainer, and train; after the loss of trainer ranks again,
     from the newest checkpoint, with the same engines."""
     facts = run_facts(config, text, prompts)
@@ -75,11 +73,11 @@ async def _train(config: Config, text: PromptText, prompts: PromptSplit) -> None
         async with open_rollouts(config, running.recorder, text) as rollouts:
             running.supervisor.watch_rollouts(rollouts.collector)
             await rollouts.check(config, prompts)
-            timeline.reached("controller/rewards checked")
+            timeline.mark("controller/rewards checked")
             starting = f"trainer and {config.rollout.engines} x vLLM"
             running.recorder.view.phase("starting", starting)
             start = _start_roles(config, running.trainer, rollouts.collector)
-            if not await running.stop.before(start):
+            if not await running.stop.completes(start):
                 return
             show_trainer(running.recorder, running.trainer)
             while True:
@@ -116,13 +114,13 @@ async def _start_in_turn(config: Config, trainer: TrainerClient, fleet: RolloutF
 async def _start_trainer(trainer: TrainerClient) -> None:
     if not trainer.ranks:  # connected before, where only the export was left
         await trainer.connect()
-    timeline.reached("controller/trainer ready")
+    timeline.mark("controller/trainer ready")
 
 
 async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
     # version: every engine gets the trainer's weights before it samples.
     await fleet.start(config.model.path, policy_version=-1)
-    timeline.reached("controller/engines ready")
+    timeline.mark("controller/engines ready")
 
 
 def _session(
@@ -151,7 +149,7 @@ def dry_run(config: Config) -> None:
 
     check_settings(config)
     require_weights(Path(config.model.path))
-    begin_engines(config)
+    preload_vllm(config)
     with without_garbage_collection():
         text, prompts = read_prompts(config)
     show_batch(config, text, prompts)

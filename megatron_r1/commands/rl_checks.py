@@ -2,7 +2,7 @@
 prompts that it may draw: loaded, cut to those that fit, and reported on.
 
 Trainer ranks take the first GPUs, engines that run on the controller's host equal shares of all
-(`engines.server.gpu`): both are on the same GPUs. `commands.first_recipe.layout` decides the
+(`engines.server.gpu`): both are on the same GPUs. `commands.first_recipe.guess_layout` decides the
 placement that `init` writes, and that a recipe without one is refused with."""
 
 import contextlib
@@ -23,36 +23,36 @@ from r1_grading.terms import RewardUnusable
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
-from megatron_r1.commands.first_recipe import Machine, layout, value_text
+from megatron_r1.commands.first_recipe import Machine, guess_layout, value_text
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.teacher import check_teacher
 from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
 from megatron_r1.data.sampler import drawn_fractions
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import max_model_len
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
-    check_experts_here,
+    check_local_experts,
 )
+from megatron_r1.engines.server.settings import max_model_len
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.supported import check_divisions
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.from_recipe import check_pushes
-from megatron_r1.reporting.wording import counted, percent, printable, shorten_middle
+from megatron_r1.reporting.wording import format_count, format_percent, printable, shorten_middle
 
 VLLM_FRACTION = 0.92
 """vLLM's default of --gpu-memory-utilization (config/cache.py)."""
 
 
-def this_machine() -> Machine:
+def detect_machine() -> Machine:
     """Return this machine: its visible GPUs and the bytes of the smallest one's memory, or without
     a GPU the host's free memory.
 
@@ -110,12 +110,12 @@ def _placement(config: Config, hf: Mapping[str, Any]) -> str:
     if torchrun.SPANS_HOSTS in os.environ:  # with GPUs of other hosts, too
         return unknown
     try:
-        machine = this_machine()
+        machine = detect_machine()
     except (OSError, subprocess.CalledProcessError):
         return unknown
     if not machine.gpus:  # the driver has some, but they have no files in /dev
         return unknown
-    guesses = layout(dict(hf), num_parameters(dict(hf)), machine)
+    guesses = guess_layout(dict(hf), num_parameters(dict(hf)), machine)
     keys = ", ".join(f"{guess.key}: {value_text(guess.value)}" for guess in guesses)
     return f"{keys}, as megatron-r1 init does on this host, or rollout.placement: hosts"
 
@@ -124,7 +124,7 @@ MAX_SHOWN_IDS = 8
 """Token ids that are shown of either end of a prompt."""
 
 
-def _load_prompts(config: Config, text: PromptText) -> PromptSplit:
+def _load_prompts(config: Config, text: PromptTokenizer) -> PromptSplit:
     """Return the prompts of the recipe that an engine has room for, and print what is unusual about
     the data.
 
@@ -132,22 +132,23 @@ def _load_prompts(config: Config, text: PromptText) -> PromptSplit:
         UserError: the data cannot be read, or no prompt is left.
     """
     rows = config.data.model_dump(exclude={"template"})
-    if config.agents.players:
-        from megatron_r1.agents.rows import rows_of
+    if config.agents.player_settings:
+        from megatron_r1.agents.rows import load_run_prompts
 
-        prompts = rows_of(config.agents, **rows)
+        prompts = load_run_prompts(config.agents, **rows)
     else:
         prompts = load_prompts(**rows)
     if prompts.contradictions and config.data.task is None:
         kept, other = prompts.contradictions[0]
         print(
-            f"{config.data.path}: {counted(len(prompts.contradictions), 'row')} left out, whose "
+            f"{config.data.path}: {format_count(len(prompts.contradictions), 'row')} left out, "
+            "whose "
             f"question has another truth before: {shorten(kept.question)!r} has "
             f"{shorten(repr(kept.truth))}, which counts, and {shorten(repr(other.truth))}",
             file=sys.stderr,
         )
     show_padded_truths(config.data.path or config.data.task or "data", prompts)
-    prompts = prompts_that_fit(prompts, text, max_model_len(config))
+    prompts = drop_long_prompts(prompts, text, max_model_len(config))
     for line in _describe_rows(prompts, text):
         print(line)
     per_rollout = config.rl.questions_per_rollout
@@ -166,7 +167,7 @@ def _load_prompts(config: Config, text: PromptText) -> PromptSplit:
     return prompts
 
 
-def _describe_rows(prompts: PromptSplit, text: PromptText) -> list[str]:
+def _describe_rows(prompts: PromptSplit, text: PromptTokenizer) -> list[str]:
     """Return what became of the rows of files, and one question as the policy gets it."""
     if not prompts.reports:
         return []
@@ -176,7 +177,7 @@ def _describe_rows(prompts: PromptSplit, text: PromptText) -> list[str]:
     ids = text.encode(example.question, example.before)
     shown = printable(shorten_middle(text.render(example.question, example.before), 600), True)
     lines += [
-        f"  {counted(sum(kept), 'question')}: {kept[0]:,} to train on, {kept[1]:,} held out",
+        f"  {format_count(sum(kept), 'question')}: {kept[0]:,} to train on, {kept[1]:,} held out",
         f"  the first, {example.location}, as its {len(ids):,} tokens ({_ids(ids)}):",
         *(f"  | {line}" for line in shown.split("\n")),
         f"  truth: {printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
@@ -213,20 +214,24 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
         first = padded[0]
         verb = "begins or ends" if len(padded) == 1 else "begin or end"
         print(
-            f"{source}: {counted(len(padded), 'truth')} {verb} with a space, which "
+            f"{source}: {format_count(len(padded), 'truth')} {verb} with a space, which "
             f"{first.kind} gets with it: {shorten(first.question)!r} has "
             f"{shorten(repr(first.truth))}",
             file=sys.stderr,
         )
 
 
-def prompts_that_fit(prompts: PromptSplit, text: PromptText, limit: int) -> PromptSplit:
+def drop_long_prompts(prompts: PromptSplit, text: PromptTokenizer, limit: int) -> PromptSplit:
     """Return the prompts that are shorter than `limit`, rollout.max_model_len, and print how many
     are left out.
 
+    Args:
+        prompts: the prompts to train on and held out.
+        text: how questions become tokens.
+        limit: tokens of a prompt with its response.
+
     Raises:
-        UserError: no prompt is left to train on.
-    """
+        UserError: no prompt is left to train on."""
     train, heldout = (
         [prompt for prompt in side if text.fits(prompt.question, limit, prompt.before)]
         for side in (prompts.train, prompts.heldout)
@@ -248,7 +253,7 @@ def prompts_that_fit(prompts: PromptSplit, text: PromptText, limit: int) -> Prom
     return replace(prompts, train=train, heldout=heldout)
 
 
-def kinds_drawn(config: Config, prompts: list[Prompt]) -> list[str]:
+def describe_kind_weights(config: Config, prompts: list[Prompt]) -> list[str]:
     """Return a line about each part of the run that draws kinds of questions by weight.
 
     Raises:
@@ -264,28 +269,34 @@ def kinds_drawn(config: Config, prompts: list[Prompt]) -> list[str]:
                 f"{error}, from step {step}", key=error.key, cause=error.cause
             ) from None
         sizes = {kind: fractions[kind] * count for kind, count in counts.most_common()}
-        parts = (f"{percent(size / sum(sizes.values()))} {kind}" for kind, size in sizes.items())
+        parts = (
+            f"{format_percent(size / sum(sizes.values()))} {kind}" for kind, size in sizes.items()
+        )
         lines.append(f"from step {step}: {', '.join(parts)}")
     by_weight = any(phase.rl.kind_weights for _, phase in config.phases())
     return lines if by_weight else []
 
 
-def run_facts(config: Config, text: PromptText, prompts: PromptSplit) -> list[str]:
+def run_facts(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> list[str]:
     """Return lines about the run for its title.
 
+    Args:
+        config: the recipe.
+        text: how questions become tokens.
+        prompts: the prompts to train on and held out.
+
     Raises:
-        UserError: as `kinds_drawn`.
-    """
+        UserError: as `describe_kind_weights`."""
     return [
         config.model.path,
         config.data.task or str(config.data.path),
         f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
-        *kinds_drawn(config, prompts.train),
-        ends_with(config, text),
+        *describe_kind_weights(config, prompts.train),
+        describe_stop_tokens(config, text),
     ]
 
 
-def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
+def prepare(config: Config) -> tuple[PromptTokenizer, PromptSplit]:
     """Check all that can be checked before anything starts; return the tokenizer with its template,
     and the prompts.
 
@@ -299,22 +310,22 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
     return read_prompts(config)
 
 
-def read_prompts(config: Config) -> tuple[PromptText, PromptSplit]:
+def read_prompts(config: Config) -> tuple[PromptTokenizer, PromptSplit]:
     """Return the recipe's prompts and how they become tokens, of settings that have been checked.
 
     Raises:
         UserError: unreadable data, no prompt that fits, or an environment that cannot be used.
     """
     ids = config.rollout.stop_token_ids
-    text = PromptText(config.model.path, config.data.template, stop_token_ids=ids)
-    if config.agents.players:
+    text = PromptTokenizer(config.model.path, config.data.template, stop_token_ids=ids)
+    if config.agents.player_settings:
         from megatron_r1.controller.rollouts.players import check_player
 
         check_player(config, text)
     return text, _load_prompts(config, text)
 
 
-def ends_with(config: Config, text: PromptText) -> str:
+def describe_stop_tokens(config: Config, text: PromptTokenizer) -> str:
     """Return a line on what ends a response: the model's tokens, and the recipe's."""
     rollout, own = config.rollout, {end.id for end in text.end_tokens}
     more = [f"token {token}" for token in rollout.stop_token_ids if token not in own]
@@ -344,7 +355,7 @@ def check_settings(config: Config) -> None:
     # Layers without Transformer Engine need more; whether ranks have it only they know.
     check_divisions(hf, config.parallel, transformer_engine=True)
     check_engines(config, hf)
-    check_experts_here(config.rollout)
+    check_local_experts(config.rollout)
     check_cpu_kernels(config.rollout, hf)
     check_arguments(config.rollout, "rollout")
     check_room(config.rollout)
@@ -379,7 +390,7 @@ def check_sampling(config: Config) -> None:
         rollout, when = phase.rollout, f"rl.schedule, from_step {step}: " if step > 1 else ""
         cut = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
         key, shown = f"rollout.{cut}", f"{when}rollout.{cut}: {getattr(rollout, cut)}"
-        if rollout.is_cut != first[1].rollout.is_cut:
+        if rollout.truncates_sampling != first[1].rollout.truncates_sampling:
             raise UserError(
                 f"{shown}: a batch may hold samples of both settings, and the trainer needs the "
                 "kept tokens of all of them or of none: cut from the first step on, with "
@@ -387,7 +398,7 @@ def check_sampling(config: Config) -> None:
                 key=key,
                 cause=Cause.CONFLICT,
             )
-        if not rollout.is_cut:
+        if not rollout.truncates_sampling:
             continue
         if rollout.top_k is None:
             off = f" (by up to {-math.log(rollout.top_p):.2g} in logprob_diff/mean)"
@@ -410,7 +421,7 @@ def check_sampling(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def naming_renamed_columns(columns: Mapping[str, str] | None) -> Iterator[None]:
+def explain_renamed_columns(columns: Mapping[str, str] | None) -> Iterator[None]:
     """If a reward lacks a field that `data.columns` has renamed, add the new name to the error.
 
     Raises:

@@ -10,20 +10,20 @@ from typing import Any
 from r1_grading import RewardPool
 
 from megatron_r1.base.transports import BACKEND_PREFIX
-from megatron_r1.commands.rl_checks import naming_renamed_columns
+from megatron_r1.commands.rl_checks import explain_renamed_columns
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.teacher import teacher_fleet
 from megatron_r1.data.prompts import PromptSplit
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.episodes import Player
-from megatron_r1.engines.server.from_recipe import engine_settings, fleet_settings, max_model_len
+from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.stored import published
 from megatron_r1.push.plan.adapters import lora_arguments
@@ -34,6 +34,7 @@ class Rollouts:
     """What samples and grades in a run: `collector`, with engines that are still to be started.
 
     Attributes:
+        collector: samples and grades the groups of a step.
         log: the log of finished groups; None without `rl.sample_log`.
         hosts: the hosts of engines that may join."""
 
@@ -45,15 +46,20 @@ class Rollouts:
         """Raise UserError for questions that a reward of the run, or of a later phase of it, cannot
         grade."""
         terms = {term: None for _, phase in config.phases() for term in phase.rewards.weights}
-        with naming_renamed_columns(config.data.columns):
+        with explain_renamed_columns(config.data.columns):
             await self.collector.check(terms, prompts.train + prompts.heldout)
 
 
 @contextlib.asynccontextmanager
 async def open_rollouts(
-    config: Config, recorder: RunRecorder, text: PromptText
+    config: Config, recorder: RunRecorder, text: PromptTokenizer
 ) -> AsyncIterator[Rollouts]:
-    """Yield what samples and grades; close it, and all that it uses, at the end of the block."""
+    """Yield what samples and grades; close it, and all that it uses, at the end of the block.
+
+    Args:
+        config: the recipe.
+        recorder: the run's folder and view.
+        text: how questions become tokens."""
     rewards, notify, folder = config.rewards, recorder.view.message, recorder.folder
     on_one_host, logs = config.push.on_one_host, folder.path / "logs"
     async with open_pool(config.rollout, folder.path, on_one_host, notify) as hosts:
@@ -73,10 +79,10 @@ async def open_rollouts(
             await asyncio.gather(*(each.close() for each in fleets), *closing)
 
 
-def open_player(config: Config, text: PromptText) -> Player | None:
+def open_player(config: Config, text: PromptTokenizer) -> Player | None:
     """Return the player of the run's episodes; None if responses are single turns, which need
     nothing of `megatron_r1.agents`."""
-    if not config.agents.players:
+    if not config.agents.player_settings:
         return None
     from megatron_r1.controller.rollouts.players import make_player
 
@@ -97,7 +103,7 @@ def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> Rol
         # A run that continues must not draw the numbers of its beginning again.
         seed=config.run.seed * 1_000_003 + recorder.state.step,
         return_routing=config.rl.routing_replay,
-        return_sampling_mask=config.rollout.is_cut,
+        return_sampling_mask=config.rollout.truncates_sampling,
         **_model_as_pushed(config),
         **fleet_settings(rollout),
         **engine_settings(rollout),

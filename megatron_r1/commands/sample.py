@@ -22,21 +22,28 @@ from megatron_r1.commands.sampling_run import make_policy, require_same_settings
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.shots import Shots
+from megatron_r1.data.shots import FewShotExamples
 from megatron_r1.data.text import TEMPLATES
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
 from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
-from megatron_r1.sample.decontamination import contaminated, load_avoided
 from megatron_r1.sample.filters import NAMES, PooledFilters, active_filters, check_filters
-from megatron_r1.sample.judge import ResponseJudge, make_judge
-from megatron_r1.sample.judged_rows import PreferencePairs, SafetyLabels
-from megatron_r1.sample.outputs import FILES, Decide, decide_all, write_outputs
-from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
+from megatron_r1.sample.judge import PreferencePairs, ResponseJudge, SafetyLabels, make_judge
+from megatron_r1.sample.selection import (
+    DUPLICATE,
+    FILES,
+    Decide,
+    DecisionCounts,
+    Selection,
+    decide_all,
+    find_contaminated,
+    load_avoided,
+    write_outputs,
+)
 from megatron_r1.sample.sft_examples import Rendering, SFTExamples, cached_rewriter
 
 REQUIRED = ("run.folder",)
@@ -90,11 +97,15 @@ class SampleInputs:
     """The inputs of a recipe, read and checked.
 
     Attributes:
-        avoided: prompt id → why it is not sampled."""
+        prompt_set: the questions, and the number of samples of each.
+        avoided: prompt id → why it is not sampled.
+        shots: worked examples that stand before each question, if any.
+        rendering: how sft.jsonl is written; None for other outputs.
+        rewrite: the user's function that rewrites responses, if any."""
 
     prompt_set: PromptSet
     avoided: dict[str, str]
-    shots: Shots | None
+    shots: FewShotExamples | None
     rendering: Rendering | None
     rewrite: UserFunction | None
 
@@ -140,7 +151,7 @@ def _inputs(config: Config) -> SampleInputs:
     avoid = load_avoided(sample.avoid)
     if config.data.heldout_path:  # data.heldout_fraction makes a disjoint set by itself
         avoid += [prompt.question for prompt in split.heldout]
-    avoided = contaminated(split.train, avoid, sample.avoid_ngram) if avoid else {}
+    avoided = find_contaminated(split.train, avoid, sample.avoid_ngram) if avoid else {}
     prompts = [prompt for prompt in split.train if prompt.id not in avoided]
     if not prompts:
         raise UserError(
@@ -150,7 +161,9 @@ def _inputs(config: Config) -> SampleInputs:
             key="sample.avoid",
             cause=Cause.EMPTY,
         )
-    shots = Shots(sample.shots, sample.num_shots, config.run.seed) if sample.shots else None
+    shots = (
+        FewShotExamples(sample.shots, sample.num_shots, config.run.seed) if sample.shots else None
+    )
     rewrite, rendering = None, None
     if sample.rewrite:
         rewrite = load_function(sample.rewrite, "sample.rewrite", "question, response")
@@ -182,11 +195,11 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
                 pool, weights_at(rewards.weights, step=1), rewards.call_options
             )
         rollout, server = config.rollout, config.sample.server
-        decoding = SamplingSettings.of_rollout(rollout)
+        decoding = SamplingSettings.from_rollout(rollout)
         key = "sample.server"
         policy = await make_policy(config, folder.path, server, key, decoding, inputs.shots)
         stack.push_async_callback(policy.close)
-        settings = _settings_that_matter(config, policy, inputs.shots)
+        settings = _identity_settings(config, policy, inputs.shots)
         require_same_settings(folder, config, settings, log)
         if grader is not None:
             await grader.check(inputs.prompt_set.prompts)
@@ -205,7 +218,9 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
         await _decide(config, folder.path, inputs, log, pool, grader, judge, settings)
 
 
-def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -> dict[str, Any]:
+def _identity_settings(
+    config: Config, policy: Policy, shots: FewShotExamples | None
+) -> dict[str, Any]:
     """Return all that changes responses and grades, but not how many there are or are kept."""
     rollout, rewards = config.rollout, config.rewards
     settings = {
@@ -281,7 +296,7 @@ def _filtered(counts: DecisionCounts) -> str:
     if name is None:
         return ""
     return (
-        f"The filter {name} drops {counted(counts.decisions[name], 'response')} that would be "
+        f"The filter {name} drops {format_count(counts.decisions[name], 'response')} that would be "
         f"kept: sample.filters.{name}: false keeps them. "
     )
 

@@ -14,14 +14,14 @@ from megatron_r1.base.files import atomic_write, fsync
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.data.shots import Shots
+from megatron_r1.data.shots import FewShotExamples
 from megatron_r1.evaluation.identity import require_same_identity
 from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
 from megatron_r1.evaluation.server_policy import ServerPolicy
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.trainer.checkpoints import finding
-from megatron_r1.trainer.operations import FolderOperations
+from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.operations import CheckpointOperations
 
 SOURCE_FILE = ".made_of"
 """The file of an exported folder with the checksum of the checkpoint's manifest, which covers all
@@ -42,9 +42,9 @@ async def export_checkpoint(
     Raises:
         UserError: a checkpoint outside a run.
         TrainerError: the trainer fails."""
-    listed, exported = checkpoint / finding.MANIFEST, target / SOURCE_FILE
+    listed, exported = checkpoint / checkpoint_folders.MANIFEST, target / SOURCE_FILE
     # A checkpoint without manifest is damaged: loading it raises.
-    source = finding.file_entry(listed).checksum if listed.is_file() else ""
+    source = checkpoint_folders.file_entry(listed).checksum if listed.is_file() else ""
     if exported.is_file() and exported.read_text(encoding="ascii") == source:
         return
     recipe = checkpoint.resolve().parents[1] / "config.yaml"
@@ -62,9 +62,9 @@ async def export_checkpoint(
         trainer.launch()
         await trainer.connect()
         await trainer.call(
-            FolderOperations.load_checkpoint, folder=str(checkpoint.resolve()), reference=False
+            CheckpointOperations.load_checkpoint, folder=str(checkpoint.resolve()), reference=False
         )
-        await trainer.call(FolderOperations.export, folder=str(partial.resolve()))
+        await trainer.call(CheckpointOperations.export, folder=str(partial.resolve()))
     finally:
         await trainer.close()
     atomic_write(partial / SOURCE_FILE, source)
@@ -133,7 +133,7 @@ async def make_policy(
     server: ServerConfig | None,
     key: str,
     decoding: SamplingSettings,
-    shots: Shots | None = None,
+    shots: FewShotExamples | None = None,
 ) -> Policy:
     """Return the served model, or engines for `model.path`; a checkpoint is exported first.
 

@@ -36,7 +36,7 @@ from megatron_r1.base.processes.stopping import read_when_ready
 from megatron_r1.commands import score_audit
 from megatron_r1.config import Config
 from megatron_r1.data.table_files import describe_json_error
-from megatron_r1.reporting.wording import duration
+from megatron_r1.reporting.wording import format_duration
 
 ARGUMENTS = ("IN.jsonl", "OUT.jsonl")
 SETTINGS = ("rewards", "data.kind")
@@ -70,12 +70,18 @@ def run(
     Uses every core unless `rewards.workers` is given. `target` appears when all lines are graded.
     `score_audit.run` has the errors of an audit.
 
+    Args:
+        config: the settings given on the command line.
+        source: the JSONL file to grade.
+        target: the file to write.
+        audit: a graded file, or a run's folder, whose rewards are audited instead.
+        **options: those of an audit, by name.
+
     Raises:
         UserError: the source cannot be read, or the target cannot be written.
         RunError: no worker can be started, or the reader of the output has ended. After all lines
             are written: a served model failed, or no line could be graded, as such zeros should not
-            be trained on.
-    """
+            be trained on."""
     if audit is not None:
         score_audit.run(config, audit, **options)
         return
@@ -185,7 +191,7 @@ class _Scoring:
             f"{kind} {total / count:.3f} ({count:,})"
             for kind, (total, count) in sorted(self._rewards.items())
         ]
-        seconds = duration(time.perf_counter() - self._start)
+        seconds = format_duration(time.perf_counter() - self._start)
         line = f"score: {', '.join(parts)}; mean reward {', '.join(means) or '-'}; {seconds}"
         if self.num_ungraded:
             line += f"\nscore: the first that could not: {self.first_ungraded}"

@@ -29,13 +29,13 @@ from megatron_r1.controller.verifier_audit import (
     source_of,
 )
 from megatron_r1.data.table_files import describe_json_error
-from megatron_r1.evaluation.intervals import FractionEstimate
 from megatron_r1.evaluation.verifier_errors import (
     AUDITED,
     AnswerContent,
     ErrorRates,
+    FractionEstimate,
     GradedAnswer,
-    SecondMethods,
+    SecondMethodJudge,
 )
 
 OPTION = "--audit"
@@ -43,9 +43,9 @@ GROUP_FIELDS = ("group", "prompt_id", "question")
 """Fields that the responses to one question share, the first that is there."""
 NOT_READ = ("kind", "response", "truth", "reward", "reason", "group", "prompt_id", "index")
 """Fields that the second method does not get as arguments."""
-MOST_ANSWERS = 10_000
+MAX_ANSWERS = 10_000
 """Steps of a run are read until there are as many answers."""
-SHOWN = 20
+MAX_SHOWN = 20
 """As many of the responses concerned are printed; --json has all."""
 
 
@@ -107,7 +107,7 @@ async def _audit(
     cores = len(os.sched_getaffinity(0))
     workers = settings.workers if "workers" in settings.model_fields_set else cores
     async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
-        methods = SecondMethods(pool, settings.call_options)
+        methods = SecondMethodJudge(pool, settings.call_options)
         return await audit(
             answers,
             methods.judge,
@@ -125,7 +125,7 @@ def _advantages_of(rl: RLConfig) -> Advantages:
 
 def read_run(path: Path) -> tuple[Config, list[GradedAnswer]]:
     """Return a run's settings, and the graded answers of its newest logged steps: of as many as
-    have `MOST_ANSWERS`, whose texts are in memory.
+    have `MAX_ANSWERS`, whose texts are in memory.
 
     Args:
         path: the run's folder.
@@ -155,7 +155,7 @@ def read_run(path: Path) -> tuple[Config, list[GradedAnswer]]:
             opened,
         )
         read.append(recorded.step)
-        if len(answers) >= MOST_ANSWERS:
+        if len(answers) >= MAX_ANSWERS:
             break
     print(f"{path}: steps {read[-1]} to {read[0]}, {len(steps) - len(read)} older ones left out")
     return settings, answers
@@ -205,7 +205,7 @@ def _answer(path: Path, number: int, offset: int, line: bytes, kind: str | None)
     if group is None and {"id", "index"} <= record.keys():  # a line of eval's samples.jsonl
         group = f"{record.get('benchmark')} {record['id']}"
     return GradedAnswer(
-        place=place,
+        id=place,
         source=source_of(record),
         kind=str(kind),
         group=group,
@@ -256,7 +256,7 @@ def describe(result: Audit, path: str) -> list[str]:
     if (effect := result.effect) is not None:
         change = effect.mean_change
         ends = "" if change.low is None else f" ({change.low:.3f} to {change.high:.3f})"
-        signs = _shown(effect.sign_changes)
+        signs = _format_fraction(effect.sign_changes)
         lines += [
             "",
             f"corrected in {effect.num_drawn:,} of {effect.num_groups:,} groups: advantages change "
@@ -264,22 +264,24 @@ def describe(result: Audit, path: str) -> list[str]:
         ]
     if result.concerned:
         lines += ["", f"verdicts that are wrong or undecided: {len(result.concerned):,}"]
-    for answer, finding in result.concerned[:SHOWN]:
+    for answer, finding in result.concerned[:MAX_SHOWN]:
         verdict = "accepted" if answer.is_accepted else "rejected"
         lines.append(
-            f"  {finding.outcome:9} {verdict:8} {answer.place}: {shorten(finding.reason, 160)}"
+            f"  {finding.outcome:9} {verdict:8} {answer.id}: {shorten(finding.reason, 160)}"
         )
-    if len(result.concerned) > SHOWN:
+    if len(result.concerned) > MAX_SHOWN:
         lines.append("  … --json FILE has all")
     return lines
 
 
 def _row(name: str, rates: ErrorRates) -> str:
-    fractions = (_shown(fraction) for fraction in (rates.wrongly_rejected, rates.wrongly_accepted))
+    fractions = (
+        _format_fraction(fraction) for fraction in (rates.wrongly_rejected, rates.wrongly_accepted)
+    )
     return f"{shorten(name, 24):24} " + " ".join(f"{each:>38}" for each in fractions)
 
 
-def _shown(fraction: FractionEstimate | None) -> str:
+def _format_fraction(fraction: FractionEstimate | None) -> str:
     """Return "2.0% (0.3% to 7.1%), 1+3 of 50": wrong and undecided ones of those drawn."""
     if fraction is None:
         return "-"

@@ -7,15 +7,21 @@ import msgspec
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands import supervised
-from megatron_r1.commands.supervised import SupervisedTask, with_steps
-from megatron_r1.commands.training_run import begin_trainer, check_trainer
+from megatron_r1.commands.supervised import SupervisedTask, resolve_steps
+from megatron_r1.commands.training_run import check_trainer, preload_megatron
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.data.conversations import ExampleText
-from megatron_r1.data.mixture import MixtureSampler, describe_mixture, load_mixture
+from megatron_r1.data.conversations import ExampleTokenizer
 from megatron_r1.data.renamed_rows import DataReport
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
+from megatron_r1.data.sft import (
+    ExampleSampler,
+    MixtureSampler,
+    SFTExample,
+    describe_mixture,
+    load_examples,
+    load_mixture,
+)
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.wording import printable, shorten_middle
 from megatron_r1.trainer.operations import SUPERVISED
@@ -32,9 +38,9 @@ def run(config: Config) -> None:
         UserError: a mistake in the recipe or its data, before any long work.
     """
     check_settings(config)
-    begin_trainer()
+    preload_megatron()
     text, examples, contents = read_examples(config)
-    config = with_steps(config, "sft", examples.epoch_size)
+    config = resolve_steps(config, "sft", examples.epoch_size)
 
     def to_samples(batch: list[SFTExample]) -> list[Sample]:
         return [make_sample(*text.encode(example)) for example in batch]
@@ -48,7 +54,7 @@ def dry_run(config: Config) -> None:
     `run`."""
     check_settings(config)
     text, examples, contents = read_examples(config)
-    config = with_steps(config, "sft", examples.epoch_size)
+    config = resolve_steps(config, "sft", examples.epoch_size)
     for line in contents:
         print(line)
     lengths = [
@@ -85,14 +91,14 @@ def check_settings(config: Config) -> None:
     read_hf_config(config.model.path)
 
 
-def read_examples(config: Config) -> tuple[ExampleText, EpochSampler[SFTExample], list[str]]:
+def read_examples(config: Config) -> tuple[ExampleTokenizer, EpochSampler[SFTExample], list[str]]:
     """Return the tokenizer with its template, the sampler of examples, and lines about these.
     Renders an example of each sequence of roles.
 
     Raises:
         UserError: the data cannot be read, or the template refuses an example.
     """
-    text = ExampleText(config.model.path, config.sft.template)
+    text = ExampleTokenizer(config.model.path, config.sft.template)
     sampler, lines = load_sampler(config)
     rendered = set()
     for example in sampler.items:
@@ -100,7 +106,7 @@ def read_examples(config: Config) -> tuple[ExampleText, EpochSampler[SFTExample]
         if (form := (roles, example.learned_from, bool(example.tools))) not in rendered:
             rendered.add(form)
             text.encode(example)
-    return text, sampler, [*lines, *shown(sampler.items[0], text)]
+    return text, sampler, [*lines, *mark_learned(sampler.items[0], text)]
 
 
 def load_sampler(config: Config) -> tuple[EpochSampler[SFTExample], list[str]]:
@@ -119,7 +125,7 @@ def load_sampler(config: Config) -> tuple[EpochSampler[SFTExample], list[str]]:
     return MixtureSampler(parts, config.run.seed, shuffled), [*describe_mixture(parts), *lines]
 
 
-def shown(example: SFTExample, text: ExampleText) -> list[str]:
+def mark_learned(example: SFTExample, text: ExampleTokenizer) -> list[str]:
     """Return an example's text, with what is learned between « and »."""
     token_ids, is_learned = text.encode(example)
     pieces = []

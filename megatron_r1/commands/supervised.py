@@ -25,6 +25,8 @@ class SupervisedTask(Generic[Item]):
     """A data set, its loss and its evaluation.
 
     Attributes:
+        config: the recipe.
+        sampler: draws the items of each batch.
         batch_size: items per optimizer step.
         to_samples: tokenizes the items of a batch.
         loss: as "module:function".
@@ -42,13 +44,19 @@ class SupervisedTask(Generic[Item]):
     evaluate: Callable[[RunRecorder, TrainerClient], Awaitable[None]] | None = None
 
 
-def with_steps(config: Config, section: Literal["sft", "reward_model"], epoch_size: int) -> Config:
+def resolve_steps(
+    config: Config, section: Literal["sft", "reward_model"], epoch_size: int
+) -> Config:
     """Return the configuration with the `run.steps` that the section's `epochs` amounts to; the
     last batch may begin another epoch.
 
+    Args:
+        config: the recipe.
+        section: the section whose `epochs` and `batch_size` count.
+        epoch_size: items of an epoch.
+
     Raises:
-        UserError: the recipe sets another number.
-    """
+        UserError: the recipe sets another number."""
     settings = getattr(config, section)
     if settings.epochs is None:
         return config
@@ -129,7 +137,7 @@ async def _step(task: SupervisedTask, recorder: RunRecorder, trainer: TrainerCli
     metrics |= await trainer.update(0, task.loss, None, rate)
     seconds = time.perf_counter() - start
     metrics["trainer/restarts"] = trainer.num_restarts
-    metrics |= await recorder.checkpoints.completed(trainer)
+    metrics |= await recorder.checkpoints.completed_metrics(trainer)
     metrics |= {
         "learning_rate": rate,
         "time/train": seconds,

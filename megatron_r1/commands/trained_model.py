@@ -15,7 +15,7 @@ from megatron_r1.data.text import PLACEHOLDER, TEMPLATES
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server import gpu
 from megatron_r1.models.hf_config import hub_hint
-from megatron_r1.trainer.checkpoints.finding import STATE_FILE, complete_checkpoints
+from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, complete_checkpoints
 
 SPEAKER = re.compile(r"\S+: ")
 

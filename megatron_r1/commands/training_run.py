@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_r1.base.errors import Cause, TrainerError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.weight_files import require_complete, weight_files
-from megatron_r1.base.processes import preloaded, timeline
+from megatron_r1.base.processes import fork_client, timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
@@ -30,32 +30,31 @@ from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.controller.trainer_calls.ranks import MODULE as RANK
 from megatron_r1.controller.trainer_calls.ranks import import_environment
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import engine_settings
 from megatron_r1.engines.server.settings import MODULE as ENGINE
-from megatron_r1.engines.server.settings import EngineSettings
+from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 from megatron_r1.evaluation.model_folder import has_newest_export
-from megatron_r1.models.hf_config import as_read, num_mtp_layers, read_hf_config
+from megatron_r1.models.hf_config import describe_config_changes, num_mtp_layers, read_hf_config
 from megatron_r1.models.supported import check_exchange_overlap
 from megatron_r1.models.weights.adapter_table import check_adapters
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.trainer.operations import FolderOperations
+from megatron_r1.trainer.operations import CheckpointOperations
 
 
-def begin_engines(config: Config) -> None:
+def preload_vllm(config: Config) -> None:
     """Begin the import of vLLM for engines on this host: four seconds of CPU. The process ends with
     this one, also if no engine is started. Call it once the settings are checked."""
     if config.rollout.placement == "local":
         own = engine_settings(config.rollout)
         replay = config.rl.routing_replay
         settings = EngineSettings(device=gpu.device(), return_routing=replay, **own)
-        preloaded.begin(ENGINE, settings.environment())
+        fork_client.preload(ENGINE, settings.environment())
 
 
-def begin_trainer() -> None:
+def preload_megatron() -> None:
     """Begin the import of Megatron-Core, likewise, for ranks that the controller starts on a host
     without GPUs: two seconds of CPU."""
     if torchrun.starts_ranks() and not gpu.is_usable():
-        preloaded.begin(RANK, import_environment())
+        fork_client.preload(RANK, import_environment())
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ async def training_run(
                 await recorder.checkpoints.finish(trainer)
                 if recorder.state.step >= config.run.steps:
                     await _export(config, recorder, trainer)
-            stop.done()
+            stop.clear()
             if recorder.state.step < config.run.steps:
                 raise KeyboardInterrupt
             outcome = "finished"
@@ -186,9 +185,9 @@ async def training_run(
             await trainer.close()
             recorder.close(outcome or f"stopped after step {recorder.state.step},")
             if folder.read_metrics():
-                timeline.reached("controller/roles ended")
+                timeline.mark("controller/roles ended")
                 _write_report(folder, title, facts, next_commands)
-                timeline.reached("controller/report written")
+                timeline.mark("controller/report written")
 
 
 def show_trainer(recorder: RunRecorder, trainer: TrainerClient) -> None:
@@ -225,7 +224,7 @@ def _trainer(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
     num_updates = config.num_policy_updates if name == "rl" else config.run.steps
     if note := warmup_note(config.optimizer, num_updates):
         notify(note)
-    for sentence in as_read(config.model.path):
+    for sentence in describe_config_changes(config.model.path):
         notify(sentence)
     port = os.environ.get(PORT)
     bind = f"tcp://*:{port}" if port else "tcp://127.0.0.1:*"
@@ -238,10 +237,10 @@ async def _export(config: Config, recorder: RunRecorder, trainer: TrainerClient)
     folder = recorder.folder
     recorder.view.phase("exporting", str(folder.hf))
     if config.model.lora is not None:
-        await trainer.call(FolderOperations.export_adapter, folder=str(folder.adapter))
-    timeline.reached("controller/steps done")
-    await trainer.call(FolderOperations.export, folder=str(folder.hf))
-    timeline.reached("controller/exported")
+        await trainer.call(CheckpointOperations.export_adapter, folder=str(folder.adapter))
+    timeline.mark("controller/steps done")
+    await trainer.call(CheckpointOperations.export, folder=str(folder.hf))
+    timeline.mark("controller/exported")
 
 
 def _write_report(
@@ -272,7 +271,7 @@ def _with_microbatch(
     if gpu.is_usable() or SPANS_HOSTS in os.environ:
         return config
     memory = cpu_memory(config, world_size, has_engines=has_engines)
-    tokens = memory.microbatch(config.parallel.tokens_per_microbatch)
+    tokens = memory.microbatch_tokens(config.parallel.tokens_per_microbatch)
     notify(memory.describe(tokens))
     return config.with_changes(parallel={"tokens_per_microbatch": tokens})
 

@@ -14,7 +14,7 @@ from megatron_r1.config import Config
 HEADER = {"ARGUMENTS", "REQUIRED", "SETTINGS", "OPTIONS", "REPEATED", "INSTEAD", "IMPLIED"}
 
 
-def accept(config: Config) -> None:
+def accept_any_settings(config: Config) -> None:
     """Accept any settings: the check of a verb whose module defines none."""
 
 
@@ -64,7 +64,7 @@ def load_verb(name: str, module_name: str) -> VerbModule:
     return VerbModule(
         **_header(name, module.__doc__, vars(module)),
         run=module.run,
-        check=getattr(module, "check", accept),
+        check=getattr(module, "check", accept_any_settings),
         from_run=getattr(module, "from_run", None),
         dry_run=getattr(module, "dry_run", None),
     )

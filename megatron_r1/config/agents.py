@@ -71,7 +71,7 @@ class AgentsConfig(Section):
     """a tool's longer result is cut off"""
 
     @property
-    def players(self) -> dict[str, str | list[str]]:
+    def player_settings(self) -> dict[str, str | list[str]]:
         """The settings that name what plays the episodes, by key; empty if responses are single
         turns. A run has one of them at most."""
         players = {

@@ -34,6 +34,7 @@ class Hardware:
     """One GPU and its share of a node; links in one direction."""
 
     name: str
+    """Its name in `HARDWARE`, as --hardware takes it"""
     memory: Bytes
     """Memory of a GPU as CUDA reports it to programs, in whole GiB; nvidia-smi shows 81,559 MiB of
     an H100, 143,771 of an H200 and 183,359 of a B200."""
@@ -77,14 +78,14 @@ HARDWARE = {
 class Assumptions:
     """Numbers of the estimate that no table gives."""
 
-    compute_efficiency: Fraction = 0.46
+    compute_efficiency: Fraction = 0.48
     """Share of the bf16 peak while a stage computes, without bubbles and communication; fitted to
     published runs (megatron-r1 plan --published)."""
     fp8_speedup: Ratio = 1.46
     """Rate of FP8 products over that of bf16 ones: DeepGEMM's 1,297 and 1,099 TFLOP/s in both
     products of DeepSeek-V3's experts on H800 (its README of 2025), over the 839 of bf16 ones on an
     H200 (docs/benchmarks/gpu-h200.md); what casts take is not in it."""
-    bandwidth_efficiency: Fraction = 0.32
+    bandwidth_efficiency: Fraction = 0.38
     """Share of the memory bandwidth while an engine decodes; fitted to published runs."""
     link_efficiency: Fraction = 0.78
     """Share of NVLink's and the network's rate in a collective; fitted to published runs."""
@@ -111,12 +112,16 @@ class Assumptions:
     gradients_exposed: Fraction = 0.5
     """Share of the data axis's traffic that does not overlap: the reduce-scatter overlaps the last
     micro-batches, the all-gather does not; a guess."""
-    decode_latency_per_layer: Seconds = 240e-6
+    decode_latency_per_layer: Seconds = 230e-6
     """Least time of a decoding step in each layer of an engine of several GPUs, for any batch,
     without its exchanges: small kernels; fitted to published runs."""
     eager_latency_per_layer: Seconds = 1e-3
     """What `enforce_eager` (no CUDA graphs) adds to it: some hundred launches of 10 us by the
     host; a guess."""
+    pass_seconds: Seconds = 5e-3
+    """What a pass of an engine takes besides its layers, while its GPUs wait: scheduling, inputs,
+    sampling and outputs. 5 to 6 ms between two passes of 256 sequences (vllm#10634), 4 to 13 before
+    (vllm#6854); a guess for smaller batches and newer versions, which do some of it meanwhile."""
     host_stall_seconds: Seconds = 200e-6
     """A wait of the host for the device, which is idle until new kernels arrive: once for each
     send or receive between pipeline stages (Megatron-Core exchanges shapes and synchronizes,
@@ -150,9 +155,9 @@ class Assumptions:
     """Questions of a `sample` run without data.num_train; a guess."""
 
 
-def fields_of(part: object) -> dict[str, FieldInfo]:
+def described_fields(model: object) -> dict[str, FieldInfo]:
     """Return the named numbers of a part; a field's description is its docstring."""
-    fields: dict[str, Any] = type(part).__pydantic_fields__  # type: ignore[attr-defined]
+    fields: dict[str, Any] = type(model).__pydantic_fields__  # type: ignore[attr-defined]
     return {name: info for name, info in fields.items() if name != "name"}
 
 
@@ -167,12 +172,12 @@ def link_rate(hardware: Hardware, assumptions: Assumptions, span: int) -> float:
         assumptions: with the efficiency of links.
         span: ranks from the first to the last of the group.
     """
-    inside = fraction_inside(hardware.gpus_per_node, span)
+    inside = intra_node_fraction(hardware.gpus_per_node, span)
     slowest = max(inside / hardware.nvlink, (1 - inside) / hardware.network)
     return assumptions.link_efficiency / slowest
 
 
-def fraction_inside(gpus_per_node: int, span: int) -> float:
+def intra_node_fraction(gpus_per_node: int, span: int) -> float:
     """Return the share of a group's bytes that stay within a node."""
     return min(1.0, gpus_per_node / span)
 

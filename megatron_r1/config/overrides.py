@@ -9,11 +9,11 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config.key_listing import dotted_keys
-from megatron_r1.config.mistakes import refusal
+from megatron_r1.config.keys import dotted_keys
 from megatron_r1.config.recipe import known_keys
 from megatron_r1.config.section import Section
-from megatron_r1.config.yaml_text import parse_text, put
+from megatron_r1.config.validation_errors import recipe_error
+from megatron_r1.config.yaml_text import parse_value, set_nested
 
 T = TypeVar("T", bound=Section)
 
@@ -84,19 +84,19 @@ def take_section(overrides: Mapping[str, Any], settings: type[T]) -> tuple[T, di
     others = {}
     for key, value in overrides.items():
         if key.partition(".")[0] in settings.model_fields:
-            put(tree, key.split("."), value, key)
+            set_nested(tree, key.split("."), value, key)
         else:
             others[key] = value
     try:
         return settings.model_validate(tree), others
     except ValidationError as failure:
         known = [key for key, _ in dotted_keys(settings)]
-        raise refusal(failure, settings, known) from None
+        raise recipe_error(failure, settings, known) from None
 
 
 def _value(text: str) -> Any:
     try:
-        value = parse_text(text) if text else ""
+        value = parse_value(text) if text else ""
     except yaml.YAMLError:
         return text  # no YAML, such as a template
     # `{problem}` is YAML, too: a mapping of a name to nothing, which no setting takes.

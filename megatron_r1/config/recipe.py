@@ -18,7 +18,6 @@ from megatron_r1.config.critic import CriticConfig
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.eval import EvalConfig
 from megatron_r1.config.fp8 import FP8Config
-from megatron_r1.config.mistakes import refusal, without_removed
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.optimizer import OptimizerConfig
 from megatron_r1.config.parallel import ParallelConfig
@@ -32,7 +31,8 @@ from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.section import Resumable, Section, is_within, resumable_keys
 from megatron_r1.config.sft import SFTConfig
 from megatron_r1.config.teacher import TeacherConfig
-from megatron_r1.config.yaml_text import as_yaml, put, read_sections
+from megatron_r1.config.validation_errors import drop_removed_keys, recipe_error
+from megatron_r1.config.yaml_text import dump_yaml, read_sections, set_nested
 
 
 class Config(Section):
@@ -146,7 +146,7 @@ class Config(Section):
                 type(self).model_validate(tree)
             except ValidationError as failure:
                 place = f"rl.schedule, from_step: {entry.from_step}"
-                error = refusal(failure, type(self), known_keys(), place)
+                error = recipe_error(failure, type(self), known_keys(), place)
                 error.key = "rl.schedule"
                 raise error from None
         return self
@@ -265,7 +265,7 @@ def from_tree(
     tree: dict[str, Any],
     origin: str,
     required: tuple[str, ...] = (),
-    given: Collection[str] = (),
+    overrides: Collection[str] = (),
 ) -> Config:
     """Build the configuration from a recipe's sections.
 
@@ -273,11 +273,11 @@ def from_tree(
         tree: sections and their values, as the recipe has them.
         origin: name of the recipe in errors.
         required: keys that must be set.
-        given: keys that the command line sets.
+        overrides: keys that the command line sets.
 
     Raises:
         UserError: the tree has mistakes; every one is named."""
-    config = parse(tree, origin, given)
+    config = parse(tree, origin, overrides)
     missing = [key for key in required if not attrgetter(key)(config)]
     if missing:
         remedy = "".join(REMEDIES.get(key, "") for key in missing)
@@ -299,32 +299,32 @@ def from_overrides(overrides: dict[str, Any]) -> Config:
     return parse(_with_overrides({}, overrides), "command line")
 
 
-def parse(tree: dict[str, Any], origin: str = "config", given: Collection[str] = ()) -> Config:
+def parse(tree: dict[str, Any], origin: str = "config", overrides: Collection[str] = ()) -> Config:
     """Build the typed configuration from nested sections.
 
     Args:
         tree: section → key → value.
         origin: where the settings are from, in front of messages.
-        given: keys that the command line sets.
+        overrides: keys that the command line sets.
 
     Raises:
         UserError: naming each wrong key, its value and the remedy.
     """
     try:
-        return Config.model_validate(without_removed(tree))
+        return Config.model_validate(drop_removed_keys(tree))
     except ValidationError as failure:
         wrong = [".".join(map(str, error["loc"])) for error in failure.errors()]
-        if all(key and is_within(key, given) for key in wrong):
+        if all(key and is_within(key, overrides) for key in wrong):
             origin = "command line"
-        raise refusal(failure, Config, known_keys(), origin) from None
+        raise recipe_error(failure, Config, known_keys(), origin) from None
 
 
 def dump(config: Config) -> str:
     """Return the resolved configuration as YAML with every key."""
-    return as_yaml(config.model_dump())
+    return dump_yaml(config.model_dump())
 
 
 def _with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     for dotted, value in overrides.items():
-        put(tree, dotted.split("."), value, dotted)
+        set_nested(tree, dotted.split("."), value, dotted)
     return tree

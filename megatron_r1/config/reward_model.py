@@ -36,6 +36,6 @@ class RewardModelConfig(Section):
     """share of the prompts that is held out, by their question"""
 
     @property
-    def shown(self) -> Part:
+    def scored_part(self) -> Part:
         """The part of a response that is scored."""
         return self.part or ("summary" if self.kind == "pairwise" else "response")

@@ -24,15 +24,17 @@ from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import algorithms
 from megatron_r1.config.algorithms import (
     AdvantageStd,
+    EngineMask,
+    EngineMaskMethod,
     KLEstimator,
     LossAverage,
     LossSettings,
     RatioLevel,
     TokenSettings,
+    make_engine_mask,
 )
-from megatron_r1.config.corrections import EngineMask, EngineMaskMethod, engine_mask
 from megatron_r1.config.section import Resumable, Section
-from megatron_r1.config.yaml_text import as_sections
+from megatron_r1.config.yaml_text import nest_keys
 
 SCHEDULED = {
     "rollout": ("temperature", "top_p", "top_k", "min_p", "max_response_tokens"),
@@ -98,7 +100,7 @@ def changes_at(schedule: list[ScheduleEntry], step: int) -> dict[str, dict[str, 
     for entry in schedule:
         if entry.from_step <= step:
             changes |= entry.changes
-    return as_sections(changes)
+    return nest_keys(changes)
 
 
 def digest_until(schedule: list[ScheduleEntry], step: int) -> str:
@@ -308,6 +310,11 @@ class RLConfig(Section):
                 key="rl.dual_clip",
                 cause=Cause.CONFLICT,
             )
+        return self
+
+    @model_validator(mode="after")
+    def _advantages_fit_the_algorithm(self) -> Self:
+        algorithm = algorithms.find_rules(self.algorithm)
         if self.gae_lambda != 1 and not algorithm.critic:
             raise UserError(
                 f"rl.gae_lambda: {self.gae_lambda:g}: {self.algorithm} has no critic, whose values "
@@ -363,7 +370,7 @@ class RLConfig(Section):
     def engine_mask_settings(self) -> EngineMask:
         """The mask by engine and trainer, with its bounds."""
         low, high = self.engine_mask_low, self.engine_mask_high
-        return engine_mask(self.engine_mask, low, high, self.ratio_level)
+        return make_engine_mask(self.engine_mask, low, high, self.ratio_level)
 
     def loss_settings(self, max_response_tokens: int) -> LossSettings:
         """Return the settings of the algorithm's loss.

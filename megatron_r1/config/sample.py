@@ -128,14 +128,17 @@ class SampleConfig(Section):
     avoid_ngram: int = Field(13, ge=0)
     """words in a row that such a question must not share; 0: equality only"""
     keep: KeepConfig = KeepConfig()
+    """which graded responses are kept"""
     filters: dict[str, Any] = {}
     """{name: its options, true, or false to switch it off}, over the defaults of output"""
     rewrite: str | None = None
     """module:function(question, response) → readable response, or None"""
     render: RenderConfig = RenderConfig()
+    """the form of sft.jsonl"""
     judge: str = SERVED_JUDGE
     """who judges pairs and labels: judge (rewards.options.judge), or module:function"""
     pairs: PairsConfig = PairsConfig()
+    """the pairs of output `pairs`"""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 class Section(BaseModel):
     """Typed, immutable settings; unknown keys are refused.
 
-    A field's meaning is the docstring below it (`config.key_listing`), or its `description` where
+    A field's meaning is the docstring below it (`config.keys`), or its `description` where
     the text is computed."""
 
     model_config = ConfigDict(

@@ -5,8 +5,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.config.mistakes import refusal
 from megatron_r1.config.section import Section
+from megatron_r1.config.validation_errors import recipe_error
 
 
 class MixturePart(Section):
@@ -109,6 +109,6 @@ def _read_part(number: int, entry: Any) -> MixturePart:
     try:
         return MixturePart.model_validate(entry)
     except ValidationError as failure:
-        error = refusal(failure, MixturePart, place=place)
+        error = recipe_error(failure, MixturePart, origin=place)
         error.key = f"{place}.{error.key}"
         raise error from None

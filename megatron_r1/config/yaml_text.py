@@ -14,13 +14,13 @@ MERGE = "tag:yaml.org,2002:merge"
 
 
 def read_sections(
-    path: Path, what: str = "recipe", prepare: Callable[[str], str] = str
+    path: Path, source: str = "recipe", prepare: Callable[[str], str] = str
 ) -> dict[str, Any]:
     """Read the sections of a YAML file, empty ones left out.
 
     Args:
         path: the file.
-        what: name of the file's kind in errors.
+        source: name of the file's kind in errors.
         prepare: is applied to the text before it is parsed.
 
     Raises:
@@ -28,35 +28,35 @@ def read_sections(
             may merge a key that the mapping also sets), and for content that is not a mapping."""
     if path.is_dir():
         raise UserError(
-            f"{what} {path}: is a folder; name a file in it", key=what, cause=Cause.MALFORMED
+            f"{source} {path}: is a folder; name a file in it", key=source, cause=Cause.MALFORMED
         )
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")], "{}")
         raise UserError(
-            f"{what} {path}: no such file (relative to {Path.cwd()}){near}",
-            key=what,
+            f"{source} {path}: no such file (relative to {Path.cwd()}){near}",
+            key=source,
             cause=Cause.NOT_FOUND,
         )
     try:
         tree = _parse(prepare(path.read_text(encoding="utf-8")), path.name) or {}
     except yaml.YAMLError as error:
         raise UserError(
-            f"{what} {path}: not YAML: {error}", key=what, cause=Cause.MALFORMED
+            f"{source} {path}: not YAML: {error}", key=source, cause=Cause.MALFORMED
         ) from None
     except UserError as error:
-        raise UserError(f"{what} {path}: {error}", key=error.key, cause=error.cause) from None
+        raise UserError(f"{source} {path}: {error}", key=error.key, cause=error.cause) from None
     except ValueError as error:
-        raise UserError(f"{what} {path}: {error}", key=what, cause=Cause.MALFORMED) from None
+        raise UserError(f"{source} {path}: {error}", key=source, cause=Cause.MALFORMED) from None
     if not isinstance(tree, dict):
         raise UserError(
-            f"{what} {path}: must be a mapping of sections, found {type(tree).__name__}",
-            key=what,
+            f"{source} {path}: must be a mapping of sections, found {type(tree).__name__}",
+            key=source,
             cause=Cause.MALFORMED,
         )
     return {section: keys for section, keys in tree.items() if keys is not None}
 
 
-def as_sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def nest_keys(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return `{"section.key": value}` as sections."""
     tree: dict[str, dict[str, Any]] = {}
     for dotted, value in settings.items():
@@ -65,7 +65,7 @@ def as_sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return tree
 
 
-def put(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
+def set_nested(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
     """Set the value at nested `keys` of `tree`; a parent that is missing or null becomes a section.
 
     Args:
@@ -89,13 +89,13 @@ def put(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
     tree[leaf] = value
 
 
-def as_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a setting as YAML on one line, as `parse_overrides` reads it."""
-    text = as_yaml(value, default_flow_style=True, width=10**6, sort_keys=True)
+    text = dump_yaml(value, default_flow_style=True, width=10**6, sort_keys=True)
     return text.removesuffix("...\n").strip()
 
 
-def parse_text(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """Return the value of a setting written as YAML.
 
     Raises:
@@ -119,8 +119,8 @@ def _parse(text: str, name: str) -> Any:
         raise
 
 
-def as_yaml(value: Any, **layout: Any) -> str:
-    """Return YAML that `read_sections` and `parse_text` read as `value`.
+def dump_yaml(value: Any, **layout: Any) -> str:
+    """Return YAML that `read_sections` and `parse_value` read as `value`.
 
     Args:
         value: plain values in mappings and lists.

@@ -4,12 +4,12 @@
 2. `cpu_memory`: the micro-batch that fits into a host without GPUs.
 3. `supervision`: the watch over the run, its health endpoint and restarts.
 4. `loop`: the algorithm.
-5. `policy_engines`: the engines as the loop uses them; `push` brings them the trainer's weights.
+5. `roles`: the engines and the trainer as the loop uses them; `push` brings the engines the
+   trainer's weights.
 6. `rollouts`: prompts, responses and their rewards; `teacher` has the engines that score tokens
    in on-policy distillation.
 7. `advantages`: the arithmetic of rewards; `algorithms` has one module per algorithm, and
    `verifier_audit` says what wrong rewards do to advantages.
-8. `trainer_passes`: the trainer's passes over a rollout; `trainer_calls` carries each call to its
-   ranks.
-9. `run_recorder`: the run's folder and metrics; `checkpoint_series`: its checkpoints; `advice`
-   says what to change where a rollout teaches little."""
+8. `trainer_calls`: carries each of the trainer's passes to its ranks.
+9. `run_recorder`: the run's folder, metrics and checkpoints; `advice` says what to change where a
+   rollout teaches little."""

@@ -5,6 +5,7 @@ deviation here, which are over graded responses."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import chain
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
@@ -59,11 +60,16 @@ def group_advantages(
     return [0.0 if r is None else (r - mean) / scale for r in rewards]
 
 
-def over_batch_std(
+def divide_by_batch_std(
     advantages: list[list[float]], rewards: list[list[float | None]], epsilon: float
 ) -> list[list[float]]:
     """Return A_i / (std(A) + epsilon), with the population's standard deviation over all graded
-    responses of the rollout; where those are all equal, `advantages` as they are."""
+    responses of the rollout; where those are all equal, `advantages` as they are.
+
+    Args:
+        advantages: A_i, a list per group.
+        rewards: the rewards in the same order; None: ungraded.
+        epsilon: added to the deviation."""
     pairs = zip(chain(*advantages), chain(*rewards), strict=True)
     known = [advantage for advantage, reward in pairs if reward is not None]
     if are_equal(known):
@@ -85,6 +91,31 @@ def response_rewards(groups: list[list[float | None]], rl: RLConfig) -> list[lis
     for rewards in groups:
         graded(rewards)
     return [[math.nan if r is None else r for r in rewards] for rewards in groups]
+
+
+def nan_where_ungraded(
+    advantages: Callable[[list[list[float | None]], RLConfig], list[list[float]]],
+    groups: list[list[float | None]],
+    rl: RLConfig,
+) -> list[list[float]]:
+    """Return `advantages(groups, rl)` with NaN for every ungraded response.
+
+    The rule of every algorithm that learns from rewards: a response without a grade is left out of
+    sums and denominators, of policy, KL, entropy and critic. `trainer.packed` takes no token of a
+    sample with advantage NaN for a response token, and counts no response for it. Ungraded are a
+    response whose reward failed, and an episode that ended for a reason that is not the policy's
+    (`engines.server.episodes`). A response that is cut off at its limit of tokens is the policy's
+    own: it is graded and trained on.
+
+    Args:
+        advantages: the `advantages` of an algorithm.
+        groups: the rewards of each group; None: ungraded.
+        rl: the settings of `rl`."""
+    numbers = advantages(groups, rl)
+    return [
+        [math.nan if r is None else a for a, r in zip(*pair, strict=True)]
+        for pair in zip(numbers, groups, strict=True)
+    ]
 
 
 def overlong_penalty(num_tokens: int, limit: int, buffer: float, largest: float = 1.0) -> float:

@@ -10,7 +10,7 @@ from r1_grading.terms import ACCURACY
 
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, all_responses
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 
 FIRST_STEPS = 5
 """Steps that are examined: later, equal rewards and long responses may be what was learned."""
@@ -49,7 +49,7 @@ def _nothing_right(groups: list[Group], config: Config) -> str:
     is_rare = num_right <= FEW_RIGHT * len(graded) and num_equal >= MOST_EQUAL * len(groups)
     if not graded or (num_right and not is_rare):
         return ""
-    sentence = f"{num_right} of {counted(len(graded), 'response')} are right"
+    sentence = f"{num_right} of {format_count(len(graded), 'response')} are right"
     # Environments and rewards of the user's own read responses as they like.
     ours = [group for group in groups if group.prompt.kind in REGISTRY | REMOTE]
     num_plain = sum(
@@ -84,7 +84,8 @@ def _equal_groups(groups: Sequence[Group], config: Config) -> str:
     if config.rl.group_size < 2 or num_equal < MOST_EQUAL * len(groups):
         return ""
     return (
-        f"{num_equal:,} of {counted(len(groups), 'group')} have the same reward for all responses, "
+        f"{num_equal:,} of {format_count(len(groups), 'group')} have the same reward for all "
+        "responses, "
         f"which teaches nothing: raise rl.group_size={config.rl.group_size} or "
         f"rollout.temperature={config.rollout.temperature:g}, or choose questions that this model "
         "answers sometimes"
@@ -97,7 +98,7 @@ def _cut_off(responses: Sequence[GradedResponse], few_right: bool, config: Confi
         return ""
     limit = config.rollout.max_response_tokens
     sentence = (
-        f"{num_cut:,} of {counted(len(responses), 'response')} are cut off at "
+        f"{num_cut:,} of {format_count(len(responses), 'response')} are cut off at "
         f"rollout.max_response_tokens={limit}{'' if few_right else ': raise it'}"
     )
     others = (

@@ -19,7 +19,7 @@ from megatron_r1.models.hf_config import load_config, sparse_layers
 from megatron_r1.models.memory import (
     BYTES,
     checkpoint_bytes,
-    counts_of,
+    count_parameters,
     engine_bytes,
     head_bytes,
     layer_activations,
@@ -28,7 +28,7 @@ from megatron_r1.models.memory import (
 )
 from megatron_r1.models.weights import Shard, layout, num_parameters
 from megatron_r1.models.weights.adapter_table import adapter_table
-from megatron_r1.models.weights.layout import layout_of
+from megatron_r1.models.weights.layout import layout_from_rules
 from megatron_r1.models.weights.table import table
 
 RANK_BYTES, ENGINE_BYTES, OTHER_BYTES = 500 << 20, 700 << 20, 500 << 20
@@ -71,17 +71,17 @@ class CPUMemory:
         """Tokens of a micro-batch that fit next to the fixed part."""
         return max(0, int(USED * self.free) - self.fixed) // self.per_token
 
-    def microbatch(self, wanted: int | None) -> int:
+    def microbatch_tokens(self, requested: int | None) -> int:
         """Return the limit of a micro-batch in tokens.
 
         Args:
-            wanted: the recipe's limit, None by default.
+            requested: the recipe's limit, None by default.
 
         Raises:
             UserError: the weights and a micro-batch alone need more than is free; `others` do not
                 count for that, because processes share parts of them."""
         most = min(DEFAULT_TOKENS, MOST_BYTES // self.per_token)
-        tokens = wanted or max(FEWEST_TOKENS, min(most, self.largest_microbatch))
+        tokens = requested or max(FEWEST_TOKENS, min(most, self.largest_microbatch))
         if self.weights + self.engine_weights + tokens * self.per_token <= self.free:
             return tokens
         key = "parallel.processes"
@@ -89,7 +89,7 @@ class CPUMemory:
             "lower parallel.processes or rollout.engines, set checkpoint.asynchronous: false or "
             "parallel.recompute: full, or take a machine with more memory"
         )
-        if wanted and self.largest_microbatch >= FEWEST_TOKENS:
+        if requested and self.largest_microbatch >= FEWEST_TOKENS:
             key = "parallel.tokens_per_microbatch"
             most = self.largest_microbatch
             remedy = f"leave parallel.tokens_per_microbatch out, or lower it to {most:,}"
@@ -146,8 +146,8 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
         engine_weights += round(teacher.engines * teacher.data * stored)
         others += _engines_others(teacher)
     layers = {kind: layer_activations(hf, config, 1, sparse=kind, local=True) for kind in {*sparse}}
-    kept = sum(layers[kind].kept(parallel) for kind in sparse)
-    working = max(layer.everything - layer.kept(parallel) for layer in layers.values())
+    kept = sum(layers[kind].saved_bytes(parallel) for kind in sparse)
+    working = max(layer.total - layer.saved_bytes(parallel) for layer in layers.values())
     per_token = world_size * (kept + working + states)
     return CPUMemory(
         weights=weights,
@@ -176,8 +176,8 @@ def _state_bytes(config: Config, hf: dict, world_size: int, *, with_reference: b
         ep=(0, parallel.expert),
         etp=(0, parallel.expert_tensor),
     )
-    adapters = layout_of(adapter_table(hf, lora), at) if lora else None
-    counts = counts_of(layout(hf, at), config.model.mtp, adapters)
+    adapters = layout_from_rules(adapter_table(hf, lora), at) if lora else None
+    counts = count_parameters(layout(hf, at), config.model.mtp, adapters)
     ranks = world_size // parallel.pipeline  # stages have the layers once, all together
     data_parallel_sizes = (
         ranks // parallel.tensor,

@@ -19,12 +19,12 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
         controller/algorithms/grpo.py           advantages
         controller/advantages.py                group_advantages
  3. Log-probabilities under π_old and π_ref.
-        controller/trainer_passes.py            TrainerPasses.compute_logprobs
+        controller/roles.py                     TrainerPasses.compute_logprobs
         trainer/trainer.py                      Trainer.compute_logprobs
         trainer/batch.py                        Head.logprobs
         r1_kernels/token_logprobs.py            linear_token_logprobs
  4. An update: forward and backward over the micro-batches of a mini-batch.
-        controller/trainer_passes.py            TrainerPasses.update_policy
+        controller/roles.py                     TrainerPasses.update_policy
         trainer/trainer.py                      Trainer.update
         trainer/passes.py                       optimizer_step
         trainer/passes.py                       run_passes
@@ -40,9 +40,9 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
         trainer/losses.py                       denominator
  8. The optimizer's step: `optimizer.step()`, Megatron-Core's, in `optimizer_step` of 4.
  9. The reference is replaced by the policy, when that is due.
-        trainer/reference.py                    Reference.refresh
+        trainer/reference.py                    ReferencePolicy.refresh
 10. The push of the new weights.
-        controller/policy_engines.py            PolicyEngines.push
+        controller/roles.py                     PolicyEngines.push
         controller/push/pusher.py               WeightPusher.push
         push/sender.py                          WeightSender.send
         engines/plugin/backend.py               PushTransferEngine.receive_weights
@@ -61,11 +61,11 @@ from megatron_r1.base.errors import RunError
 from megatron_r1.config import Config
 from megatron_r1.controller.advantages import overlong_penalty
 from megatron_r1.controller.algorithms import Algorithm
-from megatron_r1.controller.corrections import each_reward
-from megatron_r1.controller.corrections.truncated import without_truncated
+from megatron_r1.controller.corrections import reward_normalization
+from megatron_r1.controller.corrections.truncated import mask_truncated
+from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
 from megatron_r1.controller.session import Session
-from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.training_sample import Sample
 
 
@@ -137,12 +137,12 @@ def response_advantages(
         A number per response, a list per group; NaN: not trained on."""
     if config.rl.reward_normalization == "each":
         weights = weights_at(config.rewards.weights, step)
-        advantages = each_reward.advantages(groups, algorithm.advantages, config, weights)
+        advantages = reward_normalization.advantages(groups, algorithm.advantages, config, weights)
     else:
         rewards = [[training_reward(each, config) for each in group.responses] for group in groups]
         advantages = algorithm.advantages(rewards, config.rl)
     if config.rl.truncated == "mask":
-        advantages = without_truncated(advantages, groups)
+        advantages = mask_truncated(advantages, groups)
     return advantages
 
 

@@ -16,7 +16,7 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.config import Config
 from megatron_r1.controller.advice import FIRST_STEPS, advice
-from megatron_r1.controller.policy_engines import PolicyEngines
+from megatron_r1.controller.roles import PolicyEngines, TrainerPasses
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.metrics import mean_of_updates, rollout_metrics, sample_records
@@ -24,8 +24,7 @@ from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_passes import TrainerPasses
-from megatron_r1.trainer.checkpoints.finding import complete_checkpoints, step_of
+from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_step, complete_checkpoints
 from megatron_r1.trainer.operations import ModelOperations
 
 
@@ -78,7 +77,7 @@ class Checkpointing:
             keep: how many of the newest checkpoints count."""
         newest = complete_checkpoints(self.recorder.folder.checkpoints)[-keep:]
         if self.sampler.log and newest:
-            await self.sampler.log.prune(step_of(newest[0]))
+            await self.sampler.log.prune(checkpoint_step(newest[0]))
 
     def _num_rewards(self) -> dict[str, int]:
         snapshot = self.sampler.collector.pool.snapshot()
@@ -170,8 +169,8 @@ class Session:
         line |= self._meter.metrics() | metrics | mean_of_updates(updates)
         line |= self._meter.times(rollout)
         line["tokens_per_second"] = line.pop("response_tokens") / line["time/step"]
-        line["groups/replayed"] = self.engines.step_rollout.num_replayed
-        line |= await self.recorder.checkpoints.completed(self.passes.trainer)
+        line["groups/replayed"] = self.engines.step_rollout.num_restored
+        line |= await self.recorder.checkpoints.completed_metrics(self.passes.trainer)
         if not self.config.rl.keep_sample_log:
             await self.checkpointing.prune_samples(self.config.checkpoint.keep)
         records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
@@ -191,8 +190,8 @@ class Session:
         """Start a checkpoint of the newest step, once the engines' probes of its weights have
         passed."""
         await self.engines.await_probes()
-        async with self.engines.with_trainer():
-            await self.checkpointing.save(self.step, self.engines.step_rollout.prompts_after)
+        async with self.engines.free_for_trainer():
+            await self.checkpointing.save(self.step, self.engines.step_rollout.sampler_state)
 
 
 class StepMeter:

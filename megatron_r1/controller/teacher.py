@@ -14,7 +14,7 @@ from megatron_r1.config.algorithms import find_rules
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server import from_recipe, gpu, recipe_checks
+from megatron_r1.engines.server import gpu, recipe_checks, settings
 from megatron_r1.engines.server.client import GENERATE, EngineClient
 from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.server import RunningServer
@@ -108,12 +108,17 @@ NUM_SHOWN = 5
 
 
 def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> RolloutFleet:
-    """Return the engines of section `teacher`, to be started with the model `teacher.path`."""
+    """Return the engines of section `teacher`, to be started with the model `teacher.path`.
+
+    Args:
+        config: the recipe.
+        logs: the folder of the engines' logs.
+        notify: called with a line when an engine is replaced."""
     teacher = config.teacher
-    supervision = {**from_recipe.fleet_settings(teacher), "role": "teacher", "notify": notify}
+    supervision = {**settings.fleet_settings(teacher), "role": "teacher", "notify": notify}
     # vLLM samples one token after those it scores. If that is beyond the model's positions it must
     # be allowed; nothing is computed there, as the token is not an input.
-    max_model_len = from_recipe.max_model_len(config) + 1
+    max_model_len = settings.max_model_len(config) + 1
     if teacher.url:
         return ExternalFleet(teacher.url, logs, max_model_len=max_model_len, **supervision)
     return RolloutFleet(
@@ -125,7 +130,7 @@ def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> 
         extra_args=["--max-num-batched-tokens", str(teacher.tokens_at_once)],
         extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
         **supervision,
-        **from_recipe.engine_settings(teacher),
+        **settings.engine_settings(teacher),
     )
 
 
@@ -134,7 +139,8 @@ def check_teacher(config: Config) -> None:
     does not use, or that it needs and that is not set.
 
     A teacher needs a model folder, at least the student's context length, and the student's ids for
-    all of the student's tokens. The student must sample at temperature 1 without a cut."""
+    all of the student's tokens. The student must sample at temperature 1 from the whole
+    vocabulary."""
     path, algorithm = config.teacher.path, config.rl.algorithm
     if bool(path) != find_rules(algorithm).teacher:
         raise UserError(
@@ -159,7 +165,10 @@ def check_teacher(config: Config) -> None:
 def _check_positions(config: Config) -> None:
     """Raise UserError where the student's context is longer than the teacher's."""
     path = config.teacher.path
-    limit, needed = from_recipe.positions(path, "teacher.path"), from_recipe.max_model_len(config)
+    limit, needed = (
+        settings.max_positions(path, "teacher.path"),
+        settings.max_model_len(config),
+    )
     if limit < needed:
         raise UserError(
             f"teacher.path {path} has {limit} positions (max_position_embeddings), and the student "
@@ -174,11 +183,11 @@ def _check_sampling(config: Config) -> None:
     that the teacher scores."""
     for step, phase in config.phases():
         rollout = phase.rollout
-        if rollout.temperature == 1.0 and not rollout.is_cut:
+        if rollout.temperature == 1.0 and not rollout.truncates_sampling:
             continue
         when = f"rl.schedule, from_step {step}: " if step > 1 else ""
-        cut = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
-        name = "temperature" if rollout.temperature != 1.0 else cut
+        limit = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
+        name = "temperature" if rollout.temperature != 1.0 else limit
         raise UserError(
             f"{when}rollout.{name}: {getattr(rollout, name)}: the teacher scores at temperature 1 "
             "over the whole vocabulary, which has to be the student's distribution too; set "

@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING, Any
 from r1_grading.terms import ACCURACY
 
 from megatron_r1.controller.advantages import group_advantages
-from megatron_r1.evaluation.intervals import FractionEstimate, sampled_fraction
 from megatron_r1.evaluation.measures import Estimate, estimate
 from megatron_r1.evaluation.verifier_errors import (
     SOURCE_FIELDS,
     AnswerContent,
     ErrorRates,
-    Finding,
+    FractionEstimate,
     GradedAnswer,
     Judge,
-    draw,
+    SecondVerdict,
+    draw_sample,
     error_rates,
+    group_by_stratum,
     judge_all,
-    strata_of,
+    sampled_fraction,
 )
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ class Audit:
     sources: dict[str, ErrorRates]
     overall: ErrorRates
     effect: AdvantageEffect | None
-    judged: list[tuple[GradedAnswer, Finding]]
+    judged: list[tuple[GradedAnswer, SecondVerdict]]
 
     @property
-    def concerned(self) -> list[tuple[GradedAnswer, Finding]]:
+    def concerned(self) -> list[tuple[GradedAnswer, SecondVerdict]]:
         """The answers whose verdict is not confirmed, the wrong ones first."""
         outcomes = ("wrong", "undecided")
         found = [pair for pair in self.judged if pair[1].outcome in outcomes]
@@ -123,13 +124,13 @@ async def audit(
 
     Raises:
         UserError: a size below the number of strata."""
-    strata = strata_of(answers)
-    drawn = draw(strata, size, seed)
+    strata = group_by_stratum(answers)
+    drawn = draw_sample(strata, size, seed)
     groups = _groups(answers)
     chosen = random.Random(f"{seed}:groups").sample(groups, min(num_groups, len(groups)))
     to_judge = [*(each for some in drawn.values() for each in some)]
     to_judge += [each for group in chosen for each in group if each.can_be_audited]
-    distinct = list({answer.place: answer for answer in to_judge}.values())
+    distinct = list({answer.id: answer for answer in to_judge}.values())
     findings = await judge_all(distinct, judge)
     sources = sorted({stratum[0] for stratum in strata})
     others = Counter(
@@ -142,13 +143,13 @@ async def audit(
         sources={name: error_rates(strata, drawn, findings, name) for name in sources},
         overall=error_rates(strata, drawn, findings),
         effect=_effect(len(groups), chosen, findings, advantages or _z_scores, seed),
-        judged=[(answer, findings[answer.place]) for answer in distinct],
+        judged=[(answer, findings[answer.id]) for answer in distinct],
     )
 
 
 def logged_answers(
     groups: Iterable[Group],
-    place: str,
+    prefix: str,
     weights: Mapping[str, float],
     reward_of: Callable[[GradedResponse], float | None] | None = None,
     opened: bool = False,
@@ -160,7 +161,7 @@ def logged_answers(
 
     Args:
         groups: the finished groups of one step.
-        place: what the places begin with, such as "step 7".
+        prefix: what the places begin with, such as "step 7".
         weights: the weights of the terms at that step.
         reward_of: what advantages are computed of (`loop.training_reward`); default the total.
         opened: whether the prompts end with `<think>`."""
@@ -173,10 +174,10 @@ def logged_answers(
             is_graded = graded.is_graded and ACCURACY not in graded.ungraded_terms
             total = graded.reward if reward_of is None else reward_of(graded)
             yield GradedAnswer(
-                place=f"{place}, group {number} ({prompt.id}), response {index}",
+                id=f"{prefix}, group {number} ({prompt.id}), response {index}",
                 source=source_of(prompt.fields),
                 kind=prompt.kind,
-                group=f"{place}, group {number}",
+                group=f"{prefix}, group {number}",
                 reward=graded.rewards[ACCURACY],
                 total=total if is_graded else None,
                 weight=weights.get(ACCURACY, 0.0),
@@ -206,7 +207,7 @@ def _groups(answers: Iterable[GradedAnswer]) -> list[list[GradedAnswer]]:
 def _effect(
     num_groups: int,
     chosen: list[list[GradedAnswer]],
-    findings: Mapping[str, Finding],
+    findings: Mapping[str, SecondVerdict],
     advantages: Advantages,
     seed: int,
 ) -> AdvantageEffect | None:
@@ -237,10 +238,10 @@ def _effect(
 
 
 def _corrected(
-    answer: GradedAnswer, findings: Mapping[str, Finding], outcomes: Sequence[str]
+    answer: GradedAnswer, findings: Mapping[str, SecondVerdict], outcomes: Sequence[str]
 ) -> float | None:
     """Return the total with the reward of the other verdict where the finding is one of these."""
-    finding = findings.get(answer.place)
+    finding = findings.get(answer.id)
     if answer.total is None or finding is None or finding.outcome not in outcomes:
         return answer.total
     reward = 0.0 if answer.is_accepted else 1.0
@@ -255,10 +256,10 @@ def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def _as_json(answer: GradedAnswer, finding: Finding) -> dict[str, Any]:
+def _as_json(answer: GradedAnswer, finding: SecondVerdict) -> dict[str, Any]:
     content = answer.load()
     return {
-        "place": answer.place,
+        "place": answer.id,
         "source": answer.source,
         "kind": answer.kind,
         "verdict": "accepted" if answer.is_accepted else "rejected",

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from r1_grading.base.values import decoded
+from r1_grading.base.values import decode_literal
 
 Message = dict[str, Any]
 ROLES = {
@@ -46,10 +46,10 @@ def read_chat(value: Any) -> list[Message] | None:
     Raises:
         ValueError: a message lacks its text, or has an unknown role; it names the message.
     """
-    value = decoded(value)
+    value = decode_literal(value)
     if isinstance(value, Mapping):
         value = next((value[k] for k in ("messages", "conversations") if value.get(k)), None)
-        value = decoded(value)
+        value = decode_literal(value)
     if not is_chat(value):
         return None
     return [_message(number, message) for number, message in enumerate(value, start=1)]
@@ -118,10 +118,10 @@ def read_system_prompt(row: Mapping[str, Any]) -> str:
 
 def read_tools(value: Any) -> list[Any] | None:
     """Return the descriptions of tools that a row has, as JSON schemas; None for none."""
-    value = without_nulls(decoded(value))
+    value = without_nulls(decode_literal(value))
     if not isinstance(value, list) or not value:
         return None
-    return [_tool(decoded(tool)) for tool in value]
+    return [_tool(decode_literal(tool)) for tool in value]
 
 
 def without_nulls(value: Any) -> Any:
@@ -140,15 +140,15 @@ def tool_calls(value: Any) -> list[Message]:
     Raises:
         ValueError: a call without a name.
     """
-    value = decoded(value)
+    value = decode_literal(value)
     calls = []
     for entry in value if isinstance(value, list) else [value]:
-        call = without_nulls(decoded(entry))
-        function = decoded(call.get("function", call)) if isinstance(call, Mapping) else None
+        call = without_nulls(decode_literal(entry))
+        function = decode_literal(call.get("function", call)) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(f"{entry!r} is no tool call with a name")
         arguments = function.get("arguments", function.get("parameters", {}))
-        named = {"name": function["name"], "arguments": without_nulls(decoded(arguments))}
+        named = {"name": function["name"], "arguments": without_nulls(decode_literal(arguments))}
         own = {"id": call["id"]} if "id" in call else {}
         calls.append({**own, "type": "function", "function": named})
     return calls
@@ -199,7 +199,7 @@ def _tool(tool: Any) -> Any:
     "parameters": {argument: {"type": "str, optional", "description"}}}."""
     if not isinstance(tool, Mapping) or "name" not in tool:
         return tool
-    parameters = decoded(tool.get("parameters", {}))
+    parameters = decode_literal(tool.get("parameters", {}))
     if isinstance(parameters, Mapping) and "properties" not in parameters:
         described = {n: p if isinstance(p, Mapping) else {} for n, p in parameters.items()}
         required = [

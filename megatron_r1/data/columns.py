@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.values import decoded
+from r1_grading.base.values import decode_literal
 from r1_grading.rewards import WITHOUT_TRUTH, resolve
-from r1_grading.truths import is_none, reward_kind
+from r1_grading.truths import guess_reward_kind, is_missing
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.chats import is_chat, read_question
-from megatron_r1.data.renamed_rows import ABSENT, as_mapping, entry
+from megatron_r1.data.renamed_rows import ABSENT, as_mapping, lookup
 
 QUESTION_NAMES = (
     *("question", "problem", "prompt", "question_content", "problem_description", "query"),
@@ -48,6 +48,7 @@ class Columns:
     """The columns of a data file, `a.b` for the entry b of column a.
 
     Attributes:
+        question: the column of the question.
         truth: None where the rows' own rewards need no truth.
         kind: the reward, None where the rows name it.
         reasons: why each column was chosen."""
@@ -78,29 +79,11 @@ def guess_columns(
         UserError: one is not found; the columns are named."""
     flat = [_flatten_row(row) for row in rows]
     reasons = {}
-    for name, given in (("question", question), ("truth", truth)):
-        if given is not None and given not in flat[0]:
-            near = did_you_mean(given, flat[0], "{}")
-            raise UserError(
-                f"--{name} {given}: {source} has no such column{near or '.'} {_list_columns(flat)}",
-                key=f"--{name}",
-                cause=Cause.NOT_FOUND,
-            )
+    _require_columns(source, flat, {"question": question, "truth": truth})
     if question is None:
         question, reasons["question"] = _find(source, QUESTION_NAMES, flat, _is_question, truth)
     if question is None:
-        if chat := next((name for name, value in flat[0].items() if is_chat(decoded(value))), None):
-            raise UserError(
-                f"{source}: {chat!r} has chats; {ONE_MESSAGE}. {_list_columns(flat)}",
-                key="--question",
-                cause=Cause.UNSUPPORTED,
-            )
-        raise UserError(
-            f"{source}: no column looks like the question; name it: --question COLUMN. "
-            f"{_list_columns(flat)}",
-            key="--question",
-            cause=Cause.MISSING,
-        )
+        raise _no_question(source, flat)
     if "question" in reasons and (context := _context(flat, question)):
         question, reasons["question"] = f"{context}+{question}", "with the text that it is about"
     kinds = _kinds_of_rows(flat) if kind is None else set()
@@ -123,6 +106,35 @@ def guess_columns(
     elif not kinds and truth is not None:
         kind, reasons["kind"] = _guess_kind(truth, flat)
     return Columns(question, truth, kind, reasons)
+
+
+def _require_columns(source: str, rows: Sequence[Row], named: Mapping[str, str | None]) -> None:
+    """Raise UserError for a column that the user names and the rows lack."""
+    for name, column in named.items():
+        if column is not None and column not in rows[0]:
+            near = did_you_mean(column, rows[0], "{}") or "."
+            raise UserError(
+                f"--{name} {column}: {source} has no such column{near} {_list_columns(rows)}",
+                key=f"--{name}",
+                cause=Cause.NOT_FOUND,
+            )
+
+
+def _no_question(source: str, rows: Sequence[Row]) -> UserError:
+    """Return the error for rows in which no column looks like a question."""
+    chat = next((name for name, value in rows[0].items() if is_chat(decode_literal(value))), None)
+    if chat:
+        return UserError(
+            f"{source}: {chat!r} has chats; {ONE_MESSAGE}. {_list_columns(rows)}",
+            key="--question",
+            cause=Cause.UNSUPPORTED,
+        )
+    return UserError(
+        f"{source}: no column looks like the question; name it: --question COLUMN. "
+        f"{_list_columns(rows)}",
+        key="--question",
+        cause=Cause.MISSING,
+    )
 
 
 def columns_by_name(
@@ -170,7 +182,7 @@ def _by_name(
     """Return the first of `names` that rows have as a column; one whose values are all none only
     where there is no other."""
     known = dict.fromkeys(name for row in rows for name in row)
-    empty = [n for n in known if n != other and all(is_none(row.get(n)) for row in rows)]
+    empty = [n for n in known if n != other and all(is_missing(row.get(n)) for row in rows)]
     for columns in (_fitting_columns(rows, fits, other), empty if fits is _is_truth else []):
         by_name = {_plain(column): column for column in reversed(columns)}
         if found := next((by_name[usual] for usual in names if usual in by_name), None):
@@ -185,7 +197,7 @@ def _fitting_columns(
     found = []
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
-        given = [v for v in values if not (is_none(v) if fits is _is_truth else v is None)]
+        given = [v for v in values if not (is_missing(v) if fits is _is_truth else v is None)]
         is_system = fits is _is_question and "system" in _plain(name)
         if name == other or not given or is_system:
             continue
@@ -311,8 +323,10 @@ def _kinds_of_rows(rows: Sequence[Row]) -> set[str]:
 def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str | None, str]:
     if all(isinstance(row.get("entry"), dict) and "task" in row for row in rows):
         return "logic", "the rows are items of reasoning-gym (task, entry)"
-    found = [entry({**row}, truth) for row in rows]
-    kinds = {reward_kind(value) for value in found if value is not ABSENT and not is_none(value)}
+    found = [lookup({**row}, truth) for row in rows]
+    kinds = {
+        guess_reward_kind(value) for value in found if value is not ABSENT and not is_missing(value)
+    }
     if len(kinds) > 1:
         return None, f"each row's own, by its {truth!r}: {', '.join(sorted(kinds))}"
     return next(iter(kinds), "math"), MEANING[next(iter(kinds), "math")].format(truth)

@@ -16,7 +16,7 @@ from megatron_r1.data.sft import SFTExample, is_learned
 from megatron_r1.data.text import (
     CHAT,
     PLACEHOLDER,
-    PromptText,
+    PromptTokenizer,
     find_template,
     render_template,
     system_text,
@@ -27,7 +27,7 @@ MARK = "\ue000\ue001"
 """Text that no conversation has, in place of a message to see where that is rendered."""
 
 
-class ExampleText:
+class ExampleTokenizer:
     """The tokenizer of a Hugging Face folder, and the template of conversations.
 
     Args:
@@ -39,13 +39,13 @@ class ExampleText:
         UserError: the folder has no tokenizer, or the template does not fit it."""
 
     def __init__(self, model_path: str, template: str | None) -> None:
-        self._text = PromptText(model_path, PLACEHOLDER)
+        self._text = PromptTokenizer(model_path, PLACEHOLDER)
         self._tokenizer: Any = self._text.tokenizer
         self._model_path = model_path
         has_chat = bool(self._tokenizer.chat_template)
         self._template = template if template != "chat" else None
         is_chat = template == "chat" or (template is None and has_chat)
-        self._chat = PromptText(model_path, CHAT) if is_chat and has_chat else None
+        self._chat = PromptTokenizer(model_path, CHAT) if is_chat and has_chat else None
         if template == "chat" and not has_chat:
             raise self._no_template()
         if self._template is not None:
@@ -63,7 +63,7 @@ class ExampleText:
         """
         if example.messages and self._chat is not None:
             messages = [self._with_thought(message) for message in example.messages]
-            return self._conversation(example, self._chat.seated(messages))
+            return self._conversation(example, self._chat.merge_system_message(messages))
         prompt, response = example.prompt, example.response
         if example.messages:
             prompt, response = self._exchange(example)

@@ -35,7 +35,13 @@ README = "README.md"
 
 @dataclass(frozen=True)
 class SplitName:
-    """A split, or the rows `start` to `stop` of it, both counted in percent if is_percent."""
+    """A split, or some of its rows.
+
+    Attributes:
+        name: the split.
+        start: the first row; None: that of the split.
+        stop: the row after the last; None: all.
+        is_percent: whether both are percent of the split."""
 
     name: str
     start: int | None = None

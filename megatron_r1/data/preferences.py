@@ -151,7 +151,7 @@ def _label(location: str, row: RenamedRow) -> float:
 CHECK_QUESTION, CHECK_RESPONSE = "What is 7 + 5?", "<think>7 + 5 = 12</think>The answer is 12."
 
 
-class ScoredText:
+class PreferenceTokenizer:
     """The tokenizer of a Hugging Face folder with one template for question and response.
 
     Args:

@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.values import decoded
+from r1_grading.base.values import decode_literal
 from r1_grading.rewards import ENVIRONMENT, REGISTRY, WITHOUT_TRUTH, resolve
-from r1_grading.truths import CHECKS, COMPARED, check_truth, is_none, is_unanswered, reward_kind
+from r1_grading.truths import (
+    CHECKS,
+    COMPARED,
+    check_truth,
+    guess_reward_kind,
+    is_missing,
+    states_no_answer,
+)
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message, read_question, read_system_prompt
@@ -23,10 +30,10 @@ from megatron_r1.data.renamed_rows import (
     ABSENT,
     DataReport,
     RenamedRow,
-    entry,
-    missing,
+    describe_missing,
+    lookup,
     read_renamed_rows,
-    rename,
+    rename_columns,
     require_text,
 )
 from megatron_r1.data.row_filter import Conditions, RowFilter
@@ -77,10 +84,10 @@ def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) ->
         kind: the reward that grades it.
         truth: what the reward compares with.
         fields: the row's other columns."""
-    return Prompt(digest(question).hex()[:16], question, kind, truth, fields)
+    return Prompt(question_digest(question).hex()[:16], question, kind, truth, fields)
 
 
-def normalize(question: str, fold_case: bool = True) -> str:
+def normalize_question(question: str, fold_case: bool = True) -> str:
     """Return the text that spellings of one question share: NFKC, folded case, single spaces.
     Superscripts and subscripts are kept apart from plain characters: `2³` becomes `2^3`."""
     plain = unicodedata.normalize("NFKC", question.translate(SCRIPTS))
@@ -96,32 +103,32 @@ def is_heldout(question: str, fraction: float, salt: str = "") -> bool:
         salt: makes the share independent of the shares of other salts. Without a salt of its own, a
             reward model whose pairs have a policy's questions would find all of them on one side.
     """
-    return int.from_bytes(digest(salt + question)[-8:], "big") < fraction * 2**64
+    return int.from_bytes(question_digest(salt + question)[-8:], "big") < fraction * 2**64
 
 
-def asked(prompt: Prompt) -> str:
+def conversation_text(prompt: Prompt) -> str:
     """Return the text of the question and of the turns before it, but for a system's."""
     turns = [m["content"] for m in prompt.before if m["role"] != "system"]
     return "\n".join([*turns, prompt.question])
 
 
-def identity(prompt: Prompt, kind: str | None) -> str:
+def prompt_identity(prompt: Prompt, kind: str | None) -> str:
     """Return the text that identifies a prompt.
 
     Args:
         prompt: the question, with the turns before it and the fields of its row.
         kind: as in `load_prompts`."""
-    question = asked(prompt)
+    question = conversation_text(prompt)
     if kind != ENVIRONMENT or not prompt.fields:
         return question
     text = json.dumps(prompt.fields, sort_keys=True, default=str)
-    # As a hash, because `normalize` would make fields equal.
+    # As a hash, because `normalize_question` would make fields equal.
     return f"{question} {hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def digest(question: str) -> bytes:
+def question_digest(question: str) -> bytes:
     """Return the hash of the normalized question."""
-    return hashlib.sha256(normalize(question).encode("utf-8", "replace")).digest()
+    return hashlib.sha256(normalize_question(question).encode("utf-8", "replace")).digest()
 
 
 CHOICE_NAMES = ("choices", "options", "endings")
@@ -152,7 +159,7 @@ def _require_shown(kind: str, question: str, truth: Any, fields: Mapping[str, An
 def _choices(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (name, choices) of what may be choices: a list of them, or another value."""
     for name in CHOICE_NAMES:
-        choices = decoded(fields.get(name))
+        choices = decode_literal(fields.get(name))
         if isinstance(choices, Mapping):  # ARC's, or letter → text
             choices = choices["text"] if "text" in choices else list(choices.values())
         elif isinstance(choices, str):
@@ -194,8 +201,15 @@ class MissingTruth(UserError):
 
 
 @dataclass(frozen=True)
-class RowReading:
-    """How rows become prompts; the fields are arguments of `load_prompts`."""
+class RowReader:
+    """How rows become prompts; the fields are arguments of `load_prompts`.
+
+    Attributes:
+        kind: the default reward.
+        columns: our name → the file's.
+        where: the conditions that rows must meet.
+        no_truth: truths that are none.
+        bad_rows: what becomes of rows whose question or truth cannot be used."""
 
     kind: str | None
     columns: Mapping[str, str]
@@ -206,9 +220,13 @@ class RowReading:
     def prompts(self, path: str | Path, role: str, report: DataReport) -> Iterator[Prompt]:
         """Yield the prompts of a file or data set; `report` counts its rows.
 
+        Args:
+            path: the file or data set.
+            role: the key of errors.
+            report: counts the rows.
+
         Raises:
-            UserError: a column is missing, or a row is malformed and `bad_rows` is refuse.
-        """
+            UserError: a column is missing, or a row is malformed and `bad_rows` is refuse."""
         names = ("question", "truth", "kind")
         row_filter = RowFilter(self.where, report)
         rows = read_renamed_rows(path, self.columns, names, role, row_filter.keeps)
@@ -224,7 +242,7 @@ class RowReading:
                 if self.bad_rows == "refuse" or error.cause is Cause.MISSING:
                     raise
                 reason = str(error).removeprefix(f"{location}: ")
-                report.leave_out(reason, location, error.key)
+                report.skip_row(reason, location, error.key)
                 continue
             if prompt is not None:
                 yield prompt
@@ -234,9 +252,9 @@ class RowReading:
         """Return the prompt of a row, None for one that is left out for want of a truth."""
         row = self._renamed(row, report.columns)
         before, question = parse_question(location, row)
-        kind = row.get("kind") or self.kind or reward_kind(row.get("truth"))
+        kind = row.get("kind") or self.kind or guess_reward_kind(row.get("truth"))
         if "truth" not in row and kind not in WITHOUT_TRUTH:
-            fault = f"{location}: 'truth' {missing(row, 'truth', COLUMNS)}"
+            fault = f"{location}: 'truth' {describe_missing(row, 'truth', COLUMNS)}"
             raise MissingTruth(fault, kind)
         try:
             resolve(kind)
@@ -246,9 +264,9 @@ class RowReading:
         fields = {n: v for n, v in row.items() if n not in ("question", *RESERVED_FIELDS)}
         if kind in CHECKS:
             name = {**report.columns, **self.columns}.get("truth", "truth")
-            if is_none(truth, self.no_truth):
+            if is_missing(truth, self.no_truth):
                 shown = "a solution without a marked answer" if _is_solution(truth) else repr(truth)
-                report.leave_out(f"{name!r} is {shown}, no truth", location, name)
+                report.skip_row(f"{name!r} is {shown}, no truth", location, name)
                 return None
             try:
                 check_truth(kind, truth, fields)
@@ -261,20 +279,20 @@ class RowReading:
                     cause=Cause.MALFORMED,
                 ) from None
         prompt = Prompt("", question, kind, truth, fields, location, before)
-        return replace(prompt, id=digest(identity(prompt, self.kind)).hex()[:16])
+        return replace(prompt, id=question_digest(prompt_identity(prompt, self.kind)).hex()[:16])
 
     def _renamed(self, row: RenamedRow, found: Mapping[str, str]) -> RenamedRow:
         """Return the row with the columns that were found by their names. A reward of the user's
         own gets them under both names."""
-        values = {ours: entry(row, theirs) for ours, theirs in found.items()}
+        values = {ours: lookup(row, theirs) for ours, theirs in found.items()}
         if self.kind is None or self.kind in REGISTRY:
             present = {o: found[o] for o, value in values.items() if value is not ABSENT}
-            row = rename("", row, present)
+            row = rename_columns("", row, present)
         return row | {ours: None if v is ABSENT else v for ours, v in values.items()}
 
 
 def _is_solution(truth: Any) -> bool:
-    return isinstance(truth, str) and is_unanswered(truth)
+    return isinstance(truth, str) and states_no_answer(truth)
 
 
 def parse_question(location: str, row: RenamedRow) -> tuple[list[Message], str]:

@@ -25,12 +25,12 @@ from r1_grading.truths import NO_TRUTH
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.prompt_rows import (
     Prompt,
-    RowReading,
-    asked,
-    identity,
+    RowReader,
+    conversation_text,
     is_heldout,
     make_prompt,
-    normalize,
+    normalize_question,
+    prompt_identity,
 )
 from megatron_r1.data.renamed_rows import DataReport
 from megatron_r1.data.row_filter import Conditions
@@ -168,9 +168,9 @@ def load_prompts(
     Args:
         path: a file, pattern, folder or data set as in `read_renamed_rows`, of rows with
             `question`, `truth` and optionally `kind` (default: `kind`, else what the truth shows:
-            `r1_grading.truths.reward_kind`); other columns go to the reward. A question or truth
-            that no row has by that name is found by its usual names (`columns`). A question may be
-            a chat that ends with the user's message.
+            `truths.guess_reward_kind`); other columns go to the reward. A question or truth that no
+            row has by that name is found by its usual names (`columns`). A question may be a chat
+            that ends with the user's message.
         heldout_path: a file that is held out whole, its questions dropped from train; without it,
             the share `heldout_fraction` of all possible questions is held out.
         task: a reasoning-gym dataset, generated with `parameters` and `seed`. Without `kind` (or
@@ -192,19 +192,16 @@ def load_prompts(
     _check_arguments(path, heldout_path, task, num_train, num_heldout, heldout_fraction)
     if kind is not None:
         resolve(kind)
-    reading = RowReading(kind, columns or {}, where or {}, no_truth, bad_rows)
-    reports = []
+    reader = RowReader(kind, columns or {}, where or {}, no_truth, bad_rows)
+    reports: list[DataReport] = []
     heldout = []
     if heldout_path is not None:
-        reports.append(DataReport(str(heldout_path)))
-        heldout = list(reading.prompts(heldout_path, "data.heldout_path", reports[-1]))
+        heldout = list(_from_file(reader, heldout_path, "data.heldout_path", reports))
     if path is not None:
-        reports.append(DataReport(str(path)))
-        prompts = reading.prompts(path, "data.path", reports[-1])
+        prompts = _from_file(reader, path, "data.path", reports)
     else:
         assert task is not None and num_train is not None
-        # After this many items without enough new questions, the task is considered exhausted.
-        num_attempts = 1_000 + 50 * (num_train + (num_heldout or 0))
+        num_attempts = _num_attempts(num_train, num_heldout)
         prompts = _from_task(task, dict(parameters or {}), seed, num_attempts, kind)
     fraction = heldout_fraction if heldout_path is None else 0.0
     split = _split(prompts, heldout, fraction, num_train, num_heldout, kind, reports)
@@ -289,12 +286,12 @@ def _split(
             known = sides[False].get(prompt.id) or sides[True].get(prompt.id)
         if known is not None and known.truth != prompt.truth:
             contradictions.append((known, prompt))
-            report.leave_out("the question has another truth before", prompt.location, "truth")
+            report.skip_row("the question has another truth before", prompt.location, "truth")
         elif known is not None:
             report.num_duplicates += 1
         if known is not None:
             continue
-        side = is_heldout(identity(prompt, kind), fraction)
+        side = is_heldout(prompt_identity(prompt, kind), fraction)
         if not is_full(side):
             sides[side][prompt.id] = prompt
         elif prompt.id in unused:
@@ -317,7 +314,7 @@ def _differ_in_case(one: Prompt, other: Prompt) -> bool:
 
 
 def _normalized_question(prompt: Prompt) -> str:
-    return normalize(asked(prompt), fold_case=False)
+    return normalize_question(conversation_text(prompt), fold_case=False)
 
 
 def _require_any(split: PromptSplit, heldout: list[Prompt]) -> None:
@@ -353,6 +350,19 @@ def _require(side: str, prompts: list[Prompt], count: int | None, key: str, sour
             key=f"data.{key}",
             cause=Cause.TOO_LARGE,
         )
+
+
+def _from_file(
+    reader: RowReader, path: str | Path, role: str, reports: list[DataReport]
+) -> Iterator[Prompt]:
+    """Return the prompts of a file or data set, whose report is added to `reports`."""
+    reports.append(DataReport(str(path)))
+    return reader.prompts(path, role, reports[-1])
+
+
+def _num_attempts(num_train: int, num_heldout: int | None) -> int:
+    """Return the items after which a task without enough new questions is exhausted."""
+    return 1_000 + 50 * (num_train + (num_heldout or 0))
 
 
 def _from_task(

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from r1_grading.base.values import decoded
+from r1_grading.base.values import decode_literal
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.data_sets import HUB, read_data_set
@@ -54,7 +54,7 @@ def read_renamed_rows(
             )
     for location, row in rows:
         if keeps(location, row):
-            yield location, rename(location, row, columns)
+            yield location, rename_columns(location, row, columns)
 
 
 def _read_all_rows(path: str | Path, role: str) -> Iterator[Row]:
@@ -86,7 +86,7 @@ def require_text(location: str, row: RenamedRow, name: str, renaming: str = "") 
     """
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        actual = f"is {value!r}" if name in row else missing(row, name, renaming)
+        actual = f"is {value!r}" if name in row else describe_missing(row, name, renaming)
         raise UserError(
             f"{location}: {name!r} must be a string that is not blank, it {actual}",
             key=name,
@@ -95,7 +95,7 @@ def require_text(location: str, row: RenamedRow, name: str, renaming: str = "") 
     return value
 
 
-def missing(row: RenamedRow, name: str, renaming: str = "") -> str:
+def describe_missing(row: RenamedRow, name: str, renaming: str = "") -> str:
     """Describe the lack of `name` in `row`.
 
     Args:
@@ -106,7 +106,7 @@ def missing(row: RenamedRow, name: str, renaming: str = "") -> str:
     return f"is missing; the row has {', '.join(row) or 'nothing'}{hint}"
 
 
-def rename(location: str, row: RenamedRow, columns: Mapping[str, str]) -> RenamedRow:
+def rename_columns(location: str, row: RenamedRow, columns: Mapping[str, str]) -> RenamedRow:
     """Return the row with the columns under our names.
 
     Args:
@@ -116,7 +116,7 @@ def rename(location: str, row: RenamedRow, columns: Mapping[str, str]) -> Rename
 
     Raises:
         UserError: a column that the row lacks."""
-    found = {ours: entry(row, theirs) for ours, theirs in columns.items()}
+    found = {ours: lookup(row, theirs) for ours, theirs in columns.items()}
     for ours, theirs in columns.items():
         if found[ours] is ABSENT:
             near = did_you_mean(theirs, row, "{}")
@@ -131,7 +131,7 @@ def rename(location: str, row: RenamedRow, columns: Mapping[str, str]) -> Rename
     return kept | found
 
 
-def entry(row: RenamedRow, name: str) -> Any:
+def lookup(row: RenamedRow, name: str) -> Any:
     """Return row[name], or row[a][b] for a name `a.b` and {"a": row[a], "b": row[b]} for `a+b` that
     are no columns themselves; else ABSENT."""
     if name in row:
@@ -143,20 +143,21 @@ def entry(row: RenamedRow, name: str) -> Any:
         return ABSENT
     first, _, rest = name.partition(".")
     below = as_mapping(row.get(first))
-    return ABSENT if below is None else entry(below, rest)
+    return ABSENT if below is None else lookup(below, rest)
 
 
 def as_mapping(value: Any) -> RenamedRow | None:
     """Return a mapping, also of one that is stored as text; None for any other value."""
-    value = decoded(value)
+    value = decode_literal(value)
     return value if isinstance(value, dict) else None
 
 
 @dataclass
-class LeftOut:
+class SkippedRows:
     """Rows left out for one reason.
 
     Attributes:
+        count: how many.
         first: "file:line" of the first.
         key: the column or setting."""
 
@@ -170,6 +171,7 @@ class DataReport:
     """Counts the rows of one source.
 
     Attributes:
+        source: the file or data set.
         num_read: rows read.
         num_duplicates: rows whose question and truth another row has.
         num_unused: questions beyond `data.num_train` and `data.num_heldout`.
@@ -183,12 +185,12 @@ class DataReport:
     num_read: int = 0
     num_duplicates: int = 0
     num_unused: int = 0
-    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    left_out: dict[str, SkippedRows] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
     is_complete: bool = True
 
-    def leave_out(self, reason: str, location: str, key: str) -> None:
+    def skip_row(self, reason: str, location: str, key: str) -> None:
         """Count a row that is left out.
 
         Args:
@@ -198,7 +200,7 @@ class DataReport:
         if reason in self.left_out:
             self.left_out[reason].count += 1
         else:
-            self.left_out[reason] = LeftOut(1, location, key)
+            self.left_out[reason] = SkippedRows(1, location, key)
 
     def lines(self) -> list[str]:
         """Return what became of the source's rows as lines for the terminal: read, left out and

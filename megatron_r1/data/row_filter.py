@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.data.renamed_rows import ABSENT, DataReport, RenamedRow, entry
+from megatron_r1.data.renamed_rows import ABSENT, DataReport, RenamedRow, lookup
 
 CONDITION_KEYS = ("min", "max", "not", "or")
 TRUE, FALSE = ("true", "yes"), ("false", "no")
@@ -76,14 +76,14 @@ class RowFilter:
         self._report.num_read += 1
         if self._unseen:
             self._known |= dict.fromkeys(row)
-            self._unseen = {name for name in self._unseen if entry(row, name) is ABSENT}
+            self._unseen = {name for name in self._unseen if lookup(row, name) is ABSENT}
             if self._report.num_read >= MAX_UNSEEN:
                 self.finish()
         for column, condition in self._where.items():
-            value = entry(row, column)
+            value = lookup(row, column)
             if not meets(None if value is ABSENT else value, condition):
                 key = f"{self._key}.{column}"
-                self._report.leave_out(f"{key}: {condition}", location, key)
+                self._report.skip_row(f"{key}: {condition}", location, key)
                 return False
         return True
 

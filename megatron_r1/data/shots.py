@@ -10,9 +10,9 @@ from r1_grading.reading import THINK
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message
-from megatron_r1.data.prompts import normalize
+from megatron_r1.data.prompts import normalize_question
 from megatron_r1.data.renamed_rows import read_renamed_rows, require_text
-from megatron_r1.data.text import PromptText, is_opened, render_template, system_text
+from megatron_r1.data.text import PromptTokenizer, is_opened, render_template, system_text
 
 BETWEEN = "\n\n"
 
@@ -25,7 +25,7 @@ class Shot:
     response: str
 
 
-class Shots:
+class FewShotExamples:
     """The worked examples of a file, some of which precede each question. The choice depends on
     (seed, question) alone, and never includes the question itself.
 
@@ -63,23 +63,25 @@ class Shots:
         content = repr([self.shots, self._num_shots, self._seed])
         return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()[:16]
 
-    def before(self, question: str) -> list[Shot]:
+    def choose(self, question: str) -> list[Shot]:
         """Return the examples before `question`: all in the file's order, or some as drawn."""
-        shots = [s for s in self.shots if normalize(s.question) != normalize(question)]
+        shots = [
+            s for s in self.shots if normalize_question(s.question) != normalize_question(question)
+        ]
         if self._num_shots is None:
             return shots
-        draw = random.Random(f"{self._seed}/{normalize(question)}")
+        draw = random.Random(f"{self._seed}/{normalize_question(question)}")
         return draw.sample(shots, min(self._num_shots, len(shots)))
 
-    def turns(self, question: str) -> list[Message]:
+    def chat_messages(self, question: str) -> list[Message]:
         """Return the messages of a chat that ends with `question`."""
         turns: list[Message] = []
-        for shot in self.before(question):
+        for shot in self.choose(question):
             turns.append({"role": "user", "content": shot.question})
             turns.append({"role": "assistant", "content": shot.response})
         return [*turns, {"role": "user", "content": question}]
 
-    def text(self, template: str, question: str, before: Sequence[Message] = ()) -> str:
+    def prompt_text(self, template: str, question: str, before: Sequence[Message] = ()) -> str:
         """Return every example as if asked and answered in `template`, then the question.
 
         Args:
@@ -94,35 +96,39 @@ class Shots:
         shown = [
             render_template(template, shot.question)
             + (shot.response.removeprefix(THINK) if opened else shot.response)
-            for shot in self.before(question)
+            for shot in self.choose(question)
         ]
         system = system_text(before, "data.template")
         return BETWEEN.join([*shown, render_template(template, question, system)])
 
 
-class FewShotText(PromptText):
-    """A `PromptText` whose encoded prompts begin with worked examples; `render` leaves them out."""
+class FewShotTokenizer(PromptTokenizer):
+    """A `PromptTokenizer` whose prompts begin with worked examples; `render` leaves them out."""
 
     def __init__(
-        self, model_path: str, template: str, shots: Shots, stop_token_ids: Sequence[int] = ()
+        self,
+        model_path: str,
+        template: str,
+        shots: FewShotExamples,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
         """Load the tokenizer.
 
         Args:
             model_path: the Hugging Face folder.
-            template: as for `PromptText`.
+            template: as for `PromptTokenizer`.
             shots: the worked examples.
-            stop_token_ids: as for `PromptText`.
+            stop_token_ids: as for `PromptTokenizer`.
 
         Raises:
-            UserError: as `PromptText`, and if the chat template drops the thoughts of earlier
+            UserError: as `PromptTokenizer`, and if the chat template drops the thoughts of earlier
                 turns, as templates of reasoning models do: the worked examples would lack their
                 thoughts."""
         super().__init__(model_path, template, stop_token_ids=stop_token_ids)
         self._shots = shots
         if self._chat:
-            shown = self._apply_chat_template(shots.turns(""), tokenize=False)
-            for shot in shots.before(""):
+            shown = self._apply_chat_template(shots.chat_messages(""), tokenize=False)
+            for shot in shots.choose(""):
                 if shot.response.strip() not in shown:
                     raise UserError(
                         f"sample.shots: the chat template of {model_path} does not show an earlier "
@@ -134,6 +140,6 @@ class FewShotText(PromptText):
     def encode(self, question: str, before: Sequence[Message] = ()) -> list[int]:
         """Return the tokens of the question behind its examples and the messages `before`."""
         if self._chat:
-            turns = [*before, *self._shots.turns(question)]
+            turns = [*before, *self._shots.chat_messages(question)]
             return list(self._apply_chat_template(turns)["input_ids"])
-        return self._encode_text(self._shots.text(self._template, question, before))
+        return self._encode_text(self._shots.prompt_text(self._template, question, before))

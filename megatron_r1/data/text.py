@@ -33,7 +33,7 @@ class ByteDecoder:
         self._content = np.frombuffer(b"".join(table), np.uint8)
 
     @classmethod
-    def of(cls, tokenizer: Any) -> ByteDecoder | None:
+    def from_tokenizer(cls, tokenizer: Any) -> ByteDecoder | None:
         """Return the decoder of a transformers tokenizer, or None for one that is not byte-level,
         or decodes otherwise, as one that cleans up spaces does."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -84,7 +84,7 @@ PLACES = re.compile(r"\{problem\}|\{system\}")
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 
 CHAT = "chat"
-"""Stands for the tokenizer's own chat template (`text.PromptText`)."""
+"""Stands for the tokenizer's own chat template (`text.PromptTokenizer`)."""
 
 TEMPLATES: dict[str, str] = {
     # DeepSeek-R1 (arXiv 2501.12948), the template of R1-Zero.
@@ -156,7 +156,7 @@ PROBE = "a message of the system"
 """A text by which it is seen whether a template shows a system's message."""
 
 
-class PromptText:
+class PromptTokenizer:
     """The tokenizer of a Hugging Face folder with one prompt template.
 
     Attributes:
@@ -215,7 +215,7 @@ class PromptText:
         self.stop_token_ids = [*dict.fromkeys([*ends, *stop_token_ids])]
         special = self.tokenizer.all_special_ids
         self._silent = {*ends, *(token for token in stop_token_ids if token in special)}
-        self._byte_decoder = ByteDecoder.of(self.tokenizer)
+        self._byte_decoder = ByteDecoder.from_tokenizer(self.tokenizer)
         self._start = self._text_in_front()
         rendered = self.render("?")
         self.opens_thought, self.closed_thought = is_opened(rendered), _closed_thought(rendered)
@@ -257,7 +257,12 @@ class PromptText:
         return "".join(self.tokenizer.convert_ids_to_tokens(ids[: counts[0]])) if counts else ""
 
     def fits(self, question: str, limit: int, before: Sequence[Message] = ()) -> bool:
-        """Whether the prompt leaves at least one of `limit` tokens for a response."""
+        """Whether the prompt leaves at least one of `limit` tokens for a response.
+
+        Args:
+            question: the question.
+            limit: the most tokens of prompt and response.
+            before: the messages before the question."""
         # A token is a byte at least, so most need not be encoded; normalization may double some.
         texts = [question, *(str(value) for message in before for value in message.values())]
         num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
@@ -279,9 +284,9 @@ class PromptText:
         return PROBE in text
 
     def _turns(self, question: str, before: Sequence[Message]) -> list[Message]:
-        return self.seated([*before, *_turns(question)])
+        return self.merge_system_message([*before, *_turns(question)])
 
-    def seated(self, turns: Sequence[Message]) -> list[Message]:
+    def merge_system_message(self, turns: Sequence[Message]) -> list[Message]:
         """Return a conversation with the system's message in front of the first of the user, where
         the template has no place for a system."""
         turns = list(turns)

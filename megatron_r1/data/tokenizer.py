@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.untrusted import read_json, require_own_files
+from megatron_r1.base.files.untrusted import read_json, require_files_inside
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -37,7 +37,7 @@ def load_tokenizer(folder: str, key: str) -> Any:
             key=key,
             cause=Cause.NOT_FOUND,
         )
-    require_own_files(path, key)
+    require_files_inside(path, key)
     # Without these, transformers may return an empty tokenizer.
     if not any((path / name).is_file() for name in FILES):
         if _is_code(path):

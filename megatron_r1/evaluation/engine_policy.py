@@ -15,22 +15,22 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.shots import FewShotText, Shots
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.shots import FewShotExamples, FewShotTokenizer
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.from_recipe import engine_settings, fleet_settings, max_model_len
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
-    check_experts_here,
+    check_local_experts,
 )
-from megatron_r1.engines.server.responses import Response, cut_at_stop
+from megatron_r1.engines.server.responses import Response, truncate_at_stop
+from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
-from megatron_r1.models.hf_config import as_read, load_config
+from megatron_r1.models.hf_config import describe_config_changes, load_config
 
 ATTEMPTS = 3
 """Episodes that are tried for one sample: one that fails by no fault of the policy is repeated."""
@@ -56,7 +56,7 @@ class EnginePolicy:
         model: Path,
         decoding: SamplingSettings,
         folder: Path,
-        shots: Shots | None,
+        shots: FewShotExamples | None,
     ) -> None:
         require_weights(model)
         config = config.with_changes(model={"path": str(model)})
@@ -65,13 +65,15 @@ class EnginePolicy:
         self._folder = folder
         ids = rollout.stop_token_ids
         self._text = (
-            FewShotText(*source, shots, ids) if shots else PromptText(*source, stop_token_ids=ids)
+            FewShotTokenizer(*source, shots, ids)
+            if shots
+            else PromptTokenizer(*source, stop_token_ids=ids)
         )
         self._max_model_len = max_model_len(config)
         check_room(rollout)
         hf = load_config(model)
         check_engines(config, hf)
-        check_experts_here(rollout)
+        check_local_experts(rollout)
         check_cpu_kernels(rollout, hf)
         check_arguments(rollout, "rollout")
         self._fleet: RolloutFleet | None = None
@@ -95,7 +97,7 @@ class EnginePolicy:
             UserError: as `placement.open_pool`.
         """
         log = partial(print, flush=True)
-        for sentence in as_read(self._model):
+        for sentence in describe_config_changes(self._model):
             log(sentence)
         rollout = self._config.rollout
         # False: no trainer shares memory with the engines, which load the model's folder.
@@ -119,7 +121,12 @@ class EnginePolicy:
     async def respond(
         self, question: str, seed: int, before: Sequence[Message] = ()
     ) -> TextResponse:
-        """Sample one response. A prompt that leaves no room for a response is refused."""
+        """Sample one response. A prompt that leaves no room for a response is refused.
+
+        Args:
+            question: the user's last message.
+            seed: the seed of the sampling.
+            before: the messages before the question."""
         opened = self._text.opens_thought
         prompt_ids = self._text.encode(question, before)
         if len(prompt_ids) >= self._max_model_len:
@@ -149,9 +156,13 @@ class EnginePolicy:
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
         """Play one episode; its turns are sampled with the seeds from `seed` on.
 
+        Args:
+            agents: the environment and its limits.
+            prompt: the prompt that the episode begins with.
+            seed: the seed of the first turn.
+
         Raises:
-            RunError: ATTEMPTS episodes failed by no fault of the policy, or no engine is left.
-        """
+            RunError: ATTEMPTS episodes failed by no fault of the policy, or no engine is left."""
         fleet = self._fleet
         assert fleet is not None, "start() was not called"
         seeds = itertools.count(seed)
@@ -162,7 +173,7 @@ class EnginePolicy:
         for _ in range(ATTEMPTS):
             played = await self._player(agents).play(prompt, answer, self._decoding.max_tokens)
             # Without an engine every further episode would fail: the fleet's error has the cause.
-            fleet.members.require_usable()
+            fleet.state.require_usable()
             episode = played.episode
             if episode.has_reward:
                 break
@@ -198,7 +209,9 @@ class EnginePolicy:
         )
         stop = self._decoding.stop
         return (
-            cut_at_stop(response, len(token_ids), stop, self._text.decode)[0] if stop else response
+            truncate_at_stop(response, len(token_ids), stop, self._text.decode)[0]
+            if stop
+            else response
         )
 
     def _player(self, agents: AgentsConfig) -> EpisodePlayer:

@@ -14,7 +14,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 
 
-def settings_that_matter(config: Config, policy: Mapping[str, Any]) -> dict[str, Any]:
+def identity_settings(config: Config, policy: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that changes samples and grades; the number of samples and questions may grow."""
     return {
         "run.seed": config.run.seed,

@@ -59,7 +59,12 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
     pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n-c+1 .. n} (1 - k/i)
     for n samples of which c are right (Chen et al. 2021, arXiv 2107.03374, eq. 1 and figure 3). The
-    product has no binomial coefficients that could overflow. k = 1 gives c/n."""
+    product has no binomial coefficients that could overflow. k = 1 gives c/n.
+
+    Args:
+        num_samples: n.
+        num_right: c.
+        k: how many of the samples count."""
     if not 0 <= num_right <= num_samples:
         raise ValueError(f"num_right must be within 0…{num_samples}, got {num_right}")
     if not 1 <= k <= num_samples:
@@ -149,7 +154,7 @@ def win_rates(questions: Comparisons, seed: int) -> dict[str, Estimate]:
     weights = np.array([1 / len(samples) for samples in questions for _ in samples])
     owners = np.array([q for q, samples in enumerate(questions) for _ in samples])
     preferences, differences = np.array([pair for s in questions for pair in s], np.float64).T
-    lengths = squashed(differences)
+    lengths = tanh_normalize(differences)
     value = float(equal_length_win_rates(preferences, lengths, weights[None])[0])
     low = high = None
     if len(questions) > 1:
@@ -180,7 +185,7 @@ def length_difference(response: str, opened: bool, reference: str, part: Part) -
     return len(response_part(response, part, opened).text or "") - len(reference)
 
 
-def squashed(differences: np.ndarray) -> np.ndarray:
+def tanh_normalize(differences: np.ndarray) -> np.ndarray:
     """Return tanh(difference / standard deviation), [samples], between -1 and 1; zeros where all
     are equal: nothing can be said of the effect of length then."""
     spread = differences.std(ddof=1) if len(differences) > 1 else 0.0
@@ -197,7 +202,7 @@ def equal_length_win_rates(
 
     Args:
         preferences: [samples], from 0 to 1.
-        lengths: [samples], as `squashed` returns them.
+        lengths: [samples], as `tanh_normalize` returns them.
         weights: [fits, samples]."""
     inputs = np.stack([np.ones_like(lengths), lengths])  # [2, samples]
     squares = inputs[:, None] * inputs[None]  # [2, 2, samples]

@@ -4,9 +4,9 @@ import hashlib
 from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import spread_blocks
+from megatron_r1.base.files import sample_blocks
 from megatron_r1.base.files.weight_files import INDEX, SINGLE, require_complete, weight_files
-from megatron_r1.trainer.checkpoints.finding import STATE_FILE, complete_checkpoints
+from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, complete_checkpoints
 
 NUM_BLOCKS = 16
 """Blocks of each of a model's files that count in its fingerprint."""
@@ -72,6 +72,6 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted({p for pattern in WEIGHTS for p in folder.glob(pattern)}):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        for block in spread_blocks(path, NUM_BLOCKS):
+        for block in sample_blocks(path, NUM_BLOCKS):
             digest.update(block)
     return digest.hexdigest()[:16]

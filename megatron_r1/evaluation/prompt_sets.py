@@ -10,7 +10,7 @@ from r1_grading.rewards import ENVIRONMENT
 
 from megatron_r1.agents.environment import check_parameters
 from megatron_r1.agents.environment_pool import describe
-from megatron_r1.agents.rows import load_rows
+from megatron_r1.agents.rows import load_environment_prompts
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.config.eval import BenchmarkConfig, EvalConfig
@@ -29,10 +29,10 @@ class PromptSet:
 
     Attributes:
         title: the benchmark's; "" for the prompts of `sample`.
+        prompts: the prompts.
         num_samples: responses to each prompt.
         compares: responses are compared with others (`benchmarks.base`).
-        agents: where episodes are played, their environment and limits.
-    """
+        agents: where episodes are played, their environment and limits."""
 
     title: str
     prompts: list[Prompt]
@@ -70,7 +70,7 @@ def load_prompt_sets(config: Config) -> list[PromptSet]:
     return [_load_entry(entry, config) for entry in entries]
 
 
-def digest(prompt: Prompt) -> str:
+def prompt_digest(prompt: Prompt) -> str:
     """Return a digest of the prompt's messages, kind, truth and fields."""
     content: list[Any] = [prompt.question, prompt.kind, prompt.truth, prompt.fields]
     content += [prompt.before] if prompt.before else []
@@ -81,10 +81,10 @@ def digest(prompt: Prompt) -> str:
 def _load_entry(entry: BenchmarkConfig, config: Config) -> PromptSet:
     if entry.name.partition("/")[0] == ENVIRONMENT:
         return _load_rows(entry, config)
-    return _load_own(entry, config) if entry.name == OWN else _load(entry, config.eval)
+    return _load_questions(entry, config) if entry.name == OWN else _load(entry, config.eval)
 
 
-def _load_own(entry: BenchmarkConfig, config: Config) -> PromptSet:
+def _load_questions(entry: BenchmarkConfig, config: Config) -> PromptSet:
     """Load the user's own questions: all questions of `path`, or the questions that the recipe's
     `data` holds out. The columns and the kind are those of `data`."""
     if entry.files or entry.instruction is not None or entry.options:
@@ -93,7 +93,7 @@ def _load_own(entry: BenchmarkConfig, config: Config) -> PromptSet:
             key="eval.benchmarks",
             cause=Cause.UNSUPPORTED,
         )
-    prompts = _own_prompts("", entry, config)
+    prompts = _environment_prompts("", entry, config)
     if not prompts:
         raise UserError(
             f"benchmark {entry.title}: data holds no questions out; give it a path",
@@ -103,13 +103,15 @@ def _load_own(entry: BenchmarkConfig, config: Config) -> PromptSet:
     return PromptSet(entry.title, prompts, entry.samples or config.eval.samples)
 
 
-def _own_prompts(environment: str, entry: BenchmarkConfig, config: Config) -> list[Prompt]:
+def _environment_prompts(environment: str, entry: BenchmarkConfig, config: Config) -> list[Prompt]:
     data = config.data.model_dump(exclude={"template"})
     if entry.path is None:
-        prompts = load_rows(environment, **data).heldout
+        prompts = load_environment_prompts(environment, **data).heldout
     else:
         given = {name: data[name] for name in ("columns", "kind")}
-        prompts = load_rows(environment, path=entry.path, heldout_fraction=0.0, **given).train
+        prompts = load_environment_prompts(
+            environment, path=entry.path, heldout_fraction=0.0, **given
+        ).train
     return prompts[: entry.limit or config.eval.limit]
 
 
@@ -167,7 +169,7 @@ def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
             key="path",
             cause=Cause.MISSING,
         )
-    prompts = _own_prompts(name, entry, config)
+    prompts = _environment_prompts(name, entry, config)
     if not prompts:
         raise UserError(
             f"benchmark {entry.title}: no rows are held out; give data.heldout_path",

@@ -17,7 +17,7 @@ from r1_grading.reading import THINK, Part, chain_of_thought, response_part
 from r1_grading.rewards import UNGRADED
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.json_lines import LineWriter, read_lines, whole_lines
+from megatron_r1.base.files.json_lines import LineWriter, complete_lines, read_lines
 from megatron_r1.config import AgentsConfig, RolloutConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
@@ -61,7 +61,7 @@ class TextResponse:
         return len(self.text) if self.num_tokens is None else self.num_tokens
 
     @property
-    def whole(self) -> str:
+    def full_text(self) -> str:
         """The text with the `<think>` that its prompt may have opened."""
         return THINK + self.text if self.opened else self.text
 
@@ -98,6 +98,8 @@ class SamplingSettings:
     """Sampling parameters.
 
     Attributes:
+        temperature: 0 is greedy.
+        top_p: the share of the distribution that is drawn from.
         max_tokens: the most tokens of a response.
         stop: strings that end a response, besides the model's end tokens.
         stop_token_ids: tokens that end one, likewise.
@@ -113,13 +115,15 @@ class SamplingSettings:
     min_p: float = 0.0
 
     @classmethod
-    def of_rollout(cls, rollout: RolloutConfig) -> Self:
+    def from_rollout(cls, rollout: RolloutConfig) -> Self:
         """Return those of a recipe's `rollout`, as it samples for training."""
         limits = rollout.temperature, rollout.top_p, rollout.max_response_tokens
-        return replace(cls.of(rollout, *limits), top_k=rollout.top_k, min_p=rollout.min_p)
+        return replace(cls.from_options(rollout, *limits), top_k=rollout.top_k, min_p=rollout.min_p)
 
     @classmethod
-    def of(cls, rollout: RolloutConfig, temperature: float, top_p: float, max_tokens: int) -> Self:
+    def from_options(
+        cls, rollout: RolloutConfig, temperature: float, top_p: float, max_tokens: int
+    ) -> Self:
         """Return those of a recipe's `rollout` with this temperature, cut and limit.
 
         Args:
@@ -166,9 +170,13 @@ class Policy(Protocol):
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
         """Play one episode in the environment of `agents`, which may grade the episode.
 
+        Args:
+            agents: the environment and its limits.
+            prompt: the prompt that the episode begins with.
+            seed: the seed of the first turn.
+
         Raises:
-            RunError: episodes fail again and again by no fault of the policy.
-        """
+            RunError: episodes fail again and again by no fault of the policy."""
 
     async def close(self) -> None:
         """Release everything. May be called twice, and without `start`."""
@@ -241,7 +249,7 @@ class ResponseLog:
             return
         offsets: dict[PromptKey, array[int]] = {}
         with self.path.open("rb") as file:
-            for offset, raw in whole_lines(file):
+            for offset, raw in complete_lines(file):
                 offsets.setdefault(_read_key(raw), array("q")).append(offset)
             for prompt in prompts:
                 lines: dict[int, dict[str, Any]] = {}

@@ -15,9 +15,9 @@ from r1_grading.terms import ACCURACY, Options, combine
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.prompt_sets import PromptSet, digest
+from megatron_r1.evaluation.prompt_sets import PromptSet, prompt_digest
 from megatron_r1.evaluation.response import Policy, PromptKey, ResponseLog, TextResponse
-from megatron_r1.reporting.wording import duration
+from megatron_r1.reporting.wording import format_duration
 
 NUM_PROGRESS_LINES = 4
 REFRESH_SECONDS = 0.2
@@ -42,7 +42,9 @@ class SamplingProgress:
         self._next = reached + (REFRESH_SECONDS if self._is_terminal else 1)
         line = f"{done:,} of {total:,} samples graded"
         if first < done < total:
-            line += f", about {duration((now - began) / (done - first) * (total - done))} to go"
+            line += (
+                f", about {format_duration((now - began) / (done - first) * (total - done))} to go"
+            )
         if self._is_terminal:
             print(f"\r\x1b[2K{line}", end="\n" if done == total else "", flush=True)
         else:
@@ -218,7 +220,7 @@ class Sampler:
         finally:
             self._grading_slots.release()
         line: dict[str, Any] = {"benchmark": prompt_set.title} if prompt_set.title else {}
-        line |= {"id": prompt.id, "digest": digest(prompt), "seed": seed}
+        line |= {"id": prompt.id, "digest": prompt_digest(prompt), "seed": seed}
         self._log.add(line | response.to_line() | self._details(prompt_set, prompt, response))
         if new:
             self.num_done += 1
@@ -247,7 +249,7 @@ class Sampler:
         for prompt_set in self._sets:
             for prompt in prompt_set.prompts:
                 logged = self._log.digests.get(prompt_set.key(prompt))
-                if logged is not None and logged != digest(prompt):
+                if logged is not None and logged != prompt_digest(prompt):
                     label = "give the benchmark another label, " if prompt_set.title else ""
                     where = f"benchmark {prompt_set.title}, " if prompt_set.title else ""
                     raise UserError(
@@ -260,6 +262,11 @@ class Sampler:
 
 
 def sample_seed(seed: int, prompt: PromptKey, index: int) -> int:
-    """Return 31 bits that depend on the sample alone, not on what was sampled before it."""
+    """Return 31 bits that depend on the sample alone, not on what was sampled before it.
+
+    Args:
+        seed: `run.seed`.
+        prompt: what names the prompt.
+        index: the number of the sample of this prompt."""
     text = "/".join(part for part in (str(seed), *prompt, str(index)) if part)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

@@ -22,7 +22,7 @@ from megatron_r1.config import AgentsConfig
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.shots import Shots
+from megatron_r1.data.shots import FewShotExamples
 from megatron_r1.data.text import find_template, is_opened, render_template, system_text
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 
@@ -63,7 +63,7 @@ class ServerPolicy:
         server: ServerConfig,
         template: str,
         decoding: SamplingSettings,
-        shots: Shots | None = None,
+        shots: FewShotExamples | None = None,
         key: str = "eval.server",
     ) -> None:
         self._server, self._decoding, self._shots, self._key = server, decoding, shots, key
@@ -109,9 +109,13 @@ class ServerPolicy:
     ) -> TextResponse:
         """Sample one response. A question that the server refuses gets no response.
 
+        Args:
+            question: the user's last message.
+            seed: the seed of the sampling, which the server may ignore.
+            before: the messages before the question.
+
         Raises:
-            ServiceError: the server refuses every question, or is down.
-        """
+            ServiceError: the server refuses every question, or is down."""
         try:
             reply = await self._service.request(self._body(question, seed, before))
         except Ungradable as error:
@@ -134,7 +138,12 @@ class ServerPolicy:
         )
 
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
-        """Raise AssertionError: `check` refuses episodes."""
+        """Raise AssertionError: `check` refuses episodes.
+
+        Args:
+            agents: the environment.
+            prompt: the prompt.
+            seed: the seed."""
         raise AssertionError("refused by check()")
 
     async def close(self) -> None:
@@ -158,10 +167,10 @@ class ServerPolicy:
         content: dict[str, Any]
         if self._chat:
             turns: list[Message] = [{"role": "user", "content": question}]
-            turns = self._shots.turns(question) if self._shots else turns
+            turns = self._shots.chat_messages(question) if self._shots else turns
             content = {"messages": [*before, *turns]}
         elif self._shots:
-            content = {"prompt": self._shots.text(self._template, question, before)}
+            content = {"prompt": self._shots.prompt_text(self._template, question, before)}
         else:
             system = system_text(before, "data.template")
             content = {"prompt": render_template(self._template, question, system)}

@@ -2,10 +2,10 @@
 
 PyTorch's flash attention for CPUs computes it block by block, forward and backward: a matrix of
 queries x keys, 17 GB a head at 65,536 tokens, never exists. A packed batch becomes a few padded
-ones (`context_parallel.Buckets`): the causal mask alone keeps every real query from seeing the
-padding behind it, and no query can see another sequence. Under context parallelism keys and values
-go round a ring of ranks (`models.context_parallel`). On a GPU Transformer Engine's attention takes
-this place.
+ones (`context_parallel.LengthBuckets`): the causal mask alone keeps every real query from seeing
+the padding behind it, and no query can see another sequence. Under context parallelism keys and
+values go round a ring of ranks (`models.context_parallel`). On a GPU Transformer Engine's attention
+takes this place.
 
 `_offset_attention` (gpt-oss) adds a learned softmax offset per head and a window. The offset z of a
 head, its attention sink, is one more logit of the softmax, with no value:
@@ -39,12 +39,12 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron_r1.models.context_parallel import (
-    Buckets,
+    LengthBuckets,
     flash_backward,
     flash_forward,
     ring_attention,
 )
-from megatron_r1.models.prefixes import continued_by, prefix_attention
+from megatron_r1.models.prefixes import marked_prefixes, prefix_attention
 
 
 def _offset_attention(
@@ -198,12 +198,12 @@ class CoreAttention(MegatronModule):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             out = _attend(q, k, v, self.softmax_scale, self.softmax_offset, self.window)
             return out.permute(2, 0, 1, 3).flatten(2)
-        continued = continued_by(packed_seq_params.cu_seqlens_q)
+        prefixes = marked_prefixes(packed_seq_params.cu_seqlens_q)
         cu_seqlens = packed_seq_params.cu_seqlens_q.long()
-        if continued is not None:
+        if prefixes is not None:
             assert self.softmax_offset is None and self.window is None, "see check_shared_prompts"
             parts = query, key, value, cu_seqlens
-            joined = prefix_attention(*parts, continued, self.softmax_scale)
+            joined = prefix_attention(*parts, prefixes, self.softmax_scale)
             return joined.flatten(1)
         if self.group.size() > 1:
             parts = query, key, value, cu_seqlens
@@ -214,7 +214,12 @@ class CoreAttention(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """Return the softmax offsets for a checkpoint, as Megatron's DotProductAttention does."""
+        """Return the softmax offsets for a checkpoint, as Megatron's DotProductAttention does.
+
+        Args:
+            prefix: what precedes the names.
+            sharded_offsets: Megatron's (axis, offset, count) of the pipeline's layers.
+            metadata: Megatron's settings of the checkpoint."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -248,10 +253,10 @@ def attend_packed(
     Returns:
         (t, h, e) in the query's dtype.
     """
-    buckets = Buckets(lengths)
-    queries, keys, values = (buckets.spread(x) for x in (query, key, value))
+    buckets = LengthBuckets(lengths)
+    queries, keys, values = (buckets.pad(x) for x in (query, key, value))
     batches = zip(queries, keys, values, strict=True)
-    return buckets.collect([_attend(q, k, v, scale, offset, window) for q, k, v in batches])
+    return buckets.unpad([_attend(q, k, v, scale, offset, window) for q, k, v in batches])
 
 
 def _attend(

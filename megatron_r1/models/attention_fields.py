@@ -28,7 +28,9 @@ def attention_fields(hf: dict) -> dict[str, Any]:
     """Return Megatron's fields of the attention; UserError if it is not supported."""
     family, layers = model_family(hf), hf.get("layer_types")
     kinds = ("sliding_attention", "full_attention")
-    every = [kinds[not family.windows or index % 2] for index in range(hf["num_hidden_layers"])]
+    every = [
+        kinds[not family.sliding_windows or index % 2] for index in range(hf["num_hidden_layers"])
+    ]
     if layers is not None and layers != every:
         known = " and ".join(repr(kind) for kind in dict.fromkeys(every))
         raise UserError(
@@ -37,10 +39,10 @@ def attention_fields(hf: dict) -> dict[str, Any]:
             key="layer_types",
             cause=Cause.UNSUPPORTED,
         )
-    fields = _latent(hf) if family.latent else _grouped_query(hf)
-    if family.sinks:
+    fields = _latent(hf) if family.latent_attention else _grouped_query(hf)
+    if family.attention_sinks:
         fields["softmax_type"] = "learnable"
-    if family.windows:
+    if family.sliding_windows:
         # Megatron counts the keys before a query's own.
         fields["window_size"] = (hf["sliding_window"] - 1, 0)
         fields["window_attn_skip_freq"] = [int(kind == kinds[0]) for kind in every]
@@ -49,7 +51,7 @@ def attention_fields(hf: dict) -> dict[str, Any]:
 
 def model_arguments(hf: dict) -> dict[str, Any]:
     """Return the arguments of GPTModel besides the configuration."""
-    if model_family(hf).latent:
+    if model_family(hf).latent_attention:
         return {"position_embedding_type": "rope"}
     rope = _rope(hf)
     return {
@@ -81,7 +83,7 @@ def rope_scaling(hf: dict) -> dict[str, Any] | None:
 
     GPTModel takes the factor only and fixes the other three at Llama 3.1's values; config.json may
     have others."""
-    if model_family(hf).latent or (rope := _rope(hf))["rope_type"] != "llama3":
+    if model_family(hf).latent_attention or (rope := _rope(hf))["rope_type"] != "llama3":
         return None
     need(rope, *_ROPE_KEYS["llama3"])
     return {name: rope[name] for name in _ROPE_KEYS["llama3"]}
@@ -90,11 +92,11 @@ def rope_scaling(hf: dict) -> dict[str, Any] | None:
 def yarn_scaling(hf: dict) -> dict[str, Any] | None:
     """Return the arguments of `patches.set_yarn`, or None without YaRN; latent attention has it in
     Megatron's own fields."""
-    if model_family(hf).latent or (rope := _rope(hf))["rope_type"] != "yarn":
+    if model_family(hf).latent_attention or (rope := _rope(hf))["rope_type"] != "yarn":
         return None
     names = ("factor", "rope_theta", "original_max_position_embeddings")
     # vLLM's class of gpt-oss has no default of these.
-    need(rope, *names, *(("beta_fast", "beta_slow") if model_family(hf).sinks else ()))
+    need(rope, *names, *(("beta_fast", "beta_slow") if model_family(hf).attention_sinks else ()))
     require(rope, attention_factor=None, mscale=None, mscale_all_dim=None)
     return {name: rope[name] for name in names} | {
         "beta_fast": rope.get("beta_fast") or 32,
@@ -118,7 +120,7 @@ def attention_divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, i
     heads it may be a multiple, too (`supported`)."""
     heads = hf["num_attention_heads"]
     rules = [("num_attention_heads", heads, "tensor")]
-    if not model_family(hf).latent:
+    if not model_family(hf).latent_attention:
         groups = hf.get("num_key_value_heads") or heads
         size = hf.get("head_dim") or hf["hidden_size"] // heads
         rows = "(num_attention_heads + 2 x num_key_value_heads) x head_dim"
@@ -223,7 +225,7 @@ def rope_parameters(hf: dict) -> dict:
             )
     kind = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or kind or "default"
-    rope.setdefault("rope_theta", model_family(hf).theta)
+    rope.setdefault("rope_theta", model_family(hf).rope_theta)
     for name, value in rope.items():
         fits = is_number(value) or value is None or type(value) is bool
         if name == "rope_theta":
@@ -246,10 +248,10 @@ def _rope(hf: dict) -> dict[str, Any]:
     """
     family, rope = model_family(hf), rope_parameters(hf)
     kind = rope["rope_type"]
-    if kind not in family.rope:
+    if kind not in family.rope_types:
         raise UserError(
             f"rope_type={kind!r} in config.json is not supported for {hf['architectures'][0]}, "
-            f"only {', '.join(family.rope)}",
+            f"only {', '.join(family.rope_types)}",
             key="rope_type",
             cause=Cause.UNSUPPORTED,
         )
@@ -267,14 +269,14 @@ def _rope(hf: dict) -> dict[str, Any]:
             key="factor",
             cause=Cause.OUT_OF_RANGE,
         )
-    part = rope.setdefault("partial_rotary_factor", family.rotary)
+    part = rope.setdefault("partial_rotary_factor", family.rotary_fraction)
     if not 0 < part <= 1:
         raise UserError(
             f"config.json: partial_rotary_factor={part!r} must be above 0 and at most 1",
             key="partial_rotary_factor",
             cause=Cause.OUT_OF_RANGE,
         )
-    if family.rotary == 1.0:
+    if family.rotary_fraction == 1.0:
         require(rope, partial_rotary_factor=1.0)
     return rope
 

@@ -51,11 +51,11 @@ from torch.nn import Module
 
 from megatron_r1.models import patches
 from megatron_r1.models.attention_fields import model_arguments, rope_scaling, yarn_scaling
-from megatron_r1.models.gradients import correct_attributes, gradient_sum, sum_over_token_parts
+from megatron_r1.models.gradients import correct_attributes, fp32_main_grad, mark_sequence_parallel
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.layers import block_specs
 from megatron_r1.models.patches import set_yarn
-from megatron_r1.models.schedule_plan import ExchangePlan
+from megatron_r1.models.schedule_plan import OverlapSchedulePlan
 
 
 class LMHead(ColumnParallelLinear):
@@ -107,13 +107,13 @@ class LMHead(ColumnParallelLinear):
 class ChunkModel(GPTModel):
     """GPTModel whose passes Megatron's schedule can run in parts."""
 
-    def build_schedule_plan(self, *args: Any, **kwargs: Any) -> ExchangePlan:
+    def build_schedule_plan(self, *args: Any, **kwargs: Any) -> OverlapSchedulePlan:
         """Return the parts of a forward and a backward pass; nothing is computed yet.
 
         Args:
             *args: as for the model itself.
             **kwargs: as for the model itself."""
-        return ExchangePlan(self, *args, **kwargs)
+        return OverlapSchedulePlan(self, *args, **kwargs)
 
 
 class PolicyModel(ChunkModel):
@@ -242,7 +242,7 @@ class PolicyModel(ChunkModel):
                 group=self.output_layer.tp_group,
                 vocab_size=self.unpadded_vocab_size,
                 reduce_hidden_grad=False,
-                main_grad=gradient_sum(weight) if self.mtp_only_divisor is None else None,
+                main_grad=fp32_main_grad(weight) if self.mtp_only_divisor is None else None,
             )
         losses = logprobs.new_zeros(labels.numel()).index_copy(0, rows, -logprobs)
         return losses.view_as(labels)
@@ -293,7 +293,7 @@ class ScoreHead(MegatronModule):
         self.weight = torch.nn.Parameter(
             torch.zeros(1, config.hidden_size, dtype=config.params_dtype)
         )
-        sum_over_token_parts(self.weight, config)
+        mark_sequence_parallel(self.weight, config)
         self.tp_group = tp_group
 
     def forward(self, hidden: Tensor) -> Tensor:

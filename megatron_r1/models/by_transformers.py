@@ -1,7 +1,7 @@
 """A model as transformers loads it, for comparisons; in a process that does not prepare Megatron.
 
-`write_plain` makes a quantized model folder into one that transformers and vLLM can load on a CPU,
-with weights in fp32. Their own dequantization there takes an optional package, wants a GPU, or
+`write_dequantized` makes a quantized model folder into one that transformers and vLLM can load on a
+CPU, with weights in fp32. Their own dequantization there takes an optional package, wants a GPU, or
 assumes evenly cut blocks and so refuses or misreads matrices with a partial last block, such as
 DeepSeek-V3's kv_a_proj of 576 rows (integrations/finegrained_fp8.py, transformers 5.19)."""
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.models.weights.stored.hf_writing import carry_files
+from megatron_r1.models.weights.stored.hf_writing import copy_model_files
 from megatron_r1.models.weights.stored.published import published_tensors
 
 
@@ -52,16 +52,16 @@ def load_by_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **opt
     return kind.from_pretrained(folder, config=config, dtype=dtype, **options)
 
 
-def write_plain(weights: HFWeights, folder: Path) -> None:
+def write_dequantized(weights: HFWeights, folder: Path) -> None:
     """Write the checked `weights` with their tokenizer and configuration into `folder`. All of them
     are in memory at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    carry_files(weights.path, folder)
+    copy_model_files(weights.path, folder)
     config = json.loads((weights.path / "config.json").read_text(encoding="utf-8"))
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tensors = {
-        name: weights.whole(name).float().contiguous()
+        name: weights.read_whole(name).float().contiguous()
         for name in published_tensors(weights.hf)
         if weights.has(name)
     }

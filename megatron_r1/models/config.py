@@ -3,7 +3,12 @@
 `_acceleration_fields` selects the implementations of attention, fused operations and the dispatch
 of tokens to experts: `model.attention_backend`, `model.fusions` and `parallel.dispatcher` as
 Megatron's fields. What this machine cannot do is an error with the setting's name; nothing is
-replaced silently."""
+replaced silently.
+
+FP8: Megatron-Core 0.16.1 wraps every decoder and MTP layer in Transformer Engine's autocast when
+`TransformerConfig.fp8` is set (transformer_block.py:717, multi_token_prediction.py:774). Embedding,
+head, router and norms are not Transformer Engine linear layers; `fp8_dot_product_attention=False`
+excludes attention."""
 
 import os
 from collections.abc import Mapping
@@ -16,12 +21,12 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.config import Config, ParallelConfig
+from megatron_r1.config import Config, FP8Config, ParallelConfig
 from megatron_r1.config.model import Fusion
-from megatron_r1.models import fp8_transformer_engine, platform
+from megatron_r1.models import platform
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.pipeline_stages import pipeline_stages, uneven_layout
-from megatron_r1.models.supported import check_divisions, check_exchange_overlap, own_fields
+from megatron_r1.models.supported import check_divisions, check_exchange_overlap, model_fields
 
 FIELDS = {
     "gradient_accumulation": "gradient_accumulation_fusion",
@@ -39,6 +44,12 @@ ENVIRONMENT = {
     "unfused": "NVTE_UNFUSED_ATTN",
 }
 """Variables by which Megatron selects a backend of Transformer Engine's attention."""
+_FP8_SWITCHES = {
+    "blockwise": ("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "float32"),
+    "tensorwise": ("NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES", "power_of_two"),
+}
+"""The environment variable that Transformer Engine reads when it is imported, and the kind of scale
+that 1 selects. Neither it nor Megatron has another way to set the kind."""
 
 
 def _acceleration_fields(config: Config, has_experts: bool) -> dict[str, Any]:
@@ -134,6 +145,106 @@ def _dispatcher_fields(config: Config) -> dict[str, Any]:
     return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
 
 
+def transformer_engine_fp8_fields(fp8: FP8Config) -> dict[str, Any]:
+    """Return the fields of Megatron's TransformerConfig for `fp8.recipe`, which must not be "none".
+
+    Raises:
+        UserError: this GPU, CUDA or Transformer Engine cannot run the recipe.
+    """
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    check_fp8_device(fp8, torch.cuda.get_device_capability(), cuda)
+    _check_fp8_recipe(fp8)
+    return {
+        "fp8": "hybrid" if fp8.gradient_format == "e5m2" else "e4m3",
+        "fp8_recipe": fp8.recipe,
+        # Without it, experts' tokens are padded with zeros around the grouped product, which does
+        # not change results; with it, an expert gets tokens that were not routed to it.
+        "moe_router_padding_for_quantization": False,
+    }
+
+
+def check_fp8_device(fp8: FP8Config, capability: tuple[int, int], cuda: tuple[int, ...]) -> None:
+    """Raise UserError for a GPU or CUDA that Transformer Engine would refuse at the first product
+    (transformer_engine/pytorch/quantization.py), and for scales that it lacks there.
+
+    Args:
+        fp8: the recipe's section.
+        capability: (major, minor) compute capability of the GPU.
+        cuda: the version of CUDA that torch was built with."""
+    device = f"this GPU has compute capability {capability[0]}.{capability[1]}"
+    if fp8.recipe == "blockwise" and (capability < (9, 0) or cuda < (12, 9)):
+        raise UserError(
+            f"fp8.recipe=blockwise needs compute capability 9.0 (Hopper) and CUDA 12.9 or newer; "
+            f"{device}, CUDA is {'.'.join(map(str, cuda))}. Use fp8.recipe=tensorwise or none",
+            key="fp8.recipe",
+            cause=Cause.UNSUPPORTED,
+        )
+    if fp8.recipe == "tensorwise" and capability < (8, 9):
+        raise UserError(
+            f"fp8.recipe=tensorwise needs compute capability 8.9 (Ada) or newer; {device}. "
+            "Use fp8.recipe=none",
+            key="fp8.recipe",
+            cause=Cause.UNSUPPORTED,
+        )
+    if fp8.recipe == "mxfp8" and not (10, 0) <= capability < (12, 0):
+        raise UserError(
+            f"fp8.recipe=mxfp8 needs compute capability 10.x (Blackwell); {device}. "
+            "Use fp8.recipe=blockwise on Hopper, tensorwise elsewhere",
+            key="fp8.recipe",
+            cause=Cause.UNSUPPORTED,
+        )
+    if fp8.recipe == "blockwise" and fp8.scale_kind == "float32" and capability >= (10, 0):
+        raise UserError(
+            f"fp8.scales=float32 with fp8.recipe=blockwise needs Hopper; {device}, where "
+            "Transformer Engine computes blocks as MXFP8. Use power_of_two",
+            key="fp8.scales",
+            cause=Cause.UNSUPPORTED,
+        )
+
+
+def _check_fp8_recipe(fp8: FP8Config) -> None:
+    try:
+        from transformer_engine.common import recipe
+    except ImportError:
+        raise UserError(
+            f"fp8.recipe={fp8.recipe} needs Transformer Engine, which does not import here; "
+            "install it (docs/gpu.md; in a checkout: make setup-cuda), or use fp8.recipe=none",
+            key="fp8.recipe",
+            cause=Cause.NOT_INSTALLED,
+        ) from None
+    names = {
+        "blockwise": "Float8BlockScaling",
+        "tensorwise": "Float8CurrentScaling",
+        "mxfp8": "MXFP8BlockScaling",
+    }
+    recipe_class = getattr(recipe, names[fp8.recipe], None)
+    if recipe_class is None:
+        raise UserError(
+            f"fp8.recipe={fp8.recipe} needs a newer Transformer Engine: this one has no "
+            f"{names[fp8.recipe]} (2.3 has all of them)",
+            key="fp8.recipe",
+            cause=Cause.NOT_INSTALLED,
+        )
+    if fp8.recipe in _FP8_SWITCHES:
+        variable, kind = _FP8_SWITCHES[fp8.recipe]
+        power_of_two = recipe_class().fp8_quant_fwd_inp.power_2_scale
+        if power_of_two != (fp8.scale_kind == "power_of_two"):
+            value = int(fp8.scale_kind == kind)
+            raise UserError(
+                f"fp8.scales={fp8.scale_kind} is set by the environment for Transformer Engine: "
+                f"start the trainer with {variable}={value}",
+                key="fp8.scales",
+                cause=Cause.CONFLICT,
+            )
+
+
+def _fp8_fields(fp8: FP8Config) -> dict[str, Any]:
+    """Return the TransformerConfig fields for `fp8`; UserError where this GPU cannot run it."""
+    if fp8.recipe == "none" or not platform.has_gpu():
+        return {}
+    return transformer_engine_fp8_fields(fp8)
+
+
 RECOMPUTABLE = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 
 
@@ -149,7 +260,7 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
         UserError: for a configuration this stack would compute wrongly, for sizes that do not
             divide, and for FP8, fusions and kernels that this machine cannot run.
     """
-    fields, parallel = own_fields(hf), config.parallel
+    fields, parallel = model_fields(hf), config.parallel
     if config.model.mtp == "none":
         fields["mtp_num_layers"] = None
     has_experts = bool(fields.get("num_moe_experts"))
@@ -160,7 +271,7 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     fields |= _parallel_fields(parallel, has_experts)
     fields |= _pipeline_fields(parallel, hf["num_hidden_layers"], fields.get("mtp_num_layers") or 0)
     fields |= _recompute_fields(parallel, fields)
-    fields |= fp8_transformer_engine.megatron_fields(config.fp8)
+    fields |= _fp8_fields(config.fp8)
     fields |= _acceleration_fields(config, has_experts)
     if fields.get("softmax_type") and config.model.attention_backend == "flash":
         raise UserError(
@@ -172,7 +283,7 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     if has_experts:
         fields["moe_router_bias_update_rate"] = config.model.expert_bias_update_rate
         fields["moe_grouped_gemm"] = transformer_engine
-    kind = MLATransformerConfig if model_family(hf).latent else TransformerConfig
+    kind = MLATransformerConfig if model_family(hf).latent_attention else TransformerConfig
     try:
         return kind(**fields)
     except ValueError as error:
@@ -197,7 +308,7 @@ def _shared_fields(hf: dict, dtype: torch.dtype, transformer_engine: bool) -> di
         "normalization": "RMSNorm",
         "activation_func": quick_gelu if family.open_swiglu else torch.nn.functional.silu,
         "gated_linear_unit": True,
-        "add_bias_linear": family.biases,
+        "add_bias_linear": family.linear_biases,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "params_dtype": dtype,
@@ -261,7 +372,7 @@ def _pipeline_fields(parallel: ParallelConfig, num_layers: int, num_mtp: int) ->
         "virtual_pipeline_model_parallel_size": len(stages[0]) if interleaved else None,
         # Each direction is a message of its own, on its way while a chunk computes. Shapes, which
         # Megatron would swap between two ranks (p2p_communication.py:221, Megatron-Core 0.16.1),
-        # are not sent: `trainer.hops` knows them.
+        # are not sent: `trainer.passes` knows them.
         "overlap_p2p_comm": interleaved,
     }
 

@@ -22,9 +22,9 @@ In the backward pass keys and values go round again, and the gradients of a shar
 
 Each chunk is computed by PyTorch's flash attention for CPUs, block by block, so that a matrix of
 queries x keys never exists. It takes keys and values of one size: the smaller get zeros. Sequences
-of uneven length are computed as a few right-padded batches of nearly equal length (`Buckets`): 256
-of them cost a handful of matrix products and no Python loop; padding stands behind the real tokens
-of its own row.
+of uneven length are computed as a few right-padded batches of nearly equal length
+(`LengthBuckets`): 256 of them cost a handful of matrix products and no Python loop; padding stands
+behind the real tokens of its own row.
 
 Shapes: t tokens on this rank, h query heads, g key/value heads (g divides h), d head size of
 queries and keys, e of values; in a bucket r sequences of w tokens, heads of size n, the larger of
@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def held_positions(cu_seqlens: Tensor, rank: int, num_ranks: int) -> Tensor:
+def positions_of_rank(cu_seqlens: Tensor, rank: int, num_ranks: int) -> Tensor:
     """Return the positions of the whole batch that `rank` holds, (T / num_ranks,) int64, in order.
 
     Args:
@@ -62,23 +62,25 @@ def held_positions(cu_seqlens: Tensor, rank: int, num_ranks: int) -> Tensor:
     chunk = lengths // (2 * num_ranks)
     first, second = cu_seqlens[:-1] + rank * chunk, cu_seqlens[1:] - (rank + 1) * chunk
     starts = torch.stack([first, second], 1).flatten()
-    return spans(starts, chunk.repeat_interleave(2))
+    return concat_ranges(starts, chunk.repeat_interleave(2))
 
 
-def sample_order(cu_seqlens: Tensor, num_ranks: int) -> Tensor:
+def gathered_order(cu_seqlens: Tensor, num_ranks: int) -> Tensor:
     """Return the index, (T,) int64, that sorts tokens gathered rank after rank by samples.
 
     Args:
         cu_seqlens: (S + 1,) integers from 0 to T.
         num_ranks: the number of ranks of the context-parallel group.
     """
-    gathered = torch.cat([held_positions(cu_seqlens, rank, num_ranks) for rank in range(num_ranks)])
+    gathered = torch.cat(
+        [positions_of_rank(cu_seqlens, rank, num_ranks) for rank in range(num_ranks)]
+    )
     order = torch.empty_like(gathered)
     order[gathered] = torch.arange(len(gathered), device=gathered.device)
     return order
 
 
-def spans(starts: Tensor, lengths: Tensor) -> Tensor:
+def concat_ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     """Return start, start + 1, … start + length - 1 of each span, end to end, (Σ lengths,) int64.
 
     Args:
@@ -96,8 +98,8 @@ def spans(starts: Tensor, lengths: Tensor) -> Tensor:
 BUCKET_TOKENS = 16
 
 
-class Buckets:
-    """The places of the tokens of packed sequences in right-padded batches."""
+class LengthBuckets:
+    """Packed sequences as a few right-padded batches, each of sequences of nearly one length."""
 
     def __init__(self, lengths: Tensor):
         """Place the tokens of each sequence.
@@ -108,7 +110,7 @@ class Buckets:
         order = padded.argsort(stable=True)
         starts = torch.empty_like(padded)
         starts[order] = padded[order].cumsum(0) - padded[order]
-        self._slots = spans(starts, lengths)
+        self._slots = concat_ranges(starts, lengths)
         widths, rows = padded.unique(return_counts=True)
         # Sequences without tokens have width 0, and so no bucket.
         shapes = zip(rows.tolist(), widths.tolist(), strict=True)
@@ -116,7 +118,7 @@ class Buckets:
         counts = [count for count, _ in self._shapes]
         self._lengths = lengths[order][len(lengths) - sum(counts) :].split(counts)
 
-    def spread(self, x: Tensor, size: int | None = None) -> list[Tensor]:
+    def pad(self, x: Tensor, size: int | None = None) -> list[Tensor]:
         """Return packed x (t, h, d) as a batch (rows, h, width, size) per bucket, with zeros where
         it is padded.
 
@@ -125,17 +127,17 @@ class Buckets:
             size: the size of the last dimension of the batches, at least d; None: d."""
         sizes = [count * width for count, width in self._shapes]
         size = x.shape[2] if size is None else size
-        spread = x.new_zeros(sum(sizes), x.shape[1], size)
-        spread[self._slots, :, : x.shape[2]] = x
-        parts = zip(spread.split(sizes), self._shapes, strict=True)
+        padded = x.new_zeros(sum(sizes), x.shape[1], size)
+        padded[self._slots, :, : x.shape[2]] = x
+        parts = zip(padded.split(sizes), self._shapes, strict=True)
         return [part.unflatten(0, shape).transpose(1, 2) for part, shape in parts]
 
-    def collect(self, batches: Sequence[Tensor]) -> Tensor:
-        """Return packed (t, h, d): the reverse of `spread`."""
+    def unpad(self, batches: Sequence[Tensor]) -> Tensor:
+        """Return packed (t, h, d): the reverse of `pad`."""
         flat = [batch.transpose(1, 2).flatten(0, 1) for batch in batches]
         return torch.cat(flat).index_select(0, self._slots)
 
-    def padding(self, dtype: torch.dtype) -> list[Tensor | None]:
+    def padding_masks(self, dtype: torch.dtype) -> list[Tensor | None]:
         """Return, per bucket, what to add to scores so that no query sees padding: -inf there, 0
         elsewhere, (rows, 1, 1, width); None where a bucket has no padding."""
         masks: list[Tensor | None] = []
@@ -166,25 +168,27 @@ def ring_attention(
     Returns:
         (t, h, e) in the query's dtype.
     """
-    return _RingAttention.apply(query, key, value, _Halves(cu_seqlens, group.size()), scale, group)
+    return _RingAttention.apply(
+        query, key, value, _ChunkHalves(cu_seqlens, group.size()), scale, group
+    )
 
 
-class _Halves:
+class _ChunkHalves:
     """The first and the second chunks of all samples on a rank; both have the same lengths."""
 
     def __init__(self, cu_seqlens: Tensor, num_ranks: int):
         chunk = cu_seqlens.diff() // (2 * num_ranks)
         starts = cu_seqlens[:-1] // num_ranks
-        self.rows = [spans(starts + half * chunk, chunk) for half in (0, 1)]
-        self.buckets = Buckets(chunk)
+        self.rows = [concat_ranges(starts + half * chunk, chunk) for half in (0, 1)]
+        self.buckets = LengthBuckets(chunk)
 
-    def spread(self, x: Tensor, size: int) -> list[list[Tensor]]:
+    def pad(self, x: Tensor, size: int) -> list[list[Tensor]]:
         """Return the batches (r, heads, w, size) of each half of x (t, heads, …)."""
-        return [self.buckets.spread(x[rows], size) for rows in self.rows]
+        return [self.buckets.pad(x[rows], size) for rows in self.rows]
 
-    def collect(self, halves: Sequence[Sequence[Tensor]], size: int) -> Tensor:
-        """Return (t, heads, size), the reverse of `spread`."""
-        parts = torch.cat([self.buckets.collect(half)[..., :size] for half in halves])
+    def unpad(self, halves: Sequence[Sequence[Tensor]], size: int) -> Tensor:
+        """Return (t, heads, size), the reverse of `pad`."""
+        parts = torch.cat([self.buckets.unpad(half)[..., :size] for half in halves])
         return torch.empty_like(parts).index_copy_(0, torch.cat(self.rows), parts)
 
 
@@ -201,28 +205,28 @@ class _RingAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        halves: _Halves,
+        halves: _ChunkHalves,
         scale: float,
         group: ProcessGroup,
     ) -> Tensor:
         """Return out (t, h, e), the module's sum over chunks c."""
         rank, num_ranks = group.rank(), group.size()
         size = max(key.shape[2], value.shape[2])
-        queries, masks = halves.spread(query, size), halves.buckets.padding(query.dtype)
+        queries, masks = halves.pad(query, size), halves.buckets.padding_masks(query.dtype)
         # Sums over chunks are in fp32 at least.
         wide = torch.promote_types(query.dtype, torch.float32)
         joined: list[list[Any]] = [[None] * len(masks) for _ in queries]  # (out, lse)
-        for owner, share in _round(torch.cat([key, value], 2), group):
-            keys = halves.spread(share[..., : key.shape[2]], size)
-            values = halves.spread(share[..., key.shape[2] :], size)
+        for owner, share in _ring_shares(torch.cat([key, value], 2), group):
+            keys = halves.pad(share[..., : key.shape[2]], size)
+            values = halves.pad(share[..., key.shape[2] :], size)
             for half, other, causal in _visible(rank, owner, num_ranks):
                 for at, q in enumerate(queries[half]):
-                    k, v = (per_query_head(x[other][at], q.shape[1]) for x in (keys, values))
+                    k, v = (repeat_kv(x[other][at], q.shape[1]) for x in (keys, values))
                     mask = None if causal else masks[at]
                     out, lse = flash_forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-                    joined[half][at] = _join(joined[half][at], out.to(wide), lse)
+                    joined[half][at] = _merge_chunks(joined[half][at], out.to(wide), lse)
         out, lse = (
-            halves.collect([[part[n] for part in half] for half in joined], count)
+            halves.unpad([[part[n] for part in half] for half in joined], count)
             for n, count in enumerate((value.shape[2], 1))
         )
         ctx.save_for_backward(query, key, value, out := out.to(query.dtype), lse)
@@ -239,43 +243,43 @@ class _RingAttention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         halves, group = ctx.halves, ctx.group
         rank, num_ranks = group.rank(), group.size()
-        size, masks = max(key.shape[2], value.shape[2]), halves.buckets.padding(query.dtype)
-        queries, outs, grads = (halves.spread(x, size) for x in (query, out, grad))
+        size, masks = max(key.shape[2], value.shape[2]), halves.buckets.padding_masks(query.dtype)
+        queries, outs, grads = (halves.pad(x, size) for x in (query, out, grad))
         # A padded query has grad 0, and so any finite lse will do.
-        normalizers = [[x[..., 0] for x in half] for half in halves.spread(lse, 1)]
+        normalizers = [[x[..., 0] for x in half] for half in halves.pad(lse, 1)]
         wide = torch.promote_types(query.dtype, torch.float32)
         d_queries = [[torch.zeros_like(q, dtype=wide) for q in half] for half in queries]
         arriving: Callable[[], Tensor] | None = None
-        for owner, share in _round(torch.cat([key, value], 2), group):
-            keys = halves.spread(share[..., : key.shape[2]], size)
-            values = halves.spread(share[..., key.shape[2] :], size)
+        for owner, share in _ring_shares(torch.cat([key, value], 2), group):
+            keys = halves.pad(share[..., : key.shape[2]], size)
+            values = halves.pad(share[..., key.shape[2] :], size)
             d_keys, d_values = (
                 [[torch.zeros_like(x, dtype=wide) for x in half] for half in halves_of_share]
                 for halves_of_share in (keys, values)
             )
             for half, other, causal in _visible(rank, owner, num_ranks):
                 for at, q in enumerate(queries[half]):
-                    k, v = (per_query_head(x[other][at], q.shape[1]) for x in (keys, values))
+                    k, v = (repeat_kv(x[other][at], q.shape[1]) for x in (keys, values))
                     row = (grads[half][at], q, k, v, outs[half][at], normalizers[half][at])
                     mask = None if causal else masks[at]
                     parts = flash_backward(*row, 0.0, causal, attn_mask=mask, scale=ctx.scale)
                     sums = d_queries[half][at], d_keys[other][at], d_values[other][at]
                     for whole, part in zip(sums, parts, strict=True):
-                        whole += over_query_heads(part, whole.shape[1])
+                        whole += sum_kv_gradients(part, whole.shape[1])
             d_share = torch.cat(
                 [
-                    halves.collect(d_keys, key.shape[2]),
-                    halves.collect(d_values, value.shape[2]),
+                    halves.unpad(d_keys, key.shape[2]),
+                    halves.unpad(d_values, value.shape[2]),
                 ],
                 2,
             )
             if arriving is not None:
                 d_share += arriving()
             # The gradients follow their share, and so come home after one round.
-            arriving = _pass_on(d_share, group)
+            arriving = _send_to_next(d_share, group)
         assert arriving is not None, "a group has at least one rank"
         d_key, d_value = arriving().to(key.dtype).split([key.shape[2], value.shape[2]], 2)
-        d_query = halves.collect(d_queries, query.shape[2]).to(query.dtype)
+        d_query = halves.unpad(d_queries, query.shape[2]).to(query.dtype)
         return d_query, d_key, d_value, None, None, None
 
 
@@ -288,17 +292,17 @@ def _visible(rank: int, owner: int, num_ranks: int) -> Iterator[tuple[int, int, 
                 yield half, other, number == own
 
 
-def _round(share: Tensor, group: ProcessGroup) -> Iterator[tuple[int, Tensor]]:
+def _ring_shares(share: Tensor, group: ProcessGroup) -> Iterator[tuple[int, Tensor]]:
     """Yield (rank, its share), this rank's first. The next share arrives while one is in use."""
     rank, num_ranks = group.rank(), group.size()
     for step in range(num_ranks):
-        arriving = _pass_on(share, group) if step < num_ranks - 1 else None
+        arriving = _send_to_next(share, group) if step < num_ranks - 1 else None
         yield (rank - step) % num_ranks, share
         if arriving is not None:
             share = arriving()
 
 
-def _pass_on(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
+def _send_to_next(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     """Start sending x, contiguous, to the next rank of the ring, and receiving what the previous
     rank sends; return a function that waits for both and returns what was received."""
     arriving = torch.empty_like(x)
@@ -317,7 +321,9 @@ def _pass_on(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     return wait
 
 
-def _join(known: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _merge_chunks(
+    known: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return (out, lse) over the keys of both.
 
     Args:
@@ -331,11 +337,11 @@ def _join(known: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> tupl
     return known[0] * (known[1] - whole).exp() + out * (lse - whole).exp(), whole
 
 
-def per_query_head(x: Tensor, num_heads: int) -> Tensor:
+def repeat_kv(x: Tensor, num_heads: int) -> Tensor:
     """Repeat each key/value head for each of its query heads: (r, g, w, n) -> (r, h, w, n)."""
     return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], 1)
 
 
-def over_query_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Return the gradient of `per_query_head`: (r, h, w, n) -> (r, g, w, n)."""
+def sum_kv_gradients(x: Tensor, num_heads: int) -> Tensor:
+    """Return the gradient of `repeat_kv`: (r, h, w, n) -> (r, g, w, n)."""
     return x if x.shape[1] == num_heads else x.unflatten(1, (num_heads, -1)).sum(2)

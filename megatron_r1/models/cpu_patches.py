@@ -22,9 +22,11 @@ class Patch:
     """What is done in place of one line of Megatron-Core.
 
     Attributes:
+        name: a short description, unique among all patches.
         upstream: `file:symbol`, the file below `megatron/core` and the function that has the line,
             as of `platform.MEGATRON_VERSION`; without a symbol it is outside of functions.
-        text: what the line contains. A test fails when it is gone."""
+        text: what the line contains. A test fails when it is gone.
+        install: replaces Megatron's names."""
 
     name: str
     upstream: str
@@ -35,7 +37,7 @@ class Patch:
 Register = Callable[[Callable[[], None]], None]
 
 
-def listed_in(patches: list[Patch]) -> Callable[[str, str, str], Register]:
+def register_in(patches: list[Patch]) -> Callable[[str, str, str], Register]:
     """Return a decorator that appends the decorated function to `patches`; its arguments are the
     name, upstream and text of the `Patch`."""
 
@@ -47,7 +49,7 @@ def listed_in(patches: list[Patch]) -> Callable[[str, str, str], Register]:
 
 CPU = torch.device("cpu")
 PATCHES: list[Patch] = []
-_patch = listed_in(PATCHES)
+_patch = register_in(PATCHES)
 
 
 class _Event:

@@ -42,7 +42,7 @@ class TokenCounts(NamedTuple):
     num_out: int | Tensor
 
 
-class Counted(Protocol):
+class CountsSource(Protocol):
     """Knows the counts of a pass in progress, or keeps them for its recomputation."""
 
     def known_counts(self) -> TokenCounts | None:
@@ -55,7 +55,7 @@ class Counted(Protocol):
 class KnownCountsDispatcher(MoEAlltoAllTokenDispatcher):
     """Megatron's dispatcher, given counts by `source` where that has some."""
 
-    source: Counted | None = None
+    source: CountsSource | None = None
     _known: TokenCounts | None = None
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def indices_to_multihot(manager: Any, indices: Tensor, probs: Tensor) -> tuple[T
     return chosen[:, :-1].contiguous(), weights[:, :-1].contiguous()
 
 
-def exchanged_counts(
+def exchange_token_counts(
     dispatcher: MoEAlltoAllTokenDispatcher, counts: Sequence[np.ndarray | None], num_layers: int
 ) -> list[list[TokenCounts] | None]:
     """Return what the host has to know of each micro-batch and layer; None for a micro-batch of

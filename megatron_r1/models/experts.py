@@ -46,7 +46,7 @@ def expert_fields(hf: dict) -> dict[str, Any]:
 def _normalizes(hf: dict) -> bool:
     """Return whether the weights of a token's experts sum to 1, before they are scaled."""
     given = hf.get("norm_topk_prob")
-    return model_family(hf).normalizes if given is None else given
+    return model_family(hf).normalizes_topk if given is None else given
 
 
 def expert_divisions(hf: dict) -> list[tuple[str, int, str]]:
@@ -66,7 +66,7 @@ def expert_divisions(hf: dict) -> list[tuple[str, int, str]]:
 def _check_layer_types(hf: dict) -> None:
     """Raise UserError where `mlp_layer_types`, which transformers reads, disagrees with
     first_k_dense_replace, which vLLM and this project read."""
-    if not model_family(hf).layer_types:
+    if not model_family(hf).reads_mlp_layer_types:
         return
     default = ["dense"] + ["sparse"] * (hf["num_hidden_layers"] - 1)
     types = hf.get("mlp_layer_types") or default

@@ -12,8 +12,8 @@ Exceptions that name an architecture, in all of megatron_r1:
 - `engines.plugin.patches`: vLLM's layers of DeepSeek, and its drafter of GLM-4.5.
 - `engines.plugin.loader_copies`: vLLM's loader of gpt-oss, which takes all experts at once.
 
-`push.plan.planner` knows gpt-oss by `Family.stacked`: its class in vLLM has the embedding and the
-head on every pipeline stage."""
+`push.plan.planner` knows gpt-oss by `Family.stacked_experts`: its class in vLLM has the embedding
+and the head on every pipeline stage."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,51 +25,57 @@ class Family:
     """One architecture. A flag may also be a key of `config.json`, whose value decides.
 
     Attributes:
-        latent: multi-head latent attention (DeepSeek-V2) instead of grouped-query attention.
+        latent_attention: multi-head latent attention (DeepSeek-V2), not grouped-query attention.
         qkv_bias: biases on query, key and value.
         qk_norm: RMS norms of each head's query and key.
-        rope: supported values of rope_type.
-        rotary: part of a head that is rotated, unless `config.json` has another.
-        theta: base of the rotary angles, unless `config.json` has another.
-        sinks: each head has a learned logit for no key in its softmax (`models.attention`).
-        windows: every other layer, from the first, sees the last `sliding_window` tokens only.
+        rope_types: supported values of rope_type.
+        rotary_fraction: part of a head that is rotated, unless `config.json` has another.
+        rope_theta: base of the rotary angles, unless `config.json` has another.
+        attention_sinks: each head has a learned logit for no key in its softmax
+            (`models.attention`).
+        sliding_windows: every other layer, from the first, sees the last `sliding_window` tokens
+            only.
         router_score: the function that turns router logits into scores; with "sigmoid" there is
             also a correction bias. None: the architecture has no experts.
         expert_size: the key of `config.json` with the number of an expert's inner features.
         open_swiglu: experts compute clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1).
-        biases: whether the output projection, router and experts have biases.
-        stacked: a tensor of the checkpoint has all experts of a layer (`weights.stored.published`).
-        normalizes: whether a token's expert weights sum to 1, unless `norm_topk_prob` is given.
-        layer_types: whether transformers reads mlp_layer_types instead of first_k_dense_replace.
-        whole_shared: whether vLLM keeps shared experts whole on every rank of engines with tensor,
-            data and expert parallelism (it splits tokens there, `use_sequence_parallel_moe`).
-        needs: keys that must be given, because transformers has a default of its own.
-        fixed: keys that may have one value only.
-        inert: keys without an effect, given those values.
-        implied: keys that vLLM reads, with the only values of the architecture, which transformers
-            does not write.
+        linear_biases: whether the output projection, router and experts have biases.
+        stacked_experts: a tensor of the checkpoint has all experts of a layer
+            (`weights.stored.published`).
+        normalizes_topk: whether a token's expert weights sum to 1, unless `norm_topk_prob` is
+            given.
+        reads_mlp_layer_types: whether transformers reads mlp_layer_types instead of
+            first_k_dense_replace.
+        replicates_shared_experts: whether vLLM keeps shared experts whole on every rank of engines
+            with tensor, data and expert parallelism (it splits tokens there,
+            `use_sequence_parallel_moe`).
+        required_keys: keys that must be given, because transformers has a default of its own.
+        fixed_values: keys that may have one value only.
+        ignored_keys: keys without an effect, given those values.
+        implied_values: keys that vLLM reads, with the only values of the architecture, which
+            transformers does not write.
         score_head: whether transformers has the architecture with a scalar head."""
 
-    latent: bool = False
+    latent_attention: bool = False
     qkv_bias: bool | str = False
     qk_norm: bool | str = False
-    rope: tuple[str, ...] = ("default",)
-    rotary: float = 1.0
-    theta: float = 10_000.0
-    sinks: bool = False
-    windows: bool = False
+    rope_types: tuple[str, ...] = ("default",)
+    rotary_fraction: float = 1.0
+    rope_theta: float = 10_000.0
+    attention_sinks: bool = False
+    sliding_windows: bool = False
     router_score: Literal["sigmoid", "softmax"] | None = None
     expert_size: str = "moe_intermediate_size"
     open_swiglu: bool = False
-    biases: bool = False
-    stacked: bool = False
-    normalizes: bool = False
-    layer_types: bool = False
-    whole_shared: bool = False
-    needs: tuple[str, ...] = ()
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    inert: tuple[str, ...] = ()
-    implied: Mapping[str, Any] = field(default_factory=dict)
+    linear_biases: bool = False
+    stacked_experts: bool = False
+    normalizes_topk: bool = False
+    reads_mlp_layer_types: bool = False
+    replicates_shared_experts: bool = False
+    required_keys: tuple[str, ...] = ()
+    fixed_values: Mapping[str, Any] = field(default_factory=dict)
+    ignored_keys: tuple[str, ...] = ()
+    implied_values: Mapping[str, Any] = field(default_factory=dict)
     score_head: bool = True
 
 
@@ -103,88 +109,94 @@ _SIGMOID_NEEDS = (
 
 FAMILIES = {
     "Llama": Family(
-        rope=("default", "linear", "llama3", "yarn"),
-        fixed={**_LLAMA, "mlp_bias": False, "rope_interleaved": False},
+        rope_types=("default", "linear", "llama3", "yarn"),
+        fixed_values={**_LLAMA, "mlp_bias": False, "rope_interleaved": False},
     ),
     "Qwen2": Family(
         qkv_bias=True,
-        rope=("default", "linear", "yarn"),
-        needs=("num_key_value_heads",),
-        fixed={**_NO_MTP, **_WINDOW, "attention_bias": True},
-        inert=_UNUSED_WINDOW,
+        rope_types=("default", "linear", "yarn"),
+        required_keys=("num_key_value_heads",),
+        fixed_values={**_NO_MTP, **_WINDOW, "attention_bias": True},
+        ignored_keys=_UNUSED_WINDOW,
     ),
     "Qwen3": Family(
         qk_norm=True,
-        rope=("default", "linear", "yarn"),
-        needs=("num_key_value_heads", "head_dim"),
-        fixed=_LLAMA | _WINDOW,
-        inert=_UNUSED_WINDOW,
+        rope_types=("default", "linear", "yarn"),
+        required_keys=("num_key_value_heads", "head_dim"),
+        fixed_values=_LLAMA | _WINDOW,
+        ignored_keys=_UNUSED_WINDOW,
     ),
     "Qwen3Moe": Family(
         qk_norm=True,
-        rope=("default", "linear", "yarn"),
+        rope_types=("default", "linear", "yarn"),
         router_score="softmax",
-        needs=("num_key_value_heads", "norm_topk_prob"),
-        fixed=_LLAMA
+        required_keys=("num_key_value_heads", "norm_topk_prob"),
+        fixed_values=_LLAMA
         | _WINDOW
         | _PLAIN_EXPERTS
         # Keys of Qwen3-Coder.
         | {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0},
-        inert=_UNUSED_WINDOW,
+        ignored_keys=_UNUSED_WINDOW,
     ),
     "DeepseekV2": Family(
-        latent=True,
-        rope=("default", "yarn"),
+        latent_attention=True,
+        rope_types=("default", "yarn"),
         router_score="softmax",
-        whole_shared=True,
-        needs=("first_k_dense_replace", "n_shared_experts", "routed_scaling_factor"),
+        replicates_shared_experts=True,
+        required_keys=("first_k_dense_replace", "n_shared_experts", "routed_scaling_factor"),
         # The released code either normalizes or scales, transformers does not normalize.
-        fixed={**_LATENT, **_ROUTED, **_NO_MTP, "scoring_func": "softmax", "norm_topk_prob": False},
+        fixed_values={
+            **_LATENT,
+            **_ROUTED,
+            **_NO_MTP,
+            "scoring_func": "softmax",
+            "norm_topk_prob": False,
+        },
     ),
     "DeepseekV3": Family(
-        latent=True,
-        rope=("default", "yarn"),
+        latent_attention=True,
+        rope_types=("default", "yarn"),
         router_score="sigmoid",
-        normalizes=True,
-        whole_shared=True,
-        needs=_SIGMOID_NEEDS,
-        fixed=_LATENT | _SIGMOID,
-        implied=_NOAUX,
+        normalizes_topk=True,
+        replicates_shared_experts=True,
+        required_keys=_SIGMOID_NEEDS,
+        fixed_values=_LATENT | _SIGMOID,
+        implied_values=_NOAUX,
     ),
     "Glm4Moe": Family(
         qkv_bias="attention_bias",
         qk_norm="use_qk_norm",
-        rotary=0.5,
+        rotary_fraction=0.5,
         router_score="sigmoid",
-        normalizes=True,
-        needs=("num_key_value_heads", *_SIGMOID_NEEDS),
-        fixed=_SIGMOID,
+        normalizes_topk=True,
+        required_keys=("num_key_value_heads", *_SIGMOID_NEEDS),
+        fixed_values=_SIGMOID,
         score_head=False,
     ),
     "Glm4MoeLite": Family(
-        latent=True,
-        rope=("default", "yarn"),
+        latent_attention=True,
+        rope_types=("default", "yarn"),
         router_score="sigmoid",
-        normalizes=True,
-        layer_types=True,
-        needs=_SIGMOID_NEEDS,
-        fixed=_LATENT | _SIGMOID,
+        normalizes_topk=True,
+        reads_mlp_layer_types=True,
+        required_keys=_SIGMOID_NEEDS,
+        fixed_values=_LATENT | _SIGMOID,
         score_head=False,
     ),
     "GptOss": Family(
         qkv_bias=True,
-        rope=("yarn",),
-        theta=150_000.0,
-        sinks=True,
-        windows=True,
+        rope_types=("yarn",),
+        rope_theta=150_000.0,
+        attention_sinks=True,
+        sliding_windows=True,
         router_score="softmax",
         expert_size="intermediate_size",
         open_swiglu=True,
-        biases=True,
-        stacked=True,
-        normalizes=True,
-        needs=("num_key_value_heads", "head_dim", "sliding_window"),
-        fixed={
+        linear_biases=True,
+        stacked_experts=True,
+        normalizes_topk=True,
+        required_keys=("num_key_value_heads", "head_dim", "sliding_window"),
+        fixed_values={
             **_NO_MTP,
             **_PLAIN_EXPERTS,
             # vLLM has the following values in its classes.
@@ -195,7 +207,7 @@ FAMILIES = {
             "tie_word_embeddings": False,
             "norm_topk_prob": True,
         },
-        inert=("initial_context_length",),
+        ignored_keys=("initial_context_length",),
     ),
 }
 """HF architecture, without ForCausalLM or ForSequenceClassification -> its entry."""

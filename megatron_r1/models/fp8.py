@@ -1,6 +1,6 @@
 """FP8 training: its recipes, and the emulation of its products on a CPU.
 
-On a GPU Transformer Engine computes them (`fp8_transformer_engine`). docs/fp8.md lists what is
+On a GPU Transformer Engine computes them (`models.config`). docs/fp8.md lists what is
 quantized and what has been checked.
 
 A linear layer y = x Wᵀ has three products, each of two FP8 operands summed in fp32:
@@ -135,7 +135,12 @@ _EXPONENT_BITS = 0x7F800000
 def fp8_linear(x: Tensor, weight: Tensor, recipe: FP8Recipe) -> Tensor:
     """Return x (..., in) · weight (out, in) transposed, (..., out) in x's dtype, by FP8 products.
 
-    The gradients have x's and weight's dtypes; sums are fp32, rounded once."""
+    The gradients have x's and weight's dtypes; sums are fp32, rounded once.
+
+    Args:
+        x: (..., in), any float dtype.
+        weight: (out, in), any float dtype.
+        recipe: tiles and formats."""
     return _Product.apply(x, weight, recipe)
 
 

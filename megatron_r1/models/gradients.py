@@ -39,13 +39,13 @@ from torch.nn import Module, Parameter
 from megatron_r1.models.pipeline_stages import parse_layout
 
 
-def sum_over_token_parts(parameter: Parameter, config: TransformerConfig) -> None:
+def mark_sequence_parallel(parameter: Parameter, config: TransformerConfig) -> None:
     """Have the gradient of a parameter that every tensor rank holds whole summed over the tensor
     ranks under sequence parallelism, where each of them applies it to its own tokens."""
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def mark_like(factor: Parameter, weight: Tensor, counts: bool) -> None:
+def copy_gradient_attributes(factor: Parameter, weight: Tensor, counts: bool) -> None:
     """Have the gradient of an adapter's factor summed over the data ranks as that of `weight`.
 
     Args:
@@ -56,7 +56,7 @@ def mark_like(factor: Parameter, weight: Tensor, counts: bool) -> None:
     factor.tensor_model_parallel = counts  # type: ignore[attr-defined]
 
 
-def gradient_sum(weight: Tensor) -> Tensor | None:
+def fp32_main_grad(weight: Tensor) -> Tensor | None:
     """Return the fp32 sum of a head's gradients over micro-batches, to which r1_kernels add theirs.
 
     None where autograd gets the gradient: without DistributedDataParallel's buffer, for a frozen
@@ -70,9 +70,9 @@ def gradient_sum(weight: Tensor) -> Tensor | None:
     return total if total.dtype == torch.promote_types(weight.dtype, torch.float32) else None
 
 
-def leave_out_zeros(weight: Tensor) -> None:
+def skip_zero_gradients(weight: Tensor) -> None:
     """Have DistributedDataParallel not add the zeros that r1_kernels return for a head's gradient
-    where they have added it to `gradient_sum` themselves.
+    where they have added it to `fp32_main_grad` themselves.
 
     Megatron's own layers set `grad_added_to_main_grad` for that without a check. The gradient of
     another operation on the same weight, a tied embedding or a loss of the user's, is then lost.

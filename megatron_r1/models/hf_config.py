@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.untrusted import read_json, require_own_files
+from megatron_r1.base.files.untrusted import read_json, require_files_inside
 from megatron_r1.base.files.weight_files import tensor_names
 from megatron_r1.models.families import FAMILIES, Family
 
@@ -90,7 +90,7 @@ def load_config(path: str | Path, key: str = "model.path") -> dict:
             key=key,
             cause=Cause.NOT_FOUND,
         )
-    require_own_files(Path(path), key)
+    require_files_inside(Path(path), key)
     if _has_mark(file):
         raise UserError(
             f"{file} begins with a byte order mark; save it as UTF-8 without BOM",
@@ -180,12 +180,13 @@ def read_hf_config(
     """Return the contents of `config.json` in the folder `path`, aliases resolved.
 
     MTP layers that the file names, but of which the folder's weights have no tensor, are left out,
-    and keys of `implied` are added: transformers writes such folders (`as_read` says so).
+    and keys of `implied_settings` are added: transformers writes such folders
+    (`describe_config_changes` says so).
 
     Args:
         path: the model's folder.
         head: the expected kind of model. "score" converts a language model's configuration to that
-            of the score model which starts from it (`as_score_model`); None: either kind.
+            of the score model which starts from it (`score_model_config`); None: either kind.
         key: the recipe's key of `path`, for error messages.
 
     Raises:
@@ -197,7 +198,7 @@ def read_hf_config(
     architecture(hf)
     if _lacks_mtp(path, hf):
         hf[_MTP_COUNTS[0]] = 0
-    hf |= implied(hf)
+    hf |= implied_settings(hf)
     if has_score_head(hf):
         _check_labels(file, hf)
     if head == "language" and has_score_head(hf):
@@ -207,18 +208,18 @@ def read_hf_config(
             key=key,
             cause=Cause.CONFLICT,
         )
-    return as_score_model(hf) if head == "score" or has_score_head(hf) else hf
+    return score_model_config(hf) if head == "score" or has_score_head(hf) else hf
 
 
-def implied(hf: dict) -> dict[str, Any]:
+def implied_settings(hf: dict) -> dict[str, Any]:
     """Return the keys that `hf`, of any architecture, lacks and vLLM needs, with the values that
     all models of its class have."""
     names = [ARCHITECTURES[name] for name in hf.get("architectures") or () if name in ARCHITECTURES]
-    values = FAMILIES[names[0]].implied if names else {}
+    values = FAMILIES[names[0]].implied_values if names else {}
     return {key: value for key, value in values.items() if hf.get(key) is None}
 
 
-def as_read(path: str | Path, key: str = "model.path") -> list[str]:
+def describe_config_changes(path: str | Path, key: str = "model.path") -> list[str]:
     """Return sentences on what is read from a model folder that its config.json does not say; none
     for architectures that are not in ARCHITECTURES.
 
@@ -230,7 +231,7 @@ def as_read(path: str | Path, key: str = "model.path") -> list[str]:
     sentences: list[str] = []
     if not any(name in ARCHITECTURES for name in hf.get("architectures") or ()):
         return sentences
-    if added := implied(hf):
+    if added := implied_settings(hf):
         listed = ", ".join(f"{name}={value!r}" for name, value in added.items())
         sentences.append(
             f"config.json lacks {listed}, which every {hf['architectures'][0]} has; they are added "
@@ -272,7 +273,7 @@ def resolve_aliases(hf: dict) -> dict:
 def published_names(hf: dict) -> dict:
     """Return `hf` with the names that transformers' and vLLM's classes of its architecture read."""
     name, family = "n_routed_experts", model_family(hf)
-    if name not in hf or family.router_score != "softmax" or family.latent:
+    if name not in hf or family.router_score != "softmax" or family.latent_attention:
         return hf
     hf = {("num_experts" if key == name else key): value for key, value in hf.items()}
     if family.expert_size != EXPERT_SIZE:
@@ -285,7 +286,7 @@ def has_score_head(hf: dict) -> bool:
     return any(name.endswith(_SUFFIXES["score"]) for name in hf.get("architectures") or [])
 
 
-def as_score_model(hf: dict) -> dict:
+def score_model_config(hf: dict) -> dict:
     """Return the configuration of the score model with the body of `hf`, as transformers and vLLM
     read it: without LM head and multi-token-prediction layers.
 

@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from megatron_r1.models.attention import CoreAttention
-from megatron_r1.models.gradients import sum_over_token_parts
+from megatron_r1.models.gradients import mark_sequence_parallel
 
 
 class RMSNorm(torch.nn.Module):
@@ -47,7 +47,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        sum_over_token_parts(self.weight, config)
+        mark_sequence_parallel(self.weight, config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized activations.
@@ -101,7 +101,7 @@ class ReplicatedLinear(torch.nn.Module):
         )
         if config.perform_initialization:
             config.init_method(self.weight)
-        sum_over_token_parts(self.weight, config)
+        mark_sequence_parallel(self.weight, config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """Return the layer's product.

@@ -45,7 +45,7 @@ class ParameterBytes:
     gradient: int = FP32
 
     @property
-    def whole(self) -> int:
+    def total(self) -> int:
         """Bytes per parameter of value, gradient and optimizer state together."""
         return self.value + self.gradient + self.optimizer
 
@@ -57,7 +57,12 @@ def parameter_bytes(dtype: str, moments: str = "float32") -> ParameterBytes:
 
 
 def engine_bytes(values: float, dtype: str, *, receives: bool = True) -> float:
-    """Return bytes of `values` engine weights, with the receive buffer of pushes (docs/push.md)."""
+    """Return bytes of an engine's weights, with the receive buffer of pushes (docs/push.md).
+
+    Args:
+        values: the number of weights.
+        dtype: the engine's.
+        receives: whether there is a receive buffer."""
     return values * BYTES[dtype] * (1 + receives)
 
 
@@ -65,7 +70,12 @@ def cache_bytes_per_token(hf: dict, value: int = 2, mtp_layers: int = 0) -> int:
     """Return KV cache bytes of one token in all layers, with those that draft.
 
     Latent attention caches the latent and the rotary key once for all heads (70,272 B for
-    DeepSeek-V3 in bf16, as published: arXiv 2505.09343, table 1)."""
+    DeepSeek-V3 in bf16, as published: arXiv 2505.09343, table 1).
+
+    Args:
+        hf: the model's `config.json`.
+        value: bytes of a number.
+        mtp_layers: MTP layers that draft."""
     if hf.get("kv_lora_rank"):
         values = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
     else:
@@ -74,7 +84,7 @@ def cache_bytes_per_token(hf: dict, value: int = 2, mtp_layers: int = 0) -> int:
 
 
 @dataclass(frozen=True)
-class Counts:
+class ParameterCounts:
     """Numbers of values on a rank.
 
     Attributes:
@@ -93,11 +103,11 @@ class Counts:
     expert_padded: int = 0
     buffers: int = 0
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*map(add, vars(self).values(), vars(other).values()))
+    def __add__(self, other: ParameterCounts) -> ParameterCounts:
+        return ParameterCounts(*map(add, vars(self).values(), vars(other).values()))
 
-    def __mul__(self, times: int) -> Counts:
-        return Counts(*(value * times for value in vars(self).values()))
+    def __mul__(self, times: int) -> ParameterCounts:
+        return ParameterCounts(*(value * times for value in vars(self).values()))
 
     @property
     def trained(self) -> int:
@@ -110,11 +120,11 @@ class Counts:
         return self.trained + self.frozen
 
 
-def counts_of(
+def count_parameters(
     entries: Mapping[str, LayoutEntry],
     mtp: str,
     adapters: Mapping[str, LayoutEntry] | None = None,
-) -> Counts:
+) -> ParameterCounts:
     """Return the counts of a rank's layout.
 
     Args:
@@ -122,26 +132,26 @@ def counts_of(
         mtp: `model.mtp`.
         adapters: the layout of what alone is trained, if there is one."""
 
-    def count(name: str, entry: LayoutEntry) -> Counts:
+    def count(name: str, entry: LayoutEntry) -> ParameterCounts:
         values = math.prod(entry.shape)
         if entry.dtype:
-            return Counts(buffers=values)
+            return ParameterCounts(buffers=values)
         if name.startswith("mtp.") and mtp == "frozen":
-            return Counts(frozen=values)
+            return ParameterCounts(frozen=values)
         padded = -(-values // 64) * 64
         if entry.expert:
-            return Counts(expert=values, expert_padded=padded)
-        return Counts(dense=values, dense_padded=padded)
+            return ParameterCounts(expert=values, expert_padded=padded)
+        return ParameterCounts(dense=values, dense_padded=padded)
 
-    counts = sum((count(*item) for item in entries.items()), Counts())
+    counts = sum((count(*item) for item in entries.items()), ParameterCounts())
     if adapters is None:
         return counts
-    frozen = Counts(frozen=counts.parameters, buffers=counts.buffers)
-    return frozen + counts_of(adapters, mtp)
+    frozen = ParameterCounts(frozen=counts.parameters, buffers=counts.buffers)
+    return frozen + count_parameters(adapters, mtp)
 
 
 def persistent_bytes(
-    config: Config, counts: Counts, data_parallel_sizes: tuple[int, int], moments: str
+    config: Config, counts: ParameterCounts, data_parallel_sizes: tuple[int, int], moments: str
 ) -> dict[str, int]:
     """Return bytes of parameters, gradients and optimizer state on a rank.
 
@@ -165,7 +175,11 @@ def persistent_bytes(
 
 
 def checkpoint_bytes(
-    config: Config, counts: Counts, data_parallel_sizes: tuple[int, int], *, with_reference: bool
+    config: Config,
+    counts: ParameterCounts,
+    data_parallel_sizes: tuple[int, int],
+    *,
+    with_reference: bool,
 ) -> int:
     """Return bytes of a rank's host buffers for checkpoints (`trainer.checkpoints.staging`).
 
@@ -185,14 +199,14 @@ def checkpoint_bytes(
     return round(3 * FP32 * trained + num_bytes)
 
 
-def reference_bytes(config: Config, counts: Counts) -> int:
+def reference_bytes(config: Config, counts: ParameterCounts) -> int:
     """Return bytes of a rank's reference: of all that may change, so not of frozen weights under
     adapters."""
     changing = counts.parameters if config.model.lora is None else counts.trained
     return changing * BYTES[config.model.dtype] + FP32 * counts.buffers
 
 
-def _padded(counts: Counts, data_parallel_sizes: tuple[int, int]) -> tuple[int, int]:
+def _padded(counts: ParameterCounts, data_parallel_sizes: tuple[int, int]) -> tuple[int, int]:
     """Return the values in the gradient buffers of dense and of expert parameters."""
     multiples = (math.lcm(each, 128) for each in data_parallel_sizes)
     sizes = (counts.dense_padded, counts.expert_padded)
@@ -201,7 +215,7 @@ def _padded(counts: Counts, data_parallel_sizes: tuple[int, int]) -> tuple[int, 
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerActivations:
     """Bytes of one layer and one micro-batch, by the module whose recomputation frees them.
 
     Attributes:
@@ -218,11 +232,11 @@ class Layer:
     dispatch: int
 
     @property
-    def everything(self) -> int:
+    def total(self) -> int:
         """Bytes that a layer keeps for its backward pass without recomputation."""
         return self.input + self.always + sum(self.modules.values())
 
-    def kept(self, parallel: ParallelConfig) -> int:
+    def saved_bytes(self, parallel: ParallelConfig) -> int:
         """Return the bytes kept from the forward pass to the backward pass."""
         if parallel.recompute == "full":
             return self.input
@@ -234,7 +248,7 @@ class Layer:
 
     def backward_bytes(self, parallel: ParallelConfig) -> int:
         """Return the bytes added during its backward pass, by recomputation and dispatch."""
-        return self.everything - self.kept(parallel) + self.dispatch
+        return self.total - self.saved_bytes(parallel) + self.dispatch
 
 
 def layer_activations(
@@ -245,7 +259,7 @@ def layer_activations(
     sparse: bool,
     imbalance: float = 1.0,
     local: bool = False,
-) -> Layer:
+) -> LayerActivations:
     """Return the activations of a decoder layer on a rank.
 
     Two token counts: `split` tokens if sequence parallelism divides the sequence over the
@@ -299,7 +313,7 @@ def layer_activations(
     else:
         modules["mlp"] = (3 + more) * hf["intermediate_size"] / tensor * whole * value
     rounded = {name: round(num_bytes) for name, num_bytes in modules.items()}
-    return Layer(round(hidden * split * value), round(always), rounded, round(dispatch))
+    return LayerActivations(round(hidden * split * value), round(always), rounded, round(dispatch))
 
 
 def head_bytes(

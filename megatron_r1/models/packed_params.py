@@ -28,7 +28,7 @@ class PackedParams(PackedSeqParams):
     predicted_rows: tuple[Tensor, ...] = ()
 
 
-def with_positions(cu_seqlens: Tensor, positions: Tensor) -> Tensor:
+def mark_positions(cu_seqlens: Tensor, positions: Tensor) -> Tensor:
     """Return `cu_seqlens` marked with the position in its sample of each token of this rank.
 
     The mark is on the tensor object, because of all arguments only `cu_seqlens` reaches Megatron's
@@ -41,6 +41,6 @@ def with_positions(cu_seqlens: Tensor, positions: Tensor) -> Tensor:
     return cu_seqlens
 
 
-def known_positions(cu_seqlens: Tensor) -> Tensor | None:
-    """Return the mark of `with_positions`, or None."""
+def marked_positions(cu_seqlens: Tensor) -> Tensor | None:
+    """Return the mark of `mark_positions`, or None."""
     return getattr(cu_seqlens, _POSITIONS, None)

@@ -36,12 +36,12 @@ from megatron.core.transformer.moe import moe_layer, router, token_dispatcher
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_r1.models.context_parallel import held_positions
-from megatron_r1.models.cpu_patches import Patch, listed_in
+from megatron_r1.models.context_parallel import positions_of_rank
+from megatron_r1.models.cpu_patches import Patch, register_in
 from megatron_r1.models.dispatch import KnownCountsDispatcher, indices_to_multihot
 from megatron_r1.models.experts import GROUP_SCORES
-from megatron_r1.models.packed_params import known_positions
-from megatron_r1.models.prefixes import continued_by
+from megatron_r1.models.packed_params import marked_positions
+from megatron_r1.models.prefixes import marked_prefixes
 
 
 def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> Tensor:
@@ -50,18 +50,18 @@ def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> T
 
     Args:
         cu_seqlens: (S + 1,) integers from 0 to T, the borders of the whole batch's samples, which
-            may be marked by `prefixes.with_prefixes`.
+            may be marked by `prefixes.mark_prefixes`.
         rank: the rank in the context-parallel group.
         num_ranks: the number of ranks of that group."""
-    continued, cu_seqlens = continued_by(cu_seqlens), cu_seqlens.long()
+    prefixes, cu_seqlens = marked_prefixes(cu_seqlens), cu_seqlens.long()
     total = int(cu_seqlens[-1])
     # output_size: without it the host would wait for the GPU's sum once more.
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=total)
-    if continued is not None:
-        starts = starts - continued.first.repeat_interleave(cu_seqlens.diff(), output_size=total)
+    if prefixes is not None:
+        starts = starts - prefixes.start.repeat_interleave(cu_seqlens.diff(), output_size=total)
     if num_ranks == 1:
         return torch.arange(total, device=cu_seqlens.device) - starts
-    held = held_positions(cu_seqlens, rank, num_ranks)
+    held = positions_of_rank(cu_seqlens, rank, num_ranks)
     return held - starts[held]
 
 
@@ -80,7 +80,7 @@ def rotate_packed(
 
     Returns:
         (T, h, d)."""
-    positions = known_positions(cu_seqlens)
+    positions = marked_positions(cu_seqlens)
     if positions is None:
         positions = sample_positions(cu_seqlens, cp_group.rank(), cp_group.size())
     angles = freqs[positions]
@@ -97,9 +97,15 @@ def roll_packed(
     """Return the tensor (..., T) with each token's value in the place before it, 0 at the end of
     every sample, and its sum.
 
-    The arguments are those of Megatron's _roll_tensor_packed_seq, which goes through the samples in
-    Python and reads their borders from the device; without `PackedParams.following` it is called.
-    """
+    Megatron's _roll_tensor_packed_seq goes through the samples in Python and reads their borders
+    from the device; without `PackedParams.following` it is called.
+
+    Args:
+        tensor: (..., T), any dtype.
+        shifts: -1, as Megatron calls it.
+        dims: -1, likewise.
+        packed_seq_params: those of the micro-batch.
+        cp_group: the context-parallel ranks; None: one rank has all tokens."""
     following = getattr(packed_seq_params, "following", None)
     if following is None:
         return _MEGATRONS_ROLL(tensor, shifts, dims, packed_seq_params, cp_group)
@@ -205,7 +211,7 @@ def _within_groups(scores: Tensor, num_groups: int, kept: int, best: int) -> Ten
 
 
 PATCHES: list[Patch] = []
-_patch = listed_in(PATCHES)
+_patch = register_in(PATCHES)
 _installed = False
 
 

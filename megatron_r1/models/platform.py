@@ -10,7 +10,7 @@ choose between two settings or two layers calls `has_gpu()` or `uses_transformer
 Processes that run transformers or vLLM must not call `prepare()`: both choose their device by
 `torch.cuda`, whose patched functions would mislead them.
 
-Stores of torch.distributed (`host_store`, `trainer_store`): rank 0 hosts them, at the one address
+Stores of torch.distributed (`create_store`, `trainer_store`): rank 0 hosts them, at the one address
 at which others reach it. torch's own listen at every address of the host, and have no
 authentication: anybody who reaches one can read and change what ranks tell each other. A run on
 one host has its stores at the loopback interface."""
@@ -97,10 +97,10 @@ def trainer_store(timeout: timedelta | None = None) -> dist.TCPStore:
         address = LOOPBACK
     if is_torchruns or os.environ["RANK"] != "0" or (address, port) in _hosted:
         return dist.TCPStore(address, port, is_master=False, timeout=limit)
-    return host_store(address, port, limit)
+    return create_store(address, port, limit)
 
 
-def host_store(
+def create_store(
     address: str, port: int = 0, timeout: timedelta | None = None, *, everywhere: bool = False
 ) -> dist.TCPStore:
     """Return a store that this process hosts; its `port` is the one given, or any free one for 0.
@@ -245,7 +245,7 @@ def join_process_group(timeout: timedelta | None = None) -> None:
         )
 
 
-def from_rank_zero(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+def broadcast_from_rank_zero(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Return rank 0's `value` on every rank.
 
     Args:

@@ -3,7 +3,7 @@
 A prefix is the beginning of a segment of the batch. A segment that continues it has only the tokens
 after it, sees the prefix's keys besides its own, and its positions go on after the prefix; the
 segment that it continues may itself continue another, so that the turns of a tree are each there
-once. `Continued` is all that both need. Every layer but attention works on tokens alone, so a
+once. `SharedPrefixes` is all that both need. Every layer but attention works on tokens alone, so a
 prompt of which there are 16 responses costs one pass, and its gradient is the sum of theirs.
 
 A query attends to its own segment, causally, and to each whole prefix before it; the parts
@@ -21,46 +21,46 @@ import torch
 from torch import Tensor
 
 from megatron_r1.models.context_parallel import (
-    Buckets,
+    LengthBuckets,
+    concat_ranges,
     flash_backward,
     flash_forward,
-    over_query_heads,
-    per_query_head,
-    spans,
+    repeat_kv,
+    sum_kv_gradients,
 )
 
-_CONTINUED = "continued"
+_PREFIXES = "shared_prefixes"
 
 
-class Continued(NamedTuple):
-    """What the segments of a batch continue.
+class SharedPrefixes(NamedTuple):
+    """The prefixes that the segments of a batch continue.
 
     Attributes:
-        host: (S,) int64, the earlier segment that has the tokens before each segment, or -1.
-        first: (S,) int64, the position of each segment's first token in its sequence: the tokens
-            that its host, and what that continues, have of it; 0 without a host. It is larger than
-            the host's."""
+        parent: (S,) int64, the earlier segment that has the tokens before each segment, or -1.
+        start: (S,) int64, the position of each segment's first token in its sequence: the tokens
+            that its parent, and what that continues, have of it; 0 without a parent. It is larger
+            than the parent's."""
 
-    host: Tensor
-    first: Tensor
+    parent: Tensor
+    start: Tensor
 
 
-def with_prefixes(cu_seqlens: Tensor, continued: Continued) -> Tensor:
-    """Return `cu_seqlens` marked with what its segments continue.
+def mark_prefixes(cu_seqlens: Tensor, prefixes: SharedPrefixes) -> Tensor:
+    """Return `cu_seqlens` marked with the prefixes of its segments.
 
     The mark is on the tensor object, because of all arguments only `cu_seqlens` reaches Megatron's
     rotary embedding.
 
     Args:
         cu_seqlens: (S + 1,) integers.
-        continued: what each of the S segments continues."""
-    setattr(cu_seqlens, _CONTINUED, continued)
+        prefixes: the prefix of each of the S segments."""
+    setattr(cu_seqlens, _PREFIXES, prefixes)
     return cu_seqlens
 
 
-def continued_by(cu_seqlens: Tensor) -> Continued | None:
-    """Return what the segments of a batch continue, from the mark of `with_prefixes`, or None."""
-    return getattr(cu_seqlens, _CONTINUED, None)
+def marked_prefixes(cu_seqlens: Tensor) -> SharedPrefixes | None:
+    """Return the prefixes that `mark_prefixes` has marked, or None."""
+    return getattr(cu_seqlens, _PREFIXES, None)
 
 
 def prefix_attention(
@@ -68,7 +68,7 @@ def prefix_attention(
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
-    continued: Continued,
+    prefixes: SharedPrefixes,
     scale: float,
 ) -> Tensor:
     """Attend causally within each segment and to all that is before it.
@@ -78,32 +78,33 @@ def prefix_attention(
         key: (t, g, d).
         value: (t, g, e).
         cu_seqlens: (S + 1,) int64, the borders of the segments.
-        continued: what they continue.
+        prefixes: the prefix of each segment.
         scale: the factor of the products of queries and keys.
 
     Returns:
         (t, h, e)."""
-    return _PrefixAttention.apply(query, key, value, _Segments(cu_seqlens, continued), scale)
+    return _PrefixAttention.apply(query, key, value, _Segments(cu_seqlens, prefixes), scale)
 
 
 class _Segments:
     """The places of a batch's segments. links: for each prefix the rows of the segments that see
     it, int64, and the rows of its keys: the beginning of one segment."""
 
-    def __init__(self, cu_seqlens: Tensor, continued: Continued):
+    def __init__(self, cu_seqlens: Tensor, prefixes: SharedPrefixes):
         lengths = cu_seqlens.diff()
-        self.buckets = Buckets(lengths)
-        host, first, starts = continued.host.tolist(), continued.first.tolist(), cu_seqlens.tolist()
+        self.buckets = LengthBuckets(lengths)
+        parent, start = prefixes.parent.tolist(), prefixes.start.tolist()
+        starts = cu_seqlens.tolist()
         seeing: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for segment in range(len(host)):
+        for segment in range(len(parent)):
             at = segment
-            while host[at] >= 0:
-                seeing[host[at], first[at]].append(segment)
-                at = host[at]
+            while parent[at] >= 0:
+                seeing[parent[at], start[at]].append(segment)
+                at = parent[at]
         self.links = []
         for (prefix, end), members in seeing.items():
-            rows = spans(cu_seqlens[members], lengths[members])
-            own = slice(starts[prefix], starts[prefix] + end - first[prefix])
+            rows = concat_ranges(cu_seqlens[members], lengths[members])
+            own = slice(starts[prefix], starts[prefix] + end - start[prefix])
             self.links.append((rows, own))
 
 
@@ -123,13 +124,13 @@ class _PrefixAttention(torch.autograd.Function):
             out = exp(lse_o - lse) out_o + exp(lse_p - lse) out_p,  lse = log(exp lse_o + exp lse_p)
         """
         size, wide = _sizes(query, key, value)
-        batches = zip(*(segments.buckets.spread(x, size) for x in (query, key, value)), strict=True)
+        batches = zip(*(segments.buckets.pad(x, size) for x in (query, key, value)), strict=True)
         own = [
             flash_forward(*_heads(*batch), 0.0, True, attn_mask=None, scale=scale)
             for batch in batches
         ]
-        out = segments.buckets.collect([part.to(wide) for part, _ in own])
-        lse = segments.buckets.collect([part.to(wide)[..., None] for _, part in own])
+        out = segments.buckets.unpad([part.to(wide) for part, _ in own])
+        lse = segments.buckets.unpad([part.to(wide)[..., None] for _, part in own])
         for rows, prefix in segments.links:
             part = _heads(*(_row(x, size) for x in (query[rows], key[prefix], value[prefix])))
             seen, norm = flash_forward(*part, 0.0, False, attn_mask=None, scale=scale)
@@ -153,15 +154,15 @@ class _PrefixAttention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         segments, buckets = ctx.segments, ctx.segments.buckets
         size, wide = _sizes(query, key, value)
-        tensors = [buckets.spread(x, size) for x in (grad, query, key, value, out)]
-        norms = [x[..., 0] for x in buckets.spread(lse, 1)]
+        tensors = [buckets.pad(x, size) for x in (grad, query, key, value, out)]
+        norms = [x[..., 0] for x in buckets.pad(lse, 1)]
         own: list[list[Tensor]] = [[], [], []]
         for g, q, k, v, o, norm in zip(*tensors, norms, strict=True):
             # A padded query has grad 0, and so any finite normalizer will do.
             parts = _gradients((g, q, k, v, o), norm, True, ctx.scale)
             for of, part in zip(own, parts, strict=True):
                 of.append(part.to(wide))
-        d_query, d_key, d_value = (buckets.collect(parts) for parts in own)
+        d_query, d_key, d_value = (buckets.unpad(parts) for parts in own)
         for rows, prefix in segments.links:
             at = grad[rows], query[rows], key[prefix], value[prefix], out[rows]
             norm = lse[rows][..., 0].t()[None]
@@ -189,7 +190,7 @@ def _row(x: Tensor, size: int) -> Tensor:
 
 def _heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     heads = query.shape[1]
-    return query, per_query_head(key, heads), per_query_head(value, heads)
+    return query, repeat_kv(key, heads), repeat_kv(value, heads)
 
 
 def _gradients(tensors: Sequence[Tensor], norm: Tensor, causal: bool, scale: float) -> list[Tensor]:
@@ -204,4 +205,4 @@ def _gradients(tensors: Sequence[Tensor], norm: Tensor, causal: bool, scale: flo
     heads = key.shape[1]
     row = (grad, *_heads(query, key, value), out, norm.contiguous())
     parts = flash_backward(*row, 0.0, causal, attn_mask=None, scale=scale)
-    return [parts[0], *(over_query_heads(part, heads) for part in parts[1:])]
+    return [parts[0], *(sum_kv_gradients(part, heads) for part in parts[1:])]

@@ -29,7 +29,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_r1.models.dispatch import KnownCountsDispatcher, TokenCounts, exchanged_counts
+from megatron_r1.models.dispatch import KnownCountsDispatcher, TokenCounts, exchange_token_counts
 from megatron_r1.models.experts import RoutingShape
 
 
@@ -39,15 +39,15 @@ class RecordedRouting(NamedTuple):
     Attributes:
         experts: (T, L, topk) uint8 or int16, L MoE layers of this rank.
         known: (T,) bool, the tokens that have recorded choices. The trainer routes the others,
-            unless `own_counts` is there: then `experts` has some for these too.
-        own_counts: (L, experts) integers on the host, this rank's tokens to each expert; None where
-            the trainer routes some.
+            unless `local_counts` is there: then `experts` has some for these too.
+        local_counts: (L, experts) integers on the host, this rank's tokens to each expert; None
+            where the trainer routes some.
         counts: what `dispatch` has to know in each layer; None where some rank routes tokens
             itself, or before `Replay.exchange_counts`."""
 
     experts: Tensor
     known: Tensor
-    own_counts: np.ndarray | None = None
+    local_counts: np.ndarray | None = None
     counts: list[TokenCounts] | None = None
 
 
@@ -66,19 +66,22 @@ class LayerPass:
 
 
 class LayerReplay:
-    """The `router_replay` object of a router, and the `source` of its layer's dispatcher. `slot` is
-    the layer's index in `RecordedRouting.experts`; None: choices are replayed in recomputations
-    only."""
+    """The `router_replay` object of a router, and the `source` of its layer's dispatcher.
 
-    def __init__(self, router: torch.nn.Module, slot: int | None):
-        self.router, self.slot = router, slot
+    Args:
+        router: Megatron's router.
+        moe_index: the layer's index in `RecordedRouting.experts`; None: choices are replayed in
+            recomputations only."""
+
+    def __init__(self, router: torch.nn.Module, moe_index: int | None):
+        self.router, self.moe_index = router, moe_index
         self.current: RecordedRouting | None = None
         self.waiting: deque[LayerPass] = deque()
         self.dispatcher: KnownCountsDispatcher | None = None
-        self._now = LayerPass(None)
-        self.measures = False
-        self.agreed: Tensor | int = 0
-        self.asked: Tensor | int = 0
+        self._pass = LayerPass(None)
+        self.is_measured = False
+        self.num_agreed: Tensor | int = 0
+        self.num_compared: Tensor | int = 0
 
     def get_replay_topk(
         self,
@@ -96,59 +99,59 @@ class LayerReplay:
             num_groups: the number of groups of experts, for `default_compute_topk`.
             group_topk: the number of groups of a token, for `default_compute_topk`.
             default_compute_topk: the router's own choice."""
-        self._now = now = self._of_this_pass()
-        if now.chosen is not None:
-            chosen = now.chosen.long()
+        self._pass = current = self._current_pass()
+        if current.chosen is not None:
+            chosen = current.chosen.long()
             return scores.gather(1, chosen), chosen
         _, chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        if now.recorded is not None:
-            chosen = self._replayed(now.recorded, chosen)
+        if current.recorded is not None:
+            chosen = self._replay_experts(current.recorded, chosen)
         if self._is_recomputed():
-            now.chosen = chosen.short()
+            current.chosen = chosen.short()
         return scores.gather(1, chosen), chosen
 
-    def _replayed(self, recorded: RecordedRouting, own: Tensor) -> Tensor:
+    def _replay_experts(self, recorded: RecordedRouting, own: Tensor) -> Tensor:
         """Return the experts (T, topk) of every token, the router's `own` for unknown ones."""
-        experts = recorded.experts[:, self.slot].long()
+        experts = recorded.experts[:, self.moe_index].long()
         assert len(experts) == len(own), f"{len(experts)} recorded for {len(own)} tokens"
         known = recorded.known[:, None]
-        if self.measures:
+        if self.is_measured:
             same = (experts[:, :, None] == own[:, None, :]).any(-1) & known
-            self.agreed = self.agreed + same.sum()
-            self.asked = self.asked + known.sum() * own.shape[1]
-        return experts if recorded.own_counts is not None else torch.where(known, experts, own)
+            self.num_agreed = self.num_agreed + same.sum()
+            self.num_compared = self.num_compared + known.sum() * own.shape[1]
+        return experts if recorded.local_counts is not None else torch.where(known, experts, own)
 
-    def _of_this_pass(self) -> LayerPass:
+    def _current_pass(self) -> LayerPass:
         """Return the pass in progress.
 
         A recomputed layer first runs without a graph and later again with one, in the same order of
         micro-batches; by then another micro-batch is the current one."""
         if torch.is_grad_enabled() and self.waiting:
             return self.waiting.popleft()
-        made = LayerPass(self.current)
+        new = LayerPass(self.current)
         if self.current is not None and self.current.counts is not None:
-            assert self.slot is not None, "its choices are not replayed"
-            made.counts = self.current.counts[self.slot]
+            assert self.moe_index is not None, "its choices are not replayed"
+            new.counts = self.current.counts[self.moe_index]
         if self._is_recomputed():
-            self.waiting.append(made)
-        return made
+            self.waiting.append(new)
+        return new
 
     def _is_recomputed(self) -> bool:
         return self.router.training and not torch.is_grad_enabled()
 
     def known_counts(self) -> TokenCounts | None:
         """Return the counts of the pass in progress; None: the device has them."""
-        return self._now.counts
+        return self._pass.counts
 
     def keep_counts(self, counts: TokenCounts) -> None:
         """Keep the counts of the pass in progress where it is recomputed."""
         if self._is_recomputed():
-            self._now.counts = counts
+            self._pass.counts = counts
 
 
-def _attached(experts: MoELayer, slot: int | None) -> LayerReplay:
+def _attach(experts: MoELayer, moe_index: int | None) -> LayerReplay:
     """Return the replay of a layer of experts, which its router and dispatcher now call."""
-    replay = LayerReplay(experts.router, slot)
+    replay = LayerReplay(experts.router, moe_index)
     experts.router.router_replay = replay
     if isinstance(experts.token_dispatcher, KnownCountsDispatcher):
         replay.dispatcher = experts.token_dispatcher
@@ -163,7 +166,7 @@ def _recomputes_experts(config: TransformerConfig) -> bool:
     )
 
 
-class Replay:
+class RoutingReplay:
     """Replay in the routers of this rank's chunks: of the engine's choices with a shape, and of a
     forward pass's own where layers of experts are recomputed."""
 
@@ -179,14 +182,14 @@ class Replay:
             recomputes = _recomputes_experts(model.config)
             for layer in model.decoder.layers:
                 if hasattr(layer.mlp, "router") and (shape is not None or recomputes):
-                    slot = None if shape is None else len(self.layers)
-                    replays.append(_attached(layer.mlp, slot))
+                    moe_index = None if shape is None else len(self.layers)
+                    replays.append(_attach(layer.mlp, moe_index))
                     if shape is not None:
                         self.layers.append(shape.moe_layers.index(layer.layer_number - 1))
             predicting = getattr(model, "mtp", None)
             for mtp_layer in predicting.layers if predicting is not None and recomputes else ():
                 if hasattr(mtp_layer.transformer_layer.mlp, "router"):
-                    replays.append(_attached(mtp_layer.transformer_layer.mlp, None))
+                    replays.append(_attach(mtp_layer.transformer_layer.mlp, None))
 
     def begin(self, chunk: torch.nn.Module, recorded: RecordedRouting | None) -> None:
         """Prepare a forward pass of `chunk` over the tokens of `recorded`.
@@ -196,7 +199,7 @@ class Replay:
             recorded: the experts of each token; None: as the routers choose.
         """
         for replay in self._chunks.get(id(unwrap_model(chunk)), []):
-            replay.current = None if self._paused or replay.slot is None else recorded
+            replay.current = None if self._paused or replay.moe_index is None else recorded
 
     def exchange_counts(
         self, recorded: Sequence[RecordedRouting | None]
@@ -204,12 +207,12 @@ class Replay:
         """Return the choices with the counts of tokens that this rank's dispatchers need.
 
         Every rank calls it with as many micro-batches, and waits for the device once."""
-        layers = [replay for replay in self._all() if replay.slot is not None]
+        layers = [replay for replay in self._all() if replay.moe_index is not None]
         dispatcher = layers[0].dispatcher if layers else None
         if dispatcher is None or dispatcher.config.moe_router_padding_for_quantization:
             return list(recorded)
-        own = [routing.own_counts if routing is not None else None for routing in recorded]
-        counts = exchanged_counts(dispatcher, own, len(layers))
+        own = [routing.local_counts if routing is not None else None for routing in recorded]
+        counts = exchange_token_counts(dispatcher, own, len(layers))
         return [
             routing._replace(counts=of_batch) if routing is not None else None
             for routing, of_batch in zip(recorded, counts, strict=True)
@@ -222,7 +225,7 @@ class Replay:
             replay.current = None
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Let the trainer route every token inside the block."""
         self._paused = True
         try:
@@ -231,16 +234,16 @@ class Replay:
             self._paused = False
 
     @contextlib.contextmanager
-    def measured(self) -> Iterator[None]:
+    def measure_agreement(self) -> Iterator[None]:
         """Count, inside the block, how many of the engine's choices the routers would make
         themselves, each given the replayed choices of the layers below."""
         for replay in self._all():
-            replay.measures, replay.agreed, replay.asked = True, 0, 0
+            replay.is_measured, replay.num_agreed, replay.num_compared = True, 0, 0
         try:
             yield
         finally:
             for replay in self._all():
-                replay.measures = False
+                replay.is_measured = False
 
     def agreement(self, device: torch.device) -> dict[str, float]:
         """Return {"routing/agreement": the share of equal choices} of the last measurement; {} when
@@ -249,12 +252,12 @@ class Replay:
             return {}
         total = torch.zeros(2, dtype=torch.int64, device=device)
         for replay in self._all():
-            if isinstance(replay.asked, Tensor):
-                total += torch.stack([torch.as_tensor(replay.agreed), replay.asked])
+            if isinstance(replay.num_compared, Tensor):
+                total += torch.stack([torch.as_tensor(replay.num_agreed), replay.num_compared])
         # Over all ranks: every router of every rank has other tokens or is another layer.
         dist.all_reduce(total)
-        agreed, asked = total.tolist()
-        return {"routing/agreement": agreed / asked} if asked else {}
+        agreed, compared = total.tolist()
+        return {"routing/agreement": agreed / compared} if compared else {}
 
     def _all(self) -> Iterator[LayerReplay]:
         for replays in self._chunks.values():

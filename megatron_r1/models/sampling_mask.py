@@ -31,20 +31,35 @@ class KeptIds(NamedTuple):
     counts: np.ndarray
     ids: np.ndarray
 
-    def encoded(self) -> bytes:
+    def encode(self) -> bytes:
         """Return the bytes of these ids."""
         return np.ascontiguousarray(self.counts, INT).tobytes() + (
             np.ascontiguousarray(self.ids, INT).tobytes()
         )
 
-    def between(self, first: int, end: int) -> KeptIds:
+    def slice(self, first: int, end: int) -> KeptIds:
         """Return the kept ids of the tokens from `first` until `end`."""
         before, within = int(self.counts[:first].sum()), int(self.counts[first:end].sum())
         return KeptIds(self.counts[first:end], self.ids[before : before + within])
 
+    @property
+    def token_of_id(self) -> np.ndarray:
+        """(sum of counts,) int64, the index of the token that each id was kept for."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
 
-def decoded(mask: Buffer, num_tokens: int) -> KeptIds:
-    """Return what the bytes hold, as views of them.
+    def contains(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return whether each token is among the ids that were kept for it, (T,) bool.
+
+        Args:
+            token_ids: (T,) integers, the sampled tokens."""
+        token_of_id = self.token_of_id
+        found = np.zeros(len(self.counts), bool)
+        found[token_of_id[self.ids == np.asarray(token_ids, INT)[token_of_id]]] = True
+        return found
+
+
+def decode_mask(mask: Buffer, num_tokens: int) -> KeptIds:
+    """Return the kept ids that the bytes hold, as views of them.
 
     Args:
         mask: the bytes; none: no ids for any token.
@@ -64,12 +79,18 @@ def decoded(mask: Buffer, num_tokens: int) -> KeptIds:
     return KeptIds(counts, ids)
 
 
-def of_tokens(mask: Buffer, num_tokens: int, first: int, end: int) -> bytes:
-    """Return the bytes of the tokens from `first` until `end`, of a mask of `num_tokens`."""
-    return decoded(mask, num_tokens).between(first, end).encoded() if mask else b""
+def slice_mask(mask: Buffer, num_tokens: int, first: int, end: int) -> bytes:
+    """Return the mask of some of the tokens; no bytes if there are none for all.
+
+    Args:
+        mask: the bytes of all tokens.
+        num_tokens: the number of all tokens.
+        first: the first token of the result.
+        end: the token after the last."""
+    return decode_mask(mask, num_tokens).slice(first, end).encode() if mask else b""
 
 
-def joined(parts: Iterable[tuple[Buffer, int]]) -> bytes:
+def concat_masks(parts: Iterable[tuple[Buffer, int]]) -> bytes:
     """Return the mask of tokens one after the other; no bytes if no part has any.
 
     Args:
@@ -77,12 +98,12 @@ def joined(parts: Iterable[tuple[Buffer, int]]) -> bytes:
     parts = list(parts)
     if not any(mask for mask, _ in parts):
         return b""
-    kept = [decoded(mask, num_tokens) for mask, num_tokens in parts]
+    kept = [decode_mask(mask, num_tokens) for mask, num_tokens in parts]
     counts, ids = zip(*kept, strict=True)
-    return KeptIds(np.concatenate(counts), np.concatenate(ids)).encoded()
+    return KeptIds(np.concatenate(counts), np.concatenate(ids)).encode()
 
 
-def check(mask: Buffer, token_ids: Sequence[int], vocab_size: int | None) -> None:
+def check_mask(mask: Buffer, token_ids: Sequence[int], vocab_size: int | None) -> None:
     """Raise ValueError unless every token is among the ids that were kept for it, and these rise
     and are in the vocabulary.
 
@@ -90,15 +111,14 @@ def check(mask: Buffer, token_ids: Sequence[int], vocab_size: int | None) -> Non
         mask: the bytes.
         token_ids: the sampled tokens.
         vocab_size: the size of the vocabulary; None: unknown."""
-    counts, ids = decoded(mask, len(token_ids))
-    owner = np.repeat(np.arange(len(counts)), counts)
+    kept = decode_mask(mask, len(token_ids))
+    counts, ids = kept
     if len(ids):
         if ids.min() < 0 or (vocab_size and ids.max() >= vocab_size):
             raise ValueError(f"kept tokens {ids.min()} to {ids.max()} of {vocab_size}")
-        if ((np.diff(ids) <= 0) & (np.diff(owner) == 0)).any():
+        if ((np.diff(ids) <= 0) & (np.diff(kept.token_of_id) == 0)).any():
             raise ValueError("the kept tokens of a position do not rise")
-    found = np.zeros(len(counts), bool)
-    found[owner[ids == np.asarray(token_ids, INT)[owner]]] = True
+    found = kept.contains(token_ids)
     if not found.all():
         first = int((~found).argmax())
         raise ValueError(
@@ -108,8 +128,8 @@ def check(mask: Buffer, token_ids: Sequence[int], vocab_size: int | None) -> Non
         )
 
 
-def from_lists(kept: Sequence[Sequence[int]]) -> bytes:
+def encode_mask(kept: Sequence[Sequence[int]]) -> bytes:
     """Return the bytes of one list of ids per token, as vLLM's JSON has them."""
     counts = np.array([len(ids) for ids in kept], INT)
     ids = np.fromiter(chain.from_iterable(kept), INT, int(counts.sum()))
-    return KeptIds(counts, ids).encoded()
+    return KeptIds(counts, ids).encode()

@@ -3,7 +3,7 @@
 With `parallel.overlap_expert_exchange` Megatron's schedule runs the forward pass of one micro-batch
 and the backward pass of another layer by layer together (combined_1f1b.py, Megatron-Core 0.16.1),
 each layer cut where its tokens leave for the experts and come back. DualPipe (arXiv 2412.19437,
-section 3.2.1) overlaps the same parts. `ExchangePlan` is a chunk's list of these parts.
+section 3.2.1) overlaps the same parts. `OverlapSchedulePlan` is a chunk's list of these parts.
 
 It differs from Megatron's plan in what our models need:
 - The last stage returns hidden states in their own dtype, not fp32.
@@ -27,7 +27,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 
-class ExchangePlan(TransformerModelChunkSchedulePlan):
+class OverlapSchedulePlan(TransformerModelChunkSchedulePlan):
     """The parts of one micro-batch's passes through a chunk, in the order in which they run."""
 
     pre_process: Any
@@ -53,7 +53,7 @@ class ExchangePlan(TransformerModelChunkSchedulePlan):
         if module is not model.decoder:
             # Without labels the MTP layers are not run.
             if module is not None and self.state.labels is not None:
-                self._append_whole(self._predictions, comp_stream)
+                self._append_unsplit(self._run_mtp, comp_stream)
             return
         super()._build_layer_schedule_plan(module, comp_stream, comm_stream)
         for plan in self._transformer_layers:
@@ -61,15 +61,15 @@ class ExchangePlan(TransformerModelChunkSchedulePlan):
                 plan.mlp.free_input = False
         ends_sparse = bool(module.layers) and isinstance(module.layers[-1].mlp, MoELayer)
         if module.final_layernorm is not None and not ends_sparse:
-            self._append_whole(module.final_layernorm, comp_stream)
+            self._append_unsplit(module.final_layernorm, comp_stream)
 
-    def _append_whole(
+    def _append_unsplit(
         self, function: Callable[[Tensor], Tensor], stream: torch.cuda.Stream
     ) -> None:
         config = self.state.model.config
-        self._transformer_layers.append(_WholePart(function, config, stream, self.event))
+        self._transformer_layers.append(_UnsplitLayer(function, config, stream, self.event))
 
-    def _predictions(self, hidden: Tensor) -> Tensor:
+    def _run_mtp(self, hidden: Tensor) -> Tensor:
         """Return hidden (s, b, h) with the MTP layers' states behind them."""
         state = self.state
         context = {
@@ -101,17 +101,17 @@ class _Outputs(PostProcessNode):
         )
 
 
-class _Nothing(NoopScheduleNode):
+class _EmptyNode(NoopScheduleNode):
     def backward_dw(self) -> None:
         """Compute no weight gradient: there is no weight."""
 
 
-class _Whole(ScheduleNode):
+class _UnsplitNode(ScheduleNode):
     def backward_dw(self) -> None:
         """Compute no weight gradient: the backward pass has done so."""
 
 
-class _WholePart:
+class _UnsplitLayer:
     """Takes the place of a layer in a plan, and is not cut: it runs where a layer's experts do."""
 
     def __init__(
@@ -122,8 +122,8 @@ class _WholePart:
         event: torch.cuda.Event,
     ):
         self.config = config
-        self.mlp: Any = _Whole(function, stream, event, name="whole part")
-        self.attn = self.moe_dispatch = self.moe_combine = self.mtp_post_process = _Nothing()
+        self.mlp: Any = _UnsplitNode(function, stream, event, name="whole part")
+        self.attn = self.moe_dispatch = self.moe_combine = self.mtp_post_process = _EmptyNode()
 
     def get_fp8_context(self) -> contextlib.AbstractContextManager:
         """Return no context: FP8 layers inside have their own."""

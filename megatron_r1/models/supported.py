@@ -3,7 +3,7 @@
 
 Every key is read, is known to change nothing (INERT), or is refused. A key that no code reads may
 change what a model computes: a window, a bias, a scale. So a configuration is checked by reading
-it with `Recorded`. `_check_quantization` says which quantized checkpoints can be read, by
+it with `KeyRecorder`. `_check_quantization` says which quantized checkpoints can be read, by
 `quantization_config`.
 
 Most conditions of `check_exchange_overlap` are Megatron's own (TransformerConfig.__post_init__,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from megatron_r1.config import ParallelConfig
 
 
-class Recorded(dict):
+class KeyRecorder(dict):
     """A configuration that records which of its keys were read."""
 
     def __init__(self, hf: dict):
@@ -83,7 +83,7 @@ def _is_inert(key: str) -> bool:
     return key in INERT or key.startswith("_") or key.endswith("_token_id")
 
 
-def _refuse_unread(hf: Recorded) -> None:
+def _refuse_unread(hf: KeyRecorder) -> None:
     """Raise UserError naming the keys with a value that were not read and are not inert."""
     unknown = {
         key: value
@@ -118,7 +118,7 @@ def _check_quantization(hf: dict) -> None:
     found = hf.get("quantization_config")
     if not found:
         return
-    if model_family(hf).stacked:
+    if model_family(hf).stacked_experts:
         needed: dict[str, object] = {"quant_method": "mxfp4"}
     else:
         needed = {key: FP8_BLOCKS[key] for key in ("quant_method", "weight_block_size")}
@@ -156,17 +156,17 @@ _REFUSED = {
 def check_supported(hf: dict) -> None:
     """Raise UserError for a model that this stack would compute differently from transformers,
     naming the key of `config.json`; unknown keys are refused too."""
-    own_fields(hf)
+    model_fields(hf)
 
 
-def own_fields(hf: dict) -> dict[str, Any]:
+def model_fields(hf: dict) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig in which architectures differ. Errors as
     `check_supported`."""
     _check_sizes(hf)
-    hf, family = Recorded(hf), model_family(hf)
+    hf, family = KeyRecorder(hf), model_family(hf)
     need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    need(hf, "vocab_size", "rms_norm_eps", "max_position_embeddings", *family.needs)
-    require(hf, hidden_act="silu", attention_dropout=0.0, **family.fixed)
+    need(hf, "vocab_size", "rms_norm_eps", "max_position_embeddings", *family.required_keys)
+    require(hf, hidden_act="silu", attention_dropout=0.0, **family.fixed_values)
     _check_quantization(hf)
     fields = {
         **attention_fields(hf),
@@ -175,7 +175,7 @@ def own_fields(hf: dict) -> dict[str, Any]:
     }
     # For their errors, and so that what they read counts as read.
     model_arguments(hf), rope_scaling(hf), yarn_scaling(hf)
-    for key in ("tie_word_embeddings", *family.inert):
+    for key in ("tie_word_embeddings", *family.ignored_keys):
         hf.get(key)
     _refuse_unread(hf)
     return fields
@@ -183,7 +183,7 @@ def own_fields(hf: dict) -> dict[str, Any]:
 
 def _check_sizes(hf: dict) -> None:
     """Raise UserError for a size that is no whole number, or zero, or a value of another type."""
-    windows = ("sliding_window",) if model_family(hf).windows else ()
+    windows = ("sliding_window",) if model_family(hf).sliding_windows else ()
     for key in (*_SIZES, *windows):
         size = hf.get(key)
         if size is not None and (type(size) is not int or size < 1):
@@ -240,7 +240,10 @@ def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool
                 cause=Cause.CONFLICT,
             )
     family = model_family(hf)
-    refused = {"context": family.sinks or family.windows, "expert_tensor": family.biases}
+    refused = {
+        "context": family.attention_sinks or family.sliding_windows,
+        "expert_tensor": family.linear_biases,
+    }
     for key, is_refused in refused.items():
         if is_refused and (ranks := getattr(parallel, key)) > 1:
             raise UserError(
@@ -269,16 +272,16 @@ def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool
 KEY = "parallel.overlap_expert_exchange"
 
 
-class Obstacle(NamedTuple):
+class OverlapConflict(NamedTuple):
     """A setting with which the exchange cannot be overlapped.
 
     Attributes:
         setting: its key and value.
-        why: the reason.
+        reason: why the exchange cannot be overlapped.
         remedy: what to set instead."""
 
     setting: str
-    why: str
+    reason: str
     remedy: str
 
 
@@ -290,16 +293,16 @@ def check_exchange_overlap(config: Config, hf: dict) -> None:
         hf: the model's `config.json`."""
     if not config.parallel.overlap_expert_exchange:
         return
-    for obstacle in obstacles(config, hf):
+    for conflict in overlap_conflicts(config, hf):
         raise UserError(
-            f"{KEY}: true is not possible with {obstacle.setting}: {obstacle.why}; "
-            f"{obstacle.remedy}, or set {KEY}: false",
+            f"{KEY}: true is not possible with {conflict.setting}: {conflict.reason}; "
+            f"{conflict.remedy}, or set {KEY}: false",
             key=KEY,
             cause=Cause.CONFLICT,
         )
 
 
-def obstacles(config: Config, hf: dict) -> Iterator[Obstacle]:
+def overlap_conflicts(config: Config, hf: dict) -> Iterator[OverlapConflict]:
     """Yield what prevents the overlap of `config`, whether or not it is asked for.
 
     Args:
@@ -308,30 +311,30 @@ def obstacles(config: Config, hf: dict) -> Iterator[Obstacle]:
     parallel = config.parallel
     if not hf.get("n_routed_experts"):
         name = (hf.get("architectures") or ["this model"])[0]
-        yield Obstacle(f"the model {name}", "it has no routed experts", "take one that has")
+        yield OverlapConflict(f"the model {name}", "it has no routed experts", "take one that has")
         return
     if parallel.expert == 1:
-        yield Obstacle(
+        yield OverlapConflict(
             "parallel.expert: 1",
             "all experts are on each rank, and no token is sent",
             "spread them over ranks",
         )
     if parallel.pipeline > 1 and num_chunks(parallel) == 1:
-        yield Obstacle(
+        yield OverlapConflict(
             f"parallel.pipeline: {parallel.pipeline} and one chunk on each rank",
             "Megatron combines the passes of two micro-batches in its interleaved schedule only",
             "set parallel.virtual_pipeline above 1, or a pipeline_layout with more stages",
         )
-    yield from _of_recomputation(config)
+    yield from _recomputation_conflicts(config)
     if config.model.dtype == "float32":
-        yield Obstacle(
+        yield OverlapConflict(
             "model.dtype: float32",
             "Megatron combines passes in 16 bits only",
             "set model.dtype: bfloat16",
         )
     mtp = num_mtp_layers(hf) if config.model.mtp != "none" else 0
     if mtp > 1 or (mtp and parallel.pipeline == 1):
-        yield Obstacle(
+        yield OverlapConflict(
             f"model.mtp: {config.model.mtp}, {mtp} MTP layers and parallel.pipeline: "
             f"{parallel.pipeline}",
             "Megatron allows one MTP layer, and only with pipeline ranks",
@@ -339,17 +342,17 @@ def obstacles(config: Config, hf: dict) -> Iterator[Obstacle]:
         )
 
 
-def _of_recomputation(config: Config) -> Iterator[Obstacle]:
+def _recomputation_conflicts(config: Config) -> Iterator[OverlapConflict]:
     parallel = config.parallel
     if parallel.recompute == "full":
-        yield Obstacle(
+        yield OverlapConflict(
             "parallel.recompute: full",
             "a layer that is computed again as a whole cannot be cut where tokens are sent",
             "set parallel.recompute: selective with recompute_modules (megatron-r1 plan compares "
             "the memory of both)",
         )
     if parallel.recompute == "selective" and "moe" in parallel.recompute_modules:
-        yield Obstacle(
+        yield OverlapConflict(
             "'moe' in parallel.recompute_modules",
             "its recomputation would send the tokens again",
             "name moe_act and shared_experts instead",

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_r1.base.user_code import find_function
-from megatron_r1.config.yaml_text import parse_text
+from megatron_r1.config.yaml_text import parse_value
 
 
 def main(recipe: Path) -> None:
@@ -16,7 +16,7 @@ def main(recipe: Path) -> None:
 
     Args:
         recipe: a YAML file with `function`, `folder` and `arguments`."""
-    call = parse_text(recipe.read_text(encoding="utf-8"))
+    call = parse_value(recipe.read_text(encoding="utf-8"))
     function = find_function(call["function"])
     function(Path(call["folder"]), **call["arguments"])
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.user_code import module_source
 from megatron_r1.data.data_sets import HUB
-from megatron_r1.pipeline.pipeline_recipe import MAKE, REFERENCE, texts
+from megatron_r1.pipeline.pipeline_recipe import MAKE, REFERENCE, iter_texts
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage, names_a_file
 
 TRAINED = ("hf", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
@@ -82,10 +82,10 @@ class Graph:
 def _upstream(stage: PipelineStage, stages: Mapping[str, PipelineStage]) -> tuple[str, ...]:
     """Return the stages that `stage` needs directly, in the order of its references."""
     upstream: dict[str, None] = {}
-    for place, reference in stage.references:
+    for key_path, reference in stage.references:
         head, _, rest = reference.partition(".")
-        key = f"stages.{stage.name}.{place}"
-        where = f"stages.{stage.name}: {place}: ${{{reference}}}"
+        key = f"stages.{stage.name}.{key_path}"
+        where = f"stages.{stage.name}: {key_path}: ${{{reference}}}"
         if head in VALUES:
             if rest not in VALUES[head]:
                 known = ", ".join(".".join(filter(None, (head, name))) for name in VALUES[head])
@@ -191,16 +191,16 @@ def check_plan(plan: PipelinePlan, verbs: Mapping[str, str], files: bool = True)
         raise _join_mistakes(mistakes)
 
 
-def _catch_mistake(place: str, check: Callable[..., Any], *arguments: Any) -> list[UserError]:
-    """Return the error that `check` raises for a stage at `place`, [] if it raises none."""
+def _catch_mistake(key_path: str, check: Callable[..., Any], *arguments: Any) -> list[UserError]:
+    """Return the error that `check` raises for a stage at `key_path`, [] if it raises none."""
     try:
         check(*arguments)
     except UserError as error:
         if not error.key.startswith("stages"):
-            error.key = f"{place}.{error.key}"
+            error.key = f"{key_path}.{error.key}"
         return [error]
     except ValueError as error:
-        return [UserError(str(error), key=place, cause=Cause.MALFORMED)]
+        return [UserError(str(error), key=key_path, cause=Cause.MALFORMED)]
     return []
 
 
@@ -211,17 +211,17 @@ def missing_files(plan: PipelinePlan) -> list[tuple[str, str]]:
     for stage in plan.stages.values():
         for name, server in stage.config.serve.items():
             named.append((stage.name, f"serve.{name}.model", server.model))
-        for place, text in texts({} if stage.is_function else stage.settings):
-            if names_a_file(place) and not text.startswith(HUB):
-                named.append((stage.name, place, text))
-    located = [(name, place, plan.located(text)) for name, place, text in named]
+        for key_path, text in iter_texts({} if stage.is_function else stage.settings):
+            if names_a_file(key_path) and not text.startswith(HUB):
+                named.append((stage.name, key_path, text))
+    located = [(name, key_path, plan.resolve_here(text)) for name, key_path, text in named]
     return [
         (
-            f"stages.{name}.{place}",
-            f"{plan.path}: stages.{name}: {place}: {path}: no such file or folder (relative to "
+            f"stages.{name}.{key_path}",
+            f"{plan.path}: stages.{name}: {key_path}: {path}: no such file or folder (relative to "
             f"{Path.cwd()})",
         )
-        for name, place, path in located
+        for name, key_path, path in located
         if path and not REFERENCE.search(path) and not Path(path).exists()
     ]
 

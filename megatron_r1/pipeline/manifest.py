@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import atomic_write, fsync, spread_blocks
+from megatron_r1.base.files import atomic_write, fsync, sample_blocks
 from megatron_r1.base.user_code import module_syntax
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
 from megatron_r1.evaluation.identity import versions
-from megatron_r1.pipeline.pipeline_recipe import references, substitute, texts
+from megatron_r1.pipeline.pipeline_recipe import iter_references, iter_texts, substitute
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 
 WHOLE_BYTES = 256 * 1024**2
 """Larger files count by their size and some blocks, so that the status of a pipeline with a
 terabyte's model takes seconds."""
 NUM_BLOCKS = 64
-"""Blocks of a larger file that count (`spread_blocks`)."""
+"""Blocks of a larger file that count (`sample_blocks`)."""
 MISSING = "missing"
 LENGTH = 16
 """Hexadecimal digits of a SHA-256 that are kept: 64 bits."""
@@ -87,13 +87,18 @@ def default_settings() -> dict[str, Any]:
 def input_digests(
     plan: PipelinePlan, stage: PipelineStage, upstream: tuple[str, ...]
 ) -> dict[str, str]:
-    """Return the digest of each input: references, files named in settings, functions."""
+    """Return the digest of each input: references, files named in settings, functions.
+
+    Args:
+        plan: the stages of one seed.
+        stage: the stage whose inputs they are.
+        upstream: the stages that it needs."""
     digests: dict[str, str] = {}
-    for _, text in texts(stage.all_settings):
+    for _, text in iter_texts(stage.all_settings):
         if (file := FILE_OF_STAGE.fullmatch(text)) and file[1] in upstream:
             digests[text] = digest(plan.folder_of(file[1]) / file[2])
             continue
-        for _, reference in references(text):
+        for _, reference in iter_references(text):
             head = reference.partition(".")[0]
             if head in upstream:
                 digests[f"${{{reference}}}"] = (
@@ -104,7 +109,7 @@ def input_digests(
     for name in stage.config.after:
         digests[f"after {name}"] = digest_of_outputs(output_digests(plan.folder_of(name)))
     for place, text in plan.named_files(stage):
-        digests[f"{place} {text}"] = digest(Path(plan.located(text)))
+        digests[f"{place} {text}"] = digest(Path(plan.resolve_here(text)))
     for function, syntax in _functions(stage).items():
         digests[f"function {function}"] = _digest_of_value(syntax)
     return digests
@@ -151,7 +156,7 @@ def digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:LENGTH]
     content = hashlib.sha256(str(size).encode())
-    for block in spread_blocks(path, NUM_BLOCKS):
+    for block in sample_blocks(path, NUM_BLOCKS):
         content.update(block)
     return content.hexdigest()[:LENGTH]
 

@@ -10,9 +10,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.files import Readers
-from megatron_r1.config.mistakes import refusal
 from megatron_r1.config.section import Section
-from megatron_r1.config.yaml_text import put, read_sections
+from megatron_r1.config.validation_errors import recipe_error
+from megatron_r1.config.yaml_text import read_sections, set_nested
 
 REFERENCE = re.compile(r"\$\{([^{}\n]*)\}")
 # Private-use characters stand for `${` and `}` while YAML is parsed: within a flow mapping {…} it
@@ -20,37 +20,37 @@ REFERENCE = re.compile(r"\$\{([^{}\n]*)\}")
 OPEN, CLOSE = "\ue000", "\ue001"
 
 
-def protect(text: str) -> str:
+def escape_references(text: str) -> str:
     """Replace the braces of references in YAML text by plain characters."""
     return REFERENCE.sub(rf"{OPEN}\1{CLOSE}", text)
 
 
-def unprotect(value: Any) -> Any:
-    """Undo `protect` in every text of nested lists and mappings."""
+def unescape_references(value: Any) -> Any:
+    """Undo `escape_references` in every text of nested lists and mappings."""
     if isinstance(value, str):
         return value.replace(OPEN, "${").replace(CLOSE, "}")
     if isinstance(value, dict):
-        return {unprotect(key): unprotect(item) for key, item in value.items()}
-    return [unprotect(item) for item in value] if isinstance(value, list) else value
+        return {unescape_references(key): unescape_references(item) for key, item in value.items()}
+    return [unescape_references(item) for item in value] if isinstance(value, list) else value
 
 
-def texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every text in nested lists and mappings with its dotted place."""
+def iter_texts(value: Any, key_path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text in nested lists and mappings with its dotted key path."""
     if isinstance(value, str):
-        yield place, value
+        yield key_path, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from texts(item, f"{place}.{key}" if place else str(key))
+            yield from iter_texts(item, f"{key_path}.{key}" if key_path else str(key))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from texts(item, f"{place}[{index}]")
+            yield from iter_texts(item, f"{key_path}[{index}]")
 
 
-def references(value: Any) -> Iterator[tuple[str, str]]:
-    """Yield (place, name) of every reference, such as ("model.path", "base.hf")."""
-    for place, text in texts(value):
+def iter_references(value: Any) -> Iterator[tuple[str, str]]:
+    """Yield (key path, name) of every reference, such as ("model.path", "base.hf")."""
+    for key_path, text in iter_texts(value):
         for match in REFERENCE.finditer(text):
-            yield place, match[1]
+            yield key_path, match[1]
 
 
 def substitute(value: Any, lookup: Callable[[str], Any]) -> Any:
@@ -195,7 +195,10 @@ class StageConfig(Section):
 
 
 class PipelineRecipe(Section):
-    """A whole pipeline as written: its settings, and its stages by name."""
+    """A whole pipeline as written: its settings, and its stages by name.
+
+    Attributes:
+        pipeline: folder, seeds and order."""
 
     pipeline: PipelineConfig = PipelineConfig()
     defaults: dict[str, Any] = Field({}, description="sections that every stage overrides")
@@ -219,11 +222,11 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineR
             cause=Cause.MISSING,
         )
     for dotted, value in (overrides or {}).items():
-        put(tree, _nested_keys(tree, dotted), value, dotted)
+        set_nested(tree, _nested_keys(tree, dotted), value, dotted)
     try:
         recipe = PipelineRecipe.model_validate(tree)
     except ValidationError as failure:
-        raise refusal(failure, PipelineRecipe, place=str(path)) from None
+        raise recipe_error(failure, PipelineRecipe, origin=str(path)) from None
     if not recipe.pipeline.folder:
         raise UserError(
             f"{path}: pipeline.folder must be set", key="pipeline.folder", cause=Cause.MISSING
@@ -239,16 +242,16 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineR
     return recipe
 
 
-def read_tree(path: Path, what: str = "recipe") -> dict[str, Any]:
+def read_tree(path: Path, source: str = "recipe") -> dict[str, Any]:
     """Read the sections of a YAML file in which references may stand; see `read_sections`.
 
     Raises:
         UserError: the file cannot be read, or is no mapping of sections.
     """
     try:
-        return unprotect(read_sections(path, what, protect))
+        return unescape_references(read_sections(path, source, escape_references))
     except UserError as error:
-        raise UserError(unprotect(str(error)), key=error.key, cause=error.cause) from None
+        raise UserError(unescape_references(str(error)), key=error.key, cause=error.cause) from None
 
 
 def _nested_keys(tree: dict[str, Any], dotted: str) -> list[str]:

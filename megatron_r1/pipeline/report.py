@@ -17,10 +17,10 @@ from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.graph_svg import Box, graph_svg
 from megatron_r1.pipeline.results import LABELS, Result, Spread, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
-from megatron_r1.pipeline.status import StageState, Status, examine_all
+from megatron_r1.pipeline.status import StageState, Status, all_statuses
 from megatron_r1.reporting.plots import Curve, curve_plot, render_page
 from megatron_r1.reporting.report import Plot
-from megatron_r1.reporting.wording import duration, finite, printable
+from megatron_r1.reporting.wording import finite_metric, format_duration, printable
 
 # A stage of several seeds is shown in the first of these states that one of them has.
 BY_PROGRESS = [
@@ -70,13 +70,15 @@ def write_report(
     Raises:
         UserError: it is not a folder.
     """
-    statuses = [examine_all(plan, graph) for plan in plans]
-    report = collect(title or root.resolve().name, plans, graph, statuses) | {"command": command}
+    statuses = [all_statuses(plan, graph) for plan in plans]
+    report = collect_report(title or root.resolve().name, plans, graph, statuses) | {
+        "command": command
+    }
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(root / "report.json", text + "\n")
     runs = [run for stage in report["stages"].values() for run in stage["by_seed"].values()]
     stages_done = f"{sum(run['state'] == StageState.DONE for run in runs)} of {len(runs)}"
-    time_spent = duration(sum(run["seconds"] or 0.0 for run in runs))
+    time_spent = format_duration(sum(run["seconds"] or 0.0 for run in runs))
     shared = {"title": printable(report["title"]), "table": _table(report)}
     markdown = render_page(
         "pipeline/templates/report.md.jinja",
@@ -106,7 +108,7 @@ def write_report(
     return atomic_write(root / "report.html", html)
 
 
-def collect(
+def collect_report(
     title: str,
     plans: Sequence[PipelinePlan],
     graph: Graph,
@@ -128,7 +130,7 @@ def collect(
     }
     row_of = {}
     for name in graph.order:
-        row_of[name] = target = evaluated(plans[0].stages[name], graph)
+        row_of[name] = target = evaluated_stage(plans[0].stages[name], graph)
         by_seed = list(zip(results[target], results[name], strict=True)) if target else []
         # What a stage measured on held-out questions itself, or another evaluation of it, is not
         # replaced: another evaluation may ask other questions, or give no tool.
@@ -165,7 +167,7 @@ def collect(
     }
 
 
-def evaluated(stage: PipelineStage, graph: Graph) -> str:
+def evaluated_stage(stage: PipelineStage, graph: Graph) -> str:
     """Return the stage in whose row the results of this stage are shown; "" if this stage has a row
     of its own."""
     if stage.config.evaluates:
@@ -179,7 +181,7 @@ def evaluated(stage: PipelineStage, graph: Graph) -> str:
 def _spreads(by_seed: Sequence[Mapping[str, Result]]) -> dict[str, dict[str, Any]]:
     spreads = {}
     for name in {name: None for results in by_seed for name in results}:
-        spread = Spread.of([results[name].value for results in by_seed if name in results])
+        spread = Spread.from_values([results[name].value for results in by_seed if name in results])
         spreads[name] = {**vars(spread), "worded": spread.format(name)}
     return spreads
 
@@ -191,7 +193,7 @@ def _drawing(report: Mapping[str, Any], graph: Graph) -> str:
         states = {run["state"] for run in runs}
         state = next((str(s) for s in BY_PROGRESS if str(s) in states), str(StageState.DONE))
         seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
-        mean = duration(sum(seconds) / len(seconds)) if seconds else ""
+        mean = format_duration(sum(seconds) / len(seconds)) if seconds else ""
         second = " · ".join(filter(None, [stage["verb"], state, mean]))
         boxes[name] = Box(state, stage["title"], second)
     return graph_svg(boxes, graph.upstream, graph.depths())
@@ -263,7 +265,9 @@ def heldout_points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
     if len(runs) == 1:
         lines, name = {line["step"]: line for line in runs[0]}, key.removeprefix("eval/")
         low, high = (
-            np.array([finite(lines[step], f"interval/{name}/{end}") for step in by_step], float)
+            np.array(
+                [finite_metric(lines[step], f"interval/{name}/{end}") for step in by_step], float
+            )
             for end in ("low", "high")
         )  # None becomes NaN
     else:
@@ -284,7 +288,7 @@ def _by_step(runs: Sequence[Lines], key: str) -> dict[int, list[float]]:
     by_step: dict[int, list[float]] = {}
     for run in runs:
         for line in run:
-            if (value := finite(line, key)) is not None:
+            if (value := finite_metric(line, key)) is not None:
                 by_step.setdefault(int(line["step"]), []).append(value)
     return dict(sorted(by_step.items()))
 

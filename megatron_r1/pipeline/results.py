@@ -11,7 +11,7 @@ from typing import Any, Self
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.reporting.outcome import first_and_last
-from megatron_r1.reporting.wording import finite, number, percent
+from megatron_r1.reporting.wording import finite_metric, format_number, format_percent
 
 FILE = "figures.json"
 """Any stage may write one: name → number or {value, low, high}, a share in 0 … 1 or a count."""
@@ -59,8 +59,8 @@ class Result:
         if self.low is None or self.high is None:
             return _format_value(name, self.value)
         if _is_fraction(name, self.value):
-            return f"{percent(self.value)} ({100 * self.low:.1f}–{100 * self.high:.1f})"
-        return f"{number(self.value)} ({number(self.low)}–{number(self.high)})"
+            return f"{format_percent(self.value)} ({100 * self.low:.1f}–{100 * self.high:.1f})"
+        return f"{format_number(self.value)} ({format_number(self.low)}–{format_number(self.high)})"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Spread:
     values: list[float]
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Self:
+    def from_values(cls, values: Sequence[float]) -> Self:
         """Return mean and standard deviation of values; one value has no deviation."""
         deviation = stdev(values) if len(values) > 1 else None
         return cls(fmean(values), deviation, list(values))
@@ -90,8 +90,8 @@ class Spread:
         if self.deviation is None:
             return _format_value(name, self.mean)
         if _is_fraction(name, self.mean):
-            return f"{percent(self.mean)} ± {100 * self.deviation:.1f}"
-        return f"{number(self.mean)} ± {number(self.deviation)}"
+            return f"{format_percent(self.mean)} ± {100 * self.deviation:.1f}"
+        return f"{format_number(self.mean)} ± {format_number(self.deviation)}"
 
 
 def read_results(folder: Path) -> dict[str, Result]:
@@ -118,7 +118,7 @@ def headline(results: Mapping[str, Result]) -> str:
 
 def _format_value(name: str, value: float) -> str:
     """Format a result: as a percentage if it is a fraction, else with three digits."""
-    return percent(value) if _is_fraction(name, value) else number(value)
+    return format_percent(value) if _is_fraction(name, value) else format_number(value)
 
 
 def _is_fraction(name: str, value: float) -> bool:
@@ -141,12 +141,12 @@ def _of_training(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Result]:
 def _of_heldout(line: Mapping[str, Any]) -> dict[str, Result]:
     results: dict[str, Result] = {}
     for key in line:
-        metric, value = key.removeprefix("eval/"), finite(line, key)
+        metric, value = key.removeprefix("eval/"), finite_metric(line, key)
         if metric == key or value is None:
             continue
         name = "majority" if metric.startswith("cons@") else HELDOUT.get(metric, metric)
         if name in LABELS:
-            low, high = (finite(line, f"interval/{metric}/{end}") for end in ("low", "high"))
+            low, high = (finite_metric(line, f"interval/{metric}/{end}") for end in ("low", "high"))
             results[name] = Result(value, low, high, f"evaluations.jsonl: {key}, last step")
     return results
 

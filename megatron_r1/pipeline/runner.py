@@ -17,16 +17,22 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes import stopping
 from megatron_r1.base.processes.diagnosis import excerpt
-from megatron_r1.config.yaml_text import as_yaml
+from megatron_r1.config.yaml_text import dump_yaml
 from megatron_r1.pipeline import function_stage, manifest, serving
 from megatron_r1.pipeline.child import StageProcess, describe_status
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig
 from megatron_r1.pipeline.results import headline, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
-from megatron_r1.pipeline.status import StageState, examine, examine_all, stale_text, status_lines
+from megatron_r1.pipeline.status import (
+    StageState,
+    all_statuses,
+    stage_status,
+    stale_text,
+    status_lines,
+)
 from megatron_r1.reporting.run_folder import is_locked
-from megatron_r1.reporting.wording import duration
+from megatron_r1.reporting.wording import format_duration
 
 POLL_SECONDS = 0.1
 LOCK_SECONDS = 30.0
@@ -43,7 +49,7 @@ COMPLETE = {
 """The output that each verb writes last."""
 
 
-class Signals:
+class StopSignals:
     """Counts Ctrl-C and SIGTERM within a `with` block, so that running stages can end in order."""
 
     def __init__(self) -> None:
@@ -58,7 +64,7 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def raise_if_asked(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Raise KeyboardInterrupt if a signal has come."""
         if self.count:
             raise KeyboardInterrupt
@@ -72,12 +78,14 @@ class Runner:
     """Runs stages of one plan.
 
     Attributes:
+        plan: the stages of one seed.
+        signals: whether a stop was asked for.
         show: prints a line.
         prefix: put before every line of a command's output, where other commands run at the same
             time; then no command gets the terminal for its live view."""
 
     plan: PipelinePlan
-    signals: Signals
+    signals: StopSignals
     show: Callable[[str], None]
     prefix: str = ""
 
@@ -113,7 +121,7 @@ class Runner:
         if is_locked(folder):
             self.show(f"waiting for the process that still works in {folder}")
         while is_locked(folder) and time.monotonic() < deadline:
-            self.signals.raise_if_asked()
+            self.signals.raise_if_stopped()
             time.sleep(POLL_SECONDS)
         if is_locked(folder):
             raise RunError(
@@ -143,7 +151,7 @@ class Runner:
         logs = {name: self.plan.log_of(stage.name, name) for name in configs}
         if configs:
             self.show(f"serving {', '.join(configs)} for {stage.name}")
-        with serving.served(configs, ports, logs, self.signals.raise_if_asked) as servers:
+        with serving.serve_models(configs, ports, logs, self.signals.raise_if_stopped) as servers:
             urls = {server.name: server.url for server in servers}
             command = write_recipe(self.plan, stage, urls)
             launch = self.plan.resolve(stage.config.launch, urls)
@@ -189,7 +197,12 @@ class Runner:
 
 
 def write_recipe(plan: PipelinePlan, stage: PipelineStage, urls: dict[str, str]) -> list[str]:
-    """Write the recipe of the stage's command, and return the command."""
+    """Write the recipe of the stage's command, and return the command.
+
+    Args:
+        plan: the stages of one seed.
+        stage: the stage to run.
+        urls: the address of each served model, by name."""
     path = plan.folder / "recipes" / f"{stage.name}.yaml"
     settings = plan.resolve(stage.settings, urls)
     module, verb = "megatron_r1", [stage.config.verb]
@@ -197,7 +210,7 @@ def write_recipe(plan: PipelinePlan, stage: PipelineStage, urls: dict[str, str])
         module, verb = function_stage.__name__, []
         folder = str(plan.folder_of(stage.name))
         settings = {"function": stage.config.function, "folder": folder, "arguments": settings}
-    atomic_write(path, as_yaml(settings))
+    atomic_write(path, dump_yaml(settings))
     return [sys.executable, "-m", module, *verb, str(path)]
 
 
@@ -225,7 +238,7 @@ def _check_outputs(stage: PipelineStage, folder: Path, referenced: set[str]) -> 
 Task = TypeVar("Task", bound=Hashable)
 
 
-class StageOfSeed(NamedTuple):
+class SeedStage(NamedTuple):
     """A node of the work to do: one stage of the graph, for one seed."""
 
     seed: int
@@ -242,13 +255,17 @@ class Executor:
         signals: the requests to stop."""
 
     def __init__(
-        self, config: PipelineConfig, plans: Sequence[PipelinePlan], graph: Graph, signals: Signals
+        self,
+        config: PipelineConfig,
+        plans: Sequence[PipelinePlan],
+        graph: Graph,
+        signals: StopSignals,
     ) -> None:
         self._config, self._graph, self._signals = config, graph, signals
         self._plans = {plan.seed: plan for plan in plans}
-        self._statuses = {plan.seed: examine_all(plan, graph) for plan in plans}
+        self._statuses = {plan.seed: all_statuses(plan, graph) for plan in plans}
 
-    def run(self, chosen: Sequence[str]) -> None:
+    def run(self, stage_names: Sequence[str]) -> None:
         """Run the chosen stages of every seed that are not done.
 
         Raises:
@@ -257,30 +274,30 @@ class Executor:
             KeyboardInterrupt: a signal asked to stop.
         """
         for seed, plan in self._plans.items():
-            print(f"{plan.folder} · {len(chosen)} stages · seed {seed}")
-            print("\n".join(status_lines(plan, chosen, self._statuses[seed])), flush=True)
-        tasks = [StageOfSeed(seed, name) for seed in self._plans for name in chosen]
+            print(f"{plan.folder} · {len(stage_names)} stages · seed {seed}")
+            print("\n".join(status_lines(plan, stage_names, self._statuses[seed])), flush=True)
+        tasks = [SeedStage(seed, name) for seed in self._plans for name in stage_names]
         upstream = self._graph.upstream
         needs = {
             task: [task._replace(stage=name) for name in upstream[task.stage]] for task in tasks
         }
         run_all(tasks, needs.__getitem__, self._run_stage, self._config.jobs, self.report_failure)
 
-    def report_failure(self, error: Exception, running: list[StageOfSeed]) -> None:
+    def report_failure(self, error: Exception, running: list[SeedStage]) -> None:
         """Print that a stage has failed while the stages `running` go on."""
         names = ", ".join(map(self._name, running))
         going_on = f"\nno other stage begins; still running: {names} (Ctrl-C stops that)"
         _print(f"{error}{going_on if running else ''}")
 
-    def _run_stage(self, task: StageOfSeed) -> None:
+    def _run_stage(self, task: SeedStage) -> None:
         """Run a stage whose upstream is done, unless it is done itself."""
-        self._signals.raise_if_asked()
+        self._signals.raise_if_stopped()
         plan, statuses = self._plans[task.seed], self._statuses[task.seed]
         name, title = task.stage, self._name(task)
         stage, upstream = plan.stages[name], self._graph.upstream[name]
         # Its upstream may have been done again, and may have come out the same.
         above = {upper: statuses[upper] for upper in upstream}
-        statuses[name] = examine(plan, stage, above)
+        statuses[name] = stage_status(plan, stage, above)
         if statuses[name].state is StageState.DONE:
             return
         if statuses[name].state is StageState.STALE:
@@ -303,12 +320,12 @@ class Executor:
             raise RunError(
                 f"stage {title} failed: {failure}\nThe same command continues with this stage."
             ) from None
-        statuses[name] = examine(plan, stage, above)
+        statuses[name] = stage_status(plan, stage, above)
         result = headline(read_results(plan.folder_of(name)))
-        took = duration(statuses[name].seconds or 0.0)
+        took = format_duration(statuses[name].seconds or 0.0)
         _print(f"{title} is {statuses[name].state} after {took}{f': {result}' if result else ''}")
 
-    def _name(self, task: StageOfSeed) -> str:
+    def _name(self, task: SeedStage) -> str:
         seeds = self._config.seeds
         return f"{self._plans[task.seed].folder.name}/{task.stage}" if seeds else task.stage
 

@@ -40,7 +40,7 @@ class StageServer:
             port: the port on which it listens.
             log: the file of its output."""
         self.name, self.config, self.log = name, config, log
-        self.url = url(config, port)
+        self.url = server_url(config, port)
         self._scratch = Scratch() if config.model else None
         environment: dict[str, str] = {}
         if self._scratch is not None:
@@ -87,7 +87,7 @@ class StageServer:
 
 
 @contextlib.contextmanager
-def served(
+def serve_models(
     configs: Mapping[str, ServeConfig],
     ports: Mapping[str, int],
     logs: Mapping[str, Path],
@@ -113,7 +113,12 @@ def served(
 
 
 def server_command(name: str, config: ServeConfig, port: int) -> list[str]:
-    """Return the command line of a server, without its launcher."""
+    """Return the command line of a server, without its launcher.
+
+    Args:
+        name: the name that requests give for the model.
+        config: the model and its arguments.
+        port: the port to listen at."""
     if config.command:
         return [
             word.replace("{port}", str(port)).replace("{host}", config.host)
@@ -134,7 +139,9 @@ def _config_arguments(model: Path) -> list[str]:
     return config_arguments(load_config(model), None) if (model / "config.json").is_file() else []
 
 
-def choose_ports(configs: Mapping[str, ServeConfig], before: Mapping[str, int]) -> dict[str, int]:
+def choose_ports(
+    configs: Mapping[str, ServeConfig], previous_ports: Mapping[str, int]
+) -> dict[str, int]:
     """Return a port for each server: the one it had before, as a run that continues expects it.
 
     Raises:
@@ -142,7 +149,7 @@ def choose_ports(configs: Mapping[str, ServeConfig], before: Mapping[str, int]) 
     """
     ports: dict[str, int] = {}
     for name, config in configs.items():
-        port = before.get(name)
+        port = previous_ports.get(name)
         if port is None:
             port = free_port(config.host)
             while port in ports.values():
@@ -156,7 +163,7 @@ def choose_ports(configs: Mapping[str, ServeConfig], before: Mapping[str, int]) 
     return ports
 
 
-def url(config: ServeConfig, port: int) -> str:
+def server_url(config: ServeConfig, port: int) -> str:
     """Return the address of a served model, without a path."""
     return f"http://{config.host}:{port}"
 

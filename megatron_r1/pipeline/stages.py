@@ -16,10 +16,10 @@ from megatron_r1.pipeline.pipeline_recipe import (
     PipelineRecipe,
     ServeConfig,
     StageConfig,
+    iter_references,
+    iter_texts,
     read_tree,
-    references,
     substitute,
-    texts,
 )
 
 FILES = ("path", "data", "checkpoint")
@@ -27,7 +27,7 @@ FILES = ("path", "data", "checkpoint")
 FIXED = ("here", "pipeline.seed")
 """References that mean the same before and after a stage runs."""
 INDEX = re.compile(r"\[\d+\]")
-"""The number of an entry of a list in a place such as sft.data[0].path."""
+"""The number of an entry of a list in a key path such as sft.data[0].path."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class PipelineStage:
 
     @cached_property
     def references(self) -> list[tuple[str, str]]:
-        """Return (place, name) of all references in `all_settings`."""
-        return list(references(self.all_settings))
+        """Return (key path, name) of all references in `all_settings`."""
+        return list(iter_references(self.all_settings))
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class PipelinePlan:
     Attributes:
         path: the recipe's file.
         folder: the folder with this seed's stages.
+        seed: `run.seed` of every stage that sets none.
+        stages: the stages by name, in the recipe's order.
         broken: stage → why its settings cannot be read; checking the plan raises an error with all
             of them."""
 
@@ -83,7 +85,7 @@ class PipelinePlan:
     broken: dict[str, UserError] = field(default_factory=dict)
 
     @classmethod
-    def of(
+    def from_recipe(
         cls,
         recipe: PipelineRecipe,
         path: str | Path,
@@ -109,12 +111,14 @@ class PipelinePlan:
             try:
                 if config.recipe:
                     settings = read_tree(path.parent / config.recipe, what)
-                settings = merged(merged(recipe.defaults, settings), config.settings)
+                settings = merge_settings(
+                    merge_settings(recipe.defaults, settings), config.settings
+                )
             except UserError as error:
                 if error.key == what:
                     error.key = f"stages.{name}.recipe"
                 broken[name] = error
-            settings = merged(settings, (implied or {}).get(config.verb, {}))
+            settings = merge_settings(settings, (implied or {}).get(config.verb, {}))
             run = settings.get("run")
             if run is None or isinstance(run, dict):  # anything else is refused by its verb's check
                 settings["run"] = {"seed": seed, **(run or {}), "folder": str(folder / name)}
@@ -166,7 +170,7 @@ class PipelinePlan:
             return urls[rest.removesuffix(".url")]
         return str(self.folder_of(head) / rest if rest else self.folder_of(head))
 
-    def located(self, text: str) -> str:
+    def resolve_here(self, text: str) -> str:
         """Return a text with `${here}` and `${pipeline.seed}` replaced; others stay as they are."""
         return REFERENCE.sub(
             lambda match: (
@@ -176,18 +180,18 @@ class PipelinePlan:
         )
 
     def named_files(self, stage: PipelineStage) -> list[tuple[str, str]]:
-        """Return (place, text) of every text of a stage that names an existing file or folder which
-        no stage makes. A folder that the pipeline itself lies in is left out: every stage changes
-        it."""
+        """Return (key path, text) of every text of a stage that names an existing file or folder
+        which no stage makes. A folder that the pipeline itself lies in is left out: every stage
+        changes it."""
         served = {f"serve.{name}.model": one.model for name, one in stage.config.serve.items()}
         named = []
-        for place, text in texts({**stage.settings, **served}):
-            path = self.located(text)
-            is_path = "/" in path or Path(path).suffix or names_a_file(place)
-            if place == "run.folder" or not is_path or REFERENCE.search(path):
+        for key_path, text in iter_texts({**stage.settings, **served}):
+            path = self.resolve_here(text)
+            is_path = "/" in path or Path(path).suffix or names_a_file(key_path)
+            if key_path == "run.folder" or not is_path or REFERENCE.search(path):
                 continue
             if _exists(path) and not self.folder.resolve().is_relative_to(Path(path).resolve()):
-                named.append((place, text))
+                named.append((key_path, text))
         return named
 
     def resolve(self, value: Any, urls: Mapping[str, str] | None = None) -> Any:
@@ -199,22 +203,22 @@ class PipelinePlan:
         return ServeConfig.model_validate(self.resolve(config.model_dump()))
 
 
-def names_a_file(place: str) -> bool:
+def names_a_file(key_path: str) -> bool:
     """Return whether a setting such as model.path, data.heldout_path or sft.data[0].path holds a
     file or folder."""
-    section, *keys = INDEX.sub("", place).split(".")
+    section, *keys = INDEX.sub("", key_path).split(".")
     # A benchmark's path may be its name on the hub.
     is_named = bool(keys) and all(key.rpartition("_")[2] in FILES for key in keys)
     return is_named and section != "eval"
 
 
-def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested mappings key by key; `over` has precedence."""
-    joined = dict(under)
-    for key, value in over.items():
+def merge_settings(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings key by key; `override` has precedence."""
+    joined = dict(base)
+    for key, value in override.items():
         below = joined.get(key)
         is_section = isinstance(value, Mapping) and isinstance(below, Mapping)
-        joined[key] = merged(below or {}, value) if is_section else value
+        joined[key] = merge_settings(below or {}, value) if is_section else value
     return joined
 
 

@@ -12,7 +12,7 @@ from megatron_r1.pipeline import manifest as fingerprint
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.results import headline, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
-from megatron_r1.reporting.wording import duration, printable
+from megatron_r1.reporting.wording import format_duration, printable
 
 
 class StageState(enum.StrEnum):
@@ -34,6 +34,7 @@ class Status:
     """The state of one stage, with the reasons for it.
 
     Attributes:
+        state: what is left to do.
         reasons: why the stage is stale, or how it failed.
         manifest: the stage's stage.json or begun.json."""
 
@@ -58,7 +59,7 @@ class Status:
         return [printable(line) for reason in self.reasons for line in reason.splitlines()]
 
 
-def examine_all(plan: PipelinePlan, graph: Graph, is_running: bool = False) -> dict[str, Status]:
+def all_statuses(plan: PipelinePlan, graph: Graph, is_running: bool = False) -> dict[str, Status]:
     """Return the status of every stage.
 
     Args:
@@ -71,11 +72,11 @@ def examine_all(plan: PipelinePlan, graph: Graph, is_running: bool = False) -> d
     statuses: dict[str, Status] = {}
     for name in graph.order:
         upstream = {upper: statuses[upper] for upper in graph.upstream[name]}
-        statuses[name] = examine(plan, plan.stages[name], upstream, is_running)
+        statuses[name] = stage_status(plan, plan.stages[name], upstream, is_running)
     return statuses
 
 
-def examine(
+def stage_status(
     plan: PipelinePlan,
     stage: PipelineStage,
     upstream: Mapping[str, Status],
@@ -128,14 +129,19 @@ def examine(
 
 
 def status_lines(
-    plan: PipelinePlan, chosen: Sequence[str], statuses: Mapping[str, Status]
+    plan: PipelinePlan, stage_names: Sequence[str], statuses: Mapping[str, Status]
 ) -> list[str]:
     """Return a line per chosen stage (state, name, verb, time, first result), each followed by the
-    reasons why it is stale or has failed."""
+    reasons why it is stale or has failed.
+
+    Args:
+        plan: the stages of one seed.
+        stage_names: the names of the stages, in the order of the lines.
+        statuses: the status of each stage, by name."""
     rows = []
-    for name in chosen:
+    for name in stage_names:
         stage, status = plan.stages[name], statuses[name]
-        seconds = duration(status.seconds) if status.seconds is not None else ""
+        seconds = format_duration(status.seconds) if status.seconds is not None else ""
         failed = status.state is StageState.FAILED
         result = "" if failed else headline(read_results(plan.folder_of(name)))
         rows.append([str(status.state), name, stage.config.verb, seconds, result])
@@ -145,7 +151,7 @@ def status_lines(
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
         lines += [f"  {reason}" for reason in statuses[row[1]].reason_lines]
-    if others := len(plan.stages) - len(chosen):
+    if others := len(plan.stages) - len(stage_names):
         lines.append(f"not asked for: {others} more")
     return lines
 

@@ -10,12 +10,12 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Verb, infer_verb
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
-from megatron_r1.config.key_listing import switches
+from megatron_r1.config.keys import boolean_keys
 from megatron_r1.config.overrides import parse_overrides
-from megatron_r1.engines.server.from_recipe import max_model_len
+from megatron_r1.engines.server.settings import max_model_len
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.plan.job import PlannedJob, text_limit
-from megatron_r1.plan.quantity import calibrated
+from megatron_r1.plan.quantity import apply_calibration
 from megatron_r1.plan.rollout import check_teacher
 
 
@@ -28,9 +28,9 @@ def parse(
         UserError: an argument is neither.
     """
     settings, others = _split(arguments)
-    chosen, rest = _parser(description).parse_known_args(others)
-    _check_options(chosen, rest)
-    return chosen, parse_overrides([*rest, *settings], switches(configuration.Config))
+    args, rest = _parser(description).parse_known_args(others)
+    _check_options(args, rest)
+    return args, parse_overrides([*rest, *settings], boolean_keys(configuration.Config))
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -90,50 +90,50 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def job_of(
-    recipe: Path, chosen: argparse.Namespace, overrides: dict, step: int | None = None
+def planned_job(
+    recipe: Path, args: argparse.Namespace, overrides: dict, step: int | None = None
 ) -> PlannedJob:
     """Return the job of a recipe with the settings of one step.
 
     Args:
         recipe: the recipe's file.
-        chosen: the options of the command line.
+        args: the options of the command line.
         overrides: dotted settings in place of the recipe's.
         step: the training step, from 1; None: that of --step.
 
     Raises:
         UserError: the recipe, the options or the model do not go together."""
-    whole = config_of(recipe, overrides)
-    config = whole.at(step or chosen.step or 1)
+    whole = load_recipe(recipe, overrides)
+    config = whole.at(step or args.step or 1)
     verb = infer_verb(config)
-    _check_verb(chosen, verb)
-    hardware, assumptions = HARDWARE[chosen.hardware], Assumptions()
+    _check_verb(args, verb)
+    hardware, assumptions = HARDWARE[args.hardware], Assumptions()
     measured: dict[str, str] = {}
-    if chosen.calibrate:
-        hardware, assumptions, measured = calibrated(hardware, assumptions, chosen.calibrate)
-    if chosen.memory_gib is not None:
-        hardware = replace(hardware, memory=chosen.memory_gib * GIB)
-    if chosen.host_memory_gib is not None:
-        hardware = replace(hardware, host_memory=chosen.host_memory_gib * GIB)
+    if args.calibrate:
+        hardware, assumptions, measured = apply_calibration(hardware, assumptions, args.calibrate)
+    if args.memory_gib is not None:
+        hardware = replace(hardware, memory=args.memory_gib * GIB)
+    if args.host_memory_gib is not None:
+        hardware = replace(hardware, host_memory=args.host_memory_gib * GIB)
     rollout, gpus = config.rollout, config.parallel.processes
     if verb == "sample":  # no trainer: the engines' GPUs
         gpus = rollout.engines * rollout.tensor * rollout.data
     hf = read_hf_config(config.model.path, "score" if verb == "reward-model" else "language")
-    prompt = _prompt_tokens(chosen, config, verb, hf, assumptions.prompt_tokens)
+    prompt = _prompt_tokens(args, config, verb, hf, assumptions.prompt_tokens)
     job = PlannedJob(
         hf=hf,
         config=config,
-        world_size=chosen.gpus or gpus,
+        world_size=args.gpus or gpus,
         hardware=hardware,
         assumptions=replace(assumptions, prompt_tokens=prompt),
         measured=measured,
-        rollout_gpus=chosen.rollout_gpus or _gpus_of_hosts(config, verb),
+        rollout_gpus=args.rollout_gpus or _gpus_of_hosts(config, verb),
         verb=verb,
         keeps_reference=verb == "rl" and whole.uses_reference,
     )
     assert job.critic is None or job.critic.is_critic, "reading it checks it"
     limit = job.longest_response
-    mean = chosen.response_tokens or max(1, int(limit * job.assumptions.response_share))
+    mean = args.response_tokens or max(1, int(limit * job.assumptions.response_share))
     if mean > limit:
         key = "reward_model.max_tokens" if verb == "reward-model" else "rollout.max_response_tokens"
         raise UserError(
@@ -153,7 +153,7 @@ def _gpus_of_hosts(config: configuration.Config, verb: Verb) -> int:
     return rollout.engines * ranks if apart and ranks > 1 else 0
 
 
-def config_of(recipe: Path, overrides: dict) -> configuration.Config:
+def load_recipe(recipe: Path, overrides: dict) -> configuration.Config:
     """Load the recipe of one run.
 
     Raises:
@@ -183,31 +183,31 @@ def config_of(recipe: Path, overrides: dict) -> configuration.Config:
 
 
 def _prompt_tokens(
-    chosen: argparse.Namespace, config: configuration.Config, verb: Verb, hf: dict, assumed: int
+    args: argparse.Namespace, config: configuration.Config, verb: Verb, hf: dict, assumed: int
 ) -> int:
     """Return the option, or the assumed ones if the context has room for them next to the longest
     response."""
     if verb == "sft":
-        return chosen.prompt_tokens or assumed
+        return args.prompt_tokens or assumed
     if verb == "reward-model":
         key, longest = "reward_model.max_tokens", text_limit(config, hf) - 1
     else:
         key = "rollout.max_model_len"
         longest = max_model_len(config) - config.rollout.max_response_tokens
-    if chosen.prompt_tokens is not None and chosen.prompt_tokens > longest:
+    if args.prompt_tokens is not None and args.prompt_tokens > longest:
         raise UserError(
-            f"--prompt-tokens: {chosen.prompt_tokens} do not fit next to a response, at most "
+            f"--prompt-tokens: {args.prompt_tokens} do not fit next to a response, at most "
             f"{longest} do; lower it, or raise {key}",
             key="--prompt-tokens",
             cause=Cause.TOO_LARGE,
         )
-    return chosen.prompt_tokens or min(assumed, longest)
+    return args.prompt_tokens or min(assumed, longest)
 
 
-def _check_options(chosen: argparse.Namespace, rest: list[str]) -> None:
-    options = {f"--{name.replace('_', '-')}": value for name, value in vars(chosen).items()}
+def _check_options(args: argparse.Namespace, rest: list[str]) -> None:
+    options = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
     recipes = options.pop("--recipes")
-    if bool(recipes) == bool(chosen.published or chosen.calibrate_from):
+    if bool(recipes) == bool(args.published or args.calibrate_from):
         raise UserError(
             "name a recipe, or one of --published and --calibrate-from RUN_FOLDER FILE without one",
             key="recipe",
@@ -226,24 +226,24 @@ def _check_options(chosen: argparse.Namespace, rest: list[str]) -> None:
                 key=option,
                 cause=Cause.OUT_OF_RANGE,
             )
-    if chosen.json and len(chosen.recipes) > 1:
+    if args.json and len(args.recipes) > 1:
         raise UserError(
-            f"--json: one recipe at a time, {len(chosen.recipes)} are named",
+            f"--json: one recipe at a time, {len(args.recipes)} are named",
             key="--json",
             cause=Cause.CONFLICT,
         )
 
 
-def _check_verb(chosen: argparse.Namespace, verb: Verb) -> None:
+def _check_verb(args: argparse.Namespace, verb: Verb) -> None:
     """Raise UserError for options without a meaning for the verb."""
-    if verb == "sample" and (chosen.search or chosen.build):
-        option = "--search" if chosen.search else "--build"
+    if verb == "sample" and (args.search or args.build):
+        option = "--search" if args.search else "--build"
         raise UserError(
             f"{option}: sample trains nothing, so there are no trainer's ranks",
             key=option,
             cause=Cause.CONFLICT,
         )
-    if chosen.rollout_gpus and verb != "rl":
+    if args.rollout_gpus and verb != "rl":
         remedy = "use --gpus" if verb == "sample" else "leave it out"
         have = "has no trainer beside its engines" if verb == "sample" else "has no engines"
         raise UserError(

@@ -37,7 +37,7 @@ def build_ranks(job: PlannedJob, pipeline_ranks: Iterable[int] | None = None) ->
     for rank in chosen:
         built[rank] = _build_stage(job, rank)
         number = sum(prod(shape) for shapes in built[rank] for shape in shapes.values())
-        planned = counts.of_rank(rank).parameters + counts.of_rank(rank).buffers
+        planned = counts.rank_counts(rank).parameters + counts.rank_counts(rank).buffers
         if number != planned:
             raise ValueError(
                 f"pipeline rank {rank} has {number:,} values, the plan says {planned:,}"
@@ -74,7 +74,9 @@ def _build_stage(job: PlannedJob, pipeline_rank: int) -> list[dict[str, tuple[in
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=job.virtual if job.virtual > 1 else None,
+            virtual_pipeline_model_parallel_size=job.num_model_chunks
+            if job.num_model_chunks > 1
+            else None,
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
@@ -82,10 +84,10 @@ def _build_stage(job: PlannedJob, pipeline_rank: int) -> list[dict[str, tuple[in
         )
         transformer = models.transformer_config(job.hf, _without_kernels(job.config))
         transformer.perform_initialization = False
-        with _weightless():
+        with _on_meta_device():
             chunks = [
                 models.build_model(job.hf, transformer, vp_stage=stage)
-                for stage in (range(job.virtual) if job.virtual > 1 else [None])
+                for stage in (range(job.num_model_chunks) if job.num_model_chunks > 1 else [None])
             ]
         for _ in local_entries(chunks, job.hf):
             pass
@@ -102,7 +104,7 @@ def _without_kernels(config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def _weightless() -> Iterator[None]:
+def _on_meta_device() -> Iterator[None]:
     """Create tensors without an explicit device on the meta device, inside this context.
 
     torch.device("meta") would miss the constructors that platform.prepare() has wrapped."""
@@ -156,11 +158,11 @@ def _compare(job: PlannedJob, pipeline_rank: int, built: list[dict], at: dict) -
             raise ValueError(f"pipeline rank {pipeline_rank}: {sorted(different)[:4]} differ")
         for entry in entries.values():
             if entry.owner:
-                owned[entry.expert] += _held(entry)
+                owned[entry.expert] += _num_values(entry)
     return owned[False], owned[True]
 
 
-def _held(entry: LayoutEntry) -> int:
+def _num_values(entry: LayoutEntry) -> int:
     """Return the number of Hugging Face values in an entry, without padding."""
     across = [prod(entry.shape) // entry.shape[piece.dim] for piece in entry.pieces]
     return sum(n * piece.length for n, piece in zip(across, entry.pieces, strict=True))

@@ -14,8 +14,8 @@ from dataclasses import replace
 from math import prod
 
 from megatron_r1.models.hf_config import head_sizes
-from megatron_r1.models.memory import Counts, counts_of
-from megatron_r1.models.weights.layout import Shard, layout, layout_of
+from megatron_r1.models.memory import ParameterCounts, count_parameters
+from megatron_r1.models.weights.layout import Shard, layout, layout_from_rules
 from megatron_r1.models.weights.table import Rule, table
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section
@@ -37,29 +37,29 @@ class RankCounts:
         sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
         self._known: dict = job.shared.setdefault(("counts", *sizes), {})
 
-    def of_rank(self, pipeline_rank: int) -> Counts:
+    def rank_counts(self, pipeline_rank: int) -> ParameterCounts:
         """Return the counts of one rank of this pipeline rank: the sum over its virtual stages."""
-        return sum(map(self.of_chunk, self.job.stages[pipeline_rank]), Counts())
+        return sum(map(self.chunk_counts, self.job.stages[pipeline_rank]), ParameterCounts())
 
-    def of_chunk(self, chunk: Shard) -> Counts:
+    def chunk_counts(self, chunk: Shard) -> ParameterCounts:
         """Return the counts of one virtual stage on one rank. Layers of one kind, and equal chunks,
         are counted once."""
         ends = {name: getattr(chunk, name) for name in ("embedding", "final_norm", "head", "mtp")}
-        kinds = Counter(self.job.sparse[layer] for layer in chunk.layers)
+        kinds = Counter(self.job.is_sparse_layer[layer] for layer in chunk.layers)
         key = (*ends.values(), *sorted(kinds.items()))
         if key not in self._known:
-            first = {self.job.sparse[layer]: layer for layer in chunk.layers}
+            first = {self.job.is_sparse_layer[layer]: layer for layer in chunk.layers}
             at = {kind: replace(self._at, layers=(first[kind],)) for kind in kinds}
             layers = (self._counted(kind, at[kind]) * n for kind, n in kinds.items())
             own = self._counted((*ends.values(),), replace(self._at, **ends))
-            self._known[key] = own + sum(layers, Counts())
+            self._known[key] = own + sum(layers, ParameterCounts())
         return self._known[key]
 
-    def _counted(self, key: Hashable, at: Shard) -> Counts:
+    def _counted(self, key: Hashable, at: Shard) -> ParameterCounts:
         if key not in self._known:
             job, adapters = self.job, self.job.adapters
-            trained = None if adapters is None else layout_of(adapters, at)
-            self._known[key] = counts_of(layout(job.hf, at), job.config.model.mtp, trained)
+            trained = None if adapters is None else layout_from_rules(adapters, at)
+            self._known[key] = count_parameters(layout(job.hf, at), job.config.model.mtp, trained)
         return self._known[key]
 
 
@@ -119,7 +119,7 @@ def parameter_section(job: PlannedJob) -> Section:
     }
     if job.trains:
         ranks = RankCounts(job)
-        by_rank = [ranks.of_rank(rank).parameters for rank in range(job.parallel.pipeline)]
+        by_rank = [ranks.rank_counts(rank).parameters for rank in range(job.parallel.pipeline)]
         fullest = by_rank.index(max(by_rank))
         least = Quantity(min(by_rank), "parameters")
         formula = f"pipeline rank {fullest}, the fullest; least: {least}"
@@ -138,7 +138,12 @@ def attention_flops(hf: dict, length: float) -> float:
 
 def forward_flops(hf: dict, length: float, speedup: float = 1.0) -> float:
     """Return forward FLOP of one token through the main model; products with weights count
-    1 / `speedup`, for a time at the rate of the others."""
+    1 / `speedup`, for a time at the rate of the others.
+
+    Args:
+        hf: the model's config.json.
+        length: tokens of the sequence.
+        speedup: rate of the products with weights over that of the others."""
     layers = hf["num_hidden_layers"]
     return 2 * ModelCounts(hf).multiplied / speedup + layers * attention_flops(hf, length)
 
@@ -147,7 +152,12 @@ def decode_flops(hf: dict, length: float, speedup: float = 1.0) -> float:
     """Return FLOP of one new token that attends to `length` cached ones; `speedup` as in
     `forward_flops`.
 
-    Latent attention, in its absorbed form, works on the latents themselves."""
+    Latent attention, in its absorbed form, works on the latents themselves.
+
+    Args:
+        hf: the model's config.json.
+        length: cached tokens.
+        speedup: rate of the products with weights over that of the others."""
     if hf.get("kv_lora_rank"):
         sizes = 2 * hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
     else:

@@ -4,20 +4,24 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_r1.plan.between_phases import OFFLOADED, offload_disk
+from megatron_r1.plan.between_phases import OFFLOADED, ROUTED, offload_disk
+from megatron_r1.plan.communication import communication_section
 from megatron_r1.plan.counts import flops_section, parameter_section
-from megatron_r1.plan.engine_memory import Engines, rollout_section
-from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, fraction_alone
+from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, unpaired_fraction
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
-from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
-from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_bytes
-from megatron_r1.plan.ranges import narrowing_section, with_range
+from megatron_r1.plan.memory import (
+    RECEIVE_BUFFER,
+    EngineMemory,
+    RankMemory,
+    memory_section,
+    rank_memory,
+    rollout_section,
+)
+from megatron_r1.plan.push import push_section, receive_buffer_bytes, reused_kv_cache_bytes
+from megatron_r1.plan.quantity import Quantity, Section, assumed_section, byte_quantity
 from megatron_r1.plan.rollout import exchange_section, samples_section, teacher_section
-from megatron_r1.plan.routing_replay import ROUTED
-from megatron_r1.plan.timing import StepTime, time_section
-from megatron_r1.plan.traffic import communication_section
-from megatron_r1.reporting.wording import counted
+from megatron_r1.plan.timing import StepTime, narrowing_section, time_section, with_range
+from megatron_r1.reporting.wording import format_count
 
 WHAT = {
     RECEIVE_BUFFER: ", weights on their way into an engine",
@@ -30,17 +34,17 @@ SMALLER_RECEIVE_BUFFER = "give each engine more GPUs"
 
 def estimate_step(job: PlannedJob) -> StepEstimate:
     """Return what a job's optimizer step takes."""
-    times = StepTime(job, Engines(job))
+    times = StepTime(job, EngineMemory(job))
     rank = times.busiest
     peak = max(each.peak for each in rank_memory(job))
     return StepEstimate(
-        times.optimizer_step(), times.exchange(rank), fraction_alone(job, rank), peak
+        times.optimizer_step(), times.exchange(rank), unpaired_fraction(job, rank), peak
     )
 
 
 @dataclass(frozen=True)
 class JobEstimate:
-    """The estimate of a job that passes the checks of `job_checks`."""
+    """The estimate of a job that passes `check_trainer` and `check_engines_and_push`."""
 
     job: PlannedJob
 
@@ -50,17 +54,17 @@ class JobEstimate:
         return rank_memory(self.job) if self.job.trains else []
 
     @cached_property
-    def worst(self) -> RankMemory:
+    def peak_rank(self) -> RankMemory:
         """The memory of the rank with the highest peak."""
         return max(self.ranks, key=lambda rank: rank.peak)
 
     @cached_property
-    def engines(self) -> Engines:
+    def engines(self) -> EngineMemory:
         """The engines, with what ranks on the same GPUs leave them."""
         shared = self.job.trains and not self.job.rollout_gpus
         # At least a byte where they share: 0 says that the GPUs are the engines' alone.
-        resident = max(1, *(rank.resident for rank in self.ranks)) if shared else 0
-        return Engines(self.job, resident)
+        resident = max(1, *(rank.resident_bytes for rank in self.ranks)) if shared else 0
+        return EngineMemory(self.job, resident)
 
     @cached_property
     def times(self) -> StepTime:
@@ -77,8 +81,8 @@ class JobEstimate:
         job = self.job
         sections = {"parameters": parameter_section(job)}
         if job.trains:
-            title = f"memory of pipeline rank {self.worst.rank}, the fullest"
-            sections[title] = memory_section(job, self.worst)
+            title = f"memory of pipeline rank {self.peak_rank.rank}, the fullest"
+            sections[title] = memory_section(job, self.peak_rank)
             sections["host memory of a node"] = self._host()
             if disk := offload_disk(job):
                 sections["local disk of a node"] = disk
@@ -92,7 +96,7 @@ class JobEstimate:
             sections["samples of a rollout"] = samples_section(job)
             sections["push"] = push_section(job)
         if job.trains:
-            sent = communication_section(job, self.worst.rank)
+            sent = communication_section(job, self.peak_rank.rank)
             sections["sent by a rank per optimizer step"] = sent
             if choice := exchange_choice(job, estimate_step):
                 sections["exchange with experts, hidden or not"] = choice
@@ -130,7 +134,7 @@ class JobEstimate:
         ]
 
     def _gpu(self) -> str | None:
-        worst, memory = self.worst, self.job.hardware.memory
+        worst, memory = self.peak_rank, self.job.hardware.memory
         if worst.peak <= memory:
             return None
         training = sum(worst.training.values()) == worst.peak
@@ -185,9 +189,9 @@ class JobEstimate:
         """Return the sums over the ranks of one node, of `gpus` in all."""
         per_node = min(self.job.hardware.gpus_per_node, gpus)
         return {
-            kind: in_bytes(
+            kind: byte_quantity(
                 num_bytes * per_node,
-                f"{counted(per_node, 'rank')} x {_size(num_bytes)}{WHAT.get(kind, '')}",
+                f"{format_count(per_node, 'rank')} x {_size(num_bytes)}{WHAT.get(kind, '')}",
             )
             for kind, num_bytes in kinds.items()
         }
@@ -217,32 +221,34 @@ class JobEstimate:
         """Return the problem of engines that take more of a GPU than the trainer on it, or the
         receive buffer of pushes, leaves them, or None."""
         engines, rollout, memory = self.engines, self.job.config.rollout, self.job.hardware.memory
-        beside = rollout.colocated and engines.resident
+        beside = rollout.colocated and engines.trainer_bytes
         receives = self.job.rollout_gpus and engines.receive_buffer
-        if not (beside or receives) or engines.free <= 0:
+        if not (beside or receives) or engines.free_bytes <= 0:
             return None
-        fraction, least = rollout.gpu_memory, engines.free / memory
+        fraction, least = rollout.gpu_memory, engines.free_bytes / memory
         if fraction is not None and fraction <= least:
             return None
         takes = f"={fraction:g}" if fraction else " is not set, and vLLM takes 0.92"
         other = "the trainer" if beside else f"a push's {_size(engines.receive_buffer)}"
         return (
             f"rollout.gpu_memory{takes}: of each GPU's {_size(memory)} {other} leaves engines "
-            f"{_size(engines.free)}: set at most {math.floor(100 * least) / 100}"
+            f"{_size(engines.free_bytes)}: set at most {math.floor(100 * least) / 100}"
         )
 
     def _cache(self) -> str | None:
         engines, job = self.engines, self.job
         needed = engines.token_bytes * job.longest_sample
-        if engines.cache >= needed:
+        if engines.cache_bytes >= needed:
             return None
-        kinds = {"weights": engines.weights, RECEIVE_BUFFER: engines.receive_buffer}
-        kinds["the trainer"] = engines.resident
+        kinds = {"weights": engines.weight_bytes, RECEIVE_BUFFER: engines.receive_buffer}
+        kinds["the trainer"] = engines.trainer_bytes
         taken = ", ".join(f"{_size(count)} of {kind}" for kind, count in kinds.items() if count)
         beside = f"beside {taken} and {_size(job.assumptions.reserved)} reserved"
-        has = f"has {_size(engines.cache)}"
-        if engines.cache <= 0:
-            has = f"of {_size(job.hardware.memory)} has no room, {_size(-engines.cache)} short,"
+        has = f"has {_size(engines.cache_bytes)}"
+        if engines.cache_bytes <= 0:
+            has = (
+                f"of {_size(job.hardware.memory)} has no room, {_size(-engines.cache_bytes)} short,"
+            )
         return (
             f"an engine GPU {has} for KV cache {beside}; one sample of {job.longest_sample:,} "
             f"tokens needs {_size(needed)}: {self._more_room()}"
@@ -251,13 +257,13 @@ class JobEstimate:
     def _push(self) -> str | None:
         """Return the problem of a push that arrives in the place of the KV cache, or None."""
         engines, memory = self.engines, self.job.hardware.memory
-        needed, left = borrowed_bytes(self.job), max(0, engines.cache)
+        needed, left = reused_kv_cache_bytes(self.job), max(0, engines.cache_bytes)
         if needed <= left:
             return None
         raised, fraction = "", self.job.config.rollout.gpu_memory
         if fraction is not None:
-            larger = math.ceil(100 * (fraction + (needed - engines.cache) / memory)) / 100
-            if larger <= engines.free / memory:
+            larger = math.ceil(100 * (fraction + (needed - engines.cache_bytes) / memory)) / 100
+            if larger <= engines.free_bytes / memory:
                 raised = f"set rollout.gpu_memory to {larger:g}, or "
         return (
             f"a push over nccl needs {_size(needed)} of a GPU in the place of the KV cache, which "
@@ -278,12 +284,12 @@ class JobEstimate:
             ways = ways if rollout.engines > 1 else ["use more GPUs"]
         if self.engines.receive_buffer:
             ways.append("set push.transport to gloo, which receives on the host")
-        if self.engines.resident:
+        if self.engines.trainer_bytes:
             ways += [self._split(), "give the engines GPUs of their own (--rollout-gpus)"]
-        elif self.engines.cache > 0:
+        elif self.engines.cache_bytes > 0:
             ways.append("lower rollout.max_response_tokens")
         return ", or ".join(ways)
 
 
 def _size(num_bytes: float) -> str:
-    return str(in_bytes(num_bytes))
+    return str(byte_quantity(num_bytes))

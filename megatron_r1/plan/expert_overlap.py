@@ -16,12 +16,12 @@ from itertools import islice
 from math import prod
 
 from megatron_r1.config import ParallelConfig
-from megatron_r1.models.memory import Layer
-from megatron_r1.models.supported import obstacles
+from megatron_r1.models.memory import LayerActivations
+from megatron_r1.models.supported import overlap_conflicts
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+from megatron_r1.plan.quantity import Quantity, Section, byte_quantity
 
-HIDDEN, WHOLE = "overlap, selective", "none, full"
+OVERLAPPED, FULL_RECOMPUTE = "overlap, selective", "none, full"
 BACKWARD = 2
 """A backward pass in forward passes; what is recomputed selectively is not counted."""
 
@@ -44,21 +44,23 @@ def exposed_seconds(once: float, attention: float, experts: float) -> float:
     return sum(max(0.0, once - each) for each in behind)
 
 
-def fraction_alone(job: PlannedJob, pipeline_rank: int) -> float:
+def unpaired_fraction(job: PlannedJob, pipeline_rank: int) -> float:
     """Return the share of passes that are combined with no other: those of the warm-up, one more
     than without the overlap (schedules.py, get_pp_rank_microbatches)."""
-    pipeline, virtual = job.parallel.pipeline, job.virtual
+    pipeline, virtual = job.parallel.pipeline, job.num_model_chunks
     alone = 1
     if pipeline > 1:
         alone += 2 * (pipeline - pipeline_rank - 1) + (virtual - 1) * pipeline
-    return min(1.0, alone / (virtual * job.slots))
+    return min(1.0, alone / (virtual * job.schedule_slots))
 
 
-def working_bytes(layer: Layer, parallel: ParallelConfig) -> int:
+def working_bytes(layer: LayerActivations, parallel: ParallelConfig) -> int:
     """Return the bytes that the layers in work add: one in its backward pass and, in a combined
     pass, one of the other micro-batch in its forward pass, before anything of the first is freed.
     """
-    forward = layer.kept(parallel) + layer.dispatch if parallel.overlap_expert_exchange else 0
+    forward = (
+        layer.saved_bytes(parallel) + layer.dispatch if parallel.overlap_expert_exchange else 0
+    )
     return layer.backward_bytes(parallel) + forward
 
 
@@ -69,12 +71,12 @@ class StepEstimate:
     Attributes:
         step: seconds of an optimizer step.
         exposed: seconds of the exchange of a micro-batch that nothing hides.
-        alone: share of passes that are combined with no other.
+        unpaired: share of passes that are combined with no other.
         peak: bytes of the fullest rank."""
 
     step: float
     exposed: float
-    alone: float
+    unpaired: float
     peak: int
 
 
@@ -91,20 +93,23 @@ def exchange_choice(
     if not job.has_experts or job.parallel.expert == 1:
         return {}
     whole = job.with_parallel(overlap_expert_exchange=False, recompute="full")
-    jobs = {HIDDEN: _hidden(job), WHOLE: whole}
-    if blocked := list(islice(obstacles(jobs[HIDDEN].config, job.hf), 1)):
-        why = f"not possible with {blocked[0].setting}: {blocked[0].why}"
-        return {HIDDEN: Quantity(None, "s", why), WHOLE: _row(whole, estimate_step(whole))}
+    jobs = {OVERLAPPED: _overlapped(job), FULL_RECOMPUTE: whole}
+    if blocked := list(islice(overlap_conflicts(jobs[OVERLAPPED].config, job.hf), 1)):
+        why = f"not possible with {blocked[0].setting}: {blocked[0].reason}"
+        return {
+            OVERLAPPED: Quantity(None, "s", why),
+            FULL_RECOMPUTE: _row(whole, estimate_step(whole)),
+        }
     estimates = {name: estimate_step(each) for name, each in jobs.items()}
     section = {name: _row(jobs[name], each) for name, each in estimates.items()}
-    ratio = estimates[WHOLE].step / estimates[HIDDEN].step
+    ratio = estimates[FULL_RECOMPUTE].step / estimates[OVERLAPPED].step
     fitting = [name for name, each in estimates.items() if each.peak <= job.hardware.memory]
     verdict = {0: "neither fits", 1: f"only '{fitting[0]}' fits" if fitting else "", 2: "both fit"}
-    formula = f"{WHOLE} / {HIDDEN}; {verdict[len(fitting)]}"
+    formula = f"{FULL_RECOMPUTE} / {OVERLAPPED}; {verdict[len(fitting)]}"
     return section | {"saved time": Quantity(ratio, "x", formula)}
 
 
-def _hidden(job: PlannedJob) -> PlannedJob:
+def _overlapped(job: PlannedJob) -> PlannedJob:
     """Return the job with the overlap: with its own modules, or those of DeepSeek-V3's report
     (section 3.2.3)."""
     modules = job.parallel.recompute_modules
@@ -117,7 +122,7 @@ def _hidden(job: PlannedJob) -> PlannedJob:
 
 def _row(job: PlannedJob, found: StepEstimate) -> Quantity:
     parallel = job.parallel
-    needed, memory = in_bytes(found.peak), in_bytes(job.hardware.memory)
+    needed, memory = byte_quantity(found.peak), byte_quantity(job.hardware.memory)
     fits = "fits" if found.peak <= job.hardware.memory else "does not fit"
     what = "every layer" if parallel.recompute == "full" else ", ".join(parallel.recompute_modules)
     formula = (
@@ -125,5 +130,5 @@ def _row(job: PlannedJob, found: StepEstimate) -> Quantity:
         f"{found.exposed:.2g} s of the exchange of a micro-batch exposed"
     )
     if parallel.overlap_expert_exchange:
-        formula += f", {1 - found.alone:.0%} of its passes combined with another's"
+        formula += f", {1 - found.unpaired:.0%} of its passes combined with another's"
     return Quantity(found.step, "s", formula)

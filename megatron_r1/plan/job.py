@@ -1,4 +1,5 @@
-"""The job to plan: a model, a recipe's settings, a layout and hardware."""
+"""The job to plan: a model, a recipe's settings, a layout and hardware; and the refusals of jobs
+whose trainer or engines are impossible for the model, or on their GPUs."""
 
 from __future__ import annotations
 
@@ -6,11 +7,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, ParallelConfig, Verb
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.hardware import Assumptions, Hardware
+from megatron_r1.controller.trainer_calls.packing import check_batches
+from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.models.hf_config import read_hf_config, sparse_layers
 from megatron_r1.models.memory import BYTES
+from megatron_r1.models.supported import check_divisions, check_exchange_overlap
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.table import Table, table
@@ -87,13 +92,15 @@ class PlannedJob:
         return self.shared["adapters"]
 
     @cached_property
-    def sparse(self) -> list[bool]:
+    def is_sparse_layer(self) -> list[bool]:
         """Whether each decoder layer has routed experts."""
         return sparse_layers(self.hf)
 
     def layers(self, pipeline_rank: int) -> tuple[int, int]:
         """Return the numbers of (dense, sparse) decoder layers on a pipeline rank."""
-        held = [self.sparse[n] for chunk in self.stages[pipeline_rank] for n in chunk.layers]
+        held = [
+            self.is_sparse_layer[n] for chunk in self.stages[pipeline_rank] for n in chunk.layers
+        ]
         return len(held) - sum(held), sum(held)
 
     @cached_property
@@ -106,7 +113,7 @@ class PlannedJob:
         return recipe_stages(self.config, self.hf)
 
     @property
-    def virtual(self) -> int:
+    def num_model_chunks(self) -> int:
         """Number of model chunks of a pipeline rank."""
         return len(self.stages[0])
 
@@ -146,7 +153,7 @@ class PlannedJob:
         """Whether tensor ranks share the tokens between matrices."""
         return self.parallel.splits_sequences(self.has_experts)
 
-    def split(self, tokens: float) -> float:
+    def tokens_per_tensor_rank(self, tokens: float) -> float:
         """Return the tokens of a rank where tensor ranks share the sequence between matrices."""
         return tokens / self.parallel.tensor if self.splits_sequences else tokens
 
@@ -257,10 +264,10 @@ class PlannedJob:
         return max(1, -(-int(tokens) // (self.data_parallel * limit)))
 
     @property
-    def slots(self) -> int:
+    def schedule_slots(self) -> int:
         """Micro-batch slots of the schedule: virtual stages work in rounds of one micro-batch per
         pipeline rank, and the last round is filled with empty ones."""
-        if self.virtual == 1:
+        if self.num_model_chunks == 1:
             return self.num_microbatches
         return -(-self.num_microbatches // self.parallel.pipeline) * self.parallel.pipeline
 
@@ -269,3 +276,66 @@ class PlannedJob:
         """GPUs of one engine: an equal share of the engines' own, or of the trainer's where they
         take turns."""
         return max(1, (self.rollout_gpus or self.world_size) // self.config.rollout.engines)
+
+
+def check_trainer(job: PlannedJob) -> None:
+    """Raise ValueError, by name, for settings of `parallel` that are impossible for the model
+    or on these GPUs."""
+    job.parallel.check_sizes(job.world_size)
+    job.parallel.splits_sequences(job.has_experts)  # raises where experts need it
+    check_divisions(job.hf, job.parallel, transformer_engine=True)
+    check_exchange_overlap(job.config, job.hf)
+    check_batches(job.config, job.verb, job.world_size, "GPU")
+    assert job.stages, "building them checks the layout"
+
+
+def check_engine_gpus(job: PlannedJob) -> None:
+    """Raise ValueError for engines that are impossible, or impossible on these GPUs."""
+    rollout, gpus = job.config.rollout, job.rollout_gpus or job.world_size
+    check_engines(job.config, job.hf)
+    if rollout.pipeline > 1:
+        raise UserError(
+            f"rollout.pipeline={rollout.pipeline}: engines with stages are not planned for; use 1",
+            key="rollout.pipeline",
+            cause=Cause.UNSUPPORTED,
+        )
+    ranks = rollout.tensor * rollout.data
+    if ranks == 1 and gpus % rollout.engines:
+        raise UserError(
+            f"rollout.engines={rollout.engines} does not divide {gpus:,} GPUs; choose "
+            f"{_alternatives(_nearest_divisors(rollout.engines, gpus))}",
+            key="rollout.engines",
+            cause=Cause.INDIVISIBLE,
+        )
+    if ranks > 1 and ranks * rollout.engines != gpus:
+        raise UserError(
+            f"rollout.engines={rollout.engines} of {ranks} GPUs (rollout.tensor="
+            f"{rollout.tensor} x rollout.data={rollout.data}) are {ranks * rollout.engines:,} "
+            f"GPUs, not {gpus:,}; {_engines_that_match(job, ranks, gpus)}",
+            key="rollout.engines",
+            cause=Cause.CONFLICT,
+        )
+
+
+def _engines_that_match(job: PlannedJob, ranks: int, gpus: int) -> str:
+    """Return the remedy if engines of `ranks` GPUs do not add up to `gpus`."""
+    if gpus % ranks == 0:
+        return f"set --rollout.engines {gpus // ranks}"
+    option = "--rollout-gpus" if job.rollout_gpus else "--gpus"
+    below = gpus // ranks
+    counts = [count for count in (below, below + 1) if count]
+    sizes = [f"{option} {count * ranks} --rollout.engines {count}" for count in counts]
+    or_lower = "" if below else ", or lower rollout.data or .tensor"
+    return f"{_alternatives(sizes)} would match{or_lower}"
+
+
+def _nearest_divisors(target: int, of: int) -> list[int]:
+    """Return the largest divisor below `target` and the smallest above, if there are any."""
+    below = [n for n in range(1, min(target, of + 1)) if of % n == 0]
+    above = [n for n in range(target + 1, of + 1) if of % n == 0]
+    return [*below[-1:], *above[:1]]
+
+
+def _alternatives(choices: list) -> str:
+    """Return the choices as "A or B or C"."""
+    return " or ".join(map(str, choices))

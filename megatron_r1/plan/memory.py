@@ -1,10 +1,16 @@
-"""Memory of every pipeline rank, by kind, while it trains and while it scores the reference."""
+"""Memory: of every pipeline rank, by kind, while it trains and while it scores the reference; and
+the engines' weights and KV cache on a GPU, with the sequences that these hold at once."""
 
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.models.memory import (
-    Counts,
-    Layer,
+    BYTES,
+    LayerActivations,
+    ParameterCounts,
+    cache_bytes_per_token,
     checkpoint_bytes,
     head_bytes,
     layer_activations,
@@ -12,13 +18,24 @@ from megatron_r1.models.memory import (
     persistent_bytes,
     reference_bytes,
 )
-from megatron_r1.plan.between_phases import offloaded_bytes, offloaded_host_bytes
+from megatron_r1.plan.between_phases import (
+    offloaded_bytes,
+    offloaded_host_bytes,
+    routing_replay_host_bytes,
+)
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.expert_overlap import working_bytes
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import receive_buffer_bytes
-from megatron_r1.plan.quantity import Section, in_bytes
-from megatron_r1.plan.routing_replay import replay_host_bytes
+from megatron_r1.plan.push import (
+    drafts_with_mtp,
+    planned_engine_layout,
+    planned_rank_bytes,
+    pushes_fp8,
+    receive_buffer_bytes,
+)
+from megatron_r1.plan.quantity import Quantity, Section, byte_quantity, round_number
+from megatron_r1.push.plan.planner import PredictedSharding
+from megatron_r1.reporting.wording import format_count
 
 
 @dataclass(frozen=True)
@@ -26,16 +43,21 @@ class RankMemory:
     """Bytes of one pipeline rank on its GPU and on its host, by kind."""
 
     rank: int
-    counts: Counts
+    """Its pipeline rank"""
+    counts: ParameterCounts
+    """Its parameters by kind"""
     training: dict[str, int]
+    """Bytes on the GPU by kind while it trains"""
     scoring: dict[str, int]
+    """Bytes on the GPU by kind while it computes log-probabilities alone"""
     host: dict[str, int]
+    """Bytes on its host by kind"""
     freed: int
     """Bytes of gradients, if they are freed while engines compute on the same GPU, and of what
     `parallel.offload_between_phases` moves elsewhere meanwhile."""
 
     @property
-    def resident(self) -> int:
+    def resident_bytes(self) -> int:
         """Bytes of models and optimizers that stay while engines compute."""
         return sum(self.training.get(kind, 0) for kind in RESIDENT) - self.freed
 
@@ -66,24 +88,24 @@ def rank_memory(job: PlannedJob) -> list[RankMemory]:
     ranks = [_of_rank(job, counts, layers, rank) for rank in range(job.parallel.pipeline)]
     if job.critic:
         critics = RankCounts(job.critic)
-        ranks = [_with_critic(job.critic, rank, critics.of_rank(rank.rank)) for rank in ranks]
+        ranks = [_with_critic(job.critic, rank, critics.rank_counts(rank.rank)) for rank in ranks]
     return ranks
 
 
-def _persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
+def _persistent_bytes(job: PlannedJob, counts: ParameterCounts) -> dict[str, int]:
     return persistent_bytes(
         job.config, counts, job.data_parallel_sizes, job.config.optimizer.moments
     )
 
 
 def _of_rank(
-    job: PlannedJob, ranks: RankCounts, layers: dict[bool, Layer], rank: int
+    job: PlannedJob, ranks: RankCounts, layers: dict[bool, LayerActivations], rank: int
 ) -> RankMemory:
-    parallel, counts = job.parallel, ranks.of_rank(rank)
+    parallel, counts = job.parallel, ranks.rank_counts(rank)
     persistent = _persistent_bytes(job, counts)
     kept, working = _activations(job, rank, layers)
     # Without a graph nothing is kept: one layer's tensors at most.
-    forward_only = max(x.everything + x.dispatch for x in _held(job, rank, layers))
+    forward_only = max(x.total + x.dispatch for x in _held(job, rank, layers))
     last = any(chunk.head for chunk in job.stages[rank])
     head = _head_bytes(job)[0] if last else 0
     reference = reference_bytes(job.config, counts)
@@ -91,7 +113,7 @@ def _of_rank(
     persistent["optimizer"] -= on_host
     is_kept = job.computes_ref_logprobs or job.keeps_reference
     host = {"reference": reference if is_kept else 0, "optimizer": on_host}
-    host |= replay_host_bytes(job, rank) | offloaded_host_bytes(job, counts)
+    host |= routing_replay_host_bytes(job, rank) | offloaded_host_bytes(job, counts)
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = checkpoint_bytes(
             job.config, counts, job.data_parallel_sizes, with_reference=is_kept
@@ -113,7 +135,7 @@ def _of_rank(
     return RankMemory(rank, counts, training, scoring, host, freed + offloaded_bytes(job, counts))
 
 
-def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> RankMemory:
+def _with_critic(critic: PlannedJob, memory: RankMemory, counts: ParameterCounts) -> RankMemory:
     """Add the critic's persistent state. The two models compute in turn, and a score head needs
     less than a language head, so the other kinds are unchanged."""
     persistent = _persistent_bytes(critic, counts)
@@ -133,32 +155,38 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> Rank
     return replace(memory, training=training, scoring=scoring, host=host, freed=freed)
 
 
-def _activations(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> tuple[int, int]:
+def _activations(
+    job: PlannedJob, rank: int, layers: dict[bool, LayerActivations]
+) -> tuple[int, int]:
     """Return (bytes kept for the micro-batches in flight, bytes the layer in work adds)."""
     parallel, stages = job.parallel, job.stages[rank]
     flights = _microbatches_held(job, rank)
-    kept_by = {sparse: layer.kept(parallel) for sparse, layer in layers.items()}
+    kept_by = {sparse: layer.saved_bytes(parallel) for sparse, layer in layers.items()}
     # A chunk's output stays after it was sent (deallocate_pipeline_outputs is off).
     kept = sum(
-        count * (layers[False].input + sum(kept_by[job.sparse[n]] for n in chunk.layers))
+        count * (layers[False].input + sum(kept_by[job.is_sparse_layer[n]] for n in chunk.layers))
         for chunk, count in zip(stages, flights, strict=True)
     )
     return kept, max(working_bytes(layer, parallel) for layer in _held(job, rank, layers))
 
 
 def _microbatches_held(job: PlannedJob, rank: int) -> list[int]:
-    """Return `in_flight` of a pipeline rank, without the empty micro-batches."""
-    held = in_flight(rank, job.parallel.pipeline, job.virtual, job.slots)
+    """Return `microbatches_in_flight` of a pipeline rank, without the empty micro-batches."""
+    held = microbatches_in_flight(
+        rank, job.parallel.pipeline, job.num_model_chunks, job.schedule_slots
+    )
     return [min(count, job.num_microbatches) for count in held]
 
 
-def _held(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> list[Layer]:
+def _held(
+    job: PlannedJob, rank: int, layers: dict[bool, LayerActivations]
+) -> list[LayerActivations]:
     """Return one of each kind of layer on a pipeline rank."""
     held = [layers[bool(sparse)] for sparse, count in enumerate(job.layers(rank)) if count]
-    return held or [Layer(0, 0, {}, 0)]
+    return held or [LayerActivations(0, 0, {}, 0)]
 
 
-def _fp8_copies(job: PlannedJob, counts: Counts) -> int:
+def _fp8_copies(job: PlannedJob, counts: ParameterCounts) -> int:
     """Return bytes of the linear layers' fp8 weights: plain and transposed, one byte each."""
     linear = counts.trained if job.adapters is None else counts.frozen
     return 0 if job.config.fp8.recipe == "none" else 2 * linear
@@ -170,7 +198,7 @@ def _head_bytes(job: PlannedJob) -> tuple[int, str]:
     return head_bytes(shape, job.config, tokens, on_gpu=True, has_experts=job.has_experts)
 
 
-def in_flight(rank: int, pipeline: int, virtual: int, microbatches: int) -> list[int]:
+def microbatches_in_flight(rank: int, pipeline: int, virtual: int, microbatches: int) -> list[int]:
     """Return how many micro-batches' activations each chunk of a pipeline rank holds at the peak.
 
     In the 1F1B schedule these are the forward passes of the warm-up and one more (schedules.py,
@@ -220,13 +248,188 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
         CRITIC: "parameters, gradients and optimizer of a score model, as above",
     }
     section = {
-        kind: in_bytes(num_bytes, formulas[kind]) for kind, num_bytes in rank.training.items()
+        kind: byte_quantity(num_bytes, formulas[kind]) for kind, num_bytes in rank.training.items()
     }
-    section["peak, training"] = in_bytes(sum(rank.training.values()), "sum of the above")
+    section["peak, training"] = byte_quantity(sum(rank.training.values()), "sum of the above")
     if rank.scoring:
-        section["peak, scoring"] = in_bytes(
+        section["peak, scoring"] = byte_quantity(
             sum(rank.scoring.values()),
             f"persistent state{', without gradients' if rank.freed else ''}, the reference beside "
             "the policy, one layer's forward pass",
         )
     return section
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """All engines of a job.
+
+    Attributes:
+        job: the recipe, the sizes of its model, and the GPUs.
+        trainer_bytes: bytes of the trainer that stay on the same GPU."""
+
+    job: PlannedJob
+    trainer_bytes: int = 0
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of one of the engines' parameters."""
+        return BYTES[self.job.config.rollout.dtype]
+
+    @property
+    def tensor(self) -> int:
+        """Number of GPUs that share the attention of one sequence."""
+        return planned_engine_layout(self.job).tensor
+
+    @property
+    def mtp_layers(self) -> int:
+        """Number of layers that draft."""
+        return len(self.job.weight_table.mtp) if drafts_with_mtp(self.job) else 0
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens that a pass verifies next to the one that follows anyway. 0 for drafts from text:
+        their acceptance is not known before a run."""
+        return self.job.config.rollout.speculative.tokens if self.mtp_layers else 0
+
+    @cached_property
+    def replicates_shared_experts(self) -> bool:
+        """Whether each GPU has the shared experts whole."""
+        return PredictedSharding(
+            self.job.hf, planned_engine_layout(self.job)
+        ).replicates_shared_experts
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of an engine's weights on one of its GPUs."""
+        return planned_rank_bytes(self.job)
+
+    @property
+    def receive_buffer(self) -> int:
+        """Bytes on one GPU for the weights of the next push."""
+        return receive_buffer_bytes(self.job, "GPU")
+
+    @property
+    def reserved(self) -> float:
+        """Bytes of `Assumptions.reserved` that are the engine's: half of it next to a trainer."""
+        return self.job.assumptions.reserved / (2 if self.trainer_bytes else 1)
+
+    @property
+    def free_bytes(self) -> float:
+        """Bytes of a GPU that are not the trainer's, nor the receive buffer's."""
+        others = self.job.assumptions.reserved - self.reserved + self.trainer_bytes
+        return self.job.hardware.memory - others - self.receive_buffer
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes left for KV cache on one GPU; negative if even the weights do not fit."""
+        fraction = self.job.config.rollout.gpu_memory
+        taken = (
+            self.free_bytes
+            if fraction is None
+            else min(self.free_bytes, fraction * self.job.hardware.memory)
+        )
+        return round(taken - self.reserved - self.weight_bytes)
+
+    @property
+    def token_bytes(self) -> float:
+        """Cache bytes of a token on each GPU that attends to it: latents whole, heads shared."""
+        whole = cache_bytes_per_token(self.job.hf, self.parameter_bytes, self.mtp_layers)
+        if self.job.latent_attention:
+            return whole
+        return whole / min(self.tensor, key_value_heads(self.job.hf))
+
+    @property
+    def sequences(self) -> float:
+        """Sequences of a rollout for each group of `tensor` GPUs."""
+        return self.job.num_responses * self.tensor / (self.job.rollout_gpus or self.job.world_size)
+
+    @property
+    def max_concurrency(self) -> float:
+        """Sequences whose cache such a group can hold; less than one counts as 0."""
+        sequences = self.cache_bytes / (self.token_bytes * self.cached_tokens)
+        return sequences if sequences >= 1 else 0.0
+
+    @property
+    def mean_concurrency(self) -> float:
+        """Mean number of sequences that such a group decodes together, limited by cache and
+        settings. Of several rollouts (`rollouts_in_flight`) most are in a part where only long
+        responses are left."""
+        wanted = self.sequences
+        if self.rollouts_in_flight > 1:
+            fraction = self.job.response_tokens / self.job.longest_response
+            wanted = max(min(1.0, wanted), wanted * self.rollouts_in_flight * fraction)
+        return min(wanted, self.max_concurrency, self.job.config.rollout.max_num_seqs)
+
+    @property
+    def cached_tokens(self) -> float:
+        """Mean number of cached tokens of a sequence over its lifetime."""
+        return self.job.assumptions.prompt_tokens + self.job.response_tokens / 2
+
+    @property
+    def rollouts_in_flight(self) -> int:
+        """Rollouts that are sampled at once: with `rl.staleness` k, on GPUs of their own, the one
+        that the trainer waits for and k later ones, which fill the engines meanwhile
+        (controller/rollouts/step_sampler.py)."""
+        rl = self.job.config.rl
+        return 1 + rl.staleness if self.job.rollout_gpus and self.job.verb == "rl" else 1
+
+
+def rollout_section(engines: EngineMemory) -> Section:
+    """Return the memory of one engine GPU."""
+    job = engines.job
+    short = (
+        f"no room, {byte_quantity(-engines.cache_bytes)} short: " if engines.cache_bytes < 0 else ""
+    )
+    fraction = job.config.rollout.gpu_memory
+    if fraction is not None:
+        half = "half of " if engines.trainer_bytes else ""
+        left = f"rollout.gpu_memory={fraction:g} x memory - {half}reserved - weights"
+    else:
+        left = "memory - reserved - weights"
+        if engines.receive_buffer:
+            left += f" - receive buffer {byte_quantity(engines.receive_buffer)}"
+        left += (
+            f" - trainer's {byte_quantity(engines.trainer_bytes)}" if engines.trainer_bytes else ""
+        )
+    copies = planned_engine_layout(job).redundant_experts
+    most = {}
+    if engines.trainer_bytes:
+        most["share, at most"] = Quantity(
+            math.floor(100 * engines.free_bytes / job.hardware.memory) / 100,
+            "share",
+            f"rollout.gpu_memory: memory - trainer's {byte_quantity(engines.trainer_bytes)} - "
+            "half of "
+            "reserved; an engine's weights, cache and activations",
+        )
+    return most | {
+        "weights": byte_quantity(
+            engines.weight_bytes,
+            f"its part of every tensor: attention over {format_count(engines.tensor, 'GPU')}, "
+            "routed "
+            f"experts{f' and {copies} copies of a layer' * bool(copies)} over {job.engine_gpus}; "
+            "norms, routers, latent down-projections whole"
+            + (", shared experts too" if engines.replicates_shared_experts else "")
+            + ("; the drafter's among them" if engines.mtp_layers else "")
+            + ("; projections in FP8 (push.fp8)" if pushes_fp8(job) else ""),
+        ),
+        "KV cache of a token": byte_quantity(
+            cache_bytes_per_token(job.hf, engines.parameter_bytes, engines.mtp_layers),
+            f"{job.hf['num_hidden_layers'] + engines.mtp_layers} layers x values a layer x "
+            f"{engines.parameter_bytes} B"
+            + ("; the MTP layers' among them" if engines.mtp_layers else ""),
+        ),
+        "KV cache": byte_quantity(max(0, engines.cache_bytes), f"{short}{left}"),
+        "tokens cached": Quantity(
+            max(0, int(engines.cache_bytes / engines.token_bytes)),
+            "tokens",
+            "KV cache / a token's bytes",
+        ),
+        "sequences at once": Quantity(
+            round(engines.mean_concurrency, 2),
+            "",
+            f"on {format_count(engines.tensor, 'GPU')}; least of cache, rollout.max_num_seqs and "
+            "its "
+            f"{round_number(engines.sequences)} of the rollout",
+        ),
+    }

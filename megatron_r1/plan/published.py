@@ -21,11 +21,11 @@ import yaml
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.hardware import Assumptions
-from megatron_r1.plan.arguments import config_of, job_of, parse
+from megatron_r1.plan.arguments import load_recipe, parse, planned_job
 from megatron_r1.plan.counts import forward_flops
-from megatron_r1.plan.engine_memory import Engines
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.timing import StepTime, time_section
 
@@ -56,17 +56,17 @@ class Phase:
     Attributes:
         steps: how many.
         job: their job.
-        resident: the trainer's bytes on an engine's GPU."""
+        trainer_bytes: the trainer's, on an engine's GPU."""
 
     steps: int
     job: PlannedJob
-    resident: int
+    trainer_bytes: int
 
     def times(self, values: dict[str, float]) -> StepTime:
         """Return the times with `values` in place of assumed numbers."""
-        given: dict[str, Any] = values
-        job = replace(self.job, assumptions=replace(self.job.assumptions, **given))
-        return StepTime(job, Engines(job, self.resident))
+        changes: dict[str, Any] = values
+        job = replace(self.job, assumptions=replace(self.job.assumptions, **changes))
+        return StepTime(job, EngineMemory(job, self.trainer_bytes))
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class PublishedRun:
     @cached_property
     def phases(self) -> list[Phase]:
         """Return the phases of the recipe with the run's options."""
-        chosen, overrides = parse(shlex.split(self.options))
-        return phases_of(self.recipe, chosen, overrides, whole=self.number == "run")
+        args, overrides = parse(shlex.split(self.options))
+        return schedule_phases(self.recipe, args, overrides, all_phases=self.number == "run")
 
     def predicted(self, **values: float) -> float:
         """Return the plan's figure, with `values` in place of assumed numbers."""
@@ -127,24 +127,24 @@ def _mfu(times: StepTime) -> float:
     return flops / (times.optimizer_step() * job.world_size * job.hardware.bf16)
 
 
-def phases_of(
-    recipe: Path, chosen: argparse.Namespace, overrides: dict, *, whole: bool = True
+def schedule_phases(
+    recipe: Path, args: argparse.Namespace, overrides: dict, *, all_phases: bool = True
 ) -> list[Phase]:
     """Return the phases of `rl.schedule`, or the first alone.
 
     Args:
         recipe: the recipe's file.
-        chosen: the options of the command line.
+        args: the options of the command line.
         overrides: dotted settings in place of the recipe's.
-        whole: whether all phases are returned."""
-    config = config_of(recipe, overrides)
-    starts = [step for step, _ in config.phases()] if whole else [1]
+        all_phases: whether all phases are returned."""
+    config = load_recipe(recipe, overrides)
+    starts = [step for step, _ in config.phases()] if all_phases else [1]
     ends = [*starts[1:], config.run.steps + 1]
     phases = []
     for start, end in zip(starts, ends, strict=True):
-        estimate = JobEstimate(job_of(recipe, chosen, overrides, start))
-        resident = estimate.engines.resident if estimate.job.generates else 0
-        phases.append(Phase(end - start, estimate.job, resident))
+        estimate = JobEstimate(planned_job(recipe, args, overrides, start))
+        trainer_bytes = estimate.engines.trainer_bytes if estimate.job.generates else 0
+        phases.append(Phase(end - start, estimate.job, trainer_bytes))
     return phases
 
 
@@ -201,7 +201,7 @@ def _residuals(
     return found, float(found @ found)
 
 
-def spread(runs: Sequence[PublishedRun], values: dict[str, float]) -> float:
+def range_factor(runs: Sequence[PublishedRun], values: dict[str, float]) -> float:
     """Return the factor above and below an estimate within which nine of ten runs like these lie:
     e to the power of `BEYOND` standard deviations, of as many rows as exceed the free numbers."""
     squares = sum(math.log(run.ratio(**values)) ** 2 for run in runs)
@@ -214,7 +214,7 @@ def mean_factor(ratios: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Errors:
+class RatiosOfSource:
     """How far the plan is off the runs of one source, or of all.
 
     Attributes:
@@ -227,20 +227,22 @@ class Errors:
     unseen: list[float]
 
 
-def errors(runs: Sequence[PublishedRun], values: dict[str, float]) -> dict[str, Errors]:
+def ratios_by_source(
+    runs: Sequence[PublishedRun], values: dict[str, float]
+) -> dict[str, RatiosOfSource]:
     """Return the ratios of planned to published time by system; "all" has those of all systems."""
     found = {}
     for system in dict.fromkeys(run.system for run in runs):
         own = [run for run in runs if run.system == system]
         others = calibrate([run for run in runs if run.calibrates and run.system != system])
-        found[system] = Errors(
+        found[system] = RatiosOfSource(
             [run.ratio(**values) for run in own if run.calibrates],
             [run.ratio(**values) for run in own if not run.calibrates],
             [run.ratio(**others) for run in own],
         )
     parts = ("calibrated", "held_out", "unseen")
     of_all = {part: [r for each in found.values() for r in getattr(each, part)] for part in parts}
-    return found | {"all": Errors(**of_all)}
+    return found | {"all": RatiosOfSource(**of_all)}
 
 
 def published_table() -> str:
@@ -267,7 +269,7 @@ def published_table() -> str:
         f"| {name} | {FREE[name]:.2g} | {value:.2g} | {getattr(Assumptions(), name):.2g} |"
         for name, value in values.items()
     ]
-    found = spread(half, values)
+    found = range_factor(half, values)
     lines += [f"| time_spread | | {found:.3f} | {width:.3g} |", ""]
     lines += ["| run | half | predicted | range | published | ratio |", "|---|---|---|---|---|---|"]
     misses = []
@@ -275,7 +277,7 @@ def published_table() -> str:
         ratio, value = run.ratio(**values), run.predicted(**values)
         predicted = Quantity(value, run.unit, "", value / width, value * width)
         name = f"{number}. {run.system}: {run.name}"
-        if not within(ratio):
+        if not is_in_range(ratio):
             misses.append(f"{name}, {ratio:.2f}")
         lines.append(
             f"| {name} | {'calibrated' if run.calibrates else 'held out'} | {predicted} | "
@@ -283,13 +285,13 @@ def published_table() -> str:
         )
     lines += ["", f"outside its range: {'; '.join(misses) or 'none'}", ""]
     lines += ["| source | calibrated | held out | without it |", "|---|---|---|---|"]
-    for system, each in errors(runs, values).items():
+    for system, each in ratios_by_source(runs, values).items():
         cells = (each.calibrated, each.held_out, each.unseen)
         lines.append(f"| {system} | {' | '.join(map(_error, cells))} |")
     return "\n".join([*lines, "", *_notes()])
 
 
-def within(ratio: float) -> bool:
+def is_in_range(ratio: float) -> bool:
     """Return whether a published figure lies in the range of its estimate."""
     return abs(math.log(ratio)) <= math.log(Assumptions().time_spread)
 

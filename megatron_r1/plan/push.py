@@ -7,24 +7,23 @@ from typing import Literal
 from megatron_r1.base.transports import ACROSS_HOSTS, TRANSPORTS
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.hf_config import key_value_heads
-from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.job_checks import check_engine_gpus
+from megatron_r1.plan.job import PlannedJob, check_engine_gpus
 from megatron_r1.plan.push_links import (
     PushedWeights,
     SetTraffic,
     round_seconds,
-    set_links,
     set_plans,
+    traffic_of_sets,
 )
-from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+from megatron_r1.plan.quantity import Quantity, Section, byte_quantity
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.adapters import check_adapter_push, max_lora_rank
-from megatron_r1.push.plan.engine_sets import SET_ENGINES, engine_sets
+from megatron_r1.push.plan.engine_sets import MAX_SET_ENGINES, engine_sets
 from megatron_r1.push.plan.from_recipe import check_drafter, engine_layout, shares_gpus_over_nccl
-from megatron_r1.push.plan.rounds import ENTRY_BYTES, planned_order
+from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES, planned_schedule
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
-from megatron_r1.push.transports import RELAYED_BYTES, ROUNDS_AHEAD
-from megatron_r1.reporting.wording import counted
+from megatron_r1.push.transports import RELAY_BUCKET_BYTES, ROUNDS_AHEAD
+from megatron_r1.reporting.wording import format_count
 
 ADAPTERS = "both factors of every adapter of its stage, whole (push.adapter_only)"
 
@@ -36,21 +35,21 @@ def planned_engine_layout(job: PlannedJob) -> EngineLayout:
     tensor-parallel as far as heads and node allow and data-parallel beyond, and routed experts are
     spread over all GPUs of an engine.
     """
-    given = engine_layout(job.config)
-    if given.ranks_per_engine > 1:
-        return given
+    configured = engine_layout(job.config)
+    if configured.ranks_per_engine > 1:
+        return configured
     largest = min(job.engine_gpus, job.hardware.gpus_per_node)
-    tensor = max(size for size in range(1, largest + 1) if _shares(job, size))
+    tensor = max(size for size in range(1, largest + 1) if _divides_attention(job, size))
     return EngineLayout(
         engines=job.config.rollout.engines,
         tensor=tensor,
         data=job.engine_gpus // tensor,
         expert_parallel=job.has_experts and job.engine_gpus > 1,
-        redundant_experts=given.redundant_experts,
+        redundant_experts=configured.redundant_experts,
     )
 
 
-def _shares(job: PlannedJob, tensor: int) -> bool:
+def _divides_attention(job: PlannedJob, tensor: int) -> bool:
     """Return whether `tensor` GPUs can share the attention, and divide the engine's GPUs."""
     heads, groups = job.hf["num_attention_heads"], key_value_heads(job.hf)
     whole = groups % tensor == 0 or tensor % groups == 0
@@ -60,36 +59,36 @@ def _shares(job: PlannedJob, tensor: int) -> bool:
 def check_engines_and_push(job: PlannedJob) -> None:
     """Raise UserError for engines that are impossible on these GPUs or for this model."""
     check_engine_gpus(job)
-    if pushes(job):
+    if has_push(job):
         check_drafter(job.config)
         check_adapter_push(job.config, job.hf)
 
 
-def pushes(job: PlannedJob) -> bool:
+def has_push(job: PlannedJob) -> bool:
     """Return whether the job pushes weights to engines."""
     return job.trains and job.generates
 
 
-def in_fp8(job: PlannedJob) -> bool:
+def pushes_fp8(job: PlannedJob) -> bool:
     """Return whether engines receive and hold FP8 weights."""
-    return pushes(job) and job.config.push.fp8
+    return has_push(job) and job.config.push.fp8
 
 
-def drafts(job: PlannedJob) -> bool:
+def drafts_with_mtp(job: PlannedJob) -> bool:
     """Return whether engines hold the MTP layers, to draft with."""
     return job.config.rollout.drafts_by_mtp
 
 
 def pushed_lora(job: PlannedJob) -> LoraConfig | None:
     """Return the adapters, where these alone are pushed."""
-    return job.config.model.lora if pushes(job) and job.config.push.adapter_only else None
+    return job.config.model.lora if has_push(job) and job.config.push.adapter_only else None
 
 
 def planned_rank_bytes(job: PlannedJob) -> int:
     """Return the bytes of weights on an engine's first GPU, which has the most. A pushed adapter is
     there three times: as it has come, as vLLM has loaded it, and in its LoRA layers."""
-    whole = PushedWeights.of(job.hf, None, drafts=drafts(job))
-    weights = _rank_bytes(whole, planned_engine_layout(job), _form(job), 1)[0]
+    whole = PushedWeights.from_config(job.hf, None, drafts=drafts_with_mtp(job))
+    weights = _rank_bytes(whole, planned_engine_layout(job), _pushed_dtype(job), 1)[0]
     if (lora := pushed_lora(job)) is None:
         return weights
     return weights + round(pushed_rank_bytes(job) * (2 + max_lora_rank(lora.rank) / lora.rank))
@@ -97,19 +96,19 @@ def planned_rank_bytes(job: PlannedJob) -> int:
 
 def pushed_rank_bytes(job: PlannedJob) -> int:
     """Return the pushed bytes of an engine's first GPU, which has the most."""
-    return _rank_bytes(_pushed(job), planned_engine_layout(job), _form(job), 1)[0]
+    return _rank_bytes(_pushed_weights(job), planned_engine_layout(job), _pushed_dtype(job), 1)[0]
 
 
-def _pushed(job: PlannedJob) -> PushedWeights:
-    return PushedWeights.of(job.hf, pushed_lora(job), drafts=drafts(job))
+def _pushed_weights(job: PlannedJob) -> PushedWeights:
+    return PushedWeights.from_config(job.hf, pushed_lora(job), drafts=drafts_with_mtp(job))
 
 
-def _form(job: PlannedJob) -> str:
+def _pushed_dtype(job: PlannedJob) -> str:
     """Return the form of pushed weights: a dtype, or "FP8"."""
-    return "FP8" if in_fp8(job) else job.config.rollout.dtype
+    return "FP8" if pushes_fp8(job) else job.config.rollout.dtype
 
 
-@cache  # the same function for the same form: it is a key of `set_links`' results
+@cache  # the same function for the same form: it is a key of `traffic_of_sets`' results
 def _byte_count(form: str) -> CountBytes:
     return fp8_bytes if form == "FP8" else plain_bytes(form)
 
@@ -117,11 +116,11 @@ def _byte_count(form: str) -> CountBytes:
 @lru_cache
 def _rank_bytes(what: PushedWeights, layout: EngineLayout, form: str, ranks: int) -> list[int]:
     """Return the bytes that each of an engine's first `ranks` ranks needs of a push."""
-    needs, num_bytes = what.needs(layout), _byte_count(form)
+    sharding, num_bytes = what.predicted_layout(layout), _byte_count(form)
     return [
         sum(
             num_bytes(t.name, t.rule.dtype, part)
-            for t, part in needs.needed(layout.coordinate(rank))
+            for t, part in sharding.regions_of(layout.coordinate(rank))
         )
         for rank in range(ranks)
     ]
@@ -131,35 +130,37 @@ def _needed_bytes(job: PlannedJob) -> int:
     """Return the bytes for all engines, each element once per GPU that computes with it."""
     layout = planned_engine_layout(job)
     ranks = layout.ranks_per_engine
-    one_engine = _rank_bytes(_pushed(job), layout, _form(job), ranks)
+    one_engine = _rank_bytes(_pushed_weights(job), layout, _pushed_dtype(job), ranks)
     return layout.engines * sum(one_engine)
 
 
-def receive_buffer_bytes(job: PlannedJob, on: Literal["host", "GPU"] | None = None) -> int:
+def receive_buffer_bytes(job: PlannedJob, memory: Literal["host", "GPU"] | None = None) -> int:
     """Return bytes of an engine rank's receive buffer.
 
     Args:
         job: the planned job.
-        on: the memory to count: 0 is returned if the transport's buffer is not there, or not
+        memory: the memory to count: 0 is returned if the transport's buffer is not there, or not
             between pushes. None counts it wherever it is.
     """
-    elsewhere = on is not None and (on != _receive_buffer_place(job) or borrows_memory(job))
-    if elsewhere or not pushes(job):
+    elsewhere = memory is not None and (
+        memory != _receive_buffer_place(job) or reuses_kv_cache(job)
+    )
+    if elsewhere or not has_push(job):
         return 0
     return pushed_rank_bytes(job)
 
 
-def borrows_memory(job: PlannedJob) -> bool:
+def reuses_kv_cache(job: PlannedJob) -> bool:
     """Return whether the receive buffer is in the place of the KV cache, which sleeps meanwhile."""
     return shares_gpus_over_nccl(job.config)
 
 
-def borrowed_bytes(job: PlannedJob) -> int:
+def reused_kv_cache_bytes(job: PlannedJob) -> int:
     """Return the bytes that a push takes of a GPU next to the weights of trainer and engine: the
     receive buffer, and the buckets of the rounds under way."""
-    if not (pushes(job) and borrows_memory(job)):
+    if not (has_push(job) and reuses_kv_cache(job)):
         return 0
-    bucket = RELAYED_BYTES if planned_engine_layout(job).engines > 1 else ENTRY_BYTES
+    bucket = RELAY_BUCKET_BYTES if planned_engine_layout(job).engines > 1 else SCATTER_BUCKET_BYTES
     return receive_buffer_bytes(job) + 2 * ROUNDS_AHEAD * bucket
 
 
@@ -183,27 +184,29 @@ def _is_one_node(job: PlannedJob) -> bool:
 
 def push_section(job: PlannedJob) -> Section:
     """Return the bytes that a push moves, their balance, and the memory that it keeps."""
-    parallel, engines, form = job.parallel, planned_engine_layout(job), _form(job)
+    parallel, engines, form = job.parallel, planned_engine_layout(job), _pushed_dtype(job)
     grid = TrainerGrid.from_recipe(parallel, job.world_size)
     # What is for one host has to be set to gloo or nccl for more.
-    most = 1 if job.config.push.on_one_host and _is_one_node(job) else SET_ENGINES
+    most = 1 if job.config.push.on_one_host and _is_one_node(job) else MAX_SET_ENGINES
     count = _byte_count(form)
-    lora, of_mtp = pushed_lora(job), drafts(job)
-    links = set_links(job.hf, grid, engines, job.stages, count, most, drafts=of_mtp, lora=lora)
-    received = links.received
+    lora, of_mtp = pushed_lora(job), drafts_with_mtp(job)
+    traffic = traffic_of_sets(
+        job.hf, grid, engines, job.stages, count, most, drafts=of_mtp, lora=lora
+    )
+    received = traffic.received_bytes
     link, link_name = push_link(job)
     written = form
     if form == "FP8":
         written = f"FP8, 1 B + 4 B / 128 x 128, what is no projection in {job.config.rollout.dtype}"
-    into, out, gpus = max(received), max(links.sent), counted(engines.num_ranks, "GPU")
+    into, out, gpus = max(received), max(traffic.sent_bytes), format_count(engines.num_ranks, "GPU")
     total, busiest = sum(received) * engines.engines, into * len(received) / sum(received)
     section = {
-        "into an engine GPU": in_bytes(
+        "into an engine GPU": byte_quantity(
             into,
             f"{'its part of every tensor' if lora is None else ADAPTERS}, once, in {written}; "
             f"{into / link:.2g} s through its {link_name}",
         ),
-        "into all engines": in_bytes(total, f"{gpus}, each what it needs and no more"),
+        "into all engines": byte_quantity(total, f"{gpus}, each what it needs and no more"),
         "over what is needed": Quantity(
             total / _needed_bytes(job),
             "x",
@@ -211,59 +214,64 @@ def push_section(job: PlannedJob) -> Section:
             "least",
         ),
         "busiest engine GPU": Quantity(busiest, "x", f"its bytes / the average of {gpus}"),
-        "out of a trainer rank": in_bytes(
+        "out of a trainer rank": byte_quantity(
             out,
-            f"the busiest, {links.busiest_sender:.2f} x the average of {grid.world_size}; once per "
-            f"set of {counted(links.num_engines, 'engine')}, which pass it on",
+            f"the busiest, {traffic.busiest_sender:.2f} x the average of {grid.world_size}; once "
+            "per "
+            f"set of {format_count(traffic.num_engines, 'engine')}, which pass it on",
         ),
     }
     if not _is_one_node(job):
-        section |= _connections(job, engines, grid, links)
+        section |= _connections(job, engines, grid, traffic)
     if form != "FP8" and lora is None:
-        section["in FP8"] = in_bytes(
-            _rank_bytes(_pushed(job), engines, "FP8", 1)[0],
+        section["in FP8"] = byte_quantity(
+            _rank_bytes(_pushed_weights(job), engines, "FP8", 1)[0],
             "into an engine GPU with projections quantized on the way, 1 B + 4 B / 128 x 128",
         )
-    section["receive buffer"] = in_bytes(receive_buffer_bytes(job), _receive_buffer_formula(job))
+    section["receive buffer"] = byte_quantity(
+        receive_buffer_bytes(job), _receive_buffer_formula(job)
+    )
     return section
 
 
 def _connections(
-    job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, links: SetTraffic
+    job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, traffic: SetTraffic
 ) -> Section:
     """Return what connects the ranks, and how long that and a push take."""
-    given, needs = job.assumptions, _pushed(job).needs(engines)
+    assumptions, sharding = job.assumptions, _pushed_weights(job).predicted_layout(engines)
     num_slots = sum(
         1
         for rank in range(engines.ranks_per_engine)
-        for _ in needs.needed(engines.coordinate(rank))
+        for _ in sharding.regions_of(engines.coordinate(rank))
     )
     rate, link = push_link(job)
     over_nccl = TRANSPORTS[job.config.push.transport].in_rounds
     colocated = shares_gpus_over_nccl(job.config)
-    of_set = 0 if colocated else links.num_engines * engines.ranks_per_engine
+    of_set = 0 if colocated else traffic.num_engines * engines.ranks_per_engine
     communicator = grid.world_size + of_set if over_nccl else 0
     creation, each = (
         "",
-        f"a process group of two, and an engine rank has one of {links.num_engines}",
+        f"a process group of two, and an engine rank has one of {traffic.num_engines}",
     )
     if over_nccl:
         creation = f", and the creation of an NCCL communicator of {communicator:,} ranks"
         each = "sent in rounds through one communicator"
     section = {
         "links of a rank": Quantity(
-            links.out,
+            traffic.links_per_trainer_rank,
             "",
-            f"of the busiest trainer rank to engine ranks, of an engine rank {links.into:,}; each "
+            "of the busiest trainer rank to engine ranks, of an engine rank "
+            f"{traffic.links_per_engine_rank:,}; each "
             f"is {each}",
         ),
         "store requests": Quantity(
-            links.requests(engines, grid.world_size, over_nccl=over_nccl),
+            traffic.requests(engines, grid.world_size, over_nccl=over_nccl),
             "",
-            f"when all engines connect, to one TCPStore: {given.store_requests:,.0f} per second",
+            f"when all engines connect, to one TCPStore: {assumptions.store_requests:,.0f} per "
+            "second",
         ),
         "set-up": Quantity(
-            links.setup_seconds(engines, grid.world_size, num_slots, given, communicator),
+            traffic.setup_seconds(engines, grid.world_size, num_slots, assumptions, communicator),
             "s",
             f"store requests, tables read and broadcast, the plan{creation}",
         ),
@@ -272,7 +280,7 @@ def _connections(
         _rounds_time(job, engines, grid)
         if over_nccl
         else Quantity(
-            links.seconds(rate, given),
+            traffic.seconds(rate, assumptions),
             "s",
             f"out of the busiest trainer rank, then what engines pass on, through their {link}s, "
             "in rounds",
@@ -285,15 +293,15 @@ def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Q
     """Return the seconds of a push in rounds through one communicator."""
     rate, link = push_link(job)
     layout = job.hf, grid, engines, job.stages
-    count, lora = _byte_count(_form(job)), pushed_lora(job)
-    plans = set_plans(*layout, count, SET_ENGINES, drafts=drafts(job), lora=lora)
-    sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
+    count, lora = _byte_count(_pushed_dtype(job)), pushed_lora(job)
+    plans = set_plans(*layout, count, MAX_SET_ENGINES, drafts=drafts_with_mtp(job), lora=lora)
+    sets, ranks = engine_sets(engines.engines, MAX_SET_ENGINES), engines.ranks_per_engine
     colocated = shares_gpus_over_nccl(job.config)
-    order = planned_order(plans, sets, ranks, grid.world_size, colocated=colocated)
+    order = planned_schedule(plans, sets, ranks, grid.world_size, colocated=colocated)
     return Quantity(
         round_seconds(order, rate, job.assumptions),
         "s",
-        f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
+        f"{format_count(order.num_scatter_rounds, 'round')} in which weights enter engines, and "
         f"{order.num_relay_rounds:,} in which these pass them on: of a bucket each way "
         f"through every {link}",
     )
@@ -301,7 +309,7 @@ def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Q
 
 def _receive_buffer_formula(job: PlannedJob) -> str:
     push = job.config.push
-    borrowed = ", in the place of its KV cache" if borrows_memory(job) else ""
+    borrowed = ", in the place of its KV cache" if reuses_kv_cache(job) else ""
     place = f"{_receive_buffer_place(job)}{borrowed}"
     what = "all its weights" if pushed_lora(job) is None else ADAPTERS
     text = f"of an engine rank, on its {place} ({push.transport}); {what}"

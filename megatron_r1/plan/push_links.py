@@ -17,12 +17,12 @@ from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import Table
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.adapters import PredictedAdapters
+from megatron_r1.push.plan.adapters import PredictedAdapterSharding
 from megatron_r1.push.plan.engine_sets import Plan, engine_sets, plan_sets
-from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.push.plan.rounds import PushOrder
+from megatron_r1.push.plan.planner import PredictedSharding
+from megatron_r1.push.plan.rounds import RoundSchedule
 from megatron_r1.push.plan.tensors import CountBytes
-from megatron_r1.push.transports import RELAYED_BYTES
+from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 
 PAIR_REQUESTS = 4
 """Requests to the store for a group of two: each rank sets its address and gets the other's."""
@@ -35,39 +35,39 @@ class SetTraffic:
     """The links of a push in sets, and the bytes on them.
 
     Attributes:
-        sent: bytes out of each trainer rank.
-        out: the most links of a trainer rank.
-        into: the most links of an engine rank.
-        num_links: the number of all links.
+        sent_bytes: bytes out of each trainer rank.
+        links_per_trainer_rank: the most links of a trainer rank.
+        links_per_engine_rank: the most links of an engine rank.
+        links_per_rank: the number of all links.
         num_sets: the number of sets.
         num_engines: the engines of the largest set.
-        entering: most bytes that enter an engine rank from trainer ranks.
-        received: bytes of each rank of an engine, with those that other engines pass on."""
+        entering_bytes: most bytes that enter an engine rank from trainer ranks.
+        received_bytes: bytes of each rank of an engine, with those that other engines pass on."""
 
-    sent: list[float]
-    out: int
-    into: int
-    num_links: int
+    sent_bytes: list[float]
+    links_per_trainer_rank: int
+    links_per_engine_rank: int
+    links_per_rank: int
     num_sets: int
     num_engines: int
-    entering: float
-    received: list[float]
+    entering_bytes: float
+    received_bytes: list[float]
 
     @property
     def busiest_sender(self) -> float:
         """The busiest trainer rank's bytes over the average of all trainer ranks."""
-        return max(self.sent) / (sum(self.sent) / len(self.sent))
+        return max(self.sent_bytes) / (sum(self.sent_bytes) / len(self.sent_bytes))
 
-    def seconds(self, rate: float, given: Assumptions) -> float:
+    def seconds(self, rate: float, assumptions: Assumptions) -> float:
         """Return the time of a push through adapters of `rate`: what enters, from the busiest
         trainer rank, then rounds of what is passed on, in rings."""
-        passed_on = max(self.received) - self.entering
-        rounds = -(-passed_on // (RELAYED_BYTES * self.num_engines))
-        hops = (self.num_engines - 1) * given.hop_seconds
+        passed_on = max(self.received_bytes) - self.entering_bytes
+        rounds = -(-passed_on // (RELAY_BUCKET_BYTES * self.num_engines))
+        hops = (self.num_engines - 1) * assumptions.hop_seconds
         return (
-            max(max(self.sent), self.entering) / rate
+            max(max(self.sent_bytes), self.entering_bytes) / rate
             + passed_on / rate
-            + rounds * (given.round_seconds + hops)
+            + rounds * (assumptions.round_seconds + hops)
         )
 
     def requests(self, engines: EngineLayout, world_size: int, *, over_nccl: bool) -> int:
@@ -76,12 +76,17 @@ class SetTraffic:
         An engine rank looks for its table, offers it, waits until all is ready, and reads its
         position's plan; over NCCL it reads its rounds, too, and otherwise creates its group.
         Trainer rank 0 reads every offer, and each table once; a trainer rank reports that it is
-        prepared, and waits. Each position's table, and plan of a set, is written once."""
+        prepared, and waits. Each position's table, and plan of a set, is written once.
+
+        Args:
+            engines: the layout of the engines.
+            world_size: trainer ranks.
+            over_nccl: whether one communicator has all ranks."""
         ranks, positions = engines.num_ranks, engines.ranks_per_engine
         of_engines = ranks * (5 if over_nccl else 4 + 2 * (self.num_engines > 1)) + positions
         of_trainer = engines.engines + ranks + positions + 2 * world_size * self.num_sets
         plans = self.num_sets * (positions + 1)
-        pairs = 0 if over_nccl else PAIR_REQUESTS * self.num_links
+        pairs = 0 if over_nccl else PAIR_REQUESTS * self.links_per_rank
         return of_engines + of_trainer + plans + pairs
 
     def setup_seconds(
@@ -89,7 +94,7 @@ class SetTraffic:
         engines: EngineLayout,
         world_size: int,
         num_slots: int,
-        given: Assumptions,
+        assumptions: Assumptions,
         communicator: int = 0,
     ) -> float:
         """Return the time in which all ranks meet.
@@ -99,26 +104,32 @@ class SetTraffic:
             world_size: trainer ranks.
             num_slots: tensors in the tables of an engine's ranks, which rank 0 reads and
                 broadcasts.
-            given: the rates assumed.
+            assumptions: the rates assumed.
             communicator: the ranks of NCCL's largest communicator, or 0 over another transport."""
         tables = num_slots * SLOT_BYTES
-        creating = given.group_seconds + communicator * given.group_rank_seconds
+        creating = assumptions.group_seconds + communicator * assumptions.group_rank_seconds
         return (
-            self.requests(engines, world_size, over_nccl=bool(communicator)) / given.store_requests
-            + 2 * tables / given.store_bytes
-            + given.set_plan_seconds
+            self.requests(engines, world_size, over_nccl=bool(communicator))
+            / assumptions.store_requests
+            + 2 * tables / assumptions.store_bytes
+            + assumptions.set_plan_seconds
             + (creating if communicator else 0)
         )
 
 
-def round_seconds(order: PushOrder, rate: float, given: Assumptions) -> float:
+def round_seconds(order: RoundSchedule, rate: float, assumptions: Assumptions) -> float:
     """Return the time of a push in rounds through adapters of `rate`, where each round takes as
-    long as its largest bucket."""
+    long as its largest bucket.
+
+    Args:
+        order: the rounds and their buckets.
+        rate: bytes per second through an adapter.
+        assumptions: the seconds that a round takes besides."""
     largest = order.largest_buckets()
-    return float(np.sum(largest / rate + given.round_seconds))
+    return float(np.sum(largest / rate + assumptions.round_seconds))
 
 
-def set_links(
+def traffic_of_sets(
     hf: dict,
     grid: TrainerGrid,
     engines: EngineLayout,
@@ -148,21 +159,21 @@ def set_links(
     sent, received = [0.0] * grid.world_size, [0.0] * engines.ranks_per_engine
     for index, plan in enumerate(plans):
         for link in chain.from_iterable(plan):
-            engine_rank = index, link.member, link.position
-            out[link.sender] += 1
-            sent[link.sender] += link.num_bytes
+            engine_rank = index, link.member, link.engine_rank
+            out[link.trainer_rank] += 1
+            sent[link.trainer_rank] += link.num_bytes
             into[engine_rank] += 1
             entering[engine_rank] += link.num_bytes
-            received[link.position] += link.num_bytes / len(sets)
+            received[link.engine_rank] += link.num_bytes / len(sets)
     return SetTraffic(
-        sent=sent,
-        out=max(out.values()),
-        into=max(into.values()),
-        num_links=out.total(),
+        sent_bytes=sent,
+        links_per_trainer_rank=max(out.values()),
+        links_per_engine_rank=max(into.values()),
+        links_per_rank=out.total(),
         num_sets=len(sets),
         num_engines=max(map(len, sets)),
-        entering=max(entering.values()),
-        received=received,
+        entering_bytes=max(entering.values()),
+        received_bytes=received,
     )
 
 
@@ -189,7 +200,7 @@ def set_plans(
         drafts: whether engines draft with the MTP layers.
         lora: the section `model.lora`, where adapters alone are pushed."""
     chunks = tuple(map(tuple, stages))
-    what = PushedWeights.of(hf, lora, drafts=drafts)
+    what = PushedWeights.from_config(hf, lora, drafts=drafts)
     return _set_plans(what, grid, engines, chunks, count, max_engines)
 
 
@@ -202,22 +213,27 @@ class PushedWeights(NamedTuple):
     lora: str | None
 
     @classmethod
-    def of(cls, hf: dict, lora: LoraConfig | None, *, drafts: bool) -> Self:
-        """Return the key of these settings, which are kept as JSON to be hashable."""
+    def from_config(cls, hf: dict, lora: LoraConfig | None, *, drafts: bool) -> Self:
+        """Return the key of these settings, which are kept as JSON to be hashable.
+
+        Args:
+            hf: the model's config.json.
+            lora: the section `model.lora`, where adapters alone are pushed.
+            drafts: whether engines draft with the MTP layers."""
         return cls(json.dumps(hf), drafts, None if lora is None else lora.model_dump_json())
 
     @property
-    def rules(self) -> Table | None:
+    def adapter_rules(self) -> Table | None:
         """The table of the adapters' weights; None where the whole model is pushed."""
         if self.lora is None:
             return None
         return adapter_table(json.loads(self.hf), LoraConfig.model_validate_json(self.lora))
 
-    def needs(self, layout: EngineLayout) -> PredictedLayout:
+    def predicted_layout(self, layout: EngineLayout) -> PredictedSharding:
         """Return what the ranks of engines in this layout receive."""
-        if (rules := self.rules) is not None:
-            return PredictedAdapters(json.loads(self.hf), layout, rules)
-        return PredictedLayout(json.loads(self.hf), layout, drafts=self.drafts)
+        if (rules := self.adapter_rules) is not None:
+            return PredictedAdapterSharding(json.loads(self.hf), layout, rules)
+        return PredictedSharding(json.loads(self.hf), layout, drafts=self.drafts)
 
 
 @lru_cache(maxsize=8)
@@ -229,6 +245,6 @@ def _set_plans(
     count: CountBytes,
     max_engines: int,
 ) -> list[Plan]:
-    needs = what.needs(engines)
-    planner = Planner(json.loads(what.hf), grid, engines, stages, needs, what.rules)
+    needs = what.predicted_layout(engines)
+    planner = Planner(json.loads(what.hf), grid, engines, stages, needs, what.adapter_rules)
     return plan_sets(planner, count, engine_sets(engines.engines, max_engines))

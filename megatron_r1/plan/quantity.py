@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config.hardware import Assumptions, Hardware, fields_of, unit_of
+from megatron_r1.config.hardware import Assumptions, Hardware, described_fields, unit_of
 from megatron_r1.config.yaml_text import read_sections
 from megatron_r1.plan.job import PlannedJob
 
@@ -70,7 +70,7 @@ class Quantity:
         return f"{self.value:,.0f} {unit}".rstrip()
 
 
-def in_bytes(value: float | None, formula: str = "") -> Quantity:
+def byte_quantity(value: float | None, formula: str = "") -> Quantity:
     """Return a number of bytes as a quantity."""
     return Quantity(value, "B", formula)
 
@@ -95,17 +95,21 @@ RELATIVE_TO = "hardware"
 """The key of a file that names the hardware whose rates its shares refer to."""
 
 
-def calibrated(
+def apply_calibration(
     hardware: Hardware, assumptions: Assumptions, file: Path
 ) -> tuple[Hardware, Assumptions, dict[str, str]]:
     """Return both with the values of `file`, {name: value} in YAML or JSON, and the file by name.
 
+    Args:
+        hardware: the rates of the planned hardware.
+        assumptions: the assumed numbers.
+        file: what --calibrate names.
+
     Raises:
         UserError: a name that neither has, a value of the wrong type or range, or a file that was
-            measured on other hardware.
-    """
+            measured on other hardware."""
     values = read_sections(file, "--calibrate")
-    known = [*fields_of(assumptions), *fields_of(hardware)]
+    known = [*described_fields(assumptions), *described_fields(hardware)]
     measured_on = values.pop(RELATIVE_TO, hardware.name)
     if measured_on != hardware.name:
         raise UserError(
@@ -125,7 +129,7 @@ def calibrated(
     values = {name: _number(value) for name, value in values.items()}
     try:
         of_hardware, others = (
-            {name: values[name] for name in fields_of(part) if name in values}
+            {name: values[name] for name in described_fields(part) if name in values}
             for part in (hardware, assumptions)
         )
         hardware, assumptions = replace(hardware, **of_hardware), replace(assumptions, **others)
@@ -150,7 +154,7 @@ def assumed_section(job: PlannedJob) -> Section:
     """Return every assumed number with its source: the docstring of its field, or the file."""
     section = {}
     for part in (job.assumptions, job.hardware):
-        for name, info in fields_of(part).items():
+        for name, info in described_fields(part).items():
             source = " ".join((info.description or "").split())
             if name in job.measured:
                 source = f"measured: {job.measured[name]}"
@@ -158,6 +162,6 @@ def assumed_section(job: PlannedJob) -> Section:
     return section
 
 
-def rounded(value: float) -> str:
+def round_number(value: float) -> str:
     """Return a number as text: whole from 10 on, two digits below."""
     return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.config import Config
-from megatron_r1.engines.server.from_recipe import positions
 from megatron_r1.engines.server.recipe_checks import check_ranks
+from megatron_r1.engines.server.settings import max_positions
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import load_config, read_hf_config
 from megatron_r1.models.memory import BYTES
+from megatron_r1.plan.between_phases import RoutingReplayTraffic, uses_routing_replay
+from megatron_r1.plan.communication import BACKENDS, NCCL, ExpertExchange, Links
 from megatron_r1.plan.counts import ModelCounts, decode_flops, forward_flops
-from megatron_r1.plan.engine_memory import Engines
-from megatron_r1.plan.exchange import BACKENDS, NCCL, ExpertExchange, Links
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import in_fp8, planned_engine_layout
-from megatron_r1.plan.quantity import Quantity, Section, in_bytes, rounded
-from megatron_r1.plan.routing_replay import ReplayTraffic, replays
-from megatron_r1.reporting.wording import counted
+from megatron_r1.plan.memory import EngineMemory
+from megatron_r1.plan.push import planned_engine_layout, pushes_fp8
+from megatron_r1.plan.quantity import Quantity, Section, byte_quantity, round_number
+from megatron_r1.reporting.wording import format_count
 
 ID = LOGPROB = 4
 """Bytes of a token's id and of its log-probability in trainer/training_sample.py."""
@@ -33,7 +33,7 @@ class RolloutTime:
     Attributes:
         engines: the engines, with as many sequences at once as fit."""
 
-    engines: Engines
+    engines: EngineMemory
 
     @property
     def job(self) -> PlannedJob:
@@ -46,38 +46,39 @@ class RolloutTime:
         return ModelCounts(self.job.hf)
 
     @property
-    def tokens_a_pass(self) -> float:
+    def tokens_per_pass(self) -> float:
         """Mean tokens of a sequence in a pass: a draft counts while all before it were right."""
         right = self.job.assumptions.draft_acceptance
-        return sum(right**n for n in range(self.engines.drafted + 1))
+        return sum(right**n for n in range(self.engines.num_draft_tokens + 1))
 
     def step_seconds(self, sequences: float) -> float:
         """Return seconds of one token for each of `sequences` in a group: the longer of reading
-        weights and caches, and computing; and each layer's small kernels and exchanges. With drafts
-        a pass computes all of them, and an MTP layer runs once for each."""
-        job, hardware, assumed = self.job, self.job.hardware, self.job.assumptions
+        weights and caches, and computing; each layer's small kernels and exchanges; and what the
+        host does between passes. With drafts a pass computes all of them, and an MTP layer runs
+        once for each."""
+        job, hardware, assumptions = self.job, self.job.hardware, self.job.assumptions
         engines = self.engines
         layers = job.hf["num_hidden_layers"]
-        passes = layers + engines.drafted * (engines.mtp_layers > 0)  # in layers
+        passes = layers + engines.num_draft_tokens * (engines.mtp_layers > 0)  # in layers
         cached = engines.cached_tokens
         read = self._weights_read(sequences) + sequences * cached * engines.token_bytes
         flops = sequences * decode_flops(job.hf, cached, self._speedup) / engines.tensor
-        flops *= (1 + engines.drafted) * passes / layers
-        latency = self.exchange_seconds(sequences)
+        flops *= (1 + engines.num_draft_tokens) * passes / layers
+        latency = assumptions.pass_seconds + self.exchange_seconds(sequences)
         if job.engine_gpus > 1:
-            latency += assumed.decode_latency_per_layer * passes
+            latency += assumptions.decode_latency_per_layer * passes
         if job.config.rollout.vllm.get("enforce_eager"):
-            latency += assumed.eager_latency_per_layer * passes
+            latency += assumptions.eager_latency_per_layer * passes
         seconds = latency + max(
-            read / (hardware.memory_bandwidth * assumed.bandwidth_efficiency),
-            flops / (hardware.bf16 * assumed.compute_efficiency),
+            read / (hardware.memory_bandwidth * assumptions.bandwidth_efficiency),
+            flops / (hardware.bf16 * assumptions.compute_efficiency),
         )
-        return seconds / self.tokens_a_pass
+        return seconds / self.tokens_per_pass
 
     @property
     def _speedup(self) -> float:
         """Rate of the products with weights over bf16's."""
-        return self.job.assumptions.fp8_speedup if in_fp8(self.job) else 1.0
+        return self.job.assumptions.fp8_speedup if pushes_fp8(self.job) else 1.0
 
     @cached_property
     def backend(self) -> str:
@@ -94,25 +95,30 @@ class RolloutTime:
             Links(job.hardware, job.assumptions),
             ranks=job.engine_gpus if spread else 1,
             hidden=job.hf["hidden_size"],
-            chosen=job.hf.get("num_experts_per_tok", 1),
-            most_nodes=nodes,
-            value=1 if in_fp8(job) else 2,
+            topk=job.hf.get("num_experts_per_tok", 1),
+            max_nodes=nodes,
+            value=1 if pushes_fp8(job) else 2,
         )
 
     def layer_exchange(self, sequences: float, backend: str) -> float:
         """Return seconds of the exchange of routed experts in one layer of a decoding pass."""
-        tokens = sequences * (1 + self.engines.drafted) / self.engines.tensor
+        tokens = sequences * (1 + self.engines.num_draft_tokens) / self.engines.tensor
         return self.experts.seconds(backend, tokens)
 
     def exchange_seconds(self, sequences: float) -> float:
         """Return seconds of a pass's exchanges: two sums over tensor ranks in each layer, and that
         of routed experts in those that have them."""
         job, engines = self.job, self.engines
-        drafting = engines.drafted * (engines.mtp_layers > 0)
-        num_bytes = sequences * (1 + engines.drafted) * job.hf["hidden_size"] * engines.value
+        drafting = engines.num_draft_tokens * (engines.mtp_layers > 0)
+        num_bytes = (
+            sequences
+            * (1 + engines.num_draft_tokens)
+            * job.hf["hidden_size"]
+            * engines.parameter_bytes
+        )
         sums = 2 * self.experts.links.all_reduce(engines.tensor, num_bytes)
         exchange = self.layer_exchange(sequences, self.backend)
-        layers, sparse = job.hf["num_hidden_layers"], sum(job.sparse)
+        layers, sparse = job.hf["num_hidden_layers"], sum(job.is_sparse_layer)
         return (layers + drafting) * sums + (sparse + drafting) * exchange
 
     def _weights_read(self, sequences: float) -> float:
@@ -121,13 +127,15 @@ class RolloutTime:
         engines = self.engines
         routed = self.counts.routed + (self.counts.mtp_routed if engines.mtp_layers else 0)
         if not routed:
-            return engines.weights
+            return engines.weight_bytes
         experts, chosen = self.job.hf["n_routed_experts"], self.job.hf["num_experts_per_tok"]
         held = experts + planned_engine_layout(self.job).redundant_experts  # tokens spread evenly
-        together = sequences * self.job.engine_gpus / engines.tensor * (1 + engines.drafted)
+        together = (
+            sequences * self.job.engine_gpus / engines.tensor * (1 + engines.num_draft_tokens)
+        )
         idle = (1 - chosen / held) ** together
-        value = 1 if in_fp8(self.job) else engines.value
-        return engines.weights - routed * held / experts / self.job.engine_gpus * value * idle
+        value = 1 if pushes_fp8(self.job) else engines.parameter_bytes
+        return engines.weight_bytes - routed * held / experts / self.job.engine_gpus * value * idle
 
     @property
     def longest_seconds(self) -> float:
@@ -135,14 +143,18 @@ class RolloutTime:
         as a mean one, then alone, when their experts are idle; among others to its end where later
         rollouts fill the engines."""
         mean, longest = self.job.response_tokens, self.job.longest_response
-        among = self.step_seconds(self.engines.at_once)
+        among = self.step_seconds(self.engines.mean_concurrency)
         return mean * among + (longest - mean) * self._last_step_seconds
 
     @property
     def _last_step_seconds(self) -> float:
         """Seconds of one token of the longest response when its rollout's others have ended."""
         engines = self.engines
-        alone = min(engines.at_once, 1.0) if engines.in_flight == 1 else engines.at_once
+        alone = (
+            min(engines.mean_concurrency, 1.0)
+            if engines.rollouts_in_flight == 1
+            else engines.mean_concurrency
+        )
         return self.step_seconds(alone)
 
     @property
@@ -157,29 +169,35 @@ class RolloutTime:
     def throughput_seconds(self) -> float:
         """Seconds in which the engines, full to their limits, sample as many tokens as a rollout
         has."""
-        tokens, together = self.engines.sequences * self.job.response_tokens, self.engines.at_once
+        tokens, together = (
+            self.engines.sequences * self.job.response_tokens,
+            self.engines.mean_concurrency,
+        )
         return self.prefill_seconds + tokens / together * self.step_seconds(together)
 
     def seconds(self) -> tuple[float | None, str]:
         """Return (seconds from the beginning to the end of one rollout, formula); None without room
         for a sequence's cache."""
         engines = self.engines
-        job, together = self.job, engines.at_once
+        job, together = self.job, engines.mean_concurrency
         if not engines.max_concurrency:
             return None, "no room for a sequence's cache"
         mean, longest = job.response_tokens, job.longest_response
         first, several = self.prefill_seconds, ""
         throughput = self.throughput_seconds
         last = first + self.longest_seconds
-        if engines.in_flight > 1:
-            several = f" ({engines.in_flight} rollouts in flight)"
+        if engines.rollouts_in_flight > 1:
+            several = f" ({engines.rollouts_in_flight} rollouts in flight)"
         text = (
-            f"prefill {first:.2g} s + the longer of: {rounded(engines.sequences)} x "
-            f"{counted(mean, 'token')} on {counted(engines.tensor, 'GPU')}, "
-            f"{rounded(together)} at once{several}, {rounded(self.step_seconds(together) * 1e3)} "
-            f"ms a token: {rounded(throughput - first)} s; one response of {longest:,}, the first "
-            f"{mean:,} tokens at that, the others at {rounded(self._last_step_seconds * 1e3)} ms: "
-            f"{rounded(last - first)} s{self._drafting()}"
+            f"prefill {first:.2g} s + the longer of: {round_number(engines.sequences)} x "
+            f"{format_count(mean, 'token')} on {format_count(engines.tensor, 'GPU')}, "
+            f"{round_number(together)} at once{several}, "
+            f"{round_number(self.step_seconds(together) * 1e3)} "
+            f"ms a token: {round_number(throughput - first)} s; one response of {longest:,}, the "
+            "first "
+            f"{mean:,} tokens at that, the others at "
+            f"{round_number(self._last_step_seconds * 1e3)} ms: "
+            f"{round_number(last - first)} s{self._drafting()}"
         )
         return max(throughput, last), text
 
@@ -187,10 +205,11 @@ class RolloutTime:
         method = self.job.config.rollout.speculative.method
         if method == "none":
             return ""
-        if not self.engines.drafted:
+        if not self.engines.num_draft_tokens:
             return f"; nothing is saved by rollout.speculative.method={method}: not predictable"
         return (
-            f"; {rounded(self.tokens_a_pass)} tokens a pass with {self.engines.drafted} drafted, "
+            f"; {round_number(self.tokens_per_pass)} tokens a pass with "
+            f"{self.engines.num_draft_tokens} drafted, "
             f"each right in {self.job.assumptions.draft_acceptance:.0%} (draft_acceptance)"
         )
 
@@ -198,7 +217,7 @@ class RolloutTime:
 def exchange_section(rollout: RolloutTime) -> Section:
     """Return seconds of a layer's exchange of routed experts by each backend, and its bytes."""
     engines = rollout.engines
-    job, together = engines.job, engines.at_once
+    job, together = engines.job, engines.mean_concurrency
     if rollout.experts.ranks == 1 or not together:
         return {}
     section = {}
@@ -207,16 +226,18 @@ def exchange_section(rollout: RolloutTime) -> Section:
         section[backend] = Quantity(
             rollout.layer_exchange(together, backend),
             "s",
-            f"{rounded(together * (1 + engines.drafted) / engines.tensor)} tokens a GPU to "
-            f"{rollout.experts.chosen} experts on {counted(rollout.experts.ranks, 'GPU')} and back"
+            f"{round_number(together * (1 + engines.num_draft_tokens) / engines.tensor)} tokens a "
+            "GPU to "
+            f"{rollout.experts.topk} experts on {format_count(rollout.experts.ranks, 'GPU')} and "
+            "back"
             f"{used}; {EXCHANGE_SOURCES[backend]}",
         )
     section["sums over tensor ranks"] = Quantity(
         rollout.exchange_seconds(together)
-        - (sum(job.sparse) + engines.drafted * (engines.mtp_layers > 0))
+        - (sum(job.is_sparse_layer) + engines.num_draft_tokens * (engines.mtp_layers > 0))
         * rollout.layer_exchange(together, rollout.backend),
         "s",
-        f"of a pass: 2 a layer over {counted(engines.tensor, 'GPU')}, NCCL's own model",
+        f"of a pass: 2 a layer over {format_count(engines.tensor, 'GPU')}, NCCL's own model",
     )
     return section
 
@@ -232,21 +253,21 @@ def samples_section(job: PlannedJob) -> Section:
     """Return bytes of a rollout's samples: token ids, log-probabilities, routing."""
     prompt, response = job.assumptions.prompt_tokens, job.response_tokens
     section = {
-        "ids, log-probabilities": in_bytes(
+        "ids, log-probabilities": byte_quantity(
             job.num_responses * ((prompt + response) * ID + response * LOGPROB),
             f"{job.num_responses:,} samples x ({prompt + response:,} ids x {ID} B + {response:,} "
             f"log-probabilities x {LOGPROB} B)"
             + ("; rl.importance_cap reads these" if job.config.rl.importance_cap else ""),
         )
     }
-    if replays(job):
-        section |= ReplayTraffic(job).section()
+    if uses_routing_replay(job):
+        section |= RoutingReplayTraffic(job).section()
     elif job.has_experts:
         shape = routing_shape(job.hf)
-        section["routed experts"] = in_bytes(
+        section["routed experts"] = byte_quantity(
             job.num_responses * (prompt + response) * shape.token_bytes,
             f"with rl.routing_replay: {job.num_responses:,} samples x {prompt + response:,} tokens "
-            f"x {counted(len(shape.moe_layers), 'layer')} x {shape.topk} experts x "
+            f"x {format_count(len(shape.moe_layers), 'layer')} x {shape.topk} experts x "
             f"{shape.index_bytes} B",
         )
     return section
@@ -254,7 +275,7 @@ def samples_section(job: PlannedJob) -> Section:
 
 def check_teacher(config: Config) -> None:
     """Raise UserError for a teacher that does not exist, or that its ranks cannot share."""
-    positions(config.teacher.path, "teacher.path")
+    max_positions(config.teacher.path, "teacher.path")
     if not config.teacher.url:
         check_ranks(config.teacher, load_config(config.teacher.path, "teacher.path"), "teacher")
 
@@ -265,7 +286,7 @@ def teacher_section(job: PlannedJob) -> Section:
     try:
         hf = read_hf_config(teacher.path, key="teacher.path")
     except ValueError as error:
-        return {"weights": in_bytes(None, f"cannot be counted: {error}")}
+        return {"weights": byte_quantity(None, f"cannot be counted: {error}")}
     ranks = teacher.tensor * teacher.pipeline * teacher.data
     gpus = (len(teacher.url) or teacher.engines) * ranks
     split, value = teacher.tensor * teacher.pipeline, BYTES[teacher.dtype]
@@ -273,14 +294,15 @@ def teacher_section(job: PlannedJob) -> Section:
     flops = forward_flops(hf, job.sample_tokens)
     seconds = tokens * flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)
     scoring = (
-        f"{tokens:,} tokens x {flops:.2e} FLOP on {counted(gpus, 'GPU')}; while the students' "
+        f"{tokens:,} tokens x {flops:.2e} FLOP on {format_count(gpus, 'GPU')}; while the students' "
         "other answers are sampled"
     )
     return {
-        "weights": in_bytes(
-            total * value / split, f"{total:,} x {value} B / {counted(split, 'GPU')} of an engine"
+        "weights": byte_quantity(
+            total * value / split,
+            f"{total:,} x {value} B / {format_count(split, 'GPU')} of an engine",
         ),
-        "logits": in_bytes(
+        "logits": byte_quantity(
             2 * teacher.tokens_at_once * hf["vocab_size"] * LOGITS,
             f"2 x teacher.tokens_at_once={teacher.tokens_at_once} x {hf['vocab_size']} x {LOGITS} "
             "B, whole on each GPU",

@@ -7,8 +7,7 @@ from itertools import groupby, islice, product
 from operator import attrgetter, itemgetter
 
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.job_checks import check_trainer
+from megatron_r1.plan.job import PlannedJob, check_trainer
 from megatron_r1.plan.push import check_engines_and_push
 
 
@@ -28,14 +27,14 @@ class FittingLayout:
     seconds: float
 
 
-def nearest(job: PlannedJob, count: int = 5) -> list[FittingLayout]:
+def nearest_layouts(job: PlannedJob, count: int = 5) -> list[FittingLayout]:
     """Return layouts that fit, fewest and smallest changes first."""
     candidates = sorted(_candidates(job), key=itemgetter(0))
     fitting = filter(None, (_fitting(job, *candidate) for candidate in candidates))
     return sorted(islice(fitting, count), key=attrgetter("distance", "seconds"))
 
 
-def fastest(job: PlannedJob, count: int = 10) -> list[FittingLayout]:
+def fastest_layouts(job: PlannedJob, count: int = 10) -> list[FittingLayout]:
     """Return layouts that fit, shortest estimated step first."""
     fitting = filter(None, (_fitting(job, *candidate) for candidate in _candidates(job)))
     return sorted(fitting, key=attrgetter("seconds"))[:count]
@@ -85,7 +84,12 @@ def _fitting_estimate(job: PlannedJob) -> JobEstimate | None:
 
 
 def even_layout(num_layers: int, num_mtp: int, chunks: int) -> str | None:
-    """Return a pipeline layout that counts the head as one layer; None if the default is even."""
+    """Return a pipeline layout that counts the head as one layer; None if the default is even.
+
+    Args:
+        num_layers: decoder layers.
+        num_mtp: MTP layers, which the last stage has.
+        chunks: stages, virtual ones counted."""
     if chunks == 1 or num_layers % chunks == 0:
         return None
     last = max(1, (num_layers + 1) // chunks - 1)
@@ -153,4 +157,4 @@ def _fitting(job: PlannedJob, distance: float, changes: dict) -> FittingLayout |
     if estimate is None or estimate.step.value is None:
         return None
     differing = {k: v for k, v in changes.items() if getattr(job.parallel, k) != v}
-    return FittingLayout(differing, distance, estimate.worst.peak, estimate.step.number)
+    return FittingLayout(differing, distance, estimate.peak_rank.peak, estimate.step.number)

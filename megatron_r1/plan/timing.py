@@ -1,36 +1,118 @@
 """Seconds of one step (rollout, scoring, optimizer steps, push, and what lies between them) under
-the stated assumptions."""
+the stated assumptions, with their ranges and the measurements that narrow these.
+
+A range is the estimate over and times `Assumptions.time_spread`, which is how far the plan is off
+published runs (`published.py`). What `--calibrate` has measured has none."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache, cached_property, partial
 
-from megatron_r1.plan.between_phases import OFFLOAD, load, offload_time, saves, sleep_and_wake
+from megatron_r1.plan.between_phases import (
+    OFFLOAD,
+    ROUTED,
+    checkpoint_time,
+    offload_time,
+    routing_replay_time,
+    sleep_wake_time,
+    weight_load_time,
+)
+from megatron_r1.plan.communication import traffic_by_axis
 from megatron_r1.plan.counts import attention_flops, head_flops, layer_flops
-from megatron_r1.plan.engine_memory import Engines
-from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, fraction_alone
+from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, unpaired_fraction
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, Section
-from megatron_r1.plan.ranges import with_range
 from megatron_r1.plan.rollout import RolloutTime
-from megatron_r1.plan.routing_replay import ROUTED, replay_time
-from megatron_r1.plan.traffic import groups
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 
-HIDDEN = ("data", "pipeline")
+MEASUREMENTS = {
+    "rollout": "seconds of a decoding pass",
+    "scoring": "seconds of a micro-batch",
+    "training": "seconds of a micro-batch",
+    "critic": "seconds of a micro-batch",
+    "push": "seconds between phases",
+    "load": "seconds between phases",
+    "sleep and wake": "seconds between phases",
+    "saves": "seconds between phases",
+    OFFLOAD: "seconds between phases",
+}
+"""The check of tools/gpu_check that measures the number of a part."""
+UNMEASURED = ("local_disk",)
+"""Numbers that no check measures."""
+
+
+def narrowing_number(job: PlannedJob, name: str) -> str | None:
+    """Return the number that, measured on the hardware that is planned, closes the range of a part
+    (it is solved for so that the plan takes the measured seconds); None for what has no range."""
+    if name == OFFLOAD:
+        to_disk = job.config.parallel.offload_between_phases == "disk"
+        return "local_disk" if to_disk else "host_link"
+    if name in ("scoring", "training", "optimizer step", "critic"):
+        return "compute_efficiency"
+    engines = "decode_latency_per_layer" if job.engine_gpus > 1 else "bandwidth_efficiency"
+    numbers = {
+        "rollout": engines,
+        "push": "push_efficiency",
+        "load": "tensor_load_seconds",
+        "sleep and wake": "wake_seconds",
+        "saves": "host_link" if job.config.checkpoint.asynchronous else "storage",
+    }
+    return numbers.get(name)
+
+
+WIDE = 2.0
+"""A range whose ends differ by more names the measurement that would close it."""
+
+
+def with_range(job: PlannedJob, name: str, quantity: Quantity) -> Quantity:
+    """Return an estimate of time with its range; others, and those without a value, as they are.
+
+    Args:
+        job: the planned job.
+        name: the part of a step.
+        quantity: its estimated seconds."""
+    number = narrowing_number(job, name)
+    if number is None or quantity.value is None or number in job.measured:
+        return quantity
+    spread = job.assumptions.time_spread
+    return replace(quantity, low=quantity.value / spread, high=quantity.value * spread)
+
+
+def narrowing_section(job: PlannedJob, time: Section) -> Section:
+    """Return the width of each part's range beyond `WIDE`, with the measurement that closes it."""
+    section: Section = {}
+    for name, check in MEASUREMENTS.items():
+        part = time.get(name)
+        if narrowing_number(job, name) in UNMEASURED:
+            continue
+        if part is None or part.low is None or not part.low or part.high is None:
+            continue
+        if (width := part.high / part.low) > WIDE:
+            section[name] = Quantity(
+                width,
+                "x",
+                f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes: "
+                f"{narrowing_number(job, name)}",
+            )
+    return section
+
+
+HIDDEN_AXES = ("data", "pipeline")
 """Axes whose traffic is not exposed: the data axis's is hidden behind computation
-(overlap_grad_reduce), the pipeline's is counted in `StepTime.stalls`. Context parallelism's is
-hidden behind attention while that lasts; tensor's and expert's is exposed, which is pessimistic
+(overlap_grad_reduce), the pipeline's is counted in `StepTime.pipeline_stall`. Context parallelism's
+is hidden behind attention while that lasts; tensor's and expert's is exposed, which is pessimistic
 where Transformer Engine overlaps it; but see `StepTime.exchange`."""
 
 
 class StepTime:
     """Step times of a job with the given engines."""
 
-    def __init__(self, job: PlannedJob, engines: Engines):
+    def __init__(self, job: PlannedJob, engines: EngineMemory):
         self.job, self.engines = job, engines
         self.length = job.sample_tokens
-        self.groups = cache(partial(groups, job))
+        self.groups = cache(partial(traffic_by_axis, job))
 
     @cached_property
     def rollout(self) -> RolloutTime:
@@ -56,7 +138,7 @@ class StepTime:
         seconds = {
             name: group.seconds(self.job, group.microbatch if backward else group.forward)
             for name, group in self.groups(rank).items()
-            if name not in HIDDEN
+            if name not in HIDDEN_AXES
         }
         if "context" in seconds:
             attention = attention_flops(self.job.hf, self.length) * sum(self.job.layers(rank))
@@ -73,11 +155,11 @@ class StepTime:
         whole = group.seconds(self.job, group.microbatch)
         if not self.job.parallel.overlap_expert_exchange or not sparse:
             return whole
-        experts = expert_flops(self.job, self.job.sparse.index(True)) / self._speedup
+        experts = expert_flops(self.job, self.job.is_sparse_layer.index(True)) / self._speedup
         parts = (self._layer_flops[1] - experts, experts)
         once = group.seconds(self.job, group.forward) / (2 * sparse)
         exposed = sparse * exposed_seconds(once, *map(self._seconds, parts))
-        alone = fraction_alone(self.job, rank)
+        alone = unpaired_fraction(self.job, rank)
         return alone * whole + (1 - alone) * exposed
 
     @property
@@ -91,7 +173,7 @@ class StepTime:
         """Forward FLOP of a token through a dense and a sparse layer, as many as bf16 computes in
         their time; 0 if the model has none."""
         job = self.job
-        first = {sparse: layer for layer, sparse in enumerate(job.sparse)}
+        first = {sparse: layer for layer, sparse in enumerate(job.is_sparse_layer)}
         dense, sparse = (
             layer_flops(job, first[kind], self.length, self._speedup) if kind in first else 0.0
             for kind in (False, True)
@@ -111,7 +193,11 @@ class StepTime:
     def microbatch(self, rank: int, backward: bool) -> float:
         """Return the seconds of a mean micro-batch on pipeline rank `rank`: of its computation, of
         the communication that it does not hide, and of the pipeline's hops."""
-        return self.compute(rank, backward) + self.exposed(rank, backward) + self.stalls(backward)
+        return (
+            self.compute(rank, backward)
+            + self.exposed(rank, backward)
+            + self.pipeline_stall(backward)
+        )
 
     @cached_property
     def hop(self) -> float:
@@ -119,22 +205,24 @@ class StepTime:
         pipeline = self.groups(0).get("pipeline")
         if pipeline is None:
             return 0.0
-        sent = pipeline.seconds(self.job, pipeline.forward / self.job.virtual)
+        sent = pipeline.seconds(self.job, pipeline.forward / self.job.num_model_chunks)
         return self.job.assumptions.host_stall_seconds + sent
 
-    def stalls(self, backward: bool) -> float:
+    def pipeline_stall(self, backward: bool) -> float:
         """Return seconds of one micro-batch's hops: one for each chunk forward, one back."""
-        return self.hop * self.job.virtual * (2 if backward else 1)
+        return self.hop * self.job.num_model_chunks * (2 if backward else 1)
 
     def bubble(self, microbatches: int, slots: int) -> float:
         """Return the share of time in which a rank is idle: 1 - V m / (V slots + P - 1)."""
-        virtual, stages = self.job.virtual, self.job.parallel.pipeline
+        virtual, stages = self.job.num_model_chunks, self.job.parallel.pipeline
         return 1 - virtual * microbatches / (virtual * slots + stages - 1)
 
     def optimizer_step(self) -> float:
         """Return seconds of all micro-batches, and of the gradients' last bytes."""
         rank, count = self.busiest, self.job.num_microbatches
-        pipeline = self.microbatch(rank, True) * count / (1 - self.bubble(count, self.job.slots))
+        pipeline = (
+            self.microbatch(rank, True) * count / (1 - self.bubble(count, self.job.schedule_slots))
+        )
         data = self.groups(rank).get("data")
         traffic = data.seconds(self.job, data.step) if data else 0.0
         return pipeline + traffic * self.job.assumptions.gradients_exposed
@@ -143,7 +231,7 @@ class StepTime:
         """Seconds of a step's passes without gradients."""
         job = self.job
         count = job.num_microbatches * job.minibatches
-        slots = job.slots * job.minibatches
+        slots = job.schedule_slots * job.minibatches
         once = self.microbatch(self.busiest, False) * count / (1 - self.bubble(count, slots))
         return once * (2 if job.computes_ref_logprobs else 1)
 
@@ -160,7 +248,7 @@ def time_section(times: StepTime) -> Section:
     if job.generates:
         seconds, how = times.rollout.seconds()
         section["rollout"] = Quantity(seconds, "s", how)
-    section |= replay_time(job)
+    section |= routing_replay_time(job)
     if job.verb == "rl":
         passes = "a forward pass of the policy"
         if job.computes_ref_logprobs:
@@ -176,11 +264,11 @@ def time_section(times: StepTime) -> Section:
         section |= offload_time(job, times.push())
         formula = f"bytes into an engine GPU / its {push_link(job)[1]}"
         section["push"] = Quantity(times.push(), "s", formula)
-        section["load"] = load(job)
+        section["load"] = weight_load_time(job)
         if job.config.rollout.colocated:
-            section["sleep and wake"] = sleep_and_wake(job)
+            section["sleep and wake"] = sleep_wake_time(job)
     if job.trains:
-        section["saves"] = saves(job)
+        section["saves"] = checkpoint_time(job)
     section = {name: with_range(job, name, each) for name, each in section.items()}
     parts = [name for name in PARTS if name in section]
     if missing := [name for name in parts if section[name].value is None]:
@@ -188,7 +276,7 @@ def time_section(times: StepTime) -> Section:
         return section | {"step": Quantity(None, "s", why)}
     section["step"] = _step(times, {name: section[name] for name in parts})
     step, tokens = section["step"], job.num_responses * job.sample_tokens
-    if job.verb == "rl" and times.engines.in_flight == 1:
+    if job.verb == "rl" and times.engines.rollouts_in_flight == 1:
         fraction = section["rollout"].number / step.number
         section["share of rollout"] = Quantity(fraction, "share", "rollout / step")
     if ROUTED in section:
@@ -198,7 +286,7 @@ def time_section(times: StepTime) -> Section:
         tokens / step.number, "tokens", f"{tokens:,} tokens / step"
     )
     if job.trains and (steps := job.num_steps) is not None:
-        section["run"] = in_hours(step, steps, f"step x run.steps={steps}")
+        section["run"] = total_hours(step, steps, f"step x run.steps={steps}")
     return section
 
 
@@ -207,17 +295,22 @@ PARTS = (
     *("push", "load", "sleep and wake", "saves"),
 )
 """The parts of a step, in order."""
-OF_PUSH = (OFFLOAD, "push", "load", "sleep and wake")
+PUSH_PARTS = (OFFLOAD, "push", "load", "sleep and wake")
 """Parts that stop trainer and engines."""
 
 
-def in_hours(step: Quantity, steps: float, formula: str) -> Quantity:
-    """Return the hours of so many steps, with their range."""
+def total_hours(step: Quantity, steps: float, formula: str) -> Quantity:
+    """Return the hours of so many steps, with their range.
+
+    Args:
+        step: seconds of a step.
+        steps: how many.
+        formula: how the hours were computed, as the report shows it."""
     value, low, high = (end * steps / 3600 for end in _ends(step))
     return Quantity(value, "hours", formula, low, high)
 
 
-def in_total(parts: Iterable[Quantity], formula: str) -> Quantity:
+def sum_quantities(parts: Iterable[Quantity], formula: str) -> Quantity:
     """Return the sum of quantities of one unit, with its range."""
     parts = list(parts)
     value, low, high = map(sum, zip(*map(_ends, parts), strict=True))
@@ -239,19 +332,19 @@ def _step(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
     least their (k + 1)-th part, the trainer's own time, and the time of as many tokens on engines
     that later rollouts keep full. A push stops trainer and engines."""
     job, engines = times.job, times.engines
-    if engines.in_flight == 1:
-        return in_total(parts.values(), " + ".join(parts))
+    if engines.rollouts_in_flight == 1:
+        return sum_quantities(parts.values(), " + ".join(parts))
     ends = {name: _ends(part) for name, part in parts.items()}
     rollout = ends.pop("rollout")
-    stopped = [ends.pop(name) for name in OF_PUSH if name in ends]
-    full, either = times.rollout.throughput_seconds / rollout[0], engines.in_flight
+    stopped = [ends.pop(name) for name in PUSH_PARTS if name in ends]
+    full, either = times.rollout.throughput_seconds / rollout[0], engines.rollouts_in_flight
     steps = []
     for end in range(3):
         trained = sum(part[end] for part in ends.values())
         longest = max(trained, full * rollout[end], (rollout[end] + trained) / either)
         steps.append(sum(part[end] for part in stopped) + longest)
     value, low, high = steps
-    stops = " + ".join(name for name in OF_PUSH if name in parts)
+    stops = " + ".join(name for name in PUSH_PARTS if name in parts)
     formula = (
         f"{stops} + the longest of {' + '.join(ends)}; {full * rollout[0]:,.0f} s for a rollout's "
         f"tokens on full engines; (rollout + those of the trainer) / {either}, with "
@@ -264,22 +357,25 @@ def _training(times: StepTime) -> Section:
     job, count, rank = times.job, times.job.num_microbatches, times.busiest
     update = times.optimizer_step()
     step = (
-        f"{counted(count, 'micro-batch')} x ({times.compute(rank, True):.2g} s compute + "
-        f"{times.exposed(rank, True):.2g} s communication + {times.stalls(True):.2g} s hops) / "
+        f"{format_count(count, 'micro-batch')} x ({times.compute(rank, True):.2g} s compute + "
+        f"{times.exposed(rank, True):.2g} s communication + {times.pipeline_stall(True):.2g} s "
+        "hops) / "
         "(1 - bubble)"
     )
     bubble = (
-        f"1 - V x {count} / (V x {counted(job.slots, 'slot')} + P - 1), "
-        f"V = {counted(job.virtual, 'chunk')}, P = {counted(job.parallel.pipeline, 'stage')}"
+        f"1 - V x {count} / (V x {format_count(job.schedule_slots, 'slot')} + P - 1), "
+        f"V = {format_count(job.num_model_chunks, 'chunk')}, P = "
+        f"{format_count(job.parallel.pipeline, 'stage')}"
     )
-    steps = counted(job.minibatches, "optimizer step")
+    steps = format_count(job.minibatches, "optimizer step")
     return {
         "optimizer step": Quantity(update, "s", step),
-        "bubble": Quantity(times.bubble(count, job.slots), "share", bubble),
+        "bubble": Quantity(times.bubble(count, job.schedule_slots), "share", bubble),
         "pipeline stalls": Quantity(
-            times.stalls(True) * count,
+            times.pipeline_stall(True) * count,
             "s",
-            f"of an optimizer step: {2 * job.virtual * count:,} hops x {times.hop:.2g} s, of it "
+            f"of an optimizer step: {2 * job.num_model_chunks * count:,} hops x {times.hop:.2g} "
+            "s, of it "
             f"{job.assumptions.host_stall_seconds:g} s host_stall_seconds and the states' bytes"
             if times.hop
             else "one pipeline stage",

@@ -1,4 +1,4 @@
-"""One 64-bit checksum per delivery, of its elements row after row, whatever the strides.
+"""One 64-bit checksum per chunk, of its elements row after row, whatever the strides.
 
 On a CPU: `LaneChecksum` where rows are whole stripes of it, otherwise XXH3, a chunk at a time while
 its bytes are in the cache. On a GPU, where either would copy all bytes to the host: `weighted_sum`.
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import xxhash
 
-CHUNK_BYTES = 1 << 19
+CACHE_BYTES = 1 << 19
 """Fits into a core's cache; chunks of 256 KiB or 1 MiB are no faster (docs/learned.md)."""
 PASS_BYTES = 1 << 22
 """Copied per call of the compiled loop, and so per progress report; 1 MiB is 10% slower."""
@@ -212,8 +212,8 @@ class RowsChecksum:
             self._lanes.read(rows)
             return
         words = _words(rows)
-        for chunk in _chunks(rows, CHUNK_BYTES):
-            self._xxh3.update(np.ascontiguousarray(words[chunk]).data)
+        for row_range in _row_ranges(rows, CACHE_BYTES):
+            self._xxh3.update(np.ascontiguousarray(words[row_range]).data)
 
     def digest(self) -> int:
         """Return the checksum of all rows so far."""
@@ -239,8 +239,8 @@ class RowsWeightedSum:
     def update(self, rows: torch.Tensor) -> None:
         """Add the next rows (height, width)."""
         bits = INTEGERS[rows.element_size()]
-        for chunk in _chunks(rows, SUMMED_ELEMENTS * rows.itemsize):
-            words = rows[chunk].reshape(-1).view(bits).long()
+        for row_range in _row_ranges(rows, SUMMED_ELEMENTS * rows.itemsize):
+            words = rows[row_range].reshape(-1).view(bits).long()
             first = 2 * self._count + 1
             factors = torch.arange(first, first + 2 * len(words), 2, device=rows.device)
             self._sum = self._sum + words.sum() + MIXER * (words * factors).sum()
@@ -260,12 +260,12 @@ class RunningChecksum:
 
     Args:
         values: the matrix (height, width).
-        is_weighted: whether the checksum is the `weighted_sum`, as on a GPU."""
+        uses_weighted_sum: whether the checksum is the `weighted_sum`, as on a GPU."""
 
-    def __init__(self, values: torch.Tensor, is_weighted: bool = False):
+    def __init__(self, values: torch.Tensor, uses_weighted_sum: bool = False):
         self._values, self._row = values, 0
         self._rows = RowsChecksum(values.shape[1] * values.itemsize)
-        self._is_weighted = is_weighted or values.is_cuda
+        self._is_weighted = uses_weighted_sum or values.is_cuda
 
     def update_to(self, row: int) -> None:
         """Add the rows before `row`, which will not change any more."""
@@ -301,12 +301,12 @@ def copy_with_checksum(
         return weighted_sum(target)
     if _can_copy(target, source):
         copied = LaneChecksum()
-        for rows in _chunks(target, PASS_BYTES, report):
+        for rows in _row_ranges(target, PASS_BYTES, report):
             copied.copy(target[rows], source[rows])
         return copied.digest()
     is_converted = target.dtype != source.dtype or source.is_cuda
     running = RunningChecksum(target if is_converted else source)
-    for rows in _chunks(target, CHUNK_BYTES, report):
+    for rows in _row_ranges(target, CACHE_BYTES, report):
         if is_converted:
             target[rows].copy_(source[rows])
         running.update_to(rows.stop)
@@ -329,7 +329,7 @@ def _words(values: torch.Tensor) -> np.ndarray:
     return values.detach().view(INTEGERS[values.element_size()]).numpy()
 
 
-def _chunks(
+def _row_ranges(
     values: torch.Tensor, num_bytes: int, report: Callable[[int], None] | None = None
 ) -> Iterator[slice]:
     """Yield all rows of a tensor (height, width), about `num_bytes` at once and at least one row;

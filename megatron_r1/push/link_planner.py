@@ -1,6 +1,6 @@
 """Plans and creates the links from a trainer rank to sets of engines (`plan.engine_sets`): from
-what the engines receive (`receivers`) to the slices of this rank's parameters that each link
-carries (`slices`)."""
+the slot tables that the engines publish to the slices of this rank's parameters that each link
+sends (`slices`)."""
 
 from __future__ import annotations
 
@@ -9,29 +9,34 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import msgspec
 from torch import Tensor
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.stored.published import FP8_DTYPE
-from megatron_r1.models.weights.table import Piece, Table
-from megatron_r1.push.ordered_sets import OrderedSets
+from megatron_r1.models.weights.stored.published import BLOCK, FP8_DTYPE, scale_name
+from megatron_r1.models.weights.table import Piece, Shape, Table
 from megatron_r1.push.plan.engine_sets import (
     Plan,
     PlannedLink,
-    largest_fraction,
+    max_group_fraction,
     plan_sets,
     sent_bytes,
 )
 from megatron_r1.push.plan.planner import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.tensors import CountBytes, Region, fp8_bytes, plain_bytes
-from megatron_r1.push.published_plan import PositionPlan, ReceiverInfo
-from megatron_r1.push.receiver_layout import Encoding, ReceiverLayout
-from megatron_r1.push.receivers import SetReceivers
+from megatron_r1.push.plan.tensors import (
+    CountBytes,
+    Region,
+    first_unaligned_edge,
+    fp8_bytes,
+    plain_bytes,
+    scale_region,
+)
+from megatron_r1.push.protocol import EngineRankPlan, ReceiverInfo, SlotTable, TensorChunk, dtype_of
+from megatron_r1.push.push_schedule import PushSchedule
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, TrainerRendezvous
 from megatron_r1.push.round_sender import SetRounds
-from megatron_r1.push.slices import ParameterSlice
-from megatron_r1.push.table import SlotTable
+from megatron_r1.push.slices import Encoding, ParameterSlice
 from megatron_r1.push.transports import sender_class
 from megatron_r1.push.transports.base import Sender
 
@@ -39,17 +44,158 @@ HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
 """HF name -> the parameters that hold pieces of that tensor."""
 
 
+class SetReceivers(msgspec.Struct):
+    """What the engines of all sets have published, which trainer rank 0 reads and broadcasts.
+
+    Attributes:
+        sent: bytes per push that each trainer rank sends to the sets already connected.
+        tables: those of one engine, by engine rank; one list for all sets with the same tables.
+        sets: set -> (index into `tables`, addresses by member and engine rank).
+        problems: set -> why it cannot connect."""
+
+    sent: list[float]
+    tables: list[list[SlotTable]] = []
+    sets: dict[str, tuple[int, list[list[str]]]] = {}
+    problems: dict[str, str] = {}
+
+
+def read_receivers(
+    sets: Mapping[str, Sequence[TrainerRendezvous]],
+    ranks_per_engine: int,
+    pushed: Sequence[str],
+    sent: list[float],
+) -> SetReceivers:
+    """Return what the ranks of these sets' engines receive; problems are also reported to the set.
+
+    Args:
+        sets: the rendezvous of each engine of a set.
+        ranks_per_engine: the ranks of each engine.
+        pushed: names of the tensors of a push.
+        sent: the bytes that each trainer rank sends (`SetReceivers`)."""
+    found = SetReceivers(sent)
+    for name, engines in sets.items():
+        try:
+            receivers = [engine.read_receivers(ranks_per_engine) for engine in engines]
+            tables = _common_tables(receivers)
+            _check_all_taken(tables, pushed)
+        except EXPECTED_ERRORS as error:
+            found.problems[name] = f"{type(error).__name__}: {error}"
+            engines[0].report_error(found.problems[name])
+            continue
+        # Equal tables are one entry, so that ranks get them and plan for them only once.
+        if tables not in found.tables:
+            found.tables.append(tables)
+        addresses = [[receiver.address for receiver in ranks] for ranks in receivers]
+        found.sets[name] = found.tables.index(tables), addresses
+    return found
+
+
+def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]:
+    """Return the slot tables of an engine, by rank, which all engines of the set have in common.
+
+    Raises:
+        ValueError: the same rank of two engines has different tables.
+    """
+    tables = [receiver.table for receiver in engines[0]]
+    for engine, receivers in enumerate(engines):
+        for rank, receiver in enumerate(receivers):
+            if receiver.table != tables[rank]:
+                raise ValueError(
+                    f"rank {rank} of engine {engine} needs other tensors than the same rank of "
+                    "engine 0"
+                )
+    return tables
+
+
+def _check_all_taken(tables: Sequence[SlotTable], pushed: Sequence[str]) -> None:
+    """Raise ValueError where no rank of an engine takes one of the pushed tensors: the engine would
+    go on with the values it started with."""
+    taken = {slot.name for table in tables for slot in table.slots}
+    missing = [name for name in pushed if name not in taken]
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(f"the engine takes no pushes of {len(missing)} tensors: {names}")
+
+
+class PublishedSharding:
+    """The regions that the ranks of one engine need, from their tables (`PredictedSharding` has the
+    same without an engine).
+
+    Args:
+        tables: the slot tables, one per rank of the engine.
+
+    Raises:
+        ValueError: for a table that has a tensor twice, which no model here needs."""
+
+    def __init__(self, tables: Sequence[SlotTable]):
+        self._tables = tables
+        self.regions: dict[str, dict[Region, list[int]]] = {}
+        """HF name -> region -> the ranks that need it."""
+        self._slots: dict[tuple[int, str], int] = {}
+        for rank, table in enumerate(tables):
+            for index, slot in enumerate(table.slots):
+                if (rank, slot.name) in self._slots:
+                    raise ValueError(f"engine rank {rank} has two slots for {slot.name}")
+                region = Region(slot.top, slot.bottom, slot.left, slot.right)
+                self.regions.setdefault(slot.name, {}).setdefault(region, []).append(rank)
+                self._slots[rank, slot.name] = index
+
+    def chunks(
+        self, rank: int, name: str, shape: Shape, region: Region
+    ) -> list[tuple[TensorChunk, Encoding]]:
+        """Return a region of a tensor as a part of an engine rank's slot for it; where the slot
+        holds FP8 blocks, with the chunk of their scales.
+
+        Args:
+            rank: the engine rank.
+            name: HF name of the tensor.
+            shape: the whole tensor's.
+            region: rows and columns of the tensor.
+
+        Raises:
+            ValueError: FP8 of another kind, or a part of a block."""
+        slot = self._tables[rank].slots[self._slots[rank, name]]
+        if dtype_of(slot).itemsize > 1:
+            return [(self._chunk(rank, name, region), "plain")]
+        scales = scale_name(name)
+        if slot.dtype != FP8_DTYPE or (rank, scales) not in self._slots:
+            raise ValueError(
+                f"engine rank {rank} needs {name} as {slot.dtype} without {scales}: weights can be "
+                f"quantized during a push to FP8 in blocks of {BLOCK} x {BLOCK} only"
+            )
+        edge = first_unaligned_edge(region, shape)
+        if edge is not None:
+            raise ValueError(
+                f"{name} {shape} is cut at {edge}, within a block of {BLOCK} x {BLOCK}, "
+                "which has one scale; set push.fp8: false, or fewer tensor parallel ranks"
+            )
+        return [
+            (self._chunk(rank, name, region), "codes"),
+            (self._chunk(rank, scales, scale_region(region)), "scales"),
+        ]
+
+    def _chunk(self, rank: int, name: str, region: Region) -> TensorChunk:
+        index = self._slots[rank, name]
+        slot = self._tables[rank].slots[index]
+        rows = region.top - slot.top, region.bottom - slot.top
+        return TensorChunk(index, *rows, region.left - slot.left, region.right - slot.left)
+
+
 class PushLink(NamedTuple):
-    """The link to a rank of engine number `member` of the set: the sending end of the
-    transport, and the data of each delivery over it."""
+    """The link from this trainer rank to an engine rank.
+
+    Attributes:
+        member: the engine, by its number in the set.
+        sender: this end of the transport.
+        slices: the data of each chunk."""
 
     member: int
-    end: Sender
+    sender: Sender
     slices: list[tuple[ParameterSlice, Encoding]]
 
 
 @dataclass
-class LinkedSet:
+class SetLinks:
     """A set of engines, with the links of this rank to it.
 
     Attributes:
@@ -68,13 +214,13 @@ class LinkedSet:
     @property
     def num_bytes(self) -> int:
         """The bytes that this rank sends to the set per push."""
-        ends = [link.end for link in self.links]
-        return sum(delivery.num_bytes(end.table) for end in ends for delivery in end.deliveries)
+        senders = [link.sender for link in self.links]
+        return sum(chunk.num_bytes(sender.table) for sender in senders for chunk in sender.chunks)
 
     def close(self) -> None:
         """Close the links to the set's ranks, and its rounds."""
         for link in self.links:
-            link.end.close()
+            link.sender.close()
         if self.rounds is not None:
             self.rounds.close()
 
@@ -87,7 +233,7 @@ class LinkPlanner:
     Args:
         hf: the model's `config.json`.
         grid: the layout of the trainer.
-        held: this rank's parameters of the model.
+        pieces: this rank's parameters, by the HF tensor of which they hold a piece.
         rank: the trainer rank.
         stages: the shards of the pipeline's virtual stages, default an even spread.
         gpus: the UUID of each rank's GPU, where engines may share it over NCCL.
@@ -97,17 +243,17 @@ class LinkPlanner:
         self,
         hf: dict,
         grid: TrainerGrid,
-        held: HeldPieces,
+        pieces: HeldPieces,
         *,
         rank: int,
         stages: list[list[Shard]] | None,
         gpus: Sequence[str],
         rules: Table | None = None,
     ):
-        self.hf, self.grid, self.held, self.rank, self.stages = hf, grid, held, rank, stages
+        self.hf, self.grid, self.pieces, self.rank, self.stages = hf, grid, pieces, rank, stages
         self.rules = rules
         self._rank_of_gpu = {gpu: rank for rank, gpu in enumerate(gpus)}
-        self._num_orders = 0
+        self._num_schedules = 0
 
     def create_links(
         self,
@@ -115,7 +261,7 @@ class LinkPlanner:
         receivers: SetReceivers,
         engine_layout: EngineLayout,
         transport: str,
-    ) -> tuple[dict[str, LinkedSet], dict[str, str]]:
+    ) -> tuple[dict[str, SetLinks], dict[str, str]]:
         """Return this rank's links by set, not connected yet, and the problems by set; a set with a
         problem may have some links.
 
@@ -124,102 +270,113 @@ class LinkPlanner:
             receivers: what the engine ranks receive.
             engine_layout: the layout of one engine.
             transport: the name of the transport."""
-        created: dict[str, LinkedSet] = {}
+        created: dict[str, SetLinks] = {}
         problems: dict[str, str] = {}
-        make_end = sender_class(transport)
+        sender_type = sender_class(transport)
         for index, tables in enumerate(receivers.tables):
             names = [name for name, (number, _) in receivers.sets.items() if number == index]
             addresses = [receivers.sets[name][1] for name in names]
             try:
-                needs = ReceiverLayout(tables)
+                sharding = PublishedSharding(tables)
                 layout = engine_layout, self.stages
-                planner = Planner(self.hf, self.grid, *layout, needs, self.rules)
-                ends = list(accumulate(map(len, addresses)))
-                sets = [range(*edges) for edges in pairwise([0, *ends])]
-                largest, num_bytes = largest_fraction(transport), _byte_count(tables)
-                plans = plan_sets(planner, num_bytes, sets, receivers.sent, largest)
-                order = (
-                    self._order(plans, sets, addresses) if TRANSPORTS[transport].in_rounds else None
-                )
+                planner = Planner(self.hf, self.grid, *layout, sharding, self.rules)
+                edges = [0, *accumulate(map(len, addresses))]
+                sets = [range(*edge) for edge in pairwise(edges)]
+                fraction, count_bytes = max_group_fraction(transport), _byte_count(tables)
+                plans = plan_sets(planner, count_bytes, sets, receivers.sent, fraction)
+                in_rounds = TRANSPORTS[transport].in_rounds
+                schedule = self._schedule(plans, sets, addresses) if in_rounds else None
             except ValueError as error:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
                 continue
-            for turn, (name, plan) in enumerate(zip(names, plans, strict=True)):
-                linked = LinkedSet(rendezvous[name], sent_bytes(plan, self.grid.world_size))
-                if order is not None:
-                    linked.rounds = SetRounds(rendezvous[name], order, turn, self.rank)
+            for set_index, (name, plan) in enumerate(zip(names, plans, strict=True)):
+                linked = SetLinks(rendezvous[name], sent_bytes(plan, self.grid.world_size))
+                if schedule is not None:
+                    linked.rounds = SetRounds(rendezvous[name], schedule, set_index, self.rank)
                 created[name] = linked
                 try:
-                    for at, position_links in enumerate(plan):
-                        infos = [ReceiverInfo(tables[at], each[at]) for each in addresses[turn]]
+                    for engine_rank, rank_links in enumerate(plan):
+                        infos = [
+                            ReceiverInfo(tables[engine_rank], ranks[engine_rank])
+                            for ranks in addresses[set_index]
+                        ]
                         # Every rank has computed all plans; each publishes about as many.
-                        publishes = (turn + at) % self.grid.world_size == self.rank
-                        self._link_position(
-                            linked, needs, position_links, infos, make_end, publishes
+                        publishes = (set_index + engine_rank) % self.grid.world_size == self.rank
+                        self._link_engine_rank(
+                            linked, sharding, rank_links, infos, sender_type, publishes
                         )
                 except EXPECTED_ERRORS as error:
                     problems[name] = f"{type(error).__name__}: {error}"
         return created, problems
 
-    def _order(
+    def _schedule(
         self, plans: Sequence[Plan], sets: Sequence[range], addresses: Sequence[list[list[str]]]
-    ) -> OrderedSets:
-        """Return the order of a push.
+    ) -> PushSchedule:
+        """Return the rounds of a push.
 
         Args:
             plans: the plans of `sets`.
             sets: engines of each set, by number.
-            addresses: the GPU of each engine rank, by set, member and position."""
-        shared = {
-            (index, member, position): self._rank_of_gpu[address]
+            addresses: the GPU of each engine rank, by set, member and engine rank."""
+        colocated_ranks = {
+            (index, member, engine_rank): self._rank_of_gpu[address]
             for index, engines in enumerate(addresses)
             for member, ranks in enumerate(engines)
-            for position, address in enumerate(ranks)
+            for engine_rank, address in enumerate(ranks)
             if address in self._rank_of_gpu
         }
-        self._num_orders += 1
-        return OrderedSets(
-            plans, sets, len(plans[0]), self.grid.world_size, shared, self._num_orders
+        self._num_schedules += 1
+        return PushSchedule(
+            plans, sets, len(plans[0]), self.grid.world_size, colocated_ranks, self._num_schedules
         )
 
-    def _link_position(
+    def _link_engine_rank(
         self,
-        linked: LinkedSet,
-        needs: ReceiverLayout,
-        position_links: Sequence[PlannedLink],
+        linked: SetLinks,
+        sharding: PublishedSharding,
+        rank_links: Sequence[PlannedLink],
         receivers: Sequence[ReceiverInfo],
-        make_end: type[Sender],
+        sender_type: type[Sender],
         publishes: bool,
     ) -> None:
-        """Create this rank's links to one position, and publish the position's plan if
-        `publishes`."""
-        plan: PositionPlan = [[] for _ in linked.rendezvous]
-        position, rounds = position_links[0].position, linked.rounds
-        receives = rounds is not None and rounds.receives_for(position)
-        for link in position_links:
-            if not (publishes or receives) and link.sender != self.rank:
+        """Create this rank's links to one rank of all engines of a set.
+
+        Args:
+            linked: the set.
+            sharding: the regions that the ranks of an engine need.
+            rank_links: the planned links of all trainer ranks to that engine rank.
+            receivers: table and address of that rank, by member.
+            sender_type: the transport's sender.
+            publishes: whether this rank publishes the plan of that engine rank."""
+        plan: EngineRankPlan = [[] for _ in linked.rendezvous]
+        engine_rank, rounds = rank_links[0].engine_rank, linked.rounds
+        receives = rounds is not None and rounds.is_on_gpu_of(engine_rank)
+        for link in rank_links:
+            if not (publishes or receives) and link.trainer_rank != self.rank:
                 continue
-            found = [
-                (delivery, encoding, (item.name, region))
+            sent = [
+                (chunk, encoding, (item.name, region))
                 for item, region, _ in link.regions
-                for delivery, encoding in needs.deliveries(position, item.name, item.shape, region)
+                for chunk, encoding in sharding.chunks(engine_rank, item.name, item.shape, region)
             ]
-            found.sort(key=lambda each: each[0].slot)
-            deliveries = [delivery for delivery, _, _ in found]
-            plan[link.member].append((link.sender, deliveries))
-            if link.sender == self.rank:
+            sent.sort(key=lambda each: each[0].slot)
+            chunks = [chunk for chunk, _, _ in sent]
+            plan[link.member].append((link.trainer_rank, chunks))
+            if link.trainer_rank == self.rank:
                 rendezvous, receiver = linked.rendezvous[link.member], receivers[link.member]
-                end = make_end(rendezvous, self.rank, position, receiver)
+                sender = sender_type(rendezvous, self.rank, engine_rank, receiver)
                 # Codes and scales of a region come from one slice, which is quantized once.
-                held = {source: self._slice(*source) for _, _, source in found}
-                slices = [(held[source], encoding) for _, encoding, source in found]
-                linked.links.append(PushLink(link.member, end, slices))
-                end.plan(deliveries)
+                slice_of = {source: self._slice(*source) for _, _, source in sent}
+                slices = [(slice_of[source], encoding) for _, encoding, source in sent]
+                linked.links.append(PushLink(link.member, sender, slices))
+                sender.plan(chunks)
         if rounds is not None and receives:
-            rounds.receive_for(receivers, plan)
+            rounds.set_receive_plan(receivers, plan)
         if publishes:
-            rank_rounds = rounds.ordered.rank_rounds(rounds.index, position) if rounds else None
-            linked.rendezvous[0].publish_plan(position, plan, rank_rounds)
+            rank_rounds = (
+                rounds.schedule.rank_rounds(rounds.set_index, engine_rank) if rounds else None
+            )
+            linked.rendezvous[0].publish_plan(engine_rank, plan, rank_rounds)
 
     def _slice(self, name: str, region: Region) -> ParameterSlice:
         """Return the region of an HF tensor in a parameter of this rank.
@@ -227,10 +384,10 @@ class LinkPlanner:
         Raises:
             ValueError: this rank does not hold the region.
         """
-        for parameter, piece in self.held.get(name, ()):
-            found = ParameterSlice(parameter, piece, region)
-            if found.is_held:
-                return found
+        for parameter, piece in self.pieces.get(name, ()):
+            candidate = ParameterSlice(parameter, piece, region)
+            if candidate.is_held:
+                return candidate
         raise ValueError(f"this rank does not hold {region} of {name}")
 
 

@@ -3,8 +3,8 @@ the beginning of a push, and on a failure.
 
 All sides use a torch.distributed store that the trainer hosts. Keys begin with the set's name,
 which is new for every set. Trainer rank 0 reads the tables of all engine ranks and passes them on
-to the other trainer ranks. The plan of a position is one key, which is read by the ranks at that
-position, one of each engine. So a rank makes a handful of requests to the store, whatever the
+to the other trainer ranks. The plan of an engine rank is one key, which is read by that rank of
+each engine. So a rank makes a handful of requests to the store, whatever the
 number of ranks."""
 
 import datetime
@@ -16,16 +16,17 @@ import msgspec
 import xxhash
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
-from megatron_r1.push.published_plan import (
-    PositionPlan,
+from megatron_r1.push.protocol import (
+    EngineRankPlan,
     PublishedPlan,
     RankRounds,
     ReceiverInfo,
     Relay,
-    deliveries_to,
+    SlotTable,
+    TensorChunk,
+    chunks_to,
 )
 from megatron_r1.push.results import Failure
-from megatron_r1.push.table import Delivery, SlotTable
 
 EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors that fail a set and not this rank; torch.distributed raises the second."""
@@ -78,15 +79,15 @@ class Rendezvous:
     """The meeting of engine number `member` of the set `name`, of `num_members` engines, with the
     trainer and with the other engines.
 
-    Every call waits for the other side at most `timeout_seconds`, during a push `push_seconds`
-    (default the same), and then raises torch.distributed.DistStoreError; it raises SetFailed as
-    soon as the set is reported as failed.
+    Every call waits for the other side at most `timeout_seconds`, during a push
+    `push_timeout_seconds` (default the same), and then raises torch.distributed.DistStoreError; it
+    raises SetFailed as soon as a failure of the set has been published.
 
     Args:
         store: the trainer's store.
         name: the name of the set.
         timeout_seconds: the time limit of a call.
-        push_seconds: the time limit of a call during a push.
+        push_timeout_seconds: the time limit of a call during a push.
         tables: the slot tables, which a process shares among the sets that it meets.
         member: the engine, by its number in the set.
         num_members: the engines of the set."""
@@ -96,40 +97,45 @@ class Rendezvous:
         store: Store,
         name: str,
         timeout_seconds: float,
-        push_seconds: float | None = None,
+        push_timeout_seconds: float | None = None,
         tables: TableStore | None = None,
         *,
         member: int = 0,
         num_members: int = 1,
     ):
         self.engine, self.timeout_seconds = f"{name}.{member}", timeout_seconds
-        self.push_seconds = timeout_seconds if push_seconds is None else push_seconds
+        if push_timeout_seconds is None:
+            push_timeout_seconds = timeout_seconds
+        self.push_timeout_seconds = push_timeout_seconds
         self.member, self.num_members = member, num_members
-        self.store, self.shared = PrefixStore(self.engine, store), PrefixStore(name, store)
-        self.store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
+        self.engine_store, self.set_store = (
+            PrefixStore(self.engine, store),
+            PrefixStore(name, store),
+        )
+        self.engine_store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
         self._tables = tables or TableStore(store)
 
     def new_connection(self) -> Store:
         """Return a new connection to the store, for a thread of its own: while one thread waits,
         all others that use its connection have to wait."""
-        return self.shared.clone()  # type: ignore[attr-defined]  # missing in the stubs
+        return self.set_store.clone()  # type: ignore[attr-defined]  # missing in the stubs
 
-    def await_prepared(self) -> int:
+    def wait_prepared(self) -> int:
         """Wait until all trainer ranks are prepared; return the number of engine ranks.
 
         Raises:
             SetFailed: a side failed before it was prepared.
         """
-        num_ranks = int(self.shared.get("ready"))
+        num_ranks = int(self.set_store.get("ready"))
         if not num_ranks:
             raise SetFailed(self._failure())
         return num_ranks
 
-    def report(self, failure: Failure) -> Failure:
+    def publish_failure(self, failure: Failure) -> Failure:
         """Publish a failure, unless one has been published already, and return the first one."""
         # JSON, because `compare_set` takes text. A missing key compares as equal to "".
-        first = self.shared.compare_set("failed", "", msgspec.json.encode(failure).decode())
-        self.shared.set("ready", "0")  # ends the wait of all that are still connecting
+        first = self.set_store.compare_set("failed", "", msgspec.json.encode(failure).decode())
+        self.set_store.set("ready", "0")  # ends the wait of all that are still connecting
         return msgspec.json.decode(first, type=Failure)
 
     def raise_failure(self) -> None:
@@ -139,25 +145,25 @@ class Rendezvous:
 
     def has_failed(self) -> bool:
         """Whether any side has published a failure."""
-        return self.shared.check(["failed"])
+        return self.set_store.check(["failed"])
 
     def publish_communicator(self, identifier: bytes) -> None:
         """Publish NCCL's id of the set's communicator."""
-        self.shared.set("nccl", identifier)  # type: ignore[arg-type]  # the stubs say str
+        self.set_store.set("nccl", identifier)  # type: ignore[arg-type]  # the stubs say str
 
     def find_communicator(self) -> bytes | None:
         """Return NCCL's id of the set's communicator, once it is published."""
-        return self.shared.get("nccl") if self.shared.check(["nccl"]) else None
+        return self.set_store.get("nccl") if self.set_store.check(["nccl"]) else None
 
-    def answer(self, name: str, number: int) -> None:
-        """Show that engine rank `name`, "member/rank", is alive in push `number` of the set."""
-        self.shared.append(f"answers/{number}", f"{name} ")  # type: ignore[attr-defined]
+    def publish_alive(self, name: str, number: int) -> None:
+        """Publish that engine rank `name`, "member/rank", is alive in push `number` of the set."""
+        self.set_store.append(f"answers/{number}", f"{name} ")  # type: ignore[attr-defined]
 
-    def is_asked(self, number: int) -> bool:
+    def is_alive_requested(self, number: int) -> bool:
         """Return whether a rank wants to know who is alive in push `number` of the set."""
-        return self.shared.check([f"asked/{number}"])
+        return self.set_store.check([f"asked/{number}"])
 
-    def find_cause(
+    def diagnose_failure(
         self,
         names: Collection[str],
         number: int,
@@ -172,25 +178,23 @@ class Rendezvous:
             number: the push, by its number in the set.
             error: the error that this rank has seen.
             is_closing: ends the wait for answers when it returns True."""
-        self.shared.set(f"asked/{number}", "")
+        self.set_store.set(f"asked/{number}", "")
         key, answered, checks = f"answers/{number}", set[str](), 0
         while not answered.issuperset(names) and checks < ANSWER_CHECKS and not is_closing():
             if self.has_failed():
                 return self._failure()
-            found = set(self.shared.get(key).decode().split()) if self.shared.check([key]) else ()
-            checks, answered = (
-                checks + 1 if answered.issuperset(found) else 0,
-                answered.union(found),
-            )
+            alive = self.set_store.get(key).decode().split() if self.set_store.check([key]) else []
+            checks = checks + 1 if answered.issuperset(alive) else 0
+            answered = answered.union(alive)
             time.sleep(ANSWER_PAUSE)
         silent = sorted(tuple(map(int, name.split("/"))) for name in set(names) - answered)
         if silent:
             dead = ", ".join(f"rank {rank} of engine {member}" for member, rank in silent)
             error = f"{dead} of the set died or hangs: {error}"
-        return self.report(Failure(error, sorted({member for member, _ in silent})))
+        return self.publish_failure(Failure(error, sorted({member for member, _ in silent})))
 
     def _failure(self) -> Failure:
-        return msgspec.json.decode(self.shared.get("failed"), type=Failure)
+        return msgspec.json.decode(self.set_store.get("failed"), type=Failure)
 
 
 class EngineRendezvous(Rendezvous):
@@ -201,16 +205,20 @@ class EngineRendezvous(Rendezvous):
 
     def publish_receiver(self, rank: int, info: ReceiverInfo) -> None:
         """Publish the table and the address of engine rank `rank`."""
-        _write(self.store, f"receiver/{rank}", (self._tables.publish(info.table), info.address))
+        _write(
+            self.engine_store, f"receiver/{rank}", (self._tables.publish(info.table), info.address)
+        )
 
-    def read_plan(self, rank: int) -> tuple[dict[int | Relay, list[Delivery]], RankRounds | None]:
-        """Return the deliveries to this rank, by source, and over NCCL its rounds."""
-        self._num_ranks = self.await_prepared()
-        plan = _read(self.shared, f"plan/{rank}", PublishedPlan)
+    def read_plan(
+        self, rank: int
+    ) -> tuple[dict[int | Relay, list[TensorChunk]], RankRounds | None]:
+        """Return the chunks to this rank, by source, and over NCCL its rounds."""
+        self._num_ranks = self.wait_prepared()
+        plan = _read(self.set_store, f"plan/{rank}", PublishedPlan)
         rounds = plan.rounds[self.member] if plan.rounds is not None else None
-        return deliveries_to(plan.entering, self.member), rounds
+        return chunks_to(plan.from_trainers, self.member), rounds
 
-    def await_begun(self, number: int, connection: Store) -> int:
+    def wait_push_begun(self, number: int, connection: Store) -> int:
         """Wait until a push of the set has begun, and return its number of the run; 0 where a rank
         of the set has closed.
 
@@ -221,23 +229,28 @@ class EngineRendezvous(Rendezvous):
         return int(connection.get(f"begun/{number}"))
 
     def end_waits(self, number: int) -> None:
-        """End `await_begun` in all ranks of the set."""
-        self.shared.set(f"begun/{number}", "0")
+        """End `wait_push_begun` in all ranks of the set."""
+        self.set_store.set(f"begun/{number}", "0")
 
     def publish_memory(self, rank: int, number: int, addresses: list[str]) -> None:
-        """Publish where the trainer rank on this rank's GPU is to write a push."""
-        _write(self.store, f"memory/{rank}/{number}", addresses)
+        """Publish where the trainer rank on this rank's GPU is to write a push.
+
+        Args:
+            rank: this rank within the engine.
+            number: the push, by its number in the set.
+            addresses: handles of the receive buffer and of the checksums (`export_ipc_handle`)."""
+        _write(self.engine_store, f"memory/{rank}/{number}", addresses)
 
     def publish_complete(self, push: int) -> None:
         """Publish that this rank, of a set of several engines, has all of a push."""
-        if self.shared.add(f"has/{push}", 1) == self._num_ranks:
-            self.shared.set(f"complete/{push}", "1")
-            self.shared.delete_key(f"has/{push}")
+        if self.set_store.add(f"has/{push}", 1) == self._num_ranks:
+            self.set_store.set(f"complete/{push}", "1")
+            self.set_store.delete_key(f"has/{push}")
             # The previous push's key only: trainer rank 0 may not have read this one's yet.
-            self.shared.delete_key(f"complete/{push - 1}")
+            self.set_store.delete_key(f"complete/{push - 1}")
 
-    def report_own(self, rank: int, error: str, *, is_damaged: bool = False) -> Failure:
-        """Report a failure of this rank, as `report` does, so that no other waits for it.
+    def publish_rank_failure(self, rank: int, error: str, *, is_damaged: bool = False) -> Failure:
+        """Publish a failure of this rank, so that no other waits for it; return the first failure.
 
         Args:
             rank: the rank within the engine.
@@ -245,7 +258,7 @@ class EngineRendezvous(Rendezvous):
             is_damaged: whether what has arrived differs from what was sent.
         """
         error = f"engine {self.member} of the set, rank {rank}: {error}"
-        return self.report(Failure(error, [self.member], is_damaged))
+        return self.publish_failure(Failure(error, [self.member], is_damaged))
 
 
 class TrainerRendezvous(Rendezvous):
@@ -254,18 +267,23 @@ class TrainerRendezvous(Rendezvous):
     def read_receivers(self, num_ranks: int) -> list[ReceiverInfo]:
         """Return table and address of all ranks of the engine; called on trainer rank 0."""
         keys = [f"receiver/{rank}" for rank in range(num_ranks)]
-        self._wait_for_keys(self.store, keys, self.timeout_seconds)
-        found = [_read(self.store, key, tuple[str, str]) for key in keys]
+        self._wait_for_keys(self.engine_store, keys, self.timeout_seconds)
+        found = [_read(self.engine_store, key, tuple[str, str]) for key in keys]
         return [ReceiverInfo(self._tables.get(digest), address) for digest, address in found]
 
     def publish_plan(
         self,
-        position: int,
-        plan: PositionPlan,
+        engine_rank: int,
+        plan: EngineRankPlan,
         rounds: list[RankRounds | None] | None = None,
     ) -> None:
-        """Publish the plan of a position, over NCCL with the rounds of its ranks, by member."""
-        _write(self.shared, f"plan/{position}", PublishedPlan(plan, rounds))
+        """Publish the plan of one rank of all engines, over NCCL with its rounds.
+
+        Args:
+            engine_rank: the rank, by its number within each engine.
+            plan: the chunks to it, by member.
+            rounds: its rounds, by member."""
+        _write(self.set_store, f"plan/{engine_rank}", PublishedPlan(plan, rounds))
 
     def publish_prepared(self, num_senders: int, num_ranks: int) -> None:
         """Publish that this rank has published its plans and can be reached.
@@ -273,29 +291,31 @@ class TrainerRendezvous(Rendezvous):
         Args:
             num_senders: the trainer ranks that do so.
             num_ranks: the ranks of all engines of the set."""
-        if self.shared.add("prepared", 1) == num_senders:  # the last ends the wait of all
-            self.shared.set("ready", str(num_ranks))
+        if self.set_store.add("prepared", 1) == num_senders:  # the last ends the wait of all
+            self.set_store.set("ready", str(num_ranks))
 
-    def publish_begun(self, number: int, push: int) -> None:
+    def publish_push_begun(self, number: int, push: int) -> None:
         """Publish that the set's push number `number`, which is `push` in the run, begins."""
-        self.shared.set(f"begun/{number}", str(push))
+        self.set_store.set(f"begun/{number}", str(push))
 
     def read_memory(self, rank: int, number: int) -> list[str]:
         """Return where to write a push for engine rank `rank`, once that is published."""
         key = f"memory/{rank}/{number}"
-        self._wait_for_keys(self.store, [key], self.push_seconds)
-        return _read(self.store, key, list[str])
+        self._wait_for_keys(self.engine_store, [key], self.push_timeout_seconds)
+        return _read(self.engine_store, key, list[str])
 
-    def await_complete(self, push: int) -> None:
+    def wait_complete(self, push: int) -> None:
         """Wait until all engine ranks have all of a push; called on trainer rank 0."""
-        self._wait_for_keys(self.shared, [f"complete/{push}"], self.push_seconds + LATE_SECONDS)
+        self._wait_for_keys(
+            self.set_store, [f"complete/{push}"], self.push_timeout_seconds + LATE_SECONDS
+        )
 
     def report_error(self, error: str, *members: int) -> Failure:
-        """Report an error with these members at fault, as `report` does. Where the store is lost,
-        return the failure of that error."""
+        """Publish an error as the failure, with these members at fault, and return the first
+        failure; where the store is lost, that of this error."""
         failure = Failure(error, list(members))
         try:
-            return self.report(failure)
+            return self.publish_failure(failure)
         except RuntimeError:
             return failure
 
@@ -344,7 +364,7 @@ def report_failure(host: str, port: int, name: str, error: str) -> None:
     """
     timeout = datetime.timedelta(seconds=REPORT_SECONDS)
     store = TCPStore(host, port, is_master=False, timeout=timeout)
-    Rendezvous(store, name, REPORT_SECONDS).report(Failure(error))
+    Rendezvous(store, name, REPORT_SECONDS).publish_failure(Failure(error))
 
 
 def _write(store: Store, key: str, value: Any) -> None:

@@ -1,5 +1,5 @@
 """What ranks report to the controller of a push: the results of the trainer ranks' operations
-(`sender.WeightPush`), and the errors of engine ranks.
+(`sender.PushWorker`), and the errors of engine ranks.
 
 Imports no torch, because the controller imports it, and no llvmlite: where vLLM's server imports
 that before it forks its engine core, vLLM 0.32 does not start. triton_utils/dispatcher.py:143 looks
@@ -11,21 +11,25 @@ import msgspec
 
 
 class OpenedPush(TypedDict):
-    """What rank 0 answers to "open_push": where the ranks meet."""
+    """What rank 0 answers to "open_push": where the ranks meet.
+
+    Attributes:
+        store: [host, port] of the store that rank 0 hosts for trainer and engines."""
 
     store: list
-    """[host, port] of the store that rank 0 hosts for trainer and engines."""
 
 
 class ConnectedSets(TypedDict):
-    """What a rank answers to "connect_sets": its part in pushes to each set of engines."""
+    """What a rank answers to "connect_sets": its part in pushes to each set of engines.
+
+    Attributes:
+        problems: set -> why this rank cannot connect to it. The other fields are of the other sets.
+        num_links: set -> links of this rank to it.
+        num_bytes: set -> bytes that this rank sends to it per push."""
 
     problems: dict[str, str]
-    """Set -> why this rank cannot connect to it. The other fields are of the other sets."""
     num_links: dict[str, int]
-    """Set -> links of this rank to it."""
     num_bytes: dict[str, int]
-    """Set -> bytes that this rank sends to it per push."""
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -43,10 +47,12 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class SentWeights(TypedDict):
-    """The result of "send_weights"."""
+    """The result of "send_weights".
+
+    Attributes:
+        problems: set -> the fields of its `Failure`."""
 
     problems: dict[str, dict]
-    """Set -> the fields of its `Failure`."""
 
 
 class PushError(ValueError):

@@ -1,5 +1,5 @@
 """A trainer rank's part of pushes over NCCL: it sends the payloads of its links round by round
-(`ordered_sets`), and where engine ranks are on trainer ranks' GPUs, receives for the one on its
+(`push_schedule`), and where engine ranks are on trainer ranks' GPUs, receives for the one on its
 own, into memory that both have mapped.
 
 A rank whose wait fails (`transports.nccl_rounds`) aborts its communicator and finds out which
@@ -16,17 +16,18 @@ import msgspec
 import torch
 from torch.distributed import PrefixStore, Store
 
-from megatron_r1.push.ordered_sets import OrderedSets, PayloadId
-from megatron_r1.push.plan.rounds import ENTRY_BYTES
-from megatron_r1.push.published_plan import (
-    PositionPlan,
+from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES
+from megatron_r1.push.protocol import (
+    EngineRankPlan,
     ReceiverInfo,
     Relay,
-    deliveries_to,
+    SlotTable,
+    TensorChunk,
+    chunks_to,
 )
+from megatron_r1.push.push_schedule import PayloadId, PushSchedule
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TrainerRendezvous, wait_for_keys
 from megatron_r1.push.results import Failure
-from megatron_r1.push.table import Delivery, SlotTable
 from megatron_r1.push.transports.nccl_rounds import (
     Communicator,
     NCCLError,
@@ -35,8 +36,13 @@ from megatron_r1.push.transports.nccl_rounds import (
     RoundRunner,
     Transfer,
 )
-from megatron_r1.push.transports.payloads import ArrivingPayloads, MemoryPayload, SlicesPayload
-from megatron_r1.push.transports.shared_memory import mapped_memory
+from megatron_r1.push.transports.payloads import (
+    BufferPayload,
+    Payload,
+    ReceivePayloads,
+    SlicesPayload,
+)
+from megatron_r1.push.transports.shared_memory import open_ipc_handle
 
 
 @dataclass
@@ -45,51 +51,53 @@ class SetRounds:
 
     Attributes:
         rendezvous: this rank's rendezvous with each engine of the set.
-        ordered: the order of the sets that were connected together.
-        index: the place of the set in `ordered`.
+        schedule: the rounds of all sets that were connected together.
+        set_index: the number of the set in `schedule`.
         rank: the trainer rank.
         communicator: the set's communicator, if it has one.
         number: the number of the set's push."""
 
     rendezvous: list[TrainerRendezvous]
-    ordered: OrderedSets
-    index: int
+    schedule: PushSchedule
+    set_index: int
     rank: int
     communicator: Communicator | None = None
     number: int = 0
 
     def __post_init__(self) -> None:
-        self.place = self.ordered.received_by(self.index, self.rank)
-        """The engine rank on this rank's GPU, (member, position)."""
-        self._receives: tuple[SlotTable, Mapping[int | Relay, Sequence[Delivery]]] | None = None
-        """Its table, and the deliveries to it by source."""
-        self._mapped: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._colocated = self.schedule.colocated_engine_rank(self.set_index, self.rank)
+        """(member, engine rank) of the engine rank on this rank's GPU."""
+        self._receive_plan: tuple[SlotTable, Mapping[int | Relay, Sequence[TensorChunk]]] | None = (
+            None
+        )
+        """Its table, and the chunks to it by source."""
+        self._mapped_memory: tuple[torch.Tensor, torch.Tensor] | None = None
         """During a push, the memory of that rank, and that of the checksums, behind which is room
         for the push's number."""
-        self._arriving: ArrivingPayloads | None = None
-        calls, copies = self.ordered.calls(self.rank), self.ordered.copies(self.rank)
-        self.calls = [call for call in calls if call.payload.set_index == self.index]
-        self.copies = [payload for payload in copies if payload.set_index == self.index]
+        self._receive_payloads: ReceivePayloads | None = None
+        ops, copies = self.schedule.bucket_ops(self.rank), self.schedule.local_copies(self.rank)
+        self.bucket_ops = [op for op in ops if op.payload.set_index == self.set_index]
+        self.local_copies = [payload for payload in copies if payload.set_index == self.set_index]
 
-    def receives_for(self, position: int) -> bool:
-        """Return whether an engine rank at this position is on this rank's GPU."""
-        return self.place is not None and self.place[1] == position
+    def is_on_gpu_of(self, engine_rank: int) -> bool:
+        """Return whether that rank of an engine of the set is on this trainer rank's GPU."""
+        return self._colocated is not None and self._colocated[1] == engine_rank
 
-    def receive_for(self, receivers: Sequence[ReceiverInfo], plan: PositionPlan) -> None:
+    def set_receive_plan(self, receivers: Sequence[ReceiverInfo], plan: EngineRankPlan) -> None:
         """Prepare to receive for the engine rank on this rank's GPU.
 
         Args:
-            receivers: table and address of the engine ranks at its position, by member.
-            plan: the deliveries to that position."""
-        assert self.place is not None, "receives_for() is True"
-        member, _ = self.place
-        self._receives = receivers[member].table, deliveries_to(plan, member)
+            receivers: table and address of the equal ranks of all engines, by member.
+            plan: the chunks to these ranks."""
+        assert self._colocated is not None, "is_on_gpu_of() is True"
+        member, _ = self._colocated
+        self._receive_plan = receivers[member].table, chunks_to(plan, member)
 
-    def begin_connect(self) -> None:
+    def create_communicator(self) -> None:
         """Begin to create the set's communicator, if it has one."""
-        if num_ranks := self.ordered.num_ranks(self.index):
-            self.communicator = Communicator(self.rendezvous[0], self.rank, num_ranks)
-            self.communicator.begin()
+        if communicator_size := self.schedule.communicator_size(self.set_index):
+            self.communicator = Communicator(self.rendezvous[0], self.rank, communicator_size)
+            self.communicator.create()
 
     def connect(self) -> None:
         """Wait until the set's communicator is there.
@@ -97,57 +105,66 @@ class SetRounds:
         Raises:
             Exception: why the communicator is not there.
         """
-        if self.communicator is not None and not self.communicator.wait_settled():
+        if self.communicator is not None and not self.communicator.wait_ready():
             assert self.communicator.error is not None
             raise self.communicator.error
 
-    def map(self) -> None:
+    def map_memory(self) -> None:
         """Map the memory that the engine rank on this rank's GPU has published for the push."""
-        if self.place is not None:
-            member, position = self.place
-            addresses = self.rendezvous[member].read_memory(position, self.number)
-            memory, sums = map(mapped_memory, addresses)
-            self._mapped = memory, sums.view(torch.int64)
+        if self._colocated is not None:
+            member, engine_rank = self._colocated
+            addresses = self.rendezvous[member].read_memory(engine_rank, self.number)
+            memory, sums = map(open_ipc_handle, addresses)
+            self._mapped_memory = memory, sums.view(torch.int64)
 
-    def begin(self, push: int) -> None:
+    def prepare_payloads(self, push: int) -> None:
         """Prepare the payloads of a push."""
-        self._memory_payloads: dict[PayloadId, MemoryPayload] = {}
-        if self._mapped is not None:
-            assert self._receives is not None, "receive_for() comes first"
-            (table, deliveries), (memory, sums) = self._receives, self._mapped
-            self._arriving = ArrivingPayloads(table, deliveries, table.buffer(memory, push), sums)
+        self._buffer_payloads: dict[PayloadId, BufferPayload] = {}
+        if self._mapped_memory is not None:
+            assert self._receive_plan is not None, "set_receive_plan() comes first"
+            (table, chunks), (memory, sums) = self._receive_plan, self._mapped_memory
+            self._receive_payloads = ReceivePayloads(
+                table, chunks, table.buffer(memory, push), sums
+            )
 
-    def unmap(self) -> None:
-        """Let go of the engine rank's memory."""
-        self._mapped, self._arriving, self._memory_payloads = None, None, {}
+    def unmap_memory(self) -> None:
+        """Unmap the engine rank's memory."""
+        self._mapped_memory, self._receive_payloads, self._buffer_payloads = None, None, {}
 
-    def memory_payload(self, payload: PayloadId) -> MemoryPayload:
-        """Return the place, in the memory of the engine rank on this rank's GPU, of a payload that
-        it receives or relays."""
-        if payload not in self._memory_payloads:
-            assert self._arriving is not None, "map() and begin() come first"
-            if payload.sender is None and (payload.member, payload.position) == self.place:
-                self._memory_payloads[payload] = self._arriving.own_payload()
+    def buffer_payload(self, payload: PayloadId) -> BufferPayload:
+        """Return a payload that the engine rank on this rank's GPU receives or relays, in its
+        memory."""
+        if payload not in self._buffer_payloads:
+            assert self._receive_payloads is not None, (
+                "map_memory() and prepare_payloads() come first"
+            )
+            if (
+                payload.trainer_rank is None
+                and (payload.member, payload.engine_rank) == self._colocated
+            ):
+                self._buffer_payloads[payload] = self._receive_payloads.relay_payload()
             else:
-                source = Relay(payload.member) if payload.sender is None else payload.sender
-                self._memory_payloads[payload] = self._arriving.payload(source)
-        return self._memory_payloads[payload]
+                source = (
+                    Relay(payload.member) if payload.trainer_rank is None else payload.trainer_rank
+                )
+                self._buffer_payloads[payload] = self._receive_payloads.payload(source)
+        return self._buffer_payloads[payload]
 
-    def copy(self, payloads: LinkPayloads, device: torch.device) -> None:
+    def copy_local_payloads(self, payloads: LinkPayloads, device: torch.device) -> None:
         """Copy what this rank holds itself for an engine rank on its GPU."""
-        for payload in self.copies:
-            source = payloads[payload.member, payload.position]
-            target = self.memory_payload(payload)
-            for start in range(0, source.num_bytes, ENTRY_BYTES):
-                end = min(start + ENTRY_BYTES, source.num_bytes)
+        for payload in self.local_copies:
+            source = payloads[payload.member, payload.engine_rank]
+            target = self.buffer_payload(payload)
+            for start in range(0, source.num_bytes, SCATTER_BUCKET_BYTES):
+                end = min(start + SCATTER_BUCKET_BYTES, source.num_bytes)
                 packed = torch.empty(end - start, dtype=torch.uint8, device=device)
                 source.pack(start, end, packed)
                 target.unpack(start, end, packed)
 
-    def mark_written(self) -> None:
+    def write_push_number(self) -> None:
         """Write the push's number behind the checksums of the engine rank's memory."""
-        if self._mapped is not None:
-            self._mapped[1][-1] = self.number
+        if self._mapped_memory is not None:
+            self._mapped_memory[1][-1] = self.number
 
     def report_failure(self, error: Exception) -> Failure:
         """Report why the set's push broke, and return the failure that was reported first."""
@@ -156,9 +173,9 @@ class SetRounds:
         text = f"trainer rank {self.rank}: {type(error).__name__}: {error}"
         try:
             if self.communicator is not None and isinstance(error, (NCCLError, TimeoutError)):
-                names = self.ordered.names(self.index)
-                return self.rendezvous[0].find_cause(names, self.number, text)
-            return self.rendezvous[0].report(Failure(text))
+                names = self.schedule.names(self.set_index)
+                return self.rendezvous[0].diagnose_failure(names, self.number, text)
+            return self.rendezvous[0].publish_failure(Failure(text))
         except RuntimeError:  # the store is lost
             return Failure(text)
 
@@ -169,7 +186,7 @@ class SetRounds:
 
 
 LinkPayloads = Mapping[tuple[int, int], SlicesPayload]
-"""What is sent over each link of a set, by (member, position)."""
+"""What is sent over each link of a set, by (member, engine rank)."""
 
 
 class RoundSender:
@@ -183,16 +200,16 @@ class RoundSender:
 
     def __init__(self, store: Store, rank: int, world_size: int):
         self._store, self._rank, self._world_size = store, rank, world_size
-        self._together = PrefixStore("trainers", store)
+        self._trainer_store = PrefixStore("trainers", store)
         self._num_agreements = 0
-        self._own: Communicator | None = None
+        self._trainer_communicator: Communicator | None = None
         """The communicator of all trainer ranks."""
         self._streams: PushStreams | None = None
 
     def connect(self, sets: Mapping[str, SetRounds]) -> dict[str, Exception]:
         """Create the communicators of these sets, all at once; return the errors by set."""
         errors: dict[str, Exception] = {}
-        for call in (SetRounds.begin_connect, SetRounds.connect):
+        for call in (SetRounds.create_communicator, SetRounds.connect):
             for name, rounds in sets.items():
                 if name not in errors:
                     try:
@@ -205,90 +222,90 @@ class RoundSender:
         self, push: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]
     ) -> dict[str, Failure]:
         """Send a push to these sets, and return the failures by set."""
-        present, failures = dict(sets), dict[str, Failure]()
+        sending, failures = dict(sets), dict[str, Failure]()
         try:
-            for name in self._agree({name: each for name, (each, _) in sets.items()}):
-                present.pop(name)
+            for name in self._map_and_agree({name: each for name, (each, _) in sets.items()}):
+                sending.pop(name)
                 failures[name] = sets[name][0].report_failure(RuntimeError("an engine is gone"))
-            self._send(push, present)
+            self._send(push, sending)
         except EXPECTED_ERRORS as error:
-            for rounds, _ in present.values():
+            for rounds, _ in sending.values():
                 self._communicator(rounds).abort(error)
-        for name, (rounds, _) in present.items():
+        for name, (rounds, _) in sending.items():
             if (failed := self._communicator(rounds).error) is not None:
                 failures[name] = rounds.report_failure(failed)
         for rounds, _ in sets.values():
-            rounds.unmap()
+            rounds.unmap_memory()
         return failures
 
     def close(self) -> None:
         """Abort this rank's own communicator, if it was made."""
-        if self._own is not None:
-            self._own.abort(RuntimeError("the trainer closes"))
+        if self._trainer_communicator is not None:
+            self._trainer_communicator.abort(RuntimeError("the trainer closes"))
 
     def _communicator(self, rounds: SetRounds) -> Communicator:
-        found = rounds.communicator or self._own
-        assert found is not None, "_agree() comes first"
+        found = rounds.communicator or self._trainer_communicator
+        assert found is not None, "_map_and_agree() comes first"
         return found
 
-    def _agree(self, sets: Mapping[str, SetRounds]) -> list[str]:
-        """Have the memory of the engine ranks for which trainer ranks receive mapped, and the
-        trainer's own communicator made where it is needed and missing. Return the sets whose
-        engines have not published theirs, the same on all ranks."""
+    def _map_and_agree(self, sets: Mapping[str, SetRounds]) -> list[str]:
+        """Map the memory of the engine ranks for which trainer ranks receive, and create the
+        trainer's own communicator where it is needed and missing. Return the sets whose engines
+        have not published their memory, the same on all ranks."""
         shared = {
-            name: each for name, each in sets.items() if each.ordered.has_shared_gpus(each.index)
+            name: each
+            for name, each in sets.items()
+            if each.schedule.has_shared_gpus(each.set_index)
         }
         if not shared:
             return []
         for rounds in shared.values():
             try:
-                rounds.map()
+                rounds.map_memory()
             except EXPECTED_ERRORS as error:
                 rounds.report_failure(error)
-        seconds = next(iter(shared.values())).rendezvous[0].push_seconds
+        seconds = next(iter(shared.values())).rendezvous[0].push_timeout_seconds
         self._num_agreements += 1
-        number, together = self._num_agreements, self._together
-        if self._own is None or self._own.error is not None:
-            together.set(f"new/{number}", "1")
-        if together.add(f"ready/{number}", 1) == self._world_size:  # the last decides for all
+        number, trainer_store = self._num_agreements, self._trainer_store
+        if self._trainer_communicator is None or self._trainer_communicator.error is not None:
+            trainer_store.set(f"new/{number}", "1")
+        if trainer_store.add(f"ready/{number}", 1) == self._world_size:  # the last decides for all
             failed = [name for name, each in shared.items() if each.rendezvous[0].has_failed()]
-            decided = failed, together.check([f"new/{number}"])
-            together.set(f"agreed/{number}", msgspec.msgpack.encode(decided))  # type: ignore[arg-type]
-        wait_for_keys(together, [f"agreed/{number}"], seconds)
-        encoded = together.get(f"agreed/{number}")
+            decided = failed, trainer_store.check([f"new/{number}"])
+            trainer_store.set(f"agreed/{number}", msgspec.msgpack.encode(decided))  # type: ignore[arg-type]
+        wait_for_keys(trainer_store, [f"agreed/{number}"], seconds)
+        encoded = trainer_store.get(f"agreed/{number}")
         left_out, is_new = msgspec.msgpack.decode(encoded, type=tuple[list[str], bool])
         if is_new:
             self.close()
             own = TrainerRendezvous(self._store, f"trainers.{number}", seconds)
-            self._own = Communicator(own, self._rank, self._world_size)
-            self._own.begin()
-            self._own.wait_settled()
-        assert self._own is not None
-        self._own.set_limit(seconds)
+            self._trainer_communicator = Communicator(own, self._rank, self._world_size)
+            self._trainer_communicator.create()
+            self._trainer_communicator.wait_ready()
+        assert self._trainer_communicator is not None
+        self._trainer_communicator.set_timeout(seconds)
         return left_out
 
     def _send(self, push: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]) -> None:
-        """Run this rank's rounds, and show the engine rank on its GPU when all is there."""
+        """Run this rank's rounds, and tell the engine rank on its GPU when all is there."""
         if self._streams is None:
             self._streams = PushStreams(torch.cuda.current_device())
         streams = self._streams
-        streams.copies_follow()
+        streams.order_copies_after_current()
         for rounds, payloads in sets.values():
-            rounds.begin(push)
+            rounds.prepare_payloads(push)
             if rounds.communicator is not None:
-                rounds.communicator.set_limit(rounds.rendezvous[0].push_seconds)
-            with streams.copying():
-                rounds.copy(payloads, streams.device)
-        entering, relayed = (
-            self._rounds(sets, is_relayed=is_relayed) for is_relayed in (False, True)
-        )
-        runner = RoundRunner(streams, [*entering, *relayed])
-        runner.run(entering)
-        runner.run(relayed)
+                rounds.communicator.set_timeout(rounds.rendezvous[0].push_timeout_seconds)
+            with streams.copy_stream():
+                rounds.copy_local_payloads(payloads, streams.device)
+        scatter, relay = (self._rounds(sets, is_relayed=is_relayed) for is_relayed in (False, True))
+        runner = RoundRunner(streams, [*scatter, *relay])
+        runner.run(scatter)
+        runner.run(relay)
         for rounds, _ in sets.values():
             if self._communicator(rounds).error is None:
-                with streams.copying():
-                    rounds.mark_written()
+                with streams.copy_stream():
+                    rounds.write_push_number()
                 self._communicator(rounds).wait(streams.copies_ended())
 
     def _rounds(
@@ -298,17 +315,19 @@ class RoundSender:
         found: dict[tuple[int, int, int], Round] = {}
         for rounds, payloads in sets.values():
             communicator = self._communicator(rounds)
-            group = 1 + rounds.index if rounds.communicator is not None else 0
-            for call in rounds.calls:
-                if call.is_relayed != is_relayed:
+            group = 1 + rounds.set_index if rounds.communicator is not None else 0
+            for op in rounds.bucket_ops:
+                if op.is_relayed != is_relayed:
                     continue
-                key = call.round, rounds.ordered.number, group
+                key = op.round, rounds.schedule.number, group
                 each = found.get(key) or Round(communicator, None, None)
-                is_own = call.is_send and call.payload.sender is not None
-                place = call.payload.member, call.payload.position
-                payload = payloads[place] if is_own else rounds.memory_payload(call.payload)
-                transfer = Transfer(call.peer, payload, *payload.extent(call.number, call.count))
-                if call.is_send:
+                payload: Payload
+                if op.is_send and op.payload.trainer_rank is not None:
+                    payload = payloads[op.payload.member, op.payload.engine_rank]
+                else:
+                    payload = rounds.buffer_payload(op.payload)
+                transfer = Transfer(op.peer, payload, *payload.bucket_range(op.number, op.count))
+                if op.is_send:
                     found[key] = each._replace(sent=transfer)
                 else:
                     found[key] = each._replace(received=transfer)

@@ -1,5 +1,5 @@
 """A trainer rank's part of a push: it sends the slices that the plan assigns to this rank
-(`plan.engine_sets`), each to one engine rank, straight from the model's parameters. `WeightPush`
+(`plan.engine_sets`), each to one engine rank, straight from the model's parameters. `PushWorker`
 has the operations that the controller calls."""
 
 from __future__ import annotations
@@ -21,17 +21,23 @@ from torch.distributed import Store
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.models import platform
-from megatron_r1.models.platform import LOOPBACK, host_store, ranks_share_host
+from megatron_r1.models.platform import LOOPBACK, create_store, ranks_share_host
 from megatron_r1.models.weights.adapters import adapter_pieces
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.local import local_entries
 from megatron_r1.models.weights.stored.published import has_power_of_two_scales
 from megatron_r1.models.weights.table import Piece, Table
-from megatron_r1.push.link_planner import HeldPieces, LinkedSet, LinkPlanner, PushLink
-from megatron_r1.push.plan.adapters import pushed_adapters
+from megatron_r1.push.link_planner import (
+    HeldPieces,
+    LinkPlanner,
+    PushLink,
+    SetLinks,
+    SetReceivers,
+    read_receivers,
+)
+from megatron_r1.push.plan.adapters import pushed_adapter_table
 from megatron_r1.push.plan.planner import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
-from megatron_r1.push.receivers import SetReceivers, read_receivers
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TableStore, TrainerRendezvous
 from megatron_r1.push.results import ConnectedSets, Failure, OpenedPush, SentWeights
 from megatron_r1.push.round_sender import RoundSender
@@ -42,7 +48,7 @@ from megatron_r1.push.transports.payloads import SlicesPayload
 T = TypeVar("T")
 
 
-def run_all(calls: Sequence[Callable[[], T]]) -> list[T]:
+def run_in_threads(calls: Sequence[Callable[[], T]]) -> list[T]:
     """Run each call in a thread of its own; return their results, or raise the first error when all
     have ended. A single call runs in this thread."""
     if len(calls) <= 1:
@@ -54,7 +60,7 @@ def run_all(calls: Sequence[Callable[[], T]]) -> list[T]:
     return [call.result() for call in running]
 
 
-FromRankZero = Callable[[bytes | None], bytes]
+BroadcastFromRankZero = Callable[[bytes | None], bytes]
 """Broadcasts rank 0's bytes to all trainer ranks, which pass None, and returns them."""
 
 
@@ -64,9 +70,9 @@ class WeightSender:
     Args:
         hf: the model's `config.json`.
         grid: the layout of the trainer.
-        held: this rank's parameters of the model.
+        pieces: this rank's parameters, by the HF tensor of which they hold a piece.
         store: the store in which trainer and engine ranks meet.
-        broadcast: broadcasts rank 0's bytes (`FromRankZero`); a single rank needs none.
+        broadcast: broadcasts rank 0's bytes (`BroadcastFromRankZero`); a single rank needs none.
         rank: the trainer rank.
         stages: the shards of the pipeline's virtual stages, default an even spread.
         drafts: whether engines draft with the MTP layers.
@@ -77,9 +83,9 @@ class WeightSender:
         self,
         hf: dict,
         grid: TrainerGrid,
-        held: HeldPieces,
+        pieces: HeldPieces,
         store: Store,
-        broadcast: FromRankZero = lambda value: value or b"",
+        broadcast: BroadcastFromRankZero = lambda value: value or b"",
         *,
         rank: int = 0,
         stages: list[list[Shard]] | None = None,
@@ -92,9 +98,9 @@ class WeightSender:
         self._power_of_two_scales = has_power_of_two_scales(hf)
         self._tensors = pushed_tensors(hf, fp8=False, drafts=drafts, adapters=adapters)
         self._planner = LinkPlanner(
-            hf, grid, held, rank=rank, stages=stages, gpus=gpus, rules=adapters
+            hf, grid, pieces, rank=rank, stages=stages, gpus=gpus, rules=adapters
         )
-        self._sets: dict[str, LinkedSet] = {}
+        self._sets: dict[str, SetLinks] = {}
         self._tables = TableStore(store)
         self._rounds = RoundSender(store, rank, grid.world_size)
 
@@ -104,31 +110,33 @@ class WeightSender:
         layout: dict[str, Any],
         transport: str,
         timeout_seconds: float,
-        push_seconds: float | None = None,
-        gone: Sequence[str] = (),
+        push_timeout_seconds: float | None = None,
+        closed_sets: Sequence[str] = (),
     ) -> ConnectedSets:
-        """Agree with all engine ranks of these sets on the deliveries of this rank, and connect.
+        """Agree with all engine ranks of these sets on the chunks of this rank, and connect.
 
         Args:
             sets: name, unique to every call, and number of engines of each set.
             layout: the fields of `EngineLayout`, of one engine.
             transport: the name of the transport.
             timeout_seconds: limit for connecting.
-            push_seconds: limit for a push, default `timeout_seconds`.
-            gone: sets to disconnect."""
-        for name in gone:
+            push_timeout_seconds: limit for a push, default `timeout_seconds`.
+            closed_sets: sets to disconnect."""
+        for name in closed_sets:
             self.disconnect(name)
         engine_layout = EngineLayout(**{**layout, "engines": 1})
-        meet = partial(
-            TrainerRendezvous,
-            self.store,
-            timeout_seconds=timeout_seconds,
-            push_seconds=push_seconds,
-            tables=self._tables,
-        )
         rendezvous = {
             name: [
-                meet(name, member=member, num_members=num_engines) for member in range(num_engines)
+                TrainerRendezvous(
+                    self.store,
+                    name,
+                    timeout_seconds,
+                    push_timeout_seconds,
+                    self._tables,
+                    member=member,
+                    num_members=num_engines,
+                )
+                for member in range(num_engines)
             ]
             for name, num_engines in sets
         }
@@ -144,15 +152,7 @@ class WeightSender:
         for linked in present.values():
             num_ranks = len(linked.rendezvous) * engine_layout.num_ranks
             linked.rendezvous[0].publish_prepared(self.grid.world_size, num_ranks)
-        outcomes = run_all([partial(self._connect_set, linked) for linked in present.values()])
-        failed |= {name: text for name, text in zip(present, outcomes, strict=True) if text}
-        in_rounds = {
-            name: linked.rounds
-            for name, linked in present.items()
-            if linked.rounds is not None and name not in failed
-        }
-        for name, error in self._rounds.connect(in_rounds).items():
-            failed[name] = self._report(present[name], error)
+        failed |= self._connect_links(present)
         for name in failed:
             self.disconnect(name)
         connected = {name: present[name] for name in present.keys() - failed.keys()}
@@ -162,12 +162,25 @@ class WeightSender:
             "num_bytes": {name: linked.num_bytes for name, linked in connected.items()},
         }
 
+    def _connect_links(self, sets: Mapping[str, SetLinks]) -> dict[str, str]:
+        """Connect to all sets at once, and return the problems by set."""
+        outcomes = run_in_threads([partial(self._connect_set, linked) for linked in sets.values()])
+        failed = {name: text for name, text in zip(sets, outcomes, strict=True) if text}
+        in_rounds = {
+            name: linked.rounds
+            for name, linked in sets.items()
+            if linked.rounds is not None and name not in failed
+        }
+        for name, error in self._rounds.connect(in_rounds).items():
+            failed[name] = self._report(sets[name], error)
+        return failed
+
     def disconnect(self, name: str) -> None:
         """Close the links to a set of engines; an unknown name is ignored."""
         if name in self._sets:
             self._sets.pop(name).close()
 
-    def send(self, push: int, sets: Sequence[str], gone: Sequence[str] = ()) -> SentWeights:
+    def send(self, push: int, sets: Sequence[str], closed_sets: Sequence[str] = ()) -> SentWeights:
         """Send the present weights to these sets, over all links at once, as push number `push` of
         each set. Rank 0 returns when the engines of each set have relayed all of the push. A set
         that fails does not stop the others.
@@ -175,20 +188,20 @@ class WeightSender:
         Args:
             push: the number of the push.
             sets: the sets to send to.
-            gone: the sets to disconnect."""
-        for name in gone:
+            closed_sets: sets to disconnect."""
+        for name in closed_sets:
             self.disconnect(name)
         present = {name: self._sets[name] for name in sets if name in self._sets}
         for linked in present.values():
             linked.number += 1
             if self.rank == 0:
-                linked.rendezvous[0].publish_begun(linked.number, push)
+                linked.rendezvous[0].publish_push_begun(linked.number, push)
         problems = self._send_in_rounds(push, present) | self._send_over_links(push, present)
         for name, linked in present.items():
             if self.rank == 0 and len(linked.rendezvous) > 1 and name not in problems:
                 rendezvous = linked.rendezvous[0]
                 try:
-                    rendezvous.await_complete(push)
+                    rendezvous.wait_complete(push)
                 except SetFailed as error:
                     problems[name] = error.failure
                 except RuntimeError as error:
@@ -196,22 +209,22 @@ class WeightSender:
                     problems[name] = rendezvous.report_error(late)
         return {"problems": {name: msgspec.to_builtins(f) for name, f in problems.items()}}
 
-    def _send_over_links(self, push: int, sets: Mapping[str, LinkedSet]) -> dict[str, Failure]:
+    def _send_over_links(self, push: int, sets: Mapping[str, SetLinks]) -> dict[str, Failure]:
         """Send a push over all links at once, but those of sets that are sent to in rounds."""
         problems: dict[str, Failure] = {}
 
         def send_over(name: str, link: PushLink) -> None:
             try:
-                link.end.send(push, self._encoded(link))
+                link.sender.send(push, self._encode(link))
             except SetFailed as error:
                 problems.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:
-                to = f"rank {link.end.rank} of engine {link.member} of the set"
+                to = f"rank {link.sender.engine_rank} of engine {link.member} of the set"
                 text = f"trainer rank {self.rank} to {to}: {type(error).__name__}: {error}"
-                failure = link.end.rendezvous.report_error(text, link.member)
+                failure = link.sender.rendezvous.report_error(text, link.member)
                 problems.setdefault(name, failure)
 
-        run_all(
+        run_in_threads(
             [
                 partial(send_over, name, link)
                 for name, linked in sets.items()
@@ -221,17 +234,17 @@ class WeightSender:
         )
         return problems
 
-    def _encoded(self, link: PushLink) -> EncodedSlices:
+    def _encode(self, link: PushLink) -> EncodedSlices:
         return EncodedSlices(link.slices, power_of_two=self._power_of_two_scales)
 
-    def _send_in_rounds(self, push: int, sets: Mapping[str, LinkedSet]) -> dict[str, Failure]:
+    def _send_in_rounds(self, push: int, sets: Mapping[str, SetLinks]) -> dict[str, Failure]:
         """Send a push in the rounds that the plan has for it."""
         found = {}
         for name, linked in sets.items():
             if linked.rounds is not None:
                 payloads = {
-                    (link.member, link.end.rank): SlicesPayload(
-                        link.end.table, link.end.deliveries, self._encoded(link)
+                    (link.member, link.sender.engine_rank): SlicesPayload(
+                        link.sender.table, link.sender.chunks, self._encode(link)
                     )
                     for link in linked.links
                 }
@@ -252,23 +265,23 @@ class WeightSender:
         self.broadcast(msgspec.msgpack.encode(receivers))
         return receivers
 
-    def _connect_set(self, linked: LinkedSet) -> str:
+    def _connect_set(self, linked: SetLinks) -> str:
         """Connect to a set, all links at once, and return the problem if there is one."""
         try:
-            linked.rendezvous[0].await_prepared()
-            run_all([link.end.connect for link in linked.links])
+            linked.rendezvous[0].wait_prepared()
+            run_in_threads([link.sender.connect for link in linked.links])
         except EXPECTED_ERRORS as error:
             return self._report(linked, error)
         return ""
 
-    def _report(self, linked: LinkedSet, error: Exception) -> str:
+    def _report(self, linked: SetLinks, error: Exception) -> str:
         """Report to a set that this rank cannot connect, and return why."""
         text = f"{type(error).__name__}: {error}"
         linked.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")
         return text
 
 
-class WeightPush:
+class PushWorker:
     """The sender of a rank, created from its model by `open_push`; every method is called on all
     trainer ranks.
 
@@ -285,20 +298,20 @@ class WeightPush:
     def open_push(self) -> OpenedPush:
         """Create the sender, before the first engine is connected."""
         stages = recipe_stages(self._config, self._hf)
-        adapters = pushed_adapters(self._config, self._hf)
-        held = defaultdict(list)
+        adapters = pushed_adapter_table(self._config, self._hf)
+        by_tensor: dict[str, list[tuple[torch.Tensor, Piece]]] = defaultdict(list)
         for parameter, pieces in self._pushed_pieces(adapters is not None):
             for piece in pieces:
-                held[piece.hf_name].append((parameter, piece))
+                by_tensor[piece.hf_name].append((parameter, piece))
         grid = TrainerGrid.from_recipe(self._config.parallel, dist.get_world_size())
         store, address = open_store(self._config.rollout)
         rank = dist.get_rank()
         self._sender = WeightSender(
             self._hf,
             grid,
-            held,
+            by_tensor,
             store,
-            platform.from_rank_zero,
+            platform.broadcast_from_rank_zero,
             rank=rank,
             stages=stages,
             drafts=self._config.rollout.drafts_by_mtp,
@@ -321,10 +334,17 @@ class WeightPush:
         assert self._sender is not None, "open_push() comes first"
         return self._sender.connect(**arguments)
 
-    def send_weights(self, push: int, sets: list[str], gone: Sequence[str] = ()) -> SentWeights:
-        """Push to sets of engines, as `WeightSender.send` does."""
+    def send_weights(
+        self, push: int, sets: list[str], closed_sets: Sequence[str] = ()
+    ) -> SentWeights:
+        """Push to sets of engines, as `WeightSender.send` does.
+
+        Args:
+            push: the number of the push.
+            sets: the names of the sets to send to.
+            closed_sets: the names of sets to disconnect."""
         assert self._sender is not None, "open_push() comes first"
-        return self._sender.send(push, sets, gone)
+        return self._sender.send(push, sets, closed_sets)
 
 
 def _gpus() -> list[str]:
@@ -354,9 +374,9 @@ def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, list]:
             engines = rollout.hosts_address or socket.gethostname()
             everywhere = not ranks_share_host() and _resolved(host) != _resolved(engines)
             host = host if everywhere else engines
-        store = host_store(host, everywhere=everywhere)
+        store = create_store(host, everywhere=everywhere)
     # Only rank 0 has chosen a port, and knows its host's own name.
-    host, port = platform.from_rank_zero(store and [host, store.port])
+    host, port = platform.broadcast_from_rank_zero(store and [host, store.port])
     return store or dist.TCPStore(host, port, is_master=False), [host, port]
 
 

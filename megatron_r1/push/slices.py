@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from megatron_r1.models.weights.local import merged
+from megatron_r1.models.weights.local import merge_adapter
 from megatron_r1.models.weights.stored.quantized_blocks import quantize_fp8
 from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.plan.tensors import Region
-from megatron_r1.push.receiver_layout import Encoding
+
+Encoding = Literal["plain", "codes", "scales"]
+"""The form of a chunk's slice: its values, or the FP8 codes or scales of its blocks."""
 
 
 class ParameterSlice(NamedTuple):
-    """The `region` of an HF tensor inside a parameter that holds `piece` of that tensor."""
+    """A region of an HF tensor inside a parameter of this rank.
+
+    Attributes:
+        parameter: the Megatron parameter.
+        piece: what the parameter holds of the HF tensor.
+        region: rows and columns of the HF tensor."""
 
     parameter: Tensor
     piece: Piece
@@ -42,7 +49,7 @@ class ParameterSlice(NamedTuple):
         rows = slice(region.top + down, region.bottom + down)
         columns = slice(region.left + right, region.right + right)
         if self.is_merged:
-            return merged(self.parameter, rows, columns)
+            return merge_adapter(self.parameter, rows, columns)
         matrix = self.parameter.detach()
         return (matrix if matrix.dim() > 1 else matrix[:, None])[rows, columns]
 
@@ -56,7 +63,7 @@ class EncodedSlices:
     until they are read.
 
     Args:
-        slices: each delivery's values and their form.
+        slices: each chunk's values and their form.
         power_of_two: whether scales are rounded up to powers of two."""
 
     def __init__(
@@ -69,11 +76,11 @@ class EncodedSlices:
         """By the identity of a slice, which its codes and scales share."""
 
     def __getitem__(self, index: int) -> Tensor:
-        """Return the values (height, width) of one delivery, in the trainer's dtype if plain."""
+        """Return the values (height, width) of one chunk, in the trainer's dtype if plain."""
         source, encoding = self._slices[index]
         if encoding == "plain" and not source.is_merged:
             return source.values()
-        if self._last and self._last[0] == index:  # the next rows of the same delivery
+        if self._last and self._last[0] == index:  # the next rows of the same chunk
             return self._last[1]
         if encoding == "scales":
             scales = self._scales.pop(id(source), None)

@@ -15,13 +15,16 @@ from megatron_r1.rehearse import launch
 from megatron_r1.rehearse.miniature import Change
 from megatron_r1.rehearse.model import reward_models
 from megatron_r1.rehearse.phases import PhaseResult
-from megatron_r1.rehearse.settings import Place
+from megatron_r1.rehearse.settings import RehearsalDevice
 
 
 class StructureRow(NamedTuple):
     """A part of a recipe's structure.
 
     Attributes:
+        what: the setting, or a part of the structure in words.
+        recipe: its value in the recipe.
+        miniature: its value in the miniature.
         exercised: `YES`, or why not."""
 
     what: str
@@ -70,8 +73,8 @@ ON_GPU = {key: NOT_HERE[key] for key in ("rollout.max_response_tokens", "paralle
 ON_NULL_GPU = ON_GPU | {"fp8.recipe": "yes, by operators of the host"}
 
 
-def structure(
-    recipe: Config, hf: dict, small: Config, verb: str, *, on: Place = "cpu"
+def structure_rows(
+    recipe: Config, hf: dict, small: Config, verb: str, *, device: RehearsalDevice = "cpu"
 ) -> list[StructureRow]:
     """Return a row for each part of the recipe's structure that its verb uses.
 
@@ -80,8 +83,8 @@ def structure(
         hf: the model's config.json.
         small: the miniature.
         verb: the recipe's verb.
-        on: where the miniature runs."""
-    not_here = {"cpu": NOT_HERE, "gpu": ON_GPU, "null-gpu": ON_NULL_GPU}[on]
+        device: where the miniature runs."""
+    not_here = {"cpu": NOT_HERE, "gpu": ON_GPU, "null-gpu": ON_NULL_GPU}[device]
     rows: list[StructureRow] = []
     for section in SECTIONS[verb]:
         before, after = getattr(recipe, section), getattr(small, section)
@@ -93,8 +96,8 @@ def structure(
     if verb in ("rl", "sample"):
         rows += _engine_rows(recipe, small)
     if verb != "sample":
-        rows += _trainer_rows(recipe, hf, small, verb, on)
-    return rows + _left_out(recipe, small, verb)
+        rows += _trainer_rows(recipe, hf, small, verb, device)
+    return rows + _omitted_rows(recipe, small, verb)
 
 
 def _engine_rows(recipe: Config, small: Config) -> list[StructureRow]:
@@ -111,7 +114,7 @@ def _engine_rows(recipe: Config, small: Config) -> list[StructureRow]:
 
 
 def _trainer_rows(
-    recipe: Config, hf: dict, small: Config, verb: str, on: Place
+    recipe: Config, hf: dict, small: Config, verb: str, device: RehearsalDevice
 ) -> list[StructureRow]:
     """Return rows for the trainer: replicas, what is trained, its offloading, layers, memory.
 
@@ -120,7 +123,7 @@ def _trainer_rows(
         hf: the model's config.json.
         small: the miniature.
         verb: the recipe's verb.
-        on: where the miniature runs."""
+        device: where the miniature runs."""
     rows = []
     old, new = (p.data_parallel(p.processes) for p in (recipe.parallel, small.parallel))
     if old > 1:
@@ -148,13 +151,13 @@ def _trainer_rows(
             ("the same, by operators of the host", YES),
             (f"{launch.GIB:g} GiB of a null GPU", YES),
         ),
-    }[on]
+    }[device]
     rows.append(StructureRow("layers", "Transformer Engine", *layers))
     rows.append(StructureRow("memory", "of a GPU", *memory))
     return rows
 
 
-def _left_out(recipe: Config, small: Config, verb: str) -> list[StructureRow]:
+def _omitted_rows(recipe: Config, small: Config, verb: str) -> list[StructureRow]:
     """Return rows for the served models and the functions that a recipe names."""
     rows = []
     if verb in ("rl", "sample"):
@@ -242,10 +245,10 @@ def _cells(phase: PhaseResult) -> tuple[str, str, str, str]:
     return phase.phase, phase.evidence, f"{phase.seconds:.0f}", used
 
 
-def _markdown(title: str, rows: Sequence[StructureRow], shown: Sequence[PhaseResult]) -> str:
+def _markdown(title: str, rows: Sequence[StructureRow], phases: Sequence[PhaseResult]) -> str:
     lines = [f"# Rehearsal of {title}", ""]
     lines += ["| phase | shown | seconds | of CPU |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(_cells(phase))} |" for phase in shown]
+    lines += [f"| {' | '.join(_cells(phase))} |" for phase in phases]
     lines += ["", "| structure | recipe | miniature | exercised |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

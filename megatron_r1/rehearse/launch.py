@@ -27,7 +27,9 @@ QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS":
 """More processes than cores: threads that spin would take the cores of those that compute."""
 
 
-def command(verb: str, recipe: Path, config: Config, settings: Sequence[str]) -> list[str]:
+def rehearsal_command(
+    verb: str, recipe: Path, config: Config, settings: Sequence[str]
+) -> list[str]:
     """Return the command of a verb: with ranks as torchrun starts them where it has several.
 
     Args:
@@ -50,7 +52,7 @@ def command(verb: str, recipe: Path, config: Config, settings: Sequence[str]) ->
 
 
 @contextlib.contextmanager
-def started(
+def running_command(
     verb: str, recipe: Path, config: Config, settings: Sequence[str], log: Path
 ) -> Iterator[subprocess.Popen]:
     """Start a verb, with engine hosts if its recipe has them; at the end, kill -9 all of their
@@ -67,11 +69,11 @@ def started(
         The process of the verb."""
     processes = []
     try:
-        of_trainer, of_hosts = gpus(verb, config)
+        of_trainer, of_hosts = gpu_environments(verb, config)
         for number, own in enumerate(of_hosts):
             processes.append(_host(config, number, log.with_name(f"host-{number}.log"), own))
         environment = QUIET | of_trainer
-        main = children.start(command(verb, recipe, config, settings), log, environment)
+        main = children.start(rehearsal_command(verb, recipe, config, settings), log, environment)
         processes.insert(0, main)
         yield main
     finally:
@@ -103,7 +105,7 @@ def _kill_all(process: subprocess.Popen) -> None:
     psutil.wait_procs(descendants, timeout=60)
 
 
-def gpus(verb: str, config: Config) -> tuple[dict[str, str], list[dict[str, str]]]:
+def gpu_environments(verb: str, config: Config) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Return the variables that give the trainer, and each engine host, GPUs of this machine, which
     stands for all of theirs: of its own, or the trainer's where engines are colocated.
 

@@ -13,27 +13,33 @@ PARTS = 2
 """Size of a divided axis: the least at which every exchange along it takes place."""
 OVERLAP_NEEDS = ("expert", "pipeline")
 """Axes that `parallel.overlap_expert_exchange` needs: MTP layers need the second with it."""
-MOST_LAYERS = 2
+MAX_LAYERS = 2
 """Decoder layers of one pipeline stage; more exercise nothing that two do not."""
 
 
-LEFT_OUT = ("context", "expert_tensor", "expert", "tensor", "pipeline")
+OMITTED_AXES = ("context", "expert_tensor", "expert", "tensor", "pipeline")
 """The order in which axes are left out: the last move most data between ranks."""
 
 
-def shrink(parallel: ParallelConfig, max_ranks: int, *, leaves_out: bool = False) -> ParallelConfig:
+def shrink_layout(
+    parallel: ParallelConfig, max_ranks: int, *, leaves_out: bool = False
+) -> ParallelConfig:
     """Return the layout with each axis at most `PARTS`, and replicas of the model dropped if there
     would be more than `max_ranks` ranks otherwise. If that is not enough, axes are left out with
     `leaves_out`.
 
+    Args:
+        parallel: the recipe's layout.
+        max_ranks: the most trainer ranks.
+        leaves_out: whether axes may be left out.
+
     Raises:
-        UserError: there are still more ranks.
-    """
-    for number in range(len(LEFT_OUT) + 1):
+        UserError: there are still more ranks."""
+    for number in range(len(OMITTED_AXES) + 1):
         try:
-            return _shrink(parallel, max_ranks, LEFT_OUT[:number])
+            return _shrink(parallel, max_ranks, OMITTED_AXES[:number])
         except UserError:
-            if not leaves_out or number == len(LEFT_OUT):
+            if not leaves_out or number == len(OMITTED_AXES):
                 raise
     raise AssertionError("unreachable")
 
@@ -90,10 +96,10 @@ def _short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
     between = groups[1:-1]
     kinds = list(dict.fromkeys(between)) or ["t"]
     chosen = [kinds[i % len(kinds)] for i in range(max(0, count - 2))]
-    alone = "E" + "t" * MOST_LAYERS + "m" * ("m" in "".join(groups)) + "L"
+    alone = "E" + "t" * MAX_LAYERS + "m" * ("m" in "".join(groups)) + "L"
     kept = [groups[0], *chosen, groups[-1]] if count > 1 else [alone]
     layers = [group.count("t") for group in kept]
-    short = [min(number, MOST_LAYERS) for number in layers]
+    short = [min(number, MAX_LAYERS) for number in layers]
     if len(set(layers)) > len(set(short)) == 1:
         short = [size - (number == min(layers)) for size, number in zip(short, layers, strict=True)]
     return [
@@ -107,7 +113,7 @@ def num_layers(parallel: ParallelConfig) -> int:
     two for each stage."""
     if parallel.pipeline_layout:
         return "".join(parse_layout(parallel.pipeline_layout)).count("t")
-    return MOST_LAYERS * parallel.pipeline * parallel.virtual_pipeline
+    return MAX_LAYERS * parallel.pipeline * parallel.virtual_pipeline
 
 
 def different_layout(parallel: ParallelConfig) -> ParallelConfig:

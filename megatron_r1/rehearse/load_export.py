@@ -22,7 +22,12 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def main(export: str, model: str, mtp: str) -> str:
-    """Return what was found; SystemExit with the first mistake."""
+    """Return what was found; SystemExit with the first mistake.
+
+    Args:
+        export: the folder that was exported.
+        model: the folder that the run began with.
+        mtp: `model.mtp`."""
     hf = read_hf_config(export, None)
     tensors, before = _read_tensors(Path(export)), _read_tensors(Path(model))
     expected = published_tensors(hf)

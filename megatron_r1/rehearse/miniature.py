@@ -10,7 +10,7 @@ from megatron_r1.config import Config, dump, parse
 from megatron_r1.data.text import TEMPLATES
 from megatron_r1.engines.server.recipe_checks import num_experts
 from megatron_r1.rehearse import layout, model, questions
-from megatron_r1.rehearse.settings import Place
+from megatron_r1.rehearse.settings import RehearsalDevice
 from megatron_r1.sample.filters import NAMES
 
 RESPONSE = 24
@@ -71,8 +71,8 @@ class Miniature:
     changes: list[Change]
 
 
-def shrink(
-    config: Config, hf: dict, folder: Path, max_ranks: int, *, on: Place = "cpu"
+def make_miniature(
+    config: Config, hf: dict, folder: Path, max_ranks: int, *, device: RehearsalDevice = "cpu"
 ) -> Miniature:
     """Return the miniature of a recipe.
 
@@ -81,19 +81,21 @@ def shrink(
         hf: the model's config.json.
         folder: the folder that the miniature runs in.
         max_ranks: the most trainer ranks.
-        on: on GPUs axes are left out for `max_ranks`, as a machine has few, and memory for few null
-            GPUs."""
-    on_gpu = on != "cpu"
-    parallel = layout.shrink(config.parallel, max_ranks, leaves_out=on_gpu)
+        device: on GPUs axes are left out for `max_ranks`, as a machine has few, and memory for few
+            null GPUs."""
+    on_gpu = device != "cpu"
+    parallel = layout.shrink_layout(config.parallel, max_ranks, leaves_out=on_gpu)
     replicas = parallel.data_parallel(parallel.processes)
-    small_hf = model.shrink(hf, layout.num_layers(parallel), config.push.fp8)
+    small_hf = model.shrink_config(hf, layout.num_layers(parallel), config.push.fp8)
     changed: dict[str, Any] = {
         "run": _run(config, folder),
-        "model": _model(folder, on),
+        "model": _model(folder, device),
         "data": _data(folder),
         "agents": {"environment": "", "harness": "", "verifiers": {}},
         "rollout": _rollout(config)
-        | (_on_gpu(config, parallel.processes, num_experts(small_hf), on) if on_gpu else ON_CPU),
+        | (
+            _on_gpu(config, parallel.processes, num_experts(small_hf), device) if on_gpu else ON_CPU
+        ),
         "push": _push(config, on_gpu),
         "rewards": _rewards(config),
         "rl": _rl(config, replicas),
@@ -161,13 +163,13 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     }
 
 
-def _model(folder: Path, on: Place) -> dict[str, Any]:
+def _model(folder: Path, device: RehearsalDevice) -> dict[str, Any]:
     return {
         "path": str(folder / "model"),
         "checkpoint": None,
         "attention_backend": "auto",
         # Those of Transformer Engine are kernels.
-        "fusions": ["gradient_accumulation"] if on == "null-gpu" else None,
+        "fusions": ["gradient_accumulation"] if device == "null-gpu" else None,
     }
 
 
@@ -254,7 +256,7 @@ def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]
     return {kind: weight for kind, weight in weights.items() if kind in kept} | stands_for_them
 
 
-def _on_gpu(config: Config, num_gpus: int, experts: int, on: Place) -> dict[str, Any]:
+def _on_gpu(config: Config, num_gpus: int, experts: int, device: RehearsalDevice) -> dict[str, Any]:
     """Return what differs for engines on GPUs: the recipe's share of them, its arguments of vLLM,
     and no more ranks than trainer ranks have GPUs.
 
@@ -262,7 +264,7 @@ def _on_gpu(config: Config, num_gpus: int, experts: int, on: Place) -> dict[str,
         config: the recipe.
         num_gpus: the trainer ranks of the miniature.
         experts: the routed experts of a layer of its model.
-        on: "gpu" or "null-gpu"."""
+        device: "gpu" or "null-gpu"."""
     small, sizes = _rollout(config), {}
     while small["engines"] * small["tensor"] * small["data"] * small["pipeline"] > num_gpus:
         # Experts are spread by the data axis, too; several engines are what a push is most for.
@@ -277,15 +279,15 @@ def _on_gpu(config: Config, num_gpus: int, experts: int, on: Place) -> dict[str,
         **sizes,
         "hosts_per_engine": hosts,
         "redundant_experts": copies,
-        "vllm": _vllm(config, copies, on),
+        "vllm": _vllm(config, copies, device),
     }
 
 
-def _vllm(config: Config, copies: int, on: Place) -> dict[str, Any]:
+def _vllm(config: Config, copies: int, device: RehearsalDevice) -> dict[str, Any]:
     """Return the recipe's arguments of vLLM: on a null GPU without kernels that it does not
     imitate, prompts in two parts where the recipe divides them, and experts that are moved."""
     kept = dict(config.rollout.vllm)
-    if on == "null-gpu":
+    if device == "null-gpu":
         kept = {name: value for name, value in kept.items() if name not in NOT_IMITATED}
         if config.rollout.vllm.get("all2all_backend") in IMITATED_EXCHANGES:
             kept["all2all_backend"] = config.rollout.vllm["all2all_backend"]

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_r1.config import Config
 from megatron_r1.data.text import TEMPLATES
-from megatron_r1.models.hf_config import as_score_model, has_score_head, published_names
+from megatron_r1.models.hf_config import has_score_head, published_names, score_model_config
 from megatron_r1.models.weights.stored.published import published_tensors
 from megatron_r1.models.weights.table import table
 from megatron_r1.pipeline.pipeline_recipe import ServeConfig
-from megatron_r1.pipeline.serving import choose_ports, served
+from megatron_r1.pipeline.serving import choose_ports, serve_models
 
 VOCABULARY = 512
 SPECIAL = ("<bos>", "<eos>", "<pad>")
@@ -41,7 +41,7 @@ CHAT = (
 )
 
 
-def shrink(hf: dict, num_layers: int, fp8: bool) -> dict:
+def shrink_config(hf: dict, num_layers: int, fp8: bool) -> dict:
     """Return config.json with its sizes divided; kinds of layers, experts and attention stay.
 
     Args:
@@ -88,7 +88,12 @@ def shrink(hf: dict, num_layers: int, fp8: bool) -> dict:
 
 
 def write_folder(folder: Path, hf: dict, seed: int) -> None:
-    """Write a Hugging Face model folder: config.json, tokenizer and random weights in fp32."""
+    """Write a Hugging Face model folder: config.json, tokenizer and random weights in fp32.
+
+    Args:
+        folder: the folder to make.
+        hf: the model's config.json.
+        seed: the seed of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(published_names(hf), indent=2))
     _tokenizer().save(str(folder / "tokenizer.json"))
@@ -136,7 +141,7 @@ def _tokenizer() -> Tokenizer:
 
 
 SERVED_NAME = "reward_model"
-MOST_TOKENS = 1024
+MAX_TOKENS = 1024
 """The longest question with its response; its template may be longer than the policy's."""
 
 
@@ -150,7 +155,7 @@ def reward_models(options: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def served_reward_models(config: Config, hf: dict, folder: Path, verb: str) -> Iterator[list[str]]:
+def serve_reward_models(config: Config, hf: dict, folder: Path, verb: str) -> Iterator[list[str]]:
     """Serve one model with random weights in the place of every reward model that a miniature's
     `rl` has; yield the settings that name its address, as on a cluster
     (examples/deepseek_r1/stage.sbatch).
@@ -167,8 +172,8 @@ def served_reward_models(config: Config, hf: dict, folder: Path, verb: str) -> I
     if verb != "rl" or not names:
         yield []
         return
-    write_folder(folder / SERVED_NAME, as_score_model(hf), seed=2)
-    tokens = min(MOST_TOKENS, hf.get("max_position_embeddings", MOST_TOKENS))
+    write_folder(folder / SERVED_NAME, score_model_config(hf), seed=2)
+    tokens = min(MAX_TOKENS, hf.get("max_position_embeddings", MAX_TOKENS))
     arguments = ["--dtype", "float32", "--max-model-len", str(tokens), "--served-model-name"]
     server = ServeConfig(
         model=str(folder / SERVED_NAME),
@@ -177,5 +182,5 @@ def served_reward_models(config: Config, hf: dict, folder: Path, verb: str) -> I
     )
     ports = choose_ports({SERVED_NAME: server}, {})
     log = {SERVED_NAME: folder / f"log-{SERVED_NAME}.txt"}
-    with served({SERVED_NAME: server}, ports, log, lambda: None) as (running,):
+    with serve_models({SERVED_NAME: server}, ports, log, lambda: None) as (running,):
         yield [f"--rewards.options.{kind}.url={running.url}" for kind in names]

@@ -15,12 +15,12 @@ from megatron_r1.base.errors import RunError
 from megatron_r1.base.processes.diagnosis import last_lines
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.push.plan.engine_sets import num_links
+from megatron_r1.push.plan.engine_sets import links_per_rank
 from megatron_r1.push.plan.from_recipe import planned_push
 from megatron_r1.rehearse import launch, layout
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.sample.outputs import FILES
-from megatron_r1.trainer.checkpoints.finding import complete_checkpoints
+from megatron_r1.sample.selection import FILES
+from megatron_r1.trainer.checkpoints.checkpoint_folders import complete_checkpoints
 
 POLL_SECONDS = 0.05
 """Short: three steps of a small model take two seconds, and the kill should follow the first."""
@@ -37,7 +37,9 @@ class PhaseResult:
     """The result of a phase.
 
     Attributes:
+        phase: what was exercised.
         evidence: the figures or files that show the result.
+        seconds: how long it took.
         cpu_seconds: CPU time of all processes of the phase; None for a part of another phase."""
 
     phase: str
@@ -46,7 +48,7 @@ class PhaseResult:
     cpu_seconds: float | None = None
 
 
-class Phases:
+class PhaseRunner:
     """Runs the phases of one miniature.
 
     Attributes:
@@ -62,6 +64,15 @@ class Phases:
         timeout_seconds: float,
         notify: Callable[[str], None],
     ):
+        """Prepare to run the phases.
+
+        Args:
+            verb: the subcommand of megatron-r1.
+            recipe: the file of the miniature's recipe.
+            config: the miniature's settings.
+            settings: added to every command line, as --key=value.
+            timeout_seconds: the limit for one phase.
+            notify: called with a line at the start of each phase."""
         self.verb, self.recipe, self.config, self.settings = verb, recipe, config, settings
         self.timeout_seconds, self.notify = timeout_seconds, notify
         self.run_folder = RunFolder(config.run.folder)
@@ -129,7 +140,7 @@ class Phases:
                 f"which megatron-r1 plan counts, has {planned_bytes:,.0f}: engines need other "
                 "parts of tensors than push/plan/planner.py says, or were replaced"
             )
-        planned = max(num_links(plan, self.config.parallel.processes))
+        planned = max(links_per_rank(plan, self.config.parallel.processes))
         if links > planned:
             raise RunError(
                 f"rehearse: push: a trainer rank has {links} links to engine ranks, where its "
@@ -222,7 +233,9 @@ class Phases:
         settings = [*self.settings, *settings]
         blocked = self.run_folder.path / "logs" / "controller-blocked.txt"
         since, cpu_since = time.monotonic(), launch.cpu_seconds()
-        started = launch.started(self.verb, self.recipe, config or self.config, settings, log)
+        started = launch.running_command(
+            self.verb, self.recipe, config or self.config, settings, log
+        )
         with started as process:
             phase = _Phase(what, process, log, blocked, self.timeout_seconds, since)
             yield phase
@@ -270,11 +283,11 @@ class _Phase:
             self._fail(f"the controller does not answer; its stacks: {self.blocked}")
 
     def _fail(self, reason: str) -> None:
-        cause = "\n".join(errors_in(self.log)) or f"{self.log} ends:\n{last_lines(self.log)}"
+        cause = "\n".join(find_errors(self.log)) or f"{self.log} ends:\n{last_lines(self.log)}"
         raise RunError(f"rehearse: {self.what}: {reason}\n{cause}")
 
 
-def errors_in(log: Path) -> list[str]:
+def find_errors(log: Path) -> list[str]:
     """Return the command's own errors in its log, each with its cause. torchrun's report, which
     comes last, does not have them."""
     text = log.read_text(errors="replace") if log.exists() else ""

@@ -24,7 +24,12 @@ grade_named = grade
 
 
 def compare(question: str, first: str, second: str) -> float:
-    """Vote for the longer response: a judge of preference pairs."""
+    """Vote for the longer response: a judge of preference pairs.
+
+    Args:
+        question: the question, which is not read.
+        first: a response.
+        second: another response."""
     return 0.5 if len(first) == len(second) else float(len(first) > len(second))
 
 
@@ -54,7 +59,12 @@ def write_questions(path: Path, count: int, others: Sequence[str] = ()) -> None:
 
 
 def write_examples(path: Path, count: int, num_words: int) -> None:
-    """Write `count` examples of supervised fine-tuning with up to `num_words` words of thought."""
+    """Write `count` examples of supervised fine-tuning with up to `num_words` words of thought.
+
+    Args:
+        path: the file.
+        count: the number of examples.
+        num_words: the most words of a thought."""
     rows = (
         {
             "prompt": f"{i} + {i + 1} =",

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.config.section import Section
 
-Place = Literal["cpu", "gpu", "null-gpu"]
+RehearsalDevice = Literal["cpu", "gpu", "null-gpu"]
 
 
 class RehearsalConfig(Section):
@@ -19,7 +19,7 @@ class RehearsalConfig(Section):
     max_ranks: int = Field(16, ge=1)
     """most trainer ranks; with fewer than the layout needs, the model's replicas are left out
     first. A rank takes about 0.4 GiB, an engine's rank about 0.5"""
-    on: Place = "cpu"
+    on: RehearsalDevice = "cpu"
     """also written --on: gpu, GPUs of this machine, one for a trainer rank; null-gpu, GPUs that are
     imitated, with the CUDA builds of all packages (docs/rehearse.md). Both keep the recipe's own
     transport, share of the GPU and Transformer Engine, and leave axes out for `max_ranks`"""

@@ -15,11 +15,11 @@ from rich.text import Text
 from megatron_r1.reporting.live_frame import LiveState, frame
 from megatron_r1.reporting.wording import (
     METRICS,
-    clock,
-    duration,
-    finite,
+    finite_metric,
+    format_clock,
+    format_duration,
+    format_number,
     is_right,
-    number,
     printable,
 )
 
@@ -88,7 +88,7 @@ class LiveView:
             self._print(f"{name}: {detail}" if detail else name)
 
     @property
-    def doing(self) -> tuple[str, str]:
+    def current_phase(self) -> tuple[str, str]:
         """The current phase and its detail."""
         return self._state.phase, self._state.detail
 
@@ -96,7 +96,7 @@ class LiveView:
         """Show a finished step: its metrics line and some of its samples (as in samples.jsonl)."""
         now = time.monotonic()
         # Prefer the step's own time: the time between two calls includes start-up and evaluations.
-        self._step_times.append(finite(metrics, "time/step") or now - self._step_ended)
+        self._step_times.append(finite_metric(metrics, "time/step") or now - self._step_ended)
         self._step_ended = self._state.phase_started = now
         self._state.seconds_per_step = fmean(self._step_times)
         self._remember(metrics)
@@ -149,7 +149,7 @@ class LiveView:
         if state.ended:
             return
         state.ended_at = time.monotonic()
-        state.ended = f"{outcome} in {duration(state.ended_at - state.started)}"
+        state.ended = f"{outcome} in {format_duration(state.ended_at - state.started)}"
         if self._live is None:
             self._print(state.ended)
             return
@@ -178,19 +178,19 @@ class LiveView:
     def _remember(self, metrics: Mapping[str, Any]) -> None:
         state = self._state
         metrics = {str(key): value for key, value in metrics.items()}
-        step = finite(metrics, "step")
+        step = finite_metric(metrics, "step")
         state.step = state.step + 1 if step is None else int(step)
         state.metrics = metrics
         # The base model's evaluation is a line of its own: it has no training curve to add to.
         if "time/train" in metrics or "loss" in metrics or "accuracy" in metrics:
             for key in ("accuracy", "response_length/mean", "loss", "grad_norm"):
                 if key in metrics:
-                    state.history.setdefault(key, []).append(finite(metrics, key))
+                    state.history.setdefault(key, []).append(finite_metric(metrics, key))
         if any(key.startswith("eval/") for key in metrics):
             self._evaluated(metrics)
 
     def _evaluated(self, metrics: Mapping[str, Any]) -> int:
-        step = finite(metrics, "step")
+        step = finite_metric(metrics, "step")
         step = self._state.step if step is None else int(step)
         self._state.evaluations = {**self._state.evaluations, step: dict(metrics)}
         return step
@@ -200,10 +200,12 @@ class LiveView:
         parts = [f"step {state.step}/{state.total_steps}"]
         for key in PLAIN_METRICS:
             if key in metrics:
-                parts.append(f"{METRICS[key].label} {METRICS[key].format(finite(metrics, key))}")
+                parts.append(
+                    f"{METRICS[key].label} {METRICS[key].format(finite_metric(metrics, key))}"
+                )
         if state.seconds_per_step is not None:
-            parts.append(f"{number(state.seconds_per_step)} s a step")
-            parts.append(f"{clock(state.seconds_left() or 0.0)} left")
+            parts.append(f"{format_number(state.seconds_per_step)} s a step")
+            parts.append(f"{format_clock(state.seconds_left() or 0.0)} left")
         return "  ".join(parts)
 
     def _print(self, text: str) -> None:
@@ -237,9 +239,9 @@ def _choose(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _score_text(key: str, metrics: Mapping[str, Any]) -> str:
-    value = finite(metrics, key)
+    value = finite_metric(metrics, key)
     if value is None:
         return "–"
     if key == "eval/questions":
         return f"{value:.0f}"
-    return f"{100 * value:.1f}%" if "@" in key else number(value)
+    return f"{100 * value:.1f}%" if "@" in key else format_number(value)

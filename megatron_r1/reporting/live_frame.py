@@ -11,11 +11,11 @@ from rich.text import Text
 from megatron_r1.reporting.wording import (
     METRICS,
     PHASES,
-    clock,
-    finite,
+    finite_metric,
+    format_clock,
+    format_percent,
     is_right,
     last_line,
-    percent,
     printable,
 )
 
@@ -130,7 +130,11 @@ def frame(state: LiveState, console: Console, now: float) -> Group:
     """Return the whole view, as wide as the terminal and at most one line less high.
 
     The height does not change while the run goes on, so every refresh covers the one before.
-    """
+
+    Args:
+        state: what is shown.
+        console: the terminal, whose size counts.
+        now: the time, on the clock of `LiveState`."""
     width = min(console.size.width - 1, MAX_WIDTH)
     height = min(console.size.height - 1, MAX_HEIGHT)
     roomy = height >= 32
@@ -159,9 +163,9 @@ def _progress(state: LiveState, width: int, now: float) -> Text:
     elapsed = (state.ended_at or now) - state.started
     left = state.seconds_left()
     head = f"step {state.step}/{state.total_steps}  "
-    tail = f"  {clock(elapsed)} elapsed"
+    tail = f"  {format_clock(elapsed)} elapsed"
     if left is not None and not state.ended:
-        tail += f"  {clock(left)} left"
+        tail += f"  {format_clock(left)} left"
     room = max(4, width - len(head) - len(tail))
     done = min(room, room * state.step // max(1, state.total_steps))
     return Text.assemble(
@@ -179,7 +183,7 @@ def _phase(state: LiveState, now: float) -> Text:
         line.append(f"  {printable(state.detail)}", style="bright_black")
     waited = now - state.phase_started
     if waited >= 3:
-        line.append(f"  {clock(waited)}", style="bright_black")
+        line.append(f"  {format_clock(waited)}", style="bright_black")
     return line
 
 
@@ -193,7 +197,7 @@ def _curves(state: LiveState, width: int, rows: int) -> list[Text]:
         present = [value for value in values if value is not None]
         highest = max(present, default=0.0)
         top = 1.0 if metric.unit == "%" else highest if highest > 0 else 1.0
-        latest = metric.format(finite(state.metrics, key))
+        latest = metric.format(finite_metric(state.metrics, key))
         label = f"{metric.label} "
         scale = f"top {'100%' if metric.unit == '%' else metric.format(top)}" if present else ""
         space = " " * max(1, half - len(label) - len(latest) - len(scale))
@@ -217,15 +221,17 @@ def _numbers(state: LiveState, width: int) -> list[Text]:
         if not shown or cell > room:
             continue
         room -= cell
-        value = metric.format(finite(state.metrics, metric.key))
+        value = metric.format(finite_metric(state.metrics, metric.key))
         labels.append(metric.label.ljust(cell))
         values.append(value.ljust(cell))
     return [labels, values]
 
 
 def _time_split(state: LiveState, width: int) -> list[Text]:
-    seconds = {phase: max(0.0, finite(state.metrics, f"time/{phase}") or 0.0) for phase in PHASES}
-    step = finite(state.metrics, "time/step")
+    seconds = {
+        phase: max(0.0, finite_metric(state.metrics, f"time/{phase}") or 0.0) for phase in PHASES
+    }
+    step = finite_metric(state.metrics, "time/step")
     if step is not None:
         seconds["other"] = max(0.0, step - sum(seconds.values()))
     bar, legend = Text(), Text()
@@ -250,10 +256,10 @@ def _held_out(state: LiveState, width: int) -> Text:
         return line.append("not evaluated yet", style="not bold bright_black")
     points = []
     for step, metrics in sorted(state.evaluations.items()):
-        passed = finite(metrics, "eval/pass@1")
-        passed = finite(metrics, "eval/accuracy") if passed is None else passed
+        passed = finite_metric(metrics, "eval/pass@1")
+        passed = finite_metric(metrics, "eval/accuracy") if passed is None else passed
         if passed is not None:
-            points.append((f"step {step} ", percent(passed)))
+            points.append((f"step {step} ", format_percent(passed)))
     tail = _majority(state.evaluations[max(state.evaluations)])
     room = width - len(line) - len(tail)
     sizes = [len(step) + len(value) + 2 for step, value in points]
@@ -270,10 +276,10 @@ def _held_out(state: LiveState, width: int) -> Text:
 
 def _majority(metrics: dict[str, Any]) -> str:
     for key in metrics:
-        value = finite(metrics, key)
+        value = finite_metric(metrics, key)
         votes = key.removeprefix("eval/cons@")
         if votes not in (key, "1") and value is not None:
-            return f"majority of {votes} {percent(value)}"
+            return f"majority of {votes} {format_percent(value)}"
     return ""
 
 
@@ -288,7 +294,7 @@ def _samples(state: LiveState, console: Console, width: int, height: int, most: 
         room = (height - len(lines)) // (len(chosen) - i)
         right = is_right(sample)
         style = "green" if right else "red"
-        length = finite(sample, "length")
+        length = finite_metric(sample, "length")
         question = Text.assemble(
             ("✓ " if right else "✗ ", style),
             (printable(last_line(sample.get("question", "")))[:width], "bold"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.reporting.wording import finite, number, percent
+from megatron_r1.reporting.wording import finite_metric, format_number, format_percent
 
 SCORES, INTERVALS = "eval/", "interval/"
 FEW_QUESTIONS = 100
@@ -40,7 +40,7 @@ class Score:
 
     def __str__(self) -> str:
         interval = f" (95% interval {self.interval})" if self.interval else ""
-        return percent(self.value) + interval
+        return format_percent(self.value) + interval
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Evaluation:
     num_questions: int | None = None
 
 
-def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
+def merge_evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
     """Return the evaluations among `lines` (those with "eval/…" numbers), in order of steps.
 
     Lines of one step are merged, so both files of a run may be passed one after the other."""
     by_step: dict[int, dict[str, Any]] = defaultdict(dict)
     for line in lines:
         if any(key.startswith(SCORES) for key in line):
-            by_step[int(finite(line, "step") or 0)].update(line)
+            by_step[int(finite_metric(line, "step") or 0)].update(line)
     results = []
     for step, line in sorted(by_step.items()):
         # The majority of one answer is that answer: pass@1 again.
@@ -75,9 +75,9 @@ def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
                 _score(line, "eval/pass@1"),
                 _score(line, votes),
                 int(votes.split("@")[1]) if votes else None,
-                finite(line, "eval/response_length"),
+                finite_metric(line, "eval/response_length"),
                 _score(line, "eval/accuracy"),
-                int(count) if (count := finite(line, "eval/questions")) else None,
+                int(count) if (count := finite_metric(line, "eval/questions")) else None,
             )
         )
     return results
@@ -94,7 +94,7 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
             steps = f"By step {scored[-1].step:,} of {num_steps(metrics):,}"
         first, last = scored[0], scored[-1]
         assert first.passed and last.passed
-        verdict, why = verdict_of(first.passed, last.passed, last.num_questions)
+        verdict, why = score_verdict(first.passed, last.passed, last.num_questions)
         return f"{verdict}: {_lower(steps)}, {_describe_change(first, last)}. {why}"
     if scored:
         last = scored[0]
@@ -105,12 +105,12 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
         return f"{text}."
     judged = [evaluation.accuracy for evaluation in heldout if evaluation.accuracy]
     if len(judged) > 1:
-        change = _from_to(judged[0], judged[-1], percent)
-        verdict, why = verdict_of(judged[0], judged[-1], None)
+        change = _from_to(judged[0], judged[-1], format_percent)
+        verdict, why = score_verdict(judged[0], judged[-1], None)
         return f"{verdict}: {_lower(steps)}, the accuracy of held-out scores {change}. {why}"
     for key, name, form in (
-        ("accuracy", "accuracy on the training samples", percent),
-        ("loss", "the loss", number),
+        ("accuracy", "accuracy on the training samples", format_percent),
+        ("loss", "the loss", format_number),
     ):
         if ends := first_and_last(metrics, key):
             verdict = f"{NOT_SHOWN}: {_lower(steps)}" if key == "accuracy" else steps
@@ -120,32 +120,32 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
 
 def first_and_last(metrics: MetricLines, key: str) -> tuple[float, float] | None:
     """Return the means of the first and the last tenth of a curve: single steps are noisy."""
-    values = recorded(metrics, key)
+    values = finite_values(metrics, key)
     if not values:
         return None
     tenth = max(1, len(values) // 10)
     return float(np.mean(values[:tenth])), float(np.mean(values[-tenth:]))
 
 
-def recorded(metrics: MetricLines, key: str) -> list[float]:
+def finite_values(metrics: MetricLines, key: str) -> list[float]:
     """Return the values of a metric, without those that are missing or not finite."""
-    return [value for line in metrics if (value := finite(line, key)) is not None]
+    return [value for line in metrics if (value := finite_metric(line, key)) is not None]
 
 
 def num_steps(metrics: MetricLines) -> int:
     """Return the last step that any line names, 0 where none does."""
-    return int(max((finite(line, "step") or 0.0 for line in metrics), default=0.0))
+    return int(max((finite_metric(line, "step") or 0.0 for line in metrics), default=0.0))
 
 
 def _score(line: Mapping[str, Any], key: str) -> Score | None:
-    value = finite(line, key)
+    value = finite_metric(line, key)
     if value is None:
         return None
     ends = f"{INTERVALS}{key.removeprefix(SCORES)}"
-    return Score(value, finite(line, f"{ends}/low"), finite(line, f"{ends}/high"))
+    return Score(value, finite_metric(line, f"{ends}/low"), finite_metric(line, f"{ends}/high"))
 
 
-def verdict_of(first: Score, last: Score, num_questions: int | None) -> tuple[str, str]:
+def score_verdict(first: Score, last: Score, num_questions: int | None) -> tuple[str, str]:
     """Return the verdict of a change of a score, and the sentence that gives its interval.
 
     The change is `last - first`, and its 95% interval that of a difference of two means that are
@@ -192,16 +192,16 @@ def _lower(text: str) -> str:
 def _describe_change(first: Evaluation, last: Evaluation) -> str:
     assert first.passed and last.passed, "called with scored evaluations only"
     few = bool(_of_questions(last))
-    passed = _from_to(first.passed, last.passed, str if few else percent)
+    passed = _from_to(first.passed, last.passed, str if few else format_percent)
     text = f"held-out pass@1{_of_questions(last)} {passed}"
     if first.step > 0:
         text += f" since step {first.step}"
     if first.majority and last.majority:
-        voted = _from_to(first.majority, last.majority, str if few else percent)
+        voted = _from_to(first.majority, last.majority, str if few else format_percent)
         verb = passed.split()[0]
         text += f" and the majority vote of {last.num_votes} {voted.removeprefix(f'{verb} ')}"
     if first.length is not None and last.length is not None:
-        length = _from_to(first.length, last.length, number, "grew", "shrank")
+        length = _from_to(first.length, last.length, format_number, "grew", "shrank")
         text += f", while the mean response {length} tokens"
     return text
 
@@ -211,7 +211,7 @@ def _from_to(
 ) -> str:
     first, last = (each.value if isinstance(each, Score) else each for each in (before, after))
     shown = [
-        form(each.value if isinstance(each, Score) and form is percent else each)
+        form(each.value if isinstance(each, Score) and form is format_percent else each)
         for each in (before, after)
     ]
     if shown[0] == shown[1]:

@@ -56,11 +56,13 @@ class Curve:
     """One quantity over steps; `values` may hold NaN where nothing was measured.
 
     Attributes:
+        label: its name in the legend.
         steps: [points] float64, the steps of the points.
         values: [points] float64, their heights.
+        ink: its color, of `INK_NAMES`.
+        marker: draw points (held-out evaluations) instead of a smoothed line over the raw one.
         low: [points] lower ends of the error bars, NaN for none.
         high: [points] upper ends, likewise.
-        marker: draw points (held-out evaluations) instead of a smoothed line over the raw one.
         noisy: False for exact values, such as a schedule, which are drawn without smoothing."""
 
     label: str
@@ -125,7 +127,7 @@ def stacked_plot(
         size: width and height in inches."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(size)
-        thinned = [thin(steps, np.nan_to_num(values)) for values in parts.values()]
+        thinned = [downsample(steps, np.nan_to_num(values)) for values in parts.values()]
         positions = thinned[0][0]
         heights = [values for _, values in thinned]
         colors = [INKS[part] for part in parts]
@@ -157,7 +159,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def downsample(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reduce a curve to at most MAX_POINTS means of equal shares, so that the file stays small."""
     if len(steps) <= MAX_POINTS:
         return steps, values
@@ -199,7 +201,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
             clip_on=False,
         )
         return
-    steps, raw = thin(curve.steps, curve.values)
+    steps, raw = downsample(curve.steps, curve.values)
     if len(steps) < 12:
         axes.plot(steps, raw, color=color, marker="o", markersize=3.5, label=curve.label)
         return

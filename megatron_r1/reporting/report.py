@@ -13,22 +13,22 @@ from megatron_r1.reporting.outcome import (
     Evaluation,
     MetricLines,
     Score,
-    evaluations,
+    finite_values,
     first_and_last,
+    merge_evaluations,
     num_steps,
     outcome_sentence,
-    recorded,
 )
 from megatron_r1.reporting.plots import Curve, curve_plot, render_page, stacked_plot
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.samples import chosen_samples
+from megatron_r1.reporting.samples import choose_samples
 from megatron_r1.reporting.wording import (
     METRICS,
     PHASES,
-    duration,
-    finite,
-    number,
-    percent,
+    finite_metric,
+    format_duration,
+    format_number,
+    format_percent,
     printable,
     shown_metrics,
 )
@@ -47,6 +47,8 @@ class Plot(NamedTuple):
     """A plot with its caption.
 
     Attributes:
+        label: the caption.
+        meaning: what the quantity says, below the caption.
         svg: inline SVG.
         value: the number next to the caption."""
 
@@ -85,7 +87,7 @@ def write_report(
             cause=Cause.NOT_FOUND,
         )
     metrics = folder.read_metrics()
-    heldout = evaluations([*metrics, *folder.read_evaluations()])
+    heldout = merge_evaluations([*metrics, *folder.read_evaluations()])
     settings = folder.read_config()
     weights = (settings.get("rewards") or {}).get("weights")
     html = render_page(
@@ -99,7 +101,7 @@ def write_report(
         temperatures=_temperatures(settings) if heldout else None,
         small=_small_plots([shown_metrics(line, weights) for line in metrics]),
         time_split=_time_split(metrics),
-        samples=chosen_samples(folder.read_samples) if metrics else None,
+        samples=choose_samples(folder.read_samples) if metrics else None,
         settings=_settings(settings),
         next_commands=next_commands,
     )
@@ -109,7 +111,7 @@ def write_report(
 def headline(folder: RunFolder) -> str:
     """Return the result of a run as a sentence, with its verdict (`outcome.verdict_of`)."""
     metrics = folder.read_metrics()
-    sentence = outcome_sentence(metrics, evaluations([*metrics, *folder.read_evaluations()]))
+    sentence = outcome_sentence(metrics, merge_evaluations([*metrics, *folder.read_evaluations()]))
     kind = str((folder.read_config().get("data") or {}).get("kind") or "")
     if ":" in kind and "pass@1" in sentence:
         sentence += f" pass@1 is the mean of {kind}, a reward of your own."
@@ -119,7 +121,7 @@ def headline(folder: RunFolder) -> str:
 def _temperatures(settings: Mapping[str, Any]) -> tuple[float, float] | None:
     """Return the temperatures of training and held-out samples, None where they do not differ."""
     sections = (settings.get(name) or {} for name in ("rollout", "eval"))
-    trained, heldout = (finite(section, "temperature") for section in sections)
+    trained, heldout = (finite_metric(section, "temperature") for section in sections)
     if trained is None or heldout is None or trained == heldout:
         return None
     return trained, heldout
@@ -129,9 +131,9 @@ def _measured_facts(folder: RunFolder, metrics: MetricLines) -> dict[str, str]:
     if not metrics:
         return {}
     facts = {"steps": f"{num_steps(metrics):,}"}
-    seconds = sum(finite(line, "time/step") or 0.0 for line in metrics)
+    seconds = sum(finite_metric(line, "time/step") or 0.0 for line in metrics)
     if seconds:
-        facts["time in steps"] = duration(seconds)
+        facts["time in steps"] = format_duration(seconds)
     ended = time.localtime(folder.metrics_path.stat().st_mtime)
     facts["ended"] = time.strftime("%Y-%m-%d %H:%M", ended)
     return facts
@@ -149,24 +151,30 @@ def _tiles(metrics: MetricLines, heldout: Sequence[Evaluation]) -> list[tuple[st
         if scores:
             intervals = [score.interval for score in (scores[0], scores[-1])]
             note = f"95%: {' → '.join(dict.fromkeys(intervals))}" if all(intervals) else ""
-            tiles.append((name, _arrow(percent(scores[0].value), percent(scores[-1].value)), note))
+            tiles.append(
+                (
+                    name,
+                    _arrow(format_percent(scores[0].value), format_percent(scores[-1].value)),
+                    note,
+                )
+            )
     lengths = [e.length for e in heldout if e.length is not None]
     ends = (lengths[0], lengths[-1]) if lengths else first_and_last(metrics, "response_length/mean")
     if ends:
         where = "held-out, mean" if lengths else "training samples, mean"
-        tiles.append(("response length", _arrow(*map(number, ends)), f"tokens, {where}"))
+        tiles.append(("response length", _arrow(*map(format_number, ends)), f"tokens, {where}"))
     elif losses := first_and_last(metrics, "loss"):
-        tiles.append(("loss", _arrow(*map(number, losses)), "first and last tenth"))
-    if gaps := recorded(metrics, "logprob_diff/mean"):
-        largest = recorded(metrics, "logprob_diff/max")
-        note = f"largest {number(max(largest))}" if largest else ""
-        if own := recorded(metrics, "logprob_diff/without_replay"):
-            note += f"; without routing replay {number(float(np.mean(own)))}"
-        tiles.append(("logprob diff to the engine", number(float(np.mean(gaps))), note))
-    if speeds := recorded(metrics, "tokens_per_second"):
-        seconds = recorded(metrics, "time/step")
-        note = f"{number(float(np.median(seconds)))} s a step" if seconds else ""
-        tiles.append(("tokens per second", number(float(np.median(speeds))), note))
+        tiles.append(("loss", _arrow(*map(format_number, losses)), "first and last tenth"))
+    if gaps := finite_values(metrics, "logprob_diff/mean"):
+        largest = finite_values(metrics, "logprob_diff/max")
+        note = f"largest {format_number(max(largest))}" if largest else ""
+        if own := finite_values(metrics, "logprob_diff/without_replay"):
+            note += f"; without routing replay {format_number(float(np.mean(own)))}"
+        tiles.append(("logprob diff to the engine", format_number(float(np.mean(gaps))), note))
+    if speeds := finite_values(metrics, "tokens_per_second"):
+        seconds = finite_values(metrics, "time/step")
+        note = f"{format_number(float(np.median(seconds)))} s a step" if seconds else ""
+        tiles.append(("tokens per second", format_number(float(np.median(speeds))), note))
     return tiles
 
 
@@ -215,7 +223,7 @@ def _small_plots(metrics: MetricLines) -> list[Plot]:
             log_scale=metric.log_scale,
             from_zero=key in FROM_ZERO,
         )
-        last = next(v for m in reversed(metrics) if (v := finite(m, key)) is not None)
+        last = next(v for m in reversed(metrics) if (v := finite_metric(m, key)) is not None)
         label = metric.label[:1].upper() + metric.label[1:]
         figures.append(Plot(label, metric.meaning, plot, metric.format(last)))
     return figures
@@ -223,16 +231,16 @@ def _small_plots(metrics: MetricLines) -> list[Plot]:
 
 def _time_split(metrics: MetricLines) -> list[Plot]:
     """Plot the seconds of each step by phase, stacked; time in no phase is "other"."""
-    timed = [m for m in metrics if any(finite(m, f"time/{phase}") for phase in PHASES)]
+    timed = [m for m in metrics if any(finite_metric(m, f"time/{phase}") for phase in PHASES)]
     if not timed:
         return []
     parts = {
-        phase: np.array([max(0.0, finite(m, f"time/{phase}") or 0.0) for m in timed])
+        phase: np.array([max(0.0, finite_metric(m, f"time/{phase}") or 0.0) for m in timed])
         for phase in PHASES
     }
     parts = {phase: values for phase, values in parts.items() if values.any()}
     in_phases = np.sum(list(parts.values()), axis=0)
-    total = np.array([finite(m, "time/step") or 0.0 for m in timed])
+    total = np.array([finite_metric(m, "time/step") or 0.0 for m in timed])
     other = np.maximum(total - in_phases, 0.0)
     if other.sum() > 0.005 * in_phases.sum():
         parts["other"] = other
@@ -243,7 +251,7 @@ def _time_split(metrics: MetricLines) -> list[Plot]:
 
 def _trained(metrics: MetricLines, key: str, label: str, ink: str) -> list[Curve]:
     present = [m for m in metrics if key in m]
-    values = np.array([finite(m, key) for m in present], dtype=float)  # None becomes NaN
+    values = np.array([finite_metric(m, key) for m in present], dtype=float)  # None becomes NaN
     if not len(values) or np.isnan(values).all():
         return []
     return [Curve(label, _steps(present), values, ink, noisy=key != "learning_rate")]
@@ -258,7 +266,7 @@ def _points(label: str, scores: Sequence[tuple[int, Score]], ink: str, marker: s
 
 
 def _steps(metrics: MetricLines) -> np.ndarray:
-    return np.array([finite(m, "step") or 0.0 for m in metrics])
+    return np.array([finite_metric(m, "step") or 0.0 for m in metrics])
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -15,11 +15,11 @@ from pydantic_core import to_jsonable_python
 from megatron_r1.base import files as access
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import READ_ONLY, atomic_write
-from megatron_r1.base.files.json_lines import append_lines, keep_lines, read_lines
-from megatron_r1.config.mistakes import REMOVED
+from megatron_r1.base.files.json_lines import append_lines, filter_lines, read_lines
 from megatron_r1.config.rl import SCHEDULED_KEYS
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
-from megatron_r1.config.yaml_text import as_text, as_yaml, parse_text
+from megatron_r1.config.validation_errors import REMOVED
+from megatron_r1.config.yaml_text import dump_yaml, format_value, parse_value
 
 LOCK = ".lock"
 _FLOCK = "hhqqi0q"  # struct flock of Linux: type, whence, start, length, pid
@@ -144,7 +144,7 @@ class RunFolder:
                 )
             if not changed:
                 return
-        atomic_write(self.config_path, as_yaml(new))
+        atomic_write(self.config_path, dump_yaml(new))
 
     @property
     def has_begun(self) -> bool:
@@ -163,7 +163,7 @@ class RunFolder:
         """
         if not self.config_path.exists():
             return {}
-        config = parse_text(self.config_path.read_text(encoding="utf-8"))
+        config = parse_value(self.config_path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise UserError(
                 f"{self.config_path}: not a YAML mapping; restore it, or choose another run.folder",
@@ -216,7 +216,7 @@ class RunFolder:
         self._last_step = None
         steps = (self.metrics_path, self.samples_path, self.evaluations_path)
         paths = (*steps, self.advice_path)
-        return sum(keep_lines(path, lambda line: line["step"] <= step) for path in paths)
+        return sum(filter_lines(path, lambda line: line["step"] <= step) for path in paths)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return every step's line in order, without a torn last one."""
@@ -252,7 +252,7 @@ class RunFolder:
         if scheduled := [key for key in keys if is_within(key, SCHEDULED_KEYS)]:
             step = 1 + self.last_step()
             known = [key for key in scheduled if key in SCHEDULED_KEYS and key in after]
-            values = ", ".join(f"{key}: {as_text(after[key])}" for key in known) or "…"
+            values = ", ".join(f"{key}: {format_value(after[key])}" for key in known) or "…"
             lines.append(
                 f"To change {', '.join(scheduled)} on the way of an RL run, add an entry to "
                 f"rl.schedule: {{from_step: {step}, {values}}}"

@@ -10,8 +10,8 @@ from typing import Any
 from r1_grading.truths import stated_answer
 
 from megatron_r1.reporting.wording import (
-    counted,
-    finite,
+    finite_metric,
+    format_count,
     is_right,
     last_line,
     printable,
@@ -33,9 +33,10 @@ class ShownTurn:
     """One message.
 
     Attributes:
-        text: (tag, text) segments; tag: "", i (faint) or b (a tool call).
+        role: who says it.
+        is_trained: whether the policy sampled it and is trained on it.
         details: its tokens, whether they were trained or given, and the policy that sampled them.
-    """
+        text: (tag, text) segments; tag: "", i (faint) or b (a tool call)."""
 
     role: str
     is_trained: bool
@@ -48,7 +49,12 @@ class Card:
     """One sample as the page shows it.
 
     Attributes:
+        question: its last line, or all of it where it is short.
+        truth: what it was graded against.
+        is_right: whether it is right.
+        details: its reward, length and the like, as text.
         response: (tag, text) segments; tag: "", i (faint) or b.
+        reason: why the grade is as it is.
         turns: the turns of an episode, shown instead of the response."""
 
     question: str
@@ -70,16 +76,16 @@ class Samples:
     by_moment: list[tuple[str, list[Card]]] = field(default_factory=list)
 
 
-def chosen_samples(read: Callable[[], Iterator[SampleLine]]) -> Samples | None:
+def choose_samples(read_samples: Callable[[], Iterator[SampleLine]]) -> Samples | None:
     """Return the samples to show, or None without any.
 
     Held-out questions that were asked at several steps are shown side by side; without them, the
     first samples of three training steps.
 
     Args:
-        read: returns a fresh pass over the samples; called twice."""
+        read_samples: returns a fresh pass over the samples; called twice."""
     steps: dict[str, set[int]] = {"eval": set(), "train": set()}
-    for sample in read():
+    for sample in read_samples():
         steps.setdefault(str(sample.get("split", "train")), set()).add(int(sample["step"]))
     split = "eval" if len(steps["eval"]) > 1 or not steps["train"] else "train"
     moments = sorted(steps[split])
@@ -88,7 +94,7 @@ def chosen_samples(read: Callable[[], Iterator[SampleLine]]) -> Samples | None:
     if len(moments) > 3:
         moments = [moments[0], moments[len(moments) // 2], moments[-1]]
     by_step: dict[int, list[SampleLine]] = {step: [] for step in moments}
-    for sample in read():
+    for sample in read_samples():
         if sample.get("split", "train") == split and sample["step"] in by_step:
             by_step[sample["step"]].append(sample)
     if split == "eval" and len(moments) > 1:
@@ -142,7 +148,11 @@ def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[SampleLine]
 
 
 def _card(sample: SampleLine) -> Card:
-    truth, reward, length = sample.get("truth"), finite(sample, "reward"), finite(sample, "length")
+    truth, reward, length = (
+        sample.get("truth"),
+        finite_metric(sample, "reward"),
+        finite_metric(sample, "length"),
+    )
     details = [
         "" if reward is None else f"reward {reward:.3g}",
         "" if length is None else f"{length:.0f} tokens",
@@ -187,7 +197,7 @@ def conversation(sample: Mapping[str, Any]) -> list[ShownTurn]:
     turns = sample.get("turns")
     if not isinstance(turns, list):
         return []
-    shown = [_shown(turn) for turn in turns if isinstance(turn, Mapping)]
+    shown = [_shown_turn(turn) for turn in turns if isinstance(turn, Mapping)]
     if len(shown) <= MAX_TURNS:
         return shown
     half = MAX_TURNS // 2
@@ -195,11 +205,11 @@ def conversation(sample: Mapping[str, Any]) -> list[ShownTurn]:
     return [*shown[:half], gap, *shown[-half:]]
 
 
-def _shown(turn: Mapping[str, Any]) -> ShownTurn:
-    is_trained, tokens = bool(turn.get("trained")), finite(turn, "tokens")
-    version = finite(turn, "policy_version")
+def _shown_turn(turn: Mapping[str, Any]) -> ShownTurn:
+    is_trained, tokens = bool(turn.get("trained")), finite_metric(turn, "tokens")
+    version = finite_metric(turn, "policy_version")
     details = [
-        "" if tokens is None else counted(int(tokens), "token"),
+        "" if tokens is None else format_count(int(tokens), "token"),
         "trained" if is_trained else "given",
         "" if version is None else f"policy {version:.0f}",
     ]

@@ -13,7 +13,11 @@ class Metric:
     """The label and form of one key of metrics.jsonl.
 
     Attributes:
-        unit: "%" shows a fraction as a percentage, "s" seconds, "" a plain number."""
+        key: its key in metrics.jsonl.
+        label: its name for people.
+        meaning: what it says, in a sentence.
+        unit: "%" shows a fraction as a percentage, "s" seconds, "" a plain number.
+        log_scale: whether plots have a logarithmic axis."""
 
     key: str
     label: str
@@ -26,8 +30,8 @@ class Metric:
         if value is None:
             return "–"
         if self.unit == "%":
-            return percent(value)
-        return number(value) + (" s" if self.unit == "s" else "")
+            return format_percent(value)
+        return format_number(value) + (" s" if self.unit == "s" else "")
 
 
 METRICS = {
@@ -78,7 +82,7 @@ def shown_metrics(metrics: Mapping[str, Any], weights: Collection[str] | None) -
     return {key: value for key, value in metrics.items() if key not in hidden}
 
 
-def finite(metrics: Mapping[str, Any], key: str) -> float | None:
+def finite_metric(metrics: Mapping[str, Any], key: str) -> float | None:
     """Return the metric as a float, or None if it is missing, null, text, NaN or infinite."""
     value = metrics.get(key)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -87,7 +91,7 @@ def finite(metrics: Mapping[str, Any], key: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Format with about three significant digits: 0.451, 61.3, 3,412, 3.2e-06."""
     size = abs(value)
     if value == 0:
@@ -100,25 +104,25 @@ def number(value: float) -> str:
     return f"{value:.1f}" if size >= 9.995 else f"{value:.2f}" if size >= 0.9995 else f"{value:.3f}"
 
 
-def percent(fraction: float) -> str:
+def format_percent(fraction: float) -> str:
     """Format a fraction: 0.947 as 94.7%."""
     return f"{100 * fraction:.1f}%"
 
 
-def counted(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """Format a count: 1 file, 1,300 files, 2 batches."""
     plural = "es" if noun.endswith("ch") else "s"
     return f"{count:,} {noun}{'' if count == 1 else plural}"
 
 
-def clock(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     """Format a time: 0:07, 12:34, 1:02:03."""
     whole = max(0, int(seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a duration: 7.2 s, 6 min 12 s, 3 h 20 min, 2 d 4 h."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
@@ -158,8 +162,8 @@ def is_right(sample: Mapping[str, Any]) -> bool:
     """Return whether a sample is right, by its accuracy reward, or by its reward without one."""
     rewards = sample.get("rewards")
     parts = rewards if isinstance(rewards, Mapping) else {}
-    score = finite(parts, "accuracy")
-    return ((finite(sample, "reward") or 0.0) if score is None else score) >= 0.5
+    score = finite_metric(parts, "accuracy")
+    return ((finite_metric(sample, "reward") or 0.0) if score is None else score) >= 0.5
 
 
 def last_line(text: Any) -> str:

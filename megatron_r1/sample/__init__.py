@@ -1,4 +1,3 @@
-"""Training data from a model's responses: `selection` keeps some (rejection sampling), `filters`
-name reasons against a response, `decontamination` finds questions of benchmarks, `judge` has the
-judges of `judged_rows`, `sft_examples` has the rows of `sft`, `outputs`
-writes the files."""
+"""Training data from a model's responses: `selection` keeps some (rejection sampling) and writes
+the files, `filters` name reasons against a response, `judge` has judges and the rows that they
+decide, `sft_examples` has the rows of `sft`."""

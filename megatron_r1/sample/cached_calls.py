@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, RunError, UserError
-from megatron_r1.base.files.json_lines import append_lines, whole_lines
+from megatron_r1.base.files.json_lines import append_lines, complete_lines
 from megatron_r1.base.user_code import find_function, module_syntax
 
 
@@ -22,6 +22,7 @@ class UserFunction:
     Attributes:
         path: "module:function".
         key: the recipe's key that names it.
+        function: the function itself.
         identity: the path and a digest of its module; results of another version of the module have
             another identity."""
 
@@ -100,7 +101,7 @@ class ResultCache:
         self._end = 0  # of the last whole line; appending cuts off a torn one
         if path.exists():
             with path.open("rb") as file:
-                for offset, line in whole_lines(file):
+                for offset, line in complete_lines(file):
                     self._offsets[json.loads(line)["key"]] = offset
                     self._end = offset + len(line)
 

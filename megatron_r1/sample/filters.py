@@ -56,7 +56,7 @@ def _broken_format(response: TextResponse, prompt: Prompt, *, form: str = "eithe
         ValueError: another form."""
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    text = response.whole.strip()
+    text = response.full_text.strip()
     for tag in (THINK, END_THINK):
         if (num_found := text.count(tag)) != 1:
             return f"{tag} occurs {num_found} times"
@@ -239,14 +239,14 @@ EXAMPLE = TextResponse("<think>Two and two.</think> It is 4.", num_tokens=9)
 Filters = Mapping[str, Mapping[str, Any]]
 
 
-def check_filters(given: Mapping[str, Any]) -> None:
+def check_filters(settings: Mapping[str, Any]) -> None:
     """Check a recipe's `sample.filters`: name → options, true or false.
 
     Raises:
         UserError: an unknown filter or option, or an invalid value; it names the filter and the
             option.
     """
-    for name, options in given.items():
+    for name, options in settings.items():
         place = f"sample.filters.{name}"
         if name not in NAMES:
             raise UserError(
@@ -277,22 +277,27 @@ def check_filters(given: Mapping[str, Any]) -> None:
                 raise UserError(f"{place}: {error}", key=place, cause=Cause.MALFORMED) from None
 
 
-def active_filters(output: str, given: Mapping[str, Mapping[str, Any] | bool]) -> Filters:
+def active_filters(output: str, settings: Mapping[str, Mapping[str, Any] | bool]) -> Filters:
     """Return the active filters in order, with their options.
 
     Args:
         output: `sample.output`, for its defaults.
-        given: `sample.filters`."""
+        settings: `sample.filters`."""
     chosen: dict[str, Mapping[str, Any]] = {}
     for name in NAMES:
-        options = given.get(name, name in DEFAULT_FILTERS[output])
+        options = settings.get(name, name in DEFAULT_FILTERS[output])
         if options is not False:
             chosen[name] = {} if options is True else options
     return chosen
 
 
 def first_objection(response: TextResponse, prompt: Prompt, filters: Filters) -> tuple[str, str]:
-    """Return (filter, reason) of the first that drops the response; ("", "") if none does."""
+    """Return (filter, reason) of the first that drops the response; ("", "") if none does.
+
+    Args:
+        response: the response.
+        prompt: the prompt that it responds to.
+        filters: the filters with their options, in order."""
     for name, options in filters.items():
         if name in REGISTRY and (reason := REGISTRY[name](response, prompt, **options)):
             return name, reason

@@ -18,7 +18,7 @@ from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import (
     CHAT,
-    PromptText,
+    PromptTokenizer,
     find_template,
     is_opened,
     render_template,
@@ -27,8 +27,7 @@ from megatron_r1.data.text import (
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.sampling import TextResponseGrader
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction
-from megatron_r1.sample.outputs import PromptResult
-from megatron_r1.sample.selection import KEPT, NOT_CHOSEN, Decision, Selection
+from megatron_r1.sample.selection import KEPT, NOT_CHOSEN, Decision, PromptResult, Selection
 
 
 def _summary(response: TextResponse) -> str | None:
@@ -41,7 +40,7 @@ PARTS: dict[str, Callable[[TextResponse], str | None]] = {
     "thought": lambda response: response.thought,
     "summary": _summary,
     "answer": lambda r: extract(r.text, opened=r.opened, plain_line=True).text,
-    "response": lambda response: response.whole,
+    "response": lambda response: response.full_text,
 }
 PLACEHOLDERS = re.compile(r"\{(" + "|".join(PARTS) + r")\}")
 
@@ -88,7 +87,12 @@ class Rendering:
         self, response: TextResponse, question: str, before: Sequence[Message] = ()
     ) -> str | None:
         """Return the response in its new form; a thought that the prompt opens is not opened again.
-        None if a part that the form has is missing, or the thought that the prompt opens."""
+        None if a part that the form has is missing, or the thought that the prompt opens.
+
+        Args:
+            response: the response as it was sampled, or rewritten.
+            question: the user's last message.
+            before: the messages before the question."""
         parts: dict[str, str] = {}
         for name in PLACEHOLDERS.findall(self._response):
             part = PARTS[name](response)
@@ -102,10 +106,10 @@ class Rendering:
         return text.lstrip().removeprefix(THINK) if END_THINK in text else None
 
     @cached_property
-    def _chat_text(self) -> tuple[PromptText, PromptText]:
+    def _chat_text(self) -> tuple[PromptTokenizer, PromptTokenizer]:
         path = self._tokenizer_path
         keys = ("sample.render.tokenizer", "sample.render.template")
-        return PromptText(path, CHAT, keys), PromptText(path, "{problem}", keys)
+        return PromptTokenizer(path, CHAT, keys), PromptTokenizer(path, "{problem}", keys)
 
 
 Rewriter = Callable[[str, str], Awaitable[str | None]]
@@ -152,7 +156,7 @@ class SFTExamples:
 
     async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
         """Return the responses to one prompt that become examples, and why others do not."""
-        decisions = await self._selection.drops(prompt, responses)
+        decisions = await self._selection.drop_reasons(prompt, responses)
         passed = [response for response in responses if response.index not in decisions]
         limit = self._selection.keep.per_prompt or len(responses)
         rows: list[dict[str, Any]] = []
@@ -171,13 +175,13 @@ class SFTExamples:
         self, prompt: Prompt, response: TextResponse
     ) -> tuple[Decision, list[dict[str, Any]]]:
         if self._rewriter is not None:
-            text = await self._rewriter(prompt.question, response.whole)
+            text = await self._rewriter(prompt.question, response.full_text)
             if text is None:
                 return Decision("not_rewritten", "sample.rewrite gave None"), []
             response = replace(response, text=text, opened=False)
             if self._grader is not None:
                 response = await self._grader.grade(prompt, response)
-            if dropped := await self._selection.drop(prompt, response):
+            if dropped := await self._selection.drop_reason(prompt, response):
                 return Decision(f"rewritten_{dropped.code}", dropped.why), []
         if self._rendering is None:
             return Decision(KEPT), []

@@ -58,7 +58,7 @@ class PackedBatch:
     advantages: Tensor
     """(T,) fp32: the response's advantage on each of its tokens, 0 elsewhere. With an algorithm's
     `token_advantages` it is what these are computed from (`Sample.advantage`), until
-    `RolloutBatches.store` puts each token's own advantage here."""
+    `RolloutBatches.store_targets` puts each token's own advantage here."""
     rollout_logprobs: Tensor
     """(T,) fp32: the engine's, 0 outside responses."""
     labels: Tensor
@@ -142,7 +142,7 @@ class Head:
             **settings: those of r1_kernels' policy_loss; with a context_group a denominator must be
                 among them."""
         batch = self.batch
-        with trusted_values():  # and `packed_batch` makes cu_seqlens
+        with trusted_values():  # and `pack_batch` makes cu_seqlens
             terms = linear_policy_loss(
                 self.hidden,
                 self.weight,

@@ -26,12 +26,12 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models import fp8, platform, weights
 from megatron_r1.models.build import PolicyModel, ScoreModel, process_groups
-from megatron_r1.models.gradients import gradient_sum, leave_out_zeros
+from megatron_r1.models.gradients import fp32_main_grad, skip_zero_gradients
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights.adapters import attach_adapters
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.table import SCORE
-from megatron_r1.trainer.checkpoints import contents, finding
+from megatron_r1.trainer.checkpoints import checkpoint_folders, contents
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -139,7 +139,7 @@ def _round(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             state[name].copy_(state[name].bfloat16())
 
 
-def network(
+def build_network(
     config: Config,
     hf: dict,
     transformer: TransformerConfig,
@@ -157,9 +157,9 @@ def network(
         score_std: standard deviation of a new score head; None: 1 / sqrt(hidden_size + 1).
 
     Returns:
-        `model_chunks`, the same chunks in Megatron's DistributedDataParallel, and their optimizer.
+        `build_chunks`, the same chunks in Megatron's DistributedDataParallel, and their optimizer.
     """
-    chunks = model_chunks(config, hf, transformer, groups, score_std)
+    chunks = build_chunks(config, hf, transformer, groups, score_std)
     overlap = config.parallel.overlap_param_gather
     wrapped = _with_gradients(transformer, chunks, groups, overlap)
     optimizer = _new_optimizer(config, wrapped)
@@ -167,7 +167,7 @@ def network(
     return chunks, wrapped, optimizer
 
 
-def model_chunks(
+def build_chunks(
     config: Config,
     hf: dict,
     transformer: TransformerConfig,
@@ -204,7 +204,7 @@ def model_chunks(
         weights.load_hf(chunks, hf, config.model.path, body)
     if body is not None:
         std = (hf["hidden_size"] + 1) ** -0.5 if score_std is None else score_std
-        weights.initialize_score(chunks, hf, std=std, seed=config.run.seed)
+        weights.initialize_score_head(chunks, hf, std=std, seed=config.run.seed)
     if config.model.lora is not None:
         attach_adapters(chunks, hf, config.model.lora, config.run.seed)
     return chunks
@@ -223,9 +223,9 @@ def language_body(config: Config, hf: dict) -> dict | None:
 
 def _verify(checkpoint: Path, config: Config) -> None:
     """Raise UserError, on every rank, where `checkpoint` differs from its manifest."""
-    if finding.check_start(checkpoint) is not None:
+    if checkpoint_folders.check_initial_checkpoint(checkpoint) is not None:
         return  # there is no manifest
-    if faults := contents.damage(checkpoint, config.checkpoint.verify):
+    if faults := contents.find_faults_on_all_ranks(checkpoint, config.checkpoint.verify):
         raise UserError(
             f"model.checkpoint: {checkpoint} is damaged: {'; '.join(faults[:5])}; put a good copy "
             "there, or load it as it is with checkpoint.verify: none",
@@ -256,8 +256,8 @@ def _with_gradients(
         model = unwrap_model(chunk)
         if isinstance(model, PolicyModel) and model.post_process:
             weight = models.lm_head_weight(model)
-            if gradient_sum(weight) is not None:
-                leave_out_zeros(weight)
+            if fp32_main_grad(weight) is not None:
+                skip_zero_gradients(weight)
         chunk.broadcast_params()  # over data parallelism: replicas start from the same bits
     no_sync = [chunk.no_sync for chunk in wrapped]
     transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]

@@ -14,7 +14,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.models.config import transformer_config
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.routing_replay import Replay
+from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.distributed import GridPosition
@@ -55,14 +55,16 @@ class Critic:
         self.position = position
         self.value_clip = config.critic.value_clip
         transformer = transformer_config(hf, own)
-        self.model_chunks, self.ddp_chunks, self.optimizer = construction.network(
+        self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
             own, hf, transformer, position.groups, score_std=0.0
         )
-        Replay(self.model_chunks, None)  # recomputed layers choose the experts of their first pass
+        RoutingReplay(
+            self.model_chunks, None
+        )  # recomputed layers choose the experts of their first pass
 
-    def values(self, batches: list[PackedBatch]) -> None:
+    def compute_values(self, batches: list[PackedBatch]) -> None:
         """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""
-        run_passes(self.ddp_chunks, batches, _keep_values, forward_only=True)
+        run_passes(self.ddp_chunks, batches, _store_values, forward_only=True)
 
     def update(
         self, batches: list[PackedBatch], learning_rate: float, is_last: bool = True
@@ -90,7 +92,7 @@ class Critic:
         return metrics | {f"value/{name}": value for name, value in stepped.items()}
 
 
-def _keep_values(batch: PackedBatch, scores: Tensor) -> None:
+def _store_values(batch: PackedBatch, scores: Tensor) -> None:
     batch.values = torch.where(batch.is_response, scores.view(-1), 0.0)
 
 

@@ -165,9 +165,9 @@ class Replica:
             d: dist.new_group(ranks, timeout, backend="gloo") for d, ranks in replicas.items()
         }
         self._members, self._group = replicas[position.data_rank], groups[position.data_rank]
-        self.leads = position.rank == self._members[0]
+        self.is_leader = position.rank == self._members[0]
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return the `value` of each member, in order; the leader's is the first."""
         values: list[Any] = [None] * len(self._members)
         # Over the replica: each member has another.

@@ -31,7 +31,7 @@ PACKAGES = {
 }
 
 
-def in_use(trainer: Trainer) -> dict[str, str]:
+def describe_implementations(trainer: Trainer) -> dict[str, str]:
     """Return the implementation of each part on this rank."""
     found: dict[str, set[str]] = {}
     for chunk in trainer.model_chunks:

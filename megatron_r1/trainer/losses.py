@@ -92,7 +92,12 @@ def token_weights(
 
 
 def supervised(batch: PackedBatch, head: Head, settings: object = None) -> LossTerms:
-    """Return the SFT loss, -Σ log p over response tokens, () fp32, with their number."""
+    """Return the SFT loss, -Σ log p over response tokens, () fp32, with their number.
+
+    Args:
+        batch: the micro-batch.
+        head: the head behind its hidden states.
+        settings: not read."""
     logprobs, _ = head.logprobs()
     loss, count = -logprobs.sum(), denominator(batch, "token")
     return LossTerms(loss, count, {"loss": Mean(loss.detach(), count)})
@@ -103,7 +108,12 @@ def pairwise(batch: PackedBatch, scores: Scores, settings: object = None) -> Los
 
     Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
     are a pair, the chosen one first. Metrics: accuracy, the share of pairs whose chosen response
-    scores higher; margin, s_chosen - s_rejected."""
+    scores higher; margin, s_chosen - s_rejected.
+
+    Args:
+        batch: the micro-batch, of whole pairs.
+        scores: the score model's output.
+        settings: not read."""
     sample_scores = scores.at_last_tokens()
     margins = sample_scores[0::2] - sample_scores[1::2]
     measured = {"accuracy": margins > 0, "margin": margins}
@@ -114,7 +124,12 @@ def pointwise(batch: PackedBatch, scores: Scores, settings: object = None) -> Lo
     """Return the sum over samples of the binary cross entropy of their scores and labels.
 
     Σ BCE(sigmoid(score), `batch.labels`), () fp32, with the number of samples. Metrics: accuracy,
-    the share of scores on their label's side of 0; margin, the distance to 0 there."""
+    the share of scores on their label's side of 0; margin, the distance to 0 there.
+
+    Args:
+        batch: the micro-batch, with labels.
+        scores: the score model's output.
+        settings: not read."""
     sample_scores, labels = scores.at_last_tokens(), batch.labels
     margins = sample_scores * (2 * labels - 1)
     losses = binary_cross_entropy_with_logits(sample_scores, labels, reduction="none")

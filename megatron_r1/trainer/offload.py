@@ -29,10 +29,10 @@ from megatron_r1.trainer.operations import needs_optimizer, needs_parameters
 
 CHUNK_BYTES = 1 << 28
 """Bytes of a host buffer: torch pins a power of two, so that larger ones would waste up to half."""
-Kind = Literal["parameters", "optimizer"]
+StateKind = Literal["parameters", "optimizer"]
 
 
-class Trained(Protocol):
+class TrainedNetwork(Protocol):
     """A trained network of a rank: its chunks and Megatron's optimizer of them."""
 
     model_chunks: Sequence[torch.nn.Module]
@@ -42,15 +42,15 @@ class Trained(Protocol):
 class Store(Protocol):
     """Keeps the bytes of one kind, in the order in which they are given."""
 
-    def keep(self, parts: Sequence[Tensor]) -> None:
+    def write(self, parts: Sequence[Tensor]) -> None:
         """Copy all parts, uint8 on any device.
 
         Raises:
             UserError: there is no room for all; nothing has been changed then.
         """
 
-    def fill(self, parts: Sequence[Tensor]) -> None:
-        """Copy what `keep` was given into tensors of the same sizes.
+    def read(self, parts: Sequence[Tensor]) -> None:
+        """Copy what `write` was given into tensors of the same sizes.
 
         Raises:
             RuntimeError: the bytes are not those that were kept.
@@ -63,21 +63,21 @@ class HostStore:
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
 
-    def keep(self, parts: Sequence[Tensor]) -> None:
+    def write(self, parts: Sequence[Tensor]) -> None:
         """Copy the parts into host memory."""
         missing = _num_chunks(parts) - len(self._chunks)
         self._chunks += [_chunk() for _ in range(missing)]
         for piece, at in _pieces(parts):
-            self._of(piece, at).copy_(piece, non_blocking=True)
+            self._chunk_slice(piece, at).copy_(piece, non_blocking=True)
         platform.synchronize()
 
-    def fill(self, parts: Sequence[Tensor]) -> None:
-        """Copy what `keep` stored back into parts of the same sizes."""
+    def read(self, parts: Sequence[Tensor]) -> None:
+        """Copy what `write` stored back into parts of the same sizes."""
         for piece, at in _pieces(parts):
-            piece.copy_(self._of(piece, at), non_blocking=True)
+            piece.copy_(self._chunk_slice(piece, at), non_blocking=True)
         platform.synchronize()
 
-    def _of(self, piece: Tensor, at: int) -> Tensor:
+    def _chunk_slice(self, piece: Tensor, at: int) -> Tensor:
         start = at % CHUNK_BYTES
         return self._chunks[at // CHUNK_BYTES][start : start + len(piece)]
 
@@ -93,7 +93,7 @@ class DiskStore:
         self._file: IO[bytes] | None = None
         self._digests: list[int] = []
 
-    def keep(self, parts: Sequence[Tensor]) -> None:
+    def write(self, parts: Sequence[Tensor]) -> None:
         """Write the parts to a file, with a digest of each piece.
 
         Raises:
@@ -101,7 +101,7 @@ class DiskStore:
         """
         num_bytes = sum(map(len, parts))
         try:
-            file = self._reserved(num_bytes)
+            file = self._reserve_file(num_bytes)
             self._digests = []
             passing = _chunk()
             for piece, at in _pieces(parts):
@@ -119,13 +119,13 @@ class DiskStore:
                 cause=Cause.TOO_LARGE,
             ) from error
 
-    def fill(self, parts: Sequence[Tensor]) -> None:
-        """Read back what `keep` wrote.
+    def read(self, parts: Sequence[Tensor]) -> None:
+        """Read back what `write` wrote.
 
         Raises:
             RuntimeError: the file is short, or a piece has another digest.
         """
-        assert self._file is not None, "keep() comes first"
+        assert self._file is not None, "write() comes first"
         passing, digests = _chunk(), iter(self._digests)
         for piece, at in _pieces(parts):
             here = passing[: len(piece)]
@@ -138,7 +138,7 @@ class DiskStore:
                 )
             piece.copy_(here)
 
-    def _reserved(self, num_bytes: int) -> IO[bytes]:
+    def _reserve_file(self, num_bytes: int) -> IO[bytes]:
         """Return the file, with room for `num_bytes`.
 
         Raises:
@@ -190,12 +190,17 @@ class Offload:
 
     Args:
         networks: returns the rank's networks, policy and critic.
-        new_store: makes the store of one kind."""
+        make_store: makes the store of one kind."""
 
-    def __init__(self, networks: Callable[[], Sequence[Trained]], new_store: Callable[[], Store]):
+    def __init__(
+        self, networks: Callable[[], Sequence[TrainedNetwork]], make_store: Callable[[], Store]
+    ):
         self._networks = networks
-        self._stores: dict[Kind, Store] = {"parameters": new_store(), "optimizer": new_store()}
-        self._offloaded: dict[Kind, list[tuple[torch.UntypedStorage, int]]] = {}
+        self._stores: dict[StateKind, Store] = {
+            "parameters": make_store(),
+            "optimizer": make_store(),
+        }
+        self._offloaded: dict[StateKind, list[tuple[torch.UntypedStorage, int]]] = {}
         """The storages that have no memory, and the bytes of each."""
 
     @property
@@ -216,13 +221,13 @@ class Offload:
             if kind in self._offloaded:
                 continue
             storages = found[kind]
-            self._stores[kind].keep([_as_bytes(storage) for storage in storages])
+            self._stores[kind].write([_as_bytes(storage) for storage in storages])
             self._offloaded[kind] = [(storage, storage.nbytes()) for storage in storages]
             for storage in storages:
                 _release(storage)
 
     @timeline.timed("trainer/onload")
-    def restore(self, *kinds: Kind) -> None:
+    def restore(self, *kinds: StateKind) -> None:
         """Bring these kinds back, if they are offloaded."""
         for kind in kinds:
             storages = self._offloaded.get(kind)
@@ -237,7 +242,7 @@ class Offload:
                         "offloaded: something has used them meanwhile"
                     )
                 storage.resize_(size)
-            self._stores[kind].fill([_as_bytes(storage) for storage, _ in storages])
+            self._stores[kind].read([_as_bytes(storage) for storage, _ in storages])
             del self._offloaded[kind]
 
     def prepare(self, operation: str) -> None:
@@ -247,7 +252,7 @@ class Offload:
         if needs_optimizer(operation):
             self.restore("optimizer")
 
-    def _storages(self) -> dict[Kind, list[torch.UntypedStorage]]:
+    def _storages(self) -> dict[StateKind, list[torch.UntypedStorage]]:
         """Return the storages of either kind, each once. What the optimizer of an fp32 model has of
         its parameters are views of these."""
         seen: set[int] = set()
@@ -303,7 +308,9 @@ def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def offload_of(config: Config, networks: Callable[[], Sequence[Trained]]) -> Offload | None:
+def make_offload(
+    config: Config, networks: Callable[[], Sequence[TrainedNetwork]]
+) -> Offload | None:
     """Return the rank's `Offload`; None where the recipe has none.
 
     Raises:

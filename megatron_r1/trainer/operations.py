@@ -13,8 +13,7 @@ from typing import Any, Protocol, TypedDict
 import msgspec
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config.algorithms import LossSettings, TokenSettings
-from megatron_r1.config.corrections import EngineMask
+from megatron_r1.config.algorithms import EngineMask, LossSettings, TokenSettings
 from megatron_r1.push.results import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.trainer.training_sample import Sample
 
@@ -26,7 +25,7 @@ LOAD, STOP = "load", "stop"
 """The calls that are no `operations`: samples follow the first, and the last ends the rank."""
 
 
-def identity(rank: int) -> bytes:
+def rank_identity(rank: int) -> bytes:
     """Return the ZeroMQ identity of a rank's connection for calls and replies."""
     return str(rank).encode()
 
@@ -52,21 +51,36 @@ class Reply(msgspec.Struct, frozen=True):
         rank: the rank that replies.
         result: the operation's result; None after an error.
         error: the message of a `UserError`, a traceback otherwise; None without an error.
-        is_mistake: whether the error is a `UserError`.
+        is_user_error: whether the error is a `UserError`.
         key: the key of a `UserError`.
         cause: the cause of a `UserError`."""
 
     rank: int
     result: dict[str, Any] | None = None
     error: str | None = None
-    is_mistake: bool = False
+    is_user_error: bool = False
     key: str = ""
     cause: Cause = Cause.FAILED
 
 
 class RankDescription(TypedDict):
     """The result of a rank's start (`worker.Operations.describe`): what the controller distributes
-    batches by, the rank's place on the grid, and facts of its model."""
+    batches by, the rank's place on the grid, and facts of its model.
+
+    Attributes:
+        rank: this and the next eight as in `distributed.GridPosition`.
+        tensor_rank: the index in its tensor-parallel group.
+        pipeline_rank: its pipeline stage.
+        context_rank: the index in its context-parallel group.
+        expert_rank: the index in its expert-parallel group.
+        data_rank: the index of its model replica.
+        data_parallel: the number of replicas.
+        last_stage: whether it computes the loss.
+        leads_replica: whether it receives the replica's samples.
+        num_parameters: the parameters of the whole model.
+        score_is_new: whether a score head is randomly initialized.
+        implementations: the implementation of each part of a step.
+        process: the process id."""
 
     rank: int
     tensor_rank: int
@@ -83,7 +97,7 @@ class RankDescription(TypedDict):
     process: int
 
 
-class ThreadAt(msgspec.Struct, frozen=True):
+class ThreadStack(msgspec.Struct, frozen=True):
     """The stack of a thread.
 
     Attributes:
@@ -110,7 +124,7 @@ class RankStatus(msgspec.Struct, frozen=True):
     request: int
     operation: str
     seconds: float
-    threads: list[ThreadAt]
+    threads: list[ThreadStack]
 
 
 MetricValues = dict[str, float]
@@ -136,13 +150,13 @@ class CheckpointProgress(TypedDict):
     seconds: float
 
 
-class Damage(TypedDict):
-    """The damage of a checkpoint.
+class CheckpointFaults(TypedDict):
+    """What is wrong with a checkpoint.
 
     Attributes:
-        damage: a line for each fault of the checkpoint."""
+        faults: a line for each fault."""
 
-    damage: list[str]
+    faults: list[str]
 
 
 class LoadedCheckpoint(TypedDict):
@@ -302,8 +316,8 @@ class ProbingOperations(Protocol):
             UserError: a token outside the model's vocabulary."""
 
 
-class FolderOperations(Protocol):
-    """Checkpoints and exports: methods of `folders.Folders`."""
+class CheckpointOperations(Protocol):
+    """Checkpoints and exports: methods of `checkpoint_manager.CheckpointManager`."""
 
     def export(self, *, folder: str) -> None:
         """Write a complete Hugging Face folder: weights (adapters merged), config and tokenizer.
@@ -340,7 +354,7 @@ class FolderOperations(Protocol):
         Args:
             wait: whether to return only once the save is done."""
 
-    def verify_checkpoint(self, *, folder: str) -> Damage:
+    def verify_checkpoint(self, *, folder: str) -> CheckpointFaults:
         """Look for faults in a checkpoint's files, as thoroughly as `checkpoint.verify` says.
 
         Args:
@@ -365,7 +379,7 @@ class FolderOperations(Protocol):
 
 
 class PushOperations(Protocol):
-    """A rank's part of a push: methods of `push.sender.WeightPush`."""
+    """A rank's part of a push: methods of `push.sender.PushWorker`."""
 
     def open_push(self) -> OpenedPush:
         """Create this rank's sender, before the first engine is connected.
@@ -380,8 +394,8 @@ class PushOperations(Protocol):
         layout: dict[str, Any],
         transport: str,
         timeout_seconds: float,
-        push_seconds: float,
-        gone: list[str],
+        push_timeout_seconds: float,
+        closed_sets: list[str],
     ) -> ConnectedSets:
         """Agree with all ranks of these sets of engines on what this rank sends them, and connect.
 
@@ -390,19 +404,19 @@ class PushOperations(Protocol):
             layout: the fields of `EngineLayout`, of one engine.
             transport: a name in `TRANSPORTS`.
             timeout_seconds: limit for connecting.
-            push_seconds: limit for a push.
-            gone: names of the sets to disconnect first.
+            push_timeout_seconds: limit for a push.
+            closed_sets: names of the sets to disconnect first.
 
         Returns:
             Why sets cannot be connected, and the links and bytes per push to the others."""
 
-    def send_weights(self, *, push: int, sets: list[str], gone: list[str]) -> SentWeights:
+    def send_weights(self, *, push: int, sets: list[str], closed_sets: list[str]) -> SentWeights:
         """Send the present weights to connected sets; a set that fails does not stop the others.
 
         Args:
             push: the number of the push.
             sets: names of the sets to send to.
-            gone: names of the sets to disconnect first.
+            closed_sets: names of the sets to disconnect first.
 
         Returns:
             The failures, by the name of the set."""

@@ -17,7 +17,7 @@ context group. All these ranks compute the same loss from the same scores; the g
 rank that has the position, and the sample is counted on the first context rank
 (`PackedBatch.num_responses`)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,23 +29,23 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.context_parallel import held_positions, sample_order
-from megatron_r1.models.packed_params import PackedParams, with_positions
+from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
+from megatron_r1.models.packed_params import PackedParams, mark_positions
 from megatron_r1.models.platform import to_device
-from megatron_r1.models.prefixes import with_prefixes
+from megatron_r1.models.prefixes import mark_prefixes
 from megatron_r1.models.routing_replay import RecordedRouting
-from megatron_r1.models.sampling_mask import decoded
+from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.trainer.batch import PackedBatch
-from megatron_r1.trainer.routing import RoutingPart, recorded_routing
-from megatron_r1.trainer.token_split import Placement, TokenSplit, placed
+from megatron_r1.trainer.routing import RoutingShard, pack_routing
+from megatron_r1.trainer.token_split import PackedLayout, TokenSplit, packed_layout
 from megatron_r1.trainer.training_sample import Sample
 
 
-def packed_batch(
+def pack_batch(
     samples: list[Sample],
     split: TokenSplit,
     device: torch.device,
-    routing: RoutingPart | RecordedRouting | None = None,
+    routing: RoutingShard | RecordedRouting | None = None,
     share_prompts: bool = False,
     num_predicted: int = 0,
 ) -> PackedBatch:
@@ -62,26 +62,16 @@ def packed_batch(
         share_prompts: tokens that an earlier sample has are not there again (`SharedTokens`,
             `models.prefixes`).
         num_predicted: MTP layers that are trained."""
-    if isinstance(routing, RoutingPart):
-        routing = recorded_routing(samples, split, routing)
-    placement = placed(samples, split, share_prompts)
-    cu_seqlens, total = placement.cu_seqlens, int(placement.cu_seqlens[-1])
-    tokens = _tokens(samples, placement)
+    if isinstance(routing, RoutingShard):
+        routing = pack_routing(samples, split, routing)
+    layout = packed_layout(samples, split, share_prompts)
+    cu_seqlens = layout.cu_seqlens
+    tokens = _tokens(samples, layout)
     on_device = partial(to_device, device=device)
-    attention_cu_seqlens = on_device(cu_seqlens.int())
-    position = torch.arange(total) - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
-    if placement.continued is not None:
-        with_prefixes(attention_cu_seqlens, placement.continued)
-        position += placement.continued.first.repeat_interleave(cu_seqlens.diff())
-    held = held_positions(cu_seqlens, *split.of_context)
-    # The inverse of `held`, -1 for positions on other context ranks.
-    here = torch.full((total,), -1).index_copy(0, held, torch.arange(len(held)))
-    ends = [at + len(sample) - 1 for at, sample in zip(placement.starts, samples, strict=True)]
-    values = _response_values(samples, placement)
+    held = positions_of_rank(cu_seqlens, *split.context_rank_and_size)
+    values = _response_values(samples, layout)
     is_response, advantages, rollout_logprobs, teacher, weights = (whole[held] for whole in values)
-    positions = on_device(position[held])
-    with_positions(attention_cu_seqlens, positions)
-    params = _packed_seq_params(attention_cu_seqlens, split, int(position.max()) + 1)
+    positions, params = _positions(layout, held, split, on_device)
     if num_predicted:
         following, rows = _predicted(cu_seqlens, values[0], held, split, num_predicted)
         params.following = on_device(following)
@@ -89,7 +79,7 @@ def packed_batch(
     has_teacher = all(sample.teacher is not None for sample in samples)
     has_branches = any(sample.weight != 1 for sample in samples)
     num_responses = sum(s.num_responses for s in samples if s.is_trained)
-    kept = _sampling_mask(samples, placement, held)
+    kept = _sampling_mask(samples, layout, held)
     return PackedBatch(
         input_ids=on_device(tokens[held][None]),
         position_ids=positions[None],
@@ -101,15 +91,43 @@ def packed_batch(
         num_responses=num_responses if split.context_rank == 0 else 0,
         advantages=on_device(advantages),
         rollout_logprobs=on_device(rollout_logprobs),
-        last_tokens=on_device(here[torch.tensor(ends, dtype=torch.int64)]),
+        last_tokens=on_device(_last_tokens(samples, layout, held)),
         labels=on_device(torch.tensor([s.label for s in samples], dtype=torch.float32)),
         logprobs={"teacher": on_device(teacher)} if has_teacher else {},
         sequence_weights=on_device(weights) if has_branches else None,
         sampling_mask=kept and SamplingMask(*(on_device(part) for part in kept)),
-        num_shared=sum(placement.skipped),
+        num_shared=sum(layout.skipped),
         routing=routing
         and routing._replace(experts=on_device(routing.experts), known=on_device(routing.known)),
     )
+
+
+def _positions(
+    layout: PackedLayout,
+    held: Tensor,
+    split: TokenSplit,
+    on_device: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, PackedParams]:
+    """Return the positions within their samples of the tokens `held`, and the samples' borders as
+    attention takes them."""
+    cu_seqlens = layout.cu_seqlens
+    attention_cu_seqlens = on_device(cu_seqlens.int())
+    position = torch.arange(int(cu_seqlens[-1]))
+    position -= cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    if layout.continued is not None:
+        mark_prefixes(attention_cu_seqlens, layout.continued)
+        position += layout.continued.start.repeat_interleave(cu_seqlens.diff())
+    positions = on_device(position[held])
+    mark_positions(attention_cu_seqlens, positions)
+    return positions, _packed_seq_params(attention_cu_seqlens, split, int(position.max()) + 1)
+
+
+def _last_tokens(samples: list[Sample], layout: PackedLayout, held: Tensor) -> Tensor:
+    """Return where among `held` each sample's last token is, (S,); -1: on another context rank."""
+    here = torch.full((int(layout.cu_seqlens[-1]),), -1)
+    here = here.index_copy(0, held, torch.arange(len(held)))
+    ends = [start + len(sample) - 1 for start, sample in zip(layout.starts, samples, strict=True)]
+    return here[torch.tensor(ends, dtype=torch.int64)]
 
 
 def _predicted(
@@ -126,28 +144,28 @@ def _predicted(
         ahead = ahead[following] & (following >= 0)
         rows.append(ahead[held].nonzero()[:, 0])
     # Where each position is when the context ranks' parts are gathered rank after rank.
-    gathered = sample_order(cu_seqlens, split.context_size)
+    gathered = gathered_order(cu_seqlens, split.context_size)
     here = following[held]
     return torch.where(here >= 0, gathered[here], -1), rows
 
 
-def _tokens(samples: list[Sample], placement: Placement) -> Tensor:
+def _tokens(samples: list[Sample], layout: PackedLayout) -> Tensor:
     """Return the token ids of the micro-batch, (T,) int64, 0 in padding."""
     # bytearray: torch warns of a read-only buffer.
     ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
-    tokens = torch.zeros(int(placement.cu_seqlens[-1]), dtype=torch.int64)
-    for own, start, skip in zip(ids, placement.starts, placement.skipped, strict=True):
+    tokens = torch.zeros(int(layout.cu_seqlens[-1]), dtype=torch.int64)
+    for own, start, skip in zip(ids, layout.starts, layout.skipped, strict=True):
         tokens[start + skip : start + len(own)] = own[skip:]
     return tokens
 
 
-def _response_values(samples: list[Sample], placement: Placement) -> tuple[Tensor, ...]:
+def _response_values(samples: list[Sample], layout: PackedLayout) -> tuple[Tensor, ...]:
     """Return the whole micro-batch's is_response (bool), advantages, rollout_logprobs, teacher and
     sequence_weights (fp32), (T,) each, 0 outside responses; see `PackedBatch`."""
-    total = int(placement.cu_seqlens[-1])
+    total = int(layout.cu_seqlens[-1])
     is_response = torch.zeros(total, dtype=torch.bool)
     advantages, rollout_logprobs, teacher, weights = per_token = torch.zeros(4, total)
-    for sample, start in zip(samples, placement.starts, strict=True):
+    for sample, start in zip(samples, layout.starts, strict=True):
         if not sample.is_trained:
             continue
         response = slice(start + sample.prompt_length - 1, start + len(sample) - 1)
@@ -166,7 +184,7 @@ def _response_values(samples: list[Sample], placement: Placement) -> tuple[Tenso
 
 
 def _sampling_mask(
-    samples: list[Sample], placement: Placement, held: Tensor
+    samples: list[Sample], layout: PackedLayout, held: Tensor
 ) -> SamplingMask | None:
     """Return the kept ids of the tokens that are trained on, at the positions `held`; None where no
     sample has any.
@@ -177,15 +195,15 @@ def _sampling_mask(
     trained = [s.is_trained and len(s) > s.prompt_length for s in samples]
     if not any(sample.sampling_mask for sample in samples):
         return None
-    counts = torch.zeros(int(placement.cu_seqlens[-1]), dtype=torch.int64)
+    counts = torch.zeros(int(layout.cu_seqlens[-1]), dtype=torch.int64)
     parts = [torch.empty(0, dtype=torch.int32)]
-    for sample, start, counting in zip(samples, placement.starts, trained, strict=True):
+    for sample, start, counting in zip(samples, layout.starts, trained, strict=True):
         if not counting:
             continue
         if not sample.sampling_mask:
             raise ValueError("a micro-batch has responses with sampling masks and others without")
         length = len(sample) - sample.prompt_length
-        own = [np.array(part) for part in decoded(sample.sampling_mask, length)]
+        own = [np.array(part) for part in decode_mask(sample.sampling_mask, length)]
         if sample.mask:
             is_sampled = np.frombuffer(sample.mask, np.uint8) > 0
             own = [np.where(is_sampled, own[0], 0), own[1][np.repeat(is_sampled, own[0])]]
@@ -241,18 +259,18 @@ class Scores:
 
     Attributes:
         batch: the micro-batch, whose samples say which tokens are a text's last.
-        every: (T,) fp32, the score after each token of this rank.
+        token_scores: (T,) fp32, the score after each token of this rank.
         context_group: the ranks that hold the other tokens.
     """
 
     batch: PackedBatch
-    every: Tensor
+    token_scores: Tensor
     context_group: ProcessGroup
 
     def at_last_tokens(self) -> Tensor:
         """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
         at = self.batch.last_tokens
-        held = torch.where(at >= 0, self.every[at.clamp(min=0)], 0.0)
+        held = torch.where(at >= 0, self.token_scores[at.clamp(min=0)], 0.0)
         # Over the context group: of each sample one rank has the score, the others 0. Megatron's
         # "tensor" region sums over any group in the forward pass and is the identity backward.
         return reduce_from_tensor_model_parallel_region(held, group=self.context_group)

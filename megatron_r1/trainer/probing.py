@@ -8,7 +8,7 @@ from megatron_r1.models import platform
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.metrics import logprob_diff
 from megatron_r1.trainer.operations import SampleScores
-from megatron_r1.trainer.packed import check_token_ids, packed_batch
+from megatron_r1.trainer.packed import check_token_ids, pack_batch
 from megatron_r1.trainer.trainer import Trainer
 from megatron_r1.trainer.training_sample import Sample
 
@@ -36,7 +36,7 @@ class Probing:
         has not scored yet."""
         self._probed = self._pack_probe(samples)
         # An engine's answer to a probe comes without its routing.
-        with self.trainer.replay.paused():
+        with self.trainer.replay.pause():
             self.trainer.fill_logprobs(self._probed, "old", 1.0)
 
     def compare_probe(self, samples: list[Sample]) -> dict[str, float]:
@@ -49,12 +49,12 @@ class Probing:
             assert torch.equal(batch.targets, probed.targets), "these are other tokens"
             batch.logprobs["old"] = probed.logprobs["old"]
         mean, largest = logprob_diff(batches, "old")
-        return self.trainer.reduced({"probe/max": largest, "probe/mean": mean})
+        return self.trainer.reduce_metrics({"probe/max": largest, "probe/mean": mean})
 
     def _pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
         check_token_ids(samples, self.trainer.hf["vocab_size"])
-        rounds, split = self.trainer.padded_to_schedule([samples]), self.trainer.split
-        return [packed_batch(s, split, platform.device()) for s in rounds]
+        rounds, split = self.trainer.pad_to_schedule([samples]), self.trainer.split
+        return [pack_batch(s, split, platform.device()) for s in rounds]
 
     def sample_scores(self) -> SampleScores:
         """Return {"scores": s}, s[i][m] a score model's scores of the samples of micro-batch m of

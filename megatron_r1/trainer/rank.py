@@ -16,7 +16,7 @@ from megatron_r1.base.processes.memory import without_garbage_collection
 READ_LATE = frozenset({*children.rank_variables(0, 1, 0), RANKS_ENVIRONMENT})
 """Environment variables that no import reads (`base.processes.fork_server`)."""
 LATER_IMPORTS = (
-    *("trainer.folders", "trainer.implementations", "trainer.trainer"),
+    *("trainer.checkpoint_manager", "trainer.implementations", "trainer.trainer"),
     "push.sender",
 )
 """Modules that `worker.Operations` imports, as they need a process that is prepared."""
@@ -35,12 +35,12 @@ def preload() -> None:
 def main() -> None:
     """Serve the controller whose address is the first argument, until it stops the rank or ends."""
     children.end_without_parent()
-    timeline.reached("trainer/process begins")
+    timeline.mark("trainer/process begins")
     with without_garbage_collection():
         from megatron_r1.config import parse
         from megatron_r1.trainer import distributed, worker
     address, config_json = sys.argv[1:]
-    timeline.reached("trainer/imports made")
+    timeline.mark("trainer/imports made")
     worker.serve(parse(msgspec.json.decode(config_json)), address)
     distributed.leave_process_groups()
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
-from megatron_r1.trainer.operations import RankStatus, ThreadAt
+from megatron_r1.trainer.operations import RankStatus, ThreadStack
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -53,7 +53,9 @@ AXES = {
 """Name of a parallel axis → the field of Megatron's ProcessGroupCollection."""
 
 
-def collective(innermost: FrameType, groups: ProcessGroupCollection | None = None) -> str | None:
+def describe_collective(
+    innermost: FrameType, groups: ProcessGroupCollection | None = None
+) -> str | None:
     """Return a description of the collective that `innermost` waits in, or None.
 
     Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)", or "a
@@ -84,7 +86,7 @@ def _request(frame: FrameType, groups: ProcessGroupCollection | None) -> str | N
         return None
     among = {value for value in values if isinstance(value, dist.ProcessGroup)}
     shown = _describe_ranks(among.pop(), groups) if len(among) == 1 else ""
-    return f"a request{shown}, waited for by {_place(frame)}"
+    return f"a request{shown}, waited for by {_location(frame)}"
 
 
 def _is_in(frame: FrameType, files: tuple[str, ...]) -> bool:
@@ -109,10 +111,10 @@ def _describe(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
     words = f"{frame.f_code.co_name}{_describe_group(frame, groups)}"
     if caller is None:
         return words
-    return f"{words}, asked for by {_place(caller)}"
+    return f"{words}, asked for by {_location(caller)}"
 
 
-def _place(frame: FrameType) -> str:
+def _location(frame: FrameType) -> str:
     """Return the function, file and line, such as "_reduce (mappings.py:32)"."""
     file = frame.f_code.co_filename.rpartition("/")[2]
     return f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
@@ -194,7 +196,9 @@ class RankMonitor:
         frames = sys._current_frames()
         others = sorted(frames.keys() - {self._main, threading.get_ident()})
         threads = [
-            ThreadAt(names.get(i, str(i)), _lines(frames[i]), collective(frames[i], self.groups))
+            ThreadStack(
+                names.get(i, str(i)), _lines(frames[i]), describe_collective(frames[i], self.groups)
+            )
             for i in (self._main, *others)
             if i in frames
         ]

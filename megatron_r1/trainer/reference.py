@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_r1.models import platform
 
 
-class Reference:
+class ReferencePolicy:
     """A frozen copy of what training changes of a model: trained parameters and persistent buffers
     (the router's bias).
 
@@ -38,7 +38,7 @@ class Reference:
         self._by_live |= {id(t): kept for t, kept in zip(self._live, self._kept, strict=True)}
         self.refresh()
 
-    def kept(self, live: Tensor) -> Tensor:
+    def stored_value(self, live: Tensor) -> Tensor:
         """Return the reference's value of one of the model's own tensors, where it is kept; of one
         that is not trained, the tensor itself.
 
@@ -55,7 +55,7 @@ class Reference:
             kept.copy_(live.detach())
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Let the model compute with the reference's weights inside the block. They are brought to
         the parameters' device: data of another would lose the hooks that collect gradients."""
         policy = [live.data for live in self._live]

@@ -20,7 +20,12 @@ from torch import Tensor
 from megatron_r1.models.experts import RoutingShape
 from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.trainer.distributed import Replica
-from megatron_r1.trainer.token_split import Placement, TokenSplit, own_tokens, placed
+from megatron_r1.trainer.token_split import (
+    PackedLayout,
+    TokenSplit,
+    packed_layout,
+    routed_positions,
+)
 from megatron_r1.trainer.training_sample import Sample
 
 Microbatches = Sequence[Sequence[Sample]]
@@ -30,8 +35,8 @@ SENT_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class RoutingPart:
-    """The part of the routing that a rank replays.
+class RoutingShard:
+    """The shard of the routing that a rank replays.
 
     Attributes:
         shape: the sizes of the whole model's routing.
@@ -47,43 +52,44 @@ class RoutingPart:
         return np.dtype("u1" if self.shape.index_bytes == 1 else "<i2")
 
 
-def recorded_routing(
-    samples: Sequence[Sample], split: TokenSplit, part: RoutingPart
+def pack_routing(
+    samples: Sequence[Sample], split: TokenSplit, shard: RoutingShard
 ) -> RecordedRouting:
-    """Return a part of the routing of the packed micro-batch `samples`, on the host. Indices stay
-    in the 1 or 2 bytes they arrived in.
+    """Return a rank's shard of the routing of the packed micro-batch `samples`, on the host.
+
+    Indices stay in the 1 or 2 bytes they arrived in.
 
     Args:
         samples: the micro-batch.
         split: whose tokens.
-        part: whose layers.
+        shard: whose layers.
 
     Raises:
         ValueError: for routing that does not fit its sample."""
-    placement = placed(samples, split)
-    return _recorded(samples, placement, own_tokens(placement.cu_seqlens, split), part)
+    layout = packed_layout(samples, split)
+    return _pack_at(samples, layout, routed_positions(layout.cu_seqlens, split), shard)
 
 
-def _recorded(
-    samples: Sequence[Sample], placement: Placement, held: Tensor, part: RoutingPart
+def _pack_at(
+    samples: Sequence[Sample], layout: PackedLayout, held: Tensor, shard: RoutingShard
 ) -> RecordedRouting:
-    """Return what `recorded_routing` does of the tokens at the positions `held`."""
-    cut = _cut(_whole([samples], [placement], part), held)
-    return _completed(cut, samples, placement, held, part.shape)
+    """Return what `pack_routing` does of the tokens at the positions `held`."""
+    cut = _select(_concatenate([samples], [layout], shard), held)
+    return _fill_unread_tokens(cut, samples, layout, held, shard.shape)
 
 
-def _completed(
+def _fill_unread_tokens(
     recorded: RecordedRouting,
     samples: Sequence[Sample],
-    placement: Placement,
+    layout: PackedLayout,
     held: Tensor,
     shape: RoutingShape,
 ) -> RecordedRouting:
-    """Return the choices with `own_counts` if the engine has chosen for every token of the rank
+    """Return the choices with `local_counts` if the engine has chosen for every token of the rank
     that it was fed. The last token of each sample and padding, whose outputs nothing reads, then
     get all experts in turn, in place."""
-    fed = torch.zeros(int(placement.cu_seqlens[-1]), dtype=torch.bool)
-    for sample, start in zip(samples, placement.starts, strict=True):
+    fed = torch.zeros(int(layout.cu_seqlens[-1]), dtype=torch.bool)
+    for sample, start in zip(samples, layout.starts, strict=True):
         fed[start : start + len(sample) - 1] = True
     if (fed[held] & ~recorded.known).any():
         return recorded
@@ -93,40 +99,40 @@ def _completed(
     counts = torch.zeros(experts.shape[1], shape.num_experts, dtype=torch.int64)
     chosen = experts.transpose(0, 1).flatten(1).long()
     counts.scatter_add_(1, chosen, torch.ones_like(chosen))
-    return recorded._replace(own_counts=counts.numpy())
+    return recorded._replace(local_counts=counts.numpy())
 
 
-def _whole(
-    microbatches: Microbatches, places: Sequence[Placement], part: RoutingPart
+def _concatenate(
+    microbatches: Microbatches, layouts: Sequence[PackedLayout], shard: RoutingShard
 ) -> RecordedRouting:
-    """Return the part's layers of all tokens of these micro-batches, one after the other."""
-    total = sum(int(placement.cu_seqlens[-1]) for placement in places)
-    experts = np.zeros((total, len(part.layers), part.shape.topk), part.dtype)
-    known, layers, first = np.zeros(total, bool), _indices(part.layers), 0
-    for samples, placement in zip(microbatches, places, strict=True):
-        for sample, start in zip(samples, placement.starts, strict=True):
-            rows = _rows(sample, part.shape)
+    """Return the shard's layers of all tokens of these micro-batches, one after the other."""
+    total = sum(int(layout.cu_seqlens[-1]) for layout in layouts)
+    experts = np.zeros((total, len(shard.layers), shard.shape.topk), shard.dtype)
+    known, layers, first = np.zeros(total, bool), _layer_index(shard.layers), 0
+    for samples, layout in zip(microbatches, layouts, strict=True):
+        for sample, start in zip(samples, layout.starts, strict=True):
+            rows = _decode_rows(sample, shard.shape)
             end = first + start + len(sample) - 1  # the last token was never fed to the engine
             experts[end - len(rows) : end] = rows[:, layers]
             known[end - len(rows) : end] = True
-        first += int(placement.cu_seqlens[-1])
+        first += int(layout.cu_seqlens[-1])
     return RecordedRouting(torch.from_numpy(experts), torch.from_numpy(known))
 
 
-def _held(places: Sequence[Placement], split: TokenSplit) -> Tensor:
-    """Return the places in `_whole` of the tokens that a rank routes."""
+def _all_routed_positions(layouts: Sequence[PackedLayout], split: TokenSplit) -> Tensor:
+    """Return the positions in `_concatenate` of the tokens that a rank routes."""
     held, first = [torch.empty(0, dtype=torch.int64)], 0
-    for placement in places:
-        held.append(first + own_tokens(placement.cu_seqlens, split))
-        first += int(placement.cu_seqlens[-1])
+    for layout in layouts:
+        held.append(first + routed_positions(layout.cu_seqlens, split))
+        first += int(layout.cu_seqlens[-1])
     return torch.cat(held)
 
 
-def _cut(whole: RecordedRouting, held: Tensor) -> RecordedRouting:
+def _select(whole: RecordedRouting, held: Tensor) -> RecordedRouting:
     return RecordedRouting(whole.experts.index_select(0, held), whole.known.index_select(0, held))
 
 
-def _indices(layers: list[int]) -> list[int] | slice:
+def _layer_index(layers: list[int]) -> list[int] | slice:
     """Return an index of these layers; a slice where they follow each other, as NumPy copies runs
     of bytes then."""
     if layers and layers == list(range(layers[0], layers[0] + len(layers))):
@@ -134,7 +140,7 @@ def _indices(layers: list[int]) -> list[int] | slice:
     return layers
 
 
-def _rows(sample: Sample, shape: RoutingShape) -> np.ndarray:
+def _decode_rows(sample: Sample, shape: RoutingShape) -> np.ndarray:
     """Return the routing [rows, moe layers, topk] of a sample's tokens before the last."""
     if len(sample.routing) % shape.token_bytes:
         raise ValueError(
@@ -154,11 +160,11 @@ class RoutingScatter:
     Args:
         replica: the ranks; all make this together.
         split: this rank's tokens.
-        part: this rank's layers."""
+        shard: this rank's layers."""
 
-    def __init__(self, replica: Replica, split: TokenSplit, part: RoutingPart):
-        self._replica, self._split, self._part = replica, split, part
-        self._ranks: list[tuple[TokenSplit, list[int]]] = replica.gathered((split, part.layers))
+    def __init__(self, replica: Replica, split: TokenSplit, shard: RoutingShard):
+        self._replica, self._split, self._shard = replica, split, shard
+        self._ranks: list[tuple[TokenSplit, list[int]]] = replica.all_gather((split, shard.layers))
         """Of each member its tokens and its layers."""
         self.sent_bytes = 0
         """Bytes that this rank has sent to others."""
@@ -171,16 +177,16 @@ class RoutingScatter:
 
         Raises:
             ValueError: on the leader, for routing that does not fit its sample."""
-        places = [placed(samples, self._split) for samples in microbatches]
-        held = [own_tokens(placement.cu_seqlens, self._split) for placement in places]
-        if not self._replica.leads:
-            received = self._received([len(own) for own in held])
-            cut = zip(received, microbatches, places, held, strict=True)
-            return [_completed(*one, self._part.shape) for one in cut]
+        layouts = [packed_layout(samples, self._split) for samples in microbatches]
+        held = [routed_positions(layout.cu_seqlens, self._split) for layout in layouts]
+        if not self._replica.is_leader:
+            received = self._receive([len(own) for own in held])
+            cut = zip(received, microbatches, layouts, held, strict=True)
+            return [_fill_unread_tokens(*one, self._shard.shape) for one in cut]
         waiting: list[tuple[dist.Work, Tensor]] = []
         # By layers: the ranks that share a pipeline stage get parts of the same rows.
         order = sorted(range(1, len(self._ranks)), key=lambda member: self._ranks[member][1])
-        for member, part in zip(order, self._parts(microbatches, places, order), strict=True):
+        for member, part in zip(order, self._shards(microbatches, layouts, order), strict=True):
             self.sent_bytes += len(part)
             waiting += [(work, part) for work in self._replica.send(part, member)]
             while len(waiting) > SENT_AHEAD:
@@ -188,32 +194,32 @@ class RoutingScatter:
                 work.wait()
         for work, _ in waiting:
             work.wait()
-        own = zip(microbatches, places, held, strict=True)
-        return [_recorded(*microbatch, self._part) for microbatch in own]
+        own = zip(microbatches, layouts, held, strict=True)
+        return [_pack_at(*microbatch, self._shard) for microbatch in own]
 
-    def _parts(
-        self, microbatches: Microbatches, places: Sequence[Placement], members: Iterable[int]
+    def _shards(
+        self, microbatches: Microbatches, layouts: Sequence[PackedLayout], members: Iterable[int]
     ) -> Iterator[Tensor]:
         """Yield the bytes for each member: the experts of its tokens of all micro-batches, then
         which tokens have some."""
         layers: list[int] | None = None
-        held = cache(lambda split: _held(places, split))
+        held = cache(lambda split: _all_routed_positions(layouts, split))
         for member in members:
             split, own_layers = self._ranks[member]
             if own_layers != layers:
-                layers, part = own_layers, RoutingPart(self._part.shape, own_layers)
-                whole = _whole(microbatches, places, part)
-            cut = _cut(whole, held(split))
+                layers, shard = own_layers, RoutingShard(self._shard.shape, own_layers)
+                whole = _concatenate(microbatches, layouts, shard)
+            cut = _select(whole, held(split))
             both = (cut.experts, cut.known)
             yield torch.cat([each.reshape(-1).view(torch.uint8) for each in both])
 
-    def _received(self, counts: list[int]) -> list[RecordedRouting]:
+    def _receive(self, counts: list[int]) -> list[RecordedRouting]:
         """Receive the parts of micro-batches of which this rank routes `counts` tokens each."""
         total = sum(counts)
-        shape = (total, len(self._part.layers), self._part.shape.topk)
-        width = len(self._part.layers) * self._part.shape.topk * self._part.dtype.itemsize
+        shape = (total, len(self._shard.layers), self._shard.shape.topk)
+        width = len(self._shard.layers) * self._shard.shape.topk * self._shard.dtype.itemsize
         joined = self._replica.receive(total * (width + 1))
-        experts_type = torch.uint8 if self._part.dtype.itemsize == 1 else torch.int16
+        experts_type = torch.uint8 if self._shard.dtype.itemsize == 1 else torch.int16
         experts = joined[: total * width].view(experts_type).view(shape)
         known = joined[total * width :].bool()
         parts = zip(experts.split(counts), known.split(counts), strict=True)

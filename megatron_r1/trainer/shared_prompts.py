@@ -59,7 +59,7 @@ class SharedTokens:
         self.skipped: list[int] = []
         self._sorted: list[tuple[bytes, int]] = []
 
-    def of(self, sample: Sample) -> tuple[int, int]:
+    def shared_prefix(self, sample: Sample) -> tuple[int, int]:
         """Return (host, skipped) of a sample if it were added next.
 
         In the order of their bytes a sample shares most with one of its two neighbors."""
@@ -70,7 +70,7 @@ class SharedTokens:
             ((_common_tokens(tokens, other), number) for other, number in near), default=(0, -1)
         )
         skipped = min(common, most)
-        if skipped < min(most, LEAST_SHARED) or not skipped:
+        if skipped < min(most, MIN_SHARED_TOKENS) or not skipped:
             return -1, 0
         while host >= 0 and skipped <= self.skipped[host]:
             host = self.hosts[host]
@@ -78,14 +78,14 @@ class SharedTokens:
 
     def add(self, sample: Sample) -> int:
         """Add a sample; return the number of its tokens that are not shared."""
-        host, skipped = self.of(sample)
+        host, skipped = self.shared_prefix(sample)
         insort(self._sorted, (bytes(sample.token_ids), len(self.hosts)))
         self.hosts.append(host)
         self.skipped.append(skipped)
         return len(sample) - skipped
 
 
-LEAST_SHARED = 16
+MIN_SHARED_TOKENS = 16
 """Tokens of a prefix that is shared though it is not all that could be: each prefix costs a call of
 the attention kernel, and a few equal words of two questions save less."""
 
@@ -97,7 +97,7 @@ def _common_tokens(first: bytes, second: bytes) -> int:
     return int(different.argmax()) if different.any() else count
 
 
-def by_first_prompt(samples: list[Sample]) -> list[list[int]]:
+def group_by_first_prompt(samples: list[Sample]) -> list[list[int]]:
     """Return the indices of the samples that begin with the same prompt: of each group the shortest
     of its samples, of which the prompts of later turns are continuations. The first branch of an
     episode comes before those that continue its turns."""

@@ -23,14 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_r1.config.algorithms import TokenSettings
-from megatron_r1.config.corrections import EngineMask
-from megatron_r1.models.context_parallel import held_positions, sample_order
+from megatron_r1.config.algorithms import EngineMask, TokenSettings
+from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.metrics import Mean, Metrics, merge
 
 
-def penalized_rewards(
+def kl_penalized_rewards(
     rewards: Tensor, log_ratio: Tensor | None, kl_beta: float, mask: Tensor, last: Tensor
 ) -> Tensor:
     """Return (T,), the rewards of tokens (DeepSeekMath, arXiv 2402.03300, eq. 2).
@@ -67,7 +66,7 @@ def discounted_sums(values: Tensor, discount: float, mask: Tensor, last: Tensor)
         discount: γ.
         mask: (T,) bool, the response tokens that count.
         last: (T,) int64, the position of the last response token of each token's sample."""
-    rows, ends = _sampled_only(mask, last)
+    rows, ends = _response_positions(mask, last)
     sums = values[rows]
     positions = torch.arange(len(rows), device=values.device)
     longest = int((ends - positions).max()) + 1 if len(rows) else 0
@@ -91,7 +90,7 @@ def gae(
         A_t = Σ_{s≥t} (γ λ)^(s-t) δ_s,  R_t = A_t + V_t
 
     Args:
-        rewards: (T,), r, as of `penalized_rewards`.
+        rewards: (T,), r, as of `kl_penalized_rewards`.
         values: (T,), V.
         discount: γ.
         gae_lambda: λ.
@@ -100,7 +99,7 @@ def gae(
 
     Returns:
         A, 0 where the mask is 0, and R, there V."""
-    rows, ends = _sampled_only(mask, last)
+    rows, ends = _response_positions(mask, last)
     own = values[rows]
     positions = torch.arange(len(rows), device=values.device)
     following = torch.where(positions < ends, own.roll(-1), 0.0)
@@ -119,7 +118,7 @@ def moments(values: Tensor) -> Tensor:
     return torch.stack([wide.sum(), wide.square().sum(), wide.new_tensor(len(wide))])
 
 
-def standardized(values: Tensor, total: Tensor, epsilon: float) -> Tensor:
+def standardize(values: Tensor, total: Tensor, epsilon: float) -> Tensor:
     """Return (values - mean) / (std + epsilon), in fp64 but for the result.
 
     With a deviation of 0 and epsilon 0 nothing is divided.
@@ -136,7 +135,7 @@ def standardized(values: Tensor, total: Tensor, epsilon: float) -> Tensor:
     return ((values.double() - mean) / scale).to(values.dtype)
 
 
-def _sampled_only(mask: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def _response_positions(mask: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """Return the positions where the mask is set, (N,) int64, and the end of each one's sample.
 
     The end is the number, among the N, of the last one of the sample."""
@@ -158,16 +157,16 @@ class WholeResponses:
         is_response: (T,) bool, the tokens that are trained on.
         rewards: (T,), the response's on each of its tokens.
         last: (T,) int64, the position of the last response token of each token's sample, or -1.
-        reports: whether this rank is the one of the group that counts whole responses."""
+        counts_samples: whether this rank is the one of the group that counts whole samples."""
 
     def __init__(self, batch: PackedBatch, context_group: ProcessGroup | None = None):
         self.batch, self._group = batch, context_group
         self._ranks = 1 if context_group is None else dist.get_world_size(context_group)
         self._rank = 0 if context_group is None else dist.get_rank(context_group)
-        self.reports = self._rank == 0
+        self.counts_samples = self._rank == 0
         self._cu_seqlens = batch.cu_seqlens.long() * self._ranks
-        self.is_response = self.whole(batch.is_response.to(torch.uint8)).bool()
-        self.rewards = self.whole(batch.advantages)
+        self.is_response = self.gather(batch.is_response.to(torch.uint8)).bool()
+        self.rewards = self.gather(batch.advantages)
         lengths = self._cu_seqlens.diff()
         self._sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         self.last = self._last_of_each()
@@ -179,56 +178,56 @@ class WholeResponses:
         return ends.scatter_reduce(0, self._sample, seen, "amax")[self._sample]
 
     @property
-    def engine_gaps(self) -> Tensor:
+    def engine_log_ratios(self) -> Tensor:
         """(T,) fp64, nats: log(π_old / π_engine) of response tokens, 0 elsewhere."""
         batch = self.batch
-        gaps = self.whole(batch.logprobs["old"]).double() - self.whole(batch.rollout_logprobs)
+        gaps = self.gather(batch.logprobs["old"]).double() - self.gather(batch.rollout_logprobs)
         return torch.where(self.is_response, gaps, 0.0)
 
-    def sums(self, values: Tensor) -> Tensor:
+    def sample_sums(self, values: Tensor) -> Tensor:
         """Return (S,) fp64, the sum of `values` (T,) over the response tokens of each sample."""
         counted = torch.where(self.is_response, values.double(), 0.0)
         # No scatter: of equal tensors every tensor-parallel rank has to get the same bits.
         return torch.segment_reduce(counted, "sum", offsets=self._cu_seqlens, initial=0)
 
     @property
-    def counts(self) -> Tensor:
+    def response_lengths(self) -> Tensor:
         """(T,) fp64: the number of response tokens of each token's sample."""
-        return self.sums(torch.ones_like(self.is_response))[self._sample]
+        return self.sample_sums(torch.ones_like(self.is_response))[self._sample]
 
-    def means(self, values: Tensor) -> Tensor:
+    def sample_means(self, values: Tensor) -> Tensor:
         """Return (T,) fp64, at each token the mean of `values` over its sample's response tokens.
 
         In a sample without any it is 0.
 
         Args:
             values: (T,)."""
-        return self.sums(values)[self._sample] / self.counts.clamp(min=1)
+        return self.sample_sums(values)[self._sample] / self.response_lengths.clamp(min=1)
 
-    def whole(self, part: Tensor) -> Tensor:
+    def gather(self, local: Tensor) -> Tensor:
         """Return (T,) from this rank's part of a value per token."""
         if self._ranks == 1:
-            return part
-        parts = [torch.empty_like(part) for _ in range(self._ranks)]
+            return local
+        parts = [torch.empty_like(local) for _ in range(self._ranks)]
         # Over context parallelism, whose ranks hold the parts.
-        dist.all_gather(parts, part.contiguous(), group=self._group)
-        return torch.cat(parts)[sample_order(self._cu_seqlens, self._ranks)]
+        dist.all_gather(parts, local.contiguous(), group=self._group)
+        return torch.cat(parts)[gathered_order(self._cu_seqlens, self._ranks)]
 
-    def own(self, whole: Tensor) -> Tensor:
-        """Return this rank's part of `whole` (T,)."""
+    def local_part(self, values: Tensor) -> Tensor:
+        """Return this rank's part of `values` (T,)."""
         if self._ranks == 1:
-            return whole
-        return whole[held_positions(self._cu_seqlens, self._rank, self._ranks)]
+            return values
+        return values[positions_of_rank(self._cu_seqlens, self._rank, self._ranks)]
 
     def token_rewards(self, kl_beta: float) -> Tensor:
-        """Return `penalized_rewards`, (T,).
+        """Return `kl_penalized_rewards`, (T,).
 
         Args:
             kl_beta: the weight of the penalty; above 0 it needs logprobs["old"] and ["ref"]."""
         log_ratio = None
         if kl_beta:
-            log_ratio = self.whole(self.batch.logprobs["old"] - self.batch.logprobs["ref"])
-        return penalized_rewards(self.rewards, log_ratio, kl_beta, self.is_response, self.last)
+            log_ratio = self.gather(self.batch.logprobs["old"] - self.batch.logprobs["ref"])
+        return kl_penalized_rewards(self.rewards, log_ratio, kl_beta, self.is_response, self.last)
 
 
 class RolloutBatches:
@@ -252,7 +251,7 @@ class RolloutBatches:
         self._data_group = data_group
         self.responses = [WholeResponses(batch, context_group) for batch in batches]
 
-    def normalized(self, advantages: list[Tensor], epsilon: float) -> list[Tensor]:
+    def normalize(self, advantages: list[Tensor], epsilon: float) -> list[Tensor]:
         """Return `advantages` with mean 0 and deviation 1 over the rollout's response tokens.
 
         Args:
@@ -262,13 +261,15 @@ class RolloutBatches:
         Returns:
             (T,) per micro-batch, 0 outside responses."""
         pairs = list(zip(self.responses, advantages, strict=True))
-        total = torch.stack([moments(r.own(a)[r.own(r.is_response)]) for r, a in pairs]).sum(0)
+        total = torch.stack(
+            [moments(r.local_part(a)[r.local_part(r.is_response)]) for r, a in pairs]
+        ).sum(0)
         if self._data_group is not None:
             # Over data and context parallelism: mean and deviation are those of the whole rollout.
             dist.all_reduce(total, group=self._data_group)
-        return [torch.where(r.is_response, standardized(a, total, epsilon), 0.0) for r, a in pairs]
+        return [torch.where(r.is_response, standardize(a, total, epsilon), 0.0) for r, a in pairs]
 
-    def mask(self, within_bounds: list[Tensor]) -> Metrics:
+    def mask_advantages(self, within_bounds: list[Tensor]) -> Metrics:
         """Set the advantages of response tokens that are not within bounds to 0.
 
         Args:
@@ -279,23 +280,23 @@ class RolloutBatches:
             engine_mask/responses, the share of samples with one that is."""
         tokens, samples = "engine_mask/tokens", "engine_mask/responses"
         reports: list[Metrics] = [{tokens: Mean(0.0, 0), samples: Mean(0.0, 0)}]
-        for responses, own in zip(self.responses, within_bounds, strict=True):
-            batch, masked = responses.batch, responses.is_response & ~own
-            here = responses.own(masked)
+        for responses, within in zip(self.responses, within_bounds, strict=True):
+            batch, masked = responses.batch, responses.is_response & ~within
+            here = responses.local_part(masked)
             batch.advantages = torch.where(here, 0.0, batch.advantages)
             reports.append({tokens: Mean(here.sum(), batch.is_response.sum())})
-            if responses.reports:
-                concerned = responses.sums(masked) > 0
-                trained = responses.sums(torch.ones_like(masked)) > 0
+            if responses.counts_samples:
+                concerned = responses.sample_sums(masked) > 0
+                trained = responses.sample_sums(torch.ones_like(masked)) > 0
                 reports.append({samples: Mean(concerned.sum(), trained.sum())})
         return merge(reports)
 
-    def store(self, targets: TokenTargets) -> None:
+    def store_targets(self, targets: TokenTargets) -> None:
         """Replace the advantages, and the returns if any, in the micro-batches."""
         for number, responses in enumerate(self.responses):
-            responses.batch.advantages = responses.own(targets.advantages[number])
+            responses.batch.advantages = responses.local_part(targets.advantages[number])
             if targets.returns is not None:
-                responses.batch.returns = responses.own(targets.returns[number])
+                responses.batch.returns = responses.local_part(targets.returns[number])
 
 
 class TokenTargets(NamedTuple):

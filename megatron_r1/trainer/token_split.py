@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_r1.models.context_parallel import held_positions
-from megatron_r1.models.prefixes import Continued
+from megatron_r1.models.context_parallel import positions_of_rank
+from megatron_r1.models.prefixes import SharedPrefixes
 from megatron_r1.trainer.shared_prompts import SharedTokens
 from megatron_r1.trainer.training_sample import Sample
 
@@ -32,7 +32,7 @@ class TokenSplit:
     token_multiple: int = 1
 
     @property
-    def of_context(self) -> tuple[int, int]:
+    def context_rank_and_size(self) -> tuple[int, int]:
         """The rank in the context-parallel group, and the group's size."""
         return self.context_rank, self.context_size
 
@@ -49,7 +49,7 @@ class TokenSplit:
         )
 
 
-class Placement(NamedTuple):
+class PackedLayout(NamedTuple):
     """The positions of a micro-batch's tokens: samples, then padding.
 
     Attributes:
@@ -64,11 +64,13 @@ class Placement(NamedTuple):
     cu_seqlens: Tensor
     starts: list[int]
     skipped: list[int]
-    continued: Continued | None
+    continued: SharedPrefixes | None
 
 
-def placed(samples: Sequence[Sample], split: TokenSplit, share_prompts: bool = False) -> Placement:
-    """Return the places of the tokens of a packed micro-batch, the same on all ranks that share it.
+def packed_layout(
+    samples: Sequence[Sample], split: TokenSplit, share_prompts: bool = False
+) -> PackedLayout:
+    """Return where the tokens of a packed micro-batch are, the same on all ranks that share it.
 
     Args:
         samples: the micro-batch, possibly none.
@@ -88,16 +90,16 @@ def placed(samples: Sequence[Sample], split: TokenSplit, share_prompts: bool = F
     continued = None
     if any(skipped):
         hosts, firsts = [*shared.hosts, *[-1] * bool(filler)], [*skipped, *[0] * bool(filler)]
-        continued = Continued(torch.tensor(hosts), torch.tensor(firsts))
-    return Placement(cu_seqlens, starts, skipped, continued)
+        continued = SharedPrefixes(torch.tensor(hosts), torch.tensor(firsts))
+    return PackedLayout(cu_seqlens, starts, skipped, continued)
 
 
-def own_tokens(cu_seqlens: Tensor, split: TokenSplit) -> Tensor:
+def routed_positions(cu_seqlens: Tensor, split: TokenSplit) -> Tensor:
     """Return the positions, int64, of a micro-batch whose experts a rank chooses: of those of its
     context rank the part of its tensor rank.
 
     Args:
-        cu_seqlens: (segments + 1,), the micro-batch's, as in its `Placement`.
+        cu_seqlens: (segments + 1,), the micro-batch's, as in its `PackedLayout`.
         split: the rank's."""
-    held = held_positions(cu_seqlens, *split.of_context)
+    held = positions_of_rank(cu_seqlens, *split.context_rank_and_size)
     return held.view(split.tensor_size, -1)[split.tensor_rank]

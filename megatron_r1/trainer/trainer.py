@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from megatron_r1 import models
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import LossSettings, TokenSettings
-from megatron_r1.config.corrections import EngineMask
+from megatron_r1.config.algorithms import EngineMask, LossSettings, TokenSettings
 from megatron_r1.models import fp8, platform, weights
 from megatron_r1.models.experts import routing_shape
-from megatron_r1.models.gradients import gradient_sum
+from megatron_r1.models.gradients import fp32_main_grad
 from megatron_r1.models.hf_config import has_score_head
-from megatron_r1.models.routing_replay import Replay
+from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import Head, PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
@@ -41,12 +40,12 @@ from megatron_r1.trainer.metrics import (
     reduce_over_data,
     teacher_kl,
 )
-from megatron_r1.trainer.offload import offload_of
+from megatron_r1.trainer.offload import make_offload
 from megatron_r1.trainer.operations import SUPERVISED
-from megatron_r1.trainer.packed import Scores, check_token_ids, packed_batch
-from megatron_r1.trainer.passes import Compute, free_gradients, optimizer_step, run_passes
-from megatron_r1.trainer.reference import Reference
-from megatron_r1.trainer.routing import RoutingPart, RoutingScatter
+from megatron_r1.trainer.packed import Scores, check_token_ids, pack_batch
+from megatron_r1.trainer.passes import OutputFunction, free_gradients, optimizer_step, run_passes
+from megatron_r1.trainer.reference import ReferencePolicy
+from megatron_r1.trainer.routing import RoutingScatter, RoutingShard
 from megatron_r1.trainer.shared_prompts import check_shared_prompts
 from megatron_r1.trainer.token_advantages import RolloutBatches
 from megatron_r1.trainer.token_split import TokenSplit
@@ -67,10 +66,10 @@ class Trainer:
         self.hf = models.read_hf_config(config.model.path, config.model.head)
         self.transformer = models.transformer_config(self.hf, config)
         # The same chunks, bare and in Megatron's DistributedDataParallel, which has the gradients.
-        self.model_chunks, self.ddp_chunks, self.optimizer = construction.network(
+        self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
             config, self.hf, self.transformer, self.groups
         )
-        self.reference: Reference | None = None
+        self.reference: ReferencePolicy | None = None
         self.minibatches: list[list[PackedBatch]] = []
         self.split = TokenSplit(
             tensor_size=config.parallel.tensor,
@@ -82,10 +81,10 @@ class Trainer:
         plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
         check_shared_prompts(config, platform.has_gpu(), plain)
         shape = routing_shape(self.hf) if config.rl.routing_replay else None
-        self.replay = Replay(self.model_chunks, shape)
-        self.routing = RoutingPart(shape, self.replay.layers) if shape else None
+        self.replay = RoutingReplay(self.model_chunks, shape)
+        self.routing = RoutingShard(shape, self.replay.layers) if shape else None
         self.critic = Critic(config, position) if needs_critic(config) else None
-        self.offload = offload_of(config, self._trained)
+        self.offload = make_offload(config, self._trained_networks)
 
     @property
     def score_is_new(self) -> bool:
@@ -119,13 +118,13 @@ class Trainer:
         check_token_ids(samples, self.hf["vocab_size"])
         shares_prompts = self.config.parallel.share_prompts
         pack = partial(
-            packed_batch,
+            pack_batch,
             split=self.split,
             device=platform.device(),
             share_prompts=shares_prompts,
             num_predicted=self.num_predicted,
         )
-        rounds = [self.padded_to_schedule(minibatch) for minibatch in minibatches]
+        rounds = [self.pad_to_schedule(minibatch) for minibatch in minibatches]
         every = [microbatch for minibatch in rounds for microbatch in minibatch]
         recorded = scatter.scatter(every) if scatter else [self.routing] * len(every)
         packed = (pack(one, routing=own) for one, own in zip(every, recorded, strict=True))
@@ -143,9 +142,9 @@ class Trainer:
         metrics = {"packing/padding": Mean(slots - own, slots)}
         if shares_prompts:
             metrics["packing/shared"] = Mean(num_shared, num_tokens)
-        return self.reduced(metrics)
+        return self.reduce_metrics(metrics)
 
-    def padded_to_schedule(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
+    def pad_to_schedule(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
         """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of
         as many micro-batches as there are pipeline ranks."""
         missing = (
@@ -153,7 +152,7 @@ class Trainer:
         )
         return microbatches + [[]] * missing
 
-    def reduced(self, metrics: Metrics) -> dict[str, float]:
+    def reduce_metrics(self, metrics: Metrics) -> dict[str, float]:
         """Return the metrics of all replicas and context ranks together."""
         return reduce_over_data(self.position, metrics)
 
@@ -161,7 +160,7 @@ class Trainer:
         """Make the current policy the reference."""
         if self.reference is None:
             on_host = self.config.parallel.reference_offload == "host"
-            self.reference = Reference(self.model_chunks, on_host)
+            self.reference = ReferencePolicy(self.model_chunks, on_host)
         else:
             self.reference.refresh()
 
@@ -186,20 +185,20 @@ class Trainer:
             from the engine's log-probabilities without replay."""
         batches = self._batches()
         later = batches if first_minibatch else batches[len(self.minibatches[0]) :]
-        with self.replay.measured():
+        with self.replay.measure_agreement():
             self.fill_logprobs(later, "old", temperature)
-        with self.replay.paused():
+        with self.replay.pause():
             if reference:
                 assert self.reference is not None, "refresh_reference() comes first"
-                with self.reference.in_place():
+                with self.reference.swapped_in():
                     self.fill_logprobs(batches, "ref", temperature)
-            first = batches[: len(self.padded_to_schedule([[]]))] if self.replay.is_on else []
+            first = batches[: len(self.pad_to_schedule([[]]))] if self.replay.is_on else []
             if first:
                 self.fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
         if first and self.position.last_stage:
             mean, _ = logprob_diff(first, "own_routing")
-            metrics |= self.reduced({"logprob_diff/without_replay": mean})
+            metrics |= self.reduce_metrics({"logprob_diff/without_replay": mean})
         return metrics
 
     def _batches(self) -> list[PackedBatch]:
@@ -210,18 +209,20 @@ class Trainer:
         "module:function" computes per token; compute_logprobs() comes first."""
         if self.position.last_stage:
             rollout = RolloutBatches(self._batches(), self.groups.cp, self.groups.dp_cp)
-            rollout.store(find_function(function)(rollout, settings))
+            rollout.store_targets(find_function(function)(rollout, settings))
 
     def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
         """Set the advantages of the tokens outside the bounds of the `WithinBounds` at
         "module:function" to 0; compute_logprobs() comes first.
 
         Returns:
-            The metrics of `RolloutBatches.mask`; none on ranks before the last stage."""
+            The metrics of `RolloutBatches.mask_advantages`; none on ranks before the last stage."""
         if not self.position.last_stage:
             return {}
         rollout = RolloutBatches(self._batches(), self.groups.cp, self.groups.dp_cp)
-        return self.reduced(rollout.mask(find_function(function)(rollout, settings)))
+        return self.reduce_metrics(
+            rollout.mask_advantages(find_function(function)(rollout, settings))
+        )
 
     def measure_logprob_diff(self) -> dict[str, float]:
         """Return the mean and the largest absolute difference, over response tokens, of the
@@ -237,7 +238,7 @@ class Trainer:
         metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
         if self.config.teacher.path:
             metrics["teacher/kl"] = teacher_kl(batches)
-        return self.reduced(metrics)
+        return self.reduce_metrics(metrics)
 
     def update(
         self,
@@ -270,7 +271,7 @@ class Trainer:
         reports, stepped = optimizer_step(
             self.ddp_chunks, self.optimizer, learning_rate, run, is_last=self._is_last(index)
         )
-        return self.reduced(merge(reports)) | stepped
+        return self.reduce_metrics(merge(reports)) | stepped
 
     def _is_last(self, index: int) -> bool:
         return index == len(self.minibatches) - 1
@@ -278,7 +279,7 @@ class Trainer:
     def compute_values(self) -> None:
         """Compute the critic's values of all loaded samples, into `PackedBatch.values`."""
         assert self.critic is not None, "the recipe has no critic"
-        self.critic.values(self._batches())
+        self.critic.compute_values(self._batches())
 
     def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
         """Make one optimizer step of the critic on mini-batch `index`; returns its metrics value/…
@@ -297,13 +298,13 @@ class Trainer:
         Raises:
             UserError: host or disk have no room for what is to be moved there."""
         self.minibatches = []
-        for network in self._trained():
+        for network in self._trained_networks():
             free_gradients(network.ddp_chunks)
         if self.offload is not None:
             self.offload.free_memory(parameters=parameters)
         torch.cuda.empty_cache()
 
-    def _trained(self) -> list[Any]:
+    def _trained_networks(self) -> list[Any]:
         """Return what has `model_chunks`, `ddp_chunks` and an `optimizer`."""
         return [self] if self.critic is None else [self, self.critic]
 
@@ -313,17 +314,27 @@ class Trainer:
         return Networks(Network(self.model_chunks, self.optimizer), self.reference, critic)
 
     def fill_logprobs(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
-        """Compute the log-probabilities of the tokens, into `PackedBatch.logprobs[name]`."""
+        """Compute the log-probabilities of the tokens, into `PackedBatch.logprobs[name]`.
+
+        Args:
+            batches: the micro-batches.
+            name: the key in `PackedBatch.logprobs`.
+            temperature: the logits are divided by it."""
         if batches:
             self.run_batches(
                 batches, partial(self._logprobs_only, name, temperature), forward_only=True
             )
 
     def run_batches(
-        self, batches: list[PackedBatch], compute: Compute, forward_only: bool
+        self, batches: list[PackedBatch], compute: OutputFunction, forward_only: bool
     ) -> list[Any]:
         """Run Megatron's schedule over `batches`, with routing replay and MTP labels; returns the
-        reports of `compute` on the last stage."""
+        reports of `compute` on the last stage.
+
+        Args:
+            batches: the micro-batches.
+            compute: computes loss or report from the last stage's output.
+            forward_only: whether gradients are left out."""
         train_mtp = self.config.model.mtp == "train" and not forward_only
 
         def inputs(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
@@ -344,8 +355,8 @@ class Trainer:
         self.replay.end()
         return reports
 
-    # The functions below are `passes.Compute`: `out` is the last stage's output, hidden states
-    # (1, T, H) of a policy or scores (1, T) of a score model.
+    # The functions below are `passes.OutputFunction`: `out` is the last stage's output, hidden
+    # states (1, T, H) of a policy or scores (1, T) of a score model.
 
     def _head(
         self, batch: PackedBatch, out: Tensor, temperature: float, *, records_old: bool = False
@@ -359,7 +370,7 @@ class Trainer:
             group=self.groups.tp,
             vocab_size=self.hf["vocab_size"],
             context_group=self.groups.cp,
-            main_grad=gradient_sum(weight),
+            main_grad=fp32_main_grad(weight),
             records_old=records_old,
         )
 

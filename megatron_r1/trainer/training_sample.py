@@ -13,7 +13,7 @@ from typing import cast
 
 import msgspec
 
-from megatron_r1.models.sampling_mask import of_tokens
+from megatron_r1.models.sampling_mask import slice_mask
 
 Buffer = bytes | memoryview
 
@@ -137,7 +137,7 @@ class Sample(msgspec.Struct, frozen=True):
             scores = iter(teacher)
             teacher = array("f", [next(scores) if sampled else 0.0 for sampled in mask])
         prompt, response = token_ids[:first], token_ids[first:end]
-        kept = of_tokens(sampling_mask, count, first, end)
+        kept = slice_mask(sampling_mask, count, first, end)
         sample = cls.pack(
             *(prompt, response, logprobs[first:end], advantage, routing, teacher),
             sampling_mask=kept,
@@ -209,7 +209,7 @@ def _joined(buffers: list[Buffer]) -> list[Buffer]:
     return parts
 
 
-def without_routing(parts: Sequence[Buffer]) -> tuple[Sequence[Buffer], Sequence[Buffer]]:
+def split_off_routing(parts: Sequence[Buffer]) -> tuple[Sequence[Buffer], Sequence[Buffer]]:
     """Return the parts of a message of `encode_samples` behind its headers: the samples' buffers,
     and their routing. Of no parts, none of either."""
     if not parts:
@@ -243,7 +243,7 @@ def decode_samples(
 
     Args:
         headers: the first part of its message.
-        buffers: the samples' buffers, joined, as of `without_routing`.
+        buffers: the samples' buffers, joined, as of `split_off_routing`.
         routing: the parts behind them; none: the samples have no routing; None: it follows in
             `buffers`."""
     own = _Reader([buffers])

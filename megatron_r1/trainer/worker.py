@@ -24,18 +24,18 @@ from megatron_r1.trainer.operations import (
     LOAD,
     STOP,
     Call,
-    FolderOperations,
+    CheckpointOperations,
     ModelOperations,
     ProbingOperations,
     PushOperations,
     RankDescription,
     Reply,
-    identity,
     monitor_identity,
     operation_names,
+    rank_identity,
 )
-from megatron_r1.trainer.rank_monitor import IDLE, RankMonitor, collective
-from megatron_r1.trainer.training_sample import decode_samples, without_routing
+from megatron_r1.trainer.rank_monitor import IDLE, RankMonitor, describe_collective
+from megatron_r1.trainer.training_sample import decode_samples, split_off_routing
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.offload import Offload
@@ -51,10 +51,10 @@ def serve_under_torchrun(config: Config, find_controller: Callable[[], str | Non
             address, or None if it has ended: every rank then returns, as none would detect the end
             of a process that it was never connected to."""
     position = distributed.initialize(config.parallel, config.run.seed)
-    token = platform.from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
+    token = platform.broadcast_from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
     assert token is not None, "rank 0 sets it when it starts the controller"
     os.environ[RANKS_ENVIRONMENT] = token
-    address = platform.from_rank_zero(find_controller() if position.rank == 0 else None)
+    address = platform.broadcast_from_rank_zero(find_controller() if position.rank == 0 else None)
     if address is not None:
         serve(config, address, position)
     distributed.leave_process_groups()
@@ -65,9 +65,14 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
 
     An operation that fails is answered with the message of a UserError, or else a traceback, and
     ends the process: its peers may already wait in a collective, and only a restart brings all
-    ranks back to the same state."""
+    ranks back to the same state.
+
+    Args:
+        config: the recipe.
+        address: tcp://host:port of the controller.
+        position: the rank's, where the groups exist; None: they are made here."""
     rank = int(os.environ["RANK"])
-    socket = _dealer(identity(rank))
+    socket = _dealer(rank_identity(rank))
     monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     socket.connect(address)
     # Before the ranks join each other, so that one that hangs there is seen, too.
@@ -81,7 +86,7 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
         position = position or distributed.initialize(config.parallel, config.run.seed)
         rank_monitor.groups = position.groups
         operations = Operations(config, position)
-        timeline.reached("trainer/model built")
+        timeline.mark("trainer/model built")
         reply({**operations.describe()})
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
@@ -119,7 +124,7 @@ def _late_ranks(error: Exception, monitor: RankMonitor, wait_seconds: float) -> 
     if waited is None:
         return ""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    place = collective(frames[-1], monitor.groups) or waited
+    place = describe_collective(frames[-1], monitor.groups) or waited
     return (
         f"trainer rank {os.environ['RANK']}, in {monitor.operation!r}, waited for other ranks in "
         f"{place}; {diagnosis.timeout_remedy(wait_seconds)}\n"
@@ -150,9 +155,9 @@ class Operations:
 
     def __init__(self, config: Config, position: GridPosition):
         # These import Megatron, which is possible only after platform.prepare().
-        from megatron_r1.push.sender import WeightPush
+        from megatron_r1.push.sender import PushWorker
         from megatron_r1.trainer import implementations
-        from megatron_r1.trainer.folders import Folders
+        from megatron_r1.trainer.checkpoint_manager import CheckpointManager
         from megatron_r1.trainer.probing import Probing
         from megatron_r1.trainer.routing import RoutingScatter
         from megatron_r1.trainer.trainer import Trainer
@@ -163,9 +168,11 @@ class Operations:
         self._offload = self.trainer.offload
         if (routing := self.trainer.routing) is not None:
             self._scatter = RoutingScatter(self.replica, self.trainer.split, routing)
-        self.implementations = implementations.in_use(self.trainer)
-        push = WeightPush(self.trainer.model_chunks, self.trainer.hf, config)
-        self._methods = methods(self.trainer, Probing(self.trainer), Folders(self.trainer), push)
+        self.implementations = implementations.describe_implementations(self.trainer)
+        push = PushWorker(self.trainer.model_chunks, self.trainer.hf, config)
+        self._methods = methods(
+            self.trainer, Probing(self.trainer), CheckpointManager(self.trainer), push
+        )
         self._types = argument_types()
 
     def describe(self) -> RankDescription:
@@ -179,7 +186,7 @@ class Operations:
             "data_rank": self.position.data_rank,
             "data_parallel": self.position.data_parallel,
             "last_stage": self.position.last_stage,
-            "leads_replica": self.replica.leads,
+            "leads_replica": self.replica.is_leader,
             "num_parameters": self.trainer.num_parameters,
             "score_is_new": self.trainer.score_is_new,
             "implementations": self.implementations,
@@ -199,7 +206,7 @@ class Operations:
         if self._offload is not None:
             self._offload.prepare(call.operation)
         if call.operation == LOAD:
-            broadcast, (buffers, routing) = self.replica.broadcast, without_routing(share)
+            broadcast, (buffers, routing) = self.replica.broadcast, split_off_routing(share)
             headers, joined = broadcast(share[:1]), broadcast(buffers)
             samples = decode_samples(headers, joined, routing)
             return self.trainer.load(samples, self._scatter)
@@ -217,10 +224,16 @@ class Operations:
 def methods(
     trainer: ModelOperations,
     probing: ProbingOperations,
-    folders: FolderOperations,
+    checkpoints: CheckpointOperations,
     push: PushOperations,
 ) -> dict[str, Callable[..., Any]]:
-    """Return the methods that the controller may call, by their names."""
+    """Return the methods that the controller may call, by their names.
+
+    Args:
+        trainer: has the passes.
+        probing: has those that train nothing.
+        checkpoints: has checkpoints and exports.
+        push: has the rank's part of a push."""
     operations: list[Callable[..., Any]] = [
         trainer.refresh_reference,
         trainer.compute_logprobs,
@@ -235,12 +248,12 @@ def methods(
         probing.probe,
         probing.prepare_probe,
         probing.compare_probe,
-        folders.export,
-        folders.export_adapter,
-        folders.save_checkpoint,
-        folders.checkpoint_progress,
-        folders.verify_checkpoint,
-        folders.load_checkpoint,
+        checkpoints.export,
+        checkpoints.export_adapter,
+        checkpoints.save_checkpoint,
+        checkpoints.checkpoint_progress,
+        checkpoints.verify_checkpoint,
+        checkpoints.load_checkpoint,
         push.open_push,
         push.connect_sets,
         push.send_weights,
@@ -252,6 +265,6 @@ def argument_types() -> dict[str, dict[str, Any]]:
     """Return the type of each argument of each operation: msgpack carries a mapping or a list."""
     return {
         name: get_type_hints(getattr(protocol, name))
-        for protocol in (ModelOperations, ProbingOperations, FolderOperations, PushOperations)
+        for protocol in (ModelOperations, ProbingOperations, CheckpointOperations, PushOperations)
         for name in operation_names(protocol)
     }

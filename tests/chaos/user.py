@@ -17,7 +17,7 @@ import psutil
 
 from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.base.processes.children import die_with_parent
-from megatron_r1.controller.rollouts.group_records import Accepted, decode
+from megatron_r1.controller.rollouts.group_records import CommitRecord, decode
 from tools.bench.host import environment
 
 POLL_SECONDS = 0.02
@@ -186,5 +186,5 @@ def kept_groups(log: Path) -> dict[int, int]:
         for path in sorted(log.glob("step_*.log")):
             copy = shutil.copy(path, folder)
             records = map(decode, FramedFile.read(Path(copy)))
-            kept[int(path.stem[5:])] = sum(not isinstance(r, Accepted) for r in records)
+            kept[int(path.stem[5:])] = sum(not isinstance(r, CommitRecord) for r in records)
     return kept

@@ -12,8 +12,8 @@ from ranks import run_script
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
+from megatron_r1.commands import convert as command
 from megatron_r1.commands.convert import from_hf, to_hf, verify
-from megatron_r1.commands.convert import verb as command
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "parallel"))

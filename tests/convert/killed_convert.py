@@ -8,8 +8,7 @@ import os
 import signal
 import sys
 
-from megatron_r1.commands.convert import from_hf, to_hf
-from megatron_r1.commands.convert.verb import main
+from megatron_r1.commands.convert import from_hf, main, to_hf
 
 count = int(sys.argv.pop(1))
 calls = itertools.count(1)

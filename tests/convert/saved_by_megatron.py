@@ -86,7 +86,7 @@ def same_as_saved(name, folder, size):
     recipe = Config(model=settings, parallel=layout)
     transformer = models.transformer_config(hf, recipe)
     groups = model.pg_collection
-    same_parameters(model, construction.model_chunks(recipe, hf, transformer, groups)[0])
+    same_parameters(model, construction.build_chunks(recipe, hf, transformer, groups)[0])
     print(f"{name} on {size}: Megatron loads what was converted", flush=True)
     damaged_is_refused(hf, settings, layout, groups, folder / f"{name}-damaged")
     print(f"{name} on {size}: a flipped bit is refused on every rank", flush=True)
@@ -103,7 +103,7 @@ def damaged_is_refused(hf, model, layout, groups, damaged):
     recipe = Config(model={**model, "checkpoint": str(damaged)}, parallel=layout)
     transformer = models.transformer_config(hf, recipe)
     try:
-        construction.model_chunks(recipe, hf, transformer, groups)
+        construction.build_chunks(recipe, hf, transformer, groups)
     except UserError as error:
         assert (error.key, error.cause) == ("model.checkpoint", Cause.MALFORMED), error
         assert "__0_0.distcp" in str(error), error

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.sampling_mask import from_lists
+from megatron_r1.models.sampling_mask import encode_mask
 
 TOOLS = [
     {
@@ -48,7 +48,7 @@ class Session:
         """Send a request; return the engine's answer as a message."""
         prompt = self.continuation.next_prompt(self.tree, messages, TOOLS)
         tools = TOOLS if prompt.parent is None else ()
-        given = self.tree.add_given(prompt.parent, prompt.token_ids, prompt.messages, tools)
+        given = self.tree.add_prompt(prompt.parent, prompt.token_ids, prompt.messages, tools)
         text = self.answer() if text is None else text
         cut = self.rng.random() < 0.15 if cut is None else cut
         token_ids = self.tokens(text, canonical) + ([] if cut else [self.tokenizer.eos_token_id])
@@ -106,7 +106,7 @@ class Session:
         return Response(
             *(array("i", token_ids), logprobs, array("i", versions)),
             *("length" if cut else "stop", rows),
-            sampling_mask=from_lists(kept),
+            sampling_mask=encode_mask(kept),
         )
 
 

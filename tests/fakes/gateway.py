@@ -9,7 +9,7 @@ from collections import Counter
 
 from fakes.agent_sessions import parse
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
-from megatron_r1.agents.parsing import Parsed
+from megatron_r1.agents.parsing import ParsedAnswer
 from megatron_r1.engines.server.responses import Response
 from tests.chat_tokenizer import chat_tokenizer
 
@@ -53,11 +53,11 @@ class WrittenParsers:
     async def parse(self, job):
         message = parse(job.text)
         calls = message.get("tool_calls", [])
-        return Parsed(message.get("reasoning_content"), message["content"], calls)
+        return ParsedAnswer(message.get("reasoning_content"), message["content"], calls)
 
 
 class ChatText:
-    """What is used of `data.text.PromptText`, without a folder."""
+    """What is used of `data.text.PromptTokenizer`, without a folder."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_r1.config import FP8Config
+from megatron_r1.models.config import check_fp8_device
 from megatron_r1.models.fp8 import find_fp8_recipe, fp8_linear
-from megatron_r1.models.fp8_transformer_engine import check_device
 
 ENGINE_RECIPES = {
     "blockwise": "Float8BlockScaling",
@@ -23,7 +23,7 @@ def test_the_emulation_is_what_transformer_engine_computes(name, shape):
     fp8 = FP8Config(recipe=name)
     cuda = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
     try:
-        check_device(fp8, torch.cuda.get_device_capability(), cuda)
+        check_fp8_device(fp8, torch.cuda.get_device_capability(), cuda)
     except ValueError as error:
         pytest.skip(str(error))
     tokens, inputs, outputs = shape

@@ -5,8 +5,8 @@ import multiprocessing
 import torch
 from torch.distributed import TCPStore
 
+from megatron_r1.push.protocol import Slot, SlotTable, TensorChunk, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous, TrainerRendezvous
-from megatron_r1.push.table import Delivery, Slot, SlotTable, slot_view
 from megatron_r1.push.transports import receiver_class, sender_class
 
 ENGINE = "ipc.0"
@@ -15,7 +15,7 @@ SLOTS = [
     Slot("matrix", 0, 512, 0, 300, 4096, 640, "bfloat16"),
 ]
 TABLE = SlotTable(4096 + 512 * 640, SLOTS)
-DELIVERIES = [Delivery(0, 0, 700, 0, 1), Delivery(1, 0, 512, 0, 300)]
+DELIVERIES = [TensorChunk(0, 0, 700, 0, 1), TensorChunk(1, 0, 512, 0, 300)]
 
 
 def sources(push):
@@ -48,7 +48,7 @@ def test_what_another_process_writes_is_here_and_its_checksums_agree():
     try:
         for push in (1, 2):
             pushes.put(push)
-            receiver.arrivals.wait(push, 60)
+            receiver.received_chunks.wait(push, 60)
             assert receiver.memory.is_cuda
             for slot, sent in zip(SLOTS, sources(push), strict=True):
                 received = slot_view(receiver.memory, slot).cpu()

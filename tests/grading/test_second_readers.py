@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 from r1_grading.second_readers.answer_texts import parse_answer, same_answer
-from r1_grading.second_readers.mathematics import read
-from r1_grading.second_readers.places import Unsure
+from r1_grading.second_readers.mathematics import Unsure, grade
 
 from megatron_r1.base.files.json_lines import read_lines
 
@@ -36,8 +35,8 @@ def test_no_label_is_contradicted_by_both_readings(every):
     rows = list(labelled())[::every]
     wrong, decided = [], 0
     for response, truth, label, reading in rows:
-        grade = read(response, truth, reading=reading)
-        upstream, points = grade.verdict.split(",")
+        found = grade(response, truth, reading=reading)
+        upstream, points = found.verdict.split(",")
         decided += points != "unsure"
         if points == upstream == ("wrong" if label else "right"):
             wrong.append(f"{response!r} for {truth!r} ({reading}): {grade.reason}")
@@ -120,7 +119,7 @@ def test_what_the_grammar_does_not_have_is_unsure(text):
     ],
 )
 def test_the_answer_is_read_where_it_stands_and_nowhere_else(response, points):
-    assert read(response, "13").verdict.split(",")[1] == points
+    assert grade(response, "13").verdict.split(",")[1] == points
 
 
 def test_a_tower_of_powers_does_not_hang_it():

@@ -8,7 +8,7 @@ import torch
 from formulae import near
 from policy_loss_cases import SETTINGS
 from r1_kernels import policy_loss
-from r1_kernels.registry import primitives
+from r1_kernels.registry import load_primitives
 from refusals import raised
 
 
@@ -219,7 +219,7 @@ def test_sums_of_sequences_that_end_inside_a_block_of_2048(backend, length):
     g = torch.Generator().manual_seed(length)
     values = torch.randn(length + 7, generator=g)
     cu_seqlens = torch.tensor([0, 3, 3 + length, 7 + length])
-    got = primitives(backend).segment_sums(values, cu_seqlens)
+    got = load_primitives(backend).segment_sums(values, cu_seqlens)
     want = torch.stack([part.sum() for part in values.double().split([3, length, 4])])
     # fp32 sums of up to 4,099 numbers of order 1, which nearly cancel
     near(got, want, atol=1e-4, rtol=1e-6, length=length)

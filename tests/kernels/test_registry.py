@@ -9,7 +9,7 @@ import torch
 from formulae import near
 from r1_kernels import reference
 from r1_kernels.examples import ExampleSizes, launches
-from r1_kernels.registry import KERNELS, primitives
+from r1_kernels.registry import KERNELS, load_primitives
 
 from tools import kernel_table
 
@@ -35,7 +35,7 @@ def test_every_example_gives_the_same_in_triton_and_in_plain_pytorch(kernel):
     torch.manual_seed(0)
     for example in launches(kernel, SMALL, "cpu"):
         ours, plain = (
-            tensors(getattr(primitives(backend), kernel.name)(*cloned(example.arguments)))
+            tensors(getattr(load_primitives(backend), kernel.name)(*cloned(example.arguments)))
             for backend in ("triton", "torch")
         )
         assert ours.keys() == plain.keys(), example.name
@@ -47,7 +47,7 @@ def test_every_example_gives_the_same_in_triton_and_in_plain_pytorch(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_both_backends_have_one_signature(kernel):
-    ours, plain = (getattr(primitives(b), kernel.name) for b in ("triton", "torch"))
+    ours, plain = (getattr(load_primitives(b), kernel.name) for b in ("triton", "torch"))
     assert inspect.signature(ours) == inspect.signature(plain), kernel.name
     for function, backend in ((ours, "triton"), (plain, "torch")):
         module = importlib.import_module(f"r1_kernels.primitives.{kernel.stem}_{backend}")
@@ -61,15 +61,17 @@ def test_every_primitive_has_examples(kernel):
 
 def test_readme_has_the_registrys_table():
     text = kernel_table.README.read_text()
-    assert kernel_table.table() in text and kernel_table.written(text) == text, "make kernel-files"
+    assert kernel_table.table() in text and kernel_table.updated_readme(text) == text, (
+        "make kernel-files"
+    )
 
 
 def test_a_kernel_without_a_row_gets_one_and_the_text_around_the_table_stays():
     text = kernel_table.README.read_text()
     without = "".join(line for line in text.splitlines(True) if "`segment_sums`" not in line)
-    assert without != text and kernel_table.written(without) == text
+    assert without != text and kernel_table.updated_readme(without) == text
     with pytest.raises(SystemExit):
-        kernel_table.written("# r1_kernels\n")
+        kernel_table.updated_readme("# r1_kernels\n")
 
 
 def test_the_reference_has_every_public_function_with_its_signature():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from formulae import near
 from r1_kernels.examples import ExampleSizes, launches
-from r1_kernels.registry import KERNELS, primitives
+from r1_kernels.registry import KERNELS, load_primitives
 from r1_kernels_bench import add_options, sweep
 from r1_kernels_bench.measure import CPUMeter
 from test_registry import cloned, tensors
@@ -67,11 +67,13 @@ def test_every_candidate_gives_what_plain_pytorch_gives(choices):
     for example in launches(kernel, sizes, "cpu"):
         if example.name not in choices.launches:
             continue
-        plain = tensors(getattr(primitives("torch"), kernel.name)(*cloned(example.arguments)))
+        plain = tensors(getattr(load_primitives("torch"), kernel.name)(*cloned(example.arguments)))
         for values in choices.candidates:
-            with choices.applied(values):
+            with choices.apply(values):
                 assert choices.in_use == values
-                results = getattr(primitives("triton"), kernel.name)(*cloned(example.arguments))
+                results = getattr(load_primitives("triton"), kernel.name)(
+                    *cloned(example.arguments)
+                )
             for name, got in tensors(results).items():
                 by = 2**-7 if got.dtype == torch.bfloat16 else 1e-5
                 near(got, plain[name], rtol=by, atol=by, example=example.name, of=name, by=values)
@@ -91,7 +93,7 @@ def test_the_best_is_the_least_geometric_mean_over_launches():
 
 def test_an_entry_has_the_seconds_of_every_candidate_and_its_table_where_to_change_them():
     (choices,) = (choices for choices in sweep.PLAN if choices.kernel == "segment_sums")
-    entry = sweep.measured(choices, SMALL, CPUMeter(), repeats=1, device="cpu")
+    entry = sweep.measure(choices, SMALL, CPUMeter(), repeats=1, device="cpu")
     assert [row["values"] for row in entry["rows"]] == choices.candidates
     assert all(row["seconds"]["segment_sums"] > 0 for row in entry["rows"])
     shown = "\n".join(sweep.lines(entry))

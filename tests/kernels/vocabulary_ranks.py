@@ -224,7 +224,7 @@ def equal_shards_are_asked_about_once(group):
     try:
         for size in (5 * dist.get_world_size(), 5 * dist.get_world_size() - 1):
             for _ in range(3):
-                vocabulary.VocabShard.of(torch.zeros(1), 5, group, size)
+                vocabulary.VocabShard.from_columns(torch.zeros(1), 5, group, size)
     finally:
         vocabulary.all_gather = real
     assert len(asked) == (2 if dist.get_world_size() > 1 else 0), asked

@@ -42,10 +42,10 @@ def store_remainders() -> None:
 
 def save_the_reference_from_the_gpu() -> None:
     """Bring the reference to the GPU, as a second set of weights, to save it."""
-    from megatron_r1.trainer.reference import Reference
+    from megatron_r1.trainer.reference import ReferencePolicy
 
-    kept = Reference.kept
-    Reference.kept = lambda self, live: kept(self, live).to(live.device)
+    kept = ReferencePolicy.stored_value
+    ReferencePolicy.stored_value = lambda self, live: kept(self, live).to(live.device)
 
 
 DEFECTS = {
@@ -112,7 +112,7 @@ def main() -> None:
         }
     )
     position = distributed.initialize(settings.parallel, seed=0)
-    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     for defect in DEFECTS.keys() & defects:
@@ -129,12 +129,12 @@ def main() -> None:
         for tensor in expected.values():
             tensor.copy_(torch.randn(tensor.shape))
         engine = as_an_engine(trainer) if "engine" in defects else None
-        folders = Folders(trainer)
+        folders = CheckpointManager(trainer)
         folders.save_checkpoint(str(folder), {"step": 1})
         assert (error := folders.checkpoint_progress(wait=True)["error"]) is None, error
         del engine
         other = Trainer(settings, position)
-        Folders(other).load_checkpoint(str(folder), reference=True)
+        CheckpointManager(other).load_checkpoint(str(folder), reference=True)
     found = state(other)
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     different = [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]

@@ -64,7 +64,7 @@ def main() -> None:
     assert found.keys() == expected.keys() and not different, different[:5]
     hf = read_hf_config(model)
     job = PlannedJob(hf, settings, 1, HARDWARE["H100"])
-    planned = offloaded_bytes(job, RankCounts(job).of_rank(0))
+    planned = offloaded_bytes(job, RankCounts(job).rank_counts(0))
     distributed.leave_process_groups()
     print(f"\nbytes: {less} {away} {planned}")
 

@@ -17,7 +17,7 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.base.processes import children
 from megatron_r1.models import platform
 
-NETWORK = {"ranks_share_host", "trainer_store", "host_store", "_listen"}
+NETWORK = {"ranks_share_host", "trainer_store", "create_store", "_listen"}
 run: set[tuple[str, int]] = set()
 
 
@@ -52,7 +52,7 @@ def call_everything() -> None:
     assert platform.has_gpu() and platform.distributed_backend() == "nccl"
     platform.join_process_group()
     assert torch.distributed.get_backend() == "nccl"
-    assert platform.from_rank_zero([1]) == [1]
+    assert platform.broadcast_from_rank_zero([1]) == [1]
     platform.silence_warnings()
     platform.synchronize()
     assert platform.empty_on_host((3,), torch.float32).is_pinned()

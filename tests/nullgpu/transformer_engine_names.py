@@ -17,13 +17,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_r1.config import Config
 from megatron_r1.models import platform
-from megatron_r1.models.hf_config import as_score_model, resolve_aliases
+from megatron_r1.models.hf_config import resolve_aliases, score_model_config
 
 
 def with_score_models() -> dict[str, dict]:
     models = {name: resolve_aliases(hf) for name, hf in MODELS.items()}
     names = ("deepseek-yarn-mtp", "qwen-untied", "llama3")
-    return models | {f"{name}-score": as_score_model(models[name]) for name in names}
+    return models | {f"{name}-score": score_model_config(models[name]) for name in names}
 
 
 def fake_groups() -> None:
@@ -86,7 +86,7 @@ def compare(hf: dict, settings: Config, stored: bool) -> list[str]:
     """Return how this rank's chunks of a model differ from the tables."""
     from megatron_r1 import models
     from megatron_r1.models.weights.layout import layout
-    from megatron_r1.models.weights.local import model_tensors, shard_of
+    from megatron_r1.models.weights.local import chunk_shard, model_tensors
     from megatron_r1.models.weights.stored.megatron_weights import stored_layout
 
     config = models.transformer_config(hf, settings)
@@ -96,7 +96,7 @@ def compare(hf: dict, settings: Config, stored: bool) -> list[str]:
         chunk = models.build_model(hf, config, vp_stage=stage)
         assert config.transformer_impl == "transformer_engine"
         built = {name: tensor.shape for name, tensor in model_tensors(chunk).items()}
-        table = {name: entry.shape for name, entry in layout(hf, shard_of(chunk)).items()}
+        table = {name: entry.shape for name, entry in layout(hf, chunk_shard(chunk)).items()}
         wrong += differences(built, table)
         if stored:
             expected = stored_layout(

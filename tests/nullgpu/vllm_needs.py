@@ -23,13 +23,13 @@ from vllm.model_executor.model_loader import get_model
 
 from megatron_r1.base.processes import children
 from megatron_r1.engines.plugin import register, swap
-from megatron_r1.engines.plugin.loader_copies import record
+from megatron_r1.engines.plugin.loader_copies import record_copies
 from megatron_r1.engines.plugin.memory_layout import lay_out
-from megatron_r1.engines.plugin.swap import KeptState
-from megatron_r1.models.hf_config import implied, resolve_aliases
+from megatron_r1.engines.plugin.swap import SavedKernelState
+from megatron_r1.models.hf_config import implied_settings, resolve_aliases
 from megatron_r1.models.weights.stored import published as fp8
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.planner import Coordinate, PredictedLayout
+from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
 from megatron_r1.push.plan.tensors import pushed_tensors
 
 SIZES = {
@@ -80,7 +80,7 @@ def engine_config(folder: Path, hf: dict, is_fp8: bool):
     (folder / "config.json").write_text(json.dumps(hf | quantized))
     # What an engine is given where config.json leaves it to the architecture.
     arguments = {
-        "hf_overrides": implied(hf),
+        "hf_overrides": implied_settings(hf),
         "skip_tokenizer_init": True,
         "load_format": "dummy",
         "enforce_eager": True,
@@ -92,7 +92,7 @@ def engine_config(folder: Path, hf: dict, is_fp8: bool):
 
 def compare(hf: dict, is_fp8: bool, config, model) -> dict:
     """Return what the recorder and the prediction differ in, and what a swap leaves changed."""
-    placed, table = lay_out(record([model], pushed_tensors(hf, fp8=is_fp8)))
+    placed, table = lay_out(record_copies([model], pushed_tensors(hf, fp8=is_fp8)))
     recorded: dict[str, int] = {}
     for slot in table.slots:
         elements = slot.height * slot.width
@@ -100,7 +100,7 @@ def compare(hf: dict, is_fp8: bool, config, model) -> dict:
     scales = {name for name in recorded if fp8.is_scale(name)}
     predicted = {
         tensor.name: region.num_elements
-        for tensor, region in PredictedLayout(hf, EngineLayout()).needed(Coordinate(0, 0, 0))
+        for tensor, region in PredictedSharding(hf, EngineLayout()).regions_of(Coordinate(0, 0, 0))
     }
     wrong = [
         f"{name}: recorded {recorded.get(name)}, predicted {predicted.get(name)}"
@@ -151,7 +151,7 @@ def main() -> None:
     folder, *names = sys.argv[1:]
     if "planted" in names:
         names.remove("planted")
-        KeptState.restore = lambda state, in_use: None
+        SavedKernelState.restore = lambda state, in_use: None
     register()
     torch.cuda.set_device(0)
     groups_exist = False

@@ -132,9 +132,9 @@ def main() -> None:
     def unfused(function: Callable) -> Callable:
         return lambda *args, fused=False, **kwargs: function(*args, **kwargs)
 
-    in_torch = registry.primitives("torch")
+    in_torch = registry.load_primitives("torch")
     in_torch = in_torch._replace(**{k: apart(f) for k, f in in_torch._asdict().items()})
-    registry.primitives = lambda backend: in_torch
+    registry.load_primitives = lambda backend: in_torch
     for name in ("permute", "unpermute", "sort_chunks_by_idxs"):
         replace(token_dispatcher, name, lambda function: apart(unfused(function)))
     replace(CoreAttention, "forward", apart)

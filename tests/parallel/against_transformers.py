@@ -35,7 +35,7 @@ from safetensors.torch import load_file  # noqa: E402
 from megatron_r1 import models  # noqa: E402
 from megatron_r1.config import Config, ParallelConfig  # noqa: E402
 from megatron_r1.models import weights  # noqa: E402
-from megatron_r1.models.context_parallel import held_positions, sample_order  # noqa: E402
+from megatron_r1.models.context_parallel import gathered_order, positions_of_rank  # noqa: E402
 from megatron_r1.models.hf_config import resolve_aliases  # noqa: E402
 from megatron_r1.trainer import distributed  # noqa: E402
 
@@ -61,7 +61,7 @@ def pack(sequences):
     for start, length in zip(bounds.tolist(), lengths, strict=False):
         mask[0, start : start + length - 1] = 1
     positions = torch.cat([torch.arange(part.shape[1]) for part in wide])[None]
-    held = held_positions(bounds, rank, ranks)
+    held = positions_of_rank(bounds, rank, ranks)
     longest = int(bounds.diff().max())
     return {
         "input_ids": ids[:, held],
@@ -91,7 +91,7 @@ def unpack(logits, sequences):
     bounds = pack(sequences)["packed_seq_params"].cu_seqlens_q.long()
     parts = [torch.empty_like(logits) for _ in range(ranks)]
     dist.all_gather(parts, logits.contiguous(), group=group)
-    whole = torch.cat(parts)[sample_order(bounds, ranks)]
+    whole = torch.cat(parts)[gathered_order(bounds, ranks)]
     pairs = zip(bounds.tolist(), sequences, strict=False)
     return torch.cat([whole[start : start + ids.shape[1]] for start, ids in pairs])
 

@@ -54,7 +54,7 @@ def digest(trainer) -> str:
         for _, tensor in sorted(chunk.state_dict(keep_vars=True).items()):
             if torch.is_tensor(tensor):
                 hasher.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    with trainer.reference.in_place():
+    with trainer.reference.swapped_in():
         for chunk in trainer.model_chunks:
             for parameter in chunk.parameters():
                 hasher.update(parameter.detach().numpy().tobytes())
@@ -148,7 +148,7 @@ def refused(trainer, folders, position, out: Path) -> dict:
     bare = out / "without_reference"
     folders.save_checkpoint(str(bare), {"step": 1})
     assert folders.checkpoint_progress(wait=True)["error"] is None
-    found = folders.verify_checkpoint(str(out / "flipped"))["damage"]
+    found = folders.verify_checkpoint(str(out / "flipped"))["faults"]
     refusals = {folder.name: refusal(folders, folder) for folder in (out / "flipped", bare)}
     return {"damage": found, "refusals": refusals}
 
@@ -179,12 +179,12 @@ def initialized(model: str, grid: str):
 
 
 def new(settings, position):
-    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     add_extra_state()
     trainer = Trainer(settings, position)
-    return trainer, Folders(trainer)
+    return trainer, CheckpointManager(trainer)
 
 
 def add_extra_state() -> None:

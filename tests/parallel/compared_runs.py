@@ -82,7 +82,7 @@ def plant(trainer, change: Plant, planted: list[str]) -> None:
     elif change.of == "main_grad":
         change.change(parameter.main_grad)
     elif change.of == "reference":
-        with trainer.reference.in_place():
+        with trainer.reference.swapped_in():
             change.change(parameter)
             trainer.reference.refresh()
     else:
@@ -104,12 +104,12 @@ def state_of(optimizer, parameter) -> dict[str, torch.Tensor]:
 
 
 def run(settings, position, out: Path, change: Plant | None) -> str | None:
-    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     torch.manual_seed(1)
     trainer = Trainer(settings, position)
-    folders = Folders(trainer)
+    folders = CheckpointManager(trainer)
     trainer.refresh_reference()
     mine = change if change and change.rank == dist.get_rank() else None
     planted: list[str] = []

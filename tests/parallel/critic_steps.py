@@ -100,7 +100,7 @@ def close(name: str, grid: str, what: str, gap: float, tolerance: float) -> None
 def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
     settings = config(policy, scored, grid)
     position = distributed.initialize(settings.parallel, seed=0)
-    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     trainer, expected = Trainer(settings, position), torch.load(scored / "critic.pt")
@@ -126,12 +126,12 @@ def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
     gaps = [(found[key] - expected["weights"][key]).abs().max() for key in found]
     close(name, grid, "weights", max(gaps), 1e-4)
 
-    folders = Folders(trainer)
+    folders = CheckpointManager(trainer)
     folders.save_checkpoint(str(out / f"{name}_{grid}"), {})
     after = [both_updates(trainer, position), both_updates(trainer, position), digest(trainer)]
     assert folders.checkpoint_progress(wait=True)["error"] is None
     fresh = Trainer(settings, position)
-    loaded = Folders(fresh).load_checkpoint(str(out / f"{name}_{grid}"), reference=False)
+    loaded = CheckpointManager(fresh).load_checkpoint(str(out / f"{name}_{grid}"), reference=False)
     assert loaded["is_same_layout"]
     again = [both_updates(fresh, position), both_updates(fresh, position), digest(fresh)]
     assert again == after, f"{name} at {grid}: the continued run differs"

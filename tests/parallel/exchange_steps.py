@@ -157,7 +157,7 @@ SUPERVISED_SCORE = "exchange_steps:score_loss"
 
 def score_loss(batch, scores, settings):
     """A loss of every token's score, as a critic has."""
-    values = scores.every[batch.response_rows]
+    values = scores.token_scores[batch.response_rows]
     loss = (values - batch.rollout_logprobs[batch.response_rows]).square().sum()
     count = torch.tensor(len(batch.response_rows), dtype=torch.int, device=values.device)
     return loss, count, {}

@@ -77,11 +77,11 @@ def main() -> None:
         position = distributed.initialize(config.parallel, seed=0)
         from megatron.core import parallel_state
 
-        from megatron_r1.trainer.folders import Folders
+        from megatron_r1.trainer.checkpoint_manager import CheckpointManager
         from megatron_r1.trainer.trainer import Trainer
 
         trainer = Trainer(config, position)
-        folders = Folders(trainer)
+        folders = CheckpointManager(trainer)
         emulated = [
             n for n, m in trainer.model_chunks[0].named_modules() if "_forward_impl" in vars(m)
         ]

@@ -2,7 +2,7 @@
 
 After an update of the real trainer, with a supervised loss (MTP layers trained), a policy loss, and
 a loss of a user's that reads the head's weight itself: in fp32 every gradient is the one without
-`gradient_sum`; in bf16 that of a micro-batch is not rounded to bf16. FOLDER has the models. Fails
+`fp32_main_grad`; in bf16 that of a micro-batch is not rounded to bf16. FOLDER has the models. Fails
 on the first expectation that does not hold."""
 
 import sys
@@ -53,7 +53,9 @@ def without_sums():
     from megatron_r1.trainer import trainer
 
     none = lambda weight: None  # noqa: E731
-    return patch.object(trainer, "gradient_sum", none), patch.object(build, "gradient_sum", none)
+    return patch.object(trainer, "fp32_main_grad", none), patch.object(
+        build, "fp32_main_grad", none
+    )
 
 
 def gradients_are_the_same(folder: str, name: str, grid: str, position, loss: str) -> None:

@@ -28,10 +28,10 @@ def main() -> None:
         from megatron.core import parallel_state
         from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-        from megatron_r1.trainer.hops import KnownShapes
+        from megatron_r1.trainer.passes import KnownShapesCommunicator
         from megatron_r1.trainer.trainer import Trainer
 
-        expect, sent = KnownShapes._communicate_shapes, set()
+        expect, sent = KnownShapesCommunicator._communicate_shapes, set()
 
         def compare(self, to_next, to_prev, from_prev, from_next, expect=expect, sent=sent):
             told = P2PCommunicator._communicate_shapes(self, to_next, to_prev, from_prev, from_next)
@@ -40,7 +40,7 @@ def main() -> None:
             sent |= {shape[0] for shape in told if any(shape)}
             return told
 
-        KnownShapes._communicate_shapes = compare
+        KnownShapesCommunicator._communicate_shapes = compare
         trainer = Trainer(config, position)
         made = samples(4)
         lengths = [len(s) for s in made]
@@ -48,7 +48,7 @@ def main() -> None:
         assert len({*lengths}) > 4, "micro-batches have to differ"
         trainer.compute_logprobs(1.0, reference=False)
         trainer.update(0, LOSS, None, 0.01)
-        KnownShapes._communicate_shapes = expect
+        KnownShapesCommunicator._communicate_shapes = expect
         assert len(sent) >= 4, f"{grid}: micro-batches of {sent} tokens only"
         dist.barrier()
         parallel_state.destroy_model_parallel()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_r1.config import ParallelConfig
-from megatron_r1.models.weights.writing import on_first_rank
+from megatron_r1.models.weights.writing import run_on_rank_zero
 from megatron_r1.trainer import distributed, rank_monitor, worker
 from megatron_r1.trainer.distributed import Replica
 
@@ -43,7 +43,7 @@ def main() -> None:
     monitor.groups = position.groups
     monitor.enter("export")
     try:
-        on_first_rank(lambda: None)
+        run_on_rank_zero(lambda: None)
     except RuntimeError as error:
         sentences = [
             worker._late_ranks(error, monitor, limit) for limit in (LATE_SECONDS, WAIT_SECONDS)

@@ -49,7 +49,7 @@ def build(folder: Path, targets, grid: str):
     position = distributed.initialize(recipe.parallel, seed=1)
     hf = models.read_hf_config(folder)
     config = models.transformer_config(hf, recipe)
-    bare = construction.model_chunks(recipe, hf, config, position.groups)
+    bare = construction.build_chunks(recipe, hf, config, position.groups)
     config.finalize_model_grads_func = finalize_model_grads
     # Not construction._with_gradients, after which a rank has its part of the gradients only.
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)

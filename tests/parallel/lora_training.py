@@ -25,14 +25,16 @@ def with_adapters(model: str, grid: str) -> Config:
 
 
 def refused(model: str, out: Path) -> None:
-    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     reasons, recipes = [], (with_adapters(model, "one"), config(model, "one"))
     position = distributed.initialize(recipes[0].parallel, seed=0)
     for settings in recipes:
         try:
-            Folders(Trainer(settings, position)).load_checkpoint(str(out / "checkpoint"), True)
+            CheckpointManager(Trainer(settings, position)).load_checkpoint(
+                str(out / "checkpoint"), True
+            )
         except ValueError as error:
             reasons.append(str(error))
     (out / "refused.txt").write_text("\n".join(reasons))
@@ -40,7 +42,7 @@ def refused(model: str, out: Path) -> None:
 
 
 def critic(model: str, out: Path) -> None:
-    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     tree = with_adapters(model, "one").model_dump()
@@ -55,10 +57,10 @@ def critic(model: str, out: Path) -> None:
         for parameter in trainer.critic.model_chunks[0].parameters():
             assert parameter.requires_grad
             parameter.add_(1)
-    folders, folder = Folders(trainer), str(out / "step_00000001")
+    folders, folder = CheckpointManager(trainer), str(out / "step_00000001")
     folders.save_checkpoint(folder, {})
     assert folders.checkpoint_progress(wait=True)["error"] is None
-    Folders(other).load_checkpoint(folder, True)
+    CheckpointManager(other).load_checkpoint(folder, True)
     for mine, theirs in (
         (trainer.model_chunks, other.model_chunks),
         (trainer.critic.model_chunks, other.critic.model_chunks),

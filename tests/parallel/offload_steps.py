@@ -98,10 +98,10 @@ def assert_views(trainer) -> None:
 
 def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
     """Return all metrics, and every value of the model and the optimizer after the last step."""
-    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.probing import Probing
 
-    folders, probing, seen = Folders(trainer), Probing(trainer), []
+    folders, probing, seen = CheckpointManager(trainer), Probing(trainer), []
     trainer.refresh_reference()
     for step in range(3):
         if yields:
@@ -147,7 +147,7 @@ def offload_all(trainer) -> None:
 
 
 def offload_changes_nothing(model: str, grid: str, position, out: Path) -> None:
-    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     results, plain = {}, Trainer(config(model, grid, "none"), position)
@@ -168,7 +168,7 @@ def offload_changes_nothing(model: str, grid: str, position, out: Path) -> None:
     trainer.free_memory(parameters=True)
     trainer.offload.prepare("load_checkpoint")
     folder = out / f"{grid}-disk".replace(":", "-")
-    Folders(trainer).load_checkpoint(str(folder), reference=True)
+    CheckpointManager(trainer).load_checkpoint(str(folder), reference=True)
     for got, want in zip(device_tensors(trainer), results["none"][1], strict=True):
         assert torch.equal(got, want), f"{grid}: the checkpoint has other values"
     dist.barrier()

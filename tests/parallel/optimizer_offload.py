@@ -108,7 +108,7 @@ def assert_equal(found: tuple, expected: tuple, where: str) -> None:
 def an_offload_changes_nothing(model: str, grid: str, position, out: Path) -> None:
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     stopped, continued = [], []
@@ -123,7 +123,7 @@ def an_offload_changes_nothing(model: str, grid: str, position, out: Path) -> No
             check_places(part.optimizer, share)
         stopped.append((metrics, weights(trainer)))
         assert not all(map(torch.equal, start, stopped[-1][1])), f"{grid}: nothing was trained"
-        folders = Folders(trainer)
+        folders = CheckpointManager(trainer)
         folders.save_checkpoint(str(out / f"{grid}-{share}"), {})
         assert folders.checkpoint_progress(wait=True)["error"] is None
         continued.append((update(trainer, position, 3), weights(trainer)))
@@ -133,7 +133,7 @@ def an_offload_changes_nothing(model: str, grid: str, position, out: Path) -> No
         assert_equal(later, continued[0], f"{grid}, offload {share}, third update")
     for written, read in ((0.0, 0.5), (0.5, 1.0), (1.0, 0.0)):
         trainer = Trainer(config(model, grid, read), position)
-        Folders(trainer).load_checkpoint(str(out / f"{grid}-{written}"), reference=False)
+        CheckpointManager(trainer).load_checkpoint(str(out / f"{grid}-{written}"), reference=False)
         found = update(trainer, position, 3), weights(trainer)
         assert_equal(found, continued[0], f"{grid}, from a checkpoint of {written} to {read}")
 

@@ -45,7 +45,7 @@ def parameters(
             trainer.load(minibatches)  # it has freed the samples, too
         trainer.update(index, LOSS, None, 0.01)
     return {n: p.detach().clone() for n, p in trainer.model_chunks[0].named_parameters()}, (
-        implementations.in_use(trainer)
+        implementations.describe_implementations(trainer)
     )
 
 

@@ -23,11 +23,11 @@ def main() -> None:
         distributed.BROADCAST_BYTES = 7  # several broadcasts
         replica = Replica(position)
         sent = [[], []]
-        if replica.leads:
+        if replica.is_leader:
             sent[0] = [b"share of ", b"", f"replica {position.data_rank}".encode()]
         got = [bytes(replica.broadcast(parts)).decode() for parts in sent]
         everyone = [None] * position.world_size
-        dist.all_gather_object(everyone, (position.data_rank, replica.leads, got))
+        dist.all_gather_object(everyone, (position.data_rank, replica.is_leader, got))
         if position.rank == 0:
             Path(out, f"{grid}.json").write_text(json.dumps(everyone))
         parallel_state.destroy_model_parallel()

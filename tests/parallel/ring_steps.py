@@ -34,7 +34,7 @@ def softmax_attention(query, key, value, lengths, scale):
 
 def differences(lengths: list[int], heads: tuple[int, int, int, int], dtype) -> dict[str, float]:
     """The largest differences between this rank's share and the same tokens of the whole."""
-    from megatron_r1.models.context_parallel import held_positions, ring_attention
+    from megatron_r1.models.context_parallel import positions_of_rank, ring_attention
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     lengths = [length * 2 * ranks for length in lengths]
@@ -49,7 +49,7 @@ def differences(lengths: list[int], heads: tuple[int, int, int, int], dtype) -> 
     weight = torch.randn(sum(lengths), h, e, generator=draw, dtype=torch.float64)
     expected = softmax_attention(*(x.double() for x in whole.values()), lengths, 0.3)
     gradients = torch.autograd.grad((expected * weight).sum(), list(whole.values()))
-    held = held_positions(cu_seqlens, rank, ranks)
+    held = positions_of_rank(cu_seqlens, rank, ranks)
     own = [x[held].detach().requires_grad_() for x in whole.values()]
     out = ring_attention(*own, cu_seqlens, 0.3, dist.group.WORLD)
     assert out.dtype == dtype

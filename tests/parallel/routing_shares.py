@@ -90,7 +90,7 @@ def main() -> None:
         assert position.data_parallel == 1
         # One micro-batch each: the number of the sample is that of its batch.
         share = encode_samples([[[sample] for sample in samples(shape)]])
-        share = [memoryview(part) for part in share] if operations.replica.leads else []
+        share = [memoryview(part) for part in share] if operations.replica.is_leader else []
         operations.run(Call(LOAD, {}), share)
         count = torch.tensor([check(operations.trainer, shape, position)])
         dist.all_reduce(count)  # over all ranks: each has other tokens or other layers

@@ -29,7 +29,7 @@ from megatron_r1.models import weights  # noqa: E402
 from megatron_r1.trainer import distributed, losses, packed  # noqa: E402
 from megatron_r1.trainer.checkpoints.contents import without_extra_state  # noqa: E402
 from megatron_r1.trainer.metrics import merge, reduce_over_data  # noqa: E402
-from megatron_r1.trainer.packed import packed_batch  # noqa: E402
+from megatron_r1.trainer.packed import pack_batch  # noqa: E402
 from megatron_r1.trainer.passes import run_passes  # noqa: E402
 from megatron_r1.trainer.token_split import TokenSplit  # noqa: E402
 from megatron_r1.trainer.training_sample import Sample  # noqa: E402
@@ -51,7 +51,7 @@ def own_batches(texts, position, sizes):
     context = parallel_state.get_context_parallel_rank()
     split = TokenSplit(tensor_size=sizes["tp"], context_size=sizes["cp"], context_rank=context)
     device = torch.device("cpu")
-    return [packed_batch([samples[i] for i in m], split, device) for m in plan], plan
+    return [pack_batch([samples[i] for i in m], split, device) for m in plan], plan
 
 
 def seen(batch, out):
@@ -97,7 +97,7 @@ def started(name, grid, sizes, models_folder, out):
     hf = models.read_hf_config(folder, "score")
     chunks = build(hf, sizes)
     weights.load_hf(chunks, hf, folder, own)
-    weights.initialize_score(chunks, hf, std=0.5, seed=3)
+    weights.initialize_score_head(chunks, hf, std=0.5, seed=3)
     weights.save_hf(chunks, hf, folder, out / "started", torch.float32)
     if dist.get_rank() == 0:
         got = load_file(out / "started/model.safetensors")

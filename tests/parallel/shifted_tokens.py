@@ -9,8 +9,8 @@ import torch.distributed as dist
 from megatron.core.transformer import multi_token_prediction
 
 from megatron_r1.models import patches, platform
-from megatron_r1.models.context_parallel import held_positions
-from megatron_r1.trainer.packed import TokenSplit, packed_batch
+from megatron_r1.models.context_parallel import positions_of_rank
+from megatron_r1.trainer.packed import TokenSplit, pack_batch
 from megatron_r1.trainer.training_sample import Sample
 
 MEGATRON = multi_token_prediction._roll_tensor_packed_seq
@@ -26,7 +26,7 @@ def main() -> None:
         for length in (1, 9, 2, 14, 5)
     ]
     split = TokenSplit(context_size=size, context_rank=rank, token_multiple=8)
-    batch = packed_batch(made, split, torch.device("cpu"), num_predicted=2)
+    batch = pack_batch(made, split, torch.device("cpu"), num_predicted=2)
     params = batch.packed_seq_params
     mask = batch.is_response[None].float()
     for depth in range(2):
@@ -38,7 +38,7 @@ def main() -> None:
         mask, _ = MEGATRON(mask, -1, -1, params, group)
         rows = params.predicted_rows[depth]
         assert torch.equal(rows, mask[0].nonzero()[:, 0]), f"MTP layer {depth} on rank {rank}"
-    held = held_positions(params.cu_seqlens_q, rank, size)
+    held = positions_of_rank(params.cu_seqlens_q, rank, size)
     assert len(held) == batch.input_ids.numel()
     dist.destroy_process_group()
 

@@ -9,7 +9,7 @@ import pytest
 from ranks import run_ranks
 
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
-from megatron_r1.trainer.checkpoints import finding
+from megatron_r1.trainer.checkpoints import checkpoint_folders
 
 HERE = Path(__file__).parent
 # fp32 sums in another order, through two updates with a large learning rate.
@@ -90,8 +90,8 @@ def test_what_two_ranks_wrote_continues_on_one_and_on_four(straight, oracle, wor
 def test_every_file_of_every_rank_is_in_the_manifest_and_a_name_is_taken_once(straight):
     out, expected = straight
     folder = out / "step_00000002"
-    assert finding.manifest_damage(folder, "full") == []
-    names = set(finding.read_manifest(folder))
+    assert checkpoint_folders.manifest_faults(folder, "full") == []
+    names = set(checkpoint_folders.read_manifest(folder))
     assert names == {path.name for path in folder.iterdir()} - {"manifest.json"}
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "run_state.json"} <= names
     for rank in expected:
@@ -108,7 +108,7 @@ def test_a_full_disk_of_one_rank_raises_on_all_and_leaves_nothing_behind(straigh
         assert "make room" in rank["error"]
         assert rank["next"] == rank["error"], "a failure must be reported by the next save"
         assert not [name for name in rank["left"] if "step_00000005" in name]
-    assert finding.newest(out, "full") == (out / "step_00000002", [])
+    assert checkpoint_folders.newest_usable(out, "full") == (out / "step_00000002", [])
 
 
 @pytest.mark.more
@@ -117,8 +117,8 @@ def test_a_rank_killed_while_it_writes_leaves_the_last_good_one(straight, oracle
     with pytest.raises(pytest.fail.Exception):
         play("killed", oracle, out)
     assert (out / ".step_00000007.partial").is_dir() and not (out / "step_00000007").exists()
-    assert finding.remove_partial(out) == ["step_00000007"]
-    assert finding.newest(out, "full") == (out / "step_00000002", [])
+    assert checkpoint_folders.remove_partial(out) == ["step_00000007"]
+    assert checkpoint_folders.newest_usable(out, "full") == (out / "step_00000002", [])
     report = out / "killed_0.json"
     assert not report.exists() or "lost each other" in json.loads(report.read_text())
 
@@ -127,7 +127,7 @@ def test_a_rank_killed_while_it_writes_leaves_the_last_good_one(straight, oracle
 def test_ranks_find_every_flipped_byte_and_a_reference_that_was_not_saved(straight, oracle):
     out, _ = straight
     folder = shutil.copytree(out / "step_00000002", out / "flipped")
-    names = [name for name in finding.read_manifest(folder) if name.endswith(".distcp")]
+    names = [name for name in checkpoint_folders.read_manifest(folder) if name.endswith(".distcp")]
     for name in names:
         content = bytearray((folder / name).read_bytes())
         content[-1] ^= 1

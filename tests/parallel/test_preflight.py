@@ -7,7 +7,7 @@ import pytest
 from ranks import run_ranks
 
 from megatron_r1.config.hardware import HARDWARE, Assumptions, link_rate
-from megatron_r1.plan.quantity import calibrated
+from megatron_r1.plan.quantity import apply_calibration
 
 pytestmark = pytest.mark.more
 
@@ -38,7 +38,7 @@ def test_a_slow_rank_another_version_and_a_folder_of_its_own_are_named(tmp_path)
     assert [len(rank["pairs"]) for rank in ranks] == [2, 2, 2, 2]
     assert [len(rank["gloo"]) for rank in ranks] == [2, 2, 2, 2]
     # With the file, the planner computes with the slowest rate that an axis has reached.
-    hardware, assumptions, measured = calibrated(
+    hardware, assumptions, measured = apply_calibration(
         HARDWARE["H800"], Assumptions(), tmp_path / "rates.yaml"
     )
     assert measured.keys() == {"gpus_per_node", "network", "host_network"}

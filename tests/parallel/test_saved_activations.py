@@ -26,7 +26,7 @@ def test_activations_of_a_token_are_within_a_tenth(tmp_path, model):
     hf = read_hf_config(str(tmp_path))
     config = Config.model_validate({"model": {"path": str(tmp_path), "dtype": "float32"}})
     counted = sum(
-        layer_activations(hf, config, 1, sparse=sparse, local=True).everything
+        layer_activations(hf, config, 1, sparse=sparse, local=True).total
         for sparse in sparse_layers(hf)
     )
     assert counted == pytest.approx(measured, rel=0.1)

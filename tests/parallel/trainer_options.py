@@ -88,7 +88,7 @@ def recomputing_changes_no_gradient(model: str, grid: str, position) -> None:
 
 def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, position, out: Path) -> None:
     from megatron_r1.models.weights.local import local_entries
-    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     settings = config(model, grid, RATE)
@@ -105,12 +105,12 @@ def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, position, out
         assert ((moved - RATE).abs() < 1e-6).any(), f"{name} did not move by the rate: {moved}"
         assert torch.equal(exported[name], bias), f"{grid} {name}: {exported[name] - bias}"
     folder = str(out / f"checkpoint-{grid}")
-    folders = Folders(trainer)
+    folders = CheckpointManager(trainer)
     folders.save_checkpoint(folder, {})
     assert folders.checkpoint_progress(wait=True)["error"] is None
     dist.barrier()
     fresh = Trainer(settings, position)
-    Folders(fresh).load_checkpoint(folder, reference=False)
+    CheckpointManager(fresh).load_checkpoint(folder, reference=False)
     for one in (trainer, fresh):
         for tensor, entry in local_entries(one.model_chunks, one.hf):
             for piece in entry.pieces:

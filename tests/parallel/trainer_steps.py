@@ -86,11 +86,11 @@ def main() -> None:
         position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
-        from megatron_r1.trainer.folders import Folders
+        from megatron_r1.trainer.checkpoint_manager import CheckpointManager
         from megatron_r1.trainer.trainer import Trainer
 
         trainer = Trainer(settings, position)
-        folders = Folders(trainer)
+        folders = CheckpointManager(trainer)
         trainer.refresh_reference()
         load(trainer, position, (1, 2))
         report = {"score": trainer.measure_logprob_diff()}
@@ -105,7 +105,7 @@ def main() -> None:
         assert folders.checkpoint_progress(wait=True)["error"] is None
         if previous.exists():
             other = Trainer(settings, position)
-            Folders(other).load_checkpoint(str(previous), reference=True)
+            CheckpointManager(other).load_checkpoint(str(previous), reference=True)
             # Old log-probabilities by the update itself: nothing may differ.
             load(other, position, (3,), first_old=False)
             report["continued"] = update(other, 0) | other.measure_logprob_diff()

@@ -37,7 +37,7 @@ from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed, shared_prompts
 
-shared_prompts.LEAST_SHARED = 1  # the turns of these trees are short
+shared_prompts.MIN_SHARED_TOKENS = 1  # the turns of these trees are short
 LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 
 
@@ -54,7 +54,7 @@ def samples(seed: int):
                 response = Response(array("i", turn.tokens), floats, versions, "stop")
                 numbers.append(tree.add_sampled(parent, response, {"role": "assistant"}))
             else:
-                numbers.append(tree.add_given(parent, turn.tokens, [{"role": str(len(numbers))}]))
+                numbers.append(tree.add_prompt(parent, turn.tokens, [{"role": str(len(numbers))}]))
         episode = Episode("done", [], tree.branches())
         responses.append(GradedResponse(episode.response(), "", {}, 0.0, "", episode=episode))
         advantages.append(advantage)

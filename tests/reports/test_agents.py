@@ -45,7 +45,7 @@ class Session:
     def ask(self, messages, answer, pieces=None):
         """Send a request; the answer's tokens are those of `pieces`, each by itself."""
         prompt = self.continuation.next_prompt(self.tree, messages)
-        given = self.tree.add_given(prompt.parent, prompt.token_ids, prompt.messages, ())
+        given = self.tree.add_prompt(prompt.parent, prompt.token_ids, prompt.messages, ())
         ids = [t for piece in pieces or [answer["content"]] for t in self.encode(piece)]
         ids = array("i", [*ids, self.tokenizer.eos_token_id])
         logprobs, versions = array("f", [-1.0] * len(ids)), array("i", [0] * len(ids))

@@ -8,7 +8,7 @@ from r1_grading import math as math_reward
 from r1_grading.code import equal_output
 from r1_grading.code.problem import parse_language, parse_problem
 from r1_grading.terms import RewardUnusable
-from r1_grading.truths import NO_TRUTH, is_none
+from r1_grading.truths import NO_TRUTH, is_missing
 from refusals import refused
 
 from megatron_r1.agents.player import reset_arguments
@@ -177,7 +177,7 @@ def test_a_file_without_any_truth_is_refused_by_its_column(tmp_path):
 
 @pytest.mark.parametrize("truth", ["0", 0, "no", "-1", "E", "false", False, "none of them", "D"])
 def test_a_short_truth_is_one(tmp_path, truth):
-    assert not is_none(truth)
+    assert not is_missing(truth)
     (prompt,) = read(tmp_path, [{"question": "a?", "truth": truth}]).train
     assert math_reward.grade(f"<answer>{truth}</answer>", prompt.truth).reward == 1
 

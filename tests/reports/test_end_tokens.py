@@ -16,17 +16,17 @@ from transformers import PreTrainedTokenizerFast
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.check_model import Findings
+from megatron_r1.commands.check_model import ModelCheckResult
 from megatron_r1.commands.check_model import verb as check_model
 from megatron_r1.config import ParallelConfig, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
-from megatron_r1.engines.server.responses import Response, cut_at_stop
+from megatron_r1.engines.server.responses import Response, truncate_at_stop
 from megatron_r1.evaluation.response import SamplingSettings
-from megatron_r1.models.weights.stored.hf_writing import carry_files
+from megatron_r1.models.weights.stored.hf_writing import copy_model_files
 
 MODELS = yaml.safe_load((Path(__file__).parent / "end_tokens.yaml").read_text(encoding="utf-8"))
 WORDS = ["the", "answer", "is", "4", ".", "..", "...", "stop", "here", "?", "find", "a", "A"]
@@ -120,7 +120,7 @@ def test_b20_every_listed_token_ends_a_response_and_counts_as_its_end(name, gene
     if not generation:  # as an older export may be
         wanted = [end for end in wanted if end not in MODELS[name].get("unlisted", ())]
     # With the tokenizer at hand and from the files alone.
-    text = PromptText(str(folder), "{problem}")
+    text = PromptTokenizer(str(folder), "{problem}")
     # transformers gives every tokenizer of Qwen2 an <|endoftext|>, here with a number of no token.
     added = {} if "<|endoftext|>" in MODELS[name]["tokens"].values() else {"<|endoftext|>"}
     assert {end.id for end in text.end_tokens if end.text not in added} == set(wanted)
@@ -139,7 +139,7 @@ def test_b20_every_listed_token_ends_a_response_and_counts_as_its_end(name, gene
         got = collected(text, [*answer, other, *rubbish])
         assert got.truncated and len(got.response.token_ids) == len(answer) + 1 + len(rubbish)
     (export := tmp_path / "export").mkdir()
-    carry_files(folder, export)
+    copy_model_files(folder, export)
     assert [end.id for end in end_tokens(export)] == [end.id for end in end_tokens(folder)]
     written = json.loads((export / "generation_config.json").read_text())
     ids = written["eos_token_id"]
@@ -152,8 +152,8 @@ def shown_by_check_model(folder):
     numbers = dict.fromkeys(["parameters", "memory_bytes", "free_bytes", "tensors", "compared"], 1)
     numbers |= dict.fromkeys(["tolerance", "megatron", "vllm"], 0.0)
     ends = describe_end_tokens(end_tokens(folder))
-    found = Findings(folder=str(folder), architecture="A", dtype="float32", tokens=1, agree=True,
-                     template=False, end_tokens=ends, **numbers)  # fmt: skip
+    found = ModelCheckResult(folder=str(folder), architecture="A", dtype="float32", tokens=1,
+                             agree=True, template=False, end_tokens=ends, **numbers)  # fmt: skip
     return check_model._text(found, ParallelConfig())
 
 
@@ -163,7 +163,7 @@ def test_b20_a_listed_token_of_any_kind_ends_a_response(listed, tmp_path):
     tokenizer_with(["<eos>"], "<eos>").save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 3}')
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
-    text = PromptText(str(tmp_path), "{problem}")
+    text = PromptTokenizer(str(tmp_path), "{problem}")
     # 3 in config.json is what transformers writes where nothing is given; here it is a word.
     assert text.stop_token_ids == [14, 7]
     got = collected(text, [1, 2, 7, 8, 8])
@@ -175,10 +175,10 @@ def test_b20_an_end_beyond_the_model_s_vocabulary_is_left_out(tmp_path):
     tokenizer_with(["<eos>", "<|im_end|>"], "<eos>").save_pretrained(tmp_path)
     config = {"model_type": "llama", "eos_token_id": [14, 15, 99], "vocab_size": 15}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert PromptText(str(tmp_path), "{problem}").stop_token_ids == [14]
+    assert PromptTokenizer(str(tmp_path), "{problem}").stop_token_ids == [14]
     config["vocab_size"] = 16
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert PromptText(str(tmp_path), "{problem}").stop_token_ids == [14, 15]
+    assert PromptTokenizer(str(tmp_path), "{problem}").stop_token_ids == [14, 15]
 
 
 @pytest.mark.parametrize("wrong", ["7", [1, None], True, -1, [2.5]])
@@ -187,7 +187,7 @@ def test_b20_an_end_that_is_no_token_is_refused_by_its_file(wrong, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
     with refused("model.path", Cause.MALFORMED, "generation_config.json", "eos_token_id"):
-        PromptText(str(tmp_path), "{problem}")
+        PromptTokenizer(str(tmp_path), "{problem}")
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -232,7 +232,7 @@ def test_b21_what_an_answer_ended_with_is_not_written_again(family, end, role, t
     new = {"role": role, "content": "is 4"}
     tree = TokenTree()
     first = continuation.next_prompt(tree, [asked])
-    node = tree.add_given(None, first.token_ids, first.messages, ())
+    node = tree.add_prompt(None, first.token_ids, first.messages, ())
     sampled = tokenizer.encode("stop here" + end, add_special_tokens=False)
     response = response_of(sampled, "stop")
     tree.add_sampled(node, response, answer)
@@ -259,7 +259,7 @@ def test_b18_a_stop_string_ends_a_response_with_the_token_that_completes_it(
     answer, stop, kept, tmp_path
 ):
     tokenizer = folder_of("Qwen3-0.6B", tmp_path)
-    text = PromptText(str(tmp_path), "{problem}")
+    text = PromptTokenizer(str(tmp_path), "{problem}")
     ids = tokenizer.encode(answer, add_special_tokens=False)
     got = collected(text, ids, stop=tuple(stop))
     is_cut = stop != ["nothing"]
@@ -274,19 +274,19 @@ def test_b18_stop_token_ids_end_a_response_and_are_trained_on(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     here = tokenizer.convert_tokens_to_ids("here")
-    text = PromptText(str(tmp_path), "{problem}", stop_token_ids=[here])
+    text = PromptTokenizer(str(tmp_path), "{problem}", stop_token_ids=[here])
     got = collected(text, tokenizer.encode("stop here the answer", add_special_tokens=False))
     assert got.response.token_ids[-1] == here and not got.truncated
     assert got.text == "stop here"  # a word, unlike a special token, is text
     with refused("rollout.stop_token_ids", Cause.OUT_OF_RANGE, len(tokenizer)):
-        PromptText(str(tmp_path), "{problem}", stop_token_ids=[len(tokenizer)])
+        PromptTokenizer(str(tmp_path), "{problem}", stop_token_ids=[len(tokenizer)])
 
 
 def test_b18_evaluations_and_servers_get_the_same_ends():
     from megatron_r1.config import Config
 
     rollout = Config(rollout={"stop": ["</answer>"], "stop_token_ids": [5]}).rollout
-    settings = SamplingSettings.of(rollout, 0.6, 0.95, 100)
+    settings = SamplingSettings.from_options(rollout, 0.6, 0.95, 100)
     assert settings == SamplingSettings(0.6, 0.95, 100, ("</answer>",), (5,))
 
 
@@ -298,6 +298,6 @@ def test_b19_a_gateway_s_stop_string_is_not_in_the_text(tokens, stop, text, kept
     tokenizer = folder_of("Qwen3-0.6B", tmp_path)
     ids = tokenizer.convert_tokens_to_ids(tokens)
     response = response_of(ids, "length")
-    got, before, found = cut_at_stop(response, 1, [stop], tokenizer.decode)
+    got, before, found = truncate_at_stop(response, 1, [stop], tokenizer.decode)
     assert (list(got.token_ids), before, found) == (ids[:kept], text, stop)
     assert got.finish_reason == "stop"

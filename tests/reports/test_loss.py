@@ -18,12 +18,12 @@ from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.batch import Head
-from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_advantages import (
     RolloutBatches,
     discounted_sums,
     gae,
-    penalized_rewards,
+    kl_penalized_rewards,
 )
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
@@ -56,7 +56,7 @@ def terms_of(name, groups, settings, temperature=1.0, hidden=None, split=False):
     numbers = algorithm.advantages(rewards, config.rl)
     [samples] = minibatches(training_samples(made, numbers), 1)
     parts = [[sample] for sample in samples] if split else [samples]
-    batches = [packed_batch(part, TokenSplit(), torch.device("cpu")) for part in parts]
+    batches = [pack_batch(part, TokenSplit(), torch.device("cpu")) for part in parts]
     g = torch.Generator().manual_seed(0)
     states = torch.randn(VOCABULARY, HIDDEN, generator=g, dtype=torch.float64)
     weight = torch.randn(VOCABULARY, HIDDEN, generator=g, dtype=torch.float64).requires_grad_()
@@ -67,7 +67,9 @@ def terms_of(name, groups, settings, temperature=1.0, hidden=None, split=False):
         batch.values = torch.zeros_like(shift)
     if algorithm.token_advantages is not None:
         rollout = RolloutBatches(batches)
-        rollout.store(find_function(algorithm.token_advantages)(rollout, config.rl.token_settings))
+        rollout.store_targets(
+            find_function(algorithm.token_advantages)(rollout, config.rl.token_settings)
+        )
     loss = find_function(algorithm.loss)
     terms = []
     for batch in batches:
@@ -123,7 +125,7 @@ def test_b02_a_micro_batch_without_a_response_token_adds_exact_zeros(average):
     made = [Sample.pack([1, 2], [3, 4], [-1.0] * 2, math.nan), Sample.pack([1], [2], [-1.0], 1.0)]
     settings = Config(rl={"kl_beta": 0.1, "entropy_coef": 0.1, "loss_average": average}).rl
     for samples, num in ((made[:1], 0), (made, 1)):
-        batch = packed_batch(samples, TokenSplit(), torch.device("cpu"))
+        batch = pack_batch(samples, TokenSplit(), torch.device("cpu"))
         batch.logprobs["ref"] = torch.zeros(len(batch.targets))
         weight = torch.randn(VOCABULARY, HIDDEN, requires_grad=True)
         head = Head(batch, torch.randn(len(batch.targets), HIDDEN), weight, 1.0, None, VOCABULARY)
@@ -228,7 +230,7 @@ def test_b09_the_return_passes_over_given_tokens(mask):
     """reinforce_pp's sums and GAE with λ 1, at discount 1, a final reward of 1 and values of 0."""
     sampled = torch.tensor(mask, dtype=torch.bool)
     last = torch.full((len(mask),), max(i for i, m in enumerate(mask) if m))
-    rewards = penalized_rewards(torch.ones(len(mask)), None, 0.0, sampled, last)
+    rewards = kl_penalized_rewards(torch.ones(len(mask)), None, 0.0, sampled, last)
     assert discounted_sums(rewards, 1.0, sampled, last).tolist() == mask
     made, targets = gae(rewards, torch.zeros(len(mask)), 1.0, 1.0, sampled, last)
     assert made.tolist() == targets.tolist() == mask
@@ -245,7 +247,7 @@ def test_b12_equal_rewards_move_the_policy_through_kl_alone(beta, moves):
 
 def test_b13_entropy_is_that_of_the_logits_over_the_temperature():
     """Logits [0, 0, ln 2] at 0.5: probabilities 1/6, 1/6, 4/6, entropy 0.8676 nats."""
-    batch = packed_batch([Sample.pack([0], [2], [-1.0], 0.0)], TokenSplit(), torch.device("cpu"))
+    batch = pack_batch([Sample.pack([0], [2], [-1.0], 0.0)], TokenSplit(), torch.device("cpu"))
     settings = Config(rl={"kl_beta": 0.0, "entropy_coef": 1.0}).rl.loss_settings(LIMIT)
     logits = torch.tensor([0.0, 0.0, math.log(2)], dtype=torch.float64)
 
@@ -277,12 +279,12 @@ def test_b14_the_distillation_loss_does_not_depend_on_micro_batches():
             for tokens in ([3], [4, 5, 6], [2, 2], [1] * 5)
         ]
         parts = [[sample] for sample in samples] if split else [samples]
-        batches = [packed_batch(part, TokenSplit(), torch.device("cpu")) for part in parts]
+        batches = [pack_batch(part, TokenSplit(), torch.device("cpu")) for part in parts]
         for batch in batches:
             batch.logprobs["old"] = -1.0 - 0.1 * batch.targets.float()
         rollout = RolloutBatches(batches)
         settings = TokenSettings(0.0, 0.0, 1.0, "none", advantage_epsilon=0.0)
-        rollout.store(find_function(algorithm.token_advantages)(rollout, settings))
+        rollout.store_targets(find_function(algorithm.token_advantages)(rollout, settings))
         rl = Config(rl={"algorithm": "on_policy_distillation"}).rl
         g = torch.Generator().manual_seed(1)
         weight = torch.randn(VOCABULARY, HIDDEN, generator=g).double().requires_grad_()
@@ -324,7 +326,7 @@ def test_b11_the_other_estimators_have_the_expected_gradients_of_divergences(est
     settings = Config(rl={"kl_beta": 1.0, "kl_estimator": estimator}).rl.loss_settings(LIMIT)
     got = torch.zeros(3, dtype=torch.float64)
     for token, weight in enumerate(policy.detach().exp()):
-        batch = packed_batch(
+        batch = pack_batch(
             [Sample.pack([0], [token], [-1.0], 0.0)], TokenSplit(), torch.device("cpu")
         )
         batch.logprobs["ref"] = torch.stack([ref[token], torch.zeros(()).double()])

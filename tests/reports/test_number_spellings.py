@@ -9,7 +9,7 @@ from megatron_r1.config import algorithms
 from megatron_r1.config.algorithms import AlgorithmRules
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.config.recipe import load
-from megatron_r1.config.yaml_text import as_text, as_yaml, parse_text
+from megatron_r1.config.yaml_text import dump_yaml, format_value, parse_value
 
 RULES = AlgorithmRules(options={"rate": 0.5, "count": 3, "switch": False, "word": "a"})
 FLOATS = {
@@ -195,9 +195,9 @@ TEXTS_LIKE_NUMBERS = ["1e-6", "010", "1:30", "yes", "1_000", ".5", "null", "2024
 @pytest.mark.parametrize("text", TEXTS_LIKE_NUMBERS)
 def test_what_is_written_is_read_back(text):
     for value in (text, [text], {text: text}, 1e-6, 1e22, -0.0, 7, True, None):
-        assert parse_text(as_text(value)) == value
-        assert parse_text(as_yaml({"a": value})) == {"a": value}
-    assert yaml.safe_load(as_yaml([text, 1e-6])) == [text, 1e-6]  # for other readers, too
+        assert parse_value(format_value(value)) == value
+        assert parse_value(dump_yaml({"a": value})) == {"a": value}
+    assert yaml.safe_load(dump_yaml([text, 1e-6])) == [text, 1e-6]  # for other readers, too
 
 
 def test_a_run_s_config_means_the_same_when_it_is_read_again(tmp_path):

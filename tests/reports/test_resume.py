@@ -7,9 +7,9 @@ import pytest
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import learning_rate, warmup_note
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.reporting.trackers import tracker_set
+from megatron_r1.reporting import trackers
+from megatron_r1.reporting.trackers import TrackerSet
 from megatron_r1.reporting.trackers.services import EVALUATION, STEP, TrackedRun
-from megatron_r1.reporting.trackers.tracker_set import TrackerSet
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
@@ -74,7 +74,7 @@ class Kept:
         self._own = Kept.lines.setdefault(run.folder, [])
         self.notes = []
         steps = [numbers for _, numbers in self._own]
-        self.newest = {
+        self.last_tracked = {
             key: max((n[key] for n in steps if key in n), default=-1) for key in (STEP, EVALUATION)
         }
 
@@ -90,8 +90,8 @@ def test_b65_each_step_and_evaluation_is_tracked_once_at_its_own_step(
     killed, tmp_path, monkeypatch
 ):
     """Evaluations every 2 steps; the run is killed, and goes on with what its files have."""
-    monkeypatch.setitem(tracker_set.OPENERS, "wandb", Kept)
-    monkeypatch.setattr(tracker_set, "CLOSE_SECONDS", None)
+    monkeypatch.setitem(trackers.OPENERS, "wandb", Kept)
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", None)
     run = TrackedRun(tmp_path, "p", {})
     steps = [{"step": step, "reward/mean": step / 10} for step in range(1, 7)]
     evaluations = [{"step": step, "eval/accuracy": step / 8} for step in (0, 2, 4, 6)]

@@ -12,10 +12,10 @@ from tokenizers import processors
 
 from megatron_r1.config import RewardsConfig
 from megatron_r1.config.eval import ServerConfig
-from megatron_r1.controller.rollouts.response_grader import ResponseGrader
+from megatron_r1.controller.rollouts.rollout import ResponseGrader
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.data.shots import FewShotText, Shots
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.shots import FewShotExamples, FewShotTokenizer
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.evaluation.response import SamplingSettings
 from megatron_r1.evaluation.server_policy import ServerPolicy
 
@@ -48,10 +48,10 @@ def beginning_folder(folder, chat="{{ bos_token }}{{ messages[0].content }}"):
 )
 def test_b23_a_prompt_begins_once(template, question, tmp_path):
     number = beginning_folder(tmp_path)
-    text = PromptText(str(tmp_path), template)
+    text = PromptTokenizer(str(tmp_path), template)
     ids = text.encode(question)
     assert ids[0] == number and ids.count(number) == 1
-    bare = PromptText(str(tmp_path), "{problem}").encode(question.removeprefix(BEGIN))
+    bare = PromptTokenizer(str(tmp_path), "{problem}").encode(question.removeprefix(BEGIN))
     if template in ("chat", "{problem}", BEGIN + "{problem}"):
         assert ids == bare
 
@@ -61,7 +61,7 @@ def test_b23_so_do_prompts_with_worked_examples(tmp_path):
     shots = tmp_path / "shots.jsonl"
     shots.write_text(json.dumps({"question": "the ?", "response": "answer"}) + "\n")
     for template in (BEGIN + "{problem}", "{problem}"):
-        text = FewShotText(str(tmp_path), template, Shots(shots, None, 0))
+        text = FewShotTokenizer(str(tmp_path), template, FewShotExamples(shots, None, 0))
         ids = text.encode("find a")
         assert ids[0] == number and ids[1] != number
 
@@ -72,7 +72,7 @@ def test_b23_so_do_prompts_with_worked_examples(tmp_path):
 def test_b23_so_do_texts_at_a_completions_server(template, tmp_path):
     """Which encodes the text as vLLM does: with the tokenizer's tokens, unless told not to."""
     number = beginning_folder(tmp_path)
-    text = PromptText(str(tmp_path), template)
+    text = PromptTokenizer(str(tmp_path), template)
     arrived = []
 
     def encode(prompt, body):
@@ -97,8 +97,8 @@ def test_b23_a_tokenizer_that_adds_nothing_takes_the_text_as_it_is(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     number = tokenizer.convert_tokens_to_ids(BEGIN)
-    assert PromptText(str(tmp_path), BEGIN + "{problem}").encode("a")[0] == number
-    assert number not in PromptText(str(tmp_path), "{problem}").encode("a")
+    assert PromptTokenizer(str(tmp_path), BEGIN + "{problem}").encode("a")[0] == number
+    assert number not in PromptTokenizer(str(tmp_path), "{problem}").encode("a")
 
 
 class FormatAlone:
@@ -128,7 +128,7 @@ def test_b24_the_format_counts_the_thought_that_the_prompt_holds(
     tail, answer, wanted, is_chat, tmp_path
 ):
     beginning_folder(tmp_path, chat="{{ messages[0].content }}" + tail)
-    text = PromptText(str(tmp_path), "chat" if is_chat else "{problem}" + tail)
+    text = PromptTokenizer(str(tmp_path), "chat" if is_chat else "{problem}" + tail)
     text.decode = lambda token_ids: answer
     grader = ResponseGrader(FormatAlone(), text, RewardsConfig().call_options)
     prompt = make_prompt("1 + 3?", "math", "4", {})
@@ -140,7 +140,7 @@ def test_b24_the_format_counts_the_thought_that_the_prompt_holds(
 def test_b27_ids_of_the_padded_vocabulary_have_no_text(padded, tmp_path):
     """A model's embedding is larger than its tokenizer: such an id is sampled, not refused."""
     beginning_folder(tmp_path)
-    text = PromptText(str(tmp_path), "{problem}")
+    text = PromptTokenizer(str(tmp_path), "{problem}")
     got = collected(text, [1, *padded, text.end])
     assert not got.truncated and got.rewards["accuracy"] == 0.0
     assert got.text.startswith("the") and len(got.response.token_ids) == len(padded) + 2

@@ -1,5 +1,5 @@
 """B28, B29 for vLLM's parsers: any sampled text becomes calls that reproduce it, or is text with a
-reason. `left_out` alone, without vLLM, and every parser on random texts of its form."""
+reason. `find_dropped_text` alone, without vLLM, and every parser on random texts of its form."""
 
 import os
 import random
@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_r1.agents import parsing
-from megatron_r1.agents.parser_worker import Options, ParseJob, TurnParser, left_out
+from megatron_r1.agents.parser_worker import ParseJob, ParserOptions, TurnParser, find_dropped_text
 from megatron_r1.agents.parsing import tool_call
 from tests.chat_tokenizer import chat_tokenizer
 
@@ -32,10 +32,10 @@ def written(form, value):
 def test_b29_a_call_of_any_form_is_in_its_parts(name):
     text = written(FORMS[name], "wqa there")
     whole = [tool_call("find_it", '{"ka": "wqa there"}')]
-    assert left_out(f"Look. {text}", None, "Look.", whole) == ""
+    assert find_dropped_text(f"Look. {text}", None, "Look.", whole) == ""
     for calls in ([], [tool_call("find_it", "{}")], [tool_call("find_it", '{"ka": "there"}')]):
-        assert left_out(f"Look. {text}", None, "Look.", calls)
-    assert left_out(f"Look. {text}", None, "", whole)  # the prose is lost
+        assert find_dropped_text(f"Look. {text}", None, "Look.", calls)
+    assert find_dropped_text(f"Look. {text}", None, "", whole)  # the prose is lost
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_b29_a_call_of_any_form_is_in_its_parts(name):
 )  # fmt: skip
 def test_b29_numbers_and_escapes_may_be_written_otherwise(text, arguments):
     calls = [tool_call("f", arguments)]
-    assert left_out(f"<call>functions.f{text}", None, None, calls) == ""
+    assert find_dropped_text(f"<call>functions.f{text}", None, None, calls) == ""
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_b29_numbers_and_escapes_may_be_written_otherwise(text, arguments):
     ],
 )
 def test_b28_what_a_parser_drops_is_named(text, reasoning, content, calls):
-    assert left_out(text, reasoning, content, calls)
+    assert find_dropped_text(text, reasoning, content, calls)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_b28_what_a_parser_drops_is_named(text, reasoning, content, calls):
     ],
 )
 def test_b28_text_that_stays_text_is_not_named(text, reasoning, content):
-    assert left_out(text, reasoning, content, []) == ""
+    assert find_dropped_text(text, reasoning, content, []) == ""
 
 
 def random_text(form, draw):
@@ -118,13 +118,13 @@ def test_b28_b29_random_texts_of_each_of_vllms_parsers(name, tokenizer, monkeypa
     monkeypatch.setitem(os.environ, "VLLM_LOGGING_LEVEL", "CRITICAL")
     folder, own = tokenizer
     form, draw = FORMS[name], random.Random(name)
-    parser = TurnParser(Options(str(folder), name, ""))
+    parser = TurnParser(ParserOptions(str(folder), name, ""))
 
     def parse(text):
         try:
             return parser.parse(ParseJob(text, own.encode(text), [1], TOOLS))
         except Exception as error:
-            return parsing.Parsed(None, text, failure=repr(error))
+            return parsing.ParsedAnswer(None, text, failure=repr(error))
 
     call = written(form, "wqa there")
     reply = parse(call)
@@ -134,7 +134,7 @@ def test_b28_b29_random_texts_of_each_of_vllms_parsers(name, tokenizer, monkeypa
     for _ in range(NUM_TEXTS):
         text = random_text(form, draw)
         reply = parse(text)
-        why = reply.failure if isinstance(reply, parsing.Parsed) else reply.reason
+        why = reply.failure if isinstance(reply, parsing.ParsedAnswer) else reply.reason
         if why:
             assert (reply.content, reply.tool_calls) == (text, []), text
             continue

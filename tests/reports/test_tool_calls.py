@@ -7,7 +7,13 @@ import random
 import pytest
 
 from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.parsing import FAILURE, AnswerReader, HermesParser, Parsed, parse_hermes
+from megatron_r1.agents.parsing import (
+    PARSE_ERROR,
+    AnswerReader,
+    HermesParser,
+    ParsedAnswer,
+    parse_hermes,
+)
 from tests.chat_tokenizer import chat_tokenizer
 
 
@@ -156,12 +162,12 @@ def read(text, parser=None, **options):
 
 
 def test_b29_the_reply_says_why_a_call_is_text():
-    assert "args" in read('<tool_call>{"name": "a", "args": {"x": 1}}</tool_call>')[FAILURE]
-    assert FAILURE not in read(written("a", {}))
+    assert "args" in read('<tool_call>{"name": "a", "args": {"x": 1}}</tool_call>')[PARSE_ERROR]
+    assert PARSE_ERROR not in read(written("a", {}))
 
     class Emptying(HermesParser):
         async def parse(self, job):
-            return Parsed(None, "")
+            return ParsedAnswer(None, "")
 
     assert read("<function=a>", Emptying())["content"] == "<function=a>"
 
@@ -169,5 +175,5 @@ def test_b29_the_reply_says_why_a_call_is_text():
 def test_b30_calls_that_are_left_out_are_said():
     message = read(written("a", {}) + written("b", {}), max_calls=1)
     assert [call["function"]["name"] for call in message["tool_calls"]] == ["a"]
-    assert message[FAILURE]
-    assert FAILURE not in read(written("a", {}), max_calls=1)
+    assert message[PARSE_ERROR]
+    assert PARSE_ERROR not in read(written("a", {}), max_calls=1)

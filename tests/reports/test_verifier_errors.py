@@ -10,7 +10,7 @@ from r1_grading import RewardPool
 
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.controller.verifier_audit import audit
-from megatron_r1.evaluation.verifier_errors import AnswerContent, GradedAnswer, SecondMethods
+from megatron_r1.evaluation.verifier_errors import AnswerContent, GradedAnswer, SecondMethodJudge
 from tests.grading.code_answers import fenced, needs_sandbox
 from tests.reports.test_answers import FLOATS
 
@@ -58,7 +58,7 @@ def audited(answers, known=None, **options):
     async def run():
         async with RewardPool(2, timeout_seconds=20.0) as pool:
             graders = pool if known is None else Remembering(pool, known)
-            methods = SecondMethods(graders, {}, repeats=2)
+            methods = SecondMethodJudge(graders, {}, repeats=2)
             return await audit(answers, methods.judge, num_groups=0, **options)
 
     return asyncio.run(run())
@@ -86,7 +86,7 @@ def test_intervals_of_our_verdicts_and_of_planted_faults_have_the_labelled_truth
             if reward != label:
                 wrong.append(str(number))
         result = audited(answers, known, size=len(rows))
-        found = {answer.place for answer, finding in result.judged if finding.outcome == "wrong"}
+        found = {answer.id for answer, finding in result.judged if finding.outcome == "wrong"}
         assert found <= set(wrong), (name, [rows[int(place)] for place in found - set(wrong)])
         for source, rates in (*result.sources.items(), (None, result.overall)):
             for is_accepted, fraction in (
@@ -99,7 +99,7 @@ def test_intervals_of_our_verdicts_and_of_planted_faults_have_the_labelled_truth
                     if a.is_accepted is is_accepted and source in (None, a.source)
                 ]
                 if of:
-                    truth = sum(answer.place in wrong for answer in of) / len(of)
+                    truth = sum(answer.id in wrong for answer in of) / len(of)
                     assert fraction.low - 1e-12 <= truth <= fraction.high + 1e-12, (name, source)
         plain = result.sources["plain"]
         if name == "fractions are rejected":
@@ -127,7 +127,7 @@ def test_intervals_of_programs_have_the_labelled_truth_and_a_missed_last_test_is
         )
     wrong.add("plain 1")
     result = audited(answers, size=len(answers))
-    assert {answer.place for answer, _ in result.concerned} == wrong
+    assert {answer.id for answer, _ in result.concerned} == wrong
     ours, plain = result.sources["B57"], result.sources["plain"]
     assert (ours.wrongly_rejected.high, ours.wrongly_accepted.high) == (0.0, 0.0)
     assert (plain.wrongly_accepted.value, plain.wrongly_rejected.value) == (0.5, 0.0)
@@ -141,7 +141,7 @@ def test_a_program_that_passes_by_chance_is_listed_as_flaky():
 
     async def judged():
         async with RewardPool(1, timeout_seconds=20.0) as pool:
-            return await SecondMethods(pool, {}, repeats=60).judge(answer)
+            return await SecondMethodJudge(pool, {}, repeats=60).judge(answer)
 
     finding = asyncio.run(judged())
     assert finding.outcome == "undecided"

@@ -70,9 +70,9 @@ class FileTrainer:
         }
         return await asyncio.to_thread(operations[operation.__name__], **arguments)
 
-    async def call_all(self, operation, begun=None, **arguments):
-        if begun is not None:
-            begun()
+    async def call_all(self, operation, on_start=None, **arguments):
+        if on_start is not None:
+            on_start()
         return [await self.call(operation, **arguments)]
 
 
@@ -106,7 +106,7 @@ class FilePusher:
         self._is_open = False
 
     async def push(self, folder):
-        async with self.pusher.updating():
+        async with self.pusher.weight_update():
             if not self._is_open:
                 await self.pusher.open()
             self._is_open = True
@@ -114,12 +114,12 @@ class FilePusher:
             return await self.pusher.push(self.fleet.policy_version + 1)
 
     async def check_damage(self, tensor):
-        """Send the trainer's weights with another checksum of one tensor's delivery: the engine
+        """Send the trainer's weights with another checksum of one tensor's chunk: the engine
         refuses the push by the tensor's name."""
         client = self.fleet.engines[0].client
         (name_of_set,) = self.trainer.sender._sets
-        sender = self.trainer.sender._sets[name_of_set].links[0].end
-        names = (sender.table.slots[d.slot].name for d in sender.deliveries)
+        sender = self.trainer.sender._sets[name_of_set].links[0].sender
+        names = (sender.table.slots[d.slot].name for d in sender.chunks)
 
         def damaged(*arguments):
             return copy_with_checksum(*arguments) ^ (next(names) == tensor)

@@ -22,11 +22,11 @@ def by_trainer(config_path: str, checkpoint: str) -> list[list[int]]:
     place = distributed.initialize(settings.parallel, 0)
     import torch
 
-    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     trainer = Trainer(settings, place)
-    Folders(trainer).load_checkpoint(checkpoint, reference=True)
+    CheckpointManager(trainer).load_checkpoint(checkpoint, reference=True)
     model = trainer.model_chunks[0].eval()
     answers = []
     for prompt in PROMPTS:

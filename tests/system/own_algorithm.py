@@ -19,7 +19,7 @@ def token_advantages(scored, settings):
 
     made = reward_to_go(scored, replace(settings, discount=0.5))
     for responses, whole in zip(scored.responses, made, strict=True):
-        responses.batch.logprobs["own"] = responses.own(whole)
+        responses.batch.logprobs["own"] = responses.local_part(whole)
     return TokenTargets(made)
 
 

@@ -232,7 +232,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
         said.append(message)
         fleet.replacement.unresponsive_seconds = 120.0
 
-    fleet.members.notify = heard
+    fleet.state.notify = heard
     # A death is noticed on its own: on a busy machine that may take longer than 3 seconds.
     fleet.replacement.unresponsive_seconds = 120.0 if how == signal.SIGKILL else 3.0
 

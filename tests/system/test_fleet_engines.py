@@ -61,7 +61,7 @@ def replaced(loop, fleet):
     """The spoiled engine, the messages about it, and what was sampled until it was replaced and
     afterwards."""
     spoiled, messages = fleet.engines[0], []
-    fleet.members.notify = messages.append
+    fleet.state.notify = messages.append
 
     async def sample_until_replaced():
         made = await rounds(fleet, 4)
@@ -84,7 +84,7 @@ def test_an_engine_that_answers_nonsense_is_found_and_replaced(models, oracle, f
 @pytest.mark.usefixtures("replaced")
 def test_engines_share_a_batch_evenly(loop, fleet):
     def made():
-        return [sum(group.tokens for group in e.pace._groups) for e in fleet.engines]
+        return [sum(group.tokens for group in e.stats._groups) for e in fleet.engines]
 
     before = made()
     loop(rounds(fleet, 8))
@@ -104,7 +104,7 @@ def test_an_engine_joins_amid_a_batch(models, oracle, loop, fleet):
 
     added, made = loop(change())
     assert [engine.index for engine in fleet.engines] == [0, 1, 2]
-    assert added.pace.tokens_per_second(added.pace.began + 60) > 0  # it took part
+    assert added.stats.tokens_per_second(added.stats.began + 60) > 0  # it took part
     assert_right(oracle, models, made)
 
 

@@ -16,7 +16,7 @@ from tiny_models import QWEN, write_model
 
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import ParserPool
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from tests.chat_tokenizer import chat_tokenizer
 
@@ -47,7 +47,7 @@ def fleet(model, loop, tmp_path_factory):
 @pytest.fixture
 def play(model, fleet, loop):
     """Calls a coroutine function with a gateway, a session and the engine's answers so far."""
-    text = PromptText(str(model), "chat")
+    text = PromptTokenizer(str(model), "chat")
     calls = []
 
     async def generate(prompt_ids, max_tokens):

@@ -20,7 +20,7 @@ from tiny_models import (
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.client import GENERATE
 from megatron_r1.engines.server.replies import parse_responses
-from megatron_r1.models.sampling_mask import decoded
+from megatron_r1.models.sampling_mask import decode_mask
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 1, "return_sampling_mask": True}
 TEMPERATURE = 0.8
@@ -56,7 +56,7 @@ def least_kept(row, top_p=1.0, top_k=None, min_p=0.0):
 
 def check_kept(rows, response, cut):
     """Of one response, whose rows transformers computed; return how many tokens each kept."""
-    counts, ids = decoded(response.sampling_mask, len(response.token_ids))
+    counts, ids = decode_mask(response.sampling_mask, len(response.token_ids))
     ends = counts.cumsum()
     for at, (token, end) in enumerate(zip(response.token_ids, ends, strict=True)):
         row, kept = (
@@ -106,7 +106,7 @@ def test_bytes_equal_vllms_json(loop, fleet):
     sampling = {"n": 2, "max_tokens": 12, "logprobs": 0, "ignore_eos": True, "detokenize": False}
     call = {"token_ids": prompt, "sampling_params": sampling | cut}
     as_json = loop(client.request("POST", GENERATE, call))
-    expected = parse_responses(as_json, len(prompt), None, client.vocab_size, is_cut=True)
+    expected = parse_responses(as_json, len(prompt), None, client.vocab_size, has_mask=True)
     found = loop(client.generate(prompt, n=2, max_tokens=12, sampling_mask=True, **cut))
     for one, other in zip(found, expected, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)

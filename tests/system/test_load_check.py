@@ -77,6 +77,55 @@ def test_large_tensors_take_turns(world):
         world.push(3, [1, 3], {"larger"})
 
 
+class Blocks:
+    """A layer of FP8 codes with the scales of their blocks, as a kernel holds them.
+
+    Args:
+        as_they_arrive: whether the kernel keeps scales so; else it has their negatives."""
+
+    def __init__(self, as_they_arrive):
+        self.sign = 1 if as_they_arrive else -1
+        self.layer, self.placed = torch.nn.Module(), []
+        for number, (name, dtype) in enumerate(
+            (("weight", torch.float8_e4m3fn), ("weight_scale_inv", torch.float32))
+        ):
+            tensor = torch.ones(2, 4).to(dtype)
+            self.layer.register_buffer(name, tensor)
+            shape, stride = tuple(tensor.shape), tensor.stride()
+            at = CheckpointParameter(self.layer, name, name, shape, stride, dtype, is_live=False)
+            self.placed.append(PlacedParameter(at, 256 * number, 2))
+        self.memory = torch.zeros(1024, dtype=torch.uint8)
+        self.check = backend.LoadCheck(self.placed)
+
+    def push(self, number, code, scale, *, loads_scales=True):
+        """Codes and scales that are others than before; the engine always loads the codes."""
+        codes, scales = (at.value(self.memory) for at in self.placed)
+        codes.copy_(torch.full((2, 4), code))
+        scales.fill_(scale)
+        self.check.begin({0, 1})
+        self.layer.weight.copy_(codes)
+        if loads_scales:
+            self.layer.weight_scale_inv.copy_(self.sign * scales)
+        self.check.end(number, self.placed, self.memory)
+
+
+@pytest.mark.parametrize("as_they_arrive", [True, False])
+def test_scales_of_the_push_before_are_named_where_the_codes_are_new(as_they_arrive):
+    """By as little as an update changes them; of another form, by no less than a power of two."""
+    blocks = Blocks(as_they_arrive)
+    old, new = (0.01, 0.01 * (1 + 2e-6)) if as_they_arrive else (2.0**-7, 2.0**-6)
+    blocks.push(1, 8.0, old)
+    with pytest.raises(UndeliveredPush, match="push 2: 1 tensors .* with: weight_scale_inv$"):
+        blocks.push(2, 9.0, new, loads_scales=False)
+    blocks.push(3, 10.0, new)
+
+
+def test_scales_of_another_form_may_round_a_change_away():
+    blocks = Blocks(as_they_arrive=False)
+    blocks.push(1, 8.0, 0.01)
+    blocks.push(2, 9.0, 0.0100001, loads_scales=False)
+
+
 def test_a_tensor_that_vllm_keeps_elsewhere_is_passed_over(world):
     world.layers["small"].weight = torch.empty(0)
     world.push(1, [0], [])

@@ -26,17 +26,16 @@ from tiny_models import (
 
 from megatron_r1.config import Config
 from megatron_r1.controller.push.engine_links import EngineLinks
-from megatron_r1.controller.push.prober import Prober
-from megatron_r1.controller.push.pusher import WeightPusher
+from megatron_r1.controller.push.pusher import Prober, WeightPusher
 from megatron_r1.controller.supervision.diagnosis import inspect_trainer
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.hf_config import resolve_aliases
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push import link_planner
+from megatron_r1.push.link_planner import PublishedSharding
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.push.receiver_layout import ReceiverLayout
+from megatron_r1.push.plan.planner import PredictedSharding
 
 MODELS = {
     **{"deepseek": DEEPSEEK, "qwen": QWEN, "qwen3-moe": QWEN3_MOE, "glm": GLM},
@@ -166,7 +165,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             tensors = [(name, shape) for name, (shape, _) in shapes.items()]
             links = EngineLinks(trainer, recipe.push, tensors, layout)
             pusher = WeightPusher(fleet, links, Prober(trainer, PROMPTS, TOLERANCE, 600))
-            async with pusher.updating():
+            async with pusher.weight_update():
                 await pusher.open()
                 await pusher.push(fleet.policy_version + 1)
             return await pusher.probe_results()
@@ -176,20 +175,20 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
     asyncio.run(run())
 
 
-def recorded_layouts(monkeypatch) -> list[ReceiverLayout]:
+def recorded_layouts(monkeypatch) -> list[PublishedSharding]:
     """Layouts of real engines as senders in this process read them, the first one first."""
-    found: list[ReceiverLayout] = []
+    found: list[PublishedSharding] = []
 
     def recorded(*arguments):
-        found.append(ReceiverLayout(*arguments))
+        found.append(PublishedSharding(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(link_planner, "ReceiverLayout", recorded)
+    monkeypatch.setattr(link_planner, "PublishedSharding", recorded)
     return found
 
 
 def assert_predicted(hf, layout, found):
     """What every rank of a real engine needs is what is planned without one."""
-    planned, needed = PredictedLayout(hf, layout).regions, found.regions
+    planned, needed = PredictedSharding(hf, layout).regions, found.regions
     differing = {n for n in planned.keys() | needed if planned.get(n) != needed.get(n)}
     assert not differing, [(n, planned.get(n), needed.get(n)) for n in sorted(differing)[:5]]

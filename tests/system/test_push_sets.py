@@ -68,18 +68,20 @@ def test_each_slice_enters_one_engine_and_both_have_all(loop, models, fleet, pus
     assert sizes(pusher) == [2]
     (one,) = pusher.trainer.sender._sets.values()
     need = {
-        link.end.rank: sum(slot.height * slot.width * 4 for slot in link.end.table.slots)
+        link.sender.engine_rank: sum(
+            slot.height * slot.width * 4 for slot in link.sender.table.slots
+        )
         for link in one.links
     }
     assert one.num_bytes == sum(need.values())
     for engine in (0, 1):
-        ends = [link.end for link in one.links if link.member == engine]
-        entered = sum(each.num_bytes(end.table) for end in ends for each in end.deliveries)
+        ends = [link.sender for link in one.links if link.member == engine]
+        entered = sum(each.num_bytes(end.table) for end in ends for each in end.chunks)
         assert 0.4 < entered / sum(need.values()) < 0.6
 
 
 async def until_replaced(fleet):
-    await until(lambda: not fleet.replacement.tasks and len(fleet.members.up) == 2)
+    await until(lambda: not fleet.replacement.tasks and len(fleet.state.up) == 2)
 
 
 def kill(engine):
@@ -108,7 +110,7 @@ def test_an_engine_that_dies_does_not_take_the_other_with_it(
         kill(dies)
 
     loop(pusher.push(models / "a"))
-    assert fleet.members.up[0] is left and left.server.is_alive()
+    assert fleet.state.up[0] is left and left.server.is_alive()
     assert loop(checksums(fleet, fleet.engines.index(left))) == expected
     loop(until_replaced(fleet))
     assert both(loop, fleet) == [expected] * 2

@@ -18,7 +18,7 @@ from run_progress import left_behind, lines, wait_for, wait_for_step
 from waiting import wait_until
 
 from megatron_r1.base.files.framed_records import FramedFile
-from megatron_r1.controller.rollouts.group_records import Accepted, GroupRecord, decode
+from megatron_r1.controller.rollouts.group_records import CommitRecord, GroupRecord, decode
 
 HERE = Path(__file__).parent
 CONTRACT = [
@@ -249,7 +249,7 @@ def test_batches_are_sampled_ahead_of_training_as_far_as_staleness_lets_them(
         wait_for(
             process,
             "as far ahead as it may be",
-            lambda: any(isinstance(record, Accepted) for record in records(last)),
+            lambda: any(isinstance(record, CommitRecord) for record in records(last)),
         )
         time.sleep(2.0)  # for another batch, which must not begin
         begun = [log.exists() for log in logs]

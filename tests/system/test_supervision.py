@@ -14,7 +14,7 @@ from run_progress import left_behind, wait_for
 from waiting import wait_until
 
 from megatron_r1.base.files.framed_records import FramedFile
-from megatron_r1.controller.rollouts.group_records import Accepted, decode
+from megatron_r1.controller.rollouts.group_records import CommitRecord, decode
 
 TWO = ["--parallel.processes", "2", "--parallel.tensor", "2"]
 NOT_OF_THE_SAMPLES = ("time/", "rewards/", "tokens_per_second", "groups/replayed", "/restarts")
@@ -73,8 +73,8 @@ def get(folder: Path, path: str) -> str:
 def records(folder: Path, step: int) -> tuple[list[int], bool]:
     """Positions of the groups in a step's log, and whether it was accepted."""
     found = [decode(r) for r in FramedFile.read(folder / f"sample_log/step_{step:08d}.log")]
-    is_accepted = Accepted() in found
-    return [r.position for r in found if not isinstance(r, Accepted)], is_accepted
+    is_accepted = CommitRecord() in found
+    return [r.position for r in found if not isinstance(r, CommitRecord)], is_accepted
 
 
 @pytest.mark.more

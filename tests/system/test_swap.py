@@ -26,9 +26,9 @@ from vllm.model_executor.model_loader.reload.layerwise import record_metadata_fo
 
 from megatron_r1.base.processes import children
 from megatron_r1.engines.plugin import swap
-from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record
+from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record_copies
 from megatron_r1.engines.plugin.memory_layout import lay_out
-from megatron_r1.models.hf_config import implied, resolve_aliases
+from megatron_r1.models.hf_config import implied_settings, resolve_aliases
 from megatron_r1.models.weights import hf_tensors
 
 NUM_EXPERTS, HIDDEN, INTERMEDIATE = 2, 256, 128
@@ -221,7 +221,7 @@ def test_a_number_computed_from_weights_is_refused(model):
 def test_nothing_of_a_whole_model_lies_in_the_receive_buffer(name, tmp_path, monkeypatch, groups):
     """Latent attention's absorbed weights, packed experts and matrices, biases of experts."""
     hf = getattr(tiny_models, name)
-    hf = {**hf, **implied(hf)}
+    hf = {**hf, **implied_settings(hf)}
     (tmp_path / "config.json").write_text(json.dumps(hf))
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # there is no accelerator
     options = {"skip_tokenizer_init": True, "load_format": "dummy", "enforce_eager": True}
@@ -231,7 +231,9 @@ def test_nothing_of_a_whole_model_lies_in_the_receive_buffer(name, tmp_path, mon
     with set_current_vllm_config(config):
         model = get_model(vllm_config=config)
         tensors = hf_tensors(resolve_aliases(hf)).items()
-        placed, table = lay_out(record([model], [(name, shape) for name, (shape, _) in tensors]))
+        placed, table = lay_out(
+            record_copies([model], [(name, shape) for name, (shape, _) in tensors])
+        )
         memory = torch.zeros(table.num_bytes, dtype=torch.uint8)
         for _ in range(2):  # of the second the first left its traces
             swap.load(model, placed, memory)

@@ -22,7 +22,7 @@ import psutil
 
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import ParserPool
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.responses import Response
 from tools.bench import host
 from tools.bench.host import in_own_process
@@ -61,12 +61,12 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--parser", default="hermes", help="vLLM's tool parser, or none")
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return a dictionary per size, each measured in a process of its own."""
     found = []
-    for seconds in chosen.engine_seconds:
-        for sessions in chosen.sessions:
-            size = in_own_process(measure, sessions, chosen.turns, seconds, chosen.parser)
+    for seconds in args.engine_seconds:
+        for sessions in args.sessions:
+            size = in_own_process(measure, sessions, args.turns, seconds, args.parser)
             found.append(size)
             print(_line(size), flush=True)
     return {"cores are worth": host.cores_worth(), "goal, ms a turn": GOAL_MS, "sizes": found}
@@ -91,7 +91,7 @@ async def _measure(
     num_sessions: int, num_turns: int, engine_seconds: float, parser: str
 ) -> dict[str, Any]:
     """Play all sessions at once; return turns/s, processor time and every turn's added seconds."""
-    text = PromptText(str(TOKENIZER), "plain")
+    text = PromptTokenizer(str(TOKENIZER), "plain")
     text.tokenizer.chat_template = CHATML
     answer = array("i", [*text.tokenizer.encode(ANSWER, add_special_tokens=False), text.end])
     response = Response(

@@ -24,7 +24,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.commands import cli
 from megatron_r1.pipeline.results import Spread
-from megatron_r1.reporting.wording import percent
+from megatron_r1.reporting.wording import format_percent
 from tools.bench import host
 from tools.bench.host import ROOT
 
@@ -131,33 +131,33 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--page", type=Path, help="also write the figures here, for people")
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of every finished run, those of earlier calls in this folder included.
 
     Raises:
         SystemExit: a run fails; the same command continues.
     """
-    if chosen.steps < WINDOW:
-        raise SystemExit(f"--steps {chosen.steps}: must be at least {WINDOW}, the mean's window")
-    folder = chosen.folder.resolve()
-    text = yaml.safe_dump(recipe(chosen.steps), sort_keys=False)
+    if args.steps < WINDOW:
+        raise SystemExit(f"--steps {args.steps}: must be at least {WINDOW}, the mean's window")
+    folder = args.folder.resolve()
+    text = yaml.safe_dump(recipe(args.steps), sort_keys=False)
     file = atomic_write(folder.parent / f"{folder.name}.yaml", text)
-    options = [str(file), "--pipeline.folder", str(folder), "--pipeline.seeds", chosen.seeds]
+    options = [str(file), "--pipeline.folder", str(folder), "--pipeline.seeds", args.seeds]
     with contextlib.chdir(ROOT):
-        for only in chosen.only or [None]:
+        for only in args.only or [None]:
             until = ["--pipeline.until", only] if only else []
             if status := cli.main(["pipeline", *options, *until]):
                 raise SystemExit(status)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     result = {
         "packages": host.versions(PACKAGES),
-        "steps": chosen.steps,
+        "steps": args.steps,
         "seeds": report["seeds"],
         **_collected(folder, report),
     }
     print(table(result["runs"]))
-    if chosen.page:
-        chosen.page.write_text(as_page(result, host.num_cores()), encoding="utf-8")
+    if args.page:
+        args.page.write_text(as_page(result, host.num_cores()), encoding="utf-8")
     return result
 
 
@@ -174,7 +174,7 @@ def _collected(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
             metrics, evaluations = (
                 list(read_lines(place / file)) for file in ("metrics.jsonl", "evaluations.jsonl")
             )
-            figures = of_run(metrics, evaluations, rl.questions_per_rollout, rl.group_size)
+            figures = run_figures(metrics, evaluations, rl.questions_per_rollout, rl.group_size)
             runs.setdefault(name, {})[seed] = figures
             counts.add(rl.questions_per_rollout * rl.group_size)
     assert len(counts) == 1, (
@@ -192,7 +192,9 @@ def steps_until(accuracies: Sequence[float], target: float = TARGET) -> int | No
     return None
 
 
-def of_run(metrics: Lines, evaluations: Lines, questions: int, group_size: int) -> dict[str, Any]:
+def run_figures(
+    metrics: Lines, evaluations: Lines, questions: int, group_size: int
+) -> dict[str, Any]:
     """Return the figures of one run.
 
     Args:
@@ -217,11 +219,11 @@ def of_run(metrics: Lines, evaluations: Lines, questions: int, group_size: int) 
     }
 
 
-def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def table_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the table's cells of one algorithm from its runs, one per seed."""
     return {
         "steps": _steps([run["steps_until_target"] for run in runs]),
-        "held-out": Spread.of([run["heldout"] for run in runs]).format("accuracy"),
+        "held-out": Spread.from_values([run["heldout"] for run in runs]).format("accuracy"),
         "answers": f"{fmean(run['answers_per_step'] for run in runs):,.0f}",
     }
 
@@ -235,15 +237,15 @@ def _steps(counts: Sequence[int | None]) -> str:
         return str(reached[0])
     if len(reached) < len(counts):
         return f"{fmean(reached):.1f} in {len(reached)} of {len(counts)} seeds"
-    spread = Spread.of(reached)
+    spread = Spread.from_values(reached)
     return f"{spread.mean:.1f} ± {spread.deviation:.1f}"
 
 
 def table(runs: dict[str, dict[str, dict]]) -> str:
-    """Return {algorithm: {seed: `of_run`}} as a Markdown table."""
+    """Return {algorithm: {seed: `run_figures`}} as a Markdown table."""
     lines = [f"| algorithm | {' | '.join(HEADS)} |", "|---|" + "---:|" * len(HEADS)]
     for name, by_seed in runs.items():
-        cells = row(list(by_seed.values()))
+        cells = table_row(list(by_seed.values()))
         lines.append(f"| `{name}` | {' | '.join(cells[head] for head in HEADS)} |")
     return "\n".join(lines)
 
@@ -256,7 +258,7 @@ def as_page(result: dict[str, Any], cores: int) -> str:
         cores: number of CPU cores."""
     runs = result["runs"]
     every = [run for by_seed in runs.values() for run in by_seed.values()]
-    before = percent(fmean(run["heldout_before"] for run in every))
+    before = format_percent(fmean(run["heldout_before"] for run in every))
     choices = [f"- `{name}`: {c.why}." for name, c in CHOICES.items() if name in runs and c.why]
     return PAGE.read_text(encoding="utf-8").format(
         date=datetime.date.today().isoformat(),

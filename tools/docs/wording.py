@@ -31,7 +31,7 @@ PLAIN_PAGES = {r", too(?=[.;,:|)]|$)": "`also`, in front of the verb"}
 QUOTED = re.compile(r"`[^`\n]*`|\]\([^)]*\)")
 
 
-def found(text: str, plain: dict[str, str]) -> Iterator[tuple[int, str, str]]:
+def find_wordings(text: str, plain: dict[str, str]) -> Iterator[tuple[int, str, str]]:
     """Yield line (from 1), the words found and what to write instead."""
     for pattern, instead in plain.items():
         words = pattern if pattern.startswith(",") else rf"\b(?:{pattern})\b"
@@ -43,31 +43,31 @@ def _blank(match: re.Match[str]) -> str:
     return re.sub(r"[^\n]", " ", match[0])
 
 
-def in_page(text: str) -> Iterator[tuple[int, str, str]]:
+def find_in_page(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield what a page in Markdown has."""
     prose = QUOTED.sub(_blank, re.sub(r"^ *```.*?^ *```", _blank, text, flags=re.M | re.S))
-    yield from found(prose, PLAIN | PLAIN_PAGES)
+    yield from find_wordings(prose, PLAIN | PLAIN_PAGES)
 
 
-def in_settings(text: str) -> Iterator[tuple[int, str, str]]:
+def find_in_settings(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield what the comments of a YAML or shell file have."""
     for number, line in enumerate(text.splitlines(), 1):
         if comment := re.search(r"(?:^|\s)#(.*)", line):
-            for _, words, instead in found(QUOTED.sub(_blank, comment[1]), PLAIN):
+            for _, words, instead in find_wordings(QUOTED.sub(_blank, comment[1]), PLAIN):
                 yield number, words, instead
 
 
-def in_messages(source: str) -> Iterator[tuple[int, str, str]]:
+def find_in_messages(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield what the texts in `raise` statements have."""
     for statement in ast.walk(ast.parse(source)):
         if isinstance(statement, ast.Raise):
             for node in ast.walk(statement):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    for _, words, instead in found(node.value, PLAIN):
+                    for _, words, instead in find_wordings(node.value, PLAIN):
                         yield node.lineno, words, instead
 
 
-def in_module(source: str) -> Iterator[tuple[int, str, str]]:
+def find_in_module(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield what comments and docstrings have, those of fields and constants included."""
     texts = [
         (token.start[0], token.string)
@@ -80,7 +80,7 @@ def in_module(source: str) -> Iterator[tuple[int, str, str]]:
             if isinstance(node.value.value, str):
                 texts.append((node.lineno, segment))
     for first, text in texts:
-        for line, words, instead in found(QUOTED.sub(_blank, text), PLAIN):
+        for line, words, instead in find_wordings(QUOTED.sub(_blank, text), PLAIN):
             yield first + line - 1, words, instead
 
 
@@ -88,7 +88,7 @@ SECTION = re.compile(r"^ *(?:Args|Attributes|Returns|Yields|Raises):\n", re.M)
 """The heading of a section; all below the first one is sections."""
 
 
-def in_public_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
+def find_in_public_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield parameters and fields that are described outside of sections, and entries of sections
     that begin with "of"."""
     for node in _public(ast.parse(source)):
@@ -111,7 +111,7 @@ RAISES = re.compile(r"\bRaises\s+\S+|;\s+raises?\s+\S+")
 """A sentence, or the last part of one, that says which errors a function raises."""
 
 
-def in_raising_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
+def find_in_raising_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield sentences of docstrings, private ones included, about errors that a function raises."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -130,7 +130,7 @@ ENTRY = {
 """The beginning of an entry: its one name, then a description."""
 
 
-def in_sections(source: str) -> Iterator[tuple[int, str, str]]:
+def find_in_sections(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield entries of sections that are not one name with its description, that repeat a name, or
     whose name is no parameter."""
     tree = ast.parse(source)
@@ -193,13 +193,19 @@ def _described(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> l
 
 def _readers(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, str, str]]], ...]:
     if name.suffix == ".md":
-        return (in_page,)
+        return (find_in_page,)
     if name.suffix == ".py":
         if name.parts[0] == "tests":
-            return (in_module,)
-        return in_module, in_messages, in_public_docstrings, in_raising_docstrings, in_sections
+            return (find_in_module,)
+        return (
+            find_in_module,
+            find_in_messages,
+            find_in_public_docstrings,
+            find_in_raising_docstrings,
+            find_in_sections,
+        )
     if name.suffix in (".yaml", ".sbatch") and name.parts[0] == "examples":
-        return (in_settings,)
+        return (find_in_settings,)
     return ()
 
 

@@ -36,7 +36,7 @@ from tools.evidence.records import (
 
 LOGS = "build/evidence"
 TAIL_LINES = 15
-MOST_BUSY = 0.3
+MAX_BUSY = 0.3
 """Cores that may be at other work where a speed is measured without being asked for."""
 END_SECONDS = 10.0
 """What a command that is over its limit has to end by itself."""
@@ -55,7 +55,9 @@ def measure_all(
         limit: Seconds that a command may take; None: four times its last run, 300 at least.
         written: Called with `root` after each record.
     """
-    waiting = [claim for claim in claims if claim.id in ids] if ids else order(root, claims)
+    waiting = (
+        [claim for claim in claims if claim.id in ids] if ids else measuring_order(root, claims)
+    )
     num_failed = 0
     for number, claim in enumerate(waiting, 1):
         print(f"[{number} of {len(waiting)}] {claim.id}: {claim.command} ({claim.seconds:.0f} s)")
@@ -67,13 +69,13 @@ def measure_all(
             num_failed += 1
             continue
         busy = busy_cores()
-        if claim.topic == "speed" and busy > MOST_BUSY and not ids:
+        if claim.topic == "speed" and busy > MAX_BUSY and not ids:
             print(
                 f"  not measured: {busy:.1f} cores have other work; CLAIM={claim.id} does it anyway"
             )
             num_failed += 1
             continue
-        result = measured(root, claim, limit or max(300.0, 4 * claim.seconds), machine(busy))
+        result = measure_claim(root, claim, limit or max(300.0, 4 * claim.seconds), machine(busy))
         write_claim(root, result)
         written(root)
         if result.failed:
@@ -87,7 +89,7 @@ def measure_all(
     return num_failed
 
 
-def order(root: Path, claims: list[Claim]) -> list[Claim]:
+def measuring_order(root: Path, claims: list[Claim]) -> list[Claim]:
     """Return the claims that are not fresh, the shortest first; what has failed on these very files
     comes last, so that a second start does not begin with it."""
     found = states(root, claims)
@@ -100,7 +102,7 @@ def order(root: Path, claims: list[Claim]) -> list[Claim]:
     return sorted(waiting, key=lambda claim: (has_failed(claim), claim.seconds, claim.id))
 
 
-def measured(root: Path, claim: Claim, limit: float, where: str) -> Claim:
+def measure_claim(root: Path, claim: Claim, limit: float, where: str) -> Claim:
     """Run the claim's command; return the claim with the figure, or with the failure and the figure
     that it had. The output is in build/evidence.
 
@@ -132,7 +134,12 @@ def measured(root: Path, claim: Claim, limit: float, where: str) -> Claim:
 
 def run(root: Path, claim: Claim, limit: float) -> tuple[int | None, str]:
     """Run the command and wait for it; return its exit status, None for one that was ended after
-    `limit` seconds, and its output."""
+    `limit` seconds, and its output.
+
+    Args:
+        root: the repository.
+        claim: the claim, whose command runs.
+        limit: seconds."""
     log = root / LOGS / f"{claim.id}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -151,11 +158,11 @@ def run(root: Path, claim: Claim, limit: float) -> tuple[int | None, str]:
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            end(process)
+            end_process(process)
     return status, log.read_text(encoding="utf-8", errors="replace")
 
 
-def end(process: subprocess.Popen) -> None:
+def end_process(process: subprocess.Popen) -> None:
     """End what is left of a command and of the processes that it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         patience = time.monotonic() + END_SECONDS
@@ -305,16 +312,16 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     )
     parser.add_argument("ids", nargs="*", metavar="ID", help="claims to measure, fresh or not")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="of one claim's command")
-    chosen = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     claims = {claim.id: claim for claim in read_claims(root)}
-    if missing := [name for name in chosen.ids if name not in claims]:
+    if missing := [name for name in args.ids if name not in claims]:
         parser.error(f"no such claim: {', '.join(missing)}; there are {', '.join(claims)}")
     status = 0
-    if chosen.what == "measure":
+    if args.what == "measure":
         # Each result is on the page as soon as it is there, in case the next command is stopped.
-        num_failed = measure_all(root, list(claims.values()), chosen.ids, chosen.limit, write_page)
+        num_failed = measure_all(root, list(claims.values()), args.ids, args.limit, write_page)
         status = min(num_failed, 1)
-    elif chosen.what == "render":
+    elif args.what == "render":
         write_page(root)
     else:
         print_status(root)

@@ -31,6 +31,7 @@ class Measured:
         figure: What was read out of the output.
         commit: The tree that was measured; of figures from before 2026-11-26, which were written by
             hand, the commit that put the figure into the repository.
+        date: The day of the run.
         machine: Processor, cores, memory and what else is known to matter."""
 
     figure: str
@@ -45,6 +46,9 @@ class Failed:
 
     Attributes:
         reason: Exit status, time limit, or what the output lacks.
+        commit: The tree that failed.
+        date: The day of the run.
+        machine: Processor, cores, memory.
         tail: The end of the output."""
 
     reason: str
@@ -59,16 +63,19 @@ class Claim:
     """One claim.
 
     Attributes:
+        id: The name of its file.
         topic: A key of `TOPICS`.
         claim: One sentence.
         page: Where it is explained, from the repository's root.
         command: A line for bash in the root, with the environment's programs first in the path.
         reads: Regular expressions with named groups; the last match of each in the output counts.
         figure: The text of the figure, with the groups in braces.
+        paths: Files, folders (ending with "/") and patterns whose change makes the claim stale.
+        seconds: What the last run took, or an estimate.
         bounds: By group, the lowest and the highest value with which the claim holds; None: no
             bound.
-        paths: Files, folders (ending with "/") and patterns whose change makes the claim stale.
-        seconds: What the last run took, or an estimate."""
+        measured: The run whose figure is shown.
+        failed: A later run without a figure."""
 
     id: str
     topic: str
@@ -112,6 +119,7 @@ class State:
     """fresh, stale, unknown (the clone does not have the commit) or not measured.
 
     Attributes:
+        name: One of the four.
         changed: Of a stale claim, the files that differ.
         failed: The day of a failed run since the figure was measured, or ""."""
 
@@ -193,7 +201,12 @@ def changed_files(changes: Iterable[tuple[str, ...]] | None, paths: list[str]) -
 
 
 def has_same_code(root: Path, commit: str, name: str) -> bool:
-    """Return whether a Python file of `root` computes what it computed at `commit`."""
+    """Return whether a Python file of `root` computes what it computed at `commit`.
+
+    Args:
+        root: the repository.
+        commit: the earlier commit.
+        name: the file, from the root."""
     if not name.endswith(".py") or not (root / name).is_file():
         return False
     before = _git(root, "show", f"{commit}:{name}")

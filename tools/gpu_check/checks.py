@@ -38,6 +38,7 @@ class Check:
     verdict.
 
     Attributes:
+        name: how --only names it.
         arguments: the arguments of python, from the repository's root; {out}: the folder of
             results.
         seconds: its limit.
@@ -226,7 +227,9 @@ class CheckOutcome:
     """The outcome of a check.
 
     Attributes:
+        check: the check.
         status: `verdict.PASSED`, `FAILED`, `IMPOSSIBLE` or `NO_TIME`.
+        seconds: how long it took.
         reason: the reason of each but the first.
         tail: the end of its output.
         figures: what it has measured."""

@@ -43,9 +43,9 @@ def main() -> int:
     """Run the checks; return the exit status."""
     import torch
 
-    chosen = _arguments()
+    args = _arguments()
     num_gpus = torch.cuda.device_count()
-    if chosen.interpret:
+    if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
         num_gpus = 1
     elif not num_gpus:
@@ -53,19 +53,19 @@ def main() -> int:
             "no GPU: torch.cuda.device_count() is 0. Run this where one is, or add --interpret, "
             "which runs the kernels' part in Triton's interpreter"
         )
-    checks = _selected(chosen.only, chosen.interpret, chosen.part)
+    checks = _selected(args.only, args.interpret, args.part)
     about = {
         "command": " ".join(["python tools/gpu_check", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "interpreted": chosen.interpret,
+        "interpreted": args.interpret,
         **_machine(),
     }
-    out = chosen.out.resolve()
+    out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     print(json.dumps(about, indent=1), flush=True)
     outcomes: list[runner.CheckOutcome] = []
     for part in PARTS:
-        deadline = time.time() + 60 * chosen.minutes
+        deadline = time.time() + 60 * args.minutes
         own = [check for check in checks if check.part == part]
         for outcome in runner.run_all(own, out, deadline, num_gpus):
             outcomes.append(outcome)
@@ -165,16 +165,16 @@ def _nvidia_smi() -> list[str]:
     return (done.stdout or done.stderr).strip().splitlines()
 
 
-def page(about: dict[str, Any], outcomes: Sequence[runner.CheckOutcome]) -> str:
+def page(machine: dict[str, Any], outcomes: Sequence[runner.CheckOutcome]) -> str:
     """Return the page in Markdown: the machine, a row per check, and the output of what failed."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    is_null = any(NULL_GPU in gpu for gpu in about["gpus"])
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    is_null = any(NULL_GPU in gpu for gpu in machine["gpus"])
     lines = [
-        f"# GPU check, {about['date']}",
+        f"# GPU check, {machine['date']}",
         "",
-        f"`{about['command']}`; {'; '.join(about['gpus']) or 'no GPU'}; driver and clocks: "
-        f"{'; '.join(about['nvidia-smi'])}; CUDA {about['cuda']}; Python {about['python']}; "
-        f"{about['processor']}.",
+        f"`{machine['command']}`; {'; '.join(machine['gpus']) or 'no GPU'}; driver and clocks: "
+        f"{'; '.join(machine['nvidia-smi'])}; CUDA {machine['cuda']}; Python {machine['python']}; "
+        f"{machine['processor']}.",
         "",
         versions + ".",
         "",

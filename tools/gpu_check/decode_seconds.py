@@ -2,10 +2,11 @@
 
 vLLM decodes with a rank's share of DeepSeek-V3: its widths, the heads of one of 8 tensor ranks, and
 so many experts that all are read. Random weights, CUDA graphs. The number of layers and that of
-experts differ between engines, so that what a pass takes besides its layers (scheduling, sampling,
-head) falls out, and the time of a layer is split into the reading of its weights and the rest:
+experts differ between engines, so that the time of a pass is split into that of its layers (the
+reading of weights, and the rest) and what it takes besides them (scheduling, sampling, outputs):
 
-    seconds of a layer = decode_latency_per_layer + bytes / (bandwidth x bandwidth_efficiency)
+    seconds = pass_seconds + layers x decode_latency_per_layer
+              + bytes / (bandwidth x bandwidth_efficiency)
 
 A process for each engine; where there is no GPU sizes are a miniature's, and times mean nothing."""
 
@@ -22,8 +23,8 @@ from megatron_r1.models.hf_config import published_names, read_hf_config
 from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.counts import ModelCounts
 from tools.bench.host import ROOT
-from tools.gpu_check import calibration, verdict
-from tools.gpu_check.miniatures import full_width, place, shrunk
+from tools.gpu_check import miniatures, verdict
+from tools.gpu_check.miniatures import device_kind, recipe_miniature, widen_config
 from tools.gpu_check.verdict import Failed, output_of
 
 
@@ -51,12 +52,12 @@ def model(variant: Variant, small: dict) -> dict:
         variant: its layers and experts.
         small: that of a miniature, whose sizes it has where there is no GPU."""
     sizes = {"num_hidden_layers": variant.layers, "n_routed_experts": variant.experts}
-    if place() != "gpu":
-        return full_width(small, small, **sizes)
+    if device_kind() != "gpu":
+        return widen_config(small, small, **sizes)
     hf = read_hf_config(str(ROOT / "examples" / "deepseek_r1" / "model"))
     heads = hf["num_attention_heads"] // TENSOR
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads}
-    return full_width(hf, small, **sizes)
+    return widen_config(hf, small, **sizes)
 
 
 def layer_bytes(hf: dict) -> int:
@@ -65,11 +66,18 @@ def layer_bytes(hf: dict) -> int:
     return (ModelCounts(deeper).total - ModelCounts(hf).total) * BYTES["bfloat16"]
 
 
+def pass_bytes(hf: dict) -> int:
+    """Return the bytes of the weights that a pass reads: all but the embedding, of which it reads
+    a row for each sequence."""
+    embedding = hf["vocab_size"] * hf["hidden_size"]
+    return (ModelCounts(hf).total - embedding) * BYTES["bfloat16"]
+
+
 def time_engine(folder: Path, tokens: int) -> float:
     """Return seconds of a decoding pass of `SEQUENCES` by an engine with random weights."""
     from vllm import LLM, SamplingParams
 
-    options: dict[str, Any] = {"gpu_memory_utilization": 0.7 if place() == "gpu" else 0.1}
+    options: dict[str, Any] = {"gpu_memory_utilization": 0.7 if device_kind() == "gpu" else 0.1}
     engine = LLM(
         str(folder),
         load_format="dummy",
@@ -78,7 +86,7 @@ def time_engine(folder: Path, tokens: int) -> float:
         max_model_len=PROMPT_TOKENS + 2 * tokens + 16,
         max_num_seqs=SEQUENCES,
         enable_prefix_caching=False,
-        enforce_eager=place() != "gpu",
+        enforce_eager=device_kind() != "gpu",
         **options,
     )
     prompts = [
@@ -98,19 +106,23 @@ def time_engine(folder: Path, tokens: int) -> float:
     return median((run(2 * tokens) - run(tokens)) / tokens for _ in range(3))
 
 
-def judge(
-    seconds: Mapping[Variant, float], num_bytes: Mapping[Variant, int], hardware: Hardware
+def evaluate(
+    seconds: Mapping[Variant, float],
+    num_bytes: Mapping[Variant, int],
+    few_bytes: int,
+    hardware: Hardware,
 ) -> dict[str, float]:
-    """Return the values of both numbers.
+    """Return the values of the three numbers.
 
     Args:
         seconds: the seconds of a pass, by engine.
         num_bytes: the bytes of a layer with experts, by engine.
+        few_bytes: those that a pass of the engine `FEW` reads.
         hardware: with the peak of the bandwidth.
 
     Raises:
-        Failed: times do not grow with layers and experts, or need more than the peak of the
-            bandwidth.
+        Failed: times do not grow with layers and experts, need more than the peak of the
+            bandwidth, or leave nothing besides the layers.
     """
     figures = {f"ms, {v.layers} layers, {v.experts} experts": 1e3 * s for v, s in seconds.items()}
     layer = (seconds[DEEP] - seconds[FEW]) / (DEEP.layers - FEW.layers)
@@ -124,13 +136,20 @@ def judge(
         raise Failed(f"weights are read at {efficiency:.2f} of the bandwidth's peak", **figures)
     if not latency > 0:
         raise Failed(f"a layer takes {latency:.3g} s besides its weights", **figures)
-    return {"decode_latency_per_layer": latency, "bandwidth_efficiency": efficiency}
+    rest = seconds[FEW] - FEW.layers * latency - few_bytes / rate
+    if not rest > 0:
+        raise Failed(f"a pass takes {rest:.3g} s besides its layers", **figures)
+    return {
+        "decode_latency_per_layer": latency,
+        "bandwidth_efficiency": efficiency,
+        "pass_seconds": rest,
+    }
 
 
 def check(out: Path) -> dict[str, Any]:
     """Time every engine, and write what follows."""
-    name = calibration.hardware()
-    small = shrunk(out / "decode", max_ranks=1).hf
+    name = miniatures.hardware_name()
+    small = recipe_miniature(out / "decode", max_ranks=1).hf
     seconds: dict[Variant, float] = {}
     num_bytes: dict[Variant, int] = {}
     for variant in VARIANTS:
@@ -140,10 +159,11 @@ def check(out: Path) -> dict[str, Any]:
         (folder / "config.json").write_text(json.dumps(published_names(hf)))
         seconds[variant], num_bytes[variant] = _timed_apart(folder), layer_bytes(hf)
     figures = {f"ms of a pass, {v.layers} x {v.experts}": 1e3 * s for v, s in seconds.items()}
-    if place() != "gpu":
+    if device_kind() != "gpu":
         return figures
-    values = judge(seconds, num_bytes, HARDWARE[name])
-    return figures | values | {"written": str(calibration.add(out, name, values))}
+    few_bytes = pass_bytes(model(FEW, small))
+    values = evaluate(seconds, num_bytes, few_bytes, HARDWARE[name])
+    return figures | values | {"written": str(miniatures.add_values(out, name, values))}
 
 
 def _timed_apart(folder: Path) -> float:
@@ -161,6 +181,6 @@ SECONDS = "seconds of a pass: "
 if __name__ == "__main__":
     where = Path(sys.argv[1])
     if sys.argv[2:] == ["engine"]:
-        print(f"\n{SECONDS}{time_engine(where, TOKENS[place()])}", flush=True)
+        print(f"\n{SECONDS}{time_engine(where, TOKENS[device_kind()])}", flush=True)
         sys.exit()
     sys.exit(verdict.run(lambda: check(where)))

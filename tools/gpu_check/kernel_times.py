@@ -22,7 +22,7 @@ WORSE = 4.0
 ROUNDING = 1e-6
 
 
-def judge(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def evaluate(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the microseconds of each kernel, and its share of the bound.
 
     Raises:
@@ -67,7 +67,7 @@ def check(file: Path, options: Sequence[str]) -> dict[str, Any]:
         str(file),
     ]
     print(run_to_end(command), flush=True)
-    return judge(json.loads(file.read_text())["cases"])
+    return evaluate(json.loads(file.read_text())["cases"])
 
 
 if __name__ == "__main__":

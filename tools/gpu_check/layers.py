@@ -19,7 +19,13 @@ from megatron_r1.base.processes.children import free_port, rank_variables
 from megatron_r1.config import Config, dump
 from megatron_r1.rehearse import model
 from tools.gpu_check import verdict
-from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings
+from tools.gpu_check.miniatures import (
+    check_fp8,
+    device_kind,
+    num_gpus,
+    recipe_miniature,
+    with_settings,
+)
 from tools.gpu_check.verdict import Failed, Impossible, output_of
 
 ONE = {"tensor": 1, "context": 1, "expert": 1, "pipeline": 1, "virtual_pipeline": 1}
@@ -52,7 +58,7 @@ class Limits(NamedTuple):
 
 LIMITS = {"fp8": Limits(0.15, 0.7)}
 BF16 = Limits(0.05, 0.85)
-MOST_NORM = 0.05
+MAX_NORM = 0.05
 """The largest difference of the gradients' norms, as a share."""
 UNFUSED = "UnfusedDotProductAttention"
 """Transformer Engine's attention that holds a matrix of all pairs of tokens."""
@@ -60,12 +66,12 @@ UNFUSED = "UnfusedDotProductAttention"
 
 def settings(case: str, folder: Path) -> tuple[Config, Config]:
     """Write the miniature's model, and return the configurations of the ranks and of the CPU."""
-    small = shrunk(folder, max_ranks=8)
+    small = recipe_miniature(folder, max_ranks=8)
     _write_model(Path(small.config.model.path), small.hf)
     axes = ONE | CASES[case]
     layout = small.config.parallel.pipeline_layout if axes["pipeline"] > 1 else None
     ranks = axes["tensor"] * axes["context"] * axes["pipeline"]
-    on_cpu = place() == "cpu"
+    on_cpu = device_kind() == "cpu"
     parallel = axes | {"processes": ranks, "pipeline_layout": layout, "threads": 1}
     parallel["tokens_per_microbatch"] = TOKENS
     # Smooth in the gradient: with a small epsilon Adam's first step is its sign.
@@ -94,9 +100,14 @@ def _write_model(folder: Path, hf: dict) -> None:
 def run_ranks(recipe: Path, folder: Path, ranks: int, **variables: str) -> str:
     """Run the steps on so many ranks; return their output.
 
+    Args:
+        recipe: the recipe's file.
+        folder: the folder of the run.
+        ranks: how many.
+        **variables: further environment variables.
+
     Raises:
-        Failed: a rank fails; the message has the end of its output.
-    """
+        Failed: a rank fails; the message has the end of its output."""
     arguments = ["-m", "tools.gpu_check.trainer_steps", str(recipe), str(folder)]
     if ranks == 1:
         variables |= rank_variables(0, 1, free_port("127.0.0.1"))
@@ -106,9 +117,9 @@ def run_ranks(recipe: Path, folder: Path, ranks: int, **variables: str) -> str:
     return output_of(arguments, f"{recipe.stem}: a rank", **variables)
 
 
-def judge(
-    found: Mapping[str, Any],
-    wanted: Mapping[str, Any],
+def evaluate(
+    measured: Mapping[str, Any],
+    expected: Mapping[str, Any],
     backend: str,
     limits: Limits = BF16,
     why: str = "",
@@ -116,31 +127,31 @@ def judge(
     """Return the figures of a comparison.
 
     Args:
-        found: the results of `trainer_steps`.
-        wanted: the results of `trainer_steps`.
+        measured: the results of `trainer_steps`.
+        expected: the results of `trainer_steps`.
         backend: Transformer Engine's name of its attention.
         why: its reason not to take cuDNN's.
 
     Raises:
         Failed: a difference exceeds its limit, or attention was not a fused one.
     """
-    norm, exact = found["update"]["grad_norm"], wanted["update"]["grad_norm"]
+    norm, exact = measured["update"]["grad_norm"], expected["update"]["grad_norm"]
     figures = {
-        "logprob_diff": found["before"]["gap"],
-        "after an update": found["after"]["gap"],
-        "moved by it": found["after"]["moved"],
-        "cosine with the CPU's move": found["after"]["cosine"],
+        "logprob_diff": measured["before"]["gap"],
+        "after an update": measured["after"]["gap"],
+        "moved by it": measured["after"]["moved"],
+        "cosine with the CPU's move": measured["after"]["cosine"],
         "gradient norm, of the CPU's": norm / exact,
-        "attention": f"{found['parts']['attention']} {backend}".strip(),
+        "attention": f"{measured['parts']['attention']} {backend}".strip(),
     }
-    assert found["after"]["moved"] > 0.2, "the update moves nothing: there is nothing to compare"
-    if not found["before"]["gap"] <= limits.gap:
-        gap = found["before"]["gap"]
+    assert measured["after"]["moved"] > 0.2, "the update moves nothing: there is nothing to compare"
+    if not measured["before"]["gap"] <= limits.gap:
+        gap = measured["before"]["gap"]
         raise Failed(f"log-probabilities differ by {gap:.3g} nats, at most {limits.gap}", **figures)
-    if not abs(norm / exact - 1) <= MOST_NORM:
+    if not abs(norm / exact - 1) <= MAX_NORM:
         raise Failed(f"the gradients' norm is {norm:.4g}, on a CPU {exact:.4g}", **figures)
-    if not found["after"]["cosine"] >= limits.cosine:
-        cosine = found["after"]["cosine"]
+    if not measured["after"]["cosine"] >= limits.cosine:
+        cosine = measured["after"]["cosine"]
         raise Failed(f"an update goes elsewhere than on a CPU: cosine {cosine:.3g}", **figures)
     if UNFUSED in backend:
         because = f": {why}" if why else ""
@@ -164,7 +175,7 @@ def check(case: str, folder: Path) -> dict[str, Any]:
     """Run a case on GPUs, or where there are none on CPU ranks, and compare."""
     mine_ranks = ONE | CASES[case]
     ranks = mine_ranks["tensor"] * mine_ranks["context"] * mine_ranks["pipeline"]
-    if place() != "cpu" and num_gpus() < ranks:
+    if device_kind() != "cpu" and num_gpus() < ranks:
         raise Impossible(f"it needs {ranks} GPUs, and {num_gpus()} are here")
     if case == "fp8":
         check_fp8()
@@ -181,7 +192,7 @@ def check(case: str, folder: Path) -> dict[str, Any]:
         json.loads((folder / name).read_text()) for name in ("here.json", "expected.json")
     )
     limits = LIMITS.get(case, BF16)
-    return judge(found, wanted, _backend(output), limits, _why_not_fused(output))
+    return evaluate(found, wanted, _backend(output), limits, _why_not_fused(output))
 
 
 if __name__ == "__main__":

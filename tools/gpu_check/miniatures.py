@@ -1,13 +1,21 @@
-"""The flagship recipe, examples/deepseek_r1/r1_zero.yaml, in the sizes that a check can run."""
+"""The flagship recipe, examples/deepseek_r1/r1_zero.yaml, in the sizes that a check can run; and
+the file of measured numbers that checks of seconds write together, for `megatron-r1 plan RECIPE
+--calibrate FILE`."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config, load
+from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.plan.quantity import RELATIVE_TO
 from megatron_r1.rehearse import miniature
-from megatron_r1.rehearse.settings import Place
+from megatron_r1.rehearse.settings import RehearsalDevice
 from tools.bench.host import ROOT
 from tools.gpu_check.verdict import Impossible
 
@@ -23,14 +31,16 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def place() -> Place:
+def device_kind() -> RehearsalDevice:
     """Return where a miniature runs here."""
     if not num_gpus():
         return "cpu"
     return "null-gpu" if NULL_GPUS in os.environ else "gpu"
 
 
-def shrunk(folder: Path, max_ranks: int, **sections: dict[str, Any]) -> miniature.Miniature:
+def recipe_miniature(
+    folder: Path, max_ranks: int, **sections: dict[str, Any]
+) -> miniature.Miniature:
     """Return the recipe in miniature with `max_ranks` trainer ranks at most.
 
     Args:
@@ -43,11 +53,11 @@ def shrunk(folder: Path, max_ranks: int, **sections: dict[str, Any]) -> miniatur
     }
     config = load(RECIPE, changed)
     hf = read_hf_config(config.model.path, None)
-    on = "gpu" if place() == "cpu" else place()
-    return miniature.shrink(config, hf, folder, max_ranks, on=on)
+    on = "gpu" if device_kind() == "cpu" else device_kind()
+    return miniature.make_miniature(config, hf, folder, max_ranks, device=on)
 
 
-def full_width(hf: dict, small: dict, **sizes: int) -> dict:
+def widen_config(hf: dict, small: dict, **sizes: int) -> dict:
     """Return a model of few layers and experts with the widths of a large one.
 
     Args:
@@ -68,13 +78,13 @@ def check_fp8() -> None:
 
     from megatron_r1.base.errors import UserError
     from megatron_r1.config import FP8Config
-    from megatron_r1.models.fp8_transformer_engine import check_device
+    from megatron_r1.models.config import check_fp8_device
 
-    if place() == "cpu":
+    if device_kind() == "cpu":
         return
     cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
     try:
-        check_device(FP8Config(recipe="blockwise"), torch.cuda.get_device_capability(), cuda)
+        check_fp8_device(FP8Config(recipe="blockwise"), torch.cuda.get_device_capability(), cuda)
     except UserError as error:
         raise Impossible(str(error)) from error
 
@@ -85,3 +95,41 @@ def with_settings(config: Config, **sections: dict[str, Any]) -> Config:
     for name, values in sections.items():
         tree[name] |= values
     return Config.model_validate(tree)
+
+
+FILE = "calibration.yaml"
+STANDS_FOR = "H800"
+"""The hardware whose rates stand in the formulas where there is no GPU; nothing is written then."""
+
+
+def hardware_name() -> str:
+    """Return the planner's name of GPU 0.
+
+    Raises:
+        Impossible: the planner lacks the rates of this GPU.
+    """
+    import torch
+
+    if device_kind() != "gpu":
+        return STANDS_FOR
+    device = torch.cuda.get_device_name(0)
+    found = [name for name in HARDWARE if name in device.replace("-", " ").split()]
+    if not found:
+        known = ", ".join(HARDWARE)
+        raise Impossible(f"{device} is not one of {known}, whose rates the planner has")
+    return found[0]
+
+
+def add_values(folder: Path, name: str, values: Mapping[str, float]) -> Path:
+    """Write values next to those that other checks have written for the same hardware.
+
+    Args:
+        folder: the folder of results.
+        name: the planner's name of the hardware.
+        values: numbers of `Hardware` and `Assumptions`, by name."""
+    file = folder / FILE
+    known = yaml.safe_load(file.read_text()) if file.exists() else {}
+    if known.get(RELATIVE_TO) != name:
+        known = {RELATIVE_TO: name}
+    title = "# Measured by tools/gpu_check; for megatron-r1 plan --calibrate\n"
+    return atomic_write(file, title + yaml.safe_dump(known | dict(values), sort_keys=False))

@@ -13,7 +13,7 @@ from typing import Any
 
 from tools.bench.host import ROOT
 from tools.gpu_check import verdict
-from tools.gpu_check.miniatures import num_gpus, place
+from tools.gpu_check.miniatures import device_kind, num_gpus
 from tools.gpu_check.verdict import Failed, output_of
 
 PROGRAM = ROOT / "tests" / "unit" / "null_gpu" / "push_processes.py"
@@ -21,31 +21,31 @@ ENGINES = 2
 ROUNDS = ("first", "middle", "last")
 
 
-def judge(seen: Mapping[str, Any]) -> dict[str, Any]:
+def evaluate(output: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures of what the program saw.
 
     Raises:
         Failed: an engine or a rank was lost, or an engine lacks the newest weights.
     """
-    figures = {"rounds of a push": seen["rounds"], "seconds of the pushes": seen.get("seconds")}
-    if seen["lost"] != [0] * len(ROUNDS):
+    figures = {"rounds of a push": output["rounds"], "seconds of the pushes": output.get("seconds")}
+    if output["lost"] != [0] * len(ROUNDS):
         raise Failed(
-            f"engines {seen['lost']} were lost, and {len(ROUNDS)} times engine 0 was killed"
+            f"engines {output['lost']} were lost, and {len(ROUNDS)} times engine 0 was killed"
         )
-    if seen["others"] != [True] * len(ROUNDS) * (ENGINES - 1):
+    if output["others"] != [True] * len(ROUNDS) * (ENGINES - 1):
         raise Failed(
             "another engine was restarted, or loaded weights of a push that broke", **figures
         )
-    if not seen["trainer"]:
+    if not output["trainer"]:
         raise Failed("a trainer rank did not survive the death of an engine", **figures)
-    if seen["current"] != [True] * ENGINES or seen["sets"] != [ENGINES]:
+    if output["current"] != [True] * ENGINES or output["sets"] != [ENGINES]:
         raise Failed("after the engine was replaced not all have the newest weights", **figures)
     return figures
 
 
 def check() -> dict[str, Any]:
     """Run the program and judge it."""
-    where = ["host"] if place() == "cpu" else []
+    where = ["host"] if device_kind() == "cpu" else []
     together = ["colocated"] if not where and num_gpus() < 2 + ENGINES else []
     paths: list[object] = [ROOT, ROOT / "kernels", ROOT / "grading", ROOT / "tests", PROGRAM.parent]
     paths.append(os.environ.get("PYTHONPATH", ""))
@@ -54,7 +54,7 @@ def check() -> dict[str, Any]:
     said = [line for line in output.splitlines() if line.startswith("{")]
     if not said:
         raise Failed(f"it says nothing of the engines: {verdict.error_in(output)}")
-    return judge(json.loads(said[-1])) | {
+    return evaluate(json.loads(said[-1])) | {
         "engines": "on the trainer's GPUs" if together else "apart"
     }
 

@@ -18,10 +18,16 @@ from megatron_r1.base.processes.diagnosis import last_lines
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
 from megatron_r1.rehearse import launch, miniature
-from megatron_r1.rehearse.phases import errors_in
+from megatron_r1.rehearse.phases import find_errors
 from megatron_r1.reporting.run_folder import RunFolder
 from tools.gpu_check import verdict
-from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings
+from tools.gpu_check.miniatures import (
+    check_fp8,
+    device_kind,
+    num_gpus,
+    recipe_miniature,
+    with_settings,
+)
 from tools.gpu_check.verdict import Failed
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -32,10 +38,10 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 """Settings that differ from the recipe's."""
 ALONE = ("cuda_ipc", "fp8")
 """Cases of one trainer rank."""
-MOST_DIFF = {"fp8": 0.2}
+MAX_DIFF = {"fp8": 0.2}
 """The largest mean difference of engine's and trainer's log-probabilities: bf16 gives 0.01, FP8
 weights in the engine alone 0.06; other weights 0.8."""
-MOST_DIFF_BF16 = 0.05
+MAX_DIFF_BF16 = 0.05
 ASLEEP, AWAKE = 0.5, 0.8
 """Shares of the most memory that was in use on GPU 0: less than the first while the trainer
 computes, more than the second while engines do."""
@@ -46,9 +52,9 @@ ENGINE_LINES = 12
 
 def settings(case: str, folder: Path) -> miniature.Miniature:
     """Return the recipe's miniature. Where there is no GPU it pushes as a CPU can."""
-    small = shrunk(folder, 1 if case in ALONE else max(1, num_gpus()), **CASES[case])
+    small = recipe_miniature(folder, 1 if case in ALONE else max(1, num_gpus()), **CASES[case])
     changed: dict[str, dict[str, Any]] = {}
-    if place() == "cpu":
+    if device_kind() == "cpu":
         named = small.config.push.transport
         changed = {
             "push": {"transport": TRANSPORTS[named].without_gpu or named},
@@ -67,7 +73,7 @@ class UsedMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
-        if place() != "cpu":
+        if device_kind() != "cpu":
             self._thread.start()
         return self
 
@@ -101,15 +107,19 @@ class UsedMemory:
 def run(recipe: Path, config: Config, verb: str = "rl") -> UsedMemory:
     """Run a verb with the recipe to its end.
 
+    Args:
+        recipe: the recipe's file.
+        config: the recipe as read.
+        verb: the subcommand of megatron-r1.
+
     Raises:
-        Failed: the run fails; the message has its own error.
-    """
+        Failed: the run fails; the message has its own error."""
     log = recipe.with_name("log.txt")
-    with UsedMemory() as used, launch.started(verb, recipe, config, [], log) as process:
+    with UsedMemory() as used, launch.running_command(verb, recipe, config, [], log) as process:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
     if process.returncode:
-        errors = errors_in(log) or [f"{log} ends: {last_lines(log, 1)}"]
+        errors = find_errors(log) or [f"{log} ends: {last_lines(log, 1)}"]
         why = " ".join(line.strip() for line in errors[0].splitlines()[:2])  # with its cause
         print(last_lines(log), *_engine_errors(RunFolder(config.run.folder).path), sep="\n")
         raise Failed(f"the run ended with status {process.returncode}: {why}")
@@ -126,15 +136,15 @@ def _engine_errors(folder: Path) -> list[str]:
     return found
 
 
-def judge(
-    lines: Sequence[Mapping[str, Any]], steps: int, used: UsedMemory, most_diff: float
+def evaluate(
+    lines: Sequence[Mapping[str, Any]], steps: int, used_memory: UsedMemory, most_diff: float
 ) -> dict[str, Any]:
     """Return the figures of a run.
 
     Args:
         lines: the lines of metrics.jsonl.
         steps: as many as there must be.
-        used: how much of a GPU's memory was in use.
+        used_memory: how much of a GPU's memory was in use.
 
     Raises:
         Failed: a step is missing, a metric exceeds its limits, or engines did not sleep.
@@ -144,8 +154,8 @@ def judge(
         "logprob_diff": last.get("logprob_diff/mean"),
         "push/probe_diff": last.get("push/probe_diff"),
         **{f"{part} seconds": last.get(f"time/{part}") for part in ("rollout", "train", "push")},
-        "GiB in use": round(used.most / 2**30, 2),
-        "engines woke": used.wakes - 1 if used.seen else None,
+        "GiB in use": round(used_memory.most / 2**30, 2),
+        "engines woke": used_memory.wakes - 1 if used_memory.seen else None,
     }
     if [line["step"] for line in lines] != list(range(1, steps + 1)):
         numbers = [line["step"] for line in lines]
@@ -160,7 +170,7 @@ def judge(
             raise Failed(f"{where}: {text} {diff:.3g} nats, at most {most_diff}", **figures)
         if line.get("push/probe_diff") is None:
             raise Failed(f"{where}: the push was not proven: no probe", **figures)
-    if used.seen and used.wakes < 2:
+    if used_memory.seen and used_memory.wakes < 2:
         raise Failed("engines keep their memory while they sleep", **figures)
     return figures
 
@@ -174,7 +184,7 @@ def check(case: str, folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     used = run(miniature.write(small, "rl"), small.config)
     lines = list(RunFolder(small.config.run.folder).read_metrics())
-    figures = judge(lines, small.config.run.steps, used, MOST_DIFF.get(case, MOST_DIFF_BF16))
+    figures = evaluate(lines, small.config.run.steps, used, MAX_DIFF.get(case, MAX_DIFF_BF16))
     at, rollout = small.config.parallel, small.config.rollout
     return figures | {
         "trainer": f"tensor {at.tensor}, context {at.context}, expert {at.expert}, "

@@ -17,18 +17,17 @@ from typing import Any
 
 from megatron_r1.config import load
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.plan.arguments import job_of, parse
-from megatron_r1.plan.between_phases import load as load_time
-from megatron_r1.plan.between_phases import saves
+from megatron_r1.plan.arguments import parse, planned_job
+from megatron_r1.plan.between_phases import checkpoint_time, weight_load_time
+from megatron_r1.plan.calibration import RunCalibration
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.measured import Measured
 from megatron_r1.plan.push import planned_rank_bytes, push_link
 from megatron_r1.rehearse import miniature
 from megatron_r1.rehearse.questions import write_examples
 from megatron_r1.reporting.run_folder import RunFolder
 from tools.bench.host import ROOT
-from tools.gpu_check import calibration, verdict
-from tools.gpu_check.miniatures import full_width, place, with_settings
+from tools.gpu_check import miniatures, verdict
+from tools.gpu_check.miniatures import device_kind, widen_config, with_settings
 from tools.gpu_check.recipe import run
 from tools.gpu_check.verdict import Failed
 
@@ -49,46 +48,48 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     config = load(recipe, off | {"run.steps": STEPS, "push.transport": _transport()})
     path = ROOT / config.model.path
     hf = read_hf_config(str(path)) | {"num_nextn_predict_layers": 0}
-    small = miniature.shrink(config, hf, folder, 1, on="gpu" if place() == "cpu" else place())
+    small = miniature.make_miniature(
+        config, hf, folder, 1, device="gpu" if device_kind() == "cpu" else device_kind()
+    )
     one_stage = {"pipeline": 1, "virtual_pipeline": 1, "pipeline_layout": None}
     changed: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}, "parallel": one_stage}
     model = small.hf
-    if place() == "gpu":
+    if device_kind() == "gpu":
         sizes = {"num_hidden_layers": LAYERS, "n_routed_experts": EXPERTS}
-        model = full_width(hf, small.hf, **sizes)
+        model = widen_config(hf, small.hf, **sizes)
         changed["rollout"] = {"gpu_memory": 0.3}
-    if place() == "cpu":
+    if device_kind() == "cpu":
         changed |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
     if case == "micro-batch":
         changed["parallel"] = one_stage | {"tokens_per_microbatch": TOKENS}
-        changed["sft"] = {"batch_size": EXAMPLES if place() == "gpu" else 16}
+        changed["sft"] = {"batch_size": EXAMPLES if device_kind() == "gpu" else 16}
     return replace(small, config=with_settings(small.config, **changed), hf=model)
 
 
 def _transport() -> str:
     """Return the transport of pushes: within a GPU, or where there is none in the host."""
-    return "cuda_ipc" if place() == "gpu" else "shm"
+    return "cuda_ipc" if device_kind() == "gpu" else "shm"
 
 
-def planned(folder: Path, hardware: str) -> PlannedJob:
+def job_of_run(folder: Path, hardware: str) -> PlannedJob:
     """Return the job that the planner sees in a run's folder."""
-    chosen, overrides = parse([str(folder / "config.yaml"), "--hardware", hardware])
-    return job_of(folder / "config.yaml", chosen, overrides, 1)
+    args, overrides = parse([str(folder / "config.yaml"), "--hardware", hardware])
+    return planned_job(folder / "config.yaml", args, overrides, 1)
 
 
-def of_micro_batch(folder: Path, job: PlannedJob) -> dict[str, float]:
+def fit_micro_batch(folder: Path, job: PlannedJob) -> dict[str, float]:
     """Return `compute_efficiency` of a run.
 
     Raises:
         Failed: no efficiency explains the run's seconds.
     """
-    measured = Measured(folder, job)
+    measured = RunCalibration(folder, job)
     if "compute_efficiency" not in measured.values:
         raise Failed(measured.reasons["compute_efficiency"])
     return {"compute_efficiency": measured.values["compute_efficiency"]}
 
 
-def of_phases(
+def fit_phases(
     lines: Sequence[Mapping[str, Any]], engine_log: str, job: PlannedJob
 ) -> dict[str, float]:
     """Return the numbers of what is between the phases, each where its seconds were measured.
@@ -123,7 +124,7 @@ def of_phases(
     if blocked := seconds("checkpoint/seconds_blocked"):
         name = "host_link" if job.config.checkpoint.asynchronous else "storage"
         part = getattr(job.hardware if name == "host_link" else job.assumptions, name)
-        planned_seconds = saves(job).number * job.config.checkpoint.every
+        planned_seconds = checkpoint_time(job).number * job.config.checkpoint.every
         values[name] = part * planned_seconds / blocked
     return values
 
@@ -131,32 +132,32 @@ def of_phases(
 def _load(job: PlannedJob, seconds: float) -> float:
     """Return the planned seconds of a load where each tensor takes so long."""
     assumed = replace(job.assumptions, tensor_load_seconds=seconds)
-    return load_time(replace(job, assumptions=assumed)).number
+    return weight_load_time(replace(job, assumptions=assumed)).number
 
 
 def check(case: str, out: Path) -> dict[str, Any]:
     """Run a case, and write the numbers that follow."""
-    name = calibration.hardware()
+    name = miniatures.hardware_name()
     folder = out / f"seconds-{case}"
     small = settings(case, folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     verb = CASES[case][0]
     recipe = miniature.write(small, verb)
-    if case == "micro-batch" and place() == "gpu":
+    if case == "micro-batch" and device_kind() == "gpu":
         write_examples(folder / "examples.jsonl", 2 * EXAMPLES, WORDS)
     run(recipe, small.config, verb)
     ran = Path(small.config.run.folder)
-    job = planned(ran, name)
+    job = job_of_run(ran, name)
     if case == "micro-batch":
-        values = of_micro_batch(ran, job)
+        values = fit_micro_batch(ran, job)
     else:
         logs = sorted((ran / "logs").glob("engine-*.log"))
         text = "".join(log.read_text(errors="replace") for log in logs)
-        values = of_phases(list(RunFolder(str(ran)).read_metrics())[1:], text, job)
-    if place() != "gpu":
+        values = fit_phases(list(RunFolder(str(ran)).read_metrics())[1:], text, job)
+    if device_kind() != "gpu":
         return values
-    return values | {"written": str(calibration.add(out, name, values))}
+    return values | {"written": str(miniatures.add_values(out, name, values))}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from megatron_r1.trainer.metrics import Mean, reduce_over_data
 from megatron_r1.trainer.training_sample import Sample
 
 NUM_SAMPLES = 16
-MOST_PROMPT, MOST_RESPONSE = 40, 100
+MAX_PROMPT, MAX_RESPONSE = 40, 100
 LEARNING_RATE = 0.2
 """Changes log-probabilities by some tenths in one update, ten times what bf16's rounding does."""
 FAR = 0.2
@@ -42,8 +42,8 @@ def samples(vocabulary: int, now: Logprobs | None, before: Logprobs | None) -> l
         before: those before the update, likewise."""
     draw, made = random.Random(1), []
     for number in range(NUM_SAMPLES):
-        prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(1, MOST_PROMPT))]
-        response = [draw.randrange(vocabulary) for _ in range(draw.randint(1, MOST_RESPONSE))]
+        prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(1, MAX_PROMPT))]
+        response = [draw.randrange(vocabulary) for _ in range(draw.randint(1, MAX_RESPONSE))]
         own, earlier = (each[number] if each else [0.0] * len(response) for each in (now, before))
         advantage = draw.uniform(-2, 2)
         made.append(Sample.pack(prompt, response, own, advantage, teacher=earlier))
@@ -105,7 +105,7 @@ class Steps:
     def update(self) -> dict[str, float]:
         """Make an update by the recipe's algorithm."""
         rl = self.config.rl
-        loss, settings = algorithms.find(rl.algorithm).loss, rl.loss_settings(MOST_RESPONSE)
+        loss, settings = algorithms.find(rl.algorithm).loss, rl.loss_settings(MAX_RESPONSE)
         return self.trainer.update(0, loss, settings, LEARNING_RATE, 1.0)
 
     @property
@@ -115,7 +115,7 @@ class Steps:
         return at.last_stage and at.data_rank == at.tensor_rank == 0 and is_first_context
 
 
-def expected(steps: Steps) -> dict[str, Any]:
+def reference_steps(steps: Steps) -> dict[str, Any]:
     """Return what the steps give on one rank."""
     steps.compute_logprobs()
     before = steps.logprobs()
@@ -125,24 +125,24 @@ def expected(steps: Steps) -> dict[str, Any]:
     return {"before": before, "update": update, "after": steps.logprobs()}
 
 
-def compared(steps: Steps, wanted: dict[str, Any]) -> dict[str, Any]:
+def compare_steps(steps: Steps, expected: dict[str, Any]) -> dict[str, Any]:
     """Return how they differ from it."""
-    from megatron_r1.trainer.implementations import in_use
+    from megatron_r1.trainer.implementations import describe_implementations
 
-    before, after = wanted["before"], wanted["after"]
+    before, after = expected["before"], expected["after"]
     steps.compute_logprobs(before, before)
     found: dict[str, Any] = {"before": steps.distances(), "update": steps.update()}
     steps.compute_logprobs(after, before)
-    return found | {"after": steps.distances(), "parts": in_use(steps.trainer)}
+    return found | {"after": steps.distances(), "parts": describe_implementations(steps.trainer)}
 
 
 def main(recipe: Path, folder: Path) -> None:
     """Run the steps, and write what they give."""
     steps, file = Steps(load(recipe)), folder / "expected.json"
     if not file.exists():
-        file.write_text(json.dumps(expected(steps)))
+        file.write_text(json.dumps(reference_steps(steps)))
     else:
-        found = compared(steps, json.loads(file.read_text()))
+        found = compare_steps(steps, json.loads(file.read_text()))
         if steps.reports:
             recipe.with_suffix(".json").write_text(json.dumps(found))
     distributed.leave_process_groups()

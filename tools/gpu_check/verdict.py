@@ -85,12 +85,12 @@ def error_in(output: str) -> str:
     return (named or lines or ["no output"])[-1][-400:]
 
 
-def output_of(arguments: Sequence[str], what: str, **variables: str) -> str:
+def output_of(arguments: Sequence[str], name: str, **variables: str) -> str:
     """Print and return what a program of this Python prints.
 
     Args:
         arguments: the arguments of the Python program.
-        what: the subject of the sentence that says how it failed.
+        name: the subject of the sentence that says how it failed.
         **variables: further variables of its environment.
 
     Raises:
@@ -107,5 +107,5 @@ def output_of(arguments: Sequence[str], what: str, **variables: str) -> str:
     )
     print(done.stdout, flush=True)
     if done.returncode:
-        raise Failed(f"{what} ended with status {done.returncode}: {error_in(done.stdout)}")
+        raise Failed(f"{name} ended with status {done.returncode}: {error_in(done.stdout)}")
     return done.stdout

@@ -29,7 +29,7 @@ def modules(root: Path) -> dict[str, Path]:
     return found
 
 
-def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
+def imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
     """Yield the product's modules that a file imports, in functions too, but for type checkers."""
     for node in _nodes(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
@@ -38,8 +38,8 @@ def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            whole = name if name in known else name.rpartition(".")[0]
-            if whole in known:
+            whole = name if name in modules else name.rpartition(".")[0]
+            if whole in modules:
                 yield whole
 
 
@@ -51,7 +51,7 @@ def _nodes(node: ast.AST) -> Iterator[ast.AST]:
         yield from _nodes(child)
 
 
-def closure(known: dict[str, Path], starts: tuple[str, ...]) -> set[str]:
+def closure(modules: dict[str, Path], starts: tuple[str, ...]) -> set[str]:
     """Return the modules that `starts` can import, through others and with their packages."""
     found: set[str] = set()
     waiting = list(starts)
@@ -60,18 +60,18 @@ def closure(known: dict[str, Path], starts: tuple[str, ...]) -> set[str]:
         if name in found:
             continue
         found.add(name)
-        waiting += imports(known[name], known)
-        if (parent := name.rpartition(".")[0]) in known:
+        waiting += imports(modules[name], modules)
+        if (parent := name.rpartition(".")[0]) in modules:
             waiting.append(parent)
     return found
 
 
-def arrows(known: dict[str, Path]) -> Counter[tuple[str, str]]:
+def package_imports(modules: dict[str, Path]) -> Counter[tuple[str, str]]:
     """Return the number of imports from one package of `megatron_r1` to another."""
     found: Counter[tuple[str, str]] = Counter()
-    for name, path in known.items():
+    for name, path in modules.items():
         if name.startswith("megatron_r1."):
-            for other in imports(path, known):
+            for other in imports(path, modules):
                 if other.startswith("megatron_r1."):
                     found[name.split(".")[1], other.split(".")[1]] += 1
     return Counter({pair: n for pair, n in found.items() if pair[0] != pair[1]})
@@ -106,7 +106,7 @@ def table(root: Path) -> str:
     known = modules(root)
     ours = {name: path for name, path in known.items() if name.startswith("megatron_r1.")}
     packages = {name.split(".")[1] for name in ours if name.count(".") > 1}
-    between = arrows(known)
+    between = package_imports(known)
     rows = {
         "packages of megatron_r1": len(packages),
         "layers": num_layers(root),

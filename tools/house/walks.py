@@ -25,6 +25,7 @@ class Walk:
     """One thing's way; functions are named by the end of "file qualified.name".
 
     Attributes:
+        name: how the table names it.
         begin: its first function; the walk is what is entered from there to `end`.
         end: its last function.
         within: calls all of whose inner calls count.
@@ -72,7 +73,7 @@ WALKS = [
         "Session.finish_step",
         [
             "PolicyEngines.push",
-            "WeightPush.send_weights",
+            "PushWorker.send_weights",
             "_Follower.follow",
             "plugin/endpoints.py swap_weights",
             "PushTransferEngine.start_weight_update",
@@ -93,18 +94,25 @@ def walks(root: Path, settings: list[str]) -> str:
     walk, and the files in the order in which they are entered."""
     with tempfile.TemporaryDirectory() as folder:
         run = ["-m", "megatron_r1", *RUN, "--run.folder", f"{folder}/run", *settings]
-        entered = traced(root, Path(folder), run, WALKS, AFTER)
+        entered = trace_run(root, Path(folder), run, WALKS, AFTER)
     lines = []
     for walk in WALKS:
-        files = stops(entered, walk, AFTER)
+        files = walk_files(entered, walk, AFTER)
         lines += ["", f"{walk.name}: {len(files)} files", *(f"  {file}" for file in files)]
     return "\n".join(lines)
 
 
-def traced(
+def trace_run(
     root: Path, folder: Path, arguments: list[str], walks: list[Walk], after: str
 ) -> list[Entry]:
-    """Run Python with `arguments`; return what its processes noted, by time."""
+    """Run Python with `arguments`; return what its processes noted, by time.
+
+    Args:
+        root: the repository.
+        folder: the folder for what is noted.
+        arguments: Python's.
+        walks: the walks to note.
+        after: the call after which they begin."""
     notes = folder / "notes"
     notes.mkdir()
     above = dict.fromkeys(str((root / package).parent) for package in PACKAGES)
@@ -126,9 +134,14 @@ def traced(
     return sorted(entered)
 
 
-def stops(entered: list[Entry], walk: Walk, after: str) -> list[str]:
+def walk_files(entered: list[Entry], walk: Walk, after: str) -> list[str]:
     """Return the distinct files of a walk from its first `begin` after the call of `after` to the
-    next `end`, in the order in which they are entered."""
+    next `end`, in the order in which they are entered.
+
+    Args:
+        entered: what the processes noted, by time.
+        walk: the walk to list.
+        after: the call after which it begins."""
 
     def first(name: str, since: int) -> int:
         for time, kind, file, function in entered:

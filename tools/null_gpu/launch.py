@@ -137,7 +137,7 @@ class Watched:
 
     def look(self, pid: int) -> None:
         """Note what the process `pid` and all that it has started hold now."""
-        by_process = watch.held(self.segment).values()
+        by_process = watch.held_bytes(self.segment).values()
         for number, sizes in enumerate(zip(*by_process, strict=True)):
             self.of_gpu[number] = max(self.of_gpu.get(number, 0), sum(sizes))
         self._looks += 1

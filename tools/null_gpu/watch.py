@@ -315,7 +315,7 @@ def find_stuck(segment: Path) -> str | None:
     return "\n".join(lines) if abandoned else None
 
 
-def held(segment: Path) -> dict[int, list[int]]:
+def held_bytes(segment: Path) -> dict[int, list[int]]:
     """Return the bytes of each GPU that each running process holds: by pid."""
     return {record.pid: list(record.bytes) for record in records(segment)}
 

@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Child(Protocol):
-    """A child process of `subprocess`, of `preloaded` or of asyncio.
+    """A child process of `subprocess`, of `fork_client` or of asyncio.
 
     Attributes:
         pid: 0 for a process that has not been started.

@@ -20,13 +20,13 @@ def find_function(path: str) -> Callable[..., Any]:
     """Import and return "module:function".
 
     Raises:
-        UserError: as `find`, or the value cannot be called.
+        UserError: as `find_value`, or the value cannot be called.
         Exception: what the module raises at its import.
     """
-    return find(path, "function", callable)
+    return find_value(path, "function", callable)
 
 
-def find(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
+def find_value(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
     """Import and return "module:name"; modules are also found in the working folder.
 
     Args:
@@ -72,7 +72,7 @@ def find(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
     return value
 
 
-def place_of(error: BaseException, program: str | None = None) -> str:
+def location_of(error: BaseException, program: str | None = None) -> str:
     """Return ` (my_env.py:60)`, the innermost line of the user's own files that an error comes
     from; "" where it comes from none.
 

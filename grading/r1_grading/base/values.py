@@ -33,10 +33,14 @@ def read_field(model: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
     """Return the value given for a field of `model`, as `read_as`; for a validator of all fields,
     before their own.
 
+    Args:
+        model: the model that has the field.
+        value: the value as it was written.
+        info: names the field.
+
     Raises:
         UserError: the value is not of the field's type; its key is the field, or the entry within
-            it.
-    """
+            it."""
     name = str(info.field_name)
     try:
         return read_as(value, model.model_fields[name].annotation)
@@ -168,7 +172,7 @@ PYTHON = ("{'", "['", "[{'", "[['", "[('", '[("')
 """How the text of a Python value begins that is no JSON."""
 
 
-def decoded(value: Any) -> Any:
+def decode_literal(value: Any) -> Any:
     """Return the list or mapping that a text is as JSON or as a Python literal, any other value
     itself."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):

@@ -1,6 +1,6 @@
 """A child process that answers in frames of JSON: both ends of its pipes.
 
-The child calls `private_streams` and `frame`; its parent starts it as a `FramedProcess`."""
+The child calls `private_streams` and `encode_frame`; its parent starts it as a `FramedProcess`."""
 
 import asyncio
 import contextlib
@@ -16,12 +16,12 @@ from r1_grading.base.lifetime import kill_group, popen_options
 LENGTH = struct.Struct("<I")
 
 
-def frame(message: msgspec.Struct) -> bytes:
+def encode_frame(message: msgspec.Struct) -> bytes:
     """Return the frame of a message's JSON."""
-    return framed(msgspec.json.encode(message))
+    return frame_payload(msgspec.json.encode(message))
 
 
-def framed(payload: bytes) -> bytes:
+def frame_payload(payload: bytes) -> bytes:
     """Return a payload as it is sent: its length (uint32, little-endian), then itself."""
     return LENGTH.pack(len(payload)) + payload
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1_grading.base.errors import did_you_mean, shorten
-from r1_grading.base.values import decoded, load_json
+from r1_grading.base.values import decode_literal, load_json
 from r1_grading.code.asserts import (
     is_asserts,
     is_check_code,
@@ -145,7 +145,7 @@ def _read(truth: str) -> Any:
     try:
         return load_json(truth)
     except (ValueError, RecursionError):
-        value = decoded(truth)
+        value = decode_literal(truth)
         return value if value is not truth else _json(truth, WHAT)
 
 
@@ -316,7 +316,7 @@ def is_tests(truth: Any) -> bool:
 
 
 def _lists(truth: Mapping[str, Any]) -> dict[str, Any]:
-    inputs, outputs = (decoded(truth.get(name)) for name in ("inputs", "outputs"))
+    inputs, outputs = (decode_literal(truth.get(name)) for name in ("inputs", "outputs"))
     if not isinstance(inputs, list) or not isinstance(outputs, list):
         raise ValueError("inputs and outputs must be lists, one entry a test")
     if len(inputs) != len(outputs) or not inputs:
@@ -332,7 +332,7 @@ def _lists(truth: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
-    cases = decoded(truth.get("test_cases"))
+    cases = decode_literal(truth.get("test_cases"))
     if isinstance(cases, Mapping):
         return _lists(
             {**truth}
@@ -365,7 +365,7 @@ def _test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
 def _codecontests(truth: Mapping[str, Any]) -> dict[str, Any]:
     pairs: dict[str, list[Any]] = {"inputs": [], "outputs": []}
     for name in CODECONTESTS:
-        part = decoded(truth.get(name))
+        part = decode_literal(truth.get(name))
         if isinstance(part, list):
             part = {key: [test.get(key) for test in part] for key in ("input", "output")}
         if isinstance(part, Mapping):
@@ -375,7 +375,7 @@ def _codecontests(truth: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _asserts(truth: Mapping[str, Any]) -> dict[str, Any]:
-    found = decoded(next(truth[key] for key in ASSERT_KEYS if key in truth))
+    found = decode_literal(next(truth[key] for key in ASSERT_KEYS if key in truth))
     lines = [found] if isinstance(found, str) else found
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise ValueError(f"asserts must be a list of text, got {shorten(found)}")
@@ -428,7 +428,7 @@ def _call(args: Any, result: Any) -> dict[str, Any]:
 
 
 def _function(source: Mapping[str, Any]) -> str | None:
-    metadata = decoded(source.get("metadata"))
+    metadata = decode_literal(source.get("metadata"))
     places = [source, metadata] if isinstance(metadata, Mapping) else [source]
     name = next((p[key] for p in places for key in FUNCTION_KEYS if p.get(key)), None)
     return name.rpartition(".")[2] if isinstance(name, str) else name

@@ -10,10 +10,10 @@ from r1_grading.base.errors import shorten
 from r1_grading.math.comparison import compare
 from r1_grading.math.text import same_words, stated_answer, without_rounding
 from r1_grading.reading import is_number, read_answer
-from r1_grading.reading.answer import describe, final_answers, stated_numbers, trimmed, unwrap
+from r1_grading.reading.answer import describe, final_answers, stated_numbers, trim, unwrap
 from r1_grading.reading.context import changes_box, without_conclusion
 from r1_grading.rewards import Grade
-from r1_grading.truths import alternatives, marked, math_truth
+from r1_grading.truths import accepted_answers, answer_after_mark, math_truth
 
 MAX_ANSWER_CHARS = 2_000
 MAX_EXTRA_CHARS = 400
@@ -38,7 +38,7 @@ def grade(
         response: the text that ends with the answer.
         truth: a number or a string: words, or LaTeX with or without dollar signs and `\boxed{}`; it
             may be a whole solution whose answer is in a box or after `####` (GSM8K); of several
-            (`truths.alternatives`) the answer is any one.
+            (`truths.accepted_answers`) the answer is any one.
         opened: the prompt ended with `<think>`.
         reading: where the answer is, as in `read_answer`.
         plain_line: whether a last line is read, as in `read_answer`; by default the last line is
@@ -47,7 +47,7 @@ def grade(
 
     Raises:
         ValueError: a truth that is blank, or not a number or string."""
-    options = alternatives(truth)
+    options = accepted_answers(truth)
     if not options:
         raise ValueError(f"the truth of a math answer must not be empty, got {truth!r}")
     grades = [_grade(response, option, opened, reading, plain_line) for option in options]
@@ -58,7 +58,7 @@ def _grade(response: str, truth: object, opened: bool, reading: str, plain_line:
     """Return the grade of a response against one truth; where a row has several, the best one
     counts."""
     expected = math_truth(truth)
-    truth = marked(str(truth))
+    truth = answer_after_mark(str(truth))
     stated = _truth_value(truth)
     extraction = read_answer(
         response, reading, opened=opened, plain_line=plain_line, numeric=is_number(expected)
@@ -105,7 +105,7 @@ def _too_long(num_chars: int, limit: int) -> Grade:
 def _truth_value(truth: str) -> str:
     r"""Return what a truth states: the content of its last box or the text after `####`, of a
     sentence its value ("The answer is 13."); any other truth itself."""
-    truth = final_answers(trimmed(truth))[-1]
+    truth = final_answers(trim(truth))[-1]
     stated = stated_answer(truth)
     return stated if any(character.isdigit() for character in stated) else truth
 

@@ -110,7 +110,12 @@ def read_matrix(text: str) -> list[list[str]] | None:
 
 
 def match_all(left: Sequence[Any], right: Sequence[Any], same: Callable[..., bool]) -> bool:
-    """Whether each item of `left` is the same as another one of `right`, in any order."""
+    """Whether each item of `left` is the same as another one of `right`, in any order.
+
+    Args:
+        left: the items of one side.
+        right: those of the other.
+        same: compares two items."""
     remaining = list(right)
     for item in left:
         match = next((other for other in remaining if same(item, other)), None)
@@ -180,6 +185,7 @@ class WrittenNumber:
     """A written number.
 
     Attributes:
+        is_percent: whether a percent sign follows it.
         value: exact, without the percent sign.
         is_decimal: it may have been rounded.
         is_quotient: a division left open, `24/2` or `1.5/2`, and not a fraction."""

@@ -259,7 +259,12 @@ CONGRUENCE = re.compile(
 
 def same_congruence(expected: str, answer: str, same: Callable[[str, str], bool]) -> bool | None:
     """Whether both texts are congruences of one name (which either may leave out), with equal
-    residues and moduli; None where neither is a congruence. `same` compares two values."""
+    residues and moduli; None where neither is a congruence. `same` compares two values.
+
+    Args:
+        expected: the truth, spelled.
+        answer: the answer, spelled.
+        same: compares two values."""
     left, right = CONGRUENCE.fullmatch(expected), CONGRUENCE.fullmatch(answer)
     if left is None or right is None:
         return None if left is right else False

@@ -274,7 +274,12 @@ def is_words(text: str, original: str) -> bool:
 
 
 def same_words(expected: str, answer: str, *, ignore_case: bool) -> bool:
-    """Whether both texts are equal apart from decoration and spaces."""
+    """Whether both texts are equal apart from decoration and spaces.
+
+    Args:
+        expected: the truth.
+        answer: the answer.
+        ignore_case: whether upper and lower case are equal."""
     left, right = plain(expected), plain(answer)
     if ignore_case:
         left, right = (side.rstrip("!").lower() for side in (left, right))

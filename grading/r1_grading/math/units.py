@@ -10,7 +10,7 @@ amount as a whole is rewritten, truth and answer alike, so that each has one mea
 
 import re
 
-from r1_grading.reading.context import CENTS, DENIAL, DENYING, NUMBER, SCALE, scaled
+from r1_grading.reading.context import CENTS, DENIAL, DENYING, NUMBER, SCALE, apply_scale
 
 # Spellings of one unit, the canonical one first.
 _KNOWN = """
@@ -234,7 +234,7 @@ def written_out(text: str) -> str:
     if (match := RATIO.fullmatch(text)) is not None:
         return rf"\frac{{{match['part']}}}{{{match['whole']}}}"
     if (match := SCALED_AMOUNT.fullmatch(text)) is not None:
-        whole = scaled(match["number"], match["scale"])
+        whole = apply_scale(match["number"], match["scale"])
         if whole is not None:
             return f"{match['sign']}{whole} {match['unit']}".strip()
     value = cardinal(text)

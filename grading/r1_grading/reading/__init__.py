@@ -23,7 +23,7 @@ from r1_grading.reading.answer import (
     in_tags,
     last_boxed,
     last_line,
-    present,
+    make_extraction,
     unwrap,
     without_special_tokens,
 )
@@ -141,7 +141,7 @@ def _in_tags(visible: str, numeric: bool) -> Extraction | None:
 
 def _boxed(visible: str, numeric: bool) -> Extraction | None:
     content = last_boxed(visible)
-    return None if content is None else present(content, "in its box", around=visible)
+    return None if content is None else make_extraction(content, "in its box", around=visible)
 
 
 def _last_number(visible: str, numeric: bool) -> Extraction | None:
@@ -154,20 +154,20 @@ def _last_number(visible: str, numeric: bool) -> Extraction | None:
             None, f"no answer found: the last line has {len(line)} characters"
         )
     if (content := last_boxed(line)) is not None:
-        return present(content, "in the last line", around=visible)
+        return make_extraction(content, "in the last line", around=visible)
     if marked is not None:
         return marked
     _, marker, answer = line.rpartition(MARKER)
     if marker:
-        return present(answer, "in the last line")
+        return make_extraction(answer, "in the last line")
     line = EMPHASIZED.sub(r"\1", line)
     if numeric:
         line = with_scales(with_plain_signs(line))
     stated = after_answer_is(line) or line
     if numeric:
-        return last_number(stated) or present(stated, "in the last line")
+        return last_number(stated) or make_extraction(stated, "in the last line")
     whole = stated.strip(EMPHASIS)
-    return present(whole.removesuffix(".").rstrip(EMPHASIS) or whole, "in the last line")
+    return make_extraction(whole.removesuffix(".").rstrip(EMPHASIS) or whole, "in the last line")
 
 
 FINDERS: dict[str, Callable[[str, bool], Extraction | None]] = {

@@ -120,9 +120,9 @@ def extract(response: str, *, opened: bool = False, plain_line: bool = False) ->
     if (tagged := in_tags(visible)) is not None:
         return tagged
     if (boxed := last_boxed(visible)) is not None:
-        return present(boxed, around=visible)
+        return make_extraction(boxed, around=visible)
     if plain_line:
-        return present(last_line(visible.rstrip()))
+        return make_extraction(last_line(visible.rstrip()))
     return Extraction(None, "no answer found")
 
 
@@ -137,7 +137,7 @@ def in_tags(visible: str) -> Extraction | None:
     start, end = visible.find(ANSWER), visible.find(END_ANSWER)
     if start < 0 or end < start:
         return Extraction(None, "no answer found: the <answer> block is not complete")
-    return present(visible[start + len(ANSWER) : end])
+    return make_extraction(visible[start + len(ANSWER) : end])
 
 
 def last_boxed(text: str) -> str | None:
@@ -175,7 +175,7 @@ def unwrap(answer: str) -> str:
     r"""Return `answer` without `\boxed{}`, dollar signs, `\text{}` and full stops around it, and
     without the solution before `####`."""
     answer = final_answers(answer)[-1]
-    answer, before = trimmed(answer), None
+    answer, before = trim(answer), None
     while answer != before:
         before = answer
         answer = answer[:-MAX_CLOSING_CHARS] + CLOSING.sub("", answer[-MAX_CLOSING_CHARS:])
@@ -185,7 +185,7 @@ def unwrap(answer: str) -> str:
     return answer
 
 
-def trimmed(text: str) -> str:
+def trim(text: str) -> str:
     """Return `text` without spaces and invisible characters at both ends."""
     return text.strip(TRIMMED)
 
@@ -272,16 +272,26 @@ def _end_of_text(text: str, end: int) -> int:
     return end
 
 
-def present(answer: str, source: str = "", around: str = "") -> Extraction:
-    """Return the extraction of `answer`, or of none if it is blank."""
-    answer = trimmed(without_special_tokens(answer))
+def make_extraction(answer: str, source: str = "", around: str = "") -> Extraction:
+    """Return the extraction of `answer`, or of none if it is blank.
+
+    Args:
+        answer: the text as it was found.
+        source: where it was found, for the reason.
+        around: the text that its box stands in."""
+    answer = trim(without_special_tokens(answer))
     if not answer:
         return Extraction(None, "no answer found: it is empty")
     return Extraction(answer, source=source, around=around)
 
 
 def encloses(left: str, right: str, answer: str) -> bool:
-    """Whether `left` at the start of `answer` belongs to `right` at its end."""
+    """Whether `left` at the start of `answer` belongs to `right` at its end.
+
+    Args:
+        left: the opening delimiter.
+        right: the closing one.
+        answer: the text."""
     if not (answer.startswith(left) and answer.endswith(right)):
         return False
     if right == "}":

@@ -12,7 +12,7 @@ import re
 from fractions import Fraction
 
 from r1_grading.base.errors import shorten
-from r1_grading.reading.answer import Extraction, box_span, present
+from r1_grading.reading.answer import Extraction, box_span, make_extraction
 
 # Subjects and verbs of another value: `the lower bound is`, `it could be`, `suppose x is`.
 DENYING = """
@@ -116,7 +116,7 @@ CENTS = re.compile(
 )
 
 
-def scaled(number: str, scale: str) -> int | None:
+def apply_scale(number: str, scale: str) -> int | None:
     """Return a number times the power of ten that a word names; None for one that is not whole."""
     value = Fraction(number.replace(",", "")) * 10 ** SCALES[scale.lower()]
     return value.numerator if value.denominator == 1 else None
@@ -129,7 +129,7 @@ def with_scales(text: str) -> str:
 
 
 def _digits(match: re.Match[str]) -> str:
-    value = scaled(match["number"], match["scale"])
+    value = apply_scale(match["number"], match["scale"])
     return match[0] if value is None else f"{value} " if match["scale"] in "万亿" else str(value)
 
 
@@ -283,7 +283,7 @@ def last_number(text: str) -> Extraction | None:
         return Extraction(None, f"no answer found: two numbers end the last line: {pair}")
     if _is_term(before, last[0], text[last.end() :]):
         return Extraction(None, f"no answer found: {last[0]} is part of an expression")
-    return present(re.sub("[$,]", "", last[0]), "in the last line")
+    return make_extraction(re.sub("[$,]", "", last[0]), "in the last line")
 
 
 def _without_spaces(spaced: re.Match[str]) -> str:

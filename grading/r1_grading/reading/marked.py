@@ -7,7 +7,7 @@ it takes it back or draws another conclusion; what ends the text is read then.""
 
 import re
 
-from r1_grading.reading.answer import MARKER, Extraction, present
+from r1_grading.reading.answer import MARKER, Extraction, make_extraction
 from r1_grading.reading.context import (
     CHANGED,
     DENIAL,
@@ -111,7 +111,7 @@ def marked_answer(visible: str, numeric: bool) -> Extraction | None:
             continue
         if _is_taken_back(value, after, is_prose):
             return None
-        return present(value, "where it is marked")
+        return make_extraction(value, "where it is marked")
     return None
 
 

@@ -57,7 +57,12 @@ def prepare_texts(
 
 
 def fill_template(template: str, question: str, response: str) -> str:
-    """Return `template` with both texts filled in."""
+    """Return `template` with both texts filled in.
+
+    Args:
+        template: a text with {question} and {response}.
+        question: the prompt's question.
+        response: the part of the response that is read."""
     texts = {"question": question, "response": response}
     # One pass: a question that contains "{response}" keeps it.
     return PLACEHOLDERS.sub(lambda match: texts[match[1]], template)

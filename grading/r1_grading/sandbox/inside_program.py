@@ -37,7 +37,12 @@ def run(source: bytes, path: str, files: "list[str]") -> None:
 
     A checker that fails (an exception) exits with status 3; one that rejects exits with another
     status. A mark on standard error shows that the last of its `files` was opened: a failure before
-    it is not caused by the output."""
+    it is not caused by the output.
+
+    Args:
+        source: the program.
+        path: the name that tracebacks give it.
+        files: its files, for a checker."""
     import sys
 
     names, provide, space = NAMES, provide_names, globals()
@@ -65,7 +70,12 @@ def run(source: bytes, path: str, files: "list[str]") -> None:
 def call(name: str, source: bytes, path: str) -> None:
     """Load the program, call its function, and write the result; does not return.
 
-    The result leaves as JSON on the original standard output, while prints go to /dev/null."""
+    The result leaves as JSON on the original standard output, while prints go to /dev/null.
+
+    Args:
+        name: the function.
+        source: the program.
+        path: the name that tracebacks give it."""
     import marshal
     import posix
     import sys
@@ -87,7 +97,12 @@ def call(name: str, source: bytes, path: str) -> None:
 
 
 def provide_names(code: "CodeType", namespace: dict, names: "dict[str, str]") -> None:
-    """Import those of `names` that `code` uses, into its `namespace`."""
+    """Import those of `names` that `code` uses, into its `namespace`.
+
+    Args:
+        code: the compiled program.
+        namespace: its globals.
+        names: name → the module that provides it."""
     used: set[str] = set()
     pending = [code] if names else []
     while pending:

@@ -127,7 +127,12 @@ class Limits:
 
 def time_limit(kind: str, fields: Mapping[str, Any], seconds: float) -> float:
     """Return how long one grade may take: `seconds`, or for programs, which the code reward ends
-    itself, what their limits add up to: many tests may take longer than any formula should."""
+    itself, what their limits add up to: many tests may take longer than any formula should.
+
+    Args:
+        kind: the reward.
+        fields: the prompt's fields, with limits of its own.
+        seconds: the limit of other rewards."""
     if kind != "code":
         return seconds
     try:

@@ -27,7 +27,7 @@ IDENTIFIER = re.compile(r"[^\W\d]\w*")
 
 
 @functools.cache
-def exported() -> dict[str, str]:
+def standard_names() -> dict[str, str]:
     """Return name → the module that provides it."""
     found: dict[str, str] = {}
     for module in map(importlib.import_module, MODULES):
@@ -39,7 +39,7 @@ def exported() -> dict[str, str]:
 
 def names_in(source: str) -> dict[str, str]:
     """Return name → module for those names that may be used in `source`."""
-    provided = exported()
+    provided = standard_names()
     return {name: provided[name] for name in IDENTIFIER.findall(source) if name in provided}
 
 
@@ -84,7 +84,12 @@ def python_call(source: str, function: str) -> Program:
 
 
 def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
-    """Return the compiled program, or the compiler's error in one line."""
+    """Return the compiled program, or the compiler's error in one line.
+
+    Args:
+        source: the program.
+        standard: a key of `STANDARDS`.
+        budget: the compiler's limits."""
     command = f"{shlex.quote(host.compiler())} -std={standard.replace('c++', 'gnu++')}"
     command += f" {COMPILER_OPTIONS} -o main main.cpp >&2 && exec cat main"
     files = {"main.cpp": source.encode("utf-8", "replace")}

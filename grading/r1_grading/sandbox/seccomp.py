@@ -87,8 +87,10 @@ def build_filter(*, compiler: bool) -> bytes:
             key="machine",
             cause=Cause.UNSUPPORTED,
         )
-    allowed = numbers(ALLOWED, machine) | (numbers(COMPILING, machine) if compiler else {})
-    filtered = numbers(FILTERED, machine)
+    allowed = syscall_numbers(ALLOWED, machine) | (
+        syscall_numbers(COMPILING, machine) if compiler else {}
+    )
+    filtered = syscall_numbers(FILTERED, machine)
     clone_mask = CLONE_NEW_NAMESPACES | (0 if compiler else CLONE_THREAD)
     program = [
         _instruction(LOAD, ARCHITECTURE),
@@ -110,7 +112,7 @@ def build_filter(*, compiler: bool) -> bytes:
     return b"".join([*program, _instruction(RETURN, FAIL)])
 
 
-def numbers(table: str, machine: str) -> dict[str, int]:
+def syscall_numbers(table: str, machine: str) -> dict[str, int]:
     """Return {name: number} on `machine` (one of MACHINES), without calls it does not have."""
     column = 1 + list(MACHINES).index(machine)
     entries = (entry.split() for entry in table.replace("\n", " ").split("|"))

@@ -2,6 +2,5 @@
 
 An audit compares their verdicts with those that a run has logged
 (`megatron_r1.evaluation.verifier_errors`). They share as little as possible with the reward:
-`places` finds the answer, `answer_texts` parses it, `formulas` evaluates it, and `mathematics`
-joins them with math-verify. A reader that is not sure says so. They run in workers of a
-`RewardPool`."""
+`mathematics` finds the answer and asks math-verify, `answer_texts` parses it and `formulas`
+evaluates it. A reader that is not sure says so. They run in workers of a `RewardPool`."""

@@ -22,7 +22,6 @@ from r1_grading.second_readers.formulas import (
     is_whole,
     same_value,
 )
-from r1_grading.second_readers.places import Unsure
 
 MAX_CHARS = 400
 MAX_DEPTH = 40
@@ -56,6 +55,10 @@ TOKEN = re.compile(
     r"|(?P<sign>\\\{|\\\}|[-+*/^_(){}\[\]|!]))"
 )
 BRACKETS = {"(": ")", "[": "]", r"\{": r"\}"}
+
+
+class Unsure(Exception):
+    """The reader has no rule for a text; its message says what it met."""
 
 
 @dataclass(frozen=True)

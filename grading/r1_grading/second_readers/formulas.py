@@ -85,7 +85,12 @@ PI, E, I = (Node("constant", value=name) for name in ("pi", "e", "i"))  # noqa: 
 
 def same_value(expected: Node, answer: Node, seed: str) -> bool | None:
     """Whether two formulas have equal values for all values of their letters, the answer worked
-    out as far as the truth; None where that is not sure."""
+    out as far as the truth; None where that is not sure.
+
+    Args:
+        expected: the truth.
+        answer: the answer.
+        seed: chooses the points."""
     names = sorted(expected.letters | answer.letters)
     if expected.name == answer.name == "letter":  # of a choice
         return expected.value == answer.value

@@ -66,10 +66,14 @@ Settings = TypeVar("Settings", bound=ServiceSettings)
 def read_settings(kind: str, settings_type: type[Settings], options: Mapping[str, Any]) -> Settings:
     """Parse `options` as settings of reward `kind`.
 
+    Args:
+        kind: the reward, for errors.
+        settings_type: the model of its settings.
+        options: name → value.
+
     Raises:
         UserError: an option is unknown or has an invalid value. One line has all mistakes, with the
-            nearest known name for an unknown one; key and cause are the first one's.
-    """
+            nearest known name for an unknown one; key and cause are the first one's."""
     try:
         return settings_type.model_validate(dict(options))
     except ValidationError as failure:

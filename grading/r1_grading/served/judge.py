@@ -73,13 +73,18 @@ and nothing after it, in which the verdict is one of {choices}:
 
 
 def judge_prompt(instructions: str, texts: Mapping[str, str], vote: int) -> tuple[str, str]:
-    """Return the message that requests a verdict on `texts`, in their order, and its key."""
+    """Return the message that requests a verdict on `texts`, in their order, and its key.
+
+    Args:
+        instructions: what the judge decides.
+        texts: name → text, in the order shown.
+        vote: the number of the vote."""
     key = fence_key(instructions, vote, *texts.values())
     verdicts = VERDICTS[instructions]
     message = FRAME.format(
         instructions=instructions,
         key=key,
-        texts="\n\n".join(fenced(name, key, text) for name, text in texts.items()),
+        texts="\n\n".join(fence(name, key, text) for name, text in texts.items()),
         choices=", ".join(f'"{verdict}"' for verdict in verdicts),
         example=json.dumps({"key": key, "verdict": "<verdict>"}),
     )
@@ -89,7 +94,12 @@ def judge_prompt(instructions: str, texts: Mapping[str, str], vote: int) -> tupl
 def read_verdict(reply: str, key: str, verdicts: Sequence[str]) -> str | None:
     """Return the verdict on the last line of `reply`, or None if it is not exactly a verdict.
 
-    Only white space and the end of a Markdown code block may follow that line."""
+    Only white space and the end of a Markdown code block may follow that line.
+
+    Args:
+        reply: the judge's reply.
+        key: that of the prompt.
+        verdicts: the words that are verdicts."""
     lines = [line.strip() for line in reply.splitlines()]
     while lines and lines[-1] in ("", "```"):
         lines.pop()
@@ -114,8 +124,13 @@ def fence_key(*parts: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def fenced(name: str, key: str, text: str) -> str:
-    """Return `text` between two lines that cannot be written without knowing `key`."""
+def fence(name: str, key: str, text: str) -> str:
+    """Return `text` between two lines that cannot be written without knowing `key`.
+
+    Args:
+        name: what the text is.
+        key: that of the prompt.
+        text: the text."""
     return f"[{name} {key}]\n{text}\n[end of {name} {key}]"
 
 
@@ -277,7 +292,12 @@ class ReplyCache:
         return await asyncio.to_thread(self._read, self._path(request, vote))
 
     async def put(self, request: dict[str, Any], vote: int, reply: str) -> None:
-        """Store the reply to a request's vote."""
+        """Store the reply to a request's vote.
+
+        Args:
+            request: the body of the request.
+            vote: the number of the vote.
+            reply: the judge's reply."""
         entry = {"request": request, "vote": vote, "answer": reply}
         # Not durable: a reply lost in a power cut is requested again.
         path, content = self._path(request, vote), json.dumps(entry)
@@ -301,7 +321,12 @@ CHECK = {"question": "What is 7 + 5?", "right": "The answer is 12.", "wrong": "T
 
 @dataclass(frozen=True)
 class Comparison:
-    """Votes for and against the first of two responses; half of the votes saw it as B."""
+    """Votes for and against the first of two responses; half of the votes saw it as B.
+
+    Attributes:
+        wins: votes for the first response.
+        losses: votes for the second.
+        ties: votes for neither."""
 
     wins: int
     losses: int
@@ -393,10 +418,14 @@ class Judge(JudgeClient):
 
         No further votes are requested when the first majority of votes agree.
 
+        Args:
+            question: the prompt's question.
+            truth: the reference answer.
+            response: the part of the response that is shown.
+
         Raises:
             Ungradable: the judge cannot decide on this response.
-            ServiceError: the service is down.
-        """
+            ServiceError: the service is down."""
         texts = {"question": question, "reference answer": truth, "response": response}
         num_votes = self.settings.num_votes
         majority = num_votes // 2 + 1
@@ -412,10 +441,14 @@ class Judge(JudgeClient):
         Each response is A in exactly half of the votes, instead of at random: a judge that always
         chooses A then gives a tie for any number of votes, not only on average.
 
+        Args:
+            question: the prompt's question.
+            first: one response.
+            second: the other.
+
         Raises:
             Ungradable: the judge cannot decide on these responses.
-            ServiceError: the service is down.
-        """
+            ServiceError: the service is down."""
         num_votes = self.settings.num_votes
         if first == second:
             return Comparison(0, 0, num_votes)

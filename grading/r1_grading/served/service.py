@@ -17,7 +17,12 @@ from r1_grading.served import ServiceSettings
 
 class Message(msgspec.Struct):
     """A reply in a chat. A server that parses reasoning removes the thought from `content` and
-    returns it as `reasoning_content` or `reasoning`, depending on the server."""
+    returns it as `reasoning_content` or `reasoning`, depending on the server.
+
+    Attributes:
+        content: the reply, or what follows its thought.
+        reasoning_content: the thought.
+        reasoning: the thought."""
 
     content: str | None = None
     reasoning_content: str | None = None
@@ -33,7 +38,12 @@ class ChatChoice(msgspec.Struct):
 
 
 class CompletionChoice(msgspec.Struct):
-    """One response: `message` from `/chat/completions`, `text` from `/completions`."""
+    """One response: `message` from `/chat/completions`, `text` from `/completions`.
+
+    Attributes:
+        finish_reason: why the response ended.
+        message: the reply of a chat.
+        text: the continuation of a text."""
 
     finish_reason: str | None = None
     message: Message | None = None

@@ -14,8 +14,7 @@ STRIPE_ELEMENTS = 1 << 19  # 2 MiB in fp32: costs more than a call's overhead, a
 
 
 def quantize_blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return q (M, N) float8_e4m3fn and scale_inv (ceil(M / rows), ceil(N / columns)) fp32 of x (M,
-    N) float; `block` is (rows, columns)."""
+    """Compute `blockwise_triton.quantize_blocks`, whose docstring has arguments and result."""
     q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     across = -(-x.shape[1] // block[1])
     scale_inv = x.new_empty((-(-x.shape[0] // block[0]), across), dtype=torch.float32)
@@ -33,16 +32,7 @@ def quantize_blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def dequantize_blocks(
     q: Tensor, scale_inv: Tensor, block: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Return each value times the scale of its block.
-
-    Args:
-        q: (M, N) float8_e4m3fn.
-        scale_inv: the blocks' scales, fp32.
-        block: the rows and columns of a block.
-        dtype: the dtype of the result.
-
-    Returns:
-        (M, N) of `dtype`."""
+    """Compute `blockwise_triton.dequantize_blocks`, whose docstring has arguments and result."""
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     for rows, block_rows in _stripes(q.shape, block):
         values = _blocks(q[rows], block)

@@ -8,16 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from r1_kernels.precision import wide
-from r1_kernels.sampling_mask import KeptRows
+from r1_kernels.precision import accumulation_dtype
+from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 
 
-class _Own(NamedTuple):
+class _ShardIds(NamedTuple):
     """The kept ids among a shard's columns, each (n,) int64, row by row.
 
     Attributes:
-        places: where in `KeptRows.token_ids` they are; a slice where they follow each other.
+        places: where in `KeptIds.token_ids` they are; a slice where they follow each other.
         rows: the row of each.
         columns: the shard's column of each.
         lengths: (T,) how many each row has."""
@@ -35,32 +35,22 @@ class _Own(NamedTuple):
 
 
 def kept_statistics(
-    logits: Tensor, targets: Tensor, shard: VocabShard, scale: float, kept: KeptRows
+    logits: Tensor, targets: Tensor, shard: VocabShard, scale: float, kept_ids: KeptIds
 ) -> Tensor:
-    """Compute this shard's part of each row's softmax over its kept tokens.
-
-    Args:
-        logits: (T, V_local).
-        targets: (T,) ids of the whole vocabulary.
-        shard: the part of the vocabulary that the columns are.
-        scale: 1 / temperature.
-        kept: the kept ids of the T rows.
-
-    Returns:
-        (4, T) `vocabulary.STATISTICS` in fp32, or in fp64 for fp64 logits; the logit of a target
-        that was not kept is NaN."""
-    own = _own(kept, shard)
-    z = _gathered(logits, own.rows, own.columns).to(wide(logits.dtype))
-    peak = torch.segment_reduce(z, "max", lengths=own.lengths, initial=float("-inf"))
-    x = _below_peak(z, peak, own.rows, scale)
+    """Compute `kept_triton.kept_statistics`, whose docstring has the arguments; in fp64 for
+    fp64 logits."""
+    ids = _shard_ids(kept_ids, shard)
+    z = _gathered(logits, ids.rows, ids.columns).to(accumulation_dtype(logits.dtype))
+    peak = torch.segment_reduce(z, "max", lengths=ids.lengths, initial=float("-inf"))
+    x = _below_peak(z, peak, ids.rows, scale)
     e = x.exp()
     # -inf · 0 counts as 0, its limit; e is 0 long before x reaches -1000.
-    total, moment = own.sums(torch.stack([e, x.clamp(min=-1000.0) * e], 1)).unbind(1)
+    total, moment = ids.sums(torch.stack([e, x.clamp(min=-1000.0) * e], 1)).unbind(1)
     local = targets - shard.first
     here = (local >= 0) & (local < shard.num_real)
     chosen = torch.where(here, torch.full_like(peak, torch.nan), 0.0)  # unless it was kept
-    at = (own.columns == local[own.rows]).nonzero()[:, 0]
-    chosen[own.rows[at]] = z[at]
+    at = (ids.columns == local[ids.rows]).nonzero()[:, 0]
+    chosen[ids.rows[at]] = z[at]
     out = (peak, total, moment, chosen)
     assert len(out) == len(STATISTICS)
     return torch.stack(out)
@@ -72,78 +62,60 @@ def kept_gradient(
     shard: VocabShard,
     scale: float,
     upstream: RowUpstream,
-    kept: KeptRows,
+    kept_ids: KeptIds,
 ) -> Tensor:
-    """Compute the gradient of the logits of the kept tokens.
-
-    Rows whose two upstream gradients are 0 get 0.
-
-    Args:
-        logits: (T, V_local).
-        targets: (T,) ids of the whole vocabulary.
-        shard: the part of the vocabulary that the columns are.
-        scale: 1 / temperature.
-        upstream: parts of the softmax and the upstream gradients, each (T,).
-        kept: the kept ids of the T rows.
-
-    Returns:
-        (N,) fp32, or fp64 for fp64 logits, one for each of `kept.token_ids` that is in these rows
-        and in this shard; the others are not defined."""
+    """Compute `kept_triton.kept_gradient`, whose docstring has the arguments; in fp64 for fp64
+    logits."""
     entropy, peak, log_total, grad_logprobs, grad_entropy = upstream
-    own = _own(kept, shard)
-    z = _gathered(logits, own.rows, own.columns).to(peak.dtype)
-    log_p = _below_peak(z, peak, own.rows, scale) - log_total[own.rows]
+    ids = _shard_ids(kept_ids, shard)
+    z = _gathered(logits, ids.rows, ids.columns).to(peak.dtype)
+    log_p = _below_peak(z, peak, ids.rows, scale) - log_total[ids.rows]
     grad = grad_logprobs * scale
     needed = grad != 0
-    factor = -grad[own.rows]
+    factor = -grad[ids.rows]
     if grad_entropy is not None:
         # d H / d z = -c p (log p + H)
         slope = grad_entropy * scale
         needed = needed | (slope != 0)
-        factor = factor - slope[own.rows] * (log_p.clamp(min=-1000.0) + entropy[own.rows])
+        factor = factor - slope[ids.rows] * (log_p.clamp(min=-1000.0) + entropy[ids.rows])
     d = log_p.exp_().mul_(factor)
-    at = (own.columns == (targets - shard.first)[own.rows]).nonzero()[:, 0]
-    d[at] += grad[own.rows[at]]
+    at = (ids.columns == (targets - shard.first)[ids.rows]).nonzero()[:, 0]
+    d[at] += grad[ids.rows[at]]
     if not needed.all():
-        d[~needed[own.rows]] = 0.0
-    values = d.new_empty(len(kept.token_ids))
-    values[own.places] = d
+        d[~needed[ids.rows]] = 0.0
+    values = d.new_empty(len(kept_ids.token_ids))
+    values[ids.places] = d
     return values
 
 
-def kept_scatter(values: Tensor, shard: VocabShard, kept: KeptRows, out: Tensor) -> Tensor:
-    """Write the kept tokens' values, and 0 to all other columns, to `out`; return `out`.
-
-    Args:
-        values: (N,), one for each of `kept.token_ids`; those outside these rows or this shard are
-            not read.
-        shard: the part of the vocabulary that the columns are.
-        kept: the kept ids of the T rows.
-        out: (T, V_local) of any float."""
-    own = _own(kept, shard)
+def kept_scatter(values: Tensor, shard: VocabShard, kept_ids: KeptIds, out: Tensor) -> Tensor:
+    """Compute `kept_triton.kept_scatter`, whose docstring has the arguments."""
+    ids = _shard_ids(kept_ids, shard)
     out.zero_()
-    out[own.rows, own.columns] = values[own.places].to(out.dtype)
+    out[ids.rows, ids.columns] = values[ids.places].to(out.dtype)
     return out
 
 
-def _own(kept: KeptRows, shard: VocabShard) -> _Own:
+def _shard_ids(kept_ids: KeptIds, shard: VocabShard) -> _ShardIds:
     """Return the kept ids of the shard."""
-    lengths = kept.ends - kept.starts
+    lengths = kept_ids.ends - kept_ids.starts
     rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
     places: slice | Tensor = slice(0, 0)
     if len(rows):
-        first = int(kept.starts[0])
+        first = int(kept_ids.starts[0])
         places = slice(first, first + len(rows))
-        if int(kept.ends[-1]) != places.stop:  # rows in between are left out
+        if int(kept_ids.ends[-1]) != places.stop:  # rows in between are left out
             before = lengths.cumsum(0) - lengths
-            places = torch.arange(len(rows), device=lengths.device) + (kept.starts - before)[rows]
-    columns = kept.token_ids[places].to(torch.int64) - shard.first
+            places = (
+                torch.arange(len(rows), device=lengths.device) + (kept_ids.starts - before)[rows]
+            )
+    columns = kept_ids.token_ids[places].to(torch.int64) - shard.first
     if shard.group is not None or shard.num_real < shard.vocab_size:
         here = ((columns >= 0) & (columns < shard.num_real)).nonzero()[:, 0]
         places = here + places.start if isinstance(places, slice) else places[here]
         rows, columns = rows[here], columns[here]
         lengths = rows.bincount(minlength=len(lengths))
-    return _Own(places, rows, columns, lengths)
+    return _ShardIds(places, rows, columns, lengths)
 
 
 def _gathered(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -21,14 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from r1_kernels.primitives.softmax_triton import (
-    LN2,
     LOG2E,
-    _alignment,
-    _check_rows,
-    _fold,
-    _gradient,
+    check_rows,
+    combine_lanes,
+    fold_logits,
+    load_row_upstream,
+    row_alignment,
+    softmax_gradient,
+    upstream_arguments,
 )
-from r1_kernels.sampling_mask import KeptRows
+from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 
 # A row keeps a few dozen ids, so a program is one warp, with a turn of its loop for 128 of them.
@@ -92,13 +94,8 @@ def kept_statistics_kernel(
             chosen = tl.where(is_target, z, chosen)
             hits = tl.where(is_target, 1, hits)
             loaded = loaded + (z[:, None],)  # type: ignore[assignment]  # see above
-        peak, total, moment = _fold(loaded, peak, total, moment, to_base2)
-    row_peak = tl.max(peak, 0)
-    base = tl.where(row_peak == float("-inf"), 0.0, row_peak)
-    shift = tl.where(peak == float("-inf"), 0.0, (peak - base) * to_base2)
-    fade = tl.exp2(shift)
-    row_moment = tl.sum(fade * (moment + tl.maximum(shift, -1000.0) * total), 0) * LN2
-    row_total = tl.sum(fade * total, 0)
+        peak, total, moment = fold_logits(loaded, peak, total, moment, to_base2)
+    row_peak, row_total, row_moment = combine_lanes(peak, total, moment, to_base2)
     row_chosen = tl.sum(chosen, 0)
     lost = target_here & (tl.sum(hits, 0) == 0)
     tl.store(statistics + row, row_peak)
@@ -137,21 +134,13 @@ def kept_gradient_kernel(
     start = tl.load(starts + row)
     count = (tl.load(ends + row) - start).to(tl.int32)
     to_base2 = scale * LOG2E
-    row_peak = tl.load(peak + row)
-    log2_total = tl.load(log_total + row) * LOG2E
-    upstream = tl.load(grad_logprobs + row) * scale
-    flat = -upstream
-    slope = 0.0
-    if HAS_ENTROPY:
-        # d H / d z = -c p (log p + H)
-        slope = -tl.load(grad_entropy + row) * scale
-        flat += slope * tl.load(entropy + row)
-        slope = slope * LN2
-    needed = (flat != 0.0) | (slope != 0.0) | (upstream != 0.0)
+    row_peak, log2_total, upstream, flat, slope, needed = load_row_upstream(
+        row, peak, log_total, entropy, grad_logprobs, grad_entropy, scale, HAS_ENTROPY
+    )
     for turn in range(0, count, IDS):
         place = turn + tl.arange(0, IDS)
         column, here, z = _gather(token_ids, line, start, count, place, first, real)
-        d = _gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
+        d = softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
         d = tl.where(column == local, d + upstream, d)
         # A row without upstream gradients may hold anything, NaN included.
         d = tl.where(needed, d, 0.0)
@@ -197,7 +186,7 @@ def kept_scatter_kernel(
 
 
 def kept_statistics(
-    logits: Tensor, targets: Tensor, shard: VocabShard, scale: float, kept: KeptRows
+    logits: Tensor, targets: Tensor, shard: VocabShard, scale: float, kept_ids: KeptIds
 ) -> Tensor:
     """Compute this shard's part of each row's softmax over its kept tokens.
 
@@ -206,11 +195,11 @@ def kept_statistics(
         targets: (T,) ids of the whole vocabulary.
         shard: the part of the vocabulary that the columns are.
         scale: 1 / temperature.
-        kept: the kept ids of the T rows.
+        kept_ids: the kept ids of the T rows.
 
     Returns:
         (4, T) fp32, `vocabulary.STATISTICS`; the logit of a target that was not kept is NaN."""
-    _check_rows(logits, targets, shard)
+    check_rows(logits, targets, shard)
     rows = len(logits)
     out = torch.empty(len(STATISTICS), rows, dtype=torch.float32, device=logits.device)
     if rows:
@@ -218,7 +207,7 @@ def kept_statistics(
             kept_statistics_kernel[(rows,)](
                 logits,
                 targets.contiguous(),
-                *_listed(kept),
+                *_listed(kept_ids),
                 out,
                 logits.stride(0),
                 rows,
@@ -239,7 +228,7 @@ def kept_gradient(
     shard: VocabShard,
     scale: float,
     upstream: RowUpstream,
-    kept: KeptRows,
+    kept_ids: KeptIds,
 ) -> Tensor:
     """Compute the gradient of the logits of the kept tokens.
 
@@ -251,33 +240,26 @@ def kept_gradient(
         shard: the part of the vocabulary that the columns are.
         scale: 1 / temperature.
         upstream: parts of the softmax and the upstream gradients, each (T,).
-        kept: the kept ids of the T rows.
+        kept_ids: the kept ids of the T rows.
 
     Returns:
-        (N,) fp32, one for each of `kept.token_ids` that is in these rows and in this shard; the
+        (N,) fp32, one for each of `kept_ids.token_ids` that is in these rows and in this shard; the
         others are not defined."""
-    _check_rows(logits, targets, shard)
-    # The upstream gradient of a sum is expanded from one number, with stride 0.
-    entropy, peak, log_total, grad_logprobs = (part.contiguous() for part in upstream[:4])
-    grad_entropy = upstream.grad_entropy
-    values = torch.empty(len(kept.token_ids), dtype=torch.float32, device=logits.device)
+    check_rows(logits, targets, shard)
+    values = torch.empty(len(kept_ids.token_ids), dtype=torch.float32, device=logits.device)
     if len(logits):
         with torch.cuda.device_of(logits):
             kept_gradient_kernel[(len(logits),)](
                 logits,
                 targets.contiguous(),
-                *_listed(kept),
-                peak,
-                log_total,
-                entropy,
-                grad_logprobs,
-                grad_logprobs if grad_entropy is None else grad_entropy.contiguous(),
+                *_listed(kept_ids),
+                *upstream_arguments(upstream),
                 values,
                 logits.stride(0),
                 shard.first,
                 shard.num_real,
                 scale,
-                HAS_ENTROPY=grad_entropy is not None,
+                HAS_ENTROPY=upstream.grad_entropy is not None,
                 IDS=GRADIENT_IDS,
                 num_warps=1,
                 enable_fp_fusion=True,
@@ -285,14 +267,14 @@ def kept_gradient(
     return values
 
 
-def kept_scatter(values: Tensor, shard: VocabShard, kept: KeptRows, out: Tensor) -> Tensor:
+def kept_scatter(values: Tensor, shard: VocabShard, kept_ids: KeptIds, out: Tensor) -> Tensor:
     """Write the kept tokens' values, and 0 to all other columns, to `out`; return `out`.
 
     Args:
-        values: (N,), one for each of `kept.token_ids`; those outside these rows or this shard are
-            not read.
+        values: (N,), one for each of `kept_ids.token_ids`; those outside these rows or this shard
+            are not read.
         shard: the part of the vocabulary that the columns are.
-        kept: the kept ids of the T rows.
+        kept_ids: the kept ids of the T rows.
         out: (T, V_local), columns adjacent in memory."""
     rows, columns = out.shape
     if rows:
@@ -300,7 +282,7 @@ def kept_scatter(values: Tensor, shard: VocabShard, kept: KeptRows, out: Tensor)
         with torch.cuda.device_of(out):
             kept_scatter_kernel[(rows,)](
                 values.contiguous(),
-                *_listed(kept),
+                *_listed(kept_ids),
                 out,
                 out.stride(0),
                 shard.first,
@@ -308,12 +290,12 @@ def kept_scatter(values: Tensor, shard: VocabShard, kept: KeptRows, out: Tensor)
                 shard.num_real,
                 BLOCK=block,
                 IDS=SCATTER_IDS,
-                ALIGNMENT=_alignment(out),
+                ALIGNMENT=row_alignment(out),
                 num_warps=max(1, min(SCATTER_WARPS, block // 256)),
             )
     return out
 
 
-def _listed(kept: KeptRows) -> tuple[Tensor, Tensor, Tensor]:
+def _listed(kept_ids: KeptIds) -> tuple[Tensor, Tensor, Tensor]:
     """Return the three tensors of the kept ids, each with adjacent elements."""
-    return kept.token_ids.contiguous(), kept.starts.contiguous(), kept.ends.contiguous()
+    return kept_ids.token_ids.contiguous(), kept_ids.starts.contiguous(), kept_ids.ends.contiguous()

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from r1_kernels.policy_terms import MAX_LOG_RATIO, PolicySettings, PolicyTerms, TokenTensors
-from r1_kernels.precision import wide
+from r1_kernels.precision import accumulation_dtype
 
 
 def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
-    """Compute loss, derivatives and metrics of (T,) tokens; T may be 0."""
-    dtype = wide(tokens.both_logprobs()[0].dtype)
+    """Compute `policy_triton.policy_terms`; in fp64 for fp64 tensors."""
+    dtype = accumulation_dtype(tokens.both_logprobs()[0].dtype)
     tokens = TokenTensors._make(t if t is None else t.to(dtype) for t in tokens)
     logprobs, old_logprobs = tokens.both_logprobs()
     unmasked = ~(tokens.weights <= 0)  # NaN is unmasked, and shows
@@ -84,6 +84,6 @@ def _kl(g: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
 
 
 def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sum (T,) values of S packed sequences with borders (S + 1,) → (S,), at least fp32."""
-    values = values.to(wide(values.dtype))
+    """Compute `policy_triton.segment_sums`; in fp64 for fp64 values."""
+    values = values.to(accumulation_dtype(values.dtype))
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens.to(torch.int64), initial=0)

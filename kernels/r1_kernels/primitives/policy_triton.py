@@ -62,6 +62,9 @@ class _Limits(NamedTuple):
     """The numbers of `PolicySettings`, one argument of the kernel.
 
     Attributes:
+        clip_low: this and the others as in `PolicySettings`.
+        clip_high: the upper clip.
+        kl_beta: the weight of the KL estimate.
         dual_clip: read only with HAS_DUAL_CLIP.
         importance_cap: read only with HAS_ROLLOUT."""
 

@@ -7,24 +7,16 @@ also on a busy machine."""
 import torch
 from torch import Tensor
 
-from r1_kernels.precision import wide
+from r1_kernels.precision import accumulation_dtype
 from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 
 TILE_ELEMENTS = 1 << 20  # 4 MiB of fp32
 
 
 def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, scale: float) -> Tensor:
-    """Compute this shard's part of each row's softmax.
-
-    Args:
-        logits: (T, V_local).
-        targets: (T,) ids of the whole vocabulary.
-        shard: the part of the vocabulary that the columns are.
-        scale: 1 / temperature.
-
-    Returns:
-        (4, T) `vocabulary.STATISTICS` in fp32, or in fp64 for fp64 logits."""
-    out = logits.new_empty(len(STATISTICS), len(logits), dtype=wide(logits.dtype))
+    """Compute `softmax_triton.row_statistics`, whose docstring has the arguments; in fp64 for
+    fp64 logits."""
+    out = logits.new_empty(len(STATISTICS), len(logits), dtype=accumulation_dtype(logits.dtype))
     if not shard.num_real:
         out[0], out[1:] = float("-inf"), 0.0
         return out
@@ -57,17 +49,7 @@ def logits_gradient(
     upstream: RowUpstream,
     out: Tensor,
 ) -> Tensor:
-    """Write the gradient of the logits to `out`, in its dtype; return `out`.
-
-    Padding columns get 0, and so do rows whose two upstream gradients are 0.
-
-    Args:
-        logits: (T, V_local).
-        targets: (T,) ids of the whole vocabulary.
-        shard: the part of the vocabulary that the columns are.
-        scale: 1 / temperature.
-        upstream: parts of the softmax and the upstream gradients, each (T,).
-        out: (T, V_local); it may be `logits` itself."""
+    """Compute `softmax_triton.logits_gradient`, whose docstring has arguments and result."""
     entropy, peak, log_total, grad_logprobs, grad_entropy = upstream
     tiles = _tiles(logits)
     for start in tiles:

@@ -84,8 +84,15 @@ def _terms(z, base, to_base2):
 
 
 @triton.jit
-def _fold(loaded, peak, total, moment, to_base2):
-    """Update the running (LANES,) statistics with a tuple of (LANES, VECTOR) logits."""
+def fold_logits(loaded, peak, total, moment, to_base2):
+    """Update the running (LANES,) statistics with a tuple of (LANES, VECTOR) logits.
+
+    Args:
+        loaded: a tuple of (LANES, VECTOR) logits.
+        peak: (LANES,) running largest logits.
+        total: (LANES,) running sums of exponentials.
+        moment: (LANES,) running sums of exponentials times exponents, in base 2.
+        to_base2: c · log2 e."""
     highest = loaded[0]
     for i in tl.static_range(1, len(loaded)):
         highest = tl.maximum(highest, loaded[i])
@@ -103,6 +110,24 @@ def _fold(loaded, peak, total, moment, to_base2):
     moment = fade * (moment + tl.maximum(shift, -1000.0) * total) + tl.sum(sum_ex, 1)
     total = fade * total + tl.sum(sum_e, 1)
     return new_peak, total, moment
+
+
+@triton.jit
+def combine_lanes(peak, total, moment, to_base2):
+    """Return a row's peak, total and moment from the (LANES,) statistics of its lanes.
+
+    Args:
+        peak: (LANES,), as of `fold_logits`.
+        total: (LANES,).
+        moment: (LANES,).
+        to_base2: c · log2 e."""
+    row_peak = tl.max(peak, 0)
+    base = tl.where(row_peak == float("-inf"), 0.0, row_peak)
+    shift = tl.where(peak == float("-inf"), 0.0, (peak - base) * to_base2)
+    fade = tl.exp2(shift)
+    row_moment = tl.sum(fade * (moment + tl.maximum(shift, -1000.0) * total), 0) * LN2
+    row_total = tl.sum(fade * total, 0)
+    return row_peak, row_total, row_moment
 
 
 @triton.jit
@@ -138,20 +163,15 @@ def row_statistics_kernel(
         for i in tl.static_range(LOADS):
             z = tl.load(line + (start + i * LOAD + columns))
             loaded = loaded + (z.to(tl.float32),)  # type: ignore[assignment]  # see above
-        peak, total, moment = _fold(loaded, peak, total, moment, to_base2)
+        peak, total, moment = fold_logits(loaded, peak, total, moment, to_base2)
     if whole < real:
         rest = ()
         for i in tl.static_range(LOADS):
             column = whole + i * LOAD + columns
             z = tl.load(line + column, mask=column < real, other=float("-inf"))
             rest = rest + (z.to(tl.float32),)  # type: ignore[assignment]  # see above
-        peak, total, moment = _fold(rest, peak, total, moment, to_base2)
-    row_peak = tl.max(peak, 0)
-    base = tl.where(row_peak == float("-inf"), 0.0, row_peak)
-    shift = tl.where(peak == float("-inf"), 0.0, (peak - base) * to_base2)
-    fade = tl.exp2(shift)
-    row_moment = tl.sum(fade * (moment + tl.maximum(shift, -1000.0) * total), 0) * LN2
-    row_total = tl.sum(fade * total, 0)
+        peak, total, moment = fold_logits(rest, peak, total, moment, to_base2)
+    row_peak, row_total, row_moment = combine_lanes(peak, total, moment, to_base2)
     tl.store(statistics + row, row_peak)
     tl.store(statistics + num_rows + row, row_total)
     tl.store(statistics + 2 * num_rows + row, row_moment)
@@ -159,8 +179,47 @@ def row_statistics_kernel(
 
 
 @triton.jit
-def _gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY: tl.constexpr):
-    """Return p · (flat + slope · log2 p) at logits z, p being their probabilities."""
+def load_row_upstream(
+    row, peak, log_total, entropy, grad_logprobs, grad_entropy, scale, HAS_ENTROPY: tl.constexpr
+):
+    """Load what a row's gradient needs of `RowUpstream`: the peak, log2 of the total, c g, the two
+    factors of `softmax_gradient`, and whether the row has an upstream gradient.
+
+    Args:
+        row: the row.
+        peak: (T,) pointers: this and the next four are `RowUpstream`.
+        log_total: (T,).
+        entropy: (T,), read only with HAS_ENTROPY.
+        grad_logprobs: (T,).
+        grad_entropy: (T,), read only with HAS_ENTROPY.
+        scale: c.
+        HAS_ENTROPY: whether the entropy has a gradient."""
+    row_peak = tl.load(peak + row)
+    log2_total = tl.load(log_total + row) * LOG2E
+    upstream = tl.load(grad_logprobs + row) * scale
+    flat = -upstream
+    slope = 0.0
+    if HAS_ENTROPY:
+        # d H / d z = -c p (log p + H)
+        slope = -tl.load(grad_entropy + row) * scale
+        flat += slope * tl.load(entropy + row)
+        slope = slope * LN2
+    needed = (flat != 0.0) | (slope != 0.0) | (upstream != 0.0)
+    return row_peak, log2_total, upstream, flat, slope, needed
+
+
+@triton.jit
+def softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY: tl.constexpr):
+    """Return p · (flat + slope · log2 p) at logits z, p being their probabilities.
+
+    Args:
+        z: logits.
+        row_peak: the row's largest logit.
+        to_base2: c · log2 e.
+        log2_total: log2 of the row's total.
+        flat: the factor of p.
+        slope: the factor of p · log2 p.
+        HAS_ENTROPY: whether slope counts."""
     log2_p = (z - row_peak) * to_base2 - log2_total
     p = tl.exp2(log2_p)
     return p * (flat + slope * tl.maximum(log2_p, -1000.0)) if HAS_ENTROPY else p * flat
@@ -195,35 +254,29 @@ def logits_gradient_kernel(
     out = gradient + tl.multiple_of(row * gradient_stride, ALIGNMENT)
     dtype = gradient.dtype.element_ty
     to_base2 = scale * LOG2E
-    row_peak = tl.load(peak + row)
-    log2_total = tl.load(log_total + row) * LOG2E
-    upstream = tl.load(grad_logprobs + row) * scale
-    flat = -upstream
-    slope = 0.0
-    if HAS_ENTROPY:
-        # d H / d z = -c p (log p + H)
-        slope = -tl.load(grad_entropy + row) * scale
-        flat += slope * tl.load(entropy + row)
-        slope = slope * LN2
+    row_peak, log2_total, upstream, flat, slope, needed = load_row_upstream(
+        row, peak, log_total, entropy, grad_logprobs, grad_entropy, scale, HAS_ENTROPY
+    )
     # A row without upstream gradients may hold anything, NaN included, and is not read.
-    needed = (flat != 0.0) | (slope != 0.0) | (upstream != 0.0)
     last = tl.where(needed, real, 0)
     local = tl.load(targets + row).to(tl.int64) - first
     here = (local >= 0) & (local < last)
     chosen = tl.load(line + local, mask=here, other=0.0).to(tl.float32)
-    chosen = upstream + _gradient(chosen, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
+    chosen = upstream + softmax_gradient(
+        chosen, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY
+    )
     tl.debug_barrier()  # `out` may be `logits`: every thread has read the target's logit
     columns = tl.arange(0, BLOCK)
     whole = last // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         column = start + columns
         z = tl.load(line + column).to(tl.float32)
-        d = _gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
+        d = softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
         tl.store(out + column, d.to(dtype))
     for start in range(whole, num_columns, BLOCK):
         column = start + columns
         z = tl.load(line + column, mask=column < last, other=float("-inf")).to(tl.float32)
-        d = _gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
+        d = softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
         d = tl.where(column < last, d, 0.0)
         tl.store(out + column, d.to(dtype), mask=column < num_columns)
     tl.debug_barrier()  # the target's column, stored by some thread above, is overwritten
@@ -241,11 +294,11 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, scale: fl
 
     Returns:
         (4, T) fp32, `vocabulary.STATISTICS`."""
-    _check_rows(logits, targets, shard)
+    check_rows(logits, targets, shard)
     rows = len(logits)
     out = torch.empty(len(STATISTICS), rows, dtype=torch.float32, device=logits.device)
     if rows:
-        vector = min(LOAD_BYTES // logits.element_size(), _alignment(logits))
+        vector = min(LOAD_BYTES // logits.element_size(), row_alignment(logits))
         loads = LOADS if vector > 1 else NARROW_LOADS
         lanes = triton.next_power_of_2(triton.cdiv(shard.num_real, MIN_TURNS * loads * vector))
         lanes = min(MAX_LANES, max(32, lanes))
@@ -287,11 +340,8 @@ def logits_gradient(
         scale: 1 / temperature.
         upstream: parts of the softmax and the upstream gradients, each (T,).
         out: (T, V_local); it may be `logits` itself."""
-    _check_rows(logits, targets, shard)
-    _check_rows(out, targets, shard)
-    # The upstream gradient of a sum is expanded from one number, with stride 0.
-    entropy, peak, log_total, grad_logprobs = (part.contiguous() for part in upstream[:4])
-    grad_entropy = upstream.grad_entropy
+    check_rows(logits, targets, shard)
+    check_rows(out, targets, shard)
     rows, columns = logits.shape
     if rows:
         block = min(GRADIENT_BLOCK, max(16, triton.next_power_of_2(columns)))
@@ -299,11 +349,7 @@ def logits_gradient(
             logits_gradient_kernel[(rows,)](
                 logits,
                 targets.contiguous(),
-                peak,
-                log_total,
-                entropy,
-                grad_logprobs,
-                grad_logprobs if grad_entropy is None else grad_entropy.contiguous(),
+                *upstream_arguments(upstream),
                 out,
                 logits.stride(0),
                 out.stride(0),
@@ -311,24 +357,39 @@ def logits_gradient(
                 columns,
                 shard.num_real,
                 scale,
-                HAS_ENTROPY=grad_entropy is not None,
+                HAS_ENTROPY=upstream.grad_entropy is not None,
                 BLOCK=block,
-                ALIGNMENT=min(_alignment(logits), _alignment(out)),
+                ALIGNMENT=min(row_alignment(logits), row_alignment(out)),
                 num_warps=max(1, min(NUM_WARPS, block // 256)),
                 enable_fp_fusion=True,
             )
     return out
 
 
-def _check_rows(matrix: Tensor, targets: Tensor, shard: VocabShard) -> None:
-    """Assert (T, V_local) floats with adjacent columns: the kernels get a stride for rows only."""
+def upstream_arguments(upstream: RowUpstream) -> tuple[Tensor, ...]:
+    """Return peak, log_total, entropy, grad_logprobs and grad_entropy as kernels take them; for a
+    missing grad_entropy, which they do not read, any pointer."""
+    # The upstream gradient of a sum is expanded from one number, with stride 0.
+    entropy, peak, log_total, grad_logprobs = (part.contiguous() for part in upstream[:4])
+    grad_entropy = upstream.grad_entropy
+    last = grad_logprobs if grad_entropy is None else grad_entropy.contiguous()
+    return peak, log_total, entropy, grad_logprobs, last
+
+
+def check_rows(matrix: Tensor, targets: Tensor, shard: VocabShard) -> None:
+    """Assert (T, V_local) floats with adjacent columns: the kernels get a stride for rows only.
+
+    Args:
+        matrix: logits, or their gradient.
+        targets: (T,) ids.
+        shard: the columns."""
     about = f"{matrix.dtype} {tuple(matrix.shape)}, strides {matrix.stride()}, {shard}"
     assert matrix.is_floating_point() and matrix.dtype != torch.float64, about
     assert matrix.shape == (len(targets), shard.num_columns), about
     assert matrix.stride(1) == 1 or shard.num_columns == 1 or not len(matrix), about
 
 
-def _alignment(matrix: Tensor) -> int:
+def row_alignment(matrix: Tensor) -> int:
     """Return a power of two up to 16 that divides the start of every row, in elements."""
     if matrix.data_ptr() % LOAD_BYTES:
         return 1

@@ -13,16 +13,16 @@ from megatron_r1.agents.gateway.request import (
     SAMPLING,
     Body,
     Message,
-    Refused,
+    RequestError,
     TurnReply,
     TurnRequest,
     content_text,
     stop_strings,
 )
-from megatron_r1.agents.parsing import FAILURE, tool_call
+from megatron_r1.agents.parsing import PARSE_ERROR, tool_call
 
 NEUTRAL = SAMPLING | {"reasoning_effort": None, "verbosity": None}
-WITHOUT_EFFECT = (
+IGNORED = (
     *("metadata", "moderation", "prompt_cache_key", "prompt_cache_options", "store", "user"),
     *("prompt_cache_retention", "safety_identifier", "service_tier"),
 )
@@ -40,8 +40,8 @@ def read(body: Body, stored: object) -> TurnRequest:
         stored: not used here.
 
     Raises:
-        Refused: for a body that cannot be served."""
-    body.ignore(*WITHOUT_EFFECT)
+        RequestError: for a body that cannot be served."""
+    body.ignore(*IGNORED)
     model = body.take("model", str, "")
     messages = [_message(each) for each in body.take_objects("messages")]
     require_turn(messages, "messages")
@@ -75,12 +75,12 @@ def read(body: Body, stored: object) -> TurnRequest:
 
 
 def require_turn(messages: list[Message], where: str) -> None:
-    """Raise Refused for messages after which it is not the assistant's turn: one is sampled
+    """Raise RequestError for messages after which it is not the assistant's turn: one is sampled
     whole."""
     if not messages:
-        raise Refused("must not be empty", where)
+        raise RequestError("must not be empty", where)
     if messages[-1]["role"] == "assistant":
-        raise Refused("the last message is the assistant's; a turn cannot be continued", where)
+        raise RequestError("the last message is the assistant's; a turn cannot be continued", where)
 
 
 def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
@@ -92,8 +92,8 @@ def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
         message["reasoning_content"] = turn.reasoning
     if turn.tool_calls:
         message["tool_calls"] = turn.tool_calls
-    if FAILURE in turn.message:
-        message[FAILURE] = turn.message[FAILURE]
+    if PARSE_ERROR in turn.message:
+        message[PARSE_ERROR] = turn.message[PARSE_ERROR]
     choice = {
         "index": 0,
         "message": message,
@@ -114,8 +114,8 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
         # Streaming clients assemble a call's deltas by `index`; other replies have none.
         calls = [{"index": i, **call} for i, call in enumerate(turn.tool_calls)]
         deltas.append({"tool_calls": calls})
-    if FAILURE in turn.message:
-        deltas.append({FAILURE: turn.message[FAILURE]})
+    if PARSE_ERROR in turn.message:
+        deltas.append({PARSE_ERROR: turn.message[PARSE_ERROR]})
     head = _head(turn, "chat.completion.chunk")
     for delta in deltas:
         yield _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
@@ -126,13 +126,13 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     yield END
 
 
-def error(refused: Refused) -> dict[str, Any]:
+def error(refused: RequestError) -> dict[str, Any]:
     """Return a refusal as the body of OpenAI's error."""
     entry = {"message": str(refused), "type": refused.kind, "param": refused.field}
     return {"error": entry | {"code": refused.code}}
 
 
-def error_event(refused: Refused) -> bytes:
+def error_event(refused: RequestError) -> bytes:
     """Return an error that ends a stream which has begun."""
     return _event(error(refused)) + END
 
@@ -141,21 +141,21 @@ def as_arguments(value: Any, where: str) -> str:
     """Return a tool call's arguments as the client has written them: a JSON object, as text.
 
     Raises:
-        Refused: it is another value or no JSON.
+        RequestError: it is another value or no JSON.
     """
     try:
         is_object = isinstance(json.loads(value or "{}"), dict)
     except ValueError:
         is_object = False
     if not is_object:
-        raise Refused(f"must be a JSON object as text, got {value!r:.80}", where)
+        raise RequestError(f"must be a JSON object as text, got {value!r:.80}", where)
     return value or "{}"
 
 
 def _message(body: Body) -> Message:
     role = body.take_choice("role", ("system", "developer", "user", "assistant", "tool"), None)
     body.ignore("name", "refusal", "annotations", "cache_control", "provider_specific_fields", "id")
-    body.ignore(FAILURE)
+    body.ignore(PARSE_ERROR)
     content = body.take("content", (str, list), None if role == "assistant" else REQUIRED)
     text = content_text(content, body.path("content"))
     # `developer` is OpenAI's newer name of the role that chat templates call `system`.
@@ -216,7 +216,7 @@ def function_tool(body: Body, schema: str) -> dict[str, Any]:
 
 
 def _finish_reason(turn: TurnReply) -> str:
-    if turn.is_cut:
+    if turn.is_truncated:
         return "length"
     return "tool_calls" if turn.tool_calls else "stop"
 

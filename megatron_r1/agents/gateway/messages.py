@@ -11,7 +11,7 @@ from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.request import (
     Body,
     Message,
-    Refused,
+    RequestError,
     TurnReply,
     TurnRequest,
     content_text,
@@ -28,7 +28,7 @@ NEUTRAL = {
     "output_config": {},
     "speed": "standard",
 }
-WITHOUT_EFFECT = (
+IGNORED = (
     *("metadata", "cache_control", "service_tier", "inference_geo", "diagnostics"),
     *("user_profile_id", "workspace_id"),
 )
@@ -46,8 +46,8 @@ def read(body: Body, stored: object) -> TurnRequest:
         stored: not used here.
 
     Raises:
-        Refused: for a body that cannot be served."""
-    body.ignore(*WITHOUT_EFFECT)
+        RequestError: for a body that cannot be served."""
+    body.ignore(*IGNORED)
     model = body.take("model", str, "")
     system = _system(body.take("system", (str, list), None))
     sent = [message for each in body.take_objects("messages") for message in _messages(each)]
@@ -91,12 +91,12 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     yield event({"type": "message_stop"})
 
 
-def error(refused: Refused) -> dict[str, Any]:
+def error(refused: RequestError) -> dict[str, Any]:
     """Return a refusal as the body of Anthropic's error."""
     return {"type": "error", "error": {"type": refused.kind, "message": str(refused)}}
 
 
-def error_event(refused: Refused) -> bytes:
+def error_event(refused: RequestError) -> bytes:
     """Return an error that ends a stream which has begun."""
     return event(error(refused))
 
@@ -208,7 +208,7 @@ def _block_events(index: int, block: dict[str, Any]) -> Iterator[dict[str, Any]]
 
 
 def _stop(turn: TurnReply) -> dict[str, Any]:
-    if turn.is_cut:
+    if turn.is_truncated:
         reason = "max_tokens"
     elif turn.stop_string is not None:
         reason = "stop_sequence"

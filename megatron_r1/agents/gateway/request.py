@@ -18,7 +18,7 @@ Message = dict[str, Any]
 """A chat message in OpenAI's form; content is text, arguments of tool calls are JSON text."""
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that is not served.
 
     Args:
@@ -101,7 +101,7 @@ class TurnReply:
         return len(self.response.token_ids)
 
     @property
-    def is_cut(self) -> bool:
+    def is_truncated(self) -> bool:
         """Whether the answer ended at the limit of tokens."""
         return self.response.finish_reason == "length"
 
@@ -143,7 +143,7 @@ class Body:
             value: the object.
             where: the path of this object in the request, for errors."""
         if not isinstance(value, Mapping):
-            raise Refused(f"must be an object, got {_shorten(value)}", where or None)
+            raise RequestError(f"must be an object, got {_shorten(value)}", where or None)
         self._left = {name: entry for name, entry in value.items() if entry is not None}
         self.where = where
 
@@ -154,26 +154,31 @@ class Body:
     def take(self, name: str, kinds: type | tuple[type, ...], default: Any = REQUIRED) -> Any:
         """Return a field of one of `kinds`.
 
+        Args:
+            name: the field.
+            kinds: the Python types that its JSON value may have.
+            default: returned where the field is absent; by default it must be there.
+
         Raises:
-            Refused: the field has another type, or is absent and there is no default.
+            RequestError: the field has another type, or is absent and there is no default.
         """
         if name not in self._left:
             if default is REQUIRED:
-                raise Refused("is required", self.path(name))
+                raise RequestError("is required", self.path(name))
             return default
         value = self._left.pop(name)
         is_bool = isinstance(value, bool)  # an int too in Python, but not in JSON
         allowed = kinds if isinstance(kinds, tuple) else (kinds,)
         if not isinstance(value, kinds) or (is_bool and bool not in allowed):
             names = " or ".join(kind.__name__ for kind in allowed)
-            raise Refused(f"must be {names}, got {_shorten(value)}", self.path(name))
+            raise RequestError(f"must be {names}, got {_shorten(value)}", self.path(name))
         return value
 
     def take_objects(self, name: str, default: Any = REQUIRED) -> list[Body]:
         """Return a field that is a list of objects.
 
         Raises:
-            Refused: as `take`, or an item is not an object.
+            RequestError: as `take`, or an item is not an object.
         """
         values, where = self.take(name, list, default), self.path(name)
         return [Body(value, f"{where}.{i}") for i, value in enumerate(values)]
@@ -182,23 +187,28 @@ class Body:
         """Return a positive integer, or None where it is absent.
 
         Raises:
-            Refused: it is no integer, or below 1.
+            RequestError: it is no integer, or below 1.
         """
         value = self.take(name, int, None)
         if value is not None and value < 1:
-            raise Refused(f"must be at least 1, got {value}", self.path(name))
+            raise RequestError(f"must be at least 1, got {value}", self.path(name))
         return value
 
     def take_choice(self, name: str, values: tuple[Any, ...], default: Any) -> Any:
         """Return a field that must be one of `values`.
 
+        Args:
+            name: the field.
+            values: the values that are supported.
+            default: the value of an absent field; None where it must be there.
+
         Raises:
-            Refused: any other value.
+            RequestError: any other value.
         """
         value = self._left.pop(name, default)
         if value not in values:
             shown = " or ".join(map(_shorten, values))
-            raise Refused(f"{_shorten(value)} is not supported; use {shown}", self.path(name))
+            raise RequestError(f"{_shorten(value)} is not supported; use {shown}", self.path(name))
         return value
 
     def take_fixed(self, **values: Any) -> None:
@@ -221,9 +231,9 @@ class Body:
         return {name: value for name, value in found.items() if value != neutral[name]}
 
     def finish(self) -> None:
-        """Raise Refused for a field that was not taken."""
+        """Raise RequestError for a field that was not taken."""
         for name, value in self._left.items():
-            raise Refused(
+            raise RequestError(
                 f"this gateway does not support it (got {_shorten(value)}); leave it out",
                 self.path(name),
             )
@@ -232,13 +242,18 @@ class Body:
 def content_text(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:
     """Return a message's content, a text or a list of text parts, as one text.
 
+    Args:
+        value: the content in the request.
+        where: its path in the request, for errors.
+        kinds: the types of parts that are text.
+
     Raises:
-        Refused: it is neither, or has a part of another kind.
+        RequestError: it is neither, or has a part of another kind.
     """
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):
-        raise Refused(f"must be a text or a list of parts, got {_shorten(value)}", where)
+        raise RequestError(f"must be a text or a list of parts, got {_shorten(value)}", where)
     return "".join(_part(part, f"{where}.{index}", kinds) for index, part in enumerate(value))
 
 
@@ -246,7 +261,9 @@ def _part(value: Any, where: str, kinds: tuple[str, ...]) -> str:
     body = Body(value, where)
     kind = body.take("type", str)
     if kind not in kinds:
-        raise Refused(f"parts of type {kind} are not supported; use {kinds[0]}", body.path("type"))
+        raise RequestError(
+            f"parts of type {kind} are not supported; use {kinds[0]}", body.path("type")
+        )
     # Hints on caching, and what clients send back with the parts of a reply.
     body.ignore("cache_control", "citations", "annotations", "logprobs")
     text = body.take("text", str)
@@ -263,11 +280,11 @@ def stop_strings(value: Any, where: str) -> tuple[str, ...]:
     """Return the stop strings of a field that is one or a list of them.
 
     Raises:
-        Refused: it is neither, or has an empty string.
+        RequestError: it is neither, or has an empty string.
     """
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
-        raise Refused(f"must be a text or a list of texts, got {_shorten(value)}", where)
+        raise RequestError(f"must be a text or a list of texts, got {_shorten(value)}", where)
     return tuple(strings)
 
 

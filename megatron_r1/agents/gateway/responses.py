@@ -9,7 +9,7 @@ from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.request import (
     Body,
     Message,
-    Refused,
+    RequestError,
     TurnReply,
     TurnRequest,
     content_text,
@@ -20,7 +20,7 @@ from megatron_r1.agents.parsing import tool_call
 PARTS = ("input_text", "output_text", "text")
 NEUTRAL = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}
 # max_tool_calls limits OpenAI's built-in tools, which this gateway does not have.
-WITHOUT_EFFECT = (*chat.WITHOUT_EFFECT, "include", "stream_options", "max_tool_calls")
+IGNORED = (*chat.IGNORED, "include", "stream_options", "max_tool_calls")
 
 
 def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
@@ -31,14 +31,16 @@ def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
         stored: conversations by the id of their last reply.
 
     Raises:
-        Refused: for a body that cannot be served."""
-    body.ignore(*WITHOUT_EFFECT)
+        RequestError: for a body that cannot be served."""
+    body.ignore(*IGNORED)
     model = body.take("model", str, "")
     history: list[Message] = []
     previous = body.take("previous_response_id", str, None)
     if previous is not None:
         if previous not in stored:
-            raise Refused(f"there is no response {previous}", "previous_response_id", status=404)
+            raise RequestError(
+                f"there is no response {previous}", "previous_response_id", status=404
+            )
         history = stored[previous]
     sent = history + _messages(body.take("input", (str, list), []))
     chat.require_turn(sent, "input")
@@ -74,7 +76,7 @@ def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return a turn as the body of OpenAI's response, its reasoning and calls as output items."""
     return _head(turn, request) | {
         "status": _status(turn),
-        "incomplete_details": {"reason": "max_output_tokens"} if turn.is_cut else None,
+        "incomplete_details": {"reason": "max_output_tokens"} if turn.is_truncated else None,
         "output": _output(turn),
         "usage": _usage(turn),
     }
@@ -89,7 +91,7 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
 error, KEEP_ALIVE = chat.error, chat.KEEP_ALIVE
 
 
-def error_event(refused: Refused) -> bytes:
+def error_event(refused: RequestError) -> bytes:
     """Return an error that ends a stream which has begun."""
     entry = {"type": "error", "code": refused.code or refused.kind, "message": str(refused)}
     # 0: a turn is sampled whole before its first event, so no event has been sent.
@@ -161,7 +163,7 @@ def _tool(body: Body) -> dict[str, Any]:
 
 
 def _status(turn: TurnReply) -> str:
-    return "incomplete" if turn.is_cut else "completed"
+    return "incomplete" if turn.is_truncated else "completed"
 
 
 def _output(turn: TurnReply) -> list[dict[str, Any]]:
@@ -186,7 +188,7 @@ def _events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
     yield {"type": "response.created", "response": begun}
     yield {"type": "response.in_progress", "response": begun}
     for index, item in enumerate(_output(turn)):
-        place = {"output_index": index, "item_id": item["id"]}
+        location = {"output_index": index, "item_id": item["id"]}
         empty: dict[str, Any] = (
             {"arguments": ""} if item["type"] == "function_call" else {"content": []}
         )
@@ -194,23 +196,23 @@ def _events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
         yield {"type": "response.output_item.added", "output_index": index, "item": opened}
         if item["type"] == "function_call":
             text = item["arguments"]
-            named = place | {"name": item["name"]}
-            yield place | {"type": "response.function_call_arguments.delta", "delta": text}
+            named = location | {"name": item["name"]}
+            yield location | {"type": "response.function_call_arguments.delta", "delta": text}
             yield named | {"type": "response.function_call_arguments.done", "arguments": text}
         else:
-            yield from _part_events(place | {"content_index": 0}, item["content"][0])
+            yield from _part_events(location | {"content_index": 0}, item["content"][0])
         yield {"type": "response.output_item.done", "output_index": index, "item": item}
     whole = reply(turn, request)
     yield {"type": f"response.{whole['status']}", "response": whole}
 
 
-def _part_events(place: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _part_events(location: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     kind, text = part["type"], part["text"]
     scored: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
-    yield place | {"type": "response.content_part.added", "part": part | {"text": ""}}
-    yield place | scored | {"type": f"response.{kind}.delta", "delta": text}
-    yield place | scored | {"type": f"response.{kind}.done", "text": text}
-    yield place | {"type": "response.content_part.done", "part": part}
+    yield location | {"type": "response.content_part.added", "part": part | {"text": ""}}
+    yield location | scored | {"type": f"response.{kind}.delta", "delta": text}
+    yield location | scored | {"type": f"response.{kind}.done", "text": text}
+    yield location | {"type": "response.content_part.done", "part": part}
 
 
 def _head(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:

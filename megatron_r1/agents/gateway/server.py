@@ -16,25 +16,25 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
 
-from megatron_r1.agents.continuation import Continuation, NextPrompt, Unrenderable, continue_tokens
+from megatron_r1.agents.continuation import Continuation, NextPrompt, RenderError, continue_tokens
 from megatron_r1.agents.gateway import chat, messages, responses, tokens
 from megatron_r1.agents.gateway.request import (
     MODEL,
     Body,
     Message,
-    Refused,
+    RequestError,
     TurnReply,
     TurnRequest,
 )
 from megatron_r1.agents.gateway.session import (
     GatewaySession,
+    SampledTurn,
     SessionLimits,
-    TakenTurn,
     TurnSampling,
 )
-from megatron_r1.agents.parsing import AnswerReader, Parser, require_whole
-from megatron_r1.data.text import PromptText
-from megatron_r1.engines.server.responses import EngineError, cut_at_stop, first_tokens
+from megatron_r1.agents.parsing import AnswerReader, Parser, require_finished
+from megatron_r1.data.text import PromptTokenizer
+from megatron_r1.engines.server.responses import EngineError, truncate_at_stop, truncate_response
 
 MAX_BODY_BYTES = 64 * 2**20
 BYTES_PER_TOKEN = 32
@@ -64,10 +64,10 @@ class WireFormat(Protocol):
     def events(self, turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
         """Yield the reply as server-sent events."""
 
-    def error(self, refused: Refused) -> dict[str, Any]:
+    def error(self, refused: RequestError) -> dict[str, Any]:
         """Return the body of a refusal."""
 
-    def error_event(self, refused: Refused) -> bytes:
+    def error_event(self, refused: RequestError) -> bytes:
         """Return a refusal as an event of a stream that has begun."""
 
 
@@ -95,7 +95,7 @@ class Gateway:
 
     def __init__(
         self,
-        text: PromptText,
+        text: PromptTokenizer,
         parser: Parser,
         *,
         host: str = "127.0.0.1",
@@ -171,18 +171,18 @@ class Gateway:
             try:
                 session = self._session(request.headers)
                 return await handle(wire, session, request)
-            except Refused as error:
+            except RequestError as error:
                 refused = error
             except web.HTTPRequestEntityTooLarge:
                 message = f"the body has more than {MAX_BODY_BYTES} bytes"
-                refused = Refused(message, status=413, kind="request_too_large")
+                refused = RequestError(message, status=413, kind="request_too_large")
             except RecursionError:
-                refused = Refused("the request is nested too deep")
+                refused = RequestError("the request is nested too deep")
             except Exception as error:  # noqa: BLE001 - our fault, or that of the parsers' start
                 transport = request.transport
                 if isinstance(error, ConnectionError) and (not transport or transport.is_closing()):
                     return web.Response(status=499)  # the client is gone, and reads no reply
-                refused = Refused("the gateway failed", status=500, kind="api_error")
+                refused = RequestError("the gateway failed", status=500, kind="api_error")
                 if session is not None:
                     session.end("protocol_error", f"{type(error).__name__}: {error}")
             if session is not None:
@@ -195,14 +195,14 @@ class Gateway:
         """Return the session whose secret the headers carry.
 
         Raises:
-            Refused: no session has this secret; the status is 401.
+            RequestError: no session has this secret; the status is 401.
         """
         bearer = headers.get("Authorization", "").removeprefix("Bearer ").strip()
         for secret in (bearer, *(headers.get(name, "") for name in KEY_HEADERS)):
             session = self._sessions.get(_digest(secret))
             if session is not None:
                 return session
-        raise Refused(
+        raise RequestError(
             "no session has this key; give the episode's own as `Authorization: Bearer KEY` or "
             "`x-api-key: KEY` (an episode that has ended has none)",
             status=401,
@@ -224,7 +224,7 @@ class Gateway:
             most = session.max_tokens(request.max_tokens, len(prompt_ids))
             task = asyncio.create_task(self._sample(session, request, prompt, prompt_ids, most))
             session.running.add(task)
-            task.add_done_callback(partial(session.finished, key))
+            task.add_done_callback(partial(session.on_turn_done, key))
         try:
             if not request.stream:
                 return _json(wire.reply(session.add(await asyncio.shield(task)), request))
@@ -240,32 +240,34 @@ class Gateway:
         prompt: NextPrompt,
         prompt_ids: list[int],
         max_tokens: int,
-    ) -> TakenTurn:
+    ) -> SampledTurn:
         """Sample a turn.
 
         Raises:
-            Refused: no engine could sample, or other turns at once have used up the episode's
+            RequestError: no engine could sample, or other turns at once have used up the episode's
                 tokens.
         """
         num_prompt, decode = len(prompt_ids), self._text.decode
         with session.waiting():
             try:
                 response = await session.sampling.generate(prompt_ids, max_tokens)
-                require_whole(response)
+                require_finished(response)
             except EngineError as error:
-                raise Refused(
+                raise RequestError(
                     "no engine could sample this turn", status=503, kind="api_error"
                 ) from error
-            response, text, stop_string = cut_at_stop(response, num_prompt, request.stop, decode)
+            response, text, stop_string = truncate_at_stop(
+                response, num_prompt, request.stop, decode
+            )
             if (kept := session.claim(len(response.token_ids))) < len(response.token_ids):
-                response = first_tokens(response, num_prompt, kept, "length")
+                response = truncate_response(response, num_prompt, kept, "length")
                 text, stop_string = decode(response.token_ids), None
             message = await self._reader.read(
                 text, response.token_ids, prompt_ids, request.tools, request.max_calls
             )
         model = request.model or MODEL
         reply = TurnReply(model, num_prompt, response, message, stop_string)
-        return TakenTurn(prompt, request, reply)
+        return SampledTurn(prompt, request, reply)
 
     def _replace_options(self, session: GatewaySession, request: TurnRequest) -> None:
         """Note, or refuse, sampling options that are not the run's."""
@@ -286,18 +288,20 @@ class Gateway:
                 continue
             if self._sampling_options == "refuse":
                 instead = f"the run samples with {run[name]}" if name in run else "leave it out"
-                raise Refused(f"{value!r} would change the sampling; {instead}", name)
+                raise RequestError(f"{value!r} would change the sampling; {instead}", name)
             session.notes[f"{name}={value}"[:80]] += 1
 
     def _next_prompt(self, session: GatewaySession, request: TurnRequest) -> NextPrompt:
         if request.token_ids is not None:
             if (most := max(request.token_ids)) >= (size := self._continuation.vocabulary_size):
-                raise Refused(f"token {most} is not one of the vocabulary's {size}", "token_ids")
+                raise RequestError(
+                    f"token {most} is not one of the vocabulary's {size}", "token_ids"
+                )
             return continue_tokens(session.tree, request.token_ids)
         try:
             return self._continuation.next_prompt(session.tree, request.messages, request.tools)
-        except Unrenderable as error:
-            raise Refused(str(error), "messages") from None
+        except RenderError as error:
+            raise RequestError(str(error), "messages") from None
 
     async def _count_tokens(
         self, wire: WireFormat, session: GatewaySession, http: web.Request
@@ -319,13 +323,15 @@ class Gateway:
     async def _unknown(
         self, wire: WireFormat, session: GatewaySession, http: web.Request
     ) -> web.StreamResponse:
-        raise Refused(f"there is no {http.method} {http.path}", status=404, kind="not_found_error")
+        raise RequestError(
+            f"there is no {http.method} {http.path}", status=404, kind="not_found_error"
+        )
 
 
 async def _stream(
     wire: WireFormat,
     session: GatewaySession,
-    task: asyncio.Task[TakenTurn],
+    task: asyncio.Task[SampledTurn],
     request: TurnRequest,
     http: web.Request,
 ) -> web.StreamResponse:
@@ -339,7 +345,7 @@ async def _stream(
     try:
         for event in wire.events(session.add(task.result()), request):
             await stream.write(event)
-    except Refused as refused:
+    except RequestError as refused:
         await stream.write(wire.error_event(refused))
     await stream.write_eof()
     return stream
@@ -349,13 +355,13 @@ async def _body(http: web.Request, session: GatewaySession) -> bytes:
     """Return a request's body.
 
     Raises:
-        Refused: it is not encoded as its headers name it, or is so long that no engine could take
-            it.
+        RequestError: it is not encoded as its headers name it, or is so long that no engine could
+            take it.
     """
     try:
         body = await http.read()
     except (PayloadEncodingError, web.RequestPayloadError) as error:
-        raise Refused(f"the body cannot be read: {error}") from None
+        raise RequestError(f"the body cannot be read: {error}") from None
     if len(body) > BYTES_PER_TOKEN * session.sampling.max_model_len + MAX_OTHER_BYTES:
         raise session.out_of_tokens(
             f"a body of {len(body):,} bytes leaves no room for an answer: the engines take "
@@ -368,7 +374,7 @@ def _parsed(body: bytes) -> Body:
     try:
         return Body(msgspec.json.decode(body))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Refused(f"the body is not JSON: {error}") from None
+        raise RequestError(f"the body is not JSON: {error}") from None
 
 
 def _json(value: Mapping[str, Any], status: int = 200) -> web.Response:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megatron_r1.agents.continuation import NextPrompt
-from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engines.server.episodes import Generate
 from megatron_r1.engines.server.responses import EngineError
@@ -19,7 +19,12 @@ from megatron_r1.engines.server.responses import EngineError
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """Limits of one episode: sampled turns and tokens, and turns that are sampled at once."""
+    """Limits of one episode.
+
+    Attributes:
+        max_turns: sampled turns.
+        max_tokens: sampled tokens of all turns.
+        max_parallel: turns that are sampled at once."""
 
     max_turns: int
     max_tokens: int
@@ -43,10 +48,13 @@ class TurnSampling:
 
 
 @dataclass
-class TakenTurn:
+class SampledTurn:
     """A sampled turn and its request.
 
     Attributes:
+        prompt: what its tokens follow in the tree.
+        request: what the client asked for.
+        reply: what the client gets.
         is_added: whether it is in the session's tree."""
 
     prompt: NextPrompt
@@ -60,9 +68,16 @@ class GatewaySession:
     """One episode behind the gateway.
 
     Attributes:
+        limits: the most turns and tokens of the episode.
+        sampling: how its turns are sampled.
+        secret: the key that the client sends.
+        tree: the tokens of the turns that were delivered.
         status: how the episode has ended, by a limit or a failure that the policy did not cause;
             None until then.
+        reason: why the episode has ended.
         notes: how often each sampling option was replaced, and each request refused.
+        num_turns: turns in the tree.
+        num_tokens: sampled tokens in the tree.
         num_claimed: tokens that engines have sampled, including those of turns that are not in the
             tree yet.
         stored: conversations by the id of their last reply, for `previous_response_id`.
@@ -70,6 +85,7 @@ class GatewaySession:
             the client repeats the request, it gets the same turn, and no second one is sampled.
         failures: failures of the engines to sample a turn, by a hash of its request. A repetition
             that succeeds removes its failure.
+        running: the tasks that sample a turn now.
         last_text: the text of the newest answer."""
 
     limits: SessionLimits
@@ -83,9 +99,9 @@ class GatewaySession:
     num_tokens: int = 0
     num_claimed: int = 0
     stored: dict[str, list[Message]] = field(default_factory=dict)
-    undelivered: dict[bytes, asyncio.Task[TakenTurn]] = field(default_factory=dict)
+    undelivered: dict[bytes, asyncio.Task[SampledTurn]] = field(default_factory=dict)
     failures: dict[bytes, str] = field(default_factory=dict)
-    running: set[asyncio.Task[TakenTurn]] = field(default_factory=set)
+    running: set[asyncio.Task[SampledTurn]] = field(default_factory=set)
     last_text: str = ""
     _engine_seconds: float = 0.0
     _num_waiting: int = 0
@@ -111,7 +127,7 @@ class GatewaySession:
                 self._engine_seconds += time.monotonic() - self._waiting_since
 
     @property
-    def is_cut(self) -> bool:
+    def is_out_of_tokens(self) -> bool:
         """Whether the episode's tokens are all used up."""
         return self.num_tokens >= self.limits.max_tokens
 
@@ -128,16 +144,16 @@ class GatewaySession:
         """Return the most tokens that a turn may sample.
 
         Raises:
-            Refused: a limit is reached.
+            RequestError: a limit is reached.
         """
         if self.num_turns >= self.limits.max_turns:
             reason = f"the episode has had its {self.limits.max_turns} turns"
             self.end("max_turns", reason)
-            raise Refused(reason, code="max_turns")
+            raise RequestError(reason, code="max_turns")
         # Turns in flight may yet fail, so they do not end the episode.
         most = min(self.limits.max_parallel, self.limits.max_turns - self.num_turns)
         if len(self.running) >= most:
-            raise Refused(
+            raise RequestError(
                 f"{len(self.running)} turns of this session are being sampled; it may have {most}",
                 status=429,
                 kind="rate_limit_error",
@@ -161,7 +177,7 @@ class GatewaySession:
         started, one without a maximum would block all others; so the last to finish is cut.
 
         Raises:
-            Refused: no tokens were left.
+            RequestError: no tokens were left.
         """
         kept = min(num_tokens, self.limits.max_tokens - self.num_claimed)
         if num_tokens and kept < 1:
@@ -172,22 +188,22 @@ class GatewaySession:
         self.num_claimed += kept
         return kept
 
-    def out_of_tokens(self, reason: str) -> Refused:
+    def out_of_tokens(self, reason: str) -> RequestError:
         """End the episode as max_tokens; return the refusal."""
         self.end("max_tokens", reason)
-        return Refused(reason, code="context_length_exceeded")
+        return RequestError(reason, code="context_length_exceeded")
 
-    def add(self, taken: TakenTurn) -> TurnReply:
+    def add(self, sampled: SampledTurn) -> TurnReply:
         """Add a turn to the tree, once, and return its reply. Call it when the reply is sent: a
         turn that reached no client is not trained."""
-        if taken.is_added:
-            return taken.reply
-        taken.is_added = True
-        prompt, request, reply = taken.prompt, taken.request, taken.reply
+        if sampled.is_added:
+            return sampled.reply
+        sampled.is_added = True
+        prompt, request, reply = sampled.prompt, sampled.request, sampled.reply
         parent = prompt.parent
         if prompt.token_ids or parent is None:
             tools = request.tools if parent is None else ()
-            parent = self.tree.add_given(parent, prompt.token_ids, prompt.messages, tools)
+            parent = self.tree.add_prompt(parent, prompt.token_ids, prompt.messages, tools)
         self.tree.add_sampled(parent, reply.response, reply.message)
         self.num_turns += 1
         self.num_tokens += reply.num_tokens
@@ -196,7 +212,7 @@ class GatewaySession:
             self.stored[f"resp_{reply.id}"] = [*request.stored, reply.message]
         return reply
 
-    def finished(self, key: bytes, task: asyncio.Task[TakenTurn]) -> None:
+    def on_turn_done(self, key: bytes, task: asyncio.Task[SampledTurn]) -> None:
         """Count a turn's task off.
 
         Args:

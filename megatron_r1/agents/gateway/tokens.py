@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megatron_r1.agents.gateway import chat
-from megatron_r1.agents.gateway.request import SAMPLING, Body, Refused, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.request import SAMPLING, Body, RequestError, TurnReply, TurnRequest
 
 NEUTRAL = SAMPLING | {"stop_token_ids": None, "min_tokens": 0, "ignore_eos": None}
-WITHOUT_EFFECT = (
+IGNORED = (
     *("skip_special_tokens", "spaces_between_special_tokens", "routed_experts_prompt_start"),
     *("detokenize", "include_stop_str_in_output", "output_kind"),
 )
@@ -26,15 +26,15 @@ def read(body: Body, stored: object) -> TurnRequest:
         stored: not used here.
 
     Raises:
-        Refused: for a body that cannot be served."""
+        RequestError: for a body that cannot be served."""
     model = body.take("model", str, "")
     body.ignore("request_id", "cache_salt", "priority", "return_token_ids")
     token_ids = body.take("token_ids", list)
     if not token_ids or not all(type(t) is int and 0 <= t < 2**31 for t in token_ids):
-        raise Refused("must be a list of at least one token id", "token_ids")
+        raise RequestError("must be a list of at least one token id", "token_ids")
     body.take_fixed(stream=False, output_mode="tokens")
     sampling = Body(body.take("sampling_params", dict, {}), "sampling_params")
-    sampling.ignore(*WITHOUT_EFFECT)
+    sampling.ignore(*IGNORED)
     sampling.take_choice("logprobs", (0, 1), 0)  # the sampled token's own is sent
     sampling.take_fixed(n=1, prompt_logprobs=0)
     request = TurnRequest(

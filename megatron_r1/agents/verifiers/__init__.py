@@ -27,7 +27,7 @@ LINE_BYTES = 2**28
 
 
 class VerifiersHarness:
-    """Runs an episode per call; a `harness.Run`."""
+    """Runs an episode per call; a `harness.AgentFunction`."""
 
     def __init__(self, settings: VerifiersConfig, tokenizer: str) -> None:
         """Prepare the harness.

@@ -30,7 +30,7 @@ __all__ = [
     "fsync",
     "make_folder",
     "narrow_readers",
-    "spread_blocks",
+    "sample_blocks",
 ]
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -66,7 +66,7 @@ def narrow_readers(folder: Path) -> None:
 BLOCK_BYTES = 65_536
 
 
-def spread_blocks(path: Path, num_blocks: int) -> Iterator[bytes]:
+def sample_blocks(path: Path, num_blocks: int) -> Iterator[bytes]:
     """Yield blocks of a file at equal distances, from its first to its last bytes. Of a file
     smaller than a block each one is the whole content.
 

@@ -31,7 +31,10 @@ def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     is_new = not path.exists()
     if not is_new:
         _cut_torn_line(path)
-    lines = [json.dumps(strict(record), ensure_ascii=False, allow_nan=False) for record in records]
+    lines = [
+        json.dumps(to_strict_json(record), ensure_ascii=False, allow_nan=False)
+        for record in records
+    ]
     # A lone surrogate (half an emoji from a byte-level tokenizer) has no UTF-8 form.
     payload = ("\n".join(lines) + "\n").encode("utf-8", errors="replace")
     with open(path, "ab") as file:
@@ -51,11 +54,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with open(path, "rb") as file:
-        for number, (_, line) in enumerate(whole_lines(file), start=1):
+        for number, (_, line) in enumerate(complete_lines(file), start=1):
             yield _parse(path, number, line)
 
 
-def whole_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def complete_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Yield (byte offset, line) of every line of an open file, except a torn last one."""
     offset = 0
     for line in file:
@@ -70,7 +73,7 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
     return atomic_write(path, text)
 
 
-def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
+def filter_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     """Drop every record for which `keep` is false and any torn last line; return how many lines
     were dropped.
 
@@ -94,7 +97,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     return len(lines) - len(kept)
 
 
-def strict(record: Mapping[str, Any]) -> dict[str, Any]:
+def to_strict_json(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy that strict JSON can hold: NaN and infinities become null and are named.
 
     `{"kl": nan}` becomes `{"kl": null, "nonfinite": {"kl": "nan"}}`: any JSON reader accepts the

@@ -67,7 +67,7 @@ def _check_levels(content: Any) -> None:
     raise RecursionError
 
 
-def require_own_files(folder: Path, key: str) -> None:
+def require_files_inside(folder: Path, key: str) -> None:
     """Raise UserError for a file of a model folder, of those that anything reads, that lies
     elsewhere (`require_inside`)."""
     for path in sorted(folder.iterdir()):

@@ -24,7 +24,12 @@ _LARGEST_HEADER = 100_000_000  # the library's own limit
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: its safetensors dtype, its shape, the offset of its first byte."""
+    """One tensor of a file.
+
+    Attributes:
+        dtype: as safetensors names it.
+        shape: the shape.
+        offset: the place of its first byte in the file."""
 
     dtype: str
     shape: tuple[int, ...]

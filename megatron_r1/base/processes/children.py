@@ -26,7 +26,12 @@ __all__ = ["PARENT", "die_with_parent", "end_without_parent", "prctl"]
 def start(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start `command` with its output appended to `log`; see `popen_options`."""
+    """Start `command` with its output appended to `log`; see `popen_options`.
+
+    Args:
+        command: program and arguments.
+        log: the file.
+        environment: variables over those of this process; None: none."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         return subprocess.Popen(
@@ -53,7 +58,7 @@ def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 class Stoppable(Child, Protocol):
-    """A child process of `subprocess` or of `preloaded`."""
+    """A child process of `subprocess` or of `fork_client`."""
 
     def poll(self) -> int | None: ...
 

@@ -2,7 +2,7 @@
 
     python -m megatron_r1.base.processes.fork_server MODULE CHANNEL
 
-`preloaded` is the other side. CHANNEL is a Unix socket: an inherited descriptor over which the
+`fork_client` is the other side. CHANNEL is a Unix socket: an inherited descriptor over which the
 parent passes connections, or a path at which processes connect while standard input is open. Each
 connection starts one process. Its request comes with the descriptor of the log; the replies are the
 process id, and the status once the process has ended. The ended process stays a zombie until the
@@ -41,6 +41,7 @@ class Request(NamedTuple):
     """A request to run a module in a forked process.
 
     Attributes:
+        environment: its environment variables.
         arguments: the module's arguments.
         folder: the working directory.
         umask: the umask of the process that asks, so that its choice of who may read its files
@@ -284,7 +285,7 @@ def main() -> None:
     module = importlib.import_module(name)
     with without_garbage_collection():
         module.preload()
-    timeline.reached(f"fork server of {name}/imports made")
+    timeline.mark(f"fork server of {name}/imports made")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     children.die_with_parent(0)  # from now on `ForkServer` sees that end
     arguments = server.wait_for_request(module.READ_LATE)

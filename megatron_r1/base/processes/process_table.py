@@ -28,7 +28,7 @@ def descendants(pid: int) -> list[int]:
         return []
 
 
-def state(pid: int) -> str | None:
+def process_state(pid: int) -> str | None:
     """Return a process's state in psutil's words ("running", "stopped", "disk-sleep", …), or None
     if it has ended."""
     try:

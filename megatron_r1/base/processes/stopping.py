@@ -21,6 +21,8 @@ class StopRequest:
     second signal ends the run at once.
 
     Attributes:
+        is_signalled: whether a signal has come.
+        file: the file `stop`; None: it is not watched.
         notify: gets a line when the first signal arrives."""
 
     is_signalled: bool = False
@@ -51,7 +53,7 @@ class StopRequest:
         """Also count the file `stop` in `folder` as a request."""
         self.file = folder / FILE
 
-    async def before(self, work: Awaitable[Any]) -> bool:
+    async def completes(self, work: Awaitable[Any]) -> bool:
         """Await `work` and return True, or cancel it and return False when a stop is requested
         first.
 
@@ -70,7 +72,7 @@ class StopRequest:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def done(self) -> None:
+    def clear(self) -> None:
         """Remove the file, after which the same command continues the run."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)

@@ -91,7 +91,7 @@ def begin_step(number: int) -> None:
         writer.add(f"{STEP}/{number}", now, now)
 
 
-def reached(name: str) -> None:
+def mark(name: str) -> None:
     """Record that this process has come to a point of its start or end, which is "ROLE/POINT", and
     the processor time that it took until then."""
     if writer := _writer():

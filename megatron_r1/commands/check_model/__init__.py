@@ -18,6 +18,7 @@ class ReferenceResult(msgspec.Struct):
     """The result of `commands.check_model.reference`.
 
     Attributes:
+        num_tensors: the number of tensors in the folder.
         num_tokens: number of tokens of the tokenizer; None: the folder has no tokenizer.
         template: whether the tokenizer has a chat template.
         sequences: token ids.
@@ -61,10 +62,13 @@ class NotCompared(msgspec.Struct, frozen=True):
         return f"{'FAILED' if self.is_failure else 'NOT RUN'}: {self.reason}"
 
 
-class Findings(msgspec.Struct, omit_defaults=True):
+class ModelCheckResult(msgspec.Struct, omit_defaults=True):
     """The result of a check, as `--json` writes it.
 
     Attributes:
+        folder: the folder that was checked.
+        architecture: the class that config.json names.
+        dtype: the dtype of the comparison.
         parameters: their number.
         memory_bytes: what RL takes for weights, gradients, optimizer, reference and engine, in
             fp32.
@@ -80,8 +84,7 @@ class Findings(msgspec.Struct, omit_defaults=True):
         agree: whether the exit status is 0.
         end_tokens: those that end a response.
         problem: why not; left out where it is.
-        as_read: sentences on what config.json does not say.
-    """
+        as_read: sentences on what config.json does not say."""
 
     folder: str
     architecture: str
@@ -99,4 +102,4 @@ class Findings(msgspec.Struct, omit_defaults=True):
     agree: bool
     end_tokens: str = ""
     problem: str | None = None
-    as_read: list[str] = []
+    config_changes: list[str] = []

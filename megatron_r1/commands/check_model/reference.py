@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands.check_model import ReferenceResult, Refusal
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.models.by_transformers import load_by_transformers, write_plain
+from megatron_r1.models.by_transformers import load_by_transformers, write_dequantized
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.stored.hf_folder import HFWeights
 
@@ -51,7 +51,7 @@ def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> ReferenceResu
         weights.check_repeated()
         num_tensors = len(weights.tensors)
         if hf.get("quantization_config"):
-            write_plain(weights, plain)
+            write_dequantized(weights, plain)
     tokenizer = _tokenizer(folder, hf["vocab_size"])
     # Texts reach tokens that are usual, random ids all others.
     draw = random.Random(0)

@@ -26,21 +26,21 @@ from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.base.processes.diagnosis import file_excerpt
-from megatron_r1.commands.check_model import Findings, NotCompared, ReferenceResult, Refusal
+from megatron_r1.commands.check_model import ModelCheckResult, NotCompared, ReferenceResult, Refusal
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.from_recipe import engine_settings, positions
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
-    check_experts_here,
+    check_local_experts,
 )
 from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.settings import engine_settings, max_positions
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import require_weights
-from megatron_r1.models.hf_config import as_read, load_config, read_hf_config
+from megatron_r1.models.hf_config import describe_config_changes, load_config, read_hf_config
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 from megatron_r1.models.supported import check_divisions, check_supported
 from megatron_r1.models.weights.layout import num_parameters, recipe_stages
@@ -53,14 +53,18 @@ MAX_LENGTH = 256
 shorter."""
 
 
-async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path) -> float:
+async def compare_with_megatron(config: Config, reference: ReferenceResult, scratch: Path) -> float:
     """Return the largest difference of the trainer's log-probabilities, in the layout of
     `config.parallel`.
 
+    Args:
+        config: the recipe of the check.
+        reference: what transformers has computed.
+        scratch: a folder for the run's files.
+
     Raises:
         UserError: an impossible layout.
-        TrainerError: a rank fails.
-    """
+        TrainerError: a rank fails."""
     samples = [
         Sample.pack(ids[:1], ids[1:], logprobs)
         for ids, logprobs in zip(reference.sequences, reference.logprobs, strict=True)
@@ -74,7 +78,7 @@ async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path)
         await trainer.close()
 
 
-async def by_vllm(
+async def compare_with_vllm(
     folder: Path, config: Config, reference: ReferenceResult, scratch: Path
 ) -> float | NotCompared:
     """Compare an engine's log-probabilities, started on the weights in `folder`, with the
@@ -92,12 +96,12 @@ async def by_vllm(
         return NotCompared("vllm is not installed in this environment", is_failure=False)
     try:
         check_engines(config, load_config(folder))
-        check_experts_here(config.rollout)
+        check_local_experts(config.rollout)
         check_cpu_kernels(config.rollout, load_config(folder))
         check_arguments(config.rollout, "rollout")
     except UserError as error:
         return NotCompared(str(error))
-    length = min(MAX_LENGTH, positions(folder))
+    length = min(MAX_LENGTH, max_positions(folder))
     settings = engine_settings(config.rollout) | {"max_model_len": length, "max_num_seqs": 16}
     async with contextlib.AsyncExitStack() as stack:
         fleet = await stack.enter_async_context(RolloutFleet(1, scratch, **settings))
@@ -125,23 +129,27 @@ def _training_bytes(dtype: str = "float32") -> int:
     """Return bytes of RL per parameter: weights, gradients, optimizer, reference and engine, but no
     activations, KV caches and processes (`controller.cpu_memory` counts them)."""
     each = parameter_bytes(dtype)
-    return each.whole + each.value + round(engine_bytes(1, dtype))
+    return each.total + each.value + round(engine_bytes(1, dtype))
 
 
 def _check_bytes(dtype: str) -> int:
     """Return bytes of this check per parameter at its peak: the trainer, with its optimizer, and
     the weights that it reads."""
     each = parameter_bytes(dtype)
-    return each.whole + each.value
+    return each.total + each.value
 
 
 def run(config: Config, folder: str, json: str | None = None) -> None:
     """Check the folder and print the findings.
 
+    Args:
+        config: the settings given on the command line.
+        folder: the Hugging Face folder.
+        json: the file to write the result to, if any.
+
     Raises:
         UserError: the model is not supported.
-        RunError: the implementations disagree, or too little memory is free to compare them.
-    """
+        RunError: the implementations disagree, or too little memory is free to compare them."""
     try:
         found = _check(config, folder)
     except (UserError, RunError) as error:
@@ -153,13 +161,13 @@ def run(config: Config, folder: str, json: str | None = None) -> None:
         raise RunError(f"{folder}: {found.problem}")
 
 
-def _write(path: str | None, found: Findings | dict) -> None:
+def _write(path: str | None, found: ModelCheckResult | dict) -> None:
     """Write what was found as JSON, if asked to: also a failure, so that no older file stays."""
     if path is not None:
         atomic_write(path, msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
 
 
-def _check(config: Config, folder: str) -> Findings:
+def _check(config: Config, folder: str) -> ModelCheckResult:
     """Compare the folder's model in transformers, Megatron and vLLM, and return the findings.
 
     Raises:
@@ -184,15 +192,15 @@ def _check(config: Config, folder: str) -> Findings:
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "plain"
         reference = _reference(config, plain, Path(scratch))
-        megatron = asyncio.run(by_megatron(config, reference, Path(scratch)))
+        megatron = asyncio.run(compare_with_megatron(config, reference, Path(scratch)))
         source = plain if plain.exists() else Path(folder)
-        vllm = asyncio.run(by_vllm(source, config, reference, Path(scratch)))
+        vllm = asyncio.run(compare_with_vllm(source, config, reference, Path(scratch)))
     problem = _problem(megatron, vllm, reference.tolerance)
-    return Findings(
+    return ModelCheckResult(
         folder=folder,
         architecture=hf["architectures"][0],
         dtype=config.model.dtype,
-        as_read=as_read(folder, "HF_FOLDER"),
+        config_changes=describe_config_changes(folder, "HF_FOLDER"),
         parameters=parameters,
         memory_bytes=parameters * _training_bytes(),
         free_bytes=free,
@@ -256,7 +264,7 @@ def _problem(megatron: float, vllm: float | NotCompared, tolerance: float) -> st
     return None
 
 
-def _text(found: Findings, parallel: ParallelConfig) -> str:
+def _text(found: ModelCheckResult, parallel: ParallelConfig) -> str:
     """Return the findings as lines."""
 
     def difference(value: float | str) -> str:
@@ -277,7 +285,7 @@ def _text(found: Findings, parallel: ParallelConfig) -> str:
     memory, free = found.memory_bytes / 1e9, found.free_bytes / 1e9
     rows = {
         "model": f"{found.architecture}: supported; {found.parameters:,} parameters",
-        **({"config": "; ".join(found.as_read)} if found.as_read else {}),
+        **({"config": "; ".join(found.config_changes)} if found.config_changes else {}),
         "weights": f"{found.tensors:,} tensors, each read once",
         "memory": f"RL in float32 takes about {memory:,.1f} GB for weights; {free:,.1f} free here",
         "tokenizer": tokens,

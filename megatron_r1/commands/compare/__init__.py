@@ -1,100 +1,251 @@
-"""`megatron-r1 compare`: where two runs part that should be equal, and what it finds: a difference,
-its size, and whether it is more than rounding. `records` compares what a step wrote down,
-`tensors` two checkpoints, and `verb` chooses the steps to look at and prints the answer
-([compare](docs/compare.md)).
+"""Finds where two runs part: `megatron-r1 compare RUN OTHER_RUN [--json FILE]`.
 
-**Equal to rounding.** Sums in another order differ by rounding: relatively by the unit roundoff of
-their dtype (2^-24 in float32, 2^-8 in bfloat16) times the root of the number of terms, and more
-where terms cancel, as in gradients. The distance of two tensors is |a - b| / |a| in the Euclidean
-norm, that of two numbers |a - b| / max(|a|, |b|), that of two log-probabilities |a - b|. Up to
-`ROUNDING` it counts as rounding: 1,024 and 16 unit roundoffs, a choice for which docs/compare.md
-has measurements. Texts, integers and missing values are never equal to rounding."""
+The verb compares settings, every step's metrics and sample log, and checkpoints, whose first pair
+that differs it finds by bisection. Two runs of one recipe can be equal bit for bit; in another
+layout, version, machine or dtype up to rounding. The answer is the first step, phase, rank and
+tensor that part, with the distance; where no log or checkpoint covers a step, the interval. To keep
+both of every step: `--rl.keep_sample_log true --checkpoint.keep_every 1`. Neither folder is
+changed. Exit status 0: nothing differs by more than rounding; 1: something does."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-PHASES = (
-    *("questions", "responses", "engine log-probabilities", "rewards", "training"),
-    *("gradient", "update", "weights", "reference", "random streams"),
+from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.commands.compare.records import (
+    ROUNDING,
+    RunDifference,
+    compare_groups,
+    compare_metrics,
+    read_groups,
 )
-"""The parts of a step that a difference can begin in, in their order."""
+from megatron_r1.commands.compare.tensors import compare_checkpoints
+from megatron_r1.config import RESUMABLE, Config
+from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
+from megatron_r1.controller.rollouts.sample_log import step_log_path
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.reporting.wording import format_count
+from megatron_r1.trainer.checkpoints.checkpoint_folders import (
+    checkpoint_path,
+    checkpoint_step,
+    complete_checkpoints,
+)
 
-ROUNDING = {"float32": 2.0**-14, "bfloat16": 2.0**-4}
-"""The largest distance that is rounding, by the dtype that a run computes in."""
+ARGUMENTS = ("RUN", "OTHER_RUN")
+SETTINGS = ()
+OPTIONS = {"json": "FILE"}
+
+MAX_SHOWN = 5
+"""As many differences of one step are printed; --json has all."""
+IGNORED_SETTINGS = (
+    *(key for key in RESUMABLE if key.startswith("run.")),
+    *("checkpoint", "rl.sample_log", "rl.keep_sample_log", "eval"),
+)
+"""Settings that change nothing of what is compared."""
 
 
 @dataclass(frozen=True)
-class RunDifference:
-    """A difference between two runs.
+class Comparison:
+    """What two runs have in common, and where they part.
 
     Attributes:
-        step: the training step.
-        phase: one of `PHASES`.
-        name: what differs: a metric, a tensor, or a response and its token.
-        values: the two values, as text.
-        distance: the relative distance; infinite where it has no meaning.
-        is_rounding: whether the two are equal to rounding.
-        place: where in a tensor: the first index that differs, and how many numbers do.
-        ranks: the ranks that wrote the differing part of a tensor, in the first run and in the
-            second; empty where no rank did."""
+        settings: a line per setting that differs.
+        steps: how many steps both have finished.
+        logs: how many of them both have a sample log of.
+        checkpoints: the steps that both have a checkpoint of.
+        differences: every difference that was found, in the order of steps and phases. Of
+            checkpoints it has those of the first pair that differs, and of the first that differs
+            by more than rounding."""
 
-    step: int
-    phase: str
-    name: str
-    values: tuple[str, str]
-    distance: float
-    is_rounding: bool = False
-    place: str = ""
-    ranks: tuple[Sequence[int], Sequence[int]] = ((), ())
+    settings: list[str]
+    steps: int
+    logs: int
+    checkpoints: list[int]
+    differences: list[RunDifference]
 
     @property
-    def order(self) -> tuple[int, int, bool, float]:
-        """The key that sorts by the time at which a difference can begin; in a phase tensors come
-        before the metrics of them, and the largest first."""
-        return self.step, PHASES.index(self.phase), not self.place, -self.distance
+    def first(self) -> RunDifference | None:
+        """The first difference of any bit."""
+        return next(iter(self.differences), None)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the fields; a distance without meaning is null."""
-        distance = self.distance if math.isfinite(self.distance) else None
-        return asdict(self) | {"distance": distance}
-
-    def __str__(self) -> str:
-        parts = [f"step {self.step}, {self.phase}: {self.name}"]
-        if self.place:
-            parts.append(self.place)
-        parts.append(f"{self.values[0]} and {self.values[1]}")
-        if math.isfinite(self.distance):
-            kind = ", rounding" if self.is_rounding else ""
-            parts.append(f"distance {self.distance:.2g}{kind}")
-        first, second = self.ranks
-        if first:
-            same = list(first) == list(second)
-            parts.append(
-                f"written by {_ranks(first)}"
-                + ("" if same else f" of the first run, {_ranks(second)} of the second")
-            )
-        return "; ".join(parts)
+    @property
+    def first_beyond_rounding(self) -> RunDifference | None:
+        """The first difference that is more than rounding."""
+        return next((each for each in self.differences if not each.is_rounding), None)
 
 
-def relative(first: float, second: float) -> float:
-    """Return |a - b| / max(|a|, |b|); infinite where only one of them is finite."""
-    if first == second or (math.isnan(first) and math.isnan(second)):
-        return 0.0
-    if not (math.isfinite(first) and math.isfinite(second)):
-        return math.inf
-    return abs(first - second) / max(abs(first), abs(second))
-
-
-def is_rounding(distance: float, dtype: str) -> bool:
-    """Return whether a relative distance is rounding in the dtype that the runs compute in.
+def run(config: Config, first: str, second: str, json: str | None = None) -> None:
+    """Compare two runs and print where they part.
 
     Args:
-        distance: as `RunDifference.distance`.
-        dtype: "float32" or "bfloat16"."""
-    return distance <= ROUNDING[dtype]
+        config: no setting of it is read.
+        first: the folder of one run.
+        second: the folder of the other.
+        json: a file for the answer.
+
+    Raises:
+        UserError: a folder without a run, or two without a step in common.
+        RunError: the runs differ by more than rounding."""
+    found = compare(Path(first), Path(second))
+    if json is not None:
+        atomic_write(Path(json), _as_json(found))
+    print("\n".join(_lines(found)))
+    if apart := found.first_beyond_rounding:
+        raise RunError(f"{first} and {second} differ at step {apart.step} by more than rounding")
 
 
-def _ranks(numbers: Sequence[int]) -> str:
-    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))
+def compare(first: Path, second: Path) -> Comparison:
+    """Return where two runs part.
+
+    Args:
+        first: the folder of one run.
+        second: the folder of the other.
+
+    Raises:
+        UserError: as `run`."""
+    folders = [RunFolder(path) for path in (first, second)]
+    settings = [flatten(_settings(folder)) for folder in folders]
+    lines = [{line["step"]: line for line in folder.read_metrics()} for folder in folders]
+    shared = sorted(lines[0].keys() & lines[1].keys())
+    if not shared:
+        raise UserError(
+            f"{first} and {second} have no finished step in common, so nothing can be compared",
+            key="OTHER_RUN",
+            cause=Cause.EMPTY,
+        )
+    # The coarser of the two bounds what can be expected.
+    dtype = max((each["model.dtype"] for each in settings), key=ROUNDING.__getitem__)
+    differences: list[RunDifference] = []
+    num_logs = 0
+    # All steps: where engines' log-probabilities alone differ, weights never need to.
+    for step in shared:
+        groups = [read_groups(step_log_path(folder.sample_log, step)) for folder in folders]
+        if groups[0] is not None and groups[1] is not None:
+            differences += compare_groups(step, groups[0], groups[1], dtype)
+            num_logs += 1
+        differences += compare_metrics(step, lines[0][step], lines[1][step], dtype)
+    pairs = _pairs(*(folder.checkpoints for folder in folders))
+    changed = [key for key in changed_keys(*settings) if not is_within(key, IGNORED_SETTINGS)]
+    same_layout = not any(is_within(key, ("parallel",)) for key in changed)
+    differences += _differences_of_checkpoints(pairs, dtype, same_layout)
+    return Comparison(
+        [
+            f"{key}: {value_text(settings[0], key)} and {value_text(settings[1], key)}"
+            for key in changed
+        ],
+        len(shared),
+        num_logs,
+        [step for step, *_ in pairs],
+        sorted(differences, key=lambda each: each.order),
+    )
+
+
+def _settings(folder: RunFolder) -> dict[str, Any]:
+    """Return the settings that a run began with, from its config.yaml.
+
+    Raises:
+        UserError: a folder without a run.
+    """
+    settings = folder.read_config()
+    if not settings:
+        raise UserError(
+            f"{folder.path}: no config.yaml is here; give the folder of a run",
+            key="RUN",
+            cause=Cause.NOT_FOUND,
+        )
+    return settings
+
+
+Pair = tuple[int, Path, Path]
+"""A step, and the checkpoint of either run after it."""
+
+
+def _pairs(first: Path, second: Path) -> list[Pair]:
+    steps = [set(map(checkpoint_step, complete_checkpoints(folder))) for folder in (first, second)]
+    return [
+        (step, checkpoint_path(first, step), checkpoint_path(second, step))
+        for step in sorted(steps[0] & steps[1])
+    ]
+
+
+def _differences_of_checkpoints(
+    pairs: list[Pair], dtype: str, same_layout: bool
+) -> list[RunDifference]:
+    """Return what differs in the first pair that differs, and in the first that differs by more
+    than rounding.
+
+    By bisection: runs that have parted stay apart, and differences of rounding grow."""
+    compared: dict[int, list[RunDifference]] = {}
+
+    def differs(pair: Pair, beyond_rounding: bool) -> bool:
+        step = pair[0]
+        if step not in compared:
+            compared[step] = compare_checkpoints(*pair, dtype, same_layout)
+        return any(not (beyond_rounding and each.is_rounding) for each in compared[step])
+
+    found: dict[int, list[RunDifference]] = {}
+    for beyond_rounding in (False, True):
+        low, high = 0, len(pairs)
+        while low < high:
+            middle = (low + high) // 2
+            if differs(pairs[middle], beyond_rounding):
+                high = middle
+            else:
+                low = middle + 1
+        if low < len(pairs):
+            found[pairs[low][0]] = compared[pairs[low][0]]
+    return [each for differences in found.values() for each in differences]
+
+
+def _lines(found: Comparison) -> Iterable[str]:
+    yield from (f"setting {line}" for line in found.settings)
+    yield (
+        f"compared: metrics of {format_count(found.steps, 'step')}, sample logs of {found.logs}, "
+        f"checkpoints of {len(found.checkpoints)}"
+    )
+    first, apart = found.first, found.first_beyond_rounding
+    if first is None:
+        yield "equal: no bit differs"
+        return
+    yield from _step(found, first, "first difference")
+    if apart is None:
+        yield "equal to rounding: every difference is of that size"
+    elif apart is not first:
+        yield from _step(found, apart, "first difference beyond rounding")
+
+
+def _step(found: Comparison, first: RunDifference, what: str) -> Iterable[str]:
+    """Yield a difference, the others of its step, and where nothing was compared before it."""
+    yield f"{what}: {first}"
+    others = [
+        each
+        for each in found.differences
+        if each.step == first.step and each is not first and each.order > first.order
+    ]
+    yield from (f"  {each}" for each in others[:MAX_SHOWN])
+    if len(others) > MAX_SHOWN:
+        yield f"  and {len(others) - MAX_SHOWN} more"
+    if first.step not in found.checkpoints:
+        later = [step for step in found.checkpoints if step > first.step]
+        until = f"that of step {later[0]} is the next" if later else "none is later"
+        yield f"  both kept no checkpoint of step {first.step}, so no tensor is named: {until}"
+    equal = max((step for step in found.checkpoints if step < first.step), default=0)
+    if equal < first.step - 1:
+        yield f"  its cause may be of any step from {equal + 1} on: no checkpoint lies between"
+
+
+def _as_json(found: Comparison) -> str:
+    first, apart = found.first, found.first_beyond_rounding
+    content = {
+        "settings": found.settings,
+        "steps": found.steps,
+        "sample_logs": found.logs,
+        "checkpoints": found.checkpoints,
+        "first": first and first.as_json(),
+        "first_beyond_rounding": apart and apart.as_json(),
+        "differences": [each.as_json() for each in found.differences],
+    }
+    return json.dumps(content, indent=1)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.commands.compare import RunDifference, is_rounding
+from megatron_r1.commands.compare.records import RunDifference, is_rounding
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
-from megatron_r1.trainer.checkpoints.finding import BadManifest, read_manifest
+from megatron_r1.trainer.checkpoints.checkpoint_folders import BadManifest, read_manifest
 
 VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 """Ends of the names of tensors with a row for each token."""
@@ -76,7 +76,7 @@ def _differences(
         if not _are_alike(name, *shapes):
             first, second = ("none" if shape is None else str(shape) for shape in shapes)
             yield RunDifference(step, phase, name, (first, second), math.inf)
-        elif difference := _of_tensor(step, key, a, b, dtype):
+        elif difference := _compare_tensor(step, key, a, b, dtype):
             yield difference
 
 
@@ -116,17 +116,17 @@ def phase_and_name(key: str) -> tuple[str, str]:
     return "weights", key
 
 
-def _of_tensor(
+def _compare_tensor(
     step: int, key: str, a: DistributedCheckpoint, b: DistributedCheckpoint, dtype: str
 ) -> RunDifference | None:
     """Return the difference of one tensor; None where the two are equal bit for bit."""
-    parts: dict[int, _Part] = {}
+    parts: dict[int, _RankPart] = {}
     rows = min(each.shapes[key][0] for each in (a, b)) if a.shapes[key] else 0
     for rank, starts, sizes in _pieces(a.chunks(key), a.dtypes[key].itemsize, rows):
         first, second = a.read(key, starts, sizes), b.read(key, starts, sizes)
-        part = parts.setdefault(rank, _Part())
+        part = parts.setdefault(rank, _RankPart())
         part.squares += float(first.double().square().sum())
-        differing = _differing(first, second)
+        differing = _differing_bits(first, second)
         if not differing.any():
             continue
         local = differing.nonzero()
@@ -143,7 +143,7 @@ def _of_tensor(
     # Where a gradient is clipped, one rank's change reaches all others, smaller.
     largest = max(part.distance for part in apart.values())
     named = {rank: part for rank, part in apart.items() if part.distance >= largest / 2}
-    whole = _Part(
+    whole = _RankPart(
         sum(part.squares for part in parts.values()), sum(part.apart for part in apart.values())
     )
     count = sum(part.count for part in apart.values())
@@ -162,7 +162,7 @@ def _of_tensor(
 
 
 @dataclass
-class _Part:
+class _RankPart:
     """The part of a tensor that one rank wrote.
 
     Attributes:
@@ -209,7 +209,7 @@ def _pieces(chunks: Iterable[Piece], itemsize: int, rows: int) -> Iterator[Piece
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _differing(first: Tensor, second: Tensor) -> Tensor:
+def _differing_bits(first: Tensor, second: Tensor) -> Tensor:
     """Return where two tensors of one dtype differ in any bit, of their shape."""
     bits = _BITS[first.dtype.itemsize]
     return first.contiguous().view(bits) != second.contiguous().view(bits)

@@ -19,7 +19,7 @@ from megatron_r1.commands.convert.sources import (
     is_hf,
     read_config,
     read_supported_config,
-    refuse_inside,
+    require_outside,
 )
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.weights import table
@@ -31,15 +31,15 @@ from megatron_r1.models.weights.stored.dcp import (
     write_metadata,
 )
 from megatron_r1.models.weights.stored.hf_folder import SCALES_FILE, HFWeights
-from megatron_r1.models.weights.stored.hf_writing import carry_files, write_config
+from megatron_r1.models.weights.stored.hf_writing import copy_model_files, write_config
 from megatron_r1.models.weights.stored.megatron_weights import (
     StoredLayout,
     StoredParameter,
     stored_layout,
 )
 from megatron_r1.models.weights.stored.tensor_files import plan_file, write_at
-from megatron_r1.reporting.wording import counted
-from megatron_r1.trainer.checkpoints import finding
+from megatron_r1.reporting.wording import format_count
+from megatron_r1.trainer.checkpoints import checkpoint_folders
 
 CHUNK_BYTES = 32 << 20
 """Largest chunk. A worker holds a few of them; Megatron loads chunks of any size."""
@@ -53,8 +53,10 @@ class PlannedChunk:
     """A chunk to write and the rows of Hugging Face tensors in it.
 
     Attributes:
+        chunk: where the rows are in the parameter.
         shape: the chunk's, without prepended axes.
-        runs: their `local_start` is the chunk's row."""
+        runs: their `local_start` is the chunk's row.
+        num_bytes: its bytes in the dtype that is written."""
 
     chunk: Chunk
     shape: tuple[int, ...]
@@ -67,73 +69,78 @@ class ImportJob:
     """The task of every worker.
 
     Attributes:
-        own_dtypes: dtypes of the tensors that keep theirs, by key."""
+        hf: the Hugging Face folder.
+        folder: the unfinished checkpoint.
+        dtype: the dtype of the other tensors.
+        stored_dtypes: dtypes of the tensors that keep theirs, by key."""
 
     hf: Path
     folder: Path
     dtype: torch.dtype
-    own_dtypes: dict[str, str]
+    stored_dtypes: dict[str, str]
 
     def dtype_of(self, key: str) -> torch.dtype:
         """Return the dtype in which the tensor `key` is stored: its own, or the job's."""
-        return getattr(torch, self.own_dtypes[key]) if key in self.own_dtypes else self.dtype
+        return getattr(torch, self.stored_dtypes[key]) if key in self.stored_dtypes else self.dtype
 
 
 @dataclass(frozen=True)
-class Done:
+class WrittenFile:
     """A finished file: its chunks and its manifest entry."""
 
     chunks: list[WrittenChunk]
-    entry: finding.FileEntry
+    entry: checkpoint_folders.FileEntry
 
 
-DONE = TypeAdapter(Done)
+DONE = TypeAdapter(WrittenFile)
 
 
-def run(chosen: Namespace) -> int:
+def run(args: Namespace) -> int:
     """Convert; OUT appears when it is complete.
 
     Raises:
         UserError: the folder is no supported model, or the disk has too little room.
     """
-    if not is_hf(chosen.hf):
+    if not is_hf(args.hf):
         raise UserError(
-            f"{chosen.hf} has no config.json: give a Hugging Face model folder",
+            f"{args.hf} has no config.json: give a Hugging Face model folder",
             key="hf",
             cause=Cause.NOT_FOUND,
         )
-    refuse_inside(chosen.out, chosen.hf)
-    hf = read_supported_config(chosen.hf)
-    with HFWeights(chosen.hf, hf) as weights:
+    require_outside(args.out, args.hf)
+    hf = read_supported_config(args.hf)
+    with HFWeights(args.hf, hf) as weights:
         # Whether it has the MTP layers that its config.json names.
         first_mtp = f"model.layers.{hf['num_hidden_layers']}."
         with_mtp = any(name.startswith(first_mtp) for name in weights.tensors)
         weights.check(with_mtp)
         weights.check_repeated()
         stored = weights.tensors["model.embed_tokens.weight"][1]
-    dtype = getattr(torch, chosen.dtype or stored)
-    engine = chosen.names == "transformer_engine"
+    dtype = getattr(torch, args.dtype or stored)
+    engine = args.names == "transformer_engine"
     layout = stored_layout(hf, with_mtp=with_mtp, transformer_engine=engine)
     plan = {
-        "source": str(chosen.hf.resolve()),
-        "source's files": fingerprint(chosen.hf),
+        "source": str(args.hf.resolve()),
+        "source's files": fingerprint(args.hf),
         "dtype": str(dtype).removeprefix("torch."),
-        "names": chosen.names,
+        "names": args.names,
     }
-    work = WorkFolder(chosen.out, plan)
-    job = ImportJob(chosen.hf, work.path, dtype, layout.dtypes)
+    work = WorkFolder(args.out, plan)
+    job = ImportJob(args.hf, work.path, dtype, layout.dtypes)
     # torch.save adds up to 2 KiB to every chunk.
     sizes = (prod(s) * job.dtype_of(key).itemsize for key, s in layout.shapes.items())
     work.check_space(sum(sizes) + 2048 * len(layout.slots) + (16 << 20))
-    files = group(p for slot in layout.slots for p in cut(slot, job.dtype_of(slot.key).itemsize))
-    done = work_folder.run_parts(partial(_write_file, job), list(enumerate(files)), chosen.workers)
+    files = group_into_files(
+        p for slot in layout.slots for p in split_rows(slot, job.dtype_of(slot.key).itemsize)
+    )
+    done = work_folder.run_parts(partial(_write_file, job), list(enumerate(files)), args.workers)
     _finish(work, job, layout, done, with_mtp)
-    tensors = counted(len(layout.shapes), "Megatron tensor")
-    print(f"{chosen.out}: {tensors}, {plan['dtype']}, in {counted(len(files), 'file')}")
+    tensors = format_count(len(layout.shapes), "Megatron tensor")
+    print(f"{args.out}: {tensors}, {plan['dtype']}, in {format_count(len(files), 'file')}")
     return 0
 
 
-def cut(slot: StoredParameter, itemsize: int) -> Iterator[PlannedChunk]:
+def split_rows(slot: StoredParameter, itemsize: int) -> Iterator[PlannedChunk]:
     """Yield the parameter in pieces of whole rows, of at most CHUNK_BYTES."""
     row = prod(slot.shape[1:]) * itemsize
     step = max(1, CHUNK_BYTES // row)
@@ -143,11 +150,11 @@ def cut(slot: StoredParameter, itemsize: int) -> Iterator[PlannedChunk]:
         count = min(step, slot.shape[0] - first)
         shape = (count, *slot.shape[1:])
         chunk = Chunk(slot.key, (*slot.index, first, *zeros), (*ones, *shape))
-        runs = tuple(table.rows_of(slot.runs, first, count))
+        runs = tuple(table.pieces_of_rows(slot.runs, first, count))
         yield PlannedChunk(chunk, shape, runs, count * row)
 
 
-def group(pieces: Iterable[PlannedChunk]) -> list[list[PlannedChunk]]:
+def group_into_files(pieces: Iterable[PlannedChunk]) -> list[list[PlannedChunk]]:
     """Group consecutive pieces into files of about FILE_BYTES."""
     files: list[list[PlannedChunk]] = []
     size = FILE_BYTES
@@ -160,7 +167,7 @@ def group(pieces: Iterable[PlannedChunk]) -> list[list[PlannedChunk]]:
     return files
 
 
-def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Done:
+def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> WrittenFile:
     """Write one `.distcp` file atomically, unless it exists; return its contents.
 
     The list of its contents is written before the file gets its name."""
@@ -172,7 +179,7 @@ def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Done:
     unnamed = path.with_name(f".{path.name}.tmp")
     chunks = write_chunks(unnamed, _values(job, pieces))
     chunks = [WrittenChunk(w.chunk, path.name, w.offset, w.length) for w in chunks]
-    done = Done(chunks, finding.file_entry(unnamed))
+    done = WrittenFile(chunks, checkpoint_folders.file_entry(unnamed))
     atomic_write(contents, DONE.dump_json(done).decode())
     unnamed.rename(path)
     return done
@@ -195,7 +202,7 @@ def _source(folder: Path) -> HFWeights:
 
 
 def _finish(
-    work: WorkFolder, job: ImportJob, layout: StoredLayout, done: list[Done], with_mtp: bool
+    work: WorkFolder, job: ImportJob, layout: StoredLayout, done: list[WrittenFile], with_mtp: bool
 ) -> None:
     dtypes = {key: job.dtype_of(key) for key in layout.shapes}
     write_metadata(work.path, layout.shapes, dtypes, [w for d in done for w in d.chunks])
@@ -205,7 +212,7 @@ def _finish(
     def last(folder: Path) -> None:
         for number in range(len(done)):
             _contents(folder, number).unlink(missing_ok=True)
-        finding.write_manifest(folder, hashed)
+        checkpoint_folders.write_manifest(folder, hashed)
 
     work.finish(last)
 
@@ -214,7 +221,7 @@ def _write_hf_files(job: ImportJob, with_mtp: bool) -> None:
     """Write configuration, tokenizer and FP8 scales, which to-hf reads."""
     folder = job.folder / HF_FILES
     folder.mkdir(exist_ok=True)
-    carry_files(job.hf, folder)
+    copy_model_files(job.hf, folder)
     weights = _source(job.hf)
     quantized = [
         name for name, (_, dtype) in weights.tensors.items() if dtype == published.FP8_DTYPE

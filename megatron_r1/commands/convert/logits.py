@@ -22,10 +22,15 @@ def _fixed_tokens(vocabulary: int) -> torch.Tensor:
     return (torch.arange(96).view(2, 48) * 7919 + 13) % vocabulary
 
 
-def by_megatron(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
+def megatron_logits(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
     """Load the checkpoint by Megatron's own code, round its weights to `dtype`, return the logits.
 
-    For FP8, the weights of the Hugging Face folder are read instead."""
+    For FP8, the weights of the Hugging Face folder are read instead.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        folder: the Hugging Face folder that was made of it.
+        dtype: the dtype of the weights in `folder`, or "fp8"."""
     from megatron_r1.models import platform
 
     platform.prepare()
@@ -81,21 +86,21 @@ def _load_checkpoint(model: Any, hf: dict, checkpoint: Path) -> None:
         weights.load_megatron([model], hf, checkpoint)
 
 
-def _by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
+def _transformers_logits(folder: Path, scratch: Path) -> torch.Tensor:
     """Load the folder by transformers and return the logits. FP8 weights are passed as fp32
-    (`write_plain`).
+    (`write_dequantized`).
 
     Args:
         folder: the Hugging Face folder.
         scratch: an empty folder."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from megatron_r1.models.by_transformers import load_by_transformers, write_plain
+    from megatron_r1.models.by_transformers import load_by_transformers, write_dequantized
     from megatron_r1.models.weights.stored.hf_folder import HFWeights
 
     hf = read_hf_config(str(folder), None)
     if "quantization_config" in hf:
         with HFWeights(folder, hf) as weights:
-            write_plain(weights, scratch)
+            write_dequantized(weights, scratch)
         folder = scratch
     scores = has_score_head(hf)
     model = load_by_transformers(folder, hf, torch.float32).float().eval()
@@ -111,10 +116,10 @@ def main(library: str, *arguments: str) -> None:
     *inputs, out = arguments
     if library == "megatron":
         checkpoint, folder, dtype = inputs
-        logits = by_megatron(Path(checkpoint), Path(folder), dtype)
+        logits = megatron_logits(Path(checkpoint), Path(folder), dtype)
     else:
         with tempfile.TemporaryDirectory(dir=Path(out).parent) as scratch:
-            logits = _by_transformers(Path(inputs[0]), Path(scratch))
+            logits = _transformers_logits(Path(inputs[0]), Path(scratch))
     torch.save(logits.clone(), out)
 
 

@@ -17,8 +17,8 @@ from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.table import SCORE
-from megatron_r1.trainer.checkpoints import finding
-from megatron_r1.trainer.checkpoints.finding import Verify
+from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.checkpoints.checkpoint_folders import Verify
 
 Weights = HFWeights | MegatronWeights
 HF_FILES = "huggingface"
@@ -26,10 +26,11 @@ HF_FILES = "huggingface"
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A checkpoint's folder.
 
     Attributes:
+        folder: the folder of the step.
         run: the run's folder if the command named that, else None."""
 
     folder: Path
@@ -41,14 +42,14 @@ def is_hf(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def find_checkpoint(path: Path) -> Found:
+def find_checkpoint(path: Path) -> FoundCheckpoint:
     """Return the checkpoint `path`, or the newest one of the run `path`, whose step is printed.
 
     Raises:
         UserError: the path is neither.
     """
     if (path / "metadata.json").is_file():
-        return Found(path, None)
+        return FoundCheckpoint(path, None)
     if is_hf(path):
         raise UserError(
             f"{path} is a Hugging Face folder; give a Megatron checkpoint",
@@ -63,7 +64,7 @@ def find_checkpoint(path: Path) -> Found:
             key="checkpoint",
             cause=Cause.NOT_FOUND,
         )
-    folders = finding.complete_checkpoints(checkpoints)
+    folders = checkpoint_folders.complete_checkpoints(checkpoints)
     damaged = sorted(checkpoints.glob("step_*.damaged*"))
     if not folders:
         aside = ", ".join(folder.name for folder in damaged)
@@ -74,50 +75,62 @@ def find_checkpoint(path: Path) -> Found:
             cause=Cause.EMPTY,
         )
     newest = folders[-1]
-    print(f"{path}: step {finding.step_of(newest)}, its newest ({newest})", flush=True)
+    print(
+        f"{path}: step {checkpoint_folders.checkpoint_step(newest)}, its newest ({newest})",
+        flush=True,
+    )
     for folder in damaged:
         if folder.name.split(".")[0] > newest.name:
             print(f"  newer, but set aside as damaged: {folder.name}", flush=True)
-    return Found(newest, path)
+    return FoundCheckpoint(newest, path)
 
 
-def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
+def check_manifest(checkpoint: FoundCheckpoint, verify: Verify, args: Namespace) -> None:
     """Check the files of a checkpoint against its manifest.
 
     A run's newest checkpoint must have its manifest; a checkpoint that the command names itself may
     come from elsewhere, without one.
 
     Args:
-        found: the checkpoint.
-        how: what is compared.
-        chosen: the command line.
+        checkpoint: the checkpoint.
+        verify: what is compared.
+        args: the command line.
 
     Raises:
         UserError: with the damaged files and the remedy."""
-    if found.run is None and not (found.folder / finding.MANIFEST).is_file():
+    if checkpoint.run is None and not (checkpoint.folder / checkpoint_folders.MANIFEST).is_file():
         return
-    faults = finding.manifest_damage(found.folder, how)
+    faults = checkpoint_folders.manifest_faults(checkpoint.folder, verify)
     if not faults:
         return
-    damaged = f"{found.folder} is damaged: {'; '.join(faults[:5])}"
-    if found.run is None:
+    damaged = f"{checkpoint.folder} is damaged: {'; '.join(faults[:5])}"
+    if checkpoint.run is None:
         raise UserError(
             f"{damaged}; convert another checkpoint, or this one as it is with --checksums none",
             key="checkpoint",
             cause=Cause.MALFORMED,
         )
-    limit, every = finding.step_of(found.folder), finding.complete_checkpoints(found.folder.parent)
-    before = (folder for folder in every[::-1] if finding.step_of(folder) < limit)
-    older = next((folder for folder in before if not finding.manifest_damage(folder, how)), None)
+    limit, every = (
+        checkpoint_folders.checkpoint_step(checkpoint.folder),
+        checkpoint_folders.complete_checkpoints(checkpoint.folder.parent),
+    )
+    before = (
+        folder for folder in every[::-1] if checkpoint_folders.checkpoint_step(folder) < limit
+    )
+    older = next(
+        (folder for folder in before if not checkpoint_folders.manifest_faults(folder, verify)),
+        None,
+    )
     if older is None:
         raise UserError(
-            f"{damaged}; {found.run} has no older one that is undamaged",
+            f"{damaged}; {checkpoint.run} has no older one that is undamaged",
             key="checkpoint",
             cause=Cause.MALFORMED,
         )
-    words = [str(older) if Path(word) == found.run else word for word in chosen.arguments]
+    words = [str(older) if Path(word) == checkpoint.run else word for word in args.arguments]
     raise UserError(
-        f"{damaged}\nThe newest undamaged one is older, of step {finding.step_of(older)}. "
+        f"{damaged}\nThe newest undamaged one is older, of step "
+        f"{checkpoint_folders.checkpoint_step(older)}. "
         f"To take that one:\n  {shlex.join(['megatron-r1', 'convert', *words])}",
         key="checkpoint",
         cause=Cause.MALFORMED,
@@ -150,7 +163,7 @@ def read_config(folder: Path, checkpoint: Path | None = None) -> dict:
     return read_hf_config(folder, "score" if scores else None)
 
 
-def refuse_inside(out: Path, source: Path) -> None:
+def require_outside(out: Path, source: Path) -> None:
     """Raise UserError if `out` is inside the folder that is read."""
     if source.resolve() in (out.resolve(), *out.resolve().parents) and not out.exists():
         raise UserError(
@@ -160,16 +173,17 @@ def refuse_inside(out: Path, source: Path) -> None:
         )
 
 
-def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
+def find_hf_files(checkpoint: Path, hf_folder: Path | None) -> Path:
     """Return the folder with the config.json and tokenizer of a checkpoint's model.
 
-    It is `given`, or what from-hf left in the checkpoint, or model.path of the checkpoint's run.
+    It is `hf_folder`, or what from-hf left in the checkpoint, or model.path of the checkpoint's
+    run.
 
     Raises:
         UserError: none of them has a config.json.
     """
-    if given is not None:
-        return given
+    if hf_folder is not None:
+        return hf_folder
     if is_hf(checkpoint / HF_FILES):
         return checkpoint / HF_FILES
     resolved = checkpoint.resolve()

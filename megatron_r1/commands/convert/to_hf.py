@@ -29,16 +29,16 @@ from megatron_r1.commands.convert.sources import (
     open_weights,
     read_config,
     read_supported_config,
-    refuse_inside,
+    require_outside,
 )
-from megatron_r1.commands.convert.verify import Sides, compare
+from megatron_r1.commands.convert.verify import ModelPair, compare
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.stored import published, quantized_blocks
 from megatron_r1.models.weights.stored.hf_folder import KnownScales
 from megatron_r1.models.weights.stored.hf_writing import (
-    carry_files,
+    copy_model_files,
     split_into_files,
     write_config,
     write_index,
@@ -51,8 +51,8 @@ from megatron_r1.models.weights.stored.tensor_files import (
     stored_tensors,
     write_at,
 )
-from megatron_r1.reporting.wording import counted
-from megatron_r1.trainer.checkpoints import finding
+from megatron_r1.reporting.wording import format_count
+from megatron_r1.trainer.checkpoints import checkpoint_folders
 
 ROOT = Path(__file__).resolve().parents[3]
 TOLERANCE = 1e-3
@@ -94,7 +94,7 @@ def check_reload(
 def _same_tensors(checkpoint: Path, hf_files: Path, folder: Path, workers: int) -> None:
     with open_weights(folder, None) as written:
         names = list(written.tensors)
-    differing = compare(Sides(checkpoint, folder, hf_files), names, workers)
+    differing = compare(ModelPair(checkpoint, folder, hf_files), names, workers)
     if differing:
         worst = max(differing, key=lambda d: d.largest)
         raise UserError(
@@ -167,7 +167,10 @@ class ExportJob:
     """The task of every worker.
 
     Attributes:
-        hf_files: the folder of the model's config.json."""
+        checkpoint: the checkpoint's folder.
+        hf_files: the folder of the model's config.json.
+        folder: the unfinished Hugging Face folder.
+        dtype: the dtype to write, or FP8."""
 
     checkpoint: Path
     hf_files: Path
@@ -175,50 +178,50 @@ class ExportJob:
     dtype: torch.dtype
 
 
-def run(chosen: Namespace) -> int:
+def run(args: Namespace) -> int:
     """Convert; then compare the result with the checkpoint, unless --no-check."""
-    found = find_checkpoint(chosen.checkpoint)
+    found = find_checkpoint(args.checkpoint)
     checkpoint = found.folder
-    refuse_inside(chosen.out, checkpoint)
+    require_outside(args.out, checkpoint)
     # First, as files that are missing could not be read.
-    check_manifest(found, "size" if chosen.checksums == "full" else chosen.checksums, chosen)
-    hf_files = find_hf_files(checkpoint, chosen.config)
+    check_manifest(found, "size" if args.checksums == "full" else args.checksums, args)
+    hf_files = find_hf_files(checkpoint, args.config)
     hf = read_supported_config(hf_files, checkpoint)
     with MegatronWeights(checkpoint, hf) as weights:
         dtype = weights.dtype
-        if chosen.dtype:
-            dtype = FP8 if chosen.dtype == "fp8" else getattr(torch, chosen.dtype)
+        if args.dtype:
+            dtype = FP8 if args.dtype == "fp8" else getattr(torch, args.dtype)
         with_mtp = weights.with_mtp
     if dtype == FP8:
         published.check_fp8_layout(hf)
-    files = split_into_files(_hf_tensors_on_disk(hf, dtype, with_mtp), chosen.max_file_bytes)
+    files = split_into_files(_hf_tensors_on_disk(hf, dtype, with_mtp), args.max_file_bytes)
     plan = {
         "checkpoint": str(checkpoint.resolve()),
         "checkpoint's files": fingerprint(checkpoint),
         "dtype": str(dtype).removeprefix("torch."),
-        "max-file-bytes": chosen.max_file_bytes,
+        "max-file-bytes": args.max_file_bytes,
     }
-    work = WorkFolder(chosen.out, plan)
+    work = WorkFolder(args.out, plan)
     work.check_space(sum(plan_file(tensors).num_bytes for tensors in files.values()))
     # A file is begun only after this check, so an existing one shows that it was passed.
-    if chosen.checksums == "full" and not any(work.path.glob("*.safetensors")):
+    if args.checksums == "full" and not any(work.path.glob("*.safetensors")):
         try:
-            check_manifest(found, "full", chosen)
+            check_manifest(found, "full", args)
         except UserError:
             work.abandon_empty()
             raise
     job = ExportJob(checkpoint, hf_files, work.path, dtype)
-    work_folder.run_parts(partial(_write_file, job), list(files.items()), chosen.workers)
-    carry_files(hf_files, work.path)
+    work_folder.run_parts(partial(_write_file, job), list(files.items()), args.workers)
+    copy_model_files(hf_files, work.path)
     write_config(hf_files, work.path, dtype, with_mtp, has_score_head(hf))
     write_index(work.path, files)
-    if not chosen.no_check:
-        check_reload(checkpoint, hf_files, work.path, dtype, chosen.workers)
+    if not args.no_check:
+        check_reload(checkpoint, hf_files, work.path, dtype, args.workers)
     work.finish()
-    if not (checkpoint / finding.MANIFEST).is_file():
-        print(f"{checkpoint} has no {finding.MANIFEST}: no checksum of it was verified")
-    tensors = counted(sum(map(len, files.values())), "Hugging Face tensor")
-    print(f"{chosen.out}: {tensors} in {counted(len(files), 'file')}")
+    if not (checkpoint / checkpoint_folders.MANIFEST).is_file():
+        print(f"{checkpoint} has no {checkpoint_folders.MANIFEST}: no checksum of it was verified")
+    tensors = format_count(sum(map(len, files.values())), "Hugging Face tensor")
+    print(f"{args.out}: {tensors} in {format_count(len(files), 'file')}")
     return 0
 
 
@@ -265,7 +268,7 @@ def _write_tensor(
     for expert, parts_of_expert in enumerate(stacked.get(name, ())):
         values = torch.empty(placed.shape[1:], dtype=placed.dtype)
         for tensor, part in parts_of_expert:
-            own = part.of(values)
+            own = part.select(values)
             own.copy_(weights.read(tensor, 0, 0, len(own)))
         write_at(file, placed.offset + expert * row, values)
     if name in stacked:

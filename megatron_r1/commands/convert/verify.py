@@ -20,18 +20,20 @@ from megatron_r1.commands.convert.sources import (
 from megatron_r1.models.weights.stored import published, quantized_blocks
 from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.tensor_files import as_bytes
-from megatron_r1.reporting.wording import counted
+from megatron_r1.reporting.wording import format_count
 
-SHOWN = 20
+MAX_SHOWN = 20
 # From exact to coarse: two dtypes are compared in the later one.
 _ORDER = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Sides:
+class ModelPair:
     """The two models to compare.
 
     Attributes:
+        a: the first model's folder.
+        b: the second model's folder.
         config: the folder with a checkpoint's config.json."""
 
     a: Path
@@ -40,7 +42,7 @@ class Sides:
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorDifference:
     """One tensor's number of elements with other bits, its largest |a - b| and where that is."""
 
     name: str
@@ -49,22 +51,22 @@ class Difference:
     where: tuple[int, ...]
 
 
-def run(chosen: Namespace) -> int:
+def run(args: Namespace) -> int:
     """Print the differences; return 0 if there are none, else 1."""
-    config = chosen.config or next((side for side in (chosen.a, chosen.b) if is_hf(side)), None)
-    sides = Sides(_model(chosen.a, chosen), _model(chosen.b, chosen), config)
+    config = args.config or next((side for side in (args.a, args.b) if is_hf(side)), None)
+    sides = ModelPair(_model(args.a, args), _model(args.b, args), config)
     with open_weights(sides.a, config) as a, open_weights(sides.b, config) as b:
         names, alone, reshaped = _sort_names(a, b)
         explained = _explain(a, b, names)
-    differing = compare(sides, names, chosen.workers)
+    differing = compare(sides, names, args.workers)
     for text in (*alone, *reshaped):
         print(text)
-    for one in sorted(differing, key=lambda d: -d.largest)[:SHOWN]:
+    for one in sorted(differing, key=lambda d: -d.largest)[:MAX_SHOWN]:
         at = f" at {list(one.where)}" if one.where else ""
-        differ = f"{counted(one.count, 'element')} differ{'s' if one.count == 1 else ''}"
+        differ = f"{format_count(one.count, 'element')} differ{'s' if one.count == 1 else ''}"
         print(f"{one.name}: {differ}, max |Δ| {one.largest:.6g}{at}")
-    if len(differing) > SHOWN:
-        print(f"… and {len(differing) - SHOWN} more tensors that differ less")
+    if len(differing) > MAX_SHOWN:
+        print(f"… and {len(differing) - MAX_SHOWN} more tensors that differ less")
     for text in explained:
         print(text)
     total = len(names) + len(alone) + len(reshaped)
@@ -72,7 +74,7 @@ def run(chosen: Namespace) -> int:
     return 0 if not (alone or reshaped or differing) else 1
 
 
-def _model(path: Path, chosen: Namespace) -> Path:
+def _model(path: Path, args: Namespace) -> Path:
     """Return the folder of the model at `path`: for a run its newest checkpoint, undamaged.
 
     A checkpoint that the command names itself is compared as it is."""
@@ -80,7 +82,7 @@ def _model(path: Path, chosen: Namespace) -> Path:
         return path
     found = find_checkpoint(path)
     if found.run is not None:
-        check_manifest(found, "full", chosen)
+        check_manifest(found, "full", args)
     return found.folder
 
 
@@ -115,8 +117,13 @@ def _explain(a: Weights, b: Weights, names: list[str]) -> list[str]:
     return lines
 
 
-def compare(sides: Sides, names: list[str], workers: int) -> list[Difference]:
-    """Return the tensors of `names` whose values differ."""
+def compare(sides: ModelPair, names: list[str], workers: int) -> list[TensorDifference]:
+    """Return the tensors of `names` whose values differ.
+
+    Args:
+        sides: the two models.
+        names: the tensors that both have, in equal shapes.
+        workers: processes that compare."""
     step = max(1, len(names) // (workers * 64))
     batches = [names[first : first + step] for first in range(0, len(names), step)]
     found = work_folder.run_parts(partial(_compare_batch, sides), batches, workers, "batch")
@@ -124,15 +131,15 @@ def compare(sides: Sides, names: list[str], workers: int) -> list[Difference]:
 
 
 @cache
-def _opened(sides: Sides) -> tuple[Weights, Weights]:
+def _opened(sides: ModelPair) -> tuple[Weights, Weights]:
     return open_weights(sides.a, sides.config), open_weights(sides.b, sides.config)
 
 
-def _compare_batch(sides: Sides, names: list[str]) -> list[Difference]:
+def _compare_batch(sides: ModelPair, names: list[str]) -> list[TensorDifference]:
     return [found for name in names if (found := _compare_tensor(sides, name))]
 
 
-def _compare_tensor(sides: Sides, name: str) -> Difference | None:
+def _compare_tensor(sides: ModelPair, name: str) -> TensorDifference | None:
     pair = _opened(sides)
     (shape, a), (_, b) = (_shape_and_dtype(side, name) for side in pair)
     dtype, lossy = _common_dtype(a, b), (a == published.FP8_DTYPE) != (b == published.FP8_DTYPE)
@@ -156,8 +163,8 @@ def _compare_tensor(sides: Sides, name: str) -> Difference | None:
             where = (inside[0] + first, *inside[1:])
         count += int(unequal.sum())
     if not count and not lossy and _scales_differ(*pair, name):
-        return Difference(published.scale_name(name), 1, 0.0, ())
-    return Difference(name, count, largest, where) if count else None
+        return TensorDifference(published.scale_name(name), 1, 0.0, ())
+    return TensorDifference(name, count, largest, where) if count else None
 
 
 def _shape_and_dtype(weights: Weights, name: str) -> tuple[tuple[int, ...], str]:

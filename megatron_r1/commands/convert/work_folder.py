@@ -29,7 +29,7 @@ def stripes(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, in
 
 
 def run_parts(
-    work: Callable[[Any], Any], parts: Sequence[Any], workers: int, what: str = "file"
+    work: Callable[[Any], Any], parts: Sequence[Any], workers: int, unit: str = "file"
 ) -> list[Any]:
     """Return [work(part) for part in parts], computed in processes with progress lines.
 
@@ -40,17 +40,17 @@ def run_parts(
         work: the function of a part; picklable.
         parts: its arguments; picklable.
         workers: the number of processes; with 1, this process computes.
-        what: what a part is, in progress lines."""
+        unit: what a part is, in progress lines."""
     if workers == 1 or len(parts) < 2:
         _prepare()
-        return _with_progress(map(work, parts), len(parts), what)
+        return _with_progress(map(work, parts), len(parts), unit)
     # Spawned: a forked child would share the parent's open files and threads.
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(workers, len(parts)), initializer=_start_worker) as pool:
-        return _with_progress(pool.imap(work, parts), len(parts), what)
+        return _with_progress(pool.imap(work, parts), len(parts), unit)
 
 
-def _with_progress(results: Iterable[Any], total: int, what: str) -> list[Any]:
+def _with_progress(results: Iterable[Any], total: int, unit: str) -> list[Any]:
     """Return the results as a list; print a line every SECONDS_BETWEEN_LINES."""
     found, began = [], time.monotonic()
     printed = began
@@ -60,7 +60,7 @@ def _with_progress(results: Iterable[Any], total: int, what: str) -> list[Any]:
         if now - printed >= SECONDS_BETWEEN_LINES:
             printed, seconds, done = now, now - began, len(found)
             left = seconds / done * (total - done)
-            print(f"  {what} {done}/{total}, {seconds:.0f} s, {left:.0f} left", flush=True)
+            print(f"  {unit} {done}/{total}, {seconds:.0f} s, {left:.0f} left", flush=True)
     return found
 
 

@@ -16,7 +16,7 @@ from megatron_r1.commands.why.comparison import (
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import Group
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens
 
 FAMILY = "files"
@@ -42,7 +42,7 @@ def check(step: RecordedStep) -> list[Comparison]:
     ]
 
 
-def _special(text: PromptText) -> set[int]:
+def _special(text: PromptTokenizer) -> set[int]:
     added = text.tokenizer.added_tokens_decoder.items()
     return {*text.tokenizer.all_special_ids, *(token for token, each in added if each.special)}
 
@@ -53,7 +53,7 @@ def _indices(at: int, group: Group) -> Iterator[ResponseIndex]:
 
 def _has_own_prompts(config: Config) -> bool:
     """Whether a question's tokens are an environment's or an agent's affair."""
-    return bool(config.agents.players)
+    return bool(config.agents.player_settings)
 
 
 def _starts(step: RecordedStep) -> Comparison:
@@ -138,7 +138,7 @@ def _prompt_tokens(step: RecordedStep) -> Comparison:
     )
 
 
-def _difference(text: PromptText, logged: Sequence[int], expected: Sequence[int]) -> str:
+def _difference(text: PromptTokenizer, logged: Sequence[int], expected: Sequence[int]) -> str:
     """Return in words where two prompts part."""
     shared = min(len(logged), len(expected))
     at = next((i for i in range(shared) if logged[i] != expected[i]), shared)
@@ -151,7 +151,7 @@ def _difference(text: PromptText, logged: Sequence[int], expected: Sequence[int]
     return f"from token {at} on {one} was sampled from, {other} is what the settings say"
 
 
-def _token(text: PromptText, number: int) -> str:
+def _token(text: PromptTokenizer, number: int) -> str:
     return f"{text.tokenizer.convert_ids_to_tokens(int(number))} (token {number})"
 
 

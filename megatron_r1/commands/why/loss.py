@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.commands.why.substitutions import substitutions
-from megatron_r1.reporting.wording import number, percent
+from megatron_r1.reporting.wording import format_number as number
+from megatron_r1.reporting.wording import format_percent as percent
 
 if TYPE_CHECKING:
     from megatron_r1.commands.why.recompute import Recomputation, RecomputedUpdates

@@ -13,7 +13,9 @@ from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.reporting import plots
 from megatron_r1.reporting.plots import render_page
 from megatron_r1.reporting.report import Plot
-from megatron_r1.reporting.wording import number, percent, shorten_middle
+from megatron_r1.reporting.wording import format_number as number
+from megatron_r1.reporting.wording import format_percent as percent
+from megatron_r1.reporting.wording import shorten_middle
 
 SHOWN = 6
 """Responses on the page."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_r1.commands.compare import ROUNDING
+from megatron_r1.commands.compare.records import ROUNDING
 from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.commands.why.recorded import RecordedStep, weights_after
-from megatron_r1.reporting.wording import number
+from megatron_r1.reporting.wording import format_number as number
 
 if TYPE_CHECKING:
     from megatron_r1.commands.why.recompute import Recomputation

@@ -19,7 +19,7 @@ from megatron_r1.commands.why import policy_model
 from megatron_r1.commands.why.comparison import CannotRecompute
 from megatron_r1.commands.why.policy_model import Row
 from megatron_r1.commands.why.recorded import RecordedStep, TokenSequence, weights_after
-from megatron_r1.models.sampling_mask import decoded
+from megatron_r1.models.sampling_mask import decode_mask
 
 LOGPROB_FLOPS = 1e13
 """Floating-point operations of a pass over logged tokens: minutes on two cores. Of more tokens a
@@ -38,7 +38,7 @@ class PolicyLogprobs:
     def __init__(self, step: RecordedStep) -> None:
         self.step = step
         self.sequences = step.sequences
-        is_cut = step.config.rollout.is_cut
+        is_cut = step.config.rollout.truncates_sampling
         self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
         self._known: dict[Path, list[np.ndarray]] = {}
         self._models: dict[tuple[Path, str], Any] = {}
@@ -243,7 +243,7 @@ class PolicyLogprobs:
 def _row(sequence: TokenSequence, is_cut: bool) -> Row:
     kept = sequence.kept
     if kept is None and is_cut:  # no ids for any token, which `policy_model` refuses
-        kept = decoded(b"", int(sequence.is_sampled.sum()))
+        kept = decode_mask(b"", int(sequence.is_sampled.sum()))
     return Row(
         torch.from_numpy(sequence.token_ids.astype(np.int64)),
         torch.from_numpy(sequence.is_sampled.copy()),

@@ -28,7 +28,7 @@ from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.stored.dcp import Box, DistributedCheckpoint
 from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.models.weights.stored.hf_writing import carry_files
+from megatron_r1.models.weights.stored.hf_writing import copy_model_files
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.stored.published import stacked_part
 
@@ -98,7 +98,7 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
             tensors = dict(_tensors(weights, hf))
         if (made := _from_template(hf_files, tensors)) is not None:
             return made
-        carry_files(hf_files, folder)
+        copy_model_files(hf_files, folder)
         config = json.loads((hf_files / "config.json").read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -169,9 +169,9 @@ def _tensors(weights: MegatronWeights | HFWeights, hf: dict) -> Iterator[tuple[s
             yield name, values
             continue
         whole = stacked.setdefault(
-            part.name, torch.empty(part.whole(shape, hf["n_routed_experts"]))
+            part.name, torch.empty(part.stored_shape(shape, hf["n_routed_experts"]))
         )
-        part.of(whole[part.expert]).copy_(values)
+        part.select(whole[part.expert]).copy_(values)
     yield from stacked.items()
 
 

@@ -24,17 +24,17 @@ from megatron_r1.controller.rollouts.sample_log import (
     GroupRecord,
     SamplingRecord,
     decode,
-    path_of,
+    step_log_path,
     unpack,
 )
 from megatron_r1.data.prompts import Prompt, load_prompts
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.sampling_mask import KeptIds, decoded
+from megatron_r1.models.sampling_mask import KeptIds, decode_mask
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.trainer.checkpoints import finding as checkpoints
+from megatron_r1.trainer.checkpoints import checkpoint_folders as checkpoints
 
-MOST_LONGER = 16
+MAX_LONGER = 16
 """How many times longer or shorter a run may have been planned than it is now."""
 SAME_RATE = 1e-9
 """Relative: a product of a few float64."""
@@ -111,9 +111,9 @@ class RecordedStep:
         return read_hf_config(str(self.model))
 
     @cached_property
-    def text(self) -> PromptText:
+    def text(self) -> PromptTokenizer:
         """The tokenizer and template that the settings name."""
-        return PromptText(
+        return PromptTokenizer(
             str(self.model),
             self.run_config.data.template,
             stop_token_ids=self.run_config.rollout.stop_token_ids,
@@ -148,7 +148,7 @@ class RecordedStep:
         steps, logged = self.run_config.run.steps, self.line.get("learning_rate")
         if self.config.optimizer.decay == "constant" or not isinstance(logged, int | float):
             return steps
-        for tried in (steps, *range(self.step, MOST_LONGER * steps + 1)):
+        for tried in (steps, *range(self.step, MAX_LONGER * steps + 1)):
             rates = self._rates(tried)
             if math.isclose(sum(rates) / len(rates), logged, rel_tol=SAME_RATE):
                 return tried
@@ -308,7 +308,7 @@ def examinable(folder: RunFolder, config: Config) -> list[Examinable]:
             weights_after(folder, config, step) is not None,
         )
         for step in finished
-        if path_of(folder.sample_log, step).is_file()
+        if step_log_path(folder.sample_log, step).is_file()
     ]
 
 
@@ -321,7 +321,7 @@ def weights_after(folder: RunFolder, config: Config, step: int) -> Path | None:
         config: its settings.
         step: the step."""
     if step > 0:
-        path = checkpoints.path_of(folder.checkpoints, step)
+        path = checkpoints.checkpoint_path(folder.checkpoints, step)
         return path if path.is_dir() else None
     begin = Path(config.model.checkpoint or config.model.path)
     return begin if step == 0 and begin.is_dir() else None
@@ -394,7 +394,7 @@ def _read_step(
     missing: str,
 ) -> RecordedStep:
     step = line["step"]
-    path = path_of(folder.sample_log, step)
+    path = step_log_path(folder.sample_log, step)
     schedule = digest_until(config.rl.schedule, step)
     records: dict[int, GroupRecord] = {}
     for payload in FramedFile.read(path, repair=False):
@@ -476,7 +476,7 @@ def _kept(mask: bytes, is_sampled: np.ndarray) -> KeptIds | None:
         is_sampled: (tokens,) bool; the others have no ids."""
     if not mask:
         return None
-    counts, ids = decoded(mask, len(is_sampled))
+    counts, ids = decode_mask(mask, len(is_sampled))
     return KeptIds(counts[is_sampled], ids)
 
 

@@ -24,10 +24,10 @@ from megatron_r1.commands.why.comparison import (
 from megatron_r1.commands.why.formulas import are_equal
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.controller.rollouts.rollout import all_responses
-from megatron_r1.reporting.wording import number
+from megatron_r1.reporting.wording import format_number as number
 
 FAMILY = "rewards"
-MOST_READ = 1024
+MAX_READ = 1024
 """Responses that the second reader and the graders read again."""
 DISPUTED = 0.01
 """Share of the responses about which two readers of mathematics may differ."""
@@ -206,7 +206,7 @@ def _second_reader(step: RecordedStep) -> Comparison:
 def _verdicts(step: RecordedStep, is_right: Callable[[str, str], bool]) -> _Verdicts:
     """Return what a reader says of the responses to mathematics."""
     made = _Verdicts()
-    for which, graded in list(step.responses.items())[:MOST_READ]:
+    for which, graded in list(step.responses.items())[:MAX_READ]:
         prompt = step.groups[which[0]].prompt
         if prompt.kind not in READ or ACCURACY not in graded.rewards or graded.episode:
             continue
@@ -237,7 +237,7 @@ def _parsed(parse: Callable[..., list[Any]], text: str) -> list[Any]:
 def _graded(step: RecordedStep) -> dict[ResponseIndex, Any]:
     """Return the grades of this version's graders with the run's settings."""
     options, made = step.run_config.rewards.call_options, {}
-    for which, graded in list(step.responses.items())[:MOST_READ]:
+    for which, graded in list(step.responses.items())[:MAX_READ]:
         prompt = step.groups[which[0]].prompt
         if prompt.kind not in IN_PROCESS or prompt.kind not in REGISTRY or graded.episode:
             continue

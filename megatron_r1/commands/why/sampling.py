@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_r1.commands.compare import ROUNDING
+from megatron_r1.commands.compare.records import ROUNDING
 from megatron_r1.commands.why.comparison import (
     DEPARTS,
     EQUAL,
@@ -23,7 +23,8 @@ from megatron_r1.commands.why.comparison import (
 )
 from megatron_r1.commands.why.formulas import kl_of_difference
 from megatron_r1.commands.why.recorded import RecordedStep
-from megatron_r1.reporting.wording import number, percent
+from megatron_r1.reporting.wording import format_number as number
+from megatron_r1.reporting.wording import format_percent as percent
 
 if TYPE_CHECKING:
     from megatron_r1.commands.why.recompute import Recomputation
@@ -52,7 +53,7 @@ OF_EXPERTS = (
 
 def check_settings(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of what was logged of the sampling."""
-    kept = [_kept_tokens(step)] if step.config.rollout.is_cut else []
+    kept = [_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
     return [_settings(step), _limits(step), _versions(step), *kept]
 
 
@@ -97,7 +98,7 @@ def _settings(step: RecordedStep) -> Comparison:
             continue
         logged += 1
         names = [key for key, value in wanted.items() if getattr(record, key) != value]
-        if step.run_config.agents.players:
+        if step.run_config.agents.player_settings:
             names = [key for key in names if key != "max_tokens"]
         different.update(
             f"{key} {getattr(record, key)} was asked for, the settings say {wanted[key]}"
@@ -197,8 +198,7 @@ def _kept_tokens(step: RecordedStep) -> Comparison:
         sampled = sequence.token_ids[sequence.is_sampled]
         found = np.zeros(len(sampled), bool)
         if sequence.kept is not None:
-            owner = np.repeat(np.arange(len(sampled)), sequence.kept.counts)
-            found[owner[sequence.kept.ids == sampled[owner]]] = True
+            found = sequence.kept.contains(sampled)
         if not found.all():
             concerned[sequence.response] = None
             num_tokens += int((~found).sum())
@@ -461,7 +461,7 @@ class _Gaps:
 
     def _renormalized(self, distance: float) -> tuple[str, str] | None:
         """Look for log-probabilities over a part of the vocabulary: none is below the whole's."""
-        if self.step.config.rollout.is_cut:  # both are over the kept tokens already
+        if self.step.config.rollout.truncates_sampling:  # both are over the kept tokens already
             return None
         whole = np.concatenate(self.gaps)
         large = whole[np.abs(whole) > max(self.tolerance / 4, 1e-5)]

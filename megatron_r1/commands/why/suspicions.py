@@ -6,9 +6,11 @@ from statistics import fmean
 
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.controller.rollouts.rollout import all_responses
-from megatron_r1.reporting.wording import finite, number, percent
+from megatron_r1.reporting.wording import finite_metric as finite
+from megatron_r1.reporting.wording import format_number as number
+from megatron_r1.reporting.wording import format_percent as percent
 
-MOST_EQUAL, MOST_CUT = 0.5, 0.25
+MAX_EQUAL, MAX_CUT = 0.5, 0.25
 ENDS = 0.1
 """Share of a run's steps whose mean stands for its beginning, and for its end."""
 FALLEN = 0.2
@@ -28,7 +30,7 @@ def _equal_groups(step: RecordedStep) -> str:
     groups = step.groups + step.passed_over
     fraction = fmean(group.has_equal_rewards for group in groups)
     right = [each.rewards.get("accuracy", 0.0) for each in all_responses(groups)]
-    if fraction < MOST_EQUAL:
+    if fraction < MAX_EQUAL:
         return ""
     accuracy = fmean(right)
     what = "too hard" if accuracy < 0.5 else "learned already"
@@ -42,7 +44,7 @@ def _equal_groups(step: RecordedStep) -> str:
 def _cut(step: RecordedStep) -> str:
     cut = [which for which, graded in step.responses.items() if graded.truncated]
     fraction = len(cut) / len(step.responses)
-    if fraction < MOST_CUT:
+    if fraction < MAX_CUT:
         return ""
     weight = step.loss_fraction(cut)
     of_loss = "" if math.isnan(weight) else f", and have {percent(weight)} of the loss"

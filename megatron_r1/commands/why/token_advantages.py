@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_r1.commands.why.formulas import OF_TOKENS
 from megatron_r1.commands.why.policy_model import Row
 from megatron_r1.commands.why.recorded import RecordedStep
-from megatron_r1.config.corrections import EngineMask
+from megatron_r1.config.algorithms import EngineMask
 
 MASKS = ("token", "sequence")
 """Masks that are known before the updates; of the others "divergence" is a part of the loss."""

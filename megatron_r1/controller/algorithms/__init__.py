@@ -12,7 +12,6 @@ i, ρ = π_θ / π_old of a token, "clip" = min(ρ A, clip(ρ, 1 - ε_low, 1 + �
 prompt tokens and padding are masked in every sum over t."""
 
 import importlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from functools import partial
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import RLConfig
 from megatron_r1.config.algorithms import AlgorithmRules, find_rules
+from megatron_r1.controller.advantages import nan_where_ungraded
 from megatron_r1.controller.algorithms import grpo
 
 PARTS = ("advantages", "loss", "token_advantages")
@@ -86,21 +86,3 @@ def find(name: str) -> Algorithm:
         defined.get("loss", f"{grpo.__name__}:loss"),
         defined.get("token_advantages"),
     )
-
-
-def nan_where_ungraded(
-    advantages: Advantages, groups: list[list[float | None]], rl: RLConfig
-) -> list[list[float]]:
-    """Return `advantages(groups, rl)` with NaN for every ungraded response.
-
-    The rule of every algorithm that learns from rewards: a response without a grade is left out of
-    sums and denominators, of policy, KL, entropy and critic. `trainer.packed` takes no token of a
-    sample with advantage NaN for a response token, and counts no response for it. Ungraded are a
-    response whose reward failed, and an episode that ended for a reason that is not the policy's
-    (`engines.server.episodes`). A response that is cut off at its limit of tokens is the policy's
-    own: it is graded and trained on."""
-    numbers = advantages(groups, rl)
-    return [
-        [math.nan if r is None else a for a, r in zip(*pair, strict=True)]
-        for pair in zip(numbers, groups, strict=True)
-    ]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.config import RLConfig
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.controller.advantages import group_advantages, over_batch_std
+from megatron_r1.controller.advantages import divide_by_batch_std, group_advantages
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.batch import Head, PackedBatch
@@ -80,7 +80,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     by = "group" if rl.advantage_std == "group" else "none"
     by_group = [group_advantages(g, advantage_std=by, epsilon=rl.advantage_epsilon) for g in groups]
     if rl.advantage_std == "batch":
-        return over_batch_std(by_group, groups, rl.advantage_epsilon)
+        return divide_by_batch_std(by_group, groups, rl.advantage_epsilon)
     return by_group
 
 

@@ -36,7 +36,7 @@ def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenT
     advantages = []
     for responses in rollout.responses:
         logprobs = responses.batch.logprobs
-        gaps = responses.whole(logprobs["teacher"] - logprobs["old"])
+        gaps = responses.gather(logprobs["teacher"] - logprobs["old"])
         mask, last = responses.is_response, responses.last
         advantages.append(discounted_sums(gaps, settings.discount, mask, last))
     return TokenTargets(advantages)

@@ -37,7 +37,7 @@ def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenT
         assert own is not None, "the critic's values come first"
         made, targets = gae(
             responses.token_rewards(settings.kl_beta),
-            responses.whole(own),
+            responses.gather(own),
             settings.discount,
             settings.gae_lambda,
             responses.is_response,
@@ -46,5 +46,5 @@ def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenT
         advantages.append(made)
         returns.append(targets)
     if settings.advantage_std == "batch":
-        advantages = rollout.normalized(advantages, settings.advantage_epsilon)
+        advantages = rollout.normalize(advantages, settings.advantage_epsilon)
     return TokenTargets(advantages, returns)

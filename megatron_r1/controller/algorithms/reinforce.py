@@ -14,7 +14,7 @@ from statistics import fmean
 from r1_grading.terms import are_equal
 
 from megatron_r1.config import RLConfig
-from megatron_r1.controller.advantages import graded, over_batch_std
+from megatron_r1.controller.advantages import divide_by_batch_std, graded
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
@@ -26,5 +26,5 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     mean = fmean(known)
     by_group = [[0.0 if r is None else r - mean for r in rewards] for rewards in groups]
     if rl.advantage_std == "batch":
-        return over_batch_std(by_group, groups, rl.advantage_epsilon)
+        return divide_by_batch_std(by_group, groups, rl.advantage_epsilon)
     return by_group

@@ -30,4 +30,4 @@ def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenT
 
     settings = TokenSettings.of(settings)
     advantages = reward_to_go(rollout, settings)
-    return TokenTargets(rollout.normalized(advantages, settings.advantage_epsilon))
+    return TokenTargets(rollout.normalize(advantages, settings.advantage_epsilon))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_r1.trainer.batch import Head, PackedBatch
     from megatron_r1.trainer.losses import LossTerms
 
-MASKS = {method: f"{__name__}.{method}_mask:within_bounds" for method in ("token", "sequence")}
+MASKS = {method: f"{__name__}.engine_mask:{method}_mask" for method in ("token", "sequence")}
 """By `rl.engine_mask`, the "module:function" of a `trainer.token_advantages.WithinBounds`, which
 compares the engine with π_old."""
 
@@ -32,7 +32,7 @@ def chained(loss: str, settings: LossSettings) -> tuple[str, LossSettings]:
         settings: the settings of that loss."""
     names = []
     if settings.engine_mask.method == "divergence":
-        names.append(f"{__name__}.divergence_mask:loss")
+        names.append(f"{__name__}.engine_mask:divergence_loss")
     if settings.kl_estimator == "unbiased":
         if settings.kl_beta > 0:
             names.append(f"{__name__}.unbiased_kl:loss")

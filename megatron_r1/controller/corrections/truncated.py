@@ -5,7 +5,7 @@
 
 A response that is cut off at its limit of tokens may have been on a good way: its reward says
 little about the text that is there. Left out, it is excluded from the sums and the denominators of
-policy, KL, entropy and critic, as an ungraded one is (`algorithms.nan_where_ungraded`). Its reward
+policy, KL, entropy and critic, as an ungraded one is (`advantages.nan_where_ungraded`). Its reward
 still counts in the baseline of its group and of the rollout: the source masks the loss, and the
 other responses are compared with all that were sampled. `rl.overlong_buffer` still penalizes
 lengths near the limit."""
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_r1.controller.rollouts.rollout import Group
 
 
-def without_truncated(advantages: list[list[float]], groups: list[Group]) -> list[list[float]]:
+def mask_truncated(advantages: list[list[float]], groups: list[Group]) -> list[list[float]]:
     """Return `advantages` with NaN, which means not trained on, for each response that was cut off.
 
     Args:

@@ -71,4 +71,4 @@ def _weights(batch: PackedBatch, head: Head, settings: LossSettings) -> Tensor:
     if batch.sequence_weights is not None:
         return batch.sequence_weights.double()
     responses = WholeResponses(batch, head.context_group)
-    return responses.own(1 / responses.counts.clamp(min=1))
+    return responses.local_part(1 / responses.response_lengths.clamp(min=1))

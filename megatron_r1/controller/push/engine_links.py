@@ -22,7 +22,7 @@ CONNECT_SECONDS = 120.0
 """Limit for the ranks of a set and of the trainer to find each other."""
 ANSWER_SECONDS = 20.0
 """Once the trainer has failed to connect, an engine has this long to report its own problem. Longer
-than `LAST_WORDS_SECONDS`, the client's wait for a dying engine."""
+than `DEATH_WAIT_SECONDS`, the client's wait for a dying engine."""
 MAX_UNEXPLAINED = 2
 """Failures of sets without a known cause, after which every engine is a set of its own: the engines
 may not reach each other."""
@@ -51,8 +51,8 @@ class EngineSet:
 class EngineLinks:
     """The links of one trainer to all engines.
 
-    Over gloo and nccl equal engines form sets of at most `plan.engine_sets.SET_ENGINES`; over other
-    transports every engine is a set of its own.
+    Over gloo and nccl equal engines form sets of at most `plan.engine_sets.MAX_SET_ENGINES`; over
+    other transports every engine is a set of its own.
 
     Attributes:
         tensors: name and shape of every tensor in a checkpoint of the model.
@@ -84,8 +84,8 @@ class EngineLinks:
         """Address of the trainer's store."""
         self.sets: list[EngineSet] = []
         self._num_sets = self._num_unexplained = 0
-        self._gone: list[str] = []
-        """Sets that trainer ranks still hold resources for."""
+        self._closed_sets: list[str] = []
+        """Names of dropped sets that trainer ranks still hold resources for."""
 
     @property
     def connect_seconds(self) -> float:
@@ -142,7 +142,7 @@ class EngineLinks:
                 if engine_set.name not in problems:
                     self.sets.append(engine_set)
                     continue
-                self._gone.append(engine_set.name)
+                self._closed_sets.append(engine_set.name)
                 problem = problems[engine_set.name]
                 dead = [engine for engine in engine_set.engines if engine in deaths]
                 left = [engine for engine in engine_set.engines if engine not in deaths]
@@ -162,18 +162,23 @@ class EngineLinks:
                     on_lost(left[0], EngineError(f"{left[0].name}: {problem}"))
 
     async def send(self, push: int, engines: Sequence[Engine], on_lost: OnLost) -> list[Engine]:
-        """Send push number `push` to the sets of these engines.
+        """Send a push to the sets of these engines.
 
         Engines at fault are lost. Returns the other engines of the sets that failed: they have not
         got all of the push, and are in no set any more.
+
+        Args:
+            push: the number of the push.
+            engines: the engines, with which all others of their sets get it.
+            on_lost: called with each engine at fault and the error.
 
         Raises:
             EngineError: a push arrived damaged.
         """
         sets = [s for s in self.sets if set(s.engines) & set(engines)]
-        gone, self._gone = self._gone, []
+        closed, self._closed_sets = self._closed_sets, []
         replies = await self.trainer.call_all(
-            PushOperations.send_weights, push=push, sets=[s.name for s in sets], gone=gone
+            PushOperations.send_weights, push=push, sets=[s.name for s in sets], closed_sets=closed
         )
         failures: dict[str, list[Failure]] = {}
         for result in replies:
@@ -186,7 +191,7 @@ class EngineLinks:
         return incomplete
 
     @contextlib.contextmanager
-    def reporting_deaths(self) -> Iterator[None]:
+    def report_deaths(self) -> Iterator[None]:
         """While the block runs, report dead engines to the ranks that may be waiting for them."""
 
         async def report(engine_set: EngineSet, engine: Engine) -> None:
@@ -213,7 +218,7 @@ class EngineLinks:
         Args:
             sets: new sets; neither engines nor trainer ranks have links for them yet.
             resume: engines may compute afterwards."""
-        gone, self._gone = self._gone, []
+        closed, self._closed_sets = self._closed_sets, []
         calls: dict[Engine, asyncio.Task[None]] = {}
 
         def call_engines() -> None:
@@ -231,8 +236,8 @@ class EngineLinks:
                 layout=self.layout,
                 transport=self.settings.transport,
                 timeout_seconds=self.connect_seconds,
-                push_seconds=self.settings.timeout_seconds,
-                gone=gone,
+                push_timeout_seconds=self.settings.timeout_seconds,
+                closed_sets=closed,
             )
             problems: dict[str, str] = {}
             for rank, result in enumerate(results):
@@ -273,7 +278,7 @@ class EngineLinks:
             "tensors": self.tensors,
             "timeout_seconds": self.connect_seconds,
             "push_seconds": self.settings.timeout_seconds,
-            "borrows_memory": self.colocated,
+            "allocates_per_push": self.colocated,
             "adapter": self.adapter,
         }
         try:
@@ -331,7 +336,7 @@ class EngineLinks:
         return EngineSet(f"{engines[0].name}.{self._num_sets}.{self.store[1]}", engines)
 
     def _drop(self, sets: Sequence[EngineSet]) -> None:
-        self._gone += [engine_set.name for engine_set in sets]
+        self._closed_sets += [engine_set.name for engine_set in sets]
         self.sets = [engine_set for engine_set in self.sets if engine_set not in sets]
 
 

@@ -10,24 +10,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_r1.base.errors import TrainerError, TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.push.engine_links import EngineLinks, OnLost
-from megatron_r1.controller.push.prober import EXACT_TOLERANCE, TOLERANCE, OffloadedProber, Prober
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
 from megatron_r1.engines.fleet.placement import hosts_address
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, swap_calls
-from megatron_r1.engines.server.responses import EngineDied, EngineError, NoWeights
+from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineFault, NoWeights
 from megatron_r1.models import read_hf_config
-from megatron_r1.push.plan.adapters import pushed_adapters, served_adapter
+from megatron_r1.push.plan.adapters import engine_adapter, pushed_adapter_table
 from megatron_r1.push.plan.from_recipe import engine_layout
 from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.trainer.operations import ModelOperations
+
+T = TypeVar("T")
+PROBE_TOKENS = 8
+EXACT_TOLERANCE, TOLERANCE = 1e-3, 0.3
+"""The largest differences where both sides compute in float32, and otherwise. Seen: in float32
+about 1e-6, in bfloat16 0.01 to 0.05 (another expert was routed to); weights of another version give
+more than 1."""
 
 
 def create_pusher(
@@ -44,7 +50,7 @@ def create_pusher(
     elsewhere = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
     hf = read_hf_config(config.model.path)
-    adapters = pushed_adapters(config, hf)
+    adapters = pushed_adapter_table(config, hf)
     links = EngineLinks(
         trainer,
         push,
@@ -53,8 +59,8 @@ def create_pusher(
         # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
         store_host=hosts_address(config.rollout) if elsewhere else None,
         colocated=config.rollout.colocated,
-        adapter=served_adapter(config, hf),
-        notify=lambda line: fleet.members.notify(line),
+        adapter=engine_adapter(config, hf),
+        notify=lambda line: fleet.state.notify(line),
     )
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)
     offloads = config.parallel.offload_between_phases != "none"
@@ -65,8 +71,8 @@ def create_pusher(
 
 
 class WeightPusher:
-    """Call `open` and the first `push` in a block of `updating`; then each change of the trainer's
-    weights in another, with the `push` of the new ones at its end.
+    """Call `open` and the first `push` in a block of `weight_update`; then each change of the
+    trainer's weights in another, with the `push` of the new ones at its end.
 
     The fleet's `send_weights` is set to this pusher's: an engine that is replaced, or joins,
     receives the trainer's weights while those are the version that the other engines have.
@@ -90,7 +96,7 @@ class WeightPusher:
         if offloads:
             links.trainer.is_offloaded = lambda: fleet.engines_use_memory
         self._timeout_seconds = links.settings.timeout_seconds
-        self._settled = asyncio.Lock()
+        self._weights_lock = asyncio.Lock()
         """Held while the weights change, and while an engine joins."""
         self._push_number = 0
         self._policy_version: int | None = None
@@ -98,10 +104,10 @@ class WeightPusher:
         self._is_closed = False
 
     @contextlib.asynccontextmanager
-    async def updating(self) -> AsyncIterator[None]:
+    async def weight_update(self) -> AsyncIterator[None]:
         """Keep engines from joining while the block changes the trainer's weights and pushes them.
         After an error in the block the engines that wait for weights get none, as after `close`."""
-        async with self._settled:
+        async with self._weights_lock:
             self._policy_version = None
             try:
                 yield
@@ -115,7 +121,7 @@ class WeightPusher:
         Raises:
             EngineError: an engine that has not died cannot connect; its settings are wrong.
         """
-        assert self._settled.locked(), "it is called in a block of updating()"
+        assert self._weights_lock.locked(), "it is called in a block of weight_update()"
         await self.links.open()
         self.fleet.send_weights = self.send_weights
         with self.fleet.allow_silence(self.links.connect_seconds):
@@ -129,7 +135,7 @@ class WeightPusher:
         Raises:
             EngineError: the weights arrived damaged.
         """
-        assert self._settled.locked(), "it is called in a block of updating()"
+        assert self._weights_lock.locked(), "it is called in a block of weight_update()"
         start = time.perf_counter()
         self._push_number += 1
         with self.fleet.allow_silence(self.links.connect_seconds):
@@ -173,7 +179,7 @@ class WeightPusher:
             EngineError: the push to the engine fails.
             NoWeights: the trainer's ranks are gone.
         """
-        async with self._settled:
+        async with self._weights_lock:
             if self._is_closed:
                 raise NoWeights(f"{engine.name}: the trainer that had weights for it is gone")
             if self.offloads:
@@ -201,7 +207,7 @@ class WeightPusher:
         """Send to all engines, and again to those whose set fails for no fault of theirs."""
         waiting = self._engines_up
         while waiting:
-            with self.links.reporting_deaths():
+            with self.links.report_deaths():
                 waiting = await self.links.send(self._push_number, waiting, self._lose)
             waiting = [engine for engine in waiting if engine.is_up]
             await self._form_sets(waiting, self._lose)
@@ -239,7 +245,7 @@ class WeightPusher:
             async with raise_dead_after(engine, self._timeout_seconds):
                 await engine.client.sleep()
         # The others' last number: the pushes to an engine are numbered without gaps.
-        with self.links.reporting_deaths():
+        with self.links.report_deaths():
             await self.links.send(self._push_number, [engine], _raise_error)
         await self._offload_trainer()
         await self._swap_new(engine)
@@ -261,3 +267,111 @@ class WeightPusher:
 def _raise_error(engine: Engine, error: EngineError) -> None:
     """Raise the error of an engine that is not in the fleet yet, so that it does not join."""
     raise error
+
+
+class Prober:
+    """Compares each engine's answers to a few prompts with the trainer.
+
+    Attributes:
+        prompts: the token ids of each prompt.
+        tolerance: the largest mean difference of log-probabilities that is no fault."""
+
+    def __init__(
+        self,
+        trainer: TrainerClient,
+        prompts: Sequence[Sequence[int]],
+        tolerance: float,
+        timeout_seconds: float,
+    ):
+        self.trainer, self.prompts = trainer, prompts
+        self.tolerance, self.timeout_seconds = tolerance, timeout_seconds
+
+    async def prepare(self) -> None:
+        """Compute what needs the trainer's new weights before the engines have them."""
+
+    async def check(
+        self, push: int, engines: Sequence[Engine], on_lost: OnLost
+    ) -> dict[str, float]:
+        """Sample from each engine and return the largest mean difference, "push/probe_diff".
+
+        Args:
+            push: the number of the push.
+            engines: the engines that have loaded it.
+            on_lost: called with an engine that does not answer, and the error.
+
+        Raises:
+            EngineError: the difference exceeds the tolerance.
+        """
+        asked = engines if self.prompts else ()
+        # All at once: an answer takes several of an engine's steps.
+        outcomes = await asyncio.gather(*map(self._probe_diff, asked), return_exceptions=True)
+        differences: list[float] = []
+        for engine, difference in zip(asked, outcomes, strict=True):
+            if isinstance(difference, EngineDied):
+                on_lost(engine, difference)
+                continue
+            if isinstance(difference, BaseException):
+                raise difference
+            differences.append(difference)
+            if not difference <= self.tolerance:
+                raise EngineError(
+                    f"after push {push} the log-probabilities of {engine.name} differ from "
+                    f"the trainer's by {difference:.3g} in the mean (push.probe_tolerance: "
+                    f"{self.tolerance:g}), although every tensor arrived as it was sent: the "
+                    "engine loads or computes something else. Nothing was trained on its answers"
+                )
+        return {"push/probe_diff": max(differences)} if differences else {}
+
+    async def _probe_diff(self, engine: Engine) -> float:
+        """Return the mean absolute difference of the engine's log-probabilities from the trainer's,
+        in nats.
+
+        Raises:
+            EngineDied: the engine gives no usable answer.
+        """
+        responses = await self._answers(
+            engine,
+            lambda prompt: engine.client.generate(prompt, n=1, max_tokens=PROBE_TOKENS, seed=0),
+        )
+        return await self.trainer.probe(
+            [
+                (prompt, response.token_ids, response.logprobs)
+                for prompt, (response,) in zip(self.prompts, responses, strict=True)
+            ]
+        )
+
+    async def _answers(
+        self, engine: Engine, ask: Callable[[Sequence[int]], Coroutine[Any, Any, T]]
+    ) -> list[T]:
+        """Return the engine's answer to each prompt.
+
+        Raises:
+            EngineDied: the engine gives no usable answer.
+        """
+        for is_last in (False, True):  # retried once, as every request is
+            try:
+                async with raise_dead_after(engine, self.timeout_seconds):
+                    calls = (engine.unless_lost(ask(prompt)) for prompt in self.prompts)
+                    return await asyncio.gather(*calls)
+            except EngineFault as fault:
+                if is_last:
+                    raise EngineDied(f"{engine.name} did not answer the probes: {fault}") from fault
+        raise AssertionError("returned or raised above")
+
+
+class OffloadedProber(Prober):
+    """Probes engines that compute in the memory of the trainer's weights
+    (`parallel.offload_between_phases`): the trainer scores the prompts while it has its weights,
+    and the engines score them later."""
+
+    async def prepare(self) -> None:
+        """Have the trainer compute the probe prompts before it lends its memory to the engines."""
+        self.prompts = [prompt for prompt in self.prompts if len(prompt) > 1]
+        if self.prompts:
+            await self.trainer.prepare_probe(self.prompts)
+
+    async def _probe_diff(self, engine: Engine) -> float:
+        logprobs = await self._answers(
+            engine, lambda prompt: engine.client.compute_logprobs(prompt, 1)
+        )
+        return await self.trainer.compare_probe(self.prompts, logprobs)

@@ -18,21 +18,21 @@ from r1_grading import RewardPool
 
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.group_records import SamplingRecord
-from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.controller.rollouts.rollout import (
     GradedResponse,
     Group,
+    ResponseGrader,
     Rollout,
     RolloutSampling,
     check_grades,
 )
 from megatron_r1.controller.rollouts.sample_log import StepLog
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.dispatch import Affinity
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.episodes import Episode, Generate, Played, Player
-from megatron_r1.engines.server.responses import Response, cut_at_stop
+from megatron_r1.engines.server.episodes import Episode, EpisodeResult, Generate, Player
+from megatron_r1.engines.server.responses import Response, truncate_at_stop
 
 Phase = Literal["sampling", "grading", "scoring"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -112,16 +112,16 @@ class RolloutInProgress:
     Attributes:
         sampling: how all groups are sampled.
         log: the step's groups on disk, if they are kept.
-        sampled: time.perf_counter() when the newest group was sampled.
-        graded: the same, when it was graded.
-        teacher_done: the same, when the teacher had computed its log-probabilities.
+        sampled_at: time.perf_counter() when the newest group was sampled.
+        graded_at: that time for the newest graded group.
+        teacher_done_at: that time for the newest group that the teacher has scored.
     """
 
     sampling: RolloutSampling
     log: StepLog | None
-    sampled: float
-    graded: float
-    teacher_done: float
+    sampled_at: float
+    graded_at: float
+    teacher_done_at: float
 
 
 class RolloutCollector:
@@ -132,7 +132,7 @@ class RolloutCollector:
         self,
         fleet: RolloutFleet,
         pool: RewardPool,
-        text: PromptText,
+        text: PromptTokenizer,
         rewards: RewardsConfig,
         teacher: RolloutFleet | None = None,
         player: Player | None = None,
@@ -161,6 +161,11 @@ class RolloutCollector:
         Groups come back in the order of `prompts`; those that `log` already has are not sampled
         again.
 
+        Args:
+            prompts: a prompt for each group.
+            sampling: how each group is sampled.
+            log: keeps finished groups, and has those of an interrupted step; None: none are kept.
+
         Raises:
             EngineError: an engine fails.
         """
@@ -171,12 +176,12 @@ class RolloutCollector:
         for prompt, at in zip(prompts, positions, strict=True):
             # An episode that failed is played again; a response can be graded again.
             only_final = self.player is not None
-            replayed = log.replay(at, prompt, only_final) if log else None
-            if replayed:
-                prompt_ids = replayed.prompt_ids
+            restored = log.restore(at, prompt, only_final) if log else None
+            if restored:
+                prompt_ids = restored.prompt_ids
             else:
                 prompt_ids = self.text.encode(prompt.question, prompt.before)
-            begun.append((at, prompt, prompt_ids, replayed))
+            begun.append((at, prompt, prompt_ids, restored))
             await asyncio.sleep(0)  # hundreds at once would block the event loop
         try:
             # Together: the fleet orders what arrives in one turn of the event loop.
@@ -189,9 +194,9 @@ class RolloutCollector:
             raise failures.exceptions[0] from None
         return Rollout(
             [group.result() for group in groups],
-            running.sampled - start,
-            max(0.0, running.graded - running.sampled),
-            teacher_seconds=max(0.0, running.teacher_done - running.sampled),
+            running.sampled_at - start,
+            max(0.0, running.graded_at - running.sampled_at),
+            teacher_seconds=max(0.0, running.teacher_done_at - running.sampled_at),
         )
 
     async def check(self, terms: Collection[str], prompts: list[Prompt]) -> None:
@@ -224,27 +229,27 @@ class RolloutCollector:
         position: int,
         prompt: Prompt,
         prompt_ids: list[int],
-        replayed: Group | None,
+        restored: Group | None,
     ) -> Group:
-        """Sample a group, or take the one that the log replayed; grade it, while the
+        """Sample a group, or take the one that the log restored; grade it, while the
         teacher computes its log-probabilities."""
         sampling, log = running.sampling, running.log
-        if log and replayed and log.is_final(replayed):
-            return replayed
+        if log and restored and log.is_final(restored):
+            return restored
         with self.in_flight.group(prompt) as tracked:
-            played: list[Played] = []
-            if replayed:
-                responses = [graded.response for graded in replayed.responses]
+            results: list[EpisodeResult] = []
+            if restored:
+                responses = [graded.response for graded in restored.responses]
             elif self.player is None:
                 responses = await self._generate(prompt, prompt_ids, sampling)
             else:
-                played = await self._play(prompt, sampling)
-                responses = [each.episode.response() for each in played]
-            running.sampled = time.perf_counter()
+                results = await self._play(prompt, sampling)
+                responses = [each.episode.response() for each in results]
+            running.sampled_at = time.perf_counter()
             tracked.sampling_done(responses)
             graded, computed = await asyncio.gather(
-                self._grade(running, tracked, responses, played),
-                self._teacher_logprobs(running, prompt_ids, responses, played),
+                self._grade(running, tracked, responses, results),
+                self._teacher_logprobs(running, prompt_ids, responses, results),
             )
         if computed:
             graded = [
@@ -253,7 +258,7 @@ class RolloutCollector:
             ]
         group = Group(prompt, prompt_ids, graded)
         if log:
-            log.keep(position, group, self._sampling_record(sampling))
+            log.append(position, group, self._sampling_record(sampling))
         return group
 
     def _sampling_record(self, sampling: RolloutSampling) -> SamplingRecord:
@@ -292,9 +297,11 @@ class RolloutCollector:
         if not sampling.stop:
             return responses
         count, decode = len(token_ids), self.text.decode
-        return [cut_at_stop(response, count, sampling.stop, decode)[0] for response in responses]
+        return [
+            truncate_at_stop(response, count, sampling.stop, decode)[0] for response in responses
+        ]
 
-    async def _play(self, prompt: Prompt, sampling: RolloutSampling) -> list[Played]:
+    async def _play(self, prompt: Prompt, sampling: RolloutSampling) -> list[EpisodeResult]:
         """Play the group's episodes.
 
         Raises:
@@ -314,24 +321,26 @@ class RolloutCollector:
             return answer
 
         count, limit = sampling.group_size, sampling.max_response_tokens
-        played = await asyncio.gather(*(player.play(prompt, policy(), limit) for _ in range(count)))
-        self.fleet.members.require_usable()
-        return played
+        results = await asyncio.gather(
+            *(player.play(prompt, policy(), limit) for _ in range(count))
+        )
+        self.fleet.state.require_usable()
+        return results
 
     async def _grade(
         self,
         running: RolloutInProgress,
         tracked: InFlightGroup,
         responses: list[Response],
-        played: list[Played],
+        results: list[EpisodeResult],
     ) -> list[GradedResponse]:
         weights = running.sampling.reward_weights
-        if played:
-            graded = await self.grader.grade_episodes(tracked.prompt, played, weights)
+        if results:
+            graded = await self.grader.grade_episodes(tracked.prompt, results, weights)
         else:
             graded = await self.grader.grade(tracked.prompt, responses, weights)
         tracked.grading_done()
-        running.graded = time.perf_counter()
+        running.graded_at = time.perf_counter()
         return graded
 
     async def _teacher_logprobs(
@@ -339,7 +348,7 @@ class RolloutCollector:
         running: RolloutInProgress,
         prompt_ids: list[int],
         responses: list[Response],
-        played: list[Played],
+        results: list[EpisodeResult],
     ) -> list[array[float]]:
         """Return the teacher's log-probabilities of each response; an empty list without one."""
         sampling = running.sampling
@@ -362,11 +371,11 @@ class RolloutCollector:
             return sampled
 
         computed = await asyncio.gather(
-            *(branch_logprobs(each.episode) for each in played),
+            *(branch_logprobs(each.episode) for each in results),
             *(
                 compute([*prompt_ids, *response.token_ids], len(prompt_ids))
-                for response in ([] if played else responses)
+                for response in ([] if results else responses)
             ),
         )
-        running.teacher_done = time.perf_counter()
+        running.teacher_done_at = time.perf_counter()
         return computed

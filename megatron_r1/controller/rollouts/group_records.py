@@ -14,12 +14,19 @@ from msgspec.structs import asdict
 
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engines.server.episodes import Branch, Episode, Status, Turn
+from megatron_r1.engines.server.episodes import Branch, Episode, EpisodeStatus, Turn
 from megatron_r1.engines.server.responses import Response
 
 
 class TurnRecord(msgspec.Struct, array_like=True, frozen=True):
-    """A `Turn`, its text as bytes."""
+    """A `Turn`, its text as bytes.
+
+    Attributes:
+        role: as in `Turn`.
+        text: UTF-8 with surrogates.
+        num_tokens: as in `Turn`.
+        trained: as in `Turn`.
+        policy_version: as in `Turn`."""
 
     role: str
     text: memoryview
@@ -29,7 +36,15 @@ class TurnRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class BranchRecord(msgspec.Struct, array_like=True, frozen=True):
-    """A `Branch`, its arrays as bytes."""
+    """A `Branch`, its arrays as bytes.
+
+    Attributes:
+        token_ids: int32, the whole branch.
+        is_sampled: one byte a token.
+        logprobs: float32, one per token.
+        policy_versions: int32, one per token.
+        routing: as in `Branch`.
+        sampling_mask: as in `Branch`."""
 
     token_ids: memoryview
     is_sampled: memoryview
@@ -40,9 +55,19 @@ class BranchRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class EpisodeRecord(msgspec.Struct, array_like=True, frozen=True):
-    """An `Episode` of the sample log, its texts and arrays as bytes."""
+    """An `Episode` of the sample log, its texts and arrays as bytes.
 
-    status: Status
+    Attributes:
+        status: how the episode ended.
+        turns: its messages in order.
+        branches: its token sequences.
+        num_tool_calls: tool calls that the policy made.
+        num_tool_errors: those of them whose result was an error.
+        tool_seconds: the time in the environment's methods.
+        engine_seconds: the time of waiting for engines.
+        reason: UTF-8, what ended the episode, if the policy did not."""
+
+    status: EpisodeStatus
     turns: tuple[TurnRecord, ...]
     branches: tuple[BranchRecord, ...]
     num_tool_calls: int
@@ -63,7 +88,14 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
         policy_versions: one version where all are the same.
         finish_reason: vLLM's: "stop" or "length".
         routing: the experts' indices, as in `Sample.routing`; empty without replay.
+        text: the decoded response.
+        rewards: each term alone.
+        reward: their weighted sum.
+        reason: the grader's explanation.
+        ungraded_terms: terms whose grader failed.
+        is_graded: whether the response is trained on.
         teacher_logprobs: float32, one per token; None where no teacher scored it.
+        episode: None for a single turn.
         engine: the name of the engine that sampled it.
         sampling_mask: the tokens that the sampler kept (`models.sampling_mask`); empty: all.
     """
@@ -86,7 +118,17 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class SamplingRecord(msgspec.Struct, array_like=True, frozen=True):
-    """What the engines were asked for, as `EngineClient.generate` and `cut_at_stop` take it."""
+    """What the engines were asked for, as `EngineClient.generate` and `truncate_at_stop` take
+    it.
+
+    Attributes:
+        temperature: divides the logits.
+        top_p: the probability mass of a draw.
+        max_tokens: the longest response.
+        stop_token_ids: the tokens that end a response.
+        stop: the strings that end one.
+        top_k: the most tokens of a draw; None for all.
+        min_p: the least probability of a token, as a share of the likeliest one's."""
 
     temperature: float
     top_p: float
@@ -101,7 +143,7 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
     """One finished group of the sample log.
 
     Attributes:
-        position: the place of the group's prompt among all that the step drew.
+        position: the index of the group's prompt among all that the step drew.
         prompt_id: the id of that prompt.
         prompt_ids: int32, the prompt's tokens.
         responses: all of the group.
@@ -117,7 +159,7 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
     sampling: SamplingRecord | None = None
 
 
-class Accepted(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
+class CommitRecord(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
     """The step's batch was complete and its grades were checked: it may have been trained on.
 
     Attributes:
@@ -127,7 +169,7 @@ class Accepted(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(GroupRecord | Accepted).decode
+decode = msgspec.msgpack.Decoder(GroupRecord | CommitRecord).decode
 
 
 def pack(
@@ -136,7 +178,7 @@ def pack(
     """Return the record of `group`.
 
     Args:
-        position: the place of the group's prompt among all that the step drew.
+        position: the index of the group's prompt among all that the step drew.
         group: the finished group.
         schedule: as in `GroupRecord`.
         sampling: how it was sampled."""

@@ -98,7 +98,7 @@ def sample_records(
         split: the split of the prompts, as it is recorded.
         limit: the most lines; None: no limit."""
     responses = [
-        (place, group, graded) for group in groups for place, graded in enumerate(group.responses)
+        (index, group, graded) for group in groups for index, graded in enumerate(group.responses)
     ]
     if limit is not None:
         responses = sorted(responses, key=lambda response: response[0])[:limit]

@@ -10,15 +10,15 @@ from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment import check_parameters
 from megatron_r1.agents.environment_pool import Environments, describe
 from megatron_r1.agents.gateway import Gateway
-from megatron_r1.agents.harness import HarnessPlayer, Run, find_harness
+from megatron_r1.agents.harness import AgentFunction, HarnessPlayer, find_harness
 from megatron_r1.agents.parsing import find_parser
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.verifiers import VerifiersHarness
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.episodes import Player
-from megatron_r1.engines.server.from_recipe import max_model_len
+from megatron_r1.engines.server.settings import max_model_len
 
 ANY_TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"type": "object"}}}
 """Stands for the tools of an agent, which are known only when it runs."""
@@ -32,7 +32,7 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
         UserError: two of them, another template, or code that cannot be imported.
     """
     agents = config.agents
-    named = agents.players
+    named = agents.player_settings
     if not named:
         return None
     if len(named) > 1:
@@ -58,7 +58,7 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
     return key, player
 
 
-def check_player(config: Config, text: PromptText) -> None:
+def check_player(config: Config, text: PromptTokenizer) -> None:
     """Check section `agents`; print the environment's tools and how the chat template continues a
     conversation.
 
@@ -95,14 +95,14 @@ def check_player(config: Config, text: PromptText) -> None:
         )
 
 
-def make_player(config: Config, text: PromptText) -> Player:
+def make_player(config: Config, text: PromptTokenizer) -> Player:
     """Return the player of the run's episodes; the recipe names one."""
     agents, rollout, longest = config.agents, config.rollout, max_model_len(config)
     tokenizer = text.tokenizer.name_or_path
     if agents.environment:
         environments = Environments(agents, describe(agents.environment))
         return EpisodePlayer(text, environments, agents, longest)
-    run: Run = VerifiersHarness(agents.verifiers, tokenizer)
+    run: AgentFunction = VerifiersHarness(agents.verifiers, tokenizer)
     if agents.harness:
         run = find_harness(agents)
     parsers = find_parser(agents, tokenizer)

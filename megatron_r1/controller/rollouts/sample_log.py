@@ -26,7 +26,7 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import fsync
 from megatron_r1.base.files.framed_records import FramedFile, append_frame
 from megatron_r1.controller.rollouts.group_records import (
-    Accepted,
+    CommitRecord,
     GroupRecord,
     SamplingRecord,
     decode,
@@ -38,7 +38,7 @@ from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.data.prompts import Prompt
 
 
-def path_of(folder: Path, step: int) -> Path:
+def step_log_path(folder: Path, step: int) -> Path:
     """Return the file of `step` in the folder of a run's sample log."""
     return folder / f"step_{step:08d}.log"
 
@@ -62,20 +62,20 @@ class SampleLog:
         self._unsynced: set[int] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._failure: Exception | None = None
-        self._held: list[tuple[Path, Callable[[], GroupRecord | Accepted]]] = []
+        self._buffered: list[tuple[Path, Callable[[], GroupRecord | CommitRecord]]] = []
         self._may_write = asyncio.Event()
         self._may_write.set()
 
-    def hold_back(self) -> None:
-        """Write nothing until `write_held`. What is held back already is dropped."""
+    def start_buffering(self) -> None:
+        """Write nothing until `write_buffered`. What the buffer has is dropped."""
         self._may_write.clear()
-        self._held.clear()
+        self._buffered.clear()
 
-    def write_held(self) -> None:
-        """Write what was held back, and again what is appended."""
+    def write_buffered(self) -> None:
+        """Write the buffer, and from now on what is appended."""
         self._may_write.set()
-        held, self._held = self._held, []
-        for path, make in held:
+        buffered, self._buffered = self._buffered, []
+        for path, make in buffered:
             self.append(path, make)
 
     async def step(self, step: int, schedule: str = "") -> StepLog:
@@ -85,7 +85,7 @@ class SampleLog:
             step: the training step.
             schedule: `config.rl.digest_until` the step; groups that were sampled under another
                 schedule, as a continued run may have it, are not used."""
-        path = path_of(self.folder, step)
+        path = step_log_path(self.folder, step)
         log = await asyncio.wrap_future(self._thread.submit(StepLog, self, path, schedule))
         if log.num_damaged_bytes:
             self._notify(
@@ -94,10 +94,10 @@ class SampleLog:
             )
         return log
 
-    def append(self, path: Path, make: Callable[[], GroupRecord | Accepted]) -> None:
+    def append(self, path: Path, make: Callable[[], GroupRecord | CommitRecord]) -> None:
         """Write the record that `make` returns, in the thread. A failure is raised by `finish`."""
         if not self._may_write.is_set():
-            self._held.append((path, make))
+            self._buffered.append((path, make))
             return
         self._thread.submit(self._append, path, make)
         if self._timer is None:
@@ -140,7 +140,7 @@ class SampleLog:
         self._timer = None
         self._thread.submit(self._sync)
 
-    def _append(self, path: Path, make: Callable[[], GroupRecord | Accepted]) -> None:
+    def _append(self, path: Path, make: Callable[[], GroupRecord | CommitRecord]) -> None:
         if self._failure is not None:
             return
         try:
@@ -194,7 +194,7 @@ class StepLog:
             UserError: records of another format."""
         self._log, self._path, self._schedule = log, path, schedule
         self._records: dict[int, GroupRecord] = {}
-        self.is_accepted = False
+        self.is_committed = False
         file = FramedFile.read(path)
         self.num_damaged_bytes = file.num_damaged_bytes
         for payload in file:
@@ -209,23 +209,23 @@ class StepLog:
                 ) from None
             if record.schedule != schedule:
                 continue
-            if isinstance(record, Accepted):
-                self.is_accepted = True
+            if isinstance(record, CommitRecord):
+                self.is_committed = True
             else:
                 self._records[record.position] = record
         self._drawn = 0
-        self.num_replayed = 0
+        self.num_restored = 0
 
     def reserve(self, count: int) -> range:
         """Return the positions of the `count` prompts that the step draws next."""
         self._drawn += count
         return range(self._drawn - count, self._drawn)
 
-    def replay(self, position: int, prompt: Prompt, only_final: bool = False) -> Group | None:
+    def restore(self, position: int, prompt: Prompt, only_final: bool = False) -> Group | None:
         """Return the finished group of `prompt` at `position`, or None.
 
         Args:
-            position: the place of the prompt among all that the step drew.
+            position: its index among all prompts that the step drew.
             prompt: what the step has drawn there now; a record of another prompt is discarded.
             only_final: return the group only if it `is_final`."""
         record = self._records.pop(position, None)
@@ -234,32 +234,32 @@ class StepLog:
         group = unpack(record, prompt)
         if only_final and not self.is_final(group):
             return None
-        self.num_replayed += 1
+        self.num_restored += 1
         return group
 
     def is_final(self, group: Group) -> bool:
-        """Whether a replayed group's grades stand. Ungraded responses are graded again, as the
+        """Whether a restored group's grades stand. Ungraded responses are graded again, as the
         reward may have been repaired, unless the batch was trained on with these grades."""
-        return self.is_accepted or not any(graded.ungraded_terms for graded in group.responses)
+        return self.is_committed or not any(graded.ungraded_terms for graded in group.responses)
 
-    def keep(self, position: int, group: Group, sampling: SamplingRecord | None = None) -> None:
+    def append(self, position: int, group: Group, sampling: SamplingRecord | None = None) -> None:
         """Append a group at its position in the step; packing and writing go on behind the
         caller.
 
         Args:
-            position: the place of the group's prompt among all that the step drew.
+            position: the index of the group's prompt among all that the step drew.
             group: the finished group.
             sampling: how it was sampled."""
         self._log.append(self._path, lambda: pack(position, group, self._schedule, sampling))
 
-    async def accept(self) -> None:
+    async def commit(self) -> None:
         """Record that the batch is complete and will be trained on; returns when all of it is on
         disk.
 
         Raises:
             RunError: writing failed.
         """
-        if not self.is_accepted:
-            self._log.append(self._path, lambda: Accepted(self._schedule))
-            self.is_accepted = True
+        if not self.is_committed:
+            self._log.append(self._path, lambda: CommitRecord(self._schedule))
+            self.is_committed = True
         await self._log.finish(self._path)

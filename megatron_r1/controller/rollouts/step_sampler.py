@@ -35,13 +35,13 @@ class StepRollout:
 
     Attributes:
         rollout: the groups, sampled and graded.
-        prompts_after: state of the prompt sampler after the step's prompts.
-        num_replayed: groups that came from the sample log.
+        sampler_state: state of the prompt sampler after the step's prompts.
+        num_restored: groups that came from the sample log.
     """
 
     rollout: Rollout
-    prompts_after: dict[str, Any]
-    num_replayed: int = 0
+    sampler_state: dict[str, Any]
+    num_restored: int = 0
 
 
 class StepSampler:
@@ -50,7 +50,7 @@ class StepSampler:
     Args:
         config: the run's settings; each step has its own by `Config.at`.
         collector: has the engines sample and the rewards grade.
-        prompts: the order of the training prompts, and the place in it.
+        prompts: the order of the training prompts, and the position in it.
         log: keeps finished groups for a restart; None: they are sampled again."""
 
     def __init__(
@@ -98,7 +98,7 @@ class StepSampler:
         """Start the rollouts that may be sampled ahead from `policy_version`. Their samples are not
         written down until `probes_passed`."""
         if self.log:
-            self.log.hold_back()
+            self.log.start_buffering()
         if self._stream is not None and self.config.rl.staleness:
             self._stream.start_after(policy_version)
 
@@ -106,7 +106,7 @@ class StepSampler:
         """Write down what was sampled since `start_ahead`: the engines compute what the trainer
         does."""
         if self.log:
-            self.log.write_held()
+            self.log.write_buffered()
 
     async def close(self) -> None:
         """Cancel what is still sampled for later steps."""
@@ -123,7 +123,7 @@ class StepSampler:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             min_p=rollout.min_p,
-            sampling_mask=rollout.is_cut,
+            sampling_mask=rollout.truncates_sampling,
             max_response_tokens=rollout.max_response_tokens,
             step=step,
             reward_weights=weights_at(config.rewards.weights, step),
@@ -135,7 +135,7 @@ class StepSampler:
         # Drawn before the first await: the next batch may draw while this one is being sampled.
         draw = partial(self.prompts.next_by_kind, weights=rl.kind_weights)
         prompts = [] if rl.dynamic_sampling else draw(num_groups)
-        prompts_after = self.prompts.state_dict()
+        sampler_state = self.prompts.state_dict()
         log = None
         if self.log:
             log = await self.log.step(step, digest_until(self.config.rl.schedule, step))
@@ -143,14 +143,14 @@ class StepSampler:
         if rl.dynamic_sampling:
             max_rounds = rl.dynamic_sampling_rounds
             collected = await collect_informative(collect, draw, num_groups, max_rounds)
-            prompts_after = self.prompts.state_dict()
+            sampler_state = self.prompts.state_dict()
         else:
             collected = await collect(prompts)
         self.collector.check_grades(collected.groups + collected.passed_over)
         if log is None:
-            return StepRollout(collected, prompts_after)
-        await log.accept()
-        return StepRollout(collected, prompts_after, log.num_replayed)
+            return StepRollout(collected, sampler_state)
+        await log.commit()
+        return StepRollout(collected, sampler_state, log.num_restored)
 
 
 class RolloutStream(Generic[T]):

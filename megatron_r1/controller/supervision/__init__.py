@@ -2,5 +2,5 @@
 
 - `diagnosis`: what a hung run waits for, and the report.
 - `watchdog`: notices hangs.
-- `health`: the endpoints /health and /metrics.
-- `supervisor`: runs the watchdog and the endpoints around a run, and restarts the trainer."""
+- `supervisor`: runs the watchdog and the endpoints /health and /metrics around a run, and restarts
+  the trainer."""

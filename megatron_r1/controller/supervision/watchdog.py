@@ -12,10 +12,10 @@ from megatron_r1.controller.supervision.diagnosis import (
     RunHandles,
     count_tokens,
     diagnose,
+    format_seconds,
     report,
-    rounded,
 )
-from megatron_r1.trainer.operations import FolderOperations, operation_names
+from megatron_r1.trainer.operations import CheckpointOperations, operation_names
 
 MAX_TICK_SECONDS = 5.0
 MIN_BLOCKED_SECONDS = 60.0
@@ -56,8 +56,8 @@ class Watchdog:
         limit = self.hang_seconds
         if self.run.is_starting:  # starting engines show no progress
             limit = max(limit, self.run.config.rollout.start_timeout_seconds)
-        waiting = self.run.trainer.waiting
-        if waiting is not None and waiting.operation in operation_names(FolderOperations):
+        waiting = self.run.trainer.pending_call
+        if waiting is not None and waiting.operation in operation_names(CheckpointOperations):
             # Writing a model of a terabyte shows no progress before it is done.
             limit = max(limit, self.run.config.parallel.wait_seconds)
         return self.quiet_seconds >= limit
@@ -102,13 +102,13 @@ class Watchdog:
         """Write a report and act by `run.on_hang`. Return whether to stay silent until there is
         progress."""
         self.num_reports += 1
-        findings = await diagnose(self.run)
+        diagnoses = await diagnose(self.run)
         path = self.run.folder / "logs" / f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"
-        content = report(self.run, findings, self.quiet_seconds)
+        content = report(self.run, diagnoses, self.quiet_seconds)
         await asyncio.to_thread(atomic_write, path, content)
         message = (
-            f"nothing has moved for {rounded(self.quiet_seconds)}. Everything waits for "
-            f"{findings[0].headline}\nall roles and stacks: {path}"
+            f"nothing has moved for {format_seconds(self.quiet_seconds)}. Everything waits for "
+            f"{diagnoses[0].headline}\nall roles and stacks: {path}"
         )
         policy = self.run.config.run.on_hang
         if policy == "report":
@@ -116,13 +116,13 @@ class Watchdog:
             return True
         if policy == "stop":
             raise HangError(f"{message}\nthe same command continues from the newest checkpoint")
-        if findings[0].recover is None:
+        if diagnoses[0].recover is None:
             raise HangError(
                 f"{message}\nthis cannot be restarted by itself; the same command continues"
             )
         self.run.recorder.view.message(f"{message}\nkilled, to be started again")
         self._quiet = 0.0
-        await findings[0].recover()  # its supervisor restarts it up to its limit of restarts
+        await diagnoses[0].recover()  # its supervisor restarts it up to its limit of restarts
         return False
 
     @contextlib.contextmanager

@@ -43,7 +43,7 @@ POLL_SECONDS = 0.5
 CONNECTIONS, OTHER_FILES = 2, 600
 """Open files: connections of each rank, for calls and for its monitor; and those of the run, mostly
 requests to engines, one a group."""
-SENT_AT_ONCE = 128
+CALLS_PER_YIELD = 128
 """Calls between which the event loop may do other things: one to every rank takes milliseconds."""
 
 
@@ -58,7 +58,7 @@ def _require_finite(metrics: dict[str, float], names: tuple[str, ...], rate: str
 
 
 @dataclass
-class Waiting:
+class PendingCall:
     """A call in progress.
 
     Attributes:
@@ -103,7 +103,7 @@ class TrainerClient:
         self._busy = asyncio.Lock()
         self.is_usable = True
         """False during a call and after one that failed: the ranks' state is then unknown."""
-        self.waiting: Waiting | None = None
+        self.pending_call: PendingCall | None = None
         self.num_replies = 0
         self.num_restarts = 0
         self.is_offloaded: Callable[[], bool] = lambda: False
@@ -115,7 +115,7 @@ class TrainerClient:
     @property
     def can_restart(self) -> bool:
         """Whether this process started the ranks; it cannot restart ranks that torchrun started."""
-        return self.processes.are_ours
+        return self.processes.started_here
 
     @property
     def num_parameters(self) -> int:
@@ -162,7 +162,7 @@ class TrainerClient:
             `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank
             and update, and `packing/padding`, the share of padding tokens."""
         packings, shares = await asyncio.to_thread(self._shares, minibatches, unit)
-        loaded = self._last_stage(await self._everywhere(LOAD, shares=shares))
+        loaded = self._last_stage_reply(await self._call_ranks(LOAD, shares=shares))
         self._packings = packings
         return {
             "packing/waste": fmean(p.waste for p in packings),
@@ -171,25 +171,25 @@ class TrainerClient:
             **loaded,
         }
 
-    @timeline.timed("controller/pack")
     def _shares(
         self, minibatches: list[list[Sample]], unit: int
     ) -> tuple[list[Packing], list[list[Buffer]]]:
         """Return the packing of every mini-batch, and each replica's encoded share of all."""
-        limit = self.config.parallel.microbatch_tokens
-        shares: list[ReplicaSamples] = [[] for _ in range(self.data_parallel)]
-        packings = [
-            pack_by_prompt(samples, self.data_parallel, limit, self._cost)
-            if self.config.parallel.share_prompts and unit == 1
-            else pack(
-                [len(s) for s in samples], self.data_parallel, limit, cost=self._cost, unit=unit
-            )
-            for samples in minibatches
-        ]
-        for samples, packing in zip(minibatches, packings, strict=True):
-            for rank, share in enumerate(packing.shares):
-                shares[rank].append([[samples[i] for i in m] for m in share])
-        return packings, [encode_samples(share) for share in shares]
+        with timeline.span("controller/pack"):
+            limit = self.config.parallel.microbatch_tokens
+            shares: list[ReplicaSamples] = [[] for _ in range(self.data_parallel)]
+            packings = [
+                pack_by_prompt(samples, self.data_parallel, limit, self._cost)
+                if self.config.parallel.share_prompts and unit == 1
+                else pack(
+                    [len(s) for s in samples], self.data_parallel, limit, cost=self._cost, unit=unit
+                )
+                for samples in minibatches
+            ]
+            for samples, packing in zip(minibatches, packings, strict=True):
+                for rank, share in enumerate(packing.shares):
+                    shares[rank].append([[samples[i] for i in m] for m in share])
+            return packings, [encode_samples(share) for share in shares]
 
     async def update(
         self,
@@ -249,14 +249,18 @@ class TrainerClient:
         self, operation: Callable[Concatenate[Any, P], R], *_: P.args, **arguments: P.kwargs
     ) -> R:
         """Run `operation`, a method of a protocol in `trainer.operations`, on every rank; return
-        the result of the last pipeline stage."""
-        results = await self._everywhere(operation.__name__, arguments)
-        return cast(R, self._last_stage(results))
+        the result of the last pipeline stage.
+
+        Args:
+            operation: the method of the ranks' operations.
+            **arguments: the operation's arguments."""
+        results = await self._call_ranks(operation.__name__, arguments)
+        return cast(R, self._last_stage_reply(results))
 
     async def call_all(
         self,
         operation: Callable[Concatenate[Any, P], R],
-        begun: Callable[[], object] | None = None,
+        on_start: Callable[[], object] | None = None,
         *_: P.args,
         **arguments: P.kwargs,
     ) -> list[R]:
@@ -264,9 +268,11 @@ class TrainerClient:
 
         Args:
             operation: the method of the ranks' operations.
-            begun: called when earlier calls are done and this one starts.
+            on_start: called when earlier calls are done and this one starts.
             **arguments: the operation's arguments."""
-        return cast(list[R], await self._everywhere(operation.__name__, arguments, begun=begun))
+        return cast(
+            list[R], await self._call_ranks(operation.__name__, arguments, on_start=on_start)
+        )
 
     async def probe(
         self, sequences: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]]
@@ -317,7 +323,7 @@ class TrainerClient:
         """Ask the ranks to end, wait up to ten seconds, then kill those that are left."""
         if self.ranks and self.processes.are_alive and self.is_usable:
             with contextlib.suppress(TimeoutError, TrainerError):
-                await asyncio.wait_for(self._everywhere(STOP), timeout=10)
+                await asyncio.wait_for(self._call_ranks(STOP), timeout=10)
             self.processes.stop()
         self.kill()
         self.socket.close()
@@ -326,16 +332,16 @@ class TrainerClient:
         """Kill all ranks at once, also stopped or stuck ones."""
         self.processes.kill()
 
-    async def _everywhere(
+    async def _call_ranks(
         self,
         operation: str,
         arguments: dict[str, Any] | None = None,
         shares: list[list[Buffer]] | None = None,
-        begun: Callable[[], object] | None = None,
+        on_start: Callable[[], object] | None = None,
     ) -> list[dict[str, Any]]:
         await self._busy.acquire()
-        if begun is not None:
-            begun()
+        if on_start is not None:
+            on_start()
         # The caller may be cancelled from here on. The exchange goes on all the same: its replies
         # would otherwise be taken for those to the next call.
         exchange = asyncio.create_task(self._exchange(operation, arguments, shares))
@@ -359,7 +365,7 @@ class TrainerClient:
             raise TrainerLost(f"the ranks are starting again, and cannot be asked for {operation}")
         call = msgspec.msgpack.encode(Call(operation, arguments or {}))
         for rank, description in enumerate(self.ranks):
-            if rank % SENT_AT_ONCE == 0:
+            if rank % CALLS_PER_YIELD == 0:
                 await asyncio.sleep(0)
             share: list[Buffer] = []
             if shares and description["leads_replica"]:
@@ -374,7 +380,7 @@ class TrainerClient:
         self.is_usable = True
         return replies
 
-    def _last_stage(self, replies: list[dict[str, Any]]) -> dict[str, Any]:
+    def _last_stage_reply(self, replies: list[dict[str, Any]]) -> dict[str, Any]:
         return next(replies[r["rank"]] for r in self.ranks if r["last_stage"])
 
     async def _gather(self, operation: str, count: int) -> list[dict[str, Any]]:
@@ -384,9 +390,9 @@ class TrainerClient:
             Exception: the error of the first rank that fails.
         """
         replies: dict[int, dict[str, Any]] = {}
-        self.waiting = Waiting(operation, time.monotonic(), set(range(count)))
+        self.pending_call = PendingCall(operation, time.monotonic(), set(range(count)))
         try:
-            while self.waiting.missing:
+            while self.pending_call.missing:
                 reply = await self.socket.reply(POLL_SECONDS)
                 if reply is None:
                     lost = self.processes.first_ended(set(replies))
@@ -398,17 +404,17 @@ class TrainerClient:
                     if reply.error is not None:
                         await self._fail(reply, operation)
                     replies[reply.rank] = reply.result or {}
-                    self.waiting.missing.discard(reply.rank)
+                    self.pending_call.missing.discard(reply.rank)
                     self.num_replies += 1
         finally:
-            self.waiting = None
+            self.pending_call = None
         return [replies[rank] for rank in range(count)]
 
     async def _fail(self, reply: Reply, operation: str) -> NoReturn:
         """Raise the error of `reply` to a call of `operation`, or, if another rank was killed, that
         cause of the error."""
         assert reply.error is not None
-        if reply.is_mistake:
+        if reply.is_user_error:
             raise UserError(reply.error, key=reply.key, cause=reply.cause)
         await asyncio.sleep(POLL_SECONDS)
         killed = self.processes.first_killed()

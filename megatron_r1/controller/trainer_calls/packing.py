@@ -22,8 +22,8 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.models.weights import hf_tensors
-from megatron_r1.reporting.wording import counted
-from megatron_r1.trainer.shared_prompts import SharedTokens, by_first_prompt
+from megatron_r1.reporting.wording import format_count
+from megatron_r1.trainer.shared_prompts import SharedTokens, group_by_first_prompt
 from megatron_r1.trainer.training_sample import Sample
 
 Bins = list[list[int]]
@@ -144,7 +144,11 @@ def pack_by_prompt(
         data_parallel: the number of data-parallel ranks.
         limit: the most tokens of a micro-batch.
         cost: the argument of `pack`."""
-    found = [unit for group in by_first_prompt(samples) for unit in _within(samples, group, limit)]
+    found = [
+        unit
+        for group in group_by_first_prompt(samples)
+        for unit in _split_to_limit(samples, group, limit)
+    ]
     if len(found) < data_parallel:
         found = [([i], len(sample)) for i, sample in enumerate(samples)]
     units, lengths = [unit for unit, _ in found], [length for _, length in found]
@@ -153,7 +157,7 @@ def pack_by_prompt(
     return packing._replace(shares=shares)
 
 
-def _within(
+def _split_to_limit(
     samples: list[Sample], members: Iterable[int], limit: int
 ) -> list[tuple[list[int], int]]:
     """Cut samples of one prompt, in order, into units of at most `limit` tokens, or one sample.
@@ -162,7 +166,7 @@ def _within(
     shared = SharedTokens()
     for member in members:
         sample = samples[member]
-        _, skipped = shared.of(sample)
+        _, skipped = shared.shared_prefix(sample)
         if units and units[-1][1] + len(sample) - skipped <= limit:
             unit, length = units.pop()
         else:
@@ -197,9 +201,9 @@ def check_batches(config: Config, verb: str, world_size: int, rank: str = "train
     if num_samples < data_parallel:
         most = num_samples * (world_size // data_parallel)
         raise UserError(
-            f"{counted(num_samples, item)} of an optimizer step cannot be spread over "
+            f"{format_count(num_samples, item)} of an optimizer step cannot be spread over "
             f"{data_parallel:,} data-parallel ranks; {more}, raise parallel.context, .tensor or "
-            f".pipeline, or use at most {counted(most, rank)}",
+            f".pipeline, or use at most {format_count(most, rank)}",
             key=key,
             cause=Cause.OUT_OF_RANGE,
         )

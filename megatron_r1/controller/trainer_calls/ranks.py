@@ -15,13 +15,19 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from megatron_r1.base.processes import children, diagnosis, memory, preloaded
+from megatron_r1.base.processes import children, diagnosis, fork_client, memory
 from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT, protect_server
 from megatron_r1.base.processes.diagnosis import last_lines, log_end
-from megatron_r1.base.processes.preloaded import ForkedProcess
+from megatron_r1.base.processes.fork_client import ForkedProcess
 from megatron_r1.config import Config
 from megatron_r1.engines.server import gpu
-from megatron_r1.trainer.operations import MONITOR, RankStatus, Reply, identity, monitor_identity
+from megatron_r1.trainer.operations import (
+    MONITOR,
+    RankStatus,
+    Reply,
+    monitor_identity,
+    rank_identity,
+)
 from megatron_r1.trainer.training_sample import Buffer
 
 REMEDY = (
@@ -30,7 +36,7 @@ REMEDY = (
 )
 
 
-ENDING_SECONDS = 5.0
+EXIT_SECONDS = 5.0
 """How long a rank may take to end after its connection has closed, on a busy machine."""
 MODULE = "megatron_r1.trainer.rank"
 """What a rank's process runs."""
@@ -57,7 +63,7 @@ class RankProcesses:
         self._wait_seconds = 0.0
 
     @property
-    def are_ours(self) -> bool:
+    def started_here(self) -> bool:
         """Whether this controller started the ranks; torchrun or Slurm may have."""
         return bool(self._processes)
 
@@ -124,7 +130,7 @@ class RankProcesses:
             return f"trainer rank {rank} is gone"
         code, log = None, self._log(rank)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._processes[rank].wait(timeout=ENDING_SECONDS)
+            code = self._processes[rank].wait(timeout=EXIT_SECONDS)
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
         if code == -signal.SIGKILL:
             how += diagnosis.oom_explanation(self._kills_before, REMEDY)
@@ -147,10 +153,10 @@ def _start(
 ) -> ForkedProcess | subprocess.Popen[bytes]:
     if gpu.is_usable():  # the import of Megatron-Core initializes CUDA: no process can be forked
         return children.start([sys.executable, "-m", MODULE, *arguments], log, environment)
-    return preloaded.start(MODULE, arguments, log, environment)
+    return fork_client.start(MODULE, arguments, log, environment)
 
 
-CONNECTING = 4096
+BACKLOG = 4096
 """Connections that may wait to be accepted: two of each rank, which start together."""
 
 
@@ -165,7 +171,7 @@ class RankSocket:
             token: authenticates the ranks."""
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.BACKLOG, CONNECTING)
+        self._socket.setsockopt(zmq.BACKLOG, BACKLOG)
         protect_server(self._socket, token)
         self._socket.bind(bind)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -179,10 +185,15 @@ class RankSocket:
         """Send an encoded `Call` and the parts of an encoded share, which are not copied and stay
         in use until the rank has them.
 
+        Args:
+            rank: its number among all trainer ranks.
+            call: the encoded call.
+            share: the parts of the replica's samples (`encode_samples`); none for other operations.
+
         Raises:
             zmq.ZMQError: the rank has never connected, or is gone.
         """
-        await self._socket.send_multipart([identity(rank), call, *share], copy=not share)
+        await self._socket.send_multipart([rank_identity(rank), call, *share], copy=not share)
 
     async def reply(self, within_seconds: float) -> Reply | None:
         """Return the next reply of any rank; None when there is none in time."""

@@ -15,7 +15,7 @@ size of prompt, because a proof takes more tokens than a greeting. Two numbers o
 the mean length, which is the work it makes, and the longest, which determines when the group is
 complete.
 
-`Members` are the engines of a fleet: which are there, which take new groups, whether any can be
+`FleetState` has the engines of a fleet: which are there, which take new groups, whether any can be
 used."""
 
 import asyncio
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.responses import EngineError
 
-MEMORY_GROUPS = 64
+AVERAGED_GROUPS = 64
 """Groups over which the moving averages extend: lengths drift while a policy learns, by far less
 than a factor of two within one step of the paper's 512 groups."""
 ENOUGH_GROUPS = 4
@@ -50,7 +50,7 @@ class ExpectedLength:
     def update(self, mean: float, longest: float) -> None:
         """Add a group: a plain average at first, later an exponential moving one."""
         self.num_groups += 1
-        weight = 1 / min(self.num_groups, MEMORY_GROUPS)
+        weight = 1 / min(self.num_groups, AVERAGED_GROUPS)
         self.mean += weight * (mean - self.mean)
         self.longest += weight * (longest - self.longest)
 
@@ -63,7 +63,12 @@ class ExpectedLengths:
 
     def estimate(self, kind: str, prompt_tokens: int, max_tokens: int) -> ExpectedLength:
         """Return the expected length of a group's responses; before any group is known, a mean of
-        half of max_tokens and a longest of max_tokens."""
+        half of max_tokens and a longest of max_tokens.
+
+        Args:
+            kind: the prompt's kind.
+            prompt_tokens: tokens of the prompt.
+            max_tokens: the longest response that may be sampled."""
         for key in (_length_key(kind, prompt_tokens), None):
             average = self._averages.get(key)
             if average is not None and (key is None or average.num_groups >= ENOUGH_GROUPS):
@@ -72,7 +77,12 @@ class ExpectedLengths:
         return ExpectedLength(max_tokens / 2, max_tokens)
 
     def add(self, kind: str, prompt_tokens: int, lengths: Sequence[int]) -> None:
-        """Add the response lengths (tokens) of one complete group."""
+        """Add the response lengths (tokens) of one complete group.
+
+        Args:
+            kind: the prompt's kind.
+            prompt_tokens: tokens of the prompt.
+            lengths: tokens of each response."""
         for key in (_length_key(kind, prompt_tokens), None):
             average = self._averages.setdefault(key, ExpectedLength(0.0, 0.0))
             average.update(sum(lengths) / len(lengths), max(lengths))
@@ -83,10 +93,10 @@ def _length_key(kind: str, prompt_tokens: int) -> tuple[str, int]:
     return kind, prompt_tokens.bit_length()
 
 
-SLACK = 0.25
+QUEUED_FRACTION = 0.25
 """Sequences beyond what an engine decodes at once, as a share of it: they wait in the engine, so
 that it is never idle between two groups."""
-UNKNOWN_FRACTION = 0.5
+DEFAULT_OCCUPIED_FRACTION = 0.5
 """Share of a group's sequences that run on average, before any length is known (`Work.occupied`).
 For geometric lengths and groups of 16 it is about 0.3 (docs/learned.md): counting a group as all of
 its sequences would leave an engine mostly idle."""
@@ -112,7 +122,7 @@ class Affinity:
         """The engine whose cache has most of the conversation; None before any request."""
         return self.origin.engine if self.engine is None and self.origin else self.engine
 
-    def assigned(self, engine: Engine) -> None:
+    def record_engine(self, engine: Engine) -> None:
         """Keep the engine that took the request, also for conversations with the same beginning."""
         self.engine = engine
         if self.origin is not None and self.origin.engine is None:
@@ -149,7 +159,7 @@ class Work:
         """Return the mean number of sequences this group keeps in an engine until its last response
         ends."""
         if not self.expected.num_groups:
-            return self.num_sequences * UNKNOWN_FRACTION
+            return self.num_sequences * DEFAULT_OCCUPIED_FRACTION
         fraction = self.expected.mean / max(self.expected.longest, 1.0)
         return max(1.0, self.num_sequences * fraction)
 
@@ -165,13 +175,13 @@ class Dispatcher:
         capacity: the sequences that an engine decodes at once."""
 
     def __init__(self, capacity: int) -> None:
-        self.limit = capacity * (1 + SLACK)
+        self.limit = capacity * (1 + QUEUED_FRACTION)
         self.engines: list[Engine] = []
         self._waiting: list[tuple[Priority, Work, asyncio.Future[Engine]]] = []
         self._arrivals = itertools.count()
         self._is_scheduled = False
 
-    def use(self, engines: Iterable[Engine]) -> None:
+    def set_engines(self, engines: Iterable[Engine]) -> None:
         """Set the engines that receive work."""
         self.engines = list(engines)
         self._schedule()
@@ -230,7 +240,7 @@ class Dispatcher:
                 passed.append(entry)
                 continue
             if work.affinity is not None:
-                work.affinity.assigned(engine)
+                work.affinity.record_engine(engine)
             engine.num_running += work.num_sequences
             engine.num_occupied += work.occupied
             engine.tokens_expected += work.tokens
@@ -260,7 +270,7 @@ Notify = Callable[[str], None]
 """Called with a line for a person when an engine is replaced, joins or leaves."""
 
 
-class Members:
+class FleetState:
     """The state that a fleet's push, retries and replacement share. Every change of `is_open` goes
     through here, so that the dispatcher assigns groups to open engines only."""
 
@@ -295,11 +305,16 @@ class Members:
         engine.is_open = is_open
         self._update()
 
-    def put_up(self, engine: Engine, place_of: Engine, *, is_asleep: bool = False) -> None:
-        """Let an engine with the current weights serve in the place of a member, or of itself. One
-        that sleeps has no weights, and serves after the next push (`wake`)."""
+    def mark_up(self, engine: Engine, replaced: Engine, *, is_asleep: bool = False) -> None:
+        """Let an engine with the current weights serve instead of another engine, or again. One
+        that sleeps has no weights, and serves after the next push (`wake`).
+
+        Args:
+            engine: the engine that serves from now on.
+            replaced: the engine of the fleet that it replaces, or itself.
+            is_asleep: whether it has no weights yet."""
         engine.is_up, engine.is_open, engine.is_asleep = True, not is_asleep, is_asleep
-        self.engines[self.engines.index(place_of)] = engine
+        self.engines[self.engines.index(replaced)] = engine
         self._update()
 
     def wake(self, engine: Engine) -> None:
@@ -307,16 +322,17 @@ class Members:
         engine.is_asleep = False
         self.set_open(engine, True)
 
-    def take_down(self, engine: Engine) -> None:
-        """Exclude a dead engine from calls and pushes; it keeps its place for a replacement."""
+    def mark_down(self, engine: Engine) -> None:
+        """Exclude a dead engine from calls and pushes; `engines` keeps it until a replacement is
+        up."""
         engine.is_up = engine.is_open = False
         self._update()
 
     def remove(self, engine: Engine) -> None:
         """Exclude an engine for good; harmless if it has left."""
-        self.take_down(engine)
+        self.mark_down(engine)
         if engine in self.engines:
             self.engines.remove(engine)
 
     def _update(self) -> None:
-        self.dispatcher.use(engine for engine in self.engines if engine.is_open)
+        self.dispatcher.set_engines(engine for engine in self.engines if engine.is_open)

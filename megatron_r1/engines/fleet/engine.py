@@ -1,6 +1,6 @@
 """One engine of a fleet: a server, its client, its load, and how its death is noticed.
 
-`Pace` measures its recent service: its speed, and the number of unusable replies.
+`ServiceStats` measures its recent service: its speed, and the number of unusable replies.
 `AcceptanceMeter` measures the share of drafted tokens that engines accept, by vLLM's own
 counters."""
 
@@ -23,7 +23,7 @@ from megatron_r1.engines.server.responses import (
 )
 from megatron_r1.engines.server.server import Server
 
-SHOWN_SECONDS = 60.0
+RATE_SECONDS = 60.0
 """Seconds over which `tokens_per_second` is averaged."""
 RECENT_REPLIES = 100
 MANY_FAULTS = 3
@@ -55,7 +55,7 @@ class ServedGroup:
     longest: int
 
 
-class Pace:
+class ServiceStats:
     """The service of one engine in the last `window` seconds. Times are time.monotonic()."""
 
     def __init__(self, began: float, window: float) -> None:
@@ -74,7 +74,7 @@ class Pace:
         self._faults.append(True)
         return sum(self._faults) >= MANY_FAULTS
 
-    def tokens_per_second(self, now: float, within: float = SHOWN_SECONDS) -> float:
+    def tokens_per_second(self, now: float, within: float = RATE_SECONDS) -> float:
         """Return the rate of groups that came back, whenever their tokens were sampled."""
         seconds = min(within, now - self.began)
         tokens = sum(group.tokens for group in self._groups if group.at > now - within)
@@ -96,26 +96,26 @@ class Pace:
             self._groups.popleft()
 
 
-def find_slow(paces: Mapping[Key, Pace], now: float) -> dict[Key, str]:
+def find_slow(stats_by_engine: Mapping[Key, ServiceStats], now: float) -> dict[Key, str]:
     """Return engines far slower than the others over a whole window, and by how much, in words.
 
     An engine with few tokens in all may simply have had little to do, and one whose sequences are
     slow may have had more of them than the others: only both together make it slow. The only engine
     is never slow, nor is one without enough groups to compare."""
-    known = {key: pace for key, pace in paces.items() if pace.is_known(now)}
+    known = {key: stats for key, stats in stats_by_engine.items() if stats.is_known(now)}
     slow = {}
-    for key, pace in known.items():
+    for key, stats in known.items():
         others = [other for name, other in known.items() if name != key]
         if not others:
             continue
-        speed = pace.sequence_speed()
+        speed = stats.sequence_speed()
         usual_speed = median(other.sequence_speed() for other in others)
-        rate = pace.tokens_per_second(now, pace.window)
+        rate = stats.tokens_per_second(now, stats.window)
         usual_rate = median(other.tokens_per_second(now, other.window) for other in others)
         if speed < SLOW_FRACTION * usual_speed and rate < SLOW_FRACTION * usual_rate:
             slow[key] = (
                 f"made {speed:.3g} tokens a second and sequence, the others {usual_speed:.3g}, for "
-                f"{pace.window:g} seconds"
+                f"{stats.window:g} seconds"
             )
     return slow
 
@@ -125,12 +125,12 @@ MakeServer = Callable[..., Server]
 """Makes a server from (model folder, log path, **engine settings): `EngineServer`, or
 `placement.server_maker(pool)` for engines on other hosts."""
 
-LAST_WORDS_SECONDS = 10.0
+DEATH_WAIT_SECONDS = 10.0
 """How long a failed request waits to see whether its engine has died: a server whose engine core
 died fails its requests first and ends a moment later."""
 POLL_SECONDS = 0.1
 RETRY_SECONDS = 0.5
-PACE_SECONDS = 300.0
+STATS_SECONDS = 300.0
 """Window of `find_slow`: longer than a push, a cold cache or another program on its host take."""
 
 
@@ -150,7 +150,7 @@ class Engine:
         is_asleep: it is up, and waits for weights in the next push while others serve.
         role: the first part of its name, by what the fleet is for.
         died: set when its death has been noticed.
-        pace: the groups and faults of the last `PACE_SECONDS`.
+        stats: the groups and faults of the last `STATS_SECONDS`.
     """
 
     index: int
@@ -164,7 +164,9 @@ class Engine:
     is_asleep: bool = False
     role: str = "engine"
     died: asyncio.Event = field(default_factory=asyncio.Event)
-    pace: Pace = field(default_factory=lambda: Pace(time.monotonic(), PACE_SECONDS))
+    stats: ServiceStats = field(
+        default_factory=lambda: ServiceStats(time.monotonic(), STATS_SECONDS)
+    )
 
     @property
     def name(self) -> str:
@@ -182,10 +184,10 @@ class Engine:
         except EngineError as error:
             raise EngineError(f"{self.name}: {error}") from error
         self.client.url = self.server.url  # that of a server on another host is known only now
-        self.pace = Pace(time.monotonic(), self.pace.window)
+        self.stats = ServiceStats(time.monotonic(), self.stats.window)
         await self.client.set_policy_version(policy_version)
 
-    async def end(self) -> None:
+    async def stop(self) -> None:
         """Stop the engine's processes and fail its calls; harmless if it has ended."""
         self.died.set()
         await self.client.close()
@@ -200,7 +202,7 @@ class Engine:
         """
         if self.died.is_set():
             call.close()
-            raise self.ended_error()
+            raise self.death_error()
         request = asyncio.ensure_future(call)
         death = asyncio.ensure_future(self.died.wait())
         try:
@@ -211,10 +213,10 @@ class Engine:
                 if not isinstance(error, EngineError) or is_late or (error.status or 500) < 500:
                     return request.result()
                 # A fault, or the first sign of a death, which costs the request no attempt.
-                await asyncio.wait({death}, timeout=LAST_WORDS_SECONDS)
+                await asyncio.wait({death}, timeout=DEATH_WAIT_SECONDS)
             if not death.done():
                 return request.result()
-            raise self.ended_error()
+            raise self.death_error()
         finally:
             request.cancel()
             death.cancel()
@@ -238,7 +240,7 @@ class Engine:
         except ConnectionBroken as broken:
             raise EngineDied(f"{self.name} was lost: {broken}") from broken
 
-    def ended_error(self) -> EngineDied:
+    def death_error(self) -> EngineDied:
         """Return the error for calls to this engine, which has ended."""
         return EngineDied(f"{self.name} died: {self.server.describe_end()}")
 
@@ -248,7 +250,7 @@ class Engine:
         while self.num_running and not self.died.is_set() and time.monotonic() < deadline:
             await asyncio.sleep(POLL_SECONDS)
 
-    async def answers(self, within_seconds: float) -> bool:
+    async def is_responsive(self, within_seconds: float) -> bool:
         """Return whether the engine core answers in time, not only the HTTP server in front of it.
         An error status is an answer; a connection that cannot be made is not."""
         try:

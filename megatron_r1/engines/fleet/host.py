@@ -143,7 +143,7 @@ class LocalEngine:
 
     Attributes:
         order: what the controller asked for: name, model and settings.
-        slot: the place on this host.
+        slot: its number on this host, below `num_engines`.
         server: the server; None where it could not be started.
         end: how the engine ended; the reason where it could not be started.
         stopping: the thread that stops it, if one does."""
@@ -193,7 +193,7 @@ class LocalEngines:
         self.first_port, self.logs = first_port, logs
         self._engines: dict[str, LocalEngine] = {}
 
-    def follow(self, orders: list[EngineOrder]) -> None:
+    def apply_orders(self, orders: list[EngineOrder]) -> None:
         """Start ordered engines and stop others. Call from the main thread: engines end with the
         thread that starts them."""
         ordered = {order.engine for order in orders}
@@ -332,7 +332,7 @@ class EngineHost:
                     # Only now the address by which the controller's host reaches this one is known.
                     options, here = self.options, self.options.address or link.local_address()
                     self.engines = LocalEngines(options.engines, here, options.ports, options.logs)
-                self.engines.follow(orders.engines)
+                self.engines.apply_orders(orders.engines)
             elif link.was_refused():
                 self._print(f"{link.address} refuses this token: is it of another run?")
             engines = self.engines.reports() if self.engines else []

@@ -24,10 +24,12 @@ class EngineReport(msgspec.Struct, frozen=True):
     """One engine of a host, or its part of one.
 
     Attributes:
+        engine: the engine's name.
+        state: "running", "stopping" or "ended".
         url: reachable from other hosts, empty before its process started and for a part without the
             API server.
-        coordinator: where the other parts connect, from the first part only.
-        end: how it ended and an excerpt of its log, with state "ended" only."""
+        end: how it ended and an excerpt of its log, with state "ended" only.
+        coordinator: where the other parts connect, from the first part only."""
 
     engine: str
     state: Literal["running", "stopping", "ended"]
@@ -40,8 +42,10 @@ class HostReport(msgspec.Struct, frozen=True):
     """Host → controller: what runs there.
 
     Attributes:
+        name: the host's name.
         num_engines: the host's slots, for engines or parts of engines.
         shared_memory: the identity of its /dev/shm, the same only for hosts that share it.
+        engines: the engines, or parts of engines, that it runs.
         leaving: the host is about to exit."""
 
     name: str
@@ -55,6 +59,9 @@ class EngineOrder(msgspec.Struct, frozen=True):
     """An engine that should run.
 
     Attributes:
+        engine: the engine's name.
+        model: the model's folder.
+        log: the path of the engine's log.
         settings: fields of `EngineSettings`, except those that the host sets.
         part: the part that the host runs, of an engine over several hosts."""
 
@@ -71,6 +78,7 @@ class Orders(msgspec.Struct, frozen=True):
     Attributes:
         silence_seconds: the time without a message from the controller after which the host stops
             its engines.
+        engines: those that should run.
         finished: the run is over, and the host is no longer needed.
         refusal: why this host cannot serve this run."""
 

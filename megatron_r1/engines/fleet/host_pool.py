@@ -32,6 +32,7 @@ class HostRecord:
     """The controller's record of one engine host.
 
     Attributes:
+        report: the host's last report.
         heard: when its last report arrived (time.monotonic).
         reached: when the socket last accepted a message to it (time.monotonic).
         assigned: the parts of engines that it runs, by the engine's name.
@@ -60,6 +61,8 @@ class RemotePart:
     """The part of `engine` that one host runs: the whole engine, or an equal share.
 
     Attributes:
+        engine: the engine that it is of.
+        index: its number in the engine, from 0.
         host: None while the part waits for a host.
         report: the host's last report of the part.
         ended: when the host first reported that the part has ended (time.monotonic)."""
@@ -145,7 +148,7 @@ def _choose_hosts(free: dict[HostRecord, int], count: int) -> list[HostRecord]:
 
 
 POLL_SECONDS = 0.05
-FAREWELL_SECONDS = 10.0
+CLOSE_SECONDS = 10.0
 """Longer than an engine gets to end by itself."""
 WAIT_SECONDS = 10.0
 """Time before engines that wait for a host are mentioned."""
@@ -212,8 +215,8 @@ class HostPool:
         self._hosts: dict[bytes, HostRecord] = {}
         self._waiting: list[RemoteEngine] = []
         self._placed: dict[str, RemoteEngine] = {}
-        self._num_mentioned = 0
-        self._mentioned_at = time.monotonic()
+        self._num_notified = 0
+        self._notified_at = time.monotonic()
         self._lock = threading.RLock()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine-hosts", daemon=True)
@@ -269,16 +272,16 @@ class HostPool:
         while not self._closing:
             self._listen()
             with self._lock:
-                self._judge_ended()
+                self._end_failed_engines()
                 self._place_waiting()
-                self._mention_waiting()
+                self._notify_waiting()
                 orders = {identity: self._orders(host) for identity, host in self._hosts.items()}
                 if orders != sent or time.monotonic() - sent_at > REPORT_SECONDS:
                     for identity, order in orders.items():
                         self._send(identity, order)
                     sent, sent_at = orders, time.monotonic()
                 self._drop_silent()
-        deadline = time.monotonic() + FAREWELL_SECONDS
+        deadline = time.monotonic() + CLOSE_SECONDS
         # Repeated until the hosts have left: a socket closed right after its last send lost it.
         while self._hosts and time.monotonic() < deadline:
             with self._lock:
@@ -346,7 +349,7 @@ class HostPool:
             self._notified_refusals.add(refusal)
             self.notify(refusal)
 
-    def _judge_ended(self) -> None:
+    def _end_failed_engines(self) -> None:
         """End every engine of which a part has ended, and record the part that ended first as the
         cause. The ranks of a part also end when the ranks on another host are lost, and only the
         silence of that host shows it. So a part counts as the cause only when the hosts of all
@@ -376,13 +379,13 @@ class HostPool:
                 part.host = host
                 host.assigned[engine.name] = part
 
-    def _mention_waiting(self) -> None:
+    def _notify_waiting(self) -> None:
         """Notify once for each number of waiting engines, when it has lasted WAIT_SECONDS."""
         now, count = time.monotonic(), len(self._waiting)
-        if count == self._num_mentioned:
-            self._mentioned_at = now
-        elif now - self._mentioned_at > WAIT_SECONDS:
-            self._num_mentioned = count
+        if count == self._num_notified:
+            self._notified_at = now
+        elif now - self._notified_at > WAIT_SECONDS:
+            self._num_notified = count
             if count:
                 needed = count * self.hosts_per_engine
                 self.notify(

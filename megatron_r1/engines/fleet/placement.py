@@ -236,7 +236,7 @@ async def _add_engines(fleet: RolloutFleet, pool: HostPool) -> None:
         outcomes = await asyncio.gather(*joining, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, EngineError):
-                fleet.members.notify(f"an engine could not join: {outcome}")
+                fleet.state.notify(f"an engine could not join: {outcome}")
             elif isinstance(outcome, BaseException):
                 raise outcome
         if not all(isinstance(outcome, Engine) for outcome in outcomes):

@@ -1,88 +1,15 @@
-"""How a fleet goes on where engines fail: failed requests are repeated, on other engines if there
-are any, until a reply is usable; engines that end, hang, crawl or reply nonsense are found and
-replaced while the others go on."""
+"""How a fleet goes on where engines fail: those that end, hang, crawl or reply nonsense are found
+and replaced while the others go on."""
 
 import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
-from megatron_r1.engines.fleet.dispatch import Members, Work
-from megatron_r1.engines.fleet.engine import Engine, ServedGroup, find_slow
-from megatron_r1.engines.server.client import EngineClient
+from megatron_r1.engines.fleet.dispatch import FleetState
+from megatron_r1.engines.fleet.engine import Engine, find_slow
 from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineFault, NoWeights
-
-T = TypeVar("T")
-OnFailure = Callable[[Engine, EngineDied | EngineFault], None]
-MAX_ATTEMPTS = 5
-"""More than the faults that get an engine replaced (`engine.MANY_FAULTS`), so that a request also
-meets a fresh engine; where that fails too, the weights or the request are at fault."""
-
-
-class RequestRetries:
-    """Repeats failed requests.
-
-    Args:
-        members: the engines.
-        on_failure: called with an engine that died or gave an unusable reply, and with the error;
-            it may raise EngineDied if the fleet has failed.
-
-    Attributes:
-        num_requeued: the number of sequences that were sent again."""
-
-    def __init__(self, members: Members, on_failure: OnFailure) -> None:
-        self.members, self.on_failure = members, on_failure
-        self.num_requeued = 0
-        self._starting = asyncio.Lock()
-
-    async def run(
-        self,
-        work: Work,
-        call: Callable[[EngineClient], Coroutine[Any, Any, T]],
-        lengths: Callable[[T], list[int]],
-    ) -> T:
-        """Return the first usable result of `call` on an engine.
-
-        The death of an engine does not count as an attempt: the request did not cause it, and the
-        number of restarts limits it.
-
-        Args:
-            work: the work, for which an engine is chosen.
-            call: makes the request.
-            lengths: returns the number of tokens of each sequence in a result.
-
-        Raises:
-            EngineError: if an engine refuses the call, if MAX_ATTEMPTS replies are unusable, or if
-                no engine is left."""
-        dispatcher = self.members.dispatcher
-        faults: list[EngineFault] = []
-        while len(faults) < MAX_ATTEMPTS:
-            self.members.require_usable()
-            engine = await dispatcher.acquire(work)
-            began = time.monotonic()
-            try:
-                # One request in a turn of the event loop: to start 512 at once takes 0.3 s, in
-                # which nothing else runs.
-                async with self._starting:
-                    await asyncio.sleep(0)
-                result = await engine.unless_dead(call(engine.client))
-            except (EngineDied, EngineFault) as failure:
-                work.avoid.add(engine)
-                self.num_requeued += work.num_sequences
-                if isinstance(failure, EngineFault):
-                    faults.append(failure)
-                # If the fleet has failed, `require_usable` raises its error, which has the cause.
-                with contextlib.suppress(EngineDied):
-                    self.on_failure(engine, failure)
-                continue
-            finally:
-                dispatcher.release(engine, work)
-            now, tokens = time.monotonic(), lengths(result)
-            engine.pace.add(ServedGroup(now, now - began, sum(tokens), max(tokens)))
-            return result
-        raise EngineError(f"{MAX_ATTEMPTS} times in a row no answer could be used: {faults[-1]}")
-
 
 WATCH_SECONDS = 0.2
 PROBE_SECONDS = 10.0
@@ -93,7 +20,7 @@ OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "can't allocate memory", "Canno
 will do so again."""
 
 
-class Replacement:
+class EngineReplacer:
     """Replaces engines until `max_restarts` are used up. After that the death of an engine fails
     the fleet, and an engine that is only slow or faulty stays.
 
@@ -103,7 +30,7 @@ class Replacement:
 
     def __init__(
         self,
-        members: Members,
+        state: FleetState,
         start_replacement: Callable[[Engine], Awaitable[object]],
         max_restarts: int,
         unresponsive_seconds: float,
@@ -111,12 +38,12 @@ class Replacement:
         """Prepare to replace the engines of a fleet.
 
         Args:
-            members: the fleet's engines.
+            state: the fleet's engines.
             start_replacement: starts an engine in the place of a dead one and gives it the current
                 weights, or raises EngineError.
             max_restarts: how many engines may be replaced.
             unresponsive_seconds: an engine that has not answered for this time counts as dead."""
-        self.members, self.start_replacement = members, start_replacement
+        self.state, self.start_replacement = state, start_replacement
         self.max_restarts, self.unresponsive_seconds = max_restarts, unresponsive_seconds
         self.silence_seconds = 0.0
         self.num_restarts = 0
@@ -137,7 +64,7 @@ class Replacement:
             with contextlib.suppress(asyncio.CancelledError, EngineError):
                 await task
 
-    def handle(self, engine: Engine, failure: EngineDied | EngineFault) -> None:
+    def handle_failure(self, engine: Engine, failure: EngineDied | EngineFault) -> None:
         """Replace an engine after a failed request: at once if it died; after its other requests if
         it ran out of memory, or if too many of its last replies were unusable.
 
@@ -148,7 +75,7 @@ class Replacement:
             self.replace(engine, failure)
             return
         ran_out = any(words in str(failure) for words in OUT_OF_MEMORY)
-        if engine.pace.add_fault() or ran_out:
+        if engine.stats.add_fault() or ran_out:
             self.retire(engine, EngineError(f"{engine.name} cannot go on: {failure}"))
 
     def replace(self, engine: Engine, death: EngineError) -> None:
@@ -162,14 +89,14 @@ class Replacement:
         """
         if not engine.is_up:
             return
-        if engine.server.is_lost and any(other is not engine for other in self.members.up):
-            self.members.notify(f"{death}; the other engines go on without it")
-            self.members.remove(engine)
-            self._start(engine.end())
+        if engine.server.is_lost and any(other is not engine for other in self.state.up):
+            self.state.notify(f"{death}; the other engines go on without it")
+            self.state.remove(engine)
+            self._start(engine.stop())
             return
-        self.members.take_down(engine)
+        self.state.mark_down(engine)
         if self.num_restarts >= self.max_restarts:
-            self.members.fail(death)
+            self.state.fail(death)
             raise death
         self._start(self._revive(engine, death))
 
@@ -177,7 +104,7 @@ class Replacement:
         """Begin to replace an engine that still works, if restarts are left. The engine gets no new
         groups, and is replaced once those in flight are back, or after DRAIN_SECONDS."""
         if engine.is_open and self.num_restarts < self.max_restarts:
-            self.members.set_open(engine, False)
+            self.state.set_open(engine, False)
             self._start(self._drain_and_replace(engine, reason))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -192,39 +119,39 @@ class Replacement:
         if self.num_restarts < self.max_restarts:
             self.replace(engine, reason)
         else:  # others have used up the last restart, so it serves on
-            self.members.set_open(engine, True)
+            self.state.set_open(engine, True)
 
     async def _revive(self, dead: Engine, reason: EngineError) -> None:
         """Start a replacement; if it does not start, try again while restarts are left, and then
         fail the fleet."""
         try:
-            await dead.end()
+            await dead.stop()
             while self.num_restarts < self.max_restarts:
                 self.num_restarts += 1
                 count = f"restart {self.num_restarts} of at most {self.max_restarts}"
-                self.members.notify(f"{reason}\n{count}; its requests go to the others or wait")
+                self.state.notify(f"{reason}\n{count}; its requests go to the others or wait")
                 try:
                     await self.start_replacement(dead)
-                    self.members.notify(f"{dead.name} is back, with the current weights")
+                    self.state.notify(f"{dead.name} is back, with the current weights")
                     return
                 except NoWeights as error:
                     self.num_restarts -= 1  # a trainer that starts takes longer than many engines
                     reason = error
                 except EngineError as error:
                     reason = error
-            self.members.fail(reason)
+            self.state.fail(reason)
         except Exception as error:  # the task's own exception is not awaited before `close`
-            self.members.fail(error)
+            self.state.fail(error)
             raise
 
     async def _watch(self) -> None:
         """Find ended engines, so that calls waiting for them fail at once."""
         while True:
-            for engine in list(self.members.engines):
+            for engine in list(self.state.engines):
                 if not engine.server.is_alive() and not engine.died.is_set():
                     engine.died.set()
                     with contextlib.suppress(EngineDied):  # the next call raises it
-                        self.replace(engine, engine.ended_error())
+                        self.replace(engine, engine.death_error())
             await asyncio.sleep(WATCH_SECONDS)
 
     async def _probe(self) -> None:
@@ -232,8 +159,8 @@ class Replacement:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             seconds = max(self.unresponsive_seconds, self.silence_seconds)
-            up = self.members.up
-            answers = await asyncio.gather(*(engine.answers(seconds) for engine in up))
+            up = self.state.up
+            answers = await asyncio.gather(*(engine.is_responsive(seconds) for engine in up))
             for engine, is_alive in zip(up, answers, strict=True):
                 # A push may have begun since `seconds` was computed.
                 if not is_alive and engine.is_up and seconds >= self.silence_seconds:
@@ -241,6 +168,8 @@ class Replacement:
                     with contextlib.suppress(EngineDied):
                         self.replace(engine, reason)
                     engine.died.set()  # its calls fail now: a process that hangs ends none of them
-            paces = {engine: engine.pace for engine in self.members.engines if engine.is_open}
-            for engine, how in find_slow(paces, time.monotonic()).items():
+            stats_by_engine = {
+                engine: engine.stats for engine in self.state.engines if engine.is_open
+            }
+            for engine, how in find_slow(stats_by_engine, time.monotonic()).items():
                 self.retire(engine, EngineError(f"{engine.name} {how}"))

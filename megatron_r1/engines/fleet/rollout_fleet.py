@@ -1,4 +1,5 @@
-"""All rollout engines of a run: one policy version everywhere, groups to the least loaded.
+"""All rollout engines of a run: one policy version everywhere, groups to the least loaded, failed
+requests again, on other engines if there are any, until a reply is usable.
 
 `swap_calls` are the calls with which an engine replaces its weights by those that it has
 received."""
@@ -9,28 +10,35 @@ import asyncio
 import contextlib
 import os
 import secrets
+import time
 from array import array
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from megatron_r1.engines.fleet.dispatch import (
     Affinity,
     Dispatcher,
     ExpectedLength,
     ExpectedLengths,
-    Members,
+    FleetState,
     Notify,
     Work,
 )
-from megatron_r1.engines.fleet.engine import Engine, MakeServer
-from megatron_r1.engines.fleet.recovery import Replacement, RequestRetries
+from megatron_r1.engines.fleet.engine import Engine, MakeServer, ServedGroup
+from megatron_r1.engines.fleet.recovery import EngineReplacer
 from megatron_r1.engines.server.client import EngineClient, UpdateInfo
-from megatron_r1.engines.server.from_recipe import vocab_size
-from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
-from megatron_r1.engines.server.responses import EngineDied, EngineError, PushIncomplete, Response
+from megatron_r1.engines.server.gpu import with_gpu_share
+from megatron_r1.engines.server.responses import (
+    EngineDied,
+    EngineError,
+    EngineFault,
+    PushIncomplete,
+    Response,
+)
 from megatron_r1.engines.server.server import EngineServer
+from megatron_r1.engines.server.settings import vocab_size
 
 EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
@@ -53,6 +61,77 @@ def swap_calls(update_info: UpdateInfo, policy_version: int, *, asleep: bool) ->
         lambda client: client.wake("kv_cache"),
         lambda client: client.resume(),
     ]
+
+
+T = TypeVar("T")
+OnFailure = Callable[[Engine, EngineDied | EngineFault], None]
+MAX_ATTEMPTS = 5
+"""More than the faults that get an engine replaced (`engine.MANY_FAULTS`), so that a request also
+meets a fresh engine; where that fails too, the weights or the request are at fault."""
+
+
+class RequestRetries:
+    """Repeats failed requests.
+
+    Args:
+        state: the engines.
+        on_failure: called with an engine that died or gave an unusable reply, and with the error;
+            it may raise EngineDied if the fleet has failed.
+
+    Attributes:
+        num_requeued: the number of sequences that were sent again."""
+
+    def __init__(self, state: FleetState, on_failure: OnFailure) -> None:
+        self.state, self.on_failure = state, on_failure
+        self.num_requeued = 0
+        self._starting = asyncio.Lock()
+
+    async def run(
+        self,
+        work: Work,
+        call: Callable[[EngineClient], Coroutine[Any, Any, T]],
+        lengths: Callable[[T], list[int]],
+    ) -> T:
+        """Return the first usable result of `call` on an engine.
+
+        The death of an engine does not count as an attempt: the request did not cause it, and the
+        number of restarts limits it.
+
+        Args:
+            work: the work, for which an engine is chosen.
+            call: makes the request.
+            lengths: returns the number of tokens of each sequence in a result.
+
+        Raises:
+            EngineError: if an engine refuses the call, if MAX_ATTEMPTS replies are unusable, or if
+                no engine is left."""
+        dispatcher = self.state.dispatcher
+        faults: list[EngineFault] = []
+        while len(faults) < MAX_ATTEMPTS:
+            self.state.require_usable()
+            engine = await dispatcher.acquire(work)
+            began = time.monotonic()
+            try:
+                # One request in a turn of the event loop: to start 512 at once takes 0.3 s, in
+                # which nothing else runs.
+                async with self._starting:
+                    await asyncio.sleep(0)
+                result = await engine.unless_dead(call(engine.client))
+            except (EngineDied, EngineFault) as failure:
+                work.avoid.add(engine)
+                self.num_requeued += work.num_sequences
+                if isinstance(failure, EngineFault):
+                    faults.append(failure)
+                # If the fleet has failed, `require_usable` raises its error, which has the cause.
+                with contextlib.suppress(EngineDied):
+                    self.on_failure(engine, failure)
+                continue
+            finally:
+                dispatcher.release(engine, work)
+            now, tokens = time.monotonic(), lengths(result)
+            engine.stats.add(ServedGroup(now, now - began, sum(tokens), max(tokens)))
+            return result
+        raise EngineError(f"{MAX_ATTEMPTS} times in a row no answer could be used: {faults[-1]}")
 
 
 SendWeights = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
@@ -113,16 +192,16 @@ class RolloutFleet:
         self.awake = asyncio.Event()
         """Cleared while the trainer uses the engines' memory."""
         self.awake.set()
-        self._most_responses = server_settings.get("max_num_seqs", 256)
-        capacity = self._most_responses * server_settings.get("data", 1)
-        self.members = Members(Dispatcher(capacity), notify)
-        self.replacement = Replacement(
-            self.members,
+        self._max_request_responses = server_settings.get("max_num_seqs", 256)
+        capacity = self._max_request_responses * server_settings.get("data", 1)
+        self.state = FleetState(Dispatcher(capacity), notify)
+        self.replacement = EngineReplacer(
+            self.state,
             lambda dead: self._start_one(dead.index, instead_of=dead),
             max_restarts,
             unresponsive_seconds,
         )
-        self.retries = RequestRetries(self.members, self.replacement.handle)
+        self.retries = RequestRetries(self.state, self.replacement.handle_failure)
         self.lengths = ExpectedLengths()
         self._model: Path | None = None
         self._pushing = asyncio.Lock()
@@ -138,12 +217,12 @@ class RolloutFleet:
     @property
     def engines(self) -> list[Engine]:
         """The engines that are in use now."""
-        return self.members.engines
+        return self.state.engines
 
     @property
     def engines_use_memory(self) -> bool:
         """Whether an engine has the memory that `sleep` frees."""
-        return self.awake.is_set() and any(not engine.is_asleep for engine in self.members.up)
+        return self.awake.is_set() and any(not engine.is_asleep for engine in self.state.up)
 
     @property
     def num_restarts(self) -> int:
@@ -167,7 +246,7 @@ class RolloutFleet:
             await self.close()
             raise
         self.policy_version = policy_version
-        self.members.begin()
+        self.state.begin()
         self.replacement.begin()
 
     async def generate(
@@ -211,7 +290,7 @@ class RolloutFleet:
                 _lengths,
             )
 
-        most = self._most_responses
+        most = self._max_request_responses
         assert n <= most or sampling.get("seed") is None, "requests of one seed sample the same"
         requests = [asyncio.ensure_future(sample(min(most, n - at))) for at in range(0, n, most)]
         try:
@@ -269,7 +348,7 @@ class RolloutFleet:
             EngineError: if an engine refuses the weights, or dies and no restart is left; the fleet
                 is unusable from then on.
         """
-        self.members.require_usable()
+        self.state.require_usable()
         if policy_version < self.policy_version or (
             policy_version == self.policy_version and self.awake.is_set()
         ):
@@ -278,12 +357,12 @@ class RolloutFleet:
                 f"{self.policy_version}"
             )
         async with self._pushing:
-            engines = self.members.up
+            engines = self.state.up
             try:
                 for call in swap_calls(update_info, policy_version, asleep=not self.awake.is_set()):
                     engines = await self._call_engines(engines, call)
             except Exception as error:
-                self.members.fail(
+                self.state.fail(
                     EngineError(f"the push of version {policy_version} failed: {error}")
                 )
                 raise
@@ -291,7 +370,7 @@ class RolloutFleet:
             self.awake.set()
             for engine in engines:
                 if engine.is_asleep:
-                    self.members.wake(engine)
+                    self.state.wake(engine)
 
     async def sleep(self) -> None:
         """Free the engines' memory for the trainer: the engines drop weights and caches until the
@@ -303,12 +382,12 @@ class RolloutFleet:
         async with self._pushing:
             if not self.awake.is_set():
                 return
-            self.members.require_usable()
+            self.state.require_usable()
             self.awake.clear()
             # A starting engine has no weights yet: it is started again once the fleet is awake.
             starting = [engine for engine in self._starting if not engine.is_up]
-            await asyncio.gather(*(engine.end() for engine in starting))
-            awake = [engine for engine in self.members.up if not engine.is_asleep]
+            await asyncio.gather(*(engine.stop() for engine in starting))
+            awake = [engine for engine in self.state.up if not engine.is_asleep]
             await self._call_engines(awake, lambda client: client.sleep())
 
     async def add_engine(self) -> Engine:
@@ -317,7 +396,7 @@ class RolloutFleet:
         Raises:
             EngineError: the engine does not start.
         """
-        self.members.require_usable()
+        self.state.require_usable()
         # Reserved from now on: others may be joining, and none is in `engines` yet while the fleet
         # sleeps. Of two engines with one number every push would reach one only.
         taken = self._joining.union(engine.index for engine in self.engines)
@@ -327,7 +406,7 @@ class RolloutFleet:
             engine = await self._start_one(index)
         finally:
             self._joining.discard(index)
-        self.members.notify(f"{engine.name} has joined: {len(self.engines)} engines")
+        self.state.notify(f"{engine.name} has joined: {len(self.engines)} engines")
         return engine
 
     def metrics(self) -> dict[str, float]:
@@ -341,10 +420,10 @@ class RolloutFleet:
     async def close(self) -> None:
         """End all engines. Safe to call more than once."""
         await self.replacement.close()
-        self.members.dispatcher.fail(EngineError("the fleet was closed"))
+        self.state.dispatcher.fail(EngineError("the fleet was closed"))
         engines = list(self.engines)
         self.engines.clear()  # an inspection of one that ends would open its client again
-        await asyncio.gather(*(engine.end() for engine in engines))
+        await asyncio.gather(*(engine.stop() for engine in engines))
 
     def launch(self, index: int) -> Engine:
         """Start an engine's processes and return at once; they end with the calling thread. Every
@@ -353,7 +432,7 @@ class RolloutFleet:
         settings = self.server_settings
         if self.make_server is EngineServer:  # hosts of a pool divide their GPUs themselves
             key = "teacher.engines" if self.role == "teacher" else "rollout.engines"
-            settings = share_of_gpus(settings, index, self.num_engines, key)
+            settings = with_gpu_share(settings, index, self.num_engines, key)
         seed = (settings.get("seed", 0) + index) % 2**32  # vLLM hands it to numpy, too
         own = {"seed": seed, "secret": secrets.token_hex(32)}
         log = self.log_folder / f"{self.role}-{index}.log"
@@ -396,13 +475,13 @@ class RolloutFleet:
             try:
                 await engine.prepare(self.policy_version, self.start_timeout_seconds)
                 async with self.send_weights(engine) as has_weights:
-                    place = instead_of or engine
-                    self.members.put_up(engine, place, is_asleep=has_weights is False)
+                    replaced = instead_of or engine
+                    self.state.mark_up(engine, replaced, is_asleep=has_weights is False)
                 return engine
             except BaseException as error:
                 if engine in self.engines:
                     self.engines.remove(engine)
-                await engine.end()
+                await engine.stop()
                 if self.awake.is_set() or not isinstance(error, EngineError):
                     raise
             finally:
@@ -421,26 +500,6 @@ class RolloutFleet:
             elif isinstance(outcome, BaseException):
                 raise outcome
         return [engine for engine in engines if engine.is_up]
-
-
-def share_of_gpus(
-    settings: dict[str, Any], index: int, num_engines: int, key: str = "rollout.engines"
-) -> dict[str, Any]:
-    """Return the settings of one of several engines that share this host's GPUs equally.
-
-    Args:
-        settings: the settings of all.
-        index: the engine.
-        num_engines: the number of engines.
-        key: the setting that errors name.
-
-    Raises:
-        UserError: as `gpus_of_slot`.
-    """
-    if num_engines == 1 or settings.get("device") != "cuda":
-        return settings
-    gpus = gpus_of_slot(visible_gpus(os.environ), num_engines, index % num_engines, key)
-    return settings | {"extra_env": gpus | dict(settings.get("extra_env") or {})}
 
 
 def _lengths(responses: Sequence[Response]) -> list[int]:

@@ -42,11 +42,11 @@ def _patch() -> None:
 
     patches.correct_deepseek_classes()
     patches.push_to_drafters()
-    patches.keep_expert_places()
+    patches.keep_expert_maps_on_host()
     patches.keep_ranks_in_step()
     output_batching.apply()
     pushed_adapter.apply()
-    sampling_masks.take_requests_without_a_top_k()
+    sampling_masks.accept_requests_without_top_k()
     if current_platform.is_cpu():
         from megatron_r1.engines.plugin import cpu_parallel, cpu_patches
 
@@ -54,9 +54,9 @@ def _patch() -> None:
         cpu_parallel.apply()
         cpu_patches.return_routed_experts()
         sampling_masks.return_masks_on_cpu()
-        sampling_masks.cut_passes_without_drafts()
+        sampling_masks.fix_top_k_without_drafts()
     else:
-        sampling_masks.leave_out_whole_vocabularies()
+        sampling_masks.omit_masks_of_whole_vocabulary()
     patches.record_spans()
 
 

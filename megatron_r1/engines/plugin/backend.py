@@ -1,6 +1,6 @@
 """vLLM's weight-transfer backend of this project, for every transport.
 
-Weights arrive while the engine generates (`Arrivals`). An update, for which the engine is
+Weights arrive while the engine generates (`ReceivedChunks`). An update, for which the engine is
 paused, waits until a push is complete and correct, and loads it layer by layer. An engine whose
 update fails before that keeps all its old weights; a later failure leaves it unusable, with an
 error.
@@ -14,7 +14,11 @@ above what an optimizer step changes. So tensors are compared around a load:
   arrived;
 - of the others vLLM's kernels have forms of their own, in which a small change of a scale may be
   rounded away. Where other values arrived for a layer than in the push before, one of its tensors
-  must change.
+  must change;
+- an FP8 scale that stays old hides behind its weights, which change, and from probes: an update
+  changes both by as little. One that a kernel has kept as it arrived must equal what arrives ever
+  after. Of another form, powers of two (`ue8m0`, which nothing rounds) that have changed must
+  change it.
 
 A pass over all weights would be a large part of the pause, so large layers take turns: an engine
 that loads nothing shows at once, and a single large layer that stays old when it is its turn. One
@@ -27,7 +31,7 @@ Since the engine started, the balancer (`rollout.redundant_experts`) has moved e
 copies to others, and the router follows its maps. So after a load
 
 - `keep_placement` moves the new weights to where the maps say, by vLLM's own exchange;
-- `begin_anew` puts the maps back to the first placement, for an engine that has slept: a sleep
+- `reset_placement` puts the maps back to the first placement, for an engine that has slept: a sleep
   frees the memory of the maps, which is in vLLM's pool of weights, and the placement is lost.
 
 Each of them is called on all ranks of an engine. The experts that a rank returns for routing replay
@@ -55,16 +59,19 @@ from vllm.platforms import current_platform
 from megatron_r1.base.processes import timeline
 from megatron_r1.engines.plugin import BACKEND_PREFIX, swap
 from megatron_r1.engines.plugin.cpu_patches import is_packed
-from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record
+from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record_copies
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
 from megatron_r1.engines.plugin.pushed_adapter import PushedAdapter
 from megatron_r1.push.checksum import checksum
+from megatron_r1.push.protocol import SlotTable
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import StoreUnreachable, UndeliveredPush
-from megatron_r1.push.table import SlotTable
 from megatron_r1.push.transports import receiver_class
 from megatron_r1.push.transports.base import Receiver
 
+SCALE = "scale"
+"""In the name of a parameter with the scales of FP8 blocks, by vLLM's names (`weight_scale_inv`).
+They are a 16,384th of the weights, so all are compared in every push."""
 SMALL_BYTES = 1 << 16
 """Layers of at most so many bytes are compared in every push."""
 CPU_BYTES, GPU_BYTES = 1 << 24, 1 << 31
@@ -87,6 +94,13 @@ class LoadCheck:
         """The parameters of each layer; layers that were compared longest ago first."""
         self._before: list[tuple[list[PlacedParameter], PlacedParameter, list[int]]] = []
         """Each layer compared in this load: its parameters, a new one of them, and checksums."""
+        self._scales = [
+            placed for layer in self._turns for placed in layer if SCALE in placed.parameter.name
+        ]
+        self._kept: set[PlacedParameter] = set()
+        """Scales that the kernels keep as they arrive."""
+        self._scales_before: dict[PlacedParameter, list[int]] = {}
+        """Checksums of the scales in use for which others have arrived."""
 
     def begin(self, changed: set[int]) -> None:
         """Note the tensors in use before a load.
@@ -95,6 +109,9 @@ class LoadCheck:
             changed: the slots for which other values arrived than in the push before."""
         arrived = {self._owners[slot] for slot in changed}
         left = CPU_BYTES if current_platform.is_cpu() else GPU_BYTES
+        self._scales_before = {
+            placed: _checksums(_in_use([placed])) for placed in self._scales if placed in arrived
+        }
         self._before = []
         for layer in list(self._turns):
             new = [placed for placed in layer if placed in arrived and not placed.parameter.is_live]
@@ -111,6 +128,11 @@ class LoadCheck:
     def end(self, push: int, loaded: Sequence[PlacedParameter], memory: torch.Tensor) -> None:
         """Compare after a load of the parameters `loaded` from `memory`.
 
+        Args:
+            push: the number of the push.
+            loaded: the parameters of the load.
+            memory: uint8, the receive buffer that they were loaded from.
+
         Raises:
             UndeliveredPush: the engine does not compute with what arrived; it names the tensors.
         """
@@ -120,12 +142,31 @@ class LoadCheck:
         wrong += [
             placed for layer, placed, before in self._before if _checksums(_in_use(layer)) == before
         ]
+        wrong += [placed for placed in self._scales if self._is_old(placed, memory)]
         if wrong:
             names = ", ".join(placed.parameter.title for placed in wrong[:5])
             raise UndeliveredPush(
                 f"push {push}: {len(wrong)} tensors arrived and are not what the engine computes "
                 f"with: {names}{', ...' if len(wrong) > 5 else ''}"
             )
+
+    def _is_old(self, placed: PlacedParameter, memory: torch.Tensor) -> bool:
+        """Return whether scales in use are not those that have arrived."""
+        in_use = _in_use([placed])
+        if not in_use:
+            return False
+        if in_use[0].shape == placed.parameter.shape and _equals(placed, memory):
+            self._kept.add(placed)
+            return False
+        if placed in self._kept:
+            return True
+        return self._scales_before.get(placed) == _checksums(in_use) and _has_powers_of_two(
+            placed.value(memory)
+        )
+
+
+def _has_powers_of_two(scales: torch.Tensor) -> bool:
+    return bool((torch.frexp(scales.float()).mantissa.abs() == 0.5).all())
 
 
 def _in_use(layer: Sequence[PlacedParameter]) -> list[torch.Tensor]:
@@ -166,9 +207,9 @@ class PushInitInfo(WeightTransferInitInfo):
     """Engines of the set."""
     timeout_seconds: float = 600.0
     """Time limit for the trainer to connect."""
-    push_seconds: float = 600.0
+    push_timeout_seconds: float = 600.0
     """Time limit of a push."""
-    borrows_memory: bool = False
+    allocates_per_push: bool = False
     """Whether the memory of weights in transit has another use between pushes."""
     adapter: dict | None = None
     """Where the tensors are an adapter's: its settings (`pushed_adapter.PushedAdapter`)."""
@@ -209,7 +250,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             _connect_to_store(host, port, init_info.timeout_seconds),
             init_info.name,
             init_info.timeout_seconds,
-            init_info.push_seconds,
+            init_info.push_timeout_seconds,
             member=init_info.member,
             num_members=init_info.members,
         )
@@ -227,10 +268,10 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             self._store = init_info.store
             transport = self.config.backend.removeprefix(BACKEND_PREFIX)
             self._receiver = receiver_class(transport)(
-                rendezvous, self._rank, table, memory, init_info.borrows_memory
+                rendezvous, self._rank, table, memory, init_info.allocates_per_push
             )
         except Exception as error:  # vLLM's loaders may raise anything
-            rendezvous.report_own(self._rank, f"{type(error).__name__}: {error}")
+            rendezvous.publish_rank_failure(self._rank, f"{type(error).__name__}: {error}")
             raise
 
     def _table(self, init_info: PushInitInfo) -> SlotTable:
@@ -241,7 +282,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         if self._recorded is None or self._recorded[0] != init_info.tensors:
             models = [self.model] if self.drafter is None else [self.model, self.drafter]
             self._models = torch.nn.ModuleList(models)
-            copies: Mapping[CheckpointParameter, Sequence[LoaderCopy]] = record(
+            copies: Mapping[CheckpointParameter, Sequence[LoaderCopy]] = record_copies(
                 models, init_info.tensors
             )
             copies = with_gaps(copies, lambda parameter: is_packed(parameter, self._models))
@@ -275,22 +316,22 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         """
         receiver, push = self._receiver, update_info.push
         assert receiver is not None, "start_weight_update comes first"
-        receiver.arrivals.wait(push, update_info.timeout_seconds)
+        receiver.received_chunks.wait(push, update_info.timeout_seconds)
         if self._adapter is not None:
             self._adapter.load(receiver.table.buffer(receiver.memory, push))
             self._adapter.check(push)
             receiver.free_memory()
             return
         if self.balancer is not None:
-            stop_moving(self.balancer)
+            stop_rebalancing(self.balancer)
         buffer = receiver.table.buffer(receiver.memory, push)
-        self._load_check.begin(receiver.arrivals.take_changed())
+        self._load_check.begin(receiver.received_chunks.pop_changed_slots())
         swap.load(self._models, self._placed, buffer, in_place=receiver.table.num_buffers > 1)
         self._load_check.end(push, self._placed, buffer)
         swap.finish(self._models, self.model_config)
         if self.balancer is not None:
             if self.vllm_config.model_config.enable_sleep_mode:
-                begin_anew(self.balancer)
+                reset_placement(self.balancer)
             else:
                 group = get_ep_group().device_group
                 keep_placement(self.balancer, group)
@@ -332,7 +373,7 @@ def first_placement(state: EplbModelState) -> torch.Tensor:
     return torch.tensor([placed] * model.num_moe_layers)
 
 
-def stop_moving(state: EplbState) -> None:
+def stop_rebalancing(state: EplbState) -> None:
     """Wait until the balancer moves nothing; what it had not applied is not applied."""
     state.drain_async()
 
@@ -358,7 +399,7 @@ def keep_placement(state: EplbState, group: Any) -> None:
         )
 
 
-def begin_anew(state: EplbState) -> None:
+def reset_placement(state: EplbState) -> None:
     """Set the balancer's maps to the slots of a load, and forget what it has counted."""
     for model_state in state.model_states.values():
         eplb_state._commit_eplb_maps(model_state, first_placement(model_state))

@@ -83,7 +83,7 @@ def fix_strided_rotary() -> None:
     RotaryEmbedding.forward_cpu = forward_cpu
 
 
-def forget_moe_kernel(method: Any) -> None:
+def reset_moe_kernel(method: Any) -> None:
     """Make a layer's next post-processing repack its experts' weights. Call before it.
 
     Upstream: model_executor/layers/fused_moe/unquantized_fused_moe_method.py:

@@ -1,8 +1,9 @@
 """What an engine's HTTP server has beyond vLLM's own: a secret for every request, all of a swap of
 weights in one call, and samples in bytes.
 
-`Admission`: requests to an engine must carry its secret. vLLM's own check (VLLM_API_KEY) does not
-cover the calls that pause an engine, replace its weights or run a method by name in its workers.
+`SecretMiddleware`: requests to an engine must carry its secret. vLLM's own check (VLLM_API_KEY)
+does not cover the calls that pause an engine, replace its weights or run a method by name in its
+workers.
 
 `POST /swap_weights`: vLLM's own calls for a swap are six, made while nothing generates, and /pause
 sleeps for 20 ms once the engine has stopped (v1/engine/async_llm.py: `AsyncLLM.pause_generation`):
@@ -42,12 +43,12 @@ from megatron_r1.push.results import IncompletePush, UndeliveredPush
 
 SECRET = "VLLM_API_KEY"
 """Environment variable. vLLM's own, so that both checks use one secret."""
-OPEN = ("/health",)
+OPEN_PATHS = ("/health",)
 
 
-class Admission:
-    """ASGI middleware: 401 for requests, except to `OPEN`, without `Authorization: Bearer SECRET`;
-    websockets are closed."""
+class SecretMiddleware:
+    """ASGI middleware: 401 for requests, except to `OPEN_PATHS`, without `Authorization: Bearer
+    SECRET`; websockets are closed."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -55,7 +56,7 @@ class Admission:
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Pass an authorized request on; answer 401 to others, 1008 to a websocket."""
-        if scope["type"] == "lifespan" or scope["path"] in OPEN or self._is_authorized(scope):
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._is_authorized(scope):
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
@@ -164,8 +165,8 @@ async def generate(request: GenerateRequest, raw_request: Request) -> Response:
         return upstream.JSONResponse(output.model_dump(), status_code=output.error.code)
     for choice in output.outputs:
         handler._raise_if_error(choice.finish_reason, output.request_id)
-    is_cut = request.sampling_params.top_k > 0
-    return StreamingResponse(_chunks(output.outputs, is_cut), media_type=MEDIA_TYPE)
+    has_top_k = request.sampling_params.top_k > 0
+    return StreamingResponse(_chunks(output.outputs, has_top_k), media_type=MEDIA_TYPE)
 
 
 async def _last_output(request: object, outputs: AsyncIterator[Any], *_: object) -> Any:
@@ -177,9 +178,9 @@ async def _last_output(request: object, outputs: AsyncIterator[Any], *_: object)
     return last
 
 
-async def _chunks(choices: list[CompletionOutput], is_cut: bool) -> AsyncIterator[bytes]:
+async def _chunks(choices: list[CompletionOutput], has_top_k: bool) -> AsyncIterator[bytes]:
     routed = [choice.routed_experts for choice in choices]
-    masks = [_mask(choice) if is_cut else None for choice in choices]
+    masks = [_mask(choice) if has_top_k else None for choice in choices]
     described = [
         {
             "finish_reason": choice.finish_reason or "stop",

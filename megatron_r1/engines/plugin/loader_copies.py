@@ -52,7 +52,12 @@ def load_biases(
     """Write the biases of a layer's experts into the tensors in use, and give it these.
 
     A kernel that is built again, on a CPU, would otherwise compute with views of the receive
-    buffer. A bias that this rank leaves out is set to zero; dummy weights are not."""
+    buffer. A bias that this rank leaves out is set to zero; dummy weights are not.
+
+    Args:
+        layer: the layer of experts.
+        received: the received tensors of the layer, by name.
+        in_use: the tensors that the engine computes with, by name."""
     for name in _BIASES:
         if name in in_use:
             kept = in_use[name]
@@ -153,7 +158,7 @@ class LoaderCopy:
         return self.height * (right - left)
 
 
-def record(
+def record_copies(
     models: Sequence[torch.nn.Module], tensors: Sequence[tuple[str, Sequence[int]]]
 ) -> dict[CheckpointParameter, list[LoaderCopy]]:
     """Run the loaders on (name, shape) of a checkpoint's tensors; return the copies into each

@@ -1,4 +1,4 @@
-"""The place of each parameter in the receive buffer, and the table of places for the trainer."""
+"""The offset of each parameter in the receive buffer, and the table of slots for the trainer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy
-from megatron_r1.push.table import Slot, SlotTable
+from megatron_r1.push.protocol import Slot, SlotTable
 
 ALIGNMENT = 64
 """Bytes; parameters begin at multiples of these: they are views of the memory while their layers
@@ -17,7 +17,7 @@ GAP_BYTES = 128
 
 @dataclass(frozen=True)
 class PlacedParameter:
-    """The place of a parameter, in checkpoint form, in the memory.
+    """A parameter in checkpoint form, and its offset in the receive buffer.
 
     Attributes:
         parameter: its layer and name, and the shape, strides and dtype of a view of the memory.

@@ -20,7 +20,7 @@ OTHER_FIELDS = (
 
 
 @dataclass
-class _Held:
+class _BufferedOutputs:
     """What a sequence has sampled since its last message.
 
     Attributes:
@@ -30,7 +30,7 @@ class _Held:
     client: int
     outputs: list[Any]
 
-    def merged(self) -> Any:
+    def merge(self) -> Any:
         """Return one output with the tokens of all; that of the newest is changed and returned."""
         first, last = self.outputs[0], self.outputs[-1]
         if first is last:
@@ -42,12 +42,12 @@ class _Held:
             last.new_logprobs = type(parts[0])(*map(np.concatenate, joined), None)
         masks = [each.new_sampling_mask for each in self.outputs if each.new_sampling_mask]
         if masks:
-            last.new_sampling_mask = _joined_masks(masks)
+            last.new_sampling_mask = _concatenate_masks(masks)
         last.prefill_stats = first.prefill_stats
         return last
 
 
-def _joined_masks(masks: list[Any]) -> Any:
+def _concatenate_masks(masks: list[Any]) -> Any:
     """Return the kept ids of consecutive tokens as one of vLLM's `SamplingMaskLists`."""
     ids = np.concatenate([mask.token_ids for mask in masks])
     # One without offsets is of one token.
@@ -57,15 +57,13 @@ def _joined_masks(masks: list[Any]) -> Any:
     return type(masks[0])(ids, np.cumsum([0, *np.concatenate(counts)]))
 
 
-class HeldOutputs:
+class OutputBuffer:
     """The outputs of unfinished sequences that are kept back."""
 
     def __init__(self) -> None:
-        self._held: dict[str, _Held] = {}
+        self._buffered: dict[str, _BufferedOutputs] = {}
 
-    def keep_back(
-        self, outputs: dict[int, Any], wants_whole: Callable[[str], bool]
-    ) -> dict[int, Any]:
+    def buffer(self, outputs: dict[int, Any], wants_whole: Callable[[str], bool]) -> dict[int, Any]:
         """Take from a step's `EngineCoreOutputs`, by client, what can wait, and put before the
         others what waited for them; remove what is then empty, and return the same dictionary.
 
@@ -75,17 +73,17 @@ class HeldOutputs:
         for client, client_outputs in list(outputs.items()):
             sent = []
             for output in client_outputs.outputs:
-                held = self._held.get(output.request_id)
+                held = self._buffered.get(output.request_id)
                 can_wait = _is_plain(output) and wants_whole(output.request_id)
                 if held is None and not can_wait:
                     sent.append(output)
                     continue
                 if held is None:
-                    held = self._held[output.request_id] = _Held(client, [])
+                    held = self._buffered[output.request_id] = _BufferedOutputs(client, [])
                 held.outputs.append(output)
                 if not can_wait or len(held.outputs) >= MOST_TOKENS:
-                    del self._held[output.request_id]
-                    sent.append(held.merged())
+                    del self._buffered[output.request_id]
+                    sent.append(held.merge())
             client_outputs.outputs = sent
             rest = (
                 client_outputs.scheduler_stats,
@@ -96,18 +94,18 @@ class HeldOutputs:
                 del outputs[client]
         return outputs
 
-    def release(self) -> dict[int, list[Any]]:
+    def flush(self) -> dict[int, list[Any]]:
         """Return all that is kept back, by client, and keep it no longer."""
         found: dict[int, list[Any]] = {}
-        for held in self._held.values():
-            found.setdefault(held.client, []).append(held.merged())
-        self._held.clear()
+        for held in self._buffered.values():
+            found.setdefault(held.client, []).append(held.merge())
+        self._buffered.clear()
         return found
 
-    def forget(self, request_ids: Collection[str]) -> None:
+    def discard(self, request_ids: Collection[str]) -> None:
         """Drop what was sampled for aborted requests."""
         for request_id in request_ids:
-            self._held.pop(request_id, None)
+            self._buffered.pop(request_id, None)
 
 
 def _is_plain(output: Any) -> bool:
@@ -129,10 +127,10 @@ def apply() -> None:
     attach, pause = EngineCore._attach_weight_version, EngineCoreProc.pause_scheduler
     abort = EngineCore.abort_requests
 
-    def find_held(core: Any) -> HeldOutputs:
-        if not hasattr(core, "held_outputs"):
-            core.held_outputs = HeldOutputs()
-        return core.held_outputs
+    def find_buffer(core: Any) -> OutputBuffer:
+        if not hasattr(core, "output_buffer"):
+            core.output_buffer = OutputBuffer()
+        return core.output_buffer
 
     def attach_weight_version(self: Any, outputs: dict[int, Any]) -> None:
         attach(self, outputs)
@@ -150,16 +148,16 @@ def apply() -> None:
                 and not sampling.detokenize
             )
 
-        find_held(self).keep_back(outputs, wants_whole)
+        find_buffer(self).buffer(outputs, wants_whole)
 
     def pause_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for client, kept in find_held(self).release().items():
+        for client, kept in find_buffer(self).flush().items():
             message = EngineCoreOutputs(outputs=kept, weight_version=self._weight_version)
             self.output_queue.put_nowait((client, message))
         return pause(self, *args, **kwargs)
 
     def abort_requests(self: Any, request_ids: list[str]) -> None:
-        find_held(self).forget(request_ids)
+        find_buffer(self).discard(request_ids)
         abort(self, request_ids)
 
     EngineCore._attach_weight_version = attach_weight_version

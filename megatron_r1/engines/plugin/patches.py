@@ -6,8 +6,8 @@
 `push_to_drafters`: for a drafter whose weights are pushed, the MTP layer that
 `--speculative-config` loads as a second model.
 
-`keep_expert_places` keeps on the host where an engine rank's experts are. vLLM's loaders look each
-expert up in a tensor on the GPU (model_executor/layers/fused_moe/expert_map_manager.py:
+`keep_expert_maps_on_host` keeps on the host where an engine rank's experts are. vLLM's loaders look
+each expert up in a tensor on the GPU (model_executor/layers/fused_moe/expert_map_manager.py:
 `ExpertMapManager.map_global_to_local`). It is in the memory that a sleeping engine has given away,
 and `loader_copies` runs the loaders while the engine of a colocated run sleeps: reading there ends
 the process. And each look-up waits for the GPU, three times an expert and layer.
@@ -136,12 +136,12 @@ DRAFTER_KEYS = ("quantization_config", "scoring_func", "topk_method")
 
 def push_to_drafters() -> None:
     """Apply all three patches, once per process."""
-    name_the_drafter()
+    expose_drafter()
     _checksum_the_drafter()
     _configure_as_the_model()
 
 
-def name_the_drafter() -> None:
+def expose_drafter() -> None:
     """Give our weight-transfer backend the drafter, the balancer of experts and the manager of
     adapters next to the model.
 
@@ -216,7 +216,7 @@ def _with_target_settings(settings: dict, hf_config: Any) -> Any:
     return hf_config
 
 
-def keep_expert_places() -> None:
+def keep_expert_maps_on_host() -> None:
     """Let every map have a copy on the host from when it is made. Goes when: vLLM looks experts up
     on the host."""
     make = ExpertMapManager._calculate_expert_maps

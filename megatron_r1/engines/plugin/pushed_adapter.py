@@ -1,5 +1,5 @@
 """The adapter that an engine rank serves where adapters alone are pushed (`push.adapter_only`): its
-place in the receive buffer, its way into vLLM's LoRA layers, and the check that these compute with
+slots in the receive buffer, its way into vLLM's LoRA layers, and the check that these compute with
 it; and patches of vLLM 0.32 for it. Paths are below vllm/.
 
 Pushed factors have no file. So `LoRARequest` names one adapter, whose number never changes, and
@@ -17,8 +17,8 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from megatron_r1.engines.plugin.memory_layout import ALIGNMENT
+from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 from megatron_r1.push.results import UndeliveredPush
-from megatron_r1.push.table import Slot, SlotTable, slot_view
 
 REQUEST = LoRARequest(lora_name="pushed", lora_int_id=1, lora_path="pushed")
 """What every request is computed with."""
@@ -200,7 +200,7 @@ def _keep_the_experts_kernel() -> None:
     FusedMoEConfig.__post_init__ = finish
 
 
-def serve_the_adapter() -> None:
+def serve_pushed_adapter() -> None:
     """Let the server that this process will start compute all requests with the pushed adapter,
     where its engine has LoRA.
 

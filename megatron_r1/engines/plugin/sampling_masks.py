@@ -1,8 +1,8 @@
 """The tokens that the sampler kept, with each response (`--return-sampling-mask`).
 
 vLLM 0.32 has this in its second model runner, which does not run on a CPU. The first runner's
-sampler computes the log-probabilities after the cut, which are -inf where it cut. What they leave
-is collected here and goes through vLLM's own scheduler and output processor."""
+sampler computes the log-probabilities after top-k and top-p, which are -inf for others. What they
+leave is collected here and goes through vLLM's own scheduler and output processor."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from torch import Tensor
 from vllm.v1.outputs import SamplingMaskLists
 
 
-class KeptCollector:
+class SamplingMaskCollector:
     """What the sampler kept in the step under way.
 
     Attributes:
-        logprobs: (rows, V) after the cut, one row per request, or with drafts as many for each as
-            it may sample; None before the sampler ran."""
+        logprobs: (rows, V) after top-k and top-p, one row per request, or with drafts as many for
+            each as it may sample; None before the sampler ran."""
 
     def __init__(self) -> None:
         self.logprobs: Tensor | None = None
 
-    def collect(self, is_cut: np.ndarray, sampled: list[list[int]]) -> SamplingMaskLists | None:
-        """Return the kept ids of each sampled token, none for those of requests without a cut.
+    def collect(
+        self, is_filtered: np.ndarray, sampled: list[list[int]]
+    ) -> SamplingMaskLists | None:
+        """Return the kept ids of each sampled token, none for those of requests without a top_k.
 
         Args:
-            is_cut: for each request of the batch, in order, whether it asked for a cut.
+            is_filtered: for each request of the batch, in order, whether it has a top_k.
             sampled: the tokens of each request."""
         logprobs, self.logprobs = self.logprobs, None
         if logprobs is None or not sampled:
@@ -40,32 +42,32 @@ class KeptCollector:
         # One row a request, sampled from or not; with drafts those of the tokens that were taken.
         lengths = np.ones(len(sampled), int) if width == 1 else np.array([*map(len, sampled)])
         request = np.repeat(np.arange(len(sampled)), lengths)
-        places = np.arange(len(request)) - np.repeat(lengths.cumsum() - lengths, lengths)
-        rows = torch.from_numpy((request * width + places)[is_cut[request]])
+        offsets = np.arange(len(request)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        rows = torch.from_numpy((request * width + offsets)[is_filtered[request]])
         kept = logprobs[rows] > -torch.inf
         counts = np.zeros(len(request), np.int64)
-        counts[is_cut[request]] = kept.sum(1).numpy()
+        counts[is_filtered[request]] = kept.sum(1).numpy()
         token_ids = kept.nonzero()[:, 1].to(torch.int32).numpy()
         boundaries = None if width == 1 else np.cumsum([0, *lengths]).tolist()
         return SamplingMaskLists(token_ids, np.cumsum([0, *counts]), boundaries)
 
 
-def cut_passes_without_drafts() -> None:
+def fix_top_k_without_drafts() -> None:
     """Have a pass in which no sequence has a draft take a top_k without a top_p. On CPU, once.
 
     Upstream: v1/sample/ops/topk_topp_sampler.py: `apply_top_k_only` takes the maximum of no
     numbers. Without it: the engine dies. Goes when: that is corrected."""
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    cut = topk_topp_sampler.apply_top_k_only
+    upstream = topk_topp_sampler.apply_top_k_only
 
     def apply_top_k_only(logits: Tensor, k: Tensor) -> Tensor:
-        return cut(logits, k) if len(logits) else logits
+        return upstream(logits, k) if len(logits) else logits
 
     topk_topp_sampler.apply_top_k_only = apply_top_k_only
 
 
-def take_requests_without_a_top_k() -> None:
+def accept_requests_without_top_k() -> None:
     """Have requests without a top_k, which scores, probes and evaluations are, go without a mask on
     an engine that returns masks. Once.
 
@@ -89,11 +91,11 @@ def take_requests_without_a_top_k() -> None:
     InputProcessor._validate_params = validate
 
 
-def leave_out_whole_vocabularies() -> None:
+def omit_masks_of_whole_vocabulary() -> None:
     """Have a token that was drawn from the whole vocabulary come without ids. On a GPU, once.
 
     Upstream: v1/worker/gpu/sample/output.py: `SamplingMaskTensors.tolists`. Without it: 4 bytes for
-    each id of the vocabulary, at each token of requests without a cut. Goes when: masks are asked
+    each id of the vocabulary, at each token of requests without a top_k. Goes when: masks are asked
     for by request."""
     from vllm.v1.worker.gpu.sample.output import SamplingMaskTensors
 
@@ -101,8 +103,8 @@ def leave_out_whole_vocabularies() -> None:
 
     def tolists(self: Any, *arguments: Any) -> SamplingMaskLists:
         counts = self.counts.cpu()
-        cut = torch.where(counts == self.vocab_size, 0, counts)
-        return to_lists(self._replace(counts=cut), *arguments)
+        listed = torch.where(counts == self.vocab_size, 0, counts)
+        return to_lists(self._replace(counts=listed), *arguments)
 
     SamplingMaskTensors.tolists = tolists
 
@@ -119,8 +121,8 @@ def return_masks_on_cpu() -> None:
 
     verify_config, gather = VllmConfig._verify_sampling_replay_config, Sampler.gather_logprobs
     sample, sample_tokens = CPUModelRunner._sample, CPUModelRunner.sample_tokens
-    collector = KeptCollector()
-    active: list[KeptCollector] = []
+    collector = SamplingMaskCollector()
+    active: list[SamplingMaskCollector] = []
 
     def verify(config: Any) -> None:
         parts = {"model_config": config.model_config, "use_v2_model_runner": True}
@@ -144,8 +146,10 @@ def return_masks_on_cpu() -> None:
         output = sample_tokens(self, *arguments)
         if output is not None and self.model_config.return_sampling_mask:
             requests = (self.requests[name] for name in self.input_batch.req_ids)
-            is_cut = np.array([request.sampling_params.top_k > 0 for request in requests], bool)
-            output.sampling_masks = collector.collect(is_cut, output.sampled_token_ids)
+            is_filtered = np.array(
+                [request.sampling_params.top_k > 0 for request in requests], bool
+            )
+            output.sampling_masks = collector.collect(is_filtered, output.sampled_token_ids)
         return output
 
     VllmConfig._verify_sampling_replay_config = verify

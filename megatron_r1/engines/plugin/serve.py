@@ -97,10 +97,10 @@ def main() -> None:
     children.end_without_parent()
     dump_stacks_on_signal()
     os.register_at_fork(after_in_child=_begin_child)
-    timeline.reached("engine/process begins")
+    timeline.mark("engine/process begins")
     with without_garbage_collection():
         preload()
-    timeline.reached("engine/imports made")
+    timeline.mark("engine/imports made")
     from vllm.entrypoints.launchers.api_server.entry import main as serve
     from vllm.platforms import current_platform
 
@@ -108,7 +108,7 @@ def main() -> None:
 
     endpoints.add_swap()
     endpoints.add_samples()
-    pushed_adapter.serve_the_adapter()
+    pushed_adapter.serve_pushed_adapter()
     if current_platform.is_cpu():
         _fork_on_cpu()
         keep_freed_memory(also_large=True)

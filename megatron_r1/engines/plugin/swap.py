@@ -3,7 +3,7 @@
 This is vLLM's layerwise reload (model_loader/reload/layerwise.py) without its loaders: the
 parameters of a layer are views of the receive buffer, vLLM's own post-processing runs on them, and
 its result is copied into the tensors that the engine computes with, whose addresses stay. Kernels
-keep these (`KeptState`), never the receive buffer. MLA's absorbed W_UK_T and W_UV follow in
+keep these (`SavedKernelState`), never the receive buffer. MLA's absorbed W_UK_T and W_UV follow in
 `finish`.
 
 What vLLM keeps of a layer besides its parameters is the state of its quantization method.
@@ -28,9 +28,9 @@ from vllm.model_executor.model_loader.reload import meta
 from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 
 from megatron_r1.engines.plugin.cpu_patches import (
-    forget_moe_kernel,
     is_lookup_only,
     repack_output_head,
+    reset_moe_kernel,
 )
 from megatron_r1.engines.plugin.loader_copies import load_biases, to_checkpoint_form, to_kernel_form
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter
@@ -44,7 +44,7 @@ CONFIGURATION = "vllm.config"
 """The package of vLLM's settings, from which every layer of the model can be reached."""
 
 
-class KeptState:
+class SavedKernelState:
     """The attributes of a layer's quantization method and of the objects that it refers to, and the
     layer's tensors that are neither parameters nor buffers (a kernel's workspace), as they are when
     this is created."""
@@ -167,7 +167,7 @@ def load(
 
     Args:
         model: vLLM's model on this rank, which has these layers.
-        placed: the parameters, with their places.
+        placed: the parameters, with their offsets in the memory.
         memory: uint8, the memory that has their values.
         in_place: the memory may not be overwritten, because the engine computes there with
             parameters that post-processing leaves unchanged. For engines that captured no
@@ -203,7 +203,7 @@ def _load_layer(
 ) -> None:
     """Give a layer its received tensors in checkpoint form, have vLLM convert them to its
     kernels' form, and put the result into the tensors in use, which CUDA graphs point to."""
-    before = KeptState(layer)
+    before = SavedKernelState(layer)
     info = to_checkpoint_form(layer)
     in_use = info.kernel_tensors
     in_checkpoint = get_layer_tensors(layer)
@@ -244,7 +244,7 @@ def _post_process(layer: torch.nn.Module) -> None:
     method = getattr(layer, "quant_method", None)
     if not isinstance(method, QuantizeMethodBase):
         return
-    forget_moe_kernel(method)
+    reset_moe_kernel(method)
     # The first loading left this mark, with which post-processing would do nothing.
     if hasattr(layer, "_already_called_process_weights_after_loading"):
         del layer._already_called_process_weights_after_loading

@@ -31,7 +31,7 @@ from megatron_r1.models.experts import RoutingShape
 BODY_EXCERPT_CHARS = 500
 HEALTH_SECONDS = 5.0
 GENERATE = "/inference/v1/generate"
-SPILLING = 2
+ROUTING_SLOTS = 2
 """Choices per engine whose routed experts are in memory at once: 14 MB each, of 30,000 tokens."""
 T = TypeVar("T")
 UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -74,7 +74,7 @@ class EngineClient:
         self.headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self.timeout_seconds, self.vocab_size = timeout_seconds, vocab_size
         self._session: aiohttp.ClientSession | None = None
-        self._spilling = asyncio.Semaphore(SPILLING)
+        self._routing_slots = asyncio.Semaphore(ROUTING_SLOTS)
 
     async def __aenter__(self) -> Self:
         return self
@@ -143,7 +143,7 @@ class EngineClient:
         async def read(reply: aiohttp.ClientResponse) -> list[Response]:
             if reply.content_type == MEDIA_TYPE:
                 try:
-                    return await read_responses(reply.content, *expected, self._spilling)
+                    return await read_responses(reply.content, *expected, self._routing_slots)
                 except ValueError as error:
                     raise EngineFault(f"{self.url}{GENERATE}: {error}") from error
             body = await reply.read()
@@ -221,6 +221,11 @@ class EngineClient:
         After an error the engine is still paused, and must not resume unless none of its weights
         has changed yet.
 
+        Args:
+            update_info: the description of the received push.
+            policy_version: the version of the new weights.
+            resume: whether the engine samples on after the swap.
+
         Raises:
             PushIncomplete: the engine did not get all of the push.
             EngineError: the push arrived damaged or could not be loaded.
@@ -251,7 +256,12 @@ class EngineClient:
         return bool(msgspec.json.decode(body)["is_sleeping"])
 
     async def request(self, method: str, path: str, json: Any = None) -> bytes:
-        """Send one request and return the body of its reply."""
+        """Send one request and return the body of its reply.
+
+        Args:
+            method: the HTTP method.
+            path: the path with its query.
+            json: the body, encoded as JSON; None: no body."""
         return await self._exchange(method, path, json, aiohttp.ClientResponse.read)
 
     async def _exchange(

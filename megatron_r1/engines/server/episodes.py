@@ -15,14 +15,14 @@ import numpy as np
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.server.responses import Response
 
-Rewarded = Literal["done", "max_turns", "max_tokens", "agent_timeout"]
+RewardedStatus = Literal["done", "max_turns", "max_tokens", "agent_timeout"]
 """The ends of an episode that the policy has caused: its reward counts."""
-Ungraded = Literal["engine_error", "environment_error", "harness_error", "protocol_error"]
+UngradedStatus = Literal["engine_error", "environment_error", "harness_error", "protocol_error"]
 """The ends that the policy has not caused: such an episode has no reward, and no part in a group's
 mean."""
-Status = Literal[Rewarded, Ungraded]
-REWARDED: tuple[str, ...] = get_args(Rewarded)
-STATUSES: tuple[str, ...] = get_args(Rewarded) + get_args(Ungraded)
+EpisodeStatus = Literal[RewardedStatus, UngradedStatus]
+REWARDED_STATUSES: tuple[str, ...] = get_args(RewardedStatus)
+STATUSES: tuple[str, ...] = get_args(RewardedStatus) + get_args(UngradedStatus)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Episode:
         reason: what ended the episode, if the policy did not.
     """
 
-    status: Status
+    status: EpisodeStatus
     turns: list[Turn]
     branches: list[Branch]
     num_tool_calls: int = 0
@@ -98,7 +98,7 @@ class Episode:
     @property
     def has_reward(self) -> bool:
         """Whether the policy caused the end, so that the episode's reward counts."""
-        return self.status in REWARDED
+        return self.status in REWARDED_STATUSES
 
     @property
     def num_tokens(self) -> int:
@@ -132,9 +132,14 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Played:
-    """An episode, the text of its last answer, and the environment's reward. The reward is None if
-    the environment has no `get_reward`, or the episode is not scored."""
+class EpisodeResult:
+    """A played episode with what its reward is computed of.
+
+    Attributes:
+        episode: its turns and branches.
+        text: the text of its last answer.
+        reward: the environment's; None if the environment has no `get_reward`, or the episode is
+            not scored."""
 
     episode: Episode
     text: str
@@ -155,7 +160,7 @@ class Player(Protocol):
             UserError: the episodes cannot be played.
         """
 
-    async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
+    async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> EpisodeResult:
         """Play one episode of a row.
 
         Args:

@@ -7,10 +7,11 @@ import ctypes
 import functools
 import glob
 import importlib.util
+import os
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_r1.engines.server.responses import EngineError
 
@@ -55,6 +56,26 @@ def gpus_of_slot(visible: list[str], num_engines: int, slot: int, key: str) -> d
         )
     share = len(visible) // num_engines
     return {"CUDA_VISIBLE_DEVICES": ",".join(visible[slot * share : (slot + 1) * share])}
+
+
+def with_gpu_share(
+    settings: dict[str, Any], index: int, num_engines: int, key: str = "rollout.engines"
+) -> dict[str, Any]:
+    """Return the settings of one of several engines that share this host's GPUs equally.
+
+    Args:
+        settings: the settings of all.
+        index: the engine.
+        num_engines: the number of engines.
+        key: the setting that errors name.
+
+    Raises:
+        UserError: as `gpus_of_slot`.
+    """
+    if num_engines == 1 or settings.get("device") != "cuda":
+        return settings
+    gpus = gpus_of_slot(visible_gpus(os.environ), num_engines, index % num_engines, key)
+    return settings | {"extra_env": gpus | dict(settings.get("extra_env") or {})}
 
 
 def torch_has_cuda() -> bool:

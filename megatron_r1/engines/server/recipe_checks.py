@@ -11,7 +11,7 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, RolloutConfig, TeacherConfig
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.vllm_arguments import check_owned
+from megatron_r1.engines.server.vllm_arguments import check_reserved
 from megatron_r1.models.families import FAMILIES
 from megatron_r1.models.hf_config import (
     ARCHITECTURES,
@@ -68,7 +68,7 @@ def _check_redundant_experts(rollout: RolloutConfig, hf: dict) -> None:
         )
 
 
-def check_experts_here(rollout: RolloutConfig) -> None:
+def check_local_experts(rollout: RolloutConfig) -> None:
     """Refuse copies and exchanges of experts for which engines on this host lack something.
 
     Not part of `check_engines`: a plan and a rehearsal of a recipe for GPUs need nothing.
@@ -159,7 +159,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
         hf: the model's `config.json`.
         section: the section of the recipe that has the settings.
     """
-    check_owned(engines, section)
+    check_reserved(engines, section)
     language = language_settings(hf)
     heads = language.get("num_attention_heads", engines.tensor)
     kv_heads = language.get("num_key_value_heads") or heads
@@ -190,7 +190,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
         _check_gpt_oss(engines, language, section)
     if "DeepseekV3ForCausalLM" in (language.get("architectures") or ()):
         # Where they are absent, the engine gets them (`EngineServer`).
-        require(language, **FAMILIES["DeepseekV3"].implied)
+        require(language, **FAMILIES["DeepseekV3"].implied_values)
     _check_sparse(hf)
     layers = language.get("num_hidden_layers", engines.pipeline)
     if engines.pipeline > layers:
@@ -287,7 +287,7 @@ def check_cpu_kernels(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
     family, hidden, heads = model_family(hf), hf.get("hidden_size"), hf.get("num_attention_heads")
     if not (hidden and heads and hf.get("num_hidden_layers")):
         return  # the engine's own error is more precise
-    if family.latent:
+    if family.latent_attention:
         # vLLM's own variable, which its engines inherit: with it they compute keys and values.
         is_disabled = os.environ.get("VLLM_MLA_DISABLE", "0") != "0"
         for key, size in LATENT_SIZES.items():
@@ -316,7 +316,7 @@ def _check_experts(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
             key="hidden_size",
             cause=Cause.INDIVISIBLE,
         )
-    if "n_shared_experts" in family.needs and hf.get("n_shared_experts") == 0:
+    if "n_shared_experts" in family.required_keys and hf.get("n_shared_experts") == 0:
         raise UserError(
             "config.json: n_shared_experts=0: on a CPU, vLLM's engine ends without a message at "
             f"matrices of no width; {REMEDY}",

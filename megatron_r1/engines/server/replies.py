@@ -52,7 +52,12 @@ class Logprobs(msgspec.Struct):
 
 
 class VersionSpan(msgspec.Struct):
-    """Tokens [start, end) were sampled by weights `version`."""
+    """Tokens [start, end) were sampled by weights `version`.
+
+    Attributes:
+        version: a number as text.
+        start: the first token, from 0 in the response.
+        end: the token after the last."""
 
     version: str
     start: int
@@ -60,7 +65,15 @@ class VersionSpan(msgspec.Struct):
 
 
 class GenerateChoice(msgspec.Struct):
-    """One sampled response in vLLM's form; `parse_responses` checks it."""
+    """One sampled response in vLLM's form; `parse_responses` checks it.
+
+    Attributes:
+        finish_reason: "stop", "length" or "abort".
+        token_ids: the sampled tokens.
+        logprobs: one entry per token.
+        weight_versions: the spans of all tokens, in order.
+        routed_experts: an .npy array in base64.
+        sampling_mask: the kept ids of each token."""
 
     finish_reason: str | None = None
     token_ids: list[int] | None = None
@@ -92,7 +105,7 @@ def parse_responses(
     num_prompt_tokens: int,
     routing: RoutingShape | None,
     vocab_size: int | None,
-    is_cut: bool = False,
+    has_mask: bool = False,
 ) -> list[Response]:
     """Return the responses in vLLM's reply to a generate call.
 
@@ -101,20 +114,25 @@ def parse_responses(
         num_prompt_tokens: tokens of the prompt.
         routing: the shape of the routed experts; None: they were not asked for.
         vocab_size: token ids are below it; None: they are not checked.
-        is_cut: whether each response needs a sampling mask.
+        has_mask: whether each response needs a sampling mask.
 
     Raises:
-        ValueError: it is malformed, a token is outside the vocabulary or, with `is_cut`, not among
-            those that were kept, a log-probability is not finite, or the policy versions or routed
-            experts do not cover exactly the tokens."""
+        ValueError: it is malformed, a token is outside the vocabulary or, with `has_mask`, not
+            among those that were kept, a log-probability is not finite, or the policy versions or
+            routed experts do not cover exactly the tokens."""
     return [
-        _response(choice, num_prompt_tokens, routing, vocab_size, is_cut)
+        _response(choice, num_prompt_tokens, routing, vocab_size, has_mask)
         for choice in _decode_generate(body).choices
     ]
 
 
 def parse_prompt_logprobs(body: bytes, token_ids: Sequence[int], first: int) -> array[float]:
     """Return the log-probabilities of token_ids[first:], float32, from vLLM's reply.
+
+    Args:
+        body: the reply's JSON.
+        token_ids: the tokens of the request.
+        first: the index of the first token whose log-probability is returned.
 
     Raises:
         ValueError: the reply is malformed, has other tokens, or has a value that is not finite.
@@ -137,25 +155,25 @@ def _response(
     num_prompt_tokens: int,
     routing: RoutingShape | None,
     vocab_size: int | None,
-    is_cut: bool,
+    has_mask: bool,
 ) -> Response:
     token_ids = choice.token_ids or []
     content = (choice.logprobs.content if choice.logprobs else None) or []
     if len(content) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens but {len(content)} log-probabilities")
     num_tokens = num_prompt_tokens + len(token_ids)
-    return _checked(
+    return _checked_response(
         array("i", token_ids),
         array("f", [entry.logprob for entry in content]),
         choice.weight_versions or [],
         choice.finish_reason,
         decode_routing(choice.routed_experts, routing, num_tokens) if routing else b"",
-        sampling_mask.from_lists(choice.sampling_mask or []) if is_cut else None,
+        sampling_mask.encode_mask(choice.sampling_mask or []) if has_mask else None,
         vocab_size,
     )
 
 
-def _checked(
+def _checked_response(
     token_ids: array[int],
     logprobs: array[float],
     spans: Iterable[VersionSpan],
@@ -165,14 +183,14 @@ def _checked(
     vocab_size: int | None,
 ) -> Response:
     """Return a response after the checks of `parse_responses`. A `vocab_size` of None is unknown; a
-    `mask` of None, that no cut was asked for.
+    `mask` of None, that no mask was asked for.
 
     Raises:
         ValueError: as `parse_responses`.
     """
     _check_logprobs(token_ids, logprobs)
     if mask is not None:
-        sampling_mask.check(mask, token_ids, vocab_size)
+        sampling_mask.check_mask(mask, token_ids, vocab_size)
     ids = np.frombuffer(token_ids, np.int32)
     if vocab_size and len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(f"tokens {ids.min()} to {ids.max()} of {vocab_size}")
@@ -201,10 +219,15 @@ def _version_per_token(spans: Iterable[VersionSpan], num_tokens: int) -> array[i
 
 
 def decode_routing(text: str | None, shape: RoutingShape, num_tokens: int) -> bytes:
-    """Return the bytes of `_moe_rows` for vLLM's routed experts: an .npy array in base64.
+    """Return the bytes of `_moe_routing` for vLLM's routed experts: an .npy array in base64.
+
+    Args:
+        text: vLLM's field.
+        shape: the sizes of the model's routing.
+        num_tokens: tokens of prompt and response.
 
     Raises:
-        ValueError: as `_moe_rows`, or `text` is None or malformed.
+        ValueError: as `_moe_routing`, or `text` is None or malformed.
     """
     if text is None:
         raise ValueError(NO_ROUTING)
@@ -212,10 +235,10 @@ def decode_routing(text: str | None, shape: RoutingShape, num_tokens: int) -> by
         rows = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
     except (binascii.Error, EOFError, ValueError) as error:
         raise ValueError(f"routed experts are no .npy array in base64: {error}") from None
-    return _moe_rows(rows, shape, num_tokens).tobytes()
+    return _moe_routing(rows, shape, num_tokens).tobytes()
 
 
-def _moe_rows(rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> np.ndarray:
+def _moe_routing(rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> np.ndarray:
     """Return the routed experts of the MoE layers as indices [num_tokens - 1, MoE layers, topk] of
     shape.index_bytes bytes each.
 
@@ -263,14 +286,20 @@ class Routing(msgspec.Struct):
 
 
 class ChoiceHeader(msgspec.Struct):
-    """One response of a reply, except its arrays, which follow the header as bytes."""
+    """One response of a reply, except its arrays, which follow the header as bytes.
+
+    Attributes:
+        finish_reason: "stop", "length" or "abort".
+        num_tokens: tokens of the response.
+        weight_versions: the spans of all tokens, in order.
+        routed_experts: the array of the routed experts; None: none follows.
+        sampling_mask: the bytes of the mask; None: none follows."""
 
     finish_reason: str
     num_tokens: int
     weight_versions: list[VersionSpan]
     routed_experts: Routing | None = None
     sampling_mask: int | None = None
-    """The bytes of the mask."""
 
 
 class ReplyHeader(msgspec.Struct):
@@ -287,8 +316,8 @@ async def read_responses(
     num_prompt_tokens: int,
     routing: RoutingShape | None,
     vocab_size: int | None,
-    is_cut: bool,
-    spilling: asyncio.Semaphore,
+    has_mask: bool,
+    routing_slots: asyncio.Semaphore,
 ) -> list[Response]:
     """Read a reply's body.
 
@@ -297,8 +326,8 @@ async def read_responses(
         num_prompt_tokens: the tokens of the prompt.
         routing: the shape of the model's routing, if routed experts are in the reply.
         vocab_size: the size of the vocabulary.
-        is_cut: whether each response needs a sampling mask.
-        spilling: bounds the choices whose routed experts are in memory.
+        has_mask: whether each response needs a sampling mask.
+        routing_slots: bounds the choices whose routed experts are in memory.
 
     Raises:
         ValueError: as in `parse_responses`.
@@ -306,25 +335,25 @@ async def read_responses(
     try:
         length = int.from_bytes(await content.readexactly(4), "little")
         choices = _decode(await content.readexactly(length)).choices
-        tokens = [await _tokens(content, choice) for choice in choices]
-        spilled = [memoryview(b"")] * len(choices)
+        tokens = [await _read_tokens(content, choice) for choice in choices]
+        routings = [memoryview(b"")] * len(choices)
         if routing is not None:
             lengths = [num_prompt_tokens + choice.num_tokens for choice in choices]
-            spilled = await _spilled(content, choices, lengths, routing, spilling)
+            routings = await _read_routing(content, choices, lengths, routing, routing_slots)
     except asyncio.IncompleteReadError as error:
         missing = (error.expected or 0) - len(error.partial)
         raise ValueError(f"the reply ends {missing} bytes too early") from None
     return [
-        _checked(
+        _checked_response(
             *(ids, logprobs, choice.weight_versions, choice.finish_reason, rows),
-            mask if is_cut else None,
+            mask if has_mask else None,
             vocab_size,
         )
-        for choice, (ids, logprobs, mask), rows in zip(choices, tokens, spilled, strict=True)
+        for choice, (ids, logprobs, mask), rows in zip(choices, tokens, routings, strict=True)
     ]
 
 
-async def _tokens(
+async def _read_tokens(
     content: StreamReader, choice: ChoiceHeader
 ) -> tuple[array[int], array[float], bytes]:
     ids, logprobs = array("i"), array("f")
@@ -333,12 +362,12 @@ async def _tokens(
     return ids, logprobs, await content.readexactly(choice.sampling_mask or 0)
 
 
-async def _spilled(
+async def _read_routing(
     content: StreamReader,
     choices: list[ChoiceHeader],
     lengths: list[int],
     shape: RoutingShape,
-    spilling: asyncio.Semaphore,
+    routing_slots: asyncio.Semaphore,
 ) -> list[memoryview]:
     """Return the rows of every choice, as views of a file."""
     sizes = []
@@ -347,7 +376,7 @@ async def _spilled(
             if choice.routed_experts is None:
                 raise ValueError(NO_ROUTING)
             dtype, dimensions = np.dtype(choice.routed_experts.dtype), choice.routed_experts.shape
-            async with spilling:
+            async with routing_slots:
                 raw = await content.readexactly(dtype.itemsize * int(np.prod(dimensions)))
                 rows = np.frombuffer(raw, dtype).reshape(dimensions)
                 # In a thread: a write waits for the disk once the system's buffers are full.
@@ -361,7 +390,7 @@ async def _spilled(
 
 def _write(file: IO[bytes], rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> int:
     """Append the checked rows; return how many bytes they are."""
-    content = _moe_rows(rows, shape, num_tokens).reshape(-1).view(np.uint8).data
+    content = _moe_routing(rows, shape, num_tokens).reshape(-1).view(np.uint8).data
     done = 0
     try:
         while done < len(content):

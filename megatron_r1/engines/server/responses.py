@@ -1,10 +1,10 @@
-"""What a request to an engine ends in: a sampled response in compact form, whole or cut at a stop
+"""What a request to an engine ends in: a sampled response in compact form, whole or up to a stop
 string, or an error.
 
-Stop strings cut a response at the token that completes one. An engine has no tokenizer and cannot
-look for strings: it samples on to its end token or limit, and the controller, which decodes the
-response, cuts it. What remains has the distribution that stopping there would have given; what was
-sampled beyond costs the engine's time."""
+Stop strings truncate a response at the token that completes one. An engine has no tokenizer and
+cannot look for strings: it samples on to its end token or limit, and the controller, which decodes
+the response, truncates it. What remains has the distribution that stopping there would have given;
+what was sampled beyond costs the engine's time."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Response:
     token_ids: array[int]
     """int32, including the stop token, if one ended it."""
     logprobs: array[float]
-    """float32: log softmax(logits / temperature) of each token, after the top-p cut if any."""
+    """float32: log softmax(logits / temperature) of each token, after top-k, top-p and min-p."""
     policy_versions: array[int]
     """int32: the version of the weights that sampled each token."""
     finish_reason: str
-    """`stop`: a stop token. `length`: max_tokens or max_model_len. `abort`: cut by a pause."""
+    """`stop`: a stop token. `length`: max_tokens or max_model_len. `abort`: ended by a pause."""
     routing: bytes | memoryview = b""
     """If requested: indices of the experts that processed prompt and response, without the last
     token; see `replies.decode_routing`. A view of a file where they came as bytes."""
@@ -42,7 +42,7 @@ class Response:
 Decode = Callable[[Sequence[int]], str]
 
 
-def cut_at_stop(
+def truncate_at_stop(
     response: Response, num_prompt_tokens: int, stop: Sequence[str], decode: Decode
 ) -> tuple[Response, str, str | None]:
     """Return the response up to the token that first completes one of `stop`, its text before that,
@@ -68,10 +68,10 @@ def cut_at_stop(
             high = middle
         else:
             low = middle
-    return first_tokens(response, num_prompt_tokens, high, "stop"), text[:at], string
+    return truncate_response(response, num_prompt_tokens, high, "stop"), text[:at], string
 
 
-def first_tokens(
+def truncate_response(
     response: Response, num_prompt_tokens: int, count: int, finish_reason: Literal["stop", "length"]
 ) -> Response:
     """Return the first `count` tokens of a response.
@@ -93,7 +93,7 @@ def first_tokens(
         policy_versions=response.policy_versions[:count],
         finish_reason=finish_reason,
         routing=routing,
-        sampling_mask=sampling_mask.of_tokens(
+        sampling_mask=sampling_mask.slice_mask(
             response.sampling_mask, len(response.token_ids), 0, count
         ),
     )

@@ -17,9 +17,9 @@ from typing import Any
 from r1_grading.base.lifetime import owns_number
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.base.processes import children, diagnosis, preloaded
+from megatron_r1.base.processes import children, diagnosis, fork_client
 from megatron_r1.base.processes.diagnosis import file_excerpt
-from megatron_r1.base.processes.preloaded import ForkedProcess
+from megatron_r1.base.processes.fork_client import ForkedProcess
 from megatron_r1.base.processes.scratch import Scratch, shared_files
 from megatron_r1.engines.server.client import is_healthy
 from megatron_r1.engines.server.responses import EngineError
@@ -132,8 +132,8 @@ class EngineServer(Server):
     it from one that lives as long as the engine should (the main thread).
 
     Log-probabilities are `processed_logprobs`: log softmax(logits / temperature) of the sampled
-    token, in fp32, after the cut if there is one. So a trainer equals them by dividing its logits
-    by the same temperature, and where there was a cut, over the tokens that it left
+    token, in fp32, after top-k, top-p and min-p. So a trainer equals them by dividing its logits
+    by the same temperature, and with any of these over the tokens that were kept
     (`return_sampling_mask`). Greedy sampling (temperature 0) reports the distribution at
     temperature 1.
 
@@ -188,7 +188,7 @@ class EngineServer(Server):
         self._kills_before = diagnosis.num_oom_kills()
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         environment = self._scratch.environment() | self.environment
-        self.process = preloaded.start(MODULE, arguments, self.log_path, environment)
+        self.process = fork_client.start(MODULE, arguments, self.log_path, environment)
 
     async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
         """Wait as `Server.wait_ready`, and note the files in shared memory that `stop` deletes: if

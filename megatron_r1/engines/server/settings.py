@@ -1,4 +1,6 @@
-"""The command line and the environment with which vLLM is started."""
+"""The settings of engines: what they and their fleet take from a recipe's `rollout` or `teacher`,
+the context length that the model allows them, and the command line and the environment with which
+vLLM is started."""
 
 import json
 import os
@@ -11,16 +13,20 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes import memory
 from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
+from megatron_r1.config import Config, RolloutConfig, TeacherConfig
+from megatron_r1.config.engine import LAYOUT
+from megatron_r1.config.rollout import SpeculativeConfig
 from megatron_r1.engines.server.vllm_arguments import argument_list
-from megatron_r1.models.hf_config import implied
+from megatron_r1.models.hf_config import implied_settings, language_settings, load_config
 
 MODULE = "megatron_r1.engines.plugin.serve"
 """What an engine's process runs."""
-MIDDLEWARE = "megatron_r1.engines.plugin.endpoints.Admission"
+MIDDLEWARE = "megatron_r1.engines.plugin.endpoints.SecretMiddleware"
 SECRET = "VLLM_API_KEY"
-"""Environment variable from which vLLM, and `Admission`, read an engine's secret."""
+"""Environment variable from which vLLM, and `SecretMiddleware`, read an engine's secret."""
 
 
 class EnginePart(msgspec.Struct, frozen=True):
@@ -173,11 +179,11 @@ class EngineSettings:
             *(["--enable-expert-parallel"] if self.expert_parallel else []),
             *(["--middleware", MIDDLEWARE] if self.secret else []),
             *argument_list(self.lora or {}),
-            *argument_list(self._given()),
+            *argument_list(self._vllm_arguments()),
             *self.extra_args,
         ]
 
-    def _given(self) -> dict[str, Any]:
+    def _vllm_arguments(self) -> dict[str, Any]:
         """Return `vllm`, with the balancer of redundant experts."""
         if not self.redundant_experts:
             return dict(self.vllm)
@@ -215,7 +221,7 @@ def config_arguments(hf: dict, overrides: Mapping[str, Any] | None) -> list[str]
         hf: the model's `config.json`.
         overrides: keys in place of those of `hf`.
     """
-    if not (changes := {**implied(hf), **(overrides or {})}):
+    if not (changes := {**implied_settings(hf), **(overrides or {})}):
         return []
     return ["--hf-overrides", json.dumps(changes)]
 
@@ -266,3 +272,97 @@ def network_environment(address: str) -> dict[str, str]:
         if any(one.family == socket.AF_INET and one.address == address for one in addresses):
             interface = interface or name
     return {"VLLM_HOST_IP": address} | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})
+
+
+MEMORY_KEYS = {"kv_cache_gib", "kv_block_tokens", "gpu_memory", "plain_matrices"}
+ENGINE_KEYS = LAYOUT | MEMORY_KEYS | {"dtype", "max_num_seqs", "vllm"}
+SUPERVISION_KEYS = {
+    "start_timeout_seconds",
+    "request_timeout_seconds",
+    "max_restarts",
+    "unresponsive_seconds",
+}
+"""Keys that `rollout` and `teacher` both have."""
+
+
+def fleet_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
+    """Return the arguments of `RolloutFleet` that a recipe sets."""
+    return engines.model_dump(include=SUPERVISION_KEYS)
+
+
+def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
+    """Return the `EngineSettings` that a recipe sets, the same for every job of its engines."""
+    # The server that takes requests, and the controller, need a core besides: with 2 threads on 2
+    # cores a rollout of 256 short responses takes 1.14 s, with 1 thread 0.92 s.
+    threads = engines.threads or max(1, min(2, (os.cpu_count() or 1) - 1))
+    own = engines.model_dump(include=ENGINE_KEYS) | {"num_threads": threads}
+    if isinstance(engines, RolloutConfig):  # a teacher only scores
+        own["speculative"] = speculative_settings(engines.speculative)
+        own["redundant_experts"] = engines.redundant_experts
+    return own
+
+
+def speculative_settings(speculative: SpeculativeConfig) -> dict[str, Any] | None:
+    """Return vLLM's `speculative_config`, None without speculation."""
+    if speculative.method == "none":
+        return None
+    return {"method": speculative.method, "num_speculative_tokens": speculative.tokens}
+
+
+def max_model_len(config: Config) -> int:
+    """Return `rollout.max_model_len`, or the model's own limit, in tokens.
+
+    The model may be any that vLLM supports, also one that cannot be trained here.
+
+    Raises:
+        UserError: the model has fewer positions, or responses would leave no room for a prompt.
+    """
+    limit = max_positions(config.model.path)
+    length = config.rollout.max_model_len or limit
+    if length > limit:
+        raise UserError(
+            f"rollout.max_model_len: {length} is more than the model's {limit} positions "
+            f"({config.model.path}/config.json: max_position_embeddings)",
+            key="rollout.max_model_len",
+            cause=Cause.TOO_LARGE,
+        )
+    # Engines are sized once, for the longest responses of rl.schedule.
+    longest = max(phase.rollout.max_response_tokens for _, phase in config.phases())
+    if longest >= length:
+        raise UserError(
+            f"rollout.max_response_tokens: {longest} leaves no room for "
+            f"a prompt within {length} tokens; lower it"
+            + (f", or raise rollout.max_model_len (at most {limit})" if length < limit else ""),
+            key="rollout.max_response_tokens",
+            cause=Cause.TOO_LARGE,
+        )
+    return length
+
+
+def max_positions(folder: str | Path, key: str = "model.path") -> int:
+    """Return max_position_embeddings of a model, its longest context in tokens.
+
+    Args:
+        folder: the model's folder.
+        key: the recipe's setting that names the folder, for errors.
+
+    Raises:
+        UserError: config.json is missing or malformed, or has no such number.
+    """
+    hf = load_config(folder, key)
+    try:
+        return int(language_settings(hf)["max_position_embeddings"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}/config.json: no max_position_embeddings can be read ({error!r})",
+            key="max_position_embeddings",
+            cause=Cause.MISSING,
+        ) from error
+
+
+def vocab_size(model: Path) -> int | None:
+    """Return the vocabulary's size in a model's config.json, or None where it is not readable."""
+    try:
+        return language_settings(load_config(model)).get("vocab_size")
+    except (UserError, AttributeError):
+        return None  # the server's own error is more precise

@@ -19,7 +19,7 @@ from megatron_r1.config import RolloutConfig, TeacherConfig
 CHECKER = "megatron_r1.engines.plugin.argument_check"
 """What parses the arguments: a process of its own, as this one imports no vLLM."""
 
-OWNED = {
+RESERVED = {
     "model": "model.path",
     "dtype": "rollout.dtype",
     "max_model_len": "rollout.max_model_len",
@@ -46,7 +46,7 @@ OWNED = {
 }
 """Arguments of vLLM that another setting of the recipe decides → that setting."""
 
-TEACHERS = {"max_num_batched_tokens": "teacher.tokens_at_once"}
+RESERVED_OF_TEACHER = {"max_num_batched_tokens": "teacher.tokens_at_once"}
 """The same, of a teacher's engines."""
 
 FIXED = {
@@ -100,14 +100,14 @@ def argument_list(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def check_owned(engines: RolloutConfig | TeacherConfig, section: str) -> None:
+def check_reserved(engines: RolloutConfig | TeacherConfig, section: str) -> None:
     """Raise UserError for an argument that this project sets, naming what sets it.
 
     Args:
         engines: the recipe's section.
         section: its name, "rollout" or "teacher".
     """
-    owned = OWNED | (TEACHERS if section == "teacher" else {})
+    owned = RESERVED | (RESERVED_OF_TEACHER if section == "teacher" else {})
     for given in engines.vllm:
         key, name = f"{section}.vllm.{given}", given.replace("-", "_").removeprefix("no_")
         if name in owned:
@@ -147,7 +147,7 @@ def check_arguments(engines: RolloutConfig | TeacherConfig, section: str) -> Non
         engines: the recipe's section.
         section: its name, "rollout" or "teacher".
     """
-    check_owned(engines, section)
+    check_reserved(engines, section)
     on_hosts = isinstance(engines, RolloutConfig) and engines.placement == "hosts"
     if not engines.vllm or (on_hosts and find_spec("vllm") is None):
         return

@@ -4,7 +4,7 @@ A benchmark maps the rows of its public data set to prompts (`base.Benchmark`); 
 in training grade the responses."""
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.base.user_code import find
+from megatron_r1.base.user_code import find_value
 from megatron_r1.evaluation.benchmarks.base import Benchmark
 
 PACKAGE = "megatron_r1.evaluation.benchmarks"
@@ -39,7 +39,9 @@ def find_benchmark(name: str) -> tuple[Benchmark, str]:
             cause=Cause.UNKNOWN,
         )
     try:
-        return find(f"{module}:{attribute}", "Benchmark", lambda o: isinstance(o, Benchmark)), part
+        return find_value(
+            f"{module}:{attribute}", "Benchmark", lambda o: isinstance(o, Benchmark)
+        ), part
     except (ImportError, UserError) as error:
         raise UserError(
             f"benchmark {name!r} cannot be imported: {error}",

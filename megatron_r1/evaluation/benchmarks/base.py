@@ -42,40 +42,40 @@ def read_rows(
     Raises:
         UserError: a place, file or row that cannot be read; it names the remedy."""
     hub = next(iter(hubs))
-    place = path or hub
-    local = Path(place)
+    location = path or hub
+    local = Path(location)
     if local.is_file():
         yield from read_file(local, "path")
         return
     if not local.exists():
-        if not HUB_NAME.fullmatch(place):
+        if not HUB_NAME.fullmatch(location):
             raise UserError(
-                f"benchmark {name}: no such file or folder {place}; give a file, a folder, or a "
+                f"benchmark {name}: no such file or folder {location}; give a file, a folder, or a "
                 f"data set's name on the hub such as {hub}",
                 key="path",
                 cause=Cause.NOT_FOUND,
             )
-        if not files and place not in hubs:
+        if not files and location not in hubs:
             raise UserError(
-                f"benchmark {name}: which files of {place} are it? Name them, for example "
+                f"benchmark {name}: which files of {location} are it? Name them, for example "
                 f"files: ['data/test-*.parquet']; known without: {', '.join(hubs)}",
                 key="files",
                 cause=Cause.MISSING,
             )
-        patterns = files or hubs[place](options)
-        local = _download(name, place, patterns)
+        patterns = files or hubs[location](options)
+        local = _download(name, location, patterns)
     else:
         patterns = files or [p for known in hubs.values() for p in known(options)]
     yield from _read_folder(name, local, patterns)
 
 
 def pick_columns(
-    place: str, row: Mapping[str, Any], layouts: Sequence[Mapping[str, str]]
+    location: str, row: Mapping[str, Any], layouts: Sequence[Mapping[str, str]]
 ) -> dict[str, Any]:
     """Return the row under the project's names, by the first layout whose columns it has.
 
     Args:
-        place: "file:line", for errors.
+        location: "file:line", for errors.
         row: column → value; columns that the layout does not have are dropped.
         layouts: for each, the project's name → the column's.
 
@@ -87,7 +87,8 @@ def pick_columns(
     nearest = max(layouts, key=lambda layout: sum(column in row for column in layout.values()))
     missing = [column for column in nearest.values() if column not in row]
     raise UserError(
-        f"{place}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, row))}: "
+        f"{location}: no column {', '.join(map(repr, missing))}; it has "
+        f"{', '.join(map(str, row))}: "
         "is this the right file?",
         key=missing[0],
         cause=Cause.MISSING,
@@ -171,13 +172,13 @@ class Benchmark:
     options: Options = field(default_factory=dict)
     compares: bool = False
 
-    def with_defaults(self, name: str, given: Options) -> dict[str, Any]:
+    def with_defaults(self, name: str, options: Options) -> dict[str, Any]:
         """Return the value of each option of the benchmark: that of `options`, else its default.
 
         Raises:
             UserError: an unknown option.
         """
-        for option in given.keys() - self.options.keys():
+        for option in options.keys() - self.options.keys():
             known = f"it takes {', '.join(sorted(self.options))}" if self.options else "it has none"
             hint = did_you_mean(option, self.options) or f"; {known}"
             raise UserError(
@@ -185,7 +186,7 @@ class Benchmark:
                 key=f"options.{option}",
                 cause=Cause.UNKNOWN,
             )
-        return {**self.options, **given}
+        return {**self.options, **options}
 
 
 def to_prompts(questions: Iterable[Question], instruction: str) -> Iterator[Prompt]:

@@ -45,12 +45,12 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
             cause=Cause.UNKNOWN,
         )
     lowest, highest = options["min_rating"] or 0, options["max_rating"] or math.inf
-    for place, row in rows:
-        columns = pick_columns(place, row, [LAYOUT])
+    for location, row in rows:
+        columns = pick_columns(location, row, [LAYOUT])
         is_batch = not columns["interaction_format"] and columns["input_mode"] in (None, "stdio")
         has_tests = columns["official_tests_complete"] and columns["official_tests"]
         if is_batch and has_tests and lowest <= (columns["rating"] or 0) <= highest:
-            yield _question(place, columns, language)
+            yield _question(location, columns, language)
 
 
 def files(options: Options) -> list[str]:
@@ -59,9 +59,9 @@ def files(options: Options) -> list[str]:
     return [f"{folder}/test-*.parquet"]
 
 
-def _question(place: str, row: dict[str, Any], language: str) -> Question:
+def _question(location: str, row: dict[str, Any], language: str) -> Question:
     """Return a problem as Codeforces shows it, with its tests as the truth."""
-    description = require_text(place, row, "description").strip()
+    description = require_text(location, row, "description").strip()
     sections = [f"# {row['title']}", description]
     for title, name in (("Input", "input_format"), ("Output", "output_format"), ("Note", "note")):
         if row[name]:
@@ -80,7 +80,7 @@ def _question(place: str, row: dict[str, Any], language: str) -> Question:
         tests = [{"stdin": t["input"], "stdout": t["output"]} for t in row["official_tests"]]
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{place}: 'official_tests' must have input and output",
+            f"{location}: 'official_tests' must have input and output",
             key="official_tests",
             cause=Cause.MALFORMED,
         ) from error

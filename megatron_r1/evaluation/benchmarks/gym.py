@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.data.prompts import generate_items, is_heldout, level_parameters, normalize
+from megatron_r1.data.prompts import (
+    generate_items,
+    is_heldout,
+    level_parameters,
+    normalize_question,
+)
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows
 
 _NAMES = {
@@ -90,7 +95,7 @@ def _of_task(task: str, options: Options, exactly: bool) -> Iterator[Question]:
     fields: dict[str, Any] = {"task": task, "parameters": parameters}
     wanted, seen = options["questions"], set()
     for item in generate_items(task, parameters, options["seed"], wanted * ATTEMPTS_PER_QUESTION):
-        text = normalize(item["question"])
+        text = normalize_question(item["question"])
         if text in seen or not is_heldout(item["question"], options["heldout_fraction"]):
             continue
         seen.add(text)

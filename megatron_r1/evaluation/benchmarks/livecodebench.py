@@ -52,12 +52,12 @@ class _PlainUnpickler(pickle.Unpickler):
         raise ValueError(f"it refers to {module}.{name}")
 
 
-def decode_tests(packed: str, place: str) -> list[dict[str, Any]]:
+def decode_tests(packed: str, location: str) -> list[dict[str, Any]]:
     """Return the test cases of a row; nothing in them is ever executed.
 
     Args:
         packed: JSON text, plain or as packed by the data set.
-        place: where the row is, for errors.
+        location: where the row is, for errors.
 
     Raises:
         UserError: anything else."""
@@ -67,19 +67,19 @@ def decode_tests(packed: str, place: str) -> list[dict[str, Any]]:
             tests = json.loads(tests)
     except (ValueError, TypeError, binascii.Error, zlib.error, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{place}: its private tests cannot be read: {error}",
+            f"{location}: its private tests cannot be read: {error}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error
     except (EOFError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{place}: its private tests are damaged: {error}",
+            f"{location}: its private tests are damaged: {error}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error
     if not isinstance(tests, list) or not all(isinstance(test, dict) for test in tests):
         raise UserError(
-            f"{place}: its private tests are not a list of test cases",
+            f"{location}: its private tests are not a list of test cases",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         )
@@ -123,11 +123,11 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
     """Yield the problems of contests within the dates, of the difficulty asked for."""
     first = _day("from", options["from"] or date.min)
     last = _day("to", options["to"] or date.max)
-    for place, row in rows:
-        columns = pick_columns(place, row, [LAYOUT])
-        day = _day(f"{place}: contest_date", columns["contest_date"])
+    for location, row in rows:
+        columns = pick_columns(location, row, [LAYOUT])
+        day = _day(f"{location}: contest_date", columns["contest_date"])
         if first <= day <= last and options["difficulty"] in (None, columns["difficulty"]):
-            yield _question(place, columns)
+            yield _question(location, columns)
 
 
 def files(options: Options) -> list[str]:
@@ -147,22 +147,22 @@ def files(options: Options) -> list[str]:
     return ["test.jsonl", *names][: RELEASES.index(release) + 1]
 
 
-def _question(place: str, row: dict[str, Any]) -> Question:
-    tests = decode_tests(row["public_test_cases"], place)
-    tests += decode_tests(row["private_test_cases"], place)
+def _question(location: str, row: dict[str, Any]) -> Question:
+    tests = decode_tests(row["public_test_cases"], location)
+    tests += decode_tests(row["private_test_cases"], location)
     if not tests:
-        raise UserError(f"{place}: no test cases", key="private_test_cases", cause=Cause.EMPTY)
-    problem = require_text(place, row, "question_content").strip()
+        raise UserError(f"{location}: no test cases", key="private_test_cases", cause=Cause.EMPTY)
+    problem = require_text(location, row, "question_content").strip()
     kinds = {test.get("testtype") for test in tests}
     if kinds == {"functional"}:
         problem += "\n\n" + FUNCTION.format(row["starter_code"].rstrip())
-        truth = _function_tests(place, row, tests)
+        truth = _function_tests(location, row, tests)
     elif kinds == {"stdin"}:
         problem += "\n\n" + STDIN
         truth = {"tests": [{"input": t["input"], "output": t["output"]} for t in tests]}
     else:
         raise UserError(
-            f"{place}: 'testtype' must be stdin or functional throughout, got {kinds}",
+            f"{location}: 'testtype' must be stdin or functional throughout, got {kinds}",
             key="testtype",
             cause=Cause.MALFORMED,
         )
@@ -171,7 +171,7 @@ def _question(place: str, row: dict[str, Any]) -> Question:
     return Question(str(row["question_id"]), problem, "code", truth, fields)
 
 
-def _function_tests(place: str, row: dict[str, Any], tests: list[dict]) -> dict[str, Any]:
+def _function_tests(location: str, row: dict[str, Any], tests: list[dict]) -> dict[str, Any]:
     """Return tests of a function: one JSON value per argument, one per line; the result is JSON."""
     try:
         name = json.loads(row["metadata"])["func_name"]
@@ -184,7 +184,7 @@ def _function_tests(place: str, row: dict[str, Any], tests: list[dict]) -> dict[
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{place}: a functional test is not as it should be: {error!r}",
+            f"{location}: a functional test is not as it should be: {error!r}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error

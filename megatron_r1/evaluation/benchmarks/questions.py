@@ -34,21 +34,22 @@ def _aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
     Raises:
         UserError: an answer is not an integer from 0 to 999.
     """
-    for place, row in rows:
-        columns = pick_columns(place, row, AIME_LAYOUTS)
-        problem = require_text(place, columns, "problem").strip()
+    for location, row in rows:
+        columns = pick_columns(location, row, AIME_LAYOUTS)
+        problem = require_text(location, columns, "problem").strip()
         # One layout has text ("025"), the other an integer.
         try:
             answer = int(str(columns["answer"]))
         except ValueError:
             raise UserError(
-                f"{place}: an AIME answer is an integer from 0 to 999, got {columns['answer']!r}",
+                f"{location}: an AIME answer is an integer from 0 to 999, got "
+                f"{columns['answer']!r}",
                 key="answer",
                 cause=Cause.MALFORMED,
             ) from None
         if not 0 <= answer <= 999:
             raise UserError(
-                f"{place}: an AIME answer is between 0 and 999, got {answer}",
+                f"{location}: an AIME answer is between 0 and 999, got {answer}",
                 key="answer",
                 cause=Cause.OUT_OF_RANGE,
             )
@@ -58,11 +59,11 @@ def _aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
 def _math_500_questions(rows: Rows, options: Options) -> Iterator[Question]:
     """Yield the questions of the levels in `options`."""
     levels = {int(level) for level in options["levels"]}
-    for place, row in rows:
-        columns = pick_columns(place, row, [MATH_LAYOUT])
+    for location, row in rows:
+        columns = pick_columns(location, row, [MATH_LAYOUT])
         if not levels or int(columns["level"]) in levels:
-            problem = require_text(place, columns, "problem").strip()
-            answer = require_text(place, columns, "answer").strip()
+            problem = require_text(location, columns, "problem").strip()
+            answer = require_text(location, columns, "answer").strip()
             yield Question(str(columns["id"]), problem, "math", answer)
 
 
@@ -99,20 +100,20 @@ def _mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
         UserError: an unknown subject.
     """
     subjects, seen = set(options["subjects"]), set()
-    for place, row in rows:
-        columns = pick_columns(place, row, [MMLU_LAYOUT])
+    for location, row in rows:
+        columns = pick_columns(location, row, [MMLU_LAYOUT])
         seen.add(columns["subject"])
         if subjects and columns["subject"] not in subjects:
             continue
         choices = columns["choices"]
         if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
             raise UserError(
-                f"{place}: 'choices' must be a list of texts, got {choices!r}",
+                f"{location}: 'choices' must be a list of texts, got {choices!r}",
                 key="choices",
                 cause=Cause.MALFORMED,
             )
-        problem = require_text(place, columns, "question").strip()
-        letter = _letter(place, columns["answer"], len(choices))
+        problem = require_text(location, columns, "question").strip()
+        letter = _letter(location, columns["answer"], len(choices))
         yield Question("", _lettered(problem, choices), "math", letter)
     if unknown := sorted(subjects - seen):
         raise UserError(
@@ -124,13 +125,13 @@ def _mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 def _gpqa_questions(rows: Rows, options: Options) -> Iterator[Question]:
     """Yield the questions, each with its choices in an order of its own."""
-    for place, row in rows:
-        columns = pick_columns(place, row, [GPQA_LAYOUT])
+    for location, row in rows:
+        columns = pick_columns(location, row, [GPQA_LAYOUT])
         question_id = str(columns["Record ID"])
-        choices = [require_text(place, columns, name).strip() for name in CHOICES]
+        choices = [require_text(location, columns, name).strip() for name in CHOICES]
         order = list(range(len(choices)))
         random.Random(f"gpqa/{options['seed']}/{question_id}").shuffle(order)
-        question = require_text(place, columns, "Question").strip()
+        question = require_text(location, columns, "Question").strip()
         problem = _lettered(question, [choices[index] for index in order])
         yield Question(question_id, problem, "math", LETTERS[order.index(0)])
 
@@ -141,7 +142,7 @@ def _lettered(problem: str, choices: Sequence[str]) -> str:
     return "\n".join([problem, "", *lines])
 
 
-def _letter(place: str, answer: Any, num_choices: int) -> str:
+def _letter(location: str, answer: Any, num_choices: int) -> str:
     """Return the letter of an answer: the data set has 0 to 3, exports of it the letter."""
     letters = list(LETTERS[:num_choices])
     if isinstance(answer, str) and answer.strip().upper() in letters:
@@ -149,7 +150,7 @@ def _letter(place: str, answer: Any, num_choices: int) -> str:
     if isinstance(answer, int) and 0 <= answer < num_choices:
         return letters[answer]
     raise UserError(
-        f"{place}: 'answer' must be 0 to {num_choices - 1} or a letter, got {answer!r}",
+        f"{location}: 'answer' must be 0 to {num_choices - 1} or a letter, got {answer!r}",
         key="answer",
         cause=Cause.OUT_OF_RANGE,
     )
@@ -174,9 +175,9 @@ ALPACA_EVAL_LAYOUT = {"instruction": "instruction", "output": "output"}
 
 def _alpaca_eval_questions(rows: Rows, options: Options) -> Iterator[Question]:
     """Yield the instructions; the truth of each is the response to beat."""
-    for place, row in rows:
-        columns = pick_columns(place, row, [ALPACA_EVAL_LAYOUT])
-        problem, reference = (require_text(place, columns, name) for name in ALPACA_EVAL_LAYOUT)
+    for location, row in rows:
+        columns = pick_columns(location, row, [ALPACA_EVAL_LAYOUT])
+        problem, reference = (require_text(location, columns, name) for name in ALPACA_EVAL_LAYOUT)
         yield Question("", problem.strip(), "judge", reference.strip())
 
 

@@ -23,7 +23,7 @@ from megatron_r1.models.weights.table import Piece
 
 _HOME = {
     "initialize": "local",
-    "initialize_score": "local",
+    "initialize_score_head": "local",
     "load_hf": "local",
     "load_megatron": "local",
     "local_pieces": "local",

@@ -17,10 +17,10 @@ from megatron_r1.models.weights.table import (
     Source,
     Split,
     Table,
+    replicated,
+    replicated_stack,
     row_parallel,
-    stacked,
     table,
-    whole,
 )
 
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -35,7 +35,7 @@ def adapter_table(hf: dict, lora: LoraConfig) -> Table:
             those of experts that files have as one tensor.
     """
     base = table(hf)
-    if model_family(hf).stacked:
+    if model_family(hf).stacked_experts:
         kept = [[rule for rule in layer if not rule.expert] for layer in base.layers]
         base = replace(base, layers=kept)
     modules = {
@@ -133,7 +133,11 @@ def adapter_config(rules: Table, lora: LoraConfig, base: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class _Chosen:
     """The split of a fused weight's factors B where some of its layers have no adapter: the rows of
-    those layers have no piece."""
+    those layers have no piece.
+
+    Attributes:
+        split: that of all layers of the weight.
+        names: the factors B that exist."""
 
     split: Split
     names: frozenset[str]
@@ -144,10 +148,10 @@ class _Chosen:
         shape, pieces = self.split(sources, rank, num_ranks)
         chosen = [piece for piece in pieces if piece.hf_name in self.names]
         if not chosen:  # with more ranks than key and value heads
-            whole = ", ".join(source.name.removesuffix(B) for source in sources)
+            layers = ", ".join(source.name.removesuffix(B) for source in sources)
             raise UserError(
                 f"model.lora.targets: tensor rank {rank} of parallel.tensor={num_ranks} has no row "
-                f"of the chosen layers among {whole}; choose all of them, or fewer tensor ranks",
+                f"of the chosen layers among {layers}; choose all of them, or fewer tensor ranks",
                 key="model.lora.targets",
                 cause=Cause.EMPTY,
             )
@@ -170,16 +174,19 @@ def _adapter(rule: Rule, lora: LoraConfig) -> Iterator[Rule]:
         return
     by_rows = rule.split is row_parallel
     # Transformer Engine has the experts of a layer in one module, with weight0, weight1, …
-    te = rule.te and rule.te.replace(".weight{e}", ".lora.{e}")
+    te_name = rule.te_name and rule.te_name.replace(".weight{e}", ".lora.{e}")
     megatron = rule.megatron.replace(".weight", ".lora")
     factors_a = tuple(_factor(source, A, (lora.rank, source.shape[1])) for source in chosen)
     factors_b = tuple(_factor(source, B, (source.shape[0], lora.rank)) for source in rule.sources)
-    split_b: Split = whole if by_rows else rule.split
+    split_b: Split = replicated if by_rows else rule.split
     if len(chosen) < len(rule.sources):
         split_b = _Chosen(split_b, frozenset(_factor(s, B, ()).name for s in chosen))
-    by_name = {"a": (factors_a, row_parallel if by_rows else stacked), "b": (factors_b, split_b)}
+    by_name = {
+        "a": (factors_a, row_parallel if by_rows else replicated_stack),
+        "b": (factors_b, split_b),
+    }
     for name, (sources, split) in by_name.items():
-        yield Rule(f"{megatron}.{name}", sources, split, te and f"{te}.{name}")
+        yield Rule(f"{megatron}.{name}", sources, split, te_name and f"{te_name}.{name}")
 
 
 def _factor(source: Source, ending: str, shape: Shape) -> Source:

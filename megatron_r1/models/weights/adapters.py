@@ -32,7 +32,7 @@ from torch.nn.functional import linear, rms_norm
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.build import process_groups
-from megatron_r1.models.gradients import mark_like
+from megatron_r1.models.gradients import copy_gradient_attributes
 from megatron_r1.models.weights.adapter_table import (
     PEFT_PREFIX,
     A,
@@ -41,11 +41,11 @@ from megatron_r1.models.weights.adapter_table import (
     adapter_shapes,
     adapter_table,
 )
-from megatron_r1.models.weights.layout import LayoutEntry, layout_of
-from megatron_r1.models.weights.local import local_pieces, shard_of
+from megatron_r1.models.weights.layout import LayoutEntry, layout_from_rules
+from megatron_r1.models.weights.local import chunk_shard, local_pieces
 from megatron_r1.models.weights.stored.tensor_files import plan_file
 from megatron_r1.models.weights.table import Piece, Shape
-from megatron_r1.models.weights.writing import new_folder, write_pieces
+from megatron_r1.models.weights.writing import write_folder, write_pieces
 
 
 class Adapter(torch.nn.Module):
@@ -79,34 +79,41 @@ class Adapter(torch.nn.Module):
             torch.zeros(of_b.shape, dtype=weight.dtype, device=weight.device)
         )
         for factor, entry in ((self.a, of_a), (self.b, of_b)):
-            mark_like(factor, weight, counts=not entry.replicated or group.rank() == 0)
+            copy_gradient_attributes(
+                factor, weight, counts=not entry.replicated or group.rank() == 0
+            )
         blocks = _blocks(of_a, of_b)
         self._is_plain = blocks.shape[1] == 1 and bool(blocks.all())
         self.register_buffer("_blocks", blocks.to(self.b), persistent=False)
         # A rank's gradient of a replicated factor is then a part of the whole: of other tokens, or
         # through other features.
         self._sums_gradients = by_sequence or of_a.expert
-        self._between = None if of_a.expert else _between(of_a, of_b, by_sequence)
+        self._communicate = None if of_a.expert else _factor_communication(of_a, of_b, by_sequence)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the layer's output, (..., out), for its input, (..., in)."""
-        a, b = self.a, self._wide()
+        a, b = self.a, self._as_matrix()
         if self._sums_gradients:
             share = partial(copy_to_tensor_model_parallel_region, group=self.group)
             a = share(a) if self.entries[0].replicated else a
             b = share(b) if self.entries[1].replicated else b
         hidden = linear(x, a)
-        if self._between is not None:
-            hidden = self._between(hidden, group=self.group)
+        if self._communicate is not None:
+            hidden = self._communicate(hidden, group=self.group)
         return linear(hidden * self.scale, b)
 
     @torch.no_grad()
-    def merged(self, weight: Tensor, rows: slice, columns: slice) -> Tensor:
-        """Return weight[rows, columns] with the adapter's product, which is computed in fp32."""
-        b, a = self._wide()[rows].float(), self.a[:, columns].float()
+    def merge(self, weight: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Return weight[rows, columns] with the adapter's product, which is computed in fp32.
+
+        Args:
+            weight: (out, in), the frozen weight.
+            rows: which rows.
+            columns: which columns."""
+        b, a = self._as_matrix()[rows].float(), self.a[:, columns].float()
         return weight[rows, columns].float().addmm(b, a, alpha=self.scale).to(weight.dtype)
 
-    def _wide(self) -> Tensor:
+    def _as_matrix(self) -> Tensor:
         """Return B as one matrix (out, blocks x rank), with zeros outside each row's block."""
         if self._is_plain:
             return self.b
@@ -123,7 +130,7 @@ def _blocks(of_a: LayoutEntry, of_b: LayoutEntry) -> Tensor:
     return mask
 
 
-def _between(
+def _factor_communication(
     of_a: LayoutEntry, of_b: LayoutEntry, by_sequence: bool
 ) -> Callable[..., Tensor] | None:
     """Return the communication between the factors A and B: what the layer does with its input or
@@ -162,7 +169,7 @@ def attach_adapters(chunks: Sequence, hf: dict, lora: LoraConfig, seed: int) -> 
     for chunk in chunks:
         chunk.base_fingerprint, chunk.adapter_shapes = fingerprint, shapes
         chunk.requires_grad_(False)
-        entries = layout_of(rules, shard_of(chunk))
+        entries = layout_from_rules(rules, chunk_shard(chunk))
         by_layer: dict[str, list[Adapter]] = defaultdict(list)
         for name in entries:
             path, _, factor = name.rpartition(".lora.")
@@ -225,7 +232,12 @@ def _attach(layer: torch.nn.Module, adapters: list[Adapter]) -> None:
 
 def add_product(layer: Any, inputs: tuple, out: tuple) -> tuple:
     """Return the output of a linear layer, (values, bias), with its adapter's product added to the
-    values."""
+    values.
+
+    Args:
+        layer: the linear layer.
+        inputs: its arguments, of which the first is (..., in).
+        out: its output, (values, bias)."""
     x = inputs[0]
     if (norm := getattr(layer, "layer_norm_weight", None)) is not None:
         # Transformer Engine has the norm before a layer in it.
@@ -310,5 +322,5 @@ def save_adapter(
         (factor, [replace(piece, hf_name=PEFT_PREFIX + piece.hf_name) for piece in pieces], owner)
         for factor, pieces, owner in adapter_pieces(chunks)
     )
-    with new_folder(out, begin) as folder:
+    with write_folder(out, begin) as folder:
         write_pieces(held, {folder / "adapter_model.safetensors": plan}, {}, durable=True)

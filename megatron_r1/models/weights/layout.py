@@ -9,7 +9,15 @@ from math import prod
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models.pipeline_stages import pipeline_stages
-from megatron_r1.models.weights.table import Piece, Rule, Shape, Table, stacked, table, whole
+from megatron_r1.models.weights.table import (
+    Piece,
+    Rule,
+    Shape,
+    Table,
+    replicated,
+    replicated_stack,
+    table,
+)
 
 AxisRank = tuple[int, int]
 """(rank, number of ranks) along one parallel axis."""
@@ -74,7 +82,7 @@ def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str
     """
     rules, default = table(hf), hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
     tensors: dict[str, tuple[Shape, str]] = {}
-    for prefix, rule in _placed(rules, with_mtp):
+    for prefix, rule in _prefixed_rules(rules, with_mtp):
         for source in rule.sources:
             for expert in range(rules.num_experts if rule.expert else 1):
                 name = prefix + source.name.replace("{e}", str(expert))
@@ -128,10 +136,10 @@ def recipe_stages(config: Config, hf: dict) -> list[list[Shard]]:
 
 def layout(hf: dict, shard: Shard) -> dict[str, LayoutEntry]:
     """Return Megatron parameter name -> LayoutEntry, for all parameters of the shard."""
-    return layout_of(table(hf), shard)
+    return layout_from_rules(table(hf), shard)
 
 
-def layout_of(rules: Table, shard: Shard) -> dict[str, LayoutEntry]:
+def layout_from_rules(rules: Table, shard: Shard) -> dict[str, LayoutEntry]:
     """Return `layout` of the parameters that `rules` lists."""
     entries: dict[str, LayoutEntry] = {}
 
@@ -162,7 +170,7 @@ def layout_of(rules: Table, shard: Shard) -> dict[str, LayoutEntry]:
     return entries
 
 
-def _placed(rules: Table, with_mtp: bool) -> Iterator[tuple[str, Rule]]:
+def _prefixed_rules(rules: Table, with_mtp: bool) -> Iterator[tuple[str, Rule]]:
     layers: Iterable[list[Rule]] = rules.layers + (rules.mtp if with_mtp else [])
     yield from (("", rule) for rule in rules.embedding)
     for index, layer in enumerate(layers):
@@ -174,10 +182,10 @@ def _entries(
     rule: Rule, prefix: str, shard: Shard, num_experts: int
 ) -> Iterator[tuple[str, LayoutEntry]]:
     """Yield (Megatron parameter, entry) of a rule, once per expert that the rank has."""
-    name = (shard.transformer_engine and rule.te) or rule.megatron
+    name = (shard.transformer_engine and rule.te_name) or rule.megatron
     rank, num_ranks = shard.etp if rule.expert else shard.tp
     shape, pieces = rule.split(rule.sources, rank, num_ranks)
-    replicated = rule.split in (whole, stacked)
+    is_replicated = rule.split in (replicated, replicated_stack)
     group, num_groups = shard.ep
     if rule.expert and num_experts % num_groups:
         raise UserError(
@@ -189,15 +197,15 @@ def _entries(
     num_local = num_experts // num_groups if rule.expert else 1
     for local in range(num_local):
         expert = str(group * num_local + local)
-        placed = tuple(
+        local_pieces = tuple(
             replace(piece, hf_name=prefix + piece.hf_name.replace("{e}", expert))
             for piece in pieces
         )
         entry = LayoutEntry(
             shape=shape,
-            pieces=placed,
-            replicated=replicated,
-            owner=not replicated or rank == 0,
+            pieces=local_pieces,
+            replicated=is_replicated,
+            owner=not is_replicated or rank == 0,
             expert=rule.expert,
             dtype=rule.dtype,
         )

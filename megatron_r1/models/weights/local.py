@@ -54,7 +54,7 @@ def local_entries(model_chunks: Sequence, hf: dict) -> Iterator[tuple[Tensor, La
     for chunk in model_chunks:
         chunk = unwrap_model(chunk)
         tensors = model_tensors(chunk)
-        entries = layout(hf, shard_of(chunk))
+        entries = layout(hf, chunk_shard(chunk))
         if unruled := sorted(tensors.keys() - entries.keys()):
             raise ValueError(f"no weight rule covers the Megatron parameter {', '.join(unruled)}")
         if absent := sorted(entries.keys() - tensors.keys()):
@@ -78,21 +78,21 @@ def model_tensors(chunk: Module) -> dict[str, Tensor]:
     return {n: p for n, p in bare.named_parameters() if ".lora." not in n} | biases
 
 
-def merged(parameter: Tensor, rows: slice, columns: slice) -> Tensor:
+def merge_adapter(parameter: Tensor, rows: slice, columns: slice) -> Tensor:
     """Return parameter[rows, columns]: a view, or of a weight with an adapter the merged values.
 
     Args:
         parameter: (M, N), with or without an adapter.
-        rows: the number of rows of the result.
-        columns: the number of columns of the result.
+        rows: which rows of the parameter.
+        columns: which columns of the parameter.
     """
     adapter = getattr(parameter, "adapter", None)
     if adapter is None:
         return parameter.detach()[rows, columns]
-    return adapter.merged(parameter.detach(), rows, columns)
+    return adapter.merge(parameter.detach(), rows, columns)
 
 
-def shard_of(chunk: Module) -> Shard:
+def chunk_shard(chunk: Module) -> Shard:
     """Return the shard of this rank's model chunk, from the chunk and its process groups."""
     stage: GPTModel = unwrap_model(chunk)
     groups = process_groups([chunk])
@@ -153,7 +153,7 @@ def load_megatron(
     _load(model_chunks, hf, MegatronWeights(path, stored or hf))
 
 
-def initialize_score(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> None:
+def initialize_score_head(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> None:
     """Draw the head of a score model from N(0, std^2), the same for every parallel layout.
 
     Args:
@@ -164,7 +164,7 @@ def initialize_score(model_chunks: Sequence, hf: dict, *, std: float, seed: int)
     with torch.no_grad():
         for parameter, pieces, _ in local_pieces(model_chunks, hf):
             if [piece.hf_name for piece in pieces] == [SCORE]:
-                parameter.copy_(_drawn(SCORE, tuple(parameter.shape), std, seed))
+                parameter.copy_(_draw(SCORE, tuple(parameter.shape), std, seed))
 
 
 def _load(model_chunks: Sequence, hf: dict, weights: HFWeights | MegatronWeights) -> None:
@@ -237,12 +237,12 @@ def initialize(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> No
                 if len(shape) == 1:
                     values = torch.full(shape, float(piece.hf_name.endswith("norm.weight")))
                 else:
-                    values = _drawn(piece.hf_name, shape, std, seed)
+                    values = _draw(piece.hf_name, shape, std, seed)
                 values = values.narrow(piece.dim, piece.hf_start, piece.length)
                 parameter.narrow(piece.dim, piece.local_start, piece.length).copy_(values)
 
 
-def _drawn(name: str, shape: Shape, std: float, seed: int) -> torch.Tensor:
+def _draw(name: str, shape: Shape, std: float, seed: int) -> torch.Tensor:
     # A CPU's numbers, also with a GPU; crc32, because hash() is salted in every process.
     generator = torch.Generator()
     generator.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))

@@ -1,10 +1,10 @@
 """The weight table: which Hugging Face tensors form each Megatron parameter, and how it is split
 over ranks; `table` has that of every architecture in `models.families`. No torch.
 
-A rule maps one Megatron parameter to the Hugging Face tensors in it (`weight` and `_gated` make the
-usual ones). A split turns a rule and a rank into pieces: runs of rows or columns of one HF tensor
-at some offset of that rank's parameter. Import, export, the push to the engines and the memory
-planner all work on pieces; nothing else reads parameter names."""
+A rule maps one Megatron parameter to the Hugging Face tensors in it (`weight_rule` and
+`_gated_rules` make the usual ones). A split turns a rule and a rank into pieces: runs of rows or
+columns of one HF tensor at some offset of that rank's parameter. Import, export, the push to the
+engines and the memory planner all work on pieces; nothing else reads parameter names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of a Hugging Face checkpoint: its name (relative to its layer) and full shape."""
+    """One tensor of a Hugging Face checkpoint.
+
+    Attributes:
+        name: its name, relative to its layer.
+        shape: its full shape."""
 
     name: str
     shape: Shape
@@ -34,7 +38,14 @@ class Piece:
     """A piece of an HF tensor: `length` rows (dim 0) or columns (dim 1), and their offset on a
     rank.
 
-    hf[name].narrow(dim, hf_start, length) equals parameter.narrow(dim, local_start, length)."""
+    hf[name].narrow(dim, hf_start, length) equals parameter.narrow(dim, local_start, length).
+
+    Attributes:
+        hf_name: name of the HF tensor.
+        dim: 0 for rows, 1 for columns.
+        hf_start: the first row or column in the HF tensor.
+        local_start: the first one in this rank's parameter.
+        length: the number of rows or columns."""
 
     hf_name: str
     dim: int
@@ -57,14 +68,14 @@ class Rule:
         megatron: the parameter's name relative to its layer, with Megatron's own layers.
         sources: the HF tensors, in the order in which `split` places their rows.
         split: which rows or columns of them a tensor-parallel rank has, and where.
-        te: its name with Transformer Engine's layers, if that differs.
+        te_name: its name with Transformer Engine's layers, if that differs.
         dtype: the tensor's dtype, if it is not the model's.
     """
 
     megatron: str
     sources: tuple[Source, ...]
     split: Split
-    te: str | None = None
+    te_name: str | None = None
     dtype: str | None = None
 
     @property
@@ -97,22 +108,24 @@ class Table:
     num_experts: int = 0
 
 
-def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None = None) -> Rule:
+def weight_rule(
+    megatron: str, name: str, shape: Shape, split: Split, te_name: str | None = None
+) -> Rule:
     """Return the rule of one `.weight` that is one HF `.weight`; names without the ending, except
-    `te`.
+    `te_name`.
 
     Args:
         megatron: the parameter's name.
         name: the Hugging Face tensor's name.
         shape: the shape of the Hugging Face tensor.
         split: the rule by which a rank gets its part of it.
-        te: the parameter's name in Transformer Engine's layers, where that differs.
+        te_name: the parameter's name in Transformer Engine's layers, where that differs.
     """
-    return Rule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te)
+    return Rule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te_name)
 
 
-def _gated(
-    megatron: str, name: str, hidden: int, inner: int, te: tuple[str, str] = ("", "")
+def _gated_rules(
+    megatron: str, name: str, hidden: int, inner: int, te_name: tuple[str, str] = ("", "")
 ) -> list[Rule]:
     """Return the rules of a SwiGLU: gate and up are one Megatron parameter.
 
@@ -121,30 +134,42 @@ def _gated(
         name: prefix of the HF names.
         hidden: features of the input.
         inner: features of gate and of up.
-        te: Transformer Engine's names of both parameters where they differ."""
+        te_name: Transformer Engine's names of both parameters where they differ."""
     gate_up = tuple(
         Source(f"{name}.{part}_proj.weight", (inner, hidden)) for part in ("gate", "up")
     )
     return [
-        Rule(f"{megatron}.linear_fc1.weight", gate_up, column_parallel, te[0] or None),
-        weight(
+        Rule(f"{megatron}.linear_fc1.weight", gate_up, column_parallel, te_name[0] or None),
+        weight_rule(
             f"{megatron}.linear_fc2",
             f"{name}.down_proj",
             (hidden, inner),
             row_parallel,
-            te[1] or None,
+            te_name[1] or None,
         ),
     ]
 
 
-def whole(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
-    """Return shape and pieces of a replicated tensor: every rank holds it whole."""
+def replicated(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
+    """Return shape and pieces of a replicated tensor: every rank holds it whole.
+
+    Args:
+        sources: the Hugging Face tensor, one.
+        rank: not used; an argument of every `Split`.
+        num_ranks: not used, likewise."""
     (source,) = sources
     return source.shape, [Piece(source.name, 0, 0, 0, source.shape[0])]
 
 
-def stacked(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
-    """Return shape and pieces of replicated tensors, one below the other."""
+def replicated_stack(
+    sources: tuple[Source, ...], rank: int, num_ranks: int
+) -> tuple[Shape, list[Piece]]:
+    """Return shape and pieces of replicated tensors, one below the other.
+
+    Args:
+        sources: the Hugging Face tensors, concatenated in this order.
+        rank: not used; an argument of every `Split`.
+        num_ranks: not used, likewise."""
     return column_parallel(sources, 0, 1)
 
 
@@ -204,7 +229,10 @@ def vocab_parallel(
 class QueryGroups:
     """Grouped-query attention: [queries; key; value] of each group. Ranks hold whole groups or,
     where there are more ranks than groups, equal runs of rows, whose products Megatron gathers
-    (attention.py:1398, Megatron-Core 0.16.1)."""
+    (attention.py:1398, Megatron-Core 0.16.1).
+
+    Attributes:
+        num_groups: the number of key and value heads."""
 
     num_groups: int
 
@@ -238,10 +266,10 @@ class QueryGroups:
                 cause=Cause.INDIVISIBLE,
             )
         num_rows = height // num_ranks
-        return (num_rows, *width), list(rows_of(pieces, rank * num_rows, num_rows))
+        return (num_rows, *width), list(pieces_of_rows(pieces, rank * num_rows, num_rows))
 
 
-def rows_of(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]:
+def pieces_of_rows(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]:
     """Yield the parts of `pieces` (dim 0) within rows [start, start + length) of their parameter,
     placed in a parameter that has these rows only.
 
@@ -304,13 +332,13 @@ def table(hf: dict) -> Table:
         copies[f"model.layers.{layer}.shared_head.head.weight"] = f"{head}.weight"
     vocab, hidden = hf["vocab_size"], hf["hidden_size"]
     embedding = "embedding.word_embeddings"
-    last = weight("output_layer", head, (vocab, hidden), vocab_parallel)
+    last = weight_rule("output_layer", head, (vocab, hidden), vocab_parallel)
     if has_score_head(hf):
-        last = weight("score", "score", (1, hidden), whole)
+        last = weight_rule("score", "score", (1, hidden), replicated)
     return Table(
-        embedding=[weight(embedding, "model.embed_tokens", (vocab, hidden), vocab_parallel)],
+        embedding=[weight_rule(embedding, "model.embed_tokens", (vocab, hidden), vocab_parallel)],
         layers=layers,
-        final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
+        final_norm=[weight_rule("decoder.final_layernorm", "model.norm", (hidden,), replicated)],
         head=[last],
         # An MTP layer has the structure of the last decoder layer.
         mtp=[_mtp(hf, layers[-1])] * num_mtp,
@@ -320,7 +348,7 @@ def table(hf: dict) -> Table:
 
 
 def _attention(hf: dict) -> list[Rule]:
-    return _latent(hf) if model_family(hf).latent else _grouped_query(hf)
+    return _latent(hf) if model_family(hf).latent_attention else _grouped_query(hf)
 
 
 def _grouped_query(hf: dict) -> list[Rule]:
@@ -335,23 +363,32 @@ def _grouped_query(hf: dict) -> list[Rule]:
     norms = ("q", "k") if has_qk_norm(hf) else ()
     family, sinks = model_family(hf), (Source("self_attn.sinks", (heads,)),)
     return [
-        weight("input_layernorm", "input_layernorm", (hidden,), whole, f"{qkv}.layer_norm_weight"),
+        weight_rule(
+            "input_layernorm", "input_layernorm", (hidden,), replicated, f"{qkv}.layer_norm_weight"
+        ),
         Rule(f"{qkv}.weight", weights, split),
         *([Rule(f"{qkv}.bias", biases, split)] if has_qkv_bias(hf) else []),
-        *(weight(f"{m}{x}_layernorm", f"self_attn.{x}_norm", (size,), whole) for x in norms),
-        weight(f"{m}linear_proj", "self_attn.o_proj", (hidden, heads * size), row_parallel),
-        *([_bias(f"{m}linear_proj", "self_attn.o_proj", hidden)] if family.biases else []),
+        *(
+            weight_rule(f"{m}{x}_layernorm", f"self_attn.{x}_norm", (size,), replicated)
+            for x in norms
+        ),
+        weight_rule(f"{m}linear_proj", "self_attn.o_proj", (hidden, heads * size), row_parallel),
+        *(
+            [_bias_rule(f"{m}linear_proj", "self_attn.o_proj", hidden)]
+            if family.linear_biases
+            else []
+        ),
         *(
             [Rule(f"{m}core_attention.softmax_offset", sinks, column_parallel)]
-            if family.sinks
+            if family.attention_sinks
             else []
         ),
     ]
 
 
-def _bias(megatron: str, name: str, size: int, te: str | None = None) -> Rule:
+def _bias_rule(megatron: str, name: str, size: int, te_name: str | None = None) -> Rule:
     """Return the rule of a bias that every rank holds whole; names as for `weight`."""
-    return Rule(f"{megatron}.bias", (Source(f"{name}.bias", (size,)),), whole, te)
+    return Rule(f"{megatron}.bias", (Source(f"{name}.bias", (size,)),), replicated, te_name)
 
 
 def _latent(hf: dict) -> list[Rule]:
@@ -364,20 +401,24 @@ def _latent(hf: dict) -> list[Rule]:
     q_norm, kv_norm = (f"{m}linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv"))
     if rank := hf.get("q_lora_rank"):
         query = [
-            weight(m + "linear_q_down_proj", h + "q_a_proj", (rank, hidden), whole),
-            weight(m + "q_layernorm", h + "q_a_layernorm", (rank,), whole, q_norm),
-            weight(m + "linear_q_up_proj", h + "q_b_proj", (query_height, rank), column_parallel),
+            weight_rule(m + "linear_q_down_proj", h + "q_a_proj", (rank, hidden), replicated),
+            weight_rule(m + "q_layernorm", h + "q_a_layernorm", (rank,), replicated, q_norm),
+            weight_rule(
+                m + "linear_q_up_proj", h + "q_b_proj", (query_height, rank), column_parallel
+            ),
         ]
     else:
-        query = [weight(m + "linear_q_proj", h + "q_proj", (query_height, hidden), column_parallel)]
+        query = [
+            weight_rule(m + "linear_q_proj", h + "q_proj", (query_height, hidden), column_parallel)
+        ]
     down = (latent + rope, hidden)
     return [
-        weight("input_layernorm", "input_layernorm", (hidden,), whole),
+        weight_rule("input_layernorm", "input_layernorm", (hidden,), replicated),
         *query,
-        weight(m + "linear_kv_down_proj", h + "kv_a_proj_with_mqa", down, whole),
-        weight(m + "kv_layernorm", h + "kv_a_layernorm", (latent,), whole, kv_norm),
-        weight(m + "linear_kv_up_proj", h + "kv_b_proj", (kv_height, latent), column_parallel),
-        weight(m + "linear_proj", h + "o_proj", (hidden, heads * value), row_parallel),
+        weight_rule(m + "linear_kv_down_proj", h + "kv_a_proj_with_mqa", down, replicated),
+        weight_rule(m + "kv_layernorm", h + "kv_a_layernorm", (latent,), replicated, kv_norm),
+        weight_rule(m + "linear_kv_up_proj", h + "kv_b_proj", (kv_height, latent), column_parallel),
+        weight_rule(m + "linear_proj", h + "o_proj", (hidden, heads * value), row_parallel),
     ]
 
 
@@ -385,8 +426,8 @@ def _dense_mlp(hf: dict) -> list[Rule]:
     """Return the rules of a SwiGLU and the norm before it."""
     hidden, norm = hf["hidden_size"], "mlp.linear_fc1.layer_norm_weight"
     return [
-        weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole, norm),
-        *_gated("mlp", "mlp", hidden, hf["intermediate_size"]),
+        weight_rule("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), replicated, norm),
+        *_gated_rules("mlp", "mlp", hidden, hf["intermediate_size"]),
     ]
 
 
@@ -398,35 +439,38 @@ def _experts(hf: dict) -> list[Rule]:
     family, num_shared = model_family(hf), hf.get("n_shared_experts") or 0
     has_bias, router = (
         family.router_score == "sigmoid",
-        "mlp.router" if family.stacked else "mlp.gate",
+        "mlp.router" if family.stacked_experts else "mlp.gate",
     )
     return [
-        weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole),
-        weight("mlp.router", router, (experts, hidden), whole),
-        *([Rule("mlp.router.expert_bias", bias, whole, dtype="float32")] if has_bias else []),
-        *_gated(local, "mlp.experts.{e}", hidden, inner, grouped),
-        *(_expert_biases(hf, local, router) if family.biases else []),
-        *(_gated(shared, shared, hidden, inner * num_shared) if num_shared else []),
+        weight_rule("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), replicated),
+        weight_rule("mlp.router", router, (experts, hidden), replicated),
+        *([Rule("mlp.router.expert_bias", bias, replicated, dtype="float32")] if has_bias else []),
+        *_gated_rules(local, "mlp.experts.{e}", hidden, inner, grouped),
+        *(_expert_biases(hf, local, router) if family.linear_biases else []),
+        *(_gated_rules(shared, shared, hidden, inner * num_shared) if num_shared else []),
     ]
 
 
 def _expert_biases(hf: dict, local: str, router: str) -> list[Rule]:
     hidden, inner, name = hf["hidden_size"], hf["moe_intermediate_size"], "mlp.experts.{e}"
     gate_up = tuple(Source(f"{name}.{part}_proj.bias", (inner,)) for part in ("gate", "up"))
-    te = ("mlp.experts.linear_fc1.bias{e}", "mlp.experts.linear_fc2.bias{e}")
+    te_name = ("mlp.experts.linear_fc1.bias{e}", "mlp.experts.linear_fc2.bias{e}")
     return [
-        _bias("mlp.router", router, hf["n_routed_experts"]),
-        Rule(f"{local}.linear_fc1.bias", gate_up, column_parallel, te[0]),
-        _bias(f"{local}.linear_fc2", f"{name}.down_proj", hidden, te[1]),
+        _bias_rule("mlp.router", router, hf["n_routed_experts"]),
+        Rule(f"{local}.linear_fc1.bias", gate_up, column_parallel, te_name[0]),
+        _bias_rule(f"{local}.linear_fc2", f"{name}.down_proj", hidden, te_name[1]),
     ]
 
 
 def _mtp(hf: dict, decoder_layer: list[Rule]) -> list[Rule]:
     hidden, inner = hf["hidden_size"], "transformer_layer."
     return [
-        weight("enorm", "enorm", (hidden,), whole),
-        weight("hnorm", "hnorm", (hidden,), whole),
-        weight("eh_proj", "eh_proj", (hidden, 2 * hidden), column_parallel),
-        *(replace(r, megatron=inner + r.megatron, te=r.te and inner + r.te) for r in decoder_layer),
-        weight("final_layernorm", "shared_head.norm", (hidden,), whole),
+        weight_rule("enorm", "enorm", (hidden,), replicated),
+        weight_rule("hnorm", "hnorm", (hidden,), replicated),
+        weight_rule("eh_proj", "eh_proj", (hidden, 2 * hidden), column_parallel),
+        *(
+            replace(r, megatron=inner + r.megatron, te_name=r.te_name and inner + r.te_name)
+            for r in decoder_layer
+        ),
+        weight_rule("final_layernorm", "shared_head.norm", (hidden,), replicated),
     ]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync, make_folder
 from megatron_r1.models.hf_config import has_score_head
-from megatron_r1.models.weights.local import has_mtp, local_pieces, merged
+from megatron_r1.models.weights.local import has_mtp, local_pieces, merge_adapter
 from megatron_r1.models.weights.stored import hf_writing
 from megatron_r1.models.weights.stored.published import StackedPart, stacked_part
 from megatron_r1.models.weights.stored.tensor_files import (
@@ -65,11 +65,11 @@ def save_hf(
     )
 
     def begin(folder: Path) -> None:
-        hf_writing.carry_files(source, folder)
+        hf_writing.copy_model_files(source, folder)
         hf_writing.write_config(source, folder, dtype, with_mtp, has_score_head(hf))
         hf_writing.write_index(folder, files)
 
-    with new_folder(Path(out_folder), begin) as folder:
+    with write_folder(Path(out_folder), begin) as folder:
         plans = {folder / name: plan_file(content) for name, content in files.items()}
         _write_files(model_chunks, hf, plans, durable=True)
 
@@ -152,9 +152,9 @@ def write_pieces(
         for folder in {path.parent for path in plans} if durable else ():
             fsync(folder)
 
-    on_first_rank(create)
+    run_on_rank_zero(create)
     _on_every_rank(write)
-    on_first_rank(rename)
+    run_on_rank_zero(rename)
 
 
 class _OpenFiles:
@@ -173,7 +173,12 @@ class _OpenFiles:
         return self._plans[self.home[name]].tensors[name]
 
     def write(self, name: str, starts: Sequence[int], box: torch.Tensor) -> None:
-        """Write a rectangle of the tensor `name`.
+        """Write a rectangle of a tensor.
+
+        Args:
+            name: the tensor's name.
+            starts: first index along each dimension.
+            box: the values, on the host, in the dtype of the file.
 
         Raises:
             OSError: the write fails; it names the file.
@@ -229,12 +234,12 @@ class _StackedBoxes:
     def add(self, part: StackedPart, piece: Piece, values: torch.Tensor) -> None:
         """Add an expert's part to its rectangle; write the rectangle when it is whole."""
         at = self._files.planned(part.name)
-        within, sizes = part.box(at.shape[1:], piece.dim, piece.hf_start, piece.length)
+        within, sizes = part.stored_box(at.shape[1:], piece.dim, piece.hf_start, piece.length)
         key = part.name, (part.expert, *within)
         if key not in self._boxes:
             self._boxes[key] = torch.empty(sizes, dtype=at.dtype), set()
         box, filled = self._boxes[key]
-        part.of(box).copy_(values)
+        part.select(box).copy_(values)
         filled.add(part.first)
         if len(filled) == part.step:
             self._files.write(part.name, key[1], box[None])
@@ -252,10 +257,10 @@ def _values(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
     if parameter.dim() == 1:
         return parameter[here]
     everything = slice(None)
-    return merged(parameter, *((here, everything) if piece.dim == 0 else (everything, here)))
+    return merge_adapter(parameter, *((here, everything) if piece.dim == 0 else (everything, here)))
 
 
-def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
+def run_on_rank_zero(action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
     """Run `action` on rank 0 while the others wait.
 
     Args:
@@ -301,7 +306,7 @@ def _on_every_rank(action: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, begin: Callable[[Path], None]) -> Iterator[Path]:
+def write_folder(out: Path, begin: Callable[[Path], None]) -> Iterator[Path]:
     """Yield a folder that all ranks write into; the end of the block renames it to `out` and
     replaces a folder that has this name.
 
@@ -316,9 +321,9 @@ def new_folder(out: Path, begin: Callable[[Path], None]) -> Iterator[Path]:
         unfinished.mkdir()
         begin(unfinished)
 
-    on_first_rank(create)
+    run_on_rank_zero(create)
     yield unfinished
-    on_first_rank(lambda: _replace_folder(unfinished, out))
+    run_on_rank_zero(lambda: _replace_folder(unfinished, out))
 
 
 def _replace_folder(unfinished: Path, out: Path) -> None:

@@ -19,7 +19,7 @@ from megatron_r1.models.weights.adapter_table import (
     adapter_table,
 )
 from megatron_r1.models.weights.table import Table
-from megatron_r1.push.plan.planner import Coordinate, EngineLayout, PredictedLayout
+from megatron_r1.push.plan.planner import Coordinate, EngineLayout, PredictedSharding
 from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -33,8 +33,8 @@ outputs when the model is loaded (attention/mla_attention.py: `process_weights_a
 that an adapter of it would change nothing."""
 
 
-class PredictedAdapters(PredictedLayout):
-    """The factors that the ranks of one engine need; `PredictedLayout` has the same of a model.
+class PredictedAdapterSharding(PredictedSharding):
+    """The factors that the ranks of one engine need; `PredictedSharding` has the same of a model.
 
     Args:
         hf: the model's `config.json`.
@@ -58,10 +58,10 @@ class PredictedAdapters(PredictedLayout):
 
     def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region:
         """Return the whole tensor: every rank of a stage receives it."""
-        return Region.whole(tensor.shape)
+        return Region.full(tensor.shape)
 
 
-def pushed_adapters(config: Config, hf: dict) -> Table | None:
+def pushed_adapter_table(config: Config, hf: dict) -> Table | None:
     """Return the weight table of the adapters where these alone are pushed, else None."""
     if not config.push.adapter_only:
         return None
@@ -69,11 +69,11 @@ def pushed_adapters(config: Config, hf: dict) -> Table | None:
     return adapter_table(hf, config.model.lora)
 
 
-def served_adapter(config: Config, hf: dict) -> dict[str, Any] | None:
+def engine_adapter(config: Config, hf: dict) -> dict[str, Any] | None:
     """Return what engines need to serve pushed factors as an adapter: PEFT's `adapter_config.json`
     ("config") and what precedes the names of its files ("prefix"); None where whole weights are
     pushed."""
-    if (rules := pushed_adapters(config, hf)) is None:
+    if (rules := pushed_adapter_table(config, hf)) is None:
         return None
     assert config.model.lora is not None
     settings = adapter_config(rules, config.model.lora, config.model.path)
@@ -99,7 +99,7 @@ def max_lora_rank(rank: int) -> int:
 def lora_arguments(config: Config, hf: dict) -> dict[str, Any] | None:
     """Return vLLM's arguments for engines to which adapters are pushed, None for others. Of layers
     it takes the last parts of their names, and finds the fused ones itself."""
-    if (rules := pushed_adapters(config, hf)) is None:
+    if (rules := pushed_adapter_table(config, hf)) is None:
         return None
     assert config.model.lora is not None
     return {
@@ -188,5 +188,5 @@ def _module(name: str) -> str:
 
 
 def _is_unserved(module: str, hf: dict) -> bool:
-    is_latent = model_family(hf).latent and module.rpartition(".")[2] in LATENT_CACHE
+    is_latent = model_family(hf).latent_attention and module.rpartition(".")[2] in LATENT_CACHE
     return is_latent or ".experts." in module

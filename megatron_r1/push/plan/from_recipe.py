@@ -11,26 +11,26 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.stored.published import BLOCK, is_quantized
-from megatron_r1.models.weights.table import table, whole
+from megatron_r1.models.weights.table import replicated, table
 from megatron_r1.push.plan.adapters import (
-    PredictedAdapters,
+    PredictedAdapterSharding,
     check_adapter_push,
-    pushed_adapters,
+    pushed_adapter_table,
 )
 from megatron_r1.push.plan.engine_sets import (
-    SET_ENGINES,
+    MAX_SET_ENGINES,
     Plan,
     engine_sets,
-    largest_fraction,
+    max_group_fraction,
     plan_sets,
 )
-from megatron_r1.push.plan.planner import EngineLayout, Planner, PredictedLayout, TrainerGrid
+from megatron_r1.push.plan.planner import EngineLayout, Planner, PredictedSharding, TrainerGrid
 from megatron_r1.push.plan.tensors import (
     CountBytes,
     HFTensor,
     Region,
     checkpoint_tensors,
-    first_cut,
+    first_unaligned_edge,
     fp8_bytes,
     plain_bytes,
 )
@@ -38,33 +38,33 @@ from megatron_r1.push.plan.tensors import (
 
 def max_engines(push: PushConfig) -> int:
     """Return how many engines form a set at most."""
-    return 1 if push.on_one_host else SET_ENGINES
+    return 1 if push.on_one_host else MAX_SET_ENGINES
 
 
 def engine_rank_bytes(config: Config, hf: dict) -> int:
     """Return the pushed bytes of an engine's first rank, which has the most; its receive buffer has
     as many, twice that on a CPU, where weights are used there."""
     layout, push = engine_layout(config), config.push
-    needs = predicted_needs(config, hf, layout)
+    sharding = predicted_sharding(config, hf, layout)
     count_bytes = fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype)
-    return _bytes_of_first_rank(needs, layout, count_bytes)
+    return _bytes_of_first_rank(sharding, layout, count_bytes)
 
 
 def _bytes_of_first_rank(
-    needs: PredictedLayout, layout: EngineLayout, count_bytes: CountBytes
+    sharding: PredictedSharding, layout: EngineLayout, count_bytes: CountBytes
 ) -> int:
     return sum(
         count_bytes(item.name, item.rule.dtype, region)
-        for item, region in needs.needed(layout.coordinate(0))
+        for item, region in sharding.regions_of(layout.coordinate(0))
     )
 
 
 def engine_weight_bytes(config: Config, hf: dict) -> int:
     """Return the bytes of the model's weights on an engine's first rank, pushed or read."""
     layout = engine_layout(config)
-    needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    sharding = PredictedSharding(hf, layout, drafts=config.rollout.drafts_by_mtp)
     count_bytes = fp8_bytes if config.push.fp8 else plain_bytes(config.rollout.dtype)
-    return _bytes_of_first_rank(needs, layout, count_bytes)
+    return _bytes_of_first_rank(sharding, layout, count_bytes)
 
 
 def shares_gpus_over_nccl(config: Config) -> bool:
@@ -82,7 +82,7 @@ def planned_push(config: Config, hf: dict) -> list[Plan]:
         planner,
         fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
         engine_sets(layout.engines, max_engines(push)),
-        largest=largest_fraction(push.transport),
+        max_fraction=max_group_fraction(push.transport),
     )
 
 
@@ -111,18 +111,18 @@ def check_pushes(config: Config, hf: dict, world_size: int) -> None:
     check_drafter(config)
     check_adapter_push(config, hf)
     layout = engine_layout(config)
-    predicted = predicted_needs(config, hf, layout)
+    predicted = predicted_sharding(config, hf, layout)
     grid = TrainerGrid.from_recipe(config.parallel, world_size)
     _planner(config, hf, grid, layout)  # as every trainer rank does
     for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
-        for _ in predicted.needed(layout.coordinate(rank)):
+        for _ in predicted.regions_of(layout.coordinate(rank)):
             pass
     if config.push.fp8:
         parallel = config.parallel
         check_blocks(hf, layout, tensor=parallel.tensor, expert_tensor=parallel.expert_tensor)
 
 
-def predicted_needs(config: Config, hf: dict, layout: EngineLayout) -> PredictedLayout:
+def predicted_sharding(config: Config, hf: dict, layout: EngineLayout) -> PredictedSharding:
     """Return what the ranks of a recipe's engines need of a push, in engines of `layout`.
 
     Args:
@@ -132,14 +132,14 @@ def predicted_needs(config: Config, hf: dict, layout: EngineLayout) -> Predicted
 
     Raises:
         UserError: where vLLM cannot split the model so."""
-    if (rules := pushed_adapters(config, hf)) is not None:
-        return PredictedAdapters(hf, layout, rules)
-    return PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    if (rules := pushed_adapter_table(config, hf)) is not None:
+        return PredictedAdapterSharding(hf, layout, rules)
+    return PredictedSharding(hf, layout, drafts=config.rollout.drafts_by_mtp)
 
 
 def _planner(config: Config, hf: dict, grid: TrainerGrid, layout: EngineLayout) -> Planner:
-    needs, rules = predicted_needs(config, hf, layout), pushed_adapters(config, hf)
-    return Planner(hf, grid, layout, recipe_stages(config, hf), needs, rules)
+    sharding, rules = predicted_sharding(config, hf, layout), pushed_adapter_table(config, hf)
+    return Planner(hf, grid, layout, recipe_stages(config, hf), sharding, rules)
 
 
 def check_drafter(config: Config) -> None:
@@ -165,7 +165,7 @@ def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor:
 
     Raises:
         UserError: names the tensor, its size and the setting."""
-    if model_family(hf).stacked:
+    if model_family(hf).stacked_experts:
         raise UserError(
             f"push.fp8: {hf['architectures'][0]} has no FP8 layout; set push.fp8: false",
             key="push.fp8",
@@ -174,7 +174,7 @@ def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor:
     for item, region in _trainer_regions(hf, tensor, expert_tensor):
         is_expert = item.expert is not None
         name, size = ("expert_tensor", expert_tensor) if is_expert else ("tensor", tensor)
-        cut = first_cut(region, item.shape)
+        cut = first_unaligned_edge(region, item.shape)
         if cut is not None and size == 1:
             raise UserError(
                 f"push.fp8: Megatron keeps {item.name} {item.shape} in parts that end at {cut}, "
@@ -183,16 +183,16 @@ def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor:
                 key="push.fp8",
                 cause=Cause.INDIVISIBLE,
             )
-        _refuse_cut(item, region, f"parallel.{name}={size}")
-    predicted = PredictedLayout(hf, engines)
+        _check_aligned(item, region, f"parallel.{name}={size}")
+    predicted = PredictedSharding(hf, engines)
     for rank in range(0, engines.ranks_per_engine, engines.tensor):
-        for item, region in predicted.needed(engines.coordinate(rank)):
+        for item, region in predicted.regions_of(engines.coordinate(rank)):
             if not is_quantized(item.name):
                 continue
             setting = f"rollout.tensor={engines.tensor}"
             if item.expert is not None and not engines.expert_parallel:
                 setting += f" x rollout.data={engines.data} (or rollout.expert_parallel: true)"
-            _refuse_cut(item, region, setting)
+            _check_aligned(item, region, setting)
             if _is_fused_first(item) and region.bottom % BLOCK:
                 raise UserError(
                     f"push.fp8: {item.name} {item.shape} does not end with a block of {BLOCK}, and "
@@ -203,8 +203,8 @@ def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor:
                 )
 
 
-def _refuse_cut(item: HFTensor, region: Region, setting: str) -> None:
-    cut = first_cut(region, item.shape)
+def _check_aligned(item: HFTensor, region: Region, setting: str) -> None:
+    cut = first_unaligned_edge(region, item.shape)
     if cut is not None:
         raise UserError(
             f"push.fp8: {setting} cuts {item.name} {item.shape} at {cut}, within a block of "
@@ -220,7 +220,7 @@ def _trainer_regions(
     """Yield every region of a quantized tensor that a trainer rank holds, of one expert only."""
     rules = table(hf)
     for item in checkpoint_tensors(rules, {"layers"}, range(len(rules.layers)), (0,)):
-        if not is_quantized(item.name) or item.rule.split is whole:
+        if not is_quantized(item.name) or item.rule.split is replicated:
             continue
         source = item.rule.sources[item.source]
         ranks = tensor if item.expert is None else expert_tensor

@@ -5,7 +5,7 @@ Trainer ranks: Megatron-Core's default order is tp-cp-ep-dp-pp: ranks of dense p
 tensor fastest, then context, data, pipeline; ranks of experts expert-tensor fastest, then expert,
 expert-data, pipeline.
 
-Engine ranks (`PredictedLayout`, before any engine runs): the weight table that lays a model out
+Engine ranks (`PredictedSharding`, before any engine runs): the weight table that lays a model out
 over Megatron's ranks also determines how vLLM splits it: each split of `models.weights.table` has
 a counterpart here. vLLM 0.32's classes:
 
@@ -32,11 +32,11 @@ from megatron_r1.models.weights.table import (
     Shape,
     Table,
     column_parallel,
+    replicated,
+    replicated_stack,
     row_parallel,
-    stacked,
     table,
     vocab_parallel,
-    whole,
 )
 from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
 
@@ -46,7 +46,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainerGrid:
-    """Sizes of the trainer's parallel axes over `world_size` ranks."""
+    """Sizes of the trainer's parallel axes, named as in the recipe's section `parallel`.
+
+    Attributes:
+        world_size: all trainer ranks.
+        tensor: tensor-parallel ranks of dense parameters.
+        pipeline: pipeline ranks.
+        context: context-parallel ranks.
+        expert: expert-parallel ranks.
+        expert_tensor: tensor-parallel ranks of an expert."""
 
     world_size: int
     tensor: int = 1
@@ -86,7 +94,7 @@ class TrainerGrid:
         start = stage * self.stage_ranks
         return range(start + tensor, start + self.stage_ranks, self.tensor)
 
-    def whole_replicas(self, stage: int) -> range:
+    def unsplit_replicas(self, stage: int) -> range:
         """Return the ranks that hold a parameter that no axis splits: all of the stage."""
         return range(stage * self.stage_ranks, (stage + 1) * self.stage_ranks)
 
@@ -104,7 +112,12 @@ class TrainerGrid:
 
 
 class Coordinate(NamedTuple):
-    """One rank's position within its engine."""
+    """The indices of a rank on the parallel axes of its engine.
+
+    Attributes:
+        pipeline: the pipeline stage.
+        data: the data-parallel rank.
+        tensor: the tensor-parallel rank."""
 
     pipeline: int
     data: int
@@ -152,18 +165,18 @@ class EngineLayout:
         return Coordinate(pipeline, data, tensor)
 
 
-DRAFTER_WHOLE = ".eh_proj.weight"
+DRAFTER_REPLICATED = ".eh_proj.weight"
 """The end of a tensor's name: vLLM's drafter has this plain linear layer on every rank, where
 Megatron splits it."""
 
 SHARED_EXPERTS = ".shared_experts."
 
 
-class PredictedLayout:
+class PredictedSharding:
     """The regions that the ranks of one engine need of the model that `hf` describes.
 
-    A plan is made of this where no engine runs; a push is planned with `ReceiverLayout`.
-    `whole_shared` says whether every tensor rank has the shared experts whole.
+    A plan is made of this where no engine runs; a push is planned with `PublishedSharding`.
+    `replicates_shared_experts` says whether every tensor rank has the shared experts whole.
 
     Args:
         hf: the model's `config.json`.
@@ -192,11 +205,11 @@ class PredictedLayout:
         self._embedding_stages = sorted({0, layout.pipeline - 1} if on_last_stage else {0})
         self._end_stages = [layout.pipeline - 1]
         family = model_family(hf)
-        if family.stacked:  # vLLM's class of gpt-oss has both ends on every stage
+        if family.stacked_experts:  # vLLM's class of gpt-oss has both ends on every stage
             self._embedding_stages = self._end_stages = list(range(layout.pipeline))
         # vllm/config/parallel.py, use_sequence_parallel_moe: each rank's tokens are its own there.
         splits_tokens = layout.expert_parallel and layout.tensor > 1 and layout.data > 1
-        self.whole_shared = splits_tokens and family.whole_shared
+        self.replicates_shared_experts = splits_tokens and family.replicates_shared_experts
         self._num_expert_ranks = layout.data * layout.tensor
 
     def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
@@ -213,7 +226,7 @@ class PredictedLayout:
             self.table, parts, self._stage_layers[coordinate.pipeline], experts
         )
 
-    def needed(self, coordinate: Coordinate) -> Iterator[tuple[HFTensor, Region]]:
+    def regions_of(self, coordinate: Coordinate) -> Iterator[tuple[HFTensor, Region]]:
         """Yield each tensor that the rank at `coordinate` needs, with the region it needs."""
         for tensor in self.tensors(coordinate):
             region = self.region(tensor, coordinate)
@@ -225,7 +238,7 @@ class PredictedLayout:
         """What the ranks of one engine need: HF name -> region -> the ranks that need it."""
         found: dict[str, dict[Region, list[int]]] = {}
         for rank in range(self.layout.ranks_per_engine):
-            for tensor, region in self.needed(self.layout.coordinate(rank)):
+            for tensor, region in self.regions_of(self.layout.coordinate(rank)):
                 found.setdefault(tensor.name, {}).setdefault(region, []).append(rank)
         return found
 
@@ -233,35 +246,39 @@ class PredictedLayout:
         """Return the region of `tensor` that the rank at `coordinate` needs, or None."""
         rule, shape = tensor.rule, tensor.shape
         rank, num_ranks = coordinate.tensor, self.layout.tensor
-        if rule.split is whole and tensor.expert is not None and not self.layout.expert_parallel:
+        if (
+            rule.split is replicated
+            and tensor.expert is not None
+            and not self.layout.expert_parallel
+        ):
             # The bias behind an expert's sum over ranks: the first of them adds it.
-            return None if coordinate.data or coordinate.tensor else Region.whole(shape)
-        if rule.split is whole or tensor.name.endswith(DRAFTER_WHOLE):
-            return Region.whole(shape)
-        if self.whole_shared and SHARED_EXPERTS in tensor.name:
-            return Region.whole(shape)
+            return None if coordinate.data or coordinate.tensor else Region.full(shape)
+        if rule.split is replicated or tensor.name.endswith(DRAFTER_REPLICATED):
+            return Region.full(shape)
+        if self.replicates_shared_experts and SHARED_EXPERTS in tensor.name:
+            return Region.full(shape)
         if tensor.expert is not None:
             if self.layout.expert_parallel:
-                return Region.whole(shape)
+                return Region.full(shape)
             # Without expert parallelism vLLM splits experts over data x tensor ranks alike.
             rank, num_ranks = coordinate.data * num_ranks + rank, self._num_expert_ranks
         if rule.split in (row_parallel, column_parallel):
             dim = 1 if rule.split is row_parallel else 0
             if shape[dim] % num_ranks:
                 self._refuse(tensor, shape[dim], num_ranks)
-            return _equal_share(shape, dim, rank, num_ranks)
+            return _equal_part(shape, dim, rank, num_ranks)
         if rule.split is vocab_parallel:
             padded = padded_vocabulary(shape[0])
             if padded % num_ranks:
                 self._refuse(tensor, padded, num_ranks)
             start, end = rank * padded // num_ranks, min((rank + 1) * padded // num_ranks, shape[0])
-            return Region.along(shape, 0, start, end - start) if start < end else None
+            return Region.narrow(shape, 0, start, end - start) if start < end else None
         assert isinstance(rule.split, QueryGroups)
         groups = rule.split.num_groups
         if tensor.source == 0 or groups % num_ranks == 0:
-            return _equal_share(shape, 0, rank, num_ranks)
+            return _equal_part(shape, 0, rank, num_ranks)
         # There are fewer key-value heads than ranks, so several ranks have the same one.
-        return _equal_share(shape, 0, rank * groups // num_ranks, groups)
+        return _equal_part(shape, 0, rank * groups // num_ranks, groups)
 
     def _refuse(self, tensor: HFTensor, size: int, num_ranks: int) -> NoReturn:
         keys, remedy = f"rollout.tensor={self.layout.tensor}", ""
@@ -298,12 +315,12 @@ def stage_layers(num_layers: int, num_stages: int) -> list[range]:
     return [range(s, s + n) for s, n in zip(starts, lengths, strict=True)]
 
 
-def _equal_share(shape: Shape, dim: int, rank: int, num_ranks: int) -> Region:
+def _equal_part(shape: Shape, dim: int, rank: int, num_ranks: int) -> Region:
     length = shape[dim] // num_ranks
-    return Region.along(shape, dim, rank * length, length)
+    return Region.narrow(shape, dim, rank * length, length)
 
 
-class Needs(Protocol):
+class EngineSharding(Protocol):
     """What the ranks of one engine need: HF name -> region -> the ranks that need it."""
 
     @property
@@ -320,7 +337,7 @@ class Planner:
         engines: the layout of all engines.
         stages: the shards of each pipeline rank's virtual stages
             (`models.weights.layout.stage_shards`), default an even spread.
-        needs: default `PredictedLayout`.
+        sharding: what the ranks of an engine need, default `PredictedSharding`.
         rules: the weight table of what moves, default the model's; or its adapters'.
 
     Raises:
@@ -333,11 +350,11 @@ class Planner:
         grid: TrainerGrid,
         engines: EngineLayout,
         stages: Sequence[Sequence[Shard]] | None = None,
-        needs: Needs | None = None,
+        sharding: EngineSharding | None = None,
         rules: Table | None = None,
     ):
         self.grid, self.engines, self.table = grid, engines, rules or table(hf)
-        self.needs = needs or PredictedLayout(hf, engines)
+        self.sharding = sharding or PredictedSharding(hf, engines)
         stages = stages or stage_shards(hf, grid.pipeline, with_mtp=False)
         decoder, drafter = len(self.table.layers), len(self.table.mtp)
         self._stage_of_layer = {
@@ -359,7 +376,9 @@ class Planner:
                 cause=Cause.INDIVISIBLE,
             )
 
-    def sent_regions(self) -> Iterator[tuple[HFTensor, range, list[tuple[Region, Sequence[int]]]]]:
+    def region_transfers(
+        self,
+    ) -> Iterator[tuple[HFTensor, range, list[tuple[Region, Sequence[int]]]]]:
         """Yield everything that is sent: a tensor, trainer ranks that all hold the same part of it,
         and the regions of that part that ranks of an engine need, with these ranks."""
         for stage in range(self.grid.pipeline):
@@ -367,17 +386,17 @@ class Planner:
                 for item in self._held_tensors(stage, expert_rank):
                     if item.expert is None and expert_rank:
                         continue
-                    needed = self.needs.regions.get(item.name, {}).items()
-                    for held, replicas in self._holdings(item, stage):
+                    needed = self.sharding.regions.get(item.name, {}).items()
+                    for held, replicas in self._held_regions(item, stage):
                         common = ((held.intersection(region), ranks) for region, ranks in needed)
                         if found := [(region, ranks) for region, ranks in common if region]:
                             yield item, replicas, found
 
-    def _holdings(self, item: HFTensor, stage: int) -> Iterator[tuple[Region, range]]:
+    def _held_regions(self, item: HFTensor, stage: int) -> Iterator[tuple[Region, range]]:
         """Yield the parts of a tensor, each with the trainer ranks that hold it."""
         grid, rule = self.grid, item.rule
-        if rule.split in (whole, stacked) and item.expert is None:
-            yield Region.whole(item.shape), grid.whole_replicas(stage)
+        if rule.split in (replicated, replicated_stack) and item.expert is None:
+            yield Region.full(item.shape), grid.unsplit_replicas(stage)
             return
         ranks = grid.tensor if item.expert is None else grid.expert_tensor
         name = rule.sources[item.source].name

@@ -42,7 +42,13 @@ class HFTensor:
 
 @dataclass(frozen=True, order=True)
 class Region:
-    """Rows [top, bottom) and columns [left, right) of one HF tensor; a vector is one column."""
+    """Rows [top, bottom) and columns [left, right) of one HF tensor; a vector is one column.
+
+    Attributes:
+        top: the first row.
+        bottom: the row after the last one.
+        left: the first column.
+        right: the column after the last one."""
 
     top: int
     bottom: int
@@ -50,12 +56,12 @@ class Region:
     right: int
 
     @classmethod
-    def whole(cls, shape: Shape) -> Region:
+    def full(cls, shape: Shape) -> Region:
         """Return the region of a whole tensor; a vector is one column."""
         return cls(0, shape[0], 0, shape[1] if len(shape) > 1 else 1)
 
     @classmethod
-    def along(cls, shape: Shape, dim: int, start: int, length: int) -> Region:
+    def narrow(cls, shape: Shape, dim: int, start: int, length: int) -> Region:
         """Return all of a tensor that lies within a range of its rows or of its columns.
 
         Args:
@@ -63,15 +69,15 @@ class Region:
             dim: 0 for rows, 1 for columns.
             start: the first row or column.
             length: the number of rows or columns."""
-        whole = cls.whole(shape)
+        full = cls.full(shape)
         if dim == 0:
-            return cls(start, start + length, whole.left, whole.right)
-        return cls(whole.top, whole.bottom, start, start + length)
+            return cls(start, start + length, full.left, full.right)
+        return cls(full.top, full.bottom, start, start + length)
 
     @classmethod
     def from_piece(cls, piece: Piece, shape: Shape) -> Region:
         """Return the region that `piece` covers of its HF tensor, which has `shape`."""
-        return cls.along(shape, piece.dim, piece.hf_start, piece.length)
+        return cls.narrow(shape, piece.dim, piece.hf_start, piece.length)
 
     def intersection(self, other: Region) -> Region | None:
         """Return the region that both cover, or None."""
@@ -138,7 +144,12 @@ def plain_bytes(dtype: str) -> CountBytes:
 
 
 def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> int:
-    """Count projections as float8 with an fp32 scale per 128 x 128 block, the rest in bf16."""
+    """Count projections as float8 with an fp32 scale per 128 x 128 block, the rest in bf16.
+
+    Args:
+        name: the HF tensor's name.
+        own_dtype: its own dtype; None: the model's.
+        region: the rows and columns that are counted."""
     if not is_quantized(name):
         return region.num_elements * _WIDTH[own_dtype or "bfloat16"]
     height, width = region.bottom - region.top, region.right - region.left
@@ -178,7 +189,7 @@ def scale_region(region: Region) -> Region:
     )  # fmt: skip
 
 
-def first_cut(region: Region, shape: Shape) -> int | None:
+def first_unaligned_edge(region: Region, shape: Shape) -> int | None:
     """Return the first row or column at which `region` cuts a block of a tensor of `shape`."""
     edges = ((region.top, 0), (region.bottom, 0), (region.left, 1), (region.right, 1))
     return next((edge for edge, dim in edges if edge % BLOCK and edge != shape[dim]), None)

@@ -13,7 +13,7 @@ from megatron_r1.base.transports import TRANSPORTS
 if TYPE_CHECKING:  # a trainer rank needs one of the modules, with torch and llvmlite
     from megatron_r1.push.transports.base import Receiver, Sender
 
-RELAYED_BYTES = 64 << 20
+RELAY_BUCKET_BYTES = 64 << 20
 """A bucket that an engine rank relays; in a round of relays each engine of the set has one."""
 ROUNDS_AHEAD = 2
 """Rounds of NCCL that a GPU has enqueued at a time, each with a bucket for either direction."""

@@ -2,7 +2,7 @@
 
 An engine rank learns what it needs from vLLM's own loaders (`engines.plugin.loader_copies`) and
 publishes a `SlotTable`: where in its memory each region of a Hugging Face tensor goes. Trainer
-ranks answer with their `Delivery`s, and with every push send the bytes of each and a checksum."""
+ranks answer with their `TensorChunk`s, and in every push send the bytes of each and a checksum."""
 
 import threading
 import time
@@ -12,10 +12,9 @@ from typing import Protocol
 
 import torch
 
-from megatron_r1.push.published_plan import ReceiverInfo, Relay
+from megatron_r1.push.protocol import ReceiverInfo, Relay, SlotTable, TensorChunk
 from megatron_r1.push.rendezvous import EngineRendezvous, TrainerRendezvous
-from megatron_r1.push.table import Delivery, SlotTable
-from megatron_r1.push.transports.arrivals import Arrivals
+from megatron_r1.push.transports.received_chunks import ReceivedChunks
 
 
 class Receiver(ABC):
@@ -27,36 +26,39 @@ class Receiver(ABC):
 
     Args:
         rendezvous: the engine's rendezvous in its set.
-        rank: the rank within the engine.
+        engine_rank: the rank within the engine.
         table: the regions that this rank needs, with their places in `memory`.
         memory: uint8, all buffers; default `allocate`'s.
-        borrows_memory: between pushes others need the memory; only NCCL's receiver frees it then.
+        allocates_per_push: whether the memory is free for others between pushes; only NCCL's
+            receiver frees it then.
     """
 
     address = ""
     is_closing = False
     """Whether `close` has been called."""
-    is_weighted = False
+    uses_weighted_sum = False
     """Whether checksums are weighted sums also in host memory."""
 
     def __init__(
         self,
         rendezvous: EngineRendezvous,
-        rank: int,
+        engine_rank: int,
         table: SlotTable,
         memory: torch.Tensor | None = None,
-        borrows_memory: bool = False,
+        allocates_per_push: bool = False,
     ):
-        self.rendezvous, self.rank, self.table = rendezvous, rank, table
-        self.borrows_memory = borrows_memory
+        self.rendezvous, self.engine_rank, self.table = rendezvous, engine_rank, table
+        self.allocates_per_push = allocates_per_push
         self._threads: list[threading.Thread] = []
         self.prepare()
         self.memory = self.allocate() if memory is None else memory
         try:
-            rendezvous.publish_receiver(rank, ReceiverInfo(table, self.address))
-            deliveries, self.rounds = rendezvous.read_plan(rank)
-            self.senders = [source for source in deliveries if not isinstance(source, Relay)]
-            self.arrivals = Arrivals(table, self.memory, deliveries, self.is_weighted)
+            rendezvous.publish_receiver(engine_rank, ReceiverInfo(table, self.address))
+            chunks, self.rounds = rendezvous.read_plan(engine_rank)
+            self.senders = [source for source in chunks if not isinstance(source, Relay)]
+            self.received_chunks = ReceivedChunks(
+                table, self.memory, chunks, self.uses_weighted_sum
+            )
             self.connect()
         except BaseException:
             self.close()
@@ -73,7 +75,12 @@ class Receiver(ABC):
         return any(thread.is_alive() for thread in self._threads)
 
     def start_thread(self, function: Callable[..., None], *arguments: object, name: str) -> None:
-        """Run a function in a thread that `join_threads` waits for."""
+        """Run a function in a thread that `join_threads` waits for.
+
+        Args:
+            function: what runs.
+            *arguments: its arguments.
+            name: the thread's name."""
         thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
         thread.start()
         self._threads.append(thread)
@@ -97,8 +104,8 @@ class Receiver(ABC):
         """
 
     def free_memory(self) -> None:  # noqa: B027 - most transports keep theirs
-        """Free the memory until the next push, if it is borrowed. Called when all of a push has
-        been loaded."""
+        """Free the memory until the next push, if it is allocated per push. Called when all of a
+        push has been loaded."""
 
     @abstractmethod
     def connect(self) -> None:
@@ -116,8 +123,7 @@ class Receiver(ABC):
 
 
 class Slices(Protocol):
-    """Data of deliveries, looked up by position. values[i]: the data (height, width) of the i-th
-    delivery, of any dtype."""
+    """Data of chunks: slices[i] is that of the i-th chunk, (height, width), of any dtype."""
 
     def __getitem__(self, index: int, /) -> torch.Tensor: ...
 
@@ -128,25 +134,29 @@ class Sender:
 
     Args:
         rendezvous: this rank's rendezvous with the engine.
-        sender: this trainer rank, from 0.
-        rank: the engine rank, by its number within the engine.
+        trainer_rank: this rank, from 0.
+        engine_rank: the rank within the engine.
         receiver: the address and the table of slots of that engine rank."""
 
     def __init__(
-        self, rendezvous: TrainerRendezvous, sender: int, rank: int, receiver: ReceiverInfo
+        self,
+        rendezvous: TrainerRendezvous,
+        trainer_rank: int,
+        engine_rank: int,
+        receiver: ReceiverInfo,
     ):
-        self.rendezvous, self.sender, self.rank = rendezvous, sender, rank
+        self.rendezvous, self.trainer_rank, self.engine_rank = rendezvous, trainer_rank, engine_rank
         self.receiver, self.table = receiver, receiver.table
 
-    def plan(self, deliveries: Sequence[Delivery]) -> None:
-        """Prepare for the deliveries of every push."""
-        self.deliveries = list(deliveries)
+    def plan(self, chunks: Sequence[TensorChunk]) -> None:
+        """Prepare for the chunks of every push."""
+        self.chunks = list(chunks)
 
     def connect(self) -> None:
         """Connect to the receiver, once all trainer ranks are prepared."""
 
     def send(self, push: int, slices: Slices) -> None:
-        """Send all deliveries; on return the slices may change."""
+        """Send all chunks; on return the slices may change."""
         raise NotImplementedError
 
     def close(self) -> None:

@@ -1,16 +1,16 @@
-"""Both ends over gloo: a trainer rank sends its payload to an engine rank of a set, which
-relays what has entered it to the other engines.
+"""Both ends over gloo: a trainer rank sends its payload to an engine rank of a set, which relays it
+to the other engines.
 
 A trainer rank and an engine rank that it sends to are a group of two, so that a lost rank breaks
 its own pairs only. A thread of the engine rank unpacks what comes over each pair: a push is its
 number and a payload of bytes, in buckets.
 
-The ranks at one position of a set's engines are a group, too. Another thread checks what has
-entered and relays it there, a bucket each way at a time. The checksums that a rank relays are
-the trainer's own.
+Equal ranks of a set's engines are a group, too. Another thread checks what trainer ranks have sent
+and relays it there, a bucket each way at a time. The checksums that a rank relays are the
+trainer's own.
 
 Within one group all ranks make the same calls in the same order, which follows from the plan, and
-what enters never waits for the relays. So ranks cannot deadlock."""
+what trainer ranks send never waits for the relays. So ranks cannot deadlock."""
 
 import datetime
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from megatron_r1.push.published_plan import Relay
+from megatron_r1.push.protocol import Relay
 from megatron_r1.push.rendezvous import IDLE_SECONDS, Rendezvous
-from megatron_r1.push.transports import RELAYED_BYTES
+from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 from megatron_r1.push.transports.base import Sender, Slices
 from megatron_r1.push.transports.payloads import (
-    MemoryPayload,
+    BufferPayload,
     Payload,
     PayloadReceiver,
     SlicesPayload,
@@ -57,7 +57,7 @@ class GlooReceiver(PayloadReceiver):
 
     def connect(self) -> None:
         """Begin to receive, and to relay if the set has several engines."""
-        self.sums = torch.zeros(self.num_deliveries, dtype=torch.int64)
+        self.sums = torch.zeros(self.num_chunks, dtype=torch.int64)
         self.start_thread(self._connect_pairs, name="connecting")
         if self.rendezvous.num_members > 1:
             self.start_thread(self._run_relays, name="relays")
@@ -68,52 +68,54 @@ class GlooReceiver(PayloadReceiver):
         for group in list(self._groups):  # threads that end meanwhile remove theirs
             group.abort()
         if self._number:
-            self.leave(self._number)
+            self.publish_closing(self._number)
         self.join_threads(CLOSE_SECONDS)
 
     def _connect_pairs(self) -> None:
         """Connect the pairs one after another; a trainer rank connects all of its own at once, so
         no two ranks can wait for each other's next pair."""
-        for sender in self.senders:
+        for trainer_rank in self.senders:
             try:
-                group = pair_group(self.rendezvous, sender, self.rank, is_sender=False)
+                group = pair_group(self.rendezvous, trainer_rank, self.engine_rank, is_sender=False)
             except Exception as error:  # noqa: BLE001 - raised by the push that waits
-                self._pair_failed(sender, error)
+                self._pair_failed(trainer_rank, error)
                 continue
             self._groups.append(group)
-            self.start_thread(self._receive_pushes, sender, group, name=f"from rank {sender}")
+            self.start_thread(
+                self._receive_pushes, trainer_rank, group, name=f"from rank {trainer_rank}"
+            )
             del group  # the thread's is the last
 
-    def _receive_pushes(self, sender: int, group: dist.ProcessGroup) -> None:
+    def _receive_pushes(self, trainer_rank: int, group: dist.ProcessGroup) -> None:
         """Receive push after push of one trainer rank, until one fails or this end closes."""
         try:
             while not self.is_closing:
                 number = torch.empty(1, dtype=torch.int64)
                 idle_limit = datetime.timedelta(seconds=IDLE_SECONDS)
                 group.recv([number], TRAINER_RANK, 0).wait(idle_limit)
-                self._receive_push(group, sender, int(number))
+                self._receive_push(group, trainer_rank, int(number))
         except Exception as error:  # noqa: BLE001 - raised by the push that waits
-            self._pair_failed(sender, error)
+            self._pair_failed(trainer_rank, error)
         finally:
             # The connection closes with the last reference, so that the sender fails at once: also
             # where `close` came before this thread's first call.
             self._groups.remove(group)
             del group
 
-    def _pair_failed(self, sender: int, error: Exception) -> None:
+    def _pair_failed(self, trainer_rank: int, error: Exception) -> None:
         if not self.is_closing:
-            self.give_up(RuntimeError(f"trainer rank {sender}: {error}"))
+            self.fail_set(RuntimeError(f"trainer rank {trainer_rank}: {error}"))
 
-    def _receive_push(self, group: dist.ProcessGroup, sender: int, push: int) -> None:
+    def _receive_push(self, group: dist.ProcessGroup, trainer_rank: int, push: int) -> None:
         """Receive a push, one bucket while the one before is unpacked, and check it."""
-        payload = self.arriving_payloads(push).payload(sender)
+        payload = self.receive_payloads(push).payload(trainer_rank)
         arriving: tuple[dist.Work, int, int, torch.Tensor] | None = None
 
         def unpack(work: dist.Work, start: int, end: int, data: torch.Tensor) -> None:
             _wait_for(work, self.rendezvous)
             payload.unpack(start, end, data)
 
-        for start, end in _extents(payload):
+        for start, end in _bucket_ranges(payload):
             data = torch.empty(end - start, dtype=torch.uint8)
             work = group.recv([data], TRAINER_RANK, 0)
             if arriving:
@@ -121,36 +123,38 @@ class GlooReceiver(PayloadReceiver):
             arriving = work, start, end, data
         if arriving:
             unpack(*arriving)
-        self.check(push, [sender])
+        self.verify_checksums(push, [trainer_rank])
 
     def _run_relays(self) -> None:
         """Relay pushes until one fails; then report the cause, which the push that waits in
         this engine raises."""
         error = self._relay_pushes()
-        if self.is_closing or self.arrivals.has_failed:
+        if self.is_closing or self.received_chunks.has_failed:
             return
-        # A ValueError is of what enters this rank, another error of a call with other ranks.
-        position = [f"{member}/{self.rank}" for member in range(self.rendezvous.num_members)]
-        self.give_up(error, None if isinstance(error, ValueError) else position)
+        # A ValueError is of what trainer ranks send, another error of a call with other ranks.
+        names = [f"{member}/{self.engine_rank}" for member in range(self.rendezvous.num_members)]
+        self.fail_set(error, None if isinstance(error, ValueError) else names)
 
     def _relay_pushes(self) -> Exception:
         """Relay push after push until one fails; return the error."""
-        shared: dist.ProcessGroup | None = None
+        group: dist.ProcessGroup | None = None
         try:
             member, members = self.rendezvous.member, self.rendezvous.num_members
-            shared = _create_group(self.rendezvous, f"relays/{self.rank}", member, members)
-            self._groups.append(shared)
+            group = _create_group(self.rendezvous, f"relays/{self.engine_rank}", member, members)
+            self._groups.append(group)
             connection = self.rendezvous.new_connection()
             while True:
                 self._number += 1  # `close` reads it after it has set `is_closing`
                 if self.is_closing:
                     return RuntimeError(f"engine rank {self.name} closes")
-                push = self.rendezvous.await_begun(self._number, connection)
+                push = self.rendezvous.wait_push_begun(self._number, connection)
                 if not push:
                     return RuntimeError("a rank of the set has closed")
                 if self.senders:
-                    self.arrivals.wait(push, self.rendezvous.push_seconds, self.senders)
-                self._relay_buckets(shared, push)
+                    self.received_chunks.wait(
+                        push, self.rendezvous.push_timeout_seconds, self.senders
+                    )
+                self._relay_buckets(group, push)
                 self.rendezvous.publish_complete(push)
         except (ValueError, RuntimeError, OSError) as error:
             return error.with_traceback(None)  # the traceback's frames hold the group
@@ -158,8 +162,8 @@ class GlooReceiver(PayloadReceiver):
             # Without a reference the group's connections are closed, and the calls of the other
             # ranks fail. That has to come before this rank asks which rank has died, because a
             # rank answers only once its call has failed.
-            if shared is not None:
-                self._groups.remove(shared)
+            if group is not None:
+                self._groups.remove(group)
 
     def _relay_buckets(self, group: dist.ProcessGroup, push: int) -> None:
         """Relay a push, and check it: each bucket of this rank goes to the next engine, to the
@@ -167,35 +171,36 @@ class GlooReceiver(PayloadReceiver):
         last one that came is unpacked.
 
         gloo's own all-gather takes three times as long with 64 MiB a bucket (docs/learned.md)."""
-        own, count = self.rendezvous.member, self.rendezvous.num_members
-        entering = self.arriving_payloads(push)
-        payloads = [entering.payload(Relay(member)) for member in range(count)]
-        payloads[own] = entering.own_payload()
-        arrived: tuple[MemoryPayload, int, int, torch.Tensor] | None = None
+        member, count = self.rendezvous.member, self.rendezvous.num_members
+        receive = self.receive_payloads(push)
+        payloads = [receive.payload(Relay(source)) for source in range(count)]
+        payloads[member] = receive.relay_payload()
+        arrived: tuple[BufferPayload, int, int, torch.Tensor] | None = None
         largest = max(payloads, key=lambda payload: payload.num_bytes)
-        for start, end in _extents(largest, RELAYED_BYTES):
+        for start, end in _bucket_ranges(largest, RELAY_BUCKET_BYTES):
             ends = [max(start, min(end, payload.num_bytes)) for payload in payloads]
-            sent = torch.empty(ends[own] - start, dtype=torch.uint8)
+            sent = torch.empty(ends[member] - start, dtype=torch.uint8)
             if len(sent):
-                payloads[own].pack(start, ends[own], sent)
+                payloads[member].pack(start, ends[member], sent)
             for hop in range(1, count):
-                source = (own - hop) % count
+                source = (member - hop) % count
                 received = torch.empty(ends[source] - start, dtype=torch.uint8)
-                works = [group.send([sent], (own + hop) % count, 0)] if len(sent) else []
+                works = [group.send([sent], (member + hop) % count, 0)] if len(sent) else []
                 works += [group.recv([received], source, 0)] if len(received) else []
                 if arrived:
                     arrived[0].unpack(*arrived[1:])
                 for work in works:
                     _wait_for(work, self.rendezvous, EXTRA_SECONDS)
-                placed = payloads[source], start, ends[source], received
-                arrived = placed if len(received) else None
+                arrived = None
+                if len(received):
+                    arrived = payloads[source], start, ends[source], received
         if arrived:
             arrived[0].unpack(*arrived[1:])
-        relays = [source for source in self.arrivals.deliveries if isinstance(source, Relay)]
-        self.check(push, relays)
+        relays = [source for source in self.received_chunks.chunks if isinstance(source, Relay)]
+        self.verify_checksums(push, relays)
 
 
-def _extents(payload: Payload, num_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+def _bucket_ranges(payload: Payload, num_bytes: int | None = None) -> Iterator[tuple[int, int]]:
     """Yield the first byte and the end of each bucket of a payload, of `num_bytes` (default
     `BUCKET_BYTES`) but for the last."""
     size = num_bytes or BUCKET_BYTES
@@ -208,15 +213,17 @@ class GlooSender(Sender):
 
     def connect(self) -> None:
         """Make the group of this rank and the engine's rank."""
-        self._group = pair_group(self.rendezvous, self.sender, self.rank, is_sender=True)
+        self._group = pair_group(
+            self.rendezvous, self.trainer_rank, self.engine_rank, is_sender=True
+        )
 
     def send(self, push: int, slices: Slices) -> None:
         """Send a push: its number, then its payload in buckets."""
         group = self._group
         _wait_for(group.send([torch.tensor([push])], ENGINE_RANK, 0), self.rendezvous)
-        payload = SlicesPayload(self.table, self.deliveries, slices, is_weighted=False)
+        payload = SlicesPayload(self.table, self.chunks, slices, uses_weighted_sum=False)
         on_the_wire: tuple[dist.Work, torch.Tensor] | None = None
-        for start, end in _extents(payload):
+        for start, end in _bucket_ranges(payload):
             bucket = torch.empty(end - start, dtype=torch.uint8)
             payload.pack(start, end, bucket)
             if on_the_wire:
@@ -233,16 +240,16 @@ class GlooSender(Sender):
 
 
 def pair_group(
-    rendezvous: Rendezvous, sender: int, engine_rank: int, *, is_sender: bool
+    rendezvous: Rendezvous, trainer_rank: int, engine_rank: int, *, is_sender: bool
 ) -> dist.ProcessGroup:
     """Return the group of a trainer rank and an engine rank.
 
     Args:
         rendezvous: that of the engine in its set.
-        sender: the trainer rank.
+        trainer_rank: the sender.
         engine_rank: the rank within the engine.
         is_sender: whether this process is the trainer rank."""
-    name = f"pair/{sender}/{rendezvous.member}/{engine_rank}"
+    name = f"pair/{trainer_rank}/{rendezvous.member}/{engine_rank}"
     return _create_group(rendezvous, name, TRAINER_RANK if is_sender else ENGINE_RANK, 2)
 
 
@@ -256,4 +263,4 @@ def _create_group(rendezvous: Rendezvous, name: str, rank: int, size: int) -> di
 
 def _wait_for(work: dist.Work, rendezvous: Rendezvous, more_seconds: float = 0.0) -> None:
     """Wait for `work`, at most as long as a push may take, and `more_seconds`."""
-    work.wait(datetime.timedelta(seconds=rendezvous.push_seconds + more_seconds))
+    work.wait(datetime.timedelta(seconds=rendezvous.push_timeout_seconds + more_seconds))

@@ -2,18 +2,18 @@
 rounds that the plan has (`plan.rounds`). The trainer ranks' part is in `round_sender`.
 
 An engine rank with a GPU of its own is a rank of its set's communicator: a thread runs its rounds
-(`nccl_rounds`), checks what has entered before it relays that, and then what others relayed.
+(`nccl_rounds`), checks what trainer ranks sent before it relays that, and then what others relayed.
 An engine rank on a trainer rank's GPU is in no communicator: it publishes CUDA's inter-process
 handles of its memory, the trainer rank writes all of a push there, and behind it the push's number.
 """
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
-from megatron_r1.push.published_plan import RankCall, RankRounds, Relay
+from megatron_r1.push.protocol import RankBucketOp, RankRounds, Relay
 from megatron_r1.push.transports.base import Sender, gpu_uuid
 from megatron_r1.push.transports.nccl_rounds import (
     LONGEST_PAUSE,
@@ -24,8 +24,8 @@ from megatron_r1.push.transports.nccl_rounds import (
     RoundRunner,
     Transfer,
 )
-from megatron_r1.push.transports.payloads import PayloadReceiver
-from megatron_r1.push.transports.shared_memory import share_memory
+from megatron_r1.push.transports.payloads import BufferPayload, PayloadReceiver
+from megatron_r1.push.transports.shared_memory import export_ipc_handle
 
 CLOSE_SECONDS = 5.0
 """How long `close` waits for the thread that receives."""
@@ -35,12 +35,13 @@ rank's GPU writes it."""
 
 
 class NCCLReceiver(PayloadReceiver):
-    """An engine rank's end. Borrowed memory is allocated when a push begins and freed once it is
-    loaded. Between pushes the engine's KV cache has it; the cache sleeps during a push.
+    """An engine rank's end. Where `allocates_per_push`, its memory is allocated when a push begins
+    and freed once that is loaded; between pushes the engine's KV cache, which sleeps during a push,
+    is there.
 
     Run on null GPUs only (tests/nullgpu)."""
 
-    is_weighted = True
+    uses_weighted_sum = True
 
     def prepare(self) -> None:
         """Find this process's GPU, by whose UUID the plan knows it."""
@@ -52,25 +53,25 @@ class NCCLReceiver(PayloadReceiver):
         """The set's push that this rank has or waits for, and the last one in which it answered."""
 
     def allocate(self) -> torch.Tensor:
-        """Return GPU memory for all buffers, or none yet where it is borrowed."""
-        if self.borrows_memory:
-            return torch.empty(0, dtype=torch.uint8, device=self.device)  # `claim_memory` has it
+        """Return GPU memory for all buffers, or none yet where it is allocated per push."""
+        if self.allocates_per_push:
+            return torch.empty(0, dtype=torch.uint8, device=self.device)
         with self._memory_error():
             return torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
 
-    def claim_memory(self) -> None:
-        """Allocate the memory if it is borrowed."""
+    def allocate_push_memory(self) -> None:
+        """Allocate the memory if it is not."""
         with self._memory_error():
             if self.memory.numel() < self.num_bytes:
                 size = self.num_bytes
                 self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
-                self.arrivals.memory = self.memory
+                self.received_chunks.memory = self.memory
             elif not (storage := self.memory.untyped_storage()).nbytes():
                 storage.resize_(self.num_bytes)
 
     def free_memory(self) -> None:
-        """Free borrowed memory, views of it included."""
-        if self.borrows_memory and hasattr(self, "memory"):
+        """Free memory that is allocated per push, views of it included."""
+        if self.allocates_per_push and hasattr(self, "memory"):
             # Its storage, because views may be left, which would keep it allocated. What they show
             # is not used any more.
             self.memory.untyped_storage().resize_(0)
@@ -79,13 +80,13 @@ class NCCLReceiver(PayloadReceiver):
     def connect(self) -> None:
         """Start the thread that takes part in every round."""
         # Behind the checksums: the number of the last push that is all there.
-        self.sums = torch.zeros(self.num_deliveries + 1, dtype=torch.int64, device=self.device)
+        self.sums = torch.zeros(self.num_chunks + 1, dtype=torch.int64, device=self.device)
         self.start_thread(self._receive_pushes, self.rounds, name="push")
 
     def close(self) -> None:
-        """Leave the push under way, join the threads and free borrowed memory."""
+        """Fail the push under way, join the threads and free memory that is allocated per push."""
         self.is_closing = True
-        self.leave(self._number)
+        self.publish_closing(self._number)
         self.join_threads(CLOSE_SECONDS)
         if not self.is_running:
             self.free_memory()  # after a push that broke off
@@ -98,28 +99,28 @@ class NCCLReceiver(PayloadReceiver):
             if rounds is not None:
                 rank, num_ranks = rounds.rank, rounds.num_ranks
                 communicator = Communicator(self.rendezvous, rank, num_ranks, self._check_set)
-                communicator.begin()
-                communicator.wait_settled()
+                communicator.create()
+                communicator.wait_ready()
                 self._raise_error(communicator)
             connection = self.rendezvous.new_connection()
             while True:
                 self._number += 1  # `close` reads it after it has set `is_closing`
                 if self.is_closing:
                     return
-                push = self.rendezvous.await_begun(self._number, connection)
+                push = self.rendezvous.wait_push_begun(self._number, connection)
                 if not push:
                     self.rendezvous.raise_failure()
                     raise RuntimeError("a rank of the set has closed")
                 try:
-                    self.claim_memory()
+                    self.allocate_push_memory()
                 except ValueError as error:  # a ValueError of a push is damage
                     raise RuntimeError(str(error)) from error
                 if communicator is None or rounds is None:
-                    self._receive_in_place(push, streams)
+                    self._receive_from_colocated(push, streams)
                 else:
-                    communicator.set_limit(self.rendezvous.push_seconds)
+                    communicator.set_timeout(self.rendezvous.push_timeout_seconds)
                     self._run_rounds(push, streams, communicator, rounds)
-                    self.rendezvous.answer(self.name, self._number)
+                    self.rendezvous.publish_alive(self.name, self._number)
                 if self.rendezvous.num_members > 1:
                     self.rendezvous.publish_complete(push)
         except Exception as error:  # noqa: BLE001 - raised by the push that waits
@@ -128,7 +129,7 @@ class NCCLReceiver(PayloadReceiver):
             if not self.is_closing:
                 names = rounds.names if rounds is not None else ()
                 is_lost = isinstance(error, (NCCLError, TimeoutError))
-                self.give_up(error, names if is_lost else None, self._number)
+                self.fail_set(error, names if is_lost else None, self._number)
         finally:
             if communicator is not None:
                 communicator.abort(RuntimeError(f"engine rank {self.name} closes"))
@@ -137,49 +138,49 @@ class NCCLReceiver(PayloadReceiver):
         self, push: int, streams: PushStreams, communicator: Communicator, rounds: RankRounds
     ) -> None:
         """Run this rank's part of a push, and check it."""
-        streams.copies_follow()
-        arriving = self.arriving_payloads(push)
-        own = arriving.own_payload()
-        payloads = {source: arriving.payload(source) for source in _sources(rounds)}
+        streams.order_copies_after_current()
+        received = self.receive_payloads(push)
+        relayed = received.relay_payload()
+        payloads = {source: received.payload(source) for source in _sources(rounds)}
 
-        def planned(pairs: Sequence[tuple[RankCall | None, RankCall | None]]) -> list[Round]:
-            found = []
-            for send, receive in pairs:
-                sent = received = None
-                if send is not None:
-                    sent = Transfer(send.peer, own, *own.extent(send.number, send.count))
-                if receive is not None:
-                    payload = payloads[_source(receive)]
-                    extent = payload.extent(receive.number, receive.count)
-                    received = Transfer(receive.peer, payload, *extent)
-                found.append(Round(communicator, sent, received))
-            return found
+        def transfer(op: RankBucketOp, payload: BufferPayload) -> Transfer:
+            return Transfer(op.peer, payload, *payload.bucket_range(op.number, op.count))
 
-        entering, relayed = planned(rounds.entering), planned(rounds.relayed)
-        runner = RoundRunner(streams, [*entering, *relayed])
-        runner.run(entering)
+        scatter, relay = (
+            [
+                Round(
+                    communicator,
+                    None if send is None else transfer(send, relayed),
+                    None if receive is None else transfer(receive, payloads[_source(receive)]),
+                )
+                for send, receive in pairs
+            ]
+            for pairs in (rounds.scatter, rounds.relay)
+        )
+        runner = RoundRunner(streams, [*scatter, *relay])
+        runner.run(scatter)
         self._raise_error(communicator)
-        with streams.copying():  # in which nothing waits for another rank
-            self.check(push, self.senders)
+        with streams.copy_stream():  # in which nothing waits for another rank
+            self.verify_checksums(push, self.senders)
         if self.senders:  # what is damaged is not relayed
-            self.arrivals.wait(push, 0.0, self.senders)
-        runner.run(relayed)
+            self.received_chunks.wait(push, 0.0, self.senders)
+        runner.run(relay)
         self._raise_error(communicator)
-        relays = [source for source in self.arrivals.deliveries if isinstance(source, Relay)]
-        with streams.copying():
-            self.check(push, relays)
+        relays = [source for source in self.received_chunks.chunks if isinstance(source, Relay)]
+        with streams.copy_stream():
+            self.verify_checksums(push, relays)
 
-    def _receive_in_place(self, push: int, streams: PushStreams) -> None:
+    def _receive_from_colocated(self, push: int, streams: PushStreams) -> None:
         """Receive a push from the trainer rank on this GPU, which writes all of it into this rank's
         memory, and check it."""
-        with streams.copying():
+        with streams.copy_stream():
             self.sums.zero_()
             self._is_written()  # waits until these are
-        addresses = [share_memory(self.memory), share_memory(self.sums)]
-        self.rendezvous.publish_memory(self.rank, self._number, addresses)
-        deadline = time.monotonic() + self.rendezvous.push_seconds
+        addresses = [export_ipc_handle(self.memory), export_ipc_handle(self.sums)]
+        self.rendezvous.publish_memory(self.engine_rank, self._number, addresses)
+        deadline = time.monotonic() + self.rendezvous.push_timeout_seconds
         checked = 0.0
-        with streams.copying():
+        with streams.copy_stream():
             while not self._is_written():
                 now = time.monotonic()
                 if now > checked + CHECK_SECONDS:
@@ -188,19 +189,19 @@ class NCCLReceiver(PayloadReceiver):
                 if now > deadline:
                     raise TimeoutError("the trainer rank on this GPU has not sent all of it")
                 time.sleep(LONGEST_PAUSE)
-            self.check(push, list(self.arrivals.deliveries))
+            self.verify_checksums(push, list(self.received_chunks.chunks))
 
     def _is_written(self) -> bool:
         """Return whether the trainer rank has written all of the push that is under way."""
         return int(self.sums[-1]) == self._number
 
     def _check_set(self) -> None:
-        """Raise the failure of the set; answer where another rank asks who is alive."""
+        """Raise the failure of the set; publish that this rank is alive where another asks."""
         if self.is_closing:
             raise RuntimeError(f"engine rank {self.name} closes")
         self.rendezvous.raise_failure()
-        if self._number > self._answered and self.rendezvous.is_asked(self._number):
-            self.rendezvous.answer(self.name, self._number)
+        if self._number > self._answered and self.rendezvous.is_alive_requested(self._number):
+            self.rendezvous.publish_alive(self.name, self._number)
             self._answered = self._number
 
     @staticmethod
@@ -221,13 +222,13 @@ class NCCLReceiver(PayloadReceiver):
 
 
 def _sources(rounds: RankRounds) -> set[int | Relay]:
-    pairs = [*rounds.entering, *rounds.relayed]
+    pairs = [*rounds.scatter, *rounds.relay]
     return {_source(receive) for _, receive in pairs if receive is not None}
 
 
-def _source(call: RankCall) -> int | Relay:
-    return call.payload if call.payload >= 0 else Relay(-1 - call.payload)
+def _source(op: RankBucketOp) -> int | Relay:
+    return op.payload if op.payload >= 0 else Relay(-1 - op.payload)
 
 
 class NCCLSender(Sender):
-    """The sending end of a link: its deliveries."""
+    """The sending end of a link: its chunks."""

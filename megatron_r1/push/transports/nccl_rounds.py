@@ -55,7 +55,11 @@ class NCCLConfig(ctypes.Structure):
 
 
 class DeviceMemory(NamedTuple):
-    """Bytes of device memory, or none."""
+    """Bytes of device memory.
+
+    Attributes:
+        address: the address of the first byte.
+        num_bytes: the number of bytes."""
 
     address: int
     num_bytes: int
@@ -64,45 +68,50 @@ class DeviceMemory(NamedTuple):
 @cache
 def _nccl_library() -> ctypes.CDLL:
     """Return NCCL: the library that torch has loaded."""
-    everything = ctypes.CDLL(None)
-    return everything if hasattr(everything, "ncclGetVersion") else ctypes.CDLL("libnccl.so.2")
+    loaded = ctypes.CDLL(None)
+    return loaded if hasattr(loaded, "ncclGetVersion") else ctypes.CDLL("libnccl.so.2")
 
 
 def _new_communicator_id() -> bytes:
     """Return the id of a new communicator, 128 bytes."""
-    made = UniqueId()
-    _succeed("ncclGetUniqueId", _nccl_library().ncclGetUniqueId(ctypes.byref(made)))
-    return bytes(made)
+    identifier = UniqueId()
+    _check_result("ncclGetUniqueId", _nccl_library().ncclGetUniqueId(ctypes.byref(identifier)))
+    return bytes(identifier)
 
 
-def _begin_communicator(identifier: bytes, rank: int, num_ranks: int) -> ctypes.c_void_p:
-    """Begin to create this rank's communicator on the current GPU; `error_of` says when it is
-    there."""
+def _create_communicator(identifier: bytes, rank: int, num_ranks: int) -> ctypes.c_void_p:
+    """Begin to create this rank's communicator on the current GPU; it is there once
+    `_is_communicator_ready`.
+
+    Args:
+        identifier: of the communicator, 128 bytes (`_new_communicator_id`).
+        rank: this rank in it.
+        num_ranks: the number of its ranks."""
     handle = ctypes.c_void_p()
     config = NCCLConfig(ctypes.sizeof(NCCLConfig), MAGIC, CONFIG_VERSION, 0)
-    given = UniqueId.from_buffer_copy(identifier)
+    unique_id = UniqueId.from_buffer_copy(identifier)
     code = _nccl_library().ncclCommInitRankConfig(
         ctypes.byref(handle),
         ctypes.c_int(num_ranks),
-        given,
+        unique_id,
         ctypes.c_int(rank),
         ctypes.byref(config),
     )
-    _succeed("ncclCommInitRankConfig", code)
+    _check_result("ncclCommInitRankConfig", code)
     return handle
 
 
-def _is_communicator_settled(handle: ctypes.c_void_p) -> bool:
+def _is_communicator_ready(handle: ctypes.c_void_p) -> bool:
     """Return whether no call of the communicator is being prepared.
 
     Raises:
         NCCLError: the communicator has an error.
     """
     error = ctypes.c_int()
-    _succeed(
+    _check_result(
         "ncclCommGetAsyncError", _nccl_library().ncclCommGetAsyncError(handle, ctypes.byref(error))
     )
-    _succeed("NCCL", error.value)
+    _check_result("NCCL", error.value)
     return error.value == SUCCESS
 
 
@@ -120,14 +129,14 @@ def enqueue_send_recv(
         received: the sending rank and the memory for its bytes; None: nothing is received.
         stream: the CUDA stream's handle."""
     nccl, target = _nccl_library(), ctypes.c_void_p(stream)
-    _succeed("ncclGroupStart", nccl.ncclGroupStart())
+    _check_result("ncclGroupStart", nccl.ncclGroupStart())
     for name, call in (("ncclSend", sent), ("ncclRecv", received)):
         if call is not None:
             peer, memory = call
             at, size = ctypes.c_void_p(memory.address), ctypes.c_size_t(memory.num_bytes)
             peer_rank = ctypes.c_int(peer)
-            _succeed(name, getattr(nccl, name)(at, size, BYTE, peer_rank, handle, target))
-    _succeed("ncclGroupEnd", nccl.ncclGroupEnd())
+            _check_result(name, getattr(nccl, name)(at, size, BYTE, peer_rank, handle, target))
+    _check_result("ncclGroupEnd", nccl.ncclGroupEnd())
 
 
 def _abort_communicator(handle: ctypes.c_void_p) -> None:
@@ -135,7 +144,8 @@ def _abort_communicator(handle: ctypes.c_void_p) -> None:
     _nccl_library().ncclCommAbort(handle)
 
 
-def _succeed(name: str, code: int) -> None:
+def _check_result(name: str, code: int) -> None:
+    """Raise NCCLError for a code of NCCL that is an error of the function `name`."""
     if code not in (SUCCESS, IN_PROGRESS):
         describe = _nccl_library().ncclGetErrorString
         describe.restype = ctypes.c_char_p
@@ -151,8 +161,8 @@ ABORT_SECONDS = 30.0
 
 
 class Communicator:
-    """Rank `rank` of a communicator of `num_ranks` ranks, on the current GPU. First `begin`, then
-    `wait_settled`, then `send_recv`. One thread calls all of it.
+    """Rank `rank` of a communicator of `num_ranks` ranks, on the current GPU. First `create`, then
+    `wait_ready`, then `send_recv`. One thread calls all of it.
 
     Args:
         check: raises an error to abort with, by default the failure that a rank has reported.
@@ -173,25 +183,25 @@ class Communicator:
         self.error: Exception | None = None
         self._handle: ctypes.c_void_p | None = None
         self._checked_at = self._aborted_at = 0.0
-        self.set_limit(rendezvous.timeout_seconds)
+        self.set_timeout(rendezvous.timeout_seconds)
         if rank == 0:
             rendezvous.publish_communicator(_new_communicator_id())
 
-    def set_limit(self, seconds: float) -> None:
+    def set_timeout(self, seconds: float) -> None:
         """Set the time limit of all waits from now on."""
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
 
-    def begin(self) -> None:
+    def create(self) -> None:
         """Begin to create it, as soon as rank 0 has published its id."""
         found: list[bytes] = []
 
-        def is_there() -> bool:
+        def is_published() -> bool:
             found.extend(filter(None, [self.rendezvous.find_communicator()]))
             return bool(found) or self.error is not None
 
-        if self.wait(is_there):
+        if self.wait(is_published):
             try:
-                self._handle = _begin_communicator(found[0], self.rank, self.num_ranks)
+                self._handle = _create_communicator(found[0], self.rank, self.num_ranks)
             except NCCLError as error:
                 self.abort(error)
 
@@ -201,17 +211,22 @@ class Communicator:
         received: tuple[int, DeviceMemory] | None,
         stream: int,
     ) -> bool:
-        """Enqueue a send and a receive in one group; return False if it was aborted."""
+        """Enqueue a send and a receive in one group; return False if it was aborted.
+
+        Args:
+            sent: the receiving rank and the bytes to send; None: nothing is sent.
+            received: the sending rank and the memory for its bytes; None: nothing is received.
+            stream: the CUDA stream's handle."""
         if self._handle is not None:
             try:
                 enqueue_send_recv(self._handle, sent, received, stream)
             except NCCLError as error:
                 self.abort(error)
-        return self.wait_settled()
+        return self.wait_ready()
 
-    def wait_settled(self) -> bool:
+    def wait_ready(self) -> bool:
         """Wait until all that was begun is there or enqueued; return False if it was aborted."""
-        return self.wait(lambda: self._handle is None or _is_communicator_settled(self._handle))
+        return self.wait(lambda: self._handle is None or _is_communicator_ready(self._handle))
 
     def wait(self, is_done: Callable[[], bool]) -> bool:
         """Wait until something is done, and abort on an error of NCCL, on a failure of another
@@ -247,7 +262,7 @@ class Communicator:
             if self.error is not None:
                 return
         else:
-            _is_communicator_settled(self._handle)
+            _is_communicator_ready(self._handle)
         now = time.monotonic()
         if now > self._checked_at + CHECK_SECONDS:
             self._checked_at = now
@@ -265,16 +280,16 @@ class PushStreams:
         # Of high priority: others take theirs from torch's pool of the ordinary ones.
         self._copies, self._transfers = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
 
-    def copying(self) -> contextlib.AbstractContextManager:
-        """Return the context in which copies are enqueued."""
+    def copy_stream(self) -> contextlib.AbstractContextManager:
+        """Return the context in which copies are enqueued, on their stream."""
         return torch.cuda.stream(self._copies)
 
-    def copies_follow(self) -> None:
-        """Let what is copied from now on be what the current stream has written by then."""
+    def order_copies_after_current(self) -> None:
+        """Let copies from now on wait for what the current stream has enqueued by now."""
         self._copies.wait_stream(torch.cuda.current_stream())
 
-    def transfers_follow(self) -> int:
-        """Let transfers from now on wait for what is copied by now; return their stream."""
+    def order_transfers_after_copies(self) -> int:
+        """Let transfers from now on wait for the copies enqueued by now; return their stream."""
         self._transfers.wait_stream(self._copies)
         return self._transfers.cuda_stream
 
@@ -288,7 +303,13 @@ class PushStreams:
 
 
 class Transfer(NamedTuple):
-    """Bytes [start, end) of a payload to a rank or from one."""
+    """A send or a receive of bytes of a payload.
+
+    Attributes:
+        peer: the other side's rank in the communicator.
+        payload: what is packed from, or unpacked to.
+        start: the first byte.
+        end: the byte after the last."""
 
     peer: int
     payload: Payload
@@ -297,7 +318,12 @@ class Transfer(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What a process sends and receives in one group."""
+    """What a process sends and receives in one group.
+
+    Attributes:
+        communicator: the communicator of both transfers.
+        sent: to another rank; None: nothing is sent.
+        received: from another rank; None: nothing is received."""
 
     communicator: Communicator
     sent: Transfer | None
@@ -315,7 +341,7 @@ class RoundRunner:
         self._streams = streams
         transfers = [each for one in rounds for each in (one.sent, one.received) if each]
         bucket_bytes = max((each.end - each.start for each in transfers), default=0)
-        with streams.copying():
+        with streams.copy_stream():
             memory = torch.empty(
                 (ROUNDS_AHEAD, 2, bucket_bytes), dtype=torch.uint8, device=streams.device
             )
@@ -339,17 +365,17 @@ class RoundRunner:
         sent = received = None
         if each.sent is not None:
             peer, payload, start, end = each.sent
-            with self._streams.copying():
+            with self._streams.copy_stream():
                 payload.pack(start, end, buffers[0, : end - start])
             sent = peer, DeviceMemory(buffers[0].data_ptr(), end - start)
         if each.received is not None:
             peer, _, start, end = each.received
             received = peer, DeviceMemory(buffers[1].data_ptr(), end - start)
-        each.communicator.send_recv(sent, received, self._streams.transfers_follow())
+        each.communicator.send_recv(sent, received, self._streams.order_transfers_after_copies())
 
     def _end(self, each: Round, buffers: torch.Tensor, has_ended: Callable[[], bool]) -> None:
         if each.communicator.wait(has_ended) and each.received is not None:
             _, payload, start, end = each.received
-            with self._streams.copying():
+            with self._streams.copy_stream():
                 payload.unpack(start, end, buffers[1, : end - start])
         self._free.append(buffers)

@@ -1,4 +1,4 @@
-"""The payloads of a push: the bytes of deliveries, one after another, and behind them a checksum of
+"""The payloads of a push: the bytes of chunks, one after another, and behind them a checksum of
 each. Buckets are cut at any byte, so both sides know their sizes from the plan."""
 
 import contextlib
@@ -11,20 +11,19 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_r1.push.checksum import INTEGERS, RowsChecksum, RowsWeightedSum
-from megatron_r1.push.published_plan import Relay
+from megatron_r1.push.protocol import Relay, SlotTable, TensorChunk, dtype_of, slot_view
 from megatron_r1.push.rendezvous import SetFailed
 from megatron_r1.push.results import IncompletePush
-from megatron_r1.push.table import Delivery, SlotTable, dtype_of, slot_view
 from megatron_r1.push.transports.base import Receiver, Slices
 
 SUM_BYTES = 8
 
 
 class ByteRun(NamedTuple):
-    """Contiguous bytes of a payload that are of one delivery.
+    """Contiguous bytes of a payload that are of one chunk.
 
     Attributes:
-        number: the delivery.
+        number: the chunk.
         top: the first row that the bytes are in.
         bottom: the row after the last.
         skipped: the bytes of row `top` that come before these.
@@ -38,22 +37,26 @@ class ByteRun(NamedTuple):
 
 
 class Payload:
-    """The bytes of deliveries to an engine rank and of their checksums."""
+    """The bytes of chunks to an engine rank and of their checksums.
 
-    def __init__(self, table: SlotTable, deliveries: Sequence[Delivery]):
-        self.table, self.deliveries = table, deliveries
-        self._row_bytes = [delivery.row_bytes(table) for delivery in deliveries]
-        sizes = [delivery.num_bytes(table) for delivery in deliveries]
+    Args:
+        table: the engine rank's table.
+        chunks: the chunks, in order."""
+
+    def __init__(self, table: SlotTable, chunks: Sequence[TensorChunk]):
+        self.table, self.chunks = table, chunks
+        self._row_bytes = [chunk.row_bytes(table) for chunk in chunks]
+        sizes = [chunk.num_bytes(table) for chunk in chunks]
         self._ends = list(accumulate(sizes))
         self.weight_bytes = self._ends[-1] if sizes else 0
         self.num_bytes = self.weight_bytes + SUM_BYTES * len(sizes)
 
-    def extent(self, number: int, count: int) -> tuple[int, int]:
+    def bucket_range(self, number: int, count: int) -> tuple[int, int]:
         """Return the first byte and the end of bucket `number` of `count`."""
         return self.num_bytes * number // count, self.num_bytes * (number + 1) // count
 
     def runs(self, start: int, end: int) -> Iterator[ByteRun]:
-        """Yield the runs of deliveries between two bytes of the payload."""
+        """Yield the runs of chunks between two bytes of the payload."""
         index = bisect_right(self._ends, start)
         while index < len(self._ends) and start < min(end, self.weight_bytes):
             first = self._ends[index - 1] if index else 0
@@ -67,11 +70,21 @@ class Payload:
         return slice(max(0, start - self.weight_bytes), max(0, end - self.weight_bytes))
 
     def pack(self, start: int, end: int, target: torch.Tensor) -> None:
-        """Write the bytes between two bytes of the payload to `target`, uint8."""
+        """Write bytes of the payload to a tensor.
+
+        Args:
+            start: the first byte.
+            end: the byte after the last.
+            target: (end - start,) uint8."""
         raise NotImplementedError
 
     def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
-        """Write `source`, uint8, between two bytes of the payload."""
+        """Write a tensor to bytes of the payload.
+
+        Args:
+            start: the first byte.
+            end: the byte after the last.
+            source: (end - start,) uint8."""
         raise NotImplementedError
 
 
@@ -81,29 +94,33 @@ class SlicesPayload(Payload):
 
     Args:
         table: the engine rank's table.
-        deliveries: the deliveries of the link.
-        slices: the slices of the trainer rank's parameters, one for each delivery.
-        is_weighted: whether checksums are weighted sums (`Receiver`)."""
+        chunks: the chunks of the link.
+        slices: the slices of the trainer rank's parameters, one for each chunk.
+        uses_weighted_sum: whether checksums are weighted sums (`Receiver`)."""
 
     def __init__(
         self,
         table: SlotTable,
-        deliveries: Sequence[Delivery],
+        chunks: Sequence[TensorChunk],
         slices: Slices,
-        is_weighted: bool = True,
+        uses_weighted_sum: bool = True,
     ):
-        super().__init__(table, deliveries)
-        self._slices, self._is_weighted = slices, is_weighted
+        super().__init__(table, chunks)
+        self._slices, self._uses_weighted_sum = slices, uses_weighted_sum
         self._running: tuple[int, int, RowsChecksum | RowsWeightedSum] | None = None
-        """Number of a delivery, the rows of it that have been read, and its checksum so far."""
+        """Number of a chunk, the rows of it that have been read, and its checksum so far."""
         self._sums: list[torch.Tensor] = []
 
     def pack(self, start: int, end: int, target: torch.Tensor) -> None:
-        """Write bytes `start` to `end` of the payload to `target`, and add them to the
-        checksums."""
+        """Write bytes of the payload to a tensor, and add them to the checksums.
+
+        Args:
+            start: the first byte.
+            end: the byte after the last.
+            target: (end - start,) uint8."""
         packed = []
         for run in self.runs(start, end):
-            dtype = dtype_of(self.table.slots[self.deliveries[run.number].slot])
+            dtype = dtype_of(self.table.slots[self.chunks[run.number].slot])
             rows = self._slices[run.number][run.top : run.bottom]
             rows = rows.to(target.device, dtype).contiguous()
             self._read(run, rows)
@@ -118,49 +135,59 @@ class SlicesPayload(Payload):
         """Add to the checksum those of the rows that the bucket before did not have."""
         if self._running is None or self._running[0] != run.number:
             row_bytes = self._row_bytes[run.number]
-            new = RowsWeightedSum() if self._is_weighted else RowsChecksum(row_bytes)
+            new = RowsWeightedSum() if self._uses_weighted_sum else RowsChecksum(row_bytes)
             self._running = run.number, 0, new
         _, read, checksum = self._running
         if run.bottom > read:  # and not within a row that was read whole
             checksum.update(rows[max(0, read - run.top) :])
             self._running = run.number, run.bottom, checksum
-            if run.bottom == self.deliveries[run.number].height:
+            if run.bottom == self.chunks[run.number].height:
                 self._sums.append(checksum.value(rows.device))
 
 
-class MemoryPayload(Payload):
-    """What enters an engine rank's receive buffer from one source, or leaves from there.
+class BufferPayload(Payload):
+    """A payload in an engine rank's receive buffer: received from one source, or to be relayed.
 
     Args:
         table: the engine rank's table.
-        deliveries: the deliveries of the payload.
+        chunks: the chunks of the payload.
         buffer: the memory of this push.
-        sums: the checksums of these deliveries, int64, one tensor where something enters."""
+        sums: the checksums of these chunks, int64; one tensor where the payload is received."""
 
     def __init__(
         self,
         table: SlotTable,
-        deliveries: Sequence[Delivery],
+        chunks: Sequence[TensorChunk],
         buffer: torch.Tensor,
         sums: Sequence[torch.Tensor],
     ):
-        super().__init__(table, deliveries)
+        super().__init__(table, chunks)
         self._buffer, self._sums = buffer, sums
 
     @property
     def sums(self) -> torch.Tensor:
-        """The checksums of all deliveries, in their order."""
+        """The checksums of all chunks, in their order."""
         return self._sums[0] if len(self._sums) == 1 else torch.cat(list(self._sums))
 
     def pack(self, start: int, end: int, target: torch.Tensor) -> None:
-        """Copy bytes `start` to `end` of the payload to `target`."""
+        """Copy bytes of the payload to a tensor.
+
+        Args:
+            start: the first byte.
+            end: the byte after the last.
+            target: (end - start,) uint8."""
         done = 0
         for view in self._views(start, end):
             _copy(target[done : done + view.numel()].view(view.shape), view)
             done += view.numel()
 
     def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
-        """Copy `source` to bytes `start` to `end` of the payload."""
+        """Copy a tensor to bytes of the payload.
+
+        Args:
+            start: the first byte.
+            end: the byte after the last.
+            source: (end - start,) uint8."""
         done = 0
         for view in self._views(start, end):
             _copy(view, source[done : done + view.numel()].view(view.shape))
@@ -169,9 +196,9 @@ class MemoryPayload(Payload):
     def _views(self, start: int, end: int) -> Iterator[torch.Tensor]:
         """Yield the memory between two bytes of the payload, uint8 (rows, bytes of a row)."""
         for index, top, _, skipped, num_bytes in self.runs(start, end):
-            delivery = self.deliveries[index]
-            row_bytes, pitch = self._row_bytes[index], self.table.slots[delivery.slot].pitch
-            slot = slot_view(self._buffer, self.table.slots[delivery.slot], delivery)
+            chunk = self.chunks[index]
+            row_bytes, pitch = self._row_bytes[index], self.table.slots[chunk.slot].pitch
+            slot = slot_view(self._buffer, self.table.slots[chunk.slot], chunk)
             first = slot.storage_offset() * slot.itemsize + top * pitch
             first -= self._buffer.storage_offset()
             if skipped:
@@ -189,100 +216,100 @@ class MemoryPayload(Payload):
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy bytes (rows, bytes of a row) in words as large as their places allow."""
+    """Copy bytes (rows, bytes of a row) in words as large as their alignment allows."""
     if len(target) == 1:  # torch would refuse words of another size than its pitch allows
         target, source = target[0], source[0]
-    places = [
-        place for side in (target, source) for place in (side.storage_offset(), *side.stride()[:-1])
-    ]
-    size = gcd(8, target.shape[-1], *places)
+    offsets = [n for side in (target, source) for n in (side.storage_offset(), *side.stride()[:-1])]
+    size = gcd(8, target.shape[-1], *offsets)
     target.view(INTEGERS[size]).copy_(source.view(INTEGERS[size]))
 
 
-class ArrivingPayloads:
-    """The receive buffer of an engine rank during one push, with the payloads that enter it.
+class ReceivePayloads:
+    """The payloads that an engine rank receives during one push, in its receive buffer.
 
     Args:
         table: the rank's table.
-        deliveries: the deliveries to the rank, by source.
+        chunks: the chunks to the rank, by source.
         buffer: the memory of this push.
-        sums: a checksum of each delivery, int64, in the same order."""
+        sums: a checksum of each chunk, int64, in the same order."""
 
     def __init__(
         self,
         table: SlotTable,
-        deliveries: Mapping[Any, Sequence[Delivery]],
+        chunks: Mapping[Any, Sequence[TensorChunk]],
         buffer: torch.Tensor,
         sums: torch.Tensor,
     ):
-        self.table, self.deliveries, self.buffer = table, deliveries, buffer
-        sizes = [len(sent) for sent in deliveries.values()]
-        self._sums = dict(zip(deliveries, sums[: sum(sizes)].split(sizes), strict=True))
+        self.table, self.chunks, self.buffer = table, chunks, buffer
+        sizes = [len(sent) for sent in chunks.values()]
+        self._sums = dict(zip(chunks, sums[: sum(sizes)].split(sizes), strict=True))
 
-    def payload(self, source: Any) -> MemoryPayload:
-        """Return what enters from a trainer rank, or from a `Relay`."""
-        if source not in self.deliveries:  # a relay that nothing has entered
-            return MemoryPayload(self.table, (), self.buffer, [self.buffer[:0].view(torch.int64)])
-        return MemoryPayload(self.table, self.deliveries[source], self.buffer, [self._sums[source]])
+    def payload(self, source: Any) -> BufferPayload:
+        """Return what comes from a trainer rank, or from a `Relay`."""
+        if source not in self.chunks:  # an engine that relays nothing
+            return BufferPayload(self.table, (), self.buffer, [self.buffer[:0].view(torch.int64)])
+        return BufferPayload(self.table, self.chunks[source], self.buffer, [self._sums[source]])
 
-    def own_payload(self) -> MemoryPayload:
-        """Return what has entered from trainer ranks and is to be relayed, with the trainer's
+    def relay_payload(self) -> BufferPayload:
+        """Return what has come from trainer ranks and is to be relayed, with the trainer's
         checksums."""
-        own = [
-            (delivery, sums[index : index + 1])
+        pairs = [
+            (chunk, sums[index : index + 1])
             for source, sums in self._sums.items()
             if not isinstance(source, Relay)
-            for index, delivery in enumerate(self.deliveries[source])
+            for index, chunk in enumerate(self.chunks[source])
         ]
-        # In the order of slots, as in `published_plan.deliveries_to`.
-        own.sort(key=lambda pair: pair[0].slot)
-        deliveries = [delivery for delivery, _ in own]
-        return MemoryPayload(self.table, deliveries, self.buffer, [value for _, value in own])
+        # In the order of slots, as in `protocol.chunks_to`.
+        pairs.sort(key=lambda pair: pair[0].slot)
+        chunks = [chunk for chunk, _ in pairs]
+        return BufferPayload(self.table, chunks, self.buffer, [value for _, value in pairs])
 
 
 class PayloadReceiver(Receiver):
     """An engine rank's end that receives payloads, from trainer ranks and from relays.
 
     Attributes:
-        sums: the checksums that arrive, as in `ArrivingPayloads`."""
+        sums: the checksums that arrive, as in `ReceivePayloads`."""
 
     sums: torch.Tensor
 
     @property
-    def num_deliveries(self) -> int:
-        """Deliveries of one push to this rank, from all trainer ranks."""
-        return sum(map(len, self.arrivals.deliveries.values()))
+    def num_chunks(self) -> int:
+        """Chunks of one push to this rank, from all sources."""
+        return sum(map(len, self.received_chunks.chunks.values()))
 
     @property
     def name(self) -> str:
         """The name by which other ranks ask whether this one is alive."""
-        return f"{self.rendezvous.member}/{self.rank}"
+        return f"{self.rendezvous.member}/{self.engine_rank}"
 
-    def leave(self, number: int) -> None:
-        """Report to the set that this rank closes, and end all waits for its push `number`."""
+    def publish_closing(self, number: int) -> None:
+        """Publish to the set that this rank closes, and end all waits for its push `number`."""
         if self.is_running:
             with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
-                self.rendezvous.report_own(self.rank, "it has closed")
+                self.rendezvous.publish_rank_failure(self.engine_rank, "it has closed")
                 self.rendezvous.end_waits(number)
 
     def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
         """Return the memory if the table is the same and no thread uses it."""
         return None if table != self.table or self.is_running else self.memory
 
-    def arriving_payloads(self, push: int) -> ArrivingPayloads:
-        """Return where the payloads of a push enter."""
+    def receive_payloads(self, push: int) -> ReceivePayloads:
+        """Return the payloads of a push in the receive buffer."""
         buffer = self.table.buffer(self.memory, push)
-        return ArrivingPayloads(self.table, self.arrivals.deliveries, buffer, self.sums)
+        return ReceivePayloads(self.table, self.received_chunks.chunks, buffer, self.sums)
 
-    def check(self, push: int, sources: Sequence[int | Relay]) -> None:
+    def verify_checksums(self, push: int, sources: Sequence[int | Relay]) -> None:
         """Compare what has come from these sources with its checksums."""
-        arriving = self.arriving_payloads(push)
+        payloads = self.receive_payloads(push)
         for source in sources:
-            for index, sent in enumerate(arriving.payload(source).sums.tolist()):
-                self.arrivals.delivery_arrived(source, push, index, sent % 2**64)
+            for index, sent in enumerate(payloads.payload(source).sums.tolist()):
+                self.received_chunks.chunk_received(source, push, index, sent % 2**64)
 
-    def give_up(self, error: Exception, lost: Sequence[str] | None = None, number: int = 0) -> None:
-        """Report to the set and to this engine that nothing more will arrive.
+    def fail_set(
+        self, error: Exception, lost: Sequence[str] | None = None, number: int = 0
+    ) -> None:
+        """Publish a failure of the set, and report to this engine that nothing more will arrive.
 
         Args:
             error: the cause.
@@ -291,11 +318,15 @@ class PayloadReceiver(Receiver):
         text, failure = f"{type(error).__name__}: {error}", error
         with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
             if lost is not None:
-                self.rendezvous.answer(self.name, number)
-                cause = self.rendezvous.find_cause(lost, number, text, lambda: self.is_closing)
+                self.rendezvous.publish_alive(self.name, number)
+                cause = self.rendezvous.diagnose_failure(
+                    lost, number, text, lambda: self.is_closing
+                )
                 failure = SetFailed(cause)
             elif not isinstance(error, SetFailed):
                 is_damaged = isinstance(error, ValueError) and not isinstance(error, IncompletePush)
-                own = self.rendezvous.report_own(self.rank, text, is_damaged=is_damaged)
-                failure = SetFailed(own)
-        self.arrivals.fail(failure)
+                first = self.rendezvous.publish_rank_failure(
+                    self.engine_rank, text, is_damaged=is_damaged
+                )
+                failure = SetFailed(first)
+        self.received_chunks.fail(failure)

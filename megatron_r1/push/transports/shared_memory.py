@@ -3,14 +3,14 @@
 the host).
 
 Each sender shares a progress array with the receiver: the number of the push, how many of its
-bytes are written, and the checksums of the finished deliveries. The receiver computes its own
+bytes are written, and the checksums of the finished chunks. The receiver computes its own
 checksums while the senders write, so that it finishes just after the last of them. Trainer ranks
 open memory of a GPU through CUDA's inter-process handles; progress and checksums are in /dev/shm
 there, too.
 
 Memory of the host is a file in /dev/shm whose name is removed as soon as both sides have mapped
 it, so that nothing outlives them. The process that creates a file holds a lock on it until then; a
-file without a lock was left by a killed process, and `sweep` removes it."""
+file without a lock was left by a killed process, and `remove_stale_files` removes it."""
 
 import base64
 import contextlib
@@ -27,13 +27,13 @@ import numpy as np
 import torch
 
 from megatron_r1.push.checksum import copy_with_checksum, memory_fence
-from megatron_r1.push.table import Delivery, slot_view
-from megatron_r1.push.transports.arrivals import Arrivals
+from megatron_r1.push.protocol import TensorChunk, slot_view
 from megatron_r1.push.transports.base import Receiver, Sender, Slices, gpu_uuid
+from megatron_r1.push.transports.received_chunks import ReceivedChunks
 
 FOLDER = Path("/dev/shm")
 PREFIX = "megatron_r1_"
-SWEEP_AGE_SECONDS = 60.0
+STALE_AGE_SECONDS = 60.0
 POLL_SECONDS = 0.002
 FOLLOW_SECONDS = 0.0001
 """Pauses between reads of the progress arrays: when idle, and while a push is under way, where 20
@@ -42,10 +42,10 @@ CLOSE_SECONDS = 60.0
 """How long `close` waits for the thread that follows, which looks after each part of a push."""
 PUSH_AT, WRITTEN_AT, CHECKSUMS_AT = 0, 1, 2
 """Indices into a progress array (uint64): the push's number, its bytes written so far, and the
-checksum of its first delivery."""
+checksum of its first chunk."""
 
 
-class NamedMemory:
+class SharedMemoryFile:
     """A file in /dev/shm of `num_bytes`, locked until it is closed; `close` also removes its name
     if the other side has not.
 
@@ -73,17 +73,17 @@ class NamedMemory:
             os.close(self._descriptor)
 
 
-def sweep() -> None:
+def remove_stale_files() -> None:
     """Remove the files that killed processes have left in /dev/shm."""
     for path in FOLDER.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             # A new file may not be locked yet.
-            if time.time() - os.fstat(file.fileno()).st_mtime > SWEEP_AGE_SECONDS:
+            if time.time() - os.fstat(file.fileno()).st_mtime > STALE_AGE_SECONDS:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 
 
-def map_bytes(path: Path, num_bytes: int) -> torch.Tensor:
+def map_file(path: Path, num_bytes: int) -> torch.Tensor:
     """Map a file, uint8.
 
     Raises:
@@ -96,14 +96,14 @@ def map_bytes(path: Path, num_bytes: int) -> torch.Tensor:
 class SharedMemoryReceiver(Receiver):
     """One thread follows all senders' progress arrays."""
 
-    _file: NamedMemory | None = None
+    _file: SharedMemoryFile | None = None
 
     def allocate(self) -> torch.Tensor:
         """Return the memory and set `address`, with which senders open it."""
-        sweep()
-        path = FOLDER / _file_name(self.rendezvous.engine, self.rank)
+        remove_stale_files()
+        path = FOLDER / _file_name(self.rendezvous.engine, self.engine_rank)
         try:
-            self._file = NamedMemory(path, self.num_bytes)
+            self._file = SharedMemoryFile(path, self.num_bytes)
         except OSError as error:
             remedy = "make it larger (mount -o remount,size=...), or set push.transport: gloo"
             if error.errno != errno.ENOSPC:
@@ -113,13 +113,15 @@ class SharedMemoryReceiver(Receiver):
                 f"{FOLDER}; {remedy}"
             ) from error
         self.address = str(path)
-        return map_bytes(path, self.num_bytes)
+        return map_file(path, self.num_bytes)
 
     def connect(self) -> None:
         """Map the senders' progress arrays and follow them. The names of all files go: both sides
         have mapped them by now."""
-        paths = {sender: _progress_path(self, sender) for sender in self.senders}
-        progress = {sender: np.memmap(path, np.uint64, "r") for sender, path in paths.items()}
+        paths = {trainer_rank: _progress_path(self, trainer_rank) for trainer_rank in self.senders}
+        progress = {
+            trainer_rank: np.memmap(path, np.uint64, "r") for trainer_rank, path in paths.items()
+        }
         for path in paths.values():
             path.unlink()
         if self._file is not None:
@@ -135,25 +137,26 @@ class SharedMemoryReceiver(Receiver):
 
     def _follow(self, progress: dict[int, np.ndarray]) -> None:
         """Check each sender's rows as they are written."""
-        followers = [_Follower(sender, array, self.arrivals) for sender, array in progress.items()]
+        senders = [_SenderProgress(*item, self.received_chunks) for item in progress.items()]
         try:
             while not self.is_closing:
-                # sum, not any, which would stop at the first: every follower must have its turn.
-                if not sum(follower.follow() for follower in followers):
-                    under_way = any(follower.is_under_way for follower in followers)
+                # sum, not any, which would stop at the first: every sender must have its turn.
+                if not sum(sender.check() for sender in senders):
+                    under_way = any(sender.is_under_way for sender in senders)
                     time.sleep(FOLLOW_SECONDS if under_way else POLL_SECONDS)
         except Exception as error:  # noqa: BLE001 - raised by the push that waits
-            self.arrivals.fail(error)
+            self.received_chunks.fail(error)
 
 
-class _Follower:
-    """The receiver's state of one sender's push."""
+class _SenderProgress:
+    """What the receiver has seen of one sender's push."""
 
-    def __init__(self, sender: int, progress: np.ndarray, arrivals: Arrivals):
-        self.sender, self.progress, self.arrivals = sender, progress, arrivals
-        deliveries = arrivals.deliveries[sender]
-        self.row_bytes = [delivery.row_bytes(arrivals.table) for delivery in deliveries]
-        self.ends = list(accumulate(delivery.num_bytes(arrivals.table) for delivery in deliveries))
+    def __init__(self, trainer_rank: int, progress: np.ndarray, received_chunks: ReceivedChunks):
+        self.trainer_rank, self.progress = trainer_rank, progress
+        self.received_chunks = received_chunks
+        chunks = received_chunks.chunks[trainer_rank]
+        self.row_bytes = [chunk.row_bytes(received_chunks.table) for chunk in chunks]
+        self.ends = list(accumulate(chunk.num_bytes(received_chunks.table) for chunk in chunks))
         self.starts = [0, *self.ends[:-1]]
         self.push = self.index = self.seen = 0
 
@@ -161,7 +164,7 @@ class _Follower:
     def is_under_way(self) -> bool:
         return bool(self.seen) and self.index < len(self.ends)
 
-    def follow(self) -> bool:
+    def check(self) -> bool:
         """Check the rows written since the last call; return whether there were any."""
         push, done = int(self.progress[PUSH_AT]), int(self.progress[WRITTEN_AT])
         if push != self.push:
@@ -173,11 +176,11 @@ class _Follower:
         memory_fence()
         while self.index < len(self.ends) and self.ends[self.index] <= done:
             sent = int(self.progress[CHECKSUMS_AT + self.index])
-            self.arrivals.delivery_arrived(self.sender, push, self.index, sent)
+            self.received_chunks.chunk_received(self.trainer_rank, push, self.index, sent)
             self.index += 1
         if self.index < len(self.ends) and done > self.starts[self.index]:
             row = (done - self.starts[self.index]) // self.row_bytes[self.index]
-            self.arrivals.rows_arrived(self.sender, push, self.index, row)
+            self.received_chunks.rows_received(self.trainer_rank, push, self.index, row)
         self.seen = done
         return True
 
@@ -186,32 +189,32 @@ class SharedMemorySender(Sender):
     """Copies slices to their places in the receiver's memory."""
 
     _progress: np.ndarray | None = None
-    _file: NamedMemory | None = None
+    _file: SharedMemoryFile | None = None
 
-    def plan(self, deliveries: Sequence[Delivery]) -> None:
+    def plan(self, chunks: Sequence[TensorChunk]) -> None:
         """Map the engine's buffers and make the file in which progress is shown."""
-        path = _progress_path(self, self.sender)
-        self._file = NamedMemory(path, 8 * (CHECKSUMS_AT + len(deliveries)))
+        path = _progress_path(self, self.trainer_rank)
+        self._file = SharedMemoryFile(path, 8 * (CHECKSUMS_AT + len(chunks)))
         self._progress = np.memmap(path, np.uint64, "r+")
         self._memory = self.map_memory()
         self._views: dict[int, list[torch.Tensor]] = {}
-        super().plan(deliveries)
+        super().plan(chunks)
 
     def map_memory(self) -> torch.Tensor:
         """Return the receiver's memory, mapped into this process."""
-        return map_bytes(Path(self.receiver.address), self.table.num_buffers * self.table.num_bytes)
+        return map_file(Path(self.receiver.address), self.table.num_buffers * self.table.num_bytes)
 
     def send(self, push: int, slices: Slices) -> None:
-        """Copy the deliveries to their places. The progress array shows the receiver the rows that
-        are written, and each delivery's checksum when all of its rows are."""
+        """Copy the chunks to their places. The progress array shows the receiver the rows that
+        are written, and each chunk's checksum when all of its rows are."""
         progress = self._progress
         assert progress is not None, "plan() comes first, and close() last"
-        # In this order: `_Follower.follow` must not take the last push's count for this one's.
+        # In this order: `_SenderProgress.check` must not take the count of the last push for this.
         progress[WRITTEN_AT] = 0
         progress[PUSH_AT] = push
         targets, done = self._targets(push), 0
-        for index, delivery in enumerate(self.deliveries):
-            row_bytes = delivery.row_bytes(self.table)
+        for index, chunk in enumerate(self.chunks):
+            row_bytes = chunk.row_bytes(self.table)
 
             def report_rows(row: int, start: int = done, row_bytes: int = row_bytes) -> None:
                 memory_fence()
@@ -221,14 +224,14 @@ class SharedMemorySender(Sender):
                 targets[index], slices[index], report_rows
             )
             memory_fence()
-            progress[WRITTEN_AT] = done = done + delivery.num_bytes(self.table)
+            progress[WRITTEN_AT] = done = done + chunk.num_bytes(self.table)
 
     def _targets(self, push: int) -> list[torch.Tensor]:
-        """Return the views that the deliveries of this push fill."""
+        """Return the views that the chunks of this push fill."""
         index = push % self.table.num_buffers
         if index not in self._views:
             buffer, slots = self.table.buffer(self._memory, push), self.table.slots
-            self._views[index] = [slot_view(buffer, slots[d.slot], d) for d in self.deliveries]
+            self._views[index] = [slot_view(buffer, slots[d.slot], d) for d in self.chunks]
         return self._views[index]
 
     def close(self) -> None:
@@ -238,8 +241,8 @@ class SharedMemorySender(Sender):
             self._file.close()
 
 
-def _progress_path(end: Receiver | Sender, sender: int) -> Path:
-    return FOLDER / f"{_file_name(end.rendezvous.engine, end.rank)}_from_{sender}"
+def _progress_path(end: Receiver | Sender, trainer_rank: int) -> Path:
+    return FOLDER / f"{_file_name(end.rendezvous.engine, end.engine_rank)}_from_{trainer_rank}"
 
 
 def _file_name(engine: str, rank: int) -> str:
@@ -263,7 +266,7 @@ class DeviceReceiver(SharedMemoryReceiver):
                 "engine's GPU for weights in transit; lower rollout.gpu_memory, give each engine "
                 "more GPUs, or set push.transport: shm"
             ) from error
-        self.address = share_memory(memory)
+        self.address = export_ipc_handle(memory)
         return memory
 
 
@@ -276,17 +279,17 @@ class DeviceSender(SharedMemorySender):
         Raises:
             ValueError: this process does not see the receiver's GPU.
         """
-        return mapped_memory(self.receiver.address)
+        return open_ipc_handle(self.receiver.address)
 
 
-def share_memory(memory: torch.Tensor) -> str:
+def export_ipc_handle(memory: torch.Tensor) -> str:
     """Return the address of a tensor on a GPU, with which other processes map its storage."""
     device, *handle = memory.untyped_storage()._share_cuda_()
     # By its UUID, since processes number GPUs differently.
     return base64.b64encode(msgspec.msgpack.encode((gpu_uuid(device), handle))).decode()
 
 
-def mapped_memory(address: str) -> torch.Tensor:
+def open_ipc_handle(address: str) -> torch.Tensor:
     """Return the storage that another process shares, uint8; it is mapped until the tensor is
     deleted.
 

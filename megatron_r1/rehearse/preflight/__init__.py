@@ -5,5 +5,5 @@
 - `links`: the collectives of the parallel axes, and the links between nodes.
 - `facts`: the measurements, as ranks send them to rank 0.
 - `rank_progress`: names the rank that the others wait for.
-- `findings`: compares the ranks with each other and with the planner.
+- `checks`: compares the ranks with each other and with the planner.
 - `report`: the table, and the files of the result."""

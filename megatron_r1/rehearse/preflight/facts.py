@@ -8,8 +8,9 @@ import msgspec
 
 
 @dataclass(frozen=True)
-class Place:
-    """A rank and its node; it `leads` where it is its node's first rank, which checks the node."""
+class RankPlacement:
+    """A rank and its node; it `is_node_leader` where it is its node's first rank, which checks the
+    node."""
 
     rank: int
     world_size: int
@@ -18,8 +19,8 @@ class Place:
     host: str
 
     @classmethod
-    def here(cls) -> "Place":
-        """Return this process's place, from torchrun's environment variables."""
+    def from_environment(cls) -> "RankPlacement":
+        """Return that of this process, from torchrun's environment variables."""
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_RANK", rank))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -36,7 +37,7 @@ class Place:
         return -(-self.world_size // self.local_world_size)
 
     @property
-    def leads(self) -> bool:
+    def is_node_leader(self) -> bool:
         """Whether this is the first rank of its node."""
         return self.local_rank == 0
 
@@ -45,6 +46,8 @@ class Memory(msgspec.Struct):
     """Bytes of a device or a host before the run.
 
     Attributes:
+        total: all bytes.
+        free: bytes that nothing holds.
         holders: the largest other processes."""
 
     total: int
@@ -85,6 +88,8 @@ class NodeFacts(msgspec.Struct):
     """The measurements of a node's first rank.
 
     Attributes:
+        versions: what must be equal on all nodes, by name.
+        memory: the host's.
         ports: setting → why its port cannot be bound.
         unreachable: why rank 0's node cannot be connected to, or "".
         clock_offset: seconds that this node's clock is ahead of rank 0's.
@@ -100,10 +105,14 @@ class NodeFacts(msgspec.Struct):
     sandbox: str
 
 
-class Facts(msgspec.Struct):
+class RankFacts(msgspec.Struct):
     """The measurements of a rank.
 
     Attributes:
+        rank: the rank.
+        node_index: the number of its node.
+        host: the name of its host.
+        device: the name of its GPU, or "cpu".
         memory: the memory of the rank's GPU; None without a GPU.
         products: FLOP/s of matrix products.
         links: parallel axis → the rate of the rank's group on that axis.

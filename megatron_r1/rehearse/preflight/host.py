@@ -28,7 +28,7 @@ from megatron_r1.base.files import fsync
 from megatron_r1.config import Config
 from megatron_r1.evaluation.identity import versions as package_versions
 from megatron_r1.models import platform
-from megatron_r1.rehearse.preflight.facts import Folder, Memory, Place
+from megatron_r1.rehearse.preflight.facts import Folder, Memory, RankPlacement
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.reporting.run_folder import LOCK, FolderLock, is_locked
 
@@ -101,7 +101,7 @@ def _gpu_holders(gpu: int) -> list[str]:
     return []
 
 
-def taken_ports(config: Config, place: Place) -> dict[str, str]:
+def unavailable_ports(config: Config, placement: RankPlacement) -> dict[str, str]:
     """Return why ports that the recipe fixes cannot be bound, by setting; on the controller's
     node, elsewhere {}."""
     settings = {
@@ -109,7 +109,7 @@ def taken_ports(config: Config, place: Place) -> dict[str, str]:
         "rollout.hosts_port": config.rollout.hosts_port,
     }
     faults = {}
-    for key, port in settings.items() if place.node == 0 else ():
+    for key, port in settings.items() if placement.node == 0 else ():
         if port:
             try:
                 socket.create_server(("", port)).close()
@@ -118,7 +118,7 @@ def taken_ports(config: Config, place: Place) -> dict[str, str]:
     return faults
 
 
-def sandbox_fault() -> str:
+def sandbox_problem() -> str:
     """Return why programs cannot be graded on this node, or ""."""
     try:
         require_sandbox("python")
@@ -196,40 +196,49 @@ seconds."""
 NAME = ".preflight"
 
 
-def check_folder(folder: Path, place: Place, progress: RankProgress) -> Folder:
+def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress) -> Folder:
     """Return what this node finds in `folder`, and leave the folder as it was before. Every rank
     calls this; the first rank of each node writes, and the second rank of a single node tries the
     lock.
 
     Node 0 makes a folder within `folder` and holds the lock of that folder. Each node writes a
-    file, then reads the file of the next node, which is not in its own cache."""
+    file, then reads the file of the next node, which is not in its own cache.
+
+    Args:
+        folder: the run's folder.
+        placement: this rank and its node.
+        progress: the steps of all ranks."""
     work, found = folder / NAME, Folder()
     existed, lock = folder.exists(), None
     with _faults(found):
-        if place.rank == 0:
+        if placement.rank == 0:
             work.mkdir(parents=True, exist_ok=True)
             token = secrets.token_hex(8)
             (work / "token").write_text(token)
             fsync(work)
             progress.store.set("token", token)
             lock = FolderLock(work / LOCK)
-    progress.meet("folder made")
-    tries_lock = place.rank == 1 if place.num_nodes == 1 else place.leads and place.node > 0
+    progress.barrier("folder made")
+    tries_lock = (
+        placement.rank == 1
+        if placement.num_nodes == 1
+        else placement.is_node_leader and placement.node > 0
+    )
     with _faults(found):
-        if place.leads or tries_lock:
+        if placement.is_node_leader or tries_lock:
             found.shared = _has_token(work, progress)
         if found.shared:
             found.excluded = is_locked(work) if tries_lock else None
-            if place.leads:
-                _measure_writing(work / str(place.node), found)
+            if placement.is_node_leader:
+                _measure_writing(work / str(placement.node), found)
                 found.free = shutil.disk_usage(work).free
-    progress.meet("folder written")
-    other = work / str((place.node + 1) % place.num_nodes)
+    progress.barrier("folder written")
+    other = work / str((placement.node + 1) % placement.num_nodes)
     with _faults(found):
-        if place.leads and found.shared and other.exists():
+        if placement.is_node_leader and found.shared and other.exists():
             found.read = _reading_rate(other)
-    progress.meet("folder read")
-    if place.rank == 0:
+    progress.barrier("folder read")
+    if placement.rank == 0:
         if lock is not None:
             lock.release()
         shutil.rmtree(work, ignore_errors=True)

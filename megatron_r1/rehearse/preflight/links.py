@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.models import platform
-from megatron_r1.rehearse.preflight.facts import LinkRate, Place
+from megatron_r1.rehearse.preflight.facts import LinkRate, RankPlacement
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ GLOO_TIMEOUT = timedelta(hours=1)
 """`progress` ends what hangs."""
 
 
-def axis_link(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None:
+def measure_axis(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None:
     """Return the rate of this rank's group of an axis; None where it has one rank."""
     field, operation = AXES[axis]
     group = getattr(groups, field)
@@ -61,13 +61,13 @@ def axis_link(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None:
     return LinkRate(operation, dist.get_process_group_ranks(group), rate)
 
 
-def pair_rates(place: Place) -> list[float]:
+def pair_rates(placement: RankPlacement) -> list[float]:
     """Return the rates at which this rank and the rank of the same number on each neighboring node
     send to each other: a node whose adapter is slow is slow to both neighbors."""
     rates = []
-    for node in neighbors(place.node, place.num_nodes):
+    for node in neighbors(placement.node, placement.num_nodes):
         if node is not None:
-            partner = node * place.local_world_size + place.local_rank
+            partner = node * placement.local_world_size + placement.local_rank
             buffer = _buffer()
             exchange = partial(
                 _send_and_receive, buffer, partner, torch.empty_like(buffer), partner
@@ -77,22 +77,28 @@ def pair_rates(place: Place) -> list[float]:
     return rates
 
 
-def gloo_rates(place: Place, progress: RankProgress) -> list[float]:
+def gloo_rates(placement: RankPlacement, progress: RankProgress) -> list[float]:
     """Return the rates at which this rank and the rank of the same number on each neighboring node
     send to each other over gloo, through host memory; on a single node, the rates between
     neighboring ranks.
 
     All ranks begin at once, so that the ranks of a node share the node's interface. Each pair is a
     group of its own, as in a push."""
-    is_single = place.num_nodes == 1
-    own, count = (place.rank, place.world_size) if is_single else (place.node, place.num_nodes)
+    is_single = placement.num_nodes == 1
+    own, count = (
+        (placement.rank, placement.world_size)
+        if is_single
+        else (placement.node, placement.num_nodes)
+    )
     rates = []
     for number, other in enumerate(neighbors(own, count)):
         exchange = None
         if other is not None:
-            partner = other if is_single else other * place.local_world_size + place.local_rank
-            exchange = _gloo_exchange(place.rank, partner, progress.store)
-        progress.meet(f"gloo, round {number}")
+            partner = (
+                other if is_single else other * placement.local_world_size + placement.local_rank
+            )
+            exchange = _gloo_exchange(placement.rank, partner, progress.store)
+        progress.barrier(f"gloo, round {number}")
         if exchange is not None:
             num_bytes = GLOO_REPEATS * NUM_BYTES[platform.device().type]
             rates.append(num_bytes / _timed(exchange, GLOO_REPEATS))

@@ -14,7 +14,13 @@ from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.models.platform import trainer_store
 from megatron_r1.rehearse.preflight import host, links
-from megatron_r1.rehearse.preflight.facts import Facts, LinkRate, Memory, NodeFacts, Place
+from megatron_r1.rehearse.preflight.facts import (
+    LinkRate,
+    Memory,
+    NodeFacts,
+    RankFacts,
+    RankPlacement,
+)
 from megatron_r1.rehearse.preflight.host import check_folder
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.rehearse.settings import PreflightConfig
@@ -31,42 +37,44 @@ MIN_PRODUCTS = 3
 PRODUCT_SIZES = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}
 
 
-def run(config: Config, settings: PreflightConfig) -> list[Facts]:
+def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
     """Run all checks; return the facts of all ranks on rank 0, elsewhere none.
 
     A rank that hangs ends the process, with its name (`rank_progress`)."""
-    place = Place.here()
+    placement = RankPlacement.from_environment()
     progress = RankProgress(
-        _connect, place.rank, place.host, place.world_size, settings.timeout_seconds
+        _connect, placement.rank, placement.host, placement.world_size, settings.timeout_seconds
     )
     progress.start()
-    progress.enter("versions and memory", START_TIMES)
+    progress.begin_step("versions and memory", START_TIMES)
     # Before this process and its neighbors hold any of it.
-    device_memory = host.device_memory(place.local_rank)
-    versions, memory = (host.versions(), host.host_memory()) if place.leads else ({}, None)
-    progress.enter("join of the process groups", START_TIMES)
+    device_memory = host.device_memory(placement.local_rank)
+    versions, memory = (
+        (host.versions(), host.host_memory()) if placement.is_node_leader else ({}, None)
+    )
+    progress.begin_step("join of the process groups", START_TIMES)
     groups = distributed.initialize(config.parallel, config.run.seed).groups
-    progress.enter("matrix products")
+    progress.begin_step("matrix products")
     products = product_rate()
     found: dict[str, LinkRate] = {}
     for axis, (_, operation) in links.AXES.items():
-        progress.enter(f"{operation} over {axis}", START_TIMES)
-        if link := links.axis_link(groups, axis):
+        progress.begin_step(f"{operation} over {axis}", START_TIMES)
+        if link := links.measure_axis(groups, axis):
             found[axis] = link
-    progress.enter("links between nodes", START_TIMES)
-    pairs = links.pair_rates(place) if place.num_nodes > 1 else []
+    progress.begin_step("links between nodes", START_TIMES)
+    pairs = links.pair_rates(placement) if placement.num_nodes > 1 else []
     gloo = []
-    if TRANSPORTS[config.push.transport].rate == "host_network" and place.world_size > 1:
-        progress.enter("links over gloo", START_TIMES)
-        gloo = links.gloo_rates(place, progress)
-    progress.enter("run folder")
-    folder = check_folder(Path(config.run.folder), place, progress)
-    progress.enter("connections to rank 0, clocks, ports, sandbox")
-    node = _node(config, place, progress, versions, memory)
-    facts = Facts(
-        rank=place.rank,
-        node_index=place.node,
-        host=place.host,
+    if TRANSPORTS[config.push.transport].rate == "host_network" and placement.world_size > 1:
+        progress.begin_step("links over gloo", START_TIMES)
+        gloo = links.gloo_rates(placement, progress)
+    progress.begin_step("run folder")
+    folder = check_folder(Path(config.run.folder), placement, progress)
+    progress.begin_step("connections to rank 0, clocks, ports, sandbox")
+    node = _node(config, placement, progress, versions, memory)
+    facts = RankFacts(
+        rank=placement.rank,
+        node_index=placement.node,
+        host=placement.host,
         device=platform.device().type,
         memory=device_memory,
         products=products,
@@ -77,7 +85,7 @@ def run(config: Config, settings: PreflightConfig) -> list[Facts]:
         seconds=progress.seconds,
         gloo=gloo,
     )
-    everyone = _gather(facts, place, progress)
+    everyone = _gather(facts, placement, progress)
     distributed.leave_process_groups()
     progress.close()
     return everyone
@@ -110,20 +118,20 @@ def _connect() -> dist.Store:
 
 def _node(
     config: Config,
-    place: Place,
+    placement: RankPlacement,
     progress: RankProgress,
     versions: dict[str, str],
     memory: Memory | None,
 ) -> NodeFacts | None:
     """Return what the first rank of a node finds; None on others."""
     found, clock = None, None
-    if place.rank == 0:
-        clock = host.ClockServer(place.num_nodes)
+    if placement.rank == 0:
+        clock = host.ClockServer(placement.num_nodes)
         progress.store.set("clock", str(clock.port))
     if memory is not None:
         port = int(progress.store.get("clock"))
         offset, unreachable = host.clock_offset(os.environ["MASTER_ADDR"], port)
-        ports, sandbox = host.taken_ports(config, place), host.sandbox_fault()
+        ports, sandbox = host.unavailable_ports(config, placement), host.sandbox_problem()
         found = NodeFacts(
             versions=versions,
             memory=memory,
@@ -133,21 +141,23 @@ def _node(
             lookup_seconds=host.lookup_seconds(os.environ["MASTER_ADDR"]),
             sandbox=sandbox,
         )
-    progress.meet("clocks read")
+    progress.barrier("clocks read")
     if clock is not None:
         clock.close()
     return found
 
 
-def _gather(facts: Facts, place: Place, progress: RankProgress) -> list[Facts]:
+def _gather(facts: RankFacts, placement: RankPlacement, progress: RankProgress) -> list[RankFacts]:
     """Return the facts of all ranks on rank 0, elsewhere none."""
-    progress.enter("results")
-    progress.store.set(f"facts/{place.rank}", msgspec.json.encode(facts).decode())
+    progress.begin_step("results")
+    progress.store.set(f"facts/{placement.rank}", msgspec.json.encode(facts).decode())
     everyone = []
-    if place.rank == 0:
-        for rank in range(place.world_size):
+    if placement.rank == 0:
+        for rank in range(placement.world_size):
             # Waits for the rank.
             content = progress.store.get(f"facts/{rank}")
-            everyone.append(msgspec.json.decode(content, type=Facts))
-    progress.meet("results read")  # until then rank 0 may need the store, and a rank's connection
+            everyone.append(msgspec.json.decode(content, type=RankFacts))
+    progress.barrier(
+        "results read"
+    )  # until then rank 0 may need the store, and a rank's connection
     return everyone

@@ -66,7 +66,7 @@ class RankProgress:
         """Watch from now on."""
         self._thread.start()
 
-    def enter(self, name: str, times_limit: float = 1.0) -> None:
+    def begin_step(self, name: str, times_limit: float = 1.0) -> None:
         """Begin a step; every rank enters the same steps.
 
         Args:
@@ -77,8 +77,8 @@ class RankProgress:
         self._since = time.monotonic()
         self.store.set(f"step/{self._rank}", f"{self._number}\t{self._host}\t{name}")
 
-    def meet(self, name: str) -> None:
-        """Wait until every rank has called `meet` with this name. Each name is used once."""
+    def barrier(self, name: str) -> None:
+        """Wait until every rank has called `barrier` with this name. Each name is used once."""
         if self.store.add(f"met/{name}", 1) == self._world_size:
             self.store.set(f"go/{name}", "")
         self.store.wait([f"go/{name}"])

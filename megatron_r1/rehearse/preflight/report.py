@@ -13,21 +13,21 @@ from rich.table import Table
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.config.hardware import Assumptions, Hardware, fraction_inside
-from megatron_r1.rehearse.preflight.facts import Facts
-from megatron_r1.rehearse.preflight.findings import (
-    CheckFinding,
+from megatron_r1.config.hardware import Assumptions, Hardware, intra_node_fraction
+from megatron_r1.rehearse.preflight.checks import (
+    CheckResult,
     group_rates,
     hardware_of,
     node_rates,
 )
+from megatron_r1.rehearse.preflight.facts import RankFacts
 from megatron_r1.rehearse.preflight.links import AXES
 from megatron_r1.rehearse.settings import PreflightConfig
 
 WORDS = {"ok": "", "note": "out of line", "block": "blocks"}
 
 
-def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, object]:
+def measured_rates(hardware: Hardware, facts: Sequence[RankFacts]) -> dict[str, object]:
     """Return {name: value} for `megatron-r1 plan --calibrate`: link rates within a node (`nvlink`)
     and between nodes (`network`), such that rate x the planner's `link_efficiency` is the rate
     measured on the slowest axis; and the slowest node's rate over gloo (`host_network`), as
@@ -38,7 +38,7 @@ def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, obje
     for axis in AXES:
         if groups := group_rates(facts, axis):
             span = max(max(ranks) - min(ranks) + 1 for ranks in groups)
-            fraction = fraction_inside(gpus, span)
+            fraction = intra_node_fraction(gpus, span)
             rate = median_high(groups.values()) / efficiency
             (inside if fraction == 1 else across).append(rate * (1 - fraction) or rate)
     across += [rate / efficiency for rate in node_rates(facts, "pairs").values()]
@@ -53,7 +53,10 @@ def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, obje
 
 
 def write_report(
-    title: str, settings: PreflightConfig, facts: Sequence[Facts], findings: Sequence[CheckFinding]
+    title: str,
+    settings: PreflightConfig,
+    facts: Sequence[RankFacts],
+    results: Sequence[CheckResult],
 ) -> None:
     """Print the table and write the files that the settings name.
 
@@ -61,25 +64,25 @@ def write_report(
         title: the recipe's name.
         settings: the section `preflight`.
         facts: what each rank has measured, by rank.
-        findings: the results of the checks.
+        results: the results of the checks.
 
     Raises:
         UserError: the parent of a file to write is not a folder.
         RunError: a finding blocks the run."""
     table = Table("check", "measured", "expected", "", title=f"preflight of {title}")
-    for finding in findings:
-        table.add_row(finding.check, finding.measured, finding.expected, WORDS[finding.level])
+    for result in results:
+        table.add_row(result.check, result.measured, result.expected, WORDS[result.level])
     console = Console(width=140, highlight=False)
     console.print(table)
-    for finding in findings:
-        if finding.problem:
-            console.print(f"{finding.check}: {finding.problem}", soft_wrap=True, markup=False)
+    for result in results:
+        if result.problem:
+            console.print(f"{result.check}: {result.problem}", soft_wrap=True, markup=False)
     seconds = facts[0].seconds
     print(f"{sum(seconds.values()):.0f} s, the longest: {max(seconds, key=lambda s: seconds[s])}")
     if settings.output:
         content = {
             "recipe": title,
-            "findings": [asdict(finding) for finding in findings],
+            "findings": [asdict(result) for result in results],
             "ranks": [msgspec.to_builtins(each) for each in facts],
         }
         atomic_write(settings.output, json.dumps(content, indent=1) + "\n")
@@ -91,8 +94,8 @@ def write_report(
         rates = yaml.safe_dump(measured_rates(hardware_of(settings, facts), facts), sort_keys=False)
         path = atomic_write(settings.calibration, header + rates)
         print(f"{path}: for megatron-r1 plan --calibrate")
-    if blocking := [finding for finding in findings if finding.level == "block"]:
-        hosts = list(dict.fromkeys(host for finding in blocking for host in finding.hosts))
+    if blocking := [result for result in results if result.level == "block"]:
+        hosts = list(dict.fromkeys(host for result in blocking for host in result.hosts))
         raise RunError(
             f"preflight: {', '.join(dict.fromkeys(f.check for f in blocking))} would spoil the run"
             + (f"; replace or repair {', '.join(hosts)}" if hosts else "")

@@ -21,7 +21,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config.section import flatten
-from megatron_r1.reporting.wording import finite
+from megatron_r1.reporting.wording import finite_metric
 
 STEP, EVALUATION = "step", "eval/step"
 """Metrics with the number of a line's step; a tracked run has the newest of each."""
@@ -40,11 +40,11 @@ class TrackedRun:
     project: str
     settings: Mapping[str, Any]
 
-    def recall(self, tracker: str) -> str | None:
+    def load_id(self, tracker: str) -> str | None:
         """Return the tracked run's id, which an earlier start of the run kept."""
         return self._ids().get(tracker)
 
-    def keep(self, tracker: str, identity: str) -> None:
+    def save_id(self, tracker: str, identity: str) -> None:
         """Keep the tracked run's id for the next start."""
         ids = self._ids() | {tracker: identity}
         atomic_write(self.folder / "trackers.json", json.dumps(ids) + "\n")
@@ -58,7 +58,7 @@ class Tracker(Protocol):
     """A tracked run that is open. All calls come from one thread, and may raise anything."""
 
     @property
-    def newest(self) -> Mapping[str, float]:
+    def last_tracked(self) -> Mapping[str, float]:
         """The newest step that was tracked when it was opened, of `STEP` and `EVALUATION`."""
 
     @property
@@ -109,7 +109,7 @@ class MlflowTracker:
         local = (run.folder / "mlflow").resolve().as_uri()
         place = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else local
         self._client = mlflow.MlflowClient(place)
-        identity = run.recall(MLFLOW)
+        identity = run.load_id(MLFLOW)
         if identity is None:
             experiment = self._client.get_experiment_by_name(run.project)
             number = (
@@ -119,7 +119,7 @@ class MlflowTracker:
             )
             created = self._client.create_run(number, run_name=run.folder.name)
             identity = created.info.run_id
-            run.keep(MLFLOW, identity)
+            run.save_id(MLFLOW, identity)
             values = [Param(k, str(v)[:MLFLOW_MAX_CHARS]) for k, v in flatten(run.settings).items()]
             for start in range(0, len(values), MLFLOW_MAX_PARAMETERS):
                 self._client.log_batch(
@@ -128,7 +128,7 @@ class MlflowTracker:
         self._identity = identity
         self._client.update_run(identity, status="RUNNING")
         tracked = self._client.get_run(identity).data.metrics
-        self.newest = {key: tracked[key] for key in (STEP, EVALUATION) if key in tracked}
+        self.last_tracked = {key: tracked[key] for key in (STEP, EVALUATION) if key in tracked}
 
     def send(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log a step's numbers under the names that MLflow allows."""
@@ -179,10 +179,10 @@ class WandbTracker:
         import wandb
         from wandb.errors import CommError
 
-        identity = run.recall(WANDB)
+        identity = run.load_id(WANDB)
         if identity is None:
             identity = secrets.token_hex(4)
-            run.keep(WANDB, identity)
+            run.save_id(WANDB, identity)
         options: dict[str, Any] = {
             "project": run.project,
             "name": run.folder.name,
@@ -213,7 +213,9 @@ class WandbTracker:
         self._run.define_metric("*", step_metric=STEP)
         self._run.define_metric("eval/*", step_metric=EVALUATION)
         tracked: dict[str, Any] = dict(self._run.summary)
-        self.newest = {key: float(tracked[key]) for key in (STEP, EVALUATION) if key in tracked}
+        self.last_tracked = {
+            key: float(tracked[key]) for key in (STEP, EVALUATION) if key in tracked
+        }
 
     def send(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log a step's numbers."""
@@ -247,7 +249,7 @@ class TensorBoardLog:
         values = [
             Summary.Value(tag=key, simple_value=float(value))
             for key, value in metrics.items()
-            if key != "step" and finite(metrics, key) is not None
+            if key != "step" and finite_metric(metrics, key) is not None
         ]
         self._add(Event(step=int(metrics["step"]), summary=Summary(value=values)))
         self._writer.flush()

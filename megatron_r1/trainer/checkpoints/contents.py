@@ -36,11 +36,11 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models import platform
 from megatron_r1.models.build import process_groups
 from megatron_r1.models.weights.adapters import has_adapters
-from megatron_r1.trainer.checkpoints import adapters, finding
+from megatron_r1.trainer.checkpoints import adapters, checkpoint_folders
 from megatron_r1.trainer.checkpoints.adapters import BASE, check_base
-from megatron_r1.trainer.checkpoints.finding import BadManifest, Verify
-from megatron_r1.trainer.checkpoints.staging import HostMemory, gathered_on_host
-from megatron_r1.trainer.reference import Reference
+from megatron_r1.trainer.checkpoints.checkpoint_folders import BadManifest, Verify
+from megatron_r1.trainer.checkpoints.staging import HostMemory, gather_on_host
+from megatron_r1.trainer.reference import ReferencePolicy
 
 FORMAT = "fully_reshardable"
 """Format of the distributed optimizer's state: whole moments per parameter, for any layout."""
@@ -59,14 +59,19 @@ class Network(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """Everything on this rank that has weights."""
+    """Everything on this rank that has weights.
+
+    Attributes:
+        policy: the policy.
+        reference: its reference; None: there is none.
+        critic: PPO's critic; None: there is none."""
 
     policy: Network
-    reference: Reference | None = None
+    reference: ReferencePolicy | None = None
     critic: Network | None = None
 
 
-def sharded(networks: Networks, memory: HostMemory | None = None) -> dict[str, Any]:
+def sharded_tree(networks: Networks, memory: HostMemory | None = None) -> dict[str, Any]:
     """Return the tree of this rank. Its tensors are the model's own: copy before either changes.
 
     Args:
@@ -82,7 +87,7 @@ def sharded(networks: Networks, memory: HostMemory | None = None) -> dict[str, A
         states, step = _optimizer(critic.optimizer, weights, memory, len(_parts(optimizer)))
         tree |= {"critic": weights, "critic_optimizer": states, "critic_step": step}
     if memory is not None:
-        tree |= {"layout": layout(chunks), "rng": _rng_entry(loading=False)}
+        tree |= {"layout": parallel_layout(chunks), "rng": _rng_entry(loading=False)}
         if has_adapters(chunks):
             tree[adapters.BASE] = unwrap_model(chunks[0]).base_fingerprint
     if reference is not None:
@@ -90,7 +95,7 @@ def sharded(networks: Networks, memory: HostMemory | None = None) -> dict[str, A
         for entry in (entry for entries in tree["reference"] for entry in entries.values()):
             # From where it is kept: next to engines, the GPU may have no room for a second set of
             # weights.
-            entry.data = reference.kept(entry.data)
+            entry.data = reference.stored_value(entry.data)
     return tree
 
 
@@ -110,7 +115,7 @@ def _optimizer(
     by_chunk, loading = dict(enumerate(weights)), memory is None
     states = []
     for index, part in enumerate(_parts(optimizer), first):
-        with gathered_on_host(part, index, memory), _little_to_collect():
+        with gather_on_host(part, index, memory), _little_to_collect():
             states.append(part.sharded_state_dict(by_chunk, is_loading=loading, metadata=kind))
     # Megatron keeps experts' state in an optimizer of its own in some layouts and not in others,
     # and its chained state records which. Tensors are named by their parameter; the only other
@@ -147,7 +152,7 @@ def _restore(loaded: dict[str, Any], networks: Networks) -> None:
         _load_weights(critic.chunks, loaded["critic"], CRITIC)
         _load_optimizer(critic.optimizer, loaded["critic_optimizer"], loaded["critic_step"])
     if reference is not None:
-        with reference.in_place():
+        with reference.swapped_in():
             _load_weights(policy.chunks, loaded["reference"], REFERENCE)
             reference.refresh()
 
@@ -193,7 +198,7 @@ def _load_optimizer(optimizer: Any, states: list[dict[str, Any]], step: Any) -> 
         _separate_steps(part.optimizer)
 
 
-def layout(chunks: Chunks) -> dict[str, int]:
+def parallel_layout(chunks: Chunks) -> dict[str, int]:
     """Return the sizes of the parallel axes: random streams carry over to an equal layout only."""
     groups = process_groups(chunks)
     return {
@@ -298,16 +303,18 @@ UNREADABLE = (
 """Errors of Megatron and torch for unexpected names, shapes or bytes."""
 
 
-def damage(folder: Path, verify: Verify) -> list[str]:
+def find_faults_on_all_ranks(folder: Path, verify: Verify) -> list[str]:
     """Return the faults of `folder`, one line per file, the same on every rank.
 
     Called on all ranks together; each reads its share of the bytes."""
     faults: list[str] = []
     if verify != "none":
         try:
-            entries = finding.read_manifest(folder)
-            share = finding.share_to_verify(entries, dist.get_rank(), dist.get_world_size())
-            faults = finding.manifest_damage(folder, verify, share)
+            entries = checkpoint_folders.read_manifest(folder)
+            share = checkpoint_folders.files_to_verify(
+                entries, dist.get_rank(), dist.get_world_size()
+            )
+            faults = checkpoint_folders.manifest_faults(folder, verify, share)
         except BadManifest as error:
             faults = [str(error)]
     from_all_ranks: list[Any] = [None] * dist.get_world_size()
@@ -323,8 +330,8 @@ def load(folder: Path, networks: Networks) -> bool:
     Raises:
         UserError: the folder's tensors do not fit the model; it names the folder.
     """
-    tree = sharded(networks)
-    own_layout = layout(networks.policy.chunks)
+    tree = sharded_tree(networks)
+    own_layout = parallel_layout(networks.policy.chunks)
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
         check_base(folder, common.get(BASE), networks.policy.chunks)

@@ -65,7 +65,7 @@ OPTIMIZER = "optimizer.state."
 """What the keys of the gathered state begin with (distrib_optimizer.py:1462)."""
 
 
-class Ranges:
+class AddressRanges:
     """The host memory that some tensors lie in."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -83,7 +83,7 @@ class Ranges:
         """Bytes of all ranges together."""
         return sum(self._ends) - sum(self._begins)
 
-    def parts(self, tensor: Tensor) -> Iterator[slice]:
+    def overlaps(self, tensor: Tensor) -> Iterator[slice]:
         """Yield what of `tensor`, (numel,) contiguous, lies in these ranges."""
         begin, end = _addresses(tensor)
         width, index = tensor.element_size(), bisect_right(self._ends, begin)
@@ -92,7 +92,7 @@ class Ranges:
             yield slice((first - begin) // width, (last - begin) // width)
             index += 1
 
-    def cover(self, tensor: Tensor) -> bool:
+    def contains(self, tensor: Tensor) -> bool:
         """Whether all of `tensor` lies in these ranges."""
         begin, end = _addresses(tensor)
         index = bisect_right(self._ends, begin)
@@ -109,7 +109,7 @@ def _addresses(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + width * (1 + sum((size - 1) * stride for size, stride in steps))
 
 
-Gathering = Callable[[Ranges], None]
+Gathering = Callable[[AddressRanges], None]
 """Gathers one buffer of the optimizer's state: what of it lies in the ranges."""
 
 
@@ -125,13 +125,13 @@ class HostMemory:
         self._gathered: dict[Hashable, Tensor] = {}
         self._storages: set[int] = set()
         self._planned: dict[Hashable, Gathering] = {}
-        self.filled = Ranges([])
+        self.filled = AddressRanges([])
 
     def reuse(self) -> None:
         """Mark all copies as free."""
         self._num_used = {}
 
-    def gathered(self, name: Hashable, numel: int) -> Tensor:
+    def gathered_buffer(self, name: Hashable, numel: int) -> Tensor:
         """Return the buffer called `name`, (numel,) fp32, for entries to be planned with; `gather`
         fills it. Of its pages only those that were written to take memory."""
         buffer = self._gathered.get(name)
@@ -141,7 +141,7 @@ class HostMemory:
             self._storages.add(buffer.untyped_storage().data_ptr())
         return buffer
 
-    def plan(self, name: Hashable, gathering: Gathering) -> None:
+    def plan_gather(self, name: Hashable, gathering: Gathering) -> None:
         """Have `gather` fill the buffers of one part of the optimizer.
 
         Args:
@@ -164,7 +164,7 @@ class HostMemory:
                     own.append(entry.data)
                 else:
                     assert not entry.key.startswith(OPTIMIZER), f"{entry.key} is not gathered"
-        self.filled = Ranges(own)
+        self.filled = AddressRanges(own)
         for gathering in self._planned.values():
             gathering(self.filled)
         self._planned = {}
@@ -179,7 +179,7 @@ class HostMemory:
         `platform.synchronize`."""
         tensor = tensor.detach()
         is_gathered = self._is_gathered(tensor)
-        assert not is_gathered or self.filled.cover(tensor), "written without being gathered"
+        assert not is_gathered or self.filled.contains(tensor), "written without being gathered"
         if is_gathered and tensor.is_contiguous():
             # A view with a storage of its own: torch.save writes the whole storage.
             return torch.from_numpy(tensor.numpy())
@@ -193,11 +193,16 @@ class HostMemory:
 
 
 @contextlib.contextmanager
-def gathered_on_host(part: Any, index: int, memory: HostMemory | None) -> Iterator[None]:
+def gather_on_host(part: Any, index: int, memory: HostMemory | None) -> Iterator[None]:
     """Let part `index` of the optimizer plan to gather into `memory` inside the block; without
     memory, only buffers of the right size are made.
 
-    Every data-parallel rank has entries for everything, so that they can share the writing."""
+    Every data-parallel rank has entries for everything, so that they can share the writing.
+
+    Args:
+        part: an optimizer of the chain.
+        index: its place among all that are gathered in `memory`.
+        memory: the host buffers; None: for loading."""
     part.get_parameter_state_dp_zero = partial(_gather, part, index, memory)
     try:
         yield
@@ -214,15 +219,17 @@ def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[
         if memory is None:
             wholes = {key: torch.zeros(buffer.numel, dtype=torch.float32) for key in KEYS}
         else:
-            wholes = {key: memory.gathered((index, number, key), buffer.numel) for key in KEYS}
+            wholes = {
+                key: memory.gathered_buffer((index, number, key), buffer.numel) for key in KEYS
+            }
             gathering = partial(_gather_buffer, part, buffer, shards, wholes)
-            memory.plan((index, number), gathering)
+            memory.plan_gather((index, number), gathering)
         state[number] = {dtype: wholes}
     return state
 
 
 def _gather_buffer(
-    part: Any, buffer: Any, shards: list[dict], wholes: dict[str, Tensor], wanted: Ranges
+    part: Any, buffer: Any, shards: list[dict], wholes: dict[str, Tensor], wanted: AddressRanges
 ) -> None:
     """Fill `wholes`, by key, where they are `wanted`, from all data-parallel ranks' shards."""
     for bucket, shard in zip(buffer.buckets, shards, strict=True):
@@ -231,7 +238,9 @@ def _gather_buffer(
         _gather_bucket(part, shard["param_map"], pieces, wanted)
 
 
-def _gather_bucket(part: Any, param_map: dict, pieces: dict[str, Tensor], wanted: Ranges) -> None:
+def _gather_bucket(
+    part: Any, param_map: dict, pieces: dict[str, Tensor], wanted: AddressRanges
+) -> None:
     """Fill `pieces`, host buffers of one bucket, where they are `wanted`, from all data-parallel
     ranks' shards of it."""
     size = part.data_parallel_group.size()
@@ -252,7 +261,9 @@ def _gather_bucket(part: Any, param_map: dict, pieces: dict[str, Tensor], wanted
             _all_gather(piece.view(size, -1), shard, part.data_parallel_group, wanted)
 
 
-def _all_gather(piece: Tensor, shard: Tensor, group: dist.ProcessGroup, wanted: Ranges) -> None:
+def _all_gather(
+    piece: Tensor, shard: Tensor, group: dist.ProcessGroup, wanted: AddressRanges
+) -> None:
     """Fill `piece` (ranks, elements), on the host, where it is `wanted`, with the shards
     (elements,) of all ranks of data parallelism, over which the optimizer's state is spread. By
     slices: a bucket may have 10 GiB, and engines on the same GPU leave less."""
@@ -265,9 +276,9 @@ def _all_gather(piece: Tensor, shard: Tensor, group: dist.ProcessGroup, wanted: 
             _copy_wanted(row[start : start + length], gathered, wanted)
 
 
-def _copy_wanted(host: Tensor, values: Tensor, wanted: Ranges) -> None:
+def _copy_wanted(host: Tensor, values: Tensor, wanted: AddressRanges) -> None:
     """Copy `values` (numel,) to `host` where it is `wanted`."""
-    for part in wanted.parts(host):
+    for part in wanted.overlaps(host):
         host[part].copy_(values.view(-1)[part], non_blocking=True)
 
 

@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync
 from megatron_r1.base.processes import diagnosis
-from megatron_r1.models.platform import from_rank_zero
-from megatron_r1.models.weights.writing import on_first_rank
-from megatron_r1.trainer.checkpoints import finding
-from megatron_r1.trainer.checkpoints.finding import STATE_FILE, FileEntry, unfinished_path
+from megatron_r1.models.platform import broadcast_from_rank_zero
+from megatron_r1.models.weights.writing import run_on_rank_zero
+from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, FileEntry, partial_path
 from megatron_r1.trainer.checkpoints.staging import (
     BACKEND,
     FILES_PER_RANK,
@@ -42,31 +42,23 @@ from megatron_r1.trainer.checkpoints.staging import (
     StagedFile,
     stage,
 )
+from megatron_r1.trainer.operations import CheckpointProgress
 
 
 @dataclass
 class WrittenFiles:
-    """The result of one rank: its files' checksums and Megatron's results, or the error."""
+    """The result of one rank: its files' checksums and Megatron's results, or the error.
+
+    Attributes:
+        rank: the rank.
+        entries: name → size and checksum of each file.
+        results: Megatron's results.
+        error: why the rank could not write; None: it has written."""
 
     rank: int
     entries: dict[str, FileEntry] = field(default_factory=dict)
     results: list[Any] = field(default_factory=list)
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """State of the latest save.
-
-    Attributes:
-        is_done: whether the save has ended, also by an error.
-        error: why it failed, as a sentence, the same on every rank; None where it did not.
-        seconds: the time from the call to the renaming.
-    """
-
-    is_done: bool = False
-    error: str | None = None
-    seconds: float = 0.0
 
 
 class CheckpointWriter:
@@ -87,7 +79,7 @@ class CheckpointWriter:
         self._memory = HostMemory()
         self._thread: threading.Thread | None = None
         self._group: dist.ProcessGroup | None = None
-        self._progress: Progress | None = None
+        self._progress: CheckpointProgress | None = None
 
     def save(
         self, folder: Path, make_tree: Callable[[HostMemory], dict[str, Any]], state: dict[str, Any]
@@ -103,26 +95,26 @@ class CheckpointWriter:
         Raises:
             UserError: the folder cannot be made or the previous save failed; on every rank."""
         previous = self.progress(wait=True)
-        if previous is not None and previous.error is not None:
-            raise UserError(previous.error, key="checkpoint", cause=Cause.UNREADABLE)
+        if previous is not None and previous["error"] is not None:
+            raise UserError(previous["error"], key="checkpoint", cause=Cause.UNREADABLE)
         began = time.perf_counter()
         if self._group is None:
             # All ranks, over gloo: a group of its own, because the training threads use the others.
             self._group = dist.new_group(backend="gloo", timeout=self._slowest)
-        partial = unfinished_path(folder)
-        on_first_rank(lambda: _make_empty(partial, folder), self._group)
+        partial = partial_path(folder)
+        run_on_rank_zero(lambda: _make_empty(partial, folder), self._group)
         try:
             staged = stage(make_tree(self._memory), partial, self._memory, self._data_group)
         except OSError as error:
             raise UserError(
                 _sentence(folder, str(error)), key="checkpoint", cause=Cause.UNREADABLE
             ) from error
-        self._progress = Progress()
+        self._progress = {"is_done": False, "error": None, "seconds": 0.0}
         arguments = (staged, folder, state, began)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
 
-    def progress(self, wait: bool) -> Progress | None:
+    def progress(self, wait: bool) -> CheckpointProgress | None:
         """Return the state of the latest save, None before the first.
 
         Args:
@@ -153,14 +145,15 @@ class CheckpointWriter:
             # Over all ranks: the first one finishes with the results of all, and all learn the end.
             dist.gather_object(written, from_all, dst=0, group=self._group)
             outcome = _finish(staged, folder, state, from_all) if from_all is not None else None
-            failure = from_rank_zero(outcome, self._group)
+            failure = broadcast_from_rank_zero(outcome, self._group)
         except RuntimeError as lost:  # gloo's: a rank has ended, or is late
             cause = f"the ranks lost each other while they wrote: {lost}"
             remedy = "see the logs of the others"
             if diagnosis.collective_wait(str(lost), seconds := self._slowest.total_seconds()):
                 remedy = diagnosis.timeout_remedy(seconds)
             failure = _sentence(folder, cause, remedy)
-        self._progress = Progress(True, failure, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._progress = {"is_done": True, "error": failure, "seconds": seconds}
 
 
 def _make_empty(partial: Path, folder: Path) -> None:
@@ -226,7 +219,7 @@ def _finish(
     staged: StagedCheckpoint, folder: Path, state: dict[str, Any], from_all: list[WrittenFiles]
 ) -> str | None:
     """Finish a save on rank 0: small files, manifest, rename. Returns the error, or None."""
-    partial = unfinished_path(folder)
+    partial = partial_path(folder)
     errors = [f"rank {w.rank}: {w.error}" for w in from_all if w.error is not None]
     if not errors:
         try:
@@ -238,7 +231,7 @@ def _finish(
             for path in partial.iterdir():
                 if path.name not in known:  # those are synced already
                     fsync(path)
-            finding.write_manifest(partial, known)
+            checkpoint_folders.write_manifest(partial, known)
             partial.rename(folder)
             fsync(folder.parent)
             return None

@@ -11,7 +11,7 @@ from code_answers import PATIENT, attack, fenced, needs_compiler, needs_sandbox
 from r1_grading import code
 from r1_grading.code import find_program
 from r1_grading.code.problem import parse_problem
-from r1_grading.sandbox.programs import MODULES, exported
+from r1_grading.sandbox.programs import MODULES, standard_names
 
 from megatron_r1.base.files.json_lines import read_lines
 
@@ -183,10 +183,10 @@ def test_the_harness_s_names_are_those_of_its_imports():
     exec("from builtins import *", namespace)
     for module in MODULES:
         exec(f"import {module}", namespace)
-    for name, module in exported().items():
+    for name, module in standard_names().items():
         provider = importlib.import_module(module)
         assert namespace[name] is (provider if name == module else getattr(provider, name)), name
-    missing = {name for name in namespace if not name.startswith("_")} - exported().keys()
+    missing = {name for name in namespace if not name.startswith("_")} - standard_names().keys()
     assert all(hasattr(builtins, name) for name in missing)
 
 

@@ -187,7 +187,7 @@ def leave_out_the_drafter(module):
 
         Worker.init_weight_transfer_engine = init_weight_transfer_engine
 
-    module.name_the_drafter = name_no_drafter
+    module.expose_drafter = name_no_drafter
 
 
 def keep_the_drafter(module):
@@ -250,13 +250,13 @@ def link_all_pairs(module):
 
 def split_shared_experts(module):
     """The plan splits shared experts over tensor ranks where vLLM keeps them whole."""
-    upstream = module.PredictedLayout.__init__
+    upstream = module.PredictedSharding.__init__
 
     def init(self, *arguments, **settings):
         upstream(self, *arguments, **settings)
-        self.whole_shared = False
+        self.replicates_shared_experts = False
 
-    module.PredictedLayout.__init__ = init
+    module.PredictedSharding.__init__ = init
 
 
 def train_frozen_layers(module):

@@ -5,14 +5,14 @@ import sys
 import time
 
 import msgspec
-from r1_grading.base.workers import LENGTH, frame
+from r1_grading.base.workers import LENGTH, encode_frame
 
 from megatron_r1.agents.parser_worker import ParseJob, ParseReply
 from megatron_r1.base.errors import Cause
 
 
 def send(reply):
-    sys.stdout.buffer.write(frame(reply))
+    sys.stdout.buffer.write(encode_frame(reply))
     sys.stdout.buffer.flush()
 
 

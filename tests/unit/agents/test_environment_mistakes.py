@@ -16,7 +16,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.controller.rollouts import players as of_run
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from tests.chat_tokenizer import CHATML, chat_tokenizer
 from tests.unit.agents import mistaken_environments as own
 
@@ -30,7 +30,7 @@ def line_of(text):
 
 def model(folder, template=CHATML):
     chat_tokenizer(template).save_pretrained(folder)
-    return PromptText(str(folder), "chat")
+    return PromptTokenizer(str(folder), "chat")
 
 
 def test_a_method_that_fails_is_named_with_its_line_the_row_and_the_remedy(tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_a_class_without_get_reward_is_what_a_missing_truth_names(tmp_path, monk
     path.write_text(json.dumps({"question": "kv 3", "seed": 1}))
     shown = ("Misspelt", "get_rewards", "math", "kv.jsonl:1", "'truth'", "question, seed")
     with refused("agents.environment", Cause.MISSING, *shown):
-        rows.load_rows("mistaken:Misspelt", path=path)
+        rows.load_environment_prompts("mistaken:Misspelt", path=path)
 
 
 @pytest.mark.parametrize("name", ["kv.Store", "kv.py:Store"])

@@ -179,7 +179,7 @@ def test_a_method_that_hangs_is_interrupted_and_its_environment_goes_on(monkeypa
     with ours, theirs, ours.makefile("rb") as stream:
         for method, arguments, seconds in calls:
             message = {"method": method, "arguments": arguments, "seconds": seconds}
-            ours.sendall(environment_server.frame(message))
+            ours.sendall(environment_server.encode_frame(message))
         ours.shutdown(socket.SHUT_WR)
         try:
             environment_server._Episode(own.Counter, {}, theirs).serve()
@@ -324,7 +324,7 @@ def test_the_types_of_a_tool_are_read_once(monkeypatch):
     for name in ("add", "sum"):
         for _ in range(3):
             tool = getattr(Fresh(), name)
-            assert environment.converted_arguments(tool, {"number": "3"}) == {"number": 3}
+            assert environment.convert_arguments(tool, {"number": "3"}) == {"number": 3}
     assert built == [int, int | None]
 
 

@@ -11,7 +11,7 @@ from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.parsing import (
     AnswerReader,
     HermesParser,
-    Parsed,
+    ParsedAnswer,
     ParseJob,
     ParserPool,
     find_parser,
@@ -33,7 +33,7 @@ def test_a_parser_that_hangs_dies_or_raises_costs_its_turn_only(monkeypatch):
 
             first = await parse("a")
             assert (first.reasoning, first.content[0]) == ("thought", "a")
-            assert (await parse("raise")) == Parsed(None, "raise", [], "ValueError: text")
+            assert (await parse("raise")) == ParsedAnswer(None, "raise", [], "ValueError: text")
             assert (await parse("a")) == first, "the worker lives on"
             for text, seconds in (("die", 1e5), ("hang", 0.5)):
                 parsers._timeout_seconds = seconds
@@ -55,7 +55,7 @@ def test_a_parser_that_hangs_dies_or_raises_costs_its_turn_only(monkeypatch):
 def test_without_parsers_a_turn_is_all_content_and_needs_no_process():
     async def run():
         async with ParserPool("", None, None) as parsers:
-            assert await parsers.parse(ParseJob("<tool_call>", [1], [2], [TOOL])) == Parsed(
+            assert await parsers.parse(ParseJob("<tool_call>", [1], [2], [TOOL])) == ParsedAnswer(
                 None, "<tool_call>"
             )
 
@@ -118,7 +118,7 @@ def test_vllms_parsers(tmp_path):
 def test_calls_of_vllms_parsers_without_an_object_are_content():
     class Parser(HermesParser):
         async def parse(self, job):
-            return Parsed("thought", "", [tool_call("f", job.text)])
+            return ParsedAnswer("thought", "", [tool_call("f", job.text)])
 
     reader = AnswerReader(Parser(), Continuation(chat_tokenizer()))
     for arguments in ('"x"', "[1]", "3", "null", "no JSON"):

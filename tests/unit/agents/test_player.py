@@ -13,15 +13,14 @@ from megatron_r1.agents.environment import describe, environment_target, find_en
 from megatron_r1.agents.environment_pool import Environments
 from megatron_r1.agents.parsing import parse_hermes
 from megatron_r1.agents.player import EpisodePlayer
-from megatron_r1.agents.rows import load_rows
+from megatron_r1.agents.rows import load_environment_prompts
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
 from megatron_r1.controller.rollouts.metrics import rollout_metrics, sample_records
-from megatron_r1.controller.rollouts.response_grader import ResponseGrader
-from megatron_r1.controller.rollouts.rollout import Group, Rollout, check_grades
+from megatron_r1.controller.rollouts.rollout import Group, ResponseGrader, Rollout, check_grades
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.responses import EngineError, Response
 from tests.chat_tokenizer import chat_tokenizer
 
@@ -34,7 +33,7 @@ ROW = make_prompt("?", "environment", 3, {})
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     chat_tokenizer().save_pretrained(folder)
-    return PromptText(str(folder), "chat")
+    return PromptTokenizer(str(folder), "chat")
 
 
 def call(name, **arguments):
@@ -165,12 +164,12 @@ def test_rows_that_differ_in_their_fields_only_are_different_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"question": "Solve the maze.", "seed": seed} for seed in range(100)]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
-    split = load_rows(COUNTER, path=path, heldout_fraction=0.3)
+    split = load_environment_prompts(COUNTER, path=path, heldout_fraction=0.3)
     assert len({p.id for p in split.train + split.heldout}) == 100
     assert 10 < len(split.heldout) < 55
     other = tmp_path / "heldout.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in rows[:60]))
-    again = load_rows(COUNTER, path=path, heldout_path=other)
+    again = load_environment_prompts(COUNTER, path=path, heldout_path=other)
     assert (len(again.train), len(again.heldout)) == (40, 60)
 
 

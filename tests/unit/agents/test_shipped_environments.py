@@ -9,7 +9,7 @@ from r1_grading.sandbox.host import SandboxUnavailable
 from r1_grading.sandbox.programs import require_sandbox
 
 from megatron_r1.agents.environment import SHIPPED, describe, find_environment, row_arguments
-from megatron_r1.agents.rows import load_rows
+from megatron_r1.agents.rows import load_environment_prompts
 from megatron_r1.agents.shipped_environments import Calculator, Gym, Lookup, Python, Retrieval
 
 LONG = 10_000.0
@@ -57,7 +57,7 @@ def test_lookup_has_the_same_table_for_a_row_and_another_for_the_next():
 
 
 def test_gym_lets_a_wrong_answer_be_mended_for_half_of_the_reward():
-    rows = load_rows(
+    rows = load_environment_prompts(
         "gym", path=None, task="chain_sum", num_train=20, num_heldout=5, heldout_fraction=0.2
     )
     assert {prompt.kind for prompt in rows.train + rows.heldout} == {"environment"}

@@ -6,11 +6,11 @@ from array import array
 import pytest
 from fakes.agent_sessions import MARK, ROW, TOOLS, Session, play
 
-from megatron_r1.agents.continuation import Continuation, Unrenderable
+from megatron_r1.agents.continuation import Continuation, RenderError
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engines.server.episodes import Episode
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.sampling_mask import decoded
+from megatron_r1.models.sampling_mask import decode_mask
 from tests.chat_tokenizer import CHATML, LAST_THOUGHT, QWEN3, chat_tokenizer
 
 TEMPLATES = {"chatml": CHATML, "qwen3": QWEN3, "last_thought": LAST_THOUGHT}
@@ -48,7 +48,7 @@ def check(session):
             == len(ids)
         )
         assert len(branch.routing) == ROW * (len(ids) - 1)
-        counts, kept = decoded(branch.sampling_mask, len(ids))
+        counts, kept = decode_mask(branch.sampling_mask, len(ids))
         assert [*branch.is_sampled] == (counts > 0).tolist() and set(counts) <= {0, 2}
         sets = iter(kept.reshape(-1, 2).tolist())
         for at, flag in enumerate(branch.is_sampled):
@@ -155,7 +155,7 @@ def test_a_template_that_refuses_a_role_says_so():
     )
     continuation = Continuation(chat_tokenizer(refusing))
     assert continuation.probe(TOOLS)["a result after a call"] == "refused"
-    with pytest.raises(Unrenderable, match="no tools"):  # as the template says
+    with pytest.raises(RenderError, match="no tools"):  # as the template says
         continuation.render([{"role": "tool", "content": "1"}])
 
 
@@ -183,7 +183,7 @@ def test_half_a_surrogate_pair_is_rendered():
 
 def test_a_response_without_a_log_probability_is_refused():
     tree = TokenTree()
-    given = tree.add_given(None, [1, 2], [])
+    given = tree.add_prompt(None, [1, 2], [])
     with pytest.raises(ValueError, match="2"):
         tree.add_sampled(
             given, Response(array("i", [3, 4]), array("f", [-1]), array("i", [0, 0]), "stop"), {}

@@ -12,7 +12,7 @@ from refusals import refused
 from megatron_r1.agents import verifiers
 from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.agents.harness import HarnessPlayer
-from megatron_r1.agents.rows import rows_of
+from megatron_r1.agents.rows import load_run_prompts
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig, VerifiersConfig
 from megatron_r1.data.prompts import Prompt
@@ -115,7 +115,9 @@ def test_a_server_that_is_killed_is_noticed(tmp_path, monkeypatch):
 
 
 def test_tasks_are_the_questions():
-    rows = rows_of(AgentsConfig(verifiers=settings()), path=None, task=None, heldout_fraction=0.0)
+    rows = load_run_prompts(
+        AgentsConfig(verifiers=settings()), path=None, task=None, heldout_fraction=0.0
+    )
     assert len(rows.train) == 4
     row = rows.train[0]
     assert row.fields["task"] == {"prompt": row.question, "does": "well"}

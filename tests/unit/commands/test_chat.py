@@ -16,7 +16,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands import chat, cli, sample
 from megatron_r1.commands.trained_model import find_exported, trained_recipe
 from megatron_r1.config import parse
-from megatron_r1.trainer.checkpoints.finding import STATE_FILE
+from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE
 
 LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"
 

@@ -210,7 +210,7 @@ def test_quantized_weights_are_compared_as_plain_ones(folder, tmp_path):
     plain = tmp_path / "plain"
     with HFWeights(folder, read_hf_config(folder)) as weights:
         weights.check(with_mtp=True)
-        by_transformers.write_plain(weights, plain)
+        by_transformers.write_dequantized(weights, plain)
     every = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[:rows, :columns]
     copied = load_file(plain / WEIGHTS)
     assert copied.keys() == tensors.keys()
@@ -252,8 +252,8 @@ def test_the_exit_status_is_0_only_if_all_agree(
 
     found_before = ReferenceResult(15, 512, True, [[1, 2, 3]], [[-1.0, -2.0]], 0.0)
     monkeypatch.setattr(check_model, "_reference", lambda *_: found_before)
-    monkeypatch.setattr(check_model, "by_megatron", lambda *_: answer(megatron))
-    monkeypatch.setattr(check_model, "by_vllm", lambda *_: answer(vllm))
+    monkeypatch.setattr(check_model, "compare_with_megatron", lambda *_: answer(megatron))
+    monkeypatch.setattr(check_model, "compare_with_vllm", lambda *_: answer(vllm))
     found, output = checked(capsys, folder, "--json", tmp_path / "found.json")
     assert found == status and all(line in output for line in lines), output
     written = json.loads((tmp_path / "found.json").read_text())
@@ -268,8 +268,8 @@ def test_without_a_tokenizer_token_ids_decide(folder, capsys, monkeypatch, tmp_p
 
     found = ReferenceResult(15, None, False, [[1, 2, 3]], [[-1.0, -2.0]], 0.0)
     monkeypatch.setattr(check_model, "_reference", lambda *_: found)
-    monkeypatch.setattr(check_model, "by_megatron", lambda *_: agrees())
-    monkeypatch.setattr(check_model, "by_vllm", lambda *_: agrees())
+    monkeypatch.setattr(check_model, "compare_with_megatron", lambda *_: agrees())
+    monkeypatch.setattr(check_model, "compare_with_vllm", lambda *_: agrees())
     status, output = checked(capsys, folder, "--json", tmp_path / "found.json")
     assert status == 0, output
     written = json.loads((tmp_path / "found.json").read_text())
@@ -287,7 +287,7 @@ def test_a_file_that_is_cut_off_is_named_before_anything_starts(folder, capsys):
 def test_without_vllm_the_engine_is_reported_as_not_run(folder, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
     none = ReferenceResult(15, None, False, [], [], 0.0)
-    answer = asyncio.run(verb.by_vllm(tmp_path, None, none, tmp_path))
+    answer = asyncio.run(verb.compare_with_vllm(tmp_path, None, none, tmp_path))
     assert str(answer).startswith("NOT RUN: ")
 
 
@@ -311,10 +311,10 @@ def test_why_an_engine_failed_is_read_from_its_log(folder, tmp_path, monkeypatch
     monkeypatch.setattr(verb, "RolloutFleet", FailingFleet)
     none, config = ReferenceResult(15, None, False, [], [], 0.0), configuration.from_overrides({})
     rewritten(folder / "config.json", head_dim=32)
-    answer = str(asyncio.run(verb.by_vllm(folder, config, none, tmp_path)))
+    answer = str(asyncio.run(verb.compare_with_vllm(folder, config, none, tmp_path)))
     assert answer.startswith("FAILED: status 500") and "ValueError: head size 40" in answer
     rewritten(folder / "config.json", head_dim=40)
-    answer = str(asyncio.run(verb.by_vllm(folder, config, none, tmp_path)))
+    answer = str(asyncio.run(verb.compare_with_vllm(folder, config, none, tmp_path)))
     assert "head_dim=40" in answer and str(tmp_path) not in answer
 
 

@@ -8,15 +8,15 @@ import pytest
 from megatron_r1.commands import sampling_run
 from megatron_r1.config import Config, ParallelConfig, dump
 from megatron_r1.evaluation.model_folder import find_model
-from megatron_r1.trainer.checkpoints import finding
-from megatron_r1.trainer.operations import FolderOperations
+from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.operations import CheckpointOperations
 
 
 def checkpoint(folder, step, content):
     made = folder / f"checkpoints/step_{step:08d}"
     made.mkdir(parents=True)
     (made / "weights").write_text(content)
-    finding.write_manifest(made)
+    checkpoint_folders.write_manifest(made)
     return made
 
 
@@ -48,7 +48,7 @@ class Trainer:
         pass
 
     async def call(self, operation, folder, **arguments):
-        if operation == FolderOperations.load_checkpoint:
+        if operation == CheckpointOperations.load_checkpoint:
             self.checkpoint = sampling_run.Path(folder)
             return
         sampling_run.Path(folder).mkdir()

@@ -13,7 +13,7 @@ from refusals import refused
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.rl_checks import naming_renamed_columns, show_padded_truths
+from megatron_r1.commands.rl_checks import explain_renamed_columns, show_padded_truths
 from megatron_r1.commands.training_run import training_run
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.prompts import load_prompts
@@ -90,10 +90,10 @@ def test_a_column_that_is_read_under_another_name_is_named():
 
     columns = {"question": "words", "truth": "truth"}
     shown = "data.columns.question", Cause.CONFLICT, "'words'"
-    with refused(*shown), naming_renamed_columns(columns):
+    with refused(*shown), explain_renamed_columns(columns):
         raise lacking("size", "words")
     for names, known in (("size", columns), ("words", None), ("truth", columns)):
-        with pytest.raises(UserError) as unchanged, naming_renamed_columns(known):
+        with pytest.raises(UserError) as unchanged, explain_renamed_columns(known):
             raise lacking(names)
         assert str(unchanged.value) == str(lacking(names))
 

@@ -16,14 +16,14 @@ from megatron_r1.commands import cli, init, reward_model
 from megatron_r1.commands.first_recipe import (
     Guess,
     Machine,
-    layout,
-    lengths,
+    guess_layout,
+    guess_lengths,
     recipe_text,
-    tensor_ranks,
+    tensor_parallel_size,
 )
 from megatron_r1.commands.trained_model import guess_template
 from megatron_r1.data.columns import guess_columns
-from megatron_r1.data.preferences import ScoredText
+from megatron_r1.data.preferences import PreferenceTokenizer
 from megatron_r1.models import read_hf_config
 from tests.small_qwen2 import MODEL
 
@@ -36,7 +36,7 @@ SUMS = [(f"{a} + {b}", a + b) for a in range(2, 8) for b in range(3, 8)]
 def here(tmp_path, monkeypatch):
     """A folder with a model, a CSV of sums with odd columns, and a machine without GPUs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(init, "this_machine", lambda: Machine(0, 16 * 2**30))
+    monkeypatch.setattr(init, "detect_machine", lambda: Machine(0, 16 * 2**30))
     model = tmp_path / "model"
     shutil.copytree(LAPTOP, model)
     vocabulary = len(json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]) + 8
@@ -89,7 +89,7 @@ def test_judged_responses_get_a_recipe_for_a_reward_model(here, capsys, kind):
     recipe = configuration.load("judged.yaml", reward_model.IMPLIED)
     settings = recipe.reward_model
     assert (settings.data, settings.kind) == ("judged.jsonl", kind)
-    text = ScoredText("model", settings.template, settings.shown, settings.max_chars)
+    text = PreferenceTokenizer("model", settings.template, settings.scored_part, settings.max_chars)
     rows = reward_model.load_rows(recipe, text, read_hf_config("model", "score"))
     assert len(rows.train) + len(rows.heldout) == 3
     output = capsys.readouterr().out
@@ -186,17 +186,17 @@ def test_a_row_without_a_truth_is_no_obstacle(blank):
 def test_sizes_follow_the_machine():
     hf = MODEL | {"num_attention_heads": 32, "num_key_value_heads": 8}
     eight = Machine(8, 80 * 10**9)
-    assert tensor_ranks(hf, 7 * 10**9, eight) == 2  # (6 / 2 + 12 / 8) x 7e9 = 31.5 GB of 48
-    assert tensor_ranks(hf, 32 * 10**9, eight) == 8
-    values = {guess.key: guess.value for guess in layout(hf, 10**9, eight)}
+    assert tensor_parallel_size(hf, 7 * 10**9, eight) == 2  # (6 / 2 + 12 / 8) x 7e9 = 31.5 GB of 48
+    assert tensor_parallel_size(hf, 32 * 10**9, eight) == 8
+    values = {guess.key: guess.value for guess in guess_layout(hf, 10**9, eight)}
     assert values["parallel.processes"] == values["rollout.engines"] == 8
     assert "parallel.tensor" not in values
-    large = {guess.key: guess.value for guess in layout(hf, 7 * 10**9, eight)}
+    large = {guess.key: guess.value for guess in guess_layout(hf, 7 * 10**9, eight)}
     # A tenth for contexts; (2 + 2) B / 2 for weights and receive buffer, 12 B / 8 of optimizer.
     assert large["rollout.gpu_memory"] == 0.55  # 0.9 - 3.5 x 7e9 / 80e9 = 0.594, in steps of 0.05
-    response, total = lengths(100, 131_072, eight)
+    response, total = guess_lengths(100, 131_072, eight)
     assert (response.value, total.value) == (4096, 4224)
-    response, total = lengths(500, 512, Machine(0, 0))
+    response, total = guess_lengths(500, 512, Machine(0, 0))
     assert (response.value, total.value) == (32, 512)
 
 

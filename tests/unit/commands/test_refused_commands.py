@@ -23,7 +23,7 @@ CASES = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text(encodi
 def here(tmp_path, monkeypatch):
     """The folder that refused.yaml describes, on a machine without GPUs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(init, "this_machine", lambda: Machine(0, 16 * 2**30))
+    monkeypatch.setattr(init, "detect_machine", lambda: Machine(0, 16 * 2**30))
     shutil.copytree(LAPTOP, "model")
     vocabulary = len(json.loads(Path("model/tokenizer.json").read_text())["model"]["vocab"]) + 8
     settings = MODEL | {"vocab_size": vocabulary, "max_position_embeddings": 128}

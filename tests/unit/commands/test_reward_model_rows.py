@@ -10,7 +10,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.reward_model import RowSampler, _next_commands, load_rows
-from megatron_r1.commands.supervised import with_steps
+from megatron_r1.commands.supervised import resolve_steps
 from megatron_r1.config import Config
 from megatron_r1.config.overrides import parse_overrides
 
@@ -100,7 +100,7 @@ def test_a_changed_label_is_not_the_data_a_checkpoint_was_made_of(tmp_path):
         row = {"question": "Q", "response": "a", "label": label}
         (tmp_path / "labels.jsonl").write_text(json.dumps(row))
         settings = config(tmp_path / "labels.jsonl", kind="pointwise", heldout_fraction=0)
-        assert settings.reward_model.shown == "response"
+        assert settings.reward_model.scored_part == "response"
         return RowSampler(load_rows(settings, Characters("response"), HF).train, seed=0)
 
     state = sampler(1).state_dict()
@@ -120,7 +120,7 @@ def test_epochs_are_steps_over_the_rows_that_are_left(tmp_path):
     path = pairs(tmp_path, *((f"Q{i}", "yes", "no") for i in range(10)))
     settings = config(path, heldout_fraction=0, epochs=1.5, batch_size=4)
     rows = load_rows(settings, Characters(), HF)
-    assert with_steps(settings, "reward_model", len(rows.train)).run.steps == 4
+    assert resolve_steps(settings, "reward_model", len(rows.train)).run.steps == 4
 
 
 @pytest.mark.parametrize(

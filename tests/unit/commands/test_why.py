@@ -32,9 +32,9 @@ from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import SamplingRecord, encode, pack
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.sampling_mask import from_lists
+from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.reporting.run_folder import RunFolder
 
 STEP = 2
@@ -77,7 +77,7 @@ class Planted:
             "rl": {"questions_per_rollout": 2, "group_size": 4, "minibatches": 2},
             "optimizer": {"warmup": 2},
         }
-        self.text = PromptText(str(self.model), "chat")
+        self.text = PromptTokenizer(str(self.model), "chat")
         self.sampling = SamplingRecord(1.0, 1.0, LIMIT, tuple(self.text.stop_token_ids), ())
         prompts = load_prompts(path=data, num_heldout=0).train[:2]
         self.groups = [
@@ -247,7 +247,7 @@ def cut(planted, kept):
     planted.sampling = replace_record(planted.sampling, top_p=0.9, top_k=8)
 
     def with_mask(graded):
-        mask = from_lists([kept(token) for token in graded.response.token_ids])
+        mask = encode_mask([kept(token) for token in graded.response.token_ids])
         return replace(graded, response=replace(graded.response, sampling_mask=mask))
 
     planted.change(with_mask)

@@ -11,7 +11,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.cli import main
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.config.key_listing import describe
+from megatron_r1.config.keys import describe_keys
 from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.pipeline.pipeline_recipe import load as load_pipeline
@@ -141,7 +141,7 @@ def test_keys_of_one_section(capsys):
     assert any(line.startswith("pipeline.seeds: []") for line in lines)
     assert {line.partition(".")[0] for line in lines} == {"sample", "pipeline"}
     with refused("rewardz", Cause.UNKNOWN, "rewards"):
-        describe([configuration.Config], ["rewardz"])
+        describe_keys([configuration.Config], ["rewardz"])
 
 
 @pytest.mark.parametrize(

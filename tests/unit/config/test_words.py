@@ -8,9 +8,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.config import Config
-from megatron_r1.config.key_listing import dotted_keys
+from megatron_r1.config.keys import ALIASES, alias_table, dotted_keys, find_aliases
 from megatron_r1.config.recipe import parse
-from megatron_r1.config.words import WORDS, find, table
 
 DOCS = Path(__file__).parents[3] / "docs"
 SEARCHED = {
@@ -45,14 +44,14 @@ def test_a_word_that_people_search_for_leads_to_a_key(capsys, word, key):
 
 def test_every_row_names_keys_and_pages_that_are_there():
     known = {key for key, _ in dotted_keys(Config)}
-    assert {key for word in WORDS for key in word.keys} <= known
-    assert all((DOCS / word.page).is_file() for word in WORDS if word.page)
-    assert sum(len(word.names) for word in WORDS) >= 60
-    assert all(find(name, exact=True) for word in WORDS for name in word.names)
+    assert {key for word in ALIASES for key in word.keys} <= known
+    assert all((DOCS / word.page).is_file() for word in ALIASES if word.page)
+    assert sum(len(word.names) for word in ALIASES) >= 60
+    assert all(find_aliases(name, exact=True) for word in ALIASES for name in word.names)
 
 
 def test_the_page_has_the_table():
-    assert table() in (DOCS / "keys.md").read_text(encoding="utf-8")
+    assert alias_table() in (DOCS / "keys.md").read_text(encoding="utf-8")
 
 
 def test_a_key_of_another_library_in_a_recipe_is_refused_with_ours():

@@ -58,7 +58,7 @@ def test_weights_are_those_of_the_plan(tmp_path, dtype, ranks, tensor, kl_beta, 
     config = recipe(tmp_path, ranks, **settings, rl={"kl_beta": kl_beta})
     job = PlannedJob(memory.read_hf_config(str(tmp_path)), config, ranks, HARDWARE["H800"])
     (of_rank,) = rank_memory(job)  # ranks of one pipeline stage are equal
-    planned = of_rank.resident + of_rank.host["reference"]
+    planned = of_rank.resident_bytes + of_rank.host["reference"]
     copies = of_rank.host["checkpoint being written"]
     found = cpu_memory(config, ranks, has_engines=True)
     assert found.weights == pytest.approx(ranks * (planned + copies), rel=0.01)
@@ -68,24 +68,24 @@ def test_activations_are_the_plan_s_and_what_local_layers_keep_beside_them(tmp_p
     config = recipe(tmp_path)
     fused, local = (layer_activations(DENSE, config, 1, sparse=False, local=x) for x in (0, 1))
     # 9 heads and 3 groups of 64 thrice more, and the MLP's output of 1,536 before its product.
-    assert local.everything - fused.everything == (3 * 12 * 64 + 1536) * 4
+    assert local.total - fused.total == (3 * 12 * 64 + 1536) * 4
     plain, again = (
         cpu_memory(recipe(tmp_path, parallel={"recompute": x}), 1, has_engines=False)
         for x in ("none", "full")
     )
     states = 2 * 576 * 4
-    assert plain.per_token == 30 * local.everything + states
-    assert again.per_token == 29 * local.input + local.everything + states
+    assert plain.per_token == 30 * local.total + states
+    assert again.per_token == 29 * local.input + local.total + states
     # Measured: 15.4 GB in all with one micro-batch of 8,064 tokens, where the kernel ended it.
     assert plain.weights + 8064 * plain.per_token == pytest.approx(15.4e9, rel=0.1)
 
 
 def test_a_micro_batch_is_what_the_free_memory_has_room_for():
     def tokens(free: float, wanted: int | None = None) -> int:
-        return CPUMemory(3 * GIB, 2 * GIB, GIB, 1 << 20, int(free * GIB)).microbatch(wanted)
+        return CPUMemory(3 * GIB, 2 * GIB, GIB, 1 << 20, int(free * GIB)).microbatch_tokens(wanted)
 
     assert tokens(64) == 3 * 512  # 1.5 GiB of activations
-    assert CPUMemory(GIB, GIB, GIB, 1 << 10, 64 * GIB).microbatch(None) == 16_384
+    assert CPUMemory(GIB, GIB, GIB, 1 << 10, 64 * GIB).microbatch_tokens(None) == 16_384
     assert tokens(8) == int((0.9 * 8 - 6) * 1024)
     assert tokens(64, 20_000) == 20_000
     assert tokens(6.4) == tokens(5.5) == memory.FEWEST_TOKENS  # where the rest may be shared pages

@@ -10,13 +10,13 @@ import pytest
 
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
-from megatron_r1.controller.policy_engines import PolicyEngines
+from megatron_r1.controller.roles import PolicyEngines
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.session import Checkpointing, Session
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server.responses import EngineError
-from megatron_r1.trainer.checkpoints.finding import path_of, write_manifest
+from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest
 
 
 class Pool:
@@ -190,7 +190,7 @@ def test_samples_before_the_oldest_checkpoint_are_deleted(tmp_path, steps, oldes
             pruned.append(step)
 
     for step in steps:
-        folder = path_of(tmp_path, step)
+        folder = checkpoint_path(tmp_path, step)
         folder.mkdir()
         write_manifest(folder)
     run = SimpleNamespace(folder=SimpleNamespace(checkpoints=tmp_path))

@@ -23,9 +23,9 @@ from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.teacher import ExternalFleet, check_teacher, differing_tokens
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.episodes import Branch, Episode, Played
+from megatron_r1.engines.server.episodes import Branch, Episode, EpisodeResult
 from megatron_r1.engines.server.responses import EngineError, Response
-from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -179,7 +179,7 @@ def test_scores_that_do_not_add_up_are_an_error(said, says):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("megatron_r1.engines.fleet.engine.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_r1.engines.fleet.engine.DEATH_WAIT_SECONDS", 0.0)
     monkeypatch.setattr("megatron_r1.controller.teacher.ExternalServer.poll_seconds", 0.01)
 
 
@@ -334,11 +334,11 @@ def test_an_episode_is_scored_branch_by_branch_where_it_was_sampled():
     episode, teacher = Episode("done", [], branches), CountingTeacher()
 
     async def play(*_):
-        return Played(episode, "", 1.0)
+        return EpisodeResult(episode, "", 1.0)
 
     async def run():
-        members = SimpleNamespace(require_usable=lambda: None)
-        peers = SimpleNamespace(members=members), RewardPool(1), Text(), RewardsConfig()
+        state = SimpleNamespace(require_usable=lambda: None)
+        peers = SimpleNamespace(state=state), RewardPool(1), Text(), RewardsConfig()
         collector = RolloutCollector(*peers, teacher, SimpleNamespace(play=play))
         sampling = RolloutSampling(1, 1.0, 1.0, 32, step=2, with_teacher=True)
         prompts = [make_prompt("2", "environment", "9", {})]
@@ -367,7 +367,7 @@ def test_scores_survive_the_sample_log_to_the_bit(with_teacher):
 def test_scores_stand_where_their_tokens_are_predicted():
     first = Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], 2.0, teacher=[-3.0, -4.0])
     second = Sample.pack([5], [6, 1, 2], [-1.0, -2.0, -3.0], -1.0, teacher=[-5.0, -6.0, -7.0])
-    batch = packed_batch([first, second], TokenSplit(tensor_size=4), torch.device("cpu"))
+    batch = pack_batch([first, second], TokenSplit(tensor_size=4), torch.device("cpu"))
     expected = [0, 0, -3.0, -4.0, 0, -5.0, -6.0, -7.0, 0, 0, 0, 0]
     assert batch.logprobs["teacher"].tolist() == expected
     assert batch.logprobs["teacher"].dtype == torch.float32
@@ -378,9 +378,9 @@ def test_context_ranks_hold_the_scores_of_their_own_tokens():
     sample = Sample.pack(
         [5], list(range(10, 17)), [-1.0] * 7, teacher=[-float(i) for i in range(7)]
     )
-    whole = packed_batch([sample], TokenSplit(), torch.device("cpu"))
+    whole = pack_batch([sample], TokenSplit(), torch.device("cpu"))
     parts = [
-        packed_batch([sample], TokenSplit(context_size=2, context_rank=rank), torch.device("cpu"))
+        pack_batch([sample], TokenSplit(context_size=2, context_rank=rank), torch.device("cpu"))
         for rank in (0, 1)
     ]
     position = torch.cat([part.position_ids[0] for part in parts])
@@ -390,10 +390,8 @@ def test_context_ranks_hold_the_scores_of_their_own_tokens():
 
 def test_without_a_teacher_there_is_nothing_to_read_and_without_samples_nothing_to_count():
     cpu = torch.device("cpu")
-    assert (
-        "teacher" not in packed_batch([Sample.pack([5], [6], [-1.0])], TokenSplit(), cpu).logprobs
-    )
-    assert packed_batch([], TokenSplit(tensor_size=2), cpu).logprobs["teacher"].tolist() == [0, 0]
+    assert "teacher" not in pack_batch([Sample.pack([5], [6], [-1.0])], TokenSplit(), cpu).logprobs
+    assert pack_batch([], TokenSplit(tensor_size=2), cpu).logprobs["teacher"].tolist() == [0, 0]
 
 
 def test_scores_of_another_number_of_tokens_are_refused():

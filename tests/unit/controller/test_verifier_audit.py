@@ -17,12 +17,12 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
-    Finding,
     GradedAnswer,
-    SecondMethods,
-    draw,
-    outcome_of,
-    strata_of,
+    SecondMethodJudge,
+    SecondVerdict,
+    classify_verdict,
+    draw_sample,
+    group_by_stratum,
 )
 
 
@@ -53,15 +53,15 @@ def answers_with(errors, *, num=900, group_size=6, source=lambda place: "a"):
 
 def judge_with(wrong, undecided=()):
     async def judge(answer):
-        outcome = "wrong" if answer.place in wrong else "confirmed"
-        return Finding("undecided" if answer.place in undecided else outcome, "")
+        outcome = "wrong" if answer.id in wrong else "confirmed"
+        return SecondVerdict("undecided" if answer.id in undecided else outcome, "")
 
     return judge
 
 
 def true_fraction(answers, wrong, is_accepted, source=None):
     of = [a for a in answers if a.is_accepted is is_accepted and source in (None, a.source)]
-    return sum(answer.place in wrong for answer in of) / len(of)
+    return sum(answer.id in wrong for answer in of) / len(of)
 
 
 def least_covered(trials, rate=0.95, alpha=1e-3):
@@ -88,7 +88,7 @@ PLANTED = {
 def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors, num_seeds):
     answers, wrong = answers_with(errors, source=lambda number: "ab"[number % 3 == 0])
     # Some that the second method cannot decide.
-    undecided = {answer.place for answer in answers[::29]}
+    undecided = {answer.id for answer in answers[::29]}
     judge = judge_with(wrong, undecided)
     truths = {
         (source, is_accepted): true_fraction(answers, wrong, is_accepted, source)
@@ -141,25 +141,25 @@ def test_a_planted_fault_is_told_from_none():
 def test_a_verdict_is_wrong_only_where_both_readings_contradict_it(
     is_accepted, upstream, points, outcome
 ):
-    assert outcome_of(is_accepted, upstream, points) == outcome
+    assert classify_verdict(is_accepted, upstream, points) == outcome
 
 
 def test_a_draw_takes_as_many_of_each_stratum_and_small_ones_whole():
     answers, _ = answers_with(PLANTED["none"], source=lambda number: "ab"[number < 12])
-    strata = strata_of(answers)
+    strata = group_by_stratum(answers)
     assert {key[0] for key in strata} == {"a", "b"}
-    drawn = draw(strata, 100, seed=1)
+    drawn = draw_sample(strata, 100, seed=1)
     sizes = {key: len(some) for key, some in drawn.items()}
     small = {key: len(strata[key]) for key in strata if key[0] == "b"}
     assert {key: sizes[key] for key in small} == small
     assert sum(sizes.values()) == 100
     large = [sizes[key] for key in sizes if key[0] == "a"]
     assert max(large) - min(large) <= 1
-    assert draw(strata, 100, seed=1) == drawn != draw(strata, 100, seed=2)
-    places = [answer.place for some in drawn.values() for answer in some]
+    assert draw_sample(strata, 100, seed=1) == drawn != draw_sample(strata, 100, seed=2)
+    places = [answer.id for some in drawn.values() for answer in some]
     assert len(set(places)) == 100
     with refused("--size", Cause.OUT_OF_RANGE, 3, 4):
-        draw(strata, 3, seed=1)
+        draw_sample(strata, 3, seed=1)
 
 
 def logged(reward, text="<answer>1/2</answer>", *, weight=1.0, is_graded=True, form=0.0):
@@ -187,7 +187,7 @@ def test_advantages_of_a_logged_group_are_those_of_the_corrected_rewards():
     assert [answer.total for answer in answers] == [2.5, 0.5, 0.5, None]
     assert {answer.source for answer in answers} == {"halves"}
     assert answers[1].load().fields["question"] == "half?"
-    wrong = {answers[1].place}
+    wrong = {answers[1].id}
     result = asyncio.run(audit(answers, judge_with(wrong), size=10))
     # Of 2.5, 0.5, 0.5 and of 2.5, 2.5, 0.5.
     before = [sqrt(2), -1 / sqrt(2), -1 / sqrt(2), 0.0]
@@ -196,7 +196,7 @@ def test_advantages_of_a_logged_group_are_those_of_the_corrected_rewards():
     assert result.effect.mean_change.value == pytest.approx(change, rel=1e-5)
     assert result.effect.sign_changes.value == 1.0
     assert result.num_ungraded == 1
-    assert [answer.place for answer, _ in result.concerned] == sorted(wrong)
+    assert [answer.id for answer, _ in result.concerned] == sorted(wrong)
     assert result.overall.wrongly_rejected.value == 0.5
     assert result.as_json()["concerned"][0]["response"] == "<answer>1/2</answer>"
 
@@ -205,7 +205,7 @@ def test_undecided_verdicts_widen_the_effect_to_both_sides():
     prompt = make_prompt("half?", "math", "1/2", {})
     groups = [Group(prompt, [], [logged(1.0), logged(0.0)]) for _ in range(4)]
     answers = list(logged_answers(groups, "step 1", {"accuracy": 1.0}))
-    undecided = {answers[0].place, answers[2].place}
+    undecided = {answers[0].id, answers[2].id}
     result = asyncio.run(audit(answers, judge_with((), undecided), size=8))
     # Reversed, both of two groups' responses are rejected: advantages of 1 and -1 become 0.
     assert result.effect.mean_change.low == 0.0
@@ -254,7 +254,7 @@ def test_programs_whose_verdict_changes_are_flaky(rewards, outcome, left):
     pool = Pool(*rewards)
     content = AnswerContent("```python\nprint(1)\n```", {}, {})
     answer = GradedAnswer("1", "-", "code", None, 1.0, 1.0, lambda: content)
-    finding = asyncio.run(SecondMethods(pool, {}).judge(answer))
+    finding = asyncio.run(SecondMethodJudge(pool, {}).judge(answer))
     assert finding.outcome == outcome
     assert len(pool.rewards) == left
     assert finding.reason.startswith("flaky") == (outcome == "undecided" and rewards[0] is not None)

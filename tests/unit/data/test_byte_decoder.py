@@ -5,7 +5,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_r1.data.text import ByteDecoder, PromptText
+from megatron_r1.data.text import ByteDecoder, PromptTokenizer
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -28,7 +28,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 def test_any_ids_have_the_tokenizers_text():
     tokenizer = byte_level()
-    decoder = ByteDecoder.of(tokenizer)
+    decoder = ByteDecoder.from_tokenizer(tokenizer)
     draw = np.random.default_rng(0)
     for length in (0, 1, 2, 3, 1000):
         for _ in range(50):
@@ -44,14 +44,14 @@ def test_other_tokenizers_decode_themselves():
         def decode(self, ids, **options):
             return self.backend_tokenizer.decode(ids, **options).replace(" .", ".")
 
-    assert ByteDecoder.of(CleansUp()) is None
+    assert ByteDecoder.from_tokenizer(CleansUp()) is None
     spaces = Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a"))
-    assert ByteDecoder.of(PreTrainedTokenizerFast(tokenizer_object=spaces)) is None
+    assert ByteDecoder.from_tokenizer(PreTrainedTokenizerFast(tokenizer_object=spaces)) is None
 
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_the_laptop_model_decodes_by_the_table(ends):
-    text = PromptText("examples/laptop/model", "r1_zero")
+    text = PromptTokenizer("examples/laptop/model", "r1_zero")
     assert text._byte_decoder is not None
     ids = text.encode_response("<think>½ + ½</think>\n<answer>1</answer>")
     assert text.decode(ids if ends else ids[:-1]) == "<think>½ + ½</think>\n<answer>1</answer>"

@@ -12,9 +12,9 @@ from refusals import refused
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.sft import load_sampler
-from megatron_r1.commands.supervised import with_steps
+from megatron_r1.commands.supervised import resolve_steps
 from megatron_r1.config.sft import MixturePart
-from megatron_r1.data.mixture import MixtureSampler, describe_mixture, epoch_counts, load_mixture
+from megatron_r1.data.sft import MixtureSampler, describe_mixture, epoch_counts, load_mixture
 
 MIXTURES = yaml.safe_load(Path(__file__).with_name("mixtures.yaml").read_text(encoding="utf-8"))
 
@@ -102,7 +102,7 @@ def test_epochs_are_steps(files):
     def steps(run=None, **sft):
         tree = {"sft": {"data": [x, y], **sft}, "run": run or {}}
         config = configuration.parse(tree)
-        return with_steps(config, "sft", load_sampler(config)[0].epoch_size).run.steps
+        return resolve_steps(config, "sft", load_sampler(config)[0].epoch_size).run.steps
 
     # 8 examples an epoch.
     assert steps(epochs=2, batch_size=4) == 4

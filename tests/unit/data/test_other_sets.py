@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from r1_grading.code.problem import parse_problem
-from r1_grading.truths import alternatives, math_truth
+from r1_grading.truths import accepted_answers, math_truth
 
 from megatron_r1.base.errors import UserError
 from megatron_r1.commands.init import are_examples
@@ -47,7 +47,7 @@ def read_as_init_does(path):
 def stated(prompt):
     if prompt.kind == "code":
         return len(parse_problem(prompt.truth, prompt.fields.get("language")).tests)
-    return math_truth(alternatives(prompt.truth)[0])
+    return math_truth(accepted_answers(prompt.truth)[0])
 
 
 @each("rl")

@@ -11,7 +11,7 @@ from r1_grading import logic
 from refusals import raised, refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.rl_checks import kinds_drawn, prompts_that_fit
+from megatron_r1.commands.rl_checks import describe_kind_weights, drop_long_prompts
 from megatron_r1.config import parse
 from megatron_r1.data.prompts import (
     Prompt,
@@ -19,11 +19,11 @@ from megatron_r1.data.prompts import (
     is_heldout,
     load_prompts,
     make_prompt,
-    normalize,
+    normalize_question,
 )
 from megatron_r1.data.sampler import PromptSampler, drawn_fractions
 from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
-from megatron_r1.data.text import PromptText, find_template, is_opened, render_template
+from megatron_r1.data.text import PromptTokenizer, find_template, is_opened, render_template
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 
@@ -121,9 +121,11 @@ def test_train_and_heldout_are_disjoint_whatever_the_seed_and_size():
     first, neighbor, large = load(seed=1), load(seed=2), load(seed=9, num_train=2000)
     assert load(seed=1) == first
     assert questions(neighbor.train) != questions(first.train)
-    heldout = {normalize(q) for split in (first, neighbor) for q in questions(split.heldout)}
+    heldout = {
+        normalize_question(q) for split in (first, neighbor) for q in questions(split.heldout)
+    }
     for split in (first, neighbor, large):
-        train = [normalize(q) for q in questions(split.train)]
+        train = [normalize_question(q) for q in questions(split.train)]
         assert len(set(train)) == len(train)
         assert heldout.isdisjoint(train)
     assert (len(large.train), len(large.heldout)) == (2000, 60)
@@ -148,7 +150,9 @@ def test_superscripts_and_subscripts_make_another_question(tmp_path):
     rows = [{"question": q, "truth": i} for i, q in enumerate(texts)]
     split = load_prompts(path=write_lines(tmp_path / "p.jsonl", rows), heldout_fraction=0.0)
     assert questions(split.train) == texts and not split.contradictions
-    assert normalize("What  is 2³?") == normalize("what is ２³?") == "what is 2^3?"
+    assert (
+        normalize_question("What  is 2³?") == normalize_question("what is ２³?") == "what is 2^3?"
+    )
 
 
 def test_the_id_of_a_question_stays_the_same_between_versions():
@@ -279,12 +283,12 @@ def test_weights_of_kinds_that_are_not_there_or_draw_nothing_are_refused():
     schedule = [{"from_step": 7, "rl.kind_weights": {"code": 1.0}}]
     recipe = {"schedule": schedule, "kind_weights": {"helpful": 0}}
     with refused("rl.kind_weights.code", Cause.UNKNOWN, 7):
-        kinds_drawn(parse({"rl": recipe}), prompts)
+        describe_kind_weights(parse({"rl": recipe}), prompts)
     schedule[0]["rl.kind_weights"] = {"helpful": 0.5}
-    lines = kinds_drawn(parse({"rl": recipe}), prompts)
+    lines = describe_kind_weights(parse({"rl": recipe}), prompts)
     shares = [re.findall(r"\d+\.\d%|math|helpful", line) for line in lines]
     assert shares == [["100.0%", "math", "0.0%", "helpful"], ["66.7%", "math", "33.3%", "helpful"]]
-    assert kinds_drawn(parse({}), prompts) == []
+    assert describe_kind_weights(parse({}), prompts) == []
 
 
 def test_templates_place_the_question_and_nothing_else():
@@ -333,13 +337,13 @@ def test_file_order_is_kept_epoch_after_epoch():
 
 def test_questions_longer_than_the_engines_room_are_left_out_and_told_of(capsys):
     """vLLM refuses a prompt as long as its context, which would end the run for good."""
-    text = PromptText(str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}")
+    text = PromptTokenizer(str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}")
     short, long = (make_prompt("1 + 1 " * n, "math", "2", {}) for n in (2, 40))
     limit = len(text.encode(long.question))
-    split = prompts_that_fit(PromptSplit([short, long], [long]), text, limit)
+    split = drop_long_prompts(PromptSplit([short, long], [long]), text, limit)
     assert (split.train, split.heldout) == ([short], [])
     assert str(limit) in capsys.readouterr().err
-    assert prompts_that_fit(PromptSplit([long], []), text, limit + 1).train == [long]
+    assert drop_long_prompts(PromptSplit([long], []), text, limit + 1).train == [long]
     assert capsys.readouterr().err == ""
     with refused("data.path", Cause.TOO_LARGE, limit):
-        prompts_that_fit(PromptSplit([long], []), text, limit)
+        drop_long_prompts(PromptSplit([long], []), text, limit)

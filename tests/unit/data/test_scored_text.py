@@ -6,7 +6,7 @@ from refusals import refused
 from transformers import AutoTokenizer
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.data.preferences import ScoredText
+from megatron_r1.data.preferences import PreferenceTokenizer
 
 QUESTION, RESPONSE = "What {response} is it?", "<think>Let me see.</think> It is <|im_end|> late."
 TEMPLATE = "[user] {question}\n[assistant] {response}<eos>"
@@ -66,7 +66,7 @@ def test_a_template_gives_the_tokens_of_the_text_that_serving_sends(folder, kind
     assert body["add_special_tokens"] is False
     tokenizer = AutoTokenizer.from_pretrained(folder)
     expected = tokenizer(body["input"], add_special_tokens=False).input_ids
-    text = ScoredText(str(folder), TEMPLATE, part, 20_000)
+    text = PreferenceTokenizer(str(folder), TEMPLATE, part, 20_000)
     assert text.encode(QUESTION, RESPONSE) == expected
     assert expected[-1] == tokenizer.eos_token_id and expected[0] != tokenizer.bos_token_id
     shown = tokenizer.decode(expected)
@@ -79,11 +79,13 @@ def test_without_one_the_chat_template_renders_the_messages_that_serving_sends(f
     set_chat_template(folder, CHAT)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     expected = tokenizer.apply_chat_template(sent(kind, None)["messages"])["input_ids"]
-    assert ScoredText(str(folder), None, part, 20_000).encode(QUESTION, RESPONSE) == expected
+    assert (
+        PreferenceTokenizer(str(folder), None, part, 20_000).encode(QUESTION, RESPONSE) == expected
+    )
 
 
 def test_what_serving_does_not_score_is_none_and_what_it_cuts_is_cut(folder):
-    text = ScoredText(str(folder), TEMPLATE, "summary", 100)
+    text = PreferenceTokenizer(str(folder), TEMPLATE, "summary", 100)
     assert text.encode("q", "<think>never closed") is None
     assert text.encode("q", "thought </think> done", opened=True) == text.encode("q", "done")
     assert "characters left out" in text.decode(text.encode("q", "a" * 300))
@@ -91,8 +93,8 @@ def test_what_serving_does_not_score_is_none_and_what_it_cuts_is_cut(folder):
 
 def test_a_chat_template_that_hides_the_thought_cannot_serve_safety(folder):
     with refused("reward_model.template", Cause.MISSING, folder):
-        ScoredText(str(folder), None, "summary", 100)
+        PreferenceTokenizer(str(folder), None, "summary", 100)
     set_chat_template(folder, DROPPING)
-    ScoredText(str(folder), None, "summary", 100)
+    PreferenceTokenizer(str(folder), None, "summary", 100)
     with refused("reward_model.template", Cause.CONFLICT, folder):
-        ScoredText(str(folder), None, "response", 100)
+        PreferenceTokenizer(str(folder), None, "response", 100)

@@ -11,7 +11,7 @@ import yaml
 from chat_tokenizer import chat_tokenizer
 from r1_grading import Grade
 from r1_grading.code.problem import parse_problem
-from r1_grading.truths import alternatives, math_truth
+from r1_grading.truths import accepted_answers, math_truth
 from refusals import refused
 from safetensors.numpy import save_file
 from small_qwen2 import MODEL
@@ -21,7 +21,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli, init
 from megatron_r1.commands.first_recipe import Machine
 from megatron_r1.commands.rl_checks import prepare
-from megatron_r1.data.conversations import ExampleText
+from megatron_r1.data.conversations import ExampleTokenizer
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.renamed_rows import read_renamed_rows
 from megatron_r1.data.sft import load_examples
@@ -52,7 +52,7 @@ def stated(prompt):
     """Return a truth as its reward reads it: the first answer, or the number of tests."""
     if prompt.kind == "code":
         return len(parse_problem(prompt.truth, prompt.fields.get("language")).tests)
-    return math_truth(alternatives(prompt.truth)[0])
+    return math_truth(accepted_answers(prompt.truth)[0])
 
 
 def check(split, case):
@@ -92,7 +92,7 @@ def test_parquet_is_read_as_the_text_is(tmp_path, name):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_are_one_pass_of_the_template(model, name):
-    text = ExampleText(str(model), None)
+    text = ExampleTokenizer(str(model), None)
     tokenizer = chat_tokenizer()
     examples = load_examples(FOLDER / name)
     assert len(examples) == len(SHAPES[name]["learned"])
@@ -107,7 +107,7 @@ def test_examples_are_one_pass_of_the_template(model, name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_init_writes_a_recipe_that_its_verb_accepts(model, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(init, "this_machine", lambda: Machine(0, 16 * 2**30))
+    monkeypatch.setattr(init, "detect_machine", lambda: Machine(0, 16 * 2**30))
 
     async def graded(truths):  # by a worker with sympy, which takes seconds
         return [Grade(1.0, "")] * len(truths)

@@ -9,7 +9,7 @@ from megatron_r1.evaluation.measures import (
     PRIOR_PRECISION,
     equal_length_win_rates,
     length_difference,
-    squashed,
+    tanh_normalize,
     win_rates,
 )
 
@@ -40,7 +40,7 @@ def fitted_by_torch(*arrays):
 @pytest.mark.parametrize("judge", ["mixed", "always", "never", "separable"])
 def test_the_fit_is_the_maximum_that_torch_finds(num, judge):
     generator = np.random.default_rng(num)
-    lengths = squashed(generator.normal(200, 500, num))
+    lengths = tanh_normalize(generator.normal(200, 500, num))
     preferences = {
         "mixed": generator.choice([0, 0.25, 0.5, 1], num),
         "always": np.ones(num),

@@ -115,7 +115,7 @@ def test_what_fp8_rounds_has_sizes_that_the_matrix_units_take():
     """On every rank of the recipe and of its rehearsal: multiples of 16 (docs/fp8.md)."""
     recipe = configuration.load(R1 / "r1_zero_fp8.yaml")
     hf = read_hf_config(recipe.model.path)
-    small = miniature.shrink(recipe, hf, Path("rehearsal"), 16)
+    small = miniature.make_miniature(recipe, hf, Path("rehearsal"), 16)
     for config, model in ((recipe, hf), (small.config, small.hf)):
         parallel = config.parallel
         at = {"tp": (0, parallel.tensor), "ep": (0, parallel.expert)}
@@ -146,7 +146,7 @@ def test_a_layout_of_sft_that_does_not_fit_names_those_that_do(capsys):
 
 
 def test_a_batch_smaller_than_its_replicas_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr("megatron_r1.commands.plan.nearest", lambda job: [])
+    monkeypatch.setattr("megatron_r1.commands.plan.nearest_layouts", lambda job: [])
     recipe = str(DISTILL / "qwen2.5-math-1.5b.yaml")
     assert main([recipe, "--gpus", "128"]) == 1
     assert {"64", "128"} <= set(capsys.readouterr().out.split())

@@ -162,7 +162,7 @@ def test_every_table_has_its_stages_and_figures_that_its_stages_leave():
 def test_every_stages_settings_are_valid(capsys):
     assert cli.main(["pipeline", str(RECIPE), "--pipeline.status", "true"]) == 0
     assert "small_distilled" in capsys.readouterr().out
-    plan = PipelinePlan.of(load(RECIPE), RECIPE, Path("runs/paper"), 0)
+    plan = PipelinePlan.from_recipe(load(RECIPE), RECIPE, Path("runs/paper"), 0)
     configs = {n: plan.config(s) for n, s in plan.stages.items() if s.config.verb != MAKE}
     # Rows that are compared differ in what they are about, and in nothing else.
     zero = configs["r1_zero"].model_dump()
@@ -196,7 +196,7 @@ def test_every_stages_settings_are_valid(capsys):
 def test_one_table_needs_its_stages_and_those_that_evaluate_them():
     stages = needed(PUBLISHED.tables["small_model"])
     assert stages == ["small_rl", "small_distilled", "small_figures"]
-    graph = Graph(PipelinePlan.of(load(RECIPE), RECIPE, Path("runs/paper"), 0).stages)
+    graph = Graph(PipelinePlan.from_recipe(load(RECIPE), RECIPE, Path("runs/paper"), 0).stages)
     above = set().union(*(graph.needs(stage) for stage in stages))
     assert {"base", "few", "small_answers"} <= above
     assert not {"ppo_095", "rlhf", "preferred", "many"} & above

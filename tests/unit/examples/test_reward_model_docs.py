@@ -21,7 +21,7 @@ def test_the_recipe_is_one(tmp_path):
     recipe, rewards = blocks("yaml")
     (tmp_path / "helpful.yaml").write_text(recipe)
     config = configuration.load(tmp_path / "helpful.yaml", IMPLIED, required=REQUIRED)
-    assert config.reward_model.shown == "summary" and config.model.head == "score"
+    assert config.reward_model.scored_part == "summary" and config.model.head == "score"
     assert "<|im_end|>" in config.reward_model.template
     settings = yaml.safe_load(rewards)["rewards"]
     settings["options"]["helpful"]["template"] = config.reward_model.template

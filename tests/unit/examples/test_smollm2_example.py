@@ -46,7 +46,7 @@ def test_worked_examples_are_training_questions_and_half_of_them_wrong(tmp_path,
 
         render = staticmethod(lambda question: f"<{question}>")
 
-    monkeypatch.setattr(questions, "PromptText", Text)
+    monkeypatch.setattr(questions, "PromptTokenizer", Text)
     questions.write(str(tmp_path))
     questions.write_examples(str(tmp_path), "folder")
     train = {row["question"]: row["truth"] for row in rows(tmp_path / "train.jsonl")}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from refusals import raised
 
-from megatron_r1.models.context_parallel import held_positions, sample_order, spans
-from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.models.context_parallel import concat_ranges, gathered_order, positions_of_rank
+from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -13,27 +13,33 @@ BORDERS = torch.tensor([0, 8, 12, 24])
 
 
 def test_each_rank_holds_an_early_and_the_matching_late_chunk_by_hand():
-    assert held_positions(BORDERS, 0, 2).tolist() == [0, 1, 6, 7, 8, 11, 12, 13, 14, 21, 22, 23]
-    assert held_positions(BORDERS, 1, 2).tolist() == [2, 3, 4, 5, 9, 10, 15, 16, 17, 18, 19, 20]
-    assert held_positions(BORDERS, 0, 1).tolist() == list(range(24))
+    assert positions_of_rank(BORDERS, 0, 2).tolist() == [0, 1, 6, 7, 8, 11, 12, 13, 14, 21, 22, 23]
+    assert positions_of_rank(BORDERS, 1, 2).tolist() == [2, 3, 4, 5, 9, 10, 15, 16, 17, 18, 19, 20]
+    assert positions_of_rank(BORDERS, 0, 1).tolist() == list(range(24))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_the_ranks_together_hold_every_token_once_and_gathering_restores_the_order(ranks):
     cu_seqlens = torch.tensor([0, 1, 3, 3, 8]) * 2 * ranks
-    shares = [held_positions(cu_seqlens, rank, ranks) for rank in range(ranks)]
+    shares = [positions_of_rank(cu_seqlens, rank, ranks) for rank in range(ranks)]
     assert {len(share) for share in shares} == {16}
     gathered = torch.cat(shares)
-    assert gathered[sample_order(cu_seqlens, ranks)].tolist() == list(range(16 * ranks))
+    assert gathered[gathered_order(cu_seqlens, ranks)].tolist() == list(range(16 * ranks))
 
 
 def test_a_sample_that_cannot_be_split_is_refused():
     with raised(ValueError, 4, 2):
-        held_positions(torch.tensor([0, 6]), 0, 2)
+        positions_of_rank(torch.tensor([0, 6]), 0, 2)
 
 
 def test_spans_by_hand():
-    assert spans(torch.tensor([3, 9, 5]), torch.tensor([2, 0, 3])).tolist() == [3, 4, 5, 6, 7]
+    assert concat_ranges(torch.tensor([3, 9, 5]), torch.tensor([2, 0, 3])).tolist() == [
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -44,11 +50,11 @@ def test_the_shares_of_a_batch_are_the_batch_padded_sample_by_sample(ranks):
         Sample.pack([5], [6, 1, 2, 4, 3, 2, 1, 9], [-1.0] * 8, advantage=-1.0),
     ]
     shares = [
-        packed_batch(samples, TokenSplit(tensor_size=2, context_size=ranks, context_rank=rank), cpu)
+        pack_batch(samples, TokenSplit(tensor_size=2, context_size=ranks, context_rank=rank), cpu)
         for rank in range(ranks)
     ]
     cu_seqlens = shares[0].packed_seq_params.cu_seqlens_q.long()
-    order = sample_order(cu_seqlens, ranks)
+    order = gathered_order(cu_seqlens, ranks)
     # Lengths 5 and 9 up to multiples of 2 * ranks, all to one of 2 * ranks tokens.
     assert cu_seqlens.tolist() == {2: [0, 8, 20], 4: [0, 8, 24]}[ranks]
 

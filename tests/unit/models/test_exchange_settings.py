@@ -95,7 +95,7 @@ def test_megatron_refuses_the_same(fields):
     ],
 )
 def test_megatron_takes_what_is_not_refused(settings, hf):
-    assert not list(supported.obstacles(recipe(**settings), hf))
+    assert not list(supported.overlap_conflicts(recipe(**settings), hf))
     config = transformer_config(hf, recipe(**settings))
     assert config.overlap_moe_expert_parallel_comm
     assert not config.delay_wgrad_compute and not config.moe_shared_expert_overlap

@@ -9,7 +9,7 @@ from megatron_r1.models import families
 from megatron_r1.models.families import FAMILIES
 
 ROOT = Path(families.__file__).parents[1]
-ROPE_TYPES = {rope for family in FAMILIES.values() for rope in family.rope}
+ROPE_TYPES = {rope for family in FAMILIES.values() for rope in family.rope_types}
 
 
 def names_in_code(source: str) -> Iterator[str]:

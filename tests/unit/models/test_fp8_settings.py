@@ -11,8 +11,8 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import FP8Config, parse
+from megatron_r1.models.config import check_fp8_device, transformer_engine_fp8_fields
 from megatron_r1.models.fp8 import E5M2, check_sizes, find_fp8_recipe
-from megatron_r1.models.fp8_transformer_engine import check_device, transformer_engine_fields
 
 
 def test_defaults_of_each_recipe():
@@ -57,14 +57,14 @@ def test_a_wrong_setting_is_refused(settings, key):
 def test_hardware_that_cannot_is_named_before_anything_is_built(settings, capability, cuda, shows):
     key = "fp8.scales" if "scales" in settings else "fp8.recipe"
     with refused(key, Cause.UNSUPPORTED, shows):
-        check_device(FP8Config(**settings), capability, cuda)
+        check_fp8_device(FP8Config(**settings), capability, cuda)
 
 
 def test_hardware_that_can_is_accepted():
-    check_device(FP8Config(recipe="blockwise"), (9, 0), (12, 9))
-    check_device(FP8Config(recipe="blockwise", scales="float32"), (9, 0), (13, 0))
-    check_device(FP8Config(recipe="tensorwise"), (8, 9), (12, 1))
-    check_device(FP8Config(recipe="mxfp8"), (10, 3), (13, 0))
+    check_fp8_device(FP8Config(recipe="blockwise"), (9, 0), (12, 9))
+    check_fp8_device(FP8Config(recipe="blockwise", scales="float32"), (9, 0), (13, 0))
+    check_fp8_device(FP8Config(recipe="tensorwise"), (8, 9), (12, 1))
+    check_fp8_device(FP8Config(recipe="mxfp8"), (10, 3), (13, 0))
 
 
 @pytest.fixture
@@ -89,19 +89,19 @@ def fake_engine(monkeypatch, **power_of_two):
 
 def test_transformer_engine_has_to_be_there_and_new_enough(hopper, monkeypatch):
     with refused("fp8.recipe", Cause.NOT_INSTALLED):
-        transformer_engine_fields(FP8Config(recipe="blockwise"))
+        transformer_engine_fp8_fields(FP8Config(recipe="blockwise"))
     fake_engine(monkeypatch, Float8CurrentScaling=False)
     with refused("fp8.recipe", Cause.NOT_INSTALLED, "Float8BlockScaling"):
-        transformer_engine_fields(FP8Config(recipe="blockwise"))
+        transformer_engine_fp8_fields(FP8Config(recipe="blockwise"))
 
 
 def test_scales_that_the_environment_decides_are_compared_with_the_recipe(hopper, monkeypatch):
     fake_engine(monkeypatch, Float8BlockScaling=True)
     with refused("fp8.scales", Cause.CONFLICT, "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1"):
-        transformer_engine_fields(FP8Config(recipe="blockwise", scales="float32"))
+        transformer_engine_fp8_fields(FP8Config(recipe="blockwise", scales="float32"))
     fake_engine(monkeypatch, Float8BlockScaling=False)
     with refused("fp8.scales", Cause.CONFLICT, "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0"):
-        transformer_engine_fields(FP8Config(recipe="blockwise"))
+        transformer_engine_fp8_fields(FP8Config(recipe="blockwise"))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_scales_that_the_environment_decides_are_compared_with_the_recipe(hopper
 )
 def test_megatron_accepts_the_fields(hopper, monkeypatch, settings, format):
     fake_engine(monkeypatch, Float8BlockScaling=True, Float8CurrentScaling=False)
-    fields = transformer_engine_fields(FP8Config(**settings))
+    fields = transformer_engine_fp8_fields(FP8Config(**settings))
     made = TransformerConfig(
         num_layers=2, hidden_size=64, num_attention_heads=4, bf16=True, **fields
     )

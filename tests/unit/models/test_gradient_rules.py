@@ -34,7 +34,7 @@ def config(**settings):
 @pytest.mark.parametrize("by_sequence", [False, True])
 def test_a_parameter_that_every_rank_applies_to_its_own_tokens_is_summed(by_sequence):
     parameter = torch.nn.Parameter(torch.zeros(1))
-    gradients.sum_over_token_parts(parameter, config(sequence_parallel=by_sequence))
+    gradients.mark_sequence_parallel(parameter, config(sequence_parallel=by_sequence))
     assert parameter.sequence_parallel is by_sequence
 
 
@@ -65,7 +65,7 @@ def test_softmax_offsets_of_every_tensor_rank_are_counted():
 def test_an_adapters_factor_is_summed_as_its_weight(counts):
     weight, factor = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
     weight.allreduce = False
-    gradients.mark_like(factor, weight, counts)
+    gradients.copy_gradient_attributes(factor, weight, counts)
     assert (factor.allreduce, factor.tensor_model_parallel) == (False, counts)
-    gradients.mark_like(factor, torch.nn.Parameter(torch.zeros(1)), counts)
+    gradients.copy_gradient_attributes(factor, torch.nn.Parameter(torch.zeros(1)), counts)
     assert factor.allreduce is True

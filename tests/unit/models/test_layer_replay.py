@@ -24,17 +24,17 @@ def chosen(replay):
 
 
 def test_known_tokens_have_the_engines_experts_and_the_trainers_scores():
-    replay = LayerReplay(SimpleNamespace(training=True), slot=0)
+    replay = LayerReplay(SimpleNamespace(training=True), moe_index=0)
     assert chosen(replay)[1].tolist() == [[3, 1], [0, 2], [1, 0]]
-    replay.current, replay.measures = RecordedRouting(RECORDED, KNOWN), True
+    replay.current, replay.is_measured = RecordedRouting(RECORDED, KNOWN), True
     scores, experts = chosen(replay)
     assert experts.tolist() == [[0, 2], [0, 2], [2, 3]]
     assert torch.equal(scores, SCORES.gather(1, experts))
-    assert (int(replay.agreed), int(replay.asked)) == (0, 4)
+    assert (int(replay.num_agreed), int(replay.num_compared)) == (0, 4)
 
 
 def test_a_recomputed_layer_uses_the_choices_of_its_first_pass():
-    replay = LayerReplay(SimpleNamespace(training=True), slot=0)
+    replay = LayerReplay(SimpleNamespace(training=True), moe_index=0)
     first, second = (RecordedRouting(RECORDED.roll(n, 0), KNOWN.roll(n)) for n in (0, 1))
     found = []
     for recorded in (first, second):

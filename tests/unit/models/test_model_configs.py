@@ -14,9 +14,9 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.models.attention_fields import model_arguments, rope_scaling, yarn_scaling
 from megatron_r1.models.hf_config import published_names, resolve_aliases
-from megatron_r1.models.supported import check_supported, own_fields
+from megatron_r1.models.supported import check_supported, model_fields
 from megatron_r1.models.weights import hf_tensors
-from megatron_r1.rehearse.model import shrink
+from megatron_r1.rehearse.model import shrink_config
 
 LLAMA = {**QWEN, "architectures": ["LlamaForCausalLM"]}
 BASES = {"qwen": QWEN, "llama": LLAMA, "deepseek": DEEPSEEK}
@@ -206,7 +206,7 @@ def test_released_models_are_supported_and_have_their_published_size(name):
 def test_miniatures_of_released_models_are_supported(name):
     """As a rehearsal writes them, for transformers and vLLM."""
     hf = resolve_aliases(RELEASED[name][0])
-    written = published_names(shrink(hf, num_layers=3, fp8=False))
+    written = published_names(shrink_config(hf, num_layers=3, fp8=False))
     assert ("num_experts" in written) == name.startswith(("Qwen3-30B", "Qwen3-Coder", "gpt-oss"))
     check_supported(resolve_aliases(written))
 
@@ -219,7 +219,7 @@ def test_released_models_mean_the_same_as_transformers_5_writes_them(name):
     written = resolve_aliases(json.loads(saved.to_json_string()))
     assert written["rope_parameters"]
     hf = resolve_aliases(hf)
-    for read in (own_fields, model_arguments, rope_scaling, yarn_scaling):
+    for read in (model_fields, model_arguments, rope_scaling, yarn_scaling):
         assert read(written) == read(hf)
 
 

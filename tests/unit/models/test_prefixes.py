@@ -7,10 +7,10 @@ import torch
 
 from megatron_r1.models.patches import sample_positions
 from megatron_r1.models.prefixes import (
-    Continued,
-    continued_by,
+    SharedPrefixes,
+    mark_prefixes,
+    marked_prefixes,
     prefix_attention,
-    with_prefixes,
 )
 
 LENGTHS = [5, 20, 3, 7, 1, 33, 2, 17, 4, 6]
@@ -42,7 +42,7 @@ def test_values_and_gradients_are_the_formula_s(size, value_size):
     shapes = (6, size), (2, size), (2, value_size)
     tensors = [torch.randn(sum(LENGTHS), *s, generator=g, dtype=torch.float64) for s in shapes]
     tensors = [tensor.requires_grad_() for tensor in tensors]
-    continued = Continued(torch.tensor(HOST), torch.tensor(FIRST))
+    continued = SharedPrefixes(torch.tensor(HOST), torch.tensor(FIRST))
     got = prefix_attention(*tensors, cu_seqlens, continued, 0.3)
     wanted = formula(*tensors, cu_seqlens.tolist(), 0.3)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
@@ -54,8 +54,8 @@ def test_values_and_gradients_are_the_formula_s(size, value_size):
 
 def test_positions_go_on_where_the_prefix_ends():
     cu_seqlens = torch.tensor([0, 4, 6, 9]).int()
-    assert continued_by(cu_seqlens) is None
+    assert marked_prefixes(cu_seqlens) is None
     assert sample_positions(cu_seqlens).tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
-    continued = Continued(torch.tensor([-1, 0, 1]), torch.tensor([0, 3, 4]))
-    marked = with_prefixes(cu_seqlens, continued)
+    continued = SharedPrefixes(torch.tensor([-1, 0, 1]), torch.tensor([0, 3, 4]))
+    marked = mark_prefixes(cu_seqlens, continued)
     assert sample_positions(marked).tolist() == [0, 1, 2, 3, 3, 4, 4, 5, 6]

@@ -5,7 +5,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_r1.models import patches
-from megatron_r1.models.context_parallel import held_positions
+from megatron_r1.models.context_parallel import positions_of_rank
 
 MEGATRON = rope_utils._apply_rotary_pos_emb_thd
 
@@ -28,7 +28,7 @@ def test_equal_to_megatron_s_on_every_rank(ranks, latent, lengths):
     # otherwise.
     freqs = torch.randn(max(lengths) + 1, 1, 1, 6)
     for rank in range(ranks):
-        held = held_positions(cu_seqlens, rank, ranks)
+        held = positions_of_rank(cu_seqlens, rank, ranks)
         t = torch.randn(len(held), 2, 10)
         settings = {"multi_latent_attention": latent, "mscale": 1.3, "cp_group": Group(rank, ranks)}
         got = patches.rotate_packed(t, cu_seqlens, freqs, **settings)

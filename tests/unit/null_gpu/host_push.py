@@ -41,13 +41,13 @@ class HostStreams:
         use_gpu(gpu)
         self.device, self._transfers = torch.device("cpu"), stream(NON_BLOCKING)
 
-    def copying(self):
+    def copy_stream(self):
         return contextlib.nullcontext()
 
-    def copies_follow(self):
+    def order_copies_after_current(self):
         pass
 
-    def transfers_follow(self):
+    def order_transfers_after_copies(self):
         return self._transfers
 
     def transfers_ended(self):
@@ -74,16 +74,24 @@ def install() -> None:
     """Let this process push so."""
     torch.cuda.current_device = lambda: THREAD.gpu
     nccl.PushStreams = round_sender.PushStreams = HostStreams
-    nccl.gpu_uuid, nccl.share_memory = gpu_name, share
-    round_sender.mapped_memory = lambda address: mapped[address].view(torch.uint8)
+    nccl.gpu_uuid, nccl.export_ipc_handle = gpu_name, share
+    round_sender.open_ipc_handle = lambda address: mapped[address].view(torch.uint8)
 
 
 def main(case: str, engines: int, *, is_colocated: bool) -> None:
-    from tests.unit.null_gpu.push_processes import CASES, ENTRY_BYTES, RELAYED_BYTES, tensors_of
+    from tests.unit.null_gpu.push_processes import (
+        CASES,
+        RELAY_BUCKET_BYTES,
+        SCATTER_BUCKET_BYTES,
+        tensors_of,
+    )
     from tests.unit.push import push_world
 
     hf, grid, layout = CASES[case]
-    rounds.ENTRY_BYTES, rounds.RELAYED_BYTES = ENTRY_BYTES, RELAYED_BYTES
+    rounds.SCATTER_BUCKET_BYTES, rounds.RELAY_BUCKET_BYTES = (
+        SCATTER_BUCKET_BYTES,
+        RELAY_BUCKET_BYTES,
+    )
     first = 0 if is_colocated else grid.world_size
 
     class ThreadSender(WeightSender):
@@ -101,7 +109,7 @@ def main(case: str, engines: int, *, is_colocated: bool) -> None:
 
     def receiver(rendezvous, rank, table):
         use_gpu(first + rendezvous.member * layout.ranks_per_engine + rank)
-        return HostReceiver(rendezvous, rank, table, borrows_memory=is_colocated)
+        return HostReceiver(rendezvous, rank, table, allocates_per_push=is_colocated)
 
     push_world.WeightSender, push_world.receiver_class = ThreadSender, lambda transport: receiver
     tensors = tensors_of(hf, 0)

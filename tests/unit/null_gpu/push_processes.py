@@ -31,18 +31,18 @@ from megatron_r1.engines.server.responses import ConnectionBroken, EngineDied, P
 from megatron_r1.push.plan import EngineLayout, TrainerGrid, rounds
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import IncompletePush
-from megatron_r1.push.sender import WeightSender, run_all
+from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.transports import nccl, nccl_rounds
 from tests.unit.controller.push.small_fleet import SmallFleet
 from tests.unit.push.push_models import DEEPSEEK, QWEN
 from tests.unit.push.push_world import draw, plain_table, wrong_slots
-from tools.bench.push.small_model import held_by
+from tools.bench.push.small_model import rank_tensors
 
 CASES = {
     "qwen": (QWEN, TrainerGrid(2, tensor=2), EngineLayout()),
     "deepseek": (DEEPSEEK, TrainerGrid(4, expert=4), EngineLayout(tensor=2)),
 }
-ENTRY_BYTES, RELAYED_BYTES = 3001, 5003
+SCATTER_BUCKET_BYTES, RELAY_BUCKET_BYTES = 3001, 5003
 """Of a bucket; odd, so that buckets end within elements."""
 PUSH_SECONDS = 600.0
 """Generous: nothing here waits for it to pass."""
@@ -83,7 +83,10 @@ class Rank:
 
     def __init__(self, case, gpu, *, on_host):
         self.hf, self.grid, self.layout = CASES[case]
-        rounds.ENTRY_BYTES, rounds.RELAYED_BYTES = ENTRY_BYTES, RELAYED_BYTES
+        rounds.SCATTER_BUCKET_BYTES, rounds.RELAY_BUCKET_BYTES = (
+            SCATTER_BUCKET_BYTES,
+            RELAY_BUCKET_BYTES,
+        )
         self.gpu, self.on_host, self.rounds = gpu, on_host, Rounds()
         if on_host:
             import host_push
@@ -116,7 +119,7 @@ class TrainerRank(Rank):
         super().__init__(case, rank, **place)
         self.rank, self.port, self.num_shared = rank, port, 0
         self.store = TCPStore("127.0.0.1", port, is_master=False)
-        self.held = held_by(self.hf, self.grid, rank, tensors_of(self.hf, 0))
+        self.held = rank_tensors(self.hf, self.grid, rank, tensors_of(self.hf, 0))
         self.held = {
             name: [(tensor.to(self.device), piece) for tensor, piece in pieces]
             for name, pieces in self.held.items()
@@ -134,7 +137,7 @@ class TrainerRank(Rank):
         return self.store.get(key)
 
     def train(self, version):
-        new = held_by(self.hf, self.grid, self.rank, tensors_of(self.hf, version))
+        new = rank_tensors(self.hf, self.grid, self.rank, tensors_of(self.hf, version))
         for name, pieces in self.held.items():
             for (parameter, _), (value, _) in zip(pieces, new[name], strict=True):
                 parameter.copy_(value)
@@ -169,16 +172,16 @@ class EngineRanks(Rank):
             seconds = info["timeout_seconds"], info["push_seconds"]
             place = {"member": info["member"], "num_members": info["members"]}
             met = EngineRendezvous(store, info["name"], *seconds, **place)
-            return self.receiver_class(met, rank, table, memory, info["borrows_memory"])
+            return self.receiver_class(met, rank, table, memory, info["allocates_per_push"])
 
         ranks = range(self.layout.ranks_per_engine)
-        self.receivers = run_all([partial(receiver, rank) for rank in ranks])
+        self.receivers = run_in_threads([partial(receiver, rank) for rank in ranks])
 
     def swap_weights(self, push, version):
         """Compare what has arrived with the weights of this version."""
         expected, wrong = tensors_of(self.hf, version), []
         for rank, receiver in enumerate(self.receivers):
-            receiver.arrivals.wait(push, PUSH_SECONDS)
+            receiver.received_chunks.wait(push, PUSH_SECONDS)
             place = SimpleNamespace(memory=receiver.memory.cpu(), table=receiver.table)
             wrong += wrong_slots(SimpleNamespace(receivers={rank: place}), expected, push)
             receiver.free_memory()
@@ -245,9 +248,9 @@ class Trainer:
             Process(TrainerRank, case, rank, self.store.port, on_host=on_host) for rank in world
         ]
 
-    async def call_all(self, operation, begun=None, **arguments):
-        if begun:
-            begun()
+    async def call_all(self, operation, on_start=None, **arguments):
+        if on_start:
+            on_start()
         return await self.run(operation.__name__, **arguments)
 
     async def run(self, method, **arguments):
@@ -332,7 +335,7 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
     pusher = WeightPusher(fleet, links)
 
     async def push(version):
-        async with pusher.updating():
+        async with pusher.weight_update():
             if version == 1:
                 await pusher.open()
             await trainer.run("train", version=version)

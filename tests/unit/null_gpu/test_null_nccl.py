@@ -9,9 +9,8 @@ import sys
 import pytest
 from waiting import wait_until
 
-from megatron_r1.push.plan.rounds import NONE, Link, PushOrder
-from tools.bench.push.order_check import Call, Step
-from tools.bench.push.stream_queues import link_threads
+from megatron_r1.push.plan.rounds import NONE, Link, RoundSchedule
+from tools.bench.push.order_check import Call, Step, link_threads
 from tools.null_gpu import launch, watch
 
 INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS = 5, 6, 7
@@ -74,7 +73,9 @@ def test_links_in_a_common_order_or_buffered_do_not(start, segment, order, buffe
     assert [program.says() for program in programs[2:]] == received
 
 
-PUSH = PushOrder([Link(rank, engine, 16) for rank in (0, 1) for engine in (2, 3)], entry_bytes=1)
+PUSH = RoundSchedule(
+    [Link(rank, engine, 16) for rank in (0, 1) for engine in (2, 3)], scatter_bucket_bytes=1
+)
 """Two trainer ranks send 16 buckets to each of two engine ranks."""
 
 
@@ -83,7 +84,7 @@ def in_rounds() -> dict[int, list[Step]]:
     found = {}
     for process in range(PUSH.num_processes):
         found[process] = []
-        for _, to, sent, source, received in PUSH.schedule(process).tolist():
+        for _, to, sent, source, received in PUSH.rounds_of(process).tolist():
             calls = [Call(True, to, sent), Call(False, source, received)]
             calls = [each for each in calls if each.bucket != NONE]
             found[process].append(Step(starts=calls, waits=calls))

@@ -13,8 +13,14 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.pipeline.graph import Graph
-from megatron_r1.pipeline.pipeline_recipe import load, protect, references, substitute, unprotect
-from megatron_r1.pipeline.stages import PipelinePlan, merged
+from megatron_r1.pipeline.pipeline_recipe import (
+    escape_references,
+    iter_references,
+    load,
+    substitute,
+    unescape_references,
+)
+from megatron_r1.pipeline.stages import PipelinePlan, merge_settings
 from megatron_r1.reporting.run_folder import RunFolder
 
 TRAINING = recipe("training")
@@ -42,7 +48,7 @@ def training(tmp_path, monkeypatch):
 
 def plan_of(world, **overrides):
     recipe = load("p.yaml", overrides)
-    return PipelinePlan.of(recipe, "p.yaml", world.out, recipe.pipeline.seed)
+    return PipelinePlan.from_recipe(recipe, "p.yaml", world.out, recipe.pipeline.seed)
 
 
 @pytest.mark.parametrize(
@@ -55,12 +61,12 @@ def plan_of(world, **overrides):
     ],
 )
 def test_references_need_no_quotes_within_braces(text, value):
-    assert unprotect(yaml.safe_load(protect(text))) == value
+    assert unescape_references(yaml.safe_load(escape_references(text))) == value
 
 
 def test_a_reference_that_is_all_of_a_text_keeps_its_type():
     settings = {"a": ["${seed}", "s${seed}"], "b": {"c": "plain"}}
-    assert list(references(settings)) == [("a[0]", "seed"), ("a[1]", "seed")]
+    assert list(iter_references(settings)) == [("a[0]", "seed"), ("a[1]", "seed")]
     assert substitute(settings, lambda name: 7) == {"a": [7, "s7"], "b": {"c": "plain"}}
 
 
@@ -93,7 +99,7 @@ def test_references_of_served_models_are_edges(training):
 
 def test_mappings_are_joined_key_by_key():
     under = {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
-    assert merged(under, {"a": {"c": {"f": 3}}, "e": [2]}) == {
+    assert merge_settings(under, {"a": {"c": {"f": 3}}, "e": [2]}) == {
         "a": {"b": 1, "c": {"d": 2, "f": 3}},
         "e": [2],
     }

@@ -191,9 +191,9 @@ def test_a_stage_fails_whose_figures_are_no_numbers_and_the_report_is_written(wo
 
 
 def test_a_spread_of_one_has_no_deviation():
-    assert Spread.of([0.5]) == Spread(0.5, None, [0.5])
-    assert Spread.of([0.5]).format("accuracy") == "50.0%"
-    assert Spread.of([90.0, 110.0]).format("length") == "100 ± 14.1"
+    assert Spread.from_values([0.5]) == Spread(0.5, None, [0.5])
+    assert Spread.from_values([0.5]).format("accuracy") == "50.0%"
+    assert Spread.from_values([90.0, 110.0]).format("length") == "100 ± 14.1"
 
 
 UPSTREAM = {

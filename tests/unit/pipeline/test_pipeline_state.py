@@ -267,7 +267,9 @@ def test_what_a_stage_reads_without_saying_that_it_is_a_file(tmp_path, monkeypat
     source = "def tidy(question, response): return response\ndef polite(text, truth): return 1\n"
     (tmp_path / "mine.py").write_text(source)
     (tmp_path / "p.yaml").write_text(NAMED)
-    plan = PipelinePlan.of(load(tmp_path / "p.yaml"), tmp_path / "p.yaml", tmp_path / "out", 0)
+    plan = PipelinePlan.from_recipe(
+        load(tmp_path / "p.yaml"), tmp_path / "p.yaml", tmp_path / "out", 0
+    )
 
     def read():
         return input_digests(plan, plan.stages["answers"], ())
@@ -288,7 +290,9 @@ TRAINED = recipe("trained")
 def matter(tmp_path, finished, **overrides):
     (tmp_path / "p.yaml").write_text(TRAINED)
     recipe = load(tmp_path / "p.yaml", overrides)
-    plan = PipelinePlan.of(recipe, tmp_path / "p.yaml", tmp_path / "out", recipe.pipeline.seed)
+    plan = PipelinePlan.from_recipe(
+        recipe, tmp_path / "p.yaml", tmp_path / "out", recipe.pipeline.seed
+    )
     return deciding_settings(plan, plan.stages["base"], finished)
 
 

@@ -6,7 +6,7 @@ import pytest
 from planned_jobs import real_job
 
 from megatron_r1.models.memory import layer_activations
-from megatron_r1.plan.memory import in_flight
+from megatron_r1.plan.memory import microbatches_in_flight
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_micro_batches_in_flight_are_those_of_megatron_s_schedule(pipeline, virt
         total, _, warmup, _ = get_pp_rank_microbatches(
             microbatches, virtual, pipeline, p2p_communicator=place
         )
-        held = in_flight(rank, pipeline, virtual, microbatches)
+        held = microbatches_in_flight(rank, pipeline, virtual, microbatches)
         forwards = get_schedule_table(microbatches, virtual, pipeline)[: min(total, warmup + 1)]
         chunks = [chunk for _, chunk in forwards]
         assert held == [chunks.count(chunk) for chunk in range(virtual)], rank
@@ -39,7 +39,7 @@ def test_recomputing_a_module_frees_its_tensors_and_full_leaves_the_input():
 
     def kept(recompute, *modules):
         changed = job.with_parallel(recompute=recompute, recompute_modules=list(modules))
-        return layer.kept(changed.parallel)
+        return layer.saved_bytes(changed.parallel)
 
     assert kept("full") == tokens * 7168 * 2
     # Queries and keys of 192 and values of 128, 32 heads of each on a rank, of all its tokens.

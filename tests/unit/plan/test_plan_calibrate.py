@@ -9,10 +9,10 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.plan import main
-from megatron_r1.config.hardware import HARDWARE, Assumptions, fields_of
+from megatron_r1.config.hardware import HARDWARE, Assumptions, described_fields
 from megatron_r1.plan.arguments import parse
-from megatron_r1.plan.measured import calibrate_from
-from megatron_r1.plan.quantity import calibrated
+from megatron_r1.plan.calibration import calibrate_from
+from megatron_r1.plan.quantity import apply_calibration
 
 ROOT = Path(__file__).parents[3]
 LAPTOP = ROOT / "examples/laptop/r1_zero.yaml"
@@ -29,7 +29,7 @@ def estimate(tmp_path: Path, *options: str) -> dict:
 
 def test_every_number_says_where_it_is_from():
     for part in (HARDWARE["H800"], Assumptions()):
-        for name, info in fields_of(part).items():
+        for name, info in described_fields(part).items():
             assert info.description and len(info.description) > 10, name
 
 
@@ -74,7 +74,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path, text, cause, shows):
     file = tmp_path / "measured.yaml"
     file.write_text(text)
     with refused("--calibrate", cause, file, *shows):
-        calibrated(HARDWARE["H800"], Assumptions(), file)
+        apply_calibration(HARDWARE["H800"], Assumptions(), file)
 
 
 @pytest.mark.parametrize("text", ["- 0.3", None])

@@ -12,7 +12,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.plan import main
-from megatron_r1.plan.arguments import job_of, parse
+from megatron_r1.plan.arguments import parse, planned_job
 
 UNREPLAYED = ["--rl.routing_replay", "false"]
 ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1", "--rollout.redundant_experts", "0"]
@@ -39,7 +39,7 @@ ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1", "--rollout.redundant_
     ],
 )
 def test_what_does_not_work_is_named_in_the_bill(capsys, monkeypatch, options, key, shows):
-    monkeypatch.setattr("megatron_r1.commands.plan.nearest", lambda job: [])
+    monkeypatch.setattr("megatron_r1.commands.plan.nearest_layouts", lambda job: [])
     assert main([str(RECIPE), "--gpus", "2048", *options]) == 1
     output = " ".join(capsys.readouterr().out.split())
     assert [part for part in (key, *shows) if part not in output] == []
@@ -58,7 +58,7 @@ def test_what_does_not_work_is_named_in_the_bill(capsys, monkeypatch, options, k
 def test_an_impossible_option_is_refused(options, key, cause, shows):
     with refused(key, cause, *shows):
         chosen, overrides = parse([str(RECIPE), *options])
-        job_of(RECIPE, chosen, overrides)
+        planned_job(RECIPE, chosen, overrides)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_cannot_be_planned_is_refused_by_name(recipe, options, key, cause):
     recipe = ROOT / "examples" / recipe
     with refused(key, cause or Cause.CONFLICT):
         chosen, overrides = parse([str(recipe), *options])
-        job_of(recipe, chosen, overrides)
+        planned_job(recipe, chosen, overrides)
 
 
 def test_settings_are_those_of_the_other_commands():

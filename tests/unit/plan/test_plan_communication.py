@@ -6,12 +6,12 @@ from planned_jobs import ROOT, real_job
 from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
+from megatron_r1.plan.communication import traffic_by_axis
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.traffic import groups
 
 
 def test_what_a_rank_sends_by_hand():
-    sent = groups(real_job(), 3)
+    sent = traffic_by_axis(real_job(), 3)
     # 512 samples of 8,704 tokens over 16 replicas in 16 micro-batches, over context 2 and tensor 4.
     split = 32 * 8704 / 16 / 8
     assert sent["pipeline"].microbatch == pytest.approx(split * 7168 * 2 * 2 * 2)
@@ -27,7 +27,7 @@ def test_a_rank_sends_a_whole_head_where_there_are_fewer_than_tensor_ranks():
     job = PlannedJob(hf, config, 8, HARDWARE["H800"], verb="sft")
     layers = 28
     expected = layers * 2 * 128 * job.rank_tokens * 2  # a key and a value head, 2 B a value
-    assert groups(job, 0)["context"].forward == pytest.approx(expected)
+    assert traffic_by_axis(job, 0)["context"].forward == pytest.approx(expected)
 
 
 def test_tensor_ranks_send_what_the_others_lack():
@@ -37,4 +37,4 @@ def test_tensor_ranks_send_what_the_others_lack():
     # In each of 28 layers attention and MLP gather and scatter 1,536 values a token, three quarters
     # of which go to other ranks.
     expected = 28 * 2 * 2 * 1536 * job.rank_tokens * 2 * 3 / 4
-    assert groups(job, 0)["tensor"].forward == pytest.approx(expected)
+    assert traffic_by_axis(job, 0)["tensor"].forward == pytest.approx(expected)

@@ -6,10 +6,9 @@ import pytest
 from planned_jobs import planned, real_job
 
 from megatron_r1.config.hardware import HARDWARE, Assumptions
-from megatron_r1.plan.engine_memory import Engines
-from megatron_r1.plan.exchange import ExpertExchange, Links, distinct
+from megatron_r1.plan.communication import ExpertExchange, Links, expected_distinct, traffic_by_axis
+from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.rollout import RolloutTime, exchange_section
-from megatron_r1.plan.traffic import groups
 
 H800 = HARDWARE["H800"]
 WHOLE = replace(Assumptions(), link_efficiency=1.0)
@@ -18,7 +17,7 @@ LINKS = Links(H800, WHOLE)
 
 def v3(ranks: int, value: int = 1) -> ExpertExchange:
     """DeepSeek-V3's exchange: 7,168 values of a token to 8 experts in at most 4 nodes."""
-    return ExpertExchange(LINKS, ranks, hidden=7168, chosen=8, most_nodes=4, value=value)
+    return ExpertExchange(LINKS, ranks, hidden=7168, topk=8, max_nodes=4, value=value)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +47,7 @@ def test_high_throughput_sends_a_token_once_to_each_node():
     back. In one node: 8 (1 - (7/8)^8) = 5.25 different GPUs, 153 GB/s."""
     over_nodes = 4096 * 4 * 7168 * 3 / 51e9
     assert v3(64).seconds("deepep_high_throughput", 4096) == pytest.approx(over_nodes + 200e-6)
-    assert distinct(8, 8) == pytest.approx(5.251, abs=1e-3)
+    assert expected_distinct(8, 8) == pytest.approx(5.251, abs=1e-3)
     in_node = 4096 * 5.251 * 7168 * 3 / 153e9
     found = v3(8).seconds("deepep_high_throughput", 4096)
     assert found == pytest.approx(in_node + 200e-6, rel=1e-4)
@@ -79,29 +78,33 @@ def test_a_sum_over_tensor_ranks_goes_along_nccl_s_tree():
 
 
 def test_a_bill_shows_every_backend_and_engines_take_the_one_that_is_chosen():
-    section = exchange_section(RolloutTime(Engines(planned())))
+    section = exchange_section(RolloutTime(EngineMemory(planned())))
     assert "the engines'" in section["allgather_reducescatter"].formula
     chosen = planned(rollout__vllm={"all2all_backend": "deepep_low_latency"})
     assert (
         "the engines'"
-        in exchange_section(RolloutTime(Engines(chosen)))["deepep_low_latency"].formula
+        in exchange_section(RolloutTime(EngineMemory(chosen)))["deepep_low_latency"].formula
     )
-    passes = [RolloutTime(Engines(job)).exchange_seconds(32) for job in (planned(), chosen)]
+    passes = [RolloutTime(EngineMemory(job)).exchange_seconds(32) for job in (planned(), chosen)]
     # 58 of 61 layers and the MTP layer's have routed experts.
     each = [section[name].number for name in ("allgather_reducescatter", "deepep_low_latency")]
     assert passes[0] - passes[1] == pytest.approx(59 * (each[0] - each[1]))
-    assert exchange_section(RolloutTime(Engines(planned(rollout__expert_parallel=False)))) == {}
+    assert (
+        exchange_section(RolloutTime(EngineMemory(planned(rollout__expert_parallel=False)))) == {}
+    )
 
 
 def test_engines_without_cuda_graphs_wait_for_the_host_in_every_layer():
     graphs, eager = planned(), planned(rollout__vllm={"enforce_eager": True})
-    seconds = [RolloutTime(Engines(job)).step_seconds(32) * 1.85 for job in (graphs, eager)]
+    seconds = [RolloutTime(EngineMemory(job)).step_seconds(32) * 1.85 for job in (graphs, eager)]
     assert seconds[1] - seconds[0] == pytest.approx(62 * 1e-3)
 
 
 def test_the_trainer_s_deepep_sends_a_token_once_to_each_rank_or_node():
-    plain, flex = (groups(real_job(dispatcher=name), 3) for name in ("alltoall", "flex"))
-    assert flex["expert"].forward == pytest.approx(plain["expert"].forward * distinct(8, 8) / 8)
-    wide = groups(real_job(dispatcher="flex", expert=64), 3)["expert"]
-    all_to_all = groups(real_job(expert=64), 3)["expert"]
+    plain, flex = (traffic_by_axis(real_job(dispatcher=name), 3) for name in ("alltoall", "flex"))
+    assert flex["expert"].forward == pytest.approx(
+        plain["expert"].forward * expected_distinct(8, 8) / 8
+    )
+    wide = traffic_by_axis(real_job(dispatcher="flex", expert=64), 3)["expert"]
+    all_to_all = traffic_by_axis(real_job(expert=64), 3)["expert"]
     assert wide.forward == pytest.approx(all_to_all.forward * 4 / 8)

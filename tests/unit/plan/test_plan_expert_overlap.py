@@ -8,12 +8,12 @@ from planned_jobs import RECIPE, real_job
 from megatron_r1.commands.plan import main
 from megatron_r1.plan.estimate import estimate_step
 from megatron_r1.plan.expert_overlap import (
-    HIDDEN,
-    WHOLE,
+    FULL_RECOMPUTE,
+    OVERLAPPED,
     exchange_choice,
     expert_flops,
     exposed_seconds,
-    fraction_alone,
+    unpaired_fraction,
 )
 from megatron_r1.plan.memory import rank_memory
 from megatron_r1.plan.timing import StepTime
@@ -55,9 +55,11 @@ def test_the_passes_that_run_alone_are_those_of_megatron_s_warm_up(
             p2p_communicator=communicator,
         )
     job = SimpleNamespace(
-        parallel=SimpleNamespace(pipeline=pipeline), virtual=virtual, slots=microbatches
+        parallel=SimpleNamespace(pipeline=pipeline),
+        num_model_chunks=virtual,
+        schedule_slots=microbatches,
     )
-    assert fraction_alone(job, rank) == warmup / (virtual * microbatches)
+    assert unpaired_fraction(job, rank) == warmup / (virtual * microbatches)
 
 
 def test_the_overlap_hides_time_and_takes_the_memory_of_a_second_layer():
@@ -80,11 +82,14 @@ def test_a_row_compares_it_with_full_recomputation_and_says_which_fits():
     job = real_job()  # recompute: full
     section = exchange_choice(job, estimate_step)
     # 16 micro-batches of two chunks: on rank 3 of 16 all 32 passes are the warm-up's.
-    assert section[HIDDEN].formula.endswith("0% of its passes combined with another's")
-    assert section[WHOLE].number == StepTime(job, None).optimizer_step()
-    assert "does not fit" in section[HIDDEN].formula and ": fits" in section[WHOLE].formula
-    assert f"only '{WHOLE}' fits" in section["saved time"].formula
-    ratio = section[WHOLE].number / section[HIDDEN].number
+    assert section[OVERLAPPED].formula.endswith("0% of its passes combined with another's")
+    assert section[FULL_RECOMPUTE].number == StepTime(job, None).optimizer_step()
+    assert (
+        "does not fit" in section[OVERLAPPED].formula
+        and ": fits" in section[FULL_RECOMPUTE].formula
+    )
+    assert f"only '{FULL_RECOMPUTE}' fits" in section["saved time"].formula
+    ratio = section[FULL_RECOMPUTE].number / section[OVERLAPPED].number
     assert section["saved time"].number == ratio > 1
     wide = real_job(expert=64, tensor=8, context=4, pipeline=8, pipeline_layout=None)
     assert "both fit" in exchange_choice(wide, estimate_step)["saved time"].formula
@@ -95,6 +100,8 @@ def test_a_row_compares_it_with_full_recomputation_and_says_which_fits():
 def test_what_prevents_the_overlap_is_in_its_row_and_ends_the_plan(capsys):
     job = real_job(virtual_pipeline=1, pipeline_layout=None)
     section = exchange_choice(job, estimate_step)
-    assert section[HIDDEN].value is None and "parallel.pipeline: 16" in section[HIDDEN].formula
+    assert (
+        section[OVERLAPPED].value is None and "parallel.pipeline: 16" in section[OVERLAPPED].formula
+    )
     assert main([str(RECIPE), "--parallel.overlap_expert_exchange", "true"]) == 1
     assert "parallel.recompute: full" in capsys.readouterr().out

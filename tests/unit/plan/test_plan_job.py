@@ -6,7 +6,7 @@ import pytest
 from planned_jobs import RECIPE
 
 from megatron_r1.commands.plan import main
-from megatron_r1.plan.arguments import job_of, parse
+from megatron_r1.plan.arguments import parse, planned_job
 
 
 def test_numbers_of_gpus_below_one_engine_are_not_tried(capsys):
@@ -35,7 +35,7 @@ def test_engine_hosts_that_are_not_colocated_are_gpus_of_their_own():
 
     def rollout_gpus(*options: str) -> int:
         chosen, overrides = parse([str(RECIPE), *options])
-        return job_of(RECIPE, chosen, overrides).rollout_gpus
+        return planned_job(RECIPE, chosen, overrides).rollout_gpus
 
     assert rollout_gpus(*apart, "--rollout.engines", "3") == 3 * 8 * 16
     assert rollout_gpus(*apart, "--rollout-gpus", "2048") == 2048
@@ -64,7 +64,7 @@ def test_engine_hosts_that_are_not_colocated_are_gpus_of_their_own():
 def test_engines_that_do_not_make_up_the_gpus_are_told_how_many_would(
     capsys, monkeypatch, recipe, options
 ):
-    monkeypatch.setattr("megatron_r1.commands.plan.nearest", lambda job: [])
+    monkeypatch.setattr("megatron_r1.commands.plan.nearest_layouts", lambda job: [])
     path = str(RECIPE.parent / f"{recipe}.yaml")
     assert main([path, *options]) == 1
     advice = capsys.readouterr().out.rpartition("; set ")[2].strip()

@@ -8,7 +8,7 @@ from planned_jobs import RECIPE, planned, real_job
 
 from megatron_r1.commands.plan import main
 from megatron_r1.models import memory, weights
-from megatron_r1.models.weights.layout import layout_of
+from megatron_r1.models.weights.layout import layout_from_rules
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import rank_memory
@@ -25,9 +25,9 @@ def test_the_reference_lies_in_host_memory_or_on_the_gpu():
 @pytest.mark.parametrize("colocated", [True, False])
 def test_gradients_are_the_engines_memory_while_these_compute(colocated):
     estimate = JobEstimate(planned(rollout__colocated=colocated, rl__importance_cap=2.0))
-    rank = max(estimate.ranks, key=lambda rank: rank.resident)
+    rank = max(estimate.ranks, key=lambda rank: rank.resident_bytes)
     kinds = ["parameters", "optimizer"] + ["gradients"] * (not colocated)
-    assert estimate.engines.resident == sum(rank.training[kind] for kind in kinds)
+    assert estimate.engines.trainer_bytes == sum(rank.training[kind] for kind in kinds)
     assert ("gradients" in rank.scoring) != colocated and "gradients" in rank.training
 
 
@@ -44,7 +44,7 @@ def test_all_that_the_trainer_keeps_on_a_gpu_is_not_the_engines(kind, changed):
         JobEstimate(planned()),
     )
     more = max(rank.training.get(kind, 0) for rank in estimate.ranks)
-    assert estimate.engines.resident > plain.engines.resident + more / 2 > 0
+    assert estimate.engines.trainer_bytes > plain.engines.trainer_bytes + more / 2 > 0
 
 
 def test_constants_taken_from_the_kernels_are_theirs():
@@ -57,7 +57,7 @@ def test_constants_taken_from_the_kernels_are_theirs():
 def test_more_ranks_never_need_more_of_one_gpu():
     peaks = {}
     for expert in (4, 8, 16):
-        peaks[expert] = max(rank.resident for rank in rank_memory(real_job(expert=expert)))
+        peaks[expert] = max(rank.resident_bytes for rank in rank_memory(real_job(expert=expert)))
     assert peaks[4] > peaks[8] > peaks[16]
 
 
@@ -76,7 +76,7 @@ def test_adapters_alone_have_gradients_an_optimizer_and_a_reference():
     held = sum(
         math.prod(entry.shape)
         for layer in layers
-        for entry in layout_of(job.adapters, rank_shard(job, layer)).values()
+        for entry in layout_from_rules(job.adapters, rank_shard(job, layer)).values()
     )
     assert lora.counts.trained == held > 0
     assert lora.counts.frozen == whole.counts.parameters

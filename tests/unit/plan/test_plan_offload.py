@@ -10,8 +10,7 @@ from planned_jobs import planned
 
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.memory import rank_memory
-from megatron_r1.plan.ranges import narrowing_section
-from megatron_r1.plan.timing import time_section
+from megatron_r1.plan.timing import narrowing_section, time_section
 
 DENSE, EXPERT = 283_967_488, 5_637_144_576
 OFFLOADED = 2 * (DENSE + EXPERT) + 12 * (DENSE / 32 + EXPERT / 16)
@@ -28,10 +27,10 @@ def value(of: JobEstimate, section: str, name: str) -> float:
 
 def test_the_engines_may_take_what_is_away():
     here, away = estimate("none"), estimate("host")
-    assert here.engines.resident == pytest.approx(OFFLOADED, rel=5e-3)
+    assert here.engines.trainer_bytes == pytest.approx(OFFLOADED, rel=5e-3)
     # The routers' bias of a rank, which is no parameter.
-    assert 0 < away.engines.resident < 1e-6 * OFFLOADED
-    assert away.engines.free - here.engines.free == pytest.approx(OFFLOADED, rel=5e-3)
+    assert 0 < away.engines.trainer_bytes < 1e-6 * OFFLOADED
+    assert away.engines.free_bytes - here.engines.free_bytes == pytest.approx(OFFLOADED, rel=5e-3)
     more = {"rollout__gpu_memory": 0.9}
     assert "rollout.gpu_memory" in estimate("none", **more).problems()[0]
     assert estimate("host", **more).problems() == estimate("disk", **more).problems() == []
@@ -89,5 +88,5 @@ def test_the_critic_s_state_is_away_too():
         for place in ("none", "host")
     )
     kind = "offloaded while engines sample"
-    assert here.resident > 1.5 * OFFLOADED and away.resident < 1e-6 * OFFLOADED
-    assert away.host[kind] == pytest.approx(here.resident, rel=5e-3)
+    assert here.resident_bytes > 1.5 * OFFLOADED and away.resident_bytes < 1e-6 * OFFLOADED
+    assert away.host[kind] == pytest.approx(here.resident_bytes, rel=5e-3)

@@ -72,5 +72,5 @@ def test_every_rank_s_count_is_its_layout_s():
             at = {"tp": (0, 2), "ep": (0, 4), "etp": (0, 1)}
             entries = weights.layout(V3, weights.Shard(**{**vars(chunk), **at}))
             expected += sum(math.prod(entry.shape) for entry in entries.values())
-        found = counts.of_rank(rank)
+        found = counts.rank_counts(rank)
         assert found.parameters + found.buffers == expected, rank

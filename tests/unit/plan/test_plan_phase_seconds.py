@@ -4,23 +4,24 @@ import pytest
 from planned_jobs import planned, real_job
 
 from megatron_r1.config.hardware import GIB
-from megatron_r1.plan.between_phases import load, saves, sleep_and_wake
-from megatron_r1.plan.engine_memory import Engines
+from megatron_r1.plan.between_phases import checkpoint_time, sleep_wake_time, weight_load_time
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.timing import StepTime, time_section
 
 
 def test_weights_are_read_and_written_and_each_tensor_costs_the_host():
-    """19.85 GiB twice at 32% of 3.35 TB/s; of 1,223 tensors each 0.1 ms."""
-    found = load(planned())
+    """19.85 GiB twice at 38% of 3.35 TB/s; of 1,223 tensors each 0.1 ms."""
+    found = weight_load_time(planned())
     assert "1,223 tensors" in found.formula
-    assert found.number == pytest.approx(2 * 19.85 * GIB / (0.32 * 3.35e12) + 0.1223, rel=1e-3)
-    over_gloo = load(planned(push__transport="gloo"))  # from the host, at 78% of 55 GB/s
+    assert found.number == pytest.approx(2 * 19.85 * GIB / (0.38 * 3.35e12) + 0.1223, rel=1e-3)
+    # From the host, at 78% of 55 GB/s.
+    over_gloo = weight_load_time(planned(push__transport="gloo"))
     assert over_gloo.number == pytest.approx(19.85 * GIB / (0.78 * 55e9) + 0.1223, rel=1e-3)
 
 
 def test_engines_sleep_and_wake_once_a_step_where_they_share_the_gpus():
-    assert sleep_and_wake(planned()).number == pytest.approx(1.0 + 2.6)
+    assert sleep_wake_time(planned()).number == pytest.approx(1.0 + 2.6)
     assert time_section(JobEstimate(planned()).times)["sleep and wake"].number == pytest.approx(3.6)
     alone = planned(rollout_gpus=2048, rollout__colocated=False, rl__importance_cap=2.0)
     assert "sleep and wake" not in time_section(JobEstimate(alone).times)
@@ -33,8 +34,8 @@ def test_a_save_stops_the_trainer_for_its_copy_and_without_threads_for_its_writi
     copied = max(rank.host["checkpoint being written"] for rank in JobEstimate(job).ranks)
     assert copied == 16 * (283_967_488 // 32 + 5_637_144_576 // 16)
     copy = copied / (0.78 * 55e9)
-    assert saves(job).number == pytest.approx(copy / 5)
-    synchronous = saves(planned(checkpoint__asynchronous=False, checkpoint__every=2))
+    assert checkpoint_time(job).number == pytest.approx(copy / 5)
+    synchronous = checkpoint_time(planned(checkpoint__asynchronous=False, checkpoint__every=2))
     assert synchronous.number == pytest.approx((copy + copied / 0.25e9) / 2)
 
 
@@ -42,11 +43,11 @@ def test_a_rank_stalls_at_every_hop_of_the_pipeline():
     """2 chunks x 16 micro-batches x 2 directions; a micro-batch's states of 7,168 values in bf16,
     over context 2 and tensor 4, through the network but for the 8 of 2,048 ranks in a node."""
     job = real_job()
-    times = StepTime(job, Engines(job))
+    times = StepTime(job, EngineMemory(job))
     tokens = 32 * 8704 / 16 / 8
     hop = 200e-6 + tokens * 7168 * 2 * (1 - 8 / 2048) / (0.78 * 50e9)
     assert times.hop == pytest.approx(hop)
-    assert times.stalls(True) == pytest.approx(4 * hop)
+    assert times.pipeline_stall(True) == pytest.approx(4 * hop)
     stalled = time_section(times)["pipeline stalls"]
     assert stalled.number == pytest.approx(64 * hop) and "64 hops" in stalled.formula
     rank = times.busiest

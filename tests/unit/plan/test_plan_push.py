@@ -11,7 +11,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import planned_engine_layout, push_section
-from megatron_r1.plan.push_links import set_links
+from megatron_r1.plan.push_links import traffic_of_sets
 
 
 def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models():
@@ -76,22 +76,22 @@ def test_a_push_of_adapters_alone_is_planned_with_their_bytes():
 def test_the_receive_buffer_is_where_the_transport_writes(transport):
     any_share = {"rollout__gpu_memory": None}
     estimate = JobEstimate(planned(push__transport=transport, **any_share))
-    sections, buffer = estimate.sections(), estimate.engines.weights
+    sections, buffer = estimate.sections(), estimate.engines.weight_bytes
     assert sections["push"]["receive buffer"].value == buffer
     formula = sections["push"]["receive buffer"].formula
     assert f"({transport})" in formula
     assert ("is for one host" in formula) == (transport in ("shm", "cuda_ipc"))
     default = JobEstimate(planned(push__transport="gloo", **any_share))
-    before = default.engines.cache
-    trainer = sections[f"memory of pipeline rank {estimate.worst.rank}, the fullest"]
+    before = default.engines.cache_bytes
+    trainer = sections[f"memory of pipeline rank {estimate.peak_rank.rank}, the fullest"]
     host = sections["host memory of a node"]
     if transport == "cuda_ipc":
         assert "receive buffer" not in host and "on its GPU" in formula
-        assert before - estimate.engines.cache == trainer["receive buffer"].value == buffer
-        assert estimate.worst.peak == default.worst.peak + buffer
+        assert before - estimate.engines.cache_bytes == trainer["receive buffer"].value == buffer
+        assert estimate.peak_rank.peak == default.peak_rank.peak + buffer
     else:
         assert host["receive buffer"].value == 8 * buffer and "on its host" in formula
-        assert estimate.engines.cache == before and "receive buffer" not in trainer
+        assert estimate.engines.cache_bytes == before and "receive buffer" not in trainer
 
 
 def test_over_nccl_colocated_engines_receive_in_the_place_of_their_cache():
@@ -102,8 +102,8 @@ def test_over_nccl_colocated_engines_receive_in_the_place_of_their_cache():
     assert not engines.receive_buffer and estimate.problems() == []
     for section in sections.values():
         assert "receive buffer" not in section or section is sections["push"]
-    needed = engines.weights + GIB // 4
-    gpu = engines.weights + engines.resident + 6 * GIB + needed
+    needed = engines.weight_bytes + GIB // 4
+    gpu = engines.weight_bytes + engines.trainer_bytes + 6 * GIB + needed
     hardware = replace(HARDWARE["H800"], memory=gpu - GIB)
     fits_engine = planned(push__transport="nccl", rollout__gpu_memory=None)
     share, push = JobEstimate(replace(fits_engine, hardware=hardware)).problems()[-2:]
@@ -119,8 +119,8 @@ def test_receive_buffers_of_engines_on_their_own_gpus_are_not_the_trainers():
     engines = host["host memory of an engines' node"]["receive buffer"]
     assert engines.value == 8 * host["push"]["receive buffer"].value
     estimate = JobEstimate(planned(**alone, push__transport="cuda_ipc"))
-    assert estimate.worst.peak == JobEstimate(planned(**alone)).worst.peak
-    assert estimate.engines.receive_buffer == estimate.engines.weights
+    assert estimate.peak_rank.peak == JobEstimate(planned(**alone)).peak_rank.peak
+    assert estimate.engines.receive_buffer == estimate.engines.weight_bytes
     assert "host memory of an engines' node" not in estimate.sections()
 
 
@@ -159,9 +159,11 @@ def test_what_a_push_moves_beyond_need_and_how_evenly_is_counted(monkeypatch):
     each = push["into an engine GPU"].value
 
     def uneven(*arguments, **named):
-        return replace(set_links(*arguments, **named), received=[1.5 * each] + 127 * [each])
+        return replace(
+            traffic_of_sets(*arguments, **named), received_bytes=[1.5 * each] + 127 * [each]
+        )
 
-    monkeypatch.setattr("megatron_r1.plan.push.set_links", uneven)
+    monkeypatch.setattr("megatron_r1.plan.push.traffic_of_sets", uneven)
     push = push_section(planned())
     assert push["over what is needed"].value == pytest.approx(128.5 / 128)
     assert push["busiest engine GPU"].value == pytest.approx(1.5 / (128.5 / 128))
@@ -172,7 +174,7 @@ def test_a_push_is_priced_as_sets_of_engines_execute_it(monkeypatch):
     of 32 and 64 MiB."""
     push = push_section(planned(push__transport="nccl"))
     with monkeypatch.context() as engines_by_themselves:
-        engines_by_themselves.setattr("megatron_r1.plan.push.SET_ENGINES", 1)
+        engines_by_themselves.setattr("megatron_r1.plan.push.MAX_SET_ENGINES", 1)
         alone = push_section(planned(push__transport="nccl"))
     whole = push["into an engine GPU"].value
     assert whole / 16 < push["out of a trainer rank"].value < 1.4 * whole / 16

@@ -8,13 +8,17 @@ from planned_jobs import RECIPE, ROOT, planned
 
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
-from megatron_r1.plan.between_phases import OFFLOAD
+from megatron_r1.plan.between_phases import OFFLOAD, ROUTED
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.ranges import MEASUREMENTS, closed_by, narrowing_section
-from megatron_r1.plan.routing_replay import ROUTED
-from megatron_r1.plan.timing import PARTS, time_section
-from tools.gpu_check import calibration
+from megatron_r1.plan.timing import (
+    MEASUREMENTS,
+    PARTS,
+    narrowing_number,
+    narrowing_section,
+    time_section,
+)
+from tools.gpu_check import miniatures
 from tools.gpu_check.checks import CHECKS
 
 
@@ -50,7 +54,7 @@ def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
     assert known["step"].high == pytest.approx(exact + rest * 1.96)
     named = [set(narrowing_section(each, times(each))) for each in (job, measured)]
     assert named[0] - named[1] == {"rollout"}
-    names = {closed_by(job, name) for name in MEASUREMENTS}
+    names = {narrowing_number(job, name) for name in MEASUREMENTS}
     everything = replace(job, measured=dict.fromkeys(names, "measured.yaml"))
     assert narrowing_section(everything, times(everything)) == {}
     assert times(everything)["step"].limits == ""
@@ -107,27 +111,32 @@ def test_the_plan_names_checks_that_exist():
 
 def test_engines_of_one_gpu_need_the_bandwidth_and_saves_that_block_the_storage():
     small = replace(planned(rollout__engines=2048, rollout__tensor=1, rollout__data=1))
-    assert [closed_by(job, "rollout") for job in (planned(), small)] == [
+    assert [narrowing_number(job, "rollout") for job in (planned(), small)] == [
         "decode_latency_per_layer",
         "bandwidth_efficiency",
     ]
     blocking = planned(checkpoint__asynchronous=False)
-    assert [closed_by(job, "saves") for job in (planned(), blocking)] == ["host_link", "storage"]
+    assert [narrowing_number(job, "saves") for job in (planned(), blocking)] == [
+        "host_link",
+        "storage",
+    ]
 
 
 def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
     """The file that all three checks of seconds have written, as they write it."""
     values = {"decode_latency_per_layer": 1e-4, "bandwidth_efficiency": 0.6}
-    calibration.add(tmp_path, "H800", values)
-    calibration.add(tmp_path, "H800", {"compute_efficiency": 0.4})
-    file = calibration.add(tmp_path, "H800", {"wake_seconds": 1.5, "tensor_load_seconds": 2e-4})
+    miniatures.add_values(tmp_path, "H800", values)
+    miniatures.add_values(tmp_path, "H800", {"compute_efficiency": 0.4})
+    file = miniatures.add_values(
+        tmp_path, "H800", {"wake_seconds": 1.5, "tensor_load_seconds": 2e-4}
+    )
     assert main([str(RECIPE)]) == main([str(RECIPE), "--calibrate", str(file)]) == 0
     before, after = re.findall(
         r"run of 650 steps: \d+ hours \((\d+) to (\d+) hours\)", capsys.readouterr().out
     )
     wide, narrow = (int(high) / int(low) for low, high in (before, after))
     assert wide > 3.5 and narrow < 1.1
-    calibration.add(tmp_path, "H100", {"compute_efficiency": 0.4})
+    miniatures.add_values(tmp_path, "H100", {"compute_efficiency": 0.4})
     assert main([str(RECIPE), "--calibrate", str(file)]) == 2
     assert "H100" in capsys.readouterr().err
 

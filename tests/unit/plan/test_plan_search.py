@@ -7,7 +7,7 @@ from planned_jobs import RECIPE, ROOT, real_job
 from megatron_r1.commands.plan import main
 from megatron_r1.models import weights
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.search import even_layout, nearest
+from megatron_r1.plan.search import even_layout, nearest_layouts
 
 
 def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
@@ -15,7 +15,7 @@ def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
     output = capsys.readouterr().out
     assert "activations" in output and "--parallel.recompute full" in output
     job = real_job(recompute="none")
-    for found in nearest(job, 3):
+    for found in nearest_layouts(job, 3):
         assert JobEstimate(job.with_parallel(**found.changes)).problems() == []
 
 

@@ -19,7 +19,7 @@ def test_a_push_within_a_node_goes_over_the_node_s_links():
         estimate = JobEstimate(PlannedJob(hf, config, 1, h800))
         seconds[transport] = estimate.times.push()
         assert "one host" not in estimate.sections()["push"]["receive buffer"].formula
-    each = 0.75 / estimate.engines.weights
+    each = 0.75 / estimate.engines.weight_bytes
     rates = [h800.host_link, h800.nvlink, h800.host_network, h800.network]
     assert [1 / s for s in seconds.values()] == pytest.approx([rate * each for rate in rates])
     over_hosts = ("cuda_ipc", "gloo", "nccl")
@@ -30,9 +30,9 @@ def test_a_push_within_a_node_goes_over_the_node_s_links():
 def test_virtual_stages_round_micro_batches_up_and_pay_for_it():
     # 278,528 tokens of a replica: 16 micro-batches fill a round of 16 stages, 17 begin another.
     sixteen, seventeen = real_job(), real_job(tokens_per_microbatch=16_384)
-    assert (sixteen.num_microbatches, sixteen.slots) == (16, 16)
-    assert (seventeen.num_microbatches, seventeen.slots) == (17, 32)
+    assert (sixteen.num_microbatches, sixteen.schedule_slots) == (16, 16)
+    assert (seventeen.num_microbatches, seventeen.schedule_slots) == (17, 32)
     assert JobEstimate(sixteen).times.bubble(16, 16) == pytest.approx(15 / 47)
     assert JobEstimate(seventeen).step.number > JobEstimate(sixteen).step.number
     plain = JobEstimate(real_job(virtual_pipeline=1, pipeline_layout="Et*4|(t*4|)*14tmL"))
-    assert plain.times.bubble(16, plain.job.slots) == pytest.approx(15 / 31)
+    assert plain.times.bubble(16, plain.job.schedule_slots) == pytest.approx(15 / 31)

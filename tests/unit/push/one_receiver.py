@@ -6,8 +6,8 @@ import torch
 from torch.distributed import TCPStore
 from waiting import PATIENT
 
+from megatron_r1.push.protocol import Slot, SlotTable, TensorChunk
 from megatron_r1.push.rendezvous import EngineRendezvous, TrainerRendezvous
-from megatron_r1.push.table import Delivery, Slot, SlotTable
 from megatron_r1.push.transports import receiver_class, sender_class
 
 TENSORS = {
@@ -26,12 +26,12 @@ SLOTS = [
 ]
 BY_TWO = {
     0: [
-        Delivery(0, 0, 5, 0, 1),
-        Delivery(1, 0, 3, 0, 8),
-        Delivery(2, 0, 6, 3, 5),
-        Delivery(3, 0, 4, 0, 32),
+        TensorChunk(0, 0, 5, 0, 1),
+        TensorChunk(1, 0, 3, 0, 8),
+        TensorChunk(2, 0, 6, 3, 5),
+        TensorChunk(3, 0, 4, 0, 32),
     ],
-    1: [Delivery(1, 3, 8, 0, 8), Delivery(2, 0, 6, 0, 3), Delivery(3, 4, 6, 0, 32)],
+    1: [TensorChunk(1, 3, 8, 0, 8), TensorChunk(2, 0, 6, 0, 3), TensorChunk(3, 4, 6, 0, 32)],
 }
 
 
@@ -40,10 +40,10 @@ def expected_values(slot: Slot) -> torch.Tensor:
     return part.to(getattr(torch, slot.dtype))
 
 
-def slices(table: SlotTable, deliveries: list[Delivery]) -> list[torch.Tensor]:
+def slices(table: SlotTable, chunks: list[TensorChunk]) -> list[torch.Tensor]:
     """Return the slices as the trainer has them: float32, not converted yet."""
     values = []
-    for d in deliveries:
+    for d in chunks:
         slot = table.slots[d.slot]
         whole = TENSORS[slot.name][slot.top : slot.bottom, slot.left : slot.right]
         values.append(whole[d.top : d.bottom, d.left : d.right])
@@ -53,9 +53,9 @@ def slices(table: SlotTable, deliveries: list[Delivery]) -> list[torch.Tensor]:
 class OneReceiver:
     """One receiver and its senders."""
 
-    def __init__(self, transport, slots, deliveries, num_bytes=2048, num_buffers=1):
+    def __init__(self, transport, slots, chunks, num_bytes=2048, num_buffers=1):
         self.table = SlotTable(num_bytes, slots, num_buffers)
-        self.deliveries = deliveries
+        self.chunks = chunks
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ends = {}
 
@@ -67,15 +67,15 @@ class OneReceiver:
             rendezvous = TrainerRendezvous(self.client(), f"test.{self.store.port}", PATIENT)
             (info,) = rendezvous.read_receivers(1)
             end = sender_class(transport)(rendezvous, sender, 0, info)
-            end.plan(deliveries[sender])
-            rendezvous.publish_plan(0, [list(deliveries.items())])
-            rendezvous.publish_prepared(len(deliveries), 1)
-            rendezvous.await_prepared()
+            end.plan(chunks[sender])
+            rendezvous.publish_plan(0, [list(chunks.items())])
+            rendezvous.publish_prepared(len(chunks), 1)
+            rendezvous.wait_prepared()
             end.connect()
             ends[sender] = end
 
         threads = [threading.Thread(target=receive)]
-        threads += [threading.Thread(target=connect, args=(sender,)) for sender in deliveries]
+        threads += [threading.Thread(target=connect, args=(sender,)) for sender in chunks]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -88,7 +88,7 @@ class OneReceiver:
 
     def send(self, push, senders=None):
         def run(sender, end):
-            end.send(push, slices(self.table, self.deliveries[sender]))
+            end.send(push, slices(self.table, self.chunks[sender]))
 
         threads = [
             threading.Thread(target=run, args=item)

@@ -8,7 +8,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights import layout
 from megatron_r1.push.plan import EngineLayout, Region, TrainerGrid
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
-from tools.bench.push.small_model import place_of
+from tools.bench.push.small_model import rank_coordinate
 
 DEEPSEEK_V3 = read_hf_config("examples/deepseek_r1/model")
 WORLDS = [
@@ -30,7 +30,7 @@ WORLDS = [
 
 def held(hf: dict, grid: TrainerGrid, rank: int) -> dict[str, list[Region]]:
     """Return what a trainer rank holds, from the layout that real models are checked against."""
-    place = place_of(grid, rank)
+    place = rank_coordinate(grid, rank)
     at = shard(
         hf,
         tp=(place.tensor, grid.tensor),

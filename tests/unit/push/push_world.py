@@ -11,13 +11,13 @@ from waiting import PATIENT
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.models.weights.stored.published import is_quantized, scale_name
-from megatron_r1.push.plan.planner import PredictedLayout
+from megatron_r1.push.plan.planner import PredictedSharding
 from megatron_r1.push.plan.tensors import scale_region
+from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
-from megatron_r1.push.sender import WeightSender, run_all
-from megatron_r1.push.table import Slot, SlotTable, slot_view
+from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.transports import receiver_class
-from tools.bench.push.small_model import held_by
+from tools.bench.push.small_model import rank_tensors
 
 
 def draw(hf, seed, *, with_mtp=False):
@@ -33,7 +33,7 @@ def draw(hf, seed, *, with_mtp=False):
 def table_of(hf, engine, rank):
     """Return an engine rank's table in FP8: rows with gaps, one tensor after another."""
     slots, end = [], 0
-    for tensor, region in PredictedLayout(hf, engine).needed(engine.coordinate(rank)):
+    for tensor, region in PredictedSharding(hf, engine).regions_of(engine.coordinate(rank)):
         items = [(tensor.name, region, "bfloat16")]
         if is_quantized(tensor.name):
             items = [(tensor.name, region, "float8_e4m3fn")]
@@ -91,7 +91,7 @@ class World:
         self.name = f"set.{self.store.port}"
         shared = Shared(grid.world_size)
         self.held = [
-            held_by(hf, grid, rank, tensors, with_mtp=drafts, rules=adapters)
+            rank_tensors(hf, grid, rank, tensors, with_mtp=drafts, rules=adapters)
             for rank in range(grid.world_size)
         ]
         mtp = {"stages": stage_shards(hf, grid.pipeline, with_mtp=drafts), "drafts": drafts}
@@ -113,7 +113,7 @@ class World:
             sets = [(self.name, engines)]
             return sender.connect(sets, asdict(engine), transport, PATIENT, seconds)
 
-        ends = run_all([partial(receiver, *at) for at in places] + self.each(connect))
+        ends = run_in_threads([partial(receiver, *at) for at in places] + self.each(connect))
         self.receivers = dict(zip(places, ends[: len(places)], strict=True))
         self.answers = ends[len(places) :]
 
@@ -128,12 +128,12 @@ class World:
         return TCPStore("127.0.0.1", self.store.port, is_master=False)
 
     def send(self, number, ranks=None):
-        return run_all(self.each(lambda sender: sender.send(number, [self.name]), ranks))
+        return run_in_threads(self.each(lambda sender: sender.send(number, [self.name]), ranks))
 
     def push(self, number):
         assert all(answer == {"problems": {}} for answer in self.send(number))
         for receiver in self.receivers.values():
-            receiver.arrivals.wait(number, PATIENT)
+            receiver.received_chunks.wait(number, PATIENT)
 
     def close(self):
         for sender in self.senders:
@@ -145,7 +145,9 @@ class World:
 def plain_table(hf, engine, rank, *, drafts=False):
     """Return an engine rank's table in bfloat16, one tensor after another."""
     slots, end = [], 0
-    for tensor, at in PredictedLayout(hf, engine, drafts=drafts).needed(engine.coordinate(rank)):
+    for tensor, at in PredictedSharding(hf, engine, drafts=drafts).regions_of(
+        engine.coordinate(rank)
+    ):
         place = at.top, at.bottom, at.left, at.right
         slots.append(Slot(tensor.name, *place, end, 2 * (at.right - at.left), "bfloat16"))
         end += 2 * at.num_elements

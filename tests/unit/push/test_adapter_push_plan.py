@@ -14,7 +14,7 @@ from megatron_r1.models.weights.adapter_table import adapter_shapes, adapter_tab
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.adapters import (
     MAX_RANKS,
-    PredictedAdapters,
+    PredictedAdapterSharding,
     check_adapter_push,
     max_lora_rank,
 )
@@ -41,10 +41,10 @@ def test_every_engine_rank_has_all_factors_of_its_layers(hf, targets, grid, layo
     rules = adapter_table(hf, LoraConfig(rank=3, targets=targets))
     shapes = adapter_shapes(rules)
     tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
-    needs = PredictedAdapters(hf, layout, rules)
+    sharding = PredictedAdapterSharding(hf, layout, rules)
 
     def table(hf, engine, rank):
-        return slot_table(needs, engine.coordinate(rank))
+        return slot_table(sharding, engine.coordinate(rank))
 
     world = World(hf, grid, layout, tensors, engines=2, table=table, adapters=rules)
     try:
@@ -82,7 +82,7 @@ def test_a_push_is_planned_with_the_adapters_bytes(tensor):
     expected = 2 * rank * layers * sum(widths)
     assert engine_rank_bytes(config, QWEN) == expected
     (plan,) = planned_push(config, QWEN)
-    assert sum(entry.num_bytes for position in plan for entry in position) == expected
+    assert sum(entry.num_bytes for engine_rank in plan for entry in engine_rank) == expected
 
 
 @pytest.mark.parametrize(

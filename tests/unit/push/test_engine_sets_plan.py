@@ -7,7 +7,7 @@ import pytest
 from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.engine_sets import (
-    SET_ENGINES,
+    MAX_SET_ENGINES,
     engine_sets,
     plan_sets,
 )
@@ -25,20 +25,22 @@ def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf, grid, layout,
     (plan,) = plan_sets(planner, BYTES, [range(engines)])
     holdings = [held(hf, grid, rank) for rank in range(grid.world_size)]
     assert len(plan) == layout.ranks_per_engine
-    for position, of_position in enumerate(plan):
+    for engine_rank, of_position in enumerate(plan):
         found = Counter()
         for link in of_position:
-            assert link.position == position and link.member in range(engines)
+            assert link.engine_rank == engine_rank and link.member in range(engines)
             for each in link.regions:
-                own = holdings[link.sender][each.tensor.name]
+                own = holdings[link.trainer_rank][each.tensor.name]
                 assert any(each.region.intersection(r) == each.region for r in own), each
                 found[each.tensor.name, each.region] += 1
         assert set(found.values()) == {1}
         elements = defaultdict(int)
         for name, region in found:
             elements[name] += region.num_elements
-        at = layout.coordinate(position)
-        needed = {item.name: region.num_elements for item, region in planner.needs.needed(at)}
+        at = layout.coordinate(engine_rank)
+        needed = {
+            item.name: region.num_elements for item, region in planner.sharding.regions_of(at)
+        }
         assert elements == needed
         for one in (name for name, _ in found):
             regions = [region for name, region in found if name == one]
@@ -58,9 +60,9 @@ def test_engines_receive_equal_bytes_though_one_tensor_is_more_than_a_share():
     hf = DEEPSEEK_MTP | {"vocab_size": 1 << 15}
     planner = Planner(hf, TrainerGrid(2, tensor=2), EngineLayout(1, tensor=2))
     (plan,) = plan_sets(planner, BYTES, [range(16)])
-    for position in plan:
+    for engine_rank in plan:
         received = Counter()
-        for link in position:
+        for link in engine_rank:
             received[link.member] += link.num_bytes
         mean = sum(received.values()) / 16
         assert len(received) == 16 and max(received.values()) < 1.002 * mean
@@ -68,8 +70,8 @@ def test_engines_receive_equal_bytes_though_one_tensor_is_more_than_a_share():
 
 def test_sets_are_of_equal_size():
     assert engine_sets(1) == [range(1)]
-    assert engine_sets(SET_ENGINES) == [range(SET_ENGINES)]
-    assert [len(engines) for engines in engine_sets(SET_ENGINES + 1)] == [8, 9]
+    assert engine_sets(MAX_SET_ENGINES) == [range(MAX_SET_ENGINES)]
+    assert [len(engines) for engines in engine_sets(MAX_SET_ENGINES + 1)] == [8, 9]
     assert engine_sets(64) == [range(0, 16), range(16, 32), range(32, 48), range(48, 64)]
 
 
@@ -82,18 +84,18 @@ def test_the_recipe_for_2048_ranks_needs_few_links_and_sends_evenly(count, most)
     (plan,) = plan_sets(planner, count, [range(16)])
     sent, into, received, entered = Counter(), Counter(), Counter(), Counter()
     for link in (link for of_position in plan for link in of_position):
-        sent[link.sender] += link.num_bytes
-        into[link.member, link.position] += 1
-        entered[link.member, link.position] += link.num_bytes
-        received[link.position] += link.num_bytes
-    out = Counter(link.sender for of_position in plan for link in of_position)
+        sent[link.trainer_rank] += link.num_bytes
+        into[link.member, link.engine_rank] += 1
+        entered[link.member, link.engine_rank] += link.num_bytes
+        received[link.engine_rank] += link.num_bytes
+    out = Counter(link.trainer_rank for of_position in plan for link in of_position)
     assert max(out.values()) <= 16 and max(into.values()) <= 10
     assert len(into) == 2048 and len(sent) == 2048
     assert max(sent.values()) <= most * sum(sent.values()) / 2048
     shares = [16 * entered[engine, p] / received[p] for engine in range(16) for p in range(128)]
     assert min(shares) > 0.99 and max(shares) < 1.002
-    for position in range(128):
-        needed = planner.needs.needed(layout.coordinate(position))
+    for engine_rank in range(128):
+        needed = planner.sharding.regions_of(layout.coordinate(engine_rank))
         num_bytes = sum(count(item.name, item.rule.dtype, region) for item, region in needed)
         # FP8 scales of rows that are cut count anew in each cut.
-        assert received[position] == pytest.approx(num_bytes)
+        assert received[engine_rank] == pytest.approx(num_bytes)

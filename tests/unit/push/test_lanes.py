@@ -46,7 +46,7 @@ def test_the_checksum_is_that_of_a_loop_over_words_and_the_copy_is_exact(
     height, width, left, pitch, monkeypatch
 ):
     monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", 100 * 2 * width)
-    monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", 100 * 2 * width)
+    monkeypatch.setattr(CHECKSUMS, "CACHE_BYTES", 100 * 2 * width)
     source = bits(height, pitch)[:, left : left + width]
     expected = defined(source)
     assert checksum(source) == checksum(source.clone()) == expected

@@ -11,24 +11,25 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.engine_sets import (
-    SET_ENGINES,
+    MAX_SET_ENGINES,
+    colocated_trainer_ranks,
     engine_sets,
     plan_sets,
-    ranks_in_order,
 )
 from megatron_r1.push.plan.from_recipe import engine_layout
-from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.push.plan.rounds import Link, PushOrder, push_order, receiving_processes
+from megatron_r1.push.plan.planner import PredictedSharding
+from megatron_r1.push.plan.rounds import Link, RoundSchedule, receiving_processes, schedule_rounds
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from tools.bench.push.order_check import (
     Call,
     Fault,
     Step,
+    StreamQueues,
     find_fault,
+    link_threads,
     operations_of_rounds,
     operations_of_steps,
 )
-from tools.bench.push.stream_queues import StreamQueues, link_threads
 
 ROOT = Path(__file__).parents[3]
 OVER_NCCL = [
@@ -38,12 +39,12 @@ OVER_NCCL = [
 ]
 
 
-def order_of(trainers: int, engines: int, num_bytes: int = 40, *, colocated=False) -> PushOrder:
+def order_of(trainers: int, engines: int, num_bytes: int = 40, *, colocated=False) -> RoundSchedule:
     """Return the order of a push in which every trainer rank sends to every engine of one rank."""
     first = 0 if colocated else trainers
     members = [first + engine for engine in range(engines)]
     links = [Link(rank, member, num_bytes) for rank in range(trainers) for member in members]
-    return PushOrder(links, [members], entry_bytes=10, relayed_bytes=15)
+    return RoundSchedule(links, [members], scatter_bucket_bytes=10, relay_bucket_bytes=15)
 
 
 @cache
@@ -53,13 +54,13 @@ def pushes(
     """Return the orders of one plan, with engines on GPUs of their own and on the trainer's, and
     what the checker says to each."""
     hf = read_hf_config(model)
-    needs = PredictedLayout(hf, engines, drafts=drafts)
-    planner = Planner(hf, grid, engines, stages, needs)
-    sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
+    sharding = PredictedSharding(hf, engines, drafts=drafts)
+    planner = Planner(hf, grid, engines, stages, sharding)
+    sets, ranks = engine_sets(engines.engines, MAX_SET_ENGINES), engines.ranks_per_engine
     plans = plan_sets(planner, fp8_bytes if form == "FP8" else plain_bytes(form), sets)
     orders = [
-        push_order(plans, receiving_processes(sets, ranks, grid.world_size, shared))
-        for shared in ({}, ranks_in_order(sets, ranks, grid.world_size))
+        schedule_rounds(plans, receiving_processes(sets, ranks, grid.world_size, shared))
+        for shared in ({}, colocated_trainer_ranks(sets, ranks, grid.world_size))
     ]
     return [(order, find_fault(operations_of_rounds(order), order)) for order in orders]
 
@@ -74,7 +75,7 @@ def test_the_rounds_of_a_shipped_recipe_are_free_of_circles_and_near_their_floor
     drafts = config.rollout.drafts_by_mtp
     for order, refusal in pushes(model, grid, engine_layout(config), stages, form, drafts=drafts):
         assert refusal is None
-        assert order.num_entry_rounds <= 1.1 * order.entry_floor
+        assert order.num_scatter_rounds <= 1.1 * order.min_scatter_rounds
         assert order.num_processes in (grid.world_size, 2 * grid.world_size)
 
 
@@ -110,7 +111,7 @@ def test_a_thread_for_each_link_is_refused_where_it_sticks(interleaved):
 
 def test_the_circle_of_four_is_named():
     """Two senders and two receivers, each of which begins with what the other side has last."""
-    order = PushOrder([Link(0, 2, 1), Link(0, 3, 1), Link(1, 2, 1), Link(1, 3, 1)])
+    order = RoundSchedule([Link(0, 2, 1), Link(0, 3, 1), Link(1, 2, 1), Link(1, 3, 1)])
     to = {link[:2]: number for number, link in enumerate(order.links)}
 
     def steps(sends, process, peers):
@@ -174,7 +175,7 @@ def test_a_call_that_is_left_out_is_named_by_its_other_side(sends):
 def test_a_bucket_that_is_passed_on_before_its_parts_have_arrived_is_refused():
     order = order_of(3, 2)
     operations = operations_of_rounds(order)
-    entering = operations["bucket"] < order.num_entering
+    entering = operations["bucket"] < order.num_scatter_buckets
     for process in (3, 4):
         own = operations["process"] == process
         early = operations.copy()
@@ -188,7 +189,7 @@ def test_a_bucket_that_is_passed_on_before_its_parts_have_arrived_is_refused():
 
 
 def test_a_bucket_that_another_process_has_is_refused():
-    order = PushOrder([Link(0, 2, 1), Link(1, 3, 1)])
+    order = RoundSchedule([Link(0, 2, 1), Link(1, 3, 1)])
     exchanged = {
         0: [Step(starts=[Call(True, 2, 1)], waits=[Call(True, 2, 1)])],
         2: [Step(starts=[Call(False, 0, 1)], waits=[Call(False, 0, 1)])],

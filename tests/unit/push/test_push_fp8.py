@@ -19,12 +19,11 @@ from megatron_r1.push import slices
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.from_recipe import check_blocks, check_pushes
 from megatron_r1.push.plan.tensors import Region, pushed_tensors, scale_region
-from megatron_r1.push.published_plan import ReceiverInfo
+from megatron_r1.push.protocol import ReceiverInfo, SlotTable, dtype_of, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender
-from megatron_r1.push.table import SlotTable, dtype_of, slot_view
 from megatron_r1.push.transports import gloo
-from tools.bench.push.small_model import held_by
+from tools.bench.push.small_model import rank_tensors
 
 DEEPSEEK = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -126,7 +125,7 @@ def assert_received(world, expected):
 def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
     hf, grid, engine, transport, monkeypatch
 ):
-    monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)  # deliveries are cut
+    monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)  # chunks are cut
     check_blocks(hf, engine, tensor=grid.tensor, expert_tensor=grid.expert_tensor)
     first, second = draw(hf, 1), draw(hf, 2)
     world = World(hf, grid, engine, first, transport=transport)
@@ -134,7 +133,7 @@ def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
         world.push(1)
         assert_received(world, checkpoint(first))
         for rank, held in enumerate(world.held):
-            for name, now in held_by(hf, grid, rank, second).items():
+            for name, now in rank_tensors(hf, grid, rank, second).items():
                 for (parameter, _), (values, _) in zip(held[name], now, strict=True):
                     parameter.copy_(values)
         world.push(2)
@@ -246,7 +245,7 @@ def test_an_engine_with_fp8_of_another_kind_is_refused():
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     rendezvous = EngineRendezvous(store, "other", PATIENT)
     rendezvous.publish_receiver(0, ReceiverInfo(without_scales(DEEPSEEK, EngineLayout(), 0)))
-    held = held_by(DEEPSEEK, TrainerGrid(1), 0, draw(DEEPSEEK, 1))
+    held = rank_tensors(DEEPSEEK, TrainerGrid(1), 0, draw(DEEPSEEK, 1))
     sender = WeightSender(DEEPSEEK, TrainerGrid(1), held, store)
     answer = sender.connect([("other", 1)], {}, "gloo", 5)
     assert "float8_e4m3fn without model.layers.0" in answer["problems"]["other"]

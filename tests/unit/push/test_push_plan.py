@@ -12,11 +12,11 @@ from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.engine_sets import engine_sets, plan_sets
-from megatron_r1.push.plan.planner import PredictedLayout
+from megatron_r1.push.plan.planner import PredictedSharding
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from tests.unit.push.plan_worlds import DEEPSEEK_V3, WORLDS
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
-from tools.bench.push.small_model import place_of
+from tools.bench.push.small_model import rank_coordinate
 
 
 @pytest.mark.parametrize("drafts", [False, True])
@@ -25,13 +25,16 @@ def test_the_ranks_of_an_engine_together_need_every_element_and_drafters_their_l
     hf, grid, engines, drafts
 ):
     # The trainer has MTP layers in any case; only engines that draft need them.
-    stages, needs = stage_shards(hf, grid.pipeline), PredictedLayout(hf, engines, drafts=drafts)
-    planner = Planner(hf, grid, engines, stages, needs)
+    stages, sharding = (
+        stage_shards(hf, grid.pipeline),
+        PredictedSharding(hf, engines, drafts=drafts),
+    )
+    planner = Planner(hf, grid, engines, stages, sharding)
     (plan,) = plan_sets(planner, plain_bytes("bfloat16"), [range(engines.engines)])
     whole = {}
-    for position in plan:
+    for engine_rank in plan:
         needed = {}
-        for item, region, _ in (each for link in position for each in link.regions):
+        for item, region, _ in (each for link in engine_rank for each in link.regions):
             shape = (item.shape[0], prod(item.shape[1:]))
             mask = needed.setdefault(item.name, np.zeros(shape, int))
             mask[region.top : region.bottom, region.left : region.right] += 1
@@ -55,10 +58,10 @@ def test_ranks_are_where_megatron_puts_them():
     assert replicas == {tuple(ranks) for ranks in dense.get_ranks("dp-cp")}
     replicas = {tuple(grid.expert_replicas(s, 0, e)) for s in range(2) for e in range(4)}
     assert replicas == {tuple(ranks) for ranks in expert.get_ranks("dp")}
-    stages = {tuple(grid.whole_replicas(s)) for s in range(2)}
+    stages = {tuple(grid.unsplit_replicas(s)) for s in range(2)}
     assert stages == {tuple(sorted(ranks)) for ranks in dense.get_ranks("tp-cp-dp")}
     for rank in range(32):
-        at = place_of(grid, rank)
+        at = rank_coordinate(grid, rank)
         assert rank in grid.dense_replicas(at.stage, at.tensor)
         assert rank in grid.expert_replicas(at.stage, at.expert_tensor, at.expert)
 
@@ -99,11 +102,11 @@ def test_deepseek_v3_from_2048_ranks_to_64_engines_moves_the_least_and_evenly():
     for form, count in (("bf16", plain_bytes("bfloat16")), ("FP8", fp8_bytes)):
         plans = plan_sets(planner, count, engine_sets(64))
         received[form] = [
-            [sum(link.num_bytes for link in position) for position in plan] for plan in plans
+            [sum(link.num_bytes for link in engine_rank) for engine_rank in plan] for plan in plans
         ]
         sent = Counter()
-        for link in (link for plan in plans for position in plan for link in position):
-            sent[link.sender] += link.num_bytes
+        for link in (link for plan in plans for engine_rank in plan for link in engine_rank):
+            sent[link.trainer_rank] += link.num_bytes
         busiest[form] = max(sent.values()) / (sum(sent.values()) / 2048)
     np.testing.assert_allclose(received["bf16"], needed)
     assert max(busiest.values()) < 1.25
@@ -117,22 +120,22 @@ def test_a_vocabulary_that_vllm_cannot_split_is_refused(vocabulary, splits):
     layout = EngineLayout(tensor=3)
     changes = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}
     hf = QWEN | changes | {"intermediate_size": 192, "vocab_size": vocabulary}
-    needs = PredictedLayout(hf, layout)
-    embedding = next(needs.tensors(layout.coordinate(0)))
+    sharding = PredictedSharding(hf, layout)
+    embedding = next(sharding.tensors(layout.coordinate(0)))
     if splits:
-        heights = [needs.region(embedding, layout.coordinate(rank)).bottom for rank in range(3)]
+        heights = [sharding.region(embedding, layout.coordinate(rank)).bottom for rank in range(3)]
         assert heights == [384, 768, 1150]
         return
     with refused("rollout.tensor", Cause.INDIVISIBLE, 3, "model.embed_tokens", 1024):
-        needs.region(embedding, layout.coordinate(0))
+        sharding.region(embedding, layout.coordinate(0))
 
 
 def test_copies_of_experts_stand_behind_all_experts():
     layout = EngineLayout(tensor=2, data=2, expert_parallel=True, redundant_experts=4)
-    predicted = PredictedLayout(DEEPSEEK_MTP, layout)
+    predicted = PredictedSharding(DEEPSEEK_MTP, layout)
     experts = predicted.table.num_experts
     found = [expert for rank in range(4) for expert in predicted._experts_on(rank)]
     # As `build_initial_global_physical_to_logical_map` of vLLM's `EplbState` has them.
     assert found == [*range(experts), 0, 1, 2, 3]
-    on_last = {item.expert for item, _ in predicted.needed(layout.coordinate(3))} - {None}
+    on_last = {item.expert for item, _ in predicted.regions_of(layout.coordinate(3))} - {None}
     assert on_last == set(found[-(len(found) // 4) :])

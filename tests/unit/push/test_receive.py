@@ -29,13 +29,12 @@ from megatron_r1.push.checksum import (
     copy_with_checksum,
     weighted_sum,
 )
-from megatron_r1.push.published_plan import ReceiverInfo
+from megatron_r1.push.protocol import ReceiverInfo, SlotTable, TensorChunk, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous, TableStore, TrainerRendezvous
 from megatron_r1.push.results import IncompletePush
-from megatron_r1.push.table import Delivery, SlotTable, slot_view
 from megatron_r1.push.transports import gloo, shared_memory
-from megatron_r1.push.transports.arrivals import check_coverage
-from megatron_r1.push.transports.shared_memory import NamedMemory, sweep
+from megatron_r1.push.transports.received_chunks import check_coverage
+from megatron_r1.push.transports.shared_memory import SharedMemoryFile, remove_stale_files
 
 CHECKSUMS = sys.modules[weighted_sum.__module__]
 TRANSPORTS = ("shm", "gloo")
@@ -60,13 +59,13 @@ def test_an_engine_receives_the_slices_in_its_dtype(
     make_world, transport, piece_bytes, monkeypatch
 ):
     monkeypatch.setattr(gloo, "BUCKET_BYTES", piece_bytes)
-    monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", piece_bytes)
+    monkeypatch.setattr(CHECKSUMS, "CACHE_BYTES", piece_bytes)
     monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", piece_bytes)
     world = make_world(transport, SLOTS, BY_TWO)
     for push in (1, 2):
         TENSORS["weight"].add_(1)
         threads = world.send(push)
-        world.receiver.arrivals.wait(push, PATIENT)
+        world.receiver.received_chunks.wait(push, PATIENT)
         for thread in threads:
             thread.join()
         for slot in SLOTS:
@@ -74,7 +73,7 @@ def test_an_engine_receives_the_slices_in_its_dtype(
                 slot.name
             )
         # By the second push "weight" has changed; of the first nothing is known.
-        assert world.receiver.arrivals.take_changed() == ({1} if push == 2 else set())
+        assert world.receiver.received_chunks.pop_changed_slots() == ({1} if push == 2 else set())
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -85,7 +84,7 @@ def test_with_two_areas_a_push_leaves_the_one_before_as_it_is(make_world, transp
         TENSORS["weight"].add_(1)
         pushed[push] = [expected_values(slot).clone() for slot in SLOTS]
         threads = world.send(push)
-        world.receiver.arrivals.wait(push, PATIENT)
+        world.receiver.received_chunks.wait(push, PATIENT)
         for thread in threads:
             thread.join()
         for age in (0, 1) if push > 1 else (0,):
@@ -113,9 +112,9 @@ def test_equal_engines_share_one_table():
 def test_a_trainer_rank_that_sends_nothing_is_named(make_world, transport):
     world = make_world(transport, SLOTS, BY_TWO)
     world.send(1, senders=[0])[0].join()
-    world.receiver.arrivals.wait(1, PATIENT, senders=[0])
+    world.receiver.received_chunks.wait(1, PATIENT, sources=[0])
     with raised(IncompletePush, PushIncomplete.KIND, "trainer ranks 1 "):
-        world.receiver.arrivals.wait(1, 0.1)
+        world.receiver.received_chunks.wait(1, 0.1)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -124,23 +123,23 @@ def test_a_trainer_rank_that_sends_nothing_is_named(make_world, transport):
 def test_a_tensor_that_arrives_otherwise_is_named(
     make_world, transport, chunk_bytes, name, monkeypatch
 ):
-    monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(CHECKSUMS, "CACHE_BYTES", chunk_bytes)
     monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", chunk_bytes)
     world = make_world(transport, SLOTS, BY_TWO)
-    buffer, arrived = world.receiver.arrivals, world.receiver.arrivals.delivery_arrived
+    buffer, arrived = world.receiver.received_chunks, world.receiver.received_chunks.chunk_received
 
     def corrupted(sender, push, index, sent):
-        delivery = buffer.deliveries[sender][index]
-        slot = SLOTS[delivery.slot]
+        chunk = buffer.chunks[sender][index]
+        slot = SLOTS[chunk.slot]
         if (sender, slot.name) == (1, name):  # one bit of one element
-            part = slot_view(world.receiver.memory, slot, delivery)
+            part = slot_view(world.receiver.memory, slot, chunk)
             part.view({4: torch.int32, 2: torch.int16}[part.itemsize])[-1, 1] ^= 1
         arrived(sender, push, index, sent)
 
-    monkeypatch.setattr(world.receiver.arrivals, "delivery_arrived", corrupted)
+    monkeypatch.setattr(world.receiver.received_chunks, "chunk_received", corrupted)
     world.send(1)
     with raised(ValueError, name, "rank 1"):
-        world.receiver.arrivals.wait(1, PATIENT)
+        world.receiver.received_chunks.wait(1, PATIENT)
 
 
 def test_checksums_of_odd_rows_are_of_the_elements_in_order_whatever_the_strides():
@@ -154,7 +153,7 @@ def test_checksums_of_odd_rows_are_of_the_elements_in_order_whatever_the_strides
 
 
 def test_a_checksum_that_follows_arriving_rows_is_that_of_all(monkeypatch):
-    monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", 3 * 4 * 50)
+    monkeypatch.setattr(CHECKSUMS, "CACHE_BYTES", 3 * 4 * 50)
     part = torch.randn(283, 80)[:, 7:57]
     running, reports = RunningChecksum(part), []
     for row in (0, 1, 1, 40, 282):
@@ -187,9 +186,9 @@ def test_weighted_sums_are_those_of_a_loop_and_change_with_every_error(dtype, mo
     ("broken", "named"),
     [
         ({1: None}, "weight"),
-        ({0: Delivery(0, 0, 4, 0, 1)}, "norm"),
-        ({1: Delivery(1, 2, 5, 0, 8)}, "weight"),
-        ({5: Delivery(2, 0, 6, 1, 4)}, "experts"),
+        ({0: TensorChunk(0, 0, 4, 0, 1)}, "norm"),
+        ({1: TensorChunk(1, 2, 5, 0, 8)}, "weight"),
+        ({5: TensorChunk(2, 0, 6, 1, 4)}, "experts"),
     ],
     ids=["none", "too little", "rows twice", "columns twice"],
 )
@@ -202,23 +201,23 @@ def test_a_plan_that_leaves_out_or_doubles_elements_is_refused(broken, named):
 
 def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
     """And not that of one that lives: it is locked."""
-    monkeypatch.setattr(shared_memory, "SWEEP_AGE_SECONDS", -1.0)
+    monkeypatch.setattr(shared_memory, "STALE_AGE_SECONDS", -1.0)
     paths = [shared_memory.FOLDER / f"{shared_memory.PREFIX}test.{os.getpid()}_{i}" for i in (0, 1)]
     code = (
         "import sys, signal, pathlib\n"
-        "from megatron_r1.push.transports.shared_memory import NamedMemory\n"
-        "held = NamedMemory(pathlib.Path(sys.argv[1]), 4096)\n"
+        "from megatron_r1.push.transports.shared_memory import SharedMemoryFile\n"
+        "held = SharedMemoryFile(pathlib.Path(sys.argv[1]), 4096)\n"
         "print('created', flush=True)\n"
         "signal.pause()"
     )
     killed = subprocess.Popen([sys.executable, "-c", code, paths[0]], stdout=subprocess.PIPE)
     assert killed.stdout.readline() == b"created\n"
-    own = NamedMemory(paths[1], 4096)
-    sweep()
+    own = SharedMemoryFile(paths[1], 4096)
+    remove_stale_files()
     assert [path.exists() for path in paths] == [True, True]
     killed.kill()
     killed.communicate()
-    sweep()
+    remove_stale_files()
     assert [path.exists() for path in paths] == [False, True]
     own.close()
     assert not paths[1].exists()
@@ -235,7 +234,7 @@ def test_a_receiver_that_closes_while_it_connects_leaves_no_sender_waiting(make_
 
     monkeypatch.setattr(gloo, "pair_group", pair_group)
     monkeypatch.setattr(gloo, "CLOSE_SECONDS", 0.0)
-    whole = [Delivery(i, 0, s.height, 0, s.width) for i, s in enumerate(SLOTS)]
+    whole = [TensorChunk(i, 0, s.height, 0, s.width) for i, s in enumerate(SLOTS)]
     world = make_world("gloo", SLOTS, {0: whole})
     world.receiver.close()
     closed.set()
@@ -254,7 +253,7 @@ def test_a_receiver_that_closes_before_its_first_call_leaves_no_sender_waiting(
 
     monkeypatch.setattr(gloo.GlooReceiver, "_receive_pushes", receive_pushes)
     monkeypatch.setattr(gloo, "CLOSE_SECONDS", 0.0)
-    whole = [Delivery(i, 0, s.height, 0, s.width) for i, s in enumerate(SLOTS)]
+    whole = [TensorChunk(i, 0, s.height, 0, s.width) for i, s in enumerate(SLOTS)]
     world = make_world("gloo", SLOTS, {0: whole})
     wait_until(lambda: world.receiver._groups)
     world.receiver.close()
@@ -266,5 +265,5 @@ def test_a_receiver_that_closes_before_its_first_call_leaves_no_sender_waiting(
 def test_a_sender_that_comes_too_late_leaves_nothing(tmp_path):
     gone = tmp_path / "gone"
     with pytest.raises(FileNotFoundError):
-        shared_memory.map_bytes(gone, 64)
+        shared_memory.map_file(gone, 64)
     assert not gone.exists()

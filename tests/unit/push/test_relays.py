@@ -9,9 +9,9 @@ from waiting import PATIENT
 
 from megatron_r1.models.weights.stored.quantized_blocks import quantize_fp8
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
+from megatron_r1.push.protocol import slot_view
 from megatron_r1.push.rendezvous import SetFailed
-from megatron_r1.push.table import slot_view
-from megatron_r1.push.transports.payloads import MemoryPayload
+from megatron_r1.push.transports.payloads import BufferPayload
 from tests.unit.push.push_models import DEEPSEEK, DEEPSEEK_MTP, QWEN
 from tests.unit.push.push_world import World, draw, plain_table, wrong_slots
 
@@ -40,7 +40,7 @@ def test_every_engine_has_every_slice_after_each_push(hf, grid, layout, engines)
         for number in (1, 2):
             assert all(answer == {"problems": {}} for answer in world.send(number))
             for receiver in world.receivers.values():
-                receiver.arrivals.wait(number, PATIENT)
+                receiver.received_chunks.wait(number, PATIENT)
             assert wrong_slots(world, tensors, number) == []
             for held in world.held:
                 for parameter in {id(p): p for pieces in held.values() for p, _ in pieces}.values():
@@ -93,7 +93,7 @@ def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
     assert world.send(1) == [{"problems": {}}] * 2
     first, second = world.receivers.values()
     for receiver in (first, second):
-        receiver.arrivals.wait(1, PATIENT)
+        receiver.received_chunks.wait(1, PATIENT)
     for slot in first.table.slots:  # between them nothing is written
         assert torch.equal(*(slot_view(r.memory, slot).float() for r in (first, second))), slot.name
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
@@ -106,28 +106,28 @@ def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
 def test_damage_in_a_relay_is_refused_with_the_tensor_s_name(make_world, monkeypatch):
     tensors = draw(QWEN, 1)
     world = make_world(QWEN, TrainerGrid(1), EngineLayout(), tensors, engines=2, table=plain_table)
-    pack = MemoryPayload.pack
+    pack = BufferPayload.pack
 
     def damaged(payload, start, end, target):
         pack(payload, start, end, target)
         target[7] ^= 1
 
-    monkeypatch.setattr(MemoryPayload, "pack", damaged)
+    monkeypatch.setattr(BufferPayload, "pack", damaged)
     world.send(1)
     for receiver in world.receivers.values():
         with raised(ValueError, "engine"):
-            receiver.arrivals.wait(1, PATIENT)
+            receiver.received_chunks.wait(1, PATIENT)
 
 
 def wait_without_rank_3(world):
     """What trainer rank 3 sends to fails, naming it; all others are complete."""
-    positions = {rank for (_, rank), r in world.receivers.items() if 3 in r.arrivals.deliveries}
+    positions = {rank for (_, rank), r in world.receivers.items() if 3 in r.received_chunks.chunks}
     for place, receiver in world.receivers.items():
         if place[1] not in positions:
-            receiver.arrivals.wait(1, PATIENT)
+            receiver.received_chunks.wait(1, PATIENT)
             continue
         with pytest.raises(ValueError, match="trainer ranks? 3[^0-9,]"):
-            receiver.arrivals.wait(1, PATIENT)
+            receiver.received_chunks.wait(1, PATIENT)
 
 
 @pytest.mark.more  # waits for the time that honest ranks may need on a slow machine
@@ -153,7 +153,7 @@ def test_an_engine_rank_that_ends_is_named_by_the_others(make_world):
     world.send(1)
     for engine in (0, 2):
         with raised(ValueError, "engine 1 of the set, rank 2"):
-            world.receivers[engine, 2].arrivals.wait(1, PATIENT)
+            world.receivers[engine, 2].received_chunks.wait(1, PATIENT)
 
 
 def test_engines_that_need_different_tensors_are_refused(make_world):

@@ -24,21 +24,21 @@ NAMES = ["0/1", "1/1", "2/1"]
 
 
 def test_an_engine_rank_that_answers_late_is_not_taken_for_dead(at_check):
-    """Each answer comes just before the checks that the one before has left are over."""
+    """Each publish_alive comes just before the checks that the one before has left are over."""
     met = Rendezvous(HashStore(), "set", 1.0)
     most = rendezvous.ANSWER_CHECKS
     for number, name in enumerate(NAMES):
-        at_check[(number + 1) * (most - 1)] = lambda name=name: met.answer(name, 4)
-    failure = met.find_cause(NAMES, 4, "cut")
+        at_check[(number + 1) * (most - 1)] = lambda name=name: met.publish_alive(name, 4)
+    failure = met.diagnose_failure(NAMES, 4, "cut")
     assert (failure.error, failure.members) == ("cut", [])
 
 
 def test_those_that_do_not_answer_are_named(at_check):
     met = Rendezvous(HashStore(), "set", 1.0)
-    met.answer("1/1", 4)
-    failure = met.find_cause(NAMES, 4, "cut")
+    met.publish_alive("1/1", 4)
+    failure = met.diagnose_failure(NAMES, 4, "cut")
     assert failure.members == [0, 2] and "rank 1 of engine 2" in failure.error
-    assert met.find_cause(NAMES, 4, "another") == failure  # the first is kept
+    assert met.diagnose_failure(NAMES, 4, "another") == failure  # the first is kept
 
 
 def test_an_engine_that_offers_nothing_is_named():

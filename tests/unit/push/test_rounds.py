@@ -5,19 +5,19 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from megatron_r1.push.plan.engine_sets import ranks_in_order
-from megatron_r1.push.plan.rounds import NONE, Link, PushOrder, receiving_processes
+from megatron_r1.push.plan.engine_sets import colocated_trainer_ranks
+from megatron_r1.push.plan.rounds import NONE, Link, RoundSchedule, receiving_processes
 
-SIZES = {"entry_bytes": 10, "relayed_bytes": 15}
+SIZES = {"scatter_bucket_bytes": 10, "relay_bucket_bytes": 15}
 """Of buckets here."""
 
 
-def random_order(seed: int, *, colocated: bool) -> PushOrder:
+def random_order(seed: int, *, colocated: bool) -> RoundSchedule:
     """Return the order of a push from random trainer ranks to sets of engines, not all equal."""
     rng = np.random.default_rng(seed)
     world_size, engines, ranks = (int(n) for n in rng.integers(1, [9, 6, 4]))
     sets = [range(engines // 2), range(engines // 2, engines)] if engines > 3 else [range(engines)]
-    shared = ranks_in_order(sets, ranks, world_size) if colocated else {}
+    shared = colocated_trainer_ranks(sets, ranks, world_size) if colocated else {}
     receivers = receiving_processes(sets, ranks, world_size, shared)
     into = [process for of_set in receivers for members in of_set for process in members]
     links = [
@@ -26,7 +26,7 @@ def random_order(seed: int, *, colocated: bool) -> PushOrder:
         for sender in rng.choice(world_size, int(rng.integers(1, world_size + 1)), replace=False)
     ]
     positions = [members for of_set in receivers for members in of_set if len(members) > 1]
-    return PushOrder(links, positions, **SIZES)
+    return RoundSchedule(links, positions, **SIZES)
 
 
 @pytest.fixture(params=[(seed, colocated) for seed in range(12) for colocated in (True, False)])
@@ -38,7 +38,7 @@ def order(request):
 def rows_by_round(order):
     rounds = defaultdict(dict)
     for process in range(order.num_processes):
-        for number, *row in order.schedule(process).tolist():
+        for number, *row in order.rounds_of(process).tolist():
             assert process not in rounds[number], "two groups of a process in a round"
             rounds[number][process] = row
     return rounds
@@ -46,12 +46,12 @@ def rows_by_round(order):
 
 def test_both_sides_of_each_transfer_are_in_one_round(order):
     rounds = rows_by_round(order)
-    assert set(rounds) <= set(range(order.num_entry_rounds + order.num_relay_rounds))
+    assert set(rounds) <= set(range(order.num_scatter_rounds + order.num_relay_rounds))
     for rows in rounds.values():
         for process, (to, sent, source, received) in rows.items():
             assert (sent, received) != (NONE, NONE)
             if sent != NONE:
-                assert rows[to][2:] == [process, sent] and order.origins[sent] == process
+                assert rows[to][2:] == [process, sent] and order.bucket_senders[sent] == process
             if received != NONE:
                 assert rows[source][:2] == [process, received]
 
@@ -59,17 +59,17 @@ def test_both_sides_of_each_transfer_are_in_one_round(order):
 def test_every_process_of_a_position_ends_with_all_that_entered_one_and_nothing_twice(order):
     bytes_of = Counter()
     for process in range(order.num_processes):
-        rows = order.schedule(process)
+        rows = order.rounds_of(process)
         received = rows["received"][rows["received"] != NONE]
         assert len(set(received.tolist())) == len(received)
-        copied = (order.receivers == process) & (order.entry_rounds == NONE)
+        copied = (order.receivers == process) & (order.scatter_rounds == NONE)
         assert (order.senders[copied] == process).all()
         bytes_of[process] = order.num_bytes[received].sum()
-        bytes_of[process] += order.num_bytes[: order.num_entering][copied].sum()
+        bytes_of[process] += order.num_bytes[: order.num_scatter_buckets][copied].sum()
     entered = Counter()
     for link in order.links:
         entered[link.receiver] += link.num_bytes
-    together = {process: members for members in order.positions for process in members}
+    together = {process: members for members in order.relay_groups for process in members}
     for process in entered:
         members = together.get(process, [process])
         assert bytes_of[process] == sum(entered[member] for member in members)
@@ -77,10 +77,10 @@ def test_every_process_of_a_position_ends_with_all_that_entered_one_and_nothing_
 
 def test_nothing_is_passed_on_before_all_has_entered(order):
     for process in range(order.num_processes):
-        rows = order.schedule(process)
+        rows = order.rounds_of(process)
         assert (np.diff(rows["round"]) > 0).all()
-        relayed = rows["sent"] >= order.num_entering
-        entering = (rows["received"] != NONE) & (rows["received"] < order.num_entering)
+        relayed = rows["sent"] >= order.num_scatter_buckets
+        entering = (rows["received"] != NONE) & (rows["received"] < order.num_scatter_buckets)
         if relayed.any() and entering.any():
             assert rows["round"][entering].max() < rows["round"][relayed].min()
 
@@ -91,31 +91,31 @@ def test_buckets_are_equal_parts_of_limited_size(order):
         sizes = order.num_bytes[first : first + count]
         first += count
         assert sizes.sum() == link.num_bytes and np.ptp(sizes) <= 1
-        assert sizes.max() <= SIZES["entry_bytes"] and count == -(-link.num_bytes // 10)
-    assert order.num_bytes[first:].max(initial=0) <= SIZES["relayed_bytes"]
+        assert sizes.max() <= SIZES["scatter_bucket_bytes"] and count == -(-link.num_bytes // 10)
+    assert order.num_bytes[first:].max(initial=0) <= SIZES["relay_bucket_bytes"]
 
 
 def test_the_rounds_of_entry_are_few(order):
     """At least as many as the busiest process has buckets; Koenig's theorem says that this many
     suffice, and matchings of the busiest come near."""
-    assert order.entry_floor <= order.num_entry_rounds <= order.entry_floor + 1
+    assert order.min_scatter_rounds <= order.num_scatter_rounds <= order.min_scatter_rounds + 1
 
 
 def test_an_order_that_is_known_by_hand():
     """Two trainer ranks and two engines of one rank, processes 2 and 3: rank 0 has two buckets for
     either engine, rank 1 one for the first."""
-    order = PushOrder([Link(0, 2, 20), Link(0, 3, 20), Link(1, 2, 10)], [[2, 3]], **SIZES)
-    assert order.num_entry_rounds == order.entry_floor == 4
+    order = RoundSchedule([Link(0, 2, 20), Link(0, 3, 20), Link(1, 2, 10)], [[2, 3]], **SIZES)
+    assert order.num_scatter_rounds == order.min_scatter_rounds == 4
     assert order.num_bytes.tolist() == [10] * 5 + [15, 15, 10, 10]
-    assert sorted(order.entry_rounds[:4].tolist()) == [0, 1, 2, 3]
-    relayed = order.schedule(2)[-2:]
+    assert sorted(order.scatter_rounds[:4].tolist()) == [0, 1, 2, 3]
+    relayed = order.rounds_of(2)[-2:]
     assert relayed.tolist() == [(4, 3, 5, 3, 7), (5, 3, 6, 3, 8)]
     assert order.num_relay_rounds == 2
 
 
 def test_what_a_process_sends_to_itself_takes_no_round():
     """Three and one bucket, 0 to 3; each relays two, 4 and 5, 6 and 7."""
-    order = PushOrder([Link(0, 0, 30), Link(1, 1, 5)], [[0, 1]], **SIZES)
-    assert order.num_entry_rounds == order.entry_floor == 0
-    assert order.schedule(0).tolist() == [(0, 1, 4, 1, 6), (1, 1, 5, 1, 7)]
+    order = RoundSchedule([Link(0, 0, 30), Link(1, 1, 5)], [[0, 1]], **SIZES)
+    assert order.num_scatter_rounds == order.min_scatter_rounds == 0
+    assert order.rounds_of(0).tolist() == [(0, 1, 4, 1, 6), (1, 1, 5, 1, 7)]
     assert order.num_bytes[4:].tolist() == [15, 15, 2, 3]

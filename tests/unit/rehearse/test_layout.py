@@ -5,7 +5,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import ParallelConfig
-from megatron_r1.rehearse.layout import different_layout, num_layers, shrink
+from megatron_r1.rehearse.layout import different_layout, num_layers, shrink_layout
 
 
 @pytest.mark.parametrize(
@@ -23,12 +23,12 @@ def test_every_stage_of_a_miniature_has_layers(sizes, layers):
 
 def test_replicas_are_dropped_only_where_experts_do_not_need_them():
     plain = ParallelConfig(processes=8, tensor=2, pipeline=2)
-    assert shrink(plain, 8).processes == 8
-    assert shrink(plain, 4).processes == 4
+    assert shrink_layout(plain, 8).processes == 8
+    assert shrink_layout(plain, 4).processes == 4
     spread = ParallelConfig(processes=8, tensor=1, expert=8)
-    assert shrink(spread, 2).processes == 2
+    assert shrink_layout(spread, 2).processes == 2
     with refused("rehearsal.max_ranks", Cause.OUT_OF_RANGE, 2):
-        shrink(spread, 1)
+        shrink_layout(spread, 1)
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_the_resumed_layout_has_fewer_ranks_where_axes_can_be_left_out(sizes, ax
 
 def test_the_overlap_of_an_exchange_goes_with_the_axes_that_it_needs():
     parallel = ParallelConfig(expert=4, processes=4, overlap_expert_exchange=True)
-    small = shrink(parallel, 8)
+    small = shrink_layout(parallel, 8)
     assert small.expert == 2 and small.overlap_expert_exchange
     resumed = different_layout(small)
     assert resumed.overlap_expert_exchange == (resumed.expert > 1)
-    assert not shrink(parallel, 1, leaves_out=True).overlap_expert_exchange
+    assert not shrink_layout(parallel, 1, leaves_out=True).overlap_expert_exchange
     deep = ParallelConfig(pipeline=2, virtual_pipeline=2, expert=2, processes=4)
     deep = deep.model_copy(update={"overlap_expert_exchange": True})
-    alone = shrink(deep, 2, leaves_out=True)
+    alone = shrink_layout(deep, 2, leaves_out=True)
     assert alone.pipeline == 2 or not alone.overlap_expert_exchange

@@ -16,13 +16,13 @@ from megatron_r1.config import Config, load
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
-from megatron_r1.plan.push_links import set_links
+from megatron_r1.plan.push_links import traffic_of_sets
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.from_recipe import check_pushes, engine_layout
 from megatron_r1.push.plan.tensors import plain_bytes
 from megatron_r1.rehearse import layout, miniature, model, questions
-from megatron_r1.rehearse.coverage import structure
-from megatron_r1.rehearse.phases import Phases
+from megatron_r1.rehearse.coverage import structure_rows
+from megatron_r1.rehearse.phases import PhaseRunner
 
 ROOT = Path(__file__).parents[3]
 RECIPES = [
@@ -44,7 +44,7 @@ def in_the_repository(monkeypatch):
 def shrunk(path, overrides=None, max_ranks=16):
     config = load(path, overrides)
     hf = read_hf_config(config.model.path, None)
-    return config, miniature.shrink(config, hf, Path("rehearsal"), max_ranks)
+    return config, miniature.make_miniature(config, hf, Path("rehearsal"), max_ranks)
 
 
 def test_a_push_with_more_links_or_other_bytes_than_its_plan_is_refused(tmp_path):
@@ -59,9 +59,9 @@ def test_a_push_with_more_links_or_other_bytes_than_its_plan_is_refused(tmp_path
     stages = recipe_stages(config, small.hf)
     grid = TrainerGrid.from_recipe(config.parallel, 16)
     arguments = small.hf, grid, engine_layout(config), stages, plain_bytes("bfloat16"), 16
-    planned = set_links(*arguments, drafts=True)  # as megatron-r1 plan counts
+    planned = traffic_of_sets(*arguments, drafts=True)  # as megatron-r1 plan counts
     most, sent = planned.out, sum(planned.sent)
-    phases = Phases("rl", tmp_path / "recipe.yaml", config, [], 1.0, lambda line: None)
+    phases = PhaseRunner("rl", tmp_path / "recipe.yaml", config, [], 1.0, lambda line: None)
     phases._compare_with_plan(most, sent)
     with pytest.raises(RunError, match=f"{most + 1} .*{most}"):
         phases._compare_with_plan(most + 1, sent)
@@ -97,10 +97,12 @@ def test_its_own_stages_and_pushes_are_possible(path):
 def test_kernels_of_a_gpu_are_left_out_and_named():
     config = load(ROOT / "examples/deepseek_r1/r1_zero.yaml", {"parallel.dispatcher": "flex"})
     hf = read_hf_config(config.model.path, None)
-    small = miniature.shrink(config, hf, Path("rehearsal"), 16)
+    small = miniature.make_miniature(config, hf, Path("rehearsal"), 16)
     assert small.config.parallel.dispatcher == "alltoall"
     assert ("parallel.dispatcher", "flex", "alltoall", "no GPU here") in small.changes
-    row = next(row for row in structure(config, hf, small.config, "rl") if "dispatcher" in row.what)
+    row = next(
+        row for row in structure_rows(config, hf, small.config, "rl") if "dispatcher" in row.what
+    )
     assert row.exercised == "no: needs a GPU"
 
 
@@ -117,7 +119,9 @@ def test_episodes_are_left_out_and_named(agents, key):
     path = ROOT / "examples/distill/qwen2.5-32b_rl.yaml"
     config, small = shrunk(path, {"agents": agents, "data.template": "chat"})
     assert small.config.agents == Config().agents
-    row = next(row for row in structure(config, {}, small.config, "rl") if "agents" in row.what)
+    row = next(
+        row for row in structure_rows(config, {}, small.config, "rl") if "agents" in row.what
+    )
     assert (row.what, row.exercised) == (key, "no: random weights call no tool")
 
 
@@ -125,7 +129,9 @@ def test_adapters_stay_and_are_named():
     path = ROOT / "examples/distill/qwen2.5-math-1.5b.yaml"
     config, small = shrunk(path, {"model.lora": {"rank": 4}})
     assert small.config.model.lora == config.model.lora
-    assert ("model.lora", "rank 4", "rank 4", "yes") in structure(config, {}, small.config, "sft")
+    assert ("model.lora", "rank 4", "rank 4", "yes") in structure_rows(
+        config, {}, small.config, "sft"
+    )
 
 
 def test_a_layout_that_the_recipe_cannot_push_the_miniature_cannot_either():
@@ -160,27 +166,27 @@ def test_stages_keep_their_kinds():
     ],
 )
 def test_ranks(sizes, processes):
-    small = layout.shrink(ParallelConfig(**sizes), 16)
+    small = layout.shrink_layout(ParallelConfig(**sizes), 16)
     assert small.processes == processes
     small.check_sizes(processes)
 
 
 def test_replicas_are_what_is_left_out_first():
     parallel = ParallelConfig(processes=64, tensor=2, context=2, pipeline=2)
-    assert layout.shrink(parallel, 16).processes == 16
-    small = layout.shrink(parallel, 8)
+    assert layout.shrink_layout(parallel, 16).processes == 16
+    small = layout.shrink_layout(parallel, 8)
     assert (small.processes, small.tensor, small.context, small.pipeline) == (8, 2, 2, 2)
 
 
 def test_more_ranks_than_allowed_are_refused():
     parallel = ParallelConfig(processes=64, tensor=2, context=2, pipeline=2)
     with refused("rehearsal.max_ranks", Cause.OUT_OF_RANGE, 4, 8):
-        layout.shrink(parallel, 4)
+        layout.shrink_layout(parallel, 4)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_resumed_run_has_another_layout(path):
-    parallel = layout.shrink(load(path).parallel, 16)
+    parallel = layout.shrink_layout(load(path).parallel, 16)
     other = layout.different_layout(parallel)
     assert other != parallel
     other.check_sizes(other.processes)
@@ -219,7 +225,7 @@ def test_random_text_often_has_the_form_of_a_response(tmp_path):
     """By chance two of 56 had, and a sampling recipe goes through only if one is kept."""
     draw = random.Random(0)
     hf = read_hf_config(ROOT / "examples/deepseek_r1/model", None)
-    model.write_folder(tmp_path, model.shrink(hf, num_layers=2, fp8=False), seed=0)
+    model.write_folder(tmp_path, model.shrink_config(hf, num_layers=2, fp8=False), seed=0)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     texts = [
         tokenizer.decode([draw.randrange(model.VOCABULARY) for _ in range(miniature.RESPONSE)])
@@ -231,7 +237,7 @@ def test_random_text_often_has_the_form_of_a_response(tmp_path):
 
 def test_a_drafter_that_drafts_nothing_is_named():
     _, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml")
-    run = Phases("rl", Path("r/recipe.yaml"), small.config, [], 60.0, print)
+    run = PhaseRunner("rl", Path("r/recipe.yaml"), small.config, [], 60.0, print)
     lines = [
         {"step": step, "logprob_diff/mean": 0.0, "grad_norm": 1.0, "response_length/max": length}
         for step, length in ((1, 12), (2, 24))
@@ -252,7 +258,7 @@ def test_a_judge_that_is_not_served_is_no_term_of_the_reward():
     assert small.config.rewards.weights == {"accuracy": 1.0, "safety": 0.5}
     assert small.config.rewards.options.keys() == {"safety"}
     assert small.config.at(2).rewards.weights == {"accuracy": 1.0}
-    rows = {row.what: row.exercised for row in structure(config, {}, small.config, "rl")}
+    rows = {row.what: row.exercised for row in structure_rows(config, {}, small.config, "rl")}
     assert rows["rewards.options.judge"] == "no: none is served"
     assert rows["rewards.options.safety"] == "yes"
 
@@ -261,7 +267,7 @@ def test_a_critic_that_warms_up_leaves_steps_for_the_policy():
     ppo = {"rl.algorithm": "ppo", "critic.warmup_steps": 40, "critic.path": "a/model"}
     _, small = shrunk(ROOT / "examples/distill/qwen2.5-32b_rl.yaml", ppo)
     assert (small.config.critic.warmup_steps, small.config.critic.path) == (1, "rehearsal/model")
-    run = Phases("rl", Path("r/recipe.yaml"), small.config, [], 60.0, print)
+    run = PhaseRunner("rl", Path("r/recipe.yaml"), small.config, [], 60.0, print)
     step = {"logprob_diff/mean": 0.0, "time/rollout": 1.0, "time/train": 1.0, "time/push": 1.0}
     run._show_pushes([step | {"step": 1}, step | {"step": 2, "grad_norm": 1.5}])
     assert "gradient norms –, 1.5" in run.shown[0].evidence
@@ -293,7 +299,7 @@ def test_a_long_template_has_room():
 def test_longer_responses_of_the_schedule_are_sampled():
     """The second step's limit is twice the first's, and it is noticed if it is not applied."""
     _, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml")
-    run = Phases("rl", Path("r/recipe.yaml"), small.config, [], 60.0, print)
+    run = PhaseRunner("rl", Path("r/recipe.yaml"), small.config, [], 60.0, print)
 
     def lines(*lengths):
         return [{"step": i, "response_length/max": n} for i, n in enumerate(lengths, start=1)]

@@ -24,7 +24,9 @@ def test_a_recipe_keeps_transport_placement_and_share_of_the_gpu(name, max_ranks
     monkeypatch.chdir(EXAMPLES.parent)
     config = load(EXAMPLES / f"{name}.yaml")
     hf = read_hf_config(config.model.path, None)
-    small = miniature.shrink(config, hf, Path("rehearsal"), max_ranks, on="null-gpu").config
+    small = miniature.make_miniature(
+        config, hf, Path("rehearsal"), max_ranks, device="null-gpu"
+    ).config
     assert small.push.transport == "nccl" and small.rollout.colocated
     assert small.rollout.gpu_memory == config.rollout.gpu_memory
     assert small.rollout.expert_parallel == config.rollout.expert_parallel
@@ -34,7 +36,7 @@ def test_a_recipe_keeps_transport_placement_and_share_of_the_gpu(name, max_ranks
     resumed = layout.different_layout(small.parallel).processes
     assert launch.num_null_gpus(small, "rl") == max(ranks, resumed)
     small.parallel.check_sizes(small.parallel.processes)
-    shape = miniature.shrink(config, hf, Path("rehearsal"), max_ranks, on="null-gpu").hf
+    shape = miniature.make_miniature(config, hf, Path("rehearsal"), max_ranks, device="null-gpu").hf
     num_mtp, at = shape.get("num_nextn_predict_layers") or 0, small.parallel
     sizes = shape["num_hidden_layers"], at.pipeline, at.virtual_pipeline
     pipeline_stages(*sizes, num_mtp=num_mtp, layout=at.pipeline_layout)
@@ -47,7 +49,7 @@ def test_experts_are_balanced_with_copies_that_both_runs_can_share(max_ranks, ra
     config = load(EXAMPLES / "deepseek_r1/r1_zero.yaml")
     assert config.rollout.redundant_experts == 128
     hf = read_hf_config(config.model.path, None)
-    small = miniature.shrink(config, hf, Path("rehearsal"), max_ranks, on="null-gpu")
+    small = miniature.make_miniature(config, hf, Path("rehearsal"), max_ranks, device="null-gpu")
     rollout = small.config.rollout
     assert rollout.tensor * rollout.data == ranks
     assert rollout.redundant_experts == (ranks if ranks > 1 else 0)
@@ -66,13 +68,17 @@ def test_arguments_of_vllm_stay_where_a_null_gpu_imitates_their_kernels(monkeypa
         config = load(EXAMPLES / "deepseek_r1/r1_zero.yaml")
         config = config.with_changes(rollout={"vllm": {**config.rollout.vllm, **values}})
         hf = read_hf_config(config.model.path, None)
-        small = miniature.shrink(config, hf, Path("rehearsal"), 2, on="null-gpu").config.rollout
+        small = miniature.make_miniature(
+            config, hf, Path("rehearsal"), 2, device="null-gpu"
+        ).config.rollout
         chunks = {"enable_chunked_prefill", "max_num_batched_tokens", "eplb_config"}
         assert set(small.vllm) == chunks | kept
         assert small.vllm["max_num_batched_tokens"] < small.max_model_len - 24, "no prompt in parts"
-        on_gpu = miniature.shrink(config, hf, Path("rehearsal"), 2, on="gpu").config.rollout
+        on_gpu = miniature.make_miniature(
+            config, hf, Path("rehearsal"), 2, device="gpu"
+        ).config.rollout
         assert set(on_gpu.vllm) == set(config.rollout.vllm) | {"eplb_config"}
-        on_cpu = miniature.shrink(config, hf, Path("rehearsal"), 16).config.rollout
+        on_cpu = miniature.make_miniature(config, hf, Path("rehearsal"), 16).config.rollout
         assert not on_cpu.vllm and not on_cpu.redundant_experts
 
 
@@ -83,14 +89,14 @@ def test_engine_hosts_have_gpus_of_their_own_or_the_trainers(colocated, monkeypa
     spread = {"rollout.placement": "hosts", "rollout.hosts_per_engine": 16} if colocated else {}
     config = load(EXAMPLES / f"deepseek_r1/{name}.yaml", spread)
     hf = read_hf_config(config.model.path, None)
-    small = miniature.shrink(config, hf, Path("rehearsal"), 2, on="null-gpu").config
+    small = miniature.make_miniature(config, hf, Path("rehearsal"), 2, device="null-gpu").config
     number = launch.num_null_gpus(small, "rl")
     assert number == (4 if colocated else 6)  # the resumed run has 4 trainer ranks
     monkeypatch.setattr(launch.gpu, "is_usable", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(number))))
     fewer = small.with_changes(rollout=layout.fewer_engine_ranks(small.rollout))
     for run, sizes in ((small, [1, 1]), (fewer, [2])):
-        trainer, hosts = launch.gpus("rl", run)
+        trainer, hosts = launch.gpu_environments("rl", run)
         of_hosts = [each["CUDA_VISIBLE_DEVICES"].split(",") for each in hosts]
         assert list(map(len, of_hosts)) == sizes
         taken = [own for each in of_hosts for own in each]
@@ -101,7 +107,7 @@ def test_engine_hosts_have_gpus_of_their_own_or_the_trainers(colocated, monkeypa
 
 def test_axes_are_left_out_where_ranks_are_too_few():
     parallel = ParallelConfig(processes=64, tensor=8, context=2, pipeline=4)
-    small = layout.shrink(parallel, 4, leaves_out=True)
+    small = layout.shrink_layout(parallel, 4, leaves_out=True)
     assert (small.processes, small.tensor, small.context, small.pipeline) == (4, 2, 1, 2)
 
 

@@ -16,7 +16,13 @@ from rich.console import Console
 
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.live_frame import bar_columns, bar_shares
-from megatron_r1.reporting.wording import clock, duration, last_line, number, printable
+from megatron_r1.reporting.wording import (
+    format_clock,
+    format_duration,
+    format_number,
+    last_line,
+    printable,
+)
 
 GIVEN = yaml.safe_load(Path(__file__).with_name("live_view.yaml").read_text(encoding="utf-8"))
 RL, ODD = GIVEN["step"], GIVEN["odd"]
@@ -185,9 +191,9 @@ def test_shares_always_add_up(width):
 def test_words_for_numbers_and_times():
     values = [0, 0.451, 9.996, 61.34, 99.97, 3412.4, 3.2e-6, -0.02, 0.9996]
     words = ["0", "0.451", "10.0", "61.3", "100", "3,412", "3.2e-06", "-0.020", "1.00"]
-    assert [number(value) for value in values] == words
-    assert [clock(s) for s in (7, 754, 3723)] == ["0:07", "12:34", "1:02:03"]
-    times = [duration(s) for s in (7.24, 59.97, 372, 12000, 187200)]
+    assert [format_number(value) for value in values] == words
+    assert [format_clock(s) for s in (7, 754, 3723)] == ["0:07", "12:34", "1:02:03"]
+    times = [format_duration(s) for s in (7.24, 59.97, 372, 12000, 187200)]
     assert times == ["7.2 s", "1 min 0 s", "6 min 12 s", "3 h 20 min", "2 d 4 h"]
     assert printable("a\x1b[0m\n\u202eb\tc") == "a�[0m↵�b    c"
     assert last_line("Instructions.\nUser: 1 + 1?\nAssistant: <think>") == "1 + 1?"

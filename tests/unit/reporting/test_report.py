@@ -9,8 +9,8 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.reporting.outcome import LEARNED, NOT_SHOWN, WORSE, Score, evaluations
-from megatron_r1.reporting.plots import Curve, curve_plot, smooth, stacked_plot, thin
+from megatron_r1.reporting.outcome import LEARNED, NOT_SHOWN, WORSE, Score, merge_evaluations
+from megatron_r1.reporting.plots import Curve, curve_plot, downsample, smooth, stacked_plot
 from megatron_r1.reporting.report import headline, outcome_sentence, write_report
 from megatron_r1.reporting.run_folder import RunFolder
 
@@ -142,7 +142,7 @@ def test_a_full_run_is_reported_with_its_numbers(tmp_path):
     html, words = read_page(path)
     assert path.name == "report.html"
     outcome = figures(
-        outcome_sentence(folder.read_metrics(), evaluations(folder.read_evaluations()))
+        outcome_sentence(folder.read_metrics(), merge_evaluations(folder.read_evaluations()))
     )
     assert outcome[:10] == [
         *("30", "@1", "rose", "25.0%", "87.5%", "4", "25.0%", "100.0%", "10.0", "40.0")
@@ -214,7 +214,7 @@ def test_any_run_has_a_report(tmp_path, lines, expected):
     for line in lines:
         folder.append_metrics(line)
     _, words = read_page(write_report(tmp_path))
-    sentence = outcome_sentence(lines, evaluations(lines))
+    sentence = outcome_sentence(lines, merge_evaluations(lines))
     assert figures(sentence) == expected.split() and sentence in words
 
 
@@ -248,7 +248,7 @@ def test_the_verdict_of_a_run_is_by_the_interval_of_the_change(
     first, last, questions, verdict, interval
 ):
     lines = [evaluated(0, *first, questions), evaluated(8, *last, questions), {"step": 8}]
-    sentence = outcome_sentence(lines, evaluations(lines))
+    sentence = outcome_sentence(lines, merge_evaluations(lines))
     assert sentence.startswith(f"{verdict}:") and interval in sentence
     has_number = f"{questions} questions" in sentence
     assert has_number == (questions < 100) == ("95% interval 0–0%" in sentence)
@@ -266,7 +266,7 @@ def test_the_mean_of_a_reward_of_one_s_own_is_named(tmp_path):
 
 def test_without_two_evaluations_nothing_is_shown():
     alone = [evaluated(0, 0.2, 0.1, 0.3, 12), {"step": 4}]
-    sentence = outcome_sentence(alone, evaluations(alone))
+    sentence = outcome_sentence(alone, merge_evaluations(alone))
     assert sentence.startswith(NOT_SHOWN) and "12 questions" in sentence and "10–30%" in sentence
     trained = [{"step": step, "accuracy": step / 10} for step in range(1, 9)]
     assert outcome_sentence(trained, []).startswith(NOT_SHOWN)
@@ -279,15 +279,15 @@ def test_a_fall_is_not_called_a_rise():
         {"step": 10, "eval/pass@1": 0.5, "eval/response_length": 40.0},
         {"step": 20, "eval/pass@1": 0.4, "eval/response_length": 30.0},
     ]
-    sentence = outcome_sentence(lines, evaluations(lines))
+    sentence = outcome_sentence(lines, merge_evaluations(lines))
     assert figures(sentence) == ["20", "@1", "fell", "50.0%", "40.0%", "10", "40.0", "30.0"]
 
 
 def test_the_last_evaluation_may_be_before_the_last_step():
     lines = [{"step": 0, "eval/pass@1": 0.2}, {"step": 24, "eval/pass@1": 0.6}, {"step": 31}]
-    sentence = outcome_sentence(lines, evaluations(lines))
+    sentence = outcome_sentence(lines, merge_evaluations(lines))
     assert figures(sentence) == ["24", "31", "@1", "rose", "20.0%", "60.0%"]
-    assert figures(outcome_sentence([], evaluations(lines[:1]))) == ["0", "@1", "20.0%"]
+    assert figures(outcome_sentence([], merge_evaluations(lines[:1]))) == ["0", "@1", "20.0%"]
 
 
 def test_the_format_reward_has_a_chart_where_it_has_a_weight(tmp_path):
@@ -337,10 +337,13 @@ def test_an_episode_is_shown_as_a_conversation(tmp_path):
 def test_scores_have_the_intervals_that_their_evaluation_wrote():
     ends = {"interval/pass@1/low": 0.4, "interval/pass@1/high": 0.6}
     lines = [{"step": 5, "loss": 1.0}, {"step": 5, "eval/pass@1": 0.5, "eval/cons@4": 0.7, **ends}]
-    (found,) = evaluations(lines)
+    (found,) = merge_evaluations(lines)
     assert found.passed == Score(0.5, 0.4, 0.6) and found.majority == Score(0.7)
     assert found.num_votes == 4 and found.length is None
-    assert evaluations([{"step": 5, **ends}, {"step": 6, "eval/cons@1": 0.5}])[0].majority is None
+    assert (
+        merge_evaluations([{"step": 5, **ends}, {"step": 6, "eval/cons@1": 0.5}])[0].majority
+        is None
+    )
 
 
 def test_smoothing_keeps_constants_and_lines_and_skips_gaps():
@@ -352,7 +355,7 @@ def test_smoothing_keeps_constants_and_lines_and_skips_gaps():
 
 
 def test_a_long_run_is_thinned_and_keeps_its_mean():
-    steps, values = thin(np.arange(30000.0), np.tile([0.0, 2.0], 15000))
+    steps, values = downsample(np.arange(30000.0), np.tile([0.0, 2.0], 15000))
     assert len(steps) == len(values) == 300
     assert np.allclose(values, 1.0) and steps.mean() == pytest.approx(29999 / 2)
 

@@ -3,7 +3,7 @@
 import re
 
 from megatron_r1.reporting.live_frame import LiveState
-from megatron_r1.reporting.outcome import evaluations
+from megatron_r1.reporting.outcome import merge_evaluations
 from megatron_r1.reporting.report import outcome_sentence, write_report
 
 METRICS = [{"step": s, "loss": 0.7 / s, "accuracy": 1 - 0.5 / s} for s in range(1, 9)]
@@ -14,7 +14,7 @@ EVALUATIONS = [
 
 
 def test_the_report_says_how_held_out_rows_were_judged(tmp_path):
-    sentence = outcome_sentence(METRICS, evaluations(EVALUATIONS))
+    sentence = outcome_sentence(METRICS, merge_evaluations(EVALUATIONS))
     figures = re.findall(r"[\d.]+%|\d+ |rose", sentence)
     assert figures[:4] == ["8 ", "rose", "50.0%", "75.0%"]
     for name, lines in (("metrics", METRICS), ("evaluations", EVALUATIONS)):

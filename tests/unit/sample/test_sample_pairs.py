@@ -19,12 +19,13 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config.sample import PairsConfig, SampleConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
-from megatron_r1.sample.judge import FunctionJudge, make_judge
-from megatron_r1.sample.judged_rows import (
+from megatron_r1.sample.judge import (
+    FunctionJudge,
     PreferencePairs,
     SafetyLabels,
     log_ratio,
-    pair_up,
+    make_judge,
+    make_pairs,
     pairs_to_drop,
 )
 
@@ -136,7 +137,7 @@ def test_pairs_are_of_the_nearest_lengths():
     for _ in range(200):
         lengths = {i: draw.randrange(1, 60) for i in range(draw.randrange(0, 7))}
         wanted = draw.randrange(1, 4)
-        pairs = pair_up(lengths, wanted)
+        pairs = make_pairs(lengths, wanted)
         left = dict(lengths)
         for pair in pairs:  # each is the best of what was left
             ratios = {

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.data.shots import FewShotText, Shots
-from megatron_r1.data.text import PromptText
-from megatron_r1.sample.decontamination import contaminated, load_avoided, ngrams
+from megatron_r1.data.shots import FewShotExamples, FewShotTokenizer
+from megatron_r1.data.text import PromptTokenizer
+from megatron_r1.sample.selection import find_contaminated, load_avoided, ngrams
 from megatron_r1.sample.sft_examples import Rendering
 
 CHAT = (
@@ -69,8 +69,8 @@ def shots_file(tmp_path) -> Path:
 
 
 def test_shots_are_asked_and_answered_before_the_question(shots_file, tokenizers):
-    shots = Shots(shots_file, None, seed=0)
-    text = FewShotText(tokenizers["plain"], "Q: {problem}\nA:", shots)
+    shots = FewShotExamples(shots_file, None, seed=0)
+    text = FewShotTokenizer(tokenizers["plain"], "Q: {problem}\nA:", shots)
     prompt = text.decode(text.encode("9 + 9?"))
     first = "<bos>Q: 0 + 0?\nA:<think>0 twice.</think> 0\n\nQ: 1 + 1?\nA:"
     assert prompt.startswith(first) and prompt.endswith("\n\nQ: 9 + 9?\nA:")
@@ -78,24 +78,24 @@ def test_shots_are_asked_and_answered_before_the_question(shots_file, tokenizers
     # They leave no trace in what is kept.
     assert text.render("9 + 9?") == "Q: 9 + 9?\nA:"
     # A template that opens the thought opens the examples', too.
-    opened = shots.text("Q: {problem}\nA: <think>", "9 + 9?")
+    opened = shots.prompt_text("Q: {problem}\nA: <think>", "9 + 9?")
     assert opened.startswith("Q: 0 + 0?\nA: <think>0 twice.</think> 0\n\n")
 
 
 def test_in_a_chat_they_are_earlier_turns(shots_file, tokenizers):
-    text = FewShotText(tokenizers["plain"], "chat", Shots(shots_file, 1, seed=0))
+    text = FewShotTokenizer(tokenizers["plain"], "chat", FewShotExamples(shots_file, 1, seed=0))
     prompt = text.decode(text.encode("9 + 9?"))
     turn = (
         r"<bos><user>(\d) \+ \1\?\n<assistant><think>\1 twice.</think> \d\n<user>9 \+ 9\?\n<assis"
     )
     assert re.match(turn, prompt), prompt
     with refused("sample.shots", Cause.CONFLICT, tokenizers["forgets"]):
-        FewShotText(tokenizers["forgets"], "chat", Shots(shots_file, 1, seed=0))
+        FewShotTokenizer(tokenizers["forgets"], "chat", FewShotExamples(shots_file, 1, seed=0))
 
 
 def test_which_shots_depends_on_seed_and_question_and_never_tells_the_answer(shots_file):
     def before(question, seed=0, n=2):
-        return [shot.question for shot in Shots(shots_file, n, seed).before(question)]
+        return [shot.question for shot in FewShotExamples(shots_file, n, seed).choose(question)]
 
     assert before("a") == before("a") == before(" A ")
     assert len({tuple(before(q)) for q in "abcdefgh"}) > 3
@@ -117,7 +117,7 @@ def test_a_bad_file_of_shots_is_named(tmp_path, content, num_shots, key, cause):
     path = tmp_path / "shots.jsonl"
     path.write_text(content)
     with refused(key, cause, path):
-        Shots(path, num_shots, seed=0)
+        FewShotExamples(path, num_shots, seed=0)
 
 
 # Questions to avoid
@@ -129,7 +129,7 @@ def prompts(*questions):
 
 def avoided(questions, avoid, n=13):
     asked = prompts(*questions)
-    found = contaminated(asked, avoid, n)
+    found = find_contaminated(asked, avoid, n)
     return [prompt.question for prompt in asked if prompt.id in found]
 
 
@@ -222,8 +222,8 @@ def test_the_thought_is_opened_once():
 def test_a_rendered_chat_has_the_tokens_that_the_chat_has(tokenizers, name):
     prompt, response = rendered("{response}", "chat", tokenizer=tokenizers[name])
     # As `sft` reads it: the tokenizer puts <bos> in front by itself.
-    as_sft_reads = PromptText(tokenizers[name], "{problem}").encode(prompt)
-    assert as_sft_reads == PromptText(tokenizers[name], "chat").encode(PROMPT.question)
+    as_sft_reads = PromptTokenizer(tokenizers[name], "{problem}").encode(prompt)
+    assert as_sft_reads == PromptTokenizer(tokenizers[name], "chat").encode(PROMPT.question)
     assert as_sft_reads.count(0) == 1
     assert response.startswith("6 x 7" if name == "thinks" else " <think>6")
 

@@ -17,12 +17,11 @@ from megatron_r1.base.files.json_lines import append_lines
 from megatron_r1.commands import cli
 from megatron_r1.commands.cli import main
 from megatron_r1.commands.sample import from_run
-from megatron_r1.data.prompts import make_prompt, normalize
+from megatron_r1.data.prompts import make_prompt, normalize_question
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import ResponseLog, TextResponse
 from megatron_r1.sample.cached_calls import ResultCache
-from megatron_r1.sample.outputs import WINDOW, PromptResult, decide_all
-from megatron_r1.sample.selection import Decision
+from megatron_r1.sample.selection import WINDOW, Decision, PromptResult, decide_all
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused_runs.yaml").read_text())
 # A reward that loads in no time, where `math` brings sympy into every worker.
@@ -272,7 +271,7 @@ def test_pairs_and_labels_need_no_truth(recipe, tmp_path):
         assert len(server.requests) == num_asked
     found = lines(tmp_path / "out/labels.jsonl")
     assert {row["label"] for row in found} == {1}
-    assert len(found) == len({(r["question"], normalize(r["response"])) for r in found})
+    assert len(found) == len({(r["question"], normalize_question(r["response"])) for r in found})
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case["key"])

@@ -62,7 +62,7 @@ def test_a_lucky_step_alone_reaches_nothing():
 
 def test_a_runs_figures_are_those_of_its_lines():
     lines = metrics([0.2, 0.8, 0.8, 0.9, 0.9], passed_over=[0, 0, 4, 8, 3])
-    found = algorithms.of_run(lines, [evaluation(5, 0.85), evaluation(0, 0.25)], 16, 8)
+    found = algorithms.run_figures(lines, [evaluation(5, 0.85), evaluation(0, 0.25)], 16, 8)
     assert found["steps"] == 5 and found["steps_until_target"] == 4
     assert (found["heldout_before"], found["heldout"]) == (0.25, 0.85)
     assert found["heldout_interval"] == pytest.approx([0.75, 0.95])
@@ -72,10 +72,10 @@ def test_a_runs_figures_are_those_of_its_lines():
 
 def test_the_table_tells_seeds_that_never_came_there():
     rows = {
-        "one": algorithms.row([a_run(14, 0.9)]),
-        "all": algorithms.row([a_run(10, 0.8), a_run(14, 0.9)]),
-        "some": algorithms.row([a_run(10, 0.8), a_run(None, 0.6)]),
-        "none": algorithms.row([a_run(None, 0.3, 304), a_run(None, 0.2)]),
+        "one": algorithms.table_row([a_run(14, 0.9)]),
+        "all": algorithms.table_row([a_run(10, 0.8), a_run(14, 0.9)]),
+        "some": algorithms.table_row([a_run(10, 0.8), a_run(None, 0.6)]),
+        "none": algorithms.table_row([a_run(None, 0.3, 304), a_run(None, 0.2)]),
     }
     steps = {name: cells["steps"] for name, cells in rows.items()}
     assert steps == {
@@ -106,7 +106,9 @@ def plan(tmp_path, monkeypatch) -> PipelinePlan:
     file.write_text(yaml.safe_dump(recipe(7)))
     options = ["pipeline", str(file), "--pipeline.folder", str(tmp_path / "out")]
     assert cli.main([*options, "--pipeline.status", "true"]) == 0
-    return PipelinePlan.of(load(file, {"pipeline.folder": "out"}), file, tmp_path / "out", 0)
+    return PipelinePlan.from_recipe(
+        load(file, {"pipeline.folder": "out"}), file, tmp_path / "out", 0
+    )
 
 
 def test_every_algorithm_runs_from_one_base_model_on_as_many_answers_and_updates(plan):

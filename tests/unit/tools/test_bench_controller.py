@@ -3,8 +3,7 @@
 import asyncio
 import time
 
-from tools.bench.controller import beyond
-from tools.bench.controller.rollout import Watch, measure
+from tools.bench.controller import EventLoopMonitor, measure, missed_aims
 from tools.bench.controller.synthetic import GROUP
 from tools.bench.host import in_own_process
 
@@ -18,7 +17,7 @@ def test_a_small_rollout_arrives_whole():
 
 def test_a_loop_that_parses_samples_itself_is_named_with_its_phase():
     async def rollout():
-        async with Watch() as watch:
+        async with EventLoopMonitor() as watch:
             watch.phase = "rollout"
             await asyncio.sleep(0.01)
             time.sleep(0.25)  # a group of 16 x 30,000 tokens as JSON took 0.28 s
@@ -28,13 +27,13 @@ def test_a_loop_that_parses_samples_itself_is_named_with_its_phase():
     watch = asyncio.run(rollout())
     assert watch.late["rollout"] >= 1 and watch.longest["rollout"] > 0.2
     blocked = {phase: 1e3 * seconds for phase, seconds in watch.longest.items()}
-    (sentence,) = beyond(size(blocked))
+    (sentence,) = missed_aims(size(blocked))
     assert "rollout" in sentence and "100" in sentence
 
 
 def test_a_rollout_that_is_held_and_read_late_is_named():
-    assert beyond(size({"rollout": 73.0, "training": 84.0})) == []
-    assert beyond(size({"rollout": 73.0}, added=144.0, held=37e9)) == [
+    assert missed_aims(size({"rollout": 73.0, "training": 84.0})) == []
+    assert missed_aims(size({"rollout": 73.0}, added=144.0, held=37e9)) == [
         "144.0 s added beyond sampling, at most 20 wanted",
         "37.0 GB held, at most 8 wanted",
     ]

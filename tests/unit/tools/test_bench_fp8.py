@@ -12,9 +12,9 @@ from tools.bench.fp8 import (
     LENGTH,
     VARIANTS,
     Language,
-    compared,
+    exponential_average,
+    relative_error_summary,
     relative_errors,
-    smoothed,
     variant_settings,
 )
 
@@ -39,10 +39,10 @@ def test_sentences_have_the_stated_entropy_and_depend_on_their_names_alone():
 
 
 def test_curves_are_smoothed_before_they_are_compared():
-    assert smoothed([2.0, 1.0, 1.0]) == pytest.approx([2.0, 1.9, 1.81])
+    assert exponential_average([2.0, 1.0, 1.0]) == pytest.approx([2.0, 1.9, 1.81])
     errors = relative_errors([2.2, 1.1], [2.0, 1.0])
     assert errors == pytest.approx([0.1, 0.1])
-    late = compared([1.0, 1.0, 1.01, 0.99], [1.0] * 4)
+    late = relative_error_summary([1.0, 1.0, 1.01, 0.99], [1.0] * 4)
     # 1 + 0.1 * 0.01 = 1.001, then 0.9 * 1.001 + 0.1 * 0.99 = 0.9999
     assert late == pytest.approx({"mean": 0.00045, "mean_magnitude": 0.00055, "largest": 0.001})
 

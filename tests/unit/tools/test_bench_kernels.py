@@ -180,7 +180,7 @@ def test_the_table_says_ratios_and_shares_and_reasons():
     for row, size in zip(rows, sizes, strict=True):
         row |= {"extra_bytes": size, "errors": {"log-probs": 1.5e-3} if size else {}}
     bound = {"name": "a copy", "unit": "B", "rate": 1e12, "needed": 5e10}
-    case = table.summarized("k", "about", {"rows": rows, "bound": bound})
+    case = table.summarize("k", "about", {"rows": rows, "bound": bound})
     assert [row["time_ratio"] for row in case["rows"]] == [1.0, 2.5, None]
     assert case["rows"][1]["memory_ratio"] == 25
     assert math.isclose(case["rows"][0]["share_of_bound"], 0.25)

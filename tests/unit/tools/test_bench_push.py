@@ -3,23 +3,23 @@
 import pytest
 
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.rounds import Link, PushOrder
+from megatron_r1.push.plan.rounds import Link, RoundSchedule
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
 from tools.bench.push.order_check import (
     Call,
     Step,
+    StreamQueues,
     operations_of_rounds,
     operations_of_steps,
 )
 from tools.bench.push.scale import (
     PushAssumptions,
     ScaleCase,
-    beyond,
-    simulated,
+    missed_aims,
+    simulate_case,
     transfer_seconds,
     without_order,
 )
-from tools.bench.push.stream_queues import StreamQueues
 
 EXACT = {"nic": 1.0, "nic_efficiency": 1.0, "nvlink": 10.0, "nvlink_efficiency": 1.0}
 FREE = PushAssumptions(
@@ -27,7 +27,7 @@ FREE = PushAssumptions(
 )
 
 
-def seconds_of(order: PushOrder, rates: PushAssumptions = FREE) -> float:
+def seconds_of(order: RoundSchedule, rates: PushAssumptions = FREE) -> float:
     operations = operations_of_rounds(order)
     ended = StreamQueues(operations, transfer_seconds(order, operations, rates)).run()
     assert ended.num_stuck == 0
@@ -40,21 +40,21 @@ def test_what_enters_is_passed_on_in_as_many_rounds_as_there_are_others(engines)
     seconds, as if the trainer had sent everything to every engine."""
     links = [Link(rank, engines + rank, 6) for rank in range(engines)]
     positions = [range(engines, 2 * engines)]
-    assert seconds_of(PushOrder(links, positions, 3, 2)) == pytest.approx(6 * engines)
+    assert seconds_of(RoundSchedule(links, positions, 3, 2)) == pytest.approx(6 * engines)
 
 
 def test_a_process_sends_one_bucket_at_a_time():
-    assert seconds_of(PushOrder([Link(0, 1, 4), Link(0, 2, 4)], entry_bytes=2)) == 8
+    assert seconds_of(RoundSchedule([Link(0, 1, 4), Link(0, 2, 4)], scatter_bucket_bytes=2)) == 8
 
 
 def test_a_process_sends_and_receives_at_once():
-    assert seconds_of(PushOrder([Link(0, 1, 4), Link(1, 0, 4)], entry_bytes=2)) == 4
+    assert seconds_of(RoundSchedule([Link(0, 1, 4), Link(1, 0, 4)], scatter_bucket_bytes=2)) == 4
 
 
 def test_within_a_node_bytes_pass_nvlink_and_each_message_has_its_latency():
     rates = PushAssumptions(**EXACT, device_pack=100.0, message_seconds=0.5, gpus_per_node=2)
     for receiver, seconds in ((1, 2 * (0.5 + 0.1)), (2, 2 * (0.5 + 1.0))):
-        order = PushOrder([Link(0, receiver, 2)], entry_bytes=1)
+        order = RoundSchedule([Link(0, receiver, 2)], scatter_bucket_bytes=1)
         assert seconds_of(order, rates) == pytest.approx(seconds)
 
 
@@ -100,7 +100,7 @@ def small_case(**changes) -> ScaleCase:
 @pytest.mark.parametrize("colocated", [True, False])
 @pytest.mark.parametrize("form", ["bf16", "FP8"])
 def test_rounds_are_simulated_within_all_aims(colocated, form):
-    row = simulated(small_case(colocated=colocated, form=form), FREE)
+    row = simulate_case(small_case(colocated=colocated, form=form), FREE)
     assert row["circle"] is None and row["processes that stick"] == 0
     assert row["processes"] == (16 if colocated else 32)
     assert 0 <= row["rounds of entry"] - row["floor of rounds"] <= 1
@@ -113,7 +113,7 @@ def test_what_an_engine_rank_s_own_gpu_holds_is_counted(tensor, held):
     or a trainer of two stages, of which each holds a part of what both engine ranks need."""
     grid = TrainerGrid(2, tensor=tensor, pipeline=2 // tensor)
     planner = Planner(QWEN, grid, EngineLayout(1, tensor=2))
-    row = simulated(ScaleCase("two GPUs", planner, colocated=True), FREE)
+    row = simulate_case(ScaleCase("two GPUs", planner, colocated=True), FREE)
     assert row["held on its own GPU"] == pytest.approx(held, abs=0.1)
 
 
@@ -127,9 +127,9 @@ def test_a_push_without_a_common_order_is_named():
 
 def test_figures_beyond_their_aims_are_named():
     row = {"over the floor": 1.19, "links into a rank": 5, "processes that stick": 0}
-    assert beyond({**row, "links out of a rank": 32}) == []
+    assert missed_aims({**row, "links out of a rank": 32}) == []
     worse = {"links out of a rank": 976, "processes that stick": 4096, "over the floor": 6.07}
-    named = beyond({**row, **worse})
+    named = missed_aims({**row, **worse})
     assert [any(number in text for text in named) for number in ("976", "4096", "6.07")] == [
         True
     ] * 3

@@ -21,7 +21,7 @@ def test_points_are_in_order_with_their_processes_cpu_and_the_first_token(tmp_pa
     for name, lines in records.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(text)
-    assert start.points(tmp_path, 10.0) == [
+    assert start.timeline_points(tmp_path, 10.0) == [
         (1.0, "engine", "imports made", 4.0),
         (2.0, "controller", "ready", 2.5),
         (3.5, "engine", "first sampled token", pytest.approx(4.0 + 1.0 * 2.5 / 3 - 4.0)),
@@ -39,7 +39,7 @@ def test_opened_files_are_counted_by_role(tmp_path):
     ]
     (tmp_path / "trace.1").write_text("\n".join(ranks))
     (tmp_path / "trace.2").write_text(f'openat(AT_FDCWD, "{data}", O_RDONLY) = 4\n')
-    assert start.opened(tmp_path.glob("trace.*")) == {
+    assert start.opened_files(tmp_path.glob("trace.*")) == {
         "trainer": "2 opens of 1 files of 2 MiB, 1 not found",
         "controller": "1 opens of 1 files of 2 MiB, 0 not found",
     }
@@ -47,4 +47,4 @@ def test_opened_files_are_counted_by_role(tmp_path):
 
 def test_lines_on_the_screen_are_the_commands_own_or_not():
     lines = ["megatron-r1: stopped", "", "UserWarning: Apex is not installed"]
-    assert start.foreign(lines) == lines[2:]
+    assert start.foreign_lines(lines) == lines[2:]

@@ -18,7 +18,7 @@ def step(seconds: float, tokens: int, **phases: float) -> dict:
 
 
 def test_tokens_per_second_are_medians_of_steps_and_the_ratio_is_ours_over_theirs():
-    compared = compare.compared(
+    compared = compare.compare_systems(
         ours=[step(1, 100), step(2, 100), step(1, 300)],
         trl=[step(10, 100), step(10, 300), step(10, 500)],
         slower=[step(10, 100)],
@@ -30,7 +30,7 @@ def test_tokens_per_second_are_medians_of_steps_and_the_ratio_is_ours_over_their
 
 
 def test_the_summary_has_both_ratios():
-    both = compare.compared(ours=[step(1, 600)], trl=[step(4, 400)])
+    both = compare.compare_systems(ours=[step(1, 600)], trl=[step(4, 400)])
     both["trl"]["core_seconds"] = 2.0
     text = compare.summary("Some CPU", {"short": both})
     assert "Some CPU" in text and "6.00 x" in text and "1.50 x" in text
@@ -38,15 +38,15 @@ def test_the_summary_has_both_ratios():
 
 def test_an_overlapped_step_is_compared_with_the_slower_of_its_parts():
     phases = {"time/rollout": 2.0, "time/reward": 0.1, "time/train": 1.0, "time/push": 0.3}
-    overlap = compare.overlapped([step(3.5, 1, **phases)], [step(2.31, 1)])
+    overlap = compare.overlap_ratio([step(3.5, 1, **phases)], [step(2.31, 1)])
     assert (overlap["rollout"], overlap["training"]) == (2.1, 1.3)
     assert overlap["ratio"] == pytest.approx(1.1)
     slower = phases | {"time/train": 4.0}
-    assert compare.overlapped([step(6.5, 1, **slower)], [step(4.3, 1)])["ratio"] == 1.0
+    assert compare.overlap_ratio([step(6.5, 1, **slower)], [step(4.3, 1)])["ratio"] == 1.0
 
 
 def test_the_page_shows_the_figures_it_was_given():
-    both = compare.compared(ours=[step(1, 500)], trl=[step(4, 400)])
+    both = compare.compare_systems(ours=[step(1, 500)], trl=[step(4, 400)])
     phases = {"time/rollout": 2.0, "time/reward": 0.0, "time/train": 1.0, "time/push": 0.0}
     result = {
         "packages": {"trl": "1.2.3"},
@@ -57,7 +57,7 @@ def test_the_page_shows_the_figures_it_was_given():
         "repeats": 3,
         "gib": {"short, ours": 1.25},
         "comparisons": {"short": both},
-        "overlap": compare.overlapped([step(3, 1, **phases)], [step(2.2, 1)]),
+        "overlap": compare.overlap_ratio([step(3, 1, **phases)], [step(2.2, 1)]),
     }
     text = compare.as_page(result, cores=3)
     for shown in (
@@ -103,7 +103,7 @@ def test_a_comparison_that_was_stopped_continues_with_the_runs_that_are_missing(
     second, steps = measured(9, {"cpu": "a"})
     assert second == ["trl 1", "trl 2"]
     assert [len(steps["short"][name]) for name in ("ours", *compare.PEERS)] == [2, 2, 2]
-    assert compare.compared(**steps["short"])["ratio"] == 2.0
+    assert compare.compare_systems(**steps["short"])["ratio"] == 2.0
     with pytest.raises(SystemExit, match="--runs"):
         measured(9, {"cpu": "b"})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.commit_subject import faults
+from tools.commit_subject import message_faults
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[3]
     ],
 )
 def test_subjects_that_pass(message):
-    assert faults(message) == []
+    assert message_faults(message) == []
 
 
 @pytest.mark.parametrize(
@@ -55,18 +55,18 @@ def test_subjects_that_pass(message):
     ],
 )
 def test_subjects_that_are_refused(subject, fault):
-    (said,) = faults(subject)
+    (said,) = message_faults(subject)
     assert fault in said
 
 
 def test_a_commit_of_many_files_needs_a_body():
-    assert faults("Rename two packages", 20) == []
-    assert "21 files" in faults("Rename two packages", 21)[0]
-    assert faults("Rename two packages\n\nBy sed, as the map says.", 816) == []
+    assert message_faults("Rename two packages", 20) == []
+    assert "21 files" in message_faults("Rename two packages", 21)[0]
+    assert message_faults("Rename two packages\n\nBy sed, as the map says.", 816) == []
 
 
 def test_every_fault_is_said():
-    assert len(faults("added " + "a" * 70 + ".")) == 3
+    assert len(message_faults("added " + "a" * 70 + ".")) == 3
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import subprocess
 import pytest
 
 from tools.docs.wording import (
-    in_messages,
-    in_module,
-    in_page,
-    in_public_docstrings,
-    in_raising_docstrings,
-    in_sections,
-    in_settings,
+    find_in_messages,
+    find_in_module,
+    find_in_page,
+    find_in_public_docstrings,
+    find_in_raising_docstrings,
+    find_in_sections,
+    find_in_settings,
     main,
 )
 
@@ -24,7 +24,7 @@ def test_prose_of_a_page_is_read_and_code_is_not():
     page = (
         "A file beside it.\n\n```\nbeside\n```\n`beside` [link](beside.md)\nIt has a\nrow, too.\n"
     )
-    assert sorted(lines(in_page(page))) == [(1, "beside"), (8, ", too")]
+    assert sorted(lines(find_in_page(page))) == [(1, "beside"), (8, ", too")]
 
 
 def test_comments_and_docstrings_of_a_module_are_read_and_strings_are_not():
@@ -34,17 +34,21 @@ def test_comments_and_docstrings_of_a_module_are_read_and_strings_are_not():
         '"""What is\nnone of them."""\n'
         'print("beside the other, and in no mean")\n'
     )
-    assert sorted(lines(in_module(source))) == [(1, "Whoever"), (2, "of ours"), (3, "is none of")]
+    assert sorted(lines(find_in_module(source))) == [
+        (1, "Whoever"),
+        (2, "of ours"),
+        (3, "is none of"),
+    ]
 
 
 def test_comments_of_settings_are_read_and_values_are_not():
     text = "name: beside  # beside it\n# Whoever reads\nurl: a#beside\n"
-    assert lines(in_settings(text)) == [(1, "beside"), (2, "Whoever")]
+    assert lines(find_in_settings(text)) == [(1, "beside"), (2, "Whoever")]
 
 
 def test_messages_that_are_raised_are_read_and_other_strings_are_not():
     source = 'name = "beside"\nraise ValueError(\n    f"{name} is none of {name}"\n)\n'
-    assert lines(in_messages(source)) == [(3, "is none of")]
+    assert lines(find_in_messages(source)) == [(3, "is none of")]
 
 
 PUBLIC = '''
@@ -81,7 +85,7 @@ def rows(path):
 
 
 def test_parameters_and_fields_stand_in_sections_by_what_they_are():
-    assert lines(in_public_docstrings(PUBLIC)) == [
+    assert lines(find_in_public_docstrings(PUBLIC)) == [
         (6, "index: of"),
         (3, "index:"),
         (14, "count:"),
@@ -140,7 +144,7 @@ def _hidden():
 
 
 def test_an_entry_of_a_section_is_one_name_of_a_parameter_with_its_description():
-    found = [(line, name) for line, name, _ in in_sections(SECTIONS)]
+    found = [(line, name) for line, name, _ in find_in_sections(SECTIONS)]
     assert sorted(found) == [
         (6, "index, rows"),
         (9, "index"),
@@ -184,7 +188,7 @@ class Rows:
 
 
 def test_errors_that_a_function_raises_are_entries_of_a_section_and_no_prose():
-    assert sorted(lines(in_raising_docstrings(RAISING))) == [
+    assert sorted(lines(find_in_raising_docstrings(RAISING))) == [
         (3, "Raises OSError"),
         (10, "Raises ValueError"),
         (14, "; raise KeyError"),
@@ -203,14 +207,14 @@ def test_errors_that_a_function_raises_are_entries_of_a_section_and_no_prose():
     ],
 )
 def test_sentences_that_readers_did_not_understand_are_found(words):
-    assert len(lines(in_page(words))) == 1
+    assert len(lines(find_in_page(words))) == 1
 
 
 @pytest.mark.parametrize(
     "words", ["None for no answer", "besides the response", "too long or too short", "none; one"]
 )
 def test_plain_sentences_pass(words):
-    assert lines(in_page(words)) == []
+    assert lines(find_in_page(words)) == []
 
 
 def test_findings_are_named_with_file_line_and_remedy(tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 from waiting import wait_until
 
 from tools.evidence import measure
-from tools.evidence.measure import PAGE, main, order, render, without_states
+from tools.evidence.measure import PAGE, main, measuring_order, render, without_states
 from tools.evidence.records import (
     FOLDER,
     Claim,
@@ -273,7 +273,7 @@ def test_the_shortest_comes_first_what_has_failed_on_these_files_last_and_fresh_
     repository.measured("0" * 40, id="unknown", seconds=4)
     repository.measured(old, id="stale", seconds=3)
     repository.claim(id="never", seconds=6)
-    names = [claim.id for claim in order(repository.root, read_claims(repository.root))]
+    names = [claim.id for claim in measuring_order(repository.root, read_claims(repository.root))]
     assert names == ["stale", "unknown", "failed_before", "never", "failed"]
 
 

@@ -180,17 +180,17 @@ KERNEL = {"kernel": "policy_loss", "failed": "", "rows": [OURS | {"errors": {"lo
 
 def trained(backend="FusedAttention", **parts):
     found = {name: TRAINED[name] | parts.get(name, {}) for name in TRAINED}
-    return layers.judge(found, {"update": {"grad_norm": 4.0}}, backend)
+    return layers.evaluate(found, {"update": {"grad_norm": 4.0}}, backend)
 
 
 def ran(lines, *used):
     memory = recipe.UsedMemory()
     memory.seen.extend(used)
-    return recipe.judge(lines, 2, memory, 0.05)
+    return recipe.evaluate(lines, 2, memory, 0.05)
 
 
 def timed(**changes):
-    return kernel_times.judge([KERNEL | changes])
+    return kernel_times.evaluate([KERNEL | changes])
 
 
 @pytest.mark.parametrize(
@@ -208,11 +208,11 @@ def timed(**changes):
         (lambda: ran([RUN[0], RUN[1] | {"grad_norm": 0.0}]), True, "norm is 0.0"),
         (lambda: ran([RUN[0], {**RUN[1], "push/probe_diff": None}]), True, "no probe"),
         (lambda: ran(RUN, 10, 60, 58, 60, 0), True, "while they sleep"),
-        (lambda: nccl_push.judge(PUSHES), False, "rounds"),
-        (lambda: nccl_push.judge(PUSHES | {"lost": [0, 1, 0]}), True, "[0, 1, 0]"),
-        (lambda: nccl_push.judge(PUSHES | {"others": [True, False, True]}), True, "restarted"),
-        (lambda: nccl_push.judge(PUSHES | {"trainer": False}), True, "trainer rank"),
-        (lambda: nccl_push.judge(PUSHES | {"current": [True, False]}), True, "newest weights"),
+        (lambda: nccl_push.evaluate(PUSHES), False, "rounds"),
+        (lambda: nccl_push.evaluate(PUSHES | {"lost": [0, 1, 0]}), True, "[0, 1, 0]"),
+        (lambda: nccl_push.evaluate(PUSHES | {"others": [True, False, True]}), True, "restarted"),
+        (lambda: nccl_push.evaluate(PUSHES | {"trainer": False}), True, "trainer rank"),
+        (lambda: nccl_push.evaluate(PUSHES | {"current": [True, False]}), True, "newest weights"),
         (lambda: timed(), False, "policy_loss"),
         (lambda: timed(failed="illegal memory access"), True, "illegal memory access"),
         (lambda: timed(failed=kernel_times.TOO_LATE, rows=[]), True, "no kernel was measured"),
@@ -230,32 +230,43 @@ def test_a_subject_that_is_broken_is_judged_so(judge, wrong, words):
 
 
 SIZES = dict(zip(decode_seconds.VARIANTS, (8e8, 8e8, 3.6e9), strict=True))
+DENSE_AND_HEAD = 2e9
+FEW_BYTES = DENSE_AND_HEAD + SIZES[decode_seconds.FEW]
 
 
 def decoded(latency, efficiency, rest=3e-3):
     """The judge's values of engines whose layers take so long, by hand."""
     read = 3.35e12 * efficiency
     seconds = {
-        variant: rest + 0.2e-3 + (variant.layers - 1) * (latency + SIZES[variant] / read)
+        variant: rest
+        + DENSE_AND_HEAD / read
+        + variant.layers * latency
+        + (variant.layers - 1) * SIZES[variant] / read
         for variant in decode_seconds.VARIANTS
     }
-    return decode_seconds.judge(seconds, SIZES, HARDWARE["H100"])
+    return decode_seconds.evaluate(seconds, SIZES, FEW_BYTES, HARDWARE["H100"])
 
 
-def test_the_seconds_of_a_layer_are_split_into_its_weights_and_the_rest():
+def test_the_seconds_of_a_pass_are_split_into_weights_layers_and_the_rest():
     found = decoded(90e-6, 0.7)
-    assert found == pytest.approx({"decode_latency_per_layer": 90e-6, "bandwidth_efficiency": 0.7})
-    for latency, efficiency, words in ((90e-6, 1.2, "1.20"), (-1e-4, 0.7, "besides")):
+    assert found == pytest.approx(
+        {"decode_latency_per_layer": 90e-6, "bandwidth_efficiency": 0.7, "pass_seconds": 3e-3}
+    )
+    for latency, efficiency, rest, words in (
+        (90e-6, 1.2, 3e-3, "1.20"),
+        (-1e-4, 0.7, 3e-3, "besides its weights"),
+        (90e-6, 0.7, -1e-4, "besides its layers"),
+    ):
         with pytest.raises(verdict.Failed, match=words):
-            decoded(latency, efficiency)
+            decoded(latency, efficiency, rest)
     same = dict.fromkeys(decode_seconds.VARIANTS, 0.01)
     with pytest.raises(verdict.Failed, match="more layers"):
-        decode_seconds.judge(same, SIZES, HARDWARE["H100"])
+        decode_seconds.evaluate(same, SIZES, FEW_BYTES, HARDWARE["H100"])
 
 
 def test_engines_of_a_rank_s_share_have_v3_s_widths_and_a_layer_its_bytes(monkeypatch):
     """By hand: MLA of 16 heads, a shared expert, the router and 8 or 40 experts, in bf16."""
-    monkeypatch.setattr(decode_seconds, "place", lambda: "gpu")
+    monkeypatch.setattr(decode_seconds, "device_kind", lambda: "gpu")
     attention = 7168 * (1536 + 576) + 16 * (1536 * 192 + 512 * 256 + 128 * 7168)
     for variant in decode_seconds.VARIANTS:
         hf = decode_seconds.model(variant, {"vocab_size": 300})
@@ -263,6 +274,9 @@ def test_engines_of_a_rank_s_share_have_v3_s_widths_and_a_layer_its_bytes(monkey
         assert sparse_layers(hf) == [False] + [True] * (variant.layers - 1)
         weights = attention + (1 + variant.experts) * 3 * 7168 * 2048 + variant.experts * 7168
         assert decode_seconds.layer_bytes(hf) == pytest.approx(2 * weights, rel=1e-3)
+        dense = attention + 3 * 7168 * 18432 + 300 * 7168  # and the head
+        whole = 2 * (dense + (variant.layers - 1) * weights)
+        assert decode_seconds.pass_bytes(hf) == pytest.approx(whole, rel=1e-3)
 
 
 def test_the_numbers_of_the_phases_are_those_with_which_the_plan_takes_their_seconds():
@@ -283,11 +297,11 @@ def test_the_numbers_of_the_phases_are_those_with_which_the_plan_takes_their_sec
         "INFO It took 0.700000 seconds to wake up tags {'weights'}.\n"
         "INFO It took 0.200000 seconds to wake up tags {'kv_cache'}.\n"
     )
-    found = step_seconds.of_phases([line] * 3, 2 * log, planned())
+    found = step_seconds.fit_phases([line] * 3, 2 * log, planned())
     assert found == pytest.approx(
         wanted | {"host_link": 20e9, "sleep_seconds": 0.4, "wake_seconds": 0.9}
     )
-    assert step_seconds.of_phases([{"step": 2}], "", planned()) == {}
+    assert step_seconds.fit_phases([{"step": 2}], "", planned()) == {}
 
 
 @pytest.mark.more

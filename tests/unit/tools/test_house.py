@@ -2,8 +2,8 @@ import subprocess
 
 import pytest
 
-from tools.house.structure import arrows, closure, modules, num_modules, num_words
-from tools.house.walks import Walk, stops, traced
+from tools.house.structure import closure, modules, num_modules, num_words, package_imports
+from tools.house.walks import Walk, trace_run, walk_files
 
 FILES = {
     "megatron_r1/__init__.py": "",
@@ -40,7 +40,7 @@ def test_what_a_module_can_import_has_its_packages_and_functions_not_annotations
         "megatron_r1.low",
         "megatron_r1.low.base",
     }
-    assert arrows(known) == {("high", "low"): 1}
+    assert package_imports(known) == {("high", "low"): 1}
     assert num_words(root) == 3
 
 
@@ -115,7 +115,7 @@ def entered(tmp_path):
             path = tmp_path / "megatron_r1" / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-        return traced(tmp_path, tmp_path, ["-m", "megatron_r1.start"], [walk], "start.py ready")
+        return trace_run(tmp_path, tmp_path, ["-m", "megatron_r1.start"], [walk], "start.py ready")
 
     return run
 
@@ -133,20 +133,20 @@ def test_a_walk_has_what_hands_the_thing_on_and_not_what_records_it(entered):
         "stream",
         "loss",
     ]  # not record, metrics, ticker, grader, checks
-    found = stops(entered(walk), walk, "start.py ready")
+    found = walk_files(entered(walk), walk, "start.py ready")
     assert sorted(found) == sorted(f"megatron_r1/{name}.py" for name in names)
 
 
 def test_a_walk_follows_what_is_made_from_an_argument(entered):
     walk = Walk("a grade", "grader.py grade", "loss.py batch", [], ["grader.py grade"], True)
     names = ["flow", "grader", "verdict", "stream", "loss"]
-    found = stops(entered(walk), walk, "start.py ready")
+    found = walk_files(entered(walk), walk, "start.py ready")
     assert sorted(found) == sorted(f"megatron_r1/{name}.py" for name in names)
 
 
 def test_a_walk_by_calls_has_all_that_is_called_within_and_in_tasks_that_begin_there(entered):
     walk = Walk("a run", "flow.py main", "checks.py check", ["flow.py main"], [], False)
-    found = stops(entered(walk), walk, "start.py ready")
+    found = walk_files(entered(walk), walk, "start.py ready")
     names = set(PROGRAM) - {"__init__.py"}  # start.py: the direct caller is asyncio.run
     assert set(found) == {f"megatron_r1/{name}" for name in names - {"start.py"}}
 
@@ -167,6 +167,6 @@ def test_a_walk_has_each_file_once_from_its_first_begin_to_the_next_end():
         ("w", "e", "late"),
     ]
     entered = [(time, *note) for time, note in enumerate(notes)]
-    assert stops(entered, walk, "s after") == ["a", "b"]
+    assert walk_files(entered, walk, "s after") == ["a", "b"]
     with pytest.raises(ValueError, match="d end"):
-        stops(entered[:-2], walk, "s after")
+        walk_files(entered[:-2], walk, "s after")

@@ -12,19 +12,19 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause, TrainerError
 from megatron_r1.config import CheckpointConfig
-from megatron_r1.controller.checkpoint_series import CheckpointSeries
-from megatron_r1.trainer.checkpoints import finding
-from megatron_r1.trainer.operations import FolderOperations
+from megatron_r1.controller.run_recorder import CheckpointSeries
+from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.operations import CheckpointOperations
 
 
 def make(checkpoints: Path, step: int) -> Path:
-    folder = finding.path_of(checkpoints, step)
+    folder = checkpoint_folders.checkpoint_path(checkpoints, step)
     folder.mkdir(parents=True)
     (folder / "run_state.json").write_text(json.dumps({"step": step}))
     (folder / ".metadata").write_bytes(b"where everything lies" * 10)
     for name in ("__0_0.distcp", "__0_1.distcp", "__1_0.distcp"):
         (folder / name).write_bytes(name.encode() * (1000 + step))
-    finding.write_manifest(folder)
+    checkpoint_folders.write_manifest(folder)
     return folder
 
 
@@ -88,18 +88,20 @@ class Ranks:
 
     async def call(self, operation, **arguments):
         self.calls.append(operation.__name__)
-        if operation == FolderOperations.verify_checkpoint:
-            return {"damage": finding.manifest_damage(Path(arguments["folder"]), self.verify)}
-        if operation == FolderOperations.load_checkpoint:
+        if operation == CheckpointOperations.verify_checkpoint:
+            return {
+                "faults": checkpoint_folders.manifest_faults(Path(arguments["folder"]), self.verify)
+            }
+        if operation == CheckpointOperations.load_checkpoint:
             return {"is_same_layout": True}
-        if operation == FolderOperations.save_checkpoint:
+        if operation == CheckpointOperations.save_checkpoint:
             self.folder, self.state = Path(arguments["folder"]), arguments["state"]
             self.polls = 0
             return {}
         self.polls += 1
         done = arguments["wait"] or self.polls > self.polls_until_done
         if done and not self.error:
-            make(self.folder.parent, finding.step_of(self.folder))
+            make(self.folder.parent, checkpoint_folders.checkpoint_step(self.folder))
         return {"is_done": done, "error": self.error if done else None, "seconds": 2.5}
 
 
@@ -118,21 +120,23 @@ def test_a_manifest_has_the_size_and_the_blake3_of_every_file(tmp_path):
     for name, entry in files.items():
         content = (folder / name).read_bytes()
         assert entry == {"bytes": len(content), "blake3": blake3(content).hexdigest()}
-    assert finding.manifest_damage(folder) == []
+    assert checkpoint_folders.manifest_faults(folder) == []
 
 
 def test_files_are_hashed_in_pieces_as_in_one(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(bytes(range(256)) * 100)
-    monkeypatch.setattr(finding, "CHUNK_BYTES", 999)
+    monkeypatch.setattr(checkpoint_folders, "CHUNK_BYTES", 999)
     whole = blake3(path.read_bytes()).hexdigest()
-    assert finding.file_entry(path) == finding.FileEntry(25_600, whole)
+    assert checkpoint_folders.file_entry(path) == checkpoint_folders.FileEntry(25_600, whole)
 
 
 def test_entries_that_are_known_are_not_read_again(tmp_path):
     folder = make(tmp_path, 1)
-    finding.write_manifest(folder, {"__0_0.distcp": finding.FileEntry(12, "of what was in memory")})
-    assert finding.manifest_damage(folder, "size") == [
+    checkpoint_folders.write_manifest(
+        folder, {"__0_0.distcp": checkpoint_folders.FileEntry(12, "of what was in memory")}
+    )
+    assert checkpoint_folders.manifest_faults(folder, "size") == [
         "__0_0.distcp has 12,012 bytes where 12 were written"
     ]
 
@@ -140,9 +144,10 @@ def test_entries_that_are_known_are_not_read_again(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_every_file_is_one_rank_s_to_verify_and_bytes_are_spread(count):
     entries = {
-        f"f{i}": finding.FileEntry(size, "") for i, size in enumerate([90, 50, 30, 30, 5, 0])
+        f"f{i}": checkpoint_folders.FileEntry(size, "")
+        for i, size in enumerate([90, 50, 30, 30, 5, 0])
     }
-    shares = [finding.share_to_verify(entries, index, count) for index in range(count)]
+    shares = [checkpoint_folders.files_to_verify(entries, index, count) for index in range(count)]
     assert sorted(name for share in shares for name in share) == sorted(entries)
     heaviest = max(sum(entries[n].num_bytes for n in share) for share in shares)
     assert heaviest == {1: 205, 2: 110, 5: 90}[count]
@@ -197,7 +202,7 @@ def test_nothing_is_renamed_before_a_good_one_is_found(tmp_path):
         open_and_verify(tmp_path)
     for step in (2, 4, 6):
         assert f"step_{step:08d}: __0_0.distcp does not have the checksum" in str(error.value)
-    assert len(finding.complete_checkpoints(tmp_path)) == 3
+    assert len(checkpoint_folders.complete_checkpoints(tmp_path)) == 3
 
 
 def test_what_was_set_aside_keeps_a_run_from_starting_over(tmp_path):
@@ -240,7 +245,9 @@ def test_old_ones_go_only_when_the_new_one_is_whole(tmp_path):
             began = time.perf_counter()
             await series.save(ranks, step, {"step": step})
             seconds = time.perf_counter() - began
-            assert series.latest == (finding.path_of(tmp_path, step - 1) if step > 1 else None)
+            assert series.latest == (
+                checkpoint_folders.checkpoint_path(tmp_path, step - 1) if step > 1 else None
+            )
             assert await series.completed(ranks) == {}
             metrics = await series.completed(ranks)
             assert metrics["checkpoint/step"] == step and metrics["checkpoint/seconds"] == 2.5
@@ -250,10 +257,10 @@ def test_old_ones_go_only_when_the_new_one_is_whole(tmp_path):
         await series.save(ranks, 4, {})
         with pytest.raises(TrainerError, match="disk full"):
             await series.finish(ranks)
-        assert series.latest == finding.path_of(tmp_path, 3)
+        assert series.latest == checkpoint_folders.checkpoint_path(tmp_path, 3)
 
     asyncio.run(run())
-    assert [f.name for f in finding.complete_checkpoints(tmp_path)] == [
+    assert [f.name for f in checkpoint_folders.complete_checkpoints(tmp_path)] == [
         "step_00000002",
         "step_00000003",
     ]
@@ -266,7 +273,7 @@ def test_a_second_save_waits_for_the_first_and_a_failed_one_is_not_lost(tmp_path
         ranks.polls_until_done = 100
         await series.save(ranks, 1, {})
         await series.save(ranks, 2, {})
-        assert series.latest == finding.path_of(tmp_path, 1)
+        assert series.latest == checkpoint_folders.checkpoint_path(tmp_path, 1)
         ranks.error = "no space"
         with pytest.raises(TrainerError, match="no space"):
             await series.save(ranks, 3, {})
@@ -280,7 +287,7 @@ def test_synchronous_saving_knows_the_outcome_at_once(tmp_path):
     async def run():
         series = CheckpointSeries(tmp_path, CheckpointConfig(asynchronous=False), print)
         await series.save(Ranks(), 1, {})
-        assert series.latest == finding.path_of(tmp_path, 1)
+        assert series.latest == checkpoint_folders.checkpoint_path(tmp_path, 1)
         with pytest.raises(TrainerError):
             await series.save(Ranks(error="no space"), 2, {})
 
@@ -291,6 +298,6 @@ def test_damaged_checkpoints_are_not_counted_among_the_kept_and_never_deleted(tm
     for step in range(1, 6):
         make(tmp_path, step)
     truncate(tmp_path / "step_00000004")
-    finding.prune(tmp_path, keep=2)
-    names = [f.name for f in finding.complete_checkpoints(tmp_path)]
+    checkpoint_folders.prune(tmp_path, keep=2)
+    names = [f.name for f in checkpoint_folders.complete_checkpoints(tmp_path)]
     assert names == ["step_00000003", "step_00000004", "step_00000005"]

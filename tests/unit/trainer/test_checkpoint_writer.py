@@ -8,8 +8,8 @@ from megatron_r1.models import platform
 
 platform.prepare()
 
-from megatron_r1.trainer.checkpoints import finding, writer  # noqa: E402
-from megatron_r1.trainer.checkpoints.finding import STATE_FILE, unfinished_path  # noqa: E402
+from megatron_r1.trainer.checkpoints import checkpoint_folders, writer  # noqa: E402
+from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, partial_path  # noqa: E402
 
 
 def test_tensors_are_hashed_as_they_are_written_and_synced(tmp_path, monkeypatch):
@@ -19,13 +19,13 @@ def test_tensors_are_hashed_as_they_are_written_and_synced(tmp_path, monkeypatch
         file.write(b"some ")
         file.write(memoryview(b"bytes"))
         entry = file.entry()
-    assert entry == finding.file_entry(path) and entry.num_bytes == 10
+    assert entry == checkpoint_folders.file_entry(path) and entry.num_bytes == 10
     assert synced == [path]
 
 
 def test_a_checkpoint_gets_its_name_when_it_is_whole_and_synced(tmp_path, monkeypatch):
     folder = tmp_path / "step_00000001"
-    partial = unfinished_path(folder)
+    partial = partial_path(folder)
     partial.mkdir()
     with writer.HashedFile(partial / "__0_0.distcp") as file:
         file.write(b"weights")
@@ -35,14 +35,14 @@ def test_a_checkpoint_gets_its_name_when_it_is_whole_and_synced(tmp_path, monkey
     )
     synced = recorded_syncs(monkeypatch)
     assert writer._finish(staged, folder, {"step": 1}, [written]) is None
-    assert not partial.exists() and finding.manifest_damage(folder) == []
+    assert not partial.exists() and checkpoint_folders.manifest_faults(folder) == []
     assert {STATE_FILE, ".metadata", "metadata.json"} <= {path.name for path in synced}
     assert synced[-1] == tmp_path  # the new name
 
 
 def test_a_rank_that_could_not_write_leaves_nothing(tmp_path):
     folder = tmp_path / "step_00000001"
-    unfinished_path(folder).mkdir()
+    partial_path(folder).mkdir()
     failed = [writer.WrittenFiles(0), writer.WrittenFiles(1, error="No space left on device")]
     assert "rank 1" in writer._finish(SimpleNamespace(), folder, {}, failed)
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_r1.trainer.rank_monitor import collective
+from megatron_r1.trainer.rank_monitor import describe_collective
 
 
 @pytest.fixture
@@ -30,12 +30,14 @@ def test_a_request_is_named_with_its_group_and_place(group):
     reduced(group, frames)
     line = inspect.getsourcelines(reduced)[1] + 4
     place = f"waited for by reduced (test_collectives.py:{line})"
-    assert collective(frames[0]) == f"a request among ranks 0, {place}"
+    assert describe_collective(frames[0]) == f"a request among ranks 0, {place}"
     reduced(group, frames, more=dist.new_group([0]))
-    assert collective(frames[1]) == f"a request, {place}", "either group may be the request's"
+    assert describe_collective(frames[1]) == f"a request, {place}", (
+        "either group may be the request's"
+    )
 
 
 def test_other_frames_wait_for_nothing(group):
     handle = dist.all_reduce(torch.ones(2), group=group, async_op=True)
-    assert collective(inspect.currentframe()) is None
+    assert describe_collective(inspect.currentframe()) is None
     handle.wait()

@@ -9,10 +9,10 @@ import torch
 
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
-from megatron_r1.models.sampling_mask import from_lists
+from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.losses import supervised
-from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -32,7 +32,7 @@ def micro_batch(samples=SAMPLES, seed=0, kept=None):
         Sample.pack(p, r, [-2.0] * len(r), advantage=a, sampling_mask=mask)
         for (p, r, a), mask in zip(samples, masks, strict=True)
     ]
-    batch = packed_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
+    batch = pack_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
     tokens = batch.input_ids.shape[1]
     hidden = torch.randn(tokens, HIDDEN, generator=g, requires_grad=True)
     weight = torch.randn(PADDED, HIDDEN, generator=g)
@@ -68,7 +68,7 @@ def test_logprobs_are_those_of_each_response_and_0_elsewhere():
 
 def test_log_probabilities_and_loss_are_of_the_tokens_that_the_sampler_kept():
     sets = [[[2, 10], [11]], [[0, 6, 9], [1, 2, 3, 4], [2, 12]], [[0, 3, 5, 12]]]
-    batch, head = micro_batch(kept=[from_lists(each) for each in sets])
+    batch, head = micro_batch(kept=[encode_mask(each) for each in sets])
     got, entropy = head.logprobs()
     no_clip = {"clip_low": 1e6, "clip_high": 1e6, "kl_beta": 0.0}
     loss = head.policy_loss(batch.is_response, average="token", **no_clip)
@@ -146,7 +146,7 @@ def test_the_branches_of_an_episode_share_one_mean():
         branch([5, 6], 1, of=3, num_responses=0),
     )
     whole = Sample.pack([3, 4], [12, 11], [-2.0, -2.0], advantage=-1.0)
-    batch = packed_batch([first, second, whole], TokenSplit(), torch.device("cpu"))
+    batch = pack_batch([first, second, whole], TokenSplit(), torch.device("cpu"))
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(len(batch.targets), HIDDEN, generator=g)
     weight = torch.randn(PADDED, HIDDEN, generator=g)

@@ -13,7 +13,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import (  # noqa: 
     PipelineParallelLayerLayout,
 )
 
-from megatron_r1.trainer.hops import received_shapes  # noqa: E402
+from megatron_r1.trainer.passes import shapes_to_receive  # noqa: E402
 
 LENGTHS = [8, 24, 16, 40, 32, 48, 64, 56]
 
@@ -49,5 +49,5 @@ def test_every_rank_expects_what_the_one_before_and_the_one_behind_send(ranks, c
         returned = [sent(stage - 1, number) for stage, number in back if stage > 0]
         for neighbor, expected, forward in ((rank + 1, on, True), (rank - 1, returned, False)):
             at = (config, lengths, chunks, True, neighbor % ranks, ranks)
-            assert [*received_shapes(*at, forward=forward)] == expected
-    assert not [*received_shapes(config, lengths, 1, True, 0, 1, forward=True)]
+            assert [*shapes_to_receive(*at, forward=forward)] == expected
+    assert not [*shapes_to_receive(config, lengths, 1, True, 0, 1, forward=True)]

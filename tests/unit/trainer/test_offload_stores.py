@@ -10,7 +10,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
 from megatron_r1.trainer import offload
-from megatron_r1.trainer.offload import DiskStore, HostStore, Offload, offload_of
+from megatron_r1.trainer.offload import DiskStore, HostStore, Offload, make_offload
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +27,9 @@ def test_a_store_gives_back_what_it_keeps_also_a_second_time(tmp_path, kind):
     store = HostStore() if kind == "host" else DiskStore(str(tmp_path))
     for times in (1, 3):
         kept = [part * times for part in parts()]
-        store.keep(kept)
+        store.write(kept)
         back = [torch.zeros_like(part) for part in kept]
-        store.fill(back)
+        store.read(back)
         assert all(map(torch.equal, back, kept))
     assert not list(tmp_path.iterdir()), "a killed run would leave this"
 
@@ -43,10 +43,10 @@ def test_a_store_gives_back_what_it_keeps_also_a_second_time(tmp_path, kind):
 )
 def test_a_disk_that_gives_back_something_else_ends_the_trainer(tmp_path, damage, message):
     store = DiskStore(str(tmp_path))
-    store.keep(parts())
+    store.write(parts())
     damage(store._file.fileno())
     with pytest.raises(RuntimeError, match=message):
-        store.fill(parts())
+        store.read(parts())
 
 
 class Network:
@@ -101,4 +101,4 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_the_start(tmp_path):
     parallel = {"offload_between_phases": "disk", "offload_folder": str(tmp_path / "none")}
     config = parse({"rollout": {"colocated": True}, "parallel": parallel})
     with refused("parallel.offload_folder", Cause.UNREADABLE, tmp_path / "none"):
-        offload_of(config, list)
+        make_offload(config, list)

@@ -3,11 +3,10 @@
 import msgspec
 import pytest
 
-from megatron_r1.config.algorithms import TokenSettings
-from megatron_r1.config.corrections import EngineMask
+from megatron_r1.config.algorithms import EngineMask, TokenSettings
 from megatron_r1.trainer.operations import (
     Call,
-    FolderOperations,
+    CheckpointOperations,
     ModelOperations,
     ProbingOperations,
     PushOperations,
@@ -16,7 +15,7 @@ from megatron_r1.trainer.operations import (
 from megatron_r1.trainer.training_sample import Sample
 from megatron_r1.trainer.worker import Operations, argument_types, methods
 
-PROTOCOLS = (ModelOperations, ProbingOperations, FolderOperations, PushOperations)
+PROTOCOLS = (ModelOperations, ProbingOperations, CheckpointOperations, PushOperations)
 
 
 class Rank(*PROTOCOLS):
@@ -64,7 +63,7 @@ def test_a_rank_runs_every_operation_of_the_protocols():
             ModelOperations.mask_advantages,
             {"function": "module:function", "settings": EngineMask("sequence", 0.999, 1.001)},
         ),
-        (PushOperations.connect_sets, {"sets": [("one", 2)], "gone": ["two"]}),
+        (PushOperations.connect_sets, {"sets": [("one", 2)], "closed_sets": ["two"]}),
     ],
 )
 def test_arguments_arrive_with_their_types(operation, arguments):

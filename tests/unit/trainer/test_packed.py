@@ -10,11 +10,11 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
-from megatron_r1.models.prefixes import continued_by
-from megatron_r1.models.sampling_mask import from_lists
+from megatron_r1.models.prefixes import marked_prefixes
+from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.trainer.losses import denominator, supervised
-from megatron_r1.trainer.packed import check_token_ids, packed_batch
-from megatron_r1.trainer.shared_prompts import LEAST_SHARED, check_shared_prompts
+from megatron_r1.trainer.packed import check_token_ids, pack_batch
+from megatron_r1.trainer.shared_prompts import MIN_SHARED_TOKENS, check_shared_prompts
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def batch(multiple_of=1):
     first = Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], advantage=2.0)
     second = Sample.pack([5], [6, 1, 2], [-1.0, -2.0, -3.0], advantage=-1.0)
-    return packed_batch([first, second], TokenSplit(tensor_size=multiple_of), CPU)
+    return pack_batch([first, second], TokenSplit(tensor_size=multiple_of), CPU)
 
 
 def test_positions_targets_and_borders_by_hand():
@@ -48,7 +48,7 @@ def test_padding_for_sequence_parallelism_adds_a_sample_that_counts_nothing():
 
 
 def test_a_microbatch_without_samples_counts_nothing():
-    b = packed_batch([], TokenSplit(tensor_size=2), CPU)
+    b = pack_batch([], TokenSplit(tensor_size=2), CPU)
     assert b.input_ids.shape == (1, 2) and len(b.response_rows) == 0
     assert denominator(b, "sequence") == 0 and denominator(b, "token") == 0
 
@@ -65,7 +65,7 @@ def test_given_tokens_between_sampled_ones_count_nothing():
     scores = {"weight": 0.25, "num_responses": 0, "teacher": [-7.0, -8.0]}
     first = Sample.pack_branch(tokens, mask, [9.0, 9.0, -1.0, 9.0, 9.0, -2.0], 0.5, **scores)
     second = Sample.pack([1], [2], [-3.0], 1.5, teacher=[-9.0])
-    b = packed_batch([first, second], TokenSplit(), CPU)
+    b = pack_batch([first, second], TokenSplit(), CPU)
     assert b.response_rows.tolist() == [1, 4, 6]
     assert b.targets[b.is_response].tolist() == [5, 8, 2]
     assert b.rollout_logprobs.tolist() == [0, -1.0, 0, 0, -2.0, 0, -3.0, 0]
@@ -74,7 +74,7 @@ def test_given_tokens_between_sampled_ones_count_nothing():
     assert b.sequence_weights.tolist() == [0, 0.125, 0, 0, 0.125, 0, 1.0, 0]
     # The first is not the first branch of its episode.
     assert denominator(b, "token") == 3 and denominator(b, "sequence") == 1
-    assert packed_batch([second], TokenSplit(), CPU).sequence_weights is None
+    assert pack_batch([second], TokenSplit(), CPU).sequence_weights is None
 
 
 def kept_at(mask, position):
@@ -84,20 +84,20 @@ def kept_at(mask, position):
 def test_kept_tokens_lie_where_their_token_is_predicted():
     tokens, mask = [3, 4, 5, 6, 7, 8], bytes([0, 0, 1, 0, 0, 1])
     scores = {"weight": 0.25, "num_responses": 1}
-    kept = from_lists([[], [], [1, 5], [], [], [8]])
+    kept = encode_mask([[], [], [1, 5], [], [], [8]])
     first = Sample.pack_branch(tokens, mask, [0.0] * 6, 0.5, sampling_mask=kept, **scores)
-    second = Sample.pack([1], [2], [-3.0], 1.5, sampling_mask=from_lists([[0, 2, 9]]))
+    second = Sample.pack([1], [2], [-3.0], 1.5, sampling_mask=encode_mask([[0, 2, 9]]))
     untrained = Sample.pack([1], [], [], float("nan"))
-    b = packed_batch([first, untrained, second], TokenSplit(), CPU)
+    b = pack_batch([first, untrained, second], TokenSplit(), CPU)
     assert b.sampling_mask.token_ids.tolist() == [1, 5, 8, 0, 2, 9]
     assert b.sampling_mask.offsets.tolist() == [0, 0, 2, 2, 2, 3, 3, 3, 6, 6]
     assert b.targets[b.is_response].tolist() == [5, 8, 2]
     without = Sample.pack([1], [2], [-3.0], 1.5)
-    assert packed_batch([without], TokenSplit(), CPU).sampling_mask is None
+    assert pack_batch([without], TokenSplit(), CPU).sampling_mask is None
     with raised(ValueError, "sampling masks"):
-        packed_batch([second, without], TokenSplit(), CPU)
+        pack_batch([second, without], TokenSplit(), CPU)
     with raised(ValueError, "sampling mask", "2 tokens"):
-        packed_batch([Sample.pack([1], [2, 3], sampling_mask=kept)], TokenSplit(), CPU)
+        pack_batch([Sample.pack([1], [2, 3], sampling_mask=kept)], TokenSplit(), CPU)
 
 
 def test_context_ranks_hold_the_kept_tokens_of_their_positions():
@@ -108,13 +108,13 @@ def test_context_ranks_hold_the_kept_tokens_of_their_positions():
         kept = [sorted({token, *draw.sample(range(50), draw.randrange(6))}) for token in response]
         prompt = [60] * draw.randrange(1, 7)
         samples.append(
-            Sample.pack(prompt, response, [0.0] * length, sampling_mask=from_lists(kept))
+            Sample.pack(prompt, response, [0.0] * length, sampling_mask=encode_mask(kept))
         )
-    whole = packed_batch(samples, TokenSplit(context_size=2), CPU)
+    whole = pack_batch(samples, TokenSplit(context_size=2), CPU)
     assert whole.sampling_mask is not None
     found = []
     for rank in range(2):
-        part = packed_batch(samples, TokenSplit(context_size=2, context_rank=rank), CPU)
+        part = pack_batch(samples, TokenSplit(context_size=2, context_rank=rank), CPU)
         assert part.sampling_mask.offsets[-1] == len(part.sampling_mask.token_ids)
         for row in range(len(part.targets)):
             own = kept_at(part.sampling_mask, row)
@@ -122,7 +122,7 @@ def test_context_ranks_hold_the_kept_tokens_of_their_positions():
             if own:
                 assert int(part.targets[row]) in own
                 found.append((int(part.targets[row]), own))
-    every = packed_batch(samples, TokenSplit(), CPU)
+    every = pack_batch(samples, TokenSplit(), CPU)
     rows = every.response_rows.tolist()
     expected = [(int(every.targets[row]), kept_at(every.sampling_mask, row)) for row in rows]
     assert sorted(found) == sorted(expected) and len(expected) == 40
@@ -135,7 +135,7 @@ def test_a_prompt_of_several_samples_lies_there_once():
         Sample.pack([7, 8, 9], [4], [-4.0], 2.5),
         Sample.pack([7, 8, 9], [], []),
     ]
-    b = packed_batch(made, TokenSplit(tensor_size=4), CPU, share_prompts=True)
+    b = pack_batch(made, TokenSplit(tensor_size=4), CPU, share_prompts=True)
     assert b.input_ids.tolist() == [[7, 8, 9, 1, 2, 8, 3, 9, 4, 9, 0, 0]]
     assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 1, 2, 2, 3, 2, 0, 1]]
     assert b.response_rows.tolist() == [2, 3, 5, 7]
@@ -143,12 +143,12 @@ def test_a_prompt_of_several_samples_lies_there_once():
     assert b.advantages[b.is_response].tolist() == [0.5, 0.5, 1.5, 2.5]
     assert b.last_tokens.tolist() == [4, 6, 8, 9] and b.num_responses == 4
     assert b.cu_seqlens.tolist() == [0, 5, 7, 9, 10, 12] and b.num_shared == 5
-    continued = continued_by(b.packed_seq_params.cu_seqlens_q)
-    assert continued.host.tolist() == [-1, 0, 0, 0, -1]
-    assert continued.first.tolist() == [0, 1, 2, 2, 0]
+    continued = marked_prefixes(b.packed_seq_params.cu_seqlens_q)
+    assert continued.parent.tolist() == [-1, 0, 0, 0, -1]
+    assert continued.start.tolist() == [0, 1, 2, 2, 0]
     assert b.packed_seq_params.max_seqlen_q == 5
-    alone = packed_batch(made[:1], TokenSplit(), CPU, share_prompts=True)
-    assert alone.num_shared == 0 and continued_by(alone.packed_seq_params.cu_seqlens_q) is None
+    alone = pack_batch(made[:1], TokenSplit(), CPU, share_prompts=True)
+    assert alone.num_shared == 0 and marked_prefixes(alone.packed_seq_params.cu_seqlens_q) is None
 
 
 def branch(tokens, sampled, advantage, **scores):
@@ -165,11 +165,11 @@ def test_turns_of_a_tree_lie_there_once_each_trained_in_its_own_branch():
     # Goes on after token 2, which only the first branch trains.
     second = branch([*prompt, 1, 2, 51, 4, 5], {23, 24}, 1.5, **scores)
     third = branch([*prompt, 1, 2, 51, 4, 52, 6], {25}, 2.5, **scores)
-    b = packed_batch([first, second, third], TokenSplit(), CPU, share_prompts=True)
+    b = pack_batch([first, second, third], TokenSplit(), CPU, share_prompts=True)
     assert b.input_ids.tolist() == [[*prompt, 1, 2, 50, 3, 51, 4, 5, 52, 6]]
     assert b.position_ids.tolist() == [[*range(24), 22, 23, 24, 24, 25]]
-    continued = continued_by(b.packed_seq_params.cu_seqlens_q)
-    assert continued.host.tolist() == [-1, 0, 1] and continued.first.tolist() == [0, 22, 24]
+    continued = marked_prefixes(b.packed_seq_params.cu_seqlens_q)
+    assert continued.parent.tolist() == [-1, 0, 1] and continued.start.tolist() == [0, 22, 24]
     assert b.cu_seqlens.tolist() == [0, 24, 27, 29] and b.num_shared == 46
     assert b.response_rows.tolist() == [19, 20, 22, 24, 25, 27]
     assert b.targets[b.is_response].tolist() == [1, 2, 3, 4, 5, 6]
@@ -184,9 +184,9 @@ def test_turns_of_a_tree_lie_there_once_each_trained_in_its_own_branch():
 
 
 def test_equal_beginnings_of_different_questions_are_shared_from_a_length_on():
-    for shared, saved in ((LEAST_SHARED - 1, 0), (LEAST_SHARED, LEAST_SHARED)):
+    for shared, saved in ((MIN_SHARED_TOKENS - 1, 0), (MIN_SHARED_TOKENS, MIN_SHARED_TOKENS)):
         made = [Sample.pack([*range(shared), 90 + i, 7], [3]) for i in range(2)]
-        b = packed_batch(made, TokenSplit(), CPU, share_prompts=True)
+        b = pack_batch(made, TokenSplit(), CPU, share_prompts=True)
         assert b.num_shared == saved
 
 
@@ -197,7 +197,7 @@ def test_samples_of_one_prompt_are_packed_together_as_far_as_the_limit_goes():
     packing = pack_by_prompt(made, 2, 64, float)
     assert sorted(i for own in packing.shares for m in own for i in m) == [*range(42)]
     batches = [
-        packed_batch([made[i] for i in m], TokenSplit(), CPU, share_prompts=True)
+        pack_batch([made[i] for i in m], TokenSplit(), CPU, share_prompts=True)
         for own in packing.shares
         for m in own
     ]
@@ -231,7 +231,7 @@ def test_shared_prompts_are_refused_where_something_does_not_know_them(settings,
 
 
 def test_a_response_may_be_empty():
-    b = packed_batch([Sample.pack([3, 4], [])], TokenSplit(), CPU)
+    b = pack_batch([Sample.pack([3, 4], [])], TokenSplit(), CPU)
     assert len(b.response_rows) == 0 and denominator(b, "sequence") == 1
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_r1.trainer.reference import Reference
+from megatron_r1.trainer.reference import ReferencePolicy
 
 
 @pytest.mark.parametrize("on_host", [True, False])
@@ -9,20 +9,20 @@ def test_the_model_computes_with_the_reference_while_it_is_in_place_and_not_afte
     chunks = [torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)]
     chunks[1].register_buffer("passing", torch.ones(1), persistent=False)
     first = [t.detach().clone() for chunk in chunks for t in chunk.state_dict().values()]
-    reference = Reference(chunks, on_host)
+    reference = ReferencePolicy(chunks, on_host)
     with torch.no_grad():
         for chunk in chunks:
             for tensor in [*chunk.parameters(), *chunk.buffers()]:
                 tensor.add_(1)
     held = [t.data_ptr() for chunk in chunks for t in chunk.state_dict().values()]
-    with reference.in_place():
+    with reference.swapped_in():
         now = [t for chunk in chunks for t in chunk.state_dict().values()]
         assert all(torch.equal(a, b) for a, b in zip(now, first, strict=True))
         assert chunks[1].passing.item() == 2, "what no checkpoint holds is the model's own"
     after = [t.data_ptr() for chunk in chunks for t in chunk.state_dict().values()]
     assert after == held, "the policy's weights stayed where they were"
     reference.refresh()
-    with reference.in_place():
+    with reference.swapped_in():
         now = [t for chunk in chunks for t in chunk.state_dict().values()]
         assert all(torch.equal(a, b + 1) for a, b in zip(now, first, strict=True))
 
@@ -31,11 +31,11 @@ def test_a_checkpoint_reads_the_kept_weights_and_those_that_are_not_trained_as_t
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     model[0].bias.requires_grad_(False)
     first = model[0].weight.detach().clone()
-    reference = Reference([model])
+    reference = ReferencePolicy([model])
     with torch.no_grad():
         model[0].weight.add_(1)
-    assert torch.equal(reference.kept(model[0].weight), first)
-    assert reference.kept(model[0].bias) is model[0].bias
-    assert reference.kept(model[1].running_var) is not model[1].running_var
+    assert torch.equal(reference.stored_value(model[0].weight), first)
+    assert reference.stored_value(model[0].bias) is model[0].bias
+    assert reference.stored_value(model[1].running_var) is not model[1].running_var
     with pytest.raises(KeyError):  # a view would be the policy's
-        reference.kept(model[0].weight.detach())
+        reference.stored_value(model[0].weight.detach())

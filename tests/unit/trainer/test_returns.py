@@ -10,9 +10,9 @@ import torch
 from megatron_r1.trainer.token_advantages import (
     discounted_sums,
     gae,
+    kl_penalized_rewards,
     moments,
-    penalized_rewards,
-    standardized,
+    standardize,
 )
 
 # (tokens before the response, its tokens, tokens after it, whether it was graded); the second is
@@ -65,12 +65,12 @@ def test_penalized_rewards_are_the_loop_s(beta):
     for number, (span, is_graded) in enumerate(spans):
         for t in span if is_graded else []:
             grades[t] = 1.5 + number
-    got = penalized_rewards(fp64(grades), fp64(old) - fp64(ref), beta, mask, last)
+    got = kl_penalized_rewards(fp64(grades), fp64(old) - fp64(ref), beta, mask, last)
     wanted = rewards_by_hand(spans, grades, old, ref, beta)
     # One product and two sums in fp64.
     torch.testing.assert_close(got, fp64(wanted), rtol=1e-15, atol=1e-15)
     if not beta:
-        assert torch.equal(penalized_rewards(fp64(grades), None, 0.0, mask, last), got)
+        assert torch.equal(kl_penalized_rewards(fp64(grades), None, 0.0, mask, last), got)
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.6, 1.0])
@@ -108,6 +108,6 @@ def test_parts_are_standardized_by_the_moments_of_the_whole():
     total = moments(parts[0]) + moments(parts[1])
     for part in parts:
         wanted = (part.double().numpy() - whole.mean()) / (whole.std() + 1e-6)
-        assert standardized(part, total, 1e-6).numpy() == pytest.approx(wanted, abs=1e-6)
+        assert standardize(part, total, 1e-6).numpy() == pytest.approx(wanted, abs=1e-6)
     equal = torch.full((3,), 0.1)
-    assert standardized(equal, moments(equal), 0.0).tolist() == pytest.approx([0.0] * 3, abs=1e-7)
+    assert standardize(equal, moments(equal), 0.0).tolist() == pytest.approx([0.0] * 3, abs=1e-7)

@@ -17,8 +17,8 @@ from megatron_r1.config import Config
 from megatron_r1.engines.server.replies import decode_routing
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.experts import RoutingShape, routing_shape
-from megatron_r1.trainer.packed import packed_batch
-from megatron_r1.trainer.routing import RoutingPart, RoutingScatter
+from megatron_r1.trainer.packed import pack_batch
+from megatron_r1.trainer.routing import RoutingScatter, RoutingShard
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -70,9 +70,9 @@ def test_experts_survive_the_way_from_the_engine_to_the_packed_batch(shape):
         Sample.pack([5], [6, 1, 2, 3], [-1.0] * 4, 1.0, second),
     ]
     samples = msgspec.msgpack.decode(msgspec.msgpack.encode(samples), type=list[Sample])
-    batch = packed_batch(samples, TokenSplit(token_multiple=4), CPU, RoutingPart(shape, [0, 2]))
+    batch = pack_batch(samples, TokenSplit(token_multiple=4), CPU, RoutingShard(shape, [0, 2]))
     experts, known = batch.routing.experts, batch.routing.known
-    assert batch.routing.own_counts is None, "the trainer routes two tokens that are read"
+    assert batch.routing.local_counts is None, "the trainer routes two tokens that are read"
     assert known.tolist() == [*[True] * 4, False, False, False, True, True, False, False, False]
     assert experts[known].tolist() == [*whole[:, [1, 3]].tolist(), *part[:, [1, 3]].tolist()]
     assert experts.element_size() == shape.index_bytes
@@ -85,11 +85,11 @@ def test_ranks_hold_their_own_tokens_of_the_routing():
     by_token = {t + 1: row for t, row in enumerate(rows[:, 1:].tolist())}  # token t + 1 is at t
     for context_rank in range(2):
         split = TokenSplit(tensor_size=2, context_size=2, context_rank=context_rank)
-        tokens = packed_batch([sample], split, CPU).input_ids[0]
+        tokens = pack_batch([sample], split, CPU).input_ids[0]
         for tensor_rank in range(2):
-            part = RoutingPart(SMALL, [0, 1, 2])
+            part = RoutingShard(SMALL, [0, 1, 2])
             split = replace(split, tensor_rank=tensor_rank)
-            experts, known, counts, _ = packed_batch([sample], split, CPU, part).routing
+            experts, known, counts, _ = pack_batch([sample], split, CPU, part).routing
             chosen_by_all = torch.stack(
                 [
                     torch.bincount(x.flatten(), minlength=SMALL.num_experts)
@@ -106,10 +106,10 @@ def test_ranks_hold_their_own_tokens_of_the_routing():
 
 def test_without_replay_nothing_is_carried():
     sample = Sample.pack([1], [2, 3], [-1.0, -1.0])
-    assert sample.routing == b"" and packed_batch([sample], TokenSplit(), CPU).routing is None
-    batch = packed_batch([sample], TokenSplit(), CPU, RoutingPart(SMALL, [0]))
+    assert sample.routing == b"" and pack_batch([sample], TokenSplit(), CPU).routing is None
+    batch = pack_batch([sample], TokenSplit(), CPU, RoutingShard(SMALL, [0]))
     assert not batch.routing.known.any()
-    empty = packed_batch([], TokenSplit(tensor_size=2, tensor_rank=1), CPU, RoutingPart(SMALL, [0]))
+    empty = pack_batch([], TokenSplit(tensor_size=2, tensor_rank=1), CPU, RoutingShard(SMALL, [0]))
     assert empty.routing.known.tolist() == [False]
 
 
@@ -137,10 +137,10 @@ def test_what_the_engine_gives_is_checked():
 
 
 def test_routing_that_does_not_fit_its_sample_is_refused():
-    part = RoutingPart(SMALL, [0])
+    part = RoutingShard(SMALL, [0])
     for routing, shows in ((bytes(7), (7, 6)), (bytes(18), (3,))):
         with raised(ValueError, *shows):
-            packed_batch([Sample.pack([1], [2, 3], None, 1.0, routing)], TokenSplit(), CPU, part)
+            pack_batch([Sample.pack([1], [2, 3], None, 1.0, routing)], TokenSplit(), CPU, part)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -162,9 +162,9 @@ class SmallReplica:
 
     def __init__(self, everyone, member, sent):
         self.everyone, self.member, self.sent = everyone, member, sent
-        self.leads = member == 0
+        self.is_leader = member == 0
 
-    def gathered(self, own):
+    def all_gather(self, own):
         assert own == self.everyone[self.member]
         return self.everyone
 
@@ -195,7 +195,7 @@ def test_the_leader_sends_each_rank_what_it_would_cut_itself(shape):
     everyone = [(split, layers) for layers in ([0, 2], [1], []) for split in splits]
     sent: dict[int, torch.Tensor] = {}
     for member, (split, layers) in enumerate(everyone):
-        part = RoutingPart(shape, layers)
+        part = RoutingShard(shape, layers)
         replica = SmallReplica(everyone, member, sent)
         have = microbatches if member == 0 else without_experts(microbatches)
         scatter = RoutingScatter(replica, split, part)
@@ -203,7 +203,7 @@ def test_the_leader_sends_each_rank_what_it_would_cut_itself(shape):
         if member == 0:
             assert len(sent) == 11 and scatter.sent_bytes == sum(map(len, sent.values()))
         for got, whole in zip(found, microbatches, strict=True):
-            wanted = packed_batch(whole, split, CPU, part).routing
+            wanted = pack_batch(whole, split, CPU, part).routing
             assert got.experts.dtype == wanted.experts.dtype
             assert torch.equal(got.experts, wanted.experts) and torch.equal(got.known, wanted.known)
     assert not sent

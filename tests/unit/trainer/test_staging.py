@@ -1,5 +1,7 @@
 """What of the optimizer's state a rank copies to the host, and what memory that takes."""
 
+from functools import partial
+
 import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -8,7 +10,7 @@ from megatron_r1.models import platform
 
 platform.prepare()
 
-from megatron_r1.trainer.checkpoints.staging import HostMemory, Ranges  # noqa: E402
+from megatron_r1.trainer.checkpoints.staging import AddressRanges, HostMemory  # noqa: E402
 
 MIB = 2**20
 
@@ -19,20 +21,27 @@ def entry(key: str, data: torch.Tensor, replica: int = 0) -> ShardedTensor:
 
 def test_parts_are_what_two_sets_of_memory_have_in_common():
     memory = torch.arange(100.0)
-    ranges = Ranges([memory[10:20], memory[20:25], memory[40:50], memory[90:100], memory[3:3]])
+    ranges = AddressRanges(
+        [memory[10:20], memory[20:25], memory[40:50], memory[90:100], memory[3:3]]
+    )
     assert ranges.num_bytes == 4 * (15 + 10 + 10)
-    found = [memory[5:95][part] for part in ranges.parts(memory[5:95])]
+    found = [memory[5:95][part] for part in ranges.overlaps(memory[5:95])]
     assert torch.cat(found).tolist() == [*range(10, 25), *range(40, 50), *range(90, 95)]
-    assert list(ranges.parts(memory[25:40])) == [] == list(Ranges([]).parts(memory))
-    assert ranges.cover(memory[12:22]) and ranges.cover(memory[25:25])
-    assert not ranges.cover(memory[12:26]) and not ranges.cover(memory[0:12])
+    assert list(ranges.overlaps(memory[25:40])) == [] == list(AddressRanges([]).overlaps(memory))
+    assert ranges.contains(memory[12:22]) and ranges.contains(memory[25:25])
+    assert not ranges.contains(memory[12:26]) and not ranges.contains(memory[0:12])
 
 
 def test_a_rectangle_lies_between_its_first_and_its_last_number():
     memory = torch.arange(60.0)
     columns = memory.view(6, 10)[1:4, 2:5]
-    (part,) = Ranges([columns]).parts(memory)
+    (part,) = AddressRanges([columns]).overlaps(memory)
     assert memory[part].tolist() == list(range(12, 35))
+
+
+def fill_with_7(tensor: torch.Tensor, wanted: AddressRanges) -> None:
+    for part in wanted.overlaps(tensor):
+        tensor[part].fill_(7)
 
 
 def resident_bytes() -> int:
@@ -42,18 +51,18 @@ def resident_bytes() -> int:
 
 def test_pages_that_nobody_writes_take_no_memory():
     memory, before = HostMemory(), resident_bytes()
-    whole = memory.gathered("weights", 64 * MIB)  # 256 MiB
-    memory.plan("weights", lambda wanted: [whole[part].fill_(7) for part in wanted.parts(whole)])
+    whole = memory.gathered_buffer("weights", 64 * MIB)  # 256 MiB
+    memory.plan_gather("weights", partial(fill_with_7, whole))
     memory.gather({"mine": entry("optimizer.state.param.a", whole[MIB : 5 * MIB])})
     assert whole[MIB : 5 * MIB].eq(7).all() and memory.filled.num_bytes == 16 * MIB
     assert resident_bytes() - before < 64 * MIB
-    assert memory.gathered("weights", 64 * MIB) is whole
+    assert memory.gathered_buffer("weights", 64 * MIB) is whole
 
 
 def test_only_what_this_rank_writes_is_gathered_and_written():
     memory = HostMemory()
-    whole = memory.gathered("weights", 100)
-    memory.plan("weights", lambda wanted: [whole[part].fill_(7) for part in wanted.parts(whole)])
+    whole = memory.gathered_buffer("weights", 100)
+    memory.plan_gather("weights", partial(fill_with_7, whole))
     mine, other = (
         entry("optimizer.state.param.a", whole[:40].view(4, 10)),
         entry("optimizer.state.param.b", whole[40:], replica=1),
@@ -68,6 +77,6 @@ def test_only_what_this_rank_writes_is_gathered_and_written():
 
 def test_a_copy_that_was_made_before_the_state_is_there_is_an_error():
     memory = HostMemory()
-    whole = memory.gathered("weights", 10)
+    whole = memory.gathered_buffer("weights", 10)
     with pytest.raises(AssertionError, match=r"optimizer\.state\.exp_avg\.a"):
         memory.gather({"mine": entry("optimizer.state.exp_avg.a", whole.clone())})

@@ -6,7 +6,7 @@ from array import array
 import pytest
 from refusals import raised
 
-from megatron_r1.models.sampling_mask import from_lists, joined
+from megatron_r1.models.sampling_mask import concat_masks, encode_mask
 from megatron_r1.trainer import training_sample as module
 from megatron_r1.trainer.training_sample import (
     ReplicaSamples,
@@ -24,7 +24,7 @@ def share(draw: random.Random) -> ReplicaSamples:
         teacher = draw.choice([None, logprobs])
         routing = draw.choice([b"", draw.randbytes(64 * length)])
         given = draw.choice([None, logprobs])
-        kept = draw.choice([b"", from_lists([[token, token + 1] for token in response])])
+        kept = draw.choice([b"", encode_mask([[token, token + 1] for token in response])])
         whole = Sample.pack(prompt, response, given, draw.random(), routing, teacher, 1.0, kept)
         if length < 2 or given is None or draw.random() < 0.5:
             return whole
@@ -35,7 +35,7 @@ def share(draw: random.Random) -> ReplicaSamples:
                 "weight": draw.random(),
                 "num_responses": draw.choice([0, 1]),
                 "routing": routing,
-                "sampling_mask": joined([(b"", 3), (kept, length)]),
+                "sampling_mask": concat_masks([(b"", 3), (kept, length)]),
             },
         )
 
@@ -77,9 +77,9 @@ def test_a_branch_is_packed_from_its_first_to_its_last_sampled_token():
     sample = Sample.pack_branch(
         *(tokens, is_sampled, logprobs, 0.5),
         **{"weight": 0.25, "num_responses": 0, "routing": routing, "teacher": [-4, -5, -6]},
-        sampling_mask=from_lists([[], [], [12, 30], [13], [], [9, 15], [], []]),
+        sampling_mask=encode_mask([[], [], [12, 30], [13], [], [9, 15], [], []]),
     )
-    assert sample.sampling_mask == from_lists([[12, 30], [13], [], [9, 15]])
+    assert sample.sampling_mask == encode_mask([[12, 30], [13], [], [9, 15]])
     assert sample.token_ids == tokens[:6].tobytes() and sample.prompt_length == 2
     assert sample.mask == bytes([1, 1, 0, 1]) and sample.routing == routing[: 5 * 2]
     assert sample.logprobs == array("f", [-1, -2, 0, -3]).tobytes()

@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from megatron_r1.base.processes.authentication import protect_client
 from megatron_r1.engines.server.client import GENERATE
 from megatron_r1.engines.server.server import RunningServer
-from megatron_r1.trainer.operations import Call, Reply, identity
+from megatron_r1.trainer.operations import Call, Reply, rank_identity
 from megatron_r1.trainer.training_sample import decode_samples
 from tools.bench.host import ROOT
 
@@ -79,7 +79,13 @@ def write_model(folder: Path) -> Path:
 
 
 def make_reply(folder: Path, num_tokens: int, num_prompt_tokens: int, routed: bool) -> GroupReply:
-    """Return a group whose responses have `num_tokens` each; every other one answers 42."""
+    """Return a group whose responses have `num_tokens` each; every other one answers 42.
+
+    Args:
+        folder: the folder of the tokenizer.
+        num_tokens: tokens of each response.
+        num_prompt_tokens: tokens of the prompt, whose experts are replied as well.
+        routed: whether the reply has the experts of every token."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     random_numbers = np.random.default_rng(0)
     ids, logprobs = [], []
@@ -199,13 +205,20 @@ class SyntheticServer(RunningServer):
 def serve_ranks(
     ranks: range, address: str, token: str, world_size: int, data_parallel: int
 ) -> None:
-    """Be `ranks` of `world_size` until killed; the first rank of each replica gets its samples."""
+    """Be `ranks` of `world_size` until killed; the first rank of each replica gets its samples.
+
+    Args:
+        ranks: the ranks that this process stands for.
+        address: the controller's, "host:port".
+        token: the secret that calls carry.
+        world_size: trainer ranks in all.
+        data_parallel: replicas."""
     context = zmq.Context(io_threads=1)
     context.max_sockets = len(ranks) + 1
     poller, own = zmq.Poller(), {}
     for rank in ranks:
         socket = context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IDENTITY, identity(rank))
+        socket.setsockopt(zmq.IDENTITY, rank_identity(rank))
         protect_client(socket, token)
         socket.connect(address)
         socket.send(msgspec.msgpack.encode(Reply(rank, describe(rank, world_size, data_parallel))))
@@ -218,7 +231,12 @@ def serve_ranks(
 
 
 def describe(rank: int, world_size: int, data_parallel: int) -> dict[str, Any]:
-    """Return `worker.Operations.describe` of a rank: `data_parallel` equal blocks of ranks."""
+    """Return `worker.Operations.describe` of a rank: `data_parallel` equal blocks of ranks.
+
+    Args:
+        rank: the rank.
+        world_size: trainer ranks in all.
+        data_parallel: replicas."""
     size = world_size // data_parallel
     return {
         "rank": rank,

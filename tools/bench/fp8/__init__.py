@@ -73,7 +73,13 @@ WARMUP_STEPS = 10
 
 
 def variant_settings(variant: str, model_folder: str, seed: int, threads: int) -> dict[str, Any]:
-    """Return the recipe of `variant` for megatron_r1.config.parse."""
+    """Return the recipe of `variant` for megatron_r1.config.parse.
+
+    Args:
+        variant: one of `VARIANTS`.
+        model_folder: the folder with config.json.
+        seed: `run.seed`.
+        threads: `parallel.threads`."""
     tree = {section: dict(values) for section, values in SHARED.items()}
     for section, values in VARIANTS[variant].items():
         tree.setdefault(section, {}).update(values)
@@ -102,31 +108,31 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--only", action="append", choices=VARIANTS, help="repeatable")
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return losses, held-out loss and distance from bf16 by variant and seed, with a summary."""
-    names = [n for n in VARIANTS if not chosen.only or n in chosen.only or n == BASELINE]
+    names = [n for n in VARIANTS if not args.only or n in args.only or n == BASELINE]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
         model.mkdir()
         (model / "config.json").write_text(json.dumps(MODEL))
-        runs = _runs(names, chosen, folder)
-    summary = _summary(names, runs, chosen.seeds)
-    print(f"loss after {chosen.steps} steps, {chosen.seeds} seeds; the language's: {ENTROPY:.3f}")
+        runs = _runs(names, args, folder)
+    summary = _summary(names, runs, args.seeds)
+    print(f"loss after {args.steps} steps, {args.seeds} seeds; the language's: {ENTROPY:.3f}")
     print(f"relative loss error: second half of training, against {BASELINE}, smoothed")
     print(COLUMNS[0].format(*COLUMNS[1]))
     for name, row in summary.items():
         print(COLUMNS[0].format(name, *_cells(row)))
-    sizes = {"steps": chosen.steps, "seeds": chosen.seeds, "sentences": chosen.sentences}
+    sizes = {"steps": args.steps, "seeds": args.seeds, "sentences": args.sentences}
     return {**sizes, "entropy": ENTROPY, "model": MODEL, "summary": summary, "runs": runs}
 
 
-def _runs(names: list[str], chosen: argparse.Namespace, folder: str) -> dict[str, list[dict]]:
+def _runs(names: list[str], args: argparse.Namespace, folder: str) -> dict[str, list[dict]]:
     """Return the report of every seed, by variant; exit if a run fails."""
     runs: dict[str, list[dict]] = {name: [] for name in names}
-    tasks = [(name, seed) for seed in range(chosen.seeds) for name in names]
-    with ThreadPoolExecutor(chosen.jobs) as threads:
+    tasks = [(name, seed) for seed in range(args.seeds) for name in names]
+    with ThreadPoolExecutor(args.jobs) as threads:
         try:
-            reports = threads.map(lambda task: _train(chosen, folder, *task), tasks)
+            reports = threads.map(lambda task: _train(args, folder, *task), tasks)
             for (name, seed), report in zip(tasks, reports, strict=True):
                 runs[name].append(report)
                 heldout = report["heldout_loss"]
@@ -136,12 +142,12 @@ def _runs(names: list[str], chosen: argparse.Namespace, folder: str) -> dict[str
     return runs
 
 
-def _train(chosen: argparse.Namespace, folder: str, name: str, seed: int) -> dict[str, Any]:
+def _train(args: argparse.Namespace, folder: str, name: str, seed: int) -> dict[str, Any]:
     """Run the worker of one variant and seed; return its report."""
-    sizes = {"steps": chosen.steps, "sentences": chosen.sentences, "threads": chosen.threads}
+    sizes = {"steps": args.steps, "sentences": args.sentences, "threads": args.threads}
     task = {"variant": name, "seed": seed, "model": f"{folder}/model", **sizes}
     command = [sys.executable, "-m", "tools.bench.fp8.worker", json.dumps(task)]
-    output = run_to_end(command, OMP_NUM_THREADS=str(chosen.threads))
+    output = run_to_end(command, OMP_NUM_THREADS=str(args.threads))
     return json.loads(output.splitlines()[-1])
 
 
@@ -149,7 +155,9 @@ def _summary(names: list[str], runs: dict[str, list[dict]], num_seeds: int) -> d
     summary = {}
     for name in names:
         pairs = list(zip(runs[name], runs[BASELINE], strict=True))
-        errors = [compared(ours["losses"], theirs["losses"]) for ours, theirs in pairs]
+        errors = [
+            relative_error_summary(ours["losses"], theirs["losses"]) for ours, theirs in pairs
+        ]
         heldout = [ours["heldout_loss"] / theirs["heldout_loss"] - 1 for ours, theirs in pairs]
         summary[name] = {
             "heldout_loss": mean(r["heldout_loss"] for r in runs[name]),
@@ -175,7 +183,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def smoothed(losses: list[float]) -> list[float]:
+def exponential_average(losses: list[float]) -> list[float]:
     """Return the exponential moving average, started at the first loss."""
     out, average = [], losses[0]
     for loss in losses:
@@ -186,11 +194,11 @@ def smoothed(losses: list[float]) -> list[float]:
 
 def relative_errors(losses: list[float], baseline: list[float]) -> list[float]:
     """Return (smoothed loss - smoothed baseline) / smoothed baseline of every step."""
-    pairs = zip(smoothed(losses), smoothed(baseline), strict=True)
+    pairs = zip(exponential_average(losses), exponential_average(baseline), strict=True)
     return [(ours - theirs) / theirs for ours, theirs in pairs]
 
 
-def compared(losses: list[float], baseline: list[float]) -> dict[str, float]:
+def relative_error_summary(losses: list[float], baseline: list[float]) -> dict[str, float]:
     """Return mean, mean magnitude and largest magnitude of the relative errors, as fractions, over
     the second half of training."""
     errors = relative_errors(losses, baseline)

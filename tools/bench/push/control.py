@@ -26,13 +26,13 @@ from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.planner import PredictedLayout
+from megatron_r1.push.plan.planner import PredictedSharding
+from megatron_r1.push.protocol import slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender
-from megatron_r1.push.table import slot_view
 from megatron_r1.push.transports import gloo
 from megatron_r1.push.transports.payloads import SlicesPayload
-from tools.bench.push.small_model import SHAPE, held_by, slot_table
+from tools.bench.push.small_model import SHAPE, rank_tensors, slot_table
 
 HF = SHAPE | {"num_hidden_layers": 8, "n_routed_experts": 32}
 GRID = TrainerGrid(128, tensor=2, pipeline=4, expert=8)
@@ -166,7 +166,7 @@ def _last(folder: Path, place: tuple) -> dict[str, Any]:
 
 def _rank(place: tuple, port: int, folder: Path, fault: str, tensors: dict) -> None:
     """Be one rank, and write what happens to a file."""
-    gloo.BUCKET_BYTES = gloo.RELAYED_BYTES = 1 << 11
+    gloo.BUCKET_BYTES = gloo.RELAY_BUCKET_BYTES = 1 << 11
     gloo.CLOSE_SECONDS = 0.1
     try:
         with (folder / str(place)).open("w", buffering=1) as out:
@@ -193,12 +193,12 @@ def _trainer(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> N
             store.set("tables", value)  # type: ignore[arg-type]
         return store.get("tables")
 
-    held = held_by(HF, GRID, rank, tensors)
+    held = rank_tensors(HF, GRID, rank, tensors)
     ends = WeightSender(HF, GRID, held, store, share, rank=rank)
     store.add("ready", 1)
     store.get("connect")
     sets, seconds = [(NAME, ENGINES)], CONNECT_SECONDS
-    note(**ends.connect(sets, asdict(ENGINE), "gloo", seconds, push_seconds=PUSH_SECONDS))
+    note(**ends.connect(sets, asdict(ENGINE), "gloo", seconds, push_timeout_seconds=PUSH_SECONDS))
     store.add("connected", 1)
     store.wait(["push1"])
     problems = ends.send(1, [NAME])["problems"]
@@ -222,10 +222,10 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     store.get("connect")
     limits = CONNECT_SECONDS, PUSH_SECONDS
     met = EngineRendezvous(_client(port), NAME, *limits, member=member, num_members=ENGINES)
-    table = slot_table(PredictedLayout(HF, ENGINE), ENGINE.coordinate(rank))
+    table = slot_table(PredictedSharding(HF, ENGINE), ENGINE.coordinate(rank))
     receiver = gloo.GlooReceiver(met, rank, table)
     store.add("connected", 1)
-    receiver.arrivals.wait(1, CONNECT_SECONDS)
+    receiver.received_chunks.wait(1, CONNECT_SECONDS)
     note(**{"push 1": "right" if _is_right(receiver, tensors) else "wrong"})
     if place in _victims(fault):  # before push 2 can begin
         hangs = fault == "engine rank hangs"
@@ -234,7 +234,7 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     store.wait(["push2"])
     began = time.monotonic()
     try:
-        receiver.arrivals.wait(2, PUSH_SECONDS + 10)
+        receiver.received_chunks.wait(2, PUSH_SECONDS + 10)
         note(**{"push 2": "right" if _is_right(receiver, tensors) else "wrong"})
     except ValueError as error:
         seconds = time.monotonic() - began

@@ -22,24 +22,25 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages, stage_shards
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.engine_sets import (
-    SET_ENGINES,
+    MAX_SET_ENGINES,
     engine_sets,
     needed_regions,
     plan_sets,
-    sum_bytes,
+    total_bytes,
 )
 from megatron_r1.push.plan.from_recipe import engine_layout
-from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.push.plan.rounds import PushOrder, planned_order
+from megatron_r1.push.plan.planner import PredictedSharding
+from megatron_r1.push.plan.rounds import RoundSchedule, planned_schedule
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
-from megatron_r1.push.transports import RELAYED_BYTES
+from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 from tools.bench.host import ROOT
 from tools.bench.push.order_check import (
+    StreamQueues,
     find_fault,
+    link_threads,
     operations_of_rounds,
     operations_of_steps,
 )
-from tools.bench.push.stream_queues import StreamQueues, link_threads
 
 PLAN = hardware.Assumptions()
 """The assumptions of `megatron-r1 plan`."""
@@ -76,7 +77,7 @@ def as_table(assumptions: PushAssumptions) -> list[dict[str, object]]:
             "unit": hardware.unit_of(info),
             "reason": info.description or "",
         }
-        for name, info in hardware.fields_of(assumptions).items()
+        for name, info in hardware.described_fields(assumptions).items()
     ]
 
 
@@ -97,7 +98,10 @@ class ScaleCase:
     """A push from the ranks of `planner` to its engines.
 
     Attributes:
+        name: how the table names it.
+        planner: plans what each trainer rank sends to which engine rank.
         colocated: on the trainer ranks' GPUs.
+        form: a dtype, or "FP8".
         seeds: runs of the model."""
 
     name: str
@@ -112,7 +116,7 @@ def simulate() -> dict[str, Any]:
     start = time.process_time()
     rows = []
     for case in _cases():
-        row = simulated(case, PushAssumptions())
+        row = simulate_case(case, PushAssumptions())
         rows.append(row)
         print(
             f"{row['case']}, {row['weights']}: {row['processes']:,} processes, "
@@ -123,7 +127,7 @@ def simulate() -> dict[str, Any]:
             f"{row['runs']} runs",
             flush=True,
         )
-        print("".join(f"    {sentence}\n" for sentence in beyond(row)), end="", flush=True)
+        print("".join(f"    {sentence}\n" for sentence in missed_aims(row)), end="", flush=True)
     flagship = ScaleCase("", _planner("examples/deepseek_r1/r1_zero.yaml"), colocated=False)
     planted = without_order(flagship)
     print("r1_zero in pools, a thread for each link instead of rounds:", planted)
@@ -135,7 +139,7 @@ def simulate() -> dict[str, Any]:
     }
 
 
-def beyond(row: dict[str, Any]) -> list[str]:
+def missed_aims(row: dict[str, Any]) -> list[str]:
     """Return a sentence for each figure of a simulated push that is beyond its aim."""
     return [
         f"{text.format(row[name])}, at most {most:g} wanted"
@@ -144,29 +148,29 @@ def beyond(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def simulated(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
+def simulate_case(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
     """Return the figures of a case."""
     began = time.process_time()
     order = _order(case)
     planning = time.process_time() - began
     operations = operations_of_rounds(order)
     seconds = transfer_seconds(order, operations, rates)
-    enters = operations["bucket"] < order.num_entering  # first in every stream
+    enters = operations["bucket"] < order.num_scatter_buckets  # first in every stream
     entry = StreamQueues(operations[enters], seconds[enters]).run()
     queues = StreamQueues(operations, seconds)
     runs = [queues.run(seed, seed % (LARGEST_BUFFER + 1)) for seed in range(case.seeds)]
     refusal = find_fault(operations, order)
-    together = [order.entered[list(members)].sum() for members in order.positions]
-    floor = max(order.entered.max(), *together, 0) / rates.nic
+    together = [order.scatter_bytes[list(members)].sum() for members in order.relay_groups]
+    floor = max(order.scatter_bytes.max(), *together, 0) / rates.nic
     sides = np.array(order.links)[:, :2].T
     return {
         "case": case.name,
         "weights": case.form,
         "processes": order.num_processes,
         "links": len(order.links),
-        "buckets that enter": order.num_entering,
-        "rounds of entry": order.num_entry_rounds,
-        "floor of rounds": order.entry_floor,
+        "buckets that enter": order.num_scatter_buckets,
+        "rounds of entry": order.num_scatter_rounds,
+        "floor of rounds": order.min_scatter_rounds,
         "rounds of passing on": order.num_relay_rounds,
         "seconds": runs[0].seconds,
         "seconds of entry": entry.seconds,
@@ -216,7 +220,7 @@ def _planner(recipe: str) -> Planner:
     config = load(ROOT / recipe)
     hf, layout = read_hf_config(config.model.path), engine_layout(config)
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
-    needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    needs = PredictedSharding(hf, layout, drafts=config.rollout.drafts_by_mtp)
     return Planner(hf, grid, layout, recipe_stages(config, hf), needs)
 
 
@@ -229,12 +233,12 @@ def _many_engines() -> Planner:
     return Planner(hf, dataclasses.replace(grid, expert=64), engines, stages)
 
 
-def _order(case: ScaleCase) -> PushOrder:
+def _order(case: ScaleCase) -> RoundSchedule:
     planner, engines = case.planner, case.planner.engines
-    sets = engine_sets(engines.engines, SET_ENGINES)
+    sets = engine_sets(engines.engines, MAX_SET_ENGINES)
     plans = plan_sets(planner, FORMS[case.form], sets)
     ranks, world_size = engines.ranks_per_engine, planner.grid.world_size
-    return planned_order(plans, sets, ranks, world_size, colocated=case.colocated)
+    return planned_schedule(plans, sets, ranks, world_size, colocated=case.colocated)
 
 
 def _held_on_own_gpu(case: ScaleCase) -> float:
@@ -244,17 +248,22 @@ def _held_on_own_gpu(case: ScaleCase) -> float:
     for position, regions in enumerate(needed_regions(case.planner, FORMS[case.form])):
         ranks = range(position, engines.num_ranks, engines.ranks_per_engine)
         for replicas, held_regions in regions.items():
-            num_bytes = sum_bytes(held_regions)
+            num_bytes = total_bytes(held_regions)
             held += num_bytes * len(set(ranks) & set(replicas))
             needed += num_bytes * len(ranks)
     return held / needed
 
 
 def transfer_seconds(
-    order: PushOrder, operations: np.ndarray, rates: PushAssumptions
+    order: RoundSchedule, operations: np.ndarray, rates: PushAssumptions
 ) -> np.ndarray:
     """Return how long each send or receive takes once both sides have come to it. Processes are
-    numbered by GPU."""
+    numbered by GPU.
+
+    Args:
+        order: the planned rounds.
+        operations: the sends and receives, as `OPERATION`.
+        rates: the assumed rates of the links."""
     sides = operations["process"], operations["peer"]
     is_near = np.equal(*(side // rates.gpus_per_node for side in sides))
     within = min(rates.nvlink * rates.nvlink_efficiency, rates.device_pack)
@@ -263,13 +272,13 @@ def transfer_seconds(
     return rates.message_seconds + order.num_bytes[operations["bucket"]] / rate
 
 
-def _gather_seconds(order: PushOrder, rates: PushAssumptions) -> float:
+def _gather_seconds(order: RoundSchedule, rates: PushAssumptions) -> float:
     """Return how long relaying would take by all-gathers in rings over the adapters, padded to
     the largest share."""
     seconds = []
-    for members in map(list, order.positions):
-        share, hops = int(order.entered[members].max()), len(members) - 1
-        rounds = -(-share // RELAYED_BYTES)
+    for members in map(list, order.relay_groups):
+        share, hops = int(order.scatter_bytes[members].max()), len(members) - 1
+        rounds = -(-share // RELAY_BUCKET_BYTES)
         latency = rounds * (rates.round_seconds + hops * rates.hop_seconds)
         seconds.append(hops * share / (rates.nic * rates.nic_efficiency) + latency)
     return max(seconds, default=0.0)

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_r1.models.weights.layout import Shard, layout_of, stage_shards
+from megatron_r1.models.weights.layout import Shard, layout_from_rules, stage_shards
 from megatron_r1.models.weights.table import Table, table
 from megatron_r1.push.plan import TrainerGrid
-from megatron_r1.push.plan.planner import Coordinate, PredictedLayout
-from megatron_r1.push.table import Slot, SlotTable
+from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
+from megatron_r1.push.protocol import Slot, SlotTable
 
 SHAPE = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -30,7 +30,7 @@ SHAPE = {
 }
 
 
-class Place(NamedTuple):
+class RankCoordinate(NamedTuple):
     """A trainer rank's number along the axes of its grid."""
 
     stage: int
@@ -39,13 +39,13 @@ class Place(NamedTuple):
     expert_tensor: int
 
 
-def place_of(grid: TrainerGrid, rank: int) -> Place:
+def rank_coordinate(grid: TrainerGrid, rank: int) -> RankCoordinate:
     """Return where a rank is, in Megatron-Core's default order."""
     expert, expert_tensor = divmod(rank % grid.expert_model, grid.expert_tensor)
-    return Place(rank // grid.stage_ranks, rank % grid.tensor, expert, expert_tensor)
+    return RankCoordinate(rank // grid.stage_ranks, rank % grid.tensor, expert, expert_tensor)
 
 
-def held_by(
+def rank_tensors(
     hf: dict,
     grid: TrainerGrid,
     rank: int,
@@ -55,8 +55,16 @@ def held_by(
     rules: Table | None = None,
 ) -> dict:
     """Return a trainer rank's parameters, in bfloat16, and their pieces, by HF name; those that
-    `rules` list, default the model's."""
-    at = place_of(grid, rank)
+    `rules` list, default the model's.
+
+    Args:
+        hf: the model's config.json.
+        grid: the trainer's layout.
+        rank: the trainer rank.
+        tensors: the whole tensors by name.
+        with_mtp: whether the MTP layers are among them.
+        rules: the table of the weights, in place of the model's."""
+    at = rank_coordinate(grid, rank)
     (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=with_mtp)[at.stage]
     axes = {
         "tp": (at.tensor, grid.tensor),
@@ -64,7 +72,7 @@ def held_by(
         "etp": (at.expert_tensor, grid.expert_tensor),
     }
     held: dict[str, list] = {}
-    for entry in layout_of(rules or table(hf), Shard(**{**vars(chunk), **axes})).values():
+    for entry in layout_from_rules(rules or table(hf), Shard(**{**vars(chunk), **axes})).values():
         parameter = torch.zeros(entry.shape, dtype=torch.bfloat16)
         for piece in entry.pieces:
             part = tensors[piece.hf_name].narrow(piece.dim, piece.hf_start, piece.length)
@@ -73,10 +81,10 @@ def held_by(
     return held
 
 
-def slot_table(needs: PredictedLayout, coordinate: Coordinate) -> SlotTable:
+def slot_table(needs: PredictedSharding, coordinate: Coordinate) -> SlotTable:
     """Return the table of an engine rank's tensors in bfloat16, one after another."""
     slots, end = [], 0
-    for tensor, at in needs.needed(coordinate):
+    for tensor, at in needs.regions_of(coordinate):
         pitch = 2 * (at.right - at.left)
         corners = at.top, at.bottom, at.left, at.right
         slots.append(Slot(tensor.name, *corners, end, pitch, "bfloat16"))

@@ -60,45 +60,45 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--timeout", type=float, default=5.0, help="seconds for one grade")
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return the rates and the soak's counts."""
-    grouped = samples.math_groups(chosen.groups)
+    grouped = samples.math_groups(args.groups)
     distinct = list({(s.response, s.truth): s for s in grouped}.values())
     benches = {
         "math, groups of 16": grouped,
         "math, each answer once": distinct,
         "format": samples.format_samples(4_000),
         "language": samples.language_samples(2_000),
-        "code, sandboxed runs": samples.code_samples(chosen.code_runs),
+        "code, sandboxed runs": samples.code_samples(args.code_runs),
     }
     load = os.getloadavg()[0]
-    result: dict[str, Any] = {"workers": chosen.workers, "load_before": load, "rates": {}}
+    result: dict[str, Any] = {"workers": args.workers, "load_before": load, "rates": {}}
     cores = host.num_cores()
-    print(f"{chosen.workers} workers on {cores} cores (load {load:.1f}), per second")
+    print(f"{args.workers} workers on {cores} cores (load {load:.1f}), per second")
     for name, batch in benches.items():
-        rate, num_wrong = asyncio.run(_rate(batch, chosen))
+        rate, num_wrong = asyncio.run(_rate(batch, args))
         result["rates"][name] = {"per_second": rate, "samples": len(batch), "wrong": num_wrong}
         shown = "not available" if rate is None else f"{rate:10,.0f}   {num_wrong} wrong"
         print(f"  {name:28} {shown}   ({len(batch):,} samples)", flush=True)
     alone = math_verify_alone(distinct)
     result["math-verify, one process, no limits"] = alone
     print(f"  {'math-verify, 1 process':28} {alone['per_second']:10,.0f}   {alone['wrong']} wrong")
-    if chosen.soak:
-        result["soak"] = asyncio.run(_soak(chosen))
+    if args.soak:
+        result["soak"] = asyncio.run(_soak(args))
     return result
 
 
 async def _rate(
-    batch: list[LabelledResponse], chosen: argparse.Namespace
+    batch: list[LabelledResponse], args: argparse.Namespace
 ) -> tuple[float | None, int]:
     """Return grades per second of warm workers (None: not available here), and wrong rewards."""
     try:
         resolve(batch[0].kind)
     except ValueError:
         return None, 0
-    async with _pool(chosen) as pool:
+    async with _pool(args) as pool:
         try:
-            await asyncio.gather(*(_grade(pool, batch[0]) for _ in range(8 * chosen.workers)))
+            await asyncio.gather(*(_grade(pool, batch[0]) for _ in range(8 * args.workers)))
         except ValueError as error:
             print(f"  {batch[0].kind}: {error}")
             return None, 0
@@ -127,13 +127,13 @@ def math_verify_alone(batch: list[LabelledResponse]) -> dict[str, Any]:
     return {"per_second": len(pairs) / seconds, "samples": len(pairs), "wrong": num_wrong}
 
 
-async def _soak(chosen: argparse.Namespace) -> dict[str, Any]:
-    async with _pool(chosen) as pool:
-        return await soak(pool, soak_samples(chosen.soak))
+async def _soak(args: argparse.Namespace) -> dict[str, Any]:
+    async with _pool(args) as pool:
+        return await soak(pool, soak_samples(args.soak))
 
 
-def _pool(chosen: argparse.Namespace) -> RewardPool:
-    return RewardPool(chosen.workers, timeout_seconds=chosen.timeout)
+def _pool(args: argparse.Namespace) -> RewardPool:
+    return RewardPool(args.workers, timeout_seconds=args.timeout)
 
 
 async def _grade(pool: RewardPool, sample: LabelledResponse) -> Any:

@@ -17,8 +17,12 @@ class LabelledResponse:
     """A response whose correct reward is known.
 
     Attributes:
+        kind: the reward that grades it.
+        response: its text.
+        truth: what it is graded against.
         reward: the correct one.
-        name: for the report of a wrong one."""
+        name: for the report of a wrong one.
+        fields: other fields that the reward reads."""
 
     kind: str
     response: str
@@ -48,19 +52,19 @@ def math_groups(num_groups: int, seed: int = 0) -> list[LabelledResponse]:
             is_right = rng.random() < fraction
             answer = rng.choice(right if is_right else wrong)
             samples.append(
-                LabelledResponse("math", answered(answer), truth, float(is_right), answer)
+                LabelledResponse("math", wrap_answer(answer), truth, float(is_right), answer)
             )
     rng.shuffle(samples)
     return samples
 
 
-def answered(answer: str) -> str:
+def wrap_answer(answer: str) -> str:
     return f"{THOUGHT}<answer>{answer}</answer>"
 
 
 def format_samples(num: int) -> list[LabelledResponse]:
     """Return `num` samples, half of them well-formed."""
-    good, bad = answered("13"), THOUGHT + "13"
+    good, bad = wrap_answer("13"), THOUGHT + "13"
     return [
         LabelledResponse("format", (bad, good)[i % 2], None, float(i % 2), "format")
         for i in range(num)
@@ -70,7 +74,7 @@ def format_samples(num: int) -> list[LabelledResponse]:
 def language_samples(num: int) -> list[LabelledResponse]:
     """Return `num` English thoughts, which consist of English words only."""
     fields = {"target": "en"}
-    return [LabelledResponse("language", answered("13"), None, 1.0, "english", fields)] * num
+    return [LabelledResponse("language", wrap_answer("13"), None, 1.0, "english", fields)] * num
 
 
 def code_samples(num: int) -> list[LabelledResponse]:

@@ -36,9 +36,9 @@ from tools.bench.step.compare import (
     Runs,
     Steps,
     as_page,
-    compared,
+    compare_systems,
     measure,
-    overlapped,
+    overlap_ratio,
     steps_of,
     summary,
     table,
@@ -93,47 +93,45 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--page", type=Path, help="also write the figures here, for people")
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return medians and ratios, with every step they come from."""
-    if chosen.profile is not None:
-        return _profile(chosen)
-    if chosen.recipe:
-        chosen.model = chosen.model or str(TOKENIZER)
-        return _phases(chosen)
-    if chosen.against:
+    if args.profile is not None:
+        return _profile(args)
+    if args.recipe:
+        args.model = args.model or str(TOKENIZER)
+        return _phases(args)
+    if args.against:
         runs = {name: (work, SETTINGS["ours"]) for name, work in WORKS.items()}
         runs["long tail, overlapped"] = WORKS["long tail"], SETTINGS["overlapped"]
-        return {"packages": host.versions(PACKAGES), **_against(chosen, runs)}
-    versions = host.versions(PACKAGES) | {"trl": trl_version(chosen.peer_python)}
-    if chosen.model:
+        return {"packages": host.versions(PACKAGES), **_against(args, runs)}
+    versions = host.versions(PACKAGES) | {"trl": trl_version(args.peer_python)}
+    if args.model:
         from tools.bench.step import compare  # here, as TRL's interpreter lacks what it imports
 
-        return {"packages": versions, **compare.run_pretrained(chosen)}
-    chosen.cases = chosen.cases or [
-        name for name in CASES if name != PRETRAINED or chosen.pretrained
-    ]
-    if unknown := set(chosen.cases) - set(CASES):
+        return {"packages": versions, **compare.run_pretrained(args)}
+    args.cases = args.cases or [name for name in CASES if name != PRETRAINED or args.pretrained]
+    if unknown := set(args.cases) - set(CASES):
         raise SystemExit(f"--cases {', '.join(unknown)}: the cases are {', '.join(CASES)}")
-    if PRETRAINED in chosen.cases and not chosen.pretrained:
+    if PRETRAINED in args.cases and not args.pretrained:
         raise SystemExit(f"--cases {PRETRAINED}: name the model's folder with --pretrained")
     processor = host.processor()
-    made = measure(chosen, {"packages": versions, "processor": processor})
-    return _shown(chosen, made, versions, processor)
+    made = measure(args, {"packages": versions, "processor": processor})
+    return _shown(args, made, versions, processor)
 
 
 def _shown(
-    chosen: argparse.Namespace, runs: Runs, versions: dict[str, str], processor: str
+    args: argparse.Namespace, runs: Runs, versions: dict[str, str], processor: str
 ) -> dict[str, Any]:
     """Print the figures of the cases that have a run of each system, and return them."""
     steps = steps_of(runs)
     comparisons = {
-        name: compared(**steps[name])
+        name: compare_systems(**steps[name])
         for name in (*WORKS, PRETRAINED)
         if steps[name].keys() >= {"ours", *PEERS}
     }
     overlap = None
     if steps[OVERLAP].keys() >= {"in turns", "overlapped"}:
-        overlap = overlapped(steps[OVERLAP]["in turns"], steps[OVERLAP]["overlapped"])
+        overlap = overlap_ratio(steps[OVERLAP]["in turns"], steps[OVERLAP]["overlapped"])
     records = [record for each in runs.values() for record in each]
     if not comparisons:
         raise SystemExit("no case has a run of each system yet")
@@ -151,8 +149,8 @@ def _shown(
         "overlap": overlap,
         "steps": steps,
     }
-    if chosen.page:
-        chosen.page.write_text(as_page(result, host.num_cores()), encoding="utf-8")
+    if args.page:
+        args.page.write_text(as_page(result, host.num_cores()), encoding="utf-8")
     return result
 
 
@@ -163,7 +161,7 @@ def _written(folder: Path) -> tuple[Path, Path]:
 
 
 def _against(
-    chosen: argparse.Namespace, runs: dict[str, tuple[StepWork, dict[str, dict]]]
+    args: argparse.Namespace, runs: dict[str, tuple[StepWork, dict[str, dict]]]
 ) -> dict[str, Any]:
     """Run this checkout and another one, in turns.
 
@@ -173,18 +171,18 @@ def _against(
     conditions = []
     with tempfile.TemporaryDirectory() as folder:
         given = _written(Path(folder))
-        for turn in range(chosen.repeats):
+        for turn in range(args.repeats):
             for name, (work, more) in runs.items():
-                for side, root in (("other", chosen.against), ("this", None)):
+                for side, root in (("other", args.against), ("this", None)):
                     conditions.append((os.getloadavg()[0], host.cores_worth()))
                     place = Path(folder) / f"{turn} {name} {side}"
-                    lines = run_ours(work, *given, place, chosen.steps, more, root)
+                    lines = run_ours(work, *given, place, args.steps, more, root)
                     steps[name][side] += map(_timings, lines)
                     seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
                     print(f"{name}, {side}: {seconds} s a step", flush=True)
     comparisons = {}
     for name, sides in steps.items():
-        comparisons[name] = comparison = compared(**sides)
+        comparisons[name] = comparison = compare_systems(**sides)
         # Of sums, which other work on the cores moves least.
         this, other = (
             sum(step["core_seconds"] for step in lines)
@@ -204,48 +202,48 @@ def _timings(line: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key in kept or key.startswith("time/")}
 
 
-def _profile(chosen: argparse.Namespace) -> dict[str, Any]:
+def _profile(args: argparse.Namespace) -> dict[str, Any]:
     """Print and return where the time of a step goes (`tools.bench.step.critical_path`)."""
 
-    if chosen.profile:
-        found = critical_path.profile(Path(chosen.profile))
+    if args.profile:
+        found = critical_path.profile(Path(args.profile))
     else:
         with tempfile.TemporaryDirectory() as name:
             os.environ[timeline.FOLDER] = f"{name}/timeline"
-            if chosen.recipe:
-                chosen.model = chosen.model or str(TOKENIZER)
-                _phases(chosen)
+            if args.recipe:
+                args.model = args.model or str(TOKENIZER)
+                _phases(args)
             else:
                 given = _written(Path(name))
-                run_ours(WORKS["short"], *given, Path(name, "run"), chosen.steps, FASTER)
+                run_ours(WORKS["short"], *given, Path(name, "run"), args.steps, FASTER)
             found = critical_path.profile(Path(name, "timeline"))
     print(critical_path.table(found))
     return {"packages": host.versions(PACKAGES), "profile": found}
 
 
-def _phases(chosen: argparse.Namespace) -> dict[str, Any]:
+def _phases(args: argparse.Namespace) -> dict[str, Any]:
     """Run a recipe for a few steps; return medians over those after the first, by metric name.
 
     If the given model folder has no weights, random ones of its shape are used (their responses are
     long and wrong: a worst case)."""
     with tempfile.TemporaryDirectory() as folder:
-        model = chosen.model
+        model = args.model
         if not list(Path(model).glob("*.safetensors")):
-            model = _random_model(chosen.model, Path(folder))
+            model = _random_model(args.model, Path(folder))
         settings = {
             "run.folder": f"{folder}/rl",
-            "run.steps": chosen.steps + 1,
+            "run.steps": args.steps + 1,
             "model.path": model,
             "data.num_heldout": 0,
         }
-        run_to_end(megatron_r1("rl", chosen.recipe, settings))
+        run_to_end(megatron_r1("rl", args.recipe, settings))
         lines = list(read_lines(Path(folder, "rl/metrics.jsonl")))[1:]
     medians = {name: median(line[name] for line in lines) for name in (*PHASES, *SHOWN)}
-    print(f"median of {len(lines)} steps of {chosen.recipe} on {host.num_cores()} cores")
+    print(f"median of {len(lines)} steps of {args.recipe} on {host.num_cores()} cores")
     for name, value in medians.items():
         fraction = f"{value / medians['time/step']:6.1%}" if name in PHASES else ""
         print(f"  {name:24} {value:12.4g}  {fraction}")
-    return {"steps": len(lines), "recipe": Path(chosen.recipe).name, "medians": medians}
+    return {"steps": len(lines), "recipe": Path(args.recipe).name, "medians": medians}
 
 
 def _random_model(shape: str, folder: Path) -> str:

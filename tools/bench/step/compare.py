@@ -34,7 +34,7 @@ Steps = list[dict[str, Any]]
 """One dictionary per step: "seconds" (wall clock), "core_seconds" and "response_tokens"."""
 
 
-def compared(**systems: Steps) -> dict[str, Any]:
+def compare_systems(**systems: Steps) -> dict[str, Any]:
     """Return the medians of systems by name, and the ratio of the first's tokens per second to
     those of the best of the others."""
     found = {name: medians(steps) for name, steps in systems.items()}
@@ -51,7 +51,7 @@ def medians(steps: Steps) -> dict[str, float]:
     return {**middle, "tokens_per_second": median(rates), "steps": len(steps)}
 
 
-def overlapped(in_turns: Steps, at_once: Steps) -> dict[str, float]:
+def overlap_ratio(in_turns: Steps, at_once: Steps) -> dict[str, float]:
     """Return the overlapped step's ratio to the longer of rollout and training.
 
     Rollout and training are measured in the run in which they take turns. Training includes the
@@ -137,23 +137,23 @@ PRETRAINED_RECIPE = ROOT / "examples/smollm2/rl.yaml"
 SYSTEMS = ("ours", "trl")
 
 
-def run_pretrained(chosen: argparse.Namespace) -> dict[str, Any]:
+def run_pretrained(args: argparse.Namespace) -> dict[str, Any]:
     """Return medians of each system, with every step they come from."""
     steps: dict[str, list[dict]] = {system: [] for system in SYSTEMS}
     peaks: dict[str, list[float]] = {system: [] for system in steps}
     loads, worth = [], []
     with tempfile.TemporaryDirectory() as name:
-        folder, model = Path(name), Path(chosen.model).absolute()
-        work, questions, settings = pretrained_settings(chosen, folder)
-        for turn, system in enumerate([*steps] * chosen.repeats):
+        folder, model = Path(name), Path(args.model).absolute()
+        work, questions, settings = pretrained_settings(args, folder)
+        for turn, system in enumerate([*steps] * args.repeats):
             loads.append(os.getloadavg()[0])
             worth.append(host.cores_worth())
             with PeakMemory(every_seconds=1.0) as peak:
                 inputs = work, model, questions
                 if system == "trl":
-                    lines = run_trl(*inputs, chosen.steps, chosen.peer_python)
+                    lines = run_trl(*inputs, args.steps, args.peer_python)
                 else:
-                    lines = run_ours(*inputs, folder / f"{turn}", chosen.steps, settings)
+                    lines = run_ours(*inputs, folder / f"{turn}", args.steps, settings)
             steps[system] += lines
             peaks[system].append(peak.gib)
             seconds = ", ".join(f"{line['seconds']:.1f}" for line in lines)
@@ -178,14 +178,14 @@ def run_pretrained(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def pretrained_settings(
-    chosen: argparse.Namespace, folder: Path
+    args: argparse.Namespace, folder: Path
 ) -> tuple[StepWork, Path, dict[str, dict]]:
     """Return the work, the file of its questions, below `folder`, and our settings."""
     recipe = configuration.load(PRETRAINED_RECIPE)
-    options = {"limit": chosen.limit, "questions": chosen.questions}
+    options = {"limit": args.limit, "questions": args.questions}
     work = replace(
         pretrained_work(recipe),
-        peer_microbatch=chosen.peer_microbatch,
+        peer_microbatch=args.peer_microbatch,
         **{key: value for key, value in options.items() if value},
     )
     return work, write_prompts(folder, recipe.data.template), faster_than_trl(recipe)
@@ -249,11 +249,14 @@ class Case:
     """What all systems of a case are given.
 
     Attributes:
-        settings: ours, by the name of the system.
-        peers: the number of TRL's processes, likewise.
+        work: the sizes of a step.
+        model: the model's folder.
+        questions: the file of questions.
         steps: those measured in a run of megatron-r1.
+        settings: ours, by the name of the system.
         peer_steps: those measured in a run of TRL, one of which takes as long as several of
-            megatron-r1 where responses are long."""
+            megatron-r1 where responses are long.
+        peers: the number of TRL's processes, likewise."""
 
     work: StepWork
     model: Path
@@ -268,7 +271,12 @@ class Case:
         return (*self.settings, *self.peers)
 
     def run(self, system: str, folder: Path, python: str) -> Steps:
-        """Run a system, ours in a new `folder`; return its steps but the first."""
+        """Run a system, ours in a new `folder`; return its steps but the first.
+
+        Args:
+            system: the name of the system.
+            folder: the folder of the run.
+            python: TRL's interpreter."""
         inputs = self.work, self.model, self.questions
         if system in self.settings:
             return run_ours(*inputs, folder, self.steps, self.settings[system])
@@ -279,52 +287,52 @@ Runs = dict[tuple[str, str], list[dict[str, Any]]]
 """The records of finished runs by case and system."""
 
 
-def measure(chosen: argparse.Namespace, about: dict[str, Any]) -> Runs:
+def measure(args: argparse.Namespace, about: dict[str, Any]) -> Runs:
     """Make the runs that `chosen.runs` does not have yet, and return all; after Ctrl-C those that
     have ended.
 
     Args:
-        chosen: the command's options.
+        args: the command's options.
         about: what runs of one comparison have in common."""
-    records = list(read_lines(chosen.runs)) if chosen.runs.exists() else []
+    records = list(read_lines(args.runs)) if args.runs.exists() else []
     if records and records[0] != about:
         raise SystemExit(
-            f"{chosen.runs}: its runs are of {records[0]}, these would be of {about}; delete it, "
+            f"{args.runs}: its runs are of {records[0]}, these would be of {about}; delete it, "
             "or name another file with --runs"
         )
-    chosen.runs.parent.mkdir(parents=True, exist_ok=True)
+    args.runs.parent.mkdir(parents=True, exist_ok=True)
     if not records:
-        _append(chosen.runs, about)
+        _append(args.runs, about)
     made: Runs = defaultdict(list)
     for record in records[1:]:
         made[record["case"], record["system"]].append(record)
     with tempfile.TemporaryDirectory() as name:
-        cases = {each: _case(each, Path(name), chosen) for each in chosen.cases}
+        cases = {each: _case(each, Path(name), args) for each in args.cases}
         missing = [
             (each, system)
-            for turn in range(chosen.repeats)
+            for turn in range(args.repeats)
             for each, case in cases.items()
             for system in case.systems
             if len(made[each, system]) <= turn
         ]
         try:
             for number, (each, system) in enumerate(missing):
-                record = _run(each, system, cases[each], Path(name) / f"{number}", chosen)
-                _append(chosen.runs, record)
+                record = _run(each, system, cases[each], Path(name) / f"{number}", args)
+                _append(args.runs, record)
                 made[each, system].append(record)
         except KeyboardInterrupt:
-            print(f"stopped; the same command continues: finished runs are in {chosen.runs}")
+            print(f"stopped; the same command continues: finished runs are in {args.runs}")
     return made
 
 
-def _case(name: str, folder: Path, chosen: argparse.Namespace) -> Case:
+def _case(name: str, folder: Path, args: argparse.Namespace) -> Case:
     """Write what the systems of a case are given, below `folder` but for a pretrained model."""
     if name == PRETRAINED:
         pass  # MERGED  # here, as TRL's interpreter lacks what it imports
 
-        work, questions, faster = pretrained_settings(chosen, folder)
+        work, questions, faster = pretrained_settings(args, folder)
         work = replace(work, peer_microbatch=work.peer_microbatch or PEER_MICROBATCH)
-        model = Path(chosen.pretrained).absolute()
+        model = Path(args.pretrained).absolute()
         return Case(work, model, questions, 1, {"ours": faster}, 1, PEERS)
     model, questions = folder / "model", folder / "questions.jsonl"
     if not model.exists():
@@ -332,18 +340,18 @@ def _case(name: str, folder: Path, chosen: argparse.Namespace) -> Case:
         write_questions(questions, 256)
     if name == OVERLAP:
         settings = {system: SETTINGS[system] for system in ("in turns", "overlapped")}
-        return Case(WORKS["long tail"], model, questions, chosen.steps, settings)
-    peer_steps = chosen.steps if name == "short" else max(2, chosen.steps // 3)
-    given = WORKS[name], model, questions, chosen.steps, {"ours": FASTER}
+        return Case(WORKS["long tail"], model, questions, args.steps, settings)
+    peer_steps = args.steps if name == "short" else max(2, args.steps // 3)
+    given = WORKS[name], model, questions, args.steps, {"ours": FASTER}
     return Case(*given, peer_steps, PEERS)
 
 
 def _run(
-    name: str, system: str, case: Case, folder: Path, chosen: argparse.Namespace
+    name: str, system: str, case: Case, folder: Path, args: argparse.Namespace
 ) -> dict[str, Any]:
     load, worth = os.getloadavg()[0], host.cores_worth()
     with PeakMemory(every_seconds=1.0) as peak:
-        steps = case.run(system, folder, chosen.peer_python)
+        steps = case.run(system, folder, args.peer_python)
     seconds = ", ".join(f"{step['seconds']:.2f}" for step in steps)
     print(
         f"{name}, {system}: {seconds} s a step, {peak.gib:.1f} GiB; before it load {load:.1f}, "

@@ -24,6 +24,7 @@ class Span(NamedTuple):
     """A span of one process.
 
     Attributes:
+        name: "role/what".
         start: seconds on CLOCK_MONOTONIC.
         end: seconds on CLOCK_MONOTONIC."""
 
@@ -79,10 +80,15 @@ def steps(processes: Iterable[Process]) -> list[tuple[float, float]]:
     return list(pairwise(marks[1:]))
 
 
-def divided(processes: list[Process], begin: float, end: float) -> dict[tuple[str, str], float]:
+def divide_time(processes: list[Process], begin: float, end: float) -> dict[tuple[str, str], float]:
     """Return the seconds of [begin, end] by (phase of the loop, who was busy with what). The values
     sum to end - begin: where several were busy, the first of `WORKERS` has the time, or of `FIRST`
-    in that phase."""
+    in that phase.
+
+    Args:
+        processes: all processes of the run.
+        begin: seconds on CLOCK_MONOTONIC.
+        end: seconds on CLOCK_MONOTONIC."""
     lines = [_Line(process, begin, end) for process in processes]
     cuts = sorted({begin, end, *(time for line in lines for time in line.times)})
     found: dict[tuple[str, str], float] = defaultdict(float)
@@ -101,7 +107,12 @@ def divided(processes: list[Process], begin: float, end: float) -> dict[tuple[st
 
 
 def busy_seconds(process: Process, begin: float, end: float) -> float:
-    """Return the seconds of [begin, end] in which the process was in a span of work."""
+    """Return the seconds of [begin, end] in which the process was in a span of work.
+
+    Args:
+        process: the records of the process.
+        begin: seconds on CLOCK_MONOTONIC.
+        end: seconds on CLOCK_MONOTONIC."""
     line = _Line(process, begin, end)
     cuts = sorted({begin, end, *line.times})
     parts = pairwise(cuts)
@@ -109,7 +120,12 @@ def busy_seconds(process: Process, begin: float, end: float) -> float:
 
 
 def cpu_seconds(process: Process, begin: float, end: float) -> float:
-    """Return the process's processor time in [begin, end], between its nearest records."""
+    """Return the process's processor time in [begin, end], between its nearest records.
+
+    Args:
+        process: the records of the process.
+        begin: seconds on CLOCK_MONOTONIC.
+        end: seconds on CLOCK_MONOTONIC."""
     times = [time for time, _ in process.cpu]
 
     def at(time: float) -> float:
@@ -167,7 +183,7 @@ def profile(folder: Path) -> dict[str, Any]:
     total: dict[tuple[str, str], float] = defaultdict(float)
     roles: dict[str, dict[str, float]] = defaultdict(lambda: {"busy": 0.0, "cpu": 0.0, "number": 0})
     for begin, end in measured:
-        for part, value in divided(processes, begin, end).items():
+        for part, value in divide_time(processes, begin, end).items():
             total[part] += value / count
     for process in (each for each in processes if each.role in WORKERS):
         of = roles[process.role]
@@ -191,32 +207,32 @@ def profile(folder: Path) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any], least: float = 0.002) -> str:
+def table(profile: dict[str, Any], min_seconds: float = 0.002) -> str:
     """Return a profile as text.
 
     Args:
-        found: the profile.
-        least: the share of a step below which shares are summed up by phase."""
-    seconds = found["seconds"]
+        profile: the profile.
+        min_seconds: the share of a step below which shares are summed up by phase."""
+    seconds = profile["seconds"]
     lines = [
-        f"mean of {found['steps']} steps, {1000 * seconds:.0f} ms each: "
+        f"mean of {profile['steps']} steps, {1000 * seconds:.0f} ms each: "
         "who is busy, and so what the others wait for (sums to the step)"
     ]
     phases: dict[str, list[dict]] = defaultdict(list)
-    for part in found["path"]:
+    for part in profile["path"]:
         phases[part["phase"]].append(part)
     sums = {phase: sum(part["seconds"] for part in parts) for phase, parts in phases.items()}
     for phase in sorted(sums, key=lambda phase: -sums[phase]):
         lines.append(_row(phase, sums[phase], seconds))
         small = 0.0
         for part in phases[phase]:
-            if part["seconds"] < least * seconds:
+            if part["seconds"] < min_seconds * seconds:
                 small += part["seconds"]
             else:
                 lines.append(_row("  " + part["busy"], part["seconds"], seconds))
         lines.append(_row("  all else", small, seconds))
     lines.append(f"{'':48}{'busy':>9}{'waiting':>9}{'CPU':>9}   ms a step")
-    for role, of in found["roles"].items():
+    for role, of in profile["roles"].items():
         name = role if of["number"] == 1 else f"{role}, {of['number']:.0f} processes"
         cells = (1000 * of[key] for key in ("busy", "waiting", "cpu"))
         lines.append(f"{name:48}" + "".join(f"{cell:9.1f}" for cell in cells))

@@ -23,7 +23,15 @@ def recipe(
     """Return the recipe, with `more` settings by section.
 
     It writes a checkpoint after the last step only, as TRL writes none, and keeps no copy for
-    it."""
+    it.
+
+    Args:
+        work: the sizes of a step.
+        model: the model's folder.
+        questions: the file of questions.
+        folder: `run.folder`.
+        steps: `run.steps`.
+        more: settings by section."""
     settings: dict[str, dict[str, Any]] = {
         "run": {"folder": str(folder), "steps": steps},
         "model": {"path": str(model), "dtype": "float32"},
@@ -66,9 +74,17 @@ def run_ours(
     "seconds" and "core_seconds" are added, measured from the previous line of metrics to this one:
     all that a step costs, logging included.
 
+    Args:
+        work: the sizes of a step.
+        model: the model's folder.
+        questions: the file of questions.
+        folder: `run.folder`.
+        steps: `run.steps`.
+        more: settings by section.
+        root: the checkout whose code runs.
+
     Raises:
-        RuntimeError: the run fails; the message has its output.
-    """
+        RuntimeError: the run fails; the message has its output."""
     folder.mkdir(parents=True)
     out = folder / "run"
     settings = recipe(work, model, questions, out, steps + 1, more)

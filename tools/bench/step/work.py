@@ -24,7 +24,14 @@ class StepWork:
     makes `minibatches` fp32 updates.
 
     Attributes:
+        limit: the most tokens of a response.
+        questions: questions of a step.
+        group: responses to each.
+        minibatches: updates of a step.
         kl_beta: weight of the KL to a reference model; at 0 neither system has a reference model.
+        temperature: the sampling temperature.
+        clip: ε on both sides.
+        learning_rate: Adam's.
         peer_microbatch: responses in one of TRL's forward and backward passes; 0: all of an update.
     """
 
@@ -45,7 +52,12 @@ class StepWork:
 
 
 def write_questions(path: Path, count: int, seed: int = 0) -> Path:
-    """Write sums of two to four numbers as JSONL: prompts of unequal length."""
+    """Write sums of two to four numbers as JSONL: prompts of unequal length.
+
+    Args:
+        path: the file.
+        count: the number of questions.
+        seed: the seed of the numbers."""
     draw, rows = random.Random(seed), []
     kind = "tools.bench.step.work:grade"
     for _ in range(count):
@@ -90,7 +102,12 @@ class Tail:
 
 
 def write_model(folder: Path, tail: Tail, seed: int = 0) -> Path:
-    """Write such a model with the laptop's tokenizer; return its folder."""
+    """Write such a model with the laptop's tokenizer; return its folder.
+
+    Args:
+        folder: the folder to make.
+        tail: the probabilities that decide how long responses are.
+        seed: the seed of the weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -21,6 +21,7 @@ OTHERS = (
     "megatron_r1.models.by_transformers",
     "r1_grading.math",
     "matplotlib.pyplot",
+    "megatron_r1.commands.cli",
 )
 
 

@@ -45,8 +45,8 @@ def _layers(module) -> None:
 
 
 def _our_kernels(registry) -> None:
-    in_torch = registry.primitives("torch")
-    registry.primitives = lambda backend: in_torch
+    in_torch = registry.load_primitives("torch")
+    registry.load_primitives = lambda backend: in_torch
 
 
 def _vllm_arguments(module) -> None:

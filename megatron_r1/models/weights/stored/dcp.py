@@ -45,7 +45,14 @@ Box = Sequence[int]
 
 @dataclass(frozen=True)
 class _StoredChunk:
-    """One saved rectangle of a tensor, and the bytes of its `torch.save`."""
+    """One saved rectangle of a tensor.
+
+    Attributes:
+        starts: first index along each dimension.
+        sizes: its shape.
+        file: the file's name.
+        offset: the first byte of its `torch.save` in the file.
+        length: bytes of its `torch.save`."""
 
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -304,7 +311,12 @@ _DCP_VERSION = "1.0.0"
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangle of the tensor `key`."""
+    """A rectangle of a tensor.
+
+    Attributes:
+        key: the tensor's name.
+        starts: first index along each dimension.
+        sizes: its shape."""
 
     key: str
     starts: tuple[int, ...]
@@ -313,7 +325,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class WrittenChunk:
-    """A written chunk: file name, first byte, number of bytes."""
+    """A chunk in a file.
+
+    Attributes:
+        chunk: the rectangle.
+        file: the file's name.
+        offset: its first byte in the file.
+        length: the number of its bytes."""
 
     chunk: Chunk
     file: str

@@ -128,7 +128,7 @@ class HFWeights:
         """Whether the folder has the tensor of this name, plain or quantized."""
         return name in self._stored or quantized_blocks.blocks_name(name) in self._stored
 
-    def whole(self, name: str) -> Tensor:
+    def read_whole(self, name: str) -> Tensor:
         """Return a tensor by its name in the folder, also one that has all experts of a layer;
         dtypes as `read`, MXFP4 as bf16."""
         if name in self._stored:
@@ -144,8 +144,8 @@ class HFWeights:
     def _read_stacked(self, part: StackedPart, dim: int, start: int, length: int) -> Tensor:
         """Return rows or columns of one expert's tensor, as `read`."""
         if part.name in self._stored:
-            starts, sizes = part.box(self._stored[part.name].shape[1:], dim, start, length)
-            return part.of(self.read_stored(part.name, (part.expert, *starts), (1, *sizes))[0])
+            starts, sizes = part.stored_box(self._stored[part.name].shape[1:], dim, start, length)
+            return part.select(self.read_stored(part.name, (part.expert, *starts), (1, *sizes))[0])
         blocks, scales = (
             self._expert(name, part.expert)
             for name in (
@@ -153,7 +153,7 @@ class HFWeights:
                 quantized_blocks.scales_name(part.name),
             )
         )
-        return part.of(quantized_blocks.dequantize_mxfp4(blocks, scales).T).narrow(
+        return part.select(quantized_blocks.dequantize_mxfp4(blocks, scales).T).narrow(
             dim, start, length
         )
 
@@ -162,7 +162,12 @@ class HFWeights:
         return self.read_stored(name, (expert, *(0 for _ in rest)), (1, *rest))[0]
 
     def read_stored(self, name: str, starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """Return a rectangle, of shape `sizes`, as it is stored: FP8 codes, or their scales."""
+        """Return a rectangle of a tensor as it is stored: FP8 codes, or their scales.
+
+        Args:
+            name: the stored tensor's name.
+            starts: first index along each dimension.
+            sizes: the shape of the rectangle."""
         return self._home[name].read(name, starts, sizes)
 
     def scales(self, name: str) -> Tensor | None:

@@ -14,7 +14,7 @@ from megatron_r1.base.files import atomic_write, fsync, make_folder
 from megatron_r1.base.files.untrusted import read_json, require_inside
 from megatron_r1.base.files.weight_files import INDEX, SINGLE
 from megatron_r1.data.tokenizer import GENERATION, end_tokens
-from megatron_r1.models.hf_config import as_score_model, has_score_head, implied
+from megatron_r1.models.hf_config import has_score_head, implied_settings, score_model_config
 from megatron_r1.models.weights.layout import Shape
 from megatron_r1.models.weights.stored import published
 
@@ -69,7 +69,7 @@ def write_index(folder: Path, files: Mapping[str, Tensors]) -> None:
     atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def carry_files(source: Path, folder: Path) -> None:
+def copy_model_files(source: Path, folder: Path) -> None:
     """Copy the files of `source` other than weights and their description, such as the tokenizer's.
     The copies survive a power cut.
 
@@ -125,11 +125,11 @@ def write_config(
     if dtype == torch.float8_e4m3fn:
         config["dtype"] = "bfloat16"
         config["quantization_config"] = quantization or published.FP8_CONFIG
-    config |= implied(config)
+    config |= implied_settings(config)
     if not with_mtp:
         for name in ("num_nextn_predict_layers", "num_mtp_layers"):
             if name in config:
                 config[name] = 0
     if with_score and not has_score_head(config):
-        config = as_score_model(config)
+        config = score_model_config(config)
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")

@@ -35,8 +35,13 @@ _LAYER = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.*)")
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """One Megatron parameter inside a stored tensor: stored[index] has `shape`, and these runs of
-    rows (dim 0) are rows of HF tensors."""
+    """One Megatron parameter inside a stored tensor.
+
+    Attributes:
+        key: the stored tensor's name.
+        index: stored[index] is the parameter.
+        shape: the parameter's shape.
+        runs: which runs of its rows (dim 0) are rows of HF tensors."""
 
     key: str
     index: tuple[int, ...]

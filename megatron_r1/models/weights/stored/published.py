@@ -9,8 +9,8 @@ of MTP too; embedding, head, norms, the router and MTP's eh_proj are not (deepse
 inference/model.py; in vLLM's deepseek_mtp.py eh_proj is a plain Linear).
 
 Stacked experts: the weight table names the tensors of every expert one by one, as other
-checkpoints have them. Where `Family.stacked` is set, files have instead, transposed, with gate and
-up in alternate columns:
+checkpoints have them. Where `Family.stacked_experts` is set, files have instead, transposed, with
+gate and up in alternate columns:
 
     experts.gate_up_proj (experts, hidden, 2 inner), gate_up_proj_bias (experts, 2 inner)
     experts.down_proj (experts, inner, hidden), down_proj_bias (experts, hidden)"""
@@ -75,7 +75,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def check_fp8_layout(hf: dict) -> None:
     """Raise UserError for a model without this layout."""
-    if model_family(hf).stacked:
+    if model_family(hf).stacked_experts:
         raise UserError(
             f"{hf['architectures'][0]} has no FP8 layout: its experts are stored as bf16 or MXFP4",
             key="fp8",
@@ -102,7 +102,7 @@ class StackedPart:
     first: int
     step: int
 
-    def of(self, stored: Any) -> Any:
+    def select(self, stored: Any) -> Any:
         """Return the expert's torch tensor, or some of its rows, as a view of `stored`.
 
         Args:
@@ -110,7 +110,7 @@ class StackedPart:
         own = stored[..., self.first :: self.step]
         return own.T if own.dim() == 2 else own
 
-    def box(self, shape: Shape, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
+    def stored_box(self, shape: Shape, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
         """Return (starts, sizes) of the rectangle of stored[expert] that holds `length` rows (dim
         0) or columns (dim 1) of the expert's tensor, from `start`.
 
@@ -126,7 +126,7 @@ class StackedPart:
             starts[0], sizes[0] = start, length
         return tuple(starts), tuple(sizes)
 
-    def whole(self, shape: Shape, num_experts: int) -> Shape:
+    def stored_shape(self, shape: Shape, num_experts: int) -> Shape:
         """Return the shape of the stored tensor.
 
         Args:
@@ -139,7 +139,7 @@ class StackedPart:
 def stacked_part(hf: dict, name: str) -> StackedPart | None:
     """Return the part of a stored tensor that is the tensor `name` of the weight table, or None if
     files have that tensor under its own name."""
-    if not model_family(hf).stacked or not (found := _EXPERT.fullmatch(name)):
+    if not model_family(hf).stacked_experts or not (found := _EXPERT.fullmatch(name)):
         return None
     prefix, expert, kind, ending = found.groups()
     stored, step = ("down", 1) if kind == "down" else ("gate_up", 2)
@@ -152,6 +152,6 @@ def published_tensors(hf: dict, with_mtp: bool = True) -> dict[str, tuple[Shape,
     tensors = {}
     for name, (shape, dtype) in hf_tensors(hf, with_mtp=with_mtp).items():
         if part := stacked_part(hf, name):
-            name, shape = part.name, part.whole(shape, hf["n_routed_experts"])
+            name, shape = part.name, part.stored_shape(shape, hf["n_routed_experts"])
         tensors[name] = (shape, dtype)
     return tensors

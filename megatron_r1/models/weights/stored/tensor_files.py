@@ -166,14 +166,24 @@ class SafetensorsFile:
         os.close(self.file)
 
     def read(self, name: str, starts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """Return a rectangle of a tensor, of shape `sizes`, in its stored dtype."""
+        """Return a rectangle of a tensor in its stored dtype.
+
+        Args:
+            name: the tensor's name.
+            starts: first index along each dimension.
+            sizes: the shape of the rectangle."""
         at = self.tensors[name]
         return read_box(self.file, at.offset, at.shape, _TYPES[at.dtype], starts, sizes)
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of a planned file: shape, dtype and the file offset of its first byte."""
+    """One tensor of a planned file.
+
+    Attributes:
+        shape: its shape.
+        dtype: the dtype in which it is stored.
+        offset: the first byte of its values in the file."""
 
     shape: Shape
     dtype: torch.dtype
@@ -187,7 +197,12 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A safetensors file before it exists: its header, its tensors in order, its size."""
+    """A safetensors file before it exists.
+
+    Attributes:
+        header: the bytes before the values.
+        tensors: its tensors by name, in order.
+        num_bytes: the size of the file."""
 
     header: bytes
     tensors: dict[str, PlannedTensor]

@@ -10,9 +10,9 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.base.files.json_lines import (
     LineWriter,
     append_lines,
-    keep_lines,
+    filter_lines,
     read_lines,
-    strict,
+    to_strict_json,
     write_lines,
 )
 
@@ -33,7 +33,7 @@ def test_a_torn_last_line_is_not_read_and_does_not_swallow_the_next(path):
 
 def test_a_missing_file_has_no_lines(path):
     append_lines(path, [])
-    assert list(read_lines(path)) == [] and keep_lines(path, bool) == 0
+    assert list(read_lines(path)) == [] and filter_lines(path, bool) == 0
     assert not path.exists()
 
 
@@ -43,14 +43,14 @@ def test_any_other_line_that_is_no_object_is_refused_by_its_number(path, line):
     with refused("metrics.jsonl", Cause.MALFORMED, path, "line 2"):
         list(read_lines(path))
     with refused("metrics.jsonl", Cause.MALFORMED, path, "line 2"):
-        keep_lines(path, bool)
+        filter_lines(path, bool)
 
 
 def test_dropping_lines_rewrites_the_file_only_where_one_is_dropped(path):
     write_lines(path, [{"step": step} for step in range(5)])
     inode = path.stat().st_ino
-    assert keep_lines(path, lambda record: True) == 0 and path.stat().st_ino == inode
-    assert keep_lines(path, lambda record: record["step"] < 3) == 2
+    assert filter_lines(path, lambda record: True) == 0 and path.stat().st_ino == inode
+    assert filter_lines(path, lambda record: record["step"] < 3) == 2
     assert [record["step"] for record in read_lines(path)] == [0, 1, 2]
 
 
@@ -63,7 +63,7 @@ def test_numbers_that_json_does_not_have_are_named(path):
         "nonfinite": {"kl": "nan", "of[1]": "-inf"},
     }
     with pytest.raises(ValueError, match="a.b.*object"):
-        strict({"a": {"b": object()}})
+        to_strict_json({"a": {"b": object()}})
 
 
 def test_half_an_emoji_is_written_as_a_question_mark(path):

@@ -18,12 +18,12 @@ from megatron_r1.base.processes.authentication import (
 )
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.controller.trainer_calls.ranks import RankSocket
-from megatron_r1.trainer.operations import Call, Reply, identity
+from megatron_r1.trainer.operations import Call, Reply, rank_identity
 
 
 def rank(address, protect):
     socket = zmq.Context.instance().socket(zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, identity(0))
+    socket.setsockopt(zmq.IDENTITY, rank_identity(0))
     protect(socket)
     socket.connect(address)
     socket.send(msgspec.msgpack.encode(Reply(0, {"data_parallel": 1})))
@@ -107,5 +107,5 @@ def test_a_file_stops_a_run_until_the_request_is_fulfilled(tmp_path):
     assert not stop.requested
     (tmp_path / "stop").touch()
     assert stop.requested and not stop.is_signalled
-    stop.done()
+    stop.clear()
     assert not stop.requested and not (tmp_path / "stop").exists()

@@ -35,7 +35,7 @@ def test_every_sequence_of_the_reference_is_compared(monkeypatch, tmp_path):
     monkeypatch.setattr(verb, "TrainerClient", ProbedTrainer)
     sequences, logprobs = [[5, 6, 7], [8, 9]], [[-1.0, -2.0], [-3.0]]
     reference = ReferenceResult(1, None, False, sequences, logprobs, 0.0)
-    assert asyncio.run(verb.by_megatron(Config(), reference, tmp_path)) == 0.25
+    assert asyncio.run(verb.compare_with_megatron(Config(), reference, tmp_path)) == 0.25
     assert [len(sample) for sample in ProbedTrainer.probed] == [3, 2]
     assert [sample.prompt_length for sample in ProbedTrainer.probed] == [1, 1]
     assert ProbedTrainer.closed == 1

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_r1.commands.convert import work_folder
-from megatron_r1.commands.convert.from_hf import FILE_BYTES, PlannedChunk, group
+from megatron_r1.commands.convert.from_hf import FILE_BYTES, PlannedChunk, group_into_files
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,6 @@ def test_files_have_about_their_size_and_chunks_stay_in_order():
     half = FILE_BYTES // 2
     sizes = [half, half, 1, FILE_BYTES + 5, 3, 4]
     pieces = [PlannedChunk(None, (1,), (), size) for size in sizes]
-    grouped = [[piece.num_bytes for piece in file] for file in group(pieces)]
+    grouped = [[piece.num_bytes for piece in file] for file in group_into_files(pieces)]
     assert grouped == [[half, half], [1], [FILE_BYTES + 5], [3, 4]]
-    assert group([]) == []
+    assert group_into_files([]) == []

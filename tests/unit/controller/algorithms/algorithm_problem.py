@@ -11,7 +11,7 @@ from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, chained
 from megatron_r1.trainer.batch import Head
-from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_advantages import RolloutBatches
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
@@ -77,7 +77,7 @@ class Problem:
         made = [
             Sample.pack(*self.texts[i], [0.0] * len(self.texts[i][1]), numbers[i]) for i in members
         ]
-        batch = packed_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
+        batch = pack_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
         hidden = [self.hidden[i] for i in members]
         filler = batch.input_ids.shape[1] - sum(map(len, hidden))
         padding = torch.full((filler, HIDDEN), 7.0, dtype=torch.float64)
@@ -134,10 +134,12 @@ def ours(problem, name, settings, form=unchanged, corrected=unchanged, metrics=N
     if algorithm.token_advantages is not None:
         function = find_function(algorithm.token_advantages)
         rollout = RolloutBatches(every)
-        rollout.store(function(rollout, form(config.rl.token_settings)))
+        rollout.store_targets(function(rollout, form(config.rl.token_settings)))
     if mask is not None:
         rollout = RolloutBatches(every)
-        masked = rollout.mask(find_function(mask)(rollout, config.rl.engine_mask_settings))
+        masked = rollout.mask_advantages(
+            find_function(mask)(rollout, config.rl.engine_mask_settings)
+        )
         (metrics if metrics is not None else {}).update(masked)
     loss, settings = chained(algorithm.loss, config.rl.loss_settings(LIMIT))
     settings = form(settings)

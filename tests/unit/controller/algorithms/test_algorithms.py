@@ -14,7 +14,7 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import NAMES, TokenSettings
 from megatron_r1.controller import algorithms
-from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_advantages import RolloutBatches, WholeResponses, discounted_sums
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
@@ -158,12 +158,12 @@ def test_distillation_and_rloo_have_the_gradients_of_the_divergences_they_are_na
 
 
 def test_rewards_that_are_all_equal_are_normalized_to_0():
-    batch = packed_batch(
+    batch = pack_batch(
         [Sample.pack([1], [2] * n, None, 0.7) for n in (1, 4, 9)], TokenSplit(), torch.device("cpu")
     )
     settings = TokenSettings(0.0, 1.0, 1.0, "batch", advantage_epsilon=0.0)
     rollout = RolloutBatches([batch])
-    rollout.store(
+    rollout.store_targets(
         find_function(algorithms.find("reinforce_pp").token_advantages)(rollout, settings)
     )
     assert batch.advantages.abs().max() < 1e-6
@@ -185,7 +185,7 @@ def test_discounted_sums_are_the_loop_s_of_any_length(discount):
     draw = random.Random(1)
     lengths = [1, 700, 0, 2, 3, 64, 65, 127, 1]
     made = [Sample.pack([1, 2], [3] * n) for n in lengths]
-    batch = packed_batch(made, TokenSplit(tensor_size=8), torch.device("cpu"))
+    batch = pack_batch(made, TokenSplit(tensor_size=8), torch.device("cpu"))
     values = [[draw.gauss(0, 1) for _ in range(n)] for n in lengths]
     whole = torch.full((batch.input_ids.shape[1],), math.nan, dtype=torch.float64)
     whole[batch.is_response] = torch.tensor(sum(values, []), dtype=torch.float64)
@@ -197,11 +197,11 @@ def test_discounted_sums_are_the_loop_s_of_any_length(discount):
 
 
 def test_a_micro_batch_without_samples_is_left_as_it_is():
-    batch = packed_batch([], TokenSplit(tensor_size=2), torch.device("cpu"))
+    batch = pack_batch([], TokenSplit(tensor_size=2), torch.device("cpu"))
     batch.logprobs["old"] = batch.logprobs["ref"] = torch.zeros(2)
     rollout = RolloutBatches([batch])
     settings = TokenSettings(0.1, 1.0, 1.0, "batch", advantage_epsilon=1e-6)
-    rollout.store(
+    rollout.store_targets(
         find_function(algorithms.find("reinforce_pp").token_advantages)(rollout, settings)
     )
     assert batch.advantages.tolist() == [0.0, 0.0]

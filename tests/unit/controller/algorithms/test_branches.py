@@ -18,7 +18,7 @@ from algorithm_problem import (
     with_kl,
 )
 
-from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -83,7 +83,7 @@ class Episodes(Problem):
                 )
                 made.append(sample)
                 hidden.append(self.hidden[self.first[i] + number][: len(sample)])
-        batch = packed_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
+        batch = pack_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
         trained = [i for i in members if not math.isnan(numbers[i])]
         num_tokens = batch.input_ids.shape[1]
         filler = num_tokens - sum(map(len, hidden))

@@ -26,15 +26,14 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config, parse
-from megatron_r1.config.algorithms import NAMES, LossSettings
-from megatron_r1.config.corrections import EngineMask
+from megatron_r1.config.algorithms import NAMES, EngineMask, LossSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, chained
+from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.run_recorder import RunState
-from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.operations import ModelOperations
-from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_advantages import RolloutBatches
 from megatron_r1.trainer.token_split import TokenSplit
 
@@ -184,14 +183,14 @@ def test_without_a_mask_no_bit_changes(name):
 
 @pytest.mark.parametrize("method", ["token", "sequence", "divergence"])
 def test_a_micro_batch_without_responses_has_nothing_to_mask(method):
-    empty = packed_batch([], TokenSplit(tensor_size=2), torch.device("cpu"))
+    empty = pack_batch([], TokenSplit(tensor_size=2), torch.device("cpu"))
     empty.logprobs |= {"old": torch.zeros(2), "ref": torch.zeros(2)}
     rl = {"engine_mask": method, "kl_estimator": "unbiased", "kl_beta": 0.1}
     settings = parse({"rl": rl}).rl
     if method in MASKS:
         rollout = RolloutBatches([empty])
         bounds = settings.engine_mask_settings
-        metrics = rollout.mask(find_function(MASKS[method])(rollout, bounds))
+        metrics = rollout.mask_advantages(find_function(MASKS[method])(rollout, bounds))
         assert [float(each.count) for each in metrics.values()] == [0.0, 0.0]
     hidden = torch.ones(2, HIDDEN, requires_grad=True)
     weight = torch.ones(VOCABULARY, HIDDEN, requires_grad=True)
@@ -209,7 +208,7 @@ def test_settings_reach_a_rank_as_they_are():
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode(settings), type=LossSettings)
     assert carried == settings and carried.inner == ("a:loss",)
     assert carried.engine_mask == EngineMask("divergence", 0.15, 0.15)
-    assert name.endswith("divergence_mask:loss")
+    assert name.endswith("engine_mask:divergence_loss")
 
 
 @pytest.mark.parametrize(

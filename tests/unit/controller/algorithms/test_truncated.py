@@ -10,7 +10,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.config import parse
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.corrections.truncated import without_truncated
+from megatron_r1.controller.corrections.truncated import mask_truncated
 from megatron_r1.controller.loop import minibatches, response_advantages
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
 from megatron_r1.data.prompts import make_prompt
@@ -33,7 +33,7 @@ def groups_of(rows):
 
 
 def mask(by_group):
-    return without_truncated(by_group, groups_of([[(0.0, cut) for cut in own] for own in CUT]))
+    return mask_truncated(by_group, groups_of([[(0.0, cut) for cut in own] for own in CUT]))
 
 
 def test_they_are_in_no_sum_and_no_denominator_and_count_in_the_baseline():

@@ -17,7 +17,7 @@ from megatron_r1.config import parse
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import chained
 from megatron_r1.trainer.batch import Head
-from megatron_r1.trainer.packed import packed_batch
+from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -75,7 +75,7 @@ def test_its_expected_gradient_is_that_of_the_divergence_after_updates_too():
     weight = torch.randn(VOCABULARY, HIDDEN, generator=g, dtype=torch.float64)
     reference = torch.randn(VOCABULARY, generator=g, dtype=torch.float64).log_softmax(-1)
     samples = [Sample.pack([1], [token], [0.0], 0.0) for token in range(VOCABULARY)]
-    batch = packed_batch(samples, TokenSplit(), torch.device("cpu"))
+    batch = pack_batch(samples, TokenSplit(), torch.device("cpu"))
     batch.advantages = batch.advantages.double()
     batch.logprobs["old"] = torch.full(
         (2 * VOCABULARY,), -math.log(VOCABULARY), dtype=torch.float64
@@ -104,7 +104,7 @@ def test_it_goes_together_with_a_mask_in_the_loss():
     settings = parse({"rl": SETTINGS | {"engine_mask": "divergence"}}).rl.loss_settings(LIMIT)
     name, settings = chained("a:loss", settings)
     assert [name.split(":")[0].split(".")[-1], *settings.inner] == [
-        "divergence_mask",
+        "engine_mask",
         "megatron_r1.controller.corrections.unbiased_kl:loss",
         "a:loss",
     ]

@@ -15,8 +15,8 @@ from megatron_r1.push.results import StoreUnreachable
 class Trainer:
     """A trainer whose ranks do not find the engine."""
 
-    async def call_all(self, operation, begun, sets, **arguments):
-        begun()
+    async def call_all(self, operation, on_start, sets, **arguments):
+        on_start()
         problems = {name: "wait timeout after 120000ms, keys: receiver/0" for name, _ in sets}
         return [{"problems": problems, "num_links": {}, "num_bytes": {}}]
 

@@ -11,10 +11,9 @@ from small_fleet import SmallFleet
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
 from megatron_r1.config.push import PushConfig
-from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.push.engine_links import EngineLinks
-from megatron_r1.controller.push.prober import OffloadedProber
-from megatron_r1.controller.push.pusher import WeightPusher
+from megatron_r1.controller.push.pusher import OffloadedProber, WeightPusher
+from megatron_r1.controller.roles import PolicyEngines
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.trainer.operations import needs_parameters
@@ -35,10 +34,10 @@ class OffloadedTrainer:
     async def call(self, operation, **arguments):
         self.did(operation.__name__, **arguments)
 
-    async def call_all(self, operation, begun=None, **arguments):
+    async def call_all(self, operation, on_start=None, **arguments):
         self.did(operation.__name__)
-        if begun:
-            begun()
+        if on_start:
+            on_start()
         answer = {"problems": {}, "num_links": {}, "num_bytes": {}}
         return [{"store": ["127.0.0.1", 1], **answer}]
 
@@ -102,7 +101,7 @@ def offloading(trainer, fleet):
 
 async def pushed(pusher, fleet):
     await fleet.sleep()
-    async with pusher.updating():
+    async with pusher.weight_update():
         await pusher.open()
         del fleet.done[:]
         await pusher.push(1)
@@ -185,7 +184,7 @@ def test_a_checkpoint_has_the_memory_and_engines_their_weights_before_the_next_r
         engines = PolicyEngines(trainer, pusher, sampler)
         await pushed(pusher, fleet)
         del trainer.done[:]
-        async with engines.with_trainer():
+        async with engines.free_for_trainer():
             trainer.did("save_checkpoint")
         await engines.rollout(2)
         await engines.rollout(3)

@@ -12,8 +12,7 @@ from torch.distributed import TCPStore
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
-from megatron_r1.controller.push.prober import Prober
-from megatron_r1.controller.push.pusher import WeightPusher
+from megatron_r1.controller.push.pusher import Prober, WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.responses import (
@@ -38,7 +37,7 @@ class TrainerThatIsLost:
     def __init__(self):
         self.is_connecting, self.goes = asyncio.Event(), asyncio.Event()
 
-    async def call_all(self, operation, begun=None, **arguments):
+    async def call_all(self, operation, on_start=None, **arguments):
         if operation == PushOperations.connect_sets:
             self.is_connecting.set()
             await self.goes.wait()
@@ -54,7 +53,7 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_fi
     async def story():
         trainer = TrainerThatIsLost()
         pusher = make_pusher(trainer, SmallFleet())
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
         engine = Engine(0, SimpleNamespace(), EngineClient("http://127.0.0.1:9"))
@@ -81,7 +80,7 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_fi
 def test_an_engine_gets_no_weights_after_an_error_between_two_versions():
     async def story():
         pusher = make_pusher(SmallTrainer(), SmallFleet())
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
 
@@ -90,7 +89,7 @@ def test_an_engine_gets_no_weights_after_an_error_between_two_versions():
                 pytest.fail("it was fed")
 
         with raised(TrainerLost, "gone"):
-            async with pusher.updating():
+            async with pusher.weight_update():
                 joining = asyncio.create_task(feed())
                 await asyncio.sleep(0)
                 raise TrainerLost("gone")
@@ -111,10 +110,10 @@ class SmallTrainer:
     def __init__(self, failures=(), store=1):
         self.failures, self.calls, self.port = list(failures), [], store
 
-    async def call_all(self, operation, begun=None, **arguments):
+    async def call_all(self, operation, on_start=None, **arguments):
         self.calls.append((operation, arguments))
-        if begun:
-            begun()
+        if on_start:
+            on_start()
         problems = {}
         if operation == PushOperations.send_weights and self.failures:
             members = self.failures.pop(0)
@@ -157,7 +156,7 @@ def feed(trainer, client, probes=()):
 
     async def story():
         pusher = make_pusher(trainer, SmallFleet(), probes)
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
         engine = Engine(3, SimpleNamespace(describe_end=lambda: "?"), client, is_up=False)
@@ -168,7 +167,7 @@ def feed(trainer, client, probes=()):
 
 
 def test_an_engine_that_fails_the_probes_does_not_join(monkeypatch):
-    monkeypatch.setattr("megatron_r1.engines.fleet.engine.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_r1.engines.fleet.engine.DEATH_WAIT_SECONDS", 0.0)
     feed(SmallTrainer(), SmallClient())
     broken = SmallClient(ConnectionBroken("cut"))
     with raised(EngineDied, "engine-3", "cut"):
@@ -188,7 +187,7 @@ class RecordingClient(SmallClient):
         self.called = []
 
     async def init_weight_transfer(self, init, resume):
-        self.called.append(("connect", init["borrows_memory"]))
+        self.called.append(("connect", init["allocates_per_push"]))
 
     async def swap_weights(self, update, version, resume):
         self.called.append(("swap", resume))
@@ -210,7 +209,7 @@ def test_an_engine_on_the_trainer_s_gpu_has_no_cache_while_its_first_weights_arr
         settings = PushConfig(transport="nccl")
         links = EngineLinks(trainer, settings, [], {}, colocated=colocated)
         pusher = WeightPusher(SmallFleet(), links)
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
         async with pusher.send_weights(Engine(3, SimpleNamespace(), client, is_up=False)):
@@ -234,15 +233,15 @@ def test_the_trainer_forgets_engines_that_are_gone():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(2))
         pusher = make_pusher(trainer, fleet)
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
         del fleet.engines[0]
         for version in (2, 3):
-            async with pusher.updating():
+            async with pusher.weight_update():
                 await pusher.push(version)
         return [
-            (arguments["sets"], arguments["gone"])
+            (arguments["sets"], arguments["closed_sets"])
             for operation, arguments in trainer.calls
             if operation == PushOperations.send_weights
         ]
@@ -267,19 +266,19 @@ def test_engines_that_join_or_leave_come_into_new_sets():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(34))
         pusher = sharing_pusher(trainer, fleet)
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
         first = trainer.sets()
         trainer.calls.clear()
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.push(2)
         none = trainer.sets()
         new = Engine(34, SimpleNamespace(), SmallClient(), is_up=True)
         async with pusher.send_weights(new):
             fleet.engines.append(new)
         fleet.engines.pop(5)
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.push(3)
         return first, none, trainer.sets()
 
@@ -289,8 +288,8 @@ def test_engines_that_join_or_leave_come_into_new_sets():
 class TrainerThatConnectsNone(SmallTrainer):
     """Its ranks find one problem with a set of several engines, and another with each alone."""
 
-    async def call_all(self, operation, begun=None, **arguments):
-        (answer,) = await super().call_all(operation, begun, **arguments)
+    async def call_all(self, operation, on_start=None, **arguments):
+        (answer,) = await super().call_all(operation, on_start, **arguments)
         if operation == PushOperations.connect_sets:
             problem = "the engine takes no pushes", "receiver/3 is not there"
             for name, size in arguments["sets"]:
@@ -302,7 +301,7 @@ def test_an_engine_that_cannot_connect_has_the_problem_of_its_set_named_too():
     async def story():
         pusher = sharing_pusher(TrainerThatConnectsNone(), SmallFleet(engines(2)))
         with raised(EngineError, "engine-0", "takes no pushes", "receiver/3"):
-            async with pusher.updating():
+            async with pusher.weight_update():
                 await pusher.open()
 
     asyncio.run(story())
@@ -312,11 +311,11 @@ def test_a_full_set_stays_when_another_changes():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(32))
         pusher = sharing_pusher(trainer, fleet)
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
         fleet.engines.pop(0)
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.push(2)
         return trainer.sets()
 
@@ -327,7 +326,7 @@ def test_a_push_is_repeated_for_the_others_of_a_set_whose_engine_is_lost():
     async def story():
         trainer, fleet = SmallTrainer([[1]]), SmallFleet(engines(3))
         pusher = sharing_pusher(trainer, fleet)
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
         sends = [
@@ -346,10 +345,10 @@ def test_engines_that_cannot_reach_each_other_get_all_weights_from_the_trainer()
     async def story():
         trainer, fleet = SmallTrainer([[], []]), SmallFleet(engines(3))
         pusher = sharing_pusher(trainer, fleet)
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.push(2)
         return trainer.sets(), fleet.lost
 
@@ -362,11 +361,11 @@ def test_engines_of_other_sets_are_taken_from_them_as_well():
     async def story():
         trainer, fleet = SmallTrainer([[], None, []]), SmallFleet(engines(32))
         pusher = sharing_pusher(trainer, fleet)
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
         for version in (2, 3):
-            async with pusher.updating():
+            async with pusher.weight_update():
                 await pusher.push(version)
         return trainer.sets()
 
@@ -375,7 +374,7 @@ def test_engines_of_other_sets_are_taken_from_them_as_well():
 
 
 def test_an_engine_that_dies_while_a_set_connects_is_lost_and_the_others_are_not(monkeypatch):
-    monkeypatch.setattr("megatron_r1.engines.fleet.engine.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_r1.engines.fleet.engine.DEATH_WAIT_SECONDS", 0.0)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     class Dies(SmallClient):
@@ -386,7 +385,7 @@ def test_an_engine_that_dies_while_a_set_connects_is_lost_and_the_others_are_not
         trainer, fleet = SmallTrainer(store=store.port), SmallFleet(engines(3))
         fleet.engines[2].client = Dies()
         pusher = sharing_pusher(trainer, fleet)
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
         return trainer.sets(), fleet.lost
@@ -412,12 +411,12 @@ class ProbingTrainer(SmallTrainer):
     ids=["once", "again"],
 )
 def test_a_failed_probe_is_retried_once_and_then_its_engine_is_replaced(faults, lost, monkeypatch):
-    monkeypatch.setattr("megatron_r1.engines.fleet.engine.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_r1.engines.fleet.engine.DEATH_WAIT_SECONDS", 0.0)
 
     async def story():
         fleet = SmallFleet([Engine(0, SimpleNamespace(), SmallClient(*faults))])
         pusher = make_pusher(ProbingTrainer(), fleet, [[1, 2]])
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
         assert ("push/probe_diff" in await pusher.probe_results()) == (not lost)
@@ -440,7 +439,7 @@ def test_a_push_does_not_wait_for_probes_that_engines_answer_while_they_sample(c
         pusher.links.colocated = colocated
 
         async def push():
-            async with pusher.updating():
+            async with pusher.weight_update():
                 await pusher.open()
                 assert "push/bytes" in await pusher.push(1)
 
@@ -465,7 +464,7 @@ def test_engines_answer_the_probes_at_once():
     async def story():
         fleet = SmallFleet([Engine(i, SimpleNamespace(), Waiting()) for i in range(2)])
         pusher = make_pusher(ProbingTrainer(), fleet, [[1, 2]])
-        async with pusher.updating():
+        async with pusher.weight_update():
             await pusher.open()
             await pusher.push(1)
         return await pusher.probe_results()
@@ -477,11 +476,11 @@ def test_the_timeout_of_an_engine_begins_with_the_trainer_s_turn():
     """Its timeout for finding the trainer's ranks begins with the call in which they connect."""
 
     class BusyTrainer(SmallTrainer):
-        async def call_all(self, operation, begun=None, **arguments):
+        async def call_all(self, operation, on_start=None, **arguments):
             if operation == PushOperations.connect_sets:
                 await asyncio.sleep(0.05)
                 happened.append("turn")
-            return await super().call_all(operation, begun, **arguments)
+            return await super().call_all(operation, on_start, **arguments)
 
     class Joining(SmallClient):
         async def init_weight_transfer(self, init, resume):

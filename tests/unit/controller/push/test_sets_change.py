@@ -19,13 +19,13 @@ from megatron_r1.engines.server.responses import ConnectionBroken, EngineDied, P
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import IncompletePush
-from megatron_r1.push.sender import WeightSender, run_all
+from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.transports import gloo, receiver_class
 from megatron_r1.push.transports.payloads import SlicesPayload
 from megatron_r1.trainer.operations import PushOperations
 from tests.unit.push.push_models import DEEPSEEK
 from tests.unit.push.push_world import Shared, draw, plain_table, wrong_slots
-from tools.bench.push.small_model import held_by
+from tools.bench.push.small_model import rank_tensors
 
 GRID, LAYOUT = TrainerGrid(4, pipeline=2, expert=2), EngineLayout(tensor=2)
 SHAPE = {"tensor": 2, "data": 1, "pipeline": 1, "expert_parallel": False}
@@ -38,19 +38,19 @@ class Trainer:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared, self.senders = Shared(GRID.world_size), []
         for rank in range(GRID.world_size):
-            held = held_by(DEEPSEEK, GRID, rank, tensors)
+            held = rank_tensors(DEEPSEEK, GRID, rank, tensors)
             client = TCPStore("127.0.0.1", self.store.port, is_master=False)
             sender = WeightSender(DEEPSEEK, GRID, held, client, shared.of(rank), rank=rank)
             self.senders.append(sender)
 
-    async def call_all(self, operation, begun=None, **arguments):
+    async def call_all(self, operation, on_start=None, **arguments):
         if operation == PushOperations.open_push:
             return [{"store": ["127.0.0.1", self.store.port]}]
-        if begun:
-            begun()
+        if on_start:
+            on_start()
         name = {"connect_sets": "connect", "send_weights": "send"}[operation.__name__]
         calls = [partial(getattr(sender, name), **arguments) for sender in self.senders]
-        return await asyncio.to_thread(run_all, calls)
+        return await asyncio.to_thread(run_in_threads, calls)
 
     def close(self):
         for sender in self.senders:
@@ -85,7 +85,7 @@ class Client:
             met = EngineRendezvous(store, info["name"], *seconds, **place)
             return receiver_class("gloo")(met, rank, table, memory)
 
-        self.receivers = run_all([partial(receiver, rank) for rank in range(2)])
+        self.receivers = run_in_threads([partial(receiver, rank) for rank in range(2)])
         self.num_connections += 1
 
     async def swap_weights(self, update, version, resume=True):
@@ -94,12 +94,12 @@ class Client:
     def _swap(self, push):
         def load(rank, receiver):
             self._refuse_if_dead()
-            receiver.arrivals.wait(push, PATIENT)
+            receiver.received_chunks.wait(push, PATIENT)
             wrong = wrong_slots(self._only(rank), self.tensors, push)
             assert wrong == [], wrong
 
         try:
-            run_all([partial(load, *item) for item in enumerate(self.receivers)])
+            run_in_threads([partial(load, *item) for item in enumerate(self.receivers)])
         except IncompletePush as error:
             self._refuse_if_dead()
             raise PushIncomplete(str(error), 500) from error
@@ -114,7 +114,9 @@ class Client:
     def die(self):
         self.is_dead = True
         for receiver in self.receivers:
-            receiver.arrivals.fail(ConnectionBroken("cut"))  # the death ends the engine's own waits
+            receiver.received_chunks.fail(
+                ConnectionBroken("cut")
+            )  # the death ends the engine's own waits
             receiver.close()
 
 
@@ -135,7 +137,7 @@ class Fleet(SmallFleet):
 
 @pytest.fixture
 def make(monkeypatch):
-    monkeypatch.setattr("megatron_r1.engines.fleet.engine.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_r1.engines.fleet.engine.DEATH_WAIT_SECONDS", 0.0)
     monkeypatch.setattr(gloo, "BUCKET_BYTES", 3000)
     tensors, clients, trainers = draw(DEEPSEEK, 1), [], []
 
@@ -165,7 +167,7 @@ def run(story):
 
 
 async def push(pusher, version):
-    async with pusher.updating():
+    async with pusher.weight_update():
         if version == 1:
             await pusher.open()
         await pusher.push(version)

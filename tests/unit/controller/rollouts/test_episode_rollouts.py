@@ -12,9 +12,9 @@ from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling, training_samples
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engines.server.episodes import Branch, Episode, Played, Turn
+from megatron_r1.engines.server.episodes import Branch, Episode, EpisodeResult, Turn
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.sampling_mask import from_lists
+from megatron_r1.models.sampling_mask import encode_mask
 
 PROMPTS = [make_prompt(f"row {i}", "environment", None, {}) for i in range(3)]
 SAMPLING = RolloutSampling(2, 1.0, 1.0, 64, reward_weights={"accuracy": 1.0})
@@ -24,7 +24,7 @@ TEXT = SimpleNamespace(
     opens_thought=False,
     closed_thought="",
 )
-FLEET = SimpleNamespace(members=SimpleNamespace(require_usable=lambda: None))
+FLEET = SimpleNamespace(state=SimpleNamespace(require_usable=lambda: None))
 
 
 class Player:
@@ -45,8 +45,8 @@ class Player:
         turns = [Turn("user", "lone \ud800", 2, False), Turn("assistant", "yes", 1, True, 4)]
         if self.is_broken and prompt is PROMPTS[1]:
             episode = Episode("environment_error", turns, [], reason="gone")
-            return Played(episode, "", None)
-        return Played(Episode("done", turns, [branch], 1, 0, 0.1, 0.2), "yes", float(number))
+            return EpisodeResult(episode, "", None)
+        return EpisodeResult(Episode("done", turns, [branch], 1, 0, 0.1, 0.2), "yes", float(number))
 
 
 def rollout(path, player):
@@ -56,7 +56,7 @@ def rollout(path, player):
         try:
             step = await log.step(1)
             found = await collector.collect(PROMPTS, SAMPLING, step)
-            return found.groups, step.num_replayed
+            return found.groups, step.num_restored
         finally:
             await log.close()
 
@@ -65,14 +65,14 @@ def rollout(path, player):
 
 def test_episodes_come_back_from_the_sample_log_as_they_were(tmp_path):
     player = Player()
-    groups, num_replayed = rollout(tmp_path, player)
-    assert (len(player.played), num_replayed) == (6, 0)
+    groups, num_restored = rollout(tmp_path, player)
+    assert (len(player.played), num_restored) == (6, 0)
     assert [graded.reward for group in groups for graded in group.responses] == [0, 1, 2, 3, 4, 5]
     first = groups[0].responses[0].response
     assert (first.token_ids.tolist(), first.policy_versions.tolist()) == ([10, 11], [4, 5])
     again = Player()
-    replayed, num_replayed = rollout(tmp_path, again)
-    assert (again.played, num_replayed) == ([], 3)
+    replayed, num_restored = rollout(tmp_path, again)
+    assert (again.played, num_restored) == ([], 3)
     assert replayed == groups
 
 
@@ -80,8 +80,8 @@ def test_a_group_with_an_episode_that_failed_is_played_again(tmp_path):
     groups, _ = rollout(tmp_path, Player(is_broken=True))
     assert [graded.is_graded for graded in groups[1].responses] == [False, False]
     again = Player()
-    repaired, num_replayed = rollout(tmp_path, again)
-    assert again.played == ["row 1"] * 2 and num_replayed == 2
+    repaired, num_restored = rollout(tmp_path, again)
+    assert again.played == ["row 1"] * 2 and num_restored == 2
     assert all(graded.is_graded for group in repaired for graded in group.responses)
     assert repaired[0] == groups[0]
 
@@ -92,11 +92,11 @@ class TwoTurns:
     async def play(self, prompt, generate, max_tokens):
         tree, node = TokenTree(), None
         for given in ([1, 2], [3]):
-            node = tree.add_given(node, given, [{"role": "user", "content": "go"}])
+            node = tree.add_prompt(node, given, [{"role": "user", "content": "go"}])
             answer = await generate(tree.token_ids(node), max_tokens)
             node = tree.add_sampled(node, answer, {"role": "assistant", "content": "yes"})
         turns = [Turn("assistant", "yes", 2, True, 4)]
-        return Played(Episode("done", turns, tree.branches(), 1, 0, 0.1, 0.2), "yes", 1.0)
+        return EpisodeResult(Episode("done", turns, tree.branches(), 1, 0, 0.1, 0.2), "yes", 1.0)
 
 
 def test_turns_drawn_from_a_part_of_the_vocabulary_are_samples_with_what_was_kept(tmp_path):
@@ -105,11 +105,11 @@ def test_turns_drawn_from_a_part_of_the_vocabulary_are_samples_with_what_was_kep
     async def generate(token_ids, *, n, top_p, top_k, min_p, sampling_mask, **_):
         asked.append((n, top_p, top_k, min_p, sampling_mask))
         ids = [10 + len(token_ids), 20]
-        kept = from_lists([[0, ids[0]], [20, 30, 31]])
+        kept = encode_mask([[0, ids[0]], [20, 30, 31]])
         numbers = array("f", [-1, -2]), array("i", [4, 4])
         return [Response(array("i", ids), *numbers, "stop", sampling_mask=kept)]
 
-    fleet = SimpleNamespace(generate=generate, members=FLEET.members)
+    fleet = SimpleNamespace(generate=generate, state=FLEET.state)
     cut = replace(SAMPLING, top_p=0.9, top_k=8, min_p=0.1, sampling_mask=True)
 
     async def run():
@@ -125,6 +125,6 @@ def test_turns_drawn_from_a_part_of_the_vocabulary_are_samples_with_what_was_kep
     for groups in (made, recalled):
         for sample in chain.from_iterable(training_samples(groups, [[0.5, 0.5]])):
             assert array("i", bytes(sample.token_ids)).tolist() == [1, 2, 12, 20, 3, 15, 20]
-            assert sample.sampling_mask == from_lists(
+            assert sample.sampling_mask == encode_mask(
                 [[0, 12], [20, 30, 31], [], [0, 15], [20, 30, 31]]
             )

@@ -23,7 +23,7 @@ from megatron_r1.controller.rollouts.sample_log import (
 from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.sampling_mask import from_lists
+from megatron_r1.models.sampling_mask import encode_mask
 
 PROMPTS = [make_prompt(f"question {i}", "math", str(i), {}) for i in range(8)]
 PAYLOADS = [b"first", b"", b"third, \xf5mr1 within", bytes(range(256))]
@@ -78,7 +78,7 @@ def graded_response(draw: random.Random, reward: float, *ungraded: str) -> Grade
         draw.choice(["stop", "length"]),
         draw.randbytes(3 * length),
         draw.choice(["", "engine-1"]),
-        draw.choice([b"", from_lists([[1, 2 + at] for at in range(length)])]),
+        draw.choice([b"", encode_mask([[1, 2 + at] for at in range(length)])]),
     )
     text = draw.choice(["", "half an emoji: \ud83d", "x² = 9"])
     rewards = {"accuracy": reward, "format": draw.random()}
@@ -113,17 +113,17 @@ def test_groups_come_back_exactly_each_at_its_place(tmp_path):
         step = await log.step(4)
         assert list(step.reserve(4)) == [0, 1, 2, 3]
         for position in (2, 0):
-            step.keep(position, group(position, 1.0, 0.1 + position))
+            step.append(position, group(position, 1.0, 0.1 + position))
         await log.close()  # as if it ended before the batch was complete
 
         log = SampleLog(tmp_path)
         step = await log.step(4)
-        replayed = [step.replay(i, PROMPTS[i]) for i in range(4)]
+        replayed = [step.restore(i, PROMPTS[i]) for i in range(4)]
         assert replayed == [group(0, 1.0, 0.1), None, group(2, 1.0, 2.1), None]
-        assert step.num_replayed == 2 and not step.is_accepted
-        assert (await log.step(5)).replay(0, PROMPTS[0]) is None, "another step has other groups"
+        assert step.num_restored == 2 and not step.is_committed
+        assert (await log.step(5)).restore(0, PROMPTS[0]) is None, "another step has other groups"
         other = await log.step(4)
-        assert other.replay(0, PROMPTS[1]) is None, "another question was drawn for this place"
+        assert other.restore(0, PROMPTS[1]) is None, "another question was drawn for this place"
         await log.close()
 
     asyncio.run(run())
@@ -137,16 +137,16 @@ def test_groups_of_another_schedule_are_sampled_again(tmp_path):
     async def run():
         log = SampleLog(tmp_path)
         step = await log.step(4, before)
-        step.keep(0, group(0, 1.0))
-        await step.accept()
+        step.append(0, group(0, 1.0))
+        await step.commit()
 
         step = await log.step(4, after)
-        assert step.replay(0, PROMPTS[0]) is None and not step.is_accepted
-        step.keep(0, group(0, 1.0, 0.5))
-        await step.accept()
+        assert step.restore(0, PROMPTS[0]) is None and not step.is_committed
+        step.append(0, group(0, 1.0, 0.5))
+        await step.commit()
         again = await log.step(4, after)
-        assert again.replay(0, PROMPTS[0]) == group(0, 1.0, 0.5) and again.is_accepted
-        assert (await log.step(4, before)).replay(0, PROMPTS[0]) == group(0, 1.0)
+        assert again.restore(0, PROMPTS[0]) == group(0, 1.0, 0.5) and again.is_committed
+        assert (await log.step(4, before)).restore(0, PROMPTS[0]) == group(0, 1.0)
         await log.close()
 
     asyncio.run(run())
@@ -156,17 +156,17 @@ def test_an_ungraded_response_is_graded_again_unless_it_was_trained_on(tmp_path)
     async def run():
         log = SampleLog(tmp_path)
         step = await log.step(1)
-        step.keep(0, group(0, 0.0, ungraded=("accuracy",)))
-        step.keep(1, group(1, 1.0))
+        step.append(0, group(0, 0.0, ungraded=("accuracy",)))
+        step.append(1, group(1, 1.0))
         await log.finish(tmp_path / "step_00000001.log")
         again = await log.step(1)
-        finals = [again.is_final(again.replay(i, PROMPTS[i])) for i in (0, 1)]
+        finals = [again.is_final(again.restore(i, PROMPTS[i])) for i in (0, 1)]
         assert finals == [False, True]
-        again.keep(0, group(0, 1.0))  # with the reward repaired
-        await again.accept()
+        again.append(0, group(0, 1.0))  # with the reward repaired
+        await again.commit()
         trained_on = await log.step(1)
-        assert trained_on.is_accepted
-        assert trained_on.replay(0, PROMPTS[0]) == group(0, 1.0), "the later record counts"
+        assert trained_on.is_committed
+        assert trained_on.restore(0, PROMPTS[0]) == group(0, 1.0), "the later record counts"
         await log.close()
 
     asyncio.run(run())
@@ -177,7 +177,7 @@ def test_steps_before_the_oldest_checkpoint_are_deleted(tmp_path):
         log = SampleLog(tmp_path)
         for number in (1, 2, 3):
             step = await log.step(number)
-            step.keep(0, group(0, 1.0))
+            step.append(0, group(0, 1.0))
         await log.prune(2)
         assert [path.name for path in tmp_path.iterdir()] == ["step_00000003.log"]
         await log.prune()
@@ -191,10 +191,10 @@ def test_a_full_disk_stops_the_batch_and_what_was_whole_is_kept(tmp_path):
     async def run():
         log = SampleLog(tmp_path)
         step = await log.step(1)
-        step.keep(0, group(0, 1.0))
-        step.keep(1, group(1, *[1.0] * 400))  # larger than the disk
+        step.append(0, group(0, 1.0))
+        step.append(1, group(1, *[1.0] * 400))  # larger than the disk
         with pytest.raises(RunError, match=str(tmp_path)):
-            await step.accept()
+            await step.commit()
         await log.close()
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -208,8 +208,8 @@ def test_a_full_disk_stops_the_batch_and_what_was_whole_is_kept(tmp_path):
         messages = []
         log = SampleLog(tmp_path, messages.append)
         step = await log.step(1)
-        assert step.replay(0, PROMPTS[0]) == group(0, 1.0)
-        assert step.replay(1, PROMPTS[1]) is None and not step.is_accepted
+        assert step.restore(0, PROMPTS[0]) == group(0, 1.0)
+        assert step.restore(1, PROMPTS[1]) is None and not step.is_committed
         assert len(messages) == 1
         await log.close()
 
@@ -238,13 +238,13 @@ def test_a_batch_drawn_in_rounds_goes_on_where_it_was(tmp_path):
         groups = []
         for prompt, position in zip(prompts, finished.reserve(len(prompts)), strict=True):
             index = PROMPTS.index(prompt)
-            known = finished.replay(position, prompt)
+            known = finished.restore(position, prompt)
             if known is None:
                 if len(sampled) == limit:
                     raise KeyboardInterrupt
                 sampled.append(index)
                 known = group(index, 1.0, float(index % 2))
-                finished.keep(position, known)
+                finished.append(position, known)
             groups.append(known)
         return Rollout(groups, 1.0, 0.0)
 

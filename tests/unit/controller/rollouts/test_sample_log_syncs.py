@@ -25,9 +25,9 @@ def test_a_batch_is_synced_before_it_is_accepted(tmp_path, monkeypatch):
     async def run():
         log = SampleLog(tmp_path)
         step = await log.step(1)
-        step.keep(0, group())
+        step.append(0, group())
         synced = recorded_syncs(monkeypatch)
-        await step.accept()
+        await step.commit()
         assert tmp_path / "step_00000001.log" in synced
         await log.close()
 
@@ -39,21 +39,21 @@ def test_samples_of_engines_that_are_not_proven_are_not_written(tmp_path):
 
     async def run():
         log = SampleLog(tmp_path)
-        log.hold_back()
-        (await log.step(1)).keep(0, group())
-        log.hold_back()  # by the session after it
+        log.start_buffering()
+        (await log.step(1)).append(0, group())
+        log.start_buffering()  # by the session after it
         step = await log.step(1)
-        step.keep(1, group())
-        accepting = asyncio.create_task(step.accept())
+        step.append(1, group())
+        accepting = asyncio.create_task(step.commit())
         await asyncio.sleep(0)
         written = await log.step(1)
-        assert written.replay(0, PROMPT) is None and written.replay(1, PROMPT) is None
+        assert written.restore(0, PROMPT) is None and written.replay(1, PROMPT) is None
         assert not accepting.done()
-        log.write_held()
+        log.write_buffered()
         await accepting
         written = await log.step(1)
-        assert written.replay(0, PROMPT) is None and written.replay(1, PROMPT) == group()
-        assert written.is_accepted
+        assert written.restore(0, PROMPT) is None and written.replay(1, PROMPT) == group()
+        assert written.is_committed
         await log.close()
 
     asyncio.run(run())

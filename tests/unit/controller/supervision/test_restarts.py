@@ -15,7 +15,7 @@ from megatron_r1.engines.server.responses import EngineError
 class LosingTrainer(SimpleNamespace):
     """A trainer whose ranks can be started again."""
 
-    can_restart, num_restarts, num_replies, waiting = True, 0, 0, None
+    can_restart, num_restarts, num_replies, pending_call = True, 0, 0, None
 
     def kill(self):
         pass

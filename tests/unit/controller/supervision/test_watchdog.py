@@ -27,7 +27,7 @@ from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.diagnosis import coordinates
 from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.supervision.watchdog import HangError, Watchdog
-from megatron_r1.controller.trainer_calls.client import TrainerClient, Waiting
+from megatron_r1.controller.trainer_calls.client import PendingCall, TrainerClient
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
@@ -264,12 +264,12 @@ def test_writing_files_may_take_as_long_as_ranks_wait_for_each_other(tmp_path, o
         async with run.supervised() as supervisor:
             watchdog = supervisor._watchdog
             run.recorder.view.phase("train")
-            run.trainer.waiting = Waiting(operation, 0.0, {0})
+            run.trainer.pending_call = PendingCall(operation, 0.0, {0})
             watchdog._progress = watchdog.run.progress()
             for quiet, is_stalled in ((limit - 1.0, False), (limit, True)):
                 watchdog._quiet = quiet
                 assert watchdog.is_stalled == is_stalled
-            run.trainer.waiting = None
+            run.trainer.pending_call = None
 
     asyncio.run(body())
 
@@ -360,7 +360,7 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
             ]
             fleet = run.rollouts.fleet
             fleet.engines[:] = engines
-            fleet.members.begin()  # as `start` would
+            fleet.state.begin()  # as `start` would
             sampling = RolloutSampling(
                 group_size=4, temperature=1.0, top_p=1.0, max_response_tokens=8
             )

@@ -74,7 +74,7 @@ def test_begun_is_called_when_the_call_is_sent_to_the_ranks(client):
         await until(client.socket.calls.qsize)
         second = asyncio.create_task(
             client.call_all(
-                PushOperations.connect_sets, begun=lambda: waiting.append(client.waiting)
+                PushOperations.connect_sets, on_start=lambda: waiting.append(client.pending_call)
             )
         )
         await asyncio.sleep(0.05)

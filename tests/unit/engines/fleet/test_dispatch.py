@@ -13,7 +13,7 @@ from megatron_r1.engines.fleet.dispatch import (
     ExpectedLengths,
     Work,
 )
-from megatron_r1.engines.fleet.engine import Engine, Pace, ServedGroup, find_slow
+from megatron_r1.engines.fleet.engine import Engine, ServedGroup, ServiceStats, find_slow
 from megatron_r1.engines.server.responses import EngineError
 
 
@@ -34,7 +34,7 @@ class Scene:
         self.places, self.tasks = [], {}
 
     def open(self, *indices):
-        self.dispatcher.use(self.engines[index] for index in indices)
+        self.dispatcher.set_engines(self.engines[index] for index in indices)
 
     def request(self, name, what):
         async def wait():
@@ -226,13 +226,13 @@ def test_lengths_follow_a_policy_that_writes_more_and_more():
     assert 950 < lengths.estimate("math", 10, 4000).mean <= 1000
 
 
-def pace(answers, window=100.0):
-    """Return the pace of an engine.
+def stats(answers, window=100.0):
+    """Return the stats of an engine.
 
     Args:
         answers: (seconds, tokens, longest) of each, evenly over the window that ends at 100.
         window: the seconds that count."""
-    served = Pace(0.0, window)
+    served = ServiceStats(0.0, window)
     for i, (seconds, tokens, longest) in enumerate(answers):
         served.add(ServedGroup(100.0 * (i + 1) / len(answers), seconds, tokens, longest))
     return served
@@ -252,22 +252,22 @@ NORMAL = [(10.0, 1000, 200)] * 20
     ],
 )
 def test_an_engine_is_slow_when_its_sequences_and_its_total_are(suspect, is_slow):
-    paces = {"a": pace(NORMAL), "b": pace(suspect), "c": pace(NORMAL)}
-    slow = find_slow(paces, 100.0)
+    all_stats = {"a": stats(NORMAL), "b": stats(suspect), "c": stats(NORMAL)}
+    slow = find_slow(all_stats, 100.0)
     assert list(slow) == (["b"] if is_slow else [])
     assert not is_slow or re.search("4 .*20", slow["b"])
 
 
 def test_no_engine_is_slow_alone_or_before_a_whole_window():
-    crawling = pace([(10.0, 200, 40)] * 20)
+    crawling = stats([(10.0, 200, 40)] * 20)
     assert find_slow({"b": crawling}, 100.0) == {}
-    assert find_slow({"a": pace(NORMAL, window=200.0), "b": crawling}, 100.0) == {}
-    assert list(find_slow({"a": pace(NORMAL), "b": crawling}, 100.0)) == ["b"]
-    assert find_slow({"a": pace(NORMAL), "b": crawling}, 1000.0) == {}  # long ago
+    assert find_slow({"a": stats(NORMAL, window=200.0), "b": crawling}, 100.0) == {}
+    assert list(find_slow({"a": stats(NORMAL), "b": crawling}, 100.0)) == ["b"]
+    assert find_slow({"a": stats(NORMAL), "b": crawling}, 1000.0) == {}  # long ago
 
 
 def test_three_unusable_answers_of_the_last_hundred_are_many():
-    served = Pace(0.0, 100.0)
+    served = ServiceStats(0.0, 100.0)
     assert [served.add_fault(), served.add_fault()] == [False, False]
     for i in range(98):
         served.add(ServedGroup(float(i), 1.0, 1, 1))
@@ -277,7 +277,7 @@ def test_three_unusable_answers_of_the_last_hundred_are_many():
 
 
 def test_tokens_per_second_are_those_of_the_last_minute():
-    served = Pace(0.0, 300.0)
+    served = ServiceStats(0.0, 300.0)
     served.add(ServedGroup(10.0, 5.0, 400, 40))
     assert served.tokens_per_second(20.0) == 20.0
     served.add(ServedGroup(100.0, 5.0, 600, 40))

@@ -56,7 +56,7 @@ def run(tmp_path, peers, story, *, num_engines=1, max_restarts=0, **settings):
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_last_words(monkeypatch):
-    monkeypatch.setattr("megatron_r1.engines.fleet.engine.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_r1.engines.fleet.engine.DEATH_WAIT_SECONDS", 0.0)
 
 
 async def sample(fleet, count=1):
@@ -109,7 +109,7 @@ def test_an_engine_that_fails_often_is_replaced_and_attracts_no_more_work(tmp_pa
 
     async def story(fleet):
         messages = []
-        fleet.members.notify = messages.append
+        fleet.state.notify = messages.append
         groups = await sample(fleet, count=40)
         await until(lambda: not fleet.replacement.tasks)
         return groups, messages, [engine.server for engine in fleet.engines], fleet.num_restarts

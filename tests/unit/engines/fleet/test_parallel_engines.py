@@ -9,10 +9,10 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import load, parse
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, share_of_gpus
-from megatron_r1.engines.server.from_recipe import vocab_size
-from megatron_r1.engines.server.recipe_checks import check_engines, check_experts_here
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, with_gpu_share
+from megatron_r1.engines.server.recipe_checks import check_engines, check_local_experts
 from megatron_r1.engines.server.server import EngineServer
+from megatron_r1.engines.server.settings import vocab_size
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.from_recipe import check_pushes, engine_layout
@@ -73,18 +73,18 @@ def test_what_no_engine_can_serve_is_refused(hf, settings, key, cause, shown):
 def test_copies_of_experts_need_gpus_where_engines_run():
     settings = {"redundant_experts": 4, "expert_parallel": True, "data": 4}
     check_engines(config(**settings), EXPERTS)  # a plan for GPUs needs none
-    check_experts_here(config(**settings, placement="hosts").rollout)
+    check_local_experts(config(**settings, placement="hosts").rollout)
     with refused("rollout.redundant_experts", Cause.UNSUPPORTED, "needs GPUs"):
-        check_experts_here(config(**settings).rollout)
+        check_local_experts(config(**settings).rollout)
 
 
 @pytest.mark.parametrize("name", ["all2all_backend", "all2all-backend"])
 def test_an_exchange_by_deepep_needs_its_package_where_engines_run(name):
     settings = {"vllm": {name: "deepep_low_latency"}}
-    check_experts_here(config(**settings, placement="hosts").rollout)
-    check_experts_here(config(vllm={name: "allgather_reducescatter"}).rollout)
+    check_local_experts(config(**settings, placement="hosts").rollout)
+    check_local_experts(config(vllm={name: "allgather_reducescatter"}).rollout)
     with refused("rollout.vllm.all2all_backend", Cause.NOT_INSTALLED, "deep_ep"):
-        check_experts_here(config(**settings).rollout)
+        check_local_experts(config(**settings).rollout)
 
 
 def test_models_that_no_engine_computes_as_the_trainer_does_are_refused():
@@ -155,13 +155,13 @@ def test_vllm_gets_the_settings_as_arguments(tmp_path, device):
 def test_engines_of_one_host_get_gpus_of_their_own(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,4,5")
     settings = {"device": "cuda", "extra_env": {"A": "b"}}
-    shares = [share_of_gpus(settings, index, 2)["extra_env"] for index in range(2)]
+    shares = [with_gpu_share(settings, index, 2)["extra_env"] for index in range(2)]
     assert shares == [
         {"CUDA_VISIBLE_DEVICES": "2,3", "A": "b"},
         {"CUDA_VISIBLE_DEVICES": "4,5", "A": "b"},
     ]
-    assert share_of_gpus(settings, 0, 1) == settings
-    assert share_of_gpus({"device": "cpu"}, 1, 2) == {"device": "cpu"}
+    assert with_gpu_share(settings, 0, 1) == settings
+    assert with_gpu_share({"device": "cpu"}, 1, 2) == {"device": "cpu"}
 
 
 def test_engines_on_other_hosts_get_none_of_this_hosts_gpus(tmp_path):

@@ -5,22 +5,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1.engines.fleet.recovery import Replacement
+from megatron_r1.engines.fleet.recovery import EngineReplacer
 from megatron_r1.engines.server.responses import EngineDied, EngineError
 
 
 class OneEngine:
-    """The members of a fleet of one engine, and why it failed."""
+    """The state of a fleet of one engine, and why it failed."""
 
     def __init__(self):
         server = SimpleNamespace(is_lost=False)
-        self.engine = SimpleNamespace(name="engine-0", is_up=True, server=server, end=self.end)
+        self.engine = SimpleNamespace(name="engine-0", is_up=True, server=server, stop=self.stop)
         self.up, self.failure, self.starts = [self.engine], None, 0
 
-    async def end(self):
+    async def stop(self):
         pass
 
-    def take_down(self, engine):
+    def mark_down(self, engine):
         engine.is_up = False
 
     def notify(self, line):
@@ -36,23 +36,23 @@ class OneEngine:
 
 @pytest.mark.parametrize("most", [1, 3])
 def test_the_fleet_fails_when_no_restart_is_left(most):
-    members = OneEngine()
+    state = OneEngine()
 
     async def run():
-        replacement = Replacement(members, members.start, most, 60.0)
-        replacement.replace(members.engine, EngineDied("it ended"))
+        replacement = EngineReplacer(state, state.start, most, 60.0)
+        replacement.replace(state.engine, EngineDied("it ended"))
         await asyncio.gather(*replacement.tasks)
 
     asyncio.run(run())
-    assert members.starts == most and str(members.failure) == f"attempt {most}"
+    assert state.starts == most and str(state.failure) == f"attempt {most}"
 
 
 def test_without_restarts_the_death_is_raised_at_once():
-    members, death = OneEngine(), EngineDied("it ended")
+    state, death = OneEngine(), EngineDied("it ended")
 
     async def run():
-        Replacement(members, members.start, 0, 60.0).replace(members.engine, death)
+        EngineReplacer(state, state.start, 0, 60.0).replace(state.engine, death)
 
     with pytest.raises(EngineDied):
         asyncio.run(run())
-    assert members.starts == 0 and members.failure is death
+    assert state.starts == 0 and state.failure is death

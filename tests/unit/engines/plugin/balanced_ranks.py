@@ -109,7 +109,7 @@ def main() -> None:
         print(f"rearranged: {num_wrong(state, rank, push)} wrong")
     fill(model, rank, 4)
     before = num_wrong(state, rank, 4)
-    backend.begin_anew(balancer)
+    backend.reset_placement(balancer)
     print(f"after a sleep: {before} wrong, then {num_wrong(state, rank, 4)}")
     counts, loads = state.logical_replica_count, state.expert_load_window
     print(f"copies {counts[0].tolist()}, counted {int(loads.sum())}")

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from megatron_r1.engines.plugin.endpoints import SECRET, Admission
+from megatron_r1.engines.plugin.endpoints import SECRET, SecretMiddleware
 
 
 def answered(monkeypatch, kind, path, *authorization):
@@ -20,7 +20,7 @@ def answered(monkeypatch, kind, path, *authorization):
 
     headers = [(b"authorization", value) for value in authorization]
     scope = {"type": kind, "path": path, "headers": headers}
-    asyncio.run(Admission(application)(scope, None, send))
+    asyncio.run(SecretMiddleware(application)(scope, None, send))
     return bool(called), sent[:1]
 
 

@@ -23,7 +23,7 @@ def of(masks, request, count):
 
 
 def test_each_request_has_the_tokens_of_its_row(plugin):
-    collector = plugin.KeptCollector()
+    collector = plugin.SamplingMaskCollector()
     collector.logprobs = torch.tensor([[OUT, -1, -2, OUT], [-3, OUT, OUT, -1], [-1, -1, -1, -1.0]])
     # The second is a prompt that is not read to its end, the third asked for no cut.
     masks = collector.collect(np.array([True, True, False]), [[1], [], [0]])
@@ -32,7 +32,7 @@ def test_each_request_has_the_tokens_of_its_row(plugin):
 
 
 def test_accepted_drafts_and_the_token_after_them_have_theirs(plugin):
-    collector = plugin.KeptCollector()
+    collector = plugin.SamplingMaskCollector()
     rows = torch.full((9, 5), OUT)
     for row in range(9):
         rows[row, row % 5] = rows[row, (row + 2) % 5] = -0.7
@@ -52,7 +52,7 @@ def test_requests_without_a_top_k_are_taken_and_others_checked(plugin, monkeypat
     from vllm.v1.engine.input_processor import InputProcessor
 
     monkeypatch.setattr(InputProcessor, "_validate_params", InputProcessor._validate_params)
-    plugin.take_requests_without_a_top_k()
+    plugin.accept_requests_without_top_k()
     processor = object.__new__(InputProcessor)
     model = SimpleNamespace(return_sampling_mask=True, is_diffusion=False)
     processor.model_config = model
@@ -86,7 +86,7 @@ def test_a_gpus_rows_of_the_whole_vocabulary_have_no_ids(plugin, monkeypatch):
     from vllm.v1.worker.gpu.sample.output import SamplingMaskTensors
 
     monkeypatch.setattr(SamplingMaskTensors, "tolists", SamplingMaskTensors.tolists)
-    plugin.leave_out_whole_vocabularies()
+    plugin.omit_masks_of_whole_vocabulary()
     # Two ids listed; everything; more than the list holds, as where logits tie: of the bit mask.
     ids = torch.tensor([[1, 2], [0, 1], [0, 3]], dtype=torch.int32)
     bits = torch.tensor([[6], [255], [0b11001001]], dtype=torch.uint8)
@@ -99,7 +99,7 @@ def test_a_pass_without_drafts_takes_a_top_k(plugin, monkeypatch):
     from vllm.v1.sample.ops import topk_topp_sampler as upstream
 
     monkeypatch.setattr(upstream, "apply_top_k_only", upstream.apply_top_k_only)
-    plugin.cut_passes_without_drafts()
+    plugin.fix_top_k_without_drafts()
     nothing, none = torch.zeros(0, 9), torch.zeros(0, dtype=torch.int32)
     assert upstream.apply_top_k_only(nothing, none).shape == (0, 9)
     cut = upstream.apply_top_k_only(torch.tensor([[1.0, 3, 2]]), torch.tensor([2]))

@@ -18,7 +18,7 @@ from fakes.loopback import serving
 from megatron_r1.base.errors import RunError
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.replies import MEDIA_TYPE
-from megatron_r1.engines.server.responses import EngineFault, first_tokens
+from megatron_r1.engines.server.responses import EngineFault, truncate_response
 from megatron_r1.models.experts import RoutingShape
 
 SHAPE = RoutingShape(num_layers=4, moe_layers=(1, 3), topk=2, num_experts=8)
@@ -135,7 +135,7 @@ def test_kept_tokens_come_as_bytes_and_in_json():
     counts_and_ids = [2, 3, 1, 0, 9, 3, 7, 8, 14], [], [2, 0, 49]
     assert [list(array("i", each.sampling_mask)) for each in found] == [*counts_and_ids]
     assert (
-        first_tokens(found[0], 3, 2, "stop").sampling_mask
+        truncate_response(found[0], 3, 2, "stop").sampling_mask
         == array("i", [2, 3, 0, 9, 3, 7, 8]).tobytes()
     )
     # Without the request for them they are read and dropped.

@@ -7,8 +7,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
-from megatron_r1.engines.server.from_recipe import engine_settings
-from megatron_r1.engines.server.settings import EngineSettings
+from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 
 
 def arguments(**rollout) -> list[str]:

@@ -10,16 +10,15 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
 from megatron_r1.engines.server import vllm_arguments
-from megatron_r1.engines.server.from_recipe import engine_settings
 from megatron_r1.engines.server.recipe_checks import check_engines
-from megatron_r1.engines.server.settings import EngineSettings
+from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 from megatron_r1.engines.server.vllm_arguments import (
     FIXED,
-    OWNED,
+    RESERVED,
     SERVER,
     argument_list,
     check_arguments,
-    check_owned,
+    check_reserved,
 )
 
 FREE = {"enforce_eager", "async_scheduling", "disable_log_stats", "disable_uvicorn_access_log"}
@@ -63,7 +62,7 @@ def test_copies_of_experts_come_with_vllms_balancer():
     assert "--enable-eplb" in words
     key = "rollout.vllm.eplb_config"
     with refused(key, Cause.CONFLICT, "rollout.redundant_experts"):
-        check_owned(rollout(eplb_config={"num_redundant_experts": 1}), "rollout")
+        check_reserved(rollout(eplb_config={"num_redundant_experts": 1}), "rollout")
 
 
 def test_one_key_is_set_on_the_command_line_too():
@@ -90,8 +89,8 @@ def test_what_the_recipe_or_the_fleet_sets_is_refused(name, setting):
 def test_a_teacher_has_a_setting_of_its_own():
     teacher = parse({"teacher": {"vllm": {"max_num_batched_tokens": 4}}}).teacher
     with refused("teacher.vllm.max_num_batched_tokens", Cause.CONFLICT, "teacher.tokens_at_once"):
-        check_owned(teacher, "teacher")
-    check_owned(rollout(max_num_batched_tokens=4), "rollout")
+        check_reserved(teacher, "teacher")
+    check_reserved(rollout(max_num_batched_tokens=4), "rollout")
 
 
 def test_every_argument_that_engines_get_is_refused_in_a_recipe():
@@ -109,7 +108,7 @@ def test_every_argument_that_engines_get_is_refused_in_a_recipe():
     assert {"model", "middleware", "enable_sleep_mode"} < names
     for name in names - FREE:
         with refused(f"rollout.vllm.{name}", Cause.CONFLICT):
-            check_owned(rollout(**{name: 1}), "rollout")
+            check_reserved(rollout(**{name: 1}), "rollout")
 
 
 @pytest.mark.parametrize(
@@ -142,4 +141,4 @@ def test_vllm_reads_what_recipes_of_clusters_set():
     )
     parsed = vllm_arguments._parse(words)
     assert parsed.error == ""
-    assert {*OWNED, *FIXED, *SERVER} - set(parsed.names) == set()
+    assert {*RESERVED, *FIXED, *SERVER} - set(parsed.names) == set()

@@ -9,7 +9,7 @@ from refusals import refused
 from transformers import AutoTokenizer
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.models.weights.stored.hf_writing import carry_files
+from megatron_r1.models.weights.stored.hf_writing import copy_model_files
 
 KEPT = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -32,7 +32,7 @@ def test_an_export_has_all_files_but_those_that_describe_other_weights(tmp_path)
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(json.dumps({"name": name}))
     out.mkdir()
-    carry_files(source, out)
+    copy_model_files(source, out)
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == set(KEPT)
     assert all(json.loads((out / name).read_text()) == {"name": name} for name in KEPT)
@@ -47,7 +47,7 @@ def test_a_tokenizer_with_several_templates_is_the_same_in_an_export(tmp_path):
     shutil.copytree(model, source)
     tokenizer.save_pretrained(source)
     out.mkdir()
-    carry_files(source, out)
+    copy_model_files(source, out)
     shutil.copy(source / "config.json", out)
     exported = AutoTokenizer.from_pretrained(out)
     assert exported.chat_template == tokenizer.chat_template
@@ -63,5 +63,5 @@ def test_a_link_to_a_file_elsewhere_is_not_copied(tmp_path, name):
     (source / name).symlink_to(tmp_path / "secret")
     (tmp_path / "out").mkdir()
     with refused("model.path", Cause.CONFLICT, tmp_path / "secret"):
-        carry_files(source, tmp_path / "out")
+        copy_model_files(source, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

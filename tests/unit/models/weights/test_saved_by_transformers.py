@@ -11,7 +11,12 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.engines.server.settings import config_arguments
-from megatron_r1.models.hf_config import as_read, load_config, num_mtp_layers, read_hf_config
+from megatron_r1.models.hf_config import (
+    describe_config_changes,
+    load_config,
+    num_mtp_layers,
+    read_hf_config,
+)
 from megatron_r1.models.supported import check_supported
 from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.hf_writing import write_config
@@ -52,7 +57,7 @@ def test_a_model_without_tensors_of_mtp_layers_is_read_without_them(name, tmp_pa
     check_supported(hf)
     with HFWeights(tmp_path, hf) as weights:
         weights.check(with_mtp=True)
-    assert any("MTP" in sentence for sentence in as_read(tmp_path))
+    assert any("MTP" in sentence for sentence in describe_config_changes(tmp_path))
     recipe = Config(model={"path": str(tmp_path), "mtp": "train"})
     with refused("model.mtp", Cause.CONFLICT, tmp_path):
         check_trainer(recipe, "sft")
@@ -76,7 +81,7 @@ def test_the_routing_of_deepseek_v3_is_known_and_handed_on(tmp_path):
     written = load_config(tmp_path)
     assert not ROUTING.keys() & written.keys()
     assert ROUTING.items() <= read_hf_config(tmp_path).items()
-    assert any("topk_method" in sentence for sentence in as_read(tmp_path))
+    assert any("topk_method" in sentence for sentence in describe_config_changes(tmp_path))
     option, overrides = config_arguments(written, {"quantization_config": None})
     assert option == "--hf-overrides"
     assert json.loads(overrides) == {**ROUTING, "quantization_config": None}

@@ -65,9 +65,9 @@ def test_a_score_model_is_the_language_model_with_another_head(tmp_path, name):
 
 
 def test_what_is_exported_is_read_as_a_score_model_and_nothing_else(tmp_path):
-    from megatron_r1.models.hf_config import as_score_model
+    from megatron_r1.models.hf_config import score_model_config
 
-    config = as_score_model({"architectures": ["Qwen2ForCausalLM"], **LANGUAGE["Qwen2"]})
+    config = score_model_config({"architectures": ["Qwen2ForCausalLM"], **LANGUAGE["Qwen2"]})
     folder = write(tmp_path, **config)
     assert read_hf_config(folder, None) == read_hf_config(folder, "score") == config
     with refused("model.path", Cause.CONFLICT, "Qwen2ForSequenceClassification"):

@@ -14,9 +14,9 @@ from megatron_r1.models.weights.table import (
     QueryGroups,
     Source,
     column_parallel,
+    replicated,
     row_parallel,
     vocab_parallel,
-    whole,
 )
 
 DEEPSEEK_V3 = {
@@ -111,7 +111,7 @@ def test_rows_cuts_columns():
 
 
 def test_whole_is_the_same_everywhere():
-    assert pieces_of(whole, [("norm", (5,))], 3, 4) == ((5,), [("norm", 0, 0, 0, 5)])
+    assert pieces_of(replicated, [("norm", (5,))], 3, 4) == ((5,), [("norm", 0, 0, 0, 5)])
 
 
 def test_vocabulary_pads_the_last_ranks():

@@ -179,7 +179,7 @@ def test_a_durable_file_is_synced_before_its_rename_and_its_folder_after(events,
 
 def test_a_folder_is_renamed_when_its_files_are_synced_and_its_parent_after(events, tmp_path):
     (tmp_path / "hf").mkdir()
-    with writing.new_folder(tmp_path / "hf", lambda folder: None) as folder:
+    with writing.write_folder(tmp_path / "hf", lambda folder: None) as folder:
         write(folder, durable=True)
     assert events == [
         ("sync", "model.safetensors.incomplete"),
@@ -197,7 +197,7 @@ def test_the_small_files_beside_the_weights_are_synced(synced, tmp_path):
     source.mkdir()
     for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
         (source / name).write_text("{}")
-    with writing.new_folder(out, lambda folder: hf_writing.carry_files(source, folder)):
+    with writing.write_folder(out, lambda folder: hf_writing.copy_model_files(source, folder)):
         pass
     assert sorted(path.name for path in out.iterdir()) == ["chat_template.jinja", "tokenizer.json"]
     files = {"chat_template.jinja", "tokenizer.json"}

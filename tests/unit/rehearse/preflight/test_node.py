@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 from megatron_r1.config import parse
 from megatron_r1.rehearse.preflight import host
-from megatron_r1.rehearse.preflight.facts import Place
+from megatron_r1.rehearse.preflight.facts import RankPlacement
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.reporting.run_folder import RunFolder
 
-ALONE = Place(rank=0, world_size=1, local_rank=0, local_world_size=1, host="here")
+ALONE = RankPlacement(rank=0, world_size=1, local_rank=0, local_world_size=1, host="here")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_port_of_the_recipe_that_is_taken_is_named():
         port = taken.getsockname()[1]
         config = parse({"run": {"health_port": port}, "rollout": {"hosts_port": 0}})
         fault = f"port {port}: Address already in use"
-        assert host.taken_ports(config, ALONE) == {"run.health_port": fault}
+        assert host.unavailable_ports(config, ALONE) == {"run.health_port": fault}
 
 
 def test_the_clock_of_another_host_is_compared_over_a_connection(monkeypatch):

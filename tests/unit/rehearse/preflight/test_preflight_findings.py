@@ -6,8 +6,8 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.config import parse
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, link_rate
 from megatron_r1.config.overrides import take_section
-from megatron_r1.rehearse.preflight.facts import Facts, Folder, LinkRate, Memory, NodeFacts
-from megatron_r1.rehearse.preflight.findings import check_facts, hardware_of
+from megatron_r1.rehearse.preflight.checks import check_facts, hardware_of
+from megatron_r1.rehearse.preflight.facts import Folder, LinkRate, Memory, NodeFacts, RankFacts
 from megatron_r1.rehearse.preflight.links import neighbors
 from megatron_r1.rehearse.preflight.report import measured_rates
 from megatron_r1.rehearse.settings import PreflightConfig, PreflightSettings
@@ -18,9 +18,9 @@ SETTINGS = PreflightConfig()
 INSIDE, ACROSS = 351e9, 52e9
 
 
-def facts() -> list[Facts]:
+def facts() -> list[RankFacts]:
     return [
-        Facts(
+        RankFacts(
             rank=rank,
             node_index=rank // 4,
             host=f"host-{rank // 4}",
@@ -52,7 +52,7 @@ def facts() -> list[Facts]:
     ]
 
 
-def blocking(found: list[Facts]) -> dict[str, tuple[str, ...]]:
+def blocking(found: list[RankFacts]) -> dict[str, tuple[str, ...]]:
     return {f.check: f.hosts for f in check_facts(CONFIG, SETTINGS, found) if f.level == "block"}
 
 

@@ -49,9 +49,9 @@ def test_a_rank_that_is_behind_is_named():
     ranks = Ranks(0.2)
     for number, each in enumerate(ranks.all):
         each.start()
-        each.enter("join")
+        each.begin_step("join")
         if number != 2:
-            each.enter("all-reduce over data")
+            each.begin_step("all-reduce over data")
     assert ranks.diagnosis() == (
         "rank 2 on host-2 is still in 'join'. The others wait in 'all-reduce over data'. Replace "
         "that host, or look at it"
@@ -63,7 +63,7 @@ def test_a_process_that_has_stopped_is_named_though_it_is_in_the_same_step():
     for number, each in enumerate(ranks.all):
         if number != 1:
             each.start()
-        each.enter("all-reduce over data")
+        each.begin_step("all-reduce over data")
     assert ranks.diagnosis().startswith("rank 1 on host-1 has stopped in 'all-reduce over data'.")
 
 
@@ -71,7 +71,7 @@ def test_a_process_that_never_came_is_named():
     ranks = Ranks(0.2)
     for each in ranks.all[:2]:
         each.start()
-        each.enter("join")
+        each.begin_step("join")
     assert ranks.diagnosis().startswith("rank 2 has not started. The others wait in 'join'.")
 
 
@@ -79,7 +79,7 @@ def test_where_all_hang_alike_the_network_is_named():
     ranks = Ranks(0.2)
     for each in ranks.all:
         each.start()
-        each.enter("all-reduce over data")
+        each.begin_step("all-reduce over data")
     assert ranks.diagnosis().startswith("all ranks hang in 'all-reduce over data'")
 
 
@@ -88,9 +88,9 @@ def test_ranks_that_meet_and_go_on_end_without_a_diagnosis():
 
     def run(each):
         each.start()
-        each.enter("first")
-        each.meet("here")
-        each.enter("second", 2.0)
+        each.begin_step("first")
+        each.barrier("here")
+        each.begin_step("second", 2.0)
         each.close()
 
     threads = [threading.Thread(target=run, args=(each,)) for each in ranks.all]

@@ -23,15 +23,15 @@ def attend_to_other_samples(module):
 
 def train_the_other_way(module):
     """An update follows half of the samples' gradients the wrong way."""
-    upstream = module.packed_batch
+    upstream = module.pack_batch
 
-    def packed_batch(*arguments, **settings):
+    def pack_batch(*arguments, **settings):
         batch = upstream(*arguments, **settings)
         batch.advantages[::2].neg_()
         return batch
 
     if OF_GPUS in os.environ:
-        module.packed_batch = packed_batch
+        module.pack_batch = pack_batch
 
 
 def shift_the_bytes(module):

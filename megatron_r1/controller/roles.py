@@ -1,16 +1,119 @@
-"""The trainer's passes over a rollout, each with the settings that the recipe gives it, and the
-samples that they are over: one a response, or one a branch of an episode."""
+"""The engines and the trainer as the RL loop uses them.
 
+`PolicyEngines` sample each step's rollout and get its weights. What an engine computes from pushed
+weights counts only when it has proved that it computes what the trainer does; it does so while it
+samples the next rollout.
+
+`TrainerPasses` are the trainer's passes over a rollout, each with the settings that the recipe
+gives it, and the samples that they are over: one a response, or one a branch of an episode."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from functools import cached_property
 
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, chained
+from megatron_r1.controller.push.pusher import WeightPusher
+from megatron_r1.controller.rollouts.rollout import Rollout
+from megatron_r1.controller.rollouts.step_sampler import StepRollout, StepSampler
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.engines.fleet.engine import AcceptanceMeter
 from megatron_r1.trainer.operations import ModelOperations
 from megatron_r1.trainer.training_sample import Sample
+
+
+class PolicyEngines:
+    """Samples with the policy's weights and pushes them; `pusher` connects trainer and engines.
+
+    Args:
+        trainer: is asked to free its GPUs' memory before a push to colocated engines.
+        pusher: sends the trainer's weights to the engines, and probes what these compute.
+        sampler: draws the prompts of each step and collects its rollout."""
+
+    def __init__(self, trainer: TrainerClient, pusher: WeightPusher, sampler: StepSampler):
+        self.trainer, self.pusher, self.sampler = trainer, pusher, sampler
+        self._rollout_config = sampler.config.rollout
+        self._step_rollout: StepRollout | None = None
+        self._need_weights = False
+        self._acceptance = AcceptanceMeter()
+        self._push_metrics: dict[str, float] = {}
+        self._probe_metrics: dict[str, float] = {}
+        """Of the push before, whose weights the step's rollout is sampled from."""
+        self._draft_metrics: dict[str, float] = {}
+
+    async def open(self, policy_version: int) -> None:
+        """Connect trainer and engines, and push the weights that the trainer begins with."""
+        async with self.updating():
+            await self.pusher.open()
+            await self.push(policy_version)
+
+    def updating(self) -> AbstractAsyncContextManager[None]:
+        """Keep engines from joining while the block changes the trainer's weights and pushes them:
+        an engine that joined would get weights between two versions."""
+        return self.pusher.weight_update()
+
+    async def rollout(self, step: int) -> Rollout:
+        """Return the rollout of `step`, which may have begun before."""
+        if self._need_weights:
+            async with self.updating():
+                await self.push(step - 1)
+        self.sampler.begin(step)
+        await self.await_probes()  # while they sample
+        self._step_rollout = await self.sampler.rollout(step)
+        if self._rollout_config.speculative.method != "none":
+            self._draft_metrics = await self._acceptance.read(self.sampler.collector.fleet.engines)
+        return self._step_rollout.rollout
+
+    async def push(self, policy_version: int) -> None:
+        """Send the trainer's weights to every engine, as `policy_version`; what these compute
+        counts once `await_probes` has returned. Call it in a block of `updating`."""
+        if self._rollout_config.colocated:
+            await self.trainer.call(ModelOperations.free_memory, parameters=False)
+        self._push_metrics = await self.pusher.push(policy_version)
+        self._need_weights = False
+        self.sampler.start_ahead(policy_version)
+
+    @contextlib.asynccontextmanager
+    async def free_for_trainer(self) -> AsyncIterator[None]:
+        """Let the trainer use its weights in the block, between two rollouts. Engines that have
+        their memory sleep from then on, and get the weights again before the next rollout."""
+        if self.pusher.offloads:
+            self._need_weights = True
+            await self.sampler.collector.fleet.sleep()
+        yield
+
+    async def await_probes(self) -> None:
+        """Wait until the engines have answered the probes of the last push.
+
+        Raises:
+            EngineError: an engine computes something else than the trainer.
+        """
+        self._probe_metrics = await self.pusher.probe_results()
+        self.sampler.probes_passed()
+
+    @property
+    def step_rollout(self) -> StepRollout:
+        """The newest step's rollout, with the state of the sampler after it."""
+        assert self._step_rollout is not None, "rollout() comes first"
+        return self._step_rollout
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers of engines and pushes."""
+        return {
+            **self.sampler.collector.fleet.metrics(),
+            **self._push_metrics,
+            **self._probe_metrics,
+            **self._draft_metrics,
+        }
+
+    async def close(self) -> None:
+        """Release the engines that wait for weights, and cancel what is being sampled."""
+        self.pusher.close()
+        await self.sampler.close()
 
 
 class TrainerPasses:
@@ -18,6 +121,10 @@ class TrainerPasses:
     `rl.schedule` may have changed from the run's, and returns metrics.
 
     The samples stay with the trainer, from `load` to the next `load`.
+
+    Args:
+        config: the run's settings.
+        trainer: the ranks.
 
     Attributes:
         state: counts the policy's updates.
@@ -87,7 +194,12 @@ class TrainerPasses:
 
     async def update_critic(self, config: Config, index: int, step: int) -> dict[str, float]:
         """Take one optimizer step of the critic on mini-batch `index` of training step `step`. Its
-        learning rate decays as the policy's does, over all steps of the run."""
+        learning rate decays as the policy's does, over all steps of the run.
+
+        Args:
+            config: the settings of this step.
+            index: number of the loaded mini-batch, from 0.
+            step: the training step, from 1."""
         settings = config.optimizer.model_copy(
             update={"learning_rate": config.critic.learning_rate}
         )

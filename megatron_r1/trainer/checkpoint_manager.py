@@ -12,11 +12,11 @@ from megatron_r1.models import weights
 from megatron_r1.models.weights.adapters import save_adapter
 from megatron_r1.trainer.checkpoints import contents
 from megatron_r1.trainer.checkpoints.writer import CheckpointWriter
-from megatron_r1.trainer.operations import CheckpointProgress, Damage, LoadedCheckpoint
+from megatron_r1.trainer.operations import CheckpointFaults, CheckpointProgress, LoadedCheckpoint
 from megatron_r1.trainer.trainer import Trainer
 
 
-class Folders:
+class CheckpointManager:
     """Checkpoints and Hugging Face folders of one rank's `Trainer`."""
 
     def __init__(self, trainer: Trainer):
@@ -48,7 +48,9 @@ class Folders:
         """Start to write a checkpoint, with the controller's `state` in it.
 
         Returns when the tensors are copied; `checkpoint_progress` returns the outcome."""
-        self._writer.save(Path(folder), partial(contents.sharded, self._trainer.networks()), state)
+        self._writer.save(
+            Path(folder), partial(contents.sharded_tree, self._trainer.networks()), state
+        )
         torch.cuda.empty_cache()  # of engines on the same GPU
 
     def checkpoint_progress(self, wait: bool = False) -> CheckpointProgress:
@@ -58,17 +60,15 @@ class Folders:
             wait: whether to wait until the save is done."""
         progress = self._writer.progress(wait)
         assert progress is not None, "save_checkpoint() comes first"
-        return {
-            "is_done": progress.is_done,
-            "error": progress.error,
-            "seconds": progress.seconds,
-        }
+        return progress
 
-    def verify_checkpoint(self, folder: str) -> Damage:
-        """Return {"damage": lines}, the faults of `folder` that `checkpoint.verify` looks for."""
-        damage = contents.damage(Path(folder), self._trainer.config.checkpoint.verify)
-        self._verified = None if damage else folder
-        return {"damage": damage}
+    def verify_checkpoint(self, folder: str) -> CheckpointFaults:
+        """Return {"faults": lines}, those of `folder` that `checkpoint.verify` looks for."""
+        faults = contents.find_faults_on_all_ranks(
+            Path(folder), self._trainer.config.checkpoint.verify
+        )
+        self._verified = None if faults else folder
+        return {"faults": faults}
 
     def load_checkpoint(self, folder: str, reference: bool) -> LoadedCheckpoint:
         """Verify `folder` and continue from it.
@@ -84,10 +84,10 @@ class Folders:
             UserError: the checkpoint is damaged.
         """
         if folder != self._verified:
-            damage = self.verify_checkpoint(folder)["damage"]
-            if damage:
+            faults = self.verify_checkpoint(folder)["faults"]
+            if faults:
                 raise UserError(
-                    f"checkpoint {folder} is damaged: {'; '.join(damage[:5])}; run the same "
+                    f"checkpoint {folder} is damaged: {'; '.join(faults[:5])}; run the same "
                     "command again: it continues from the newest checkpoint that is whole",
                     key="checkpoint",
                     cause=Cause.MALFORMED,

@@ -2,7 +2,7 @@
 
 `start` does for a module what `children.start` does for `python -m MODULE`; `fork_server` is the
 other side. Importing vLLM's server takes four seconds of CPU and reads thousands of files. Several
-engines on a host, and an engine that replaces another, share one import; after `begin` it runs
+engines on a host, and an engine that replaces another, share one import; after `preload` it runs
 while this process does what it must before it needs the first engine.
 
 With `SERVERS` set, processes come from fork servers that outlive this process, and where the folder
@@ -38,7 +38,9 @@ class ForkedProcess:
     Attributes:
         returncode: the exit status as Popen has it, None until the end was noticed."""
 
-    def __init__(self, connection: socket.socket, server: "Importer | None", log: Path) -> None:
+    def __init__(
+        self, connection: socket.socket, server: "ForkServerProcess | None", log: Path
+    ) -> None:
         connection.setblocking(False)
         self._connection, self._server, self._log = connection, server, log
         self._pid = 0
@@ -97,7 +99,7 @@ class ForkedProcess:
             self.returncode = -signal.SIGTERM
 
 
-class Importer:
+class ForkServerProcess:
     """A fork server that ends with this process, and with the thread that creates it."""
 
     def __init__(self, module: str, environment: Mapping[str, str]) -> None:
@@ -148,10 +150,10 @@ class Importer:
             self._scratch.cleanup()
 
 
-_importers: dict[str, Importer] = {}
+_importers: dict[str, ForkServerProcess] = {}
 
 
-def begin(module: str, environment: Mapping[str, str]) -> None:
+def preload(module: str, environment: Mapping[str, str]) -> None:
     """Begin the imports of `module` in a process of its own, unless they have begun. Does nothing
     where processes are not forked from here.
 
@@ -162,7 +164,7 @@ def begin(module: str, environment: Mapping[str, str]) -> None:
     if os.environ.get(SERVERS) or not _can_fork():
         return
     if module not in _importers or not _importers[module].is_usable:
-        _importers[module] = Importer(module, environment)
+        _importers[module] = ForkServerProcess(module, environment)
 
 
 def start(
@@ -172,10 +174,10 @@ def start(
     return at once. Call it from a thread that lives as long as the process should.
 
     Args:
-        module: as in `begin`.
+        module: as in `preload`.
         arguments: the module's command line.
         log: the file that its output is appended to.
-        environment: as in `begin`.
+        environment: as in `preload`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     importer = None
@@ -183,7 +185,7 @@ def start(
         if folder := os.environ.get(SERVERS):
             connection = _connect(Path(folder, module))
         elif _can_fork():
-            begin(module, environment)
+            preload(module, environment)
             importer = _importers[module]
             connection = importer.connect()
         else:
@@ -209,7 +211,12 @@ def shared_server(
     module: str, folder: Path, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a fork server for processes that have `SERVERS` set to `folder`, until the end of the
-    block. It imports `module` meanwhile, and ends with this process."""
+    block. It imports `module` meanwhile, and ends with this process.
+
+    Args:
+        module: the module that is imported.
+        folder: where the server's sockets are.
+        environment: variables over those of this process."""
     options = _options(environment) | {"stdin": subprocess.PIPE}
     with subprocess.Popen([*_SERVER, module, str(folder / module)], **options) as server:
         try:

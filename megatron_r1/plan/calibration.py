@@ -16,32 +16,32 @@ import yaml
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.config.hardware import fields_of
-from megatron_r1.plan.arguments import job_of
+from megatron_r1.config.hardware import described_fields
+from megatron_r1.plan.arguments import planned_job
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import pushes
+from megatron_r1.plan.push import has_push
 from megatron_r1.plan.quantity import RELATIVE_TO
 from megatron_r1.plan.timing import time_section
-from megatron_r1.reporting.wording import counted, finite
+from megatron_r1.reporting.wording import finite_metric, format_count
 
 BISECTIONS = 60
 LIMITS = (1e-12, 1.0)
 """The limits between which a value is sought: a share, or seconds of a layer."""
 
 
-def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrides: dict) -> str:
+def calibrate_from(folder: Path, file: Path, args: argparse.Namespace, overrides: dict) -> str:
     """Write the values that a run determines; return what was derived and what not.
 
     Args:
         folder: the run's folder.
         file: the YAML file to write, for --calibrate.
-        chosen: the options of the command line.
+        args: the options of the command line.
         overrides: dotted settings in place of the run's.
 
     Raises:
         UserError: the run determines no value, or `file` cannot be written."""
-    measured = Measured(folder, job_of(folder / "config.yaml", chosen, overrides, 1))
+    measured = RunCalibration(folder, planned_job(folder / "config.yaml", args, overrides, 1))
     values, reasons = measured.values, measured.reasons
     if not values:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -51,7 +51,7 @@ def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrid
             cause=Cause.EMPTY,
         )
     hardware = measured.job.hardware.name
-    steps = f"{counted(len(measured.lines), 'step')} of {folder}"
+    steps = f"{format_count(len(measured.lines), 'step')} of {folder}"
     title = f"# From {steps}. Shares are of the rates of {hardware}.\n"
     text = yaml.safe_dump({RELATIVE_TO: hardware, **values}, sort_keys=False)
     try:
@@ -66,12 +66,12 @@ def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrid
     rows = [f"{file}: from {steps}, for {hardware}"]
     rows += [f"  {name:24}  {value:.4g}" for name, value in values.items()]
     rows += ["not derived:"]
-    names = [name for name in fields_of(measured.job.assumptions) if name not in values]
+    names = [name for name in described_fields(measured.job.assumptions) if name not in values]
     rows += [f"  {name:24}  {reasons.get(name, other)}" for name in names]
     return "\n".join([*rows, "  rates of the hardware     measure each link alone"])
 
 
-class Measured:
+class RunCalibration:
     """The values that a run determines.
 
     Attributes:
@@ -98,11 +98,11 @@ class Measured:
         self.reasons["link_efficiency"] = "time/train is computation and communication together"
         if job.generates:
             self._rollout()
-        if pushes(job):
+        if has_push(job):
             self._solve("push_efficiency", "time/push", "push")
 
     def _median(self, key: str) -> float | None:
-        found = [value for line in self.lines if (value := finite(line, key)) is not None]
+        found = [value for line in self.lines if (value := finite_metric(line, key)) is not None]
         return median(found) if found else None
 
     def _lengths(self) -> None:

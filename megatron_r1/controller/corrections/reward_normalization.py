@@ -1,4 +1,4 @@
-"""`rl.reward_normalization: each`: every reward is normalized alone (GDPO: group reward-decoupled
+"""`rl.reward_normalization: each`: every reward is normalize alone (GDPO: group reward-decoupled
 normalization policy optimization, arXiv 2601.05242).
 
     A_n,i = (r_n,i - mean(r_n)) / (std(r_n) + ε) of the group, for each reward n
@@ -36,7 +36,7 @@ PENALTY = ""
 
 def advantages(
     groups: list[Group],
-    of_rewards: Callable[[list[list[float | None]], RLConfig], list[list[float]]],
+    algorithm_advantages: Callable[[list[list[float | None]], RLConfig], list[list[float]]],
     config: Config,
     weights: Mapping[str, float],
 ) -> list[list[float]]:
@@ -44,7 +44,7 @@ def advantages(
 
     Args:
         groups: the graded responses.
-        of_rewards: the algorithm's advantages of one reward.
+        algorithm_advantages: the algorithm's advantages of one reward.
         config: the settings of the step.
         weights: the weight of each reward in the step."""
     rl, limit = config.rl, config.rollout.max_response_tokens
@@ -62,12 +62,12 @@ def advantages(
             [reward(graded, name) if graded.is_graded else None for graded in group.responses]
             for group in groups
         ]
-        pairs = zip(sums, of_rewards(rewards, rl), strict=True)
+        pairs = zip(sums, algorithm_advantages(rewards, rl), strict=True)
         sums = [[s + weight * a for s, a in zip(*pair, strict=True)] for pair in pairs]
-    return normalized(sums, rl.advantage_epsilon)
+    return normalize(sums, rl.advantage_epsilon)
 
 
-def normalized(values: list[list[float]], epsilon: float) -> list[list[float]]:
+def normalize(values: list[list[float]], epsilon: float) -> list[list[float]]:
     """Return the values with mean 0 and deviation 1 over all that are not NaN; where these are all
     equal, zeros.
 

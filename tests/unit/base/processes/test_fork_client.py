@@ -10,7 +10,7 @@ import pytest
 from liveness import is_alive
 from waiting import wait_until
 
-from megatron_r1.base.processes import children, preloaded
+from megatron_r1.base.processes import children, fork_client
 
 HERE = Path(__file__).parent
 MODULE = "forked_module"
@@ -19,13 +19,13 @@ EARLY = {"PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", 
 
 @pytest.fixture(autouse=True)
 def _servers(monkeypatch):
-    monkeypatch.delenv(preloaded.SERVERS, raising=False)
+    monkeypatch.delenv(fork_client.SERVERS, raising=False)
     yield
-    preloaded.close()
+    fork_client.close()
 
 
 def start(log, *arguments, **environment):
-    return preloaded.start(MODULE, list(arguments), log, EARLY | environment)
+    return fork_client.start(MODULE, list(arguments), log, EARLY | environment)
 
 
 def facts(log) -> list[str]:
@@ -54,7 +54,7 @@ def test_a_forked_process_has_its_own_log_environment_folders_and_session(tmp_pa
 
 @pytest.mark.parametrize("other", [{"EARLY": "2"}, {"NEW": "1"}])
 def test_another_environment_starts_a_new_interpreter(tmp_path, other):
-    preloaded.begin(MODULE, EARLY)
+    fork_client.preload(MODULE, EARLY)
     process = start(tmp_path / "log", "exit", "4", **other)
     assert process.wait() == 4
     assert facts(tmp_path / "log")[:3] == ["fresh", "None", other.get("EARLY", "1")]
@@ -94,7 +94,7 @@ def test_a_server_that_still_imports_leaves_nothing_of_its_killed_controller(
 ):
     environment = EARLY | {"IMPORT_FOR_EVER": str(tmp_path / "imports")}
     program = CONTROLLER.replace(repr(EARLY), repr(environment))
-    own = {preloaded.SERVERS: "", "TMPDIR": str(short_folder)}
+    own = {fork_client.SERVERS: "", "TMPDIR": str(short_folder)}
     controller = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path / "log")], env={**os.environ, **own}
     )
@@ -113,8 +113,8 @@ def test_a_start_is_cancelled_while_the_server_imports(tmp_path):
 
 
 def test_a_folder_without_servers_means_new_interpreters(tmp_path, monkeypatch):
-    monkeypatch.setenv(preloaded.SERVERS, str(tmp_path))
-    preloaded.begin(MODULE, EARLY)
+    monkeypatch.setenv(fork_client.SERVERS, str(tmp_path))
+    fork_client.preload(MODULE, EARLY)
     process = start(tmp_path / "log", "exit", "4")
     assert isinstance(process, subprocess.Popen) and process.wait() == 4
 
@@ -122,12 +122,12 @@ def test_a_folder_without_servers_means_new_interpreters(tmp_path, monkeypatch):
 CONTROLLER = f"""
 import sys, time
 from pathlib import Path
-from megatron_r1.base.processes import preloaded
+from megatron_r1.base.processes import fork_client
 from megatron_r1.base.processes.scratch import Scratch
 scratch = Scratch()
 arguments = ["child", "memory"]
 environment = {EARLY!r} | {{"TMPDIR": scratch.name}}
-process = preloaded.start({MODULE!r}, arguments, Path(sys.argv[1]), environment)
+process = fork_client.start({MODULE!r}, arguments, Path(sys.argv[1]), environment)
 Path(sys.argv[1] + ".asked").touch()
 time.sleep(1e6)
 """
@@ -137,9 +137,9 @@ time.sleep(1e6)
 def test_a_forked_process_ends_with_its_killed_controller_and_leaves_nothing(
     tmp_path, short_folder, shared
 ):
-    with preloaded.shared_server(MODULE, short_folder, EARLY) as server:
+    with fork_client.shared_server(MODULE, short_folder, EARLY) as server:
         servers = str(short_folder) if shared else ""
-        own = {preloaded.SERVERS: servers, "TMPDIR": str(short_folder)}
+        own = {fork_client.SERVERS: servers, "TMPDIR": str(short_folder)}
         command = [sys.executable, "-c", CONTROLLER, str(tmp_path / "log")]
         controller = subprocess.Popen(command, env={**os.environ, **own})
         wait_until((tmp_path / "log").exists)

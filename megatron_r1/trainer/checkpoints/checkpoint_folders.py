@@ -44,21 +44,22 @@ class BadManifest(Exception):
     """The manifest is missing, unreadable or changed; the message names the fault."""
 
 
-def write_manifest(folder: Path, known: Mapping[str, FileEntry] | None = None) -> None:
+def write_manifest(folder: Path, known_entries: Mapping[str, FileEntry] | None = None) -> None:
     """Write the manifest of every file in `folder`, atomically; call when all are written.
 
     Args:
         folder: the checkpoint's folder.
-        known: entries of files that were hashed as they were written; the other files are read."""
-    known = known or {}
+        known_entries: those of files that were hashed as they were written; the others are
+            read."""
+    known_entries = known_entries or {}
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]
-    rest = [name for name in names if name not in known and name != MANIFEST]
+    rest = [name for name in names if name not in known_entries and name != MANIFEST]
     with ThreadPoolExecutor(THREADS) as pool:
         read = dict(zip(rest, pool.map(lambda name: file_entry(folder / name), rest), strict=True))
     files = {
         name: {"bytes": entry.num_bytes, "blake3": entry.checksum}
-        for name, entry in sorted({**known, **read}.items())
+        for name, entry in sorted({**known_entries, **read}.items())
     }
     content = {"format": MANIFEST_FORMAT, "files": files, "digest": _digest(files)}
     atomic_write(folder / MANIFEST, json.dumps(content, indent=1))
@@ -90,7 +91,7 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
     return entries
 
 
-def manifest_damage(
+def manifest_faults(
     folder: Path, verify: Verify = "full", only: Collection[str] | None = None
 ) -> list[str]:
     """Return the faults of `folder`, a line per file; empty where it is as it was written.
@@ -111,8 +112,13 @@ def manifest_damage(
         return [f"{name} {fault}" for name, fault in zip(names, faults, strict=True) if fault]
 
 
-def share_to_verify(entries: Mapping[str, FileEntry], index: int, count: int) -> list[str]:
-    """Return the files that worker `index` of `count` verifies, about equal bytes for each."""
+def files_to_verify(entries: Mapping[str, FileEntry], index: int, count: int) -> list[str]:
+    """Return the files that worker `index` of `count` verifies, about equal bytes for each.
+
+    Args:
+        entries: the manifest's.
+        index: the worker.
+        count: the workers."""
     heap = [(0, worker) for worker in range(count)]
     own = []
     for name, entry in sorted(entries.items(), key=lambda item: (-item[1].num_bytes, item[0])):
@@ -175,17 +181,17 @@ class DamagedCheckpoint:
         return f"{self.folder.name}: {shown}" + (f"; and {more} more" if more > 0 else "")
 
 
-def path_of(checkpoints: Path, step: int) -> Path:
+def checkpoint_path(checkpoints: Path, step: int) -> Path:
     """Return the folder of the checkpoint after `step`: step_00000012."""
     return checkpoints / f"step_{step:08d}"
 
 
-def step_of(folder: Path) -> int:
+def checkpoint_step(folder: Path) -> int:
     """Return the step after which a checkpoint was written, from its name."""
     return int(folder.name.removeprefix("step_"))
 
 
-def unfinished_path(folder: Path) -> Path:
+def partial_path(folder: Path) -> Path:
     """Return the path under which `folder` is written before it is renamed."""
     return folder.with_name(f".{folder.name}.partial")
 
@@ -195,10 +201,10 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     folders = [f for f in checkpoints.iterdir() if _STEP_NAME.fullmatch(f.name) and f.is_dir()]
-    return sorted(folders, key=step_of)
+    return sorted(folders, key=checkpoint_step)
 
 
-def newest(
+def newest_usable(
     checkpoints: Path, verify: Verify, below: Path | None = None
 ) -> tuple[Path | None, list[DamagedCheckpoint]]:
     """Return the newest checkpoint that can be used (None if none is good), and the damaged ones
@@ -212,15 +218,15 @@ def newest(
         below: a checkpoint; only older ones are considered. None: all are."""
     damaged: list[DamagedCheckpoint] = []
     for folder in reversed(complete_checkpoints(checkpoints)):
-        if below is not None and step_of(folder) >= step_of(below):
+        if below is not None and checkpoint_step(folder) >= checkpoint_step(below):
             continue
-        if not (found := faults(folder, verify)):
+        if not (found := find_faults(folder, verify)):
             return folder, damaged
         damaged.append(DamagedCheckpoint(folder, tuple(found)))
     return None, damaged
 
 
-def refuse_without_good(checkpoints: Path, damaged: list[DamagedCheckpoint]) -> None:
+def require_usable(checkpoints: Path, damaged: list[DamagedCheckpoint]) -> None:
     """Raise UserError where all checkpoints are `damaged` or were set aside before.
 
     Starting over would overwrite the metrics of a run that a copy of its checkpoint may yet save.
@@ -267,19 +273,21 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
         checkpoints: the folder of the run's checkpoints.
         keep: how many of the newest stay.
         keep_every: those of steps that this divides stay, too; None: no others."""
-    good = [folder for folder in complete_checkpoints(checkpoints) if not faults(folder, "size")]
+    good = [
+        folder for folder in complete_checkpoints(checkpoints) if not find_faults(folder, "size")
+    ]
     for old in good[:-keep]:
-        if keep_every is not None and step_of(old) % keep_every == 0:
+        if keep_every is not None and checkpoint_step(old) % keep_every == 0:
             continue
         # A kill in between must not leave half a folder under a good name.
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.deleted")))
 
 
-def faults(folder: Path, verify: Verify) -> list[str]:
+def find_faults(folder: Path, verify: Verify) -> list[str]:
     """Return the faults of a checkpoint that show without reading its tensors, a line per file."""
-    by_size = manifest_damage(folder, "none" if verify == "none" else "size")
+    by_size = manifest_faults(folder, "none" if verify == "none" else "size")
     # The controller reads its state before any rank can verify it, and the file is small.
-    if lines := by_size or manifest_damage(folder, verify, only=[STATE_FILE]):
+    if lines := by_size or manifest_faults(folder, verify, only=[STATE_FILE]):
         return lines
     try:
         json.loads((folder / STATE_FILE).read_bytes())
@@ -288,7 +296,7 @@ def faults(folder: Path, verify: Verify) -> list[str]:
     return []
 
 
-def check_start(folder: Path) -> str | None:
+def check_initial_checkpoint(folder: Path) -> str | None:
     """Raise UserError unless `folder`, of `model.checkpoint`, is a Megatron checkpoint.
 
     Checked before any rank starts; the ranks verify the checksums when they load it. Returns a note

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config.key_listing import models_within
-from megatron_r1.config.words import find
+from megatron_r1.config.keys import find_aliases, nested_models
 
 
 class RemovedKey(NamedTuple):
@@ -36,7 +35,7 @@ REMOVED = {
 """Removed keys by dotted name."""
 
 
-def without_removed(tree: Mapping[str, Any]) -> dict[str, Any]:
+def drop_removed_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections of a recipe without removed keys that have their former default."""
     return {
         section: {key: value for key, value in keys.items() if not _is_void(section, key, value)}
@@ -68,8 +67,11 @@ CAUSES = {
 """What pydantic's types of errors are to a user; any other is a malformed value."""
 
 
-def refusal(
-    failure: ValidationError, root: type[BaseModel], known: Iterable[str] = (), place: str = ""
+def recipe_error(
+    failure: ValidationError,
+    root: type[BaseModel],
+    known_keys: Iterable[str] = (),
+    origin: str = "",
 ) -> UserError:
     """Return the error that names all mistakes of validating a `root`; key and cause are those of
     the first.
@@ -77,8 +79,8 @@ def refusal(
     Args:
         failure: pydantic's.
         root: the model that was validated.
-        known: as in `_explain`.
-        place: where the settings are from, in front of the message.
+        known_keys: as in `_explain`.
+        origin: where the settings are from, in front of the message.
     """
     first = failure.errors()[0]
     key, cause = ".".join(map(str, first["loc"])), CAUSES.get(first["type"], Cause.MALFORMED)
@@ -89,27 +91,31 @@ def refusal(
         elif error.key != str(first["loc"][-1]):
             key = f"{key}.{error.key}".removesuffix(".")
         cause = error.cause
-    message = f"{place}: " if place else ""
-    return UserError(message + _explain(failure, root, known), key=key, cause=cause)
+    message = f"{origin}: " if origin else ""
+    return UserError(message + _explain(failure, root, known_keys), key=key, cause=cause)
 
 
-def _explain(failure: ValidationError, root: type[BaseModel], known: Iterable[str] = ()) -> str:
+def _explain(
+    failure: ValidationError, root: type[BaseModel], known_keys: Iterable[str] = ()
+) -> str:
     """Return all errors of a validation.
 
     Args:
         failure: the validation's error.
         root: the model that was validated.
-        known: dotted keys to suggest for a key that stands in the wrong section."""
-    return "; ".join(_describe_mistake(error, root, known) for error in failure.errors())
+        known_keys: dotted keys to suggest for a key that stands in the wrong section."""
+    return "; ".join(_describe_mistake(error, root, known_keys) for error in failure.errors())
 
 
-def _describe_mistake(error: Mapping[str, Any], root: type[BaseModel], known: Iterable[str]) -> str:
+def _describe_mistake(
+    error: Mapping[str, Any], root: type[BaseModel], known_keys: Iterable[str]
+) -> str:
     location = error["loc"]
     key = ".".join(map(str, location))
     if error["type"] == "extra_forbidden" and key in REMOVED:
         return f"{key} was removed (it is {error.get('input')!r}): {REMOVED[key].remedy}"
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key}{_hint(location, root, known)}"
+        return f"unknown key {key}{_hint(location, root, known_keys)}"
     if error["type"] == "missing":
         return f"{key} must be set"
     if error["type"] == "value_error":
@@ -127,16 +133,16 @@ def _describe_mistake(error: Mapping[str, Any], root: type[BaseModel], known: It
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}{quote}"
 
 
-def _hint(location: tuple[str | int, ...], root: type[BaseModel], known: Iterable[str]) -> str:
+def _hint(location: tuple[str | int, ...], root: type[BaseModel], known_keys: Iterable[str]) -> str:
     """Return what an unknown key may mean: it is misspelt, or stands in the wrong section."""
     *parents, leaf = map(str, location)
     here = _keys_at(location[:-1], root)
     prefix = "".join(f"{parent}." for parent in parents).replace("{", "{{").replace("}", "}}")
     if near := did_you_mean(leaf, here, prefix + "{}"):
         return near
-    if elsewhere := [key for key in known if key.rpartition(".")[2] == leaf]:
+    if elsewhere := [key for key in known_keys if key.rpartition(".")[2] == leaf]:
         return f"; did you mean {elsewhere[0]}?"
-    if other_words := find(leaf, exact=True):
+    if other_words := find_aliases(leaf, exact=True):
         return f"; elsewhere {leaf} is what is {' and '.join(other_words[0].keys)} here"
     words = {word for word in leaf.split("_") if len(word) >= LEAST_WORD}
     similar = [key for key in here if words & set(key.split("_"))]
@@ -149,7 +155,7 @@ def _keys_at(location: tuple[str | int, ...], root: type[BaseModel]) -> list[str
     """Return the keys of the model at `location`, such as ("eval", "benchmarks", 1)."""
     annotation: Any = root
     for part in location:
-        model = next(models_within(annotation))[0]
+        model = next(nested_models(annotation))[0]
         is_entry = get_origin(annotation) in (list, dict)
         annotation = model if is_entry else model.model_fields[str(part)].annotation
-    return list(next(models_within(annotation))[0].model_fields)
+    return list(next(nested_models(annotation))[0].model_fields)

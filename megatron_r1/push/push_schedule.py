@@ -1,0 +1,186 @@
+"""The rounds of a push over NCCL (`plan.rounds`) as each rank of the connected sets runs them: the
+buckets that a rank sends and receives in every round, with their peers and communicators.
+
+A set whose engine ranks have GPUs of their own has a communicator of the trainer ranks and these,
+in this order. Where all are on trainer ranks' GPUs, the trainer ranks' own is used. A round in
+which a process has calls of two communicators is two groups, the trainer's first, then by set: the
+same subdivision of a round everywhere, so what `rounds` says of rounds holds for these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_r1.push.plan.engine_sets import EngineRankId, Plan
+from megatron_r1.push.plan.rounds import NONE, receiving_processes, schedule_rounds
+from megatron_r1.push.protocol import RankBucketOp, RankRounds
+
+
+class PayloadId(NamedTuple):
+    """Identifies a payload.
+
+    Attributes:
+        set_index: the set, by its number in `PushSchedule`.
+        member: the engine that receives or relays the bytes, by its number in the set.
+        engine_rank: the rank within that engine.
+        trainer_rank: the trainer rank that sends the bytes; None for those that the engine rank
+            relays."""
+
+    set_index: int
+    member: int
+    engine_rank: int
+    trainer_rank: int | None
+
+
+@dataclass(frozen=True)
+class BucketOp:
+    """A send or a receive of a bucket, in a round.
+
+    Attributes:
+        is_relayed: whether the bucket is relayed from engine to engine.
+        round: its number, from 0 (`plan.rounds`).
+        is_send: a send, not a receive.
+        peer: the other side's rank in the communicator.
+        payload: the payload of which the bucket is a part.
+        number: the bucket of the payload, counted from 0.
+        count: the buckets of the payload."""
+
+    is_relayed: bool
+    round: int
+    is_send: bool
+    peer: int
+    payload: PayloadId
+    number: int
+    count: int
+
+
+class PushSchedule:
+    """The rounds of a push to sets that are connected together.
+
+    Args:
+        plans: the sets' plans (`engine_sets.plan_sets`).
+        sets: the engines of each set, numbered through.
+        ranks_per_engine: the ranks of an engine.
+        world_size: the trainer ranks.
+        colocated_ranks: the trainer ranks on engine ranks' GPUs.
+        number: the number of this schedule, in the order of connecting.
+
+    Attributes:
+        receivers: the process that receives for each engine rank (`receiving_processes`).
+        round_schedule: the rounds.
+        payloads: the payloads, as `round_schedule` numbers them."""
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        sets: Sequence[range],
+        ranks_per_engine: int,
+        world_size: int,
+        colocated_ranks: Mapping[EngineRankId, int],
+        number: int,
+    ):
+        self.number, self.world_size = number, world_size
+        self.receivers = receiving_processes(sets, ranks_per_engine, world_size, colocated_ranks)
+        self.round_schedule = schedule_rounds(plans, self.receivers)
+        # In the order in which `schedule_rounds` and `RoundSchedule` number them.
+        self.payloads = [
+            PayloadId(index, link.member, engine_rank, link.trainer_rank)
+            for index, plan in enumerate(plans)
+            for engine_rank, links in enumerate(plan)
+            for link in links
+        ]
+        self.payloads += [
+            PayloadId(index, member, engine_rank, None)
+            for index, set_receivers in enumerate(self.receivers)
+            for engine_rank, members in enumerate(set_receivers)
+            if len(members) > 1
+            for member in range(len(members))
+        ]
+        self._ranks = [
+            {
+                process: rank
+                for rank, process in enumerate(self._engine_processes(set_receivers), world_size)
+            }
+            for set_receivers in self.receivers
+        ]
+
+    def bucket_ops(self, process: int) -> Iterator[BucketOp]:
+        """Yield the sends and receives of a process in order; of a round, the send comes first."""
+        num_scatter_buckets = self.round_schedule.num_scatter_buckets
+        for row in self.round_schedule.rounds_of(process):
+            for is_send, bucket, peer in (
+                (True, row["sent"], row["to"]),
+                (False, row["received"], row["source"]),
+            ):
+                if bucket != NONE:
+                    index = self.round_schedule.bucket_index(int(bucket))
+                    payload = self.payloads[index.payload]
+                    yield BucketOp(
+                        is_relayed=bool(bucket >= num_scatter_buckets),
+                        round=int(row["round"]),
+                        is_send=is_send,
+                        peer=self._ranks[payload.set_index].get(int(peer), int(peer)),
+                        payload=payload,
+                        number=index.number,
+                        count=index.count,
+                    )
+
+    def local_copies(self, process: int) -> Iterator[PayloadId]:
+        """Yield the payloads that a trainer rank copies, since it receives for the engine rank."""
+        for payload in self.payloads:
+            if payload.trainer_rank == process == self._receiver(payload):
+                yield payload
+
+    def colocated_engine_rank(self, index: int, process: int) -> tuple[int, int] | None:
+        """Return (member, engine rank) of the rank of a set that a trainer rank receives for."""
+        for engine_rank, members in enumerate(self.receivers[index]):
+            if process in members:
+                return members.index(process), engine_rank
+        return None
+
+    def has_shared_gpus(self, index: int) -> bool:
+        """Return whether trainer ranks receive for engine ranks of a set."""
+        return any(p < self.world_size for members in self.receivers[index] for p in members)
+
+    def communicator_size(self, index: int) -> int:
+        """Return the ranks of a set's communicator; 0 where it has none."""
+        return self.world_size + len(self._ranks[index]) if self._ranks[index] else 0
+
+    def names(self, index: int, engine_rank: int | None = None) -> list[str]:
+        """Return the ranks of engines that are in a set's communicator, each "member/engine rank":
+        those with one engine rank, or all."""
+        return [
+            f"{member}/{rank}"
+            for rank, members in enumerate(self.receivers[index])
+            if engine_rank in (None, rank)
+            for member, process in enumerate(members)
+            if process >= self.world_size
+        ]
+
+    def rank_rounds(self, index: int, engine_rank: int) -> list[RankRounds | None]:
+        """Return what equal ranks of a set's engines run, by member; None for one that a trainer
+        rank receives for."""
+        names = self.names(index, engine_rank)
+        return [
+            self._rank_rounds(index, process, names) if process >= self.world_size else None
+            for process in self.receivers[index][engine_rank]
+        ]
+
+    def _rank_rounds(self, index: int, process: int, names: list[str]) -> RankRounds:
+        phases: tuple[dict, dict] = ({}, {})
+        for op in self.bucket_ops(process):
+            trainer_rank, member = op.payload.trainer_rank, op.payload.member
+            source = -1 - member if trainer_rank is None else trainer_rank
+            pair = phases[op.is_relayed].setdefault(op.round, [None, None])
+            pair[0 if op.is_send else 1] = RankBucketOp(op.peer, source, op.number, op.count)
+        scatter, relay = ([tuple(pair) for pair in phase.values()] for phase in phases)
+        rank, communicator_size = self._ranks[index][process], self.communicator_size(index)
+        return RankRounds(rank, communicator_size, names, scatter, relay)
+
+    def _receiver(self, payload: PayloadId) -> int:
+        return self.receivers[payload.set_index][payload.engine_rank][payload.member]
+
+    def _engine_processes(self, set_receivers: Sequence[Sequence[int]]) -> list[int]:
+        """Return the processes of a set that are no trainer ranks, in order."""
+        return sorted(p for members in set_receivers for p in members if p >= self.world_size)
