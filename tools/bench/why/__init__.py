@@ -50,7 +50,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     wanted = [
         (case, seed)
         for seed in seeds
-        for case in cases.cases
+        for case in sorted(cases.cases, key=lambda each: each.is_healthy)
         if seed == seeds[0] or not case.is_healthy
         if not chosen.only or any(text in case.name for text in chosen.only)
     ]
