@@ -128,19 +128,25 @@ def _limits(step: RecordedStep) -> Comparison:
     """Check that responses that were cut off have as many tokens as the limit."""
     rollout = step.config.rollout
     limit = rollout.max_response_tokens
+    most = rollout.max_model_len or step.hf.get("max_position_embeddings", math.inf)
     cut = {
         which: len(graded.response.token_ids)
         for which, graded in step.responses.items()
         if graded.truncated and graded.episode is None
     }
-    shorter = {which: count for which, count in cut.items() if count < limit}
+    # Prompt and response share the model's positions.
+    shorter = {
+        which: count
+        for which, count in cut.items()
+        if count < min(limit, most - len(step.groups[which[0]].prompt_ids))
+    }
     longer = [
         which
         for which, graded in step.responses.items()
         if graded.episode is None and len(graded.response.token_ids) > limit
     ]
-    most = max(shorter.values(), default=0)
-    reason = f"{len(shorter):,} responses are cut off at {most:,} tokens at most, the limit is "
+    longest = max(shorter.values(), default=0)
+    reason = f"{len(shorter):,} responses are cut off at {longest:,} tokens at most, the limit is "
     if longer:
         reason = f"{len(longer):,} responses are longer than the limit, "
     return fraction_comparison(
@@ -150,8 +156,7 @@ def _limits(step: RecordedStep) -> Comparison:
         [*shorter, *longer],
         len(step.responses),
         reason=f"{reason}{limit:,}",
-        remedy="rollout.max_response_tokens, or max_model_len in rollout.vllm, which prompt and "
-        "response share",
+        remedy="rollout.max_response_tokens, or what the engine makes of it (rollout.vllm)",
         loss_fraction=step.loss_fraction,
     )
 

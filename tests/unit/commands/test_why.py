@@ -273,6 +273,16 @@ def punished(planted):
         return replace(graded, response=response, reward=-0.5)
 
     planted.change(cut, group=0)
+    group = planted.groups[0]
+    lengths = [len(each.response.token_ids) for each in group.responses]
+    planted.settings["rollout"]["max_model_len"] = len(group.prompt_ids) + min(lengths)
+
+
+def cut_early(planted):
+    def cut(graded):
+        return replace(graded, response=replace(graded.response, finish_reason="length"))
+
+    planted.change(cut, group=0)
 
 
 def missed_hashes(planted):
@@ -304,6 +314,7 @@ PLANTS = {
     without_the_token: ("tokens that the engines kept", "kept", "rollout.top_k"),
     stale: ("version of the weights", "engine-0 sampled with version 0", "rl.staleness"),
     punished: ("sum of the terms", "4 truncated answers are punished", "rewards.weights"),
+    cut_early: ("limit of the response", f"the limit is {LIMIT}", "rollout.max_response_tokens"),
     missed_hashes: ("math-verify's verdict", "behind ####", "rewards.answer: auto"),
     accepted_though_wrong: ("math-verify's verdict", "2 are accepted", "rewards.answer"),
     other_metrics: ("metrics of the rollout", "accuracy is 0.900", "metrics.jsonl"),

@@ -17,9 +17,9 @@ from megatron_r1.commands.why.updates import Adam, AdamRules, LossRules, StepUpd
 from megatron_r1.config import parse
 from megatron_r1.trainer.token_advantages import (
     discounted_sums,
+    kl_penalized_rewards,
     moments,
-    penalized_rewards,
-    standardized,
+    standardize,
 )
 
 VOCABULARY, WIDTH = 11, 6
@@ -288,9 +288,11 @@ def test_advantages_of_tokens_are_the_trainers(algorithm):
     mask = torch.ones(len(last), dtype=torch.bool)
     rewards = torch.tensor([row.advantage for row in given]).double().repeat_interleave(counts)
     ratio = torch.cat(old) - torch.cat(reference)
-    expected = discounted_sums(penalized_rewards(rewards, ratio, 0.2, mask, last), 0.9, mask, last)
+    expected = discounted_sums(
+        kl_penalized_rewards(rewards, ratio, 0.2, mask, last), 0.9, mask, last
+    )
     if algorithm == "reinforce_pp":
-        expected = standardized(expected, moments(expected), step.config.rl.advantage_epsilon)
+        expected = standardize(expected, moments(expected), step.config.rl.advantage_epsilon)
     torch.testing.assert_close(torch.cat([row.token_advantages for row in made]), expected)
 
 
