@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import run, write_model
 
-from megatron_r1.commands.why.finding import EQUAL
+from megatron_r1.commands.why.comparison import EQUAL
 from megatron_r1.commands.why.recorded import open_run, read_step
 from megatron_r1.commands.why.verb import examine
 
@@ -76,10 +76,10 @@ def test_engine_and_trainer_have_one_policy(recipe, layout):
     # In the first mini-batch of a step both policies are the same; the second has moved.
     assert steps[0]["kl"] >= 0 and steps[0]["entropy"] > 0
     report = examine(read_step(*open_run(folder), 2))
-    assert report.first is None, [str(each) for each in report.findings]
-    equal = {each.name for each in report.findings if each.status == EQUAL}
+    assert report.first is None, [str(each) for each in report.comparisons]
+    equal = {each.name for each in report.comparisons if each.status == EQUAL}
     assert equal >= {
         *("settings of the engines", "tokens that the engines kept", "engines' log-probabilities"),
         *("old policy of the trainer", "loss", "kl", "entropy", "grad_norm"),
         "change of the weights",
-    }, [str(each) for each in report.findings]
+    }, [str(each) for each in report.comparisons]

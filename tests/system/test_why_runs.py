@@ -15,10 +15,10 @@ import yaml
 from command_line import run
 
 from megatron_r1.base.files.framed_records import FramedFile, append_frame
-from megatron_r1.commands.why.finding import Report
+from megatron_r1.commands.why.comparison import Report
+from megatron_r1.commands.why.policy_model import STATE
 from megatron_r1.commands.why.recompute import Recomputation
 from megatron_r1.commands.why.recorded import RecordedStep, open_run, read_step
-from megatron_r1.commands.why.replay import STATE
 from megatron_r1.commands.why.verb import examine
 from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode, encode
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
@@ -68,9 +68,9 @@ def read(folder: Path, step: int = STEP) -> RecordedStep:
 
 
 def first(folder: Path, step: int = STEP) -> tuple[str, str, Report]:
-    """The first departure's quantity and its text, and all findings."""
+    """The first departure's quantity and its text, and all comparisons."""
     report = examine(read(folder, step))
-    assert report.first is not None, [str(each) for each in report.findings]
+    assert report.first is not None, [str(each) for each in report.comparisons]
     return report.first.name, str(report.first), report
 
 
@@ -132,7 +132,7 @@ def test_nothing_departs_in_a_run_without_a_fault(kept):
         report = examine(read(kept, step))
         assert report.first is None, str(report.first)
         assert report.suspicions
-    equal = {each.name for each in report.findings if each.status == "equal"}
+    equal = {each.name for each in report.comparisons if each.status == "equal"}
     assert equal >= {
         *("tokens of the prompt", "settings of the engines", "engines' log-probabilities"),
         *("reference policy", "loss", "kl", "grad_norm", "change of the weights"),
@@ -159,9 +159,9 @@ def test_an_engine_with_the_weights_of_the_version_before(copy):
     name, text, report = first(copy)
     assert name == "engines' log-probabilities"
     assert "engine-1" in text and f"version {STEP - 2}" in text and "push" in text
-    places = report.first.places
-    assert places
-    assert {read(copy).responses[place].response.engine for place in places} == {"engine-1"}
+    concerned = report.first.concerned
+    assert concerned
+    assert {read(copy).responses[which].response.engine for which in concerned} == {"engine-1"}
 
 
 def test_another_temperature(copy):
@@ -247,7 +247,7 @@ def test_weights_that_stay(copy):
     target.unlink()
     shutil.copytree(real, target)
     _, _, report = first(copy)
-    departing = {each.name: each for each in report.findings if each.departs}
+    departing = {each.name: each for each in report.comparisons if each.departs}
     assert "no weight changes" in str(departing["size of the change"])
 
 
@@ -256,7 +256,7 @@ def test_weights_that_stay(copy):
     [
         ("rl__advantage_std", "none", "loss", "advantages divided by the deviation of: group"),
         ("rl__loss_average", "token", "loss", "average sequence explains it"),
-        ("optimizer__weight_decay", 5.0, "loss", "optimizer.weight_decay at its default, 0.1,"),
+        ("optimizer__weight_decay", 5.0, "loss", "optimizer.weight_decay 0.1"),
     ],
 )
 def test_settings_that_were_not_those_of_the_run(copy, setting, value, quantity, words):

@@ -15,7 +15,8 @@ corrections the settings of controller/corrections, where engine and trainer dif
 kernels    r1_kernels against every public peer: time, memory, error
 speculative tokens per second of an engine with and without drafts
 rewards    grades per second of each reward, and a soak with hostile responses
-resources  what r1_kernels' Triton kernels compile to, without a GPU: registers, instructions"""
+resources  what r1_kernels' Triton kernels compile to, without a GPU: registers, instructions
+why        runs with planted faults, and healthy ones: does `megatron-r1 why` name the fault?"""
 
 import argparse
 import datetime
@@ -35,6 +36,7 @@ ELSEWHERE = {
 NAMES = (
     *("agents", "algorithms", "answers", "chaos", "controller", "corrections", "fp8"),
     *("kernels", "prompts", "push", "resources", "rewards", "speculative", "start", "step"),
+    "why",
 )
 """Modules of this package, or those of ELSEWHERE. Each has `add_options(parser)`, and
 `run(chosen)`, which prints tables and returns the JSON."""

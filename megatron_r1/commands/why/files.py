@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from megatron_r1.commands.why.finding import (
-    Finding,
-    Place,
-    fraction_finding,
+from megatron_r1.commands.why.comparison import (
+    Comparison,
+    ResponseIndex,
+    fraction_comparison,
     not_checked,
 )
 from megatron_r1.commands.why.recorded import RecordedStep
@@ -26,11 +26,11 @@ ends with: a random model has some."""
 TAG = re.compile("think|answer|tool")
 """Of special tokens that stand inside a response by right."""
 SHOWN = 40
-"""Characters of a text in a finding."""
+"""Characters of a text in a comparison."""
 
 
-def check(step: RecordedStep) -> list[Finding]:
-    """Return the findings of a step's files."""
+def check(step: RecordedStep) -> list[Comparison]:
+    """Return the comparisons of a step's files."""
     return [
         _starts(step),
         _system(step),
@@ -47,7 +47,7 @@ def _special(text: PromptTokenizer) -> set[int]:
     return {*text.tokenizer.all_special_ids, *(token for token, each in added if each.special)}
 
 
-def _places(at: int, group: Group) -> Iterator[Place]:
+def _indices(at: int, group: Group) -> Iterator[ResponseIndex]:
     return ((at, index) for index in range(len(group.responses)))
 
 
@@ -56,19 +56,19 @@ def _has_own_prompts(config: Config) -> bool:
     return bool(config.agents.player_settings)
 
 
-def _starts(step: RecordedStep) -> Finding:
+def _starts(step: RecordedStep) -> Comparison:
     """Check for a special token that begins a prompt twice."""
     special = _special(step.text)
     concerned = [
-        place
+        which
         for at, group in enumerate(step.groups)
         if len(group.prompt_ids) > 1
         and group.prompt_ids[0] == group.prompt_ids[1]
         and group.prompt_ids[0] in special
-        for place in _places(at, group)
+        for which in _indices(at, group)
     ]
     first = step.groups[concerned[0][0]].prompt_ids[0] if concerned else 0
-    return fraction_finding(
+    return fraction_comparison(
         FAMILY,
         "start of the prompt",
         "the first two tokens of every prompt",
@@ -80,10 +80,10 @@ def _starts(step: RecordedStep) -> Finding:
     )
 
 
-def _system(step: RecordedStep) -> Finding:
+def _system(step: RecordedStep) -> Comparison:
     """Check that the text of a system's message is in the prompt."""
     name = "system message"
-    concerned: list[Place] = []
+    concerned: list[ResponseIndex] = []
     total, lost = 0, ""
     for at, group in enumerate(step.groups):
         given = [str(m["content"]) for m in group.prompt.before if m.get("role") == "system"]
@@ -92,11 +92,11 @@ def _system(step: RecordedStep) -> Finding:
         total += len(group.responses)
         shown = step.text.tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
         if missing := [text for text in given if text.strip() not in shown]:
-            concerned += _places(at, group)
+            concerned += _indices(at, group)
             lost = lost or missing[0]
     if not total:
         return not_checked(FAMILY, name, "no question has one")
-    return fraction_finding(
+    return fraction_comparison(
         FAMILY,
         name,
         f"the prompts of {total:,} responses whose question has one",
@@ -108,13 +108,13 @@ def _system(step: RecordedStep) -> Finding:
     )
 
 
-def _prompt_tokens(step: RecordedStep) -> Finding:
+def _prompt_tokens(step: RecordedStep) -> Comparison:
     name = "tokens of the prompt"
     if _has_own_prompts(step.run_config):
         return not_checked(FAMILY, name, "agents.environment or harness makes the prompts")
     if step.prompts_missing:  # samples.jsonl has no message before the question
         return not_checked(FAMILY, name, step.prompts_missing)
-    concerned: list[Place] = []
+    concerned: list[ResponseIndex] = []
     total, reason = 0, ""
     for at, group in enumerate(step.groups):
         if not group.prompt.question:
@@ -122,11 +122,11 @@ def _prompt_tokens(step: RecordedStep) -> Finding:
         total += len(group.responses)
         expected = step.text.encode(group.prompt.question, group.prompt.before)
         if expected != group.prompt_ids:
-            concerned += _places(at, group)
+            concerned += _indices(at, group)
             reason = reason or _difference(step.text, group.prompt_ids, expected)
     if not total:
         return not_checked(FAMILY, name, "no question is known")
-    return fraction_finding(
+    return fraction_comparison(
         FAMILY,
         name,
         f"the prompts of {total:,} responses with data.template and the tokenizer of {step.model}",
@@ -155,25 +155,25 @@ def _token(text: PromptTokenizer, number: int) -> str:
     return f"{text.tokenizer.convert_ids_to_tokens(int(number))} (token {number})"
 
 
-def _single(step: RecordedStep) -> dict[Place, np.ndarray]:
+def _single(step: RecordedStep) -> dict[ResponseIndex, np.ndarray]:
     """Return the tokens of the responses of one turn."""
     return {
-        place: np.asarray(graded.response.token_ids)
-        for place, graded in step.responses.items()
+        which: np.asarray(graded.response.token_ids)
+        for which, graded in step.responses.items()
         if graded.episode is None
     }
 
 
-def _ends(step: RecordedStep) -> Finding:
+def _ends(step: RecordedStep) -> Comparison:
     """Check that no response goes on after a token that ends it."""
     responses, ends = _single(step), step.text.stop_token_ids
     if not responses:
         return not_checked(FAMILY, "end of the response", "all responses have several turns")
     concerned, tokens, num_after = [], Counter[int](), 0
-    for place, ids in responses.items():
+    for which, ids in responses.items():
         inside = np.flatnonzero(np.isin(ids[:-1], ends))
         if len(inside):
-            concerned.append(place)
+            concerned.append(which)
             tokens[int(ids[inside[0]])] += 1
             num_after += len(ids) - 1 - int(inside[0])
     reason = ""
@@ -183,7 +183,7 @@ def _ends(step: RecordedStep) -> Finding:
         asked = next((each.stop_token_ids for each in step.sampling if each), None)
         if asked is not None and token not in asked:
             reason += f"; the engines were told to stop at {', '.join(map(str, asked))} only"
-    return fraction_finding(
+    return fraction_comparison(
         FAMILY,
         "end of the response",
         f"{len(responses):,} responses with {describe_end_tokens(step.text.end_tokens)}",
@@ -196,7 +196,7 @@ def _ends(step: RecordedStep) -> Finding:
     )
 
 
-def _unknown_ends(step: RecordedStep) -> Finding:
+def _unknown_ends(step: RecordedStep) -> Comparison:
     """Check for ends that no setting names, and for special tokens that responses go on after."""
     responses, ends = _single(step), step.text.stop_token_ids
     name, remedy = "other end tokens", "rollout.stop_token_ids: add the token"
@@ -207,16 +207,16 @@ def _unknown_ends(step: RecordedStep) -> Finding:
         for token in _special(step.text) - set(ends)
         if not TAG.search(step.text.tokenizer.convert_ids_to_tokens(token))
     }
-    inside: dict[int, list[Place]] = {}
-    for place, ids in responses.items():
-        stopped = step.responses[place].response.finish_reason == "stop"
+    inside: dict[int, list[ResponseIndex]] = {}
+    for which, ids in responses.items():
+        stopped = step.responses[which].response.finish_reason == "stop"
         if stopped and len(ids) and ids[-1] not in ends and not step.config.rollout.stop:
-            inside.setdefault(int(ids[-1]), []).append(place)
+            inside.setdefault(int(ids[-1]), []).append(which)
         for token in special.intersection(ids[:-1].tolist()):
-            inside.setdefault(token, []).append(place)
+            inside.setdefault(token, []).append(which)
     worst = max(inside, key=lambda token: len(inside[token]), default=None)
     concerned = [] if worst is None else inside[worst]
-    return fraction_finding(
+    return fraction_comparison(
         FAMILY,
         name,
         f"special tokens inside {len(responses):,} responses",
@@ -232,15 +232,15 @@ def _unknown_ends(step: RecordedStep) -> Finding:
     )
 
 
-def _vocabulary(step: RecordedStep) -> Finding:
+def _vocabulary(step: RecordedStep) -> Comparison:
     rows, known = step.hf["vocab_size"], len(step.text.tokenizer)
     concerned, largest = [], -1
     for sequence in step.sequences:
         highest = int(sequence.token_ids.max(initial=-1))
         largest = max(largest, highest)
         if highest >= min(rows, known):
-            concerned.append(sequence.place)
-    return fraction_finding(
+            concerned.append(sequence.response)
+    return fraction_comparison(
         FAMILY,
         "vocabulary",
         f"tokens up to {largest:,} with {known:,} of the tokenizer and {rows:,} rows of the model",
@@ -254,7 +254,7 @@ def _vocabulary(step: RecordedStep) -> Finding:
     )
 
 
-def _texts(step: RecordedStep) -> Finding:
+def _texts(step: RecordedStep) -> Comparison:
     """Check that the graded text is that of the tokens."""
     responses = _single(step)
     name = "text that was graded"
@@ -262,16 +262,16 @@ def _texts(step: RecordedStep) -> Finding:
         why = "rollout.stop cuts texts" if responses else "all responses have several turns"
         return not_checked(FAMILY, name, why)
     concerned = [
-        place
-        for place, ids in responses.items()
-        if step.text.decode(ids.tolist()) != step.responses[place].text
+        which
+        for which, ids in responses.items()
+        if step.text.decode(ids.tolist()) != step.responses[which].text
     ]
     example = ""
     if concerned:
         logged = step.responses[concerned[0]].text[-SHOWN:]
         now = step.text.decode(responses[concerned[0]].tolist())[-SHOWN:]
         example = f"graders read …{logged!r}, the tokens say …{now!r}"
-    return fraction_finding(
+    return fraction_comparison(
         FAMILY,
         name,
         f"{len(responses):,} texts with their tokens",

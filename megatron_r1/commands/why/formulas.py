@@ -5,12 +5,14 @@ and not from the trainer's code, which they are compared with.
     A_i = (r_i - mean(r)) / (std(r) + ε) over a group (arXiv 2402.03300, section 4.1)"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce")
 """Whose tokens all have their response's advantage."""
+OF_TOKENS = ("rloo", "reinforce_pp")
+"""Whose tokens have advantages of their own, made of their response's (`token_advantages`)."""
 EQUAL_REWARDS = 1e-9
 """Relative: two sums of the same terms in another order are further apart than their rounding."""
 
@@ -33,18 +35,32 @@ def training_reward(
 
 
 def advantages(
-    groups: Sequence[Sequence[float | None]], algorithm: str, std: str, epsilon: float
+    groups: Sequence[Sequence[float | None]],
+    algorithm: str,
+    std: str,
+    epsilon: float,
+    *,
+    is_centred: bool = True,
+    ddof: int = 0,
 ) -> list[list[float]]:
     """Return an advantage per response; NaN for an ungraded one.
 
     Args:
         groups: training rewards; None: ungraded.
-        algorithm: one of `ALGORITHMS`.
+        algorithm: one of `ALGORITHMS` or `OF_TOKENS`.
         std: what is divided by: "group", "batch" or "none".
-        epsilon: added to the deviation."""
+        epsilon: added to the deviation.
+        is_centred: whether the mean is subtracted.
+        ddof: what the deviation's number of rewards is less than their number by."""
     values = [np.array([np.nan if r is None else r for r in group]) for group in groups]
+    if algorithm == "reinforce_pp":
+        return [each.tolist() for each in values]
+    if algorithm == "rloo":
+        return [(each * 0.0 if are_equal(each) else _less_others(each)).tolist() for each in values]
     whole = np.concatenate(values)
-    if algorithm == "reinforce":
+    if not is_centred:
+        centred = [each.copy() for each in values]
+    elif algorithm == "reinforce":
         mean = np.nanmean(whole) if not np.isnan(whole).all() else 0.0
         centred = [each - mean for each in values]
     else:
@@ -56,13 +72,46 @@ def advantages(
         centred = [each * 0.0 if are_equal(own) else each for own, each in pairs]
     if std == "group" and algorithm != "reinforce":
         centred = [
-            each / (np.nanstd(each) + epsilon) if np.nansum(np.abs(each)) else each
+            each / (np.nanstd(each, ddof=ddof) + epsilon) if np.nansum(np.abs(each)) else each
             for each in centred
         ]
     if std == "batch" and not are_equal(np.concatenate(centred)):
-        scale = np.nanstd(np.concatenate(centred)) + epsilon
+        scale = np.nanstd(np.concatenate(centred), ddof=ddof) + epsilon
         centred = [each / scale for each in centred]
     return [each.tolist() for each in centred]
+
+
+def _less_others(values: np.ndarray) -> np.ndarray:
+    """Return each reward less the mean of the others; NaN is none."""
+    others = np.sum(~np.isnan(values)) - 1
+    return values - (np.nansum(values) - values) / max(1, others)
+
+
+def each_advantages(
+    rewards: Mapping[str, Sequence[Sequence[float | None]]],
+    weights: Mapping[str, float],
+    algorithm: str,
+    std: str,
+    epsilon: float,
+) -> list[list[float]]:
+    """Return advantages of rewards that are normalized alone (GDPO, arXiv 2601.05242).
+
+    Args:
+        rewards: by reward and group; None: ungraded.
+        weights: the weight of each reward.
+        algorithm: as of `advantages`, like the next two.
+        std: what is divided by.
+        epsilon: added to the deviation."""
+    parts = {name: advantages(each, algorithm, std, epsilon) for name, each in rewards.items()}
+    groups = range(len(next(iter(rewards.values()))))
+    sums = [
+        sum(weights[name] * np.array(part[at]) for name, part in parts.items()) for at in groups
+    ]
+    whole = np.concatenate(sums)
+    if are_equal(whole):
+        return [(each * 0.0).tolist() for each in sums]
+    mean, scale = np.nanmean(whole), np.nanstd(whole) + epsilon
+    return [((each - mean) / scale).tolist() for each in sums]
 
 
 def are_equal(values: np.ndarray) -> bool:

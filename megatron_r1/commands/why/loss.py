@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_r1.commands.why.finding import DEPARTS, EQUAL, Finding, not_checked
+from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.commands.why.substitutions import substitutions
 from megatron_r1.reporting.wording import format_number as number
 from megatron_r1.reporting.wording import format_percent as percent
 
 if TYPE_CHECKING:
-    from megatron_r1.commands.why.recompute import Recomputation, Replayed
+    from megatron_r1.commands.why.recompute import Recomputation, RecomputedUpdates
     from megatron_r1.commands.why.substitutions import Substitution
 
 LOSS = "loss"
@@ -35,28 +35,40 @@ ABSOLUTE = {
 """Largest absolute distance, where that is larger: a small KL is a difference of larger numbers,
 and tokens at the edge of a clip fall on either side."""
 UPDATE = {"float32": 2.0**-8, "bfloat16": 0.5}
-"""Largest distance of the change of the weights, relative to it. Adam divides by the root of the
-second moment: rounding of small gradients grows to a part of a step."""
-FIRST_UPDATES, FIRST_UPDATE = 10, 2.0**-4
-"""Of a step among so many first updates: a moment of few gradients may be rounding alone."""
+"""Largest distance of the change of the weights, relative to it, where gradients are more than
+rounding (`policy_model.distances`)."""
+MOMENTS, MOMENTS_IN_16_BITS = {"float32": 2.0**-9, "bfloat16": 0.5}, 2.0**-6
+"""Likewise of Adam's moments; the second where `optimizer.moments` has 16 bits."""
+MOST_OF_ONE = 3
+"""Other values of one setting that are tried where one explains a departure."""
 SOURCE = {"float32": "measured (docs/why.md), with a margin", "bfloat16": "a choice"}
 METRICS = ("loss", "kl", "entropy", "clip_fraction", "ratio/max", "importance", "grad_norm")
 
 
-def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
-    """Return the findings of the loss and its metrics."""
+def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+    """Return the comparisons of the loss and its metrics.
+
+    Args:
+        step: the step.
+        recomputed: its updates."""
     base = recomputed.base
-    findings = [
+    comparisons = [
         _metric(step, name, base) for name in METRICS if name in base.metrics and name in step.line
     ]
     terms = ", ".join(f"{name} {number(value)}" for name, value in base.terms.items())
-    if not findings:
+    if not comparisons:
         return [not_checked(LOSS, "loss", "metrics.jsonl has none of its metrics")]
-    findings[0] = replace(findings[0], compared=f"{findings[0].compared}; |terms|: {terms}")
-    if not any(each.departs for each in findings) and not update_departs(step, base):
-        return findings
+    comparisons[0] = replace(
+        comparisons[0], compared=f"{comparisons[0].compared}; |terms|: {terms}"
+    )
+    departs = any(each.departs for each in comparisons)
+    if not departs and not update_departs(step, base):
+        return comparisons
     if (found := explanation(step, recomputed)) is None:
-        return findings
+        return [
+            replace(each, remedy=f"{each.remedy}{recomputed.left_out}") if each.departs else each
+            for each in comparisons
+        ]
     substitution, made = found
     what = (
         f"{substitution.name} explains it: loss {_shown(made.metrics['loss'])}, recorded "
@@ -64,16 +76,16 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
     )
     size = abs(made.metrics["loss"] - base.metrics["loss"]) / _scale(step)
     what += f"; {percent(size)} of the loss by weight of advantages"
-    departing = next((each for each in findings if each.departs), None)
+    departing = next((each for each in comparisons if each.departs), None)
     if departing is None:  # the weights alone
         tolerance = update_limit(step)
         name, compared = "cause of the change of the weights", "updates with one thing substituted"
         size = base.update or math.nan
         source = SOURCE[step.run_config.model.dtype]
-        cause = Finding("optimizer", name, DEPARTS, compared, size, tolerance, source, what)
-        return [*findings, replace(cause, remedy=substitution.change)]
+        cause = Comparison("optimizer", name, DEPARTS, compared, size, tolerance, source, what)
+        return [*comparisons, replace(cause, remedy=substitution.change)]
     named = replace(departing, reason=what, remedy=substitution.change)
-    return [named if each is departing else each for each in findings]
+    return [named if each is departing else each for each in comparisons]
 
 
 def _scale(step: RecordedStep) -> float:
@@ -93,11 +105,11 @@ def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float
     return max(relative, ABSOLUTE[dtype].get(name, 0.0))
 
 
-def _metric(step: RecordedStep, name: str, made: Replayed) -> Finding:
+def _metric(step: RecordedStep, name: str, made: RecomputedUpdates) -> Comparison:
     own, logged = made.metrics[name], step.line[name]
     limit = _limit(step, name, made.metrics)
     distance = math.inf if logged is None else abs(float(logged) - own)
-    return Finding(
+    return Comparison(
         LOSS,
         name,
         EQUAL if distance <= limit else DEPARTS,
@@ -115,7 +127,7 @@ def _shown(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, int | float) else "no number"
 
 
-def explains(step: RecordedStep, made: Replayed) -> bool:
+def explains(step: RecordedStep, made: RecomputedUpdates) -> bool:
     """Return whether updates have the recorded metrics, and the checkpoint after the step."""
     gaps = (
         abs(float(step.line[name]) - value) <= _limit(step, name, made.metrics)
@@ -127,31 +139,58 @@ def explains(step: RecordedStep, made: Replayed) -> bool:
 
 def update_limit(step: RecordedStep) -> float:
     """Return the largest distance of the change of the weights."""
-    is_first = step.updates_after(step.step - 1) < FIRST_UPDATES
-    return max(UPDATE[step.run_config.model.dtype], FIRST_UPDATE if is_first else 0.0)
+    return UPDATE[step.run_config.model.dtype]
 
 
-def update_departs(step: RecordedStep, made: Replayed) -> bool:
-    """Return whether the change of the weights is beyond its tolerance."""
-    return made.update is not None and made.update > update_limit(step)
+def update_departs(step: RecordedStep, made: RecomputedUpdates) -> bool:
+    """Return whether the change of the weights, or of Adam's moments, is beyond its tolerance.
+
+    Args:
+        step: the step.
+        made: its updates."""
+    is_update = made.update is not None and made.update > update_limit(step)
+    return is_update or moments_depart(step, made)
+
+
+def moments_depart(step: RecordedStep, made: RecomputedUpdates) -> bool:
+    """Return whether Adam's moments are beyond their tolerance.
+
+    Args:
+        step: the step.
+        made: its updates."""
+    return made.moments is not None and made.moments > moments_limit(step)
+
+
+def moments_limit(step: RecordedStep) -> float:
+    """Return the largest distance of Adam's moments, relative to them."""
+    config = step.run_config
+    return max(
+        MOMENTS[config.model.dtype], MOMENTS_IN_16_BITS * (config.optimizer.moments != "float32")
+    )
 
 
 def explanation(
     step: RecordedStep, recomputed: Recomputation
-) -> tuple[Substitution, Replayed] | None:
+) -> tuple[Substitution, RecomputedUpdates] | None:
     """Return the first substitution that explains what was recorded, and the updates with it.
 
-    Of those of one setting, which may all be within the tolerance, it is the nearest to the
-    checkpoint after the step."""
-    offered = list(substitutions(step))
-    for at, first in enumerate(offered):
-        made = recomputed.run(first)
+    They are tried in the order of an estimate that needs no model. Of those of one setting, which
+    may all be within the tolerance, it is the nearest to the checkpoint after the step.
+
+    Args:
+        step: the step.
+        recomputed: its updates."""
+    offered = list(substitutions(step, recomputed))
+    estimates = [recomputed.estimate(each, step.line) for each in offered]
+    order = sorted(range(len(offered)), key=lambda at: (estimates[at], at))
+    for at in order:
+        first, made = offered[at], recomputed.run(offered[at])
         if not explains(step, made):
             continue
         found = [(first, made)]
         if made.update is not None:
-            same = [other for other in offered[at + 1 :] if other.setting == first.setting]
-            others = [(other, recomputed.run(other)) for other in same]
+            same = [each for each in offered if each.setting == first.setting and each != first]
+            others = [(each, recomputed.run(each)) for each in same[:MOST_OF_ONE]]
             found += [pair for pair in others if explains(step, pair[1])]
-        return min(found, key=lambda pair: pair[1].update or 0.0)
+        return min(found, key=lambda pair: (pair[1].update or 0.0) + (pair[1].moments or 0.0))
     return None

@@ -4,21 +4,22 @@ checkpoints, and what is in them that must not be."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_r1.commands.why.finding import DEPARTS, EQUAL, Finding, not_checked
-from megatron_r1.commands.why.loss import SOURCE, update_limit
+from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
+from megatron_r1.commands.why.loss import SOURCE, moments_depart, moments_limit, update_limit
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.reporting.wording import format_number as number
 from megatron_r1.reporting.wording import format_percent as percent
 
 if TYPE_CHECKING:
-    from megatron_r1.commands.why.recompute import Recomputation
+    from megatron_r1.commands.why.recompute import Recomputation, RecomputedUpdates
 
 FAMILY, BEFORE, SCHEDULE = "optimizer", "checkpoint", "schedule"
 WHERE = {"before": BEFORE, "after": FAMILY}
-"""The families of a checkpoint's findings: what is in the one before a step is its input."""
+"""The families of a checkpoint's comparisons: what is in the one before a step is its input."""
 RATE = 1e-6
 """Relative: learning rates are a few products of float64."""
 ODD = 0.5
@@ -28,12 +29,12 @@ LARGEST_STEP = 10.0
 β1 and β2, by Cauchy and Schwarz, and more where moments are lost."""
 
 
-def check_rates(step: RecordedStep) -> list[Finding]:
-    """Return the findings of the schedule, from metrics.jsonl alone."""
+def check_rates(step: RecordedStep) -> list[Comparison]:
+    """Return the comparisons of the schedule, from metrics.jsonl alone."""
     return [_rate(step), _count(step), _taken(step)]
 
 
-def _rate(step: RecordedStep) -> Finding:
+def _rate(step: RecordedStep) -> Comparison:
     name, logged = "learning rate", step.line.get("learning_rate")
     if not isinstance(logged, int | float):
         return not_checked(SCHEDULE, name, "metrics.jsonl has no learning_rate")
@@ -45,7 +46,7 @@ def _rate(step: RecordedStep) -> Finding:
     reason = f"learning_rate is {logged:g} in metrics.jsonl, the schedule says {own:g}"
     if settings.warmup and logged < own:
         reason += ": as if still in warm-up"
-    return Finding(
+    return Comparison(
         SCHEDULE,
         name,
         EQUAL if distance <= RATE else DEPARTS,
@@ -59,12 +60,12 @@ def _rate(step: RecordedStep) -> Finding:
     )
 
 
-def _count(step: RecordedStep) -> Finding:
+def _count(step: RecordedStep) -> Comparison:
     name, logged = "number of updates", step.line.get("optimizer_step")
     if not isinstance(logged, int):
         return not_checked(SCHEDULE, name, "metrics.jsonl has no optimizer_step")
     own = step.updates_after(step.step)
-    return Finding(
+    return Comparison(
         SCHEDULE,
         name,
         EQUAL if own == logged else DEPARTS,
@@ -77,13 +78,13 @@ def _count(step: RecordedStep) -> Finding:
     )
 
 
-def _taken(step: RecordedStep) -> Finding:
+def _taken(step: RecordedStep) -> Comparison:
     name, logged = "updates taken", step.line.get("step_taken")
     norm = step.line.get("grad_norm")
     if not isinstance(logged, int | float):
         return not_checked(FAMILY, name, "metrics.jsonl has no step_taken")
     is_finite = isinstance(norm, int | float) and math.isfinite(norm)
-    return Finding(
+    return Comparison(
         FAMILY,
         name,
         EQUAL if logged == 1 and is_finite else DEPARTS,
@@ -98,31 +99,31 @@ def _taken(step: RecordedStep) -> Finding:
     )
 
 
-def check_states(step: RecordedStep) -> list[Finding]:
-    """Return the findings of the checkpoints' tensors and counters."""
+def check_states(step: RecordedStep) -> list[Comparison]:
+    """Return the comparisons of the checkpoints' tensors and counters."""
     from megatron_r1.commands.why import stored
 
-    findings = [_tied(step)]
+    comparisons = [_tied(step)]
     for which, path in (("before", step.before), ("after", step.after)):
         if path is None or not (path / ".metadata").is_file():
             is_first = which == "before" and step.step == 1
             why = "the run begins with a model" if is_first else "it is not kept"
-            findings.append(not_checked(WHERE[which], f"checkpoint {which} the step", why))
+            comparisons.append(not_checked(WHERE[which], f"checkpoint {which} the step", why))
             continue
-        findings += [_finite(which, path), _counters(step, which, path)]
-        findings += [_moments(step, which, path), _masters(step, which, path)]
+        comparisons += [_finite(which, path), _counters(step, which, path)]
+        comparisons += [_moments(step, which, path), _masters(step, which, path)]
     if step.before is not None and step.after is not None:
         moves_bias = step.config.model.expert_bias_update_rate > 0
         moved = stored.change(step.before, step.after, step.model, moves_bias)
-        findings.append(_moved(step, *moved))
-    return findings
+        comparisons.append(_moved(step, *moved))
+    return comparisons
 
 
-def _finite(which: str, path: Path) -> Finding:
+def _finite(which: str, path: Path) -> Comparison:
     from megatron_r1.commands.why import stored
 
     bad = stored.not_finite(path)
-    return Finding(
+    return Comparison(
         WHERE[which],
         f"numbers of the checkpoint {which}",
         DEPARTS if bad else EQUAL,
@@ -135,15 +136,15 @@ def _finite(which: str, path: Path) -> Finding:
     )
 
 
-def _counters(step: RecordedStep, which: str, path: Path) -> Finding:
-    from megatron_r1.commands.why import replay
+def _counters(step: RecordedStep, which: str, path: Path) -> Comparison:
+    from megatron_r1.commands.why import policy_model
 
     name = f"Adam's counter {which}"
-    counted = replay.read_state(path)
+    counted = policy_model.read_state(path)
     own = step.updates_after(step.step - (which == "before"))
     if counted is None:
         return not_checked(WHERE[which], name, f"{path.name} has none")
-    return Finding(
+    return Comparison(
         WHERE[which],
         name,
         EQUAL if counted == own else DEPARTS,
@@ -157,7 +158,7 @@ def _counters(step: RecordedStep, which: str, path: Path) -> Finding:
     )
 
 
-def _moments(step: RecordedStep, which: str, path: Path) -> Finding:
+def _moments(step: RecordedStep, which: str, path: Path) -> Comparison:
     from megatron_r1.commands.why import stored
 
     name = f"Adam's moments {which}"
@@ -167,7 +168,7 @@ def _moments(step: RecordedStep, which: str, path: Path) -> Finding:
     if not total:
         return not_checked(WHERE[which], name, f"{path.name} has no moments")
     fraction = len(empty) / total
-    return Finding(
+    return Comparison(
         WHERE[which],
         name,
         DEPARTS if fraction > 0.5 else EQUAL,
@@ -182,7 +183,7 @@ def _moments(step: RecordedStep, which: str, path: Path) -> Finding:
     )
 
 
-def _masters(step: RecordedStep, which: str, path: Path) -> Finding:
+def _masters(step: RecordedStep, which: str, path: Path) -> Comparison:
     from megatron_r1.commands.why import stored
 
     name = f"master weights {which}"
@@ -190,7 +191,7 @@ def _masters(step: RecordedStep, which: str, path: Path) -> Finding:
     tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
     if not worst:
         return not_checked(WHERE[which], name, f"{path.name} has none")
-    return Finding(
+    return Comparison(
         WHERE[which],
         name,
         EQUAL if distance <= tolerance else DEPARTS,
@@ -203,7 +204,7 @@ def _masters(step: RecordedStep, which: str, path: Path) -> Finding:
     )
 
 
-def _tied(step: RecordedStep) -> Finding:
+def _tied(step: RecordedStep) -> Comparison:
     """Check that a tied head is the embedding in the checkpoints."""
     from megatron_r1.commands.why import stored
 
@@ -214,7 +215,7 @@ def _tied(step: RecordedStep) -> Finding:
     if path is None or not (path / ".metadata").is_file():
         return not_checked(BEFORE, name, "there is no checkpoint")
     distance = stored.head_from_embedding(path)
-    return Finding(
+    return Comparison(
         BEFORE,
         name,
         EQUAL if not distance else DEPARTS,
@@ -227,13 +228,13 @@ def _tied(step: RecordedStep) -> Finding:
     )
 
 
-def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Finding:
+def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Comparison:
     """Check that the weights moved, and not further than Adam can."""
     rates = step.learning_rates
     limit = LARGEST_STEP * sum(rates)
     rate = max(rates)
     is_still = largest == 0 and rate > 0 and bool(step.line.get("grad_norm"))
-    return Finding(
+    return Comparison(
         FAMILY,
         "size of the change",
         DEPARTS if is_still or largest > limit else EQUAL,
@@ -252,26 +253,52 @@ def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Findi
     )
 
 
-def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
-    """Return the finding of the change of the weights against the one that was recomputed."""
-    name, base = "change of the weights", recomputed.base
+def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+    """Return the comparisons of the change of the weights, and of Adam's moments, with those that
+    were recomputed.
+
+    Args:
+        step: the step.
+        recomputed: its updates."""
+    base = recomputed.base
+    made = [_change(step, base), _moments_made(step, base)]
+    return [replace(each, remedy=f"{each.remedy}{recomputed.left_out}") for each in made]
+
+
+def _change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
+    name = "change of the weights"
     if base.update is None:
-        return [not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")]
+        return not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")
     tolerance = update_limit(step)
     worst = ", ".join(f"{key} {percent(value)}" for key, value in base.by_parameter[:3])
-    is_equal = base.update <= tolerance
     odd = [key for key, value in base.by_parameter if value > max(tolerance, ODD)]
-    return [
-        Finding(
-            FAMILY,
-            name,
-            EQUAL if is_equal and not odd else DEPARTS,
-            f"|run's - recomputed| over |run's|, all parameters; the largest: {worst}",
-            base.update,
-            tolerance,
-            SOURCE[step.run_config.model.dtype],
-            f"the step changed other weights than its gradient: {', '.join(odd[:3]) or worst}",
-            remedy="the optimizer's settings and state; the tensors named (megatron-r1 compare "
-            "with a run without the fault)",
-        )
-    ]
+    return Comparison(
+        FAMILY,
+        name,
+        EQUAL if base.update <= tolerance and not odd else DEPARTS,
+        f"|run's - recomputed| over |run's|, all parameters; the largest: {worst}",
+        base.update,
+        tolerance,
+        SOURCE[step.run_config.model.dtype],
+        f"the step changed other weights than its gradient: {', '.join(odd[:3]) or worst}",
+        remedy="the optimizer's settings and state; the tensors named (megatron-r1 compare "
+        "with a run without the fault)",
+    )
+
+
+def _moments_made(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
+    name = "change of Adam's moments"
+    if base.moments is None:
+        return not_checked(FAMILY, name, f"no checkpoint of step {step.step} has them")
+    return Comparison(
+        FAMILY,
+        name,
+        DEPARTS if moments_depart(step, base) else EQUAL,
+        "|run's - recomputed| over |run's|, all parameters, of the first or the second moments",
+        base.moments,
+        moments_limit(step),
+        SOURCE[step.run_config.model.dtype],
+        "Adam's moments are of other gradients than the step's loss has",
+        remedy="the sum of gradients over micro-batches and ranks, optimizer.clip_grad, beta1, "
+        "beta2",
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.why.finding import NOT_CHECKED, Finding, Place, Report
+from megatron_r1.commands.why.comparison import NOT_CHECKED, Comparison, Report, ResponseIndex
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.reporting import plots
 from megatron_r1.reporting.plots import render_page
@@ -33,34 +33,34 @@ def write(report: Report, step: RecordedStep) -> Path:
             "responses": f"{len(step.responses):,}",
             "groups": f"{len(step.groups):,}",
             "algorithm": step.config.rl.algorithm,
-            "checks": f"{len(report.findings):,}",
+            "checks": f"{len(report.comparisons):,}",
         },
         outcome="Nothing departs." if first is None else f"First departure: {first}.",
         suspicions=report.suspicions,
-        rows=[_row(each) for each in report.findings],
+        rows=[_row(each) for each in report.comparisons],
         plots=_plots(report),
-        responses=[_response(step, place) for place in _worst(report, step)],
+        responses=[_response(step, which) for which in _worst(report, step)],
     )
     return atomic_write(step.folder.path / "why.html", html)
 
 
-def _row(finding: Finding) -> dict[str, str]:
+def _row(comparison: Comparison) -> dict[str, str]:
     """Return the cells of a check."""
-    is_left_out = finding.status == NOT_CHECKED
-    what = finding.reason if finding.departs or is_left_out else finding.compared
+    is_left_out = comparison.status == NOT_CHECKED
+    what = comparison.reason if comparison.departs or is_left_out else comparison.compared
     return {
-        "family": finding.family,
-        "name": finding.name,
-        "status": finding.status,
+        "family": comparison.family,
+        "name": comparison.name,
+        "status": comparison.status,
         "what": what,
-        "distance": "" if math.isnan(finding.distance) else number(finding.distance),
-        "tolerance": "" if math.isnan(finding.tolerance) else number(finding.tolerance),
-        "source": finding.source,
-        "concerned": f"{len(finding.places):,}" if finding.places else "",
+        "distance": "" if math.isnan(comparison.distance) else number(comparison.distance),
+        "tolerance": "" if math.isnan(comparison.tolerance) else number(comparison.tolerance),
+        "source": comparison.source,
+        "concerned": f"{len(comparison.concerned):,}" if comparison.concerned else "",
         "loss_fraction": ""
-        if math.isnan(finding.loss_fraction)
-        else percent(finding.loss_fraction),
-        "remedy": finding.remedy if finding.departs else "",
+        if math.isnan(comparison.loss_fraction)
+        else percent(comparison.loss_fraction),
+        "remedy": comparison.remedy if comparison.departs else "",
     }
 
 
@@ -82,28 +82,29 @@ def _plots(report: Report) -> list[Plot]:
     ]
 
 
-def _worst(report: Report, step: RecordedStep) -> list[Place]:
+def _worst(report: Report, step: RecordedStep) -> list[ResponseIndex]:
     """Return the responses of the first departure that has any, those with the largest advantages
     first."""
-    finding = next((each for each in report.findings if each.departs and each.places), None)
-    if finding is None:
+    departing = (each for each in report.comparisons if each.departs)
+    comparison = next((each for each in departing if each.concerned), None)
+    if comparison is None:
         return []
 
-    def size(place: Place) -> float:
-        advantage = step.advantages[place[0]][place[1]]
+    def size(which: ResponseIndex) -> float:
+        advantage = step.advantages[which[0]][which[1]]
         return 0.0 if math.isnan(advantage) else abs(advantage)
 
-    return sorted(finding.places, key=size, reverse=True)[:SHOWN]
+    return sorted(comparison.concerned, key=size, reverse=True)[:SHOWN]
 
 
-def _response(step: RecordedStep, place: Place) -> dict[str, Any]:
-    graded = step.responses[place]
-    group = step.groups[place[0]]
+def _response(step: RecordedStep, which: ResponseIndex) -> dict[str, Any]:
+    graded = step.responses[which]
+    group = step.groups[which[0]]
     prompt = step.text.tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
     details = [
-        f"group {place[0]}, response {place[1]}",
+        f"group {which[0]}, response {which[1]}",
         f"reward {graded.reward:.3g}",
-        f"advantage {step.advantages[place[0]][place[1]]:.3g}",
+        f"advantage {step.advantages[which[0]][which[1]]:.3g}",
         f"{len(graded.response.token_ids):,} tokens",
         graded.response.finish_reason,
         graded.response.engine,

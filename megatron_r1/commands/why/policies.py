@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_r1.commands.compare.records import ROUNDING
-from megatron_r1.commands.why.finding import DEPARTS, EQUAL, Finding, not_checked
+from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.commands.why.recorded import RecordedStep, weights_after
 from megatron_r1.reporting.wording import format_number as number
 
@@ -18,12 +20,12 @@ if TYPE_CHECKING:
 POLICIES = "log-probabilities"
 
 
-def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
-    """Return the findings of the trainer's log-probabilities and of its reference."""
+def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+    """Return the comparisons of the trainer's log-probabilities and of its reference."""
     return [_trainer(step, recomputed), _reference(step, recomputed)]
 
 
-def _trainer(step: RecordedStep, recomputed: Recomputation) -> Finding:
+def _trainer(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
     name = "old policy of the trainer"
     logged = step.line.get("logprob_diff/mean")
@@ -39,18 +41,110 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> Finding:
     own = float(np.concatenate(gaps).mean())
     tolerance = ROUNDING[step.run_config.model.dtype]
     distance = abs(own - logged)
-    return Finding(
+    departs = distance > tolerance
+    reason, remedy = (_explained(step, recomputed) if departs else None) or (
+        f"the trainer is {number(logged)} from the engine, transformers {number(own)}: the trainer "
+        "computes old log-probabilities of other weights, or at another temperature",
+        "rollout.temperature in rl.schedule, model.fusions, fp8, parallel; megatron-r1 "
+        "check-model with this layout",
+    )
+    return Comparison(
         POLICIES,
         name,
-        EQUAL if distance <= tolerance else DEPARTS,
+        DEPARTS if departs else EQUAL,
         f"mean |engine - trainer| {number(logged)} with mean |engine - transformers| {number(own)}",
         distance,
         tolerance,
         "rounding of model.dtype (docs/compare.md)",
-        f"the trainer is {number(logged)} from the engine, transformers {number(own)}: the trainer "
-        "computes old log-probabilities of other weights, or at another temperature",
-        remedy="rollout.temperature in rl.schedule, model.fusions, fp8, parallel; megatron-r1 "
-        "check-model with this layout",
+        reason,
+        remedy=remedy,
+    )
+
+
+def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str] | None:
+    """Return what gives the trainer's logged distances from the engine, and the remedy."""
+    newest = step.step - 1
+    tried: list[tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]] = [
+        (
+            "at temperature 1",
+            "rollout.temperature: the trainer divides the logits by another",
+            lambda: recomputed.under(recomputed.policy, 1.0),
+        ),
+        (
+            "of the token before, shifted by one,",
+            "the trainer's targets: a position predicts the token after it",
+            recomputed.of_token_before,
+        ),
+        *(
+            (
+                f"with the weights of version {version}",
+                f"the checkpoint of step {newest}, or the trainer: it computes with others",
+                partial(recomputed.after, version),
+            )
+            for version in {newest - 1, 0} - {newest, -1}
+        ),
+        (
+            "with the tied head as the run began with it",
+            "parallel.pipeline: first and last stage hold copies of the embedding, the tied head's "
+            "is not trained with it",
+            recomputed.with_head_apart,
+        ),
+    ]
+    for what, remedy, make in tried:
+        made = make()
+        if made is not None and _is_logged(step, recomputed, made):
+            return f"the trainer's are as those of transformers {what} are", remedy
+    # The engine has none of the prompt, for which the trainer then compares with 0.
+    given = [
+        np.concatenate([np.zeros(len(own) - len(each.logprobs), np.float32), each.logprobs])
+        for own, each in zip(recomputed.of_prompts(), recomputed.sequences, strict=True)
+    ]
+    if _is_logged(step, recomputed, recomputed.of_prompts(), given):
+        return (
+            "the trainer's are as those of transformers of all tokens, prompts too, are: the mask "
+            "of the response leaves prompt tokens in the loss",
+            "the mask of rl.algorithm's loss: prompts are not trained on",
+        )
+    return _parted_head(step)
+
+
+def _parted_head(step: RecordedStep) -> tuple[str, str] | None:
+    """Return that the copy of a tied head parted from the embedding, where the trainer was at the
+    engine in the run's first step and is not now: no checkpoint holds the last stage's copy."""
+    if step.run_config.parallel.pipeline == 1 or not step.hf.get("tie_word_embeddings"):
+        return None
+    began = next(iter(step.folder.read_metrics()), {}).get("logprob_diff/mean")
+    if not isinstance(began, int | float) or began > ROUNDING[step.run_config.model.dtype]:
+        return None
+    return (
+        f"the trainer was {number(began)} from the engine in the first step, and is "
+        f"{number(step.line['logprob_diff/mean'])} now: of a tied head the last stage has a copy, "
+        "which is in no checkpoint, and which parted from the embedding",
+        "parallel.pipeline: the gradients of both copies of a tied embedding are summed",
+    )
+
+
+def _is_logged(
+    step: RecordedStep,
+    recomputed: Recomputation,
+    logprobs: Sequence[np.ndarray],
+    engine: Sequence[np.ndarray] | None = None,
+) -> bool:
+    """Return whether log-probabilities are as far from the engine's as those of the trainer."""
+    given = engine or [sequence.logprobs for sequence in recomputed.sequences]
+    gaps = np.concatenate(
+        [
+            np.abs(theirs - own)
+            for sequence, theirs, own in zip(recomputed.sequences, given, logprobs, strict=True)
+            if not math.isnan(sequence.advantage)
+        ]
+    )
+    tolerance = ROUNDING[step.run_config.model.dtype]
+    found = {"logprob_diff/mean": float(gaps.mean()), "logprob_diff/max": float(gaps.max())}
+    return all(
+        abs(float(step.line[name]) - value) <= max(tolerance, tolerance * value)
+        for name, value in found.items()
+        if isinstance(step.line.get(name), int | float)
     )
 
 
@@ -65,28 +159,28 @@ def last_refresh(step: RecordedStep) -> int:
     return found
 
 
-def _reference(step: RecordedStep, recomputed: Recomputation) -> Finding:
+def _reference(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     """Compare the checkpoint's reference with the weights that the settings make it."""
     name = "reference policy"
     if not step.config.rl.kl_beta:
         return not_checked(POLICIES, name, "rl.kl_beta: 0, there is none")
     if step.step == 1:
         return not_checked(POLICIES, name, "it is the policy in the first step")
-    from megatron_r1.commands.why import replay
+    from megatron_r1.commands.why import policy_model
 
     refreshed = last_refresh(step)
     expected = weights_after(step.folder, step.run_config, refreshed)
     before = step.before
     if before is None:
         return not_checked(POLICIES, name, f"there is no checkpoint of step {step.step - 1}")
-    if not replay.has_part(before, replay.REFERENCE):
+    if not policy_model.has_part(before, policy_model.REFERENCE):
         return not_checked(POLICIES, name, f"{before} has none")
     if expected is None:
         return not_checked(POLICIES, name, f"there is no checkpoint of step {refreshed}")
-    own = recomputed.model(before, replay.REFERENCE)
+    own = recomputed.model(before, policy_model.REFERENCE)
     distance = _apart(own, recomputed.model(expected))
     if distance <= ROUNDING["float32"]:
-        return Finding(
+        return Comparison(
             POLICIES,
             name,
             EQUAL,
@@ -103,7 +197,7 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> Finding:
             what = "it was not refreshed" if other < refreshed else "it was refreshed too often"
             reason += f": {what}, it is the weights after step {other}"
             break
-    return Finding(
+    return Comparison(
         POLICIES,
         name,
         DEPARTS,
@@ -118,6 +212,6 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> Finding:
 
 def _apart(a: object, b: object) -> float:
     """Return |a - b| / |b| over all parameters of two models."""
-    from megatron_r1.commands.why import replay
+    from megatron_r1.commands.why import policy_model
 
-    return replay.relative_distance(a, b)
+    return policy_model.relative_distance(a, b)

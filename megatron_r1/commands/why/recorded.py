@@ -16,7 +16,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.commands.why import formulas
-from megatron_r1.commands.why.finding import Place
+from megatron_r1.commands.why.comparison import ResponseIndex
 from megatron_r1.config import Config
 from megatron_r1.config.rl import digest_until
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
@@ -52,7 +52,7 @@ class TokenSequence(NamedTuple):
     """One sequence of tokens that is trained on: a response behind its prompt, or a branch.
 
     Attributes:
-        place: its response.
+        response: its response.
         token_ids: int32.
         is_sampled: bool.
         logprobs: float32, of the sampled tokens.
@@ -61,7 +61,7 @@ class TokenSequence(NamedTuple):
         num_sampled: the sampled tokens of the response.
         kept: the ids that the engine drew each sampled token from; None: the whole vocabulary."""
 
-    place: Place
+    response: ResponseIndex
     token_ids: np.ndarray
     is_sampled: np.ndarray
     logprobs: np.ndarray
@@ -174,8 +174,8 @@ class RecordedStep:
         ]
 
     @cached_property
-    def responses(self) -> dict[Place, GradedResponse]:
-        """The responses that were trained on, by place."""
+    def responses(self) -> dict[ResponseIndex, GradedResponse]:
+        """The responses that were trained on, by their index."""
         return {
             (at, index): graded
             for at, group in enumerate(self.groups)
@@ -202,11 +202,15 @@ class RecordedStep:
 
     @cached_property
     def advantages(self) -> list[list[float]]:
-        """Advantages by this command's own formulas; NaN: not trained on. Zeros for settings that
-        `formulas` does not have."""
+        """Advantages by this command's own formulas; NaN: not trained on. Zeros for algorithms
+        that `formulas` does not have."""
         rl = self.config.rl
-        if rl.algorithm not in formulas.ALGORITHMS or rl.reward_normalization != "sum":
+        if rl.algorithm not in (*formulas.ALGORITHMS, *formulas.OF_TOKENS):
             made = [[0.0] * len(rewards) for rewards in self.training_rewards]
+        elif rl.reward_normalization == "each":
+            made = formulas.each_advantages(
+                *self._each_reward, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
+            )
         else:
             made = formulas.advantages(
                 self.training_rewards, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
@@ -219,6 +223,34 @@ class RecordedStep:
                 ]
         return made
 
+    @property
+    def _each_reward(self) -> tuple[dict[str, list[list[float | None]]], dict[str, float]]:
+        """The rewards by name and group, with that of the length, and their weights."""
+        rl, limit, weights = self.config.rl, self.config.rollout.max_response_tokens, self.weights
+        rewards = {
+            name: [
+                [each.rewards[name] if each.is_graded else None for each in group.responses]
+                for group in self.groups
+            ]
+            for name in weights
+        }
+        if rl.overlong_buffer:
+            weights = {**weights, "": rl.overlong_penalty}
+            rewards[""] = [
+                [
+                    formulas.training_reward(
+                        0.0 if each.is_graded else None,
+                        len(each.response.token_ids),
+                        limit,
+                        rl.overlong_buffer,
+                        1.0,
+                    )
+                    for each in group.responses
+                ]
+                for group in self.groups
+            ]
+        return rewards, weights
+
     @cached_property
     def sequences(self) -> list[TokenSequence]:
         """All sequences of the step, by group and response."""
@@ -228,19 +260,19 @@ class RecordedStep:
                 made += _sequences((at, index), group, graded, self.advantages[at][index])
         return made
 
-    def loss_fraction(self, places: Sequence[Place]) -> float:
+    def loss_fraction(self, concerned: Sequence[ResponseIndex]) -> float:
         """Return the fraction of the loss that some responses have: of the sum of |advantage| times
         weight, where the weight is that of `rl.loss_average`. NaN where no response has an
         advantage."""
 
-        def weight(place: Place) -> float:
-            advantage = self.advantages[place[0]][place[1]]
-            count = len(self.responses[place].response.token_ids)
+        def weight(which: ResponseIndex) -> float:
+            advantage = self.advantages[which[0]][which[1]]
+            count = len(self.responses[which].response.token_ids)
             by_tokens = self.config.rl.loss_average != "sequence"
             return 0.0 if math.isnan(advantage) else abs(advantage) * (count if by_tokens else 1)
 
         total = sum(map(weight, self.responses))
-        return sum(map(weight, dict.fromkeys(places))) / total if total else math.nan
+        return sum(map(weight, dict.fromkeys(concerned))) / total if total else math.nan
 
 
 def open_run(path: Path) -> tuple[RunFolder, Config]:
@@ -282,7 +314,12 @@ def examinable(folder: RunFolder, config: Config) -> list[Examinable]:
 
 def weights_after(folder: RunFolder, config: Config, step: int) -> Path | None:
     """Return what holds the weights after a step: its checkpoint, for step 0 the model or
-    checkpoint that the run began with; None where it is not there."""
+    checkpoint that the run began with; None where it is not there.
+
+    Args:
+        folder: the run's folder.
+        config: its settings.
+        step: the step."""
     if step > 0:
         path = checkpoints.checkpoint_path(folder.checkpoints, step)
         return path if path.is_dir() else None
@@ -292,6 +329,11 @@ def weights_after(folder: RunFolder, config: Config, step: int) -> Path | None:
 
 def choose(steps: Sequence[Examinable], wanted: int | None, folder: Path) -> Examinable:
     """Return the step to examine: the wanted one, or the newest with most left of it.
+
+    Args:
+        steps: those with a sample log.
+        wanted: its number, or None.
+        folder: the run's folder, for errors.
 
     Raises:
         UserError: the step has no sample log, or none has one."""
@@ -317,6 +359,11 @@ def choose(steps: Sequence[Examinable], wanted: int | None, folder: Path) -> Exa
 
 def read_step(folder: RunFolder, config: Config, step: int) -> RecordedStep:
     """Read a step.
+
+    Args:
+        folder: the run's folder.
+        config: the run's settings.
+        step: a finished step with a sample log.
 
     Raises:
         UserError: records of another version of this program, or none of the step's settings."""
@@ -393,7 +440,7 @@ def _trained_on(groups: list[Group], count: int) -> tuple[list[Group], list[Grou
 
 
 def _sequences(
-    place: Place, group: Group, graded: GradedResponse, advantage: float
+    which: ResponseIndex, group: Group, graded: GradedResponse, advantage: float
 ) -> Iterator[TokenSequence]:
     response, branches = graded.response, graded.episode.branches if graded.episode else []
     if not branches:
@@ -403,14 +450,14 @@ def _sequences(
         versions, count = np.asarray(response.policy_versions), len(response.token_ids)
         own = advantage if count else math.nan
         kept = _kept(response.sampling_mask, np.ones(count, bool))
-        yield TokenSequence(place, ids, sampled, logprobs, versions, own, count, kept)
+        yield TokenSequence(which, ids, sampled, logprobs, versions, own, count, kept)
         return
     total = sum(branch.num_sampled for branch in branches)
     for branch in branches:
         sampled = np.frombuffer(branch.is_sampled, bool)
         end = int(np.flatnonzero(sampled)[-1]) + 1
         yield TokenSequence(
-            place,
+            which,
             np.asarray(branch.token_ids, np.int32)[:end],
             sampled[:end],
             np.asarray(branch.logprobs, np.float32)[sampled],

@@ -2,7 +2,9 @@
 a sum of their terms; and the metrics that are made of them."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -11,12 +13,12 @@ from r1_grading import grade
 from r1_grading.rewards import REGISTRY
 from r1_grading.terms import ACCURACY, call_fields
 
-from megatron_r1.commands.why.finding import (
+from megatron_r1.commands.why.comparison import (
     DEPARTS,
     EQUAL,
-    Finding,
-    Place,
-    fraction_finding,
+    Comparison,
+    ResponseIndex,
+    fraction_comparison,
     not_checked,
 )
 from megatron_r1.commands.why.formulas import are_equal
@@ -42,28 +44,40 @@ ROUNDING = 1e-6
 """Sums of a few float64 numbers."""
 
 
-def check(step: RecordedStep) -> list[Finding]:
-    """Return the findings of a step's rewards."""
-    return [_sums(step), _second_reader(step), _graded_again(step), *_metrics(step)]
+def check(step: RecordedStep) -> list[Comparison]:
+    """Return the comparisons of a step's rewards."""
+    again = _graded(step)
+    return [
+        _sums(step),
+        _order(step, again),
+        _second_reader(step),
+        _graded_again(step, again),
+        *_metrics(step),
+    ]
 
 
-def _sums(step: RecordedStep) -> Finding:
+def _sums(step: RecordedStep) -> Comparison:
     """Check that rewards are the weighted sums of their terms."""
-    concerned: list[Place] = []
+    concerned: list[ResponseIndex] = []
     worst, reason = 0.0, ""
-    for place, graded in step.responses.items():
+    for which, graded in step.responses.items():
         if not graded.is_graded:
             continue
         total = sum(step.weights.get(term, 0.0) * value for term, value in graded.rewards.items())
         if (gap := abs(total - graded.reward)) > ROUNDING:
-            concerned.append(place)
+            concerned.append(which)
             if gap > worst:
                 worst, terms = gap, ", ".join(f"{k} {v:g}" for k, v in graded.rewards.items())
                 cut = ", of a response that is cut off" if graded.truncated else ""
                 reason = f"reward {graded.reward:g}{cut} is not {total:g}, the sum of {terms}"
-    if concerned and all(step.responses[place].truncated for place in concerned):
+    if concerned and all(step.responses[which].truncated for which in concerned):
         reason = f"{len(concerned):,} truncated answers are punished: {reason}"
-    return fraction_finding(
+    elif concerned and all(
+        abs(_plain_sum(step, which) - step.responses[which].reward) <= ROUNDING
+        for which in concerned
+    ):
+        reason = f"rewards are the sums of the terms without their weights: {reason}"
+    return fraction_comparison(
         FAMILY,
         "sum of the terms",
         f"{len(step.responses):,} rewards with rewards.weights "
@@ -74,6 +88,11 @@ def _sums(step: RecordedStep) -> Finding:
         remedy="rewards.weights, or what changes a reward after the graders",
         loss_fraction=step.loss_fraction,
     )
+
+
+def _plain_sum(step: RecordedStep, which: ResponseIndex) -> float:
+    terms = step.responses[which].rewards
+    return sum(value for term, value in terms.items() if step.weights.get(term))
 
 
 def stated(text: str, reading: str) -> tuple[str, str] | None:
@@ -108,7 +127,47 @@ def _stated(text: str, reading: str) -> tuple[str, str] | None:
     return None
 
 
-def _second_reader(step: RecordedStep) -> Finding:
+@dataclass
+class _Verdicts:
+    """What a second reader says of the answers that responses state.
+
+    Attributes:
+        total: answers that it has read.
+        rejected: right answers that were graded as wrong, by the form that they are in.
+        accepted: wrong answers that were graded as right.
+        num_paid: answers that were graded as right.
+        are_cut: whether all that are in `accepted` are of truncated responses.
+        rejected_example: one of them, with its truth.
+        accepted_example: likewise."""
+
+    total: int = 0
+    rejected: dict[str, list[ResponseIndex]] = field(default_factory=dict)
+    accepted: list[ResponseIndex] = field(default_factory=list)
+    num_paid: int = 0
+    are_cut: bool = True
+    rejected_example: str = ""
+    accepted_example: str = ""
+
+    def reason(self) -> str:
+        """Return what departs, in words."""
+        parts = []
+        if count := sum(map(len, self.rejected.values())):
+            form = max(self.rejected, key=lambda each: len(self.rejected[each]))
+            parts.append(
+                f"{count:,} answers are rejected that it takes for right, most behind {form}, as "
+                f"{self.rejected_example}"
+            )
+        if self.accepted:
+            what = ", all cut off: truncated answers are rewarded" if self.are_cut else ""
+            parts.append(
+                f"{len(self.accepted):,} are accepted that it takes for wrong, as "
+                f"{self.accepted_example}{what}; {self.num_paid:,} of {self.total:,} are paid"
+            )
+        return "; ".join(parts)
+
+
+def _second_reader(step: RecordedStep) -> Comparison:
+    """Compare accuracies with math-verify's, of answers that responses state plainly."""
     name = "math-verify's verdict"
     try:
         from math_verify import parse, verify
@@ -123,11 +182,32 @@ def _second_reader(step: RecordedStep) -> Finding:
             known[key] = key[0] == key[1] or bool(gold and given and verify(gold, given))
         return known[key]
 
-    rejected: dict[str, list[Place]] = {}
-    accepted: list[Place] = []
-    total, example, accepted_example = 0, "", ""
-    for place, graded in list(step.responses.items())[:MAX_READ]:
-        prompt = step.groups[place[0]].prompt
+    verdicts = _verdicts(step, is_right)
+    if not verdicts.total:
+        why = step.prompts_missing or "no response to mathematics states an answer"
+        return not_checked(FAMILY, name, why)
+    remedy = "the rewards' reader: rewards.answer, or the truths of data.path"
+    if verdicts.rejected.get(HASHES):
+        remedy = "rewards.answer: auto, or last: the reader misses ####"
+    return fraction_comparison(
+        FAMILY,
+        name,
+        f"the accuracy of {verdicts.total:,} responses with math-verify's",
+        [*chain.from_iterable(verdicts.rejected.values()), *verdicts.accepted],
+        verdicts.total,
+        reason=verdicts.reason(),
+        remedy=remedy,
+        loss_fraction=step.loss_fraction,
+        tolerance=max(DISPUTED, 1 / verdicts.total),
+        source="readers of mathematics differ about so many",
+    )
+
+
+def _verdicts(step: RecordedStep, is_right: Callable[[str, str], bool]) -> _Verdicts:
+    """Return what a reader says of the responses to mathematics."""
+    made = _Verdicts()
+    for which, graded in list(step.responses.items())[:MAX_READ]:
+        prompt = step.groups[which[0]].prompt
         if prompt.kind not in READ or ACCURACY not in graded.rewards or graded.episode:
             continue
         if ACCURACY in graded.ungraded_terms or isinstance(prompt.truth, dict | list):
@@ -135,60 +215,30 @@ def _second_reader(step: RecordedStep) -> Finding:
         found = stated(graded.text, step.config.rewards.answer)
         if found is None:
             continue
-        total += 1
+        made.total += 1
         answer, form = found
+        example = f"{answer.strip()[:40]!r} for {str(prompt.truth)[:40]!r}"
         says, logged = is_right(answer, str(prompt.truth)), graded.rewards[ACCURACY] >= 0.5
+        made.num_paid += logged
         if says and not logged:
-            rejected.setdefault(form, []).append(place)
-            example = example or f"{answer.strip()[:40]!r} for {str(prompt.truth)[:40]!r}"
+            made.rejected.setdefault(form, []).append(which)
+            made.rejected_example = made.rejected_example or example
         elif logged and not says and prompt.kind == "math":
-            accepted.append(place)
-            accepted_example = (
-                accepted_example or f"{answer.strip()[:40]!r} for {str(prompt.truth)[:40]!r}"
-            )
-    if not total:
-        why = step.prompts_missing or "no response to mathematics states an answer"
-        return not_checked(FAMILY, name, why)
-    all_rejected = [place for places in rejected.values() for place in places]
-    parts = []
-    if all_rejected:
-        form = max(rejected, key=lambda each: len(rejected[each]))
-        parts.append(
-            f"{len(all_rejected):,} answers are rejected that it takes for right, most behind "
-            f"{form}, as {example}"
-        )
-    if accepted:
-        parts.append(
-            f"{len(accepted):,} are accepted that it takes for wrong, as {accepted_example}"
-        )
-    remedy = "the rewards' reader: rewards.answer, or the truths of data.path"
-    if rejected.get(HASHES):
-        remedy = "rewards.answer: auto, or last: the reader misses ####"
-    return fraction_finding(
-        FAMILY,
-        name,
-        f"the accuracy of {total:,} responses with math-verify's",
-        [*all_rejected, *accepted],
-        total,
-        reason="; ".join(parts),
-        remedy=remedy,
-        loss_fraction=step.loss_fraction,
-        tolerance=max(DISPUTED, 1 / total),
-        source="readers of mathematics differ about so many",
-    )
+            made.accepted.append(which)
+            made.are_cut &= graded.truncated
+            made.accepted_example = made.accepted_example or example
+    return made
 
 
 def _parsed(parse: Callable[..., list[Any]], text: str) -> list[Any]:
     return parse(f"${text.strip().strip('$')}$") or parse(text)
 
 
-def _graded_again(step: RecordedStep) -> Finding:
-    """Check accuracies with the graders of this version and the run's settings."""
-    name, options = "graded again", step.run_config.rewards.call_options
-    concerned: list[Place] = []
-    total, reason = 0, ""
-    for place, graded in list(step.responses.items())[:MAX_READ]:
-        prompt = step.groups[place[0]].prompt
+def _graded(step: RecordedStep) -> dict[ResponseIndex, Any]:
+    """Return the grades of this version's graders with the run's settings."""
+    options, made = step.run_config.rewards.call_options, {}
+    for which, graded in list(step.responses.items())[:MAX_READ]:
+        prompt = step.groups[which[0]].prompt
         if prompt.kind not in IN_PROCESS or prompt.kind not in REGISTRY or graded.episode:
             continue
         if ACCURACY in graded.ungraded_terms or ACCURACY not in graded.rewards:
@@ -197,21 +247,75 @@ def _graded_again(step: RecordedStep) -> Finding:
         facts |= {"opened": step.text.opens_thought, "question": prompt.question}
         fields = call_fields(prompt.kind, options, prompt.fields, {})
         text = step.text.closed_thought + graded.text
-        again = _call(prompt.kind, text, prompt.truth, fields, facts)
-        total += 1
-        if abs(again.reward - graded.rewards[ACCURACY]) > ROUNDING:
-            concerned.append(place)
-            was = graded.rewards[ACCURACY]
-            reason = reason or f"accuracy {was:g} was logged, now {again.reward:g}: {again.reason}"
-    if not total:
-        why = step.prompts_missing or f"only kinds {', '.join(IN_PROCESS)} are graded here"
-        return not_checked(FAMILY, name, why)
-    return fraction_finding(
+        made[which] = _call(prompt.kind, text, prompt.truth, fields, facts)
+    return made
+
+
+def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> Comparison:
+    """Check that no response has the accuracy of another one of its group.
+
+    again: grades by response."""
+    name, by_shift = "order of the rewards", dict[int, list[ResponseIndex]]()
+    whole = [
+        (at, len(group.responses))
+        for at, group in enumerate(step.groups)
+        if all((at, index) in again for index in range(len(group.responses)))
+    ]
+    largest = max((size for _, size in whole), default=0)
+    if largest < 2:
+        return not_checked(FAMILY, name, "no group of several responses is graded here")
+    for shift in range(largest):
+        by_shift[shift] = [
+            (at, index)
+            for at, size in whole
+            for index in range(size)
+            if abs(
+                step.responses[at, index].rewards[ACCURACY]
+                - again[at, (index + shift) % size].reward
+            )
+            > ROUNDING
+        ]
+    shift = min(by_shift, key=lambda each: (len(by_shift[each]), each))
+    is_other = shift and not by_shift[shift]
+    return fraction_comparison(
         FAMILY,
         name,
-        f"the accuracy of {total:,} responses with this version's",
+        f"the accuracies of {len(whole):,} groups with those of other responses of the group",
+        by_shift[0] if is_other else [],
+        len(step.responses),
+        reason=f"each response has the accuracy of another response, {shift} places on in its "
+        "group",
+        remedy="what assigns grades to responses (controller/rollouts): an order of its own",
+        loss_fraction=step.loss_fraction,
+    )
+
+
+def _graded_again(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> Comparison:
+    """Check accuracies with the graders of this version and the run's settings.
+
+    again: grades by response."""
+    name = "graded again"
+    if not again:
+        why = step.prompts_missing or f"only kinds {', '.join(IN_PROCESS)} are graded here"
+        return not_checked(FAMILY, name, why)
+    logged = {which: step.responses[which].rewards[ACCURACY] for which in again}
+    concerned = [p for p, grade in again.items() if abs(grade.reward - logged[p]) > ROUNDING]
+    reason = ""
+    if concerned:
+        first = concerned[0]
+        now = again[first]
+        reason = f"accuracy {logged[first]:g} was logged, now {now.reward:g}: {now.reason}"
+        if all(step.responses[which].truncated for which in concerned):
+            what = "rewarded" if logged[first] > now.reward else "punished"
+            reason = f"{len(concerned):,} truncated answers, cut off at the limit, are {what}: " + (
+                reason
+            )
+    return fraction_comparison(
+        FAMILY,
+        name,
+        f"the accuracy of {len(again):,} responses with this version's",
         concerned,
-        total,
+        len(again),
         reason=reason,
         remedy="rewards.options, rewards.answer, the truths of the data, or the grader's version: "
         "they are not those that graded",
@@ -227,7 +331,7 @@ def _call(kind: str, text: str, truth: Any, fields: dict[str, Any], facts: dict[
         return grade(kind, text, truth, **fields)
 
 
-def _metrics(step: RecordedStep) -> list[Finding]:
+def _metrics(step: RecordedStep) -> list[Comparison]:
     """Compare means over the logged responses with metrics.jsonl."""
     groups = step.groups + step.passed_over
     responses = all_responses(groups)
@@ -254,7 +358,7 @@ def _metrics(step: RecordedStep) -> list[Finding]:
     worst = max(gaps, key=lambda name: gaps[name])
     is_equal = gaps[worst] <= ROUNDING * max(1.0, abs(means[worst]))
     return [
-        Finding(
+        Comparison(
             FAMILY,
             "metrics of the rollout",
             EQUAL if is_equal else DEPARTS,

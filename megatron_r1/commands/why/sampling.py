@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_r1.commands.compare.records import ROUNDING
-from megatron_r1.commands.why.finding import (
+from megatron_r1.commands.why.comparison import (
     DEPARTS,
     EQUAL,
+    Comparison,
     Curve,
-    Finding,
-    Place,
-    fraction_finding,
+    ResponseIndex,
+    fraction_comparison,
     not_checked,
 )
 from megatron_r1.commands.why.formulas import kl_of_difference
@@ -35,22 +35,31 @@ TEMPERATURES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 
 """Times the run's temperature: which of them explains a departure."""
 EXPLAINED = 0.5
 """A hypothesis explains a departure that it makes smaller by this factor, or more."""
+BY_TEMPERATURE = 0.15
+"""The same of a temperature, which makes many departures a little smaller."""
 ONE_SIDED = 0.95
 """Share of the tokens that a renormalized distribution has more likely than the whole one."""
 FEW_TOKENS = 20
 """Tokens of an engine or expert that are too few to compare."""
 BINS = 40
+SIZE = 4.0
+"""Two mean differences within this factor have the same size."""
+SUSPECTS = 4
+"""Experts that are tried as the one, or two, that differ."""
+OF_EXPERTS = (
+    "the push of that expert (docs/push.md), rollout.expert_parallel, rollout.redundant_experts"
+)
 
 
-def check_settings(step: RecordedStep) -> list[Finding]:
-    """Return the findings of what was logged of the sampling."""
+def check_settings(step: RecordedStep) -> list[Comparison]:
+    """Return the comparisons of what was logged of the sampling."""
     kept = [_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
-    return [_settings(step), _versions(step), *kept]
+    return [_settings(step), _limits(step), _versions(step), *kept]
 
 
-def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Finding]:
-    """Return the finding of the engines' log-probabilities."""
-    return [_Gaps(step, recomputed).finding()]
+def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+    """Return the comparison of the engines' log-probabilities."""
+    return [_Gaps(step, recomputed).comparison()]
 
 
 def departures(recomputed: Recomputation) -> list[Curve]:
@@ -62,7 +71,7 @@ def departures(recomputed: Recomputation) -> list[Curve]:
     return [Curve("engine against the checkpoint", *gaps.by_position())]
 
 
-def _settings(step: RecordedStep) -> Finding:
+def _settings(step: RecordedStep) -> Comparison:
     """Check what the engines were asked for."""
     name = "settings of the engines"
     rollout = step.config.rollout
@@ -79,7 +88,7 @@ def _settings(step: RecordedStep) -> Finding:
         "max_tokens": "rollout.max_response_tokens",
         "stop_token_ids": "rollout.stop_token_ids, or the model's end tokens",
     }
-    concerned: list[Place] = []
+    concerned: list[ResponseIndex] = []
     different: Counter[str] = Counter()
     logged = 0
     for at, (group, record) in enumerate(
@@ -103,7 +112,7 @@ def _settings(step: RecordedStep) -> Finding:
         )
     reason = "; ".join(text for text, _ in different.most_common(3))
     key = reason.partition(" ")[0]
-    return fraction_finding(
+    return fraction_comparison(
         FAMILY,
         name,
         f"temperature, cut, limit and stops of {logged:,} groups with the settings",
@@ -115,19 +124,56 @@ def _settings(step: RecordedStep) -> Finding:
     )
 
 
-def _versions(step: RecordedStep) -> Finding:
+def _limits(step: RecordedStep) -> Comparison:
+    """Check that responses that were cut off have as many tokens as the limit."""
+    rollout = step.config.rollout
+    limit = rollout.max_response_tokens
+    most = rollout.max_model_len or step.hf.get("max_position_embeddings", math.inf)
+    cut = {
+        which: len(graded.response.token_ids)
+        for which, graded in step.responses.items()
+        if graded.truncated and graded.episode is None
+    }
+    # Prompt and response share the model's positions.
+    shorter = {
+        which: count
+        for which, count in cut.items()
+        if count < min(limit, most - len(step.groups[which[0]].prompt_ids))
+    }
+    longer = [
+        which
+        for which, graded in step.responses.items()
+        if graded.episode is None and len(graded.response.token_ids) > limit
+    ]
+    longest = max(shorter.values(), default=0)
+    reason = f"{len(shorter):,} responses are cut off at {longest:,} tokens at most, the limit is "
+    if longer:
+        reason = f"{len(longer):,} responses are longer than the limit, "
+    return fraction_comparison(
+        FAMILY,
+        "limit of the response",
+        f"{len(cut):,} responses that are cut off with the limit of {limit:,} tokens",
+        [*shorter, *longer],
+        len(step.responses),
+        reason=f"{reason}{limit:,}",
+        remedy="rollout.max_response_tokens, or what the engine makes of it (rollout.vllm)",
+        loss_fraction=step.loss_fraction,
+    )
+
+
+def _versions(step: RecordedStep) -> Comparison:
     """Check that the policy that sampled is not older than rl.staleness allows."""
     newest = step.step - 1
     oldest = newest - step.config.rl.staleness
-    concerned: dict[Place, None] = {}
+    concerned: dict[ResponseIndex, None] = {}
     engines: Counter[str] = Counter()
     seen: Counter[int] = Counter()
     num_tokens = 0
     for sequence in step.sequences:
         wrong = (sequence.versions < oldest) | (sequence.versions > newest)
         if wrong.any():
-            concerned[sequence.place] = None
-            engines[step.responses[sequence.place].response.engine or "an engine"] += 1
+            concerned[sequence.response] = None
+            engines[step.responses[sequence.response].response.engine or "an engine"] += 1
             seen.update(sequence.versions[wrong].tolist())
             num_tokens += int(wrong.sum())
     reason = ""
@@ -135,7 +181,7 @@ def _versions(step: RecordedStep) -> Finding:
         (version, _), *_ = seen.most_common(1)
         names = ", ".join(name for name, _ in engines.most_common(4))
         reason = f"{names} sampled with version {version}, the step trains version {newest}"
-    return fraction_finding(
+    return fraction_comparison(
         FAMILY,
         "version of the weights",
         f"the versions of all tokens with {oldest} to {newest}",
@@ -149,9 +195,9 @@ def _versions(step: RecordedStep) -> Finding:
     )
 
 
-def _kept_tokens(step: RecordedStep) -> Finding:
+def _kept_tokens(step: RecordedStep) -> Comparison:
     """Check that every token is among those that its engine kept of the vocabulary."""
-    concerned: dict[Place, None] = {}
+    concerned: dict[ResponseIndex, None] = {}
     num_tokens = 0
     for sequence in step.sequences:
         sampled = sequence.token_ids[sequence.is_sampled]
@@ -159,9 +205,9 @@ def _kept_tokens(step: RecordedStep) -> Finding:
         if sequence.kept is not None:
             found = sequence.kept.contains(sampled)
         if not found.all():
-            concerned[sequence.place] = None
+            concerned[sequence.response] = None
             num_tokens += int((~found).sum())
-    return fraction_finding(
+    return fraction_comparison(
         FAMILY,
         "tokens that the engines kept",
         "every sampled token with the ids that its engine drew it from",
@@ -182,7 +228,7 @@ class _Gaps:
         newest = step.step - 1
         self.sequences = [recomputed.sequences[at] for at in recomputed.with_logprobs]
         self.newest = [each.versions == newest for each in self.sequences]
-        self.engines = [step.responses[each.place].response.engine for each in self.sequences]
+        self.engines = [step.responses[each.response].response.engine for each in self.sequences]
         self.gaps = self._against(recomputed.old)
         # Tokens of earlier versions are an earlier policy's.
         versions = {int(v) for each in self.sequences for v in np.unique(each.versions)}
@@ -225,7 +271,7 @@ class _Gaps:
                 values.append(float(own.mean()))
         return positions, values
 
-    def finding(self) -> Finding:
+    def comparison(self) -> Comparison:
         whole = np.concatenate(self.gaps) if self.gaps else np.empty(0)
         known = whole[~np.isnan(whole)]
         name = "engines' log-probabilities"
@@ -241,7 +287,7 @@ class _Gaps:
         affected = [self.mean([gap]) > self.tolerance for gap in self.gaps]
         explained = self._explanation(distance)
         if explained is None and distance <= self.tolerance and not self._one_engine():
-            return Finding(
+            return Comparison(
                 FAMILY, name, EQUAL, compared, distance, self.tolerance, TOLERANCE_SOURCE
             )
         reason, remedy = explained or (
@@ -250,10 +296,10 @@ class _Gaps:
             "rollout.dtype, rollout.vllm (quantization, kernels), or megatron-r1 check-model on "
             "the model",
         )
-        places = dict.fromkeys(
-            each.place for each, is_one in zip(self.sequences, affected, strict=True) if is_one
+        concerned = dict.fromkeys(
+            each.response for each, is_one in zip(self.sequences, affected, strict=True) if is_one
         )
-        return Finding(
+        return Comparison(
             FAMILY,
             name,
             DEPARTS,
@@ -262,11 +308,11 @@ class _Gaps:
             self.tolerance,
             TOLERANCE_SOURCE,
             reason,
-            list(places),
+            list(concerned),
             int(
                 sum((np.abs(gap) > self.tolerance).sum() for gap in self.gaps)  # NaN is not above
             ),
-            self.step.loss_fraction(list(places)),
+            self.step.loss_fraction(list(concerned)),
             remedy,
         )
 
@@ -289,8 +335,10 @@ class _Gaps:
             self._stale,
             self._router_bias,
             self._temperature,
+            self._shifted,
             self._renormalized,
             self._expert,
+            self._rounding,
         )
         if distance <= self.tolerance / 16 and not self._one_engine():
             return None
@@ -298,19 +346,75 @@ class _Gaps:
 
     def _stale(self, distance: float) -> tuple[str, str] | None:
         """Try the weights of earlier versions, engine by engine."""
+        found = [
+            (better[1], version, better)
+            for version in self._earlier
+            if (own := self.recomputed.after(version)) is not None
+            and (better := self._better(self._against(own))) is not None
+        ]
+        if not found:
+            return None
+        _, version, (who, then, now) = min(found)
+        sizes = f"mean |Δ| {number(then)} against {number(now)}"
         newest = self.step.step - 1
-        for version in sorted({newest - 1, newest - 2, 0} - {newest}, reverse=True):
-            own = self.recomputed.after(version) if version >= 0 else None
-            found = None if own is None else self._better(self._against(own))
-            if found is not None:
-                who, then, now = found
+        if self._is_trainers_too:
+            return (
+                f"engines and trainer computed with the weights of version {version}, not "
+                f"{newest}: {sizes}",
+                "the checkpoint that the run went on from: other weights were loaded than those of "
+                f"step {newest} (docs/checkpoints.md)",
+            )
+        return (
+            f"{who} computed with the weights of version {version}, not {newest}: {sizes}",
+            f"the push to {who}: logs/{who}*.log, push/* in metrics.jsonl, push.transport "
+            "(docs/push.md)",
+        )
+
+    @property
+    def _earlier(self) -> list[int]:
+        """Versions before the one that the step trains, of which some may be kept."""
+        newest = self.step.step - 1
+        return sorted({max(0, newest - 1), max(0, newest - 2), 0} - {newest}, reverse=True)
+
+    @property
+    def _is_trainers_too(self) -> bool:
+        """Whether all engines are beyond the tolerance, and the trainer agrees with them."""
+        logged = self.step.line.get("logprob_diff/mean")
+        means = [mean for mean in self._by_engine().values() if not math.isnan(mean)]
+        is_near = isinstance(logged, int | float) and logged <= self.tolerance
+        return is_near and min(means, default=0.0) > self.tolerance
+
+    def _shifted(self, distance: float) -> tuple[str, str] | None:
+        """Try the log-probabilities of the token before, and of the one after."""
+        for away, which in ((1, "after"), (-1, "before")):
+            own = [np.roll(each, -away) for each in self.recomputed.old]
+            gaps = self._against(own)
+            for gap in gaps:
+                gap[-1 if away > 0 else 0 : None if away > 0 else 1] = np.nan
+            mean = self.mean(gaps)
+            if mean <= EXPLAINED * distance:
                 return (
-                    f"{who} computed with the weights of version {version}, not {newest}: mean |Δ| "
-                    f"{number(then)} against {number(now)}",
-                    f"the push to {who}: logs/{who}*.log, push/* in metrics.jsonl, push.transport "
-                    "(docs/push.md)",
+                    f"they are shifted by a token, each is that of the token {which}: mean |Δ| "
+                    f"{number(mean)} against {number(distance)}",
+                    "the reply of the engine: its log-probabilities begin at another token than "
+                    "its tokens",
                 )
         return None
+
+    def _rounding(self, distance: float) -> tuple[str, str] | None:
+        """Compare the size of the differences with what bfloat16 makes of transformers."""
+        if self.step.config.rollout.dtype != "float32" or distance <= self.tolerance:
+            return None
+        size = self.mean(
+            [a - b for a, b in zip(self.recomputed.rounded(), self.recomputed.old, strict=True)]
+        )
+        if not size / SIZE <= distance <= size * SIZE:
+            return None
+        return (
+            f"mean |Δ| is {number(distance)}, and {number(size)} between transformers in bfloat16 "
+            "and in float32: the engine computes in 16 bits",
+            "rollout.dtype: float32 has no effect on the engine (rollout.vllm)",
+        )
 
     def _router_bias(self, distance: float) -> tuple[str, str] | None:
         """Try routers without the bias that balances their experts."""
@@ -340,10 +444,10 @@ class _Gaps:
         """Try other temperatures."""
         own = self.recomputed.temperature
         coarse, _ = self._best_scale(TEMPERATURES)
-        place = TEMPERATURES.index(coarse)
-        near = TEMPERATURES[max(0, place - 1) : place + 2]
+        at = TEMPERATURES.index(coarse)
+        near = TEMPERATURES[max(0, at - 1) : at + 2]
         scale, mean = self._best_scale(np.linspace(near[0], near[-1], 41).tolist())
-        if not mean <= EXPLAINED * distance or abs(scale - 1) < 0.01:
+        if not mean <= BY_TEMPERATURE * distance or abs(scale - 1) < 0.01:
             return None
         return (
             f"temperature {scale * own:.3g} explains them, the settings say {own:g}: mean |Δ| "
@@ -378,28 +482,61 @@ class _Gaps:
         )
 
     def _expert(self, distance: float) -> tuple[str, str] | None:
-        """Look for one expert whose tokens alone differ."""
-        chosen = self.recomputed.experts()
-        if not chosen or distance <= self.tolerance:
+        """Look for experts whose tokens differ more than others: of another version, exchanged, or
+        another thing."""
+        ranked = self._experts_by_gap()
+        for layer, expert, *_ in ranked[:SUSPECTS]:
+            if (found := self._stale_expert(layer, expert)) is not None:
+                return found
+        for at, (layer, one, *_) in enumerate(ranked[:SUSPECTS]):
+            for other_layer, other, *_ in ranked[at + 1 : SUSPECTS]:
+                if layer == other_layer:
+                    made = self.recomputed.with_experts(layer, {one: other, other: one})
+                    if (better := self._better(self._against(made))) is not None:
+                        return (
+                            f"experts {one} and {other} of {_layer(layer)} are exchanged in "
+                            f"{better[0]}: mean |Δ| {number(better[1])} against "
+                            f"{number(better[2])}",
+                            OF_EXPERTS,
+                        )
+        if not ranked or ranked[0][2] < 4 * ranked[0][3] or distance <= self.tolerance:
             return None
-        gaps = np.abs(np.concatenate(self.gaps))
-        best = (0.0, "", -1, 0.0, 0.0)
-        for layer, by_row in chosen.items():
+        layer, expert, with_it, without = ranked[0]
+        return (
+            f"tokens of expert {expert} of {_layer(layer)} differ by {number(with_it)}, others by "
+            f"{number(without)}: the engine has another expert there",
+            OF_EXPERTS,
+        )
+
+    def _experts_by_gap(self) -> list[tuple[str, int, float, float]]:
+        """Return layer, expert, the mean |difference| of its tokens and that of the others, the
+        largest ratio of both first."""
+        gaps, found = np.abs(np.concatenate(self.gaps)), []
+        for layer, by_row in self.recomputed.experts().items():
             experts = np.concatenate(by_row)
             for expert in range(int(experts.max()) + 1):
                 own = (experts == expert).any(1)
-                if own.sum() < FEW_TOKENS or (~own).sum() < FEW_TOKENS:
-                    continue
-                with_it, without = np.nanmean(gaps[own]), np.nanmean(gaps[~own])
-                ratio = float(with_it / max(without, 1e-12))
-                if ratio > best[0]:
-                    best = (ratio, layer, expert, float(with_it), float(without))
-        ratio, layer, expert, with_it, without = best
-        if ratio < 4:
+                if own.sum() >= FEW_TOKENS and (~own).sum() >= FEW_TOKENS:
+                    pair = float(np.nanmean(gaps[own])), float(np.nanmean(gaps[~own]))
+                    found.append((layer, expert, *pair))
+        return sorted(found, key=lambda each: -each[2] / max(each[3], 1e-12))
+
+    def _stale_expert(self, layer: str, expert: int) -> tuple[str, str] | None:
+        found = [
+            (better[1], version, better)
+            for version in self._earlier
+            if (made := self.recomputed.with_old_expert(layer, expert, version)) is not None
+            and (better := self._better(self._against(made))) is not None
+        ]
+        if not found:
             return None
+        _, version, (who, then, now) = min(found)
         return (
-            f"tokens of expert {expert} of {layer.removesuffix('.mlp.experts')} differ by "
-            f"{number(with_it)}, others by {number(without)}: the engine has another expert there",
-            "the push of that expert (docs/push.md), rollout.expert_parallel, "
-            "rollout.redundant_experts",
+            f"expert {expert} of {_layer(layer)} has the weights of version {version} in {who}, "
+            f"not {self.step.step - 1}: mean |Δ| {number(then)} against {number(now)}",
+            OF_EXPERTS,
         )
+
+
+def _layer(name: str) -> str:
+    return name.removesuffix(".mlp.experts")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_r1.commands.why.replay import MOMENTS, ROUTER_BIAS, STATE, read_model
+from megatron_r1.commands.why.policy_model import MOMENTS, ROUTER_BIAS, STATE, opened, read_model
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 
 MASTER = f"{STATE}param."
@@ -23,7 +23,7 @@ def _parts(checkpoint: DistributedCheckpoint, key: str) -> Iterator[tuple[list[i
 
 def not_finite(path: Path) -> list[str]:
     """Return the tensors of a checkpoint that hold a number that is not finite."""
-    stored = DistributedCheckpoint(path)
+    stored = opened(path)
     return [
         key
         for key in sorted(stored.shapes)
@@ -34,7 +34,7 @@ def not_finite(path: Path) -> list[str]:
 
 def empty_moments(path: Path) -> tuple[list[str], int]:
     """Return the parameters whose second moments are all zero, and the number of parameters."""
-    stored, prefix = DistributedCheckpoint(path), f"{STATE}{MOMENTS[1]}."
+    stored, prefix = opened(path), f"{STATE}{MOMENTS[1]}."
     keys = [key for key in sorted(stored.shapes) if key.startswith(prefix)]
     empty = [key for key in keys if not any(bool(part.any()) for _, part in _parts(stored, key))]
     return [key.removeprefix(prefix) for key in empty], len(keys)
@@ -43,7 +43,7 @@ def empty_moments(path: Path) -> tuple[list[str], int]:
 def masters_apart(path: Path) -> tuple[str, float]:
     """Return the weight that is furthest from the optimizer's copy of it, and the largest relative
     distance; "" where the optimizer has no copies."""
-    stored = DistributedCheckpoint(path)
+    stored = opened(path)
     worst, distance = "", -1.0
     for key in sorted(key for key in stored.shapes if key.startswith(MASTER)):
         name = key.removeprefix(MASTER)
@@ -65,7 +65,7 @@ def masters_apart(path: Path) -> tuple[str, float]:
 
 def head_from_embedding(path: Path) -> float | None:
     """Return the relative distance of a head of its own from the embedding; None without one."""
-    stored = DistributedCheckpoint(path)
+    stored = opened(path)
     if HEAD not in stored.shapes:
         return None
     rows = min(stored.shapes[HEAD][0], stored.shapes[EMBEDDING][0])
@@ -102,7 +102,7 @@ def _changes(before: Path, after: Path, hf_files: Path) -> Iterator[tuple[str, T
             if values.is_floating_point():
                 yield name, last[name].double() - values.double()
         return
-    stored, other = DistributedCheckpoint(before), DistributedCheckpoint(after)
+    stored, other = opened(before), opened(after)
     for key in sorted(stored.shapes.keys() & other.shapes.keys()):
         if key.startswith(NOT_WEIGHTS) or not stored.dtypes[key].is_floating_point:
             continue

@@ -1,22 +1,38 @@
 """What may have been computed otherwise than the settings say: each a substitution in a step's
 updates, which are then made again."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_r1.commands.why import formulas
 from megatron_r1.commands.why.recorded import RecordedStep, weights_after
 from megatron_r1.config import RLConfig
 from megatron_r1.config.optimizer import OptimizerConfig
 
+if TYPE_CHECKING:
+    from megatron_r1.commands.why.recompute import Evidence, Recomputation
+
+SAME = 0.01
+"""Relative distance of a factor from 1 below which it is 1."""
+USUAL = {
+    "beta1": (0.0, 0.8, 0.9, 0.95),
+    "beta2": (0.9, 0.95, 0.98, 0.99, 0.999),
+    "epsilon": (1e-15, 1e-8, 1e-6, 1e-5),
+    "weight_decay": (0.01, 0.1),
+    "clip_grad": (1.0,),
+}
+"""Values of `optimizer`: its defaults, and what is usual elsewhere."""
+Rewards = Sequence[Sequence[float | None]]
+Advantages = list[list[float]]
 OF_LOSS = (
     *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "kl_estimator"),
     "entropy_coef",
 )
-OF_ADAM = ("beta1", "beta2", "epsilon", "weight_decay", "clip_grad")
-"""Settings whose default is tried, of `rl` and of `optimizer`."""
+"""Settings of `rl` whose default is tried."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,11 @@ class Substitution:
         advantages: by response, in place of the step's; None: the step's.
         reference: "" for the checkpoint's, else "policy" (the policy before the step) or "begin"
             (the model that the run began with).
-        without_moments: begin with moments of zero."""
+        without_moments: begin with moments of zero, and with Adam's counter at 0.
+        repeats_first: every update is on the first mini-batch.
+        lost: rows whose gradient is lost.
+        trains_prompts: the prompt's tokens are trained on, too.
+        head_is_apart: a tied head is a tensor of its own, whose gradient the embedding lacks."""
 
     name: str
     setting: str = ""
@@ -42,6 +62,10 @@ class Substitution:
     advantages: Sequence[Sequence[float]] | None = None
     reference: str = ""
     without_moments: bool = False
+    repeats_first: bool = False
+    lost: Sequence[int] = ()
+    trains_prompts: bool = False
+    head_is_apart: bool = False
 
     @property
     def change(self) -> str:
@@ -49,11 +73,26 @@ class Substitution:
         return self.remedy or self.setting
 
 
-def substitutions(step: RecordedStep) -> Iterator[Substitution]:
-    """Yield what is substituted, one thing at a time, the usual faults first."""
+def substitutions(step: RecordedStep, recomputed: Recomputation) -> Iterator[Substitution]:
+    """Yield what is substituted, one thing at a time.
+
+    Args:
+        step: the step.
+        recomputed: its updates as the settings say."""
     rl = step.config.rl
-    if rl.kl_beta:
+    if rl.kl_beta and rl.algorithm not in formulas.OF_TOKENS:
         yield from _of_kl(step)
+    yield from _of_loss(step)
+    yield from _of_advantages(step)
+    yield from _of_samples(step, recomputed)
+    yield from _of_optimizer(step)
+    yield from _of_evidence(step, recomputed.evidence)
+    yield from _defaults(step)
+
+
+def _of_loss(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield other averages, clips and weights."""
+    rl = step.config.rl
     yield Substitution(
         "a denominator that counts masked tokens (the prompt's)",
         "rl.loss_average",
@@ -62,54 +101,306 @@ def substitutions(step: RecordedStep) -> Iterator[Substitution]:
     )
     for average in _others(("sequence", "token", "constant"), rl.loss_average):
         yield Substitution(f"average {average}", "rl.loss_average", loss=(("average", average),))
-    for std in _others(("group", "batch", "none"), rl.advantage_std):
-        changed = formulas.advantages(
-            step.training_rewards, rl.algorithm, std, rl.advantage_epsilon
+    if rl.clip_low != rl.clip_high:
+        yield Substitution(
+            "rl.clip_low and rl.clip_high exchanged",
+            "rl.clip_low, rl.clip_high",
+            loss=(("clip_low", rl.clip_high), ("clip_high", rl.clip_low)),
+        )
+    yield Substitution(
+        "no clip of the ratio",
+        "rl.clip_low, rl.clip_high",
+        loss=(("clip_low", math.inf), ("clip_high", math.inf)),
+    )
+    yield Substitution(
+        "a clip that takes the larger term, as with the wrong sign of the advantage",
+        "rl.clip_low, rl.clip_high",
+        "the loss of rl.algorithm: the smaller of the free and the clipped term",
+        loss=(("takes_larger", True),),
+    )
+    yield Substitution(
+        "old log-probabilities that are the current ones, a ratio of 1,",
+        "old log-probabilities",
+        "the loss of rl.algorithm: the ratio is over the policy before the step's first update",
+        loss=(("is_on_policy", True),),
+    )
+    is_sequence = rl.ratio_level == "sequence"
+    yield Substitution(
+        f"a ratio of each {'token' if is_sequence else 'response'}",
+        "rl.ratio_level",
+        loss=(("is_sequence_ratio", not is_sequence),),
+    )
+    if rl.importance_cap is not None:
+        yield Substitution(
+            "no importance weights", "rl.importance_cap", loss=(("importance_cap", None),)
         )
         yield Substitution(
-            f"advantages divided by the deviation of: {std}", "rl.advantage_std", advantages=changed
+            "importance weights without a cap",
+            "rl.importance_cap",
+            loss=(("importance_cap", math.inf),),
         )
-    mask_truncated = [
-        [
-            math.nan if graded.truncated else a
-            for a, graded in zip(own, group.responses, strict=True)
-        ]
-        for own, group in zip(step.advantages, step.groups, strict=True)
-    ]
-    if any(graded.truncated for graded in step.responses.values()):
+    if rl.entropy_coef:
         yield Substitution(
-            "truncated responses left out",
-            "rl.overlong_buffer",
-            "rl.overlong_buffer, or the loss",
-            advantages=mask_truncated,
-        )
-    if step.step > 1:
-        yield Substitution(
-            "Adam without its moments",
-            "the optimizer's state",
-            "the optimizer's state: it was lost before this step, at a restart or a load",
-            without_moments=True,
+            "entropy with the wrong sign",
+            "rl.entropy_coef",
+            "the loss of rl.algorithm: the entropy is a bonus, subtracted from what is minimized",
+            loss=(("entropy_coef", -rl.entropy_coef),),
         )
     if step.config.rollout.temperature != 1:
         yield Substitution(
             "temperature 1 in the trainer", "rollout.temperature", loss=(("temperature", 1.0),)
         )
+
+
+def _of_advantages(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield advantages of other rules, and of other responses."""
+    rl, rewards = step.config.rl, step.training_rewards
+
+    def made(given: Rewards, std: str = rl.advantage_std, **more: Any) -> Advantages:
+        return formulas.advantages(given, rl.algorithm, std, rl.advantage_epsilon, **more)
+
+    if rl.algorithm not in formulas.ALGORITHMS or rl.reward_normalization != "sum":
+        return
+    for std in _others(("group", "batch", "none"), rl.advantage_std):
+        yield Substitution(
+            f"advantages divided by the deviation of: {std}",
+            "rl.advantage_std",
+            advantages=made(rewards, std),
+        )
+    yield Substitution(
+        "advantages that are not centred on the mean",
+        "the mean of the rewards",
+        "the advantages of rl.algorithm: the mean of the group is subtracted",
+        advantages=made(rewards, is_centred=False),
+    )
+    yield Substitution(
+        "a deviation over n - 1 rewards",
+        "rl.advantage_std",
+        "the advantages of rl.algorithm: the deviation is the population's, over n",
+        advantages=made(rewards, ddof=1),
+    )
+    yield Substitution(
+        "advantages with the other sign",
+        "the sign of the advantages",
+        "the advantages or the loss of rl.algorithm: a better response becomes more likely",
+        advantages=[[-a for a in own] for own in step.advantages],
+    )
+    yield from _of_others(step)
+    plain = [[g.reward if g.is_graded else None for g in group.responses] for group in step.groups]
+    if rl.overlong_buffer:
+        yield Substitution(
+            "rewards without the penalty of long responses",
+            "rl.overlong_buffer",
+            advantages=made(plain),
+        )
+    accuracy = [
+        [g.rewards.get("accuracy") if g.is_graded else None for g in group.responses]
+        for group in step.groups
+    ]
+    if accuracy != plain:
+        yield Substitution(
+            "rewards of accuracy alone", "rewards.weights", advantages=made(accuracy)
+        )
+    if any(graded.truncated for graded in step.responses.values()):
+        is_masked = rl.truncated == "mask"
+        yield Substitution(
+            f"truncated responses {'trained on' if is_masked else 'left out'}",
+            "rl.truncated",
+            advantages=made(rewards)
+            if is_masked
+            else [
+                [math.nan if g.truncated else a for a, g in zip(own, group.responses, strict=True)]
+                for own, group in zip(step.advantages, step.groups, strict=True)
+            ],
+        )
+
+
+def _of_others(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield advantages of another group, and of another response."""
+    for away in range(1, len(step.groups)):
+        own = [*step.advantages[away:], *step.advantages[:away]]
+        if [len(each) for each in own] == [len(each) for each in step.advantages]:
+            yield Substitution(
+                f"advantages of another group, {away} places on,",
+                "the order of the groups",
+                "what assigns advantages to responses: those of one group are given to another",
+                advantages=own,
+            )
+    for away in range(1, max(map(len, step.advantages))):
+        yield Substitution(
+            f"advantages of another response of the group, {away} places on,",
+            "the order of the responses",
+            "what assigns advantages to responses: those of one are given to another",
+            advantages=[[*own[away:], *own[:away]] for own in step.advantages],
+        )
+
+
+def _of_samples(step: RecordedStep, recomputed: Recomputation) -> Iterator[Substitution]:
+    """Yield samples that are lost, used twice, or used in part."""
+    yield Substitution(
+        "prompt tokens in the loss",
+        "the mask of the response",
+        "the mask of rl.algorithm's loss: prompts are not trained on",
+        trains_prompts=True,
+    )
+    if step.config.rl.minibatches > 1:
+        yield Substitution(
+            "every update on the first mini-batch",
+            "rl.minibatches",
+            "rl.minibatches: an update trains on its own mini-batch",
+            repeats_first=True,
+        )
+    counts = [len(update[0]) for update in recomputed.packed]
+    if any(count > 1 for count in counts):
+        yield Substitution(
+            "gradients averaged over the micro-batches of an update",
+            "parallel.tokens_per_microbatch",
+            "the trainer: gradients are summed over micro-batches, and divided by the loss's "
+            "denominator alone",
+            adam=(("gradient_factors", tuple(1 / count for count in counts)),),
+        )
+    for name, rows in recomputed.shares():
+        yield Substitution(
+            f"the gradient of {name} lost",
+            "parallel",
+            f"parallel: the sum of the gradients leaves out {name}",
+            lost=rows,
+        )
+    if step.hf.get("tie_word_embeddings"):
+        yield Substitution(
+            "a tied head whose gradient the embedding lacks",
+            "tie_word_embeddings",
+            "parallel.pipeline: first and last stage hold copies of the tied head, whose gradients "
+            "are summed",
+            head_is_apart=True,
+        )
+
+
+def _of_optimizer(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield other states and rules of Adam."""
+    settings = step.config.optimizer
+    lost = "the optimizer's state: it was lost before this step, at a restart or a load"
+    if step.step > 1:
+        yield Substitution(
+            "Adam without its moments", "the optimizer's state", lost, without_moments=True
+        )
+        yield Substitution(
+            "Adam without its moments, which are zero when a step begins,",
+            "the optimizer's state",
+            "the optimizer's state: it is lost between two steps",
+            adam=(("forgets", "step"),),
+        )
+    yield Substitution(
+        "Adam without its moments, which are zero before each update,",
+        "the optimizer's state",
+        "the optimizer's state: it is lost between two updates",
+        adam=(("forgets", "update"),),
+    )
     yield Substitution(
         "no clipping of the gradient", "optimizer.clip_grad", adam=(("clip_grad", math.inf),)
     )
-    if step.config.optimizer.weight_decay:
+    if settings.weight_decay:
         yield Substitution(
             "no weight decay", "optimizer.weight_decay", adam=(("weight_decay", 0.0),)
         )
-    yield from _defaults(step)
+        yield Substitution(
+            "weight decay of norms and biases",
+            "optimizer.weight_decay",
+            "optimizer.weight_decay: norms and biases do not decay",
+            adam=(("decays_all", True),),
+        )
+        yield Substitution(
+            "weight decay in the gradient, as in Adam before AdamW,",
+            "optimizer.weight_decay",
+            adam=(("decays_by_gradient", True),),
+        )
+    for name, values in USUAL.items():
+        for value in values:
+            if not math.isclose(value, getattr(settings, name)):
+                is_default = value == getattr(OptimizerConfig(), name)
+                yield Substitution(
+                    f"optimizer.{name} {value:g}",
+                    f"optimizer.{name}",
+                    f"optimizer.{name}: {getattr(settings, name):g} has no effect"
+                    if is_default
+                    else "",
+                    adam=((name, value),),
+                )
     rate = step.line.get("learning_rate")
     if isinstance(rate, int | float):
         yield Substitution(
             f"the logged learning rate, {rate:g}",
             "optimizer.learning_rate",
             "optimizer.learning_rate, warmup and decay",
-            adam=(("learning_rates", (float(rate),) * rl.minibatches),),
+            adam=(("learning_rates", (float(rate),) * step.config.rl.minibatches),),
         )
+
+
+def _of_evidence(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
+    """Yield multiples of learning rate and gradient that a checkpoint shows, and still tensors."""
+    if evidence.still:
+        names = ", ".join(evidence.still[:3])
+        yield Substitution(
+            f"no gradient for {len(evidence.still):,} tensors, as {names},",
+            "frozen tensors",
+            f"the trainer: {names} get no gradient",
+            adam=(("without_gradient", evidence.still),),
+        )
+    yield from _of_weights(step, evidence)
+    if evidence.rate is not None and abs(evidence.rate - 1) > SAME:
+        rates = tuple(rate * evidence.rate for rate in step.learning_rates)
+        yield Substitution(
+            f"{evidence.rate:.3g} times the learning rate",
+            "optimizer.learning_rate",
+            "optimizer.learning_rate: the optimizer computes with another than the schedule's",
+            adam=(("learning_rates", rates),),
+        )
+    multiples = [evidence.gradient]
+    norm, own = step.line.get("grad_norm"), evidence.norm
+    if isinstance(norm, int | float) and own:
+        multiples.append(norm / own)
+    for factor in multiples:
+        if factor is None or abs(factor - 1) <= SAME or factor <= 0:
+            continue
+        yield Substitution(
+            f"{factor:.4g} times the gradient{_ranks(step, factor)}",
+            "parallel",
+            "the trainer: gradients are summed over micro-batches and ranks, and divided by the "
+            "loss's denominator alone",
+            adam=(("gradient_factors", (factor,) * step.config.rl.minibatches),),
+        )
+        for clip in dict.fromkeys((factor * step.config.optimizer.clip_grad,)):
+            yield Substitution(
+                f"a gradient clipped to a norm of {clip:.4g}",
+                "optimizer.clip_grad",
+                adam=(("clip_grad", clip),),
+            )
+
+
+def _of_weights(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
+    """Yield the weights of KL and entropy that the logged loss would have."""
+    logged, own = step.line.get("loss"), sum(evidence.terms.values())
+    if not isinstance(logged, int | float):
+        return
+    for key, name in (("kl_beta", "kl"), ("entropy_coef", "entropy")):
+        value, term = getattr(step.config.rl, key), evidence.terms.get(name)
+        if not value or not term:
+            continue
+        nearest = value * (1 + (logged - own) / term)  # of the same weights after each update
+        for found in dict.fromkeys(float(f"{nearest:.{digits}g}") for digits in (1, 2)):
+            if abs(found) > 1e-3 * abs(value) and not math.isclose(found, value):
+                yield Substitution(f"rl.{key} {found:g}", f"rl.{key}", loss=((key, found),))
+
+
+def _ranks(step: RecordedStep, factor: float) -> str:
+    """Return what a factor of the gradient is equal to, as text."""
+    parallel, count = step.run_config.parallel, step.line.get("packing/microbatches", 1)
+    ranks = parallel.data_parallel(parallel.processes)
+    for number, what in ((ranks, "data-parallel ranks"), (count, "micro-batches of an update")):
+        for value, words in ((number, "the number"), (1 / number, "1 over the number")):
+            if number > 1 and math.isclose(factor, value, rel_tol=SAME):
+                return f", {words} of {what},"
+    return ""
 
 
 def _of_kl(step: RecordedStep) -> Iterator[Substitution]:
@@ -139,23 +430,16 @@ def _of_kl(step: RecordedStep) -> Iterator[Substitution]:
 
 
 def _defaults(step: RecordedStep) -> Iterator[Substitution]:
-    """Yield settings that have no effect: their default in the place of what the recipe says."""
-    plain = RLConfig(algorithm=step.config.rl.algorithm), OptimizerConfig()
-    for section, own, names, default in (
-        ("rl", step.config.rl, OF_LOSS, plain[0]),
-        ("optimizer", step.config.optimizer, OF_ADAM, plain[1]),
-    ):
-        for name in names:
-            value = getattr(default, name)
-            if value == getattr(own, name):
-                continue
-            change = ((name, value),)
+    """Yield settings of the loss without effect: their default in place of the recipe's."""
+    own, default = step.config.rl, RLConfig(algorithm=step.config.rl.algorithm)
+    for name in OF_LOSS:
+        value = getattr(default, name)
+        if value != getattr(own, name):
             yield Substitution(
-                f"{section}.{name} at its default, {value},",
-                f"{section}.{name}",
-                f"{section}.{name}: {getattr(own, name)} has no effect",
-                loss=change if section == "rl" else (),
-                adam=change if section == "optimizer" else (),
+                f"rl.{name} at its default, {value},",
+                f"rl.{name}",
+                f"rl.{name}: {getattr(own, name)} has no effect",
+                loss=((name, value),),
             )
 
 

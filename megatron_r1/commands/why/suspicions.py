@@ -42,7 +42,7 @@ def _equal_groups(step: RecordedStep) -> str:
 
 
 def _cut(step: RecordedStep) -> str:
-    cut = [place for place, graded in step.responses.items() if graded.truncated]
+    cut = [which for which, graded in step.responses.items() if graded.truncated]
     fraction = len(cut) / len(step.responses)
     if fraction < MAX_CUT:
         return ""

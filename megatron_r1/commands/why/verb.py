@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.commands.why import files, loss, optimizer, page, policies, push, rewards, sampling
-from megatron_r1.commands.why.finding import (
+from megatron_r1.commands.why.comparison import (
     NOT_CHECKED,
     CannotRecompute,
-    Finding,
+    Comparison,
     Report,
     not_checked,
 )
@@ -44,8 +44,8 @@ ARGUMENTS = ("RUN",)
 SETTINGS = ()
 OPTIONS = {"step": "N", "json": "FILE"}
 
-Check = Callable[[RecordedStep], list[Finding]]
-WeightCheck = Callable[[RecordedStep, "Recomputation"], list[Finding]]
+Check = Callable[[RecordedStep], list[Comparison]]
+WeightCheck = Callable[[RecordedStep, "Recomputation"], list[Comparison]]
 
 
 def run(config: Config, run: str, step: str | None = None, json: str | None = None) -> None:
@@ -55,7 +55,7 @@ def run(config: Config, run: str, step: str | None = None, json: str | None = No
         config: no setting of it is read.
         run: the run's folder.
         step: the step, as text; None: the newest with most left of it.
-        json: a file for the findings.
+        json: a file for the comparisons.
 
     Raises:
         UserError: no run, or no step that can be examined.
@@ -100,15 +100,15 @@ def examine(step: RecordedStep) -> Report:
 
     report, recomputed = Report(step.step), Recomputation(step)
     for family, name, check in OF_RECORDS:
-        report.add(_findings(family, name, partial(check, step)))
+        report.add(_comparisons(family, name, partial(check, step)))
     for family, name, recompute in OF_WEIGHTS:
-        report.add(_findings(family, name, partial(recompute, step, recomputed)))
+        report.add(_comparisons(family, name, partial(recompute, step, recomputed)))
     report.curves = sampling.departures(recomputed)
     report.suspicions = suspicions(step) if report.first is None else []
     return report
 
 
-def _findings(family: str, name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+def _comparisons(family: str, name: str, check: Callable[[], list[Comparison]]) -> list[Comparison]:
     """Return what a check finds, or why it could not be made."""
     try:
         return check()
@@ -156,11 +156,11 @@ def _lines(report: Report) -> Iterator[str]:
         yield from (f"  suspicion, no cause: {each}" for each in report.suspicions)
     else:
         yield f"first quantity that departs: {first}"
-        others = [each for each in report.findings if each.departs and each is not first]
+        others = [each for each in report.comparisons if each.departs and each is not first]
         yield from (f"  then {each}" for each in others)
-    equal = sum(not each.departs and each.status != NOT_CHECKED for each in report.findings)
+    equal = sum(not each.departs and each.status != NOT_CHECKED for each in report.comparisons)
     yield f"equal: {equal} quantities"
-    yield from (f"not checked: {each}" for each in report.findings if each.status == NOT_CHECKED)
+    yield from (f"not checked: {each}" for each in report.comparisons if each.status == NOT_CHECKED)
 
 
 def _as_json(report: Report, steps: list[Examinable]) -> str:

@@ -18,8 +18,8 @@ from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands import score_audit
 from megatron_r1.commands.why import files, formulas, loss, optimizer, rewards, sampling
-from megatron_r1.commands.why.finding import Finding
-from megatron_r1.commands.why.recompute import Replayed
+from megatron_r1.commands.why.comparison import Comparison
+from megatron_r1.commands.why.recompute import Evidence, RecomputedUpdates
 from megatron_r1.commands.why.recorded import (
     RecordedStep,
     choose,
@@ -144,11 +144,11 @@ def planted(tmp_path) -> Planted:
     return Planted(tmp_path)
 
 
-def checks(step: RecordedStep) -> list[Finding]:
+def checks(step: RecordedStep) -> list[Comparison]:
     return [*files.check(step), *sampling.check_settings(step), *rewards.check(step)]
 
 
-def named(step: RecordedStep) -> Finding:
+def named(step: RecordedStep) -> Comparison:
     """The first departure, with all that departs in the message of a failure."""
     found = [each for each in checks(step) if each.departs]
     assert found, [str(each) for each in checks(step)]
@@ -273,6 +273,16 @@ def punished(planted):
         return replace(graded, response=response, reward=-0.5)
 
     planted.change(cut, group=0)
+    group = planted.groups[0]
+    lengths = [len(each.response.token_ids) for each in group.responses]
+    planted.settings["rollout"]["max_model_len"] = len(group.prompt_ids) + min(lengths)
+
+
+def cut_early(planted):
+    def cut(graded):
+        return replace(graded, response=replace(graded.response, finish_reason="length"))
+
+    planted.change(cut, group=0)
 
 
 def missed_hashes(planted):
@@ -304,6 +314,7 @@ PLANTS = {
     without_the_token: ("tokens that the engines kept", "kept", "rollout.top_k"),
     stale: ("version of the weights", "engine-0 sampled with version 0", "rl.staleness"),
     punished: ("sum of the terms", "4 truncated answers are punished", "rewards.weights"),
+    cut_early: ("limit of the response", f"the limit is {LIMIT}", "rollout.max_response_tokens"),
     missed_hashes: ("math-verify's verdict", "behind ####", "rewards.answer: auto"),
     accepted_though_wrong: ("math-verify's verdict", "2 are accepted", "rewards.answer"),
     other_metrics: ("metrics of the rollout", "accuracy is 0.900", "metrics.jsonl"),
@@ -313,20 +324,22 @@ PLANTS = {
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_a_planted_fault_is_the_first_that_departs(planted, plant):
     plant(planted)
-    finding = named(planted.read())
+    comparison = named(planted.read())
     name, words, remedy = PLANTS[plant]
-    assert finding.name == name, str(finding)
-    assert words in finding.reason
-    assert remedy in finding.remedy
+    assert comparison.name == name, str(comparison)
+    assert words in comparison.reason
+    assert remedy in comparison.remedy
 
 
 def test_the_responses_concerned_and_their_share_of_the_loss_are_counted(planted):
     stale(planted)
-    finding = named(planted.read())
-    assert finding.places == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    comparison = named(planted.read())
+    assert comparison.concerned == [(1, 0), (1, 1), (1, 2), (1, 3)]
     # Both groups have the same rewards, so each has half of the advantages.
-    assert finding.loss_fraction == pytest.approx(0.5)
-    assert finding.num_tokens == sum(len(g.response.token_ids) for g in planted.groups[1].responses)
+    assert comparison.loss_fraction == pytest.approx(0.5)
+    assert comparison.num_tokens == sum(
+        len(g.response.token_ids) for g in planted.groups[1].responses
+    )
 
 
 @pytest.mark.parametrize(
@@ -357,7 +370,9 @@ def test_records_without_sampling_are_read_and_reported(planted):
 
 def test_without_checkpoints_it_says_what_is_missing(planted):
     report = examine(planted.read())
-    reasons = {each.name: each.reason for each in report.findings if each.status == "not checked"}
+    reasons = {
+        each.name: each.reason for each in report.comparisons if each.status == "not checked"
+    }
     assert "checkpoint.keep_every" in reasons["engines' log-probabilities"]
     assert "checkpoint.keep_every" in reasons["loss"]
     assert report.first is None and report.suspicions
@@ -379,8 +394,16 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
     planted.change(lambda graded: planted.response("<think></think><answer>-1</answer>", 1))
     planted.settings["rl"]["kl_beta"] = 0.01
     planted.line |= {"loss": logged, "kl": 0.0575}
-    made = Replayed({"loss": 5.75139e-4, "kl": 0.0575139, "entropy": 2.0}, {}, None, [])
-    recomputed = SimpleNamespace(base=made, run=lambda substitution: made)
+    made = RecomputedUpdates({"loss": 5.75139e-4, "kl": 0.0575139, "entropy": 2.0}, {}, None, [])
+    recomputed = SimpleNamespace(
+        base=made,
+        run=lambda substitution: made,
+        evidence=Evidence(),
+        packed=[],
+        shares=list,
+        left_out="",
+        estimate=lambda substitution, line: 1.0,
+    )
     of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
     assert of_loss.departs is departs and not of_kl.departs
 

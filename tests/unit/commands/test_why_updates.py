@@ -9,10 +9,18 @@ import torch
 from r1_kernels.policy_terms import PolicySettings, TokenTensors
 from r1_kernels.primitives.policy_torch import policy_terms
 
-from megatron_r1.commands.why.finding import CannotRecompute
+from megatron_r1.commands.why.comparison import CannotRecompute
+from megatron_r1.commands.why.policy_model import Row, logprobs
 from megatron_r1.commands.why.recompute import Recomputation
-from megatron_r1.commands.why.replay import AdamRules, LossRules, Row, StepReplay, logprobs
+from megatron_r1.commands.why.token_advantages import with_token_advantages
+from megatron_r1.commands.why.updates import Adam, AdamRules, LossRules, StepUpdates
 from megatron_r1.config import parse
+from megatron_r1.trainer.token_advantages import (
+    discounted_sums,
+    kl_penalized_rewards,
+    moments,
+    standardize,
+)
 
 VOCABULARY, WIDTH = 11, 6
 RULES = LossRules(
@@ -116,7 +124,7 @@ def test_the_loss_is_the_trainers(name):
     own = logprobs(model, given, [loss.temperature])[0]
     terms = [by_kernels(*each, loss) for each in zip(own, given, old, reference, strict=True)]
     count = sum(map(len, own)) if loss.average == "token" else len(given)
-    made = StepReplay(model, None, 0, given, old, reference)
+    made = StepUpdates(model, None, 0, given, old, reference)
     (update,) = made.run([range(len(given))], loss, replace(ADAM, learning_rates=(0.0,)))
     num_tokens = sum(map(len, own))
     assert update.metrics["loss"] == pytest.approx(
@@ -171,7 +179,7 @@ def test_a_cut_is_a_softmax_over_the_kept_ids():
         total = total - gain.mean() / len(given)
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
-    made = StepReplay(model, None, 0, given, old, None)
+    made = StepUpdates(model, None, 0, given, old, None)
     (update,) = made.run([range(len(given))], loss, replace(ADAM, learning_rates=(0.0,)))
     assert update.metrics["loss"] == pytest.approx(float(total.detach()), abs=1e-7)
     assert update.metrics["entropy"] == pytest.approx(float(torch.stack(entropies).mean()))
@@ -218,7 +226,7 @@ def test_the_optimizer_is_torchs_adamw():
         inner.step()
         return float(norm)
 
-    first = StepReplay(model, None, 0, given, old, kl)
+    first = StepUpdates(model, None, 0, given, old, kl)
     updates = first.run(batches, loss, ADAM)
     norms = [step(*each) for each in zip(batches, ADAM.learning_rates, strict=True)]
     assert min(norms) > ADAM.clip_grad, "the gradient is clipped"
@@ -236,19 +244,70 @@ def test_a_response_is_scored_alike_alone_and_in_a_batch():
         assert len(own) == int(row.is_sampled.sum())
 
 
-@pytest.mark.parametrize(
-    "rl",
-    [
-        {"engine_mask": "token"},
-        {"engine_mask": "sequence"},
-        {"engine_mask": "divergence"},
-        {"reward_normalization": "each"},
-        {"kl_estimator": "unbiased"},
-    ],
-)
-def test_updates_with_a_correction_are_not_made_again(rl):
+def test_a_decay_of_all_in_the_gradient_is_torchs_adam():
+    parameters = {"weight": torch.randn(3, 2), "bias": torch.randn(2)}
+    twins = [each.clone().requires_grad_() for each in parameters.values()]
+    inner = torch.optim.Adam(twins, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    rules = replace(ADAM, clip_grad=9.0, decays_all=True, decays_by_gradient=True)
+    adam = Adam(parameters, None, 0)
+    for index in range(2):
+        gradients = {name: torch.randn_like(each) for name, each in parameters.items()}
+        adam.step(gradients, rules, index)
+        inner.param_groups[0]["lr"] = rules.learning_rates[index]
+        for twin, gradient in zip(twins, gradients.values(), strict=True):
+            twin.grad = gradient.clone()
+        inner.step()
+    for own, twin in zip(parameters.values(), twins, strict=True):
+        torch.testing.assert_close(own, twin.detach())
+
+
+def test_a_known_norm_takes_the_place_of_the_gradients():
+    """Of a gradient with a part elsewhere, the norm of the whole decides how it is clipped."""
+    for norms, scale in (((4.0, 4.0), 0.25), ((0.5, 0.5), 1.0)):
+        adam = Adam({"weight": torch.zeros(2)}, None, 0)
+        rules = replace(ADAM, clip_grad=1.0, norms=norms)
+        assert adam.step({"weight": torch.ones(2)}, rules, 0) == norms[0]
+        torch.testing.assert_close(adam.first["weight"], torch.full((2,), 0.1 * scale))
+
+
+def step_of(rl: dict) -> SimpleNamespace:
     config = parse({"rl": rl})
-    step = SimpleNamespace(config=config, run_config=config, sequences=[], before="a checkpoint")
-    (key, value), *_ = rl.items()
-    with pytest.raises(CannotRecompute, match=f"rl.{key}: {value}"):
+    return SimpleNamespace(config=config, run_config=config, sequences=[], before="a checkpoint")
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "reinforce_pp"])
+def test_advantages_of_tokens_are_the_trainers(algorithm):
+    given, draw = rows(), torch.Generator().manual_seed(7)
+    old, reference = (
+        [-torch.rand(row.num_sampled, generator=draw).double() for row in given] for _ in range(2)
+    )
+    step = step_of({"algorithm": algorithm, "kl_beta": 0.2, "discount": 0.9})
+    made = with_token_advantages(step, given, old, reference)
+    counts = torch.tensor([row.num_sampled for row in given])
+    last = (counts.cumsum(0) - 1).repeat_interleave(counts)
+    mask = torch.ones(len(last), dtype=torch.bool)
+    rewards = torch.tensor([row.advantage for row in given]).double().repeat_interleave(counts)
+    ratio = torch.cat(old) - torch.cat(reference)
+    expected = discounted_sums(
+        kl_penalized_rewards(rewards, ratio, 0.2, mask, last), 0.9, mask, last
+    )
+    if algorithm == "reinforce_pp":
+        expected = standardize(expected, moments(expected), step.config.rl.advantage_epsilon)
+    torch.testing.assert_close(torch.cat([row.token_advantages for row in made]), expected)
+
+
+@pytest.mark.parametrize("mask", ["token", "sequence"])
+def test_masked_tokens_have_no_advantage(mask):
+    given = rows()
+    old = [row.logprobs.double() for row in given]
+    old[0] = old[0] + torch.tensor([0.0, 3.0, 0.0, 0.0, -3.0])  # the mean is 0
+    made = with_token_advantages(step_of({"engine_mask": mask}), given, old, None)
+    assert all(bool((row.token_advantages == row.advantage).all()) for row in made[1:])
+    kept = [True, False, True, True, False] if mask == "token" else [True] * 5
+    assert (made[0].token_advantages != 0).tolist() == kept
+
+
+def test_updates_without_an_own_formula_are_not_made_again():
+    step = step_of({"routing_replay": True})
+    with pytest.raises(CannotRecompute, match=r"rl.routing_replay"):
         Recomputation(step).check_updates()

@@ -16,7 +16,7 @@ FAMILIES = (
 """In the order in which data flows through a step: the first departure is the earliest of these."""
 
 EQUAL, DEPARTS, NOT_CHECKED = "equal", "departs", "not checked"
-Place = tuple[int, int]
+ResponseIndex = tuple[int, int]
 """A response: the number of its group in the step, and its number in the group."""
 
 
@@ -25,7 +25,7 @@ class CannotRecompute(Exception):
 
 
 @dataclass(frozen=True)
-class Finding:
+class Comparison:
     """The result of one check.
 
     Attributes:
@@ -37,7 +37,7 @@ class Finding:
         tolerance: the largest distance that counts as equal.
         source: where the tolerance comes from.
         reason: what departs, with names and numbers, or why nothing was checked.
-        places: the responses concerned.
+        concerned: the responses concerned.
         num_tokens: the tokens concerned; 0 where the check is not of tokens.
         loss_fraction: the part of the sum of |advantage| that the responses concerned have;
             NaN where that has no meaning.
@@ -51,7 +51,7 @@ class Finding:
     tolerance: float = math.nan
     source: str = ""
     reason: str = ""
-    places: Sequence[Place] = ()
+    concerned: Sequence[ResponseIndex] = ()
     num_tokens: int = 0
     loss_fraction: float = math.nan
     remedy: str = ""
@@ -76,8 +76,8 @@ class Finding:
         if not self.departs:
             return f"{text}: {self.compared}{self.sizes}"
         parts = [f"{text}: {self.reason}{self.sizes}"]
-        if self.places:
-            what = f"{len(self.places):,} responses"
+        if self.concerned:
+            what = f"{len(self.concerned):,} responses"
             if self.num_tokens:
                 what += f", {self.num_tokens:,} tokens"
             if math.isfinite(self.loss_fraction):
@@ -113,27 +113,27 @@ class Curve:
 
 @dataclass
 class Report:
-    """The findings of a step, in the order of `FAMILIES`.
+    """The comparisons of a step, in the order of `FAMILIES`.
 
     Attributes:
         suspicions: what "nothing departs" leaves, as sentences.
         curves: for the page."""
 
     step: int
-    findings: list[Finding] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
     suspicions: list[str] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
 
-    def add(self, findings: Sequence[Finding]) -> None:
-        """Add findings, in the order of `FAMILIES`."""
-        self.findings = sorted(
-            [*self.findings, *findings], key=lambda each: FAMILIES.index(each.family)
+    def add(self, comparisons: Sequence[Comparison]) -> None:
+        """Add comparisons, in the order of `FAMILIES`."""
+        self.comparisons = sorted(
+            [*self.comparisons, *comparisons], key=lambda each: FAMILIES.index(each.family)
         )
 
     @property
-    def first(self) -> Finding | None:
+    def first(self) -> Comparison | None:
         """The first quantity that departs."""
-        return next((each for each in self.findings if each.departs), None)
+        return next((each for each in self.comparisons if each.departs), None)
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of the file that --json names."""
@@ -141,34 +141,40 @@ class Report:
         return {
             "step": self.step,
             "first": first and first.as_json(),
-            "findings": [each.as_json() for each in self.findings],
+            "comparisons": [each.as_json() for each in self.comparisons],
             "suspicions": self.suspicions,
         }
 
 
-def not_checked(family: str, name: str, reason: str, compared: str = "") -> Finding:
-    """Return the finding of a check that could not be made."""
-    return Finding(family, name, NOT_CHECKED, compared, reason=reason)
+def not_checked(family: str, name: str, reason: str, compared: str = "") -> Comparison:
+    """Return the comparison of a check that could not be made.
+
+    Args:
+        family: as of `Comparison`, like the others.
+        name: the quantity.
+        reason: why.
+        compared: what would be compared."""
+    return Comparison(family, name, NOT_CHECKED, compared, reason=reason)
 
 
-def fraction_finding(
+def fraction_comparison(
     family: str,
     name: str,
     compared: str,
-    concerned: Sequence[Place],
+    concerned: Sequence[ResponseIndex],
     total: int,
     *,
     reason: str,
     remedy: str,
-    loss_fraction: Callable[[Sequence[Place]], float],
+    loss_fraction: Callable[[Sequence[ResponseIndex]], float],
     tolerance: float = 0.0,
     source: str = "exact",
     num_tokens: int = 0,
-) -> Finding:
-    """Return the finding of a check whose distance is the fraction of responses that fail it.
+) -> Comparison:
+    """Return the comparison of a check whose distance is the fraction of responses that fail it.
 
     Args:
-        family: as of `Finding`, like the arguments not named here.
+        family: as of `Comparison`, like the arguments not named here.
         name: the quantity.
         compared: what was compared.
         concerned: the responses that fail.
@@ -181,8 +187,8 @@ def fraction_finding(
         num_tokens: the tokens concerned."""
     distance = len(concerned) / total if total else 0.0
     if distance <= tolerance:
-        return Finding(family, name, EQUAL, compared, distance, tolerance, source)
-    return Finding(
+        return Comparison(family, name, EQUAL, compared, distance, tolerance, source)
+    return Comparison(
         family,
         name,
         DEPARTS,

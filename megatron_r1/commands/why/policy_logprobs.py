@@ -1,0 +1,255 @@
+"""Log-probabilities of a step's tokens by transformers, once and when they are asked for: under the
+policy before the step, earlier ones and the reference, and under changed ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from megatron_r1.commands.why import policy_model
+from megatron_r1.commands.why.comparison import CannotRecompute
+from megatron_r1.commands.why.policy_model import Row
+from megatron_r1.commands.why.recorded import RecordedStep, TokenSequence, weights_after
+from megatron_r1.models.sampling_mask import decode_mask
+
+LOGPROB_FLOPS = 1e13
+"""Floating-point operations of a pass over logged tokens: minutes on two cores. Of more tokens a
+part is computed."""
+KEPT_MODELS = 40
+"""Models are kept where so many fit into the free memory."""
+
+
+class PolicyLogprobs:
+    """Log-probabilities of a step's tokens under the policies that it used, and under others.
+
+    Raises:
+        CannotRecompute: weights are missing, or too large for this machine.
+    """
+
+    def __init__(self, step: RecordedStep) -> None:
+        self.step = step
+        self.sequences = step.sequences
+        is_cut = step.config.rollout.truncates_sampling
+        self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
+        self._known: dict[Path, list[np.ndarray]] = {}
+        self._models: dict[tuple[Path, str], Any] = {}
+
+    @property
+    def temperature(self) -> float:
+        """The step's sampling temperature."""
+        return self.step.config.rollout.temperature
+
+    @cached_property
+    def with_logprobs(self) -> list[int]:
+        """The sequences whose log-probabilities are computed: all, or every n-th where all would
+        take too long."""
+        cost = 2.0 * self.num_parameters * sum(len(row.token_ids) for row in self.rows)
+        stride = max(1, int(np.ceil(cost / LOGPROB_FLOPS)))
+        return list(range(0, len(self.rows), stride))
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """How many values the policy's weights have, on which the operations of a pass depend."""
+        from megatron_r1.models.weights import num_parameters
+
+        return num_parameters(self.step.hf)
+
+    @cached_property
+    def policy(self) -> Any:
+        """The model before the step."""
+        return self.model(self._before)
+
+    @property
+    def _before(self) -> Path:
+        before = self.step.before
+        if before is None:
+            raise CannotRecompute(
+                f"there is no checkpoint of step {self.step.step - 1}: keep them with "
+                "checkpoint.keep_every: 1, or a larger N"
+            )
+        return before
+
+    def model(self, source: Path, prefix: str = "") -> Any:
+        """Return the model in a checkpoint or folder, which nobody changes.
+
+        Args:
+            source: the checkpoint or folder.
+            prefix: as of `read_model`.
+
+        Raises:
+            CannotRecompute: it does not fit into memory, or is a LoRA run's."""
+        if self.step.run_config.model.lora is not None:
+            raise CannotRecompute("model.lora: checkpoints hold adapters alone")
+        longest = max((len(row.token_ids) for row in self.rows), default=0)
+        logits = max(policy_model.LOGITS_AT_ONCE, longest * self.step.hf["vocab_size"])
+        needed = 6 * self.num_parameters + policy_model.BYTES_PER_LOGIT * logits
+        free = psutil.virtual_memory().available
+        if needed > free:
+            raise CannotRecompute(
+                f"the model and the logits of its longest response need {needed / 1e9:.0f} GB, "
+                f"{free / 1e9:.0f} GB are free"
+            )
+        key = source, prefix
+        if key not in self._models:
+            made = policy_model.read_model(source, self.step.model, prefix)
+            if 4 * self.num_parameters * KEPT_MODELS > free:
+                return made
+            self._models[key] = made
+        return self._models[key]
+
+    @cached_property
+    def old(self) -> list[np.ndarray]:
+        """Log-probabilities under the policy before the step, of `with_logprobs`, at the run's
+        temperature."""
+        return self.under(self.policy)
+
+    def under(self, model: Any, temperature: float | None = None) -> list[np.ndarray]:
+        """Return the log-probabilities of the tokens of `with_logprobs` under a model."""
+        rows = [self.rows[at] for at in self.with_logprobs]
+        (found,) = policy_model.logprobs(model, rows, [temperature or self.temperature])
+        return [each.numpy() for each in found]
+
+    def at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
+        """Return those under the policy before the step, by temperature."""
+        rows = [self.rows[at] for at in self.with_logprobs]
+        found = policy_model.logprobs(self.policy, rows, temperatures)
+        return [[each.numpy() for each in one] for one in found]
+
+    def after(self, step: int) -> list[np.ndarray] | None:
+        """Return those under the weights after another step; None where they are not kept."""
+        path = weights_after(self.step.folder, self.step.run_config, step)
+        if path is None:
+            return None
+        if path not in self._known:
+            self._known[path] = self.under(self.model(path))
+        return self._known[path]
+
+    def without_router_bias(self) -> list[np.ndarray] | None:
+        """Return those under the policy before the step with routers that have no correction bias;
+        None for a model without such a bias."""
+        names = [
+            name for name in self.policy.state_dict() if name.endswith(policy_model.ROUTER_BIAS)
+        ]
+        if not names:
+            return None
+        other = copy.deepcopy(self.policy)
+        with torch.no_grad():
+            for name in names:
+                other.state_dict()[name].zero_()
+        return self.under(other)
+
+    def rounded(self) -> list[np.ndarray]:
+        """Return those under the policy before the step computed in bfloat16."""
+        return self.under(copy.deepcopy(self.policy).to(torch.bfloat16))
+
+    def with_experts(self, layer: str, sources: Mapping[int, int]) -> list[np.ndarray]:
+        """Return those under the policy before the step with experts in others' concerned.
+
+        Args:
+            layer: the module of routed experts.
+            sources: expert → the one whose weights it has."""
+        other = copy.deepcopy(self.policy)
+        with torch.no_grad():
+            for each in other.get_submodule(layer).parameters():
+                values = each.detach().clone()
+                for target, source in sources.items():
+                    each[target] = values[source]
+        return self.under(other)
+
+    def with_old_expert(self, layer: str, expert: int, step: int) -> list[np.ndarray] | None:
+        """Return those under the policy before the step with one expert's weights after another
+        step; None where they are not kept.
+
+        Args:
+            layer: the module of routed experts.
+            expert: its number.
+            step: the other step; 0: the model that the run began with."""
+        path = weights_after(self.step.folder, self.step.run_config, step)
+        if path is None:
+            return None
+        source = self.model(path).get_submodule(layer)
+        other = copy.deepcopy(self.policy)
+        with torch.no_grad():
+            for name, each in other.get_submodule(layer).named_parameters():
+                each[expert] = source.get_parameter(name)[expert]
+        return self.under(other)
+
+    def with_head_apart(self) -> list[np.ndarray] | None:
+        """Return those with the head that a tied model had when the run began; None for a model
+        that is not tied."""
+        begin = weights_after(self.step.folder, self.step.run_config, 0)
+        if begin is None or not self.step.hf.get("tie_word_embeddings"):
+            return None
+        other = copy.deepcopy(self.policy)
+        other.lm_head.weight = torch.nn.Parameter(self.model(begin).lm_head.weight.detach())
+        return self.under(other)
+
+    def of_prompts(self) -> list[np.ndarray]:
+        """Return the log-probabilities of all tokens but the first, those of the prompt too."""
+        rows = [
+            replace(self.rows[at], is_sampled=torch.arange(len(self.rows[at].token_ids)) > 0)
+            for at in self.with_logprobs
+        ]
+        plain = [replace(row, kept=None) for row in rows]
+        (found,) = policy_model.logprobs(self.policy, plain, [self.temperature])
+        return [each.numpy() for each in found]
+
+    def of_token_before(self) -> list[np.ndarray]:
+        """Return, in place of each sampled token's, the log-probability of the token before it."""
+        rows = [self.rows[at] for at in self.with_logprobs]
+        moved = [replace(row, targets=row.token_ids.roll(1)) for row in rows]
+        (found,) = policy_model.logprobs(self.policy, moved, [self.temperature])
+        return [each.numpy() for each in found]
+
+    def experts(self) -> dict[str, list[np.ndarray]]:
+        """Return the experts that the policy before the step chooses for the tokens of
+        `with_logprobs`, by layer: (tokens, experts per token) each."""
+        rows = [self.rows[at] for at in self.with_logprobs]
+        found = policy_model.chosen_experts(self.policy, rows)
+        return {name: [each.numpy() for each in one] for name, one in found.items()}
+
+    @cached_property
+    def reference(self) -> list[Tensor] | None:
+        """Log-probabilities of all rows under the reference of the checkpoint; None without KL."""
+        if not self.step.config.rl.kl_beta:
+            return None
+        if self._is_begin:
+            return self._old_of_all
+        return policy_model.logprobs(
+            self.model(self._before, policy_model.REFERENCE), self.rows, [self.temperature]
+        )[0]
+
+    @cached_property
+    def _old_of_all(self) -> list[Tensor]:
+        if len(self.with_logprobs) == len(self.rows):
+            return [torch.from_numpy(each) for each in self.old]
+        return policy_model.logprobs(self.policy, self.rows, [self.temperature])[0]
+
+    @property
+    def _is_begin(self) -> bool:
+        """Whether the step is the run's first."""
+        return self.step.step == 1
+
+
+def _row(sequence: TokenSequence, is_cut: bool) -> Row:
+    kept = sequence.kept
+    if kept is None and is_cut:  # no ids for any token, which `policy_model` refuses
+        kept = decode_mask(b"", int(sequence.is_sampled.sum()))
+    return Row(
+        torch.from_numpy(sequence.token_ids.astype(np.int64)),
+        torch.from_numpy(sequence.is_sampled.copy()),
+        torch.from_numpy(sequence.logprobs.copy()),
+        sequence.response[0] * 1_000_000 + sequence.response[1],
+        sequence.advantage,
+        sequence.num_sampled,
+        kept and (torch.tensor(kept.counts), torch.from_numpy(kept.ids.astype(np.int64))),
+    )

@@ -1,0 +1,142 @@
+"""`megatron-r1 why` on runs with a planted fault, and on healthy ones: does it name the fault?
+
+Each case is a real run of the shipped command, in a copy of the packages with the case's change of
+the source (tools/bench/why/faults.yaml), then `megatron-r1 why RUN` of the tree as it is. A fault
+is named where `why` names the right quantity first, with its cause. The same command goes on with
+the cases that have no result in --folder; a part takes less than 150 minutes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.base.files import atomic_write
+from tools.bench.host import ROOT
+from tools.bench.why import examination, runs
+from tools.bench.why.cases import Case, read_table
+from tools.bench.why.table import as_lines, as_page, between_markers, summary, verdict
+
+PART_SECONDS = 140 * 60.0
+"""After which no further case of a part begins."""
+PAGE, SUMMARY = Path("docs/benchmarks/why.txt"), Path("docs/why.md")
+"""The table, and the page that has its figures between markers."""
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    """Add the options of the bench to a parser."""
+    options.add_argument("--folder", type=Path, default=Path("runs/bench_why"))
+    options.add_argument("--seeds", default="0,1,2", help="such as 0,1,2; healthy runs: the first")
+    options.add_argument("--part", default="1/1", metavar="K/N", help="every N-th case, from the K")
+    options.add_argument("--only", action="append", metavar="TEXT", help="part of a case's name")
+    options.add_argument("--keep", action="store_true", help="keep the runs' folders")
+    options.add_argument("--again", action="store_true", help="examine runs that were kept again")
+    options.add_argument("--table", action="store_true", help="no run: the table of the results")
+    options.add_argument("--page", action="store_true", help=f"also write {PAGE} and {SUMMARY}")
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return the result of every case that has one, those of earlier calls in this folder included.
+
+    Args:
+        chosen: the options of `add_options`."""
+    cases = read_table()
+    seeds = [int(seed) for seed in chosen.seeds.split(",")]
+    folder = chosen.folder.resolve()
+    wanted = [
+        (case, seed)
+        for seed in seeds
+        for case in sorted(cases.cases, key=lambda each: each.is_healthy)
+        if seed == seeds[0] or not case.is_healthy
+        if not chosen.only or any(text in case.name for text in chosen.only)
+    ]
+    if not chosen.table:
+        part, parts = (int(number) for number in chosen.part.split("/"))
+        _make(wanted[part - 1 :: parts], cases.common, folder, chosen)
+    results = []
+    for case, seed in wanted:
+        path = _result_of(folder, case, seed)
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            results.append({**found, "verdict": verdict(case, found), "healthy": case.is_healthy})
+    print(as_lines(results))
+    print(summary(results))
+    if chosen.page:
+        atomic_write(ROOT / PAGE, as_page(results, seeds))
+        page = (ROOT / SUMMARY).read_text(encoding="utf-8")
+        atomic_write(ROOT / SUMMARY, between_markers(page, results))
+    return {"cases": results}
+
+
+def _result_of(folder: Path, case: Case, seed: int) -> Path:
+    return folder / "results" / f"{_slug(case.name)}-{seed}.json"
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name.lower())
+
+
+def _make(
+    wanted: list[tuple[Case, int]],
+    common: dict[str, Any],
+    folder: Path,
+    chosen: argparse.Namespace,
+) -> None:
+    """Make the cases that have no result, one after the other."""
+    began = time.monotonic()
+    (folder / "results").mkdir(parents=True, exist_ok=True)
+    examination.prepare()
+    for case, seed in wanted:
+        target = _result_of(folder, case, seed)
+        place = folder / "runs" / target.stem
+        if target.is_file() and not (chosen.again and (place / "run").is_dir()):
+            continue
+        if time.monotonic() - began > PART_SECONDS:
+            print("the time of a part is over; the same command goes on")
+            return
+        result = _case(case, seed, common, folder, place, chosen)
+        atomic_write(target, json.dumps(result, indent=1))
+        print(
+            f"{verdict(case, result):12} {result['seconds']:5.0f} s  {case.name}, seed {seed}",
+            flush=True,
+        )
+        if not chosen.keep:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _case(
+    case: Case,
+    seed: int,
+    common: dict[str, Any],
+    folder: Path,
+    place: Path,
+    chosen: argparse.Namespace,
+) -> dict[str, Any]:
+    """Make one case and return its result."""
+    started = time.monotonic()
+    about: dict[str, Any] = {"case": case.name, "seed": seed}
+    kept = place / "made.json"
+    if chosen.again and kept.is_file():
+        made = json.loads(kept.read_text(encoding="utf-8"))
+        place_of_run = place / "run"
+    else:
+        try:
+            ran, place_of_run = runs.run_case(case, common, seed, folder, place)
+            made = ran._asdict()
+        except (RuntimeError, ValueError) as error:
+            made = {"status": -1, "seconds": 0.0, "error": str(error)}
+            place_of_run = place / "run"
+        place.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(made), encoding="utf-8")
+    about["run"] = made
+    if made["status"] == 0:
+        about["why"] = examination.examine(place_of_run, place / "why.txt")
+        lines = (place_of_run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        about["step_seconds"] = [json.loads(line)["time/step"] for line in lines]
+    about["seconds"] = time.monotonic() - started
+    about["load"] = os.getloadavg()[0]
+    return about

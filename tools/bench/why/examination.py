@@ -1,0 +1,85 @@
+"""Runs `megatron-r1 why RUN --json FILE` of this tree in processes that are forked from one which
+has made the imports, so that their time is that of the examination alone."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+OTHERS = (
+    "math_verify",
+    "transformers",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.deepseek_v3.modeling_deepseek_v3",
+    "megatron_r1.models.by_transformers",
+    "r1_grading.math",
+    "matplotlib.pyplot",
+    "megatron_r1.commands.cli",
+)
+
+
+def prepare() -> None:
+    """Make the imports of `why`, and the tables that its packages make when they are first used; no
+    thread is left, which a fork would lose."""
+    for name in OTHERS:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+    package = Path(importlib.import_module("megatron_r1.commands.why").__path__[0])
+    for path in sorted(package.glob("*.py")):
+        importlib.import_module(f"megatron_r1.commands.why.{path.stem}")
+    from math_verify import parse
+
+    parse("$1$")
+
+
+def examine(run: Path, log: Path) -> dict[str, Any]:
+    """Run the command on a run in a forked process.
+
+    Args:
+        run: the run's folder.
+        log: a file for what it prints.
+
+    Returns:
+        status, the exit status; seconds, of the clock; cpu_seconds; and the fields of the JSON file
+        where it was written."""
+    target = log.with_suffix(".json")
+    target.unlink(missing_ok=True)
+    sys.stdout.flush()
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        _be_the_command(run, target, log)
+    _, status, used = os.wait4(pid, 0)
+    seconds = time.monotonic() - started
+    found = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
+    return {
+        "status": os.waitstatus_to_exitcode(status),
+        "seconds": seconds,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        **found,
+    }
+
+
+def _be_the_command(run: Path, target: Path, log: Path) -> None:
+    status = 70
+    try:
+        os.chdir(run.parent)
+        with open(log, "w", encoding="utf-8") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            from megatron_r1.commands import cli
+
+            status = cli.main(["why", str(run), "--json", str(target)])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)

@@ -1,0 +1,114 @@
+"""Runs a case: the shipped command in a process group of its own, from the overlay or the tree."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tools.bench import host
+from tools.bench.why.cases import Case, check_imports, merged, write_overlay
+from tools.bench.why.models import base_model
+
+LIMIT_SECONDS = 400
+"""After which a run is ended: it hangs."""
+
+
+class Ran(NamedTuple):
+    """A run that was made.
+
+    Attributes:
+        status: exit status of the command; 0 where it ended as it should.
+        seconds: how long the command took, by the clock.
+        error: the end of its standard error where it failed."""
+
+    status: int
+    seconds: float
+    error: str
+
+
+def settings_of(case: Case, common: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
+    """Return the recipe of a case.
+
+    Args:
+        case: the case.
+        common: settings that all runs have.
+        seed: `run.seed`.
+        folder: the bench's folder, with the models."""
+    models = folder / "models"
+    own = {
+        "run": {"seed": seed},
+        "model": {"path": str(base_model(models, case.model))},
+        "data": {"path": str(models / "questions.jsonl")},
+    }
+    return merged(merged(common, own), case.settings)
+
+
+def run_case(
+    case: Case, common: dict[str, Any], seed: int, folder: Path, place: Path
+) -> tuple[Ran, Path]:
+    """Make the run of a case, from nothing.
+
+    Args:
+        case: the case.
+        common: settings that all runs have.
+        seed: `run.seed`.
+        folder: the bench's folder.
+        place: the new folder of this case.
+
+    Returns:
+        How the command ended, and the run's folder.
+
+    Raises:
+        RuntimeError: a process of the run has not imported the planted fault."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    settings = merged(settings_of(case, common, seed, folder), {"run": {"folder": "run"}})
+    started = time.monotonic()
+    if case.first_run is not None:
+        before = merged(settings, case.first_run)
+        if (first := _command(before, place, None)).status:
+            return first, place / "run"
+    overlay = write_overlay(case, place / "overlay") if case.edits else None
+    ran = _command(settings, place, overlay)
+    if overlay is not None and ran.status == 0:
+        check_imports(overlay)
+        shutil.rmtree(overlay)
+    return ran._replace(seconds=time.monotonic() - started), place / "run"
+
+
+def _command(settings: dict[str, Any], place: Path, overlay: Path | None) -> Ran:
+    recipe = place / "recipe.yaml"
+    recipe.write_text(json.dumps(settings), encoding="utf-8")
+    environment = host.environment(PYTHONWARNINGS="ignore")
+    if overlay is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(overlay), environment["PYTHONPATH"]])
+    started = time.monotonic()
+    with open(place / "stdout.txt", "ab") as out, open(place / "stderr.txt", "wb") as errors:
+        process = subprocess.Popen(
+            host.megatron_r1("rl", recipe),
+            *(),
+            cwd=place,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=errors,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            status = -signal.SIGKILL
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    text = (place / "stderr.txt").read_text(encoding="utf-8", errors="replace")
+    error = text[-2000:] if status else ""
+    return Ran(status, time.monotonic() - started, error)
