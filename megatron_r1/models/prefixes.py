@@ -1,4 +1,4 @@
-"""Prefixes that several sequences of a packed batch share, computed once (on a CPU).
+"""Prefixes that several sequences of a packed batch share, computed once.
 
 A prefix is the beginning of a segment of the batch. A segment that continues it has only the tokens
 after it, sees the prefix's keys besides its own, and its positions go on after the prefix; the
@@ -6,15 +6,17 @@ segment that it continues may itself continue another, so that the turns of a tr
 once. `Continued` is all that both need. Every layer but attention works on tokens alone, so a
 prompt of which there are 16 responses costs one pass, and its gradient is the sum of theirs.
 
-A query attends to its own segment, causally, and to each whole prefix before it; the parts
+On a CPU a query attends to its own segment, causally, and to each whole prefix before it; the parts
 are joined by the normalizers of their softmax, forward and backward as in
-`models.context_parallel`. The matrix of queries x keys never exists.
+`models.context_parallel`. The matrix of queries x keys never exists. On a GPU
+`models.shared_attention` hands Transformer Engine the keys of whole sequences.
 
 Shapes: t tokens, S segments, h query heads, g key/value heads (g divides h), d head size of queries
 and keys, e of values."""
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ from megatron_r1.models.context_parallel import (
     spans,
 )
 
-_CONTINUED = "continued"
+_CONTINUED, _WHOLE = "continued", "whole_sequences"
 
 
 class Continued(NamedTuple):
@@ -45,7 +47,38 @@ class Continued(NamedTuple):
     first: Tensor
 
 
-def with_prefixes(cu_seqlens: Tensor, continued: Continued) -> Tensor:
+class WholeSequences(NamedTuple):
+    """The sequences of segments with all that is before them, end to end.
+
+    Attributes:
+        rows: int64, for every token of every sequence its place in the batch.
+        cu_seqlens: (S + 1,) int32, the borders of the sequences.
+        longest: tokens of the longest."""
+
+    rows: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+
+def whole_sequences(cu_seqlens: Tensor, continued: Continued) -> WholeSequences:
+    """Return the whole sequences of a batch's segments, on the host.
+
+    Args:
+        cu_seqlens: (S + 1,) integers on the host, the borders of the segments.
+        continued: what they continue."""
+    sequences: list[Tensor] = []
+    borders = pairwise(cu_seqlens.tolist())
+    hosts, firsts = continued.host.tolist(), continued.first.tolist()
+    for (start, end), host, first in zip(borders, hosts, firsts, strict=True):
+        before = sequences[host][:first] if host >= 0 else torch.empty(0, dtype=torch.int64)
+        sequences.append(torch.cat([before, torch.arange(start, end)]))
+    lengths = torch.tensor([0, *map(len, sequences)])
+    return WholeSequences(torch.cat(sequences), lengths.cumsum(0).int(), int(lengths.max()))
+
+
+def with_prefixes(
+    cu_seqlens: Tensor, continued: Continued, whole: WholeSequences | None = None
+) -> Tensor:
     """Return `cu_seqlens` marked with what its segments continue.
 
     The mark is on the tensor object, because of all arguments only `cu_seqlens` reaches Megatron's
@@ -53,14 +86,21 @@ def with_prefixes(cu_seqlens: Tensor, continued: Continued) -> Tensor:
 
     Args:
         cu_seqlens: (S + 1,) integers.
-        continued: what each of the S segments continues."""
+        continued: what each of the S segments continues.
+        whole: their whole sequences on the device of a GPU's attention, which needs them."""
     setattr(cu_seqlens, _CONTINUED, continued)
+    setattr(cu_seqlens, _WHOLE, whole)
     return cu_seqlens
 
 
 def continued_by(cu_seqlens: Tensor) -> Continued | None:
     """Return what the segments of a batch continue, from the mark of `with_prefixes`, or None."""
     return getattr(cu_seqlens, _CONTINUED, None)
+
+
+def whole_sequences_of(cu_seqlens: Tensor) -> WholeSequences | None:
+    """Return the whole sequences that `with_prefixes` has marked a batch with, or None."""
+    return getattr(cu_seqlens, _WHOLE, None)
 
 
 def prefix_attention(

@@ -32,7 +32,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import held_positions, sample_order
 from megatron_r1.models.packed_params import PackedParams, with_positions
 from megatron_r1.models.platform import to_device
-from megatron_r1.models.prefixes import with_prefixes
+from megatron_r1.models.prefixes import WholeSequences, whole_sequences, with_prefixes
 from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.models.sampling_mask import decoded
 from megatron_r1.trainer.batch import PackedBatch
@@ -71,7 +71,11 @@ def packed_batch(
     attention_cu_seqlens = on_device(cu_seqlens.int())
     position = torch.arange(total) - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     if placement.continued is not None:
-        with_prefixes(attention_cu_seqlens, placement.continued)
+        whole = None
+        if torch.device(device).type != "cpu":
+            places, borders, longest = whole_sequences(cu_seqlens, placement.continued)
+            whole = WholeSequences(on_device(places), on_device(borders), longest)
+        with_prefixes(attention_cu_seqlens, placement.continued, whole)
         position += placement.continued.first.repeat_interleave(cu_seqlens.diff())
     held = held_positions(cu_seqlens, *split.of_context)
     # The inverse of `held`, -1 for positions on other context ranks.

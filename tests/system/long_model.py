@@ -9,7 +9,7 @@ answered up to the limit, and one that ends in an odd word in some tens of token
 import json
 from pathlib import Path
 
-from tiny_models import DEEPSEEK, write_model
+from tiny_models import DEEPSEEK, write_drafting_model
 
 VOCABULARY = 129_280
 POSITIONS = 67_584
@@ -20,6 +20,7 @@ MODEL = DEEPSEEK | {
     "intermediate_size": 64,
     "moe_intermediate_size": 16,
     "num_hidden_layers": 1,  # with experts
+    "num_nextn_predict_layers": 1,  # which drafts
     "first_k_dense_replace": 0,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -48,7 +49,9 @@ def write(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    write_model(folder, MODEL, seed=0)
+    from megatron_r1.models.weights.table import table
+
+    write_drafting_model(folder, 0, MODEL)
     weights = load_file(folder / "model.safetensors")
     embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
     embedding[:, 0] = MARK
@@ -57,6 +60,8 @@ def write(folder: Path) -> None:
     head[1::2, 0] = -EVEN
     head[END, 0] = -ODD_END
     weights["model.norm.weight"][0] = 1.0
+    for copy, original in table(MODEL).copies.items():
+        weights[copy] = weights[original].clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     words = {f"w{number}": number for number in range(VOCABULARY)}
     special = {"<bos>": 0, "<eos>": END, "<pad>": 2}
@@ -73,9 +78,13 @@ def write(folder: Path) -> None:
 
 RECIPE = """
 run: {{folder: {folder}/rl, steps: 2}}
-model: {{path: {folder}/model, dtype: float32}}
+model: {{path: {folder}/model, dtype: float32, mtp: frozen}}
 data: {{path: {folder}/questions.jsonl, num_heldout: 0, template: "{{problem}}"}}
-rollout: {{max_response_tokens: 65536, dtype: float32, max_num_seqs: 8}}
+rollout:
+  max_response_tokens: 65536
+  dtype: float32
+  max_num_seqs: 8
+  speculative: {{method: mtp, tokens: 1}}  # with frozen MTP layers, as r1_zero.yaml
 parallel: {{processes: 2, context: 2, tokens_per_microbatch: 67584, threads: 1}}
 rl:
   algorithm: reinforce_pp  # of one response to a question, as one of 65,536 tokens is enough

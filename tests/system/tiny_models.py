@@ -170,7 +170,9 @@ def write_drafting_model(folder, seed, config=DRAFTING):
     mtp = f"model.layers.{config['num_hidden_layers']}."
     tensors[mtp + "eh_proj.weight"] = torch.cat([torch.eye(size), torch.zeros(size, size)], 1)
     tensors[mtp + "shared_head.norm.weight"] = tensors["model.norm.weight"].clone()
-    tensors[mtp + "mlp.gate.e_score_correction_bias"] = 0.01 * torch.randn(8, generator=draw)
+    tensors[mtp + "mlp.gate.e_score_correction_bias"] = 0.01 * torch.randn(
+        config["n_routed_experts"], generator=draw
+    )
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
