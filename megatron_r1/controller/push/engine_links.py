@@ -277,7 +277,7 @@ class EngineLinks:
             "members": len(engine_set.engines),
             "tensors": self.tensors,
             "timeout_seconds": self.connect_seconds,
-            "push_seconds": self.settings.timeout_seconds,
+            "push_timeout_seconds": self.settings.timeout_seconds,
             "allocates_per_push": self.colocated,
             "adapter": self.adapter,
         }

@@ -80,7 +80,7 @@ class Client:
             memory = before[rank].reusable_memory(table) if before else None
             self.num_reused += memory is not None
             store = TCPStore(*info["store"], is_master=False)
-            seconds = info["timeout_seconds"], info["push_seconds"]
+            seconds = info["timeout_seconds"], info["push_timeout_seconds"]
             place = {"member": info["member"], "num_members": info["members"]}
             met = EngineRendezvous(store, info["name"], *seconds, **place)
             return receiver_class("gloo")(met, rank, table, memory)
