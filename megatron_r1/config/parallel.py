@@ -60,9 +60,9 @@ class ParallelConfig(Section):
     so that activations take 1.5 GiB, or less where memory is short"""
     share_prompts: bool = False
     """compute a prompt once for all its responses in a micro-batch, and a turn once for all
-    branches that continue it; on a CPU, without context parallelism, attention windows or
-    softmax offsets, routing replay, a router's bias that is updated and MTP training. Gradients are
-    the same"""
+    branches that continue it (on a GPU in all but attention); without context parallelism,
+    attention windows or softmax offsets, routing replay, a router's bias that is updated and MTP
+    training. Gradients are the same"""
     threads: int | None = None
     """CPU threads per rank; default: cores / ranks"""
     wait_seconds: float = Field(7200.0, gt=0)

@@ -343,6 +343,7 @@ def build_model(
     groups: ProcessGroupCollection | None = None,
     *,
     vp_stage: int | None = None,
+    shares_prompts: bool = False,
 ) -> PolicyModel | ScoreModel:
     """Return this rank's pipeline stage (of virtual stage `vp_stage`) with Megatron's random
     weights.
@@ -357,12 +358,13 @@ def build_model(
         groups: Megatron's process groups, which agree with `config`; None: those of its
             `parallel_state`.
         vp_stage: the virtual stage; None without virtual stages.
+        shares_prompts: whether batches may have shared prefixes (`models.prefixes`).
 
     Raises:
         RuntimeError: before `patches.install()`."""
     patches.check_installed()
     groups = groups or ProcessGroupCollection.use_mpu_process_groups()
-    block, mtp = block_specs(config, vp_stage=vp_stage)
+    block, mtp = block_specs(config, vp_stage=vp_stage, shares_prompts=shares_prompts)
     tensor_parallel = config.tensor_model_parallel_size
     num_virtual = config.virtual_pipeline_model_parallel_size
     kind = ScoreModel if has_score_head(hf) else PolicyModel

@@ -174,12 +174,13 @@ class PackedMTPLayer(MultiTokenPredictionLayer):
 
 
 def block_specs(
-    config: TransformerConfig, *, vp_stage: int | None = None
+    config: TransformerConfig, *, vp_stage: int | None = None, shares_prompts: bool = False
 ) -> tuple[TransformerBlockSubmodules, MultiTokenPredictionBlockSubmodules | None]:
     """Return this stage's decoder spec and, where the stage holds MTP layers, their spec, or None.
 
     config.transformer_impl "transformer_engine" uses Megatron's Transformer Engine classes as they
-    are; "local" uses Megatron's own linear layers with our RMSNorm and CoreAttention."""
+    are, but for the attention of a model that `shares_prompts`; "local" uses Megatron's own linear
+    layers with our RMSNorm and CoreAttention."""
     transformer_engine = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
         config, transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
@@ -188,6 +189,13 @@ def block_specs(
         block = TransformerBlockSubmodules(
             layer_specs=[_local_layer(spec) for spec in block.layer_specs], layer_norm=RMSNorm
         )
+    elif shares_prompts:
+        # Not at the top: its base class is there with Transformer Engine only.
+        from megatron_r1.models.shared_attention import SharedPromptAttention
+
+        for spec in block.layer_specs:
+            attention = spec.submodules.self_attention.submodules
+            attention.core_attention = SharedPromptAttention
     if not config.mtp_num_layers:
         return block, None
     mtp = get_gpt_mtp_block_spec(

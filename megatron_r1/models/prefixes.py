@@ -1,4 +1,4 @@
-"""Prefixes that several sequences of a packed batch share, computed once (on a CPU).
+"""Prefixes that several sequences of a packed batch share, computed once.
 
 A prefix is the beginning of a segment of the batch. A segment that continues it has only the tokens
 after it, sees the prefix's keys besides its own, and its positions go on after the prefix; the
@@ -6,15 +6,17 @@ segment that it continues may itself continue another, so that the turns of a tr
 once. `SharedPrefixes` is all that both need. Every layer but attention works on tokens alone, so a
 prompt of which there are 16 responses costs one pass, and its gradient is the sum of theirs.
 
-A query attends to its own segment, causally, and to each whole prefix before it; the parts
+On a CPU a query attends to its own segment, causally, and to each whole prefix before it; the parts
 are joined by the normalizers of their softmax, forward and backward as in
-`models.context_parallel`. The matrix of queries x keys never exists.
+`models.context_parallel`. The matrix of queries x keys never exists. On a GPU
+`models.shared_attention` hands Transformer Engine the keys of whole sequences.
 
 Shapes: t tokens, S segments, h query heads, g key/value heads (g divides h), d head size of queries
 and keys, e of values."""
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ from megatron_r1.models.context_parallel import (
     sum_kv_gradients,
 )
 
-_PREFIXES = "shared_prefixes"
+_PREFIXES, _WHOLE = "shared_prefixes", "whole_sequences"
 
 
 class SharedPrefixes(NamedTuple):
@@ -45,7 +47,41 @@ class SharedPrefixes(NamedTuple):
     start: Tensor
 
 
-def mark_prefixes(cu_seqlens: Tensor, prefixes: SharedPrefixes) -> Tensor:
+class WholeSequences(NamedTuple):
+    """The sequences of segments with all that is before them, end to end.
+
+    Attributes:
+        rows: int64, for every token of every sequence its place in the batch.
+        cu_seqlens: (S + 1,) int32, the borders of the sequences.
+        longest: tokens of the longest."""
+
+    rows: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+
+def whole_sequences(cu_seqlens: Tensor, prefixes: SharedPrefixes) -> WholeSequences:
+    """Return the whole sequences of a batch's segments, on the host.
+
+    Args:
+        cu_seqlens: (S + 1,) integers on the host, the borders of the segments.
+        prefixes: the prefix of each of the S segments, on the host.
+
+    Returns:
+        The sequence of each segment, in their order, with the tokens before the segment."""
+    sequences: list[Tensor] = []
+    borders = pairwise(cu_seqlens.tolist())
+    parents, starts = prefixes.parent.tolist(), prefixes.start.tolist()
+    for (first, end), parent, start in zip(borders, parents, starts, strict=True):
+        before = sequences[parent][:start] if parent >= 0 else torch.empty(0, dtype=torch.int64)
+        sequences.append(torch.cat([before, torch.arange(first, end)]))
+    lengths = torch.tensor([0, *map(len, sequences)])
+    return WholeSequences(torch.cat(sequences), lengths.cumsum(0).int(), int(lengths.max()))
+
+
+def mark_prefixes(
+    cu_seqlens: Tensor, prefixes: SharedPrefixes, whole: WholeSequences | None = None
+) -> Tensor:
     """Return `cu_seqlens` marked with the prefixes of its segments.
 
     The mark is on the tensor object, because of all arguments only `cu_seqlens` reaches Megatron's
@@ -53,14 +89,21 @@ def mark_prefixes(cu_seqlens: Tensor, prefixes: SharedPrefixes) -> Tensor:
 
     Args:
         cu_seqlens: (S + 1,) integers.
-        prefixes: the prefix of each of the S segments."""
+        prefixes: the prefix of each of the S segments.
+        whole: their whole sequences on the device of a GPU's attention, which needs them."""
     setattr(cu_seqlens, _PREFIXES, prefixes)
+    setattr(cu_seqlens, _WHOLE, whole)
     return cu_seqlens
 
 
 def marked_prefixes(cu_seqlens: Tensor) -> SharedPrefixes | None:
     """Return the prefixes that `mark_prefixes` has marked, or None."""
     return getattr(cu_seqlens, _PREFIXES, None)
+
+
+def whole_sequences_of(cu_seqlens: Tensor) -> WholeSequences | None:
+    """Return the whole sequences that `mark_prefixes` has marked, or None."""
+    return getattr(cu_seqlens, _WHOLE, None)
 
 
 def prefix_attention(

@@ -186,7 +186,8 @@ def build_chunks(
     num_chunks = transformer.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(num_chunks) if num_chunks else [None]:
-        chunk = models.build_model(hf, transformer, groups, vp_stage=stage)
+        shares = config.parallel.share_prompts
+        chunk = models.build_model(hf, transformer, groups, vp_stage=stage, shares_prompts=shares)
         fp8.apply(chunk, config.fp8)
         if config.model.mtp == "frozen":
             models.freeze_mtp(chunk)

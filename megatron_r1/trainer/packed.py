@@ -32,7 +32,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
 from megatron_r1.models.packed_params import PackedParams, mark_positions
 from megatron_r1.models.platform import to_device
-from megatron_r1.models.prefixes import mark_prefixes
+from megatron_r1.models.prefixes import WholeSequences, mark_prefixes, whole_sequences
 from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.trainer.batch import PackedBatch
@@ -115,7 +115,11 @@ def _positions(
     position = torch.arange(int(cu_seqlens[-1]))
     position -= cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     if layout.continued is not None:
-        mark_prefixes(attention_cu_seqlens, layout.continued)
+        whole = None
+        if attention_cu_seqlens.device.type != "cpu":
+            places, borders, longest = whole_sequences(cu_seqlens, layout.continued)
+            whole = WholeSequences(on_device(places), on_device(borders), longest)
+        mark_prefixes(attention_cu_seqlens, layout.continued, whole)
         position += layout.continued.start.repeat_interleave(cu_seqlens.diff())
     positions = on_device(position[held])
     mark_positions(attention_cu_seqlens, positions)

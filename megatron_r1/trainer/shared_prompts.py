@@ -15,18 +15,15 @@ from megatron_r1.config import Config
 from megatron_r1.trainer.training_sample import Sample
 
 
-def check_shared_prompts(config: Config, on_gpu: bool, is_plain: bool) -> None:
-    """Raise UserError where `parallel.share_prompts` does not go with the device, the model or a
-    setting.
+def check_shared_prompts(config: Config, is_plain: bool) -> None:
+    """Raise UserError where `parallel.share_prompts` does not go with the model or a setting.
 
     Args:
         config: the recipe.
-        on_gpu: whether the trainer runs on a GPU.
         is_plain: whether attention has neither windows nor softmax offsets."""
     if not config.parallel.share_prompts:
         return
     obstacles = {
-        "a GPU: Transformer Engine's attention has no mask of a tree (docs/parallelism.md)": on_gpu,
         f"parallel.context: {config.parallel.context}": config.parallel.context > 1,
         "a model with attention windows or softmax offsets": not is_plain,
         "rl.routing_replay": config.rl.routing_replay,

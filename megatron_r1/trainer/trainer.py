@@ -79,7 +79,7 @@ class Trainer:
             token_multiple=fp8.token_multiple(config.fp8),
         )
         plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
-        check_shared_prompts(config, platform.has_gpu(), plain)
+        check_shared_prompts(config, plain)
         shape = routing_shape(self.hf) if config.rl.routing_replay else None
         self.replay = RoutingReplay(self.model_chunks, shape)
         self.routing = RoutingShard(shape, self.replay.layers) if shape else None

@@ -63,6 +63,15 @@ def test_every_split_does_too_and_continues_from_anothers_checkpoint(
         assert_same(model, on_cpu / "one", tmp_path, grid)
 
 
+def test_shared_prompts_and_turns_by_transformer_engines_attention(on_null_gpu, tmp_path):
+    """Against its attention to each sample's own prompt."""
+    names = ("qwen-untied", "deepseek-yarn-mtp")
+    for name in names:
+        write_random(tmp_path / name, MODELS[name])
+    output = on_null_gpu(*TORCHRUN, "shared_on_null_gpu.py", str(tmp_path), "one", *names)
+    assert all(f"{name} one: " in output for name in names), output[-3000:]
+
+
 @pytest.mark.parametrize("exact_scales", ["0", "1"])
 def test_products_of_fp8_blocks_are_those_of_the_emulation(on_null_gpu, exact_scales):
     """Of experts with and without tokens: rounded operands, from Transformer Engine's storage."""

@@ -16,11 +16,16 @@ from r1_kernels import registry
 from megatron_r1.config import Config
 
 
-def compute_on_host() -> None:
-    """Let torch, Transformer Engine and the kernels compute, which they do not on a null GPU."""
+def compute_on_host(*, our_attention: bool = True) -> None:
+    """Let torch, Transformer Engine and the kernels compute, which they do not on a null GPU.
+
+    Args:
+        our_attention: whether attention is ours for CPUs; False: Transformer Engine's own plain
+            products."""
     compute_everywhere()
     transformer_engine_on_host.install()
-    transformer_engine_on_host.use_our_attention()
+    if our_attention:
+        transformer_engine_on_host.use_our_attention()
     in_torch = registry.load_primitives("torch")
     registry.load_primitives = lambda backend: in_torch
 

@@ -53,3 +53,12 @@ def test_losses_and_gradients_are_those_without_the_overlap(folder, world_size, 
         name, _, cases = grid.partition("+")
         for case in cases.split(","):
             assert f"{name} {case} holds" in output, output[-3000:]
+
+
+@MORE
+def test_no_stream_uses_what_another_still_writes(folder):
+    """For every timing that a GPU could have; where no stream waits, the check finds races."""
+    cases = ["plain", "selective", "replay"]
+    output = run_ranks(HERE, 2, "exchange_streams.py", str(folder), "ep2", *cases)
+    assert [f"{case} is in order" in output for case in cases] == [True] * 3, output[-3000:]
+    assert "without waiting" in output

@@ -1,16 +1,19 @@
 """Transformer Engine's kernels as torch's operators, so that its modules compute on the null GPU.
 
 Functions of its extension, `transformer_engine_torch`, are replaced; its Python - modules, autograd
-functions, communication, optimizer - is what is installed. Attention, whose kernels are cuDNN's and
-flash-attn's, is ours for CPUs. Of a product and its sum only the dtype that is written is imitated,
-not the order of additions. Of FP8, blocks of 128 are imitated (`Float8BlockQuantizer`): tensors are
-quantized into the storage that the kernels fill, and products are of what that storage holds."""
+functions, communication, optimizer - is what is installed. Attention computes by its plain
+products; instead of its kernels, cuDNN's and flash-attn's, `use_our_attention` takes ours for CPUs.
+Of a product and its sum only the dtype that is written is imitated, not the order of additions. Of
+FP8, blocks of 128 are imitated (`Float8BlockQuantizer`): tensors are quantized into the storage
+that the kernels fill, and products are of what that storage holds."""
 
 import importlib
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
+from host_compute import KERNELS
 
 ORIGINALS: dict[str, Callable] = {}
 """The functions of the extension, by name: of other kinds of FP8, which do nothing."""
@@ -236,3 +239,24 @@ def _values(x, is_columnwise: bool) -> torch.Tensor:
 def _torch_dtype(dtype) -> torch.dtype:
     constants = importlib.import_module("transformer_engine.pytorch.constants")
     return constants.TE_DType_To_Torch[constants.DType.cast(dtype)]
+
+
+def convert_thd_to_bshd(packed, cu_seqlens, batch, longest):
+    """Packed sequences as rows of a batch, with zeros behind each."""
+    rows = packed.new_zeros(batch, longest, *packed.shape[1:])
+    for row, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        rows[row, : end - start] = packed[start:end]
+    return rows
+
+
+def convert_bshd_to_thd(rows, cu_seqlens, num_tokens):
+    """The reverse."""
+    packed = rows.new_zeros(num_tokens, *rows.shape[2:])
+    for row, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        packed[start:end] = rows[row, : end - start]
+    return packed
+
+
+# Operators whose Python makes their tensors contiguous, which torch does not compute within them.
+KERNELS["te_attention::convert_thd_to_bshd"] = convert_thd_to_bshd
+KERNELS["te_attention::convert_bshd_to_thd"] = convert_bshd_to_thd

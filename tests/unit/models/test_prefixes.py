@@ -11,6 +11,7 @@ from megatron_r1.models.prefixes import (
     mark_prefixes,
     marked_prefixes,
     prefix_attention,
+    whole_sequences,
 )
 
 LENGTHS = [5, 20, 3, 7, 1, 33, 2, 17, 4, 6]
@@ -50,6 +51,15 @@ def test_values_and_gradients_are_the_formula_s(size, value_size):
     gradients = [torch.autograd.grad((out * upstream).sum(), tensors) for out in (got, wanted)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_whole_sequences_have_every_token_before_a_segment():
+    """By hand: segment 2 continues 1 after 4 of its tokens, of which 3 are segment 0's."""
+    continued = SharedPrefixes(torch.tensor([-1, 0, 1]), torch.tensor([0, 3, 4]))
+    whole = whole_sequences(torch.tensor([0, 4, 6, 9]), continued)
+    sequences = [0, 1, 2, 3], [0, 1, 2, 4, 5], [0, 1, 2, 4, 6, 7, 8]
+    assert whole.rows.tolist() == [row for each in sequences for row in each]
+    assert whole.cu_seqlens.tolist() == [0, 4, 9, 16] and whole.longest == 7
 
 
 def test_positions_go_on_where_the_prefix_ends():

@@ -214,7 +214,6 @@ def test_samples_of_one_prompt_are_packed_together_as_far_as_the_limit_goes():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({}, "a GPU"),
         ({}, "a model"),
         ({"parallel": {"context": 2}}, "parallel.context: 2"),
         ({"rl": {"routing_replay": True}}, "rl.routing_replay"),
@@ -224,10 +223,10 @@ def test_samples_of_one_prompt_are_packed_together_as_far_as_the_limit_goes():
 )
 def test_shared_prompts_are_refused_where_something_does_not_know_them(settings, says):
     parallel = {"share_prompts": True, **settings.get("parallel", {})}
-    check_shared_prompts(Config(parallel={"share_prompts": True}), on_gpu=False, is_plain=True)
+    check_shared_prompts(Config(parallel={"share_prompts": True}), is_plain=True)
     config = Config.model_validate({**settings, "parallel": parallel})
     with refused("parallel.share_prompts", Cause.CONFLICT, says):
-        check_shared_prompts(config, says == "a GPU", is_plain=says != "a model")
+        check_shared_prompts(config, is_plain=says != "a model")
 
 
 def test_a_response_may_be_empty():
