@@ -64,6 +64,8 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison
     departs = any(each.departs for each in comparisons)
     if not departs and not update_departs(step, base):
         return comparisons
+    if not recomputed.searches_causes:
+        return comparisons
     if (found := explanation(step, recomputed)) is None:
         return [
             replace(each, remedy=f"{each.remedy}{recomputed.left_out}") if each.departs else each

@@ -90,12 +90,17 @@ class Evidence:
 class Recomputation(PolicyLogprobs):
     """Recomputes a recorded step: log-probabilities under the policies that it used, and updates.
 
+    Attributes:
+        searches_causes: whether updates that depart are made again with substitutions: not where
+            something before them departs, which may be why.
+
     Raises:
         CannotRecompute: weights are missing, or too large for this machine.
     """
 
     def __init__(self, step: RecordedStep) -> None:
         super().__init__(step)
+        self.searches_causes = True
         self._signed: dict[str, float] = {}
 
     @cached_property

@@ -400,6 +400,7 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
         run=lambda substitution: made,
         evidence=Evidence(),
         packed=[],
+        searches_causes=True,
         shares=list,
         left_out="",
         estimate=lambda substitution, line: 1.0,
