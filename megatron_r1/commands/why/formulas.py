@@ -105,7 +105,8 @@ def each_advantages(
     parts = {name: advantages(each, algorithm, std, epsilon) for name, each in rewards.items()}
     groups = range(len(next(iter(rewards.values()))))
     sums = [
-        sum(weights[name] * np.array(part[at]) for name, part in parts.items()) for at in groups
+        np.sum([weights[name] * np.array(part[at]) for name, part in parts.items()], axis=0)
+        for at in groups
     ]
     whole = np.concatenate(sums)
     if are_equal(whole):

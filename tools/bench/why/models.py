@@ -120,7 +120,7 @@ def base_model(folder: Path, name: str) -> Path:
     write_data(folder)
     write_model(folder / name / "begin", MODELS[name])
     recipe = folder / name / "sft.yaml"
-    settings = {
+    settings: dict[str, dict[str, Any]] = {
         "run": {"folder": str(folder / name / "sft"), "steps": SFT_STEPS},
         "model": {
             "path": str(folder / name / "begin"),

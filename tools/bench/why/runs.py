@@ -42,7 +42,7 @@ def settings_of(case: Case, common: dict[str, Any], seed: int, folder: Path) -> 
         seed: `run.seed`.
         folder: the bench's folder, with the models."""
     models = folder / "models"
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "run": {"seed": seed},
         "model": {"path": str(base_model(models, case.model))},
         "data": {"path": str(models / "questions.jsonl")},
