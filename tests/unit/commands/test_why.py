@@ -482,6 +482,6 @@ def test_advantages_of_rewards_that_are_normalized_alone_are_the_runs(planted):
     expected = reward_normalization.advantages(
         step.groups, grpo.advantages, step.config, step.weights
     )
-    assert len({a for group in expected for a in group}) > 2
+    assert len({a for group in expected for a in group}) > 1
     for own, run_own in zip(step.advantages, expected, strict=True):
         assert own == pytest.approx(run_own, abs=1e-9)
