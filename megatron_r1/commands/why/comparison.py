@@ -135,6 +135,11 @@ class Report:
         """The first quantity that departs."""
         return next((each for each in self.comparisons if each.departs), None)
 
+    def departs_before(self, family: str) -> bool:
+        """Return whether a quantity of an earlier family departs."""
+        at = FAMILIES.index(family)
+        return any(each.departs and FAMILIES.index(each.family) < at for each in self.comparisons)
+
     def as_json(self) -> dict[str, Any]:
         """Return the content of the file that --json names."""
         first = self.first

@@ -105,7 +105,7 @@ def each_advantages(
     parts = {name: advantages(each, algorithm, std, epsilon) for name, each in rewards.items()}
     groups = range(len(next(iter(rewards.values()))))
     sums = [
-        np.sum([weights[name] * np.array(part[at]) for name, part in parts.items()], 0)
+        np.sum([weights[name] * np.array(part[at]) for name, part in parts.items()], axis=0)
         for at in groups
     ]
     whole = np.concatenate(sums)

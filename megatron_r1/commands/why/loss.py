@@ -39,6 +39,8 @@ UPDATE = {"float32": 2.0**-8, "bfloat16": 0.5}
 rounding (`policy_model.distances`)."""
 MOMENTS, MOMENTS_IN_16_BITS = {"float32": 2.0**-9, "bfloat16": 0.5}, 2.0**-6
 """Likewise of Adam's moments; the second where `optimizer.moments` has 16 bits."""
+EXACT = 64
+"""An explanation that is so many times nearer than the tolerance needs no comparison."""
 MOST_OF_ONE = 3
 """Other values of one setting that are tried where one explains a departure."""
 SOURCE = {"float32": "measured (docs/why.md), with a margin", "bfloat16": "a choice"}
@@ -63,6 +65,8 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison
     )
     departs = any(each.departs for each in comparisons)
     if not departs and not update_departs(step, base):
+        return comparisons
+    if not recomputed.searches_causes:
         return comparisons
     if (found := explanation(step, recomputed)) is None:
         return [
@@ -188,7 +192,7 @@ def explanation(
         if not explains(step, made):
             continue
         found = [(first, made)]
-        if made.update is not None:
+        if made.update is not None and made.update > update_limit(step) / EXACT:
             same = [each for each in offered if each.setting == first.setting and each != first]
             others = [(each, recomputed.run(each)) for each in same[:MOST_OF_ONE]]
             found += [pair for pair in others if explains(step, pair[1])]

@@ -151,6 +151,10 @@ class PolicyLogprobs:
         """Return those under the policy before the step computed in bfloat16."""
         return self.under(copy.deepcopy(self.policy).to(torch.bfloat16))
 
+    def num_experts(self, layer: str) -> int:
+        """Return how many experts a module of routed experts has."""
+        return len(next(self.policy.get_submodule(layer).parameters()))
+
     def with_experts(self, layer: str, sources: Mapping[int, int]) -> list[np.ndarray]:
         """Return those under the policy before the step with experts in others' concerned.
 

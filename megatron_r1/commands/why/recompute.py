@@ -44,6 +44,8 @@ CLIPPED = 1.001
 """Times the largest norm, above which a gradient was clipped by more than rounding."""
 MOST_FITS, FIT = 6, 1e-5
 """Rounds in which the norms of gradients are fitted, and the relative change that ends them."""
+NO_ESTIMATE = 1.05
+"""Of what needs a model: tried behind what seems to explain everything."""
 COPIES = 7
 """Copies of the parameters, fp32, that the updates need: model, gradients, moments, and others."""
 
@@ -90,12 +92,17 @@ class Evidence:
 class Recomputation(PolicyLogprobs):
     """Recomputes a recorded step: log-probabilities under the policies that it used, and updates.
 
+    Attributes:
+        searches_causes: whether updates that depart are made again with substitutions: not where
+            something before them departs, which may be why.
+
     Raises:
         CannotRecompute: weights are missing, or too large for this machine.
     """
 
     def __init__(self, step: RecordedStep) -> None:
         super().__init__(step)
+        self.searches_causes = True
         self._signed: dict[str, float] = {}
 
     @cached_property
@@ -355,11 +362,7 @@ class Recomputation(PolicyLogprobs):
                 for row, which in zip(rows, (each.response for each in self.sequences), strict=True)
             ]
         if substitution.trains_prompts:
-            rows = [
-                replace(row, is_sampled=torch.arange(len(row.token_ids)) > 0, kept=None)
-                for row in rows
-            ]
-            rows = [replace(row, num_sampled=len(row.token_ids) - 1) for row in rows]
+            rows = [_with_prompt(row) for row in rows]
         return rows
 
     def _given(
@@ -451,11 +454,15 @@ class Recomputation(PolicyLogprobs):
             for name in base.metrics
             if name != "grad_norm" and isinstance(logged.get(name), int | float)
         }
+        if not (is_of_loss or is_of_adam) or "temperature" in dict(substitution.loss):
+            return NO_ESTIMATE
         far = 1.0
-        if is_of_loss and not substitution.trains_prompts:
+        if is_of_loss:
             rules = replace(self.loss_rules(), **dict(substitution.loss))
             rows, reference = self._rows(substitution), self._reference_of(substitution)
             rows = with_token_advantages(self.step, rows, self._old_of_all, reference)
+            if [row.is_trained for row in rows] != [row.is_trained for row in self.rows]:
+                return NO_ESTIMATE
             estimated = []
             for trace in made.traces:
                 trained = [at for at in trace.rows if rows[at].is_trained]
@@ -569,6 +576,20 @@ def _multiple(pairs: Sequence[Sequence[Tensor]]) -> float | None:
     factor = both / own
     left = max(0.0, run - factor * both) ** 0.5
     return factor if left <= NEAR * max(run, own * 1e-6) ** 0.5 or run < 1e-12 * own else None
+
+
+def _with_prompt(row: Row) -> Row:
+    """Return a row whose tokens are all trained on; the engine's log-probability of those that it
+    has not sampled is 0, as in the trainer."""
+    logprobs = torch.zeros(len(row.token_ids))
+    logprobs[row.is_sampled] = row.logprobs
+    return replace(
+        row,
+        is_sampled=torch.arange(len(row.token_ids)) > 0,
+        logprobs=logprobs[1:],
+        num_sampled=len(row.token_ids) - 1,
+        kept=None,
+    )
 
 
 def _ratio(gap: float, change: float) -> float:

@@ -44,6 +44,8 @@ FEW_TOKENS = 20
 BINS = 40
 SIZE = 4.0
 """Two mean differences within this factor have the same size."""
+MAX_PAIRS = 64
+"""Pairs of experts that are tried as exchanged ones."""
 SUSPECTS = 4
 """Experts that are tried as the one, or two, that differ."""
 OF_EXPERTS = (
@@ -488,17 +490,15 @@ class _Gaps:
         for layer, expert, *_ in ranked[:SUSPECTS]:
             if (found := self._stale_expert(layer, expert)) is not None:
                 return found
-        for at, (layer, one, *_) in enumerate(ranked[:SUSPECTS]):
-            for other_layer, other, *_ in ranked[at + 1 : SUSPECTS]:
-                if layer == other_layer:
-                    made = self.recomputed.with_experts(layer, {one: other, other: one})
-                    if (better := self._better(self._against(made))) is not None:
-                        return (
-                            f"experts {one} and {other} of {_layer(layer)} are exchanged in "
-                            f"{better[0]}: mean |Δ| {number(better[1])} against "
-                            f"{number(better[2])}",
-                            OF_EXPERTS,
-                        )
+        for layer, one, other in self._pairs(ranked):
+            made = self.recomputed.with_experts(layer, {one: other, other: one})
+            if (better := self._better(self._against(made))) is not None:
+                return (
+                    f"experts {min(one, other)} and {max(one, other)} of {_layer(layer)} are "
+                    f"exchanged in {better[0]}: mean |Δ| {number(better[1])} against "
+                    f"{number(better[2])}",
+                    OF_EXPERTS,
+                )
         if not ranked or ranked[0][2] < 4 * ranked[0][3] or distance <= self.tolerance:
             return None
         layer, expert, with_it, without = ranked[0]
@@ -508,6 +508,24 @@ class _Gaps:
             OF_EXPERTS,
         )
 
+    def _pairs(self, ranked: Sequence[tuple[str, int, float, float]]) -> list[tuple[str, int, int]]:
+        """Return pairs of experts of a layer that may be exchanged: the suspects, and each of them
+        with others, of which few tokens may have been routed."""
+        chosen = ranked[:SUSPECTS]
+        pairs = [
+            (layer, one, other)
+            for at, (layer, one, *_) in enumerate(chosen)
+            for other_layer, other, *_ in chosen[at + 1 :]
+            if layer == other_layer
+        ]
+        for layer, one, *_ in chosen:
+            others = range(self.recomputed.num_experts(layer))
+            pairs += [(layer, one, other) for other in others if other != one]
+        known: dict[tuple[str, frozenset[int]], tuple[str, int, int]] = {}
+        for layer, one, other in pairs:
+            known.setdefault((layer, frozenset((one, other))), (layer, one, other))
+        return [*known.values()][:MAX_PAIRS]
+
     def _experts_by_gap(self) -> list[tuple[str, int, float, float]]:
         """Return layer, expert, the mean |difference| of its tokens and that of the others, the
         largest ratio of both first."""
@@ -516,9 +534,12 @@ class _Gaps:
             experts = np.concatenate(by_row)
             for expert in range(int(experts.max()) + 1):
                 own = (experts == expert).any(1)
-                if own.sum() >= FEW_TOKENS and (~own).sum() >= FEW_TOKENS:
-                    pair = float(np.nanmean(gaps[own])), float(np.nanmean(gaps[~own]))
-                    found.append((layer, expert, *pair))
+                if own.sum() < FEW_TOKENS:
+                    continue
+                with_it = float(np.nanmean(gaps[own]))
+                is_few = (~own).sum() < FEW_TOKENS  # all tokens go through it
+                without = with_it if is_few else float(np.nanmean(gaps[~own]))
+                found.append((layer, expert, with_it, without))
         return sorted(found, key=lambda each: -each[2] / max(each[3], 1e-12))
 
     def _stale_expert(self, layer: str, expert: int) -> tuple[str, str] | None:

@@ -102,6 +102,7 @@ def examine(step: RecordedStep) -> Report:
     for family, name, check in OF_RECORDS:
         report.add(_comparisons(family, name, partial(check, step)))
     for family, name, recompute in OF_WEIGHTS:
+        recomputed.searches_causes = not report.departs_before("loss")
         report.add(_comparisons(family, name, partial(recompute, step, recomputed)))
     report.curves = sampling.departures(recomputed)
     report.suspicions = suspicions(step) if report.first is None else []

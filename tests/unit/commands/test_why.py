@@ -29,6 +29,8 @@ from megatron_r1.commands.why.recorded import (
 )
 from megatron_r1.commands.why.verb import examine, run
 from megatron_r1.config import Config
+from megatron_r1.controller.algorithms import grpo
+from megatron_r1.controller.corrections import reward_normalization
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import SamplingRecord, encode, pack
 from megatron_r1.data.prompts import load_prompts
@@ -400,6 +402,7 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
         run=lambda substitution: made,
         evidence=Evidence(),
         packed=[],
+        searches_causes=True,
         shares=list,
         left_out="",
         estimate=lambda substitution, line: 1.0,
@@ -471,3 +474,14 @@ def test_an_audit_of_the_run_finds_a_wrong_grade(planted, capsys):
     assert "step 2, group 1" in line and "response 3" in line
     (signs,) = (each for each in printed.splitlines() if "signs" in each)
     assert "corrected in 2 of 2 groups" in signs and "50.0%" in signs
+
+
+def test_advantages_of_rewards_that_are_normalized_alone_are_the_runs(planted):
+    planted.settings["rl"] |= {"reward_normalization": "each", "overlong_buffer": 0.9}
+    step = planted.read()
+    expected = reward_normalization.advantages(
+        step.groups, grpo.advantages, step.config, step.weights
+    )
+    assert len({a for group in expected for a in group}) > 1
+    for own, run_own in zip(step.advantages, expected, strict=True):
+        assert own == pytest.approx(run_own, abs=1e-9)

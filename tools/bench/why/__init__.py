@@ -120,7 +120,8 @@ def _case(
     started = time.monotonic()
     about: dict[str, Any] = {"case": case.name, "seed": seed}
     kept = place / "made.json"
-    if chosen.again and kept.is_file():
+    is_made = chosen.again and kept.is_file()
+    if is_made:
         made = json.loads(kept.read_text(encoding="utf-8"))
         place_of_run = place / "run"
     else:
@@ -138,5 +139,7 @@ def _case(
         lines = (place_of_run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         about["step_seconds"] = [json.loads(line)["time/step"] for line in lines]
     about["seconds"] = time.monotonic() - started
+    if is_made:
+        about["seconds"] += made["seconds"]
     about["load"] = os.getloadavg()[0]
     return about
