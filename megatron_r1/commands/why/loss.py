@@ -16,7 +16,7 @@ from megatron_r1.reporting.wording import format_percent as percent
 
 if TYPE_CHECKING:
     from megatron_r1.commands.why.recompute import Recomputation, RecomputedUpdates
-    from megatron_r1.commands.why.substitutions import Substitution
+    from megatron_r1.commands.why.substitution import Substitution
 
 LOSS = "loss"
 LOSS_ROUNDING = {"float32": 2.0**-19, "bfloat16": 2.0**-7}

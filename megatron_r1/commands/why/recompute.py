@@ -21,7 +21,7 @@ from megatron_r1.commands.why.comparison import CannotRecompute
 from megatron_r1.commands.why.policy_logprobs import PolicyLogprobs
 from megatron_r1.commands.why.policy_model import Row
 from megatron_r1.commands.why.recorded import RecordedStep, weights_after
-from megatron_r1.commands.why.substitutions import Substitution
+from megatron_r1.commands.why.substitution import Substitution
 from megatron_r1.commands.why.token_advantages import with_token_advantages
 from megatron_r1.commands.why.updates import (
     Adam,

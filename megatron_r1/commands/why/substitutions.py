@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1.commands.why import formulas
 from megatron_r1.commands.why.recorded import RecordedStep, weights_after
+from megatron_r1.commands.why.substitution import Substitution
 from megatron_r1.config import RLConfig
 from megatron_r1.config.optimizer import OptimizerConfig
 
@@ -33,44 +33,6 @@ OF_LOSS = (
     "entropy_coef",
 )
 """Settings of `rl` whose default is tried."""
-
-
-@dataclass(frozen=True)
-class Substitution:
-    """One thing substituted in the updates of a step.
-
-    Attributes:
-        name: what is substituted, in words.
-        setting: what it is a value of: those of one setting may all explain a departure.
-        remedy: the setting or file to change where it explains a departure.
-        loss: fields of `LossRules` with other values.
-        adam: fields of `AdamRules`, likewise.
-        advantages: by response, in place of the step's; None: the step's.
-        reference: "" for the checkpoint's, else "policy" (the policy before the step) or "begin"
-            (the model that the run began with).
-        without_moments: begin with moments of zero, and with Adam's counter at 0.
-        repeats_first: every update is on the first mini-batch.
-        lost: rows whose gradient is lost.
-        trains_prompts: the prompt's tokens are trained on, too.
-        head_is_apart: a tied head is a tensor of its own, whose gradient the embedding lacks."""
-
-    name: str
-    setting: str = ""
-    remedy: str = ""
-    loss: tuple[tuple[str, Any], ...] = ()
-    adam: tuple[tuple[str, Any], ...] = ()
-    advantages: Sequence[Sequence[float]] | None = None
-    reference: str = ""
-    without_moments: bool = False
-    repeats_first: bool = False
-    lost: Sequence[int] = ()
-    trains_prompts: bool = False
-    head_is_apart: bool = False
-
-    @property
-    def change(self) -> str:
-        """What to change where this explains a departure."""
-        return self.remedy or self.setting
 
 
 def substitutions(step: RecordedStep, recomputed: Recomputation) -> Iterator[Substitution]:
