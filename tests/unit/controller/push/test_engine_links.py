@@ -42,3 +42,25 @@ def test_an_engine_that_does_not_reach_the_store_names_it(said, named):
 
     problems, deaths = asyncio.run(story())
     assert named in problems["one"] and deaths == {}
+
+
+def test_an_engine_is_sent_the_fields_that_its_plugin_reads():
+    """vLLM passes the message to the plugin's class by keyword."""
+    from megatron_r1.engines.plugin.backend import PushInitInfo
+
+    read = []
+
+    class Client:
+        async def init_weight_transfer(self, init, resume):
+            read.append(PushInitInfo(**init))
+
+    async def story():
+        settings = PushConfig(timeout_seconds=123.0)
+        links = EngineLinks(Trainer(), settings, [["head.weight", [4, 2]]], {})
+        engine = Engine(0, SimpleNamespace(), Client(), is_up=True)
+        await links.connect([EngineSet("one", [engine])], resume=True)
+
+    asyncio.run(story())
+    (info,) = read
+    assert (info.name, info.member, info.members) == ("one", 0, 1)
+    assert info.push_timeout_seconds == 123.0 and info.tensors == [["head.weight", [4, 2]]]
