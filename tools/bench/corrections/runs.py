@@ -9,8 +9,8 @@ import datetime
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,11 +22,13 @@ from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.commands import cli, rl
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
+from megatron_r1.pipeline.stages import merge_settings
 from tools.bench import algorithms, host
 from tools.bench.algorithms import LAPTOP
-from tools.bench.corrections.cells import COMMON, PARTS, TASKS, Part, Settings
+from tools.bench.corrections.cells import COMMON, PARTS, TASKS, Part
 from tools.bench.host import ROOT
 from tools.bench.small_models import write_folder
+from tools.evidence.records import head
 
 MEANS = {
     "gap": "logprob_diff/mean",
@@ -122,17 +124,8 @@ def cell_settings(part: str, cell: str) -> dict[str, Any]:
         cell: one of its cells."""
     of = PARTS[part]
     demo = yaml.safe_load((LAPTOP / "r1_zero.yaml").read_text(encoding="utf-8"))
-    recipe = merged(demo, COMMON, of.settings, of.cells[cell])
+    recipe = reduce(merge_settings, (demo, COMMON, of.settings, of.cells[cell]))
     return {"recipe": recipe, "task": of.task, "engine_temperature": of.engine_temperature}
-
-
-def merged(*recipes: Settings) -> Settings:
-    """Return the sections of all recipes; a later one's key replaces an earlier one's."""
-    made: Settings = {}
-    for recipe in recipes:
-        for section, keys in recipe.items():
-            made[section] = {**made.get(section, {}), **keys}
-    return made
 
 
 @contextlib.contextmanager
@@ -173,9 +166,7 @@ def run_figures(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def provenance() -> dict[str, str]:
     """Return the date and, where git can tell, the commit."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short=8", "HEAD"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return {"date": datetime.date.today().isoformat(), "commit": found.stdout.strip()}
+    return {"date": datetime.date.today().isoformat(), "commit": head(ROOT)}
 
 
 def _core_seconds() -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from megatron_r1.pipeline.stages import merge_settings
 from tools.bench.host import ROOT
 
 TABLE = Path(__file__).with_name("faults.yaml")
@@ -99,7 +100,7 @@ def read_table(path: Path = TABLE) -> Table:
             Case(
                 entry["name"],
                 recipe["model"],
-                merged(recipe.get("settings", {}), entry.get("settings", {})),
+                merge_settings(recipe.get("settings", {}), entry.get("settings", {})),
                 tuple(_flat(entry.get("quantity", ()))),
                 tuple(entry.get("cause", ())),
                 tuple(Edit(**edit) for edit in entry.get("edits", ())),
@@ -115,13 +116,6 @@ def read_table(path: Path = TABLE) -> Table:
 def _flat(names: list[Any]) -> list[str]:
     """Return names, of which a list may be one."""
     return [each for name in names for each in (name if isinstance(name, list) else [name])]
-
-
-def merged(
-    one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Return sections of settings, those of `other` over those of `one`."""
-    return {key: {**one.get(key, {}), **other.get(key, {})} for key in [*one, *other]}
 
 
 def changed(case: Case) -> dict[str, str]:

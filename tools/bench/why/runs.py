@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_r1.pipeline.stages import merge_settings
 from tools.bench import host
-from tools.bench.why.cases import Case, check_imports, merged, write_overlay
+from tools.bench.why.cases import Case, check_imports, write_overlay
 from tools.bench.why.models import base_model
 
 LIMIT_SECONDS = 400
@@ -47,7 +48,7 @@ def settings_of(case: Case, common: dict[str, Any], seed: int, folder: Path) -> 
         "model": {"path": str(base_model(models, case.model))},
         "data": {"path": str(models / "questions.jsonl")},
     }
-    return merged(merged(common, own), case.settings)
+    return merge_settings(merge_settings(common, own), case.settings)
 
 
 def run_case(
@@ -69,10 +70,11 @@ def run_case(
         RuntimeError: a process of the run has not imported the planted fault."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    settings = merged(settings_of(case, common, seed, folder), {"run": {"folder": "run"}})
+    settings = settings_of(case, common, seed, folder)
+    settings = merge_settings(settings, {"run": {"folder": "run"}})
     started = time.monotonic()
     if case.first_run is not None:
-        before = merged(settings, case.first_run)
+        before = merge_settings(settings, case.first_run)
         if (first := _command(before, place, None)).status:
             return first, place / "run"
     overlay = write_overlay(case, place / "overlay") if case.edits else None
@@ -93,7 +95,6 @@ def _command(settings: dict[str, Any], place: Path, overlay: Path | None) -> Ran
     with open(place / "stdout.txt", "ab") as out, open(place / "stderr.txt", "wb") as errors:
         process = subprocess.Popen(
             host.megatron_r1("rl", recipe),
-            *(),
             cwd=place,
             env=environment,
             stdin=subprocess.DEVNULL,

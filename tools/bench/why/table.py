@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -12,6 +11,7 @@ from typing import Any
 
 from tools.bench import host
 from tools.bench.why.cases import Case
+from tools.evidence.records import head
 
 NAMED, WRONG, MISSED, FAILED = "named", "wrong", "missed", "no run"
 QUANTITY = "quantity"
@@ -129,15 +129,12 @@ def as_page(results: Sequence[Result], seeds: Sequence[int]) -> str:
     Args:
         results: what `run` returns.
         seeds: those of the faults."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=host.ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    head = (
+    heading = (
         f"python tools/bench why --seeds {','.join(map(str, seeds))}\n"
-        f"commit {commit}, {datetime.date.today().isoformat()}, {host.processor()}, "
+        f"commit {head(host.ROOT)}, {datetime.date.today().isoformat()}, {host.processor()}, "
         f"{host.num_cores()} cores, no GPU"
     )
-    return f"{head}\n\n{summary(results)}\n\n{as_lines(results)}\n"
+    return f"{heading}\n\n{summary(results)}\n\n{as_lines(results)}\n"
 
 
 def between_markers(text: str, results: Sequence[Result]) -> str:
