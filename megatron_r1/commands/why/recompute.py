@@ -56,7 +56,8 @@ class RecomputedUpdates:
 
     Attributes:
         metrics: as metrics.jsonl has them, over the updates.
-        terms: the part of the loss that each term has, mean over the updates.
+        terms: the magnitude of each term of the loss, mean over the updates.
+        signed_terms: each term with its sign, mean over the updates.
         update: |own - run's| / |run's change| of all parameters; None without a checkpoint after.
         by_parameter: by name, the same of each, largest first.
         moments: |own - run's| / |run's| of Adam's first or second moments, the larger one, after
@@ -64,6 +65,7 @@ class RecomputedUpdates:
 
     metrics: dict[str, float]
     terms: dict[str, float]
+    signed_terms: dict[str, float]
     update: float | None
     by_parameter: list[tuple[str, float]]
     moments: float | None = None
@@ -103,7 +105,6 @@ class Recomputation(PolicyLogprobs):
     def __init__(self, step: RecordedStep) -> None:
         super().__init__(step)
         self.searches_causes = True
-        self._signed: dict[str, float] = {}
 
     @cached_property
     def _moments(self) -> tuple[Moments, Moments] | None:
@@ -231,12 +232,11 @@ class Recomputation(PolicyLogprobs):
             divergence=(mask.low, mask.high) if mask.method == "divergence" else None,
         )
 
-    def adam_rules(self) -> AdamRules:
-        """Return the optimizer of the step's settings."""
-        return replace(self._plain_adam_rules, norms=self._norms)
+    def adam_rules(self, norms: tuple[float, ...] | None = None) -> AdamRules:
+        """Return the optimizer of the step's settings.
 
-    @property
-    def _plain_adam_rules(self) -> AdamRules:
+        Args:
+            norms: `AdamRules.norms`; None: those that fit the run."""
         settings = self.step.config.optimizer
         return AdamRules(
             tuple(self.step.learning_rates),
@@ -245,6 +245,7 @@ class Recomputation(PolicyLogprobs):
             settings.epsilon,
             settings.weight_decay,
             settings.clip_grad,
+            norms=self._norms if norms is None else norms,
         )
 
     @property
@@ -276,11 +277,7 @@ class Recomputation(PolicyLogprobs):
             raise CannotRecompute("model.mtp: train, and no checkpoint says how gradients were cut")
         norms = (float(logged),) * self.step.config.rl.minibatches
         for _ in range(MOST_FITS):  # a later gradient depends on how the earlier ones were cut
-            self.__dict__["_norms"] = norms
-            try:
-                made = self._made(Substitution(" "))[0]
-            finally:
-                del self.__dict__["_norms"]
+            made, _ = self._made(Substitution(""), norms)
             before, norms = norms, self._fitted(made)
             if max(abs(a - b) for a, b in zip(before, norms, strict=True)) <= FIT * max(norms):
                 break
@@ -289,7 +286,8 @@ class Recomputation(PolicyLogprobs):
     def _fitted(self, made: StepUpdates) -> tuple[float, ...]:
         """Return the norm of each update's whole gradient with which clipping gives the run's first
         moments, by least squares; 0: it was not clipped."""
-        clip, beta = self.step.config.optimizer.clip_grad, self._plain_adam_rules.beta1
+        settings = self.step.config.optimizer
+        clip, beta = settings.clip_grad, settings.beta1
         count, after = len(made.traces), self._first_after
         assert after is not None, "there is a checkpoint"
         before = self._moments[0] if self._moments else {}
@@ -318,7 +316,10 @@ class Recomputation(PolicyLogprobs):
             CannotRecompute: as `check_updates`."""
         return self._made(substitution or Substitution(""))[1]
 
-    def _made(self, substitution: Substitution) -> tuple[StepUpdates, RecomputedUpdates]:
+    def _made(
+        self, substitution: Substitution, norms: tuple[float, ...] | None = None
+    ) -> tuple[StepUpdates, RecomputedUpdates]:
+        """Make the updates with one thing substituted; `norms` as of `adam_rules`."""
         self.check_updates()
         rows = self._rows(substitution)
         loss = replace(self.loss_rules(), **dict(substitution.loss))
@@ -336,21 +337,19 @@ class Recomputation(PolicyLogprobs):
             reference,
             self.step.run_config.model.expert_bias_update_rate,
         )
-        adam = replace(self.adam_rules(), **dict(substitution.adam))
+        adam = replace(self.adam_rules(norms), **dict(substitution.adam))
         order, lost = self._order(substitution, rows), frozenset(substitution.lost)
         measured = made.run(order, loss, adam, lost)
-        if substitution == Substitution(""):
-            self._signed = {
-                name: sum(each.terms[name] for each in measured) / len(measured)
-                for name in measured[0].terms
-            }
         metrics, terms = _means(measured)
-        norms = self._norms
-        if norms is not None and min(norms) < CLIPPED * adam.clip_grad:
+        signed = {
+            name: sum(each.terms[name] for each in measured) / len(measured)
+            for name in measured[0].terms
+        }
+        if adam.norms is not None and min(adam.norms) < CLIPPED * adam.clip_grad:
             del metrics["grad_norm"]  # of a gradient that was not clipped the norm is not known
         change, by_parameter = self._compare(model, made.adam)
         return made, RecomputedUpdates(
-            metrics, terms, change, by_parameter, self._moments_apart(made.adam)
+            metrics, terms, signed, change, by_parameter, self._moments_apart(made.adam)
         )
 
     def _rows(self, substitution: Substitution) -> list[Row]:
@@ -414,7 +413,7 @@ class Recomputation(PolicyLogprobs):
         after = self._model_after
         about: dict[str, Any] = {
             "norm": self.base.metrics.get("grad_norm", 0.0),
-            "terms": self._signed,
+            "terms": self.base.signed_terms,
         }
         if after is None:
             return Evidence(**about)

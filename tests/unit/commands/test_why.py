@@ -396,7 +396,9 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
     planted.change(lambda graded: planted.response("<think></think><answer>-1</answer>", 1))
     planted.settings["rl"]["kl_beta"] = 0.01
     planted.line |= {"loss": logged, "kl": 0.0575}
-    made = RecomputedUpdates({"loss": 5.75139e-4, "kl": 0.0575139, "entropy": 2.0}, {}, None, [])
+    made = RecomputedUpdates(
+        {"loss": 5.75139e-4, "kl": 0.0575139, "entropy": 2.0}, {}, {}, None, []
+    )
     recomputed = SimpleNamespace(
         base=made,
         run=lambda substitution: made,
