@@ -164,17 +164,25 @@ def _of_advantages(step: RecordedStep) -> Iterator[Substitution]:
             "rewards of accuracy alone", "rewards.weights", advantages=made(accuracy)
         )
     if any(graded.truncated for graded in step.responses.values()):
-        is_masked = rl.truncated == "mask"
-        yield Substitution(
-            f"truncated responses {'trained on' if is_masked else 'left out'}",
-            "rl.truncated",
-            advantages=made(rewards)
-            if is_masked
-            else [
-                [math.nan if g.truncated else a for a, g in zip(own, group.responses, strict=True)]
-                for own, group in zip(step.advantages, step.groups, strict=True)
-            ],
+        yield _of_truncated(step, made(rewards))
+
+
+def _of_truncated(step: RecordedStep, all_trained: Advantages) -> Substitution:
+    """Return the advantages where truncated responses are trained on if the settings leave them
+    out, and are left out otherwise.
+
+    Args:
+        step: the step.
+        all_trained: the advantages with which every response is trained on."""
+    if step.config.rl.truncated == "mask":
+        return Substitution(
+            "truncated responses trained on", "rl.truncated", advantages=all_trained
         )
+    trained = [
+        [math.nan if g.truncated else a for a, g in zip(own, group.responses, strict=True)]
+        for own, group in zip(step.advantages, step.groups, strict=True)
+    ]
+    return Substitution("truncated responses left out", "rl.truncated", advantages=trained)
 
 
 def _of_others(step: RecordedStep) -> Iterator[Substitution]:
