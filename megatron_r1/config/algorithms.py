@@ -279,7 +279,7 @@ class LossSettings(_Readable):
     options: dict[str, Option] = field(default_factory=dict)
     """`rl.options`"""
     engine_mask: EngineMask = EngineMask()
-    """the mask, of which the method "divergence" is a part of the loss"""
+    """the mask; the loss applies only the method "divergence", others change the advantages"""
     inner: tuple[str, ...] = ()
     """"module:function" of the losses within that of a correction, the algorithm's last"""
 

@@ -182,7 +182,7 @@ class Protocol:
 
 
 RING = (Protocol(6.6e-6, 1e-6, 2.7e-6, 1 / 4), Protocol(14e-6, 1.9e-6, 4e-6, 0.92))
-"""LL and LL128. A step within a node takes at least the 1 us in which the network is told of it."""
+"""LL and LL128. A step within a node takes at least 1 us, the time to notify the network."""
 TREE = (Protocol(6.8e-6, 0.6e-6, 5e-6, 1 / 3.8), Protocol(14e-6, 1.25e-6, 8.5e-6, 0.92))
 
 LOW_LATENCY_SECONDS = {

@@ -79,7 +79,7 @@ class PolicyLogprobs:
         return before
 
     def model(self, source: Path, prefix: str = "") -> Any:
-        """Return the model in a checkpoint or folder, which nobody changes.
+        """Return the model in a checkpoint or folder; it is cached, so callers must not change it.
 
         Args:
             source: the checkpoint or folder.

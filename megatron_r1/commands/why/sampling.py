@@ -374,7 +374,7 @@ class _Gaps:
 
     @property
     def _earlier(self) -> list[int]:
-        """Versions before the one that the step trains, of which some may be kept."""
+        """Versions before the one that the step trains. Some of their checkpoints may be kept."""
         newest = self.step.step - 1
         return sorted({max(0, newest - 1), max(0, newest - 2), 0} - {newest}, reverse=True)
 
@@ -509,8 +509,8 @@ class _Gaps:
         )
 
     def _pairs(self, ranked: Sequence[tuple[str, int, float, float]]) -> list[tuple[str, int, int]]:
-        """Return pairs of experts of a layer that may be exchanged: the suspects, and each of them
-        with others, of which few tokens may have been routed."""
+        """Return pairs of experts of a layer that may be exchanged: the suspects with each other,
+        and with experts that few tokens may have been routed to."""
         chosen = ranked[:SUSPECTS]
         pairs = [
             (layer, one, other)

@@ -236,7 +236,7 @@ def add_product(layer: Any, inputs: tuple, out: tuple) -> tuple:
 
     Args:
         layer: the linear layer.
-        inputs: its arguments, of which the first is (..., in).
+        inputs: its arguments; the first has shape (..., in).
         out: its output, (values, bias)."""
     x = inputs[0]
     if (norm := getattr(layer, "layer_norm_weight", None)) is not None:
