@@ -63,6 +63,7 @@ class Streams(TorchDispatchMode):
     `operations` counts those of each stream."""
 
     current = Stream()
+    entered: "Streams | None" = None
     host: Counter = Counter()
     """What the host has waited for: done before anything that it launches."""
 
@@ -88,6 +89,29 @@ class Streams(TorchDispatchMode):
                 Streams.current = before
 
         cuda.stream = using
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage, size):
+            # Megatron gives memory back and takes other memory before it computes again.
+            out = resize(storage, size)
+            if size and (streams := Streams.entered):
+                streams.forget(storage.data_ptr())
+            return out
+
+        torch.UntypedStorage.resize_ = resized
+
+    def __enter__(self):
+        Streams.entered = self
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        Streams.entered = None
+        return super().__exit__(*exception)
+
+    def forget(self, memory: int) -> None:
+        """Take memory that was another tensor's before for new."""
+        self.read.pop(memory, None)
+        self.written.pop(memory, None)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -112,9 +136,8 @@ class Streams(TorchDispatchMode):
         if "_local_scalar_dense" in name:
             Streams.host |= stream.clock
         if not any(each.alias_info for each in function._schema.returns):
-            # Memory that was another tensor's before.
             for memory in set(self._memories(made)) - inputs:
-                self.read.pop(memory, None)
+                self.forget(memory)
                 self.written[memory] = (stream, stream.clock[stream], name)
         # A view computes nothing.
         if not changed and any(each.alias_info for each in function._schema.returns):
