@@ -17,8 +17,8 @@ from pathlib import Path
 from r1_grading import Grade, logic, math
 
 from megatron_r1 import config as configuration
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.text import PromptTokenizer
 
 QUESTIONS = 100
 GRADERS: dict[str, Callable[..., Grade]] = {"math": math.grade, "logic": logic.grade}
@@ -106,8 +106,8 @@ def main() -> None:
     run = Path(sys.argv[1])
     config = configuration.load(run / "config.yaml")
     questions = load_prompts(**config.data.model_dump(exclude={"template"})).heldout[:QUESTIONS]
-    text = PromptTokenizer(str(run / "hf"), config.data.template)
-    prompts = [text.encode(q.question) for q in questions]
+    tokenizer = PromptTokenizer(str(run / "hf"), config.data.template)
+    prompts = [tokenizer.encode(q.question) for q in questions]
     limit, options = config.rollout.max_response_tokens, config.rewards.call_options
     read = {kind: options.get(kind, {}) for kind in GRADERS}
     with ThreadPoolExecutor() as threads:
@@ -115,7 +115,7 @@ def main() -> None:
         first, second = threads.map(ask, LIBRARIES)
     for name, answers in zip(LIBRARIES, (first, second), strict=True):
         right = [
-            GRADERS[q.kind](text.decode(a), q.truth, **q.fields, **read[q.kind]).reward
+            GRADERS[q.kind](tokenizer.decode(a), q.truth, **q.fields, **read[q.kind]).reward
             for q, a in zip(questions, answers, strict=True)
         ]
         print(f"{name:12} loads {run / 'hf'}; greedy accuracy {sum(right) / len(right):.1%}")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_r1.base.files.json_lines import write_lines
-from megatron_r1.data.text import PromptTokenizer
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows
 
 NUM_TRAIN, NUM_HELDOUT, NUM_EXAMPLES = 2000, 200, 256
@@ -41,11 +41,11 @@ def write_products(folder: str) -> None:
 def write_examples(folder: str, model: str) -> None:
     """Write examples.jsonl: training questions in the chat template of `model`, answered as
     rl.yaml's template shows. Half of the results are wrong: the form is learned, not addition."""
-    draw, text = random.Random(1), PromptTokenizer(model, "chat")
+    draw, tokenizer = random.Random(1), PromptTokenizer(model, "chat")
     rows = []
     for a, b in _split()[0][:NUM_EXAMPLES]:
         result = a + b + draw.choice(MISTAKES)
-        rows.append({"prompt": text.render(f"{a} + {b}"), "response": f"{a} + {b} = {result}"})
+        rows.append({"prompt": tokenizer.render(f"{a} + {b}"), "response": f"{a} + {b} = {result}"})
     write_lines(Path(folder) / "examples.jsonl", rows)
 
 

@@ -37,8 +37,8 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.children import kill_group, popen_options
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import AgentsConfig
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.episodes import REWARDED_STATUSES, Episode, EpisodeResult, Generate
 
 AgentFunction = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
@@ -205,7 +205,7 @@ class HarnessPlayer:
 
     def __init__(
         self,
-        text: PromptTokenizer,
+        tokenizer: PromptTokenizer,
         gateway: Gateway,
         parsers: Parser,
         run: AgentFunction,
@@ -219,7 +219,7 @@ class HarnessPlayer:
         """Prepare to play episodes with a harness.
 
         Args:
-            text: the tokenizer and its template.
+            tokenizer: the tokenizer and its template.
             gateway: receives the harness's requests.
             parsers: reads calls and thoughts out of sampled turns.
             run: runs the harness.
@@ -228,7 +228,7 @@ class HarnessPlayer:
             max_model_len: the most tokens of a prompt and its answer that an engine takes.
             temperature: the sampling temperature.
             top_p: the sampling's probability mass."""
-        self.text, self.gateway, self.parsers, self.run = text, gateway, parsers, run
+        self.tokenizer, self.gateway, self.parsers, self.run = tokenizer, gateway, parsers, run
         self._max_turns, self._timeout_seconds = max_turns, timeout_seconds
         self._max_model_len = max_model_len
         self._sampling = temperature, top_p
@@ -340,7 +340,7 @@ class HarnessPlayer:
         ]
         episode = Episode(
             status,
-            tree_turns(session.tree, self.text.decode),
+            tree_turns(session.tree, self.tokenizer.decode),
             session.tree.branches(),
             num_tool_calls=len(calls),
             tool_seconds=max(0.0, seconds - session.engine_seconds),

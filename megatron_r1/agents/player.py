@@ -21,8 +21,8 @@ from megatron_r1.agents.tree import Message, TokenTree, tree_turns
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.chats import without_nulls
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.episodes import (
     REWARDED_STATUSES,
     Episode,
@@ -37,7 +37,7 @@ class EpisodePlayer:
     """Plays episodes in environments of one class.
 
     Args:
-        text: tokenizer and template.
+        tokenizer: tokenizer and template.
         environments: the pool of environments of one class.
         settings: the recipe's section.
         max_model_len: most tokens of a prompt and its answer that an engine takes.
@@ -45,15 +45,15 @@ class EpisodePlayer:
 
     def __init__(
         self,
-        text: PromptTokenizer,
+        tokenizer: PromptTokenizer,
         environments: Environments,
         settings: AgentsConfig,
         max_model_len: int,
     ) -> None:
-        self.text, self.environments, self.settings = text, environments, settings
+        self.tokenizer, self.environments, self.settings = tokenizer, environments, settings
         self.max_model_len = max_model_len
-        self.continuation = Continuation(text.tokenizer, text.end_tokens)
-        self.parsers = find_parser(settings, text.tokenizer.name_or_path)
+        self.continuation = Continuation(tokenizer.hf_tokenizer, tokenizer.end_tokens)
+        self.parsers = find_parser(settings, tokenizer.hf_tokenizer.name_or_path)
         self.reader = AnswerReader(self.parsers, self.continuation)
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> EpisodeResult:
@@ -187,7 +187,7 @@ class _RunningEpisode:
         response = await self._generate(tree.token_ids(node), max_tokens)
         self._totals["engine_seconds"] += time.monotonic() - began
         require_finished(response)
-        self.text = player.text.decode(response.token_ids)
+        self.text = player.tokenizer.decode(response.token_ids)
         message = await player.reader.read(
             self.text, response.token_ids, tree.token_ids(node), self._tools
         )
@@ -227,5 +227,8 @@ class _RunningEpisode:
 
     def episode(self, status: EpisodeStatus, reason: str) -> Episode:
         """Return the episode as it has been played so far."""
-        turns, branches = tree_turns(self._tree, self._player.text.decode), self._tree.branches()
+        turns, branches = (
+            tree_turns(self._tree, self._player.tokenizer.decode),
+            self._tree.branches(),
+        )
         return Episode(status, turns, branches, **self._totals, reason=reason)

@@ -30,9 +30,9 @@ from megatron_r1.controller.rollouts.rollout import (
     check_grades,
 )
 from megatron_r1.controller.rollouts.sample_log import encode, pack
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.episodes import Episode
@@ -53,13 +53,13 @@ MAX_SHOWN_CHARS = 600
 MAX_TRUTH_CHARS = 80
 
 
-def show_batch(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> None:
+def show_batch(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit) -> None:
     """Sample and grade the first questions of the first rollout, at most `MAX_RESPONSES` responses
     on an engine of this host, and print responses, figures and advice. Writes nothing.
 
     Args:
         config: the recipe.
-        text: how questions become tokens.
+        tokenizer: how questions become tokens.
         prompts: the prompts to train on and held out.
 
     Raises:
@@ -78,7 +78,7 @@ def show_batch(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> N
     sampler = PromptSampler(prompts.train, config.run.seed)
     drawn = sampler.next_by_kind(num_groups, weights=first.rl.kind_weights)
     with temporary_logs() as logs:
-        rollout, seconds = asyncio.run(_sample(first, text, drawn, group_size, logs))
+        rollout, seconds = asyncio.run(_sample(first, tokenizer, drawn, group_size, logs))
     groups = rollout.groups
     pairs = [(group, index) for index in range(len(groups[0].responses)) for group in groups]
     for group, index in pairs[:NUM_SHOWN_SAMPLES]:
@@ -88,7 +88,7 @@ def show_batch(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> N
 
 
 async def _sample(
-    config: Config, text: PromptTokenizer, prompts: list[Prompt], group_size: int, logs: Path
+    config: Config, tokenizer: PromptTokenizer, prompts: list[Prompt], group_size: int, logs: Path
 ) -> tuple[Rollout, float]:
     """Return the rollout, and the seconds from its start to the last grade."""
     rewards, rollout = config.rewards, config.rollout
@@ -102,7 +102,9 @@ async def _sample(
         **fleet_settings(rollout),
         **engine_settings(rollout),
     )
-    collector = RolloutCollector(fleet, pool, text, rewards, player=open_player(config, text))
+    collector = RolloutCollector(
+        fleet, pool, tokenizer, rewards, player=open_player(config, tokenizer)
+    )
     weights = weights_at(rewards.weights, 1)
     sampling = RolloutSampling(
         group_size,
@@ -117,7 +119,7 @@ async def _sample(
     try:
         with explain_renamed_columns(config.data.columns):
             await collector.check(weights, prompts)
-        print(describe_stop_tokens(config, text), flush=True)
+        print(describe_stop_tokens(config, tokenizer), flush=True)
         print(
             f"starting {format_count(rollout.engines, 'engine')} on {config.model.path}", flush=True
         )

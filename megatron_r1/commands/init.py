@@ -41,10 +41,10 @@ from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
 from megatron_r1.data.preferences import Kind, PreferenceTokenizer, kind_of_rows, read_preferences
 from megatron_r1.data.prompt_rows import parse_question
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize_question
 from megatron_r1.data.renamed_rows import ABSENT, lookup, read_renamed_rows
 from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens, load_tokenizer
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.settings import max_positions
@@ -215,14 +215,14 @@ def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> RecipeDraft:
         *_guess_answers(source.folder, source.parameters),
     ]
     template = next(guess.value for guess in guesses if guess.key == "data.template")
-    text = PromptTokenizer(str(source.folder), template, (MODEL, template))
+    tokenizer = PromptTokenizer(str(source.folder), template, (MODEL, template))
 
     def try_out(path: Path) -> None:
-        print(f"a response ends with: {describe_end_tokens(text.end_tokens)}")
+        print(f"a response ends with: {describe_end_tokens(tokenizer.end_tokens)}")
         _check_truths(source.data, columns)
         _check_recipe(path, columns)
 
-    return RecipeDraft("rl", [*guesses, *_sizes(source, questions, text)], try_out)
+    return RecipeDraft("rl", [*guesses, *_sizes(source, questions, tokenizer)], try_out)
 
 
 def _write(
@@ -393,12 +393,12 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
 
 
 def _sizes(
-    source: QuestionSource, questions: Sequence[Asked], text: PromptTokenizer
+    source: QuestionSource, questions: Sequence[Asked], tokenizer: PromptTokenizer
 ) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
     machine = source.machine
     limits = first_recipe.guess_lengths(
-        max(len(text.encode(question, before)) for before, question in questions),
+        max(len(tokenizer.encode(question, before)) for before, question in questions),
         max_positions(source.folder),
         machine,
     )

@@ -17,7 +17,7 @@ from megatron_r1.commands.rl_checks import (
     read_prompts,
     run_facts,
 )
-from megatron_r1.commands.rollout_run import Rollouts, open_rollouts
+from megatron_r1.commands.rollout_run import RolloutRoles, open_rollouts
 from megatron_r1.commands.trained_model import next_commands
 from megatron_r1.commands.training_run import (
     TrainingRun,
@@ -35,9 +35,9 @@ from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.session import Session
 from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.placement import accepting_hosts
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.settings import max_model_len
@@ -63,14 +63,14 @@ def run(config: Config) -> None:
     run_until_stopped(_train(config, text, prompts))
 
 
-async def _train(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> None:
+async def _train(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit) -> None:
     """Start the engines next to the trainer, and train; after the loss of trainer ranks again,
     from the newest checkpoint, with the same engines."""
-    facts = run_facts(config, text, prompts)
+    facts = run_facts(config, tokenizer, prompts)
     async with training_run(config, "rl", facts, next_commands(config)) as running:
         if running is None or await running.has_all_steps(config):
             return
-        async with open_rollouts(config, running.recorder, text) as rollouts:
+        async with open_rollouts(config, running.recorder, tokenizer) as rollouts:
             running.supervisor.watch_rollouts(rollouts.collector)
             await rollouts.check(config, prompts)
             timeline.mark("controller/rewards checked")
@@ -124,14 +124,16 @@ async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
 
 
 def _session(
-    config: Config, running: TrainingRun, rollouts: Rollouts, prompts: PromptSplit
+    config: Config, running: TrainingRun, rollouts: RolloutRoles, prompts: PromptSplit
 ) -> Session:
     """Return a session that begins at the newest checkpoint."""
     collector, trainer, recorder = rollouts.collector, running.trainer, running.recorder
     collector.fleet.policy_version = -1  # ranks that went back push earlier versions again
     longest = max_model_len(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
-    probes = [collector.text.encode(prompt.question, prompt.before)[:longest] for prompt in first]
+    probes = [
+        collector.tokenizer.encode(prompt.question, prompt.before)[:longest] for prompt in first
+    ]
     pusher = create_pusher(config, trainer, collector.fleet, probes)
     sampler = PromptSampler(prompts.train, config.run.seed)
     return Session(

@@ -28,9 +28,9 @@ from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.teacher import check_teacher
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
 from megatron_r1.data.sampler import drawn_fractions
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
@@ -124,7 +124,7 @@ MAX_SHOWN_IDS = 8
 """Token ids that are shown of either end of a prompt."""
 
 
-def _load_prompts(config: Config, text: PromptTokenizer) -> PromptSplit:
+def _load_prompts(config: Config, tokenizer: PromptTokenizer) -> PromptSplit:
     """Return the prompts of the recipe that an engine has room for, and print what is unusual about
     the data.
 
@@ -148,8 +148,8 @@ def _load_prompts(config: Config, text: PromptTokenizer) -> PromptSplit:
             file=sys.stderr,
         )
     show_padded_truths(config.data.path or config.data.task or "data", prompts)
-    prompts = drop_long_prompts(prompts, text, max_model_len(config))
-    for line in _describe_rows(prompts, text):
+    prompts = drop_long_prompts(prompts, tokenizer, max_model_len(config))
+    for line in _describe_rows(prompts, tokenizer):
         print(line)
     per_rollout = config.rl.questions_per_rollout
     if per_rollout > len(prompts.train):
@@ -167,22 +167,22 @@ def _load_prompts(config: Config, text: PromptTokenizer) -> PromptSplit:
     return prompts
 
 
-def _describe_rows(prompts: PromptSplit, text: PromptTokenizer) -> list[str]:
+def _describe_rows(prompts: PromptSplit, tokenizer: PromptTokenizer) -> list[str]:
     """Return what became of the rows of files, and one question as the policy gets it."""
     if not prompts.reports:
         return []
     kept = len(prompts.train), len(prompts.heldout)
     lines = [line for report in prompts.reports for line in report.lines()]
     example = prompts.train[0]
-    ids = text.encode(example.question, example.before)
-    shown = printable(shorten_middle(text.render(example.question, example.before), 600), True)
+    ids = tokenizer.encode(example.question, example.before)
+    shown = printable(shorten_middle(tokenizer.render(example.question, example.before), 600), True)
     lines += [
         f"  {format_count(sum(kept), 'question')}: {kept[0]:,} to train on, {kept[1]:,} held out",
         f"  the first, {example.location}, as its {len(ids):,} tokens ({_ids(ids)}):",
         *(f"  | {line}" for line in shown.split("\n")),
         f"  truth: {printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
     ]
-    if any(m["role"] == "system" for m in example.before) and not text.shows_system:
+    if any(m["role"] == "system" for m in example.before) and not tokenizer.shows_system:
         lines.append(
             "  the template has no place for the system's message: it stands before the question"
         )
@@ -221,19 +221,19 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
         )
 
 
-def drop_long_prompts(prompts: PromptSplit, text: PromptTokenizer, limit: int) -> PromptSplit:
+def drop_long_prompts(prompts: PromptSplit, tokenizer: PromptTokenizer, limit: int) -> PromptSplit:
     """Return the prompts that are shorter than `limit`, rollout.max_model_len, and print how many
     are left out.
 
     Args:
         prompts: the prompts to train on and held out.
-        text: how questions become tokens.
+        tokenizer: how questions become tokens.
         limit: tokens of a prompt with its response.
 
     Raises:
         UserError: no prompt is left to train on."""
     train, heldout = (
-        [prompt for prompt in side if text.fits(prompt.question, limit, prompt.before)]
+        [prompt for prompt in side if tokenizer.fits(prompt.question, limit, prompt.before)]
         for side in (prompts.train, prompts.heldout)
     )
     left_out = len(prompts.train) - len(train), len(prompts.heldout) - len(heldout)
@@ -277,12 +277,12 @@ def describe_kind_weights(config: Config, prompts: list[Prompt]) -> list[str]:
     return lines if by_weight else []
 
 
-def run_facts(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> list[str]:
+def run_facts(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit) -> list[str]:
     """Return lines about the run for its title.
 
     Args:
         config: the recipe.
-        text: how questions become tokens.
+        tokenizer: how questions become tokens.
         prompts: the prompts to train on and held out.
 
     Raises:
@@ -292,7 +292,7 @@ def run_facts(config: Config, text: PromptTokenizer, prompts: PromptSplit) -> li
         config.data.task or str(config.data.path),
         f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
         *describe_kind_weights(config, prompts.train),
-        describe_stop_tokens(config, text),
+        describe_stop_tokens(config, tokenizer),
     ]
 
 
@@ -317,21 +317,21 @@ def read_prompts(config: Config) -> tuple[PromptTokenizer, PromptSplit]:
         UserError: unreadable data, no prompt that fits, or an environment that cannot be used.
     """
     ids = config.rollout.stop_token_ids
-    text = PromptTokenizer(config.model.path, config.data.template, stop_token_ids=ids)
+    tokenizer = PromptTokenizer(config.model.path, config.data.template, stop_token_ids=ids)
     if config.agents.player_settings:
         from megatron_r1.controller.rollouts.players import check_player
 
-        check_player(config, text)
-    return text, _load_prompts(config, text)
+        check_player(config, tokenizer)
+    return tokenizer, _load_prompts(config, tokenizer)
 
 
-def describe_stop_tokens(config: Config, text: PromptTokenizer) -> str:
+def describe_stop_tokens(config: Config, tokenizer: PromptTokenizer) -> str:
     """Return a line on what ends a response: the model's tokens, and the recipe's."""
-    rollout, own = config.rollout, {end.id for end in text.end_tokens}
+    rollout, own = config.rollout, {end.id for end in tokenizer.end_tokens}
     more = [f"token {token}" for token in rollout.stop_token_ids if token not in own]
     more += map(repr, rollout.stop)
     given = f"; rollout.stop: {', '.join(more)}" if more else ""
-    return f"responses end with {describe_end_tokens(text.end_tokens)}{given}"
+    return f"responses end with {describe_end_tokens(tokenizer.end_tokens)}{given}"
 
 
 def check_settings(config: Config) -> None:

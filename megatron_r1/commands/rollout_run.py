@@ -16,8 +16,8 @@ from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.teacher import teacher_fleet
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
@@ -30,7 +30,7 @@ from megatron_r1.push.plan.adapters import lora_arguments
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class RolloutRoles:
     """What samples and grades in a run: `collector`, with engines that are still to be started.
 
     Attributes:
@@ -52,41 +52,41 @@ class Rollouts:
 
 @contextlib.asynccontextmanager
 async def open_rollouts(
-    config: Config, recorder: RunRecorder, text: PromptTokenizer
-) -> AsyncIterator[Rollouts]:
+    config: Config, recorder: RunRecorder, tokenizer: PromptTokenizer
+) -> AsyncIterator[RolloutRoles]:
     """Yield what samples and grades; close it, and all that it uses, at the end of the block.
 
     Args:
         config: the recipe.
         recorder: the run's folder and view.
-        text: how questions become tokens."""
+        tokenizer: how questions become tokens."""
     rewards, notify, folder = config.rewards, recorder.view.message, recorder.folder
     on_one_host, logs = config.push.on_one_host, folder.path / "logs"
     async with open_pool(config.rollout, folder.path, on_one_host, notify) as hosts:
         pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
         fleet = _fleet(config, recorder, hosts)
         teacher = teacher_fleet(config, logs, notify) if config.teacher.path else None
-        player = open_player(config, text)
-        collector = RolloutCollector(fleet, pool, text, rewards, teacher, player)
+        player = open_player(config, tokenizer)
+        collector = RolloutCollector(fleet, pool, tokenizer, rewards, teacher, player)
         log, is_kept = SampleLog(folder.sample_log, notify), config.rl.sample_log
         try:
             if not is_kept:
                 await log.prune()  # old samples are not of this run's policies
-            yield Rollouts(collector, log if is_kept else None, hosts)
+            yield RolloutRoles(collector, log if is_kept else None, hosts)
         finally:
             fleets = [fleet, teacher] if teacher is not None else [fleet]
             closing = collector.close(), pool.close(), log.close()
             await asyncio.gather(*(each.close() for each in fleets), *closing)
 
 
-def open_player(config: Config, text: PromptTokenizer) -> Player | None:
+def open_player(config: Config, tokenizer: PromptTokenizer) -> Player | None:
     """Return the player of the run's episodes; None if responses are single turns, which need
     nothing of `megatron_r1.agents`."""
     if not config.agents.player_settings:
         return None
     from megatron_r1.controller.rollouts.players import make_player
 
-    return make_player(config, text)
+    return make_player(config, tokenizer)
 
 
 def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> RolloutFleet:

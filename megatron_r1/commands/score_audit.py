@@ -146,7 +146,7 @@ def read_run(path: Path) -> tuple[Config, list[GradedAnswer]]:
     opened: bool | None = None  # of all steps: the model and data.template are the run's
     for recorded in read_steps(folder, settings, reversed(steps)):
         if opened is None:
-            opened = recorded.text.opens_thought
+            opened = recorded.tokenizer.opens_thought
         answers += logged_answers(
             recorded.groups,
             f"step {recorded.step}",

@@ -10,8 +10,8 @@ from pathlib import Path
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, infer_verb
+from megatron_r1.data.prompt_tokenizer import PLACEHOLDER, TEMPLATES
 from megatron_r1.data.renamed_rows import read_renamed_rows
-from megatron_r1.data.text import PLACEHOLDER, TEMPLATES
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server import gpu
 from megatron_r1.models.hf_config import hub_hint

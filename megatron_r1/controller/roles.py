@@ -38,7 +38,7 @@ class PolicyEngines:
         self.trainer, self.pusher, self.sampler = trainer, pusher, sampler
         self._rollout_config = sampler.config.rollout
         self._step_rollout: StepRollout | None = None
-        self._need_weights = False
+        self._needs_push = False
         self._acceptance = AcceptanceMeter()
         self._push_metrics: dict[str, float] = {}
         self._probe_metrics: dict[str, float] = {}
@@ -47,22 +47,22 @@ class PolicyEngines:
 
     async def open(self, policy_version: int) -> None:
         """Connect trainer and engines, and push the weights that the trainer begins with."""
-        async with self.updating():
+        async with self.updating_weights():
             await self.pusher.open()
             await self.push(policy_version)
 
-    def updating(self) -> AbstractAsyncContextManager[None]:
+    def updating_weights(self) -> AbstractAsyncContextManager[None]:
         """Keep engines from joining while the block changes the trainer's weights and pushes them:
         an engine that joined would get weights between two versions."""
-        return self.pusher.weight_update()
+        return self.pusher.updating_weights()
 
     async def rollout(self, step: int) -> Rollout:
         """Return the rollout of `step`, which may have begun before."""
-        if self._need_weights:
-            async with self.updating():
+        if self._needs_push:
+            async with self.updating_weights():
                 await self.push(step - 1)
         self.sampler.begin(step)
-        await self.await_probes()  # while they sample
+        await self.wait_for_probes()  # while they sample
         self._step_rollout = await self.sampler.rollout(step)
         if self._rollout_config.speculative.method != "none":
             self._draft_metrics = await self._acceptance.read(self.sampler.collector.fleet.engines)
@@ -74,7 +74,7 @@ class PolicyEngines:
         if self._rollout_config.colocated:
             await self.trainer.call(ModelOperations.free_memory, parameters=False)
         self._push_metrics = await self.pusher.push(policy_version)
-        self._need_weights = False
+        self._needs_push = False
         self.sampler.start_ahead(policy_version)
 
     @contextlib.asynccontextmanager
@@ -82,18 +82,18 @@ class PolicyEngines:
         """Let the trainer use its weights in the block, between two rollouts. Engines that have
         their memory sleep from then on, and get the weights again before the next rollout."""
         if self.pusher.offloads:
-            self._need_weights = True
+            self._needs_push = True
             await self.sampler.collector.fleet.sleep()
         yield
 
-    async def await_probes(self) -> None:
+    async def wait_for_probes(self) -> None:
         """Wait until the engines have answered the probes of the last push.
 
         Raises:
             EngineError: an engine computes something else than the trainer.
         """
         self._probe_metrics = await self.pusher.probe_results()
-        self.sampler.probes_passed()
+        self.sampler.release_buffered()
 
     @property
     def step_rollout(self) -> StepRollout:

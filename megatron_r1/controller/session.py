@@ -131,7 +131,7 @@ class Session:
         self.step = self.recorder.state.step
         await self.engines.open(self.step)
         if self.step == 0:
-            await self.engines.await_probes()
+            await self.engines.wait_for_probes()
             await self.heldout.run(self.step)
         self.engines.sampler.start(self.step + 1)
 
@@ -180,7 +180,7 @@ class Session:
             faults = await asyncio.to_thread(advice, rollout, self.config.at(self.step))
             self.recorder.advise(self.step, faults)
         if self.heldout.is_due(self.step):
-            await self.engines.await_probes()
+            await self.engines.wait_for_probes()
             await self.heldout.run(self.step)
         is_last = self.step == self.config.run.steps
         if is_last or self.step % self.config.checkpoint.every == 0:
@@ -189,7 +189,7 @@ class Session:
     async def save(self) -> None:
         """Start a checkpoint of the newest step, once the engines' probes of its weights have
         passed."""
-        await self.engines.await_probes()
+        await self.engines.wait_for_probes()
         async with self.engines.free_for_trainer():
             await self.checkpointing.save(self.step, self.engines.step_rollout.sampler_state)
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import THOUGHTS, Message
-from megatron_r1.data.sft import SFTExample, is_learned
-from megatron_r1.data.text import (
+from megatron_r1.data.prompt_tokenizer import (
     CHAT,
     PLACEHOLDER,
     PromptTokenizer,
@@ -21,6 +20,7 @@ from megatron_r1.data.text import (
     render_template,
     system_text,
 )
+from megatron_r1.data.sft import SFTExample, is_learned
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARK = "\ue000\ue001"
@@ -40,7 +40,7 @@ class ExampleTokenizer:
 
     def __init__(self, model_path: str, template: str | None) -> None:
         self._text = PromptTokenizer(model_path, PLACEHOLDER)
-        self._tokenizer: Any = self._text.tokenizer
+        self._tokenizer: Any = self._text.hf_tokenizer
         self._model_path = model_path
         has_chat = bool(self._tokenizer.chat_template)
         self._template = template if template != "chat" else None

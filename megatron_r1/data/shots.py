@@ -10,9 +10,14 @@ from r1_grading.reading import THINK
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message
+from megatron_r1.data.prompt_tokenizer import (
+    PromptTokenizer,
+    is_opened,
+    render_template,
+    system_text,
+)
 from megatron_r1.data.prompts import normalize_question
 from megatron_r1.data.renamed_rows import read_renamed_rows, require_text
-from megatron_r1.data.text import PromptTokenizer, is_opened, render_template, system_text
 
 BETWEEN = "\n\n"
 

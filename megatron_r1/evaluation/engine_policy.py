@@ -14,9 +14,9 @@ from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.data.chats import Message
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import FewShotExamples, FewShotTokenizer
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
@@ -64,7 +64,7 @@ class EnginePolicy:
         self._config, self._model, self._decoding = config, model, decoding
         self._folder = folder
         ids = rollout.stop_token_ids
-        self._text = (
+        self._tokenizer = (
             FewShotTokenizer(*source, shots, ids)
             if shots
             else PromptTokenizer(*source, stop_token_ids=ids)
@@ -86,7 +86,7 @@ class EnginePolicy:
             "rollout.max_model_len": self._max_model_len,
             "data.template": config.data.template,
             "rollout.stop": rollout.stop,
-            "end tokens": self._text.stop_token_ids,
+            "end tokens": self._tokenizer.stop_token_ids,
         }
 
     async def start(self) -> None:
@@ -127,8 +127,8 @@ class EnginePolicy:
             question: the user's last message.
             seed: the seed of the sampling.
             before: the messages before the question."""
-        opened = self._text.opens_thought
-        prompt_ids = self._text.encode(question, before)
+        opened = self._tokenizer.opens_thought
+        prompt_ids = self._tokenizer.encode(question, before)
         if len(prompt_ids) >= self._max_model_len:
             limit = self._max_model_len
             refusal = f"the prompt has {len(prompt_ids)} tokens, and the model takes {limit}"
@@ -136,7 +136,9 @@ class EnginePolicy:
         max_tokens = min(self._decoding.max_tokens, self._max_model_len - len(prompt_ids))
         response = await self._generate(prompt_ids, max_tokens, seed)
         ids, truncated = response.token_ids, response.finish_reason == "length"
-        return TextResponse(self._text.decode(ids), len(ids), truncated=truncated, opened=opened)
+        return TextResponse(
+            self._tokenizer.decode(ids), len(ids), truncated=truncated, opened=opened
+        )
 
     async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
         """Begin an episode for one prompt of each set of fields.
@@ -187,7 +189,7 @@ class EnginePolicy:
             played.text,
             len(episode.response().token_ids),
             episode.status == "max_tokens",
-            self._text.opens_thought,
+            self._tokenizer.opens_thought,
             rewards={} if reward is None else {ACCURACY: reward},
             reward=reward,
             reason="" if reward is None else f"{episode.status}: the environment's reward",
@@ -204,12 +206,12 @@ class EnginePolicy:
             top_p=self._decoding.top_p,
             top_k=self._decoding.top_k,
             min_p=self._decoding.min_p,
-            stop_token_ids=self._text.stop_token_ids,
+            stop_token_ids=self._tokenizer.stop_token_ids,
             seed=seed,
         )
         stop = self._decoding.stop
         return (
-            truncate_at_stop(response, len(token_ids), stop, self._text.decode)[0]
+            truncate_at_stop(response, len(token_ids), stop, self._tokenizer.decode)[0]
             if stop
             else response
         )
@@ -218,7 +220,7 @@ class EnginePolicy:
         key = agents.model_dump_json()
         if key not in self._players:
             environments = Environments(agents, describe(agents.environment))
-            player = EpisodePlayer(self._text, environments, agents, self._max_model_len)
+            player = EpisodePlayer(self._tokenizer, environments, agents, self._max_model_len)
             self._resources.push_async_callback(player.close)
             self._players[key] = player
         return self._players[key]

@@ -21,9 +21,9 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.data.chats import Message
+from megatron_r1.data.prompt_tokenizer import find_template, is_opened, render_template, system_text
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import FewShotExamples
-from megatron_r1.data.text import find_template, is_opened, render_template, system_text
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 
 TINY_QUESTION = "1 + 1 ="

@@ -18,7 +18,7 @@ from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import Table
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.adapters import PredictedAdapterSharding
-from megatron_r1.push.plan.engine_sets import Plan, engine_sets, plan_sets
+from megatron_r1.push.plan.engine_sets import SetPlan, engine_sets, plan_sets
 from megatron_r1.push.plan.planner import PredictedSharding
 from megatron_r1.push.plan.rounds import RoundSchedule
 from megatron_r1.push.plan.tensors import CountBytes
@@ -187,7 +187,7 @@ def set_plans(
     *,
     drafts: bool = False,
     lora: LoraConfig | None = None,
-) -> list[Plan]:
+) -> list[SetPlan]:
     """Return the plan of each set.
 
     Args:
@@ -244,7 +244,7 @@ def _set_plans(
     stages: tuple[tuple[Shard, ...], ...],
     count: CountBytes,
     max_engines: int,
-) -> list[Plan]:
+) -> list[SetPlan]:
     needs = what.predicted_layout(engines)
     planner = Planner(json.loads(what.hf), grid, engines, stages, needs, what.adapter_rules)
     return plan_sets(planner, count, engine_sets(engines.engines, max_engines))

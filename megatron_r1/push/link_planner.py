@@ -17,8 +17,8 @@ from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.stored.published import BLOCK, FP8_DTYPE, scale_name
 from megatron_r1.models.weights.table import Piece, Shape, Table
 from megatron_r1.push.plan.engine_sets import (
-    Plan,
     PlannedLink,
+    SetPlan,
     max_group_fraction,
     plan_sets,
     sent_bytes,
@@ -32,7 +32,13 @@ from megatron_r1.push.plan.tensors import (
     plain_bytes,
     scale_region,
 )
-from megatron_r1.push.protocol import EngineRankPlan, ReceiverInfo, SlotTable, TensorChunk, dtype_of
+from megatron_r1.push.protocol import (
+    EngineRankChunks,
+    ReceiverInfo,
+    SlotTable,
+    TensorChunk,
+    dtype_of,
+)
 from megatron_r1.push.push_schedule import PushSchedule
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, TrainerRendezvous
 from megatron_r1.push.round_sender import SetRounds
@@ -181,7 +187,7 @@ class PublishedSharding:
         return TensorChunk(index, *rows, region.left - slot.left, region.right - slot.left)
 
 
-class PushLink(NamedTuple):
+class ConnectedLink(NamedTuple):
     """The link from this trainer rank to an engine rank.
 
     Attributes:
@@ -203,13 +209,13 @@ class SetLinks:
         sent: the bytes that each trainer rank sends to the set in a push.
         links: one to each engine rank that this rank sends to.
         rounds: this rank's part of a push in rounds.
-        number: the number of the set's pushes so far."""
+        set_push_number: the number of the set's pushes so far."""
 
     rendezvous: list[TrainerRendezvous]
     sent: list[float]
-    links: list[PushLink] = field(default_factory=list)
+    links: list[ConnectedLink] = field(default_factory=list)
     rounds: SetRounds | None = None
-    number: int = 0
+    set_push_number: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -290,10 +296,10 @@ class LinkPlanner:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
                 continue
             for set_index, (name, plan) in enumerate(zip(names, plans, strict=True)):
-                linked = SetLinks(rendezvous[name], sent_bytes(plan, self.grid.world_size))
+                set_links = SetLinks(rendezvous[name], sent_bytes(plan, self.grid.world_size))
                 if schedule is not None:
-                    linked.rounds = SetRounds(rendezvous[name], schedule, set_index, self.rank)
-                created[name] = linked
+                    set_links.rounds = SetRounds(rendezvous[name], schedule, set_index, self.rank)
+                created[name] = set_links
                 try:
                     for engine_rank, rank_links in enumerate(plan):
                         infos = [
@@ -303,14 +309,14 @@ class LinkPlanner:
                         # Every rank has computed all plans; each publishes about as many.
                         publishes = (set_index + engine_rank) % self.grid.world_size == self.rank
                         self._link_engine_rank(
-                            linked, sharding, rank_links, infos, sender_type, publishes
+                            set_links, sharding, rank_links, infos, sender_type, publishes
                         )
                 except EXPECTED_ERRORS as error:
                     problems[name] = f"{type(error).__name__}: {error}"
         return created, problems
 
     def _schedule(
-        self, plans: Sequence[Plan], sets: Sequence[range], addresses: Sequence[list[list[str]]]
+        self, plans: Sequence[SetPlan], sets: Sequence[range], addresses: Sequence[list[list[str]]]
     ) -> PushSchedule:
         """Return the rounds of a push.
 
@@ -332,7 +338,7 @@ class LinkPlanner:
 
     def _link_engine_rank(
         self,
-        linked: SetLinks,
+        set_links: SetLinks,
         sharding: PublishedSharding,
         rank_links: Sequence[PlannedLink],
         receivers: Sequence[ReceiverInfo],
@@ -342,14 +348,14 @@ class LinkPlanner:
         """Create this rank's links to one rank of all engines of a set.
 
         Args:
-            linked: the set.
+            set_links: the set.
             sharding: the regions that the ranks of an engine need.
             rank_links: the planned links of all trainer ranks to that engine rank.
             receivers: table and address of that rank, by member.
             sender_type: the transport's sender.
             publishes: whether this rank publishes the plan of that engine rank."""
-        plan: EngineRankPlan = [[] for _ in linked.rendezvous]
-        engine_rank, rounds = rank_links[0].engine_rank, linked.rounds
+        plan: EngineRankChunks = [[] for _ in set_links.rendezvous]
+        engine_rank, rounds = rank_links[0].engine_rank, set_links.rounds
         receives = rounds is not None and rounds.is_on_gpu_of(engine_rank)
         for link in rank_links:
             if not (publishes or receives) and link.trainer_rank != self.rank:
@@ -363,12 +369,12 @@ class LinkPlanner:
             chunks = [chunk for chunk, _, _ in sent]
             plan[link.member].append((link.trainer_rank, chunks))
             if link.trainer_rank == self.rank:
-                rendezvous, receiver = linked.rendezvous[link.member], receivers[link.member]
+                rendezvous, receiver = set_links.rendezvous[link.member], receivers[link.member]
                 sender = sender_type(rendezvous, self.rank, engine_rank, receiver)
                 # Codes and scales of a region come from one slice, which is quantized once.
                 slice_of = {source: self._slice(*source) for _, _, source in sent}
                 slices = [(slice_of[source], encoding) for _, encoding, source in sent]
-                linked.links.append(PushLink(link.member, sender, slices))
+                set_links.links.append(ConnectedLink(link.member, sender, slices))
                 sender.plan(chunks)
         if rounds is not None and receives:
             rounds.set_receive_plan(receivers, plan)
@@ -376,7 +382,7 @@ class LinkPlanner:
             rank_rounds = (
                 rounds.schedule.rank_rounds(rounds.set_index, engine_rank) if rounds else None
             )
-            linked.rendezvous[0].publish_plan(engine_rank, plan, rank_rounds)
+            set_links.rendezvous[0].publish_plan(engine_rank, plan, rank_rounds)
 
     def _slice(self, name: str, region: Region) -> ParameterSlice:
         """Return the region of an HF tensor in a parameter of this rank.

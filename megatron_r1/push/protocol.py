@@ -55,14 +55,14 @@ class SlotTable(msgspec.Struct, frozen=True):
     slots: list[Slot]
     num_buffers: int = 1
 
-    def buffer(self, memory: torch.Tensor, push: int) -> torch.Tensor:
+    def buffer(self, memory: torch.Tensor, push_number: int) -> torch.Tensor:
         """Return the receive buffer that this push fills.
 
         Args:
             memory: uint8, num_buffers x num_bytes bytes.
-            push: its number, from 1.
+            push_number: its number, from 1.
         """
-        start = push % self.num_buffers * self.num_bytes
+        start = push_number % self.num_buffers * self.num_bytes
         return memory[start : start + self.num_bytes]
 
 
@@ -151,7 +151,7 @@ class Relay(NamedTuple):
         return f"- (through engine {self.member} of the set)"
 
 
-EngineRankPlan = list[list[tuple[int, list[TensorChunk]]]]
+EngineRankChunks = list[list[tuple[int, list[TensorChunk]]]]
 """plan[member]: the pairs (trainer rank, chunks) of what one rank of that engine gets from trainer
 ranks."""
 
@@ -161,14 +161,14 @@ class RankBucketOp(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         peer: rank in the communicator.
-        payload: the trainer rank that sends it, or -1 - member where a member of the set relays
+        source: the trainer rank that sends it, or -1 - member where a member of the set relays
             it.
         number: the bucket of the payload, from 0.
         count: buckets of that payload.
     """
 
     peer: int
-    payload: int
+    source: int
     number: int
     count: int
 
@@ -198,11 +198,11 @@ class PublishedPlan(msgspec.Struct, frozen=True):
         rounds: over NCCL, the rounds by member; None for a rank for which the trainer rank on its
             GPU receives."""
 
-    from_trainers: EngineRankPlan
+    from_trainers: EngineRankChunks
     rounds: list[RankRounds | None] | None = None
 
 
-def chunks_to(plan: EngineRankPlan, member: int) -> dict[int | Relay, list[TensorChunk]]:
+def chunks_to(plan: EngineRankChunks, member: int) -> dict[int | Relay, list[TensorChunk]]:
     """Return the chunks to one member's rank by source: from trainer ranks, then those that other
     members relay."""
     chunks: dict[int | Relay, list[TensorChunk]] = dict(plan[member])

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_r1.push.plan.engine_sets import EngineRankId, Plan
+from megatron_r1.push.plan.engine_sets import EngineRankId, SetPlan
 from megatron_r1.push.plan.rounds import NONE, receiving_processes, schedule_rounds
 from megatron_r1.push.protocol import RankBucketOp, RankRounds
 
@@ -64,7 +64,7 @@ class PushSchedule:
         ranks_per_engine: the ranks of an engine.
         world_size: the trainer ranks.
         colocated_ranks: the trainer ranks on engine ranks' GPUs.
-        number: the number of this schedule, in the order of connecting.
+        schedule_number: the number of this schedule, in the order of connecting.
 
     Attributes:
         receivers: the process that receives for each engine rank (`receiving_processes`).
@@ -73,14 +73,14 @@ class PushSchedule:
 
     def __init__(
         self,
-        plans: Sequence[Plan],
+        plans: Sequence[SetPlan],
         sets: Sequence[range],
         ranks_per_engine: int,
         world_size: int,
         colocated_ranks: Mapping[EngineRankId, int],
-        number: int,
+        schedule_number: int,
     ):
-        self.number, self.world_size = number, world_size
+        self.schedule_number, self.world_size = schedule_number, world_size
         self.receivers = receiving_processes(sets, ranks_per_engine, world_size, colocated_ranks)
         self.round_schedule = schedule_rounds(plans, self.receivers)
         # In the order in which `schedule_rounds` and `RoundSchedule` number them.

@@ -17,7 +17,7 @@ import xxhash
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
 from megatron_r1.push.protocol import (
-    EngineRankPlan,
+    EngineRankChunks,
     PublishedPlan,
     RankRounds,
     ReceiverInfo,
@@ -155,18 +155,18 @@ class Rendezvous:
         """Return NCCL's id of the set's communicator, once it is published."""
         return self.set_store.get("nccl") if self.set_store.check(["nccl"]) else None
 
-    def publish_alive(self, name: str, number: int) -> None:
+    def publish_alive(self, name: str, set_push_number: int) -> None:
         """Publish that engine rank `name`, "member/rank", is alive in push `number` of the set."""
-        self.set_store.append(f"answers/{number}", f"{name} ")  # type: ignore[attr-defined]
+        self.set_store.append(f"answers/{set_push_number}", f"{name} ")  # type: ignore[attr-defined]
 
-    def is_alive_requested(self, number: int) -> bool:
+    def is_alive_requested(self, set_push_number: int) -> bool:
         """Return whether a rank wants to know who is alive in push `number` of the set."""
-        return self.set_store.check([f"asked/{number}"])
+        return self.set_store.check([f"asked/{set_push_number}"])
 
     def diagnose_failure(
         self,
         names: Collection[str],
-        number: int,
+        set_push_number: int,
         error: str,
         is_closing: Callable[[], bool] = lambda: False,
     ) -> Failure:
@@ -175,11 +175,11 @@ class Rendezvous:
 
         Args:
             names: the engine ranks, each "member/rank".
-            number: the push, by its number in the set.
+            set_push_number: the push, by its number in the set.
             error: the error that this rank has seen.
             is_closing: ends the wait for answers when it returns True."""
-        self.set_store.set(f"asked/{number}", "")
-        key, answered, checks = f"answers/{number}", set[str](), 0
+        self.set_store.set(f"asked/{set_push_number}", "")
+        key, answered, checks = f"answers/{set_push_number}", set[str](), 0
         while not answered.issuperset(names) and checks < ANSWER_CHECKS and not is_closing():
             if self.has_failed():
                 return self._failure()
@@ -218,36 +218,36 @@ class EngineRendezvous(Rendezvous):
         rounds = plan.rounds[self.member] if plan.rounds is not None else None
         return chunks_to(plan.from_trainers, self.member), rounds
 
-    def wait_push_begun(self, number: int, connection: Store) -> int:
+    def wait_push_begun(self, set_push_number: int, connection: Store) -> int:
         """Wait until a push of the set has begun, and return its number of the run; 0 where a rank
         of the set has closed.
 
         Args:
-            number: the push, by its number in the set, counted from 1.
+            set_push_number: the push, by its number in the set, counted from 1.
             connection: the calling thread's connection (`new_connection`)."""
-        connection.wait([f"begun/{number}"], datetime.timedelta(seconds=IDLE_SECONDS))
-        return int(connection.get(f"begun/{number}"))
+        connection.wait([f"begun/{set_push_number}"], datetime.timedelta(seconds=IDLE_SECONDS))
+        return int(connection.get(f"begun/{set_push_number}"))
 
-    def end_waits(self, number: int) -> None:
+    def end_waits(self, set_push_number: int) -> None:
         """End `wait_push_begun` in all ranks of the set."""
-        self.set_store.set(f"begun/{number}", "0")
+        self.set_store.set(f"begun/{set_push_number}", "0")
 
-    def publish_memory(self, rank: int, number: int, addresses: list[str]) -> None:
+    def publish_memory(self, rank: int, set_push_number: int, addresses: list[str]) -> None:
         """Publish where the trainer rank on this rank's GPU is to write a push.
 
         Args:
             rank: this rank within the engine.
-            number: the push, by its number in the set.
+            set_push_number: the push, by its number in the set.
             addresses: handles of the receive buffer and of the checksums (`export_ipc_handle`)."""
-        _write(self.engine_store, f"memory/{rank}/{number}", addresses)
+        _write(self.engine_store, f"memory/{rank}/{set_push_number}", addresses)
 
-    def publish_complete(self, push: int) -> None:
+    def publish_complete(self, push_number: int) -> None:
         """Publish that this rank, of a set of several engines, has all of a push."""
-        if self.set_store.add(f"has/{push}", 1) == self._num_ranks:
-            self.set_store.set(f"complete/{push}", "1")
-            self.set_store.delete_key(f"has/{push}")
+        if self.set_store.add(f"has/{push_number}", 1) == self._num_ranks:
+            self.set_store.set(f"complete/{push_number}", "1")
+            self.set_store.delete_key(f"has/{push_number}")
             # The previous push's key only: trainer rank 0 may not have read this one's yet.
-            self.set_store.delete_key(f"complete/{push - 1}")
+            self.set_store.delete_key(f"complete/{push_number - 1}")
 
     def publish_rank_failure(self, rank: int, error: str, *, is_damaged: bool = False) -> Failure:
         """Publish a failure of this rank, so that no other waits for it; return the first failure.
@@ -274,7 +274,7 @@ class TrainerRendezvous(Rendezvous):
     def publish_plan(
         self,
         engine_rank: int,
-        plan: EngineRankPlan,
+        plan: EngineRankChunks,
         rounds: list[RankRounds | None] | None = None,
     ) -> None:
         """Publish the plan of one rank of all engines, over NCCL with its rounds.
@@ -294,20 +294,20 @@ class TrainerRendezvous(Rendezvous):
         if self.set_store.add("prepared", 1) == num_senders:  # the last ends the wait of all
             self.set_store.set("ready", str(num_ranks))
 
-    def publish_push_begun(self, number: int, push: int) -> None:
+    def publish_push_begun(self, set_push_number: int, push_number: int) -> None:
         """Publish that the set's push number `number`, which is `push` in the run, begins."""
-        self.set_store.set(f"begun/{number}", str(push))
+        self.set_store.set(f"begun/{set_push_number}", str(push_number))
 
-    def read_memory(self, rank: int, number: int) -> list[str]:
+    def read_memory(self, rank: int, set_push_number: int) -> list[str]:
         """Return where to write a push for engine rank `rank`, once that is published."""
-        key = f"memory/{rank}/{number}"
+        key = f"memory/{rank}/{set_push_number}"
         self._wait_for_keys(self.engine_store, [key], self.push_timeout_seconds)
         return _read(self.engine_store, key, list[str])
 
-    def wait_complete(self, push: int) -> None:
+    def wait_complete(self, push_number: int) -> None:
         """Wait until all engine ranks have all of a push; called on trainer rank 0."""
         self._wait_for_keys(
-            self.set_store, [f"complete/{push}"], self.push_timeout_seconds + LATE_SECONDS
+            self.set_store, [f"complete/{push_number}"], self.push_timeout_seconds + LATE_SECONDS
         )
 
     def report_error(self, error: str, *members: int) -> Failure:

@@ -18,7 +18,7 @@ from torch.distributed import PrefixStore, Store
 
 from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES
 from megatron_r1.push.protocol import (
-    EngineRankPlan,
+    EngineRankChunks,
     ReceiverInfo,
     Relay,
     SlotTable,
@@ -55,14 +55,14 @@ class SetRounds:
         set_index: the number of the set in `schedule`.
         rank: the trainer rank.
         communicator: the set's communicator, if it has one.
-        number: the number of the set's push."""
+        set_push_number: the number of the set's push."""
 
     rendezvous: list[TrainerRendezvous]
     schedule: PushSchedule
     set_index: int
     rank: int
     communicator: Communicator | None = None
-    number: int = 0
+    set_push_number: int = 0
 
     def __post_init__(self) -> None:
         self._colocated = self.schedule.colocated_engine_rank(self.set_index, self.rank)
@@ -83,7 +83,7 @@ class SetRounds:
         """Return whether that rank of an engine of the set is on this trainer rank's GPU."""
         return self._colocated is not None and self._colocated[1] == engine_rank
 
-    def set_receive_plan(self, receivers: Sequence[ReceiverInfo], plan: EngineRankPlan) -> None:
+    def set_receive_plan(self, receivers: Sequence[ReceiverInfo], plan: EngineRankChunks) -> None:
         """Prepare to receive for the engine rank on this rank's GPU.
 
         Args:
@@ -113,18 +113,18 @@ class SetRounds:
         """Map the memory that the engine rank on this rank's GPU has published for the push."""
         if self._colocated is not None:
             member, engine_rank = self._colocated
-            addresses = self.rendezvous[member].read_memory(engine_rank, self.number)
+            addresses = self.rendezvous[member].read_memory(engine_rank, self.set_push_number)
             memory, sums = map(open_ipc_handle, addresses)
             self._mapped_memory = memory, sums.view(torch.int64)
 
-    def prepare_payloads(self, push: int) -> None:
+    def prepare_payloads(self, push_number: int) -> None:
         """Prepare the payloads of a push."""
         self._buffer_payloads: dict[PayloadId, BufferPayload] = {}
         if self._mapped_memory is not None:
             assert self._receive_plan is not None, "set_receive_plan() comes first"
             (table, chunks), (memory, sums) = self._receive_plan, self._mapped_memory
             self._receive_payloads = ReceivePayloads(
-                table, chunks, table.buffer(memory, push), sums
+                table, chunks, table.buffer(memory, push_number), sums
             )
 
     def unmap_memory(self) -> None:
@@ -164,7 +164,7 @@ class SetRounds:
     def write_push_number(self) -> None:
         """Write the push's number behind the checksums of the engine rank's memory."""
         if self._mapped_memory is not None:
-            self._mapped_memory[1][-1] = self.number
+            self._mapped_memory[1][-1] = self.set_push_number
 
     def report_failure(self, error: Exception) -> Failure:
         """Report why the set's push broke, and return the failure that was reported first."""
@@ -174,7 +174,7 @@ class SetRounds:
         try:
             if self.communicator is not None and isinstance(error, (NCCLError, TimeoutError)):
                 names = self.schedule.names(self.set_index)
-                return self.rendezvous[0].diagnose_failure(names, self.number, text)
+                return self.rendezvous[0].diagnose_failure(names, self.set_push_number, text)
             return self.rendezvous[0].publish_failure(Failure(text))
         except RuntimeError:  # the store is lost
             return Failure(text)
@@ -219,7 +219,7 @@ class RoundSender:
         return errors
 
     def send(
-        self, push: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]
+        self, push_number: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]
     ) -> dict[str, Failure]:
         """Send a push to these sets, and return the failures by set."""
         sending, failures = dict(sets), dict[str, Failure]()
@@ -227,7 +227,7 @@ class RoundSender:
             for name in self._map_and_agree({name: each for name, (each, _) in sets.items()}):
                 sending.pop(name)
                 failures[name] = sets[name][0].report_failure(RuntimeError("an engine is gone"))
-            self._send(push, sending)
+            self._send(push_number, sending)
         except EXPECTED_ERRORS as error:
             for rounds, _ in sending.values():
                 self._communicator(rounds).abort(error)
@@ -286,14 +286,14 @@ class RoundSender:
         self._trainer_communicator.set_timeout(seconds)
         return left_out
 
-    def _send(self, push: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]) -> None:
+    def _send(self, push_number: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]) -> None:
         """Run this rank's rounds, and tell the engine rank on its GPU when all is there."""
         if self._streams is None:
             self._streams = PushStreams(torch.cuda.current_device())
         streams = self._streams
         streams.order_copies_after_current()
         for rounds, payloads in sets.values():
-            rounds.prepare_payloads(push)
+            rounds.prepare_payloads(push_number)
             if rounds.communicator is not None:
                 rounds.communicator.set_timeout(rounds.rendezvous[0].push_timeout_seconds)
             with streams.copy_stream():
@@ -319,7 +319,7 @@ class RoundSender:
             for op in rounds.bucket_ops:
                 if op.is_relayed != is_relayed:
                     continue
-                key = op.round, rounds.schedule.number, group
+                key = op.round, rounds.schedule.schedule_number, group
                 each = found.get(key) or Round(communicator, None, None)
                 payload: Payload
                 if op.is_send and op.payload.trainer_rank is not None:

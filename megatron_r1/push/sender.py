@@ -28,9 +28,9 @@ from megatron_r1.models.weights.local import local_entries
 from megatron_r1.models.weights.stored.published import has_power_of_two_scales
 from megatron_r1.models.weights.table import Piece, Table
 from megatron_r1.push.link_planner import (
+    ConnectedLink,
     HeldPieces,
     LinkPlanner,
-    PushLink,
     SetLinks,
     SetReceivers,
     read_receivers,
@@ -149,27 +149,29 @@ class WeightSender:
         for name, problem in failed.items():  # first, so that no other rank waits for this one
             rendezvous[name][0].report_error(f"trainer rank {self.rank}: {problem}")
         # Before any wait, which would block this rank's only client of the store.
-        for linked in present.values():
-            num_ranks = len(linked.rendezvous) * engine_layout.num_ranks
-            linked.rendezvous[0].publish_prepared(self.grid.world_size, num_ranks)
+        for set_links in present.values():
+            num_ranks = len(set_links.rendezvous) * engine_layout.num_ranks
+            set_links.rendezvous[0].publish_prepared(self.grid.world_size, num_ranks)
         failed |= self._connect_links(present)
         for name in failed:
             self.disconnect(name)
         connected = {name: present[name] for name in present.keys() - failed.keys()}
         return {
             "problems": receivers.problems | failed,
-            "num_links": {name: len(linked.links) for name, linked in connected.items()},
-            "num_bytes": {name: linked.num_bytes for name, linked in connected.items()},
+            "num_links": {name: len(set_links.links) for name, set_links in connected.items()},
+            "num_bytes": {name: set_links.num_bytes for name, set_links in connected.items()},
         }
 
     def _connect_links(self, sets: Mapping[str, SetLinks]) -> dict[str, str]:
         """Connect to all sets at once, and return the problems by set."""
-        outcomes = run_in_threads([partial(self._connect_set, linked) for linked in sets.values()])
+        outcomes = run_in_threads(
+            [partial(self._connect_set, set_links) for set_links in sets.values()]
+        )
         failed = {name: text for name, text in zip(sets, outcomes, strict=True) if text}
         in_rounds = {
-            name: linked.rounds
-            for name, linked in sets.items()
-            if linked.rounds is not None and name not in failed
+            name: set_links.rounds
+            for name, set_links in sets.items()
+            if set_links.rounds is not None and name not in failed
         }
         for name, error in self._rounds.connect(in_rounds).items():
             failed[name] = self._report(sets[name], error)
@@ -180,42 +182,48 @@ class WeightSender:
         if name in self._sets:
             self._sets.pop(name).close()
 
-    def send(self, push: int, sets: Sequence[str], closed_sets: Sequence[str] = ()) -> SentWeights:
+    def send(
+        self, push_number: int, sets: Sequence[str], closed_sets: Sequence[str] = ()
+    ) -> SentWeights:
         """Send the present weights to these sets, over all links at once, as push number `push` of
         each set. Rank 0 returns when the engines of each set have relayed all of the push. A set
         that fails does not stop the others.
 
         Args:
-            push: the number of the push.
+            push_number: the number of the push.
             sets: the sets to send to.
             closed_sets: sets to disconnect."""
         for name in closed_sets:
             self.disconnect(name)
         present = {name: self._sets[name] for name in sets if name in self._sets}
-        for linked in present.values():
-            linked.number += 1
+        for set_links in present.values():
+            set_links.set_push_number += 1
             if self.rank == 0:
-                linked.rendezvous[0].publish_push_begun(linked.number, push)
-        problems = self._send_in_rounds(push, present) | self._send_over_links(push, present)
-        for name, linked in present.items():
-            if self.rank == 0 and len(linked.rendezvous) > 1 and name not in problems:
-                rendezvous = linked.rendezvous[0]
+                set_links.rendezvous[0].publish_push_begun(set_links.set_push_number, push_number)
+        problems = self._send_in_rounds(push_number, present) | self._send_over_links(
+            push_number, present
+        )
+        for name, set_links in present.items():
+            if self.rank == 0 and len(set_links.rendezvous) > 1 and name not in problems:
+                rendezvous = set_links.rendezvous[0]
                 try:
-                    rendezvous.wait_complete(push)
+                    rendezvous.wait_complete(push_number)
                 except SetFailed as error:
                     problems[name] = error.failure
                 except RuntimeError as error:
-                    late = f"an engine has not relayed all of push {push}: {error}"
+                    late = f"an engine has not relayed all of push {push_number}: {error}"
                     problems[name] = rendezvous.report_error(late)
         return {"problems": {name: msgspec.to_builtins(f) for name, f in problems.items()}}
 
-    def _send_over_links(self, push: int, sets: Mapping[str, SetLinks]) -> dict[str, Failure]:
+    def _send_over_links(
+        self, push_number: int, sets: Mapping[str, SetLinks]
+    ) -> dict[str, Failure]:
         """Send a push over all links at once, but those of sets that are sent to in rounds."""
         problems: dict[str, Failure] = {}
 
-        def send_over(name: str, link: PushLink) -> None:
+        def send_over(name: str, link: ConnectedLink) -> None:
             try:
-                link.sender.send(push, self._encode(link))
+                link.sender.send(push_number, self._encode(link))
             except SetFailed as error:
                 problems.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:
@@ -227,30 +235,30 @@ class WeightSender:
         run_in_threads(
             [
                 partial(send_over, name, link)
-                for name, linked in sets.items()
-                for link in linked.links
-                if linked.rounds is None
+                for name, set_links in sets.items()
+                for link in set_links.links
+                if set_links.rounds is None
             ]
         )
         return problems
 
-    def _encode(self, link: PushLink) -> EncodedSlices:
+    def _encode(self, link: ConnectedLink) -> EncodedSlices:
         return EncodedSlices(link.slices, power_of_two=self._power_of_two_scales)
 
-    def _send_in_rounds(self, push: int, sets: Mapping[str, SetLinks]) -> dict[str, Failure]:
+    def _send_in_rounds(self, push_number: int, sets: Mapping[str, SetLinks]) -> dict[str, Failure]:
         """Send a push in the rounds that the plan has for it."""
         found = {}
-        for name, linked in sets.items():
-            if linked.rounds is not None:
+        for name, set_links in sets.items():
+            if set_links.rounds is not None:
                 payloads = {
                     (link.member, link.sender.engine_rank): SlicesPayload(
                         link.sender.table, link.sender.chunks, self._encode(link)
                     )
-                    for link in linked.links
+                    for link in set_links.links
                 }
-                linked.rounds.number = linked.number
-                found[name] = linked.rounds, payloads
-        return self._rounds.send(push, found) if found else {}
+                set_links.rounds.set_push_number = set_links.set_push_number
+                found[name] = set_links.rounds, payloads
+        return self._rounds.send(push_number, found) if found else {}
 
     def _read_receivers(
         self, rendezvous: dict[str, list[TrainerRendezvous]], ranks_per_engine: int
@@ -258,26 +266,26 @@ class WeightSender:
         """Return what the engine ranks receive, which rank 0 reads for all."""
         if self.rank:
             return msgspec.msgpack.decode(self.broadcast(None), type=SetReceivers)
-        by_set = [linked.sent for linked in self._sets.values()]
+        by_set = [set_links.sent for set_links in self._sets.values()]
         sent = [sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)]
         pushed = [name for name, _ in self._tensors]
         receivers = read_receivers(rendezvous, ranks_per_engine, pushed, sent)
         self.broadcast(msgspec.msgpack.encode(receivers))
         return receivers
 
-    def _connect_set(self, linked: SetLinks) -> str:
+    def _connect_set(self, set_links: SetLinks) -> str:
         """Connect to a set, all links at once, and return the problem if there is one."""
         try:
-            linked.rendezvous[0].wait_prepared()
-            run_in_threads([link.sender.connect for link in linked.links])
+            set_links.rendezvous[0].wait_prepared()
+            run_in_threads([link.sender.connect for link in set_links.links])
         except EXPECTED_ERRORS as error:
-            return self._report(linked, error)
+            return self._report(set_links, error)
         return ""
 
-    def _report(self, linked: SetLinks, error: Exception) -> str:
+    def _report(self, set_links: SetLinks, error: Exception) -> str:
         """Report to a set that this rank cannot connect, and return why."""
         text = f"{type(error).__name__}: {error}"
-        linked.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")
+        set_links.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")
         return text
 
 
@@ -335,16 +343,16 @@ class PushWorker:
         return self._sender.connect(**arguments)
 
     def send_weights(
-        self, push: int, sets: list[str], closed_sets: Sequence[str] = ()
+        self, push_number: int, sets: list[str], closed_sets: Sequence[str] = ()
     ) -> SentWeights:
         """Push to sets of engines, as `WeightSender.send` does.
 
         Args:
-            push: the number of the push.
+            push_number: the number of the push.
             sets: the names of the sets to send to.
             closed_sets: the names of sets to disconnect."""
         assert self._sender is not None, "open_push() comes first"
-        return self._sender.send(push, sets, closed_sets)
+        return self._sender.send(push_number, sets, closed_sets)
 
 
 def _gpus() -> list[str]:

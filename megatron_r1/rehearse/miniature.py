@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, dump, parse
-from megatron_r1.data.text import TEMPLATES
+from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.engines.server.recipe_checks import num_experts
 from megatron_r1.rehearse import layout, model, questions
 from megatron_r1.rehearse.settings import RehearsalDevice

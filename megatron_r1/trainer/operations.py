@@ -410,11 +410,13 @@ class PushOperations(Protocol):
         Returns:
             Why sets cannot be connected, and the links and bytes per push to the others."""
 
-    def send_weights(self, *, push: int, sets: list[str], closed_sets: list[str]) -> SentWeights:
+    def send_weights(
+        self, *, push_number: int, sets: list[str], closed_sets: list[str]
+    ) -> SentWeights:
         """Send the present weights to connected sets; a set that fails does not stop the others.
 
         Args:
-            push: the number of the push.
+            push_number: the number of the push.
             sets: names of the sets to send to.
             closed_sets: names of the sets to disconnect first.
 

@@ -76,7 +76,7 @@ def pack_batch(
         following, rows = _predicted(cu_seqlens, values[0], held, split, num_predicted)
         params.following = on_device(following)
         params.predicted_rows = tuple(on_device(of_layer) for of_layer in rows)
-    has_teacher = all(sample.teacher is not None for sample in samples)
+    has_teacher = all(sample.teacher_logprobs is not None for sample in samples)
     has_branches = any(sample.weight != 1 for sample in samples)
     num_responses = sum(s.num_responses for s in samples if s.is_trained)
     kept = _sampling_mask(samples, layout, held)
@@ -179,7 +179,10 @@ def _response_values(samples: list[Sample], layout: PackedLayout) -> tuple[Tenso
             is_response[response] = mask.bool()
         advantages[response] = sample.advantage
         weights[response] = sample.weight / max(1, int(is_response[response].sum()))
-        for values, encoded in ((rollout_logprobs, sample.logprobs), (teacher, sample.teacher)):
+        for values, encoded in (
+            (rollout_logprobs, sample.rollout_logprobs),
+            (teacher, sample.teacher_logprobs),
+        ):
             if encoded:
                 values[response] = torch.frombuffer(bytearray(encoded), dtype=torch.float32)
     if any(sample.mask for sample in samples):

@@ -53,8 +53,8 @@ class Probing:
 
     def _pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
         check_token_ids(samples, self.trainer.hf["vocab_size"])
-        rounds, split = self.trainer.pad_to_schedule([samples]), self.trainer.split
-        return [pack_batch(s, split, platform.device()) for s in rounds]
+        padded, split = self.trainer.pad_to_schedule([samples]), self.trainer.split
+        return [pack_batch(s, split, platform.device()) for s in padded]
 
     def sample_scores(self) -> SampleScores:
         """Return {"scores": s}, s[i][m] a score model's scores of the samples of micro-batch m of

@@ -124,11 +124,11 @@ class Trainer:
             share_prompts=shares_prompts,
             num_predicted=self.num_predicted,
         )
-        rounds = [self.pad_to_schedule(minibatch) for minibatch in minibatches]
-        every = [microbatch for minibatch in rounds for microbatch in minibatch]
+        padded = [self.pad_to_schedule(minibatch) for minibatch in minibatches]
+        every = [microbatch for minibatch in padded for microbatch in minibatch]
         recorded = scatter.scatter(every) if scatter else [self.routing] * len(every)
         packed = (pack(one, routing=own) for one, own in zip(every, recorded, strict=True))
-        self.minibatches = [list(islice(packed, len(minibatch))) for minibatch in rounds]
+        self.minibatches = [list(islice(packed, len(minibatch))) for minibatch in padded]
         batches = self._batches()
         if self.replay.is_on:
             counted = self.replay.exchange_counts([batch.routing for batch in batches])
@@ -138,8 +138,8 @@ class Trainer:
         num_tokens = sum(len(s) for s in samples)
         num_shared = sum(batch.num_shared for batch in self._batches())
         own = (num_tokens - num_shared) / self.config.parallel.context
-        slots = sum(batch.input_ids.numel() for batch in self._batches())
-        metrics = {"packing/padding": Mean(slots - own, slots)}
+        num_positions = sum(batch.input_ids.numel() for batch in self._batches())
+        metrics = {"packing/padding": Mean(num_positions - own, num_positions)}
         if shares_prompts:
             metrics["packing/shared"] = Mean(num_shared, num_tokens)
         return self.reduce_metrics(metrics)

@@ -25,12 +25,13 @@ class Sample(msgspec.Struct, frozen=True):
     Attributes:
         token_ids: int32 bytes, prompt then response.
         prompt_length: tokens of the prompt; the rest of `token_ids` is the response.
-        logprobs: float32 bytes, the rollout engine's, one per response token (empty for SFT).
+        rollout_logprobs: float32 bytes, the rollout engine's, one per response token; empty for
+            SFT.
         advantage: the same for every response token; with an algorithm's token_advantages, what
             these are computed from (a reward or an advantage). NaN: the sample is not trained on.
         routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes
             each (`models.experts`), for the tokens before the last; empty without replay.
-        teacher: float32 bytes, the teacher's log-probabilities of the response, or None.
+        teacher_logprobs: float32 bytes, the teacher's log-probabilities of the response, or None.
         label: the label for a reward model, 1 for a good text, 0 for a bad one.
         mask: a byte per token of the response, 1 where the policy sampled it and is trained on it,
             0 where it was given (a tool's result, a user's turn); empty: all were sampled.
@@ -44,10 +45,10 @@ class Sample(msgspec.Struct, frozen=True):
 
     token_ids: bytes
     prompt_length: int
-    logprobs: bytes = b""
+    rollout_logprobs: bytes = b""
     advantage: float = 0.0
     routing: bytes = b""
-    teacher: bytes | None = None
+    teacher_logprobs: bytes | None = None
     label: float = 0.0
     mask: bytes = b""
     sampling_mask: bytes = b""
@@ -59,10 +60,10 @@ class Sample(msgspec.Struct, frozen=True):
         cls,
         prompt: Sequence[int],
         response: Sequence[int],
-        logprobs: Sequence[float] | None = None,
+        rollout_logprobs: Sequence[float] | None = None,
         advantage: float = 0.0,
         routing: Buffer = b"",
-        teacher: Sequence[float] | None = None,
+        teacher_logprobs: Sequence[float] | None = None,
         label: float = 0.0,
         sampling_mask: Buffer = b"",
     ) -> Sample:
@@ -71,10 +72,10 @@ class Sample(msgspec.Struct, frozen=True):
         Args:
             prompt: token ids, at least one.
             response: token ids.
-            logprobs: the rollout engine's, one per response token; None for SFT.
+            rollout_logprobs: the rollout engine's, one per response token; None for SFT.
             advantage: one for all response tokens, or what `token_advantages` computes theirs from.
             routing: bytes of the experts that the engine chose; empty without replay.
-            teacher: the teacher's log-probability of each response token, or None.
+            teacher_logprobs: the teacher's log-probability of each response token, or None.
             label: for a reward model, 1 for a good text, 0 for a bad one.
             sampling_mask: the tokens that the sampler kept at each of the response's positions.
 
@@ -82,13 +83,17 @@ class Sample(msgspec.Struct, frozen=True):
             ValueError: an empty prompt, or unequal lengths."""
         if not len(prompt):
             raise ValueError("a sample needs at least one prompt token")
-        if logprobs is not None and len(logprobs) != len(response):
-            raise ValueError(f"{len(response)} response tokens but {len(logprobs)} logprobs")
-        if teacher is not None and len(teacher) != len(response):
-            raise ValueError(f"{len(response)} response tokens but {len(teacher)} of the teacher's")
+        if rollout_logprobs is not None and len(rollout_logprobs) != len(response):
+            raise ValueError(
+                f"{len(response)} response tokens but {len(rollout_logprobs)} logprobs"
+            )
+        if teacher_logprobs is not None and len(teacher_logprobs) != len(response):
+            raise ValueError(
+                f"{len(response)} response tokens but {len(teacher_logprobs)} of the teacher's"
+            )
         ids = b"".join((_to_bytes("i", prompt), _to_bytes("i", response)))
-        floats = _to_bytes("f", logprobs) if logprobs is not None else b""
-        teacher_floats = None if teacher is None else _to_bytes("f", teacher)
+        floats = _to_bytes("f", rollout_logprobs) if rollout_logprobs is not None else b""
+        teacher_floats = None if teacher_logprobs is None else _to_bytes("f", teacher_logprobs)
         rows = cast(bytes, routing)
         kept = cast(bytes, sampling_mask)
         fields = ids, len(prompt), floats, advantage, rows, teacher_floats, label

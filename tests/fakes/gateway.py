@@ -57,16 +57,16 @@ class WrittenParsers:
 
 
 class ChatText:
-    """What is used of `data.text.PromptTokenizer`, without a folder."""
+    """What is used of `data.prompt_tokenizer.PromptTokenizer`, without a folder."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
+        self.hf_tokenizer, self.end = tokenizer, tokenizer.eos_token_id
         self.end_tokens, self.stop_token_ids = (), [self.end]
 
     def decode(self, token_ids):
         ends = len(token_ids) and token_ids[-1] == self.end
         ids = list(token_ids[:-1] if ends else token_ids)
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return self.hf_tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @functools.cache
@@ -82,7 +82,7 @@ def gateway_of(text, **options):
 async def gateway(*texts, limits=LIMITS, max_model_len=2000, **options):
     """Yield a gateway with one session and the fleet behind it."""
     text = text_of()
-    fleet = WrittenFleet(text.tokenizer, texts)
+    fleet = WrittenFleet(text.hf_tokenizer, texts)
     async with gateway_of(text, **options) as served:
         session = served.open(limits, TurnSampling(fleet.generate, max_model_len))
         yield served, session, fleet

@@ -53,7 +53,7 @@ def samples(seed: int) -> list[Sample]:
         response = [draw.randrange(67) for _ in range(draw.choice((1, 7, 20, LIMIT)))]
         logprobs, teacher = ([-draw.uniform(3, 6) for _ in response] for _ in range(2))
         reward = math.nan if i == 5 else draw.uniform(-1, 1)
-        sample = Sample.pack(prompt, response, logprobs, reward, teacher=teacher)
+        sample = Sample.pack(prompt, response, logprobs, reward, teacher_logprobs=teacher)
         if len(response) >= 20:
             sample = msgspec.structs.replace(
                 sample, mask=bytes(t % 3 < 2 for t in range(len(response)))

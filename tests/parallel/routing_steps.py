@@ -66,7 +66,9 @@ def record_own(model: str, samples: list[Sample]) -> list[Sample]:
     made, start = [], 0
     for sample in samples:
         rows = chosen[start : start + len(sample) - 1].flatten().tolist()
-        made.append(Sample(sample.token_ids, sample.prompt_length, sample.logprobs, 0, bytes(rows)))
+        made.append(
+            Sample(sample.token_ids, sample.prompt_length, sample.rollout_logprobs, 0, bytes(rows))
+        )
         start += len(sample)
     return made, trainer.minibatches[0][0].logprobs["old"]
 

@@ -21,8 +21,8 @@ from megatron_r1.commands.check_model import verb as check_model
 from megatron_r1.config import ParallelConfig, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.server.responses import Response, truncate_at_stop
 from megatron_r1.evaluation.response import SamplingSettings
@@ -120,23 +120,23 @@ def test_b20_every_listed_token_ends_a_response_and_counts_as_its_end(name, gene
     if not generation:  # as an older export may be
         wanted = [end for end in wanted if end not in MODELS[name].get("unlisted", ())]
     # With the tokenizer at hand and from the files alone.
-    text = PromptTokenizer(str(folder), "{problem}")
+    tokenizer = PromptTokenizer(str(folder), "{problem}")
     # transformers gives every tokenizer of Qwen2 an <|endoftext|>, here with a number of no token.
     added = {} if "<|endoftext|>" in MODELS[name]["tokens"].values() else {"<|endoftext|>"}
-    assert {end.id for end in text.end_tokens if end.text not in added} == set(wanted)
+    assert {end.id for end in tokenizer.end_tokens if end.text not in added} == set(wanted)
     assert {end.id for end in end_tokens(folder)} == set(wanted)
-    assert text.stop_token_ids[0] == text.end == tokenizer.eos_token_id == wanted[0]
+    assert tokenizer.stop_token_ids[0] == tokenizer.end == tokenizer.eos_token_id == wanted[0]
     texts = MODELS[name]["tokens"]
     shown = shown_by_check_model(folder)
     assert all(f"{texts.get(end, 'token')} {end}" in shown for end in wanted)
     answer = tokenizer.encode("the answer is 4", add_special_tokens=False)
     rubbish = tokenizer.encode("stop here stop here", add_special_tokens=False)
     for end in wanted:
-        got = collected(text, [*answer, end, *rubbish])
+        got = collected(tokenizer, [*answer, end, *rubbish])
         assert not got.truncated and list(got.response.token_ids) == [*answer, end]
         assert letters(got.text) == "theansweris4" and got.rewards["accuracy"] == 1.0
     for other in set(texts) - set(wanted):
-        got = collected(text, [*answer, other, *rubbish])
+        got = collected(tokenizer, [*answer, other, *rubbish])
         assert got.truncated and len(got.response.token_ids) == len(answer) + 1 + len(rubbish)
     (export := tmp_path / "export").mkdir()
     copy_model_files(folder, export)
@@ -163,10 +163,10 @@ def test_b20_a_listed_token_of_any_kind_ends_a_response(listed, tmp_path):
     tokenizer_with(["<eos>"], "<eos>").save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 3}')
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
-    text = PromptTokenizer(str(tmp_path), "{problem}")
+    tokenizer = PromptTokenizer(str(tmp_path), "{problem}")
     # 3 in config.json is what transformers writes where nothing is given; here it is a word.
-    assert text.stop_token_ids == [14, 7]
-    got = collected(text, [1, 2, 7, 8, 8])
+    assert tokenizer.stop_token_ids == [14, 7]
+    got = collected(tokenizer, [1, 2, 7, 8, 8])
     assert not got.truncated and list(got.response.token_ids) == [1, 2, 7]
 
 
@@ -259,9 +259,9 @@ def test_b18_a_stop_string_ends_a_response_with_the_token_that_completes_it(
     answer, stop, kept, tmp_path
 ):
     tokenizer = folder_of("Qwen3-0.6B", tmp_path)
-    text = PromptTokenizer(str(tmp_path), "{problem}")
+    tokenizer = PromptTokenizer(str(tmp_path), "{problem}")
     ids = tokenizer.encode(answer, add_special_tokens=False)
-    got = collected(text, ids, stop=tuple(stop))
+    got = collected(tokenizer, ids, stop=tuple(stop))
     is_cut = stop != ["nothing"]
     assert list(got.response.token_ids) == ids[:kept]
     assert len(got.response.logprobs) == len(got.response.policy_versions) == kept
@@ -274,8 +274,8 @@ def test_b18_stop_token_ids_end_a_response_and_are_trained_on(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     here = tokenizer.convert_tokens_to_ids("here")
-    text = PromptTokenizer(str(tmp_path), "{problem}", stop_token_ids=[here])
-    got = collected(text, tokenizer.encode("stop here the answer", add_special_tokens=False))
+    tokenizer = PromptTokenizer(str(tmp_path), "{problem}", stop_token_ids=[here])
+    got = collected(tokenizer, tokenizer.encode("stop here the answer", add_special_tokens=False))
     assert got.response.token_ids[-1] == here and not got.truncated
     assert got.text == "stop here"  # a word, unlike a special token, is text
     with refused("rollout.stop_token_ids", Cause.OUT_OF_RANGE, len(tokenizer)):

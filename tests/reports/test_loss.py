@@ -275,7 +275,7 @@ def test_b14_the_distillation_loss_does_not_depend_on_micro_batches():
     def made(split):
         algorithm = algorithms.find("on_policy_distillation")
         samples = [
-            Sample.pack([1, 2], tokens, [-1.0] * len(tokens), teacher=[-0.5] * len(tokens))
+            Sample.pack([1, 2], tokens, [-1.0] * len(tokens), teacher_logprobs=[-0.5] * len(tokens))
             for tokens in ([3], [4, 5, 6], [2, 2], [1] * 5)
         ]
         parts = [[sample] for sample in samples] if split else [samples]

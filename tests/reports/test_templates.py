@@ -13,9 +13,9 @@ from tokenizers import processors
 from megatron_r1.config import RewardsConfig
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.controller.rollouts.rollout import ResponseGrader
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.shots import FewShotExamples, FewShotTokenizer
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.evaluation.response import SamplingSettings
 from megatron_r1.evaluation.server_policy import ServerPolicy
 
@@ -48,8 +48,8 @@ def beginning_folder(folder, chat="{{ bos_token }}{{ messages[0].content }}"):
 )
 def test_b23_a_prompt_begins_once(template, question, tmp_path):
     number = beginning_folder(tmp_path)
-    text = PromptTokenizer(str(tmp_path), template)
-    ids = text.encode(question)
+    tokenizer = PromptTokenizer(str(tmp_path), template)
+    ids = tokenizer.encode(question)
     assert ids[0] == number and ids.count(number) == 1
     bare = PromptTokenizer(str(tmp_path), "{problem}").encode(question.removeprefix(BEGIN))
     if template in ("chat", "{problem}", BEGIN + "{problem}"):
@@ -72,12 +72,12 @@ def test_b23_so_do_prompts_with_worked_examples(tmp_path):
 def test_b23_so_do_texts_at_a_completions_server(template, tmp_path):
     """Which encodes the text as vLLM does: with the tokenizer's tokens, unless told not to."""
     number = beginning_folder(tmp_path)
-    text = PromptTokenizer(str(tmp_path), template)
+    tokenizer = PromptTokenizer(str(tmp_path), template)
     arrived = []
 
     def encode(prompt, body):
         given = {"add_special_tokens": body.get("add_special_tokens", True)}
-        arrived.append(text.tokenizer.encode(prompt, **given))
+        arrived.append(tokenizer.hf_tokenizer.encode(prompt, **given))
         return 200, "4"
 
     async def ask(url):
@@ -88,7 +88,7 @@ def test_b23_so_do_texts_at_a_completions_server(template, tmp_path):
 
     with FakeServer(encode) as server:
         asyncio.run(ask(server.url))
-    assert arrived == [text.encode("find a")]
+    assert arrived == [tokenizer.encode("find a")]
     assert arrived[0][0] == number and arrived[0].count(number) == 1
 
 
@@ -128,9 +128,9 @@ def test_b24_the_format_counts_the_thought_that_the_prompt_holds(
     tail, answer, wanted, is_chat, tmp_path
 ):
     beginning_folder(tmp_path, chat="{{ messages[0].content }}" + tail)
-    text = PromptTokenizer(str(tmp_path), "chat" if is_chat else "{problem}" + tail)
-    text.decode = lambda token_ids: answer
-    grader = ResponseGrader(FormatAlone(), text, RewardsConfig().call_options)
+    tokenizer = PromptTokenizer(str(tmp_path), "chat" if is_chat else "{problem}" + tail)
+    tokenizer.decode = lambda token_ids: answer
+    grader = ResponseGrader(FormatAlone(), tokenizer, RewardsConfig().call_options)
     prompt = make_prompt("1 + 3?", "math", "4", {})
     [got] = asyncio.run(grader.grade(prompt, [response_of([1], "stop")], {"accuracy": 1.0}))
     assert got.rewards["format"] == wanted and got.text == answer
@@ -140,7 +140,7 @@ def test_b24_the_format_counts_the_thought_that_the_prompt_holds(
 def test_b27_ids_of_the_padded_vocabulary_have_no_text(padded, tmp_path):
     """A model's embedding is larger than its tokenizer: such an id is sampled, not refused."""
     beginning_folder(tmp_path)
-    text = PromptTokenizer(str(tmp_path), "{problem}")
-    got = collected(text, [1, *padded, text.end])
+    tokenizer = PromptTokenizer(str(tmp_path), "{problem}")
+    got = collected(tokenizer, [1, *padded, tokenizer.end])
     assert not got.truncated and got.rewards["accuracy"] == 0.0
     assert got.text.startswith("the") and len(got.response.token_ids) == len(padded) + 2

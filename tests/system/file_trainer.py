@@ -106,7 +106,7 @@ class FilePusher:
         self._is_open = False
 
     async def push(self, folder):
-        async with self.pusher.weight_update():
+        async with self.pusher.updating_weights():
             if not self._is_open:
                 await self.pusher.open()
             self._is_open = True

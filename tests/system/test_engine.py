@@ -325,7 +325,7 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
                 trainer.load(b)
                 await connect(client, trainer)
                 running = asyncio.ensure_future(client.generate(CACHED, n=2, max_tokens=50))
-                await trainer.call(PushOperations.send_weights, push=1, sets=["alone"])
+                await trainer.call(PushOperations.send_weights, push_number=1, sets=["alone"])
                 await client.swap_weights({"push": 1}, 1)
                 after = await sample(client)
                 cached.append(await client.generate(CACHED, n=2, max_tokens=8))

@@ -16,7 +16,7 @@ from tiny_models import QWEN, write_model
 
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import ParserPool
-from megatron_r1.data.text import PromptTokenizer
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from tests.chat_tokenizer import chat_tokenizer
 
@@ -47,12 +47,12 @@ def fleet(model, loop, tmp_path_factory):
 @pytest.fixture
 def play(model, fleet, loop):
     """Calls a coroutine function with a gateway, a session and the engine's answers so far."""
-    text = PromptTokenizer(str(model), "chat")
+    tokenizer = PromptTokenizer(str(model), "chat")
     calls = []
 
     async def generate(prompt_ids, max_tokens):
         [response] = await fleet.generate(
-            prompt_ids, n=1, max_tokens=min(max_tokens, 40), stop_token_ids=[text.end]
+            prompt_ids, n=1, max_tokens=min(max_tokens, 40), stop_token_ids=[tokenizer.end]
         )
         calls.append((list(prompt_ids), response))
         return response
@@ -60,7 +60,7 @@ def play(model, fleet, loop):
     async def main(agent):
         async with (
             ParserPool(str(model), "hermes", None, num_workers=1) as parsers,
-            Gateway(text, parsers) as gateway,
+            Gateway(tokenizer, parsers) as gateway,
         ):
             session = gateway.open(SessionLimits(50, 5000), TurnSampling(generate, ROOM))
             result = await agent(gateway, session, calls)

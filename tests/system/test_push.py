@@ -165,7 +165,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             tensors = [(name, shape) for name, (shape, _) in shapes.items()]
             links = EngineLinks(trainer, recipe.push, tensors, layout)
             pusher = WeightPusher(fleet, links, Prober(trainer, PROMPTS, TOLERANCE, 600))
-            async with pusher.weight_update():
+            async with pusher.updating_weights():
                 await pusher.open()
                 await pusher.push(fleet.policy_version + 1)
             return await pusher.probe_results()

@@ -28,7 +28,7 @@ def test_an_environment_runs_and_its_trace_has_the_tokens_of_the_tree(
 ):
     monkeypatch.chdir(HERE)
     text = text_of()
-    text.tokenizer.save_pretrained(tmp_path)
+    text.hf_tokenizer.save_pretrained(tmp_path)
     renderer = {"name": "default"} if client == "tokens" else None
     settings = VerifiersConfig(
         python=str(AGENTS_PYTHON), taskset="verifiers_sums", harness="verifiers_sums",
@@ -36,7 +36,7 @@ def test_an_environment_runs_and_its_trace_has_the_tokens_of_the_tree(
     )  # fmt: skip
     tasks = list_tasks(settings)
     assert [task["answer"] for task in tasks] == [1, 2]
-    fleet = WrittenFleet(text.tokenizer, ["Hm.", "It is 1.", "Hm.", "It is 5.", "Hm.", "Hm."])
+    fleet = WrittenFleet(text.hf_tokenizer, ["Hm.", "It is 1.", "Hm.", "It is 5.", "Hm.", "Hm."])
 
     async def main():
         run = VerifiersHarness(settings, str(tmp_path))

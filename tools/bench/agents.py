@@ -22,7 +22,7 @@ import psutil
 
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import ParserPool
-from megatron_r1.data.text import PromptTokenizer
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.server.responses import Response
 from tools.bench import host
 from tools.bench.host import in_own_process
@@ -91,9 +91,11 @@ async def _measure(
     num_sessions: int, num_turns: int, engine_seconds: float, parser: str
 ) -> dict[str, Any]:
     """Play all sessions at once; return turns/s, processor time and every turn's added seconds."""
-    text = PromptTokenizer(str(TOKENIZER), "plain")
-    text.tokenizer.chat_template = CHATML
-    answer = array("i", [*text.tokenizer.encode(ANSWER, add_special_tokens=False), text.end])
+    tokenizer = PromptTokenizer(str(TOKENIZER), "plain")
+    tokenizer.hf_tokenizer.chat_template = CHATML
+    answer = array(
+        "i", [*tokenizer.hf_tokenizer.encode(ANSWER, add_special_tokens=False), tokenizer.end]
+    )
     response = Response(
         answer, array("f", [-0.5] * len(answer)), array("i", [1] * len(answer)), "stop"
     )
@@ -108,7 +110,7 @@ async def _measure(
     context = multiprocessing.get_context("spawn")
     async with ParserPool(str(TOKENIZER), name, None, num_workers=1) as parsers:
         await parsers.check()
-        async with Gateway(text, parsers) as gate:
+        async with Gateway(tokenizer, parsers) as gate:
             sampling = TurnSampling(generate, MAX_CONTEXT)
             limits = SessionLimits(num_turns, MAX_CONTEXT)
             sessions = [gate.open(limits, sampling) for _ in range(num_sessions)]

@@ -46,7 +46,7 @@ def samples(vocabulary: int, now: Logprobs | None, before: Logprobs | None) -> l
         response = [draw.randrange(vocabulary) for _ in range(draw.randint(1, MAX_RESPONSE))]
         own, earlier = (each[number] if each else [0.0] * len(response) for each in (now, before))
         advantage = draw.uniform(-2, 2)
-        made.append(Sample.pack(prompt, response, own, advantage, teacher=earlier))
+        made.append(Sample.pack(prompt, response, own, advantage, teacher_logprobs=earlier))
     return made
 
 

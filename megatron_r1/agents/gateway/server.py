@@ -33,7 +33,7 @@ from megatron_r1.agents.gateway.session import (
     TurnSampling,
 )
 from megatron_r1.agents.parsing import AnswerReader, Parser, require_finished
-from megatron_r1.data.text import PromptTokenizer
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.server.responses import EngineError, truncate_at_stop, truncate_response
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -85,7 +85,7 @@ class Gateway:
     """Serves sessions from `start` to `close`; `async with` does both.
 
     Args:
-        text: tokenizer and template.
+        tokenizer: tokenizer and template.
         parser: the parser of reasoning and tool calls.
         host: the address to listen on, at a free port.
         sampling_options: `run` replaces a request's options that differ from the run's, and notes
@@ -95,14 +95,14 @@ class Gateway:
 
     def __init__(
         self,
-        text: PromptTokenizer,
+        tokenizer: PromptTokenizer,
         parser: Parser,
         *,
         host: str = "127.0.0.1",
         sampling_options: SamplingOptions = "run",
     ) -> None:
-        self._continuation = Continuation(text.tokenizer, text.end_tokens)
-        self._text, self._reader = text, AnswerReader(parser, self._continuation)
+        self._continuation = Continuation(tokenizer.hf_tokenizer, tokenizer.end_tokens)
+        self._tokenizer, self._reader = tokenizer, AnswerReader(parser, self._continuation)
         self._host, self._port = host, 0
         self._sampling_options = sampling_options
         self._sessions: dict[bytes, GatewaySession] = {}
@@ -247,7 +247,7 @@ class Gateway:
             RequestError: no engine could sample, or other turns at once have used up the episode's
                 tokens.
         """
-        num_prompt, decode = len(prompt_ids), self._text.decode
+        num_prompt, decode = len(prompt_ids), self._tokenizer.decode
         with session.waiting():
             try:
                 response = await session.sampling.generate(prompt_ids, max_tokens)
@@ -274,7 +274,7 @@ class Gateway:
         run: dict[str, Any] = {
             "temperature": session.sampling.temperature,
             "top_p": session.sampling.top_p,
-            "stop_token_ids": self._text.stop_token_ids,
+            "stop_token_ids": self._tokenizer.stop_token_ids,
         }
         for name, value in request.options.items():
             if name in run and value == run[name]:

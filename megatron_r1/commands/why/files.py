@@ -16,7 +16,7 @@ from megatron_r1.commands.why.comparison import (
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import Group
-from megatron_r1.data.text import PromptTokenizer
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens
 
 FAMILY = "files"
@@ -42,9 +42,12 @@ def check(step: RecordedStep) -> list[Comparison]:
     ]
 
 
-def _special(text: PromptTokenizer) -> set[int]:
-    added = text.tokenizer.added_tokens_decoder.items()
-    return {*text.tokenizer.all_special_ids, *(token for token, each in added if each.special)}
+def _special(tokenizer: PromptTokenizer) -> set[int]:
+    added = tokenizer.hf_tokenizer.added_tokens_decoder.items()
+    return {
+        *tokenizer.hf_tokenizer.all_special_ids,
+        *(token for token, each in added if each.special),
+    }
 
 
 def _indices(at: int, group: Group) -> Iterator[ResponseIndex]:
@@ -58,7 +61,7 @@ def _has_own_prompts(config: Config) -> bool:
 
 def _starts(step: RecordedStep) -> Comparison:
     """Check for a special token that begins a prompt twice."""
-    special = _special(step.text)
+    special = _special(step.tokenizer)
     concerned = [
         which
         for at, group in enumerate(step.groups)
@@ -74,7 +77,7 @@ def _starts(step: RecordedStep) -> Comparison:
         "the first two tokens of every prompt",
         concerned,
         len(step.responses),
-        reason=f"prompts begin with {_token(step.text, first)} twice",
+        reason=f"prompts begin with {_token(step.tokenizer, first)} twice",
         remedy="data.template: leave the token out, the tokenizer puts it in front",
         loss_fraction=step.loss_fraction,
     )
@@ -90,7 +93,7 @@ def _system(step: RecordedStep) -> Comparison:
         if not given:
             continue
         total += len(group.responses)
-        shown = step.text.tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
+        shown = step.tokenizer.hf_tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
         if missing := [text for text in given if text.strip() not in shown]:
             concerned += _indices(at, group)
             lost = lost or missing[0]
@@ -120,10 +123,10 @@ def _prompt_tokens(step: RecordedStep) -> Comparison:
         if not group.prompt.question:
             continue
         total += len(group.responses)
-        expected = step.text.encode(group.prompt.question, group.prompt.before)
+        expected = step.tokenizer.encode(group.prompt.question, group.prompt.before)
         if expected != group.prompt_ids:
             concerned += _indices(at, group)
-            reason = reason or _difference(step.text, group.prompt_ids, expected)
+            reason = reason or _difference(step.tokenizer, group.prompt_ids, expected)
     if not total:
         return not_checked(FAMILY, name, "no question is known")
     return fraction_comparison(
@@ -138,21 +141,24 @@ def _prompt_tokens(step: RecordedStep) -> Comparison:
     )
 
 
-def _difference(text: PromptTokenizer, logged: Sequence[int], expected: Sequence[int]) -> str:
+def _difference(tokenizer: PromptTokenizer, logged: Sequence[int], expected: Sequence[int]) -> str:
     """Return in words where two prompts part."""
     shared = min(len(logged), len(expected))
     at = next((i for i in range(shared) if logged[i] != expected[i]), shared)
     if list(logged[1:]) == list(expected):
-        return f"prompts have {_token(text, logged[0])} in front, the tokenizer puts none there"
+        return (
+            f"prompts have {_token(tokenizer, logged[0])} in front, the tokenizer puts none there"
+        )
     if list(expected[1:]) == list(logged):
-        return f"prompts lack {_token(text, expected[0])} in front, which the tokenizer puts there"
-    parts = (text.tokenizer.decode(list(ids[at : at + 12])) for ids in (logged, expected))
+        first = _token(tokenizer, expected[0])
+        return f"prompts lack {first} in front, which the tokenizer puts there"
+    parts = (tokenizer.hf_tokenizer.decode(list(ids[at : at + 12])) for ids in (logged, expected))
     one, other = (repr(part[:SHOWN]) for part in parts)
     return f"from token {at} on {one} was sampled from, {other} is what the settings say"
 
 
-def _token(text: PromptTokenizer, number: int) -> str:
-    return f"{text.tokenizer.convert_ids_to_tokens(int(number))} (token {number})"
+def _token(tokenizer: PromptTokenizer, number: int) -> str:
+    return f"{tokenizer.hf_tokenizer.convert_ids_to_tokens(int(number))} (token {number})"
 
 
 def _single(step: RecordedStep) -> dict[ResponseIndex, np.ndarray]:
@@ -166,7 +172,7 @@ def _single(step: RecordedStep) -> dict[ResponseIndex, np.ndarray]:
 
 def _ends(step: RecordedStep) -> Comparison:
     """Check that no response goes on after a token that ends it."""
-    responses, ends = _single(step), step.text.stop_token_ids
+    responses, ends = _single(step), step.tokenizer.stop_token_ids
     if not responses:
         return not_checked(FAMILY, "end of the response", "all responses have several turns")
     concerned, tokens, num_after = [], Counter[int](), 0
@@ -179,14 +185,14 @@ def _ends(step: RecordedStep) -> Comparison:
     reason = ""
     if concerned:
         (token, count), *_ = tokens.most_common(1)
-        reason = f"{count:,} responses go on after {_token(step.text, token)}, which ends one"
+        reason = f"{count:,} responses go on after {_token(step.tokenizer, token)}, which ends one"
         asked = next((each.stop_token_ids for each in step.sampling if each), None)
         if asked is not None and token not in asked:
             reason += f"; the engines were told to stop at {', '.join(map(str, asked))} only"
     return fraction_comparison(
         FAMILY,
         "end of the response",
-        f"{len(responses):,} responses with {describe_end_tokens(step.text.end_tokens)}",
+        f"{len(responses):,} responses with {describe_end_tokens(step.tokenizer.end_tokens)}",
         concerned,
         len(responses),
         reason=reason,
@@ -198,14 +204,14 @@ def _ends(step: RecordedStep) -> Comparison:
 
 def _unknown_ends(step: RecordedStep) -> Comparison:
     """Check for ends that no setting names, and for special tokens that responses go on after."""
-    responses, ends = _single(step), step.text.stop_token_ids
+    responses, ends = _single(step), step.tokenizer.stop_token_ids
     name, remedy = "other end tokens", "rollout.stop_token_ids: add the token"
     if not responses:
         return not_checked(FAMILY, name, "all responses have several turns")
     special = {
         token
-        for token in _special(step.text) - set(ends)
-        if not TAG.search(step.text.tokenizer.convert_ids_to_tokens(token))
+        for token in _special(step.tokenizer) - set(ends)
+        if not TAG.search(step.tokenizer.hf_tokenizer.convert_ids_to_tokens(token))
     }
     inside: dict[int, list[ResponseIndex]] = {}
     for which, ids in responses.items():
@@ -224,7 +230,8 @@ def _unknown_ends(step: RecordedStep) -> Comparison:
         len(responses),
         reason=""
         if worst is None
-        else f"{_token(step.text, worst)} is inside responses, or ends them, and is no end token",
+        else f"{_token(step.tokenizer, worst)} is inside responses, or ends them, "
+        "and is no end token",
         remedy=remedy,
         loss_fraction=step.loss_fraction,
         tolerance=COMMON,
@@ -233,7 +240,7 @@ def _unknown_ends(step: RecordedStep) -> Comparison:
 
 
 def _vocabulary(step: RecordedStep) -> Comparison:
-    rows, known = step.hf["vocab_size"], len(step.text.tokenizer)
+    rows, known = step.hf["vocab_size"], len(step.tokenizer.hf_tokenizer)
     concerned, largest = [], -1
     for sequence in step.sequences:
         highest = int(sequence.token_ids.max(initial=-1))
@@ -264,12 +271,12 @@ def _texts(step: RecordedStep) -> Comparison:
     concerned = [
         which
         for which, ids in responses.items()
-        if step.text.decode(ids.tolist()) != step.responses[which].text
+        if step.tokenizer.decode(ids.tolist()) != step.responses[which].text
     ]
     example = ""
     if concerned:
         logged = step.responses[concerned[0]].text[-SHOWN:]
-        now = step.text.decode(responses[concerned[0]].tolist())[-SHOWN:]
+        now = step.tokenizer.decode(responses[concerned[0]].tolist())[-SHOWN:]
         example = f"graders read …{logged!r}, the tokens say …{now!r}"
     return fraction_comparison(
         FAMILY,

@@ -100,7 +100,7 @@ def _worst(report: Report, step: RecordedStep) -> list[ResponseIndex]:
 def _response(step: RecordedStep, which: ResponseIndex) -> dict[str, Any]:
     graded = step.responses[which]
     group = step.groups[which[0]]
-    prompt = step.text.tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
+    prompt = step.tokenizer.hf_tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
     details = [
         f"group {which[0]}, response {which[1]}",
         f"reward {graded.reward:.3g}",

@@ -244,9 +244,9 @@ def _graded(step: RecordedStep) -> dict[ResponseIndex, Any]:
         if ACCURACY in graded.ungraded_terms or ACCURACY not in graded.rewards:
             continue
         facts: dict[str, Any] = {"num_tokens": len(graded.response.token_ids)}
-        facts |= {"opened": step.text.opens_thought, "question": prompt.question}
+        facts |= {"opened": step.tokenizer.opens_thought, "question": prompt.question}
         fields = call_fields(prompt.kind, options, prompt.fields, {})
-        text = step.text.closed_thought + graded.text
+        text = step.tokenizer.closed_thought + graded.text
         made[which] = _call(prompt.kind, text, prompt.truth, fields, facts)
     return made
 

@@ -83,7 +83,7 @@ def _settings(step: RecordedStep) -> Comparison:
         "top_k": rollout.top_k,
         "min_p": rollout.min_p,
         "max_tokens": rollout.max_response_tokens,
-        "stop_token_ids": tuple(step.text.stop_token_ids),
+        "stop_token_ids": tuple(step.tokenizer.stop_token_ids),
         "stop": tuple(rollout.stop),
     }
     keys = {

@@ -161,14 +161,16 @@ class EngineLinks:
                         problem = f"{first}; then, alone: {problem}"
                     on_lost(left[0], EngineError(f"{left[0].name}: {problem}"))
 
-    async def send(self, push: int, engines: Sequence[Engine], on_lost: OnLost) -> list[Engine]:
+    async def send(
+        self, push_number: int, engines: Sequence[Engine], on_lost: OnLost
+    ) -> list[Engine]:
         """Send a push to the sets of these engines.
 
         Engines at fault are lost. Returns the other engines of the sets that failed: they have not
         got all of the push, and are in no set any more.
 
         Args:
-            push: the number of the push.
+            push_number: the number of the push.
             engines: the engines, with which all others of their sets get it.
             on_lost: called with each engine at fault and the error.
 
@@ -178,7 +180,10 @@ class EngineLinks:
         sets = [s for s in self.sets if set(s.engines) & set(engines)]
         closed, self._closed_sets = self._closed_sets, []
         replies = await self.trainer.call_all(
-            PushOperations.send_weights, push=push, sets=[s.name for s in sets], closed_sets=closed
+            PushOperations.send_weights,
+            push_number=push_number,
+            sets=[s.name for s in sets],
+            closed_sets=closed,
         )
         failures: dict[str, list[Failure]] = {}
         for result in replies:

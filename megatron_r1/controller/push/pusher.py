@@ -104,7 +104,7 @@ class WeightPusher:
         self._is_closed = False
 
     @contextlib.asynccontextmanager
-    async def weight_update(self) -> AsyncIterator[None]:
+    async def updating_weights(self) -> AsyncIterator[None]:
         """Keep engines from joining while the block changes the trainer's weights and pushes them.
         After an error in the block the engines that wait for weights get none, as after `close`."""
         async with self._weights_lock:
@@ -290,12 +290,12 @@ class Prober:
         """Compute what needs the trainer's new weights before the engines have them."""
 
     async def check(
-        self, push: int, engines: Sequence[Engine], on_lost: OnLost
+        self, push_number: int, engines: Sequence[Engine], on_lost: OnLost
     ) -> dict[str, float]:
         """Sample from each engine and return the largest mean difference, "push/probe_diff".
 
         Args:
-            push: the number of the push.
+            push_number: the number of the push.
             engines: the engines that have loaded it.
             on_lost: called with an engine that does not answer, and the error.
 
@@ -315,7 +315,7 @@ class Prober:
             differences.append(difference)
             if not difference <= self.tolerance:
                 raise EngineError(
-                    f"after push {push} the log-probabilities of {engine.name} differ from "
+                    f"after push {push_number} the log-probabilities of {engine.name} differ from "
                     f"the trainer's by {difference:.3g} in the mean (push.probe_tolerance: "
                     f"{self.tolerance:g}), although every tensor arrived as it was sent: the "
                     "engine loads or computes something else. Nothing was trained on its answers"

@@ -27,8 +27,8 @@ from megatron_r1.controller.rollouts.rollout import (
     check_grades,
 )
 from megatron_r1.controller.rollouts.sample_log import StepLog
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.dispatch import Affinity
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.episodes import Episode, EpisodeResult, Generate, Player
@@ -106,7 +106,7 @@ class InFlight:
 
 
 @dataclass
-class RolloutInProgress:
+class RolloutClock:
     """Groups that are sampled together.
 
     Attributes:
@@ -132,7 +132,7 @@ class RolloutCollector:
         self,
         fleet: RolloutFleet,
         pool: RewardPool,
-        text: PromptTokenizer,
+        tokenizer: PromptTokenizer,
         rewards: RewardsConfig,
         teacher: RolloutFleet | None = None,
         player: Player | None = None,
@@ -142,13 +142,13 @@ class RolloutCollector:
         Args:
             fleet: the engines.
             pool: the reward workers.
-            text: encodes questions and decodes responses.
+            tokenizer: encodes questions and decodes responses.
             rewards: the settings of the rewards.
             teacher: the teacher's engines, if any.
             player: plays episodes with an environment or agent; None: a response is one turn."""
-        self.fleet, self.pool, self.text, self.teacher = fleet, pool, text, teacher
+        self.fleet, self.pool, self.tokenizer, self.teacher = fleet, pool, tokenizer, teacher
         self.player = player
-        self.grader = ResponseGrader(pool, text, rewards.call_options)
+        self.grader = ResponseGrader(pool, tokenizer, rewards.call_options)
         self.in_flight = InFlight()
         self._max_ungraded = rewards.max_ungraded
 
@@ -170,7 +170,7 @@ class RolloutCollector:
             EngineError: an engine fails.
         """
         start = time.perf_counter()
-        running = RolloutInProgress(sampling, log, start, start, start)
+        running = RolloutClock(sampling, log, start, start, start)
         positions = log.reserve(len(prompts)) if log else range(len(prompts))
         begun = []
         for prompt, at in zip(prompts, positions, strict=True):
@@ -180,7 +180,7 @@ class RolloutCollector:
             if restored:
                 prompt_ids = restored.prompt_ids
             else:
-                prompt_ids = self.text.encode(prompt.question, prompt.before)
+                prompt_ids = self.tokenizer.encode(prompt.question, prompt.before)
             begun.append((at, prompt, prompt_ids, restored))
             await asyncio.sleep(0)  # hundreds at once would block the event loop
         try:
@@ -225,7 +225,7 @@ class RolloutCollector:
 
     async def _collect_group(
         self,
-        running: RolloutInProgress,
+        running: RolloutClock,
         position: int,
         prompt: Prompt,
         prompt_ids: list[int],
@@ -266,7 +266,7 @@ class RolloutCollector:
             sampling.temperature,
             sampling.top_p,
             sampling.max_response_tokens,
-            tuple(self.text.stop_token_ids),
+            tuple(self.tokenizer.stop_token_ids),
             sampling.stop,
             sampling.top_k,
             sampling.min_p,
@@ -288,7 +288,7 @@ class RolloutCollector:
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             sampling_mask=sampling.sampling_mask,
-            stop_token_ids=self.text.stop_token_ids,
+            stop_token_ids=self.tokenizer.stop_token_ids,
             routing=sampling.routing,
             kind=prompt.kind,
             order=sampling.step,
@@ -296,7 +296,7 @@ class RolloutCollector:
         )
         if not sampling.stop:
             return responses
-        count, decode = len(token_ids), self.text.decode
+        count, decode = len(token_ids), self.tokenizer.decode
         return [
             truncate_at_stop(response, count, sampling.stop, decode)[0] for response in responses
         ]
@@ -329,7 +329,7 @@ class RolloutCollector:
 
     async def _grade(
         self,
-        running: RolloutInProgress,
+        running: RolloutClock,
         tracked: InFlightGroup,
         responses: list[Response],
         results: list[EpisodeResult],
@@ -345,7 +345,7 @@ class RolloutCollector:
 
     async def _teacher_logprobs(
         self,
-        running: RolloutInProgress,
+        running: RolloutClock,
         prompt_ids: list[int],
         responses: list[Response],
         results: list[EpisodeResult],

@@ -125,7 +125,7 @@ async def _estimates(
     collector: RolloutCollector, groups: list[Group], num_samples: int, rewards: RewardsConfig
 ) -> dict[str, Estimate]:
     """Return the estimate of each reward, of pass@1, cons@N and the win rates; see `evaluate`."""
-    votes, means, opened = [], defaultdict(list), collector.text.opens_thought
+    votes, means, opened = [], defaultdict(list), collector.tokenizer.opens_thought
     for group in groups:
         for term in group.responses[0].rewards:
             graded = [each for each in group.responses if term not in each.ungraded_terms]

@@ -16,7 +16,7 @@ from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.verifiers import VerifiersHarness
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
-from megatron_r1.data.text import PromptTokenizer
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.server.episodes import Player
 from megatron_r1.engines.server.settings import max_model_len
 
@@ -58,7 +58,7 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
     return key, player
 
 
-def check_player(config: Config, text: PromptTokenizer) -> None:
+def check_player(config: Config, tokenizer: PromptTokenizer) -> None:
     """Check section `agents`; print the environment's tools and how the chat template continues a
     conversation.
 
@@ -68,7 +68,7 @@ def check_player(config: Config, text: PromptTokenizer) -> None:
     if find_player(config) is None:
         return
     agents = config.agents
-    tools, template = [ANY_TOOL], Continuation(text.tokenizer, text.end_tokens)
+    tools, template = [ANY_TOOL], Continuation(tokenizer.hf_tokenizer, tokenizer.end_tokens)
     if agents.environment:
         description = describe(agents.environment)
         tools = description.tools
@@ -95,21 +95,21 @@ def check_player(config: Config, text: PromptTokenizer) -> None:
         )
 
 
-def make_player(config: Config, text: PromptTokenizer) -> Player:
+def make_player(config: Config, tokenizer: PromptTokenizer) -> Player:
     """Return the player of the run's episodes; the recipe names one."""
     agents, rollout, longest = config.agents, config.rollout, max_model_len(config)
-    tokenizer = text.tokenizer.name_or_path
+    path = tokenizer.hf_tokenizer.name_or_path
     if agents.environment:
         environments = Environments(agents, describe(agents.environment))
-        return EpisodePlayer(text, environments, agents, longest)
-    run: AgentFunction = VerifiersHarness(agents.verifiers, tokenizer)
+        return EpisodePlayer(tokenizer, environments, agents, longest)
+    run: AgentFunction = VerifiersHarness(agents.verifiers, path)
     if agents.harness:
         run = find_harness(agents)
-    parsers = find_parser(agents, tokenizer)
+    parsers = find_parser(agents, path)
     options = agents.sampling_options
-    gateway = Gateway(text, parsers, host=agents.gateway_host, sampling_options=options)
+    gateway = Gateway(tokenizer, parsers, host=agents.gateway_host, sampling_options=options)
     return HarnessPlayer(
-        text,
+        tokenizer,
         gateway,
         parsers,
         run,

@@ -20,8 +20,8 @@ from r1_grading.terms import ACCURACY, DEFAULT_WEIGHTS, Options, Reward, are_equ
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.processes import timeline
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.episodes import Episode, EpisodeResult
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape
@@ -177,14 +177,14 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
 class ResponseGrader:
     """Turns a `Response` into a `GradedResponse`."""
 
-    def __init__(self, pool: RewardPool, text: PromptTokenizer, options: Options) -> None:
+    def __init__(self, pool: RewardPool, tokenizer: PromptTokenizer, options: Options) -> None:
         """Prepare to grade.
 
         Args:
             pool: the reward workers.
-            text: decodes responses.
+            tokenizer: decodes responses.
             options: `rewards.options`."""
-        self._terms, self._text = RewardTerms(pool, options), text
+        self._terms, self._tokenizer = RewardTerms(pool, options), tokenizer
         self._decoding = ThreadPoolExecutor(1, "decoding")
 
     async def grade(
@@ -228,9 +228,9 @@ class ResponseGrader:
             grades = await self._terms.grade(
                 terms,
                 prompt,
-                self._text.closed_thought + result.text,
+                self._tokenizer.closed_thought + result.text,
                 len(response.token_ids),
-                self._text.opens_thought,
+                self._tokenizer.opens_thought,
             )
             if result.reward is not None:
                 reason = f"{episode.status}: the environment's reward"
@@ -239,15 +239,15 @@ class ResponseGrader:
 
     @timeline.timed("controller/text of tokens")
     def _decode(self, responses: Sequence[Response]) -> list[str]:
-        return [self._text.decode(response.token_ids) for response in responses]
+        return [self._tokenizer.decode(response.token_ids) for response in responses]
 
     async def _grade(
         self, prompt: Prompt, response: Response, text: str, weights: Mapping[str, float]
     ) -> GradedResponse:
         terms = list(dict.fromkeys((ACCURACY, "format", *weights)))
-        num_tokens, opened = len(response.token_ids), self._text.opens_thought
+        num_tokens, opened = len(response.token_ids), self._tokenizer.opens_thought
         # With an empty thought that the template has closed: to the rewards it is the response's.
-        whole = self._text.closed_thought + text
+        whole = self._tokenizer.closed_thought + text
         grades = await self._terms.grade(terms, prompt, whole, num_tokens, opened)
         return _graded(response, text, combine(grades, weights))
 
@@ -257,7 +257,7 @@ class ResponseGrader:
         Raises:
             UserError: as `RewardTerms.check`.
         """
-        await self._terms.check(terms, prompts, self._text.opens_thought)
+        await self._terms.check(terms, prompts, self._tokenizer.opens_thought)
 
 
 def _graded(

@@ -102,7 +102,7 @@ class StepSampler:
         if self._stream is not None and self.config.rl.staleness:
             self._stream.start_after(policy_version)
 
-    def probes_passed(self) -> None:
+    def release_buffered(self) -> None:
         """Write down what was sampled since `start_ahead`: the engines compute what the trainer
         does."""
         if self.log:

@@ -125,11 +125,13 @@ class LoadCheck:
                 self._turns.remove(layer)
                 self._turns.append(layer)
 
-    def end(self, push: int, loaded: Sequence[PlacedParameter], memory: torch.Tensor) -> None:
+    def end(
+        self, push_number: int, loaded: Sequence[PlacedParameter], memory: torch.Tensor
+    ) -> None:
         """Compare after a load of the parameters `loaded` from `memory`.
 
         Args:
-            push: the number of the push.
+            push_number: the number of the push.
             loaded: the parameters of the load.
             memory: uint8, the receive buffer that they were loaded from.
 
@@ -146,8 +148,8 @@ class LoadCheck:
         if wrong:
             names = ", ".join(placed.parameter.title for placed in wrong[:5])
             raise UndeliveredPush(
-                f"push {push}: {len(wrong)} tensors arrived and are not what the engine computes "
-                f"with: {names}{', ...' if len(wrong) > 5 else ''}"
+                f"push {push_number}: {len(wrong)} tensors arrived and are not what the engine "
+                f"computes with: {names}{', ...' if len(wrong) > 5 else ''}"
             )
 
     def _is_old(self, placed: PlacedParameter, memory: torch.Tensor) -> bool:
@@ -219,7 +221,7 @@ class PushInitInfo(WeightTransferInitInfo):
 class PushUpdateInfo(WeightTransferUpdateInfo):
     """The push that the engine is to load."""
 
-    push: int
+    push_number: int
     """Its number: one more than that of the engine's last push."""
     timeout_seconds: float = 600.0
     """Time limit for all of the push to arrive."""
@@ -314,7 +316,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             ValueError: the push is incomplete or damaged, and the old weights are unchanged; or the
                 engine would not compute with what arrived.
         """
-        receiver, push = self._receiver, update_info.push
+        receiver, push = self._receiver, update_info.push_number
         assert receiver is not None, "start_weight_update comes first"
         receiver.received_chunks.wait(push, update_info.timeout_seconds)
         if self._adapter is not None:

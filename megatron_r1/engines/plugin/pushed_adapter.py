@@ -87,11 +87,11 @@ class PushedAdapter:
             weights_mapper=self._renames,
         )
 
-    def check(self, push: int) -> None:
+    def check(self, push_number: int) -> None:
         """Compare what the layers compute with to the received factors.
 
         Args:
-            push: the number of the push.
+            push_number: the number of the push.
 
         Raises:
             UndeliveredPush: factors differ; it names them.
@@ -100,8 +100,8 @@ class PushedAdapter:
         if wrong:
             names = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
             raise UndeliveredPush(
-                f"push {push}: {len(wrong)} tensors arrived and are not what the engine computes "
-                f"with: {names}"
+                f"push {push_number}: {len(wrong)} tensors arrived and are not what the engine "
+                f"computes with: {names}"
             )
 
     def _placed(self, tensors: Sequence[tuple[str, Sequence[int]]]) -> SlotTable:

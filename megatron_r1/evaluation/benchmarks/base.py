@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.data.prompt_tokenizer import PLACEHOLDER
 from megatron_r1.data.prompts import Prompt, make_prompt
 from megatron_r1.data.table_files import READERS, Row
 from megatron_r1.data.table_files import read_rows as read_file
-from megatron_r1.data.text import PLACEHOLDER
 
 __all__ = ["Benchmark", "Options", "Question", "Rows", "code_limits", "pick_columns", "to_prompts"]
 

@@ -74,7 +74,7 @@ class PlannedLink:
         return total_bytes(self.regions)
 
 
-Plan = list[list[PlannedLink]]
+SetPlan = list[list[PlannedLink]]
 """The links of a set, by engine rank."""
 RegionsByReplicas = dict[range, list[TensorRegion]]
 """Regions by the trainer ranks that hold them, in order of pipeline stages."""
@@ -141,7 +141,7 @@ def plan_sets(
     sets: Sequence[range],
     sent: Sequence[float] = (),
     max_fraction: float = MAX_GROUP_FRACTION,
-) -> list[Plan]:
+) -> list[SetPlan]:
     """Return the plan of each set; every rank computes the same.
 
     Each group of regions comes from the trainer rank that has sent least by then. The
@@ -194,7 +194,7 @@ def plan_sets(
     ]
 
 
-def sent_bytes(plan: Plan, world_size: int) -> list[float]:
+def sent_bytes(plan: SetPlan, world_size: int) -> list[float]:
     """Return the bytes that each trainer rank sends to a set."""
     sent = [0.0] * world_size
     for link in chain.from_iterable(plan):
@@ -202,7 +202,7 @@ def sent_bytes(plan: Plan, world_size: int) -> list[float]:
     return sent
 
 
-def links_per_rank(plans: Iterable[Plan], world_size: int) -> list[int]:
+def links_per_rank(plans: Iterable[SetPlan], world_size: int) -> list[int]:
     """Return the number of engine ranks that each trainer rank sends to, in all sets.
 
     Args:

@@ -19,7 +19,7 @@ from megatron_r1.push.plan.adapters import (
 )
 from megatron_r1.push.plan.engine_sets import (
     MAX_SET_ENGINES,
-    Plan,
+    SetPlan,
     engine_sets,
     max_group_fraction,
     plan_sets,
@@ -73,7 +73,7 @@ def shares_gpus_over_nccl(config: Config) -> bool:
     return config.rollout.colocated and TRANSPORTS[config.push.transport].in_rounds
 
 
-def planned_push(config: Config, hf: dict) -> list[Plan]:
+def planned_push(config: Config, hf: dict) -> list[SetPlan]:
     """Return the plans of the sets of a recipe's push from `parallel.processes` trainer ranks."""
     layout, push = engine_layout(config), config.push
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)

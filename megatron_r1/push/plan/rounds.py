@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_r1.push.plan.engine_sets import EngineRankId, Plan, colocated_trainer_ranks
+from megatron_r1.push.plan.engine_sets import EngineRankId, SetPlan, colocated_trainer_ranks
 from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 
 SCATTER_BUCKET_BYTES = 32 << 20
@@ -45,7 +45,7 @@ Receivers = Sequence[Sequence[Sequence[int]]]
 """By set, engine rank and member: the process that receives for that rank of an engine."""
 
 
-class Link(NamedTuple):
+class ProcessLink(NamedTuple):
     """What one process sends to another.
 
     Attributes:
@@ -97,7 +97,7 @@ class RoundSchedule:
 
     def __init__(
         self,
-        links: Sequence[Link],
+        links: Sequence[ProcessLink],
         relay_groups: Sequence[Sequence[int]] = (),
         scatter_bucket_bytes: int | None = None,
         relay_bucket_bytes: int | None = None,
@@ -218,14 +218,14 @@ class RoundSchedule:
         return rows.ravel()
 
 
-def schedule_rounds(plans: Sequence[Plan], receivers: Receivers) -> RoundSchedule:
+def schedule_rounds(plans: Sequence[SetPlan], receivers: Receivers) -> RoundSchedule:
     """Return the rounds of a push.
 
     Args:
         plans: the links of each set (`engine_sets.plan_sets`).
         receivers: the processes that receive (`receiving_processes`)."""
     links = [
-        Link(link.trainer_rank, members[link.member], link.num_bytes)
+        ProcessLink(link.trainer_rank, members[link.member], link.num_bytes)
         for plan, set_receivers in zip(plans, receivers, strict=True)
         for rank_links, members in zip(plan, set_receivers, strict=True)
         for link in rank_links
@@ -237,7 +237,7 @@ def schedule_rounds(plans: Sequence[Plan], receivers: Receivers) -> RoundSchedul
 
 
 def planned_schedule(
-    plans: Sequence[Plan],
+    plans: Sequence[SetPlan],
     sets: Sequence[range],
     ranks_per_engine: int,
     world_size: int,

@@ -155,7 +155,7 @@ class Sender:
     def connect(self) -> None:
         """Connect to the receiver, once all trainer ranks are prepared."""
 
-    def send(self, push: int, slices: Slices) -> None:
+    def send(self, push_number: int, slices: Slices) -> None:
         """Send all chunks; on return the slices may change."""
         raise NotImplementedError
 

@@ -106,9 +106,9 @@ class GlooReceiver(PayloadReceiver):
         if not self.is_closing:
             self.fail_set(RuntimeError(f"trainer rank {trainer_rank}: {error}"))
 
-    def _receive_push(self, group: dist.ProcessGroup, trainer_rank: int, push: int) -> None:
+    def _receive_push(self, group: dist.ProcessGroup, trainer_rank: int, push_number: int) -> None:
         """Receive a push, one bucket while the one before is unpacked, and check it."""
-        payload = self.receive_payloads(push).payload(trainer_rank)
+        payload = self.receive_payloads(push_number).payload(trainer_rank)
         arriving: tuple[dist.Work, int, int, torch.Tensor] | None = None
 
         def unpack(work: dist.Work, start: int, end: int, data: torch.Tensor) -> None:
@@ -123,7 +123,7 @@ class GlooReceiver(PayloadReceiver):
             arriving = work, start, end, data
         if arriving:
             unpack(*arriving)
-        self.verify_checksums(push, [trainer_rank])
+        self.verify_checksums(push_number, [trainer_rank])
 
     def _run_relays(self) -> None:
         """Relay pushes until one fails; then report the cause, which the push that waits in
@@ -165,14 +165,14 @@ class GlooReceiver(PayloadReceiver):
             if group is not None:
                 self._groups.remove(group)
 
-    def _relay_buckets(self, group: dist.ProcessGroup, push: int) -> None:
+    def _relay_buckets(self, group: dist.ProcessGroup, push_number: int) -> None:
         """Relay a push, and check it: each bucket of this rank goes to the next engine, to the
         one after it, and so on, while another comes from the engine as far before; meanwhile the
         last one that came is unpacked.
 
         gloo's own all-gather takes three times as long with 64 MiB a bucket (docs/learned.md)."""
         member, count = self.rendezvous.member, self.rendezvous.num_members
-        receive = self.receive_payloads(push)
+        receive = self.receive_payloads(push_number)
         payloads = [receive.payload(Relay(source)) for source in range(count)]
         payloads[member] = receive.relay_payload()
         arrived: tuple[BufferPayload, int, int, torch.Tensor] | None = None
@@ -197,7 +197,7 @@ class GlooReceiver(PayloadReceiver):
         if arrived:
             arrived[0].unpack(*arrived[1:])
         relays = [source for source in self.received_chunks.chunks if isinstance(source, Relay)]
-        self.verify_checksums(push, relays)
+        self.verify_checksums(push_number, relays)
 
 
 def _bucket_ranges(payload: Payload, num_bytes: int | None = None) -> Iterator[tuple[int, int]]:
@@ -217,10 +217,10 @@ class GlooSender(Sender):
             self.rendezvous, self.trainer_rank, self.engine_rank, is_sender=True
         )
 
-    def send(self, push: int, slices: Slices) -> None:
+    def send(self, push_number: int, slices: Slices) -> None:
         """Send a push: its number, then its payload in buckets."""
         group = self._group
-        _wait_for(group.send([torch.tensor([push])], ENGINE_RANK, 0), self.rendezvous)
+        _wait_for(group.send([torch.tensor([push_number])], ENGINE_RANK, 0), self.rendezvous)
         payload = SlicesPayload(self.table, self.chunks, slices, uses_weighted_sum=False)
         on_the_wire: tuple[dist.Work, torch.Tensor] | None = None
         for start, end in _bucket_ranges(payload):

@@ -135,11 +135,11 @@ class NCCLReceiver(PayloadReceiver):
                 communicator.abort(RuntimeError(f"engine rank {self.name} closes"))
 
     def _run_rounds(
-        self, push: int, streams: PushStreams, communicator: Communicator, rounds: RankRounds
+        self, push_number: int, streams: PushStreams, communicator: Communicator, rounds: RankRounds
     ) -> None:
         """Run this rank's part of a push, and check it."""
         streams.order_copies_after_current()
-        received = self.receive_payloads(push)
+        received = self.receive_payloads(push_number)
         relayed = received.relay_payload()
         payloads = {source: received.payload(source) for source in _sources(rounds)}
 
@@ -161,16 +161,16 @@ class NCCLReceiver(PayloadReceiver):
         runner.run(scatter)
         self._raise_error(communicator)
         with streams.copy_stream():  # in which nothing waits for another rank
-            self.verify_checksums(push, self.senders)
+            self.verify_checksums(push_number, self.senders)
         if self.senders:  # what is damaged is not relayed
-            self.received_chunks.wait(push, 0.0, self.senders)
+            self.received_chunks.wait(push_number, 0.0, self.senders)
         runner.run(relay)
         self._raise_error(communicator)
         relays = [source for source in self.received_chunks.chunks if isinstance(source, Relay)]
         with streams.copy_stream():
-            self.verify_checksums(push, relays)
+            self.verify_checksums(push_number, relays)
 
-    def _receive_from_colocated(self, push: int, streams: PushStreams) -> None:
+    def _receive_from_colocated(self, push_number: int, streams: PushStreams) -> None:
         """Receive a push from the trainer rank on this GPU, which writes all of it into this rank's
         memory, and check it."""
         with streams.copy_stream():
@@ -189,7 +189,7 @@ class NCCLReceiver(PayloadReceiver):
                 if now > deadline:
                     raise TimeoutError("the trainer rank on this GPU has not sent all of it")
                 time.sleep(LONGEST_PAUSE)
-            self.verify_checksums(push, list(self.received_chunks.chunks))
+            self.verify_checksums(push_number, list(self.received_chunks.chunks))
 
     def _is_written(self) -> bool:
         """Return whether the trainer rank has written all of the push that is under way."""
@@ -227,7 +227,7 @@ def _sources(rounds: RankRounds) -> set[int | Relay]:
 
 
 def _source(op: RankBucketOp) -> int | Relay:
-    return op.payload if op.payload >= 0 else Relay(-1 - op.payload)
+    return op.source if op.source >= 0 else Relay(-1 - op.source)
 
 
 class NCCLSender(Sender):

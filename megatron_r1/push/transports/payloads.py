@@ -283,44 +283,44 @@ class PayloadReceiver(Receiver):
         """The name by which other ranks ask whether this one is alive."""
         return f"{self.rendezvous.member}/{self.engine_rank}"
 
-    def publish_closing(self, number: int) -> None:
+    def publish_closing(self, set_push_number: int) -> None:
         """Publish to the set that this rank closes, and end all waits for its push `number`."""
         if self.is_running:
             with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
                 self.rendezvous.publish_rank_failure(self.engine_rank, "it has closed")
-                self.rendezvous.end_waits(number)
+                self.rendezvous.end_waits(set_push_number)
 
     def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
         """Return the memory if the table is the same and no thread uses it."""
         return None if table != self.table or self.is_running else self.memory
 
-    def receive_payloads(self, push: int) -> ReceivePayloads:
+    def receive_payloads(self, push_number: int) -> ReceivePayloads:
         """Return the payloads of a push in the receive buffer."""
-        buffer = self.table.buffer(self.memory, push)
+        buffer = self.table.buffer(self.memory, push_number)
         return ReceivePayloads(self.table, self.received_chunks.chunks, buffer, self.sums)
 
-    def verify_checksums(self, push: int, sources: Sequence[int | Relay]) -> None:
+    def verify_checksums(self, push_number: int, sources: Sequence[int | Relay]) -> None:
         """Compare what has come from these sources with its checksums."""
-        payloads = self.receive_payloads(push)
+        payloads = self.receive_payloads(push_number)
         for source in sources:
             for index, sent in enumerate(payloads.payload(source).sums.tolist()):
-                self.received_chunks.chunk_received(source, push, index, sent % 2**64)
+                self.received_chunks.chunk_received(source, push_number, index, sent % 2**64)
 
     def fail_set(
-        self, error: Exception, lost: Sequence[str] | None = None, number: int = 0
+        self, error: Exception, lost: Sequence[str] | None = None, set_push_number: int = 0
     ) -> None:
         """Publish a failure of the set, and report to this engine that nothing more will arrive.
 
         Args:
             error: the cause.
             lost: the engine ranks of which one may have died, where that can be why.
-            number: the push of the set for which the others answer."""
+            set_push_number: the push of the set for which the others answer."""
         text, failure = f"{type(error).__name__}: {error}", error
         with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
             if lost is not None:
-                self.rendezvous.publish_alive(self.name, number)
+                self.rendezvous.publish_alive(self.name, set_push_number)
                 cause = self.rendezvous.diagnose_failure(
-                    lost, number, text, lambda: self.is_closing
+                    lost, set_push_number, text, lambda: self.is_closing
                 )
                 failure = SetFailed(cause)
             elif not isinstance(error, SetFailed):

@@ -56,32 +56,32 @@ class ReceivedChunks:
         self._failure: Exception | None = None
         self._changed = threading.Condition()
 
-    def rows_received(self, source: Any, push: int, index: int, row: int) -> None:
+    def rows_received(self, source: Any, push_number: int, index: int, row: int) -> None:
         """Report that the first rows of a chunk are in the memory.
 
         Args:
             source: a key of `chunks`.
-            push: the number of the push.
+            push_number: the number of the push.
             index: which of the source's chunks, from 0.
             row: the number of rows, counted from the chunk's first."""
-        self._running_checksum(source, push, index).update_to(row)
+        self._running_checksum(source, push_number, index).update_to(row)
 
-    def chunk_received(self, source: Any, push: int, index: int, sent: int) -> None:
+    def chunk_received(self, source: Any, push_number: int, index: int, sent: int) -> None:
         """Report that a chunk is in the memory.
 
         Args:
             source: the trainer rank or `Relay` that has sent it.
-            push: the number of the push.
+            push_number: the number of the push.
             index: which of the source's chunks, from 0.
             sent: the source's checksum."""
         slot = self.chunks[source][index].slot
-        is_correct = self._running_checksum(source, push, index).digest() == sent
+        is_correct = self._running_checksum(source, push_number, index).digest() == sent
         with self._changed:
             if not is_correct:
                 name = f"{self.table.slots[slot].name} (from rank {source})"
-                self._damaged.setdefault(push, {})[name] = None
+                self._damaged.setdefault(push_number, {})[name] = None
             self.checksums[source, index] = sent
-            self._push[source], self._num_arrived[source] = push, index + 1
+            self._push[source], self._num_arrived[source] = push_number, index + 1
             self._changed.notify_all()
 
     def fail(self, error: Exception) -> None:
@@ -95,11 +95,13 @@ class ReceivedChunks:
         """Whether a push failed; no later one is accepted."""
         return self._failure is not None
 
-    def wait(self, push: int, timeout_seconds: float, sources: Sequence[Any] | None = None) -> None:
+    def wait(
+        self, push_number: int, timeout_seconds: float, sources: Sequence[Any] | None = None
+    ) -> None:
         """Wait until all of a push has arrived.
 
         Args:
-            push: the number of the push.
+            push_number: the number of the push.
             timeout_seconds: the time limit.
             sources: the sources whose chunks are waited for, default all.
 
@@ -110,20 +112,20 @@ class ReceivedChunks:
         """
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
-            while late := self._late_sources(push, sources):
+            while late := self._late_sources(push_number, sources):
                 left = deadline - time.monotonic()
                 if self._failure is not None:
-                    raise IncompletePush(f"push {push} broke off: {self._failure}")
+                    raise IncompletePush(f"push {push_number} broke off: {self._failure}")
                 if left <= 0 or not self._changed.wait(left):
                     raise IncompletePush(
-                        f"push {push}: after {timeout_seconds:g} s trainer ranks "
+                        f"push {push_number}: after {timeout_seconds:g} s trainer ranks "
                         f"{', '.join(map(str, late))} have not sent all of it"
                     )
-            damaged = list(self._damaged.get(push, ()))
+            damaged = list(self._damaged.get(push_number, ()))
         if damaged:
             raise ValueError(
-                f"push {push}: {len(damaged)} tensors arrived otherwise than they were sent: "
-                f"{_first_few(damaged)}"
+                f"push {push_number}: {len(damaged)} tensors arrived otherwise than they were "
+                f"sent: {_first_few(damaged)}"
             )
 
     def pop_changed_slots(self) -> set[int]:
@@ -138,23 +140,23 @@ class ReceivedChunks:
             self._loaded_checksums = dict(self.checksums)
         return changed
 
-    def _running_checksum(self, source: Any, push: int, index: int) -> RunningChecksum:
+    def _running_checksum(self, source: Any, push_number: int, index: int) -> RunningChecksum:
         arriving = self._arriving.get(source)
-        if arriving is None or arriving[:2] != (push, index):
+        if arriving is None or arriving[:2] != (push_number, index):
             chunk = self.chunks[source][index]
-            buffer = self.table.buffer(self.memory, push)
+            buffer = self.table.buffer(self.memory, push_number)
             values = slot_view(buffer, self.table.slots[chunk.slot], chunk)
-            arriving = (push, index, RunningChecksum(values, self._uses_weighted_sum))
+            arriving = (push_number, index, RunningChecksum(values, self._uses_weighted_sum))
             self._arriving[source] = arriving
         return arriving[2]
 
-    def _late_sources(self, push: int, sources: Sequence[Any] | None) -> list[Any]:
+    def _late_sources(self, push_number: int, sources: Sequence[Any] | None) -> list[Any]:
         """Return those of the senders whose part of the push has not arrived."""
         return [
             source
             for source, chunks in self.chunks.items()
             if (sources is None or source in sources)
-            and (self._push[source], self._num_arrived[source]) < (push, len(chunks))
+            and (self._push[source], self._num_arrived[source]) < (push_number, len(chunks))
         ]
 
 

@@ -204,15 +204,15 @@ class SharedMemorySender(Sender):
         """Return the receiver's memory, mapped into this process."""
         return map_file(Path(self.receiver.address), self.table.num_buffers * self.table.num_bytes)
 
-    def send(self, push: int, slices: Slices) -> None:
+    def send(self, push_number: int, slices: Slices) -> None:
         """Copy the chunks to their places. The progress array shows the receiver the rows that
         are written, and each chunk's checksum when all of its rows are."""
         progress = self._progress
         assert progress is not None, "plan() comes first, and close() last"
         # In this order: `_SenderProgress.check` must not take the count of the last push for this.
         progress[WRITTEN_AT] = 0
-        progress[PUSH_AT] = push
-        targets, done = self._targets(push), 0
+        progress[PUSH_AT] = push_number
+        targets, done = self._targets(push_number), 0
         for index, chunk in enumerate(self.chunks):
             row_bytes = chunk.row_bytes(self.table)
 
@@ -226,11 +226,11 @@ class SharedMemorySender(Sender):
             memory_fence()
             progress[WRITTEN_AT] = done = done + chunk.num_bytes(self.table)
 
-    def _targets(self, push: int) -> list[torch.Tensor]:
+    def _targets(self, push_number: int) -> list[torch.Tensor]:
         """Return the views that the chunks of this push fill."""
-        index = push % self.table.num_buffers
+        index = push_number % self.table.num_buffers
         if index not in self._views:
-            buffer, slots = self.table.buffer(self._memory, push), self.table.slots
+            buffer, slots = self.table.buffer(self._memory, push_number), self.table.slots
             self._views[index] = [slot_view(buffer, slots[d.slot], d) for d in self.chunks]
         return self._views[index]
 

@@ -69,7 +69,7 @@ def play(
 ):
     """Return an episode and its fleet. sampled: called when an engine has sampled."""
     text = text_of()
-    fleet = WrittenFleet(text.tokenizer, texts)
+    fleet = WrittenFleet(text.hf_tokenizer, texts)
     keys = []
 
     async def generate(prompt_ids, most):
@@ -377,7 +377,7 @@ def test_waiting_for_another_program_is_not_on_an_agents_clock(clock):
             return 1.0
 
     text, run = text_of(), Slow(["unused"], 1)
-    fleet = WrittenFleet(text.tokenizer, [ANSWER] * 3)
+    fleet = WrittenFleet(text.hf_tokenizer, [ANSWER] * 3)
 
     async def main():
         player = HarnessPlayer(

@@ -19,8 +19,8 @@ from megatron_r1.config import AgentsConfig
 from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
 from megatron_r1.controller.rollouts.metrics import rollout_metrics, sample_records
 from megatron_r1.controller.rollouts.rollout import Group, ResponseGrader, Rollout, check_grades
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.responses import EngineError, Response
 from tests.chat_tokenizer import chat_tokenizer
 
@@ -59,7 +59,7 @@ def play(
         answer = next(said)
         if isinstance(answer, Exception):
             raise answer
-        ids = [*text.tokenizer.encode(answer, add_special_tokens=False), text.end]
+        ids = [*text.hf_tokenizer.encode(answer, add_special_tokens=False), text.end]
         reason = ending if len(ids) <= limit else "length"
         ids = array("i", ids[:limit])
         version = len(token_ids) % 3
@@ -95,7 +95,7 @@ def test_an_episode_with_calls_is_done_and_its_turns_are_kept(text):
     (branch,) = episode.branches
     assert sum(turn.num_tokens for turn in episode.turns) == len(branch.token_ids)
     trained = [t for t, flag in zip(branch.token_ids, branch.is_sampled, strict=True) if flag]
-    assert text.tokenizer.decode(trained) == "".join(f"{answer}<|im_end|>" for answer in answers)
+    assert text.hf_tokenizer.decode(trained) == "".join(f"{answer}<|im_end|>" for answer in answers)
     assert "'no'" in text.decode(branch.token_ids)
 
 
@@ -148,12 +148,12 @@ def test_what_nobody_expects_ends_one_episode_only(text):
 
 
 def test_calls_that_the_template_refuses_are_content(text, monkeypatch):
-    refusing = text.tokenizer.chat_template.replace(
+    refusing = text.hf_tokenizer.chat_template.replace(
         "{% for c in m.tool_calls or [] %}",
         "{% if m.tool_calls and m.tool_calls | length > 1 %}{{ raise_exception('one') }}{% endif %}"
         "{% for c in m.tool_calls or [] %}",
     )
-    monkeypatch.setattr(text.tokenizer, "chat_template", refusing)
+    monkeypatch.setattr(text.hf_tokenizer, "chat_template", refusing)
     both = call("add") + call("add")
     played = play(text, [call("add", number=4), both])
     assert (played.episode.status, played.reward) == ("done", 1.0)  # 4 - 3

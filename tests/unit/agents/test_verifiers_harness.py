@@ -32,7 +32,7 @@ def settings(**options):
 def play(*does):
     """Play an episode for each of `does`, one after the other."""
     text = text_of()
-    fleet = WrittenFleet(text.tokenizer, ["answer"] * len(does))
+    fleet = WrittenFleet(text.hf_tokenizer, ["answer"] * len(does))
 
     async def main():
         run = verifiers.VerifiersHarness(settings(), "")

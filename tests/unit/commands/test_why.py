@@ -33,8 +33,8 @@ from megatron_r1.controller.algorithms import grpo
 from megatron_r1.controller.corrections import reward_normalization
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import SamplingRecord, encode, pack
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.reporting.run_folder import RunFolder
@@ -79,13 +79,13 @@ class Planted:
             "rl": {"questions_per_rollout": 2, "group_size": 4, "minibatches": 2},
             "optimizer": {"warmup": 2},
         }
-        self.text = PromptTokenizer(str(self.model), "chat")
-        self.sampling = SamplingRecord(1.0, 1.0, LIMIT, tuple(self.text.stop_token_ids), ())
+        self.tokenizer = PromptTokenizer(str(self.model), "chat")
+        self.sampling = SamplingRecord(1.0, 1.0, LIMIT, tuple(self.tokenizer.stop_token_ids), ())
         prompts = load_prompts(path=data, num_heldout=0).train[:2]
         self.groups = [
             Group(
                 prompt,
-                self.text.encode(prompt.question, prompt.before),
+                self.tokenizer.encode(prompt.question, prompt.before),
                 [
                     self.response(
                         f"<think></think><answer>{int(prompt.truth) + wrong}</answer>", wrong
@@ -103,7 +103,7 @@ class Planted:
         }
 
     def response(self, text: str, wrong: int) -> GradedResponse:
-        tokens = array("i", self.text.encode_response(text))
+        tokens = array("i", self.tokenizer.encode_response(text))
         count = len(tokens)
         made = Response(
             tokens,
@@ -189,13 +189,13 @@ def doubled_start(planted):
 
 def without_system(planted):
     group = planted.groups[1]
-    planted.groups[1] = replace(group, prompt_ids=planted.text.encode(group.prompt.question))
+    planted.groups[1] = replace(group, prompt_ids=planted.tokenizer.encode(group.prompt.question))
 
 
 def other_template(planted):
     group = planted.groups[1]
     text = group.prompt.question
-    planted.groups[1] = replace(group, prompt_ids=planted.text.tokenizer.encode(text))
+    planted.groups[1] = replace(group, prompt_ids=planted.tokenizer.hf_tokenizer.encode(text))
     group.prompt.before.clear()
 
 
@@ -209,7 +209,7 @@ def past_the_end(planted):
             logprobs=array("f", [-0.5] * count),
             policy_versions=array("i", [STEP - 1] * count),
         )
-        text = planted.text.decode(tokens)
+        text = planted.tokenizer.decode(tokens)
         return replace(graded, response=response, text=text)
 
     planted.change(longer, group=0)

@@ -365,8 +365,10 @@ def test_scores_survive_the_sample_log_to_the_bit(with_teacher):
 
 
 def test_scores_stand_where_their_tokens_are_predicted():
-    first = Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], 2.0, teacher=[-3.0, -4.0])
-    second = Sample.pack([5], [6, 1, 2], [-1.0, -2.0, -3.0], -1.0, teacher=[-5.0, -6.0, -7.0])
+    first = Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], 2.0, teacher_logprobs=[-3.0, -4.0])
+    second = Sample.pack(
+        [5], [6, 1, 2], [-1.0, -2.0, -3.0], -1.0, teacher_logprobs=[-5.0, -6.0, -7.0]
+    )
     batch = pack_batch([first, second], TokenSplit(tensor_size=4), torch.device("cpu"))
     expected = [0, 0, -3.0, -4.0, 0, -5.0, -6.0, -7.0, 0, 0, 0, 0]
     assert batch.logprobs["teacher"].tolist() == expected
@@ -376,7 +378,7 @@ def test_scores_stand_where_their_tokens_are_predicted():
 def test_context_ranks_hold_the_scores_of_their_own_tokens():
     """Together they hold each once: position and score agree with the whole batch's."""
     sample = Sample.pack(
-        [5], list(range(10, 17)), [-1.0] * 7, teacher=[-float(i) for i in range(7)]
+        [5], list(range(10, 17)), [-1.0] * 7, teacher_logprobs=[-float(i) for i in range(7)]
     )
     whole = pack_batch([sample], TokenSplit(), torch.device("cpu"))
     parts = [
@@ -396,4 +398,4 @@ def test_without_a_teacher_there_is_nothing_to_read_and_without_samples_nothing_
 
 def test_scores_of_another_number_of_tokens_are_refused():
     with pytest.raises(ValueError, match="2 .*1 "):
-        Sample.pack([1], [2, 3], [-1.0, -1.0], teacher=[-1.0])
+        Sample.pack([1], [2, 3], [-1.0, -1.0], teacher_logprobs=[-1.0])

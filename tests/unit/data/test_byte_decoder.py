@@ -5,7 +5,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_r1.data.text import ByteDecoder, PromptTokenizer
+from megatron_r1.data.prompt_tokenizer import ByteDecoder, PromptTokenizer
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -51,7 +51,7 @@ def test_other_tokenizers_decode_themselves():
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_the_laptop_model_decodes_by_the_table(ends):
-    text = PromptTokenizer("examples/laptop/model", "r1_zero")
-    assert text._byte_decoder is not None
-    ids = text.encode_response("<think>½ + ½</think>\n<answer>1</answer>")
-    assert text.decode(ids if ends else ids[:-1]) == "<think>½ + ½</think>\n<answer>1</answer>"
+    tokenizer = PromptTokenizer("examples/laptop/model", "r1_zero")
+    assert tokenizer._byte_decoder is not None
+    ids = tokenizer.encode_response("<think>½ + ½</think>\n<answer>1</answer>")
+    assert tokenizer.decode(ids if ends else ids[:-1]) == "<think>½ + ½</think>\n<answer>1</answer>"

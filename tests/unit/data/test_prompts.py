@@ -13,6 +13,12 @@ from refusals import raised, refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.rl_checks import describe_kind_weights, drop_long_prompts
 from megatron_r1.config import parse
+from megatron_r1.data.prompt_tokenizer import (
+    PromptTokenizer,
+    find_template,
+    is_opened,
+    render_template,
+)
 from megatron_r1.data.prompts import (
     Prompt,
     PromptSplit,
@@ -23,7 +29,6 @@ from megatron_r1.data.prompts import (
 )
 from megatron_r1.data.sampler import PromptSampler, drawn_fractions
 from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
-from megatron_r1.data.text import PromptTokenizer, find_template, is_opened, render_template
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 
@@ -337,13 +342,15 @@ def test_file_order_is_kept_epoch_after_epoch():
 
 def test_questions_longer_than_the_engines_room_are_left_out_and_told_of(capsys):
     """vLLM refuses a prompt as long as its context, which would end the run for good."""
-    text = PromptTokenizer(str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}")
+    tokenizer = PromptTokenizer(
+        str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}"
+    )
     short, long = (make_prompt("1 + 1 " * n, "math", "2", {}) for n in (2, 40))
-    limit = len(text.encode(long.question))
-    split = drop_long_prompts(PromptSplit([short, long], [long]), text, limit)
+    limit = len(tokenizer.encode(long.question))
+    split = drop_long_prompts(PromptSplit([short, long], [long]), tokenizer, limit)
     assert (split.train, split.heldout) == ([short], [])
     assert str(limit) in capsys.readouterr().err
-    assert drop_long_prompts(PromptSplit([long], []), text, limit + 1).train == [long]
+    assert drop_long_prompts(PromptSplit([long], []), tokenizer, limit + 1).train == [long]
     assert capsys.readouterr().err == ""
     with refused("data.path", Cause.TOO_LARGE, limit):
-        drop_long_prompts(PromptSplit([long], []), text, limit)
+        drop_long_prompts(PromptSplit([long], []), tokenizer, limit)

@@ -7,9 +7,9 @@ from chat_tokenizer import CHATML, chat_tokenizer
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer, render_template
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.row_filter import meets
-from megatron_r1.data.text import PromptTokenizer, render_template
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 
@@ -56,12 +56,14 @@ def test_a_condition_that_cannot_hold_is_refused(tmp_path, where, key, cause):
 
 def test_a_system_s_message_reaches_the_prompt(tmp_path):
     chat_tokenizer(CHATML).save_pretrained(tmp_path)
-    text = PromptTokenizer(str(tmp_path), "chat")
+    tokenizer = PromptTokenizer(str(tmp_path), "chat")
     turns = [SYSTEM, {"role": "user", "content": "one?"}]
     whole = chat_tokenizer(CHATML).apply_chat_template(turns, add_generation_prompt=True)
-    assert text.encode("one?", [SYSTEM]) == list(whole["input_ids"])
-    limit = len(text.encode("one?", [SYSTEM]))
-    assert text.fits("one?", limit + 1, [SYSTEM]) and not text.fits("one?", limit, [SYSTEM])
+    assert tokenizer.encode("one?", [SYSTEM]) == list(whole["input_ids"])
+    limit = len(tokenizer.encode("one?", [SYSTEM]))
+    assert tokenizer.fits("one?", limit + 1, [SYSTEM]) and not tokenizer.fits(
+        "one?", limit, [SYSTEM]
+    )
     plain = PromptTokenizer(str(tmp_path), "plain")
     assert plain.render("one?", [SYSTEM]) == "User: Be kind.\n\none?\nAssistant:"
     assert render_template("{system} Q: {problem}", "{system}?", "S") == "S Q: {system}?"
@@ -75,6 +77,6 @@ def test_where_a_template_shows_no_system_it_stands_before_the_question(tmp_path
     hidden = f"{{% if messages[0].role == 'system' %}}{refuses}"
     template = hidden + "{% set messages = messages[1:] %}{% endif %}" + CHATML
     chat_tokenizer(template).save_pretrained(tmp_path)
-    text = PromptTokenizer(str(tmp_path), "chat")
-    assert "<|im_start|>user\nBe kind.\n\none?<|im_end|>" in text.render("one?", [SYSTEM])
-    assert not text.shows_system
+    tokenizer = PromptTokenizer(str(tmp_path), "chat")
+    assert "<|im_start|>user\nBe kind.\n\none?<|im_end|>" in tokenizer.render("one?", [SYSTEM])
+    assert not tokenizer.shows_system

@@ -335,7 +335,7 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
     pusher = WeightPusher(fleet, links)
 
     async def push(version):
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             if version == 1:
                 await pusher.open()
             await trainer.run("train", version=version)

@@ -9,7 +9,7 @@ import sys
 import pytest
 from waiting import wait_until
 
-from megatron_r1.push.plan.rounds import NONE, Link, RoundSchedule
+from megatron_r1.push.plan.rounds import NONE, ProcessLink, RoundSchedule
 from tools.bench.push.order_check import Call, Step, link_threads
 from tools.null_gpu import launch, watch
 
@@ -74,7 +74,7 @@ def test_links_in_a_common_order_or_buffered_do_not(start, segment, order, buffe
 
 
 PUSH = RoundSchedule(
-    [Link(rank, engine, 16) for rank in (0, 1) for engine in (2, 3)], scatter_bucket_bytes=1
+    [ProcessLink(rank, engine, 16) for rank in (0, 1) for engine in (2, 3)], scatter_bucket_bytes=1
 )
 """Two trainer ranks send 16 buckets to each of two engine ranks."""
 

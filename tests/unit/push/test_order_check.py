@@ -18,7 +18,12 @@ from megatron_r1.push.plan.engine_sets import (
 )
 from megatron_r1.push.plan.from_recipe import engine_layout
 from megatron_r1.push.plan.planner import PredictedSharding
-from megatron_r1.push.plan.rounds import Link, RoundSchedule, receiving_processes, schedule_rounds
+from megatron_r1.push.plan.rounds import (
+    ProcessLink,
+    RoundSchedule,
+    receiving_processes,
+    schedule_rounds,
+)
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from tools.bench.push.order_check import (
     Call,
@@ -43,7 +48,7 @@ def order_of(trainers: int, engines: int, num_bytes: int = 40, *, colocated=Fals
     """Return the order of a push in which every trainer rank sends to every engine of one rank."""
     first = 0 if colocated else trainers
     members = [first + engine for engine in range(engines)]
-    links = [Link(rank, member, num_bytes) for rank in range(trainers) for member in members]
+    links = [ProcessLink(rank, member, num_bytes) for rank in range(trainers) for member in members]
     return RoundSchedule(links, [members], scatter_bucket_bytes=10, relay_bucket_bytes=15)
 
 
@@ -111,7 +116,9 @@ def test_a_thread_for_each_link_is_refused_where_it_sticks(interleaved):
 
 def test_the_circle_of_four_is_named():
     """Two senders and two receivers, each of which begins with what the other side has last."""
-    order = RoundSchedule([Link(0, 2, 1), Link(0, 3, 1), Link(1, 2, 1), Link(1, 3, 1)])
+    order = RoundSchedule(
+        [ProcessLink(0, 2, 1), ProcessLink(0, 3, 1), ProcessLink(1, 2, 1), ProcessLink(1, 3, 1)]
+    )
     to = {link[:2]: number for number, link in enumerate(order.links)}
 
     def steps(sends, process, peers):
@@ -189,7 +196,7 @@ def test_a_bucket_that_is_passed_on_before_its_parts_have_arrived_is_refused():
 
 
 def test_a_bucket_that_another_process_has_is_refused():
-    order = RoundSchedule([Link(0, 2, 1), Link(1, 3, 1)])
+    order = RoundSchedule([ProcessLink(0, 2, 1), ProcessLink(1, 3, 1)])
     exchanged = {
         0: [Step(starts=[Call(True, 2, 1)], waits=[Call(True, 2, 1)])],
         2: [Step(starts=[Call(False, 0, 1)], waits=[Call(False, 0, 1)])],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_r1.push.plan.engine_sets import colocated_trainer_ranks
-from megatron_r1.push.plan.rounds import NONE, Link, RoundSchedule, receiving_processes
+from megatron_r1.push.plan.rounds import NONE, ProcessLink, RoundSchedule, receiving_processes
 
 SIZES = {"scatter_bucket_bytes": 10, "relay_bucket_bytes": 15}
 """Of buckets here."""
@@ -21,7 +21,7 @@ def random_order(seed: int, *, colocated: bool) -> RoundSchedule:
     receivers = receiving_processes(sets, ranks, world_size, shared)
     into = [process for of_set in receivers for members in of_set for process in members]
     links = [
-        Link(int(sender), process, int(rng.integers(1, 200)))
+        ProcessLink(int(sender), process, int(rng.integers(1, 200)))
         for process in into
         for sender in rng.choice(world_size, int(rng.integers(1, world_size + 1)), replace=False)
     ]
@@ -104,7 +104,9 @@ def test_the_rounds_of_entry_are_few(order):
 def test_an_order_that_is_known_by_hand():
     """Two trainer ranks and two engines of one rank, processes 2 and 3: rank 0 has two buckets for
     either engine, rank 1 one for the first."""
-    order = RoundSchedule([Link(0, 2, 20), Link(0, 3, 20), Link(1, 2, 10)], [[2, 3]], **SIZES)
+    order = RoundSchedule(
+        [ProcessLink(0, 2, 20), ProcessLink(0, 3, 20), ProcessLink(1, 2, 10)], [[2, 3]], **SIZES
+    )
     assert order.num_scatter_rounds == order.min_scatter_rounds == 4
     assert order.num_bytes.tolist() == [10] * 5 + [15, 15, 10, 10]
     assert sorted(order.scatter_rounds[:4].tolist()) == [0, 1, 2, 3]
@@ -115,7 +117,7 @@ def test_an_order_that_is_known_by_hand():
 
 def test_what_a_process_sends_to_itself_takes_no_round():
     """Three and one bucket, 0 to 3; each relays two, 4 and 5, 6 and 7."""
-    order = RoundSchedule([Link(0, 0, 30), Link(1, 1, 5)], [[0, 1]], **SIZES)
+    order = RoundSchedule([ProcessLink(0, 0, 30), ProcessLink(1, 1, 5)], [[0, 1]], **SIZES)
     assert order.num_scatter_rounds == order.min_scatter_rounds == 0
     assert order.rounds_of(0).tolist() == [(0, 1, 4, 1, 6), (1, 1, 5, 1, 7)]
     assert order.num_bytes[4:].tolist() == [15, 15, 2, 3]

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.rounds import Link, RoundSchedule
+from megatron_r1.push.plan.rounds import ProcessLink, RoundSchedule
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
 from tools.bench.push.order_check import (
     Call,
@@ -38,23 +38,33 @@ def seconds_of(order: RoundSchedule, rates: PushAssumptions = FREE) -> float:
 def test_what_enters_is_passed_on_in_as_many_rounds_as_there_are_others(engines):
     """Each of E engines of one rank receives 6 bytes at 1 B/s, then passes them on E - 1 times: 6 E
     seconds, as if the trainer had sent everything to every engine."""
-    links = [Link(rank, engines + rank, 6) for rank in range(engines)]
+    links = [ProcessLink(rank, engines + rank, 6) for rank in range(engines)]
     positions = [range(engines, 2 * engines)]
     assert seconds_of(RoundSchedule(links, positions, 3, 2)) == pytest.approx(6 * engines)
 
 
 def test_a_process_sends_one_bucket_at_a_time():
-    assert seconds_of(RoundSchedule([Link(0, 1, 4), Link(0, 2, 4)], scatter_bucket_bytes=2)) == 8
+    assert (
+        seconds_of(
+            RoundSchedule([ProcessLink(0, 1, 4), ProcessLink(0, 2, 4)], scatter_bucket_bytes=2)
+        )
+        == 8
+    )
 
 
 def test_a_process_sends_and_receives_at_once():
-    assert seconds_of(RoundSchedule([Link(0, 1, 4), Link(1, 0, 4)], scatter_bucket_bytes=2)) == 4
+    assert (
+        seconds_of(
+            RoundSchedule([ProcessLink(0, 1, 4), ProcessLink(1, 0, 4)], scatter_bucket_bytes=2)
+        )
+        == 4
+    )
 
 
 def test_within_a_node_bytes_pass_nvlink_and_each_message_has_its_latency():
     rates = PushAssumptions(**EXACT, device_pack=100.0, message_seconds=0.5, gpus_per_node=2)
     for receiver, seconds in ((1, 2 * (0.5 + 0.1)), (2, 2 * (0.5 + 1.0))):
-        order = RoundSchedule([Link(0, receiver, 2)], scatter_bucket_bytes=1)
+        order = RoundSchedule([ProcessLink(0, receiver, 2)], scatter_bucket_bytes=1)
         assert seconds_of(order, rates) == pytest.approx(seconds)
 
 

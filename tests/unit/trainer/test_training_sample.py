@@ -50,8 +50,8 @@ def test_a_share_arrives_as_it_was_sent(joined_bytes, monkeypatch):
         headers, *parts = encode_samples(sent)
         got = decode_samples(headers, memoryview(b"".join(parts)))
         assert got == sent
-        assert [s.teacher is None for u in got for m in u for s in m] == [
-            s.teacher is None for u in sent for m in u for s in m
+        assert [s.teacher_logprobs is None for u in got for m in u for s in m] == [
+            s.teacher_logprobs is None for u in sent for m in u for s in m
         ]
 
 
@@ -82,8 +82,8 @@ def test_a_branch_is_packed_from_its_first_to_its_last_sampled_token():
     assert sample.sampling_mask == encode_mask([[12, 30], [13], [], [9, 15]])
     assert sample.token_ids == tokens[:6].tobytes() and sample.prompt_length == 2
     assert sample.mask == bytes([1, 1, 0, 1]) and sample.routing == routing[: 5 * 2]
-    assert sample.logprobs == array("f", [-1, -2, 0, -3]).tobytes()
-    assert sample.teacher == array("f", [-4, -5, 0, -6]).tobytes()
+    assert sample.rollout_logprobs == array("f", [-1, -2, 0, -3]).tobytes()
+    assert sample.teacher_logprobs == array("f", [-4, -5, 0, -6]).tobytes()
     assert (sample.advantage, sample.weight, sample.num_responses) == (0.5, 0.25, 0)
 
 

@@ -34,9 +34,9 @@ from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.data.text import PromptTokenizer
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.replies import MEDIA_TYPE
 from megatron_r1.trainer.operations import ModelOperations
@@ -125,8 +125,10 @@ def measure(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = _config(write_model(folder / "model"), groups, tokens, world_size, routed)
-        text = PromptTokenizer(config.model.path, config.data.template)
-        reply = make_reply(folder / "model", tokens, len(text.encode("0" * PROMPT_CHARS)), routed)
+        tokenizer = PromptTokenizer(config.model.path, config.data.template)
+        reply = make_reply(
+            folder / "model", tokens, len(tokenizer.encode("0" * PROMPT_CHARS)), routed
+        )
         bodies = {synthetic.JSON: folder / "reply.json", MEDIA_TYPE: folder / "reply.bytes"}
         bodies[synthetic.JSON].write_bytes(as_json(reply))
         bodies[MEDIA_TYPE].write_bytes(as_bytes(reply))
@@ -136,7 +138,7 @@ def measure(
         server.start()
         try:
             result = asyncio.run(
-                _train(config, text, own.recv(), world_size, data_parallel, folder)
+                _train(config, tokenizer, own.recv(), world_size, data_parallel, folder)
             )
         finally:
             for process in multiprocessing.active_children():
@@ -155,7 +157,7 @@ def measure(
 
 async def _train(
     config: Config,
-    text: PromptTokenizer,
+    tokenizer: PromptTokenizer,
     urls: list[str],
     world_size: int,
     data_parallel: int,
@@ -175,7 +177,7 @@ async def _train(
     make_server = partial(synthetic.SyntheticServer, urls)
     fleet = RolloutFleet(ENGINES, folder, make_server=make_server, max_num_seqs=num_groups * GROUP)
     pool, log = RewardPool(config.rewards.workers), SampleLog(folder / "samples")
-    collector = RolloutCollector(fleet, pool, text, config.rewards)
+    collector = RolloutCollector(fleet, pool, tokenizer, config.rewards)
     prompts = [Prompt(f"{i}", f"{i:0{PROMPT_CHARS}}", "math", "42") for i in range(num_groups)]
     try:
         await fleet.start(config.model.path)

@@ -109,7 +109,7 @@ async def _measure(
     worth = [host.cores_worth()]
     for version in range(WARM_UP + repeats):
         before = _copy_seconds(*both)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             if not version:
                 await pusher.open()
             start = time.perf_counter()

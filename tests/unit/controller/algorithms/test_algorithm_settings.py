@@ -139,7 +139,7 @@ def test_an_episode_s_branches_stay_in_one_minibatch_and_weigh_as_one_response()
     assert [s.weight for s in first] == [0.75, 0.25, 1.0]
     assert [s.num_responses for s in first + second] == [1, 0, 1, 1, 1]
     scores = [array("f", [-1, 0, -2, -3]), array("f", [-4])]
-    assert [s.teacher for s in first[:2]] == [each.tobytes() for each in scores]
+    assert [s.teacher_logprobs for s in first[:2]] == [each.tobytes() for each in scores]
     assert len(first[2]) == 1, "nothing was sampled, and the response is in no mean"
 
 

@@ -101,7 +101,7 @@ def offloading(trainer, fleet):
 
 async def pushed(pusher, fleet):
     await fleet.sleep()
-    async with pusher.weight_update():
+    async with pusher.updating_weights():
         await pusher.open()
         del fleet.done[:]
         await pusher.push(1)

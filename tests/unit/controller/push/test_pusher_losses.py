@@ -53,7 +53,7 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_fi
     async def story():
         trainer = TrainerThatIsLost()
         pusher = make_pusher(trainer, SmallFleet())
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
         engine = Engine(0, SimpleNamespace(), EngineClient("http://127.0.0.1:9"))
@@ -80,7 +80,7 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_fi
 def test_an_engine_gets_no_weights_after_an_error_between_two_versions():
     async def story():
         pusher = make_pusher(SmallTrainer(), SmallFleet())
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
 
@@ -89,7 +89,7 @@ def test_an_engine_gets_no_weights_after_an_error_between_two_versions():
                 pytest.fail("it was fed")
 
         with raised(TrainerLost, "gone"):
-            async with pusher.weight_update():
+            async with pusher.updating_weights():
                 joining = asyncio.create_task(feed())
                 await asyncio.sleep(0)
                 raise TrainerLost("gone")
@@ -156,7 +156,7 @@ def feed(trainer, client, probes=()):
 
     async def story():
         pusher = make_pusher(trainer, SmallFleet(), probes)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
         engine = Engine(3, SimpleNamespace(describe_end=lambda: "?"), client, is_up=False)
@@ -209,7 +209,7 @@ def test_an_engine_on_the_trainer_s_gpu_has_no_cache_while_its_first_weights_arr
         settings = PushConfig(transport="nccl")
         links = EngineLinks(trainer, settings, [], {}, colocated=colocated)
         pusher = WeightPusher(SmallFleet(), links)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
         async with pusher.send_weights(Engine(3, SimpleNamespace(), client, is_up=False)):
@@ -233,12 +233,12 @@ def test_the_trainer_forgets_engines_that_are_gone():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(2))
         pusher = make_pusher(trainer, fleet)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
         del fleet.engines[0]
         for version in (2, 3):
-            async with pusher.weight_update():
+            async with pusher.updating_weights():
                 await pusher.push(version)
         return [
             (arguments["sets"], arguments["closed_sets"])
@@ -266,19 +266,19 @@ def test_engines_that_join_or_leave_come_into_new_sets():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(34))
         pusher = sharing_pusher(trainer, fleet)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
         first = trainer.sets()
         trainer.calls.clear()
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.push(2)
         none = trainer.sets()
         new = Engine(34, SimpleNamespace(), SmallClient(), is_up=True)
         async with pusher.send_weights(new):
             fleet.engines.append(new)
         fleet.engines.pop(5)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.push(3)
         return first, none, trainer.sets()
 
@@ -301,7 +301,7 @@ def test_an_engine_that_cannot_connect_has_the_problem_of_its_set_named_too():
     async def story():
         pusher = sharing_pusher(TrainerThatConnectsNone(), SmallFleet(engines(2)))
         with raised(EngineError, "engine-0", "takes no pushes", "receiver/3"):
-            async with pusher.weight_update():
+            async with pusher.updating_weights():
                 await pusher.open()
 
     asyncio.run(story())
@@ -311,11 +311,11 @@ def test_a_full_set_stays_when_another_changes():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(32))
         pusher = sharing_pusher(trainer, fleet)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
         fleet.engines.pop(0)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.push(2)
         return trainer.sets()
 
@@ -326,11 +326,13 @@ def test_a_push_is_repeated_for_the_others_of_a_set_whose_engine_is_lost():
     async def story():
         trainer, fleet = SmallTrainer([[1]]), SmallFleet(engines(3))
         pusher = sharing_pusher(trainer, fleet)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
         sends = [
-            a["push"] for operation, a in trainer.calls if operation == PushOperations.send_weights
+            a["push_number"]
+            for operation, a in trainer.calls
+            if operation == PushOperations.send_weights
         ]
         return trainer.sets(), sends, fleet.lost
 
@@ -345,10 +347,10 @@ def test_engines_that_cannot_reach_each_other_get_all_weights_from_the_trainer()
     async def story():
         trainer, fleet = SmallTrainer([[], []]), SmallFleet(engines(3))
         pusher = sharing_pusher(trainer, fleet)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.push(2)
         return trainer.sets(), fleet.lost
 
@@ -361,11 +363,11 @@ def test_engines_of_other_sets_are_taken_from_them_as_well():
     async def story():
         trainer, fleet = SmallTrainer([[], None, []]), SmallFleet(engines(32))
         pusher = sharing_pusher(trainer, fleet)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
         for version in (2, 3):
-            async with pusher.weight_update():
+            async with pusher.updating_weights():
                 await pusher.push(version)
         return trainer.sets()
 
@@ -385,7 +387,7 @@ def test_an_engine_that_dies_while_a_set_connects_is_lost_and_the_others_are_not
         trainer, fleet = SmallTrainer(store=store.port), SmallFleet(engines(3))
         fleet.engines[2].client = Dies()
         pusher = sharing_pusher(trainer, fleet)
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
         return trainer.sets(), fleet.lost
@@ -416,7 +418,7 @@ def test_a_failed_probe_is_retried_once_and_then_its_engine_is_replaced(faults, 
     async def story():
         fleet = SmallFleet([Engine(0, SimpleNamespace(), SmallClient(*faults))])
         pusher = make_pusher(ProbingTrainer(), fleet, [[1, 2]])
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
         assert ("push/probe_diff" in await pusher.probe_results()) == (not lost)
@@ -439,7 +441,7 @@ def test_a_push_does_not_wait_for_probes_that_engines_answer_while_they_sample(c
         pusher.links.colocated = colocated
 
         async def push():
-            async with pusher.weight_update():
+            async with pusher.updating_weights():
                 await pusher.open()
                 assert "push/bytes" in await pusher.push(1)
 
@@ -464,7 +466,7 @@ def test_engines_answer_the_probes_at_once():
     async def story():
         fleet = SmallFleet([Engine(i, SimpleNamespace(), Waiting()) for i in range(2)])
         pusher = make_pusher(ProbingTrainer(), fleet, [[1, 2]])
-        async with pusher.weight_update():
+        async with pusher.updating_weights():
             await pusher.open()
             await pusher.push(1)
         return await pusher.probe_results()

@@ -167,7 +167,7 @@ def run(story):
 
 
 async def push(pusher, version):
-    async with pusher.weight_update():
+    async with pusher.updating_weights():
         if version == 1:
             await pusher.open()
         await pusher.push(version)

@@ -35,7 +35,7 @@ def run(right_of, ungraded=0):
     # No pool: where one number has most of the votes, nothing is compared by meaning.
     text = SimpleNamespace(opens_thought=False)
     collector = SimpleNamespace(
-        collect=collect, pool=None, text=text, check_grades=lambda groups: None
+        collect=collect, pool=None, tokenizer=text, check_grades=lambda groups: None
     )
     metrics, groups = asyncio.run(
         evaluate(collector, [], RolloutSampling(4, 1.0, 1.0, 8), RewardsConfig())
@@ -89,7 +89,7 @@ def test_compared_responses_have_win_rates_beside_the_rest():
 
     text = SimpleNamespace(opens_thought=False)
     collector = SimpleNamespace(
-        collect=collect, pool=None, text=text, check_grades=lambda groups: None
+        collect=collect, pool=None, tokenizer=text, check_grades=lambda groups: None
     )
     sampling = RolloutSampling(4, 1.0, 1.0, 8)
     judge = {"judge": {"mode": "compare", "part": "summary"}}

@@ -84,7 +84,7 @@ PLACES = re.compile(r"\{problem\}|\{system\}")
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 
 CHAT = "chat"
-"""Stands for the tokenizer's own chat template (`text.PromptTokenizer`)."""
+"""Stands for the tokenizer's own chat template (`prompt_tokenizer.PromptTokenizer`)."""
 
 TEMPLATES: dict[str, str] = {
     # DeepSeek-R1 (arXiv 2501.12948), the template of R1-Zero.
@@ -187,25 +187,25 @@ class PromptTokenizer:
                 stop_token_ids, or the template is none."""
         self._chat, self._key = template == "chat", keys[1]
         self._template = template if self._chat else find_template(template, keys[1])
-        self.tokenizer: Any = load_tokenizer(model_path, keys[0])
-        if self._chat and not self.tokenizer.chat_template:
+        self.hf_tokenizer: Any = load_tokenizer(model_path, keys[0])
+        if self._chat and not self.hf_tokenizer.chat_template:
             raise UserError(
                 f"{keys[1]}: chat is the tokenizer's own, and that of {model_path} has none; "
                 "use r1_zero, plain or a text with {problem}",
                 key=keys[1],
                 cause=Cause.CONFLICT,
             )
-        if self.tokenizer.eos_token_id is None:
+        if self.hf_tokenizer.eos_token_id is None:
             raise UserError(
                 f"model.path {model_path}: the tokenizer names no eos_token",
                 key=keys[0],
                 cause=Cause.MALFORMED,
             )
-        self.end: int = self.tokenizer.eos_token_id
-        self.end_tokens = end_tokens(model_path, keys[0], self.tokenizer)
+        self.end: int = self.hf_tokenizer.eos_token_id
+        self.end_tokens = end_tokens(model_path, keys[0], self.hf_tokenizer)
         ends = [each.id for each in self.end_tokens]
         for token in stop_token_ids:
-            if token >= (size := len(self.tokenizer)):
+            if token >= (size := len(self.hf_tokenizer)):
                 raise UserError(
                     f"rollout.stop_token_ids: {token} is no token of {model_path}, which has "
                     f"{size:,}: 0 to {size - 1}",
@@ -213,9 +213,9 @@ class PromptTokenizer:
                     cause=Cause.OUT_OF_RANGE,
                 )
         self.stop_token_ids = [*dict.fromkeys([*ends, *stop_token_ids])]
-        special = self.tokenizer.all_special_ids
+        special = self.hf_tokenizer.all_special_ids
         self._silent = {*ends, *(token for token in stop_token_ids if token in special)}
-        self._byte_decoder = ByteDecoder.from_tokenizer(self.tokenizer)
+        self._byte_decoder = ByteDecoder.from_tokenizer(self.hf_tokenizer)
         self._start = self._text_in_front()
         rendered = self.render("?")
         self.opens_thought, self.closed_thought = is_opened(rendered), _closed_thought(rendered)
@@ -247,14 +247,14 @@ class PromptTokenizer:
         """Return the token ids of a text, with the tokenizer's own in front, unless the text begins
         with them already."""
         is_whole = bool(self._start) and text.startswith(self._start)
-        return self.tokenizer.encode(text, add_special_tokens=not is_whole)
+        return self.hf_tokenizer.encode(text, add_special_tokens=not is_whole)
 
     def _text_in_front(self) -> str:
         """Return the text of the special tokens that the tokenizer puts in front of a text."""
-        plain = self.tokenizer.encode("a", add_special_tokens=False)
-        ids = self.tokenizer.encode("a")
+        plain = self.hf_tokenizer.encode("a", add_special_tokens=False)
+        ids = self.hf_tokenizer.encode("a")
         counts = [at for at in range(len(ids)) if plain and ids[at : at + len(plain)] == plain]
-        return "".join(self.tokenizer.convert_ids_to_tokens(ids[: counts[0]])) if counts else ""
+        return "".join(self.hf_tokenizer.convert_ids_to_tokens(ids[: counts[0]])) if counts else ""
 
     def fits(self, question: str, limit: int, before: Sequence[Message] = ()) -> bool:
         """Whether the prompt leaves at least one of `limit` tokens for a response.
@@ -300,7 +300,7 @@ class PromptTokenizer:
 
     def encode_response(self, text: str) -> list[int]:
         """Return the token ids of a response, with the end token."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.end]
+        return [*self.hf_tokenizer.encode(text, add_special_tokens=False), self.end]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a response without the token that ended it, if that is one of
@@ -309,10 +309,10 @@ class PromptTokenizer:
             token_ids = token_ids[:-1]
         if self._byte_decoder is not None:
             return self._byte_decoder.decode(np.asarray(token_ids, np.int32))
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return self.hf_tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def _apply_chat_template(self, turns: Sequence[Message], **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(
+        return self.hf_tokenizer.apply_chat_template(
             list(turns), add_generation_prompt=True, **options
         )
 
