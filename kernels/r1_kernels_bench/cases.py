@@ -51,8 +51,8 @@ class KernelCase:
     weight: int = 1
 
 
-def _linear_policy_loss(*inputs):
-    out = r1_kernels.linear_policy_loss(*inputs, **SETTINGS)
+def _linear_policy_loss(*inputs, sampling_mask=None):
+    out = r1_kernels.linear_policy_loss(*inputs, **(SETTINGS | {"sampling_mask": sampling_mask}))
     return out.loss, out.logprobs
 
 
@@ -97,6 +97,16 @@ def _rows(
 _ON_HIDDEN = _rows(
     calls.on_hidden, r1_kernels.linear_token_logprobs, eager.eager_linear_token_logprobs
 )
+_KEPT_IDS = "softmax over 20 ids a token"
+_ON_KEPT_IDS = Implementation(
+    "r1_kernels, kept ids", calls.on_kept_ids, lambda: r1_kernels.linear_token_logprobs, _KEPT_IDS
+)
+_LOSS_ON_KEPT_IDS = Implementation(
+    "r1_kernels, kept ids",
+    partial(calls.on_kept_ids, policy=True),
+    lambda: _linear_policy_loss,
+    _KEPT_IDS,
+)
 _ON_LOGITS = _rows(calls.on_logits, _token_logprobs, eager.eager_token_logprobs)
 _IN_PLACE = Implementation(
     OURS, calls.on_logits, lambda: partial(_token_logprobs, inplace=True), overwrites=True
@@ -110,6 +120,7 @@ _FUNCTIONS = (
         HiddenInputs,
         (
             *_rows(calls.linear_policy_loss, _linear_policy_loss, eager.eager_linear_policy_loss),
+            _LOSS_ON_KEPT_IDS,
             peers.LIGER_LINEAR_GRPO,
             *(
                 with_gradients(peer, "loss in eager PyTorch", policy=True)
@@ -125,7 +136,14 @@ _FUNCTIONS = (
         "linear_token_logprobs",
         "log-probabilities and entropy from hidden states, no gradient",
         HiddenInputs,
-        (*_ON_HIDDEN, peers.TRL_CHUNKED, peers.CCE_FORWARD, peers.LIGER_SCALED_CE, peers.LIGER_CE),
+        (
+            *_ON_HIDDEN,
+            _ON_KEPT_IDS,
+            peers.TRL_CHUNKED,
+            peers.CCE_FORWARD,
+            peers.LIGER_SCALED_CE,
+            peers.LIGER_CE,
+        ),
         weight=3,
     ),
     KernelCase(

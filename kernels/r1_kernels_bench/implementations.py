@@ -82,6 +82,25 @@ def on_hidden(
     return results
 
 
+def on_kept_ids(function: Callable, inputs: HiddenInputs, policy: bool = False) -> Results:
+    """Compute as `on_hidden` or `linear_policy_loss` do, of the ids that a sampler kept; the exact
+    results are those of the whole vocabulary, and there are none to compare.
+
+    Args:
+        function: ours.
+        inputs: the case's tensors.
+        policy: whether it is the policy loss, with its gradients."""
+    leaves, tokens = inputs.leaves(policy), inputs.tokens
+    loss_inputs = tokens.loss_inputs if policy else ()
+    with torch.set_grad_enabled(policy):
+        first, *_ = function(
+            *leaves, tokens.targets, *loss_inputs, sampling_mask=inputs.sampling_mask
+        )
+    if policy:
+        torch.autograd.grad(first, leaves)
+    return {}
+
+
 def on_logits(logprobs_of: Callable, inputs: LogitsInputs, gradients: bool = False) -> Results:
     """Log-probabilities from logits, and the gradient in the logits.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from r1_kernels import examples, registry
+from r1_kernels.sampling_mask import SamplingMask
 from torch import Tensor
 
 from r1_kernels_bench import eager, measure, reference
@@ -85,6 +86,7 @@ PRESETS = {
 
 SPREAD = 3.0
 LARGEST_LIFT = 20.0
+KEPT_IDS = 20  # of each token where a sampler's cut is timed: a usual top_k
 POLICY_DRIFT = 0.1  # standard deviation of the old and reference log-probabilities around the new
 
 
@@ -219,6 +221,16 @@ class HiddenInputs(Inputs):
                 lambda d: reference.relative_error(d[self.columns], self.exact_weight),
             ),
         }
+
+    @cached_property
+    def sampling_mask(self) -> SamplingMask:
+        """Of each token the target and other ids, `KEPT_IDS` in all, as top-k keeps them."""
+        targets, vocab = self.tokens.targets, len(self.weight)
+        kept = min(KEPT_IDS, vocab)
+        steps = torch.arange(kept, device=targets.device) * (vocab // kept)
+        token_ids = ((targets[:, None] + steps) % vocab).sort().values.int().flatten()
+        offsets = torch.arange(len(targets) + 1, device=targets.device) * kept
+        return SamplingMask(token_ids, offsets)
 
     def leaves(self, gradients: bool) -> tuple[Tensor, Tensor]:
         """Return hidden and weight; detached ones, unless `gradients`, as some peers check

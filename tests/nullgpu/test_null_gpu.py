@@ -113,6 +113,7 @@ OF_THE_CPU = [
     "patch.install()  # imports what it changes",
     "keep_freed_memory()",
     'warnings.filterwarnings("ignore", module=r"megatron\\.core\\.")',
+    "return tensor",
 ]
 
 

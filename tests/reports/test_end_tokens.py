@@ -115,7 +115,7 @@ def test_b20_every_released_configuration_has_its_end_tokens():
 @pytest.mark.parametrize(("name", "generation"), CASES)
 def test_b20_every_listed_token_ends_a_response_and_counts_as_its_end(name, generation, tmp_path):
     (folder := tmp_path / "model").mkdir()
-    tokenizer = folder_of(name, folder, generation)
+    hf_tokenizer = folder_of(name, folder, generation)
     wanted = list(MODELS[name]["ends"])
     if not generation:  # as an older export may be
         wanted = [end for end in wanted if end not in MODELS[name].get("unlisted", ())]
@@ -125,12 +125,12 @@ def test_b20_every_listed_token_ends_a_response_and_counts_as_its_end(name, gene
     added = {} if "<|endoftext|>" in MODELS[name]["tokens"].values() else {"<|endoftext|>"}
     assert {end.id for end in tokenizer.end_tokens if end.text not in added} == set(wanted)
     assert {end.id for end in end_tokens(folder)} == set(wanted)
-    assert tokenizer.stop_token_ids[0] == tokenizer.end == tokenizer.eos_token_id == wanted[0]
+    assert tokenizer.stop_token_ids[0] == tokenizer.end == hf_tokenizer.eos_token_id == wanted[0]
     texts = MODELS[name]["tokens"]
     shown = shown_by_check_model(folder)
     assert all(f"{texts.get(end, 'token')} {end}" in shown for end in wanted)
-    answer = tokenizer.encode("the answer is 4", add_special_tokens=False)
-    rubbish = tokenizer.encode("stop here stop here", add_special_tokens=False)
+    answer = hf_tokenizer.encode("the answer is 4", add_special_tokens=False)
+    rubbish = hf_tokenizer.encode("stop here stop here", add_special_tokens=False)
     for end in wanted:
         got = collected(tokenizer, [*answer, end, *rubbish])
         assert not got.truncated and list(got.response.token_ids) == [*answer, end]
@@ -258,28 +258,30 @@ def test_b21_what_an_answer_ended_with_is_not_written_again(family, end, role, t
 def test_b18_a_stop_string_ends_a_response_with_the_token_that_completes_it(
     answer, stop, kept, tmp_path
 ):
-    tokenizer = folder_of("Qwen3-0.6B", tmp_path)
+    hf_tokenizer = folder_of("Qwen3-0.6B", tmp_path)
     tokenizer = PromptTokenizer(str(tmp_path), "{problem}")
-    ids = tokenizer.encode(answer, add_special_tokens=False)
+    ids = hf_tokenizer.encode(answer, add_special_tokens=False)
     got = collected(tokenizer, ids, stop=tuple(stop))
     is_cut = stop != ["nothing"]
     assert list(got.response.token_ids) == ids[:kept]
     assert len(got.response.logprobs) == len(got.response.policy_versions) == kept
     assert got.truncated != is_cut
-    assert got.text == tokenizer.decode(ids[:kept])
+    assert got.text == hf_tokenizer.decode(ids[:kept])
 
 
 def test_b18_stop_token_ids_end_a_response_and_are_trained_on(tmp_path):
-    tokenizer = tokenizer_with(["<|im_end|>"], "<|im_end|>")
-    tokenizer.save_pretrained(tmp_path)
+    hf_tokenizer = tokenizer_with(["<|im_end|>"], "<|im_end|>")
+    hf_tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    here = tokenizer.convert_tokens_to_ids("here")
+    here = hf_tokenizer.convert_tokens_to_ids("here")
     tokenizer = PromptTokenizer(str(tmp_path), "{problem}", stop_token_ids=[here])
-    got = collected(tokenizer, tokenizer.encode("stop here the answer", add_special_tokens=False))
+    got = collected(
+        tokenizer, hf_tokenizer.encode("stop here the answer", add_special_tokens=False)
+    )
     assert got.response.token_ids[-1] == here and not got.truncated
     assert got.text == "stop here"  # a word, unlike a special token, is text
-    with refused("rollout.stop_token_ids", Cause.OUT_OF_RANGE, len(tokenizer)):
-        PromptTokenizer(str(tmp_path), "{problem}", stop_token_ids=[len(tokenizer)])
+    with refused("rollout.stop_token_ids", Cause.OUT_OF_RANGE, len(hf_tokenizer)):
+        PromptTokenizer(str(tmp_path), "{problem}", stop_token_ids=[len(hf_tokenizer)])
 
 
 def test_b18_evaluations_and_servers_get_the_same_ends():

@@ -36,7 +36,7 @@ class Engines:
         self.collector = SimpleNamespace(pool=Pool(), fleet=None, teacher=None)
 
     @contextlib.asynccontextmanager
-    async def weight_update(self):
+    async def updating_weights(self):
         yield
 
     async def open(self): ...

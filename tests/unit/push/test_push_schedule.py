@@ -88,10 +88,10 @@ def groups_of(schedule: PushSchedule, world_size: int, ranks: int) -> dict:
 
 
 def block_at(index, engine_rank, member, call, is_send):
-    if call.payload >= 0:
-        return PayloadId(index, member, engine_rank, call.payload)
-    assert not is_send or call.payload == -1 - member
-    return PayloadId(index, -1 - call.payload, engine_rank, None)
+    if call.source >= 0:
+        return PayloadId(index, member, engine_rank, call.source)
+    assert not is_send or call.source == -1 - member
+    return PayloadId(index, -1 - call.source, engine_rank, None)
 
 
 @pytest.fixture(params=[(seed, fraction) for seed in range(8) for fraction in (0.0, 0.5, 1.0)])

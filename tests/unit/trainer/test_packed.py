@@ -62,7 +62,7 @@ def test_denominators_count_response_tokens_or_responses():
 
 def test_given_tokens_between_sampled_ones_count_nothing():
     tokens, mask = [3, 4, 5, 6, 7, 8], bytes([0, 0, 1, 0, 0, 1])
-    scores = {"weight": 0.25, "num_responses": 0, "teacher": [-7.0, -8.0]}
+    scores = {"weight": 0.25, "num_responses": 0, "teacher_logprobs": [-7.0, -8.0]}
     first = Sample.pack_branch(tokens, mask, [9.0, 9.0, -1.0, 9.0, 9.0, -2.0], 0.5, **scores)
     second = Sample.pack([1], [2], [-3.0], 1.5, teacher_logprobs=[-9.0])
     b = pack_batch([first, second], TokenSplit(), CPU)

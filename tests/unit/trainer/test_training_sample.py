@@ -76,7 +76,12 @@ def test_a_branch_is_packed_from_its_first_to_its_last_sampled_token():
     logprobs, routing = array("f", [0, 0, -1, -2, 0, -3, 0, 0]), bytes(range(7 * 2))
     sample = Sample.pack_branch(
         *(tokens, is_sampled, logprobs, 0.5),
-        **{"weight": 0.25, "num_responses": 0, "routing": routing, "teacher": [-4, -5, -6]},
+        **{
+            "weight": 0.25,
+            "num_responses": 0,
+            "routing": routing,
+            "teacher_logprobs": [-4, -5, -6],
+        },
         sampling_mask=encode_mask([[], [], [12, 30], [13], [], [9, 15], [], []]),
     )
     assert sample.sampling_mask == encode_mask([[12, 30], [13], [], [9, 15]])

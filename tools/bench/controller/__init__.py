@@ -268,7 +268,7 @@ class _OneStep:
         return self
 
     @asynccontextmanager
-    async def updating(self) -> AsyncIterator[None]:
+    async def updating_weights(self) -> AsyncIterator[None]:
         yield
 
     async def rollout(self, step: int) -> Rollout:
