@@ -8,8 +8,9 @@
    trainer's weights.
 6. `rollouts`: prompts, responses and their rewards; `teacher` has the engines that score tokens
    in on-policy distillation.
-7. `advantages`: the arithmetic of rewards; `algorithms` has one module per algorithm, and
-   `verifier_audit` says what wrong rewards do to advantages.
+7. `advantages`: the arithmetic of rewards; `algorithms` has one module per algorithm,
+   `corrections` the settings that correct any of them, and `verifier_audit` says what wrong
+   rewards do to advantages.
 8. `trainer_calls`: carries each of the trainer's passes to its ranks.
 9. `run_recorder`: the run's folder, metrics and checkpoints; `advice` says what to change where a
    rollout teaches little."""

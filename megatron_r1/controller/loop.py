@@ -44,6 +44,7 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
 10. The push of the new weights.
         controller/roles.py                     PolicyEngines.push
         controller/push/pusher.py               WeightPusher.push
+        controller/push/engine_links.py         EngineLinks.send
         push/sender.py                          WeightSender.send
         engines/plugin/backend.py               PushTransferEngine.receive_weights
 

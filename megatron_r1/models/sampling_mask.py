@@ -21,7 +21,7 @@ Buffer = bytes | memoryview
 INT = np.dtype("<i4")
 
 
-class EncodedMask(NamedTuple):
+class KeptTokens(NamedTuple):
     """The kept ids of a run of tokens.
 
     Attributes:
@@ -37,10 +37,10 @@ class EncodedMask(NamedTuple):
             np.ascontiguousarray(self.ids, INT).tobytes()
         )
 
-    def slice(self, first: int, end: int) -> EncodedMask:
+    def slice(self, first: int, end: int) -> KeptTokens:
         """Return the kept ids of the tokens from `first` until `end`."""
         before, within = int(self.counts[:first].sum()), int(self.counts[first:end].sum())
-        return EncodedMask(self.counts[first:end], self.ids[before : before + within])
+        return KeptTokens(self.counts[first:end], self.ids[before : before + within])
 
     @property
     def token_of_id(self) -> np.ndarray:
@@ -58,7 +58,7 @@ class EncodedMask(NamedTuple):
         return found
 
 
-def decode_mask(mask: Buffer, num_tokens: int) -> EncodedMask:
+def decode_mask(mask: Buffer, num_tokens: int) -> KeptTokens:
     """Return the kept ids that the bytes hold, as views of them.
 
     Args:
@@ -68,7 +68,7 @@ def decode_mask(mask: Buffer, num_tokens: int) -> EncodedMask:
     Raises:
         ValueError: for bytes of other than `num_tokens` tokens."""
     if not mask:
-        return EncodedMask(np.zeros(num_tokens, INT), np.zeros(0, INT))
+        return KeptTokens(np.zeros(num_tokens, INT), np.zeros(0, INT))
     numbers = np.frombuffer(mask, INT)
     counts, ids = numbers[:num_tokens], numbers[num_tokens:]
     if len(counts) < num_tokens or (counts < 0).any() or int(counts.sum()) != len(ids):
@@ -76,7 +76,7 @@ def decode_mask(mask: Buffer, num_tokens: int) -> EncodedMask:
             f"a sampling mask of {len(numbers)} numbers does not fit {num_tokens} tokens, whose "
             f"counts name {int(counts.sum())} ids"
         )
-    return EncodedMask(counts, ids)
+    return KeptTokens(counts, ids)
 
 
 def slice_mask(mask: Buffer, num_tokens: int, first: int, end: int) -> bytes:
@@ -100,7 +100,7 @@ def concat_masks(parts: Iterable[tuple[Buffer, int]]) -> bytes:
         return b""
     kept = [decode_mask(mask, num_tokens) for mask, num_tokens in parts]
     counts, ids = zip(*kept, strict=True)
-    return EncodedMask(np.concatenate(counts), np.concatenate(ids)).encode()
+    return KeptTokens(np.concatenate(counts), np.concatenate(ids)).encode()
 
 
 def check_mask(mask: Buffer, token_ids: Sequence[int], vocab_size: int | None) -> None:
@@ -132,4 +132,4 @@ def encode_mask(kept: Sequence[Sequence[int]]) -> bytes:
     """Return the bytes of one list of ids per token, as vLLM's JSON has them."""
     counts = np.array([len(ids) for ids in kept], INT)
     ids = np.fromiter(chain.from_iterable(kept), INT, int(counts.sum()))
-    return EncodedMask(counts, ids).encode()
+    return KeptTokens(counts, ids).encode()

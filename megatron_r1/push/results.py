@@ -11,7 +11,7 @@ import msgspec
 
 
 class OpenedPush(TypedDict):
-    """What rank 0 answers to "open_push": where the ranks meet.
+    """What every rank returns from "open_push": where the ranks meet.
 
     Attributes:
         store: [host, port] of the store that rank 0 hosts for trainer and engines."""
@@ -20,7 +20,7 @@ class OpenedPush(TypedDict):
 
 
 class ConnectedSets(TypedDict):
-    """What a rank answers to "connect_sets": its part in pushes to each set of engines.
+    """What a rank returns from "connect_sets": its part in pushes to each set of engines.
 
     Attributes:
         problems: set -> why this rank cannot connect to it. The other fields are of the other sets.

@@ -385,7 +385,7 @@ class PushOperations(Protocol):
         """Create this rank's sender, before the first engine is connected.
 
         Returns:
-            [host, port] of the store in which trainer and engine ranks meet."""
+            The address of the store in which trainer and engine ranks meet."""
 
     def connect_sets(
         self,

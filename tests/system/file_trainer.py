@@ -130,5 +130,5 @@ class FilePusher:
             patch.setattr(shared_memory, "copy_with_checksum", damaged)
             self.trainer.sender.send(number, [name_of_set])
         with pytest.raises(EngineError, match=rf"1 tensors arrived otherwise.*{tensor}"):
-            await client.swap_weights({"push": number}, 1000)
+            await client.swap_weights({"push_number": number}, 1000)
         await client.resume()

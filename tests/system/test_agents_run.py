@@ -10,6 +10,10 @@ import pytest
 from command_line import command, environment, run
 from lookup_base import ROOT, lines
 
+from megatron_r1.commands.why.comparison import EQUAL
+from megatron_r1.commands.why.recorded import open_run, read_step
+from megatron_r1.commands.why.verb import examine
+
 
 def arguments(base: Path, folder: Path, name: str, steps: int, *more: object) -> list:
     recipe = ROOT / "examples/agents/lookup.yaml"
@@ -45,6 +49,24 @@ def test_episodes_are_trained_on_the_tokens_that_were_sampled(lookup_base, tmp_p
         assert all(turn["trained"] == (turn["role"] == "assistant") for turn in sample["turns"])
         trained = sum(turn["tokens"] for turn in sample["turns"] if turn["trained"])
         assert trained == sample["length"]
+
+
+@pytest.mark.more
+def test_episodes_from_a_part_of_the_vocabulary_are_of_one_policy(lookup_base, tmp_path):
+    """Where a token has the probability 0.999 the cut keeps it alone: without the kept ids the
+    policies would differ by 1e-3 there, and by more elsewhere."""
+    cut = ("--rollout.top_p", 0.8, "--rollout.top_k", 24)
+    keep = ("--rl.keep_sample_log", "true", "--checkpoint.keep_every", 1)
+    done = run(*arguments(lookup_base, tmp_path, "cut", 2, *cut, *keep))
+    assert done.returncode == 0, done.stderr + done.stdout
+    check_steps(lines(tmp_path / "cut/metrics.jsonl"), 2, 1e-4)
+    step = read_step(*open_run(tmp_path / "cut"), 2)
+    for sequence in step.sequences:
+        assert sequence.kept is not None and sequence.kept.counts.min() >= 1
+    # By transformers.
+    found = {each.name: each for each in examine(step).comparisons}
+    for name in ("tokens that the engines kept", "engines' log-probabilities"):
+        assert found[name].status == EQUAL, str(found[name])
 
 
 @pytest.mark.more

@@ -184,7 +184,7 @@ def test_an_engine_answers_only_who_knows_its_secret(loop, fleet, headers):
 
 def test_versions_only_rise(loop, fleet):
     with pytest.raises(ValueError, match=f"engines hold version {fleet.policy_version}"):
-        loop(fleet.push({"push": 1}, fleet.policy_version))
+        loop(fleet.push({"push_number": 1}, fleet.policy_version))
 
 
 def test_a_push_that_arrives_otherwise_than_it_was_sent_changes_nothing(
@@ -203,7 +203,7 @@ def test_a_push_that_does_not_come_to_its_end_changes_nothing(models, oracle, lo
 
     async def update():
         with pytest.raises(PushIncomplete, match="trainer ranks 0 have not sent all of it"):
-            await client.swap_weights({"push": 2000, "timeout_seconds": 0.5}, 2000)
+            await client.swap_weights({"push_number": 2000, "timeout_seconds": 0.5}, 2000)
         await client.resume()
 
     loop(update())
@@ -326,7 +326,7 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
                 await connect(client, trainer)
                 running = asyncio.ensure_future(client.generate(CACHED, n=2, max_tokens=50))
                 await trainer.call(PushOperations.send_weights, push_number=1, sets=["alone"])
-                await client.swap_weights({"push": 1}, 1)
+                await client.swap_weights({"push_number": 1}, 1)
                 after = await sample(client)
                 cached.append(await client.generate(CACHED, n=2, max_tokens=8))
                 await running

@@ -55,7 +55,7 @@ class EngineLinks:
     other transports every engine is a set of its own.
 
     Attributes:
-        tensors: name and shape of every tensor in a checkpoint of the model.
+        tensors: name and shape of every tensor that a push sends.
         layout: the fields of `plan.EngineLayout`, of one engine.
         store_host: the address of trainer rank 0's host for engines; None: the one that the
             trainer's ranks use.

@@ -261,7 +261,7 @@ class WeightPusher:
                 await call(engine.client)
 
     def _update_info(self) -> dict[str, Any]:
-        return {"push": self._push_number, "timeout_seconds": self._timeout_seconds}
+        return {"push_number": self._push_number, "timeout_seconds": self._timeout_seconds}
 
 
 def _raise_error(engine: Engine, error: EngineError) -> None:

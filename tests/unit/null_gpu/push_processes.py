@@ -279,7 +279,7 @@ class Client:
         await self.process.call("init_weight_transfer", info)
 
     async def swap_weights(self, update, version, resume=True):
-        await self.process.call("swap_weights", update["push"], version)
+        await self.process.call("swap_weights", update["push_number"], version)
         self.version, self.swaps = version, self.swaps + 1
 
     async def sleep(self):

@@ -15,6 +15,7 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
+from megatron_r1.engines.plugin.backend import PushUpdateInfo
 from megatron_r1.engines.server.responses import ConnectionBroken, EngineDied, PushIncomplete
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.rendezvous import EngineRendezvous
@@ -89,7 +90,7 @@ class Client:
         self.num_connections += 1
 
     async def swap_weights(self, update, version, resume=True):
-        await asyncio.to_thread(self._swap, update["push"])
+        await asyncio.to_thread(self._swap, PushUpdateInfo(**update).push_number)
 
     def _swap(self, push):
         def load(rank, receiver):
