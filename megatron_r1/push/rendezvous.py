@@ -156,11 +156,11 @@ class Rendezvous:
         return self.set_store.get("nccl") if self.set_store.check(["nccl"]) else None
 
     def publish_alive(self, name: str, set_push_number: int) -> None:
-        """Publish that engine rank `name`, "member/rank", is alive in push `number` of the set."""
+        """Publish that engine rank `name`, "member/rank", is alive in a push of the set."""
         self.set_store.append(f"answers/{set_push_number}", f"{name} ")  # type: ignore[attr-defined]
 
     def is_alive_requested(self, set_push_number: int) -> bool:
-        """Return whether a rank wants to know who is alive in push `number` of the set."""
+        """Return whether a rank wants to know who is alive in a push of the set."""
         return self.set_store.check([f"asked/{set_push_number}"])
 
     def diagnose_failure(
@@ -170,7 +170,7 @@ class Rendezvous:
         error: str,
         is_closing: Callable[[], bool] = lambda: False,
     ) -> Failure:
-        """Return why push `number` of the set broke: the failure that a rank has published, or else
+        """Return why the push of the set broke: the failure that a rank has published, or else
         the death of those of the engine ranks that do not answer.
 
         Args:
@@ -295,7 +295,7 @@ class TrainerRendezvous(Rendezvous):
             self.set_store.set("ready", str(num_ranks))
 
     def publish_push_begun(self, set_push_number: int, push_number: int) -> None:
-        """Publish that the set's push number `number`, which is `push` in the run, begins."""
+        """Publish that push `set_push_number` of the set, `push_number` of the run, begins."""
         self.set_store.set(f"begun/{set_push_number}", str(push_number))
 
     def read_memory(self, rank: int, set_push_number: int) -> list[str]:

@@ -185,7 +185,7 @@ class WeightSender:
     def send(
         self, push_number: int, sets: Sequence[str], closed_sets: Sequence[str] = ()
     ) -> SentWeights:
-        """Send the present weights to these sets, over all links at once, as push number `push` of
+        """Send the present weights to these sets, over all links at once, as push `push_number` of
         each set. Rank 0 returns when the engines of each set have relayed all of the push. A set
         that fails does not stop the others.
 

@@ -71,7 +71,7 @@ def create_pusher(
 
 
 class WeightPusher:
-    """Call `open` and the first `push` in a block of `weight_update`; then each change of the
+    """Call `open` and the first `push` in a block of `updating_weights`; then each change of the
     trainer's weights in another, with the `push` of the new ones at its end.
 
     The fleet's `send_weights` is set to this pusher's: an engine that is replaced, or joins,
@@ -121,7 +121,7 @@ class WeightPusher:
         Raises:
             EngineError: an engine that has not died cannot connect; its settings are wrong.
         """
-        assert self._weights_lock.locked(), "it is called in a block of weight_update()"
+        assert self._weights_lock.locked(), "it is called in a block of updating_weights()"
         await self.links.open()
         self.fleet.send_weights = self.send_weights
         with self.fleet.allow_silence(self.links.connect_seconds):
@@ -135,7 +135,7 @@ class WeightPusher:
         Raises:
             EngineError: the weights arrived damaged.
         """
-        assert self._weights_lock.locked(), "it is called in a block of weight_update()"
+        assert self._weights_lock.locked(), "it is called in a block of updating_weights()"
         start = time.perf_counter()
         self._push_number += 1
         with self.fleet.allow_silence(self.links.connect_seconds):

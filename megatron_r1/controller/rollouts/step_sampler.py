@@ -96,7 +96,7 @@ class StepSampler:
 
     def start_ahead(self, policy_version: int) -> None:
         """Start the rollouts that may be sampled ahead from `policy_version`. Their samples are not
-        written down until `probes_passed`."""
+        written down until `release_buffered`."""
         if self.log:
             self.log.start_buffering()
         if self._stream is not None and self.config.rl.staleness:

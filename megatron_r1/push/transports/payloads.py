@@ -284,7 +284,7 @@ class PayloadReceiver(Receiver):
         return f"{self.rendezvous.member}/{self.engine_rank}"
 
     def publish_closing(self, set_push_number: int) -> None:
-        """Publish to the set that this rank closes, and end all waits for its push `number`."""
+        """Publish to the set that this rank closes, and end all waits for one of its pushes."""
         if self.is_running:
             with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
                 self.rendezvous.publish_rank_failure(self.engine_rank, "it has closed")

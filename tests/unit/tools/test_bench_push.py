@@ -5,13 +5,6 @@ import pytest
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.rounds import ProcessLink, RoundSchedule
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
-from tools.bench.push.order_check import (
-    Call,
-    Step,
-    StreamQueues,
-    operations_of_rounds,
-    operations_of_steps,
-)
 from tools.bench.push.scale import (
     PushAssumptions,
     ScaleCase,
@@ -19,6 +12,13 @@ from tools.bench.push.scale import (
     simulate_case,
     transfer_seconds,
     without_order,
+)
+from tools.bench.push.schedule_check import (
+    Call,
+    Step,
+    StreamQueues,
+    operations_of_rounds,
+    operations_of_steps,
 )
 
 EXACT = {"nic": 1.0, "nic_efficiency": 1.0, "nvlink": 10.0, "nvlink_efficiency": 1.0}

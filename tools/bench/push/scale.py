@@ -34,7 +34,7 @@ from megatron_r1.push.plan.rounds import RoundSchedule, planned_schedule
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 from tools.bench.host import ROOT
-from tools.bench.push.order_check import (
+from tools.bench.push.schedule_check import (
     StreamQueues,
     find_fault,
     link_threads,

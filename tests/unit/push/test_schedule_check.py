@@ -25,7 +25,7 @@ from megatron_r1.push.plan.rounds import (
     schedule_rounds,
 )
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
-from tools.bench.push.order_check import (
+from tools.bench.push.schedule_check import (
     Call,
     Fault,
     Step,

@@ -254,7 +254,7 @@ class StreamQueues:
     """The streams of all processes, each a queue of operations.
 
     Args:
-        operations: the operations of all processes, as `order_check.OPERATION`.
+        operations: the operations of all processes, as `schedule_check.OPERATION`.
         transfer_seconds: how long each operation takes from when both sides have posted it."""
 
     def __init__(self, operations: np.ndarray, transfer_seconds: np.ndarray | float = 0.0):
