@@ -215,7 +215,7 @@ def make_head(
         group: the ranks that share the vocabulary; None: this one alone.
         vocab_size: the ids in the whole vocabulary; None: one for each column of all ranks.
         chunk_tokens: the tokens with logits at once; None: `default_chunk_tokens`.
-        backend: the implementation, as for `registry.choose`.
+        backend: the implementation, as for `registry.choose_primitives`.
         main_grad: (V_local, H), what backward passes add the weight's gradient to; None: nothing.
 
     Raises:

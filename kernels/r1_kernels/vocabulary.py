@@ -4,7 +4,7 @@ Each rank holds an equal, contiguous range of columns. For a row of logits z, wi
 temperature, a rank computes over its own columns (`STATISTICS`):
 
     peak = max z    total = Σ e^((z - peak) c)    moment = Σ e^((z - peak) c) (z - peak) c
-    chosen = z of the target, or 0 where another rank has it
+    chosen = z of the target; 0 where another rank has it, NaN where the sampler did not keep it
 
 One all-gather of these four numbers per token gives every rank the softmax of the whole row,
 combined in rank order: the same bits on every rank and in every run. The peak is kept separate from

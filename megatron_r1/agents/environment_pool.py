@@ -42,7 +42,7 @@ class EnvironmentFault(Exception):
         self.what, self.fix, self.is_of_method = what, fix, is_of_method
 
 
-class CallTimedOut(EnvironmentFault):
+class CallExceededTime(EnvironmentFault):
     """A call exceeded its time and could not be interrupted, so its process was ended."""
 
 
@@ -280,7 +280,7 @@ class EnvironmentProcess:
             self.is_reusable = False  # a late reply would be taken for that of the next call
             what = f"the environment's process ended during {method}"
             if asyncio.get_running_loop().time() - began >= seconds:
-                raise CallTimedOut(f"{what}, after its {seconds:g} s") from None
+                raise CallExceededTime(f"{what}, after its {seconds:g} s") from None
             raise EnvironmentFault(what) from None
 
 

@@ -47,7 +47,7 @@ MAX_TEXT = 2**20
 """The most characters of a method's text that are sent: the controller must not read gigabytes."""
 
 
-class CallTimeout(BaseException):
+class CallInterrupt(BaseException):
     """Raised in a method whose time is over; no `except Exception` catches it."""
 
 
@@ -155,7 +155,7 @@ class _Episode:
                 answer |= {"done": self._is_done(), "value": value}
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-        except CallTimeout:
+        except CallInterrupt:
             answer |= {"error": f"no result within {seconds:g} s", "timeout": True}
             answer["fault"] = f"{self._running}: {answer['error']} (agents.call_seconds)"
         except InvalidMethod as error:
@@ -267,7 +267,7 @@ def _list_or_text(value: Any) -> Any:
 
 
 def _interrupt(*_: object) -> None:
-    raise CallTimeout
+    raise CallInterrupt
 
 
 def _print_description(target: str) -> None:

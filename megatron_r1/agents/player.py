@@ -11,7 +11,7 @@ from r1_grading.base.errors import shorten
 
 from megatron_r1.agents.continuation import Continuation, RenderError, read_arguments
 from megatron_r1.agents.environment_pool import (
-    CallTimedOut,
+    CallExceededTime,
     EnvironmentFault,
     EnvironmentProcess,
     Environments,
@@ -144,7 +144,7 @@ class _RunningEpisode:
     async def play(self, prompt: Prompt, environment: EnvironmentProcess) -> EpisodeStatus:
         """Play the episode to its end, and return how it ended."""
         question = await environment.reset(reset_arguments(prompt))
-        before = prompt.before
+        before = prompt.messages_before
         if self._settings.system:
             self._messages.append({"role": "system", "content": self._settings.system})
             before = [message for message in before if message["role"] != "system"]
@@ -211,7 +211,7 @@ class _RunningEpisode:
             try:
                 arguments = read_arguments(function)  # the environment names the model's mistakes
                 result = await environment.call(function["name"], arguments, left)
-            except CallTimedOut:
+            except CallExceededTime:
                 self.is_lost = True
                 self._totals["tool_seconds"] += min(left, self._settings.call_seconds)
                 return "agent_timeout"

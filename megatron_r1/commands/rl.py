@@ -132,7 +132,8 @@ def _session(
     longest = max_model_len(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
     probes = [
-        collector.tokenizer.encode(prompt.question, prompt.before)[:longest] for prompt in first
+        collector.tokenizer.encode(prompt.question, prompt.messages_before)[:longest]
+        for prompt in first
     ]
     pusher = create_pusher(config, trainer, collector.fleet, probes)
     sampler = PromptSampler(prompts.train, config.run.seed)

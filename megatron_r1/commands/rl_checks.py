@@ -174,15 +174,17 @@ def _describe_rows(prompts: PromptSplit, tokenizer: PromptTokenizer) -> list[str
     kept = len(prompts.train), len(prompts.heldout)
     lines = [line for report in prompts.reports for line in report.lines()]
     example = prompts.train[0]
-    ids = tokenizer.encode(example.question, example.before)
-    shown = printable(shorten_middle(tokenizer.render(example.question, example.before), 600), True)
+    ids = tokenizer.encode(example.question, example.messages_before)
+    shown = printable(
+        shorten_middle(tokenizer.render(example.question, example.messages_before), 600), True
+    )
     lines += [
         f"  {format_count(sum(kept), 'question')}: {kept[0]:,} to train on, {kept[1]:,} held out",
         f"  the first, {example.location}, as its {len(ids):,} tokens ({_ids(ids)}):",
         *(f"  | {line}" for line in shown.split("\n")),
         f"  truth: {printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
     ]
-    if any(m["role"] == "system" for m in example.before) and not tokenizer.shows_system:
+    if any(m["role"] == "system" for m in example.messages_before) and not tokenizer.shows_system:
         lines.append(
             "  the template has no place for the system's message: it stands before the question"
         )
@@ -233,7 +235,11 @@ def drop_long_prompts(prompts: PromptSplit, tokenizer: PromptTokenizer, limit: i
     Raises:
         UserError: no prompt is left to train on."""
     train, heldout = (
-        [prompt for prompt in side if tokenizer.fits(prompt.question, limit, prompt.before)]
+        [
+            prompt
+            for prompt in side
+            if tokenizer.fits(prompt.question, limit, prompt.messages_before)
+        ]
         for side in (prompts.train, prompts.heldout)
     )
     left_out = len(prompts.train) - len(train), len(prompts.heldout) - len(heldout)

@@ -90,9 +90,8 @@ async def train(session: Session) -> None:
             metrics |= await passes.compute_logprobs(config)
             await passes.compute_token_advantages(config)
             metrics |= await passes.mask_advantages(config)
-        async with (
-            engines.updating_weights()
-        ):  # no engine joins between two versions of the weights
+        # No engine joins between two versions of the weights.
+        async with engines.updating_weights():
             with session.phase("train"):
                 updates = [
                     await update(passes, config, index, session.step)

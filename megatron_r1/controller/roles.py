@@ -125,9 +125,9 @@ class TrainerPasses:
     Args:
         config: the run's settings.
         trainer: the ranks.
+        state: counts the policy's updates.
 
     Attributes:
-        state: counts the policy's updates.
         run_config: the run's settings, the same in every step."""
 
     def __init__(self, config: Config, trainer: TrainerClient, state: RunState):

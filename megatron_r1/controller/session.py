@@ -28,7 +28,7 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_step, 
 from megatron_r1.trainer.operations import ModelOperations
 
 
-class Checkpointing:
+class RunCheckpoints:
     """What of a run is kept across restarts, in checkpoints and in the sample log: the trainer's
     state, the position in the prompts, and the counts of rewards.
 
@@ -105,7 +105,7 @@ class Session:
         self.config, self.recorder, self.stop = passes.run_config, recorder, stop
         self.engines, self.passes, self.heldout = engines, passes, heldout
         self.collector = engines.sampler.collector
-        self.checkpointing = Checkpointing(recorder, passes.trainer, engines.sampler)
+        self.checkpointing = RunCheckpoints(recorder, passes.trainer, engines.sampler)
         self.step = recorder.state.step
         self._meter = StepMeter(self.collector)
 

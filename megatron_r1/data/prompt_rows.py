@@ -51,7 +51,7 @@ class Prompt:
         truth: what the reward compares a response with, in JSON types; None where it needs none.
         fields: the reward's other arguments, in JSON types.
         location: where the question's row is, as "file:line", if it has one.
-        before: the messages of the chat before the question, such as the system's.
+        messages_before: the messages of the chat before the question, such as the system's.
     """
 
     id: str
@@ -60,7 +60,7 @@ class Prompt:
     truth: Any
     fields: dict[str, Any] = field(default_factory=dict)
     location: str = field(default="", compare=False, repr=False)
-    before: list[Message] = field(default_factory=list)
+    messages_before: list[Message] = field(default_factory=list)
 
 
 class _ScriptMarks(dict[int, str]):
@@ -108,7 +108,7 @@ def is_heldout(question: str, fraction: float, salt: str = "") -> bool:
 
 def conversation_text(prompt: Prompt) -> str:
     """Return the text of the question and of the turns before it, but for a system's."""
-    turns = [m["content"] for m in prompt.before if m["role"] != "system"]
+    turns = [m["content"] for m in prompt.messages_before if m["role"] != "system"]
     return "\n".join([*turns, prompt.question])
 
 

@@ -205,7 +205,7 @@ def load_prompts(
         prompts = _from_task(task, dict(parameters or {}), seed, num_attempts, kind)
     fraction = heldout_fraction if heldout_path is None else 0.0
     split = _split(prompts, heldout, fraction, num_train, num_heldout, kind, reports)
-    _require_any(split, heldout)
+    _require_any(split)
     _require("train", split.train, num_train, "num_train", task or path)
     _require("held-out", split.heldout, num_heldout, "num_heldout", heldout_path or task or path)
     return split
@@ -317,7 +317,7 @@ def _normalized_question(prompt: Prompt) -> str:
     return normalize_question(conversation_text(prompt), fold_case=False)
 
 
-def _require_any(split: PromptSplit, heldout: list[Prompt]) -> None:
+def _require_any(split: PromptSplit) -> None:
     """Raise UserError where every row of a file is left out, with the reasons."""
     for report in split.reports:
         count = sum(rows.count for rows in report.left_out.values())

@@ -73,7 +73,7 @@ def load_prompt_sets(config: Config) -> list[PromptSet]:
 def prompt_digest(prompt: Prompt) -> str:
     """Return a digest of the prompt's messages, kind, truth and fields."""
     content: list[Any] = [prompt.question, prompt.kind, prompt.truth, prompt.fields]
-    content += [prompt.before] if prompt.before else []
+    content += [prompt.messages_before] if prompt.messages_before else []
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -183,7 +183,7 @@ class Sampler:
                 return
             seed = sample_seed(self._seed, prompt_set.key(prompt), index)
             if prompt_set.agents is None:
-                response = await self._policy.respond(prompt.question, seed, prompt.before)
+                response = await self._policy.respond(prompt.question, seed, prompt.messages_before)
             else:
                 response = await self._policy.play(prompt_set.agents, prompt, seed)
             # The next prompt is sampled while this response is graded.

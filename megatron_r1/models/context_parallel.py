@@ -1,4 +1,4 @@
-"""Context parallelism of packed batches on CPU ranks: the tokens that a rank holds, and causal
+"""Context parallelism of packed batches: the tokens that a rank holds, and, on CPU ranks, causal
 attention over samples that are split over ranks (ring attention, arXiv 2310.01889).
 
 A causal query late in a sample costs more than an early one, so each sample is cut into 2 n equal

@@ -43,7 +43,7 @@ class RecordedRouting(NamedTuple):
         local_counts: (L, experts) integers on the host, this rank's tokens to each expert; None
             where the trainer routes some.
         counts: what `dispatch` has to know in each layer; None where some rank routes tokens
-            itself, or before `Replay.exchange_counts`."""
+            itself, or before `RoutingReplay.exchange_counts`."""
 
     experts: Tensor
     known: Tensor

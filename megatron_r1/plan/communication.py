@@ -166,7 +166,7 @@ NCCL, LOW_LATENCY, HIGH_THROUGHPUT = BACKENDS = (
 
 
 @dataclass(frozen=True)
-class Protocol:
+class NCCLProtocol:
     """A protocol of NCCL in one algorithm.
 
     Attributes:
@@ -181,9 +181,9 @@ class Protocol:
     fraction: float
 
 
-RING = (Protocol(6.6e-6, 1e-6, 2.7e-6, 1 / 4), Protocol(14e-6, 1.9e-6, 4e-6, 0.92))
+RING = (NCCLProtocol(6.6e-6, 1e-6, 2.7e-6, 1 / 4), NCCLProtocol(14e-6, 1.9e-6, 4e-6, 0.92))
 """LL and LL128. A step within a node takes at least 1 us, the time to notify the network."""
-TREE = (Protocol(6.8e-6, 0.6e-6, 5e-6, 1 / 3.8), Protocol(14e-6, 1.25e-6, 8.5e-6, 0.92))
+TREE = (NCCLProtocol(6.8e-6, 0.6e-6, 5e-6, 1 / 3.8), NCCLProtocol(14e-6, 1.25e-6, 8.5e-6, 0.92))
 
 LOW_LATENCY_SECONDS = {
     8: (77e-6, 114e-6),
@@ -205,7 +205,7 @@ MEASURED_NETWORK, MEASURED_NVLINK = 50e9, 200e9
 
 
 @dataclass(frozen=True)
-class Links:
+class EngineInterconnect:
     """The links between GPUs of one engine.
 
     Attributes:
@@ -267,7 +267,7 @@ class ExpertExchange:
         max_nodes: the most nodes that a token is sent to (the router's groups).
         value: bytes of a value on its way to the experts; 2 on its way back."""
 
-    links: Links
+    links: EngineInterconnect
     ranks: int
     hidden: int
     topk: int

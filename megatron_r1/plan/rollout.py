@@ -12,7 +12,7 @@ from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import load_config, read_hf_config
 from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.between_phases import RoutingReplayTraffic, uses_routing_replay
-from megatron_r1.plan.communication import BACKENDS, NCCL, ExpertExchange, Links
+from megatron_r1.plan.communication import BACKENDS, NCCL, EngineInterconnect, ExpertExchange
 from megatron_r1.plan.counts import ModelCounts, decode_flops, forward_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import EngineMemory
@@ -92,7 +92,7 @@ class RolloutTime:
         spread = layout.expert_parallel and layout.data > 1 and job.has_experts
         nodes = job.hf.get("topk_group") or math.inf  # groups of experts are laid out node by node
         return ExpertExchange(
-            Links(job.hardware, job.assumptions),
+            EngineInterconnect(job.hardware, job.assumptions),
             ranks=job.engine_gpus if spread else 1,
             hidden=job.hf["hidden_size"],
             topk=job.hf.get("num_experts_per_tok", 1),

@@ -109,7 +109,7 @@ def write_report(
 
 
 def headline(folder: RunFolder) -> str:
-    """Return the result of a run as a sentence, with its verdict (`outcome.verdict_of`)."""
+    """Return the result of a run as a sentence, with its verdict (`outcome.score_verdict`)."""
     metrics = folder.read_metrics()
     sentence = outcome_sentence(metrics, merge_evaluations([*metrics, *folder.read_evaluations()]))
     kind = str((folder.read_config().get("data") or {}).get("kind") or "")

@@ -185,11 +185,11 @@ class SFTExamples:
                 return Decision(f"rewritten_{dropped.code}", dropped.why), []
         if self._rendering is None:
             return Decision(KEPT), []
-        text = self._rendering.response(response, prompt.question, prompt.before)
+        text = self._rendering.response(response, prompt.question, prompt.messages_before)
         if text is None or not text.strip():
             return Decision("not_renderable", "it lacks a part of sample.render.response"), []
         row = {
-            "prompt": self._rendering.prompt(prompt.question, prompt.before),
+            "prompt": self._rendering.prompt(prompt.question, prompt.messages_before),
             "response": text,
             "id": prompt.id,
             "kind": prompt.kind,

@@ -38,7 +38,7 @@ class GridPosition:
         pipeline_rank: its pipeline stage, from 0.
         context_rank: the index in its context-parallel group.
         expert_rank: the index in its expert-parallel group.
-        last_stage: whether the rank is on the last pipeline stage, which computes the loss.
+        is_last_stage: whether the rank is on the last pipeline stage, which computes the loss.
     """
 
     groups: ProcessGroupCollection
@@ -50,7 +50,7 @@ class GridPosition:
     pipeline_rank: int
     context_rank: int
     expert_rank: int
-    last_stage: bool
+    is_last_stage: bool
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
@@ -100,7 +100,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
         pipeline_rank=groups.pp.rank(),
         context_rank=groups.cp.rank(),
         expert_rank=groups.ep.rank(),
-        last_stage=groups.pp.rank() == groups.pp.size() - 1,
+        is_last_stage=groups.pp.rank() == groups.pp.size() - 1,
     )
 
 

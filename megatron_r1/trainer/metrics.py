@@ -109,7 +109,7 @@ def reduce_over_data(position: GridPosition, metrics: Metrics) -> dict[str, floa
     Returns:
         name → number, on the ranks of the last stage; {} on the other stages. A mean over nothing
         is 0."""
-    if not position.last_stage:
+    if not position.is_last_stage:
         return {}
     means = {name: metric for name, metric in metrics.items() if isinstance(metric, Mean)}
     maxima = {name: metric for name, metric in metrics.items() if isinstance(metric, Maximum)}

@@ -35,7 +35,7 @@ def monitor_identity(rank: int) -> bytes:
     return MONITOR + str(rank).encode()
 
 
-class Call(msgspec.Struct, frozen=True):
+class RankCall(msgspec.Struct, frozen=True):
     """Controller → rank: run `operation`, a method's name in `trainer.operations`, with
     `arguments`. The leader of a replica gets the parts of an encoded `ReplicaSamples` after it, and
     forwards them to the others."""
@@ -44,7 +44,7 @@ class Call(msgspec.Struct, frozen=True):
     arguments: dict[str, Any] = {}
 
 
-class Reply(msgspec.Struct, frozen=True):
+class RankReply(msgspec.Struct, frozen=True):
     """Rank → controller: the operation's result or error.
 
     Attributes:

@@ -14,7 +14,7 @@ from megatron_r1.trainer.training_sample import Sample
 
 
 class Probing:
-    """A rank's operations of that kind, on the model and the loaded samples of its trainer."""
+    """A rank's operations that train nothing, on the model and samples of its trainer."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -43,7 +43,7 @@ class Probing:
         """Return the differences that `probe` does, without weights: `prepare_probe` has had the
         same tokens. The samples have an engine's log-probabilities."""
         batches = self._pack_probe(samples)
-        if not self.trainer.position.last_stage:
+        if not self.trainer.position.is_last_stage:
             return {}
         for batch, probed in zip(batches, self._probed, strict=True):
             assert torch.equal(batch.targets, probed.targets), "these are other tokens"
@@ -62,7 +62,7 @@ class Probing:
         scores: list[list[list[float]]] = []
         for batches in self.trainer.minibatches:
             reports = self.trainer.run_batches(batches, self._scores_only, forward_only=True)
-            scores.append(reports if self.trainer.position.last_stage else [])
+            scores.append(reports if self.trainer.position.is_last_stage else [])
         return {"scores": scores}
 
     def _scores_only(self, batch: PackedBatch, out: Tensor) -> list[float]:

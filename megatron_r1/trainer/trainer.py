@@ -196,7 +196,7 @@ class Trainer:
             if first:
                 self.fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
-        if first and self.position.last_stage:
+        if first and self.position.is_last_stage:
             mean, _ = logprob_diff(first, "own_routing")
             metrics |= self.reduce_metrics({"logprob_diff/without_replay": mean})
         return metrics
@@ -207,7 +207,7 @@ class Trainer:
     def compute_token_advantages(self, function: str, settings: TokenSettings) -> None:
         """Replace the advantages of all loaded samples by those that the `TokenAdvantages` at
         "module:function" computes per token; compute_logprobs() comes first."""
-        if self.position.last_stage:
+        if self.position.is_last_stage:
             rollout = RolloutBatches(self._batches(), self.groups.cp, self.groups.dp_cp)
             rollout.store_targets(find_function(function)(rollout, settings))
 
@@ -217,7 +217,7 @@ class Trainer:
 
         Returns:
             The metrics of `RolloutBatches.mask_advantages`; none on ranks before the last stage."""
-        if not self.position.last_stage:
+        if not self.position.is_last_stage:
             return {}
         rollout = RolloutBatches(self._batches(), self.groups.cp, self.groups.dp_cp)
         return self.reduce_metrics(
@@ -230,7 +230,7 @@ class Trainer:
 
         With a teacher also teacher/kl, the sampled estimate of KL(π_old ‖ teacher) over the same
         tokens. Empty on ranks before the last stage."""
-        if not self.position.last_stage:
+        if not self.position.is_last_stage:
             return {}
         batches = self._batches()
         mean, largest = logprob_diff(batches, "old")

@@ -23,13 +23,13 @@ from megatron_r1.trainer.distributed import GridPosition, Replica
 from megatron_r1.trainer.operations import (
     LOAD,
     STOP,
-    Call,
     CheckpointOperations,
     ModelOperations,
     ProbingOperations,
     PushOperations,
+    RankCall,
     RankDescription,
-    Reply,
+    RankReply,
     monitor_identity,
     operation_names,
     rank_identity,
@@ -77,10 +77,10 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
     socket.connect(address)
     # Before the ranks join each other, so that one that hangs there is seen, too.
     rank_monitor = RankMonitor(partial(_connected, monitor_identity(rank), address))
-    encode, decode = msgspec.msgpack.encode, msgspec.msgpack.Decoder(Call).decode
+    encode, decode = msgspec.msgpack.encode, msgspec.msgpack.Decoder(RankCall).decode
 
     def reply(result: dict[str, Any]) -> None:
-        socket.send(encode(Reply(rank, result)))
+        socket.send(encode(RankReply(rank, result)))
 
     try:
         position = position or distributed.initialize(config.parallel, config.run.seed)
@@ -108,10 +108,10 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
             reply(result)
     except Exception as error:
         if isinstance(error, UserError):
-            failure = Reply(rank, None, str(error), True, error.key, error.cause)
+            failure = RankReply(rank, None, str(error), True, error.key, error.cause)
         else:
             late = _late_ranks(error, rank_monitor, config.parallel.wait_seconds)
-            failure = Reply(rank, None, late + traceback.format_exc())
+            failure = RankReply(rank, None, late + traceback.format_exc())
         socket.send(encode(failure))
         socket.close(linger=5_000)  # the process ends with `raise`: first the message has to leave
         raise
@@ -185,7 +185,7 @@ class Operations:
             "expert_rank": self.position.expert_rank,
             "data_rank": self.position.data_rank,
             "data_parallel": self.position.data_parallel,
-            "last_stage": self.position.last_stage,
+            "last_stage": self.position.is_last_stage,
             "leads_replica": self.replica.is_leader,
             "num_parameters": self.trainer.num_parameters,
             "score_is_new": self.trainer.score_is_new,
@@ -193,7 +193,7 @@ class Operations:
             "process": os.getpid(),
         }
 
-    def run(self, call: Call, share: Sequence[memoryview] = ()) -> dict[str, Any]:
+    def run(self, call: RankCall, share: Sequence[memoryview] = ()) -> dict[str, Any]:
         """Run one operation; its result is JSON-like.
 
         Args:

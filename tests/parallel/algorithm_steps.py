@@ -101,7 +101,7 @@ def advantages_of(trainer, position, name: str, rl, names):
     if function := MASKS.get(rl.engine_mask):
         metrics = trainer.mask_advantages(function, rl.engine_mask_settings)
     found: dict[str, list[float]] = {}
-    if position.last_stage:
+    if position.is_last_stage:
         for batch, own in zip(batches, [own for step in names for own in step], strict=False):
             found |= by_position(batch, own)
     everybody = [{} for _ in range(position.world_size)]
@@ -133,7 +133,7 @@ def main() -> None:
             trainer.model_chunks, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32
         )
         first = position.data_rank == position.tensor_rank == 0
-        if position.last_stage and first and parallel_state.get_context_parallel_rank() == 0:
+        if position.is_last_stage and first and parallel_state.get_context_parallel_rank() == 0:
             (out / f"{grid}.json").write_text(json.dumps(report))
         dist.barrier()
         parallel_state.destroy_model_parallel()

@@ -137,7 +137,7 @@ def run(settings, position, out: Path, change: Plant | None) -> str | None:
         )
         assert folders.checkpoint_progress(wait=True)["error"] is None
         # The last stage has all of them.
-        if position.last_stage and position.tensor_rank == 0:
+        if position.is_last_stage and position.tensor_rank == 0:
             RunFolder(out).append_metrics({"step": step, **metrics})
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, planted[:1])

@@ -49,7 +49,7 @@ def load(trainer, position) -> list[list[int]]:
 
 def gap_of_values(trainer, position, plan, expected) -> float:
     """Largest difference of this rank's values from the oracle's, matched by sample and token."""
-    if not position.last_stage:
+    if not position.is_last_stage:
         return 0.0
     from megatron.core import parallel_state
 
@@ -111,7 +111,7 @@ def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
         expected_values = expected["metrics"][step]
         gaps = (
             [abs(metrics[key] - expected_values[key]) for key in expected_values]
-            if position.last_stage
+            if position.is_last_stage
             else [0.0]
         )
         close(name, grid, f"metrics of update {step}", max(gaps), 5 * TOLERANCE)

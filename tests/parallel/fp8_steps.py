@@ -114,7 +114,7 @@ def main() -> None:
         weights.write_hf(
             trainer.model_chunks, trainer.hf, out / f"{name}_all.safetensors", dtype=torch.float32
         )
-        if position.last_stage and position.data_rank == 0 and position.tensor_rank == 0:
+        if position.is_last_stage and position.data_rank == 0 and position.tensor_rank == 0:
             (out / f"{name}.json").write_text(json.dumps(report))
         dist.barrier()
         parallel_state.destroy_model_parallel()

@@ -62,7 +62,7 @@ def gradients_are_the_same(folder: str, name: str, grid: str, position, loss: st
     where = f"{name} {grid} {loss}"
     trainer = updated(folder, name, grid, position, loss)
     got = gradients(trainer)
-    if position.last_stage:
+    if position.is_last_stage:
         weight = lm_head_weight(trainer.model_chunks[-1])
         # What else has a gradient for the same weight: the embedding, the MTP layers, the penalty.
         is_alone = loss == GRPO if name == UNTIED else loss != OWN and grid == "pp2"
@@ -86,12 +86,12 @@ def a_sum_in_bf16_is_not_rounded(folder: str, grid: str, position, loss: str) ->
 
     trainer = updated(folder, TIED, grid, position, loss, "bfloat16")
     # The sum was divided by the number of tokens, a power of two.
-    if position.last_stage:
+    if position.is_last_stage:
         assert not is_rounded(trainer), f"{grid} {loss}"
     first, second = without_sums()
     with first, second:
         rounded = updated(folder, TIED, grid, position, loss, "bfloat16")
-    if position.last_stage:
+    if position.is_last_stage:
         assert is_rounded(rounded), f"{grid} {loss}: this test would find nothing"
 
 

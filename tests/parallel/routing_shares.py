@@ -18,7 +18,7 @@ from megatron_r1.models import platform
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.operations import LOAD, Call
+from megatron_r1.trainer.operations import LOAD, RankCall
 from megatron_r1.trainer.training_sample import Sample, encode_samples
 
 LENGTHS = (9, 30, 17, 12, 25)
@@ -91,7 +91,7 @@ def main() -> None:
         # One micro-batch each: the number of the sample is that of its batch.
         share = encode_samples([[[sample] for sample in samples(shape)]])
         share = [memoryview(part) for part in share] if operations.replica.is_leader else []
-        operations.run(Call(LOAD, {}), share)
+        operations.run(RankCall(LOAD, {}), share)
         count = torch.tensor([check(operations.trainer, shape, position)])
         dist.all_reduce(count)  # over all ranks: each has other tokens or other layers
         if position.rank == 0:

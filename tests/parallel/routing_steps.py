@@ -93,7 +93,7 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
     trainer.refresh_reference()
     report = trainer.compute_logprobs(1.0, reference=True) | trainer.measure_logprob_diff()
     report["microbatches"] = len(plan)
-    for batch in trainer.minibatches[0] if POSITION.last_stage else []:
+    for batch in trainer.minibatches[0] if POSITION.is_last_stage else []:
         gap = (batch.logprobs["ref"] - batch.logprobs["old"]).abs().max()
         report["reference_gap"] = max(report.get("reference_gap", 0.0), gap.item())
     report |= trainer.update(0, LOSS, None, 0.1)
@@ -117,7 +117,7 @@ def main() -> None:
         report = replay_own(model, samples) if is_own else steps(model, grid, samples, out)
         is_first_context = parallel_state.get_context_parallel_rank() == 0
         if (
-            POSITION.last_stage
+            POSITION.is_last_stage
             and POSITION.data_rank == POSITION.tensor_rank == 0
             and is_first_context
         ):

@@ -76,7 +76,7 @@ def compare(name, grid, sizes, position, oracle, out):
     batches, plan = own_batches(texts, position, sizes)
     with torch.no_grad():
         found = run_passes(chunks, batches, keep_scores, forward_only=True)
-    pairs = zip(plan, found, strict=True) if position.last_stage else []
+    pairs = zip(plan, found, strict=True) if position.is_last_stage else []
     gaps = [(got - answers["scores"][members]).abs().max() for members, got in pairs if members]
     report(name, grid, "scores", max(gaps, default=0.0), SCORE_TOLERANCE)
     for loss in (losses.pairwise, losses.pointwise):

@@ -111,7 +111,7 @@ def main() -> None:
             report["continued"] = update(other, 0) | other.measure_logprob_diff()
         is_first_context = parallel_state.get_context_parallel_rank() == 0
         if (
-            position.last_stage
+            position.is_last_stage
             and position.data_rank == position.tensor_rank == 0
             and is_first_context
         ):

@@ -89,7 +89,7 @@ def load(trainer, position, seeds) -> None:
         plan = packing.shares[position.data_rank]
         steps.append([[made[i] for i in members] for members in plan])
     loaded = trainer.load(steps)
-    assert not shares or not position.last_stage or loaded["packing/shared"] > 0.05
+    assert not shares or not position.is_last_stage or loaded["packing/shared"] > 0.05
     trainer.compute_logprobs(TEMPERATURE, reference=True)
 
 
@@ -119,7 +119,7 @@ def main() -> None:
         file = Path(out) / f"{grid}.safetensors"
         weights.write_hf(trainer.model_chunks, trainer.hf, file, dtype=torch.float32)
         first = position.data_rank == position.tensor_rank == 0
-        if position.last_stage and first and parallel_state.get_context_parallel_rank() == 0:
+        if position.is_last_stage and first and parallel_state.get_context_parallel_rank() == 0:
             (Path(out) / f"{grid}.json").write_text(json.dumps(metrics))
         dist.barrier()
         parallel_state.destroy_model_parallel()

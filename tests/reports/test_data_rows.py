@@ -105,14 +105,14 @@ ANSWER = {"role": "assistant", "content": "2"}
 def test_a_question_has_the_messages_before_it(tmp_path, chat, as_text):
     row = {"prompt": json.dumps(chat) if as_text else chat, "reward_model": {"ground_truth": "2"}}
     (prompt,) = read(tmp_path, [row]).train
-    assert (prompt.question, prompt.before) == ("1 + 1?", [SYSTEM])
+    assert (prompt.question, prompt.messages_before) == ("1 + 1?", [SYSTEM])
 
 
 def test_a_question_may_have_turns_before_it_and_ends_with_the_user(tmp_path):
     later = {"role": "user", "content": "And + 3?"}
     rows = [{"question": [USER, ANSWER, later], "truth": "5"}, {"question": "And + 3?", "truth": 4}]
     split = read(tmp_path, rows)
-    assert [prompt.before for prompt in split.train] == [[USER, ANSWER], []]
+    assert [prompt.messages_before for prompt in split.train] == [[USER, ANSWER], []]
     with refused("question", Cause.MALFORMED, "rows.jsonl:1"):
         read(tmp_path, [{"question": [USER, ANSWER], "truth": "2"}])
     with refused("question", Cause.MALFORMED, "judge"):

@@ -76,7 +76,7 @@ class Steps:
         empty but on the last stage."""
         names = ("gap", "xy", "xx", "yy", "moved")
         sums, count = torch.zeros(len(names), dtype=torch.float64), 0
-        for batch in self.trainer.minibatches[0] if self.position.last_stage else []:
+        for batch in self.trainer.minibatches[0] if self.position.is_last_stage else []:
             given = batch.logprobs["old"], batch.rollout_logprobs, batch.logprobs["teacher"]
             here, there, start = (each[batch.is_response].double().cpu() for each in given)
             x, y, near = here - start, there - start, (here - there).abs().clamp(max=FAR)
@@ -112,7 +112,7 @@ class Steps:
     def reports(self) -> bool:
         """Whether this rank has the metrics, and no other one is to write them."""
         at, is_first_context = self.position, self.trainer.groups.cp.rank() == 0
-        return at.last_stage and at.data_rank == at.tensor_rank == 0 and is_first_context
+        return at.is_last_stage and at.data_rank == at.tensor_rank == 0 and is_first_context
 
 
 def reference_steps(steps: Steps) -> dict[str, Any]:

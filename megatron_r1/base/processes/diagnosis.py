@@ -85,7 +85,7 @@ def oom_explanation(kills_before: int, remedy: str) -> str:
     """Return what to add to "killed by signal 9": nothing, or that memory ran out, with the remedy.
 
     Args:
-        kills_before: `num_kills` when the process started.
+        kills_before: `num_oom_kills` when the process started.
         remedy: what to do about it.
     """
     if num_oom_kills() <= kills_before:

@@ -48,7 +48,7 @@ IGNORED_SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """What two runs have in common, and where they part.
 
     Attributes:
@@ -97,7 +97,7 @@ def run(config: Config, first: str, second: str, json: str | None = None) -> Non
         raise RunError(f"{first} and {second} differ at step {apart.step} by more than rounding")
 
 
-def compare(first: Path, second: Path) -> Comparison:
+def compare(first: Path, second: Path) -> RunComparison:
     """Return where two runs part.
 
     Args:
@@ -131,7 +131,7 @@ def compare(first: Path, second: Path) -> Comparison:
     changed = [key for key in changed_keys(*settings) if not is_within(key, IGNORED_SETTINGS)]
     same_layout = not any(is_within(key, ("parallel",)) for key in changed)
     differences += _differences_of_checkpoints(pairs, dtype, same_layout)
-    return Comparison(
+    return RunComparison(
         [
             f"{key}: {value_text(settings[0], key)} and {value_text(settings[1], key)}"
             for key in changed
@@ -200,7 +200,7 @@ def _differences_of_checkpoints(
     return [each for differences in found.values() for each in differences]
 
 
-def _lines(found: Comparison) -> Iterable[str]:
+def _lines(found: RunComparison) -> Iterable[str]:
     yield from (f"setting {line}" for line in found.settings)
     yield (
         f"compared: metrics of {format_count(found.steps, 'step')}, sample logs of {found.logs}, "
@@ -217,7 +217,7 @@ def _lines(found: Comparison) -> Iterable[str]:
         yield from _step(found, apart, "first difference beyond rounding")
 
 
-def _step(found: Comparison, first: RunDifference, what: str) -> Iterable[str]:
+def _step(found: RunComparison, first: RunDifference, what: str) -> Iterable[str]:
     """Yield a difference, the others of its step, and where nothing was compared before it."""
     yield f"{what}: {first}"
     others = [
@@ -237,7 +237,7 @@ def _step(found: Comparison, first: RunDifference, what: str) -> Iterable[str]:
         yield f"  its cause may be of any step from {equal + 1} on: no checkpoint lies between"
 
 
-def _as_json(found: Comparison) -> str:
+def _as_json(found: RunComparison) -> str:
     first, apart = found.first, found.first_beyond_rounding
     content = {
         "settings": found.settings,

@@ -25,7 +25,7 @@ class CannotRecompute(Exception):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CheckedQuantity:
     """The result of one check.
 
     Attributes:
@@ -120,18 +120,18 @@ class Report:
         curves: for the page."""
 
     step: int
-    comparisons: list[Comparison] = field(default_factory=list)
+    comparisons: list[CheckedQuantity] = field(default_factory=list)
     suspicions: list[str] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
 
-    def add(self, comparisons: Sequence[Comparison]) -> None:
+    def add(self, comparisons: Sequence[CheckedQuantity]) -> None:
         """Add comparisons, in the order of `FAMILIES`."""
         self.comparisons = sorted(
             [*self.comparisons, *comparisons], key=lambda each: FAMILIES.index(each.family)
         )
 
     @property
-    def first(self) -> Comparison | None:
+    def first(self) -> CheckedQuantity | None:
         """The first quantity that departs."""
         return next((each for each in self.comparisons if each.departs), None)
 
@@ -151,7 +151,7 @@ class Report:
         }
 
 
-def not_checked(family: str, name: str, reason: str, compared: str = "") -> Comparison:
+def not_checked(family: str, name: str, reason: str, compared: str = "") -> CheckedQuantity:
     """Return the comparison of a check that could not be made.
 
     Args:
@@ -159,7 +159,7 @@ def not_checked(family: str, name: str, reason: str, compared: str = "") -> Comp
         name: the quantity.
         reason: why.
         compared: what would be compared."""
-    return Comparison(family, name, NOT_CHECKED, compared, reason=reason)
+    return CheckedQuantity(family, name, NOT_CHECKED, compared, reason=reason)
 
 
 def fraction_comparison(
@@ -175,7 +175,7 @@ def fraction_comparison(
     tolerance: float = 0.0,
     source: str = "exact",
     num_tokens: int = 0,
-) -> Comparison:
+) -> CheckedQuantity:
     """Return the comparison of a check whose distance is the fraction of responses that fail it.
 
     Args:
@@ -192,8 +192,8 @@ def fraction_comparison(
         num_tokens: the tokens concerned."""
     distance = len(concerned) / total if total else 0.0
     if distance <= tolerance:
-        return Comparison(family, name, EQUAL, compared, distance, tolerance, source)
-    return Comparison(
+        return CheckedQuantity(family, name, EQUAL, compared, distance, tolerance, source)
+    return CheckedQuantity(
         family,
         name,
         DEPARTS,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from megatron_r1.commands.why.comparison import (
-    Comparison,
+    CheckedQuantity,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -29,7 +29,7 @@ SHOWN = 40
 """Characters of a text in a comparison."""
 
 
-def check(step: RecordedStep) -> list[Comparison]:
+def check(step: RecordedStep) -> list[CheckedQuantity]:
     """Return the comparisons of a step's files."""
     return [
         _starts(step),
@@ -59,7 +59,7 @@ def _has_own_prompts(config: Config) -> bool:
     return bool(config.agents.player_settings)
 
 
-def _starts(step: RecordedStep) -> Comparison:
+def _starts(step: RecordedStep) -> CheckedQuantity:
     """Check for a special token that begins a prompt twice."""
     special = _special(step.tokenizer)
     concerned = [
@@ -83,13 +83,15 @@ def _starts(step: RecordedStep) -> Comparison:
     )
 
 
-def _system(step: RecordedStep) -> Comparison:
+def _system(step: RecordedStep) -> CheckedQuantity:
     """Check that the text of a system's message is in the prompt."""
     name = "system message"
     concerned: list[ResponseIndex] = []
     total, lost = 0, ""
     for at, group in enumerate(step.groups):
-        given = [str(m["content"]) for m in group.prompt.before if m.get("role") == "system"]
+        given = [
+            str(m["content"]) for m in group.prompt.messages_before if m.get("role") == "system"
+        ]
         if not given:
             continue
         total += len(group.responses)
@@ -111,7 +113,7 @@ def _system(step: RecordedStep) -> Comparison:
     )
 
 
-def _prompt_tokens(step: RecordedStep) -> Comparison:
+def _prompt_tokens(step: RecordedStep) -> CheckedQuantity:
     name = "tokens of the prompt"
     if _has_own_prompts(step.run_config):
         return not_checked(FAMILY, name, "agents.environment or harness makes the prompts")
@@ -123,7 +125,7 @@ def _prompt_tokens(step: RecordedStep) -> Comparison:
         if not group.prompt.question:
             continue
         total += len(group.responses)
-        expected = step.tokenizer.encode(group.prompt.question, group.prompt.before)
+        expected = step.tokenizer.encode(group.prompt.question, group.prompt.messages_before)
         if expected != group.prompt_ids:
             concerned += _indices(at, group)
             reason = reason or _difference(step.tokenizer, group.prompt_ids, expected)
@@ -170,7 +172,7 @@ def _single(step: RecordedStep) -> dict[ResponseIndex, np.ndarray]:
     }
 
 
-def _ends(step: RecordedStep) -> Comparison:
+def _ends(step: RecordedStep) -> CheckedQuantity:
     """Check that no response goes on after a token that ends it."""
     responses, ends = _single(step), step.tokenizer.stop_token_ids
     if not responses:
@@ -202,7 +204,7 @@ def _ends(step: RecordedStep) -> Comparison:
     )
 
 
-def _unknown_ends(step: RecordedStep) -> Comparison:
+def _unknown_ends(step: RecordedStep) -> CheckedQuantity:
     """Check for ends that no setting names, and for special tokens that responses go on after."""
     responses, ends = _single(step), step.tokenizer.stop_token_ids
     name, remedy = "other end tokens", "rollout.stop_token_ids: add the token"
@@ -239,7 +241,7 @@ def _unknown_ends(step: RecordedStep) -> Comparison:
     )
 
 
-def _vocabulary(step: RecordedStep) -> Comparison:
+def _vocabulary(step: RecordedStep) -> CheckedQuantity:
     rows, known = step.hf["vocab_size"], len(step.tokenizer.hf_tokenizer)
     concerned, largest = [], -1
     for sequence in step.sequences:
@@ -261,7 +263,7 @@ def _vocabulary(step: RecordedStep) -> Comparison:
     )
 
 
-def _texts(step: RecordedStep) -> Comparison:
+def _texts(step: RecordedStep) -> CheckedQuantity:
     """Check that the graded text is that of the tokens."""
     responses = _single(step)
     name = "text that was graded"

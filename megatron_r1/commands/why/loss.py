@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
+from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, CheckedQuantity, not_checked
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.commands.why.substitutions import substitutions
 from megatron_r1.reporting.wording import format_number as number
@@ -47,7 +47,7 @@ SOURCE = {"float32": "measured (docs/why.md), with a margin", "bfloat16": "a cho
 METRICS = ("loss", "kl", "entropy", "clip_fraction", "ratio/max", "importance", "grad_norm")
 
 
-def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
     """Return the comparisons of the loss and its metrics.
 
     Args:
@@ -86,7 +86,7 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison
         name, compared = "cause of the change of the weights", "updates with one thing substituted"
         size = base.update or math.nan
         source = SOURCE[step.run_config.model.dtype]
-        cause = Comparison("optimizer", name, DEPARTS, compared, size, tolerance, source, what)
+        cause = CheckedQuantity("optimizer", name, DEPARTS, compared, size, tolerance, source, what)
         return [*comparisons, replace(cause, remedy=substitution.change)]
     named = replace(departing, reason=what, remedy=substitution.change)
     return [named if each is departing else each for each in comparisons]
@@ -109,11 +109,11 @@ def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float
     return max(relative, ABSOLUTE[dtype].get(name, 0.0))
 
 
-def _metric(step: RecordedStep, name: str, made: RecomputedUpdates) -> Comparison:
+def _metric(step: RecordedStep, name: str, made: RecomputedUpdates) -> CheckedQuantity:
     own, logged = made.metrics[name], step.line[name]
     limit = _limit(step, name, made.metrics)
     distance = math.inf if logged is None else abs(float(logged) - own)
-    return Comparison(
+    return CheckedQuantity(
         LOSS,
         name,
         EQUAL if distance <= limit else DEPARTS,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
+from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, CheckedQuantity, not_checked
 from megatron_r1.commands.why.loss import SOURCE, moments_depart, moments_limit, update_limit
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.reporting.wording import format_number as number
@@ -29,12 +29,12 @@ LARGEST_STEP = 10.0
 β1 and β2, by Cauchy and Schwarz, and more where moments are lost."""
 
 
-def check_rates(step: RecordedStep) -> list[Comparison]:
+def check_rates(step: RecordedStep) -> list[CheckedQuantity]:
     """Return the comparisons of the schedule, from metrics.jsonl alone."""
     return [_rate(step), _count(step), _taken(step)]
 
 
-def _rate(step: RecordedStep) -> Comparison:
+def _rate(step: RecordedStep) -> CheckedQuantity:
     name, logged = "learning rate", step.line.get("learning_rate")
     if not isinstance(logged, int | float):
         return not_checked(SCHEDULE, name, "metrics.jsonl has no learning_rate")
@@ -46,7 +46,7 @@ def _rate(step: RecordedStep) -> Comparison:
     reason = f"learning_rate is {logged:g} in metrics.jsonl, the schedule says {own:g}"
     if settings.warmup and logged < own:
         reason += ": as if still in warm-up"
-    return Comparison(
+    return CheckedQuantity(
         SCHEDULE,
         name,
         EQUAL if distance <= RATE else DEPARTS,
@@ -60,12 +60,12 @@ def _rate(step: RecordedStep) -> Comparison:
     )
 
 
-def _count(step: RecordedStep) -> Comparison:
+def _count(step: RecordedStep) -> CheckedQuantity:
     name, logged = "number of updates", step.line.get("optimizer_step")
     if not isinstance(logged, int):
         return not_checked(SCHEDULE, name, "metrics.jsonl has no optimizer_step")
     own = step.updates_after(step.step)
-    return Comparison(
+    return CheckedQuantity(
         SCHEDULE,
         name,
         EQUAL if own == logged else DEPARTS,
@@ -78,13 +78,13 @@ def _count(step: RecordedStep) -> Comparison:
     )
 
 
-def _taken(step: RecordedStep) -> Comparison:
+def _taken(step: RecordedStep) -> CheckedQuantity:
     name, logged = "updates taken", step.line.get("step_taken")
     norm = step.line.get("grad_norm")
     if not isinstance(logged, int | float):
         return not_checked(FAMILY, name, "metrics.jsonl has no step_taken")
     is_finite = isinstance(norm, int | float) and math.isfinite(norm)
-    return Comparison(
+    return CheckedQuantity(
         FAMILY,
         name,
         EQUAL if logged == 1 and is_finite else DEPARTS,
@@ -99,7 +99,7 @@ def _taken(step: RecordedStep) -> Comparison:
     )
 
 
-def check_states(step: RecordedStep) -> list[Comparison]:
+def check_states(step: RecordedStep) -> list[CheckedQuantity]:
     """Return the comparisons of the checkpoints' tensors and counters."""
     from megatron_r1.commands.why import stored
 
@@ -119,13 +119,13 @@ def check_states(step: RecordedStep) -> list[Comparison]:
     return comparisons
 
 
-def _finite(which: str, path: Path) -> Comparison:
+def _finite(when: str, path: Path) -> CheckedQuantity:
     from megatron_r1.commands.why import stored
 
     bad = stored.not_finite(path)
-    return Comparison(
-        WHERE[which],
-        f"numbers of the checkpoint {which}",
+    return CheckedQuantity(
+        WHERE[when],
+        f"numbers of the checkpoint {when}",
         DEPARTS if bad else EQUAL,
         f"every tensor of {path.name} is finite",
         float(len(bad)),
@@ -136,16 +136,16 @@ def _finite(which: str, path: Path) -> Comparison:
     )
 
 
-def _counters(step: RecordedStep, which: str, path: Path) -> Comparison:
+def _counters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
     from megatron_r1.commands.why import policy_model
 
-    name = f"Adam's counter {which}"
+    name = f"Adam's counter {when}"
     counted = policy_model.read_state(path)
-    own = step.updates_after(step.step - (which == "before"))
+    own = step.updates_after(step.step - (when == "before"))
     if counted is None:
-        return not_checked(WHERE[which], name, f"{path.name} has none")
-    return Comparison(
-        WHERE[which],
+        return not_checked(WHERE[when], name, f"{path.name} has none")
+    return CheckedQuantity(
+        WHERE[when],
         name,
         EQUAL if counted == own else DEPARTS,
         f"{counted:,} of {path.name} with {own:,} updates",
@@ -158,18 +158,18 @@ def _counters(step: RecordedStep, which: str, path: Path) -> Comparison:
     )
 
 
-def _moments(step: RecordedStep, which: str, path: Path) -> Comparison:
+def _moments(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
     from megatron_r1.commands.why import stored
 
-    name = f"Adam's moments {which}"
-    if not step.updates_after(step.step - (which == "before")):
-        return not_checked(WHERE[which], name, "no update was made before")
+    name = f"Adam's moments {when}"
+    if not step.updates_after(step.step - (when == "before")):
+        return not_checked(WHERE[when], name, "no update was made before")
     empty, total = stored.empty_moments(path)
     if not total:
-        return not_checked(WHERE[which], name, f"{path.name} has no moments")
+        return not_checked(WHERE[when], name, f"{path.name} has no moments")
     fraction = len(empty) / total
-    return Comparison(
-        WHERE[which],
+    return CheckedQuantity(
+        WHERE[when],
         name,
         DEPARTS if fraction > 0.5 else EQUAL,
         f"{total - len(empty):,} of {total:,} second moments of {path.name} are not all zero",
@@ -183,16 +183,16 @@ def _moments(step: RecordedStep, which: str, path: Path) -> Comparison:
     )
 
 
-def _masters(step: RecordedStep, which: str, path: Path) -> Comparison:
+def _masters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
     from megatron_r1.commands.why import stored
 
-    name = f"master weights {which}"
+    name = f"master weights {when}"
     worst, distance = stored.masters_apart(path)
     tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
     if not worst:
-        return not_checked(WHERE[which], name, f"{path.name} has none")
-    return Comparison(
-        WHERE[which],
+        return not_checked(WHERE[when], name, f"{path.name} has none")
+    return CheckedQuantity(
+        WHERE[when],
         name,
         EQUAL if distance <= tolerance else DEPARTS,
         f"weights of {path.name} with the optimizer's",
@@ -204,7 +204,7 @@ def _masters(step: RecordedStep, which: str, path: Path) -> Comparison:
     )
 
 
-def _tied(step: RecordedStep) -> Comparison:
+def _tied(step: RecordedStep) -> CheckedQuantity:
     """Check that a tied head is the embedding in the checkpoints."""
     from megatron_r1.commands.why import stored
 
@@ -215,7 +215,7 @@ def _tied(step: RecordedStep) -> Comparison:
     if path is None or not (path / ".metadata").is_file():
         return not_checked(BEFORE, name, "there is no checkpoint")
     distance = stored.head_from_embedding(path)
-    return Comparison(
+    return CheckedQuantity(
         BEFORE,
         name,
         EQUAL if not distance else DEPARTS,
@@ -228,13 +228,13 @@ def _tied(step: RecordedStep) -> Comparison:
     )
 
 
-def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Comparison:
+def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> CheckedQuantity:
     """Check that the weights moved, and not further than Adam can."""
     rates = step.learning_rates
     limit = LARGEST_STEP * sum(rates)
     rate = max(rates)
     is_still = largest == 0 and rate > 0 and bool(step.line.get("grad_norm"))
-    return Comparison(
+    return CheckedQuantity(
         FAMILY,
         "size of the change",
         DEPARTS if is_still or largest > limit else EQUAL,
@@ -253,7 +253,7 @@ def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Compa
     )
 
 
-def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+def check_update(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
     """Return the comparisons of the change of the weights, and of Adam's moments, with those that
     were recomputed.
 
@@ -265,14 +265,14 @@ def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Comparis
     return [replace(each, remedy=f"{each.remedy}{recomputed.left_out}") for each in made]
 
 
-def _change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
+def _change(step: RecordedStep, base: RecomputedUpdates) -> CheckedQuantity:
     name = "change of the weights"
     if base.update is None:
         return not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")
     tolerance = update_limit(step)
     worst = ", ".join(f"{key} {percent(value)}" for key, value in base.by_parameter[:3])
     odd = [key for key, value in base.by_parameter if value > max(tolerance, ODD)]
-    return Comparison(
+    return CheckedQuantity(
         FAMILY,
         name,
         EQUAL if base.update <= tolerance and not odd else DEPARTS,
@@ -286,11 +286,11 @@ def _change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     )
 
 
-def _moments_made(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
+def _moments_made(step: RecordedStep, base: RecomputedUpdates) -> CheckedQuantity:
     name = "change of Adam's moments"
     if base.moments is None:
         return not_checked(FAMILY, name, f"no checkpoint of step {step.step} has them")
-    return Comparison(
+    return CheckedQuantity(
         FAMILY,
         name,
         DEPARTS if moments_depart(step, base) else EQUAL,

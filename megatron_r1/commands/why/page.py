@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.why.comparison import NOT_CHECKED, Comparison, Report, ResponseIndex
+from megatron_r1.commands.why.comparison import NOT_CHECKED, CheckedQuantity, Report, ResponseIndex
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.reporting import plots
 from megatron_r1.reporting.plots import render_page
@@ -44,7 +44,7 @@ def write(report: Report, step: RecordedStep) -> Path:
     return atomic_write(step.folder.path / "why.html", html)
 
 
-def _row(comparison: Comparison) -> dict[str, str]:
+def _row(comparison: CheckedQuantity) -> dict[str, str]:
     """Return the cells of a check."""
     is_left_out = comparison.status == NOT_CHECKED
     what = comparison.reason if comparison.departs or is_left_out else comparison.compared
@@ -90,21 +90,21 @@ def _worst(report: Report, step: RecordedStep) -> list[ResponseIndex]:
     if comparison is None:
         return []
 
-    def size(which: ResponseIndex) -> float:
-        advantage = step.advantages[which[0]][which[1]]
+    def size(index: ResponseIndex) -> float:
+        advantage = step.advantages[index[0]][index[1]]
         return 0.0 if math.isnan(advantage) else abs(advantage)
 
     return sorted(comparison.concerned, key=size, reverse=True)[:SHOWN]
 
 
-def _response(step: RecordedStep, which: ResponseIndex) -> dict[str, Any]:
-    graded = step.responses[which]
-    group = step.groups[which[0]]
+def _response(step: RecordedStep, index: ResponseIndex) -> dict[str, Any]:
+    graded = step.responses[index]
+    group = step.groups[index[0]]
     prompt = step.tokenizer.hf_tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
     details = [
-        f"group {which[0]}, response {which[1]}",
+        f"group {index[0]}, response {index[1]}",
         f"reward {graded.reward:.3g}",
-        f"advantage {step.advantages[which[0]][which[1]]:.3g}",
+        f"advantage {step.advantages[index[0]][index[1]]:.3g}",
         f"{len(graded.response.token_ids):,} tokens",
         graded.response.finish_reason,
         graded.response.engine,

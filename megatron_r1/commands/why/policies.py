@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_r1.commands.compare.records import ROUNDING
-from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
+from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, CheckedQuantity, not_checked
 from megatron_r1.commands.why.recorded import RecordedStep, weights_after
 from megatron_r1.reporting.wording import format_number as number
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 POLICIES = "log-probabilities"
 
 
-def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
     """Return the comparisons of the trainer's log-probabilities and of its reference."""
     return [_trainer(step, recomputed), _reference(step, recomputed)]
 
 
-def _trainer(step: RecordedStep, recomputed: Recomputation) -> Comparison:
+def _trainer(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
     """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
     name = "old policy of the trainer"
     logged = step.line.get("logprob_diff/mean")
@@ -48,7 +48,7 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> Comparison:
         "rollout.temperature in rl.schedule, model.fusions, fp8, parallel; megatron-r1 "
         "check-model with this layout",
     )
-    return Comparison(
+    return CheckedQuantity(
         POLICIES,
         name,
         DEPARTS if departs else EQUAL,
@@ -159,7 +159,7 @@ def last_refresh(step: RecordedStep) -> int:
     return found
 
 
-def _reference(step: RecordedStep, recomputed: Recomputation) -> Comparison:
+def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
     """Compare the checkpoint's reference with the weights that the settings make it."""
     name = "reference policy"
     if not step.config.rl.kl_beta:
@@ -180,7 +180,7 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     own = recomputed.model(before, policy_model.REFERENCE)
     distance = _apart(own, recomputed.model(expected))
     if distance <= ROUNDING["float32"]:
-        return Comparison(
+        return CheckedQuantity(
             POLICIES,
             name,
             EQUAL,
@@ -197,7 +197,7 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> Comparison:
             what = "it was not refreshed" if other < refreshed else "it was refreshed too often"
             reason += f": {what}, it is the weights after step {other}"
             break
-    return Comparison(
+    return CheckedQuantity(
         POLICIES,
         name,
         DEPARTS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_r1.commands.compare.records import ROUNDING
-from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
+from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, CheckedQuantity, not_checked
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.reporting.wording import format_number as number
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 FAMILY = "push"
 
 
-def check_push(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+def check_push(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
     """Return the comparisons of the weights that left the trainer: to engines, and to hf/."""
     return [_probe(step), _export(step, recomputed)]
 
 
-def _probe(step: RecordedStep) -> Comparison:
+def _probe(step: RecordedStep) -> CheckedQuantity:
     name = "probes of the push"
     value = step.line.get("push/probe_diff")
     if not isinstance(value, int | float):
         return not_checked(FAMILY, name, "metrics.jsonl has no push/probe_diff")
     tolerance = 4 * ROUNDING[step.run_config.rollout.dtype]
-    return Comparison(
+    return CheckedQuantity(
         FAMILY,
         name,
         EQUAL if value <= tolerance else DEPARTS,
@@ -39,7 +39,7 @@ def _probe(step: RecordedStep) -> Comparison:
     )
 
 
-def _export(step: RecordedStep, recomputed: Recomputation) -> Comparison:
+def _export(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
     """Compare hf/ with the checkpoint of the last step."""
     name = "exported model"
     if not (step.folder.hf / "config.json").is_file():
@@ -51,7 +51,7 @@ def _export(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     exported = recomputed.model(step.folder.hf)
     distance = policy_model.relative_distance(exported, recomputed.model(step.after))
     tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
-    return Comparison(
+    return CheckedQuantity(
         FAMILY,
         name,
         EQUAL if distance <= tolerance else DEPARTS,

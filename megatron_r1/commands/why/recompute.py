@@ -277,13 +277,13 @@ class Recomputation(PolicyLogprobs):
             raise CannotRecompute("model.mtp: train, and no checkpoint says how gradients were cut")
         norms = (float(logged),) * self.step.config.rl.minibatches
         for _ in range(MOST_FITS):  # a later gradient depends on how the earlier ones were cut
-            made, _ = self._made(Substitution(""), norms)
-            before, norms = norms, self._fitted(made)
+            made, _ = self._make_updates(Substitution(""), norms)
+            before, norms = norms, self._fit_gradient_norms(made)
             if max(abs(a - b) for a, b in zip(before, norms, strict=True)) <= FIT * max(norms):
                 break
         return norms
 
-    def _fitted(self, made: StepUpdates) -> tuple[float, ...]:
+    def _fit_gradient_norms(self, made: StepUpdates) -> tuple[float, ...]:
         """Return the norm of each update's whole gradient with which clipping gives the run's first
         moments, by least squares; 0: it was not clipped."""
         settings = self.step.config.optimizer
@@ -314,23 +314,23 @@ class Recomputation(PolicyLogprobs):
 
         Raises:
             CannotRecompute: as `check_updates`."""
-        return self._made(substitution or Substitution(""))[1]
+        return self._make_updates(substitution or Substitution(""))[1]
 
-    def _made(
+    def _make_updates(
         self, substitution: Substitution, norms: tuple[float, ...] | None = None
     ) -> tuple[StepUpdates, RecomputedUpdates]:
         """Make the updates with one thing substituted; `norms` as of `adam_rules`."""
         self.check_updates()
         rows = self._rows(substitution)
         loss = replace(self.loss_rules(), **dict(substitution.loss))
-        old, reference = self._given(substitution, rows, loss)
+        old, reference = self._old_and_reference_logprobs(substitution, rows, loss)
         rows = with_token_advantages(self.step, rows, old, reference)
-        model = copy.deepcopy(self._trained)
+        model = copy.deepcopy(self._trained_model)
         if substitution.head_is_apart:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         made = StepUpdates(
             model,
-            None if substitution.without_moments else self._with_head(substitution),
+            None if substitution.without_moments else self._substituted_moments(substitution),
             0 if substitution.without_moments else self.num_updates,
             rows,
             old,
@@ -349,7 +349,7 @@ class Recomputation(PolicyLogprobs):
             del metrics["grad_norm"]  # of a gradient that was not clipped the norm is not known
         change, by_parameter = self._compare(model, made.adam)
         return made, RecomputedUpdates(
-            metrics, terms, signed, change, by_parameter, self._moments_apart(made.adam)
+            metrics, terms, signed, change, by_parameter, self._moment_distance(made.adam)
         )
 
     def _rows(self, substitution: Substitution) -> list[Row]:
@@ -364,7 +364,7 @@ class Recomputation(PolicyLogprobs):
             rows = [_with_prompt(row) for row in rows]
         return rows
 
-    def _given(
+    def _old_and_reference_logprobs(
         self, substitution: Substitution, rows: Sequence[Row], loss: LossRules
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Return log-probabilities of the rows under old policy and reference."""
@@ -385,7 +385,7 @@ class Recomputation(PolicyLogprobs):
         model = self.model(self._before, policy_model.REFERENCE)
         return old, policy_model.logprobs(model, rows, [loss.temperature])[0]
 
-    def _with_head(self, substitution: Substitution) -> tuple[Moments, Moments] | None:
+    def _substituted_moments(self, substitution: Substitution) -> tuple[Moments, Moments] | None:
         """Return the moments, those of the embedding for a head that is a tensor of its own."""
         if not substitution.head_is_apart or self._moments is None:
             return self._moments
@@ -399,13 +399,13 @@ class Recomputation(PolicyLogprobs):
         return [made[0]] * len(made) if substitution.repeats_first else made
 
     @cached_property
-    def _base(self) -> tuple[StepUpdates, RecomputedUpdates]:
-        return self._made(Substitution(""))
+    def _unsubstituted_updates(self) -> tuple[StepUpdates, RecomputedUpdates]:
+        return self._make_updates(Substitution(""))
 
     @property
     def base(self) -> RecomputedUpdates:
         """The updates as the settings say."""
-        return self._base[1]
+        return self._unsubstituted_updates[1]
 
     @cached_property
     def evidence(self) -> Evidence:
@@ -417,8 +417,8 @@ class Recomputation(PolicyLogprobs):
         }
         if after is None:
             return Evidence(**about)
-        begin, last = dict(self._trained.named_parameters()), dict(after.named_parameters())
-        own = dict(self._base[0].model.named_parameters())
+        begin, last = dict(self._trained_model.named_parameters()), dict(after.named_parameters())
+        own = dict(self._unsubstituted_updates[0].model.named_parameters())
         changes = [(last[name] - each, own[name] - each) for name, each in begin.items()]
         if self._first_after is None:
             return Evidence(_multiple(changes), **about)
@@ -427,7 +427,7 @@ class Recomputation(PolicyLogprobs):
         gradients = {
             name: tuple(
                 each[name] - left * before.get(name, torch.zeros(()))
-                for each in (self._first_after, self._base[0].adam.first)
+                for each in (self._first_after, self._unsubstituted_updates[0].adam.first)
             )
             for name in begin
         }
@@ -445,7 +445,7 @@ class Recomputation(PolicyLogprobs):
         Args:
             substitution: what is substituted.
             logged: the step's line of metrics.jsonl."""
-        made, base = self._base
+        made, base = self._unsubstituted_updates
         is_of_loss = bool(substitution.loss or substitution.advantages is not None)
         is_of_adam = bool(substitution.adam or substitution.without_moments)
         known = {
@@ -487,7 +487,7 @@ class Recomputation(PolicyLogprobs):
 
     def _estimated_change(self, made: StepUpdates, substitution: Substitution) -> float:
         """Return the distance of the change that Adam makes of the gradients of `base`."""
-        model = copy.deepcopy(self._trained)
+        model = copy.deepcopy(self._trained_model)
         parameters = dict(model.named_parameters())
         lost = substitution.without_moments
         adam = Adam(parameters, None if lost else self._moments, 0 if lost else self.num_updates)
@@ -497,10 +497,10 @@ class Recomputation(PolicyLogprobs):
                 adam.forget()
             adam.step(trace.gradients, rules, index)
         change, _ = self._compare(model, adam)
-        return max(change or 0.0, self._moments_apart(adam) or 0.0)
+        return max(change or 0.0, self._moment_distance(adam) or 0.0)
 
     @cached_property
-    def _trained(self) -> Any:
+    def _trained_model(self) -> Any:
         """What the optimizer changes: the policy, of 16 bits its master weights."""
         if self.step.run_config.model.dtype == "float32" or self._is_begin:
             return self.policy
@@ -527,7 +527,7 @@ class Recomputation(PolicyLogprobs):
         return None if self._both_after is None else self._both_after[0]
 
     @torch.no_grad()
-    def _moments_apart(self, adam: Adam) -> float | None:
+    def _moment_distance(self, adam: Adam) -> float | None:
         if self._both_after is None:
             return None
         ratios = []
@@ -542,7 +542,7 @@ class Recomputation(PolicyLogprobs):
     def _compare(self, model: Any, adam: Adam) -> tuple[float | None, list[tuple[str, float]]]:
         if self._model_after is None:
             return None, []
-        found = policy_model.distances(model, self._model_after, self._trained, adam.second)
+        found = policy_model.distances(model, self._model_after, self._trained_model, adam.second)
         apart = sum(gap**2 for gap, _ in found.values()) ** 0.5
         moved = sum(change**2 for _, change in found.values()) ** 0.5
         by_name = {

@@ -265,9 +265,9 @@ class RecordedStep:
         weight, where the weight is that of `rl.loss_average`. NaN where no response has an
         advantage."""
 
-        def weight(which: ResponseIndex) -> float:
-            advantage = self.advantages[which[0]][which[1]]
-            count = len(self.responses[which].response.token_ids)
+        def weight(index: ResponseIndex) -> float:
+            advantage = self.advantages[index[0]][index[1]]
+            count = len(self.responses[index].response.token_ids)
             by_tokens = self.config.rl.loss_average != "sequence"
             return 0.0 if math.isnan(advantage) else abs(advantage) * (count if by_tokens else 1)
 
@@ -383,10 +383,10 @@ def read_steps(folder: RunFolder, config: Config, steps: Iterable[int]) -> Itera
     prompts, missing = _prompts(folder, config)
     lines = {line["step"]: line for line in folder.read_metrics()}
     for step in steps:
-        yield _read_step(folder, config, lines[step], prompts, missing)
+        yield _read_step_log(folder, config, lines[step], prompts, missing)
 
 
-def _read_step(
+def _read_step_log(
     folder: RunFolder,
     config: Config,
     line: Mapping[str, Any],
@@ -440,7 +440,7 @@ def _trained_on(groups: list[Group], count: int) -> tuple[list[Group], list[Grou
 
 
 def _sequences(
-    which: ResponseIndex, group: Group, graded: GradedResponse, advantage: float
+    index: ResponseIndex, group: Group, graded: GradedResponse, advantage: float
 ) -> Iterator[TokenSequence]:
     response, branches = graded.response, graded.episode.branches if graded.episode else []
     if not branches:
@@ -450,14 +450,14 @@ def _sequences(
         versions, count = np.asarray(response.policy_versions), len(response.token_ids)
         own = advantage if count else math.nan
         kept = _kept(response.sampling_mask, np.ones(count, bool))
-        yield TokenSequence(which, ids, sampled, logprobs, versions, own, count, kept)
+        yield TokenSequence(index, ids, sampled, logprobs, versions, own, count, kept)
         return
     total = sum(branch.num_sampled for branch in branches)
     for branch in branches:
         sampled = np.frombuffer(branch.is_sampled, bool)
         end = int(np.flatnonzero(sampled)[-1]) + 1
         yield TokenSequence(
-            which,
+            index,
             np.asarray(branch.token_ids, np.int32)[:end],
             sampled[:end],
             np.asarray(branch.logprobs, np.float32)[sampled],

@@ -16,7 +16,7 @@ from r1_grading.terms import ACCURACY, call_fields
 from megatron_r1.commands.why.comparison import (
     DEPARTS,
     EQUAL,
-    Comparison,
+    CheckedQuantity,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -44,7 +44,7 @@ ROUNDING = 1e-6
 """Sums of a few float64 numbers."""
 
 
-def check(step: RecordedStep) -> list[Comparison]:
+def check(step: RecordedStep) -> list[CheckedQuantity]:
     """Return the comparisons of a step's rewards."""
     again = _graded(step)
     return [
@@ -56,7 +56,7 @@ def check(step: RecordedStep) -> list[Comparison]:
     ]
 
 
-def _sums(step: RecordedStep) -> Comparison:
+def _sums(step: RecordedStep) -> CheckedQuantity:
     """Check that rewards are the weighted sums of their terms."""
     concerned: list[ResponseIndex] = []
     worst, reason = 0.0, ""
@@ -90,8 +90,8 @@ def _sums(step: RecordedStep) -> Comparison:
     )
 
 
-def _plain_sum(step: RecordedStep, which: ResponseIndex) -> float:
-    terms = step.responses[which].rewards
+def _plain_sum(step: RecordedStep, index: ResponseIndex) -> float:
+    terms = step.responses[index].rewards
     return sum(value for term, value in terms.items() if step.weights.get(term))
 
 
@@ -166,7 +166,7 @@ class _Verdicts:
         return "; ".join(parts)
 
 
-def _second_reader(step: RecordedStep) -> Comparison:
+def _second_reader(step: RecordedStep) -> CheckedQuantity:
     """Compare accuracies with math-verify's, of answers that responses state plainly."""
     name = "math-verify's verdict"
     try:
@@ -251,7 +251,7 @@ def _graded(step: RecordedStep) -> dict[ResponseIndex, Any]:
     return made
 
 
-def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> Comparison:
+def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQuantity:
     """Check that no response has the accuracy of another one of its group.
 
     again: grades by response."""
@@ -290,7 +290,7 @@ def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> Comparison
     )
 
 
-def _graded_again(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> Comparison:
+def _graded_again(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQuantity:
     """Check accuracies with the graders of this version and the run's settings.
 
     again: grades by response."""
@@ -331,7 +331,7 @@ def _call(kind: str, text: str, truth: Any, fields: dict[str, Any], facts: dict[
         return grade(kind, text, truth, **fields)
 
 
-def _metrics(step: RecordedStep) -> list[Comparison]:
+def _metrics(step: RecordedStep) -> list[CheckedQuantity]:
     """Compare means over the logged responses with metrics.jsonl."""
     groups = step.groups + step.passed_over
     responses = all_responses(groups)
@@ -358,7 +358,7 @@ def _metrics(step: RecordedStep) -> list[Comparison]:
     worst = max(gaps, key=lambda name: gaps[name])
     is_equal = gaps[worst] <= ROUNDING * max(1.0, abs(means[worst]))
     return [
-        Comparison(
+        CheckedQuantity(
             FAMILY,
             "metrics of the rollout",
             EQUAL if is_equal else DEPARTS,

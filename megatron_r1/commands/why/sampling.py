@@ -15,7 +15,7 @@ from megatron_r1.commands.compare.records import ROUNDING
 from megatron_r1.commands.why.comparison import (
     DEPARTS,
     EQUAL,
-    Comparison,
+    CheckedQuantity,
     Curve,
     ResponseIndex,
     fraction_comparison,
@@ -53,13 +53,13 @@ OF_EXPERTS = (
 )
 
 
-def check_settings(step: RecordedStep) -> list[Comparison]:
+def check_settings(step: RecordedStep) -> list[CheckedQuantity]:
     """Return the comparisons of what was logged of the sampling."""
     kept = [_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
     return [_settings(step), _limits(step), _versions(step), *kept]
 
 
-def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
     """Return the comparison of the engines' log-probabilities."""
     return [_Gaps(step, recomputed).comparison()]
 
@@ -73,7 +73,7 @@ def departures(recomputed: Recomputation) -> list[Curve]:
     return [Curve("engine against the checkpoint", *gaps.by_position())]
 
 
-def _settings(step: RecordedStep) -> Comparison:
+def _settings(step: RecordedStep) -> CheckedQuantity:
     """Check what the engines were asked for."""
     name = "settings of the engines"
     rollout = step.config.rollout
@@ -126,7 +126,7 @@ def _settings(step: RecordedStep) -> Comparison:
     )
 
 
-def _limits(step: RecordedStep) -> Comparison:
+def _limits(step: RecordedStep) -> CheckedQuantity:
     """Check that responses that were cut off have as many tokens as the limit."""
     rollout = step.config.rollout
     limit = rollout.max_response_tokens
@@ -163,7 +163,7 @@ def _limits(step: RecordedStep) -> Comparison:
     )
 
 
-def _versions(step: RecordedStep) -> Comparison:
+def _versions(step: RecordedStep) -> CheckedQuantity:
     """Check that the policy that sampled is not older than rl.staleness allows."""
     newest = step.step - 1
     oldest = newest - step.config.rl.staleness
@@ -197,7 +197,7 @@ def _versions(step: RecordedStep) -> Comparison:
     )
 
 
-def _kept_tokens(step: RecordedStep) -> Comparison:
+def _kept_tokens(step: RecordedStep) -> CheckedQuantity:
     """Check that every token is among those that its engine kept of the vocabulary."""
     concerned: dict[ResponseIndex, None] = {}
     num_tokens = 0
@@ -231,23 +231,23 @@ class _Gaps:
         self.sequences = [recomputed.sequences[at] for at in recomputed.with_logprobs]
         self.newest = [each.versions == newest for each in self.sequences]
         self.engines = [step.responses[each.response].response.engine for each in self.sequences]
-        self.gaps = self._against(recomputed.old)
+        self.gaps = self._logprob_gaps(recomputed.old)
         # Tokens of earlier versions are an earlier policy's.
         versions = {int(v) for each in self.sequences for v in np.unique(each.versions)}
         for version in sorted(versions - {newest}):
             own = recomputed.after(version)
             if own is not None:
-                self._fill(version, own)
+                self._fill_version_gaps(version, own)
         self.tolerance = ROUNDING[step.run_config.rollout.dtype]
 
-    def _against(self, own: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _logprob_gaps(self, own: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return engine's - own log-probability of the newest version's tokens, else NaN."""
         return [
             np.where(is_newest, each.logprobs - mine, np.nan)
             for each, mine, is_newest in zip(self.sequences, own, self.newest, strict=True)
         ]
 
-    def _fill(self, version: int, own: Sequence[np.ndarray]) -> None:
+    def _fill_version_gaps(self, version: int, own: Sequence[np.ndarray]) -> None:
         """Put the differences of another version's tokens into `gaps`."""
         for gap, each, mine in zip(self.gaps, self.sequences, own, strict=True):
             chosen = each.versions == version
@@ -273,7 +273,7 @@ class _Gaps:
                 values.append(float(own.mean()))
         return positions, values
 
-    def comparison(self) -> Comparison:
+    def comparison(self) -> CheckedQuantity:
         whole = np.concatenate(self.gaps) if self.gaps else np.empty(0)
         known = whole[~np.isnan(whole)]
         name = "engines' log-probabilities"
@@ -289,7 +289,7 @@ class _Gaps:
         affected = [self.mean([gap]) > self.tolerance for gap in self.gaps]
         explained = self._explanation(distance)
         if explained is None and distance <= self.tolerance and not self._one_engine():
-            return Comparison(
+            return CheckedQuantity(
                 FAMILY, name, EQUAL, compared, distance, self.tolerance, TOLERANCE_SOURCE
             )
         reason, remedy = explained or (
@@ -301,7 +301,7 @@ class _Gaps:
         concerned = dict.fromkeys(
             each.response for each, is_one in zip(self.sequences, affected, strict=True) if is_one
         )
-        return Comparison(
+        return CheckedQuantity(
             FAMILY,
             name,
             DEPARTS,
@@ -334,25 +334,25 @@ class _Gaps:
     def _explanation(self, distance: float) -> tuple[str, str] | None:
         """Return what explains the distance, and the remedy; None where nothing does."""
         tests: tuple[Callable[[float], tuple[str, str] | None], ...] = (
-            self._stale,
+            self._explain_by_stale_weights,
             self._router_bias,
             self._temperature,
             self._shifted,
             self._renormalized,
             self._expert,
-            self._rounding,
+            self._explain_by_rounding,
         )
         if distance <= self.tolerance / 16 and not self._one_engine():
             return None
         return next((found for test in tests if (found := test(distance))), None)
 
-    def _stale(self, distance: float) -> tuple[str, str] | None:
+    def _explain_by_stale_weights(self, distance: float) -> tuple[str, str] | None:
         """Try the weights of earlier versions, engine by engine."""
         found = [
             (better[1], version, better)
             for version in self._earlier
             if (own := self.recomputed.after(version)) is not None
-            and (better := self._better(self._against(own))) is not None
+            and (better := self._better_explanation(self._logprob_gaps(own))) is not None
         ]
         if not found:
             return None
@@ -390,7 +390,7 @@ class _Gaps:
         """Try the log-probabilities of the token before, and of the one after."""
         for away, which in ((1, "after"), (-1, "before")):
             own = [np.roll(each, -away) for each in self.recomputed.old]
-            gaps = self._against(own)
+            gaps = self._logprob_gaps(own)
             for gap in gaps:
                 gap[-1 if away > 0 else 0 : None if away > 0 else 1] = np.nan
             mean = self.mean(gaps)
@@ -403,7 +403,7 @@ class _Gaps:
                 )
         return None
 
-    def _rounding(self, distance: float) -> tuple[str, str] | None:
+    def _explain_by_rounding(self, distance: float) -> tuple[str, str] | None:
         """Compare the size of the differences with what bfloat16 makes of transformers."""
         if self.step.config.rollout.dtype != "float32" or distance <= self.tolerance:
             return None
@@ -421,7 +421,7 @@ class _Gaps:
     def _router_bias(self, distance: float) -> tuple[str, str] | None:
         """Try routers without the bias that balances their experts."""
         own = self.recomputed.without_router_bias()
-        found = None if own is None else self._better(self._against(own))
+        found = None if own is None else self._better_explanation(self._logprob_gaps(own))
         if found is None:
             return None
         who, then, now = found
@@ -432,7 +432,7 @@ class _Gaps:
             "model.expert_bias_update_rate",
         )
 
-    def _better(self, gaps: Sequence[np.ndarray]) -> tuple[str, float, float] | None:
+    def _better_explanation(self, gaps: Sequence[np.ndarray]) -> tuple[str, float, float] | None:
         """Return the first engine whose differences others explain: its name, their mean and that
         of its own; None where they explain no engine's."""
         for name in sorted(set(self.engines)):
@@ -462,7 +462,7 @@ class _Gaps:
         and that mean."""
         own = self.recomputed.temperature
         tried = self.recomputed.at_temperatures([own * scale for scale in scales])
-        means = [self.mean(self._against(one)) for one in tried]
+        means = [self.mean(self._logprob_gaps(one)) for one in tried]
         best = int(np.argmin(np.nan_to_num(means, nan=np.inf)))
         return scales[best], means[best]
 
@@ -492,7 +492,7 @@ class _Gaps:
                 return found
         for layer, one, other in self._pairs(ranked):
             made = self.recomputed.with_experts(layer, {one: other, other: one})
-            if (better := self._better(self._against(made))) is not None:
+            if (better := self._better_explanation(self._logprob_gaps(made))) is not None:
                 return (
                     f"experts {min(one, other)} and {max(one, other)} of {_layer(layer)} are "
                     f"exchanged in {better[0]}: mean |Δ| {number(better[1])} against "
@@ -547,7 +547,7 @@ class _Gaps:
             (better[1], version, better)
             for version in self._earlier
             if (made := self.recomputed.with_old_expert(layer, expert, version)) is not None
-            and (better := self._better(self._against(made))) is not None
+            and (better := self._better_explanation(self._logprob_gaps(made))) is not None
         ]
         if not found:
             return None

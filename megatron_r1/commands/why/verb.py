@@ -22,7 +22,7 @@ from megatron_r1.commands.why import files, loss, optimizer, page, policies, pus
 from megatron_r1.commands.why.comparison import (
     NOT_CHECKED,
     CannotRecompute,
-    Comparison,
+    CheckedQuantity,
     Report,
     not_checked,
 )
@@ -44,8 +44,8 @@ ARGUMENTS = ("RUN",)
 SETTINGS = ()
 OPTIONS = {"step": "N", "json": "FILE"}
 
-Check = Callable[[RecordedStep], list[Comparison]]
-WeightCheck = Callable[[RecordedStep, "Recomputation"], list[Comparison]]
+Check = Callable[[RecordedStep], list[CheckedQuantity]]
+WeightCheck = Callable[[RecordedStep, "Recomputation"], list[CheckedQuantity]]
 
 
 def run(config: Config, run: str, step: str | None = None, json: str | None = None) -> None:
@@ -109,7 +109,9 @@ def examine(step: RecordedStep) -> Report:
     return report
 
 
-def _comparisons(family: str, name: str, check: Callable[[], list[Comparison]]) -> list[Comparison]:
+def _comparisons(
+    family: str, name: str, check: Callable[[], list[CheckedQuantity]]
+) -> list[CheckedQuantity]:
     """Return what a check finds, or why it could not be made."""
     try:
         return check()

@@ -180,7 +180,7 @@ class RolloutCollector:
             if restored:
                 prompt_ids = restored.prompt_ids
             else:
-                prompt_ids = self.tokenizer.encode(prompt.question, prompt.before)
+                prompt_ids = self.tokenizer.encode(prompt.question, prompt.messages_before)
             begun.append((at, prompt, prompt_ids, restored))
             await asyncio.sleep(0)  # hundreds at once would block the event loop
         try:

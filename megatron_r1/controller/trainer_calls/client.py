@@ -28,11 +28,11 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.trainer.operations import (
     LOAD,
     STOP,
-    Call,
     ModelOperations,
     ProbingOperations,
+    RankCall,
     RankDescription,
-    Reply,
+    RankReply,
     needs_parameters,
 )
 from megatron_r1.trainer.training_sample import Buffer, ReplicaSamples, Sample, encode_samples
@@ -363,7 +363,7 @@ class TrainerClient:
             assert not self.is_offloaded(), f"{operation}: engines compute in the weights' memory"
         if not self.ranks:
             raise TrainerLost(f"the ranks are starting again, and cannot be asked for {operation}")
-        call = msgspec.msgpack.encode(Call(operation, arguments or {}))
+        call = msgspec.msgpack.encode(RankCall(operation, arguments or {}))
         for rank, description in enumerate(self.ranks):
             if rank % CALLS_PER_YIELD == 0:
                 await asyncio.sleep(0)
@@ -410,7 +410,7 @@ class TrainerClient:
             self.pending_call = None
         return [replies[rank] for rank in range(count)]
 
-    async def _fail(self, reply: Reply, operation: str) -> NoReturn:
+    async def _fail(self, reply: RankReply, operation: str) -> NoReturn:
         """Raise the error of `reply` to a call of `operation`, or, if another rank was killed, that
         cause of the error."""
         assert reply.error is not None

@@ -23,8 +23,8 @@ from megatron_r1.config import Config
 from megatron_r1.engines.server import gpu
 from megatron_r1.trainer.operations import (
     MONITOR,
+    RankReply,
     RankStatus,
-    Reply,
     monitor_identity,
     rank_identity,
 )
@@ -176,7 +176,7 @@ class RankSocket:
         self._socket.bind(bind)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._requests = itertools.count(1)
-        self._replies: asyncio.Queue[Reply] = asyncio.Queue()
+        self._replies: asyncio.Queue[RankReply] = asyncio.Queue()
         self._statuses: dict[int, RankStatus] = {}
         self._status_arrived = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
@@ -195,7 +195,7 @@ class RankSocket:
         """
         await self._socket.send_multipart([rank_identity(rank), call, *share], copy=not share)
 
-    async def reply(self, within_seconds: float) -> Reply | None:
+    async def reply(self, within_seconds: float) -> RankReply | None:
         """Return the next reply of any rank; None when there is none in time."""
         self._start_reading()
         try:
@@ -243,7 +243,7 @@ class RankSocket:
             self._reader.result()
 
     async def _receive(self) -> None:
-        decode_reply = msgspec.msgpack.Decoder(Reply).decode
+        decode_reply = msgspec.msgpack.Decoder(RankReply).decode
         decode_status = msgspec.msgpack.Decoder(RankStatus).decode
         while True:
             sender, payload = await self._socket.recv_multipart()

@@ -130,7 +130,7 @@ class Affinity:
 
 
 @dataclass
-class Work:
+class DispatchedRequest:
     """One group to sample, or one sequence to score.
 
     Attributes:
@@ -155,7 +155,7 @@ class Work:
         return PROMPT_TOKEN_COST * self.prompt_tokens + self.num_sequences * self.expected.mean
 
     @property
-    def occupied(self) -> float:
+    def mean_occupied_slots(self) -> float:
         """Return the mean number of sequences this group keeps in an engine until its last response
         ends."""
         if not self.expected.num_groups:
@@ -177,7 +177,7 @@ class Dispatcher:
     def __init__(self, capacity: int) -> None:
         self.limit = capacity * (1 + QUEUED_FRACTION)
         self.engines: list[Engine] = []
-        self._waiting: list[tuple[Priority, Work, asyncio.Future[Engine]]] = []
+        self._waiting: list[tuple[Priority, DispatchedRequest, asyncio.Future[Engine]]] = []
         self._arrivals = itertools.count()
         self._is_scheduled = False
 
@@ -186,7 +186,7 @@ class Dispatcher:
         self.engines = list(engines)
         self._schedule()
 
-    async def acquire(self, work: Work) -> Engine:
+    async def acquire(self, work: DispatchedRequest) -> Engine:
         """Wait until an engine is assigned to `work`, and return the engine; `release` it after
         use.
 
@@ -205,10 +205,10 @@ class Dispatcher:
                 self.release(future.result(), work)
             raise
 
-    def release(self, engine: Engine, work: Work) -> None:
+    def release(self, engine: Engine, work: DispatchedRequest) -> None:
         """Record that `engine` is no longer busy with `work`."""
         engine.num_running -= work.num_sequences
-        engine.num_occupied -= work.occupied
+        engine.num_occupied -= work.mean_occupied_slots
         engine.tokens_expected -= work.tokens
         self._schedule()
 
@@ -242,13 +242,13 @@ class Dispatcher:
             if work.affinity is not None:
                 work.affinity.record_engine(engine)
             engine.num_running += work.num_sequences
-            engine.num_occupied += work.occupied
+            engine.num_occupied += work.mean_occupied_slots
             engine.tokens_expected += work.tokens
             future.set_result(engine)
         for entry in passed:
             heapq.heappush(self._waiting, entry)
 
-    def _engine_for(self, work: Work) -> Engine | None:
+    def _engine_for(self, work: DispatchedRequest) -> Engine | None:
         """Return the least loaded engine with room; None if there is none. An engine that failed
         at `work` is returned only if there are no other engines. The engine that has the prompt in
         its cache counts as less loaded by the cost of the prompt."""

@@ -19,12 +19,12 @@ from typing import Any, Self, TypeVar
 
 from megatron_r1.engines.fleet.dispatch import (
     Affinity,
+    DispatchedRequest,
     Dispatcher,
     ExpectedLength,
     ExpectedLengths,
     FleetState,
     Notify,
-    Work,
 )
 from megatron_r1.engines.fleet.engine import Engine, MakeServer, ServedGroup
 from megatron_r1.engines.fleet.recovery import EngineReplacer
@@ -88,7 +88,7 @@ class RequestRetries:
 
     async def run(
         self,
-        work: Work,
+        work: DispatchedRequest,
         call: Callable[[EngineClient], Coroutine[Any, Any, T]],
         lengths: Callable[[T], list[int]],
     ) -> T:
@@ -285,7 +285,7 @@ class RolloutFleet:
 
         async def sample(count: int) -> list[Response]:
             return await self.retries.run(
-                Work(count, num_prompt_tokens, expected, order, affinity=affinity),
+                DispatchedRequest(count, num_prompt_tokens, expected, order, affinity=affinity),
                 lambda client: client.generate(prompt_token_ids, n=count, **sampling),
                 _lengths,
             )
@@ -316,7 +316,7 @@ class RolloutFleet:
             EngineError: as `generate`.
         """
         return await self.retries.run(
-            Work(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),
+            DispatchedRequest(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),
             lambda client: client.compute_logprobs(token_ids, first),
             lambda logprobs: [len(logprobs)],
         )

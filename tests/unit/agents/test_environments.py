@@ -18,7 +18,7 @@ from waiting import until
 from megatron_r1.agents import environment, environment_pool, environment_server
 from megatron_r1.agents.environment import Description, describe
 from megatron_r1.agents.environment_pool import (
-    CallTimedOut,
+    CallExceededTime,
     EnvironmentFault,
     EnvironmentProcess,
     Environments,
@@ -198,7 +198,7 @@ def test_a_method_that_cannot_be_interrupted_ends_its_own_episode_only():
             await other.reset({"question": "?"})
             stuck = asyncio.create_task(game.call("stuck", {}, 0.3))
             assert not (await other.call("add", {}, LONG)).is_error
-            with pytest.raises(CallTimedOut):
+            with pytest.raises(CallExceededTime):
                 await stuck
             with pytest.raises(EnvironmentFault):
                 await other.call("crash", {}, LONG)
@@ -349,7 +349,7 @@ def test_a_process_whose_reply_is_late_is_not_used_again(monkeypatch):
 
     async def use():
         process = EnvironmentProcess(asyncio.StreamReader(), Sink(), 5.0)
-        with pytest.raises(CallTimedOut):
+        with pytest.raises(CallExceededTime):
             await process.call("sleep", {}, 0.0)
         assert not process.is_reusable
 

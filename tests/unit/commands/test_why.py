@@ -18,7 +18,7 @@ from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands import score_audit
 from megatron_r1.commands.why import files, formulas, loss, optimizer, rewards, sampling
-from megatron_r1.commands.why.comparison import Comparison
+from megatron_r1.commands.why.comparison import CheckedQuantity
 from megatron_r1.commands.why.recompute import Evidence, RecomputedUpdates
 from megatron_r1.commands.why.recorded import (
     RecordedStep,
@@ -85,7 +85,7 @@ class Planted:
         self.groups = [
             Group(
                 prompt,
-                self.tokenizer.encode(prompt.question, prompt.before),
+                self.tokenizer.encode(prompt.question, prompt.messages_before),
                 [
                     self.response(
                         f"<think></think><answer>{int(prompt.truth) + wrong}</answer>", wrong
@@ -146,11 +146,11 @@ def planted(tmp_path) -> Planted:
     return Planted(tmp_path)
 
 
-def checks(step: RecordedStep) -> list[Comparison]:
+def checks(step: RecordedStep) -> list[CheckedQuantity]:
     return [*files.check(step), *sampling.check_settings(step), *rewards.check(step)]
 
 
-def named(step: RecordedStep) -> Comparison:
+def named(step: RecordedStep) -> CheckedQuantity:
     """The first departure, with all that departs in the message of a failure."""
     found = [each for each in checks(step) if each.departs]
     assert found, [str(each) for each in checks(step)]
@@ -196,7 +196,7 @@ def other_template(planted):
     group = planted.groups[1]
     text = group.prompt.question
     planted.groups[1] = replace(group, prompt_ids=planted.tokenizer.hf_tokenizer.encode(text))
-    group.prompt.before.clear()
+    group.prompt.messages_before.clear()
 
 
 def past_the_end(planted):

@@ -12,7 +12,7 @@ from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.roles import PolicyEngines
 from megatron_r1.controller.run_recorder import RunState
-from megatron_r1.controller.session import Checkpointing, Session
+from megatron_r1.controller.session import RunCheckpoints, Session
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server.responses import EngineError
@@ -154,7 +154,7 @@ def checkpointing_of(run, counts):
     sampler = SimpleNamespace(
         prompts=prompts, log=None, collector=SimpleNamespace(pool=pool, teacher=None)
     )
-    return Checkpointing(run, run, sampler), prompts
+    return RunCheckpoints(run, run, sampler), prompts
 
 
 def test_a_resumed_session_draws_the_next_questions_and_goes_on_counting_rewards():
@@ -194,5 +194,5 @@ def test_samples_before_the_oldest_checkpoint_are_deleted(tmp_path, steps, oldes
         folder.mkdir()
         write_manifest(folder)
     run = SimpleNamespace(folder=SimpleNamespace(checkpoints=tmp_path))
-    asyncio.run(Checkpointing(run, None, SimpleNamespace(log=Log())).prune_samples(keep=2))
+    asyncio.run(RunCheckpoints(run, None, SimpleNamespace(log=Log())).prune_samples(keep=2))
     assert pruned == ([] if oldest is None else [oldest])

@@ -73,7 +73,7 @@ def test_columns_can_have_other_names(tmp_path):
 def test_a_system_prompt_in_a_column_stands_before_the_question(tmp_path):
     path = write_lines(tmp_path / "q.jsonl", [{"system": "Be.", "prompt": "1 + 1?", "answer": 2}])
     [prompt] = load_prompts(path=path, heldout_fraction=0.0).train
-    assert prompt.before == [{"role": "system", "content": "Be."}] and prompt.truth == 2
+    assert prompt.messages_before == [{"role": "system", "content": "Be."}] and prompt.truth == 2
 
 
 def test_a_context_joins_the_question_unless_the_recipe_maps_it(tmp_path):

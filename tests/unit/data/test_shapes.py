@@ -65,7 +65,7 @@ def check(split, case):
     left_out = sum(rows.count for rows in report.left_out.values())
     expected = case.get("duplicates", 0), case.get("left_out", 0)
     assert (report.num_duplicates, left_out) == expected
-    assert all(bool(prompt.before) == case.get("system", False) for prompt in prompts)
+    assert all(bool(prompt.messages_before) == case.get("system", False) for prompt in prompts)
     assert all(str(report.source) in prompt.location for prompt in prompts)
 
 
@@ -130,7 +130,7 @@ def test_init_writes_a_recipe_that_its_verb_accepts(model, tmp_path, monkeypatch
     )
     assert f"{len(found)} question" in output and "<|im_start|>user\n" in output
     if SHAPES[name].get("system"):
-        assert found[0].before[0]["content"] in output
+        assert found[0].messages_before[0]["content"] in output
 
 
 def test_files_as_other_programs_write_them(tmp_path):

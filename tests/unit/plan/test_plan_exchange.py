@@ -6,13 +6,18 @@ import pytest
 from planned_jobs import planned, real_job
 
 from megatron_r1.config.hardware import HARDWARE, Assumptions
-from megatron_r1.plan.communication import ExpertExchange, Links, expected_distinct, traffic_by_axis
+from megatron_r1.plan.communication import (
+    EngineInterconnect,
+    ExpertExchange,
+    expected_distinct,
+    traffic_by_axis,
+)
 from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.rollout import RolloutTime, exchange_section
 
 H800 = HARDWARE["H800"]
 WHOLE = replace(Assumptions(), link_efficiency=1.0)
-LINKS = Links(H800, WHOLE)
+LINKS = EngineInterconnect(H800, WHOLE)
 
 
 def v3(ranks: int, value: int = 1) -> ExpertExchange:
@@ -72,9 +77,9 @@ def test_a_sum_over_tensor_ranks_goes_along_nccl_s_tree():
     assert LINKS.all_reduce(8, 0) == pytest.approx((6.8 + 2 * 7 * 0.6) * 1e-6)
     four_nodes = (6.8 + 2 * (7 * 0.6 + 2 * 5.0)) * 1e-6
     assert LINKS.all_reduce(32, 0) == pytest.approx(four_nodes)
-    assert Links(H800, replace(WHOLE, link_efficiency=0.5)).all_reduce(8, 1e9) == pytest.approx(
-        (14 + 2 * 7 * 1.25) * 1e-6 + 2 * 1e9 / (0.92 * 100e9)
-    )
+    assert EngineInterconnect(H800, replace(WHOLE, link_efficiency=0.5)).all_reduce(
+        8, 1e9
+    ) == pytest.approx((14 + 2 * 7 * 1.25) * 1e-6 + 2 * 1e9 / (0.92 * 100e9))
 
 
 def test_a_bill_shows_every_backend_and_engines_take_the_one_that_is_chosen():

@@ -5,11 +5,11 @@ import pytest
 
 from megatron_r1.config.algorithms import EngineMask, TokenSettings
 from megatron_r1.trainer.operations import (
-    Call,
     CheckpointOperations,
     ModelOperations,
     ProbingOperations,
     PushOperations,
+    RankCall,
     operation_names,
 )
 from megatron_r1.trainer.training_sample import Sample
@@ -38,8 +38,8 @@ def run_at_rank(operation, arguments):
     """Return the result of `operation` at a rank that the call has reached over the wire."""
     rank, operations = Rank(), Operations.__new__(Operations)
     operations._methods, operations._types = methods(rank, rank, rank, rank), argument_types()
-    sent = msgspec.msgpack.encode(Call(operation, arguments))
-    return operations.run(msgspec.msgpack.decode(sent, type=Call))
+    sent = msgspec.msgpack.encode(RankCall(operation, arguments))
+    return operations.run(msgspec.msgpack.decode(sent, type=RankCall))
 
 
 def test_a_rank_runs_every_operation_of_the_protocols():

@@ -22,7 +22,7 @@ def position(monkeypatch):
         tensor.copy_(both)
 
     monkeypatch.setattr(metrics.dist, "all_reduce", all_reduce)
-    return SimpleNamespace(last_stage=True, groups=SimpleNamespace(dp_cp="data and context"))
+    return SimpleNamespace(is_last_stage=True, groups=SimpleNamespace(dp_cp="data and context"))
 
 
 @pytest.mark.parametrize(("mine", "largest"), [(1.0, 4.0), (5.0, 5.0), (math.nan, math.inf)])
@@ -32,5 +32,5 @@ def test_means_are_over_all_things_and_maxima_over_all_ranks(position, mine, lar
 
 
 def test_other_stages_have_none(position):
-    position.last_stage = False
+    position.is_last_stage = False
     assert reduce_over_data(position, {"kl": Mean(3.0, 1)}) == {}

@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from megatron_r1.base.processes.authentication import protect_client
 from megatron_r1.engines.server.client import GENERATE
 from megatron_r1.engines.server.server import RunningServer
-from megatron_r1.trainer.operations import Call, Reply, rank_identity
+from megatron_r1.trainer.operations import RankCall, RankReply, rank_identity
 from megatron_r1.trainer.training_sample import decode_samples
 from tools.bench.host import ROOT
 
@@ -221,13 +221,15 @@ def serve_ranks(
         socket.setsockopt(zmq.IDENTITY, rank_identity(rank))
         protect_client(socket, token)
         socket.connect(address)
-        socket.send(msgspec.msgpack.encode(Reply(rank, describe(rank, world_size, data_parallel))))
+        socket.send(
+            msgspec.msgpack.encode(RankReply(rank, describe(rank, world_size, data_parallel)))
+        )
         poller.register(socket, zmq.POLLIN)
         own[socket] = rank
     while True:
         for socket, _ in poller.poll():
             result = receive(socket)
-            socket.send(msgspec.msgpack.encode(Reply(own[socket], METRICS | result)))
+            socket.send(msgspec.msgpack.encode(RankReply(own[socket], METRICS | result)))
 
 
 def describe(rank: int, world_size: int, data_parallel: int) -> dict[str, Any]:
@@ -253,7 +255,7 @@ def describe(rank: int, world_size: int, data_parallel: int) -> dict[str, Any]:
 def receive(socket: zmq.Socket) -> dict[str, Any]:
     """Receive a call; return the numbers of samples and tokens that came with it."""
     message, *parts = socket.recv_multipart(copy=False)
-    msgspec.msgpack.decode(message.buffer, type=Call)
+    msgspec.msgpack.decode(message.buffer, type=RankCall)
     if not parts:
         return {}
     share = decode_samples(parts[0].buffer, memoryview(b"".join(p.buffer for p in parts[1:])))

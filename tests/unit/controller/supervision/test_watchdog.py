@@ -462,7 +462,7 @@ def test_a_rank_is_named_with_its_place_on_the_grid():
         pipeline_rank=0,
         context_rank=1,
         expert_rank=3,
-        last_stage=False,
+        is_last_stage=False,
     )
     operations = object.__new__(Operations)
     operations.position, operations.replica = position, SimpleNamespace(is_leader=True)

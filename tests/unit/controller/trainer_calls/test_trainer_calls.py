@@ -10,11 +10,11 @@ from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.trainer.operations import (
-    Call,
     ModelOperations,
     ProbingOperations,
     PushOperations,
-    Reply,
+    RankCall,
+    RankReply,
 )
 
 
@@ -25,13 +25,13 @@ class Repeats:
         self.answers, self.calls = asyncio.Event(), asyncio.Queue()
 
     async def send(self, rank, call, share):
-        self.calls.put_nowait(msgspec.msgpack.decode(call, type=Call).operation)
+        self.calls.put_nowait(msgspec.msgpack.decode(call, type=RankCall).operation)
 
     async def reply(self, seconds):
         try:
             async with asyncio.timeout(seconds):
                 await self.answers.wait()
-                return Reply(0, {"operation": await self.calls.get()})
+                return RankReply(0, {"operation": await self.calls.get()})
         except TimeoutError:
             return None
 

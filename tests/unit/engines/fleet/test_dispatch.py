@@ -8,21 +8,23 @@ import pytest
 
 from megatron_r1.engines.fleet.dispatch import (
     Affinity,
+    DispatchedRequest,
     Dispatcher,
     ExpectedLength,
     ExpectedLengths,
-    Work,
 )
 from megatron_r1.engines.fleet.engine import Engine, ServedGroup, ServiceStats, find_slow
 from megatron_r1.engines.server.responses import EngineError
 
 
 def work(n=1, mean=100.0, longest=100.0, order=0, prompt_tokens=0, known=8, avoid=()):
-    return Work(n, prompt_tokens, ExpectedLength(mean, longest, known), order, set(avoid))
+    return DispatchedRequest(
+        n, prompt_tokens, ExpectedLength(mean, longest, known), order, set(avoid)
+    )
 
 
 def turn(affinity, prompt_tokens=1000):
-    return Work(1, prompt_tokens, ExpectedLength(10.0, 10.0, 8), affinity=affinity)
+    return DispatchedRequest(1, prompt_tokens, ExpectedLength(10.0, 10.0, 8), affinity=affinity)
 
 
 class Scene:
@@ -105,10 +107,10 @@ def test_an_engine_gets_a_little_more_than_it_can_decode_and_the_rest_waits():
 
 def test_a_group_whose_longest_is_far_longer_than_its_mean_leaves_room_for_others():
     """16 sequences of 32 tokens, the longest of 128: 4 of them run on average."""
-    assert work(n=16, mean=32, longest=128).occupied == 4
-    assert work(n=16, mean=32, longest=32).occupied == 16
-    assert work(n=2, mean=1, longest=1000).occupied == 1
-    assert work(n=16, known=0).occupied == 8
+    assert work(n=16, mean=32, longest=128).mean_occupied_slots == 4
+    assert work(n=16, mean=32, longest=32).mean_occupied_slots == 16
+    assert work(n=2, mean=1, longest=1000).mean_occupied_slots == 1
+    assert work(n=16, known=0).mean_occupied_slots == 8
 
 
 def test_a_group_larger_than_an_engine_is_not_left_waiting():
