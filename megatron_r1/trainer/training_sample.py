@@ -104,13 +104,13 @@ class Sample(msgspec.Struct, frozen=True):
         cls,
         token_ids: Sequence[int],
         is_sampled: bytes,
-        logprobs: Sequence[float],
+        rollout_logprobs: Sequence[float],
         advantage: float,
         *,
         weight: float,
         num_responses: int,
         routing: Buffer = b"",
-        teacher: Sequence[float] | None = None,
+        teacher_logprobs: Sequence[float] | None = None,
         sampling_mask: Buffer = b"",
     ) -> Sample:
         """Encode a branch, whose prompt is all that was given before its first sampled token; what
@@ -119,32 +119,32 @@ class Sample(msgspec.Struct, frozen=True):
         Args:
             token_ids: the whole branch.
             is_sampled: a byte per token, 1 where it is trained on.
-            logprobs: one per token.
+            rollout_logprobs: one per token.
             advantage: the advantage of every sampled token.
             weight: as of `Sample`.
             num_responses: as of `Sample`.
             routing: the routing of all tokens but the last.
-            teacher: one per sampled token.
+            teacher_logprobs: one per sampled token.
             sampling_mask: the kept ids of every token, none for those that were given.
 
         Raises:
             ValueError: the arguments do not fit each other."""
         first, end, count = is_sampled.find(1), is_sampled.rfind(1) + 1, len(token_ids)
-        if first < 1 or not count == len(is_sampled) == len(logprobs):
+        if first < 1 or not count == len(is_sampled) == len(rollout_logprobs):
             raise ValueError(
-                f"a branch of {count} tokens has {len(logprobs)} logprobs and a mask of "
+                f"a branch of {count} tokens has {len(rollout_logprobs)} logprobs and a mask of "
                 f"{len(is_sampled)}, whose first sampled token is number {first}: it needs a prompt"
             )
         if end < count:
             routing = routing[: len(routing) // (count - 1) * (end - 1)]
         mask = is_sampled[first:end]
-        if teacher is not None:
-            scores = iter(teacher)
-            teacher = array("f", [next(scores) if sampled else 0.0 for sampled in mask])
+        if teacher_logprobs is not None:
+            scores = iter(teacher_logprobs)
+            teacher_logprobs = array("f", [next(scores) if sampled else 0.0 for sampled in mask])
         prompt, response = token_ids[:first], token_ids[first:end]
         kept = slice_mask(sampling_mask, count, first, end)
         sample = cls.pack(
-            *(prompt, response, logprobs[first:end], advantage, routing, teacher),
+            *(prompt, response, rollout_logprobs[first:end], advantage, routing, teacher_logprobs),
             sampling_mask=kept,
         )
         # Without a mask where all was sampled, as of a single turn.

@@ -87,6 +87,8 @@ class ForkedChild:
         shared = shared_files(self.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        # One that has just been forked has no group yet. Its id is its own until it is waited for.
+        os.kill(self.pid, signal.SIGKILL)
         for path in shared:
             path.unlink(missing_ok=True)
         remove_scratch(self._temporary)

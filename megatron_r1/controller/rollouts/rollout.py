@@ -306,7 +306,7 @@ def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) ->
             num_responses=int(number == 0),
             routing=branch.routing,
             sampling_mask=branch.sampling_mask,
-            teacher=None if scores is None else scores[end - count : end],
+            teacher_logprobs=None if scores is None else scores[end - count : end],
         )
         for number, (branch, count, end) in enumerate(
             zip(branches, counts, accumulate(counts), strict=True)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fork_servers import PROCESSES
+
 TESTS = Path(__file__).parents[2]
 HANGING = """
 import asyncio, subprocess, threading
@@ -39,7 +41,8 @@ def test_what_waits_for_ever_fails_and_what_computes_does_not(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
-        env=os.environ | {"R1_TEST_IDLE_SECONDS": "2", "PYTHONPATH": str(TESTS)},
+        # Without the fork servers of this run, in which other tests compute.
+        env=os.environ | {"R1_TEST_IDLE_SECONDS": "2", "PYTHONPATH": str(TESTS), PROCESSES: ""},
         cwd=tmp_path,
         capture_output=True,
         text=True,

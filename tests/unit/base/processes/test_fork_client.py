@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from liveness import is_alive
 from waiting import wait_until
 
 from megatron_r1.base.processes import children, fork_client
+from megatron_r1.base.processes.fork_server import ForkedChild
 
 HERE = Path(__file__).parent
 MODULE = "forked_module"
@@ -50,6 +52,15 @@ def test_a_forked_process_has_its_own_log_environment_folders_and_session(tmp_pa
     assert facts(tmp_path / "deep" / "second")[:3] == ["forked", "b", "1"]
     for process in (first, second):
         assert os.getsid(process.pid) == os.getpgid(process.pid) == process.pid
+
+
+def test_a_process_that_has_no_session_of_its_own_yet_is_killed(tmp_path):
+    """As one is whose start was given up at once, for a time limit for example."""
+    sleeping = subprocess.Popen(["sleep", "1000"])
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ForkedChild(sleeping.pid, theirs, str(tmp_path / "none")).kill()
+    assert sleeping.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("other", [{"EARLY": "2"}, {"NEW": "1"}])
