@@ -56,7 +56,7 @@ def test_episodes_from_a_part_of_the_vocabulary_are_of_one_policy(lookup_base, t
     """Where a token has the probability 0.999 the cut keeps it alone: without the kept ids the
     policies would differ by 1e-3 there, and by more elsewhere."""
     cut = ("--rollout.top_p", 0.8, "--rollout.top_k", 24)
-    keep = ("--rl.keep_sample_log", "true", "--checkpoint.keep_every", 1)
+    keep = ("--rl.keep_sample_log", "true", "--checkpoint.every", 1, "--checkpoint.keep_every", 1)
     done = run(*arguments(lookup_base, tmp_path, "cut", 2, *cut, *keep))
     assert done.returncode == 0, done.stderr + done.stdout
     check_steps(lines(tmp_path / "cut/metrics.jsonl"), 2, 1e-4)
