@@ -18,6 +18,7 @@ from r1_kernels_bench import implementations as calls
 from r1_kernels_bench import implementations as peers
 from r1_kernels_bench.implementations import OURS, Implementation, with_gradients
 from r1_kernels_bench.inputs import (
+    KEPT_IDS,
     ExampleInputs,
     HiddenInputs,
     LogitsInputs,
@@ -94,18 +95,20 @@ def _rows(
     )
 
 
+def _on_kept_ids(call: Callable, ours: Callable) -> Implementation:
+    """Return ours where a sampler has kept few ids.
+
+    Args:
+        call: what is timed of all ids.
+        ours: the function that it calls."""
+    computes = f"softmax over {KEPT_IDS} ids a token"
+    return Implementation(
+        "r1_kernels, kept ids", partial(calls.on_kept_ids, call), lambda: ours, computes
+    )
+
+
 _ON_HIDDEN = _rows(
     calls.on_hidden, r1_kernels.linear_token_logprobs, eager.eager_linear_token_logprobs
-)
-_KEPT_IDS = "softmax over 20 ids a token"
-_ON_KEPT_IDS = Implementation(
-    "r1_kernels, kept ids", calls.on_kept_ids, lambda: r1_kernels.linear_token_logprobs, _KEPT_IDS
-)
-_LOSS_ON_KEPT_IDS = Implementation(
-    "r1_kernels, kept ids",
-    partial(calls.on_kept_ids, policy=True),
-    lambda: _linear_policy_loss,
-    _KEPT_IDS,
 )
 _ON_LOGITS = _rows(calls.on_logits, _token_logprobs, eager.eager_token_logprobs)
 _IN_PLACE = Implementation(
@@ -120,7 +123,7 @@ _FUNCTIONS = (
         HiddenInputs,
         (
             *_rows(calls.linear_policy_loss, _linear_policy_loss, eager.eager_linear_policy_loss),
-            _LOSS_ON_KEPT_IDS,
+            _on_kept_ids(calls.linear_policy_loss, _linear_policy_loss),
             peers.LIGER_LINEAR_GRPO,
             *(
                 with_gradients(peer, "loss in eager PyTorch", policy=True)
@@ -138,7 +141,7 @@ _FUNCTIONS = (
         HiddenInputs,
         (
             *_ON_HIDDEN,
-            _ON_KEPT_IDS,
+            _on_kept_ids(calls.on_hidden, r1_kernels.linear_token_logprobs),
             peers.TRL_CHUNKED,
             peers.CCE_FORWARD,
             peers.LIGER_SCALED_CE,

@@ -82,25 +82,6 @@ def on_hidden(
     return results
 
 
-def on_kept_ids(function: Callable, inputs: HiddenInputs, policy: bool = False) -> Results:
-    """Compute as `on_hidden` or `linear_policy_loss` do, of the ids that a sampler kept; the exact
-    results are those of the whole vocabulary, and there are none to compare.
-
-    Args:
-        function: ours.
-        inputs: the case's tensors.
-        policy: whether it is the policy loss, with its gradients."""
-    leaves, tokens = inputs.leaves(policy), inputs.tokens
-    loss_inputs = tokens.loss_inputs if policy else ()
-    with torch.set_grad_enabled(policy):
-        first, *_ = function(
-            *leaves, tokens.targets, *loss_inputs, sampling_mask=inputs.sampling_mask
-        )
-    if policy:
-        torch.autograd.grad(first, leaves)
-    return {}
-
-
 def on_logits(logprobs_of: Callable, inputs: LogitsInputs, gradients: bool = False) -> Results:
     """Log-probabilities from logits, and the gradient in the logits.
 
@@ -122,6 +103,18 @@ def linear_policy_loss(function: Callable, inputs: HiddenInputs) -> Results:
     loss, logprobs, *_ = function(*leaves, tokens.targets, *tokens.loss_inputs)
     hidden, weight = torch.autograd.grad(loss, leaves)
     return {"logprobs": logprobs.detach(), "hidden": hidden, "weight": weight}
+
+
+def on_kept_ids(call: Callable[..., Results], function: Callable, inputs: HiddenInputs) -> Results:
+    """Make a call of our function with the ids that a sampler kept. Its results are not returned,
+    as the exact ones are those of the whole vocabulary.
+
+    Args:
+        call: `on_hidden` or `linear_policy_loss`.
+        function: what it calls.
+        inputs: the case's tensors."""
+    call(partial(function, sampling_mask=inputs.sampling_mask), inputs)
+    return {}
 
 
 def policy_loss(function: Callable, inputs: PolicyInputs) -> Results:

@@ -227,8 +227,6 @@ class _RunningEpisode:
 
     def episode(self, status: EpisodeStatus, reason: str) -> Episode:
         """Return the episode as it has been played so far."""
-        turns, branches = (
-            tree_turns(self._tree, self._player.tokenizer.decode),
-            self._tree.branches(),
-        )
+        turns = tree_turns(self._tree, self._player.tokenizer.decode)
+        branches = self._tree.branches()
         return Episode(status, turns, branches, **self._totals, reason=reason)

@@ -316,20 +316,20 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             ValueError: the push is incomplete or damaged, and the old weights are unchanged; or the
                 engine would not compute with what arrived.
         """
-        receiver, push = self._receiver, update_info.push_number
+        receiver, push_number = self._receiver, update_info.push_number
         assert receiver is not None, "start_weight_update comes first"
-        receiver.received_chunks.wait(push, update_info.timeout_seconds)
+        receiver.received_chunks.wait(push_number, update_info.timeout_seconds)
         if self._adapter is not None:
-            self._adapter.load(receiver.table.buffer(receiver.memory, push))
-            self._adapter.check(push)
+            self._adapter.load(receiver.table.buffer(receiver.memory, push_number))
+            self._adapter.check(push_number)
             receiver.free_memory()
             return
         if self.balancer is not None:
             stop_rebalancing(self.balancer)
-        buffer = receiver.table.buffer(receiver.memory, push)
+        buffer = receiver.table.buffer(receiver.memory, push_number)
         self._load_check.begin(receiver.received_chunks.pop_changed_slots())
         swap.load(self._models, self._placed, buffer, in_place=receiver.table.num_buffers > 1)
-        self._load_check.end(push, self._placed, buffer)
+        self._load_check.end(push_number, self._placed, buffer)
         swap.finish(self._models, self.model_config)
         if self.balancer is not None:
             if self.vllm_config.model_config.enable_sleep_mode:
