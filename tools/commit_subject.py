@@ -1,9 +1,9 @@
 """Checks the message of a commit: `python tools/commit_subject.py FILE`; FILE has the message.
 `--log RANGE` checks the commits of a range, or of the last N as `--log -N`; CI does.
 
-A subject is one imperative sentence of at most 72 characters without a full stop or a semicolon,
-as "Refuse subjects that are too long". The mood is judged by the ending of the first word, so that
-many a noun passes. A commit of more than 20 files, and a merge under git's own subject, need a body
+A subject is one imperative sentence of at most 72 characters without a full stop, as "Refuse
+subjects that are too long". It has one idea, so neither a semicolon nor ", and", and does not name
+a branch. The mood is judged by the ending of the first word, so that many a noun passes. A commit of more than 20 files, and a merge under git's own subject, need a body
 that says why and how. .githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
 
 import re
@@ -14,7 +14,16 @@ from pathlib import Path
 MOST = 72
 MAX_FILES = 20
 """Of a commit without a body."""
-MADE_BY_GIT = ("Merge ", "Revert ", "Reapply ", "fixup! ", "squash! ", "amend! ")
+MADE_BY_GIT = (
+    "Merge branch ",
+    "Merge pull request ",
+    "Merge remote-tracking ",
+    "Revert ",
+    "Reapply ",
+    "fixup! ",
+    "squash! ",
+    "amend! ",
+)
 SCISSORS = "# ------------------------ >8"
 """Below it `git commit -v` shows the changes."""
 NO_VERBS = ("A", "An", "No", "One", "The", "This", "What")
@@ -48,8 +57,10 @@ def message_faults(message: str, num_files: int = 0) -> list[str]:
         found.append(f"it has {len(subject)} characters, at most {MOST}; its body says why")
     if subject.endswith("."):
         found.append("it ends with a full stop")
-    if ";" in subject:
-        found.append("a semicolon joins two ideas: make two commits, or name the one idea")
+    if ";" in subject or ", and " in subject:
+        found.append("it joins two ideas: make two commits, or name the one idea")
+    if re.fullmatch(r"Merge [\w./]+-[\w./-]+", subject):
+        found.append("it names a branch: say what the merge brings")
     first = subject.split()[0].removesuffix(",")
     if first in NO_VERBS or not re.fullmatch(r"[A-Z][A-Za-z-]*", first):
         found.append(f"{first!r} is no verb with a capital: what does the commit do?")
