@@ -1,5 +1,6 @@
 """What all tests share: the folder of shared modules on the path, interpreted Triton kernels,
-seeds, the watchdog against hangs, and fork servers where there are several workers.
+seeds, the watchdog against hangs, a limit of time, and fork servers where there are several
+workers.
 
 Triton looks at TRITON_INTERPRET when it is first imported, which may be any test's doing. Without a
 GPU the tests' own process interprets; the variable itself is not left to what they start."""
@@ -20,6 +21,11 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from fork_servers import pytest_sessionfinish, pytest_sessionstart  # noqa: E402, F401
+from time_limit import (  # noqa: E402
+    pytest_collection_modifyitems,  # noqa: F401
+    pytest_configure,  # noqa: F401
+    pytest_runtest_setup,  # noqa: F401
+)
 from watchdog import pytest_runtest_protocol  # noqa: E402, F401
 
 
