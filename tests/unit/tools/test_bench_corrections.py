@@ -157,6 +157,17 @@ def test_finished_runs_are_not_repeated_and_pairs_come_first(options, capsys):
     assert "| `truncated: mask` | 50.0" in capsys.readouterr().out
 
 
+def test_a_study_goes_on_from_the_figures_of_an_earlier_call(options, tmp_path):
+    options.fewest = 2
+    written = tmp_path / "corrections.json"
+    written.write_text(json.dumps(corrections.run(options)))
+    options.folder, options.seeds, options.results = tmp_path / "elsewhere", "0-2", written
+    Recorded.made.clear()
+    found = corrections.run(options)["runs"]
+    assert Recorded.made == [("limit", cell, 2) for cell in PARTS["limit"].cells]
+    assert found["limit"][NONE].keys() == {"0", "1", "2"}
+
+
 def test_a_run_of_other_settings_is_refused(options, monkeypatch):
     corrections.run(options)
     cells = {NONE: {}, "truncated: mask": {"rl": {"truncated": "mask", "kl_beta": 0.5}}}

@@ -6,7 +6,8 @@ intervals, and the difference from the part's first cell, paired by seed. The ta
 (examples/laptop) with models and rollouts so small that a run takes 20 to 40 CPU seconds.
 
 A run's figures are a file in --folder, written when it has ended. The same command makes the runs
-that are missing; a call without missing ones only prints."""
+that are missing; a call without missing ones only prints. A study goes on elsewhere with --results,
+the figures that an earlier call wrote to --json."""
 
 import argparse
 import json
@@ -34,6 +35,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--fewest", type=int, default=FEWEST, help="seeds of a cell in the tables; fewer: left out"
     )
+    options.add_argument("--results", type=Path, help="take over the runs of this earlier --json")
     options.add_argument("--page", type=Path, help="also write the figures here, for people")
 
 
@@ -44,6 +46,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         SystemExit: a run fails or is stopped; the same command continues.
     """
     study = Study(args.folder)
+    if args.results:
+        study.take_over(json.loads(args.results.read_text(encoding="utf-8"))["runs"])
     if not args.show:
         _make_missing(study, args)
     runs = read_runs(study)

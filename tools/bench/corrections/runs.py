@@ -26,6 +26,7 @@ from megatron_r1.pipeline.stages import merge_settings
 from tools.bench import algorithms, host
 from tools.bench.algorithms import LAPTOP
 from tools.bench.corrections.cells import COMMON, PARTS, TASKS, Part
+from tools.bench.corrections.figures import Runs
 from tools.bench.host import ROOT
 from tools.bench.small_models import write_folder
 from tools.evidence.records import head
@@ -70,6 +71,17 @@ class Study:
             raise SystemExit(f"{file}: made with other settings; remove it, or give --folder")
         return True
 
+    def take_over(self, runs: Runs) -> None:
+        """Write the figures of runs made elsewhere, except of those that this folder has.
+
+        Args:
+            runs: as an earlier call returned them."""
+        for part, cells in runs.items():
+            for cell, seeds in cells.items():
+                for seed, figures in seeds.items():
+                    if not (file := self.file(part, cell, int(seed))).exists():
+                        _write_figures(file, figures)
+
     def base(self, task: str) -> Path:
         """Return the folder of a task's base model, which is trained unless it is there."""
         run = self.folder / "base" / task
@@ -96,9 +108,7 @@ class Study:
         seconds = _core_seconds() - before
         figures = run_figures(run, settings["recipe"]["rl"])
         made = {"settings": settings, **provenance(), "core_seconds": seconds, **figures}
-        file = self.file(part, cell, seed)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, json.dumps(made, indent=1) + "\n")
+        _write_figures(self.file(part, cell, seed), made)
         shutil.rmtree(run)
         return seconds
 
@@ -114,6 +124,11 @@ class Study:
                 status = cli.main([verb, str(recipe), *words])
         if status:
             raise SystemExit(f"{verb} ended with {status}; {self.log} ends with the reason")
+
+
+def _write_figures(file: Path, figures: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, json.dumps(figures, indent=1) + "\n")
 
 
 def cell_settings(part: str, cell: str) -> dict[str, Any]:
