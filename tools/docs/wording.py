@@ -7,6 +7,7 @@ docstring describes parameters, fields and errors in sections, each in an entry 
 it is, and no docstring has its errors in prose."""
 
 import ast
+import functools
 import io
 import re
 import subprocess
@@ -29,6 +30,12 @@ PLAIN = {
 # In pages only, where the sentence can be turned without care for the width of a comment.
 PLAIN_PAGES = {r", too(?=[.;,:|)]|$)": "`also`, in front of the verb"}
 QUOTED = re.compile(r"`[^`\n]*`|\]\([^)]*\)")
+
+
+@functools.lru_cache(maxsize=1)
+def parse(source: str) -> ast.Module:
+    """Return the tree of a file, which several functions read one after the other."""
+    return ast.parse(source)
 
 
 def find_wordings(text: str, plain: dict[str, str]) -> Iterator[tuple[int, str, str]]:
@@ -59,7 +66,7 @@ def find_in_settings(text: str) -> Iterator[tuple[int, str, str]]:
 
 def find_in_messages(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield what the texts in `raise` statements have."""
-    for statement in ast.walk(ast.parse(source)):
+    for statement in ast.walk(parse(source)):
         if isinstance(statement, ast.Raise):
             for node in ast.walk(statement):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -74,11 +81,12 @@ def find_in_module(source: str) -> Iterator[tuple[int, str, str]]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     ]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            segment = ast.get_source_segment(source, node.value) or ""
-            if isinstance(node.value.value, str):
-                texts.append((node.lineno, segment))
+    # ast.get_source_segment splits the whole source each time.
+    lines = source.splitlines()
+    for node in ast.walk(parse(source)):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):
+                texts.append((node.lineno, "\n".join(lines[node.lineno - 1 : node.end_lineno])))
     for first, text in texts:
         for line, words, instead in find_wordings(QUOTED.sub(_blank, text), PLAIN):
             yield first + line - 1, words, instead
@@ -91,7 +99,7 @@ SECTION = re.compile(r"^ *(?:Args|Attributes|Returns|Yields|Raises):\n", re.M)
 def find_in_public_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield parameters and fields that are described outside of sections, and entries of sections
     that begin with "of"."""
-    for node in _public(ast.parse(source)):
+    for node in _public(parse(source)):
         text = ast.get_docstring(node, clean=False)
         if text is None:
             continue
@@ -113,7 +121,7 @@ RAISES = re.compile(r"\bRaises\s+\S+|;\s+raises?\s+\S+")
 
 def find_in_raising_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield sentences of docstrings, private ones included, about errors that a function raises."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         text = QUOTED.sub(_blank, ast.get_docstring(node, clean=False) or "")
@@ -133,7 +141,7 @@ ENTRY = {
 def find_in_sections(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield entries of sections that are not one name with its description, that repeat a name, or
     whose name is no parameter."""
-    tree = ast.parse(source)
+    tree = parse(source)
     nodes = list(_public(tree))
     nodes += [
         part
