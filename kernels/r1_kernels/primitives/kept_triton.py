@@ -35,12 +35,36 @@ from r1_kernels.primitives.rows_triton import (
 from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 
-# A row keeps a few dozen ids, so a program is one warp, with a turn of its loop for 128 of them.
+# Chosen by registers and instructions as compiled by Triton 3.9.0 (`python tools/bench resources
+# --alternatives --only kept_statistics`, and so on); not timed on a GPU. Registers are those of
+# bf16 / fp32 on sm_80, sm_90 and sm_100; instructions per id those of sm_90. No alternative spills
+# or uses shared memory, and registers limit the programs per SM in none: with one or two warps an
+# SM holds 32, its limit.
+#     kept_statistics                 sm_80     sm_90    sm_100   instructions per id
+#     LOADS 2                       31 / 32   31 / 34   32 / 34   32.5 / 30.5
+#     LOADS 4                       38 / 38   36 / 38   42 / 38   29.3 / 27.8    used
+#     LOADS 8                       44 / 40   44 / 44   46 / 44   28.0 / 26.8
+# A row keeps a few dozen ids, so a program is one warp. Its turn is LOADS x 32 ids: 256 with 8 of
+# them, of which most would be masked.
 LANES = 32
 LOADS = 4
-# Ids per turn of kept_gradient: one warp, two loads in flight per thread.
+#     kept_gradient                   sm_80     sm_90    sm_100   instructions per id, fp32
+#     GRADIENT_IDS 32               28 / 30   28 / 30   30 / 30   25.8
+#     GRADIENT_IDS 64               30 / 29   27 / 29   30 / 29   23.5    used
+#     GRADIENT_IDS 128              35 / 42   35 / 33   33 / 33   22.0
+# Ids per turn of one warp: 64 are two loads in flight per thread.
 GRADIENT_IDS = 64
-# Columns and ids per turn of kept_scatter. Its zeros are 16-byte stores of all threads.
+# kept_scatter, columns per turn of the zeros / ids per turn / warps; the instructions are those of
+# the loop over ids.
+#     2048 / 128 / 4                24 / 26   24 / 28   24 / 28   17.3 / 15.5
+#     4096 / 128 / 2                28 / 32   28 / 32   28 / 32   14.8 / 13.4
+#     4096 /  64 / 4                26 / 30   26 / 30   26 / 30   17.5 / 15.8
+#     4096 / 128 / 4                24 / 28   24 / 28   24 / 28   17.3 / 15.5    used
+#     4096 / 128 / 8                26 / 30   26 / 30   26 / 30   17.5 / 15.8
+#     8192 / 128 / 4                24 / 28   24 / 32   24 / 32   17.3 / 15.5
+# The zeros are nearly all of its traffic, and these figures do not show them: nothing measured
+# here decides between the blocks of columns. An SM holds 64 warps in each; two per program take
+# fewer instructions per id.
 SCATTER_BLOCK = 4096
 SCATTER_IDS = 128
 SCATTER_WARPS = 4
