@@ -3,11 +3,15 @@
 Every kernel in r1_kernels.registry is compiled ahead of time for sm_80, sm_90 and sm_100, in the
 specializations of its launches in r1_kernels.examples. Reported per element of the main loop: bytes
 moved, instructions, exponentials (MUFU). For sm_90 also the upper bounds in elements per second of
-an H200: by its memory, its issue slots and its MUFU units."""
+an H200: by its memory, its issue slots and its MUFU units.
+
+--alternatives compiles instead, of each launch that `kernels --sweep` times, every block size and
+number of warps that it tries."""
 
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 HEADER = (
@@ -40,7 +44,13 @@ BANDWIDTH = 4.8e12
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
-    """Add nothing: --json, which every bench has, is the only option."""
+    """Add the options of `python tools/bench resources`."""
+    options.add_argument("--only", action="append", metavar="KERNEL", help="repeatable")
+    options.add_argument(
+        "--alternatives",
+        action="store_true",
+        help="compile the block sizes and warps of `kernels --sweep` instead of those in use (*)",
+    )
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -49,25 +59,63 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         sys.exit("TRITON_INTERPRET=1: Triton's interpreter compiles nothing; unset it, start again")
     # Here, as the other benches also run without Triton.
     import triton
-    from r1_kernels.examples import ExampleSizes, launches
     from r1_kernels.registry import KERNELS
 
     from r1_kernels_bench import compiled
 
+    known = [kernel.name for kernel in KERNELS]
+    if unknown := set(chosen.only or ()) - set(known):
+        sys.exit(f"--only {', '.join(sorted(unknown))}: the kernels are {', '.join(known)}")
+    kernels = [kernel for kernel in KERNELS if kernel.name in (chosen.only or known)]
     entries: dict[str, dict[str, Any]] = {}
     print(HEADER)
-    sizes = ExampleSizes()
-    for kernel, example in ((k, e) for k in KERNELS for e in launches(k, sizes, "meta")):
-        for arch in ARCHITECTURES:
-            for launch in compiled.compile_launches(kernel, example, arch):
-                entry = measure(example, launch, arch)
-                entries[f"{example.name}, sm_{arch}"] = entry
-                print(_line(example.name, arch, entry), flush=True)
+    for kernel in kernels:
+        variants = alternatives(kernel) if chosen.alternatives else _in_use(kernel)
+        for name, example in variants:
+            for arch in ARCHITECTURES:
+                for launch in compiled.compile_launches(kernel, example, arch):
+                    entry = measure(example, launch, arch)
+                    entries[f"{name}, sm_{arch}"] = entry
+                    print(_line(name, arch, entry), flush=True)
     print(LEGEND)
     missing = compiled.kernels() - {entry["kernel"] for entry in entries.values()}
-    if missing:
+    if missing and len(kernels) == len(KERNELS):
         sys.exit(f"no example in r1_kernels/examples.py launches {', '.join(sorted(missing))}")
     return {"triton": triton.__version__, "kernels": entries}
+
+
+def _in_use(kernel: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each launch of a kernel in real runs, by its name.
+
+    Args:
+        kernel: registry.Kernel."""
+    from r1_kernels.examples import ExampleSizes, launches
+
+    for example in launches(kernel, ExampleSizes(), "meta"):
+        yield example.name, example
+
+
+def alternatives(kernel: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the launches of a kernel that a sweep times, each while one of its values applies.
+
+    Args:
+        kernel: registry.Kernel."""
+    from r1_kernels.examples import ExampleSizes, launches
+
+    from r1_kernels_bench import sweep
+
+    for choices in (choices for choices in sweep.PLAN if choices.kernel == kernel.name):
+        print(f"{' / '.join(choices.values)} in {choices.place}; * in use")
+        sizes = ExampleSizes()
+        sizes = sizes._replace(vocab_size=sizes.vocab_size + choices.more_columns)
+        found = [e for e in launches(kernel, sizes, "meta") if e.name in choices.launches]
+        columns = f", {sizes.vocab_size} columns" if choices.more_columns else ""
+        in_use = choices.in_use
+        for values in choices.candidates:
+            shown = "/".join(map(str, values.values())) + ("*" if values == in_use else "")
+            with choices.apply(values):
+                for example in found:
+                    yield f"{example.name}{columns}, {shown}", example
 
 
 def measure(example: Any, launch: Any, arch: int) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from r1_kernels.registry import KERNELS
+from r1_kernels_bench import resources, sweep
 
 # Not imported: whether Triton interprets is settled at its first import, here by another test.
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton: make setup")
@@ -82,6 +84,24 @@ def test_no_kernel_grows_beyond_the_committed_table(compiled):
             assert found[field] <= allowed[field], f"{name}: {field}; {remedy}"
         for field in MUST_NOT_SHRINK:
             assert found[field] >= allowed[field], f"{name}: {field}; {remedy}"
+
+
+def test_the_alternatives_are_those_that_a_sweep_times():
+    (kernel,) = (kernel for kernel in KERNELS if kernel.name == "kept_gradient")
+    (choices,) = (choices for choices in sweep.PLAN if choices.kernel == kernel.name)
+    held = [(name, choices.in_use) for name, _ in resources.alternatives(kernel)]
+    assert [name for name, _ in held] == [
+        f"kept_gradient {dtype}, {ids}"
+        for ids in ("32", "64*", "128")
+        for dtype in ("bf16", "fp32")
+    ]
+    assert [values["GRADIENT_IDS"] for _, values in held] == [32, 32, 64, 64, 128, 128]
+    assert choices.in_use == {"GRADIENT_IDS": 64}
+
+
+def test_a_kernel_that_does_not_exist_is_refused_by_name():
+    done = bench_resources("--only", "softmax")
+    assert done.returncode == 1 and "--only softmax: the kernels are row_stat" in done.stderr
 
 
 def test_the_interpreter_is_refused_because_it_compiles_nothing():

@@ -1,6 +1,6 @@
 """Softmax statistics of the tokens that a sampler kept, and their gradient, in PyTorch.
 
-Formulae: `softmax_triton`, with the sums over the kept ids alone. Only their logits are read: a few
+Formulae: `rows_triton`, with the sums over the kept ids alone. Only their logits are read: a few
 dozen of a vocabulary, so that there is less to compute than without a cut."""
 
 from typing import NamedTuple

@@ -1,10 +1,10 @@
 """Softmax statistics of the tokens that a sampler kept, and their gradient.
 
-Formulae: `softmax_triton`, with the sums over the kept ids alone. One program computes one row, for
-the reason given there. Per kept id, kept_statistics reads the id and its logit, 4 + b bytes;
-kept_gradient reads the same and writes 4; kept_scatter reads 8 and writes the whole row, 2 or 4
-bytes per logit, once. A gathered logit moves 32 bytes of memory, but a row keeps a few dozen ids,
-and its other logits are not read.
+Formulae: `rows_triton`, with the sums over the kept ids alone. One program computes one row, for
+the reason given in `softmax_triton`. Per kept id, kept_statistics reads the id and its logit, 4 + b
+bytes; kept_gradient reads the same and writes 4; kept_scatter reads 8 and writes the whole row, 2
+or 4 bytes per logit, once. A gathered logit moves 32 bytes of memory, but a row keeps a few dozen
+ids, and its other logits are not read.
 
 The gradient takes two kernels, because it may be written over the logits: a row's zeros must come
 after every program's last read of it, and the launch between them is that order. With a vocabulary
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r1_kernels.primitives.softmax_triton import (
+from r1_kernels.primitives.rows_triton import (
     LOG2E,
     check_rows,
     combine_lanes,
@@ -28,29 +28,67 @@ from r1_kernels.primitives.softmax_triton import (
     load_row_upstream,
     row_alignment,
     softmax_gradient,
+    store_statistics,
+    target_column,
     upstream_arguments,
 )
 from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 
-# A row keeps a few dozen ids, so a program is one warp, with a turn of its loop for 128 of them.
+# Chosen by registers and instructions as compiled by Triton 3.9.0 (`python tools/bench resources
+# --alternatives --only kept_statistics`, and so on); not timed on a GPU. Registers are those of
+# bf16 / fp32 on sm_80, sm_90 and sm_100; instructions per id those of sm_90. No alternative spills
+# or uses shared memory, and registers limit the programs per SM in none: with one or two warps an
+# SM holds 32, its limit.
+#     kept_statistics                 sm_80     sm_90    sm_100   instructions per id
+#     LOADS 2                       31 / 32   31 / 34   32 / 34   32.5 / 30.5
+#     LOADS 4                       38 / 38   36 / 38   42 / 38   29.3 / 27.8    used
+#     LOADS 8                       44 / 40   44 / 44   46 / 44   28.0 / 26.8
+# A row keeps a few dozen ids, so a program is one warp. Its turn is LOADS x 32 ids: 256 with 8 of
+# them, of which most would be masked.
 LANES = 32
 LOADS = 4
-# Ids per turn of kept_gradient: one warp, two loads in flight per thread.
+#     kept_gradient                   sm_80     sm_90    sm_100   instructions per id, fp32
+#     GRADIENT_IDS 32               28 / 30   28 / 30   30 / 30   25.8
+#     GRADIENT_IDS 64               30 / 29   27 / 29   30 / 29   23.5    used
+#     GRADIENT_IDS 128              35 / 42   35 / 33   33 / 33   22.0
+# Ids per turn of one warp: 64 are two loads in flight per thread.
 GRADIENT_IDS = 64
-# Columns and ids per turn of kept_scatter. Its zeros are 16-byte stores of all threads.
+# kept_scatter, columns per turn of the zeros / ids per turn / warps; the instructions are those of
+# the loop over ids.
+#     2048 / 128 / 4                24 / 26   24 / 28   24 / 28   17.3 / 15.5
+#     4096 / 128 / 2                28 / 32   28 / 32   28 / 32   14.8 / 13.4
+#     4096 /  64 / 4                26 / 30   26 / 30   26 / 30   17.5 / 15.8
+#     4096 / 128 / 4                24 / 28   24 / 28   24 / 28   17.3 / 15.5    used
+#     4096 / 128 / 8                26 / 30   26 / 30   26 / 30   17.5 / 15.8
+#     8192 / 128 / 4                24 / 28   24 / 32   24 / 32   17.3 / 15.5
+# The zeros are nearly all of its traffic, and these figures do not show them: nothing measured
+# here decides between the blocks of columns. An SM holds 64 warps in each; two per program take
+# fewer instructions per id.
 SCATTER_BLOCK = 4096
 SCATTER_IDS = 128
 SCATTER_WARPS = 4
 
 
 @triton.jit
-def _gather(token_ids, line, start, count, place, first, real):
-    """Return columns of the ids at start + place, which of them are this shard's, and their logits,
-    -inf where they are not."""
+def _kept_range(starts, ends, row):
+    """Return where a row's kept ids begin, and how many there are."""
+    start = tl.load(starts + row)
+    return start, (tl.load(ends + row) - start).to(tl.int32)
+
+
+@triton.jit
+def _kept_columns(token_ids, start, count, place, first, real):
+    """Return columns of the ids at start + place, and which of them are this shard's."""
     inside = place < count
     column = tl.load(token_ids + start + place, mask=inside, other=0) - first
-    here = inside & (column >= 0) & (column < real)
+    return column, inside & (column >= 0) & (column < real)
+
+
+@triton.jit
+def _kept_logits(token_ids, line, start, count, place, first, real):
+    """Return what `_kept_columns` does, and the columns' logits, -inf where they are not here."""
+    column, here = _kept_columns(token_ids, start, count, place, first, real)
     z = tl.load(line + column, mask=here, other=float("-inf")).to(tl.float32)
     return column, here, z
 
@@ -74,10 +112,8 @@ def kept_statistics_kernel(
     """Compute the statistics of one row's kept tokens; grid (T,)."""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * row_stride
-    local = tl.load(targets + row).to(tl.int64) - first
-    target_here = (local >= 0) & (local < real)
-    start = tl.load(starts + row)
-    count = (tl.load(ends + row) - start).to(tl.int32)
+    local, target_here = target_column(targets, row, first, real)
+    start, count = _kept_range(starts, ends, row)
     lane = tl.arange(0, LANES)
     to_base2 = scale * LOG2E
     peak = tl.full((LANES,), float("-inf"), tl.float32)
@@ -89,7 +125,7 @@ def kept_statistics_kernel(
         loaded = ()  # a tuple that grows in the loop, which Triton unrolls
         for i in tl.static_range(LOADS):
             place = turn + i * LANES + lane
-            column, here, z = _gather(token_ids, line, start, count, place, first, real)
+            column, here, z = _kept_logits(token_ids, line, start, count, place, first, real)
             is_target = here & (column == local)
             chosen = tl.where(is_target, z, chosen)
             hits = tl.where(is_target, 1, hits)
@@ -98,10 +134,8 @@ def kept_statistics_kernel(
     row_peak, row_total, row_moment = combine_lanes(peak, total, moment, to_base2)
     row_chosen = tl.sum(chosen, 0)
     lost = target_here & (tl.sum(hits, 0) == 0)
-    tl.store(statistics + row, row_peak)
-    tl.store(statistics + num_rows + row, row_total)
-    tl.store(statistics + 2 * num_rows + row, row_moment)
-    tl.store(statistics + 3 * num_rows + row, tl.where(lost, float("nan"), row_chosen))
+    row_chosen = tl.where(lost, float("nan"), row_chosen)
+    store_statistics(statistics, row, num_rows, row_peak, row_total, row_moment, row_chosen)
 
 
 @triton.jit
@@ -130,16 +164,15 @@ def kept_gradient_kernel(
     """Write the gradient of one row's kept logits; grid (T,)."""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * row_stride
-    local = tl.load(targets + row).to(tl.int64) - first
-    start = tl.load(starts + row)
-    count = (tl.load(ends + row) - start).to(tl.int32)
+    local, _ = target_column(targets, row, first, real)
+    start, count = _kept_range(starts, ends, row)
     to_base2 = scale * LOG2E
     row_peak, log2_total, upstream, flat, slope, needed = load_row_upstream(
         row, peak, log_total, entropy, grad_logprobs, grad_entropy, scale, HAS_ENTROPY
     )
     for turn in range(0, count, IDS):
         place = turn + tl.arange(0, IDS)
-        column, here, z = _gather(token_ids, line, start, count, place, first, real)
+        column, here, z = _kept_logits(token_ids, line, start, count, place, first, real)
         d = softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
         d = tl.where(column == local, d + upstream, d)
         # A row without upstream gradients may hold anything, NaN included.
@@ -166,8 +199,7 @@ def kept_scatter_kernel(
     row = tl.program_id(0).to(tl.int64)
     line = out + tl.multiple_of(row * row_stride, ALIGNMENT)
     dtype = out.dtype.element_ty
-    start = tl.load(starts + row)
-    count = (tl.load(ends + row) - start).to(tl.int32)
+    start, count = _kept_range(starts, ends, row)
     columns = tl.arange(0, BLOCK)
     whole = num_columns // BLOCK * BLOCK
     for turn in range(0, whole, BLOCK):
@@ -178,9 +210,7 @@ def kept_scatter_kernel(
     tl.debug_barrier()  # the zeros of other threads come first
     for turn in range(0, count, IDS):
         place = turn + tl.arange(0, IDS)
-        inside = place < count
-        column = tl.load(token_ids + start + place, mask=inside, other=0) - first
-        here = inside & (column >= 0) & (column < real)
+        column, here = _kept_columns(token_ids, start, count, place, first, real)
         value = tl.load(values + start + place, mask=here, other=0.0)
         tl.store(line + column, value.to(dtype), mask=here)
 

@@ -1,8 +1,8 @@
 """Softmax statistics of rows of logits, and the gradient of the logits, in PyTorch.
 
-Formulae: `softmax_triton`. A tile of rows at a time, so that intermediate results are small
-compared with the logits, but large enough that starting the threads of each operation costs little,
-also on a busy machine."""
+Formulae: `rows_triton`. A tile of rows at a time, so that intermediate results are small compared
+with the logits, but large enough that starting the threads of each operation costs little, also on
+a busy machine."""
 
 import torch
 from torch import Tensor
