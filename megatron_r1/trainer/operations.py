@@ -379,7 +379,7 @@ class CheckpointOperations(Protocol):
 
 
 class PushOperations(Protocol):
-    """A rank's part of a push: methods of `push.sender.PushWorker`."""
+    """A rank's part of a push: methods of `push.worker.PushWorker`."""
 
     def open_push(self) -> OpenedPush:
         """Create this rank's sender, before the first engine is connected.

@@ -155,7 +155,7 @@ class Operations:
 
     def __init__(self, config: Config, position: GridPosition):
         # These import Megatron, which is possible only after platform.prepare().
-        from megatron_r1.push.sender import PushWorker
+        from megatron_r1.push.worker import PushWorker
         from megatron_r1.trainer import implementations
         from megatron_r1.trainer.checkpoint_manager import CheckpointManager
         from megatron_r1.trainer.probing import Probing
