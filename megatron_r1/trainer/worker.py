@@ -19,7 +19,7 @@ from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT, protect
 from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.distributed import GridPosition, Replica
+from megatron_r1.trainer.distributed import GridPosition
 from megatron_r1.trainer.operations import (
     LOAD,
     STOP,
@@ -35,6 +35,7 @@ from megatron_r1.trainer.operations import (
     rank_identity,
 )
 from megatron_r1.trainer.rank_monitor import IDLE, RankMonitor, describe_collective
+from megatron_r1.trainer.replica import Replica
 from megatron_r1.trainer.training_sample import decode_samples, split_off_routing
 
 if TYPE_CHECKING:
