@@ -270,7 +270,7 @@ class ModelOperations(Protocol):
 
 
 class ProbingOperations(Protocol):
-    """Passes that train nothing: methods of `probing.Probing`."""
+    """Passes that train nothing: methods of `probing.ProbeRunner`."""
 
     def sample_scores(self) -> SampleScores:
         """Compute a score model's scores of all loaded samples.

@@ -159,7 +159,7 @@ class Operations:
         from megatron_r1.push.worker import PushWorker
         from megatron_r1.trainer import implementations
         from megatron_r1.trainer.checkpoint_manager import CheckpointManager
-        from megatron_r1.trainer.probing import Probing
+        from megatron_r1.trainer.probing import ProbeRunner
         from megatron_r1.trainer.routing import RoutingScatter
         from megatron_r1.trainer.trainer import Trainer
 
@@ -172,7 +172,7 @@ class Operations:
         self.implementations = implementations.describe_implementations(self.trainer)
         push = PushWorker(self.trainer.model_chunks, self.trainer.hf, config)
         self._methods = methods(
-            self.trainer, Probing(self.trainer), CheckpointManager(self.trainer), push
+            self.trainer, ProbeRunner(self.trainer), CheckpointManager(self.trainer), push
         )
         self._types = argument_types()
 

@@ -99,9 +99,9 @@ def assert_views(trainer) -> None:
 def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
     """Return all metrics, and every value of the model and the optimizer after the last step."""
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
-    from megatron_r1.trainer.probing import Probing
+    from megatron_r1.trainer.probing import ProbeRunner
 
-    folders, probing, seen = CheckpointManager(trainer), Probing(trainer), []
+    folders, probing, seen = CheckpointManager(trainer), ProbeRunner(trainer), []
     trainer.refresh_reference()
     for step in range(3):
         if yields:
