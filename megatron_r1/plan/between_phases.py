@@ -51,9 +51,7 @@ def offloaded_bytes(job: PlannedJob, counts: ParameterCounts) -> int:
     that the layers keep in FP8, and a reference on the device, stay."""
     if not offloads_state(job):
         return 0
-    parts = persistent_bytes(
-        job.config, counts, job.data_parallel_sizes, job.config.optimizer.moments
-    )
+    parts = persistent_bytes(job.config, counts, job.optimizer_shards, job.config.optimizer.moments)
     # What is no parameter, such as the routers' bias, stays.
     return sum(parts[kind] for kind in KINDS) - 4 * counts.buffers
 
@@ -150,7 +148,7 @@ def checkpoint_time(job: PlannedJob) -> Quantity:
     reference = job.computes_ref_logprobs or job.keeps_reference
     copied = max(
         checkpoint_bytes(
-            job.config, counts.rank_counts(rank), job.data_parallel_sizes, with_reference=reference
+            job.config, counts.rank_counts(rank), job.optimizer_shards, with_reference=reference
         )
         for rank in range(job.parallel.pipeline)
     )

@@ -134,7 +134,7 @@ class PlannedJob:
         return self.world_size // (parallel.expert_tensor * parallel.expert * parallel.pipeline)
 
     @property
-    def data_parallel_sizes(self) -> tuple[int, int]:
+    def optimizer_shards(self) -> tuple[int, int]:
         """Ranks that hold the same dense, and the same expert, parameters."""
         return self.data_context_parallel, self.expert_data_parallel
 

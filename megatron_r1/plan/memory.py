@@ -93,9 +93,7 @@ def rank_memory(job: PlannedJob) -> list[RankMemory]:
 
 
 def _persistent_bytes(job: PlannedJob, counts: ParameterCounts) -> dict[str, int]:
-    return persistent_bytes(
-        job.config, counts, job.data_parallel_sizes, job.config.optimizer.moments
-    )
+    return persistent_bytes(job.config, counts, job.optimizer_shards, job.config.optimizer.moments)
 
 
 def _of_rank(
@@ -116,7 +114,7 @@ def _of_rank(
     host |= routing_replay_host_bytes(job, rank) | offloaded_host_bytes(job, counts)
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = checkpoint_bytes(
-            job.config, counts, job.data_parallel_sizes, with_reference=is_kept
+            job.config, counts, job.optimizer_shards, with_reference=is_kept
         )
     stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
     ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
@@ -146,7 +144,7 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: ParameterCounts
         host[kind] += more
     if critic.config.checkpoint.asynchronous:
         host["checkpoint being written"] += checkpoint_bytes(
-            critic.config, counts, critic.data_parallel_sizes, with_reference=False
+            critic.config, counts, critic.optimizer_shards, with_reference=False
         )
     freed = persistent["gradients"] if critic.config.rollout.colocated else 0
     training = {**memory.training, CRITIC: num_bytes}
