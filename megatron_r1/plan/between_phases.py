@@ -199,19 +199,19 @@ class RoutingReplayTraffic:
 
     def replica_bytes(self, tokens: int) -> int:
         """Return the bytes of a replica's samples of `tokens` each, which its first rank gets."""
-        return self.stored_bytes(tokens) // self.job.data_parallel
+        return self.stored_bytes(tokens) // self.job.data_parallel_size
 
     @property
     def ranks_per_replica(self) -> int:
         """Ranks of a replica."""
-        return self.job.world_size // self.job.data_parallel
+        return self.job.world_size // self.job.data_parallel_size
 
     @property
     def forwarded_bytes(self) -> int:
         """Bytes out of a replica's first rank: all but its own part, and a byte for each token of a
         rank (`RecordedRouting.known`)."""
         own = self.replica_bytes(self.job.sample_tokens) // self.ranks_per_replica
-        marks = self.job.num_responses * self.job.sample_tokens // self.job.data_parallel
+        marks = self.job.num_responses * self.job.sample_tokens // self.job.data_parallel_size
         marks //= self.job.parallel.tensor * self.job.parallel.context
         return (own + marks) * (self.ranks_per_replica - 1)
 
@@ -276,7 +276,7 @@ class RoutingReplayTraffic:
             ),
             "into a replica": byte_quantity(
                 self.replica_bytes(mean),
-                f"those of its samples, 1 of {job.data_parallel}, to its first rank's host",
+                f"those of its samples, 1 of {job.data_parallel_size}, to its first rank's host",
             ),
             "into another rank's host": byte_quantity(
                 self.forwarded_bytes // max(1, self.ranks_per_replica - 1),

@@ -230,8 +230,8 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
     formulas = {
         "parameters": f"({dense} + {expert} + {c.frozen:,} frozen) x {value} B",
         "gradients": f"({dense} + {expert}) x 4 B (fp32)",
-        "optimizer": f"{state} B x (dense / {job.data_context_parallel} + expert / "
-        f"{job.expert_data_parallel} replicas){part}",
+        "optimizer": f"{state} B x (dense / {job.data_context_parallel_size} + expert / "
+        f"{job.expert_data_parallel_size} replicas){part}",
         "fp8 copies": "two fp8 copies of each linear weight"
         if rank.training["fp8 copies"]
         else "fp8.recipe: none",

@@ -30,7 +30,7 @@ class GridPosition:
         rank: the global rank, from 0.
         world_size: all trainer ranks.
         data_rank: the index of its model replica, by which the controller distributes batches.
-        data_parallel: the data-parallel size, the number of replicas.
+        data_parallel_size: the number of model replicas.
         tensor_rank: the index in its tensor-parallel group.
         pipeline_rank: its pipeline stage, from 0.
         context_rank: the index in its context-parallel group.
@@ -42,7 +42,7 @@ class GridPosition:
     rank: int
     world_size: int
     data_rank: int
-    data_parallel: int
+    data_parallel_size: int
     tensor_rank: int
     pipeline_rank: int
     context_rank: int
@@ -92,7 +92,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
         rank=rank,
         world_size=world_size,
         data_rank=groups.dp.rank(),
-        data_parallel=groups.dp.size(),
+        data_parallel_size=groups.dp.size(),
         tensor_rank=groups.tp.rank(),
         pipeline_rank=groups.pp.rank(),
         context_rank=groups.cp.rank(),

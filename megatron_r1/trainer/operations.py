@@ -74,7 +74,7 @@ class RankDescription(TypedDict):
         context_rank: the index in its context-parallel group.
         expert_rank: the index in its expert-parallel group.
         data_rank: the index of its model replica.
-        data_parallel: the number of replicas.
+        data_parallel_size: the number of replicas.
         last_stage: whether it computes the loss.
         leads_replica: whether it receives the replica's samples.
         num_parameters: the parameters of the whole model.
@@ -88,7 +88,7 @@ class RankDescription(TypedDict):
     context_rank: int
     expert_rank: int
     data_rank: int
-    data_parallel: int
+    data_parallel_size: int
     last_stage: bool
     leads_replica: bool
     num_parameters: int

@@ -185,7 +185,7 @@ class Operations:
             "context_rank": self.position.context_rank,
             "expert_rank": self.position.expert_rank,
             "data_rank": self.position.data_rank,
-            "data_parallel": self.position.data_parallel,
+            "data_parallel_size": self.position.data_parallel_size,
             "last_stage": self.position.is_last_stage,
             "leads_replica": self.replica.is_leader,
             "num_parameters": self.trainer.num_parameters,

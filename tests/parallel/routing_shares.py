@@ -87,7 +87,7 @@ def main() -> None:
 
         replica.BROADCAST_BYTES = 101  # several sends
         operations = Operations(settings, position)
-        assert position.data_parallel == 1
+        assert position.data_parallel_size == 1
         # One micro-batch each: the number of the sample is that of its batch.
         share = encode_samples([[[sample] for sample in samples(shape)]])
         share = [memoryview(part) for part in share] if operations.replica.is_leader else []
