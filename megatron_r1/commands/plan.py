@@ -206,7 +206,7 @@ def as_json(
         "gpus": job.world_size,
         "hardware": vars(job.hardware),
         "assumptions": vars(job.assumptions) | {"response_tokens": job.response_tokens},
-        "parallel": job.parallel.model_dump() | {"data": job.data_parallel},
+        "parallel": job.parallel.model_dump() | {"data": job.data_parallel_size},
         "sections": {
             title: {name: _entries(quantity) for name, quantity in section.items()}
             for title, section in estimate.sections().items()
@@ -281,7 +281,7 @@ def _title(estimate: JobEstimate) -> str:
             f"trainer: tensor {parallel.tensor}, pipeline {parallel.pipeline} x "
             f"{job.num_model_chunks}, "
             f"context {parallel.context}, expert {parallel.expert} x {parallel.expert_tensor}, "
-            f"data {job.data_parallel}; "
+            f"data {job.data_parallel_size}; "
             f"{format_count(job.num_microbatches, 'micro-batch')} an optimizer step"
         )
     if job.generates:

@@ -180,7 +180,7 @@ async def _evaluate(
     for first in range(0, len(heldout), EVALUATION_BATCH_ROWS):
         samples = _row_samples(heldout[first : first + EVALUATION_BATCH_ROWS])
         # Every data-parallel rank needs a sample: too few are sent several times.
-        await trainer.load([samples * -(-trainer.data_parallel // len(samples))])
+        await trainer.load([samples * -(-trainer.data_parallel_size // len(samples))])
         scores += (await trainer.sample_scores())[0][: len(samples)]
     questions = [row.question for row in heldout]
     if config.reward_model.kind == "pairwise":

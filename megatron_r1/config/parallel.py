@@ -74,7 +74,7 @@ class ParallelConfig(Section):
         """The setting `tokens_per_microbatch`, or its default on GPUs."""
         return self.tokens_per_microbatch or DEFAULT_TOKENS
 
-    def data_parallel(self, world_size: int) -> int:
+    def data_parallel_size(self, world_size: int) -> int:
         """Return the data-parallel size: the number of model replicas with different samples."""
         return world_size // (self.tensor * self.pipeline * self.context)
 

@@ -12,5 +12,5 @@
    `corrections` the settings that correct any of them, and `verifier_audit` says what wrong
    rewards do to advantages.
 8. `trainer_calls`: carries each of the trainer's passes to its ranks.
-9. `run_recorder`: the run's folder, metrics and checkpoints; `advice` says what to change where a
-   rollout teaches little."""
+9. `run_recorder`: the run's folder and metrics; `checkpoint_series` has its checkpoints, and
+   `advice` says what to change where a rollout teaches little."""

@@ -179,16 +179,16 @@ def _state_bytes(config: Config, hf: dict, world_size: int, *, with_reference: b
     adapters = layout_from_rules(adapter_table(hf, lora), at) if lora else None
     counts = count_parameters(layout(hf, at), config.model.mtp, adapters)
     ranks = world_size // parallel.pipeline  # stages have the layers once, all together
-    data_parallel_sizes = (
+    optimizer_shards = (
         ranks // parallel.tensor,
         ranks // (parallel.expert * parallel.expert_tensor),
     )
-    num_bytes = sum(persistent_bytes(config, counts, data_parallel_sizes, "float32").values())
+    num_bytes = sum(persistent_bytes(config, counts, optimizer_shards, "float32").values())
     kept = with_reference and config.uses_reference
     if kept:
         num_bytes += reference_bytes(config, counts)
     if config.checkpoint.asynchronous:
-        num_bytes += checkpoint_bytes(config, counts, data_parallel_sizes, with_reference=kept)
+        num_bytes += checkpoint_bytes(config, counts, optimizer_shards, with_reference=kept)
     return num_bytes * ranks
 
 

@@ -2,9 +2,10 @@
 architectures, of which a new one made of known parts is an entry; `hf_config`, `supported`,
 `attention_fields` and `experts` read `config.json`, `config` and `build` make Megatron's
 configuration and a rank's model of it; `memory` counts their bytes; `layers`, `attention`,
-`context_parallel` and `prefixes` are what Megatron lacks on a CPU or has wrong; `platform`,
-`patches` and `cpu_patches` prepare a process; `gradients`, `fp8` and `routing_replay` are the rules
-of gradients, FP8 training and routing replay; `weights` is the table of all weights.
+`ring_attention`, `length_buckets` and `prefixes` are what Megatron lacks on a CPU or has wrong;
+`context_parallel` is the split of tokens over ranks; `platform`, `patches` and `cpu_patches`
+prepare a process; `gradients`, `fp8` and `routing_replay` are the rules of gradients, FP8 training
+and routing replay; `weights` is the table of all weights.
 
 Everything but `read_hf_config` is imported at first use, after `models.platform.prepare()`; before
 the first model is built, `patches.install()` is called."""

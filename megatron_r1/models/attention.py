@@ -2,9 +2,9 @@
 
 PyTorch's flash attention for CPUs computes it block by block, forward and backward: a matrix of
 queries x keys, 17 GB a head at 65,536 tokens, never exists. A packed batch becomes a few padded
-ones (`context_parallel.LengthBuckets`): the causal mask alone keeps every real query from seeing
+ones (`length_buckets.LengthBuckets`): the causal mask alone keeps every real query from seeing
 the padding behind it, and no query can see another sequence. Under context parallelism keys and
-values go round a ring of ranks (`models.context_parallel`). On a GPU Transformer Engine's attention
+values go round a ring of ranks (`models.ring_attention`). On a GPU Transformer Engine's attention
 takes this place.
 
 `_offset_attention` (gpt-oss) adds a learned softmax offset per head and a window. The offset z of a
@@ -38,13 +38,9 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from megatron_r1.models.context_parallel import (
-    LengthBuckets,
-    flash_backward,
-    flash_forward,
-    ring_attention,
-)
+from megatron_r1.models.length_buckets import LengthBuckets, flash_backward, flash_forward
 from megatron_r1.models.prefixes import marked_prefixes, prefix_attention
+from megatron_r1.models.ring_attention import ring_attention
 
 
 def _offset_attention(

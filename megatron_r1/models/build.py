@@ -153,13 +153,13 @@ class PolicyModel(ChunkModel):
     ) -> Tensor:
         """Return hidden states in place of Megatron's logits: (s, b, h) before the last stage,
         (b, s, h) on it. With labels their gradient contains the MTP loss."""
-        predicts = labels is not None and self.config.mtp_num_layers
-        if predicts and mtp_in_postprocess:
+        runs_mtp = labels is not None and self.config.mtp_num_layers
+        if runs_mtp and mtp_in_postprocess:
             arguments = context | (extra_block_kwargs or {})
             hidden_states = self._with_predictions(hidden_states, arguments)
         if not self.post_process:
             return hidden_states
-        if predicts:
+        if runs_mtp:
             assert labels is not None, "MTP layers predict labels"
             hidden_states, *predicted = hidden_states.chunk(1 + self.config.mtp_num_layers)
             hidden_states = self._with_mtp_loss(

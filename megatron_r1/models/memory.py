@@ -151,7 +151,7 @@ def count_parameters(
 
 
 def persistent_bytes(
-    config: Config, counts: ParameterCounts, data_parallel_sizes: tuple[int, int], moments: str
+    config: Config, counts: ParameterCounts, optimizer_shards: tuple[int, int], moments: str
 ) -> dict[str, int]:
     """Return bytes of parameters, gradients and optimizer state on a rank.
 
@@ -161,11 +161,11 @@ def persistent_bytes(
     Args:
         config: the recipe.
         counts: the rank's parameters.
-        data_parallel_sizes: the ranks that share dense parameters, and those that share experts.
+        optimizer_shards: the ranks that share dense parameters, and those that share experts.
         moments: the dtype of the moments on this device."""
     each = parameter_bytes(config.model.dtype, moments)
-    dense, expert = _padded(counts, data_parallel_sizes)
-    shared = dense / data_parallel_sizes[0] + expert / data_parallel_sizes[1]
+    dense, expert = _padded(counts, optimizer_shards)
+    shared = dense / optimizer_shards[0] + expert / optimizer_shards[1]
     values = dense + expert + counts.frozen
     return {
         "parameters": values * each.value + FP32 * counts.buffers,
@@ -177,7 +177,7 @@ def persistent_bytes(
 def checkpoint_bytes(
     config: Config,
     counts: ParameterCounts,
-    data_parallel_sizes: tuple[int, int],
+    optimizer_shards: tuple[int, int],
     *,
     with_reference: bool,
 ) -> int:
@@ -189,12 +189,12 @@ def checkpoint_bytes(
     Args:
         config: the recipe.
         counts: the rank's parameters.
-        data_parallel_sizes: the ranks that share dense parameters, and those that share experts.
+        optimizer_shards: the ranks that share dense parameters, and those that share experts.
         with_reference: whether a reference is kept."""
-    trained = counts.dense / data_parallel_sizes[0] + counts.expert / data_parallel_sizes[1]
+    trained = counts.dense / optimizer_shards[0] + counts.expert / optimizer_shards[1]
     written = trained
     if config.model.lora is None:  # frozen MTP layers; next to adapters nothing frozen is written
-        written += counts.frozen / data_parallel_sizes[0]
+        written += counts.frozen / optimizer_shards[0]
     num_bytes = (1 + with_reference) * written * BYTES[config.model.dtype]
     return round(3 * FP32 * trained + num_bytes)
 
@@ -206,9 +206,9 @@ def reference_bytes(config: Config, counts: ParameterCounts) -> int:
     return changing * BYTES[config.model.dtype] + FP32 * counts.buffers
 
 
-def _padded(counts: ParameterCounts, data_parallel_sizes: tuple[int, int]) -> tuple[int, int]:
+def _padded(counts: ParameterCounts, optimizer_shards: tuple[int, int]) -> tuple[int, int]:
     """Return the values in the gradient buffers of dense and of expert parameters."""
-    multiples = (math.lcm(each, 128) for each in data_parallel_sizes)
+    multiples = (math.lcm(each, 128) for each in optimizer_shards)
     sizes = (counts.dense_padded, counts.expert_padded)
     dense, expert = (-(-n // m) * m for n, m in zip(sizes, multiples, strict=True))
     return dense, expert

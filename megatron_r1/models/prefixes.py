@@ -8,7 +8,7 @@ prompt of which there are 16 responses costs one pass, and its gradient is the s
 
 On a CPU a query attends to its own segment, causally, and to each whole prefix before it; the parts
 are joined by the normalizers of their softmax, forward and backward as in
-`models.context_parallel`. The matrix of queries x keys never exists. On a GPU
+`models.ring_attention`. The matrix of queries x keys never exists. On a GPU
 `models.shared_attention` hands Transformer Engine the keys of whole sequences.
 
 Shapes: t tokens, S segments, h query heads, g key/value heads (g divides h), d head size of queries
@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_r1.models.context_parallel import (
+from megatron_r1.models.context_parallel import concat_ranges
+from megatron_r1.models.length_buckets import (
     LengthBuckets,
-    concat_ranges,
     flash_backward,
     flash_forward,
     repeat_kv,
@@ -192,7 +192,7 @@ class _PrefixAttention(torch.autograd.Function):
         out, grad (t, h, e).
 
         All parts compute their gradients with the joint `out` and `lse` (equations:
-        `context_parallel`), and these add up; a prefix's keys and values get those of all its
+        `ring_attention`), and these add up; a prefix's keys and values get those of all its
         segments."""
         query, key, value, out, lse = ctx.saved_tensors
         segments, buckets = ctx.segments, ctx.segments.buckets

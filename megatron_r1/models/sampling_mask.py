@@ -21,8 +21,9 @@ Buffer = bytes | memoryview
 INT = np.dtype("<i4")
 
 
-class KeptTokens(NamedTuple):
-    """The kept ids of a run of tokens.
+class DecodedMask(NamedTuple):
+    """The kept ids of a run of tokens, as the bytes have them: on the host, with counts. The
+    kernels have tensors with offsets (`SamplingMask`, `KeptIds`).
 
     Attributes:
         counts: (T,) int32, ids of each token.
@@ -37,10 +38,10 @@ class KeptTokens(NamedTuple):
             np.ascontiguousarray(self.ids, INT).tobytes()
         )
 
-    def slice(self, first: int, end: int) -> KeptTokens:
+    def slice(self, first: int, end: int) -> DecodedMask:
         """Return the kept ids of the tokens from `first` until `end`."""
         before, within = int(self.counts[:first].sum()), int(self.counts[first:end].sum())
-        return KeptTokens(self.counts[first:end], self.ids[before : before + within])
+        return DecodedMask(self.counts[first:end], self.ids[before : before + within])
 
     @property
     def token_of_id(self) -> np.ndarray:
@@ -58,7 +59,7 @@ class KeptTokens(NamedTuple):
         return found
 
 
-def decode_mask(mask: Buffer, num_tokens: int) -> KeptTokens:
+def decode_mask(mask: Buffer, num_tokens: int) -> DecodedMask:
     """Return the kept ids that the bytes hold, as views of them.
 
     Args:
@@ -68,7 +69,7 @@ def decode_mask(mask: Buffer, num_tokens: int) -> KeptTokens:
     Raises:
         ValueError: for bytes of other than `num_tokens` tokens."""
     if not mask:
-        return KeptTokens(np.zeros(num_tokens, INT), np.zeros(0, INT))
+        return DecodedMask(np.zeros(num_tokens, INT), np.zeros(0, INT))
     numbers = np.frombuffer(mask, INT)
     counts, ids = numbers[:num_tokens], numbers[num_tokens:]
     if len(counts) < num_tokens or (counts < 0).any() or int(counts.sum()) != len(ids):
@@ -76,7 +77,7 @@ def decode_mask(mask: Buffer, num_tokens: int) -> KeptTokens:
             f"a sampling mask of {len(numbers)} numbers does not fit {num_tokens} tokens, whose "
             f"counts name {int(counts.sum())} ids"
         )
-    return KeptTokens(counts, ids)
+    return DecodedMask(counts, ids)
 
 
 def slice_mask(mask: Buffer, num_tokens: int, first: int, end: int) -> bytes:
@@ -100,7 +101,7 @@ def concat_masks(parts: Iterable[tuple[Buffer, int]]) -> bytes:
         return b""
     kept = [decode_mask(mask, num_tokens) for mask, num_tokens in parts]
     counts, ids = zip(*kept, strict=True)
-    return KeptTokens(np.concatenate(counts), np.concatenate(ids)).encode()
+    return DecodedMask(np.concatenate(counts), np.concatenate(ids)).encode()
 
 
 def check_mask(mask: Buffer, token_ids: Sequence[int], vocab_size: int | None) -> None:
@@ -132,4 +133,4 @@ def encode_mask(kept: Sequence[Sequence[int]]) -> bytes:
     """Return the bytes of one list of ids per token, as vLLM's JSON has them."""
     counts = np.array([len(ids) for ids in kept], INT)
     ids = np.fromiter(chain.from_iterable(kept), INT, int(counts.sum()))
-    return KeptTokens(counts, ids).encode()
+    return DecodedMask(counts, ids).encode()

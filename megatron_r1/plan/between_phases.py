@@ -51,9 +51,7 @@ def offloaded_bytes(job: PlannedJob, counts: ParameterCounts) -> int:
     that the layers keep in FP8, and a reference on the device, stay."""
     if not offloads_state(job):
         return 0
-    parts = persistent_bytes(
-        job.config, counts, job.data_parallel_sizes, job.config.optimizer.moments
-    )
+    parts = persistent_bytes(job.config, counts, job.optimizer_shards, job.config.optimizer.moments)
     # What is no parameter, such as the routers' bias, stays.
     return sum(parts[kind] for kind in KINDS) - 4 * counts.buffers
 
@@ -150,7 +148,7 @@ def checkpoint_time(job: PlannedJob) -> Quantity:
     reference = job.computes_ref_logprobs or job.keeps_reference
     copied = max(
         checkpoint_bytes(
-            job.config, counts.rank_counts(rank), job.data_parallel_sizes, with_reference=reference
+            job.config, counts.rank_counts(rank), job.optimizer_shards, with_reference=reference
         )
         for rank in range(job.parallel.pipeline)
     )
@@ -201,19 +199,19 @@ class RoutingReplayTraffic:
 
     def replica_bytes(self, tokens: int) -> int:
         """Return the bytes of a replica's samples of `tokens` each, which its first rank gets."""
-        return self.stored_bytes(tokens) // self.job.data_parallel
+        return self.stored_bytes(tokens) // self.job.data_parallel_size
 
     @property
     def ranks_per_replica(self) -> int:
         """Ranks of a replica."""
-        return self.job.world_size // self.job.data_parallel
+        return self.job.world_size // self.job.data_parallel_size
 
     @property
     def forwarded_bytes(self) -> int:
         """Bytes out of a replica's first rank: all but its own part, and a byte for each token of a
         rank (`RecordedRouting.known`)."""
         own = self.replica_bytes(self.job.sample_tokens) // self.ranks_per_replica
-        marks = self.job.num_responses * self.job.sample_tokens // self.job.data_parallel
+        marks = self.job.num_responses * self.job.sample_tokens // self.job.data_parallel_size
         marks //= self.job.parallel.tensor * self.job.parallel.context
         return (own + marks) * (self.ranks_per_replica - 1)
 
@@ -278,7 +276,7 @@ class RoutingReplayTraffic:
             ),
             "into a replica": byte_quantity(
                 self.replica_bytes(mean),
-                f"those of its samples, 1 of {job.data_parallel}, to its first rank's host",
+                f"those of its samples, 1 of {job.data_parallel_size}, to its first rank's host",
             ),
             "into another rank's host": byte_quantity(
                 self.forwarded_bytes // max(1, self.ranks_per_replica - 1),

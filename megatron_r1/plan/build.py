@@ -175,12 +175,12 @@ def _rank_coordinates(job: PlannedJob) -> Iterator[tuple[int, ...]]:
 
     parallel, order = job.parallel, "tp-cp-ep-dp-pp"
     dense = RankGenerator(
-        parallel.tensor, 1, job.data_parallel, parallel.pipeline, parallel.context, order
+        parallel.tensor, 1, job.data_parallel_size, parallel.pipeline, parallel.context, order
     )
     expert = RankGenerator(
         parallel.expert_tensor,
         parallel.expert,
-        job.expert_data_parallel,
+        job.expert_data_parallel_size,
         parallel.pipeline,
         1,
         order,

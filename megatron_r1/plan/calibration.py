@@ -113,7 +113,9 @@ class RunCalibration:
         sample = None
         if fill and count:
             limit = job.parallel.microbatch_tokens
-            sample = fill * limit * count * job.data_parallel * job.minibatches / job.num_responses
+            sample = (
+                fill * limit * count * job.data_parallel_size * job.minibatches / job.num_responses
+            )
         if mean and job.generates:
             response, longest = max(1, round(mean)), self._median("response_length/max") or mean
             self.values["response_share"] = min(1.0, mean / job.longest_response)

@@ -135,7 +135,7 @@ def _pipeline(job: PlannedJob) -> AxisTraffic:
 
 def _data(job: PlannedJob, counts: ParameterCounts) -> AxisTraffic:
     value = job.parameter_bytes
-    dense, expert = job.data_context_parallel, job.expert_data_parallel
+    dense, expert = job.data_context_parallel_size, job.expert_data_parallel_size
     moved = counts.dense * (dense - 1) / dense + counts.expert * (expert - 1) / expert
     formula = (
         f"gradients reduce-scattered in fp32, parameters gathered in {value} B: {counts.dense:,} "

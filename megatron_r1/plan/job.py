@@ -118,25 +118,25 @@ class PlannedJob:
         return len(self.stages[0])
 
     @property
-    def data_parallel(self) -> int:
+    def data_parallel_size(self) -> int:
         """Data-parallel size: the number of ranks with different samples."""
-        return self.parallel.data_parallel(self.world_size)
+        return self.parallel.data_parallel_size(self.world_size)
 
     @property
-    def data_context_parallel(self) -> int:
+    def data_context_parallel_size(self) -> int:
         """Number of ranks with the same attention weights, which share their optimizer state."""
         return self.world_size // (self.parallel.tensor * self.parallel.pipeline)
 
     @property
-    def expert_data_parallel(self) -> int:
+    def expert_data_parallel_size(self) -> int:
         """Number of ranks with the same experts, which share their optimizer state."""
         parallel = self.parallel
         return self.world_size // (parallel.expert_tensor * parallel.expert * parallel.pipeline)
 
     @property
-    def data_parallel_sizes(self) -> tuple[int, int]:
+    def optimizer_shards(self) -> tuple[int, int]:
         """Ranks that hold the same dense, and the same expert, parameters."""
-        return self.data_context_parallel, self.expert_data_parallel
+        return self.data_context_parallel_size, self.expert_data_parallel_size
 
     @property
     def with_mtp(self) -> bool:
@@ -253,7 +253,7 @@ class PlannedJob:
     @property
     def rank_tokens(self) -> float:
         """Tokens of a mean micro-batch on a rank: context parallelism divides them."""
-        tokens = self.step_samples / self.data_parallel * self.sample_tokens
+        tokens = self.step_samples / self.data_parallel_size * self.sample_tokens
         return tokens / self.num_microbatches / self.parallel.context
 
     @property
@@ -261,7 +261,7 @@ class PlannedJob:
         """Micro-batches of one optimizer step on each data-parallel rank."""
         tokens = self.step_samples * self.sample_tokens
         limit = max(self.parallel.microbatch_tokens, self.sample_tokens)
-        return max(1, -(-int(tokens) // (self.data_parallel * limit)))
+        return max(1, -(-int(tokens) // (self.data_parallel_size * limit)))
 
     @property
     def schedule_slots(self) -> int:

@@ -93,9 +93,7 @@ def rank_memory(job: PlannedJob) -> list[RankMemory]:
 
 
 def _persistent_bytes(job: PlannedJob, counts: ParameterCounts) -> dict[str, int]:
-    return persistent_bytes(
-        job.config, counts, job.data_parallel_sizes, job.config.optimizer.moments
-    )
+    return persistent_bytes(job.config, counts, job.optimizer_shards, job.config.optimizer.moments)
 
 
 def _of_rank(
@@ -116,7 +114,7 @@ def _of_rank(
     host |= routing_replay_host_bytes(job, rank) | offloaded_host_bytes(job, counts)
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = checkpoint_bytes(
-            job.config, counts, job.data_parallel_sizes, with_reference=is_kept
+            job.config, counts, job.optimizer_shards, with_reference=is_kept
         )
     stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
     ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
@@ -146,7 +144,7 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: ParameterCounts
         host[kind] += more
     if critic.config.checkpoint.asynchronous:
         host["checkpoint being written"] += checkpoint_bytes(
-            critic.config, counts, critic.data_parallel_sizes, with_reference=False
+            critic.config, counts, critic.optimizer_shards, with_reference=False
         )
     freed = persistent["gradients"] if critic.config.rollout.colocated else 0
     training = {**memory.training, CRITIC: num_bytes}
@@ -232,8 +230,8 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
     formulas = {
         "parameters": f"({dense} + {expert} + {c.frozen:,} frozen) x {value} B",
         "gradients": f"({dense} + {expert}) x 4 B (fp32)",
-        "optimizer": f"{state} B x (dense / {job.data_context_parallel} + expert / "
-        f"{job.expert_data_parallel} replicas){part}",
+        "optimizer": f"{state} B x (dense / {job.data_context_parallel_size} + expert / "
+        f"{job.expert_data_parallel_size} replicas){part}",
         "fp8 copies": "two fp8 copies of each linear weight"
         if rank.training["fp8 copies"]
         else "fp8.recipe: none",

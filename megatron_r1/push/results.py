@@ -1,5 +1,5 @@
 """What ranks report to the controller of a push: the results of the trainer ranks' operations
-(`sender.PushWorker`), and the errors of engine ranks.
+(`worker.PushWorker`), and the errors of engine ranks.
 
 Imports no torch, because the controller imports it, and no llvmlite: where vLLM's server imports
 that before it forks its engine core, vLLM 0.32 does not start. triton_utils/dispatcher.py:143 looks

@@ -1,32 +1,20 @@
-"""A trainer rank's part of a push: it sends the slices that the plan assigns to this rank
-(`plan.engine_sets`), each to one engine rank, straight from the model's parameters. `PushWorker`
-has the operations that the controller calls."""
+"""Sends the weights of a trainer rank in a push: the slices that the plan assigns to this rank
+(`plan.engine_sets`), each to one engine rank, straight from the model's parameters."""
 
 from __future__ import annotations
 
-import os
-import resource
-import socket
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 import torch
-import torch.distributed as dist
 from torch.distributed import Store
 
-from megatron_r1.base.transports import TRANSPORTS
-from megatron_r1.config import Config, RolloutConfig
-from megatron_r1.models import platform
-from megatron_r1.models.platform import LOOPBACK, create_store, ranks_share_host
-from megatron_r1.models.weights.adapters import adapter_pieces
-from megatron_r1.models.weights.layout import Shard, recipe_stages
-from megatron_r1.models.weights.local import local_entries
+from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.stored.published import has_power_of_two_scales
-from megatron_r1.models.weights.table import Piece, Table
+from megatron_r1.models.weights.table import Table
 from megatron_r1.push.link_planner import (
     ConnectedLink,
     HeldPieces,
@@ -35,14 +23,12 @@ from megatron_r1.push.link_planner import (
     SetReceivers,
     read_receivers,
 )
-from megatron_r1.push.plan.adapters import pushed_adapter_table
 from megatron_r1.push.plan.planner import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TableStore, TrainerRendezvous
-from megatron_r1.push.results import ConnectedSets, Failure, OpenedPush, SentWeights
+from megatron_r1.push.results import ConnectedSets, Failure, SentWeights
 from megatron_r1.push.round_sender import RoundSender
 from megatron_r1.push.slices import EncodedSlices
-from megatron_r1.push.transports.base import gpu_uuid
 from megatron_r1.push.transports.payloads import SlicesPayload
 
 T = TypeVar("T")
@@ -287,106 +273,3 @@ class WeightSender:
         text = f"{type(error).__name__}: {error}"
         set_links.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")
         return text
-
-
-class PushWorker:
-    """The sender of a rank, created from its model by `open_push`; every method is called on all
-    trainer ranks.
-
-    Args:
-        model_chunks: this rank's virtual stages.
-        hf: the model's `config.json`.
-        config: the recipe.
-    """
-
-    def __init__(self, model_chunks: Sequence, hf: dict, config: Config):
-        self._model_chunks, self._hf, self._config = model_chunks, hf, config
-        self._sender: WeightSender | None = None
-
-    def open_push(self) -> OpenedPush:
-        """Create the sender, before the first engine is connected."""
-        stages = recipe_stages(self._config, self._hf)
-        adapters = pushed_adapter_table(self._config, self._hf)
-        by_tensor: dict[str, list[tuple[torch.Tensor, Piece]]] = defaultdict(list)
-        for parameter, pieces in self._pushed_pieces(adapters is not None):
-            for piece in pieces:
-                by_tensor[piece.hf_name].append((parameter, piece))
-        grid = TrainerGrid.from_recipe(self._config.parallel, dist.get_world_size())
-        store, address = open_store(self._config.rollout)
-        rank = dist.get_rank()
-        self._sender = WeightSender(
-            self._hf,
-            grid,
-            by_tensor,
-            store,
-            platform.broadcast_from_rank_zero,
-            rank=rank,
-            stages=stages,
-            drafts=self._config.rollout.drafts_by_mtp,
-            gpus=_gpus() if TRANSPORTS[self._config.push.transport].in_rounds else (),
-            adapters=adapters,
-        )
-        return {"store": address}
-
-    def _pushed_pieces(self, of_adapters: bool) -> Iterator[tuple[torch.Tensor, tuple[Piece, ...]]]:
-        """Yield (parameter, pieces) of this rank's weights, or of its adapters' factors."""
-        if of_adapters:
-            for factor, pieces, _ in adapter_pieces(self._model_chunks):
-                yield factor, pieces
-        else:
-            for parameter, entry in local_entries(self._model_chunks, self._hf):
-                yield parameter, entry.pieces
-
-    def connect_sets(self, **arguments: Any) -> ConnectedSets:
-        """Connect this rank with sets of engines, as `WeightSender.connect` does."""
-        assert self._sender is not None, "open_push() comes first"
-        return self._sender.connect(**arguments)
-
-    def send_weights(
-        self, push_number: int, sets: list[str], closed_sets: Sequence[str] = ()
-    ) -> SentWeights:
-        """Push to sets of engines, as `WeightSender.send` does.
-
-        Args:
-            push_number: the number of the push.
-            sets: the names of the sets to send to.
-            closed_sets: the names of sets to disconnect."""
-        assert self._sender is not None, "open_push() comes first"
-        return self._sender.send(push_number, sets, closed_sets)
-
-
-def _gpus() -> list[str]:
-    """Return the UUID of every rank's GPU."""
-    found: list[Any] = [None] * dist.get_world_size()
-    # Over all ranks: each plans the whole push, for which it needs to know who shares a GPU.
-    dist.all_gather_object(found, gpu_uuid(torch.cuda.current_device()))
-    return found
-
-
-def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, list]:
-    """Return a client of the store that rank 0 hosts for pushes, and the [host, port] at which
-    ranks and engines of this host reach it.
-
-    It listens where all of its clients come from: at the loopback interface, at MASTER_ADDR where
-    ranks are on several hosts, at `rollout.hosts_address` where engines are, and everywhere where
-    these two differ."""
-    host, store = "", None
-    if dist.get_rank() == 0:
-        # Every pair and group has a connection of its own to the store while it is created, and
-        # each is an open file of this process.
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        host = LOOPBACK if ranks_share_host() else os.environ["MASTER_ADDR"]
-        everywhere = False
-        if rollout.placement == "hosts":
-            engines = rollout.hosts_address or socket.gethostname()
-            everywhere = not ranks_share_host() and _resolved(host) != _resolved(engines)
-            host = host if everywhere else engines
-        store = create_store(host, everywhere=everywhere)
-    # Only rank 0 has chosen a port, and knows its host's own name.
-    host, port = platform.broadcast_from_rank_zero(store and [host, store.port])
-    return store or dist.TCPStore(host, port, is_master=False), [host, port]
-
-
-def _resolved(name: str) -> Any:
-    return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]

@@ -125,7 +125,7 @@ def _trainer_rows(
         verb: the recipe's verb.
         device: where the miniature runs."""
     rows = []
-    old, new = (p.data_parallel(p.processes) for p in (recipe.parallel, small.parallel))
+    old, new = (p.data_parallel_size(p.processes) for p in (recipe.parallel, small.parallel))
     if old > 1:
         rows.append(StructureRow("replicas of the model", str(old), str(new), _exercised(old, new)))
     if hf.get("num_nextn_predict_layers") and verb != "reward-model":

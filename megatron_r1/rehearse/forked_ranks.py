@@ -21,7 +21,7 @@ IMPORTED = (
     "megatron_r1.trainer.worker",
     "megatron_r1.trainer.trainer",
     "megatron_r1.trainer.worker",
-    "megatron_r1.push.sender",
+    "megatron_r1.push.worker",
 )
 
 

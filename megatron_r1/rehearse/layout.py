@@ -55,15 +55,15 @@ def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) ->
         )
         sizes["virtual_pipeline"] = len(groups) // sizes["pipeline"]
         layout = "|".join(groups)
-    data_parallel = min(parallel.data_parallel(parallel.processes), PARTS)
+    data_parallel_size = min(parallel.data_parallel_size(parallel.processes), PARTS)
     dense = sizes["tensor"] * sizes["context"]
     # Experts are spread over the ranks of all replicas of a stage.
     experts = sizes["expert"] * sizes["expert_tensor"]
-    while dense * data_parallel % experts:
-        data_parallel += 1
-    if dense * data_parallel * sizes["pipeline"] > max_ranks and dense % experts == 0:
-        data_parallel = 1
-    world_size = dense * data_parallel * sizes["pipeline"]
+    while dense * data_parallel_size % experts:
+        data_parallel_size += 1
+    if dense * data_parallel_size * sizes["pipeline"] > max_ranks and dense % experts == 0:
+        data_parallel_size = 1
+    world_size = dense * data_parallel_size * sizes["pipeline"]
     if world_size > max_ranks:
         raise UserError(
             f"rehearsal.max_ranks: {max_ranks} is less than the {world_size} ranks of the layout "

@@ -85,7 +85,7 @@ def make_miniature(
             null GPUs."""
     on_gpu = device != "cpu"
     parallel = layout.shrink_layout(config.parallel, max_ranks, leaves_out=on_gpu)
-    replicas = parallel.data_parallel(parallel.processes)
+    replicas = parallel.data_parallel_size(parallel.processes)
     small_hf = model.shrink_config(hf, layout.num_layers(parallel), config.push.fp8)
     changed: dict[str, Any] = {
         "run": _run(config, folder),

@@ -74,7 +74,7 @@ class RankDescription(TypedDict):
         context_rank: the index in its context-parallel group.
         expert_rank: the index in its expert-parallel group.
         data_rank: the index of its model replica.
-        data_parallel: the number of replicas.
+        data_parallel_size: the number of replicas.
         last_stage: whether it computes the loss.
         leads_replica: whether it receives the replica's samples.
         num_parameters: the parameters of the whole model.
@@ -88,7 +88,7 @@ class RankDescription(TypedDict):
     context_rank: int
     expert_rank: int
     data_rank: int
-    data_parallel: int
+    data_parallel_size: int
     last_stage: bool
     leads_replica: bool
     num_parameters: int
@@ -270,7 +270,7 @@ class ModelOperations(Protocol):
 
 
 class ProbingOperations(Protocol):
-    """Passes that train nothing: methods of `probing.Probing`."""
+    """Passes that train nothing: methods of `probing.ProbeRunner`."""
 
     def sample_scores(self) -> SampleScores:
         """Compute a score model's scores of all loaded samples.
@@ -379,7 +379,7 @@ class CheckpointOperations(Protocol):
 
 
 class PushOperations(Protocol):
-    """A rank's part of a push: methods of `push.sender.PushWorker`."""
+    """A rank's part of a push: methods of `push.worker.PushWorker`."""
 
     def open_push(self) -> OpenedPush:
         """Create this rank's sender, before the first engine is connected.

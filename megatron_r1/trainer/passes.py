@@ -37,7 +37,7 @@ def run_passes(
     *,
     forward_only: bool,
     inputs: ModelInputs | None = None,
-    predicts: bool = False,
+    runs_mtp: bool = False,
 ) -> list[Any]:
     """Run forward over `batches` and, unless forward_only (then in evaluation mode), backward.
 
@@ -47,7 +47,7 @@ def run_passes(
         compute: computes loss or report from the last stage's output.
         forward_only: whether gradients are left out.
         inputs: returns further arguments of a chunk's forward pass; None: there are none.
-        predicts: whether MTP layers run: whether `inputs` has labels.
+        runs_mtp: whether MTP layers run: whether `inputs` has labels.
 
     Returns:
         The reports of `compute`, one per micro-batch, on the last pipeline stage."""
@@ -57,8 +57,14 @@ def run_passes(
     interleaved, groups = len(chunks) > 1, process_groups(chunks)
     schedule = get_forward_backward_func(groups.pp.size(), len(chunks) if interleaved else None)
     lengths = [batch.input_ids.shape[1] for batch in batches]
-    layers = get_model_config(chunks[0]), lengths, len(chunks), predicts
-    communicator = KnownShapesCommunicator(groups.pp, *layers, forward_only=forward_only)
+    communicator = KnownShapesCommunicator(
+        groups.pp,
+        get_model_config(chunks[0]),
+        lengths,
+        len(chunks),
+        runs_mtp,
+        forward_only=forward_only,
+    )
     # forward_only alone leaves Megatron recording a graph.
     with torch.set_grad_enabled(not forward_only):
         reports = schedule(
@@ -168,7 +174,7 @@ class KnownShapesCommunicator(P2PCommunicator):
         config: the model's configuration.
         lengths: T of each micro-batch.
         num_chunks: virtual stages of a rank.
-        predicts: whether MTP layers run in this pass.
+        runs_mtp: whether MTP layers run in this pass.
         forward_only: whether no gradients come back."""
 
     def __init__(
@@ -177,14 +183,16 @@ class KnownShapesCommunicator(P2PCommunicator):
         config: TransformerConfig,
         lengths: Sequence[int],
         num_chunks: int,
-        predicts: bool,
+        runs_mtp: bool,
         *,
         forward_only: bool,
     ):
         super().__init__(group, config)
-        of_rank = config, lengths, num_chunks, predicts, group.rank(), group.size()
-        self._forward = shapes_to_receive(*of_rank, forward=True)
-        self._backward = iter(()) if forward_only else shapes_to_receive(*of_rank, forward=False)
+        shapes = partial(
+            shapes_to_receive, config, lengths, num_chunks, runs_mtp, group.rank(), group.size()
+        )
+        self._forward = shapes(forward=True)
+        self._backward = iter(()) if forward_only else shapes(forward=False)
 
     def _communicate_shapes(
         self,
@@ -211,7 +219,7 @@ def shapes_to_receive(
     config: TransformerConfig | ModelParallelConfig,
     lengths: Sequence[int],
     num_chunks: int,
-    predicts: bool,
+    runs_mtp: bool,
     rank: int,
     num_ranks: int,
     *,
@@ -223,7 +231,7 @@ def shapes_to_receive(
         config: the model's configuration.
         lengths: T of each micro-batch.
         num_chunks: virtual stages of a rank.
-        predicts: whether MTP layers run in this pass.
+        runs_mtp: whether MTP layers run in this pass.
         rank: the receiver.
         num_ranks: the pipeline ranks.
         forward: hidden states of the stages before; else gradients of the stages behind."""
@@ -237,7 +245,7 @@ def shapes_to_receive(
     # their turns from the last one on, and the last stage's first gradient is its own.
     is_leading = rank == (0 if forward else num_ranks - 1)
     split = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    first = _first_stage_of_predictions(config, num_chunks) if predicts else None
+    mtp_stage = _mtp_stage(config, num_chunks) if runs_mtp else None
     for number, turn in order:
         if is_leading and turn == num_chunks - 1:
             continue  # its sender, the last stage of the pass, sends nothing on
@@ -246,11 +254,11 @@ def shapes_to_receive(
         sender = chunk * num_ranks + rank - 1 if forward else chunk * num_ranks + rank
         if is_leading:
             sender = chunk * num_ranks + num_ranks - 1 if forward else sender - num_ranks
-        parts = 1 if first is None or sender < first else 1 + (config.mtp_num_layers or 0)
+        parts = 1 if mtp_stage is None or sender < mtp_stage else 1 + (config.mtp_num_layers or 0)
         yield [parts * lengths[number] // split, 1, config.hidden_size]
 
 
-def _first_stage_of_predictions(config: TransformerConfig, num_chunks: int) -> int | None:
+def _mtp_stage(config: TransformerConfig, num_chunks: int) -> int | None:
     """Return the stage of the MTP layers, which sends their hidden states on; None where it is the
     last one, by default."""
     layout = config.pipeline_model_parallel_layout

@@ -13,8 +13,8 @@ from megatron_r1.trainer.trainer import Trainer
 from megatron_r1.trainer.training_sample import Sample
 
 
-class Probing:
-    """A rank's operations that train nothing, on the model and samples of its trainer."""
+class ProbeRunner:
+    """Runs probes and reward scores, which train nothing, on the model and samples of a trainer."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer

@@ -17,7 +17,7 @@ READ_LATE = frozenset({*children.rank_variables(0, 1, 0), RANKS_ENVIRONMENT})
 """Environment variables that no import reads (`base.processes.fork_server`)."""
 LATER_IMPORTS = (
     *("trainer.checkpoint_manager", "trainer.implementations", "trainer.trainer"),
-    "push.sender",
+    "push.worker",
 )
 """Modules that `worker.Operations` imports, as they need a process that is prepared."""
 

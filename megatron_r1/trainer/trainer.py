@@ -350,7 +350,7 @@ class Trainer:
             compute,
             forward_only=forward_only,
             inputs=inputs,
-            predicts=train_mtp,
+            runs_mtp=train_mtp,
         )
         self.replay.end()
         return reports

@@ -19,7 +19,7 @@ from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT, protect
 from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.distributed import GridPosition, Replica
+from megatron_r1.trainer.distributed import GridPosition
 from megatron_r1.trainer.operations import (
     LOAD,
     STOP,
@@ -35,6 +35,7 @@ from megatron_r1.trainer.operations import (
     rank_identity,
 )
 from megatron_r1.trainer.rank_monitor import IDLE, RankMonitor, describe_collective
+from megatron_r1.trainer.replica import Replica
 from megatron_r1.trainer.training_sample import decode_samples, split_off_routing
 
 if TYPE_CHECKING:
@@ -155,10 +156,10 @@ class Operations:
 
     def __init__(self, config: Config, position: GridPosition):
         # These import Megatron, which is possible only after platform.prepare().
-        from megatron_r1.push.sender import PushWorker
+        from megatron_r1.push.worker import PushWorker
         from megatron_r1.trainer import implementations
         from megatron_r1.trainer.checkpoint_manager import CheckpointManager
-        from megatron_r1.trainer.probing import Probing
+        from megatron_r1.trainer.probing import ProbeRunner
         from megatron_r1.trainer.routing import RoutingScatter
         from megatron_r1.trainer.trainer import Trainer
 
@@ -171,7 +172,7 @@ class Operations:
         self.implementations = implementations.describe_implementations(self.trainer)
         push = PushWorker(self.trainer.model_chunks, self.trainer.hf, config)
         self._methods = methods(
-            self.trainer, Probing(self.trainer), CheckpointManager(self.trainer), push
+            self.trainer, ProbeRunner(self.trainer), CheckpointManager(self.trainer), push
         )
         self._types = argument_types()
 
@@ -184,7 +185,7 @@ class Operations:
             "context_rank": self.position.context_rank,
             "expert_rank": self.position.expert_rank,
             "data_rank": self.position.data_rank,
-            "data_parallel": self.position.data_parallel,
+            "data_parallel_size": self.position.data_parallel_size,
             "last_stage": self.position.is_last_stage,
             "leads_replica": self.replica.is_leader,
             "num_parameters": self.trainer.num_parameters,

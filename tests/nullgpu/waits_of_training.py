@@ -123,7 +123,7 @@ def main() -> None:
     from megatron.core.transformer.moe import token_dispatcher
 
     from megatron_r1.models.attention import CoreAttention
-    from megatron_r1.models.context_parallel import _RingAttention
+    from megatron_r1.models.ring_attention import _RingAttention
     from megatron_r1.trainer import distributed
 
     def apart(function: Callable) -> Callable:

@@ -71,7 +71,9 @@ def load(trainer, position, seeds) -> list[list[list[str]]]:
     steps, names = [], []
     for seed in seeds:
         made = samples(seed)
-        plan = pack([len(s) for s in made], position.data_parallel, 80).shares[position.data_rank]
+        plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[
+            position.data_rank
+        ]
         steps.append([[made[i] for i in members] for members in plan])
         names.append([[f"{seed}.{i}" for i in members] for members in plan])
     trainer.load(steps)

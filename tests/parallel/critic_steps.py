@@ -39,7 +39,9 @@ def config(policy: Path, scored: Path, grid: str) -> Config:
 def load(trainer, position) -> list[list[int]]:
     """The rollout, with returns; which samples this rank's micro-batches are of."""
     samples = [Sample.pack(p, r, advantage=target) for p, r, target in rollout()]
-    plan = pack([len(s) for s in samples], position.data_parallel, 60).shares[position.data_rank]
+    plan = pack([len(s) for s in samples], position.data_parallel_size, 60).shares[
+        position.data_rank
+    ]
     trainer.load([[[samples[i] for i in members] for members in plan]])
     trainer.compute_values()
     for batch in trainer.minibatches[0]:

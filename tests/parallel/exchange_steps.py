@@ -132,7 +132,7 @@ def updated(settings: Config, position, *, switched: bool) -> tuple[dict, dict]:
     shape = routing_shape(trainer.hf) if settings.rl.routing_replay else None
     made = samples(shape)
     lengths = [len(sample) for sample in made]
-    plan = pack(lengths, position.data_parallel, 80).shares[position.data_rank]
+    plan = pack(lengths, position.data_parallel_size, 80).shares[position.data_rank]
     trainer.load([[[made[i] for i in members] for members in plan]])
     if settings.model.head == "score":
         report = trainer.update(0, SUPERVISED_SCORE, None, 0.1)

@@ -63,7 +63,7 @@ def settings(folder: str, recipe: str, dtype: str, grid: str, smooth: bool) -> C
 
 def load(trainer, position, seed: int) -> None:
     made = samples(seed)
-    plan = pack([len(s) for s in made], position.data_parallel, 256).shares[position.data_rank]
+    plan = pack([len(s) for s in made], position.data_parallel_size, 256).shares[position.data_rank]
     trainer.load([[[made[i] for i in members] for members in plan]])
 
 

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from megatron_r1.config import ParallelConfig
 from megatron_r1.models.weights.writing import run_on_rank_zero
 from megatron_r1.trainer import distributed, rank_monitor, worker
-from megatron_r1.trainer.distributed import Replica
+from megatron_r1.trainer.replica import Replica
 
 WAIT_SECONDS = 12_345.0
 LATE_SECONDS = 0.5

@@ -53,7 +53,7 @@ def update(settings: Config, position, model: str):
 
     trainer = Trainer(settings, position)
     made = samples(model)
-    plan = pack([len(s) for s in made], position.data_parallel, 80).shares[position.data_rank]
+    plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[position.data_rank]
     trainer.load([[[made[i] for i in members] for members in plan]])
     trainer.compute_logprobs(1.0, reference=False)
     trainer.update(0, LOSS, SETTINGS, 0.1)

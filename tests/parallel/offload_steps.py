@@ -48,7 +48,7 @@ def load(trainer, position, seed: int) -> None:
         Sample.pack([1], [draw.randrange(67) for _ in range(length - 1)], [-1.0] * (length - 1))
         for length in (8, 16, 40, 24, 8, 64, 32, 16)
     ]
-    plan = pack([len(s) for s in made], position.data_parallel, 80).shares[position.data_rank]
+    plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[position.data_rank]
     trainer.load([[[made[i] for i in members] for members in plan]])
 
 
@@ -99,9 +99,9 @@ def assert_views(trainer) -> None:
 def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
     """Return all metrics, and every value of the model and the optimizer after the last step."""
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
-    from megatron_r1.trainer.probing import Probing
+    from megatron_r1.trainer.probing import ProbeRunner
 
-    folders, probing, seen = CheckpointManager(trainer), Probing(trainer), []
+    folders, probing, seen = CheckpointManager(trainer), ProbeRunner(trainer), []
     trainer.refresh_reference()
     for step in range(3):
         if yields:

@@ -69,7 +69,7 @@ def update(trainer, position, seed: int) -> dict:
         Sample.pack([1], [draw.randrange(67) for _ in range(length - 1)])
         for length in (8, 16, 40, 24, 8, 64, 32, 16)
     ]
-    plan = pack([len(s) for s in made], position.data_parallel, 80).shares[position.data_rank]
+    plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[position.data_rank]
     trainer.load([[[made[i] for i in members] for members in plan]])
     return trainer.update(0, LOSS, None, 1e-3)
 

@@ -34,7 +34,7 @@ def parameters(
     minibatches = []
     for _ in range(3):
         made = [Sample.pack([1], [draw.randrange(67) for _ in range(15)]) for _ in range(4)]
-        shares = pack([16] * 4, position.data_parallel, 32).shares
+        shares = pack([16] * 4, position.data_parallel_size, 32).shares
         minibatches.append([[made[i] for i in part] for part in shares[position.data_rank]])
     trainer.load(minibatches)
     for index in range(3):

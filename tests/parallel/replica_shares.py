@@ -9,8 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_r1.config import ParallelConfig
-from megatron_r1.trainer import distributed
-from megatron_r1.trainer.distributed import Replica
+from megatron_r1.trainer import distributed, replica
 
 
 def main() -> None:
@@ -20,14 +19,14 @@ def main() -> None:
         position = distributed.initialize(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=0)
         from megatron.core import parallel_state
 
-        distributed.BROADCAST_BYTES = 7  # several broadcasts
-        replica = Replica(position)
+        replica.BROADCAST_BYTES = 7  # several broadcasts
+        members = replica.Replica(position)
         sent = [[], []]
-        if replica.is_leader:
+        if members.is_leader:
             sent[0] = [b"share of ", b"", f"replica {position.data_rank}".encode()]
-        got = [bytes(replica.broadcast(parts)).decode() for parts in sent]
+        got = [bytes(members.broadcast(parts)).decode() for parts in sent]
         everyone = [None] * position.world_size
-        dist.all_gather_object(everyone, (position.data_rank, replica.is_leader, got))
+        dist.all_gather_object(everyone, (position.data_rank, members.is_leader, got))
         if position.rank == 0:
             Path(out, f"{grid}.json").write_text(json.dumps(everyone))
         parallel_state.destroy_model_parallel()

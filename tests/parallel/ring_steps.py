@@ -34,7 +34,8 @@ def softmax_attention(query, key, value, lengths, scale):
 
 def differences(lengths: list[int], heads: tuple[int, int, int, int], dtype) -> dict[str, float]:
     """The largest differences between this rank's share and the same tokens of the whole."""
-    from megatron_r1.models.context_parallel import positions_of_rank, ring_attention
+    from megatron_r1.models.context_parallel import positions_of_rank
+    from megatron_r1.models.ring_attention import ring_attention
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     lengths = [length * 2 * ranks for length in lengths]
@@ -72,7 +73,7 @@ def bytes_of(attend, tokens: int) -> int:
 
 def memory() -> dict[str, int]:
     from megatron_r1.models.attention import attend_packed
-    from megatron_r1.models.context_parallel import ring_attention
+    from megatron_r1.models.ring_attention import ring_attention
 
     whole = torch.tensor([LONG])
     cu_seqlens = torch.tensor([0, LONG * dist.get_world_size()])

@@ -17,7 +17,7 @@ from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.trainer import distributed
+from megatron_r1.trainer import distributed, replica
 from megatron_r1.trainer.operations import LOAD, RankCall
 from megatron_r1.trainer.training_sample import Sample, encode_samples
 
@@ -85,9 +85,9 @@ def main() -> None:
         position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
-        distributed.BROADCAST_BYTES = 101  # several sends
+        replica.BROADCAST_BYTES = 101  # several sends
         operations = Operations(settings, position)
-        assert position.data_parallel == 1
+        assert position.data_parallel_size == 1
         # One micro-batch each: the number of the sample is that of its batch.
         share = encode_samples([[[sample] for sample in samples(shape)]])
         share = [memoryview(part) for part in share] if operations.replica.is_leader else []

@@ -88,7 +88,9 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
     from megatron_r1.trainer.trainer import Trainer
 
     trainer = Trainer(config(model, grid), POSITION)
-    plan = pack([len(s) for s in samples], POSITION.data_parallel, 50).shares[POSITION.data_rank]
+    plan = pack([len(s) for s in samples], POSITION.data_parallel_size, 50).shares[
+        POSITION.data_rank
+    ]
     trainer.load([[[samples[i] for i in members] for members in plan]])
     trainer.refresh_reference()
     report = trainer.compute_logprobs(1.0, reference=True) | trainer.measure_logprob_diff()

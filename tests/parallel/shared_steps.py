@@ -57,7 +57,7 @@ def play(settings, position, shares: bool):
     trainer = Trainer(settings.model_copy(update={"parallel": parallel}), position)
     trainer.refresh_reference()
     made = samples()
-    plan = pack_by_prompt(made, position.data_parallel, 80, float).shares[position.data_rank]
+    plan = pack_by_prompt(made, position.data_parallel_size, 80, float).shares[position.data_rank]
     loaded = trainer.load([[[made[i] for i in members] for members in plan]] * 2)
     assert not shares or not position.is_last_stage or loaded["packing/shared"] > 0.3
     trainer.compute_logprobs(TEMPERATURE, reference=True)

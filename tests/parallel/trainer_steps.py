@@ -66,7 +66,9 @@ def load(trainer, position, seeds, first_old=True) -> None:
     steps = []
     for seed in seeds:
         made = samples(seed)
-        plan = pack([len(s) for s in made], position.data_parallel, 80).shares[position.data_rank]
+        plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[
+            position.data_rank
+        ]
         steps.append([[made[i] for i in members] for members in plan])
     trainer.load(steps)
     trainer.compute_logprobs(TEMPERATURE, reference=True, first_minibatch=first_old)

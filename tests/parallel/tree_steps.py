@@ -83,9 +83,9 @@ def load(trainer, position, seeds) -> None:
     for seed in seeds:
         made = samples(seed)
         if shares := trainer.config.parallel.share_prompts:
-            packing = pack_by_prompt(made, position.data_parallel, 60, float)
+            packing = pack_by_prompt(made, position.data_parallel_size, 60, float)
         else:
-            packing = pack([len(s) for s in made], position.data_parallel, 60)
+            packing = pack([len(s) for s in made], position.data_parallel_size, 60)
         plan = packing.shares[position.data_rank]
         steps.append([[made[i] for i in members] for members in plan])
     loaded = trainer.load(steps)

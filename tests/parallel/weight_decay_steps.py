@@ -38,7 +38,7 @@ def updated(model: str, grid: str, decay: float, position) -> tuple[dict, dict]:
     start = {name: p.detach().clone() for name, p in named.items()}
     draw = random.Random(5)
     made = [Sample.pack([1], [draw.randrange(67) for _ in range(15)]) for _ in range(8)]
-    plan = pack([len(s) for s in made], position.data_parallel, 80).shares[position.data_rank]
+    plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[position.data_rank]
     trainer.load([[[made[i] for i in members] for members in plan]])
     trainer.update(0, LOSS, None, RATE)
     return start, {name: p.detach() for name, p in named.items()}

@@ -66,7 +66,9 @@ class Steps:
         """Compute the log-probabilities of the samples."""
         made = samples(self.vocabulary, now, before)
         lengths, most = [len(sample) for sample in made], self.config.parallel.microbatch_tokens
-        self.plan = pack(lengths, self.position.data_parallel, most).shares[self.position.data_rank]
+        self.plan = pack(lengths, self.position.data_parallel_size, most).shares[
+            self.position.data_rank
+        ]
         self.trainer.load([[[made[i] for i in members] for members in self.plan]])
         self.trainer.compute_logprobs(1.0, reference=self.config.uses_reference)
 

@@ -190,7 +190,7 @@ class Recomputation(PolicyLogprobs):
         parallel = self.step.run_config.parallel
         if parallel.share_prompts:
             return []
-        ranks, cost = parallel.data_parallel(parallel.processes), sample_cost(self.step.hf)
+        ranks, cost = parallel.data_parallel_size(parallel.processes), sample_cost(self.step.hf)
         made = []
         for rows in self.minibatches():
             lengths = [len(self.rows[at].token_ids) for at in rows]

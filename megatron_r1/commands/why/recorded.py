@@ -30,7 +30,7 @@ from megatron_r1.controller.rollouts.sample_log import (
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt, load_prompts
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.sampling_mask import KeptTokens, decode_mask
+from megatron_r1.models.sampling_mask import DecodedMask, decode_mask
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import checkpoint_folders as checkpoints
 
@@ -68,7 +68,7 @@ class TokenSequence(NamedTuple):
     versions: np.ndarray
     advantage: float
     num_sampled: int
-    kept: KeptTokens | None
+    kept: DecodedMask | None
 
 
 @dataclass(frozen=True)
@@ -468,7 +468,7 @@ def _sequences(
         )
 
 
-def _kept(mask: bytes, is_sampled: np.ndarray) -> KeptTokens | None:
+def _kept(mask: bytes, is_sampled: np.ndarray) -> DecodedMask | None:
     """Return the kept ids of the sampled tokens.
 
     Args:
@@ -477,7 +477,7 @@ def _kept(mask: bytes, is_sampled: np.ndarray) -> KeptTokens | None:
     if not mask:
         return None
     counts, ids = decode_mask(mask, len(is_sampled))
-    return KeptTokens(counts[is_sampled], ids)
+    return DecodedMask(counts[is_sampled], ids)
 
 
 def _model_folder(folder: RunFolder, config: Config) -> Path:

@@ -365,7 +365,7 @@ def _of_weights(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution
 def _ranks(step: RecordedStep, factor: float) -> str:
     """Return what a factor of the gradient is equal to, as text."""
     parallel, count = step.run_config.parallel, step.line.get("packing/microbatches", 1)
-    ranks = parallel.data_parallel(parallel.processes)
+    ranks = parallel.data_parallel_size(parallel.processes)
     for number, what in ((ranks, "data-parallel ranks"), (count, "micro-batches of an update")):
         for value, words in ((number, "the number"), (1 / number, "1 over the number")):
             if number > 1 and math.isclose(factor, value, rel_tol=SAME):

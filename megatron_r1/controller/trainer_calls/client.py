@@ -133,9 +133,9 @@ class TrainerClient:
         return {part: "; ".join(kinds) for part, kinds in found.items()}
 
     @property
-    def data_parallel(self) -> int:
+    def data_parallel_size(self) -> int:
         """Data-parallel size: the model replicas among which the samples are divided."""
-        return self.ranks[0]["data_parallel"]
+        return self.ranks[0]["data_parallel_size"]
 
     def launch(self) -> None:
         """Start `parallel.processes` ranks on this machine."""
@@ -177,12 +177,16 @@ class TrainerClient:
         """Return the packing of every mini-batch, and each replica's encoded share of all."""
         with timeline.span("controller/pack"):
             limit = self.config.parallel.microbatch_tokens
-            shares: list[ReplicaSamples] = [[] for _ in range(self.data_parallel)]
+            shares: list[ReplicaSamples] = [[] for _ in range(self.data_parallel_size)]
             packings = [
-                pack_by_prompt(samples, self.data_parallel, limit, self._cost)
+                pack_by_prompt(samples, self.data_parallel_size, limit, self._cost)
                 if self.config.parallel.share_prompts and unit == 1
                 else pack(
-                    [len(s) for s in samples], self.data_parallel, limit, cost=self._cost, unit=unit
+                    [len(s) for s in samples],
+                    self.data_parallel_size,
+                    limit,
+                    cost=self._cost,
+                    unit=unit,
                 )
                 for samples in minibatches
             ]

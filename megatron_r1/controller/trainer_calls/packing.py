@@ -46,20 +46,20 @@ class Packing(NamedTuple):
 
 def pack(
     lengths: list[int],
-    data_parallel: int,
+    data_parallel_size: int,
     limit: int,
     *,
     cost: Callable[[int], float] = float,
     unit: int = 1,
 ) -> Packing:
-    """Distribute samples of `lengths` tokens over `data_parallel` ranks.
+    """Distribute samples of `lengths` tokens over `data_parallel_size` ranks.
 
     There are as few micro-batches as a greedy packing needs: more never waste less (measured on
     log-normal lengths). A micro-batch is empty only where there are too few samples.
 
     Args:
         lengths: tokens of each sample.
-        data_parallel: the number of data-parallel ranks.
+        data_parallel_size: the number of data-parallel ranks.
         limit: tokens of a micro-batch; only a sample longer than that exceeds it, and is then
             alone.
         cost: length -> cost of a sample (`sample_cost`).
@@ -71,20 +71,20 @@ def pack(
     starts = range(0, len(lengths), unit)
     costs = [sum(cost(length) for length in lengths[i : i + unit]) for i in starts]
     lengths = [sum(lengths[i : i + unit]) for i in starts]
-    if len(lengths) < data_parallel:
+    if len(lengths) < data_parallel_size:
         samples = "samples" if unit == 1 else f"units of {unit} samples"
         raise UserError(
-            f"{len(lengths)} {samples} cannot be spread over {data_parallel} data-parallel ranks: "
-            "use larger mini-batches (fewer rl.minibatches, a larger sft.batch_size or "
+            f"{len(lengths)} {samples} cannot be spread over {data_parallel_size} data-parallel "
+            "ranks: use larger mini-batches (fewer rl.minibatches, a larger sft.batch_size or "
             "reward_model.batch_size) or fewer parallel.processes",
             key="parallel.processes",
             cause=Cause.TOO_LARGE,
         )
-    fewest = -(-sum(lengths) // (data_parallel * limit))
+    fewest = -(-sum(lengths) // (data_parallel_size * limit))
     for per_rank in count(fewest):
-        bins = _costliest_first(costs, lengths, data_parallel * per_rank, limit)
+        bins = _costliest_first(costs, lengths, data_parallel_size * per_rank, limit)
         if all(len(b) <= 1 or sum(lengths[i] for i in b) <= limit for b in bins):
-            shares, waste, fill = _side_by_side(bins, lengths, costs, data_parallel, limit)
+            shares, waste, fill = _side_by_side(bins, lengths, costs, data_parallel_size, limit)
             whole = [
                 [[i * unit + k for i in m for k in range(unit)] for m in own] for own in shares
             ]
@@ -93,17 +93,17 @@ def pack(
 
 
 def _side_by_side(
-    bins: Bins, lengths: list[int], costs: list[float], data_parallel: int, limit: int
+    bins: Bins, lengths: list[int], costs: list[float], data_parallel_size: int, limit: int
 ) -> Packing:
     """Put bins of similar cost at the same m on all ranks, the costliest first."""
     totals = {id(b): sum(costs[i] for i in b) for b in bins}
     ordered = sorted(bins, key=lambda b: -totals[id(b)])
-    rows = [ordered[i : i + data_parallel] for i in range(0, len(ordered), data_parallel)]
-    waited = data_parallel * sum(totals[id(row[0])] for row in rows)
+    rows = [ordered[i : i + data_parallel_size] for i in range(0, len(ordered), data_parallel_size)]
+    waited = data_parallel_size * sum(totals[id(row[0])] for row in rows)
     # The rank that has the costliest of one row gets the cheapest of the next.
     shares = [
-        [row[rank if m % 2 == 0 else data_parallel - 1 - rank] for m, row in enumerate(rows)]
-        for rank in range(data_parallel)
+        [row[rank if m % 2 == 0 else data_parallel_size - 1 - rank] for m, row in enumerate(rows)]
+        for rank in range(data_parallel_size)
     ]
     waste = 1 - sum(totals.values()) / waited if waited else 0.0
     return Packing(shares, max(0.0, waste), sum(lengths) / (limit * len(bins)))
@@ -131,7 +131,7 @@ def _costliest_first(costs: list[float], lengths: list[int], num_bins: int, limi
 
 
 def pack_by_prompt(
-    samples: list[Sample], data_parallel: int, limit: int, cost: Callable[[int], float]
+    samples: list[Sample], data_parallel_size: int, limit: int, cost: Callable[[int], float]
 ) -> Packing:
     """Return `packing.pack` of the samples, in units of samples that begin with the same prompt,
     whose shared tokens count once.
@@ -141,7 +141,7 @@ def pack_by_prompt(
 
     Args:
         samples: the samples of a mini-batch.
-        data_parallel: the number of data-parallel ranks.
+        data_parallel_size: the number of data-parallel ranks.
         limit: the most tokens of a micro-batch.
         cost: the argument of `pack`."""
     found = [
@@ -149,10 +149,10 @@ def pack_by_prompt(
         for group in group_by_first_prompt(samples)
         for unit in _split_to_limit(samples, group, limit)
     ]
-    if len(found) < data_parallel:
+    if len(found) < data_parallel_size:
         found = [([i], len(sample)) for i, sample in enumerate(samples)]
     units, lengths = [unit for unit, _ in found], [length for _, length in found]
-    packing = pack(lengths, data_parallel, limit, cost=cost)
+    packing = pack(lengths, data_parallel_size, limit, cost=cost)
     shares = [[[i for u in m for i in units[u]] for m in own] for own in packing.shares]
     return packing._replace(shares=shares)
 
@@ -186,7 +186,8 @@ def check_batches(config: Config, verb: str, world_size: int, rank: str = "train
 
     Raises:
         UserError: an optimizer step has too few samples."""
-    rl, data_parallel, item = config.rl, config.parallel.data_parallel(world_size), "sample"
+    rl, item = config.rl, "sample"
+    data_parallel_size = config.parallel.data_parallel_size(world_size)
     if verb == "rl":
         num_samples = rl.questions_per_rollout * rl.group_size // rl.minibatches
         key, more = "rl.questions_per_rollout", "raise rl.questions_per_rollout"
@@ -198,12 +199,12 @@ def check_batches(config: Config, verb: str, world_size: int, rank: str = "train
         more = f"raise {key}"
         if verb == "reward-model" and config.reward_model.kind == "pairwise":
             item = "pair"  # stays together on one rank (`unit` of `pack`)
-    if num_samples < data_parallel:
-        most = num_samples * (world_size // data_parallel)
+    if num_samples < data_parallel_size:
+        most = num_samples * (world_size // data_parallel_size)
         raise UserError(
             f"{format_count(num_samples, item)} of an optimizer step cannot be spread over "
-            f"{data_parallel:,} data-parallel ranks; {more}, raise parallel.context, .tensor or "
-            f".pipeline, or use at most {format_count(most, rank)}",
+            f"{data_parallel_size:,} data-parallel ranks; {more}, raise parallel.context, .tensor "
+            f"or .pipeline, or use at most {format_count(most, rank)}",
             key=key,
             cause=Cause.OUT_OF_RANGE,
         )

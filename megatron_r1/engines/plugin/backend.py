@@ -22,32 +22,16 @@ above what an optimizer step changes. So tensors are compared around a load:
 
 A pass over all weights would be a large part of the pause, so large layers take turns: an engine
 that loads nothing shows at once, and a single large layer that stays old when it is its turn. One
-above CPU_BYTES or GPU_BYTES is never compared.
-
-**Redundant experts.** A push fills every slot of a physical expert as vLLM's loaders do: the
-model's experts in order, and behind them the copies, from the first (vLLM 0.32,
-distributed/eplb/eplb_state.py: `EplbState.build_initial_global_physical_to_logical_map`).
-Since the engine started, the balancer (`rollout.redundant_experts`) has moved experts and given its
-copies to others, and the router follows its maps. So after a load
-
-- `keep_placement` moves the new weights to where the maps say, by vLLM's own exchange;
-- `reset_placement` puts the maps back to the first placement, for an engine that has slept: a sleep
-  frees the memory of the maps, which is in vLLM's pool of weights, and the placement is lost.
-
-Each of them is called on all ranks of an engine. The experts that a rank returns for routing replay
-are the model's: vLLM records them before it looks up a copy (`BaseRouter.select_experts`)."""
+above CPU_BYTES or GPU_BYTES is never compared."""
 
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.distributed import TCPStore
 from vllm.distributed import get_ep_group
-from vllm.distributed.eplb import eplb_state
-from vllm.distributed.eplb.eplb_state import EplbModelState, EplbState
-from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
+from vllm.distributed.eplb.eplb_state import EplbState
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -57,7 +41,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.platforms import current_platform
 
 from megatron_r1.base.processes import timeline
-from megatron_r1.engines.plugin import BACKEND_PREFIX, swap
+from megatron_r1.engines.plugin import BACKEND_PREFIX, expert_placement, swap
 from megatron_r1.engines.plugin.cpu_patches import is_packed
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record_copies
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
@@ -325,7 +309,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             receiver.free_memory()
             return
         if self.balancer is not None:
-            stop_rebalancing(self.balancer)
+            expert_placement.stop_rebalancing(self.balancer)
         buffer = receiver.table.buffer(receiver.memory, push_number)
         self._load_check.begin(receiver.received_chunks.pop_changed_slots())
         swap.load(self._models, self._placed, buffer, in_place=receiver.table.num_buffers > 1)
@@ -333,10 +317,10 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         swap.finish(self._models, self.model_config)
         if self.balancer is not None:
             if self.vllm_config.model_config.enable_sleep_mode:
-                reset_placement(self.balancer)
+                expert_placement.reset_placement(self.balancer)
             else:
                 group = get_ep_group().device_group
-                keep_placement(self.balancer, group)
+                expert_placement.keep_placement(self.balancer, group)
         receiver.free_memory()
 
     def finish_weight_update(self) -> None:
@@ -364,46 +348,3 @@ def _connect_to_store(host: str, port: int, timeout_seconds: float) -> TCPStore:
             "from the engine's host: a firewall is between them, or rollout.hosts_address is not "
             "an address of trainer rank 0's host that engines can reach"
         ) from error
-
-
-def first_placement(state: EplbModelState) -> torch.Tensor:
-    """Return the expert in every slot after a load, (layers, physical experts), on the host."""
-    model = state.model
-    placed = EplbState.build_initial_global_physical_to_logical_map(
-        model.num_routed_experts, model.num_redundant_experts
-    )
-    return torch.tensor([placed] * model.num_moe_layers)
-
-
-def stop_rebalancing(state: EplbState) -> None:
-    """Wait until the balancer moves nothing; what it had not applied is not applied."""
-    state.drain_async()
-
-
-def keep_placement(state: EplbState, group: Any) -> None:
-    """Move the experts from the slots of a load to those of the balancer's maps.
-
-    Args:
-        state: the balancer, which moves nothing meanwhile.
-        group: the process group of the engine's expert-parallel ranks.
-    """
-    for model_state in state.model_states.values():
-        loaded, placed = first_placement(model_state), model_state.physical_to_logical_map.cpu()
-        if torch.equal(loaded, placed):
-            continue
-        rearrange_expert_weights_inplace(
-            loaded,
-            placed,
-            model_state.model.expert_weights,
-            model_state.expert_buffer,
-            group,
-            model_state.communicator,
-        )
-
-
-def reset_placement(state: EplbState) -> None:
-    """Set the balancer's maps to the slots of a load, and forget what it has counted."""
-    for model_state in state.model_states.values():
-        eplb_state._commit_eplb_maps(model_state, first_placement(model_state))
-        model_state.expert_load_pass.zero_()
-        model_state.expert_load_window.zero_()

@@ -297,7 +297,7 @@ class PredictedSharding:
         """Return the routed experts on a rank of a stage under expert parallelism (FusedMoE, linear
         placement: the first ranks have one more where they do not divide). Copies stand behind all
         experts, from the first (vLLM's `EplbState.build_initial_global_physical_to_logical_map`):
-        there a push puts them, and `engines.plugin.backend` moves them on."""
+        there a push puts them, and `engines.plugin.expert_placement` moves them on."""
         experts = self.table.num_experts
         physical = experts + self.layout.redundant_experts
         per_rank, rest = divmod(physical, self._num_expert_ranks)

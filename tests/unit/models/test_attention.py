@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megatron_r1.models.attention import attend_packed
-from megatron_r1.models.context_parallel import BUCKET_TOKENS
+from megatron_r1.models.length_buckets import BUCKET_TOKENS
 
 
 def softmax_attention(query, key, value, scale):

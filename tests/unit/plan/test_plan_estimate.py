@@ -25,7 +25,7 @@ def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it():
 
 def test_the_real_recipe_fits_and_leaves_room_for_65536_tokens():
     estimate = JobEstimate(real_job())
-    assert estimate.job.data_parallel == 16 and estimate.problems() == []
+    assert estimate.job.data_parallel_size == 16 and estimate.problems() == []
     config = configuration.load(RECIPE, {"rollout.max_response_tokens": 65_536})
     assert JobEstimate(PlannedJob(V3, config, 2048, HARDWARE["H800"])).problems() == []
 

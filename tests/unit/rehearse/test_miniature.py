@@ -80,7 +80,7 @@ def test_every_axis_that_is_divided_stays_divided(path):
             before = getattr(getattr(config, section), axis)
             after = getattr(getattr(small.config, section), axis)
             assert after == min(before, 2), (section, axis, before, after)
-    replicas = [p.data_parallel(p.processes) for p in (config.parallel, small.config.parallel)]
+    replicas = [p.data_parallel_size(p.processes) for p in (config.parallel, small.config.parallel)]
     if replicas[0] > 1:
         assert replicas[1] > 1
     assert small.config.parallel.processes <= 16

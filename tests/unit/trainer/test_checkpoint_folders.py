@@ -12,7 +12,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause, TrainerError
 from megatron_r1.config import CheckpointConfig
-from megatron_r1.controller.run_recorder import CheckpointSeries
+from megatron_r1.controller.checkpoint_series import CheckpointSeries
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 from megatron_r1.trainer.operations import CheckpointOperations
 

@@ -109,7 +109,12 @@ CONNECT_SECONDS = 300
 
 
 def measure(
-    groups: int, tokens: int, world_size: int, data_parallel: int, routed: bool, sampling: float
+    groups: int,
+    tokens: int,
+    world_size: int,
+    data_parallel_size: int,
+    routed: bool,
+    sampling: float,
 ) -> dict[str, Any]:
     """Return what one rollout of `groups` x 16 x `tokens` costs whose groups the engines finish one
     after another, evenly over `sampling` seconds.
@@ -118,7 +123,7 @@ def measure(
         groups: the groups of the rollout.
         tokens: tokens of each response.
         world_size: trainer ranks.
-        data_parallel: replicas, each of which gets samples of its own.
+        data_parallel_size: replicas, each of which gets samples of its own.
         routed: whether responses have the experts of every token.
         sampling: seconds that the whole rollout is sampled for."""
     context = multiprocessing.get_context("fork")
@@ -138,7 +143,7 @@ def measure(
         server.start()
         try:
             result = asyncio.run(
-                _train(config, tokenizer, own.recv(), world_size, data_parallel, folder)
+                _train(config, tokenizer, own.recv(), world_size, data_parallel_size, folder)
             )
         finally:
             for process in multiprocessing.active_children():
@@ -160,7 +165,7 @@ async def _train(
     tokenizer: PromptTokenizer,
     urls: list[str],
     world_size: int,
-    data_parallel: int,
+    data_parallel_size: int,
     folder: Path,
 ) -> dict[str, Any]:
     """Train on one synthetic rollout; return seconds, blocks of the event loop and memory."""
@@ -170,7 +175,7 @@ async def _train(
     context, per_process = multiprocessing.get_context("fork"), world_size // RANK_PROCESSES
     for index in range(RANK_PROCESSES):
         own = range(index * per_process, (index + 1) * per_process)
-        args = own, trainer.socket.address, trainer._token, world_size, data_parallel
+        args = own, trainer.socket.address, trainer._token, world_size, data_parallel_size
         context.Process(target=synthetic.serve_ranks, args=args, daemon=True).start()
     await asyncio.wait_for(trainer.connect(), CONNECT_SECONDS)
     connected = time.perf_counter() - began

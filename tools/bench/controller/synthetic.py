@@ -203,7 +203,7 @@ class SyntheticServer(RunningServer):
 
 
 def serve_ranks(
-    ranks: range, address: str, token: str, world_size: int, data_parallel: int
+    ranks: range, address: str, token: str, world_size: int, data_parallel_size: int
 ) -> None:
     """Be `ranks` of `world_size` until killed; the first rank of each replica gets its samples.
 
@@ -212,7 +212,7 @@ def serve_ranks(
         address: the controller's, "host:port".
         token: the secret that calls carry.
         world_size: trainer ranks in all.
-        data_parallel: replicas."""
+        data_parallel_size: replicas."""
     context = zmq.Context(io_threads=1)
     context.max_sockets = len(ranks) + 1
     poller, own = zmq.Poller(), {}
@@ -222,7 +222,7 @@ def serve_ranks(
         protect_client(socket, token)
         socket.connect(address)
         socket.send(
-            msgspec.msgpack.encode(RankReply(rank, describe(rank, world_size, data_parallel)))
+            msgspec.msgpack.encode(RankReply(rank, describe(rank, world_size, data_parallel_size)))
         )
         poller.register(socket, zmq.POLLIN)
         own[socket] = rank
@@ -232,18 +232,18 @@ def serve_ranks(
             socket.send(msgspec.msgpack.encode(RankReply(own[socket], METRICS | result)))
 
 
-def describe(rank: int, world_size: int, data_parallel: int) -> dict[str, Any]:
-    """Return `worker.Operations.describe` of a rank: `data_parallel` equal blocks of ranks.
+def describe(rank: int, world_size: int, data_parallel_size: int) -> dict[str, Any]:
+    """Return `worker.Operations.describe` of a rank: `data_parallel_size` equal blocks of ranks.
 
     Args:
         rank: the rank.
         world_size: trainer ranks in all.
-        data_parallel: replicas."""
-    size = world_size // data_parallel
+        data_parallel_size: replicas."""
+    size = world_size // data_parallel_size
     return {
         "rank": rank,
         "data_rank": rank // size,
-        "data_parallel": data_parallel,
+        "data_parallel_size": data_parallel_size,
         "last_stage": rank == world_size - 1,
         "leads_replica": rank % size == 0,
         "num_parameters": 0,

@@ -26,7 +26,7 @@ def rank(address, protect):
     socket.setsockopt(zmq.IDENTITY, rank_identity(0))
     protect(socket)
     socket.connect(address)
-    socket.send(msgspec.msgpack.encode(RankReply(0, {"data_parallel": 1})))
+    socket.send(msgspec.msgpack.encode(RankReply(0, {"data_parallel_size": 1})))
     return socket
 
 
@@ -39,7 +39,7 @@ def test_a_rank_with_the_token_is_heard_and_others_are_not():
         ]
         assert await server.reply(1.0) is None
         friend = rank(server.address, lambda socket: protect_client(socket, "right"))
-        assert await server.reply(1e5) == RankReply(0, {"data_parallel": 1})
+        assert await server.reply(1e5) == RankReply(0, {"data_parallel_size": 1})
         await server.send(0, msgspec.msgpack.encode(RankCall("compute_logprobs")))
         assert await asyncio.to_thread(friend.poll)
         assert msgspec.msgpack.decode(friend.recv(), type=RankCall) == RankCall("compute_logprobs")

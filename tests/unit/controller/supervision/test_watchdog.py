@@ -457,7 +457,7 @@ def test_a_rank_is_named_with_its_place_on_the_grid():
         rank=7,
         world_size=8,
         data_rank=2,
-        data_parallel=4,
+        data_parallel_size=4,
         tensor_rank=1,
         pipeline_rank=0,
         context_rank=1,

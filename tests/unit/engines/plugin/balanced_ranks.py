@@ -16,7 +16,7 @@ from vllm.distributed.eplb.policy import EPLB_POLICIES
 from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-from megatron_r1.engines.plugin import backend, patches
+from megatron_r1.engines.plugin import expert_placement, patches
 
 EXPERTS, COPIES, LAYERS = 6, 2, 3
 SIZES = (5, 3)
@@ -84,13 +84,13 @@ def main() -> None:
         device_index=None,
         communicator=TorchDistNcclEplbCommunicator(group),
     )
-    _commit_eplb_maps(state, backend.first_placement(state))
+    _commit_eplb_maps(state, expert_placement.first_placement(state))
     balancer = SimpleNamespace(model_states={"small": state})
     generator = torch.Generator().manual_seed(0)
     for push in range(1, 4):
         fill(model, rank, push)
         before = num_wrong(state, rank, push)
-        backend.keep_placement(balancer, group)
+        expert_placement.keep_placement(balancer, group)
         print(f"push {push}: {before} wrong, then {num_wrong(state, rank, push)}")
         load = torch.randint(1, 1000, (LAYERS, EXPERTS), generator=generator)
         load[:, push] = 100_000  # another hot expert each time
@@ -109,7 +109,7 @@ def main() -> None:
         print(f"rearranged: {num_wrong(state, rank, push)} wrong")
     fill(model, rank, 4)
     before = num_wrong(state, rank, 4)
-    backend.reset_placement(balancer)
+    expert_placement.reset_placement(balancer)
     print(f"after a sleep: {before} wrong, then {num_wrong(state, rank, 4)}")
     counts, loads = state.logical_replica_count, state.expert_load_window
     print(f"copies {counts[0].tolist()}, counted {int(loads.sum())}")

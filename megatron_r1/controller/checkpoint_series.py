@@ -1,0 +1,177 @@
+"""The controller's part of checkpoints: it chooses the one to continue from, and saves them."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.base.errors import TrainerError
+from megatron_r1.config import CheckpointConfig
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, DamagedCheckpoint
+from megatron_r1.trainer.operations import CheckpointOperations
+
+
+@dataclass
+class _PendingSave:
+    """A checkpoint being written. seconds_blocked: how long the run has waited for it so far."""
+
+    folder: Path
+    step: int
+    seconds_blocked: float
+
+
+class CheckpointSeries:
+    """The checkpoints of one run.
+
+    Attributes:
+        latest: the newest checkpoint known to be whole, or None.
+        notify: called with lines for the user."""
+
+    def __init__(self, folder: Path, settings: CheckpointConfig, notify: Callable[[str], None]):
+        """Choose the newest checkpoint whose manifest, files and sizes are right.
+
+        Args:
+            folder: the folder of the checkpoints.
+            settings: the recipe's section.
+            notify: called with lines for the user.
+
+        Raises:
+            UserError: all checkpoints are damaged.
+        """
+        self._folder, self._settings, self.notify = folder, settings, notify
+        self.latest: Path | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Choose the newest good checkpoint again, after the ranks were lost. A checkpoint that
+        they were writing counts only if it became whole.
+
+        Raises:
+            UserError: all checkpoints are damaged.
+        """
+        for name in checkpoint_folders.remove_partial(self._folder):
+            self.notify(f"{name} was still being written when the run ended; removed")
+        self._choose(*self._newest())
+        self._saving: _PendingSave | None = None
+        self._completed: dict[str, float] = {}
+
+    def state(self) -> dict[str, Any] | None:
+        """Return the controller's state in `latest`; None at the start of a run."""
+        if self.latest is None:
+            return None
+        return json.loads((self.latest / STATE_FILE).read_text(encoding="utf-8"))
+
+    async def verify(self, trainer: TrainerClient) -> None:
+        """Have the ranks verify `latest`; fall back to older ones until one is as it was written.
+
+        Raises:
+            UserError: no checkpoint is as it was written.
+        """
+        damaged: list[DamagedCheckpoint] = []
+        candidate = self.latest
+        while candidate is not None:
+            answer = await trainer.call(
+                CheckpointOperations.verify_checkpoint, folder=str(candidate)
+            )
+            if not answer["faults"]:
+                break
+            damaged.append(DamagedCheckpoint(candidate, tuple(answer["faults"])))
+            candidate, between = self._newest(below=candidate)
+            damaged += between
+        self._choose(candidate, damaged)
+
+    async def load(self, trainer: TrainerClient, reference: bool) -> None:
+        """Have the ranks load `latest`, after `verify`."""
+        answer = await trainer.call(
+            CheckpointOperations.load_checkpoint, folder=str(self.latest), reference=reference
+        )
+        if not answer["is_same_layout"]:
+            self.notify("another parallel layout than before: random streams are seeded anew")
+
+    async def save(self, trainer: TrainerClient, step: int, state: dict[str, Any]) -> None:
+        """Start the checkpoint of `step`; unless `checkpoint.asynchronous`, wait until it is whole.
+
+        Waits for the previous one first.
+
+        Args:
+            trainer: the ranks.
+            step: the finished steps.
+            state: the controller's state, JSON values.
+
+        Raises:
+            TrainerError: the previous checkpoint, or this one, failed.
+        """
+        began = time.perf_counter()
+        await self._poll(trainer, wait=True)
+        folder = checkpoint_folders.checkpoint_path(self._folder, step)
+        await trainer.call(CheckpointOperations.save_checkpoint, folder=str(folder), state=state)
+        self._saving = _PendingSave(folder, step, time.perf_counter() - began)
+        if not self._settings.asynchronous:
+            await self._poll(trainer, wait=True)
+
+    async def completed_metrics(self, trainer: TrainerClient) -> dict[str, float]:
+        """Return the metrics of a checkpoint that became whole since the last call, else {}:
+        checkpoint/step, checkpoint/seconds (until whole) and checkpoint/seconds_blocked (that the
+        run waited).
+
+        Raises:
+            TrainerError: the checkpoint could not be written.
+        """
+        await self._poll(trainer, wait=False)
+        metrics, self._completed = self._completed, {}
+        return metrics
+
+    async def finish(self, trainer: TrainerClient) -> None:
+        """Wait for the checkpoint being written.
+
+        Raises:
+            TrainerError: the checkpoint could not be written.
+        """
+        await self._poll(trainer, wait=True)
+
+    async def _poll(self, trainer: TrainerClient, wait: bool) -> None:
+        if self._saving is None:
+            return
+        began = time.perf_counter()
+        progress = await trainer.call(CheckpointOperations.checkpoint_progress, wait=wait)
+        if not progress["is_done"]:
+            return
+        saving, self._saving = self._saving, None
+        if progress["error"] is not None:
+            raise TrainerError(progress["error"])
+        if wait:
+            saving.seconds_blocked += time.perf_counter() - began
+        self._completed = {
+            "checkpoint/step": saving.step,
+            "checkpoint/seconds_blocked": saving.seconds_blocked,
+            "checkpoint/seconds": progress["seconds"],
+        }
+        self.latest = saving.folder
+        # In a thread: deleting a large folder must not hold up the sampling.
+        settings = self._settings
+        await asyncio.to_thread(
+            checkpoint_folders.prune, self._folder, settings.keep, settings.keep_every
+        )
+
+    def _newest(self, below: Path | None = None) -> tuple[Path | None, list[DamagedCheckpoint]]:
+        return checkpoint_folders.newest_usable(self._folder, self._settings.verify, below)
+
+    def _choose(self, good: Path | None, damaged: list[DamagedCheckpoint]) -> None:
+        """Continue from `good` and set the newer, `damaged` ones aside.
+
+        Raises:
+            UserError: `good` is None and there are damaged ones.
+        """
+        if good is None:
+            checkpoint_folders.require_usable(self._folder, damaged)
+        self.latest = good
+        for one in damaged:
+            target = checkpoint_folders.set_aside(one)
+            self.notify(f"DAMAGED checkpoint, not used: {one}. It is now {target.name}")
+        if good is not None and damaged:
+            self.notify(f"continuing from {good.name} instead")
