@@ -19,7 +19,8 @@ from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands import score_audit
 from megatron_r1.commands.why import files, formulas, loss, optimizer, rewards, sampling
 from megatron_r1.commands.why.comparison import CheckedQuantity
-from megatron_r1.commands.why.recompute import Evidence, RecomputedUpdates
+from megatron_r1.commands.why.evidence import Evidence
+from megatron_r1.commands.why.recompute import RecomputedUpdates
 from megatron_r1.commands.why.recorded import (
     RecordedStep,
     choose,
