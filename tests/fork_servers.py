@@ -5,7 +5,11 @@ several workers; the product has them for one run (`base.processes.fork_client`)
 
 import contextlib
 import os
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,11 +20,37 @@ PROCESSES = "R1_TEST_FORK_SERVERS"
 """Environment variable: process ids of the servers, for the watchdog of each worker."""
 
 
+@contextlib.contextmanager
+def shared_server(
+    module: str, folder: Path, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a fork server for processes that have `SERVERS` set to `folder`, until the end of the
+    block. It imports `module` meanwhile, and ends with this process.
+
+    Args:
+        module: the module that is imported.
+        folder: where the server's sockets are.
+        environment: variables over those of this process."""
+    from megatron_r1.base.processes import children
+
+    # Of NumPy's threads, which would make a fork unsafe, there is none.
+    options = children.popen_options({"OPENBLAS_NUM_THREADS": "1", **environment})
+    options |= {"stdin": subprocess.PIPE}
+    command = [sys.executable, "-m", "megatron_r1.base.processes.fork_server", module]
+    with subprocess.Popen([*command, str(folder / module)], **options) as server:
+        try:
+            while not (folder / module).exists() and server.poll() is None:
+                time.sleep(0.02)
+            yield server
+        finally:
+            children.kill(server)
+            (folder / module).unlink(missing_ok=True)
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Start the servers before the workers, which inherit the environment."""
     if not getattr(session.config.option, "numprocesses", None):
         return
-    from megatron_r1.base.processes.fork_client import shared_server
     from megatron_r1.base.processes.fork_server import SERVERS
     from megatron_r1.controller.trainer_calls.ranks import MODULE as RANK
     from megatron_r1.controller.trainer_calls.ranks import import_environment

@@ -33,7 +33,8 @@ from megatron_r1.commands.first_recipe import (
     recipe_text,
     value_text,
 )
-from megatron_r1.commands.rl_checks import detect_machine, explain_renamed_columns, prepare
+from megatron_r1.commands.rl_checks import detect_machine
+from megatron_r1.commands.rl_prompts import explain_renamed_columns, prepare
 from megatron_r1.commands.trained_model import find_exported, template_of_model, trained_recipe
 from megatron_r1.config import Config, infer_verb
 from megatron_r1.controller.cpu_memory import cpu_memory

@@ -11,12 +11,8 @@ from megatron_r1.base.errors import TrainerLost
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.base.processes.stopping import run_until_stopped
-from megatron_r1.commands.rl_checks import (
-    check_settings,
-    engines_share_gpus,
-    read_prompts,
-    run_facts,
-)
+from megatron_r1.commands.rl_checks import check_settings, engines_share_gpus
+from megatron_r1.commands.rl_prompts import read_prompts, run_facts
 from megatron_r1.commands.rollout_run import RolloutRoles, open_rollouts
 from megatron_r1.commands.trained_model import next_commands
 from megatron_r1.commands.training_run import (

@@ -12,16 +12,10 @@ from megatron_r1.commands.training_run import check_trainer, preload_megatron
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.data.conversations import ExampleTokenizer
+from megatron_r1.data.mixture import MixtureSampler, describe_mixture, load_mixture
 from megatron_r1.data.renamed_rows import DataReport
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.data.sft import (
-    ExampleSampler,
-    MixtureSampler,
-    SFTExample,
-    describe_mixture,
-    load_examples,
-    load_mixture,
-)
+from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.wording import printable, shorten_middle
 from megatron_r1.trainer.operations import SUPERVISED

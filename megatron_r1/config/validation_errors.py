@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config.keys import find_aliases, nested_models
+from megatron_r1.config.key_aliases import find_aliases
+from megatron_r1.config.keys import nested_models
 
 
 class RemovedKey(NamedTuple):

@@ -11,7 +11,7 @@ from command_line import command, environment, run
 from lookup_base import ROOT, lines
 
 from megatron_r1.commands.why.comparison import EQUAL
-from megatron_r1.commands.why.recorded import open_run, read_step
+from megatron_r1.commands.why.step_reader import open_run, read_step
 from megatron_r1.commands.why.verb import examine
 
 

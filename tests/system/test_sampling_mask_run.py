@@ -8,7 +8,7 @@ import pytest
 from command_line import run, write_model
 
 from megatron_r1.commands.why.comparison import EQUAL
-from megatron_r1.commands.why.recorded import open_run, read_step
+from megatron_r1.commands.why.step_reader import open_run, read_step
 from megatron_r1.commands.why.verb import examine
 
 CUT = {"rollout.top_p": 0.8, "rollout.top_k": 24}

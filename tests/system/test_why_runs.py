@@ -18,7 +18,8 @@ from megatron_r1.base.files.framed_records import FramedFile, append_frame
 from megatron_r1.commands.why.comparison import Report
 from megatron_r1.commands.why.policy_model import STATE
 from megatron_r1.commands.why.recompute import Recomputation
-from megatron_r1.commands.why.recorded import RecordedStep, open_run, read_step
+from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.step_reader import open_run, read_step
 from megatron_r1.commands.why.verb import examine
 from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode, encode
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint

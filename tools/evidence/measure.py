@@ -290,12 +290,6 @@ def summary(states: Iterable[State]) -> str:
     return f"{len(states)} claims: {found or 'none'}"
 
 
-def without_states(page: str) -> str:
-    """Return a page without what depends on the commit at which it was rendered."""
-    page = re.sub(r"^At `.*$", "", page, flags=re.MULTILINE)
-    return re.sub(r" \| [^|]* \|$", " |", page, flags=re.MULTILINE)
-
-
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "docs/evidence.md"
 

@@ -288,12 +288,8 @@ def find_circle(segment: Path) -> Circle | None:
     return Graph(read(segment)).circle()
 
 
-def find_abandoned(segment: Path) -> list[Call]:
+def abandoned_calls(processes: list[Process]) -> list[Call]:
     """Return calls that wait for a rank that has ended or left the communicator."""
-    return _abandoned(read(segment))
-
-
-def _abandoned(processes: list[Process]) -> list[Call]:
     members = {member for process in processes for member in process.members}
     calls = [call for process in processes for call in process.calls if call.has_started]
     sizes = {comm: size for process in processes for comm, size in process.sizes.items()}
@@ -310,7 +306,7 @@ def find_stuck(segment: Path) -> str | None:
     processes = read(segment)
     if circle := Graph(processes).circle():
         return str(circle)
-    abandoned = _abandoned(processes)
+    abandoned = abandoned_calls(processes)
     lines = ["these wait for ranks that have ended:", *(f"  {call}" for call in abandoned)]
     return "\n".join(lines) if abandoned else None
 

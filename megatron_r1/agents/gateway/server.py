@@ -122,13 +122,13 @@ class Gateway:
             OSError: the address is taken.
         """
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        for path, wire in ROUTES.items():
-            app.router.add_post(path, self._endpoint(wire, self._turn))
-            if wire is messages:
-                count = self._endpoint(wire, self._count_tokens)
+        for path, wire_format in ROUTES.items():
+            app.router.add_post(path, self._endpoint(wire_format, self._turn))
+            if wire_format is messages:
+                count = self._endpoint(wire_format, self._count_tokens)
                 app.router.add_post(f"{path}/count_tokens", count)
-        app.router.add_get("/v1/models", self._endpoint(chat, self._models))
-        app.router.add_route("*", "/{path:.*}", self._endpoint(chat, self._unknown))
+        app.router.add_get("/v1/models", self._endpoint(chat, self._list_models))
+        app.router.add_route("*", "/{path:.*}", self._endpoint(chat, self._refuse_path))
         # A handler is cancelled when its client goes away; its turn waits for a repeated request.
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
         await self._runner.setup()
@@ -163,14 +163,14 @@ class Gateway:
 
     def _endpoint(
         self,
-        wire: WireFormat,
+        wire_format: WireFormat,
         handle: Callable[[WireFormat, GatewaySession, web.Request], Awaitable[web.StreamResponse]],
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def endpoint(request: web.Request) -> web.StreamResponse:
             session = None
             try:
                 session = self._session(request.headers)
-                return await handle(wire, session, request)
+                return await handle(wire_format, session, request)
             except RequestError as error:
                 refused = error
             except web.HTTPRequestEntityTooLarge:
@@ -187,7 +187,7 @@ class Gateway:
                     session.end("protocol_error", f"{type(error).__name__}: {error}")
             if session is not None:
                 session.notes[f"refused: {refused}"[:200]] += 1
-            return _json(wire.error(refused), refused.status)
+            return _json(wire_format.error(refused), refused.status)
 
         return endpoint
 
@@ -211,13 +211,13 @@ class Gateway:
         )
 
     async def _turn(
-        self, wire: WireFormat, session: GatewaySession, http: web.Request
+        self, wire_format: WireFormat, session: GatewaySession, http_request: web.Request
     ) -> web.StreamResponse:
-        body = await _body(http, session)
-        request = wire.read(_parsed(body), session.stored)
+        body = await _body(http_request, session)
+        request = wire_format.read(_parsed(body), session.stored)
         self._replace_options(session, request)
         prompt = self._next_prompt(session, request)
-        key = hashlib.sha256(http.path.encode() + body).digest()
+        key = hashlib.sha256(http_request.path.encode() + body).digest()
         task = session.undelivered.pop(key, None)
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             prompt_ids = [*session.tree.token_ids(prompt.parent), *prompt.token_ids]
@@ -227,8 +227,8 @@ class Gateway:
             task.add_done_callback(partial(session.on_turn_done, key))
         try:
             if not request.stream:
-                return _json(wire.reply(session.add(await asyncio.shield(task)), request))
-            return await _stream(wire, session, task, request, http)
+                return _json(wire_format.reply(session.add(await asyncio.shield(task)), request))
+            return await _stream(wire_format, session, task, request, http_request)
         except (asyncio.CancelledError, ConnectionError):
             session.undelivered[key] = task
             raise
@@ -304,54 +304,57 @@ class Gateway:
             raise RequestError(str(error), "messages") from None
 
     async def _count_tokens(
-        self, wire: WireFormat, session: GatewaySession, http: web.Request
+        self, wire_format: WireFormat, session: GatewaySession, http_request: web.Request
     ) -> web.StreamResponse:
-        request = wire.read(_parsed(await _body(http, session)), session.stored)
+        request = wire_format.read(_parsed(await _body(http_request, session)), session.stored)
         prompt = self._next_prompt(session, request)
         num_tokens = len(session.tree.token_ids(prompt.parent)) + len(prompt.token_ids)
         return _json({"input_tokens": num_tokens})
 
-    async def _models(
-        self, wire: WireFormat, session: GatewaySession, http: web.Request
+    async def _list_models(
+        self, wire_format: WireFormat, session: GatewaySession, http_request: web.Request
     ) -> web.StreamResponse:
+        """Reply with the one model that there is, in the forms of OpenAI, vLLM and Anthropic."""
         model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "megatron-r1"}
         model |= {"max_model_len": session.sampling.max_model_len}  # as vLLM
         date = "1970-01-01T00:00:00Z"
         model |= {"type": "model", "display_name": MODEL, "created_at": date}  # Anthropic
         return _json({"object": "list", "data": [model], "has_more": False})
 
-    async def _unknown(
-        self, wire: WireFormat, session: GatewaySession, http: web.Request
+    async def _refuse_path(
+        self, wire_format: WireFormat, session: GatewaySession, http_request: web.Request
     ) -> web.StreamResponse:
         raise RequestError(
-            f"there is no {http.method} {http.path}", status=404, kind="not_found_error"
+            f"there is no {http_request.method} {http_request.path}",
+            status=404,
+            kind="not_found_error",
         )
 
 
 async def _stream(
-    wire: WireFormat,
+    wire_format: WireFormat,
     session: GatewaySession,
     task: asyncio.Task[SampledTurn],
     request: TurnRequest,
-    http: web.Request,
+    http_request: web.Request,
 ) -> web.StreamResponse:
     """Send a turn as server-sent events, after comments that keep the connection alive while the
     turn is being sampled."""
     head = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
     stream = web.StreamResponse(headers=head)
-    await stream.prepare(http)
+    await stream.prepare(http_request)
     while not (await asyncio.wait({task}, timeout=KEEP_ALIVE_SECONDS))[0]:
-        await stream.write(wire.KEEP_ALIVE)
+        await stream.write(wire_format.KEEP_ALIVE)
     try:
-        for event in wire.events(session.add(task.result()), request):
+        for event in wire_format.events(session.add(task.result()), request):
             await stream.write(event)
     except RequestError as refused:
-        await stream.write(wire.error_event(refused))
+        await stream.write(wire_format.error_event(refused))
     await stream.write_eof()
     return stream
 
 
-async def _body(http: web.Request, session: GatewaySession) -> bytes:
+async def _body(http_request: web.Request, session: GatewaySession) -> bytes:
     """Return a request's body.
 
     Raises:
@@ -359,7 +362,7 @@ async def _body(http: web.Request, session: GatewaySession) -> bytes:
             take it.
     """
     try:
-        body = await http.read()
+        body = await http_request.read()
     except (PayloadEncodingError, web.RequestPayloadError) as error:
         raise RequestError(f"the body cannot be read: {error}") from None
     if len(body) > BYTES_PER_TOKEN * session.sampling.max_model_len + MAX_OTHER_BYTES:

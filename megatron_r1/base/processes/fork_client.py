@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -204,28 +204,6 @@ def close() -> None:
     for importer in _importers.values():
         importer.close()
     _importers.clear()
-
-
-@contextlib.contextmanager
-def shared_server(
-    module: str, folder: Path, environment: Mapping[str, str]
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a fork server for processes that have `SERVERS` set to `folder`, until the end of the
-    block. It imports `module` meanwhile, and ends with this process.
-
-    Args:
-        module: the module that is imported.
-        folder: where the server's sockets are.
-        environment: variables over those of this process."""
-    options = _options(environment) | {"stdin": subprocess.PIPE}
-    with subprocess.Popen([*_SERVER, module, str(folder / module)], **options) as server:
-        try:
-            while not (folder / module).exists() and server.poll() is None:
-                time.sleep(POLL_SECONDS)
-            yield server
-        finally:
-            children.kill(server)
-            (folder / module).unlink(missing_ok=True)
 
 
 def _options(environment: Mapping[str, str]) -> dict:

@@ -14,7 +14,8 @@ from megatron_r1.config import RLConfig
 from megatron_r1.config.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
-    from megatron_r1.commands.why.recompute import Evidence, Recomputation
+    from megatron_r1.commands.why.evidence import Evidence
+    from megatron_r1.commands.why.recompute import Recomputation
 
 SAME = 0.01
 """Relative distance of a factor from 1 below which it is 1."""

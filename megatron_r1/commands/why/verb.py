@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.why import files, loss, optimizer, page, policies, push, rewards, sampling
+from megatron_r1.commands.why import (
+    engine_logprobs,
+    files,
+    loss,
+    optimizer,
+    page,
+    policies,
+    push,
+    rewards,
+    sampling,
+)
 from megatron_r1.commands.why.comparison import (
     NOT_CHECKED,
     CannotRecompute,
@@ -26,9 +36,9 @@ from megatron_r1.commands.why.comparison import (
     Report,
     not_checked,
 )
-from megatron_r1.commands.why.recorded import (
+from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.step_reader import (
     Examinable,
-    RecordedStep,
     choose,
     examinable,
     open_run,
@@ -82,7 +92,7 @@ OF_RECORDS: tuple[tuple[str, str, Check], ...] = (
 )
 """Checks that need no model: family, what cannot be checked where one fails, and the check."""
 OF_WEIGHTS: tuple[tuple[str, str, WeightCheck], ...] = (
-    ("sampling", "engines' log-probabilities", sampling.check_logprobs),
+    ("sampling", "engines' log-probabilities", engine_logprobs.check_logprobs),
     ("log-probabilities", "old policy and reference", policies.check_policies),
     ("loss", "loss", loss.check_loss),
     ("optimizer", "change of the weights", optimizer.check_update),
@@ -104,7 +114,7 @@ def examine(step: RecordedStep) -> Report:
     for family, name, recompute in OF_WEIGHTS:
         recomputed.searches_causes = not report.departs_before("loss")
         report.add(_comparisons(family, name, partial(recompute, step, recomputed)))
-    report.curves = sampling.departures(recomputed)
+    report.curves = engine_logprobs.departures(recomputed)
     report.suspicions = suspicions(step) if report.first is None else []
     return report
 

@@ -19,14 +19,10 @@ from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands import score_audit
 from megatron_r1.commands.why import files, formulas, loss, optimizer, rewards, sampling
 from megatron_r1.commands.why.comparison import CheckedQuantity
-from megatron_r1.commands.why.recompute import Evidence, RecomputedUpdates
-from megatron_r1.commands.why.recorded import (
-    RecordedStep,
-    choose,
-    examinable,
-    open_run,
-    read_step,
-)
+from megatron_r1.commands.why.evidence import Evidence
+from megatron_r1.commands.why.recompute import RecomputedUpdates
+from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.step_reader import choose, examinable, open_run, read_step
 from megatron_r1.commands.why.verb import examine, run
 from megatron_r1.config import Config
 from megatron_r1.controller.algorithms import grpo

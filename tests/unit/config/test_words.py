@@ -8,7 +8,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.config import Config
-from megatron_r1.config.keys import ALIASES, alias_table, dotted_keys, find_aliases
+from megatron_r1.config.key_aliases import ALIASES, find_aliases
+from megatron_r1.config.keys import dotted_keys
 from megatron_r1.config.recipe import parse
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -48,6 +49,17 @@ def test_every_row_names_keys_and_pages_that_are_there():
     assert all((DOCS / word.page).is_file() for word in ALIASES if word.page)
     assert sum(len(word.names) for word in ALIASES) >= 60
     assert all(find_aliases(name, exact=True) for word in ALIASES for name in word.names)
+
+
+def alias_table() -> str:
+    """Return all rows as a table in Markdown, for docs/keys.md."""
+    lines = ["| elsewhere | here | |", "|---|---|---|"]
+    for row in ALIASES:
+        page = f"[{row.page.removesuffix('.md')}]({row.page})" if row.page else ""
+        keys = ", ".join(f"`{key}`" for key in row.keys)
+        rest = ". ".join(filter(None, (row.note, page)))
+        lines.append(f"| {', '.join(row.names)} | {keys} | {rest} |")
+    return "\n".join(lines)
 
 
 def test_the_page_has_the_table():

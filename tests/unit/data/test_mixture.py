@@ -14,7 +14,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands.sft import load_sampler
 from megatron_r1.commands.supervised import resolve_steps
 from megatron_r1.config.sft import MixturePart
-from megatron_r1.data.sft import MixtureSampler, describe_mixture, epoch_counts, load_mixture
+from megatron_r1.data.mixture import MixtureSampler, describe_mixture, epoch_counts, load_mixture
 
 MIXTURES = yaml.safe_load(Path(__file__).with_name("mixtures.yaml").read_text(encoding="utf-8"))
 

@@ -11,7 +11,7 @@ from r1_grading import logic
 from refusals import raised, refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.rl_checks import describe_kind_weights, drop_long_prompts
+from megatron_r1.commands.rl_prompts import describe_kind_weights, drop_long_prompts
 from megatron_r1.config import parse
 from megatron_r1.data.prompt_tokenizer import (
     PromptTokenizer,

@@ -20,7 +20,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli, init
 from megatron_r1.commands.first_recipe import Machine
-from megatron_r1.commands.rl_checks import prepare
+from megatron_r1.commands.rl_prompts import prepare
 from megatron_r1.data.conversations import ExampleTokenizer
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.renamed_rows import read_renamed_rows

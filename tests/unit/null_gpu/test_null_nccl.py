@@ -213,8 +213,8 @@ def test_a_killed_peer_ends_no_call(start, segment, silent):
     assert [other.says(), sender.says()] == ["joined", "issued"]
     wait_until(lambda: started(segment))
     other.process.send_signal(signal.SIGKILL)
-    wait_until(lambda: watch.find_abandoned(segment))
-    (call,) = watch.find_abandoned(segment)
+    wait_until(lambda: watch.abandoned_calls(watch.read(segment)))
+    (call,) = watch.abandoned_calls(watch.read(segment))
     assert (call.rank, call.peer, call.pid) == (0, 1, sender.process.pid)
     sender.go_on()
     assert sender.says() == [False, True, 0 if silent == "1" else REMOTE_ERROR]

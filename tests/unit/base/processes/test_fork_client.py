@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fork_servers import shared_server
 from liveness import is_alive
 from waiting import wait_until
 
@@ -148,7 +149,7 @@ time.sleep(1e6)
 def test_a_forked_process_ends_with_its_killed_controller_and_leaves_nothing(
     tmp_path, short_folder, shared
 ):
-    with fork_client.shared_server(MODULE, short_folder, EARLY) as server:
+    with shared_server(MODULE, short_folder, EARLY) as server:
         servers = str(short_folder) if shared else ""
         own = {fork_client.SERVERS: servers, "TMPDIR": str(short_folder)}
         command = [sys.executable, "-c", CONTROLLER, str(tmp_path / "log")]
