@@ -3,8 +3,9 @@
 
 A subject is one imperative sentence of at most 72 characters without a full stop, as "Refuse
 subjects that are too long". It has one idea, so neither a semicolon nor ", and", and does not name
-a branch. The mood is judged by the ending of the first word, so that many a noun passes. A commit of more than 20 files, and a merge under git's own subject, need a body
-that says why and how. .githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
+a branch. The mood is judged by the ending of the first word, so that many a noun passes. A commit
+of more than 20 files, and a merge under git's own subject, need a body that says why and how.
+.githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
 
 import re
 import subprocess
