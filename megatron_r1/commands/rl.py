@@ -77,7 +77,7 @@ async def _train(config: Config, tokenizer: PromptTokenizer, prompts: PromptSpli
             starting = f"trainer and {config.rollout.engines} x vLLM"
             running.recorder.view.phase("starting", starting)
             start = _start_roles(config, running.trainer, rollouts.collector)
-            if not await running.stop.completes(start):
+            if not await running.stop.finished_before_stop(start):
                 return
             show_trainer(running.recorder, running.trainer)
             while True:

@@ -115,7 +115,7 @@ async def _steps(
     while state.step < steps:
         recorder.view.phase("train")
         await _step(task, recorder, trainer)
-        is_last, is_stopping = state.step == steps, stop.requested
+        is_last, is_stopping = state.step == steps, stop.is_requested
         is_due = evaluation.every and state.step % evaluation.every == 0
         if task.evaluate and (is_last or is_due):
             await task.evaluate(recorder, trainer)

@@ -138,7 +138,7 @@ class Session:
     def next_step(self) -> Config | None:
         """Go on to the next rollout; return its step's settings, which `rl.schedule` may change, or
         None at the end of the run and when asked to stop."""
-        if self.stop.requested or self.step >= self.config.run.steps:
+        if self.stop.is_requested or self.step >= self.config.run.steps:
             return None
         self.step += 1
         timeline.begin_step(self.step)

@@ -172,7 +172,7 @@ def _receive_buffer_place(job: PlannedJob) -> Literal["host", "GPU"]:
 def push_link(job: PlannedJob) -> tuple[float, str]:
     """Return (bytes/s into an engine rank, name of the link)."""
     transport = TRANSPORTS[job.config.push.transport]
-    if transport.one_host and not _is_one_node(job):
+    if transport.is_single_host and not _is_one_node(job):
         transport = TRANSPORTS[ACROSS_HOSTS]
     rate: float = getattr(job.hardware, transport.rate)
     return rate * job.assumptions.push_efficiency, transport.link
@@ -245,7 +245,7 @@ def _connections(
         for _ in sharding.regions_of(engines.coordinate(rank))
     )
     rate, link = push_link(job)
-    over_nccl = TRANSPORTS[job.config.push.transport].in_rounds
+    over_nccl = TRANSPORTS[job.config.push.transport].sends_in_rounds
     colocated = shares_gpus_over_nccl(job.config)
     of_set = 0 if colocated else traffic.num_engines * engines.ranks_per_engine
     communicator = grid.world_size + of_set if over_nccl else 0

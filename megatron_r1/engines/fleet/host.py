@@ -34,7 +34,7 @@ import zmq
 from megatron_r1.base import files
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes import children
-from megatron_r1.base.processes.authentication import FILE, known_token, protect_client
+from megatron_r1.base.processes.authentication import TOKEN_FILE, known_token, protect_client
 from megatron_r1.engines.fleet.host_messages import (
     REPORT_SECONDS,
     EngineOrder,
@@ -294,7 +294,7 @@ class EngineHost:
             UserError: the controller refuses this host.
         """
         options = self.options
-        file = options.token_file or (options.folder and options.folder / FILE)
+        file = options.token_file or (options.folder and options.folder / TOKEN_FILE)
         link = HostLink(address, known_token(file))
         self._print(f"connecting to the controller at {address}")
         try:

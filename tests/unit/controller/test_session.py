@@ -68,7 +68,7 @@ class Engines:
 def session_of(engines, recorder):
     passes = SimpleNamespace(run_config=Config(), trainer=None, uses_reference=False)
     policy = PolicyEngines(None, engines, engines)
-    return policy, Session(recorder, SimpleNamespace(requested=False), policy, passes, engines)
+    return policy, Session(recorder, SimpleNamespace(is_requested=False), policy, passes, engines)
 
 
 @pytest.mark.parametrize("what", ["rollout", "save", "begin"])
