@@ -15,7 +15,7 @@ from megatron_r1.plan.push_links import (
     set_plans,
     traffic_of_sets,
 )
-from megatron_r1.plan.quantity import Quantity, Section, byte_quantity
+from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.adapters import check_adapter_push, max_lora_rank
 from megatron_r1.push.plan.engine_sets import MAX_SET_ENGINES, engine_sets
@@ -182,7 +182,7 @@ def _is_one_node(job: PlannedJob) -> bool:
     return job.world_size + job.rollout_gpus <= job.hardware.gpus_per_node
 
 
-def push_section(job: PlannedJob) -> Section:
+def push_section(job: PlannedJob) -> QuantityTable:
     """Return the bytes that a push moves, their balance, and the memory that it keeps."""
     parallel, engines, form = job.parallel, planned_engine_layout(job), _pushed_dtype(job)
     grid = TrainerGrid.from_recipe(parallel, job.world_size)
@@ -236,7 +236,7 @@ def push_section(job: PlannedJob) -> Section:
 
 def _connections(
     job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, traffic: SetTraffic
-) -> Section:
+) -> QuantityTable:
     """Return what connects the ranks, and how long that and a push take."""
     assumptions, sharding = job.assumptions, _pushed_weights(job).predicted_layout(engines)
     num_slots = sum(

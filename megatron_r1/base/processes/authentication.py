@@ -45,8 +45,8 @@ def known_token(path: str | os.PathLike[str] | None) -> str:
         return token
     if path is None or not Path(path).is_file():
         raise UserError(
-            f"no token of the run: set {TOKEN_VARIABLE} to the content of the file `{TOKEN_FILE}` in "
-            f"its folder{f' ({path} is no file)' if path else ''}",
+            f"no token of the run: set {TOKEN_VARIABLE} to the content of the file `{TOKEN_FILE}` "
+            f"in its folder{f' ({path} is no file)' if path else ''}",
             key=TOKEN_VARIABLE,
             cause=Cause.MISSING,
         )
