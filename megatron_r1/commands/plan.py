@@ -29,7 +29,7 @@ from megatron_r1.plan.push import check_engines_and_push
 from megatron_r1.plan.quantity import Quantity, byte_quantity
 from megatron_r1.plan.search import FittingLayout, fastest_layouts, nearest_layouts, nearest_sizes
 from megatron_r1.plan.timing import sum_quantities, total_hours
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 FITS, UNFIT, REFUSED = range(3)
 VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}

@@ -175,7 +175,7 @@ async def _evaluate(
     config: Config, recorder: RunRecorder, trainer: TrainerClient, heldout: list[RewardModelRow]
 ) -> None:
     """Score the held-out rows and record how reliable the scores are."""
-    recorder.view.phase("evaluation", f"{len(heldout):,} held-out rows")
+    recorder.view.show_phase("evaluation", f"{len(heldout):,} held-out rows")
     scores: list[float] = []
     for first in range(0, len(heldout), EVALUATION_BATCH_ROWS):
         samples = _row_samples(heldout[first : first + EVALUATION_BATCH_ROWS])

@@ -46,7 +46,7 @@ from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.supported import check_divisions
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.from_recipe import check_pushes
-from megatron_r1.reporting.wording import format_count, format_percent, printable, shorten_middle
+from megatron_r1.reporting.formatting import format_count, format_percent, printable, shorten_middle
 
 VLLM_FRACTION = 0.92
 """vLLM's default of --gpu-memory-utilization (config/cache.py)."""

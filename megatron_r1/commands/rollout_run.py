@@ -60,7 +60,7 @@ async def open_rollouts(
         config: the recipe.
         recorder: the run's folder and view.
         tokenizer: how questions become tokens."""
-    rewards, notify, folder = config.rewards, recorder.view.message, recorder.folder
+    rewards, notify, folder = config.rewards, recorder.view.show_message, recorder.folder
     on_one_host, logs = config.push.on_one_host, folder.path / "logs"
     async with open_pool(config.rollout, folder.path, on_one_host, notify) as hosts:
         pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
@@ -94,7 +94,7 @@ def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> Rol
     return RolloutFleet(
         rollout.engines,
         recorder.folder.path / "logs",
-        notify=recorder.view.message,
+        notify=recorder.view.show_message,
         make_server=server_maker(hosts),
         weight_transfer_backend=BACKEND_PREFIX + config.push.transport,
         device=gpu.device(),

@@ -28,8 +28,8 @@ from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
 from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
+from megatron_r1.reporting.formatting import format_count
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.wording import format_count
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
 from megatron_r1.sample.filters import NAMES, PooledFilters, active_filters, check_filters
 from megatron_r1.sample.judge import PreferencePairs, ResponseJudge, SafetyLabels, make_judge

@@ -23,7 +23,7 @@ from megatron_r1.data.sft import (
     load_mixture,
 )
 from megatron_r1.models import read_hf_config
-from megatron_r1.reporting.wording import printable, shorten_middle
+from megatron_r1.reporting.formatting import printable, shorten_middle
 from megatron_r1.trainer.operations import SUPERVISED
 from megatron_r1.trainer.training_sample import Sample
 

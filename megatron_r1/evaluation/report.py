@@ -42,9 +42,14 @@ from megatron_r1.evaluation.voting import (
     read_vote,
     voted_reward,
 )
+from megatron_r1.reporting.formatting import (
+    format_number,
+    format_percent,
+    printable,
+    shorten_middle,
+)
 from megatron_r1.reporting.plots import render_page
 from megatron_r1.reporting.samples import conversation
-from megatron_r1.reporting.wording import format_number, format_percent, printable, shorten_middle
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from megatron_r1.pipeline.graph_svg import Box, graph_svg
 from megatron_r1.pipeline.results import LABELS, Result, Spread, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.status import StageState, Status, all_statuses
+from megatron_r1.reporting.formatting import finite_metric, format_duration, printable
 from megatron_r1.reporting.plots import Curve, curve_plot, render_page
 from megatron_r1.reporting.report import Plot
-from megatron_r1.reporting.wording import finite_metric, format_duration, printable
 
 # A stage of several seeds is shown in the first of these states that one of them has.
 BY_PROGRESS = [

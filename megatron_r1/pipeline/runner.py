@@ -31,8 +31,8 @@ from megatron_r1.pipeline.status import (
     stale_text,
     status_lines,
 )
+from megatron_r1.reporting.formatting import format_duration
 from megatron_r1.reporting.run_folder import is_locked
-from megatron_r1.reporting.wording import format_duration
 
 POLL_SECONDS = 0.1
 LOCK_SECONDS = 30.0

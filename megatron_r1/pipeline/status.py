@@ -12,7 +12,7 @@ from megatron_r1.pipeline import manifest as fingerprint
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.results import headline, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
-from megatron_r1.reporting.wording import format_duration, printable
+from megatron_r1.reporting.formatting import format_duration, printable
 
 
 class StageState(enum.StrEnum):

@@ -20,7 +20,7 @@ from megatron_r1.models.memory import BYTES, ParameterCounts
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import QuantityTable, byte_quantity
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 ACTIVATION_BYTES = BYTES["bfloat16"]
 """Bytes of an activation that is sent."""

@@ -21,7 +21,7 @@ from megatron_r1.plan.push import push_section, receive_buffer_bytes, reused_kv_
 from megatron_r1.plan.quantity import Quantity, QuantityTable, assumed_section, byte_quantity
 from megatron_r1.plan.rollout import exchange_section, samples_section, teacher_section
 from megatron_r1.plan.timing import StepTime, narrowing_section, time_section, with_range
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 WHAT = {
     RECEIVE_BUFFER: ", weights on their way into an engine",

@@ -35,7 +35,7 @@ from megatron_r1.plan.push import (
 )
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity, round_number
 from megatron_r1.push.plan.planner import PredictedSharding
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 
 @dataclass(frozen=True)

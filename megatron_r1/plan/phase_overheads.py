@@ -32,7 +32,7 @@ from megatron_r1.plan.push import drafts_with_mtp, planned_engine_layout, planne
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.planner import PredictedSharding
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 OFFLOADED = "offloaded while engines sample"
 """The kind of host memory."""

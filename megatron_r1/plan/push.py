@@ -23,7 +23,7 @@ from megatron_r1.push.plan.from_recipe import check_drafter, engine_layout, shar
 from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES, planned_schedule
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.push.transports import RELAY_BUCKET_BYTES, ROUNDS_AHEAD
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 ADAPTERS = "both factors of every adapter of its stage, whole (push.adapter_only)"
 

@@ -18,7 +18,7 @@ from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.phase_overheads import RoutingReplayTraffic, uses_routing_replay
 from megatron_r1.plan.push import planned_engine_layout, pushes_fp8
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity, round_number
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 ID_BYTES = LOGPROB_BYTES = 4
 """Bytes of a token's id and of its log-probability in trainer/training_sample.py."""

@@ -25,7 +25,7 @@ from megatron_r1.plan.phase_overheads import (
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, QuantityTable
 from megatron_r1.plan.rollout import RolloutTime
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 MEASUREMENTS = {
     "rollout": "seconds of a decoding pass",

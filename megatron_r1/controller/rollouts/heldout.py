@@ -48,7 +48,7 @@ class HeldoutEvaluation:
         """Evaluate the policy after `step`, 0 for the base model's."""
         if not self._prompts:
             return
-        self._recorder.view.phase("evaluation", f"{len(self._prompts)} held-out questions")
+        self._recorder.view.show_phase("evaluation", f"{len(self._prompts)} held-out questions")
         settings = self._config.eval
         step_of_settings = max(1, step)  # the base model is evaluated as step 0
         config = self._config.at(step_of_settings)

@@ -131,7 +131,7 @@ class SavedRun:
 
     def __init__(self, checkpoint=None):
         self.state, self.checkpoint, self.calls = RunState(), checkpoint, []
-        self.view = SimpleNamespace(phase=lambda name: None, message=lambda line: None)
+        self.view = SimpleNamespace(show_phase=lambda name: None, show_message=lambda line: None)
 
     @property
     def resumed(self):

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_r1.evaluation.measures import estimate
 from megatron_r1.evaluation.verifier_errors import sampled_fraction
-from megatron_r1.reporting.wording import format_percent
+from megatron_r1.reporting.formatting import format_percent
 from tools.bench.algorithms import TARGET, WINDOW
 from tools.bench.corrections.cells import COMMON, PARTS, TASKS
 
