@@ -22,7 +22,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.preferences import Preference, PreferenceTokenizer, read_preferences
 from megatron_r1.data.prompts import is_heldout, normalize_question
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.evaluation.measures import label_measures, pair_measures
+from megatron_r1.evaluation.estimates import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer.training_sample import Sample
 

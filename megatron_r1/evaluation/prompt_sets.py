@@ -31,13 +31,13 @@ class PromptSet:
         title: the benchmark's; "" for the prompts of `sample`.
         prompts: the prompts.
         num_samples: responses to each prompt.
-        compares: responses are compared with others (`benchmarks.base`).
+        is_pairwise: responses are compared with others (`benchmarks.base`).
         agents: where episodes are played, their environment and limits."""
 
     title: str
     prompts: list[Prompt]
     num_samples: int
-    compares: bool = False
+    is_pairwise: bool = False
     agents: AgentsConfig | None = None
 
     def key(self, prompt: Prompt) -> PromptKey:
@@ -138,7 +138,7 @@ def _load(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:
             cause=Cause.EMPTY,
         )
     samples = entry.samples or config.samples
-    return PromptSet(entry.title, prompts, samples, benchmark.compares)
+    return PromptSet(entry.title, prompts, samples, benchmark.is_pairwise)
 
 
 def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:

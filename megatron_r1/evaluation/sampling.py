@@ -95,7 +95,7 @@ class TextResponseGrader:
         await self._rewards.check(self._terms, prompts)
 
 
-class Sampler:
+class ResponseSampler:
     """Samples every prompt `num_samples` times. Only responses in progress are in memory."""
 
     def __init__(
