@@ -197,7 +197,7 @@ class PhaseRunner:
         what, start, cpu_start = "export", time.monotonic(), launch.cpu_seconds()
         self.notify(what)
         done = subprocess.run(
-            [sys.executable, "-m", "megatron_r1.rehearse.load_export"]
+            [sys.executable, "-m", "megatron_r1.rehearse.check_export"]
             + [str(self.run_folder.hf), self.config.model.path, self.config.model.mtp],
             env=os.environ | launch.QUIET,
             capture_output=True,

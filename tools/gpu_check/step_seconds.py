@@ -23,7 +23,7 @@ from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.phase_overheads import checkpoint_time, weight_load_time
 from megatron_r1.plan.push import planned_rank_bytes, push_link
 from megatron_r1.rehearse import miniature
-from megatron_r1.rehearse.questions import write_examples
+from megatron_r1.rehearse.synthetic_data import write_examples
 from megatron_r1.reporting.run_folder import RunFolder
 from tools.bench.host import ROOT
 from tools.gpu_check import miniatures, verdict
