@@ -141,7 +141,7 @@ def test_a_dead_engine_gets_no_request(tmp_path):
         engine.died.set()
         await engine.client.close()
         with pytest.raises(EngineDied, match="engine-0.*stopped by the test"):
-            await engine.unless_dead(engine.client.generate([3], n=1, max_tokens=1))
+            await engine.await_call(engine.client.generate([3], n=1, max_tokens=1))
         return engine.client._session
 
     peer = Peer(good)
@@ -479,7 +479,7 @@ def test_a_cancelled_call_to_a_dead_engine_does_not_go_on(tmp_path):
 
     async def story(fleet):
         engine = fleet.engines[0]
-        calling = asyncio.create_task(engine.unless_dead(ends_slowly()))
+        calling = asyncio.create_task(engine.await_call(ends_slowly()))
         await begun.wait()
         engine.died.set()
         await ending.wait()

@@ -234,7 +234,7 @@ def test_a_refused_host_does_not_keep_engines_from_the_accepted_ones(pool):
         wait_until(lambda: (orders := report(also_refused, "third")) and orders.refusal)
         assert pool.describe() == "host-shared with 1"
         assert "host-shared" in start()
-        good.send(HostReport("host-shared", 1, "shared", leaving=True))
+        good.send(HostReport("host-shared", 1, "shared", is_leaving=True))
         wait_until(lambda: pool.num_free == 0)
         assert pool.describe() in start()
     finally:
