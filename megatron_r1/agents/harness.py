@@ -39,7 +39,7 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engines.server.episodes import REWARDED_STATUSES, Episode, EpisodeResult, Generate
+from megatron_r1.engines.episodes import REWARDED_STATUSES, Episode, EpisodeResult, Generate
 
 AgentFunction = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
 """Runs an agent: (base_url, api_key, row) → its reward, None where the row's own reward grades the
@@ -201,7 +201,7 @@ ENDING_SECONDS = 5.0
 
 
 class HarnessPlayer:
-    """Plays episodes with one agent; an `engines.server.episodes.Player`."""
+    """Plays episodes with one agent; an `engines.episodes.Player`."""
 
     def __init__(
         self,

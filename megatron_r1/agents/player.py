@@ -23,7 +23,7 @@ from megatron_r1.config import AgentsConfig
 from megatron_r1.data.chats import without_nulls
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engines.server.episodes import (
+from megatron_r1.engines.episodes import (
     REWARDED_STATUSES,
     Episode,
     EpisodeResult,

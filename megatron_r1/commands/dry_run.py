@@ -33,9 +33,9 @@ from megatron_r1.controller.rollouts.sample_log import encode, pack
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
+from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.episodes import Episode
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
 from megatron_r1.models import read_hf_config

@@ -104,7 +104,7 @@ def nan_where_ungraded(
     sums and denominators, of policy, KL, entropy and critic. `trainer.packed` takes no token of a
     sample with advantage NaN for a response token, and counts no response for it. Ungraded are a
     response whose reward failed, and an episode that ended for a reason that is not the policy's
-    (`engines.server.episodes`). A response that is cut off at its limit of tokens is the policy's
+    (`engines.episodes`). A response that is cut off at its limit of tokens is the policy's
     own: it is graded and trained on.
 
     Args:

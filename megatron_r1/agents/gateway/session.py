@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from megatron_r1.agents.continuation import NextPrompt
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest
 from megatron_r1.agents.tree import TokenTree
-from megatron_r1.engines.server.episodes import Generate
+from megatron_r1.engines.episodes import Generate
 from megatron_r1.engines.server.responses import EngineError
 
 

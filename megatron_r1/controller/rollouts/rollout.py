@@ -22,7 +22,7 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.processes import timeline
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engines.server.episodes import Episode, EpisodeResult
+from megatron_r1.engines.episodes import Episode, EpisodeResult
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape
 from megatron_r1.trainer.training_sample import Sample

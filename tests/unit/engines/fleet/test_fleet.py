@@ -10,7 +10,12 @@ from fakes.engine import Peer
 from waiting import until
 
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineTimeout, NoWeights
+from megatron_r1.engines.server.responses import (
+    EngineDied,
+    EngineError,
+    EngineTimeout,
+    WeightsUnavailable,
+)
 
 GARBAGE = {
     "no number": {"logprobs": {"content": [{"logprob": -9999.0}]}},
@@ -453,7 +458,7 @@ def test_an_engine_without_weights_costs_no_restart(tmp_path):
     @contextlib.asynccontextmanager
     async def send_weights(engine):
         if next(refusals, False):
-            raise NoWeights(f"{engine.name}: the trainer is gone")
+            raise WeightsUnavailable(f"{engine.name}: the trainer is gone")
         yield
 
     async def story(fleet):
