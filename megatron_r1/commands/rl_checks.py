@@ -133,7 +133,7 @@ def _load_prompts(config: Config, tokenizer: PromptTokenizer) -> PromptSplit:
     """
     rows = config.data.model_dump(exclude={"template"})
     if config.agents.player_settings:
-        from megatron_r1.agents.rows import load_run_prompts
+        from megatron_r1.agents.environment_prompts import load_run_prompts
 
         prompts = load_run_prompts(config.agents, **rows)
     else:

@@ -26,7 +26,7 @@ from tree_episodes import (
     episodes,
 )
 
-from megatron_r1.agents.tree import TokenTree
+from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples

@@ -6,7 +6,7 @@ from array import array
 import pytest
 
 from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.tree import TokenTree
+from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.base.errors import RunError
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import (

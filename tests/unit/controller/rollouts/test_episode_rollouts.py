@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 
-from megatron_r1.agents.tree import TokenTree
+from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling, training_samples
