@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from r1_grading import Grade, RewardPool
-from r1_grading.served.service import ServiceError
+from r1_grading.remote.service import ServiceError
 from r1_grading.terms import FACTS, call_fields
 
 from megatron_r1.base.errors import Cause, RunError, UserError

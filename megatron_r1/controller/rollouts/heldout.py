@@ -6,8 +6,8 @@ from functools import partial
 from statistics import fmean
 
 from r1_grading.reading import Part
+from r1_grading.remote.judge import compared_part
 from r1_grading.rewards import ENVIRONMENT
-from r1_grading.served.judge import compared_part
 from r1_grading.terms import ACCURACY, weights_at
 
 from megatron_r1.config import Config, RewardsConfig
