@@ -8,7 +8,7 @@ from statistics import fmean
 
 from examples.laptop.r1.measure import Row, figure, win_rate, write_figures
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.evaluation.measures import subsets
+from megatron_r1.evaluation.estimates import subsets
 from megatron_r1.evaluation.voting import can_vote, majority_index, read_vote
 
 

@@ -8,8 +8,8 @@ The five names of this file are the face of the package:
 - `RewardPool` grades in processes that may hang, crash or run out of memory.
 - `RewardTerms` calls the terms of a recipe and `terms.combine` adds them up.
 
-Programs that build on it may also import from `base`, `pool`, `reading`, `rewards`, `sandbox`,
-`served`, `terms` and `truths`; all other modules are private. README.md lists both.
+Programs that build on it may also import from `base`, `pool`, `reading`, `remote`, `rewards`,
+`sandbox`, `terms` and `truths`; all other modules are private. README.md lists both.
 
 A name is imported when it is used: `Grade` imports the standard library only, `RewardPool` aiohttp.
 """
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from r1_grading.base import import_lazily
 
 if TYPE_CHECKING:
-    from r1_grading.calls import grade
     from r1_grading.pool import RewardPool
     from r1_grading.reading import read_answer
+    from r1_grading.reward_signatures import grade
     from r1_grading.rewards import Grade
     from r1_grading.terms import RewardTerms
 
@@ -31,7 +31,7 @@ _MODULES = {
     "Grade": "rewards",
     "RewardPool": "pool",
     "RewardTerms": "terms",
-    "grade": "calls",
+    "grade": "reward_signatures",
     "read_answer": "reading",
 }
 

@@ -13,9 +13,9 @@ import msgspec
 
 from r1_grading.base.errors import Cause, RunError, UserError
 from r1_grading.base.workers import START_TIMEOUT_SECONDS, WorkerLost, encode_frame
+from r1_grading.remote.remote_rewards import RemoteRewards
 from r1_grading.rewards import REMOTE, FiniteGrade, Grade, find_non_finite, resolve
 from r1_grading.sandbox.limits import time_limit
-from r1_grading.served.remote_rewards import RemoteRewards
 from r1_grading.worker import EncodedJob, JobStatus, WorkerProcess
 
 AHEAD_SECONDS = 0.02
@@ -148,7 +148,7 @@ class RewardPool:
             UserError: a mistake of the user: an unknown kind, a module that cannot be imported, a
                 truth or field that is not JSON.
             RunError: no worker can be started, the pool is closed, or a served model is down
-                (`served.service.ServiceError`)."""
+                (`remote.service.ServiceError`)."""
         if self._failure is not None:
             raise self._failure
         if kind in REMOTE:

@@ -2,7 +2,7 @@
 
 A reward is a pure function `grade(response: str, truth, **entry) -> Grade`, where `entry` holds the
 prompt's other fields. It runs in a worker process of `pool.RewardPool`, so its module may import
-any library. Rewards that request a served model are in `served/`; `sandbox/` runs programs.
+any library. Rewards that request a served model are in `remote/`; `sandbox/` runs programs.
 
 Patterns that repeat a group possessively are compiled by `regex`: Python's `re` before 3.11.5, as
 in Debian 12, matches them wrongly (cpython#100061, #106052), and rewards would differ."""
@@ -84,10 +84,10 @@ def find_non_finite(value: object, path: str) -> str:
 
 
 FORM_REWARDS: dict[str, str] = {
-    "conciseness": "r1_grading.form:grade_conciseness",
-    "format": "r1_grading.form:grade_format",
-    "language": "r1_grading.form:grade_language",
-    "repetition": "r1_grading.form:grade_repetition",
+    "conciseness": "r1_grading.response_rewards:grade_conciseness",
+    "format": "r1_grading.response_rewards:grade_format",
+    "language": "r1_grading.response_rewards:grade_language",
+    "repetition": "r1_grading.response_rewards:grade_repetition",
 }
 """Rewards that read the response alone. As a term they get no truth, and of the prompt's fields
 only those of their signature: a code prompt's megabytes of tests are not sent to the workers."""
@@ -100,11 +100,11 @@ REGISTRY: dict[str, str] = {
 }
 """Rewards that run in worker processes: the short name of each with its function."""
 REMOTE: dict[str, str] = {
-    "helpful": "r1_grading.served.reward_model:Helpful",
-    "judge": "r1_grading.served.judge:Judge",
-    "safety": "r1_grading.served.reward_model:Safety",
+    "helpful": "r1_grading.remote.reward_model:Helpful",
+    "judge": "r1_grading.remote.judge:Judge",
+    "safety": "r1_grading.remote.reward_model:Safety",
 }
-"""Rewards that request a served model: a class each (`served.remote_rewards`), no worker."""
+"""Rewards that request a served model: a class each (`remote.remote_rewards`), no worker."""
 ENVIRONMENT = "environment"
 """The kind of questions that an agent's environment grades (`get_reward`); no built-in reward."""
 WITHOUT_TRUTH = (ENVIRONMENT, "helpful", "logic", "safety")

@@ -2,7 +2,7 @@
 
 The reward of a response is the weighted sum of its terms, each weighted from step to step. In this
 file's order: weights (`read_weights`, `weights_at`), options (`read_options`, `call_fields`), calls
-(`RewardTerms`), the sum (`combine`), and when two sums are equal (`are_equal`).
+(`RewardTerms`), the sum (`combine`), and when two sums are equal (`rewards_equal`).
 DeepSeek-R1 adds its rewards up (arXiv 2501.12948 v2: accuracy, format and language consistency in
 the reasoning stage; preference rewards only in the last 400 of the final stage's 1,700 steps)."""
 
@@ -180,7 +180,7 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 cause=Cause.MALFORMED,
             )
         if kind in REMOTE:
-            from r1_grading.served.remote_rewards import check_options
+            from r1_grading.remote.remote_rewards import check_options
 
             check_options(kind, values)
         elif kind in REGISTRY and (unknown := [v for v in values if v not in option_names(kind)]):
@@ -250,7 +250,7 @@ def call_fields(
         facts: facts about the response, which override options and fields."""
     given = options.get(kind, {})
     if kind in REMOTE:
-        from r1_grading.served.remote_rewards import settings_names
+        from r1_grading.remote.remote_rewards import settings_names
 
         refused = settings_names(kind) if given else {"api_key_env"}
         fields = {name: value for name, value in fields.items() if name not in refused}
@@ -478,13 +478,13 @@ ABSOLUTE = 1e-12
 """Where terms of opposite sign cancel, what is left of rewards of order 1."""
 
 
-def are_equal(rewards: Sequence[float]) -> bool:
+def rewards_equal(rewards: Sequence[float]) -> bool:
     """Return whether all of `rewards` are the same but for rounding; True for none and for one."""
     if not rewards:
         return True
     return math.isclose(min(rewards), max(rewards), rel_tol=RELATIVE, abs_tol=ABSOLUTE)
 
 
-def compare(one: float, other: float) -> int:
+def compare_rewards(one: float, other: float) -> int:
     """Return -1 if `one` is smaller, 1 if it is larger, 0 if the two are equal but for rounding."""
-    return 0 if are_equal((one, other)) else -1 if one < other else 1
+    return 0 if rewards_equal((one, other)) else -1 if one < other else 1

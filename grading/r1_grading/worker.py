@@ -17,7 +17,7 @@ from r1_grading.base.errors import RunError, UserError, shorten
 from r1_grading.base.lifetime import end_without_parent
 from r1_grading.base.user_code import find_function, location_of
 from r1_grading.base.workers import LENGTH, FramedProcess, WorkerLost, encode_frame, private_streams
-from r1_grading.calls import adapt_signature, explain_failure
+from r1_grading.reward_signatures import adapt_signature, explain_failure
 from r1_grading.rewards import MAX_REASON_CHARS, FiniteGrade, Grade
 
 MAX_REPLY_BYTES = 64 * 1024

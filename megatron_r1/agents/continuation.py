@@ -28,7 +28,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from megatron_r1.agents.tree import Message, TokenTree
+from megatron_r1.agents.token_tree import Message, TokenTree
 from megatron_r1.data.tokenizer import EndToken
 
 MARK = "answer-7c1e"
@@ -128,7 +128,7 @@ class Continuation:
             return False
         return True
 
-    def shows(self, tools: Sequence[Message]) -> bool:
+    def renders_tools(self, tools: Sequence[Message]) -> bool:
         """Return whether the template writes the tools into a prompt."""
         question: list[Message] = [{"role": "user", "content": "u"}]
         try:

@@ -147,19 +147,19 @@ RESERVED = ("reset", "get_reward", "final_answer", "close")
 
 
 @dataclass(frozen=True)
-class Description:
+class EnvironmentDescription:
     """The description of an environment's class.
 
     Attributes:
         tools: the schemas of its tools, in OpenAI's form.
-        grades: whether the class has `get_reward`.
+        has_reward: whether the class has `get_reward`.
         parameters: the arguments of the class, and whether each is required; None where the class
             takes any argument.
         misspelt: tools whose name is close to that of a reserved method which the class lacks, each
             with the reserved name."""
 
     tools: list[dict[str, Any]]
-    grades: bool
+    has_reward: bool
     parameters: dict[str, bool] | None = None
     misspelt: dict[str, str] = field(default_factory=dict)
 
@@ -204,7 +204,7 @@ def find_environment(target: str) -> type:
     return find_value(target, "environment class", inspect.isclass)
 
 
-def describe(environment: type) -> Description:
+def describe(environment: type) -> EnvironmentDescription:
     """Return the description of a class.
 
     Raises:
@@ -239,10 +239,12 @@ def describe(environment: type) -> Description:
         for method in public.keys() - set(RESERVED)
     }
     misspelt = {method: names[0] for method, names in near.items() if names}
-    return Description(tools, "get_reward" in public, _parameters(environment), misspelt)
+    return EnvironmentDescription(tools, "get_reward" in public, _parameters(environment), misspelt)
 
 
-def check_parameters(name: str, description: Description, values: Mapping[str, Any]) -> None:
+def check_parameters(
+    name: str, description: EnvironmentDescription, values: Mapping[str, Any]
+) -> None:
     """Raise UserError where `agents.parameters` are not the arguments of the class.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 
 from r1_grading.base.workers import LENGTH, last_line
 
-from megatron_r1.agents.environment import Description, environment_target
+from megatron_r1.agents.environment import EnvironmentDescription, environment_target
 from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, encode_frame
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import allow_open_files
@@ -29,7 +29,7 @@ LATE_SECONDS = 10.0
 """The time that a reply may take beyond its limit and grace, on a busy machine."""
 
 
-class EnvironmentFault(Exception):
+class EnvironmentFailed(Exception):
     """The environment failed: its `reset` or `get_reward` raised, or its process is gone.
 
     Attributes:
@@ -42,7 +42,7 @@ class EnvironmentFault(Exception):
         self.what, self.fix, self.is_of_method = what, fix, is_of_method
 
 
-class CallExceededTime(EnvironmentFault):
+class ToolCallTimeout(EnvironmentFailed):
     """A call exceeded its time and could not be interrupted, so its process was ended."""
 
 
@@ -53,17 +53,17 @@ class CallResult:
     Attributes:
         text: the result as the model reads it.
         is_error: the tool raised, and text is the error's.
-        done: whether the environment has ended the episode.
+        is_done: whether the environment has ended the episode.
         seconds: the time that the call took."""
 
     text: str
     is_error: bool
-    done: bool
+    is_done: bool
     seconds: float
 
 
 @functools.cache
-def describe(name: str) -> Description:
+def describe_in_subprocess(name: str) -> EnvironmentDescription:
     """Return the description of `agents.environment`. Another process imports the user's module and
     describes it.
 
@@ -96,13 +96,13 @@ def describe(name: str) -> Description:
         ) from None
     if error := answer.get("error"):
         raise UserError(error, key="agents.environment", cause=Cause(answer["cause"]))
-    return Description(**answer)
+    return EnvironmentDescription(**answer)
 
 
-class Environments:
+class EnvironmentPool:
     """Makes the environments of a run; their server starts with the first `open`."""
 
-    def __init__(self, agents: AgentsConfig, description: Description) -> None:
+    def __init__(self, agents: AgentsConfig, description: EnvironmentDescription) -> None:
         self.description, self.call_seconds = description, agents.call_seconds
         self._target, self._options = (
             environment_target(agents.environment),
@@ -125,7 +125,7 @@ class Environments:
 
         Raises:
             RunError: the class can no longer be imported.
-            EnvironmentFault: the server has just been killed.
+            EnvironmentFailed: the server has just been killed.
         """
         async with self._room:
             # A server that was killed has taken its processes with it.
@@ -149,7 +149,7 @@ class Environments:
         try:
             stream = await asyncio.open_unix_connection(self._path)
         except OSError as error:
-            raise EnvironmentFault(f"the environments' server is gone: {error}") from None
+            raise EnvironmentFailed(f"the environments' server is gone: {error}") from None
         return EnvironmentProcess(*stream, self.call_seconds)
 
     async def close(self) -> None:
@@ -219,7 +219,7 @@ class EnvironmentProcess:
         """Begin an episode. Return the question's text, or None to use the row's.
 
         Raises:
-            EnvironmentFault: the environment fails.
+            EnvironmentFailed: the environment fails.
         """
         return await self._checked("reset", row)
 
@@ -230,13 +230,13 @@ class EnvironmentProcess:
             answer: the text of the episode's last answer.
 
         Raises:
-            EnvironmentFault: where the environment fails."""
+            EnvironmentFailed: where the environment fails."""
         return await self._checked("reward", answer)
 
     async def finish(self) -> bool:
         """Close the episode's environment. Return whether the process may play another episode; not
         after an error of `close`, which must not be taken for an error of the next episode."""
-        with contextlib.suppress(EnvironmentFault):
+        with contextlib.suppress(EnvironmentFailed):
             return "error" not in await self._send("close", [], CLOSE_SECONDS) and self.is_reusable
         return False
 
@@ -249,7 +249,7 @@ class EnvironmentProcess:
             seconds: the limit of this call.
 
         Raises:
-            EnvironmentFault: the process ends, or the tool raises RunError.
+            EnvironmentFailed: the process ends, or the tool raises RunError.
             CallTimedOut: the process was ended because the call exceeded its time.
         """
         limit = min(seconds, self._seconds)
@@ -280,9 +280,9 @@ class EnvironmentProcess:
             self.is_reusable = False  # a late reply would be taken for that of the next call
             what = f"the environment's process ended during {method}"
             if asyncio.get_running_loop().time() - began >= seconds:
-                raise CallExceededTime(f"{what}, after its {seconds:g} s") from None
-            raise EnvironmentFault(what) from None
+                raise ToolCallTimeout(f"{what}, after its {seconds:g} s") from None
+            raise EnvironmentFailed(what) from None
 
 
-def _fault(reply: Mapping[str, Any]) -> EnvironmentFault:
-    return EnvironmentFault(reply["fault"], reply.get("fix", ""), is_of_method=True)
+def _fault(reply: Mapping[str, Any]) -> EnvironmentFailed:
+    return EnvironmentFailed(reply["fault"], reply.get("fix", ""), is_of_method=True)

@@ -28,18 +28,18 @@ from r1_grading.base.errors import shorten
 from r1_grading.base.workers import last_line
 from r1_grading.rewards import ENVIRONMENT
 
-from megatron_r1.agents.environment_pool import EnvironmentFault
+from megatron_r1.agents.answer_parser import Parser
+from megatron_r1.agents.environment_pool import EnvironmentFailed
 from megatron_r1.agents.gateway import Gateway, GatewaySession, SessionLimits, TurnSampling
-from megatron_r1.agents.parsing import Parser
 from megatron_r1.agents.player import reset_arguments
-from megatron_r1.agents.tree import tree_turns
+from megatron_r1.agents.token_tree import tree_turns
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.children import kill_group, popen_options
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engines.server.episodes import REWARDED_STATUSES, Episode, EpisodeResult, Generate
+from megatron_r1.engines.episodes import REWARDED_STATUSES, Episode, EpisodeResult, Generate
 
 AgentFunction = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
 """Runs an agent: (base_url, api_key, row) → its reward, None where the row's own reward grades the
@@ -201,7 +201,7 @@ ENDING_SECONDS = 5.0
 
 
 class HarnessPlayer:
-    """Plays episodes with one agent; an `engines.server.episodes.Player`."""
+    """Plays episodes with one agent; an `engines.episodes.Player`."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class HarnessPlayer:
         try:
             if isinstance(self.run, AgentServer):
                 await self.run.start()
-        except EnvironmentFault as fault:
+        except EnvironmentFailed as fault:
             raise UserError(f"section agents: {fault}", key="agents", cause=Cause.FAILED) from None
         try:
             await self.gateway.start()
@@ -284,7 +284,7 @@ class HarnessPlayer:
         url = f"{self.gateway.url}/v1"
         agent = asyncio.ensure_future(self.run(url, session.secret, reset_arguments(prompt)))
         try:
-            if await self._within_its_time(agent, session, began):
+            if await self._finished_in_time(agent, session, began):
                 outcome = await agent
                 if isinstance(outcome, AgentOutcome):
                     _compare(outcome, session)
@@ -293,7 +293,7 @@ class HarnessPlayer:
                 is_finished = True
             else:
                 session.end("agent_timeout", f"after {self._timeout_seconds:g} s of its own")
-        except EnvironmentFault as fault:
+        except EnvironmentFailed as fault:
             session.end("environment_error", str(fault))
         except Exception as error:  # noqa: BLE001 - an agent may raise anything
             refusals = [note for note in session.notes if note.startswith("refused: ")]
@@ -309,9 +309,9 @@ class HarnessPlayer:
             cause = f": {session.reason}" if session.reason else ""
             session.status = "harness_error"
             session.reason = f"the agent ended without a turn of the policy{cause}"
-        return self._played(session, reward, is_finished, time.monotonic() - began)
+        return self._make_result(session, reward, is_finished, time.monotonic() - began)
 
-    async def _within_its_time(
+    async def _finished_in_time(
         self, agent: asyncio.Future[Any], session: GatewaySession, began: float
     ) -> bool:
         """Wait until the agent has ended; return False where its time is over first."""
@@ -324,7 +324,7 @@ class HarnessPlayer:
             if done:
                 return True
 
-    def _played(
+    def _make_result(
         self, session: GatewaySession, reward: float | None, is_finished: bool, seconds: float
     ) -> EpisodeResult:
         status: Any = session.status or ("max_tokens" if session.is_out_of_tokens else "done")

@@ -9,21 +9,21 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 
+from megatron_r1.agents.answer_parser import AnswerReader, find_parser, require_finished
 from megatron_r1.agents.continuation import Continuation, RenderError, read_arguments
 from megatron_r1.agents.environment_pool import (
-    CallExceededTime,
-    EnvironmentFault,
+    EnvironmentFailed,
+    EnvironmentPool,
     EnvironmentProcess,
-    Environments,
+    ToolCallTimeout,
 )
-from megatron_r1.agents.parsing import AnswerReader, find_parser, require_finished
-from megatron_r1.agents.tree import Message, TokenTree, tree_turns
+from megatron_r1.agents.token_tree import Message, TokenTree, tree_turns
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.chats import without_nulls
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engines.server.episodes import (
+from megatron_r1.engines.episodes import (
     REWARDED_STATUSES,
     Episode,
     EpisodeResult,
@@ -46,7 +46,7 @@ class EpisodePlayer:
     def __init__(
         self,
         tokenizer: PromptTokenizer,
-        environments: Environments,
+        environments: EnvironmentPool,
         settings: AgentsConfig,
         max_model_len: int,
     ) -> None:
@@ -70,10 +70,10 @@ class EpisodePlayer:
         try:
             async with self.environments.open() as environment:
                 status = await running.play(prompt, environment)
-                if self.environments.description.grades and not running.is_lost:
+                if self.environments.description.has_reward and not running.is_lost:
                     answer = running.answer if status == "done" else ""
                     reward = await environment.reward(answer)
-        except EnvironmentFault as fault:
+        except EnvironmentFailed as fault:
             status, reason = "environment_error", str(fault)
         except EngineError as error:
             status, reason = "engine_error", str(error)
@@ -98,9 +98,9 @@ class EpisodePlayer:
             try:
                 async with self.environments.open() as environment:
                     await environment.reset(reset_arguments(prompt))
-                    if self.environments.description.grades:
+                    if self.environments.description.has_reward:
                         await environment.reward("")
-            except EnvironmentFault as fault:
+            except EnvironmentFailed as fault:
                 name = f"{self.settings.environment}{'.' if fault.is_of_method else ': '}"
                 row = f"{prompt.location or prompt.id} ({shorten(prompt.question)})"
                 fix = f"; {fault.fix}" if fault.fix else ""
@@ -175,7 +175,7 @@ class _RunningEpisode:
         if not self._first_prompt:
             self._first_prompt = num_tokens
             if num_tokens >= player.max_model_len:
-                raise EnvironmentFault(
+                raise EnvironmentFailed(
                     f"the first prompt has {num_tokens} tokens, and an engine takes "
                     f"{player.max_model_len} (rollout.max_model_len)"
                 )
@@ -211,13 +211,13 @@ class _RunningEpisode:
             try:
                 arguments = read_arguments(function)  # the environment names the model's mistakes
                 result = await environment.call(function["name"], arguments, left)
-            except CallExceededTime:
+            except ToolCallTimeout:
                 self.is_lost = True
                 self._totals["tool_seconds"] += min(left, self._settings.call_seconds)
                 return "agent_timeout"
             self._totals["tool_seconds"] += result.seconds
             self._totals["num_tool_errors"] += result.is_error
-            text, done = result.text, result.done
+            text, done = result.text, result.is_done
         limit = self._settings.max_result_chars
         text = text if len(text) <= limit else f"{text[:limit]} … (cut off)"
         self._messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})

@@ -25,9 +25,9 @@ class Transport:
     """The rate into an engine rank that a plan assumes: a field of `config.hardware.Hardware`."""
     link: str
     """What a plan calls the link of that rate."""
-    one_host: bool = False
+    is_single_host: bool = False
     """Whether trainer ranks write into the memory of engine ranks, which are on the same host."""
-    in_rounds: bool = False
+    sends_in_rounds: bool = False
     """Whether it is a collective: all ranks send together, in planned rounds, through a
     communicator that refuses two ranks on one GPU."""
     without_gpu: str = ""
@@ -41,7 +41,7 @@ class Transport:
     @property
     def exports_gpu_memory(self) -> bool:
         """Whether an engine hands memory of its GPU to other processes."""
-        return self.one_host and self.memory == "GPU"
+        return self.is_single_host and self.memory == "GPU"
 
 
 TRANSPORTS = {
@@ -51,7 +51,7 @@ TRANSPORTS = {
         memory="host",
         rate="host_link",
         link="link to the host",
-        one_host=True,
+        is_single_host=True,
     ),
     "cuda_ipc": Transport(
         "shared_memory.DeviceReceiver",
@@ -59,7 +59,7 @@ TRANSPORTS = {
         memory="GPU",
         rate="nvlink",
         link="NVLink",
-        one_host=True,
+        is_single_host=True,
         without_gpu="shm",
     ),
     "gloo": Transport(
@@ -75,7 +75,7 @@ TRANSPORTS = {
         memory="GPU",
         rate="network",
         link="network adapter",
-        in_rounds=True,
+        sends_in_rounds=True,
         without_gpu="gloo",
     ),
 }

@@ -33,17 +33,22 @@ from megatron_r1.controller.rollouts.sample_log import encode, pack
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
+from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.episodes import Episode
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.memory import ParameterCounts, checkpoint_bytes, parameter_bytes
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.from_recipe import engine_rank_bytes, engine_weight_bytes
-from megatron_r1.reporting import wording
-from megatron_r1.reporting.wording import format_count, format_duration, format_percent, printable
+from megatron_r1.reporting import formatting
+from megatron_r1.reporting.formatting import (
+    format_count,
+    format_duration,
+    format_percent,
+    printable,
+)
 
 MAX_RESPONSES = 64
 """The most responses that are sampled and graded: a choice."""
@@ -139,7 +144,7 @@ async def _sample(
 
 def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
     graded, question = group.responses[index], group.prompt.question
-    response = wording.shorten_middle(graded.text.strip(), MAX_SHOWN_CHARS)
+    response = formatting.shorten_middle(graded.text.strip(), MAX_SHOWN_CHARS)
     if graded.episode is not None:
         question, response = _conversation(graded.episode)
     shown = {ACCURACY, *weights}
@@ -173,7 +178,7 @@ def _conversation(episode: Episode) -> tuple[str, str]:
     lines = []
     for turn in turns[begin:]:
         arrow = {"assistant": "", "tool": "-> "}.get(turn.role, f"{turn.role}: ")
-        lines.append(arrow + wording.shorten_middle(turn.text.strip(), MAX_SHOWN_CHARS))
+        lines.append(arrow + formatting.shorten_middle(turn.text.strip(), MAX_SHOWN_CHARS))
     counts = f"({format_count(episode.num_tool_calls, 'call')}, {episode.num_tool_errors} failed)"
     return " ".join(questions[-1:]), "\n".join([*lines, counts])
 

@@ -29,7 +29,7 @@ from megatron_r1.evaluation.report import (
     write_report,
 )
 from megatron_r1.evaluation.response import ResponseLog, SamplingSettings, TextResponse
-from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
+from megatron_r1.evaluation.sampling import ResponseSampler, TextResponseGrader
 from megatron_r1.reporting.run_folder import RunFolder
 
 REQUIRED = ("run.folder", "eval.benchmarks")
@@ -59,7 +59,7 @@ def run(config: Config) -> None:
         )
     sets = load_prompt_sets(config)
     mode = config.rewards.options.get("judge", {}).get("mode", "verify")
-    if (compared := [s.title for s in sets if s.compares]) and mode != "compare":
+    if (compared := [s.title for s in sets if s.is_pairwise]) and mode != "compare":
         raise UserError(
             f"benchmark {compared[0]} compares responses with another model's: set "
             f"rewards.options.judge.mode: compare (it is {mode})",
@@ -86,7 +86,7 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
     try:
         grader = TextResponseGrader(pool, {ACCURACY: 1.0}, rewards.call_options)
         seed = config.run.seed
-        sampler = Sampler(policy, grader, log, sets, seed, _audit_fields, by_prompt=False)
+        sampler = ResponseSampler(policy, grader, log, sets, seed, _audit_fields, by_prompt=False)
         write_lines(folder.path / "questions.jsonl", _question_lines(sets))
         for prompt_set in sets:
             try:

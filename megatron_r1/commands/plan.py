@@ -24,12 +24,12 @@ from megatron_r1.plan.arguments import load_recipe, parse, planned_job
 from megatron_r1.plan.calibration import calibrate_from
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob, check_trainer
-from megatron_r1.plan.published import published_table
+from megatron_r1.plan.published_runs import published_table
 from megatron_r1.plan.push import check_engines_and_push
 from megatron_r1.plan.quantity import Quantity, byte_quantity
 from megatron_r1.plan.search import FittingLayout, fastest_layouts, nearest_layouts, nearest_sizes
 from megatron_r1.plan.timing import sum_quantities, total_hours
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 FITS, UNFIT, REFUSED = range(3)
 VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}
@@ -118,7 +118,7 @@ def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict) -> in
         each_step.append(estimate.step)
         problems = estimate.problems()
         limits = f" ({estimate.step.limits})" if estimate.step.limits else ""
-        peak = estimate.peak_rank.peak / GIB
+        peak = estimate.peak_rank.peak_bytes / GIB
         print(f"  {peak:.0f} GiB on the fullest GPU, {estimate.step} a step{limits}")
         print("\n".join(f"  does not fit: {problem}" for problem in problems) or "  fits")
         print("".join(f"  note: {note}\n" for note in estimate.notes()), end="")

@@ -22,7 +22,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.preferences import Preference, PreferenceTokenizer, read_preferences
 from megatron_r1.data.prompts import is_heldout, normalize_question
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.evaluation.measures import label_measures, pair_measures
+from megatron_r1.evaluation.estimates import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer.training_sample import Sample
 
@@ -175,7 +175,7 @@ async def _evaluate(
     config: Config, recorder: RunRecorder, trainer: TrainerClient, heldout: list[RewardModelRow]
 ) -> None:
     """Score the held-out rows and record how reliable the scores are."""
-    recorder.view.phase("evaluation", f"{len(heldout):,} held-out rows")
+    recorder.view.show_phase("evaluation", f"{len(heldout):,} held-out rows")
     scores: list[float] = []
     for first in range(0, len(heldout), EVALUATION_BATCH_ROWS):
         samples = _row_samples(heldout[first : first + EVALUATION_BATCH_ROWS])

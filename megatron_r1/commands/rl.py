@@ -71,9 +71,9 @@ async def _train(config: Config, tokenizer: PromptTokenizer, prompts: PromptSpli
             await rollouts.check(config, prompts)
             timeline.mark("controller/rewards checked")
             starting = f"trainer and {config.rollout.engines} x vLLM"
-            running.recorder.view.phase("starting", starting)
+            running.recorder.view.show_phase("starting", starting)
             start = _start_roles(config, running.trainer, rollouts.collector)
-            if not await running.stop.completes(start):
+            if not await running.stop.finished_before_stop(start):
                 return
             show_trainer(running.recorder, running.trainer)
             while True:

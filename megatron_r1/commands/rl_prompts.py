@@ -19,7 +19,7 @@ from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
 from megatron_r1.data.sampler import drawn_fractions
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.server.settings import max_model_len
-from megatron_r1.reporting.wording import format_count, format_percent, printable, shorten_middle
+from megatron_r1.reporting.formatting import format_count, format_percent, printable, shorten_middle
 
 MAX_SHOWN_IDS = 8
 """Token ids that are shown of either end of a prompt."""
@@ -34,7 +34,7 @@ def _load_prompts(config: Config, tokenizer: PromptTokenizer) -> PromptSplit:
     """
     rows = config.data.model_dump(exclude={"template"})
     if config.agents.player_settings:
-        from megatron_r1.agents.rows import load_run_prompts
+        from megatron_r1.agents.environment_prompts import load_run_prompts
 
         prompts = load_run_prompts(config.agents, **rows)
     else:

@@ -18,11 +18,11 @@ from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.teacher import teacher_fleet
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit
+from megatron_r1.engines.episodes import Player
 from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.episodes import Player
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.stored import published
@@ -60,7 +60,7 @@ async def open_rollouts(
         config: the recipe.
         recorder: the run's folder and view.
         tokenizer: how questions become tokens."""
-    rewards, notify, folder = config.rewards, recorder.view.message, recorder.folder
+    rewards, notify, folder = config.rewards, recorder.view.show_message, recorder.folder
     on_one_host, logs = config.push.on_one_host, folder.path / "logs"
     async with open_pool(config.rollout, folder.path, on_one_host, notify) as hosts:
         pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
@@ -94,11 +94,11 @@ def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> Rol
     return RolloutFleet(
         rollout.engines,
         recorder.folder.path / "logs",
-        notify=recorder.view.message,
+        notify=recorder.view.show_message,
         make_server=server_maker(hosts),
         weight_transfer_backend=BACKEND_PREFIX + config.push.transport,
         device=gpu.device(),
-        sleeps=rollout.colocated,
+        enable_sleep_mode=rollout.colocated,
         max_model_len=max_model_len(config),
         # A run that continues must not draw the numbers of its beginning again.
         seed=config.run.seed * 1_000_003 + recorder.state.step,

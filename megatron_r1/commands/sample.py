@@ -27,9 +27,9 @@ from megatron_r1.data.shots import FewShotExamples
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
-from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
+from megatron_r1.evaluation.sampling import ResponseSampler, TextResponseGrader
+from megatron_r1.reporting.formatting import format_count
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.wording import format_count
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
 from megatron_r1.sample.filters import NAMES, PooledFilters, active_filters, check_filters
 from megatron_r1.sample.judge import PreferencePairs, ResponseJudge, SafetyLabels, make_judge
@@ -205,7 +205,7 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
             await grader.check(inputs.prompt_set.prompts)
         if judge is not None:
             await judge.check()
-        sampler = Sampler(
+        sampler = ResponseSampler(
             policy,
             grader,
             log,

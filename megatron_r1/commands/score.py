@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from r1_grading import Grade, RewardPool
-from r1_grading.served.service import ServiceError
+from r1_grading.remote.service import ServiceError
 from r1_grading.terms import FACTS, call_fields
 
 from megatron_r1.base.errors import Cause, RunError, UserError
@@ -36,7 +36,7 @@ from megatron_r1.base.processes.stopping import read_when_ready
 from megatron_r1.commands import score_audit
 from megatron_r1.config import Config
 from megatron_r1.data.table_files import describe_json_error
-from megatron_r1.reporting.wording import format_duration
+from megatron_r1.reporting.formatting import format_duration
 
 ARGUMENTS = ("IN.jsonl", "OUT.jsonl")
 SETTINGS = ("rewards", "data.kind")

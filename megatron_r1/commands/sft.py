@@ -17,7 +17,7 @@ from megatron_r1.data.renamed_rows import DataReport
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
 from megatron_r1.models import read_hf_config
-from megatron_r1.reporting.wording import printable, shorten_middle
+from megatron_r1.reporting.formatting import printable, shorten_middle
 from megatron_r1.trainer.operations import SUPERVISED
 from megatron_r1.trainer.training_sample import Sample
 

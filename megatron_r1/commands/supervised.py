@@ -89,11 +89,11 @@ async def train(
         if running is None:
             return
         recorder, trainer = running.recorder, running.trainer
-        recorder.view.phase("starting trainer")
+        recorder.view.show_phase("starting trainer")
         await trainer.connect()
         show_trainer(recorder, trainer)
         for note in task.notes(trainer, recorder.resumed):
-            recorder.view.message(note)
+            recorder.view.show_message(note)
         while True:
             try:
                 if recorder.resumed:
@@ -113,9 +113,9 @@ async def _steps(
     if task.evaluate and not recorder.resumed:
         await task.evaluate(recorder, trainer)
     while state.step < steps:
-        recorder.view.phase("train")
+        recorder.view.show_phase("train")
         await _step(task, recorder, trainer)
-        is_last, is_stopping = state.step == steps, stop.requested
+        is_last, is_stopping = state.step == steps, stop.is_requested
         is_due = evaluation.every and state.step % evaluation.every == 0
         if task.evaluate and (is_last or is_due):
             await task.evaluate(recorder, trainer)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 
 from megatron_r1.base.processes import children
-from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
+from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
 from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.config import Config
 
@@ -50,9 +50,9 @@ def start_controller(
         arguments: those of the command.
         inherited: the environment without what is for ranks alone, which engines would inherit."""
     port = children.free_port()
-    os.environ[RANKS_ENVIRONMENT] = secrets.token_hex(32)  # rank 0 sends it to the other ranks
+    os.environ[RANKS_TOKEN_VARIABLE] = secrets.token_hex(32)  # rank 0 sends it to the other ranks
     environment = {k: v for k, v in inherited.items() if k not in TORCHRUN}
-    environment[RANKS_ENVIRONMENT] = os.environ[RANKS_ENVIRONMENT]
+    environment[RANKS_TOKEN_VARIABLE] = os.environ[RANKS_TOKEN_VARIABLE]
     environment |= {PORT: str(port), WORLD_SIZE: os.environ["WORLD_SIZE"]}
     if os.environ.get("LOCAL_WORLD_SIZE", environment[WORLD_SIZE]) != environment[WORLD_SIZE]:
         environment[SPANS_HOSTS] = "1"

@@ -71,7 +71,7 @@ class TrainingRun:
         The trainer then has the weights after the last step."""
         if self.recorder.state.step < config.run.steps:
             return False
-        self.recorder.view.message(
+        self.recorder.view.show_message(
             f"all {config.run.steps} steps are done; only the export is left: no engines"
         )
         await self.trainer.connect()
@@ -149,9 +149,9 @@ async def training_run(
         stop.watch(folder.path)
         title = f"{name} · {folder.path.name}"
         recorder = RunRecorder(folder, config, may_change=RESUMABLE, title=title, facts=facts)
-        stop.notify = recorder.view.message
+        stop.notify = recorder.view.show_message
         if recorder.state.step >= config.run.steps and has_newest_export(folder.path):
-            recorder.view.message(
+            recorder.view.show_message(
                 f"{folder.path} is already finished: {folder.hf} has the model after step "
                 f"{recorder.state.step}; run.steps: {config.run.steps}, raise it to train on"
             )
@@ -194,9 +194,9 @@ def show_trainer(recorder: RunRecorder, trainer: TrainerClient) -> None:
     """Print the model's size and which implementation computes each part of a step, and keep the
     latter in the run's folder; once the trainer is connected."""
     parts = trainer.implementations
-    recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters; in use:")
+    recorder.view.show_message(f"{trainer.num_parameters / 1e6:,.2f}M parameters; in use:")
     for part, kind in parts.items():
-        recorder.view.message(f"  {part:20} {kind}")
+        recorder.view.show_message(f"  {part:20} {kind}")
     path = recorder.folder.path / IMPLEMENTATIONS
     atomic_write(path, json.dumps(parts, indent=1) + "\n")
 
@@ -220,7 +220,7 @@ def _trainer(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
     Raises:
         UserError: the run does not fit into memory.
     """
-    world_size, notify = torchrun.world_size(config), recorder.view.message
+    world_size, notify = torchrun.world_size(config), recorder.view.show_message
     num_updates = config.num_policy_updates if name == "rl" else config.run.steps
     if note := warmup_note(config.optimizer, num_updates):
         notify(note)
@@ -235,7 +235,7 @@ def _trainer(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
 async def _export(config: Config, recorder: RunRecorder, trainer: TrainerClient) -> None:
     """Export the model, after the last step."""
     folder = recorder.folder
-    recorder.view.phase("exporting", str(folder.hf))
+    recorder.view.show_phase("exporting", str(folder.hf))
     if config.model.lora is not None:
         await trainer.call(CheckpointOperations.export_adapter, folder=str(folder.adapter))
     timeline.mark("controller/steps done")

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
-from r1_grading.served import ServiceSettings
+from r1_grading.remote import ServiceSettings
 
 from megatron_r1.config.section import Section
 

@@ -30,4 +30,4 @@ class PushConfig(Section):
     @property
     def on_one_host(self) -> bool:
         """Whether trainer ranks write into the memory of engine ranks on the same host."""
-        return TRANSPORTS[self.transport].one_host
+        return TRANSPORTS[self.transport].is_single_host

@@ -10,7 +10,7 @@ from itertools import chain
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
-from r1_grading.terms import are_equal
+from r1_grading.terms import rewards_equal
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
@@ -53,7 +53,7 @@ def group_advantages(
     if advantage_std not in ("group", "none"):
         raise ValueError(f"advantage_std {advantage_std!r}: use group or none")
     known = graded(rewards)
-    if are_equal(known):
+    if rewards_equal(known):
         return [0.0] * len(rewards)
     mean = fmean(known)
     scale = pstdev(known) + epsilon if advantage_std == "group" else 1.0
@@ -72,7 +72,7 @@ def divide_by_batch_std(
         epsilon: added to the deviation."""
     pairs = zip(chain(*advantages), chain(*rewards), strict=True)
     known = [advantage for advantage, reward in pairs if reward is not None]
-    if are_equal(known):
+    if rewards_equal(known):
         return advantages
     scale = pstdev(known) + epsilon
     return [[a / scale for a in group] for group in advantages]
@@ -104,7 +104,7 @@ def nan_where_ungraded(
     sums and denominators, of policy, KL, entropy and critic. `trainer.packed` takes no token of a
     sample with advantage NaN for a response token, and counts no response for it. Ungraded are a
     response whose reward failed, and an episode that ended for a reason that is not the policy's
-    (`engines.server.episodes`). A response that is cut off at its limit of tokens is the policy's
+    (`engines.episodes`). A response that is cut off at its limit of tokens is the policy's
     own: it is graded and trained on.
 
     Args:

@@ -10,7 +10,7 @@ from r1_grading.terms import ACCURACY
 
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, all_responses
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 FIRST_STEPS = 5
 """Steps that are examined: later, equal rewards and long responses may be what was learned."""

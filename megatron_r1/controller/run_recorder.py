@@ -11,11 +11,11 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.config import Config
 from megatron_r1.controller.checkpoint_series import CheckpointSeries
 from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.reporting.formatting import shown_metrics
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.trackers import TrackerSet, check_trackers
 from megatron_r1.reporting.trackers.services import TensorBoardLog, TrackedRun
-from megatron_r1.reporting.wording import shown_metrics
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 
 
@@ -86,13 +86,13 @@ class RunRecorder:
         history = map(self._shown, folder.read_metrics())
         self.view = LiveView(title, config.run.steps, facts=facts, history=history)
         for line in folder.read_evaluations():
-            self.view.evaluation(self._shown(line))
+            self.view.show_evaluation(self._shown(line))
         for note in notes:
-            self.view.message(note)
-        self.checkpoints.notify = self.view.message
+            self.view.show_message(note)
+        self.checkpoints.notify = self.view.show_message
         tracked = TrackedRun(folder.path, config.run.project, config.model_dump(mode="json"))
-        self._trackers = TrackerSet(config.run.trackers, tracked, self.view.message)
-        self._trackers.history(folder.read_metrics(), folder.read_evaluations())
+        self._trackers = TrackerSet(config.run.trackers, tracked, self.view.show_message)
+        self._trackers.send_history(folder.read_metrics(), folder.read_evaluations())
 
     @property
     def resumed(self) -> bool:
@@ -126,8 +126,8 @@ class RunRecorder:
         self.folder.append_metrics(metrics)
         if self._tensorboard:
             self._tensorboard.write(metrics)
-        self._trackers.step(metrics)
-        self.view.step(self._shown(metrics), samples)
+        self._trackers.send_step(metrics)
+        self.view.show_step(self._shown(metrics), samples)
         self.latest = dict(metrics)
 
     def advise(self, step: int, sentences: Mapping[str, str]) -> None:
@@ -139,7 +139,7 @@ class RunRecorder:
         for topic, text in sentences.items():
             if topic not in self._advised:
                 self.folder.append_advice({"step": step, "topic": topic, "text": text})
-                self.view.message(f"step {step}: {text}")
+                self.view.show_message(f"step {step}: {text}")
                 self._advised.add(topic)
 
     def evaluation(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
@@ -148,8 +148,8 @@ class RunRecorder:
         self.folder.append_evaluation(metrics)
         if self._tensorboard:
             self._tensorboard.write(metrics)
-        self._trackers.evaluation(metrics)
-        self.view.evaluation(self._shown(metrics))
+        self._trackers.send_evaluation(metrics)
+        self.view.show_evaluation(self._shown(metrics))
 
     async def save(self, trainer: TrainerClient) -> None:
         """Have the trainer start to write this step's checkpoint."""

@@ -48,10 +48,10 @@ class RunCheckpoints:
         keep the first policy as the reference, where the run has one."""
         state, view = self.recorder.state, self.recorder.view
         if self.recorder.resumed:
-            view.phase("loading checkpoint")
+            view.show_phase("loading checkpoint")
             await self.recorder.load(self.trainer, reference=uses_reference)
             counts = ", ".join(f"{n:,} {name}" for name, n in state.rewards.items() if n) or "none"
-            view.message(f"calls of rewards so far, one for each response and term: {counts}")
+            view.show_message(f"calls of rewards so far, one for each response and term: {counts}")
             self.sampler.prompts.load_state_dict(state.sampler)
         elif uses_reference:
             await self.trainer.call(ModelOperations.refresh_reference)
@@ -138,7 +138,7 @@ class Session:
     def next_step(self) -> Config | None:
         """Go on to the next rollout; return its step's settings, which `rl.schedule` may change, or
         None at the end of the run and when asked to stop."""
-        if self.stop.requested or self.step >= self.config.run.steps:
+        if self.stop.is_requested or self.step >= self.config.run.steps:
             return None
         self.step += 1
         timeline.begin_step(self.step)
@@ -148,7 +148,7 @@ class Session:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Show `name` as the run's phase, and measure the seconds spent in it."""
-        self.recorder.view.phase(name)
+        self.recorder.view.show_phase(name)
         with self._meter.phase(name):
             yield
 

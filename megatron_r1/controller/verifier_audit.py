@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 from r1_grading.terms import ACCURACY
 
 from megatron_r1.controller.advantages import group_advantages
-from megatron_r1.evaluation.measures import Estimate, estimate
+from megatron_r1.evaluation.estimates import Estimate, estimate
 from megatron_r1.evaluation.verifier_errors import (
     SOURCE_FIELDS,
     AnswerContent,
     ErrorRates,
     FractionEstimate,
     GradedAnswer,
-    Judge,
+    SecondMethod,
     SecondVerdict,
     draw_sample,
     error_rates,
@@ -105,7 +105,7 @@ class Audit:
 
 async def audit(
     answers: Sequence[GradedAnswer],
-    judge: Judge,
+    judge: SecondMethod,
     *,
     size: int = SIZE,
     seed: int = 0,

@@ -1,7 +1,7 @@
 """Training data of reward models: pairs of responses to a question or labelled responses, and the
 tokens of a question and a response, the last of which a reward model scores.
 
-The tokens equal those that the served model gets: the text that `r1_grading.served` sends,
+The tokens equal those that the served model gets: the text that `r1_grading.remote` sends,
 tokenized as vLLM does."""
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.untrusted import read_json, require_files_inside
+from megatron_r1.base.files.untrusted_files import read_json, require_files_inside
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")

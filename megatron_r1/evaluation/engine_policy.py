@@ -9,7 +9,7 @@ from typing import Any
 
 from r1_grading.terms import ACCURACY
 
-from megatron_r1.agents.environment_pool import Environments, describe
+from megatron_r1.agents.environment_pool import EnvironmentPool, describe_in_subprocess
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.config import AgentsConfig, Config
@@ -219,7 +219,7 @@ class EnginePolicy:
     def _player(self, agents: AgentsConfig) -> EpisodePlayer:
         key = agents.model_dump_json()
         if key not in self._players:
-            environments = Environments(agents, describe(agents.environment))
+            environments = EnvironmentPool(agents, describe_in_subprocess(agents.environment))
             player = EpisodePlayer(self._tokenizer, environments, agents, self._max_model_len)
             self._resources.push_async_callback(player.close)
             self._players[key] = player

@@ -9,8 +9,8 @@ from typing import Any
 from r1_grading.rewards import ENVIRONMENT
 
 from megatron_r1.agents.environment import check_parameters
-from megatron_r1.agents.environment_pool import describe
-from megatron_r1.agents.rows import load_environment_prompts
+from megatron_r1.agents.environment_pool import describe_in_subprocess
+from megatron_r1.agents.environment_prompts import load_environment_prompts
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.config.eval import BenchmarkConfig, EvalConfig
@@ -31,13 +31,13 @@ class PromptSet:
         title: the benchmark's; "" for the prompts of `sample`.
         prompts: the prompts.
         num_samples: responses to each prompt.
-        compares: responses are compared with others (`benchmarks.base`).
+        is_pairwise: responses are compared with others (`benchmarks.base`).
         agents: where episodes are played, their environment and limits."""
 
     title: str
     prompts: list[Prompt]
     num_samples: int
-    compares: bool = False
+    is_pairwise: bool = False
     agents: AgentsConfig | None = None
 
     def key(self, prompt: Prompt) -> PromptKey:
@@ -138,7 +138,7 @@ def _load(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:
             cause=Cause.EMPTY,
         )
     samples = entry.samples or config.samples
-    return PromptSet(entry.title, prompts, samples, benchmark.compares)
+    return PromptSet(entry.title, prompts, samples, benchmark.is_pairwise)
 
 
 def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
@@ -160,7 +160,7 @@ def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
             cause=Cause.UNSUPPORTED,
         )
     parameters = entry.options or (own.parameters if name == own.environment else {})
-    check_parameters(name, describe(name), parameters)
+    check_parameters(name, describe_in_subprocess(name), parameters)
     played = {"environment": name, "harness": "", "parameters": parameters}
     if not (entry.path is not None or config.data.path or config.data.task):
         raise UserError(

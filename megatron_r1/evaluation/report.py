@@ -23,7 +23,7 @@ from rich.table import Table
 
 from megatron_r1.base.files import atomic_write, atomic_writer
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.measures import (
+from megatron_r1.evaluation.estimates import (
     Estimate,
     estimate,
     length_difference,
@@ -42,9 +42,14 @@ from megatron_r1.evaluation.voting import (
     read_vote,
     voted_reward,
 )
+from megatron_r1.reporting.formatting import (
+    format_number,
+    format_percent,
+    printable,
+    shorten_middle,
+)
 from megatron_r1.reporting.plots import render_page
 from megatron_r1.reporting.samples import conversation
-from megatron_r1.reporting.wording import format_number, format_percent, printable, shorten_middle
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ class GradedSample:
 
     reward: float
     length: int | None
-    truncated: bool
-    ungraded: bool
+    is_truncated: bool
+    is_ungraded: bool
     vote: Vote | None
     difference: int
 
@@ -100,8 +105,8 @@ class GradedSample:
         return cls(
             reward=float(line["reward"]),
             length=line["length"],
-            truncated=line["truncated"],
-            ungraded=is_ungraded(line),
+            is_truncated=line["truncated"],
+            is_ungraded=is_ungraded(line),
             vote=read_vote(text, opened, reading, kind=prompt.kind, numeric=numeric),
             difference=length_difference(text, opened, str(prompt.truth), part),
         )
@@ -138,7 +143,7 @@ async def summarize(
 
     passes: dict[int, Estimate] = {}
     votes: dict[int, Estimate] = {}
-    if prompt_set.compares:
+    if prompt_set.is_pairwise:
         compared = [[(s.reward, s.difference) for s in group] for group in groups]
         metrics = win_rates(compared, seed)
     else:
@@ -152,13 +157,13 @@ async def summarize(
     lengths = [[s.length for s in group if s.length is not None] for group in groups]
     if all(lengths):
         metrics["length"] = estimate([fmean(group_lengths) for group_lengths in lengths], seed)
-    metrics["truncated"] = mean(lambda group: fmean(s.truncated for s in group))
+    metrics["truncated"] = mean(lambda group: fmean(s.is_truncated for s in group))
     counts = {
         "questions": len(groups),
         "samples": len(samples),
         "right": sum(s.reward == 1.0 for s in samples),
-        "truncated": sum(s.truncated for s in samples),
-        "ungraded": sum(s.ungraded for s in samples),
+        "truncated": sum(s.is_truncated for s in samples),
+        "ungraded": sum(s.is_ungraded for s in samples),
         "without_length": sum(s.length is None for s in samples),
     }
     if votes:

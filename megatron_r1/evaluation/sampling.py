@@ -17,7 +17,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet, prompt_digest
 from megatron_r1.evaluation.response import Policy, PromptKey, ResponseLog, TextResponse
-from megatron_r1.reporting.wording import format_duration
+from megatron_r1.reporting.formatting import format_duration
 
 NUM_PROGRESS_LINES = 4
 REFRESH_SECONDS = 0.2
@@ -95,7 +95,7 @@ class TextResponseGrader:
         await self._rewards.check(self._terms, prompts)
 
 
-class Sampler:
+class ResponseSampler:
     """Samples every prompt `num_samples` times. Only responses in progress are in memory."""
 
     def __init__(

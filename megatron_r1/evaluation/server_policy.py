@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from r1_grading.reading import END_THINK, THINK
-from r1_grading.served.service import (
+from r1_grading.remote.service import (
     Completion,
     CompletionChoice,
     Service,
@@ -45,7 +45,7 @@ UNSET = {"stop": (), "stop_token_ids": (), "top_k": None, "min_p": 0.0}
 
 class ServerPolicy:
     """Sends one request per response, and repeats it while the server is busy or away
-    (`r1_grading.served.service`).
+    (`r1_grading.remote.service`).
 
     Args:
         server: the recipe's section.

@@ -35,7 +35,7 @@ from r1_grading import RewardPool
 from r1_grading.terms import FACTS, call_fields
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.evaluation.measures import CONFIDENCE
+from megatron_r1.evaluation.estimates import CONFIDENCE
 
 TAIL = (1 - CONFIDENCE) / 2
 
@@ -239,7 +239,7 @@ class SecondVerdict:
     reason: str
 
 
-Judge = Callable[[GradedAnswer], Awaitable[SecondVerdict]]
+SecondMethod = Callable[[GradedAnswer], Awaitable[SecondVerdict]]
 
 
 @dataclass(frozen=True)
@@ -389,7 +389,9 @@ def error_rates(
     return ErrorRates(rejected, accepted)
 
 
-async def judge_all(answers: Iterable[GradedAnswer], judge: Judge) -> dict[str, SecondVerdict]:
+async def judge_all(
+    answers: Iterable[GradedAnswer], judge: SecondMethod
+) -> dict[str, SecondVerdict]:
     """Return id → finding of each answer; the pool limits how many are read at a time."""
     answers = list(answers)
     found = await asyncio.gather(*(judge(answer) for answer in answers))

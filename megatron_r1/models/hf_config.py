@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.untrusted import read_json, require_files_inside
+from megatron_r1.base.files.untrusted_files import read_json, require_files_inside
 from megatron_r1.base.files.weight_files import tensor_names
 from megatron_r1.models.families import FAMILIES, Family
 

@@ -178,9 +178,9 @@ def check_plan(plan: PipelinePlan, verbs: Mapping[str, str], files: bool = True)
         plan: the pipeline.
         verbs: name → module, whose REQUIRED are the keys that a recipe must set.
         files: whether files named in settings must exist."""
-    mistakes = list(plan.broken.values())
+    mistakes = list(plan.stage_errors.values())
     for name, stage in plan.stages.items():
-        if name not in plan.broken:
+        if name not in plan.stage_errors:
             mistakes += _catch_mistake(f"stages.{name}", _check_stage, plan, stage, verbs)
     mistakes += _catch_mistake("stages", Graph, plan.stages)
     if files:

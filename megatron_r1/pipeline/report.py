@@ -15,12 +15,12 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.graph_svg import Box, graph_svg
-from megatron_r1.pipeline.results import LABELS, Result, Spread, read_results
+from megatron_r1.pipeline.results import LABELS, Spread, StageResult, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
-from megatron_r1.pipeline.status import StageState, Status, all_statuses
+from megatron_r1.pipeline.status import StageState, StageStatus, all_statuses
+from megatron_r1.reporting.formatting import finite_metric, format_duration, printable
 from megatron_r1.reporting.plots import Curve, curve_plot, render_page
 from megatron_r1.reporting.report import Plot
-from megatron_r1.reporting.wording import finite_metric, format_duration, printable
 
 # A stage of several seeds is shown in the first of these states that one of them has.
 BY_PROGRESS = [
@@ -112,7 +112,7 @@ def collect_report(
     title: str,
     plans: Sequence[PipelinePlan],
     graph: Graph,
-    statuses: Sequence[Mapping[str, Status]],
+    statuses: Sequence[Mapping[str, StageStatus]],
 ) -> dict[str, Any]:
     """Return the content of report.json.
 
@@ -178,7 +178,7 @@ def evaluated_stage(stage: PipelineStage, graph: Graph) -> str:
     return heads[0] if heads and heads[0] in graph.upstream else ""
 
 
-def _spreads(by_seed: Sequence[Mapping[str, Result]]) -> dict[str, dict[str, Any]]:
+def _spreads(by_seed: Sequence[Mapping[str, StageResult]]) -> dict[str, dict[str, Any]]:
     spreads = {}
     for name in {name: None for results in by_seed for name in results}:
         spread = Spread.from_values([results[name].value for results in by_seed if name in results])
@@ -217,7 +217,7 @@ def _cell(stage: Mapping[str, Any], name: str) -> Cell:
     if name not in stage["figures"]:
         return Cell("–")
     by_seed = {
-        seed: Result(**run["figures"][name])
+        seed: StageResult(**run["figures"][name])
         for seed, run in stage["by_seed"].items()
         if name in run["figures"]
     }

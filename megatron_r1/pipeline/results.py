@@ -10,10 +10,10 @@ from typing import Any, Self
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.json_lines import read_lines
+from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
 from megatron_r1.reporting.outcome import first_and_last
-from megatron_r1.reporting.wording import finite_metric, format_number, format_percent
 
-FILE = "figures.json"
+FIGURES_FILE = "figures.json"
 """Any stage may write one: name → number or {value, low, high}, a share in 0 … 1 or a count."""
 LABELS = {
     "accuracy": "accuracy",
@@ -32,7 +32,7 @@ HELDOUT = {"pass@1": "accuracy", "response_length": "length"}
 
 
 @dataclass(frozen=True)
-class Result:
+class StageResult:
     """A number with its 95% interval where one is known.
 
     Attributes:
@@ -94,7 +94,7 @@ class Spread:
         return f"{format_number(self.mean)} ± {format_number(self.deviation)}"
 
 
-def read_results(folder: Path) -> dict[str, Result]:
+def read_results(folder: Path) -> dict[str, StageResult]:
     """Return the results in a stage's folder, also of a stage that runs; empty without any.
 
     Raises:
@@ -105,10 +105,10 @@ def read_results(folder: Path) -> dict[str, Result]:
     results = _of_training(metrics)
     if evaluations:
         results |= _of_heldout(max(evaluations, key=lambda line: line["step"]))
-    return results | _of_benchmarks(folder / "eval.json") | _of_file(folder / FILE)
+    return results | _of_benchmarks(folder / "eval.json") | _of_file(folder / FIGURES_FILE)
 
 
-def headline(results: Mapping[str, Result]) -> str:
+def headline(results: Mapping[str, StageResult]) -> str:
     """Return a stage's first result with its label, "" without any."""
     for name in [*LABELS, *results]:
         if name in results:
@@ -126,20 +126,22 @@ def _is_fraction(name: str, value: float) -> bool:
     return name not in NOT_FRACTIONS and 0.0 <= value <= 1.0
 
 
-def _of_training(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Result]:
+def _of_training(metrics: Sequence[Mapping[str, Any]]) -> dict[str, StageResult]:
     """Return results on training samples, which a held-out evaluation overrides."""
     keys = {"length": "response_length/mean", "language": "language/mean"}
     if not any("reward/mean" in line for line in metrics[-1:]):
         keys["loss"] = "loss"  # a policy-gradient loss is no measure of quality
     return {
-        name: Result(ends[1], source=f"metrics.jsonl: {key}, mean of the last tenth of the steps")
+        name: StageResult(
+            ends[1], source=f"metrics.jsonl: {key}, mean of the last tenth of the steps"
+        )
         for name, key in keys.items()
         if (ends := first_and_last(metrics, key))
     }
 
 
-def _of_heldout(line: Mapping[str, Any]) -> dict[str, Result]:
-    results: dict[str, Result] = {}
+def _of_heldout(line: Mapping[str, Any]) -> dict[str, StageResult]:
+    results: dict[str, StageResult] = {}
     for key in line:
         metric, value = key.removeprefix("eval/"), finite_metric(line, key)
         if metric == key or value is None:
@@ -147,16 +149,16 @@ def _of_heldout(line: Mapping[str, Any]) -> dict[str, Result]:
         name = "majority" if metric.startswith("cons@") else HELDOUT.get(metric, metric)
         if name in LABELS:
             low, high = (finite_metric(line, f"interval/{metric}/{end}") for end in ("low", "high"))
-            results[name] = Result(value, low, high, f"evaluations.jsonl: {key}, last step")
+            results[name] = StageResult(value, low, high, f"evaluations.jsonl: {key}, last step")
     return results
 
 
-def _of_benchmarks(path: Path) -> dict[str, Result]:
+def _of_benchmarks(path: Path) -> dict[str, StageResult]:
     """Return the results of an eval: of one benchmark by the common names, of several by title."""
     if not path.is_file():
         return {}
     benchmarks = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
-    results: dict[str, Result] = {}
+    results: dict[str, StageResult] = {}
     for title, benchmark in benchmarks.items():
         majority = f"cons@{benchmark['samples_per_question']}"
         for metric, estimate in benchmark["metrics"].items():
@@ -166,11 +168,11 @@ def _of_benchmarks(path: Path) -> dict[str, Result]:
             elif name not in LABELS:
                 name = ""
             if name:
-                results[name] = Result(**estimate, source=f"eval.json: {title}, {metric}")
+                results[name] = StageResult(**estimate, source=f"eval.json: {title}, {metric}")
     return results
 
 
-def _of_file(path: Path) -> dict[str, Result]:
+def _of_file(path: Path) -> dict[str, StageResult]:
     if not path.is_file():
         return {}
     try:
@@ -184,14 +186,14 @@ def _of_file(path: Path) -> dict[str, Result]:
         ) from None
 
 
-def _figure(name: str, given: Any) -> Result:
+def _figure(name: str, given: Any) -> StageResult:
     """Return the result of an entry of figures.json.
 
     Raises:
         TypeError: the value is not a number.
         ValueError: the value is not finite; low and high may be null.
     """
-    result = Result(**(given if isinstance(given, dict) else {"value": float(given)}))
+    result = StageResult(**(given if isinstance(given, dict) else {"value": float(given)}))
     ends = [end for end in (result.low, result.high) if end is not None]
     if not all(math.isfinite(number) for number in (result.value, *ends)):
         raise ValueError(f"{name} is {given!r}, which has no finite number")

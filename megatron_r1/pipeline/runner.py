@@ -16,7 +16,7 @@ from typing import NamedTuple, Self, TypeVar
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes import stopping
-from megatron_r1.base.processes.diagnosis import excerpt
+from megatron_r1.base.processes.exit_diagnosis import excerpt
 from megatron_r1.config.yaml_text import dump_yaml
 from megatron_r1.pipeline import function_stage, manifest, serving
 from megatron_r1.pipeline.child import StageProcess, describe_status
@@ -31,8 +31,8 @@ from megatron_r1.pipeline.status import (
     stale_text,
     status_lines,
 )
+from megatron_r1.reporting.formatting import format_duration
 from megatron_r1.reporting.run_folder import is_locked
-from megatron_r1.reporting.wording import format_duration
 
 POLL_SECONDS = 0.1
 LOCK_SECONDS = 30.0
@@ -132,7 +132,7 @@ class Runner:
     def _clear(self, stage: PipelineStage, folder: Path) -> None:
         """Remove the files of an attempt that cannot be continued."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / stopping.FILE).unlink(missing_ok=True)
+        (folder / stopping.STOP_FILE).unlink(missing_ok=True)
         if stage.is_function or not manifest.has_outputs(folder):
             for path in folder.iterdir():
                 if path.name == manifest.BEGUN:
@@ -177,7 +177,7 @@ class Runner:
             if self.signals.count > num_signals:
                 num_signals = self.signals.count
                 self._request_stop(child, stage, folder)
-        (folder / stopping.FILE).unlink(missing_ok=True)
+        (folder / stopping.STOP_FILE).unlink(missing_ok=True)
         if status == 0:
             return
         if num_signals or status == STOPPED:
@@ -189,7 +189,7 @@ class Runner:
             self.show(f"stopping {stage.name} when its step is done; once more ends it at once")
         if self.signals.count == 1 and stage.config.launch:
             # A launcher that is terminated may leave its job running; the job polls for this file.
-            (folder / stopping.FILE).touch()
+            (folder / stopping.STOP_FILE).touch()
         elif self.signals.count <= 2:
             child.terminate()
         else:

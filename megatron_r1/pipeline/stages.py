@@ -75,14 +75,14 @@ class PipelinePlan:
         folder: the folder with this seed's stages.
         seed: `run.seed` of every stage that sets none.
         stages: the stages by name, in the recipe's order.
-        broken: stage → why its settings cannot be read; checking the plan raises an error with all
-            of them."""
+        stage_errors: stage → why its settings cannot be read; checking the plan raises an error
+            with all of them."""
 
     path: Path
     folder: Path
     seed: int
     stages: dict[str, PipelineStage]
-    broken: dict[str, UserError] = field(default_factory=dict)
+    stage_errors: dict[str, UserError] = field(default_factory=dict)
 
     @classmethod
     def from_recipe(
@@ -101,7 +101,7 @@ class PipelinePlan:
             folder: the folder for this seed's stages.
             seed: the seed of all stages that name none.
             implied: verb → sections that it sets by itself."""
-        path, stages, broken = Path(path), {}, {}
+        path, stages, stage_errors = Path(path), {}, {}
         for name, config in recipe.stages.items():
             if config.verb == MAKE:
                 stages[name] = PipelineStage(name, config, dict(config.arguments))
@@ -117,13 +117,13 @@ class PipelinePlan:
             except UserError as error:
                 if error.key == what:
                     error.key = f"stages.{name}.recipe"
-                broken[name] = error
+                stage_errors[name] = error
             settings = merge_settings(settings, (implied or {}).get(config.verb, {}))
             run = settings.get("run")
             if run is None or isinstance(run, dict):  # anything else is refused by its verb's check
                 settings["run"] = {"seed": seed, **(run or {}), "folder": str(folder / name)}
             stages[name] = PipelineStage(name, config, settings)
-        return cls(path, folder, seed, stages, broken)
+        return cls(path, folder, seed, stages, stage_errors)
 
     def folder_of(self, stage: str) -> Path:
         """Return where a stage of this seed writes its outputs and its stage.json."""

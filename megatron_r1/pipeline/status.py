@@ -12,7 +12,7 @@ from megatron_r1.pipeline import manifest as fingerprint
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.results import headline, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
-from megatron_r1.reporting.wording import format_duration, printable
+from megatron_r1.reporting.formatting import format_duration, printable
 
 
 class StageState(enum.StrEnum):
@@ -30,7 +30,7 @@ class StageState(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Status:
+class StageStatus:
     """The state of one stage, with the reasons for it.
 
     Attributes:
@@ -59,7 +59,9 @@ class Status:
         return [printable(line) for reason in self.reasons for line in reason.splitlines()]
 
 
-def all_statuses(plan: PipelinePlan, graph: Graph, is_running: bool = False) -> dict[str, Status]:
+def all_statuses(
+    plan: PipelinePlan, graph: Graph, is_running: bool = False
+) -> dict[str, StageStatus]:
     """Return the status of every stage.
 
     Args:
@@ -69,7 +71,7 @@ def all_statuses(plan: PipelinePlan, graph: Graph, is_running: bool = False) -> 
 
     Raises:
         UserError: for a folder that is not of this pipeline."""
-    statuses: dict[str, Status] = {}
+    statuses: dict[str, StageStatus] = {}
     for name in graph.order:
         upstream = {upper: statuses[upper] for upper in graph.upstream[name]}
         statuses[name] = stage_status(plan, plan.stages[name], upstream, is_running)
@@ -79,9 +81,9 @@ def all_statuses(plan: PipelinePlan, graph: Graph, is_running: bool = False) -> 
 def stage_status(
     plan: PipelinePlan,
     stage: PipelineStage,
-    upstream: Mapping[str, Status],
+    upstream: Mapping[str, StageStatus],
     is_running: bool = False,
-) -> Status:
+) -> StageStatus:
     """Return the status of one stage.
 
     Args:
@@ -105,7 +107,7 @@ def stage_status(
                 key="pipeline.folder",
                 cause=Cause.EXISTS,
             )
-        return Status(StageState.PENDING)
+        return StageStatus(StageState.PENDING)
     if begun and (stage.is_function or not manifest.has_outputs(folder)):
         return _unfinished(begun, is_running)  # nothing is lost by beginning again
     reasons = [
@@ -124,12 +126,12 @@ def stage_status(
     if done:
         reasons += _changed_outputs(done["outputs"], fingerprint.output_digests(folder))
     if reasons:
-        return Status(StageState.STALE, reasons, record)
-    return Status(StageState.DONE, [], record) if done else _unfinished(record, is_running)
+        return StageStatus(StageState.STALE, reasons, record)
+    return StageStatus(StageState.DONE, [], record) if done else _unfinished(record, is_running)
 
 
 def status_lines(
-    plan: PipelinePlan, stage_names: Sequence[str], statuses: Mapping[str, Status]
+    plan: PipelinePlan, stage_names: Sequence[str], statuses: Mapping[str, StageStatus]
 ) -> list[str]:
     """Return a line per chosen stage (state, name, verb, time, first result), each followed by the
     reasons why it is stale or has failed.
@@ -156,7 +158,7 @@ def status_lines(
     return lines
 
 
-def stale_text(plan: PipelinePlan, stale: Mapping[str, Status]) -> str:
+def stale_text(plan: PipelinePlan, stale: Mapping[str, StageStatus]) -> str:
     """Return which stages are stale, why, and the remedies."""
     lines = [f"{plan.folder}: made of something else than they would be now:"]
     for name, status in stale.items():
@@ -168,12 +170,12 @@ def stale_text(plan: PipelinePlan, stale: Mapping[str, Status]) -> str:
     return "\n".join(lines)
 
 
-def _unfinished(begun: Mapping[str, Any], is_running: bool) -> Status:
+def _unfinished(begun: Mapping[str, Any], is_running: bool) -> StageStatus:
     if begun["failed"]:
-        return Status(StageState.FAILED, [begun["failed"]], begun)
+        return StageStatus(StageState.FAILED, [begun["failed"]], begun)
     is_over = begun["attempts"][-1]["seconds"] is not None
     running = is_running and not is_over
-    return Status(StageState.RUNNING if running else StageState.UNFINISHED, [], begun)
+    return StageStatus(StageState.RUNNING if running else StageState.UNFINISHED, [], begun)
 
 
 def _changed_inputs(before: dict[str, str], after: dict[str, str]) -> list[str]:

@@ -23,7 +23,7 @@ from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import has_push
 from megatron_r1.plan.quantity import RELATIVE_TO
 from megatron_r1.plan.timing import time_section
-from megatron_r1.reporting.wording import finite_metric, format_count
+from megatron_r1.reporting.formatting import finite_metric, format_count
 
 BISECTIONS = 60
 LIMITS = (1e-12, 1.0)

@@ -19,10 +19,10 @@ from megatron_r1.models.hf_config import head_sizes, key_value_heads
 from megatron_r1.models.memory import BYTES, ParameterCounts
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.quantity import Section, byte_quantity
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.plan.quantity import QuantityTable, byte_quantity
+from megatron_r1.reporting.formatting import format_count
 
-VALUE = BYTES["bfloat16"]
+ACTIVATION_BYTES = BYTES["bfloat16"]
 """Bytes of an activation that is sent."""
 
 
@@ -35,17 +35,17 @@ class AxisTraffic:
         span: the ranks from the first to the last of a group, which decides whether it fits a
             node.
         formula: how the bytes were computed, as the report shows it.
-        microbatch: bytes sent for one micro-batch, forward and backward.
-        forward: bytes of `microbatch` that are sent in the forward pass.
-        step: bytes sent once per optimizer step.
+        microbatch_bytes: bytes sent for one micro-batch, forward and backward.
+        forward_bytes: bytes of `microbatch_bytes` that are sent in the forward pass.
+        step_bytes: bytes sent once per optimizer step.
     """
 
     size: int
     span: int
     formula: str
-    microbatch: float = 0
-    forward: float = 0
-    step: float = 0
+    microbatch_bytes: float = 0
+    forward_bytes: float = 0
+    step_bytes: float = 0
 
     def seconds(self, job: PlannedJob, num_bytes: float) -> float:
         """Return the seconds in which `num_bytes` cross the links of a group of this axis."""
@@ -71,12 +71,13 @@ def _tensor(job: PlannedJob, layers: int) -> AxisTraffic:
     gathered = scattered = 2 * hidden
     if job.latent_attention:
         gathered = hidden + (hf.get("q_lora_rank") or hidden) + hf["kv_lora_rank"]
-    forward = layers * (gathered + scattered) * whole * VALUE * fraction
-    backward = layers * (2 * gathered + scattered) * whole * VALUE * fraction
+    forward = layers * (gathered + scattered) * whole * ACTIVATION_BYTES * fraction
+    backward = layers * (2 * gathered + scattered) * whole * ACTIVATION_BYTES * fraction
     again = forward if job.parallel.recompute == "full" else 0
     formula = (
         f"{format_count(layers, 'layer')} x (gather {gathered} + scatter {scattered} values) x "
-        f"{whole:,.0f} tokens x {VALUE} B x {fraction:.2f}, backward with the gathers once more"
+        f"{whole:,.0f} tokens x {ACTIVATION_BYTES} B x {fraction:.2f}, backward with the gathers "
+        "once more"
     )
     return AxisTraffic(size, size, formula, forward + backward + again, forward)
 
@@ -86,12 +87,12 @@ def _context(job: PlannedJob, layers: int) -> AxisTraffic:
     # With fewer key and value heads than tensor ranks, several ranks send the same one.
     heads = max(key_value_heads(hf), job.parallel.tensor)
     values = heads * sum(head_sizes(hf)) / job.parallel.tensor
-    forward = layers * values * whole * (size - 1) * VALUE
+    forward = layers * values * whole * (size - 1) * ACTIVATION_BYTES
     again = job.parallel.recompute == "full"
     formula = (
         f"{format_count(layers, 'layer')} x {values:,.0f} key and value features x {whole:,.0f} "
-        f"tokens x {format_count(size - 1, 'other rank')} x {VALUE} B; backward: again, and their "
-        "gradients"
+        f"tokens x {format_count(size - 1, 'other rank')} x {ACTIVATION_BYTES} B; backward: again, "
+        "and their gradients"
     )
     return AxisTraffic(size, size * job.parallel.tensor, formula, (3 + again) * forward, forward)
 
@@ -112,12 +113,12 @@ def _expert(job: PlannedJob, sparse: int) -> AxisTraffic | None:
         copies = copies_of_token(size, spread, chosen, nodes)
         what = "nodes (DeepEP)" if spread > 1 else "ranks (DeepEP)"
     routed = copies * split * job.assumptions.expert_imbalance
-    once = sparse * routed * job.hf["hidden_size"] * VALUE * (size - 1) / size
+    once = sparse * routed * job.hf["hidden_size"] * ACTIVATION_BYTES * (size - 1) / size
     recomputed = parallel.recompute == "selective" and "moe" in parallel.recompute_modules
     times = 6 if parallel.recompute == "full" or recomputed else 4
     formula = (
         f"{format_count(sparse, 'layer')} x {copies:.3g} {what} x {split:,.0f} tokens x "
-        f"{job.hf['hidden_size']} x {VALUE} B x {(size - 1) / size:.2f} x imbalance "
+        f"{job.hf['hidden_size']} x {ACTIVATION_BYTES} B x {(size - 1) / size:.2f} x imbalance "
         f"{job.assumptions.expert_imbalance}, out and back, {times} times"
     )
     return AxisTraffic(size, span, formula, times * once, 2 * once)
@@ -125,9 +126,9 @@ def _expert(job: PlannedJob, sparse: int) -> AxisTraffic | None:
 
 def _pipeline(job: PlannedJob) -> AxisTraffic:
     split = job.tokens_per_tensor_rank(job.rank_tokens)
-    once = split * job.hf["hidden_size"] * VALUE * job.num_model_chunks
+    once = split * job.hf["hidden_size"] * ACTIVATION_BYTES * job.num_model_chunks
     formula = (
-        f"{split:,.0f} tokens x {job.hf['hidden_size']} x {VALUE} B x "
+        f"{split:,.0f} tokens x {job.hf['hidden_size']} x {ACTIVATION_BYTES} B x "
         f"{format_count(job.num_model_chunks, 'chunk')}, states forward and gradients backward"
     )
     return AxisTraffic(job.parallel.pipeline, job.world_size, formula, 2 * once, once)
@@ -142,15 +143,19 @@ def _data(job: PlannedJob, counts: ParameterCounts) -> AxisTraffic:
         f"dense over {dense}, {counts.expert:,} expert over {expert} ranks"
     )
     span = job.world_size // job.parallel.pipeline
-    return AxisTraffic(dense, span, formula, step=moved * (4 + value))
+    return AxisTraffic(dense, span, formula, step_bytes=moved * (4 + value))
 
 
-def communication_section(job: PlannedJob, rank: int) -> Section:
+def communication_section(job: PlannedJob, rank: int) -> QuantityTable:
     """Return the bytes that one rank of pipeline rank `rank` sends per optimizer step, by group."""
     return {
         f"{name} ({group.size} ranks)": byte_quantity(
-            group.microbatch * job.num_microbatches + group.step,
-            (f"{format_count(job.num_microbatches, 'micro-batch')} x " if group.microbatch else "")
+            group.microbatch_bytes * job.num_microbatches + group.step_bytes,
+            (
+                f"{format_count(job.num_microbatches, 'micro-batch')} x "
+                if group.microbatch_bytes
+                else ""
+            )
             + group.formula,
         )
         for name, group in traffic_by_axis(job, rank).items()
@@ -170,14 +175,14 @@ class NCCLProtocol:
     """A protocol of NCCL in one algorithm.
 
     Attributes:
-        start: seconds of any collective.
-        nvlink_hop: seconds of a step between GPUs of a node.
-        network_hop: seconds of a step between nodes.
+        start_seconds: seconds of any collective.
+        nvlink_hop_seconds: seconds of a step between GPUs of a node.
+        network_hop_seconds: seconds of a step between nodes.
         fraction: the part of the rate that it reaches."""
 
-    start: float
-    nvlink_hop: float
-    network_hop: float
+    start_seconds: float
+    nvlink_hop_seconds: float
+    network_hop_seconds: float
     fraction: float
 
 
@@ -226,20 +231,20 @@ class EngineInterconnect:
         rate = hardware.nvlink if inside else hardware.network * hardware.gpus_per_node
         return min(rate, hardware.nvlink) * self.assumptions.link_efficiency
 
-    def all_reduce(self, ranks: int, num_bytes: float) -> float:
+    def all_reduce_seconds(self, ranks: int, num_bytes: float) -> float:
         """Return seconds of a sum of `num_bytes` over `ranks` GPUs, along NCCL's tree."""
         if ranks == 1:
             return 0.0
         nodes = self.nodes(ranks)
         inside, rate = min(ranks, self.hardware.gpus_per_node) - 1, self._rate(ranks)
         return min(
-            each.start
-            + 2 * (inside * each.nvlink_hop + math.log2(nodes) * each.network_hop)
+            each.start_seconds
+            + 2 * (inside * each.nvlink_hop_seconds + math.log2(nodes) * each.network_hop_seconds)
             + 2 * num_bytes / (rate * each.fraction)
             for each in TREE
         )
 
-    def all_gather(self, ranks: int, num_bytes: float) -> float:
+    def all_gather_seconds(self, ranks: int, num_bytes: float) -> float:
         """Return seconds in which each of `ranks` GPUs gets all `num_bytes`, around NCCL's ring; a
         reduce-scatter of as many takes the same."""
         if ranks == 1:
@@ -247,9 +252,9 @@ class EngineInterconnect:
         between, rate = self.nodes(ranks) - 1, self._rate(ranks)
         inside = ranks - 1 - between
         return min(
-            each.start
-            + inside * each.nvlink_hop
-            + between * each.network_hop
+            each.start_seconds
+            + inside * each.nvlink_hop_seconds
+            + between * each.network_hop_seconds
             + num_bytes * (ranks - 1) / ranks / (rate * each.fraction)
             for each in RING
         )
@@ -283,13 +288,13 @@ class ExpertExchange:
         if backend == HIGH_THROUGHPUT:
             return self._high_throughput(tokens)
         gathered = tokens * self.ranks * self.hidden
-        there = self.links.all_gather(self.ranks, gathered * self.value)
-        return there + self.links.all_gather(self.ranks, gathered * 2)
+        there = self.links.all_gather_seconds(self.ranks, gathered * self.value)
+        return there + self.links.all_gather_seconds(self.ranks, gathered * 2)
 
     def _low_latency(self, tokens: float) -> float:
         """Return DeepEP's measured times, the part beyond a start in proportion to the bytes."""
         dispatch, combine = _between(LOW_LATENCY_SECONDS, self.ranks)
-        start = RING[0].start + RING[0].network_hop
+        start = RING[0].start_seconds + RING[0].network_hop_seconds
         part = tokens * self.topk * self.hidden / LOW_LATENCY_VALUES
         slower = MEASURED_NETWORK / self.links.hardware.network
         moved = (dispatch - start) * self.value + (combine - start)

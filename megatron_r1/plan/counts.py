@@ -18,7 +18,7 @@ from megatron_r1.models.memory import ParameterCounts, count_parameters
 from megatron_r1.models.weights.layout import Shard, layout, layout_from_rules
 from megatron_r1.models.weights.table import Rule, table
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.quantity import Quantity, Section
+from megatron_r1.plan.quantity import Quantity, QuantityTable
 
 
 class RankCounts:
@@ -105,7 +105,7 @@ def _size(rules: list[Rule], expert: bool = False) -> int:
     )
 
 
-def parameter_section(job: PlannedJob) -> Section:
+def parameter_section(job: PlannedJob) -> QuantityTable:
     """Return the parameters: of the whole model, of the fullest rank if the job trains, and of MTP
     layers if the model has some."""
     counts = ModelCounts(job.hf)
@@ -189,7 +189,7 @@ def head_flops(hf: dict) -> float:
     return 2 * prod(table(hf).head[0].sources[0].shape)
 
 
-def flops_section(job: PlannedJob) -> Section:
+def flops_section(job: PlannedJob) -> QuantityTable:
     """Return the floating-point operations of an optimizer step and of scoring a rollout."""
     section = _training_flops(job) if job.trains else {}
     if job.critic:
@@ -199,7 +199,7 @@ def flops_section(job: PlannedJob) -> Section:
     return section | (_rollout_flops(job) if job.generates else {})
 
 
-def _training_flops(job: PlannedJob) -> Section:
+def _training_flops(job: PlannedJob) -> QuantityTable:
     length = job.sample_tokens
     forward = forward_flops(job.hf, length)
     samples = job.step_samples
@@ -227,7 +227,7 @@ def _training_flops(job: PlannedJob) -> Section:
     return section
 
 
-def _rollout_flops(job: PlannedJob) -> Section:
+def _rollout_flops(job: PlannedJob) -> QuantityTable:
     prompts = job.num_responses * job.assumptions.prompt_tokens
     decoded = job.num_responses * job.response_tokens
     half = job.assumptions.prompt_tokens + job.response_tokens / 2

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_r1.plan.between_phases import OFFLOADED, ROUTED, offload_disk
 from megatron_r1.plan.communication import communication_section
 from megatron_r1.plan.counts import flops_section, parameter_section
 from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, unpaired_fraction
@@ -17,11 +16,12 @@ from megatron_r1.plan.memory import (
     rank_memory,
     rollout_section,
 )
+from megatron_r1.plan.phase_overheads import OFFLOADED, ROUTED, offload_disk
 from megatron_r1.plan.push import push_section, receive_buffer_bytes, reused_kv_cache_bytes
-from megatron_r1.plan.quantity import Quantity, Section, assumed_section, byte_quantity
+from megatron_r1.plan.quantity import Quantity, QuantityTable, assumed_section, byte_quantity
 from megatron_r1.plan.rollout import exchange_section, samples_section, teacher_section
 from megatron_r1.plan.timing import StepTime, narrowing_section, time_section, with_range
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 WHAT = {
     RECEIVE_BUFFER: ", weights on their way into an engine",
@@ -36,9 +36,12 @@ def estimate_step(job: PlannedJob) -> StepEstimate:
     """Return what a job's optimizer step takes."""
     times = StepTime(job, EngineMemory(job))
     rank = times.busiest
-    peak = max(each.peak for each in rank_memory(job))
+    peak = max(each.peak_bytes for each in rank_memory(job))
     return StepEstimate(
-        times.optimizer_step(), times.exchange(rank), unpaired_fraction(job, rank), peak
+        times.optimizer_step_seconds(),
+        times.expert_exchange_seconds(rank),
+        unpaired_fraction(job, rank),
+        peak,
     )
 
 
@@ -56,7 +59,7 @@ class JobEstimate:
     @cached_property
     def peak_rank(self) -> RankMemory:
         """The memory of the rank with the highest peak."""
-        return max(self.ranks, key=lambda rank: rank.peak)
+        return max(self.ranks, key=lambda rank: rank.peak_bytes)
 
     @cached_property
     def engines(self) -> EngineMemory:
@@ -76,7 +79,7 @@ class JobEstimate:
         """The time of a whole step, in seconds, with its formula."""
         return time_section(self.times)["step"]
 
-    def sections(self) -> dict[str, Section]:
+    def sections(self) -> dict[str, QuantityTable]:
         """Return the sections of a trainer, of engines, or of both, as the verb has them."""
         job = self.job
         sections = {"parameters": parameter_section(job)}
@@ -135,15 +138,15 @@ class JobEstimate:
 
     def _gpu(self) -> str | None:
         worst, memory = self.peak_rank, self.job.hardware.memory
-        if worst.peak <= memory:
+        if worst.peak_bytes <= memory:
             return None
-        training = sum(worst.training.values()) == worst.peak
+        training = sum(worst.training.values()) == worst.peak_bytes
         parts = worst.training if training else worst.scoring
         kinds = parts if parts["reserved"] >= memory else parts.keys() - {"reserved"}
         largest = max(kinds, key=parts.__getitem__)
         return (
-            f"pipeline rank {worst.rank} needs {_size(worst.peak)} of {_size(memory)} while it "
-            f"{'trains' if training else 'scores'}, {_size(parts[largest])} of it {largest}: "
+            f"pipeline rank {worst.rank} needs {_size(worst.peak_bytes)} of {_size(memory)} while "
+            f"it {'trains' if training else 'scores'}, {_size(parts[largest])} of it {largest}: "
             f"{self._less(largest)}"
         )
 
@@ -167,7 +170,7 @@ class JobEstimate:
         experts = "parallel.expert, .pipeline" if self.job.has_experts else "parallel.pipeline"
         return f"raise {experts} or .tensor"
 
-    def _host(self) -> Section:
+    def _host(self) -> QuantityTable:
         """Return the host memory of the fullest node; ranks of one pipeline stage share a node."""
         job = self.job
         fullest = max(self.ranks, key=lambda rank: sum(rank.host.values()))
@@ -176,7 +179,7 @@ class JobEstimate:
             kinds |= self._receive_buffer()
         return self._of_node(kinds, job.world_size)
 
-    def _engines_host(self) -> Section:
+    def _engines_host(self) -> QuantityTable:
         """Return the host memory of a node with engines only."""
         gpus = self.job.rollout_gpus
         return self._of_node(self._receive_buffer(), gpus) if gpus else {}
@@ -185,7 +188,7 @@ class JobEstimate:
         num_bytes = receive_buffer_bytes(self.job, "host")
         return {RECEIVE_BUFFER: num_bytes} if num_bytes else {}
 
-    def _of_node(self, kinds: dict[str, int], gpus: int) -> Section:
+    def _of_node(self, kinds: dict[str, int], gpus: int) -> QuantityTable:
         """Return the sums over the ranks of one node, of `gpus` in all."""
         per_node = min(self.job.hardware.gpus_per_node, gpus)
         return {
@@ -196,7 +199,7 @@ class JobEstimate:
             for kind, num_bytes in kinds.items()
         }
 
-    def _host_problem(self, parts: Section, gpus: int) -> str | None:
+    def _host_problem(self, parts: QuantityTable, gpus: int) -> str | None:
         """Return the problem of a node with these parts, of `gpus` in all, or None."""
         needed = sum(part.number for part in parts.values())
         hardware = self.job.hardware
@@ -222,14 +225,14 @@ class JobEstimate:
         receive buffer of pushes, leaves them, or None."""
         engines, rollout, memory = self.engines, self.job.config.rollout, self.job.hardware.memory
         beside = rollout.colocated and engines.trainer_bytes
-        receives = self.job.rollout_gpus and engines.receive_buffer
+        receives = self.job.rollout_gpus and engines.receive_buffer_bytes
         if not (beside or receives) or engines.free_bytes <= 0:
             return None
         fraction, least = rollout.gpu_memory, engines.free_bytes / memory
         if fraction is not None and fraction <= least:
             return None
         takes = f"={fraction:g}" if fraction else " is not set, and vLLM takes 0.92"
-        other = "the trainer" if beside else f"a push's {_size(engines.receive_buffer)}"
+        other = "the trainer" if beside else f"a push's {_size(engines.receive_buffer_bytes)}"
         return (
             f"rollout.gpu_memory{takes}: of each GPU's {_size(memory)} {other} leaves engines "
             f"{_size(engines.free_bytes)}: set at most {math.floor(100 * least) / 100}"
@@ -240,7 +243,7 @@ class JobEstimate:
         needed = engines.token_bytes * job.longest_sample
         if engines.cache_bytes >= needed:
             return None
-        kinds = {"weights": engines.weight_bytes, RECEIVE_BUFFER: engines.receive_buffer}
+        kinds = {"weights": engines.weight_bytes, RECEIVE_BUFFER: engines.receive_buffer_bytes}
         kinds["the trainer"] = engines.trainer_bytes
         taken = ", ".join(f"{_size(count)} of {kind}" for kind, count in kinds.items() if count)
         beside = f"beside {taken} and {_size(job.assumptions.reserved)} reserved"
@@ -282,7 +285,7 @@ class JobEstimate:
         if rollout.tensor * rollout.data == 1:
             ways = [f"lower rollout.engines={rollout.engines} (more GPUs each)"]
             ways = ways if rollout.engines > 1 else ["use more GPUs"]
-        if self.engines.receive_buffer:
+        if self.engines.receive_buffer_bytes:
             ways.append("set push.transport to gloo, which receives on the host")
         if self.engines.trainer_bytes:
             ways += [self._split(), "give the engines GPUs of their own (--rollout-gpus)"]

@@ -19,7 +19,7 @@ from megatron_r1.config import ParallelConfig
 from megatron_r1.models.memory import LayerActivations
 from megatron_r1.models.supported import overlap_conflicts
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.quantity import Quantity, Section, byte_quantity
+from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 
 OVERLAPPED, FULL_RECOMPUTE = "overlap, selective", "none, full"
 BACKWARD = 2
@@ -82,7 +82,7 @@ class StepEstimate:
 
 def exchange_choice(
     job: PlannedJob, estimate_step: Callable[[PlannedJob], StepEstimate]
-) -> Section:
+) -> QuantityTable:
     """Return the seconds of an optimizer step with the exchange hidden and selective recomputation,
     and with neither hidden and full recomputation, the memory of each, and which fits; {} where
     experts are on one rank.

@@ -18,14 +18,14 @@ from megatron_r1.models.memory import (
     persistent_bytes,
     reference_bytes,
 )
-from megatron_r1.plan.between_phases import (
+from megatron_r1.plan.counts import RankCounts
+from megatron_r1.plan.expert_overlap import working_bytes
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.phase_overheads import (
     offloaded_bytes,
     offloaded_host_bytes,
     routing_replay_host_bytes,
 )
-from megatron_r1.plan.counts import RankCounts
-from megatron_r1.plan.expert_overlap import working_bytes
-from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import (
     drafts_with_mtp,
     planned_engine_layout,
@@ -33,9 +33,9 @@ from megatron_r1.plan.push import (
     pushes_fp8,
     receive_buffer_bytes,
 )
-from megatron_r1.plan.quantity import Quantity, Section, byte_quantity, round_number
+from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity, round_number
 from megatron_r1.push.plan.planner import PredictedSharding
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ class RankMemory:
     """Bytes on the GPU by kind while it computes log-probabilities alone"""
     host: dict[str, int]
     """Bytes on its host by kind"""
-    freed: int
+    freed_bytes: int
     """Bytes of gradients, if they are freed while engines compute on the same GPU, and of what
     `parallel.offload_between_phases` moves elsewhere meanwhile."""
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of models and optimizers that stay while engines compute."""
-        return sum(self.training.get(kind, 0) for kind in RESIDENT) - self.freed
+        return sum(self.training.get(kind, 0) for kind in RESIDENT) - self.freed_bytes
 
     @property
-    def peak(self) -> int:
+    def peak_bytes(self) -> int:
         """Bytes of the larger of training and scoring."""
         return max(sum(self.training.values()), sum(self.scoring.values()))
 
@@ -149,8 +149,8 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: ParameterCounts
     freed = persistent["gradients"] if critic.config.rollout.colocated else 0
     training = {**memory.training, CRITIC: num_bytes}
     scoring = {**memory.scoring, CRITIC: num_bytes - freed}
-    freed += memory.freed + offloaded_bytes(critic, counts)
-    return replace(memory, training=training, scoring=scoring, host=host, freed=freed)
+    freed += memory.freed_bytes + offloaded_bytes(critic, counts)
+    return replace(memory, training=training, scoring=scoring, host=host, freed_bytes=freed)
 
 
 def _activations(
@@ -218,7 +218,7 @@ def microbatches_in_flight(rank: int, pipeline: int, virtual: int, microbatches:
     return held
 
 
-def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
+def memory_section(job: PlannedJob, rank: RankMemory) -> QuantityTable:
     """Return the kinds of one pipeline rank's memory, each with its formula."""
     parallel, value = job.parallel, job.parameter_bytes
     c = rank.counts
@@ -252,8 +252,8 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
     if rank.scoring:
         section["peak, scoring"] = byte_quantity(
             sum(rank.scoring.values()),
-            f"persistent state{', without gradients' if rank.freed else ''}, the reference beside "
-            "the policy, one layer's forward pass",
+            f"persistent state{', without gradients' if rank.freed_bytes else ''}, the reference "
+            "beside the policy, one layer's forward pass",
         )
     return section
 
@@ -303,20 +303,20 @@ class EngineMemory:
         return planned_rank_bytes(self.job)
 
     @property
-    def receive_buffer(self) -> int:
+    def receive_buffer_bytes(self) -> int:
         """Bytes on one GPU for the weights of the next push."""
         return receive_buffer_bytes(self.job, "GPU")
 
     @property
-    def reserved(self) -> float:
+    def reserved_bytes(self) -> float:
         """Bytes of `Assumptions.reserved` that are the engine's: half of it next to a trainer."""
         return self.job.assumptions.reserved / (2 if self.trainer_bytes else 1)
 
     @property
     def free_bytes(self) -> float:
         """Bytes of a GPU that are not the trainer's, nor the receive buffer's."""
-        others = self.job.assumptions.reserved - self.reserved + self.trainer_bytes
-        return self.job.hardware.memory - others - self.receive_buffer
+        others = self.job.assumptions.reserved - self.reserved_bytes + self.trainer_bytes
+        return self.job.hardware.memory - others - self.receive_buffer_bytes
 
     @property
     def cache_bytes(self) -> int:
@@ -327,7 +327,7 @@ class EngineMemory:
             if fraction is None
             else min(self.free_bytes, fraction * self.job.hardware.memory)
         )
-        return round(taken - self.reserved - self.weight_bytes)
+        return round(taken - self.reserved_bytes - self.weight_bytes)
 
     @property
     def token_bytes(self) -> float:
@@ -373,7 +373,7 @@ class EngineMemory:
         return 1 + rl.staleness if self.job.rollout_gpus and self.job.verb == "rl" else 1
 
 
-def rollout_section(engines: EngineMemory) -> Section:
+def rollout_section(engines: EngineMemory) -> QuantityTable:
     """Return the memory of one engine GPU."""
     job = engines.job
     short = (
@@ -385,8 +385,8 @@ def rollout_section(engines: EngineMemory) -> Section:
         left = f"rollout.gpu_memory={fraction:g} x memory - {half}reserved - weights"
     else:
         left = "memory - reserved - weights"
-        if engines.receive_buffer:
-            left += f" - receive buffer {byte_quantity(engines.receive_buffer)}"
+        if engines.receive_buffer_bytes:
+            left += f" - receive buffer {byte_quantity(engines.receive_buffer_bytes)}"
         left += (
             f" - trainer's {byte_quantity(engines.trainer_bytes)}" if engines.trainer_bytes else ""
         )

@@ -15,7 +15,7 @@ from megatron_r1.plan.push_links import (
     set_plans,
     traffic_of_sets,
 )
-from megatron_r1.plan.quantity import Quantity, Section, byte_quantity
+from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.adapters import check_adapter_push, max_lora_rank
 from megatron_r1.push.plan.engine_sets import MAX_SET_ENGINES, engine_sets
@@ -23,7 +23,7 @@ from megatron_r1.push.plan.from_recipe import check_drafter, engine_layout, shar
 from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES, planned_schedule
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.push.transports import RELAY_BUCKET_BYTES, ROUNDS_AHEAD
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 ADAPTERS = "both factors of every adapter of its stage, whole (push.adapter_only)"
 
@@ -172,7 +172,7 @@ def _receive_buffer_place(job: PlannedJob) -> Literal["host", "GPU"]:
 def push_link(job: PlannedJob) -> tuple[float, str]:
     """Return (bytes/s into an engine rank, name of the link)."""
     transport = TRANSPORTS[job.config.push.transport]
-    if transport.one_host and not _is_one_node(job):
+    if transport.is_single_host and not _is_one_node(job):
         transport = TRANSPORTS[ACROSS_HOSTS]
     rate: float = getattr(job.hardware, transport.rate)
     return rate * job.assumptions.push_efficiency, transport.link
@@ -182,7 +182,7 @@ def _is_one_node(job: PlannedJob) -> bool:
     return job.world_size + job.rollout_gpus <= job.hardware.gpus_per_node
 
 
-def push_section(job: PlannedJob) -> Section:
+def push_section(job: PlannedJob) -> QuantityTable:
     """Return the bytes that a push moves, their balance, and the memory that it keeps."""
     parallel, engines, form = job.parallel, planned_engine_layout(job), _pushed_dtype(job)
     grid = TrainerGrid.from_recipe(parallel, job.world_size)
@@ -236,7 +236,7 @@ def push_section(job: PlannedJob) -> Section:
 
 def _connections(
     job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, traffic: SetTraffic
-) -> Section:
+) -> QuantityTable:
     """Return what connects the ranks, and how long that and a push take."""
     assumptions, sharding = job.assumptions, _pushed_weights(job).predicted_layout(engines)
     num_slots = sum(
@@ -245,7 +245,7 @@ def _connections(
         for _ in sharding.regions_of(engines.coordinate(rank))
     )
     rate, link = push_link(job)
-    over_nccl = TRANSPORTS[job.config.push.transport].in_rounds
+    over_nccl = TRANSPORTS[job.config.push.transport].sends_in_rounds
     colocated = shares_gpus_over_nccl(job.config)
     of_set = 0 if colocated else traffic.num_engines * engines.ranks_per_engine
     communicator = grid.world_size + of_set if over_nccl else 0

@@ -205,8 +205,9 @@ def set_plans(
 
 
 class PushedWeights(NamedTuple):
-    """What a push is of, as a key of results: the model's config.json, whether its MTP layers are
-    among the weights, and the section `model.lora` of adapters that are pushed alone."""
+    """Identifies the weights of a push, as the key of cached plans: the model's config.json,
+    whether its MTP layers are among the weights, and the section `model.lora` of adapters that are
+    pushed alone."""
 
     hf: str
     drafts: bool

@@ -12,7 +12,7 @@ from megatron_r1.config.hardware import Assumptions, Hardware, described_fields,
 from megatron_r1.config.yaml_text import read_sections
 from megatron_r1.plan.job import PlannedJob
 
-Section = dict[str, "Quantity"]
+QuantityTable = dict[str, "Quantity"]
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _number(value: object) -> object:
     return float(str(value)) if is_number else value
 
 
-def assumed_section(job: PlannedJob) -> Section:
+def assumed_section(job: PlannedJob) -> QuantityTable:
     """Return every assumed number with its source: the docstring of its field, or the file."""
     section = {}
     for part in (job.assumptions, job.hardware):

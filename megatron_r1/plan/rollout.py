@@ -11,18 +11,18 @@ from megatron_r1.engines.server.settings import max_positions
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import load_config, read_hf_config
 from megatron_r1.models.memory import BYTES
-from megatron_r1.plan.between_phases import RoutingReplayTraffic, uses_routing_replay
 from megatron_r1.plan.communication import BACKENDS, NCCL, EngineInterconnect, ExpertExchange
 from megatron_r1.plan.counts import ModelCounts, decode_flops, forward_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import EngineMemory
+from megatron_r1.plan.phase_overheads import RoutingReplayTraffic, uses_routing_replay
 from megatron_r1.plan.push import planned_engine_layout, pushes_fp8
-from megatron_r1.plan.quantity import Quantity, Section, byte_quantity, round_number
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity, round_number
+from megatron_r1.reporting.formatting import format_count
 
-ID = LOGPROB = 4
+ID_BYTES = LOGPROB_BYTES = 4
 """Bytes of a token's id and of its log-probability in trainer/training_sample.py."""
-LOGITS = 4
+LOGITS_BYTES = 4
 """Bytes of a logit; logits and their log-softmax exist at once."""
 
 
@@ -116,7 +116,7 @@ class RolloutTime:
             * job.hf["hidden_size"]
             * engines.parameter_bytes
         )
-        sums = 2 * self.experts.links.all_reduce(engines.tensor, num_bytes)
+        sums = 2 * self.experts.links.all_reduce_seconds(engines.tensor, num_bytes)
         exchange = self.layer_exchange(sequences, self.backend)
         layers, sparse = job.hf["num_hidden_layers"], sum(job.is_sparse_layer)
         return (layers + drafting) * sums + (sparse + drafting) * exchange
@@ -214,7 +214,7 @@ class RolloutTime:
         )
 
 
-def exchange_section(rollout: RolloutTime) -> Section:
+def exchange_section(rollout: RolloutTime) -> QuantityTable:
     """Return seconds of a layer's exchange of routed experts by each backend, and its bytes."""
     engines = rollout.engines
     job, together = engines.job, engines.mean_concurrency
@@ -249,14 +249,14 @@ EXCHANGE_SOURCES = {
 }
 
 
-def samples_section(job: PlannedJob) -> Section:
+def samples_section(job: PlannedJob) -> QuantityTable:
     """Return bytes of a rollout's samples: token ids, log-probabilities, routing."""
     prompt, response = job.assumptions.prompt_tokens, job.response_tokens
     section = {
         "ids, log-probabilities": byte_quantity(
-            job.num_responses * ((prompt + response) * ID + response * LOGPROB),
-            f"{job.num_responses:,} samples x ({prompt + response:,} ids x {ID} B + {response:,} "
-            f"log-probabilities x {LOGPROB} B)"
+            job.num_responses * ((prompt + response) * ID_BYTES + response * LOGPROB_BYTES),
+            f"{job.num_responses:,} samples x ({prompt + response:,} ids x {ID_BYTES} B + "
+            f"{response:,} log-probabilities x {LOGPROB_BYTES} B)"
             + ("; rl.importance_cap reads these" if job.config.rl.importance_cap else ""),
         )
     }
@@ -280,7 +280,7 @@ def check_teacher(config: Config) -> None:
         check_ranks(config.teacher, load_config(config.teacher.path, "teacher.path"), "teacher")
 
 
-def teacher_section(job: PlannedJob) -> Section:
+def teacher_section(job: PlannedJob) -> QuantityTable:
     """Return memory and scoring time on the teacher's own GPUs, if its model type is supported."""
     teacher = job.config.teacher
     try:
@@ -303,9 +303,9 @@ def teacher_section(job: PlannedJob) -> Section:
             f"{total:,} x {value} B / {format_count(split, 'GPU')} of an engine",
         ),
         "logits": byte_quantity(
-            2 * teacher.tokens_at_once * hf["vocab_size"] * LOGITS,
-            f"2 x teacher.tokens_at_once={teacher.tokens_at_once} x {hf['vocab_size']} x {LOGITS} "
-            "B, whole on each GPU",
+            2 * teacher.tokens_at_once * hf["vocab_size"] * LOGITS_BYTES,
+            f"2 x teacher.tokens_at_once={teacher.tokens_at_once} x {hf['vocab_size']} x "
+            f"{LOGITS_BYTES} B, whole on each GPU",
         ),
         "scoring a rollout": Quantity(seconds, "s", scoring),
     }

@@ -157,4 +157,4 @@ def _fitting(job: PlannedJob, distance: float, changes: dict) -> FittingLayout |
     if estimate is None or estimate.step.value is None:
         return None
     differing = {k: v for k, v in changes.items() if getattr(job.parallel, k) != v}
-    return FittingLayout(differing, distance, estimate.peak_rank.peak, estimate.step.number)
+    return FittingLayout(differing, distance, estimate.peak_rank.peak_bytes, estimate.step.number)

@@ -2,13 +2,18 @@
 the stated assumptions, with their ranges and the measurements that narrow these.
 
 A range is the estimate over and times `Assumptions.time_spread`, which is how far the plan is off
-published runs (`published.py`). What `--calibrate` has measured has none."""
+published runs (`published_runs.py`). What `--calibrate` has measured has none."""
 
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, cached_property, partial
 
-from megatron_r1.plan.between_phases import (
+from megatron_r1.plan.communication import traffic_by_axis
+from megatron_r1.plan.counts import attention_flops, head_flops, layer_flops
+from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, unpaired_fraction
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.memory import EngineMemory
+from megatron_r1.plan.phase_overheads import (
     OFFLOAD,
     ROUTED,
     checkpoint_time,
@@ -17,15 +22,10 @@ from megatron_r1.plan.between_phases import (
     sleep_wake_time,
     weight_load_time,
 )
-from megatron_r1.plan.communication import traffic_by_axis
-from megatron_r1.plan.counts import attention_flops, head_flops, layer_flops
-from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, unpaired_fraction
-from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
-from megatron_r1.plan.quantity import Quantity, Section
+from megatron_r1.plan.quantity import Quantity, QuantityTable
 from megatron_r1.plan.rollout import RolloutTime
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 MEASUREMENTS = {
     "rollout": "seconds of a decoding pass",
@@ -80,9 +80,9 @@ def with_range(job: PlannedJob, name: str, quantity: Quantity) -> Quantity:
     return replace(quantity, low=quantity.value / spread, high=quantity.value * spread)
 
 
-def narrowing_section(job: PlannedJob, time: Section) -> Section:
+def narrowing_section(job: PlannedJob, time: QuantityTable) -> QuantityTable:
     """Return the width of each part's range beyond `WIDE`, with the measurement that closes it."""
-    section: Section = {}
+    section: QuantityTable = {}
     for name, check in MEASUREMENTS.items():
         part = time.get(name)
         if narrowing_number(job, name) in UNMEASURED:
@@ -101,9 +101,9 @@ def narrowing_section(job: PlannedJob, time: Section) -> Section:
 
 HIDDEN_AXES = ("data", "pipeline")
 """Axes whose traffic is not exposed: the data axis's is hidden behind computation
-(overlap_grad_reduce), the pipeline's is counted in `StepTime.pipeline_stall`. Context parallelism's
-is hidden behind attention while that lasts; tensor's and expert's is exposed, which is pessimistic
-where Transformer Engine overlaps it; but see `StepTime.exchange`."""
+(overlap_grad_reduce), the pipeline's is counted in `StepTime.pipeline_stall_seconds`. Context
+parallelism's is hidden behind attention while that lasts; tensor's and expert's is exposed, which
+is pessimistic where Transformer Engine overlaps it; but see `StepTime.expert_exchange_seconds`."""
 
 
 class StepTime:
@@ -122,9 +122,11 @@ class StepTime:
     @cached_property
     def busiest(self) -> int:
         """The pipeline rank with the longest micro-batch."""
-        return max(range(self.job.parallel.pipeline), key=lambda r: self.microbatch(r, True))
+        return max(
+            range(self.job.parallel.pipeline), key=lambda r: self.microbatch_seconds(r, True)
+        )
 
-    def compute(self, rank: int, backward: bool) -> float:
+    def compute_seconds(self, rank: int, backward: bool) -> float:
         """Return seconds of one mean micro-batch's matrix products on a pipeline rank."""
         job = self.job
         counts = zip(self._layer_flops, job.layers(rank), strict=True)
@@ -133,10 +135,12 @@ class StepTime:
             flops += head_flops(job.hf) * (3 if backward else 1)
         return self._seconds(flops)
 
-    def exposed(self, rank: int, backward: bool) -> float:
+    def exposed_communication_seconds(self, rank: int, backward: bool) -> float:
         """Return seconds of one micro-batch's communication that computation does not hide."""
         seconds = {
-            name: group.seconds(self.job, group.microbatch if backward else group.forward)
+            name: group.seconds(
+                self.job, group.microbatch_bytes if backward else group.forward_bytes
+            )
             for name, group in self.groups(rank).items()
             if name not in HIDDEN_AXES
         }
@@ -145,19 +149,19 @@ class StepTime:
             behind = self._seconds(attention * self._passes(backward))
             seconds["context"] = max(0.0, seconds["context"] - behind)
         if "expert" in seconds and backward:
-            seconds["expert"] = self.exchange(rank)
+            seconds["expert"] = self.expert_exchange_seconds(rank)
         return sum(seconds.values())
 
-    def exchange(self, rank: int) -> float:
+    def expert_exchange_seconds(self, rank: int) -> float:
         """Return seconds of one micro-batch's exchange with experts' ranks that computation does
         not hide, forward and backward."""
         group, (_, sparse) = self.groups(rank)["expert"], self.job.layers(rank)
-        whole = group.seconds(self.job, group.microbatch)
+        whole = group.seconds(self.job, group.microbatch_bytes)
         if not self.job.parallel.overlap_expert_exchange or not sparse:
             return whole
         experts = expert_flops(self.job, self.job.is_sparse_layer.index(True)) / self._speedup
         parts = (self._layer_flops[1] - experts, experts)
-        once = group.seconds(self.job, group.forward) / (2 * sparse)
+        once = group.seconds(self.job, group.forward_bytes) / (2 * sparse)
         exposed = sparse * exposed_seconds(once, *map(self._seconds, parts))
         alone = unpaired_fraction(self.job, rank)
         return alone * whole + (1 - alone) * exposed
@@ -190,57 +194,61 @@ class StepTime:
         fraction = job.rank_tokens / job.parallel.tensor
         return flops * fraction / (job.hardware.bf16 * job.assumptions.compute_efficiency)
 
-    def microbatch(self, rank: int, backward: bool) -> float:
+    def microbatch_seconds(self, rank: int, backward: bool) -> float:
         """Return the seconds of a mean micro-batch on pipeline rank `rank`: of its computation, of
         the communication that it does not hide, and of the pipeline's hops."""
         return (
-            self.compute(rank, backward)
-            + self.exposed(rank, backward)
-            + self.pipeline_stall(backward)
+            self.compute_seconds(rank, backward)
+            + self.exposed_communication_seconds(rank, backward)
+            + self.pipeline_stall_seconds(backward)
         )
 
     @cached_property
-    def hop(self) -> float:
+    def hop_seconds(self) -> float:
         """Seconds in which a rank waits for a neighbor's tensor: the host, then the bytes."""
         pipeline = self.groups(0).get("pipeline")
         if pipeline is None:
             return 0.0
-        sent = pipeline.seconds(self.job, pipeline.forward / self.job.num_model_chunks)
+        sent = pipeline.seconds(self.job, pipeline.forward_bytes / self.job.num_model_chunks)
         return self.job.assumptions.host_stall_seconds + sent
 
-    def pipeline_stall(self, backward: bool) -> float:
+    def pipeline_stall_seconds(self, backward: bool) -> float:
         """Return seconds of one micro-batch's hops: one for each chunk forward, one back."""
-        return self.hop * self.job.num_model_chunks * (2 if backward else 1)
+        return self.hop_seconds * self.job.num_model_chunks * (2 if backward else 1)
 
     def bubble(self, microbatches: int, slots: int) -> float:
         """Return the share of time in which a rank is idle: 1 - V m / (V slots + P - 1)."""
         virtual, stages = self.job.num_model_chunks, self.job.parallel.pipeline
         return 1 - virtual * microbatches / (virtual * slots + stages - 1)
 
-    def optimizer_step(self) -> float:
+    def optimizer_step_seconds(self) -> float:
         """Return seconds of all micro-batches, and of the gradients' last bytes."""
         rank, count = self.busiest, self.job.num_microbatches
         pipeline = (
-            self.microbatch(rank, True) * count / (1 - self.bubble(count, self.job.schedule_slots))
+            self.microbatch_seconds(rank, True)
+            * count
+            / (1 - self.bubble(count, self.job.schedule_slots))
         )
         data = self.groups(rank).get("data")
-        traffic = data.seconds(self.job, data.step) if data else 0.0
+        traffic = data.seconds(self.job, data.step_bytes) if data else 0.0
         return pipeline + traffic * self.job.assumptions.gradients_exposed
 
-    def scoring(self) -> float:
+    def scoring_seconds(self) -> float:
         """Seconds of a step's passes without gradients."""
         job = self.job
         count = job.num_microbatches * job.minibatches
         slots = job.schedule_slots * job.minibatches
-        once = self.microbatch(self.busiest, False) * count / (1 - self.bubble(count, slots))
+        once = (
+            self.microbatch_seconds(self.busiest, False) * count / (1 - self.bubble(count, slots))
+        )
         return once * (2 if job.computes_ref_logprobs else 1)
 
-    def push(self) -> float:
+    def push_seconds(self) -> float:
         """Seconds of a push, by the bytes of the engine GPU that receives most."""
         return pushed_rank_bytes(self.job) / push_link(self.job)[0]
 
 
-def time_section(times: StepTime) -> Section:
+def time_section(times: StepTime) -> QuantityTable:
     """Return seconds of one step and its parts, each with its range; without a trainer, of all
     responses."""
     job = times.job
@@ -253,17 +261,17 @@ def time_section(times: StepTime) -> Section:
         passes = "a forward pass of the policy"
         if job.computes_ref_logprobs:
             passes = "forward passes of policy and reference"
-        section["scoring"] = Quantity(times.scoring(), "s", passes)
+        section["scoring"] = Quantity(times.scoring_seconds(), "s", passes)
     if job.trains:
         section |= _training(times)
     if job.critic:
         critic = StepTime(job.critic, times.engines)
-        seconds = critic.scoring() + critic.optimizer_step() * job.minibatches
+        seconds = critic.scoring_seconds() + critic.optimizer_step_seconds() * job.minibatches
         section["critic"] = Quantity(seconds, "s", "one forward pass for values, and its training")
     if job.verb == "rl":
-        section |= offload_time(job, times.push())
+        section |= offload_time(job, times.push_seconds())
         formula = f"bytes into an engine GPU / its {push_link(job)[1]}"
-        section["push"] = Quantity(times.push(), "s", formula)
+        section["push"] = Quantity(times.push_seconds(), "s", formula)
         section["load"] = weight_load_time(job)
         if job.config.rollout.colocated:
             section["sleep and wake"] = sleep_wake_time(job)
@@ -353,14 +361,14 @@ def _step(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
     return Quantity(value, "s", formula, low, high)
 
 
-def _training(times: StepTime) -> Section:
+def _training(times: StepTime) -> QuantityTable:
     job, count, rank = times.job, times.job.num_microbatches, times.busiest
-    update = times.optimizer_step()
+    update = times.optimizer_step_seconds()
     step = (
-        f"{format_count(count, 'micro-batch')} x ({times.compute(rank, True):.2g} s compute + "
-        f"{times.exposed(rank, True):.2g} s communication + {times.pipeline_stall(True):.2g} s "
-        "hops) / "
-        "(1 - bubble)"
+        f"{format_count(count, 'micro-batch')} x ("
+        f"{times.compute_seconds(rank, True):.2g} s compute + "
+        f"{times.exposed_communication_seconds(rank, True):.2g} s communication + "
+        f"{times.pipeline_stall_seconds(True):.2g} s hops) / (1 - bubble)"
     )
     bubble = (
         f"1 - V x {count} / (V x {format_count(job.schedule_slots, 'slot')} + P - 1), "
@@ -372,12 +380,12 @@ def _training(times: StepTime) -> Section:
         "optimizer step": Quantity(update, "s", step),
         "bubble": Quantity(times.bubble(count, job.schedule_slots), "share", bubble),
         "pipeline stalls": Quantity(
-            times.pipeline_stall(True) * count,
+            times.pipeline_stall_seconds(True) * count,
             "s",
-            f"of an optimizer step: {2 * job.num_model_chunks * count:,} hops x {times.hop:.2g} "
-            "s, of it "
+            f"of an optimizer step: {2 * job.num_model_chunks * count:,} hops x "
+            f"{times.hop_seconds:.2g} s, of it "
             f"{job.assumptions.host_stall_seconds:g} s host_stall_seconds and the states' bytes"
-            if times.hop
+            if times.hop_seconds
             else "one pipeline stage",
         ),
         "training": Quantity(update * job.minibatches, "s", steps),

@@ -290,7 +290,7 @@ class LinkPlanner:
                 sets = [range(*edge) for edge in pairwise(edges)]
                 fraction, count_bytes = max_group_fraction(transport), _byte_count(tables)
                 plans = plan_sets(planner, count_bytes, sets, receivers.sent, fraction)
-                in_rounds = TRANSPORTS[transport].in_rounds
+                in_rounds = TRANSPORTS[transport].sends_in_rounds
                 schedule = self._schedule(plans, sets, addresses) if in_rounds else None
             except ValueError as error:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")

@@ -62,7 +62,7 @@ class PushWorker:
             rank=rank,
             stages=stages,
             drafts=self._config.rollout.drafts_by_mtp,
-            gpus=_gpus() if TRANSPORTS[self._config.push.transport].in_rounds else (),
+            gpus=_gpus() if TRANSPORTS[self._config.push.transport].sends_in_rounds else (),
             adapters=adapters,
         )
         return {"store": address}

@@ -55,8 +55,8 @@ def rehearsal_command(
 def running_command(
     verb: str, recipe: Path, config: Config, settings: Sequence[str], log: Path
 ) -> Iterator[subprocess.Popen]:
-    """Start a verb, with engine hosts if its recipe has them; at the end, kill -9 all of their
-    processes that still run, and those that these have started.
+    """Run a verb for the block, with engine hosts if its recipe has them; kill all its processes at
+    the end, by SIGKILL, with those that they have started.
 
     Args:
         verb: the subcommand of megatron-r1.
@@ -106,8 +106,8 @@ def _kill_all(process: subprocess.Popen) -> None:
 
 
 def gpu_environments(verb: str, config: Config) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return the variables that give the trainer, and each engine host, GPUs of this machine, which
-    stands for all of theirs: of its own, or the trainer's where engines are colocated.
+    """Return the GPU variables of the trainer and of each engine host, which share this machine's
+    GPUs: each host has its own, or the trainer's where engines are colocated.
 
     Args:
         verb: the recipe's verb.

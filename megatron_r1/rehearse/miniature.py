@@ -9,7 +9,7 @@ from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, dump, parse
 from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.engines.server.recipe_checks import num_experts
-from megatron_r1.rehearse import layout, model, questions
+from megatron_r1.rehearse import layout, model, synthetic_data
 from megatron_r1.rehearse.settings import RehearsalDevice
 from megatron_r1.sample.filters import NAMES
 
@@ -136,21 +136,21 @@ def write(small: Miniature, verb: str) -> Path:
     if config.teacher.path:
         model.write_folder(Path(config.teacher.path), hf, seed=1)
     kinds = _other_kinds(config) if verb == "rl" else []
-    questions.write_questions(folder / "questions.jsonl", QUESTIONS, kinds)
-    questions.write_examples(folder / "examples.jsonl", 4 * QUESTIONS, RESPONSE // 2)
+    synthetic_data.write_questions(folder / "questions.jsonl", QUESTIONS, kinds)
+    synthetic_data.write_examples(folder / "examples.jsonl", 4 * QUESTIONS, RESPONSE // 2)
     if verb == "reward-model":
         kind = config.reward_model.kind
-        questions.write_preferences(folder / "preferences.jsonl", 4 * QUESTIONS, kind)
+        synthetic_data.write_preferences(folder / "preferences.jsonl", 4 * QUESTIONS, kind)
     recipe = folder / "recipe.yaml"
     recipe.write_text(dump(config))
     return recipe
 
 
 def _other_kinds(config: Config) -> list[str]:
-    """Return the kinds of questions that a miniature has besides `questions.KIND`."""
+    """Return the kinds of questions that a miniature has besides `synthetic_data.KIND`."""
     weights = [phase.rl.kind_weights for _, phase in config.phases()]
-    has_named = any(questions.NAMED_KIND in each for each in weights)
-    return [*model.reward_models(config.rewards.options), *[questions.NAMED_KIND] * has_named]
+    has_named = any(synthetic_data.NAMED_KIND in each for each in weights)
+    return [*model.reward_models(config.rewards.options), *[synthetic_data.NAMED_KIND] * has_named]
 
 
 def _run(config: Config, folder: Path) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]
     """Return the weights of the kinds of questions that a miniature has."""
     kept = model.reward_models(config.rewards.options)
     others = [weight for kind, weight in weights.items() if kind not in kept]
-    stands_for_them = {questions.NAMED_KIND: max(others)} if others else {}
+    stands_for_them = {synthetic_data.NAMED_KIND: max(others)} if others else {}
     return {kind: weight for kind, weight in weights.items() if kind in kept} | stands_for_them
 
 
@@ -410,7 +410,7 @@ def _sample(config: Config) -> dict[str, Any]:
         limits |= {"min_pass_rate": None, "max_pass_rate": None}
         changed["keep"] = sample.keep.model_dump() | limits
     if sample.output in judges:
-        changed["judge"] = f"{questions.__name__}:{judges[sample.output]}"
+        changed["judge"] = f"{synthetic_data.__name__}:{judges[sample.output]}"
     return changed
 
 

@@ -150,7 +150,7 @@ def reward_models(options: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {
         kind: values["model"]
         for kind, values in options.items()
-        if kind in REMOTE and REMOTE[kind].startswith("r1_grading.served.reward_model:")
+        if kind in REMOTE and REMOTE[kind].startswith("r1_grading.remote.reward_model:")
     }
 
 

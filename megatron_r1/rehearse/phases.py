@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_r1.base.errors import RunError
-from megatron_r1.base.processes.diagnosis import last_lines
+from megatron_r1.base.processes.exit_diagnosis import last_lines
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan.engine_sets import links_per_rank
@@ -197,7 +197,7 @@ class PhaseRunner:
         what, start, cpu_start = "export", time.monotonic(), launch.cpu_seconds()
         self.notify(what)
         done = subprocess.run(
-            [sys.executable, "-m", "megatron_r1.rehearse.load_export"]
+            [sys.executable, "-m", "megatron_r1.rehearse.check_export"]
             + [str(self.run_folder.hf), self.config.model.path, self.config.model.mtp],
             env=os.environ | launch.QUIET,
             capture_output=True,

@@ -5,4 +5,4 @@
 - `trackers`: the curves in TensorBoard, Weights & Biases and others.
 - `outcome`: the held-out result as a sentence.
 - `report`: the report of a run, from `plots` (with the pages' templates) and `samples`.
-- `wording`: numbers and texts as people read them."""
+- `formatting`: numbers and texts as people read them."""

@@ -12,8 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from megatron_r1.reporting.live_frame import LiveState, frame
-from megatron_r1.reporting.wording import (
+from megatron_r1.reporting.formatting import (
     METRICS,
     finite_metric,
     format_clock,
@@ -22,6 +21,7 @@ from megatron_r1.reporting.wording import (
     is_right,
     printable,
 )
+from megatron_r1.reporting.live_frame import LiveState, frame
 
 REFRESHES_PER_SECOND = 2
 # Samples stay this long on the screen, however fast the steps: long enough to read one.
@@ -36,8 +36,8 @@ class LiveView:
     """Shows a run while it trains. Odd metrics are shown as "–": no input can stop the run.
 
         with LiveView("r1-zero", 120, facts=["1.4M parameters"]) as view:
-            view.phase("rollout", "256 samples")
-            view.step(metrics, samples)
+            view.show_phase("rollout", "256 samples")
+            view.show_step(metrics, samples)
 
     Args:
         stream: the output; default: sys.stdout. The picture is drawn on UTF-8 terminals only;
@@ -77,7 +77,7 @@ class LiveView:
         else:
             self._print(" · ".join([title, *facts]) + f" · {total_steps} steps")
 
-    def phase(self, name: str, detail: str = "") -> None:
+    def show_phase(self, name: str, detail: str = "") -> None:
         """Show what the run is doing. A log gets a line the first time each phase is entered."""
         state = self._state
         if name != state.phase:
@@ -92,7 +92,9 @@ class LiveView:
         """The current phase and its detail."""
         return self._state.phase, self._state.detail
 
-    def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
+    def show_step(
+        self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """Show a finished step: its metrics line and some of its samples (as in samples.jsonl)."""
         now = time.monotonic()
         # Prefer the step's own time: the time between two calls includes start-up and evaluations.
@@ -121,7 +123,7 @@ class LiveView:
         for metrics in evaluations:
             self._evaluated(metrics)
 
-    def evaluation(self, metrics: Mapping[str, Any]) -> None:
+    def show_evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Show a held-out evaluation: "eval/…" keys, and "step" unless it is the last step's."""
         step = self._evaluated(metrics)
         if self._live is None:
@@ -132,7 +134,7 @@ class LiveView:
             ]
             self._print(f"held-out at step {step}: " + ", ".join(parts))
 
-    def message(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         """Print a permanent line: above the picture, or into the log."""
         if self._live is None or self._console is None:
             self._print(text)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.text import Text
 
-from megatron_r1.reporting.wording import (
+from megatron_r1.reporting.formatting import (
     METRICS,
     PHASES,
     finite_metric,

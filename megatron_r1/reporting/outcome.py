@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.reporting.wording import finite_metric, format_number, format_percent
+from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
 
 SCORES, INTERVALS = "eval/", "interval/"
 FEW_QUESTIONS = 100

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from megatron_r1.reporting.wording import printable
+from megatron_r1.reporting.formatting import printable
 
 INK_NAMES = (
     *("ink", "muted", "grid", "page", "accent", "second"),

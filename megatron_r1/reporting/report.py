@@ -9,6 +9,16 @@ import numpy as np
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
+from megatron_r1.reporting.formatting import (
+    METRICS,
+    PHASES,
+    finite_metric,
+    format_duration,
+    format_number,
+    format_percent,
+    printable,
+    shown_metrics,
+)
 from megatron_r1.reporting.outcome import (
     Evaluation,
     MetricLines,
@@ -22,16 +32,6 @@ from megatron_r1.reporting.outcome import (
 from megatron_r1.reporting.plots import Curve, curve_plot, render_page, stacked_plot
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.samples import choose_samples
-from megatron_r1.reporting.wording import (
-    METRICS,
-    PHASES,
-    finite_metric,
-    format_duration,
-    format_number,
-    format_percent,
-    printable,
-    shown_metrics,
-)
 
 HERO_SIZE = (5.2, 2.7)
 SMALL = (

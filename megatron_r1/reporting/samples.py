@@ -9,7 +9,7 @@ from typing import Any
 
 from r1_grading.truths import stated_answer
 
-from megatron_r1.reporting.wording import (
+from megatron_r1.reporting.formatting import (
     finite_metric,
     format_count,
     is_right,

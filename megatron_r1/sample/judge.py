@@ -24,9 +24,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from r1_grading.served import read_settings
-from r1_grading.served.judge import SAFETY, Comparison, Judge, JudgeSettings
-from r1_grading.served.service import Ungradable
+from r1_grading.remote import read_settings
+from r1_grading.remote.judge import SAFETY, Comparison, Judge, JudgeSettings
+from r1_grading.remote.service import Ungradable
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.sample import SERVED_JUDGE, PairsConfig, SampleConfig
@@ -137,7 +137,7 @@ class FunctionJudge(ResponseJudge):
 
 
 class ServedJudge(ResponseJudge):
-    """Votes of `r1_grading.served.judge`; docs/rewards/models.md has what a judge is shown."""
+    """Votes of `r1_grading.remote.judge`; docs/rewards/models.md has what a judge is shown."""
 
     def __init__(self, judge: Judge, cache: ResultCache) -> None:
         settings = judge.settings.model_dump(exclude=NO_VOTE)

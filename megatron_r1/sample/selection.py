@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from r1_grading.reading import HAN
-from r1_grading.terms import ACCURACY, compare
+from r1_grading.terms import ACCURACY, compare_rewards
 
 from megatron_r1.base.files import atomic_writer
 from megatron_r1.base.files.json_lines import to_strict_json
@@ -176,7 +176,10 @@ class Selection:
         if keep.min_accuracy is not None:
             if response.rewards[ACCURACY] < keep.min_accuracy:
                 return Decision("wrong", response.reason)
-            if keep.min_reward is not None and compare(_reward(response), keep.min_reward) < 0:
+            if (
+                keep.min_reward is not None
+                and compare_rewards(_reward(response), keep.min_reward) < 0
+            ):
                 return Decision("low_reward", f"reward {response.reward:.3g}: {response.reason}")
         return await self._filters(prompt, response)
 
@@ -190,7 +193,7 @@ class Selection:
             case "shortest":
                 ordered.sort(key=lambda response: response.length)
             case "best":
-                ordered.sort(key=cmp_to_key(lambda a, b: compare(_reward(b), _reward(a))))
+                ordered.sort(key=cmp_to_key(lambda a, b: compare_rewards(_reward(b), _reward(a))))
         return ordered
 
     def _question_drop(self, responses: Sequence[TextResponse]) -> Decision | None:

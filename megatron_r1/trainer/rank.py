@@ -10,10 +10,10 @@ from importlib import import_module
 import msgspec
 
 from megatron_r1.base.processes import children, timeline
-from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
+from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
 from megatron_r1.base.processes.memory import without_garbage_collection
 
-READ_LATE = frozenset({*children.rank_variables(0, 1, 0), RANKS_ENVIRONMENT})
+READ_LATE = frozenset({*children.rank_variables(0, 1, 0), RANKS_TOKEN_VARIABLE})
 """Environment variables that no import reads (`base.processes.fork_server`)."""
 LATER_IMPORTS = (
     *("trainer.checkpoint_manager", "trainer.implementations", "trainer.trainer"),

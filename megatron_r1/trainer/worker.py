@@ -14,8 +14,8 @@ import msgspec
 import zmq
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.base.processes import diagnosis, timeline
-from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT, protect_client
+from megatron_r1.base.processes import exit_diagnosis, timeline
+from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE, protect_client
 from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.trainer import distributed
@@ -52,9 +52,9 @@ def serve_under_torchrun(config: Config, find_controller: Callable[[], str | Non
             address, or None if it has ended: every rank then returns, as none would detect the end
             of a process that it was never connected to."""
     position = distributed.initialize(config.parallel, config.run.seed)
-    token = platform.broadcast_from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
+    token = platform.broadcast_from_rank_zero(os.environ.get(RANKS_TOKEN_VARIABLE))
     assert token is not None, "rank 0 sets it when it starts the controller"
-    os.environ[RANKS_ENVIRONMENT] = token
+    os.environ[RANKS_TOKEN_VARIABLE] = token
     address = platform.broadcast_from_rank_zero(find_controller() if position.rank == 0 else None)
     if address is not None:
         serve(config, address, position)
@@ -121,21 +121,21 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
 def _late_ranks(error: Exception, monitor: RankMonitor, wait_seconds: float) -> str:
     """Return a sentence on the collective that other ranks did not come to, if that is the error;
     else nothing."""
-    waited = diagnosis.collective_wait(str(error), wait_seconds)
+    waited = exit_diagnosis.collective_wait(str(error), wait_seconds)
     if waited is None:
         return ""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     place = describe_collective(frames[-1], monitor.groups) or waited
     return (
         f"trainer rank {os.environ['RANK']}, in {monitor.operation!r}, waited for other ranks in "
-        f"{place}; {diagnosis.timeout_remedy(wait_seconds)}\n"
+        f"{place}; {exit_diagnosis.timeout_remedy(wait_seconds)}\n"
     )
 
 
 def _dealer(name: bytes) -> zmq.Socket:
     socket: zmq.Socket = zmq.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, name)
-    protect_client(socket, os.environ[RANKS_ENVIRONMENT])
+    protect_client(socket, os.environ[RANKS_TOKEN_VARIABLE])
     # A controller whose host vanished without closing the connection is noticed within a minute.
     socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 60_000)

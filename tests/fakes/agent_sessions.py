@@ -8,7 +8,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.tree import TokenTree
+from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import encode_mask
 

@@ -30,7 +30,7 @@ class ScriptedHost:
 
     def _report(self, order):
         if order.engine in self.ends:
-            return EngineReport(order.engine, "ended", end=self.ends[order.engine])
+            return EngineReport(order.engine, "ended", end_reason=self.ends[order.engine])
         first = order.part is None or order.part.serves
         where = COORDINATOR if order.part is not None and first else ""
         url = f"http://{self.name}:1" if first else ""

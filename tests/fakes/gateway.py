@@ -8,8 +8,8 @@ from array import array
 from collections import Counter
 
 from fakes.agent_sessions import parse
+from megatron_r1.agents.answer_parser import ParsedAnswer
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
-from megatron_r1.agents.parsing import ParsedAnswer
 from megatron_r1.engines.server.responses import Response
 from tests.chat_tokenizer import chat_tokenizer
 

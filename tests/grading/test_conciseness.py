@@ -1,7 +1,7 @@
 """The length term against DAPO's equation, written out again."""
 
 import pytest
-from r1_grading.form import grade_conciseness as grade
+from r1_grading.response_rewards import grade_conciseness as grade
 
 LIMITS = {"free_length": 12_288, "max_length": 16_384}
 

@@ -4,8 +4,8 @@ import random
 import re
 
 import pytest
-from r1_grading.form import TAGS
-from r1_grading.form import grade_format as grade
+from r1_grading.response_rewards import TAGS
+from r1_grading.response_rewards import grade_format as grade
 
 TEXT = rf"(?:(?!{'|'.join(TAGS)}).)*"
 EXPECTED = re.compile(rf"\s*<think>{TEXT}</think>\s*<answer>{TEXT}</answer>\s*", re.DOTALL)

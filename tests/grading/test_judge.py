@@ -8,9 +8,9 @@ import textwrap
 
 import pytest
 from fakes.model_service import Served, by_answer, judge_that, said, sections, verdict
-from r1_grading.served.judge import Comparison, Judge, JudgeSettings, read_verdict
-from r1_grading.served.remote_rewards import check_options
-from r1_grading.served.service import ServiceError, Ungradable
+from r1_grading.remote.judge import Comparison, Judge, JudgeSettings, read_verdict
+from r1_grading.remote.remote_rewards import check_options
+from r1_grading.remote.service import ServiceError, Ungradable
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
@@ -261,8 +261,8 @@ def test_answers_are_asked_for_once_by_all_processes(tmp_path):
     script = textwrap.dedent(
         """
         import asyncio, sys
-        from r1_grading.served.judge import Judge
-        from r1_grading.served.judge import JudgeSettings
+        from r1_grading.remote.judge import Judge
+        from r1_grading.remote.judge import JudgeSettings
 
         async def main(url, cache):
             judge = Judge(JudgeSettings(url=url, model="m", cache=cache))

@@ -6,9 +6,9 @@ import re
 
 import pytest
 from r1_grading import RewardPool
-from r1_grading.form import grade_language as grade
 from r1_grading.reading import chain_of_thought
 from r1_grading.reading.languages import count_words, prose
+from r1_grading.response_rewards import grade_language as grade
 
 # Segmented by hand; punctuation left out.
 CHINESE = (

@@ -7,10 +7,10 @@ import pytest
 from aiohttp import web
 from fakes.model_service import Served, by_answer, judge_that
 from r1_grading import RewardPool
+from r1_grading.remote import judge, service
+from r1_grading.remote.remote_rewards import check_options, settings_names
+from r1_grading.remote.service import ServiceError
 from r1_grading.rewards import REMOTE, resolve
-from r1_grading.served import judge, service
-from r1_grading.served.remote_rewards import check_options, settings_names
-from r1_grading.served.service import ServiceError
 from r1_grading.terms import call_fields
 from refusals import refused
 from waiting import until

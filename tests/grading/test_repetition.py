@@ -5,7 +5,7 @@ import random
 
 import pytest
 from r1_grading import RewardPool
-from r1_grading.form import grade_repetition as grade
+from r1_grading.response_rewards import grade_repetition as grade
 
 
 def fraction_of_different(text, window):

@@ -5,9 +5,9 @@ import math
 
 import pytest
 from fakes.model_service import Served
-from r1_grading.served.remote_rewards import check_options
-from r1_grading.served.reward_model import Helpful, RewardModelSettings, Safety
-from r1_grading.served.service import ServiceError
+from r1_grading.remote.remote_rewards import check_options
+from r1_grading.remote.reward_model import Helpful, RewardModelSettings, Safety
+from r1_grading.remote.service import ServiceError
 from refusals import refused
 
 from megatron_r1.base.errors import Cause

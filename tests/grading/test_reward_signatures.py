@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from r1_grading import Grade, RewardPool
-from r1_grading.calls import adapt_signature
+from r1_grading.reward_signatures import adapt_signature
 from refusals import refused
 
 from megatron_r1.base.errors import Cause

@@ -37,7 +37,7 @@ def settings(transport: str) -> dict:
         "max_model_len": 256,
         "max_num_seqs": 8,
         "gpu_memory": 0.02,
-        "sleeps": True,
+        "enable_sleep_mode": True,
         "weight_transfer_backend": f"megatron_r1_{transport}",
         # Nothing can be captured or compiled where kernels do not run.
         "extra_args": ["--enforce-eager"],

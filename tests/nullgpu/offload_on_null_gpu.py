@@ -16,9 +16,9 @@ from megatron_r1.base.processes import children
 from megatron_r1.config import Config
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
-from megatron_r1.plan.between_phases import offloaded_bytes
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.phase_overheads import offloaded_bytes
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.passes import free_gradients
 

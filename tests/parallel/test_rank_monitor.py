@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
+from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
 from megatron_r1.controller.trainer_calls.ranks import RankSocket
 
 HERE = Path(__file__).parent
@@ -20,7 +20,7 @@ def start_ranks(address: str) -> list[subprocess.Popen]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    shared |= {RANKS_ENVIRONMENT: TOKEN, "OMP_NUM_THREADS": "1"}
+    shared |= {RANKS_TOKEN_VARIABLE: TOKEN, "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, HERE / "stuck_rank.py", address],

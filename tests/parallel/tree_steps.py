@@ -26,13 +26,13 @@ from tree_episodes import (
     episodes,
 )
 
-from megatron_r1.agents.tree import TokenTree
+from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
 from megatron_r1.controller.trainer_calls.packing import pack, pack_by_prompt
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engines.server.episodes import Episode
+from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed, shared_prompts

@@ -6,7 +6,7 @@ from array import array
 import pytest
 
 from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.tree import TokenTree
+from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.base.errors import RunError
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import (
@@ -17,7 +17,7 @@ from megatron_r1.controller.rollouts.rollout import (
     training_samples,
 )
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engines.server.episodes import Episode
+from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response
 from tests.chat_tokenizer import QWEN3, chat_tokenizer
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.tree import TokenTree
+from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.check_model import ModelCheckResult
 from megatron_r1.commands.check_model import verb as check_model

@@ -96,20 +96,20 @@ def test_b65_each_step_and_evaluation_is_tracked_once_at_its_own_step(
     steps = [{"step": step, "reward/mean": step / 10} for step in range(1, 7)]
     evaluations = [{"step": step, "eval/accuracy": step / 8} for step in (0, 2, 4, 6)]
     first = TrackerSet(["wandb"], run, lambda note: None)
-    first.history([], [])
-    first.evaluation(evaluations[0])
+    first.send_history([], [])
+    first.send_evaluation(evaluations[0])
     for line in steps[:killed]:
-        first.step(line)
+        first.send_step(line)
         if line["step"] % 2 == 0:
-            first.evaluation(evaluations[line["step"] // 2])
+            first.send_evaluation(evaluations[line["step"] // 2])
     first.close(False)
     saved = killed - killed % 2  # checkpoints every 2 steps
     second = TrackerSet(["wandb"], run, lambda note: None)
-    second.history(steps[:saved], [e for e in evaluations if e["step"] <= saved])
+    second.send_history(steps[:saved], [e for e in evaluations if e["step"] <= saved])
     for line in steps[saved:]:
-        second.step(line)
+        second.send_step(line)
         if line["step"] % 2 == 0:
-            second.evaluation(evaluations[line["step"] // 2])
+            second.send_evaluation(evaluations[line["step"] // 2])
     second.close(True)
     tracked = Kept.lines[tmp_path]
     assert [n[STEP] for _, n in tracked if STEP in n] == [1, 2, 3, 4, 5, 6]

@@ -6,7 +6,7 @@ import json
 import pytest
 from fake_server import FakeServer
 from r1_grading import Grade
-from r1_grading.form import grade_format as format_grade
+from r1_grading.response_rewards import grade_format as format_grade
 from test_end_tokens import collected, response_of, tokenizer_with
 from tokenizers import processors
 

@@ -6,14 +6,14 @@ import random
 
 import pytest
 
-from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.parsing import (
+from megatron_r1.agents.answer_parser import (
     PARSE_ERROR,
     AnswerReader,
     HermesParser,
     ParsedAnswer,
     parse_hermes,
 )
+from megatron_r1.agents.continuation import Continuation
 from tests.chat_tokenizer import chat_tokenizer
 
 

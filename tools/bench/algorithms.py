@@ -24,7 +24,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.commands import cli
 from megatron_r1.pipeline.results import Spread
-from megatron_r1.reporting.wording import format_percent
+from megatron_r1.reporting.formatting import format_percent
 from tools.bench import host
 from tools.bench.host import ROOT
 

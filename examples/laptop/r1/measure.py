@@ -12,7 +12,7 @@ from r1_grading.reading import response_part
 from examples.laptop.r1.judge import prefer
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.evaluation.measures import estimate
+from megatron_r1.evaluation.estimates import estimate
 
 Row = Mapping[str, Any]
 

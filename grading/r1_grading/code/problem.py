@@ -96,7 +96,7 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
     if isinstance(truth, dict):
         truth = _without_nulls(truth)
     try:
-        published = own_form(truth)
+        published = convert_public_format(truth)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{WHAT}: {error}") from None
     is_published = published is not None
@@ -270,7 +270,7 @@ def parse_language(name: object) -> str | None:
     return found
 
 
-def own_form(truth: Any) -> dict[str, Any] | None:
+def convert_public_format(truth: Any) -> dict[str, Any] | None:
     """Return {"tests", "function", "tolerance", "language"} of a truth in a public data set's form,
     None for any other.
 

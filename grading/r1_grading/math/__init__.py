@@ -59,7 +59,7 @@ def _grade(response: str, truth: object, opened: bool, reading: str, plain_line:
     counts."""
     expected = math_truth(truth)
     truth = answer_after_mark(str(truth))
-    stated = _truth_value(truth)
+    stated = _extract_truth_answer(truth)
     extraction = read_answer(
         response, reading, opened=opened, plain_line=plain_line, numeric=is_number(expected)
     )
@@ -102,7 +102,7 @@ def _too_long(num_chars: int, limit: int) -> Grade:
     return Grade(0.0, f"answer too long: {num_chars} characters, at most {limit} are read")
 
 
-def _truth_value(truth: str) -> str:
+def _extract_truth_answer(truth: str) -> str:
     r"""Return what a truth states: the content of its last box or the text after `####`, of a
     sentence its value ("The answer is 13."); any other truth itself."""
     truth = final_answers(trim(truth))[-1]

@@ -11,6 +11,7 @@ import sympy
 from math_verify import verify
 
 from r1_grading.math import text as math_text
+from r1_grading.math.normalization import normalize_latex, strip_styling
 from r1_grading.math.number import (
     PERCENT,
     SEPARATORS,
@@ -25,20 +26,24 @@ from r1_grading.math.number import (
     split,
     without_thousands,
 )
-from r1_grading.math.refusal import is_division, is_unfinished, refusal, worked_out
+from r1_grading.math.refusal import (
+    is_division,
+    is_unfinished,
+    last_value_of_computation,
+    refusal_reason,
+)
 from r1_grading.math.relation import (
     APPROX,
     EQUAL,
     MEMBER,
     SET_WORDS,
     Chain,
-    condition,
-    excluded,
     is_asked_quantity,
     is_name,
     lists_relations,
     paired_members,
     read_chain,
+    read_exclusion,
     read_list,
     read_set,
     relation_name,
@@ -46,13 +51,13 @@ from r1_grading.math.relation import (
     same_congruence,
     same_operands,
     same_relation,
+    set_builder_condition,
     solution_set,
     squeeze,
     without_repeats,
 )
-from r1_grading.math.spelling import spell, unstyled
 from r1_grading.math.symbolic import constant, read_expression, same_expression
-from r1_grading.math.units import in_radians, same_unit, split_han_unit, split_unit, written_out
+from r1_grading.math.units import in_radians, same_unit, split_han_unit, split_unit, words_to_number
 from r1_grading.reading.answer import unwrap
 
 ABOUT = re.compile(r"~\s*\d")
@@ -70,13 +75,13 @@ Result = tuple[bool, str]
 
 def compare(truth: str, answer: str) -> Result:
     """Whether `answer` means `truth`. Runs sympy: call it only within limits of time and memory."""
-    expected, expected_unit = split_han_unit(unwrap(unstyled(truth)))
-    answer, answer_unit = split_han_unit(unwrap(unstyled(answer)))
+    expected, expected_unit = split_han_unit(unwrap(strip_styling(truth)))
+    answer, answer_unit = split_han_unit(unwrap(strip_styling(answer)))
     if not same_unit(expected_unit, answer_unit):
         return False, ""
     if ABOUT.match(answer):
         return False, "not committed"
-    expected, answer = written_out(expected), written_out(answer)
+    expected, answer = words_to_number(expected), words_to_number(answer)
     if (moment := math_text.read_moment(expected)) is not None:
         return moment == math_text.read_moment(answer), ""
     expected, answer = math_text.read_phrase(expected), math_text.read_phrase(answer)
@@ -94,8 +99,11 @@ def compare(truth: str, answer: str) -> Result:
         return _same_labelled(choice, answer)
     if (labelled := math_text.without_label(answer)) is not None:
         answer = labelled
-    expected, answer = condition(spell(expected)), condition(spell(answer))
-    expected, answer = in_radians(expected), worked_out(expected, answer)
+    expected, answer = (
+        set_builder_condition(normalize_latex(expected)),
+        set_builder_condition(normalize_latex(answer)),
+    )
+    expected, answer = in_radians(expected), last_value_of_computation(expected, answer)
     if ("," in expected) != ("," in answer):  # then those of the one separate thousands
         expected, answer = without_thousands(expected), without_thousands(answer)
     if expected == answer:
@@ -103,7 +111,7 @@ def compare(truth: str, answer: str) -> Result:
     if (same_value := _compare_numbers(expected, answer)) is not None:
         is_open = not same_value and is_division(expected, answer)
         return same_value, "a division is left open" if is_open else ""
-    if (reason := refusal(expected, answer)) is not None:
+    if (reason := refusal_reason(expected, answer)) is not None:
         return False, reason
     return equivalent(expected, answer), ""
 
@@ -159,7 +167,7 @@ def _compare_alternatives(expected: str, answer: str) -> bool | None:
 def _compare_exclusions(expected: str, answer: str) -> bool | None:
     r"""Compare `x \neq 1, 2` with another text like it, or with the set of all other numbers; None
     where neither text excludes values."""
-    left, right = excluded(expected), excluded(answer)
+    left, right = read_exclusion(expected), read_exclusion(answer)
     if left is None or right is None:
         if left is right or not SET_WORDS.search(expected if left is None else answer):
             return None

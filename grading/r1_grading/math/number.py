@@ -197,7 +197,7 @@ class WrittenNumber:
 
 
 def read_number(text: str) -> WrittenNumber | None:
-    """Read the number that `text` (spelled by `spelling.spell`) writes out.
+    """Read the number that `text` (spelled by `normalization.normalize_latex`) writes out.
 
     None for any other text, and for a fraction over zero."""
     if not text.isascii():  # \d matches the digits of all scripts

@@ -71,7 +71,7 @@ COMBINATIONS = re.compile(
 )
 
 
-def worked_out(expected: str, answer: str) -> str:
+def last_value_of_computation(expected: str, answer: str) -> str:
     r"""Return 1/2 of `\int_0^1 x dx = 1/2` where a truth is a number; any other answer itself."""
     asked, equals, value = answer.partition("=")
     if not equals or read_number(expected) is None or read_number(value.strip()) is None:
@@ -80,7 +80,7 @@ def worked_out(expected: str, answer: str) -> str:
     return value.strip() if is_one else answer
 
 
-def refusal(expected: str, answer: str) -> str | None:
+def refusal_reason(expected: str, answer: str) -> str | None:
     """Return why `answer` (spelled) is not given to the parser; None where it is."""
     depth = nesting(answer)
     if depth is None:

@@ -231,13 +231,13 @@ SET_BUILDER = re.compile(
 SUCH_THAT = re.compile(r"(?<=\\\{)([^{}|:\\]*)(?::|\|)(?=.*\\\}$)")
 
 
-def condition(text: str) -> str:
+def set_builder_condition(text: str) -> str:
     r"""Return the condition of a set of numbers, x > 2 of `\{x \mid x > 2\}`; else `text`."""
     match = SET_BUILDER.fullmatch(text)
     return SUCH_THAT.sub(r"\1\\mid", text) if match is None else match["condition"].strip()
 
 
-def excluded(text: str) -> tuple[str, list[str]] | None:
+def read_exclusion(text: str) -> tuple[str, list[str]] | None:
     r"""Return the name and the values of `x \neq 1, 2` and `x \neq 1, x \neq 2`."""
     chains = [part.partition(r"\neq") for part, _ in split(text, SEPARATORS) if part]
     names = {squeeze(name) for name, unequal, _ in chains if unequal}

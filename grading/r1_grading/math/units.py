@@ -214,7 +214,7 @@ MULTIPLES = {"thousand": 1000, "million": 10**6, "billion": 10**9}
 NUMBER_WORDS = re.compile(r"[A-Za-z]+(?:[\s-]+[A-Za-z]+){0,20}")
 
 
-def written_out(text: str) -> str:
+def words_to_number(text: str) -> str:
     r"""Return an amount in words as a number, and the value of `7 (since 3 + 4 = 7)`; any other
     text unchanged."""
     if len(text) > MAX_CHARS or text.isdecimal():

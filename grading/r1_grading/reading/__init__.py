@@ -34,9 +34,7 @@ from r1_grading.reading.context import (
     with_plain_signs,
     with_scales,
 )
-from r1_grading.reading.languages import HAN, HAN_PER_WORD, LANGUAGES, judged_words
-from r1_grading.reading.marked import marked_answer
-from r1_grading.reading.texts import (
+from r1_grading.reading.judge_texts import (
     Part,
     break_control_tokens,
     chain_of_thought,
@@ -47,6 +45,8 @@ from r1_grading.reading.texts import (
     prepare_texts,
     response_part,
 )
+from r1_grading.reading.languages import HAN, HAN_PER_WORD, LANGUAGES, judged_words
+from r1_grading.reading.marked_answer import marked_answer
 
 Reading = Literal["strict", "tags", "boxed", "last", "auto"]
 READINGS: tuple[str, ...] = get_args(Reading)
@@ -76,8 +76,8 @@ def read_answer(
 ) -> Extraction:
     r"""Return the final answer of a response, read as `reading` says, after its chain of thought.
 
-    An answer that is marked before closing prose (`marked.marked_answer`) is read instead of the
-    last line. A box outside of tags is no answer where the text next to it changes or denies it
+    An answer that is marked before closing prose (`marked_answer.marked_answer`) is read instead of
+    the last line. A box outside of tags is no answer where the text next to it changes or denies it
     (`context.changes_box`). The time is linear in the length of the response.
 
     Args:

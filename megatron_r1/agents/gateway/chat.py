@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from megatron_r1.agents.answer_parser import PARSE_ERROR, tool_call
 from megatron_r1.agents.gateway.request import (
     REQUIRED,
     SAMPLING,
@@ -19,7 +20,6 @@ from megatron_r1.agents.gateway.request import (
     content_text,
     stop_strings,
 )
-from megatron_r1.agents.parsing import PARSE_ERROR, tool_call
 
 NEUTRAL = SAMPLING | {"reasoning_effort": None, "verbosity": None}
 IGNORED = (
@@ -32,7 +32,7 @@ KEEP_ALIVE = b": sampling\n\n"
 """A comment of server-sent events, which clients skip."""
 
 
-def read(body: Body, stored: object) -> TurnRequest:
+def parse_request(body: Body, stored: object) -> TurnRequest:
     """Return the turn that a body requests.
 
     Args:
@@ -83,7 +83,7 @@ def require_turn(messages: list[Message], where: str) -> None:
         raise RequestError("the last message is the assistant's; a turn cannot be continued", where)
 
 
-def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+def format_reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return a turn as the body of OpenAI's chat completion."""
     # OpenAI's content is null where the assistant wrote nothing besides its calls.
     content = turn.message["content"] or (None if turn.tool_calls else "")
@@ -103,7 +103,7 @@ def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     return _head(turn, "chat.completion") | {"choices": [choice], "usage": _usage(turn)}
 
 
-def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
+def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     """Yield the reply as server-sent events."""
     deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
     if turn.reasoning:
@@ -126,15 +126,15 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     yield END
 
 
-def error(refused: RequestError) -> dict[str, Any]:
+def format_error(refused: RequestError) -> dict[str, Any]:
     """Return a refusal as the body of OpenAI's error."""
     entry = {"message": str(refused), "type": refused.kind, "param": refused.field}
     return {"error": entry | {"code": refused.code}}
 
 
-def error_event(refused: RequestError) -> bytes:
+def format_error_event(refused: RequestError) -> bytes:
     """Return an error that ends a stream which has begun."""
-    return _event(error(refused)) + END
+    return _event(format_error(refused)) + END
 
 
 def as_arguments(value: Any, where: str) -> str:

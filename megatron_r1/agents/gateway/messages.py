@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_r1.agents.answer_parser import tool_call
 from megatron_r1.agents.continuation import read_arguments
 from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.request import (
@@ -18,7 +19,6 @@ from megatron_r1.agents.gateway.request import (
     event,
     stop_strings,
 )
-from megatron_r1.agents.parsing import tool_call
 
 NEUTRAL = {
     "temperature": None,
@@ -38,7 +38,7 @@ it."""
 KEEP_ALIVE = b'event: ping\ndata: {"type": "ping"}\n\n'
 
 
-def read(body: Body, stored: object) -> TurnRequest:
+def parse_request(body: Body, stored: object) -> TurnRequest:
     """Return the turn that a body requests.
 
     Args:
@@ -74,12 +74,12 @@ def read(body: Body, stored: object) -> TurnRequest:
     return request
 
 
-def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+def format_reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return a turn as the body of Anthropic's message, its thought and calls as blocks."""
     return _head(turn) | {"content": _blocks(turn), **_stop(turn), "usage": _usage(turn)}
 
 
-def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
+def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     """Yield the reply as server-sent events."""
     none = {"stop_reason": None, "stop_sequence": None}
     usage = _usage(turn)
@@ -91,14 +91,14 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     yield event({"type": "message_stop"})
 
 
-def error(refused: RequestError) -> dict[str, Any]:
+def format_error(refused: RequestError) -> dict[str, Any]:
     """Return a refusal as the body of Anthropic's error."""
     return {"type": "error", "error": {"type": refused.kind, "message": str(refused)}}
 
 
-def error_event(refused: RequestError) -> bytes:
+def format_error_event(refused: RequestError) -> bytes:
     """Return an error that ends a stream which has begun."""
-    return event(error(refused))
+    return event(format_error(refused))
 
 
 def _system(value: str | list[Any] | None) -> list[Message]:

@@ -131,7 +131,7 @@ SAMPLING = {
 
 
 class Body:
-    """A JSON object of a request whose fields are taken one by one; `finish` refuses what is left.
+    """A request's JSON object, read field by field; `finish` refuses unread fields.
 
     So an option is ignored only where the code names it. null counts as absent: in replies some
     fields are null, and clients send replies back as messages."""

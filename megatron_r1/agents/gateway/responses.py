@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_r1.agents.answer_parser import tool_call
 from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.request import (
     Body,
@@ -15,7 +16,6 @@ from megatron_r1.agents.gateway.request import (
     content_text,
     event,
 )
-from megatron_r1.agents.parsing import tool_call
 
 PARTS = ("input_text", "output_text", "text")
 NEUTRAL = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}
@@ -23,7 +23,7 @@ NEUTRAL = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}
 IGNORED = (*chat.IGNORED, "include", "stream_options", "max_tool_calls")
 
 
-def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
+def parse_request(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
     """Return the turn that a body requests.
 
     Args:
@@ -72,7 +72,7 @@ def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
     return request
 
 
-def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+def format_reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return a turn as the body of OpenAI's response, its reasoning and calls as output items."""
     return _head(turn, request) | {
         "status": _status(turn),
@@ -82,16 +82,16 @@ def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     }
 
 
-def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
+def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     """Yield the reply as server-sent events."""
     for number, entry in enumerate(_events(turn, request)):
         yield event(entry | {"sequence_number": number})
 
 
-error, KEEP_ALIVE = chat.error, chat.KEEP_ALIVE
+format_error, KEEP_ALIVE = chat.format_error, chat.KEEP_ALIVE
 
 
-def error_event(refused: RequestError) -> bytes:
+def format_error_event(refused: RequestError) -> bytes:
     """Return an error that ends a stream which has begun."""
     entry = {"type": "error", "code": refused.code or refused.kind, "message": str(refused)}
     # 0: a turn is sampled whole before its first event, so no event has been sent.
@@ -202,7 +202,7 @@ def _events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
         else:
             yield from _part_events(location | {"content_index": 0}, item["content"][0])
         yield {"type": "response.output_item.done", "output_index": index, "item": item}
-    whole = reply(turn, request)
+    whole = format_reply(turn, request)
     yield {"type": f"response.{whole['status']}", "response": whole}
 
 

@@ -16,6 +16,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
 
+from megatron_r1.agents.answer_parser import AnswerReader, Parser, require_finished
 from megatron_r1.agents.continuation import Continuation, NextPrompt, RenderError, continue_tokens
 from megatron_r1.agents.gateway import chat, messages, responses, tokens
 from megatron_r1.agents.gateway.request import (
@@ -32,7 +33,6 @@ from megatron_r1.agents.gateway.session import (
     SessionLimits,
     TurnSampling,
 )
-from megatron_r1.agents.parsing import AnswerReader, Parser, require_finished
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.server.responses import EngineError, truncate_at_stop, truncate_response
 
@@ -55,19 +55,19 @@ class WireFormat(Protocol):
 
     KEEP_ALIVE: bytes
 
-    def read(self, body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
-        """Read a request; `stored` has the conversations of earlier replies by their id."""
+    def parse_request(self, body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
+        """Return what a body asks for; `stored`: conversations of earlier replies by their id."""
 
-    def reply(self, turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+    def format_reply(self, turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
         """Return a sampled turn as the body of a reply that is not streamed, in this API's form."""
 
-    def events(self, turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
+    def format_events(self, turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
         """Yield the reply as server-sent events."""
 
-    def error(self, refused: RequestError) -> dict[str, Any]:
+    def format_error(self, refused: RequestError) -> dict[str, Any]:
         """Return the body of a refusal."""
 
-    def error_event(self, refused: RequestError) -> bytes:
+    def format_error_event(self, refused: RequestError) -> bytes:
         """Return a refusal as an event of a stream that has begun."""
 
 
@@ -187,7 +187,7 @@ class Gateway:
                     session.end("protocol_error", f"{type(error).__name__}: {error}")
             if session is not None:
                 session.notes[f"refused: {refused}"[:200]] += 1
-            return _json(wire_format.error(refused), refused.status)
+            return _json(wire_format.format_error(refused), refused.status)
 
         return endpoint
 
@@ -214,7 +214,7 @@ class Gateway:
         self, wire_format: WireFormat, session: GatewaySession, http_request: web.Request
     ) -> web.StreamResponse:
         body = await _body(http_request, session)
-        request = wire_format.read(_parsed(body), session.stored)
+        request = wire_format.parse_request(_parsed(body), session.stored)
         self._replace_options(session, request)
         prompt = self._next_prompt(session, request)
         key = hashlib.sha256(http_request.path.encode() + body).digest()
@@ -227,7 +227,9 @@ class Gateway:
             task.add_done_callback(partial(session.on_turn_done, key))
         try:
             if not request.stream:
-                return _json(wire_format.reply(session.add(await asyncio.shield(task)), request))
+                return _json(
+                    wire_format.format_reply(session.add(await asyncio.shield(task)), request)
+                )
             return await _stream(wire_format, session, task, request, http_request)
         except (asyncio.CancelledError, ConnectionError):
             session.undelivered[key] = task
@@ -306,7 +308,9 @@ class Gateway:
     async def _count_tokens(
         self, wire_format: WireFormat, session: GatewaySession, http_request: web.Request
     ) -> web.StreamResponse:
-        request = wire_format.read(_parsed(await _body(http_request, session)), session.stored)
+        request = wire_format.parse_request(
+            _parsed(await _body(http_request, session)), session.stored
+        )
         prompt = self._next_prompt(session, request)
         num_tokens = len(session.tree.token_ids(prompt.parent)) + len(prompt.token_ids)
         return _json({"input_tokens": num_tokens})
@@ -346,10 +350,10 @@ async def _stream(
     while not (await asyncio.wait({task}, timeout=KEEP_ALIVE_SECONDS))[0]:
         await stream.write(wire_format.KEEP_ALIVE)
     try:
-        for event in wire_format.events(session.add(task.result()), request):
+        for event in wire_format.format_events(session.add(task.result()), request):
             await stream.write(event)
     except RequestError as refused:
-        await stream.write(wire_format.error_event(refused))
+        await stream.write(wire_format.format_error_event(refused))
     await stream.write_eof()
     return stream
 
@@ -366,7 +370,7 @@ async def _body(http_request: web.Request, session: GatewaySession) -> bytes:
     except (PayloadEncodingError, web.RequestPayloadError) as error:
         raise RequestError(f"the body cannot be read: {error}") from None
     if len(body) > BYTES_PER_TOKEN * session.sampling.max_model_len + MAX_OTHER_BYTES:
-        raise session.out_of_tokens(
+        raise session.end_out_of_tokens(
             f"a body of {len(body):,} bytes leaves no room for an answer: the engines take "
             f"{session.sampling.max_model_len} tokens"
         )

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from megatron_r1.agents.continuation import NextPrompt
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest
-from megatron_r1.agents.tree import TokenTree
-from megatron_r1.engines.server.episodes import Generate
+from megatron_r1.agents.token_tree import TokenTree
+from megatron_r1.engines.episodes import Generate
 from megatron_r1.engines.server.responses import EngineError
 
 
@@ -161,7 +161,7 @@ class GatewaySession:
         left = self.limits.max_tokens - self.num_claimed
         most_here = self.sampling.max_model_len - num_prompt_tokens
         if min(left, most_here) < 1:
-            raise self.out_of_tokens(
+            raise self.end_out_of_tokens(
                 f"the episode has had its {self.limits.max_tokens} sampled tokens"
                 if left < 1
                 else f"{num_prompt_tokens} prompt tokens leave no room for an answer: the engines "
@@ -170,8 +170,7 @@ class GatewaySession:
         return min(left, most_here, asked or left)
 
     def claim(self, num_tokens: int) -> int:
-        """Take a sampled turn's tokens from the episode's. Return how many of them the episode had
-        left.
+        """Count a sampled turn's tokens against the episode's limit; return how many of them fit.
 
         Turns in flight share the tokens that are left. If a turn reserved its tokens when it
         started, one without a maximum would block all others; so the last to finish is cut.
@@ -181,14 +180,14 @@ class GatewaySession:
         """
         kept = min(num_tokens, self.limits.max_tokens - self.num_claimed)
         if num_tokens and kept < 1:
-            raise self.out_of_tokens(
+            raise self.end_out_of_tokens(
                 f"other turns at once have used up the {self.limits.max_tokens} sampled tokens of "
                 "the episode"
             )
         self.num_claimed += kept
         return kept
 
-    def out_of_tokens(self, reason: str) -> RequestError:
+    def end_out_of_tokens(self, reason: str) -> RequestError:
         """End the episode as max_tokens; return the refusal."""
         self.end("max_tokens", reason)
         return RequestError(reason, code="context_length_exceeded")

@@ -18,7 +18,7 @@ IGNORED = (
 )
 
 
-def read(body: Body, stored: object) -> TurnRequest:
+def parse_request(body: Body, stored: object) -> TurnRequest:
     """Return the turn that a body requests.
 
     Args:
@@ -50,7 +50,7 @@ def read(body: Body, stored: object) -> TurnRequest:
     return request
 
 
-def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+def format_reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return a turn as token ids, each with its log-probability, and the policy versions of its
     spans."""
     response = turn.response
@@ -68,12 +68,13 @@ def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     return {"request_id": turn.id, "choices": [choice], "prompt_logprobs": None}
 
 
-def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
+def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     """Raise AssertionError: `read` refuses streams."""
     raise AssertionError("token mode has no streams")
 
 
-error, error_event, KEEP_ALIVE = chat.error, chat.error_event, chat.KEEP_ALIVE
+format_error, format_error_event = chat.format_error, chat.format_error_event
+KEEP_ALIVE = chat.KEEP_ALIVE
 
 
 def _spans(versions: Iterable[int]) -> list[dict[str, Any]]:

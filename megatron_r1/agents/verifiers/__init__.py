@@ -14,7 +14,7 @@ from typing import Any
 
 from r1_grading.base.workers import StderrTail, last_line
 
-from megatron_r1.agents.environment_pool import EnvironmentFault
+from megatron_r1.agents.environment_pool import EnvironmentFailed
 from megatron_r1.agents.harness import AgentOutcome
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.children import kill_group, popen_options
@@ -45,7 +45,7 @@ class VerifiersHarness:
         """Play the task of a row.
 
         Raises:
-            EnvironmentFault: the server is lost.
+            EnvironmentFailed: the server is lost.
             RuntimeError: verifiers reports an error.
         """
         await self.start()
@@ -72,7 +72,7 @@ class VerifiersHarness:
         """Start the server, unless it runs.
 
         Raises:
-            EnvironmentFault: the server cannot be started, or does not start in time.
+            EnvironmentFailed: the server cannot be started, or does not start in time.
         """
         async with self._starting:
             if self._reader is not None and not self._reader.done():
@@ -89,14 +89,14 @@ class VerifiersHarness:
                     **popen_options(variables()) | {"stdin": asyncio.subprocess.PIPE},
                 )
             except OSError as error:
-                raise EnvironmentFault(f"{self._settings.python}: {error}") from None
+                raise EnvironmentFailed(f"{self._settings.python}: {error}") from None
             ready = self._future("")
             self._reader = asyncio.create_task(self._read(self._process))
             try:
                 async with asyncio.timeout(START_SECONDS):
                     await ready
             except TimeoutError:
-                raise EnvironmentFault("verifiers' server did not start in time") from None
+                raise EnvironmentFailed("verifiers' server did not start in time") from None
 
     async def close(self) -> None:
         """End the server and the processes that it has started."""
@@ -145,7 +145,7 @@ class VerifiersHarness:
             waiting, self._waiting = self._waiting, {}
             for future in waiting.values():
                 if not future.done():
-                    future.set_exception(EnvironmentFault(fault))
+                    future.set_exception(EnvironmentFailed(fault))
 
 
 def env_config(settings: VerifiersConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.untrusted import read_json, require_inside
+from megatron_r1.base.files.untrusted_files import read_json, require_inside
 
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64"), 8),
@@ -185,8 +185,7 @@ def require_complete(folder: Path) -> None:
 
 
 def require_as_indexed(folder: Path, held: Mapping[Path, Collection[str]]) -> None:
-    """Raise UserError for a tensor that two files have, and for one that is not in the file that
-    the index gives.
+    """Raise UserError for a tensor stored twice, or in another file than the index says.
 
     A tensor that one file has and the index lacks is read: transformers and vLLM read it, too.
 

@@ -15,9 +15,9 @@ from zmq.utils import z85
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 
-ENVIRONMENT = "MEGATRON_R1_TOKEN"
-FILE = "token"
-RANKS_ENVIRONMENT = "MEGATRON_R1_RANK_TOKEN"
+TOKEN_VARIABLE = "MEGATRON_R1_TOKEN"
+TOKEN_FILE = "token"
+RANKS_TOKEN_VARIABLE = "MEGATRON_R1_RANK_TOKEN"
 """Another secret, of trainer ranks only: made at every start by the process that starts them."""
 NOT_OWNER = 0o077  # permission bits of everybody but the owner
 
@@ -29,8 +29,8 @@ def make_token(folder: str | os.PathLike[str]) -> str:
     Raises:
         UserError: as `known_token`.
     """
-    path = Path(folder) / FILE
-    if not os.environ.get(ENVIRONMENT) and not path.exists():
+    path = Path(folder) / TOKEN_FILE
+    if not os.environ.get(TOKEN_VARIABLE) and not path.exists():
         atomic_write(path, secrets.token_hex(32), mode=0o600)
     return known_token(path)
 
@@ -41,27 +41,27 @@ def known_token(path: str | os.PathLike[str] | None) -> str:
     Raises:
         UserError: there is no such file, or it is empty, or readable by others.
     """
-    if token := os.environ.get(ENVIRONMENT):
+    if token := os.environ.get(TOKEN_VARIABLE):
         return token
     if path is None or not Path(path).is_file():
         raise UserError(
-            f"no token of the run: set {ENVIRONMENT} to the content of the file `{FILE}` in its "
-            f"folder{f' ({path} is no file)' if path else ''}",
-            key=ENVIRONMENT,
+            f"no token of the run: set {TOKEN_VARIABLE} to the content of the file `{TOKEN_FILE}` "
+            f"in its folder{f' ({path} is no file)' if path else ''}",
+            key=TOKEN_VARIABLE,
             cause=Cause.MISSING,
         )
     path = Path(path)
     if path.stat().st_mode & NOT_OWNER:
         raise UserError(
             f"token file {path} can be read by others: chmod 600 {path}",
-            key=FILE,
+            key=TOKEN_FILE,
             cause=Cause.OUT_OF_RANGE,
         )
     token = path.read_text(encoding="ascii").strip()
     if not token:
         raise UserError(
             f"token file {path} is empty: delete it, and the run makes a new one",
-            key=FILE,
+            key=TOKEN_FILE,
             cause=Cause.EMPTY,
         )
     return token

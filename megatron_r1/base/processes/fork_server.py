@@ -148,8 +148,8 @@ class ForkServer:
         return socket.socket(fileno=descriptors[0]) if descriptors else None
 
     def end(self, *_signal: object) -> NoReturn:
-        """End this process and those that it has started; delete what they leave, and the temporary
-        folders of those that it has not started yet."""
+        """End this process and its children, and delete the temporary folders of all, started or
+        not."""
         for child in self._children:
             child.kill()
         self._channel.setblocking(False)

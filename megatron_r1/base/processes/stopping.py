@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.2
-FILE = "stop"
+STOP_FILE = "stop"
 """Created in the run folder where no signal can be sent: from another host, or by a batch
 script."""
 
@@ -30,7 +30,7 @@ class StopRequest:
     notify: Callable[[str], None] = lambda message: None
 
     @property
-    def requested(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether a signal has come or the file `stop` is there."""
         return self.is_signalled or (self.file is not None and self.file.exists())
 
@@ -51,9 +51,9 @@ class StopRequest:
 
     def watch(self, folder: Path) -> None:
         """Also count the file `stop` in `folder` as a request."""
-        self.file = folder / FILE
+        self.file = folder / STOP_FILE
 
-    async def completes(self, work: Awaitable[Any]) -> bool:
+    async def finished_before_stop(self, work: Awaitable[Any]) -> bool:
         """Await `work` and return True, or cancel it and return False when a stop is requested
         first.
 
@@ -62,7 +62,7 @@ class StopRequest:
         """
         task = asyncio.ensure_future(work)
         try:
-            while not self.requested:
+            while not self.is_requested:
                 done, _ = await asyncio.wait({task}, timeout=POLL_SECONDS)
                 if done:
                     await task

@@ -26,8 +26,8 @@ from megatron_r1.commands.compare.tensors import compare_checkpoints
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
 from megatron_r1.controller.rollouts.sample_log import step_log_path
+from megatron_r1.reporting.formatting import format_count
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.wording import format_count
 from megatron_r1.trainer.checkpoints.checkpoint_folders import (
     checkpoint_path,
     checkpoint_step,

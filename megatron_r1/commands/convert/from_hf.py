@@ -38,7 +38,7 @@ from megatron_r1.models.weights.stored.megatron_weights import (
     stored_layout,
 )
 from megatron_r1.models.weights.stored.tensor_files import plan_file, write_at
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 
 CHUNK_BYTES = 32 << 20

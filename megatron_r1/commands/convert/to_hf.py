@@ -51,7 +51,7 @@ from megatron_r1.models.weights.stored.tensor_files import (
     stored_tensors,
     write_at,
 )
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -20,7 +20,7 @@ from megatron_r1.commands.convert.sources import (
 from megatron_r1.models.weights.stored import published, quantized_blocks
 from megatron_r1.models.weights.stored.hf_folder import HFWeights
 from megatron_r1.models.weights.stored.tensor_files import as_bytes
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 MAX_SHOWN = 20
 # From exact to coarse: two dtypes are compared in the later one.

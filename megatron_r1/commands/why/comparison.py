@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_r1.reporting.wording import format_number as number
-from megatron_r1.reporting.wording import format_percent as percent
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_percent as percent
 
 FAMILIES = (
     *("files", "checkpoint", "sampling", "rewards", "log-probabilities"),

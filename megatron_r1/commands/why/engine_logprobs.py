@@ -21,8 +21,8 @@ from megatron_r1.commands.why.comparison import (
 from megatron_r1.commands.why.formulas import kl_of_difference
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.commands.why.sampling import FAMILY
-from megatron_r1.reporting.wording import format_number as number
-from megatron_r1.reporting.wording import format_percent as percent
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_percent as percent
 
 if TYPE_CHECKING:
     from megatron_r1.commands.why.recompute import Recomputation

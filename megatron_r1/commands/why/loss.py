@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, CheckedQuantity, not_checked
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.commands.why.substitutions import substitutions
-from megatron_r1.reporting.wording import format_number as number
-from megatron_r1.reporting.wording import format_percent as percent
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_percent as percent
 
 if TYPE_CHECKING:
     from megatron_r1.commands.why.recompute import Recomputation, RecomputedUpdates

@@ -11,11 +11,11 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.commands.why.comparison import NOT_CHECKED, CheckedQuantity, Report, ResponseIndex
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.reporting import plots
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.reporting.formatting import shorten_middle
 from megatron_r1.reporting.plots import render_page
 from megatron_r1.reporting.report import Plot
-from megatron_r1.reporting.wording import format_number as number
-from megatron_r1.reporting.wording import format_percent as percent
-from megatron_r1.reporting.wording import shorten_middle
 
 SHOWN = 6
 """Responses on the page."""

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_r1.commands.compare.records import ROUNDING
 from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, CheckedQuantity, not_checked
 from megatron_r1.commands.why.recorded import RecordedStep, weights_after
-from megatron_r1.reporting.wording import format_number as number
+from megatron_r1.reporting.formatting import format_number as number
 
 if TYPE_CHECKING:
     from megatron_r1.commands.why.recompute import Recomputation

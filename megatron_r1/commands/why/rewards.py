@@ -24,7 +24,7 @@ from megatron_r1.commands.why.comparison import (
 from megatron_r1.commands.why.formulas import are_equal
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.controller.rollouts.rollout import all_responses
-from megatron_r1.reporting.wording import format_number as number
+from megatron_r1.reporting.formatting import format_number as number
 
 FAMILY = "rewards"
 MAX_READ = 1024

@@ -6,9 +6,9 @@ from statistics import fmean
 
 from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.controller.rollouts.rollout import all_responses
-from megatron_r1.reporting.wording import finite_metric as finite
-from megatron_r1.reporting.wording import format_number as number
-from megatron_r1.reporting.wording import format_percent as percent
+from megatron_r1.reporting.formatting import finite_metric as finite
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_percent as percent
 
 MAX_EQUAL, MAX_CUT = 0.5, 0.25
 ENDS = 0.1

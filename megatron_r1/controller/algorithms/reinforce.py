@@ -11,7 +11,7 @@ own reward, which scales the gradient by (N - 1) / N. No KL."""
 
 from statistics import fmean
 
-from r1_grading.terms import are_equal
+from r1_grading.terms import rewards_equal
 
 from megatron_r1.config import RLConfig
 from megatron_r1.controller.advantages import divide_by_batch_std, graded
@@ -21,7 +21,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     """Return A_i = r_i - mean(r), over the rollout's graded responses; 0 for an ungraded
     one, and for all where the rewards are equal."""
     known = [reward for rewards in groups for reward in graded(rewards)]
-    if are_equal(known):
+    if rewards_equal(known):
         return [[0.0] * len(rewards) for rewards in groups]
     mean = fmean(known)
     by_group = [[0.0 if r is None else r - mean for r in rewards] for rewards in groups]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from r1_grading.terms import are_equal
+from r1_grading.terms import rewards_equal
 
 from megatron_r1.controller.advantages import graded
 
@@ -42,7 +42,7 @@ def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenT
 
 def _leave_one_out(rewards: list[float | None]) -> list[float]:
     known = graded(rewards)
-    if are_equal(known):
+    if rewards_equal(known):
         return [math.nan if r is None else 0.0 for r in rewards]
     total, num_others = sum(known), len(known) - 1
     return [math.nan if r is None else r - (total - r) / num_others for r in rewards]

@@ -22,7 +22,7 @@ from itertools import chain
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
-from r1_grading.terms import are_equal
+from r1_grading.terms import rewards_equal
 
 from megatron_r1.controller.advantages import overlong_penalty
 
@@ -75,7 +75,7 @@ def normalize(values: list[list[float]], epsilon: float) -> list[list[float]]:
         values: a list per group.
         epsilon: added to the population's standard deviation."""
     known = [value for value in chain(*values) if not math.isnan(value)]
-    if are_equal(known):
+    if rewards_equal(known):
         return [[value if math.isnan(value) else 0.0 for value in own] for own in values]
     mean, scale = fmean(known), pstdev(known) + epsilon
     return [[(value - mean) / scale for value in own] for own in values]

@@ -287,7 +287,9 @@ class EngineLinks:
             "adapter": self.adapter,
         }
         try:
-            await engine.unless_lost(engine.client.init_weight_transfer(init_info, resume=resume))
+            await engine.await_unrepeatable_call(
+                engine.client.init_weight_transfer(init_info, resume=resume)
+            )
         except EngineDied:
             await self.report_gone(engine_set, engine)
             raise

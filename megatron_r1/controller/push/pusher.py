@@ -20,8 +20,13 @@ from megatron_r1.controller.push.engine_links import EngineLinks, OnLost
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
 from megatron_r1.engines.fleet.placement import hosts_address
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, swap_calls
-from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineFault, NoWeights
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, weight_update_calls
+from megatron_r1.engines.server.responses import (
+    EngineDied,
+    EngineError,
+    EngineFault,
+    WeightsUnavailable,
+)
 from megatron_r1.models import read_hf_config
 from megatron_r1.push.plan.adapters import engine_adapter, pushed_adapter_table
 from megatron_r1.push.plan.from_recipe import engine_layout
@@ -177,11 +182,13 @@ class WeightPusher:
 
         Raises:
             EngineError: the push to the engine fails.
-            NoWeights: the trainer's ranks are gone.
+            WeightsUnavailable: the trainer's ranks are gone.
         """
         async with self._weights_lock:
             if self._is_closed:
-                raise NoWeights(f"{engine.name}: the trainer that had weights for it is gone")
+                raise WeightsUnavailable(
+                    f"{engine.name}: the trainer that had weights for it is gone"
+                )
             if self.offloads:
                 # The trainer's weights come back into the memory of engines that sleep.
                 async with raise_dead_after(engine, self._timeout_seconds):
@@ -192,7 +199,7 @@ class WeightPusher:
             try:
                 await self._push_to_new(engine)
             except TrainerLost as lost:
-                raise NoWeights(f"{engine.name}: no weights for it: {lost}") from lost
+                raise WeightsUnavailable(f"{engine.name}: no weights for it: {lost}") from lost
             except TrainerError as error:  # the session receives it as well, and may recover
                 raise EngineError(f"{engine.name}: no weights for it: {error}") from error
             yield True
@@ -257,7 +264,9 @@ class WeightPusher:
         # An engine outside the fleet has no watchdog, and the next push waits for it.
         asleep = self.links.colocated  # since `_push_to_new`
         async with raise_dead_after(engine, self._timeout_seconds):
-            for call in swap_calls(self._update_info(), self._policy_version, asleep=asleep):
+            for call in weight_update_calls(
+                self._update_info(), self._policy_version, asleep=asleep
+            ):
                 await call(engine.client)
 
     def _update_info(self) -> dict[str, Any]:
@@ -351,7 +360,7 @@ class Prober:
         for is_last in (False, True):  # retried once, as every request is
             try:
                 async with raise_dead_after(engine, self.timeout_seconds):
-                    calls = (engine.unless_lost(ask(prompt)) for prompt in self.prompts)
+                    calls = (engine.await_unrepeatable_call(ask(prompt)) for prompt in self.prompts)
                     return await asyncio.gather(*calls)
             except EngineFault as fault:
                 if is_last:

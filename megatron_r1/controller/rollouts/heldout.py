@@ -6,8 +6,8 @@ from functools import partial
 from statistics import fmean
 
 from r1_grading.reading import Part
+from r1_grading.remote.judge import compared_part
 from r1_grading.rewards import ENVIRONMENT
-from r1_grading.served.judge import compared_part
 from r1_grading.terms import ACCURACY, weights_at
 
 from megatron_r1.config import Config, RewardsConfig
@@ -16,7 +16,7 @@ from megatron_r1.controller.rollouts.metrics import episode_metrics, sample_reco
 from megatron_r1.controller.rollouts.rollout import Group, RolloutSampling, all_responses
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.measures import Estimate, estimate, length_difference, win_rates
+from megatron_r1.evaluation.estimates import Estimate, estimate, length_difference, win_rates
 from megatron_r1.evaluation.voting import expects_number, majority_reward
 
 
@@ -48,7 +48,7 @@ class HeldoutEvaluation:
         """Evaluate the policy after `step`, 0 for the base model's."""
         if not self._prompts:
             return
-        self._recorder.view.phase("evaluation", f"{len(self._prompts)} held-out questions")
+        self._recorder.view.show_phase("evaluation", f"{len(self._prompts)} held-out questions")
         settings = self._config.eval
         step_of_settings = max(1, step)  # the base model is evaluated as step 0
         config = self._config.at(step_of_settings)
@@ -79,10 +79,10 @@ async def evaluate(
     eval/questions: prompts with a graded response;
     eval/TERM: mean of each other reward that is measured, such as format and language;
     eval/win_rate, eval/lc_win_rate: of questions of kind judge, where the judge compares
-    (`evaluation.measures`);
+    (`evaluation.estimates`);
     eval/ungraded: share of the responses whose accuracy could not be graded. Ungraded responses
     are excluded from all means; a prompt without graded responses is skipped.
-    interval/…/low, /high: their 95% intervals (`measures.estimate`).
+    interval/…/low, /high: their 95% intervals (`estimates.estimate`).
 
     Args:
         collector: samples and grades the responses.

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_r1.base.processes import timeline
 from megatron_r1.controller.rollouts.rollout import Group, Rollout, all_responses
-from megatron_r1.engines.server.episodes import STATUSES, Episode
+from megatron_r1.engines.episodes import STATUSES, Episode
 
 
 @timeline.timed("controller/metrics")

@@ -6,18 +6,18 @@ Only a run whose recipe names one (`config.rollout.players`) imports this module
 
 import sys
 
+from megatron_r1.agents.answer_parser import find_parser
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment import check_parameters
-from megatron_r1.agents.environment_pool import Environments, describe
+from megatron_r1.agents.environment_pool import EnvironmentPool, describe_in_subprocess
 from megatron_r1.agents.gateway import Gateway
 from megatron_r1.agents.harness import AgentFunction, HarnessPlayer, find_harness
-from megatron_r1.agents.parsing import find_parser
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.verifiers import VerifiersHarness
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.engines.server.episodes import Player
+from megatron_r1.engines.episodes import Player
 from megatron_r1.engines.server.settings import max_model_len
 
 ANY_TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"type": "object"}}}
@@ -51,7 +51,7 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
             cause=Cause.CONFLICT,
         )
     if agents.environment:
-        description = describe(agents.environment)
+        description = describe_in_subprocess(agents.environment)
         check_parameters(agents.environment, description, agents.parameters)
     elif agents.harness:
         find_harness(agents)
@@ -70,10 +70,10 @@ def check_player(config: Config, tokenizer: PromptTokenizer) -> None:
     agents = config.agents
     tools, template = [ANY_TOOL], Continuation(tokenizer.hf_tokenizer, tokenizer.end_tokens)
     if agents.environment:
-        description = describe(agents.environment)
+        description = describe_in_subprocess(agents.environment)
         tools = description.tools
         print(f"tools: {description.list_tools()}")
-        if not template.shows(tools):
+        if not template.renders_tools(tools):
             print(
                 f"the chat template of {config.model.path} shows no tools to the model; "
                 + (
@@ -100,7 +100,7 @@ def make_player(config: Config, tokenizer: PromptTokenizer) -> Player:
     agents, rollout, longest = config.agents, config.rollout, max_model_len(config)
     path = tokenizer.hf_tokenizer.name_or_path
     if agents.environment:
-        environments = Environments(agents, describe(agents.environment))
+        environments = EnvironmentPool(agents, describe_in_subprocess(agents.environment))
         return EpisodePlayer(tokenizer, environments, agents, longest)
     run: AgentFunction = VerifiersHarness(agents.verifiers, path)
     if agents.harness:

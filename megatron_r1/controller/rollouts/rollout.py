@@ -16,13 +16,13 @@ from itertools import accumulate
 
 from r1_grading import Grade, RewardPool, RewardTerms
 from r1_grading.rewards import FiniteGrade
-from r1_grading.terms import ACCURACY, DEFAULT_WEIGHTS, Options, Reward, are_equal, combine
+from r1_grading.terms import ACCURACY, DEFAULT_WEIGHTS, Options, Reward, combine, rewards_equal
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.processes import timeline
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engines.server.episodes import Episode, EpisodeResult
+from megatron_r1.engines.episodes import Episode, EpisodeResult
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape
 from megatron_r1.trainer.training_sample import Sample
@@ -110,7 +110,7 @@ class Group:
     @property
     def has_equal_rewards(self) -> bool:
         """Whether all graded responses have the same reward but for rounding."""
-        return are_equal([graded.reward for graded in self.responses if graded.is_graded])
+        return rewards_equal([graded.reward for graded in self.responses if graded.is_graded])
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ class Supervisor:
             if (port := self._run.config.run.health_port) is not None:
                 server = HealthServer(self._watchdog, self._host, port)
                 await stack.enter_async_context(server)
-                self._run.recorder.view.message(f"health: {server.address}/health, /metrics")
+                self._run.recorder.view.show_message(f"health: {server.address}/health, /metrics")
             failures: list[Exception] = []
             watch = asyncio.create_task(self._watch(block, failures))
             try:
@@ -277,11 +277,13 @@ class Supervisor:
             if not trainer.can_restart or trainer.num_restarts >= most:
                 raise loss
             count = f"restart {trainer.num_restarts + 1} of at most {most}"
-            recorder.view.message(f"{loss}\nstarting the trainer ranks again, {count}")
+            recorder.view.show_message(f"{loss}\nstarting the trainer ranks again, {count}")
             await asyncio.to_thread(trainer.kill)
             await self._free_gpus()
             recorder.rewind()
-            recorder.view.phase("restarting trainer", f"to go on after step {recorder.state.step}")
+            recorder.view.show_phase(
+                "restarting trainer", f"to go on after step {recorder.state.step}"
+            )
             try:
                 return await trainer.restart()
             except TrainerLost as again:
@@ -297,7 +299,7 @@ class Supervisor:
         try:
             await rollouts.fleet.sleep()
         except EngineError as error:
-            self._run.recorder.view.message(f"engines did not free their memory: {error}")
+            self._run.recorder.view.show_message(f"engines did not free their memory: {error}")
 
     async def _watch(self, block: asyncio.Task[Any], failures: list[Exception]) -> None:
         """Watch until cancelled. Where the run must stop, cancels `block` and appends why."""

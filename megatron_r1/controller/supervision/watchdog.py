@@ -83,7 +83,7 @@ class Watchdog:
                     self._quiet += min(now - ticked, 2 * tick)
                 else:
                     if is_reported:
-                        self.run.recorder.view.message("the run moves again")
+                        self.run.recorder.view.show_message("the run moves again")
                     self._progress, self._quiet, is_reported = progress, 0.0, False
                 ticked = now
                 if self.is_stalled and not is_reported:
@@ -112,7 +112,7 @@ class Watchdog:
         )
         policy = self.run.config.run.on_hang
         if policy == "report":
-            self.run.recorder.view.message(message)
+            self.run.recorder.view.show_message(message)
             return True
         if policy == "stop":
             raise HangError(f"{message}\nthe same command continues from the newest checkpoint")
@@ -120,7 +120,7 @@ class Watchdog:
             raise HangError(
                 f"{message}\nthis cannot be restarted by itself; the same command continues"
             )
-        self.run.recorder.view.message(f"{message}\nkilled, to be started again")
+        self.run.recorder.view.show_message(f"{message}\nkilled, to be started again")
         self._quiet = 0.0
         await diagnoses[0].recover()  # its supervisor restarts it up to its limit of restarts
         return False

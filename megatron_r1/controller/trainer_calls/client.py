@@ -19,7 +19,7 @@ import zmq
 from megatron_r1.base.errors import TrainerError, TrainerLost, UserError
 from megatron_r1.base.files import allow_open_files
 from megatron_r1.base.processes import timeline
-from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
+from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.trainer_calls.packing import Packing, pack, pack_by_prompt, sample_cost
@@ -95,7 +95,7 @@ class TrainerClient:
         self._bind = bind
         files = OTHER_FILES + CONNECTIONS * self.world_size
         allow_open_files(files, f"connections of {self.world_size:,} trainer ranks")
-        self._token = os.environ.get(RANKS_ENVIRONMENT) or secrets.token_hex(32)
+        self._token = os.environ.get(RANKS_TOKEN_VARIABLE) or secrets.token_hex(32)
         self.socket = RankSocket(bind, self._token)
         self.processes = RankProcesses(Path(log_folder))
         self.ranks: list[RankDescription] = []

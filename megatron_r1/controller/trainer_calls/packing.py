@@ -22,7 +22,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.models.weights import hf_tensors
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 from megatron_r1.trainer.shared_prompts import SharedTokens, group_by_first_prompt
 from megatron_r1.trainer.training_sample import Sample
 

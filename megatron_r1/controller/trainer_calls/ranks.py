@@ -15,9 +15,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from megatron_r1.base.processes import children, diagnosis, fork_client, memory
-from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT, protect_server
-from megatron_r1.base.processes.diagnosis import last_lines, log_end
+from megatron_r1.base.processes import children, exit_diagnosis, fork_client, memory
+from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE, protect_server
+from megatron_r1.base.processes.exit_diagnosis import last_lines, log_end
 from megatron_r1.base.processes.fork_client import ForkedProcess
 from megatron_r1.config import Config
 from megatron_r1.engines.server import gpu
@@ -82,12 +82,12 @@ class RankProcesses:
         world_size = config.parallel.processes
         port = children.free_port("127.0.0.1")
         settings = config.model_dump_json()
-        self._kills_before = diagnosis.num_oom_kills()
+        self._kills_before = exit_diagnosis.num_oom_kills()
         self._wait_seconds = config.parallel.wait_seconds
         for rank in range(world_size):
             environment = {
                 **children.rank_variables(rank, world_size, port),
-                RANKS_ENVIRONMENT: token,
+                RANKS_TOKEN_VARIABLE: token,
                 **import_environment(),
                 **(memory.trainer_allocator(os.environ) if gpu.is_usable() else {}),
             }
@@ -133,12 +133,12 @@ class RankProcesses:
             code = self._processes[rank].wait(timeout=EXIT_SECONDS)
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
         if code == -signal.SIGKILL:
-            how += diagnosis.oom_explanation(self._kills_before, REMEDY)
-        waited = diagnosis.collective_wait(log_end(log), self._wait_seconds)
+            how += exit_diagnosis.oom_explanation(self._kills_before, REMEDY)
+        waited = exit_diagnosis.collective_wait(log_end(log), self._wait_seconds)
         if waited is not None:
             how += (
                 f" in {operation!r} after it waited for other ranks in {waited}; "
-                f"{diagnosis.timeout_remedy(self._wait_seconds)}"
+                f"{exit_diagnosis.timeout_remedy(self._wait_seconds)}"
             )
         if code is None:  # its connection closed, and the process has not ended
             how = "is gone"

@@ -55,7 +55,7 @@ class ExpectedLength:
         self.longest += weight * (longest - self.longest)
 
 
-class ExpectedLengths:
+class LengthEstimator:
     """Estimates response lengths from completed groups."""
 
     def __init__(self) -> None:
@@ -97,9 +97,9 @@ QUEUED_FRACTION = 0.25
 """Sequences beyond what an engine decodes at once, as a share of it: they wait in the engine, so
 that it is never idle between two groups."""
 DEFAULT_OCCUPIED_FRACTION = 0.5
-"""Share of a group's sequences that run on average, before any length is known (`Work.occupied`).
-For geometric lengths and groups of 16 it is about 0.3 (docs/learned.md): counting a group as all of
-its sequences would leave an engine mostly idle."""
+"""Share of a group's sequences that run on average, before any length is known
+(`DispatchedRequest.mean_occupied_slots`). For geometric lengths and groups of 16 it is about 0.3
+(docs/learned.md): counting a group as all of its sequences would leave an engine mostly idle."""
 PROMPT_TOKEN_COST = 0.1
 """Cost of a prompt token, in tokens of response: all of a prompt's are computed together, and once
 for a group, while each token of a response reads the weights anew."""
@@ -150,7 +150,7 @@ class DispatchedRequest:
     affinity: Affinity | None = None
 
     @property
-    def tokens(self) -> float:
+    def cost_tokens(self) -> float:
         """Expected cost, in tokens of response."""
         return PROMPT_TOKEN_COST * self.prompt_tokens + self.num_sequences * self.expected.mean
 
@@ -209,7 +209,7 @@ class Dispatcher:
         """Record that `engine` is no longer busy with `work`."""
         engine.num_running -= work.num_sequences
         engine.num_occupied -= work.mean_occupied_slots
-        engine.tokens_expected -= work.tokens
+        engine.tokens_expected -= work.cost_tokens
         self._schedule()
 
     def fail(self, error: Exception) -> None:
@@ -243,7 +243,7 @@ class Dispatcher:
                 work.affinity.record_engine(engine)
             engine.num_running += work.num_sequences
             engine.num_occupied += work.mean_occupied_slots
-            engine.tokens_expected += work.tokens
+            engine.tokens_expected += work.cost_tokens
             future.set_result(engine)
         for entry in passed:
             heapq.heappush(self._waiting, entry)

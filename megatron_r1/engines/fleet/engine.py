@@ -193,7 +193,7 @@ class Engine:
         await self.client.close()
         await asyncio.to_thread(self.server.stop)
 
-    async def unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
+    async def await_call(self, call: Coroutine[Any, Any, T]) -> T:
         """Return the result of `call`.
 
         Raises:
@@ -227,8 +227,8 @@ class Engine:
             if not request.cancelled():
                 request.exception()  # mark as retrieved
 
-    async def unless_lost(self, call: Coroutine[Any, Any, T]) -> T:
-        """Return the result of a call that must not be repeated, as `unless_dead`. An engine whose
+    async def await_unrepeatable_call(self, call: Coroutine[Any, Any, T]) -> T:
+        """Return the result of a call that must not be repeated, as `await_call`. An engine whose
         connection breaks during a push may hold the old weights or the new ones, or be paused, so
         it counts as dead.
 
@@ -236,7 +236,7 @@ class Engine:
             EngineDied: the engine died, or its connection broke.
         """
         try:
-            return await self.unless_dead(call)
+            return await self.await_call(call)
         except ConnectionBroken as broken:
             raise EngineDied(f"{self.name} was lost: {broken}") from broken
 

@@ -34,13 +34,13 @@ import zmq
 from megatron_r1.base import files
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes import children
-from megatron_r1.base.processes.authentication import FILE, known_token, protect_client
+from megatron_r1.base.processes.authentication import TOKEN_FILE, known_token, protect_client
 from megatron_r1.engines.fleet.host_messages import (
     REPORT_SECONDS,
     EngineOrder,
     EngineReport,
+    HostOrders,
     HostReport,
-    Orders,
     published_address,
     shared_memory_identity,
 )
@@ -85,14 +85,14 @@ class HostLink:
         protect_client(self._socket, token)
         self._monitor: zmq.Socket = self._socket.get_monitor_socket(REFUSED)
         self._socket.connect(address)
-        self._decode = msgspec.msgpack.Decoder(Orders).decode
+        self._decode = msgspec.msgpack.Decoder(HostOrders).decode
 
     def send(self, report: HostReport) -> None:
         """Send a report, or drop it while the connection is down: the next one repeats it."""
         with contextlib.suppress(zmq.Again):
             self._socket.send(msgspec.msgpack.encode(report), zmq.NOBLOCK)
 
-    def receive(self, timeout_seconds: float) -> Orders | None:
+    def receive(self, timeout_seconds: float) -> HostOrders | None:
         """Return the newest orders that arrive in time, or None.
 
         Raises:
@@ -139,7 +139,7 @@ class HostLink:
 
 @dataclass
 class LocalEngine:
-    """An engine that was ordered.
+    """An engine that runs on this host by order of the controller.
 
     Attributes:
         order: what the controller asked for: name, model and settings.
@@ -161,7 +161,7 @@ class LocalEngine:
             return EngineReport(self.order.engine, "stopping")
         if self.server is None or not self.server.is_alive():
             end = self.end or (self.server.describe_end() if self.server else "")
-            return EngineReport(self.order.engine, "ended", end=end)
+            return EngineReport(self.order.engine, "ended", end_reason=end)
         url, coordinator = self.server.url, self.server.coordinator
         return EngineReport(self.order.engine, "running", url=url, coordinator=coordinator)
 
@@ -294,7 +294,7 @@ class EngineHost:
             UserError: the controller refuses this host.
         """
         options = self.options
-        file = options.token_file or (options.folder and options.folder / FILE)
+        file = options.token_file or (options.folder and options.folder / TOKEN_FILE)
         link = HostLink(address, known_token(file))
         self._print(f"connecting to the controller at {address}")
         try:
@@ -304,7 +304,7 @@ class EngineHost:
                 if self.engines is not None:
                     self.engines.stop()
             if reason in (StopReason.FINISHED, StopReason.SIGNALLED):
-                link.send(self._report([], leaving=True))
+                link.send(self._report([], is_leaving=True))
             return reason
         finally:
             link.close()
@@ -325,7 +325,7 @@ class EngineHost:
                 reason = StopReason.SILENT
                 if orders.refusal:
                     raise UserError(orders.refusal, key="megatron-r1 host", cause=Cause.CONFLICT)
-                if orders.finished:
+                if orders.is_finished:
                     self._print("the run is over")
                     return StopReason.FINISHED
                 if self.engines is None:
@@ -343,9 +343,9 @@ class EngineHost:
             self._print(f"no word from {link.address} for {patience:g} seconds")
         return reason
 
-    def _report(self, engines: list[EngineReport], leaving: bool = False) -> HostReport:
+    def _report(self, engines: list[EngineReport], is_leaving: bool = False) -> HostReport:
         memory = shared_memory_identity()
-        return HostReport(self.name, self.options.engines, memory, engines, leaving)
+        return HostReport(self.name, self.options.engines, memory, engines, is_leaving)
 
     def _on_signal(self, *_: object) -> None:
         self.is_signalled = True

@@ -28,13 +28,13 @@ class EngineReport(msgspec.Struct, frozen=True):
         state: "running", "stopping" or "ended".
         url: reachable from other hosts, empty before its process started and for a part without the
             API server.
-        end: how it ended and an excerpt of its log, with state "ended" only.
+        end_reason: how it ended and an excerpt of its log, with state "ended" only.
         coordinator: where the other parts connect, from the first part only."""
 
     engine: str
     state: Literal["running", "stopping", "ended"]
     url: str = ""
-    end: str = ""
+    end_reason: str = ""
     coordinator: str = ""
 
 
@@ -46,13 +46,13 @@ class HostReport(msgspec.Struct, frozen=True):
         num_engines: the host's slots, for engines or parts of engines.
         shared_memory: the identity of its /dev/shm, the same only for hosts that share it.
         engines: the engines, or parts of engines, that it runs.
-        leaving: the host is about to exit."""
+        is_leaving: the host is about to exit."""
 
     name: str
     num_engines: int
     shared_memory: str
     engines: list[EngineReport] = []
-    leaving: bool = False
+    is_leaving: bool = False
 
 
 class EngineOrder(msgspec.Struct, frozen=True):
@@ -72,19 +72,19 @@ class EngineOrder(msgspec.Struct, frozen=True):
     part: EnginePart | None = None
 
 
-class Orders(msgspec.Struct, frozen=True):
+class HostOrders(msgspec.Struct, frozen=True):
     """Controller → host: the engines that should run there, and no others.
 
     Attributes:
         silence_seconds: the time without a message from the controller after which the host stops
             its engines.
         engines: those that should run.
-        finished: the run is over, and the host is no longer needed.
+        is_finished: the run is over, and the host is no longer needed.
         refusal: why this host cannot serve this run."""
 
     silence_seconds: float
     engines: list[EngineOrder] = []
-    finished: bool = False
+    is_finished: bool = False
     refusal: str = ""
 
 

@@ -20,8 +20,8 @@ from megatron_r1.engines.fleet.host_messages import (
     REPORT_SECONDS,
     EngineOrder,
     EngineReport,
+    HostOrders,
     HostReport,
-    Orders,
     shared_memory_identity,
 )
 from megatron_r1.engines.server.settings import EnginePart
@@ -33,14 +33,14 @@ class HostRecord:
 
     Attributes:
         report: the host's last report.
-        heard: when its last report arrived (time.monotonic).
-        reached: when the socket last accepted a message to it (time.monotonic).
+        last_report_at: when its last report arrived (time.monotonic).
+        last_reached_at: when the socket last accepted a message to it (time.monotonic).
         assigned: the parts of engines that it runs, by the engine's name.
         num_deaths: the number of engines that a part on this host has ended, without an order."""
 
     report: HostReport
-    heard: float
-    reached: float
+    last_report_at: float
+    last_reached_at: float
     assigned: dict[str, RemotePart] = field(default_factory=dict)
     num_deaths: int = 0
 
@@ -132,7 +132,7 @@ class RemoteEngine:
         if self.loss or part is None:
             return self.loss
         assert part.host is not None and part.report is not None
-        return f"on host {part.host.name}: {part.report.end}"
+        return f"on host {part.host.name}: {part.report.end_reason}"
 
 
 def _choose_hosts(free: dict[HostRecord, int], count: int) -> list[HostRecord]:
@@ -233,7 +233,7 @@ class HostPool:
             return count - len(self._waiting)
 
     def describe(self) -> str:
-        """Return a description of the hosts that are there, or of why there is none."""
+        """Describe the connected hosts, or why there are none."""
         with self._lock:
             hosts = [f"{host.name} with {host.report.num_engines}" for host in self._hosts.values()]
         return self.refusal or ", ".join(hosts) or "no host has come"
@@ -268,7 +268,7 @@ class HostPool:
     def _run(self) -> None:
         """Until closed: hear hosts, place engines that wait, send orders that changed; then
         dismiss the hosts."""
-        sent_at, sent = 0.0, dict[bytes, Orders]()
+        sent_at, sent = 0.0, dict[bytes, HostOrders]()
         while not self._closing:
             self._listen()
             with self._lock:
@@ -286,7 +286,7 @@ class HostPool:
         while self._hosts and time.monotonic() < deadline:
             with self._lock:
                 for identity in list(self._hosts):
-                    if not self._send(identity, Orders(self.silence_seconds, finished=True)):
+                    if not self._send(identity, HostOrders(self.silence_seconds, is_finished=True)):
                         del self._hosts[identity]
             self._listen()
         self._socket.close()
@@ -314,7 +314,7 @@ class HostPool:
         """Update a host's record from its report: a new host, news of its engines, or its
         farewell."""
         now, host = time.monotonic(), self._hosts.get(identity)
-        if report.leaving:
+        if report.is_leaving:
             if self._closing:
                 self._hosts.pop(identity, None)
             elif host is not None:
@@ -332,7 +332,7 @@ class HostPool:
             self.refusal = None
             what = "engines" if self.hosts_per_engine == 1 else "parts of engines"
             self.notify(f"host {report.name} is here, room for {what}: {report.num_engines}")
-        host.report, host.heard, host.reached = report, now, now
+        host.report, host.last_report_at, host.last_reached_at = report, now, now
         for reported in report.engines:
             part = host.assigned.get(reported.engine)
             if part is not None:
@@ -342,7 +342,7 @@ class HostPool:
 
     def _refuse(self, identity: bytes, refusal: str) -> None:
         """Send the reason to the host, which ends with it, and notify of each reason once."""
-        self._send(identity, Orders(self.silence_seconds, refusal=refusal))
+        self._send(identity, HostOrders(self.silence_seconds, refusal=refusal))
         if not self._hosts:
             self.refusal = refusal
         if refusal not in self._notified_refusals:
@@ -361,7 +361,7 @@ class HostPool:
             when, index = min(ended)
             first = engine.parts[index]
             others = (part.host for part in engine.parts if part is not first)
-            if all(host is not None and host.heard > when for host in others):
+            if all(host is not None and host.last_report_at > when for host in others):
                 engine.first_ended = first
                 if first.host is not None:
                     first.host.num_deaths += 1
@@ -402,27 +402,27 @@ class HostPool:
     def _free(self) -> dict[HostRecord, int]:
         return {host: host.num_free for host in self._hosts.values()}
 
-    def _orders(self, host: HostRecord) -> Orders:
+    def _orders(self, host: HostRecord) -> HostOrders:
         orders = [part.engine.order(part) for _, part in sorted(host.assigned.items())]
         # The host gives up first, so that an engine never runs twice.
-        return Orders(self.silence_seconds * 2 / 3, [order for order in orders if order])
+        return HostOrders(self.silence_seconds * 2 / 3, [order for order in orders if order])
 
-    def _send(self, identity: bytes, orders: Orders) -> bool:
+    def _send(self, identity: bytes, orders: HostOrders) -> bool:
         """Return whether the connection is open; if not, `_drop_silent` acts on it."""
         try:
             self._socket.send_multipart([identity, msgspec.msgpack.encode(orders)], zmq.NOBLOCK)
         except zmq.ZMQError:
             return False
         if identity in self._hosts:
-            self._hosts[identity].reached = time.monotonic()
+            self._hosts[identity].last_reached_at = time.monotonic()
         return True
 
     def _drop_silent(self) -> None:
         now = time.monotonic()
         for identity, host in list(self._hosts.items()):
-            if now - host.heard > self.silence_seconds:
+            if now - host.last_report_at > self.silence_seconds:
                 self._lose(identity, f"was not heard from for {self.silence_seconds:g} seconds")
-            elif now - max(host.reached, host.heard) > UNREACHABLE_SECONDS:
+            elif now - max(host.last_reached_at, host.last_report_at) > UNREACHABLE_SECONDS:
                 self._lose(identity, "has closed its line")
 
     def _lose(self, identity: bytes, how: str) -> None:

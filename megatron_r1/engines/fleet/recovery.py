@@ -9,7 +9,12 @@ from typing import Any
 
 from megatron_r1.engines.fleet.dispatch import FleetState
 from megatron_r1.engines.fleet.engine import Engine, find_slow
-from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineFault, NoWeights
+from megatron_r1.engines.server.responses import (
+    EngineDied,
+    EngineError,
+    EngineFault,
+    WeightsUnavailable,
+)
 
 WATCH_SECONDS = 0.2
 PROBE_SECONDS = 10.0
@@ -134,7 +139,7 @@ class EngineReplacer:
                     await self.start_replacement(dead)
                     self.state.notify(f"{dead.name} is back, with the current weights")
                     return
-                except NoWeights as error:
+                except WeightsUnavailable as error:
                     self.num_restarts -= 1  # a trainer that starts takes longer than many engines
                     reason = error
                 except EngineError as error:

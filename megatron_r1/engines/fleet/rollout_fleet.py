@@ -1,7 +1,7 @@
 """All rollout engines of a run: one policy version everywhere, groups to the least loaded, failed
 requests again, on other engines if there are any, until a reply is usable.
 
-`swap_calls` are the calls with which an engine replaces its weights by those that it has
+`weight_update_calls` are the calls with which an engine replaces its weights by those that it has
 received."""
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron_r1.engines.fleet.dispatch import (
     DispatchedRequest,
     Dispatcher,
     ExpectedLength,
-    ExpectedLengths,
     FleetState,
+    LengthEstimator,
     Notify,
 )
 from megatron_r1.engines.fleet.engine import Engine, MakeServer, ServedGroup
@@ -43,8 +43,10 @@ from megatron_r1.engines.server.settings import vocab_size
 EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
 
-def swap_calls(update_info: UpdateInfo, policy_version: int, *, asleep: bool) -> list[EngineCall]:
-    """Return the calls that load a push, in order; after the last the engine samples.
+def weight_update_calls(
+    update_info: UpdateInfo, policy_version: int, *, asleep: bool
+) -> list[EngineCall]:
+    """Return, in order, the calls after which an engine has loaded a push and samples again.
 
     Args:
         update_info: the description of the received push.
@@ -116,7 +118,7 @@ class RequestRetries:
                 # which nothing else runs.
                 async with self._starting:
                     await asyncio.sleep(0)
-                result = await engine.unless_dead(call(engine.client))
+                result = await engine.await_call(call(engine.client))
             except (EngineDied, EngineFault) as failure:
                 work.avoid.add(engine)
                 self.num_requeued += work.num_sequences
@@ -202,7 +204,7 @@ class RolloutFleet:
             unresponsive_seconds,
         )
         self.retries = RequestRetries(self.state, self.replacement.handle_failure)
-        self.lengths = ExpectedLengths()
+        self.lengths = LengthEstimator()
         self._model: Path | None = None
         self._pushing = asyncio.Lock()
         self._starting: set[Engine] = set()
@@ -221,7 +223,7 @@ class RolloutFleet:
 
     @property
     def engines_use_memory(self) -> bool:
-        """Whether an engine has the memory that `sleep` frees."""
+        """Whether an awake engine holds the memory that `sleep` would free."""
         return self.awake.is_set() and any(not engine.is_asleep for engine in self.state.up)
 
     @property
@@ -359,7 +361,9 @@ class RolloutFleet:
         async with self._pushing:
             engines = self.state.up
             try:
-                for call in swap_calls(update_info, policy_version, asleep=not self.awake.is_set()):
+                for call in weight_update_calls(
+                    update_info, policy_version, asleep=not self.awake.is_set()
+                ):
                     engines = await self._call_engines(engines, call)
             except Exception as error:
                 self.state.fail(
@@ -490,7 +494,7 @@ class RolloutFleet:
     async def _call_engines(self, engines: list[Engine], call: EngineCall) -> list[Engine]:
         """Make one call of a push to every engine. Return the engines that get the next call: those
         that are up and received the weights. Any other is replaced."""
-        calls = (engine.unless_lost(call(engine.client)) for engine in engines)
+        calls = (engine.await_unrepeatable_call(call(engine.client)) for engine in engines)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
             if isinstance(outcome, PushIncomplete):

@@ -117,7 +117,7 @@ class EngineDied(EngineError):
     """"kind" of the reply of a server whose core has ended (`engines.plugin.endpoints`)."""
 
 
-class NoWeights(EngineError):
+class WeightsUnavailable(EngineError):
     """The trainer's ranks are gone, so that a new engine gets its weights only when they have
     started again. No fault of the engine's."""
 

@@ -101,7 +101,7 @@ class EngineSettings:
             default.
         plain_matrices: leave matrices unpacked, which speeds up pushes and slows down generation
             (CPU only; `engines.plugin.cpu_patches`).
-        sleeps: whether the engine can free its memory and allocate it again (GPU only).
+        enable_sleep_mode: whether the engine can free its memory and allocate it again (GPU only).
         speculative: vLLM's `speculative_config`; None for no speculation.
         secret: bearer token that every call except `/health` needs; empty for none.
         host: address to listen at.
@@ -133,7 +133,7 @@ class EngineSettings:
     redundant_experts: int = 0
     gpu_memory: float | None = None
     plain_matrices: bool = False
-    sleeps: bool = False
+    enable_sleep_mode: bool = False
     speculative: Mapping[str, Any] | None = None
     secret: str = ""
     host: str = "127.0.0.1"
@@ -170,7 +170,7 @@ class EngineSettings:
             *(["--no-async-scheduling"] if is_cpu and self.speculative else []),
             *(["--enable-return-routed-experts"] if self.return_routing else []),
             *(["--return-sampling-mask"] if self.return_sampling_mask else []),
-            *(["--enable-sleep-mode"] if self.sleeps and not is_cpu else []),
+            *(["--enable-sleep-mode"] if self.enable_sleep_mode and not is_cpu else []),
             *(["--gpu-memory-utilization", f"{fraction}"] if fraction else []),
             *(("--additional-config", '{"plain_matrices": true}') if self.plain_matrices else ()),
             *("--tensor-parallel-size", str(self.tensor)),

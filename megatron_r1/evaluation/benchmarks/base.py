@@ -163,14 +163,14 @@ class Benchmark:
             each with a function of the options that returns the files (glob patterns). A benchmark
             without repositories makes its own questions and reads no rows.
         options: every option with its default.
-        compares: whether the truths are another model's responses, with which a judge compares; the
-            results are then win rates, and the questions are of the kind judge."""
+        is_pairwise: whether the truths are another model's responses, with which a judge compares;
+            the results are then win rates, and the questions are of the kind judge."""
 
     questions: Callable[[Rows, Options], Iterator[Question]]
     instruction: str = "{problem}"
     hubs: Mapping[str, Callable[[Options], Sequence[str]]] = field(default_factory=dict)
     options: Options = field(default_factory=dict)
-    compares: bool = False
+    is_pairwise: bool = False
 
     def with_defaults(self, name: str, options: Options) -> dict[str, Any]:
         """Return the value of each option of the benchmark: that of `options`, else its default.

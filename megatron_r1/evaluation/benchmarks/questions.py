@@ -9,7 +9,7 @@
   every run has the same order.
 - Another model's response: AlpacaEval 2, 805 instructions, each with GPT-4 Turbo's response, to
   which a judge compares the model's (Dubois et al., 2404.04475). The results are win rates
-  (`evaluation.measures`)."""
+  (`evaluation.estimates`)."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -184,5 +184,5 @@ def _alpaca_eval_questions(rows: Rows, options: Options) -> Iterator[Question]:
 ALPACA_EVAL_2 = Benchmark(
     _alpaca_eval_questions,
     hubs={"tatsu-lab/alpaca_eval": lambda options: ["alpaca_eval_gpt4_baseline.json"]},
-    compares=True,
+    is_pairwise=True,
 )

@@ -131,7 +131,9 @@ def colocated_trainer_ranks(
 def max_group_fraction(transport: str) -> float:
     """Return `MAX_GROUP_FRACTION` over a transport."""
     return (
-        SHARED_MEMORY_MAX_GROUP_FRACTION if TRANSPORTS[transport].one_host else MAX_GROUP_FRACTION
+        SHARED_MEMORY_MAX_GROUP_FRACTION
+        if TRANSPORTS[transport].is_single_host
+        else MAX_GROUP_FRACTION
     )
 
 

@@ -70,7 +70,7 @@ def engine_weight_bytes(config: Config, hf: dict) -> int:
 def shares_gpus_over_nccl(config: Config) -> bool:
     """Return whether engine ranks are on the trainer ranks' GPUs and pushes go over NCCL, which
     refuses a pair of ranks on one GPU."""
-    return config.rollout.colocated and TRANSPORTS[config.push.transport].in_rounds
+    return config.rollout.colocated and TRANSPORTS[config.push.transport].sends_in_rounds
 
 
 def planned_push(config: Config, hf: dict) -> list[SetPlan]:

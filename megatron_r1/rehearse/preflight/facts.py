@@ -42,7 +42,7 @@ class RankPlacement:
         return self.local_rank == 0
 
 
-class Memory(msgspec.Struct):
+class MemoryUsage(msgspec.Struct):
     """Bytes of a device or a host before the run.
 
     Attributes:
@@ -63,7 +63,7 @@ class LinkRate(msgspec.Struct):
     rate: float
 
 
-class Folder(msgspec.Struct):
+class FolderFacts(msgspec.Struct):
     """The run folder from one rank.
 
     Attributes:
@@ -97,7 +97,7 @@ class NodeFacts(msgspec.Struct):
         sandbox: why programs cannot be graded, or ""."""
 
     versions: dict[str, str]
-    memory: Memory
+    memory: MemoryUsage
     ports: dict[str, str]
     unreachable: str
     clock_offset: float
@@ -126,11 +126,11 @@ class RankFacts(msgspec.Struct):
     node_index: int
     host: str
     device: str
-    memory: Memory | None
+    memory: MemoryUsage | None
     products: float
     links: dict[str, LinkRate]
     pairs: list[float]
-    folder: Folder
+    folder: FolderFacts
     node: NodeFacts | None
     seconds: dict[str, float]
     gloo: list[float] = []

@@ -28,7 +28,7 @@ from megatron_r1.base.files import fsync
 from megatron_r1.config import Config
 from megatron_r1.evaluation.identity import versions as package_versions
 from megatron_r1.models import platform
-from megatron_r1.rehearse.preflight.facts import Folder, Memory, RankPlacement
+from megatron_r1.rehearse.preflight.facts import FolderFacts, MemoryUsage, RankPlacement
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.reporting.run_folder import LOCK, FolderLock, is_locked
 
@@ -67,7 +67,7 @@ def _digest(package: Path) -> str:
     return digest.hexdigest()
 
 
-def host_memory() -> Memory:
+def host_memory() -> MemoryUsage:
     """Return this host's memory, with its three largest processes of others than this job."""
     memory = psutil.virtual_memory()
     own = os.getsid(0)
@@ -78,15 +78,15 @@ def host_memory() -> Memory:
                 others.append((process.info["memory_info"].rss, process.info))
     others.sort(key=lambda each: each[0], reverse=True)
     holders = [f"{info['name']} ({info['pid']}): {rss / 2**30:.1f} GiB" for rss, info in others[:3]]
-    return Memory(memory.total, memory.available, holders)
+    return MemoryUsage(memory.total, memory.available, holders)
 
 
-def device_memory(gpu: int) -> Memory | None:
+def device_memory(gpu: int) -> MemoryUsage | None:
     """Return the memory of a GPU with the processes that hold some; None without a GPU."""
     if not platform.has_gpu():
         return None
     free, total = torch.cuda.mem_get_info(gpu)
-    return Memory(total, free, _gpu_holders(gpu))
+    return MemoryUsage(total, free, _gpu_holders(gpu))
 
 
 def _gpu_holders(gpu: int) -> list[str]:
@@ -196,7 +196,7 @@ seconds."""
 NAME = ".preflight"
 
 
-def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress) -> Folder:
+def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress) -> FolderFacts:
     """Return what this node finds in `folder`, and leave the folder as it was before. Every rank
     calls this; the first rank of each node writes, and the second rank of a single node tries the
     lock.
@@ -208,7 +208,7 @@ def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress)
         folder: the run's folder.
         placement: this rank and its node.
         progress: the steps of all ranks."""
-    work, found = folder / NAME, Folder()
+    work, found = folder / NAME, FolderFacts()
     existed, lock = folder.exists(), None
     with _faults(found):
         if placement.rank == 0:
@@ -249,7 +249,7 @@ def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress)
 
 
 @contextlib.contextmanager
-def _faults(found: Folder) -> Iterator[None]:
+def _faults(found: FolderFacts) -> Iterator[None]:
     try:
         yield
     except (OSError, UserError) as error:
@@ -269,7 +269,7 @@ def _has_token(work: Path, progress: RankProgress) -> bool:
     return False
 
 
-def _measure_writing(path: Path, found: Folder) -> None:
+def _measure_writing(path: Path, found: FolderFacts) -> None:
     block = os.urandom(1 << 20)
     start = time.perf_counter()
     with open(path, "wb") as file:

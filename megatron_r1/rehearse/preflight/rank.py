@@ -16,7 +16,7 @@ from megatron_r1.models.platform import trainer_store
 from megatron_r1.rehearse.preflight import host, links
 from megatron_r1.rehearse.preflight.facts import (
     LinkRate,
-    Memory,
+    MemoryUsage,
     NodeFacts,
     RankFacts,
     RankPlacement,
@@ -121,7 +121,7 @@ def _node(
     placement: RankPlacement,
     progress: RankProgress,
     versions: dict[str, str],
-    memory: Memory | None,
+    memory: MemoryUsage | None,
 ) -> NodeFacts | None:
     """Return what the first rank of a node finds; None on others."""
     found, clock = None, None

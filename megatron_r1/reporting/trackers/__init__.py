@@ -15,6 +15,7 @@ from typing import Any
 from r1_grading.base.errors import shorten
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.reporting.formatting import finite_metric
 from megatron_r1.reporting.trackers.services import (
     EVALUATION,
     MLFLOW,
@@ -26,7 +27,6 @@ from megatron_r1.reporting.trackers.services import (
     WandbTracker,
     check_wandb,
 )
-from megatron_r1.reporting.wording import finite_metric
 
 OPENERS: dict[str, Callable[[TrackedRun], Tracker]] = {
     WANDB: WandbTracker,
@@ -70,7 +70,7 @@ class TrackerSet:
         known = [name for name in names if name in OPENERS]
         self._trackers = [BackgroundTracker(name, partial(OPENERS[name], run)) for name in known]
 
-    def history(
+    def send_history(
         self, steps: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]
     ) -> None:
         """Send the lines that earlier starts of the run have written and that are not tracked
@@ -80,11 +80,11 @@ class TrackerSet:
         for line in evaluations:
             self._add(EVALUATION, line)
 
-    def step(self, metrics: Mapping[str, Any]) -> None:
+    def send_step(self, metrics: Mapping[str, Any]) -> None:
         """Send the line of a step."""
         self._add(STEP, metrics)
 
-    def evaluation(self, metrics: Mapping[str, Any]) -> None:
+    def send_evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Send the line of an evaluation."""
         self._add(EVALUATION, metrics)
 

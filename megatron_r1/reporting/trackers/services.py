@@ -21,7 +21,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config.section import flatten
-from megatron_r1.reporting.wording import finite_metric
+from megatron_r1.reporting.formatting import finite_metric
 
 STEP, EVALUATION = "step", "eval/step"
 """Metrics with the number of a line's step; a tracked run has the newest of each."""

@@ -9,9 +9,9 @@ import pytest
 import sympy
 from math_verify import parse, verify
 from r1_grading import math as math_reward
+from r1_grading.math.normalization import normalize_latex
 from r1_grading.math.number import read_number, read_structure, same_number
 from r1_grading.math.relation import read_set
-from r1_grading.math.spelling import spell
 from r1_grading.math.symbolic import NotNumeric, OutOfRange, evaluate
 from r1_grading.math.text import read_choice, stated_answer
 from r1_grading.math.units import split_unit
@@ -209,7 +209,7 @@ def test_a_continued_fraction_is_one_walk():
     ],
 )
 def test_spelling(text, spelled):
-    assert spell(text) == spelled
+    assert normalize_latex(text) == spelled
 
 
 def test_structure_units_and_choices_are_read_off_the_text():

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from refusals import refused
 
-from megatron_r1.agents import rows
+from megatron_r1.agents import environment_prompts
 from megatron_r1.agents.environment import check_parameters, describe, environment_target
-from megatron_r1.agents.environment_pool import Environments
+from megatron_r1.agents.environment_pool import EnvironmentPool
 from megatron_r1.agents.environment_server import _print_description
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.base.errors import Cause
@@ -47,7 +47,7 @@ def test_a_method_that_fails_is_named_with_its_line_the_row_and_the_remedy(tmp_p
     config = AgentsConfig(environment=NAME, call_seconds=10_000.0)
 
     async def check():
-        environments = Environments(config, describe(own.Mistaken))
+        environments = EnvironmentPool(config, describe(own.Mistaken))
         player = EpisodePlayer(model(tmp_path), environments, config, 1000)
         try:
             for mistake, names in shown.items():
@@ -75,12 +75,14 @@ def test_tools_without_self_and_arguments_that_the_class_does_not_take_are_refus
 
 
 def test_a_class_without_get_reward_is_what_a_missing_truth_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "describe", lambda name: describe(own.Misspelt))
+    monkeypatch.setattr(
+        environment_prompts, "describe_in_subprocess", lambda name: describe(own.Misspelt)
+    )
     path = tmp_path / "kv.jsonl"
     path.write_text(json.dumps({"question": "kv 3", "seed": 1}))
     shown = ("Misspelt", "get_rewards", "math", "kv.jsonl:1", "'truth'", "question, seed")
     with refused("agents.environment", Cause.MISSING, *shown):
-        rows.load_environment_prompts("mistaken:Misspelt", path=path)
+        environment_prompts.load_environment_prompts("mistaken:Misspelt", path=path)
 
 
 @pytest.mark.parametrize("name", ["kv.Store", "kv.py:Store"])
@@ -108,7 +110,7 @@ def test_a_module_that_cannot_be_imported_is_named_with_file_and_line(
 def test_a_run_prints_its_tools_and_warns_of_a_template_that_shows_none(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(of_run, "describe", lambda name: describe(own.Misspelt))
+    monkeypatch.setattr(of_run, "describe_in_subprocess", lambda name: describe(own.Misspelt))
     silent = CHATML[CHATML.index("{% for m in messages %}") :]
     for number, template in enumerate((CHATML, silent)):
         config = Config.model_validate(

@@ -16,14 +16,14 @@ from transformers.utils import get_json_schema
 from waiting import until
 
 from megatron_r1.agents import environment, environment_pool, environment_server
-from megatron_r1.agents.environment import Description, describe
+from megatron_r1.agents.environment import EnvironmentDescription, describe
 from megatron_r1.agents.environment_pool import (
-    CallExceededTime,
-    EnvironmentFault,
+    EnvironmentFailed,
+    EnvironmentPool,
     EnvironmentProcess,
-    Environments,
+    ToolCallTimeout,
+    describe_in_subprocess,
 )
-from megatron_r1.agents.environment_pool import describe as describe_apart
 from megatron_r1.agents.shipped_environments import Calculator
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig
@@ -39,7 +39,7 @@ def play(use, name=f"{MODULE}:Counter", seconds=LONG, **options):
 
     async def run():
         settings = AgentsConfig(environment=name, parameters=options, call_seconds=seconds)
-        environments = Environments(settings, Description([], True))
+        environments = EnvironmentPool(settings, EnvironmentDescription([], True))
         try:
             return await use(environments)
         finally:
@@ -73,7 +73,7 @@ def test_the_index_of_retrieval_is_written_before_an_episode_s_time_begins(tmp_p
 def test_a_corpus_that_cannot_be_read_is_an_error_of_the_first_episode(tmp_path):
     async def use(environments):
         async with environments.open() as game:
-            with pytest.raises(EnvironmentFault, match="gone.jsonl"):
+            with pytest.raises(EnvironmentFailed, match="gone.jsonl"):
                 await game.reset({"question": "?"})
 
     play(use, "retrieval", corpus=str(tmp_path / "gone.jsonl"))
@@ -103,7 +103,7 @@ def test_schemas_are_those_of_transformers_where_arguments_are_documented():
     assert set(schemas) == {"add", "fail", "shout", "sleep", "wait", "stuck", "crash"}
     [calculate] = describe(Calculator).tools
     assert calculate["function"]["parameters"]["required"] == ["expression"]
-    assert [describe(c).grades for c in (own.Counter, own.Ungrading)] == [True, False]
+    assert [describe(c).has_reward for c in (own.Counter, own.Ungrading)] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_schemas_are_those_of_transformers_where_arguments_are_documented():
 )
 def test_an_unknown_environment_is_named(name, cause, shown):
     with refused("agents.environment", cause, *shown):
-        describe_apart(name)
+        describe_in_subprocess(name)
 
 
 def test_a_class_that_is_no_environment_is_refused():
@@ -133,7 +133,7 @@ def test_an_episode_with_coroutines_options_errors_and_an_end():
         async with environments.open() as game:
             assert await game.reset({"question": "?", "truth": 3, "other": 1}) == "Count to 3."
             result = await game.call("add", {"number": 2}, LONG)
-            assert (result.text, result.is_error, result.done) == (
+            assert (result.text, result.is_error, result.is_done) == (
                 '{"total": 4, "note": "é"}',
                 False,
                 False,
@@ -146,7 +146,7 @@ def test_an_episode_with_coroutines_options_errors_and_an_end():
                 )
             assert not (await game.call("shout", {}, LONG)).is_error
             assert await game.reward("") == 1.0
-            assert (await game.call("add", {"number": 99}, LONG)).done
+            assert (await game.call("add", {"number": 99}, LONG)).is_done
         async with environments.open() as again:  # the same process, another instance
             await again.reset({"question": "?"})
             assert await again.reward("") == 0.0
@@ -157,13 +157,13 @@ def test_an_episode_with_coroutines_options_errors_and_an_end():
 def test_failures_of_reset_and_get_reward_and_of_the_machine_are_the_environments():
     async def use(environments):
         async with environments.open() as game:
-            with pytest.raises(EnvironmentFault, match="reset: OSError"):
+            with pytest.raises(EnvironmentFailed, match="reset: OSError"):
                 await game.reset({"question": "?", "broken": True})
             await game.reset({"question": "?"})
             await game.call("add", {"number": 13}, LONG)
-            with pytest.raises(EnvironmentFault, match="get_reward: ValueError: 13"):
+            with pytest.raises(EnvironmentFailed, match="get_reward: ValueError: 13"):
                 await game.reward("")
-            with pytest.raises(EnvironmentFault, match="fail: RunError"):
+            with pytest.raises(EnvironmentFailed, match="fail: RunError"):
                 await game.call("fail", {"reason": "the machine"}, LONG)
 
     play(use)
@@ -198,9 +198,9 @@ def test_a_method_that_cannot_be_interrupted_ends_its_own_episode_only():
             await other.reset({"question": "?"})
             stuck = asyncio.create_task(game.call("stuck", {}, 0.3))
             assert not (await other.call("add", {}, LONG)).is_error
-            with pytest.raises(CallExceededTime):
+            with pytest.raises(ToolCallTimeout):
                 await stuck
-            with pytest.raises(EnvironmentFault):
+            with pytest.raises(EnvironmentFailed):
                 await other.call("crash", {}, LONG)
 
     play(use)
@@ -216,7 +216,7 @@ def test_a_killed_server_costs_the_episodes_that_were_being_played():
         async with environments.open() as game:
             await game.reset({"question": "?"})
             environments._process.kill()
-            with pytest.raises(EnvironmentFault, match="call"):
+            with pytest.raises(EnvironmentFailed, match="call"):
                 await game.call("sleep", {"seconds": LONG}, LONG)
         await environments._process.wait()
         await until(lambda: not any(process.is_alive for process in environments._idle))
@@ -259,7 +259,7 @@ def test_results_that_are_no_json_and_long_ones():
             assert (await game.call("square", {"number": 3}, LONG)).text == "9"
             ended = await game.call("end", {}, LONG)
             assert ended.is_error and "ValueError" in ended.text
-            assert not (await game.call("noise", {}, LONG)).done
+            assert not (await game.call("noise", {}, LONG)).is_done
 
     play(use, f"{MODULE}:Unusual")
 
@@ -349,7 +349,7 @@ def test_a_process_whose_reply_is_late_is_not_used_again(monkeypatch):
 
     async def use():
         process = EnvironmentProcess(asyncio.StreamReader(), Sink(), 5.0)
-        with pytest.raises(CallExceededTime):
+        with pytest.raises(ToolCallTimeout):
             await process.call("sleep", {}, 0.0)
         assert not process.is_reusable
 
@@ -408,7 +408,7 @@ def test_an_error_without_words_and_a_reward_that_is_no_number():
         async with environments.open() as game:
             await game.reset({"question": "?"})
             assert (await game.call("fail", {}, LONG)).text == "error: WordlessError"
-            with pytest.raises(EnvironmentFault, match="inf"):
+            with pytest.raises(EnvironmentFailed, match="inf"):
                 await game.reward("")
 
     play(use, f"{MODULE}:Rude", at_close="no number")

@@ -9,7 +9,7 @@ from r1_grading.sandbox.host import SandboxUnavailable
 from r1_grading.sandbox.programs import require_sandbox
 
 from megatron_r1.agents.environment import SHIPPED, describe, find_environment, row_arguments
-from megatron_r1.agents.rows import load_environment_prompts
+from megatron_r1.agents.environment_prompts import load_environment_prompts
 from megatron_r1.agents.shipped_environments import Calculator, Gym, Lookup, Python, Retrieval
 
 LONG = 10_000.0

@@ -7,8 +7,8 @@ import pytest
 from fakes.agent_sessions import MARK, ROW, TOOLS, Session, play
 
 from megatron_r1.agents.continuation import Continuation, RenderError
-from megatron_r1.agents.tree import TokenTree
-from megatron_r1.engines.server.episodes import Episode
+from megatron_r1.agents.token_tree import TokenTree
+from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import decode_mask
 from tests.chat_tokenizer import CHATML, LAST_THOUGHT, QWEN3, chat_tokenizer

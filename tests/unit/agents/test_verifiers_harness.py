@@ -10,9 +10,9 @@ from fakes.gateway import WrittenFleet, WrittenParsers, gateway_of, text_of
 from refusals import refused
 
 from megatron_r1.agents import verifiers
-from megatron_r1.agents.environment_pool import EnvironmentFault
+from megatron_r1.agents.environment_pool import EnvironmentFailed
+from megatron_r1.agents.environment_prompts import load_run_prompts
 from megatron_r1.agents.harness import HarnessPlayer
-from megatron_r1.agents.rows import load_run_prompts
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig, VerifiersConfig
 from megatron_r1.data.prompts import Prompt
@@ -106,7 +106,7 @@ def test_a_server_that_is_killed_is_noticed(tmp_path, monkeypatch):
     async def main():
         run = verifiers.VerifiersHarness(settings(), "")
         try:
-            with pytest.raises(EnvironmentFault):
+            with pytest.raises(EnvironmentFailed):
                 await run("http://127.0.0.1:1/v1", "key", {"task": {}})
         finally:
             await run.close()

@@ -13,7 +13,7 @@ from megatron_r1.push.transports.base import Receiver, Sender
 def test_a_row_names_both_ends_and_a_rate_of_the_hardware(name):
     assert issubclass(receiver_class(name), Receiver) and issubclass(sender_class(name), Sender)
     assert getattr(HARDWARE["H100"], TRANSPORTS[name].rate) > 0
-    assert PushConfig(transport=name).on_one_host == TRANSPORTS[name].one_host
+    assert PushConfig(transport=name).on_one_host == TRANSPORTS[name].is_single_host
 
 
 def test_substitutes_reach_as_far_and_need_no_gpu():
@@ -21,5 +21,7 @@ def test_substitutes_reach_as_far_and_need_no_gpu():
         assert transport.needs_gpu == bool(transport.without_gpu)
         if transport.without_gpu:
             substitute = TRANSPORTS[transport.without_gpu]
-            assert not substitute.needs_gpu and substitute.one_host == transport.one_host
-    assert not TRANSPORTS[ACROSS_HOSTS].one_host
+            assert (
+                not substitute.needs_gpu and substitute.is_single_host == transport.is_single_host
+            )
+    assert not TRANSPORTS[ACROSS_HOSTS].is_single_host

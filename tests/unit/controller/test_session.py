@@ -68,7 +68,7 @@ class Engines:
 def session_of(engines, recorder):
     passes = SimpleNamespace(run_config=Config(), trainer=None, uses_reference=False)
     policy = PolicyEngines(None, engines, engines)
-    return policy, Session(recorder, SimpleNamespace(requested=False), policy, passes, engines)
+    return policy, Session(recorder, SimpleNamespace(is_requested=False), policy, passes, engines)
 
 
 @pytest.mark.parametrize("what", ["rollout", "save", "begin"])
@@ -131,7 +131,7 @@ class SavedRun:
 
     def __init__(self, checkpoint=None):
         self.state, self.checkpoint, self.calls = RunState(), checkpoint, []
-        self.view = SimpleNamespace(phase=lambda name: None, message=lambda line: None)
+        self.view = SimpleNamespace(show_phase=lambda name: None, show_message=lambda line: None)
 
     @property
     def resumed(self):

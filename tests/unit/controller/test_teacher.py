@@ -22,8 +22,8 @@ from megatron_r1.controller.rollouts.group_records import decode, encode, pack, 
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.teacher import ExternalFleet, check_teacher, differing_tokens
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.engines.episodes import Branch, Episode, EpisodeResult
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.episodes import Branch, Episode, EpisodeResult
 from megatron_r1.engines.server.responses import EngineError, Response
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit

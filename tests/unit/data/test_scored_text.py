@@ -1,7 +1,7 @@
 """The tokens a reward model is trained on are those that its server scores."""
 
 import pytest
-from r1_grading.served.reward_model import Helpful, RewardModelSettings, Safety
+from r1_grading.remote.reward_model import Helpful, RewardModelSettings, Safety
 from refusals import refused
 from transformers import AutoTokenizer
 

@@ -130,7 +130,7 @@ def test_the_instruction_is_asked_as_it_is_and_the_reference_is_the_truth(tmp_pa
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
     entry = {"name": "alpaca_eval_2", "path": str(tmp_path / "a.json"), "limit": 2}
     [found] = load_prompt_sets(parse({"eval": {"benchmarks": [entry]}}))
-    assert found.compares and [p.question for p in found.prompts] == [
+    assert found.is_pairwise and [p.question for p in found.prompts] == [
         row["instruction"] for row in ROWS[:2]
     ]
     assert {(p.kind, p.truth) for p in found.prompts} == {("judge", REFERENCE)}

@@ -9,7 +9,7 @@ import pytest
 from r1_grading import RewardPool
 from refusals import raised
 
-from megatron_r1.evaluation.measures import estimate, pass_at_k, powers_up_to, subsets
+from megatron_r1.evaluation.estimates import estimate, pass_at_k, powers_up_to, subsets
 from megatron_r1.evaluation.voting import (
     group_answers,
     majority_index,

@@ -11,7 +11,7 @@ from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import ResponseLog, TextResponse
-from megatron_r1.evaluation.sampling import MAX_UNGRADED, Sampler, sample_seed
+from megatron_r1.evaluation.sampling import MAX_UNGRADED, ResponseSampler, sample_seed
 
 
 class Policy:
@@ -55,7 +55,9 @@ def run_sampler(path, policy, grader, num_questions=40, num_samples=2, title="")
 
     async def run():
         log = ResponseLog(path, "eval" if title else "sample")
-        sampler = Sampler(policy, grader, log, [prompt_set], 0, lambda *_: {}, by_prompt=not title)
+        sampler = ResponseSampler(
+            policy, grader, log, [prompt_set], 0, lambda *_: {}, by_prompt=not title
+        )
         await sampler.run()
 
     asyncio.run(run())

@@ -12,7 +12,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.pipeline import report
 from megatron_r1.pipeline.graph_svg import BOX_HEIGHT, BOX_WIDTH, Box, graph_svg
-from megatron_r1.pipeline.results import Result, Spread, headline, read_results
+from megatron_r1.pipeline.results import Spread, StageResult, headline, read_results
 
 RECIPE = recipe("reported")
 TRAIN = """
@@ -159,8 +159,11 @@ def test_figures_of_supervised_training_are_its_loss(tmp_path):
 
 def test_figures_that_a_stage_gives_itself(world, tmp_path, capsys):
     (tmp_path / "figures.json").write_text('{"win_rate": 0.5, "pairs": {"value": 1200}}')
-    assert read_results(tmp_path) == {"win_rate": Result(0.5), "pairs": Result(1200)}
-    assert Result(1200).format("pairs") == "1,200" and Result(0.5).format("win_rate") == "50.0%"
+    assert read_results(tmp_path) == {"win_rate": StageResult(0.5), "pairs": StageResult(1200)}
+    assert (
+        StageResult(1200).format("pairs") == "1,200"
+        and StageResult(0.5).format("win_rate") == "50.0%"
+    )
     world.write(RECIPE.replace("votes: 40", "votes: {lower: 1}"))
     assert world.run() == 1
     assert "figures.json" in capsys.readouterr().err

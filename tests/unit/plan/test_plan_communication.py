@@ -14,9 +14,9 @@ def test_what_a_rank_sends_by_hand():
     sent = traffic_by_axis(real_job(), 3)
     # 512 samples of 8,704 tokens over 16 replicas in 16 micro-batches, over context 2 and tensor 4.
     split = 32 * 8704 / 16 / 8
-    assert sent["pipeline"].microbatch == pytest.approx(split * 7168 * 2 * 2 * 2)
-    assert sent["expert"].forward == pytest.approx(4 * 2 * 8 * 1.2 * split * 7168 * 2 * 7 / 8)
-    assert sent["data"].size == 32 and sent["data"].microbatch == 0
+    assert sent["pipeline"].microbatch_bytes == pytest.approx(split * 7168 * 2 * 2 * 2)
+    assert sent["expert"].forward_bytes == pytest.approx(4 * 2 * 8 * 1.2 * split * 7168 * 2 * 7 / 8)
+    assert sent["data"].size == 32 and sent["data"].microbatch_bytes == 0
 
 
 def test_a_rank_sends_a_whole_head_where_there_are_fewer_than_tensor_ranks():
@@ -27,7 +27,7 @@ def test_a_rank_sends_a_whole_head_where_there_are_fewer_than_tensor_ranks():
     job = PlannedJob(hf, config, 8, HARDWARE["H800"], verb="sft")
     layers = 28
     expected = layers * 2 * 128 * job.rank_tokens * 2  # a key and a value head, 2 B a value
-    assert traffic_by_axis(job, 0)["context"].forward == pytest.approx(expected)
+    assert traffic_by_axis(job, 0)["context"].forward_bytes == pytest.approx(expected)
 
 
 def test_tensor_ranks_send_what_the_others_lack():
@@ -37,4 +37,4 @@ def test_tensor_ranks_send_what_the_others_lack():
     # In each of 28 layers attention and MLP gather and scatter 1,536 values a token, three quarters
     # of which go to other ranks.
     expected = 28 * 2 * 2 * 1536 * job.rank_tokens * 2 * 3 / 4
-    assert traffic_by_axis(job, 0)["tensor"].forward == pytest.approx(expected)
+    assert traffic_by_axis(job, 0)["tensor"].forward_bytes == pytest.approx(expected)

@@ -73,11 +73,11 @@ def test_nccl_gathers_all_tokens_around_its_ring():
 
 
 def test_a_sum_over_tensor_ranks_goes_along_nccl_s_tree():
-    assert LINKS.all_reduce(1, 1e6) == 0
-    assert LINKS.all_reduce(8, 0) == pytest.approx((6.8 + 2 * 7 * 0.6) * 1e-6)
+    assert LINKS.all_reduce_seconds(1, 1e6) == 0
+    assert LINKS.all_reduce_seconds(8, 0) == pytest.approx((6.8 + 2 * 7 * 0.6) * 1e-6)
     four_nodes = (6.8 + 2 * (7 * 0.6 + 2 * 5.0)) * 1e-6
-    assert LINKS.all_reduce(32, 0) == pytest.approx(four_nodes)
-    assert EngineInterconnect(H800, replace(WHOLE, link_efficiency=0.5)).all_reduce(
+    assert LINKS.all_reduce_seconds(32, 0) == pytest.approx(four_nodes)
+    assert EngineInterconnect(H800, replace(WHOLE, link_efficiency=0.5)).all_reduce_seconds(
         8, 1e9
     ) == pytest.approx((14 + 2 * 7 * 1.25) * 1e-6 + 2 * 1e9 / (0.92 * 100e9))
 
@@ -107,9 +107,9 @@ def test_engines_without_cuda_graphs_wait_for_the_host_in_every_layer():
 
 def test_the_trainer_s_deepep_sends_a_token_once_to_each_rank_or_node():
     plain, flex = (traffic_by_axis(real_job(dispatcher=name), 3) for name in ("alltoall", "flex"))
-    assert flex["expert"].forward == pytest.approx(
-        plain["expert"].forward * expected_distinct(8, 8) / 8
+    assert flex["expert"].forward_bytes == pytest.approx(
+        plain["expert"].forward_bytes * expected_distinct(8, 8) / 8
     )
     wide = traffic_by_axis(real_job(dispatcher="flex", expert=64), 3)["expert"]
     all_to_all = traffic_by_axis(real_job(expert=64), 3)["expert"]
-    assert wide.forward == pytest.approx(all_to_all.forward * 4 / 8)
+    assert wide.forward_bytes == pytest.approx(all_to_all.forward_bytes * 4 / 8)

@@ -68,10 +68,12 @@ def test_the_overlap_hides_time_and_takes_the_memory_of_a_second_layer():
     times = [StepTime(job, None) for job in (without, hidden)]
     rank = times[0].busiest
     sent = times[0].groups(rank)["expert"]
-    assert times[0].exchange(rank) == sent.seconds(without, sent.microbatch)
-    assert 0 < times[1].exchange(rank) < times[0].exchange(rank)
-    assert times[1].optimizer_step() < times[0].optimizer_step()
-    assert times[1].scoring() == times[0].scoring(), "there is no other pass to hide behind"
+    assert times[0].expert_exchange_seconds(rank) == sent.seconds(without, sent.microbatch_bytes)
+    assert 0 < times[1].expert_exchange_seconds(rank) < times[0].expert_exchange_seconds(rank)
+    assert times[1].optimizer_step_seconds() < times[0].optimizer_step_seconds()
+    assert times[1].scoring_seconds() == times[0].scoring_seconds(), (
+        "there is no other pass to hide behind"
+    )
     for plain, more in zip(rank_memory(without), rank_memory(hidden), strict=True):
         changed = {kind for kind in plain.training if plain.training[kind] != more.training[kind]}
         assert changed == {"layer in work"}
@@ -83,7 +85,7 @@ def test_a_row_compares_it_with_full_recomputation_and_says_which_fits():
     section = exchange_choice(job, estimate_step)
     # 16 micro-batches of two chunks: on rank 3 of 16 all 32 passes are the warm-up's.
     assert section[OVERLAPPED].formula.endswith("0% of its passes combined with another's")
-    assert section[FULL_RECOMPUTE].number == StepTime(job, None).optimizer_step()
+    assert section[FULL_RECOMPUTE].number == StepTime(job, None).optimizer_step_seconds()
     assert (
         "does not fit" in section[OVERLAPPED].formula
         and ": fits" in section[FULL_RECOMPUTE].formula

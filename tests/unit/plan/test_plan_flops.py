@@ -31,7 +31,7 @@ def test_products_with_weights_are_as_much_faster_in_fp8_and_attention_is_not():
 
 def test_training_and_engines_in_fp8_compute_at_fp8_s_rate():
     plain, fp8 = planned(), planned(fp8__recipe="blockwise")
-    seconds = [StepTime(job, EngineMemory(job)).compute(3, True) for job in (plain, fp8)]
+    seconds = [StepTime(job, EngineMemory(job)).compute_seconds(3, True) for job in (plain, fp8)]
     assert 1.3 < seconds[0] / seconds[1] < 1.46
     pushed = planned(push__fp8=True)
     slow, fast = (RolloutTime(EngineMemory(job)).prefill_seconds for job in (plain, pushed))

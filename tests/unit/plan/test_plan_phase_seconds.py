@@ -4,9 +4,9 @@ import pytest
 from planned_jobs import planned, real_job
 
 from megatron_r1.config.hardware import GIB
-from megatron_r1.plan.between_phases import checkpoint_time, sleep_wake_time, weight_load_time
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.memory import EngineMemory
+from megatron_r1.plan.phase_overheads import checkpoint_time, sleep_wake_time, weight_load_time
 from megatron_r1.plan.timing import StepTime, time_section
 
 
@@ -46,14 +46,21 @@ def test_a_rank_stalls_at_every_hop_of_the_pipeline():
     times = StepTime(job, EngineMemory(job))
     tokens = 32 * 8704 / 16 / 8
     hop = 200e-6 + tokens * 7168 * 2 * (1 - 8 / 2048) / (0.78 * 50e9)
-    assert times.hop == pytest.approx(hop)
-    assert times.pipeline_stall(True) == pytest.approx(4 * hop)
+    assert times.hop_seconds == pytest.approx(hop)
+    assert times.pipeline_stall_seconds(True) == pytest.approx(4 * hop)
     stalled = time_section(times)["pipeline stalls"]
     assert stalled.number == pytest.approx(64 * hop) and "64 hops" in stalled.formula
     rank = times.busiest
-    micro = times.compute(rank, True) + times.exposed(rank, True) + 4 * hop
-    assert times.microbatch(rank, True) == pytest.approx(micro)
-    assert StepTime(real_job(pipeline=1, virtual_pipeline=1, pipeline_layout=None), None).hop == 0
+    micro = (
+        times.compute_seconds(rank, True)
+        + times.exposed_communication_seconds(rank, True)
+        + 4 * hop
+    )
+    assert times.microbatch_seconds(rank, True) == pytest.approx(micro)
+    assert (
+        StepTime(real_job(pipeline=1, virtual_pipeline=1, pipeline_layout=None), None).hop_seconds
+        == 0
+    )
 
 
 def test_a_step_is_the_sum_of_its_parts():

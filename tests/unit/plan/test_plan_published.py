@@ -12,7 +12,7 @@ from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
 from megatron_r1.plan.arguments import load_recipe, parse, planned_job
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.memory import EngineMemory
-from megatron_r1.plan.published import PublishedRun, is_in_range, published_runs
+from megatron_r1.plan.published_runs import PublishedRun, is_in_range, published_runs
 from megatron_r1.plan.timing import time_section
 
 ROOT = Path(__file__).parents[3]
@@ -72,7 +72,7 @@ def test_engines_have_a_gpu_s_memory_besides_the_plan_s_receive_buffer(runs):
     for run in runs:
         job = run.phases[0].job
         if job.rollout_gpus:
-            spare = job.hardware.memory - EngineMemory(job, 0).receive_buffer
+            spare = job.hardware.memory - EngineMemory(job, 0).receive_buffer_bytes
             assert 0 <= spare - HARDWARE[job.hardware.name].memory <= 1.5 * GIB, run.name
 
 

@@ -88,7 +88,7 @@ def test_the_receive_buffer_is_where_the_transport_writes(transport):
     if transport == "cuda_ipc":
         assert "receive buffer" not in host and "on its GPU" in formula
         assert before - estimate.engines.cache_bytes == trainer["receive buffer"].value == buffer
-        assert estimate.peak_rank.peak == default.peak_rank.peak + buffer
+        assert estimate.peak_rank.peak_bytes == default.peak_rank.peak_bytes + buffer
     else:
         assert host["receive buffer"].value == 8 * buffer and "on its host" in formula
         assert estimate.engines.cache_bytes == before and "receive buffer" not in trainer
@@ -99,7 +99,7 @@ def test_over_nccl_colocated_engines_receive_in_the_place_of_their_cache():
     estimate = JobEstimate(planned(push__transport="nccl"))
     sections, engines = estimate.sections(), estimate.engines
     assert "in the place of its KV cache" in sections["push"]["receive buffer"].formula
-    assert not engines.receive_buffer and estimate.problems() == []
+    assert not engines.receive_buffer_bytes and estimate.problems() == []
     for section in sections.values():
         assert "receive buffer" not in section or section is sections["push"]
     needed = engines.weight_bytes + GIB // 4
@@ -119,8 +119,8 @@ def test_receive_buffers_of_engines_on_their_own_gpus_are_not_the_trainers():
     engines = host["host memory of an engines' node"]["receive buffer"]
     assert engines.value == 8 * host["push"]["receive buffer"].value
     estimate = JobEstimate(planned(**alone, push__transport="cuda_ipc"))
-    assert estimate.peak_rank.peak == JobEstimate(planned(**alone)).peak_rank.peak
-    assert estimate.engines.receive_buffer == estimate.engines.weight_bytes
+    assert estimate.peak_rank.peak_bytes == JobEstimate(planned(**alone)).peak_rank.peak_bytes
+    assert estimate.engines.receive_buffer_bytes == estimate.engines.weight_bytes
     assert "host memory of an engines' node" not in estimate.sections()
 
 

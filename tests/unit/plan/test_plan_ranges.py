@@ -8,8 +8,8 @@ from planned_jobs import RECIPE, ROOT, planned
 
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
-from megatron_r1.plan.between_phases import OFFLOAD, ROUTED
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.phase_overheads import OFFLOAD, ROUTED
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.timing import (
     MEASUREMENTS,

@@ -64,7 +64,8 @@ def test_sampling_without_a_trainer_has_no_fp8_push():
     config = configuration.load(RECIPE, BY_HAND | changed)
     engines = EngineMemory(PlannedJob(V3, config, 2048, HARDWARE["H800"], verb="sample"))
     assert (
-        engines.weight_bytes == EngineMemory(planned()).weight_bytes and not engines.receive_buffer
+        engines.weight_bytes == EngineMemory(planned()).weight_bytes
+        and not engines.receive_buffer_bytes
     )
 
 

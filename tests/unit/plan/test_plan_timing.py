@@ -17,13 +17,13 @@ def test_a_push_within_a_node_goes_over_the_node_s_links():
         changed = {"push.transport": transport}
         config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml", changed)
         estimate = JobEstimate(PlannedJob(hf, config, 1, h800))
-        seconds[transport] = estimate.times.push()
+        seconds[transport] = estimate.times.push_seconds()
         assert "one host" not in estimate.sections()["push"]["receive buffer"].formula
     each = 0.75 / estimate.engines.weight_bytes
     rates = [h800.host_link, h800.nvlink, h800.host_network, h800.network]
     assert [1 / s for s in seconds.values()] == pytest.approx([rate * each for rate in rates])
     over_hosts = ("cuda_ipc", "gloo", "nccl")
-    many = [JobEstimate(planned(push__transport=name)).times.push() for name in over_hosts]
+    many = [JobEstimate(planned(push__transport=name)).times.push_seconds() for name in over_hosts]
     assert many[0] == many[1] == pytest.approx(many[2] * h800.network / h800.host_network)
 
 

@@ -20,7 +20,7 @@ from megatron_r1.plan.push_links import traffic_of_sets
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.from_recipe import check_pushes, engine_layout
 from megatron_r1.push.plan.tensors import plain_bytes
-from megatron_r1.rehearse import layout, miniature, model, questions
+from megatron_r1.rehearse import layout, miniature, model, synthetic_data
 from megatron_r1.rehearse.coverage import structure_rows
 from megatron_r1.rehearse.phases import PhaseRunner
 
@@ -318,8 +318,8 @@ def test_stage_4_asks_reward_models_from_its_last_part_on(tmp_path):
     assert last.rl.kind_weights == {} and last.rl.minibatches == first.rl.minibatches == 2
     assert middle.rl.minibatches == 1
     path = tmp_path / "questions.jsonl"
-    questions.write_questions(path, 6, miniature._other_kinds(small.config))
+    synthetic_data.write_questions(path, 6, miniature._other_kinds(small.config))
     rows = [json.loads(line) for line in path.open()]
     kinds = [row["kind"] for row in rows]
     assert all(grade("language", "<think>so it is</think>", **row).reward == 1 for row in rows)
-    assert kinds == [questions.KIND, "helpful", "safety"] * 2
+    assert kinds == [synthetic_data.KIND, "helpful", "safety"] * 2

@@ -14,15 +14,15 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megatron_r1.reporting.live import LiveView
-from megatron_r1.reporting.live_frame import bar_columns, bar_shares
-from megatron_r1.reporting.wording import (
+from megatron_r1.reporting.formatting import (
     format_clock,
     format_duration,
     format_number,
     last_line,
     printable,
 )
+from megatron_r1.reporting.live import LiveView
+from megatron_r1.reporting.live_frame import bar_columns, bar_shares
 
 GIVEN = yaml.safe_load(Path(__file__).with_name("live_view.yaml").read_text(encoding="utf-8"))
 RL, ODD = GIVEN["step"], GIVEN["odd"]
@@ -39,7 +39,7 @@ def picture(view, width, height):
 def view_of(*metrics, samples=(), stream=None):
     view = LiveView("demo", 10, stream or io.StringIO(), facts=["1.4M parameters"])
     for line in metrics:
-        view.step(line, samples)
+        view.show_step(line, samples)
     return view
 
 
@@ -52,10 +52,10 @@ def test_a_log_gets_one_plain_line_per_step_and_one_per_new_phase():
     with LiveView("demo", 3, stream) as view:
         for step in (1, 2, 3):
             for phase in ("rollout", "train"):
-                view.phase(phase, f"detail {step}")
-            view.step({**RL, "step": step}, SAMPLES)
-        view.evaluation({"step": 3, "eval/pass@1": 0.705, "eval/response_length": 64.25})
-        view.message("saved")
+                view.show_phase(phase, f"detail {step}")
+            view.show_step({**RL, "step": step}, SAMPLES)
+        view.show_evaluation({"step": 3, "eval/pass@1": 0.705, "eval/response_length": 64.25})
+        view.show_message("saved")
     lines = [re.sub(r"^\d\d:\d\d:\d\d  ", "", line) for line in stream.getvalue().splitlines()]
     assert lines[0] == "demo · 3 steps"
     assert lines[1:3] == ["rollout: detail 1", "train: detail 1"]
@@ -79,7 +79,7 @@ def test_a_log_in_ascii_is_written_without_an_error():
 def test_the_picture_fits_any_terminal_and_does_not_change_its_height(size, metrics):
     width, height = size
     view = view_of(*metrics, samples=SAMPLES)
-    view.evaluation({"step": 1, "eval/pass@1": 0.5, "eval/cons@16": math.nan})
+    view.show_evaluation({"step": 1, "eval/pass@1": 0.5, "eval/cons@16": math.nan})
     lines = picture(view, width, height)
     assert len(lines) == min(height - 1, 46)
     cells = Console(width=width).measure
@@ -89,8 +89,8 @@ def test_the_picture_fits_any_terminal_and_does_not_change_its_height(size, metr
 
 def test_the_picture_shows_the_metrics():
     view = view_of({**RL, "step": 2}, RL, samples=SAMPLES)
-    view.evaluation({"step": 0, "eval/pass@1": 0.182})
-    view.evaluation({"step": 3, "eval/pass@1": 0.7, "eval/cons@16": 0.75})
+    view.show_evaluation({"step": 0, "eval/pass@1": 0.182})
+    view.show_evaluation({"step": 3, "eval/pass@1": 0.7, "eval/cons@16": 0.75})
     text = "\n".join(picture(view, 80, 24))
     for part in (
         "demo · 1.4M parameters",
@@ -130,9 +130,9 @@ def test_resumed_runs_start_with_their_history():
 def test_odd_metrics_never_raise():
     for stream in (io.StringIO(), None):
         view = LiveView("demo", 0, stream or io.StringIO())
-        view.step({})
-        view.step(ODD, [{}, {"rewards": None, "response": None, "reward": "x"}])
-        view.evaluation({"eval/pass@1": None, "step": float("nan")})
+        view.show_step({})
+        view.show_step(ODD, [{}, {"rewards": None, "response": None, "reward": "x"}])
+        view.show_evaluation({"eval/pass@1": None, "step": float("nan")})
         picture(view, 80, 24)
         view.close()
         view.close()
@@ -142,14 +142,14 @@ def test_a_closed_log_does_not_stop_the_run():
     stream = io.StringIO()
     view = LiveView("demo", 3, stream)
     stream.close()
-    view.step(RL)
+    view.show_step(RL)
     view.close()
 
 
 def test_an_exception_is_passed_on_and_named_in_the_last_line():
     stream = io.StringIO()
     with pytest.raises(RuntimeError), LiveView("demo", 3, stream) as view:  # noqa: PT012
-        view.step(RL)
+        view.show_step(RL)
         raise RuntimeError("engine died")
     last = stream.getvalue().splitlines()[-1]
     assert "RuntimeError" in last and "3" in last
@@ -162,8 +162,8 @@ def test_a_terminal_gets_the_picture_and_its_cursor_back(monkeypatch):
     master, slave = pty.openpty()
     with os.fdopen(slave, "w", encoding="utf-8") as stream:
         with LiveView("demo", 3, stream) as view:
-            view.message("[not markup] stays")
-            view.step(RL, SAMPLES)
+            view.show_message("[not markup] stays")
+            view.show_step(RL, SAMPLES)
         out = b""
         while not out.endswith(b"\x1b[?25h"):
             out += os.read(master, 65536)

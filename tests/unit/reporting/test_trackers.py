@@ -31,11 +31,11 @@ def track(folder, names, history, steps, evaluations=(), finished=True):
     shown = []
     settings = {"rl": {"group_size": 8}, "run": {"seed": 0}}
     trackers = TrackerSet(names, TrackedRun(folder, "a project", settings), shown.append)
-    trackers.history(history, [])
+    trackers.send_history(history, [])
     for each in steps:
-        trackers.step(each)
+        trackers.send_step(each)
     for each in evaluations:
-        trackers.evaluation(each)
+        trackers.send_evaluation(each)
     trackers.close(finished)
     return shown
 
@@ -150,8 +150,8 @@ def test_a_run_does_not_wait_for_its_tracker(tmp_path, monkeypatch):
 
     monkeypatch.setitem(trackers_module.OPENERS, "mlflow", opener)
     trackers = TrackerSet(["mlflow"], TrackedRun(tmp_path, "p", {}), print)
-    trackers.step(line(2, 0.5))
-    trackers.evaluation({"step": 2, "eval/accuracy": 1.0})
+    trackers.send_step(line(2, 0.5))
+    trackers.send_evaluation({"step": 2, "eval/accuracy": 1.0})
     assert server.sent == []
     opening.set()
     trackers.close(True)

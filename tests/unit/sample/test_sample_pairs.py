@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from fakes.model_service import Served, judge_that
-from r1_grading.served.judge import Comparison
-from r1_grading.served.service import Ungradable
+from r1_grading.remote.judge import Comparison
+from r1_grading.remote.service import Ungradable
 from refusals import refused
 from sample_answers import PROMPT, answer, run_decide, selection
 

@@ -12,7 +12,7 @@ from r1_kernels import dequantize_blockwise
 from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.untrusted import require_inside
+from megatron_r1.base.files.untrusted_files import require_inside
 from megatron_r1.base.files.weight_files import (
     IGNORED,
     SINGLE,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_r1.base.files import atomic_write, fsync, make_folder
-from megatron_r1.base.files.untrusted import read_json, require_inside
+from megatron_r1.base.files.untrusted_files import read_json, require_inside
 from megatron_r1.base.files.weight_files import INDEX, SINGLE
 from megatron_r1.data.tokenizer import GENERATION, end_tokens
 from megatron_r1.models.hf_config import has_score_head, implied_settings, score_model_config

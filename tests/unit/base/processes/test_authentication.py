@@ -10,7 +10,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.authentication import (
-    ENVIRONMENT,
+    TOKEN_VARIABLE,
     known_token,
     make_token,
     protect_client,
@@ -82,7 +82,7 @@ def test_neither_token_nor_message_is_on_the_wire():
 
 
 def test_the_file_is_its_owners_alone(tmp_path, monkeypatch):
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     token = make_token(tmp_path)
     file = tmp_path / "token"
     assert len(token) == 64 and file.stat().st_mode & 0o777 == 0o600
@@ -95,17 +95,17 @@ def test_the_file_is_its_owners_alone(tmp_path, monkeypatch):
     file.write_text("")
     with refused("token", Cause.EMPTY, file):
         known_token(file)
-    with refused(ENVIRONMENT, Cause.MISSING):
+    with refused(TOKEN_VARIABLE, Cause.MISSING):
         known_token(tmp_path / "other")
-    monkeypatch.setenv(ENVIRONMENT, "given")
+    monkeypatch.setenv(TOKEN_VARIABLE, "given")
     assert make_token(tmp_path) == known_token(None) == "given"
 
 
 def test_a_file_stops_a_run_until_the_request_is_fulfilled(tmp_path):
     stop = StopRequest()
     stop.watch(tmp_path)
-    assert not stop.requested
+    assert not stop.is_requested
     (tmp_path / "stop").touch()
-    assert stop.requested and not stop.is_signalled
+    assert stop.is_requested and not stop.is_signalled
     stop.clear()
-    assert not stop.requested and not (tmp_path / "stop").exists()
+    assert not stop.is_requested and not (tmp_path / "stop").exists()

@@ -71,7 +71,7 @@ def test_ranks_under_torchrun_do_and_their_controller_does_not(has_gpu, monkeypa
 
     for name, value in (RANK | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
-    for name in (*TRAINERS, torchrun.RANKS_ENVIRONMENT):
+    for name in (*TRAINERS, torchrun.RANKS_TOKEN_VARIABLE):
         monkeypatch.setenv(name, "")  # so that it is removed at the end
         monkeypatch.delenv(name)
     monkeypatch.setattr(torchrun.subprocess, "Popen", popen)
@@ -79,8 +79,8 @@ def test_ranks_under_torchrun_do_and_their_controller_does_not(has_gpu, monkeypa
     assert cli._serve_as_rank(parse({"run": {"folder": "x"}}), ["rl", "x.yaml"]) == 0
     assert allocator_of(seen["rank"]) == (TRAINERS if has_gpu else {})
     assert allocator_of(seen["controller"]) == {}
-    secret = seen["rank"][torchrun.RANKS_ENVIRONMENT]
-    assert seen["controller"][torchrun.RANKS_ENVIRONMENT] == secret
+    secret = seen["rank"][torchrun.RANKS_TOKEN_VARIABLE]
+    assert seen["controller"][torchrun.RANKS_TOKEN_VARIABLE] == secret
     assert seen["controller"][torchrun.WORLD_SIZE] == "2" and "RANK" not in seen["controller"]
 
 

@@ -17,7 +17,7 @@ def story_with(work):
         stop = StopRequest()
         stop.notify = messages.append
         stop.listen()
-        return await stop.completes(work()), messages
+        return await stop.finished_before_stop(work()), messages
 
     return asyncio.run(story())
 
@@ -43,9 +43,9 @@ def test_without_a_request_the_work_ends_by_itself_or_fails():
 
     async def story():
         stop = StopRequest()
-        done = await stop.completes(asyncio.sleep(0))
+        done = await stop.finished_before_stop(asyncio.sleep(0))
         with pytest.raises(ValueError, match="no engine"):
-            await stop.completes(fails())
+            await stop.finished_before_stop(fails())
         return done
 
     assert asyncio.run(story())

@@ -20,8 +20,8 @@ from megatron_r1.engines.server.responses import (
     EngineDied,
     EngineError,
     EngineFault,
-    NoWeights,
     Response,
+    WeightsUnavailable,
 )
 from megatron_r1.trainer.operations import PushOperations
 
@@ -67,10 +67,10 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_fi
         if is_closed_first:
             pusher.close()
         trainer.goes.set()
-        with raised(NoWeights, "engine-0", "rank 0"):
+        with raised(WeightsUnavailable, "engine-0", "rank 0"):
             await feeding
         pusher.close()
-        with raised(NoWeights, "engine-0"):
+        with raised(WeightsUnavailable, "engine-0"):
             await waiting
         await engine.client.close()
 
@@ -93,7 +93,7 @@ def test_an_engine_gets_no_weights_after_an_error_between_two_versions():
                 joining = asyncio.create_task(feed())
                 await asyncio.sleep(0)
                 raise TrainerLost("gone")
-        with raised(NoWeights, "engine-0"):
+        with raised(WeightsUnavailable, "engine-0"):
             await joining
 
     asyncio.run(story())

@@ -58,7 +58,7 @@ def test_engines_sleep_when_no_rank_of_the_lost_trainer_allocates_any_more(refus
                 raise EngineError("engine-0 refuses")
 
     recorder = MagicMock()
-    recorder.view.message = messages.append
+    recorder.view.show_message = messages.append
     config = Config().with_changes(rollout={"colocated": True, "gpu_memory": 0.3})
     supervisor = Supervisor(config, recorder, Trainer(), spans_hosts=False)
     supervisor.watch_rollouts(SimpleNamespace(fleet=Fleet()))

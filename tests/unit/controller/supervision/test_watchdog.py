@@ -85,7 +85,7 @@ class Run:
             async with RewardPool(1, timeout_seconds=1e5) as pool:
                 fleet = RolloutFleet(1, folder.path / "logs")
                 self.rollouts = RolloutCollector(fleet, pool, TEXT, RewardsConfig())
-                self.recorder.view.phase("rollout")
+                self.recorder.view.show_phase("rollout")
                 self.supervisor.watch_rollouts(self.rollouts)
                 yield self.supervisor
             await self.trainer.close()
@@ -263,7 +263,7 @@ def test_writing_files_may_take_as_long_as_ranks_wait_for_each_other(tmp_path, o
     async def body():
         async with run.supervised() as supervisor:
             watchdog = supervisor._watchdog
-            run.recorder.view.phase("train")
+            run.recorder.view.show_phase("train")
             run.trainer.pending_call = PendingCall(operation, 0.0, {0})
             watchdog._progress = watchdog.run.progress()
             for quiet, is_stalled in ((limit - 1.0, False), (limit, True)):
@@ -302,7 +302,7 @@ def test_reported_once_and_health_says_so_until_it_moves(tmp_path, monkeypatch):
 
     async def body():
         async with run.supervised() as supervisor:
-            monkeypatch.setattr(run.recorder.view, "message", messages.append)
+            monkeypatch.setattr(run.recorder.view, "show_message", messages.append)
             await run.start_grader()
             async with supervisor.watching():
                 await watch()

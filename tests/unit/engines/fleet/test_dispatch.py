@@ -11,7 +11,7 @@ from megatron_r1.engines.fleet.dispatch import (
     DispatchedRequest,
     Dispatcher,
     ExpectedLength,
-    ExpectedLengths,
+    LengthEstimator,
 )
 from megatron_r1.engines.fleet.engine import Engine, ServedGroup, ServiceStats, find_slow
 from megatron_r1.engines.server.responses import EngineError
@@ -87,7 +87,7 @@ def test_engines_get_equal_work_not_equal_numbers_of_groups():
 
 
 def test_prompts_count_for_less_than_responses_and_once_for_a_group():
-    assert work(n=4, prompt_tokens=1000, mean=50).tokens == 100 + 4 * 50
+    assert work(n=4, prompt_tokens=1000, mean=50).cost_tokens == 100 + 4 * 50
 
 
 def test_an_engine_gets_a_little_more_than_it_can_decode_and_the_rest_waits():
@@ -207,7 +207,7 @@ def test_when_the_fleet_breaks_waiting_requests_fail():
 
 
 def test_lengths_are_learned_by_kind_and_size_of_the_prompt():
-    lengths = ExpectedLengths()
+    lengths = LengthEstimator()
     assert lengths.estimate("math", 10, 400) == ExpectedLength(200, 400)
     for _ in range(4):
         lengths.add("math", 10, [100, 300])
@@ -222,7 +222,7 @@ def test_lengths_are_learned_by_kind_and_size_of_the_prompt():
 
 
 def test_lengths_follow_a_policy_that_writes_more_and_more():
-    lengths = ExpectedLengths()
+    lengths = LengthEstimator()
     for length in [100] * 200 + [1000] * 200:
         lengths.add("math", 10, [length])
     assert 950 < lengths.estimate("math", 10, 4000).mean <= 1000

@@ -10,7 +10,12 @@ from fakes.engine import Peer
 from waiting import until
 
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineTimeout, NoWeights
+from megatron_r1.engines.server.responses import (
+    EngineDied,
+    EngineError,
+    EngineTimeout,
+    WeightsUnavailable,
+)
 
 GARBAGE = {
     "no number": {"logprobs": {"content": [{"logprob": -9999.0}]}},
@@ -141,7 +146,7 @@ def test_a_dead_engine_gets_no_request(tmp_path):
         engine.died.set()
         await engine.client.close()
         with pytest.raises(EngineDied, match="engine-0.*stopped by the test"):
-            await engine.unless_dead(engine.client.generate([3], n=1, max_tokens=1))
+            await engine.await_call(engine.client.generate([3], n=1, max_tokens=1))
         return engine.client._session
 
     peer = Peer(good)
@@ -453,7 +458,7 @@ def test_an_engine_without_weights_costs_no_restart(tmp_path):
     @contextlib.asynccontextmanager
     async def send_weights(engine):
         if next(refusals, False):
-            raise NoWeights(f"{engine.name}: the trainer is gone")
+            raise WeightsUnavailable(f"{engine.name}: the trainer is gone")
         yield
 
     async def story(fleet):
@@ -479,7 +484,7 @@ def test_a_cancelled_call_to_a_dead_engine_does_not_go_on(tmp_path):
 
     async def story(fleet):
         engine = fleet.engines[0]
-        calling = asyncio.create_task(engine.unless_dead(ends_slowly()))
+        calling = asyncio.create_task(engine.await_call(ends_slowly()))
         await begun.wait()
         engine.died.set()
         await ending.wait()

@@ -19,7 +19,7 @@ from waiting import wait_until
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.authentication import (
-    ENVIRONMENT,
+    TOKEN_VARIABLE,
     known_token,
     make_token,
     protect_server,
@@ -36,7 +36,7 @@ from megatron_r1.engines.server.responses import EngineError
 
 @pytest.fixture
 def pool(tmp_path, monkeypatch):
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     messages = []
     pool = HostPool(
         "tcp://127.0.0.1:*", make_token(tmp_path), silence_seconds=1e5, notify=messages.append
@@ -116,7 +116,7 @@ def test_without_room_the_error_names_the_hosts(pool):
 
 
 def test_hosts_find_the_port_of_the_recipe(tmp_path, monkeypatch):
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     port = free_port("127.0.0.1")
     rollout = RolloutConfig(placement="hosts", hosts_address="127.0.0.1", hosts_port=port)
 
@@ -193,7 +193,7 @@ def test_a_host_that_vanishes_loses_its_engines_for_good(pool, host, how):
 
 def test_another_token_is_refused_and_the_host_prints_so(pool, host):
     address = f"tcp://127.0.0.1:{pool.port}"
-    agent = host("--controller", address, **{ENVIRONMENT: "guessed"})
+    agent = host("--controller", address, **{TOKEN_VARIABLE: "guessed"})
     assert any("token" in line for line in agent.stdout)
     assert host("--controller", address, "--patience", "0").wait() == 1
     assert pool.num_free == 0 and not pool.messages
@@ -234,7 +234,7 @@ def test_a_refused_host_does_not_keep_engines_from_the_accepted_ones(pool):
         wait_until(lambda: (orders := report(also_refused, "third")) and orders.refusal)
         assert pool.describe() == "host-shared with 1"
         assert "host-shared" in start()
-        good.send(HostReport("host-shared", 1, "shared", leaving=True))
+        good.send(HostReport("host-shared", 1, "shared", is_leaving=True))
         wait_until(lambda: pool.num_free == 0)
         assert pool.describe() in start()
     finally:

@@ -14,7 +14,7 @@ from refusals import refused
 
 from megatron_r1 import config
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.processes.authentication import ENVIRONMENT, make_token
+from megatron_r1.base.processes.authentication import TOKEN_VARIABLE, make_token
 from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import RemoteServer
 from megatron_r1.engines.server.responses import EngineError
@@ -64,7 +64,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     world = World(tmp_path)
     yield world
     for host in world.hosts:

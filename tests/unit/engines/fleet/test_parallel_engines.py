@@ -135,7 +135,7 @@ def test_vllm_gets_the_settings_as_arguments(tmp_path, device):
         pipeline=3,
         data=4,
         expert_parallel=True,
-        sleeps=True,
+        enable_sleep_mode=True,
         gpu_memory=0.4,
         num_threads=30,
     )

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 from fakes.loopback import serving
 
-from megatron_r1.base.processes.diagnosis import excerpt
+from megatron_r1.base.processes.exit_diagnosis import excerpt
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineTimeout

@@ -99,7 +99,12 @@ def test_every_argument_that_engines_get_is_refused_in_a_recipe():
         EngineSettings(device=device, speculative={"method": "ngram"}, secret="s", **options)
         for device in ("cpu", "cuda")
         for options in (
-            {"return_routing": True, "sleeps": True, "gpu_memory": 0.5, "kv_block_tokens": 32},
+            {
+                "return_routing": True,
+                "enable_sleep_mode": True,
+                "gpu_memory": 0.5,
+                "kv_block_tokens": 32,
+            },
             {"plain_matrices": True, "expert_parallel": True, "prefix_caching": False},
         )
     ]

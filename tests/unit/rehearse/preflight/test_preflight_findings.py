@@ -7,7 +7,13 @@ from megatron_r1.config import parse
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, link_rate
 from megatron_r1.config.overrides import take_section
 from megatron_r1.rehearse.preflight.checks import check_facts, hardware_of
-from megatron_r1.rehearse.preflight.facts import Folder, LinkRate, Memory, NodeFacts, RankFacts
+from megatron_r1.rehearse.preflight.facts import (
+    FolderFacts,
+    LinkRate,
+    MemoryUsage,
+    NodeFacts,
+    RankFacts,
+)
 from megatron_r1.rehearse.preflight.links import neighbors
 from megatron_r1.rehearse.preflight.report import measured_rates
 from megatron_r1.rehearse.settings import PreflightConfig, PreflightSettings
@@ -25,7 +31,7 @@ def facts() -> list[RankFacts]:
             node_index=rank // 4,
             host=f"host-{rank // 4}",
             device="cuda",
-            memory=Memory(80 * GIB, 79 * GIB),
+            memory=MemoryUsage(80 * GIB, 79 * GIB),
             products=700e12,
             links={
                 "tensor": LinkRate(
@@ -34,12 +40,12 @@ def facts() -> list[RankFacts]:
                 "data": LinkRate("all-reduce", list(range(rank % 4, 16, 4)), 45e9),
             },
             pairs=[40e9, 41e9],
-            folder=Folder("", True, rank != 0 or None, 900e6, 800e6, 0.001, 10**12),
+            folder=FolderFacts("", True, rank != 0 or None, 900e6, 800e6, 0.001, 10**12),
             node=None
             if rank % 4
             else NodeFacts(
                 {"GPU": "NVIDIA H100 80GB HBM3", "torch": "2.11.0"},
-                Memory(100 * GIB, 95 * GIB),
+                MemoryUsage(100 * GIB, 95 * GIB),
                 {},
                 "",
                 clock_offset=0.0,
@@ -104,7 +110,7 @@ def test_an_axis_far_below_the_planners_rate_blocks_though_its_groups_are_equal(
 
 def test_memory_of_others_products_versions_ports_and_the_sandbox_name_their_hosts():
     found = facts()
-    found[5].memory = Memory(80 * GIB, 60 * GIB, ["4711, 19000 MiB"])
+    found[5].memory = MemoryUsage(80 * GIB, 60 * GIB, ["4711, 19000 MiB"])
     found[13].products = 500e12
     found[4].node.versions = {**found[4].node.versions, "torch": "2.10.0"}
     found[0].node.ports = {"run.health_port": "port 9000: Address already in use"}
@@ -122,9 +128,12 @@ def test_memory_of_others_products_versions_ports_and_the_sandbox_name_their_hos
 @pytest.mark.parametrize(
     ("fault", "problem"),
     [
-        (Folder(error="[Errno 30] Read-only file system: 'runs/x'"), "Read-only file system"),
-        (Folder(), "is not the folder that rank 0 sees on host-2"),
-        (Folder(shared=True, excluded=False), "no locks that hold between processes on host-2"),
+        (FolderFacts(error="[Errno 30] Read-only file system: 'runs/x'"), "Read-only file system"),
+        (FolderFacts(), "is not the folder that rank 0 sees on host-2"),
+        (
+            FolderFacts(shared=True, excluded=False),
+            "no locks that hold between processes on host-2",
+        ),
     ],
 )
 def test_a_folder_that_is_not_one_for_all_blocks(fault, problem):

@@ -29,7 +29,7 @@ from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.timing import StepTime, time_section
 
-FILE = Path(__file__).with_name("published.yaml")
+RUNS_FILE = Path(__file__).with_name("published.yaml")
 TABLE_WIDTH = 120
 
 FREE = {
@@ -124,7 +124,7 @@ def _mfu(times: StepTime) -> float:
     """Return an optimizer step's operations, without recomputed ones, over those of the peak."""
     job = times.job
     flops = 3 * forward_flops(job.hf, job.sample_tokens) * job.step_samples * job.sample_tokens
-    return flops / (times.optimizer_step() * job.world_size * job.hardware.bf16)
+    return flops / (times.optimizer_step_seconds() * job.world_size * job.hardware.bf16)
 
 
 def schedule_phases(
@@ -151,7 +151,7 @@ def schedule_phases(
 def published_runs() -> list[PublishedRun]:
     """Return the rows of published.yaml. In each source every other row, from the first on, is of
     the half that calibrates."""
-    text = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    text = yaml.safe_load(RUNS_FILE.read_text(encoding="utf-8"))
     return [
         PublishedRun(
             name=row["name"],
@@ -302,7 +302,7 @@ def _error(ratios: Sequence[float]) -> str:
 
 
 def _notes() -> list[str]:
-    text = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    text = yaml.safe_load(RUNS_FILE.read_text(encoding="utf-8"))
     return [
         fill(
             f"{source['name']}: {source['source']}. Assumed: {source['assumed']}.",

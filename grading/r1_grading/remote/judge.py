@@ -25,9 +25,9 @@ from pydantic import Field, model_validator
 from r1_grading.base.errors import Cause, UserError
 from r1_grading.base.files import atomic_write
 from r1_grading.reading import Part, break_control_tokens, cut_middle, response_part
+from r1_grading.remote import ServiceSettings
+from r1_grading.remote.service import ChatChoice, Completion, Service, ServiceError, Ungradable
 from r1_grading.rewards import Grade
-from r1_grading.served import ServiceSettings
-from r1_grading.served.service import ChatChoice, Completion, Service, ServiceError, Ungradable
 
 VERIFY = """\
 Decide whether a response answers a question correctly, by comparing its final answer with the \

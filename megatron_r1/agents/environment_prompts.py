@@ -7,7 +7,7 @@ from typing import Any
 
 from r1_grading.rewards import ENVIRONMENT
 
-from megatron_r1.agents.environment_pool import describe
+from megatron_r1.agents.environment_pool import describe_in_subprocess
 from megatron_r1.agents.verifiers import list_tasks
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
@@ -23,8 +23,8 @@ def load_environment_prompts(environment: str, **arguments: Any) -> PromptSplit:
     """
     if not environment:
         return load_prompts(**arguments)
-    description = describe(environment)
-    if not description.grades:
+    description = describe_in_subprocess(environment)
+    if not description.has_reward:
         try:
             return load_prompts(**arguments)
         except MissingTruth as error:

@@ -1,4 +1,4 @@
-"""Check a rehearsal's export: `python -m megatron_r1.rehearse.load_export EXPORT MODEL MTP`.
+"""Check a rehearsal's export: `python -m megatron_r1.rehearse.check_export EXPORT MODEL MTP`.
 
 Every tensor of config.json is there and finite, frozen MTP layers are as in MODEL, trained ones and
 other weights have changed, and transformers loads the folder and computes finite logits with it."""

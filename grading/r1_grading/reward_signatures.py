@@ -244,7 +244,7 @@ class CallFault(NamedTuple):
     missing: tuple[str, ...] = ()
 
 
-FITS = CallFault("")
+NO_FAULT = CallFault("")
 
 
 def explain_failure(
@@ -260,11 +260,11 @@ def explain_failure(
     if isinstance(error, MissingArguments):
         return _missing_fields(_describe_kind(target), error.names)
     if not isinstance(error, TypeError) or isinstance(function, AdaptedFunction):
-        return FITS
+        return NO_FAULT
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # written in C, without a signature
-        return FITS
+        return NO_FAULT
     kind = _describe_kind(target)
     signature = f"def {target.partition(':')[2]}(response, truth, *, …, **entry) -> Grade"
     kinds = {parameter.kind for parameter in parameters}
@@ -284,7 +284,7 @@ def explain_failure(
             f"reward {kind!r} is called with {refused[0]!r} and does not take it: end its "
             f"parameters with **entry, {signature}"
         )
-    return FITS
+    return NO_FAULT
 
 
 def _missing_fields(kind: str, names: tuple[str, ...]) -> CallFault:

@@ -24,9 +24,9 @@ from r1_grading.reading import (
     fill_template,
     prepare_texts,
 )
+from r1_grading.remote import ServiceSettings
+from r1_grading.remote.service import Service, ServiceError, Ungradable
 from r1_grading.rewards import Grade
-from r1_grading.served import ServiceSettings
-from r1_grading.served.service import Service, ServiceError, Ungradable
 
 CHECK_SECONDS = 10.0
 CHECK_QUESTION, CHECK_RESPONSE = "What is 7 + 5?", "<think>7 + 5 = 12</think>The answer is 12."

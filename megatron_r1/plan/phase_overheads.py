@@ -29,10 +29,10 @@ from megatron_r1.models.memory import ParameterCounts, checkpoint_bytes, persist
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import drafts_with_mtp, planned_engine_layout, planned_rank_bytes
-from megatron_r1.plan.quantity import Quantity, Section, byte_quantity
+from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.planner import PredictedSharding
-from megatron_r1.reporting.wording import format_count
+from megatron_r1.reporting.formatting import format_count
 
 OFFLOADED = "offloaded while engines sample"
 """The kind of host memory."""
@@ -72,7 +72,7 @@ def _most_offloaded_bytes(job: PlannedJob) -> int:
     )
 
 
-def offload_disk(job: PlannedJob) -> Section:
+def offload_disk(job: PlannedJob) -> QuantityTable:
     """Return the room that a node's local disk needs; {} where nothing waits there."""
     if not offloads_state(job) or job.config.parallel.offload_between_phases != "disk":
         return {}
@@ -82,7 +82,7 @@ def offload_disk(job: PlannedJob) -> Section:
     return {OFFLOADED: byte_quantity(ranks * num_bytes, formula)}
 
 
-def offload_time(job: PlannedJob, push_seconds: float) -> Section:
+def offload_time(job: PlannedJob, push_seconds: float) -> QuantityTable:
     """Return the seconds of a step; {} without the setting.
 
     Args:
@@ -241,7 +241,7 @@ class RoutingReplayTraffic:
         beside = min(beside, self.job.hardware.gpus_per_node)
         return longest // self.ranks_per_replica + (longest // beside if rank == 0 else 0)
 
-    def section(self) -> Section:
+    def section(self) -> QuantityTable:
         """Return where these bytes are, and how many."""
         job, shape, rate = self.job, self.shape, self.job.hardware.host_network
         layers, chosen = len(shape.moe_layers), f"{shape.topk} experts x {shape.index_bytes} B"
@@ -295,7 +295,7 @@ class RoutingReplayTraffic:
         return section
 
 
-def routing_replay_time(job: PlannedJob) -> Section:
+def routing_replay_time(job: PlannedJob) -> QuantityTable:
     """Return the seconds that a step waits for routed experts; {} without replay."""
     if not uses_routing_replay(job):
         return {}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.engines.server.episodes import Branch, Turn
+from megatron_r1.engines.episodes import Branch, Turn
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import sampling_mask
 

@@ -1,8 +1,8 @@
 """One spelling for mathematics: Unicode, LaTeX layout and plain text all become simple LaTeX.
 
 Only characters with one meaning are translated. Any other character outside ASCII (a Cyrillic С, a
-circled ①, a zero-width space) is refused by the comparison, so look-alikes never match. `unstyled`
-removes what changes only the look of an answer: fonts, sizes, colors and spaces."""
+circled ①, a zero-width space) is refused by the comparison, so look-alikes never match.
+`strip_styling` removes what changes only the look of an answer: fonts, sizes, colors and spaces."""
 
 import re
 import unicodedata
@@ -149,7 +149,7 @@ PLAIN_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
 OPENING_ROUND = re.compile(r"(\\sqrt|\^)\s*\(")
 
 
-def spell(text: str) -> str:
+def normalize_latex(text: str) -> str:
     """Return `text` in the spelling that the comparison reads; no text is an error.
 
     Linear, except for nested roots with round brackets."""
@@ -220,7 +220,7 @@ GROUP = re.compile(rf"\\(?:{FONTS}|framebox|mbox|hbox|text)\s*\{{")
 WORDS = re.compile(r"[^\d\\+=()]*")
 
 
-def unstyled(text: str) -> str:
+def strip_styling(text: str) -> str:
     r"""Return `text` without commands of layout. Words stay in their `\text{}` or `\mathrm{}`,
     where they are no products of letters."""
     if "\\" not in text and not text.endswith("}"):

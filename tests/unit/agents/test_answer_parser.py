@@ -6,9 +6,8 @@ import os
 import pytest
 from refusals import refused
 
-from megatron_r1.agents import parsing
-from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.parsing import (
+from megatron_r1.agents import answer_parser
+from megatron_r1.agents.answer_parser import (
     AnswerReader,
     HermesParser,
     ParsedAnswer,
@@ -17,6 +16,7 @@ from megatron_r1.agents.parsing import (
     find_parser,
     tool_call,
 )
+from megatron_r1.agents.continuation import Continuation
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig
 from tests.chat_tokenizer import chat_tokenizer
@@ -48,7 +48,7 @@ def test_a_parser_that_hangs_dies_or_raises_costs_its_turn_only(monkeypatch):
             with refused("agents.tool_parser", Cause.UNKNOWN, "unknown"):
                 await parsers.check()
 
-    monkeypatch.setattr(parsing, "MODULE", "tests.unit.agents.parser_stand_in")
+    monkeypatch.setattr(answer_parser, "MODULE", "tests.unit.agents.parser_stand_in")
     asyncio.run(run())
 
 

@@ -1,4 +1,4 @@
-"""Measures with confidence intervals: of samples, of pairs of responses, and of a reward model's
+"""Estimates with confidence intervals: of samples, of pairs of responses, and of a reward model's
 scores.
 
 **pass@1, pass@k**: per question first, then over questions. The questions are a random sample of

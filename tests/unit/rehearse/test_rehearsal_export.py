@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.rehearse import load_export, model
+from megatron_r1.rehearse import check_export, model
 
 ROOT = Path(__file__).parents[3]
 MTP = "model.layers.2.self_attn.o_proj.weight"
@@ -39,7 +39,7 @@ def export(folder, to, dtype, *changed, mtp="frozen"):
     save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (to / "config.json").write_text(json.dumps(config))
-    return load_export.main(str(to), str(folder), mtp)
+    return check_export.main(str(to), str(folder), mtp)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
