@@ -358,7 +358,7 @@ def build_model(
         groups: Megatron's process groups, which agree with `config`; None: those of its
             `parallel_state`.
         vp_stage: the virtual stage; None without virtual stages.
-        shares_prompts: whether batches may have shared prefixes (`models.prefixes`).
+        shares_prompts: whether batches may have shared prefixes (`models.shared_prefixes`).
 
     Raises:
         RuntimeError: before `patches.install()`."""

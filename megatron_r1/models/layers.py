@@ -191,7 +191,7 @@ def block_specs(
         )
     elif shares_prompts:
         # Not at the top: its base class is there with Transformer Engine only.
-        from megatron_r1.models.shared_attention import SharedPromptAttention
+        from megatron_r1.models.te_prefix_attention import SharedPromptAttention
 
         for spec in block.layer_specs:
             attention = spec.submodules.self_attention.submodules

@@ -216,7 +216,8 @@ def _padded(counts: ParameterCounts, optimizer_shards: tuple[int, int]) -> tuple
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Bytes of one layer and one micro-batch, by the module whose recomputation frees them.
+    """Activation bytes that one layer keeps for one micro-batch, by the module whose
+    recomputation frees them.
 
     Attributes:
         input: the layer's input.

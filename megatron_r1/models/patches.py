@@ -38,10 +38,10 @@ from torch.distributed import ProcessGroup
 
 from megatron_r1.models.context_parallel import positions_of_rank
 from megatron_r1.models.cpu_patches import Patch, register_in
-from megatron_r1.models.dispatch import KnownCountsDispatcher, indices_to_multihot
 from megatron_r1.models.experts import GROUP_SCORES
 from megatron_r1.models.packed_params import marked_positions
-from megatron_r1.models.prefixes import marked_prefixes
+from megatron_r1.models.shared_prefixes import marked_prefixes
+from megatron_r1.models.token_dispatcher import KnownCountsDispatcher, indices_to_multihot
 
 
 def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> Tensor:
@@ -50,7 +50,7 @@ def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> T
 
     Args:
         cu_seqlens: (S + 1,) integers from 0 to T, the borders of the whole batch's samples, which
-            may be marked by `prefixes.mark_prefixes`.
+            may be marked by `shared_prefixes.mark_prefixes`.
         rank: the rank in the context-parallel group.
         num_ranks: the number of ranks of that group."""
     prefixes, cu_seqlens = marked_prefixes(cu_seqlens), cu_seqlens.long()

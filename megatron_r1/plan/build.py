@@ -64,7 +64,7 @@ def _build_stage(job: PlannedJob, pipeline_rank: int) -> list[dict[str, tuple[in
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_r1 import models
-    from megatron_r1.models.weights.local import local_entries, model_tensors
+    from megatron_r1.models.weights.loading import local_entries, model_tensors
     from megatron_r1.trainer import distributed
 
     parallel = job.parallel

@@ -13,8 +13,8 @@ import msgspec
 from torch import Tensor
 
 from megatron_r1.base.transports import TRANSPORTS
+from megatron_r1.models.weights.formats.published_layout import BLOCK, FP8_DTYPE, scale_name
 from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.stored.published import BLOCK, FP8_DTYPE, scale_name
 from megatron_r1.models.weights.table import Piece, Shape, Table
 from megatron_r1.push.plan.engine_sets import (
     PlannedLink,

@@ -12,8 +12,8 @@ import msgspec
 import torch
 from torch.distributed import Store
 
+from megatron_r1.models.weights.formats.published_layout import has_power_of_two_scales
 from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.stored.published import has_power_of_two_scales
 from megatron_r1.models.weights.table import Table
 from megatron_r1.push.link_planner import (
     ConnectedLink,

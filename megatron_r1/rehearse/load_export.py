@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.weights.stored.published import published_tensors
+from megatron_r1.models.transformers_model import load_by_transformers
+from megatron_r1.models.weights.formats.published_layout import published_tensors
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megatron_r1.config import Config
 from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.models.hf_config import has_score_head, published_names, score_model_config
-from megatron_r1.models.weights.stored.published import published_tensors
+from megatron_r1.models.weights.formats.published_layout import published_tensors
 from megatron_r1.models.weights.table import table
 from megatron_r1.pipeline.pipeline_recipe import ServeConfig
 from megatron_r1.pipeline.serving import choose_ports, serve_models

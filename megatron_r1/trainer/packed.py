@@ -32,9 +32,9 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
 from megatron_r1.models.packed_params import PackedParams, mark_positions
 from megatron_r1.models.platform import to_device
-from megatron_r1.models.prefixes import WholeSequences, mark_prefixes, whole_sequences
 from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.models.sampling_mask import decode_mask
+from megatron_r1.models.shared_prefixes import WholeSequences, mark_prefixes, whole_sequences
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.routing import RoutingShard, pack_routing
 from megatron_r1.trainer.token_split import PackedLayout, TokenSplit, packed_layout
@@ -60,7 +60,7 @@ def pack_batch(
         routing: what this rank replays, if anything: the part of the samples' routing, or what the
             leader of its replica has cut of it.
         share_prompts: tokens that an earlier sample has are not there again (`SharedTokens`,
-            `models.prefixes`).
+            `models.shared_prefixes`).
         num_predicted: MTP layers that are trained."""
     if isinstance(routing, RoutingShard):
         routing = pack_routing(samples, split, routing)

@@ -1,8 +1,8 @@
 """Tokens that samples of a micro-batch share (`parallel.share_prompts`): a prompt, or turns of a
 tree.
 
-What is shared is computed once (`models.prefixes`); `controller.trainer_calls.packing` packs the
-samples of one prompt together, all turns of a tree among them.
+What is shared is computed once (`models.shared_prefixes`); `controller.trainer_calls.packing`
+packs the samples of one prompt together, all turns of a tree among them.
 
 Imports neither torch nor Megatron, because the controller imports it."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.models.context_parallel import positions_of_rank
-from megatron_r1.models.prefixes import SharedPrefixes
+from megatron_r1.models.shared_prefixes import SharedPrefixes
 from megatron_r1.trainer.shared_prompts import SharedTokens
 from megatron_r1.trainer.training_sample import Sample
 

@@ -9,7 +9,7 @@ from small_models import MODELS
 
 from megatron_r1.commands.why.policy_model import MOMENTS, STATE, chosen_experts, read_model
 from megatron_r1.commands.why.policy_model import Row as Sequence
-from megatron_r1.models.by_transformers import load_by_transformers
+from megatron_r1.models.transformers_model import load_by_transformers
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from megatron_r1.engines.plugin.loader_copies import record_copies
 from megatron_r1.engines.plugin.memory_layout import lay_out
 from megatron_r1.engines.plugin.swap import SavedKernelState
 from megatron_r1.models.hf_config import implied_settings, resolve_aliases
-from megatron_r1.models.weights.stored import published as fp8
+from megatron_r1.models.weights.formats import published_layout as fp8
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
 from megatron_r1.push.plan.tensors import pushed_tensors

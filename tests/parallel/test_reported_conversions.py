@@ -9,8 +9,8 @@ from oracle import mtp_layer, mtp_logits
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.transformers_model import load_by_transformers
 
 HERE = Path(__file__).parent
 # fp32 sums in another order, of logits of standard deviation 1 to 3.

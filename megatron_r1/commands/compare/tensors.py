@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.commands.compare.records import RunDifference, is_rounding
-from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.trainer.checkpoints.checkpoint_folders import BadManifest, read_manifest
 
 VOCABULARY = ("word_embeddings.weight", "output_layer.weight")

@@ -24,13 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_r1.commands.why.comparison import CannotRecompute
-from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.weights.stored.dcp import Box, DistributedCheckpoint
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.models.weights.stored.hf_writing import copy_model_files
-from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
-from megatron_r1.models.weights.stored.published import stacked_part
+from megatron_r1.models.transformers_model import load_by_transformers
+from megatron_r1.models.weights.formats.dcp import Box, DistributedCheckpoint
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.hf_writer import copy_model_files
+from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
+from megatron_r1.models.weights.formats.published_layout import stacked_part
 
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**26
 """Tokens and logits of a forward pass, padding included, unless one response has more."""

@@ -41,11 +41,11 @@ from megatron_r1.models.weights.adapter_table import (
     adapter_shapes,
     adapter_table,
 )
+from megatron_r1.models.weights.export import write_folder, write_pieces
+from megatron_r1.models.weights.formats.tensor_files import plan_file
 from megatron_r1.models.weights.layout import LayoutEntry, layout_from_rules
-from megatron_r1.models.weights.local import chunk_shard, local_pieces
-from megatron_r1.models.weights.stored.tensor_files import plan_file
+from megatron_r1.models.weights.loading import chunk_shard, local_pieces
 from megatron_r1.models.weights.table import Piece, Shape
-from megatron_r1.models.weights.writing import write_folder, write_pieces
 
 
 class Adapter(torch.nn.Module):

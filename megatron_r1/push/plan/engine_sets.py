@@ -16,7 +16,7 @@ from itertools import chain, pairwise
 from typing import NamedTuple
 
 from megatron_r1.base.transports import TRANSPORTS
-from megatron_r1.models.weights.stored.published import BLOCK, is_quantized
+from megatron_r1.models.weights.formats.published_layout import BLOCK, is_quantized
 from megatron_r1.push.plan.planner import Planner
 from megatron_r1.push.plan.tensors import CountBytes, HFTensor, Region
 

@@ -9,8 +9,8 @@ from megatron_r1.config import Config
 from megatron_r1.config.engine import LAYOUT
 from megatron_r1.config.push import PushConfig
 from megatron_r1.models.hf_config import model_family
+from megatron_r1.models.weights.formats.published_layout import BLOCK, is_quantized
 from megatron_r1.models.weights.layout import recipe_stages
-from megatron_r1.models.weights.stored.published import BLOCK, is_quantized
 from megatron_r1.models.weights.table import replicated, table
 from megatron_r1.push.plan.adapters import (
     PredictedAdapterSharding,

@@ -9,8 +9,13 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_r1.models.weights.adapter_table import adapter_shapes
+from megatron_r1.models.weights.formats.published_layout import (
+    BLOCK,
+    is_quantized,
+    scale_name,
+    scale_shape,
+)
 from megatron_r1.models.weights.layout import hf_tensors
-from megatron_r1.models.weights.stored.published import BLOCK, is_quantized, scale_name, scale_shape
 from megatron_r1.models.weights.table import Piece, Rule, Shape, Table, table
 
 

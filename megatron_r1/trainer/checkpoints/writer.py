@@ -30,7 +30,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync
 from megatron_r1.base.processes import diagnosis
 from megatron_r1.models.platform import broadcast_from_rank_zero
-from megatron_r1.models.weights.writing import run_on_rank_zero
+from megatron_r1.models.weights.export import run_on_rank_zero
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, FileEntry, partial_path
 from megatron_r1.trainer.checkpoints.staging import (

@@ -16,9 +16,9 @@ from torch.nn import Module
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.build import process_groups
 from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.layout import LayoutEntry, Shard, hf_tensors, layout
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.table import SCORE, Piece, Shape
 
 

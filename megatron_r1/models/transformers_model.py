@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.models.weights.stored.hf_writing import copy_model_files
-from megatron_r1.models.weights.stored.published import published_tensors
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.hf_writer import copy_model_files
+from megatron_r1.models.weights.formats.published_layout import published_tensors
 
 
 def load_by_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **options: Any) -> Any:

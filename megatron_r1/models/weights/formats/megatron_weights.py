@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.layout import Shape, hf_tensors, layout, stage_shards
-from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.table import Piece, table
 
 _EXPERT = re.compile(
