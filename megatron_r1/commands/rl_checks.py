@@ -45,7 +45,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.support_checks import check_divisions
 from megatron_r1.models.weights import num_parameters
-from megatron_r1.push.plan.from_recipe import check_pushes
+from megatron_r1.push.plan.recipe_plan import check_pushes
 from megatron_r1.reporting.wording import format_count, format_percent, printable, shorten_middle
 
 VLLM_FRACTION = 0.92

@@ -4,8 +4,9 @@ Transformer Engine's attention of packed batches has no mask of a tree. It has s
 keys than queries, each causal from its last query on (`padding_causal_bottom_right`, all backends),
 so the keys and values of a segment's whole sequence are gathered
 (`shared_prefixes.whole_sequences`) and queries stay as they are: everything but attention is
-computed once, and attention reads and saves as many keys as without sharing. With context parallelism Transformer Engine refuses that mask
-(2.20: attention/dot_product_attention/utils.py, `get_attention_backend`)."""
+computed once, and attention reads and saves as many keys as without sharing. With context
+parallelism Transformer Engine refuses that mask (2.20: attention/dot_product_attention/utils.py,
+`get_attention_backend`)."""
 
 from enum import Enum
 from typing import Any
