@@ -98,7 +98,7 @@ def roll_packed(
     every sample, and its sum.
 
     Megatron's _roll_tensor_packed_seq goes through the samples in Python and reads their borders
-    from the device; without `PackedParams.following` it is called.
+    from the device; without `PackedParams.next_token_index` it is called.
 
     Args:
         tensor: (..., T), any dtype.
@@ -106,8 +106,8 @@ def roll_packed(
         dims: -1, likewise.
         packed_seq_params: those of the micro-batch.
         cp_group: the context-parallel ranks; None: one rank has all tokens."""
-    following = getattr(packed_seq_params, "following", None)
-    if following is None:
+    next_token_index = getattr(packed_seq_params, "next_token_index", None)
+    if next_token_index is None:
         return _MEGATRONS_ROLL(tensor, shifts, dims, packed_seq_params, cp_group)
     whole = tensor
     if cp_group is not None and cp_group.size() > 1:
@@ -115,7 +115,7 @@ def roll_packed(
         gathered = tensor.new_empty(cp_group.size() * len(tensor), *tensor.shape[1:])
         dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=cp_group)
         whole = gathered.unflatten(0, (cp_group.size(), -1)).movedim(0, -2).flatten(-2)
-    rolled = whole.index_select(-1, following.clamp(min=0)) * (following >= 0)
+    rolled = whole.index_select(-1, next_token_index.clamp(min=0)) * (next_token_index >= 0)
     return rolled, rolled.sum()
 
 

@@ -24,7 +24,7 @@ class _Mask(Enum):
     padding_causal_bottom_right = 1
 
 
-class SharedPromptAttention(TEDotProductAttention):
+class SharedPrefixAttention(TEDotProductAttention):
     """Transformer Engine's attention in Megatron, also where segments continue others."""
 
     def __init__(self, *args: Any, **kwargs: Any):

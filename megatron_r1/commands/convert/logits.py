@@ -94,7 +94,7 @@ def _transformers_logits(folder: Path, scratch: Path) -> torch.Tensor:
         folder: the Hugging Face folder.
         scratch: an empty folder."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from megatron_r1.models.transformers_model import load_by_transformers, write_dequantized
+    from megatron_r1.models.transformers_model import load_with_transformers, write_dequantized
     from megatron_r1.models.weights.formats.hf_folder import HFWeights
 
     hf = read_hf_config(str(folder), None)
@@ -103,7 +103,7 @@ def _transformers_logits(folder: Path, scratch: Path) -> torch.Tensor:
             write_dequantized(weights, scratch)
         folder = scratch
     scores = has_score_head(hf)
-    model = load_by_transformers(folder, hf, torch.float32).float().eval()
+    model = load_with_transformers(folder, hf, torch.float32).float().eval()
     tokens = _fixed_tokens(model.config.vocab_size)
     with torch.no_grad():
         if scores:  # the model itself scores the last token only
