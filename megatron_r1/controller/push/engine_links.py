@@ -278,8 +278,8 @@ class EngineLinks:
         init_info = {
             "store": list(self.store),
             "name": engine_set.name,
-            "member": member,
-            "members": len(engine_set.engines),
+            "member_index": member,
+            "num_members": len(engine_set.engines),
             "tensors": self.tensors,
             "timeout_seconds": self.connect_seconds,
             "push_timeout_seconds": self.settings.timeout_seconds,
