@@ -139,7 +139,7 @@ def count_parameters(
         if name.startswith("mtp.") and mtp == "frozen":
             return ParameterCounts(frozen=values)
         padded = -(-values // 64) * 64
-        if entry.expert:
+        if entry.is_expert:
             return ParameterCounts(expert=values, expert_padded=padded)
         return ParameterCounts(dense=values, dense_padded=padded)
 

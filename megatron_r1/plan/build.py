@@ -157,8 +157,8 @@ def _compare(job: PlannedJob, pipeline_rank: int, built: list[dict], at: dict) -
         if different := {n: e.shape for n, e in entries.items()}.items() ^ shapes.items():
             raise ValueError(f"pipeline rank {pipeline_rank}: {sorted(different)[:4]} differ")
         for entry in entries.values():
-            if entry.owner:
-                owned[entry.expert] += _num_values(entry)
+            if entry.is_owner:
+                owned[entry.is_expert] += _num_values(entry)
     return owned[False], owned[True]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.formats.published_layout import BLOCK, FP8_DTYPE, scale_name
 from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.table import Piece, Shape, Table
+from megatron_r1.models.weights.table import Piece, Shape, WeightTable
 from megatron_r1.push.plan.engine_sets import (
     PlannedLink,
     SetPlan,
@@ -254,7 +254,7 @@ class LinkPlanner:
         rank: int,
         stages: list[list[Shard]] | None,
         gpus: Sequence[str],
-        rules: Table | None = None,
+        rules: WeightTable | None = None,
     ):
         self.hf, self.grid, self.pieces, self.rank, self.stages = hf, grid, pieces, rank, stages
         self.rules = rules

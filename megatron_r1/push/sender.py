@@ -14,7 +14,7 @@ from torch.distributed import Store
 
 from megatron_r1.models.weights.formats.published_layout import has_power_of_two_scales
 from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.table import Table
+from megatron_r1.models.weights.table import WeightTable
 from megatron_r1.push.link_planner import (
     ConnectedLink,
     HeldPieces,
@@ -77,7 +77,7 @@ class WeightSender:
         stages: list[list[Shard]] | None = None,
         drafts: bool = False,
         gpus: Sequence[str] = (),
-        adapters: Table | None = None,
+        adapters: WeightTable | None = None,
     ):
         self.grid, self.rank = grid, rank
         self.store, self.broadcast = store, broadcast

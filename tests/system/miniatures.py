@@ -51,7 +51,7 @@ def write(folder: Path, hf: dict) -> None:
     from megatron_r1.models.hf_config import resolve_aliases
     from megatron_r1.models.weights.formats import published_layout
     from megatron_r1.models.weights.formats.published_layout import published_tensors
-    from megatron_r1.models.weights.table import table
+    from megatron_r1.models.weights.table import weight_table
 
     command_line.write_model(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -80,7 +80,7 @@ def write(folder: Path, hf: dict) -> None:
     resolved = resolve_aliases(hf)
     for name, (shape, _) in published_tensors(resolved, with_mtp=True).items():
         if name not in tensors:
-            original = table(resolved).copies.get(name)
+            original = weight_table(resolved).copies.get(name)
             tensors[name] = tensors[original].clone() if original else drawn(name, shape)
     form = hf.get("quantization_config", {}).get("quant_method")
     for name in [*tensors] if form else []:

@@ -29,7 +29,7 @@ from megatron_r1.models.weights.formats.tensor_files import (
     write_box,
 )
 from megatron_r1.models.weights.loading import has_mtp, local_pieces, merge_adapter
-from megatron_r1.models.weights.table import Piece, table
+from megatron_r1.models.weights.table import Piece, weight_table
 
 BLOCK_BYTES = 256 << 20
 """The most bytes of a parameter that are copied to the host at once."""
@@ -108,7 +108,7 @@ def _write_files(
     """Write several planned files at once; call on every rank with the same plans. Adapters are
     merged into the weights."""
     copies = defaultdict(list)
-    for copy, original in table(hf).copies.items():
+    for copy, original in weight_table(hf).copies.items():
         copies[original].append(copy)
     held, part_of = local_pieces(model_chunks, hf), partial(stacked_part, hf)
     write_pieces(held, plans, copies, part_of, durable=durable)

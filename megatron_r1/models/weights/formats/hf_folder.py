@@ -29,7 +29,7 @@ from megatron_r1.models.weights.formats.published_layout import (
 )
 from megatron_r1.models.weights.formats.tensor_files import SafetensorsFile
 from megatron_r1.models.weights.layout import Shape, hf_tensors
-from megatron_r1.models.weights.table import table
+from megatron_r1.models.weights.table import weight_table
 
 FLOATS = {
     "F32": "float32",
@@ -64,7 +64,7 @@ class HFWeights:
         for file in self.files:
             self._home |= dict.fromkeys(file.tensors, file)
             self._stored |= file.tensors
-        self.copies = table(hf).copies
+        self.copies = weight_table(hf).copies
         self._repeated: dict[str, list[str]] = {}
 
     def __enter__(self) -> Self:
@@ -92,7 +92,7 @@ class HFWeights:
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         """Return `length` rows (dim 0) or columns (dim 1), in the stored dtype; FP8 as fp32 values.
 
-        A tensor of `Table.copies` that the folder lacks is read from its original.
+        A tensor of `WeightTable.copies` that the folder lacks is read from its original.
 
         Args:
             name: the tensor's name.
