@@ -41,7 +41,7 @@ from megatron_r1.engines.server.settings import engine_settings, fleet_settings,
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.memory import ParameterCounts, checkpoint_bytes, parameter_bytes
 from megatron_r1.models.weights import num_parameters
-from megatron_r1.push.plan.from_recipe import engine_rank_bytes, engine_weight_bytes
+from megatron_r1.push.plan.recipe_plan import engine_rank_bytes, engine_weight_bytes
 from megatron_r1.reporting import formatting
 from megatron_r1.reporting.formatting import (
     format_count,

@@ -51,7 +51,7 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.settings import max_positions
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.supported import check_supported
+from megatron_r1.models.support_checks import check_supported
 from megatron_r1.models.weights import num_parameters
 
 SUPERVISED_SIZES = ("checkpoint.every", "optimizer.learning_rate")

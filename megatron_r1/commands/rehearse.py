@@ -30,7 +30,7 @@ from megatron_r1.pipeline.graph import check_plan
 from megatron_r1.pipeline.pipeline_recipe import REFERENCE
 from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.push.plan.engine_sets import links_per_rank
-from megatron_r1.push.plan.from_recipe import check_pushes, engine_layout, planned_push
+from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout, planned_push
 from megatron_r1.rehearse import coverage, launch, miniature, model
 from megatron_r1.rehearse.phases import PhaseRunner
 from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings

@@ -92,7 +92,7 @@ def run(config: Config) -> None:
 
     def notes(trainer: TrainerClient, resumed: bool) -> list[str]:
         lines = [f"{count:,} rows left out: {reason}" for reason, count in rows.dropped.items()]
-        if any(rank["score_is_new"] for rank in trainer.ranks) and not resumed:
+        if any(rank["has_new_score_head"] for rank in trainer.ranks) and not resumed:
             lines.append("the score head is new: drawn with std 1 / sqrt(hidden_size + 1)")
         return lines
 

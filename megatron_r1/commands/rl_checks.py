@@ -31,9 +31,9 @@ from megatron_r1.engines.server.recipe_checks import (
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.experts import routing_shape
-from megatron_r1.models.supported import check_divisions
+from megatron_r1.models.support_checks import check_divisions
 from megatron_r1.models.weights import num_parameters
-from megatron_r1.push.plan.from_recipe import check_pushes
+from megatron_r1.push.plan.recipe_plan import check_pushes
 
 VLLM_FRACTION = 0.92
 """vLLM's default of --gpu-memory-utilization (config/cache.py)."""

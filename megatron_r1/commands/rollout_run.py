@@ -25,7 +25,7 @@ from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.weights.stored import published
+from megatron_r1.models.weights.formats import published_layout
 from megatron_r1.push.plan.adapters import lora_arguments
 
 
@@ -118,5 +118,7 @@ def _model_as_pushed(config: Config) -> dict[str, Any]:
     if config.push.adapter_only:
         return {"lora": lora_arguments(config, hf)}
     if config.push.fp8 or "quantization_config" in hf:
-        overrides = {"quantization_config": published.fp8_config(hf) if config.push.fp8 else None}
+        overrides = {
+            "quantization_config": published_layout.fp8_config(hf) if config.push.fp8 else None
+        }
     return {"extra_args": ["--load-format", "dummy"], "hf_overrides": overrides}

@@ -29,7 +29,7 @@ from megatron_r1.models.memory import (
 from megatron_r1.models.weights import Shard, layout, num_parameters
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import layout_from_rules
-from megatron_r1.models.weights.table import table
+from megatron_r1.models.weights.table import weight_table
 
 RANK_BYTES, ENGINE_BYTES, OTHER_BYTES = 500 << 20, 700 << 20, 500 << 20
 """Memory of a trainer rank and of an engine rank without a model, and of the controller with its
@@ -124,7 +124,7 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
         critic = config.critic_recipe()
         score = read_hf_config(critic.model.path, "score", "critic.path")
         weights += _state_bytes(critic, score, world_size, with_reference=False)
-    shape = table(hf).head[0].sources[0].shape
+    shape = weight_table(hf).head[0].sources[0].shape
     has_experts, sparse = bool(hf.get("n_routed_experts")), sparse_layers(hf)
 
     def head(tokens: int) -> int:

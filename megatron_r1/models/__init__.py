@@ -1,9 +1,9 @@
 """Models on Megatron-Core, built from Hugging Face configurations. `families` is the table of
-architectures, of which a new one made of known parts is an entry; `hf_config`, `supported`,
+architectures, of which a new one made of known parts is an entry; `hf_config`, `support_checks`,
 `attention_fields` and `experts` read `config.json`, `config` and `build` make Megatron's
 configuration and a rank's model of it; `memory` counts their bytes; `layers`, `attention`,
-`ring_attention`, `length_buckets` and `prefixes` are what Megatron lacks on a CPU or has wrong;
-`context_parallel` is the split of tokens over ranks; `platform`, `patches` and `cpu_patches`
+`ring_attention`, `length_buckets` and `shared_prefixes` are what Megatron lacks on a CPU or has
+wrong; `context_parallel` is the split of tokens over ranks; `platform`, `patches` and `cpu_patches`
 prepare a process; `gradients`, `fp8` and `routing_replay` are the rules of gradients, FP8 training
 and routing replay; `weights` is the table of all weights.
 

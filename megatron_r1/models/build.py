@@ -201,7 +201,7 @@ class PolicyModel(ChunkModel):
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
         scale = self.config.mtp_loss_scaling_factor / self.config.mtp_num_layers
         roll = {"shifts": -1, "dims": -1, "cp_group": self.cp_group}
-        rows_of_layers = getattr(packed_seq_params, "predicted_rows", ())
+        rows_of_layers = getattr(packed_seq_params, "mtp_target_rows", ())
         for layer, states in enumerate(predicted):
             labels, _ = roll_tensor(labels, packed_seq_params=packed_seq_params, **roll)
             mask, num_tokens = roll_tensor(mask, packed_seq_params=packed_seq_params, **roll)
@@ -358,7 +358,7 @@ def build_model(
         groups: Megatron's process groups, which agree with `config`; None: those of its
             `parallel_state`.
         vp_stage: the virtual stage; None without virtual stages.
-        shares_prompts: whether batches may have shared prefixes (`models.prefixes`).
+        shares_prompts: whether batches may have shared prefixes (`models.shared_prefixes`).
 
     Raises:
         RuntimeError: before `patches.install()`."""

@@ -40,13 +40,14 @@ from megatron_r1.models.pipeline_stages import parse_layout
 
 
 def mark_sequence_parallel(parameter: Parameter, config: TransformerConfig) -> None:
-    """Have the gradient of a parameter that every tensor rank holds whole summed over the tensor
-    ranks under sequence parallelism, where each of them applies it to its own tokens."""
+    """Mark a parameter that tensor ranks replicate, so that its gradient is summed over them under
+    sequence parallelism, where each of them applies it to its own tokens."""
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def copy_gradient_attributes(factor: Parameter, weight: Tensor, counts: bool) -> None:
-    """Have the gradient of an adapter's factor summed over the data ranks as that of `weight`.
+    """Copy to an adapter's factor the attributes by which Megatron reduces the gradient of
+    `weight`.
 
     Args:
         factor: the adapter's factor.

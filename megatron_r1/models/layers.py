@@ -191,11 +191,11 @@ def block_specs(
         )
     elif shares_prompts:
         # Not at the top: its base class is there with Transformer Engine only.
-        from megatron_r1.models.shared_attention import SharedPromptAttention
+        from megatron_r1.models.te_prefix_attention import SharedPrefixAttention
 
         for spec in block.layer_specs:
             attention = spec.submodules.self_attention.submodules
-            attention.core_attention = SharedPromptAttention
+            attention.core_attention = SharedPrefixAttention
     if not config.mtp_num_layers:
         return block, None
     mtp = get_gpt_mtp_block_spec(

@@ -139,7 +139,7 @@ def count_parameters(
         if name.startswith("mtp.") and mtp == "frozen":
             return ParameterCounts(frozen=values)
         padded = -(-values // 64) * 64
-        if entry.expert:
+        if entry.is_expert:
             return ParameterCounts(expert=values, expert_padded=padded)
         return ParameterCounts(dense=values, dense_padded=padded)
 
@@ -216,7 +216,8 @@ def _padded(counts: ParameterCounts, optimizer_shards: tuple[int, int]) -> tuple
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Bytes of one layer and one micro-batch, by the module whose recomputation frees them.
+    """Activation bytes that one layer keeps for one micro-batch, by the module whose
+    recomputation frees them.
 
     Attributes:
         input: the layer's input.

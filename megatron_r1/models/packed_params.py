@@ -19,13 +19,13 @@ class PackedParams(PackedSeqParams):
     """Megatron's parameters of a packed micro-batch, with what MTP layers need.
 
     Attributes:
-        following: (T,) int64, where the token after each is among the tokens of all context ranks,
-            gathered rank after rank; -1 after a sample's last token. None: not computed.
-        predicted_rows: for MTP layer k, from 0, the positions whose target, the token k + 2 behind,
-            is a response token, int64; empty: not computed."""
+        next_token_index: (T,) int64, where the token after each is among the tokens of all context
+            ranks, gathered rank after rank; -1 after a sample's last token. None: not computed.
+        mtp_target_rows: for MTP layer k, from 0, the positions whose target, the token k + 2
+            behind, is a response token, int64; empty: not computed."""
 
-    following: Tensor | None = None
-    predicted_rows: tuple[Tensor, ...] = ()
+    next_token_index: Tensor | None = None
+    mtp_target_rows: tuple[Tensor, ...] = ()
 
 
 def mark_positions(cu_seqlens: Tensor, positions: Tensor) -> Tensor:

@@ -38,10 +38,10 @@ from torch.distributed import ProcessGroup
 
 from megatron_r1.models.context_parallel import positions_of_rank
 from megatron_r1.models.cpu_patches import Patch, register_in
-from megatron_r1.models.dispatch import KnownCountsDispatcher, indices_to_multihot
 from megatron_r1.models.experts import GROUP_SCORES
 from megatron_r1.models.packed_params import marked_positions
-from megatron_r1.models.prefixes import marked_prefixes
+from megatron_r1.models.shared_prefixes import marked_prefixes
+from megatron_r1.models.token_dispatcher import KnownCountsDispatcher, indices_to_multihot
 
 
 def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> Tensor:
@@ -50,7 +50,7 @@ def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> T
 
     Args:
         cu_seqlens: (S + 1,) integers from 0 to T, the borders of the whole batch's samples, which
-            may be marked by `prefixes.mark_prefixes`.
+            may be marked by `shared_prefixes.mark_prefixes`.
         rank: the rank in the context-parallel group.
         num_ranks: the number of ranks of that group."""
     prefixes, cu_seqlens = marked_prefixes(cu_seqlens), cu_seqlens.long()
@@ -98,7 +98,7 @@ def roll_packed(
     every sample, and its sum.
 
     Megatron's _roll_tensor_packed_seq goes through the samples in Python and reads their borders
-    from the device; without `PackedParams.following` it is called.
+    from the device; without `PackedParams.next_token_index` it is called.
 
     Args:
         tensor: (..., T), any dtype.
@@ -106,8 +106,8 @@ def roll_packed(
         dims: -1, likewise.
         packed_seq_params: those of the micro-batch.
         cp_group: the context-parallel ranks; None: one rank has all tokens."""
-    following = getattr(packed_seq_params, "following", None)
-    if following is None:
+    next_token_index = getattr(packed_seq_params, "next_token_index", None)
+    if next_token_index is None:
         return _MEGATRONS_ROLL(tensor, shifts, dims, packed_seq_params, cp_group)
     whole = tensor
     if cp_group is not None and cp_group.size() > 1:
@@ -115,7 +115,7 @@ def roll_packed(
         gathered = tensor.new_empty(cp_group.size() * len(tensor), *tensor.shape[1:])
         dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=cp_group)
         whole = gathered.unflatten(0, (cp_group.size(), -1)).movedim(0, -2).flatten(-2)
-    rolled = whole.index_select(-1, following.clamp(min=0)) * (following >= 0)
+    rolled = whole.index_select(-1, next_token_index.clamp(min=0)) * (next_token_index >= 0)
     return rolled, rolled.sum()
 
 

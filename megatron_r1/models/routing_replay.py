@@ -11,8 +11,8 @@ whether a pass is a forward pass or its recomputation, which is not possible wit
 interleaves the two.
 
 Where the choices of a pass are known before it, so are the numbers of tokens for each expert, for
-which the host would else wait for the device in every layer (`models.dispatch`). The engine has
-chosen for every token that it was fed. For a sample's last token and for padding, whose outputs
+which the host would else wait for the device in every layer (`models.token_dispatcher`). The engine
+has chosen for every token that it was fed. For a sample's last token and for padding, whose outputs
 nothing reads, any experts will do, and the trainer takes all of them in turn."""
 
 import contextlib
@@ -29,8 +29,12 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_r1.models.dispatch import KnownCountsDispatcher, TokenCounts, exchange_token_counts
 from megatron_r1.models.experts import RoutingShape
+from megatron_r1.models.token_dispatcher import (
+    KnownCountsDispatcher,
+    TokenCounts,
+    exchange_token_counts,
+)
 
 
 class RecordedRouting(NamedTuple):
@@ -42,8 +46,8 @@ class RecordedRouting(NamedTuple):
             unless `local_counts` is there: then `experts` has some for these too.
         local_counts: (L, experts) integers on the host, this rank's tokens to each expert; None
             where the trainer routes some.
-        counts: what `dispatch` has to know in each layer; None where some rank routes tokens
-            itself, or before `RoutingReplay.exchange_counts`."""
+        counts: what `token_dispatcher` has to know in each layer; None where some rank routes
+            tokens itself, or before `RoutingReplay.exchange_counts`."""
 
     experts: Tensor
     known: Tensor
@@ -58,7 +62,7 @@ class LayerPass:
     Attributes:
         recorded: the engine's choices, if they are replayed.
         chosen: (T, topk) int16, what the forward pass has chosen, where it is recomputed.
-        counts: the numbers of tokens for `dispatch`, once the host knows them."""
+        counts: the numbers of tokens for `token_dispatcher`, once the host knows them."""
 
     recorded: RecordedRouting | None
     chosen: Tensor | None = None

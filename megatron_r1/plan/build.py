@@ -64,7 +64,7 @@ def _build_stage(job: PlannedJob, pipeline_rank: int) -> list[dict[str, tuple[in
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_r1 import models
-    from megatron_r1.models.weights.local import local_entries, model_tensors
+    from megatron_r1.models.weights.loading import local_entries, model_tensors
     from megatron_r1.trainer import distributed
 
     parallel = job.parallel
@@ -157,8 +157,8 @@ def _compare(job: PlannedJob, pipeline_rank: int, built: list[dict], at: dict) -
         if different := {n: e.shape for n, e in entries.items()}.items() ^ shapes.items():
             raise ValueError(f"pipeline rank {pipeline_rank}: {sorted(different)[:4]} differ")
         for entry in entries.values():
-            if entry.owner:
-                owned[entry.expert] += _num_values(entry)
+            if entry.is_owner:
+                owned[entry.is_expert] += _num_values(entry)
     return owned[False], owned[True]
 
 

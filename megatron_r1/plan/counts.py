@@ -16,7 +16,7 @@ from math import prod
 from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.models.memory import ParameterCounts, count_parameters
 from megatron_r1.models.weights.layout import Shard, layout, layout_from_rules
-from megatron_r1.models.weights.table import Rule, table
+from megatron_r1.models.weights.table import WeightRule, weight_table
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, QuantityTable
 
@@ -70,7 +70,7 @@ class ModelCounts:
         hf: the model's config.json."""
 
     def __init__(self, hf: dict):
-        rules = table(hf)
+        rules = weight_table(hf)
         experts, chosen = rules.num_experts, hf.get("num_experts_per_tok", 0)
         # All layers of one kind share one list of the table.
         kinds = Counter(map(id, rules.layers))
@@ -98,7 +98,7 @@ class ModelCounts:
         """Parameters of the MTP layers in the checkpoint, copies included."""
 
 
-def _size(rules: list[Rule], expert: bool = False) -> int:
+def _size(rules: list[WeightRule], expert: bool = False) -> int:
     """Return the number of values of one expert's rules, or of all other rules."""
     return sum(
         prod(source.shape) for rule in rules if rule.expert == expert for source in rule.sources
@@ -186,7 +186,7 @@ def layer_flops(job: PlannedJob, layer: int, length: float, speedup: float = 1.0
 
 def head_flops(hf: dict) -> float:
     """Return forward FLOP of one token through the LM or score head."""
-    return 2 * prod(table(hf).head[0].sources[0].shape)
+    return 2 * prod(weight_table(hf).head[0].sources[0].shape)
 
 
 def flops_section(job: PlannedJob) -> QuantityTable:

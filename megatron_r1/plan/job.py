@@ -15,10 +15,10 @@ from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.models.hf_config import read_hf_config, sparse_layers
 from megatron_r1.models.memory import BYTES
-from megatron_r1.models.supported import check_divisions, check_exchange_overlap
+from megatron_r1.models.support_checks import check_divisions, check_exchange_overlap
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard, recipe_stages
-from megatron_r1.models.weights.table import Table, table
+from megatron_r1.models.weights.table import WeightTable, weight_table
 
 
 def text_limit(config: Config, hf: dict) -> int:
@@ -76,14 +76,14 @@ class PlannedJob:
         return replace(self, world_size=world_size, config=config)
 
     @property
-    def weight_table(self) -> Table:
+    def weight_table(self) -> WeightTable:
         """The weight table of the model (`models.weights.table`)."""
         if "weight_table" not in self.shared:
-            self.shared["weight_table"] = table(self.hf)
+            self.shared["weight_table"] = weight_table(self.hf)
         return self.shared["weight_table"]
 
     @property
-    def adapters(self) -> Table | None:
+    def adapters(self) -> WeightTable | None:
         """The weight table of the adapters, if they are trained instead of the model's weights."""
         if (lora := self.config.model.lora) is None:
             return None

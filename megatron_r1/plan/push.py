@@ -19,7 +19,7 @@ from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.adapters import check_adapter_push, max_lora_rank
 from megatron_r1.push.plan.engine_sets import MAX_SET_ENGINES, engine_sets
-from megatron_r1.push.plan.from_recipe import check_drafter, engine_layout, shares_gpus_over_nccl
+from megatron_r1.push.plan.recipe_plan import check_drafter, engine_layout, shares_gpus_over_nccl
 from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES, planned_schedule
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.push.transports import RELAY_BUCKET_BYTES, ROUNDS_AHEAD

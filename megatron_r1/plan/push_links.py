@@ -15,7 +15,7 @@ from megatron_r1.config.hardware import Assumptions
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.table import Table
+from megatron_r1.models.weights.table import WeightTable
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.adapters import PredictedAdapterSharding
 from megatron_r1.push.plan.engine_sets import SetPlan, engine_sets, plan_sets
@@ -224,7 +224,7 @@ class PushedWeights(NamedTuple):
         return cls(json.dumps(hf), drafts, None if lora is None else lora.model_dump_json())
 
     @property
-    def adapter_rules(self) -> Table | None:
+    def adapter_rules(self) -> WeightTable | None:
         """The table of the adapters' weights; None where the whole model is pushed."""
         if self.lora is None:
             return None

@@ -10,8 +10,8 @@
    (`plan.rounds`): `push_schedule` has each rank's part, and `round_sender` runs that of a trainer
    rank.
 5. `checksum`: one per chunk, computed on both ends and compared before use.
-6. `megatron_r1.engines.plugin.swap`: inside vLLM, the received weights replace the old ones;
-   `backend` compares the tensors in use before and after.
+6. `megatron_r1.engines.plugin.layer_reload`: inside vLLM, the received weights replace the old
+   ones; `backend` compares the tensors in use before and after.
 
 `protocol` has what both sides publish before: the slot table of each engine rank, and the plan for
 each. `rendezvous` is how all ranks find each other and learn of failures. `results` has what ranks

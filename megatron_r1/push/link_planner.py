@@ -13,9 +13,9 @@ import msgspec
 from torch import Tensor
 
 from megatron_r1.base.transports import TRANSPORTS
+from megatron_r1.models.weights.formats.published_layout import BLOCK, FP8_DTYPE, scale_name
 from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.stored.published import BLOCK, FP8_DTYPE, scale_name
-from megatron_r1.models.weights.table import Piece, Shape, Table
+from megatron_r1.models.weights.table import Piece, Shape, WeightTable
 from megatron_r1.push.plan.engine_sets import (
     PlannedLink,
     SetPlan,
@@ -54,12 +54,12 @@ class SetReceivers(msgspec.Struct):
     """What the engines of all sets have published, which trainer rank 0 reads and broadcasts.
 
     Attributes:
-        sent: bytes per push that each trainer rank sends to the sets already connected.
+        sent_bytes: per push, what each trainer rank sends to the sets already connected.
         tables: those of one engine, by engine rank; one list for all sets with the same tables.
         sets: set -> (index into `tables`, addresses by member and engine rank).
         problems: set -> why it cannot connect."""
 
-    sent: list[float]
+    sent_bytes: list[float]
     tables: list[list[SlotTable]] = []
     sets: dict[str, tuple[int, list[list[str]]]] = {}
     problems: dict[str, str] = {}
@@ -69,7 +69,7 @@ def read_receivers(
     sets: Mapping[str, Sequence[TrainerRendezvous]],
     ranks_per_engine: int,
     pushed: Sequence[str],
-    sent: list[float],
+    sent_bytes: list[float],
 ) -> SetReceivers:
     """Return what the ranks of these sets' engines receive; problems are also reported to the set.
 
@@ -77,8 +77,8 @@ def read_receivers(
         sets: the rendezvous of each engine of a set.
         ranks_per_engine: the ranks of each engine.
         pushed: names of the tensors of a push.
-        sent: the bytes that each trainer rank sends (`SetReceivers`)."""
-    found = SetReceivers(sent)
+        sent_bytes: what each trainer rank sends (`SetReceivers`)."""
+    found = SetReceivers(sent_bytes)
     for name, engines in sets.items():
         try:
             receivers = [engine.read_receivers(ranks_per_engine) for engine in engines]
@@ -124,8 +124,8 @@ def _check_all_taken(tables: Sequence[SlotTable], pushed: Sequence[str]) -> None
 
 
 class PublishedSharding:
-    """The regions that the ranks of one engine need, from their tables (`PredictedSharding` has the
-    same without an engine).
+    """The regions that each rank of an engine needs, read from the slot tables it published
+    (`PredictedSharding` has the same without an engine).
 
     Args:
         tables: the slot tables, one per rank of the engine.
@@ -206,13 +206,13 @@ class SetLinks:
 
     Attributes:
         rendezvous: this rank's rendezvous with each engine.
-        sent: the bytes that each trainer rank sends to the set in a push.
+        sent_bytes: what each trainer rank sends to the set in a push.
         links: one to each engine rank that this rank sends to.
         rounds: this rank's part of a push in rounds.
         set_push_number: the number of the set's pushes so far."""
 
     rendezvous: list[TrainerRendezvous]
-    sent: list[float]
+    sent_bytes: list[float]
     links: list[ConnectedLink] = field(default_factory=list)
     rounds: SetRounds | None = None
     set_push_number: int = 0
@@ -254,7 +254,7 @@ class LinkPlanner:
         rank: int,
         stages: list[list[Shard]] | None,
         gpus: Sequence[str],
-        rules: Table | None = None,
+        rules: WeightTable | None = None,
     ):
         self.hf, self.grid, self.pieces, self.rank, self.stages = hf, grid, pieces, rank, stages
         self.rules = rules
@@ -289,7 +289,7 @@ class LinkPlanner:
                 edges = [0, *accumulate(map(len, addresses))]
                 sets = [range(*edge) for edge in pairwise(edges)]
                 fraction, count_bytes = max_group_fraction(transport), _byte_count(tables)
-                plans = plan_sets(planner, count_bytes, sets, receivers.sent, fraction)
+                plans = plan_sets(planner, count_bytes, sets, receivers.sent_bytes, fraction)
                 in_rounds = TRANSPORTS[transport].sends_in_rounds
                 schedule = self._schedule(plans, sets, addresses) if in_rounds else None
             except ValueError as error:

@@ -138,7 +138,7 @@ class ReceiverInfo(NamedTuple):
     address: str = ""
 
 
-class Relay(NamedTuple):
+class RelaySource(NamedTuple):
     """Another engine of the set as the source of chunks: its equal rank got them from trainer ranks
     and relays them.
 
@@ -202,13 +202,13 @@ class PublishedPlan(msgspec.Struct, frozen=True):
     rounds: list[RankRounds | None] | None = None
 
 
-def chunks_to(plan: EngineRankChunks, member: int) -> dict[int | Relay, list[TensorChunk]]:
+def chunks_to(plan: EngineRankChunks, member: int) -> dict[int | RelaySource, list[TensorChunk]]:
     """Return the chunks to one member's rank by source: from trainer ranks, then those that other
     members relay."""
-    chunks: dict[int | Relay, list[TensorChunk]] = dict(plan[member])
+    chunks: dict[int | RelaySource, list[TensorChunk]] = dict(plan[member])
     for other, senders in enumerate(plan):
         relayed = [chunk for _, sent in senders for chunk in sent]
         if other != member and relayed:
             # By slot: all members list what one relays in the same order.
-            chunks[Relay(other)] = sorted(relayed, key=lambda chunk: chunk.slot)
+            chunks[RelaySource(other)] = sorted(relayed, key=lambda chunk: chunk.slot)
     return chunks

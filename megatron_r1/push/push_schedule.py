@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_r1.push.plan.engine_sets import EngineRankId, SetPlan
-from megatron_r1.push.plan.rounds import NONE, receiving_processes, schedule_rounds
+from megatron_r1.push.plan.rounds import NO_BUCKET, receiving_processes, schedule_rounds
 from megatron_r1.push.protocol import RankBucketOp, RankRounds
 
 
@@ -113,7 +113,7 @@ class PushSchedule:
                 (True, row["sent"], row["to"]),
                 (False, row["received"], row["source"]),
             ):
-                if bucket != NONE:
+                if bucket != NO_BUCKET:
                     index = self.round_schedule.bucket_index(int(bucket))
                     payload = self.payloads[index.payload]
                     yield BucketOp(

@@ -21,12 +21,12 @@ from megatron_r1.push.protocol import (
     PublishedPlan,
     RankRounds,
     ReceiverInfo,
-    Relay,
+    RelaySource,
     SlotTable,
     TensorChunk,
     chunks_to,
 )
-from megatron_r1.push.results import Failure
+from megatron_r1.push.results import SetFailure
 
 EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors that fail a set and not this rank; torch.distributed raises the second."""
@@ -48,7 +48,7 @@ FIRST_POLL_SECONDS, KEY_POLL_SECONDS = 0.001, 0.01
 class SetFailed(ConnectionError):
     """Another rank of the set, or the controller, has reported `failure`."""
 
-    def __init__(self, failure: Failure):
+    def __init__(self, failure: SetFailure):
         super().__init__(failure.error)
         self.failure = failure
 
@@ -131,12 +131,12 @@ class Rendezvous:
             raise SetFailed(self._failure())
         return num_ranks
 
-    def publish_failure(self, failure: Failure) -> Failure:
+    def publish_failure(self, failure: SetFailure) -> SetFailure:
         """Publish a failure, unless one has been published already, and return the first one."""
         # JSON, because `compare_set` takes text. A missing key compares as equal to "".
         first = self.set_store.compare_set("failed", "", msgspec.json.encode(failure).decode())
         self.set_store.set("ready", "0")  # ends the wait of all that are still connecting
-        return msgspec.json.decode(first, type=Failure)
+        return msgspec.json.decode(first, type=SetFailure)
 
     def raise_failure(self) -> None:
         """Raise SetFailed if a failure of the set has been published."""
@@ -169,7 +169,7 @@ class Rendezvous:
         set_push_number: int,
         error: str,
         is_closing: Callable[[], bool] = lambda: False,
-    ) -> Failure:
+    ) -> SetFailure:
         """Return why the push of the set broke: the failure that a rank has published, or else
         the death of those of the engine ranks that do not answer.
 
@@ -191,10 +191,10 @@ class Rendezvous:
         if silent:
             dead = ", ".join(f"rank {rank} of engine {member}" for member, rank in silent)
             error = f"{dead} of the set died or hangs: {error}"
-        return self.publish_failure(Failure(error, sorted({member for member, _ in silent})))
+        return self.publish_failure(SetFailure(error, sorted({member for member, _ in silent})))
 
-    def _failure(self) -> Failure:
-        return msgspec.json.decode(self.set_store.get("failed"), type=Failure)
+    def _failure(self) -> SetFailure:
+        return msgspec.json.decode(self.set_store.get("failed"), type=SetFailure)
 
 
 class EngineRendezvous(Rendezvous):
@@ -211,7 +211,7 @@ class EngineRendezvous(Rendezvous):
 
     def read_plan(
         self, rank: int
-    ) -> tuple[dict[int | Relay, list[TensorChunk]], RankRounds | None]:
+    ) -> tuple[dict[int | RelaySource, list[TensorChunk]], RankRounds | None]:
         """Return the chunks to this rank, by source, and over NCCL its rounds."""
         self._num_ranks = self.wait_prepared()
         plan = _read(self.set_store, f"plan/{rank}", PublishedPlan)
@@ -249,7 +249,9 @@ class EngineRendezvous(Rendezvous):
             # The previous push's key only: trainer rank 0 may not have read this one's yet.
             self.set_store.delete_key(f"complete/{push_number - 1}")
 
-    def publish_rank_failure(self, rank: int, error: str, *, is_damaged: bool = False) -> Failure:
+    def publish_rank_failure(
+        self, rank: int, error: str, *, is_damaged: bool = False
+    ) -> SetFailure:
         """Publish a failure of this rank, so that no other waits for it; return the first failure.
 
         Args:
@@ -258,7 +260,7 @@ class EngineRendezvous(Rendezvous):
             is_damaged: whether what has arrived differs from what was sent.
         """
         error = f"engine {self.member} of the set, rank {rank}: {error}"
-        return self.publish_failure(Failure(error, [self.member], is_damaged))
+        return self.publish_failure(SetFailure(error, [self.member], is_damaged))
 
 
 class TrainerRendezvous(Rendezvous):
@@ -310,10 +312,10 @@ class TrainerRendezvous(Rendezvous):
             self.set_store, [f"complete/{push_number}"], self.push_timeout_seconds + LATE_SECONDS
         )
 
-    def report_error(self, error: str, *members: int) -> Failure:
+    def report_error(self, error: str, *members: int) -> SetFailure:
         """Publish an error as the failure, with these members at fault, and return the first
         failure; where the store is lost, that of this error."""
-        failure = Failure(error, list(members))
+        failure = SetFailure(error, list(members))
         try:
             return self.publish_failure(failure)
         except RuntimeError:
@@ -364,7 +366,7 @@ def report_failure(host: str, port: int, name: str, error: str) -> None:
     """
     timeout = datetime.timedelta(seconds=REPORT_SECONDS)
     store = TCPStore(host, port, is_master=False, timeout=timeout)
-    Rendezvous(store, name, REPORT_SECONDS).publish_failure(Failure(error))
+    Rendezvous(store, name, REPORT_SECONDS).publish_failure(SetFailure(error))
 
 
 def _write(store: Store, key: str, value: Any) -> None:

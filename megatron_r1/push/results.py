@@ -32,7 +32,7 @@ class ConnectedSets(TypedDict):
     num_bytes: dict[str, int]
 
 
-class Failure(msgspec.Struct, frozen=True):
+class SetFailure(msgspec.Struct, frozen=True):
     """Why a set can push no more.
 
     Attributes:
@@ -50,7 +50,7 @@ class SentWeights(TypedDict):
     """The result of "send_weights".
 
     Attributes:
-        problems: set -> the fields of its `Failure`."""
+        problems: set -> the fields of its `SetFailure`."""
 
     problems: dict[str, dict]
 

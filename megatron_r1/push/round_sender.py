@@ -20,14 +20,14 @@ from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES
 from megatron_r1.push.protocol import (
     EngineRankChunks,
     ReceiverInfo,
-    Relay,
+    RelaySource,
     SlotTable,
     TensorChunk,
     chunks_to,
 )
 from megatron_r1.push.push_schedule import PayloadId, PushSchedule
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TrainerRendezvous, wait_for_keys
-from megatron_r1.push.results import Failure
+from megatron_r1.push.results import SetFailure
 from megatron_r1.push.transports.nccl_rounds import (
     Communicator,
     NCCLError,
@@ -67,9 +67,9 @@ class SetRounds:
     def __post_init__(self) -> None:
         self._colocated = self.schedule.colocated_engine_rank(self.set_index, self.rank)
         """(member, engine rank) of the engine rank on this rank's GPU."""
-        self._receive_plan: tuple[SlotTable, Mapping[int | Relay, Sequence[TensorChunk]]] | None = (
-            None
-        )
+        self._receive_plan: (
+            tuple[SlotTable, Mapping[int | RelaySource, Sequence[TensorChunk]]] | None
+        ) = None
         """Its table, and the chunks to it by source."""
         self._mapped_memory: tuple[torch.Tensor, torch.Tensor] | None = None
         """During a push, the memory of that rank, and that of the checksums, behind which is room
@@ -145,7 +145,9 @@ class SetRounds:
                 self._buffer_payloads[payload] = self._receive_payloads.relay_payload()
             else:
                 source = (
-                    Relay(payload.member) if payload.trainer_rank is None else payload.trainer_rank
+                    RelaySource(payload.member)
+                    if payload.trainer_rank is None
+                    else payload.trainer_rank
                 )
                 self._buffer_payloads[payload] = self._receive_payloads.payload(source)
         return self._buffer_payloads[payload]
@@ -166,7 +168,7 @@ class SetRounds:
         if self._mapped_memory is not None:
             self._mapped_memory[1][-1] = self.set_push_number
 
-    def report_failure(self, error: Exception) -> Failure:
+    def report_failure(self, error: Exception) -> SetFailure:
         """Report why the set's push broke, and return the failure that was reported first."""
         if isinstance(error, SetFailed):
             return error.failure
@@ -175,9 +177,9 @@ class SetRounds:
             if self.communicator is not None and isinstance(error, (NCCLError, TimeoutError)):
                 names = self.schedule.names(self.set_index)
                 return self.rendezvous[0].diagnose_failure(names, self.set_push_number, text)
-            return self.rendezvous[0].publish_failure(Failure(text))
+            return self.rendezvous[0].publish_failure(SetFailure(text))
         except RuntimeError:  # the store is lost
-            return Failure(text)
+            return SetFailure(text)
 
     def close(self) -> None:
         """Abort the set's communicator, if it was made."""
@@ -220,9 +222,9 @@ class RoundSender:
 
     def send(
         self, push_number: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]
-    ) -> dict[str, Failure]:
+    ) -> dict[str, SetFailure]:
         """Send a push to these sets, and return the failures by set."""
-        sending, failures = dict(sets), dict[str, Failure]()
+        sending, failures = dict(sets), dict[str, SetFailure]()
         try:
             for name in self._map_and_agree({name: each for name, (each, _) in sets.items()}):
                 sending.pop(name)

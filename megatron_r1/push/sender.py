@@ -12,9 +12,9 @@ import msgspec
 import torch
 from torch.distributed import Store
 
+from megatron_r1.models.weights.formats.published_layout import has_power_of_two_scales
 from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.stored.published import has_power_of_two_scales
-from megatron_r1.models.weights.table import Table
+from megatron_r1.models.weights.table import WeightTable
 from megatron_r1.push.link_planner import (
     ConnectedLink,
     HeldPieces,
@@ -26,7 +26,7 @@ from megatron_r1.push.link_planner import (
 from megatron_r1.push.plan.planner import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TableStore, TrainerRendezvous
-from megatron_r1.push.results import ConnectedSets, Failure, SentWeights
+from megatron_r1.push.results import ConnectedSets, SentWeights, SetFailure
 from megatron_r1.push.round_sender import RoundSender
 from megatron_r1.push.slices import EncodedSlices
 from megatron_r1.push.transports.payloads import SlicesPayload
@@ -77,7 +77,7 @@ class WeightSender:
         stages: list[list[Shard]] | None = None,
         drafts: bool = False,
         gpus: Sequence[str] = (),
-        adapters: Table | None = None,
+        adapters: WeightTable | None = None,
     ):
         self.grid, self.rank = grid, rank
         self.store, self.broadcast = store, broadcast
@@ -203,9 +203,9 @@ class WeightSender:
 
     def _send_over_links(
         self, push_number: int, sets: Mapping[str, SetLinks]
-    ) -> dict[str, Failure]:
+    ) -> dict[str, SetFailure]:
         """Send a push over all links at once, but those of sets that are sent to in rounds."""
-        problems: dict[str, Failure] = {}
+        problems: dict[str, SetFailure] = {}
 
         def send_over(name: str, link: ConnectedLink) -> None:
             try:
@@ -231,7 +231,9 @@ class WeightSender:
     def _encode(self, link: ConnectedLink) -> EncodedSlices:
         return EncodedSlices(link.slices, power_of_two=self._power_of_two_scales)
 
-    def _send_in_rounds(self, push_number: int, sets: Mapping[str, SetLinks]) -> dict[str, Failure]:
+    def _send_in_rounds(
+        self, push_number: int, sets: Mapping[str, SetLinks]
+    ) -> dict[str, SetFailure]:
         """Send a push in the rounds that the plan has for it."""
         found = {}
         for name, set_links in sets.items():
@@ -252,7 +254,7 @@ class WeightSender:
         """Return what the engine ranks receive, which rank 0 reads for all."""
         if self.rank:
             return msgspec.msgpack.decode(self.broadcast(None), type=SetReceivers)
-        by_set = [set_links.sent for set_links in self._sets.values()]
+        by_set = [set_links.sent_bytes for set_links in self._sets.values()]
         sent = [sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)]
         pushed = [name for name, _ in self._tensors]
         receivers = read_receivers(rendezvous, ranks_per_engine, pushed, sent)

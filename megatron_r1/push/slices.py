@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from megatron_r1.models.weights.local import merge_adapter
-from megatron_r1.models.weights.stored.quantized_blocks import quantize_fp8
+from megatron_r1.models.weights.formats.quantized_blocks import quantize_fp8
+from megatron_r1.models.weights.loading import merge_adapter
 from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.plan.tensors import Region
 

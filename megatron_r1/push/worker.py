@@ -19,7 +19,7 @@ from megatron_r1.models import platform
 from megatron_r1.models.platform import LOOPBACK, create_store, ranks_share_host
 from megatron_r1.models.weights.adapters import adapter_pieces
 from megatron_r1.models.weights.layout import recipe_stages
-from megatron_r1.models.weights.local import local_entries
+from megatron_r1.models.weights.loading import local_entries
 from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.plan.adapters import pushed_adapter_table
 from megatron_r1.push.plan.planner import TrainerGrid

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.weights.stored.published import published_tensors
+from megatron_r1.models.transformers_model import load_with_transformers
+from megatron_r1.models.weights.formats.published_layout import published_tensors
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -53,7 +53,7 @@ def main(export: str, model: str, mtp: str) -> str:
         sys.exit(f"model.mtp: frozen, but {sorted(moved)[:3]} changed")
     if mtp == "train" and own_mtp and not set(own_mtp) & set(changed) - set(_shared(first_mtp)):
         sys.exit("model.mtp: train, but no tensor of its layers changed")
-    loaded, report = load_by_transformers(export, hf, torch.float32, output_loading_info=True)
+    loaded, report = load_with_transformers(export, hf, torch.float32, output_loading_info=True)
     if report["missing_keys"] or report["mismatched_keys"]:
         sys.exit(f"transformers: {json.dumps({k: sorted(map(str, v)) for k, v in report.items()})}")
     with torch.no_grad():

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megatron_r1.config import Config
 from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.models.hf_config import has_score_head, published_names, score_model_config
-from megatron_r1.models.weights.stored.published import published_tensors
-from megatron_r1.models.weights.table import table
+from megatron_r1.models.weights.formats.published_layout import published_tensors
+from megatron_r1.models.weights.table import weight_table
 from megatron_r1.pipeline.pipeline_recipe import ServeConfig
 from megatron_r1.pipeline.serving import choose_ports, serve_models
 
@@ -109,7 +109,7 @@ def write_folder(folder: Path, hf: dict, seed: int) -> None:
         name: _random(name, shape, generator)
         for name, (shape, _) in published_tensors(hf, with_mtp=not has_score_head(hf)).items()
     }
-    for copy, original in table(hf).copies.items():
+    for copy, original in weight_table(hf).copies.items():
         if copy in tensors:
             tensors[copy] = tensors[original]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -86,7 +86,7 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
-class Head:
+class LossHead:
     """The hidden states of one micro-batch, and the head's weight.
 
     Attributes:
@@ -99,8 +99,9 @@ class Head:
         context_group: the ranks that hold the other parts of the samples.
         main_grad: (V_local, H) fp32, to which the backward pass adds the weight's gradient; None:
             autograd gets it.
-        records_old: whether `logprobs` stores its result as batch.logprobs["old"] where there is
-            none: in the update of a policy, which starts at π_old (`policy_loss` always does)."""
+        stores_old_logprobs: whether `logprobs` stores its result as batch.logprobs["old"] where
+            there is none: in the update of a policy, which starts at π_old (`policy_loss` always
+            does)."""
 
     batch: PackedBatch
     hidden: Tensor
@@ -110,7 +111,7 @@ class Head:
     vocab_size: int
     context_group: ProcessGroup | None = None
     main_grad: Tensor | None = None
-    records_old: bool = False
+    stores_old_logprobs: bool = False
 
     def logprobs(self) -> tuple[Tensor, Tensor]:
         """Compute log-probabilities and entropy of the response tokens, over what was kept.
@@ -126,7 +127,7 @@ class Head:
             )
         zeros = logprobs.new_zeros(len(self.hidden))
         logprobs, entropy = (zeros.index_copy(0, rows, values) for values in (logprobs, entropy))
-        if self.records_old:
+        if self.stores_old_logprobs:
             self.batch.logprobs.setdefault("old", logprobs.detach())
         return logprobs, entropy
 

@@ -22,8 +22,8 @@ class CheckpointManager:
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
         asynchronous = trainer.config.checkpoint.asynchronous
-        slowest = timedelta(seconds=trainer.config.parallel.wait_seconds)
-        self._writer = CheckpointWriter(trainer.groups.dp_cp, asynchronous, slowest)
+        straggler_timeout = timedelta(seconds=trainer.config.parallel.wait_seconds)
+        self._writer = CheckpointWriter(trainer.groups.dp_cp, asynchronous, straggler_timeout)
         self._verified: str | None = None
 
     def export(self, folder: str, dtype: str | None = None) -> None:

@@ -29,7 +29,7 @@ from megatron_r1.models.build import PolicyModel, ScoreModel, process_groups
 from megatron_r1.models.gradients import fp32_main_grad, skip_zero_gradients
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights.adapters import attach_adapters
-from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.table import SCORE
 from megatron_r1.trainer.checkpoints import checkpoint_folders, contents
 

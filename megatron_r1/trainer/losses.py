@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from megatron_r1.config.algorithms import LossAverage, LossSettings
-from megatron_r1.trainer.batch import Head, PackedBatch
+from megatron_r1.trainer.batch import LossHead, PackedBatch
 from megatron_r1.trainer.metrics import Mean, Metrics
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.packed import Scores
+    from megatron_r1.trainer.packed import ScoreHeadOutput
 
 
 class LossTerms(NamedTuple):
@@ -43,7 +43,7 @@ class LossTerms(NamedTuple):
     metrics: Metrics
 
 
-Loss = Callable[[PackedBatch, Head, LossSettings | None], LossTerms]
+Loss = Callable[[PackedBatch, LossHead, LossSettings | None], LossTerms]
 """(batch, its head, settings) → LossTerms. settings: of a policy loss; None for the others."""
 
 
@@ -71,7 +71,7 @@ def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
 def token_weights(
     batch: PackedBatch, average: LossAverage, max_response_tokens: int | None = None
 ) -> dict[str, Any]:
-    """Return the arguments mask, average and denominator of `Head.policy_loss`.
+    """Return the arguments mask, average and denominator of `LossHead.policy_loss`.
 
     They give a response token the weight 1 ("token"), 1 / |o_i| ("sequence"), or 1 / L
     ("constant"). |o_i| counts an episode with all its branches: r1_kernels takes each branch for
@@ -91,7 +91,7 @@ def token_weights(
     return {"mask": batch.is_response, "average": "token", "denominator": 1}
 
 
-def supervised(batch: PackedBatch, head: Head, settings: object = None) -> LossTerms:
+def supervised(batch: PackedBatch, head: LossHead, settings: object = None) -> LossTerms:
     """Return the SFT loss, -Σ log p over response tokens, () fp32, with their number.
 
     Args:
@@ -103,7 +103,7 @@ def supervised(batch: PackedBatch, head: Head, settings: object = None) -> LossT
     return LossTerms(loss, count, {"loss": Mean(loss.detach(), count)})
 
 
-def pairwise(batch: PackedBatch, scores: Scores, settings: object = None) -> LossTerms:
+def pairwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossTerms:
     """Return Σ -log sigmoid(s_chosen - s_rejected) over pairs, () fp32, with their number.
 
     Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
@@ -120,7 +120,7 @@ def pairwise(batch: PackedBatch, scores: Scores, settings: object = None) -> Los
     return _reward_terms(batch, -logsigmoid(margins), measured, batch.num_responses // 2)
 
 
-def pointwise(batch: PackedBatch, scores: Scores, settings: object = None) -> LossTerms:
+def pointwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossTerms:
     """Return the sum over samples of the binary cross entropy of their scores and labels.
 
     Σ BCE(sigmoid(score), `batch.labels`), () fp32, with the number of samples. Metrics: accuracy,

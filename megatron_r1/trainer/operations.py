@@ -2,8 +2,8 @@
 call, with arguments and results, and the messages that carry them (msgpack, no pickles).
 
 The controller names a method of the protocols, `trainer.call(ModelOperations.update, index=0, …)`
-(`controller.trainer_calls.client`), its name and arguments travel as a `Call`, and each rank runs
-the method of that name (`trainer.worker`). Imports neither torch nor Megatron, because the
+(`controller.trainer_calls.client`), its name and arguments travel as a `RankCall`, and each rank
+runs the method of that name (`trainer.worker`). Imports neither torch nor Megatron, because the
 controller imports it."""
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ class RankDescription(TypedDict):
         expert_rank: the index in its expert-parallel group.
         data_rank: the index of its model replica.
         data_parallel_size: the number of replicas.
-        last_stage: whether it computes the loss.
-        leads_replica: whether it receives the replica's samples.
+        is_last_stage: whether it computes the loss.
+        is_replica_leader: whether it receives the replica's samples.
         num_parameters: the parameters of the whole model.
-        score_is_new: whether a score head is randomly initialized.
+        has_new_score_head: whether a score head is randomly initialized.
         implementations: the implementation of each part of a step.
-        process: the process id."""
+        process_id: the process id."""
 
     rank: int
     tensor_rank: int
@@ -89,12 +89,12 @@ class RankDescription(TypedDict):
     expert_rank: int
     data_rank: int
     data_parallel_size: int
-    last_stage: bool
-    leads_replica: bool
+    is_last_stage: bool
+    is_replica_leader: bool
     num_parameters: int
-    score_is_new: bool
+    has_new_score_head: bool
     implementations: dict[str, str]
-    process: int
+    process_id: int
 
 
 class ThreadStack(msgspec.Struct, frozen=True):
@@ -270,7 +270,7 @@ class ModelOperations(Protocol):
 
 
 class ProbingOperations(Protocol):
-    """Passes that train nothing: methods of `probing.ProbeRunner`."""
+    """Passes that train nothing: methods of `logprob_probe.ProbeRunner`."""
 
     def sample_scores(self) -> SampleScores:
         """Compute a score model's scores of all loaded samples.
@@ -424,9 +424,9 @@ class PushOperations(Protocol):
             The failures, by the name of the set."""
 
 
-WITH_OPTIMIZER = {"update", "update_critic", "save_checkpoint", "load_checkpoint"}
+OPTIMIZER_OPERATIONS = {"update", "update_critic", "save_checkpoint", "load_checkpoint"}
 """Operations that use the optimizer's state."""
-WITHOUT_PARAMETERS = {
+WEIGHTLESS_OPERATIONS = {
     *(LOAD, STOP, "free_memory", "measure_logprob_diff", "compute_token_advantages"),
     *("mask_advantages", "compare_probe", "checkpoint_progress", "verify_checkpoint"),
 }
@@ -437,12 +437,12 @@ WITHOUT_PARAMETERS = {
 def needs_parameters(operation: str) -> bool:
     """Return whether an operation uses the model's weights; all do that are not known to go
     without."""
-    return operation not in WITHOUT_PARAMETERS
+    return operation not in WEIGHTLESS_OPERATIONS
 
 
 def needs_optimizer(operation: str) -> bool:
     """Return whether an operation uses the optimizer's state."""
-    return operation in WITH_OPTIMIZER
+    return operation in OPTIMIZER_OPERATIONS
 
 
 def operation_names(protocol: type) -> set[str]:

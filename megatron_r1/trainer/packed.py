@@ -1,5 +1,5 @@
 """Packs samples into one micro-batch of tensors, end to end, with no attention between samples.
-`Scores` reads one score per sample back out of it, for reward models.
+`ScoreHeadOutput` reads one score per sample back out of it, for reward models.
 
 Position t of a sample predicts token t + 1, so the response's tokens are targets at positions
 prompt_length - 1 … length - 2; the last position of every sample predicts nothing. A sample's mask
@@ -32,9 +32,9 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
 from megatron_r1.models.packed_params import PackedParams, mark_positions
 from megatron_r1.models.platform import to_device
-from megatron_r1.models.prefixes import WholeSequences, mark_prefixes, whole_sequences
 from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.models.sampling_mask import decode_mask
+from megatron_r1.models.shared_prefixes import WholeSequences, mark_prefixes, whole_sequences
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.routing import RoutingShard, pack_routing
 from megatron_r1.trainer.token_split import PackedLayout, TokenSplit, packed_layout
@@ -47,7 +47,7 @@ def pack_batch(
     device: torch.device,
     routing: RoutingShard | RecordedRouting | None = None,
     share_prompts: bool = False,
-    num_predicted: int = 0,
+    num_mtp_layers: int = 0,
 ) -> PackedBatch:
     """Pack `samples`, possibly none, and return this rank's part, T tokens on `device`.
 
@@ -59,39 +59,43 @@ def pack_batch(
         device: the device of the tensors.
         routing: what this rank replays, if anything: the part of the samples' routing, or what the
             leader of its replica has cut of it.
-        share_prompts: tokens that an earlier sample has are not there again (`SharedTokens`,
-            `models.prefixes`).
-        num_predicted: MTP layers that are trained."""
+        share_prompts: tokens that an earlier sample has are not there again (`PrefixMatcher`,
+            `models.shared_prefixes`).
+        num_mtp_layers: MTP layers that are trained."""
     if isinstance(routing, RoutingShard):
         routing = pack_routing(samples, split, routing)
     layout = packed_layout(samples, split, share_prompts)
     cu_seqlens = layout.cu_seqlens
     tokens = _tokens(samples, layout)
     on_device = partial(to_device, device=device)
-    held = positions_of_rank(cu_seqlens, *split.context_rank_and_size)
+    local_positions = positions_of_rank(cu_seqlens, *split.context_rank_and_size)
     values = _response_values(samples, layout)
-    is_response, advantages, rollout_logprobs, teacher, weights = (whole[held] for whole in values)
-    positions, params = _positions(layout, held, split, on_device)
-    if num_predicted:
-        following, rows = _predicted(cu_seqlens, values[0], held, split, num_predicted)
-        params.following = on_device(following)
-        params.predicted_rows = tuple(on_device(of_layer) for of_layer in rows)
+    is_response, advantages, rollout_logprobs, teacher, weights = (
+        whole[local_positions] for whole in values
+    )
+    positions, params = _positions(layout, local_positions, split, on_device)
+    if num_mtp_layers:
+        next_token_index, rows = _mtp_targets(
+            cu_seqlens, values[0], local_positions, split, num_mtp_layers
+        )
+        params.next_token_index = on_device(next_token_index)
+        params.mtp_target_rows = tuple(on_device(of_layer) for of_layer in rows)
     has_teacher = all(sample.teacher_logprobs is not None for sample in samples)
     has_branches = any(sample.weight != 1 for sample in samples)
     num_responses = sum(s.num_responses for s in samples if s.is_trained)
-    kept = _sampling_mask(samples, layout, held)
+    kept = _sampling_mask(samples, layout, local_positions)
     return PackedBatch(
-        input_ids=on_device(tokens[held][None]),
+        input_ids=on_device(tokens[local_positions][None]),
         position_ids=positions[None],
         packed_seq_params=params,
         cu_seqlens=on_device((cu_seqlens // split.context_size).int()),
-        targets=on_device(tokens.roll(-1)[held]),
+        targets=on_device(tokens.roll(-1)[local_positions]),
         is_response=on_device(is_response),
         response_rows=on_device(is_response.nonzero()[:, 0]),
         num_responses=num_responses if split.context_rank == 0 else 0,
         advantages=on_device(advantages),
         rollout_logprobs=on_device(rollout_logprobs),
-        last_tokens=on_device(_last_tokens(samples, layout, held)),
+        last_tokens=on_device(_last_tokens(samples, layout, local_positions)),
         labels=on_device(torch.tensor([s.label for s in samples], dtype=torch.float32)),
         logprobs={"teacher": on_device(teacher)} if has_teacher else {},
         sequence_weights=on_device(weights) if has_branches else None,
@@ -104,12 +108,12 @@ def pack_batch(
 
 def _positions(
     layout: PackedLayout,
-    held: Tensor,
+    local_positions: Tensor,
     split: TokenSplit,
     on_device: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, PackedParams]:
-    """Return the positions within their samples of the tokens `held`, and the samples' borders as
-    attention takes them."""
+    """Return the positions within their samples of the tokens at `local_positions`, and the
+    samples' borders as attention takes them."""
     cu_seqlens = layout.cu_seqlens
     attention_cu_seqlens = on_device(cu_seqlens.int())
     position = torch.arange(int(cu_seqlens[-1]))
@@ -121,35 +125,40 @@ def _positions(
             whole = WholeSequences(on_device(places), on_device(borders), longest)
         mark_prefixes(attention_cu_seqlens, layout.continued, whole)
         position += layout.continued.start.repeat_interleave(cu_seqlens.diff())
-    positions = on_device(position[held])
+    positions = on_device(position[local_positions])
     mark_positions(attention_cu_seqlens, positions)
     return positions, _packed_seq_params(attention_cu_seqlens, split, int(position.max()) + 1)
 
 
-def _last_tokens(samples: list[Sample], layout: PackedLayout, held: Tensor) -> Tensor:
-    """Return where among `held` each sample's last token is, (S,); -1: on another context rank."""
+def _last_tokens(samples: list[Sample], layout: PackedLayout, local_positions: Tensor) -> Tensor:
+    """Return where among `local_positions` each sample's last token is, (S,); -1: on another
+    context rank."""
     here = torch.full((int(layout.cu_seqlens[-1]),), -1)
-    here = here.index_copy(0, held, torch.arange(len(held)))
+    here = here.index_copy(0, local_positions, torch.arange(len(local_positions)))
     ends = [start + len(sample) - 1 for start, sample in zip(layout.starts, samples, strict=True)]
     return here[torch.tensor(ends, dtype=torch.int64)]
 
 
-def _predicted(
-    cu_seqlens: Tensor, is_response: Tensor, held: Tensor, split: TokenSplit, num_predicted: int
+def _mtp_targets(
+    cu_seqlens: Tensor,
+    is_response: Tensor,
+    local_positions: Tensor,
+    split: TokenSplit,
+    num_mtp_layers: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return `PackedParams.following` and `.predicted_rows` of `num_predicted` MTP layers.
+    """Return `PackedParams.next_token_index` and `.mtp_target_rows` of `num_mtp_layers` MTP layers.
 
-    cu_seqlens: (S + 1,) int64. is_response: (T,) bool of the whole micro-batch. held: int64, the
-    positions of this rank."""
-    following = torch.arange(1, int(cu_seqlens[-1]) + 1)
-    following[cu_seqlens[1:] - 1] = -1
+    cu_seqlens: (S + 1,) int64. is_response: (T,) bool of the whole micro-batch. local_positions:
+    int64, the positions of this rank."""
+    next_token_index = torch.arange(1, int(cu_seqlens[-1]) + 1)
+    next_token_index[cu_seqlens[1:] - 1] = -1
     rows, ahead = [], is_response
-    for _ in range(num_predicted):
-        ahead = ahead[following] & (following >= 0)
-        rows.append(ahead[held].nonzero()[:, 0])
+    for _ in range(num_mtp_layers):
+        ahead = ahead[next_token_index] & (next_token_index >= 0)
+        rows.append(ahead[local_positions].nonzero()[:, 0])
     # Where each position is when the context ranks' parts are gathered rank after rank.
     gathered = gathered_order(cu_seqlens, split.context_size)
-    here = following[held]
+    here = next_token_index[local_positions]
     return torch.where(here >= 0, gathered[here], -1), rows
 
 
@@ -191,10 +200,10 @@ def _response_values(samples: list[Sample], layout: PackedLayout) -> tuple[Tenso
 
 
 def _sampling_mask(
-    samples: list[Sample], layout: PackedLayout, held: Tensor
+    samples: list[Sample], layout: PackedLayout, local_positions: Tensor
 ) -> SamplingMask | None:
-    """Return the kept ids of the tokens that are trained on, at the positions `held`; None where no
-    sample has any.
+    """Return the kept ids of the tokens that are trained on, at the positions `local_positions`;
+    None where no sample has any.
 
     Raises:
         ValueError: ids that do not fit their sample, or samples with and without ids in one
@@ -218,9 +227,9 @@ def _sampling_mask(
         counts[first : first + length] = torch.from_numpy(own[0])
         parts.append(torch.from_numpy(own[1]))
     token_ids, starts = torch.cat(parts), counts.cumsum(0) - counts
-    lengths = counts[held]
+    lengths = counts[local_positions]
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    shift = (starts[held] - offsets[:-1]).repeat_interleave(lengths)
+    shift = (starts[local_positions] - offsets[:-1]).repeat_interleave(lengths)
     return SamplingMask(token_ids[torch.arange(int(offsets[-1])) + shift], offsets)
 
 
@@ -261,7 +270,7 @@ def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> P
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoreHeadOutput:
     """The output of a score head for one micro-batch.
 
     Attributes:

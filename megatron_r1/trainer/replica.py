@@ -19,8 +19,8 @@ BROADCAST_BYTES = 1 << 30
 
 
 class Replica:
-    """The ranks that hold one copy of the model between them and see the same samples; created on
-    every rank together, after Megatron's grid.
+    """The ranks of one model replica, which all work on the same samples; created on every rank
+    together, after Megatron's grid.
 
     The controller sends a data-parallel share to the first rank of each replica only, which sends
     it on to the others: it travels over the controller's network once, however many ranks the

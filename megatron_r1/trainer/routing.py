@@ -71,18 +71,18 @@ def pack_routing(
 
 
 def _pack_at(
-    samples: Sequence[Sample], layout: PackedLayout, held: Tensor, shard: RoutingShard
+    samples: Sequence[Sample], layout: PackedLayout, local_positions: Tensor, shard: RoutingShard
 ) -> RecordedRouting:
-    """Return what `pack_routing` does of the tokens at the positions `held`."""
-    cut = _select(_concatenate([samples], [layout], shard), held)
-    return _fill_unread_tokens(cut, samples, layout, held, shard.shape)
+    """Return what `pack_routing` does of the tokens at the positions `local_positions`."""
+    cut = _select(_concatenate([samples], [layout], shard), local_positions)
+    return _fill_unread_tokens(cut, samples, layout, local_positions, shard.shape)
 
 
 def _fill_unread_tokens(
     recorded: RecordedRouting,
     samples: Sequence[Sample],
     layout: PackedLayout,
-    held: Tensor,
+    local_positions: Tensor,
     shape: RoutingShape,
 ) -> RecordedRouting:
     """Return the choices with `local_counts` if the engine has chosen for every token of the rank
@@ -91,10 +91,12 @@ def _fill_unread_tokens(
     fed = torch.zeros(int(layout.cu_seqlens[-1]), dtype=torch.bool)
     for sample, start in zip(samples, layout.starts, strict=True):
         fed[start : start + len(sample) - 1] = True
-    if (fed[held] & ~recorded.known).any():
+    if (fed[local_positions] & ~recorded.known).any():
         return recorded
     experts, left = recorded.experts, ~recorded.known
-    in_turn = (held[left][:, None] * shape.topk + torch.arange(shape.topk)) % shape.num_experts
+    in_turn = (
+        local_positions[left][:, None] * shape.topk + torch.arange(shape.topk)
+    ) % shape.num_experts
     experts[left] = in_turn[:, None].to(experts.dtype)
     counts = torch.zeros(experts.shape[1], shape.num_experts, dtype=torch.int64)
     chosen = experts.transpose(0, 1).flatten(1).long()
@@ -121,15 +123,17 @@ def _concatenate(
 
 def _all_routed_positions(layouts: Sequence[PackedLayout], split: TokenSplit) -> Tensor:
     """Return the positions in `_concatenate` of the tokens that a rank routes."""
-    held, first = [torch.empty(0, dtype=torch.int64)], 0
+    local_positions, first = [torch.empty(0, dtype=torch.int64)], 0
     for layout in layouts:
-        held.append(first + routed_positions(layout.cu_seqlens, split))
+        local_positions.append(first + routed_positions(layout.cu_seqlens, split))
         first += int(layout.cu_seqlens[-1])
-    return torch.cat(held)
+    return torch.cat(local_positions)
 
 
-def _select(whole: RecordedRouting, held: Tensor) -> RecordedRouting:
-    return RecordedRouting(whole.experts.index_select(0, held), whole.known.index_select(0, held))
+def _select(whole: RecordedRouting, local_positions: Tensor) -> RecordedRouting:
+    return RecordedRouting(
+        whole.experts.index_select(0, local_positions), whole.known.index_select(0, local_positions)
+    )
 
 
 def _layer_index(layers: list[int]) -> list[int] | slice:
@@ -178,10 +182,10 @@ class RoutingScatter:
         Raises:
             ValueError: on the leader, for routing that does not fit its sample."""
         layouts = [packed_layout(samples, self._split) for samples in microbatches]
-        held = [routed_positions(layout.cu_seqlens, self._split) for layout in layouts]
+        local_positions = [routed_positions(layout.cu_seqlens, self._split) for layout in layouts]
         if not self._replica.is_leader:
-            received = self._receive([len(own) for own in held])
-            cut = zip(received, microbatches, layouts, held, strict=True)
+            received = self._receive([len(own) for own in local_positions])
+            cut = zip(received, microbatches, layouts, local_positions, strict=True)
             return [_fill_unread_tokens(*one, self._shard.shape) for one in cut]
         waiting: list[tuple[dist.Work, Tensor]] = []
         # By layers: the ranks that share a pipeline stage get parts of the same rows.
@@ -194,7 +198,7 @@ class RoutingScatter:
                 work.wait()
         for work, _ in waiting:
             work.wait()
-        own = zip(microbatches, layouts, held, strict=True)
+        own = zip(microbatches, layouts, local_positions, strict=True)
         return [_pack_at(*microbatch, self._shard) for microbatch in own]
 
     def _shards(
@@ -203,13 +207,13 @@ class RoutingScatter:
         """Yield the bytes for each member: the experts of its tokens of all micro-batches, then
         which tokens have some."""
         layers: list[int] | None = None
-        held = cache(lambda split: _all_routed_positions(layouts, split))
+        local_positions = cache(lambda split: _all_routed_positions(layouts, split))
         for member in members:
             split, own_layers = self._ranks[member]
             if own_layers != layers:
                 layers, shard = own_layers, RoutingShard(self._shard.shape, own_layers)
                 whole = _concatenate(microbatches, layouts, shard)
-            cut = _select(whole, held(split))
+            cut = _select(whole, local_positions(split))
             both = (cut.experts, cut.known)
             yield torch.cat([each.reshape(-1).view(torch.uint8) for each in both])
 

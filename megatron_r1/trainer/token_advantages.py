@@ -110,10 +110,10 @@ def gae(
     return advantages, advantages + values
 
 
-def moments(values: Tensor) -> Tensor:
+def sums_for_standardization(values: Tensor) -> Tensor:
     """Return (3,) fp64: the sum of `values` (N,), the sum of their squares, and N.
 
-    The moments of the parts of a rollout add up to those of the whole."""
+    The sums of the parts of a rollout add up to those of the whole."""
     wide = values.double()
     return torch.stack([wide.sum(), wide.square().sum(), wide.new_tensor(len(wide))])
 
@@ -262,7 +262,10 @@ class RolloutBatches:
             (T,) per micro-batch, 0 outside responses."""
         pairs = list(zip(self.responses, advantages, strict=True))
         total = torch.stack(
-            [moments(r.local_part(a)[r.local_part(r.is_response)]) for r, a in pairs]
+            [
+                sums_for_standardization(r.local_part(a)[r.local_part(r.is_response)])
+                for r, a in pairs
+            ]
         ).sum(0)
         if self._data_group is not None:
             # Over data and context parallelism: mean and deviation are those of the whole rollout.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_r1.models.context_parallel import positions_of_rank
-from megatron_r1.models.prefixes import SharedPrefixes
-from megatron_r1.trainer.shared_prompts import SharedTokens
+from megatron_r1.models.shared_prefixes import SharedPrefixes
+from megatron_r1.trainer.prefix_matching import PrefixMatcher
 from megatron_r1.trainer.training_sample import Sample
 
 
@@ -76,12 +76,12 @@ def packed_layout(
         samples: the micro-batch, possibly none.
         split: how its tokens are divided, which decides the padding.
         share_prompts: leave out tokens that an earlier sample has."""
-    shared = SharedTokens()
+    shared = PrefixMatcher()
     if share_prompts:
         own_lengths = [shared.add(sample) for sample in samples]
     else:
         own_lengths = [len(sample) for sample in samples]
-    skipped = shared.skipped or [0] * len(samples)
+    skipped = shared.prefix_lengths or [0] * len(samples)
     padded = [length + -length % split.sample_multiple for length in own_lengths]
     filler = -sum(padded) % split.batch_multiple if padded else split.batch_multiple
     cu_seqlens = torch.tensor([0, *padded, *([filler] if filler else [])]).cumsum(0)
@@ -89,8 +89,8 @@ def packed_layout(
     starts = [start - skip for start, skip in zip(own_starts, skipped, strict=True)]
     continued = None
     if any(skipped):
-        hosts, firsts = [*shared.hosts, *[-1] * bool(filler)], [*skipped, *[0] * bool(filler)]
-        continued = SharedPrefixes(torch.tensor(hosts), torch.tensor(firsts))
+        parents, firsts = [*shared.parents, *[-1] * bool(filler)], [*skipped, *[0] * bool(filler)]
+        continued = SharedPrefixes(torch.tensor(parents), torch.tensor(firsts))
     return PackedLayout(cu_seqlens, starts, skipped, continued)
 
 
@@ -101,5 +101,5 @@ def routed_positions(cu_seqlens: Tensor, split: TokenSplit) -> Tensor:
     Args:
         cu_seqlens: (segments + 1,), the micro-batch's, as in its `PackedLayout`.
         split: the rank's."""
-    held = positions_of_rank(cu_seqlens, *split.context_rank_and_size)
-    return held.view(split.tensor_size, -1)[split.tensor_rank]
+    local_positions = positions_of_rank(cu_seqlens, *split.context_rank_and_size)
+    return local_positions.view(split.tensor_size, -1)[split.tensor_rank]

@@ -4,7 +4,8 @@ An RL step calls load() (receive the rollout's micro-batches), compute_values() 
 compute_logprobs() (old and reference policy), compute_token_advantages() for some algorithms and
 mask_advantages() for some settings, update() and update_critic() once per mini-batch, and
 measure_logprob_diff() (differences of log-probabilities). SFT and reward models call load() and
-update(). `probing` has what compares a few tokens with an engine, and evaluates a reward model.
+update(). `logprob_probe` has what compares a few tokens with an engine, and evaluates a reward
+model.
 
 Every operation is called on all ranks at the same time. A rank handles samples and losses, not
 prompts or graders."""
@@ -26,7 +27,7 @@ from megatron_r1.models.gradients import fp32_main_grad
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.trainer import construction
-from megatron_r1.trainer.batch import Head, PackedBatch
+from megatron_r1.trainer.batch import LossHead, PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
@@ -42,11 +43,11 @@ from megatron_r1.trainer.metrics import (
 )
 from megatron_r1.trainer.offload import make_offload
 from megatron_r1.trainer.operations import SUPERVISED
-from megatron_r1.trainer.packed import Scores, check_token_ids, pack_batch
+from megatron_r1.trainer.packed import ScoreHeadOutput, check_token_ids, pack_batch
 from megatron_r1.trainer.passes import OutputFunction, free_gradients, optimizer_step, run_passes
+from megatron_r1.trainer.prefix_matching import check_shared_prompts
 from megatron_r1.trainer.reference import ReferencePolicy
 from megatron_r1.trainer.routing import RoutingScatter, RoutingShard
-from megatron_r1.trainer.shared_prompts import check_shared_prompts
 from megatron_r1.trainer.token_advantages import RolloutBatches
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import ReplicaSamples, Sample
@@ -87,12 +88,12 @@ class Trainer:
         self.offload = make_offload(config, self._trained_networks)
 
     @property
-    def score_is_new(self) -> bool:
+    def has_new_score_head(self) -> bool:
         """Whether the model is a score model with a randomly initialized head."""
         return construction.language_body(self.config, self.hf) is not None
 
     @property
-    def num_predicted(self) -> int:
+    def num_mtp_layers(self) -> int:
         """The MTP layers that are trained."""
         return (self.transformer.mtp_num_layers or 0) if self.config.model.mtp == "train" else 0
 
@@ -122,7 +123,7 @@ class Trainer:
             split=self.split,
             device=platform.device(),
             share_prompts=shares_prompts,
-            num_predicted=self.num_predicted,
+            num_mtp_layers=self.num_mtp_layers,
         )
         padded = [self.pad_to_schedule(minibatch) for minibatch in minibatches]
         every = [microbatch for minibatch in padded for microbatch in minibatch]
@@ -359,10 +360,15 @@ class Trainer:
     # states (1, T, H) of a policy or scores (1, T) of a score model.
 
     def _head(
-        self, batch: PackedBatch, out: Tensor, temperature: float, *, records_old: bool = False
-    ) -> Head:
+        self,
+        batch: PackedBatch,
+        out: Tensor,
+        temperature: float,
+        *,
+        stores_old_logprobs: bool = False,
+    ) -> LossHead:
         weight = models.lm_head_weight(self.model_chunks[-1])
-        return Head(
+        return LossHead(
             batch,
             hidden=out.reshape(-1, out.shape[-1]),
             weight=weight,
@@ -371,12 +377,12 @@ class Trainer:
             vocab_size=self.hf["vocab_size"],
             context_group=self.groups.cp,
             main_grad=fp32_main_grad(weight),
-            records_old=records_old,
+            stores_old_logprobs=stores_old_logprobs,
         )
 
-    def scores(self, batch: PackedBatch, out: Tensor) -> Scores:
+    def scores(self, batch: PackedBatch, out: Tensor) -> ScoreHeadOutput:
         """Return a score model's scores."""
-        return Scores(batch, out.view(-1), self.groups.cp)
+        return ScoreHeadOutput(batch, out.view(-1), self.groups.cp)
 
     def _logprobs_only(
         self, name: str, temperature: float, batch: PackedBatch, out: Tensor
@@ -395,4 +401,6 @@ class Trainer:
             scores: Any = self.scores(batch, out)
             return loss(batch, scores, settings)
         is_policy = settings is not None
-        return loss(batch, self._head(batch, out, temperature, records_old=is_policy), settings)
+        return loss(
+            batch, self._head(batch, out, temperature, stores_old_logprobs=is_policy), settings
+        )

@@ -159,12 +159,12 @@ class Operations:
         from megatron_r1.push.worker import PushWorker
         from megatron_r1.trainer import implementations
         from megatron_r1.trainer.checkpoint_manager import CheckpointManager
-        from megatron_r1.trainer.probing import ProbeRunner
+        from megatron_r1.trainer.logprob_probe import ProbeRunner
         from megatron_r1.trainer.routing import RoutingScatter
         from megatron_r1.trainer.trainer import Trainer
 
-        slowest = timedelta(seconds=config.parallel.wait_seconds)
-        self.position, self.replica = position, Replica(position, slowest)
+        straggler_timeout = timedelta(seconds=config.parallel.wait_seconds)
+        self.position, self.replica = position, Replica(position, straggler_timeout)
         self.trainer = Trainer(config, position)
         self._offload = self.trainer.offload
         if (routing := self.trainer.routing) is not None:
@@ -186,12 +186,12 @@ class Operations:
             "expert_rank": self.position.expert_rank,
             "data_rank": self.position.data_rank,
             "data_parallel_size": self.position.data_parallel_size,
-            "last_stage": self.position.is_last_stage,
-            "leads_replica": self.replica.is_leader,
+            "is_last_stage": self.position.is_last_stage,
+            "is_replica_leader": self.replica.is_leader,
             "num_parameters": self.trainer.num_parameters,
-            "score_is_new": self.trainer.score_is_new,
+            "has_new_score_head": self.trainer.has_new_score_head,
             "implementations": self.implementations,
-            "process": os.getpid(),
+            "process_id": os.getpid(),
         }
 
     def run(self, call: RankCall, share: Sequence[memoryview] = ()) -> dict[str, Any]:

@@ -23,9 +23,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
 
-from megatron_r1.models.weights.stored import published as fp8  # noqa: E402
-from megatron_r1.models.weights.stored.hf_writing import split_into_files, write_index  # noqa: E402
-from megatron_r1.models.weights.stored.tensor_files import plan_file, stored_tensors  # noqa: E402
+from megatron_r1.models.weights.formats import published_layout as fp8  # noqa: E402
+from megatron_r1.models.weights.formats.hf_writer import split_into_files, write_index  # noqa: E402
+from megatron_r1.models.weights.formats.tensor_files import plan_file, stored_tensors  # noqa: E402
 
 HF = {
     "architectures": ["DeepseekV3ForCausalLM"],

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 def write_folder(folder: Path, hf: dict, dtype: torch.dtype) -> Path:
     """A Hugging Face folder of `hf` with random weights, -0 and infinity among them."""
     from megatron_r1.models.hf_config import resolve_aliases
-    from megatron_r1.models.weights.stored.published import published_tensors
+    from megatron_r1.models.weights.formats.published_layout import published_tensors
 
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(len(hf["architectures"][0]))

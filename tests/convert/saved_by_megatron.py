@@ -22,9 +22,9 @@ from megatron_r1 import models  # noqa: E402
 from megatron_r1.base.errors import Cause, UserError  # noqa: E402
 from megatron_r1.config import Config  # noqa: E402
 from megatron_r1.models import patches, weights  # noqa: E402
-from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint  # noqa: E402
-from megatron_r1.models.weights.stored.hf_folder import HFWeights  # noqa: E402
-from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights  # noqa: E402
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint  # noqa: E402
+from megatron_r1.models.weights.formats.hf_folder import HFWeights  # noqa: E402
+from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights  # noqa: E402
 from megatron_r1.trainer import construction  # noqa: E402
 
 

@@ -9,7 +9,7 @@ from small_models import MODELS
 
 from megatron_r1.commands.why.policy_model import MOMENTS, STATE, chosen_experts, read_model
 from megatron_r1.commands.why.policy_model import Row as Sequence
-from megatron_r1.models.by_transformers import load_by_transformers
+from megatron_r1.models.transformers_model import load_with_transformers
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,7 @@ def test_a_checkpoint_is_read_as_transformers_reads_the_folder(name, convert, tm
     assert status == 0, printed
     own = read_model(tmp_path / "checkpoint", folder).state_dict()
     config = json.loads((folder / "config.json").read_text())
-    theirs = load_by_transformers(folder, config, torch.float32).state_dict()
+    theirs = load_with_transformers(folder, config, torch.float32).state_dict()
     assert own.keys() == theirs.keys()
     assert [key for key in own if not torch.equal(bits(own[key]), bits(theirs[key]))] == []
     # The checkpoint has no moments: what a part lacks is the weights'.

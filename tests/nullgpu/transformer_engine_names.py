@@ -85,9 +85,9 @@ def stored_shapes(tree) -> dict[str, tuple]:
 def compare(hf: dict, settings: Config, stored: bool) -> list[str]:
     """Return how this rank's chunks of a model differ from the tables."""
     from megatron_r1 import models
+    from megatron_r1.models.weights.formats.megatron_weights import stored_layout
     from megatron_r1.models.weights.layout import layout
-    from megatron_r1.models.weights.local import chunk_shard, model_tensors
-    from megatron_r1.models.weights.stored.megatron_weights import stored_layout
+    from megatron_r1.models.weights.loading import chunk_shard, model_tensors
 
     config = models.transformer_config(hf, settings)
     virtual = config.virtual_pipeline_model_parallel_size

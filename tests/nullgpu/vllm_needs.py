@@ -2,7 +2,7 @@
 model's weights on the null GPU: `vllm_needs.py FOLDER CASE…`. Prints a line of JSON for each case.
 The first case has experts, so that vLLM makes a group for them. With the word `planted` among the
 cases, nothing puts back what quantization methods keep of their layers
-(`engines.plugin.swap`).
+(`engines.plugin.layer_reload`).
 
 Sizes are multiples of what the kernels want (128 for FP8 blocks, 512 + 64 for MLA)."""
 
@@ -22,12 +22,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
 from megatron_r1.base.processes import children
-from megatron_r1.engines.plugin import register, swap
+from megatron_r1.engines.plugin import layer_reload, register
+from megatron_r1.engines.plugin.layer_reload import SavedKernelState
 from megatron_r1.engines.plugin.loader_copies import record_copies
 from megatron_r1.engines.plugin.memory_layout import lay_out
-from megatron_r1.engines.plugin.swap import SavedKernelState
 from megatron_r1.models.hf_config import implied_settings, resolve_aliases
-from megatron_r1.models.weights.stored import published as fp8
+from megatron_r1.models.weights.formats import published_layout as fp8
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
 from megatron_r1.push.plan.tensors import pushed_tensors
@@ -110,9 +110,9 @@ def compare(hf: dict, is_fp8: bool, config, model) -> dict:
     before = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     memory = torch.randint(0, 60, (table.num_bytes,), dtype=torch.uint8)
     on_gpu = memory.cuda()
-    swap.load(model, placed, on_gpu)
+    layer_reload.load(model, placed, on_gpu)
     on_gpu.untyped_storage().resize_(0)  # as a receiver does between pushes
-    swap.finish(model, config.model_config)
+    layer_reload.recompute_shared_tensors(model, config.model_config)
     after = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     moved = [name for name in before if before[name] != after.get(name)]
     norm = dict(model.named_parameters())["model.norm.weight"].cpu()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_r1.config import ParallelConfig
-from megatron_r1.models.weights.writing import run_on_rank_zero
+from megatron_r1.models.weights.export import run_on_rank_zero
 from megatron_r1.trainer import distributed, rank_monitor, worker
 from megatron_r1.trainer.replica import Replica
 

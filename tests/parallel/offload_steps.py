@@ -99,7 +99,7 @@ def assert_views(trainer) -> None:
 def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
     """Return all metrics, and every value of the model and the optimizer after the last step."""
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
-    from megatron_r1.trainer.probing import ProbeRunner
+    from megatron_r1.trainer.logprob_probe import ProbeRunner
 
     folders, probing, seen = CheckpointManager(trainer), ProbeRunner(trainer), []
     trainer.refresh_reference()

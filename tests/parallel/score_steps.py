@@ -55,7 +55,7 @@ def own_batches(texts, position, sizes):
 
 
 def seen(batch, out):
-    return packed.Scores(batch, out.view(-1), parallel_state.get_context_parallel_group())
+    return packed.ScoreHeadOutput(batch, out.view(-1), parallel_state.get_context_parallel_group())
 
 
 def keep_scores(batch, out):

@@ -17,7 +17,7 @@ from megatron_r1 import models
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models import weights
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.trainer import distributed
 
 MODEL = "deepseek-yarn-mtp"

@@ -26,7 +26,7 @@ def main() -> None:
         for length in (1, 9, 2, 14, 5)
     ]
     split = TokenSplit(context_size=size, context_rank=rank, token_multiple=8)
-    batch = pack_batch(made, split, torch.device("cpu"), num_predicted=2)
+    batch = pack_batch(made, split, torch.device("cpu"), num_mtp_layers=2)
     params = batch.packed_seq_params
     mask = batch.is_response[None].float()
     for depth in range(2):
@@ -36,7 +36,7 @@ def main() -> None:
             assert torch.equal(got, expected) and got.dtype == expected.dtype
             assert got_sum == expected_sum
         mask, _ = MEGATRON(mask, -1, -1, params, group)
-        rows = params.predicted_rows[depth]
+        rows = params.mtp_target_rows[depth]
         assert torch.equal(rows, mask[0].nonzero()[:, 0]), f"MTP layer {depth} on rank {rank}"
     held = positions_of_rank(params.cu_seqlens_q, rank, size)
     assert len(held) == batch.input_ids.numel()

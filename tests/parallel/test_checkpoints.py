@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ def test_a_late_rank_is_named_with_operation_place_and_key(tmp_path):
     sentence, of_another_limit = out["sentences"]
     for shown in (
         *("trainer rank 0", "'export'", "parallel.wait_seconds: 0.5"),
-        *("broadcast_object_list among ranks 0, 1", "run_on_rank_zero (writing.py:"),
+        *("broadcast_object_list among ranks 0, 1", "run_on_rank_zero (export.py:"),
     ):
         assert shown in sentence, sentence
     assert of_another_limit == "", "a push has a limit of its own"

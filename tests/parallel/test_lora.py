@@ -14,8 +14,8 @@ from trainer_reports import TOLERANCE, assert_close
 
 from megatron_r1.base.errors import UserError
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
-from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
+from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 
 HERE = Path(__file__).parent
 MODEL = "deepseek-all"

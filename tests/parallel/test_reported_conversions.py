@@ -9,8 +9,8 @@ from oracle import mtp_layer, mtp_logits
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.transformers_model import load_with_transformers
 
 HERE = Path(__file__).parent
 # fp32 sums in another order, of logits of standard deviation 1 to 3.
@@ -26,7 +26,7 @@ def steps(oracle, out, model, grid, world_size, mtp="none", count=1):
 
 def reread(export, found):
     """transformers' log-probabilities of the response by the exported folder."""
-    model = load_by_transformers(export, read_hf_config(export), torch.float32).eval()
+    model = load_with_transformers(export, read_hf_config(export), torch.float32).eval()
     ids = torch.tensor([found["ids"]])
     with torch.no_grad():
         logprobs = model(ids).logits[0, :-1].log_softmax(-1)
@@ -72,7 +72,7 @@ def test_gpt_oss_keeps_its_published_names_and_transposed_experts(
 def mtp_reads(export, ids):
     """Log-probabilities by the export's MTP layer of the token after the next, for all but two."""
     hf = read_hf_config(export)
-    model = load_by_transformers(export, hf, torch.float32).eval()
+    model = load_with_transformers(export, hf, torch.float32).eval()
     layer, stored = mtp_layer(model, model.config), load_file(export / "model.safetensors")
     prefix = f"model.layers.{hf['num_hidden_layers']}."
     for name, tensor in layer.state_dict().items():

@@ -87,7 +87,7 @@ def recomputing_changes_no_gradient(model: str, grid: str, position) -> None:
 
 
 def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, position, out: Path) -> None:
-    from megatron_r1.models.weights.local import local_entries
+    from megatron_r1.models.weights.loading import local_entries
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 

@@ -35,9 +35,9 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import weights
-from megatron_r1.trainer import distributed, shared_prompts
+from megatron_r1.trainer import distributed, prefix_matching
 
-shared_prompts.MIN_SHARED_TOKENS = 1  # the turns of these trees are short
+prefix_matching.MIN_SHARED_TOKENS = 1  # the turns of these trees are short
 LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 
 

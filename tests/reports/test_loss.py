@@ -17,7 +17,7 @@ from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollo
 from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.trainer.batch import Head
+from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_advantages import (
     RolloutBatches,
@@ -74,7 +74,7 @@ def terms_of(name, groups, settings, temperature=1.0, hidden=None, split=False):
     terms = []
     for batch in batches:
         own = states[batch.input_ids[0]] if hidden is None else hidden
-        head = Head(batch, own, weight, temperature, None, VOCABULARY)
+        head = LossHead(batch, own, weight, temperature, None, VOCABULARY)
         terms.append(loss(batch, head, config.rl.loss_settings(LIMIT)))
     count = sum(int(t.denominator) for t in terms)
     total = sum(t.loss for t in terms) / max(1, count)
@@ -128,7 +128,9 @@ def test_b02_a_micro_batch_without_a_response_token_adds_exact_zeros(average):
         batch = pack_batch(samples, TokenSplit(), torch.device("cpu"))
         batch.logprobs["ref"] = torch.zeros(len(batch.targets))
         weight = torch.randn(VOCABULARY, HIDDEN, requires_grad=True)
-        head = Head(batch, torch.randn(len(batch.targets), HIDDEN), weight, 1.0, None, VOCABULARY)
+        head = LossHead(
+            batch, torch.randn(len(batch.targets), HIDDEN), weight, 1.0, None, VOCABULARY
+        )
         grpo = find_function(algorithms.find("grpo").loss)
         terms = grpo(batch, head, settings.loss_settings(LIMIT))
         terms.loss.backward()
@@ -255,7 +257,7 @@ def test_b13_entropy_is_that_of_the_logits_over_the_temperature():
         hidden = torch.eye(1, 1, dtype=torch.float64).expand(2, 1).contiguous()
         weight = logits[:, None].clone().requires_grad_()
         terms = find_function(algorithms.find("grpo").loss)(
-            batch, Head(batch, hidden, weight, 0.5, None, 3), settings
+            batch, LossHead(batch, hidden, weight, 0.5, None, 3), settings
         )
         terms.loss.backward()
         return terms, weight.grad[:, 0]
@@ -291,7 +293,7 @@ def test_b14_the_distillation_loss_does_not_depend_on_micro_batches():
         states = torch.randn(VOCABULARY, HIDDEN, generator=g).double()
         terms = []
         for batch in batches:
-            head = Head(batch, states[batch.input_ids[0]], weight, 1.0, None, VOCABULARY)
+            head = LossHead(batch, states[batch.input_ids[0]], weight, 1.0, None, VOCABULARY)
             terms.append(find_function(algorithm.loss)(batch, head, rl.loss_settings(LIMIT)))
         total = sum(t.loss for t in terms) / sum(t.denominator for t in terms)
         total.backward()
@@ -331,7 +333,7 @@ def test_b11_the_other_estimators_have_the_expected_gradients_of_divergences(est
         )
         batch.logprobs["ref"] = torch.stack([ref[token], torch.zeros(()).double()])
         head_weight = logits.detach()[:, None].clone().requires_grad_()
-        head = Head(batch, torch.ones(2, 1).double(), head_weight, 1.0, None, 3)
+        head = LossHead(batch, torch.ones(2, 1).double(), head_weight, 1.0, None, 3)
         find_function(algorithms.find("grpo").loss)(batch, head, settings).loss.backward()
         got += weight * head_weight.grad[:, 0]
         if estimator == "k2":  # that of ρ k3, the importance-weighted estimate, at ρ = 1

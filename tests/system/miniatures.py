@@ -49,9 +49,9 @@ def write(folder: Path, hf: dict) -> None:
     from safetensors.torch import load_file, save_file
 
     from megatron_r1.models.hf_config import resolve_aliases
-    from megatron_r1.models.weights.stored import published
-    from megatron_r1.models.weights.stored.published import published_tensors
-    from megatron_r1.models.weights.table import table
+    from megatron_r1.models.weights.formats import published_layout
+    from megatron_r1.models.weights.formats.published_layout import published_tensors
+    from megatron_r1.models.weights.table import weight_table
 
     command_line.write_model(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -80,11 +80,11 @@ def write(folder: Path, hf: dict) -> None:
     resolved = resolve_aliases(hf)
     for name, (shape, _) in published_tensors(resolved, with_mtp=True).items():
         if name not in tensors:
-            original = table(resolved).copies.get(name)
+            original = weight_table(resolved).copies.get(name)
             tensors[name] = tensors[original].clone() if original else drawn(name, shape)
     form = hf.get("quantization_config", {}).get("quant_method")
     for name in [*tensors] if form else []:
-        if form == "fp8" and published.is_quantized(name):
+        if form == "fp8" and published_layout.is_quantized(name):
             tensors |= _as_fp8(name, tensors[name])
         elif form == "mxfp4" and tensors[name].dim() == 3:
             tensors |= _as_mxfp4(name, tensors.pop(name).shape, draw)

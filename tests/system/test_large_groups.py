@@ -14,7 +14,7 @@ from waiting import wait_until
 
 from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.controller.rollouts.group_records import GroupRecord, decode
-from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 
 pytestmark = pytest.mark.more
 

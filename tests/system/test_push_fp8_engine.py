@@ -16,7 +16,7 @@ from sampled import PROMPTS, sample
 from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
 
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.models.weights.stored import published
+from megatron_r1.models.weights.formats import published_layout
 from megatron_r1.push.plan.tensors import pushed_tensors
 
 pytestmark = pytest.mark.skipif(
@@ -55,7 +55,7 @@ def write_fp8(plain, folder, *, dequantized=False):
     folder.mkdir()
     tensors = {}
     for name, tensor in load_file(plain / "model.safetensors").items():
-        if not published.is_quantized(name):
+        if not published_layout.is_quantized(name):
             tensors[name] = tensor
             continue
         codes, scales = blockwise(tensor)
@@ -63,10 +63,10 @@ def write_fp8(plain, folder, *, dequantized=False):
             spread = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
             tensors[name] = codes.float() * spread[: tensor.shape[0], : tensor.shape[1]]
         else:
-            tensors[name], tensors[published.scale_name(name)] = codes, scales
+            tensors[name], tensors[published_layout.scale_name(name)] = codes, scales
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     hf = json.loads((plain / "config.json").read_text())
-    form = {} if dequantized else {"quantization_config": published.FP8_CONFIG}
+    form = {} if dequantized else {"quantization_config": published_layout.FP8_CONFIG}
     (folder / "config.json").write_text(json.dumps(hf | form))
 
 
@@ -92,7 +92,7 @@ def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(
     write_fp8(trained, tmp_path / "meant", dequantized=True)
     dummy = {
         "extra_args": ["--load-format", "dummy"],
-        "hf_overrides": {"quantization_config": published.FP8_CONFIG},
+        "hf_overrides": {"quantization_config": published_layout.FP8_CONFIG},
     }
 
     async def run():

@@ -22,7 +22,7 @@ from megatron_r1.commands.why.recorded import RecordedStep
 from megatron_r1.commands.why.step_reader import open_run, read_step
 from megatron_r1.commands.why.verb import examine
 from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode, encode
-from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 
 pytestmark = pytest.mark.more
 

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server.settings import EngineSettings, config_arguments
-from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import load_config, read_hf_config
+from megatron_r1.models.transformers_model import load_with_transformers
 
 MODEL = Path(__file__).parents[2] / "examples/laptop/model"
 CODE = """
@@ -74,7 +74,7 @@ def test_tokenizers_are_loaded_without_it(folder):
 
 def test_models_are_loaded_without_it(folder):
     hf = read_hf_config(folder)
-    assert load_by_transformers(folder, hf, torch.float32).num_parameters()
+    assert load_with_transformers(folder, hf, torch.float32).num_parameters()
     assert not has_run(folder)
 
 

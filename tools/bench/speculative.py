@@ -30,7 +30,7 @@ from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.engines.server.settings import speculative_settings
 from megatron_r1.models.weights.layout import hf_tensors
-from megatron_r1.models.weights.table import table
+from megatron_r1.models.weights.table import weight_table
 from tools.bench import host
 from tools.bench.host import core_seconds
 
@@ -79,7 +79,7 @@ def write_model(folder: Path) -> int:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(SHAPE, indent=1))
     draw, tensors = torch.Generator().manual_seed(0), {}
-    copies = table(SHAPE).copies
+    copies = weight_table(SHAPE).copies
     for name, (shape, _) in hf_tensors(SHAPE).items():
         if len(shape) == 1:
             tensors[name] = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)

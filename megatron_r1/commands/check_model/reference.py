@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands.check_model import ReferenceResult, Refusal
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.models.by_transformers import load_by_transformers, write_dequantized
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
+from megatron_r1.models.transformers_model import load_with_transformers, write_dequantized
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
 
 TEXTS = (
     "What is the capital of France?",
@@ -158,7 +158,7 @@ def _logprobs(
 ) -> list[torch.Tensor]:
     """Return transformers' log-probability of each token but the first, (n - 1,) fp32, for each
     sequence of n."""
-    model = load_by_transformers(folder, hf, dtype).eval()
+    model = load_with_transformers(folder, hf, dtype).eval()
     answers = []
     with torch.no_grad():
         for ids in sequences:

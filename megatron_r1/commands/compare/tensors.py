@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_r1.commands.compare.records import RunDifference, is_rounding
-from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
-from megatron_r1.trainer.checkpoints.checkpoint_folders import BadManifest, read_manifest
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
+from megatron_r1.trainer.checkpoints.checkpoint_folders import ManifestError, read_manifest
 
 VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 """Ends of the names of tensors with a row for each token."""
@@ -31,7 +31,7 @@ def are_same_files(first: Path, second: Path) -> bool:
     was read last of them is not checked."""
     try:
         manifests = [read_manifest(folder) for folder in (first, second)]
-    except BadManifest:
+    except ManifestError:
         return False
     tensors = [
         {name: entry for name, entry in files.items() if name not in NOT_LAYOUT}

@@ -23,21 +23,21 @@ from megatron_r1.commands.convert.sources import (
 )
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.weights import table
-from megatron_r1.models.weights.stored import published
-from megatron_r1.models.weights.stored.dcp import (
+from megatron_r1.models.weights.formats import published_layout
+from megatron_r1.models.weights.formats.dcp import (
     Chunk,
     WrittenChunk,
     write_chunks,
     write_metadata,
 )
-from megatron_r1.models.weights.stored.hf_folder import SCALES_FILE, HFWeights
-from megatron_r1.models.weights.stored.hf_writing import copy_model_files, write_config
-from megatron_r1.models.weights.stored.megatron_weights import (
+from megatron_r1.models.weights.formats.hf_folder import SCALES_FILE, HFWeights
+from megatron_r1.models.weights.formats.hf_writer import copy_model_files, write_config
+from megatron_r1.models.weights.formats.megatron_weights import (
     StoredLayout,
     StoredParameter,
     stored_layout,
 )
-from megatron_r1.models.weights.stored.tensor_files import plan_file, write_at
+from megatron_r1.models.weights.formats.tensor_files import plan_file, write_at
 from megatron_r1.reporting.formatting import format_count
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 
@@ -224,20 +224,22 @@ def _write_hf_files(job: ImportJob, with_mtp: bool) -> None:
     copy_model_files(job.hf, folder)
     weights = _source(job.hf)
     quantized = [
-        name for name, (_, dtype) in weights.tensors.items() if dtype == published.FP8_DTYPE
+        name for name, (_, dtype) in weights.tensors.items() if dtype == published_layout.FP8_DTYPE
     ]
     write_config(job.hf, folder, torch.float8_e4m3fn if quantized else job.dtype, with_mtp)
     if not quantized:
         return
-    shapes = {name: published.scale_shape(weights.tensors[name][0]) for name in quantized}
-    plan = plan_file({published.scale_name(n): (s, torch.float32) for n, s in shapes.items()})
+    shapes = {name: published_layout.scale_shape(weights.tensors[name][0]) for name in quantized}
+    plan = plan_file(
+        {published_layout.scale_name(n): (s, torch.float32) for n, s in shapes.items()}
+    )
     with open(folder / SCALES_FILE, "wb") as file:
         file.write(plan.header)
         file.flush()
         for name in quantized:
             scales = weights.scales(name)
             assert scales is not None, f"{name} is FP8"
-            write_at(file.fileno(), plan.tensors[published.scale_name(name)].offset, scales)
+            write_at(file.fileno(), plan.tensors[published_layout.scale_name(name)].offset, scales)
 
 
 def _contents(folder: Path, number: int) -> Path:

@@ -41,7 +41,7 @@ def megatron_logits(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
     from megatron_r1 import models
     from megatron_r1.config import Config, ModelConfig
     from megatron_r1.models import patches, weights
-    from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
+    from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 
     patches.install()
     backend = platform.distributed_backend()
@@ -72,7 +72,7 @@ def _load_checkpoint(model: Any, hf: dict, checkpoint: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_r1.models import weights
-    from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
+    from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
     from megatron_r1.trainer.checkpoints.contents import load_weights, without_extra_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -94,8 +94,8 @@ def _transformers_logits(folder: Path, scratch: Path) -> torch.Tensor:
         folder: the Hugging Face folder.
         scratch: an empty folder."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from megatron_r1.models.by_transformers import load_by_transformers, write_dequantized
-    from megatron_r1.models.weights.stored.hf_folder import HFWeights
+    from megatron_r1.models.transformers_model import load_with_transformers, write_dequantized
+    from megatron_r1.models.weights.formats.hf_folder import HFWeights
 
     hf = read_hf_config(str(folder), None)
     if "quantization_config" in hf:
@@ -103,7 +103,7 @@ def _transformers_logits(folder: Path, scratch: Path) -> torch.Tensor:
             write_dequantized(weights, scratch)
         folder = scratch
     scores = has_score_head(hf)
-    model = load_by_transformers(folder, hf, torch.float32).float().eval()
+    model = load_with_transformers(folder, hf, torch.float32).float().eval()
     tokens = _fixed_tokens(model.config.vocab_size)
     with torch.no_grad():
         if scores:  # the model itself scores the last token only

@@ -12,10 +12,10 @@ import yaml
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.supported import check_supported
-from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
+from megatron_r1.models.support_checks import check_supported
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.table import SCORE
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 from megatron_r1.trainer.checkpoints.checkpoint_folders import Verify

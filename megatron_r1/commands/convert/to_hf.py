@@ -35,17 +35,17 @@ from megatron_r1.commands.convert.verify import ModelPair, compare
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights import num_parameters
-from megatron_r1.models.weights.stored import published, quantized_blocks
-from megatron_r1.models.weights.stored.hf_folder import KnownScales
-from megatron_r1.models.weights.stored.hf_writing import (
+from megatron_r1.models.weights.formats import published_layout, quantized_blocks
+from megatron_r1.models.weights.formats.hf_folder import KnownScales
+from megatron_r1.models.weights.formats.hf_writer import (
     copy_model_files,
     split_into_files,
     write_config,
     write_index,
 )
-from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
-from megatron_r1.models.weights.stored.published import stacked_part
-from megatron_r1.models.weights.stored.tensor_files import (
+from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
+from megatron_r1.models.weights.formats.published_layout import stacked_part
+from megatron_r1.models.weights.formats.tensor_files import (
     PlannedTensor,
     plan_file,
     stored_tensors,
@@ -193,7 +193,7 @@ def run(args: Namespace) -> int:
             dtype = FP8 if args.dtype == "fp8" else getattr(torch, args.dtype)
         with_mtp = weights.with_mtp
     if dtype == FP8:
-        published.check_fp8_layout(hf)
+        published_layout.check_fp8_layout(hf)
     files = split_into_files(_hf_tensors_on_disk(hf, dtype, with_mtp), args.max_file_bytes)
     plan = {
         "checkpoint": str(checkpoint.resolve()),
@@ -232,9 +232,12 @@ def _hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
     tensors = {}
     plain = stored_tensors(hf, torch.bfloat16, with_mtp=with_mtp)
     for name, (shape, kept) in plain.items():
-        tensors[name] = (shape, FP8 if published.is_quantized(name) else kept)
-        if published.is_quantized(name):
-            tensors[published.scale_name(name)] = (published.scale_shape(shape), torch.float32)
+        tensors[name] = (shape, FP8 if published_layout.is_quantized(name) else kept)
+        if published_layout.is_quantized(name):
+            tensors[published_layout.scale_name(name)] = (
+                published_layout.scale_shape(shape),
+                torch.float32,
+            )
     return tensors
 
 
@@ -250,8 +253,8 @@ def _write_file(job: ExportJob, part: tuple[str, dict]) -> None:
         os.posix_fallocate(file, 0, plan.num_bytes)
         os.pwrite(file, plan.header, 0)
         for tensor, placed in plan.tensors.items():
-            if not published.is_scale(tensor):
-                scales = plan.tensors.get(published.scale_name(tensor))
+            if not published_layout.is_scale(tensor):
+                scales = plan.tensors.get(published_layout.scale_name(tensor))
                 _write_tensor(job, file, tensor, placed, scales)
     finally:
         os.close(file)
@@ -274,13 +277,13 @@ def _write_tensor(
     if name in stacked:
         return
     scale_row = scales.shape[1] * scales.dtype.itemsize if scales else 0
-    for first, count in work_folder.stripes(placed.shape, published.BLOCK if scales else 1):
+    for first, count in work_folder.stripes(placed.shape, published_layout.BLOCK if scales else 1):
         values = weights.read(name, 0, first, count)
         if scales:
             values, inverse = quantized_blocks.quantize_fp8(
                 values, known.rows(name, first, count), power_of_two=known.power_of_two
             )
-            write_at(file, scales.offset + first // published.BLOCK * scale_row, inverse)
+            write_at(file, scales.offset + first // published_layout.BLOCK * scale_row, inverse)
         write_at(file, placed.offset + first * row, values.to(placed.dtype))
 
 

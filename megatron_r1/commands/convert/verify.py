@@ -17,9 +17,9 @@ from megatron_r1.commands.convert.sources import (
     is_hf,
     open_weights,
 )
-from megatron_r1.models.weights.stored import published, quantized_blocks
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.models.weights.stored.tensor_files import as_bytes
+from megatron_r1.models.weights.formats import published_layout, quantized_blocks
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.tensor_files import as_bytes
 from megatron_r1.reporting.formatting import format_count
 
 MAX_SHOWN = 20
@@ -111,7 +111,7 @@ def _explain(a: Weights, b: Weights, names: list[str]) -> list[str]:
             continue
         coarser = str(_common_dtype(first, second)).removeprefix("torch.")
         how = f"compared after rounding to {coarser}"
-        if published.FP8_DTYPE in (first, second):
+        if published_layout.FP8_DTYPE in (first, second):
             how = "compared within FP8's rounding (half a step)"
         lines.append(f"{count} tensors are {first} in A and {second} in B: {how}")
     return lines
@@ -142,10 +142,13 @@ def _compare_batch(sides: ModelPair, names: list[str]) -> list[TensorDifference]
 def _compare_tensor(sides: ModelPair, name: str) -> TensorDifference | None:
     pair = _opened(sides)
     (shape, a), (_, b) = (_shape_and_dtype(side, name) for side in pair)
-    dtype, lossy = _common_dtype(a, b), (a == published.FP8_DTYPE) != (b == published.FP8_DTYPE)
+    dtype, lossy = (
+        _common_dtype(a, b),
+        (a == published_layout.FP8_DTYPE) != (b == published_layout.FP8_DTYPE),
+    )
     count, largest = 0, -1.0
     where: tuple[int, ...] = ()
-    for first, rows in work_folder.stripes(shape, published.BLOCK):
+    for first, rows in work_folder.stripes(shape, published_layout.BLOCK):
         x, y = (side.read(name, 0, first, rows) for side in pair)
         if lossy:
             unequal = _beyond_rounding(pair, name, first, x.float(), y.float())
@@ -163,7 +166,7 @@ def _compare_tensor(sides: ModelPair, name: str) -> TensorDifference | None:
             where = (inside[0] + first, *inside[1:])
         count += int(unequal.sum())
     if not count and not lossy and _scales_differ(*pair, name):
-        return TensorDifference(published.scale_name(name), 1, 0.0, ())
+        return TensorDifference(published_layout.scale_name(name), 1, 0.0, ())
     return TensorDifference(name, count, largest, where) if count else None
 
 
@@ -174,7 +177,7 @@ def _shape_and_dtype(weights: Weights, name: str) -> tuple[tuple[int, ...], str]
 
 def _common_dtype(a: str, b: str) -> torch.dtype:
     """Return the dtype for the comparison of two stored ones: the coarser; FP8 counts as fp32."""
-    known = ["float32" if name == published.FP8_DTYPE else name for name in (a, b)]
+    known = ["float32" if name == published_layout.FP8_DTYPE else name for name in (a, b)]
     return getattr(torch, max(known, key=_ORDER.index))
 
 
@@ -191,12 +194,12 @@ def _beyond_rounding(
 
     Half the distance between two e4m3 numbers is at most 2^-4 of them, for the smallest 2^-10 of
     the scale. NaN counts as beyond."""
-    quantized = (s for s in pair if _shape_and_dtype(s, name)[1] == published.FP8_DTYPE)
+    quantized = (s for s in pair if _shape_and_dtype(s, name)[1] == published_layout.FP8_DTYPE)
     one = next(quantized)
     scales = one.scales(name) if isinstance(one, HFWeights) else None
     assert scales is not None, f"{one.path}: {name} is FP8 without scales"
     plain = x if one is pair[1] else y
-    rows = slice(first // published.BLOCK, -(-(first + len(x)) // published.BLOCK))
+    rows = slice(first // published_layout.BLOCK, -(-(first + len(x)) // published_layout.BLOCK))
     scale = quantized_blocks.spread_scales(scales[rows], x.shape)
     allowed = torch.maximum(plain.abs() * 2**-4, scale * 2**-10)
     # The scale itself is rounded, and the plain values may have been rounded to bf16.

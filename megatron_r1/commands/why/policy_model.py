@@ -24,13 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_r1.commands.why.comparison import CannotRecompute
-from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.weights.stored.dcp import Box, DistributedCheckpoint
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.models.weights.stored.hf_writing import copy_model_files
-from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
-from megatron_r1.models.weights.stored.published import stacked_part
+from megatron_r1.models.transformers_model import load_with_transformers
+from megatron_r1.models.weights.formats.dcp import Box, DistributedCheckpoint
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.hf_writer import copy_model_files
+from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
+from megatron_r1.models.weights.formats.published_layout import stacked_part
 
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**26
 """Tokens and logits of a forward pass, padding included, unless one response has more."""
@@ -89,7 +89,7 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
     transformers.logging.disable_progress_bar()
     hf = read_hf_config(str(hf_files))
     if (source / "config.json").is_file():
-        return _trainable(load_by_transformers(source, hf, torch.float32))
+        return _trainable(load_with_transformers(source, hf, torch.float32))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         with MegatronWeights(source, hf) as weights:
@@ -103,7 +103,7 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
         config.pop("quantization_config", None)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        made = _trainable(load_by_transformers(folder, hf, torch.float32))
+        made = _trainable(load_with_transformers(folder, hf, torch.float32))
     own = made.state_dict()
     known = _stacked_experts(tensors)
     if "lm_head.weight" not in known:  # tied

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_r1.commands.why.policy_model import MOMENTS, ROUTER_BIAS, STATE, opened, read_model
-from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 
 MASTER = f"{STATE}param."
 NOT_WEIGHTS = ("optimizer.", "critic_optimizer.", "critic.", "reference.")

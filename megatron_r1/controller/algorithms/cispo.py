@@ -17,11 +17,11 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.algorithms import grpo
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.batch import Head, PackedBatch
+    from megatron_r1.trainer.batch import LossHead, PackedBatch
     from megatron_r1.trainer.losses import LossTerms
 
 
-def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
+def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerms:
     """Return -J; `clip_fraction` counts the tokens whose weight is clipped.
 
     Args:

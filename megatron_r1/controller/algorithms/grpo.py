@@ -25,7 +25,7 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.advantages import divide_by_batch_std, group_advantages
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.batch import Head, PackedBatch
+    from megatron_r1.trainer.batch import LossHead, PackedBatch
     from megatron_r1.trainer.losses import LossTerms
 
 
@@ -84,7 +84,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return by_group
 
 
-def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
+def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerms:
     """Return -J for the advantages in `batch`, as a sum over response tokens and its denominator.
 
     The denominator is N with `loss_average` sequence (each response's terms are divided by |o_i|

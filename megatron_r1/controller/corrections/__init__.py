@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from megatron_r1.config.algorithms import LossSettings
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.batch import Head, PackedBatch
+    from megatron_r1.trainer.batch import LossHead, PackedBatch
     from megatron_r1.trainer.losses import LossTerms
 
 MASKS = {method: f"{__name__}.engine_mask:{method}_mask" for method in ("token", "sequence")}
@@ -43,7 +43,7 @@ def chained(loss: str, settings: LossSettings) -> tuple[str, LossSettings]:
     return names[0], replace(settings, inner=(*names[1:], loss))
 
 
-def inner_loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
+def inner_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerms:
     """Return the terms of the first loss of `settings.inner`.
 
     Args:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_r1.config.algorithms import EngineMask
-    from megatron_r1.trainer.batch import Head, PackedBatch
+    from megatron_r1.trainer.batch import LossHead, PackedBatch
     from megatron_r1.trainer.losses import LossTerms
     from megatron_r1.trainer.token_advantages import RolloutBatches
 
@@ -76,7 +76,7 @@ def sequence_mask(rollout: RolloutBatches, settings: EngineMask) -> list[Tensor]
     return masks
 
 
-def divergence_loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
+def divergence_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerms:
     """Return the algorithm's loss of the batch with masked advantages.
 
     Args:
@@ -90,7 +90,7 @@ def divergence_loss(batch: PackedBatch, head: Head, settings: LossSettings) -> L
     settings = LossSettings.of(settings)
     with torch.no_grad():
         # Not as "old": what the update computes itself is the ratio's other side.
-        logprobs, _ = replace(head, records_old=False).logprobs()
+        logprobs, _ = replace(head, stores_old_logprobs=False).logprobs()
         rise = logprobs.exp() - batch.rollout_logprobs.exp()
         advantages, mask = batch.advantages, settings.engine_mask
         further = torch.where(advantages > 0, rise > mask.high, -rise > mask.low)

@@ -23,11 +23,11 @@ from megatron_r1.controller.corrections import inner_loss
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_r1.trainer.batch import Head, PackedBatch
+    from megatron_r1.trainer.batch import LossHead, PackedBatch
     from megatron_r1.trainer.losses import LossTerms
 
 
-def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
+def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerms:
     """Return the algorithm's loss with this KL term in place of its own.
 
     The term is averaged as `loss_average` says, which an algorithm's own loss has to do as well.
@@ -59,7 +59,7 @@ def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
     return terms._replace(loss=total, metrics={**terms.metrics, **metrics})
 
 
-def _weights(batch: PackedBatch, head: Head, settings: LossSettings) -> Tensor:
+def _weights(batch: PackedBatch, head: LossHead, settings: LossSettings) -> Tensor:
     """Return (T,), what a response token weighs in the sum, as `trainer.losses.token_weights` has
     it."""
     from megatron_r1.trainer.token_advantages import WholeResponses

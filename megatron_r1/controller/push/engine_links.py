@@ -14,8 +14,8 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.responses import EngineDied, EngineError
 from megatron_r1.push.plan.engine_sets import engine_sets
-from megatron_r1.push.plan.from_recipe import max_engines
-from megatron_r1.push.results import Failure, StoreUnreachable
+from megatron_r1.push.plan.recipe_plan import max_engines
+from megatron_r1.push.results import SetFailure, StoreUnreachable
 from megatron_r1.trainer.operations import PushOperations
 
 CONNECT_SECONDS = 120.0
@@ -185,10 +185,10 @@ class EngineLinks:
             sets=[s.name for s in sets],
             closed_sets=closed,
         )
-        failures: dict[str, list[Failure]] = {}
+        failures: dict[str, list[SetFailure]] = {}
         for result in replies:
             for name, problem in result["problems"].items():
-                failures.setdefault(name, []).append(msgspec.convert(problem, Failure))
+                failures.setdefault(name, []).append(msgspec.convert(problem, SetFailure))
         incomplete: list[Engine] = []
         for engine_set in sets:
             if engine_set.name in failures:
@@ -278,8 +278,8 @@ class EngineLinks:
         init_info = {
             "store": list(self.store),
             "name": engine_set.name,
-            "member": member,
-            "members": len(engine_set.engines),
+            "member_index": member,
+            "num_members": len(engine_set.engines),
             "tensors": self.tensors,
             "timeout_seconds": self.connect_seconds,
             "push_timeout_seconds": self.settings.timeout_seconds,
@@ -301,7 +301,7 @@ class EngineLinks:
             await asyncio.to_thread(_report_failure, *self.store, engine_set.name, error)
 
     def _lose_at_fault(
-        self, engine_set: EngineSet, on_lost: OnLost, failures: Sequence[Failure]
+        self, engine_set: EngineSet, on_lost: OnLost, failures: Sequence[SetFailure]
     ) -> list[Engine]:
         """Lose the engines at fault of a set that has failed, and return its other engines.
 

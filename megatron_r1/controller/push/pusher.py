@@ -29,7 +29,7 @@ from megatron_r1.engines.server.responses import (
 )
 from megatron_r1.models import read_hf_config
 from megatron_r1.push.plan.adapters import engine_adapter, pushed_adapter_table
-from megatron_r1.push.plan.from_recipe import engine_layout
+from megatron_r1.push.plan.recipe_plan import engine_layout
 from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.trainer.operations import ModelOperations
 

@@ -372,7 +372,7 @@ class TrainerClient:
             if rank % CALLS_PER_YIELD == 0:
                 await asyncio.sleep(0)
             share: list[Buffer] = []
-            if shares and description["leads_replica"]:
+            if shares and description["is_replica_leader"]:
                 share = shares[description["data_rank"]]
             try:
                 await self.socket.send(rank, call, share)
@@ -385,7 +385,7 @@ class TrainerClient:
         return replies
 
     def _last_stage_reply(self, replies: list[dict[str, Any]]) -> dict[str, Any]:
-        return next(replies[r["rank"]] for r in self.ranks if r["last_stage"])
+        return next(replies[r["rank"]] for r in self.ranks if r["is_last_stage"])
 
     async def _gather(self, operation: str, count: int) -> list[dict[str, Any]]:
         """Return the results by rank.

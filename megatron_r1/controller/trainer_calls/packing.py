@@ -23,7 +23,7 @@ from megatron_r1.config import Config
 from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.reporting.formatting import format_count
-from megatron_r1.trainer.shared_prompts import SharedTokens, group_by_first_prompt
+from megatron_r1.trainer.prefix_matching import PrefixMatcher, group_by_first_prompt
 from megatron_r1.trainer.training_sample import Sample
 
 Bins = list[list[int]]
@@ -163,14 +163,14 @@ def _split_to_limit(
     """Cut samples of one prompt, in order, into units of at most `limit` tokens, or one sample.
     Return each unit with its tokens."""
     units: list[tuple[list[int], int]] = []
-    shared = SharedTokens()
+    shared = PrefixMatcher()
     for member in members:
         sample = samples[member]
         _, skipped = shared.shared_prefix(sample)
         if units and units[-1][1] + len(sample) - skipped <= limit:
             unit, length = units.pop()
         else:
-            unit, length, shared = [], 0, SharedTokens()
+            unit, length, shared = [], 0, PrefixMatcher()
         units.append(([*unit, member], length + shared.add(sample)))
     return units
 

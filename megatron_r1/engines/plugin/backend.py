@@ -41,7 +41,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.platforms import current_platform
 
 from megatron_r1.base.processes import timeline
-from megatron_r1.engines.plugin import BACKEND_PREFIX, expert_placement, swap
+from megatron_r1.engines.plugin import BACKEND_PREFIX, expert_placement, layer_reload
 from megatron_r1.engines.plugin.cpu_patches import is_packed
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record_copies
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
@@ -187,9 +187,9 @@ class PushInitInfo(WeightTransferInitInfo):
     """Name of the set of equal engines that are connected together, unique to this connection."""
     tensors: list
     """[name, shape] of every tensor of the checkpoint."""
-    member: int = 0
+    member_index: int = 0
     """This engine's number in the set."""
-    members: int = 1
+    num_members: int = 1
     """Engines of the set."""
     timeout_seconds: float = 600.0
     """Time limit for the trainer to connect."""
@@ -237,8 +237,8 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             init_info.name,
             init_info.timeout_seconds,
             init_info.push_timeout_seconds,
-            member=init_info.member,
-            num_members=init_info.members,
+            member=init_info.member_index,
+            num_members=init_info.num_members,
         )
         parallel = self.vllm_config.parallel_config
         self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
@@ -312,9 +312,11 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             expert_placement.stop_rebalancing(self.balancer)
         buffer = receiver.table.buffer(receiver.memory, push_number)
         self._load_check.begin(receiver.received_chunks.pop_changed_slots())
-        swap.load(self._models, self._placed, buffer, in_place=receiver.table.num_buffers > 1)
+        layer_reload.load(
+            self._models, self._placed, buffer, in_place=receiver.table.num_buffers > 1
+        )
         self._load_check.end(push_number, self._placed, buffer)
-        swap.finish(self._models, self.model_config)
+        layer_reload.recompute_shared_tensors(self._models, self.model_config)
         if self.balancer is not None:
             if self.vllm_config.model_config.enable_sleep_mode:
                 expert_placement.reset_placement(self.balancer)

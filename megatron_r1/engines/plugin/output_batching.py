@@ -64,11 +64,11 @@ class OutputBuffer:
         self._buffered: dict[str, _BufferedOutputs] = {}
 
     def buffer(self, outputs: dict[int, Any], wants_whole: Callable[[str], bool]) -> dict[int, Any]:
-        """Take from a step's `EngineCoreOutputs`, by client, what can wait, and put before the
-        others what waited for them; remove what is then empty, and return the same dictionary.
+        """Keep back a step's outputs that can wait, and merge them into the next output that
+        cannot; return `outputs`.
 
         Args:
-            outputs: the step's outputs, by client.
+            outputs: the step's `EngineCoreOutputs`, by client; what is then empty is removed.
             wants_whole: whether a request's client reads nothing before its last token."""
         for client, client_outputs in list(outputs.items()):
             sent = []

@@ -37,7 +37,8 @@ RELEASED_EPSILON = 1e-6
 
 
 def correct_deepseek_classes() -> None:
-    """Make both patches as soon as a model class has been loaded and `MODELS` is imported.
+    """Make both patches as soon as a model class has been loaded and `DEEPSEEK_MODELS` is
+    imported.
 
     Importing it here would cost every process of a server that runs no model some seconds."""
     from vllm.model_executor.models import registry
@@ -186,7 +187,7 @@ def _checksum_the_drafter() -> None:
 
 
 def _configure_as_the_model() -> None:
-    """Give the drafter the keys of SHARED that --hf-overrides changes.
+    """Give the drafter the values of `DRAFTER_KEYS` that --hf-overrides changes.
 
     Upstream: config/speculative.py: `SpeculativeConfig.hf_config_override`, which leaves such
     overrides to the model: `push.fp8` would then start an FP8 model with a drafter whose FP8 has no

@@ -1,7 +1,7 @@
 """The table of which Hugging Face tensors form each Megatron parameter (`table`), read by import
-(`local`), export (`writing`), conversion, the push to the engines and the memory planner. `layout`
+(`loading`), export (`export`), conversion, the push to the engines and the memory planner. `layout`
 has every parameter of a rank from `config.json`, without torch; `adapter_table` and `adapters` are
-the same of low-rank adapters, and `stored` the formats on disk.
+the same of low-rank adapters, and `formats` has the formats on disk.
 
 `hf_tensors`, `num_parameters` and `layout` need a configuration only; what works on Megatron model
 chunks is imported at first use."""
@@ -22,13 +22,13 @@ from megatron_r1.models.weights.layout import (
 from megatron_r1.models.weights.table import Piece
 
 _HOME = {
-    "initialize": "local",
-    "initialize_score_head": "local",
-    "load_hf": "local",
-    "load_megatron": "local",
-    "local_pieces": "local",
-    "save_hf": "writing",
-    "write_hf": "writing",
+    "initialize": "loading",
+    "initialize_score_head": "loading",
+    "load_hf": "loading",
+    "load_megatron": "loading",
+    "local_pieces": "loading",
+    "save_hf": "export",
+    "write_hf": "export",
 }
 
 __all__ = [

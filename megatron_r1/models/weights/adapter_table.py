@@ -13,28 +13,28 @@ from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.weights.layout import Shape, recipe_stages
 from megatron_r1.models.weights.table import (
     Piece,
-    Rule,
     Source,
     Split,
-    Table,
+    WeightRule,
+    WeightTable,
     replicated,
     replicated_stack,
     row_parallel,
-    table,
+    weight_table,
 )
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 """Endings of the factors' names, PEFT's, in place of a weight's `.weight`."""
 
 
-def adapter_table(hf: dict, lora: LoraConfig) -> Table:
+def adapter_table(hf: dict, lora: LoraConfig) -> WeightTable:
     """Return the rules of all adapters; names of tensors as in PEFT, without its prefix.
 
     Raises:
         UserError: the model does not have a target, or PEFT could not load a target's adapters:
             those of experts that files have as one tensor.
     """
-    base = table(hf)
+    base = weight_table(hf)
     if model_family(hf).stacked_experts:
         kept = [[rule for rule in layer if not rule.expert] for layer in base.layers]
         base = replace(base, layers=kept)
@@ -54,7 +54,7 @@ def adapter_table(hf: dict, lora: LoraConfig) -> Table:
                 cause=Cause.UNKNOWN,
             )
     layers = [[a for rule in layer for a in _adapter(rule, lora)] for layer in base.layers]
-    return Table([], layers, [], [], num_experts=base.num_experts)
+    return WeightTable([], layers, [], [], num_experts=base.num_experts)
 
 
 def check_adapters(config: Config, hf: dict) -> None:
@@ -72,7 +72,7 @@ def check_adapters(config: Config, hf: dict) -> None:
             )
 
 
-def adapter_shapes(rules: Table) -> dict[str, Shape]:
+def adapter_shapes(rules: WeightTable) -> dict[str, Shape]:
     """Return name -> full shape of all factors that the rules of `adapter_table` list."""
     shapes = {}
     for index, layer in enumerate(rules.layers):
@@ -91,7 +91,7 @@ def num_adapter_parameters(hf: dict, lora: LoraConfig) -> int:
     return sum(map(prod, adapter_shapes(adapter_table(hf, lora)).values()))
 
 
-def target_modules(rules: Table) -> str:
+def target_modules(rules: WeightTable) -> str:
     """Return PEFT's `target_modules`: an expression that matches the names of all layers with an
     adapter."""
     names = {
@@ -109,7 +109,7 @@ PEFT_PREFIX = "base_model.model."
 """The beginning of every name in PEFT's files."""
 
 
-def adapter_config(rules: Table, lora: LoraConfig, base: str) -> dict[str, Any]:
+def adapter_config(rules: WeightTable, lora: LoraConfig, base: str) -> dict[str, Any]:
     """Return PEFT's `adapter_config.json` of these adapters.
 
     Args:
@@ -158,7 +158,7 @@ class _Chosen:
         return shape, chosen
 
 
-def _adapter(rule: Rule, lora: LoraConfig) -> Iterator[Rule]:
+def _adapter(rule: WeightRule, lora: LoraConfig) -> Iterator[WeightRule]:
     """Yield the rules of A and B of one Megatron weight, none if it is no target.
 
     A has a block of `rank` rows per layer. The factor on the side that is split over ranks is split
@@ -186,14 +186,14 @@ def _adapter(rule: Rule, lora: LoraConfig) -> Iterator[Rule]:
         "b": (factors_b, split_b),
     }
     for name, (sources, split) in by_name.items():
-        yield Rule(f"{megatron}.{name}", sources, split, te_name and f"{te_name}.{name}")
+        yield WeightRule(f"{megatron}.{name}", sources, split, te_name and f"{te_name}.{name}")
 
 
 def _factor(source: Source, ending: str, shape: Shape) -> Source:
     return Source(source.name.removesuffix(".weight") + ending, shape)
 
 
-def _is_linear(rule: Rule) -> bool:
+def _is_linear(rule: WeightRule) -> bool:
     # Biases and norms inside linear layers have one dimension.
     return ".linear_" in rule.megatron and len(rule.sources[0].shape) == 2
 

@@ -41,11 +41,11 @@ from megatron_r1.models.weights.adapter_table import (
     adapter_shapes,
     adapter_table,
 )
+from megatron_r1.models.weights.export import write_folder, write_pieces
+from megatron_r1.models.weights.formats.tensor_files import plan_file
 from megatron_r1.models.weights.layout import LayoutEntry, layout_from_rules
-from megatron_r1.models.weights.local import chunk_shard, local_pieces
-from megatron_r1.models.weights.stored.tensor_files import plan_file
+from megatron_r1.models.weights.loading import chunk_shard, local_pieces
 from megatron_r1.models.weights.table import Piece, Shape
-from megatron_r1.models.weights.writing import write_folder, write_pieces
 
 
 class Adapter(torch.nn.Module):
@@ -80,23 +80,25 @@ class Adapter(torch.nn.Module):
         )
         for factor, entry in ((self.a, of_a), (self.b, of_b)):
             copy_gradient_attributes(
-                factor, weight, counts=not entry.replicated or group.rank() == 0
+                factor, weight, counts=not entry.is_replicated or group.rank() == 0
             )
         blocks = _blocks(of_a, of_b)
         self._is_plain = blocks.shape[1] == 1 and bool(blocks.all())
         self.register_buffer("_blocks", blocks.to(self.b), persistent=False)
         # A rank's gradient of a replicated factor is then a part of the whole: of other tokens, or
         # through other features.
-        self._sums_gradients = by_sequence or of_a.expert
-        self._communicate = None if of_a.expert else _factor_communication(of_a, of_b, by_sequence)
+        self._sums_gradients = by_sequence or of_a.is_expert
+        self._communicate = (
+            None if of_a.is_expert else _factor_communication(of_a, of_b, by_sequence)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the layer's output, (..., out), for its input, (..., in)."""
         a, b = self.a, self._as_matrix()
         if self._sums_gradients:
             share = partial(copy_to_tensor_model_parallel_region, group=self.group)
-            a = share(a) if self.entries[0].replicated else a
-            b = share(b) if self.entries[1].replicated else b
+            a = share(a) if self.entries[0].is_replicated else a
+            b = share(b) if self.entries[1].is_replicated else b
         hidden = linear(x, a)
         if self._communicate is not None:
             hidden = self._communicate(hidden, group=self.group)
@@ -135,9 +137,9 @@ def _factor_communication(
 ) -> Callable[..., Tensor] | None:
     """Return the communication between the factors A and B: what the layer does with its input or
     output of all features, done with the `rank` features of a token, or None if both are whole."""
-    if of_a.replicated and of_b.replicated:
+    if of_a.is_replicated and of_b.is_replicated:
         return None
-    if of_a.replicated:  # column-parallel
+    if of_a.is_replicated:  # column-parallel
         if by_sequence:
             return partial(gather_from_sequence_parallel_region, tensor_parallel_output_grad=True)
         return copy_to_tensor_model_parallel_region
@@ -206,16 +208,16 @@ def adapter_pieces(chunks: Sequence) -> Iterator[tuple[Tensor, tuple[Piece, ...]
     """Yield (factor, pieces, owner) of all adapters on this rank, as `local_pieces`."""
     groups = process_groups(chunks)
     for _, factor, entry in adapter_factors(chunks):
-        replicas = groups.expt_dp if entry.expert else groups.dp_cp
-        yield factor, entry.pieces, entry.owner and replicas.rank() == 0
+        replicas = groups.expt_dp if entry.is_expert else groups.dp_cp
+        yield factor, entry.pieces, entry.is_owner and replicas.rank() == 0
 
 
 def _adapter(
     chunk: GPTModel, weight: Tensor, of_a: LayoutEntry, of_b: LayoutEntry, lora: LoraConfig
 ) -> Adapter:
     groups = process_groups([chunk])
-    group = groups.expt_tp if of_a.expert else groups.tp
-    by_sequence = chunk.config.sequence_parallel and not of_a.expert
+    group = groups.expt_tp if of_a.is_expert else groups.tp
+    by_sequence = chunk.config.sequence_parallel and not of_a.is_expert
     adapter = Adapter((of_a, of_b), weight, lora.scale, group, by_sequence)
     weight.adapter = adapter  # type: ignore[attr-defined]  # what pushes and exports merge
     return adapter

@@ -11,12 +11,12 @@ from megatron_r1.config import Config
 from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.models.weights.table import (
     Piece,
-    Rule,
     Shape,
-    Table,
+    WeightRule,
+    WeightTable,
     replicated,
     replicated_stack,
-    table,
+    weight_table,
 )
 
 AxisRank = tuple[int, int]
@@ -57,17 +57,17 @@ class LayoutEntry:
     Attributes:
         shape: the shape of this rank's part of the parameter.
         pieces: the HF tensors in the parameter; rows without a piece are vocabulary padding.
-        replicated: whether all tensor ranks have the same pieces.
-        owner: whether this rank writes the pieces. Of the ranks along the tensor and pipeline axes
-            that hold the same pieces, one does.
-        expert: whether the parameter's replicas are in the expert-data-parallel group.
+        is_replicated: whether all tensor ranks have the same pieces.
+        is_owner: whether this rank writes the pieces. Of the ranks along the tensor and pipeline
+            axes that hold the same pieces, one does.
+        is_expert: whether the parameter's replicas are in the expert-data-parallel group.
         dtype: the parameter's dtype if it differs from the model's, else None."""
 
     shape: Shape
     pieces: tuple[Piece, ...]
-    replicated: bool
-    owner: bool
-    expert: bool
+    is_replicated: bool
+    is_owner: bool
+    is_expert: bool
     dtype: str | None
 
 
@@ -80,7 +80,7 @@ def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str
         hf: the model's `config.json`.
         with_mtp: whether the MTP layers are counted.
     """
-    rules, default = table(hf), hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
+    rules, default = weight_table(hf), hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
     tensors: dict[str, tuple[Shape, str]] = {}
     for prefix, rule in _prefixed_rules(rules, with_mtp):
         for source in rule.sources:
@@ -115,7 +115,7 @@ def stage_shards(
         pipeline_layout: Megatron's description of the stages; None: an even spread.
         with_mtp: whether the MTP layers are on the last stage.
     """
-    num_mtp = len(table(hf).mtp) if with_mtp else 0
+    num_mtp = len(weight_table(hf).mtp) if with_mtp else 0
     stages = pipeline_stages(
         hf["num_hidden_layers"], pipeline, virtual, num_mtp=num_mtp, layout=pipeline_layout
     )
@@ -136,16 +136,16 @@ def recipe_stages(config: Config, hf: dict) -> list[list[Shard]]:
 
 def layout(hf: dict, shard: Shard) -> dict[str, LayoutEntry]:
     """Return Megatron parameter name -> LayoutEntry, for all parameters of the shard."""
-    return layout_from_rules(table(hf), shard)
+    return layout_from_rules(weight_table(hf), shard)
 
 
-def layout_from_rules(rules: Table, shard: Shard) -> dict[str, LayoutEntry]:
+def layout_from_rules(rules: WeightTable, shard: Shard) -> dict[str, LayoutEntry]:
     """Return `layout` of the parameters that `rules` lists."""
     entries: dict[str, LayoutEntry] = {}
 
-    def add(rule: Rule, megatron: str, prefix: str, owner: bool = True) -> None:
+    def add(rule: WeightRule, megatron: str, prefix: str, owner: bool = True) -> None:
         for name, entry in _entries(rule, prefix, shard, rules.num_experts):
-            entries[megatron + name] = replace(entry, owner=entry.owner and owner)
+            entries[megatron + name] = replace(entry, is_owner=entry.is_owner and owner)
 
     if shard.embedding or shard.mtp:
         for rule in rules.embedding:
@@ -170,8 +170,8 @@ def layout_from_rules(rules: Table, shard: Shard) -> dict[str, LayoutEntry]:
     return entries
 
 
-def _prefixed_rules(rules: Table, with_mtp: bool) -> Iterator[tuple[str, Rule]]:
-    layers: Iterable[list[Rule]] = rules.layers + (rules.mtp if with_mtp else [])
+def _prefixed_rules(rules: WeightTable, with_mtp: bool) -> Iterator[tuple[str, WeightRule]]:
+    layers: Iterable[list[WeightRule]] = rules.layers + (rules.mtp if with_mtp else [])
     yield from (("", rule) for rule in rules.embedding)
     for index, layer in enumerate(layers):
         yield from ((f"model.layers.{index}.", rule) for rule in layer)
@@ -179,7 +179,7 @@ def _prefixed_rules(rules: Table, with_mtp: bool) -> Iterator[tuple[str, Rule]]:
 
 
 def _entries(
-    rule: Rule, prefix: str, shard: Shard, num_experts: int
+    rule: WeightRule, prefix: str, shard: Shard, num_experts: int
 ) -> Iterator[tuple[str, LayoutEntry]]:
     """Yield (Megatron parameter, entry) of a rule, once per expert that the rank has."""
     name = (shard.transformer_engine and rule.te_name) or rule.megatron
@@ -204,9 +204,9 @@ def _entries(
         entry = LayoutEntry(
             shape=shape,
             pieces=local_pieces,
-            replicated=is_replicated,
-            owner=not is_replicated or rank == 0,
-            expert=rule.expert,
+            is_replicated=is_replicated,
+            is_owner=not is_replicated or rank == 0,
+            is_expert=rule.expert,
             dtype=rule.dtype,
         )
         yield name.replace("{e}", str(local)), entry

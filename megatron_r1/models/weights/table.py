@@ -1,5 +1,5 @@
 """The weight table: which Hugging Face tensors form each Megatron parameter, and how it is split
-over ranks; `table` has that of every architecture in `models.families`. No torch.
+over ranks; `weight_table` has that of every architecture in `models.families`. No torch.
 
 A rule maps one Megatron parameter to the Hugging Face tensors in it (`weight_rule` and
 `_gated_rules` make the usual ones). A split turns a rule and a rank into pieces: runs of rows or
@@ -59,7 +59,7 @@ Split = Callable[[tuple[Source, ...], int, int], tuple[Shape, list[Piece]]]
 
 
 @dataclass(frozen=True)
-class Rule:
+class WeightRule:
     """One Megatron parameter (or buffer) and the HF tensors in it.
 
     `{e}` in a name is an expert: its local index in Megatron's, its global one in HF's.
@@ -85,7 +85,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Table:
+class WeightTable:
     """All rules of a model, by part.
 
     Attributes:
@@ -99,18 +99,18 @@ class Table:
         copies: HF tensors that repeat another one; written on export, ignored on import.
         num_experts: the number of routed experts of a layer, 0 for a dense model."""
 
-    embedding: list[Rule]
-    layers: list[list[Rule]]
-    final_norm: list[Rule]
-    head: list[Rule]
-    mtp: list[list[Rule]] = field(default_factory=list)
+    embedding: list[WeightRule]
+    layers: list[list[WeightRule]]
+    final_norm: list[WeightRule]
+    head: list[WeightRule]
+    mtp: list[list[WeightRule]] = field(default_factory=list)
     copies: dict[str, str] = field(default_factory=dict)
     num_experts: int = 0
 
 
 def weight_rule(
     megatron: str, name: str, shape: Shape, split: Split, te_name: str | None = None
-) -> Rule:
+) -> WeightRule:
     """Return the rule of one `.weight` that is one HF `.weight`; names without the ending, except
     `te_name`.
 
@@ -121,12 +121,12 @@ def weight_rule(
         split: the rule by which a rank gets its part of it.
         te_name: the parameter's name in Transformer Engine's layers, where that differs.
     """
-    return Rule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te_name)
+    return WeightRule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te_name)
 
 
 def _gated_rules(
     megatron: str, name: str, hidden: int, inner: int, te_name: tuple[str, str] = ("", "")
-) -> list[Rule]:
+) -> list[WeightRule]:
     """Return the rules of a SwiGLU: gate and up are one Megatron parameter.
 
     Args:
@@ -139,7 +139,7 @@ def _gated_rules(
         Source(f"{name}.{part}_proj.weight", (inner, hidden)) for part in ("gate", "up")
     )
     return [
-        Rule(f"{megatron}.linear_fc1.weight", gate_up, column_parallel, te_name[0] or None),
+        WeightRule(f"{megatron}.linear_fc1.weight", gate_up, column_parallel, te_name[0] or None),
         weight_rule(
             f"{megatron}.linear_fc2",
             f"{name}.down_proj",
@@ -317,7 +317,7 @@ def _divide(size: int, num_parts: int, source: Source) -> int:
     return size // num_parts
 
 
-def table(hf: dict) -> Table:
+def weight_table(hf: dict) -> WeightTable:
     """Return the rules for this `config.json`, MTP layers included; UserError for an unknown
     architecture."""
     dense = [*_attention(hf), *_dense_mlp(hf)]
@@ -335,7 +335,7 @@ def table(hf: dict) -> Table:
     last = weight_rule("output_layer", head, (vocab, hidden), vocab_parallel)
     if has_score_head(hf):
         last = weight_rule("score", "score", (1, hidden), replicated)
-    return Table(
+    return WeightTable(
         embedding=[weight_rule(embedding, "model.embed_tokens", (vocab, hidden), vocab_parallel)],
         layers=layers,
         final_norm=[weight_rule("decoder.final_layernorm", "model.norm", (hidden,), replicated)],
@@ -347,11 +347,11 @@ def table(hf: dict) -> Table:
     )
 
 
-def _attention(hf: dict) -> list[Rule]:
+def _attention(hf: dict) -> list[WeightRule]:
     return _latent(hf) if model_family(hf).latent_attention else _grouped_query(hf)
 
 
-def _grouped_query(hf: dict) -> list[Rule]:
+def _grouped_query(hf: dict) -> list[WeightRule]:
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     groups = hf.get("num_key_value_heads") or heads
     size = hf.get("head_dim") or hidden // heads
@@ -366,8 +366,8 @@ def _grouped_query(hf: dict) -> list[Rule]:
         weight_rule(
             "input_layernorm", "input_layernorm", (hidden,), replicated, f"{qkv}.layer_norm_weight"
         ),
-        Rule(f"{qkv}.weight", weights, split),
-        *([Rule(f"{qkv}.bias", biases, split)] if has_qkv_bias(hf) else []),
+        WeightRule(f"{qkv}.weight", weights, split),
+        *([WeightRule(f"{qkv}.bias", biases, split)] if has_qkv_bias(hf) else []),
         *(
             weight_rule(f"{m}{x}_layernorm", f"self_attn.{x}_norm", (size,), replicated)
             for x in norms
@@ -379,19 +379,19 @@ def _grouped_query(hf: dict) -> list[Rule]:
             else []
         ),
         *(
-            [Rule(f"{m}core_attention.softmax_offset", sinks, column_parallel)]
+            [WeightRule(f"{m}core_attention.softmax_offset", sinks, column_parallel)]
             if family.attention_sinks
             else []
         ),
     ]
 
 
-def _bias_rule(megatron: str, name: str, size: int, te_name: str | None = None) -> Rule:
+def _bias_rule(megatron: str, name: str, size: int, te_name: str | None = None) -> WeightRule:
     """Return the rule of a bias that every rank holds whole; names as for `weight`."""
-    return Rule(f"{megatron}.bias", (Source(f"{name}.bias", (size,)),), replicated, te_name)
+    return WeightRule(f"{megatron}.bias", (Source(f"{name}.bias", (size,)),), replicated, te_name)
 
 
-def _latent(hf: dict) -> list[Rule]:
+def _latent(hf: dict) -> list[WeightRule]:
     """Return the rules of latent attention: queries and keys with values, each down and up
     projected."""
     hidden, heads, latent = hf["hidden_size"], hf["num_attention_heads"], hf["kv_lora_rank"]
@@ -422,7 +422,7 @@ def _latent(hf: dict) -> list[Rule]:
     ]
 
 
-def _dense_mlp(hf: dict) -> list[Rule]:
+def _dense_mlp(hf: dict) -> list[WeightRule]:
     """Return the rules of a SwiGLU and the norm before it."""
     hidden, norm = hf["hidden_size"], "mlp.linear_fc1.layer_norm_weight"
     return [
@@ -431,7 +431,7 @@ def _dense_mlp(hf: dict) -> list[Rule]:
     ]
 
 
-def _experts(hf: dict) -> list[Rule]:
+def _experts(hf: dict) -> list[WeightRule]:
     hidden, inner, experts = hf["hidden_size"], hf["moe_intermediate_size"], hf["n_routed_experts"]
     bias = (Source("mlp.gate.e_score_correction_bias", (experts,)),)
     local, shared = "mlp.experts.local_experts.{e}", "mlp.shared_experts"
@@ -444,25 +444,29 @@ def _experts(hf: dict) -> list[Rule]:
     return [
         weight_rule("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), replicated),
         weight_rule("mlp.router", router, (experts, hidden), replicated),
-        *([Rule("mlp.router.expert_bias", bias, replicated, dtype="float32")] if has_bias else []),
+        *(
+            [WeightRule("mlp.router.expert_bias", bias, replicated, dtype="float32")]
+            if has_bias
+            else []
+        ),
         *_gated_rules(local, "mlp.experts.{e}", hidden, inner, grouped),
         *(_expert_biases(hf, local, router) if family.linear_biases else []),
         *(_gated_rules(shared, shared, hidden, inner * num_shared) if num_shared else []),
     ]
 
 
-def _expert_biases(hf: dict, local: str, router: str) -> list[Rule]:
+def _expert_biases(hf: dict, local: str, router: str) -> list[WeightRule]:
     hidden, inner, name = hf["hidden_size"], hf["moe_intermediate_size"], "mlp.experts.{e}"
     gate_up = tuple(Source(f"{name}.{part}_proj.bias", (inner,)) for part in ("gate", "up"))
     te_name = ("mlp.experts.linear_fc1.bias{e}", "mlp.experts.linear_fc2.bias{e}")
     return [
         _bias_rule("mlp.router", router, hf["n_routed_experts"]),
-        Rule(f"{local}.linear_fc1.bias", gate_up, column_parallel, te_name[0]),
+        WeightRule(f"{local}.linear_fc1.bias", gate_up, column_parallel, te_name[0]),
         _bias_rule(f"{local}.linear_fc2", f"{name}.down_proj", hidden, te_name[1]),
     ]
 
 
-def _mtp(hf: dict, decoder_layer: list[Rule]) -> list[Rule]:
+def _mtp(hf: dict, decoder_layer: list[WeightRule]) -> list[WeightRule]:
     hidden, inner = hf["hidden_size"], "transformer_layer."
     return [
         weight_rule("enorm", "enorm", (hidden,), replicated),

@@ -2,7 +2,7 @@
 
 `planner` finds what each side holds and needs, `engine_sets` divides that among the engines of a
 set and finds the senders. `rounds` has the order in which buckets travel over NCCL, of which
-`tools/bench/push/schedule_check.py` proves that it cannot deadlock. `from_recipe` plans and
+`tools/bench/push/schedule_check.py` proves that it cannot deadlock. `recipe_plan` plans and
 checks the push of a recipe before any engine runs, `adapters` one of adapters alone. No torch.
 
 Replicas are the trainer ranks that hold the same piece of a tensor; any of them can send it."""

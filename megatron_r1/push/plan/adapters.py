@@ -18,7 +18,7 @@ from megatron_r1.models.weights.adapter_table import (
     adapter_shapes,
     adapter_table,
 )
-from megatron_r1.models.weights.table import Table
+from megatron_r1.models.weights.table import WeightTable
 from megatron_r1.push.plan.planner import Coordinate, EngineLayout, PredictedSharding
 from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors
 
@@ -45,7 +45,7 @@ class PredictedAdapterSharding(PredictedSharding):
         UserError: where vLLM cannot split the model so.
     """
 
-    def __init__(self, hf: dict, layout: EngineLayout, rules: Table):
+    def __init__(self, hf: dict, layout: EngineLayout, rules: WeightTable):
         super().__init__(hf, layout)
         self.table, self._names = rules, adapter_shapes(rules).keys()
 
@@ -61,7 +61,7 @@ class PredictedAdapterSharding(PredictedSharding):
         return Region.full(tensor.shape)
 
 
-def pushed_adapter_table(config: Config, hf: dict) -> Table | None:
+def pushed_adapter_table(config: Config, hf: dict) -> WeightTable | None:
     """Return the weight table of the adapters where these alone are pushed, else None."""
     if not config.push.adapter_only:
         return None

@@ -16,7 +16,7 @@ from itertools import chain, pairwise
 from typing import NamedTuple
 
 from megatron_r1.base.transports import TRANSPORTS
-from megatron_r1.models.weights.stored.published import BLOCK, is_quantized
+from megatron_r1.models.weights.formats.published_layout import BLOCK, is_quantized
 from megatron_r1.push.plan.planner import Planner
 from megatron_r1.push.plan.tensors import CountBytes, HFTensor, Region
 
@@ -141,7 +141,7 @@ def plan_sets(
     planner: Planner,
     count_bytes: CountBytes,
     sets: Sequence[range],
-    sent: Sequence[float] = (),
+    sent_bytes: Sequence[float] = (),
     max_fraction: float = MAX_GROUP_FRACTION,
 ) -> list[SetPlan]:
     """Return the plan of each set; every rank computes the same.
@@ -153,7 +153,7 @@ def plan_sets(
         planner: what the trainer ranks hold and engine ranks need.
         count_bytes: counts the bytes of a region on the wire.
         sets: engines of each set; their number in `planner` is not used.
-        sent: the bytes that each trainer rank sends to other sets.
+        sent_bytes: what each trainer rank sends to other sets.
         max_fraction: the most of an engine rank's bytes in a group (`MAX_GROUP_FRACTION`).
     """
     needed = needed_regions(planner, count_bytes)
@@ -168,7 +168,7 @@ def plan_sets(
     groups.sort(
         key=lambda g: (-g.num_bytes, g.member, g.engine_rank, g.replicas.start, g.num_engines)
     )
-    loads = list(sent) or [0.0] * planner.grid.world_size
+    loads = list(sent_bytes) or [0.0] * planner.grid.world_size
     chosen: dict[EngineRankId, dict[int, list[TensorRegion]]] = defaultdict(dict)
     for group in groups:
         for index, engines in enumerate(sets):

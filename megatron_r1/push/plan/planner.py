@@ -30,13 +30,13 @@ from megatron_r1.models.weights.layout import Shard, stage_shards
 from megatron_r1.models.weights.table import (
     QueryGroups,
     Shape,
-    Table,
+    WeightTable,
     column_parallel,
     replicated,
     replicated_stack,
     row_parallel,
-    table,
     vocab_parallel,
+    weight_table,
 )
 from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
 
@@ -188,7 +188,7 @@ class PredictedSharding:
     """
 
     def __init__(self, hf: dict, layout: EngineLayout, *, drafts: bool = False):
-        self.layout, self.table = layout, table(hf)
+        self.layout, self.table = layout, weight_table(hf)
         heads = hf["num_attention_heads"]
         if heads % layout.tensor:
             raise UserError(
@@ -351,9 +351,9 @@ class Planner:
         engines: EngineLayout,
         stages: Sequence[Sequence[Shard]] | None = None,
         sharding: EngineSharding | None = None,
-        rules: Table | None = None,
+        rules: WeightTable | None = None,
     ):
-        self.grid, self.engines, self.table = grid, engines, rules or table(hf)
+        self.grid, self.engines, self.table = grid, engines, rules or weight_table(hf)
         self.sharding = sharding or PredictedSharding(hf, engines)
         stages = stages or stage_shards(hf, grid.pipeline, with_mtp=False)
         decoder, drafter = len(self.table.layers), len(self.table.mtp)

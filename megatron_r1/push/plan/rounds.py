@@ -36,7 +36,7 @@ from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 
 SCATTER_BUCKET_BYTES = 32 << 20
 """Most bytes of a bucket from a trainer rank; one that is relayed has `RELAY_BUCKET_BYTES`."""
-NONE = -1
+NO_BUCKET = -1
 """In a `ROUND_DTYPE`: nothing is sent, or received."""
 ROUND_DTYPE = np.dtype([(name, np.int32) for name in ("round", "to", "sent", "source", "received")])
 """A round of one process: it sends bucket `sent` to process `to`, and receives bucket `received`
@@ -90,7 +90,7 @@ class RoundSchedule:
         link_buckets: the number of buckets of each link.
         senders: the process that sends each bucket of the scatter.
         receivers: the process that receives it.
-        scatter_rounds: its round; NONE where a process copies it to itself, before all rounds.
+        scatter_rounds: its round; NO_BUCKET where a process copies it to itself, before all rounds.
         scatter_bytes: the bytes that each process gets in the scatter.
         bucket_senders: the process that sends each bucket, of links and of relays.
         num_bytes: the size of each bucket."""
@@ -154,7 +154,7 @@ class RoundSchedule:
     @cached_property
     def num_scatter_rounds(self) -> int:
         """Rounds in which trainer ranks send to engines."""
-        return int(self.scatter_rounds.max(initial=NONE)) + 1
+        return int(self.scatter_rounds.max(initial=NO_BUCKET)) + 1
 
     @property
     def num_relay_rounds(self) -> int:
@@ -165,7 +165,7 @@ class RoundSchedule:
     def largest_buckets(self) -> np.ndarray:
         """Return the bytes of the largest bucket of each round."""
         largest = np.zeros(self.num_scatter_rounds + self.num_relay_rounds, np.int64)
-        is_sent = self.scatter_rounds != NONE
+        is_sent = self.scatter_rounds != NO_BUCKET
         sizes = self.num_bytes[: self.num_scatter_buckets]
         np.maximum.at(largest, self.scatter_rounds[is_sent], sizes[is_sent])
         relayed = largest[self.num_scatter_rounds :]
@@ -178,17 +178,17 @@ class RoundSchedule:
     @property
     def min_scatter_rounds(self) -> int:
         """The least possible `num_scatter_rounds`: the busiest process's buckets in a direction."""
-        is_sent = self.scatter_rounds != NONE
+        is_sent = self.scatter_rounds != NO_BUCKET
         sides = (self.senders[is_sent], self.receivers[is_sent])
         return max(int(np.bincount(side, minlength=1).max()) for side in sides)
 
     def rounds_of(self, process: int) -> np.ndarray:
         """Return the rounds in which a process takes part, in order, each a `ROUND_DTYPE`."""
         sent, received = self._by_sender.indices(process), self._by_receiver.indices(process)
-        sent = sent[self.scatter_rounds[sent] != NONE]
-        received = received[self.scatter_rounds[received] != NONE]
+        sent = sent[self.scatter_rounds[sent] != NO_BUCKET]
+        received = received[self.scatter_rounds[received] != NO_BUCKET]
         rounds = np.union1d(self.scatter_rounds[sent], self.scatter_rounds[received])
-        rows = np.full(len(rounds), NONE, ROUND_DTYPE)
+        rows = np.full(len(rounds), NO_BUCKET, ROUND_DTYPE)
         rows["round"] = rounds
         at = np.searchsorted(rounds, self.scatter_rounds[sent])
         rows["to"][at], rows["sent"][at] = self.receivers[sent], sent
@@ -310,11 +310,11 @@ def _bucket_sizes(num_bytes: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _assign_scatter_rounds(
     sender: np.ndarray, receiver: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
-    """Return the round of each bucket of the links, or NONE where sender and receiver are one.
+    """Return the round of each bucket of the links, or NO_BUCKET where sender and receiver are one.
 
     Greedy matchings: each round takes the links of the busiest processes first, so that few have
     more left than the others. The shipped recipes need at most 1.04 times the least number."""
-    rounds = np.full(counts.sum(), NONE, np.int32)
+    rounds = np.full(counts.sum(), NO_BUCKET, np.int32)
     remaining = np.where(sender == receiver, 0, counts)
     size = int(max(sender.max(initial=0), receiver.max(initial=0))) + 1
     send_counts = np.bincount(sender, remaining, size).astype(np.int64)

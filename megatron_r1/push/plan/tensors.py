@@ -9,9 +9,14 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_r1.models.weights.adapter_table import adapter_shapes
+from megatron_r1.models.weights.formats.published_layout import (
+    BLOCK,
+    is_quantized,
+    scale_name,
+    scale_shape,
+)
 from megatron_r1.models.weights.layout import hf_tensors
-from megatron_r1.models.weights.stored.published import BLOCK, is_quantized, scale_name, scale_shape
-from megatron_r1.models.weights.table import Piece, Rule, Shape, Table, table
+from megatron_r1.models.weights.table import Piece, Shape, WeightRule, WeightTable, weight_table
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class HFTensor:
     """
 
     name: str
-    rule: Rule
+    rule: WeightRule
     source: int
     part: str
     layer: int | None = None
@@ -91,14 +96,14 @@ class Region:
         return (self.bottom - self.top) * (self.right - self.left)
 
 
-def is_tied(table: Table) -> bool:
+def is_tied(table: WeightTable) -> bool:
     """Return whether head and embedding are one tensor."""
     embedded = {source.name for rule in table.embedding for source in rule.sources}
     return any(source.name in embedded for rule in table.head for source in rule.sources)
 
 
 def checkpoint_tensors(
-    table: Table, parts: Container[str], layers: Iterable[int], experts: Iterable[int]
+    table: WeightTable, parts: Container[str], layers: Iterable[int], experts: Iterable[int]
 ) -> Iterator[HFTensor]:
     """Yield the tensors of `parts` in checkpoint order.
 
@@ -122,7 +127,7 @@ def checkpoint_tensors(
 
 
 def _rule_tensors(
-    rules: Iterable[Rule], part: str, layer: int | None = None, experts: Iterable[int] = ()
+    rules: Iterable[WeightRule], part: str, layer: int | None = None, experts: Iterable[int] = ()
 ) -> Iterator[HFTensor]:
     prefix = "" if layer is None else f"model.layers.{layer}."
     for rule in rules:
@@ -157,7 +162,7 @@ def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> int:
 
 
 def pushed_tensors(
-    hf: dict, *, fp8: bool, drafts: bool = False, adapters: Table | None = None
+    hf: dict, *, fp8: bool, drafts: bool = False, adapters: WeightTable | None = None
 ) -> list[tuple[str, Shape]]:
     """Return the names and shapes of the tensors in a checkpoint of the model, plain or in FP8.
 
@@ -171,7 +176,7 @@ def pushed_tensors(
     if adapters is not None:
         return list(adapter_shapes(adapters).items())
     names_and_shapes: list[tuple[str, Shape]] = []
-    copies = table(hf).copies
+    copies = weight_table(hf).copies
     for name, (shape, _) in hf_tensors(hf, with_mtp=drafts).items():
         if name in copies:
             continue

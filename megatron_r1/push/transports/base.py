@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_r1.push.protocol import ReceiverInfo, Relay, SlotTable, TensorChunk
+from megatron_r1.push.protocol import ReceiverInfo, RelaySource, SlotTable, TensorChunk
 from megatron_r1.push.rendezvous import EngineRendezvous, TrainerRendezvous
 from megatron_r1.push.transports.received_chunks import ReceivedChunks
 
@@ -55,7 +55,7 @@ class Receiver(ABC):
         try:
             rendezvous.publish_receiver(engine_rank, ReceiverInfo(table, self.address))
             chunks, self.rounds = rendezvous.read_plan(engine_rank)
-            self.senders = [source for source in chunks if not isinstance(source, Relay)]
+            self.senders = [source for source in chunks if not isinstance(source, RelaySource)]
             self.received_chunks = ReceivedChunks(
                 table, self.memory, chunks, self.uses_weighted_sum
             )

@@ -19,7 +19,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from megatron_r1.push.protocol import Relay
+from megatron_r1.push.protocol import RelaySource
 from megatron_r1.push.rendezvous import IDLE_SECONDS, Rendezvous
 from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 from megatron_r1.push.transports.base import Sender, Slices
@@ -173,7 +173,7 @@ class GlooReceiver(PayloadReceiver):
         gloo's own all-gather takes three times as long with 64 MiB a bucket (docs/learned.md)."""
         member, count = self.rendezvous.member, self.rendezvous.num_members
         receive = self.receive_payloads(push_number)
-        payloads = [receive.payload(Relay(source)) for source in range(count)]
+        payloads = [receive.payload(RelaySource(source)) for source in range(count)]
         payloads[member] = receive.relay_payload()
         arrived: tuple[BufferPayload, int, int, torch.Tensor] | None = None
         largest = max(payloads, key=lambda payload: payload.num_bytes)
@@ -196,7 +196,9 @@ class GlooReceiver(PayloadReceiver):
                     arrived = payloads[source], start, ends[source], received
         if arrived:
             arrived[0].unpack(*arrived[1:])
-        relays = [source for source in self.received_chunks.chunks if isinstance(source, Relay)]
+        relays = [
+            source for source in self.received_chunks.chunks if isinstance(source, RelaySource)
+        ]
         self.verify_checksums(push_number, relays)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_r1.push.protocol import RankBucketOp, RankRounds, Relay
+from megatron_r1.push.protocol import RankBucketOp, RankRounds, RelaySource
 from megatron_r1.push.transports.base import Sender, gpu_uuid
 from megatron_r1.push.transports.nccl_rounds import (
     LONGEST_PAUSE,
@@ -166,7 +166,9 @@ class NCCLReceiver(PayloadReceiver):
             self.received_chunks.wait(push_number, 0.0, self.senders)
         runner.run(relay)
         self._raise_error(communicator)
-        relays = [source for source in self.received_chunks.chunks if isinstance(source, Relay)]
+        relays = [
+            source for source in self.received_chunks.chunks if isinstance(source, RelaySource)
+        ]
         with streams.copy_stream():
             self.verify_checksums(push_number, relays)
 
@@ -221,13 +223,13 @@ class NCCLReceiver(PayloadReceiver):
             ) from error
 
 
-def _sources(rounds: RankRounds) -> set[int | Relay]:
+def _sources(rounds: RankRounds) -> set[int | RelaySource]:
     pairs = [*rounds.scatter, *rounds.relay]
     return {_source(receive) for _, receive in pairs if receive is not None}
 
 
-def _source(op: RankBucketOp) -> int | Relay:
-    return op.source if op.source >= 0 else Relay(-1 - op.source)
+def _source(op: RankBucketOp) -> int | RelaySource:
+    return op.source if op.source >= 0 else RelaySource(-1 - op.source)
 
 
 class NCCLSender(Sender):

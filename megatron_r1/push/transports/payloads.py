@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_r1.push.checksum import INTEGERS, RowsChecksum, RowsWeightedSum
-from megatron_r1.push.protocol import Relay, SlotTable, TensorChunk, dtype_of, slot_view
+from megatron_r1.push.protocol import RelaySource, SlotTable, TensorChunk, dtype_of, slot_view
 from megatron_r1.push.rendezvous import SetFailed
 from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.transports.base import Receiver, Slices
@@ -245,7 +245,7 @@ class ReceivePayloads:
         self._sums = dict(zip(chunks, sums[: sum(sizes)].split(sizes), strict=True))
 
     def payload(self, source: Any) -> BufferPayload:
-        """Return what comes from a trainer rank, or from a `Relay`."""
+        """Return what comes from a trainer rank, or from a `RelaySource`."""
         if source not in self.chunks:  # an engine that relays nothing
             return BufferPayload(self.table, (), self.buffer, [self.buffer[:0].view(torch.int64)])
         return BufferPayload(self.table, self.chunks[source], self.buffer, [self._sums[source]])
@@ -256,7 +256,7 @@ class ReceivePayloads:
         pairs = [
             (chunk, sums[index : index + 1])
             for source, sums in self._sums.items()
-            if not isinstance(source, Relay)
+            if not isinstance(source, RelaySource)
             for index, chunk in enumerate(self.chunks[source])
         ]
         # In the order of slots, as in `protocol.chunks_to`.
@@ -299,7 +299,7 @@ class PayloadReceiver(Receiver):
         buffer = self.table.buffer(self.memory, push_number)
         return ReceivePayloads(self.table, self.received_chunks.chunks, buffer, self.sums)
 
-    def verify_checksums(self, push_number: int, sources: Sequence[int | Relay]) -> None:
+    def verify_checksums(self, push_number: int, sources: Sequence[int | RelaySource]) -> None:
         """Compare what has come from these sources with its checksums."""
         payloads = self.receive_payloads(push_number)
         for source in sources:

@@ -23,7 +23,7 @@ class ReceivedChunks:
     Args:
         table: the slots of this rank.
         memory: uint8, all receive buffers.
-        chunks: the chunks of each trainer rank or `Relay`, in its order, the same in every
+        chunks: the chunks of each trainer rank or `RelaySource`, in its order, the same in every
             push.
         uses_weighted_sum: whether checksums are weighted sums (`RunningChecksum`).
 
@@ -70,7 +70,7 @@ class ReceivedChunks:
         """Report that a chunk is in the memory.
 
         Args:
-            source: the trainer rank or `Relay` that has sent it.
+            source: the trainer rank or `RelaySource` that has sent it.
             push_number: the number of the push.
             index: which of the source's chunks, from 0.
             sent: the source's checksum."""
@@ -129,8 +129,8 @@ class ReceivedChunks:
             )
 
     def pop_changed_slots(self) -> set[int]:
-        """Return the slots whose values differ from those of the last push that was loaded; pushes
-        that were refused do not count."""
+        """Return the slots whose values changed since the last loaded push; refused pushes do not
+        count."""
         with self._changed:
             changed = {
                 self.chunks[source][index].slot

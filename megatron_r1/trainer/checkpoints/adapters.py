@@ -29,14 +29,14 @@ def sharded_adapters(chunk: Any, prefix: str) -> dict[str, ShardedTensorFactory]
     groups, shapes = process_groups([chunk]), unwrap_model(chunk).adapter_shapes
     entries = {}
     for name, factor, entry in adapter_factors([chunk]):
-        tensor = groups.expt_tp if entry.expert else groups.tp
-        replicas = groups.expt_dp if entry.expert else groups.dp_cp
+        tensor = groups.expt_tp if entry.is_expert else groups.tp
+        replicas = groups.expt_dp if entry.is_expert else groups.dp_cp
         entries[prefix + name] = ShardedTensorFactory(
             f"{prefix}adapters",
             factor,
             partial(_pieces, entry, shapes),
             partial(_join_pieces, entry),
-            (0, tensor.rank() if entry.replicated else 0, replicas.rank()),
+            (0, tensor.rank() if entry.is_replicated else 0, replicas.rank()),
         )
     return entries
 

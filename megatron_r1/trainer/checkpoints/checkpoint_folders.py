@@ -40,7 +40,7 @@ class FileEntry(NamedTuple):
     checksum: str
 
 
-class BadManifest(Exception):
+class ManifestError(Exception):
     """The manifest is missing, unreadable or changed; the message names the fault."""
 
 
@@ -69,25 +69,25 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
     """Return the entry of every file in the manifest of `folder`.
 
     Raises:
-        BadManifest: the manifest is missing, unreadable, of another format, or changed since it was
-            written.
+        ManifestError: the manifest is missing, unreadable, of another format, or changed since it
+            was written.
     """
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
         files = content["files"]
         entries = {name: FileEntry(int(f["bytes"]), str(f["blake3"])) for name, f in files.items()}
     except FileNotFoundError:
-        raise BadManifest(f"{MANIFEST} is missing") from None
+        raise ManifestError(f"{MANIFEST} is missing") from None
     except OSError as error:
-        raise BadManifest(f"{MANIFEST} cannot be read ({error.strerror})") from None
+        raise ManifestError(f"{MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadManifest(f"{MANIFEST} is not readable as a manifest") from None
+        raise ManifestError(f"{MANIFEST} is not readable as a manifest") from None
     if content.get("format") != MANIFEST_FORMAT:
-        raise BadManifest(
+        raise ManifestError(
             f"{MANIFEST} has format {content.get('format')!r}, this reads {MANIFEST_FORMAT}"
         )
     if content.get("digest") != _digest(files):
-        raise BadManifest(f"{MANIFEST} has been changed since it was written")
+        raise ManifestError(f"{MANIFEST} has been changed since it was written")
     return entries
 
 
@@ -104,7 +104,7 @@ def manifest_faults(
         return []
     try:
         entries = read_manifest(folder)
-    except BadManifest as error:
+    except ManifestError as error:
         return [str(error)]
     names = [name for name in entries if only is None or name in only]
     with ThreadPoolExecutor(THREADS) as pool:

@@ -38,7 +38,7 @@ from megatron_r1.models.build import process_groups
 from megatron_r1.models.weights.adapters import has_adapters
 from megatron_r1.trainer.checkpoints import adapters, checkpoint_folders
 from megatron_r1.trainer.checkpoints.adapters import BASE, check_base
-from megatron_r1.trainer.checkpoints.checkpoint_folders import BadManifest, Verify
+from megatron_r1.trainer.checkpoints.checkpoint_folders import ManifestError, Verify
 from megatron_r1.trainer.checkpoints.staging import HostMemory, gather_on_host
 from megatron_r1.trainer.reference import ReferencePolicy
 
@@ -128,8 +128,8 @@ def _optimizer(
 
 
 def _own_part(part: Any, state: dict[int, Any]) -> dict[int, Any]:
-    """Return the entries of the parameters of which this rank of data parallelism holds some state:
-    the others would be read, a whole model's state by each rank, and thrown away.
+    """Drop optimizer entries that this data-parallel rank holds no state of, so that they are not
+    read for nothing: each rank would read a whole model's state.
 
     Args:
         part: an optimizer.
@@ -315,7 +315,7 @@ def find_faults_on_all_ranks(folder: Path, verify: Verify) -> list[str]:
                 entries, dist.get_rank(), dist.get_world_size()
             )
             faults = checkpoint_folders.manifest_faults(folder, verify, share)
-        except BadManifest as error:
+        except ManifestError as error:
             faults = [str(error)]
     from_all_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(from_all_ranks, faults)  # over all ranks: all refuse, or none

@@ -30,7 +30,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync
 from megatron_r1.base.processes import exit_diagnosis
 from megatron_r1.models.platform import broadcast_from_rank_zero
-from megatron_r1.models.weights.writing import run_on_rank_zero
+from megatron_r1.models.weights.export import run_on_rank_zero
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, FileEntry, partial_path
 from megatron_r1.trainer.checkpoints.staging import (
@@ -65,16 +65,16 @@ class CheckpointWriter:
     """The part of a save that a rank does; every method is called on all ranks together."""
 
     def __init__(
-        self, data_group: dist.ProcessGroup, keep_memory: bool, slowest: timedelta
+        self, data_group: dist.ProcessGroup, keep_memory: bool, straggler_timeout: timedelta
     ) -> None:
         """Prepare to write checkpoints.
 
         Args:
             data_group: the data- and context-parallel ranks, which share the writing.
             keep_memory: keep the host buffers between saves, which makes the next one faster.
-            slowest: how long the fastest rank waits for the slowest one's disk; a rank that died is
-                noticed at once."""
-        self._slowest = slowest
+            straggler_timeout: how long the fastest rank waits for the slowest one's disk; a rank
+                that died is noticed at once."""
+        self._straggler_timeout = straggler_timeout
         self._data_group, self._keep_memory = data_group, keep_memory
         self._memory = HostMemory()
         self._thread: threading.Thread | None = None
@@ -100,7 +100,7 @@ class CheckpointWriter:
         began = time.perf_counter()
         if self._group is None:
             # All ranks, over gloo: a group of its own, because the training threads use the others.
-            self._group = dist.new_group(backend="gloo", timeout=self._slowest)
+            self._group = dist.new_group(backend="gloo", timeout=self._straggler_timeout)
         partial = partial_path(folder)
         run_on_rank_zero(lambda: _make_empty(partial, folder), self._group)
         try:
@@ -149,7 +149,9 @@ class CheckpointWriter:
         except RuntimeError as lost:  # gloo's: a rank has ended, or is late
             cause = f"the ranks lost each other while they wrote: {lost}"
             remedy = "see the logs of the others"
-            if exit_diagnosis.collective_wait(str(lost), seconds := self._slowest.total_seconds()):
+            if exit_diagnosis.collective_wait(
+                str(lost), seconds := self._straggler_timeout.total_seconds()
+            ):
                 remedy = exit_diagnosis.timeout_remedy(seconds)
             failure = _sentence(folder, cause, remedy)
         seconds = time.perf_counter() - began

@@ -279,16 +279,16 @@ PLANTED = {
     "all_pairs": ("megatron_r1.push.link_planner", link_all_pairs),
     "split_shared": ("megatron_r1.push.plan.planner", split_shared_experts),
     "single_tokens": ("megatron_r1.engines.plugin.patches", confuse_single_tokens),
-    "undelivered": ("megatron_r1.engines.plugin.swap", deliver_nothing),
+    "undelivered": ("megatron_r1.engines.plugin.layer_reload", deliver_nothing),
     "lost_request": ("megatron_r1.engines.server.client", lose_a_request),
     "dead_sender": ("megatron_r1.push.sender", kill_a_sending_rank),
-    "dead_receiver": ("megatron_r1.engines.plugin.swap", kill_a_loading_engine),
+    "dead_receiver": ("megatron_r1.engines.plugin.layer_reload", kill_a_loading_engine),
     "nan_gradient": ("megatron_r1.trainer.passes", spread_a_nan),
     "nan_logprob": ("megatron_r1.trainer.trainer", make_an_old_logprob_nan),
     "left_out_drafter": ("megatron_r1.engines.plugin.patches", leave_out_the_drafter),
-    "kept_drafter": ("megatron_r1.engines.plugin.swap", keep_the_drafter),
-    "kept_bias": ("megatron_r1.engines.plugin.swap", keep_the_router_bias),
-    "rounded_bias": ("megatron_r1.engines.plugin.swap", round_the_router_bias),
+    "kept_drafter": ("megatron_r1.engines.plugin.layer_reload", keep_the_drafter),
+    "kept_bias": ("megatron_r1.engines.plugin.layer_reload", keep_the_router_bias),
+    "rounded_bias": ("megatron_r1.engines.plugin.layer_reload", round_the_router_bias),
 }
 
 

@@ -18,11 +18,11 @@ from megatron_r1.commands.check_model import NotCompared, ReferenceResult, refer
 from megatron_r1.commands.check_model import verb as check_model
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server.responses import EngineError
-from megatron_r1.models import by_transformers
+from megatron_r1.models import transformers_model
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.supported import check_supported
-from megatron_r1.models.weights.stored import published
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
+from megatron_r1.models.support_checks import check_supported
+from megatron_r1.models.weights.formats import published_layout
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.rehearse.model import write_folder
 
 
@@ -206,11 +206,11 @@ def test_quantized_weights_are_compared_as_plain_ones(folder, tmp_path):
     scales = torch.rand(-(-rows // block), -(-columns // block)) + 0.5
     codes = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors | {name: codes, f"{name}_scale_inv": scales}, folder / WEIGHTS)
-    rewritten(folder / "config.json", quantization_config=published.FP8_CONFIG)
+    rewritten(folder / "config.json", quantization_config=published_layout.FP8_CONFIG)
     plain = tmp_path / "plain"
     with HFWeights(folder, read_hf_config(folder)) as weights:
         weights.check(with_mtp=True)
-        by_transformers.write_dequantized(weights, plain)
+        transformers_model.write_dequantized(weights, plain)
     every = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[:rows, :columns]
     copied = load_file(plain / WEIGHTS)
     assert copied.keys() == tensors.keys()

@@ -10,7 +10,7 @@ platform.prepare()
 
 from megatron.core.transformer.moe import token_dispatcher  # noqa: E402
 
-from megatron_r1.models.dispatch import indices_to_multihot  # noqa: E402
+from megatron_r1.models.token_dispatcher import indices_to_multihot  # noqa: E402
 
 MEGATRON = token_dispatcher._DeepepManager._indices_to_multihot
 

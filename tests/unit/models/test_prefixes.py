@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_r1.models.patches import sample_positions
-from megatron_r1.models.prefixes import (
+from megatron_r1.models.shared_prefixes import (
     SharedPrefixes,
     mark_prefixes,
     marked_prefixes,

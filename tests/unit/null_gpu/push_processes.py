@@ -170,7 +170,7 @@ class EngineRanks(Rank):
             memory = before[rank].reusable_memory(table) if before else None
             store = TCPStore(*info["store"], is_master=False)
             seconds = info["timeout_seconds"], info["push_timeout_seconds"]
-            place = {"member": info["member"], "num_members": info["members"]}
+            place = {"member": info["member_index"], "num_members": info["num_members"]}
             met = EngineRendezvous(store, info["name"], *seconds, **place)
             return self.receiver_class(met, rank, table, memory, info["allocates_per_push"])
 

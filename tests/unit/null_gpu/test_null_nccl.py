@@ -9,7 +9,7 @@ import sys
 import pytest
 from waiting import wait_until
 
-from megatron_r1.push.plan.rounds import NONE, ProcessLink, RoundSchedule
+from megatron_r1.push.plan.rounds import NO_BUCKET, ProcessLink, RoundSchedule
 from tools.bench.push.schedule_check import Call, Step, link_threads
 from tools.null_gpu import launch, watch
 
@@ -86,7 +86,7 @@ def in_rounds() -> dict[int, list[Step]]:
         found[process] = []
         for _, to, sent, source, received in PUSH.rounds_of(process).tolist():
             calls = [Call(True, to, sent), Call(False, source, received)]
-            calls = [each for each in calls if each.bucket != NONE]
+            calls = [each for each in calls if each.bucket != NO_BUCKET]
             found[process].append(Step(starts=calls, waits=calls))
     return found
 

@@ -9,8 +9,8 @@ from torch.distributed import TCPStore
 from waiting import PATIENT
 
 from megatron_r1.models.weights import hf_tensors
+from megatron_r1.models.weights.formats.published_layout import is_quantized, scale_name
 from megatron_r1.models.weights.layout import stage_shards
-from megatron_r1.models.weights.stored.published import is_quantized, scale_name
 from megatron_r1.push.plan.planner import PredictedSharding
 from megatron_r1.push.plan.tensors import scale_region
 from megatron_r1.push.protocol import Slot, SlotTable, slot_view

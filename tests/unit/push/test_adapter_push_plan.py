@@ -18,7 +18,7 @@ from megatron_r1.push.plan.adapters import (
     check_adapter_push,
     max_lora_rank,
 )
-from megatron_r1.push.plan.from_recipe import check_pushes, engine_rank_bytes, planned_push
+from megatron_r1.push.plan.recipe_plan import check_pushes, engine_rank_bytes, planned_push
 from tests.unit.push.push_models import DEEPSEEK, QWEN
 from tests.unit.push.push_world import World, wrong_slots
 from tools.bench.push.small_model import slot_table

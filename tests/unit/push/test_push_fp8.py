@@ -14,10 +14,10 @@ from waiting import PATIENT
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.weights.stored.published import is_quantized, scale_name
+from megatron_r1.models.weights.formats.published_layout import is_quantized, scale_name
 from megatron_r1.push import slices
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.from_recipe import check_blocks, check_pushes
+from megatron_r1.push.plan.recipe_plan import check_blocks, check_pushes
 from megatron_r1.push.plan.tensors import Region, pushed_tensors, scale_region
 from megatron_r1.push.protocol import ReceiverInfo, SlotTable, dtype_of, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous

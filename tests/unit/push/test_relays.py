@@ -7,7 +7,7 @@ import torch
 from refusals import raised
 from waiting import PATIENT
 
-from megatron_r1.models.weights.stored.quantized_blocks import quantize_fp8
+from megatron_r1.models.weights.formats.quantized_blocks import quantize_fp8
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.protocol import slot_view
 from megatron_r1.push.rendezvous import SetFailed

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_r1.push.plan.engine_sets import colocated_trainer_ranks
-from megatron_r1.push.plan.rounds import NONE, ProcessLink, RoundSchedule, receiving_processes
+from megatron_r1.push.plan.rounds import NO_BUCKET, ProcessLink, RoundSchedule, receiving_processes
 
 SIZES = {"scatter_bucket_bytes": 10, "relay_bucket_bytes": 15}
 """Of buckets here."""
@@ -49,10 +49,10 @@ def test_both_sides_of_each_transfer_are_in_one_round(order):
     assert set(rounds) <= set(range(order.num_scatter_rounds + order.num_relay_rounds))
     for rows in rounds.values():
         for process, (to, sent, source, received) in rows.items():
-            assert (sent, received) != (NONE, NONE)
-            if sent != NONE:
+            assert (sent, received) != (NO_BUCKET, NO_BUCKET)
+            if sent != NO_BUCKET:
                 assert rows[to][2:] == [process, sent] and order.bucket_senders[sent] == process
-            if received != NONE:
+            if received != NO_BUCKET:
                 assert rows[source][:2] == [process, received]
 
 
@@ -60,9 +60,9 @@ def test_every_process_of_a_position_ends_with_all_that_entered_one_and_nothing_
     bytes_of = Counter()
     for process in range(order.num_processes):
         rows = order.rounds_of(process)
-        received = rows["received"][rows["received"] != NONE]
+        received = rows["received"][rows["received"] != NO_BUCKET]
         assert len(set(received.tolist())) == len(received)
-        copied = (order.receivers == process) & (order.scatter_rounds == NONE)
+        copied = (order.receivers == process) & (order.scatter_rounds == NO_BUCKET)
         assert (order.senders[copied] == process).all()
         bytes_of[process] = order.num_bytes[received].sum()
         bytes_of[process] += order.num_bytes[: order.num_scatter_buckets][copied].sum()
@@ -80,7 +80,7 @@ def test_nothing_is_passed_on_before_all_has_entered(order):
         rows = order.rounds_of(process)
         assert (np.diff(rows["round"]) > 0).all()
         relayed = rows["sent"] >= order.num_scatter_buckets
-        entering = (rows["received"] != NONE) & (rows["received"] < order.num_scatter_buckets)
+        entering = (rows["received"] != NO_BUCKET) & (rows["received"] < order.num_scatter_buckets)
         if relayed.any() and entering.any():
             assert rows["round"][entering].max() < rows["round"][relayed].min()
 

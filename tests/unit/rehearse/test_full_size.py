@@ -9,14 +9,14 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.rehearse import MAX_LINKS, _check, check_links
 from megatron_r1.config import load
-from megatron_r1.push.plan import from_recipe
+from megatron_r1.push.plan import recipe_plan
 
 RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 
 
 def plant_all_pairs(monkeypatch):
     """Each part of what an engine rank receives comes from the least busy of its holders."""
-    monkeypatch.setattr(from_recipe, "max_group_fraction", lambda transport: 1e-9)
+    monkeypatch.setattr(recipe_plan, "max_group_fraction", lambda transport: 1e-9)
 
 
 @pytest.mark.more
@@ -32,7 +32,7 @@ def test_links_between_nearly_all_pairs_are_refused(monkeypatch):
     """Each engine by itself, as pushes were before sets of engines."""
     monkeypatch.chdir(RECIPE.parents[2])
     plant_all_pairs(monkeypatch)
-    monkeypatch.setattr(from_recipe, "MAX_SET_ENGINES", 1)
+    monkeypatch.setattr(recipe_plan, "MAX_SET_ENGINES", 1)
     with refused("rollout.engines", Cause.TOO_LARGE):
         _check(load(RECIPE), "rl")
 

@@ -18,7 +18,7 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.plan.push_links import traffic_of_sets
 from megatron_r1.push.plan import TrainerGrid
-from megatron_r1.push.plan.from_recipe import check_pushes, engine_layout
+from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout
 from megatron_r1.push.plan.tensors import plain_bytes
 from megatron_r1.rehearse import layout, miniature, model, synthetic_data
 from megatron_r1.rehearse.coverage import structure_rows

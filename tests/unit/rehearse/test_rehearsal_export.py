@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.rehearse import check_export, model
 
 ROOT = Path(__file__).parents[3]

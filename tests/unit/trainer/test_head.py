@@ -10,7 +10,7 @@ import torch
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
 from megatron_r1.models.sampling_mask import encode_mask
-from megatron_r1.trainer.batch import Head
+from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.losses import supervised
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
@@ -38,7 +38,7 @@ def micro_batch(samples=SAMPLES, seed=0, kept=None):
     weight = torch.randn(PADDED, HIDDEN, generator=g)
     for name in ("old", "ref"):
         batch.logprobs[name] = -2.5 + 0.3 * torch.randn(tokens, generator=g)
-    return batch, Head(batch, hidden, weight, 0.8, None, VOCABULARY)
+    return batch, LossHead(batch, hidden, weight, 0.8, None, VOCABULARY)
 
 
 def responses(samples=SAMPLES):
@@ -96,12 +96,12 @@ def test_an_update_that_asks_for_log_probabilities_alone_leaves_those_of_the_old
     batch, head = micro_batch()
     for _ in range(2):
         expected = batch.logprobs["old"].clone()
-        assert replace(head, records_old=True).logprobs()[0].requires_grad
+        assert replace(head, stores_old_logprobs=True).logprobs()[0].requires_grad
         torch.testing.assert_close(batch.logprobs["old"], expected)  # those that are there stay
         del batch.logprobs["old"]
         head.logprobs()
         assert "old" not in batch.logprobs
-        made = replace(head, records_old=True).logprobs()[0]
+        made = replace(head, stores_old_logprobs=True).logprobs()[0]
         assert torch.equal(batch.logprobs["old"], made) and not batch.logprobs["old"].requires_grad
 
 
@@ -151,7 +151,7 @@ def test_the_branches_of_an_episode_share_one_mean():
     hidden = torch.randn(len(batch.targets), HIDDEN, generator=g)
     weight = torch.randn(PADDED, HIDDEN, generator=g)
     batch.logprobs["old"] = torch.full((len(hidden),), -2.5)
-    head = Head(batch, hidden, weight, 0.8, None, VOCABULARY)
+    head = LossHead(batch, hidden, weight, 0.8, None, VOCABULARY)
     terms = grpo_loss(batch, head, replace(GRPO, kl_beta=0.0))
     rows = batch.response_rows
     new = logprobs_of(head, rows, batch.targets[rows])

@@ -11,8 +11,8 @@ from megatron_r1.trainer.token_advantages import (
     discounted_sums,
     gae,
     kl_penalized_rewards,
-    moments,
     standardize,
+    sums_for_standardization,
 )
 
 # (tokens before the response, its tokens, tokens after it, whether it was graded); the second is
@@ -105,9 +105,11 @@ def test_generalized_advantages_are_the_loop_s(discount, lam):
 def test_parts_are_standardized_by_the_moments_of_the_whole():
     parts = torch.randn(3, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0, -2.0])
     whole = np.concatenate(parts).astype(np.float64)
-    total = moments(parts[0]) + moments(parts[1])
+    total = sums_for_standardization(parts[0]) + sums_for_standardization(parts[1])
     for part in parts:
         wanted = (part.double().numpy() - whole.mean()) / (whole.std() + 1e-6)
         assert standardize(part, total, 1e-6).numpy() == pytest.approx(wanted, abs=1e-6)
     equal = torch.full((3,), 0.1)
-    assert standardize(equal, moments(equal), 0.0).tolist() == pytest.approx([0.0] * 3, abs=1e-7)
+    assert standardize(equal, sums_for_standardization(equal), 0.0).tolist() == pytest.approx(
+        [0.0] * 3, abs=1e-7
+    )

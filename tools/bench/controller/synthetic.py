@@ -244,11 +244,11 @@ def describe(rank: int, world_size: int, data_parallel_size: int) -> dict[str, A
         "rank": rank,
         "data_rank": rank // size,
         "data_parallel_size": data_parallel_size,
-        "last_stage": rank == world_size - 1,
-        "leads_replica": rank % size == 0,
+        "is_last_stage": rank == world_size - 1,
+        "is_replica_leader": rank % size == 0,
         "num_parameters": 0,
-        "score_is_new": False,
-        "process": os.getpid(),
+        "has_new_score_head": False,
+        "process_id": os.getpid(),
     }
 
 

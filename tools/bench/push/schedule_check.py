@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_r1.push.plan.rounds import NONE, RoundSchedule
+from megatron_r1.push.plan.rounds import NO_BUCKET, RoundSchedule
 
 OPERATION = np.dtype(
     [(name, np.int32) for name in ("process", "start", "end", "peer", "bucket")]
@@ -95,7 +95,7 @@ def operations_of_rounds(order: RoundSchedule) -> np.ndarray:
         rows["end"], rows["sends"] = rows["start"], (True, False)
         rows["peer"] = np.stack([schedule["to"], schedule["source"]], axis=1)
         rows["bucket"] = np.stack([schedule["sent"], schedule["received"]], axis=1)
-        found.append(rows[rows["bucket"] != NONE])
+        found.append(rows[rows["bucket"] != NO_BUCKET])
     return np.concatenate(found)
 
 
@@ -176,7 +176,9 @@ def _find_early(operations: np.ndarray, order: RoundSchedule) -> Refusal | None:
     process, bucket = operations["process"], operations["bucket"]
     enters = bucket < order.num_scatter_buckets
     entering = np.flatnonzero(~operations["sends"] & enters)
-    last = np.full(int(process.max(initial=0)) + 1, NONE)  # the end of each process's last arrival
+    last = np.full(
+        int(process.max(initial=0)) + 1, NO_BUCKET
+    )  # the end of each process's last arrival
     np.maximum.at(last, process[entering], operations["end"][entering])
     in_time = last[process] < operations["start"]
     has_it = (order.bucket_senders[bucket] == process) & (enters | in_time)

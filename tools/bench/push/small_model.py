@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_r1.models.weights.layout import Shard, layout_from_rules, stage_shards
-from megatron_r1.models.weights.table import Table, table
+from megatron_r1.models.weights.table import WeightTable, weight_table
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
 from megatron_r1.push.protocol import Slot, SlotTable
@@ -52,7 +52,7 @@ def rank_tensors(
     tensors: dict[str, torch.Tensor],
     *,
     with_mtp: bool = False,
-    rules: Table | None = None,
+    rules: WeightTable | None = None,
 ) -> dict:
     """Return a trainer rank's parameters, in bfloat16, and their pieces, by HF name; those that
     `rules` list, default the model's.
@@ -72,7 +72,9 @@ def rank_tensors(
         "etp": (at.expert_tensor, grid.expert_tensor),
     }
     held: dict[str, list] = {}
-    for entry in layout_from_rules(rules or table(hf), Shard(**{**vars(chunk), **axes})).values():
+    for entry in layout_from_rules(
+        rules or weight_table(hf), Shard(**{**vars(chunk), **axes})
+    ).values():
         parameter = torch.zeros(entry.shape, dtype=torch.bfloat16)
         for piece in entry.pieces:
             part = tensors[piece.hf_name].narrow(piece.dim, piece.hf_start, piece.length)

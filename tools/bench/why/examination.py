@@ -18,7 +18,7 @@ OTHERS = (
     "transformers",
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.deepseek_v3.modeling_deepseek_v3",
-    "megatron_r1.models.by_transformers",
+    "megatron_r1.models.transformers_model",
     "r1_grading.math",
     "matplotlib.pyplot",
     "megatron_r1.commands.cli",

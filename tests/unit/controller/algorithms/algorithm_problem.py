@@ -10,7 +10,7 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, chained
-from megatron_r1.trainer.batch import Head
+from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_advantages import RolloutBatches
 from megatron_r1.trainer.token_split import TokenSplit
@@ -146,7 +146,7 @@ def ours(problem, name, settings, form=unchanged, corrected=unchanged, metrics=N
     for step in steps:
         terms = []
         for batch, hidden in step:
-            head = Head(batch, hidden, problem.weight, TEMPERATURE, None, VOCABULARY)
+            head = LossHead(batch, hidden, problem.weight, TEMPERATURE, None, VOCABULARY)
             terms.append(find_function(loss)(batch, head, settings))
         total = sum(t.loss for t in terms) / sum(t.denominator for t in terms)
         total.backward()

@@ -31,7 +31,7 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, chained
 from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.run_recorder import RunState
-from megatron_r1.trainer.batch import Head
+from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.operations import ModelOperations
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_advantages import RolloutBatches
@@ -194,7 +194,7 @@ def test_a_micro_batch_without_responses_has_nothing_to_mask(method):
         assert [float(each.count) for each in metrics.values()] == [0.0, 0.0]
     hidden = torch.ones(2, HIDDEN, requires_grad=True)
     weight = torch.ones(VOCABULARY, HIDDEN, requires_grad=True)
-    head = Head(empty, hidden, weight, 1.0, None, VOCABULARY)
+    head = LossHead(empty, hidden, weight, 1.0, None, VOCABULARY)
     name, settings = chained(algorithms.find("grpo").loss, settings.loss_settings(LIMIT))
     terms = find_function(name)(empty, head, settings)
     terms.loss.backward()

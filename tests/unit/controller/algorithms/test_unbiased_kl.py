@@ -16,7 +16,7 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import parse
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import chained
-from megatron_r1.trainer.batch import Head
+from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
@@ -81,7 +81,7 @@ def test_its_expected_gradient_is_that_of_the_divergence_after_updates_too():
         (2 * VOCABULARY,), -math.log(VOCABULARY), dtype=torch.float64
     )
     batch.logprobs["ref"] = reference[batch.targets]
-    head = Head(batch, state.expand(2 * VOCABULARY, -1), weight, TEMPERATURE, None, VOCABULARY)
+    head = LossHead(batch, state.expand(2 * VOCABULARY, -1), weight, TEMPERATURE, None, VOCABULARY)
     settings = parse({"rl": SETTINGS | {"kl_beta": 1.0}}).rl.loss_settings(LIMIT)
     name, settings = chained(algorithms.find("grpo").loss, settings)
     terms = find_function(name)(batch, head, settings)

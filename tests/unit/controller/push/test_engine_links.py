@@ -62,5 +62,5 @@ def test_an_engine_is_sent_the_fields_that_its_plugin_reads():
 
     asyncio.run(story())
     (info,) = read
-    assert (info.name, info.member, info.members) == ("one", 0, 1)
+    assert (info.name, info.member_index, info.num_members) == ("one", 0, 1)
     assert info.push_timeout_seconds == 123.0 and info.tensors == [["head.weight", [4, 2]]]

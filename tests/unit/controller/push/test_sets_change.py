@@ -82,7 +82,7 @@ class Client:
             self.num_reused += memory is not None
             store = TCPStore(*info["store"], is_master=False)
             seconds = info["timeout_seconds"], info["push_timeout_seconds"]
-            place = {"member": info["member"], "num_members": info["members"]}
+            place = {"member": info["member_index"], "num_members": info["num_members"]}
             met = EngineRendezvous(store, info["name"], *seconds, **place)
             return receiver_class("gloo")(met, rank, table, memory)
 

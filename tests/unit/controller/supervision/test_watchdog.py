@@ -466,7 +466,7 @@ def test_a_rank_is_named_with_its_place_on_the_grid():
     )
     operations = object.__new__(Operations)
     operations.position, operations.replica = position, SimpleNamespace(is_leader=True)
-    operations.trainer = SimpleNamespace(num_parameters=5, score_is_new=False)
+    operations.trainer = SimpleNamespace(num_parameters=5, has_new_score_head=False)
     operations.implementations = {}
     trainer = SimpleNamespace(ranks=[operations.describe()])
     assert coordinates(trainer, 0) == " (tensor 1, context 1, pipeline 0, expert 3, data 2)"

@@ -45,7 +45,7 @@ def client(tmp_path, monkeypatch):
     client = TrainerClient(Config(model=model), tmp_path)
     client.socket.close()
     client.socket = Repeats()
-    client.ranks = [{"rank": 0, "last_stage": True, "leads_replica": False}]
+    client.ranks = [{"rank": 0, "is_last_stage": True, "is_replica_leader": False}]
     return client
 
 
@@ -91,6 +91,6 @@ def test_a_call_while_the_ranks_start_again_is_a_loss_and_not_an_empty_reply(cli
     client.ranks = []
     with pytest.raises(TrainerLost, match="send_weights"):
         asyncio.run(client.call_all(PushOperations.send_weights))
-    client.ranks = [{"rank": 0, "last_stage": True, "leads_replica": False}]
+    client.ranks = [{"rank": 0, "is_last_stage": True, "is_replica_leader": False}]
     client.socket.answers.set()
     assert asyncio.run(client.call(ModelOperations.update)) == {"operation": "update"}

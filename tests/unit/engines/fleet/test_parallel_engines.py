@@ -15,7 +15,7 @@ from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.engines.server.settings import vocab_size
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.from_recipe import check_pushes, engine_layout
+from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout
 
 ROOT = Path(__file__).parents[4]
 DENSE = {

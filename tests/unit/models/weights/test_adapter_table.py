@@ -63,19 +63,19 @@ def test_every_row_and_column_of_a_factor_has_one_owner_and_lies_beside_its_weig
     for shard in ranks(*grid):
         weights = layout(hf, shard)
         for name, entry in layout_from_rules(rules, shard).items():
-            axis = shard.etp if entry.expert else shard.tp
+            axis = shard.etp if entry.is_expert else shard.tp
             # One of the ranks that differ only in the other kind of tensor rank.
-            first = (shard.tp if entry.expert else shard.etp)[0] == 0 and (
-                entry.expert or shard.ep[0] == 0
+            first = (shard.tp if entry.is_expert else shard.etp)[0] == 0 and (
+                entry.is_expert or shard.ep[0] == 0
             )
             for piece in entry.pieces:
-                if entry.owner and first:
+                if entry.is_owner and first:
                     written[piece.hf_name] += range(piece.hf_start, piece.hf_start + piece.length)
             base = weights[re.sub(r"\.lora\.[ab]$", ".weight", name)]
-            assert entry.replicated or base.pieces[0].dim == ("b", "a").index(name[-1]), name
+            assert entry.is_replicated or base.pieces[0].dim == ("b", "a").index(name[-1]), name
             side = 1 if name.endswith("a") else 0
-            assert entry.shape[side] == base.shape[side] or entry.replicated
-            if not entry.replicated:
+            assert entry.shape[side] == base.shape[side] or entry.is_replicated
+            if not entry.is_replicated:
                 cut = {(p.hf_name.rpartition(".lora_")[0], p.hf_start) for p in entry.pieces}
                 whole = {(p.hf_name.removesuffix(".weight"), p.hf_start) for p in base.pieces}
                 assert cut <= whole, (name, axis)

@@ -9,7 +9,7 @@ from refusals import refused
 from transformers import AutoTokenizer
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.models.weights.stored.hf_writing import copy_model_files
+from megatron_r1.models.weights.formats.hf_writer import copy_model_files
 
 KEPT = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

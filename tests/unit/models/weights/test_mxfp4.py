@@ -7,10 +7,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.weights.adapter_table import adapter_shapes, adapter_table
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.models.weights.stored.published import published_tensors, stacked_part
-from megatron_r1.push.plan.from_recipe import check_blocks
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.published_layout import published_tensors, stacked_part
 from megatron_r1.push.plan.planner import EngineLayout
+from megatron_r1.push.plan.recipe_plan import check_blocks
 
 HF = {
     **{"architectures": ["GptOssForCausalLM"], "vocab_size": 32, "hidden_size": 64},

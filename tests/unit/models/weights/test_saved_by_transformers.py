@@ -17,9 +17,9 @@ from megatron_r1.models.hf_config import (
     num_mtp_layers,
     read_hf_config,
 )
-from megatron_r1.models.supported import check_supported
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.models.weights.stored.hf_writing import write_config
+from megatron_r1.models.support_checks import check_supported
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.hf_writer import write_config
 
 SIZES = {
     **{"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8},

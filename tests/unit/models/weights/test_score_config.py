@@ -9,7 +9,7 @@ from weight_shards import shard
 from megatron_r1.base.errors import Cause
 from megatron_r1.models import weights
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.weights.stored.megatron_weights import stored_layout
+from megatron_r1.models.weights.formats.megatron_weights import stored_layout
 
 SMALL = {
     "vocab_size": 67,
@@ -58,7 +58,7 @@ def test_a_score_model_is_the_language_model_with_another_head(tmp_path, name):
     # Whole on every tensor rank, written by the first; on the last stage alone.
     for rank in range(2):
         entry = weights.layout(score, shard(score, tp=(rank, 2)))["score.weight"]
-        assert entry.shape == (1, 16) and entry.owner == (rank == 0)
+        assert entry.shape == (1, 16) and entry.is_owner == (rank == 0)
     first = weights.layout(score, shard(score, pp=(0, 2)))
     assert "score.weight" not in first and "output_layer.weight" not in first
     assert stored_layout(score).shapes["score.weight"] == (1, 16)

@@ -232,8 +232,8 @@ def test_owners_hold_every_element_exactly_once_on_every_grid(hf, transformer_en
             )
             for entry in weights.layout(hf, at).values():
                 # The other axes' replicas hold the same: count each kind once along its own axes.
-                replica = (t > 0) if entry.expert else (e > 0 or x > 0)
-                if entry.owner and not replica:
+                replica = (t > 0) if entry.is_expert else (e > 0 or x > 0)
+                if entry.is_owner and not replica:
                     for piece in entry.pieces:
                         full = expected[piece.hf_name][0]
                         assert piece.hf_start + piece.length <= full[piece.dim]

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.model import LoraConfig
-from megatron_r1.models.weights import adapters, writing
-from megatron_r1.models.weights.stored import hf_writing
-from megatron_r1.models.weights.stored.published import StackedPart
-from megatron_r1.models.weights.stored.tensor_files import plan_file
+from megatron_r1.models.weights import adapters, export
+from megatron_r1.models.weights.formats import hf_writer
+from megatron_r1.models.weights.formats.published_layout import StackedPart
+from megatron_r1.models.weights.formats.tensor_files import plan_file
 from megatron_r1.models.weights.table import Piece
 
 QWEN2 = {
@@ -45,7 +45,7 @@ def events(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(writing, "fsync", recorded("sync", writing.fsync, 0))
+    monkeypatch.setattr(export, "fsync", recorded("sync", export.fsync, 0))
     monkeypatch.setattr(os, "replace", recorded("rename", os.replace, 1))
     monkeypatch.setattr(os, "rename", recorded("rename", os.rename, 1))
     return seen
@@ -68,7 +68,7 @@ def write(folder, durable):
     path = folder / "model.safetensors"
     held = [(torch.arange(6.0).reshape(3, 2), [Piece("weight", 0, 0, 0, 3)], True)]
     plan = plan_file({"weight": ((3, 2), torch.float32)})
-    writing.write_pieces(held, {path: plan}, {}, durable=durable)
+    export.write_pieces(held, {path: plan}, {}, durable=durable)
     return path
 
 
@@ -116,12 +116,12 @@ def held_by(rank, values):
 def test_each_rank_writes_its_own_bytes_and_no_others(tmp_path, monkeypatch, block_bytes):
     """Hosts of a network file system do not see each other's pages: a page written back whole
     would overwrite what another host has written."""
-    monkeypatch.setattr(writing, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(export, "BLOCK_BYTES", block_bytes)
     values = {name: torch.randn(shape).bfloat16() for name, shape in SHAPES.items()}
     values["tied"] = values["rows"]
     plan = plan_file({name: (shape, torch.bfloat16) for name, shape in SHAPES.items()})
     path = tmp_path / "x.safetensors"
-    writing._create(path, plan)
+    export._create(path, plan)
     written, upstream = [], os.pwrite
 
     def pwrite(file, buffer, at):
@@ -130,10 +130,10 @@ def test_each_rank_writes_its_own_bytes_and_no_others(tmp_path, monkeypatch, blo
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     for rank in (0, 1):
-        files = writing._OpenFiles({path: plan}, {path: path})
+        files = export._OpenFiles({path: plan}, {path: path})
         for parameter, pieces, owner in held_by(rank, values):
             own = pieces if owner else ()
-            writing._write_parameter(files, parameter, own, {"rows": ["tied"]}, part_of)
+            export._write_parameter(files, parameter, own, {"rows": ["tied"]}, part_of)
         files.close()
     written.sort()
     assert written[0][0] == len(plan.header) and written[-1][1] == plan.num_bytes
@@ -163,7 +163,7 @@ def test_gate_without_up_is_no_part_of_a_file(tmp_path):
     plan = plan_file({"gate_up": (SHAPES["gate_up"], torch.float32)})
     held = [(torch.ones(INNER, HIDDEN), [Piece("gate.0", 0, 0, 0, INNER)], True)]
     with pytest.raises(ValueError, match="gate_up"):
-        writing.write_pieces(held, {tmp_path / "x": plan}, {}, part_of, durable=False)
+        export.write_pieces(held, {tmp_path / "x": plan}, {}, part_of, durable=False)
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -179,7 +179,7 @@ def test_a_durable_file_is_synced_before_its_rename_and_its_folder_after(events,
 
 def test_a_folder_is_renamed_when_its_files_are_synced_and_its_parent_after(events, tmp_path):
     (tmp_path / "hf").mkdir()
-    with writing.write_folder(tmp_path / "hf", lambda folder: None) as folder:
+    with export.write_folder(tmp_path / "hf", lambda folder: None) as folder:
         write(folder, durable=True)
     assert events == [
         ("sync", "model.safetensors.incomplete"),
@@ -197,7 +197,7 @@ def test_the_small_files_beside_the_weights_are_synced(synced, tmp_path):
     source.mkdir()
     for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
         (source / name).write_text("{}")
-    with writing.write_folder(out, lambda folder: hf_writing.copy_model_files(source, folder)):
+    with export.write_folder(out, lambda folder: hf_writer.copy_model_files(source, folder)):
         pass
     assert sorted(path.name for path in out.iterdir()) == ["chat_template.jinja", "tokenizer.json"]
     files = {"chat_template.jinja", "tokenizer.json"}

@@ -4,7 +4,7 @@ This is vLLM's layerwise reload (model_loader/reload/layerwise.py) without its l
 parameters of a layer are views of the receive buffer, vLLM's own post-processing runs on them, and
 its result is copied into the tensors that the engine computes with, whose addresses stay. Kernels
 keep these (`SavedKernelState`), never the receive buffer. MLA's absorbed W_UK_T and W_UV follow in
-`finish`.
+`recompute_shared_tensors`.
 
 What vLLM keeps of a layer besides its parameters is the state of its quantization method.
 model_executor/layers/quantization/fp8.py: `Fp8MoEMethod._init_moe_kernel` builds the kernel anew
@@ -187,7 +187,7 @@ def load(
 
 
 @torch.no_grad()
-def finish(model: torch.nn.Module, config: ModelConfig) -> None:
+def recompute_shared_tensors(model: torch.nn.Module, config: ModelConfig) -> None:
     """Recompute the tensors that depend on several layers' weights."""
     for layer in model.modules():
         if is_deferred_attention_layer(layer):

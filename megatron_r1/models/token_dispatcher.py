@@ -23,7 +23,7 @@ from megatron_r1.models import platform
 
 
 class TokenCounts(NamedTuple):
-    """What the host has to know of one pass of one layer over a micro-batch.
+    """Token counts that the host needs to dispatch one layer's pass over a micro-batch.
 
     Attributes:
         sent: (e,) tokens to the ranks of other experts; None on one rank.

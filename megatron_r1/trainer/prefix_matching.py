@@ -1,8 +1,8 @@
 """Tokens that samples of a micro-batch share (`parallel.share_prompts`): a prompt, or turns of a
 tree.
 
-What is shared is computed once (`models.prefixes`); `controller.trainer_calls.packing` packs the
-samples of one prompt together, all turns of a tree among them.
+What is shared is computed once (`models.shared_prefixes`); `controller.trainer_calls.packing`
+packs the samples of one prompt together, all turns of a tree among them.
 
 Imports neither torch nor Megatron, because the controller imports it."""
 
@@ -39,46 +39,46 @@ def check_shared_prompts(config: Config, is_plain: bool) -> None:
         )
 
 
-class SharedTokens:
+class PrefixMatcher:
     """The tokens that samples, added one after the other, share with earlier ones.
 
-    A sample skips tokens that an earlier one, its host, begins with too, up to the last token
+    A sample skips tokens that an earlier one, its parent, begins with too, up to the last token
     before its first trained one: that token predicts what only this sample is trained on. So every
     trained token is in its own sample, and a branch of a tree has only what follows the turns of
     earlier branches.
 
     Attributes:
-        hosts: for each sample the number of the earlier one that has its skipped tokens, or -1.
-        skipped: for each sample the number of these tokens; more than its host skips."""
+        parents: for each sample the number of the earlier one that has its skipped tokens, or -1.
+        prefix_lengths: for each sample the number of these tokens; more than its parent skips."""
 
     def __init__(self) -> None:
-        self.hosts: list[int] = []
-        self.skipped: list[int] = []
+        self.parents: list[int] = []
+        self.prefix_lengths: list[int] = []
         self._sorted: list[tuple[bytes, int]] = []
 
     def shared_prefix(self, sample: Sample) -> tuple[int, int]:
-        """Return (host, skipped) of a sample if it were added next.
+        """Return (parent, skipped) of a sample if it were added next.
 
         In the order of their bytes a sample shares most with one of its two neighbors."""
         tokens, most = bytes(sample.token_ids), sample.prompt_length - 1
-        at = bisect(self._sorted, (tokens, len(self.hosts)))
+        at = bisect(self._sorted, (tokens, len(self.parents)))
         near = self._sorted[max(0, at - 1) : at + 1]
-        common, host = max(
+        common, parent = max(
             ((_common_tokens(tokens, other), number) for other, number in near), default=(0, -1)
         )
         skipped = min(common, most)
         if skipped < min(most, MIN_SHARED_TOKENS) or not skipped:
             return -1, 0
-        while host >= 0 and skipped <= self.skipped[host]:
-            host = self.hosts[host]
-        return host, skipped
+        while parent >= 0 and skipped <= self.prefix_lengths[parent]:
+            parent = self.parents[parent]
+        return parent, skipped
 
     def add(self, sample: Sample) -> int:
         """Add a sample; return the number of its tokens that are not shared."""
-        host, skipped = self.shared_prefix(sample)
-        insort(self._sorted, (bytes(sample.token_ids), len(self.hosts)))
-        self.hosts.append(host)
-        self.skipped.append(skipped)
+        parent, skipped = self.shared_prefix(sample)
+        insort(self._sorted, (bytes(sample.token_ids), len(self.parents)))
+        self.parents.append(parent)
+        self.prefix_lengths.append(skipped)
         return len(sample) - skipped
 
 
@@ -95,8 +95,8 @@ def _common_tokens(first: bytes, second: bytes) -> int:
 
 
 def group_by_first_prompt(samples: list[Sample]) -> list[list[int]]:
-    """Return the indices of the samples that begin with the same prompt: of each group the shortest
-    of its samples, of which the prompts of later turns are continuations. The first branch of an
+    """Return groups of sample indices; all samples of a group begin with its shortest sample's
+    prompt, which the prompts of later turns continue. The first branch of an
     episode comes before those that continue its turns."""
     found: dict[bytes, list[int]] = {}
     lengths: list[int] = []
@@ -117,12 +117,12 @@ def group_by_first_prompt(samples: list[Sample]) -> list[list[int]]:
 
 def _depth_first(samples: list[Sample], members: list[int]) -> list[int]:
     """Return `members`, each followed by those that continue it."""
-    shared = SharedTokens()
+    shared = PrefixMatcher()
     for member in members:
         shared.add(samples[member])
     children: dict[int, list[int]] = {}
-    for place, host in enumerate(shared.hosts):
-        children.setdefault(host, []).append(place)
+    for place, parent in enumerate(shared.parents):
+        children.setdefault(parent, []).append(place)
     ordered, waiting = [], children.get(-1, [])[::-1]
     while waiting:
         place = waiting.pop()

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.models.weights.stored.tensor_files import read_box
+from megatron_r1.models.weights.formats.tensor_files import read_box
 
 Box = Sequence[int]
 

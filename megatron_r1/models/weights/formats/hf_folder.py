@@ -21,13 +21,22 @@ from megatron_r1.base.files.weight_files import (
     require_as_indexed,
     weight_files,
 )
+from megatron_r1.models.weights.formats import published_layout, quantized_blocks
+from megatron_r1.models.weights.formats.published_layout import (
+    StackedPart,
+    published_tensors,
+    stacked_part,
+)
+from megatron_r1.models.weights.formats.tensor_files import SafetensorsFile
 from megatron_r1.models.weights.layout import Shape, hf_tensors
-from megatron_r1.models.weights.stored import published, quantized_blocks
-from megatron_r1.models.weights.stored.published import StackedPart, published_tensors, stacked_part
-from megatron_r1.models.weights.stored.tensor_files import SafetensorsFile
-from megatron_r1.models.weights.table import table
+from megatron_r1.models.weights.table import weight_table
 
-FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": published.FP8_DTYPE}
+FLOATS = {
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F8_E4M3": published_layout.FP8_DTYPE,
+}
 
 _BODY = "model."
 """The prefix that the names of all tensors have, except the head's."""
@@ -55,7 +64,7 @@ class HFWeights:
         for file in self.files:
             self._home |= dict.fromkeys(file.tensors, file)
             self._stored |= file.tensors
-        self.copies = table(hf).copies
+        self.copies = weight_table(hf).copies
         self._repeated: dict[str, list[str]] = {}
 
     def __enter__(self) -> Self:
@@ -83,7 +92,7 @@ class HFWeights:
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         """Return `length` rows (dim 0) or columns (dim 1), in the stored dtype; FP8 as fp32 values.
 
-        A tensor of `Table.copies` that the folder lacks is read from its original.
+        A tensor of `WeightTable.copies` that the folder lacks is read from its original.
 
         Args:
             name: the tensor's name.
@@ -110,14 +119,21 @@ class HFWeights:
         if not self._is_fp8(name):
             return self.read_stored(name, starts, sizes)
         # Whole blocks around the rectangle, which may begin and end inside a block.
-        first = tuple(s // published.BLOCK for s in starts)
-        last = tuple(-(-(s + n) // published.BLOCK) for s, n in zip(starts, sizes, strict=True))
-        outer = tuple(f * published.BLOCK for f in first)
-        ends = tuple(min(x * published.BLOCK, full) for x, full in zip(last, shape, strict=True))
+        first = tuple(s // published_layout.BLOCK for s in starts)
+        last = tuple(
+            -(-(s + n) // published_layout.BLOCK) for s, n in zip(starts, sizes, strict=True)
+        )
+        outer = tuple(f * published_layout.BLOCK for f in first)
+        ends = tuple(
+            min(x * published_layout.BLOCK, full) for x, full in zip(last, shape, strict=True)
+        )
         q = self.read_stored(name, outer, tuple(e - o for e, o in zip(ends, outer, strict=True)))
         blocks = tuple(x - f for x, f in zip(last, first, strict=True))
         scales = _scales(
-            self._home[published.scale_name(name)], published.scale_name(name), first, blocks
+            self._home[published_layout.scale_name(name)],
+            published_layout.scale_name(name),
+            first,
+            blocks,
         )
         values = dequantize_blockwise(q, scales, dtype=torch.float32)
         for axis, (outside, inside, size) in enumerate(zip(outer, starts, sizes, strict=True)):
@@ -171,8 +187,9 @@ class HFWeights:
         return self._home[name].read(name, starts, sizes)
 
     def scales(self, name: str) -> Tensor | None:
-        """Return all scales of an FP8 tensor, fp32 of `published.scale_shape`; None for another."""
-        scale = published.scale_name(name)
+        """Return all scales of an FP8 tensor, fp32 of `published_layout.scale_shape`; None for
+        another."""
+        scale = published_layout.scale_name(name)
         if (stored := self._stored.get(scale)) is None:
             return None
         return _scales(self._home[scale], scale, (0,) * len(stored.shape), stored.shape)
@@ -201,11 +218,11 @@ class HFWeights:
             elif not is_float:
                 wrong.append(f"{name} is {stored.dtype}, only {', '.join(FLOATS)} can be read")
             elif stored.dtype == "F8_E4M3":
-                scales.add(published.scale_name(name))
+                scales.add(published_layout.scale_name(name))
                 wrong += self._wrong_scales(name, stored.shape)
         is_fp8 = {name for name in known if name in self._stored and self._is_fp8(name)}
         if scales:
-            published.check_fp8_layout(hf)
+            published_layout.check_fp8_layout(hf)
         missing = sorted(expected.keys() - self._stored.keys())
         missing += sorted(scales - self._stored.keys())
         self._repeated = self._find_repeated(with_mtp)
@@ -264,14 +281,20 @@ class HFWeights:
         return self._stored[name].dtype == "F8_E4M3"
 
     def _wrong_scales(self, name: str, shape: Shape) -> list[str]:
-        scale = published.scale_name(name)
+        scale = published_layout.scale_name(name)
         if (stored := self._stored.get(scale)) is None:
             return []
-        if stored.dtype in published.SCALE_TYPES and stored.shape == published.scale_shape(shape):
+        if (
+            stored.dtype in published_layout.SCALE_TYPES
+            and stored.shape == published_layout.scale_shape(shape)
+        ):
             return []
-        types = f"{', '.join(published.SCALE_TYPES[:-1])} or {published.SCALE_TYPES[-1]}"
+        types = (
+            f"{', '.join(published_layout.SCALE_TYPES[:-1])} or {published_layout.SCALE_TYPES[-1]}"
+        )
         return [
-            f"{scale} is {stored.dtype} {stored.shape}, not {types} {published.scale_shape(shape)}"
+            f"{scale} is {stored.dtype} {stored.shape}, not {types} "
+            f"{published_layout.scale_shape(shape)}"
         ]
 
 
@@ -321,8 +344,8 @@ class KnownScales:
         self._home: dict[str, SafetensorsFile] = {}
         for path in _files_with_scales(Path(folder)):
             file = SafetensorsFile(path)
-            self._home |= {name: file for name in file.tensors if published.is_scale(name)}
-        self.power_of_two = published.has_power_of_two_scales(hf)
+            self._home |= {name: file for name in file.tensors if published_layout.is_scale(name)}
+        self.power_of_two = published_layout.has_power_of_two_scales(hf)
 
     def rows(self, name: str, first: int, count: int) -> Tensor | None:
         """Return the scales of rows [first, first + count) of the weight `name`, or None.
@@ -332,10 +355,10 @@ class KnownScales:
             first: row.
             count: the number of rows.
         """
-        scale = published.scale_name(name)
+        scale = published_layout.scale_name(name)
         if scale not in self._home:
             return None
-        start, end = first // published.BLOCK, -(-(first + count) // published.BLOCK)
+        start, end = first // published_layout.BLOCK, -(-(first + count) // published_layout.BLOCK)
         columns = self._home[scale].tensors[scale].shape[1]
         return _scales(self._home[scale], scale, (start, 0), (end - start, columns))
 
@@ -355,7 +378,7 @@ def _files_with_scales(folder: Path) -> list[Path]:
         return [folder / SCALES_FILE]
     if (placed := read_index(folder)) is not None:
         # A checkpoint whose weights are elsewhere may still give its configuration.
-        names = sorted({file for name, file in placed.items() if published.is_scale(name)})
+        names = sorted({file for name, file in placed.items() if published_layout.is_scale(name)})
         paths = [folder / name for name in names if (folder / name).is_file()]
         for path in paths:
             require_inside(path, folder, "weights")

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from megatron_r1.base.files.weight_files import open_safetensors
+from megatron_r1.models.weights.formats.published_layout import published_tensors
 from megatron_r1.models.weights.layout import Shape
-from megatron_r1.models.weights.stored.published import published_tensors
 
 STRIPE_BYTES = 16 << 20
 

@@ -9,9 +9,9 @@ from megatron_r1.config import Config
 from megatron_r1.config.engine import LAYOUT
 from megatron_r1.config.push import PushConfig
 from megatron_r1.models.hf_config import model_family
+from megatron_r1.models.weights.formats.published_layout import BLOCK, is_quantized
 from megatron_r1.models.weights.layout import recipe_stages
-from megatron_r1.models.weights.stored.published import BLOCK, is_quantized
-from megatron_r1.models.weights.table import replicated, table
+from megatron_r1.models.weights.table import replicated, weight_table
 from megatron_r1.push.plan.adapters import (
     PredictedAdapterSharding,
     check_adapter_push,
@@ -218,7 +218,7 @@ def _trainer_regions(
     hf: dict, tensor: int, expert_tensor: int
 ) -> Iterator[tuple[HFTensor, Region]]:
     """Yield every region of a quantized tensor that a trainer rank holds, of one expert only."""
-    rules = table(hf)
+    rules = weight_table(hf)
     for item in checkpoint_tensors(rules, {"layers"}, range(len(rules.layers)), (0,)):
         if not is_quantized(item.name) or item.rule.split is replicated:
             continue

@@ -19,17 +19,17 @@ import torch.distributed as dist
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync, make_folder
 from megatron_r1.models.hf_config import has_score_head
-from megatron_r1.models.weights.local import has_mtp, local_pieces, merge_adapter
-from megatron_r1.models.weights.stored import hf_writing
-from megatron_r1.models.weights.stored.published import StackedPart, stacked_part
-from megatron_r1.models.weights.stored.tensor_files import (
+from megatron_r1.models.weights.formats import hf_writer
+from megatron_r1.models.weights.formats.published_layout import StackedPart, stacked_part
+from megatron_r1.models.weights.formats.tensor_files import (
     FilePlan,
     PlannedTensor,
     plan_file,
     stored_tensors,
     write_box,
 )
-from megatron_r1.models.weights.table import Piece, table
+from megatron_r1.models.weights.loading import has_mtp, local_pieces, merge_adapter
+from megatron_r1.models.weights.table import Piece, weight_table
 
 BLOCK_BYTES = 256 << 20
 """The most bytes of a parameter that are copied to the host at once."""
@@ -60,14 +60,14 @@ def save_hf(
     Raises:
         UserError: something cannot be written; on every rank."""
     source, with_mtp = Path(source_folder), has_mtp(model_chunks)
-    files = hf_writing.split_into_files(
+    files = hf_writer.split_into_files(
         stored_tensors(hf, dtype, with_mtp=with_mtp), max_shard_bytes
     )
 
     def begin(folder: Path) -> None:
-        hf_writing.copy_model_files(source, folder)
-        hf_writing.write_config(source, folder, dtype, with_mtp, has_score_head(hf))
-        hf_writing.write_index(folder, files)
+        hf_writer.copy_model_files(source, folder)
+        hf_writer.write_config(source, folder, dtype, with_mtp, has_score_head(hf))
+        hf_writer.write_index(folder, files)
 
     with write_folder(Path(out_folder), begin) as folder:
         plans = {folder / name: plan_file(content) for name, content in files.items()}
@@ -108,7 +108,7 @@ def _write_files(
     """Write several planned files at once; call on every rank with the same plans. Adapters are
     merged into the weights."""
     copies = defaultdict(list)
-    for copy, original in table(hf).copies.items():
+    for copy, original in weight_table(hf).copies.items():
         copies[original].append(copy)
     held, part_of = local_pieces(model_chunks, hf), partial(stacked_part, hf)
     write_pieces(held, plans, copies, part_of, durable=durable)

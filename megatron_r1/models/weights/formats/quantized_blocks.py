@@ -1,5 +1,5 @@
-"""Weights in blocks with a scale each: DeepSeek's FP8, blocks of 128 x 128 (`published` has their
-layout), and MXFP4, in which gpt-oss's experts are published, and which is only read.
+"""Weights in blocks with a scale each: DeepSeek's FP8, blocks of 128 x 128 (`published_layout` has
+their layout), and MXFP4, in which gpt-oss's experts are published, and which is only read.
 
 An MXFP4 weight (experts, columns, rows) is stored transposed, in blocks of 32 numbers of a row:
 `_blocks` (experts, rows, columns / 32, 16) uint8, two FP4 codes (E2M1) in a byte, the low half
@@ -10,7 +10,7 @@ import torch
 from r1_kernels import dequantize_blockwise, quantize_blockwise
 from torch import Tensor
 
-from megatron_r1.models.weights.stored.published import BLOCK, scale_shape
+from megatron_r1.models.weights.formats.published_layout import BLOCK, scale_shape
 from megatron_r1.models.weights.table import Shape
 
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.models.weights.stored.hf_writing import copy_model_files
-from megatron_r1.models.weights.stored.published import published_tensors
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.hf_writer import copy_model_files
+from megatron_r1.models.weights.formats.published_layout import published_tensors
 
 
-def load_by_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **options: Any) -> Any:
+def load_with_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **options: Any) -> Any:
     """Return what transformers loads from `folder`, whose `config.json` is `hf`.
 
     By architecture, not model_type: Kimi-K2 has a type of its own for DeepSeek-V3's class, and

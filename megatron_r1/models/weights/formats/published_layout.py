@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models import supported
+from megatron_r1.models import support_checks
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.weights.layout import hf_tensors
 from megatron_r1.models.weights.table import Shape
 
-BLOCK = supported.BLOCK
-FP8_CONFIG = supported.FP8_BLOCKS
+BLOCK = support_checks.BLOCK
+FP8_CONFIG = support_checks.FP8_BLOCKS
 FP8_DTYPE = "float8_e4m3fn"
 SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 """Types of safetensors in which scales can be read. F8_E8M0 are exponents alone, 2^(e - 127), and

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.layout import Shape, hf_tensors, layout, stage_shards
-from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
-from megatron_r1.models.weights.table import Piece, table
+from megatron_r1.models.weights.table import Piece, weight_table
 
 _EXPERT = re.compile(
     r"(?P<prefix>.*\.mlp\.experts)\."
@@ -93,7 +93,7 @@ def stored_layout(
         stacked: whether the layers are an axis of one tensor; None: as Megatron 0.16 does, for
             models without experts.
     """
-    rules = table(hf)
+    rules = weight_table(hf)
     if stacked is None:
         stacked = not rules.num_experts
     fused_norms = transformer_engine or not hf.get("kv_lora_rank")
@@ -151,7 +151,7 @@ class MegatronWeights:
         self.checkpoint = DistributedCheckpoint(folder)
         self.with_mtp = any(key.startswith("mtp.") for key in self.checkpoint.shapes)
         self.layout = self._recognize()
-        self.copies = table(hf).copies
+        self.copies = weight_table(hf).copies
         self._runs = self.layout.by_hf_name()
         self._check_shapes()
 
@@ -169,7 +169,7 @@ class MegatronWeights:
     @cached_property
     def tensors(self) -> dict[str, tuple[Shape, str]]:
         """The (shape, stored dtype) of every tensor, by name, including an HF checkpoint's copies
-        (`Table.copies`)."""
+        (`WeightTable.copies`)."""
         tensors = {}
         for name, (shape, _) in hf_tensors(self.hf, with_mtp=self.with_mtp).items():
             key = self._runs[self.copies.get(name, name)][0][0].key
@@ -203,7 +203,7 @@ class MegatronWeights:
 
     def check(self, with_mtp: bool) -> None:
         """Raise UserError when MTP layers are needed and the checkpoint has none."""
-        if with_mtp and not self.with_mtp and table(self.hf).mtp:
+        if with_mtp and not self.with_mtp and weight_table(self.hf).mtp:
             raise UserError(
                 f"checkpoint {self.path} has no MTP layers; leave them out (model.mtp: none)",
                 key="model.mtp",

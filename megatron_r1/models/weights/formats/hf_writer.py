@@ -15,8 +15,8 @@ from megatron_r1.base.files.untrusted_files import read_json, require_inside
 from megatron_r1.base.files.weight_files import INDEX, SINGLE
 from megatron_r1.data.tokenizer import GENERATION, end_tokens
 from megatron_r1.models.hf_config import has_score_head, implied_settings, score_model_config
+from megatron_r1.models.weights.formats import published_layout
 from megatron_r1.models.weights.layout import Shape
-from megatron_r1.models.weights.stored import published
 
 Tensors = Mapping[str, tuple[Shape, torch.dtype]]
 
@@ -43,7 +43,7 @@ def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
     size = 0
     for name, (shape, dtype) in tensors.items():
         num_bytes = prod(shape) * dtype.itemsize
-        if shards[-1] and size + num_bytes > max_bytes and not published.is_scale(name):
+        if shards[-1] and size + num_bytes > max_bytes and not published_layout.is_scale(name):
             shards.append({})
             size = 0
         shards[-1][name] = (shape, dtype)
@@ -124,7 +124,7 @@ def write_config(
     config["dtype"] = str(dtype).removeprefix("torch.")
     if dtype == torch.float8_e4m3fn:
         config["dtype"] = "bfloat16"
-        config["quantization_config"] = quantization or published.FP8_CONFIG
+        config["quantization_config"] = quantization or published_layout.FP8_CONFIG
     config |= implied_settings(config)
     if not with_mtp:
         for name in ("num_nextn_predict_layers", "num_mtp_layers"):

@@ -2,10 +2,11 @@
 
 Transformer Engine's attention of packed batches has no mask of a tree. It has sequences with more
 keys than queries, each causal from its last query on (`padding_causal_bottom_right`, all backends),
-so the keys and values of a segment's whole sequence are gathered (`prefixes.whole_sequences`) and
-queries stay as they are: everything but attention is computed once, and attention reads and saves
-as many keys as without sharing. With context parallelism Transformer Engine refuses that mask
-(2.20: attention/dot_product_attention/utils.py, `get_attention_backend`)."""
+so the keys and values of a segment's whole sequence are gathered
+(`shared_prefixes.whole_sequences`) and queries stay as they are: everything but attention is
+computed once, and attention reads and saves as many keys as without sharing. With context
+parallelism Transformer Engine refuses that mask (2.20: attention/dot_product_attention/utils.py,
+`get_attention_backend`)."""
 
 from enum import Enum
 from typing import Any
@@ -14,7 +15,7 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_r1.models.prefixes import whole_sequences_of
+from megatron_r1.models.shared_prefixes import whole_sequences_of
 
 
 class _Mask(Enum):
@@ -23,7 +24,7 @@ class _Mask(Enum):
     padding_causal_bottom_right = 1
 
 
-class SharedPromptAttention(TEDotProductAttention):
+class SharedPrefixAttention(TEDotProductAttention):
     """Transformer Engine's attention in Megatron, also where segments continue others."""
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -109,7 +109,7 @@ FP8_BLOCKS = {
     "weight_block_size": [BLOCK, BLOCK],
 }
 """`quantization_config` of DeepSeek's published FP8 checkpoints
-(`models.weights.stored.published`)."""
+(`models.weights.formats.published_layout`)."""
 
 
 def _check_quantization(hf: dict) -> None:

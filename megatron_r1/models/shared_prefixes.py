@@ -9,7 +9,7 @@ prompt of which there are 16 responses costs one pass, and its gradient is the s
 On a CPU a query attends to its own segment, causally, and to each whole prefix before it; the parts
 are joined by the normalizers of their softmax, forward and backward as in
 `models.ring_attention`. The matrix of queries x keys never exists. On a GPU
-`models.shared_attention` hands Transformer Engine the keys of whole sequences.
+`models.te_prefix_attention` hands Transformer Engine the keys of whole sequences.
 
 Shapes: t tokens, S segments, h query heads, g key/value heads (g divides h), d head size of queries
 and keys, e of values."""

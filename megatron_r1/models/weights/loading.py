@@ -16,9 +16,9 @@ from torch.nn import Module
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.build import process_groups
 from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.layout import LayoutEntry, Shard, hf_tensors, layout
-from megatron_r1.models.weights.stored.hf_folder import HFWeights
-from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.table import SCORE, Piece, Shape
 
 
@@ -40,13 +40,13 @@ def local_pieces(
     for tensor, entry in local_entries(model_chunks, hf):
         # Replicas hold the same values; the first of them owns the pieces.
         first = _replicas(model_chunks, entry).rank() == 0
-        yield tensor, entry.pieces, entry.owner and first
+        yield tensor, entry.pieces, entry.is_owner and first
 
 
 def _replicas(model_chunks: Sequence, entry: LayoutEntry) -> dist.ProcessGroup:
     """Return the ranks that hold the same values of a tensor."""
     groups = process_groups(model_chunks)
-    return groups.expt_dp if entry.expert else groups.dp_cp
+    return groups.expt_dp if entry.is_expert else groups.dp_cp
 
 
 def local_entries(model_chunks: Sequence, hf: dict) -> Iterator[tuple[Tensor, LayoutEntry]]:
