@@ -6,8 +6,8 @@ import msgspec
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.stopping import run_until_stopped
-from megatron_r1.commands import supervised
-from megatron_r1.commands.supervised import SupervisedTask, resolve_steps
+from megatron_r1.commands import supervised_training
+from megatron_r1.commands.supervised_training import SupervisedTask, resolve_steps
 from megatron_r1.commands.training_run import check_trainer, preload_megatron
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
@@ -40,7 +40,7 @@ def run(config: Config) -> None:
         return [make_sample(*text.encode(example)) for example in batch]
 
     task = SupervisedTask(config, examples, config.sft.batch_size, to_samples, SUPERVISED)
-    run_until_stopped(supervised.train(task, "sft", [config.model.path, *contents]))
+    run_until_stopped(supervised_training.train(task, "sft", [config.model.path, *contents]))
 
 
 def dry_run(config: Config) -> None:
@@ -100,7 +100,7 @@ def read_examples(config: Config) -> tuple[ExampleTokenizer, EpochSampler[SFTExa
         if (form := (roles, example.learned_from, bool(example.tools))) not in rendered:
             rendered.add(form)
             text.encode(example)
-    return text, sampler, [*lines, *mark_learned(sampler.items[0], text)]
+    return text, sampler, [*lines, *mark_loss_tokens(sampler.items[0], text)]
 
 
 def load_sampler(config: Config) -> tuple[EpochSampler[SFTExample], list[str]]:
@@ -119,7 +119,7 @@ def load_sampler(config: Config) -> tuple[EpochSampler[SFTExample], list[str]]:
     return MixtureSampler(parts, config.run.seed, shuffled), [*describe_mixture(parts), *lines]
 
 
-def mark_learned(example: SFTExample, text: ExampleTokenizer) -> list[str]:
+def mark_loss_tokens(example: SFTExample, text: ExampleTokenizer) -> list[str]:
     """Return an example's text, with what is learned between « and »."""
     token_ids, is_learned = text.encode(example)
     pieces = []

@@ -2,8 +2,8 @@
 a clean stop.
 
 Within `training_run` runs a loop: that of `rl` is `controller.loop`, that of `sft` and
-`reward-model` is `supervised`. Imports of vLLM and Megatron-Core begin while the controller reads
-the data."""
+`reward-model` is `supervised_training`. Imports of vLLM and Megatron-Core begin while the
+controller reads the data."""
 
 import contextlib
 import json

@@ -22,7 +22,7 @@ from megatron_r1.commands.why.comparison import (
     not_checked,
 )
 from megatron_r1.commands.why.formulas import are_equal
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.controller.rollouts.rollout import all_responses
 from megatron_r1.reporting.wording import format_number as number
 

@@ -14,7 +14,7 @@ from megatron_r1.commands.why.comparison import (
     fraction_comparison,
     not_checked,
 )
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 
 FAMILY = "sampling"
 
