@@ -190,7 +190,7 @@ async def _evaluate(
     else:
         labels = [row.samples[0].label for row in heldout]
         measures = label_measures(questions, scores, labels)
-    recorder.evaluation({"step": recorder.state.step, **measures}, [])
+    recorder.record_evaluation({"step": recorder.state.step, **measures}, [])
 
 
 def _next_commands(config: Config) -> list[tuple[str, str]]:

@@ -162,7 +162,7 @@ async def training_run(
         supervisor = Supervisor(config, recorder, trainer, spans_hosts=SPANS_HOSTS in os.environ)
         outcome = ""
         try:
-            if not recorder.resumed:
+            if not recorder.is_resumed:
                 _require_weights(config.model)
             if PORT not in os.environ:  # no torchrun has started them
                 trainer.launch()

@@ -142,5 +142,5 @@ def test_b27_ids_of_the_padded_vocabulary_have_no_text(padded, tmp_path):
     beginning_folder(tmp_path)
     tokenizer = PromptTokenizer(str(tmp_path), "{problem}")
     got = collected(tokenizer, [1, *padded, tokenizer.end])
-    assert not got.truncated and got.rewards["accuracy"] == 0.0
+    assert not got.is_truncated and got.rewards["accuracy"] == 0.0
     assert got.text.startswith("the") and len(got.response.token_ids) == len(padded) + 2

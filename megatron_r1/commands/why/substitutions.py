@@ -164,7 +164,7 @@ def _of_advantages(step: RecordedStep) -> Iterator[Substitution]:
         yield Substitution(
             "rewards of accuracy alone", "rewards.weights", advantages=made(accuracy)
         )
-    if any(graded.truncated for graded in step.responses.values()):
+    if any(graded.is_truncated for graded in step.responses.values()):
         yield _of_truncated(step, made(rewards))
 
 
@@ -180,7 +180,7 @@ def _of_truncated(step: RecordedStep, all_trained: Advantages) -> Substitution:
             "truncated responses trained on", "rl.truncated", advantages=all_trained
         )
     trained = [
-        [math.nan if g.truncated else a for a, g in zip(own, group.responses, strict=True)]
+        [math.nan if g.is_truncated else a for a, g in zip(own, group.responses, strict=True)]
         for own, group in zip(step.advantages, step.groups, strict=True)
     ]
     return Substitution("truncated responses left out", "rl.truncated", advantages=trained)

@@ -41,7 +41,7 @@ def _equal_groups(step: RecordedStep) -> str:
 
 
 def _cut(step: RecordedStep) -> str:
-    cut = [which for which, graded in step.responses.items() if graded.truncated]
+    cut = [which for which, graded in step.responses.items() if graded.is_truncated]
     fraction = len(cut) / len(step.responses)
     if fraction < MAX_CUT:
         return ""

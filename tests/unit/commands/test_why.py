@@ -130,7 +130,7 @@ class Planted:
         means = {
             "reward/mean": statistics.fmean(each.reward for each in responses),
             "accuracy": statistics.fmean(each.rewards["accuracy"] for each in responses),
-            "truncated": statistics.fmean(each.truncated for each in responses),
+            "truncated": statistics.fmean(each.is_truncated for each in responses),
         }
         if not folder.metrics_path.exists():
             folder.append_metrics({"step": STEP, **means, **self.line})
