@@ -11,7 +11,7 @@ from megatron_r1.agents.environment_pool import describe_in_subprocess
 from megatron_r1.agents.verifiers import list_tasks
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
-from megatron_r1.data.prompt_rows import MissingTruth
+from megatron_r1.data.prompt_reader import MissingTruth
 from megatron_r1.data.prompts import PromptSplit, load_prompts
 
 

@@ -75,8 +75,8 @@ def run(config: Config, folder: str, question: list[str] | None = None) -> None:
 
 
 def _settings(config: Config, model: Path) -> Config:
-    """Return the settings of the run that made the model, or those for a folder, with what the
-    command line sets over them, for one engine on this host."""
+    """Return the settings for one engine here: the run's, or a folder's defaults, overridden by
+    the command line."""
     trained, template = trained_recipe(model), template_of_model(model, ARGUMENTS[0])[0]
     if trained is not None and infer_verb(trained) == "rl":
         rollout = trained.rollout.model_dump()

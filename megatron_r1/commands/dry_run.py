@@ -18,7 +18,7 @@ from megatron_r1.commands.rl_prompts import describe_stop_tokens, explain_rename
 from megatron_r1.commands.rollout_run import open_player
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import warmup_note
-from megatron_r1.controller.advice import advice
+from megatron_r1.controller.advice import find_advice
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
@@ -157,7 +157,7 @@ def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
         [
             f"--- {printable(shorten(question, 200))}",
             printable(response, keep_newlines=True),
-            f"    {wanted}{tokens}{', cut off' if graded.truncated else ''}; {terms}; "
+            f"    {wanted}{tokens}{', cut off' if graded.is_truncated else ''}; {terms}; "
             f"{printable(graded.reason)}",
         ]
     )
@@ -220,7 +220,7 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, me
         "step on",
         memory,
         *_kept_on_disk(config, rollout, full / responses),
-        *advice(rollout, first).values(),
+        *find_advice(rollout, first).values(),
         *filter(None, [warmup_note(config.optimizer, config.num_policy_updates)]),
         "nothing was trained or written",
     ]

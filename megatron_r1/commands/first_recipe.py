@@ -38,16 +38,16 @@ class Machine:
     """The machine of a run.
 
     Attributes:
-        gpus: 0 for a CPU.
-        memory: free bytes of the host, or of one GPU."""
+        num_gpus: 0 for a CPU.
+        free_bytes: free memory of the host, or of one GPU."""
 
-    gpus: int
-    memory: int
+    num_gpus: int
+    free_bytes: int
 
     @property
     def is_cpu(self) -> bool:
         """Whether the machine has no GPU."""
-        return self.gpus == 0
+        return self.num_gpus == 0
 
 
 def guess_lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess]:
@@ -93,12 +93,12 @@ def guess_layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[
             _engine_fraction(parameters, tensor, machine),
             "what weights and moments of the trainer leave of a GPU; megatron-r1 plan computes it",
         ),
-        Guess("rollout.engines", machine.gpus // tensor, "as many as the GPUs have room for"),
-        Guess("parallel.processes", machine.gpus, "a trainer rank on each visible GPU"),
+        Guess("rollout.engines", machine.num_gpus // tensor, "as many as the GPUs have room for"),
+        Guess("parallel.processes", machine.num_gpus, "a trainer rank on each visible GPU"),
         Guess("push.transport", "cuda_ipc", "trainer and engines share the GPUs of this host"),
     ]
     if tensor > 1:
-        why = f"{parameters / 1e9:.1f}B parameters in {machine.memory / GIB:.0f} GiB a GPU"
+        why = f"{parameters / 1e9:.1f}B parameters in {machine.free_bytes / GIB:.0f} GiB a GPU"
         guesses += [
             Guess("parallel.tensor", tensor, f"{why}; megatron-r1 plan computes it"),
             Guess("rollout.tensor", tensor, "as the trainer's"),
@@ -111,8 +111,8 @@ def _engine_fraction(parameters: int, tensor: int, machine: Machine) -> float:
     freed meanwhile, and to the receive buffer of pushes, which is no part of vLLM's share."""
     each = parameter_bytes(DTYPE)
     buffer = engine_bytes(1, DTYPE) - engine_bytes(1, DTYPE, receives=False)
-    taken = parameters * ((each.value + buffer) / tensor + each.optimizer / machine.gpus)
-    return max(5, int(20 * (1 - OVERHEAD - taken / machine.memory)) * 5) / 100
+    taken = parameters * ((each.value + buffer) / tensor + each.optimizer / machine.num_gpus)
+    return max(5, int(20 * (1 - OVERHEAD - taken / machine.free_bytes)) * 5) / 100
 
 
 def tensor_parallel_size(hf: dict[str, Any], parameters: int, machine: Machine) -> int:
@@ -124,11 +124,13 @@ def tensor_parallel_size(hf: dict[str, Any], parameters: int, machine: Machine) 
         parameters: the number of its parameters.
         machine: the GPUs and their memory."""
     heads, kv_heads = hf["num_attention_heads"], key_value_heads(hf)
-    sizes = [n for n in (1, 2, 4, 8) if not (machine.gpus % n or heads % n or kv_heads % n)]
+    sizes = [n for n in (1, 2, 4, 8) if not (machine.num_gpus % n or heads % n or kv_heads % n)]
     each = parameter_bytes(DTYPE)
     for size in sizes:
-        taken = parameters * ((each.value + each.gradient) / size + each.optimizer / machine.gpus)
-        if taken <= GPU_FRACTION * machine.memory:
+        taken = parameters * (
+            (each.value + each.gradient) / size + each.optimizer / machine.num_gpus
+        )
+        if taken <= GPU_FRACTION * machine.free_bytes:
             return size
     return sizes[-1]
 

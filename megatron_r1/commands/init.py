@@ -41,10 +41,10 @@ from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
 from megatron_r1.data.preferences import Kind, PreferenceTokenizer, kind_of_rows, read_preferences
-from megatron_r1.data.prompt_rows import parse_question
+from megatron_r1.data.prompt_reader import parse_question
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize_question
-from megatron_r1.data.renamed_rows import ABSENT, lookup, read_renamed_rows
+from megatron_r1.data.rows import ABSENT, lookup, read_canonical_rows
 from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
 from megatron_r1.data.tokenizer import describe_end_tokens, load_tokenizer
 from megatron_r1.engines.server import gpu
@@ -192,7 +192,7 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     hf = read_hf_config(folder, key=MODEL)
     check_supported(hf)
     require_weights(folder, MODEL)
-    rows = [row for _, row in itertools.islice(read_renamed_rows(data), MAX_ROWS)]
+    rows = [row for _, row in itertools.islice(read_canonical_rows(data), MAX_ROWS)]
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
     source = QuestionSource(folder, hf, num_parameters(hf), data, rows, detect_machine())
@@ -352,7 +352,7 @@ def _read_questions(data: str, columns: Columns) -> list[Asked]:
     """
     renamed = {"question": columns.question}
     found: dict[str, Asked] = {}
-    for location, row in itertools.islice(read_renamed_rows(data, renamed), MAX_ROWS):
+    for location, row in itertools.islice(read_canonical_rows(data, renamed), MAX_ROWS):
         before, question = parse_question(location, row)
         found.setdefault(normalize_question(question, fold_case=False), (before, question))
     return list(found.values())
@@ -436,7 +436,7 @@ def _check_truths(data: str, columns: Columns) -> None:
     does not."""
     if columns.kind != "math" or columns.truth is None:
         return
-    rows = itertools.islice(read_renamed_rows(data, {"truth": columns.truth}), TRIED_TRUTHS)
+    rows = itertools.islice(read_canonical_rows(data, {"truth": columns.truth}), TRIED_TRUTHS)
     truths = [accepted_answers(row["truth"])[0] for _, row in rows if not is_missing(row["truth"])]
     grades = asyncio.run(_grade(truths))
     bad = [pair for pair in zip(truths, grades, strict=True) if pair[1].reward < 1]

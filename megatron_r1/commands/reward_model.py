@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.stopping import run_until_stopped
-from megatron_r1.commands import supervised
-from megatron_r1.commands.supervised import SupervisedTask, resolve_steps
+from megatron_r1.commands import supervised_training
+from megatron_r1.commands.supervised_training import SupervisedTask, resolve_steps
 from megatron_r1.commands.training_run import check_trainer, preload_megatron
 from megatron_r1.config import Config
 from megatron_r1.config.yaml_text import format_value
@@ -44,7 +44,7 @@ class RewardModelRow:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RewardModelData:
     """The training and held-out rows of a reward model.
 
     Attributes:
@@ -107,10 +107,12 @@ def run(config: Config) -> None:
     )
     unit = "pairs" if settings.kind == "pairwise" else "labelled responses"
     facts = [config.model.path, f"{len(rows.train):,} {unit}, {len(rows.heldout):,} held out"]
-    run_until_stopped(supervised.train(task, "reward model", facts, _next_commands(config)))
+    run_until_stopped(
+        supervised_training.train(task, "reward model", facts, _next_commands(config))
+    )
 
 
-def load_rows(config: Config, text: PreferenceTokenizer, hf: dict[str, Any]) -> Rows:
+def load_rows(config: Config, text: PreferenceTokenizer, hf: dict[str, Any]) -> RewardModelData:
     """Read the rows of `reward_model.data`, tokenize them and split them by their questions.
 
     Args:
@@ -145,7 +147,7 @@ def load_rows(config: Config, text: PreferenceTokenizer, hf: dict[str, Any]) -> 
             key="reward_model.data",
             cause=Cause.EMPTY,
         )
-    return Rows(sides[False], sides[True], dropped)
+    return RewardModelData(sides[False], sides[True], dropped)
 
 
 def _tokenize(row: Preference, text: PreferenceTokenizer, hf: dict[str, Any]) -> tuple[Sample, ...]:
@@ -188,7 +190,7 @@ async def _evaluate(
     else:
         labels = [row.samples[0].label for row in heldout]
         measures = label_measures(questions, scores, labels)
-    recorder.evaluation({"step": recorder.state.step, **measures}, [])
+    recorder.record_evaluation({"step": recorder.state.step, **measures}, [])
 
 
 def _next_commands(config: Config) -> list[tuple[str, str]]:

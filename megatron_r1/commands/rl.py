@@ -29,7 +29,7 @@ from megatron_r1.controller.roles import PolicyEngines, TrainerPasses
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
-from megatron_r1.controller.session import Session
+from megatron_r1.controller.session import RLRun
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit
@@ -77,11 +77,11 @@ async def _train(config: Config, tokenizer: PromptTokenizer, prompts: PromptSpli
                 return
             show_trainer(running.recorder, running.trainer)
             while True:
-                session = _session(config, running, rollouts, prompts)
+                rl_run = _rl_run(config, running, rollouts, prompts)
                 joining = accepting_hosts(rollouts.collector.fleet, rollouts.hosts)
                 try:
-                    async with session.open(), joining:
-                        await train(session)  # the algorithm
+                    async with rl_run.open(), joining:
+                        await train(rl_run)  # the algorithm
                     return
                 except TrainerLost as lost:
                     await running.supervisor.restart_trainer(lost)
@@ -119,10 +119,10 @@ async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
     timeline.mark("controller/engines ready")
 
 
-def _session(
+def _rl_run(
     config: Config, running: TrainingRun, rollouts: RolloutRoles, prompts: PromptSplit
-) -> Session:
-    """Return a session that begins at the newest checkpoint."""
+) -> RLRun:
+    """Return the run, which begins at the newest checkpoint."""
     collector, trainer, recorder = rollouts.collector, running.trainer, running.recorder
     collector.fleet.policy_version = -1  # ranks that went back push earlier versions again
     longest = max_model_len(config) - PROBE_TOKENS
@@ -133,7 +133,7 @@ def _session(
     ]
     pusher = create_pusher(config, trainer, collector.fleet, probes)
     sampler = PromptSampler(prompts.train, config.run.seed)
-    return Session(
+    return RLRun(
         recorder,
         running.stop,
         PolicyEngines(trainer, pusher, StepSampler(config, collector, sampler, rollouts.log)),

@@ -100,7 +100,7 @@ def _placement(config: Config, hf: Mapping[str, Any]) -> str:
         machine = detect_machine()
     except (OSError, subprocess.CalledProcessError):
         return unknown
-    if not machine.gpus:  # the driver has some, but they have no files in /dev
+    if not machine.num_gpus:  # the driver has some, but they have no files in /dev
         return unknown
     guesses = guess_layout(dict(hf), num_parameters(dict(hf)), machine)
     keys = ", ".join(f"{guess.key}: {value_text(guess.value)}" for guess in guesses)

@@ -21,9 +21,9 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
+from megatron_r1.data.few_shot import FewShotExamples
 from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.shots import FewShotExamples
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings

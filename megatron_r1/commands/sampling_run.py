@@ -14,7 +14,7 @@ from megatron_r1.base.files import atomic_write, fsync
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.data.shots import FewShotExamples
+from megatron_r1.data.few_shot import FewShotExamples
 from megatron_r1.evaluation.identity import require_same_identity
 from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings

@@ -6,16 +6,16 @@ import msgspec
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.stopping import run_until_stopped
-from megatron_r1.commands import supervised
-from megatron_r1.commands.supervised import SupervisedTask, resolve_steps
+from megatron_r1.commands import supervised_training
+from megatron_r1.commands.supervised_training import SupervisedTask, resolve_steps
 from megatron_r1.commands.training_run import check_trainer, preload_megatron
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.data.conversations import ExampleTokenizer
 from megatron_r1.data.mixture import MixtureSampler, describe_mixture, load_mixture
-from megatron_r1.data.renamed_rows import DataReport
+from megatron_r1.data.rows import DataReport
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
+from megatron_r1.data.sft_tokenizer import SFTTokenizer
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.formatting import printable, shorten_middle
 from megatron_r1.trainer.operations import SUPERVISED
@@ -40,7 +40,7 @@ def run(config: Config) -> None:
         return [make_sample(*text.encode(example)) for example in batch]
 
     task = SupervisedTask(config, examples, config.sft.batch_size, to_samples, SUPERVISED)
-    run_until_stopped(supervised.train(task, "sft", [config.model.path, *contents]))
+    run_until_stopped(supervised_training.train(task, "sft", [config.model.path, *contents]))
 
 
 def dry_run(config: Config) -> None:
@@ -85,22 +85,22 @@ def check_settings(config: Config) -> None:
     read_hf_config(config.model.path)
 
 
-def read_examples(config: Config) -> tuple[ExampleTokenizer, EpochSampler[SFTExample], list[str]]:
+def read_examples(config: Config) -> tuple[SFTTokenizer, EpochSampler[SFTExample], list[str]]:
     """Return the tokenizer with its template, the sampler of examples, and lines about these.
     Renders an example of each sequence of roles.
 
     Raises:
         UserError: the data cannot be read, or the template refuses an example.
     """
-    text = ExampleTokenizer(config.model.path, config.sft.template)
+    text = SFTTokenizer(config.model.path, config.sft.template)
     sampler, lines = load_sampler(config)
     rendered = set()
     for example in sampler.items:
         roles = tuple(message["role"] for message in example.messages)
-        if (form := (roles, example.learned_from, bool(example.tools))) not in rendered:
+        if (form := (roles, example.first_loss_message, bool(example.tools))) not in rendered:
             rendered.add(form)
             text.encode(example)
-    return text, sampler, [*lines, *mark_learned(sampler.items[0], text)]
+    return text, sampler, [*lines, *mark_loss_tokens(sampler.items[0], text)]
 
 
 def load_sampler(config: Config) -> tuple[EpochSampler[SFTExample], list[str]]:
@@ -119,7 +119,7 @@ def load_sampler(config: Config) -> tuple[EpochSampler[SFTExample], list[str]]:
     return MixtureSampler(parts, config.run.seed, shuffled), [*describe_mixture(parts), *lines]
 
 
-def mark_learned(example: SFTExample, text: ExampleTokenizer) -> list[str]:
+def mark_loss_tokens(example: SFTExample, text: SFTTokenizer) -> list[str]:
     """Return an example's text, with what is learned between « and »."""
     token_ids, is_learned = text.encode(example)
     pieces = []

@@ -11,7 +11,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, infer_verb
 from megatron_r1.data.prompt_tokenizer import PLACEHOLDER, TEMPLATES
-from megatron_r1.data.renamed_rows import read_renamed_rows
+from megatron_r1.data.rows import read_canonical_rows
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server import gpu
 from megatron_r1.models.hf_config import hub_hint
@@ -106,7 +106,7 @@ def _supervised_template(trained: Config) -> str | None:
     data = trained.sft.data
     path = data if isinstance(data, str) else data[0].path
     try:
-        rows = itertools.islice(read_renamed_rows(path), TEMPLATE_ROWS)
+        rows = itertools.islice(read_canonical_rows(path), TEMPLATE_ROWS)
         return guess_template([row["prompt"] for _, row in rows])
     except (UserError, KeyError):
         return None

@@ -2,8 +2,8 @@
 a clean stop.
 
 Within `training_run` runs a loop: that of `rl` is `controller.loop`, that of `sft` and
-`reward-model` is `supervised`. Imports of vLLM and Megatron-Core begin while the controller reads
-the data."""
+`reward-model` is `supervised_training`. Imports of vLLM and Megatron-Core begin while the
+controller reads the data."""
 
 import contextlib
 import json
@@ -162,7 +162,7 @@ async def training_run(
         supervisor = Supervisor(config, recorder, trainer, spans_hosts=SPANS_HOSTS in os.environ)
         outcome = ""
         try:
-            if not recorder.resumed:
+            if not recorder.is_resumed:
                 _require_weights(config.model)
             if PORT not in os.environ:  # no torchrun has started them
                 trainer.launch()

@@ -226,7 +226,7 @@ RatioLevel = Literal["token", "sequence"]
 
 
 class _Readable:
-    """Settings that can also be read as a mapping, which they were before 0.3.
+    """Settings that user code written before 0.3 can still read as a mapping.
 
     Losses and token advantages that users wrote for 0.2 read settings["kl_beta"], which the
     changelog of 0.3 promises to work, and call ours with {**settings, "discount": 0.5}. Nothing

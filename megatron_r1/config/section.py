@@ -68,7 +68,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return the keys whose values differ or that only one of both has, those of `after` first."""
+    """Return the keys whose values differ, or that only one side has; those of `after` come
+    first."""
     return [
         key
         for key in dict.fromkeys([*after, *before])

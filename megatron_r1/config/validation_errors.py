@@ -52,7 +52,7 @@ def _is_void(section: str, key: str, value: Any) -> bool:
 
 
 GREEDY = ("rollout.temperature", "eval.temperature")
-LEAST_WORD = 5
+MIN_WORD_LENGTH = 5
 """Characters of a part of a key that is searched for in others: `max` and `num` are in many."""
 
 
@@ -145,7 +145,7 @@ def _hint(location: tuple[str | int, ...], root: type[BaseModel], known_keys: It
         return f"; did you mean {elsewhere[0]}?"
     if other_words := find_aliases(leaf, exact=True):
         return f"; elsewhere {leaf} is what is {' and '.join(other_words[0].keys)} here"
-    words = {word for word in leaf.split("_") if len(word) >= LEAST_WORD}
+    words = {word for word in leaf.split("_") if len(word) >= MIN_WORD_LENGTH}
     similar = [key for key in here if words & set(key.split("_"))]
     if len(similar) == 1:
         return f"; did you mean {'.'.join([*parents, similar[0]])}?"

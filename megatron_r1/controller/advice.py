@@ -15,12 +15,12 @@ from megatron_r1.reporting.formatting import format_count
 FIRST_STEPS = 5
 """Steps that are examined: later, equal rewards and long responses may be what was learned."""
 FEW_RIGHT = 0.05
-MOST_EQUAL = 0.8
-MOST_TRUNCATED = 0.4
-LEAST_LANGUAGE = 0.5
+MAX_EQUAL = 0.8
+MAX_TRUNCATED = 0.4
+MIN_LANGUAGE = 0.5
 
 
-def advice(rollout: Rollout, config: Config) -> dict[str, str]:
+def find_advice(rollout: Rollout, config: Config) -> dict[str, str]:
     """Return topic → sentence for each fault of a rollout.
 
     Args:
@@ -46,7 +46,7 @@ def _nothing_right(groups: list[Group], config: Config) -> str:
     graded = [each for each in all_responses(groups) if ACCURACY not in each.ungraded_terms]
     num_right = sum(each.rewards.get(ACCURACY, 1.0) > 0 for each in graded)
     num_equal = sum(group.has_equal_rewards for group in groups)
-    is_rare = num_right <= FEW_RIGHT * len(graded) and num_equal >= MOST_EQUAL * len(groups)
+    is_rare = num_right <= FEW_RIGHT * len(graded) and num_equal >= MAX_EQUAL * len(groups)
     if not graded or (num_right and not is_rare):
         return ""
     sentence = f"{num_right} of {format_count(len(graded), 'response')} are right"
@@ -81,7 +81,7 @@ def _nothing_right(groups: list[Group], config: Config) -> str:
 
 def _equal_groups(groups: Sequence[Group], config: Config) -> str:
     num_equal = sum(group.has_equal_rewards for group in groups)
-    if config.rl.group_size < 2 or num_equal < MOST_EQUAL * len(groups):
+    if config.rl.group_size < 2 or num_equal < MAX_EQUAL * len(groups):
         return ""
     return (
         f"{num_equal:,} of {format_count(len(groups), 'group')} have the same reward for all "
@@ -93,8 +93,8 @@ def _equal_groups(groups: Sequence[Group], config: Config) -> str:
 
 
 def _cut_off(responses: Sequence[GradedResponse], few_right: bool, config: Config) -> str:
-    num_cut = sum(each.truncated for each in responses)
-    if num_cut < MOST_TRUNCATED * len(responses):
+    num_cut = sum(each.is_truncated for each in responses)
+    if num_cut < MAX_TRUNCATED * len(responses):
         return ""
     limit = config.rollout.max_response_tokens
     sentence = (
@@ -127,7 +127,7 @@ def _doubled_start(groups: Sequence[Group]) -> str:
 
 def _mixed_languages(responses: Sequence[GradedResponse]) -> str:
     fractions = [each.rewards["language"] for each in responses if "language" in each.rewards]
-    if not fractions or (mean := sum(fractions) / len(fractions)) >= LEAST_LANGUAGE:
+    if not fractions or (mean := sum(fractions) / len(fractions)) >= MIN_LANGUAGE:
         return ""
     return (
         f"{mean:.0%} of the words of the thoughts are in the target language, "

@@ -34,7 +34,7 @@ from megatron_r1.models.weights.table import weight_table
 RANK_BYTES, ENGINE_BYTES, OTHER_BYTES = 500 << 20, 700 << 20, 500 << 20
 """Memory of a trainer rank and of an engine rank without a model, and of the controller with its
 graders: mostly libraries, whose pages processes share."""
-MOST_BYTES, FEWEST_TOKENS = 3 << 29, 512
+MAX_ACTIVATION_BYTES, MIN_TOKENS = 3 << 29, 512
 """Limits of a default micro-batch: its activations and its tokens. Larger ones are not faster.
 SmolLM2-135M cut to 6 layers, 4,096 tokens, one core: 7.0 to 7.5 CPU seconds in micro-batches of
 4,096, 2,048 or 1,024 tokens, 8.3 in micro-batches of 512, 9.3 in micro-batches of 256."""
@@ -47,29 +47,30 @@ class CPUMemory:
     """Bytes on this host.
 
     Attributes:
-        weights: those of all ranks, with gradients, optimizer state, reference, critic and the
-            buffers that a checkpoint is written from.
-        engine_weights: those of the engines, with their receive buffers, and of a teacher's
+        weight_bytes: weights on all ranks, with gradients, optimizer state, reference, critic and
+            the buffers that a checkpoint is written from.
+        engine_weight_bytes: weights on the engines, with their receive buffers, and on a teacher's
             engines.
-        others: KV caches, the loss head, processes.
-        per_token: activations of a token of every rank's micro-batch, and its states in the head.
-        free: free memory before the run."""
+        other_bytes: KV caches, the loss head, processes.
+        bytes_per_token: activations of a token of every rank's micro-batch, and its states in the
+            head.
+        free_bytes: free memory before the run."""
 
-    weights: int
-    engine_weights: int
-    others: int
-    per_token: int
-    free: int
+    weight_bytes: int
+    engine_weight_bytes: int
+    other_bytes: int
+    bytes_per_token: int
+    free_bytes: int
 
     @property
-    def fixed(self) -> int:
+    def fixed_bytes(self) -> int:
         """Bytes that no setting of the micro-batch changes."""
-        return self.weights + self.engine_weights + self.others
+        return self.weight_bytes + self.engine_weight_bytes + self.other_bytes
 
     @property
     def largest_microbatch(self) -> int:
         """Tokens of a micro-batch that fit next to the fixed part."""
-        return max(0, int(USED * self.free) - self.fixed) // self.per_token
+        return max(0, int(USED * self.free_bytes) - self.fixed_bytes) // self.bytes_per_token
 
     def microbatch_tokens(self, requested: int | None) -> int:
         """Return the limit of a micro-batch in tokens.
@@ -78,18 +79,19 @@ class CPUMemory:
             requested: the recipe's limit, None by default.
 
         Raises:
-            UserError: the weights and a micro-batch alone need more than is free; `others` do not
-                count for that, because processes share parts of them."""
-        most = min(DEFAULT_TOKENS, MOST_BYTES // self.per_token)
-        tokens = requested or max(FEWEST_TOKENS, min(most, self.largest_microbatch))
-        if self.weights + self.engine_weights + tokens * self.per_token <= self.free:
+            UserError: the weights and a micro-batch alone need more than is free; `other_bytes` do
+                not count for that, because processes share parts of them."""
+        most = min(DEFAULT_TOKENS, MAX_ACTIVATION_BYTES // self.bytes_per_token)
+        tokens = requested or max(MIN_TOKENS, min(most, self.largest_microbatch))
+        needed = self.weight_bytes + self.engine_weight_bytes + tokens * self.bytes_per_token
+        if needed <= self.free_bytes:
             return tokens
         key = "parallel.processes"
         remedy = (
             "lower parallel.processes or rollout.engines, set checkpoint.asynchronous: false or "
             "parallel.recompute: full, or take a machine with more memory"
         )
-        if requested and self.largest_microbatch >= FEWEST_TOKENS:
+        if requested and self.largest_microbatch >= MIN_TOKENS:
             key = "parallel.tokens_per_microbatch"
             most = self.largest_microbatch
             remedy = f"leave parallel.tokens_per_microbatch out, or lower it to {most:,}"
@@ -97,16 +99,16 @@ class CPUMemory:
 
     def describe(self, tokens: int) -> str:
         """Return a sentence on the run's memory with micro-batches of `tokens`."""
-        total = self.fixed + tokens * self.per_token
+        total = self.fixed_bytes + tokens * self.bytes_per_token
         parts = (
-            f"weights with optimizer {_gib(self.weights)}",
-            *([f"engines' {_gib(self.engine_weights)}"] if self.engine_weights else []),
-            f"activations of {tokens:,} tokens {_gib(tokens * self.per_token)}",
-            f"caches and processes {_gib(self.others)}",
+            f"weights with optimizer {_gib(self.weight_bytes)}",
+            *([f"engines' {_gib(self.engine_weight_bytes)}"] if self.engine_weight_bytes else []),
+            f"activations of {tokens:,} tokens {_gib(tokens * self.bytes_per_token)}",
+            f"caches and processes {_gib(self.other_bytes)}",
         )
         return (
             f"the run takes about {_gib(total)} GiB of memory ({', '.join(parts)}), and "
-            f"{_gib(self.free)} are free"
+            f"{_gib(self.free_bytes)} are free"
         )
 
 
@@ -150,11 +152,11 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
     working = max(layer.total - layer.saved_bytes(parallel) for layer in layers.values())
     per_token = world_size * (kept + working + states)
     return CPUMemory(
-        weights=weights,
-        engine_weights=engine_weights,
-        others=others,
-        per_token=per_token,
-        free=free_bytes(),
+        weight_bytes=weights,
+        engine_weight_bytes=engine_weights,
+        other_bytes=others,
+        bytes_per_token=per_token,
+        free_bytes=free_bytes(),
     )
 
 

@@ -63,28 +63,30 @@ from megatron_r1.config import Config
 from megatron_r1.controller.advantages import overlong_penalty
 from megatron_r1.controller.algorithms import Algorithm
 from megatron_r1.controller.corrections import reward_normalization
-from megatron_r1.controller.corrections.truncated import mask_truncated
+from megatron_r1.controller.corrections.truncation_mask import mask_truncated
 from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
-from megatron_r1.controller.session import Session
+from megatron_r1.controller.session import RLRun
 from megatron_r1.trainer.training_sample import Sample
 
 
-async def train(session: Session) -> None:
+async def train(run: RLRun) -> None:
     """Train on one rollout after another until `run.steps`, or until asked to stop."""
-    passes, engines = session.passes, session.engines
-    while (config := session.next_step()) is not None:
-        with session.phase("rollout"):
-            rollout = await engines.rollout(session.step)
+    passes, engines = run.passes, run.engines
+    while (config := run.next_step()) is not None:
+        with run.phase("rollout"):
+            rollout = await engines.rollout(run.step)
         groups, algorithm = rollout.groups, passes.algorithm
-        advantages = response_advantages(groups, algorithm, config, session.step)
+        advantages = response_advantages(groups, algorithm, config, run.step)
         # Not in the event loop: a rollout of 8,192 x 30,000 tokens is copied here.
         samples_by_response = await asyncio.to_thread(training_samples, groups, advantages)
         # By seed and step alone, so that a step that is repeated has the same mini-batches.
-        random.Random(f"{config.run.seed}:{session.step}").shuffle(samples_by_response)
+        random.Random(f"{config.run.seed}:{run.step}").shuffle(samples_by_response)
 
-        with session.phase("train"):
-            metrics = await passes.load(minibatches(samples_by_response, config.rl.minibatches))
+        with run.phase("train"):
+            metrics = await passes.load(
+                split_into_minibatches(samples_by_response, config.rl.minibatches)
+            )
             await passes.compute_values()
             # Under π_ref, and under π_old where the first update does not compute them anyway.
             metrics |= await passes.compute_logprobs(config)
@@ -92,16 +94,16 @@ async def train(session: Session) -> None:
             metrics |= await passes.mask_advantages(config)
         # No engine joins between two versions of the weights.
         async with engines.updating_weights():
-            with session.phase("train"):
+            with run.phase("train"):
                 updates = [
-                    await update(passes, config, index, session.step)
+                    await update(passes, config, index, run.step)
                     for index in range(config.rl.minibatches)
                 ]
                 metrics |= await passes.measure_logprob_diff()  # with π_old, known only now
                 await passes.refresh_reference_if_due(config)
-            with session.phase("push"):
-                await engines.push(session.step)
-        await session.finish_step(rollout, metrics, updates)
+            with run.phase("push"):
+                await engines.push(run.step)
+        await run.finish_step(rollout, metrics, updates)
 
 
 async def update(passes: TrainerPasses, config: Config, index: int, step: int) -> dict[str, float]:
@@ -158,7 +160,9 @@ def training_reward(graded: GradedResponse, config: Config) -> float | None:
     return graded.reward + overlong_penalty(num_tokens, limit, buffer, largest)
 
 
-def minibatches(samples_by_response: list[list[Sample]], count: int) -> list[list[Sample]]:
+def split_into_minibatches(
+    samples_by_response: list[list[Sample]], count: int
+) -> list[list[Sample]]:
     """Return the samples of `count` mini-batches with equally many responses each, in order.
 
     Those that are trained on are spread evenly over the mini-batches.

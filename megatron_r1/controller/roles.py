@@ -15,7 +15,7 @@ from functools import cached_property
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.corrections import MASKS, chained
+from megatron_r1.controller.corrections import MASKS, wrap_loss
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.step_sampler import StepRollout, StepSampler
@@ -187,7 +187,7 @@ class TrainerPasses:
         self.state.optimizer_step += 1
         rate = learning_rate(config.optimizer, self.state.optimizer_step, self.num_policy_updates)
         settings = config.rl.loss_settings(config.rollout.max_response_tokens)
-        loss, settings = chained(self.algorithm.loss, settings)
+        loss, settings = wrap_loss(self.algorithm.loss, settings)
         temperature = config.rollout.temperature
         metrics = await self.trainer.update(index, loss, settings, rate, temperature)
         return {**metrics, "learning_rate": rate}

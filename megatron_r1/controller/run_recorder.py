@@ -81,7 +81,7 @@ class RunRecorder:
         self.checkpoints = CheckpointSeries(folder.checkpoints, config.checkpoint, notes.append)
         recorded = folder.last_step()
         self._restore_state()
-        if recorded or self.resumed:
+        if recorded or self.is_resumed:
             notes.append(_continuation(config, self.state.step, recorded, steps_before))
         history = map(self._shown, folder.read_metrics())
         self.view = LiveView(title, config.run.steps, facts=facts, history=history)
@@ -95,7 +95,7 @@ class RunRecorder:
         self._trackers.send_history(folder.read_metrics(), folder.read_evaluations())
 
     @property
-    def resumed(self) -> bool:
+    def is_resumed(self) -> bool:
         """Whether the run continues from a checkpoint."""
         return self.checkpoints.latest is not None
 
@@ -120,7 +120,7 @@ class RunRecorder:
         self._rewind_view()
 
     @timeline.timed("controller/write files")
-    def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+    def record_step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
         """Record a finished step in all files and on the terminal."""
         self.folder.append_samples(samples)
         self.folder.append_metrics(metrics)
@@ -142,7 +142,9 @@ class RunRecorder:
                 self.view.show_message(f"step {step}: {text}")
                 self._advised.add(topic)
 
-    def evaluation(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+    def record_evaluation(
+        self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+    ) -> None:
         """Record a held-out evaluation: "step" and "eval/…"."""
         self.folder.append_samples(samples)
         self.folder.append_evaluation(metrics)
@@ -173,9 +175,9 @@ class RunRecorder:
         """Take the state of the newest checkpoint and cut every file back to its step."""
         saved = self.checkpoints.state()
         vars(self.state).update(vars(RunState(**saved or {})))
-        self.folder.truncate_after(self.state.step if self.resumed else -1)
+        self.folder.truncate_after(self.state.step if self.is_resumed else -1)
         self._advised = {line["topic"] for line in self.folder.read_advice()}
-        purge = self.state.step + 1 if self.resumed else None
+        purge = self.state.step + 1 if self.is_resumed else None
         if self._with_tensorboard:
             self._tensorboard = TensorBoardLog(self.folder.tensorboard, purge_step=purge)
 

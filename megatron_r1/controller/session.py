@@ -15,7 +15,7 @@ from r1_grading.pool import LEVELS, RewardMeter
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.config import Config
-from megatron_r1.controller.advice import FIRST_STEPS, advice
+from megatron_r1.controller.advice import FIRST_STEPS, find_advice
 from megatron_r1.controller.roles import PolicyEngines, TrainerPasses
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
@@ -29,8 +29,8 @@ from megatron_r1.trainer.operations import ModelOperations
 
 
 class RunCheckpoints:
-    """What of a run is kept across restarts, in checkpoints and in the sample log: the trainer's
-    state, the position in the prompts, and the counts of rewards.
+    """Saves and restores what a run keeps across restarts, in checkpoints and in the sample log:
+    the trainer's state, the position in the prompts, and the counts of rewards.
 
     `resume` comes first.
 
@@ -47,7 +47,7 @@ class RunCheckpoints:
         """Load the newest checkpoint into the trainer, and its state into the sampler; without one,
         keep the first policy as the reference, where the run has one."""
         state, view = self.recorder.state, self.recorder.view
-        if self.recorder.resumed:
+        if self.recorder.is_resumed:
             view.show_phase("loading checkpoint")
             await self.recorder.load(self.trainer, reference=uses_reference)
             counts = ", ".join(f"{n:,} {name}" for name, n in state.rewards.items() if n) or "none"
@@ -55,7 +55,7 @@ class RunCheckpoints:
             self.sampler.prompts.load_state_dict(state.sampler)
         elif uses_reference:
             await self.trainer.call(ModelOperations.refresh_reference)
-        # The pool may be older than the session: its counts until now are not of this session.
+        # The pool may be older than this `RLRun`: its counts until now are not of this one.
         self._rewards_before = Counter(state.rewards)
         self._rewards_before.subtract(self._num_rewards())
 
@@ -84,7 +84,7 @@ class RunCheckpoints:
         return {name: n for name, n in snapshot.items() if name not in LEVELS}
 
 
-class Session:
+class RLRun:
     """One RL run in progress. `step` counts rollouts, from 1.
 
     Args:
@@ -110,7 +110,7 @@ class Session:
         self._meter = StepMeter(self.collector)
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[Session]:
+    async def open(self) -> AsyncIterator[RLRun]:
         """Put trainer and engines where the run was left, or at its beginning, for the block, which
         trains; then save the steps since the last checkpoint, if the run was asked to stop."""
         try:
@@ -174,10 +174,10 @@ class Session:
         if not self.config.rl.keep_sample_log:
             await self.checkpointing.prune_samples(self.config.checkpoint.keep)
         records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
-        self.recorder.step(line, records)
+        self.recorder.record_step(line, records)
         if self.step <= FIRST_STEPS:
             # In a thread: it searches the texts of all responses.
-            faults = await asyncio.to_thread(advice, rollout, self.config.at(self.step))
+            faults = await asyncio.to_thread(find_advice, rollout, self.config.at(self.step))
             self.recorder.advise(self.step, faults)
         if self.heldout.is_due(self.step):
             await self.engines.wait_for_probes()

@@ -13,7 +13,7 @@ from r1_grading.truths import guess_reward_kind, is_missing
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.chats import is_chat, read_question
-from megatron_r1.data.renamed_rows import ABSENT, as_mapping, lookup
+from megatron_r1.data.rows import ABSENT, as_mapping, lookup
 
 QUESTION_NAMES = (
     *("question", "problem", "prompt", "question_content", "problem_description", "query"),

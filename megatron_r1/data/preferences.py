@@ -13,7 +13,7 @@ from r1_grading.reading import Part, chat_messages, fill_template, prepare_texts
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message, is_chat, read_chat, read_transcript
-from megatron_r1.data.renamed_rows import RenamedRow, read_renamed_rows, require_text
+from megatron_r1.data.rows import CanonicalRow, read_canonical_rows, require_text
 from megatron_r1.data.tokenizer import load_tokenizer
 
 Kind = Literal["pairwise", "pointwise"]
@@ -40,7 +40,7 @@ class Preference:
     location: str
 
 
-def kind_of_rows(rows: Sequence[RenamedRow]) -> Kind | None:
+def kind_of_rows(rows: Sequence[CanonicalRow]) -> Kind | None:
     """Return what rows are: pairs, labelled responses, or None for neither."""
     if all(row.get("chosen") and row.get("rejected") for row in rows):
         return "pairwise"
@@ -59,7 +59,7 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
     Raises:
         UserError: a bad row, with file and line.
     """
-    for location, row in read_renamed_rows(path):
+    for location, row in read_canonical_rows(path):
         named = next((name for name in RESPONSES if name in row), RESPONSES[0])
         names = ("chosen", "rejected") if kind == "pairwise" else (named,)
         row = _of_chats(location, row, names)
@@ -85,7 +85,7 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
         yield Preference(question, responses, labels, opened, location)
 
 
-def _of_chats(location: str, row: RenamedRow, names: Sequence[str]) -> RenamedRow:
+def _of_chats(location: str, row: CanonicalRow, names: Sequence[str]) -> CanonicalRow:
     """Return the row with question and responses as text, where some of them are chats.
 
     Args:
@@ -136,7 +136,7 @@ def _is_label(label: Any) -> bool:
     return isinstance(label, int | float) and label in (0, 1)  # booleans are integers
 
 
-def _label(location: str, row: RenamedRow) -> float:
+def _label(location: str, row: CanonicalRow) -> float:
     label: Any = row.get("label")
     if _is_label(label):
         return float(label)

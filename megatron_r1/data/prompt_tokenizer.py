@@ -34,8 +34,8 @@ class ByteDecoder:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> ByteDecoder | None:
-        """Return the decoder of a transformers tokenizer, or None for one that is not byte-level,
-        or decodes otherwise, as one that cleans up spaces does."""
+        """Return a decoder for a byte-level transformers tokenizer; None for others, and for one
+        that cleans up spaces."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or type(backend.decoder).__name__ != "ByteLevel":
             return None
@@ -147,7 +147,7 @@ def _closed_thought(prompt_text: str) -> str:
     return found[0] if found else ""
 
 
-def is_opened(prompt_text: str) -> bool:
+def opens_thought(prompt_text: str) -> bool:
     """Whether a rendered prompt ends inside the thought, which rewards call `opened`."""
     return prompt_text.rstrip().endswith("<think>")
 
@@ -218,7 +218,7 @@ class PromptTokenizer:
         self._byte_decoder = ByteDecoder.from_tokenizer(self.hf_tokenizer)
         self._start = self._text_in_front()
         rendered = self.render("?")
-        self.opens_thought, self.closed_thought = is_opened(rendered), _closed_thought(rendered)
+        self.opens_thought, self.closed_thought = opens_thought(rendered), _closed_thought(rendered)
 
     def render(self, question: str, before: Sequence[Message] = ()) -> str:
         """Return the prompt's text.

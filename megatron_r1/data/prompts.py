@@ -23,7 +23,7 @@ from r1_grading.rewards import resolve
 from r1_grading.truths import NO_TRUTH
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.data.prompt_rows import (
+from megatron_r1.data.prompt_reader import (
     Prompt,
     RowReader,
     conversation_text,
@@ -32,8 +32,8 @@ from megatron_r1.data.prompt_rows import (
     normalize_question,
     prompt_identity,
 )
-from megatron_r1.data.renamed_rows import DataReport
 from megatron_r1.data.row_filter import Conditions
+from megatron_r1.data.rows import DataReport
 
 
 def generate_items(
@@ -166,7 +166,7 @@ def load_prompts(
     """Read prompts from a file, or generate them with a reasoning-gym task.
 
     Args:
-        path: a file, pattern, folder or data set as in `read_renamed_rows`, of rows with
+        path: a file, pattern, folder or data set as in `read_canonical_rows`, of rows with
             `question`, `truth` and optionally `kind` (default: `kind`, else what the truth shows:
             `truths.guess_reward_kind`); other columns go to the reward. A question or truth that no
             row has by that name is found by its usual names (`columns`). A question may be a chat
@@ -353,11 +353,11 @@ def _require(side: str, prompts: list[Prompt], count: int | None, key: str, sour
 
 
 def _from_file(
-    reader: RowReader, path: str | Path, role: str, reports: list[DataReport]
+    reader: RowReader, path: str | Path, key: str, reports: list[DataReport]
 ) -> Iterator[Prompt]:
     """Return the prompts of a file or data set, whose report is added to `reports`."""
     reports.append(DataReport(str(path)))
-    return reader.prompts(path, role, reports[-1])
+    return reader.prompts(path, key, reports[-1])
 
 
 def _num_attempts(num_train: int, num_heldout: int | None) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.data.renamed_rows import ABSENT, DataReport, RenamedRow, lookup
+from megatron_r1.data.rows import ABSENT, CanonicalRow, DataReport, lookup
 
 CONDITION_KEYS = ("min", "max", "not", "or")
 TRUE, FALSE = ("true", "yes"), ("false", "no")
@@ -70,7 +70,7 @@ class RowFilter:
         self._where, self._report, self._key = where, report, key
         self._unseen, self._known = set(where), dict[str, None]()
 
-    def keeps(self, location: str, row: RenamedRow) -> bool:
+    def keeps(self, location: str, row: CanonicalRow) -> bool:
         """Return whether a row, with the columns of the file, meets all conditions. A column that
         it lacks is null."""
         self._report.num_read += 1

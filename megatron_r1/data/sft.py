@@ -25,8 +25,8 @@ from megatron_r1.data.chats import (
     read_transcript,
     tool_calls,
 )
-from megatron_r1.data.renamed_rows import DataReport, RenamedRow, read_renamed_rows, require_text
 from megatron_r1.data.row_filter import Conditions, RowFilter
+from megatron_r1.data.rows import CanonicalRow, DataReport, read_canonical_rows, require_text
 from megatron_r1.data.sampler import EpochSampler
 
 COLUMNS = "in sft.data, beside path, columns"
@@ -52,8 +52,8 @@ class SFTExample:
         prompt: the text the model is given, template included, without loss.
         response: with loss.
         messages: the conversation in place of both; its assistant's messages from number
-            `learned_from` on have loss.
-        learned_from: index of the message from which on the assistant's messages have loss.
+            `first_loss_message` on have loss.
+        first_loss_message: index of the message from which on the assistant's messages have loss.
         tools: what a conversation's template is given as tools.
         location: "file:line" of the row, for errors.
     """
@@ -61,7 +61,7 @@ class SFTExample:
     prompt: str = ""
     response: str = ""
     messages: list[Message] = field(default_factory=list)
-    learned_from: int = 0
+    first_loss_message: int = 0
     tools: list[Any] | None = None
     location: str = field(default="", compare=False, repr=False)
 
@@ -72,7 +72,7 @@ def load_examples(
     where: Conditions | None = None,
     report: DataReport | None = None,
 ) -> list[SFTExample]:
-    """Return the examples of a file or data set (`read_renamed_rows`), one a row, in the forms
+    """Return the examples of a file or data set (`read_canonical_rows`), one a row, in the forms
     of this module.
 
     Args:
@@ -89,7 +89,7 @@ def load_examples(
     names = ("prompt", "response")
     examples = [
         read_example(location, row, report)
-        for location, row in read_renamed_rows(path, columns, names, "sft.data", row_filter.keeps)
+        for location, row in read_canonical_rows(path, columns, names, "sft.data", row_filter.keeps)
     ]
     row_filter.finish()
     if not examples:
@@ -101,7 +101,7 @@ def load_examples(
     return examples
 
 
-def read_example(location: str, row: RenamedRow, report: DataReport | None = None) -> SFTExample:
+def read_example(location: str, row: CanonicalRow, report: DataReport | None = None) -> SFTExample:
     """Return the example that a row states, in any of the forms of `sft.data`.
 
     Args:
@@ -128,7 +128,7 @@ def read_example(location: str, row: RenamedRow, report: DataReport | None = Non
     return SFTExample(prompt, response, location=location)
 
 
-def find_form(row: RenamedRow) -> str | None:
+def find_form(row: CanonicalRow) -> str | None:
     """Return which form of `FORMS` a row has; None for none, and for one that is malformed."""
     try:
         return next((form for form, read in FORMS if read(row) is not None), None)
@@ -142,7 +142,7 @@ class ExampleSampler(EpochSampler[SFTExample]):
     def key(self, item: SFTExample) -> str:
         """Return what tells one example from others: its messages, or prompt and response."""
         if item.messages:
-            return json.dumps([item.messages, item.learned_from, item.tools], sort_keys=True)
+            return json.dumps([item.messages, item.first_loss_message, item.tools], sort_keys=True)
         return f"{item.prompt}\0{item.response}"
 
 
@@ -150,7 +150,7 @@ Parts = tuple[str, str, list[Message], int, list[Any] | None]
 """The fields of an example."""
 
 
-def _texts(row: RenamedRow) -> Parts | None:
+def _texts(row: CanonicalRow) -> Parts | None:
     """Read {prompt, response} and {prompt, completion} as text."""
     response = row.get("response") or row.get("completion")
     if not isinstance(row.get("prompt"), str) or not isinstance(response, str):
@@ -160,7 +160,7 @@ def _texts(row: RenamedRow) -> Parts | None:
     return row["prompt"], response, [], 0, None
 
 
-def _prompt_and_completion(row: RenamedRow) -> Parts | None:
+def _prompt_and_completion(row: CanonicalRow) -> Parts | None:
     """Read {prompt or input, completion} as lists of messages; a text next to a list is one
     message."""
     given = row["prompt"] if row.get("prompt") is not None else row.get("input")
@@ -177,7 +177,7 @@ def _prompt_and_completion(row: RenamedRow) -> Parts | None:
     return _conversation([*before, *after], len(before), row)
 
 
-def _chat(row: RenamedRow) -> Parts | None:
+def _chat(row: CanonicalRow) -> Parts | None:
     """Read a conversation, of the first column of `CHATS` that has one."""
     for name in CHATS:
         messages = read_chat(row.get(name)) or read_transcript(row.get(name))
@@ -186,7 +186,7 @@ def _chat(row: RenamedRow) -> Parts | None:
     return None
 
 
-def _alpaca(row: RenamedRow) -> Parts | None:
+def _alpaca(row: CanonicalRow) -> Parts | None:
     instruction, output = row.get("instruction"), row.get("output") or row.get("response")
     if not isinstance(instruction, str) or not isinstance(output, str) or not output.strip():
         return None
@@ -195,14 +195,14 @@ def _alpaca(row: RenamedRow) -> Parts | None:
     return _question_parts(instruction + more, output, row)
 
 
-def _calls(row: RenamedRow) -> Parts | None:
+def _calls(row: CanonicalRow) -> Parts | None:
     if not isinstance(row.get("query"), str) or not row.get("tools") or not row.get("answers"):
         return None
     answer = {"role": "assistant", "content": "", "tool_calls": tool_calls(row["answers"])}
     return _conversation([{"role": "user", "content": row["query"]}, answer], 0, row)
 
 
-def _question_and_response(row: RenamedRow) -> Parts | None:
+def _question_and_response(row: CanonicalRow) -> Parts | None:
     question = next((row[n] for n in QUESTIONS if isinstance(row.get(n), str)), None)
     response = next((row[n] for n in RESPONSES if isinstance(row.get(n), str)), None)
     if not question or not response or ("prompt" in row and "response" in row):
@@ -212,25 +212,25 @@ def _question_and_response(row: RenamedRow) -> Parts | None:
     return _question_parts(question, response, row)
 
 
-def _text(row: RenamedRow) -> Parts | None:
+def _text(row: CanonicalRow) -> Parts | None:
     text = row.get("text")
     if not isinstance(text, str) or not text.strip() or "prompt" in row:
         return None
     return "", text, [], 0, None
 
 
-def is_learned(message: Message) -> bool:
+def has_loss(message: Message) -> bool:
     """Return whether a message is the assistant's and not excluded by `weight: 0`, as OpenAI's form
     of fine-tuning data excludes it."""
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
-def _question_parts(question: str, response: str, row: RenamedRow) -> Parts:
+def _question_parts(question: str, response: str, row: CanonicalRow) -> Parts:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     return _conversation(turns, 0, row)
 
 
-def _conversation(messages: list[Message], learned_from: int, row: RenamedRow) -> Parts:
+def _conversation(messages: list[Message], first_loss_message: int, row: CanonicalRow) -> Parts:
     """Return the example of a conversation, with the row's system prompt where the messages have
     none.
 
@@ -240,8 +240,8 @@ def _conversation(messages: list[Message], learned_from: int, row: RenamedRow) -
     system = read_system_prompt(row)
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-        learned_from += 1
-    learned = [message for message in messages[learned_from:] if is_learned(message)]
+        first_loss_message += 1
+    learned = [message for message in messages[first_loss_message:] if has_loss(message)]
     if not learned:
         raise ValueError("no message of the assistant, from whose messages is learned")
     if not any(m["content"].strip() or "tool_calls" in m for m in learned):
@@ -249,7 +249,7 @@ def _conversation(messages: list[Message], learned_from: int, row: RenamedRow) -
     if messages[0]["role"] == "assistant" and len(messages) == 1:
         raise ValueError("the only message is the assistant's; it has no prompt")
     tools = read_tools(row.get("tools") or row.get("functions"))
-    return "", "", messages, learned_from, tools
+    return "", "", messages, first_loss_message, tools
 
 
 ALWAYS_LEARNED = (
@@ -257,7 +257,7 @@ ALWAYS_LEARNED = (
     "instruction, input and output",
 )
 """Forms whose rows are examples, whatever else they have."""
-FORMS: tuple[tuple[str, Callable[[RenamedRow], Parts | None]], ...] = (
+FORMS: tuple[tuple[str, Callable[[CanonicalRow], Parts | None]], ...] = (
     ("prompt and response as text", _texts),
     ("prompt and completion as messages", _prompt_and_completion),
     ("messages", _chat),

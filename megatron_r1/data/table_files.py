@@ -15,25 +15,25 @@ from typing import IO, Any, AnyStr, cast
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import is_chat
 
-MOST_ROW = 64 << 20
+MAX_ROW_BYTES = 64 << 20
 """Bytes of a row; characters, where a file is read as text. What a longer line of JSON takes in
 memory is up to who wrote it, and no prompt has so many."""
-MOST_JSON = 1 << 30
+MAX_JSON_BYTES = 1 << 30
 """Bytes of a .json file, which is read whole."""
 NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)*")
 GZIP = ".gz"
 LISTS = ("data", "rows", "train", "test", "examples", "instances")
 """Keys under which a JSON file that is one object has its rows."""
-Row = tuple[str, dict[str, Any]]
+LocatedRow = tuple[str, dict[str, Any]]
 """("file:line", columns)"""
 
 
-def read_rows(path: Path, role: str = "data") -> Iterator[Row]:
+def read_rows(path: Path, key: str = "data") -> Iterator[LocatedRow]:
     """Yield the rows of a file in its order; blank JSONL lines are skipped.
 
     Args:
         path: a .jsonl, .json, .csv, .tsv or .parquet file.
-        role: the key of errors, such as the setting that names the file.
+        key: the key of errors, such as the setting that names the file.
 
     Raises:
         UserError: for a file that is missing or of another format, and with file and line for a
@@ -41,43 +41,43 @@ def read_rows(path: Path, role: str = "data") -> Iterator[Row]:
     """
     if not path.is_file():
         where = "" if path.is_absolute() else f" (relative to {Path.cwd()})"
-        raise UserError(f"{path}: no such file{where}", key=role, cause=Cause.NOT_FOUND)
+        raise UserError(f"{path}: no such file{where}", key=key, cause=Cause.NOT_FOUND)
     suffix = data_suffix(path)
     if suffix is None:
         raise UserError(
             f"{path}: expected a {' or '.join(READERS)} file, the texts also as .gz",
-            key=role,
+            key=key,
             cause=Cause.UNSUPPORTED,
         )
     if not path.stat().st_size:
-        raise UserError(f"{path}: the file is empty", key=role, cause=Cause.EMPTY)
+        raise UserError(f"{path}: the file is empty", key=key, cause=Cause.EMPTY)
     try:
-        for location, row in READERS[suffix](path, role):
-            if sum(len(value) for value in row.values() if isinstance(value, str)) > MOST_ROW:
-                raise _too_long(location, role)
+        for location, row in READERS[suffix](path, key):
+            if sum(len(value) for value in row.values() if isinstance(value, str)) > MAX_ROW_BYTES:
+                raise _too_long(location, key)
             yield location, row
     except (gzip.BadGzipFile, EOFError) as error:
         raise UserError(
-            f"{path}: no whole gzip file: {error}; fetch it again", key=role, cause=Cause.MALFORMED
+            f"{path}: no whole gzip file: {error}; fetch it again", key=key, cause=Cause.MALFORMED
         ) from None
 
 
-def _too_long(location: str, role: str) -> UserError:
+def _too_long(location: str, key: str) -> UserError:
     return UserError(
-        f"{location}: the row has more than {MOST_ROW:,} bytes, and is not read; remove it, or "
-        "shorten its columns",
-        key=role,
+        f"{location}: the row has more than {MAX_ROW_BYTES:,} bytes, and is not read; remove it, "
+        "or shorten its columns",
+        key=key,
         cause=Cause.TOO_LARGE,
     )
 
 
-def _lines(file: IO[AnyStr], path: Path, role: str) -> Iterator[AnyStr]:
-    """Yield the lines of an open file; UserError for one that has more than MOST_ROW bytes, which
-    is not read to its end."""
+def _lines(file: IO[AnyStr], path: Path, key: str) -> Iterator[AnyStr]:
+    """Yield the lines of an open file; UserError for one that has more than MAX_ROW_BYTES, which is
+    not read to its end."""
     for number in count(1):
-        line = file.readline(MOST_ROW + 1)
-        if len(line) > MOST_ROW:
-            raise _too_long(f"{path}:{number}", role)
+        line = file.readline(MAX_ROW_BYTES + 1)
+        if len(line) > MAX_ROW_BYTES:
+            raise _too_long(f"{path}:{number}", key)
         if not line:
             return
         yield line
@@ -104,14 +104,14 @@ def describe_json_error(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _read_jsonl(path: Path, role: str) -> Iterator[Row]:
+def _read_jsonl(path: Path, key: str) -> Iterator[LocatedRow]:
     with _open(path) as lines:
-        for number, line in enumerate(_lines(lines, path, role), start=1):
+        for number, line in enumerate(_lines(lines, path, key), start=1):
             line = line.strip()
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8).strip()
                 if _begins_a_list(line) and not _is_chat_line(line):
-                    yield from _read_list(path, role)
+                    yield from _read_list(path, key)
                     return
             if not line:
                 continue
@@ -121,7 +121,7 @@ def _read_jsonl(path: Path, role: str) -> Iterator[Row]:
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
                 raise UserError(
                     f"{location}: not JSON: {describe_json_error(error)}",
-                    key=role,
+                    key=key,
                     cause=Cause.MALFORMED,
                 ) from error
             if is_chat(row):
@@ -129,7 +129,7 @@ def _read_jsonl(path: Path, role: str) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise UserError(
                     f"{location}: expected an object, got {type(row).__name__}",
-                    key=role,
+                    key=key,
                     cause=Cause.MALFORMED,
                 )
             yield location, row
@@ -148,7 +148,7 @@ def _begins_a_list(line: bytes) -> bool:
     return line.startswith(b"[") and line[1:].lstrip()[:1] in (b"", b"{")
 
 
-def _read_parquet(path: Path, role: str) -> Iterator[Row]:
+def _read_parquet(path: Path, key: str) -> Iterator[LocatedRow]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -165,20 +165,20 @@ def _read_parquet(path: Path, role: str) -> Iterator[Row]:
             yield f"{path}:{number}", row
     except pyarrow.ArrowInvalid as error:
         raise UserError(
-            f"{path}: no readable Parquet file: {error}", key=role, cause=Cause.MALFORMED
+            f"{path}: no readable Parquet file: {error}", key=key, cause=Cause.MALFORMED
         ) from None
 
 
-def _read_json(path: Path, role: str) -> Iterator[Row]:
+def _read_json(path: Path, key: str) -> Iterator[LocatedRow]:
     """Yield the rows of a list, of the list that an object has under one of `LISTS`, of a table of
     pandas, or of lines of objects, as many data sets name them .json."""
     with _open(path) as file:
-        first = next(_lines(file, path, role)).removeprefix(codecs.BOM_UTF8)
-        second = next(filter(bytes.strip, _lines(file, path, role)), b"")
+        first = next(_lines(file, path, key)).removeprefix(codecs.BOM_UTF8)
+        second = next(filter(bytes.strip, _lines(file, path, key)), b"")
     if _is_object(first) and second.lstrip().startswith(b"{"):
-        yield from _read_jsonl(path, role)
+        yield from _read_jsonl(path, key)
     else:
-        yield from _read_list(path, role)
+        yield from _read_list(path, key)
 
 
 def _is_object(line: bytes) -> bool:
@@ -188,14 +188,14 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _read_list(path: Path, role: str) -> Iterator[Row]:
+def _read_list(path: Path, key: str) -> Iterator[LocatedRow]:
     with _open(path) as file:
-        text = file.read(MOST_JSON + 1)
-    if len(text) > MOST_JSON:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
         raise UserError(
-            f"{path}: has more than {MOST_JSON:,} bytes, and a .json file is read whole; write its "
-            "rows as .jsonl, one object a line",
-            key=role,
+            f"{path}: has more than {MAX_JSON_BYTES:,} bytes, and a .json file is read whole; "
+            "write its rows as .jsonl, one object a line",
+            key=key,
             cause=Cause.TOO_LARGE,
         )
     try:
@@ -203,7 +203,7 @@ def _read_list(path: Path, role: str) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: not JSON: {error}; a file of one object a line is .jsonl",
-            key=role,
+            key=key,
             cause=Cause.MALFORMED,
         ) from error
     if isinstance(content, dict):
@@ -215,7 +215,7 @@ def _read_list(path: Path, role: str) -> Iterator[Row]:
     if isinstance(content, list):
         content = [{"messages": row} if is_chat(row) else row for row in content]
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise UserError(f"{path}: expected a list of objects", key=role, cause=Cause.MALFORMED)
+        raise UserError(f"{path}: expected a list of objects", key=key, cause=Cause.MALFORMED)
     for number, row in enumerate(content):
         yield f"{path}[{number}]", row
 
@@ -246,29 +246,29 @@ def _table(content: dict[str, Any]) -> list[dict[str, Any]] | None:
     return parts if len(parts) > 1 and len(parts[0]) > 1 else None
 
 
-def _read_csv(path: Path, role: str) -> Iterator[Row]:
+def _read_csv(path: Path, key: str) -> Iterator[LocatedRow]:
     """Yield the rows of a table whose first line has the names; every value is text. Names and
     values are separated by commas, or by semicolons, tabs or bars where the first line has more of
     these. Rows of blank values are skipped. A row of several lines has the number of its
     last."""
-    csv.field_size_limit(MOST_ROW)
+    csv.field_size_limit(MAX_ROW_BYTES)
     try:
         with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
-            delimiter = max(",;\t|", key=next(_lines(file, path, role)).count)
+            delimiter = max(",;\t|", key=next(_lines(file, path, key)).count)
             file.seek(0)
-            reader = csv.DictReader(_lines(file, path, role), delimiter=delimiter)
+            reader = csv.DictReader(_lines(file, path, key), delimiter=delimiter)
             names = list(reader.fieldnames or ())
             if twice := next((n for n in names if n.strip() and names.count(n) > 1), None):
                 raise UserError(
                     f"{path}:1: two columns have the name {twice!r}; give each one of its own",
-                    key=role,
+                    key=key,
                     cause=Cause.DUPLICATE,
                 )
             if name := next(filter(NUMBER.fullmatch, names), None):
                 raise UserError(
                     f"{path}:1: the first line has to name the columns, and one is {name}: put a "
                     "line such as question,truth before it",
-                    key=role,
+                    key=key,
                     cause=Cause.MALFORMED,
                 )
             for row in reader:
@@ -277,22 +277,22 @@ def _read_csv(path: Path, role: str) -> Iterator[Row]:
                     raise UserError(
                         f"{location}: not as many fields as the header has; put a field with "
                         f"a {delimiter!r} in it between double quotes",
-                        key=role,
+                        key=key,
                         cause=Cause.MALFORMED,
                     )
                 if any(value.strip() for value in row.values()):
                     yield location, row
     except csv.Error as error:
         raise UserError(
-            f"{path}: not CSV: {error}; a quote may not be closed", key=role, cause=Cause.MALFORMED
+            f"{path}: not CSV: {error}; a quote may not be closed", key=key, cause=Cause.MALFORMED
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: not UTF-8 ({error.reason}); save it as such", key=role, cause=Cause.MALFORMED
+            f"{path}: not UTF-8 ({error.reason}); save it as such", key=key, cause=Cause.MALFORMED
         ) from None
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[LocatedRow]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".parquet": _read_parquet,

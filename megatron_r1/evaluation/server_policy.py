@@ -21,9 +21,14 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.data.chats import Message
-from megatron_r1.data.prompt_tokenizer import find_template, is_opened, render_template, system_text
+from megatron_r1.data.few_shot import FewShotExamples
+from megatron_r1.data.prompt_tokenizer import (
+    find_template,
+    opens_thought,
+    render_template,
+    system_text,
+)
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.data.shots import FewShotExamples
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 
 TINY_QUESTION = "1 + 1 ="
@@ -186,7 +191,7 @@ class ServerPolicy:
         not show its chat template, and the templates of reasoning models end with <think>. So a
         truncated response without any tag counts as an unfinished thought, which has no answer."""
         if not self._chat:
-            return is_opened(find_template(self._template))
+            return opens_thought(find_template(self._template))
         return truncated and THINK not in text and END_THINK not in text
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.user_code import module_source
-from megatron_r1.data.data_sets import HUB
+from megatron_r1.data.dataset_files import HUB
 from megatron_r1.pipeline.pipeline_recipe import MAKE, REFERENCE, iter_texts
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage, names_a_file
 

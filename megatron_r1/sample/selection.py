@@ -33,7 +33,7 @@ from megatron_r1.base.files import atomic_writer
 from megatron_r1.base.files.json_lines import to_strict_json
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import Prompt, normalize_question
-from megatron_r1.data.renamed_rows import read_renamed_rows, require_text
+from megatron_r1.data.rows import read_canonical_rows, require_text
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import ResponseLog, TextResponse
 
@@ -326,7 +326,7 @@ def load_avoided(paths: Iterable[str | Path]) -> list[str]:
     return [
         require_text(place, row, "question")
         for path in paths
-        for place, row in read_renamed_rows(path, role="sample.avoid")
+        for place, row in read_canonical_rows(path, key="sample.avoid")
     ]
 
 

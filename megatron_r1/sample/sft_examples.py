@@ -19,7 +19,7 @@ from megatron_r1.data.prompt_tokenizer import (
     CHAT,
     PromptTokenizer,
     find_template,
-    is_opened,
+    opens_thought,
     render_template,
     system_text,
 )
@@ -101,7 +101,7 @@ class Rendering:
             parts[name] = part
         # One pass: a response that contains "{thought}" keeps it.
         text = PLACEHOLDERS.sub(lambda match: parts[match[1]], self._response)
-        if not is_opened(self.prompt(question, before)):
+        if not opens_thought(self.prompt(question, before)):
             return text
         return text.lstrip().removeprefix(THINK) if END_THINK in text else None
 

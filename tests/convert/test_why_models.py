@@ -8,7 +8,7 @@ from random_folder import write_folder
 from small_models import MODELS
 
 from megatron_r1.commands.why.policy_model import MOMENTS, STATE, chosen_experts, read_model
-from megatron_r1.commands.why.policy_model import Row as Sequence
+from megatron_r1.commands.why.policy_model import TokenRow as Sequence
 from megatron_r1.models.transformers_model import load_with_transformers
 
 

@@ -19,7 +19,7 @@ from trainer_steps import config
 
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.corrections import MASKS, chained
+from megatron_r1.controller.corrections import MASKS, wrap_loss
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
@@ -128,7 +128,7 @@ def main() -> None:
             names = load(trainer, position, (10 * turn + 1, 10 * turn + 2))
             trainer.compute_logprobs(TEMPERATURE, reference=True)
             advantages, masked = advantages_of(trainer, position, name, rl, names)
-            loss, settings = chained(algorithms.find(name).loss, rl.loss_settings(LIMIT))
+            loss, settings = wrap_loss(algorithms.find(name).loss, rl.loss_settings(LIMIT))
             updates = [trainer.update(i, loss, settings, RATE, TEMPERATURE) for i in (0, 1)]
             report[name] = {"advantages": advantages, "updates": [masked, *updates]}
         weights.write_hf(

@@ -46,7 +46,9 @@ def own_batches(texts, position, sizes):
         for ids, label in zip(texts, LABELS, strict=True)
     ]
     lengths = [len(sample) for sample in samples]
-    plan = pack(lengths, position.data_parallel_size, 60, unit=2).shares[position.data_rank]
+    plan = pack(lengths, position.data_parallel_size, 60, samples_per_unit=2).shares[
+        position.data_rank
+    ]
     plan += [[]] * (-len(plan) % sizes["pp"])
     context = parallel_state.get_context_parallel_rank()
     split = TokenSplit(tensor_size=sizes["tp"], context_size=sizes["cp"], context_rank=context)

@@ -133,11 +133,11 @@ def test_b20_every_listed_token_ends_a_response_and_counts_as_its_end(name, gene
     rubbish = hf_tokenizer.encode("stop here stop here", add_special_tokens=False)
     for end in wanted:
         got = collected(tokenizer, [*answer, end, *rubbish])
-        assert not got.truncated and list(got.response.token_ids) == [*answer, end]
+        assert not got.is_truncated and list(got.response.token_ids) == [*answer, end]
         assert letters(got.text) == "theansweris4" and got.rewards["accuracy"] == 1.0
     for other in set(texts) - set(wanted):
         got = collected(tokenizer, [*answer, other, *rubbish])
-        assert got.truncated and len(got.response.token_ids) == len(answer) + 1 + len(rubbish)
+        assert got.is_truncated and len(got.response.token_ids) == len(answer) + 1 + len(rubbish)
     (export := tmp_path / "export").mkdir()
     copy_model_files(folder, export)
     assert [end.id for end in end_tokens(export)] == [end.id for end in end_tokens(folder)]
@@ -167,7 +167,7 @@ def test_b20_a_listed_token_of_any_kind_ends_a_response(listed, tmp_path):
     # 3 in config.json is what transformers writes where nothing is given; here it is a word.
     assert tokenizer.stop_token_ids == [14, 7]
     got = collected(tokenizer, [1, 2, 7, 8, 8])
-    assert not got.truncated and list(got.response.token_ids) == [1, 2, 7]
+    assert not got.is_truncated and list(got.response.token_ids) == [1, 2, 7]
 
 
 def test_b20_an_end_beyond_the_model_s_vocabulary_is_left_out(tmp_path):
@@ -265,7 +265,7 @@ def test_b18_a_stop_string_ends_a_response_with_the_token_that_completes_it(
     is_cut = stop != ["nothing"]
     assert list(got.response.token_ids) == ids[:kept]
     assert len(got.response.logprobs) == len(got.response.policy_versions) == kept
-    assert got.truncated != is_cut
+    assert got.is_truncated != is_cut
     assert got.text == hf_tokenizer.decode(ids[:kept])
 
 
@@ -278,7 +278,7 @@ def test_b18_stop_token_ids_end_a_response_and_are_trained_on(tmp_path):
     got = collected(
         tokenizer, hf_tokenizer.encode("stop here the answer", add_special_tokens=False)
     )
-    assert got.response.token_ids[-1] == here and not got.truncated
+    assert got.response.token_ids[-1] == here and not got.is_truncated
     assert got.text == "stop here"  # a word, unlike a special token, is text
     with refused("rollout.stop_token_ids", Cause.OUT_OF_RANGE, len(hf_tokenizer)):
         PromptTokenizer(str(tmp_path), "{problem}", stop_token_ids=[len(hf_tokenizer)])

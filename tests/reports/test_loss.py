@@ -12,7 +12,7 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config, parse
 from megatron_r1.config.algorithms import NAMES, TokenSettings
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.loop import minibatches
+from megatron_r1.controller.loop import split_into_minibatches
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, training_samples
 from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompts import make_prompt
@@ -54,7 +54,7 @@ def terms_of(name, groups, settings, temperature=1.0, hidden=None, split=False):
     made = [Group(prompt, [1, 2], [graded(*each) for each in group]) for group in groups]
     rewards = [[reward for _, reward in group] for group in groups]
     numbers = algorithm.advantages(rewards, config.rl)
-    [samples] = minibatches(training_samples(made, numbers), 1)
+    [samples] = split_into_minibatches(training_samples(made, numbers), 1)
     parts = [[sample] for sample in samples] if split else [samples]
     batches = [pack_batch(part, TokenSplit(), torch.device("cpu")) for part in parts]
     g = torch.Generator().manual_seed(0)
@@ -108,7 +108,7 @@ def test_b01_graded_responses_are_spread_over_the_mini_batches():
     numbers = [math.nan] * 5 + [0.5, -0.5, 1.0]
     samples = [[Sample.pack([1], [2], [0.0], number)] for number in numbers]
     for count, wanted in ((1, [3]), (2, [1, 2]), (3, [1, 1, 1])):
-        got = minibatches(samples, count)
+        got = split_into_minibatches(samples, count)
         assert [sum(each.is_trained for each in batch) for batch in got] == wanted
         assert {len(batch) for batch in got} == {len(samples) // count}
 
@@ -117,7 +117,7 @@ def test_b01_graded_responses_are_spread_over_the_mini_batches():
 def test_b02_a_step_without_a_grade_stops_before_its_updates(count):
     samples = [[Sample.pack([1], [2], [0.0], math.nan)] for _ in range(4)]
     with pytest.raises(RunError, match="rl.minibatches"):
-        minibatches(samples, count)
+        split_into_minibatches(samples, count)
 
 
 @pytest.mark.parametrize("average", ["token", "sequence", "constant"])

@@ -13,9 +13,9 @@ from tokenizers import processors
 from megatron_r1.config import RewardsConfig
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.controller.rollouts.rollout import ResponseGrader
+from megatron_r1.data.few_shot import FewShotExamples, FewShotTokenizer
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.data.shots import FewShotExamples, FewShotTokenizer
 from megatron_r1.evaluation.response import SamplingSettings
 from megatron_r1.evaluation.server_policy import ServerPolicy
 
@@ -142,5 +142,5 @@ def test_b27_ids_of_the_padded_vocabulary_have_no_text(padded, tmp_path):
     beginning_folder(tmp_path)
     tokenizer = PromptTokenizer(str(tmp_path), "{problem}")
     got = collected(tokenizer, [1, *padded, tokenizer.end])
-    assert not got.truncated and got.rewards["accuracy"] == 0.0
+    assert not got.is_truncated and got.rewards["accuracy"] == 0.0
     assert got.text.startswith("the") and len(got.response.token_ids) == len(padded) + 2

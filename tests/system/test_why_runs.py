@@ -18,7 +18,7 @@ from megatron_r1.base.files.framed_records import FramedFile, append_frame
 from megatron_r1.commands.why.comparison import Report
 from megatron_r1.commands.why.policy_model import STATE
 from megatron_r1.commands.why.recompute import Recomputation
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.commands.why.step_reader import open_run, read_step
 from megatron_r1.commands.why.verb import examine
 from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode, encode
@@ -155,7 +155,7 @@ def test_the_command_prints_its_steps_and_writes_its_page(copy, tmp_path):
 
 
 def test_an_engine_with_the_weights_of_the_version_before(copy):
-    stale = Recomputation(read(copy)).after(STEP - 2)
+    stale = Recomputation(read(copy)).logprobs_after(STEP - 2)
     set_logprobs(copy, stale, engine="engine-1")
     name, text, report = first(copy)
     assert name == "engines' log-probabilities"
@@ -167,7 +167,7 @@ def test_an_engine_with_the_weights_of_the_version_before(copy):
 
 def test_another_temperature(copy):
     made = Recomputation(read(copy))
-    set_logprobs(copy, made.at_temperatures([1.3])[0])
+    set_logprobs(copy, made.logprobs_at_temperatures([1.3])[0])
     name, text, _ = first(copy)
     assert name == "engines' log-probabilities" and "temperature 1.3" in text
 
@@ -186,7 +186,7 @@ def test_an_expert_that_an_engine_has_not(copy):
     experts = next(m for n, m in other.named_modules() if n.endswith("layers.1.mlp.experts"))
     with torch.no_grad():
         experts.down_proj[2] *= -3.0
-    set_logprobs(copy, made.under(other))
+    set_logprobs(copy, made.logprobs_under(other))
     name, text, _ = first(copy)
     assert name == "engines' log-probabilities"
     assert "expert 2 of model.layers.1" in text

@@ -70,7 +70,7 @@ WALKS = [
     Walk(
         "a weight, from the update to the engines' proof",
         "PolicyEngines.push",
-        "Session.finish_step",
+        "RLRun.finish_step",
         [
             "PolicyEngines.push",
             "PushWorker.send_weights",

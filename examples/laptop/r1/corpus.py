@@ -20,9 +20,9 @@ from examples.laptop.r1.lessons import (
     sums,
 )
 from megatron_r1.base.files.json_lines import write_lines
+from megatron_r1.data.few_shot import BETWEEN
 from megatron_r1.data.prompt_tokenizer import render_template
 from megatron_r1.data.prompts import is_heldout
-from megatron_r1.data.shots import BETWEEN
 
 TEMPLATE = "User: {problem}\nAssistant: "
 HELDOUT = 0.1

@@ -98,7 +98,7 @@ class CheckedQuantity:
 
 
 @dataclass(frozen=True)
-class Curve:
+class DepartureCurve:
     """A departure over the position in the response, for the page.
 
     Attributes:
@@ -122,7 +122,7 @@ class Report:
     step: int
     comparisons: list[CheckedQuantity] = field(default_factory=list)
     suspicions: list[str] = field(default_factory=list)
-    curves: list[Curve] = field(default_factory=list)
+    curves: list[DepartureCurve] = field(default_factory=list)
 
     def add(self, comparisons: Sequence[CheckedQuantity]) -> None:
         """Add comparisons, in the order of `FAMILIES`."""
@@ -155,7 +155,7 @@ def not_checked(family: str, name: str, reason: str, compared: str = "") -> Chec
     """Return the comparison of a check that could not be made.
 
     Args:
-        family: as of `Comparison`, like the others.
+        family: as in `CheckedQuantity`, like the others.
         name: the quantity.
         reason: why.
         compared: what would be compared."""
@@ -179,7 +179,7 @@ def fraction_comparison(
     """Return the comparison of a check whose distance is the fraction of responses that fail it.
 
     Args:
-        family: as of `Comparison`, like the arguments not named here.
+        family: as in `CheckedQuantity`, like the arguments not named here.
         name: the quantity.
         compared: what was compared.
         concerned: the responses that fail.

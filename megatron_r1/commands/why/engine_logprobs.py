@@ -15,11 +15,11 @@ from megatron_r1.commands.why.comparison import (
     DEPARTS,
     EQUAL,
     CheckedQuantity,
-    Curve,
+    DepartureCurve,
     not_checked,
 )
 from megatron_r1.commands.why.formulas import kl_of_difference
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.commands.why.sampling import FAMILY
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
@@ -55,13 +55,13 @@ def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Checke
     return [_Gaps(step, recomputed).comparison()]
 
 
-def departures(recomputed: Recomputation) -> list[Curve]:
+def departures(recomputed: Recomputation) -> list[DepartureCurve]:
     """Return how far engines are from transformers over the position in the response; nothing where
     that could not be recomputed."""
     if "old" not in vars(recomputed):
         return []
     gaps = _Gaps(recomputed.step, recomputed)
-    return [Curve("engine against the checkpoint", *gaps.by_position())]
+    return [DepartureCurve("engine against the checkpoint", *gaps.by_position())]
 
 
 class _Gaps:
@@ -70,14 +70,14 @@ class _Gaps:
     def __init__(self, step: RecordedStep, recomputed: Recomputation) -> None:
         self.step, self.recomputed = step, recomputed
         newest = step.step - 1
-        self.sequences = [recomputed.sequences[at] for at in recomputed.with_logprobs]
+        self.sequences = [recomputed.sequences[at] for at in recomputed.scored_sequences]
         self.newest = [each.versions == newest for each in self.sequences]
         self.engines = [step.responses[each.response].response.engine for each in self.sequences]
         self.gaps = self._logprob_gaps(recomputed.old)
         # Tokens of earlier versions are an earlier policy's.
         versions = {int(v) for each in self.sequences for v in np.unique(each.versions)}
         for version in sorted(versions - {newest}):
-            own = recomputed.after(version)
+            own = recomputed.logprobs_after(version)
             if own is not None:
                 self._fill_version_gaps(version, own)
         self.tolerance = ROUNDING[step.run_config.rollout.dtype]
@@ -193,7 +193,7 @@ class _Gaps:
         found = [
             (better[1], version, better)
             for version in self._earlier
-            if (own := self.recomputed.after(version)) is not None
+            if (own := self.recomputed.logprobs_after(version)) is not None
             and (better := self._better_explanation(self._logprob_gaps(own))) is not None
         ]
         if not found:
@@ -250,7 +250,12 @@ class _Gaps:
         if self.step.config.rollout.dtype != "float32" or distance <= self.tolerance:
             return None
         size = self.mean(
-            [a - b for a, b in zip(self.recomputed.rounded(), self.recomputed.old, strict=True)]
+            [
+                a - b
+                for a, b in zip(
+                    self.recomputed.bfloat16_logprobs(), self.recomputed.old, strict=True
+                )
+            ]
         )
         if not size / SIZE <= distance <= size * SIZE:
             return None
@@ -303,7 +308,7 @@ class _Gaps:
         """Return the multiple of the run's temperature that leaves the smallest mean |difference|,
         and that mean."""
         own = self.recomputed.temperature
-        tried = self.recomputed.at_temperatures([own * scale for scale in scales])
+        tried = self.recomputed.logprobs_at_temperatures([own * scale for scale in scales])
         means = [self.mean(self._logprob_gaps(one)) for one in tried]
         best = int(np.argmin(np.nan_to_num(means, nan=np.inf)))
         return scales[best], means[best]

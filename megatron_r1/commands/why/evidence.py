@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-NONE = 1e-3
+ZERO_GRADIENT_TOLERANCE = 1e-3
 """Relative size of a gradient below which there is no gradient."""
 NEAR = 0.2
 """Relative distance of a change from a multiple of another, for the multiple to mean something."""
@@ -20,17 +20,17 @@ class Evidence:
     """What a checkpoint after the step says of how the run's updates differ from the recomputed.
 
     Attributes:
-        rate: the multiple of the recomputed change of the weights that is nearest to the run's;
-            None where even that is far from it.
-        gradient: the same of the gradients in Adam's first moments.
-        still: parameters whose moments have no gradient in the run, though they have one when
-            recomputed.
+        update_factor: the multiple of the recomputed change of the weights that is nearest to the
+            run's; None where even that is far from it.
+        gradient_factor: the same of the gradients in Adam's first moments.
+        parameters_without_gradient: those whose moments have no gradient in the run, though they
+            have one when recomputed.
         norm: the norm of the recomputed gradient, mean over the updates.
         terms: the recomputed terms of the loss, with their signs, mean over the updates."""
 
-    rate: float | None = None
-    gradient: float | None = None
-    still: tuple[str, ...] = ()
+    update_factor: float | None = None
+    gradient_factor: float | None = None
+    parameters_without_gradient: tuple[str, ...] = ()
     norm: float = 0.0
     terms: Mapping[str, float] = field(default_factory=dict)
 
@@ -65,5 +65,5 @@ def without_gradient(gradients: Mapping[str, Sequence[Tensor]]) -> tuple[str, ..
     return tuple(
         name
         for name, (run, own) in gradients.items()
-        if float(run.norm()) <= NONE * float(own.norm())
+        if float(run.norm()) <= ZERO_GRADIENT_TOLERANCE * float(own.norm())
     )

@@ -13,7 +13,7 @@ from megatron_r1.commands.why.comparison import (
     fraction_comparison,
     not_checked,
 )
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer

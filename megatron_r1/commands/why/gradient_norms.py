@@ -10,7 +10,7 @@ import torch
 from megatron_r1.commands.why.updates import Moments, Trace
 from megatron_r1.config.optimizer import OptimizerConfig
 
-MOST_FITS, FIT = 6, 1e-5
+MAX_FIT_ROUNDS, FIT = 6, 1e-5
 """Rounds in which the norms of gradients are fitted, and the relative change that ends them."""
 
 
@@ -31,7 +31,7 @@ def fit_norms(
         after: the run's first moments after the step.
         settings: the optimizer's."""
     norms = logged
-    for _ in range(MOST_FITS):  # a later gradient depends on how the earlier ones were cut
+    for _ in range(MAX_FIT_ROUNDS):  # a later gradient depends on how the earlier ones were cut
         traces = make_updates(norms)
         last, norms = norms, _least_squares(traces, before, after, settings)
         if max(abs(a - b) for a, b in zip(last, norms, strict=True)) <= FIT * max(norms):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, CheckedQuantity, not_checked
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.commands.why.substitutions import substitutions
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
@@ -41,7 +41,7 @@ MOMENTS, MOMENTS_IN_16_BITS = {"float32": 2.0**-9, "bfloat16": 0.5}, 2.0**-6
 """Likewise of Adam's moments; the second where `optimizer.moments` has 16 bits."""
 EXACT = 64
 """An explanation that is so many times nearer than the tolerance needs no comparison."""
-MOST_OF_ONE = 3
+MAX_OTHER_VALUES = 3
 """Other values of one setting that are tried where one explains a departure."""
 SOURCE = {"float32": "measured (docs/why.md), with a margin", "bfloat16": "a choice"}
 METRICS = ("loss", "kl", "entropy", "clip_fraction", "ratio/max", "importance", "grad_norm")
@@ -84,7 +84,7 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQua
     if departing is None:  # the weights alone
         tolerance = update_limit(step)
         name, compared = "cause of the change of the weights", "updates with one thing substituted"
-        size = base.update or math.nan
+        size = base.update_distance or math.nan
         source = SOURCE[step.run_config.model.dtype]
         cause = CheckedQuantity("optimizer", name, DEPARTS, compared, size, tolerance, source, what)
         return [*comparisons, replace(cause, remedy=substitution.change)]
@@ -152,7 +152,7 @@ def update_departs(step: RecordedStep, made: RecomputedUpdates) -> bool:
     Args:
         step: the step.
         made: its updates."""
-    is_update = made.update is not None and made.update > update_limit(step)
+    is_update = made.update_distance is not None and made.update_distance > update_limit(step)
     return is_update or moments_depart(step, made)
 
 
@@ -162,7 +162,7 @@ def moments_depart(step: RecordedStep, made: RecomputedUpdates) -> bool:
     Args:
         step: the step.
         made: its updates."""
-    return made.moments is not None and made.moments > moments_limit(step)
+    return made.moment_distance is not None and made.moment_distance > moments_limit(step)
 
 
 def moments_limit(step: RecordedStep) -> float:
@@ -192,9 +192,12 @@ def explanation(
         if not explains(step, made):
             continue
         found = [(first, made)]
-        if made.update is not None and made.update > update_limit(step) / EXACT:
+        if made.update_distance is not None and made.update_distance > update_limit(step) / EXACT:
             same = [each for each in offered if each.setting == first.setting and each != first]
-            others = [(each, recomputed.run(each)) for each in same[:MOST_OF_ONE]]
+            others = [(each, recomputed.run(each)) for each in same[:MAX_OTHER_VALUES]]
             found += [pair for pair in others if explains(step, pair[1])]
-        return min(found, key=lambda pair: (pair[1].update or 0.0) + (pair[1].moments or 0.0))
+        return min(
+            found,
+            key=lambda pair: (pair[1].update_distance or 0.0) + (pair[1].moment_distance or 0.0),
+        )
     return None

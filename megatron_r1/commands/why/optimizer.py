@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, CheckedQuantity, not_checked
 from megatron_r1.commands.why.loss import SOURCE, moments_depart, moments_limit, update_limit
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
 
@@ -24,7 +24,7 @@ RATE = 1e-6
 """Relative: learning rates are a few products of float64."""
 ODD = 0.5
 """Relative distance of the change of one tensor, which may have small gradients alone."""
-LARGEST_STEP = 10.0
+MAX_STEP_FACTOR = 10.0
 """Times the learning rate that Adam may move a number by: |m| / √v is at most 1.2 with the default
 β1 and β2, by Cauchy and Schwarz, and more where moments are lost."""
 
@@ -101,7 +101,7 @@ def _taken(step: RecordedStep) -> CheckedQuantity:
 
 def check_states(step: RecordedStep) -> list[CheckedQuantity]:
     """Return the comparisons of the checkpoints' tensors and counters."""
-    from megatron_r1.commands.why import stored
+    from megatron_r1.commands.why import checkpoint_tensors
 
     comparisons = [_tied(step)]
     for which, path in (("before", step.before), ("after", step.after)):
@@ -114,15 +114,15 @@ def check_states(step: RecordedStep) -> list[CheckedQuantity]:
         comparisons += [_moments(step, which, path), _masters(step, which, path)]
     if step.before is not None and step.after is not None:
         moves_bias = step.config.model.expert_bias_update_rate > 0
-        moved = stored.change(step.before, step.after, step.model, moves_bias)
+        moved = checkpoint_tensors.change(step.before, step.after, step.model, moves_bias)
         comparisons.append(_moved(step, *moved))
     return comparisons
 
 
 def _finite(when: str, path: Path) -> CheckedQuantity:
-    from megatron_r1.commands.why import stored
+    from megatron_r1.commands.why import checkpoint_tensors
 
-    bad = stored.not_finite(path)
+    bad = checkpoint_tensors.not_finite(path)
     return CheckedQuantity(
         WHERE[when],
         f"numbers of the checkpoint {when}",
@@ -159,12 +159,12 @@ def _counters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
 
 
 def _moments(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
-    from megatron_r1.commands.why import stored
+    from megatron_r1.commands.why import checkpoint_tensors
 
     name = f"Adam's moments {when}"
     if not step.updates_after(step.step - (when == "before")):
         return not_checked(WHERE[when], name, "no update was made before")
-    empty, total = stored.empty_moments(path)
+    empty, total = checkpoint_tensors.empty_moments(path)
     if not total:
         return not_checked(WHERE[when], name, f"{path.name} has no moments")
     fraction = len(empty) / total
@@ -184,10 +184,10 @@ def _moments(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
 
 
 def _masters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
-    from megatron_r1.commands.why import stored
+    from megatron_r1.commands.why import checkpoint_tensors
 
     name = f"master weights {when}"
-    worst, distance = stored.masters_apart(path)
+    worst, distance = checkpoint_tensors.masters_apart(path)
     tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
     if not worst:
         return not_checked(WHERE[when], name, f"{path.name} has none")
@@ -206,7 +206,7 @@ def _masters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
 
 def _tied(step: RecordedStep) -> CheckedQuantity:
     """Check that a tied head is the embedding in the checkpoints."""
-    from megatron_r1.commands.why import stored
+    from megatron_r1.commands.why import checkpoint_tensors
 
     name = "tied head"
     path = step.before
@@ -214,7 +214,7 @@ def _tied(step: RecordedStep) -> CheckedQuantity:
         return not_checked(BEFORE, name, "tie_word_embeddings: false")
     if path is None or not (path / ".metadata").is_file():
         return not_checked(BEFORE, name, "there is no checkpoint")
-    distance = stored.head_from_embedding(path)
+    distance = checkpoint_tensors.head_from_embedding(path)
     return CheckedQuantity(
         BEFORE,
         name,
@@ -231,15 +231,15 @@ def _tied(step: RecordedStep) -> CheckedQuantity:
 def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> CheckedQuantity:
     """Check that the weights moved, and not further than Adam can."""
     rates = step.learning_rates
-    limit = LARGEST_STEP * sum(rates)
+    limit = MAX_STEP_FACTOR * sum(rates)
     rate = max(rates)
     is_still = largest == 0 and rate > 0 and bool(step.line.get("grad_norm"))
     return CheckedQuantity(
         FAMILY,
         "size of the change",
         DEPARTS if is_still or largest > limit else EQUAL,
-        f"the largest change of a weight, of a norm of {number(norm)}, with {LARGEST_STEP:g} x the "
-        "learning rates",
+        f"the largest change of a weight, of a norm of {number(norm)}, with {MAX_STEP_FACTOR:g} x "
+        "the learning rates",
         largest,
         limit,
         "Adam's largest steps, with a margin",
@@ -267,7 +267,7 @@ def check_update(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQ
 
 def _change(step: RecordedStep, base: RecomputedUpdates) -> CheckedQuantity:
     name = "change of the weights"
-    if base.update is None:
+    if base.update_distance is None:
         return not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")
     tolerance = update_limit(step)
     worst = ", ".join(f"{key} {percent(value)}" for key, value in base.by_parameter[:3])
@@ -275,9 +275,9 @@ def _change(step: RecordedStep, base: RecomputedUpdates) -> CheckedQuantity:
     return CheckedQuantity(
         FAMILY,
         name,
-        EQUAL if base.update <= tolerance and not odd else DEPARTS,
+        EQUAL if base.update_distance <= tolerance and not odd else DEPARTS,
         f"|run's - recomputed| over |run's|, all parameters; the largest: {worst}",
-        base.update,
+        base.update_distance,
         tolerance,
         SOURCE[step.run_config.model.dtype],
         f"the step changed other weights than its gradient: {', '.join(odd[:3]) or worst}",
@@ -288,14 +288,14 @@ def _change(step: RecordedStep, base: RecomputedUpdates) -> CheckedQuantity:
 
 def _moments_made(step: RecordedStep, base: RecomputedUpdates) -> CheckedQuantity:
     name = "change of Adam's moments"
-    if base.moments is None:
+    if base.moment_distance is None:
         return not_checked(FAMILY, name, f"no checkpoint of step {step.step} has them")
     return CheckedQuantity(
         FAMILY,
         name,
         DEPARTS if moments_depart(step, base) else EQUAL,
         "|run's - recomputed| over |run's|, all parameters, of the first or the second moments",
-        base.moments,
+        base.moment_distance,
         moments_limit(step),
         SOURCE[step.run_config.model.dtype],
         "Adam's moments are of other gradients than the step's loss has",

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_r1.base.files import atomic_write
 from megatron_r1.commands.why.comparison import NOT_CHECKED, CheckedQuantity, Report, ResponseIndex
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.reporting import plots
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent

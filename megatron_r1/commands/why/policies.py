@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_r1.commands.compare.records import ROUNDING
 from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, CheckedQuantity, not_checked
-from megatron_r1.commands.why.recorded import RecordedStep, weights_after
+from megatron_r1.commands.why.recorded_step import RecordedStep, weights_after
 from megatron_r1.reporting.formatting import format_number as number
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
     logged = step.line.get("logprob_diff/mean")
     if not isinstance(logged, int | float):
         return not_checked(POLICIES, name, "metrics.jsonl has no logprob_diff/mean")
-    if len(recomputed.with_logprobs) < len(recomputed.rows):
+    if len(recomputed.scored_sequences) < len(recomputed.rows):
         return not_checked(POLICIES, name, "only a part of the responses is recomputed here")
     gaps = [
         np.abs(sequence.logprobs - own)
@@ -68,18 +68,18 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
         (
             "at temperature 1",
             "rollout.temperature: the trainer divides the logits by another",
-            lambda: recomputed.under(recomputed.policy, 1.0),
+            lambda: recomputed.logprobs_under(recomputed.policy, 1.0),
         ),
         (
             "of the token before, shifted by one,",
             "the trainer's targets: a position predicts the token after it",
-            recomputed.of_token_before,
+            recomputed.shifted_logprobs,
         ),
         *(
             (
                 f"with the weights of version {version}",
                 f"the checkpoint of step {newest}, or the trainer: it computes with others",
-                partial(recomputed.after, version),
+                partial(recomputed.logprobs_after, version),
             )
             for version in {newest - 1, 0} - {newest, -1}
         ),
@@ -97,9 +97,9 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
     # The engine has none of the prompt, for which the trainer then compares with 0.
     given = [
         np.concatenate([np.zeros(len(own) - len(each.logprobs), np.float32), each.logprobs])
-        for own, each in zip(recomputed.of_prompts(), recomputed.sequences, strict=True)
+        for own, each in zip(recomputed.all_token_logprobs(), recomputed.sequences, strict=True)
     ]
-    if _is_logged(step, recomputed, recomputed.of_prompts(), given):
+    if _is_logged(step, recomputed, recomputed.all_token_logprobs(), given):
         return (
             "the trainer's are as those of transformers of all tokens, prompts too, are: the mask "
             "of the response leaves prompt tokens in the loss",

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megatron_r1.commands.why import policy_model
 from megatron_r1.commands.why.comparison import CannotRecompute
-from megatron_r1.commands.why.policy_model import Row
-from megatron_r1.commands.why.recorded import RecordedStep, TokenSequence, weights_after
+from megatron_r1.commands.why.policy_model import TokenRow
+from megatron_r1.commands.why.recorded_step import RecordedStep, TokenSequence, weights_after
 from megatron_r1.models.sampling_mask import decode_mask
 
 LOGPROB_FLOPS = 1e13
@@ -49,7 +49,7 @@ class PolicyLogprobs:
         return self.step.config.rollout.temperature
 
     @cached_property
-    def with_logprobs(self) -> list[int]:
+    def scored_sequences(self) -> list[int]:
         """The sequences whose log-probabilities are computed: all, or every n-th where all would
         take too long."""
         cost = 2.0 * self.num_parameters * sum(len(row.token_ids) for row in self.rows)
@@ -108,29 +108,29 @@ class PolicyLogprobs:
 
     @cached_property
     def old(self) -> list[np.ndarray]:
-        """Log-probabilities under the policy before the step, of `with_logprobs`, at the run's
+        """Log-probabilities under the policy before the step, of `scored_sequences`, at the run's
         temperature."""
-        return self.under(self.policy)
+        return self.logprobs_under(self.policy)
 
-    def under(self, model: Any, temperature: float | None = None) -> list[np.ndarray]:
-        """Return the log-probabilities of the tokens of `with_logprobs` under a model."""
-        rows = [self.rows[at] for at in self.with_logprobs]
+    def logprobs_under(self, model: Any, temperature: float | None = None) -> list[np.ndarray]:
+        """Return the log-probabilities of the tokens of `scored_sequences` under a model."""
+        rows = [self.rows[at] for at in self.scored_sequences]
         (found,) = policy_model.logprobs(model, rows, [temperature or self.temperature])
         return [each.numpy() for each in found]
 
-    def at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
+    def logprobs_at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
         """Return those under the policy before the step, by temperature."""
-        rows = [self.rows[at] for at in self.with_logprobs]
+        rows = [self.rows[at] for at in self.scored_sequences]
         found = policy_model.logprobs(self.policy, rows, temperatures)
         return [[each.numpy() for each in one] for one in found]
 
-    def after(self, step: int) -> list[np.ndarray] | None:
+    def logprobs_after(self, step: int) -> list[np.ndarray] | None:
         """Return those under the weights after another step; None where they are not kept."""
         path = weights_after(self.step.folder, self.step.run_config, step)
         if path is None:
             return None
         if path not in self._known:
-            self._known[path] = self.under(self.model(path))
+            self._known[path] = self.logprobs_under(self.model(path))
         return self._known[path]
 
     def without_router_bias(self) -> list[np.ndarray] | None:
@@ -145,18 +145,18 @@ class PolicyLogprobs:
         with torch.no_grad():
             for name in names:
                 other.state_dict()[name].zero_()
-        return self.under(other)
+        return self.logprobs_under(other)
 
-    def rounded(self) -> list[np.ndarray]:
+    def bfloat16_logprobs(self) -> list[np.ndarray]:
         """Return those under the policy before the step computed in bfloat16."""
-        return self.under(copy.deepcopy(self.policy).to(torch.bfloat16))
+        return self.logprobs_under(copy.deepcopy(self.policy).to(torch.bfloat16))
 
     def num_experts(self, layer: str) -> int:
         """Return how many experts a module of routed experts has."""
         return len(next(self.policy.get_submodule(layer).parameters()))
 
     def with_experts(self, layer: str, sources: Mapping[int, int]) -> list[np.ndarray]:
-        """Return those under the policy before the step with experts in others' concerned.
+        """Return those under the policy before the step with some experts' weights exchanged.
 
         Args:
             layer: the module of routed experts.
@@ -167,7 +167,7 @@ class PolicyLogprobs:
                 values = each.detach().clone()
                 for target, source in sources.items():
                     each[target] = values[source]
-        return self.under(other)
+        return self.logprobs_under(other)
 
     def with_old_expert(self, layer: str, expert: int, step: int) -> list[np.ndarray] | None:
         """Return those under the policy before the step with one expert's weights after another
@@ -185,7 +185,7 @@ class PolicyLogprobs:
         with torch.no_grad():
             for name, each in other.get_submodule(layer).named_parameters():
                 each[expert] = source.get_parameter(name)[expert]
-        return self.under(other)
+        return self.logprobs_under(other)
 
     def with_head_apart(self) -> list[np.ndarray] | None:
         """Return those with the head that a tied model had when the run began; None for a model
@@ -195,29 +195,29 @@ class PolicyLogprobs:
             return None
         other = copy.deepcopy(self.policy)
         other.lm_head.weight = torch.nn.Parameter(self.model(begin).lm_head.weight.detach())
-        return self.under(other)
+        return self.logprobs_under(other)
 
-    def of_prompts(self) -> list[np.ndarray]:
+    def all_token_logprobs(self) -> list[np.ndarray]:
         """Return the log-probabilities of all tokens but the first, those of the prompt too."""
         rows = [
             replace(self.rows[at], is_sampled=torch.arange(len(self.rows[at].token_ids)) > 0)
-            for at in self.with_logprobs
+            for at in self.scored_sequences
         ]
         plain = [replace(row, kept=None) for row in rows]
         (found,) = policy_model.logprobs(self.policy, plain, [self.temperature])
         return [each.numpy() for each in found]
 
-    def of_token_before(self) -> list[np.ndarray]:
+    def shifted_logprobs(self) -> list[np.ndarray]:
         """Return, in place of each sampled token's, the log-probability of the token before it."""
-        rows = [self.rows[at] for at in self.with_logprobs]
+        rows = [self.rows[at] for at in self.scored_sequences]
         moved = [replace(row, targets=row.token_ids.roll(1)) for row in rows]
         (found,) = policy_model.logprobs(self.policy, moved, [self.temperature])
         return [each.numpy() for each in found]
 
     def experts(self) -> dict[str, list[np.ndarray]]:
         """Return the experts that the policy before the step chooses for the tokens of
-        `with_logprobs`, by layer: (tokens, experts per token) each."""
-        rows = [self.rows[at] for at in self.with_logprobs]
+        `scored_sequences`, by layer: (tokens, experts per token) each."""
+        rows = [self.rows[at] for at in self.scored_sequences]
         found = policy_model.chosen_experts(self.policy, rows)
         return {name: [each.numpy() for each in one] for name, one in found.items()}
 
@@ -234,7 +234,7 @@ class PolicyLogprobs:
 
     @cached_property
     def _old_of_all(self) -> list[Tensor]:
-        if len(self.with_logprobs) == len(self.rows):
+        if len(self.scored_sequences) == len(self.rows):
             return [torch.from_numpy(each) for each in self.old]
         return policy_model.logprobs(self.policy, self.rows, [self.temperature])[0]
 
@@ -244,11 +244,11 @@ class PolicyLogprobs:
         return self.step.step == 1
 
 
-def _row(sequence: TokenSequence, is_cut: bool) -> Row:
+def _row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
     kept = sequence.kept
     if kept is None and is_cut:  # no ids for any token, which `policy_model` refuses
         kept = decode_mask(b"", int(sequence.is_sampled.sum()))
-    return Row(
+    return TokenRow(
         torch.from_numpy(sequence.token_ids.astype(np.int64)),
         torch.from_numpy(sequence.is_sampled.copy()),
         torch.from_numpy(sequence.logprobs.copy()),

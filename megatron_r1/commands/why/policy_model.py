@@ -184,7 +184,7 @@ def read_state(checkpoint: Path) -> int | None:
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """One sequence of tokens of a response: all of it, or a branch of an episode.
 
     Attributes:
@@ -216,7 +216,7 @@ class Row:
         return not math.isnan(self.advantage)
 
 
-def batches(rows: Sequence[Row], vocabulary: int) -> Iterator[list[int]]:
+def batches(rows: Sequence[TokenRow], vocabulary: int) -> Iterator[list[int]]:
     """Yield indices of rows of similar length, as many as fit into a pass."""
     most = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
     batch: list[int] = []
@@ -230,7 +230,7 @@ def batches(rows: Sequence[Row], vocabulary: int) -> Iterator[list[int]]:
         yield batch
 
 
-def token_logits(model: Any, rows: Sequence[Row]) -> list[Tensor]:
+def token_logits(model: Any, rows: Sequence[TokenRow]) -> list[Tensor]:
     """Return of each row the logits that predict its sampled tokens, (sampled tokens, vocabulary)
     float32."""
     longest = max(len(row.token_ids) for row in rows)
@@ -241,7 +241,9 @@ def token_logits(model: Any, rows: Sequence[Row]) -> list[Tensor]:
     return [out[at, : len(row.token_ids) - 1][row.is_sampled[1:]] for at, row in enumerate(rows)]
 
 
-def of_tokens(logits: Tensor, row: Row, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs_and_entropies(
+    logits: Tensor, row: TokenRow, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Return log-probability and entropy of each sampled token, float64: over the ids that the
     engine kept, where it kept a part.
 
@@ -269,7 +271,7 @@ def of_tokens(logits: Tensor, row: Row, temperature: float) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def logprobs(
-    model: Any, rows: Sequence[Row], temperatures: Sequence[float] = (1.0,)
+    model: Any, rows: Sequence[TokenRow], temperatures: Sequence[float] = (1.0,)
 ) -> list[list[Tensor]]:
     """Return the log-probability of every sampled token, float64, by temperature and row.
 
@@ -283,7 +285,9 @@ def logprobs(
             batch, token_logits(model, [rows[at] for at in batch]), strict=True
         ):
             for by_temperature, temperature in zip(found, temperatures, strict=True):
-                by_temperature[index] = of_tokens(logits, rows[index], temperature)[0]
+                by_temperature[index] = token_logprobs_and_entropies(
+                    logits, rows[index], temperature
+                )[0]
     return found
 
 
@@ -312,7 +316,7 @@ def seen_experts(model: Any) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def chosen_experts(model: Any, rows: Sequence[Row]) -> dict[str, list[Tensor]]:
+def chosen_experts(model: Any, rows: Sequence[TokenRow]) -> dict[str, list[Tensor]]:
     """Return, by the name of each layer of routed experts, the experts that each row's sampled
     tokens were predicted by, (sampled tokens, experts per token) int64; empty for dense models."""
     chosen: dict[str, list[Tensor]] = {}
@@ -344,7 +348,7 @@ class RouterBiases:
         self._model, self._rate = model, rate
         self._counts: dict[str, Tensor] = {}
 
-    def count(self, seen: Mapping[str, Tensor], rows: Sequence[Row]) -> None:
+    def count(self, seen: Mapping[str, Tensor], rows: Sequence[TokenRow]) -> None:
         """Count the tokens of a forward pass.
 
         Args:

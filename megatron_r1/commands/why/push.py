@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.commands.compare.records import ROUNDING
 from megatron_r1.commands.why.comparison import DEPARTS, EQUAL, CheckedQuantity, not_checked
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.reporting.formatting import format_number as number
 
 if TYPE_CHECKING:

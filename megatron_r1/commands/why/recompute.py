@@ -16,7 +16,7 @@ from megatron_r1.commands.why import policy_model
 from megatron_r1.commands.why.comparison import CannotRecompute
 from megatron_r1.commands.why.evidence import Evidence, nearest_multiple, without_gradient
 from megatron_r1.commands.why.gradient_norms import fit_norms
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.commands.why.substitution import Substitution
 from megatron_r1.commands.why.token_advantages import with_token_advantages
 from megatron_r1.commands.why.update_inputs import UpdateInputs
@@ -44,17 +44,18 @@ class RecomputedUpdates:
         metrics: as metrics.jsonl has them, over the updates.
         terms: the magnitude of each term of the loss, mean over the updates.
         signed_terms: each term with its sign, mean over the updates.
-        update: |own - run's| / |run's change| of all parameters; None without a checkpoint after.
+        update_distance: |own - run's| / |run's change| of all parameters; None without a
+            checkpoint after.
         by_parameter: by name, the same of each, largest first.
-        moments: |own - run's| / |run's| of Adam's first or second moments, the larger one, after
-            the step; None where no checkpoint has them."""
+        moment_distance: |own - run's| / |run's| of Adam's first or second moments, the larger one,
+            after the step; None where no checkpoint has them."""
 
     metrics: dict[str, float]
     terms: dict[str, float]
     signed_terms: dict[str, float]
-    update: float | None
+    update_distance: float | None
     by_parameter: list[tuple[str, float]]
-    moments: float | None = None
+    moment_distance: float | None = None
 
 
 class Recomputation(UpdateInputs):
@@ -236,7 +237,7 @@ class Recomputation(UpdateInputs):
         adam = Adam(parameters, None if lost else self._moments, 0 if lost else self.num_updates)
         rules = replace(self.adam_rules(self._norms), **dict(substitution.adam))
         for index, trace in enumerate(made.traces):
-            if rules.forgets:
+            if rules.moment_reset:
                 adam.forget()
             adam.step(trace.gradients, rules, index)
         change, _ = self._compare(model, adam)

@@ -22,7 +22,7 @@ from megatron_r1.commands.why.comparison import (
     not_checked,
 )
 from megatron_r1.commands.why.formulas import are_equal
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.controller.rollouts.rollout import all_responses
 from megatron_r1.reporting.formatting import format_number as number
 
@@ -68,9 +68,9 @@ def _sums(step: RecordedStep) -> CheckedQuantity:
             concerned.append(which)
             if gap > worst:
                 worst, terms = gap, ", ".join(f"{k} {v:g}" for k, v in graded.rewards.items())
-                cut = ", of a response that is cut off" if graded.truncated else ""
+                cut = ", of a response that is cut off" if graded.is_truncated else ""
                 reason = f"reward {graded.reward:g}{cut} is not {total:g}, the sum of {terms}"
-    if concerned and all(step.responses[which].truncated for which in concerned):
+    if concerned and all(step.responses[which].is_truncated for which in concerned):
         reason = f"{len(concerned):,} truncated answers are punished: {reason}"
     elif concerned and all(
         abs(_plain_sum(step, which) - step.responses[which].reward) <= ROUNDING
@@ -225,7 +225,7 @@ def _verdicts(step: RecordedStep, is_right: Callable[[str, str], bool]) -> _Verd
             made.rejected_example = made.rejected_example or example
         elif logged and not says and prompt.kind == "math":
             made.accepted.append(which)
-            made.are_cut &= graded.truncated
+            made.are_cut &= graded.is_truncated
             made.accepted_example = made.accepted_example or example
     return made
 
@@ -305,7 +305,7 @@ def _graded_again(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> Che
         first = concerned[0]
         now = again[first]
         reason = f"accuracy {logged[first]:g} was logged, now {now.reward:g}: {now.reason}"
-        if all(step.responses[which].truncated for which in concerned):
+        if all(step.responses[which].is_truncated for which in concerned):
             what = "rewarded" if logged[first] > now.reward else "punished"
             reason = f"{len(concerned):,} truncated answers, cut off at the limit, are {what}: " + (
                 reason
@@ -344,7 +344,7 @@ def _metrics(step: RecordedStep) -> list[CheckedQuantity]:
         "reward/mean": fmean(graded) if graded else 0.0,
         "accuracy": fmean(right) if right else 0.0,
         "response_length/mean": fmean(len(each.response.token_ids) for each in responses),
-        "truncated": fmean(each.truncated for each in responses),
+        "truncated": fmean(each.is_truncated for each in responses),
         "groups/zero_variance": equal / len(groups),
     }
     gaps = {

@@ -14,7 +14,7 @@ from megatron_r1.commands.why.comparison import (
     fraction_comparison,
     not_checked,
 )
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 
 FAMILY = "sampling"
 
@@ -86,7 +86,7 @@ def _limits(step: RecordedStep) -> CheckedQuantity:
     cut = {
         which: len(graded.response.token_ids)
         for which, graded in step.responses.items()
-        if graded.truncated and graded.episode is None
+        if graded.is_truncated and graded.episode is None
     }
     # Prompt and response share the model's positions.
     shorter = {

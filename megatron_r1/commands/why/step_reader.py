@@ -8,7 +8,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.commands.why.recorded import RecordedStep, weights_after
+from megatron_r1.commands.why.recorded_step import RecordedStep, weights_after
 from megatron_r1.config import Config
 from megatron_r1.config.rl import digest_until
 from megatron_r1.controller.rollouts.rollout import Group

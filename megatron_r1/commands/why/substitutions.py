@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1.commands.why import formulas
-from megatron_r1.commands.why.recorded import RecordedStep, weights_after
+from megatron_r1.commands.why.recorded_step import RecordedStep, weights_after
 from megatron_r1.commands.why.substitution import Substitution
 from megatron_r1.config import RLConfig
 from megatron_r1.config.optimizer import OptimizerConfig
@@ -164,7 +164,7 @@ def _of_advantages(step: RecordedStep) -> Iterator[Substitution]:
         yield Substitution(
             "rewards of accuracy alone", "rewards.weights", advantages=made(accuracy)
         )
-    if any(graded.truncated for graded in step.responses.values()):
+    if any(graded.is_truncated for graded in step.responses.values()):
         yield _of_truncated(step, made(rewards))
 
 
@@ -180,7 +180,7 @@ def _of_truncated(step: RecordedStep, all_trained: Advantages) -> Substitution:
             "truncated responses trained on", "rl.truncated", advantages=all_trained
         )
     trained = [
-        [math.nan if g.truncated else a for a, g in zip(own, group.responses, strict=True)]
+        [math.nan if g.is_truncated else a for a, g in zip(own, group.responses, strict=True)]
         for own, group in zip(step.advantages, step.groups, strict=True)
     ]
     return Substitution("truncated responses left out", "rl.truncated", advantages=trained)
@@ -259,13 +259,13 @@ def _of_optimizer(step: RecordedStep) -> Iterator[Substitution]:
             "Adam without its moments, which are zero when a step begins,",
             "the optimizer's state",
             "the optimizer's state: it is lost between two steps",
-            adam=(("forgets", "step"),),
+            adam=(("moment_reset", "step"),),
         )
     yield Substitution(
         "Adam without its moments, which are zero before each update,",
         "the optimizer's state",
         "the optimizer's state: it is lost between two updates",
-        adam=(("forgets", "update"),),
+        adam=(("moment_reset", "update"),),
     )
     yield Substitution(
         "no clipping of the gradient", "optimizer.clip_grad", adam=(("clip_grad", math.inf),)
@@ -308,25 +308,26 @@ def _of_optimizer(step: RecordedStep) -> Iterator[Substitution]:
 
 
 def _of_evidence(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
-    """Yield multiples of learning rate and gradient that a checkpoint shows, and still tensors."""
-    if evidence.still:
-        names = ", ".join(evidence.still[:3])
+    """Yield multiples of learning rate and gradient that a checkpoint shows, and tensors
+    without one."""
+    if evidence.parameters_without_gradient:
+        names = ", ".join(evidence.parameters_without_gradient[:3])
         yield Substitution(
-            f"no gradient for {len(evidence.still):,} tensors, as {names},",
+            f"no gradient for {len(evidence.parameters_without_gradient):,} tensors, as {names},",
             "frozen tensors",
             f"the trainer: {names} get no gradient",
-            adam=(("without_gradient", evidence.still),),
+            adam=(("without_gradient", evidence.parameters_without_gradient),),
         )
     yield from _of_weights(step, evidence)
-    if evidence.rate is not None and abs(evidence.rate - 1) > SAME:
-        rates = tuple(rate * evidence.rate for rate in step.learning_rates)
+    if evidence.update_factor is not None and abs(evidence.update_factor - 1) > SAME:
+        rates = tuple(rate * evidence.update_factor for rate in step.learning_rates)
         yield Substitution(
-            f"{evidence.rate:.3g} times the learning rate",
+            f"{evidence.update_factor:.3g} times the learning rate",
             "optimizer.learning_rate",
             "optimizer.learning_rate: the optimizer computes with another than the schedule's",
             adam=(("learning_rates", rates),),
         )
-    multiples = [evidence.gradient]
+    multiples = [evidence.gradient_factor]
     norm, own = step.line.get("grad_norm"), evidence.norm
     if isinstance(norm, int | float) and own:
         multiples.append(norm / own)

@@ -4,7 +4,7 @@ numbers allow, with the figures that speak for it."""
 import math
 from statistics import fmean
 
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.controller.rollouts.rollout import all_responses
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
@@ -19,8 +19,7 @@ SMALL_KL = 1e-4
 
 
 def suspicions(step: RecordedStep) -> list[str]:
-    """Return a sentence for each figure of the run that may explain its course, or one that says
-    that none stands out."""
+    """Return one sentence per figure that may explain the run's course, or one that none does."""
     found = [_equal_groups(step), _cut(step), _entropy(step), _learning_rate(step)]
     known = [each for each in found if each]
     return known or ["no figure of the run stands out: too few steps, or the task is learned"]
@@ -42,7 +41,7 @@ def _equal_groups(step: RecordedStep) -> str:
 
 
 def _cut(step: RecordedStep) -> str:
-    cut = [which for which, graded in step.responses.items() if graded.truncated]
+    cut = [which for which, graded in step.responses.items() if graded.is_truncated]
     fraction = len(cut) / len(step.responses)
     if fraction < MAX_CUT:
         return ""

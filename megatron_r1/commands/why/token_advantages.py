@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_r1.commands.why.formulas import OF_TOKENS
-from megatron_r1.commands.why.policy_model import Row
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.policy_model import TokenRow
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.config.algorithms import EngineMask
 
 MASKS = ("token", "sequence")
@@ -24,10 +24,10 @@ MASKS = ("token", "sequence")
 
 def with_token_advantages(
     step: RecordedStep,
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     old: Sequence[Tensor],
     reference: Sequence[Tensor] | None,
-) -> list[Row]:
+) -> list[TokenRow]:
     """Return the rows with an advantage for each token, where the step's settings have them.
 
     Args:
@@ -54,7 +54,7 @@ def with_token_advantages(
     return made
 
 
-def _to_go(row: Row, old: Tensor, reference: Tensor | None, step: RecordedStep) -> Tensor:
+def _to_go(row: TokenRow, old: Tensor, reference: Tensor | None, step: RecordedStep) -> Tensor:
     """Return the discounted sums of what follows each token, itself included."""
     rl = step.config.rl
     rewards = torch.zeros_like(old)
@@ -69,7 +69,7 @@ def _to_go(row: Row, old: Tensor, reference: Tensor | None, step: RecordedStep) 
     return sums
 
 
-def _masked(row: Row, old: Tensor, bounds: EngineMask) -> Row:
+def _masked(row: TokenRow, old: Tensor, bounds: EngineMask) -> TokenRow:
     gap = old - row.logprobs.double()
     if bounds.method == "sequence":
         gap = gap.mean().expand_as(gap)

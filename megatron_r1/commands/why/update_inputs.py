@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_r1.commands.why import formulas, policy_model
 from megatron_r1.commands.why.comparison import CannotRecompute
 from megatron_r1.commands.why.policy_logprobs import PolicyLogprobs
-from megatron_r1.commands.why.policy_model import Row
-from megatron_r1.commands.why.recorded import weights_after
+from megatron_r1.commands.why.policy_model import TokenRow
+from megatron_r1.commands.why.recorded_step import weights_after
 from megatron_r1.commands.why.substitution import Substitution
 from megatron_r1.commands.why.updates import AdamRules, LossRules, Moments
 from megatron_r1.controller.trainer_calls.packing import pack, sample_cost
@@ -93,7 +93,7 @@ class UpdateInputs(PolicyLogprobs):
         ):
             raise CannotRecompute(f"{before} has no reference policy")
 
-    def minibatches(self, given: Sequence[Row] | None = None) -> list[list[int]]:
+    def minibatches(self, given: Sequence[TokenRow] | None = None) -> list[list[int]]:
         """Return the rows of each mini-batch: responses in an order of the run's seed and step,
         those that are trained on spread evenly.
 
@@ -203,7 +203,7 @@ class UpdateInputs(PolicyLogprobs):
             "must not reach the others (model.mtp)"
         )
 
-    def _rows(self, substitution: Substitution) -> list[Row]:
+    def _rows(self, substitution: Substitution) -> list[TokenRow]:
         """Return the rows with what is substituted of them."""
         rows = self.rows
         if substitution.advantages is not None:
@@ -216,7 +216,7 @@ class UpdateInputs(PolicyLogprobs):
         return rows
 
     def _old_and_reference_logprobs(
-        self, substitution: Substitution, rows: Sequence[Row], loss: LossRules
+        self, substitution: Substitution, rows: Sequence[TokenRow], loss: LossRules
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Return log-probabilities of the rows under old policy and reference."""
         is_own = loss.temperature == self.temperature and not substitution.trains_prompts
@@ -244,13 +244,13 @@ class UpdateInputs(PolicyLogprobs):
         first, second = ({**one, "lm_head.weight": one[embedding]} for one in self._moments)
         return first, second
 
-    def _order(self, substitution: Substitution, rows: Sequence[Row]) -> list[list[int]]:
+    def _order(self, substitution: Substitution, rows: Sequence[TokenRow]) -> list[list[int]]:
         """Return the rows of each update."""
         made = self.minibatches(rows)
         return [made[0]] * len(made) if substitution.repeats_first else made
 
 
-def _with_prompt(row: Row) -> Row:
+def _with_prompt(row: TokenRow) -> TokenRow:
     """Return a row whose tokens are all trained on; the engine's log-probability of those that it
     has not sampled is 0, as in the trainer."""
     logprobs = torch.zeros(len(row.token_ids))

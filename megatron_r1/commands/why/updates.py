@@ -16,11 +16,11 @@ from torch import Tensor
 
 from megatron_r1.commands.why.policy_model import (
     RouterBiases,
-    Row,
+    TokenRow,
     batches,
-    of_tokens,
     seen_experts,
     token_logits,
+    token_logprobs_and_entropies,
 )
 
 Moments = dict[str, Tensor]
@@ -83,8 +83,8 @@ class AdamRules:
         decays_all: norms and biases decay too.
         decays_by_gradient: the decay is a part of the gradient, as in Adam before AdamW.
         gradient_factors: what the gradient of each update is multiplied by; (): nothing.
-        forgets: "": never; "step", "update": the moments are zero before each of them, though the
-            counter goes on.
+        moment_reset: "": never; "step", "update": the moments are zero before each of them,
+            though the counter goes on.
         without_gradient: parameters whose gradient is zero.
         norms: the norm of the whole gradient in each update, where it has parts that are not
             computed here; None: that of what is."""
@@ -98,7 +98,7 @@ class AdamRules:
     decays_all: bool = False
     decays_by_gradient: bool = False
     gradient_factors: tuple[float, ...] = ()
-    forgets: str = ""
+    moment_reset: str = ""
     without_gradient: Collection[str] = ()
     norms: tuple[float, ...] | None = None
 
@@ -176,7 +176,7 @@ class Trace:
     gradients: Moments
 
 
-def denominator(rows: Sequence[Row], loss: LossRules) -> float:
+def denominator(rows: Sequence[TokenRow], loss: LossRules) -> float:
     """Return what the sum of an update's losses is divided by.
 
     Args:
@@ -192,7 +192,7 @@ def denominator(rows: Sequence[Row], loss: LossRules) -> float:
 
 
 def _surrogate(
-    row: Row, own: Tensor, old: Tensor, loss: LossRules
+    row: TokenRow, own: Tensor, old: Tensor, loss: LossRules
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the policy's term of each token, the ratio, and whether a clip is active."""
     x = own - (own.detach() if loss.is_on_policy else old)
@@ -221,7 +221,7 @@ def _surrogate(
 
 
 def row_loss(
-    row: Row,
+    row: TokenRow,
     own: Tensor,
     entropy: Tensor,
     old: Tensor,
@@ -350,7 +350,7 @@ class StepUpdates:
         model: Any,
         moments: tuple[Moments, Moments] | None,
         num_updates: int,
-        rows: Sequence[Row],
+        rows: Sequence[TokenRow],
         old: Sequence[Tensor],
         reference: Sequence[Tensor] | None,
         bias_rate: float = 0.0,
@@ -376,11 +376,11 @@ class StepUpdates:
             loss: the loss.
             adam: the optimizer; a learning rate for each mini-batch.
             lost: rows whose gradient is lost; they count in metrics and denominators."""
-        if adam.forgets:
+        if adam.moment_reset:
             self.adam.forget()
         made = []
         for index, rows in enumerate(minibatches):
-            if adam.forgets == "update":
+            if adam.moment_reset == "update":
                 self.adam.forget()
             made.append(self._update(index, rows, loss, adam, lost))
         return made
@@ -408,7 +408,7 @@ class StepUpdates:
             if self._biases is not None:
                 self._biases.count(seen, rows)
             for at, logits in zip(members, computed, strict=True):
-                own, entropy = of_tokens(logits, self.rows[at], loss.temperature)
+                own, entropy = token_logprobs_and_entropies(logits, self.rows[at], loss.temperature)
                 trace.tokens[at] = own.detach(), entropy.detach()
                 reference = None if self._reference is None else self._reference[at]
                 given = self.rows[at], own, entropy, self._old[at], reference

@@ -36,7 +36,7 @@ from megatron_r1.commands.why.comparison import (
     Report,
     not_checked,
 )
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.commands.why.step_reader import (
     Examinable,
     choose,
@@ -83,7 +83,7 @@ def run(config: Config, run: str, step: str | None = None, json: str | None = No
         raise RunError(f"{run}: {report.first.name} departs at step {report.step}")
 
 
-OF_RECORDS: tuple[tuple[str, str, Check], ...] = (
+RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
     ("files", "files", files.check),
     ("sampling", "settings of the engines", sampling.check_settings),
     ("rewards", "rewards", rewards.check),
@@ -91,7 +91,7 @@ OF_RECORDS: tuple[tuple[str, str, Check], ...] = (
     ("checkpoint", "checkpoints", optimizer.check_states),
 )
 """Checks that need no model: family, what cannot be checked where one fails, and the check."""
-OF_WEIGHTS: tuple[tuple[str, str, WeightCheck], ...] = (
+WEIGHT_CHECKS: tuple[tuple[str, str, WeightCheck], ...] = (
     ("sampling", "engines' log-probabilities", engine_logprobs.check_logprobs),
     ("log-probabilities", "old policy and reference", policies.check_policies),
     ("loss", "loss", loss.check_loss),
@@ -109,9 +109,9 @@ def examine(step: RecordedStep) -> Report:
     from megatron_r1.commands.why.recompute import Recomputation
 
     report, recomputed = Report(step.step), Recomputation(step)
-    for family, name, check in OF_RECORDS:
+    for family, name, check in RECORD_CHECKS:
         report.add(_comparisons(family, name, partial(check, step)))
-    for family, name, recompute in OF_WEIGHTS:
+    for family, name, recompute in WEIGHT_CHECKS:
         recomputed.searches_causes = not report.departs_before("loss")
         report.add(_comparisons(family, name, partial(recompute, step, recomputed)))
     report.curves = engine_logprobs.departures(recomputed)

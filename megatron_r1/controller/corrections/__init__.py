@@ -5,7 +5,7 @@ They change what an algorithm is given, not the algorithm: which responses and t
 gradient, an estimate in the loss. Each has a default that changes no bit.
 
 Trainer ranks get their functions as "module:function", as they get an algorithm's. One that needs
-the present policy's log-probabilities is a loss around the algorithm's (`chained`)."""
+the present policy's log-probabilities is a loss around the algorithm's (`wrap_loss`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MASKS = {method: f"{__name__}.engine_mask:{method}_mask" for method in ("token",
 compares the engine with π_old."""
 
 
-def chained(loss: str, settings: LossSettings) -> tuple[str, LossSettings]:
+def wrap_loss(loss: str, settings: LossSettings) -> tuple[str, LossSettings]:
     """Return the loss that a trainer rank calls, and its settings; both as they are where no
     correction is a loss.
 
@@ -43,7 +43,7 @@ def chained(loss: str, settings: LossSettings) -> tuple[str, LossSettings]:
     return names[0], replace(settings, inner=(*names[1:], loss))
 
 
-def inner_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerms:
+def call_inner_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerms:
     """Return the terms of the first loss of `settings.inner`.
 
     Args:

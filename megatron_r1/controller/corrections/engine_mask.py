@@ -39,7 +39,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.controller.corrections import inner_loss
+from megatron_r1.controller.corrections import call_inner_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,6 +96,6 @@ def divergence_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) 
         further = torch.where(advantages > 0, rise > mask.high, -rise > mask.low)
         masked = further & (advantages != 0) & batch.is_response
     corrected = replace(batch, advantages=torch.where(masked, 0.0, advantages))
-    terms = inner_loss(corrected, replace(head, batch=corrected), settings)
+    terms = call_inner_loss(corrected, replace(head, batch=corrected), settings)
     share = Mean(masked.sum(), batch.is_response.sum())
     return terms._replace(metrics={**terms.metrics, "engine_mask/tokens": share})

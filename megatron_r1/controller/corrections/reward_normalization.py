@@ -1,4 +1,4 @@
-"""`rl.reward_normalization: each`: every reward is normalize alone (GDPO: group reward-decoupled
+"""`rl.reward_normalization: each`: normalize every reward by itself (GDPO: group reward-decoupled
 normalization policy optimization, arXiv 2601.05242).
 
     A_n,i = (r_n,i - mean(r_n)) / (std(r_n) + ε) of the group, for each reward n

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.controller.corrections import inner_loss
+from megatron_r1.controller.corrections import call_inner_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerm
 
     settings = LossSettings.of(settings)
     without = replace(settings, kl_beta=0.0, kl_estimator="k3")
-    terms = inner_loss(batch, head, without)
+    terms = call_inner_loss(batch, head, without)
     logprobs, _ = head.logprobs()
     rows = batch.response_rows
     every = logprobs, batch.logprobs["old"], batch.logprobs["ref"]

@@ -23,7 +23,7 @@ CONNECT_SECONDS = 120.0
 ANSWER_SECONDS = 20.0
 """Once the trainer has failed to connect, an engine has this long to report its own problem. Longer
 than `DEATH_WAIT_SECONDS`, the client's wait for a dying engine."""
-MAX_UNEXPLAINED = 2
+MAX_UNEXPLAINED_FAILURES = 2
 """Failures of sets without a known cause, after which every engine is a set of its own: the engines
 may not reach each other."""
 
@@ -111,7 +111,7 @@ class EngineLinks:
 
     def engines_to_regroup(self, engines: Sequence[Engine]) -> list[Engine]:
         """Return the engines that are to be divided into new sets: where an engine has joined, a
-        set has lost one or sets became smaller (`MAX_UNEXPLAINED`), all engines that are not in
+        set has lost one or sets became smaller (`MAX_UNEXPLAINED_FAILURES`), all engines not in
         full sets, otherwise none. Sets with engines that are not among `engines` are dropped."""
         self._drop([s for s in self.sets if not set(s.engines) <= set(engines)])
         full = [s for s in self.sets if len(s.engines) == self._max_engines]
@@ -324,13 +324,13 @@ class EngineLinks:
 
     def _count_unexplained(self, error: str) -> None:
         self._num_unexplained += 1
-        if self._num_unexplained == MAX_UNEXPLAINED:
+        if self._num_unexplained == MAX_UNEXPLAINED_FAILURES:
             self.notify(f"engines get weights from the trainer only, not from each other: {error}")
 
     @property
     def _max_engines(self) -> int:
         """Most engines of a set."""
-        is_alone = self._num_unexplained >= MAX_UNEXPLAINED
+        is_alone = self._num_unexplained >= MAX_UNEXPLAINED_FAILURES
         return 1 if is_alone else max_engines(self.settings)
 
     def _divide(self, engines: Sequence[Engine]) -> list[list[Engine]]:

@@ -76,7 +76,9 @@ def create_pusher(
 
 
 class WeightPusher:
-    """Call `open` and the first `push` in a block of `updating_weights`; then each change of the
+    """Pushes each new version of the trainer's weights to all engines.
+
+    `open` and the first `push` are called in a block of `updating_weights`; then each change of the
     trainer's weights in another, with the `push` of the new ones at its end.
 
     The fleet's `send_weights` is set to this pusher's: an engine that is replaced, or joins,
@@ -174,9 +176,9 @@ class WeightPusher:
 
     @contextlib.asynccontextmanager
     async def send_weights(self, engine: Engine) -> AsyncIterator[bool]:
-        """Push to `engine`, which is not in the fleet yet, the weights that the others have; yield
-        whether it has them. If the others compute in the memory of the trainer's weights, it has
-        not: it sleeps until the next push.
+        """Push the fleet's current weights to an engine that has not joined yet; yield whether it
+        got them. Where engines compute in the memory of the trainer's weights, it gets none, and
+        sleeps until the next push.
 
         No push begins within. Waits while the trainer's weights are between two versions.
 

@@ -1,7 +1,7 @@
 """Prompts → graded groups: engines sample while reward workers grade what is finished.
 
-`InFlight` has the groups that are being sampled or graded, or wait for a teacher, for live view and
-hang reports."""
+`InFlightGroups` has the groups that are being sampled or graded, or wait for a teacher, for live
+view and hang reports."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class InFlightGroup:
     Attributes:
         since: when the phase began, time.monotonic()."""
 
-    def __init__(self, tracker: InFlight, prompt: Prompt) -> None:
+    def __init__(self, tracker: InFlightGroups, prompt: Prompt) -> None:
         self._tracker, self.prompt = tracker, prompt
         self._enter("sampling")
 
@@ -66,7 +66,7 @@ class InFlightGroup:
         self.phase, self.since = phase, time.monotonic()
 
 
-class InFlight:
+class InFlightGroups:
     """Tracks the groups in flight and counts finished work since the start of the process.
 
     Attributes:
@@ -106,8 +106,8 @@ class InFlight:
 
 
 @dataclass
-class RolloutClock:
-    """Groups that are sampled together.
+class RolloutProgress:
+    """The sampling settings of the groups of one rollout, and when each phase last made progress.
 
     Attributes:
         sampling: how all groups are sampled.
@@ -149,7 +149,7 @@ class RolloutCollector:
         self.fleet, self.pool, self.tokenizer, self.teacher = fleet, pool, tokenizer, teacher
         self.player = player
         self.grader = ResponseGrader(pool, tokenizer, rewards.call_options)
-        self.in_flight = InFlight()
+        self.in_flight = InFlightGroups()
         self._max_ungraded = rewards.max_ungraded
 
     async def collect(
@@ -170,7 +170,7 @@ class RolloutCollector:
             EngineError: an engine fails.
         """
         start = time.perf_counter()
-        running = RolloutClock(sampling, log, start, start, start)
+        running = RolloutProgress(sampling, log, start, start, start)
         positions = log.reserve(len(prompts)) if log else range(len(prompts))
         begun = []
         for prompt, at in zip(prompts, positions, strict=True):
@@ -225,7 +225,7 @@ class RolloutCollector:
 
     async def _collect_group(
         self,
-        running: RolloutClock,
+        running: RolloutProgress,
         position: int,
         prompt: Prompt,
         prompt_ids: list[int],
@@ -329,7 +329,7 @@ class RolloutCollector:
 
     async def _grade(
         self,
-        running: RolloutClock,
+        running: RolloutProgress,
         tracked: InFlightGroup,
         responses: list[Response],
         results: list[EpisodeResult],
@@ -345,7 +345,7 @@ class RolloutCollector:
 
     async def _teacher_logprobs(
         self,
-        running: RolloutClock,
+        running: RolloutProgress,
         prompt_ids: list[int],
         responses: list[Response],
         results: list[EpisodeResult],

@@ -63,7 +63,7 @@ class HeldoutEvaluation:
         )
         metrics, groups = await evaluate(self._collector, self._prompts, sampling, config.rewards)
         records = sample_records(groups, step, "eval", None)
-        self._recorder.evaluation({"step": step, **metrics}, records)
+        self._recorder.record_evaluation({"step": step, **metrics}, records)
 
 
 async def evaluate(

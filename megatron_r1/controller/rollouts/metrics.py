@@ -41,7 +41,7 @@ def rollout_metrics(rollout: Rollout, policy_version: int) -> dict[str, float]:
         "rewards/ungraded": fmean(not graded.is_graded for graded in responses),
         "response_length/mean": fmean(lengths),
         "response_length/max": max(lengths),
-        "truncated": fmean(graded.truncated for graded in responses),
+        "truncated": fmean(graded.is_truncated for graded in responses),
         "groups/zero_variance": fmean(group.has_equal_rewards for group in groups),
         "groups/passed_over": len(rollout.passed_over),
         "policy_version": policy_version,

@@ -89,7 +89,7 @@ class GradedResponse:
     episode: Episode | None = None
 
     @property
-    def truncated(self) -> bool:
+    def is_truncated(self) -> bool:
         """Whether the response ended at the limit of tokens."""
         return self.response.finish_reason == "length"
 

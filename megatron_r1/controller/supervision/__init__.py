@@ -1,6 +1,6 @@
 """Watches a run from its controller.
 
-- `diagnosis`: what a hung run waits for, and the report.
+- `hang_diagnosis`: what a hung run waits for, and the report.
 - `watchdog`: notices hangs.
 - `supervisor`: runs the watchdog and the endpoints /health and /metrics around a run, and restarts
   the trainer."""

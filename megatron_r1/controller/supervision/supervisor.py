@@ -21,7 +21,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import PHASES, RolloutCollector
 from megatron_r1.controller.run_recorder import RunRecorder
-from megatron_r1.controller.supervision.diagnosis import RunHandles
+from megatron_r1.controller.supervision.hang_diagnosis import RunHandles
 from megatron_r1.controller.supervision.watchdog import Watchdog
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.server.responses import EngineError
@@ -140,7 +140,7 @@ class HealthServer(Collector):
         """Yield gauges for the newest metrics line (megatron_r1_reward_mean for "reward/mean",
         megatron_r1_phase_seconds{phase=…} for times), and counters since this process began."""
         run = self._watchdog.run
-        yield from _of_the_step(run)
+        yield from _step_metrics(run)
         is_stalled = self._watchdog.is_stalled
         yield _gauge("stalled", "1: nothing has moved for run.hang_seconds", is_stalled)
         yield _gauge(
@@ -154,10 +154,10 @@ class HealthServer(Collector):
         yield _counter("trainer_restarts", "restarts of all ranks together", trainer.num_restarts)
         yield _counter("trainer_replies", "replies of single ranks to calls", trainer.num_replies)
         if run.rollouts is not None:
-            yield from _of_the_rollouts(run.rollouts)
+            yield from _rollout_metrics(run.rollouts)
 
 
-def _of_the_step(run: RunHandles) -> Iterator[Metric]:
+def _step_metrics(run: RunHandles) -> Iterator[Metric]:
     latest = dict(run.recorder.latest)
     yield _gauge("step", "last finished step", latest.pop("step", run.recorder.state.step))
     seconds = {}
@@ -170,7 +170,7 @@ def _of_the_step(run: RunHandles) -> Iterator[Metric]:
     yield _gauges("phase_seconds", "seconds of each phase of the last step", "phase", seconds)
 
 
-def _of_the_rollouts(rollouts: RolloutCollector) -> Iterator[Metric]:
+def _rollout_metrics(rollouts: RolloutCollector) -> Iterator[Metric]:
     fleet, in_flight = rollouts.fleet, rollouts.in_flight
     running = {engine.name: engine.num_running for engine in fleet.engines}
     up = {engine.name: engine.is_up for engine in fleet.engines}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.controller.supervision.diagnosis import (
+from megatron_r1.controller.supervision.hang_diagnosis import (
     RunHandles,
     count_tokens,
     diagnose,

@@ -165,8 +165,8 @@ class TrainerClient:
         loaded = self._last_stage_reply(await self._call_ranks(LOAD, shares=shares))
         self._packings = packings
         return {
-            "packing/waste": fmean(p.waste for p in packings),
-            "packing/fill": fmean(p.fill for p in packings),
+            "packing/waste": fmean(p.idle_fraction for p in packings),
+            "packing/fill": fmean(p.fill_fraction for p in packings),
             "packing/microbatches": fmean(len(p.shares[0]) for p in packings),
             **loaded,
         }
@@ -186,7 +186,7 @@ class TrainerClient:
                     self.data_parallel_size,
                     limit,
                     cost=self._cost,
-                    unit=unit,
+                    samples_per_unit=unit,
                 )
                 for samples in minibatches
             ]
@@ -289,19 +289,19 @@ class TrainerClient:
         samples = [Sample.pack(*sequence) for sequence in sequences]
         return (await self.call(ProbingOperations.probe, samples=samples))["probe/mean"]
 
-    async def prepare_probe(self, texts: Sequence[Sequence[int]]) -> None:
-        """Have the trainer compute the log-probabilities of every token of `texts` but the first,
-        for `compare_probe`."""
-        samples = [Sample.pack(text[:1], text[1:]) for text in texts]
+    async def prepare_probe(self, token_sequences: Sequence[Sequence[int]]) -> None:
+        """Have the trainer compute the log-probabilities of every token but the first of each
+        sequence, for `compare_probe`."""
+        samples = [Sample.pack(ids[:1], ids[1:]) for ids in token_sequences]
         await self.call(ProbingOperations.prepare_probe, samples=samples)
 
     async def compare_probe(
-        self, texts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]
+        self, token_sequences: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]
     ) -> float:
         """Return the mean absolute difference between an engine's log-probabilities and those of
-        `prepare_probe`, which had the same texts. The trainer needs no weights for it."""
-        pairs = zip(texts, logprobs, strict=True)
-        samples = [Sample.pack(text[:1], text[1:], values) for text, values in pairs]
+        `prepare_probe`, which had the same sequences. The trainer needs no weights for it."""
+        pairs = zip(token_sequences, logprobs, strict=True)
+        samples = [Sample.pack(ids[:1], ids[1:], values) for ids, values in pairs]
         return (await self.call(ProbingOperations.compare_probe, samples=samples))["probe/mean"]
 
     async def restart(self) -> None:

@@ -35,22 +35,22 @@ class Packing(NamedTuple):
 
     Attributes:
         shares: shares[rank][m] are the indices of the samples of micro-batch m on that rank.
-        waste: the share of all ranks' time spent waiting for the rank with the costliest
+        idle_fraction: the share of all ranks' time spent waiting for the rank with the costliest
             micro-batch.
-        fill: mean of tokens per micro-batch / limit."""
+        fill_fraction: mean of tokens per micro-batch / max_tokens."""
 
     shares: list[Bins]
-    waste: float
-    fill: float
+    idle_fraction: float
+    fill_fraction: float
 
 
 def pack(
     lengths: list[int],
     data_parallel_size: int,
-    limit: int,
+    max_tokens: int,
     *,
     cost: Callable[[int], float] = float,
-    unit: int = 1,
+    samples_per_unit: int = 1,
 ) -> Packing:
     """Distribute samples of `lengths` tokens over `data_parallel_size` ranks.
 
@@ -60,19 +60,19 @@ def pack(
     Args:
         lengths: tokens of each sample.
         data_parallel_size: the number of data-parallel ranks.
-        limit: tokens of a micro-batch; only a sample longer than that exceeds it, and is then
+        max_tokens: tokens of a micro-batch; only a sample longer than that exceeds it, and is then
             alone.
         cost: length -> cost of a sample (`sample_cost`).
-        unit: number of consecutive samples that stay together, in their order (a pair of
-            responses).
+        samples_per_unit: number of consecutive samples that stay together, in their order (two
+            for a pair of responses).
 
     Raises:
         UserError: fewer samples, or units, than ranks."""
-    starts = range(0, len(lengths), unit)
-    costs = [sum(cost(length) for length in lengths[i : i + unit]) for i in starts]
-    lengths = [sum(lengths[i : i + unit]) for i in starts]
+    starts = range(0, len(lengths), samples_per_unit)
+    costs = [sum(cost(length) for length in lengths[i : i + samples_per_unit]) for i in starts]
+    lengths = [sum(lengths[i : i + samples_per_unit]) for i in starts]
     if len(lengths) < data_parallel_size:
-        samples = "samples" if unit == 1 else f"units of {unit} samples"
+        samples = "samples" if samples_per_unit == 1 else f"units of {samples_per_unit} samples"
         raise UserError(
             f"{len(lengths)} {samples} cannot be spread over {data_parallel_size} data-parallel "
             "ranks: use larger mini-batches (fewer rl.minibatches, a larger sft.batch_size or "
@@ -80,20 +80,22 @@ def pack(
             key="parallel.processes",
             cause=Cause.TOO_LARGE,
         )
-    fewest = -(-sum(lengths) // (data_parallel_size * limit))
+    fewest = -(-sum(lengths) // (data_parallel_size * max_tokens))
     for per_rank in count(fewest):
-        bins = _costliest_first(costs, lengths, data_parallel_size * per_rank, limit)
-        if all(len(b) <= 1 or sum(lengths[i] for i in b) <= limit for b in bins):
-            shares, waste, fill = _side_by_side(bins, lengths, costs, data_parallel_size, limit)
+        bins = _costliest_first(costs, lengths, data_parallel_size * per_rank, max_tokens)
+        if all(len(b) <= 1 or sum(lengths[i] for i in b) <= max_tokens for b in bins):
+            packing = _side_by_side(bins, lengths, costs, data_parallel_size, max_tokens)
+            members = range(samples_per_unit)
             whole = [
-                [[i * unit + k for i in m for k in range(unit)] for m in own] for own in shares
+                [[i * samples_per_unit + k for i in m for k in members] for m in own]
+                for own in packing.shares
             ]
-            return Packing(whole, waste, fill)
+            return packing._replace(shares=whole)
     raise AssertionError("one bin for every sample always fits")
 
 
 def _side_by_side(
-    bins: Bins, lengths: list[int], costs: list[float], data_parallel_size: int, limit: int
+    bins: Bins, lengths: list[int], costs: list[float], data_parallel_size: int, max_tokens: int
 ) -> Packing:
     """Put bins of similar cost at the same m on all ranks, the costliest first."""
     totals = {id(b): sum(costs[i] for i in b) for b in bins}
@@ -106,10 +108,12 @@ def _side_by_side(
         for rank in range(data_parallel_size)
     ]
     waste = 1 - sum(totals.values()) / waited if waited else 0.0
-    return Packing(shares, max(0.0, waste), sum(lengths) / (limit * len(bins)))
+    return Packing(shares, max(0.0, waste), sum(lengths) / (max_tokens * len(bins)))
 
 
-def _costliest_first(costs: list[float], lengths: list[int], num_bins: int, limit: int) -> Bins:
+def _costliest_first(
+    costs: list[float], lengths: list[int], num_bins: int, max_tokens: int
+) -> Bins:
     """Put each sample, the costliest first, into the cheapest bin that has room for it."""
     members: Bins = [[] for _ in range(num_bins)]
     tokens = [0] * num_bins
@@ -118,7 +122,7 @@ def _costliest_first(costs: list[float], lengths: list[int], num_bins: int, limi
         full = []
         while heap:
             total, best = heapq.heappop(heap)
-            if not members[best] or tokens[best] + lengths[sample] <= limit:
+            if not members[best] or tokens[best] + lengths[sample] <= max_tokens:
                 break
             full.append((total, best))
         else:
@@ -131,43 +135,43 @@ def _costliest_first(costs: list[float], lengths: list[int], num_bins: int, limi
 
 
 def pack_by_prompt(
-    samples: list[Sample], data_parallel_size: int, limit: int, cost: Callable[[int], float]
+    samples: list[Sample], data_parallel_size: int, max_tokens: int, cost: Callable[[int], float]
 ) -> Packing:
     """Return `packing.pack` of the samples, in units of samples that begin with the same prompt,
     whose shared tokens count once.
 
-    A unit has at most `limit` tokens; where there would be fewer units than ranks, every sample is
-    a unit.
+    A unit has at most `max_tokens` tokens; where there would be fewer units than ranks, every
+    sample is a unit.
 
     Args:
         samples: the samples of a mini-batch.
         data_parallel_size: the number of data-parallel ranks.
-        limit: the most tokens of a micro-batch.
+        max_tokens: the most tokens of a micro-batch.
         cost: the argument of `pack`."""
     found = [
         unit
         for group in group_by_first_prompt(samples)
-        for unit in _split_to_limit(samples, group, limit)
+        for unit in _split_to_limit(samples, group, max_tokens)
     ]
     if len(found) < data_parallel_size:
         found = [([i], len(sample)) for i, sample in enumerate(samples)]
     units, lengths = [unit for unit, _ in found], [length for _, length in found]
-    packing = pack(lengths, data_parallel_size, limit, cost=cost)
+    packing = pack(lengths, data_parallel_size, max_tokens, cost=cost)
     shares = [[[i for u in m for i in units[u]] for m in own] for own in packing.shares]
     return packing._replace(shares=shares)
 
 
 def _split_to_limit(
-    samples: list[Sample], members: Iterable[int], limit: int
+    samples: list[Sample], members: Iterable[int], max_tokens: int
 ) -> list[tuple[list[int], int]]:
-    """Cut samples of one prompt, in order, into units of at most `limit` tokens, or one sample.
-    Return each unit with its tokens."""
+    """Cut samples of one prompt, in order, into units of at most `max_tokens` tokens, or one
+    sample. Return each unit with its tokens."""
     units: list[tuple[list[int], int]] = []
     shared = PrefixMatcher()
     for member in members:
         sample = samples[member]
         _, skipped = shared.shared_prefix(sample)
-        if units and units[-1][1] + len(sample) - skipped <= limit:
+        if units and units[-1][1] + len(sample) - skipped <= max_tokens:
             unit, length = units.pop()
         else:
             unit, length, shared = [], 0, PrefixMatcher()
@@ -198,7 +202,7 @@ def check_batches(config: Config, verb: str, world_size: int, rank: str = "train
         key, num_samples = f"{section}.batch_size", getattr(config, section).batch_size
         more = f"raise {key}"
         if verb == "reward-model" and config.reward_model.kind == "pairwise":
-            item = "pair"  # stays together on one rank (`unit` of `pack`)
+            item = "pair"  # stays together on one rank (`samples_per_unit`)
     if num_samples < data_parallel_size:
         most = num_samples * (world_size // data_parallel_size)
         raise UserError(

@@ -182,8 +182,8 @@ class RankSocket:
         self._reader: asyncio.Task[None] | None = None
 
     async def send(self, rank: int, call: bytes, share: Sequence[Buffer] = ()) -> None:
-        """Send an encoded `Call` and the parts of an encoded share, which are not copied and stay
-        in use until the rank has them.
+        """Send an encoded `RankCall` and the parts of an encoded share, without copying them: they
+        stay in use until the rank has them.
 
         Args:
             rank: its number among all trainer ranks.

@@ -14,14 +14,14 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.prompt_tokenizer import PLACEHOLDER
 from megatron_r1.data.prompts import Prompt, make_prompt
-from megatron_r1.data.table_files import READERS, Row
+from megatron_r1.data.table_files import READERS, LocatedRow
 from megatron_r1.data.table_files import read_rows as read_file
 
 __all__ = ["Benchmark", "Options", "Question", "Rows", "code_limits", "pick_columns", "to_prompts"]
 
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-Rows = Iterable[Row]
+Rows = Iterable[LocatedRow]
 Options = Mapping[str, Any]
 Hubs = Mapping[str, Callable[[Options], Sequence[str]]]
 """Repository → the files (glob patterns) that are the benchmark, as in `Benchmark.hubs`."""
@@ -29,7 +29,7 @@ Hubs = Mapping[str, Callable[[Options], Sequence[str]]]
 
 def read_rows(
     name: str, hubs: Hubs, options: Options, path: str | None, files: Sequence[str]
-) -> Iterator[Row]:
+) -> Iterator[LocatedRow]:
     """Yield every row of a benchmark.
 
     Args:
@@ -113,7 +113,7 @@ def _download(name: str, hub: str, patterns: Sequence[str]) -> Path:
     return Path(folder)
 
 
-def _read_folder(name: str, folder: Path, patterns: Sequence[str]) -> Iterator[Row]:
+def _read_folder(name: str, folder: Path, patterns: Sequence[str]) -> Iterator[LocatedRow]:
     data_files = sorted(p for p in folder.rglob("*") if p.suffix in READERS and p.is_file())
     names = {path: path.relative_to(folder).as_posix() for path in data_files}
     chosen = [p for p in data_files if any(fnmatch.fnmatch(names[p], glob) for glob in patterns)]

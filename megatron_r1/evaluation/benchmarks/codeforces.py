@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.data.renamed_rows import require_text
+from megatron_r1.data.rows import require_text
 from megatron_r1.evaluation.benchmarks.base import (
     Benchmark,
     Options,

@@ -22,7 +22,7 @@ from typing import Any
 from r1_grading.base.values import load_json
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.data.renamed_rows import require_text
+from megatron_r1.data.rows import require_text
 from megatron_r1.evaluation.benchmarks.base import (
     Benchmark,
     Options,

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.data.renamed_rows import require_text
+from megatron_r1.data.rows import require_text
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows, pick_columns
 
 BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."

@@ -10,7 +10,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.reward_model import RowSampler, _next_commands, load_rows
-from megatron_r1.commands.supervised import resolve_steps
+from megatron_r1.commands.supervised_training import resolve_steps
 from megatron_r1.config import Config
 from megatron_r1.config.overrides import parse_overrides
 

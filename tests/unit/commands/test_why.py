@@ -21,7 +21,7 @@ from megatron_r1.commands.why import files, formulas, loss, optimizer, rewards, 
 from megatron_r1.commands.why.comparison import CheckedQuantity
 from megatron_r1.commands.why.evidence import Evidence
 from megatron_r1.commands.why.recompute import RecomputedUpdates
-from megatron_r1.commands.why.recorded import RecordedStep
+from megatron_r1.commands.why.recorded_step import RecordedStep
 from megatron_r1.commands.why.step_reader import choose, examinable, open_run, read_step
 from megatron_r1.commands.why.verb import examine, run
 from megatron_r1.config import Config
@@ -130,7 +130,7 @@ class Planted:
         means = {
             "reward/mean": statistics.fmean(each.reward for each in responses),
             "accuracy": statistics.fmean(each.rewards["accuracy"] for each in responses),
-            "truncated": statistics.fmean(each.truncated for each in responses),
+            "truncated": statistics.fmean(each.is_truncated for each in responses),
         }
         if not folder.metrics_path.exists():
             folder.append_metrics({"step": STEP, **means, **self.line})

@@ -10,7 +10,7 @@ from r1_kernels.policy_terms import PolicySettings, TokenTensors
 from r1_kernels.primitives.policy_torch import policy_terms
 
 from megatron_r1.commands.why.comparison import CannotRecompute
-from megatron_r1.commands.why.policy_model import Row, logprobs
+from megatron_r1.commands.why.policy_model import TokenRow, logprobs
 from megatron_r1.commands.why.recompute import Recomputation
 from megatron_r1.commands.why.token_advantages import with_token_advantages
 from megatron_r1.commands.why.updates import Adam, AdamRules, LossRules, StepUpdates
@@ -68,7 +68,7 @@ class Model(torch.nn.Module):
         return SimpleNamespace(logits=self.head(self.norm(self.embedding(input_ids))))
 
 
-def rows() -> list[Row]:
+def rows() -> list[TokenRow]:
     draw = torch.Generator().manual_seed(3)
     made = []
     for number, (prompt, response) in enumerate(LENGTHS):
@@ -76,7 +76,7 @@ def rows() -> list[Row]:
         ids = torch.randint(VOCABULARY, (count,), generator=draw)
         floats = -torch.rand(response, generator=draw)
         sampled = torch.arange(count) >= prompt
-        made.append(Row(ids, sampled, floats, number, (-1.0) ** number * 0.7, response))
+        made.append(TokenRow(ids, sampled, floats, number, (-1.0) ** number * 0.7, response))
     return made
 
 
@@ -91,7 +91,7 @@ def apart(model: torch.nn.Module, scale: float) -> torch.nn.Module:
 
 
 def by_kernels(
-    own: torch.Tensor, row: Row, old: torch.Tensor, reference: torch.Tensor, loss: LossRules
+    own: torch.Tensor, row: TokenRow, old: torch.Tensor, reference: torch.Tensor, loss: LossRules
 ):
     """The terms of a response by the trainer's formulae."""
     count = len(own)

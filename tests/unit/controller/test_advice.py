@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_r1.config import Config
-from megatron_r1.controller.advice import advice
+from megatron_r1.controller.advice import find_advice
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.server.responses import Response
@@ -42,33 +42,33 @@ def test_each_fault_is_named_with_its_numbers_and_the_setting(case):
     more = case.get("and", {"times": 0, "group": []})
     groups = case["groups"] + [more["group"]] * more["times"]
     made = [[graded(**response) for response in group] for group in groups]
-    found = advice(rollout(*made), config(**case.get("settings", {})))
+    found = find_advice(rollout(*made), config(**case.get("settings", {})))
     assert found.keys() == set(case.get("topics", ()))
     first = next(iter(found.values()), "")
     assert [word for word in case.get("shows", ()) if word not in first] == [], first
 
 
 def test_longer_responses_are_not_advised_where_none_is_right():
-    found = advice(rollout((graded(finish="length"), graded())), config())["length"]
+    found = find_advice(rollout((graded(finish="length"), graded())), config())["length"]
     assert "1 of 2 " in found and "data.template" in found and "raise" not in found
 
 
 def test_a_start_token_that_template_and_tokenizer_both_have_is_seen():
-    found = advice(rollout(MIXED, prompt_ids=(0, 0, 5)), config())
+    found = find_advice(rollout(MIXED, prompt_ids=(0, 0, 5)), config())
     assert "token 0" in found["prompt"]
-    assert not advice(rollout(MIXED, prompt_ids=(0,)), config())
+    assert not find_advice(rollout(MIXED, prompt_ids=(0,)), config())
 
 
 def test_a_reward_of_ones_own_is_not_blamed_on_the_form_of_answers():
     own = replace(PROMPT, kind="mine:unit")
     group = Group(own, [5, 6], [graded("7", reason="7, not 122"), graded("no number")])
-    found = advice(Rollout([group], 1.0, 1.0), config(rewards={"answer": "strict"}))
+    found = find_advice(Rollout([group], 1.0, 1.0), config(rewards={"answer": "strict"}))
     assert "rewards.answer" not in found["accuracy"]
 
 
 def test_ungraded_responses_are_not_called_wrong():
     broken = GradedResponse(graded().response, "", {"accuracy": 0.0}, 0.0, "", ("accuracy",), False)
-    assert "accuracy" not in advice(rollout((broken, broken)), config())
+    assert "accuracy" not in find_advice(rollout((broken, broken)), config())
 
 
 def test_the_report_shows_it(tmp_path):

@@ -61,7 +61,7 @@ def test_weights_are_those_of_the_plan(tmp_path, dtype, ranks, tensor, kl_beta, 
     planned = of_rank.resident_bytes + of_rank.host["reference"]
     copies = of_rank.host["checkpoint being written"]
     found = cpu_memory(config, ranks, has_engines=True)
-    assert found.weights == pytest.approx(ranks * (planned + copies), rel=0.01)
+    assert found.weight_bytes == pytest.approx(ranks * (planned + copies), rel=0.01)
 
 
 def test_activations_are_the_plan_s_and_what_local_layers_keep_beside_them(tmp_path):
@@ -74,10 +74,10 @@ def test_activations_are_the_plan_s_and_what_local_layers_keep_beside_them(tmp_p
         for x in ("none", "full")
     )
     states = 2 * 576 * 4
-    assert plain.per_token == 30 * local.total + states
-    assert again.per_token == 29 * local.input + local.total + states
+    assert plain.bytes_per_token == 30 * local.total + states
+    assert again.bytes_per_token == 29 * local.input + local.total + states
     # Measured: 15.4 GB in all with one micro-batch of 8,064 tokens, where the kernel ended it.
-    assert plain.weights + 8064 * plain.per_token == pytest.approx(15.4e9, rel=0.1)
+    assert plain.weight_bytes + 8064 * plain.bytes_per_token == pytest.approx(15.4e9, rel=0.1)
 
 
 def test_a_micro_batch_is_what_the_free_memory_has_room_for():
@@ -88,7 +88,7 @@ def test_a_micro_batch_is_what_the_free_memory_has_room_for():
     assert CPUMemory(GIB, GIB, GIB, 1 << 10, 64 * GIB).microbatch_tokens(None) == 16_384
     assert tokens(8) == int((0.9 * 8 - 6) * 1024)
     assert tokens(64, 20_000) == 20_000
-    assert tokens(6.4) == tokens(5.5) == memory.FEWEST_TOKENS  # where the rest may be shared pages
+    assert tokens(6.4) == tokens(5.5) == memory.MIN_TOKENS  # where the rest may be shared pages
     with refused("parallel.processes", Cause.TOO_LARGE, "6.5 GiB", 5.4):
         tokens(5.4)
     with refused("parallel.tokens_per_microbatch", Cause.TOO_LARGE, "16,384", 16.0, "1,228"):
@@ -98,10 +98,10 @@ def test_a_micro_batch_is_what_the_free_memory_has_room_for():
 def test_engines_elsewhere_take_nothing_here_and_a_score_head_no_logits(tmp_path):
     here = cpu_memory(recipe(tmp_path), 1, has_engines=True)
     hosts = cpu_memory(recipe(tmp_path, rollout={"placement": "hosts"}), 1, has_engines=True)
-    assert here.engine_weights == 2 * 134_515_008 * 4 and hosts.engine_weights == 0
-    assert here.others > hosts.others + GIB
+    assert here.engine_weight_bytes == 2 * 134_515_008 * 4 and hosts.engine_weight_bytes == 0
+    assert here.other_bytes > hosts.other_bytes + GIB
     score = cpu_memory(recipe(tmp_path, model={"head": "score"}), 1, has_engines=False)
-    assert score.others < hosts.others and score.engine_weights == 0
+    assert score.other_bytes < hosts.other_bytes and score.engine_weight_bytes == 0
 
 
 def test_a_critic_and_a_teacher_take_memory_too(tmp_path):
@@ -111,20 +111,21 @@ def test_a_critic_and_a_teacher_take_memory_too(tmp_path):
     )
     # The reference has no critic; weights, gradients, moments and a checkpoint's buffers of both.
     score = num_parameters(memory.read_hf_config(str(tmp_path), "score"))
-    assert ppo.weights - grpo.weights == pytest.approx(score * (4 + 4 + 8 + 12 + 4), rel=1e-4)
+    critic_bytes = score * (4 + 4 + 8 + 12 + 4)
+    assert ppo.weight_bytes - grpo.weight_bytes == pytest.approx(critic_bytes, rel=1e-4)
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     (teacher / "config.json").write_text(json.dumps(DENSE | {"dtype": "bfloat16"}))
     (teacher / "model.safetensors").write_bytes(bytes(2 * 5000))
     settings = {"path": str(teacher), "engines": 3, "dtype": "float32"}
     taught = cpu_memory(recipe(tmp_path, teacher=settings), 1, has_engines=True)
-    assert taught.engine_weights == grpo.engine_weights + 3 * 4 * 5000
-    assert taught.others > grpo.others + 3 * GIB
+    assert taught.engine_weight_bytes == grpo.engine_weight_bytes + 3 * 4 * 5000
+    assert taught.other_bytes > grpo.other_bytes + 3 * GIB
 
 
 def test_moments_in_bfloat16_save_nothing_on_a_cpu(tmp_path):
     rounded = cpu_memory(recipe(tmp_path, optimizer={"moments": "bfloat16"}), 1, has_engines=True)
-    assert rounded.weights == cpu_memory(recipe(tmp_path), 1, has_engines=True).weights
+    assert rounded.weight_bytes == cpu_memory(recipe(tmp_path), 1, has_engines=True).weight_bytes
 
 
 def test_a_container_s_limit_counts_where_it_is_lower(tmp_path, monkeypatch):

@@ -20,8 +20,9 @@ def test_the_format_reward_is_shown_where_it_has_a_weight_and_recorded_always(
     with RunFolder(tmp_path) as folder:
         recorder = RunRecorder(folder, config, may_change=(), title="t")
         line = {"step": 0, "eval/format": 0.25, "eval/pass@1": 0.5, "eval/questions": 47}
-        recorder.evaluation(line, [])
-        recorder.step({"step": 1, "accuracy": 0.5, "format/mean": 0.25, "time/step": 1.0}, [])
+        recorder.record_evaluation(line, [])
+        line = {"step": 1, "accuracy": 0.5, "format/mean": 0.25, "time/step": 1.0}
+        recorder.record_step(line, [])
         recorder.close()
         said = capsys.readouterr().out
         assert "held-out at step 0" in said and "pass@1 50.0%, questions 47\n" in said
@@ -33,8 +34,8 @@ def test_the_format_reward_is_shown_where_it_has_a_weight_and_recorded_always(
 def test_metrics_and_evaluations_go_to_tensorboard_by_default(tmp_path):
     with RunFolder(tmp_path) as folder:
         recorder = RunRecorder(folder, Config(), may_change=(), title="t")
-        recorder.step({"step": 1, "accuracy": 0.5}, [])
-        recorder.evaluation({"step": 1, "eval/accuracy": 0.25}, [])
+        recorder.record_step({"step": 1, "accuracy": 0.5}, [])
+        recorder.record_evaluation({"step": 1, "eval/accuracy": 0.25}, [])
         recorder.close()
         events = EventAccumulator(str(folder.tensorboard))
         events.Reload()
@@ -48,7 +49,7 @@ def test_metrics_and_evaluations_go_to_tensorboard_by_default(tmp_path):
 def test_without_the_tracker_nothing_is_written_for_tensorboard(tmp_path):
     with RunFolder(tmp_path) as folder:
         recorder = RunRecorder(folder, Config(run={"trackers": []}), may_change=(), title="t")
-        recorder.step({"step": 1, "accuracy": 0.5}, [])
+        recorder.record_step({"step": 1, "accuracy": 0.5}, [])
         recorder.close()
         assert not folder.tensorboard.exists()
 

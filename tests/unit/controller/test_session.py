@@ -12,7 +12,7 @@ from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.roles import PolicyEngines
 from megatron_r1.controller.run_recorder import RunState
-from megatron_r1.controller.session import RunCheckpoints, Session
+from megatron_r1.controller.session import RLRun, RunCheckpoints
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server.responses import EngineError
@@ -68,14 +68,14 @@ class Engines:
 def session_of(engines, recorder):
     passes = SimpleNamespace(run_config=Config(), trainer=None, uses_reference=False)
     policy = PolicyEngines(None, engines, engines)
-    return policy, Session(recorder, SimpleNamespace(is_requested=False), policy, passes, engines)
+    return policy, RLRun(recorder, SimpleNamespace(is_requested=False), policy, passes, engines)
 
 
 @pytest.mark.parametrize("what", ["rollout", "save", "begin"])
 def test_nothing_is_taken_evaluated_or_saved_of_weights_whose_probes_fail(what):
     engines = Engines()
     recorder = SimpleNamespace(
-        state=RunState(), view=None, resumed=False, save=engines.save, load=None
+        state=RunState(), view=None, is_resumed=False, save=engines.save, load=None
     )
     policy, session = session_of(engines, recorder)
 
@@ -134,7 +134,7 @@ class SavedRun:
         self.view = SimpleNamespace(show_phase=lambda name: None, show_message=lambda line: None)
 
     @property
-    def resumed(self):
+    def is_resumed(self):
         return self.checkpoint is not None
 
     async def load(self, trainer, reference):

@@ -15,7 +15,7 @@ LIMIT = 1 << 16
 
 @pytest.fixture(autouse=True)
 def limit(monkeypatch):
-    monkeypatch.setattr(table_files, "MOST_ROW", LIMIT)
+    monkeypatch.setattr(table_files, "MAX_ROW_BYTES", LIMIT)
 
 
 def rows(text):
@@ -62,7 +62,7 @@ def test_a_line_that_does_not_end_is_not_read_to_its_end(tmp_path, name):
 
 
 def test_a_json_file_too_large_to_be_read_whole_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_files, "MOST_JSON", 1000)
+    monkeypatch.setattr(table_files, "MAX_JSON_BYTES", 1000)
     with refused("data", Cause.TOO_LARGE, ".jsonl"):
         list(read_rows(write(tmp_path / "rows.json", "x" * 2000)))
 

@@ -12,8 +12,8 @@ from megatron_r1.commands.init import are_examples
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.preferences import read_preferences
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.renamed_rows import read_renamed_rows
-from megatron_r1.data.sft import is_learned, load_examples
+from megatron_r1.data.rows import read_canonical_rows
+from megatron_r1.data.sft import has_loss, load_examples
 
 LINES = (Path(__file__).parents[2] / "shapes/other_sets.jsonl").read_text(encoding="utf-8")
 SETS = {case["set"]: case for case in map(json.loads, LINES.splitlines())}
@@ -37,7 +37,7 @@ def each(verb):
 
 
 def read_as_init_does(path):
-    rows = [row for _, row in read_renamed_rows(path)]
+    rows = [row for _, row in read_canonical_rows(path)]
     columns = guess_columns(str(path), rows)
     names = {"question": columns.question} | ({"truth": columns.truth} if columns.truth else {})
     renamed = {ours: theirs for ours, theirs in names.items() if ours != theirs}
@@ -66,7 +66,7 @@ def test_questions_and_truths_are_found(path, case):
 def test_the_assistant_s_texts_are_learned(path, case):
     assert are_examples(case["rows"])
     [example] = load_examples(path)
-    learned = [m for m in example.messages[example.learned_from :] if is_learned(m)]
+    learned = [m for m in example.messages[example.first_loss_message :] if has_loss(m)]
     texts = [
         m["tool_calls"][0]["function"]["name"] if m.get("tool_calls") else m["content"]
         for m in learned

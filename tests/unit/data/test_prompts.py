@@ -16,7 +16,7 @@ from megatron_r1.config import parse
 from megatron_r1.data.prompt_tokenizer import (
     PromptTokenizer,
     find_template,
-    is_opened,
+    opens_thought,
     render_template,
 )
 from megatron_r1.data.prompts import (
@@ -308,8 +308,8 @@ def test_templates_place_the_question_and_nothing_else():
 
 
 def test_only_a_template_that_ends_in_a_thought_is_opened():
-    assert is_opened(render_template("{problem}\nAssistant: <think>\n", "1 + 1?"))
-    assert not is_opened(render_template("r1_zero", "1 + 1?"))
+    assert opens_thought(render_template("{problem}\nAssistant: <think>\n", "1 + 1?"))
+    assert not opens_thought(render_template("r1_zero", "1 + 1?"))
 
 
 def test_examples_load_and_a_bad_line_is_named(tmp_path):

@@ -21,10 +21,10 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli, init
 from megatron_r1.commands.first_recipe import Machine
 from megatron_r1.commands.rl_prompts import prepare
-from megatron_r1.data.conversations import ExampleTokenizer
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.renamed_rows import read_renamed_rows
+from megatron_r1.data.rows import read_canonical_rows
 from megatron_r1.data.sft import load_examples
+from megatron_r1.data.sft_tokenizer import SFTTokenizer
 
 FOLDER = Path(__file__).parents[2] / "shapes"
 SHAPES = yaml.safe_load((FOLDER / "shapes.yaml").read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ def test_rows_are_filtered_by_their_columns(name):
 def test_parquet_is_read_as_the_text_is(tmp_path, name):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    rows = [row for _, row in read_renamed_rows(FOLDER / name)]
+    rows = [row for _, row in read_canonical_rows(FOLDER / name)]
     path = tmp_path / "train-00000-of-00001.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     check(read(path), QUESTIONS[name])
@@ -92,7 +92,7 @@ def test_parquet_is_read_as_the_text_is(tmp_path, name):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_are_one_pass_of_the_template(model, name):
-    text = ExampleTokenizer(str(model), None)
+    text = SFTTokenizer(str(model), None)
     tokenizer = chat_tokenizer()
     examples = load_examples(FOLDER / name)
     assert len(examples) == len(SHAPES[name]["learned"])

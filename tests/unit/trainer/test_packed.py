@@ -177,7 +177,7 @@ def test_turns_of_a_tree_lie_there_once_each_trained_in_its_own_branch():
     assert b.advantages[b.is_response].tolist() == [0.5, 0.5, 0.5, 1.5, 1.5, 2.5]
     # The packing puts them into an order in which each has its host before it.
     packing = pack_by_prompt([third, first, second], 1, 29, float)
-    assert packing.shares == [[[1, 2, 0]]] and packing.fill == 1.0
+    assert packing.shares == [[[1, 2, 0]]] and packing.fill_fraction == 1.0
     # Two micro-batches: the third shares nothing, as its host is in the other.
     cut = pack_by_prompt([third, first, second], 1, 27, float)
     assert sorted(cut.shares[0]) == [[0], [1, 2]]

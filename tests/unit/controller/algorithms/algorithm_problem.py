@@ -9,7 +9,7 @@ import torch
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.corrections import MASKS, chained
+from megatron_r1.controller.corrections import MASKS, wrap_loss
 from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_advantages import RolloutBatches
@@ -141,7 +141,7 @@ def ours(problem, name, settings, form=unchanged, corrected=unchanged, metrics=N
             find_function(mask)(rollout, config.rl.engine_mask_settings)
         )
         (metrics if metrics is not None else {}).update(masked)
-    loss, settings = chained(algorithm.loss, config.rl.loss_settings(LIMIT))
+    loss, settings = wrap_loss(algorithm.loss, config.rl.loss_settings(LIMIT))
     settings = form(settings)
     for step in steps:
         terms = []

@@ -16,7 +16,7 @@ from megatron_r1.config import Config, RLConfig, dump, load, parse
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.advantages import overlong_penalty
-from megatron_r1.controller.loop import minibatches, training_reward, update
+from megatron_r1.controller.loop import split_into_minibatches, training_reward, update
 from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
 from megatron_r1.controller.run_recorder import RunState
@@ -133,7 +133,7 @@ def test_an_episode_s_branches_stay_in_one_minibatch_and_weigh_as_one_response()
     group = Group(make_prompt("1 + 1?", "math", "2", {}), [1], responses)
     samples = training_samples([group], [[1.0, 2.0, 0.0, 3.0]])
     assert [len(each) for each in samples] == [2, 1, 1, 1]
-    first, second = minibatches(samples, 2)
+    first, second = split_into_minibatches(samples, 2)
     assert [s.is_trained for s in first + second] == [True, True, False, True, True]
     assert [s.advantage for s in first[:2] + second] == [1.0, 1.0, 2.0, 3.0]
     assert [s.weight for s in first] == [0.75, 0.25, 1.0]

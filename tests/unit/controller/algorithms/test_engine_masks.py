@@ -28,7 +28,7 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config, parse
 from megatron_r1.config.algorithms import NAMES, EngineMask, LossSettings
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.corrections import MASKS, chained
+from megatron_r1.controller.corrections import MASKS, wrap_loss
 from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.trainer.batch import LossHead
@@ -171,7 +171,7 @@ def test_without_a_mask_no_bit_changes(name):
     algorithm = algorithms.find(name)
     rl = Config(rl={"algorithm": name, "group_size": 4}).rl
     settings = rl.loss_settings(LIMIT)
-    assert chained(algorithm.loss, settings) == (algorithm.loss, settings)
+    assert wrap_loss(algorithm.loss, settings) == (algorithm.loss, settings)
     assert rl.engine_mask not in MASKS
     if name == "gspo":
         return
@@ -195,7 +195,7 @@ def test_a_micro_batch_without_responses_has_nothing_to_mask(method):
     hidden = torch.ones(2, HIDDEN, requires_grad=True)
     weight = torch.ones(VOCABULARY, HIDDEN, requires_grad=True)
     head = LossHead(empty, hidden, weight, 1.0, None, VOCABULARY)
-    name, settings = chained(algorithms.find("grpo").loss, settings.loss_settings(LIMIT))
+    name, settings = wrap_loss(algorithms.find("grpo").loss, settings.loss_settings(LIMIT))
     terms = find_function(name)(empty, head, settings)
     terms.loss.backward()
     assert terms.loss.item() == 0.0 and int(terms.denominator) == 0
@@ -204,7 +204,7 @@ def test_a_micro_batch_without_responses_has_nothing_to_mask(method):
 
 def test_settings_reach_a_rank_as_they_are():
     settings = parse({"rl": {"engine_mask": "divergence"}}).rl.loss_settings(8)
-    name, settings = chained("a:loss", settings)
+    name, settings = wrap_loss("a:loss", settings)
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode(settings), type=LossSettings)
     assert carried == settings and carried.inner == ("a:loss",)
     assert carried.engine_mask == EngineMask("divergence", 0.15, 0.15)

@@ -15,7 +15,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import parse
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.corrections import chained
+from megatron_r1.controller.corrections import wrap_loss
 from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
@@ -83,7 +83,7 @@ def test_its_expected_gradient_is_that_of_the_divergence_after_updates_too():
     batch.logprobs["ref"] = reference[batch.targets]
     head = LossHead(batch, state.expand(2 * VOCABULARY, -1), weight, TEMPERATURE, None, VOCABULARY)
     settings = parse({"rl": SETTINGS | {"kl_beta": 1.0}}).rl.loss_settings(LIMIT)
-    name, settings = chained(algorithms.find("grpo").loss, settings)
+    name, settings = wrap_loss(algorithms.find("grpo").loss, settings)
     terms = find_function(name)(batch, head, settings)
     (terms.loss / terms.denominator).backward()
     logprobs = (weight @ state / TEMPERATURE).log_softmax(-1)
@@ -95,14 +95,14 @@ def test_its_expected_gradient_is_that_of_the_divergence_after_updates_too():
 def test_without_a_weight_of_kl_the_loss_is_the_algorithm_s():
     settings = parse({"rl": SETTINGS | {"kl_beta": 0.0}}).rl.loss_settings(LIMIT)
     plain = parse({"rl": {"kl_beta": 0.0}}).rl.loss_settings(LIMIT)
-    assert chained("a:loss", settings) == ("a:loss", plain)
+    assert wrap_loss("a:loss", settings) == ("a:loss", plain)
     made, same = (next(ours(Problem(), "grpo", {**own, "kl_beta": 0.0})) for own in (SETTINGS, {}))
     assert torch.equal(made[0], same[0]) and torch.equal(made[1], same[1])
 
 
 def test_it_goes_together_with_a_mask_in_the_loss():
     settings = parse({"rl": SETTINGS | {"engine_mask": "divergence"}}).rl.loss_settings(LIMIT)
-    name, settings = chained("a:loss", settings)
+    name, settings = wrap_loss("a:loss", settings)
     assert [name.split(":")[0].split(".")[-1], *settings.inner] == [
         "engine_mask",
         "megatron_r1.controller.corrections.unbiased_kl:loss",

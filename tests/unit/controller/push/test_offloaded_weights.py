@@ -41,13 +41,14 @@ class OffloadedTrainer:
         answer = {"problems": {}, "num_links": {}, "num_bytes": {}}
         return [{"store": ["127.0.0.1", 1], **answer}]
 
-    async def prepare_probe(self, texts):
+    async def prepare_probe(self, token_sequences):
         self.did("prepare_probe")
-        self.texts = texts
+        self.token_sequences = token_sequences
 
-    async def compare_probe(self, texts, logprobs):
+    async def compare_probe(self, token_sequences, logprobs):
         self.did("compare_probe")
-        assert texts == self.texts and [len(s) for s in logprobs] == [len(t) - 1 for t in texts]
+        assert token_sequences == self.token_sequences
+        assert [len(s) for s in logprobs] == [len(ids) - 1 for ids in token_sequences]
         return self.difference
 
 

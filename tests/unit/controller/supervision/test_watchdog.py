@@ -24,7 +24,7 @@ from megatron_r1.config import RewardsConfig, parse
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.run_recorder import RunRecorder
-from megatron_r1.controller.supervision.diagnosis import coordinates
+from megatron_r1.controller.supervision.hang_diagnosis import coordinates
 from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.supervision.watchdog import HangError, Watchdog
 from megatron_r1.controller.trainer_calls.client import PendingCall, TrainerClient
@@ -284,7 +284,7 @@ def test_reported_once_and_health_says_so_until_it_moves(tmp_path, monkeypatch):
         watchdog.hang_seconds = 1e5
         grading = asyncio.create_task(run.grade(gate))
         await asyncio.sleep(0)
-        run.recorder.step({"step": 1, "reward/mean": 0.25, "time/push": 3.0}, [])
+        run.recorder.record_step({"step": 1, "reward/mean": 0.25, "time/push": 3.0}, [])
         seen["at first"] = await run.get("/health")
         del messages[:]
         watchdog.hang_seconds = 1.0
@@ -346,7 +346,7 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
     tmp_path, monkeypatch
 ):
     for limit in ("ANSWER_SECONDS", "STACKS_SECONDS"):
-        monkeypatch.setattr(f"megatron_r1.controller.supervision.diagnosis.{limit}", 3.0)
+        monkeypatch.setattr(f"megatron_r1.controller.supervision.hang_diagnosis.{limit}", 3.0)
     run = Run(tmp_path, hang_seconds=0.5)
     asked = make_prompt(QUESTION, "math", "42", {})
     servers = [EngineServer(run.config.model.path, tmp_path / f"engine-{i}.log") for i in (0, 1)]
@@ -385,7 +385,7 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
 
 def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monkeypatch):
     """Once the group's grades are back; the rewards are not to blame."""
-    monkeypatch.setattr("megatron_r1.controller.supervision.diagnosis.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_r1.controller.supervision.hang_diagnosis.ANSWER_SECONDS", 0.2)
     run = Run(tmp_path, hang_seconds=0.5)
     asked = make_prompt(QUESTION, "math", "1", {})
 

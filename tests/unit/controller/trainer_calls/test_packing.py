@@ -49,16 +49,16 @@ def test_ranks_carry_nearly_the_same_cost_where_balancing_tokens_would_not():
         return 1 - sum(map(sum, loads)) / (ranks * sum(map(max, zip(*loads, strict=True))))
 
     packing = pack(lengths, ranks, 65_536, cost=cost)
-    assert packing.waste == pytest.approx(waste(packing.shares))
-    assert packing.waste < 0.1 < waste(pack(lengths, ranks, 65_536).shares)
+    assert packing.idle_fraction == pytest.approx(waste(packing.shares))
+    assert packing.idle_fraction < 0.1 < waste(pack(lengths, ranks, 65_536).shares)
 
 
 def test_tokens_fill_the_microbatches_that_memory_allows():
     lengths = heavy_tailed(512, 65_536)
     packing = pack(lengths, 4, 65_536)
     per_rank = len(packing.shares[0])
-    assert packing.fill == pytest.approx(sum(lengths) / (4 * per_rank * 65_536))
-    assert packing.fill > 0.9
+    assert packing.fill_fraction == pytest.approx(sum(lengths) / (4 * per_rank * 65_536))
+    assert packing.fill_fraction > 0.9
 
 
 def test_fewer_samples_than_ranks_is_refused():
@@ -88,15 +88,15 @@ def test_the_laptops_model_has_a_cost():
 def test_pairs_stay_together_in_their_order(ranks):
     generator = random.Random(ranks)
     lengths = [generator.randrange(1, 100) for _ in range(40)]
-    packing = pack(lengths, ranks, 256, cost=lambda n: n * (1 + n / 50), unit=2)
+    packing = pack(lengths, ranks, 256, cost=lambda n: n * (1 + n / 50), samples_per_unit=2)
     microbatches = [members for rank in packing.shares for members in rank]
     assert sorted(i for members in microbatches for i in members) == list(range(40))
     for members in microbatches:
         assert all(a % 2 == 0 and b == a + 1 for a, b in zip(*[iter(members)] * 2, strict=True))
         assert len(members) == 2 or sum(lengths[i] for i in members) <= 256
-    assert packing.fill == pytest.approx(sum(lengths) / (256 * len(microbatches)))
+    assert packing.fill_fraction == pytest.approx(sum(lengths) / (256 * len(microbatches)))
 
 
 def test_fewer_pairs_than_ranks_are_refused():
     with refused("parallel.processes", Cause.TOO_LARGE, 2, 3):
-        pack([1, 1, 1, 1], 3, 100, unit=2)
+        pack([1, 1, 1, 1], 3, 100, samples_per_unit=2)

@@ -92,11 +92,11 @@ async def train(
         recorder.view.show_phase("starting trainer")
         await trainer.connect()
         show_trainer(recorder, trainer)
-        for note in task.notes(trainer, recorder.resumed):
+        for note in task.notes(trainer, recorder.is_resumed):
             recorder.view.show_message(note)
         while True:
             try:
-                if recorder.resumed:
+                if recorder.is_resumed:
                     await recorder.load(trainer, reference=False)
                 task.sampler.load_state_dict(recorder.state.sampler or start)
                 return await _steps(task, recorder, trainer, running.stop)
@@ -110,7 +110,7 @@ async def _steps(
     """Take the steps that are left, or those until a stop is requested."""
     state, steps = recorder.state, task.config.run.steps
     evaluation, checkpoint = task.config.eval, task.config.checkpoint
-    if task.evaluate and not recorder.resumed:
+    if task.evaluate and not recorder.is_resumed:
         await task.evaluate(recorder, trainer)
     while state.step < steps:
         recorder.view.show_phase("train")
@@ -144,5 +144,5 @@ async def _step(task: SupervisedTask, recorder: RunRecorder, trainer: TrainerCli
         "time/step": seconds,
         "tokens_per_second": sum(len(sample) for sample in batch) / seconds,
     }
-    recorder.step({"step": state.step, **metrics}, [])
+    recorder.record_step({"step": state.step, **metrics}, [])
     state.sampler = task.sampler.state_dict()

@@ -9,8 +9,8 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.sft import make_sample
-from megatron_r1.data.conversations import ExampleTokenizer
 from megatron_r1.data.sft import load_examples, read_example
+from megatron_r1.data.sft_tokenizer import SFTTokenizer
 
 HEADER = "<|im_start|>{{ m.role }}\n"
 PROMPT = "<|im_start|>assistant\n{% endif %}"
@@ -56,14 +56,14 @@ def marked(template):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """A function that returns the `ExampleTokenizer` of a template."""
+    """A function that returns the `SFTTokenizer` of a template."""
     made = {}
 
     def text(template):
         if template not in made:
             folder = tmp_path_factory.mktemp("tokenizer")
             chat_tokenizer(template).save_pretrained(folder)
-            made[template] = ExampleTokenizer(str(folder), None)
+            made[template] = SFTTokenizer(str(folder), None)
         return made[template]
 
     return text
@@ -176,10 +176,10 @@ def test_without_a_chat_template_the_setting_is_named(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     example = read_example("row:1", {"messages": [SYSTEM, FIRST, answer("1")]})
     with refused("sft.template", Cause.MISSING, "row:1"):
-        ExampleTokenizer(str(tmp_path), None).encode(example)
+        SFTTokenizer(str(tmp_path), None).encode(example)
     with refused("sft.template", Cause.MISSING):
-        ExampleTokenizer(str(tmp_path), "chat")
-    text = ExampleTokenizer(str(tmp_path), "[{system}] Q: {problem} A:")
+        SFTTokenizer(str(tmp_path), "chat")
+    text = SFTTokenizer(str(tmp_path), "[{system}] Q: {problem} A:")
     ids, learned = text.encode(example)
     assert text.decode(ids) == "[Be kind.] Q: one? A:1<|im_end|>"
     assert learned.count(True) == 2

@@ -26,17 +26,17 @@ from r1_grading.truths import (
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message, read_question, read_system_prompt
 from megatron_r1.data.columns import columns_by_name
-from megatron_r1.data.renamed_rows import (
+from megatron_r1.data.row_filter import Conditions, RowFilter
+from megatron_r1.data.rows import (
     ABSENT,
+    CanonicalRow,
     DataReport,
-    RenamedRow,
     describe_missing,
     lookup,
-    read_renamed_rows,
+    read_canonical_rows,
     rename_columns,
     require_text,
 )
-from megatron_r1.data.row_filter import Conditions, RowFilter
 
 
 @dataclass(frozen=True)
@@ -217,19 +217,19 @@ class RowReader:
     no_truth: Collection[str]
     bad_rows: Literal["refuse", "leave_out"]
 
-    def prompts(self, path: str | Path, role: str, report: DataReport) -> Iterator[Prompt]:
+    def prompts(self, path: str | Path, key: str, report: DataReport) -> Iterator[Prompt]:
         """Yield the prompts of a file or data set; `report` counts its rows.
 
         Args:
             path: the file or data set.
-            role: the key of errors.
+            key: the key of errors.
             report: counts the rows.
 
         Raises:
             UserError: a column is missing, or a row is malformed and `bad_rows` is refuse."""
         names = ("question", "truth", "kind")
         row_filter = RowFilter(self.where, report)
-        rows = read_renamed_rows(path, self.columns, names, role, row_filter.keeps)
+        rows = read_canonical_rows(path, self.columns, names, key, row_filter.keeps)
         first = list(itertools.islice(rows, FIRST_ROWS))
         needs_truth = self.kind not in WITHOUT_TRUTH
         mapped = self.columns if self.kind is None or self.kind in REGISTRY else ("question",)
@@ -248,7 +248,7 @@ class RowReader:
                 yield prompt
         row_filter.finish()
 
-    def _prompt(self, location: str, row: RenamedRow, report: DataReport) -> Prompt | None:
+    def _prompt(self, location: str, row: CanonicalRow, report: DataReport) -> Prompt | None:
         """Return the prompt of a row, None for one that is left out for want of a truth."""
         row = self._renamed(row, report.columns)
         before, question = parse_question(location, row)
@@ -281,7 +281,7 @@ class RowReader:
         prompt = Prompt("", question, kind, truth, fields, location, before)
         return replace(prompt, id=question_digest(prompt_identity(prompt, self.kind)).hex()[:16])
 
-    def _renamed(self, row: RenamedRow, found: Mapping[str, str]) -> RenamedRow:
+    def _renamed(self, row: CanonicalRow, found: Mapping[str, str]) -> CanonicalRow:
         """Return the row with the columns that were found by their names. A reward of the user's
         own gets them under both names."""
         values = {ours: lookup(row, theirs) for ours, theirs in found.items()}
@@ -295,7 +295,7 @@ def _is_solution(truth: Any) -> bool:
     return isinstance(truth, str) and states_no_answer(truth)
 
 
-def parse_question(location: str, row: RenamedRow) -> tuple[list[Message], str]:
+def parse_question(location: str, row: CanonicalRow) -> tuple[list[Message], str]:
     """Return the messages before the question, and the question.
 
     Args:

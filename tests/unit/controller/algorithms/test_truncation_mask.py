@@ -10,8 +10,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.config import parse
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.corrections.truncated import mask_truncated
-from megatron_r1.controller.loop import minibatches, response_advantages
+from megatron_r1.controller.corrections.truncation_mask import mask_truncated
+from megatron_r1.controller.loop import response_advantages, split_into_minibatches
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
@@ -74,7 +74,9 @@ def test_the_setting_leaves_them_out_of_what_the_trainer_gets():
     assert masked[0] == pytest.approx([1 - third, math.nan, -third, math.nan], nan_ok=True)
     samples = training_samples(groups, masked)
     assert [each.is_trained for [each] in samples] == [True, False, True, False]
-    assert [[s.is_trained for s in own] for own in minibatches(samples, 2)] == [[True, False]] * 2
+    assert [[s.is_trained for s in own] for own in split_into_minibatches(samples, 2)] == [
+        [True, False]
+    ] * 2
 
 
 def test_too_few_responses_that_are_not_cut_off_stop_the_run():
@@ -83,7 +85,7 @@ def test_too_few_responses_that_are_not_cut_off_stop_the_run():
     advantages = response_advantages(groups, algorithms.find("dr_grpo"), config, 1)
     samples = training_samples(groups, advantages)
     with pytest.raises(RunError, match=r"1 of 4 .*rl.minibatches: 2.*rl.truncated"):
-        minibatches(samples, 2)
+        split_into_minibatches(samples, 2)
 
 
 def test_a_schedule_may_change_it():

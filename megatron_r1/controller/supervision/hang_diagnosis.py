@@ -23,8 +23,8 @@ from r1_grading.pool import OutstandingJob
 from megatron_r1.base.processes import process_table
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import (
-    InFlight,
     InFlightGroup,
+    InFlightGroups,
     Phase,
     RolloutCollector,
 )
@@ -288,7 +288,7 @@ async def _stacks(engine: Engine) -> str:
     return "\n".join([f"stacks of processes {', '.join(map(str, pids))}:", *lines])
 
 
-def _open_groups(in_flight: InFlight, phase: Phase) -> str:
+def _open_groups(in_flight: InFlightGroups, phase: Phase) -> str:
     oldest = in_flight.oldest(phase)
     since = f", the oldest for {format_seconds(time.monotonic() - oldest.since)}" if oldest else ""
     return f"{in_flight.count(phase)} groups are not back{since}"

@@ -28,4 +28,4 @@ def mask_truncated(advantages: list[list[float]], groups: list[Group]) -> list[l
             of tokens."""
     by_group = zip(advantages, groups, strict=True)
     pairs = [zip(own, group.responses, strict=True) for own, group in by_group]
-    return [[math.nan if graded.truncated else a for a, graded in each] for each in pairs]
+    return [[math.nan if graded.is_truncated else a for a, graded in each] for each in pairs]

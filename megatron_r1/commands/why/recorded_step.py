@@ -202,7 +202,7 @@ class RecordedStep:
         if rl.truncated == "mask":
             for own, group in zip(made, self.groups, strict=True):
                 own[:] = [
-                    math.nan if graded.truncated else a
+                    math.nan if graded.is_truncated else a
                     for a, graded in zip(own, group.responses, strict=True)
                 ]
         return made

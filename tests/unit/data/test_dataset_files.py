@@ -6,9 +6,9 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.data.data_sets import parse_name
+from megatron_r1.data.dataset_files import parse_name
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.renamed_rows import read_renamed_rows
+from megatron_r1.data.rows import read_canonical_rows
 
 ROWS = [{"q": f"{i} + 1?", "meta": {"truth": str(i + 1)}} for i in range(7)]
 COLUMNS = {"question": "q", "truth": "meta.truth"}
@@ -41,16 +41,16 @@ def test_csv_and_json_hold_questions(tmp_path):
         train(tmp_path / "cut.json")
     (tmp_path / "latin.csv").write_bytes("Lösung\n2".encode("latin-1"))
     with refused("data", Cause.MALFORMED, "UTF-8"):
-        list(read_renamed_rows(tmp_path / "latin.csv"))
+        list(read_canonical_rows(tmp_path / "latin.csv"))
 
 
 def test_a_row_of_csv_is_named_by_its_line(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text('question,truth\n"a\nb",3\n\n1 + 1?,2\n1, then + 1?,2\n')
     with refused("data", Cause.MALFORMED, "p.csv:6"):
-        list(read_renamed_rows(path))
+        list(read_canonical_rows(path))
     path.write_text('question,truth\n"a\nb",3\n\n1 + 1?,2\n')
-    assert [place for place, _ in read_renamed_rows(path)] == [f"{path}:3", f"{path}:5"]
+    assert [place for place, _ in read_canonical_rows(path)] == [f"{path}:3", f"{path}:5"]
 
 
 def test_a_column_of_mappings_and_a_chat_of_one_message(tmp_path):

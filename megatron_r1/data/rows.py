@@ -11,20 +11,20 @@ from typing import Any
 from r1_grading.base.values import decode_literal
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.data.data_sets import HUB, read_data_set
-from megatron_r1.data.table_files import Row, read_rows
+from megatron_r1.data.dataset_files import HUB, read_data_set
+from megatron_r1.data.table_files import LocatedRow, read_rows
 
-RenamedRow = dict[str, Any]
+CanonicalRow = dict[str, Any]
 ABSENT = object()
 
 
-def read_renamed_rows(
+def read_canonical_rows(
     path: str | Path,
     columns: Mapping[str, str] | None = None,
     names: Collection[str] = (),
-    role: str = "data",
-    keeps: Callable[[str, RenamedRow], bool] = lambda location, row: True,
-) -> Iterator[tuple[str, RenamedRow]]:
+    key: str = "data",
+    keeps: Callable[[str, CanonicalRow], bool] = lambda location, row: True,
+) -> Iterator[tuple[str, CanonicalRow]]:
     """Yield ("file:line", row) for each row of a .jsonl, .json, .csv, .tsv or .parquet file, in
     file order, of all files of a pattern such as `rows/*.jsonl`, or of a data set: a folder or
     `hub:NAME[:CONFIG][:SPLIT]`.
@@ -34,7 +34,7 @@ def read_renamed_rows(
         columns: our name → the file's name, `a.b` for the entry b of a column of mappings; other
             columns are kept.
         names: the columns that the caller reads.
-        role: the key of errors, such as the setting that names the file.
+        key: the key of errors, such as the setting that names the file.
         keeps: a function of location and row that says whether the row is yielded.
 
     Raises:
@@ -42,7 +42,7 @@ def read_renamed_rows(
             what cannot be read, and for one of `names` misspelt in `columns`.
     """
     columns = columns or {}
-    rows = _read_all_rows(path, role)
+    rows = _read_all_rows(path, key)
     for ours in columns:
         # Rewards may read columns of any name, but hardly of one so close to ours.
         near = [] if ours in names else get_close_matches(ours, names, n=1, cutoff=0.8)
@@ -57,22 +57,22 @@ def read_renamed_rows(
             yield location, rename_columns(location, row, columns)
 
 
-def _read_all_rows(path: str | Path, role: str) -> Iterator[Row]:
+def _read_all_rows(path: str | Path, key: str) -> Iterator[LocatedRow]:
     if str(path).startswith(HUB) or Path(path).is_dir():
-        return read_data_set(str(path), role)
+        return read_data_set(str(path), key)
     if not glob.has_magic(str(path)) or Path(path).exists():
-        return read_rows(Path(path), role)
+        return read_rows(Path(path), key)
     files = sorted(glob.glob(str(path), recursive=True))
     if not files:
         raise UserError(
             f"{path}: no file has such a name (relative to {Path.cwd()})",
-            key=role,
+            key=key,
             cause=Cause.NOT_FOUND,
         )
-    return (row for file in files for row in read_rows(Path(file), role))
+    return (row for file in files for row in read_rows(Path(file), key))
 
 
-def require_text(location: str, row: RenamedRow, name: str, renaming: str = "") -> str:
+def require_text(location: str, row: CanonicalRow, name: str, renaming: str = "") -> str:
     """Return row[name], a string that is not blank.
 
     Args:
@@ -95,7 +95,7 @@ def require_text(location: str, row: RenamedRow, name: str, renaming: str = "") 
     return value
 
 
-def describe_missing(row: RenamedRow, name: str, renaming: str = "") -> str:
+def describe_missing(row: CanonicalRow, name: str, renaming: str = "") -> str:
     """Describe the lack of `name` in `row`.
 
     Args:
@@ -106,7 +106,7 @@ def describe_missing(row: RenamedRow, name: str, renaming: str = "") -> str:
     return f"is missing; the row has {', '.join(row) or 'nothing'}{hint}"
 
 
-def rename_columns(location: str, row: RenamedRow, columns: Mapping[str, str]) -> RenamedRow:
+def rename_columns(location: str, row: CanonicalRow, columns: Mapping[str, str]) -> CanonicalRow:
     """Return the row with the columns under our names.
 
     Args:
@@ -131,7 +131,7 @@ def rename_columns(location: str, row: RenamedRow, columns: Mapping[str, str]) -
     return kept | found
 
 
-def lookup(row: RenamedRow, name: str) -> Any:
+def lookup(row: CanonicalRow, name: str) -> Any:
     """Return row[name], or row[a][b] for a name `a.b` and {"a": row[a], "b": row[b]} for `a+b` that
     are no columns themselves; else ABSENT."""
     if name in row:
@@ -146,7 +146,7 @@ def lookup(row: RenamedRow, name: str) -> Any:
     return ABSENT if below is None else lookup(below, rest)
 
 
-def as_mapping(value: Any) -> RenamedRow | None:
+def as_mapping(value: Any) -> CanonicalRow | None:
     """Return a mapping, also of one that is stored as text; None for any other value."""
     value = decode_literal(value)
     return value if isinstance(value, dict) else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_r1.commands.why import stored
+from megatron_r1.commands.why import checkpoint_tensors
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 BIAS = "decoder.layers.1.mlp.router.expert_bias"
@@ -47,29 +47,31 @@ def whole(tmp_path):
 
 
 def test_nothing_is_found_in_a_whole_checkpoint(whole):
-    assert stored.not_finite(whole) == []
-    assert stored.empty_moments(whole) == ([], 2)
-    assert stored.masters_apart(whole)[1] == 0.0
-    assert stored.head_from_embedding(whole) == 0.0
-    assert stored.change(whole, whole, whole, False) == ("", 0.0, 0.0)
+    assert checkpoint_tensors.not_finite(whole) == []
+    assert checkpoint_tensors.empty_moments(whole) == ([], 2)
+    assert checkpoint_tensors.masters_apart(whole)[1] == 0.0
+    assert checkpoint_tensors.head_from_embedding(whole) == 0.0
+    assert checkpoint_tensors.change(whole, whole, whole, False) == ("", 0.0, 0.0)
 
 
 def test_a_number_that_is_not_finite_is_found(tmp_path):
     bad = torch.ones(12, 4)
     bad[3, 2] = float("inf")
-    assert stored.not_finite(written(tmp_path / "bad", second=bad)) == [f"{SECOND}{HEAD}"]
+    assert checkpoint_tensors.not_finite(written(tmp_path / "bad", second=bad)) == [
+        f"{SECOND}{HEAD}"
+    ]
 
 
 def test_moments_that_are_all_zero_are_found(tmp_path):
-    found = stored.empty_moments(written(tmp_path / "lost", second=torch.zeros(12, 4)))
+    found = checkpoint_tensors.empty_moments(written(tmp_path / "lost", second=torch.zeros(12, 4)))
     assert found == ([HEAD], 2)
 
 
 def test_a_tied_head_that_is_another_tensor_is_found(tmp_path):
     lost = written(tmp_path / "lost", head=2 * tensors()[HEAD])
-    assert stored.head_from_embedding(lost) == pytest.approx(1.0)
+    assert checkpoint_tensors.head_from_embedding(lost) == pytest.approx(1.0)
     # Its master weights are those of before.
-    name, distance = stored.masters_apart(lost)
+    name, distance = checkpoint_tensors.masters_apart(lost)
     assert name == HEAD and distance == pytest.approx(1.0)
 
 
@@ -78,12 +80,12 @@ def test_the_largest_change_and_the_norm_of_all_are_those_of_the_weights(whole, 
     moved[1, 1] += 0.5
     moved[2, 2] -= 0.25
     other = written(tmp_path / "other", head=moved, reference=torch.zeros(12, 4))
-    name, largest, norm = stored.change(whole, other, whole, False)
+    name, largest, norm = checkpoint_tensors.change(whole, other, whole, False)
     assert name == HEAD and largest == pytest.approx(0.5)
     assert norm == pytest.approx((0.5**2 + 0.25**2) ** 0.5)
 
 
 def test_the_bias_of_a_router_may_move_by_its_own_rule(whole, tmp_path):
     other = written(tmp_path / "other", bias=torch.ones(4))
-    assert stored.change(whole, other, whole, moves_bias=True)[1] == 0.0
-    assert stored.change(whole, other, whole, moves_bias=False)[:2] == (BIAS, 1.0)
+    assert checkpoint_tensors.change(whole, other, whole, moves_bias=True)[1] == 0.0
+    assert checkpoint_tensors.change(whole, other, whole, moves_bias=False)[:2] == (BIAS, 1.0)

@@ -20,14 +20,14 @@ from megatron_r1.data.prompt_tokenizer import (
     render_template,
     system_text,
 )
-from megatron_r1.data.sft import SFTExample, is_learned
+from megatron_r1.data.sft import SFTExample, has_loss
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARK = "\ue000\ue001"
 """Text that no conversation has, in place of a message to see where that is rendered."""
 
 
-class ExampleTokenizer:
+class SFTTokenizer:
     """The tokenizer of a Hugging Face folder, and the template of conversations.
 
     Args:
@@ -126,14 +126,14 @@ class ExampleTokenizer:
         text = self._render(example, messages)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        if self._marks and all(is_learned(m) for m in messages if m["role"] == "assistant"):
+        if self._marks and all(has_loss(m) for m in messages if m["role"] == "assistant"):
             learned = self._marked(example, messages)
         else:
             shift = len(messages) - len(example.messages)
             spans = [
                 self._span(example, messages, number, text)
-                for number in range(max(0, example.learned_from + shift), len(messages))
-                if is_learned(messages[number])
+                for number in range(max(0, example.first_loss_message + shift), len(messages))
+                if has_loss(messages[number])
             ]
             learned = self._within(ids, offsets, spans)
         if ids:
@@ -151,8 +151,8 @@ class ExampleTokenizer:
             return_assistant_tokens_mask=True,
         )
         learned = [bool(mark) for mark in encoded["assistant_masks"]]
-        if example.learned_from:
-            first = len(messages) - len(example.messages) + example.learned_from
+        if example.first_loss_message:
+            first = len(messages) - len(example.messages) + example.first_loss_message
             start = len(
                 self._tokenizer(
                     self._render(example, messages[:first], prompt=True), add_special_tokens=False

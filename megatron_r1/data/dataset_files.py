@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.data.table_files import Row, data_suffix, read_rows
+from megatron_r1.data.table_files import LocatedRow, data_suffix, read_rows
 
 HUB = "hub:"
 NAME = re.compile(r"(?P<name>[^:]+)(?::(?P<config>[^:\[]*))?(?::(?P<split>.+))?")
@@ -49,7 +49,7 @@ class SplitName:
     is_percent: bool = False
 
 
-def parse_name(path: str, role: str = "data.path") -> tuple[str, str | None, str | None]:
+def parse_name(path: str, key: str = "data.path") -> tuple[str, str | None, str | None]:
     """Return (name, config, split) of `hub:NAME[:CONFIG][:SPLIT]` or of a folder.
 
     Raises:
@@ -61,7 +61,7 @@ def parse_name(path: str, role: str = "data.path") -> tuple[str, str | None, str
     if not match:
         raise UserError(
             f"data.path: {path} has no name; write hub:NAME[:CONFIG][:SPLIT]",
-            key=role,
+            key=key,
             cause=Cause.MALFORMED,
         )
     name, config, split = match["name"], match["config"] or None, match["split"]
@@ -70,7 +70,7 @@ def parse_name(path: str, role: str = "data.path") -> tuple[str, str | None, str
     return name, config, split
 
 
-def read_data_set(path: str, role: str) -> Iterator[Row]:
+def read_data_set(path: str, key: str) -> Iterator[LocatedRow]:
     """Yield the rows of `hub:NAME[:CONFIG][:SPLIT]`, NAME on the hub or a folder, or of `FOLDER`.
 
     Without SPLIT: train, or the only one. `hub:NAME:test` is a split, too.
@@ -79,39 +79,39 @@ def read_data_set(path: str, role: str) -> Iterator[Row]:
         UserError: the data set is missing, the configuration or split is unknown, or the hub cannot
             be reached.
     """
-    name, config, split = parse_name(path, role)
+    name, config, split = parse_name(path, key)
     folder = Path(name)
     if folder.is_dir():
         if any((folder / file).is_file() for file in SAVED):
-            yield from _read_saved(path, folder, split, role)
+            yield from _read_saved(path, folder, split, key)
             return
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         readme = folder / README
         described = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-        chosen, wanted = _choose(path, names, described, config, split, role)
+        chosen, wanted = _choose(path, names, described, config, split, key)
         sources = [(folder / file, str(folder / file)) for file in chosen]
     elif not path.startswith(HUB):
-        raise UserError(f"{path}: no such file or folder", key=role, cause=Cause.NOT_FOUND)
+        raise UserError(f"{path}: no such file or folder", key=key, cause=Cause.NOT_FOUND)
     else:
-        names, described = _list_hub(path, name, role)
-        chosen, wanted = _choose(path, names, described, config, split, role)
-        downloaded = _download(path, name, chosen, role)
+        names, described = _list_hub(path, name, key)
+        chosen, wanted = _choose(path, names, described, config, split, key)
+        downloaded = _download(path, name, chosen, key)
         sources = [(downloaded / file, f"{HUB}{name}/{file}") for file in chosen]
-    yield from _sliced(_rows(sources, role), sources, wanted, role)
+    yield from _sliced(_rows(sources, key), sources, wanted, key)
 
 
-def _rows(sources: Sequence[tuple[Path, str]], role: str) -> Iterator[Row]:
+def _rows(sources: Sequence[tuple[Path, str]], key: str) -> Iterator[LocatedRow]:
     for file, shown in sources:
-        for location, row in read_rows(file, role):
+        for location, row in read_rows(file, key):
             yield f"{shown}{location.removeprefix(str(file))}", row
 
 
 def _sliced(
-    rows: Iterator[Row], sources: Sequence[tuple[Path, str]], wanted: SplitName, role: str
-) -> Iterator[Row]:
+    rows: Iterator[LocatedRow], sources: Sequence[tuple[Path, str]], wanted: SplitName, key: str
+) -> Iterator[LocatedRow]:
     start, stop = wanted.start, wanted.stop
     if wanted.is_percent:
-        count = sum(1 for _ in _rows(sources, role))
+        count = sum(1 for _ in _rows(sources, key))
         start, stop = (None if n is None else round(count * n / 100) for n in (start, stop))
     return itertools.islice(rows, start, stop)
 
@@ -122,7 +122,7 @@ def _choose(
     readme: str,
     config: str | None,
     split: str | None,
-    role: str,
+    key: str,
 ) -> tuple[list[str], SplitName]:
     """Return the files of a split, and the split.
 
@@ -132,22 +132,22 @@ def _choose(
         readme: the text of its README, whose header may name files.
         config: the configuration to read; None: the default or only one.
         split: the split to read, which may be a part of one; None: train or the only one.
-        role: the setting that names the data set, for errors."""
+        key: the setting that names the data set, for errors."""
     data = [name for name in names if _is_data(name)]
     configs = _described(readme, data) or _named(data)
     if not configs:
         raise UserError(
             f"{path}: it has no data files (.jsonl, .json, .csv, .tsv or .parquet)",
-            key=role,
+            key=key,
             cause=Cause.EMPTY,
         )
     if config is not None and config not in configs and split is None:
         shared = [splits for splits in configs.values() if config.partition("[")[0] in splits]
         if shared:
             config, split = None, config
-    files = configs[_choose_name("configuration", path, configs, config, ("default", "main"), role)]
-    wanted = _parse_split(split, path, role)
-    name = _choose_name("split", path, files, wanted.name or None, ("train",), role)
+    files = configs[_choose_name("configuration", path, configs, config, ("default", "main"), key)]
+    wanted = _parse_split(split, path, key)
+    name = _choose_name("split", path, files, wanted.name or None, ("train",), key)
     return files[name], SplitName(name, wanted.start, wanted.stop, wanted.is_percent)
 
 
@@ -157,7 +157,7 @@ def _choose_name(
     known: Mapping[str, Any],
     asked: str | None,
     usual: Sequence[str],
-    role: str,
+    key: str,
 ) -> str:
     """Return the name that is asked for, else the usual or the only one."""
     if asked is not None and asked in known:
@@ -171,19 +171,19 @@ def _choose_name(
     form = "hub:NAME:CONFIG:SPLIT"
     raise UserError(
         f"{path}: which {what}? It has {', '.join(known)}: write {form}",
-        key=role,
+        key=key,
         cause=Cause.MISSING if asked is None else Cause.UNKNOWN,
     )
 
 
-def _parse_split(split: str | None, path: str, role: str) -> SplitName:
+def _parse_split(split: str | None, path: str, key: str) -> SplitName:
     if split is None:
         return SplitName("")
     match = SLICE.fullmatch(split)
     if match is None:
         raise UserError(
             f"{path}: {split!r} is no split; write train, train[:200] or train[10%:20%]",
-            key=role,
+            key=key,
             cause=Cause.MALFORMED,
         )
     start, stop = (int(match[name]) if match[name] else None for name in ("start", "stop"))
@@ -250,11 +250,11 @@ def _split_of_file(name: str) -> str:
     return shard["split"] if shard else "train"
 
 
-def _list_hub(path: str, name: str, role: str) -> tuple[list[str], str]:
+def _list_hub(path: str, name: str, key: str) -> tuple[list[str], str]:
     """Return the names of a data set's files on the hub, and its README."""
     import huggingface_hub
 
-    with _hub_errors(path, name, role):
+    with _hub_errors(path, name, key):
         names = huggingface_hub.HfApi().list_repo_files(name, repo_type="dataset")
         if README not in names:
             return names, ""
@@ -262,10 +262,10 @@ def _list_hub(path: str, name: str, role: str) -> tuple[list[str], str]:
     return names, Path(readme).read_text(encoding="utf-8", errors="replace")
 
 
-def _download(path: str, name: str, files: Sequence[str], role: str) -> Path:
+def _download(path: str, name: str, files: Sequence[str], key: str) -> Path:
     import huggingface_hub
 
-    with _hub_errors(path, name, role):
+    with _hub_errors(path, name, key):
         return Path(
             huggingface_hub.snapshot_download(
                 name, repo_type="dataset", allow_patterns=[_quoted(file) for file in files]
@@ -280,8 +280,8 @@ def _quoted(name: str) -> str:
 class _hub_errors:  # noqa: N801 - a context manager, named like a function
     """Turns the errors of the hub's library into `UserError`."""
 
-    def __init__(self, path: str, name: str, role: str) -> None:
-        self.path, self.name, self.role = path, name, role
+    def __init__(self, path: str, name: str, key: str) -> None:
+        self.path, self.name, self.key = path, name, key
 
     def __enter__(self) -> None:
         return None
@@ -299,19 +299,19 @@ class _hub_errors:  # noqa: N801 - a context manager, named like a function
         if isinstance(error, unknown) and not isinstance(error, errors.LocalEntryNotFoundError):
             raise UserError(
                 f"{self.path}: {_first_line(error)}; correct the name, or log in: hf auth login",
-                key=self.role,
+                key=self.key,
                 cause=Cause.NOT_FOUND,
             ) from None
         raise UserError(
             f"{self.path}: the hub cannot be reached ({_first_line(error)}). Without a network: hf "
             f"download {self.name} --repo-type dataset --local-dir FOLDER on another machine, and "
             "FOLDER here",
-            key=self.role,
+            key=self.key,
             cause=Cause.UNREADABLE,
         ) from None
 
 
-def _read_saved(path: str, folder: Path, split: str | None, role: str) -> Iterator[Row]:
+def _read_saved(path: str, folder: Path, split: str | None, key: str) -> Iterator[LocatedRow]:
     """Yield the rows of a folder of `save_to_disk`."""
     try:
         import datasets
@@ -325,10 +325,10 @@ def _read_saved(path: str, folder: Path, split: str | None, role: str) -> Iterat
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # noqa: BLE001 - of many kinds, all about the data set
-        raise UserError(f"{path}: {_first_line(error)}", key=role, cause=Cause.MALFORMED) from None
-    wanted = _parse_split(split, path, role)
+        raise UserError(f"{path}: {_first_line(error)}", key=key, cause=Cause.MALFORMED) from None
+    wanted = _parse_split(split, path, key)
     if isinstance(loaded, dict):
-        loaded = loaded[_choose_name("split", path, loaded, wanted.name or None, ("train",), role)]
+        loaded = loaded[_choose_name("split", path, loaded, wanted.name or None, ("train",), key)]
     start, stop = wanted.start, wanted.stop
     if wanted.is_percent:
         start, stop = (None if n is None else round(len(loaded) * n / 100) for n in (start, stop))

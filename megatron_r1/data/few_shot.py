@@ -12,12 +12,12 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompt_tokenizer import (
     PromptTokenizer,
-    is_opened,
+    opens_thought,
     render_template,
     system_text,
 )
 from megatron_r1.data.prompts import normalize_question
-from megatron_r1.data.renamed_rows import read_renamed_rows, require_text
+from megatron_r1.data.rows import read_canonical_rows, require_text
 
 BETWEEN = "\n\n"
 
@@ -35,7 +35,7 @@ class FewShotExamples:
     (seed, question) alone, and never includes the question itself.
 
     Args:
-        path: the examples' file, of `read_renamed_rows`.
+        path: the examples' file, of `read_canonical_rows`.
         num_shots: per question; None: all.
         seed: the seed of the choice.
 
@@ -46,7 +46,7 @@ class FewShotExamples:
     def __init__(self, path: str | Path, num_shots: int | None, seed: int) -> None:
         self.shots = [
             Shot(require_text(location, row, "question"), require_text(location, row, "response"))
-            for location, row in read_renamed_rows(path, role="sample.shots")
+            for location, row in read_canonical_rows(path, key="sample.shots")
         ]
         if not self.shots:
             raise UserError(
@@ -97,7 +97,7 @@ class FewShotExamples:
         Raises:
             UserError: `before` has a message other than a system's.
         """
-        opened = is_opened(render_template(template, question))
+        opened = opens_thought(render_template(template, question))
         shown = [
             render_template(template, shot.question)
             + (shot.response.removeprefix(THINK) if opened else shot.response)
