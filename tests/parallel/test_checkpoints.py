@@ -67,7 +67,7 @@ def test_so_it_does_along_every_other_axis(oracle, tmp_path):
     ("world_size", "grid"),
     [
         (1, "dp1"),
-        pytest.param(2, "dp2", marks=pytest.mark.more),
+        pytest.param(2, "dp2", marks=pytest.mark.slow),
         pytest.param(4, "tp2xep2", marks=pytest.mark.slow),
         pytest.param(4, "pp2xvp2xdp2", marks=pytest.mark.slow),
     ],
@@ -111,7 +111,7 @@ def test_a_full_disk_of_one_rank_raises_on_all_and_leaves_nothing_behind(straigh
     assert checkpoint_folders.newest_usable(out, "full") == (out / "step_00000002", [])
 
 
-@pytest.mark.more
+@pytest.mark.slow  # of a run: tests/system/test_checkpoint_runs.py
 def test_a_rank_killed_while_it_writes_leaves_the_last_good_one(straight, oracle):
     out, _ = straight
     with pytest.raises(pytest.fail.Exception):

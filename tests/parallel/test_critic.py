@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(
     ("world_size", "name", "grids"),
     [
-        (1, "qwen-tied", ["one"]),
+        pytest.param(1, "qwen-tied", ["one"], marks=pytest.mark.slow),
         (2, "qwen-tied", ["tp2", "pp2", "cp2", "dp2"]),
         pytest.param(2, "deepseek-plain-noqlora", ["tp2", "ep2"], marks=pytest.mark.slow),
         pytest.param(4, "deepseek-plain-noqlora", ["tp2xpp2", "cp2xdp2"], marks=pytest.mark.slow),

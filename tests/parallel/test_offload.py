@@ -15,7 +15,7 @@ def test_state_that_is_away_between_phases_trains_as_state_that_stays(oracle, tm
     holds(["dp2:bfloat16:whole"], oracle, tmp_path)
 
 
-@pytest.mark.more
+@pytest.mark.slow  # the one above is in make test
 def test_it_does_in_fp32_over_experts_stages_and_with_adapters(oracle, tmp_path):
     grids = ["dp2:float32:whole", "ep2:bfloat16:whole", "pp2:float32:whole", "dp2:float32:lora"]
     holds(grids, oracle, tmp_path)

@@ -32,7 +32,10 @@ MODEL = {
 @pytest.mark.parametrize(
     "world_size, grids",
     [
-        (1, ["one_float32", "one_bfloat16", "one_mtp_bfloat16", "ppo_bfloat16"]),
+        pytest.param(
+            *(1, ["one_float32", "one_bfloat16", "one_mtp_bfloat16", "ppo_bfloat16"]),
+            marks=pytest.mark.slow,
+        ),
         (
             2,
             [

@@ -36,7 +36,7 @@ def reread(export, found):
 @pytest.mark.parametrize(
     ("grid", "world_size"),
     [
-        pytest.param("one", 1, marks=pytest.mark.more),
+        pytest.param("one", 1, marks=pytest.mark.slow),
         ("pp2", 2),
         pytest.param("pp4", 4, marks=pytest.mark.more),
     ],
@@ -56,7 +56,14 @@ def test_a_tied_embedding_is_one_tensor_on_all_stages(oracle, tmp_path, grid, wo
 
 
 @pytest.mark.more
-@pytest.mark.parametrize(("grid", "world_size"), [("one", 1), ("tp2", 2), ("pp2", 2)])
+@pytest.mark.parametrize(
+    ("grid", "world_size"),
+    [
+        pytest.param("one", 1, marks=pytest.mark.slow),
+        ("tp2", 2),
+        pytest.param("pp2", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_gpt_oss_keeps_its_published_names_and_transposed_experts(
     oracle, tmp_path, grid, world_size
 ):

@@ -25,7 +25,7 @@ def forced(oracle, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("world_size", "grids"),
     [
-        (1, ["one", "one+full", "one+moe"]),
+        pytest.param(1, ["one", "one+full", "one+moe"], marks=pytest.mark.slow),
         (2, ["tp2", "pp2", "ep2", "cp2", "pp2+full", "pp2xvp2+moe", "pp2xuneven"]),
         pytest.param(4, ["tp2xep2", "pp2xvp2xcp2"], marks=pytest.mark.slow),
     ],

@@ -44,7 +44,7 @@ def test_every_split_gives_one_process_s_metrics_and_weights(single, oracle, wor
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("model", ["qwen-tied", "llama3"])
+@pytest.mark.parametrize("model", ["qwen-tied", pytest.param("llama3", marks=pytest.mark.slow)])
 def test_a_dense_model_s_sequences_split_over_tensor_ranks_give_the_same(oracle, tmp_path, model):
     """A model with experts always splits them; a dense one does where a recipe asks for it."""
     arguments = ("trainer_steps.py", str(oracle / model), str(tmp_path))

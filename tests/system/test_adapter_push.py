@@ -75,12 +75,20 @@ def adapted(oracle, tmp_path):
     return write
 
 
+IN_MORE = ("deepseek-tensor", "deepseek-data")
+"""Cases that `make test-more` runs."""
+
+
 @pytest.mark.parametrize(
     ("config", "targets", "layout"),
     [
         pytest.param(QWEN, None, {}, id="qwen"),
         *(
-            pytest.param(config, targets, layout, id=name, marks=pytest.mark.more)
+            pytest.param(
+                *(config, targets, layout),
+                id=name,
+                marks=pytest.mark.more if name in IN_MORE else pytest.mark.slow,
+            )
             for name, config, targets, layout in [
                 ("qwen-some-tensor", QWEN, ["q_proj", "v_proj", "down_proj"], {"tensor": 2}),
                 ("qwen-pipeline", QWEN, None, {"pipeline": 2}),

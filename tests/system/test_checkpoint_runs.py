@@ -120,7 +120,7 @@ def test_with_every_checkpoint_damaged_the_run_refuses_and_keeps_its_metrics(
     ]
 
 
-@pytest.mark.more
+@pytest.mark.slow  # of one rank: tests/parallel/test_checkpoints.py
 def test_a_full_disk_stops_the_run_with_one_sentence_and_room_lets_it_go_on(base, tmp_path):
     folder = tmp_path / "run"
     arguments = command("sft", base / "sft.yaml", *settings(folder, 4, "--checkpoint.every", "2"))

@@ -6,7 +6,7 @@ import pytest
 from command_line import run
 
 
-@pytest.mark.more
+@pytest.mark.slow  # the next one's engines sleep too
 def test_engines_that_sleep_and_share_their_model_agree_with_the_trainer(base):
     settings = {
         "run.folder": base / "colocated",

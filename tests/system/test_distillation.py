@@ -72,7 +72,7 @@ def test_scores_in_pieces_equal_transformers(models, oracle, tmp_path):
     assert max(differences(oracle, models / "deepseek", scores)) <= TOLERANCE
 
 
-@pytest.mark.more
+@pytest.mark.slow  # another engine: test_engine
 def test_scores_equal_transformers_also_of_the_engine_in_place_of_one_that_died(
     models, oracle, tmp_path
 ):

@@ -220,7 +220,7 @@ def test_a_model_without_one_of_the_engines_tensors_is_refused(loop, fleet, push
 
 
 @pytest.mark.parametrize(
-    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.more)]
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
 )
 def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
     how, models, oracle, loop, fleet, push
@@ -253,7 +253,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
     assert largest_difference(oracle, models / "b", groups) <= TOLERANCE
 
 
-@pytest.mark.more  # another engine; without one: tests/unit/engines/fleet/test_fleet.py
+@pytest.mark.slow  # without an engine: tests/unit/engines/fleet/test_fleet.py
 def test_without_a_restart_left_a_death_fails_its_calls_with_the_reason(models, loop, tmp_path):
     async def run():
         async with RolloutFleet(1, tmp_path, **ENGINE) as fleet:
@@ -302,7 +302,7 @@ are the old weights'."""
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("family", [pytest.param("plain", marks=pytest.mark.more), "qwen"])
+@pytest.mark.parametrize("family", [pytest.param("plain", marks=pytest.mark.slow), "qwen"])
 def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
     """Plain rope in MLA; grouped-query attention, tied embeddings and prefix caching: a prompt
     that a push finds in the cache, and in a response under way, is read with the new weights.

@@ -108,6 +108,7 @@ def test_an_engine_joins_amid_a_batch(models, oracle, loop, fleet):
     assert_right(oracle, models, made)
 
 
+@pytest.mark.slow  # in a run: test_colocated_run
 @pytest.mark.usefixtures("replaced")
 def test_sleeping_engines_sample_again_only_once_they_have_both_memories(
     models, oracle, loop, fleet

@@ -131,7 +131,9 @@ def run_agent(kind, url, key):
     return agent.run("What is 12 * 34?")
 
 
-@pytest.mark.parametrize("kind", ["ToolCallingAgent", "CodeAgent"])
+@pytest.mark.parametrize(
+    "kind", ["ToolCallingAgent", pytest.param("CodeAgent", marks=pytest.mark.slow)]
+)
 def test_smolagents(play, kind):
     pytest.importorskip("smolagents", reason="make test-packages")
 

@@ -79,7 +79,7 @@ def test_adapters_alone_reach_the_engine_from_tensor_ranks_and_stages(base):
     assert_merged(folder, start, most=6)
 
 
-@pytest.mark.more
+@pytest.mark.slow  # the two above train them by RL
 def test_sft_trains_adapters(base):
     folder, start = base / "lora_sft", base / "base" / "hf"
     settings = ["--model.path", start, "--model.init", "load", "--run.steps", "8"]

@@ -88,7 +88,13 @@ def kill(engine):
     os.kill(engine.server.process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("amid", [False, True], ids=["between pushes", "amid a push"])
+@pytest.mark.parametrize(
+    "amid",
+    [
+        pytest.param(False, id="between pushes", marks=pytest.mark.slow),
+        pytest.param(True, id="amid a push"),
+    ],
+)
 def test_an_engine_that_dies_does_not_take_the_other_with_it(
     amid, loop, models, fleet, pusher, expected, monkeypatch
 ):

@@ -78,7 +78,7 @@ def test_it_learns_which_summary_is_better(helpful):
     assert (out / "report.html").stat().st_size > 100
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_the_converter_makes_the_same_model_of_its_newest_checkpoint(helpful, tmp_path):
     out, _ = helpful
     tool = [sys.executable, "tools/convert", "to-hf", str(out), str(tmp_path / "hf")]
@@ -111,7 +111,7 @@ def expected_rewards(oracle, model: Path, responses: list[str]) -> list[float]:
     return [1 / (1 + math.exp(-score)) for score in oracle(transformers_scores, model, texts)]
 
 
-@pytest.mark.more
+@pytest.mark.slow  # the next, of a DeepSeek-V3 shape, is in more
 def test_vllm_and_transformers_give_the_score_it_was_trained_on(helpful, oracle):
     model = helpful[0] / "hf"
     expected = expected_rewards(oracle, model, KIND + RUDE)
@@ -134,7 +134,7 @@ def test_so_they_do_of_a_deepseek_v3_shape(folder, tmp_path, oracle):
     assert served_rewards(tmp_path / "run/hf", KIND + RUDE) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.more
+@pytest.mark.slow  # of SFT: test_checkpoint_runs
 def test_a_run_that_goes_on_ends_where_one_without_a_stop_does(helpful, folder):
     for steps in (8, 24):
         more = ["--run.folder", folder / "again", "--run.steps", steps]

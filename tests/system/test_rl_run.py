@@ -231,7 +231,7 @@ def versions(folder: Path, step: int) -> list[int]:
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("staleness", [1, 2])
+@pytest.mark.parametrize("staleness", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_batches_are_sampled_ahead_of_training_as_far_as_staleness_lets_them(
     base, tmp_path, staleness
 ):
@@ -274,7 +274,7 @@ def test_batches_are_sampled_ahead_of_training_as_far_as_staleness_lets_them(
     assert state["sampler"]["position"] == steps * 4
 
 
-@pytest.mark.more  # five starts; each death by itself: test_supervision, test_checkpoint_runs
+@pytest.mark.slow  # five starts; each death by itself: test_supervision, test_checkpoint_runs
 def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_doubled(base):
     folder, steps = base / "killed", 10
 

@@ -60,7 +60,7 @@ def metrics_of(recipe: Path, dtype: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_replay_closes_the_part_of_a_bf16_engine_s_gap_that_is_routing(recipe):
     for step in metrics_of(recipe, "bfloat16"):
         assert 0.8 < step["routing/agreement"] < 1.0

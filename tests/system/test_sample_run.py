@@ -113,6 +113,7 @@ def test_deciding_again_needs_no_engine(recipe, continued):
     assert engine_log.stat().st_size == before
 
 
+@pytest.mark.slow  # test_r1_recipe trains on samples
 def test_sft_learns_a_mixture_of_it_for_its_epochs(base, recipe, continued):
     run_folder = recipe.parent / "sft"
     num_kept = len(lines(recipe.parent / "out/sft.jsonl"))

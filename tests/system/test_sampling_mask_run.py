@@ -23,6 +23,9 @@ LAYOUTS = {
     "min_p": {"rollout.top_p": 1.0, "rollout.min_p": 0.1},
 }
 
+# The kept tokens with min_p: test_kept_tokens.
+SETS = {"tensor 2": (), "context 2": pytest.mark.more, "drafts": pytest.mark.more}
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
@@ -60,7 +63,7 @@ optimizer: {{learning_rate: 1.0e-3}}
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(n, marks=() if n == "tensor 2" else pytest.mark.more) for n in LAYOUTS]
+    "layout", [pytest.param(n, marks=SETS.get(n, pytest.mark.slow)) for n in LAYOUTS]
 )
 def test_engine_and_trainer_have_one_policy(recipe, layout):
     folder = recipe.parent / layout.replace(" ", "_")

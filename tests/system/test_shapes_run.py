@@ -13,7 +13,7 @@ from run_progress import lines
 
 SHAPES = Path(__file__).parents[1] / "shapes"
 CASES = yaml.safe_load((SHAPES / "shapes.yaml").read_text(encoding="utf-8"))
-EACH_KIND = ("gsm8k.jsonl", "eurus.jsonl", "search_r1.jsonl", "sharegpt.jsonl", "xlam.json")
+IN_MORE = ("gsm8k.jsonl", "search_r1.jsonl", "sharegpt.jsonl")
 """Truths as text, as tests and as any of several; conversations and calls of tools. The other files
 are slow."""
 SMALL = {
@@ -72,7 +72,7 @@ def options(settings):
 @pytest.mark.more
 @pytest.mark.parametrize(
     "name",
-    [name if name in EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+    [name if name in IN_MORE else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
 )
 def test_init_a_dry_run_and_two_steps(chat_model, run, tmp_path, name):
     recipe, folder = tmp_path / "mine.yaml", tmp_path / "run"

@@ -72,6 +72,7 @@ def test_log_probabilities_are_the_model_s(models, oracle, loop, fleet):
     assert drafts == pytest.approx(2 * found["speculative/acceptance"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_without_drafts(models, oracle, loop, fleet):
     for prompt, group in zip(PROMPTS, loop(sample(fleet, n=1, temperature=0.0)), strict=True):
         responses = [list(response.token_ids) for response in group]
@@ -111,7 +112,7 @@ def conditionals(models, oracle):
 
 
 @pytest.mark.parametrize(
-    "temperature, top_p", [(1.0, 1.0), pytest.param(0.8, 0.9, marks=pytest.mark.more)]
+    "temperature, top_p", [(1.0, 1.0), pytest.param(0.8, 0.9, marks=pytest.mark.slow)]
 )
 def test_sampling_is_lossless(conditionals, loop, fleet, temperature, top_p):
     """The first token comes without a draft, the second and third are drafted ones that were
@@ -174,7 +175,7 @@ def test_a_damaged_tensor_of_the_drafter_is_refused_by_name(models, loop, pusher
     loop(pusher.check_damage("model.layers.3.mlp.experts.5.up_proj.weight"))
 
 
-@pytest.mark.more
+@pytest.mark.slow  # tests/replays/test_stale_drafter.py
 def test_a_stale_drafter_shows_in_the_acceptance_rate_only(models, oracle, loop, fleet, pusher):
     """Here the trainer sends the model's new weights with the MTP layer's old ones."""
     meter = AcceptanceMeter()

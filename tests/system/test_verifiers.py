@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("client", ["chat", "tokens"])
+@pytest.mark.parametrize("client", [pytest.param("chat", marks=pytest.mark.slow), "tokens"])
 def test_an_environment_runs_and_its_trace_has_the_tokens_of_the_tree(
     tmp_path, monkeypatch, client
 ):

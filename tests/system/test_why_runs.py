@@ -165,6 +165,7 @@ def test_an_engine_with_the_weights_of_the_version_before(copy):
     assert {read(copy).responses[which].response.engine for which in concerned} == {"engine-1"}
 
 
+@pytest.mark.slow
 def test_another_temperature(copy):
     made = Recomputation(read(copy))
     set_logprobs(copy, made.logprobs_at_temperatures([1.3])[0])
@@ -172,6 +173,7 @@ def test_another_temperature(copy):
     assert name == "engines' log-probabilities" and "temperature 1.3" in text
 
 
+@pytest.mark.slow
 def test_a_distribution_over_a_part_of_the_vocabulary(copy):
     draw = np.random.default_rng(0)
     own = Recomputation(read(copy)).old
@@ -180,6 +182,7 @@ def test_a_distribution_over_a_part_of_the_vocabulary(copy):
     assert name == "engines' log-probabilities" and "rollout.top_p" in text
 
 
+@pytest.mark.slow
 def test_an_expert_that_an_engine_has_not(copy):
     made = Recomputation(read(copy))
     other = made.model(read(copy).before)
@@ -215,14 +218,18 @@ def test_a_reference_that_was_not_refreshed(copy):
 @pytest.mark.parametrize(
     ("step", "key", "change", "quantity", "words"),
     [
-        (3, HEAD, lambda each: each * math.nan, "numbers of the checkpoint after", HEAD),
+        pytest.param(
+            *(3, HEAD, lambda each: each * math.nan, "numbers of the checkpoint after", HEAD),
+            marks=pytest.mark.slow,
+        ),
         (3, HEAD, lambda each: each * 1.01, "master weights after", HEAD),
-        (
+        pytest.param(
             3,
             "decoder.layers.1.mlp.router.expert_bias",
             lambda each: each + 1.0,
             "size of the change",
             "mlp.router.expert_bias",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -232,6 +239,7 @@ def test_a_changed_tensor(copy, step, key, change, quantity, words):
     assert name == quantity and words in text
 
 
+@pytest.mark.slow
 def test_moments_that_were_lost(copy):
     stored = DistributedCheckpoint(copy / "checkpoints" / f"step_{STEP - 1:08d}")
     for key in stored.shapes:
@@ -241,6 +249,7 @@ def test_moments_that_were_lost(copy):
     assert name == "Adam's moments before" and "are zero" in text
 
 
+@pytest.mark.slow
 def test_weights_that_stay(copy):
     source = copy / "checkpoints" / f"step_{STEP - 1:08d}"
     target = copy / "checkpoints" / f"step_{STEP:08d}"
@@ -256,8 +265,14 @@ def test_weights_that_stay(copy):
     ("setting", "value", "quantity", "words"),
     [
         ("rl__advantage_std", "none", "loss", "advantages divided by the deviation of: group"),
-        ("rl__loss_average", "token", "loss", "average sequence explains it"),
-        ("optimizer__weight_decay", 5.0, "loss", "optimizer.weight_decay 0.1"),
+        pytest.param(
+            *("rl__loss_average", "token", "loss", "average sequence explains it"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("optimizer__weight_decay", 5.0, "loss", "optimizer.weight_decay 0.1"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_settings_that_were_not_those_of_the_run(copy, setting, value, quantity, words):
@@ -266,6 +281,7 @@ def test_settings_that_were_not_those_of_the_run(copy, setting, value, quantity,
     assert name == quantity and words in text
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_stays_in_warm_up(copy):
     path = copy / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -277,7 +293,10 @@ def test_a_learning_rate_that_stays_in_warm_up(copy):
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("kl_sign", "KL with the wrong sign"), ("counts_prompts", "counts masked tokens")],
+    [
+        ("kl_sign", "KL with the wrong sign"),
+        pytest.param("counts_prompts", "counts masked tokens", marks=pytest.mark.slow),
+    ],
 )
 def test_a_fault_in_the_loss_of_a_real_run(base, tmp_path, fault, words):
     """The trainer minimises the wrong loss; the settings say grpo."""
