@@ -2,9 +2,10 @@
 `--log RANGE` checks the commits of a range, or of the last N as `--log -N`; CI does.
 
 A subject is one imperative sentence of at most 72 characters without a full stop, as "Refuse
-subjects that are too long". It has one idea, so neither a semicolon nor ", and", and does not name
-a branch. The mood is judged by the ending of the first word, so that many a noun passes. A commit
-of more than 20 files, and a merge under git's own subject, need a body that says why and how.
+subjects that are too long". It has one idea, so neither a semicolon nor, unless it merges, a list
+with commas, and does not name a branch. The mood is judged by the ending of the first word, so that
+many a noun passes. A commit of more than 20 files, and a merge under git's own subject, need a body
+that says why and how.
 .githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
 
 import re
@@ -58,8 +59,9 @@ def message_faults(message: str, num_files: int = 0) -> list[str]:
         found.append(f"it has {len(subject)} characters, at most {MOST}; its body says why")
     if subject.endswith("."):
         found.append("it ends with a full stop")
-    if ";" in subject or ", and " in subject:
-        found.append("it joins two ideas: make two commits, or name the one idea")
+    is_list = re.search(r", (.* )?(and|or) ", subject) and not subject.startswith("Merge ")
+    if ";" in subject or is_list:
+        found.append("it joins ideas: make a commit of each, or name the one idea")
     if re.fullmatch(r"Merge [\w./]+-[\w./-]+", subject):
         found.append("it names a branch: say what the merge brings")
     first = subject.split()[0].removesuffix(",")
