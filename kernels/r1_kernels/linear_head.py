@@ -161,10 +161,10 @@ def shard_gradient(
     """Write the gradient of the logits to `out`, which may be `logits` itself, and return it.
 
     Args:
-        primitives: this and the next four as in `shard_statistics`.
-        logits: (rows, V_local).
-        targets: (rows,).
-        shard: the columns.
+        primitives: the implementation.
+        logits: (rows, V_local), unscaled.
+        targets: (rows,) ids of the whole vocabulary.
+        shard: the part of the vocabulary that the columns are.
         scale: 1 / temperature.
         upstream: parts of the softmax and the upstream gradients, each (rows,).
         kept_ids: the kept ids of these rows; None: all.

@@ -51,10 +51,10 @@ class LinearPolicyLoss(NamedTuple):
             mask is 0.
         logprobs: (T,), nats, of the targets.
         entropy: (T,), nats.
-        ratio: (T,), this and the next three as in `PolicyLoss`.
-        clipped: (T,).
-        kl: (T,).
-        importance: (T,)."""
+        ratio: (T,), ρ, not clipped.
+        clipped: (T,), 1 where the clip is active, else 0.
+        kl: (T,), the estimate.
+        importance: (T,), the weight that corrects from the engine's to the trainer's policy."""
 
     loss: Tensor
     logprobs: Tensor
@@ -124,9 +124,11 @@ def linear_policy_loss(
             not 0; every log-probability given here must be of the same cut. None: the whole
             vocabulary.
         chunk_tokens: tokens whose logits exist at once; None: chosen by device and vocabulary.
-        reduce_hidden_grad: see `linear_token_logprobs`.
-        main_grad: likewise.
-        clip_low: ε below 1; this and the next seven as in `policy_loss`.
+        reduce_hidden_grad: whether the gradient of `hidden` is summed over the group; False leaves
+            this rank's part.
+        main_grad: (V_local, H) fp32 (fp64 for fp64), to which backward passes add the weight's
+            gradient, unrounded (`linear_token_logprobs`); None: nothing.
+        clip_low: ε below 1.
         clip_high: ε above 1.
         dual_clip: the largest ratio of a negative advantage, or None.
         kl_beta: the weight of the KL estimate.
@@ -138,7 +140,7 @@ def linear_policy_loss(
         entropy_coef: the weight of a bonus of the head's own entropy.
         ratio_level: "token", or "sequence" (GSPO), which needs all log-probabilities first: one
             product more.
-        average: "token" or "sequence"; this and the next three as in `policy_loss`.
+        average: "token" or "sequence", see `Averaging.weights`.
         denominator: the number that the sum is divided by; None: counted.
         cu_seqlens: (S + 1,) integers, the borders of the responses, or None.
         sequence_group: ranks that each hold some tokens of every response, or None.

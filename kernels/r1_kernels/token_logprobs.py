@@ -168,10 +168,10 @@ def linear_token_logprobs(
         weight: (V_local, H) of the same dtype, this rank's equal contiguous share of the vocabulary
             over `group`.
         targets: (T,) int64 or int32 global ids, valid for every token.
-        temperature: this and the next three as in `token_logprobs`.
-        group: the ranks that share the vocabulary, or None.
-        vocab_size: ids from here on are padding, or None.
-        sampling_mask: the ids that the sampler kept at each token, or None.
+        temperature: the logits are divided by it; positive.
+        group: the ranks that share the vocabulary; None: this rank has all of it.
+        vocab_size: ids from here on are padding; None: there is none.
+        sampling_mask: the ids that the sampler kept at each token; None: the whole vocabulary.
         chunk_tokens: tokens whose logits exist at once; None: chosen by device and vocabulary.
         reduce_hidden_grad: whether the gradient of `hidden` is summed over the group; False leaves
             this rank's part, for callers that sum it themselves, as Megatron's tensor-parallel

@@ -114,9 +114,9 @@ class RowUpstream(NamedTuple):
     """What the gradient of each row's logits follows from, each (T,) fp32.
 
     Attributes:
-        entropy: this and the next two as in `RowSoftmax`.
+        entropy: nats.
         peak: the largest logit.
-        log_total: the logarithm of the sum.
+        log_total: the logarithm of Σ e^((z - peak) / temperature).
         grad_logprobs: the upstream gradient of log p(target).
         grad_entropy: that of the entropy; None: it has none."""
 

@@ -31,10 +31,12 @@ class TreeNode:
         messages: the chat messages that the tokens stand for.
         tools: the tools that a root's prompt describes; empty for other nodes.
         logprobs: nats of each sampled token; None if the tokens were given.
-        policy_versions: the version of the weights that sampled each token; None likewise.
+        policy_versions: the version of the weights that sampled each token; None if the tokens
+            were given.
         routing: the experts that processed the tokens after the previous sampled node, without the
             last token; empty unless the engine returned them.
-        sampling_mask: the tokens that the sampler kept at each sampled one, likewise."""
+        sampling_mask: the tokens that the sampler kept at each sampled one; empty unless the engine
+            returned them."""
 
     parent: int | None
     token_ids: array[int]

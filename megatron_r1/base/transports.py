@@ -18,7 +18,7 @@ class Transport:
     receiver: str
     """The engine rank's end, as module.class in `push.transports`."""
     sender: str
-    """The trainer rank's end, likewise."""
+    """The trainer rank's end, as module.class in `push.transports`."""
     memory: Literal["host", "GPU"]
     """Where an engine rank's receive buffer is."""
     rate: Literal["host_link", "nvlink", "host_network", "network"]

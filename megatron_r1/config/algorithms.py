@@ -48,7 +48,7 @@ def make_engine_mask(
     Args:
         method: `rl.engine_mask`.
         low: `rl.engine_mask_low`; None: the method's own.
-        high: `rl.engine_mask_high`, likewise.
+        high: `rl.engine_mask_high`; None: the method's own.
         ratio_level: `rl.ratio_level`.
 
     Raises:

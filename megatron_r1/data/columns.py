@@ -71,8 +71,8 @@ def guess_columns(
     Args:
         source: the file, for errors.
         rows: the file's first rows.
-        question: the column that the user names, if any.
-        truth: likewise.
+        question: the column of questions that the user names, if any.
+        truth: the column of truths that the user names, if any.
         kind: the reward that the user names, if any.
 
     Raises:

@@ -180,7 +180,7 @@ def load_prompts(
         kind: the default reward; see `path` and `task`.
         columns: our name → the file's.
         num_train: how many to train on, the first ones; None: all (a task needs the number).
-        num_heldout: how many to hold out, likewise.
+        num_heldout: how many to hold out, the first ones; None: all (a task needs the number).
         heldout_fraction: see `heldout_path`.
         where: rows are kept that meet these conditions (`row_filter.RowFilter`).
         no_truth: truths that are none; their rows are left out.

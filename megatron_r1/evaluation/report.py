@@ -62,7 +62,7 @@ class Summary:
         metrics: name → estimate over questions; "length" is in tokens, the others are fractions.
         counts: the numbers of questions and samples.
         passes: k → pass@k; empty if the metrics are win rates.
-        votes: k → cons@k; empty likewise."""
+        votes: k → cons@k; empty if the metrics are win rates."""
 
     title: str
     num_samples: int

@@ -102,7 +102,7 @@ class SamplingSettings:
         top_p: the share of the distribution that is drawn from.
         max_tokens: the most tokens of a response.
         stop: strings that end a response, besides the model's end tokens.
-        stop_token_ids: tokens that end one, likewise.
+        stop_token_ids: tokens that end a response, besides the model's end tokens.
         top_k: the most tokens of a draw, or None.
         min_p: the least probability of a token, as a share of the likeliest one's."""
 

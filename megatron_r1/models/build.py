@@ -93,7 +93,7 @@ class LMHead(ColumnParallelLinear):
         Args:
             input_: (s, b, h), under sequence parallelism this rank's part of s.
             weight: not used; an argument of Megatron's output layers.
-            runtime_gather_output: not used, likewise.
+            runtime_gather_output: not used; Megatron passes it to every output layer.
 
         Returns:
             (s, b, h) whole, and no bias."""

@@ -69,8 +69,8 @@ class FP8Recipe:
     Attributes:
         name: the value of `fp8.recipe`.
         input_tile: tile of x (tokens, in) where columns are summed; transposed where rows are.
-        weight_tile: tile of W (out, in), likewise.
-        gradient_tile: tile of dy (tokens, out), likewise.
+        weight_tile: tile of W (out, in) where columns are summed; transposed where rows are.
+        gradient_tile: tile of dy (tokens, out) where columns are summed; transposed where rows are.
         gradient_dtype: E4M3 or E5M2, of dy; inputs and weights are E4M3.
         power_of_two: whether scales are rounded down to a power of two.
         size_multiple: required of every feature size, and of an expert's tokens (which Megatron

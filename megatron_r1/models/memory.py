@@ -93,7 +93,7 @@ class ParameterCounts:
         frozen: parameters that are not trained, with model.lora all but the adapters.
         dense_padded: `dense` with every parameter padded to a multiple of 64, as in Megatron's
             gradient buffers (param_and_grad_buffer.py, _pad_start_of_param_if_needed).
-        expert_padded: `expert`, padded likewise.
+        expert_padded: `expert` with every parameter padded to that multiple.
         buffers: fp32 values that are not parameters."""
 
     dense: int = 0

@@ -103,7 +103,7 @@ def roll_packed(
     Args:
         tensor: (..., T), any dtype.
         shifts: -1, as Megatron calls it.
-        dims: -1, likewise.
+        dims: -1, the tokens' dimension.
         packed_seq_params: those of the micro-batch.
         cp_group: the context-parallel ranks; None: one rank has all tokens."""
     next_token_index = getattr(packed_seq_params, "next_token_index", None)

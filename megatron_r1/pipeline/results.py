@@ -38,7 +38,7 @@ class StageResult:
     Attributes:
         value: the number.
         low: the lower end of the interval; None where it is not known.
-        high: the upper end, likewise.
+        high: the upper end of the interval; None where it is not known.
         source: the number's file and key."""
 
     value: float

@@ -31,7 +31,7 @@ from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import drafts_with_mtp, planned_engine_layout, planned_rank_bytes
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.planner import PredictedSharding
+from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.reporting.formatting import format_count
 
 OFFLOADED = "offloaded while engines sample"

@@ -23,7 +23,8 @@ from megatron_r1.push.plan.engine_sets import (
     plan_sets,
     sent_bytes,
 )
-from megatron_r1.push.plan.planner import EngineLayout, Planner, TrainerGrid
+from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.planner import Planner
 from megatron_r1.push.plan.tensors import (
     CountBytes,
     Region,

@@ -29,12 +29,12 @@ from megatron_r1.push.push_schedule import PayloadId, PushSchedule
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TrainerRendezvous, wait_for_keys
 from megatron_r1.push.results import SetFailure
 from megatron_r1.push.transports.nccl_rounds import (
+    BucketTransfer,
     Communicator,
     NCCLError,
+    PushRound,
     PushStreams,
-    Round,
     RoundRunner,
-    Transfer,
 )
 from megatron_r1.push.transports.payloads import (
     BufferPayload,
@@ -312,9 +312,9 @@ class RoundSender:
 
     def _rounds(
         self, sets: Mapping[str, tuple[SetRounds, LinkPayloads]], *, is_relayed: bool
-    ) -> list[Round]:
+    ) -> list[PushRound]:
         """Return this rank's rounds of all sets in one order."""
-        found: dict[tuple[int, int, int], Round] = {}
+        rounds_by_key: dict[tuple[int, int, int], PushRound] = {}
         for rounds, payloads in sets.values():
             communicator = self._communicator(rounds)
             group = 1 + rounds.set_index if rounds.communicator is not None else 0
@@ -322,15 +322,16 @@ class RoundSender:
                 if op.is_relayed != is_relayed:
                     continue
                 key = op.round, rounds.schedule.schedule_number, group
-                each = found.get(key) or Round(communicator, None, None)
+                push_round = rounds_by_key.get(key) or PushRound(communicator, None, None)
                 payload: Payload
                 if op.is_send and op.payload.trainer_rank is not None:
                     payload = payloads[op.payload.member, op.payload.engine_rank]
                 else:
                     payload = rounds.buffer_payload(op.payload)
-                transfer = Transfer(op.peer, payload, *payload.bucket_range(op.number, op.count))
+                start, end = payload.bucket_range(op.number, op.count)
+                transfer = BucketTransfer(op.peer, payload, start, end)
                 if op.is_send:
-                    found[key] = each._replace(sent=transfer)
+                    rounds_by_key[key] = push_round._replace(sent=transfer)
                 else:
-                    found[key] = each._replace(received=transfer)
-        return [found[key] for key in sorted(found)]
+                    rounds_by_key[key] = push_round._replace(received=transfer)
+        return [rounds_by_key[key] for key in sorted(rounds_by_key)]

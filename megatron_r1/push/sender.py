@@ -23,7 +23,7 @@ from megatron_r1.push.link_planner import (
     SetReceivers,
     read_receivers,
 )
-from megatron_r1.push.plan.planner import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TableStore, TrainerRendezvous
 from megatron_r1.push.results import ConnectedSets, SentWeights, SetFailure

@@ -152,7 +152,7 @@ IS_ON_NULL_GPU = "NULL_GPUS"
 """The environment variable of a process on null GPUs: their number."""
 PARTS_OF_GPU = 40
 """A GPU of a miniature has 2 GiB, a fortieth of an H100's memory; what CUDA contexts, communicators
-and graphs take is divided likewise."""
+and graphs take is divided by as much."""
 GIB = 80 / PARTS_OF_GPU
 TAKEN_MIB = {"CONTEXT": 512, "NCCL": 128, "GRAPH": 64}
 """What they take of a GPU of 80 GiB: guesses (docs/gpu.md)."""

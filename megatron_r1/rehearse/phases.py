@@ -138,7 +138,7 @@ class PhaseRunner:
             raise RunError(
                 f"rehearse: push: trainer ranks send {num_bytes:,.0f} bytes, where their plan, by "
                 f"which megatron-r1 plan counts, has {planned_bytes:,.0f}: engines need other "
-                "parts of tensors than push/plan/planner.py says, or were replaced"
+                "parts of tensors than push/plan/predicted_sharding.py says, or were replaced"
             )
         planned = max(links_per_rank(plan, self.config.parallel.processes))
         if links > planned:

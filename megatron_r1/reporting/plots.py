@@ -62,7 +62,7 @@ class Curve:
         ink: its color, of `INK_NAMES`.
         marker: draw points (held-out evaluations) instead of a smoothed line over the raw one.
         low: [points] lower ends of the error bars, NaN for none.
-        high: [points] upper ends, likewise.
+        high: [points] upper ends of the error bars, NaN for none.
         noisy: False for exact values, such as a schedule, which are drawn without smoothing."""
 
     label: str

@@ -68,7 +68,7 @@ class RankDescription(TypedDict):
     batches by, the rank's place on the grid, and facts of its model.
 
     Attributes:
-        rank: this and the next eight as in `distributed.GridPosition`.
+        rank: the global rank, from 0.
         tensor_rank: the index in its tensor-parallel group.
         pipeline_rank: its pipeline stage.
         context_rank: the index in its context-parallel group.

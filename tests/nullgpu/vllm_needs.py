@@ -29,7 +29,8 @@ from megatron_r1.engines.plugin.memory_layout import lay_out
 from megatron_r1.models.hf_config import implied_settings, resolve_aliases
 from megatron_r1.models.weights.formats import published_layout as fp8
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
+from megatron_r1.push.plan.layouts import Coordinate
+from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.tensors import pushed_tensors
 
 SIZES = {

@@ -35,7 +35,7 @@ from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push import link_planner
 from megatron_r1.push.link_planner import PublishedSharding
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.planner import PredictedSharding
+from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 
 MODELS = {
     **{"deepseek": DEEPSEEK, "qwen": QWEN, "qwen3-moe": QWEN3_MOE, "glm": GLM},

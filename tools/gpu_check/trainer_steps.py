@@ -39,7 +39,7 @@ def samples(vocabulary: int, now: Logprobs | None, before: Logprobs | None) -> l
 
     Args:
         now: their log-probabilities at this moment, for `distances`.
-        before: those before the update, likewise."""
+        before: their log-probabilities before the update, for `distances`."""
     draw, made = random.Random(1), []
     for number in range(NUM_SAMPLES):
         prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(1, MAX_PROMPT))]

@@ -74,7 +74,7 @@ def grade(
     Raises:
         ValueError: an invalid truth, limit or standard, or a broken checker; for every response,
             the empty one included.
-        SandboxUnavailable: no sandbox can run; with the remedy, and likewise for every response."""
+        SandboxUnavailable: no sandbox can run, for every response; with the remedy."""
     problem = parse_problem(truth, language)
     language, standard = problem.language, standard or "c++20"
     parsed_limits = Limits.parse(limits)

@@ -62,7 +62,7 @@ class ProgramOutcome:
 
     Attributes:
         stdout: the bytes of standard output, cut off at the limit that `stopped` names.
-        stderr: the bytes of standard error, cut off likewise.
+        stderr: the bytes of standard error, cut off at the same limit.
         status: the exit status, or 128 + the signal.
         seconds: wall time of sandbox and program, never less than the CPU time that counts against
             the limit, since the program's process also builds the sandbox.

@@ -62,11 +62,11 @@ class _Limits(NamedTuple):
     """The numbers of `PolicySettings`, one argument of the kernel.
 
     Attributes:
-        clip_low: this and the others as in `PolicySettings`.
-        clip_high: the upper clip.
+        clip_low: ε below 1.
+        clip_high: ε above 1.
+        dual_clip: the largest ratio of a negative advantage, read only with HAS_DUAL_CLIP.
         kl_beta: the weight of the KL estimate.
-        dual_clip: read only with HAS_DUAL_CLIP.
-        importance_cap: read only with HAS_ROLLOUT."""
+        importance_cap: the largest weight of the correction, read only with HAS_ROLLOUT."""
 
     clip_low: float
     clip_high: float

@@ -126,11 +126,11 @@ def load_row_upstream(
 
     Args:
         row: the row.
-        peak: (T,) pointers: this and the next four are `RowUpstream`.
-        log_total: (T,).
-        entropy: (T,), read only with HAS_ENTROPY.
-        grad_logprobs: (T,).
-        grad_entropy: (T,), read only with HAS_ENTROPY.
+        peak: (T,) pointers to the largest logit of each row.
+        log_total: (T,) pointers to the logarithm of the sum.
+        entropy: (T,) pointers to the entropy, read only with HAS_ENTROPY.
+        grad_logprobs: (T,) pointers to the upstream gradient of log p(target).
+        grad_entropy: (T,) pointers to that of the entropy, read only with HAS_ENTROPY.
         scale: c.
         HAS_ENTROPY: whether the entropy has a gradient."""
     row_peak = tl.load(peak + row)

@@ -220,9 +220,9 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
     drafter: torch.nn.Module | None = None
     """The MTP layer that vLLM drafts with (`engines.plugin.patches`)."""
     balancer: EplbState | None = None
-    """vLLM's balancer of experts (likewise)."""
+    """vLLM's balancer of experts (`engines.plugin.patches`)."""
     lora: WorkerLoRAManager | None = None
-    """vLLM's manager of adapters (likewise)."""
+    """vLLM's manager of adapters (`engines.plugin.patches`)."""
     _receiver: Receiver | None = None
     _store: list | None = None
     _recorded: tuple[list, SlotTable] | None = None

@@ -1,12 +1,35 @@
-"""Patches of vLLM 0.32's CPU build: four bugs that give wrong log-probabilities without an error,
-five that end the engine, two of them with block-wise FP8 models, and three that make starts and
-pushes slow.
+"""Patches of vLLM 0.32's CPU build. Paths are below vllm/; behind each patch is the file of
+tests/system that fails without it, where there is one.
 
-Without any one of the first five, tests/system/test_engine.py, which compares with transformers,
-fails; without the two for FP8, test_push_fp8_engine.py; without `expand_temperatures`, and without
-the CPU's `--no-async-scheduling` in `engines/server/settings.py`, test_speculative.py. Paths are
-below vllm/. `apply` makes those patches that are made once per process. `return_routed_experts` is
-made apart, after `cpu_parallel`'s: it wraps the runner's `load_model` last.
+Bugs that give wrong log-probabilities without an error:
+
+    1. `fix_strided_rotary`          strided queries are rotated wrongly (test_engine.py)
+    2. `reset_moe_kernel`            experts of the version before stay (test_engine.py)
+    3. `repack_output_head`          a tied head of the first version stays (test_engine.py)
+    4. `expand_temperatures`         drafted tokens have no temperature (test_speculative.py)
+
+Bugs that end the engine:
+
+    5. `seed_whole_prompts_only`     a seed with a prompt computed in parts (test_engine.py)
+    6. `use_reference_attention`     latent attention in float32 with AMX (test_engine.py)
+    7. `request_amx`                 AMX without permission
+    8. `_allow_cpus_without_amx`     FP8 without AMX (test_push_fp8_engine.py)
+    9. `_pass_bias_as_float32`       an FP8 product with a bias (test_push_fp8_engine.py)
+
+What makes starts and pushes slow:
+
+    10. `is_lookup_only`             every push packs the embedding
+    11. `_keep_matrices_plain`       every push packs all matrices
+    12. `allocate_cache_lazily`      every start fills the cache with zeros
+
+What the CPU's model runner lacks:
+
+    13. `return_routed_experts`      the routed experts of each token
+
+test_engine.py compares with transformers; test_speculative.py also fails without the CPU's
+`--no-async-scheduling` in `engines/server/settings.py`. `apply` makes the patches that are made
+once per process, but the last: it is made after `cpu_parallel`'s, as it wraps the runner's
+`load_model` last.
 
 Routed experts. Upstream: config/vllm.py: `VllmConfig._verify_aux_output_compatibility`. Without
 it: --enable-return-routed-experts is refused, since it is connected to the second model runner

@@ -111,7 +111,7 @@ class EngineSettings:
         hf_overrides: keys that replace those of the model's config.json.
         vllm: further arguments of vLLM, by name (`engines.server.vllm_arguments`).
         extra_args: arguments that vLLM gets unchanged; they override the other settings.
-        extra_env: variables of its environment, likewise.
+        extra_env: variables of vLLM's environment; they override the others.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"

@@ -156,7 +156,7 @@ def replicated(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[
     Args:
         sources: the Hugging Face tensor, one.
         rank: not used; an argument of every `Split`.
-        num_ranks: not used, likewise."""
+        num_ranks: not used: every rank holds the same."""
     (source,) = sources
     return source.shape, [Piece(source.name, 0, 0, 0, source.shape[0])]
 
@@ -169,7 +169,7 @@ def replicated_stack(
     Args:
         sources: the Hugging Face tensors, concatenated in this order.
         rank: not used; an argument of every `Split`.
-        num_ranks: not used, likewise."""
+        num_ranks: not used: every rank holds the same."""
     return column_parallel(sources, 0, 1)
 
 

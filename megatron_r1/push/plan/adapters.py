@@ -19,7 +19,8 @@ from megatron_r1.models.weights.adapter_table import (
     adapter_table,
 )
 from megatron_r1.models.weights.table import WeightTable
-from megatron_r1.push.plan.planner import Coordinate, EngineLayout, PredictedSharding
+from megatron_r1.push.plan.layouts import Coordinate, EngineLayout
+from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -24,7 +24,9 @@ from megatron_r1.push.plan.engine_sets import (
     max_group_fraction,
     plan_sets,
 )
-from megatron_r1.push.plan.planner import EngineLayout, Planner, PredictedSharding, TrainerGrid
+from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.planner import Planner
+from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.tensors import (
     CountBytes,
     HFTensor,

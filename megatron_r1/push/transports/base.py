@@ -122,8 +122,8 @@ class Receiver(ABC):
         return None
 
 
-class Slices(Protocol):
-    """Data of chunks: slices[i] is that of the i-th chunk, (height, width), of any dtype."""
+class ChunkTensors(Protocol):
+    """The data of a link's chunks: that of the i-th at [i], (height, width), of any dtype."""
 
     def __getitem__(self, index: int, /) -> torch.Tensor: ...
 
@@ -155,7 +155,7 @@ class Sender:
     def connect(self) -> None:
         """Connect to the receiver, once all trainer ranks are prepared."""
 
-    def send(self, push_number: int, slices: Slices) -> None:
+    def send(self, push_number: int, slices: ChunkTensors) -> None:
         """Send all chunks; on return the slices may change."""
         raise NotImplementedError
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_r1.push.protocol import RelaySource
 from megatron_r1.push.rendezvous import IDLE_SECONDS, Rendezvous
 from megatron_r1.push.transports import RELAY_BUCKET_BYTES
-from megatron_r1.push.transports.base import Sender, Slices
+from megatron_r1.push.transports.base import ChunkTensors, Sender
 from megatron_r1.push.transports.payloads import (
     BufferPayload,
     Payload,
@@ -219,7 +219,7 @@ class GlooSender(Sender):
             self.rendezvous, self.trainer_rank, self.engine_rank, is_sender=True
         )
 
-    def send(self, push_number: int, slices: Slices) -> None:
+    def send(self, push_number: int, slices: ChunkTensors) -> None:
         """Send a push: its number, then its payload in buckets."""
         group = self._group
         _wait_for(group.send([torch.tensor([push_number])], ENGINE_RANK, 0), self.rendezvous)

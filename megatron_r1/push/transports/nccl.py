@@ -17,12 +17,12 @@ from megatron_r1.push.protocol import RankBucketOp, RankRounds, RelaySource
 from megatron_r1.push.transports.base import Sender, gpu_uuid
 from megatron_r1.push.transports.nccl_rounds import (
     LONGEST_PAUSE,
+    BucketTransfer,
     Communicator,
     NCCLError,
+    PushRound,
     PushStreams,
-    Round,
     RoundRunner,
-    Transfer,
 )
 from megatron_r1.push.transports.payloads import BufferPayload, PayloadReceiver
 from megatron_r1.push.transports.shared_memory import export_ipc_handle
@@ -143,12 +143,12 @@ class NCCLReceiver(PayloadReceiver):
         relayed = received.relay_payload()
         payloads = {source: received.payload(source) for source in _sources(rounds)}
 
-        def transfer(op: RankBucketOp, payload: BufferPayload) -> Transfer:
-            return Transfer(op.peer, payload, *payload.bucket_range(op.number, op.count))
+        def transfer(op: RankBucketOp, payload: BufferPayload) -> BucketTransfer:
+            return BucketTransfer(op.peer, payload, *payload.bucket_range(op.number, op.count))
 
         scatter, relay = (
             [
-                Round(
+                PushRound(
                     communicator,
                     None if send is None else transfer(send, relayed),
                     None if receive is None else transfer(receive, payloads[_source(receive)]),

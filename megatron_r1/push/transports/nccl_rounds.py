@@ -302,8 +302,8 @@ class PushStreams:
         return self._copies.record_event().query
 
 
-class Transfer(NamedTuple):
-    """A send or a receive of bytes of a payload.
+class BucketTransfer(NamedTuple):
+    """A send or a receive of one bucket of a payload.
 
     Attributes:
         peer: the other side's rank in the communicator.
@@ -317,7 +317,7 @@ class Transfer(NamedTuple):
     end: int
 
 
-class Round(NamedTuple):
+class PushRound(NamedTuple):
     """What a process sends and receives in one group.
 
     Attributes:
@@ -326,8 +326,8 @@ class Round(NamedTuple):
         received: from another rank; None: nothing is received."""
 
     communicator: Communicator
-    sent: Transfer | None
-    received: Transfer | None
+    sent: BucketTransfer | None
+    received: BucketTransfer | None
 
 
 class RoundRunner:
@@ -337,45 +337,53 @@ class RoundRunner:
         streams: the streams of the push.
         rounds: all rounds that it will run."""
 
-    def __init__(self, streams: PushStreams, rounds: Sequence[Round]):
+    def __init__(self, streams: PushStreams, rounds: Sequence[PushRound]):
         self._streams = streams
-        transfers = [each for one in rounds for each in (one.sent, one.received) if each]
-        bucket_bytes = max((each.end - each.start for each in transfers), default=0)
+        transfers = [
+            transfer
+            for push_round in rounds
+            for transfer in (push_round.sent, push_round.received)
+            if transfer
+        ]
+        bucket_bytes = max((transfer.end - transfer.start for transfer in transfers), default=0)
         with streams.copy_stream():
             memory = torch.empty(
                 (ROUNDS_AHEAD, 2, bucket_bytes), dtype=torch.uint8, device=streams.device
             )
         self._free = deque(memory.unbind())
 
-    def run(self, rounds: Iterable[Round]) -> None:
+    def run(self, rounds: Iterable[PushRound]) -> None:
         """Run rounds one after another; return once all have ended and all copies are enqueued.
         Rounds of a communicator that is aborted are left out from then on."""
-        enqueued: deque[tuple[Round, torch.Tensor, Callable[[], bool]]] = deque()
-        for each in rounds:
+        enqueued: deque[tuple[PushRound, torch.Tensor, Callable[[], bool]]] = deque()
+        for push_round in rounds:
             if not self._free:
                 self._end(*enqueued.popleft())
-            if each.communicator.error is None:
+            if push_round.communicator.error is None:
                 buffers = self._free.popleft()
-                self._enqueue(each, buffers)
-                enqueued.append((each, buffers, self._streams.transfers_ended()))
+                self._enqueue(push_round, buffers)
+                enqueued.append((push_round, buffers, self._streams.transfers_ended()))
         while enqueued:
             self._end(*enqueued.popleft())
 
-    def _enqueue(self, each: Round, buffers: torch.Tensor) -> None:
+    def _enqueue(self, push_round: PushRound, buffers: torch.Tensor) -> None:
         sent = received = None
-        if each.sent is not None:
-            peer, payload, start, end = each.sent
+        if push_round.sent is not None:
+            peer, payload, start, end = push_round.sent
             with self._streams.copy_stream():
                 payload.pack(start, end, buffers[0, : end - start])
             sent = peer, DeviceMemory(buffers[0].data_ptr(), end - start)
-        if each.received is not None:
-            peer, _, start, end = each.received
+        if push_round.received is not None:
+            peer, _, start, end = push_round.received
             received = peer, DeviceMemory(buffers[1].data_ptr(), end - start)
-        each.communicator.send_recv(sent, received, self._streams.order_transfers_after_copies())
+        stream = self._streams.order_transfers_after_copies()
+        push_round.communicator.send_recv(sent, received, stream)
 
-    def _end(self, each: Round, buffers: torch.Tensor, has_ended: Callable[[], bool]) -> None:
-        if each.communicator.wait(has_ended) and each.received is not None:
-            _, payload, start, end = each.received
+    def _end(
+        self, push_round: PushRound, buffers: torch.Tensor, has_ended: Callable[[], bool]
+    ) -> None:
+        if push_round.communicator.wait(has_ended) and push_round.received is not None:
+            _, payload, start, end = push_round.received
             with self._streams.copy_stream():
                 payload.unpack(start, end, buffers[1, : end - start])
         self._free.append(buffers)

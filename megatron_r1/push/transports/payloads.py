@@ -14,7 +14,7 @@ from megatron_r1.push.checksum import INTEGERS, RowsChecksum, RowsWeightedSum
 from megatron_r1.push.protocol import RelaySource, SlotTable, TensorChunk, dtype_of, slot_view
 from megatron_r1.push.rendezvous import SetFailed
 from megatron_r1.push.results import IncompletePush
-from megatron_r1.push.transports.base import Receiver, Slices
+from megatron_r1.push.transports.base import ChunkTensors, Receiver
 
 SUM_BYTES = 8
 
@@ -102,7 +102,7 @@ class SlicesPayload(Payload):
         self,
         table: SlotTable,
         chunks: Sequence[TensorChunk],
-        slices: Slices,
+        slices: ChunkTensors,
         uses_weighted_sum: bool = True,
     ):
         super().__init__(table, chunks)

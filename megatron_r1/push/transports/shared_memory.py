@@ -28,7 +28,7 @@ import torch
 
 from megatron_r1.push.checksum import copy_with_checksum, memory_fence
 from megatron_r1.push.protocol import TensorChunk, slot_view
-from megatron_r1.push.transports.base import Receiver, Sender, Slices, gpu_uuid
+from megatron_r1.push.transports.base import ChunkTensors, Receiver, Sender, gpu_uuid
 from megatron_r1.push.transports.received_chunks import ReceivedChunks
 
 FOLDER = Path("/dev/shm")
@@ -204,7 +204,7 @@ class SharedMemorySender(Sender):
         """Return the receiver's memory, mapped into this process."""
         return map_file(Path(self.receiver.address), self.table.num_buffers * self.table.num_bytes)
 
-    def send(self, push_number: int, slices: Slices) -> None:
+    def send(self, push_number: int, slices: ChunkTensors) -> None:
         """Copy the chunks to their places. The progress array shows the receiver the rows that
         are written, and each chunk's checksum when all of its rows are."""
         progress = self._progress

@@ -1,9 +1,11 @@
 """The checkpoints in a folder: the one to continue from, those to set aside or delete, the one that
 `model.checkpoint` names, and what tells a good one from a damaged one: its manifest. No torch.
 
-step_00000012 whole: renamed to this when every file of it was on disk .step_00000016.partial was
-being written when the run was killed; removed at the next start step_00000008.damaged found
-damaged and set aside for the user to inspect; never deleted
+    step_00000012            whole: renamed to this when every file of it was on disk
+    .step_00000016.partial   being written when the run was killed; removed at the next start
+    step_00000008.damaged    found damaged and set aside for the user to inspect; never deleted
+
+A whole one has a manifest:
 
     manifest.json   {"format": 1, "files": {".metadata": {"bytes": 5120, "blake3": "9f…"}, …},
                      "digest": "…"}         of "files" itself, so that a flipped byte here shows too

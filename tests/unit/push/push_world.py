@@ -11,7 +11,7 @@ from waiting import PATIENT
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.models.weights.formats.published_layout import is_quantized, scale_name
 from megatron_r1.models.weights.layout import stage_shards
-from megatron_r1.push.plan.planner import PredictedSharding
+from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.tensors import scale_region
 from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous

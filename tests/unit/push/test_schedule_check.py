@@ -16,7 +16,7 @@ from megatron_r1.push.plan.engine_sets import (
     engine_sets,
     plan_sets,
 )
-from megatron_r1.push.plan.planner import PredictedSharding
+from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.recipe_plan import engine_layout
 from megatron_r1.push.plan.rounds import (
     ProcessLink,

@@ -26,7 +26,7 @@ from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.planner import PredictedSharding
+from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.protocol import slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender

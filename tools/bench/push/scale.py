@@ -28,7 +28,7 @@ from megatron_r1.push.plan.engine_sets import (
     plan_sets,
     total_bytes,
 )
-from megatron_r1.push.plan.planner import PredictedSharding
+from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.recipe_plan import engine_layout
 from megatron_r1.push.plan.rounds import RoundSchedule, planned_schedule
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes

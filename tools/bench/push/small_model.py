@@ -7,7 +7,8 @@ import torch
 from megatron_r1.models.weights.layout import Shard, layout_from_rules, stage_shards
 from megatron_r1.models.weights.table import WeightTable, weight_table
 from megatron_r1.push.plan import TrainerGrid
-from megatron_r1.push.plan.planner import Coordinate, PredictedSharding
+from megatron_r1.push.plan.layouts import Coordinate
+from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.protocol import Slot, SlotTable
 
 SHAPE = {

@@ -256,7 +256,7 @@ class Case:
         settings: ours, by the name of the system.
         peer_steps: those measured in a run of TRL, one of which takes as long as several of
             megatron-r1 where responses are long.
-        peers: the number of TRL's processes, likewise."""
+        peers: TRL's processes, by the name of the system."""
 
     work: StepWork
     model: Path

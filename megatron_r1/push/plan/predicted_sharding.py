@@ -1,0 +1,184 @@
+"""The regions of each tensor that engine ranks need, predicted before any engine runs. No torch.
+
+The weight table that lays a model out over Megatron's ranks also determines how vLLM splits it:
+each split of `models.weights.table` has a counterpart here. vLLM 0.32's classes:
+
+    column_parallel   ColumnParallelLinear, MergedColumnParallelLinear
+    row_parallel      RowParallelLinear
+    whole             ReplicatedLinear, norms
+    vocab_parallel    VocabParallelEmbedding, ParallelLMHead
+    QueryGroups       QKVParallelLinear
+
+Routed experts are FusedMoE's."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NoReturn
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.hf_config import model_family, padded_vocabulary
+from megatron_r1.models.weights.table import (
+    QueryGroups,
+    Shape,
+    column_parallel,
+    replicated,
+    row_parallel,
+    vocab_parallel,
+    weight_table,
+)
+from megatron_r1.push.plan.layouts import Coordinate, EngineLayout
+from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
+
+DRAFTER_REPLICATED = ".eh_proj.weight"
+"""The end of a tensor's name: vLLM's drafter has this plain linear layer on every rank, where
+Megatron splits it."""
+
+SHARED_EXPERTS = ".shared_experts."
+
+
+class PredictedSharding:
+    """The regions that the ranks of one engine need of the model that `hf` describes.
+
+    A plan is made of this where no engine runs; a push is planned with `PublishedSharding`.
+    `replicates_shared_experts` says whether every tensor rank has the shared experts whole.
+
+    Args:
+        hf: the model's `config.json`.
+        layout: the layout of all engines.
+        drafts: whether the engine drafts with the MTP layers, on its last stage, and so needs them.
+
+    Raises:
+        UserError: where vLLM cannot split the model so.
+    """
+
+    def __init__(self, hf: dict, layout: EngineLayout, *, drafts: bool = False):
+        self.layout, self.table = layout, weight_table(hf)
+        heads = hf["num_attention_heads"]
+        if heads % layout.tensor:
+            raise UserError(
+                f"rollout.tensor={layout.tensor} does not divide num_attention_heads={heads}; "
+                f"choose a divisor of {heads}",
+                key="rollout.tensor",
+                cause=Cause.INDIVISIBLE,
+            )
+        self._stage_layers = stage_layers(len(self.table.layers), layout.pipeline)
+        if drafts:
+            start, end = self._stage_layers[-1].start, len(self.table.layers + self.table.mtp)
+            self._stage_layers[-1] = range(start, end)
+        on_last_stage = is_tied(self.table) or drafts
+        self._embedding_stages = sorted({0, layout.pipeline - 1} if on_last_stage else {0})
+        self._end_stages = [layout.pipeline - 1]
+        family = model_family(hf)
+        if family.stacked_experts:  # vLLM's class of gpt-oss has both ends on every stage
+            self._embedding_stages = self._end_stages = list(range(layout.pipeline))
+        # vllm/config/parallel.py, use_sequence_parallel_moe: each rank's tokens are its own there.
+        splits_tokens = layout.expert_parallel and layout.tensor > 1 and layout.data > 1
+        self.replicates_shared_experts = splits_tokens and family.replicates_shared_experts
+        self._num_expert_ranks = layout.data * layout.tensor
+
+    def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
+        """Yield the tensors of which the rank at `coordinate` needs a part, in checkpoint order."""
+        parts = {"layers"}
+        if coordinate.pipeline in self._embedding_stages:
+            parts.add("embedding")
+        if coordinate.pipeline in self._end_stages:
+            parts |= {"final_norm", "head"}
+        expert_parallel = self.layout.expert_parallel
+        rank = coordinate.data * self.layout.tensor + coordinate.tensor
+        experts = self._experts_on(rank) if expert_parallel else range(self.table.num_experts)
+        return checkpoint_tensors(
+            self.table, parts, self._stage_layers[coordinate.pipeline], experts
+        )
+
+    def regions_of(self, coordinate: Coordinate) -> Iterator[tuple[HFTensor, Region]]:
+        """Yield each tensor that the rank at `coordinate` needs, with the region it needs."""
+        for tensor in self.tensors(coordinate):
+            region = self.region(tensor, coordinate)
+            if region is not None:
+                yield tensor, region
+
+    @cached_property
+    def regions(self) -> dict[str, dict[Region, list[int]]]:
+        """What the ranks of one engine need: HF name -> region -> the ranks that need it."""
+        found: dict[str, dict[Region, list[int]]] = {}
+        for rank in range(self.layout.ranks_per_engine):
+            for tensor, region in self.regions_of(self.layout.coordinate(rank)):
+                found.setdefault(tensor.name, {}).setdefault(region, []).append(rank)
+        return found
+
+    def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region | None:
+        """Return the region of `tensor` that the rank at `coordinate` needs, or None."""
+        rule, shape = tensor.rule, tensor.shape
+        rank, num_ranks = coordinate.tensor, self.layout.tensor
+        if (
+            rule.split is replicated
+            and tensor.expert is not None
+            and not self.layout.expert_parallel
+        ):
+            # The bias behind an expert's sum over ranks: the first of them adds it.
+            return None if coordinate.data or coordinate.tensor else Region.full(shape)
+        if rule.split is replicated or tensor.name.endswith(DRAFTER_REPLICATED):
+            return Region.full(shape)
+        if self.replicates_shared_experts and SHARED_EXPERTS in tensor.name:
+            return Region.full(shape)
+        if tensor.expert is not None:
+            if self.layout.expert_parallel:
+                return Region.full(shape)
+            # Without expert parallelism vLLM splits experts over data x tensor ranks alike.
+            rank, num_ranks = coordinate.data * num_ranks + rank, self._num_expert_ranks
+        if rule.split in (row_parallel, column_parallel):
+            dim = 1 if rule.split is row_parallel else 0
+            if shape[dim] % num_ranks:
+                self._refuse(tensor, shape[dim], num_ranks)
+            return _equal_part(shape, dim, rank, num_ranks)
+        if rule.split is vocab_parallel:
+            padded = padded_vocabulary(shape[0])
+            if padded % num_ranks:
+                self._refuse(tensor, padded, num_ranks)
+            start, end = rank * padded // num_ranks, min((rank + 1) * padded // num_ranks, shape[0])
+            return Region.narrow(shape, 0, start, end - start) if start < end else None
+        assert isinstance(rule.split, QueryGroups)
+        groups = rule.split.num_groups
+        if tensor.source == 0 or groups % num_ranks == 0:
+            return _equal_part(shape, 0, rank, num_ranks)
+        # There are fewer key-value heads than ranks, so several ranks have the same one.
+        return _equal_part(shape, 0, rank * groups // num_ranks, groups)
+
+    def _refuse(self, tensor: HFTensor, size: int, num_ranks: int) -> NoReturn:
+        keys, remedy = f"rollout.tensor={self.layout.tensor}", ""
+        padded = "" if size in tensor.shape else " padded rows"
+        if tensor.expert is not None:
+            keys += f" x rollout.data={self.layout.data}"
+            remedy = ", or set rollout.expert_parallel: true"
+        raise UserError(
+            f"{keys}: {num_ranks} engine ranks cannot share {tensor.name} {tensor.shape}, as size "
+            f"{num_ranks} does not divide {size}{padded}; choose a divisor of {size}{remedy}",
+            key="rollout.tensor",
+            cause=Cause.INDIVISIBLE,
+        )
+
+    def _experts_on(self, rank: int) -> list[int]:
+        """Return the routed experts on a rank of a stage under expert parallelism (FusedMoE, linear
+        placement: the first ranks have one more where they do not divide). Copies stand behind all
+        experts, from the first (vLLM's `EplbState.build_initial_global_physical_to_logical_map`):
+        there a push puts them, and `engines.plugin.expert_placement` moves them on."""
+        experts = self.table.num_experts
+        physical = experts + self.layout.redundant_experts
+        per_rank, rest = divmod(physical, self._num_expert_ranks)
+        start = rank * per_rank + min(rank, rest)
+        return [i % experts for i in range(start, start + per_rank + (rank < rest))]
+
+
+def stage_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Return the decoder layers of each pipeline stage. Where the stages do not divide them, the
+    stages before the last have one more (vllm/distributed/utils.py, get_pp_indices)."""
+    lengths = [num_layers // num_stages] * num_stages
+    for i in range(2, num_layers % num_stages + 2):
+        lengths[-i] += 1
+    starts = [sum(lengths[:i]) for i in range(num_stages)]
+    return [range(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+
+
+def _equal_part(shape: Shape, dim: int, rank: int, num_ranks: int) -> Region:
+    length = shape[dim] // num_ranks
+    return Region.narrow(shape, dim, rank * length, length)
