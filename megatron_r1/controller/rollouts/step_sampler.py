@@ -6,12 +6,11 @@ is sampled while this one is trained on (one step off), and so on. No token is o
 `staleness` versions when it is trained on. Sampling continues across a weight push, and each token
 is stamped with the version that made it."""
 
-import asyncio
 import gc
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from r1_grading.terms import weights_at
 
@@ -19,14 +18,13 @@ from megatron_r1.config import Config
 from megatron_r1.config.rl import digest_until
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import Group, Rollout, RolloutSampling
+from megatron_r1.controller.rollouts.rollout_stream import RolloutStream
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server import gpu
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.experts import routing_shape
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -151,70 +149,6 @@ class StepSampler:
             return StepRollout(collected, sampler_state)
         await log.commit()
         return StepRollout(collected, sampler_state, log.num_restored)
-
-
-class RolloutStream(Generic[T]):
-    """Samples the rollouts of the steps `first` … `last`, in order."""
-
-    def __init__(
-        self,
-        sample: Callable[[int], Awaitable[T]],
-        first: int,
-        last: int,
-        staleness: int,
-        *,
-        one_at_a_time: bool = False,
-    ):
-        """Prepare the rollouts of steps, without starting one.
-
-        Args:
-            sample: samples the rollout of a step; called in the order of the steps.
-            first: the first step.
-            last: the last step.
-            staleness: how many steps ahead of training a rollout may begin.
-            one_at_a_time: start a rollout only when the one before has ended: where the number of
-                its prompts is not known in advance, and where engines gain nothing from more
-                sequences. Otherwise rollouts overlap: the next one fills the engines while the last
-                long samples of the one before are generated."""
-        self._sample, self._staleness, self._last = sample, staleness, last
-        self._one_at_a_time = one_at_a_time
-        self._next = first
-        self._tasks: dict[int, asyncio.Task[T]] = {}
-
-    def start_after(self, policy_version: int) -> None:
-        """Start the rollouts that may begin now that the engines hold `policy_version`."""
-        while self._next <= min(self._last, policy_version + 1 + self._staleness):
-            before = self._tasks.get(self._next - 1)
-            self._tasks[self._next] = asyncio.create_task(self._start(self._next, before))
-            self._next += 1
-
-    async def get(self, step: int) -> T:
-        """Wait for the rollout of `step` and return it.
-
-        A later rollout that has failed meanwhile raises only when it is asked for itself.
-
-        Raises:
-            ValueError: a rollout that has not begun.
-            Exception: what the sampling of `step` raised.
-        """
-        if step not in self._tasks:
-            raise ValueError(f"the rollout of step {step} has not begun: its policy is not pushed")
-        try:
-            return await self._tasks[step]
-        finally:
-            del self._tasks[step]
-
-    async def close(self) -> None:
-        """Cancel the rollouts that were sampled ahead; the engines abort their requests."""
-        tasks, self._tasks = list(self._tasks.values()), {}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _start(self, step: int, before: asyncio.Task[T] | None) -> T:
-        if self._one_at_a_time and before is not None:
-            await asyncio.wait({before})
-        return await self._sample(step)
 
 
 async def collect_informative(
