@@ -1,7 +1,7 @@
 """One rollout, from its prompts to its record.
 
 - `step_sampler`: draws a step's prompts and has them sampled, some steps ahead, by
-  `rollout_stream`.
+  `rollout_stream`; `dynamic_sampling` replaces groups with equal rewards.
 - `collector`: has responses sampled, graded, scored by a teacher, and grouped.
 - `players`: finds who plays an episode.
 - `rollout`: groups and graded responses, and the grader.
