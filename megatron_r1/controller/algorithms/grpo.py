@@ -44,7 +44,7 @@ replaced (setting `dynamic_sampling`, section 3.2; `dynamic_sampling.collect_inf
 average is per token, so that tokens of long responses weigh as much as others (`loss_average`,
 section 3.3; `losses.denominator`); a soft penalty of responses near the length limit
 (`overlong_buffer`, section 3.4, 4,096 of 20,480 tokens;
-`controller.advantages.overlong_penalty`). No KL.
+`corrections.overlong_penalty`). No KL.
 
 Dr. GRPO: GRPO without its two biases (arXiv 2503.20783, section 3.2).
 
