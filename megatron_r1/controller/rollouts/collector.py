@@ -96,7 +96,7 @@ class RolloutCollector:
             EngineError: an engine fails.
         """
         start = time.perf_counter()
-        running = RolloutProgress(sampling, log, start, start, start)
+        progress = RolloutProgress(sampling, log, start, start, start)
         positions = log.reserve(len(prompts)) if log else range(len(prompts))
         begun = []
         for prompt, at in zip(prompts, positions, strict=True):
@@ -113,16 +113,16 @@ class RolloutCollector:
             # Together: the fleet orders what arrives in one turn of the event loop.
             async with asyncio.TaskGroup() as tasks:
                 groups = [
-                    tasks.create_task(self._collect_group(running, *group)) for group in begun
+                    tasks.create_task(self._collect_group(progress, *group)) for group in begun
                 ]
         except ExceptionGroup as failures:
             # When an engine dies, all its requests fail with it; the first error is enough.
             raise failures.exceptions[0] from None
         return Rollout(
             [group.result() for group in groups],
-            running.sampled_at - start,
-            max(0.0, running.graded_at - running.sampled_at),
-            teacher_seconds=max(0.0, running.teacher_done_at - running.sampled_at),
+            progress.sampled_at - start,
+            max(0.0, progress.graded_at - progress.sampled_at),
+            teacher_seconds=max(0.0, progress.teacher_done_at - progress.sampled_at),
         )
 
     async def check(self, terms: Collection[str], prompts: list[Prompt]) -> None:
@@ -151,7 +151,7 @@ class RolloutCollector:
 
     async def _collect_group(
         self,
-        running: RolloutProgress,
+        progress: RolloutProgress,
         position: int,
         prompt: Prompt,
         prompt_ids: list[int],
@@ -159,7 +159,7 @@ class RolloutCollector:
     ) -> Group:
         """Sample a group, or take the one that the log restored; grade it, while the
         teacher computes its log-probabilities."""
-        sampling, log = running.sampling, running.log
+        sampling, log = progress.sampling, progress.log
         if log and restored and log.is_final(restored):
             return restored
         with self.in_flight.group(prompt) as tracked:
@@ -171,11 +171,11 @@ class RolloutCollector:
             else:
                 results = await self._play(prompt, sampling)
                 responses = [each.episode.response() for each in results]
-            running.sampled_at = time.perf_counter()
+            progress.sampled_at = time.perf_counter()
             tracked.sampling_done(responses)
             graded, computed = await asyncio.gather(
-                self._grade(running, tracked, responses, results),
-                self._teacher_logprobs(running, prompt_ids, responses, results),
+                self._grade(progress, tracked, responses, results),
+                self._teacher_logprobs(progress, prompt_ids, responses, results),
             )
         if computed:
             graded = [
@@ -255,29 +255,29 @@ class RolloutCollector:
 
     async def _grade(
         self,
-        running: RolloutProgress,
+        progress: RolloutProgress,
         tracked: InFlightGroup,
         responses: list[Response],
         results: list[EpisodeResult],
     ) -> list[GradedResponse]:
-        weights = running.sampling.reward_weights
+        weights = progress.sampling.reward_weights
         if results:
             graded = await self.grader.grade_episodes(tracked.prompt, results, weights)
         else:
             graded = await self.grader.grade(tracked.prompt, responses, weights)
         tracked.grading_done()
-        running.graded_at = time.perf_counter()
+        progress.graded_at = time.perf_counter()
         return graded
 
     async def _teacher_logprobs(
         self,
-        running: RolloutProgress,
+        progress: RolloutProgress,
         prompt_ids: list[int],
         responses: list[Response],
         results: list[EpisodeResult],
     ) -> list[array[float]]:
         """Return the teacher's log-probabilities of each response; an empty list without one."""
-        sampling = running.sampling
+        sampling = progress.sampling
         if not sampling.with_teacher:
             return []
         teacher = self.teacher
@@ -303,5 +303,5 @@ class RolloutCollector:
                 for response in ([] if results else responses)
             ),
         )
-        running.teacher_done_at = time.perf_counter()
+        progress.teacher_done_at = time.perf_counter()
         return computed
