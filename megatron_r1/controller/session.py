@@ -169,7 +169,7 @@ class RLRun:
         line |= self._meter.metrics() | metrics | mean_of_updates(updates)
         line |= self._meter.times(rollout)
         line["tokens_per_second"] = line.pop("response_tokens") / line["time/step"]
-        line["groups/replayed"] = self.engines.step_rollout.num_restored
+        line["groups/replayed"] = self.engines.sampled_step.num_restored
         line |= await self.recorder.checkpoints.completed_metrics(self.passes.trainer)
         if not self.config.rl.keep_sample_log:
             await self.checkpointing.prune_samples(self.config.checkpoint.keep)
@@ -191,7 +191,7 @@ class RLRun:
         passed."""
         await self.engines.wait_for_probes()
         async with self.engines.free_for_trainer():
-            await self.checkpointing.save(self.step, self.engines.step_rollout.sampler_state)
+            await self.checkpointing.save(self.step, self.engines.sampled_step.sampler_state)
 
 
 class StepMeter:

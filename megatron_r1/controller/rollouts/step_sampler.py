@@ -27,8 +27,8 @@ from megatron_r1.models.experts import routing_shape
 
 
 @dataclass(frozen=True)
-class StepRollout:
-    """One step's rollout.
+class SampledStep:
+    """A step whose rollout is sampled.
 
     Attributes:
         rollout: the groups, sampled and graded.
@@ -60,7 +60,7 @@ class StepSampler:
         self.config, self.collector, self.prompts, self.log = config, collector, prompts, log
         replays = config.rl.routing_replay
         self._routing = routing_shape(read_hf_config(config.model.path)) if replays else None
-        self._stream: RolloutStream[StepRollout] | None = None
+        self._stream: RolloutStream[SampledStep] | None = None
 
     def start(self, first_step: int) -> None:
         """Get ready to sample the steps from `first_step`; the engines hold the version before."""
@@ -82,14 +82,14 @@ class StepSampler:
         assert self._stream is not None, "start() comes first"
         self._stream.start_after(step - 1)
 
-    async def rollout(self, step: int) -> StepRollout:
-        """Return the rollout of `step`, after `begin`; those of later steps continue as far as
+    async def wait_for_step(self, step: int) -> SampledStep:
+        """Wait for the rollout of `step`, after `begin`; those of later steps continue as far as
         `rl.staleness` allows. Colocated engines then sleep until the next push."""
         assert self._stream is not None, "start() comes first"
-        rollout = await self._stream.get(step)
+        sampled_step = await self._stream.get(step)
         if self.config.rollout.colocated:
             await self.collector.fleet.sleep()
-        return rollout
+        return sampled_step
 
     def start_ahead(self, policy_version: int) -> None:
         """Start the rollouts that may be sampled ahead from `policy_version`. Their samples are not
@@ -110,7 +110,7 @@ class StepSampler:
         if self._stream is not None:
             await self._stream.close()
 
-    async def _sample(self, step: int) -> StepRollout:
+    async def _sample(self, step: int) -> SampledStep:
         """Draw the prompts of a step and collect its rollout under the step's settings."""
         config = self.config.at(step)
         rl, rollout = config.rl, config.rollout
@@ -145,6 +145,6 @@ class StepSampler:
             collected = await collect(prompts)
         self.collector.check_grades(collected.groups + collected.passed_over)
         if log is None:
-            return StepRollout(collected, sampler_state)
+            return SampledStep(collected, sampler_state)
         await log.commit()
-        return StepRollout(collected, sampler_state, log.num_restored)
+        return SampledStep(collected, sampler_state, log.num_restored)

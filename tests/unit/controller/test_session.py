@@ -55,7 +55,7 @@ class Engines:
     def begin(self, step):
         self.done.append("begin")
 
-    async def rollout(self, step):
+    async def wait_for_step(self, step):
         self.done.append("rollout")
 
     async def run(self, step):
@@ -83,7 +83,7 @@ def test_nothing_is_taken_evaluated_or_saved_of_weights_whose_probes_fail(what):
         await policy.push(0)
         if what != "begin":
             session.next_step()
-            policy._step_rollout = SimpleNamespace()
+            policy._sampled_step = SimpleNamespace()
         await (policy.rollout(1) if what == "rollout" else getattr(session, what)())
 
     with pytest.raises(EngineError, match="differs"):
