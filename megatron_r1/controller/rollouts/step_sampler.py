@@ -113,20 +113,20 @@ class StepSampler:
     async def _sample(self, step: int) -> SampledStep:
         """Draw the prompts of a step and collect its rollout under the step's settings."""
         config = self.config.at(step)
-        rl, rollout = config.rl, config.rollout
+        rl, sampling_settings = config.rl, config.rollout
         sampling = RolloutSampling(
             group_size=rl.group_size,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            min_p=rollout.min_p,
-            sampling_mask=rollout.truncates_sampling,
-            max_response_tokens=rollout.max_response_tokens,
+            temperature=sampling_settings.temperature,
+            top_p=sampling_settings.top_p,
+            top_k=sampling_settings.top_k,
+            min_p=sampling_settings.min_p,
+            sampling_mask=sampling_settings.truncates_sampling,
+            max_response_tokens=sampling_settings.max_response_tokens,
             step=step,
             reward_weights=weights_at(config.rewards.weights, step),
             routing=self._routing,
             with_teacher=self.collector.teacher is not None,
-            stop=tuple(rollout.stop),
+            stop=tuple(sampling_settings.stop),
         )
         num_groups = rl.questions_per_rollout
         # Drawn before the first await: the next batch may draw while this one is being sampled.
