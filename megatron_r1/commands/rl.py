@@ -54,9 +54,9 @@ def run(config: Config) -> None:
     preload_megatron()
     preload_vllm(config)
     with without_garbage_collection():  # it imports transformers, and sympy for many tasks
-        text, prompts = read_prompts(config)
+        tokenizer, prompts = read_prompts(config)
     timeline.mark("controller/questions read")
-    run_until_stopped(_train(config, text, prompts))
+    run_until_stopped(_train(config, tokenizer, prompts))
 
 
 async def _train(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit) -> None:
@@ -150,5 +150,5 @@ def dry_run(config: Config) -> None:
     require_weights(Path(config.model.path))
     preload_vllm(config)
     with without_garbage_collection():
-        text, prompts = read_prompts(config)
-    show_batch(config, text, prompts)
+        tokenizer, prompts = read_prompts(config)
+    show_batch(config, tokenizer, prompts)
