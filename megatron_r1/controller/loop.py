@@ -4,7 +4,7 @@ reinforce the responses that are better than their group.
 One pass of `train` is one rollout: G responses to each of P prompts, their rewards and advantages,
 log-probabilities under the old policy and the reference, one epoch of mini-batch updates, and the
 new weights for the engines. `rl.algorithm` chooses how advantages and the loss are computed
-(`controller.algorithms`). Placement, resuming and reporting are in `controller.session` and do not
+(`controller.algorithms`). Placement, resuming and reporting are in `controller.rl_run` and do not
 show here.
 
     megatron-r1 rl examples/laptop/r1_zero.yaml
@@ -64,9 +64,9 @@ from megatron_r1.controller.algorithms import Algorithm
 from megatron_r1.controller.corrections import reward_normalization
 from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
 from megatron_r1.controller.corrections.truncation_mask import mask_truncated
+from megatron_r1.controller.rl_run import RLRun
 from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
-from megatron_r1.controller.session import RLRun
 from megatron_r1.trainer.training_sample import Sample
 
 
