@@ -51,12 +51,12 @@ class EngineSet:
 class EngineLinks:
     """The links of one trainer to all engines.
 
-    Over gloo and nccl equal engines form sets of at most `plan.engine_sets.MAX_SET_ENGINES`; over
-    other transports every engine is a set of its own.
+    Over gloo and nccl equal engines form sets of at most `push.plan.engine_sets.MAX_SET_ENGINES`;
+    over other transports every engine is a set of its own.
 
     Attributes:
         tensors: name and shape of every tensor that a push sends.
-        layout: the fields of `plan.EngineLayout`, of one engine.
+        layout: the fields of `push.plan.layouts.EngineLayout`, of one engine.
         store_host: the address of trainer rank 0's host for engines; None: the one that the
             trainer's ranks use.
         colocated: the engines share the trainer's GPUs, in turn.
