@@ -25,11 +25,11 @@ from megatron_r1.commands.training_run import (
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train
 from megatron_r1.controller.push.pusher import PROBE_TOKENS, create_pusher
+from megatron_r1.controller.rl_run import RLRun
 from megatron_r1.controller.roles import PolicyEngines, TrainerPasses
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
-from megatron_r1.controller.session import RLRun
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit
@@ -54,9 +54,9 @@ def run(config: Config) -> None:
     preload_megatron()
     preload_vllm(config)
     with without_garbage_collection():  # it imports transformers, and sympy for many tasks
-        text, prompts = read_prompts(config)
+        tokenizer, prompts = read_prompts(config)
     timeline.mark("controller/questions read")
-    run_until_stopped(_train(config, text, prompts))
+    run_until_stopped(_train(config, tokenizer, prompts))
 
 
 async def _train(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit) -> None:
@@ -150,5 +150,5 @@ def dry_run(config: Config) -> None:
     require_weights(Path(config.model.path))
     preload_vllm(config)
     with without_garbage_collection():
-        text, prompts = read_prompts(config)
-    show_batch(config, text, prompts)
+        tokenizer, prompts = read_prompts(config)
+    show_batch(config, tokenizer, prompts)

@@ -4,7 +4,7 @@ reinforce the responses that are better than their group.
 One pass of `train` is one rollout: G responses to each of P prompts, their rewards and advantages,
 log-probabilities under the old policy and the reference, one epoch of mini-batch updates, and the
 new weights for the engines. `rl.algorithm` chooses how advantages and the loss are computed
-(`controller.algorithms`). Placement, resuming and reporting are in `controller.session` and do not
+(`controller.algorithms`). Placement, resuming and reporting are in `controller.rl_run` and do not
 show here.
 
     megatron-r1 rl examples/laptop/r1_zero.yaml
@@ -13,40 +13,40 @@ goes through `commands/cli.py` and `commands/rl.py` to `train`. From there the m
 these files, in the order in which `rl.algorithm: grpo` calls them:
 
  1. The reward of a response: the weighted sum of its terms, less a penalty of its length.
-        r1_grading/terms.py                     combine
-        controller/advantages.py                overlong_penalty
+        r1_grading/terms.py                         combine
+        controller/corrections/overlong_penalty.py  overlong_penalty
  2. Its advantage within the group.
-        controller/algorithms/grpo.py           advantages
-        controller/advantages.py                group_advantages
+        controller/algorithms/grpo.py               advantages
+        controller/advantages.py                    group_advantages
  3. Log-probabilities under π_old and π_ref.
-        controller/roles.py                     TrainerPasses.compute_logprobs
-        trainer/trainer.py                      Trainer.compute_logprobs
-        trainer/batch.py                        LossHead.logprobs
-        r1_kernels/token_logprobs.py            linear_token_logprobs
+        controller/roles.py                         TrainerPasses.compute_logprobs
+        trainer/trainer.py                          Trainer.compute_logprobs
+        trainer/batch.py                            LossHead.logprobs
+        r1_kernels/token_logprobs.py                linear_token_logprobs
  4. An update: forward and backward over the micro-batches of a mini-batch.
-        controller/roles.py                     TrainerPasses.update_policy
-        trainer/trainer.py                      Trainer.update
-        trainer/passes.py                       optimizer_step
-        trainer/passes.py                       run_passes
+        controller/roles.py                         TrainerPasses.update_policy
+        trainer/trainer.py                          Trainer.update
+        trainer/passes.py                           optimizer_step
+        trainer/passes.py                           run_passes
  5. The loss of a micro-batch, and the weight of a token in it: 1 / |o_i|.
-        controller/algorithms/grpo.py           loss
-        trainer/losses.py                       token_weights
+        controller/algorithms/grpo.py               loss
+        trainer/losses.py                           token_weights
  6. Ratio, clip and KL of a token (formulae in `r1_kernels/policy_terms.py`; on a GPU Triton).
-        trainer/batch.py                        LossHead.policy_loss
-        r1_kernels/linear_policy_loss.py        linear_policy_loss
-        r1_kernels/primitives/policy_torch.py   policy_terms
+        trainer/batch.py                            LossHead.policy_loss
+        r1_kernels/linear_policy_loss.py            linear_policy_loss
+        r1_kernels/primitives/policy_torch.py       policy_terms
  7. Normalization of the loss: Megatron-Core's `finalize_model_grads` divides the gradients, summed
     over micro-batches and ranks, by the sum of these denominators.
-        trainer/losses.py                       denominator
+        trainer/losses.py                           denominator
  8. The optimizer's step: `optimizer.step()`, Megatron-Core's, in `optimizer_step` of 4.
  9. The reference is replaced by the policy, when that is due.
-        trainer/reference.py                    ReferencePolicy.refresh
+        trainer/reference.py                        ReferencePolicy.refresh
 10. The push of the new weights.
-        controller/roles.py                     PolicyEngines.push
-        controller/push/pusher.py               WeightPusher.push
-        controller/push/engine_links.py         EngineLinks.send
-        push/sender.py                          WeightSender.send
-        engines/plugin/backend.py               PushTransferEngine.receive_weights
+        controller/roles.py                         PolicyEngines.push
+        controller/push/pusher.py                   WeightPusher.push
+        controller/push/engine_links.py             EngineLinks.send
+        push/sender.py                              WeightSender.send
+        engines/plugin/backend.py                   PushTransferEngine.receive_weights
 
 Algorithms that have them add a critic's values before 3 (`trainer/critic.py`), and an advantage per
 token after it (`trainer/token_advantages.py`). Settings that correct any of them are in
@@ -60,13 +60,13 @@ from r1_grading.terms import weights_at
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import Config
-from megatron_r1.controller.advantages import overlong_penalty
 from megatron_r1.controller.algorithms import Algorithm
 from megatron_r1.controller.corrections import reward_normalization
+from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
 from megatron_r1.controller.corrections.truncation_mask import mask_truncated
+from megatron_r1.controller.rl_run import RLRun
 from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
-from megatron_r1.controller.session import RLRun
 from megatron_r1.trainer.training_sample import Sample
 
 

@@ -18,7 +18,7 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, wrap_loss
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.rollouts.rollout import Rollout
-from megatron_r1.controller.rollouts.step_sampler import StepRollout, StepSampler
+from megatron_r1.controller.rollouts.step_sampler import SampledStep, StepSampler
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import AcceptanceMeter
@@ -37,7 +37,7 @@ class PolicyEngines:
     def __init__(self, trainer: TrainerClient, pusher: WeightPusher, sampler: StepSampler):
         self.trainer, self.pusher, self.sampler = trainer, pusher, sampler
         self._rollout_config = sampler.config.rollout
-        self._step_rollout: StepRollout | None = None
+        self._sampled_step: SampledStep | None = None
         self._needs_push = False
         self._acceptance = AcceptanceMeter()
         self._push_metrics: dict[str, float] = {}
@@ -63,10 +63,10 @@ class PolicyEngines:
                 await self.push(step - 1)
         self.sampler.begin(step)
         await self.wait_for_probes()  # while they sample
-        self._step_rollout = await self.sampler.rollout(step)
+        self._sampled_step = await self.sampler.wait_for_step(step)
         if self._rollout_config.speculative.method != "none":
             self._draft_metrics = await self._acceptance.read(self.sampler.collector.fleet.engines)
-        return self._step_rollout.rollout
+        return self._sampled_step.rollout
 
     async def push(self, policy_version: int) -> None:
         """Send the trainer's weights to every engine, as `policy_version`; what these compute
@@ -96,10 +96,10 @@ class PolicyEngines:
         self.sampler.release_buffered()
 
     @property
-    def step_rollout(self) -> StepRollout:
-        """The newest step's rollout, with the state of the sampler after it."""
-        assert self._step_rollout is not None, "rollout() comes first"
-        return self._step_rollout
+    def sampled_step(self) -> SampledStep:
+        """The newest step that is sampled, with the state of the sampler after it."""
+        assert self._sampled_step is not None, "rollout() comes first"
+        return self._sampled_step
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers of engines and pushes."""

@@ -1,6 +1,6 @@
 """The teacher of on-policy distillation: engines that only score the tokens which the student
-sampled (`RolloutFleet.score`). Their weights never change. They are started here, or run already:
-vLLM servers which others have started, and which are neither started nor stopped here."""
+sampled (`RolloutFleet.compute_logprobs`). Their weights never change. They are started here, or run
+already: vLLM servers which others have started, and which are neither started nor stopped here."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -92,7 +92,7 @@ async def main(folder: Path, transport: str, num_engines: int) -> None:
         pusher = FilePusher(QWEN, fleet, transport=transport, colocated=colocated)
         found, left = [await checksums(fleet)], []
         if colocated:
-            await fleet.sleep()  # as `controller.session` does before engines are connected
+            await fleet.sleep()  # as `controller.rl_run` does before engines are connected
         await pusher.push(other)
         assert [len(one.engines) for one in pusher.pusher.links.sets] == [num_engines]
         found.append(await checksums(fleet))

@@ -77,23 +77,27 @@ class _Gaps:
         # Tokens of earlier versions are an earlier policy's.
         versions = {int(v) for each in self.sequences for v in np.unique(each.versions)}
         for version in sorted(versions - {newest}):
-            own = recomputed.logprobs_after(version)
-            if own is not None:
-                self._fill_version_gaps(version, own)
+            recomputed_logprobs = recomputed.logprobs_after(version)
+            if recomputed_logprobs is not None:
+                self._fill_version_gaps(version, recomputed_logprobs)
         self.tolerance = ROUNDING[step.run_config.rollout.dtype]
 
-    def _logprob_gaps(self, own: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return engine's - own log-probability of the newest version's tokens, else NaN."""
+    def _logprob_gaps(self, recomputed_logprobs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return engine's - recomputed log-probability of the newest version's tokens, else NaN."""
         return [
-            np.where(is_newest, each.logprobs - mine, np.nan)
-            for each, mine, is_newest in zip(self.sequences, own, self.newest, strict=True)
+            np.where(is_newest, sequence.logprobs - recomputed, np.nan)
+            for sequence, recomputed, is_newest in zip(
+                self.sequences, recomputed_logprobs, self.newest, strict=True
+            )
         ]
 
-    def _fill_version_gaps(self, version: int, own: Sequence[np.ndarray]) -> None:
+    def _fill_version_gaps(self, version: int, recomputed_logprobs: Sequence[np.ndarray]) -> None:
         """Put the differences of another version's tokens into `gaps`."""
-        for gap, each, mine in zip(self.gaps, self.sequences, own, strict=True):
-            chosen = each.versions == version
-            gap[chosen] = (each.logprobs - mine)[chosen]
+        for gap, sequence, recomputed in zip(
+            self.gaps, self.sequences, recomputed_logprobs, strict=True
+        ):
+            chosen = sequence.versions == version
+            gap[chosen] = (sequence.logprobs - recomputed)[chosen]
 
     def mean(self, gaps: Sequence[np.ndarray], only: Sequence[bool] | None = None) -> float:
         """Return the mean |difference|, of the chosen sequences."""
@@ -108,11 +112,11 @@ class _Gaps:
         edges = np.unique(np.linspace(0, longest, min(BINS, longest) + 1).astype(int))
         positions, values = [], []
         for first, end in pairwise(edges):
-            own = np.abs(np.concatenate([gap[first:end] for gap in self.gaps]))
-            own = own[~np.isnan(own)]
-            if len(own):
+            differences = np.abs(np.concatenate([gap[first:end] for gap in self.gaps]))
+            differences = differences[~np.isnan(differences)]
+            if len(differences):
                 positions.append(float(first + end - 1) / 2)
-                values.append(float(own.mean()))
+                values.append(float(differences.mean()))
         return positions, values
 
     def comparison(self) -> CheckedQuantity:
@@ -141,7 +145,9 @@ class _Gaps:
             "the model",
         )
         concerned = dict.fromkeys(
-            each.response for each, is_one in zip(self.sequences, affected, strict=True) if is_one
+            sequence.response
+            for sequence, is_affected in zip(self.sequences, affected, strict=True)
+            if is_affected
         )
         return CheckedQuantity(
             FAMILY,
@@ -190,15 +196,15 @@ class _Gaps:
 
     def _explain_by_stale_weights(self, distance: float) -> tuple[str, str] | None:
         """Try the weights of earlier versions, engine by engine."""
-        found = [
+        explanations = [
             (better[1], version, better)
             for version in self._earlier
-            if (own := self.recomputed.logprobs_after(version)) is not None
-            and (better := self._better_explanation(self._logprob_gaps(own))) is not None
+            if (logprobs := self.recomputed.logprobs_after(version)) is not None
+            and (better := self._better_explanation(self._logprob_gaps(logprobs))) is not None
         ]
-        if not found:
+        if not explanations:
             return None
-        _, version, (who, then, now) = min(found)
+        _, version, (who, then, now) = min(explanations)
         sizes = f"mean |Δ| {number(then)} against {number(now)}"
         newest = self.step.step - 1
         if self._is_trainers_too:
@@ -231,8 +237,8 @@ class _Gaps:
     def _shifted(self, distance: float) -> tuple[str, str] | None:
         """Try the log-probabilities of the token before, and of the one after."""
         for away, which in ((1, "after"), (-1, "before")):
-            own = [np.roll(each, -away) for each in self.recomputed.old]
-            gaps = self._logprob_gaps(own)
+            shifted = [np.roll(logprobs, -away) for logprobs in self.recomputed.old]
+            gaps = self._logprob_gaps(shifted)
             for gap in gaps:
                 gap[-1 if away > 0 else 0 : None if away > 0 else 1] = np.nan
             mean = self.mean(gaps)
@@ -267,11 +273,13 @@ class _Gaps:
 
     def _router_bias(self, distance: float) -> tuple[str, str] | None:
         """Try routers without the bias that balances their experts."""
-        own = self.recomputed.without_router_bias()
-        found = None if own is None else self._better_explanation(self._logprob_gaps(own))
-        if found is None:
+        logprobs = self.recomputed.without_router_bias()
+        if logprobs is None:
             return None
-        who, then, now = found
+        explanation = self._better_explanation(self._logprob_gaps(logprobs))
+        if explanation is None:
+            return None
+        who, then, now = explanation
         return (
             f"{who} routes without the routers' correction bias: mean |Δ| {number(then)} against "
             f"{number(now)}",
@@ -291,7 +299,7 @@ class _Gaps:
 
     def _temperature(self, distance: float) -> tuple[str, str] | None:
         """Try other temperatures."""
-        own = self.recomputed.temperature
+        temperature = self.recomputed.temperature
         coarse, _ = self._best_scale(TEMPERATURES)
         at = TEMPERATURES.index(coarse)
         near = TEMPERATURES[max(0, at - 1) : at + 2]
@@ -299,17 +307,17 @@ class _Gaps:
         if not mean <= BY_TEMPERATURE * distance or abs(scale - 1) < 0.01:
             return None
         return (
-            f"temperature {scale * own:.3g} explains them, the settings say {own:g}: mean |Δ| "
-            f"{number(mean)} against {number(distance)}",
+            f"temperature {scale * temperature:.3g} explains them, the settings say "
+            f"{temperature:g}: mean |Δ| {number(mean)} against {number(distance)}",
             "rollout.temperature, or what the engine makes of it (rollout.vllm)",
         )
 
     def _best_scale(self, scales: Sequence[float]) -> tuple[float, float]:
         """Return the multiple of the run's temperature that leaves the smallest mean |difference|,
         and that mean."""
-        own = self.recomputed.temperature
-        tried = self.recomputed.logprobs_at_temperatures([own * scale for scale in scales])
-        means = [self.mean(self._logprob_gaps(one)) for one in tried]
+        temperatures = [self.recomputed.temperature * scale for scale in scales]
+        logprobs_by_scale = self.recomputed.logprobs_at_temperatures(temperatures)
+        means = [self.mean(self._logprob_gaps(logprobs)) for logprobs in logprobs_by_scale]
         best = int(np.argmin(np.nan_to_num(means, nan=np.inf)))
         return scales[best], means[best]
 
@@ -338,8 +346,8 @@ class _Gaps:
             if (found := self._stale_expert(layer, expert)) is not None:
                 return found
         for layer, one, other in self._pairs(ranked):
-            made = self.recomputed.with_experts(layer, {one: other, other: one})
-            if (better := self._better_explanation(self._logprob_gaps(made))) is not None:
+            logprobs = self.recomputed.with_experts(layer, {one: other, other: one})
+            if (better := self._better_explanation(self._logprob_gaps(logprobs))) is not None:
                 return (
                     f"experts {min(one, other)} and {max(one, other)} of {_layer(layer)} are "
                     f"exchanged in {better[0]}: mean |Δ| {number(better[1])} against "
@@ -376,29 +384,29 @@ class _Gaps:
     def _experts_by_gap(self) -> list[tuple[str, int, float, float]]:
         """Return layer, expert, the mean |difference| of its tokens and that of the others, the
         largest ratio of both first."""
-        gaps, found = np.abs(np.concatenate(self.gaps)), []
+        gaps, ranked = np.abs(np.concatenate(self.gaps)), []
         for layer, by_row in self.recomputed.experts().items():
             experts = np.concatenate(by_row)
             for expert in range(int(experts.max()) + 1):
-                own = (experts == expert).any(1)
-                if own.sum() < FEW_TOKENS:
+                is_routed = (experts == expert).any(1)
+                if is_routed.sum() < FEW_TOKENS:
                     continue
-                with_it = float(np.nanmean(gaps[own]))
-                is_few = (~own).sum() < FEW_TOKENS  # all tokens go through it
-                without = with_it if is_few else float(np.nanmean(gaps[~own]))
-                found.append((layer, expert, with_it, without))
-        return sorted(found, key=lambda each: -each[2] / max(each[3], 1e-12))
+                with_it = float(np.nanmean(gaps[is_routed]))
+                is_few = (~is_routed).sum() < FEW_TOKENS  # all tokens go through it
+                without = with_it if is_few else float(np.nanmean(gaps[~is_routed]))
+                ranked.append((layer, expert, with_it, without))
+        return sorted(ranked, key=lambda expert: -expert[2] / max(expert[3], 1e-12))
 
     def _stale_expert(self, layer: str, expert: int) -> tuple[str, str] | None:
-        found = [
+        explanations = [
             (better[1], version, better)
             for version in self._earlier
-            if (made := self.recomputed.with_old_expert(layer, expert, version)) is not None
-            and (better := self._better_explanation(self._logprob_gaps(made))) is not None
+            if (logprobs := self.recomputed.with_old_expert(layer, expert, version)) is not None
+            and (better := self._better_explanation(self._logprob_gaps(logprobs))) is not None
         ]
-        if not found:
+        if not explanations:
             return None
-        _, version, (who, then, now) = min(found)
+        _, version, (who, then, now) = min(explanations)
         return (
             f"expert {expert} of {_layer(layer)} has the weights of version {version} in {who}, "
             f"not {self.step.step - 1}: mean |Δ| {number(then)} against {number(now)}",

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from r1_grading.terms import rewards_equal
 
-from megatron_r1.controller.advantages import overlong_penalty
+from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
 
 if TYPE_CHECKING:
     from megatron_r1.config import Config, RLConfig

@@ -27,7 +27,7 @@ MAX_UNEXPLAINED_FAILURES = 2
 """Failures of sets without a known cause, after which every engine is a set of its own: the engines
 may not reach each other."""
 
-OnLost = Callable[[Engine, EngineError], None]
+OnEngineLost = Callable[[Engine, EngineError], None]
 """Handles an engine that can no longer be used; the error is EngineDied where the engine, or its
 link, is known to have died."""
 
@@ -51,12 +51,12 @@ class EngineSet:
 class EngineLinks:
     """The links of one trainer to all engines.
 
-    Over gloo and nccl equal engines form sets of at most `plan.engine_sets.MAX_SET_ENGINES`; over
-    other transports every engine is a set of its own.
+    Over gloo and nccl equal engines form sets of at most `push.plan.engine_sets.MAX_SET_ENGINES`;
+    over other transports every engine is a set of its own.
 
     Attributes:
         tensors: name and shape of every tensor that a push sends.
-        layout: the fields of `plan.EngineLayout`, of one engine.
+        layout: the fields of `push.plan.layouts.EngineLayout`, of one engine.
         store_host: the address of trainer rank 0's host for engines; None: the one that the
             trainer's ranks use.
         colocated: the engines share the trainer's GPUs, in turn.
@@ -121,7 +121,9 @@ class EngineLinks:
         has_joined = sum(len(s.engines) for s in partial) < len(rest)
         return rest if has_joined or len(partial) != len(self._divide(rest)) else []
 
-    async def form_sets(self, engines: Sequence[Engine], on_lost: OnLost, *, resume: bool) -> None:
+    async def form_sets(
+        self, engines: Sequence[Engine], on_engine_lost: OnEngineLost, *, resume: bool
+    ) -> None:
         """Divide these engines into new sets, and connect them with the trainer.
 
         An engine that dies meanwhile is lost. A set that fails for another reason is divided into
@@ -129,7 +131,7 @@ class EngineLinks:
 
         Args:
             engines: running engines; their present sets are dropped.
-            on_lost: called with each lost engine and the error.
+            on_engine_lost: called with each lost engine and the error.
             resume: engines may compute afterwards."""
         self._drop([s for s in self.sets if set(s.engines) & set(engines)])
         groups = self._divide(engines)
@@ -147,7 +149,7 @@ class EngineLinks:
                 dead = [engine for engine in engine_set.engines if engine in deaths]
                 left = [engine for engine in engine_set.engines if engine not in deaths]
                 for engine in dead:
-                    on_lost(engine, deaths[engine])
+                    on_engine_lost(engine, deaths[engine])
                 if dead:
                     groups += [left] if left else []
                 elif len(left) > 1:
@@ -159,10 +161,10 @@ class EngineLinks:
                     first = set_problems.get(left[0])
                     if first not in (None, problem):
                         problem = f"{first}; then, alone: {problem}"
-                    on_lost(left[0], EngineError(f"{left[0].name}: {problem}"))
+                    on_engine_lost(left[0], EngineError(f"{left[0].name}: {problem}"))
 
     async def send(
-        self, push_number: int, engines: Sequence[Engine], on_lost: OnLost
+        self, push_number: int, engines: Sequence[Engine], on_engine_lost: OnEngineLost
     ) -> list[Engine]:
         """Send a push to the sets of these engines.
 
@@ -172,7 +174,7 @@ class EngineLinks:
         Args:
             push_number: the number of the push.
             engines: the engines, with which all others of their sets get it.
-            on_lost: called with each engine at fault and the error.
+            on_engine_lost: called with each engine at fault and the error.
 
         Raises:
             EngineError: a push arrived damaged.
@@ -192,7 +194,9 @@ class EngineLinks:
         incomplete: list[Engine] = []
         for engine_set in sets:
             if engine_set.name in failures:
-                incomplete += self._lose_at_fault(engine_set, on_lost, failures[engine_set.name])
+                incomplete += self._drop_at_fault(
+                    engine_set, on_engine_lost, failures[engine_set.name]
+                )
         return incomplete
 
     @contextlib.contextmanager
@@ -300,14 +304,14 @@ class EngineLinks:
             error = f"{engine.name} is gone"
             await asyncio.to_thread(_report_failure, *self.store, engine_set.name, error)
 
-    def _lose_at_fault(
-        self, engine_set: EngineSet, on_lost: OnLost, failures: Sequence[SetFailure]
+    def _drop_at_fault(
+        self, engine_set: EngineSet, on_engine_lost: OnEngineLost, failures: Sequence[SetFailure]
     ) -> list[Engine]:
-        """Lose the engines at fault of a set that has failed, and return its other engines.
+        """Drop the engines at fault of a set that has failed, and return its other engines.
 
         Args:
             engine_set: the set.
-            on_lost: called with each engine at fault and the error.
+            on_engine_lost: called with each engine at fault and the error.
             failures: the failures, as trainer ranks report them."""
         engines, error = engine_set.engines, failures[0].error
         members = {member for failure in failures for member in failure.members}
@@ -317,7 +321,7 @@ class EngineLinks:
         named = engines if len(engines) == 1 else [engines[member] for member in members]
         at_fault = [engine for engine in engines if engine in named or engine.died.is_set()]
         for engine in at_fault:
-            on_lost(engine, EngineDied(f"{engine.name} was lost during a push: {error}"))
+            on_engine_lost(engine, EngineDied(f"{engine.name} was lost during a push: {error}"))
         if not at_fault:
             self._count_unexplained(error)
         return [engine for engine in engines if engine not in at_fault]

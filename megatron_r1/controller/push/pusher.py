@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from megatron_r1.base.errors import TrainerError, TrainerLost
 from megatron_r1.config import Config
-from megatron_r1.controller.push.engine_links import EngineLinks, OnLost
+from megatron_r1.controller.push.engine_links import EngineLinks, OnEngineLost
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
 from megatron_r1.engines.fleet.placement import hosts_address
@@ -132,7 +132,7 @@ class WeightPusher:
         await self.links.open()
         self.fleet.send_weights = self.send_weights
         with self.fleet.allow_silence(self.links.connect_seconds):
-            await self._form_sets(self._engines_up, self._lose_if_dead)
+            await self._form_sets(self._engines_up, self._drop_if_dead)
 
     async def push(self, policy_version: int) -> dict[str, float]:
         """Make the trainer's present weights `policy_version` on every engine; return metrics.
@@ -147,7 +147,7 @@ class WeightPusher:
         self._push_number += 1
         with self.fleet.allow_silence(self.links.connect_seconds):
             regrouped = self.links.engines_to_regroup(self._engines_up)
-            await self._form_sets(regrouped, self._lose)
+            await self._form_sets(regrouped, self._drop_engine)
             await self._send_to_all()
             await self._offload_trainer()
             sent = time.perf_counter()
@@ -157,7 +157,7 @@ class WeightPusher:
         metrics |= {"push/links": self.links.num_links, "push/bytes": self.links.num_bytes}
         self._policy_version = policy_version
         if self.prober is not None:
-            check = self.prober.check(self._push_number, self._engines_up, self._lose)
+            check = self.prober.check(self._push_number, self._engines_up, self._drop_engine)
             self._probing = asyncio.create_task(check)
             # Where nobody awaits it any more, as something else has ended the session.
             self._probing.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -217,9 +217,9 @@ class WeightPusher:
         waiting = self._engines_up
         while waiting:
             with self.links.report_deaths():
-                waiting = await self.links.send(self._push_number, waiting, self._lose)
+                waiting = await self.links.send(self._push_number, waiting, self._drop_engine)
             waiting = [engine for engine in waiting if engine.is_up]
-            await self._form_sets(waiting, self._lose)
+            await self._form_sets(waiting, self._drop_engine)
 
     async def _offload_trainer(self) -> None:
         """Let the trainer offload its weights, where the engines are to compute in their memory."""
@@ -228,20 +228,20 @@ class WeightPusher:
         if self.offloads:
             await self.links.trainer.call(ModelOperations.free_memory, parameters=True)
 
-    async def _form_sets(self, engines: Sequence[Engine], on_lost: OnLost) -> None:
+    async def _form_sets(self, engines: Sequence[Engine], on_engine_lost: OnEngineLost) -> None:
         # Engines that sleep, for the trainer's sake, must not compute before they are awake.
         resume = self.fleet.awake.is_set() and not self.offloads
-        await self.links.form_sets(engines, on_lost, resume=resume)
+        await self.links.form_sets(engines, on_engine_lost, resume=resume)
 
     @property
     def _engines_up(self) -> list[Engine]:
         return [engine for engine in self.fleet.engines if engine.is_up]
 
-    def _lose(self, engine: Engine, error: EngineError) -> None:
+    def _drop_engine(self, engine: Engine, error: EngineError) -> None:
         death = error if isinstance(error, EngineDied) else EngineDied(str(error))
         self.fleet.replace(engine, death)
 
-    def _lose_if_dead(self, engine: Engine, error: EngineError) -> None:
+    def _drop_if_dead(self, engine: Engine, error: EngineError) -> None:
         """Raise the error of an engine that has not died: settings are then wrong."""
         if not isinstance(error, EngineDied):
             raise error
@@ -301,14 +301,14 @@ class Prober:
         """Compute what needs the trainer's new weights before the engines have them."""
 
     async def check(
-        self, push_number: int, engines: Sequence[Engine], on_lost: OnLost
+        self, push_number: int, engines: Sequence[Engine], on_engine_lost: OnEngineLost
     ) -> dict[str, float]:
         """Sample from each engine and return the largest mean difference, "push/probe_diff".
 
         Args:
             push_number: the number of the push.
             engines: the engines that have loaded it.
-            on_lost: called with an engine that does not answer, and the error.
+            on_engine_lost: called with an engine that does not answer, and the error.
 
         Raises:
             EngineError: the difference exceeds the tolerance.
@@ -319,7 +319,7 @@ class Prober:
         differences: list[float] = []
         for engine, difference in zip(asked, outcomes, strict=True):
             if isinstance(difference, EngineDied):
-                on_lost(engine, difference)
+                on_engine_lost(engine, difference)
                 continue
             if isinstance(difference, BaseException):
                 raise difference

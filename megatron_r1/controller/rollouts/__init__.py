@@ -1,7 +1,9 @@
 """One rollout, from its prompts to its record.
 
-- `step_sampler`: draws a step's prompts and has them sampled, some steps ahead.
-- `collector`: has responses sampled, graded, scored by a teacher, and grouped.
+- `step_sampler`: draws a step's prompts and has them sampled, some steps ahead, by
+  `rollout_stream`; `dynamic_sampling` replaces groups with equal rewards.
+- `collector`: has responses sampled, graded, scored by a teacher, and grouped; `in_flight` tracks
+  the groups that are not finished.
 - `players`: finds who plays an episode.
 - `rollout`: groups and graded responses, and the grader.
 - `metrics`, `sample_log` with `group_records`: what is kept of them.

@@ -1,23 +1,19 @@
-"""Prompts → graded groups: engines sample while reward workers grade what is finished.
-
-`InFlightGroups` has the groups that are being sampled or graded, or wait for a teacher, for live
-view and hang reports."""
+"""Prompts → graded groups: engines sample while reward workers grade what is finished."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
-from typing import Literal, get_args
 
 from r1_grading import RewardPool
 
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.group_records import SamplingRecord
+from megatron_r1.controller.rollouts.in_flight import InFlightGroup, InFlightGroups
 from megatron_r1.controller.rollouts.rollout import (
     GradedResponse,
     Group,
@@ -33,76 +29,6 @@ from megatron_r1.engines.episodes import Episode, EpisodeResult, Generate, Playe
 from megatron_r1.engines.fleet.dispatch import Affinity
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.responses import Response, truncate_at_stop
-
-Phase = Literal["sampling", "grading", "scoring"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
-
-
-class InFlightGroup:
-    """A group that is not finished, and the phase it is in.
-
-    Phase "scoring" is a teacher's, which may begin before the grades are back; the group is in that
-    phase once only its log-probabilities are missing.
-
-    Attributes:
-        since: when the phase began, time.monotonic()."""
-
-    def __init__(self, tracker: InFlightGroups, prompt: Prompt) -> None:
-        self._tracker, self.prompt = tracker, prompt
-        self._enter("sampling")
-
-    def sampling_done(self, responses: Sequence[Response]) -> None:
-        """Count the group's responses and enter phase "grading"."""
-        self._enter("grading")
-        self._tracker.num_sampled += 1
-        self._tracker.num_responses += len(responses)
-        self._tracker.num_tokens += sum(len(response.token_ids) for response in responses)
-
-    def grading_done(self) -> None:
-        """Enter the phase in which the group waits for the teacher and its end."""
-        self._enter("scoring")
-
-    def _enter(self, phase: Phase) -> None:
-        self.phase, self.since = phase, time.monotonic()
-
-
-class InFlightGroups:
-    """Tracks the groups in flight and counts finished work since the start of the process.
-
-    Attributes:
-        num_started: groups requested.
-        num_sampled: groups that were sampled.
-        num_responses: the responses of sampled groups.
-        num_tokens: the tokens of those responses.
-        num_finished: groups that are graded, and have the teacher's log-probabilities if there is
-            one.
-        num_with_teacher_logprobs: responses whose log-probabilities a teacher has computed."""
-
-    def __init__(self) -> None:
-        self.groups: set[InFlightGroup] = set()
-        self.num_started = self.num_finished = self.num_with_teacher_logprobs = 0
-        self.num_sampled = self.num_responses = self.num_tokens = 0
-
-    @contextlib.contextmanager
-    def group(self, prompt: Prompt) -> Iterator[InFlightGroup]:
-        """Track a group from the start of the block to its end."""
-        group = InFlightGroup(self, prompt)
-        self.groups.add(group)
-        self.num_started += 1
-        try:
-            yield group
-            self.num_finished += 1
-        finally:
-            self.groups.discard(group)
-
-    def oldest(self, phase: Phase) -> InFlightGroup | None:
-        """Return the group that has been in `phase` longest, or None."""
-        groups = (group for group in self.groups if group.phase == phase)
-        return min(groups, key=lambda group: group.since, default=None)
-
-    def count(self, phase: Phase) -> int:
-        """Return the number of groups in a phase."""
-        return sum(group.phase == phase for group in self.groups)
 
 
 @dataclass
@@ -170,7 +96,7 @@ class RolloutCollector:
             EngineError: an engine fails.
         """
         start = time.perf_counter()
-        running = RolloutProgress(sampling, log, start, start, start)
+        progress = RolloutProgress(sampling, log, start, start, start)
         positions = log.reserve(len(prompts)) if log else range(len(prompts))
         begun = []
         for prompt, at in zip(prompts, positions, strict=True):
@@ -187,16 +113,16 @@ class RolloutCollector:
             # Together: the fleet orders what arrives in one turn of the event loop.
             async with asyncio.TaskGroup() as tasks:
                 groups = [
-                    tasks.create_task(self._collect_group(running, *group)) for group in begun
+                    tasks.create_task(self._collect_group(progress, *group)) for group in begun
                 ]
         except ExceptionGroup as failures:
             # When an engine dies, all its requests fail with it; the first error is enough.
             raise failures.exceptions[0] from None
         return Rollout(
             [group.result() for group in groups],
-            running.sampled_at - start,
-            max(0.0, running.graded_at - running.sampled_at),
-            teacher_seconds=max(0.0, running.teacher_done_at - running.sampled_at),
+            progress.sampled_at - start,
+            max(0.0, progress.graded_at - progress.sampled_at),
+            teacher_seconds=max(0.0, progress.teacher_done_at - progress.sampled_at),
         )
 
     async def check(self, terms: Collection[str], prompts: list[Prompt]) -> None:
@@ -225,7 +151,7 @@ class RolloutCollector:
 
     async def _collect_group(
         self,
-        running: RolloutProgress,
+        progress: RolloutProgress,
         position: int,
         prompt: Prompt,
         prompt_ids: list[int],
@@ -233,7 +159,7 @@ class RolloutCollector:
     ) -> Group:
         """Sample a group, or take the one that the log restored; grade it, while the
         teacher computes its log-probabilities."""
-        sampling, log = running.sampling, running.log
+        sampling, log = progress.sampling, progress.log
         if log and restored and log.is_final(restored):
             return restored
         with self.in_flight.group(prompt) as tracked:
@@ -245,11 +171,11 @@ class RolloutCollector:
             else:
                 results = await self._play(prompt, sampling)
                 responses = [each.episode.response() for each in results]
-            running.sampled_at = time.perf_counter()
+            progress.sampled_at = time.perf_counter()
             tracked.sampling_done(responses)
             graded, computed = await asyncio.gather(
-                self._grade(running, tracked, responses, results),
-                self._teacher_logprobs(running, prompt_ids, responses, results),
+                self._grade(progress, tracked, responses, results),
+                self._teacher_logprobs(progress, prompt_ids, responses, results),
             )
         if computed:
             graded = [
@@ -329,29 +255,29 @@ class RolloutCollector:
 
     async def _grade(
         self,
-        running: RolloutProgress,
+        progress: RolloutProgress,
         tracked: InFlightGroup,
         responses: list[Response],
         results: list[EpisodeResult],
     ) -> list[GradedResponse]:
-        weights = running.sampling.reward_weights
+        weights = progress.sampling.reward_weights
         if results:
             graded = await self.grader.grade_episodes(tracked.prompt, results, weights)
         else:
             graded = await self.grader.grade(tracked.prompt, responses, weights)
         tracked.grading_done()
-        running.graded_at = time.perf_counter()
+        progress.graded_at = time.perf_counter()
         return graded
 
     async def _teacher_logprobs(
         self,
-        running: RolloutProgress,
+        progress: RolloutProgress,
         prompt_ids: list[int],
         responses: list[Response],
         results: list[EpisodeResult],
     ) -> list[array[float]]:
         """Return the teacher's log-probabilities of each response; an empty list without one."""
-        sampling = running.sampling
+        sampling = progress.sampling
         if not sampling.with_teacher:
             return []
         teacher = self.teacher
@@ -377,5 +303,5 @@ class RolloutCollector:
                 for response in ([] if results else responses)
             ),
         )
-        running.teacher_done_at = time.perf_counter()
+        progress.teacher_done_at = time.perf_counter()
         return computed

@@ -6,32 +6,29 @@ is sampled while this one is trained on (one step off), and so on. No token is o
 `staleness` versions when it is trained on. Sampling continues across a weight push, and each token
 is stamped with the version that made it."""
 
-import asyncio
 import gc
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from r1_grading.terms import weights_at
 
 from megatron_r1.config import Config
 from megatron_r1.config.rl import digest_until
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import Group, Rollout, RolloutSampling
+from megatron_r1.controller.rollouts.dynamic_sampling import collect_informative
+from megatron_r1.controller.rollouts.rollout import Rollout, RolloutSampling
+from megatron_r1.controller.rollouts.rollout_stream import RolloutStream
 from megatron_r1.controller.rollouts.sample_log import SampleLog
-from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server import gpu
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.experts import routing_shape
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class StepRollout:
-    """One step's rollout.
+class SampledStep:
+    """A step whose rollout is sampled.
 
     Attributes:
         rollout: the groups, sampled and graded.
@@ -63,7 +60,7 @@ class StepSampler:
         self.config, self.collector, self.prompts, self.log = config, collector, prompts, log
         replays = config.rl.routing_replay
         self._routing = routing_shape(read_hf_config(config.model.path)) if replays else None
-        self._stream: RolloutStream[StepRollout] | None = None
+        self._stream: RolloutStream[SampledStep] | None = None
 
     def start(self, first_step: int) -> None:
         """Get ready to sample the steps from `first_step`; the engines hold the version before."""
@@ -85,14 +82,14 @@ class StepSampler:
         assert self._stream is not None, "start() comes first"
         self._stream.start_after(step - 1)
 
-    async def rollout(self, step: int) -> StepRollout:
-        """Return the rollout of `step`, after `begin`; those of later steps continue as far as
+    async def wait_for_step(self, step: int) -> SampledStep:
+        """Wait for the rollout of `step`, after `begin`; those of later steps continue as far as
         `rl.staleness` allows. Colocated engines then sleep until the next push."""
         assert self._stream is not None, "start() comes first"
-        rollout = await self._stream.get(step)
+        sampled_step = await self._stream.get(step)
         if self.config.rollout.colocated:
             await self.collector.fleet.sleep()
-        return rollout
+        return sampled_step
 
     def start_ahead(self, policy_version: int) -> None:
         """Start the rollouts that may be sampled ahead from `policy_version`. Their samples are not
@@ -113,23 +110,23 @@ class StepSampler:
         if self._stream is not None:
             await self._stream.close()
 
-    async def _sample(self, step: int) -> StepRollout:
+    async def _sample(self, step: int) -> SampledStep:
         """Draw the prompts of a step and collect its rollout under the step's settings."""
         config = self.config.at(step)
-        rl, rollout = config.rl, config.rollout
+        rl, sampling_settings = config.rl, config.rollout
         sampling = RolloutSampling(
             group_size=rl.group_size,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            min_p=rollout.min_p,
-            sampling_mask=rollout.truncates_sampling,
-            max_response_tokens=rollout.max_response_tokens,
+            temperature=sampling_settings.temperature,
+            top_p=sampling_settings.top_p,
+            top_k=sampling_settings.top_k,
+            min_p=sampling_settings.min_p,
+            sampling_mask=sampling_settings.truncates_sampling,
+            max_response_tokens=sampling_settings.max_response_tokens,
             step=step,
             reward_weights=weights_at(config.rewards.weights, step),
             routing=self._routing,
             with_teacher=self.collector.teacher is not None,
-            stop=tuple(rollout.stop),
+            stop=tuple(sampling_settings.stop),
         )
         num_groups = rl.questions_per_rollout
         # Drawn before the first await: the next batch may draw while this one is being sampled.
@@ -148,111 +145,6 @@ class StepSampler:
             collected = await collect(prompts)
         self.collector.check_grades(collected.groups + collected.passed_over)
         if log is None:
-            return StepRollout(collected, sampler_state)
+            return SampledStep(collected, sampler_state)
         await log.commit()
-        return StepRollout(collected, sampler_state, log.num_restored)
-
-
-class RolloutStream(Generic[T]):
-    """Samples the rollouts of the steps `first` … `last`, in order."""
-
-    def __init__(
-        self,
-        sample: Callable[[int], Awaitable[T]],
-        first: int,
-        last: int,
-        staleness: int,
-        *,
-        one_at_a_time: bool = False,
-    ):
-        """Prepare the rollouts of steps, without starting one.
-
-        Args:
-            sample: samples the rollout of a step; called in the order of the steps.
-            first: the first step.
-            last: the last step.
-            staleness: how many steps ahead of training a rollout may begin.
-            one_at_a_time: start a rollout only when the one before has ended: where the number of
-                its prompts is not known in advance, and where engines gain nothing from more
-                sequences. Otherwise rollouts overlap: the next one fills the engines while the last
-                long samples of the one before are generated."""
-        self._sample, self._staleness, self._last = sample, staleness, last
-        self._one_at_a_time = one_at_a_time
-        self._next = first
-        self._tasks: dict[int, asyncio.Task[T]] = {}
-
-    def start_after(self, policy_version: int) -> None:
-        """Start the rollouts that may begin now that the engines hold `policy_version`."""
-        while self._next <= min(self._last, policy_version + 1 + self._staleness):
-            before = self._tasks.get(self._next - 1)
-            self._tasks[self._next] = asyncio.create_task(self._start(self._next, before))
-            self._next += 1
-
-    async def get(self, step: int) -> T:
-        """Wait for the rollout of `step` and return it.
-
-        A later rollout that has failed meanwhile raises only when it is asked for itself.
-
-        Raises:
-            ValueError: a rollout that has not begun.
-            Exception: what the sampling of `step` raised.
-        """
-        if step not in self._tasks:
-            raise ValueError(f"the rollout of step {step} has not begun: its policy is not pushed")
-        try:
-            return await self._tasks[step]
-        finally:
-            del self._tasks[step]
-
-    async def close(self) -> None:
-        """Cancel the rollouts that were sampled ahead; the engines abort their requests."""
-        tasks, self._tasks = list(self._tasks.values()), {}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _start(self, step: int, before: asyncio.Task[T] | None) -> T:
-        if self._one_at_a_time and before is not None:
-            await asyncio.wait({before})
-        return await self._sample(step)
-
-
-async def collect_informative(
-    collect: Callable[[list[Prompt]], Awaitable[Rollout]],
-    draw: Callable[[int], list[Prompt]],
-    num_groups: int,
-    max_rounds: int,
-) -> Rollout:
-    """Return a rollout of `num_groups` groups, those with different rewards first (dynamic
-    sampling: DAPO, arXiv 2503.14476, section 3.2).
-
-    Where the group is the baseline, a group whose responses all have the same reward has advantage
-    0 everywhere. Without such groups the number of samples behind a gradient stays the same while
-    the policy learns. Rewards are compared before `overlong_penalty`, as the paper
-    compares accuracies. An algorithm with another baseline (reinforce, reinforce_pp, ppo) would
-    learn from the groups that are passed over.
-
-    Each round draws a prompt for every group still missing; equal-reward groups then fill the batch
-    up to its size, and the rest of them are `passed_over`. Times are summed over the rounds.
-
-    Args:
-        collect: samples and grades a group for each prompt.
-        draw: returns that many new prompts.
-        num_groups: the groups of the rollout.
-        max_rounds: the most rounds."""
-    different: list[Group] = []
-    equal: list[Group] = []
-    rounds: list[Rollout] = []
-    while len(different) < num_groups and len(rounds) < max_rounds:
-        rounds.append(await collect(draw(num_groups - len(different))))
-        for group in rounds[-1].groups:
-            (equal if group.has_equal_rewards else different).append(group)
-    num_missing = num_groups - len(different)
-    return replace(
-        rounds[-1],
-        groups=different + equal[:num_missing],
-        passed_over=equal[num_missing:],
-        rollout_seconds=sum(r.rollout_seconds for r in rounds),
-        reward_seconds=sum(r.reward_seconds for r in rounds),
-        teacher_seconds=sum(r.teacher_seconds for r in rounds),
-    )
+        return SampledStep(collected, sampler_state, log.num_restored)

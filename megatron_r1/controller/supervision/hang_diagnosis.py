@@ -22,12 +22,8 @@ from r1_grading.pool import OutstandingJob
 
 from megatron_r1.base.processes import process_table
 from megatron_r1.config import Config
-from megatron_r1.controller.rollouts.collector import (
-    InFlightGroup,
-    InFlightGroups,
-    Phase,
-    RolloutCollector,
-)
+from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.in_flight import InFlightGroup, InFlightGroups, Phase
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine

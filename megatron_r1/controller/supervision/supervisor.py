@@ -19,7 +19,8 @@ from r1_grading.pool import LEVELS
 from megatron_r1.base.errors import Cause, TrainerLost, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
-from megatron_r1.controller.rollouts.collector import PHASES, RolloutCollector
+from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.in_flight import PHASES
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.hang_diagnosis import RunHandles
 from megatron_r1.controller.supervision.watchdog import Watchdog

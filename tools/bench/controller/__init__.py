@@ -278,7 +278,7 @@ class _OneStep:
 
     async def rollout(self, step: int) -> Rollout:
         self.sampler.begin(step)
-        return (await self.sampler.rollout(step)).rollout
+        return (await self.sampler.wait_for_step(step)).rollout
 
     async def push(self, version: int) -> None: ...
 

@@ -15,7 +15,7 @@ import yaml
 from megatron_r1.config import Config, RLConfig, dump, load, parse
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.advantages import overlong_penalty
+from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
 from megatron_r1.controller.loop import split_into_minibatches, training_reward, update
 from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples

@@ -206,7 +206,7 @@ class Sampler:
     def begin(self, step):
         self.done.append(f"rollout {step}")
 
-    async def rollout(self, step):
+    async def wait_for_step(self, step):
         return SimpleNamespace(rollout=step)
 
     def start_ahead(self, version): ...

@@ -1,4 +1,4 @@
-"""What a session saves and resumes, and what it does with engines that compute something else than
+"""What a run saves and resumes, and what it does with engines that compute something else than
 the trainer."""
 
 import asyncio
@@ -10,9 +10,9 @@ import pytest
 
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
+from megatron_r1.controller.rl_run import RLRun, RunCheckpoints
 from megatron_r1.controller.roles import PolicyEngines
 from megatron_r1.controller.run_recorder import RunState
-from megatron_r1.controller.session import RLRun, RunCheckpoints
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server.responses import EngineError
@@ -55,7 +55,7 @@ class Engines:
     def begin(self, step):
         self.done.append("begin")
 
-    async def rollout(self, step):
+    async def wait_for_step(self, step):
         self.done.append("rollout")
 
     async def run(self, step):
@@ -65,7 +65,7 @@ class Engines:
         self.done.append("save")
 
 
-def session_of(engines, recorder):
+def rl_run_of(engines, recorder):
     passes = SimpleNamespace(run_config=Config(), trainer=None, uses_reference=False)
     policy = PolicyEngines(None, engines, engines)
     return policy, RLRun(recorder, SimpleNamespace(is_requested=False), policy, passes, engines)
@@ -77,14 +77,14 @@ def test_nothing_is_taken_evaluated_or_saved_of_weights_whose_probes_fail(what):
     recorder = SimpleNamespace(
         state=RunState(), view=None, is_resumed=False, save=engines.save, load=None
     )
-    policy, session = session_of(engines, recorder)
+    policy, rl_run = rl_run_of(engines, recorder)
 
     async def story():
         await policy.push(0)
         if what != "begin":
-            session.next_step()
-            policy._step_rollout = SimpleNamespace()
-        await (policy.rollout(1) if what == "rollout" else getattr(session, what)())
+            rl_run.next_step()
+            policy._sampled_step = SimpleNamespace()
+        await (policy.rollout(1) if what == "rollout" else getattr(rl_run, what)())
 
     with pytest.raises(EngineError, match="differs"):
         asyncio.run(story())
@@ -92,29 +92,29 @@ def test_nothing_is_taken_evaluated_or_saved_of_weights_whose_probes_fail(what):
 
 
 @pytest.mark.parametrize("ends", ["after a checkpoint", "a step later", "by an error"])
-def test_the_steps_since_the_last_checkpoint_are_saved_unless_the_session_fails(ends, monkeypatch):
+def test_the_steps_since_the_last_checkpoint_are_saved_unless_the_run_fails(ends, monkeypatch):
     """As the loop ends when it is asked to stop."""
     saved, closed = [], []
     recorder = SimpleNamespace(state=RunState())
-    _, session = session_of(Engines(), recorder)
+    _, rl_run = rl_run_of(Engines(), recorder)
 
     async def begin():
-        session.step = recorder.state.step = 3
+        rl_run.step = recorder.state.step = 3
 
     async def save():
-        saved.append(session.step)
+        saved.append(rl_run.step)
 
     async def close():
         closed.append(True)
 
-    monkeypatch.setattr(session, "begin", begin)
-    monkeypatch.setattr(session, "save", save)
-    monkeypatch.setattr(session.engines, "close", close)
+    monkeypatch.setattr(rl_run, "begin", begin)
+    monkeypatch.setattr(rl_run, "save", save)
+    monkeypatch.setattr(rl_run.engines, "close", close)
 
     async def story():
-        async with session.open():
+        async with rl_run.open():
             if ends != "after a checkpoint":
-                session.next_step()
+                rl_run.next_step()
             if ends == "by an error":
                 raise TrainerLost("rank 1 ended")
 
@@ -157,7 +157,7 @@ def checkpointing_of(run, counts):
     return RunCheckpoints(run, run, sampler), prompts
 
 
-def test_a_resumed_session_draws_the_next_questions_and_goes_on_counting_rewards():
+def test_a_resumed_run_draws_the_next_questions_and_goes_on_counting_rewards():
     first = SavedRun()
     counts = {"math": 0, "queued": 3}
     checkpointing, prompts = checkpointing_of(first, counts)

@@ -105,7 +105,7 @@ class RLRun:
         self.config, self.recorder, self.stop = passes.run_config, recorder, stop
         self.engines, self.passes, self.heldout = engines, passes, heldout
         self.collector = engines.sampler.collector
-        self.checkpointing = RunCheckpoints(recorder, passes.trainer, engines.sampler)
+        self.run_checkpoints = RunCheckpoints(recorder, passes.trainer, engines.sampler)
         self.step = recorder.state.step
         self._meter = StepMeter(self.collector)
 
@@ -127,7 +127,7 @@ class RLRun:
         if self.config.rollout.colocated:
             # A checkpoint, and then the weights in transit, need the engines' memory.
             await self.collector.fleet.sleep()
-        await self.checkpointing.resume(self.passes.uses_reference)
+        await self.run_checkpoints.resume(self.passes.uses_reference)
         self.step = self.recorder.state.step
         await self.engines.open(self.step)
         if self.step == 0:
@@ -169,10 +169,10 @@ class RLRun:
         line |= self._meter.metrics() | metrics | mean_of_updates(updates)
         line |= self._meter.times(rollout)
         line["tokens_per_second"] = line.pop("response_tokens") / line["time/step"]
-        line["groups/replayed"] = self.engines.step_rollout.num_restored
+        line["groups/replayed"] = self.engines.sampled_step.num_restored
         line |= await self.recorder.checkpoints.completed_metrics(self.passes.trainer)
         if not self.config.rl.keep_sample_log:
-            await self.checkpointing.prune_samples(self.config.checkpoint.keep)
+            await self.run_checkpoints.prune_samples(self.config.checkpoint.keep)
         records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
         self.recorder.record_step(line, records)
         if self.step <= FIRST_STEPS:
@@ -191,7 +191,7 @@ class RLRun:
         passed."""
         await self.engines.wait_for_probes()
         async with self.engines.free_for_trainer():
-            await self.checkpointing.save(self.step, self.engines.step_rollout.sampler_state)
+            await self.run_checkpoints.save(self.step, self.engines.sampled_step.sampler_state)
 
 
 class StepMeter:

@@ -1,0 +1,48 @@
+"""`rl.dynamic_sampling`: groups whose responses all have the same reward are replaced by groups of
+further prompts (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2).
+
+Where the group is the baseline, a group whose responses all have the same reward has advantage 0
+everywhere. Without such groups the number of samples behind a gradient stays the same while the
+policy learns. Rewards are compared before `overlong_penalty`, as the paper compares accuracies. An
+algorithm with another baseline (reinforce, reinforce_pp, ppo) would learn from the groups that are
+passed over."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from megatron_r1.controller.rollouts.rollout import Group, Rollout
+from megatron_r1.data.prompts import Prompt
+
+
+async def collect_informative(
+    collect: Callable[[list[Prompt]], Awaitable[Rollout]],
+    draw: Callable[[int], list[Prompt]],
+    num_groups: int,
+    max_rounds: int,
+) -> Rollout:
+    """Return a rollout of `num_groups` groups, those with different rewards first.
+
+    Each round draws a prompt for every group still missing; equal-reward groups then fill the batch
+    up to its size, and the rest of them are `passed_over`. Times are summed over the rounds.
+
+    Args:
+        collect: samples and grades a group for each prompt.
+        draw: returns that many new prompts.
+        num_groups: the groups of the rollout.
+        max_rounds: the most rounds."""
+    different: list[Group] = []
+    equal: list[Group] = []
+    rounds: list[Rollout] = []
+    while len(different) < num_groups and len(rounds) < max_rounds:
+        rounds.append(await collect(draw(num_groups - len(different))))
+        for group in rounds[-1].groups:
+            (equal if group.has_equal_rewards else different).append(group)
+    num_missing = num_groups - len(different)
+    return replace(
+        rounds[-1],
+        groups=different + equal[:num_missing],
+        passed_over=equal[num_missing:],
+        rollout_seconds=sum(r.rollout_seconds for r in rounds),
+        reward_seconds=sum(r.reward_seconds for r in rounds),
+        teacher_seconds=sum(r.teacher_seconds for r in rounds),
+    )
