@@ -106,8 +106,7 @@ def alternatives(kernel: Any) -> Iterator[tuple[str, Any]]:
 
     for choices in (choices for choices in sweep.PLAN if choices.kernel == kernel.name):
         print(f"{' / '.join(choices.values)} in {choices.place}; * in use")
-        sizes = ExampleSizes()
-        sizes = sizes._replace(vocab_size=sizes.vocab_size + choices.more_columns)
+        sizes = ExampleSizes(vocab_size=ExampleSizes().vocab_size + choices.more_columns)
         found = [e for e in launches(kernel, sizes, "meta") if e.name in choices.launches]
         columns = f", {sizes.vocab_size} columns" if choices.more_columns else ""
         in_use = choices.in_use

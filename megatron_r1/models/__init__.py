@@ -1,5 +1,5 @@
 """Models on Megatron-Core, built from Hugging Face configurations. `families` is the table of
-architectures, of which a new one made of known parts is an entry; `hf_config`, `support_checks`,
+architectures, where one made of known parts is a new entry; `hf_config`, `support_checks`,
 `attention_fields` and `experts` read `config.json`, `config` and `build` make Megatron's
 configuration and a rank's model of it; `memory` counts their bytes; `layers`, `attention`,
 `ring_attention`, `length_buckets` and `shared_prefixes` are what Megatron lacks on a CPU or has

@@ -44,8 +44,8 @@ from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 #     LOADS 2                       31 / 32   31 / 34   32 / 34   32.5 / 30.5
 #     LOADS 4                       38 / 38   36 / 38   42 / 38   29.3 / 27.8    used
 #     LOADS 8                       44 / 40   44 / 44   46 / 44   28.0 / 26.8
-# A row keeps a few dozen ids, so a program is one warp. Its turn is LOADS x 32 ids: 256 with 8 of
-# them, of which most would be masked.
+# A row keeps a few dozen ids, so a program is one warp. Its turn is LOADS x 32 ids: of the
+# 256 with 8 loads most would be masked.
 LANES = 32
 LOADS = 4
 #     kept_gradient                   sm_80     sm_90    sm_100   instructions per id, fp32

@@ -1,5 +1,6 @@
-"""The norms of whole gradients of which only a part is recomputed: those with which clipping gives
-the run's first moments."""
+"""Fits the norms of the run's whole gradients where `why` recomputes a part of each gradient.
+
+They are the norms with which clipping gives the run's first moments."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def read_step(folder: RunFolder, config: Config, step: int) -> RecordedStep:
 
 
 def read_steps(folder: RunFolder, config: Config, steps: Iterable[int]) -> Iterator[RecordedStep]:
-    """Yield steps, for all of which questions and metrics are read once.
+    """Yield steps; questions and metrics are read once for all of them.
 
     Args:
         folder: the run's folder.

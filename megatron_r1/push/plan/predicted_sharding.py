@@ -77,7 +77,7 @@ class PredictedSharding:
         self._num_expert_ranks = layout.data * layout.tensor
 
     def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
-        """Yield the tensors of which the rank at `coordinate` needs a part, in checkpoint order."""
+        """Yield the tensors that the rank at `coordinate` needs a part of, in checkpoint order."""
         parts = {"layers"}
         if coordinate.pipeline in self._embedding_stages:
             parts.add("embedding")
