@@ -66,7 +66,8 @@ from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
 from megatron_r1.controller.corrections.truncation_mask import mask_truncated
 from megatron_r1.controller.rl_run import RLRun
 from megatron_r1.controller.roles import TrainerPasses
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.trainer.training_sample import Sample
 
 

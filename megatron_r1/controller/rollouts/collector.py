@@ -14,10 +14,10 @@ from r1_grading import RewardPool
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.group_records import SamplingRecord
 from megatron_r1.controller.rollouts.in_flight import InFlightGroup, InFlightGroups
+from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.controller.rollouts.rollout import (
     GradedResponse,
     Group,
-    ResponseGrader,
     Rollout,
     RolloutSampling,
     check_grades,

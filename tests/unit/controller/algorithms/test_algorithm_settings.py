@@ -18,7 +18,8 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
 from megatron_r1.controller.loop import split_into_minibatches, training_reward, update
 from megatron_r1.controller.roles import TrainerPasses
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.episodes import Branch, Episode
