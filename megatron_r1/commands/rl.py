@@ -24,13 +24,14 @@ from megatron_r1.commands.training_run import (
 )
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train
+from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.push.pusher import PROBE_TOKENS, create_pusher
 from megatron_r1.controller.rl_run import RLRun
-from megatron_r1.controller.roles import PolicyEngines, TrainerPasses
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler

@@ -19,12 +19,12 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
         controller/algorithms/grpo.py               advantages
         controller/advantages.py                    group_advantages
  3. Log-probabilities under π_old and π_ref.
-        controller/roles.py                         TrainerPasses.compute_logprobs
+        controller/trainer_passes.py                TrainerPasses.compute_logprobs
         trainer/trainer.py                          Trainer.compute_logprobs
         trainer/batch.py                            LossHead.logprobs
         r1_kernels/token_logprobs.py                linear_token_logprobs
  4. An update: forward and backward over the micro-batches of a mini-batch.
-        controller/roles.py                         TrainerPasses.update_policy
+        controller/trainer_passes.py                TrainerPasses.update_policy
         trainer/trainer.py                          Trainer.update
         trainer/passes.py                           optimizer_step
         trainer/passes.py                           run_passes
@@ -42,7 +42,7 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
  9. The reference is replaced by the policy, when that is due.
         trainer/reference.py                        ReferencePolicy.refresh
 10. The push of the new weights.
-        controller/roles.py                         PolicyEngines.push
+        controller/policy_engines.py                PolicyEngines.push
         controller/push/pusher.py                   WeightPusher.push
         controller/push/engine_links.py             EngineLinks.send
         push/sender.py                              WeightSender.send
@@ -65,9 +65,9 @@ from megatron_r1.controller.corrections import reward_normalization
 from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
 from megatron_r1.controller.corrections.truncation_mask import mask_truncated
 from megatron_r1.controller.rl_run import RLRun
-from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.training_samples import training_samples
+from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.training_sample import Sample
 
 
