@@ -30,7 +30,7 @@ class SupervisedTask(Generic[Item]):
         batch_size: items per optimizer step.
         to_samples: tokenizes the items of a batch.
         loss: as "module:function".
-        unit: as of `TrainerClient.load`.
+        samples_per_unit: number of consecutive samples that stay in one micro-batch.
         notes: messages about the data and the model, once the trainer has started.
         evaluate: called before the first step, every `eval.every` steps, and after the last."""
 
@@ -39,7 +39,7 @@ class SupervisedTask(Generic[Item]):
     batch_size: int
     to_samples: Callable[[list[Item]], list[Sample]]
     loss: str
-    unit: int = 1
+    samples_per_unit: int = 1
     notes: Callable[[TrainerClient, bool], Sequence[str]] = lambda trainer, resumed: ()
     evaluate: Callable[[RunRecorder, TrainerClient], Awaitable[None]] | None = None
 
@@ -133,7 +133,7 @@ async def _step(task: SupervisedTask, recorder: RunRecorder, trainer: TrainerCli
     state.step += 1
     state.optimizer_step += 1
     rate = learning_rate(config.optimizer, state.step, config.run.steps)
-    metrics = await trainer.load([batch], unit=task.unit)
+    metrics = await trainer.load([batch], samples_per_unit=task.samples_per_unit)
     metrics |= await trainer.update(0, task.loss, None, rate)
     seconds = time.perf_counter() - start
     metrics["trainer/restarts"] = trainer.num_restarts

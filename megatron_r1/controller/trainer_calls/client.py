@@ -151,17 +151,20 @@ class TrainerClient:
         descriptions = await self._gather("start", self.world_size)
         self.ranks = cast(list[RankDescription], descriptions)
 
-    async def load(self, minibatches: list[list[Sample]], unit: int = 1) -> dict[str, float]:
+    async def load(
+        self, minibatches: list[list[Sample]], samples_per_unit: int = 1
+    ) -> dict[str, float]:
         """Send each model replica its share of every mini-batch, packed into micro-batches.
 
         Args:
             minibatches: the samples of each update.
-            unit: number of consecutive samples that stay in one micro-batch, in their order.
+            samples_per_unit: number of consecutive samples that stay in one micro-batch, in their
+                order.
 
         Returns:
             `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank
             and update, and `packing/padding`, the share of padding tokens."""
-        packings, shares = await asyncio.to_thread(self._shares, minibatches, unit)
+        packings, shares = await asyncio.to_thread(self._shares, minibatches, samples_per_unit)
         loaded = self._last_stage_reply(await self._call_ranks(LOAD, shares=shares))
         self._packings = packings
         return {
@@ -172,7 +175,7 @@ class TrainerClient:
         }
 
     def _shares(
-        self, minibatches: list[list[Sample]], unit: int
+        self, minibatches: list[list[Sample]], samples_per_unit: int
     ) -> tuple[list[Packing], list[list[Buffer]]]:
         """Return the packing of every mini-batch, and each replica's encoded share of all."""
         with timeline.span("controller/pack"):
@@ -180,13 +183,13 @@ class TrainerClient:
             shares: list[ReplicaSamples] = [[] for _ in range(self.data_parallel_size)]
             packings = [
                 pack_by_prompt(samples, self.data_parallel_size, limit, self._cost)
-                if self.config.parallel.share_prompts and unit == 1
+                if self.config.parallel.share_prompts and samples_per_unit == 1
                 else pack(
                     [len(s) for s in samples],
                     self.data_parallel_size,
                     limit,
                     cost=self._cost,
-                    samples_per_unit=unit,
+                    samples_per_unit=samples_per_unit,
                 )
                 for samples in minibatches
             ]
