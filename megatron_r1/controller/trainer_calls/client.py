@@ -168,7 +168,7 @@ class TrainerClient:
         loaded = self._last_stage_reply(await self._call_ranks(LOAD, shares=shares))
         self._packings = packings
         return {
-            "packing/waste": fmean(p.idle_fraction for p in packings),
+            "packing/waste": fmean(p.waste_fraction for p in packings),
             "packing/fill": fmean(p.fill_fraction for p in packings),
             "packing/microbatches": fmean(len(p.shares[0]) for p in packings),
             **loaded,

@@ -35,12 +35,12 @@ class Packing(NamedTuple):
 
     Attributes:
         shares: shares[rank][m] are the indices of the samples of micro-batch m on that rank.
-        idle_fraction: the share of all ranks' time spent waiting for the rank with the costliest
+        waste_fraction: the share of all ranks' time spent waiting for the rank with the costliest
             micro-batch.
         fill_fraction: mean of tokens per micro-batch / max_tokens."""
 
     shares: list[Bins]
-    idle_fraction: float
+    waste_fraction: float
     fill_fraction: float
 
 
