@@ -85,10 +85,10 @@ async def train(
         facts: short phrases that describe the run in the terminal and in its report.
         next_commands: pairs of a purpose and a command to try next, which the report lists."""
     start = task.sampler.state_dict()
-    async with training_run(task.config, title, facts, next_commands) as running:
-        if running is None:
+    async with training_run(task.config, title, facts, next_commands) as training:
+        if training is None:
             return
-        recorder, trainer = running.recorder, running.trainer
+        recorder, trainer = training.recorder, training.trainer
         recorder.view.show_phase("starting trainer")
         await trainer.connect()
         show_trainer(recorder, trainer)
@@ -99,9 +99,9 @@ async def train(
                 if recorder.is_resumed:
                     await recorder.load(trainer, reference=False)
                 task.sampler.load_state_dict(recorder.state.sampler or start)
-                return await _steps(task, recorder, trainer, running.stop)
+                return await _steps(task, recorder, trainer, training.stop)
             except TrainerLost as lost:
-                await running.supervisor.restart_trainer(lost)
+                await training.supervisor.restart_trainer(lost)
 
 
 async def _steps(
