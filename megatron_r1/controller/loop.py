@@ -54,7 +54,7 @@ token after it (`trainer/token_advantages.py`). Settings that correct any of the
 
 import asyncio
 import random
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 
 from r1_grading.terms import weights_at
 
@@ -144,7 +144,9 @@ def response_advantages(
         weights = weights_at(config.rewards.weights, step)
         advantages = reward_normalization.advantages(groups, algorithm.advantages, config, weights)
     else:
-        rewards = [[training_reward(each, config) for each in group.responses] for group in groups]
+        rewards = [
+            [training_reward(graded, config) for graded in group.responses] for group in groups
+        ]
         advantages = algorithm.advantages(rewards, config.rl)
     if config.rl.truncated == "mask":
         advantages = mask_truncated(advantages, groups)
@@ -162,28 +164,34 @@ def training_reward(graded: GradedResponse, config: Config) -> float | None:
 
 
 def split_into_minibatches(
-    samples_by_response: list[list[Sample]], count: int
+    samples_by_response: list[list[Sample]], num_minibatches: int
 ) -> list[list[Sample]]:
-    """Return the samples of `count` mini-batches with equally many responses each, in order.
+    """Return the samples of mini-batches that have equally many responses each.
 
-    Those that are trained on are spread evenly over the mini-batches.
+    The responses that are trained on are spread evenly over the mini-batches, in order.
+
+    Args:
+        samples_by_response: the samples of each response of the rollout.
+        num_minibatches: a divisor of the number of responses.
 
     Raises:
         RunError: fewer responses are trained on than there are mini-batches: an update without any
             would move the weights all the same, by the optimizer's momentum.
     """
     trained = [samples for samples in samples_by_response if samples[0].is_trained]
-    others = iter([samples for samples in samples_by_response if not samples[0].is_trained])
-    if len(trained) < count:
+    untrained = iter([samples for samples in samples_by_response if not samples[0].is_trained])
+    if len(trained) < num_minibatches:
         raise RunError(
             f"{len(trained)} of {len(samples_by_response)} responses are trained on, too few for "
-            f"rl.minibatches: {count}; the others are ungraded, or cut off with rl.truncated: "
-            "mask. Repair the reward or environment, whose reasons are in samples.jsonl, or raise "
-            "rollout.max_response_tokens; the same command continues"
+            f"rl.minibatches: {num_minibatches}; the others are ungraded, or cut off with "
+            "rl.truncated: mask. Repair the reward or environment, whose reasons are in "
+            "samples.jsonl, or raise rollout.max_response_tokens; the same command continues"
         )
-    size, made = len(samples_by_response) // count, []
-    for i in range(count):
-        own = trained[i * len(trained) // count : (i + 1) * len(trained) // count]
-        own += islice(others, size - len(own))
-        made.append(list(chain.from_iterable(own)))
-    return made
+    minibatch_size = len(samples_by_response) // num_minibatches
+    bounds = [i * len(trained) // num_minibatches for i in range(num_minibatches + 1)]
+    minibatches = []
+    for start, end in pairwise(bounds):
+        minibatch = trained[start:end]
+        minibatch += islice(untrained, minibatch_size - len(minibatch))
+        minibatches.append(list(chain.from_iterable(minibatch)))
+    return minibatches
