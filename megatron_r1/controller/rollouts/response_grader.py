@@ -67,8 +67,9 @@ class ResponseGrader:
             grade = Grade.ungraded(f"{episode.status}: {episode.reason}")
             grades = dict.fromkeys((ACCURACY, *weights), grade)
         else:
-            own = () if result.reward is None else (ACCURACY,)
-            terms = [term for term in dict.fromkeys((ACCURACY, *weights)) if term not in own]
+            terms = list(dict.fromkeys((ACCURACY, *weights)))
+            if result.reward is not None:
+                terms.remove(ACCURACY)
             grades = await self._terms.grade(
                 terms,
                 prompt,
@@ -91,8 +92,8 @@ class ResponseGrader:
         terms = list(dict.fromkeys((ACCURACY, "format", *weights)))
         num_tokens, opened = len(response.token_ids), self._tokenizer.opens_thought
         # With an empty thought that the template has closed: to the rewards it is the response's.
-        whole = self._tokenizer.closed_thought + text
-        grades = await self._terms.grade(terms, prompt, whole, num_tokens, opened)
+        text_with_thought = self._tokenizer.closed_thought + text
+        grades = await self._terms.grade(terms, prompt, text_with_thought, num_tokens, opened)
         return _graded(response, text, combine(grades, weights))
 
     async def check_rewards(self, terms: Collection[str], prompts: list[Prompt]) -> None:

@@ -154,11 +154,11 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
     ungraded = [graded for graded in responses if not graded.is_graded]
     allowed = math.ceil(max_ungraded * len(responses))
     if len(ungraded) > allowed:
-        what = ", ".join(f"{count} {status}" for status, count in faults.most_common())
+        fault_counts = ", ".join(f"{count} {status}" for status, count in faults.most_common())
         raise RunError(
             f"{len(ungraded)} of {len(responses)} {'episodes' if faults else 'responses'} could "
-            f"not be graded{f' ({what})' if what else ''}, at most {allowed} may be "
-            f"(rewards.max_ungraded: {max_ungraded:g}); the first: {ungraded[0].reason}. Repair "
+            f"not be graded{f' ({fault_counts})' if fault_counts else ''}, at most {allowed} may "
+            f"be (rewards.max_ungraded: {max_ungraded:g}); the first: {ungraded[0].reason}. Repair "
             f"the {'environment' if faults else 'reward'} or raise that setting; the same command "
             "continues"
         )

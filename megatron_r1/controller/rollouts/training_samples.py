@@ -28,8 +28,8 @@ def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) ->
     if not branches:  # a single turn, or an episode in which nothing was sampled
         sampled = prompt_ids, response.token_ids, response.logprobs
         advantage = advantage if len(response.token_ids) else math.nan
-        kept = response.sampling_mask
-        return [Sample.pack(*sampled, advantage, response.routing, scores, sampling_mask=kept)]
+        mask = response.sampling_mask
+        return [Sample.pack(*sampled, advantage, response.routing, scores, sampling_mask=mask)]
     counts = [branch.is_sampled.count(1) for branch in branches]
     return [
         Sample.pack_branch(
