@@ -126,11 +126,11 @@ class TrainerClient:
     def implementations(self) -> dict[str, str]:
         """The implementation of each part of a step, over all ranks, because the stages of a
         pipeline have different parts."""
-        found: dict[str, dict[str, None]] = {}
+        kinds_by_part: dict[str, dict[str, None]] = {}
         for rank in self.ranks:
             for part, kind in rank["implementations"].items():
-                found.setdefault(part, {})[kind] = None
-        return {part: "; ".join(kinds) for part, kinds in found.items()}
+                kinds_by_part.setdefault(part, {})[kind] = None
+        return {part: "; ".join(kinds) for part, kinds in kinds_by_part.items()}
 
     @property
     def data_parallel_size(self) -> int:
