@@ -113,9 +113,9 @@ class TrainerPasses:
 
     async def refresh_reference_if_due(self, config: Config) -> None:
         """Replace the reference by the policy every `rl.reference_refresh` optimizer steps."""
-        rl, done = config.rl, self.state.optimizer_step
-        every = rl.reference_refresh
-        if not (self.uses_reference and every and done):  # 0: only a critic has been updated yet
+        interval, num_updates = config.rl.reference_refresh, self.state.optimizer_step
+        # Without an update of the policy yet, only a critic has been updated.
+        if not (self.uses_reference and interval and num_updates):
             return
-        if done // every > (done - rl.minibatches) // every:
+        if num_updates // interval > (num_updates - config.rl.minibatches) // interval:
             await self.trainer.call(ModelOperations.refresh_reference)
