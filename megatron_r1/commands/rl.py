@@ -144,7 +144,11 @@ def _rl_run(
 
 
 def dry_run(config: Config) -> None:
-    """Sample and grade one batch, print it, and train nothing. Errors as `run`."""
+    """Sample and grade one batch, print it, and train nothing.
+
+    Raises:
+        UserError: a mistake in the recipe or its data.
+    """
     from megatron_r1.commands.dry_run import show_batch
 
     check_settings(config)

@@ -164,7 +164,7 @@ def describe_kind_weights(config: Config, prompts: list[Prompt]) -> list[str]:
     """Return a line about each part of the run that draws kinds of questions by weight.
 
     Raises:
-        UserError: as `drawn_fractions`, for any part.
+        UserError: a weight is of a kind that no prompt has, or nothing would be drawn.
     """
     lines = []
     counts = Counter(prompt.kind for prompt in prompts)
@@ -193,7 +193,7 @@ def run_facts(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit) 
         prompts: the prompts to train on and held out.
 
     Raises:
-        UserError: as `describe_kind_weights`."""
+        UserError: `rl.kind_weights` has a kind that no prompt has, or draws nothing."""
     return [
         config.model.path,
         config.data.task or str(config.data.path),

@@ -77,13 +77,20 @@ async def train(
     task: SupervisedTask, title: str, facts: Sequence[str], next_commands: Commands = ()
 ) -> None:
     """Train for `run.steps` batches; after the loss of trainer ranks again, from the newest
-    checkpoint. Errors are those of `training_run`.
+    checkpoint.
 
     Args:
         task: the recipe, and the sampler of its batches.
         title: the kind of run, for its title.
         facts: short phrases that describe the run in the terminal and in its report.
-        next_commands: pairs of a purpose and a command to try next, which the report lists."""
+        next_commands: pairs of a purpose and a command to try next, which the report lists.
+
+    Raises:
+        UserError: a setting, file or model cannot be used.
+        TrainerError: the trainer ranks failed for good.
+        HangError: nothing moved for `run.hang_seconds`.
+        KeyboardInterrupt: the run was asked to stop before its last step.
+    """
     start = task.sampler.state_dict()
     async with training_run(task.config, title, facts, next_commands) as training:
         if training is None:

@@ -49,7 +49,7 @@ def group_advantages(
         epsilon: added to the deviation.
 
     Raises:
-        ValueError: as `graded`, and for another advantage_std."""
+        ValueError: the group is empty, a reward is not finite, or advantage_std is another."""
     if advantage_std not in ("group", "none"):
         raise ValueError(f"advantage_std {advantage_std!r}: use group or none")
     graded_rewards = graded(rewards)
@@ -87,7 +87,7 @@ def response_rewards(groups: list[list[float | None]], rl: RLConfig) -> list[lis
         rl: not used; every algorithm's `advantages` has this parameter.
 
     Raises:
-        ValueError: as `graded`."""
+        ValueError: a group is empty, or a reward is not finite."""
     for rewards in groups:
         graded(rewards)
     return [[math.nan if r is None else r for r in rewards] for rewards in groups]

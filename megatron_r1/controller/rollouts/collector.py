@@ -144,8 +144,8 @@ class RolloutCollector:
         """Check the grades of everything that was sampled for one purpose.
 
         Raises:
-            UserError: as `rollout.check_grades`.
-            RunError: as `rollout.check_grades`.
+            UserError: one reward failed on every response.
+            RunError: a larger share of the responses than `rewards.max_ungraded` has no grade.
         """
         check_grades(groups, self._max_ungraded)
 

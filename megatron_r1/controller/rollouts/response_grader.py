@@ -100,7 +100,8 @@ class ResponseGrader:
         """Call the reward of every kind of prompt and every term once.
 
         Raises:
-            UserError: as `RewardTerms.check`.
+            UserError: a reward cannot be imported.
+            RewardUnusable: a reward cannot grade what it is called with.
         """
         await self._terms.check(terms, prompts, self._tokenizer.opens_thought)
 

@@ -312,8 +312,8 @@ class TrainerClient:
         they have built their model.
 
         Raises:
-            UserError: as `connect`.
-            TrainerError: as `connect`.
+            UserError: the first rank that fails does so by a user's mistake.
+            TrainerError: it fails for another reason.
         """
         assert self.can_restart, "torchrun started the ranks"
         self.num_restarts += 1
