@@ -24,13 +24,14 @@ from megatron_r1.commands.training_run import (
 )
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train
+from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.push.pusher import PROBE_TOKENS, create_pusher
 from megatron_r1.controller.rl_run import RLRun
-from megatron_r1.controller.roles import PolicyEngines, TrainerPasses
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
@@ -63,28 +64,28 @@ async def _train(config: Config, tokenizer: PromptTokenizer, prompts: PromptSpli
     """Start the engines next to the trainer, and train; after the loss of trainer ranks again,
     from the newest checkpoint, with the same engines."""
     facts = run_facts(config, tokenizer, prompts)
-    async with training_run(config, "rl", facts, next_commands(config)) as running:
-        if running is None or await running.has_all_steps(config):
+    async with training_run(config, "rl", facts, next_commands(config)) as training:
+        if training is None or await training.has_all_steps(config):
             return
-        async with open_rollouts(config, running.recorder, tokenizer) as rollouts:
-            running.supervisor.watch_rollouts(rollouts.collector)
-            await rollouts.check(config, prompts)
+        async with open_rollouts(config, training.recorder, tokenizer) as rollout_roles:
+            training.supervisor.watch_rollouts(rollout_roles.collector)
+            await rollout_roles.check(config, prompts)
             timeline.mark("controller/rewards checked")
             starting = f"trainer and {config.rollout.engines} x vLLM"
-            running.recorder.view.show_phase("starting", starting)
-            start = _start_roles(config, running.trainer, rollouts.collector)
-            if not await running.stop.finished_before_stop(start):
+            training.recorder.view.show_phase("starting", starting)
+            start = _start_roles(config, training.trainer, rollout_roles.collector)
+            if not await training.stop.finished_before_stop(start):
                 return
-            show_trainer(running.recorder, running.trainer)
+            show_trainer(training.recorder, training.trainer)
             while True:
-                rl_run = _rl_run(config, running, rollouts, prompts)
-                joining = accepting_hosts(rollouts.collector.fleet, rollouts.hosts)
+                rl_run = _rl_run(config, training, rollout_roles, prompts)
+                joining = accepting_hosts(rollout_roles.collector.fleet, rollout_roles.hosts)
                 try:
                     async with rl_run.open(), joining:
                         await train(rl_run)  # the algorithm
                     return
                 except TrainerLost as lost:
-                    await running.supervisor.restart_trainer(lost)
+                    await training.supervisor.restart_trainer(lost)
 
 
 async def _start_roles(config: Config, trainer: TrainerClient, collector: RolloutCollector) -> None:
@@ -120,10 +121,10 @@ async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
 
 
 def _rl_run(
-    config: Config, running: TrainingRun, rollouts: RolloutRoles, prompts: PromptSplit
+    config: Config, training: TrainingRun, rollout_roles: RolloutRoles, prompts: PromptSplit
 ) -> RLRun:
     """Return the run, which begins at the newest checkpoint."""
-    collector, trainer, recorder = rollouts.collector, running.trainer, running.recorder
+    collector, trainer, recorder = rollout_roles.collector, training.trainer, training.recorder
     collector.fleet.policy_version = -1  # ranks that went back push earlier versions again
     longest = max_model_len(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
@@ -135,15 +136,19 @@ def _rl_run(
     sampler = PromptSampler(prompts.train, config.run.seed)
     return RLRun(
         recorder,
-        running.stop,
-        PolicyEngines(trainer, pusher, StepSampler(config, collector, sampler, rollouts.log)),
+        training.stop,
+        PolicyEngines(trainer, pusher, StepSampler(config, collector, sampler, rollout_roles.log)),
         TrainerPasses(config, trainer, recorder.state),
         HeldoutEvaluation(config, collector, prompts.heldout, recorder),
     )
 
 
 def dry_run(config: Config) -> None:
-    """Sample and grade one batch, print it, and train nothing. Errors as `run`."""
+    """Sample and grade one batch, print it, and train nothing.
+
+    Raises:
+        UserError: a mistake in the recipe or its data.
+    """
     from megatron_r1.commands.dry_run import show_batch
 
     check_settings(config)

@@ -70,19 +70,18 @@ def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
     Raises:
         UserError: the engines' share is not set."""
     rollout, teacher = config.rollout, config.teacher
-    taken = (
-        f"gpu_memory is not set, and vLLM takes {VLLM_FRACTION} of GPUs that trainer ranks are on"
-    )
     if engines_share_gpus(config) and rollout.gpu_memory is None:
         raise UserError(
-            f"rollout.{taken}: set {_placement(config, hf)}; megatron-r1 plan prints the largest "
+            f"rollout.gpu_memory is not set, and vLLM takes {VLLM_FRACTION} of GPUs that trainer "
+            f"ranks are on: set {_placement(config, hf)}; megatron-r1 plan prints the largest "
             "share",
             key="rollout.gpu_memory" if rollout.colocated else "rollout.colocated",
             cause=Cause.MISSING if rollout.colocated else Cause.CONFLICT,
         )
     if teacher.path and not teacher.url and teacher.gpu_memory is None and gpu.is_usable():
         raise UserError(
-            f"teacher.{taken}: set the share that these and the policy's engines leave, or "
+            f"teacher.gpu_memory is not set, and vLLM takes {VLLM_FRACTION} of GPUs that trainer "
+            "ranks are on: set the share that these and the policy's engines leave, or "
             "teacher.url to servers on other GPUs",
             key="teacher.gpu_memory",
             cause=Cause.MISSING,

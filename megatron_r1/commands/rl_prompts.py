@@ -40,12 +40,11 @@ def _load_prompts(config: Config, tokenizer: PromptTokenizer) -> PromptSplit:
     else:
         prompts = load_prompts(**rows)
     if prompts.contradictions and config.data.task is None:
-        kept, other = prompts.contradictions[0]
+        earlier, later = prompts.contradictions[0]
         print(
             f"{config.data.path}: {format_count(len(prompts.contradictions), 'row')} left out, "
-            "whose "
-            f"question has another truth before: {shorten(kept.question)!r} has "
-            f"{shorten(repr(kept.truth))}, which counts, and {shorten(repr(other.truth))}",
+            f"whose question has another truth before: {shorten(earlier.question)!r} has "
+            f"{shorten(repr(earlier.truth))}, which counts, and {shorten(repr(later.truth))}",
             file=sys.stderr,
         )
     show_padded_truths(config.data.path or config.data.task or "data", prompts)
@@ -72,7 +71,7 @@ def _describe_rows(prompts: PromptSplit, tokenizer: PromptTokenizer) -> list[str
     """Return what became of the rows of files, and one question as the policy gets it."""
     if not prompts.reports:
         return []
-    kept = len(prompts.train), len(prompts.heldout)
+    num_train, num_heldout = len(prompts.train), len(prompts.heldout)
     lines = [line for report in prompts.reports for line in report.lines()]
     example = prompts.train[0]
     ids = tokenizer.encode(example.question, example.messages_before)
@@ -80,7 +79,8 @@ def _describe_rows(prompts: PromptSplit, tokenizer: PromptTokenizer) -> list[str
         shorten_middle(tokenizer.render(example.question, example.messages_before), 600), True
     )
     lines += [
-        f"  {format_count(sum(kept), 'question')}: {kept[0]:,} to train on, {kept[1]:,} held out",
+        f"  {format_count(num_train + num_heldout, 'question')}: {num_train:,} to train on, "
+        f"{num_heldout:,} held out",
         f"  the first, {example.location}, as its {len(ids):,} tokens ({_ids(ids)}):",
         *(f"  | {line}" for line in shown.split("\n")),
         f"  truth: {printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
@@ -164,7 +164,7 @@ def describe_kind_weights(config: Config, prompts: list[Prompt]) -> list[str]:
     """Return a line about each part of the run that draws kinds of questions by weight.
 
     Raises:
-        UserError: as `drawn_fractions`, for any part.
+        UserError: a weight is of a kind that no prompt has, or nothing would be drawn.
     """
     lines = []
     counts = Counter(prompt.kind for prompt in prompts)
@@ -193,7 +193,7 @@ def run_facts(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit) 
         prompts: the prompts to train on and held out.
 
     Raises:
-        UserError: as `describe_kind_weights`."""
+        UserError: `rl.kind_weights` has a kind that no prompt has, or draws nothing."""
     return [
         config.model.path,
         config.data.task or str(config.data.path),
@@ -234,11 +234,11 @@ def read_prompts(config: Config) -> tuple[PromptTokenizer, PromptSplit]:
 
 def describe_stop_tokens(config: Config, tokenizer: PromptTokenizer) -> str:
     """Return a line on what ends a response: the model's tokens, and the recipe's."""
-    rollout, own = config.rollout, {end.id for end in tokenizer.end_tokens}
-    more = [f"token {token}" for token in rollout.stop_token_ids if token not in own]
-    more += map(repr, rollout.stop)
-    given = f"; rollout.stop: {', '.join(more)}" if more else ""
-    return f"responses end with {describe_end_tokens(tokenizer.end_tokens)}{given}"
+    rollout, end_ids = config.rollout, {token.id for token in tokenizer.end_tokens}
+    stops = [f"token {token}" for token in rollout.stop_token_ids if token not in end_ids]
+    stops += map(repr, rollout.stop)
+    line = f"responses end with {describe_end_tokens(tokenizer.end_tokens)}"
+    return f"{line}; rollout.stop: {', '.join(stops)}" if stops else line
 
 
 @contextlib.contextmanager

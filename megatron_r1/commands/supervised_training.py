@@ -30,7 +30,7 @@ class SupervisedTask(Generic[Item]):
         batch_size: items per optimizer step.
         to_samples: tokenizes the items of a batch.
         loss: as "module:function".
-        unit: as of `TrainerClient.load`.
+        samples_per_unit: number of consecutive samples that stay in one micro-batch.
         notes: messages about the data and the model, once the trainer has started.
         evaluate: called before the first step, every `eval.every` steps, and after the last."""
 
@@ -39,7 +39,7 @@ class SupervisedTask(Generic[Item]):
     batch_size: int
     to_samples: Callable[[list[Item]], list[Sample]]
     loss: str
-    unit: int = 1
+    samples_per_unit: int = 1
     notes: Callable[[TrainerClient, bool], Sequence[str]] = lambda trainer, resumed: ()
     evaluate: Callable[[RunRecorder, TrainerClient], Awaitable[None]] | None = None
 
@@ -77,18 +77,25 @@ async def train(
     task: SupervisedTask, title: str, facts: Sequence[str], next_commands: Commands = ()
 ) -> None:
     """Train for `run.steps` batches; after the loss of trainer ranks again, from the newest
-    checkpoint. Errors are those of `training_run`.
+    checkpoint.
 
     Args:
         task: the recipe, and the sampler of its batches.
         title: the kind of run, for its title.
         facts: short phrases that describe the run in the terminal and in its report.
-        next_commands: pairs of a purpose and a command to try next, which the report lists."""
+        next_commands: pairs of a purpose and a command to try next, which the report lists.
+
+    Raises:
+        UserError: a setting, file or model cannot be used.
+        TrainerError: the trainer ranks failed for good.
+        HangError: nothing moved for `run.hang_seconds`.
+        KeyboardInterrupt: the run was asked to stop before its last step.
+    """
     start = task.sampler.state_dict()
-    async with training_run(task.config, title, facts, next_commands) as running:
-        if running is None:
+    async with training_run(task.config, title, facts, next_commands) as training:
+        if training is None:
             return
-        recorder, trainer = running.recorder, running.trainer
+        recorder, trainer = training.recorder, training.trainer
         recorder.view.show_phase("starting trainer")
         await trainer.connect()
         show_trainer(recorder, trainer)
@@ -99,9 +106,9 @@ async def train(
                 if recorder.is_resumed:
                     await recorder.load(trainer, reference=False)
                 task.sampler.load_state_dict(recorder.state.sampler or start)
-                return await _steps(task, recorder, trainer, running.stop)
+                return await _steps(task, recorder, trainer, training.stop)
             except TrainerLost as lost:
-                await running.supervisor.restart_trainer(lost)
+                await training.supervisor.restart_trainer(lost)
 
 
 async def _steps(
@@ -133,7 +140,7 @@ async def _step(task: SupervisedTask, recorder: RunRecorder, trainer: TrainerCli
     state.step += 1
     state.optimizer_step += 1
     rate = learning_rate(config.optimizer, state.step, config.run.steps)
-    metrics = await trainer.load([batch], unit=task.unit)
+    metrics = await trainer.load([batch], samples_per_unit=task.samples_per_unit)
     metrics |= await trainer.update(0, task.loss, None, rate)
     seconds = time.perf_counter() - start
     metrics["trainer/restarts"] = trainer.num_restarts

@@ -24,7 +24,12 @@ from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.push import PushConfig
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rewards import RewardsConfig
-from megatron_r1.config.rl import RLConfig, changes_at, check_schedule_keys
+from megatron_r1.config.rl import (
+    RLConfig,
+    changes_at,
+    check_schedule_keys,
+    require_scheduled_settings,
+)
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.sample import SampleConfig
@@ -223,6 +228,8 @@ def known_keys() -> list[str]:
     """Return every `section.key`."""
     return [f"{name}.{key}" for name, section in Config() for key in type(section).model_fields]
 
+
+require_scheduled_settings(known_keys())
 
 STAGES = re.compile(rb"^stages:", re.MULTILINE)
 

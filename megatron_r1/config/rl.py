@@ -112,24 +112,36 @@ def digest_until(schedule: list[ScheduleEntry], step: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16] if entries else ""
 
 
-def check_schedule_keys(schedule: list[ScheduleEntry], known: Collection[str]) -> None:
+def check_schedule_keys(schedule: list[ScheduleEntry], known_keys: Collection[str]) -> None:
     """Refuse settings of a schedule that cannot change during a run.
 
     Args:
         schedule: the entries.
-        known: all keys of a recipe, which are not misspelt.
+        known_keys: all keys of a recipe, which are not misspelt.
 
     Raises:
         UserError: for a setting that cannot change."""
     for key in (key for entry in schedule for key in entry.changes):
         if key not in SCHEDULED_KEYS:
-            near = "" if key in known else did_you_mean(key, SCHEDULED_KEYS, "{}")
+            near = "" if key in known_keys else did_you_mean(key, SCHEDULED_KEYS, "{}")
             near = near or f"; these can: {', '.join(SCHEDULED_KEYS)}"
             raise UserError(
                 f"rl.schedule: {key} cannot change during a run{near}",
                 key="rl.schedule",
                 cause=Cause.UNSUPPORTED,
             )
+
+
+def require_scheduled_settings(known_keys: Collection[str]) -> None:
+    """Check that `SCHEDULED` names settings of a recipe only, so that it follows a field's rename.
+
+    Args:
+        known_keys: all keys of a recipe.
+
+    Raises:
+        ValueError: a name in it is no setting."""
+    if unknown_keys := [key for key in SCHEDULED_KEYS if key not in known_keys]:
+        raise ValueError(f"SCHEDULED: no setting of a recipe is called {', '.join(unknown_keys)}")
 
 
 def _check_schedule_order(schedule: list[ScheduleEntry]) -> list[ScheduleEntry]:

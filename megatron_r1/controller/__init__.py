@@ -4,8 +4,8 @@
 2. `cpu_memory`: the micro-batch that fits into a host without GPUs.
 3. `supervision`: the watch over the run, its health endpoint and restarts.
 4. `loop`: the algorithm.
-5. `roles`: the engines and the trainer as the loop uses them; `push` brings the engines the
-   trainer's weights.
+5. `policy_engines`: the engines as the loop uses them, and `trainer_passes`: the trainer; `push`
+   brings the engines the trainer's weights.
 6. `rollouts`: prompts, responses and their rewards; `teacher` has the engines that score tokens
    in on-policy distillation.
 7. `advantages`: the arithmetic of rewards; `algorithms` has one module per algorithm,

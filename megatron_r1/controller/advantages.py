@@ -24,10 +24,10 @@ def graded(rewards: list[float | None]) -> list[float]:
     """
     if not rewards:
         raise ValueError("a group needs at least one reward")
-    known = [r for r in rewards if r is not None]
-    if not all(math.isfinite(r) for r in known):
+    graded_rewards = [r for r in rewards if r is not None]
+    if not all(math.isfinite(r) for r in graded_rewards):
         raise ValueError(f"rewards must be finite, got {rewards}")
-    return known
+    return graded_rewards
 
 
 def group_advantages(
@@ -49,14 +49,14 @@ def group_advantages(
         epsilon: added to the deviation.
 
     Raises:
-        ValueError: as `graded`, and for another advantage_std."""
+        ValueError: the group is empty, a reward is not finite, or advantage_std is another."""
     if advantage_std not in ("group", "none"):
         raise ValueError(f"advantage_std {advantage_std!r}: use group or none")
-    known = graded(rewards)
-    if rewards_equal(known):
+    graded_rewards = graded(rewards)
+    if rewards_equal(graded_rewards):
         return [0.0] * len(rewards)
-    mean = fmean(known)
-    scale = pstdev(known) + epsilon if advantage_std == "group" else 1.0
+    mean = fmean(graded_rewards)
+    scale = pstdev(graded_rewards) + epsilon if advantage_std == "group" else 1.0
     return [0.0 if r is None else (r - mean) / scale for r in rewards]
 
 
@@ -71,10 +71,10 @@ def divide_by_batch_std(
         rewards: the rewards in the same order; None: ungraded.
         epsilon: added to the deviation."""
     pairs = zip(chain(*advantages), chain(*rewards), strict=True)
-    known = [advantage for advantage, reward in pairs if reward is not None]
-    if rewards_equal(known):
+    graded_advantages = [advantage for advantage, reward in pairs if reward is not None]
+    if rewards_equal(graded_advantages):
         return advantages
-    scale = pstdev(known) + epsilon
+    scale = pstdev(graded_advantages) + epsilon
     return [[a / scale for a in group] for group in advantages]
 
 
@@ -87,7 +87,7 @@ def response_rewards(groups: list[list[float | None]], rl: RLConfig) -> list[lis
         rl: not used; every algorithm's `advantages` has this parameter.
 
     Raises:
-        ValueError: as `graded`."""
+        ValueError: a group is empty, or a reward is not finite."""
     for rewards in groups:
         graded(rewards)
     return [[math.nan if r is None else r for r in rewards] for rewards in groups]

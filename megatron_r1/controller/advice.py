@@ -30,7 +30,7 @@ def find_advice(rollout: Rollout, config: Config) -> dict[str, str]:
     responses = all_responses(groups)
     nothing_right = _nothing_right(groups, config)
     few_right = bool(nothing_right)
-    found = {
+    sentences = {
         "accuracy": nothing_right,
         # Where hardly any is right, equal rewards follow from it, and more samples do not help.
         "groups": "" if few_right else _equal_groups(groups, config),
@@ -38,13 +38,14 @@ def find_advice(rollout: Rollout, config: Config) -> dict[str, str]:
         "prompt": _doubled_start(groups),
         "language": _mixed_languages(responses),
     }
-    return {topic: sentence for topic, sentence in found.items() if sentence}
+    return {topic: sentence for topic, sentence in sentences.items() if sentence}
 
 
 def _nothing_right(groups: list[Group], config: Config) -> str:
     """Advise where no graded response is right, or so few that most groups have equal rewards."""
-    graded = [each for each in all_responses(groups) if ACCURACY not in each.ungraded_terms]
-    num_right = sum(each.rewards.get(ACCURACY, 1.0) > 0 for each in graded)
+    responses = all_responses(groups)
+    graded = [response for response in responses if ACCURACY not in response.ungraded_terms]
+    num_right = sum(response.rewards.get(ACCURACY, 1.0) > 0 for response in graded)
     num_equal = sum(group.has_equal_rewards for group in groups)
     is_rare = num_right <= FEW_RIGHT * len(graded) and num_equal >= MAX_EQUAL * len(groups)
     if not graded or (num_right and not is_rare):
@@ -53,9 +54,9 @@ def _nothing_right(groups: list[Group], config: Config) -> str:
     # Environments and rewards of the user's own read responses as they like.
     ours = [group for group in groups if group.prompt.kind in REGISTRY | REMOTE]
     num_plain = sum(
-        not any(form in each.text for form in (ANSWER, *BOXES))
-        for each in all_responses(ours)
-        if each.episode is None and ACCURACY not in each.ungraded_terms
+        not any(form in response.text for form in (ANSWER, *BOXES))
+        for response in all_responses(ours)
+        if response.episode is None and ACCURACY not in response.ungraded_terms
     )
     if config.rewards.answer not in ("last", "auto") and 2 * num_plain > len(graded):
         return (
@@ -65,12 +66,16 @@ def _nothing_right(groups: list[Group], config: Config) -> str:
             "`megatron-r1 sft`"
         )
     # The terms' reasons are joined in the order of the terms.
-    firsts = [each.reason.split("; ")[0] for each in graded if next(iter(each.rewards)) == ACCURACY]
-    if firsts:
-        (common, count), *_ = Counter(first.split(":")[0] for first in firsts).most_common(1)
+    reasons = [
+        response.reason.split("; ")[0]
+        for response in graded
+        if next(iter(response.rewards)) == ACCURACY
+    ]
+    if reasons:
+        (common, count), *_ = Counter(reason.split(":")[0] for reason in reasons).most_common(1)
         sentence += f"; the most frequent reason, of {count:,}: {common}"
     examples = "Put one or two solved questions before {problem} in data.template"
-    if any(each.episode for each in graded):  # its conversation begins with agents.system
+    if any(response.episode for response in graded):  # its conversation begins with agents.system
         examples = "Show one or two solved questions in agents.system"
     return (
         f"{sentence}. {examples}, as turns of the model's own chat format if it has one "
@@ -93,7 +98,7 @@ def _equal_groups(groups: Sequence[Group], config: Config) -> str:
 
 
 def _cut_off(responses: Sequence[GradedResponse], few_right: bool, config: Config) -> str:
-    num_cut = sum(each.is_truncated for each in responses)
+    num_cut = sum(response.is_truncated for response in responses)
     if num_cut < MAX_TRUNCATED * len(responses):
         return ""
     limit = config.rollout.max_response_tokens
@@ -101,16 +106,16 @@ def _cut_off(responses: Sequence[GradedResponse], few_right: bool, config: Confi
         f"{num_cut:,} of {format_count(len(responses), 'response')} are cut off at "
         f"rollout.max_response_tokens={limit}{'' if few_right else ': raise it'}"
     )
-    others = (
+    other_causes = (
         "the model may have learned another end token than its tokenizer's, or another template "
         f"than data.template={config.data.template[:20]!r}"
     )
     if num_cut == len(responses):
-        return f"{sentence}. None has an end: {others}"
+        return f"{sentence}. None has an end: {other_causes}"
     if few_right:
         sentence += (
             ", and hardly any response is right: the model may not come to an end. A solved "
-            f"question in data.template shows it where to stop; else {others}"
+            f"question in data.template shows it where to stop; else {other_causes}"
         )
     return sentence
 
@@ -126,7 +131,9 @@ def _doubled_start(groups: Sequence[Group]) -> str:
 
 
 def _mixed_languages(responses: Sequence[GradedResponse]) -> str:
-    fractions = [each.rewards["language"] for each in responses if "language" in each.rewards]
+    fractions = [
+        response.rewards["language"] for response in responses if "language" in response.rewards
+    ]
     if not fractions or (mean := sum(fractions) / len(fractions)) >= MIN_LANGUAGE:
         return ""
     return (

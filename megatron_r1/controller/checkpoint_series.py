@@ -170,8 +170,8 @@ class CheckpointSeries:
         if good is None:
             checkpoint_folders.require_usable(self._folder, damaged)
         self.latest = good
-        for one in damaged:
-            target = checkpoint_folders.set_aside(one)
-            self.notify(f"DAMAGED checkpoint, not used: {one}. It is now {target.name}")
+        for checkpoint in damaged:
+            target = checkpoint_folders.set_aside(checkpoint)
+            self.notify(f"DAMAGED checkpoint, not used: {checkpoint}. It is now {target.name}")
         if good is not None and damaged:
             self.notify(f"continuing from {good.name} instead")

@@ -135,32 +135,32 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
     # A chunk's part is that of any long micro-batch; hidden states grow with the tokens.
     states = (head(2 * DEFAULT_TOKENS) - head(DEFAULT_TOKENS)) // DEFAULT_TOKENS
     chunk = head(DEFAULT_TOKENS) - DEFAULT_TOKENS * states
-    others, engine_weights = OTHER_BYTES + world_size * (RANK_BYTES + chunk), 0
+    other_bytes, engine_weights = OTHER_BYTES + world_size * (RANK_BYTES + chunk), 0
     if has_engines and rollout.placement == "local":
         values = num_parameters(hf, with_mtp=rollout.drafts_by_mtp)
         receives = not config.push.adapter_only  # of adapters little compared with the model
-        each = engine_bytes(values, rollout.dtype, receives=receives)
-        engine_weights = round(rollout.engines * rollout.data * each)
-        others += _engines_others(rollout)
+        bytes_per_engine = engine_bytes(values, rollout.dtype, receives=receives)
+        engine_weights = round(rollout.engines * rollout.data * bytes_per_engine)
+        other_bytes += _engines_other_bytes(rollout)
     if has_engines and teacher.path and not teacher.url:
         values = _num_stored_parameters(teacher.path)
         stored = engine_bytes(values, teacher.dtype, receives=False)
         engine_weights += round(teacher.engines * teacher.data * stored)
-        others += _engines_others(teacher)
+        other_bytes += _engines_other_bytes(teacher)
     layers = {kind: layer_activations(hf, config, 1, sparse=kind, local=True) for kind in {*sparse}}
-    kept = sum(layers[kind].saved_bytes(parallel) for kind in sparse)
+    saved_bytes = sum(layers[kind].saved_bytes(parallel) for kind in sparse)
     working = max(layer.total - layer.saved_bytes(parallel) for layer in layers.values())
-    per_token = world_size * (kept + working + states)
+    per_token = world_size * (saved_bytes + working + states)
     return CPUMemory(
         weight_bytes=weights,
         engine_weight_bytes=engine_weights,
-        other_bytes=others,
+        other_bytes=other_bytes,
         bytes_per_token=per_token,
         free_bytes=free_bytes(),
     )
 
 
-def _engines_others(engines: RolloutConfig | TeacherConfig) -> int:
+def _engines_other_bytes(engines: RolloutConfig | TeacherConfig) -> int:
     """Return bytes of KV caches and processes of all engines."""
     ranks = engines.engines * engines.data * engines.tensor * engines.pipeline
     return ranks * (ENGINE_BYTES + (engines.kv_cache_gib << 30))
@@ -186,11 +186,13 @@ def _state_bytes(config: Config, hf: dict, world_size: int, *, with_reference: b
         ranks // (parallel.expert * parallel.expert_tensor),
     )
     num_bytes = sum(persistent_bytes(config, counts, optimizer_shards, "float32").values())
-    kept = with_reference and config.uses_reference
-    if kept:
+    has_reference = with_reference and config.uses_reference
+    if has_reference:
         num_bytes += reference_bytes(config, counts)
     if config.checkpoint.asynchronous:
-        num_bytes += checkpoint_bytes(config, counts, optimizer_shards, with_reference=kept)
+        num_bytes += checkpoint_bytes(
+            config, counts, optimizer_shards, with_reference=has_reference
+        )
     return num_bytes * ranks
 
 

@@ -19,12 +19,12 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
         controller/algorithms/grpo.py               advantages
         controller/advantages.py                    group_advantages
  3. Log-probabilities under π_old and π_ref.
-        controller/roles.py                         TrainerPasses.compute_logprobs
+        controller/trainer_passes.py                TrainerPasses.compute_logprobs
         trainer/trainer.py                          Trainer.compute_logprobs
         trainer/batch.py                            LossHead.logprobs
         r1_kernels/token_logprobs.py                linear_token_logprobs
  4. An update: forward and backward over the micro-batches of a mini-batch.
-        controller/roles.py                         TrainerPasses.update_policy
+        controller/trainer_passes.py                TrainerPasses.update_policy
         trainer/trainer.py                          Trainer.update
         trainer/passes.py                           optimizer_step
         trainer/passes.py                           run_passes
@@ -42,7 +42,7 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
  9. The reference is replaced by the policy, when that is due.
         trainer/reference.py                        ReferencePolicy.refresh
 10. The push of the new weights.
-        controller/roles.py                         PolicyEngines.push
+        controller/policy_engines.py                PolicyEngines.push
         controller/push/pusher.py                   WeightPusher.push
         controller/push/engine_links.py             EngineLinks.send
         push/sender.py                              WeightSender.send
@@ -54,7 +54,7 @@ token after it (`trainer/token_advantages.py`). Settings that correct any of the
 
 import asyncio
 import random
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 
 from r1_grading.terms import weights_at
 
@@ -65,8 +65,9 @@ from megatron_r1.controller.corrections import reward_normalization
 from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
 from megatron_r1.controller.corrections.truncation_mask import mask_truncated
 from megatron_r1.controller.rl_run import RLRun
-from megatron_r1.controller.roles import TrainerPasses
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+from megatron_r1.controller.rollouts.training_samples import training_samples
+from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.training_sample import Sample
 
 
@@ -143,7 +144,9 @@ def response_advantages(
         weights = weights_at(config.rewards.weights, step)
         advantages = reward_normalization.advantages(groups, algorithm.advantages, config, weights)
     else:
-        rewards = [[training_reward(each, config) for each in group.responses] for group in groups]
+        rewards = [
+            [training_reward(graded, config) for graded in group.responses] for group in groups
+        ]
         advantages = algorithm.advantages(rewards, config.rl)
     if config.rl.truncated == "mask":
         advantages = mask_truncated(advantages, groups)
@@ -161,28 +164,34 @@ def training_reward(graded: GradedResponse, config: Config) -> float | None:
 
 
 def split_into_minibatches(
-    samples_by_response: list[list[Sample]], count: int
+    samples_by_response: list[list[Sample]], num_minibatches: int
 ) -> list[list[Sample]]:
-    """Return the samples of `count` mini-batches with equally many responses each, in order.
+    """Return the samples of mini-batches that have equally many responses each.
 
-    Those that are trained on are spread evenly over the mini-batches.
+    The responses that are trained on are spread evenly over the mini-batches, in order.
+
+    Args:
+        samples_by_response: the samples of each response of the rollout.
+        num_minibatches: a divisor of the number of responses.
 
     Raises:
         RunError: fewer responses are trained on than there are mini-batches: an update without any
             would move the weights all the same, by the optimizer's momentum.
     """
     trained = [samples for samples in samples_by_response if samples[0].is_trained]
-    others = iter([samples for samples in samples_by_response if not samples[0].is_trained])
-    if len(trained) < count:
+    untrained = iter([samples for samples in samples_by_response if not samples[0].is_trained])
+    if len(trained) < num_minibatches:
         raise RunError(
             f"{len(trained)} of {len(samples_by_response)} responses are trained on, too few for "
-            f"rl.minibatches: {count}; the others are ungraded, or cut off with rl.truncated: "
-            "mask. Repair the reward or environment, whose reasons are in samples.jsonl, or raise "
-            "rollout.max_response_tokens; the same command continues"
+            f"rl.minibatches: {num_minibatches}; the others are ungraded, or cut off with "
+            "rl.truncated: mask. Repair the reward or environment, whose reasons are in "
+            "samples.jsonl, or raise rollout.max_response_tokens; the same command continues"
         )
-    size, made = len(samples_by_response) // count, []
-    for i in range(count):
-        own = trained[i * len(trained) // count : (i + 1) * len(trained) // count]
-        own += islice(others, size - len(own))
-        made.append(list(chain.from_iterable(own)))
-    return made
+    minibatch_size = len(samples_by_response) // num_minibatches
+    bounds = [i * len(trained) // num_minibatches for i in range(num_minibatches + 1)]
+    minibatches = []
+    for start, end in pairwise(bounds):
+        minibatch = trained[start:end]
+        minibatch += islice(untrained, minibatch_size - len(minibatch))
+        minibatches.append(list(chain.from_iterable(minibatch)))
+    return minibatches

@@ -16,7 +16,7 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.config import Config
 from megatron_r1.controller.advice import FIRST_STEPS, find_advice
-from megatron_r1.controller.roles import PolicyEngines, TrainerPasses
+from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.metrics import mean_of_updates, rollout_metrics, sample_records
@@ -24,6 +24,7 @@ from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_step, complete_checkpoints
 from megatron_r1.trainer.operations import ModelOperations
 

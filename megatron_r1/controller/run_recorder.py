@@ -168,8 +168,8 @@ class RunRecorder:
         if self._tensorboard:
             self._tensorboard.close()
         self._restore_state()
-        lines = self.folder.read_metrics(), self.folder.read_evaluations()
-        self.view.rewind(*(map(self._shown, each) for each in lines))
+        files = self.folder.read_metrics(), self.folder.read_evaluations()
+        self.view.rewind(*(map(self._shown, lines) for lines in files))
 
     def _restore_state(self) -> None:
         """Take the state of the newest checkpoint and cut every file back to its step."""
@@ -186,42 +186,42 @@ def _keep_finished_steps(folder: RunFolder, config: Config) -> None:
     """Raise UserError where `run.steps` is less than the steps that a run has finished, and those
     beyond it would be lost: they are newer than the newest checkpoint, and not done again."""
     newest, _ = checkpoint_folders.newest_usable(folder.checkpoints, "none")
-    kept = checkpoint_folders.checkpoint_step(newest) if newest else 0
+    saved_step = checkpoint_folders.checkpoint_step(newest) if newest else 0
     recorded, steps = folder.last_step(), config.run.steps
-    if recorded > max(kept, steps):
+    if recorded > max(saved_step, steps):
         raise UserError(
             f"run.steps: {steps} is less than the {recorded} steps that {folder.path} has "
-            f"finished, and its newest checkpoint is of step {kept}: the run would lose "
-            f"{_steps(max(kept, steps) + 1, recorded)}. Set run.steps to {recorded} or more, or "
-            "give another run.folder",
+            f"finished, and its newest checkpoint is of step {saved_step}: the run would lose "
+            f"{_steps(max(saved_step, steps) + 1, recorded)}. Set run.steps to {recorded} or more, "
+            "or give another run.folder",
             key="run.steps",
             cause=Cause.CONFLICT,
         )
 
 
-def _continuation(config: Config, kept: int, recorded: int, steps_before: int | None) -> str:
+def _continuation(config: Config, saved_step: int, recorded: int, steps_before: int | None) -> str:
     """Return a line that says what of a run is kept, what is done again, and why.
 
     Args:
         config: the recipe, which may have changed.
-        kept: the step of the checkpoint that the run continues from, 0 without one.
+        saved_step: the step of the checkpoint that the run continues from, 0 without one.
         recorded: the last step that was finished.
         steps_before: `run.steps` until now."""
-    steps, every = config.run.steps, config.checkpoint.every
-    parts = [f"continuing after step {kept}"]
-    if kept:
-        parts.append(f"{_steps(1, kept)} kept, with their checkpoint")
+    steps, interval = config.run.steps, config.checkpoint.every
+    parts = [f"continuing after step {saved_step}"]
+    if saved_step:
+        parts.append(f"{_steps(1, saved_step)} kept, with their checkpoint")
     else:
-        parts = [f"starting over: no checkpoint was written yet (checkpoint.every: {every})"]
-    if recorded > kept:
-        why = "newer than the checkpoint" if kept else "lost with the trainer"
-        parts.append(f"{_steps(kept + 1, recorded)} done again: {why}")
+        parts = [f"starting over: no checkpoint was written yet (checkpoint.every: {interval})"]
+    if recorded > saved_step:
+        why = "newer than the checkpoint" if saved_step else "lost with the trainer"
+        parts.append(f"{_steps(saved_step + 1, recorded)} done again: {why}")
     if steps_before not in (None, steps):
         parts.append(f"run.steps was {steps_before} and is {steps}")
-    if kept >= steps:
+    if saved_step >= steps:
         parts.append("no step is left to do")
-    elif max(kept, recorded) < steps:
-        parts.append(f"{_steps(max(kept, recorded) + 1, steps)} to do")
+    elif max(saved_step, recorded) < steps:
+        parts.append(f"{_steps(max(saved_step, recorded) + 1, steps)} to do")
     return "; ".join(parts)
 
 

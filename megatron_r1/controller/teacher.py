@@ -204,11 +204,14 @@ def _check_vocabulary(config: Config, hf: dict) -> None:
         config: the recipe.
         hf: the teacher's config.json."""
     path, student = config.teacher.path, load_config(config.model.path)
-    own, known = (language_settings(each).get("vocab_size", 0) for each in (student, hf))
-    if known < own:
+    student_size, teacher_size = (
+        language_settings(model_config).get("vocab_size", 0) for model_config in (student, hf)
+    )
+    if teacher_size < student_size:
         raise UserError(
-            f"teacher.path {path} knows tokens 0 … {known - 1}, and the student may write any of "
-            f"0 … {own - 1}; choose a teacher with a vocab_size of at least {own}",
+            f"teacher.path {path} knows tokens 0 … {teacher_size - 1}, and the student may write "
+            f"any of 0 … {student_size - 1}; choose a teacher with a vocab_size of at least "
+            f"{student_size}",
             key="teacher.path",
             cause=Cause.CONFLICT,
         )

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -85,8 +86,8 @@ class Audit:
     def concerned(self) -> list[tuple[GradedAnswer, SecondVerdict]]:
         """The answers whose verdict is not confirmed, the wrong ones first."""
         outcomes = ("wrong", "undecided")
-        found = [pair for pair in self.judged if pair[1].outcome in outcomes]
-        return sorted(found, key=lambda pair: outcomes.index(pair[1].outcome))
+        concerned_pairs = [pair for pair in self.judged if pair[1].outcome in outcomes]
+        return sorted(concerned_pairs, key=lambda pair: outcomes.index(pair[1].outcome))
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as JSON values, with the text of each response concerned."""
@@ -128,18 +129,18 @@ async def audit(
     drawn = draw_sample(strata, size, seed)
     groups = _groups(answers)
     chosen = random.Random(f"{seed}:groups").sample(groups, min(num_groups, len(groups)))
-    to_judge = [*(each for some in drawn.values() for each in some)]
-    to_judge += [each for group in chosen for each in group if each.can_be_audited]
+    to_judge = [*chain.from_iterable(drawn.values())]
+    to_judge += [answer for group in chosen for answer in group if answer.can_be_audited]
     distinct = list({answer.id: answer for answer in to_judge}.values())
     findings = await judge_all(distinct, judge)
     sources = sorted({stratum[0] for stratum in strata})
-    others = Counter(
-        each.kind for each in answers if each.total is not None and not each.can_be_audited
+    kinds_without_method = Counter(
+        answer.kind for answer in answers if answer.total is not None and not answer.can_be_audited
     )
     return Audit(
         num_answers=sum(map(len, strata.values())),
         num_ungraded=sum(answer.total is None for answer in answers),
-        without_method=dict(others.most_common()),
+        without_method=dict(kinds_without_method.most_common()),
         sources={name: error_rates(strata, drawn, findings, name) for name in sources},
         overall=error_rates(strata, drawn, findings),
         effect=_effect(len(groups), chosen, findings, advantages or _z_scores, seed),
@@ -217,7 +218,10 @@ def _effect(
     changes, signs = [], []
     for reversed_outcomes in (("wrong",), ("wrong", "undecided")):
         corrected = advantages(
-            [[_corrected(each, findings, reversed_outcomes) for each in group] for group in chosen]
+            [
+                [_corrected(answer, findings, reversed_outcomes) for answer in group]
+                for group in chosen
+            ]
         )
         pairs = [list(zip(*both, strict=True)) for both in zip(logged, corrected, strict=True)]
         # Algorithms with an advantage per token have NaN for ungraded responses, before and after.
@@ -225,14 +229,15 @@ def _effect(
             [fmean(abs(b - a) if math.isfinite(a) else 0.0 for a, b in pair) for pair in pairs]
         )
         signs.append(sum(any(_sign(a) != _sign(b) for a, b in pair) for pair in pairs))
-    kept, reversed_too = (estimate(each, seed) for each in changes)
-    ends = [end for each in (kept, reversed_too) for end in (each.low, each.high)]
-    known = [end for end in ends if end is not None]  # none of a single group
+    certain_change, possible_change = (estimate(by_group, seed) for by_group in changes)
+    intervals = ((change.low, change.high) for change in (certain_change, possible_change))
+    # A single group has no interval.
+    ends = [end for interval in intervals for end in interval if end is not None]
     certain, possible = min(signs), max(signs)
     return AdvantageEffect(
         num_groups,
         len(chosen),
-        Estimate(kept.value, min(known, default=None), max(known, default=None)),
+        Estimate(certain_change.value, min(ends, default=None), max(ends, default=None)),
         sampled_fraction(num_groups, len(chosen), certain, possible - certain),
     )
 

@@ -29,7 +29,8 @@ from tree_episodes import (
 from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.controller.trainer_calls.packing import pack, pack_by_prompt
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.episodes import Episode

@@ -9,13 +9,8 @@ from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.base.errors import RunError
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
-from megatron_r1.controller.rollouts.rollout import (
-    GradedResponse,
-    Group,
-    Rollout,
-    check_grades,
-    training_samples,
-)
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, check_grades
+from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response

@@ -33,17 +33,17 @@ def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenT
     settings = TokenSettings.of(settings)
     advantages, returns = [], []
     for responses in rollout.responses:
-        own = responses.batch.values
-        assert own is not None, "the critic's values come first"
-        made, targets = gae(
+        values = responses.batch.values
+        assert values is not None, "the critic's values come first"
+        microbatch_advantages, targets = gae(
             responses.token_rewards(settings.kl_beta),
-            responses.gather(own),
+            responses.gather(values),
             settings.discount,
             settings.gae_lambda,
             responses.is_response,
             responses.last,
         )
-        advantages.append(made)
+        advantages.append(microbatch_advantages)
         returns.append(targets)
     if settings.advantage_std == "batch":
         advantages = rollout.normalize(advantages, settings.advantage_epsilon)

@@ -20,10 +20,10 @@ from megatron_r1.controller.advantages import divide_by_batch_std, graded
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
     """Return A_i = r_i - mean(r), over the rollout's graded responses; 0 for an ungraded
     one, and for all where the rewards are equal."""
-    known = [reward for rewards in groups for reward in graded(rewards)]
-    if rewards_equal(known):
+    graded_rewards = [reward for rewards in groups for reward in graded(rewards)]
+    if rewards_equal(graded_rewards):
         return [[0.0] * len(rewards) for rewards in groups]
-    mean = fmean(known)
+    mean = fmean(graded_rewards)
     by_group = [[0.0 if r is None else r - mean for r in rewards] for rewards in groups]
     if rl.advantage_std == "batch":
         return divide_by_batch_std(by_group, groups, rl.advantage_epsilon)

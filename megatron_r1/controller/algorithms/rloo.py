@@ -41,8 +41,8 @@ def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenT
 
 
 def _leave_one_out(rewards: list[float | None]) -> list[float]:
-    known = graded(rewards)
-    if rewards_equal(known):
+    graded_rewards = graded(rewards)
+    if rewards_equal(graded_rewards):
         return [math.nan if r is None else 0.0 for r in rewards]
-    total, num_others = sum(known), len(known) - 1
+    total, num_others = sum(graded_rewards), len(graded_rewards) - 1
     return [math.nan if r is None else r - (total - r) / num_others for r in rewards]

@@ -52,6 +52,7 @@ def call_inner_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) 
         settings: the settings of the loss that calls it."""
     from megatron_r1.base.user_code import find_function
 
-    name, *rest = settings.inner
-    terms: LossTerms = find_function(name)(batch, head, replace(settings, inner=tuple(rest)))
+    name, *inner_losses = settings.inner
+    settings = replace(settings, inner=tuple(inner_losses))
+    terms: LossTerms = find_function(name)(batch, head, settings)
     return terms

@@ -74,8 +74,11 @@ def normalize(values: list[list[float]], epsilon: float) -> list[list[float]]:
     Args:
         values: a list per group.
         epsilon: added to the population's standard deviation."""
-    known = [value for value in chain(*values) if not math.isnan(value)]
-    if rewards_equal(known):
-        return [[value if math.isnan(value) else 0.0 for value in own] for own in values]
-    mean, scale = fmean(known), pstdev(known) + epsilon
-    return [[(value - mean) / scale for value in own] for own in values]
+    graded_values = [value for value in chain(*values) if not math.isnan(value)]
+    if rewards_equal(graded_values):
+        return [
+            [value if math.isnan(value) else 0.0 for value in group_values]
+            for group_values in values
+        ]
+    mean, scale = fmean(graded_values), pstdev(graded_values) + epsilon
+    return [[(value - mean) / scale for value in group_values] for group_values in values]

@@ -26,6 +26,10 @@ def mask_truncated(advantages: list[list[float]], groups: list[Group]) -> list[l
         advantages: one per response, a list per group.
         groups: the responses, in the same order. An episode is cut off where it ended at a limit
             of tokens."""
-    by_group = zip(advantages, groups, strict=True)
-    pairs = [zip(own, group.responses, strict=True) for own, group in by_group]
-    return [[math.nan if graded.is_truncated else a for a, graded in each] for each in pairs]
+    return [
+        [
+            math.nan if graded.is_truncated else advantage
+            for advantage, graded in zip(group_advantages, group.responses, strict=True)
+        ]
+        for group_advantages, group in zip(advantages, groups, strict=True)
+    ]

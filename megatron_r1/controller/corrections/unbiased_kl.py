@@ -45,8 +45,8 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerm
     terms = call_inner_loss(batch, head, without)
     logprobs, _ = head.logprobs()
     rows = batch.response_rows
-    every = logprobs, batch.logprobs["old"], batch.logprobs["ref"]
-    new, old, ref = (values[rows].double() for values in every)
+    logprobs_by_policy = logprobs, batch.logprobs["old"], batch.logprobs["ref"]
+    new, old, ref = (values[rows].double() for values in logprobs_by_policy)
     ratio = (new - old).clamp(max=MAX_LOG_RATIO).exp()
     g = (ref - new).clamp(max=MAX_LOG_RATIO)
     kl = ratio * (g.expm1() - g)

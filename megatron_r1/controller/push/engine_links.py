@@ -117,9 +117,10 @@ class EngineLinks:
         full = [s for s in self.sets if len(s.engines) == self._max_engines]
         partial = [s for s in self.sets if s not in full]
         in_full_set = {engine for engine_set in full for engine in engine_set.engines}
-        rest = [engine for engine in engines if engine not in in_full_set]
-        has_joined = sum(len(s.engines) for s in partial) < len(rest)
-        return rest if has_joined or len(partial) != len(self._divide(rest)) else []
+        remaining_engines = [engine for engine in engines if engine not in in_full_set]
+        has_joined = sum(len(s.engines) for s in partial) < len(remaining_engines)
+        num_sets = len(self._divide(remaining_engines))
+        return remaining_engines if has_joined or len(partial) != num_sets else []
 
     async def form_sets(
         self, engines: Sequence[Engine], on_engine_lost: OnEngineLost, *, resume: bool
@@ -146,22 +147,23 @@ class EngineLinks:
                     continue
                 self._closed_sets.append(engine_set.name)
                 problem = problems[engine_set.name]
-                dead = [engine for engine in engine_set.engines if engine in deaths]
-                left = [engine for engine in engine_set.engines if engine not in deaths]
-                for engine in dead:
+                dead_engines = [engine for engine in engine_set.engines if engine in deaths]
+                living_engines = [engine for engine in engine_set.engines if engine not in deaths]
+                for engine in dead_engines:
                     on_engine_lost(engine, deaths[engine])
-                if dead:
-                    groups += [left] if left else []
-                elif len(left) > 1:
+                if dead_engines:
+                    groups += [living_engines] if living_engines else []
+                elif len(living_engines) > 1:
                     self._count_unexplained(problem)
-                    set_problems |= dict.fromkeys(left, problem)
-                    groups += [[engine] for engine in left]
+                    set_problems |= dict.fromkeys(living_engines, problem)
+                    groups += [[engine] for engine in living_engines]
                 else:
                     # The first problem may have left the engine unable to connect again.
-                    first = set_problems.get(left[0])
-                    if first not in (None, problem):
-                        problem = f"{first}; then, alone: {problem}"
-                    on_engine_lost(left[0], EngineError(f"{left[0].name}: {problem}"))
+                    [engine] = living_engines
+                    set_problem = set_problems.get(engine)
+                    if set_problem not in (None, problem):
+                        problem = f"{set_problem}; then, alone: {problem}"
+                    on_engine_lost(engine, EngineError(f"{engine.name}: {problem}"))
 
     async def send(
         self, push_number: int, engines: Sequence[Engine], on_engine_lost: OnEngineLost

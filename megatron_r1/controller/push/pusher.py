@@ -159,7 +159,8 @@ class WeightPusher:
         if self.prober is not None:
             check = self.prober.check(self._push_number, self._engines_up, self._drop_engine)
             self._probing = asyncio.create_task(check)
-            # Where nobody awaits it any more, as something else has ended the session.
+            # Nobody awaits it where something else has ended the run: its error is read here, so
+            # that asyncio does not log it.
             self._probing.add_done_callback(lambda task: task.cancelled() or task.exception())
         if self.links.colocated:  # trainer and engines compute in turns
             await self.probe_results()
@@ -202,7 +203,7 @@ class WeightPusher:
                 await self._push_to_new(engine)
             except TrainerLost as lost:
                 raise WeightsUnavailable(f"{engine.name}: no weights for it: {lost}") from lost
-            except TrainerError as error:  # the session receives it as well, and may recover
+            except TrainerError as error:  # the run receives it as well, and may recover
                 raise EngineError(f"{engine.name}: no weights for it: {error}") from error
             yield True
 

@@ -5,6 +5,7 @@
 - `collector`: has responses sampled, graded, scored by a teacher, and grouped; `in_flight` tracks
   the groups that are not finished.
 - `players`: finds who plays an episode.
-- `rollout`: groups and graded responses, and the grader.
+- `rollout`: groups and graded responses; `response_grader` grades them, `training_samples` turns
+  them into the trainer's samples.
 - `metrics`, `sample_log` with `group_records`: what is kept of them.
 - `heldout`: answers held-out prompts."""

@@ -14,10 +14,10 @@ from r1_grading import RewardPool
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.group_records import SamplingRecord
 from megatron_r1.controller.rollouts.in_flight import InFlightGroup, InFlightGroups
+from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.controller.rollouts.rollout import (
     GradedResponse,
     Group,
-    ResponseGrader,
     Rollout,
     RolloutSampling,
     check_grades,
@@ -144,8 +144,8 @@ class RolloutCollector:
         """Check the grades of everything that was sampled for one purpose.
 
         Raises:
-            UserError: as `rollout.check_grades`.
-            RunError: as `rollout.check_grades`.
+            UserError: one reward failed on every response.
+            RunError: a larger share of the responses than `rewards.max_ungraded` has no grade.
         """
         check_grades(groups, self._max_ungraded)
 
@@ -170,7 +170,7 @@ class RolloutCollector:
                 responses = await self._generate(prompt, prompt_ids, sampling)
             else:
                 results = await self._play(prompt, sampling)
-                responses = [each.episode.response() for each in results]
+                responses = [result.episode.response() for result in results]
             progress.sampled_at = time.perf_counter()
             tracked.sampling_done(responses)
             graded, computed = await asyncio.gather(
@@ -179,8 +179,8 @@ class RolloutCollector:
             )
         if computed:
             graded = [
-                replace(each, teacher_logprobs=logprobs)
-                for each, logprobs in zip(graded, computed, strict=True)
+                replace(graded_response, teacher_logprobs=logprobs)
+                for graded_response, logprobs in zip(graded, computed, strict=True)
             ]
         group = Group(prompt, prompt_ids, graded)
         if log:
@@ -241,8 +241,8 @@ class RolloutCollector:
             affinity = Affinity(origin=group)
 
             async def answer(token_ids: Sequence[int], max_tokens: int) -> Response:
-                one = replace(sampling, group_size=1, max_response_tokens=max_tokens)
-                return (await self._generate(prompt, token_ids, one, affinity))[0]
+                turn_sampling = replace(sampling, group_size=1, max_response_tokens=max_tokens)
+                return (await self._generate(prompt, token_ids, turn_sampling, affinity))[0]
 
             return answer
 
@@ -292,12 +292,12 @@ class RolloutCollector:
             sampled: array[float] = array("f")
             for branch in episode.branches:
                 first = branch.is_sampled.index(1)
-                every = await compute(branch.token_ids, first)
-                sampled.extend(compress(every, branch.is_sampled[first:]))
+                all_logprobs = await compute(branch.token_ids, first)
+                sampled.extend(compress(all_logprobs, branch.is_sampled[first:]))
             return sampled
 
         computed = await asyncio.gather(
-            *(branch_logprobs(each.episode) for each in results),
+            *(branch_logprobs(result.episode) for result in results),
             *(
                 compute([*prompt_ids, *response.token_ids], len(prompt_ids))
                 for response in ([] if results else responses)

@@ -41,8 +41,8 @@ class HeldoutEvaluation:
 
     def is_due(self, step: int) -> bool:
         """Whether to evaluate after `step`: every `eval.every` steps, and after the last one."""
-        every = self._config.eval.every
-        return step == self._config.run.steps or bool(every and step % every == 0)
+        interval = self._config.eval.every
+        return step == self._config.run.steps or bool(interval and step % interval == 0)
 
     async def run(self, step: int) -> None:
         """Evaluate the policy after `step`, 0 for the base model's."""
@@ -100,20 +100,20 @@ async def evaluate(
     metrics = {
         **{f"eval/{name}": score.value for name, score in estimates.items()},
         "eval/questions": sum(
-            any(ACCURACY not in each.ungraded_terms for each in group.responses)
+            any(ACCURACY not in graded.ungraded_terms for graded in group.responses)
             for group in rollout.groups
         ),
-        "eval/response_length": fmean(len(each.response.token_ids) for each in responses),
+        "eval/response_length": fmean(len(graded.response.token_ids) for graded in responses),
         "time/eval": rollout.rollout_seconds + rollout.reward_seconds,
     }
-    episodes = episode_metrics([each.episode for each in responses if each.episode])
+    episodes = episode_metrics([graded.episode for graded in responses if graded.episode])
     shown = ("episode/turns", "episode/tool_calls", "episode/tool_errors")
     metrics |= {
         f"eval/{name}": value
         for name, value in episodes.items()
         if name in shown or ("status" in name and value)
     }
-    if any(ungraded := [ACCURACY in each.ungraded_terms for each in responses]):
+    if any(ungraded := [ACCURACY in graded.ungraded_terms for graded in responses]):
         metrics["eval/ungraded"] = fmean(ungraded)
     for name, score in estimates.items():
         if score.low is not None and score.high is not None:  # a single prompt has no interval
@@ -128,12 +128,14 @@ async def _estimates(
     votes, means, opened = [], defaultdict(list), collector.tokenizer.opens_thought
     for group in groups:
         for term in group.responses[0].rewards:
-            graded = [each for each in group.responses if term not in each.ungraded_terms]
-            scores = [each.rewards[term] for each in graded]
+            graded = [
+                response for response in group.responses if term not in response.ungraded_terms
+            ]
+            scores = [response.rewards[term] for response in graded]
             if scores:
                 means[term].append(fmean(scores))
             if scores and term == ACCURACY and group.prompt.kind != ENVIRONMENT:
-                texts = [each.text for each in graded]
+                texts = [response.text for response in graded]
                 vote = partial(majority_reward, collector.pool, group.prompt.kind, texts, scores)
                 votes.append(vote(opened, rewards.answer, numeric=expects_number(group.prompt)))
     accuracies = means.pop(ACCURACY, [])
@@ -156,7 +158,7 @@ def _compared(group: Group, opened: bool, part: Part) -> list[tuple[float, int]]
         return []
     reference = str(group.prompt.truth)
     return [
-        (each.rewards[ACCURACY], length_difference(each.text, opened, reference, part))
-        for each in group.responses
-        if ACCURACY not in each.ungraded_terms
+        (response.rewards[ACCURACY], length_difference(response.text, opened, reference, part))
+        for response in group.responses
+        if ACCURACY not in response.ungraded_terms
     ]

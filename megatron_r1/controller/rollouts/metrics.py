@@ -61,19 +61,20 @@ def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
     if not episodes:
         return {}
     per_episode: dict[str, list[float]] = {
-        "turns": [sum(turn.trained for turn in each.turns) for each in episodes],
-        "tokens": [each.num_tokens for each in episodes],
-        "sampled_tokens": [sum(b.num_sampled for b in each.branches) for each in episodes],
-        "tool_calls": [each.num_tool_calls for each in episodes],
-        "tool_errors": [each.num_tool_errors for each in episodes],
-        "tool_seconds": [each.tool_seconds for each in episodes],
-        "engine_seconds": [each.engine_seconds for each in episodes],
-        "forks": [max(0, len(each.branches) - 1) for each in episodes],
+        "turns": [sum(turn.trained for turn in episode.turns) for episode in episodes],
+        "tokens": [episode.num_tokens for episode in episodes],
+        "sampled_tokens": [sum(b.num_sampled for b in episode.branches) for episode in episodes],
+        "tool_calls": [episode.num_tool_calls for episode in episodes],
+        "tool_errors": [episode.num_tool_errors for episode in episodes],
+        "tool_seconds": [episode.tool_seconds for episode in episodes],
+        "engine_seconds": [episode.engine_seconds for episode in episodes],
+        "forks": [max(0, len(episode.branches) - 1) for episode in episodes],
         "versions": [
-            len({v for b in each.branches for v in b.policy_versions} - {-1}) for each in episodes
+            len({v for b in episode.branches for v in b.policy_versions} - {-1})
+            for episode in episodes
         ],
     }
-    statuses: Counter[str] = Counter(each.status for each in episodes)
+    statuses: Counter[str] = Counter(episode.status for episode in episodes)
     return {f"episode/{name}": fmean(values) for name, values in per_episode.items()} | {
         f"episode/status/{status}": statuses[status] / len(episodes) for status in STATUSES
     }

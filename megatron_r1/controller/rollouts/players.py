@@ -63,7 +63,8 @@ def check_player(config: Config, tokenizer: PromptTokenizer) -> None:
     conversation.
 
     Raises:
-        UserError: as `find_player`, or the chat template refuses the results of tools.
+        UserError: two settings name a player, its template or code cannot be used, or the chat
+            template refuses the results of tools.
     """
     if find_player(config) is None:
         return

@@ -1,31 +1,21 @@
-"""A rollout: P groups, one per prompt, of G graded responses each; and the same as the trainer's
-samples: one a response, or one a branch of an episode.
-
-`ResponseGrader` grades a response: accuracy by the prompt's own reward, and other terms."""
+"""A rollout: P groups, one per prompt, of G graded responses each, and the check that enough of the
+responses have a grade."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 from array import array
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 
-from r1_grading import Grade, RewardPool, RewardTerms
-from r1_grading.rewards import FiniteGrade
-from r1_grading.terms import ACCURACY, DEFAULT_WEIGHTS, Options, Reward, combine, rewards_equal
+from r1_grading.terms import ACCURACY, DEFAULT_WEIGHTS, rewards_equal
 
 from megatron_r1.base.errors import Cause, RunError, UserError
-from megatron_r1.base.processes import timeline
-from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engines.episodes import Episode, EpisodeResult
+from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape
-from megatron_r1.trainer.training_sample import Sample
 
 
 @dataclass(frozen=True)
@@ -164,151 +154,11 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
     ungraded = [graded for graded in responses if not graded.is_graded]
     allowed = math.ceil(max_ungraded * len(responses))
     if len(ungraded) > allowed:
-        what = ", ".join(f"{count} {status}" for status, count in faults.most_common())
+        fault_counts = ", ".join(f"{count} {status}" for status, count in faults.most_common())
         raise RunError(
             f"{len(ungraded)} of {len(responses)} {'episodes' if faults else 'responses'} could "
-            f"not be graded{f' ({what})' if what else ''}, at most {allowed} may be "
-            f"(rewards.max_ungraded: {max_ungraded:g}); the first: {ungraded[0].reason}. Repair "
+            f"not be graded{f' ({fault_counts})' if fault_counts else ''}, at most {allowed} may "
+            f"be (rewards.max_ungraded: {max_ungraded:g}); the first: {ungraded[0].reason}. Repair "
             f"the {'environment' if faults else 'reward'} or raise that setting; the same command "
             "continues"
         )
-
-
-class ResponseGrader:
-    """Turns a `Response` into a `GradedResponse`."""
-
-    def __init__(self, pool: RewardPool, tokenizer: PromptTokenizer, options: Options) -> None:
-        """Prepare to grade.
-
-        Args:
-            pool: the reward workers.
-            tokenizer: decodes responses.
-            options: `rewards.options`."""
-        self._terms, self._tokenizer = RewardTerms(pool, options), tokenizer
-        self._decoding = ThreadPoolExecutor(1, "decoding")
-
-    async def grade(
-        self, prompt: Prompt, responses: Sequence[Response], weights: Mapping[str, float]
-    ) -> list[GradedResponse]:
-        """Grade accuracy and format, which the metrics always have, and the terms of `weights`.
-
-        Args:
-            prompt: the row, whose kind names the reward.
-            responses: sampled for it.
-            weights: term → its weight in the reward."""
-        # In a thread, and one group after the other: 16 x 64K tokens take 40 ms, and of a batch
-        # many groups may arrive at once.
-        loop = asyncio.get_running_loop()
-        texts = await loop.run_in_executor(self._decoding, self._decode, responses)
-        pairs = zip(responses, texts, strict=True)
-        return await asyncio.gather(*(self._grade(prompt, *pair, weights) for pair in pairs))
-
-    async def grade_episodes(
-        self, prompt: Prompt, results: Sequence[EpisodeResult], weights: Mapping[str, float]
-    ) -> list[GradedResponse]:
-        """Grade episodes. The environment's reward is the accuracy where it gives one; the other
-        terms grade the last answer. An episode that is not scored is ungraded.
-
-        Args:
-            prompt: the row, whose kind names the reward.
-            results: the played episodes.
-            weights: term → its weight in the reward."""
-        return await asyncio.gather(*(self._grade_episode(prompt, r, weights) for r in results))
-
-    async def _grade_episode(
-        self, prompt: Prompt, result: EpisodeResult, weights: Mapping[str, float]
-    ) -> GradedResponse:
-        episode, response = result.episode, result.episode.response()
-        if not episode.has_reward:
-            grade = Grade.ungraded(f"{episode.status}: {episode.reason}")
-            grades = dict.fromkeys((ACCURACY, *weights), grade)
-        else:
-            own = () if result.reward is None else (ACCURACY,)
-            terms = [term for term in dict.fromkeys((ACCURACY, *weights)) if term not in own]
-            grades = await self._terms.grade(
-                terms,
-                prompt,
-                self._tokenizer.closed_thought + result.text,
-                len(response.token_ids),
-                self._tokenizer.opens_thought,
-            )
-            if result.reward is not None:
-                reason = f"{episode.status}: the environment's reward"
-                grades = {ACCURACY: FiniteGrade(result.reward, reason), **grades}
-        return _graded(response, result.text, combine(grades, weights), episode)
-
-    @timeline.timed("controller/text of tokens")
-    def _decode(self, responses: Sequence[Response]) -> list[str]:
-        return [self._tokenizer.decode(response.token_ids) for response in responses]
-
-    async def _grade(
-        self, prompt: Prompt, response: Response, text: str, weights: Mapping[str, float]
-    ) -> GradedResponse:
-        terms = list(dict.fromkeys((ACCURACY, "format", *weights)))
-        num_tokens, opened = len(response.token_ids), self._tokenizer.opens_thought
-        # With an empty thought that the template has closed: to the rewards it is the response's.
-        whole = self._tokenizer.closed_thought + text
-        grades = await self._terms.grade(terms, prompt, whole, num_tokens, opened)
-        return _graded(response, text, combine(grades, weights))
-
-    async def check_rewards(self, terms: Collection[str], prompts: list[Prompt]) -> None:
-        """Call the reward of every kind of prompt and every term once.
-
-        Raises:
-            UserError: as `RewardTerms.check`.
-        """
-        await self._terms.check(terms, prompts, self._tokenizer.opens_thought)
-
-
-def _graded(
-    response: Response, text: str, reward: Reward, episode: Episode | None = None
-) -> GradedResponse:
-    return GradedResponse(
-        response,
-        text,
-        reward.terms,
-        reward.total,
-        reward.reason,
-        reward.ungraded,
-        reward.is_graded,
-        episode=episode,
-    )
-
-
-def training_samples(groups: list[Group], advantages: list[list[float]]) -> list[list[Sample]]:
-    """Return the trainer's samples of every response, in the groups' order: one with the response's
-    advantage, or, of an episode of several turns, one for each of its branches. A response of no
-    token, which has nothing to learn, is not trained on (advantage NaN)."""
-    with timeline.span("controller/samples"):
-        return [
-            _samples(group.prompt_ids, graded, advantage)
-            for group, group_advantages in zip(groups, advantages, strict=True)
-            for graded, advantage in zip(group.responses, group_advantages, strict=True)
-        ]
-
-
-def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) -> list[Sample]:
-    response, scores = graded.response, graded.teacher_logprobs
-    branches = graded.episode.branches if graded.episode else []
-    if not branches:  # a single turn, or an episode in which nothing was sampled
-        sampled = prompt_ids, response.token_ids, response.logprobs
-        advantage = advantage if len(response.token_ids) else math.nan
-        kept = response.sampling_mask
-        return [Sample.pack(*sampled, advantage, response.routing, scores, sampling_mask=kept)]
-    counts = [branch.is_sampled.count(1) for branch in branches]
-    return [
-        Sample.pack_branch(
-            branch.token_ids,
-            branch.is_sampled,
-            branch.logprobs,
-            advantage,
-            weight=count / sum(counts),
-            num_responses=int(number == 0),
-            routing=branch.routing,
-            sampling_mask=branch.sampling_mask,
-            teacher_logprobs=None if scores is None else scores[end - count : end],
-        )
-        for number, (branch, count, end) in enumerate(
-            zip(branches, counts, accumulate(counts), strict=True)
-        )
-    ]

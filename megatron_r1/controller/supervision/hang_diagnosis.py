@@ -185,9 +185,9 @@ def coordinates(trainer: TrainerClient, rank: int) -> str:
     """Return where a rank is on the grid, "" before it has said it."""
     if rank >= len(trainer.ranks):
         return ""
-    own = dict(trainer.ranks[rank])
+    description = dict(trainer.ranks[rank])
     axes = ("tensor", "context", "pipeline", "expert", "data")
-    return " (" + ", ".join(f"{axis} {own[f'{axis}_rank']}" for axis in axes) + ")"
+    return " (" + ", ".join(f"{axis} {description[f'{axis}_rank']}" for axis in axes) + ")"
 
 
 def _describe_silence(trainer: TrainerClient, rank: int) -> str:
@@ -252,7 +252,7 @@ async def count_tokens(rollouts: RolloutCollector) -> int:
     """Return the number of tokens that all engines have generated, by vLLM's metrics; engines
     without metrics count 0."""
 
-    async def of(engine: Engine) -> float:
+    async def generated_tokens(engine: Engine) -> float:
         with contextlib.suppress(EngineError, TimeoutError):
             async with asyncio.timeout(ANSWER_SECONDS):
                 body = await engine.client.request("GET", "/metrics")
@@ -260,7 +260,7 @@ async def count_tokens(rollouts: RolloutCollector) -> int:
         return 0.0
 
     up = [engine for engine in rollouts.fleet.engines if engine.is_up and engine.client.url]
-    return int(sum(await asyncio.gather(*(of(engine) for engine in up))))
+    return int(sum(await asyncio.gather(*(generated_tokens(engine) for engine in up))))
 
 
 async def _stacks(engine: Engine) -> str:

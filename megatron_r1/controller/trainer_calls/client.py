@@ -126,11 +126,11 @@ class TrainerClient:
     def implementations(self) -> dict[str, str]:
         """The implementation of each part of a step, over all ranks, because the stages of a
         pipeline have different parts."""
-        found: dict[str, dict[str, None]] = {}
+        kinds_by_part: dict[str, dict[str, None]] = {}
         for rank in self.ranks:
             for part, kind in rank["implementations"].items():
-                found.setdefault(part, {})[kind] = None
-        return {part: "; ".join(kinds) for part, kinds in found.items()}
+                kinds_by_part.setdefault(part, {})[kind] = None
+        return {part: "; ".join(kinds) for part, kinds in kinds_by_part.items()}
 
     @property
     def data_parallel_size(self) -> int:
@@ -151,28 +151,31 @@ class TrainerClient:
         descriptions = await self._gather("start", self.world_size)
         self.ranks = cast(list[RankDescription], descriptions)
 
-    async def load(self, minibatches: list[list[Sample]], unit: int = 1) -> dict[str, float]:
+    async def load(
+        self, minibatches: list[list[Sample]], samples_per_unit: int = 1
+    ) -> dict[str, float]:
         """Send each model replica its share of every mini-batch, packed into micro-batches.
 
         Args:
             minibatches: the samples of each update.
-            unit: number of consecutive samples that stay in one micro-batch, in their order.
+            samples_per_unit: number of consecutive samples that stay in one micro-batch, in their
+                order.
 
         Returns:
             `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank
             and update, and `packing/padding`, the share of padding tokens."""
-        packings, shares = await asyncio.to_thread(self._shares, minibatches, unit)
+        packings, shares = await asyncio.to_thread(self._shares, minibatches, samples_per_unit)
         loaded = self._last_stage_reply(await self._call_ranks(LOAD, shares=shares))
         self._packings = packings
         return {
-            "packing/waste": fmean(p.idle_fraction for p in packings),
+            "packing/waste": fmean(p.waste_fraction for p in packings),
             "packing/fill": fmean(p.fill_fraction for p in packings),
             "packing/microbatches": fmean(len(p.shares[0]) for p in packings),
             **loaded,
         }
 
     def _shares(
-        self, minibatches: list[list[Sample]], unit: int
+        self, minibatches: list[list[Sample]], samples_per_unit: int
     ) -> tuple[list[Packing], list[list[Buffer]]]:
         """Return the packing of every mini-batch, and each replica's encoded share of all."""
         with timeline.span("controller/pack"):
@@ -180,13 +183,13 @@ class TrainerClient:
             shares: list[ReplicaSamples] = [[] for _ in range(self.data_parallel_size)]
             packings = [
                 pack_by_prompt(samples, self.data_parallel_size, limit, self._cost)
-                if self.config.parallel.share_prompts and unit == 1
+                if self.config.parallel.share_prompts and samples_per_unit == 1
                 else pack(
                     [len(s) for s in samples],
                     self.data_parallel_size,
                     limit,
                     cost=self._cost,
-                    samples_per_unit=unit,
+                    samples_per_unit=samples_per_unit,
                 )
                 for samples in minibatches
             ]
@@ -309,8 +312,8 @@ class TrainerClient:
         they have built their model.
 
         Raises:
-            UserError: as `connect`.
-            TrainerError: as `connect`.
+            UserError: the first rank that fails does so by a user's mistake.
+            TrainerError: it fails for another reason.
         """
         assert self.can_restart, "torchrun started the ranks"
         self.num_restarts += 1

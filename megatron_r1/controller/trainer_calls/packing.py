@@ -35,12 +35,12 @@ class Packing(NamedTuple):
 
     Attributes:
         shares: shares[rank][m] are the indices of the samples of micro-batch m on that rank.
-        idle_fraction: the share of all ranks' time spent waiting for the rank with the costliest
+        waste_fraction: the share of all ranks' time spent waiting for the rank with the costliest
             micro-batch.
         fill_fraction: mean of tokens per micro-batch / max_tokens."""
 
     shares: list[Bins]
-    idle_fraction: float
+    waste_fraction: float
     fill_fraction: float
 
 
@@ -86,11 +86,11 @@ def pack(
         if all(len(b) <= 1 or sum(lengths[i] for i in b) <= max_tokens for b in bins):
             packing = _side_by_side(bins, lengths, costs, data_parallel_size, max_tokens)
             members = range(samples_per_unit)
-            whole = [
-                [[i * samples_per_unit + k for i in m for k in members] for m in own]
-                for own in packing.shares
+            sample_shares = [
+                [[i * samples_per_unit + k for i in m for k in members] for m in share]
+                for share in packing.shares
             ]
-            return packing._replace(shares=whole)
+            return packing._replace(shares=sample_shares)
     raise AssertionError("one bin for every sample always fits")
 
 
@@ -148,16 +148,17 @@ def pack_by_prompt(
         data_parallel_size: the number of data-parallel ranks.
         max_tokens: the most tokens of a micro-batch.
         cost: the argument of `pack`."""
-    found = [
+    units_with_lengths = [
         unit
         for group in group_by_first_prompt(samples)
         for unit in _split_to_limit(samples, group, max_tokens)
     ]
-    if len(found) < data_parallel_size:
-        found = [([i], len(sample)) for i, sample in enumerate(samples)]
-    units, lengths = [unit for unit, _ in found], [length for _, length in found]
+    if len(units_with_lengths) < data_parallel_size:
+        units_with_lengths = [([i], len(sample)) for i, sample in enumerate(samples)]
+    units = [unit for unit, _ in units_with_lengths]
+    lengths = [length for _, length in units_with_lengths]
     packing = pack(lengths, data_parallel_size, max_tokens, cost=cost)
-    shares = [[[i for u in m for i in units[u]] for m in own] for own in packing.shares]
+    shares = [[[i for u in m for i in units[u]] for m in share] for share in packing.shares]
     return packing._replace(shares=shares)
 
 

@@ -215,8 +215,12 @@ class RankSocket:
                 requested.add(rank)
 
         def answers() -> dict[int, RankStatus]:
-            known = self._statuses
-            return {r: known[r] for r in requested if r in known and known[r].request == request}
+            statuses = self._statuses
+            return {
+                rank: statuses[rank]
+                for rank in requested
+                if rank in statuses and statuses[rank].request == request
+            }
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_seconds):

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from r1_grading.terms import weights_at
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import RESUMABLE, dump, load, parse
-from megatron_r1.controller.roles import TrainerPasses
+from megatron_r1.config import RESUMABLE, dump, known_keys, load, parse
+from megatron_r1.config.rl import require_scheduled_settings
+from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.engines.server.settings import max_model_len
 
 R1_ZERO = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
@@ -87,3 +89,11 @@ def test_r1_zero_has_the_papers_two_phases():
     assert lengths == (32768, 65536)
     # arXiv 2501.12948 v2: from optimizer step 8,200 on; a rollout has 16.
     assert (step - 1) * config.rl.minibatches <= 8200 < step * config.rl.minibatches
+
+
+def test_a_scheduled_setting_that_no_section_has_is_found():
+    keys = known_keys()
+    require_scheduled_settings(keys)
+    keys.remove("rl.kl_beta")
+    with pytest.raises(ValueError, match=r"rl\.kl_beta"):
+        require_scheduled_settings(keys)

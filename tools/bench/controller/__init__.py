@@ -26,7 +26,6 @@ from r1_grading import RewardPool
 
 from megatron_r1.config import Config, parse
 from megatron_r1.controller.loop import train
-from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import Rollout
@@ -34,6 +33,7 @@ from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler

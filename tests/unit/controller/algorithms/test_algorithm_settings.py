@@ -17,9 +17,10 @@ from megatron_r1.config.algorithms import NAMES
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
 from megatron_r1.controller.loop import split_into_minibatches, training_reward, update
-from megatron_r1.controller.roles import TrainerPasses
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, training_samples
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.controller.run_recorder import RunState
+from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.episodes import Branch, Episode
 from megatron_r1.engines.server.responses import Response

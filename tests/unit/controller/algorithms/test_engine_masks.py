@@ -29,8 +29,8 @@ from megatron_r1.config import Config, parse
 from megatron_r1.config.algorithms import NAMES, EngineMask, LossSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, wrap_loss
-from megatron_r1.controller.roles import TrainerPasses
 from megatron_r1.controller.run_recorder import RunState
+from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.operations import ModelOperations
 from megatron_r1.trainer.packed import pack_batch

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import RolloutSampling, training_samples
+from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.rollouts.sample_log import SampleLog
+from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.episodes import Branch, Episode, EpisodeResult, Turn
 from megatron_r1.engines.server.responses import Response

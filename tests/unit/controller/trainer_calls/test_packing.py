@@ -49,8 +49,8 @@ def test_ranks_carry_nearly_the_same_cost_where_balancing_tokens_would_not():
         return 1 - sum(map(sum, loads)) / (ranks * sum(map(max, zip(*loads, strict=True))))
 
     packing = pack(lengths, ranks, 65_536, cost=cost)
-    assert packing.idle_fraction == pytest.approx(waste(packing.shares))
-    assert packing.idle_fraction < 0.1 < waste(pack(lengths, ranks, 65_536).shares)
+    assert packing.waste_fraction == pytest.approx(waste(packing.shares))
+    assert packing.waste_fraction < 0.1 < waste(pack(lengths, ranks, 65_536).shares)
 
 
 def test_tokens_fill_the_microbatches_that_memory_allows():

@@ -1,119 +1,17 @@
-"""The engines and the trainer as the RL loop uses them.
+"""The trainer as the RL loop uses it: its passes over a rollout, each with the settings that the
+recipe gives it, and the samples that they are over: one a response, or one a branch of an
+episode."""
 
-`PolicyEngines` sample each step's rollout and get its weights. What an engine computes from pushed
-weights counts only when it has proved that it computes what the trainer does; it does so while it
-samples the next rollout.
-
-`TrainerPasses` are the trainer's passes over a rollout, each with the settings that the recipe
-gives it, and the samples that they are over: one a response, or one a branch of an episode."""
-
-import contextlib
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
 from functools import cached_property
 
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASKS, wrap_loss
-from megatron_r1.controller.push.pusher import WeightPusher
-from megatron_r1.controller.rollouts.rollout import Rollout
-from megatron_r1.controller.rollouts.step_sampler import SampledStep, StepSampler
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.engines.fleet.engine import AcceptanceMeter
 from megatron_r1.trainer.operations import ModelOperations
 from megatron_r1.trainer.training_sample import Sample
-
-
-class PolicyEngines:
-    """Samples with the policy's weights and pushes them; `pusher` connects trainer and engines.
-
-    Args:
-        trainer: is asked to free its GPUs' memory before a push to colocated engines.
-        pusher: sends the trainer's weights to the engines, and probes what these compute.
-        sampler: draws the prompts of each step and collects its rollout."""
-
-    def __init__(self, trainer: TrainerClient, pusher: WeightPusher, sampler: StepSampler):
-        self.trainer, self.pusher, self.sampler = trainer, pusher, sampler
-        self._rollout_config = sampler.config.rollout
-        self._sampled_step: SampledStep | None = None
-        self._needs_push = False
-        self._acceptance = AcceptanceMeter()
-        self._push_metrics: dict[str, float] = {}
-        self._probe_metrics: dict[str, float] = {}
-        """Of the push before, whose weights the step's rollout is sampled from."""
-        self._draft_metrics: dict[str, float] = {}
-
-    async def open(self, policy_version: int) -> None:
-        """Connect trainer and engines, and push the weights that the trainer begins with."""
-        async with self.updating_weights():
-            await self.pusher.open()
-            await self.push(policy_version)
-
-    def updating_weights(self) -> AbstractAsyncContextManager[None]:
-        """Keep engines from joining while the block changes the trainer's weights and pushes them:
-        an engine that joined would get weights between two versions."""
-        return self.pusher.updating_weights()
-
-    async def rollout(self, step: int) -> Rollout:
-        """Return the rollout of `step`, which may have begun before."""
-        if self._needs_push:
-            async with self.updating_weights():
-                await self.push(step - 1)
-        self.sampler.begin(step)
-        await self.wait_for_probes()  # while they sample
-        self._sampled_step = await self.sampler.wait_for_step(step)
-        if self._rollout_config.speculative.method != "none":
-            self._draft_metrics = await self._acceptance.read(self.sampler.collector.fleet.engines)
-        return self._sampled_step.rollout
-
-    async def push(self, policy_version: int) -> None:
-        """Send the trainer's weights to every engine, as `policy_version`; what these compute
-        counts once `wait_for_probes` has returned. Call it in a block of `updating_weights`."""
-        if self._rollout_config.colocated:
-            await self.trainer.call(ModelOperations.free_memory, parameters=False)
-        self._push_metrics = await self.pusher.push(policy_version)
-        self._needs_push = False
-        self.sampler.start_ahead(policy_version)
-
-    @contextlib.asynccontextmanager
-    async def free_for_trainer(self) -> AsyncIterator[None]:
-        """Let the trainer use its weights in the block, between two rollouts. Engines that have
-        their memory sleep from then on, and get the weights again before the next rollout."""
-        if self.pusher.offloads:
-            self._needs_push = True
-            await self.sampler.collector.fleet.sleep()
-        yield
-
-    async def wait_for_probes(self) -> None:
-        """Wait until the engines have answered the probes of the last push.
-
-        Raises:
-            EngineError: an engine computes something else than the trainer.
-        """
-        self._probe_metrics = await self.pusher.probe_results()
-        self.sampler.release_buffered()
-
-    @property
-    def sampled_step(self) -> SampledStep:
-        """The newest step that is sampled, with the state of the sampler after it."""
-        assert self._sampled_step is not None, "rollout() comes first"
-        return self._sampled_step
-
-    def metrics(self) -> dict[str, float]:
-        """Return the numbers of engines and pushes."""
-        return {
-            **self.sampler.collector.fleet.metrics(),
-            **self._push_metrics,
-            **self._probe_metrics,
-            **self._draft_metrics,
-        }
-
-    async def close(self) -> None:
-        """Release the engines that wait for weights, and cancel what is being sampled."""
-        self.pusher.close()
-        await self.sampler.close()
 
 
 class TrainerPasses:
@@ -215,9 +113,9 @@ class TrainerPasses:
 
     async def refresh_reference_if_due(self, config: Config) -> None:
         """Replace the reference by the policy every `rl.reference_refresh` optimizer steps."""
-        rl, done = config.rl, self.state.optimizer_step
-        every = rl.reference_refresh
-        if not (self.uses_reference and every and done):  # 0: only a critic has been updated yet
+        interval, num_updates = config.rl.reference_refresh, self.state.optimizer_step
+        # Without an update of the policy yet, only a critic has been updated.
+        if not (self.uses_reference and interval and num_updates):
             return
-        if done // every > (done - rl.minibatches) // every:
+        if num_updates // interval > (num_updates - config.rl.minibatches) // interval:
             await self.trainer.call(ModelOperations.refresh_reference)
